@@ -1,0 +1,206 @@
+"""Every error a user can meet, each with its place in OpenAI's envelope.
+
+ImpetusError                    500 server_error            internal_error
+├ RequestError                  400 invalid_request_error   invalid_request
+│ ├ UnsupportedParameter            unsupported_parameter (param)
+│ ├ UnsupportedCapability           unsupported_capability
+│ ├ ContextLengthExceeded           context_length_exceeded
+│ └ BodyTooLarge                413 request_too_large
+├ AuthenticationError           401 authentication_error    invalid_api_key
+├ PermissionDenied              403 permission_error        permission_denied
+├ NotFound                      404 invalid_request_error   not_found
+│ ├ ModelNotFound                   model_not_found
+│ └ ModelFileMissing                model_file_missing
+├ BrokenModel                   422 invalid_request_error   broken_model
+├ QueueFull                     429 rate_limit_error        queue_full
+└ Unavailable                   503 server_error            unavailable
+  ├ InsufficientMemory              insufficient_memory
+  ├ EngineFailed                    engine_failed
+  ├ BackendUnavailable              backend_unavailable
+  └ ModelNotResident                model_not_resident (internal: the router answers it by loading)
+
+NotThisFormat is internal to identification and no ImpetusError.
+Instances cross process borders by pickle, so state lives in `args` and `__dict__` alone.
+"""
+
+from typing import ClassVar
+
+
+class ImpetusError(Exception):
+    """Base of all errors; `message` is for the user and says what to do."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def envelope(self) -> dict[str, dict[str, str | None]]:
+        """Return OpenAI's error body: `{"error": {message, type, param, code}}`."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class RequestError(ImpetusError):
+    """The request is wrong; sending it again unchanged cannot help."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class UnsupportedParameter(RequestError):
+    """A known parameter that this model's backend cannot honour; `param` names it."""
+
+    code = "unsupported_parameter"
+
+
+class UnsupportedCapability(RequestError):
+    """The model cannot do what the endpoint is for."""
+
+    code = "unsupported_capability"
+
+
+class ContextLengthExceeded(RequestError):
+    """The prompt does not fit the granted context."""
+
+    code = "context_length_exceeded"
+
+    @classmethod
+    def of(
+        cls, prompt_tokens: int, context_tokens: int, max_tokens: int = 0
+    ) -> "ContextLengthExceeded":
+        """Build the error with both numbers, worded as OpenAI words it."""
+        if max_tokens:
+            return cls(
+                f"This model's maximum context length is {context_tokens} tokens. However, you "
+                f"requested {prompt_tokens + max_tokens} tokens ({prompt_tokens} in the messages, "
+                f"{max_tokens} in the completion). Please reduce the length of the messages or "
+                "completion.",
+                param="messages",
+            )
+        return cls(
+            f"This model's maximum context length is {context_tokens} tokens. However, your "
+            f"messages resulted in {prompt_tokens} tokens. Please reduce the length of the "
+            "messages.",
+            param="messages",
+        )
+
+
+class BodyTooLarge(RequestError):
+    """The request's body or headers are over the limit."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class AuthenticationError(ImpetusError):
+    """The API key is missing or wrong."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class PermissionDenied(ImpetusError):
+    """The caller is known but may not do this, or the Host or Origin is foreign."""
+
+    status = 403
+    type = "permission_error"
+    code = "permission_denied"
+
+
+class NotFound(ImpetusError):
+    """No such thing."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """No catalog entry or alias has this name."""
+
+    code = "model_not_found"
+
+    @classmethod
+    def of(cls, name: str, nearest: list[str]) -> "ModelNotFound":
+        """Build the error with the nearest names; a long `name` is cut for the message."""
+        shown = name if len(name) <= 100 else name[:100] + "…"
+        hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
+        return cls(
+            f"The model {shown!r} does not exist.{hint} GET /v1/models lists all.", param="model"
+        )
+
+
+class ModelFileMissing(NotFound):
+    """The catalog knows the model, but its files are gone or were replaced."""
+
+    code = "model_file_missing"
+
+
+class BrokenModel(ImpetusError):
+    """The model's files are damaged or hostile."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "broken_model"
+
+
+class QueueFull(ImpetusError):
+    """Too many requests wait for this model."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class Unavailable(ImpetusError):
+    """Not now; the same request may succeed later."""
+
+    status = 503
+    code = "unavailable"
+
+
+class InsufficientMemory(Unavailable):
+    """The ledger has no room for the model."""
+
+    code = "insufficient_memory"
+
+
+class EngineFailed(Unavailable):
+    """The engine or its process failed while this request ran."""
+
+    code = "engine_failed"
+
+
+class BackendUnavailable(Unavailable):
+    """This format's runtime cannot run on this machine; the message says why."""
+
+    code = "backend_unavailable"
+
+
+class ModelNotResident(Unavailable):
+    """The replica does not hold the model; `replica_id` tells which replica said so."""
+
+    code = "model_not_resident"
+
+    def __init__(self, message: str, *, replica_id: str = "") -> None:
+        super().__init__(message)
+        self.replica_id = replica_id
+
+
+class NotThisFormat(Exception):
+    """A backend's answer to files of another format; never leaves identification."""

@@ -1,0 +1,220 @@
+"""The nouns that requests, engines and the router share.
+
+All are frozen dataclasses: they cross Ray's process borders by pickle and are never changed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
+
+
+class Capability(StrEnum):
+    """What a model can be asked for."""
+
+    CHAT = "chat"
+    COMPLETION = "completion"
+    EMBEDDING = "embedding"
+    TOOLS = "tools"
+    REASONING = "reasoning"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool, as an assistant message holds it; `arguments` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message; `content` is plain text, content parts are joined before."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    name: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Messages and tools, to be rendered by the model's own chat template.
+
+    `tool_choice` is "none", "auto", "required" or the name of the one function to call, the
+    last as `("function", name)`.  `template_kwargs` are extra variables for the template.
+    """
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[Tool, ...] = ()
+    tool_choice: Literal["none", "auto", "required"] | tuple[Literal["function"], str] = "auto"
+    parallel_tool_calls: bool = True
+    template_kwargs: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Text to be continued, with no template around it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids of the model's own vocabulary to be continued."""
+
+    token_ids: tuple[int, ...]
+
+
+Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen; None means the model's own or the server's default.
+
+    `repetition_penalty` 1.0 is off and counts the prompt; presence and frequency penalties
+    count generated tokens only.  `top_logprobs` None: no logprobs; n: the chosen token's and
+    the n likeliest.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JsonOutput:
+    """The answer must be JSON; `schema` None means any JSON object."""
+
+    schema: Mapping[str, JsonValue] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate; `max_tokens` None means up to the context's end.
+
+    `deadline_s` counts from the engine's receipt; the request ends with `EngineFailed` then.
+    """
+
+    id: str
+    model_id: str
+    prompt: Prompt
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    output: JsonOutput | None = None
+    echo_prompt: bool = False
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural-log probability; `data` is its bytes, perhaps part of a character."""
+
+    token_id: int
+    data: bytes
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Exact token counts; `cached_tokens` are prompt tokens that were not computed again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds spent waiting for a slot, on the prompt, and on the answer."""
+
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """How much of the prompt is computed."""
+
+    done_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text of the answer, with the ids of the tokens it came from."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """New text of the model's reasoning, kept apart from the answer."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a tool call: `id` and `name` come once, `arguments` is JSON text to append."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+    token_ids: tuple[int, ...] = ()
+
+
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of every generation that did not raise."""
+
+    reason: FinishReason
+    usage: Usage
+    timing: Timing = field(default_factory=Timing)
+
+
+GenerationEvent: TypeAlias = PrefillProgress | TextDelta | ReasoningDelta | ToolCallDelta | Finished
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embeddings:
+    """Vectors in the order of the inputs: float32, shape (len(inputs), dimension)."""
+
+    vectors: NDArray[np.float32]
+    prompt_tokens: int
