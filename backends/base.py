@@ -1,0 +1,282 @@
+"""The interface that every model format implements."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import UnsupportedCapability
+from core.types import (
+    Capability,
+    Embeddings,
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    SamplingParams,
+    TokenLogprob,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a backend can run on this machine; `reason` says why not."""
+
+    is_available: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a backend learned from a model's files without loading them.
+
+    `files` are absolute and all that belongs to the model, the one to open first.
+    `context_length` is the trained one in tokens.  `details` is the backend's own, JSON-able.
+    """
+
+    format: str
+    name: str
+    architecture: str
+    quantization: str
+    files: tuple[Path, ...]
+    size_bytes: int
+    parameters: int
+    context_length: int
+    capabilities: frozenset[Capability]
+    license: str = ""
+    chat_template: str | None = None
+    details: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to open a model.
+
+    `context_tokens` None means the trained length; `kv_tokens` None lets the backend choose how
+    many KV cells all sequences share.  `memory_limit_bytes` bounds what `estimate` may grant.
+    """
+
+    max_sequences: int = 16
+    max_waiting: int = 256
+    threads: int = 1
+    prefill_chunk_tokens: int = 512
+    context_tokens: int | None = None
+    kv_tokens: int | None = None
+    memory_limit_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes a model will hold once open, with the context that fits them."""
+
+    weights_bytes: int
+    kv_bytes: int
+    transient_bytes: int
+    context_tokens: int
+    kv_tokens: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything together."""
+        return self.weights_bytes + self.kv_bytes + self.transient_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine is doing now; all counts are of this moment."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_used_tokens: int = 0
+    kv_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    native_cpu_s: float = 0.0
+
+
+class EventSink(Protocol):
+    """Where an engine puts events: called from the engine's thread, once per step; never blocks."""
+
+    def deliver(self, batch: Seq[tuple[str, Seq[GenerationEvent]]]) -> None:
+        """Take the step's events as (request id, events) pairs."""
+        ...
+
+
+class Engine(ABC):
+    """One resident model.  Opened on a loader thread, then used from one event loop."""
+
+    info: ModelInfo
+    context_tokens: int
+    max_sequences: int
+
+    @abstractmethod
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield events; the last is always `Finished`.
+
+        Closing the generator aborts the sequence and frees its KV cache within one step.
+        Raises before the first event: ContextLengthExceeded, RequestError, QueueFull,
+        BrokenModel; after it EngineFailed only.
+        """
+
+    async def stream_to(self, request: GenerationRequest, sink: EventSink) -> Finished:
+        """Run `request`, its events going to `sink`; return the last one.
+
+        Cancelling the task aborts the sequence.  Raises as `generate` does.
+        """
+        events = self.generate(request)
+        try:
+            async for event in events:
+                sink.deliver([(request.id, [event])])
+                if isinstance(event, Finished):
+                    return event
+        finally:
+            await events.aclose()
+        raise asyncio.CancelledError
+
+    async def embed(self, inputs: Seq[str | Seq[int]]) -> Embeddings:
+        """Return one vector per input, in order.  Raises ContextLengthExceeded.
+
+        An input is text or token ids.
+        """
+        del inputs
+        raise UnsupportedCapability(
+            f"The model {self.info.name} ({self.info.format}) cannot embed.", param="model"
+        )
+
+    @abstractmethod
+    def load(self) -> EngineLoad:
+        """Return the counts of this moment; never blocks."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End all requests with EngineFailed and give the memory back; twice is fine."""
+
+
+class Backend(ABC):
+    """How models of one format are recognised, sized and opened.  Stateless."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def availability(self) -> Availability:
+        """Say whether the runtime can run here; imports nothing heavy."""
+
+    @abstractmethod
+    def identify(self, path: Path) -> ModelInfo:
+        """Read a model's metadata; loads nothing and calls no native code.
+
+        Raises NotThisFormat, or BrokenModel when the files are of this format but damaged.
+        """
+
+    @abstractmethod
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        """Return the bytes `open` would hold, with the context lowered to fit the limit.
+
+        Raises InsufficientMemory with the numbers when nothing useful fits.
+        """
+
+    @abstractmethod
+    def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
+        """Load the model.  Blocks; call it on a loader thread.
+
+        Raises BrokenModel, InsufficientMemory, BackendUnavailable.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the answer must match, as an llguidance grammar; `param` is what asked for it."""
+
+    grammar: str
+    param: str
+
+
+class TokenMask(Protocol):
+    """One sequence's place in its grammar; used from the engine's thread only."""
+
+    def apply(self, logits: NDArray[np.float32]) -> None:
+        """Set the logits of tokens that may not come next to -inf; shape (vocabulary,)."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Move on past the chosen token."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """What a stepper needs to run one sequence; `max_tokens` fits the context already."""
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    mask: TokenMask | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step did for one sequence: a new token, or progress on its prompt.
+
+    `token_id` None means prefill only, `prefilled` tokens being computed so far; `is_end` marks
+    an end-of-generation token, which is not part of the text.
+    """
+
+    sequence_id: int
+    token_id: int | None
+    is_end: bool = False
+    logprob: TokenLogprob | None = None
+    prefilled: int = 0
+    cached: int = 0
+
+
+class Stepper(Protocol):
+    """Synchronous core of a token engine.  Every call comes from the engine's own thread."""
+
+    max_sequences: int
+
+    def add(self, spec: SequenceSpec) -> None:
+        """Accept a sequence; it runs from the next step on.  Raises RequestError."""
+        ...
+
+    def remove(self, sequence_id: int) -> None:
+        """Drop a sequence, keeping its KV cache for reuse where possible; idempotent."""
+        ...
+
+    def step(self) -> list[StepOutput]:
+        """Do one forward pass: at most one token for each running sequence."""
+        ...
+
+    def counters(self) -> EngineLoad:
+        """Return the stepper's own counts (cells, steps, preemptions, native time)."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; twice is fine."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """A model's vocabulary.  Thread-safe."""
+
+    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Return the token ids of `text`."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token adds to the text; empty for control tokens."""
+        ...
+
+    def mask(self, constraint: Constraint) -> TokenMask:
+        """Compile a grammar for this vocabulary.  Raises UnsupportedParameter."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids."""
+        ...

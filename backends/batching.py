@@ -1,0 +1,281 @@
+"""One engine for every token-level format: a thread that drives a Stepper."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from backends.base import (
+    Engine,
+    EngineLoad,
+    EventSink,
+    ModelInfo,
+    StepOutput,
+    Stepper,
+)
+from backends.prepare import Prepared, Preparer
+from backends.threads import name_this_thread
+from backends.ticket import Inbox, LoopSink, Ticket
+from core.errors import EngineFailed, ImpetusError, QueueFull
+from core.types import (
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    PrefillProgress,
+)
+
+logger = logging.getLogger(__name__)
+
+THREAD_NAME = "impetus-engine"
+
+
+_StepEvents = dict[int, tuple[EventSink, list[tuple[str, Sequence[GenerationEvent]]]]]
+
+
+class BatchingEngine(Engine):
+    """Continuous batching for any Stepper.
+
+    The stepper is created and used on one thread of its own; requests are prepared (template,
+    tokens, grammar) on another, so that no event loop ever runs model code.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        preparer: Preparer,
+        open_stepper: Callable[[], Stepper],
+        *,
+        max_waiting: int,
+    ) -> None:
+        """Open the stepper; blocks until it is ready and raises what it raises."""
+        self.info = info
+        self.context_tokens = preparer.context_tokens
+        self._preparer = preparer
+        self._max_waiting = max_waiting
+        self._wake = threading.Condition()
+        self._inbox = Inbox()
+        self._waiting: deque[Ticket] = deque()
+        self._running: dict[int, Ticket] = {}
+        self._next_id = 0
+        self._preparing = 0
+        self._failure: ImpetusError | None = None
+        self._counters = EngineLoad()
+        self._ended: list[tuple[Ticket, Finished]] = []
+        self._prepare_pool = ThreadPoolExecutor(1, thread_name_prefix="impetus-prepare")
+        self._start(open_stepper)
+
+    def _start(self, open_stepper: Callable[[], Stepper]) -> None:
+        ready = threading.Event()
+        problems: list[BaseException] = []
+
+        def run() -> None:
+            name_this_thread(THREAD_NAME)
+            try:
+                stepper = open_stepper()
+            except BaseException as problem:
+                problems.append(problem)
+                ready.set()
+                return
+            self.max_sequences = stepper.max_sequences
+            ready.set()
+            self._drive(stepper)
+
+        self._thread = threading.Thread(target=run, name=THREAD_NAME, daemon=True)
+        self._thread.start()
+        ready.wait()
+        if problems:
+            self._prepare_pool.shutdown(wait=False)
+            self._preparer.close()
+            raise problems[0]
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield the request's events; see `Engine.generate`."""
+        queue: asyncio.Queue[GenerationEvent | None] = asyncio.Queue()
+        sink = LoopSink(asyncio.get_running_loop(), queue)
+        work = asyncio.ensure_future(self.stream_to(request, sink))
+        work.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+                if isinstance(event, Finished):
+                    return
+            work.result()
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+    async def stream_to(self, request: GenerationRequest, sink: EventSink) -> Finished:
+        """Run the request with its events going to `sink`; see `Engine.stream_to`."""
+        self._check_open()
+        if self.load().waiting >= self._max_waiting:
+            raise QueueFull(
+                f"{self._max_waiting} requests already wait for {self.info.name}.", retry_after_s=5
+            )
+        submitted_at = time.monotonic()
+        loop = asyncio.get_running_loop()
+        self._preparing += 1
+        try:
+            prepared = await loop.run_in_executor(self._prepare_pool, self._prepare, request)
+        finally:
+            self._preparing -= 1
+        ticket = Ticket(request, prepared, sink, loop, loop.create_future(), submitted_at)
+        self._submit(ticket)
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                return await ticket.done
+        except TimeoutError as problem:
+            raise EngineFailed(
+                f"The request took longer than {request.deadline_s:g} s."
+            ) from problem
+        finally:
+            if not ticket.done.done() or ticket.done.cancelled():
+                self._cancel(ticket)
+
+    def _prepare(self, request: GenerationRequest) -> Prepared:
+        self._check_open()
+        return self._preparer.prepare(request)
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise EngineFailed(self._failure.message)
+        if self._inbox.is_closing:
+            raise EngineFailed(f"The model {self.info.name} is being unloaded.")
+
+    def _submit(self, ticket: Ticket) -> None:
+        with self._wake:
+            self._check_open()
+            self._next_id += 1
+            ticket.id = self._next_id
+            self._inbox.submitted.append(ticket)
+            self._wake.notify()
+
+    def _cancel(self, ticket: Ticket) -> None:
+        with self._wake:
+            self._inbox.cancelled.append(ticket)
+            self._wake.notify()
+
+    def load(self) -> EngineLoad:
+        """Return the counts of this moment."""
+        return replace(
+            self._counters,
+            running=len(self._running),
+            waiting=len(self._waiting) + len(self._inbox.submitted) + self._preparing,
+        )
+
+    async def close(self) -> None:
+        """Fail what runs, free the stepper, and join the thread; twice is fine."""
+        with self._wake:
+            self._inbox.is_closing = True
+            self._wake.notify()
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether a step failed; the engine is of no more use then."""
+        return self._failure is not None
+
+    def _drive(self, stepper: Stepper) -> None:
+        """Step until closed.  Runs on the engine's thread."""
+        reason = f"The model {self.info.name} was unloaded."
+        try:
+            while self._take_orders(stepper):
+                self._deliver(self._step(stepper))
+        except BaseException as problem:
+            logger.exception("engine of %s failed", self.info.name)
+            reason = f"The engine of {self.info.name} failed: {problem}"
+            self._failure = EngineFailed(reason)
+        finally:
+            with self._wake:
+                self._inbox.is_closing = True
+                left = [*self._running.values(), *self._waiting, *self._inbox.submitted]
+                self._running.clear()
+                self._waiting.clear()
+                self._inbox.submitted.clear()
+            for ticket in left:
+                ticket.resolve(EngineFailed(reason))
+            # Preparing uses the vocabulary, which goes with the stepper.
+            self._prepare_pool.shutdown(wait=True)
+            self._preparer.close()
+            stepper.close()
+
+    def _take_orders(self, stepper: Stepper) -> bool:
+        """Apply submissions and cancellations; wait while idle; False when closing."""
+        with self._wake:
+            while self._inbox.is_empty and not self._running and not self._waiting:
+                self._wake.wait()
+            if self._inbox.is_closing:
+                return False
+            self._waiting.extend(self._inbox.submitted)
+            self._inbox.submitted.clear()
+            cancelled = list(self._inbox.cancelled)
+            self._inbox.cancelled.clear()
+        for ticket in cancelled:
+            self._drop(stepper, ticket)
+        self._start_waiting(stepper)
+        return True
+
+    def _drop(self, stepper: Stepper, ticket: Ticket) -> None:
+        if self._running.pop(ticket.id, None) is not None:
+            stepper.remove(ticket.id)
+        elif ticket in self._waiting:
+            self._waiting.remove(ticket)
+
+    def _start_waiting(self, stepper: Stepper) -> None:
+        while self._waiting and len(self._running) < stepper.max_sequences:
+            ticket = self._waiting.popleft()
+            ticket.added_at = time.monotonic()
+            try:
+                stepper.add(ticket.spec())
+            except ImpetusError as problem:
+                ticket.resolve(problem)
+                continue
+            self._running[ticket.id] = ticket
+
+    def _step(self, stepper: Stepper) -> _StepEvents:
+        events: _StepEvents = {}
+        if not self._running:
+            return events
+        now = 0.0
+        for output in stepper.step():
+            now = now or time.monotonic()
+            ticket = self._running[output.sequence_id]
+            batch = self._advance(stepper, ticket, output, now)
+            if batch:
+                _, entries = events.setdefault(id(ticket.sink), (ticket.sink, []))
+                entries.append((ticket.request.id, batch))
+        self._counters = stepper.counters()
+        return events
+
+    def _advance(
+        self, stepper: Stepper, ticket: Ticket, output: StepOutput, now: float
+    ) -> list[GenerationEvent]:
+        """Turn one output into events; end the sequence when it is done."""
+        ticket.cached_tokens = output.cached
+        assembler = ticket.prepared.assembler
+        if output.token_id is None:
+            return [PrefillProgress(output.prefilled, len(ticket.prepared.prompt))]
+        events: list[GenerationEvent] = []
+        if not ticket.completion_tokens:
+            ticket.first_token_at = now
+            events.extend(ticket.prepared.take_opening())
+        ticket.completion_tokens += 1
+        events.extend(assembler.push(output))
+        if assembler.reason is not None:
+            finished = ticket.finish(assembler.reason, now)
+            events.append(finished)
+            del self._running[ticket.id]
+            stepper.remove(ticket.id)
+            self._ended.append((ticket, finished))
+        return events
+
+    def _deliver(self, events: _StepEvents) -> None:
+        """Hand out the step's events, then the results: an end never overtakes its text."""
+        for sink, entries in events.values():
+            sink.deliver(entries)
+        for ticket, finished in self._ended:
+            ticket.resolve(finished)
+        self._ended.clear()

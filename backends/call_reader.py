@@ -1,0 +1,102 @@
+"""An incremental reader of one tool call written as a JSON object."""
+
+import json
+
+from backends.json_scanner import JsonScanner, MalformedJson
+
+_ARGUMENT_KEYS = ("arguments", "parameters")
+_CALL_KEYS = frozenset({"name", "type", "id", *_ARGUMENT_KEYS})
+
+
+class CallReader:
+    """Reads one call, `{"name": …, "arguments": {…}}`, as its text grows.
+
+    `arguments` collects the compact JSON text of the arguments until `take` takes it.
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+        self._scanner = JsonScanner()
+        self._texts: dict[str, str] = {}
+        self._arguments = ""
+        self._ended: set[str] = set()
+        self.name: str | None = None
+        self.position = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the object is closed."""
+        return self._scanner.is_complete
+
+    def push(self, text: str) -> None:
+        """Read on; `position` then says how much of `text` belongs to the call.
+
+        Raises MalformedJson for what is no call of a declared function.
+        """
+        self.position = 0
+        while self.position < len(text) and not self._scanner.is_complete:
+            self.position, piece = self._scanner.read(text, self.position)
+            key = self._scanner.key
+            if key is not None and piece:
+                self._take_value(key, piece)
+        if self._scanner.is_complete and self.name is None:
+            raise MalformedJson
+
+    @property
+    def pending(self) -> str:
+        """What the reader has taken but not yet understood, as half a number."""
+        return self._scanner.pending
+
+    def take(self) -> str:
+        """Return the arguments' new text; empty until the name is known."""
+        if self.name is None:
+            return ""
+        taken, self._arguments = self._arguments, ""
+        return taken
+
+    @property
+    def has_arguments(self) -> bool:
+        """Whether the arguments' object has begun."""
+        return any(self._texts.get(key, "").startswith("{") for key in _ARGUMENT_KEYS)
+
+    def _take_value(self, key: str, piece: str) -> None:
+        if key not in _CALL_KEYS or key in self._ended:
+            raise MalformedJson
+        if self._scanner.is_value_complete:
+            self._ended.add(key)
+        if key in _ARGUMENT_KEYS:
+            self._take_arguments(key, piece)
+        elif key == "name":
+            self._texts[key] = self._texts.get(key, "") + piece
+            if self._scanner.is_value_complete:
+                name = json.loads(self._texts[key])
+                if not isinstance(name, str) or name not in self._names:
+                    raise MalformedJson
+                self.name = name
+
+    def _take_arguments(self, key: str, piece: str) -> None:
+        if any(other in self._texts for other in _ARGUMENT_KEYS if other != key):
+            raise MalformedJson
+        if key not in self._texts:
+            self._texts[key] = piece
+        elif not self.has_arguments:
+            self._texts[key] += piece
+        if self.has_arguments:
+            self._arguments += piece
+        elif self._scanner.is_value_complete:
+            self._arguments = _unquoted(self._texts[key])
+
+
+def _unquoted(text: str) -> str:
+    """Return arguments written as a JSON text within a string, or as null, as an object."""
+    value = json.loads(text)
+    if value is None:
+        return "{}"
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise MalformedJson from error
+    if not isinstance(value, dict):
+        raise MalformedJson
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,153 @@
+"""A backend without a model: it answers with the prompt's last message, one byte a token."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from backends.base import (
+    Availability,
+    Backend,
+    Constraint,
+    Engine,
+    EngineLoad,
+    EngineOptions,
+    MemoryEstimate,
+    ModelInfo,
+    SequenceSpec,
+    StepOutput,
+    TokenMask,
+)
+from backends.batching import BatchingEngine
+from backends.chat import ChatFormat
+from backends.prepare import Preparer
+from core.errors import NotThisFormat, UnsupportedParameter
+from core.types import Capability, TokenLogprob
+
+END_TOKEN = 256
+_CONTEXT_TOKENS = 65_536
+_TEMPLATE = "{{ messages[-1].content }}"
+
+
+class ByteTokenizer:
+    """Token ids are UTF-8 bytes; 256 ends the answer."""
+
+    vocabulary_size = END_TOKEN + 1
+
+    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Return the bytes of `text`; there are no special tokens to add or parse."""
+        del add_bos, parse_special
+        return list(text.encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the byte itself."""
+        return bytes((token_id,)) if token_id < END_TOKEN else b""
+
+    def mask(self, constraint: Constraint) -> TokenMask:
+        """Refuse: the one possible answer cannot be changed."""
+        raise UnsupportedParameter(
+            f"The echo model cannot honour {constraint.param}.", param=constraint.param
+        )
+
+
+class EchoStepper:
+    """Repeats each prompt, one byte a step; its only possible token has probability one."""
+
+    def __init__(self, max_sequences: int) -> None:
+        self.max_sequences = max_sequences
+        self._left: dict[int, list[int]] = {}
+        self._specs: dict[int, SequenceSpec] = {}
+        self._steps = 0
+
+    def add(self, spec: SequenceSpec) -> None:
+        """Accept a sequence.  Raises UnsupportedParameter for what would change the answer."""
+        if spec.sampling.logit_bias:
+            raise UnsupportedParameter(
+                "The echo model cannot honour logit_bias.", param="logit_bias"
+            )
+        self._specs[spec.id] = spec
+        self._left[spec.id] = [END_TOKEN, *reversed(spec.prompt)]
+
+    def remove(self, sequence_id: int) -> None:
+        """Drop a sequence; idempotent."""
+        self._left.pop(sequence_id, None)
+        self._specs.pop(sequence_id, None)
+
+    def step(self) -> list[StepOutput]:
+        """Give every sequence its next byte."""
+        self._steps += 1
+        return [self._next(sequence_id, left) for sequence_id, left in self._left.items() if left]
+
+    def _next(self, sequence_id: int, left: list[int]) -> StepOutput:
+        token_id, spec = left.pop(), self._specs[sequence_id]
+        logprob = None
+        if spec.sampling.top_logprobs is not None:
+            data = bytes((token_id,)) if token_id < END_TOKEN else b""
+            top = TokenLogprob(token_id, data, 0.0)
+            logprob = TokenLogprob(
+                token_id, data, 0.0, (top,) if spec.sampling.top_logprobs else ()
+            )
+        is_end = token_id == END_TOKEN
+        return StepOutput(sequence_id, token_id, is_end, logprob, prefilled=len(spec.prompt))
+
+    def counters(self) -> EngineLoad:
+        """Return the number of steps."""
+        return EngineLoad(steps=self._steps)
+
+    def close(self) -> None:
+        """Forget all sequences."""
+        self._left.clear()
+        self._specs.clear()
+
+
+class EchoBackend(Backend):
+    """Makes the one echo model; for trying clients, for tests, and as an example."""
+
+    name: ClassVar[str] = "echo"
+
+    def availability(self) -> Availability:
+        """Available everywhere."""
+        return Availability(True)
+
+    def identify(self, path: Path) -> ModelInfo:
+        """Claim no file."""
+        raise NotThisFormat(f"{path.name}: the echo model has no files")
+
+    def built_in(self) -> tuple[ModelInfo, ...]:
+        """Return the model that needs no files."""
+        return (echo_info(),)
+
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        """Return no memory: there are no weights."""
+        context = min(options.context_tokens or info.context_length, info.context_length)
+        return MemoryEstimate(0, 0, 0, context, context)
+
+    def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
+        """Start the engine."""
+        context = self.estimate(info, options).context_tokens
+        preparer = Preparer(
+            info, ByteTokenizer(), ChatFormat(_TEMPLATE, "", ""), context_tokens=context
+        )
+        return BatchingEngine(
+            info,
+            preparer,
+            lambda: EchoStepper(options.max_sequences),
+            max_waiting=options.max_waiting,
+        )
+
+
+def echo_info() -> ModelInfo:
+    """Return the description of the echo model."""
+    details: Mapping[str, int | float | str | bool] = {}
+    return ModelInfo(
+        format="echo",
+        name="echo",
+        architecture="echo",
+        quantization="",
+        files=(),
+        size_bytes=0,
+        parameters=0,
+        context_length=_CONTEXT_TOKENS,
+        capabilities=frozenset({Capability.CHAT, Capability.COMPLETION, Capability.TOOLS}),
+        license="Apache-2.0",
+        details=details,
+    )

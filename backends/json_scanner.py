@@ -1,0 +1,174 @@
+"""An incremental reader of one JSON object, for tool calls that arrive in pieces."""
+
+import json
+import re
+from typing import Literal, TypeAlias
+
+_Expected: TypeAlias = Literal["value", "value or end", "key", "key or end", "colon", "next"]
+
+_SPACE = " \t\n\r"
+_SPACES = re.compile(r"[ \t\n\r]+")
+_PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
+_SCALAR = re.compile(r"[-+.0-9A-Za-z]+")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+_ESCAPE_BEGINNING = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
+_CLOSERS = {"{": "}", "[": "]"}
+_SCALAR_CHARACTERS = 400
+_DEPTH = 200
+
+
+class MalformedJson(Exception):
+    """The text is not, or not any more, one JSON object of the expected kind."""
+
+
+class JsonScanner:
+    """Checks one JSON object as its text grows and rewrites its members' values compactly.
+
+    Raw control characters within strings are escaped instead of refused, as small models write
+    line breaks so.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[str] = []
+        self._expected: _Expected = "value"
+        self._in_string = False
+        self._is_key = False
+        self._escape = ""
+        self._scalar = ""
+        self._key_text = ""
+        self.key: str | None = None
+        self.is_complete = False
+
+    @property
+    def is_value_complete(self) -> bool:
+        """Whether the value of the object's own member `key` has ended."""
+        return len(self._open) == 1 and self._expected == "next" and not self._in_string
+
+    @property
+    def pending(self) -> str:
+        """The beginning of a number, word or escape whose end is yet to come."""
+        return self._scalar + self._escape
+
+    def read(self, text: str, position: int) -> tuple[int, str]:
+        """Read a little of `text`; return the new position and what it adds to `key`'s value.
+
+        A number may end only where the next character shows it, which then is not consumed.
+        Raises MalformedJson.
+        """
+        if self._in_string:
+            return self._read_string(text, position)
+        scalar = _SCALAR.match(text, position)
+        if scalar is not None:
+            return self._read_scalar(scalar[0], scalar.end(), len(text))
+        if self._scalar:
+            return position, self._end_scalar(self._scalar)
+        spaces = _SPACES.match(text, position)
+        if spaces is not None:
+            return spaces.end(), ""
+        return position + 1, self._read_mark(text[position])
+
+    def _read_string(self, text: str, position: int) -> tuple[int, str]:
+        if self._escape:
+            escape = self._escape + text[position]
+            if _ESCAPE.fullmatch(escape):
+                self._escape = ""
+                return position + 1, self._said(escape)
+            if not _ESCAPE_BEGINNING.fullmatch(escape):
+                raise MalformedJson
+            self._escape = escape
+            return position + 1, ""
+        plain = _PLAIN.match(text, position)
+        if plain is not None:
+            return plain.end(), self._said(plain[0])
+        character = text[position]
+        if character == "\\":
+            self._escape = character
+            return position + 1, ""
+        if character != '"':
+            return position + 1, self._said(json.dumps(character)[1:-1])
+        self._in_string = False
+        piece = self._said('"')
+        if self._is_key:
+            self._is_key = False
+            self._expected = "colon"
+        else:
+            self._expected = "next"
+        return position + 1, piece
+
+    def _read_scalar(self, run: str, end: int, length: int) -> tuple[int, str]:
+        if self._expected not in ("value", "value or end") or not self._open:
+            raise MalformedJson
+        scalar = self._scalar + run
+        if len(scalar) > _SCALAR_CHARACTERS:
+            raise MalformedJson
+        if end < length:
+            return end, self._end_scalar(scalar)
+        self._scalar = scalar
+        return end, ""
+
+    def _end_scalar(self, scalar: str) -> str:
+        if scalar not in ("true", "false", "null") and not _NUMBER.fullmatch(scalar):
+            raise MalformedJson
+        self._scalar = ""
+        self._expected = "next"
+        return self._said(scalar)
+
+    def _read_mark(self, mark: str) -> str:
+        if mark == '"':
+            return self._begin_string()
+        if mark in "{[":
+            return self._begin_container(mark)
+        if mark in "}]":
+            return self._end_container(mark)
+        if mark == ":" and self._expected == "colon":
+            self._expected = "value"
+            if len(self._open) == 1:
+                self.key = str(json.loads(self._key_text))
+                return ""
+            return ":"
+        if mark == "," and self._expected == "next":
+            self._expected = "key" if self._open[-1] == "{" else "value"
+            if len(self._open) == 1:
+                self.key = None
+                return ""
+            return ","
+        raise MalformedJson
+
+    def _begin_string(self) -> str:
+        if self._expected in ("colon", "next") or not self._open:
+            raise MalformedJson
+        self._in_string = True
+        self._is_key = self._expected in ("key", "key or end")
+        if self._is_key and len(self._open) == 1:
+            self._key_text = ""
+        return self._said('"')
+
+    def _begin_container(self, mark: str) -> str:
+        is_first = not self._open
+        if self._expected not in ("value", "value or end") or (is_first and mark == "["):
+            raise MalformedJson
+        if len(self._open) >= _DEPTH:
+            raise MalformedJson
+        self._open.append(mark)
+        self._expected = "key or end" if mark == "{" else "value or end"
+        return "" if is_first else mark
+
+    def _end_container(self, mark: str) -> str:
+        may_end = ("next", "key or end") if mark == "}" else ("next", "value or end")
+        if self._expected not in may_end or _CLOSERS[self._open[-1]] != mark:
+            raise MalformedJson
+        self._open.pop()
+        self._expected = "next"
+        if not self._open:
+            self.is_complete = True
+            self.key = None
+            return ""
+        return mark
+
+    def _said(self, piece: str) -> str:
+        """Return `piece` if it belongs to a value; keep it if to a key of the object itself."""
+        if self._is_key and len(self._open) == 1:
+            self._key_text += piece
+            return ""
+        return piece

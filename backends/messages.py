@@ -1,0 +1,151 @@
+"""Chat messages in the shapes that templates want, and as plain text where there is no template."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from core.types import ChatMessage, JsonValue, Tool
+
+TOOL_RESPONSE = "<tool_response>\n{}\n</tool_response>"
+
+_PLAIN_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "User"}
+
+
+def template_message(message: ChatMessage, *, as_parts: bool) -> dict[str, JsonValue]:
+    """Return `message` as Hugging Face's chat templates read it; arguments are objects."""
+    content: JsonValue = message.content
+    if as_parts:
+        content = [{"type": "text", "text": message.content}]
+    result: dict[str, JsonValue] = {"role": message.role, "content": content}
+    if message.name is not None:
+        result["name"] = message.name
+    if message.reasoning is not None:
+        result["reasoning_content"] = message.reasoning
+    if message.tool_call_id is not None:
+        result["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        result["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": _arguments(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return result
+
+
+def template_tool(tool: Tool) -> dict[str, JsonValue]:
+    """Return `tool` as chat templates read it."""
+    return {
+        "type": "function",
+        "function": {
+            "name": tool.name,
+            "description": tool.description,
+            "parameters": dict(tool.parameters),
+        },
+    }
+
+
+def with_written_tools(
+    messages: Sequence[ChatMessage], tools: Sequence[Tool]
+) -> tuple[ChatMessage, ...]:
+    """Write tools, calls and results into the messages, for templates that know none of them.
+
+    The form is that of the Hermes models: the tools as a JSON list within <tools> at the end
+    of the system message, calls within <tool_call>, results within <tool_response> as the
+    user's message.
+    """
+    result: list[ChatMessage] = []
+    is_response = False
+    for message in messages:
+        if message.role == "tool":
+            text = TOOL_RESPONSE.format(message.content)
+            if is_response:
+                text = f"{result.pop().content}\n{text}"
+            result.append(ChatMessage("user", text))
+        elif message.tool_calls:
+            written = [_written_call(call.name, call.arguments) for call in message.tool_calls]
+            text = "\n".join(part for part in (message.content, *written) if part)
+            result.append(replace(message, content=text, tool_calls=()))
+        else:
+            result.append(message)
+        is_response = message.role == "tool"
+    return _with_system_part(result, _tools_text(tools)) if tools else tuple(result)
+
+
+def folded(messages: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
+    """Put system messages into the user message that follows, and join equal neighbours."""
+    result: list[ChatMessage] = []
+    system: list[str] = []
+    for message in messages:
+        if message.role == "system":
+            system.append(message.content)
+            continue
+        if message.role == "user":
+            message = replace(message, content="\n\n".join([*system, message.content]))
+            system.clear()
+        if result and _can_join(result[-1], message):
+            joined = f"{result[-1].content}\n\n{message.content}"
+            result[-1] = replace(result[-1], content=joined)
+        else:
+            result.append(message)
+    if system:
+        result.append(ChatMessage("user", "\n\n".join(system)))
+    return tuple(result)
+
+
+def plain_text(messages: Sequence[ChatMessage]) -> str:
+    """Return a conversation for a model without a template: `User: …` and `Assistant: …` lines."""
+    lines = [
+        f"{_PLAIN_NAMES[message.role]}: {message.content}\n"
+        + ("\n" if message.role == "system" else "")
+        for message in messages
+    ]
+    return "".join(lines) + "Assistant:"
+
+
+def _arguments(text: str) -> JsonValue:
+    """Return a call's arguments as the object they spell; text that spells none stays text."""
+    if not text.strip():
+        return {}
+    try:
+        value: JsonValue = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value
+
+
+def _written_call(name: str, arguments: str) -> str:
+    call = {"name": name, "arguments": _arguments(arguments)}
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+
+
+def _tools_text(tools: Sequence[Tool]) -> str:
+    listed = json.dumps([template_tool(tool) for tool in tools], ensure_ascii=False)
+    return (
+        "You can call functions. These are available:\n"
+        f"<tools>\n{listed}\n</tools>\n"
+        "To call a function, write one JSON object with its name and arguments within "
+        "<tool_call> tags:\n"
+        '<tool_call>\n{"name": "function name", "arguments": {"parameter": "value"}}\n'
+        "</tool_call>\n"
+        "Its result comes back within <tool_response> tags. Without need of a function, "
+        "answer directly."
+    )
+
+
+def _with_system_part(messages: Sequence[ChatMessage], text: str) -> tuple[ChatMessage, ...]:
+    if messages and messages[0].role == "system":
+        content = f"{messages[0].content}\n\n{text}" if messages[0].content else text
+        return (replace(messages[0], content=content), *messages[1:])
+    return (ChatMessage("system", text), *messages)
+
+
+def _can_join(first: ChatMessage, second: ChatMessage) -> bool:
+    return (
+        first.role == second.role
+        and first.role != "tool"
+        and not first.tool_calls
+        and not second.tool_calls
+    )

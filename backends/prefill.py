@@ -1,0 +1,51 @@
+"""How many prompt tokens each waiting prompt gets in the next step."""
+
+from collections.abc import Sequence
+
+# Steps that also decode should not last longer, so that running streams stay fluent.
+_MIXED_STEP_S = 0.2
+_SMALLEST_CHUNK = 32
+# The oldest prompt always gets this part of a step, so that short ones cannot starve it.
+_OLDEST_SHARE = 4
+_SMOOTHING = 0.3
+
+
+class PrefillPlanner:
+    """Divides a step's prompt tokens: short prompts first, the oldest never starved.
+
+    While other rows decode, the chunk is as large as the measured speed allows in a fifth of a
+    second; with nobody waiting for tokens it is the full `chunk_tokens`.
+    """
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._token_s = 0.0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Learn the time per token from a step that was mostly prefill."""
+        if tokens < _SMALLEST_CHUNK:
+            return
+        sample = seconds / tokens
+        known = self._token_s or sample
+        self._token_s = known + _SMOOTHING * (sample - known)
+
+    def budget(self, decoding: int) -> int:
+        """Return how many prompt tokens the next step may compute beside `decoding` rows."""
+        if not decoding or not self._token_s:
+            return self._chunk_tokens
+        fluent = int(_MIXED_STEP_S / self._token_s)
+        return max(min(fluent, self._chunk_tokens), min(_SMALLEST_CHUNK, self._chunk_tokens))
+
+    def plan(self, pending: Sequence[int], decoding: int) -> list[int]:
+        """Return each prompt's chunk; `pending` is in order of arrival, oldest first."""
+        chunks = [0] * len(pending)
+        if not pending:
+            return chunks
+        left = self.budget(decoding)
+        chunks[0] = min(pending[0], max(left // _OLDEST_SHARE, 1))
+        left -= chunks[0]
+        for index in sorted(range(len(pending)), key=lambda i: (pending[i], i)):
+            extra = min(pending[index] - chunks[index], left)
+            chunks[index] += extra
+            left -= extra
+        return chunks

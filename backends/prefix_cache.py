@@ -1,0 +1,66 @@
+"""Which computed prefixes exist in a KV cache, and the longest one a prompt shares."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+def common_prefix(left: "array[int]", right: "array[int]") -> int:
+    """Return how many leading tokens two sequences share."""
+    length = min(len(left), len(right))
+    if length == 0:
+        return 0
+    differs = np.frombuffer(left, np.int32, length) != np.frombuffer(right, np.int32, length)
+    first = int(differs.argmax())
+    return first if differs[first] else length
+
+
+def token_array(token_ids: Sequence[int]) -> "array[int]":
+    """Return token ids as int32."""
+    return array("i", token_ids)
+
+
+@dataclass(slots=True)
+class Retained:
+    """A finished sequence whose KV cells stay until somebody needs them."""
+
+    slot: int
+    tokens: "array[int]"
+    used_at_step: int
+
+
+@dataclass(slots=True)
+class RetainedPrefixes:
+    """The finished sequences' prefixes, dropped least-recently-used."""
+
+    entries: dict[int, Retained] = field(default_factory=dict)
+
+    def keep(self, slot: int, tokens: "array[int]", step: int) -> None:
+        """Remember what `slot` holds."""
+        self.entries[slot] = Retained(slot, tokens, step)
+
+    def longest(self, prompt: "array[int]", *, whole_only: bool) -> tuple[Retained | None, int]:
+        """Return the entry that shares most with `prompt`, and how many tokens.
+
+        With `whole_only` an entry counts only where all of its tokens are shared, as states
+        that cannot be cut back need it.
+        """
+        best, best_length = None, 0
+        for entry in self.entries.values():
+            length = common_prefix(entry.tokens, prompt)
+            if whole_only and length < len(entry.tokens):
+                continue
+            if length > best_length:
+                best, best_length = entry, length
+        return best, best_length
+
+    def forget(self, slot: int) -> None:
+        """Drop the entry of `slot`."""
+        del self.entries[slot]
+
+    def oldest(self, *, but: int | None = None) -> Retained | None:
+        """Return the least recently used entry, other than that of slot `but`."""
+        candidates = [entry for entry in self.entries.values() if entry.slot != but]
+        return min(candidates, key=lambda entry: entry.used_at_step, default=None)

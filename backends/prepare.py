@@ -1,0 +1,150 @@
+"""From a request to what a stepper needs: prompt tokens, grammar, and the text assembler."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from backends.base import Constraint, ModelInfo, Tokenizer, TokenMask
+from backends.chat import ChatFormat, OutputParser
+from backends.constraint import json_constraint
+from backends.text import TextAssembler
+from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
+from core.types import (
+    ChatPrompt,
+    GenerationEvent,
+    GenerationRequest,
+    JsonOutput,
+    SamplingParams,
+    TextDelta,
+    TextPrompt,
+)
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A request ready to run; `max_tokens` fits the context."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    assembler: TextAssembler
+    mask: TokenMask | None = None
+    opening: list[GenerationEvent] = field(default_factory=list)
+
+    def take_opening(self) -> list[GenerationEvent]:
+        """Return the events that come before the first token, once."""
+        opening, self.opening = self.opening, []
+        return opening
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A prompt as text or token ids, with what reads the answer."""
+
+    token_ids: list[int]
+    parser: OutputParser | None = None
+    stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
+
+
+class Preparer:
+    """Prepares requests of one model; may block for a template's 2 s.  Thread-safe."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        chat: ChatFormat,
+        *,
+        context_tokens: int,
+        bos_text: str = "",
+        defaults: SamplingParams | None = None,
+    ) -> None:
+        self._info = info
+        self._tokenizer = tokenizer
+        self._chat = chat
+        self.context_tokens = context_tokens
+        self._bos_text = bos_text
+        self._defaults = defaults or SamplingParams()
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """Render, tokenize and check.  Raises RequestError, ContextLengthExceeded, BrokenModel."""
+        text = self._read(request)
+        count = len(text.token_ids)
+        if not count:
+            raise RequestError("The prompt is empty.", param="prompt")
+        room = self.context_tokens - count
+        if room < 1:
+            raise ContextLengthExceeded.of(count, self.context_tokens)
+        max_tokens = min(request.max_tokens or room, room)
+        assembler = TextAssembler(
+            self._tokenizer.token_bytes,
+            stop=(*request.stop, *text.stop),
+            max_tokens=max_tokens,
+            parser=text.parser,
+        )
+        return Prepared(
+            prompt=tuple(text.token_ids),
+            sampling=self._with_defaults(request.sampling),
+            max_tokens=max_tokens,
+            assembler=assembler,
+            mask=self._tokenizer.mask(text.constraint) if text.constraint else None,
+            opening=self._opening(request, text.token_ids),
+        )
+
+    def _read(self, request: GenerationRequest) -> _Text:
+        if isinstance(request.prompt, ChatPrompt):
+            return self._read_chat(request.prompt, request.output)
+        constraint = None
+        if request.output is not None:
+            constraint = json_constraint(request.output.schema)
+        if isinstance(request.prompt, TextPrompt):
+            text = request.prompt.text
+            ids = self._tokenizer.encode(text, add_bos=True, parse_special=True)
+        else:
+            ids = self._checked(request.prompt.token_ids)
+        return _Text(ids, constraint=constraint)
+
+    def _read_chat(self, prompt: ChatPrompt, output: JsonOutput | None) -> _Text:
+        rendered = self._chat.render(prompt)
+        # Many templates write the token themselves; the tokenizer adds it again otherwise.
+        text = rendered.removeprefix(self._bos_text) if self._bos_text else rendered
+        return _Text(
+            self._tokenizer.encode(text, add_bos=True, parse_special=True),
+            self._chat.parser(prompt, rendered),
+            self._chat.stop,
+            self._chat.constraint(prompt, output, rendered),
+        )
+
+    def _checked(self, token_ids: Sequence[int]) -> list[int]:
+        size = self._tokenizer.vocabulary_size
+        for token_id in token_ids:
+            if not 0 <= token_id < size:
+                raise RequestError(
+                    f"Token id {token_id} is outside the vocabulary of {size} tokens.",
+                    param="prompt",
+                )
+        return list(token_ids)
+
+    def _with_defaults(self, sampling: SamplingParams) -> SamplingParams:
+        """Fill what the request leaves open from the model's own recommendation."""
+        chosen: Mapping[str, float | int | None] = {
+            name: getattr(sampling, name)
+            if getattr(sampling, name) is not None
+            else getattr(self._defaults, name)
+            for name in ("temperature", "top_p", "top_k", "min_p")
+        }
+        return replace(sampling, **chosen)  # type: ignore[arg-type]
+
+    def _opening(self, request: GenerationRequest, token_ids: list[int]) -> list[GenerationEvent]:
+        if not request.echo_prompt:
+            return []
+        if request.sampling.top_logprobs is not None:
+            raise UnsupportedParameter("echo cannot be combined with logprobs.", param="echo")
+        if isinstance(request.prompt, TextPrompt):
+            return [TextDelta(request.prompt.text)]
+        data = b"".join(self._tokenizer.token_bytes(token_id) for token_id in token_ids)
+        return [TextDelta(data.decode("utf-8", "replace"))]
+
+    def close(self) -> None:
+        """Stop the template's process; twice is fine."""
+        self._chat.close()

@@ -1,0 +1,41 @@
+"""Names of operating-system threads, and how many an engine should use."""
+
+import ctypes
+import ctypes.util
+import os
+import subprocess
+import sys
+
+import psutil
+
+_PR_SET_NAME = 15
+
+
+def name_this_thread(name: str) -> None:
+    """Give the calling thread a name that ps and top show; at most 15 bytes are kept.
+
+    Source: prctl(2) on Linux, pthread_setname_np(3) on macOS.
+    """
+    encoded = name.encode()[:15]
+    libc = ctypes.CDLL(ctypes.util.find_library("c"))
+    if sys.platform == "darwin":
+        libc.pthread_setname_np(encoded)
+    elif sys.platform == "linux":
+        libc.prctl(_PR_SET_NAME, encoded, 0, 0, 0)
+
+
+def performance_cores() -> int:
+    """Return how many cores of the fast kind this process may use; blocks for a few ms on macOS."""
+    if sys.platform == "darwin":
+        # Source: sysctl(3), hw.perflevel0 is the fastest cluster of Apple Silicon.
+        answer = subprocess.run(
+            ["sysctl", "-n", "hw.perflevel0.physicalcpu"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if answer.returncode == 0 and answer.stdout.strip().isdigit():
+            return int(answer.stdout)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    physical = psutil.cpu_count(logical=False) or 1
+    return max(1, min(physical, allowed) if allowed else physical)

@@ -1,0 +1,51 @@
+"""How a step's prompt tokens are divided."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backends.prefill import PrefillPlanner
+
+
+def test_plan_gives_a_lone_prompt_the_whole_chunk() -> None:
+    assert PrefillPlanner(512).plan([5000], decoding=0) == [512]
+
+
+def test_plan_lets_a_short_prompt_pass_a_long_one() -> None:
+    oldest, short = PrefillPlanner(512).plan([5000, 20], decoding=0)
+    assert short == 20
+    assert oldest == 492
+
+
+def test_plan_never_starves_the_oldest() -> None:
+    chunks = PrefillPlanner(512).plan([5000, *([300] * 10)], decoding=0)
+    assert chunks[0] == 128
+    assert sum(chunks) == 512
+
+
+def test_budget_shrinks_beside_decoding_rows_on_slow_machines() -> None:
+    planner = PrefillPlanner(512)
+    planner.observe(512, seconds=5.12)
+    assert planner.budget(decoding=3) == 32
+    assert planner.budget(decoding=0) == 512
+
+
+def test_budget_stays_whole_on_fast_machines() -> None:
+    planner = PrefillPlanner(512)
+    planner.observe(512, seconds=0.05)
+    assert planner.budget(decoding=3) == 512
+
+
+@given(
+    pending=st.lists(st.integers(1, 10_000), max_size=20),
+    decoding=st.integers(0, 16),
+    speed=st.floats(0.00001, 1),
+)
+def test_plan_never_exceeds_budget_or_need(pending: list[int], decoding: int, speed: float) -> None:
+    planner = PrefillPlanner(512)
+    planner.observe(100, 100 * speed)
+    chunks = planner.plan(pending, decoding)
+    assert len(chunks) == len(pending)
+    assert all(0 <= chunk <= need for chunk, need in zip(chunks, pending, strict=True))
+    assert sum(chunks) == min(sum(pending), planner.budget(decoding)) if pending else not chunks
+    if pending:
+        assert chunks[0] > 0

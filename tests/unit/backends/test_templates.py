@@ -1,0 +1,217 @@
+"""Templates render as apply_chat_template renders them, and hostile ones harm nobody."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from backends import templates
+from backends.templates import TemplateRefused, TemplateRenderer
+from core.errors import BrokenModel, EngineFailed, RequestError
+from core.types import JsonValue
+
+ECHO = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+class Renderers:
+    """Makes renderers and closes them all."""
+
+    def __init__(self) -> None:
+        self.made: list[TemplateRenderer] = []
+
+    def __call__(self, template: str) -> TemplateRenderer:
+        self.made.append(TemplateRenderer(template))
+        return self.made[-1]
+
+
+@pytest.fixture
+def make() -> Iterator[Renderers]:
+    renderers = Renderers()
+    yield renderers
+    for renderer in renderers.made:
+        renderer.close()
+
+
+def user(content: JsonValue, **more: JsonValue) -> dict[str, JsonValue]:
+    return {"messages": [{"role": "user", "content": content}], "tools": None, **more}
+
+
+def worker_id(renderer: TemplateRenderer) -> int:
+    assert renderer._worker is not None
+    return renderer._worker._process.pid
+
+
+def test_template_renders_variables(make: Renderers) -> None:
+    assert make(ECHO + "{{ extra }}").render(user("hi", extra=3)) == "<user>hi3"
+
+
+def test_template_environment_is_that_of_hugging_face(make: Renderers) -> None:
+    renderer = make(
+        "{% for m in messages %}\n"
+        "    {% if loop.index > 1 %}{% break %}{% endif %}\n"
+        "{% generation %}{{ m.content | tojson }}{% endgeneration %}\n"
+        "{% endfor %}\n"
+        "{{ strftime_now('%Y') | length }}{{ none is none }}{{ missing }}"
+    )
+    assert renderer.render(user({"é": "<'&"})) == '{"é": "<\'&"}4True'
+
+
+@pytest.mark.parametrize(
+    "text", ["\0", "\u2028\u202e", "😀" * 3, "a\nb\r\n", "{{ 1 }}", "x" * 300_000]
+)
+def test_template_text_passes_unchanged(make: Renderers, text: str) -> None:
+    assert make(ECHO).render(user(text)) == f"<user>{text}"
+
+
+def test_template_lone_surrogate_is_refused_and_the_next_render_works(make: Renderers) -> None:
+    renderer = make(ECHO)
+    with pytest.raises(RequestError, match="Unicode"):
+        renderer.render(user("a\ud800"))
+    assert renderer.render(user("b")) == "<user>b"
+
+
+def test_template_refusal_is_the_requests_error(make: Renderers) -> None:
+    renderer = make("{{ raise_exception('No system role!') }}")
+    with pytest.raises(TemplateRefused, match=r"^No system role!$"):
+        renderer.render(user("a"))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for a in range(1000000000) %}{% endfor %}", "Range too big"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|immutable"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{{ open('/tmp/x', 'w') }}", "undefined"),
+        ("{{ 'x' * 9000000 }}", "8 MiB"),
+        ("{{ ('x' * 9000000) * 200 }}", "memory"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ messages[7].content.x }}", "no element 7"),
+    ],
+)
+def test_template_that_fails_is_a_broken_model(make: Renderers, template: str, reason: str) -> None:
+    renderer = make(template)
+    for _ in range(2):
+        with pytest.raises(BrokenModel, match=reason):
+            renderer.render(user("a"))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ 7 ** 99999999 }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
+        "{% endfor %}",
+    ],
+)
+def test_template_that_hangs_is_killed_and_the_next_render_works(
+    make: Renderers, attack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "RENDER_LIMIT_S", 0.5)
+    renderer = make("{% if bad %}" + attack.replace("7", "(7 + messages|length)") + "{% endif %}ok")
+    assert renderer.render(user("a", bad=False)) == "ok"
+    first = worker_id(renderer)
+    with pytest.raises(BrokenModel):
+        renderer.render(user("a", bad=True))
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+    assert renderer.render(user("a", bad=False)) == "ok"
+
+
+def test_template_that_hangs_when_compiled_is_a_broken_model(
+    make: Renderers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "RENDER_LIMIT_S", 0.3)
+    with pytest.raises(BrokenModel, match=r"the model's chat template took longer than 0.3 s"):
+        make("{{ 7 ** 99999999 }}").render(user("a"))
+
+
+def test_template_long_messages_are_the_requests_fault(make: Renderers) -> None:
+    with pytest.raises(RequestError, match="8 MiB"):
+        make(ECHO).render(user("x" * 9_000_000))
+
+
+def test_template_too_deep_variables_are_refused(make: Renderers) -> None:
+    deep: JsonValue = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(RequestError, match="deep"):
+        make(ECHO).render(user(deep))
+    assert make(ECHO).render(user("a")) == "<user>a"
+
+
+def test_renderer_survives_the_death_of_its_worker(make: Renderers) -> None:
+    renderer = make(ECHO)
+    renderer.render(user("a"))
+    os.kill(worker_id(renderer), signal.SIGKILL)
+    assert renderer.render(user("c")) == "<user>c"
+
+
+def test_renderer_is_thread_safe(make: Renderers) -> None:
+    renderer = make(ECHO)
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(lambda i: renderer.render(user(str(i))), range(40)))
+    assert texts == [f"<user>{i}" for i in range(40)]
+
+
+def test_renderer_close_ends_the_worker_and_may_be_repeated(make: Renderers) -> None:
+    renderer = make(ECHO)
+    renderer.render(user("a"))
+    process = worker_id(renderer)
+    renderer.close()
+    renderer.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+    with pytest.raises(EngineFailed):
+        renderer.render(user("b"))
+
+
+def test_renderer_close_ends_a_hanging_render(
+    make: Renderers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "RENDER_LIMIT_S", 60.0)
+    renderer = make("{% if bad %}{{ (7 + messages|length) ** 99999999 }}{% endif %}")
+    renderer.render(user("a", bad=False))
+    errors: list[BaseException] = []
+    begun = threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        try:
+            renderer.render(user("a", bad=True))
+        except EngineFailed as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    begun.wait()
+    renderer.close()
+    thread.join()
+    assert len(errors) == 1
+
+
+def test_worker_ends_with_its_parents_pipe(make: Renderers) -> None:
+    renderer = make(ECHO)
+    renderer.render(user("a"))
+    assert renderer._worker is not None
+    process = renderer._worker._process
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(timeout=20) == 0
+
+
+def test_worker_sees_no_environment(make: Renderers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMPETUS_API_KEY", "secret-canary")
+    renderer = make(ECHO)
+    renderer.render(user("a"))
+    environment = Path(f"/proc/{worker_id(renderer)}/environ")
+    if not environment.exists():
+        pytest.skip("needs /proc")
+    assert b"secret-canary" not in environment.read_bytes()
