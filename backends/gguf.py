@@ -1,0 +1,97 @@
+"""GGUF models on llama.cpp, through llama-cpp-python's low-level API."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+from backends.base import (
+    Availability,
+    Backend,
+    Engine,
+    EngineOptions,
+    MemoryEstimate,
+    ModelInfo,
+)
+from backends.batching import BatchingEngine
+from backends.chat import MARKERS, ChatFormat
+from backends.gguf_embed import GgufEmbedder
+from backends.gguf_file import gguf_info
+from backends.gguf_memory import estimate_gguf
+from backends.gguf_model import GgufModel
+from backends.gguf_stepper import GgufStepper
+from backends.prepare import Preparer
+from core.types import Capability, SamplingParams
+
+
+class GgufBackend(Backend):
+    """Any GGUF file that llama.cpp loads."""
+
+    name: ClassVar[str] = "gguf"
+
+    def availability(self) -> Availability:
+        """Available where llama-cpp-python is installed."""
+        if importlib.util.find_spec("llama_cpp") is None:
+            return Availability(False, "llama-cpp-python is not installed; run scripts/setup")
+        return Availability(True)
+
+    def identify(self, path: Path) -> ModelInfo:
+        """Read the file's metadata with our own bounded reader."""
+        return gguf_info(path)
+
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        """Return weights, KV cache and compute buffers in bytes."""
+        return estimate_gguf(info, options)
+
+    def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
+        """Load the model; blocks for as long as reading the weights takes."""
+        granted = self.estimate(info, options)
+        options = replace(
+            options, context_tokens=granted.context_tokens, kv_tokens=granted.kv_tokens
+        )
+        if Capability.EMBEDDING in info.capabilities:
+            return GgufEmbedder(info, options)
+        model = GgufModel(info.files[0])
+        try:
+            return _open_generator(info, model, options)
+        except BaseException:
+            model.close()
+            raise
+
+
+def _open_generator(info: ModelInfo, model: GgufModel, options: EngineOptions) -> Engine:
+    assert options.context_tokens is not None
+    model.show(*MARKERS)
+    bos = model.special_text("bos")
+    chat = ChatFormat(info.chat_template, bos, model.special_text("eos"))
+    preparer = Preparer(
+        info,
+        model,
+        chat,
+        context_tokens=options.context_tokens,
+        bos_text=bos if model.adds_bos else "",
+        defaults=_recommended_sampling(info),
+    )
+    return BatchingEngine(
+        info,
+        preparer,
+        lambda: GgufStepper(model, options),
+        max_waiting=options.max_waiting,
+    )
+
+
+def _recommended_sampling(info: ModelInfo) -> SamplingParams:
+    """Return what the file's `general.sampling.*` keys recommend."""
+    details = info.details
+
+    def number(key: str) -> float | None:
+        value = details.get(f"general.sampling.{key}")
+        return float(value) if isinstance(value, int | float) else None
+
+    top_k = number("top_k")
+    return SamplingParams(
+        temperature=number("temp"),
+        top_p=number("top_p"),
+        top_k=None if top_k is None else int(top_k),
+        min_p=number("min_p"),
+    )

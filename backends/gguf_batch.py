@@ -1,0 +1,62 @@
+"""The token batch handed to llama.cpp, its arrays written through numpy."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from backends.gguf_model import library
+
+
+class Batch:
+    """At most `capacity` tokens, each of one sequence.  Reused for every step."""
+
+    def __init__(self, capacity: int) -> None:
+        llama = library()
+        self.capacity = capacity
+        self.count = 0
+        self._token = np.zeros(capacity, np.int32)
+        self._pos = np.zeros(capacity, np.int32)
+        self._sequence_count = np.ones(capacity, np.int32)
+        self._sequence = np.zeros(capacity, np.int32)
+        self._wants_logits = np.zeros(capacity, np.int8)
+        # llama.cpp wants a pointer to a list of sequence ids for each token.
+        base = self._sequence.ctypes.data
+        self._pointers = (np.arange(capacity, dtype=np.uint64) * 4 + base).astype(np.uint64)
+        self.native = llama.llama_batch()
+        self.native.token = self._as_pointer(self._token, ctypes.c_int32)
+        self.native.pos = self._as_pointer(self._pos, ctypes.c_int32)
+        self.native.n_seq_id = self._as_pointer(self._sequence_count, ctypes.c_int32)
+        self.native.seq_id = ctypes.cast(
+            self._pointers.ctypes.data, ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))
+        )
+        self.native.logits = self._as_pointer(self._wants_logits, ctypes.c_int8)
+
+    @staticmethod
+    def _as_pointer(array: "np.ndarray[Any, Any]", kind: Any) -> Any:
+        return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+    def clear(self) -> None:
+        """Empty the batch."""
+        self.count = 0
+        self.native.n_tokens = 0
+
+    def add(self, sequence: int, start: int, token_ids: Sequence[int], *, logits: bool) -> int:
+        """Append a run of one sequence's tokens from position `start`; return the last's index.
+
+        With `logits` the last token's logits are computed.
+        """
+        first, last = self.count, self.count + len(token_ids)
+        self._token[first:last] = token_ids
+        self._pos[first:last] = range(start, start + len(token_ids)) if last - first > 1 else start
+        self._sequence[first:last] = sequence
+        self._wants_logits[first:last] = 0
+        self._wants_logits[last - 1] = logits
+        self.count = last
+        self.native.n_tokens = last
+        return last - 1
+
+    def want_all(self) -> None:
+        """Mark every token as output, as embedding contexts need it."""
+        self._wants_logits[: self.count] = 1

@@ -1,0 +1,223 @@
+"""What a GGUF model is and can do, from its files alone; split models are one model."""
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+from backends.base import ModelInfo
+from backends.gguf_header import GgufFile as GgufFile
+from backends.gguf_header import read_gguf as read_gguf
+from backends.gguf_layout import FILE_TYPES, broken
+from core.types import Capability
+
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+_GUESSED_FILE_TYPE = 1024
+# llama.cpp ends the process over more (LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS).
+_MAX_LAYERS = 512
+_MAX_EXPERTS = 512
+_MAX_WIDTH = 2**24
+_MAX_TOKENS = 2**31 - 1
+_RANK_POOLING = 4
+
+# Source: llama.cpp's architectures that attend both ways and have no head to generate with.
+ENCODERS = frozenset({
+    "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2",
+    "jina-bert-v3", "eurobert", "gemma-embedding", "llama-embed", "t5encoder",
+})  # fmt: skip
+_PARTS = {
+    "clip": "a projector for images or sound",
+    "mmproj": "a projector for images or sound",
+    "wavtokenizer-dec": "a vocoder",
+}
+_UNSUPPORTED = {"t5": "encoder-decoder models are not supported"}
+
+# Name in `ModelInfo.details`: metadata key after the architecture.
+_OPTIONAL_NUMBERS = {
+    "n_ff": "feed_forward_length",
+    "sliding_window": "attention.sliding_window",
+    "key_length_swa": "attention.key_length_swa",
+    "value_length_swa": "attention.value_length_swa",
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "key_length_mla": "attention.key_length_mla",
+    "value_length_mla": "attention.value_length_mla",
+    "shared_kv_layers": "attention.shared_kv_layers",
+    "full_attention_interval": "full_attention_interval",
+    "expert_count": "expert_count",
+    "expert_used_count": "expert_used_count",
+    "pooling_type": "pooling_type",
+    "ssm_conv_kernel": "ssm.conv_kernel",
+    "ssm_inner_size": "ssm.inner_size",
+    "ssm_state_size": "ssm.state_size",
+    "ssm_time_step_rank": "ssm.time_step_rank",
+    "ssm_group_count": "ssm.group_count",
+    "wkv_head_size": "wkv.head_size",
+    "token_shift_count": "token_shift_count",
+}
+_SAMPLING = "general.sampling."
+
+
+def shard_files(path: Path) -> tuple[Path, ...]:
+    """Return all files of a split model, first shard first; `path` alone when it is not split.
+
+    Raises BrokenModel naming the first missing shard.
+    """
+    match = _SHARD.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    count = int(match[3])
+    if not 1 <= int(match[2]) <= count:
+        raise broken(path, f"its name says shard {int(match[2])} of {count}")
+    files = []
+    for number in range(1, count + 1):
+        shard = path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf")
+        if not shard.is_file():
+            raise broken(path, f"shard {number} of {count} is missing ({shard.name})")
+        files.append(shard)
+    return tuple(files)
+
+
+def gguf_info(path: Path) -> ModelInfo:
+    """Describe the model that `path`, or the split set it is part of, holds.
+
+    A decoder without a chat template still chats: the engine has a documented plain fallback.
+    `details` are numbers for the memory estimate, the bos and eos tokens' texts and the sampling
+    the model's makers recommend.  Raises NotThisFormat, BrokenModel.
+    """
+    files = _read_set(path)
+    first = files[0]
+    architecture = first.architecture
+    _refuse_parts(first)
+    context_length = first.required(f"{architecture}.context_length", _MAX_TOKENS)
+    details = _details(first)
+    details["tensor_bytes"] = sum(file.tensor_bytes for file in files)
+    if not details["tensor_bytes"]:
+        raise broken(first.path, "it has no tensors, only metadata")
+    return ModelInfo(
+        format="gguf",
+        name=_one_line(first.text("general.name")) or _one_line(first.path.stem),
+        architecture=architecture,
+        quantization=_quantization(files),
+        files=tuple(file.path for file in files),
+        size_bytes=sum(file.size_bytes for file in files),
+        parameters=sum(file.parameters for file in files),
+        context_length=context_length,
+        capabilities=_capabilities(first),
+        license=_one_line(first.text("general.license")),
+        chat_template=first.text("tokenizer.chat_template") or None,
+        details=details,
+    )
+
+
+def _read_set(path: Path) -> list[GgufFile]:
+    """Read all shards; each must say itself that it is the shard its name says."""
+    paths = shard_files(path.absolute())
+    files = [read_gguf(each) for each in paths]
+    for index, file in enumerate(files):
+        count = file.number("split.count", 0, 99_999) or 1
+        number = file.number("split.no", 0, 99_999) or 0
+        if len(files) == 1 and count > 1:
+            raise broken(
+                file.path,
+                f"it is shard {number + 1} of {count}, so it must be named "
+                f"<name>-{number + 1:05d}-of-{count:05d}.gguf beside the others",
+            )
+        if (count, number) != (len(files), index):
+            raise broken(
+                file.path,
+                f"its name says shard {index + 1} of {len(files)}, its metadata {number + 1} of "
+                f"{count}",
+            )
+    return files
+
+
+def _refuse_parts(file: GgufFile) -> None:
+    architecture = file.architecture
+    if file.text("general.type") == "adapter":
+        raise broken(file.path, "it is a LoRA adapter, which is not a model by itself")
+    if not architecture:
+        raise broken(file.path, "it has no general.architecture")
+    if architecture in _PARTS:
+        raise broken(file.path, f"it is {_PARTS[architecture]}, which is not a model by itself")
+    if architecture in _UNSUPPORTED:
+        raise broken(file.path, _UNSUPPORTED[architecture])
+    if not file.vocabulary_size:
+        raise broken(file.path, "it has no vocabulary")
+
+
+def _one_line(text: str) -> str:
+    """Return `text` without control characters and cut to 200 characters."""
+    return "".join(char for char in text if char.isprintable()).strip()[:200]
+
+
+def _quantization(files: list[GgufFile]) -> str:
+    """Return the name of the file type, or the tensor type that most elements have."""
+    file_type = files[0].metadata.get("general.file_type")
+    if isinstance(file_type, int):
+        name = FILE_TYPES.get(file_type & ~_GUESSED_FILE_TYPE)
+        if name is not None:
+            return name
+    elements: Counter[str] = Counter()
+    for file in files:
+        elements.update(file.elements_by_type)
+    return elements.most_common(1)[0][0]
+
+
+def _capabilities(file: GgufFile) -> frozenset[Capability]:
+    architecture = file.architecture
+    pooling = file.number(f"{architecture}.pooling_type", 0, _RANK_POOLING)
+    is_encoder = architecture in ENCODERS
+    capabilities: set[Capability] = set()
+    if pooling != _RANK_POOLING and (pooling or is_encoder):
+        capabilities.add(Capability.EMBEDDING)
+    if is_encoder or file.metadata.get(f"{architecture}.attention.causal") is False:
+        return frozenset(capabilities)
+    capabilities |= {Capability.CHAT, Capability.COMPLETION}
+    template = file.text("tokenizer.chat_template")
+    if re.search(r"\btools\b", template):
+        capabilities.add(Capability.TOOLS)
+    if "<think>" in template or file.has_think_token:
+        capabilities.add(Capability.REASONING)
+    return frozenset(capabilities)
+
+
+def _details(file: GgufFile) -> dict[str, int | float | str | bool]:
+    prefix = file.architecture
+    layers = file.required(f"{prefix}.block_count", _MAX_LAYERS)
+    width = file.required(f"{prefix}.embedding_length", _MAX_WIDTH)
+    heads = file.number(f"{prefix}.attention.head_count", 0, _MAX_WIDTH) or 0
+    kv_key = f"{prefix}.attention.head_count_kv"
+    kv_heads = file.number(kv_key, 0, _MAX_WIDTH)
+    kv_heads = heads if kv_heads is None else kv_heads
+    by_layer = file.metadata.get(kv_key)
+    details: dict[str, int | float | str | bool] = {
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": heads,
+        "n_head_kv": kv_heads,
+        "n_head_kv_sum": int(sum(by_layer)) if isinstance(by_layer, tuple) else kv_heads * layers,
+        "vocabulary_size": file.vocabulary_size,
+    }
+    for name in ("key_length", "value_length"):
+        length = file.number(f"{prefix}.attention.{name}", 0, _MAX_WIDTH)
+        details[name] = length if length is not None else width // heads if heads else 0
+    for name, key in _OPTIONAL_NUMBERS.items():
+        high = _MAX_EXPERTS if key == "expert_count" else _MAX_TOKENS
+        number = file.number(f"{prefix}.{key}", 0, high)
+        if number is not None:
+            details[name] = number
+    for name, text in (("bos_token", file.bos_token), ("eos_token", file.eos_token)):
+        if text:
+            details[name] = text
+    return details | _recommended_sampling(file)
+
+
+def _recommended_sampling(file: GgufFile) -> dict[str, int | float | str | bool]:
+    """Return `general.sampling.temp` and the like as `sampling_temp`, finite scalars only."""
+    return {
+        "sampling_" + key.removeprefix(_SAMPLING): value
+        for key, value in file.metadata.items()
+        if key.startswith(_SAMPLING)
+        and not isinstance(value, tuple)
+        and not (isinstance(value, float) and not math.isfinite(value))
+    }

@@ -1,0 +1,116 @@
+"""What a GGUF model will hold in memory, from its metadata alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backends.base import EngineOptions, MemoryEstimate, ModelInfo
+from core.errors import InsufficientMemory
+from core.units import MIB, format_bytes
+
+# llama.cpp keeps keys and values as f16 unless told otherwise.
+_KV_ELEMENT_BYTES = 2
+_F32_BYTES = 4
+# llama.cpp pads the number of KV cells to this (llama_kv_cache, n_pad of a unified cache).
+_CELL_PADDING = 256
+_SMALLEST_CONTEXT = 256
+# How many full contexts the shared cells should hold, and the most memory that may take.
+_WANTED_CONTEXTS = 4
+_MOST_OF_LIMIT = 4
+_BASE_BYTES = 32 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    layers: int
+    head_count_kv_sum: int
+    key_length: int
+    value_length: int
+    embedding_length: int
+    vocabulary_size: int
+    state_bytes: int
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        width = self.key_length + self.value_length
+        return self.head_count_kv_sum * width * _KV_ELEMENT_BYTES
+
+
+def _shape(details: Mapping[str, int | float | str | bool]) -> _Shape:
+    def number(key: str, default: int = 0) -> int:
+        value = details.get(key, default)
+        return int(value) if isinstance(value, int | float) else default
+
+    layers = number("n_layer")
+    inner, state, kernel = (
+        number("ssm_inner_size"),
+        number("ssm_state_size"),
+        number("ssm_conv_kernel"),
+    )
+    # Source: llama.cpp hparams n_embd_r and n_embd_s, one f32 state per layer and sequence.
+    recurrent = layers * inner * (state + max(kernel - 1, 0)) * _F32_BYTES
+    return _Shape(
+        layers=layers,
+        head_count_kv_sum=number("n_head_kv_sum", layers * number("n_head_kv")),
+        key_length=number("key_length"),
+        value_length=number("value_length"),
+        embedding_length=number("n_embd"),
+        vocabulary_size=number("vocabulary_size"),
+        state_bytes=recurrent,
+    )
+
+
+def estimate_gguf(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+    """Return the memory of `info`, with context and cells chosen to fit the limit.
+
+    The context is the trained one unless the options or the limit allow less; all sequences
+    share up to four contexts' worth of KV cells, one at least.  Raises InsufficientMemory.
+    """
+    shape = _shape(info.details)
+    per_token = shape.kv_bytes_per_token
+    fixed_kv = shape.state_bytes * (options.max_sequences + 2)
+    step_tokens = options.prefill_chunk_tokens + options.max_sequences
+    transient = (
+        _BASE_BYTES
+        + step_tokens * shape.embedding_length * 16 * _F32_BYTES
+        + options.max_sequences * shape.vocabulary_size * _F32_BYTES * 2
+    )
+    # Every cell also costs a row of the attention mask in each step.
+    per_cell = per_token + step_tokens * _F32_BYTES
+    wanted = min(options.context_tokens or info.context_length, info.context_length)
+    limit = options.memory_limit_bytes
+    context, cells = wanted, max(options.kv_tokens or 0, wanted)
+    if limit is not None:
+        free = limit - info.size_bytes - transient - fixed_kv
+        most = free // per_cell if per_cell else wanted
+        context = _granted(info, options, wanted, int(most), limit)
+        room = limit // _MOST_OF_LIMIT // per_cell if per_cell else context
+        cells = options.kv_tokens or min(context * _WANTED_CONTEXTS, max(context, room), int(most))
+    elif options.kv_tokens is None:
+        cells = wanted * min(_WANTED_CONTEXTS, options.max_sequences)
+    cells = max(context, cells)
+    cells = -(-cells // _CELL_PADDING) * _CELL_PADDING
+    return MemoryEstimate(
+        weights_bytes=info.size_bytes,
+        kv_bytes=cells * per_token + fixed_kv,
+        transient_bytes=transient + cells * step_tokens * _F32_BYTES,
+        context_tokens=context,
+        kv_tokens=cells,
+    )
+
+
+def _granted(info: ModelInfo, options: EngineOptions, wanted: int, most: int, limit: int) -> int:
+    """Return the context that fits: what was wanted, or less where the user did not fix it."""
+    most -= most % _CELL_PADDING
+    if wanted <= most:
+        return wanted
+    if options.context_tokens is not None and options.context_tokens <= info.context_length:
+        smallest = wanted
+    else:
+        smallest = min(_SMALLEST_CONTEXT, wanted)
+    if most < smallest:
+        raise InsufficientMemory(
+            f"The model {info.name} ({format_bytes(info.size_bytes)} of weights) does not fit into "
+            f"the {format_bytes(limit)} that models may use with a context of {smallest} tokens.",
+            param="model",
+        )
+    return most

@@ -1,0 +1,210 @@
+"""A loaded GGUF model and its vocabulary, over llama-cpp-python's low-level API."""
+
+import ctypes
+import logging
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from backends.base import Constraint, EngineOptions
+from backends.constraint import GrammarMask
+from core.errors import BrokenModel, InsufficientMemory
+
+logger = logging.getLogger(__name__)
+
+_LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+_MAX_PIECE_BYTES = 512
+
+
+class _NativeLog:
+    """llama.cpp's log lines, sent to our logger; the last errors are kept for messages."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._errors: list[str] = []
+        self._callback: Any = None
+
+    def install(self, llama_cpp: Any) -> None:
+        """Route the library's log here; once per process."""
+        with self._lock:
+            if self._callback is None:
+                self._callback = llama_cpp.llama_log_callback(self._on_line)
+                llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _on_line(self, level: int, text: bytes, _data: Any) -> None:
+        line = text.decode("utf-8", "replace").strip()
+        if level in _LOG_LEVELS and line:
+            logger.debug("llama.cpp: %s", line)
+        if level == 4 and line:
+            with self._lock:
+                self._errors = [*self._errors[-4:], line]
+
+    def take_errors(self) -> str:
+        """Return and forget the last error lines."""
+        with self._lock:
+            lines, self._errors = self._errors, []
+        return "; ".join(lines)
+
+
+native_log = _NativeLog()
+
+
+def library() -> Any:
+    """Import llama_cpp and prepare it; safe to call often and from any thread."""
+    import llama_cpp
+
+    native_log.install(llama_cpp)
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+class GgufModel:
+    """Weights and vocabulary of one model; implements `backends.base.Tokenizer`.
+
+    Loading blocks.  The vocabulary may be used from any thread, the weights by contexts only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Load `path` (the first shard of a split model).  Raises BrokenModel."""
+        self._llama = library()
+        params = self._llama.llama_model_default_params()
+        # Metal takes every layer; on a CPU build the number has no effect.
+        params.n_gpu_layers = 999 if sys.platform == "darwin" else 0
+        self.handle = self._llama.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle:
+            reason = native_log.take_errors() or "llama.cpp gives no reason"
+            raise BrokenModel(f"llama.cpp cannot load {path.name}: {reason}", param="model")
+        self.vocabulary = self._llama.llama_model_get_vocab(self.handle)
+        self._size = int(self._llama.llama_vocab_n_tokens(self.vocabulary))
+        self._pieces: dict[int, bytes] = {}
+        self._grammar_lock = threading.Lock()
+        self._grammar_tokenizer: Any = None
+        self._keeps_state = bool(
+            self._llama.llama_model_is_recurrent(self.handle)
+            or self._llama.llama_model_is_hybrid(self.handle)
+        )
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids."""
+        return self._size
+
+    @property
+    def keeps_recurrent_state(self) -> bool:
+        """Whether a sequence's state cannot be cut back to an earlier token."""
+        return self._keeps_state
+
+    @property
+    def has_encoder_only(self) -> bool:
+        """Whether the model has no decoder."""
+        return not self._llama.llama_model_has_decoder(self.handle)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return int(self._llama.llama_model_size(self.handle))
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the vocabulary wants a beginning-of-sequence token before a prompt."""
+        return bool(self._llama.llama_vocab_get_add_bos(self.vocabulary))
+
+    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Return the token ids of `text`; special tokens are recognised with `parse_special`."""
+        data = text.encode("utf-8")
+        room = len(data) + 8
+        buffer = (self._llama.llama_token * room)()
+        count = self._llama.llama_tokenize(
+            self.vocabulary, data, len(data), buffer, room, add_bos, parse_special
+        )
+        if count < 0:
+            buffer = (self._llama.llama_token * -count)()
+            count = self._llama.llama_tokenize(
+                self.vocabulary, data, len(data), buffer, -count, add_bos, parse_special
+            )
+        return list(buffer[:count])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token adds to the text; control tokens add nothing."""
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._pieces[token_id] = self.piece(token_id, special=False)
+        return piece
+
+    def piece(self, token_id: int, *, special: bool) -> bytes:
+        """Return a token's bytes, a control token's name too with `special`."""
+        size = _MAX_PIECE_BYTES
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = self._llama.llama_token_to_piece(
+                self.vocabulary, token_id, buffer, size, 0, special
+            )
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def show(self, *token_texts: bytes) -> None:
+        """Let the control tokens of these names appear in the text.
+
+        Markers such as <think> are control tokens in some vocabularies, and the parsers need them.
+        """
+        for text in token_texts:
+            ids = self.encode(text.decode(), add_bos=False, parse_special=True)
+            if len(ids) == 1 and self.piece(ids[0], special=True) == text:
+                self._pieces[ids[0]] = text
+
+    def is_end(self, token_id: int) -> bool:
+        """Whether a token ends the generation."""
+        return bool(self._llama.llama_vocab_is_eog(self.vocabulary, token_id))
+
+    def mask(self, constraint: Constraint) -> GrammarMask:
+        """Compile a grammar; the first takes a fraction of a second to read the vocabulary."""
+        with self._grammar_lock:
+            if self._grammar_tokenizer is None:
+                self._grammar_tokenizer = self._read_vocabulary()
+        return GrammarMask(self._grammar_tokenizer, constraint)
+
+    def _read_vocabulary(self) -> Any:
+        from llguidance.llamacpp import lltokenizer_from_vocab
+
+        ends = [token_id for token_id in range(self._size) if self.is_end(token_id)]
+        return lltokenizer_from_vocab(self.vocabulary, eos_token=ends or None)
+
+    def special_text(self, which: str) -> str:
+        """Return the text of the `bos` or `eos` token; empty where there is none."""
+        token_id = getattr(self._llama, f"llama_vocab_{which}")(self.vocabulary)
+        if token_id < 0:
+            return ""
+        return self.piece(token_id, special=True).decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Free the weights; twice is fine."""
+        if self.handle:
+            self._llama.llama_model_free(self.handle)
+            self.handle = None
+
+
+def open_context(model: GgufModel, options: EngineOptions, slot_count: int) -> Any:
+    """Return a llama.cpp context with `options.kv_tokens` cells for `slot_count` sequence ids.
+
+    Raises InsufficientMemory.
+    """
+    llama = library()
+    params = llama.llama_context_default_params()
+    params.n_ctx = options.kv_tokens
+    params.n_batch = options.prefill_chunk_tokens + options.max_sequences
+    params.n_ubatch = params.n_batch
+    params.n_seq_max = slot_count
+    # llama.cpp asserts room for one output of every sequence id.
+    params.n_outputs_max = slot_count
+    params.n_threads = params.n_threads_batch = options.threads
+    params.kv_unified = True
+    params.no_perf = True
+    context = llama.llama_init_from_model(model.handle, params)
+    if not context:
+        reason = native_log.take_errors() or "llama.cpp gives no reason"
+        raise InsufficientMemory(
+            f"No context of {options.kv_tokens} tokens could be opened: {reason}", param="model"
+        )
+    return context

@@ -1,0 +1,134 @@
+"""Per-request sampler chains of llama.cpp, with masks and log-probabilities."""
+
+import secrets
+from typing import Any
+
+import numpy as np
+
+from backends.base import SequenceSpec
+from backends.gguf_model import GgufModel, library
+from core.errors import RequestError
+from core.types import SamplingParams, TokenLogprob
+
+# What llama.cpp's own tools use where neither the request nor the model says anything.
+DEFAULT_TEMPERATURE = 0.8
+DEFAULT_TOP_K = 40
+DEFAULT_TOP_P = 0.95
+DEFAULT_MIN_P = 0.05
+
+
+class SequenceSampler:
+    """Chooses one sequence's tokens; its penalties and random state live here.
+
+    Not thread-safe: belongs to the stepper's thread.
+    """
+
+    def __init__(self, model: GgufModel, spec: SequenceSpec, context_tokens: int) -> None:
+        """Build the chain.  Raises RequestError for ids outside the vocabulary."""
+        self._llama = library()
+        self._model = model
+        self._top_logprobs = spec.sampling.top_logprobs
+        self._mask = spec.mask
+        self._chain = self._llama.llama_sampler_chain_init(
+            self._llama.llama_sampler_chain_default_params()
+        )
+        try:
+            self._fill(spec.sampling, spec.prompt, context_tokens)
+        except BaseException:
+            self.close()
+            raise
+
+    def _fill(self, params: SamplingParams, prompt: tuple[int, ...], context_tokens: int) -> None:
+        llama, size = self._llama, self._model.vocabulary_size
+        if params.logit_bias:
+            self._add_logit_bias(params)
+        if params.repetition_penalty != 1.0:
+            penalty = llama.llama_sampler_init_penalties(
+                size, context_tokens, params.repetition_penalty, 0.0, 0.0
+            )
+            for token_id in prompt:
+                llama.llama_sampler_accept(penalty, token_id)
+            self._add(penalty)
+        if params.frequency_penalty or params.presence_penalty:
+            self._add(
+                llama.llama_sampler_init_penalties(
+                    size, context_tokens, 1.0, params.frequency_penalty, params.presence_penalty
+                )
+            )
+        temperature = _or(params.temperature, DEFAULT_TEMPERATURE)
+        if temperature == 0.0:
+            self._add(llama.llama_sampler_init_greedy())
+            return
+        if (top_k := _or(params.top_k, DEFAULT_TOP_K)) > 0:
+            self._add(llama.llama_sampler_init_top_k(top_k))
+        if (top_p := _or(params.top_p, DEFAULT_TOP_P)) < 1.0:
+            self._add(llama.llama_sampler_init_top_p(top_p, 1))
+        if (min_p := _or(params.min_p, DEFAULT_MIN_P)) > 0.0:
+            self._add(llama.llama_sampler_init_min_p(min_p, 1))
+        self._add(llama.llama_sampler_init_temp(temperature))
+        self._add(llama.llama_sampler_init_dist(_seed(params.seed)))
+
+    def _add(self, sampler: Any) -> None:
+        self._llama.llama_sampler_chain_add(self._chain, sampler)
+
+    def _add_logit_bias(self, params: SamplingParams) -> None:
+        size = self._model.vocabulary_size
+        biases = (self._llama.llama_logit_bias * len(params.logit_bias))()
+        for entry, (token_id, bias) in zip(biases, params.logit_bias.items(), strict=True):
+            if not 0 <= token_id < size:
+                raise RequestError(
+                    f"logit_bias names token {token_id}, but the vocabulary has {size} tokens.",
+                    param="logit_bias",
+                )
+            # OpenAI documents -100 as a ban and 100 as exclusive selection.
+            entry.token, entry.bias = token_id, (-np.inf if bias <= -100 else bias)
+        self._add(self._llama.llama_sampler_init_logit_bias(size, len(biases), biases))
+
+    def sample(self, context: Any, index: int) -> tuple[int, TokenLogprob | None]:
+        """Choose the token after the batch's token `index`, and its log-probability if wanted."""
+        if self._mask is None and self._top_logprobs is None:
+            return int(self._llama.llama_sampler_sample(self._chain, context, index)), None
+        pointer = self._llama.llama_get_logits_ith(context, index)
+        logits = np.ctypeslib.as_array(pointer, (self._model.vocabulary_size,))
+        # Masking and sampling change the logits, so their meaning is taken first.
+        original = logits.copy() if self._top_logprobs is not None else logits
+        if self._mask is not None:
+            self._mask.apply(logits)
+        token_id = int(self._llama.llama_sampler_sample(self._chain, context, index))
+        if self._mask is not None:
+            self._mask.accept(token_id)
+        if self._top_logprobs is None:
+            return token_id, None
+        return token_id, self._logprob(token_id, original, self._top_logprobs)
+
+    def _logprob(self, token_id: int, logits: "np.ndarray[Any, Any]", top: int) -> TokenLogprob:
+        peak = float(logits.max())
+        total = peak + float(np.log(np.exp(logits.astype(np.float64) - peak).sum()))
+
+        def entry(token: int, others: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+            data = self._model.piece(token, special=True)
+            return TokenLogprob(token, data, float(logits[token]) - total, others)
+
+        if top == 0:
+            return entry(token_id)
+        likely = np.argpartition(logits, -top)[-top:]
+        likely = likely[np.argsort(-logits[likely], kind="stable")]
+        return entry(token_id, tuple(entry(int(token)) for token in likely))
+
+    def close(self) -> None:
+        """Free the chain; twice is fine."""
+        if self._chain:
+            self._llama.llama_sampler_free(self._chain)
+        self._chain = None
+
+
+def _or(value: float | int | None, default: float | int) -> Any:
+    return default if value is None else value
+
+
+def _seed(seed: int | None) -> int:
+    """Fold any integer into llama.cpp's 32 bits; 0xFFFFFFFF means random there and is avoided."""
+    if seed is None:
+        return secrets.randbelow(0xFFFFFFFF)
+    folded = (seed ^ (seed >> 32)) & 0xFFFFFFFF
+    return folded if folded != 0xFFFFFFFF else 0xFFFFFFFE

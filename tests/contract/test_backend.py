@@ -1,0 +1,162 @@
+"""What every backend's engine must do, whatever the format."""
+
+import asyncio
+
+import pytest
+
+from backends.base import Engine
+from core.errors import ContextLengthExceeded, EngineFailed, RequestError
+from core.types import PrefillProgress, TextDelta, TextPrompt, TokenPrompt
+from tests.requests import assert_same_tokens, chat, end_of, request, run, text_of, token_ids_of
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+QUESTION = chat("Write a few sentences about the sea: grüße, 海, 🎈🎉 and so on.")
+
+
+async def test_generate_streams_more_than_one_event(engine: Engine) -> None:
+    events = await run(engine, request(QUESTION))
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+    assert len(deltas) > 1
+    assert text_of(events)
+
+
+async def test_generate_is_deterministic_when_greedy(engine: Engine) -> None:
+    first = await run(engine, request(QUESTION))
+    second = await run(engine, request(QUESTION))
+    assert text_of(first) == text_of(second)
+
+
+async def test_generate_is_deterministic_with_a_seed(engine: Engine) -> None:
+    options = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 2**40 + 7}
+    first = await run(engine, request(QUESTION, **options))
+    second = await run(engine, request(QUESTION, **options))
+    assert text_of(first) == text_of(second)
+
+
+async def test_generate_ends_at_max_tokens(engine: Engine) -> None:
+    events = await run(engine, request(QUESTION, max_tokens=5))
+    assert end_of(events).reason == "length"
+    assert end_of(events).usage.completion_tokens == 5
+    assert len(token_ids_of(events)) == 5
+
+
+async def test_usage_adds_up(engine: Engine) -> None:
+    prompt = TokenPrompt((72, 101, 108, 108, 111))
+    events = await run(engine, request(prompt, max_tokens=8))
+    usage = end_of(events).usage
+    assert usage.prompt_tokens == 5
+    assert usage.completion_tokens == len(token_ids_of(events))
+    assert 0 <= usage.cached_tokens < usage.prompt_tokens
+
+
+async def test_progress_ends_with_the_whole_prompt(engine: Engine) -> None:
+    events = await run(engine, request("word " * 300, max_tokens=2))
+    progress = [event for event in events if isinstance(event, PrefillProgress)]
+    assert all(event.done_tokens < event.total_tokens for event in progress)
+    assert all(event.total_tokens == end_of(events).usage.prompt_tokens for event in progress)
+
+
+async def test_stop_string_never_leaks(engine: Engine) -> None:
+    whole = text_of(await run(engine, request(QUESTION, max_tokens=40)))
+    for start, length in ((3, 1), (5, 4), (9, 12)):
+        stop = whole[start : start + length]
+        events = await run(engine, request(QUESTION, max_tokens=40, stop=[stop]))
+        assert text_of(events) == whole[: whole.index(stop)]
+        assert end_of(events).reason == "stop"
+
+
+async def test_text_is_never_cut_inside_a_character(engine: Engine) -> None:
+    prompt = chat("Repeat after me: 🎈海ü🎉 🎈海ü🎉 🎈海ü🎉")
+    events = await run(engine, request(prompt, max_tokens=60))
+    for event in events:
+        if isinstance(event, TextDelta):
+            event.text.encode()
+    whole = text_of(events)
+    assert "\ufffd" not in whole.removesuffix("\ufffd")
+
+
+async def test_sequences_run_together_as_they_run_alone(engine: Engine) -> None:
+    if engine.info.quantization == "q4_1":
+        pytest.skip("activations are rounded to int8 per batch, so near ties may fall otherwise")
+    prompts = [
+        request(chat(f"Say something about number {index}."), top_logprobs=2) for index in range(6)
+    ]
+    alone = [await run(engine, prompt) for prompt in prompts]
+    together = await asyncio.gather(*(run(engine, prompt) for prompt in prompts))
+    for one, other in zip(alone, together, strict=True):
+        assert_same_tokens(one, other)
+
+
+async def test_closing_the_generator_frees_the_sequence(engine: Engine) -> None:
+    events = engine.generate(request("x" * 1500, max_tokens=500))
+    await anext(events)
+    await events.aclose()
+    # One more request is answered after the removal was applied.
+    await run(engine, request("hello", max_tokens=1))
+    assert engine.load().running == 0
+    assert engine.load().waiting == 0
+
+
+async def test_more_requests_than_sequences_wait_and_finish(engine: Engine) -> None:
+    prompts = [request(f"Number {index}:", max_tokens=4) for index in range(20)]
+    answers = await asyncio.gather(*(run(engine, prompt) for prompt in prompts))
+    assert all(end_of(events).usage.completion_tokens <= 4 for events in answers)
+    assert engine.load().waiting == 0
+
+
+async def test_logprobs_match_the_tokens(engine: Engine) -> None:
+    events = await run(engine, request("The sea is", max_tokens=6, top_logprobs=3))
+    entries = [
+        entry for event in events if isinstance(event, TextDelta) for entry in event.logprobs
+    ]
+    ids = token_ids_of(events)
+    assert [entry.token_id for entry in entries] == ids[: len(entries)]
+    assert len(entries) >= len(ids) - 1
+    for entry in entries:
+        assert entry.logprob <= 0.0
+        assert 1 <= len(entry.top) <= 3
+        assert entry.top[0].token_id == entry.token_id
+        assert [top.logprob for top in entry.top] == sorted(
+            (top.logprob for top in entry.top), reverse=True
+        )
+
+
+async def test_echo_gives_the_prompt_first(engine: Engine) -> None:
+    events = await run(engine, request("The sea is", max_tokens=3, echo_prompt=True))
+    assert text_of(events).startswith("The sea is")
+    assert end_of(events).usage.completion_tokens == 3
+
+
+async def test_prompt_over_the_context_is_refused_with_both_numbers(engine: Engine) -> None:
+    # Twice the context in tokens, however many bytes a token has.
+    prompt = TokenPrompt((65,) * (engine.context_tokens * 2))
+    with pytest.raises(ContextLengthExceeded) as caught:
+        await run(engine, request(prompt))
+    assert str(engine.context_tokens) in caught.value.message
+    assert str(engine.context_tokens * 2) in caught.value.message
+
+
+async def test_prompt_that_just_fits_is_answered(engine: Engine) -> None:
+    prompt = TokenPrompt((65,) * (engine.context_tokens - 1))
+    events = await run(engine, request(prompt, max_tokens=None))
+    assert end_of(events).usage.completion_tokens == 1
+    assert end_of(events).reason == "length"
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**9])
+async def test_token_ids_outside_the_vocabulary_are_refused(engine: Engine, token_id: int) -> None:
+    with pytest.raises(RequestError, match="vocabulary"):
+        await run(engine, request(TokenPrompt((65, token_id))))
+
+
+async def test_an_empty_prompt_is_refused(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        await run(engine, request(TokenPrompt(())))
+
+
+async def test_a_deadline_ends_the_request(engine: Engine) -> None:
+    prompt = TextPrompt("x" * 1000)
+    with pytest.raises(EngineFailed, match="longer than"):
+        await run(engine, request(prompt, max_tokens=None, deadline_s=1e-6))
+    assert text_of(await run(engine, request("The sea", max_tokens=2)))
