@@ -1,0 +1,144 @@
+"""Files on disk: walking model folders within bounds, and moving a damaged catalog aside."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from stat import S_ISREG
+
+from catalog.names import is_telling
+
+MAX_DEPTH = 8
+MAX_FILES = 10_000
+_PARTIAL = (".part", ".partial", ".incomplete", ".tmp", ".download", ".crdownload")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A regular file that may be a model, and the root it was found under."""
+
+    path: Path
+    root: Path
+
+
+@dataclass(slots=True)
+class Walk:
+    """What a walk found, by path; `skipped` are paths with the reason."""
+
+    candidates: list[Candidate] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def mark(path: Path) -> str:
+    """Return a text that changes when the file does.  Raises OSError."""
+    status = path.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
+
+
+def walk(roots: Sequence[Path]) -> Walk:
+    """Collect the regular files under `roots`; blocks while folders are listed.
+
+    A link to a file counts when it stays inside a root; of a file's names the telling one is
+    taken, for the Hugging Face cache links names to hashes.  Linked folders, hidden and partial
+    files are left out.
+    """
+    found = Walk()
+    resolved = list(dict.fromkeys(Path(os.path.realpath(root)) for root in roots))
+    entries = [
+        (entry, root)
+        for root in resolved
+        if root.is_dir()
+        for entry in _entries(root, found.skipped)
+    ]
+    # Of several names for one file the first is taken.
+    entries.sort(key=lambda item: _telling_first(item[0]))
+    seen: set[tuple[int, int]] = set()
+    for entry, root in entries:
+        path = Path(entry.path)
+        reason = _unfit(entry, resolved, seen)
+        if reason is None:
+            found.candidates.append(Candidate(path, root))
+        elif reason:
+            found.skipped.append(f"{_printable(path)}: {reason}")
+    found.candidates.sort(key=lambda candidate: candidate.path)
+    return found
+
+
+def _telling_first(entry: "os.DirEntry[str]") -> tuple[bool, bool, str]:
+    return not is_telling(entry.name), entry.is_symlink(), entry.path
+
+
+def _entries(root: Path, skipped: list[str]) -> Iterator["os.DirEntry[str]"]:
+    """Yield what is in a root and its folders, folders themselves not."""
+    folders = [(root, 1)]
+    count = 0
+    while folders:
+        folder, depth = folders.pop()
+        try:
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            skipped.append(f"{_printable(folder)}: cannot be listed ({error.strerror})")
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name.lower().endswith(_PARTIAL):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                if depth < MAX_DEPTH:
+                    folders.append((Path(entry.path), depth + 1))
+                else:
+                    skipped.append(f"{_printable(Path(entry.path))}: deeper than {MAX_DEPTH}")
+                continue
+            count += 1
+            if count > MAX_FILES:
+                skipped.append(f"{_printable(root)}: only the first {MAX_FILES:,} files are read")
+                return
+            yield entry
+
+
+def _unfit(
+    entry: "os.DirEntry[str]", roots: Sequence[Path], seen: set[tuple[int, int]]
+) -> str | None:
+    """Return why a file is left out, empty where that needs no word; None: it is fit."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not S_ISREG(status.st_mode):
+        return "" if entry.is_symlink() and entry.is_dir() else "not a regular file"
+    if entry.is_symlink():
+        target = Path(os.path.realpath(entry.path))
+        if not any(target.is_relative_to(root) for root in roots):
+            return "a link that leaves the model folders"
+    if (status.st_dev, status.st_ino) in seen:
+        return "" if status.st_nlink == 1 else "the same file under another name"
+    if not _is_utf8(entry.path):
+        return "its name is not UTF-8"
+    if not os.access(entry.path, os.R_OK):
+        return "cannot be read (no permission)"
+    seen.add((status.st_dev, status.st_ino))
+    return None
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(path: Path) -> str:
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a damaged database and its journals to the next free `.corrupt-<n>`; return that."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
+        number += 1
+    for suffix in ("", "-wal", "-shm"):
+        part = path.with_name(path.name + suffix)
+        if part.exists():
+            part.rename(aside.with_name(aside.name + suffix))
+    return aside

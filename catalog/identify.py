@@ -1,0 +1,77 @@
+"""Which format a file has, by its content: every backend is asked."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from backends.base import Backend, ModelInfo
+from core.errors import BrokenModel, NotThisFormat
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class HasBuiltInModels(Protocol):
+    """A backend with models that need no files."""
+
+    def built_in(self) -> tuple[ModelInfo, ...]:
+        """Return those models."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A file of a known format that cannot be used, with the reason."""
+
+    format: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A file that no backend claims, with what each said."""
+
+    reasons: tuple[str, ...]
+
+
+Outcome: TypeAlias = ModelInfo | Refused | Unknown
+
+
+def examine(path: Path, backends: Iterable[Backend]) -> Outcome:
+    """Ask every backend about `path`; blocks while headers are read.
+
+    A model that two formats claim is refused, and so is one whose only claim is broken.
+    """
+    claims: list[ModelInfo] = []
+    refusals: list[Refused] = []
+    others: list[str] = []
+    for backend in backends:
+        try:
+            claims.append(backend.identify(path))
+        except NotThisFormat as reason:
+            others.append(f"{backend.name}: {reason}")
+        except BrokenModel as problem:
+            refusals.append(Refused(backend.name, problem.message))
+        except Exception:
+            # A plug-in's fault must not hide the models of the other formats.
+            logger.exception("format %s failed on a file", backend.name, extra={"file": str(path)})
+            others.append(f"{backend.name}: its identification failed")
+    if len(claims) == 1:
+        return claims[0]
+    if claims:
+        names = " and ".join(info.format for info in claims)
+        return Refused(claims[0].format, f"The file {path.name!r} is claimed by {names}.")
+    return refusals[0] if refusals else Unknown(tuple(others))
+
+
+def identify(path: Path, backends: Iterable[Backend]) -> ModelInfo:
+    """Return what `path` is.  Raises BrokenModel, or NotThisFormat with every backend's reason."""
+    match examine(path, backends):
+        case ModelInfo() as info:
+            return info
+        case Refused(reason=reason):
+            raise BrokenModel(reason, param="model")
+        case Unknown(reasons=reasons):
+            raise NotThisFormat("; ".join(reasons) or "no backend was asked")

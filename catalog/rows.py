@@ -1,0 +1,62 @@
+"""What the catalog's rows hold as JSON."""
+
+import json
+from pathlib import Path
+from typing import assert_never
+
+from backends.base import ModelInfo
+from catalog.models import BuiltIn, Local, Package, Source
+from core.types import Capability
+
+
+def info_to_json(info: ModelInfo) -> str:
+    """Return a model's description as JSON text, the same for equal descriptions."""
+    fields = {
+        "format": info.format,
+        "name": info.name,
+        "architecture": info.architecture,
+        "quantization": info.quantization,
+        "files": [str(file) for file in info.files],
+        "size_bytes": info.size_bytes,
+        "parameters": info.parameters,
+        "context_length": info.context_length,
+        "capabilities": sorted(info.capabilities),
+        "license": info.license,
+        "chat_template": info.chat_template,
+        "details": dict(info.details),
+    }
+    return json.dumps(fields, sort_keys=True)
+
+
+def info_from_json(text: str) -> ModelInfo:
+    """Return the description that `info_to_json` wrote."""
+    fields = json.loads(text)
+    fields["files"] = tuple(Path(file) for file in fields["files"])
+    fields["capabilities"] = frozenset(Capability(name) for name in fields["capabilities"])
+    return ModelInfo(**fields)
+
+
+def source_to_json(source: Source) -> str:
+    """Return where a model comes from as JSON text."""
+    match source:
+        case Local(root):
+            fields = {"kind": "local", "root": root}
+        case Package(distribution, version):
+            fields = {"kind": "package", "distribution": distribution, "version": version}
+        case BuiltIn():
+            fields = {"kind": "built-in"}
+        case _:
+            assert_never(source)
+    return json.dumps(fields, sort_keys=True)
+
+
+def source_from_json(text: str) -> Source:
+    """Return the source that `source_to_json` wrote."""
+    fields = json.loads(text)
+    match fields["kind"]:
+        case "local":
+            return Local(fields["root"])
+        case "package":
+            return Package(fields["distribution"], fields["version"])
+        case _:
+            return BuiltIn()

@@ -1,0 +1,168 @@
+"""Bringing the catalog up to date with the model folders, the starters and the built-ins."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import assert_never
+
+from backends.base import Backend, ModelInfo
+from catalog.files import mark, walk
+from catalog.identify import HasBuiltInModels, Refused, Unknown, examine
+from catalog.models import BuiltIn, Found, Local, ModelRecord, ScanReport, Source, record_key
+from catalog.names import bare_name
+from catalog.starters import STARTERS, starter_file
+from catalog.store import CatalogStore
+from core.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Part of every fingerprint: raised when identification learns more, so that all is read again.
+_READER_VERSION = 1
+
+
+def scan(
+    settings: Settings,
+    store: CatalogStore,
+    backends: Sequence[Backend],
+    *,
+    clock: Callable[[], float] = time.time,
+) -> ScanReport:
+    """Look at every model folder and write what changed; blocks, for seconds on a large disk.
+
+    Files that did not change are not opened.  Damaged ones are kept with the reason and tried
+    again when they or their folder change; vanished ones are kept as missing.
+    """
+    run = _Run({record.key: record for record in store.models()}, backends)
+    found = walk([settings.home / "models", *settings.models_path])
+    for candidate in found.candidates:
+        run.look(candidate.path, Local(str(candidate.root)))
+    for starter in STARTERS if settings.starters else ():
+        installed = starter_file(starter)
+        if installed is not None:
+            path, package, licence = installed
+            run.look(path, package, licence)
+    for backend in backends:
+        if isinstance(backend, HasBuiltInModels):
+            for info in backend.built_in():
+                run.keep(info)
+    for line in found.skipped:
+        _log_skipped(line)
+    report = store.record_scan(run.found, run.missing(), run.forgotten(), now=clock())
+    return replace(report, skipped=tuple(found.skipped))
+
+
+@dataclass(slots=True)
+class _Run:
+    """One scan: what is known by key, and what becomes of it."""
+
+    known: dict[str, ModelRecord]
+    backends: Sequence[Backend]
+    found: list[Found] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    claimed: set[str] = field(default_factory=set)
+
+    def look(self, path: Path, source: Source, licence: str = "") -> None:
+        """Take note of one file, opening it only if it is new or changed."""
+        if os.path.realpath(path) in self.claimed:
+            return
+        record = self.known.get(str(path))
+        try:
+            if record is not None and record.state != "missing" and _is_unchanged(record):
+                self._claim(record.info)
+                return
+            before = mark(path)
+            outcome = examine(path, self.backends)
+            if mark(path) != before:
+                # It is being written: what is known stays, and the next scan looks again.
+                self.seen.add(str(path))
+                return
+            if isinstance(outcome, Unknown):
+                return
+            self._take(outcome, path, source, licence)
+        except OSError as error:
+            _log_skipped(f"{path}: cannot be read ({error.strerror})")
+
+    def _take(self, outcome: ModelInfo | Refused, path: Path, source: Source, licence: str) -> None:
+        match outcome:
+            case ModelInfo() as info:
+                name = bare_name(info.files[0].parts, info.name)
+                info = replace(info, name=name, license=licence or info.license)
+                reason = ""
+            case Refused(format, reason):
+                info = _refused_info(format, path)
+            case _:
+                assert_never(outcome)
+        if record_key(info) in self.seen:
+            return
+        self.found.append(Found(info, source, _fingerprint(info, is_refused=bool(reason)), reason))
+        self._claim(info)
+
+    def keep(self, info: ModelInfo) -> None:
+        """Take note of a model without files."""
+        key = record_key(info)
+        record = self.known.get(key)
+        self.seen.add(key)
+        if record is None or record.info != info or record.state != "ok":
+            self.found.append(Found(info, BuiltIn(), f"{_READER_VERSION}:"))
+
+    def _claim(self, info: ModelInfo) -> None:
+        self.seen.add(record_key(info))
+        self.claimed.update(os.path.realpath(file) for file in info.files)
+
+    def missing(self) -> list[str]:
+        """Return the keys whose files are gone since the last scan."""
+        return [
+            key
+            for key, record in self.known.items()
+            if key not in self.seen and record.state != "missing" and not self._is_part(key)
+        ]
+
+    def forgotten(self) -> list[str]:
+        """Return the keys of files that are part of another model by now."""
+        return [key for key in self.known if key not in self.seen and self._is_part(key)]
+
+    def _is_part(self, key: str) -> bool:
+        return os.path.isabs(key) and os.path.realpath(key) in self.claimed
+
+
+def _refused_info(format: str, path: Path) -> ModelInfo:
+    return ModelInfo(
+        format=format,
+        name=bare_name(path.parts, ""),
+        architecture="",
+        quantization="",
+        files=(path,),
+        size_bytes=path.stat().st_size,
+        parameters=0,
+        context_length=0,
+        capabilities=frozenset(),
+    )
+
+
+def _fingerprint(info: ModelInfo, *, is_refused: bool) -> str:
+    """Return a text that changes when any of the model's files does.
+
+    A refused model's folder counts too: the shard that was missing may have come.
+    """
+    marks = [mark(file) for file in info.files]
+    if is_refused:
+        marks.append(str(info.files[0].parent.stat().st_mtime_ns))
+    return f"{_READER_VERSION}:" + ",".join(marks)
+
+
+def _is_unchanged(record: ModelRecord) -> bool:
+    try:
+        current = _fingerprint(record.info, is_refused=record.state == "refused")
+    except OSError:
+        return False
+    return current == record.fingerprint
+
+
+@lru_cache(maxsize=1024)
+def _log_skipped(line: str) -> None:
+    """Log a skipped path once, not with every scan."""
+    logger.warning("skipped %s", line)

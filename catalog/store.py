@@ -1,0 +1,293 @@
+"""The catalog's database: the only place with SQL besides the migrations."""
+
+import fcntl
+import json
+import logging
+import re
+import sqlite3
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from catalog.files import move_aside
+from catalog.migrations import migrate
+from catalog.models import Found, ModelRecord, RecordState, ScanReport, record_key
+from catalog.names import model_id, unique_id
+from catalog.rows import info_from_json, info_to_json, source_from_json, source_to_json
+from core.errors import ImpetusError, ModelNotFound, NotFound, RequestError
+
+logger = logging.getLogger(__name__)
+
+_BUSY_MS = 5000
+_LONGEST_NAME = 200
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
+_STATES: dict[str, RecordState] = {"ok": "ok", "refused": "refused", "missing": "missing"}
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_RECORDS = """
+    SELECT models.id, info, source, fingerprint, added_at, state, reason,
+           (SELECT json_group_array(alias) FROM aliases WHERE model_id = models.id)
+    FROM models
+"""
+_Row = tuple[str, str, str, str, float, str, str, str]
+
+
+class CatalogStore:
+    """Models and aliases in SQLite.  Every call blocks shortly; threads may share one store.
+
+    Several processes may open the same file; writers wait for each other up to 5 s.  A damaged
+    file is moved aside and an empty catalog takes its place.  Raises ImpetusError when the file
+    cannot be opened or written, or has a newer schema.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.RLock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _exclusive(path.with_name(path.name + ".lock")):
+                self._connection = _open(path)
+        except (OSError, sqlite3.Error) as error:
+            raise ImpetusError(f"The catalog {path} cannot be opened: {error}") from error
+
+    def close(self) -> None:
+        """Close the database; twice is fine."""
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._connection
+            except sqlite3.Error as error:
+                raise ImpetusError(f"The catalog {self._path} failed: {error}") from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """Run the body as one transaction that also counts as a change."""
+        with self._reading() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("UPDATE changes SET count = count + 1")
+                connection.execute("COMMIT")
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+
+    def data_version(self) -> int:
+        """Return a number that differs after every change by any process; cheap."""
+        with self._reading() as connection:
+            return int(connection.execute("SELECT count FROM changes").fetchone()[0])
+
+    def models(self) -> list[ModelRecord]:
+        """Return all models by id, refused and missing ones too."""
+        with self._reading() as connection:
+            rows = connection.execute(_RECORDS + " ORDER BY models.id").fetchall()
+        return [_record(row) for row in rows]
+
+    def get(self, model_id: str) -> ModelRecord | None:
+        """Return the model with exactly this id."""
+        if not _is_sayable(model_id):
+            return None
+        with self._reading() as connection:
+            row = connection.execute(_RECORDS + " WHERE models.id = ?", (model_id,)).fetchone()
+        return None if row is None else _record(row)
+
+    def resolve(self, name: str) -> list[ModelRecord]:
+        """Return what `name` may mean, whatever its case: nothing for an unknown one.
+
+        (1) An id means that model.  (2) A user's alias comes next.  (3) A bare name means all
+        its variants.
+        """
+        if not _is_sayable(name):
+            return []
+        wanted = name.lower()
+        for condition in (
+            " WHERE models.id = ?",  # (1)
+            " WHERE models.id = (SELECT model_id FROM aliases WHERE alias = ?)",  # (2)
+            " WHERE name = ? ORDER BY models.id",  # (3)
+        ):
+            with self._reading() as connection:
+                rows = connection.execute(_RECORDS + condition, (wanted,)).fetchall()
+            if rows:
+                return [_record(row) for row in rows]
+        return []
+
+    def aliases(self) -> dict[str, str]:
+        """Return every alias with its model's id."""
+        with self._reading() as connection:
+            rows = connection.execute("SELECT alias, model_id FROM aliases ORDER BY alias")
+            return dict(rows.fetchall())
+
+    def set_alias(self, alias: str, model_id: str) -> None:
+        """Let `alias` mean a model, instead of what it meant before.
+
+        Raises RequestError for a malformed alias, ModelNotFound.  No alias can be an id, because
+        every id has an @.
+        """
+        if _ALIAS.fullmatch(alias) is None:
+            raise RequestError(
+                "An alias is 1 to 100 letters, digits, dots, underscores, colons, slashes and "
+                "hyphens, the first a letter or digit.",
+                param="alias",
+            )
+        if not _is_sayable(model_id):
+            raise ModelNotFound.of(model_id, [])
+        with self._writing() as connection:
+            known = connection.execute("SELECT 1 FROM models WHERE id = ?", (model_id,))
+            if known.fetchone() is None:
+                raise ModelNotFound.of(model_id, [])
+            connection.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?)", (alias, model_id))
+
+    def remove_alias(self, alias: str) -> None:
+        """Forget an alias.  Raises NotFound."""
+        unknown = NotFound(f"There is no alias {alias[:100]!r}.", param="alias")
+        if not _is_sayable(alias):
+            raise unknown
+        with self._writing() as connection:
+            if not connection.execute("DELETE FROM aliases WHERE alias = ?", (alias,)).rowcount:
+                raise unknown
+
+    def record_scan(
+        self,
+        found: Sequence[Found],
+        missing: Sequence[str],
+        forgotten: Sequence[str],
+        *,
+        now: float,
+    ) -> ScanReport:
+        """Write what a scan learned in one transaction; nothing to write changes nothing.
+
+        `missing` are keys whose files are gone, `forgotten` keys that turned out to be part of
+        another model.  A model keeps its id while it stays at its path, and takes it along when
+        it moves.
+        """
+        if not (found or missing or forgotten):
+            return ScanReport()
+        lists: dict[str, list[str]] = {"added": [], "changed": [], "refused": [], "missing": []}
+        with self._writing() as connection:
+            for key in forgotten:
+                connection.execute("DELETE FROM models WHERE key = ?", (key,))
+            for key in missing:
+                row = connection.execute(
+                    "UPDATE models SET state = 'missing', reason = 'its files are gone' "
+                    "WHERE key = ? RETURNING id",
+                    (key,),
+                ).fetchone()
+                lists["missing"] += row or ()
+            for item in found:
+                kind, written_id = _write(connection, item, now)
+                lists[kind].append(written_id)
+        return ScanReport(**{kind: tuple(sorted(ids)) for kind, ids in lists.items()})
+
+
+def _is_sayable(name: str) -> bool:
+    """Whether `name` can be an id or alias at all; what SQLite cannot encode is not."""
+    return 0 < len(name) <= _LONGEST_NAME and name.isascii()
+
+
+def _write(connection: sqlite3.Connection, item: Found, now: float) -> tuple[str, str]:
+    """Insert or update one model; return what that is for the report, and its id."""
+    info = item.info
+    key, base = record_key(info), model_id(info.name, info.format, info.quantization)
+    row = connection.execute("SELECT id, base_id FROM models WHERE key = ?", (key,)).fetchone()
+    is_new = row is None
+    if is_new:
+        row = _moved_from(connection, item, base)
+        is_new = row is None
+    old_id, old_base = row or (None, None)
+    new_id = old_id
+    if old_id is None or old_base != base:
+        taken = connection.execute("SELECT id FROM models WHERE id IS NOT ?", (old_id,))
+        new_id = unique_id(base, {taken_id for (taken_id,) in taken})
+    values = (
+        key, new_id, base, info.name, item.state, item.reason, item.fingerprint,
+        source_to_json(item.source), info_to_json(info),
+    )  # fmt: skip
+    if is_new:
+        connection.execute(
+            "INSERT INTO models (key, id, base_id, name, state, reason, fingerprint, source, info,"
+            " added_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*values, now),
+        )
+    else:
+        connection.execute(
+            "UPDATE models SET key = ?, id = ?, base_id = ?, name = ?, state = ?, reason = ?,"
+            " fingerprint = ?, source = ?, info = ? WHERE id = ?",
+            (*values, old_id),
+        )
+    kind = "refused" if item.state == "refused" else "added" if is_new else "changed"
+    return kind, str(new_id)
+
+
+def _moved_from(connection: sqlite3.Connection, item: Found, base: str) -> tuple[str, str] | None:
+    """Return the missing model that `item` is, when it differs in its path alone."""
+    rows = connection.execute(
+        "SELECT id, base_id, info FROM models WHERE base_id = ? AND state = 'missing' ORDER BY id",
+        (base,),
+    )
+    wanted = json.loads(info_to_json(item.info)) | {"files": None}
+    for old_id, old_base, info in rows.fetchall():
+        if json.loads(info) | {"files": None} == wanted:
+            return old_id, old_base
+    return None
+
+
+def _record(row: _Row) -> ModelRecord:
+    model_id, info, source, fingerprint, added_at, state, reason, aliases = row
+    return ModelRecord(
+        id=model_id,
+        info=info_from_json(info),
+        source=source_from_json(source),
+        fingerprint=fingerprint,
+        added_at=added_at,
+        aliases=tuple(sorted(json.loads(aliases))),
+        state=_STATES[state],
+        reason=reason,
+    )
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Keep other processes from opening, repairing and migrating at the same time."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        return _connect(path)
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF not in _DAMAGED:
+            raise
+        aside = move_aside(path)
+        logger.error("the catalog is damaged (%s); it was moved to %s", error, aside)
+        return _connect(path)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False
+    )
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+        connection.execute("PRAGMA foreign_keys = ON")
+        if sys.platform == "darwin":
+            connection.execute("PRAGMA fullfsync = 1")
+            connection.execute("PRAGMA checkpoint_fullfsync = 1")
+        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            damage = sqlite3.DatabaseError(verdict)
+            damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise damage
+        migrate(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

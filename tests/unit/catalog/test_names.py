@@ -1,0 +1,80 @@
+"""Tests of readable, stable and unique model names."""
+
+import re
+import unicodedata
+from pathlib import PurePosixPath
+
+import pytest
+
+from catalog.names import bare_name, model_id, nearest_names, slug, unique_id
+
+
+@pytest.mark.parametrize(
+    ("path", "title", "name"),
+    [
+        ("/m/SmolLM2-135M-Instruct.Q4_1.gguf", "Smollm2 Mix", "smollm2-135m-instruct"),
+        ("/m/qwen2.5-7b-instruct-q4_k_m-00001-of-00002.gguf", "", "qwen2.5-7b-instruct"),
+        ("/m/Qwen3-4B-UD-Q4_K_XL.gguf", "", "qwen3-4b"),
+        ("/m/gemma-3-1b-it.i1-IQ3_XXS.gguf", "", "gemma-3-1b-it"),
+        ("/m/gpt-oss-20b-mxfp4.gguf", "", "gpt-oss-20b"),
+        ("/m/Llama-3.2-1B-f16.gguf", "", "llama-3.2-1b"),
+        ("/m/qwen2.5-7b", "", "qwen2.5-7b"),
+        ("/m/phi-2.gguf", "", "phi-2"),
+        ("/m/model.gguf", "Nice Model 3B", "nice-model-3b"),
+        ("/m/Phi-4-GGUF/ggml-model-q4_0.gguf", "", "phi-4"),
+        ("/m/Phi-4-GGUF/Q4_K_M.gguf", "", "phi-4"),
+        ("/h/models--org--Tiny-LM/snapshots/" + "a" * 40 + "/model.gguf", "", "tiny-lm"),
+        ("/o/blobs/sha256-" + "0f" * 32, "Llama 3", "llama-3"),
+        ("/模型.gguf", "", "model"),
+        ("/m/Café.gguf", "", "cafe"),
+        ("/m/-rf.gguf", "", "rf"),
+        ("/m/CON.gguf", "", "con"),
+        ("/m/🦙 tiny\n\x00.gguf", "", "tiny"),
+    ],
+)
+def test_bare_name_of_a_path(path: str, title: str, name: str) -> None:
+    assert bare_name(PurePosixPath(path).parts, title) == name
+
+
+def test_bare_name_is_the_same_for_both_unicode_forms() -> None:
+    names = {
+        bare_name([unicodedata.normalize(form, "Übung-é.gguf")], "") for form in ("NFC", "NFD")
+    }
+    assert names == {"ubung-e"}
+
+
+def test_bare_name_of_a_very_long_file_is_short() -> None:
+    assert len(bare_name(["x" * 250 + ".gguf"], "")) == 96
+
+
+@pytest.mark.parametrize("text", ["a/../b", "a\u202eb", "a;DROP TABLE x", "\ud800x", "A B", "％"])
+def test_slug_has_plain_characters_only(text: str) -> None:
+    assert re.fullmatch(r"[a-z0-9._-]*", slug(text))
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (("smollm2", "gguf", "q4_1"), "smollm2@gguf-q4_1"),
+        (("echo", "echo", ""), "echo@echo"),
+    ],
+)
+def test_model_id_of_its_parts(parts: tuple[str, str, str], expected: str) -> None:
+    assert model_id(*parts) == expected
+
+
+def test_unique_id_counts_from_two() -> None:
+    assert unique_id("a@gguf", {"b@gguf"}) == "a@gguf"
+    assert unique_id("a@gguf", {"a@gguf", "a@gguf-2"}) == "a@gguf-3"
+
+
+def test_nearest_names_are_at_most_three_and_best_first() -> None:
+    known = [f"smollm{n}-135m@gguf-q4_1" for n in range(2, 7)] + ["unrelated@echo"]
+    nearest = nearest_names("SMOLLM3-135m", known)
+    assert len(nearest) == 3
+    assert nearest[0] == "smollm3-135m@gguf-q4_1"
+
+
+@pytest.mark.parametrize("name", ["", "zzzz", "x" * 1_000_000, "\ud83d"])
+def test_nearest_names_of_nonsense_are_none(name: str) -> None:
+    assert nearest_names(name, ["smollm2@gguf-q4_1"]) == []

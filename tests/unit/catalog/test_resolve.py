@@ -1,0 +1,43 @@
+"""Tests of the choice between variants."""
+
+import pytest
+
+from catalog.resolve import best_variant
+from tests.unit.catalog.builders import make_record
+
+SMALL = make_record("m@gguf-q4_0", size_bytes=40)
+LARGE = make_record("m@gguf-q8_0", size_bytes=80)
+HUGE = make_record("m@gguf-f16", size_bytes=160)
+GONE = make_record("m@gguf-q2_k", size_bytes=20, state="missing")
+ALL = [SMALL, LARGE, HUGE, GONE]
+
+
+@pytest.mark.parametrize(
+    ("resident", "budget", "expected"),
+    [
+        (set(), 1000, HUGE),
+        (set(), 200, LARGE),
+        (set(), 160, LARGE),
+        (set(), 159, SMALL),
+        (set(), 10, SMALL),
+        ({SMALL.id}, 1000, SMALL),
+        ({SMALL.id, LARGE.id}, 1000, LARGE),
+        ({GONE.id}, 200, LARGE),
+    ],
+)
+def test_best_variant_follows_the_rule(resident: set[str], budget: int, expected: object) -> None:
+    assert best_variant(ALL, resident, budget) is expected
+
+
+def test_best_variant_of_unusable_ones_is_one_of_them() -> None:
+    assert best_variant([GONE], set(), 100) is GONE
+
+
+def test_best_variant_of_equals_is_decided_by_id() -> None:
+    twin = make_record("m@gguf-q8_0-2", size_bytes=80)
+    assert best_variant([twin, LARGE], set(), 1000) is LARGE
+
+
+def test_best_variant_of_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no candidates"):
+        best_variant([], set(), 100)
