@@ -1,0 +1,287 @@
+"""Who may talk to the server: guards over the raw request, before any handler runs.
+
+They run in this order: `HeaderGuard`, `OriginGuard`, `BodyLimit`, `KeyGuard`, `ContentTypeGuard`.
+"""
+
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from starlette.datastructures import MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from core.errors import (
+    AuthenticationError,
+    BodyTooLarge,
+    ImpetusError,
+    PermissionDenied,
+    RequestError,
+)
+from core.metrics import Metrics
+from core.settings import LOOPBACK_HOSTS, Settings
+from core.units import KIB, format_bytes
+from router.errors import error_response
+
+PUBLIC_PATHS = frozenset({"/healthz", "/readyz"})
+MAX_HEADER_BYTES = 64 * KIB
+MAX_HEADERS = 100
+
+# Source: Ollama, envconfig/config.go: origins of editors and desktop applications.
+_APP_SCHEMES = frozenset({"app", "file", "tauri", "vscode-webview", "vscode-file"})
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{1,5})?")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]{0,30}://[^\s/?#@\\,]{0,260}")
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9-]+(?:\s*,\s*[A-Za-z0-9-]+){0,99}")
+_BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
+_CLOSE = {"connection": "close"}
+
+
+def header_values(scope: Scope, name: bytes) -> list[bytes]:
+    """Return the values of every header called `name` (lower case), in order."""
+    return [value for key, value in scope["headers"] if key.lower() == name]
+
+
+class _Guard:
+    """A pure ASGI middleware that may answer instead of the application."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self._app = app
+        self._settings = settings
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass everything that is not HTTP through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        else:
+            await self.guard(scope, receive, send)
+
+    async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the application or answer with an error."""
+        await self._app(scope, receive, send)
+
+    def refusal(
+        self,
+        error: ImpetusError,
+        *,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        """Return the error's response and count it."""
+        self._metrics.errors.labels(error.code).inc()
+        return error_response(error, status=status, headers=headers)
+
+
+class HeaderGuard(_Guard):
+    """Bounds the headers and admits only requests that are addressed to this server.
+
+    A page of another site can make a browser send its own name here (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        super().__init__(app, settings, metrics)
+        names = {*LOOPBACK_HOSTS, settings.host, *settings.allowed_hosts}
+        self._names = frozenset(name.lower().strip("[]") for name in names)
+
+    async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 431, 400 or 403, or pass on."""
+        refusal = self._check_size(scope) or self._check_host(scope)
+        await (refusal or self._app)(scope, receive, send)
+
+    def _check_size(self, scope: Scope) -> Response | None:
+        headers = scope["headers"]
+        size = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+        size += sum(len(name) + len(value) + 4 for name, value in headers)
+        if len(headers) <= MAX_HEADERS and size <= MAX_HEADER_BYTES:
+            return None
+        error = RequestError(
+            f"The request has {len(headers)} headers and {format_bytes(size)} of address and "
+            f"headers; at most {MAX_HEADERS} and {format_bytes(MAX_HEADER_BYTES)} are accepted."
+        )
+        return self.refusal(error, status=431, headers=_CLOSE)
+
+    def _check_host(self, scope: Scope) -> Response | None:
+        hosts = header_values(scope, b"host")
+        match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+        if match is None:
+            error = RequestError("The request needs exactly one well-formed Host header.")
+            return self.refusal(error, headers=_CLOSE)
+        name = match[1].decode("ascii").lower().strip("[]")
+        if name in self._names:
+            return None
+        error_403 = PermissionDenied(
+            f"The Host {name!r} is not served here; IMPETUS_ALLOWED_HOSTS can allow it."
+        )
+        return self.refusal(error_403, headers=_CLOSE)
+
+
+def normal_origin(text: str) -> str:
+    """Return an origin in the form browsers send; raises ValueError for anything else."""
+    origin = text.strip().lower()
+    if not origin.endswith("://"):
+        origin = origin.rstrip("/")
+    if not _ORIGIN.fullmatch(origin):
+        raise ValueError(f"not an origin: {text!r} (write https://example.org)")
+    if origin.startswith(("http://", "https://")):
+        if not urlsplit(origin).hostname or "*" in origin:
+            raise ValueError(f"not an origin: {text!r} (patterns are not supported)")
+        _ = urlsplit(origin).port
+    return origin
+
+
+class OriginGuard(_Guard):
+    """Keeps pages of other sites from driving the server, and answers CORS for allowed ones."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        super().__init__(app, settings, metrics)
+        self._allowed = frozenset(normal_origin(origin) for origin in settings.allowed_origins)
+
+    async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 403 before the handler, a preflight, or pass on with the CORS headers."""
+        origins = header_values(scope, b"origin")
+        if not origins:
+            if b"cross-site" in header_values(scope, b"sec-fetch-site"):
+                await self._foreign("another site")(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+            return
+        origin = origins[0].decode("latin-1")
+        if len(origins) > 1 or not self._is_allowed(origin, scope):
+            await self._foreign(origin[:100])(scope, receive, send)
+            return
+        if scope["method"] == "OPTIONS" and header_values(scope, b"access-control-request-method"):
+            await _preflight(origin, scope)(scope, receive, send)
+            return
+
+        async def send_with_cors(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["access-control-allow-origin"] = origin
+                headers["access-control-expose-headers"] = (
+                    "x-request-id, x-impetus-ignored, retry-after"
+                )
+                headers.add_vary_header("Origin")
+            await send(message)
+
+        await self._app(scope, receive, send_with_cors)
+
+    def _foreign(self, origin: str) -> Response:
+        error = PermissionDenied(
+            f"Pages of {origin!r} may not call this server; IMPETUS_ALLOWED_ORIGINS can allow it."
+        )
+        return self.refusal(error, headers={**_CLOSE, "vary": "Origin"})
+
+    def _is_allowed(self, origin: str, scope: Scope) -> bool:
+        try:
+            origin = normal_origin(origin)
+        except ValueError:
+            return False
+        if origin in self._allowed:
+            return True
+        parts = urlsplit(origin)
+        if parts.scheme in _APP_SCHEMES:
+            return True
+        if parts.scheme not in ("http", "https"):
+            return False
+        own = header_values(scope, b"host")[0].decode("latin-1").lower()
+        return parts.hostname in LOOPBACK_HOSTS or parts.netloc == own
+
+
+def _preflight(origin: str, scope: Scope) -> Response:
+    headers = {
+        "access-control-allow-origin": origin,
+        "access-control-allow-methods": "GET, POST, PUT, PATCH, DELETE",
+        "access-control-max-age": "600",
+        "vary": "Origin",
+    }
+    asked = b", ".join(header_values(scope, b"access-control-request-headers")).decode("latin-1")
+    if _HEADER_NAMES.fullmatch(asked):
+        headers["access-control-allow-headers"] = asked
+    if header_values(scope, b"access-control-request-private-network") == [b"true"]:
+        headers["access-control-allow-private-network"] = "true"
+    return Response(status_code=204, headers=headers)
+
+
+class BodyLimit(_Guard):
+    """Counts the body while it arrives and stops reading at the limit."""
+
+    async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 413 for a declared length, or make `receive` raise BodyTooLarge."""
+        limit = self._settings.max_body
+        error = BodyTooLarge(f"The request body is larger than {format_bytes(limit)}.")
+        declared = header_values(scope, b"content-length")
+        if any(value.isdigit() and int(value[:20]) > limit for value in declared):
+            await self.refusal(error, headers=_CLOSE)(scope, receive, send)
+            return
+        received = 0
+
+        async def counted_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise error
+            return message
+
+        async def send_closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and received > limit:
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        await self._app(scope, counted_receive, send_closing)
+
+
+class KeyGuard(_Guard):
+    """Asks for the API key on every path but the public ones."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        super().__init__(app, settings, metrics)
+        key = settings.api_key
+        self._digest = None if key is None else _digest(key.get_secret_value().encode("ascii"))
+
+    async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 401 or pass on; decides on `scope["path"]` alone, never on the Host."""
+        if self._digest is None or scope["path"] in PUBLIC_PATHS or self._has_key(scope):
+            await self._app(scope, receive, send)
+            return
+        error = AuthenticationError(
+            "The API key is missing or wrong; send it as `Authorization: Bearer KEY`."
+        )
+        await self.refusal(error, headers=_CLOSE)(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        keys = header_values(scope, b"x-api-key")
+        for value in header_values(scope, b"authorization"):
+            scheme, _, key = value.partition(b" ")
+            if scheme.lower() == b"bearer":
+                keys.append(key.strip())
+        expected = self._digest or b""
+        return any(hmac.compare_digest(_digest(key), expected) for key in keys)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class ContentTypeGuard(_Guard):
+    """Takes JSON bodies only: what a page can send without a preflight is refused."""
+
+    async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 415 or pass on."""
+        if scope["method"] in _BODY_METHODS and not self._is_plain_json(scope):
+            error = RequestError(
+                "The body must be JSON: send `Content-Type: application/json` and no "
+                "Content-Encoding."
+            )
+            await self.refusal(error, status=415, headers=_CLOSE)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_plain_json(self, scope: Scope) -> bool:
+        types = header_values(scope, b"content-type")
+        encodings = header_values(scope, b"content-encoding")
+        if len(types) != 1 or any(value.strip().lower() != b"identity" for value in encodings):
+            return False
+        return types[0].partition(b";")[0].strip().lower() == b"application/json"

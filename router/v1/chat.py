@@ -1,0 +1,192 @@
+"""`POST /v1/chat/completions`."""
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat.chat_completion import Choice
+from starlette.requests import Request
+from starlette.responses import Response
+
+from core.types import (
+    Capability,
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    JsonValue,
+    PrefillProgress,
+    ReasoningDelta,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+)
+from router.context import RouteContext, record_of
+from router.v1.body import read_request
+from router.v1.generation import Generation, nobody_listens
+from router.v1.logprobs import chat_logprobs
+from router.v1.messages import to_chat_prompt
+from router.v1.requests import ChatRequest
+from router.v1.sse import ChunkFormatter, EventStream
+
+
+def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler."""
+
+    async def create_chat_completion(request: Request) -> Response:
+        body = await read_request(request, ChatRequest)
+        record = record_of(request.scope)
+        prompt = to_chat_prompt(body)
+        output = body.response_format.output() if body.response_format else None
+        view = await context.model(body.model, Capability.CHAT, record)
+        answer_id = f"chatcmpl-{record.suffix}"
+        n = body.n or 1
+        requests = tuple(
+            GenerationRequest(
+                id=answer_id if n == 1 else f"{answer_id}-{index}",
+                model_id=view.id,
+                prompt=prompt,
+                sampling=body.sampling(top_logprobs=body.logprob_count, index=index),
+                max_tokens=body.token_limit,
+                stop=body.stop,
+                output=output,
+                deadline_s=context.services.settings.request_timeout_s,
+            )
+            for index in range(n)
+        )
+        headers = context.ignored.report(body.ignored_names())
+        generation = Generation(context, view, requests, n, headers)
+        if body.stream:
+            return EventStream(generation, ChatChunks(generation, answer_id, body))
+        choices = await generation.collect(request.receive)
+        if choices is None:
+            return nobody_listens()
+        return _completion(generation, answer_id, choices, has_logprobs=bool(body.logprobs))
+
+    return create_chat_completion
+
+
+def _completion(
+    generation: Generation,
+    answer_id: str,
+    choices: Sequence[Sequence[GenerationEvent]],
+    *,
+    has_logprobs: bool,
+) -> Response:
+    completion = ChatCompletion(
+        id=answer_id,
+        object="chat.completion",
+        created=generation.created_at,
+        model=generation.view.id,
+        choices=[
+            Choice.model_validate(_choice(index, events, has_logprobs=has_logprobs))
+            for index, events in enumerate(choices)
+        ],
+        usage=generation.usage(),
+    )
+    return Response(
+        completion.model_dump_json(exclude_unset=True),
+        media_type="application/json",
+        headers=dict(generation.headers),
+    )
+
+
+def _choice(
+    index: int, events: Iterable[GenerationEvent], *, has_logprobs: bool
+) -> dict[str, JsonValue]:
+    text: list[str] = []
+    reasoning: list[str] = []
+    logprobs: list[TokenLogprob] = []
+    calls: dict[int, list[ToolCallDelta]] = {}
+    reason = "stop"
+    for event in events:
+        match event:
+            case TextDelta():
+                text.append(event.text)
+                logprobs.extend(event.logprobs)
+            case ReasoningDelta():
+                reasoning.append(event.text)
+            case ToolCallDelta():
+                calls.setdefault(event.index, []).append(event)
+            case Finished():
+                reason = event.reason
+            case PrefillProgress():
+                pass
+    content = "".join(text)
+    message: dict[str, JsonValue] = {
+        "role": "assistant",
+        "content": None if calls and not content.strip() else content,
+        "refusal": None,
+    }
+    if reasoning:
+        message["reasoning_content"] = "".join(reasoning)
+    if calls:
+        message["tool_calls"] = [_tool_call(deltas) for _, deltas in sorted(calls.items())]
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": chat_logprobs(logprobs) if has_logprobs else None,
+        "finish_reason": reason,
+    }
+
+
+def _tool_call(deltas: Sequence[ToolCallDelta]) -> JsonValue:
+    return {
+        "id": next((delta.id for delta in deltas if delta.id), ""),
+        "type": "function",
+        "function": {
+            "name": next((delta.name for delta in deltas if delta.name), ""),
+            "arguments": "".join(delta.arguments for delta in deltas),
+        },
+    }
+
+
+class ChatChunks(ChunkFormatter):
+    """Events → `chat.completion.chunk`."""
+
+    def __init__(self, generation: Generation, answer_id: str, body: ChatRequest) -> None:
+        base = ChatCompletionChunk(
+            id=answer_id,
+            object="chat.completion.chunk",
+            created=generation.created_at,
+            model=generation.view.id,
+            choices=[],
+        ).model_dump(mode="json", exclude_unset=True)
+        super().__init__(
+            generation,
+            base,
+            includes_usage=body.includes_usage,
+            has_logprobs=bool(body.logprobs),
+        )
+
+    def opening(self, index: int) -> Iterable[dict[str, JsonValue]]:
+        """Name the role before anything else."""
+        return (_chunk_choice(index, {"role": "assistant", "content": "", "refusal": None}),)
+
+    def choices(self, index: int, event: GenerationEvent) -> Iterable[dict[str, JsonValue]]:
+        """Return at most one choice."""
+        match event:
+            case TextDelta() if event.text or event.logprobs:
+                choice = _chunk_choice(index, {"content": event.text})
+                if event.logprobs:
+                    choice["logprobs"] = chat_logprobs(event.logprobs)
+                return (choice,)
+            case ReasoningDelta() if event.text:
+                return (_chunk_choice(index, {"reasoning_content": event.text}),)
+            case ToolCallDelta():
+                return (_chunk_choice(index, {"tool_calls": [_tool_call_delta(event)]}),)
+            case Finished():
+                return ({**_chunk_choice(index, {}), "finish_reason": event.reason},)
+        return ()
+
+
+def _chunk_choice(index: int, delta: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _tool_call_delta(event: ToolCallDelta) -> JsonValue:
+    function: dict[str, JsonValue] = {"arguments": event.arguments}
+    call: dict[str, JsonValue] = {"index": event.index, "function": function}
+    if event.name is not None:
+        function["name"] = event.name
+    if event.id is not None:
+        call |= {"id": event.id, "type": "function"}
+    return call

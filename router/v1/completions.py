@@ -1,0 +1,161 @@
+"""`POST /v1/completions`."""
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+from openai.types import Completion
+from starlette.requests import Request
+from starlette.responses import Response
+
+from core.types import (
+    Capability,
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    JsonValue,
+    PrefillProgress,
+    ReasoningDelta,
+    TextDelta,
+    TextPrompt,
+    TokenLogprob,
+    TokenPrompt,
+    ToolCallDelta,
+)
+from router.context import RouteContext, record_of
+from router.v1.body import read_request
+from router.v1.generation import Generation, nobody_listens
+from router.v1.logprobs import LegacyLogprobs
+from router.v1.requests import CompletionRequest
+from router.v1.sse import ChunkFormatter, EventStream
+
+
+def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler."""
+
+    async def create_completion(request: Request) -> Response:
+        body = await read_request(request, CompletionRequest)
+        record = record_of(request.scope)
+        view = await context.model(body.model, Capability.COMPLETION, record)
+        answer_id = f"cmpl-{record.suffix}"
+        requests = _requests(body, answer_id, view.id, context.services.settings.request_timeout_s)
+        headers = context.ignored.report(body.ignored_names())
+        generation = Generation(context, view, requests, body.n or 1, headers)
+        if body.stream:
+            return EventStream(generation, CompletionChunks(generation, answer_id, body))
+        choices = await generation.collect(request.receive)
+        if choices is None:
+            return nobody_listens()
+        has_logprobs = body.logprobs is not None
+        completion = {
+            **_base(generation, answer_id),
+            "choices": [
+                _choice(index, events, has_logprobs=has_logprobs)
+                for index, events in enumerate(choices)
+            ],
+            "usage": generation.usage(),
+        }
+        return Response(
+            Completion.model_validate(completion).model_dump_json(exclude_unset=True),
+            media_type="application/json",
+            headers=dict(generation.headers),
+        )
+
+    return create_completion
+
+
+def _requests(
+    body: CompletionRequest, answer_id: str, model_id: str, deadline_s: float
+) -> tuple[GenerationRequest, ...]:
+    n = body.n or 1
+    count = n * len(body.prompt)
+    output = body.response_format.output() if body.response_format else None
+    return tuple(
+        GenerationRequest(
+            id=answer_id if count == 1 else f"{answer_id}-{number * n + index}",
+            model_id=model_id,
+            prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
+            sampling=body.sampling(top_logprobs=body.logprobs, index=index),
+            max_tokens=body.token_limit,
+            stop=body.stop,
+            output=output,
+            echo_prompt=bool(body.echo),
+            deadline_s=deadline_s,
+        )
+        for number, prompt in enumerate(body.prompt)
+        for index in range(n)
+    )
+
+
+def _base(generation: Generation, answer_id: str) -> dict[str, JsonValue]:
+    completion = Completion(
+        id=answer_id,
+        object="text_completion",
+        created=generation.created_at,
+        model=generation.view.id,
+        choices=[],
+    )
+    base: dict[str, JsonValue] = completion.model_dump(mode="json", exclude_unset=True)
+    return base
+
+
+def _text(event: GenerationEvent) -> tuple[str, Sequence[TokenLogprob]]:
+    """Return what an event adds to the text; a bare prompt has no reasoning apart from it."""
+    match event:
+        case TextDelta():
+            return event.text, event.logprobs
+        case ReasoningDelta():
+            return event.text, ()
+        case ToolCallDelta():
+            raise TypeError("a completion cannot call tools")
+        case PrefillProgress() | Finished():
+            return "", ()
+
+
+def _choice(
+    index: int, events: Iterable[GenerationEvent], *, has_logprobs: bool
+) -> dict[str, JsonValue]:
+    columns = LegacyLogprobs()
+    logprobs: dict[str, list[JsonValue]] = {}
+    text: list[str] = []
+    reason = "stop"
+    for event in events:
+        new_text, new_logprobs = _text(event)
+        text.append(new_text)
+        for name, column in columns.columns(new_text, new_logprobs).items():
+            logprobs.setdefault(name, []).extend(column)
+        if isinstance(event, Finished):
+            reason = event.reason
+    return {
+        "index": index,
+        "text": "".join(text),
+        "logprobs": dict(logprobs) if has_logprobs else None,
+        "finish_reason": reason,
+    }
+
+
+class CompletionChunks(ChunkFormatter):
+    """Events → streamed `text_completion`."""
+
+    def __init__(self, generation: Generation, answer_id: str, body: CompletionRequest) -> None:
+        super().__init__(
+            generation,
+            _base(generation, answer_id),
+            includes_usage=body.includes_usage,
+            has_logprobs=body.logprobs is not None,
+        )
+        self._columns: dict[int, LegacyLogprobs] = {}
+
+    def choices(self, index: int, event: GenerationEvent) -> Iterable[dict[str, JsonValue]]:
+        """Return at most one choice."""
+        text, logprobs = _text(event)
+        if not (text or logprobs or isinstance(event, Finished)):
+            return ()
+        choice: dict[str, JsonValue] = {
+            "index": index,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": event.reason if isinstance(event, Finished) else None,
+        }
+        columns = self._columns.setdefault(index, LegacyLogprobs()).columns(text, logprobs)
+        if logprobs:
+            choice["logprobs"] = dict(columns)
+        return (choice,)

@@ -1,0 +1,79 @@
+"""`POST /v1/embeddings`."""
+
+import base64
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from openai.types.create_embedding_response import Usage
+from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+
+from core.errors import EngineFailed
+from core.types import Capability, Embeddings
+from core.types import Usage as TokenUsage
+from router.context import RouteContext, record_of
+from router.v1.body import read_request
+from router.v1.feed import unless_disconnected
+from router.v1.generation import nobody_listens
+from router.v1.requests import EmbeddingRequest
+from router.v1.wire import refuse_unless_off
+
+
+def embedding_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler."""
+
+    async def create_embeddings(request: Request) -> Response:
+        body = await read_request(request, EmbeddingRequest)
+        view = await context.model(body.model, Capability.EMBEDDING, record_of(request.scope))
+        embeddings = await unless_disconnected(
+            context.services.dispatcher.embed(view.id, body.input), request.receive
+        )
+        if embeddings is None:
+            return nobody_listens()
+        _check(embeddings, len(body.input))
+        if body.dimensions is not None:
+            dimension = embeddings.vectors.shape[1]
+            refuse_unless_off("dimensions", body.dimensions, (dimension,))
+        context.metrics.count_usage(view.id, TokenUsage(embeddings.prompt_tokens, 0))
+        return Response(
+            _body(embeddings, view.id, is_base64=body.encoding_format == "base64"),
+            media_type="application/json",
+            headers=context.ignored.report(body.ignored_names()),
+        )
+
+    return create_embeddings
+
+
+def _check(embeddings: Embeddings, count: int) -> None:
+    vectors = embeddings.vectors
+    if vectors.ndim != 2 or len(vectors) != count:
+        raise EngineFailed(f"The model returned {len(vectors)} vectors for {count} inputs.")
+    if not np.isfinite(vectors).all():
+        raise EngineFailed("The model returned vectors that are not finite.")
+
+
+def _body(embeddings: Embeddings, model_id: str, *, is_base64: bool) -> bytes:
+    usage = Usage(prompt_tokens=embeddings.prompt_tokens, total_tokens=embeddings.prompt_tokens)
+    # Built by hand: openai's type has no base64, and checking each number costs more than the rest.
+    return to_json(
+        {
+            "object": "list",
+            "data": [
+                {
+                    "object": "embedding",
+                    "index": index,
+                    "embedding": _base64(vector) if is_base64 else vector.tolist(),
+                }
+                for index, vector in enumerate(embeddings.vectors)
+            ],
+            "model": model_id,
+            "usage": usage.model_dump(),
+        }
+    )
+
+
+def _base64(vector: NDArray[np.float32]) -> str:
+    """Return a vector as OpenAI encodes it: little-endian float32."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")

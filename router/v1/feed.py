@@ -1,0 +1,146 @@
+"""The events of a request's generations beside its connection: whichever speaks first is heard."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from types import TracebackType
+from typing import TypeAlias, TypeVar
+
+from starlette.types import Receive
+
+from core.errors import EngineFailed
+from core.types import Finished, GenerationEvent
+
+_logger = logging.getLogger(__name__)
+
+TaggedEvent: TypeAlias = tuple[int, GenerationEvent]
+Result = TypeVar("Result")
+
+_MOST_BUFFERED = 256
+
+
+class EventFeed:
+    """Runs generations concurrently and hands out what they said since the last look.
+
+    Use as `async with`: leaving it, for whatever reason, cancels and closes every generator and
+    waits until they are closed.  At most 256 events are taken ahead of the reader.
+    """
+
+    def __init__(
+        self, generations: Sequence[AsyncGenerator[GenerationEvent, None]], receive: Receive
+    ) -> None:
+        self._generations = generations
+        self._receive = receive
+        self._events: list[TaggedEvent] = []
+        self._running = len(generations)
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()
+        self._pumps: list[asyncio.Task[None]] = []
+        self._watcher: asyncio.Task[None] | None = None
+        self.is_disconnected = False
+
+    async def __aenter__(self) -> "EventFeed":
+        self._pumps = [
+            asyncio.create_task(self._pump(index, events))
+            for index, events in enumerate(self._generations)
+        ]
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        del kind, error, trace
+        tasks = [*self._pumps, *([self._watcher] if self._watcher else [])]
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                _logger.error("a generation did not close cleanly", exc_info=result)
+        # A task that was cancelled before its first step never reached its own aclose.
+        for events in self._generations:
+            await events.aclose()
+
+    async def next(self) -> list[TaggedEvent] | None:
+        """Return the events since the last call, as (choice index, event).
+
+        An empty list means that `wake` was called; None that all is said, or that the client
+        left (`is_disconnected`).  Raises what a generation raised, after its events.
+        """
+        if not (self._events or self._error or self.is_disconnected) and self._running:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self.is_disconnected:
+            return None
+        if self._events:
+            events, self._events = self._events, []
+            self._room.set()
+            return events
+        if self._error is not None:
+            raise self._error
+        return [] if self._running else None
+
+    def wake(self) -> None:
+        """Make a waiting `next` return."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def abort(self, error: Exception) -> None:
+        """Cancel the generations at once; `next` raises `error`."""
+        self._error = self._error or error
+        for pump in self._pumps:
+            pump.cancel()
+        self.wake()
+
+    async def _pump(self, index: int, events: AsyncGenerator[GenerationEvent, None]) -> None:
+        try:
+            async for event in events:
+                self._events.append((index, event))
+                if isinstance(event, Finished):
+                    self._end(event)
+                    return
+                self.wake()
+                if len(self._events) >= _MOST_BUFFERED:
+                    self._room.clear()
+                    await self._room.wait()
+            raise EngineFailed("The engine ended the generation without a result.")
+        except Exception as error:
+            self._error = self._error or error
+            self.wake()
+        finally:
+            await events.aclose()
+
+    def _end(self, event: Finished) -> None:
+        if event.reason == "cancelled":
+            self._events.pop()
+            raise EngineFailed("The generation was cancelled by the server.")
+        self._running -= 1
+        self.wake()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.is_disconnected = True
+        self.wake()
+
+
+async def unless_disconnected(work: Awaitable[Result], receive: Receive) -> Result | None:
+    """Return the work's result, or None after cancelling it because the client left."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.create_task(watch())
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)

@@ -1,0 +1,98 @@
+"""Running a request's generations, streamed or not, and counting what they cost."""
+
+import time
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+
+from openai.types import CompletionUsage
+from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
+from starlette.responses import Response
+from starlette.types import Receive
+
+from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress, Usage
+from router.context import RouteContext
+from router.errors import CLIENT_CLOSED_REQUEST
+from router.services import ModelView
+from router.v1.feed import EventFeed
+
+
+@dataclass(slots=True)
+class Generation:
+    """One request's sequences: choice `i` is `requests[i]`, each prompt having `n` of them."""
+
+    context: RouteContext
+    view: ModelView
+    requests: tuple[GenerationRequest, ...]
+    n: int
+    headers: Mapping[str, str]
+    created_at: int = field(default_factory=lambda: int(time.time()))
+    _usages: dict[int, Usage] = field(default_factory=dict)
+    _started_at: float = field(default_factory=time.monotonic)
+    _first_token_at: float | None = None
+
+    def open(self) -> list[AsyncGenerator[GenerationEvent, None]]:
+        """Return the generations, none of them started."""
+        return [self.context.services.dispatcher.generate(request) for request in self.requests]
+
+    @property
+    def awaits_first_token(self) -> bool:
+        """Whether no token was noted yet."""
+        return self._first_token_at is None
+
+    def note_first_token(self) -> None:
+        """Observe the time to the first token, at the first call."""
+        if self._first_token_at is None:
+            self._first_token_at = time.monotonic()
+            self.context.metrics.time_to_first_token.labels(self.view.id).observe(
+                self._first_token_at - self._started_at
+            )
+
+    def note_finished(self, index: int, event: Finished) -> None:
+        """Count a choice's tokens; a prompt that several choices share is counted once."""
+        usage = event.usage
+        metrics = self.context.metrics
+        counted = usage if index % self.n == 0 else Usage(0, usage.completion_tokens)
+        metrics.count_usage(self.view.id, counted)
+        self._usages[index] = usage
+        if self._first_token_at is not None and usage.completion_tokens > 1:
+            decode_s = time.monotonic() - self._first_token_at
+            metrics.inter_token_latency.labels(self.view.id).observe(
+                decode_s / (usage.completion_tokens - 1)
+            )
+
+    def usage(self) -> CompletionUsage:
+        """Return the sum over all choices, each prompt counted once."""
+        usages = self._usages.values()
+        prompts = [usage for index, usage in self._usages.items() if index % self.n == 0]
+        prompt_tokens = sum(usage.prompt_tokens for usage in prompts)
+        completion_tokens = sum(usage.completion_tokens for usage in usages)
+        return CompletionUsage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(usage.cached_tokens for usage in prompts)
+            ),
+            completion_tokens_details=CompletionTokensDetails(
+                reasoning_tokens=sum(usage.reasoning_tokens for usage in usages)
+            ),
+        )
+
+    async def collect(self, receive: Receive) -> list[list[GenerationEvent]] | None:
+        """Return every choice's events, or None when the client left before the end."""
+        choices: list[list[GenerationEvent]] = [[] for _ in self.requests]
+        async with EventFeed(self.open(), receive) as feed:
+            while (batch := await feed.next()) is not None:
+                for index, event in batch:
+                    if isinstance(event, PrefillProgress):
+                        continue
+                    self.note_first_token()
+                    choices[index].append(event)
+                    if isinstance(event, Finished):
+                        self.note_finished(index, event)
+            return None if feed.is_disconnected else choices
+
+
+def nobody_listens() -> Response:
+    """Return what is recorded, though never sent, for a client that left."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,0 +1,66 @@
+"""Token probabilities in OpenAI's two shapes: chat's list and the legacy columns."""
+
+import math
+from collections.abc import Sequence
+
+from core.types import JsonValue, TokenLogprob
+
+# What OpenAI sends for an impossible token; JSON has no infinity.
+_IMPOSSIBLE = -9999.0
+
+
+def token_text(token: TokenLogprob) -> str:
+    """Return a token's text; bytes that are part of a character become U+FFFD."""
+    return token.data.decode("utf-8", errors="replace")
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _IMPOSSIBLE) if math.isfinite(logprob) else _IMPOSSIBLE
+
+
+def _entry(token: TokenLogprob) -> dict[str, JsonValue]:
+    return {
+        "token": token_text(token),
+        "bytes": list(token.data),
+        "logprob": _finite(token.logprob),
+    }
+
+
+def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, JsonValue]:
+    """Return chat's `logprobs` object."""
+    content: list[JsonValue] = [
+        {**_entry(token), "top_logprobs": [_entry(top) for top in token.top]} for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+class LegacyLogprobs:
+    """Builds the completions' `logprobs`; remembers one choice's text offset between chunks."""
+
+    def __init__(self) -> None:
+        self._offset = 0
+
+    def columns(self, text: str, tokens: Sequence[TokenLogprob]) -> dict[str, list[JsonValue]]:
+        """Return the columns for the next piece of text; without tokens they are empty.
+
+        Text without logprobs, such as an echoed prompt, only moves the offset.
+        """
+        columns: dict[str, list[JsonValue]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        for token in tokens:
+            token_words = token_text(token)
+            alternatives: dict[str, JsonValue] = {}
+            for alternative in token.top:
+                alternatives.setdefault(token_text(alternative), _finite(alternative.logprob))
+            columns["tokens"].append(token_words)
+            columns["token_logprobs"].append(_finite(token.logprob))
+            columns["top_logprobs"].append(alternatives)
+            columns["text_offset"].append(self._offset)
+            self._offset += len(token_words)
+        if not tokens:
+            self._offset += len(text)
+        return columns

@@ -1,0 +1,67 @@
+"""`GET /v1/models` and `GET /v1/models/{id}`."""
+
+from collections.abc import Awaitable, Callable
+
+from openai.types import Model
+from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+
+from core.errors import ModelNotFound
+from router.context import NAME_LIMIT, RouteContext
+from router.services import ModelView
+
+
+def models_endpoint(context: RouteContext) -> Callable[[], Awaitable[Response]]:
+    """Return the handler of the list."""
+
+    async def list_models() -> Response:
+        views = await context.services.catalog.models()
+        data = [_model(view).model_dump(exclude_unset=True) for view in views]
+        return Response(to_json({"object": "list", "data": data}), media_type="application/json")
+
+    return list_models
+
+
+def model_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler of one model, which also shows one that cannot be used."""
+
+    async def retrieve_model(request: Request) -> Response:
+        name = str(request.path_params["model_id"])
+        catalog = context.services.catalog
+        for view in await catalog.models():
+            if name == view.id or name in view.aliases:
+                break
+        else:
+            if len(name) > NAME_LIMIT:
+                raise ModelNotFound.of(name, [])
+            view = await catalog.resolve(name)
+        return Response(
+            _model(view).model_dump_json(exclude_unset=True), media_type="application/json"
+        )
+
+    return retrieve_model
+
+
+def _model(view: ModelView) -> Model:
+    return Model.model_validate(
+        {
+            "id": view.id,
+            "object": "model",
+            "created": view.created_at,
+            "owned_by": "local",
+            "name": view.name,
+            "context_length": view.context_length,
+            "max_model_len": view.max_model_len,
+            "format": view.format,
+            "architecture": view.architecture,
+            "quantization": view.quantization,
+            "parameters": view.parameters,
+            "size_bytes": view.size_bytes,
+            "capabilities": sorted(view.capabilities),
+            "state": view.state,
+            "reason": view.reason,
+            "aliases": list(view.aliases),
+            "license": view.license,
+        }
+    )

@@ -1,0 +1,270 @@
+"""The OpenAI requests: chat completions, completions, embeddings."""
+
+import re
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import Field, PlainValidator
+
+from core.errors import RequestError, UnsupportedParameter
+from core.types import JsonOutput
+from router.v1.wire import (
+    MAX_INT32,
+    MAX_LOGPROBS,
+    GenerationFields,
+    JsonObject,
+    TokenCount,
+    WireModel,
+    WireRequest,
+    check_schema,
+    parse_inputs,
+    refuse_unless_off,
+    unknown_fields,
+)
+
+MAX_MESSAGES = 2048
+MAX_TOOLS = 128
+MAX_EMBEDDING_INPUTS = 2048
+MAX_PROMPTS = 128
+MAX_TEMPLATE_VARIABLES = 64
+DEFAULT_COMPLETION_TOKENS = 16
+
+ToolChoice: TypeAlias = Literal["none", "auto", "required"] | tuple[Literal["function"], str]
+
+_HINTS = frozenset(
+    {
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    }
+)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_RESERVED_VARIABLES = frozenset(
+    {"tokenize", "chat_template", "messages", "tools", "add_generation_prompt"}
+)
+
+
+class FunctionCall(WireModel):
+    """The function of a tool call; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(WireModel):
+    """A tool call that an earlier answer made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ContentPart(WireModel):
+    """A piece of a message's content."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class Message(WireModel):
+    """A chat message of any role."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+    function_call: Any = None
+    audio: Any = None
+
+
+class Function(WireModel):
+    """A function the model may call; `parameters` is a JSON schema."""
+
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(WireModel):
+    """A tool the model may call."""
+
+    type: str = "function"
+    function: Function | None = None
+
+
+class JsonSchema(WireModel):
+    """The schema an answer must match; `name`, `description` and `strict` change nothing here."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    body: JsonObject | None = Field(default=None, alias="schema")
+
+
+class ResponseFormat(WireModel):
+    """What the answer's text must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def output(self) -> JsonOutput | None:
+        """Return the constraint.  Raises RequestError for a schema that is missing or too big."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return JsonOutput(None)
+        schema = self.json_schema.body if self.json_schema else None
+        param = "response_format.json_schema.schema"
+        if schema is None:
+            raise RequestError(f"{param}: required for the type json_schema", param=param)
+        check_schema(schema, param)
+        return JsonOutput(schema)
+
+
+def parse_tool_choice(value: object) -> ToolChoice | None:
+    """Return the choice; raises ValueError, or UnsupportedParameter for other tools' choices."""
+    match value:
+        case None:
+            return None
+        case "none" | "auto" | "required":
+            return value
+        case {"type": "function", "function": {"name": str(name)}}:
+            return ("function", name)
+        case {"type": "allowed_tools" | "custom" as kind}:
+            raise UnsupportedParameter(
+                f"tool_choice of type {kind!r} is not supported.", param="tool_choice"
+            )
+    raise ValueError('must be "none", "auto", "required" or {"type": "function", "function": …}')
+
+
+def parse_template_variables(value: object) -> dict[str, bool | int | float | str | None]:
+    """Return the template's extra variables; raises ValueError, UnsupportedParameter."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MAX_TEMPLATE_VARIABLES:
+        raise ValueError(f"must be an object of at most {MAX_TEMPLATE_VARIABLES} entries")
+    for name, item in value.items():
+        if name in _RESERVED_VARIABLES:
+            param = f"chat_template_kwargs.{name}"
+            raise UnsupportedParameter(f"{param} cannot be set by a request.", param=param)
+        if not _VARIABLE.fullmatch(name):
+            raise ValueError("its names must be identifiers of at most 64 characters")
+        if not isinstance(item, bool | int | float | str | None):
+            raise ValueError("its values must be scalars")
+    return value
+
+
+class ChatRequest(GenerationFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    unsupported: ClassVar = {
+        "audio": (),
+        "chat_template": (),
+        "function_call": ("none",),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "moderation": (),
+        "prediction": (),
+        "reasoning_effort": (),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+    harmless: ClassVar = _HINTS
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: TokenCount | None = None
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Annotated[ToolChoice | None, PlainValidator(parse_tool_choice)] = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Annotated[
+        dict[str, bool | int | float | str | None], PlainValidator(parse_template_variables)
+    ] = Field(default_factory=dict)
+
+    def refuse_unsupported(self) -> None:
+        """Also refuse fields that contradict each other."""
+        super().refuse_unsupported()
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise RequestError(
+                "max_tokens: differs from max_completion_tokens; send one", param="max_tokens"
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs: needs logprobs: true", param="top_logprobs")
+
+    def ignored_names(self) -> list[str]:
+        """Also name the messages' unknown fields."""
+        inner = {name for message in self.messages for name in unknown_fields(message, "messages")}
+        return [*super().ignored_names(), *sorted(inner)]
+
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens to generate, if the request says so."""
+        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        """How many alternatives each token's logprobs list, None for no logprobs."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(GenerationFields):
+    """Body of `POST /v1/completions`."""
+
+    unsupported: ClassVar = {"suffix": ("",)}
+    harmless: ClassVar = _HINTS
+
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_inputs)]
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: int | None = None
+    response_format: ResponseFormat | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Also refuse a best_of that would drop answers, and too many sequences."""
+        super().refuse_unsupported()
+        if self.best_of is not None:
+            refuse_unless_off("best_of", self.best_of, (self.n or 1,))
+        if len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
+            raise RequestError(
+                f"prompt: at most {MAX_PROMPTS} sequences (prompts times n) are accepted",
+                param="prompt",
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens: 0 is for echo: true only", param="max_tokens")
+
+    @property
+    def token_limit(self) -> int:
+        """The most tokens to generate; OpenAI's default is 16."""
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+
+def parse_embedding_input(value: object) -> tuple[str | tuple[int, ...], ...]:
+    """Return the inputs of an embedding request; raises ValueError."""
+    inputs = parse_inputs(value)
+    if len(inputs) > MAX_EMBEDDING_INPUTS:
+        raise ValueError(f"at most {MAX_EMBEDDING_INPUTS} inputs are accepted")
+    if not all(inputs):
+        raise ValueError("an input must not be empty")
+    return inputs
+
+
+class EmbeddingRequest(WireRequest):
+    """Body of `POST /v1/embeddings`."""
+
+    input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_embedding_input)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: TokenCount | None = None

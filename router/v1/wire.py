@@ -1,0 +1,205 @@
+"""What all OpenAI requests share: strictness, known fields, sampling and its limits."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+
+from core.errors import RequestError, UnsupportedParameter
+from core.types import JsonValue, SamplingParams
+from core.units import KIB, format_bytes
+
+MAX_N = 8
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+MAX_SCHEMA_BYTES = 256 * KIB
+MAX_SCHEMA_DEPTH = 32
+MAX_INT32 = 2**31 - 1
+SEED_MODULUS = 2**64
+
+JsonObject: TypeAlias = dict[str, Any]
+Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
+TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=MAX_INT32)]
+
+
+class WireModel(BaseModel):
+    """A strict part of a request: no conversions, no NaN; unknown fields are kept to be named."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        protected_namespaces=(),
+    )
+
+
+def unknown_fields(part: WireModel, prefix: str) -> set[str]:
+    """Return the names of a part's unknown fields as `messages.cache_control`."""
+    return {f"{prefix}.{name}" for name in part.model_extra or ()}
+
+
+class WireRequest(WireModel):
+    """A whole request body.
+
+    `unsupported` maps OpenAI's fields that nobody here honours to the values that mean "off";
+    `harmless` are fields that do not change the answer.
+    """
+
+    unsupported: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {}
+    harmless: ClassVar[frozenset[str]] = frozenset()
+
+    model: str = Field(min_length=1)
+    user: str | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Raise UnsupportedParameter for a known field that is asked for in vain."""
+        for name, value in (self.model_extra or {}).items():
+            if name in self.unsupported and value is not None:
+                refuse_unless_off(name, value, self.unsupported[name])
+
+    def ignored_names(self) -> list[str]:
+        """Return the fields that nobody here knows, in the order they were sent."""
+        known = self.unsupported.keys() | self.harmless
+        return [name for name in self.model_extra or () if name not in known]
+
+
+def refuse_unless_off(name: str, value: JsonValue, off: tuple[JsonValue, ...]) -> None:
+    """Raise UnsupportedParameter unless `value` is one of the values that mean "off"."""
+    if value in off:
+        return
+    accepted = ", ".join(json.dumps(choice) for choice in (None, *off))
+    raise UnsupportedParameter(
+        f"{name} is not supported; leave it out or send one of: {accepted}.", param=name
+    )
+
+
+def parse_stop(value: object) -> tuple[str, ...]:
+    """Return the stop strings of null, a string or a list; raises ValueError."""
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"at most {MAX_STOPS} stop strings are accepted")
+    if not all(1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARACTERS} characters")
+    return tuple(stops)
+
+
+def parse_logit_bias(value: object) -> dict[int, float]:
+    """Return token id → bias of null or an object; raises ValueError."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIASES:
+        raise ValueError(f"must be an object of at most {MAX_LOGIT_BIASES} entries")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INT32):
+            raise ValueError("its keys must be token ids")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:
+            raise ValueError("its values must be numbers from -100 to 100")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def parse_inputs(value: object) -> tuple[str | tuple[int, ...], ...]:
+    """Return the inputs of a string, strings, token ids or lists of them; raises ValueError."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return tuple(value)
+        if _is_tokens(value):
+            return (tuple(value),)
+        if all(isinstance(item, list) and item and _is_tokens(item) for item in value):
+            return tuple(tuple(item) for item in value)
+    raise ValueError("must be a string, strings, token ids or lists of token ids, and not empty")
+
+
+def _is_tokens(items: list[Any]) -> bool:
+    return all(type(item) is int and 0 <= item <= MAX_INT32 for item in items)
+
+
+def check_schema(schema: JsonValue, param: str) -> None:
+    """Raise RequestError for a schema that is too deep, too large or not JSON."""
+    level: list[JsonValue] = [schema]
+    depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_SCHEMA_DEPTH + 1:
+            raise RequestError(
+                f"{param}: nested deeper than {MAX_SCHEMA_DEPTH} levels", param=param
+            )
+        if any(isinstance(item, float) and not math.isfinite(item) for item in level):
+            raise RequestError(f"{param}: holds a number out of range", param=param)
+        level = [child for item in level for child in _children(item)]
+    if len(json.dumps(schema)) > MAX_SCHEMA_BYTES:
+        raise RequestError(f"{param}: larger than {format_bytes(MAX_SCHEMA_BYTES)}", param=param)
+
+
+def _children(item: JsonValue) -> list[JsonValue]:
+    if isinstance(item, dict):
+        return list(item.values())
+    return item if isinstance(item, list) else []
+
+
+class StreamOptions(WireModel):
+    """How a stream ends."""
+
+    include_usage: bool | None = None
+
+
+class GenerationFields(WireRequest):
+    """The fields that chat and completions have in common."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=SEED_MODULUS)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    logit_bias: Annotated[dict[int, float], PlainValidator(parse_logit_bias)] = Field(
+        default_factory=dict
+    )
+    stop: Annotated[tuple[str, ...], PlainValidator(parse_stop)] = ()
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def refuse_unsupported(self) -> None:
+        """Also refuse stream options where nothing is streamed."""
+        super().refuse_unsupported()
+        if self.stream_options is not None and not self.stream:
+            raise RequestError(
+                "stream_options: only allowed together with stream: true", param="stream_options"
+            )
+
+    def sampling(self, *, top_logprobs: int | None, index: int) -> SamplingParams:
+        """Return the sampling of the choice `index`; choices after the first get other seeds."""
+        seed = self.seed
+        if seed is not None and seed + index >= SEED_MODULUS:
+            seed -= SEED_MODULUS
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k if self.top_k is None else max(self.top_k, 0),
+            min_p=self.min_p,
+            seed=None if seed is None else seed + index,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            logit_bias=self.logit_bias,
+            top_logprobs=top_logprobs,
+        )

@@ -1,0 +1,155 @@
+"""Stand-ins for what the router is built over: a catalog, a dispatcher and a health check."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from core.errors import ModelNotFound
+from core.settings import Settings
+from core.types import (
+    Capability,
+    Embeddings,
+    Finished,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    TextDelta,
+    Usage,
+)
+from router.services import ModelView, Services
+
+ScriptItem: TypeAlias = GenerationEvent | Exception | asyncio.Event
+
+CHAT_MODEL = "tiny@gguf-q8_0"
+EMBEDDING_MODEL = "mini@gguf-f16"
+
+
+def make_view(model_id: str = CHAT_MODEL, **changes: Any) -> ModelView:
+    """Return a chat model's view."""
+    fields: dict[str, Any] = {
+        "id": model_id,
+        "name": model_id.partition("@")[0],
+        "format": "gguf",
+        "architecture": "llama",
+        "quantization": "Q8_0",
+        "parameters": 1000,
+        "size_bytes": 2000,
+        "context_length": 4096,
+        "max_model_len": 2048,
+        "capabilities": frozenset({Capability.CHAT, Capability.COMPLETION}),
+        "state": "available",
+        "reason": "",
+        "aliases": (model_id.partition("@")[0],),
+        "license": "Apache-2.0",
+        "created_at": 1_700_000_000,
+    }
+    return ModelView(**{**fields, **changes})
+
+
+def finished(
+    reason: FinishReason = "stop", *, prompt: int = 7, completion: int = 2, cached: int = 3
+) -> Finished:
+    """Return the last event of a generation."""
+    return Finished(reason, Usage(prompt, completion, cached))
+
+
+class FakeCatalog:
+    """Knows the views it was given, by id and alias."""
+
+    def __init__(self, *views: ModelView) -> None:
+        self._views = views
+        self.asked: list[str] = []
+
+    async def resolve(self, name: str) -> ModelView:
+        self.asked.append(name)
+        for view in self._views:
+            if name == view.id or name in view.aliases:
+                return view
+        raise ModelNotFound.of(name, [view.id for view in self._views])
+
+    async def models(self) -> Sequence[ModelView]:
+        return self._views
+
+
+class FakeDispatcher:
+    """Plays a script for every request: yields events, raises exceptions, waits for gates."""
+
+    def __init__(self, *script: ScriptItem) -> None:
+        self.script: Sequence[ScriptItem] = script or (TextDelta("Hello"), finished())
+        self.scripts: dict[str, Sequence[ScriptItem]] = {}
+        self.requests: list[GenerationRequest] = []
+        self.embedded: list[Sequence[str | Sequence[int]]] = []
+        self.vectors: Any = None
+        self.embed_gate: asyncio.Event | None = None
+        self.played = 0
+        self.running = 0
+        self.began = asyncio.Event()
+        self.idle = asyncio.Event()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        self._enter()
+        self.requests.append(request)
+        try:
+            for item in self.scripts.get(request.id.rpartition("-")[2], self.script):
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, asyncio.Event):
+                    await item.wait()
+                else:
+                    self.played += 1
+                    yield item
+        finally:
+            self._leave()
+
+    async def embed(self, model_id: str, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
+        del model_id
+        self._enter()
+        self.embedded.append(inputs)
+        try:
+            if self.embed_gate is not None:
+                await self.embed_gate.wait()
+        finally:
+            self._leave()
+        vectors = self.vectors
+        if vectors is None:
+            vectors = [[index, 0.5, -1.25] for index in range(len(inputs))]
+        return Embeddings(np.asarray(vectors, dtype=np.float32), prompt_tokens=5)
+
+    def _enter(self) -> None:
+        self.running += 1
+        self.idle.clear()
+        self.began.set()
+
+    def _leave(self) -> None:
+        self.running -= 1
+        if not self.running:
+            self.idle.set()
+
+
+class FakeHealth:
+    """Says what it was told to say."""
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
+
+    async def not_ready_because(self) -> str:
+        return self.reason
+
+
+def make_services(
+    dispatcher: FakeDispatcher | None = None,
+    *,
+    views: Sequence[ModelView] | None = None,
+    not_ready: str = "",
+    **settings: Any,
+) -> Services:
+    """Return services with a chat model and an embedding model."""
+    embedder = make_view(EMBEDDING_MODEL, capabilities=frozenset({Capability.EMBEDDING}))
+    return Services(
+        settings=Settings(**settings),
+        catalog=FakeCatalog(*(views or (make_view(), embedder))),
+        dispatcher=dispatcher or FakeDispatcher(),
+        health=FakeHealth(not_ready),
+    )
