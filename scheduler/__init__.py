@@ -1,0 +1,1 @@
+"""Decisions about memory, pure and without a clock."""
