@@ -1,0 +1,1 @@
+"""Ray Serve around everything else: the only package that imports ray."""

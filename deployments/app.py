@@ -1,0 +1,49 @@
+"""The composition root: `serve_config.yaml` names `build` as the application."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ray import serve
+from ray.serve import Application, Deployment
+
+from core.settings import Settings
+from deployments.engine import FormatReplica
+from deployments.router import RouterReplica
+from deployments.scheduler import SchedulerReplica
+
+# The engine's own queue bounds the requests; Serve's limit is only the outer stop.
+_MOST_ONGOING = 2048
+
+# Formats without a runtime to import start on demand and go when idle.
+_ON_DEMAND = {
+    "min_replicas": 0,
+    "initial_replicas": 0,
+    "max_replicas": 1,
+    "upscale_delay_s": 0,
+    "downscale_delay_s": 60,
+}
+
+
+def build(settings: Settings) -> Application:
+    """Bind one deployment per format, the scheduler over them, and the router over all."""
+    formats = {name: _format(name, settings) for name in settings.formats}
+    scheduler = _deployment(SchedulerReplica, "scheduler").bind(settings, formats)
+    router = _deployment(serve.ingress()(RouterReplica), "router")
+    return router.bind(settings, scheduler, formats)
+
+
+def _format(name: str, settings: Settings) -> Application:
+    scaling = {"autoscaling_config": _ON_DEMAND} if name == "echo" else {"num_replicas": 1}
+    return _deployment(FormatReplica, name, **scaling).bind(name, settings)
+
+
+def _deployment(cls: Any, name: str, **options: Any) -> Deployment:
+    decorate: Callable[[Any], Deployment] = serve.deployment(
+        name=name,
+        max_ongoing_requests=_MOST_ONGOING,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=20.0,
+        **options,
+    )
+    return decorate(cls)

@@ -1,0 +1,161 @@
+"""The catalog as the router sees it: SQLite reads, and the scheduler's word on residency."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from catalog.models import ModelRecord
+from catalog.names import nearest_names
+from catalog.resolve import best_variant
+from catalog.store import CatalogStore
+
+from backends.base import Backend, EngineOptions
+from backends.registry import backends_for
+from core.errors import (
+    BackendUnavailable,
+    BrokenModel,
+    ImpetusError,
+    ModelFileMissing,
+    ModelNotFound,
+)
+from core.settings import Settings
+from deployments.calls import Handle, call, direct
+from deployments.orders import Residency
+from deployments.scheduler import budget_bytes, engine_options
+from router.services import ModelState, ModelView
+
+logger = logging.getLogger(__name__)
+
+
+class CatalogView:
+    """Implements `router.services.Catalog`; names are resolved without asking the scheduler."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        scheduler: Handle,
+        resident_ids: Callable[[], frozenset[str]],
+    ) -> None:
+        self._store = CatalogStore(settings.catalog_file)
+        self._scheduler = direct(scheduler)
+        self._resident_ids = resident_ids
+        self._backends = backends_for(settings.formats)
+        self._budget_bytes = budget_bytes(settings)
+        self._options = engine_options(settings, self._budget_bytes)
+        self._version = -1
+        self._resolved: dict[str, tuple[ModelRecord, ...]] = {}
+
+    async def resolve(self, name: str) -> ModelView:
+        """Return what `name` means; an unknown one makes the scheduler look at the disk first."""
+        candidates = self._candidates(name)
+        if not candidates:
+            await call(self._scheduler.rescan.remote())
+            candidates = self._candidates(name)
+        if not candidates:
+            known = [record.id for record in self._store.models()]
+            raise ModelNotFound.of(name, nearest_names(name, known))
+        record = best_variant(candidates, self._resident_ids(), self._budget_bytes)
+        view = self._view(record, {}, frozenset())
+        if record.state == "refused":
+            raise BrokenModel(f"{record.id} was refused: {record.reason}", param="model")
+        if record.state == "missing":
+            raise ModelFileMissing(f"The file of {record.id} is gone.", param="model")
+        if view.state == "unavailable":
+            raise BackendUnavailable(f"{record.id} cannot run here: {view.reason}", param="model")
+        return view
+
+    def _candidates(self, name: str) -> tuple[ModelRecord, ...]:
+        version = self._store.data_version()
+        if version != self._version:
+            self._version = version
+            self._resolved.clear()
+        found = self._resolved.get(name)
+        if found is None:
+            found = tuple(self._store.resolve(name))
+            # Unknown names are not kept: they come from outside, without bound.
+            if found:
+                self._resolved[name] = found
+        return found
+
+    async def models(self) -> Sequence[ModelView]:
+        """Return all models, those that cannot run with the reason."""
+        residencies, loading = await call(self._scheduler.residencies.remote())
+        resident = {residency.model_id: residency for residency in residencies}
+        records = await asyncio.to_thread(self._store.models)
+        return [self._view(record, resident, frozenset(loading)) for record in records]
+
+    def _view(
+        self, record: ModelRecord, resident: dict[str, Residency], loading: frozenset[str]
+    ) -> ModelView:
+        info = record.info
+        state, reason = self._state(record, resident, loading)
+        granted = 0
+        if record.id in resident:
+            granted = resident[record.id].context_tokens
+        elif state == "available":
+            state, reason, granted = self._foresee(record)
+        return ModelView(
+            id=record.id,
+            name=info.name,
+            format=info.format,
+            architecture=info.architecture,
+            quantization=info.quantization,
+            parameters=info.parameters,
+            size_bytes=info.size_bytes,
+            context_length=info.context_length,
+            max_model_len=granted,
+            capabilities=info.capabilities,
+            state=state,
+            reason=reason,
+            aliases=record.aliases,
+            license=info.license,
+            created_at=int(record.added_at),
+        )
+
+    def _state(
+        self, record: ModelRecord, resident: dict[str, Residency], loading: frozenset[str]
+    ) -> tuple[ModelState, str]:
+        if record.state == "refused":
+            return "refused", record.reason
+        if record.state == "missing":
+            return "unavailable", "its file is gone"
+        backend = self._backends.get(record.info.format)
+        if backend is None:
+            return "unavailable", f"the format {record.info.format} is switched off"
+        availability = backend.availability()
+        if not availability.is_available:
+            return "unavailable", availability.reason
+        if record.id in resident:
+            return "resident", ""
+        return ("loading", "") if record.id in loading else ("available", "")
+
+    def _foresee(self, record: ModelRecord) -> tuple[ModelState, str, int]:
+        """Return what opening the model would grant."""
+        backend: Backend = self._backends[record.info.format]
+        options: EngineOptions = self._options
+        try:
+            return "available", "", backend.estimate(record.info, options).context_tokens
+        except ImpetusError as problem:
+            return "unavailable", problem.message, 0
+
+    def close(self) -> None:
+        """Close the database."""
+        self._store.close()
+
+
+class SchedulerHealth:
+    """Ready once the scheduler has scanned; implements `router.services.Health`."""
+
+    def __init__(self, scheduler: Handle) -> None:
+        self._scheduler = direct(scheduler)
+        self._was_ready = False
+
+    async def not_ready_because(self) -> str:
+        """Return why requests cannot be taken yet; asks the scheduler until it once was ready."""
+        if not self._was_ready:
+            try:
+                async with asyncio.timeout(2):
+                    self._was_ready = await call(self._scheduler.is_ready.remote())
+            except TimeoutError:
+                return "The scheduler does not answer yet."
+        return "" if self._was_ready else "The model folders are being scanned."

@@ -1,0 +1,175 @@
+"""The router's way to the engines: frames in, one unary handle call a request."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from core.errors import EngineFailed, ModelNotResident
+from core.types import Embeddings, Finished, GenerationEvent, GenerationRequest
+from deployments.calls import Handle, call, direct
+from deployments.codec import LENGTH_BYTES, decode_body
+from deployments.errors import ReplicaDied, unwrap
+from deployments.frames import FrameReceiver, Mailbox
+from deployments.orders import Receipt, Residency
+from deployments.processes import ProcessBook
+
+logger = logging.getLogger(__name__)
+
+_MOST_ATTEMPTS = 3
+_LOST_EVENTS_S = 10.0
+
+
+class HandleDispatcher:
+    """Runs requests on the replica that holds the model; implements `router.services.Dispatcher`.
+
+    Where a model is resident is remembered from the last load; a replica that knows better says
+    so, and the scheduler is asked only then.
+    """
+
+    def __init__(
+        self,
+        scheduler: Handle,
+        formats: Mapping[str, Handle],
+        receiver: FrameReceiver,
+        book: ProcessBook,
+        node_id: str,
+    ) -> None:
+        self._scheduler = direct(scheduler)
+        self._formats = {name: direct(handle) for name, handle in formats.items()}
+        self._receiver = receiver
+        self._book = book
+        self._node_id = node_id
+        self._residencies: dict[str, Residency] = {}
+        self._calls: set[asyncio.Task[None]] = set()
+
+    @property
+    def resident_ids(self) -> frozenset[str]:
+        """The models believed to be resident."""
+        return frozenset(self._residencies)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield the request's events.
+
+        A replica that died before the first event, or does not hold the model any more, costs
+        another attempt that the client does not see.
+        """
+        lost = ""
+        for attempt in range(_MOST_ATTEMPTS):
+            is_last = attempt == _MOST_ATTEMPTS - 1
+            residency = await self._ensure(request.model_id, lost)
+            # Late events of an earlier attempt must not reach this one.
+            attempted = replace(request, id=f"{request.id}.{attempt}")
+            has_events = False
+            try:
+                async for event in self._attempt(attempted, residency):
+                    has_events = True
+                    yield event
+                return
+            except ModelNotResident as problem:
+                lost = problem.replica_id
+                self._residencies.pop(request.model_id, None)
+                if has_events or is_last:
+                    raise EngineFailed(
+                        "The model was unloaded while it was asked for."
+                    ) from problem
+            except ReplicaDied as problem:
+                lost = residency.replica_id
+                self._residencies.pop(request.model_id, None)
+                logger.warning("replica %s died during %s", lost, request.id)
+                if has_events or is_last:
+                    raise EngineFailed(problem.message, retry_after_s=2) from problem
+
+    async def _attempt(
+        self, request: GenerationRequest, residency: Residency
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        if residency.node_id != self._node_id:
+            events = self._stream(request, residency)
+        else:
+            events = self._receive(request, residency)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def _receive(
+        self, request: GenerationRequest, residency: Residency
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """Run on this machine: events by the socket, the call only for its end."""
+        mailbox = self._receiver.open(request.id)
+        work = asyncio.ensure_future(self._run(request, residency, mailbox))
+        self._calls.add(work)
+        work.add_done_callback(self._calls.discard)
+        is_finished = False
+        try:
+            while not is_finished:
+                for event in await mailbox.take():
+                    is_finished = isinstance(event, Finished)
+                    yield event
+        finally:
+            self._receiver.forget(request.id)
+            # A finished request's receipt is on its way; any other is cancelled.
+            if not is_finished:
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+
+    async def _run(
+        self, request: GenerationRequest, residency: Residency, mailbox: Mailbox
+    ) -> None:
+        handle = self._formats[residency.format]
+        try:
+            receipt: Receipt = await call(handle.generate.remote(request, self._receiver.path))
+        except Exception as problem:
+            mailbox.fail(problem)
+        else:
+            self._book.note(receipt)
+            # The events were sent before the receipt; if they never come, somebody must say so.
+            lost = EngineFailed("The end of the answer was lost.")
+            asyncio.get_running_loop().call_later(_LOST_EVENTS_S, mailbox.fail, lost)
+
+    async def _stream(
+        self, request: GenerationRequest, residency: Residency
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        """Run on another machine: frames by the handle."""
+        handle = self._formats[residency.format].options(stream=True)
+        frames: Any = handle.stream.remote(request)
+        try:
+            async for frame in frames:
+                for _, events in decode_body(frame[LENGTH_BYTES:]):
+                    for event in events:
+                        yield event
+        except Exception as problem:
+            ours = unwrap(problem)
+            if ours is problem:
+                raise
+            raise ours from problem
+        finally:
+            frames.cancel()
+
+    async def embed(self, model_id: str, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
+        """Return one vector per input; a lost replica costs another attempt."""
+        lost = ""
+        for attempt in range(_MOST_ATTEMPTS):
+            residency = await self._ensure(model_id, lost)
+            handle = self._formats[residency.format]
+            try:
+                embeddings: Embeddings = await call(handle.embed.remote(model_id, inputs))
+                return embeddings
+            except (ModelNotResident, ReplicaDied) as problem:
+                self._residencies.pop(model_id, None)
+                lost = residency.replica_id
+                if attempt == _MOST_ATTEMPTS - 1:
+                    raise EngineFailed(problem.message, retry_after_s=2) from problem
+        raise AssertionError("unreachable")
+
+    async def _ensure(self, model_id: str, lost_replica: str) -> Residency:
+        known = self._residencies.get(model_id)
+        if known is not None:
+            return known
+        residency: Residency = await call(
+            self._scheduler.ensure_loaded.remote(model_id, lost_replica)
+        )
+        self._residencies[model_id] = residency
+        return residency

@@ -1,0 +1,26 @@
+"""From Ray's exceptions to ours."""
+
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from core.errors import EngineFailed, ImpetusError, QueueFull, Unavailable
+
+
+class ReplicaDied(EngineFailed):
+    """The process that ran the request is gone; another attempt may find a new one."""
+
+
+def unwrap(problem: BaseException) -> BaseException:
+    """Return our error for what a handle call raised; what is not Ray's stays as it is."""
+    if isinstance(problem, ImpetusError) and not isinstance(problem, RayTaskError):
+        return problem
+    if isinstance(problem, RayTaskError):
+        cause = problem.cause
+        return unwrap(cause) if isinstance(cause, BaseException) else problem
+    if isinstance(problem, RayActorError | ActorUnavailableError):
+        return ReplicaDied("The engine's process died while it ran this request.", retry_after_s=2)
+    if isinstance(problem, BackPressureError):
+        return QueueFull("Too many requests wait for this model.", retry_after_s=2)
+    if isinstance(problem, DeploymentUnavailableError):
+        return Unavailable("This model's format cannot be served now.", retry_after_s=5)
+    return problem

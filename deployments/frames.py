@@ -1,0 +1,229 @@
+"""The unix socket between replicas and the router: frames out, frames in."""
+
+import asyncio
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from core.errors import EngineFailed, ImpetusError
+from core.types import GenerationEvent
+from deployments.codec import LENGTH_BYTES, StepEvents, decode_body, decode_length, encode_frame
+
+logger = logging.getLogger(__name__)
+
+# macOS allows 104 bytes for a socket's path, its closing zero included.
+_MOST_PATH_BYTES = 100
+_MOST_UNSENT_BYTES = 16 * 1024 * 1024
+_MOST_UNREAD_EVENTS = 8192
+
+
+class FrameSender:
+    """A replica's end: sends each step's events to one router.  Thread-safe, never blocks.
+
+    What the socket does not take at once is kept, up to 16 MiB, and goes first at the next step.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Connect to the router's socket.  Raises OSError."""
+        self._lock = threading.Lock()
+        self._unsent = bytearray()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.connect(path)
+        self._socket.setblocking(False)
+        self._watchers: set[Callable[[], object]] = set()
+        self.is_broken = False
+
+    @contextmanager
+    def watched(self, on_break: Callable[[], object]) -> Iterator[None]:
+        """Call `on_break`, from any thread, if the connection breaks meanwhile."""
+        with self._lock:
+            self._watchers.add(on_break)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watchers.discard(on_break)
+
+    def deliver(self, batch: StepEvents) -> None:
+        """Send one frame; implements `backends.base.EventSink`."""
+        frame = encode_frame(batch)
+        with self._lock:
+            if not self.is_broken:
+                self._unsent += frame
+                self._send()
+
+    def flush(self) -> bool:
+        """Send what was kept; return whether nothing is left."""
+        with self._lock:
+            if self._unsent:
+                self._send()
+            return not self._unsent
+
+    def _send(self) -> None:
+        try:
+            sent = self._socket.send(self._unsent)
+            del self._unsent[:sent]
+        except BlockingIOError:
+            pass
+        except OSError as problem:
+            self._break(f"the router is gone: {problem}")
+        if len(self._unsent) > _MOST_UNSENT_BYTES:
+            self._break("the router does not read")
+
+    def _break(self, reason: str) -> None:
+        if not self.is_broken:
+            logger.warning("event socket closed: %s", reason)
+        self.is_broken = True
+        self._unsent.clear()
+        self._socket.close()
+        for on_break in self._watchers:
+            on_break()
+
+    def close(self) -> None:
+        """Close the socket; twice is fine."""
+        with self._lock:
+            self._break("the replica stops")
+
+
+class Mailbox:
+    """One request's events in the router, until its handler takes them.
+
+    Bounded: a reader that falls 8,192 events behind loses its request, nobody else's.
+    """
+
+    __slots__ = ("_events", "_failure", "_waiter")
+
+    def __init__(self) -> None:
+        self._events: list[GenerationEvent] = []
+        self._failure: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, events: Sequence[GenerationEvent]) -> None:
+        """Append events; called from the event loop."""
+        if len(self._events) > _MOST_UNREAD_EVENTS:
+            self.fail(EngineFailed("The client reads too slowly; the request was cancelled."))
+            return
+        self._events.extend(events)
+        self._wake()
+
+    def fail(self, problem: BaseException) -> None:
+        """Let the reader fail once it has taken what came before; the first failure counts."""
+        self._failure = self._failure or problem
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[GenerationEvent]:
+        """Return all events that came since the last call, at least one; raises the failure."""
+        while not self._events:
+            if self._failure is not None:
+                raise self._failure
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        events, self._events = self._events, []
+        return events
+
+
+class FrameReceiver:
+    """The router's end: one socket in a private folder, all replicas' frames."""
+
+    def __init__(self) -> None:
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._server: asyncio.Server | None = None
+        self._folder: Path | None = None
+        self._connections: set[_Connection] = set()
+        self.path = ""
+
+    async def start(self) -> None:
+        """Listen.  Raises ImpetusError when no short path can be had."""
+        base = "/tmp" if os.access("/tmp", os.W_OK) else None
+        # mkdtemp makes the folder with mode 0700.
+        self._folder = Path(tempfile.mkdtemp(prefix="impetus-", dir=base))
+        path = str(self._folder / "events")
+        if len(path.encode()) > _MOST_PATH_BYTES:
+            raise ImpetusError(f"The path of the event socket is too long: {path}")
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: _Connection(self), path)
+        self.path = path
+
+    def open(self, request_id: str) -> Mailbox:
+        """Return the mailbox for a request's events."""
+        mailbox = self._mailboxes[request_id] = Mailbox()
+        return mailbox
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request's mailbox; later events for it are ignored."""
+        self._mailboxes.pop(request_id, None)
+
+    def dispatch(self, body: bytes) -> None:
+        """Hand a frame's events to their mailboxes."""
+        for request_id, events in decode_body(body):
+            mailbox = self._mailboxes.get(request_id)
+            if mailbox is not None:
+                mailbox.put(events)
+
+    def attach(self, connection: "_Connection") -> None:
+        """Remember a replica's connection."""
+        self._connections.add(connection)
+
+    def detach(self, connection: "_Connection") -> None:
+        """Forget a replica's connection."""
+        self._connections.discard(connection)
+
+    async def stop(self) -> None:
+        """Stop listening and remove the folder; twice is fine."""
+        for connection in list(self._connections):
+            connection.close()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+class _Connection(asyncio.Protocol):
+    """Cuts one replica's byte stream into frames."""
+
+    def __init__(self, receiver: FrameReceiver) -> None:
+        self._receiver = receiver
+        self._buffer = bytearray()
+        self._transport: asyncio.BaseTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._receiver.attach(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        start = 0
+        try:
+            while len(self._buffer) - start >= LENGTH_BYTES:
+                length = decode_length(self._buffer, start)
+                end = start + LENGTH_BYTES + length
+                if len(self._buffer) < end:
+                    break
+                self._receiver.dispatch(bytes(self._buffer[start + LENGTH_BYTES : end]))
+                start = end
+        except ValueError:
+            logger.exception("a replica sent a broken frame")
+            self.close()
+            return
+        del self._buffer[:start]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._receiver.detach(self)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._transport is not None:
+            self._transport.close()

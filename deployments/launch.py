@@ -1,0 +1,252 @@
+"""Starts the server in the foreground: `serve run` as a child, watched and cleaned up after."""
+
+import argparse
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import yaml
+from pydantic import ValidationError
+
+from core.errors import ImpetusError
+from core.settings import Settings
+from deployments.listener import bind, check_exposure
+
+ROOT = Path(__file__).resolve().parent.parent
+_START_LIMIT_S = 180.0
+_STOP_LIMIT_S = 30.0
+_POLL_S = 0.2
+_SHOWN_LOG_LINES = 15
+
+
+class Launcher:
+    """One run of the server: start, wait until ready, wait for the end, leave no process."""
+
+    def __init__(self, config: Path, settings: Settings) -> None:
+        self._config = config
+        self._settings = settings
+        self._log_path = settings.home / "logs" / "serve.log"
+        self._child: subprocess.Popen[bytes] | None = None
+        self._descendants: dict[int, psutil.Process] = {}
+        self._stop_signal = 0
+
+    def run(self) -> int:
+        """Return the exit code; blocks until the server ends or a signal comes."""
+        check_exposure(self._settings)
+        bind(self._settings.host, self._settings.port).close()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        say(f"Starting on {self._settings.base_url} …")
+        try:
+            self._start()
+            if not self._wait_until_ready():
+                return 0 if self._stop_signal else 1
+            self._show_banner()
+            return self._wait_for_end()
+        finally:
+            self._stop()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._stop_signal = number
+
+    def _start(self) -> None:
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        serve = Path(sys.executable).with_name("serve")
+        command = [str(serve), "run", "--address", "local", str(self._config)]
+        with self._log_path.open("wb") as log:
+            # A session of its own: the terminal's Ctrl-C reaches us alone.
+            self._child = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment(self._settings),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _wait_until_ready(self) -> bool:
+        limit = time.monotonic() + _START_LIMIT_S
+        while not self._stop_signal:
+            self._remember_descendants()
+            if self._is_ready():
+                return True
+            if self._has_failed() or time.monotonic() > limit:
+                self._show_failure()
+                return False
+            time.sleep(_POLL_S)
+        return False
+
+    def _is_ready(self) -> bool:
+        settings = self._settings
+        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+        host = f"[{host}]" if ":" in host else host
+        try:
+            with urllib.request.urlopen(
+                f"http://{host}:{settings.port}/readyz", timeout=2
+            ) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            return False
+
+    def _has_failed(self) -> bool:
+        assert self._child is not None
+        return self._child.poll() is not None or "DEPLOY_FAILED" in self._log_text()
+
+    def _log_text(self) -> str:
+        try:
+            return self._log_path.read_text(errors="replace")
+        except OSError:
+            return ""
+
+    def _show_failure(self) -> None:
+        lines = self._log_text().splitlines()[-_SHOWN_LOG_LINES:]
+        say("The server did not start. The end of its log:")
+        for line in lines:
+            say(f"  {line}")
+        say(f"All of it: {self._log_path}")
+
+    def _show_banner(self) -> None:
+        base_url = self._settings.base_url
+        match = re.search(r"dashboard at[^\n]*?(\d[\d.]+:\d+)", self._log_text())
+        key = ' -H "Authorization: Bearer $IMPETUS_API_KEY"' if self._settings.api_key else ""
+        body = (
+            '{"model": "smollm2-135m-instruct", '
+            '"messages": [{"role": "user", "content": "Say hello."}]}'
+        )
+        say("")
+        say(f"  Base URL       {base_url}")
+        say(f"  Models         {base_url}/models")
+        if match:
+            say(f"  Ray dashboard  http://{match[1]} (token: {token_path(self._settings)})")
+        say(f"  Logs           {self._log_path}")
+        say("")
+        say(f"  curl {base_url}/chat/completions -H 'Content-Type: application/json'{key} \\")
+        say(f"    -d '{body}'")
+        say("")
+        say("Ctrl-C stops the server.")
+
+    def _wait_for_end(self) -> int:
+        assert self._child is not None
+        while not self._stop_signal:
+            try:
+                code = self._child.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                self._remember_descendants()
+                continue
+            say(f"The server ended by itself with code {code}; its log: {self._log_path}")
+            return code or 1
+        return 0
+
+    def _remember_descendants(self) -> None:
+        """Note the process tree: at the end some of it may have lost its parent."""
+        assert self._child is not None
+        try:
+            for process in psutil.Process(self._child.pid).children(recursive=True):
+                self._descendants.setdefault(process.pid, process)
+        except psutil.NoSuchProcess:
+            return
+
+    def _stop(self) -> None:
+        """Ask the server to stop, wait, and end what is left of its process tree."""
+        if self._child is None:
+            return
+        if self._child.poll() is None:
+            say("Stopping …")
+            self._remember_descendants()
+            self._child.send_signal(signal.SIGINT)
+            try:
+                self._child.wait(timeout=_STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                self._child.terminate()
+        _, left = psutil.wait_procs(list(self._descendants.values()), timeout=5)
+        for process in left:
+            _signal(process, signal.SIGTERM)
+        _, left = psutil.wait_procs(left, timeout=5)
+        for process in left:
+            _signal(process, signal.SIGKILL)
+        psutil.wait_procs(left, timeout=5)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        # psutil checks that the pid was not given to another process meanwhile.
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+def say(line: str) -> None:
+    """Print a line for the person at the terminal."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Return the child's environment: ours, then Ray's settings of scripts/env where unset."""
+    values = dict(os.environ)
+    for line in (ROOT / "scripts" / "env").read_text().splitlines():
+        name, separator, value = line.partition("=")
+        if separator and not line.startswith("#"):
+            values.setdefault(name.strip(), value.strip())
+    values.setdefault("RAY_AUTH_TOKEN_PATH", str(token_path(settings)))
+    return values
+
+
+def token_path(settings: Settings) -> Path:
+    """Return the file of Ray's token, made for this user alone where it does not exist."""
+    path = settings.home / "keys" / "ray_token"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def read_settings(config: Path) -> Settings:
+    """Return the settings that `build` will get.  Raises ImpetusError with the field's name."""
+    try:
+        content = yaml.safe_load(config.read_text())
+        arguments = content["applications"][0].get("args") or {}
+    except (OSError, yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as problem:
+        raise ImpetusError(f"{config} cannot be read: {problem}") from problem
+    try:
+        return Settings(**arguments)
+    except ValidationError as problem:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in problem.errors()
+        )
+        raise ImpetusError(f"A setting is wrong: {faults}") from problem
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="scripts/serve", description=__doc__)
+    parser.add_argument("config", nargs="?", type=Path, default=ROOT / "serve_config.yaml")
+    config = parser.parse_args().config.resolve()
+    try:
+        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") not in ("", "0"):
+            raise ImpetusError(
+                "RAY_SERVE_ENABLE_HA_PROXY is set; it would listen on every interface. Unset it."
+            )
+        return Launcher(config, read_settings(config)).run()
+    except ImpetusError as problem:
+        sys.stderr.write(f"impetus: {problem.message}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

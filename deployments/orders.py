@@ -1,0 +1,56 @@
+"""What the deployments tell each other, as frozen dataclasses that cross by pickle."""
+
+from dataclasses import dataclass
+
+from backends.base import EngineLoad, EngineOptions, ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class FileMark:
+    """A file as it was when the catalog looked at it."""
+
+    path: str
+    size_bytes: int
+    modified_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOrder:
+    """Which model a replica shall open, and how."""
+
+    model_id: str
+    info: ModelInfo
+    options: EngineOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """A model in memory: where, with which context in tokens, and what the load took."""
+
+    model_id: str
+    format: str
+    replica_id: str
+    node_id: str
+    context_tokens: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A replica's answer to a finished request: who ran it and what its runtime has burnt."""
+
+    process: str
+    pid: int
+    model_id: str
+    native_cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentReport:
+    """One resident model's state; `idle_s` is seconds since its last request ended."""
+
+    model_id: str
+    idle_s: float
+    in_flight: int
+    load: EngineLoad

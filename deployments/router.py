@@ -1,0 +1,64 @@
+"""The router's deployment: the HTTP application with its own listener, over Serve's handles."""
+
+import logging
+from collections.abc import Mapping
+
+import ray
+from starlette.types import ASGIApp
+
+from core.metrics import Metrics
+from core.settings import Settings
+from deployments.calls import Handle
+from deployments.catalog_view import CatalogView, SchedulerHealth
+from deployments.dispatch import HandleDispatcher
+from deployments.frames import FrameReceiver
+from deployments.listener import Listener
+from deployments.logs import attach_logs
+from deployments.processes import ProcessBook
+from router.app import create_app
+from router.services import Services
+
+logger = logging.getLogger(__name__)
+
+
+class RouterReplica:
+    """Answers HTTP on the configured port, and through Serve's proxy where that is switched on."""
+
+    # Serve awaits a constructor that is a coroutine.
+    async def __init__(  # type: ignore[misc]
+        self,
+        settings: Settings,
+        scheduler: Handle,
+        formats: Mapping[str, Handle],
+    ) -> None:
+        attach_logs()
+        self._receiver = FrameReceiver()
+        await self._receiver.start()
+        book = ProcessBook()
+        dispatcher = HandleDispatcher(
+            scheduler,
+            formats,
+            self._receiver,
+            book,
+            ray.get_runtime_context().get_node_id(),
+        )
+        self._catalog = CatalogView(settings, scheduler, lambda: dispatcher.resident_ids)
+        metrics = Metrics()
+        metrics.registry.register(book)
+        services = Services(settings, self._catalog, dispatcher, SchedulerHealth(scheduler))
+        self._app = create_app(services, metrics=metrics)
+        self._listener = Listener(self._app, settings)
+        self._listener.start()
+        logger.info("listening on %s", settings.base_url)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Return the application for Serve's proxy; see `serve.ingress`."""
+        return self._app
+
+    async def __del__(self) -> None:
+        """Stop listening; Serve awaits this at shutdown."""
+        if hasattr(self, "_listener"):
+            await self._listener.stop()
+        if hasattr(self, "_catalog"):
+            self._catalog.close()
+        await self._receiver.stop()
