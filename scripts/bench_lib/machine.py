@@ -1,0 +1,63 @@
+"""What the figures were measured on: machine, operating system and versions."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from core.units import format_bytes
+
+BUSY_SHARE = 0.25
+PACKAGES = ("impetus", "ray", "uvicorn", "llama-cpp-python", "xllamacpp")
+
+
+def describe() -> list[tuple[str, str]]:
+    """Return (what, value) pairs for the report."""
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    return [
+        ("date", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
+        ("processor", _processor()),
+        ("cores", f"{psutil.cpu_count(logical=False)} physical, {os.cpu_count()} logical"),
+        ("memory", format_bytes(psutil.virtual_memory().total)),
+        ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        ("Python", platform.python_version()),
+        ("packages", versions),
+        ("llama.cpp in Impetus", _own_system_info()),
+    ]
+
+
+def load_average() -> str:
+    """Return the 1-minute load, and whether it says that the machine is busy with other work."""
+    load = os.getloadavg()[0]
+    is_busy = load > BUSY_SHARE * (os.cpu_count() or 1)
+    return f"{load:.2f}" + (", busy: the figures are not to be relied on" if is_busy else "")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return platform.processor() or "unknown"
+
+
+def _own_system_info() -> str:
+    code = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "could not be asked"

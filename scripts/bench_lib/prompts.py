@@ -1,0 +1,86 @@
+"""Prompts that no prefix cache has seen, equal for both servers in one round."""
+
+from hashlib import blake2s
+from typing import Any
+
+SUBJECTS = (
+    "a lighthouse keeper", "the sea in winter", "a train across the desert", "two old friends",
+    "the first telescope", "a village market", "the history of bread", "a storm at night",
+    "an orchestra on tour", "the making of paper", "a garden in spring", "a long river",
+    "the city under snow", "a clockmaker's shop", "an island school", "the flight of geese",
+)  # fmt: skip
+TOOLS = ("read_file", "write_file", "list_folder", "search_text", "run_command", "open_page")
+
+
+def stream_bodies(run: str, count: int, max_tokens: int) -> list[dict[str, Any]]:
+    """Return one request per stream; `run` makes their first words unlike any other run's."""
+    return [
+        _body(
+            [
+                {"role": "system", "content": f"{_word(run, index)}: you are a patient author."},
+                {
+                    "role": "user",
+                    "content": f"Write a very long and detailed story about "
+                    f"{SUBJECTS[index % len(SUBJECTS)]}, in many chapters, without ending it.",
+                },
+            ],
+            max_tokens,
+        )
+        for index in range(count)
+    ]
+
+
+def _word(run: str, index: int) -> str:
+    """Return a first word that no other prompt has."""
+    return blake2s(f"{run} {index}".encode()).hexdigest()[:10]
+
+
+def agent_system_text(run: str, characters: int) -> str:
+    """Return an agent's instructions with tool descriptions, about `characters` long."""
+    parts = [f"{_word(run, 0)}. You are a careful coding agent. Use one tool at a time.\n"]
+    length = len(parts[0])
+    number = 0
+    while length < characters:
+        name = f"{TOOLS[number % len(TOOLS)]}_{number}"
+        part = (
+            f"\n## {name}\nDescription: request to use {name} on the project's files. Use it when "
+            f"the task needs step {number}, never to guess.\nParameters:\n"
+            "- path: (required) the path relative to the current folder.\n"
+            f"- limit: (optional) how many results to return, at most {number + 10}.\n"
+            f"Example: <{name}><path>src/module_{number}.py</path></{name}>\n"
+        )
+        parts.append(part)
+        length += len(part)
+        number += 1
+    return "".join(parts)[:characters]
+
+
+def first_turn(system_text: str, max_tokens: int) -> dict[str, Any]:
+    """Return the agent's first request."""
+    return _body(
+        [
+            {"role": "system", "content": system_text},
+            {"role": "user", "content": "List the files that you would look at first."},
+        ],
+        max_tokens,
+    )
+
+
+def second_turn(first: dict[str, Any], answer: str) -> dict[str, Any]:
+    """Return the request that follows on `first` and its answer."""
+    messages = [
+        *first["messages"],
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "Good. Now explain the next step."},
+    ]
+    return {**first, "messages": messages}
+
+
+def _body(messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+    return {
+        "messages": messages,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }

@@ -1,0 +1,154 @@
+"""Writes docs/benchmarks.md."""
+
+from collections.abc import Sequence
+
+from core.units import format_bytes
+from scripts.bench_lib.figures import Figure, Verdict, added_first_token_ms, ratios, spread
+from scripts.bench_lib.measure import IdleResult
+from scripts.bench_lib.rounds import Plan, Results
+
+Row = Sequence[str]
+
+FIGURES: tuple[tuple[str, Figure, int, float], ...] = (
+    ("tokens/s, whole run", lambda r: r.total_rate, 1, 1),
+    ("tokens/s, while all streams run", lambda r: r.window_rate, 1, 1),
+    ("time to first token, ms", lambda r: r.first_token_s, 0, 1000),
+    ("inter-token latency p50, ms", lambda r: r.gap_p50_s, 1, 1000),
+    ("inter-token latency p99, ms", lambda r: r.gap_p99_s, 1, 1000),
+    ("CPU of all processes, µs per token", lambda r: r.tree_us, 0, 1),
+    ("gateway CPU, µs per token", lambda r: r.gateway_us, 0, 1),
+)
+
+HOW = """\
+## How it is measured
+- Both servers are up during the whole run, with the same GGUF file, threads, context and number of
+  sequences; only one generates at a time, so each carries the other's idle cost. The order
+  alternates from round to round. Ratios are taken round by round, then the median is shown with
+  the least and the greatest. The peer runs with its defaults otherwise. Its sequences share the
+  given context; Impetus bounds each sequence by it and decides itself how many cells all share, so
+  the memory of the two is not that of equal KV caches.
+- The client is a process of its own with raw sockets, the same for both. Connections are open
+  before the clock starts; the connection's set-up is not part of any figure. Answers are greedy.
+  Tokens are counted from `usage`; no two prompts start alike, so no prefix cache helps.
+- "Whole run" counts from the first request sent to the last byte received, prompts included.
+  "While all streams run" counts from the last stream's first token to the first stream's last.
+- Added time to first token: several single requests per round, in pairs, the difference taken
+  pair by pair. The time in the table by number of streams comes from the long runs instead.
+- Agent conversation: the second turn repeats the first turn's messages, adds the answer and asks
+  again. Computed = prompt tokens less `cached_tokens`, as the servers report them.
+- Gateway CPU = CPU time of the router's process and of the process that holds the model, both with
+  their children, less what the runtime burnt in it: its own worker threads, and the engine thread's
+  time inside native calls, which the server counts (`impetus_engine_native_cpu_seconds_total`).
+  Idle cost, garbage collection, one reading of `/metrics` and everything unclear count as ours.
+- "CPU of all processes" is each server's whole process tree, the model's work included, divided by
+  the tokens of the run; for Impetus it holds Ray's own processes too.
+- Memory is the proportional set size of the whole process tree: shared pages are divided among
+  their users, so nothing is counted twice.
+"""
+
+
+def render(
+    plan: Plan,
+    results: dict[str, Results],
+    verdicts: Sequence[Verdict],
+    setup: Sequence[tuple[str, str]],
+) -> str:
+    """Return the page; one server alone gives a page without ratios."""
+    names = list(results)
+    parts = ["# Benchmarks\n", "Written by `scripts/bench`; do not edit.\n"]
+    if verdicts:
+        rows = [(v.name, v.target, v.measured, v.word) for v in verdicts]
+        parts += ["## Targets\n", _table(("what", "target", "measured", ""), rows)]
+    parts += ["## Streams\n", "Median over the rounds (least–greatest).\n"]
+    for count in plan.streams:
+        parts += [f"### {count} {'stream' if count == 1 else 'streams'}\n"]
+        parts += [_streams_table(count, results, names), _counts(count, results)]
+    parts += _first_token(results, names) + _agent(results, names) + _idle(results, names)
+    problems = [f"- {name}: {text}" for name in names for text in results[name].problems]
+    if problems:
+        parts += ["## Failures\n", "\n".join(problems) + "\n"]
+    parts += ["## Machine and load\n", _table(("what", "value"), setup), HOW]
+    return "\n".join(parts)
+
+
+def _table(head: Row, rows: Sequence[Row]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def _streams_table(count: int, results: dict[str, Results], names: Row) -> str:
+    rows = []
+    for label, figure, digits, scale in FIGURES:
+        found = [spread([figure(r) for r in results[name].streams[count]]) for name in names]
+        cells = [value.text(digits, scale) if value else "–" for value in found]
+        if len(names) == 2:
+            ours, peer = (results[name].streams[count] for name in names)
+            ratio = ratios(ours, peer, figure)
+            cells.append(ratio.text(3) if ratio else "–")
+        rows.append((label, *cells))
+    return _table(("what", *names, *(["ours / peer"] if len(names) == 2 else [])), rows)
+
+
+def _counts(count: int, results: dict[str, Results]) -> str:
+    """Say how many tokens each side had, because unequal work would make ratios worthless."""
+    texts = [
+        f"{name} {sum(r.tokens for r in result.streams[count])} tokens generated from "
+        f"{sum(r.prompt_tokens for r in result.streams[count])} prompt tokens"
+        for name, result in results.items()
+    ]
+    return "; ".join(texts) + ", all rounds together.\n"
+
+
+def _first_token(results: dict[str, Results], names: Row) -> list[str]:
+    rows = []
+    for name in names:
+        found = spread([value for times in results[name].first_token_s for value in times])
+        rows.append((name, found.text(1, 1000) if found else "–"))
+    if len(names) == 2:
+        added = added_first_token_ms(results[names[0]], results[names[1]])
+        rows.append(("added, by round", added.text(1) if added else "–"))
+    return ["## Time to first token, 1 stream\n", _table(("server", "ms"), rows)]
+
+
+def _agent(results: dict[str, Results], names: Row) -> list[str]:
+    rows = []
+    for name in names:
+        runs = results[name].agent
+        if not runs:
+            continue
+        times = [spread([run.first_token_s[turn] for run in runs]) for turn in (0, 1)]
+        share = spread([run.computed_share for run in runs])
+        computed = [run.prompt_tokens[1] - run.cached_tokens[1] for run in runs]
+        rows.append(
+            (
+                name,
+                str(runs[0].prompt_tokens[0]),
+                *(value.text(0, 1000) if value else "–" for value in times),
+                ", ".join(map(str, computed)),
+                f"{share.text(1, 100)} %" if share else "–",
+            )
+        )
+    head = (
+        *("server", "prompt tokens, turn 1", "first token, turn 1, ms", "first token, turn 2, ms"),
+        *("computed in turn 2", "share of turn 1"),
+    )
+    return ["## Agent conversation of two turns\n", _table(head, rows)] if rows else []
+
+
+def _idle(results: dict[str, Results], names: Row) -> list[str]:
+    rows = [
+        (name, *_idle_cells(results[name].idle_before), *_idle_cells(results[name].idle_after))
+        for name in names
+    ]
+    head = (
+        *("server", "memory, model loaded", "CPU at rest", "memory after the load"),
+        "CPU at rest after the load",
+    )
+    return ["## At rest\n", "CPU in percent of one core.\n", _table(head, rows)]
+
+
+def _idle_cells(idle: IdleResult | None) -> tuple[str, str]:
+    if idle is None:
+        return "–", "–"
+    memory = "–" if idle.pss_bytes is None else format_bytes(idle.pss_bytes)
+    return memory, "–" if idle.cpu_share is None else f"{idle.cpu_share:.1%}"

@@ -1,0 +1,127 @@
+"""The benchmark's arithmetic: what is counted, and that losing shows."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts.bench_lib import processes
+from scripts.bench_lib.figures import ratios, spread, verdicts
+from scripts.bench_lib.measure import AgentResult, IdleResult, StreamsResult
+from scripts.bench_lib.processes import GatewaySnapshot, engine_worker_cpu_s, gateway_cpu_s
+from scripts.bench_lib.prompts import agent_system_text, stream_bodies
+from scripts.bench_lib.report import render
+from scripts.bench_lib.rounds import Plan, Results
+
+
+def make_streams(rate: float, gateway_us: float | None = 100.0) -> StreamsResult:
+    return StreamsResult(
+        total_rate=rate,
+        window_rate=rate,
+        first_token_s=0.1,
+        gap_p50_s=0.01,
+        gap_p99_s=0.02,
+        gateway_us=gateway_us,
+        tree_us=5000.0,
+        tokens=100,
+        prompt_tokens=50,
+        failed=(),
+    )
+
+
+def make_results(
+    *rates: float, gateway_us: float = 100.0, first_token_s: float = 0.1, cached: int = 980
+) -> Results:
+    agent = AgentResult((1.0, 0.1), (1000, 1020), (0, cached))
+    results = Results(
+        first_token_s=[[first_token_s] * 3 for _ in rates],
+        agent=[agent],
+        idle_before=IdleResult(1024**2, 0.05),
+    )
+    results.streams[8] = [make_streams(rate, gateway_us) for rate in rates]
+    return results
+
+
+def words(ours: Results, peer: Results) -> list[str]:
+    return [verdict.word for verdict in verdicts(ours, peer)]
+
+
+def test_verdicts_pass_when_all_targets_are_reached() -> None:
+    assert words(make_results(100, 102), make_results(100, 100)) == ["PASS"] * 4
+
+
+@pytest.mark.parametrize(
+    ("ours", "missed"),
+    [
+        (make_results(90, 91), 0),
+        (make_results(100, 100, first_token_s=0.106), 1),
+        (make_results(100, 100, cached=900), 2),
+        (make_results(100, 100, gateway_us=301.0), 3),
+    ],
+    ids=["rate", "first token", "agent", "gateway"],
+)
+def test_verdicts_show_a_loss(ours: Results, missed: int) -> None:
+    expected = ["PASS"] * 4
+    expected[missed] = "MISS"
+    assert words(ours, make_results(100, 100)) == expected
+
+
+def test_verdicts_do_not_claim_what_was_not_measured() -> None:
+    ours = make_results(100)
+    ours.streams[8] = [make_streams(100, gateway_us=None)]
+    assert words(ours, make_results(100))[-1] == "NOT MEASURED"
+
+
+def test_verdicts_miss_when_a_stream_failed() -> None:
+    ours = make_results(100)
+    failed = StreamsResult(120, 120, 0.1, 0.01, 0.02, 100, 1, 10, 10, failed=("HTTP 503",))
+    ours.streams[8] = [failed]
+    assert words(ours, make_results(100))[0] == "MISS"
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    ours = [make_streams(rate) for rate in (50, 200)]
+    peer = [make_streams(rate) for rate in (100, 100)]
+    found = ratios(ours, peer, lambda r: r.total_rate)
+    assert found is not None
+    assert (found.low, found.median, found.high) == (0.5, 1.25, 2.0)
+    assert spread([None, None]) is None
+
+
+def test_gateway_cpu_leaves_out_only_the_runtime() -> None:
+    before = GatewaySnapshot(1.0, 10.0, 5.0, {11: 3.0, 12: 3.0})
+    after = GatewaySnapshot(1.5, 20.0, 9.0, {11: 5.0, 13: 1.0})
+    # 10.5 s in all, less 2 s and 1 s of workers and 4 s native; thread 12 ended and stays ours.
+    assert gateway_cpu_s(before, after) == pytest.approx(3.5)
+
+
+def test_engine_workers_are_all_but_the_oldest_engine_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for thread, name in ((7, "python"), (9, "impetus-engine"), (10, "impetus-engine")):
+        task = tmp_path / "5" / "task" / str(thread)
+        task.mkdir(parents=True)
+        (task / "comm").write_text(f"{name}\n")
+        (task / "schedstat").write_text(f"{thread}000000000 5 6\n")
+    monkeypatch.setattr(processes, "PROC", tmp_path)
+    assert engine_worker_cpu_s(5) == {10: 10.0}
+
+
+def test_prompts_share_no_beginning_but_repeat_for_the_other_server() -> None:
+    bodies = [body for run in ("a", "b") for body in stream_bodies(run, 16, 8)]
+    starts = {body["messages"][0]["content"][:10] for body in bodies}
+    assert len(starts) == 32
+    assert stream_bodies("a", 16, 8) == bodies[:16]
+    assert agent_system_text("a", 3000)[:10] != agent_system_text("b", 3000)[:10]
+    assert len(agent_system_text("a", 3000)) == 3000
+
+
+def test_report_shows_a_loss_and_its_failures() -> None:
+    plan = Plan("run", 2, (8,), 128, 1, 1000, 1.0)
+    ours, peer = make_results(50, 60), make_results(100, 100)
+    ours.problems.append("round 1, 8 streams: HTTP 503")
+    page = render(
+        plan, {"Impetus": ours, "llama.cpp": peer}, verdicts(ours, peer), [("model", "m.gguf")]
+    )
+    assert "| 0.550 (0.500–0.600) and 0.550 (0.500–0.600) | MISS |" in page
+    assert "- Impetus: round 1, 8 streams: HTTP 503" in page
+    assert "| model | m.gguf |" in page

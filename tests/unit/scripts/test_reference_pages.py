@@ -1,0 +1,30 @@
+"""The hand-written pages name what the code has."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from core.errors import ImpetusError
+from router.v1.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from router.v1.wire import WireRequest
+from scripts.install import ROOT
+
+REFERENCE = (ROOT / "docs" / "API_REFERENCE.md").read_text()
+
+
+def all_errors(kind: type[ImpetusError] = ImpetusError) -> Iterator[type[ImpetusError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        if child.__module__ == "core.errors":
+            yield from all_errors(child)
+
+
+@pytest.mark.parametrize("kind", list(all_errors()), ids=lambda kind: kind.__name__)
+def test_reference_lists_every_error(kind: type[ImpetusError]) -> None:
+    assert f"| {kind.status} | `{kind.type}` | `{kind.code}` |" in REFERENCE
+
+
+@pytest.mark.parametrize("request_type", [ChatRequest, CompletionRequest, EmbeddingRequest])
+def test_reference_names_every_field(request_type: type[WireRequest]) -> None:
+    names = {*request_type.model_fields, *request_type.unsupported}
+    assert {name for name in names if f"`{name}`" not in REFERENCE} == set()

@@ -1,0 +1,103 @@
+"""What holds for the repository as a whole."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from scripts import generate_docs
+from scripts.install import ROOT, read_pins
+
+MAX_SOURCE_LINES = 300
+MAX_TEST_LINES = 500
+# Character classes keep the patterns from finding themselves.
+FOREIGN = re.compile(
+    r"/[r]oot/|/[w]ork/|/[o]pt/(pypi|wheels)|/(home|Users)/[a-z][a-z0-9_-]+/"
+    r"|pypi\.[o]rg|[p]ythonhosted|npmjs\.[o]rg|proxy\.[g]olang"
+)
+SHELL_SCRIPTS = sorted(
+    path
+    for folder in ("scripts", ".ci")
+    for path in (ROOT / folder).iterdir()
+    if path.is_file() and path.read_bytes().startswith(b"#!/bin/sh")
+)
+
+
+def repository_files() -> list[Path]:
+    """Return the files that are in git or would be added to it."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"not a git checkout: {error}")
+    paths = [ROOT / name for name in done.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def python_files() -> list[Path]:
+    return [path for path in repository_files() if path.suffix == ".py"]
+
+
+def test_repository_files_are_short() -> None:
+    too_long = []
+    for path in python_files():
+        name = path.relative_to(ROOT)
+        limit = MAX_TEST_LINES if name.parts[0] == "tests" else MAX_SOURCE_LINES
+        if (count := len(path.read_text().splitlines())) > limit:
+            too_long.append(f"{name}: {count} lines, at most {limit}")
+    assert too_long == []
+
+
+def test_repository_files_name_no_machine_and_no_registry() -> None:
+    found = []
+    for path in repository_files():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in FOREIGN.finditer(text)]
+    assert found == []
+
+
+@pytest.mark.parametrize("text", ["/ro" + "ot/x", "/Use" + "rs/me/x", "https://pypi." + "org/x"])
+def test_repository_pattern_finds_a_machine_path(text: str) -> None:
+    assert FOREIGN.search(text)
+
+
+def test_repository_modules_have_docstrings() -> None:
+    bare = [
+        str(path.relative_to(ROOT))
+        for path in python_files()
+        if path.relative_to(ROOT).parts[0] != "tests"
+        and ast.get_docstring(ast.parse(path.read_text())) is None
+    ]
+    assert bare == []
+
+
+def test_repository_configuration_page_is_up_to_date() -> None:
+    assert generate_docs.CONFIGURATION.read_text() == generate_docs.configuration_page()
+
+
+def test_repository_constraints_pin_every_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    wanted = [Requirement(text) for group in groups for text in group]
+    pins = read_pins()
+    unpinned = [
+        str(requirement)
+        for requirement in wanted
+        if not requirement.specifier.contains(pins.get(canonicalize_name(requirement.name), "0"))
+    ]
+    assert unpinned == []
+
+
+@pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: path.name)
+def test_repository_shell_script_parses_and_is_executable(script: Path) -> None:
+    done = subprocess.run(["sh", "-n", str(script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert script.stat().st_mode & 0o111
