@@ -193,13 +193,9 @@ class BackendUnavailable(Unavailable):
 
 
 class ModelNotResident(Unavailable):
-    """The replica does not hold the model; `replica_id` tells which replica said so."""
+    """The replica does not hold the model; the router answers it with a load."""
 
     code = "model_not_resident"
-
-    def __init__(self, message: str, *, replica_id: str = "") -> None:
-        super().__init__(message)
-        self.replica_id = replica_id
 
 
 class NotThisFormat(Exception):

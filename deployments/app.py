@@ -44,6 +44,8 @@ def _deployment(cls: Any, name: str, **options: Any) -> Deployment:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=20.0,
+        # How soon a dead replica is noticed and replaced; Serve's default is 10 s.
+        health_check_period_s=2.0,
         **options,
     )
     return decorate(cls)

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 from ray.serve.handle import DeploymentHandle
 
+from core.errors import ImpetusError
 from deployments.errors import unwrap
 
 Handle: TypeAlias = "DeploymentHandle[Any]"
@@ -25,7 +26,7 @@ async def call(response: Any) -> Any:
     Raises ImpetusError where the other side did or its process is gone.
     """
     try:
-        return await response
+        result = await response
     except asyncio.CancelledError:
         response.cancel()
         raise
@@ -34,3 +35,6 @@ async def call(response: Any) -> Any:
         if ours is problem:
             raise
         raise ours from problem
+    if isinstance(result, ImpetusError):
+        raise result
+    return result

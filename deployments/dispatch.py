@@ -12,8 +12,7 @@ from deployments.calls import Handle, call, direct
 from deployments.codec import LENGTH_BYTES, decode_body
 from deployments.errors import ReplicaDied, unwrap
 from deployments.frames import FrameReceiver, Mailbox
-from deployments.orders import Receipt, Residency
-from deployments.processes import ProcessBook
+from deployments.orders import Residency
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +32,11 @@ class HandleDispatcher:
         scheduler: Handle,
         formats: Mapping[str, Handle],
         receiver: FrameReceiver,
-        book: ProcessBook,
         node_id: str,
     ) -> None:
         self._scheduler = direct(scheduler)
         self._formats = {name: direct(handle) for name, handle in formats.items()}
         self._receiver = receiver
-        self._book = book
         self._node_id = node_id
         self._residencies: dict[str, Residency] = {}
         self._calls: set[asyncio.Task[None]] = set()
@@ -48,6 +45,11 @@ class HandleDispatcher:
     def resident_ids(self) -> frozenset[str]:
         """The models believed to be resident."""
         return frozenset(self._residencies)
+
+    @property
+    def resident_formats(self) -> frozenset[str]:
+        """The formats of which some model is believed to be resident."""
+        return frozenset(residency.format for residency in self._residencies.values())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Yield the request's events.
@@ -67,17 +69,10 @@ class HandleDispatcher:
                     has_events = True
                     yield event
                 return
-            except ModelNotResident as problem:
-                lost = problem.replica_id
-                self._residencies.pop(request.model_id, None)
-                if has_events or is_last:
-                    raise EngineFailed(
-                        "The model was unloaded while it was asked for."
-                    ) from problem
-            except ReplicaDied as problem:
+            except (ModelNotResident, ReplicaDied) as problem:
                 lost = residency.replica_id
-                self._residencies.pop(request.model_id, None)
-                logger.warning("replica %s died during %s", lost, request.id)
+                self._forget(residency)
+                logger.info("%s lost on replica %s: %s", request.model_id, lost, problem)
                 if has_events or is_last:
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
 
@@ -110,7 +105,7 @@ class HandleDispatcher:
                     yield event
         finally:
             self._receiver.forget(request.id)
-            # A finished request's receipt is on its way; any other is cancelled.
+            # A finished request's call returns by itself; any other is cancelled.
             if not is_finished:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
@@ -120,12 +115,11 @@ class HandleDispatcher:
     ) -> None:
         handle = self._formats[residency.format]
         try:
-            receipt: Receipt = await call(handle.generate.remote(request, self._receiver.path))
+            await call(handle.generate.remote(request, self._receiver.path))
         except Exception as problem:
             mailbox.fail(problem)
         else:
-            self._book.note(receipt)
-            # The events were sent before the receipt; if they never come, somebody must say so.
+            # The events were sent before the call returned; their loss must not be silent.
             lost = EngineFailed("The end of the answer was lost.")
             asyncio.get_running_loop().call_later(_LOST_EVENTS_S, mailbox.fail, lost)
 
@@ -158,11 +152,15 @@ class HandleDispatcher:
                 embeddings: Embeddings = await call(handle.embed.remote(model_id, inputs))
                 return embeddings
             except (ModelNotResident, ReplicaDied) as problem:
-                self._residencies.pop(model_id, None)
+                self._forget(residency)
                 lost = residency.replica_id
                 if attempt == _MOST_ATTEMPTS - 1:
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
         raise AssertionError("unreachable")
+
+    def _forget(self, residency: Residency) -> None:
+        if self._residencies.get(residency.model_id) is residency:
+            del self._residencies[residency.model_id]
 
     async def _ensure(self, model_id: str, lost_replica: str) -> Residency:
         known = self._residencies.get(model_id)

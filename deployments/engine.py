@@ -18,9 +18,10 @@ from core.errors import EngineFailed, ModelFileMissing, ModelNotResident
 from core.settings import Settings
 from core.types import Embeddings, GenerationRequest
 from deployments.codec import StepEvents, encode_frame
+from deployments.errors import returning_errors
 from deployments.frames import FrameSender
 from deployments.logs import attach_logs
-from deployments.orders import FileMark, LoadOrder, Receipt, Residency, ResidentReport
+from deployments.orders import FileMark, LoadOrder, ReplicaReport, Residency, ResidentReport
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +59,15 @@ class FormatReplica:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._node_id = ray.get_runtime_context().get_node_id()
 
+    @returning_errors
     async def load_model(self, order: LoadOrder) -> Residency:
         """Open the model unless it is open; the weights are read on a thread."""
         async with self._changing:
             resident = self._residents.get(order.model_id)
             if resident is not None:
-                if not _is_failed(resident.engine) and not _changed(resident.marks):
+                if _is_usable(resident):
                     return resident.residency
+                await self._drain(resident)
                 await self._close(resident)
             started = time.monotonic()
             marks = tuple(_mark(path) for path in order.info.files)
@@ -89,28 +92,33 @@ class FormatReplica:
         resident = self._residents.get(model_id)
         if resident is None:
             return False
-        resident.is_draining = True
-        while resident.in_flight:
-            resident.idle.clear()
-            await resident.idle.wait()
+        await self._drain(resident)
         async with self._changing:
             if self._residents.get(model_id) is resident:
                 await self._close(resident)
         return True
+
+    @staticmethod
+    async def _drain(resident: _Resident) -> None:
+        """Take no more requests and wait for those that run."""
+        resident.is_draining = True
+        while resident.in_flight and not _is_failed(resident.engine):
+            resident.idle.clear()
+            await resident.idle.wait()
 
     async def _close(self, resident: _Resident) -> None:
         del self._residents[resident.order.model_id]
         await resident.engine.close()
         logger.info("unloaded %s", resident.order.model_id)
 
-    async def generate(self, request: GenerationRequest, socket_path: str) -> Receipt:
+    @returning_errors
+    async def generate(self, request: GenerationRequest, socket_path: str) -> None:
         """Run a request, its events going to the router's socket, one frame a step."""
         sender = await self._sender(socket_path)
         with self._lease(request.model_id) as resident:
             await self._run(resident.engine, request, sender)
             while not sender.flush():
                 await asyncio.sleep(_FLUSH_POLL_S)
-            return self._receipt(resident)
 
     @staticmethod
     async def _run(engine: Engine, request: GenerationRequest, sender: FrameSender) -> None:
@@ -141,6 +149,7 @@ class FormatReplica:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
 
+    @returning_errors
     async def embed(self, model_id: str, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
         """Return one vector per input."""
         with self._lease(model_id) as resident:
@@ -148,17 +157,14 @@ class FormatReplica:
 
     @contextmanager
     def _lease(self, model_id: str) -> Iterator[_Resident]:
-        """Hold the model for one request.  Raises ModelNotResident, ModelFileMissing."""
+        """Hold the model for one request.  Raises ModelNotResident.
+
+        So it does when the model's file was deleted or replaced: the scheduler then looks at the
+        disk, while requests that run on the old file end in peace.
+        """
         resident = self._residents.get(model_id)
-        if resident is None or resident.is_draining or _is_failed(resident.engine):
-            raise ModelNotResident(f"{model_id} is not resident here.", replica_id=self._replica_id)
-        gone = _changed(resident.marks)
-        if gone:
-            raise ModelFileMissing(
-                f"The model {model_id} was loaded from {gone}, which was deleted or replaced. "
-                "Put the file back, or choose another model.",
-                param="model",
-            )
+        if resident is None or not _is_usable(resident):
+            raise ModelNotResident(f"{model_id} is not resident here.")
         resident.in_flight += 1
         try:
             yield resident
@@ -178,14 +184,10 @@ class FormatReplica:
             self._senders[socket_path] = sender
         return sender
 
-    def _receipt(self, resident: _Resident) -> Receipt:
-        load = resident.engine.load()
-        return Receipt(self._format, os.getpid(), resident.order.model_id, load.native_cpu_s)
-
-    async def report(self) -> list[ResidentReport]:
-        """Return the resident models' state."""
+    async def report(self) -> ReplicaReport:
+        """Return what this process holds and does."""
         now = time.monotonic()
-        return [
+        residents = tuple(
             ResidentReport(
                 model_id,
                 0.0 if resident.in_flight else now - resident.used_at,
@@ -193,15 +195,12 @@ class FormatReplica:
                 resident.engine.load(),
             )
             for model_id, resident in self._residents.items()
-        ]
+        )
+        return ReplicaReport(self._format, os.getpid(), residents)
 
     async def residencies(self) -> list[Residency]:
         """Return what is resident, for a scheduler that starts anew."""
-        return [
-            resident.residency
-            for resident in self._residents.values()
-            if not resident.is_draining and not _is_failed(resident.engine)
-        ]
+        return [resident.residency for resident in self._residents.values() if _is_usable(resident)]
 
     async def __del__(self) -> None:
         """Free every model; Serve awaits this at shutdown."""
@@ -247,6 +246,11 @@ class _CoalescingSink:
                 return
 
 
+def _is_usable(resident: _Resident) -> bool:
+    is_sound = not resident.is_draining and not _is_failed(resident.engine)
+    return is_sound and not _changed(resident.marks)
+
+
 def _is_failed(engine: Engine) -> bool:
     return bool(getattr(engine, "is_failed", False))
 
@@ -259,14 +263,14 @@ def _mark(path: Path) -> FileMark:
     return FileMark(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def _changed(marks: Sequence[FileMark]) -> str:
-    """Return the path of the first file that is gone or replaced; empty when all are there."""
+def _changed(marks: Sequence[FileMark]) -> bool:
+    """Whether a file is gone or another than the one that was opened."""
     for mark in marks:
         try:
             status = os.stat(mark.path)
         except OSError:
-            return mark.path
+            return True
         now = (status.st_size, status.st_mtime_ns, status.st_ino)
         if now != (mark.size_bytes, mark.modified_ns, mark.inode):
-            return mark.path
-    return ""
+            return True
+    return False

@@ -1,9 +1,16 @@
-"""From Ray's exceptions to ours."""
+"""Errors across handle calls: ours travel as values, Ray's are translated."""
+
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from core.errors import EngineFailed, ImpetusError, QueueFull, Unavailable
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 class ReplicaDied(EngineFailed):
@@ -24,3 +31,24 @@ def unwrap(problem: BaseException) -> BaseException:
     if isinstance(problem, DeploymentUnavailableError):
         return Unavailable("This model's format cannot be served now.", retry_after_s=5)
     return problem
+
+
+def returning_errors(
+    method: Callable[Parameters, Awaitable[Result]],
+) -> Callable[Parameters, Awaitable[Result | ImpetusError]]:
+    """Let a replica's method return an ImpetusError instead of raising it.
+
+    Serve logs a raised one with its traceback as a fault of the replica; these are answers.
+    `calls.call` raises it again on the other side.
+    """
+
+    @wraps(method)
+    async def guarded(
+        *arguments: Parameters.args, **options: Parameters.kwargs
+    ) -> Result | ImpetusError:
+        try:
+            return await method(*arguments, **options)
+        except ImpetusError as problem:
+            return problem
+
+    return guarded

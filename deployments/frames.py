@@ -77,8 +77,10 @@ class FrameSender:
             self._break("the router does not read")
 
     def _break(self, reason: str) -> None:
-        if not self.is_broken:
-            logger.warning("event socket closed: %s", reason)
+        logger.warning("event socket closed: %s", reason)
+        self._shut()
+
+    def _shut(self) -> None:
         self.is_broken = True
         self._unsent.clear()
         self._socket.close()
@@ -88,7 +90,7 @@ class FrameSender:
     def close(self) -> None:
         """Close the socket; twice is fine."""
         with self._lock:
-            self._break("the replica stops")
+            self._shut()
 
 
 class Mailbox:

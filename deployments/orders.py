@@ -37,16 +37,6 @@ class Residency:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
-    """A replica's answer to a finished request: who ran it and what its runtime has burnt."""
-
-    process: str
-    pid: int
-    model_id: str
-    native_cpu_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class ResidentReport:
     """One resident model's state; `idle_s` is seconds since its last request ended."""
 
@@ -54,3 +44,12 @@ class ResidentReport:
     idle_s: float
     in_flight: int
     load: EngineLoad
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReport:
+    """One replica's process and what it holds."""
+
+    format: str
+    pid: int
+    residents: tuple[ResidentReport, ...]

@@ -14,7 +14,7 @@ from deployments.dispatch import HandleDispatcher
 from deployments.frames import FrameReceiver
 from deployments.listener import Listener
 from deployments.logs import attach_logs
-from deployments.processes import ProcessBook
+from deployments.telemetry import ReplicaTelemetry
 from router.app import create_app
 from router.services import Services
 
@@ -34,18 +34,15 @@ class RouterReplica:
         attach_logs()
         self._receiver = FrameReceiver()
         await self._receiver.start()
-        book = ProcessBook()
-        dispatcher = HandleDispatcher(
-            scheduler,
-            formats,
-            self._receiver,
-            book,
-            ray.get_runtime_context().get_node_id(),
-        )
+        node_id = ray.get_runtime_context().get_node_id()
+        dispatcher = HandleDispatcher(scheduler, formats, self._receiver, node_id)
+        telemetry = ReplicaTelemetry(formats, lambda: dispatcher.resident_formats)
         self._catalog = CatalogView(settings, scheduler, lambda: dispatcher.resident_ids)
         metrics = Metrics()
-        metrics.registry.register(book)
-        services = Services(settings, self._catalog, dispatcher, SchedulerHealth(scheduler))
+        metrics.registry.register(telemetry)
+        services = Services(
+            settings, self._catalog, dispatcher, SchedulerHealth(scheduler), telemetry
+        )
         self._app = create_app(services, metrics=metrics)
         self._listener = Listener(self._app, settings)
         self._listener.start()

@@ -5,13 +5,12 @@ import logging
 import time
 from collections.abc import Mapping
 
-from catalog.models import ModelRecord
-from catalog.scan import scan
-from catalog.store import CatalogStore
-
 from backends.base import EngineOptions, MemoryEstimate
 from backends.registry import backends_for
 from backends.threads import performance_cores
+from catalog.models import ModelRecord
+from catalog.scan import scan
+from catalog.store import CatalogStore
 from core.errors import (
     BackendUnavailable,
     BrokenModel,
@@ -22,15 +21,14 @@ from core.errors import (
 )
 from core.settings import Settings
 from deployments.calls import Handle, call
+from deployments.errors import returning_errors
 from deployments.logs import attach_logs
-from deployments.orders import LoadOrder, Residency, ResidentReport
+from deployments.orders import LoadOrder, ReplicaReport, Residency, ResidentReport
 from scheduler.policy import decide
 from scheduler.sensors import machine_memory_bytes, memory_budget_bytes
 from scheduler.state import HostState, Load, LoadWanted, Reject, Resident, Unload
 
 logger = logging.getLogger(__name__)
-
-_SECONDS_BETWEEN_ASKED_SCANS = 2.0
 
 
 def engine_options(settings: Settings, budget_bytes: int) -> EngineOptions:
@@ -70,7 +68,7 @@ class SchedulerReplica:
         self._loading: dict[str, int] = {}
         self._ledger = asyncio.Lock()
         self._scanning = asyncio.Lock()
-        self._scanned_at = 0.0
+        self._scan_began_at = 0.0
         self._is_ready = asyncio.Event()
         self._background = asyncio.ensure_future(self._run())
 
@@ -84,7 +82,12 @@ class SchedulerReplica:
             await self._scan()
 
     async def _scan(self) -> None:
+        """Look at the model folders; a scan that began after this call serves it as well."""
+        asked_at = time.monotonic()
         async with self._scanning:
+            if self._scan_began_at > asked_at:
+                return
+            self._scan_began_at = time.monotonic()
             try:
                 report = await asyncio.to_thread(
                     scan, self._settings, self._store, list(self._backends.values())
@@ -92,8 +95,6 @@ class SchedulerReplica:
             except Exception:
                 logger.exception("the scan of the model folders failed")
                 return
-            finally:
-                self._scanned_at = time.monotonic()
             if report.has_news:
                 logger.info("scan: %s", report)
 
@@ -113,18 +114,18 @@ class SchedulerReplica:
         return self._is_ready.is_set()
 
     async def rescan(self) -> None:
-        """Scan the model folders now, unless that was just done."""
-        if time.monotonic() - self._scanned_at > _SECONDS_BETWEEN_ASKED_SCANS:
-            await self._scan()
+        """Scan the model folders now; calls that come together share one scan."""
+        await self._scan()
 
     async def residencies(self) -> tuple[list[Residency], list[str]]:
         """Return the resident models and the ids of those being loaded."""
         return [residency for residency, _ in self._residents.values()], list(self._loads)
 
+    @returning_errors
     async def ensure_loaded(self, model_id: str, lost_replica: str = "") -> Residency:
         """Return where the model is resident, loading it first where needed; single-flight.
 
-        `lost_replica` names a replica that said it does not hold the model.  Raises
+        `lost_replica` is where the caller believed it to be and did not find it.  Raises
         ModelNotFound, ModelFileMissing, BrokenModel, BackendUnavailable, InsufficientMemory.
         """
         known = self._residents.get(model_id)
@@ -134,13 +135,16 @@ class SchedulerReplica:
             del self._residents[model_id]
         task = self._loads.get(model_id)
         if task is None:
-            task = asyncio.ensure_future(self._load(model_id))
+            task = asyncio.ensure_future(self._load(model_id, was_lost=bool(lost_replica)))
             self._loads[model_id] = task
             task.add_done_callback(lambda _: self._loads.pop(model_id, None))
         # One waiting client that leaves must not stop the load of the others.
         return await asyncio.shield(task)
 
-    async def _load(self, model_id: str) -> Residency:
+    async def _load(self, model_id: str, *, was_lost: bool) -> Residency:
+        if was_lost:
+            # Perhaps because its file is gone or another one now.
+            await self._scan()
         record = await asyncio.to_thread(self._store.get, model_id)
         if record is None:
             raise ModelNotFound.of(model_id, [])
@@ -164,7 +168,9 @@ class SchedulerReplica:
             raise BrokenModel(f"{record.id} was refused: {record.reason}", param="model")
         if record.state == "missing":
             raise ModelFileMissing(
-                f"The file of {record.id} is gone: {record.info.files[0]}", param="model"
+                f"The file of {record.id} is gone: {record.info.files[0]}. Put it back, or choose "
+                "another model.",
+                param="model",
             )
         backend = self._backends.get(record.info.format)
         if backend is None:
@@ -204,8 +210,8 @@ class SchedulerReplica:
     async def _reports(self) -> dict[str, ResidentReport]:
         reports: dict[str, ResidentReport] = {}
         for name in {residency.format for residency, _ in self._residents.values()}:
-            for report in await call(self._formats[name].report.remote()):
-                reports[report.model_id] = report
+            replica: ReplicaReport = await call(self._formats[name].report.remote())
+            reports.update((report.model_id, report) for report in replica.residents)
         return reports
 
     async def _unload(self, model_id: str, reason: str) -> None:

@@ -99,6 +99,7 @@ def _readyz_endpoint(context: RouteContext) -> Callable[[], Awaitable[Response]]
 
 def _metrics_endpoint(context: RouteContext) -> Callable[[], Awaitable[Response]]:
     async def show_metrics() -> Response:
+        await context.services.telemetry.refresh()
         return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     return show_metrics

@@ -71,6 +71,14 @@ class Health(Protocol):
         ...
 
 
+class Telemetry(Protocol):
+    """Figures that live in other processes."""
+
+    async def refresh(self) -> None:
+        """Fetch them, for the metrics that are shown next; never raises, never takes long."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """Everything the HTTP application is built over."""
@@ -79,3 +87,4 @@ class Services:
     catalog: Catalog
     dispatcher: Dispatcher
     health: Health
+    telemetry: Telemetry

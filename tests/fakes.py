@@ -138,6 +138,16 @@ class FakeHealth:
         return self.reason
 
 
+class FakeTelemetry:
+    """Counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.refreshed = 0
+
+    async def refresh(self) -> None:
+        self.refreshed += 1
+
+
 def make_services(
     dispatcher: FakeDispatcher | None = None,
     *,
@@ -152,4 +162,5 @@ def make_services(
         catalog=FakeCatalog(*(views or (make_view(), embedder))),
         dispatcher=dispatcher or FakeDispatcher(),
         health=FakeHealth(not_ready),
+        telemetry=FakeTelemetry(),
     )

@@ -1,6 +1,7 @@
 """What every backend's engine must do, whatever the format."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,13 @@ async def test_generate_is_deterministic_when_greedy(engine: Engine) -> None:
 
 
 async def test_generate_is_deterministic_with_a_seed(engine: Engine) -> None:
-    options = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 2**40 + 7}
+    options: dict[str, Any] = {
+        "temperature": 1.5,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "seed": 2**40 + 7,
+    }
     first = await run(engine, request(QUESTION, **options))
     second = await run(engine, request(QUESTION, **options))
     assert text_of(first) == text_of(second)

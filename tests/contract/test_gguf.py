@@ -11,7 +11,7 @@ import pytest_asyncio
 from backends.base import Engine, EngineOptions
 from backends.gguf import GgufBackend
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
-from core.types import JsonOutput, TextDelta, Tool, ToolCallDelta
+from core.types import GenerationRequest, JsonOutput, JsonValue, TextDelta, Tool, ToolCallDelta
 from tests.requests import chat, end_of, request, run, text_of, token_ids_of
 from tests.starter import starter_path
 
@@ -61,10 +61,10 @@ async def test_a_presence_penalty_changes_repeating_text(gguf: Engine) -> None:
 
 
 async def test_different_seeds_differ_at_high_temperature(gguf: Engine) -> None:
-    def wanted(seed: int | None) -> object:
+    def wanted(seed: int | None) -> GenerationRequest:
         return request(STORY, temperature=2.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed)
 
-    texts = {text_of(await run(gguf, wanted(seed))) for seed in (1, 2, 3, None, None)}  # type: ignore[arg-type]
+    texts = {text_of(await run(gguf, wanted(seed))) for seed in (1, 2, 3, None, None)}
     assert len(texts) == 5
 
 
@@ -75,7 +75,7 @@ async def test_top_k_of_one_is_greedy(gguf: Engine) -> None:
 
 
 async def test_json_output_is_valid_for_its_schema(gguf: Engine) -> None:
-    schema = {
+    schema: dict[str, JsonValue] = {
         "type": "object",
         "properties": {
             "name": {"type": "string", "maxLength": 12},
@@ -103,13 +103,13 @@ async def test_any_json_object_is_an_object(gguf: Engine) -> None:
 
 
 async def test_a_schema_that_cannot_be_enforced_is_refused(gguf: Engine) -> None:
-    schema = {"type": "object", "unevaluatedProperties": False}
+    schema: dict[str, JsonValue] = {"type": "object", "unevaluatedProperties": False}
     with pytest.raises(UnsupportedParameter, match="unevaluatedProperties"):
         await run(gguf, request(chat("hi"), output=JsonOutput(schema)))
 
 
 async def test_a_forced_tool_call_is_made(gguf: Engine) -> None:
-    parameters = {
+    parameters: dict[str, JsonValue] = {
         "type": "object",
         "properties": {"city": {"enum": ["Oslo", "Rome"]}},
         "required": ["city"],

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from core import errors
-from core.errors import ContextLengthExceeded, ImpetusError, ModelNotFound, ModelNotResident
+from core.errors import ContextLengthExceeded, ImpetusError, ModelNotFound
 
 
 def tree(cls: type[ImpetusError]) -> list[type[ImpetusError]]:
@@ -30,11 +30,6 @@ def test_error_is_drawn_in_the_module_docstring(cls: type[ImpetusError]) -> None
     assert errors.__doc__ is not None
     assert cls.__name__ in errors.__doc__
     assert cls.code in errors.__doc__
-
-
-def test_model_not_resident_keeps_its_replica_when_pickled() -> None:
-    problem = ModelNotResident("not here", replica_id="r1")
-    assert pickle.loads(pickle.dumps(problem)).replica_id == "r1"
 
 
 def test_context_length_error_has_both_numbers() -> None:

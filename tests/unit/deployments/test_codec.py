@@ -15,14 +15,15 @@ from core.types import (
 )
 from deployments.codec import LENGTH_BYTES, decode_body, decode_length, encode_frame
 
+LOGPROB = TokenLogprob(1, b"\xf0\x9f", -0.5, (TokenLogprob(7, b"x", -1.0),))
 EVENTS: list[GenerationEvent] = [
     PrefillProgress(512, 4096),
-    TextDelta("grüße 🎈\u2028", (1, 2), (TokenLogprob(1, b"\xf0\x9f", -0.5, (TokenLogprob(7, b"x", -1.0),)),)),
+    TextDelta("grüße 🎈\u2028", (1, 2), (LOGPROB,)),
     ReasoningDelta("because", (3,)),
     ToolCallDelta(0, "call_1", "read", "", (4,)),
     ToolCallDelta(0, None, None, '{"path":', ()),
     Finished("tool_calls", Usage(10, 5, 4, 2), Timing(0.1, 0.2, 0.3)),
-]  # fmt: skip
+]
 
 
 def test_frame_round_trip_keeps_every_event() -> None:

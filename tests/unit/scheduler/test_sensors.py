@@ -6,13 +6,12 @@ import psutil
 import pytest
 
 from core.units import GIB
-from scheduler import sensors
 from scheduler.sensors import machine_memory_bytes, memory_budget_bytes
 
 
 @pytest.fixture
 def on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensors.sys, "platform", "linux")
+    monkeypatch.setattr("sys.platform", "linux")
 
 
 @pytest.mark.usefixtures("on_linux")

@@ -1,0 +1,89 @@
+"""What the replicas do, as metrics of the router."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from core.errors import ImpetusError
+from deployments.calls import Handle, call, direct
+from deployments.orders import ReplicaReport, ResidentReport
+
+logger = logging.getLogger(__name__)
+
+_LIMIT_S = 2.0
+
+_GAUGES: Mapping[str, tuple[str, Callable[[ResidentReport], float]]] = {
+    "impetus_engine_running_sequences": (
+        "Sequences being generated.",
+        lambda report: report.load.running,
+    ),
+    "impetus_engine_waiting_requests": (
+        "Requests waiting for a slot.",
+        lambda report: report.load.waiting,
+    ),
+    "impetus_engine_kv_used_tokens": (
+        "Tokens in KV cells, retained prefixes included.",
+        lambda report: report.load.kv_used_tokens,
+    ),
+    "impetus_engine_kv_tokens": ("KV cells.", lambda report: report.load.kv_tokens),
+}
+_COUNTERS: Mapping[str, tuple[str, Callable[[ResidentReport], float]]] = {
+    "impetus_engine_steps": ("Forward passes.", lambda report: report.load.steps),
+    "impetus_engine_preemptions": (
+        "Sequences that gave their KV cells back and were computed again.",
+        lambda report: report.load.preemptions,
+    ),
+    "impetus_engine_native_cpu_seconds": (
+        "CPU seconds of the engine's own thread inside the runtime.",
+        lambda report: report.load.native_cpu_s,
+    ),
+}
+
+
+class ReplicaTelemetry:
+    """Implements `router.services.Telemetry`; a prometheus collector of what it fetched last.
+
+    Only formats with resident models are asked: asking would start a format scaled to zero.
+    """
+
+    def __init__(
+        self, formats: Mapping[str, Handle], resident_formats: Callable[[], frozenset[str]]
+    ) -> None:
+        self._formats = {name: direct(handle) for name, handle in formats.items()}
+        self._resident_formats = resident_formats
+        self._reports: list[ReplicaReport] = []
+
+    async def refresh(self) -> None:
+        """Ask every format that holds a model; one that does not answer in 2 s is left out."""
+        names = sorted(self._resident_formats())
+        reports = await asyncio.gather(*(self._report(name) for name in names))
+        self._reports = [report for report in reports if report is not None]
+
+    async def _report(self, name: str) -> ReplicaReport | None:
+        try:
+            async with asyncio.timeout(_LIMIT_S):
+                report: ReplicaReport = await call(self._formats[name].report.remote())
+        except (TimeoutError, ImpetusError) as problem:
+            logger.warning("no figures of %s: %s", name, problem)
+            return None
+        return report
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        pids = GaugeMetricFamily(
+            "impetus_process_pid", "Process id of a part of the server.", labels=["process"]
+        )
+        pids.add_metric(["router"], os.getpid())
+        for report in self._reports:
+            pids.add_metric([report.format], report.pid)
+        yield pids
+        for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, (help_text, read) in table.items():
+                family = kind(name, help_text, labels=["model"])
+                for report in self._reports:
+                    for resident in report.residents:
+                        family.add_metric([resident.model_id], read(resident))
+                yield family
