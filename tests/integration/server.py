@@ -1,0 +1,132 @@
+"""A real server, started as a user starts it, for tests to talk to."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+START_LIMIT_S = 120.0
+STARTER = "smollm2-135m-instruct"
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
+    """Return as soon as `condition` holds; fail after `limit_s`."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {limit_s:g} s: {what}")
+        time.sleep(0.05)
+
+
+@dataclass
+class Server:
+    """One running server with a home of its own; `models` is a folder that it scans."""
+
+    home: Path
+    models: Path
+    port: int = field(default_factory=free_port)
+    process: "subprocess.Popen[str] | None" = None
+    tree: list[psutil.Process] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """The server's root."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, *command: str, **settings: str) -> None:
+        """Start and wait until ready; `settings` become IMPETUS_ variables."""
+        values = {
+            "HOME": str(self.home),
+            "PORT": str(self.port),
+            "MODELS_PATH": str(self.models),
+            "THREADS": "1",
+            **settings,
+        }
+        environment = {**os.environ, **{f"IMPETUS_{key}": value for key, value in values.items()}}
+        self.process = subprocess.Popen(
+            command or (sys.executable, "-m", "deployments.launch"),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.wait_until_ready()
+        self.tree = psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_until_ready(self) -> None:
+        """Return once /readyz says so; fail with the server's words when it ends before."""
+        process = self.process
+        assert process is not None
+
+        def is_ready() -> bool:
+            if process.poll() is not None:
+                output = process.stdout.read() if process.stdout else ""
+                raise AssertionError(f"the server ended with {process.returncode}:\n{output}")
+            try:
+                return httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_until(is_ready, "the server is ready", START_LIMIT_S)
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        """Send a signal, wait for the end, and return the exit code."""
+        assert self.process is not None
+        self.tree = psutil.Process(self.process.pid).children(recursive=True) or self.tree
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+    def survivors(self) -> list[psutil.Process]:
+        """Return the processes of the server that still run, after up to 10 s."""
+        _, alive = psutil.wait_procs(self.tree, timeout=10)
+        return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+    def kill(self) -> None:
+        """End everything at once; for the end of a failed test."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for process in self.tree:
+            if process.is_running():
+                process.kill()
+        if self.process is not None and self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        """Return a metric's value, or None where it is not shown."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
+            head, _, value = line.rpartition(" ")
+            if head.split("{")[0] == name and all(label in head for label in wanted):
+                return float(value)
+        return None
+
+    def pid_of(self, process: str) -> int:
+        """Return the process id of a part of the server."""
+        value = self.metric("impetus_process_pid", process=process)
+        assert value is not None
+        return int(value)
+
+    def running_sequences(self) -> int:
+        """Return how many sequences the starter is generating."""
+        value = self.metric("impetus_engine_running_sequences", model=f"{STARTER}@gguf-q4_1")
+        return int(value or 0)
