@@ -75,18 +75,19 @@ def _pack(event: GenerationEvent) -> tuple[Any, ...]:
 
 
 def _unpack(data: list[Any]) -> GenerationEvent:
-    match data:
-        case [0, text, token_ids, logprobs]:
-            return TextDelta(text, tuple(token_ids), _unpack_logprobs(logprobs))
-        case [1, text, token_ids]:
-            return ReasoningDelta(text, tuple(token_ids))
-        case [2, index, call_id, name, arguments, token_ids]:
-            return ToolCallDelta(index, call_id, name, arguments, tuple(token_ids))
-        case [3, done, total]:
-            return PrefillProgress(done, total)
-        case [4, reason, counts, seconds]:
-            return Finished(reason, Usage(*counts), Timing(*seconds))
-    raise ValueError(f"unknown event {data[:1]}")
+    kind = data[0]
+    # By far the commonest, so it comes first and its logprobs are looked at only if there are any.
+    if kind == _TEXT:
+        return TextDelta(data[1], tuple(data[2]), _unpack_logprobs(data[3]) if data[3] else ())
+    if kind == _REASONING:
+        return ReasoningDelta(data[1], tuple(data[2]))
+    if kind == _TOOL_CALL:
+        return ToolCallDelta(data[1], data[2], data[3], data[4], tuple(data[5]))
+    if kind == _PREFILL:
+        return PrefillProgress(data[1], data[2])
+    if kind == _FINISHED:
+        return Finished(data[1], Usage(*data[2]), Timing(*data[3]))
+    raise ValueError(f"unknown event {kind}")
 
 
 def _pack_logprobs(entries: Sequence[TokenLogprob]) -> list[Any]:

@@ -3,11 +3,18 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from core.errors import EngineFailed, ModelNotResident
-from core.types import Embeddings, Finished, GenerationEvent, GenerationRequest
+from core.types import (
+    Embeddings,
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    PrefillProgress,
+)
 from deployments.calls import Handle, call, direct
 from deployments.codec import LENGTH_BYTES, decode_body
 from deployments.errors import ReplicaDied, unwrap
@@ -51,6 +58,13 @@ class HandleDispatcher:
         """The formats of which some model is believed to be resident."""
         return frozenset(residency.format for residency in self._residencies.values())
 
+    async def close(self) -> None:
+        """Cancel what runs and wait until it has ended."""
+        calls = list(self._calls)
+        for work in calls:
+            work.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Yield the request's events.
 
@@ -65,9 +79,10 @@ class HandleDispatcher:
             attempted = replace(request, id=f"{request.id}.{attempt}")
             has_events = False
             try:
-                async for event in self._attempt(attempted, residency):
-                    has_events = True
-                    yield event
+                async with aclosing(self._attempt(attempted, residency)) as events:
+                    async for event in events:
+                        has_events = has_events or not isinstance(event, PrefillProgress)
+                        yield event
                 return
             except (ModelNotResident, ReplicaDied) as problem:
                 lost = residency.replica_id
@@ -76,18 +91,12 @@ class HandleDispatcher:
                 if has_events or is_last:
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
 
-    async def _attempt(
+    def _attempt(
         self, request: GenerationRequest, residency: Residency
     ) -> AsyncGenerator[GenerationEvent, None]:
-        if residency.node_id != self._node_id:
-            events = self._stream(request, residency)
-        else:
-            events = self._receive(request, residency)
-        try:
-            async for event in events:
-                yield event
-        finally:
-            await events.aclose()
+        """Return the events: by the socket, or by the handle where it is another machine."""
+        run = self._receive if residency.node_id == self._node_id else self._stream
+        return run(request, residency)
 
     async def _receive(
         self, request: GenerationRequest, residency: Residency

@@ -2,16 +2,24 @@
 
 import asyncio
 import errno
+import logging
 import socket
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from core.errors import ImpetusError
 from core.settings import Settings
+from router.protocol import HttpProtocol
+
+_logger = logging.getLogger(__name__)
 
 _BACKLOG = 512
+_KEEP_ALIVE_S = 75
 _DRAIN_S = 5
+_UNWIND_S = 1.0
 
 
 class PortInUse(ImpetusError):
@@ -21,21 +29,30 @@ class PortInUse(ImpetusError):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket.  Raises PortInUse, or ImpetusError for a host that is not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    # A restarted router must get the port back although old connections linger.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Return a listening socket.  Raises PortInUse, or ImpetusError for a host that is not ours."""
     try:
-        listener.bind((host, port))
+        return _listen(host, port)
+    except UnicodeError as problem:
+        raise ImpetusError(f"Cannot listen on {host!r}: this is not a host's name.") from problem
     except OSError as problem:
-        listener.close()
         if problem.errno == errno.EADDRINUSE:
             raise PortInUse(
                 f"Port {port} on {host} is in use. Stop the program that holds it, or choose "
                 f"another port with IMPETUS_PORT."
             ) from problem
-        raise ImpetusError(f"Cannot listen on {host}:{port}: {problem.strerror}") from problem
+        raise ImpetusError(f"Cannot listen on {host}:{port}: {problem.strerror}.") from problem
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        # A restarted router must get the port back although old connections linger.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
     return listener
 
 
@@ -51,14 +68,18 @@ def check_exposure(settings: Settings) -> None:
 class Listener:
     """Serves an ASGI application on the configured address until stopped."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        """Bind the port.  Raises PortInUse, or ImpetusError for an address that is refused."""
+    def __init__(self, app: ASGIApp, settings: Settings, *, drain_s: int = _DRAIN_S) -> None:
+        """Take the port; clients wait until `start`.
+
+        `drain_s` is how long running requests may go on after `stop`.  Raises PortInUse, or
+        ImpetusError for an address that is refused.
+        """
         check_exposure(settings)
         self._socket = bind(settings.host, settings.port)
         config = uvicorn.Config(
             app,
             loop="none",
-            http="httptools",
+            http=HttpProtocol,
             lifespan="off",
             ws="none",
             proxy_headers=False,
@@ -66,32 +87,42 @@ class Listener:
             log_config=None,
             server_header=False,
             backlog=_BACKLOG,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=_DRAIN_S,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=drain_s,
         )
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to serve on the running loop."""
-        self._task = asyncio.ensure_future(self._server.serve(sockets=[self._socket]))
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        self._task.add_done_callback(_log_failure)
 
     async def stop(self) -> None:
-        """Take no more connections, let running requests end for up to 5 s, then close."""
+        """Take no more connections, let running requests end within the limit, then close."""
         self._server.should_exit = True
         if self._task is not None:
-            await asyncio.gather(self._task, return_exceptions=True)
+            await asyncio.wait([self._task])
         self._socket.close()
+        await self._server.abandon()
 
 
 class _Server(uvicorn.Server):
     """A uvicorn server that leaves the process' signals alone."""
 
-    def install_signal_handlers(self) -> None:
-        """Do nothing: Ray owns the signals."""
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Capture none: Ray owns the signals."""
+        yield
 
-    def capture_signals(self):  # type: ignore[no-untyped-def]
-        """Do nothing either; newer versions use this one."""
-        import contextlib
+    async def abandon(self) -> None:
+        """Give requests that were cancelled a moment to unwind, then cut what is left."""
+        if self.server_state.tasks:
+            await asyncio.wait(list(self.server_state.tasks), timeout=_UNWIND_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
-        return contextlib.nullcontext()
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (problem := task.exception()) is not None:
+        _logger.error("the HTTP listener failed", exc_info=problem)

@@ -35,7 +35,8 @@ class RouterReplica:
         self._receiver = FrameReceiver()
         await self._receiver.start()
         node_id = ray.get_runtime_context().get_node_id()
-        dispatcher = HandleDispatcher(scheduler, formats, self._receiver, node_id)
+        self._dispatcher = HandleDispatcher(scheduler, formats, self._receiver, node_id)
+        dispatcher = self._dispatcher
         telemetry = ReplicaTelemetry(formats, lambda: dispatcher.resident_formats)
         self._catalog = CatalogView(settings, scheduler, lambda: dispatcher.resident_ids)
         metrics = Metrics()
@@ -56,6 +57,7 @@ class RouterReplica:
         """Stop listening; Serve awaits this at shutdown."""
         if hasattr(self, "_listener"):
             await self._listener.stop()
+            await self._dispatcher.close()
         if hasattr(self, "_catalog"):
             self._catalog.close()
         await self._receiver.stop()

@@ -10,13 +10,18 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from router.protocol import HttpProtocol
 
 
 @asynccontextmanager
-async def serving(app: FastAPI) -> AsyncGenerator[int, None]:
+async def serving(
+    app: ASGIApp, *, protocol: type[HttpProtocol] = HttpProtocol
+) -> AsyncGenerator[int, None]:
     """Serve `app` and give the port."""
     config = uvicorn.Config(
-        app, http="httptools", lifespan="off", log_config=None, proxy_headers=False, ws="none"
+        app, http=protocol, lifespan="off", log_config=None, proxy_headers=False, ws="none"
     )
     config.load()
     server = uvicorn.Server(config)

@@ -1,0 +1,300 @@
+"""HTTP/1.1 as it arrives: bounds on size and time before the application sees a request.
+
+Builds on internals of uvicorn's httptools protocol, so it holds for the uvicorn version that
+`scripts/constraints.txt` pins; `tests/unit/router/test_router_protocol.py` fails where another
+version moves them.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import ClassVar
+
+import httptools
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from core.errors import ImpetusError, RequestError
+from core.units import KIB, format_bytes
+from router.context import record_of
+from router.errors import error_body, internal_error
+from router.security import MAX_HEADER_BYTES, MAX_HEADERS
+
+_logger = logging.getLogger(__name__)
+
+MAX_TARGET_BYTES = 8 * KIB
+MAX_PIPELINED = 64
+
+_HEADERS_MESSAGE = (
+    f"The request has more than {MAX_HEADERS} headers or more than "
+    f"{format_bytes(MAX_HEADER_BYTES)} of address and headers."
+)
+
+
+class _RequestTimeout(RequestError):
+    status = 408
+    code = "request_timeout"
+
+
+class _TargetTooLong(RequestError):
+    status = 414
+
+
+class _HeadersTooLarge(RequestError):
+    status = 431
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One client connection, bounded in what it may send and how long that may take.
+
+    Limits: `MAX_HEADERS`, `MAX_HEADER_BYTES` (target and trailers included), `MAX_TARGET_BYTES`,
+    `MAX_PIPELINED` requests waiting for their turn, `receipt_limit_s` seconds from a request's
+    first byte to its last.  An answer may take any time.  What is refused gets OpenAI's error
+    envelope after the answers that are still due, then the connection ends.
+    """
+
+    receipt_limit_s: ClassVar[float] = 30.0
+    # Long enough for a client to see the answer while it is still sending.
+    linger_s: ClassVar[float] = 2.0
+    _is_in_head = False
+    _is_in_body = False
+    _head_bytes = 0
+    _unparsed_bytes: int | None = None
+    _unsent_bytes = 0
+    _running: RequestResponseCycle | None = None
+    _refused: ImpetusError | None = None
+    _is_ending = False
+    _receipt_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin the time in which a first request must begin."""
+        super().connection_made(transport)
+        self._rest()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the running application, which uvicorn forgets when requests are pipelined."""
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self._stop_receipt_timer()
+        _disconnect(self._running)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came; what follows a refused request is dropped."""
+        if self._refused is not None or self._is_ending:
+            return
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = self._feed(rest)
+            self._after_read(len(data))
+        except httptools.HttpParserError as problem:
+            self._refuse(self._reason(problem))
+        except RequestError as error:
+            self._refuse(error)
+
+    def _feed(self, data: memoryview) -> memoryview:
+        try:
+            self.parser.feed_data(data)
+            return data[:0]
+        except httptools.HttpParserUpgrade as upgrade:
+            # Nothing is upgraded here: the connection goes on with the next request.
+            return data[upgrade.args[0] :]
+
+    def _after_read(self, size: int) -> None:
+        if self._is_in_body:
+            self.cycle.transport = _LingeringTransport(self.transport, self._linger)
+        elif not self._is_in_head:
+            if self.cycle is None or self.cycle.response_complete:
+                self._rest()
+            return
+        elif self._unparsed_bytes is None:
+            # The read that begins a request may hold the end of another.
+            self._unparsed_bytes = 0
+        else:
+            # The parser keeps a header to itself until it is whole.
+            self._unparsed_bytes += size
+            if self._unparsed_bytes > MAX_HEADER_BYTES:
+                raise _HeadersTooLarge(_HEADERS_MESSAGE)
+        if self._receipt_timer is None:
+            self._start_receipt_timer()
+
+    def _reason(self, problem: Exception) -> ImpetusError:
+        if not isinstance(problem, httptools.HttpParserCallbackError):
+            return RequestError(f"The request is not valid HTTP: {problem}.")
+        # The parser keeps what a callback raised as the context.
+        cause = problem.__context__
+        if isinstance(cause, ImpetusError):
+            return cause
+        if isinstance(cause, httptools.HttpParserInvalidURLError):
+            return RequestError("The request is not valid HTTP: invalid address.")
+        _logger.error("internal error while parsing a request", exc_info=cause or problem)
+        return internal_error(record_of(dict(self.scope)))
+
+    def on_message_begin(self) -> None:
+        """Begin to count."""
+        super().on_message_begin()
+        self._is_in_head = True
+        self._head_bytes = 0
+        self._unparsed_bytes = None
+
+    def on_url(self, url: bytes) -> None:
+        """Take a piece of the target; raises at the limit."""
+        super().on_url(url)
+        self._head_bytes += len(url)
+        if self._head_bytes > MAX_TARGET_BYTES:
+            limit = format_bytes(MAX_TARGET_BYTES)
+            raise _TargetTooLong(f"The request's address is longer than {limit}.")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; raises at the limits.  Trailers are dropped."""
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > MAX_HEADER_BYTES or len(self.headers) >= MAX_HEADERS:
+            raise _HeadersTooLarge(_HEADERS_MESSAGE)
+        if self._is_in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Dispatch the request; raises for what must not reach the application."""
+        self._check_framing()
+        if not self.url.startswith(b"/") and not httptools.parse_url(self.url).path:
+            raise RequestError("The request is not valid HTTP: the address has no path.")
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise RequestError(f"More than {MAX_PIPELINED} requests wait on this connection.")
+        super().on_headers_complete()
+        self._is_in_head, self._is_in_body = False, True
+
+    def _check_framing(self) -> None:
+        version = self.parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            raise RequestError("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+        for name, value in self.headers:
+            is_coded = name == b"transfer-encoding"
+            if is_coded and (version == "1.0" or value.strip().lower() != b"chunked"):
+                raise RequestError("The request is not valid HTTP: invalid Transfer-Encoding.")
+            # After an upgrade the parser would read the body as the next request.
+            if (is_coded or name == b"content-length") and self.parser.should_upgrade():
+                raise RequestError(
+                    "A request with a body cannot ask for another protocol: send it as plain "
+                    "HTTP/1.1, without the header Upgrade."
+                )
+
+    def on_message_complete(self) -> None:
+        """Let the answer take its time: the request is here."""
+        super().on_message_complete()
+        self._is_in_body = False
+        self._stop_receipt_timer()
+        self.cycle.transport = self.transport
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        """Go on with the connection's next request, or with its end."""
+        if self._is_ending:
+            return
+        if self._refused is not None and not self.pipeline and not self.transport.is_closing():
+            self._send_refusal(self._refused)
+            return
+        super().on_response_complete()
+
+    def _refuse(self, error: ImpetusError) -> None:
+        """Answer with `error` when the answers before it are sent, and read no more."""
+        self._refused = error
+        self._stop_receipt_timer()
+        broken = self.cycle if self._is_in_body else None
+        if self.pipeline and self.pipeline[0][0] is broken:
+            self.pipeline.popleft()
+        running = self._running
+        if running is not None and running is not broken and not running.response_complete:
+            return
+        _disconnect(broken)
+        if self.transport.is_closing() or (broken is not None and broken.response_started):
+            self._linger()
+        else:
+            self._send_refusal(error)
+
+    def _send_refusal(self, error: ImpetusError) -> None:
+        body = error_body(error)
+        request_id = record_of(dict(self.scope)).request_id
+        lines = (
+            b"HTTP/1.1 %d %s" % (error.status, HTTPStatus(error.status).phrase.encode("ascii")),
+            *(name + b": " + value for name, value in self.server_state.default_headers),
+            b"content-type: application/json",
+            b"content-length: %d" % len(body),
+            b"connection: close",
+            b"x-request-id: " + request_id.encode("ascii"),
+        )
+        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+        _logger.info("refused: %s", error.message, extra={"request_id": request_id})
+        self._linger()
+
+    def _rest(self) -> None:
+        if self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End an idle connection, but not while its client still takes the last answer."""
+        self.timeout_keep_alive_task = None
+        unsent = self.transport.get_write_buffer_size()
+        if unsent in (0, self._unsent_bytes):
+            self.transport.abort()
+        else:
+            self._unsent_bytes = unsent
+            self._rest()
+
+    def _start_receipt_timer(self) -> None:
+        self._receipt_timer = self.loop.call_later(self.receipt_limit_s, self._on_late_receipt)
+
+    def _stop_receipt_timer(self) -> None:
+        if self._receipt_timer is not None:
+            self._receipt_timer.cancel()
+            self._receipt_timer = None
+
+    def _on_late_receipt(self) -> None:
+        if self.flow.read_paused:
+            # It is us who do not read.
+            self._start_receipt_timer()
+        else:
+            limit = f"{self.receipt_limit_s:g} s"
+            self._refuse(_RequestTimeout(f"The request did not arrive whole within {limit}."))
+
+    def _linger(self) -> None:
+        """Send the end, then drop what still comes until the client is done or time is up.
+
+        A socket that is closed with unread bytes resets the connection, and the answer is lost.
+        """
+        self._is_ending = True
+        if not self.transport.is_closing():
+            self.transport.write_eof()
+            self.flow.resume_reading()
+            self.loop.call_later(self.linger_s, self.transport.abort)
+
+
+class _LingeringTransport(asyncio.Transport):
+    """The transport of an answer that may end before its request has arrived."""
+
+    def __init__(self, transport: asyncio.Transport, linger: Callable[[], None]) -> None:
+        super().__init__()
+        self._transport = transport
+        self._linger = linger
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._linger()
+
+
+def _disconnect(cycle: RequestResponseCycle | None) -> None:
+    """Make the application of `cycle` see that nobody listens."""
+    if cycle is not None and not cycle.response_complete:
+        cycle.disconnected = True
+        cycle.message_event.set()

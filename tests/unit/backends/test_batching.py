@@ -1,0 +1,199 @@
+"""The batching engine over a stepper that the test controls."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from backends.base import EngineLoad, SequenceSpec, StepOutput
+from backends.batching import BatchingEngine
+from backends.chat import ChatFormat
+from backends.echo import END_TOKEN, ByteTokenizer, echo_info
+from backends.prepare import Preparer
+from core.errors import EngineFailed, QueueFull, RequestError, UnsupportedParameter
+from core.types import JsonOutput
+from tests.requests import chat, end_of, request, run, text_of
+
+
+class FakeStepper:
+    """Answers every sequence with `x`; steps only while the gate is open."""
+
+    def __init__(self, max_sequences: int = 2) -> None:
+        self.max_sequences = max_sequences
+        self.gate = threading.Event()
+        self.gate.set()
+        self.stepping = threading.Event()
+        self.running: set[int] = set()
+        self.most_running = 0
+        self.problem: Exception | None = None
+        self.refusal: RequestError | None = None
+        self.is_closed = False
+        self.threads: set[int] = set()
+
+    def add(self, spec: SequenceSpec) -> None:
+        self.threads.add(threading.get_ident())
+        if self.refusal is not None:
+            raise self.refusal
+        self.running.add(spec.id)
+        self.most_running = max(self.most_running, len(self.running))
+
+    def remove(self, sequence_id: int) -> None:
+        self.running.discard(sequence_id)
+
+    def step(self) -> list[StepOutput]:
+        self.threads.add(threading.get_ident())
+        self.stepping.set()
+        self.gate.wait()
+        if self.problem is not None:
+            raise self.problem
+        return [StepOutput(sequence_id, ord("x")) for sequence_id in self.running]
+
+    def counters(self) -> EngineLoad:
+        return EngineLoad(steps=1)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def open_engine(stepper: FakeStepper, *, max_waiting: int = 8) -> BatchingEngine:
+    preparer = Preparer(echo_info(), ByteTokenizer(), ChatFormat(None, "", ""), context_tokens=256)
+    return BatchingEngine(echo_info(), preparer, lambda: stepper, max_waiting=max_waiting)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def stepper() -> AsyncIterator[FakeStepper]:
+    stepper = FakeStepper()
+    yield stepper
+    stepper.gate.set()
+
+
+async def test_the_stepper_lives_on_one_thread_of_its_own(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    await asyncio.gather(*(run(engine, request("a", max_tokens=3)) for _ in range(5)))
+    assert len(stepper.threads) == 1
+    assert threading.get_ident() not in stepper.threads
+    await engine.close()
+    assert stepper.is_closed
+
+
+async def test_no_more_sequences_run_than_the_stepper_takes(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    answers = await asyncio.gather(*(run(engine, request("a", max_tokens=3)) for _ in range(6)))
+    assert [text_of(events) for events in answers] == ["xxx"] * 6
+    assert stepper.most_running == 2
+    await engine.close()
+
+
+async def test_a_full_queue_refuses_at_once_with_retry_after() -> None:
+    stepper = FakeStepper(max_sequences=1)
+    engine = open_engine(stepper, max_waiting=2)
+    stepper.gate.clear()
+    accepted = [asyncio.ensure_future(run(engine, request("a", max_tokens=1)))]
+    await until(stepper.stepping.is_set)
+    accepted += [asyncio.ensure_future(run(engine, request("a", max_tokens=1))) for _ in range(2)]
+    await until(lambda: engine.load().waiting == 2)
+    with pytest.raises(QueueFull) as caught:
+        await run(engine, request("a"))
+    assert caught.value.retry_after_s
+    stepper.gate.set()
+    assert all(text_of(events) == "x" for events in await asyncio.gather(*accepted))
+    await engine.close()
+
+
+async def test_a_failing_step_fails_every_request_and_the_engine(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    stepper.gate.clear()
+    running = [asyncio.ensure_future(run(engine, request("a"))) for _ in range(4)]
+    await until(stepper.stepping.is_set)
+    stepper.problem = RuntimeError("the device is gone")
+    stepper.gate.set()
+    results = await asyncio.gather(*running, return_exceptions=True)
+    assert all(isinstance(result, EngineFailed) for result in results)
+    assert "the device is gone" in str(results[0])
+    assert engine.is_failed
+    with pytest.raises(EngineFailed):
+        await run(engine, request("a"))
+    await engine.close()
+    assert stepper.is_closed
+
+
+async def test_a_refused_sequence_leaves_the_others_alone(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    stepper.refusal = RequestError("not this one", param="seed")
+    with pytest.raises(RequestError, match="not this one"):
+        await run(engine, request("a"))
+    stepper.refusal = None
+    assert text_of(await run(engine, request("a", max_tokens=2))) == "xx"
+    await engine.close()
+
+
+async def test_a_waiting_request_that_is_cancelled_never_starts(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    stepper.gate.clear()
+    running = [asyncio.ensure_future(run(engine, request("a", max_tokens=2))) for _ in range(2)]
+    await until(stepper.stepping.is_set)
+    waiting = asyncio.ensure_future(run(engine, request("b", max_tokens=2)))
+    await until(lambda: engine.load().waiting >= 1)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    stepper.gate.set()
+    await asyncio.gather(*running)
+    await run(engine, request("c", max_tokens=1))
+    assert engine.load().waiting == 0
+    assert engine.load().running == 0
+    await engine.close()
+
+
+async def test_a_cancelled_sequence_is_removed_by_the_next_step(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    events = engine.generate(request("a", max_tokens=200))
+    await anext(events)
+    await events.aclose()
+    await until(lambda: not stepper.running)
+    await engine.close()
+
+
+async def test_a_stepper_that_cannot_open_raises_its_own_error() -> None:
+    def fail() -> FakeStepper:
+        raise EngineFailed("no device")
+
+    preparer = Preparer(echo_info(), ByteTokenizer(), ChatFormat(None, "", ""), context_tokens=256)
+    with pytest.raises(EngineFailed, match="no device"):
+        BatchingEngine(echo_info(), preparer, fail, max_waiting=1)
+
+
+async def test_max_tokens_never_exceed_the_context(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    events = await run(engine, request("a" * 250, max_tokens=1000))
+    assert end_of(events).usage.completion_tokens == 6
+    assert end_of(events).reason == "length"
+    await engine.close()
+
+
+async def test_the_plain_fallback_stops_before_the_next_user(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    prepared = engine._preparer.prepare(request(chat("hi")))
+    assert bytes(prepared.prompt).decode().endswith("Assistant:")
+    for character in "yes\nUser: no":
+        prepared.assembler.push(StepOutput(1, ord(character)))
+    assert prepared.assembler.reason == "stop"
+    await engine.close()
+
+
+async def test_a_tokenizer_without_grammar_refuses_constraints(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    with pytest.raises(UnsupportedParameter) as caught:
+        await run(engine, request("a", output=JsonOutput()))
+    assert caught.value.param == "response_format"
+    await engine.close()
+
+
+def test_the_end_token_is_outside_the_bytes() -> None:
+    assert ByteTokenizer().token_bytes(END_TOKEN) == b""
+    assert ByteTokenizer().vocabulary_size == END_TOKEN + 1

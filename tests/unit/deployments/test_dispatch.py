@@ -1,0 +1,166 @@
+"""The way to a replica and back, when it works and when the replica does not."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, closing
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import RayActorError
+
+from core.errors import ContextLengthExceeded, EngineFailed, InsufficientMemory, ModelNotResident
+from core.types import (
+    Embeddings,
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    TextDelta,
+    TextPrompt,
+    Usage,
+)
+from deployments.dispatch import HandleDispatcher
+from deployments.frames import FrameReceiver, FrameSender
+from deployments.orders import Residency
+from tests.unit.deployments.handles import FakeHandle, answering
+
+REQUEST = GenerationRequest("r", "m", TextPrompt("hi"))
+END = Finished("stop", Usage(1, 1))
+NOT_RESIDENT = ModelNotResident("m is not resident here.")
+
+
+def residency(replica_id: str) -> Residency:
+    return Residency("m", "gguf", replica_id, "node", 2048, 0.1)
+
+
+def loads(*replica_ids: str) -> FakeHandle:
+    return FakeHandle(ensure_loaded=answering(*map(residency, replica_ids)))
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[FrameReceiver]:
+    receiver = FrameReceiver()
+    await receiver.start()
+    yield receiver
+    await receiver.stop()
+
+
+def dispatcher(
+    receiver: FrameReceiver, scheduler: FakeHandle, replica: FakeHandle
+) -> HandleDispatcher:
+    handles: Any = {"gguf": replica}
+    return HandleDispatcher(scheduler, handles, receiver, "node")  # type: ignore[arg-type]
+
+
+def sending(*outcomes: Any) -> Any:
+    """Return a replica's `generate`: each call sends its events, then raises its error if any."""
+    left = list(outcomes)
+
+    async def generate(request: GenerationRequest, path: str) -> None:
+        events, problem = left.pop(0)
+        with closing(FrameSender(path)) as sender:
+            for event in events:
+                sender.deliver([(request.id, [event])])
+            # The router's loop must read the frames before it hears of the failure.
+            for _ in range(20):
+                await asyncio.sleep(0)
+        if problem is not None:
+            raise problem
+
+    return generate
+
+
+async def collect(dispatcher: HandleDispatcher) -> list[GenerationEvent]:
+    return [event async for event in dispatcher.generate(REQUEST)]
+
+
+async def test_generate_yields_the_events_and_asks_the_scheduler_once(
+    receiver: FrameReceiver,
+) -> None:
+    scheduler = loads("a")
+    events = [TextDelta("x", (1,)), END]
+    replica = FakeHandle(generate=sending((events, None), (events, None)))
+    subject = dispatcher(receiver, scheduler, replica)
+    assert await collect(subject) == events
+    assert await collect(subject) == events
+    await subject.close()
+    assert scheduler.ensure_loaded.calls == [("m", "")]
+    assert subject.resident_ids == {"m"}
+
+
+async def test_a_replica_without_the_model_costs_a_load_and_nothing_else(
+    receiver: FrameReceiver,
+) -> None:
+    scheduler = loads("a", "b")
+    replica = FakeHandle(generate=sending(([], NOT_RESIDENT), ([END], None)))
+    subject = dispatcher(receiver, scheduler, replica)
+    assert await collect(subject) == [END]
+    await subject.close()
+    assert scheduler.ensure_loaded.calls == [("m", ""), ("m", "a")]
+
+
+async def test_a_replica_that_dies_before_the_first_event_is_not_the_clients_problem(
+    receiver: FrameReceiver,
+) -> None:
+    scheduler = loads("a", "b")
+    replica = FakeHandle(generate=sending(([], RayActorError()), ([END], None)))
+    subject = dispatcher(receiver, scheduler, replica)
+    assert await collect(subject) == [END]
+    await subject.close()
+
+
+async def test_a_replica_that_dies_later_ends_the_stream_with_an_error(
+    receiver: FrameReceiver,
+) -> None:
+    replica = FakeHandle(generate=sending(([TextDelta("x")], RayActorError())))
+    events = dispatcher(receiver, loads("a"), replica).generate(REQUEST)
+    assert await anext(events) == TextDelta("x")
+    with pytest.raises(EngineFailed, match="died"):
+        await anext(events)
+
+
+async def test_a_replica_that_keeps_dying_fails_after_three_attempts(
+    receiver: FrameReceiver,
+) -> None:
+    replica = FakeHandle(generate=sending(*[([], RayActorError())] * 3))
+    with pytest.raises(EngineFailed, match="died"):
+        await collect(dispatcher(receiver, loads("a", "b", "c"), replica))
+    assert len(replica.generate.calls) == 3
+
+
+async def test_errors_that_travel_as_values_are_raised(receiver: FrameReceiver) -> None:
+    problem = ContextLengthExceeded.of(10, 5)
+    replica = FakeHandle(generate=answering(problem))
+    with pytest.raises(ContextLengthExceeded):
+        await collect(dispatcher(receiver, loads("a"), replica))
+
+
+async def test_a_refused_load_reaches_the_client(receiver: FrameReceiver) -> None:
+    scheduler = FakeHandle(ensure_loaded=answering(InsufficientMemory("too large")))
+    with pytest.raises(InsufficientMemory):
+        await collect(dispatcher(receiver, scheduler, FakeHandle()))
+
+
+async def test_closing_the_events_cancels_the_call(receiver: FrameReceiver) -> None:
+    async def generate(request: GenerationRequest, path: str) -> None:
+        with closing(FrameSender(path)) as sender:
+            sender.deliver([(request.id, [TextDelta("x")])])
+            await asyncio.Event().wait()
+
+    replica = FakeHandle(generate=generate)
+    async with aclosing(dispatcher(receiver, loads("a"), replica).generate(REQUEST)) as events:
+        await anext(events)
+    assert replica.generate.responses[0].is_cancelled
+
+
+async def test_embed_tries_again_where_the_model_was_lost(receiver: FrameReceiver) -> None:
+    embeddings = Embeddings(np.ones((1, 2), np.float32), 1)
+    replica = FakeHandle(embed=answering(NOT_RESIDENT, RayActorError(), embeddings))
+    subject = dispatcher(receiver, loads("a", "b", "c"), replica)
+    assert await subject.embed("m", ["x"]) is embeddings
+
+
+async def test_embed_gives_up_after_three_attempts(receiver: FrameReceiver) -> None:
+    replica = FakeHandle(embed=answering(NOT_RESIDENT))
+    with pytest.raises(EngineFailed):
+        await dispatcher(receiver, loads("a"), replica).embed("m", ["x"])
