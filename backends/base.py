@@ -59,6 +59,8 @@ class EngineOptions:
 
     `context_tokens` None means the trained length; `kv_tokens` None lets the backend choose how
     many KV cells all sequences share.  `memory_limit_bytes` bounds what `estimate` may grant.
+    `prefix_bytes` of RAM keep computed prefixes outside the KV cells; up to `warm_tokens` of them
+    stay in the cells while other sequences run.
     """
 
     max_sequences: int = 16
@@ -68,22 +70,29 @@ class EngineOptions:
     context_tokens: int | None = None
     kv_tokens: int | None = None
     memory_limit_bytes: int | None = None
+    prefix_bytes: int = 0
+    warm_tokens: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes a model will hold once open, with the context that fits them."""
+    """Bytes a model will hold once open, with the context that fits them.
+
+    `prefix_bytes` and `warm_tokens` are what `EngineOptions` calls so.
+    """
 
     weights_bytes: int
     kv_bytes: int
     transient_bytes: int
     context_tokens: int
     kv_tokens: int
+    prefix_bytes: int = 0
+    warm_tokens: int = 1 << 30
 
     @property
     def total_bytes(self) -> int:
         """Everything together."""
-        return self.weights_bytes + self.kv_bytes + self.transient_bytes
+        return self.weights_bytes + self.kv_bytes + self.transient_bytes + self.prefix_bytes
 
 
 @dataclass(frozen=True, slots=True)

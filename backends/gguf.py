@@ -47,7 +47,11 @@ class GgufBackend(Backend):
         """Load the model; blocks for as long as reading the weights takes."""
         granted = self.estimate(info, options)
         options = replace(
-            options, context_tokens=granted.context_tokens, kv_tokens=granted.kv_tokens
+            options,
+            context_tokens=granted.context_tokens,
+            kv_tokens=granted.kv_tokens,
+            prefix_bytes=granted.prefix_bytes,
+            warm_tokens=granted.warm_tokens,
         )
         if Capability.EMBEDDING in info.capabilities:
             return GgufEmbedder(info, options)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from backends.base import EngineOptions, MemoryEstimate, ModelInfo
 from core.errors import InsufficientMemory
-from core.units import MIB, format_bytes
+from core.units import GIB, MIB, format_bytes
 
 # llama.cpp keeps keys and values as f16 unless told otherwise.
 _KV_ELEMENT_BYTES = 2
@@ -14,9 +14,13 @@ _F32_BYTES = 4
 _CELL_PADDING = 256
 _SMALLEST_CONTEXT = 256
 # How many full contexts the shared cells should hold, and the most memory that may take.
-_WANTED_CONTEXTS = 4
+_WANTED_CONTEXTS = 2
 _MOST_OF_LIMIT = 4
 _BASE_BYTES = 32 * MIB
+_MOST_PREFIX_BYTES = GIB
+# Used cells of others slow every step; they may cost as much reading as this part of the weights.
+_WARM_SHARE = 64
+_FEWEST_WARM_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,8 @@ def estimate_gguf(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
     """Return the memory of `info`, with context and cells chosen to fit the limit.
 
     The context is the trained one unless the options or the limit allow less; all sequences
-    share up to four contexts' worth of KV cells, one at least.  Raises InsufficientMemory.
+    share up to two contexts' worth of KV cells, one at least; as much RAM again keeps prefixes.
+    Raises InsufficientMemory.
     """
     shape = _shape(info.details)
     per_token = shape.kv_bytes_per_token
@@ -89,12 +94,17 @@ def estimate_gguf(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         cells = wanted * min(_WANTED_CONTEXTS, options.max_sequences)
     cells = max(context, cells)
     cells = -(-cells // _CELL_PADDING) * _CELL_PADDING
+    held = info.size_bytes + fixed_kv + transient + cells * per_cell
+    spare = cells * per_token + fixed_kv if limit is None else max(limit - held, 0)
+    warm = info.size_bytes // _WARM_SHARE // per_token if per_token else 0
     return MemoryEstimate(
         weights_bytes=info.size_bytes,
         kv_bytes=cells * per_token + fixed_kv,
         transient_bytes=transient + cells * step_tokens * _F32_BYTES,
         context_tokens=context,
         kv_tokens=cells,
+        prefix_bytes=min(cells * per_token + fixed_kv, spare, _MOST_PREFIX_BYTES),
+        warm_tokens=max(warm, _FEWEST_WARM_TOKENS),
     )
 
 

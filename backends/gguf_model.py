@@ -166,10 +166,30 @@ class GgufModel:
         return GrammarMask(self._grammar_tokenizer, constraint)
 
     def _read_vocabulary(self) -> Any:
-        from llguidance.llamacpp import lltokenizer_from_vocab
+        """Return llguidance's view of the vocabulary; special tokens are marked with 0xFF."""
+        from llguidance import LLTokenizer
 
-        ends = [token_id for token_id in range(self._size) if self.is_end(token_id)]
-        return lltokenizer_from_vocab(self.vocabulary, eos_token=ends or None)
+        tokens, ends = [], []
+        for token_id in range(self._size):
+            piece = self.piece(token_id, special=True)
+            tokens.append(b"\xff" + piece if self._is_special(token_id, piece) else piece)
+            if self.is_end(token_id):
+                ends.append(token_id)
+        # The package's own stubs leave this constructor out.
+        return LLTokenizer.from_llamacpp(  # type: ignore[attr-defined]
+            tokens=tokens,
+            vocab_ptr=self.vocabulary,
+            tokenize_fptr=ctypes.cast(self._llama.llama_tokenize, ctypes.c_void_p).value,
+            eos_token=ends or None,
+        )
+
+    def _is_special(self, token_id: int, piece: bytes) -> bool:
+        attributes = self._llama.llama_vocab_get_attr(self.vocabulary, token_id)
+        is_named = piece.startswith(b"<") and piece.endswith(b">")
+        return bool(
+            attributes & self._llama.LLAMA_TOKEN_ATTR_CONTROL
+            or (attributes & self._llama.LLAMA_TOKEN_ATTR_USER_DEFINED and is_named)
+        )
 
     def special_text(self, which: str) -> str:
         """Return the text of the `bos` or `eos` token; empty where there is none."""

@@ -1,29 +1,62 @@
 """llama.cpp's sequence ids of one context: who holds which KV cells, and whose are kept."""
 
+import ctypes
 from array import array
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from backends.gguf_model import library
 from backends.prefix_cache import Retained, RetainedPrefixes
+from backends.prefix_store import SMALLEST_PREFIX, PrefixStore, Snapshot
+
+# One step moves this many prefixes to RAM at the most, so that running streams stay fluent.
+_MOST_MOVES = 4
 
 
 class KvSlots:
-    """Slots are sequence ids.  A finished sequence's slot is retained until it is needed."""
+    """Slots are sequence ids.  A finished sequence's slot is retained until it is needed.
 
-    def __init__(self, context: Any, count: int) -> None:
+    What is retained still costs time, because attention reads every used cell of the unified
+    cache, whosever it is.  So retained prefixes move to RAM, and back when a prompt continues one.
+    """
+
+    def __init__(self, context: Any, count: int, store: PrefixStore, *, whole_only: bool) -> None:
         self._llama = library()
+        self._context = context
         self._memory = self._llama.llama_get_memory(context)
         self._free = list(range(count))
         self._retained = RetainedPrefixes()
+        self._store = store
+        self._whole_only = whole_only
 
     @property
     def retained_tokens(self) -> int:
         """Tokens of all retained prefixes, shared cells counted for each."""
         return sum(len(entry.tokens) for entry in self._retained.entries.values())
 
-    def longest(self, prompt: "array[int]", *, whole_only: bool) -> tuple[Retained | None, int]:
+    def longest(self, prompt: "array[int]") -> tuple[Retained | None, int]:
         """Return the retained prefix that shares most with `prompt`, and how many tokens."""
-        return self._retained.longest(prompt, whole_only=whole_only)
+        return self._retained.longest(prompt, whole_only=self._whole_only)
+
+    def longest_stored(self, prompt: "array[int]") -> tuple[Snapshot | None, int]:
+        """Return the snapshot that shares most with `prompt`, and how many tokens."""
+        return self._store.longest(prompt, whole_only=self._whole_only)
+
+    def restore(self, snapshot: Snapshot, target: int, count: int, step: int) -> bool:
+        """Let the empty slot `target` have the snapshot's first `count` tokens; False: no room."""
+        state = snapshot.state
+        read = self._llama.llama_state_seq_set_data(
+            self._context, _as_bytes(state), state.nbytes, target
+        )
+        if not read:
+            self._llama.llama_memory_seq_rm(self._memory, target, -1, -1)
+            return False
+        if count < len(snapshot.tokens):
+            self._llama.llama_memory_seq_rm(self._memory, target, count, -1)
+        snapshot.used_at_step = step
+        return True
 
     def take_over(self, entry: Retained) -> int:
         """Return the entry's slot with its cells; it is no longer retained."""
@@ -62,13 +95,37 @@ class KvSlots:
         self._free.append(slot)
 
     def drop_oldest(self) -> bool:
-        """Free the least recently used retained prefix; False when there is none."""
+        """Move the least recently used retained prefix to RAM; False when there is none."""
         oldest = self._retained.oldest()
         if oldest is None:
             return False
         self._drop(oldest)
         return True
 
+    def cool_down(self, warm_tokens: int) -> None:
+        """Move retained prefixes to RAM until `warm_tokens` are left, a few at a time."""
+        for _ in range(_MOST_MOVES):
+            if self.retained_tokens <= warm_tokens or not self.drop_oldest():
+                return
+
     def _drop(self, entry: Retained) -> None:
+        self._save(entry)
         self._retained.forget(entry.slot)
         self.release(entry.slot)
+
+    def _save(self, entry: Retained) -> None:
+        if len(entry.tokens) < SMALLEST_PREFIX or self._store.covers(entry.tokens):
+            return
+        size = int(self._llama.llama_state_seq_get_size(self._context, entry.slot))
+        if not self._store.has_room_for(size):
+            return
+        state = np.empty(size, np.uint8)
+        written = self._llama.llama_state_seq_get_data(
+            self._context, _as_bytes(state), size, entry.slot
+        )
+        if written == size:
+            self._store.put(Snapshot(entry.tokens, state, entry.used_at_step))
+
+
+def _as_bytes(state: NDArray[np.uint8]) -> Any:
+    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

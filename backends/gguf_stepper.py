@@ -11,10 +11,9 @@ from backends.gguf_sampling import SequenceSampler
 from backends.gguf_slots import KvSlots
 from backends.prefill import PrefillPlanner
 from backends.prefix_cache import common_prefix, token_array
+from backends.prefix_store import SMALLEST_PREFIX, PrefixStore
 from core.errors import EngineFailed
 
-# A sequence waits for a running one that computes the same prefix if it saves this many tokens.
-_FOLLOW_TOKENS = 32
 _NO_SLOT = 1
 
 
@@ -60,8 +59,8 @@ class GgufStepper:
     """Runs up to `max_sequences` rows in one unified KV cache, one llama.cpp sequence id each.
 
     Every step decodes one token of each running row and a bounded chunk of waiting prompts.
-    A new row shares the longest computed prefix of any running or finished row.  When the cells
-    run out, finished rows are dropped first, then the youngest running row gives its cells back
+    A new row gets the longest computed prefix of any running or finished row.  When the cells
+    run out, finished rows move to RAM first, then the youngest running row gives its cells back
     and is computed again later: it waits, nothing fails.
     """
 
@@ -75,7 +74,11 @@ class GgufStepper:
         self._context_tokens = options.context_tokens
         self._slot_count = self._count_slots(options)
         self._context = open_context(model, options, self._slot_count)
-        self._slots = KvSlots(self._context, self._slot_count)
+        self._store = PrefixStore(options.prefix_bytes)
+        self._slots = KvSlots(
+            self._context, self._slot_count, self._store, whole_only=model.keeps_recurrent_state
+        )
+        self._warm_tokens = options.warm_tokens
         self._batch = Batch(options.prefill_chunk_tokens + options.max_sequences)
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
         self._kv_tokens = options.kv_tokens
@@ -127,6 +130,7 @@ class GgufStepper:
             return []
         self._counters.steps += 1
         outputs = self._collect()
+        self._slots.cool_down(self._warm_tokens)
         self._planner.observe(self._batch.count, time.monotonic() - wall)
         return outputs
 
@@ -142,27 +146,34 @@ class GgufStepper:
             queues.running.append(row)
 
     def _place(self, row: _Row) -> bool:
-        """Give `row` a slot holding the longest known prefix; False when no slot is free."""
-        whole_only = self._model.keeps_recurrent_state
+        """Give `row` a slot holding the longest known prefix; False when no slot is free.
+
+        1. A finished row's cells, all shared: take its slot over.
+        2. A finished or running row's cells: share them.
+        3. A snapshot in RAM, where that is longer: copy it into cells.
+        """
         limit = len(row.tokens) - 1
-        entry, kept = self._slots.longest(row.tokens[:limit], whole_only=whole_only)
-        leader, computed, potential = None, 0, 0
-        if not whole_only:
-            leader, computed, potential = self._best_leader(row, limit)
-        if entry is not None and kept >= computed and kept == len(entry.tokens):
-            # The new row continues a finished one: it takes the slot over.
+        prompt = row.tokens[:limit]
+        entry, kept = self._slots.longest(prompt)
+        leader, computed, potential = self._best_leader(row, limit)
+        snapshot, stored = self._slots.longest_stored(prompt)
+        use_snapshot = stored >= max(kept, computed) + SMALLEST_PREFIX
+        if entry is not None and kept == len(entry.tokens) >= computed and not use_snapshot:  # (1)
             row.slot, row.past = self._slots.take_over(entry), kept
         else:
             slot = self._slots.take(but=entry)
             if slot is None:
                 return False
             row.slot = slot
-            if entry is not None and kept >= computed and self._slots.is_retained(entry):
-                entry.used_at_step = self._counters.steps
+            step = self._counters.steps
+            if use_snapshot and snapshot is not None:  # (3)
+                row.past = stored if self._slots.restore(snapshot, slot, stored, step) else 0
+            elif entry is not None and kept >= computed and self._slots.is_retained(entry):  # (2)
+                entry.used_at_step = step
                 self._share(row, entry.slot, kept)
             elif leader is not None and computed:
                 self._share(row, leader.slot, computed)
-        if leader is not None and potential - row.past >= _FOLLOW_TOKENS:
+        if leader is not None and potential - row.past >= SMALLEST_PREFIX:
             row.leader, row.shared = leader, potential
         if not row.is_counted:
             row.cached = row.past
@@ -171,6 +182,8 @@ class GgufStepper:
     def _best_leader(self, row: _Row, limit: int) -> tuple[_Row | None, int, int]:
         """Return the running row that shares most, what of it is computed and what will be."""
         best: tuple[_Row | None, int, int] = (None, 0, 0)
+        if self._model.keeps_recurrent_state:
+            return best
         for other in self._queues.running:
             potential = min(common_prefix(other.tokens, row.tokens), limit)
             if potential > best[2]:
@@ -277,6 +290,7 @@ class GgufStepper:
         for row in self._queues.by_id.values():
             row.sampler.close()
         self._queues = _Queues()
+        self._store.clear()
         if self._context:
             self._llama.llama_free(self._context)
             self._context = None

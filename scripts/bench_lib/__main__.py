@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=8192, help="tokens all sequences share")
     parser.add_argument("--streams", type=_counts, default="1,4,8,16")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=128, help="longest answer of a stream")
+    parser.add_argument("--tokens", type=int, default=200, help="longest answer of a stream")
     parser.add_argument("--agent-rounds", type=int, default=3)
     parser.add_argument("--agent-tokens", type=int, default=5000, help="first turn's prompt")
     parser.add_argument("--idle-s", type=float, default=5.0, help="seconds at rest to measure")

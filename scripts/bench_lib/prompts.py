@@ -30,6 +30,11 @@ def stream_bodies(run: str, count: int, max_tokens: int) -> list[dict[str, Any]]
     ]
 
 
+def short_body(run: str) -> dict[str, Any]:
+    """Return a request whose prompt is so short that what it adds is not lost in its prefill."""
+    return _body([{"role": "user", "content": f"{_word(run, 0)}?"}], max_tokens=4)
+
+
 def _word(run: str, index: int) -> str:
     """Return a first word that no other prompt has."""
     return blake2s(f"{run} {index}".encode()).hexdigest()[:10]

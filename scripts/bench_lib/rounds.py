@@ -15,12 +15,11 @@ from scripts.bench_lib.measure import (
     run_idle,
     run_streams,
 )
-from scripts.bench_lib.prompts import agent_system_text, stream_bodies
+from scripts.bench_lib.prompts import agent_system_text, short_body, stream_bodies
 from scripts.bench_lib.servers import BenchError, Server
 
 CALIBRATION_CHARACTERS = 2000
-FIRST_TOKEN_REQUESTS = 5
-FIRST_TOKEN_ANSWER_TOKENS = 4
+FIRST_TOKEN_REQUESTS = 12
 AGENT_ANSWER_TOKENS = 64
 
 
@@ -93,7 +92,7 @@ def _run_round(
     times: dict[str, list[float]] = {server.name: [] for server in order}
     for index in range(FIRST_TOKEN_REQUESTS):
         run_id = f"{plan.run_id} {number} first {index}"
-        bodies = stream_bodies(run_id, 1, FIRST_TOKEN_ANSWER_TOKENS)
+        bodies = [short_body(run_id)]
         for server in order if index % 2 == 0 else reversed(order):
             times[server.name].append(run_streams(server, bodies).first_token_s)
     for name, values in times.items():

@@ -12,7 +12,7 @@ from backends.base import Engine, EngineOptions
 from backends.gguf import GgufBackend
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import GenerationRequest, JsonOutput, JsonValue, TextDelta, Tool, ToolCallDelta
-from tests.requests import chat, end_of, request, run, text_of, token_ids_of
+from tests.requests import assert_same_tokens, chat, end_of, request, run, text_of, token_ids_of
 from tests.starter import starter_path
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -148,6 +148,24 @@ async def test_a_shared_prefix_gives_the_same_tokens_as_a_cold_start(full_precis
     await warm.close()
 
 
+async def test_a_prefix_outlives_its_kv_cells_in_ram(full_precision: Path) -> None:
+    prompt = request(STORY * 6 + "the fisherman said", max_tokens=24)
+    others = [request(f"{index}. " + STORY * 6, max_tokens=40) for index in range(6)]
+    engine = await open_starter(
+        full_precision, max_sequences=2, kv_tokens=1024, prefix_bytes=10**9, warm_tokens=0
+    )
+    expected = await run(engine, prompt)
+    for other in others:
+        await run(engine, other)
+    # Seven prefixes of over 200 tokens were kept; all but the last two moved out of the cells.
+    assert engine.load().kv_used_tokens < 512
+    again = await run(engine, prompt)
+    usage = end_of(again).usage
+    assert usage.cached_tokens == usage.prompt_tokens - 1
+    assert token_ids_of(again) == token_ids_of(expected)
+    await engine.close()
+
+
 async def test_requests_of_one_prompt_at_once_share_its_prefill(full_precision: Path) -> None:
     engine = await open_starter(full_precision, max_sequences=4, kv_tokens=2048)
     prompts = [request(STORY * 10, max_tokens=4) for _ in range(4)]
@@ -193,13 +211,15 @@ async def test_cancelling_during_prefill_stops_it(gguf: Engine) -> None:
 
 
 async def test_every_answer_keeps_its_own_text(gguf: Engine) -> None:
+    words = [f"w{index}q" for index in range(8)]
     prompts = [
-        request(chat(f"Repeat the word w{index}q twice."), max_tokens=12) for index in range(8)
+        request(chat(f"Repeat {word} twice."), max_tokens=12, top_logprobs=2) for word in words
     ]
-    alone = [text_of(await run(gguf, prompt)) for prompt in prompts]
+    alone = [await run(gguf, prompt) for prompt in prompts]
     for _ in range(3):
         together = await asyncio.gather(*(run(gguf, prompt) for prompt in prompts))
-        assert [text_of(events) for events in together] == alone
+        for one, other in zip(alone, together, strict=True):
+            assert_same_tokens(one, other)
 
 
 async def test_text_models_refuse_to_embed(gguf: Engine) -> None:

@@ -1,0 +1,74 @@
+"""Prefixes whose KV cells were given back: their state in RAM, least recently used out first."""
+
+from array import array
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.prefix_cache import common_prefix
+
+# Computing fewer tokens than this again is cheaper than copying their state twice.
+SMALLEST_PREFIX = 32
+
+
+@dataclass(slots=True, eq=False)
+class Snapshot:
+    """The state after `tokens`, as the runtime wrote it: uint8, one dimension."""
+
+    tokens: "array[int]"
+    state: NDArray[np.uint8]
+    used_at_step: int
+
+
+class PrefixStore:
+    """At most `limit_bytes` of snapshots; used from the engine's thread only."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._snapshots: list[Snapshot] = []
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes held."""
+        return sum(snapshot.state.nbytes for snapshot in self._snapshots)
+
+    def has_room_for(self, size_bytes: int) -> bool:
+        """Whether a snapshot of this size could be kept at all."""
+        return size_bytes <= self._limit_bytes
+
+    def covers(self, tokens: "array[int]") -> bool:
+        """Whether some snapshot begins with all of `tokens`."""
+        return any(
+            common_prefix(snapshot.tokens, tokens) == len(tokens) for snapshot in self._snapshots
+        )
+
+    def put(self, snapshot: Snapshot) -> None:
+        """Keep a snapshot; those that it continues, and the oldest over the limit, go."""
+        self._snapshots = [
+            other
+            for other in self._snapshots
+            if common_prefix(other.tokens, snapshot.tokens) < len(other.tokens)
+        ]
+        self._snapshots.append(snapshot)
+        while self.size_bytes > self._limit_bytes:
+            oldest = min(self._snapshots, key=lambda other: other.used_at_step)
+            self._snapshots.remove(oldest)
+
+    def longest(self, prompt: "array[int]", *, whole_only: bool) -> tuple[Snapshot | None, int]:
+        """Return the snapshot that shares most with `prompt`, and how many tokens.
+
+        With `whole_only` a snapshot counts only where all of its tokens are shared.
+        """
+        best, best_length = None, 0
+        for snapshot in self._snapshots:
+            length = common_prefix(snapshot.tokens, prompt)
+            if whole_only and length < len(snapshot.tokens):
+                continue
+            if length > best_length:
+                best, best_length = snapshot, length
+        return best, best_length
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._snapshots.clear()

@@ -1,0 +1,54 @@
+"""Snapshots of prefixes in RAM: bounded by bytes, the least recently used out first."""
+
+import numpy as np
+
+from backends.prefix_cache import token_array
+from backends.prefix_store import PrefixStore, Snapshot
+
+
+def snapshot(tokens: list[int], step: int = 0, size: int = 10) -> Snapshot:
+    return Snapshot(token_array(tokens), np.zeros(size, np.uint8), step)
+
+
+def test_longest_finds_the_best_snapshot() -> None:
+    store = PrefixStore(100)
+    short, long = snapshot([1, 2]), snapshot([1, 3, 4])
+    store.put(short)
+    store.put(long)
+    assert store.longest(token_array([1, 3, 9]), whole_only=False) == (long, 2)
+    assert store.longest(token_array([1, 2, 9]), whole_only=True) == (short, 2)
+    assert store.longest(token_array([1, 3, 9]), whole_only=True) == (None, 0)
+
+
+def test_put_replaces_what_it_continues() -> None:
+    store = PrefixStore(100)
+    store.put(snapshot([1, 2]))
+    store.put(snapshot([1, 2, 3]))
+    assert store.size_bytes == 10
+    assert store.covers(token_array([1, 2]))
+    assert not store.covers(token_array([1, 2, 3, 4]))
+
+
+def test_put_drops_the_least_recently_used_over_the_limit() -> None:
+    store = PrefixStore(25)
+    store.put(snapshot([1], step=5))
+    store.put(snapshot([2], step=1))
+    store.put(snapshot([3], step=7))
+    assert store.size_bytes == 20
+    assert not store.covers(token_array([2]))
+    assert store.covers(token_array([1]))
+
+
+def test_a_snapshot_larger_than_the_limit_is_never_made() -> None:
+    store = PrefixStore(25)
+    assert store.has_room_for(25)
+    assert not store.has_room_for(26)
+    store.put(snapshot([1], size=30))
+    assert store.size_bytes == 0
+
+
+def test_clear_forgets_everything() -> None:
+    store = PrefixStore(25)
+    store.put(snapshot([1]))
+    store.clear()
+    assert store.longest(token_array([1]), whole_only=False) == (None, 0)
