@@ -96,14 +96,15 @@ class GgufModel:
         return self._keeps_state
 
     @property
-    def has_encoder_only(self) -> bool:
-        """Whether the model has no decoder."""
-        return not self._llama.llama_model_has_decoder(self.handle)
+    def whole_beyond(self) -> int:
+        """From which length on a sequence's state can be continued at its end only, in tokens.
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return int(self._llama.llama_model_size(self.handle))
+        A recurrent state knows nothing of earlier tokens; the cells before a sliding window are
+        overwritten by others (Source: llama.cpp llama_kv_cache::find_slot).
+        """
+        if self._keeps_state:
+            return 0
+        return int(self._llama.llama_model_n_swa(self.handle)) or 1 << 30
 
     @property
     def adds_bos(self) -> bool:

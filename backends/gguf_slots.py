@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.gguf_model import library
+from backends.gguf_model import GgufModel, library
 from backends.prefix_cache import Retained, RetainedPrefixes
 from backends.prefix_store import SMALLEST_PREFIX, PrefixStore, Snapshot
 
@@ -22,14 +22,14 @@ class KvSlots:
     cache, whosever it is.  So retained prefixes move to RAM, and back when a prompt continues one.
     """
 
-    def __init__(self, context: Any, count: int, store: PrefixStore, *, whole_only: bool) -> None:
+    def __init__(self, context: Any, count: int, store: PrefixStore, model: GgufModel) -> None:
         self._llama = library()
         self._context = context
         self._memory = self._llama.llama_get_memory(context)
         self._free = list(range(count))
         self._retained = RetainedPrefixes()
         self._store = store
-        self._whole_only = whole_only
+        self._whole_beyond = model.whole_beyond
 
     @property
     def retained_tokens(self) -> int:
@@ -38,11 +38,11 @@ class KvSlots:
 
     def longest(self, prompt: "array[int]") -> tuple[Retained | None, int]:
         """Return the retained prefix that shares most with `prompt`, and how many tokens."""
-        return self._retained.longest(prompt, whole_only=self._whole_only)
+        return self._retained.longest(prompt, whole_beyond=self._whole_beyond)
 
     def longest_stored(self, prompt: "array[int]") -> tuple[Snapshot | None, int]:
         """Return the snapshot that shares most with `prompt`, and how many tokens."""
-        return self._store.longest(prompt, whole_only=self._whole_only)
+        return self._store.longest(prompt, whole_beyond=self._whole_beyond)
 
     def restore(self, snapshot: Snapshot, target: int, count: int, step: int) -> bool:
         """Let the empty slot `target` have the snapshot's first `count` tokens; False: no room."""

@@ -75,9 +75,7 @@ class GgufStepper:
         self._slot_count = self._count_slots(options)
         self._context = open_context(model, options, self._slot_count)
         self._store = PrefixStore(options.prefix_bytes)
-        self._slots = KvSlots(
-            self._context, self._slot_count, self._store, whole_only=model.keeps_recurrent_state
-        )
+        self._slots = KvSlots(self._context, self._slot_count, self._store, model)
         self._warm_tokens = options.warm_tokens
         self._batch = Batch(options.prefill_chunk_tokens + options.max_sequences)
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
@@ -182,7 +180,8 @@ class GgufStepper:
     def _best_leader(self, row: _Row, limit: int) -> tuple[_Row | None, int, int]:
         """Return the running row that shares most, what of it is computed and what will be."""
         best: tuple[_Row | None, int, int] = (None, 0, 0)
-        if self._model.keeps_recurrent_state:
+        if self._model.whole_beyond <= self._context_tokens:
+            # A running row has moved on from where it could be shared.
             return best
         for other in self._queues.running:
             potential = min(common_prefix(other.tokens, row.tokens), limit)

@@ -41,16 +41,15 @@ class RetainedPrefixes:
         """Remember what `slot` holds."""
         self.entries[slot] = Retained(slot, tokens, step)
 
-    def longest(self, prompt: "array[int]", *, whole_only: bool) -> tuple[Retained | None, int]:
+    def longest(self, prompt: "array[int]", *, whole_beyond: int) -> tuple[Retained | None, int]:
         """Return the entry that shares most with `prompt`, and how many tokens.
 
-        With `whole_only` an entry counts only where all of its tokens are shared, as states
-        that cannot be cut back need it.
+        An entry of more than `whole_beyond` tokens counts only where all of them are shared.
         """
         best, best_length = None, 0
         for entry in self.entries.values():
             length = common_prefix(entry.tokens, prompt)
-            if whole_only and length < len(entry.tokens):
+            if length < len(entry.tokens) > whole_beyond:
                 continue
             if length > best_length:
                 best, best_length = entry, length

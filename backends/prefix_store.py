@@ -55,15 +55,15 @@ class PrefixStore:
             oldest = min(self._snapshots, key=lambda other: other.used_at_step)
             self._snapshots.remove(oldest)
 
-    def longest(self, prompt: "array[int]", *, whole_only: bool) -> tuple[Snapshot | None, int]:
+    def longest(self, prompt: "array[int]", *, whole_beyond: int) -> tuple[Snapshot | None, int]:
         """Return the snapshot that shares most with `prompt`, and how many tokens.
 
-        With `whole_only` a snapshot counts only where all of its tokens are shared.
+        One of more than `whole_beyond` tokens counts only where all of them are shared.
         """
         best, best_length = None, 0
         for snapshot in self._snapshots:
             length = common_prefix(snapshot.tokens, prompt)
-            if whole_only and length < len(snapshot.tokens):
+            if length < len(snapshot.tokens) > whole_beyond:
                 continue
             if length > best_length:
                 best, best_length = snapshot, length

@@ -25,19 +25,19 @@ def kept() -> RetainedPrefixes:
 
 
 def test_longest_finds_the_best_entry() -> None:
-    entry, length = kept().longest(token_array([1, 2, 3, 4, 5]), whole_only=False)
+    entry, length = kept().longest(token_array([1, 2, 3, 4, 5]), whole_beyond=99)
     assert entry is not None
     assert (entry.slot, length) == (1, 4)
 
 
 def test_longest_takes_whole_entries_only_where_states_cannot_be_cut() -> None:
-    entry, length = kept().longest(token_array([1, 2, 3, 4, 5]), whole_only=True)
+    entry, length = kept().longest(token_array([1, 2, 3, 4, 5]), whole_beyond=0)
     assert entry is not None
     assert (entry.slot, length) == (0, 3)
 
 
 def test_longest_finds_nothing_without_a_shared_token() -> None:
-    assert kept().longest(token_array([7]), whole_only=False) == (None, 0)
+    assert kept().longest(token_array([7]), whole_beyond=99) == (None, 0)
 
 
 def test_oldest_is_the_least_recently_used() -> None:

@@ -15,9 +15,9 @@ def test_longest_finds_the_best_snapshot() -> None:
     short, long = snapshot([1, 2]), snapshot([1, 3, 4])
     store.put(short)
     store.put(long)
-    assert store.longest(token_array([1, 3, 9]), whole_only=False) == (long, 2)
-    assert store.longest(token_array([1, 2, 9]), whole_only=True) == (short, 2)
-    assert store.longest(token_array([1, 3, 9]), whole_only=True) == (None, 0)
+    assert store.longest(token_array([1, 3, 9]), whole_beyond=99) == (long, 2)
+    assert store.longest(token_array([1, 2, 9]), whole_beyond=0) == (short, 2)
+    assert store.longest(token_array([1, 3, 9]), whole_beyond=0) == (None, 0)
 
 
 def test_put_replaces_what_it_continues() -> None:
@@ -51,4 +51,4 @@ def test_clear_forgets_everything() -> None:
     store = PrefixStore(25)
     store.put(snapshot([1]))
     store.clear()
-    assert store.longest(token_array([1]), whole_only=False) == (None, 0)
+    assert store.longest(token_array([1]), whole_beyond=99) == (None, 0)
