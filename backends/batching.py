@@ -123,6 +123,8 @@ class BatchingEngine(Engine):
         finally:
             self._preparing -= 1
         ticket = Ticket(request, prepared, sink, loop, loop.create_future(), submitted_at)
+        if not prepared.max_tokens:
+            return self._echo_only(ticket)
         self._submit(ticket)
         try:
             async with asyncio.timeout(request.deadline_s):
@@ -134,6 +136,14 @@ class BatchingEngine(Engine):
         finally:
             if not ticket.done.done() or ticket.done.cancelled():
                 self._cancel(ticket)
+
+    @staticmethod
+    def _echo_only(ticket: Ticket) -> Finished:
+        """Answer a request that wants no new token: its own prompt at most."""
+        ticket.added_at = ticket.first_token_at = time.monotonic()
+        finished = ticket.finish("length", ticket.first_token_at)
+        ticket.sink.deliver([(ticket.request.id, [*ticket.prepared.take_opening(), finished])])
+        return finished
 
     def _prepare(self, request: GenerationRequest) -> Prepared:
         self._check_open()

@@ -75,7 +75,7 @@ class Preparer:
         room = self.context_tokens - count
         if room < 1:
             raise ContextLengthExceeded.of(count, self.context_tokens)
-        max_tokens = min(request.max_tokens or room, room)
+        max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         assembler = TextAssembler(
             self._tokenizer.token_bytes,
             stop=(*request.stop, *text.stop),

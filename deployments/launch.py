@@ -7,6 +7,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _START_LIMIT_S = 180.0
 _STOP_LIMIT_S = 30.0
 _POLL_S = 0.2
+_WATCH_S = 5.0
 _SHOWN_LOG_LINES = 15
 
 
@@ -38,12 +40,13 @@ class Launcher:
         self._child: subprocess.Popen[bytes] | None = None
         self._descendants: dict[int, psutil.Process] = {}
         self._stop_signal = 0
+        self._woken = threading.Event()
 
     def run(self) -> int:
         """Return the exit code; blocks until the server ends or a signal comes."""
         check_exposure(self._settings)
         bind(self._settings.host, self._settings.port).close()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
         say(f"Starting on {self._settings.base_url} …")
         try:
@@ -57,7 +60,10 @@ class Launcher:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self._stop_signal = number
+        # SIGCHLD only wakes the waiting loop, which then looks at the child.
+        if number != signal.SIGCHLD:
+            self._stop_signal = number
+        self._woken.set()
 
     def _start(self) -> None:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,13 +145,13 @@ class Launcher:
     def _wait_for_end(self) -> int:
         assert self._child is not None
         while not self._stop_signal:
-            try:
-                code = self._child.wait(timeout=1.0)
-            except subprocess.TimeoutExpired:
-                self._remember_descendants()
-                continue
-            say(f"The server ended by itself with code {code}; its log: {self._log_path}")
-            return code or 1
+            self._remember_descendants()
+            code = self._child.poll()
+            if code is not None:
+                say(f"The server ended by itself with code {code}; its log: {self._log_path}")
+                return code or 1
+            self._woken.wait(_WATCH_S)
+            self._woken.clear()
         return 0
 
     def _remember_descendants(self) -> None:

@@ -176,6 +176,16 @@ async def test_max_tokens_never_exceed_the_context(stepper: FakeStepper) -> None
     await engine.close()
 
 
+async def test_no_new_token_gives_the_prompt_alone(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    events = await run(engine, request("hello", max_tokens=0, echo_prompt=True))
+    assert text_of(events) == "hello"
+    assert end_of(events).reason == "length"
+    assert end_of(events).usage.completion_tokens == 0
+    assert not stepper.threads
+    await engine.close()
+
+
 async def test_the_plain_fallback_stops_before_the_next_user(stepper: FakeStepper) -> None:
     engine = open_engine(stepper)
     prepared = engine._preparer.prepare(request(chat("hi")))
