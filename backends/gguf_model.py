@@ -78,6 +78,7 @@ class GgufModel:
         self.vocabulary = self._llama.llama_model_get_vocab(self.handle)
         self._size = int(self._llama.llama_vocab_n_tokens(self.vocabulary))
         self._pieces: dict[int, bytes] = {}
+        self._ends: dict[int, bool] = {}
         self._grammar_lock = threading.Lock()
         self._grammar_tokenizer: Any = None
         self._keeps_state = bool(
@@ -157,7 +158,11 @@ class GgufModel:
 
     def is_end(self, token_id: int) -> bool:
         """Whether a token ends the generation."""
-        return bool(self._llama.llama_vocab_is_eog(self.vocabulary, token_id))
+        known = self._ends.get(token_id)
+        if known is None:
+            known = bool(self._llama.llama_vocab_is_eog(self.vocabulary, token_id))
+            self._ends[token_id] = known
+        return known
 
     def mask(self, constraint: Constraint) -> GrammarMask:
         """Compile a grammar; the first takes a fraction of a second to read the vocabulary."""

@@ -1,6 +1,7 @@
 """llama.cpp's sequence ids of one context: who holds which KV cells, and whose are kept."""
 
 import ctypes
+import time
 from array import array
 from typing import Any
 
@@ -30,6 +31,7 @@ class KvSlots:
         self._retained = RetainedPrefixes()
         self._store = store
         self._whole_beyond = model.whole_beyond
+        self.native_cpu_s = 0.0
 
     @property
     def retained_tokens(self) -> int:
@@ -47,9 +49,11 @@ class KvSlots:
     def restore(self, snapshot: Snapshot, target: int, count: int, step: int) -> bool:
         """Let the empty slot `target` have the snapshot's first `count` tokens; False: no room."""
         state = snapshot.state
+        started = time.thread_time()
         read = self._llama.llama_state_seq_set_data(
             self._context, _as_bytes(state), state.nbytes, target
         )
+        self.native_cpu_s += time.thread_time() - started
         if not read:
             self._llama.llama_memory_seq_rm(self._memory, target, -1, -1)
             return False
@@ -120,9 +124,11 @@ class KvSlots:
         if not self._store.has_room_for(size):
             return
         state = np.empty(size, np.uint8)
+        started = time.thread_time()
         written = self._llama.llama_state_seq_get_data(
             self._context, _as_bytes(state), size, entry.slot
         )
+        self.native_cpu_s += time.thread_time() - started
         if written == size:
             self._store.put(Snapshot(entry.tokens, state, entry.used_at_step))
 

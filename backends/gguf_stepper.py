@@ -281,7 +281,7 @@ class GgufStepper:
             kv_tokens=self._kv_tokens,
             steps=self._counters.steps,
             preemptions=self._counters.preemptions,
-            native_cpu_s=self._counters.native_cpu_s,
+            native_cpu_s=self._counters.native_cpu_s + self._slots.native_cpu_s,
         )
 
     def close(self) -> None:
