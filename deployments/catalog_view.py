@@ -4,13 +4,12 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+from backends.base import Backend, EngineOptions
+from backends.registry import backends_for
 from catalog.models import ModelRecord
 from catalog.names import nearest_names
 from catalog.resolve import best_variant
 from catalog.store import CatalogStore
-
-from backends.base import Backend, EngineOptions
-from backends.registry import backends_for
 from core.errors import (
     BackendUnavailable,
     BrokenModel,
