@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 # Steps that also decode should not last longer, so that running streams stay fluent.
-_MIXED_STEP_S = 0.2
+_MIXED_STEP_S = 0.12
 _SMALLEST_CHUNK = 32
 # The oldest prompt always gets this part of a step, so that short ones cannot starve it.
 _OLDEST_SHARE = 4
@@ -13,8 +13,8 @@ _SMOOTHING = 0.3
 class PrefillPlanner:
     """Divides a step's prompt tokens: short prompts first, the oldest never starved.
 
-    While other rows decode, the chunk is as large as the measured speed allows in a fifth of a
-    second; with nobody waiting for tokens it is the full `chunk_tokens`.
+    While other rows decode, the chunk is as large as the measured speed allows in an
+    eighth of a second; with nobody waiting for tokens it is the full `chunk_tokens`.
     """
 
     def __init__(self, chunk_tokens: int) -> None:

@@ -241,7 +241,7 @@ def test_read_only_folder_gives_a_clear_error(tmp_path: Path) -> None:
 def test_kill_during_writes_loses_nothing_committed(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
     CatalogStore(path).close()
-    for round_number in range(20):
+    for round_number in range(8):
         start = round_number * 10_000
         command = [sys.executable, "-c", WRITER, str(path), str(start)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
