@@ -123,6 +123,11 @@ class Engine(ABC):
     context_tokens: int
     max_sequences: int
 
+    @property
+    def is_failed(self) -> bool:
+        """Whether the engine is of no more use and must be opened again."""
+        return False
+
     @abstractmethod
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Yield events; the last is always `Finished`.
@@ -167,9 +172,13 @@ class Engine(ABC):
 
 
 class Backend(ABC):
-    """How models of one format are recognised, sized and opened.  Stateless."""
+    """How models of one format are recognised, sized and opened.  Stateless.
+
+    `starts_on_demand`: no process waits for the first request, and an idle one ends.
+    """
 
     name: ClassVar[str]
+    starts_on_demand: ClassVar[bool] = False
 
     @abstractmethod
     def availability(self) -> Availability:

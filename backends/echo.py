@@ -103,6 +103,7 @@ class EchoBackend(Backend):
     """Makes the one echo model; for trying clients, for tests, and as an example."""
 
     name: ClassVar[str] = "echo"
+    starts_on_demand: ClassVar[bool] = True
 
     def availability(self) -> Availability:
         """Available everywhere."""

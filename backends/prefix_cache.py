@@ -1,8 +1,9 @@
 """Which computed prefixes exist in a KV cache, and the longest one a prompt shares."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,32 @@ def common_prefix(left: "array[int]", right: "array[int]") -> int:
 def token_array(token_ids: Sequence[int]) -> "array[int]":
     """Return token ids as int32."""
     return array("i", token_ids)
+
+
+class HasTokens(Protocol):
+    """Something computed for a sequence of tokens."""
+
+    tokens: "array[int]"
+
+
+Entry = TypeVar("Entry", bound=HasTokens)
+
+
+def longest_prefix(
+    entries: Iterable[Entry], prompt: "array[int]", whole_beyond: int
+) -> tuple[Entry | None, int]:
+    """Return the entry that shares most with `prompt`, and how many tokens.
+
+    An entry of more than `whole_beyond` tokens counts only where all of them are shared.
+    """
+    best, best_length = None, 0
+    for entry in entries:
+        length = common_prefix(entry.tokens, prompt)
+        if length < len(entry.tokens) > whole_beyond:
+            continue
+        if length > best_length:
+            best, best_length = entry, length
+    return best, best_length
 
 
 @dataclass(slots=True)
@@ -42,18 +69,8 @@ class RetainedPrefixes:
         self.entries[slot] = Retained(slot, tokens, step)
 
     def longest(self, prompt: "array[int]", *, whole_beyond: int) -> tuple[Retained | None, int]:
-        """Return the entry that shares most with `prompt`, and how many tokens.
-
-        An entry of more than `whole_beyond` tokens counts only where all of them are shared.
-        """
-        best, best_length = None, 0
-        for entry in self.entries.values():
-            length = common_prefix(entry.tokens, prompt)
-            if length < len(entry.tokens) > whole_beyond:
-                continue
-            if length > best_length:
-                best, best_length = entry, length
-        return best, best_length
+        """Return the entry that shares most with `prompt`; see `longest_prefix`."""
+        return longest_prefix(self.entries.values(), prompt, whole_beyond)
 
     def forget(self, slot: int) -> None:
         """Drop the entry of `slot`."""

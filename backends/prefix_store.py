@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.prefix_cache import common_prefix
+from backends.prefix_cache import common_prefix, longest_prefix
 
 # Computing fewer tokens than this again is cheaper than copying their state twice.
 SMALLEST_PREFIX = 32
@@ -56,18 +56,8 @@ class PrefixStore:
             self._snapshots.remove(oldest)
 
     def longest(self, prompt: "array[int]", *, whole_beyond: int) -> tuple[Snapshot | None, int]:
-        """Return the snapshot that shares most with `prompt`, and how many tokens.
-
-        One of more than `whole_beyond` tokens counts only where all of them are shared.
-        """
-        best, best_length = None, 0
-        for snapshot in self._snapshots:
-            length = common_prefix(snapshot.tokens, prompt)
-            if length < len(snapshot.tokens) > whole_beyond:
-                continue
-            if length > best_length:
-                best, best_length = snapshot, length
-        return best, best_length
+        """Return the snapshot that shares most with `prompt`; see `longest_prefix`."""
+        return longest_prefix(self._snapshots, prompt, whole_beyond)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -6,6 +6,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application, Deployment
 
+from backends.registry import backends_for
 from core.settings import Settings
 from deployments.engine import FormatReplica
 from deployments.router import RouterReplica
@@ -26,15 +27,16 @@ _ON_DEMAND = {
 
 def build(settings: Settings) -> Application:
     """Bind one deployment per format, the scheduler over them, and the router over all."""
-    formats = {name: _format(name, settings) for name in settings.formats}
+    formats = {name: _format(name) for name in settings.formats}
     scheduler = _deployment(SchedulerReplica, "scheduler").bind(settings, formats)
     router = _deployment(serve.ingress()(RouterReplica), "router")
     return router.bind(settings, scheduler, formats)
 
 
-def _format(name: str, settings: Settings) -> Application:
-    scaling = {"autoscaling_config": _ON_DEMAND} if name == "echo" else {"num_replicas": 1}
-    return _deployment(FormatReplica, name, **scaling).bind(name, settings)
+def _format(name: str) -> Application:
+    on_demand = backends_for([name])[name].starts_on_demand
+    scaling = {"autoscaling_config": _ON_DEMAND} if on_demand else {"num_replicas": 1}
+    return _deployment(FormatReplica, name, **scaling).bind(name)
 
 
 def _deployment(cls: Any, name: str, **options: Any) -> Deployment:

@@ -15,7 +15,6 @@ from ray import serve
 from backends.base import Engine
 from backends.registry import backends_for
 from core.errors import EngineFailed, ModelFileMissing, ModelNotResident
-from core.settings import Settings
 from core.types import Embeddings, GenerationRequest
 from deployments.codec import StepEvents, encode_frame
 from deployments.errors import returning_errors
@@ -48,10 +47,9 @@ class FormatReplica:
     A model's requests are counted here; the scheduler asks for loads and unloads only.
     """
 
-    def __init__(self, format_name: str, settings: Settings) -> None:
+    def __init__(self, format_name: str) -> None:
         attach_logs()
         self._format = format_name
-        self._settings = settings
         self._backend = backends_for([format_name])[format_name]
         self._residents: dict[str, _Resident] = {}
         self._senders: dict[str, FrameSender] = {}
@@ -102,7 +100,7 @@ class FormatReplica:
     async def _drain(resident: _Resident) -> None:
         """Take no more requests and wait for those that run."""
         resident.is_draining = True
-        while resident.in_flight and not _is_failed(resident.engine):
+        while resident.in_flight and not resident.engine.is_failed:
             resident.idle.clear()
             await resident.idle.wait()
 
@@ -215,7 +213,6 @@ class _CoalescingSink:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._pending: list[tuple[str, list[object]]] = []
         self._queue: asyncio.Queue[StepEvents | None] = asyncio.Queue()
 
     def deliver(self, batch: StepEvents) -> None:
@@ -247,12 +244,8 @@ class _CoalescingSink:
 
 
 def _is_usable(resident: _Resident) -> bool:
-    is_sound = not resident.is_draining and not _is_failed(resident.engine)
+    is_sound = not resident.is_draining and not resident.engine.is_failed
     return is_sound and not _changed(resident.marks)
-
-
-def _is_failed(engine: Engine) -> bool:
-    return bool(getattr(engine, "is_failed", False))
 
 
 def _mark(path: Path) -> FileMark:

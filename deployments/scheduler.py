@@ -101,7 +101,7 @@ class SchedulerReplica:
     async def _recover(self) -> None:
         for name, handle in self._formats.items():
             # Asking a format scaled to zero would start it, and it holds nothing.
-            if name == "echo":
+            if self._backends[name].starts_on_demand:
                 continue
             for residency in await call(handle.residencies.remote()):
                 record = self._store.get(residency.model_id)
@@ -159,7 +159,7 @@ class SchedulerReplica:
             await self._scan()
             raise
         finally:
-            del self._loading[model_id]
+            self._loading.pop(model_id, None)
         self._residents[model_id] = (residency, estimate)
         return residency
 
@@ -189,7 +189,9 @@ class SchedulerReplica:
             for action in decide(state, LoadWanted(record.id, estimate.total_bytes)):
                 match action:
                     case Unload(model_id, reason):
-                        await self._unload(model_id, reason)
+                        # A request that missed it meanwhile has taken it out already.
+                        if model_id in self._residents:
+                            await self._unload(model_id, reason)
                     case Load(model_id, needed):
                         self._loading[model_id] = needed
                     case Reject(_, message):
@@ -217,12 +219,13 @@ class SchedulerReplica:
     async def _unload(self, model_id: str, reason: str) -> None:
         logger.info("unloading %s: %s", model_id, reason)
         residency, _ = self._residents[model_id]
+        # From now on a request for it asks for a load, which waits for the ledger.
+        del self._residents[model_id]
         try:
             await call(self._formats[residency.format].unload_model.remote(model_id))
         except ImpetusError:
             # A replica that died holds nothing any more.
             logger.exception("unloading %s failed", model_id)
-        del self._residents[model_id]
 
     def __del__(self) -> None:
         """Stop the background scan and close the catalog."""

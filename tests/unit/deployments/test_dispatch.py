@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, closing
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from core.types import (
     TextPrompt,
     Usage,
 )
+from deployments.codec import encode_frame
 from deployments.dispatch import HandleDispatcher
 from deployments.frames import FrameReceiver, FrameSender
 from deployments.orders import Residency
@@ -151,6 +153,31 @@ async def test_closing_the_events_cancels_the_call(receiver: FrameReceiver) -> N
     async with aclosing(dispatcher(receiver, loads("a"), replica).generate(REQUEST)) as events:
         await anext(events)
     assert replica.generate.responses[0].is_cancelled
+
+
+class FakeFrames:
+    """What `handle.options(stream=True).stream.remote()` returns."""
+
+    def __init__(self, *events: GenerationEvent) -> None:
+        self._frames = [encode_frame([("r", [event])]) for event in events]
+        self.is_cancelled = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for frame in self._frames:
+            yield frame
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+async def test_a_replica_on_another_node_streams_by_its_handle(receiver: FrameReceiver) -> None:
+    far = Residency("m", "gguf", "a", "another node", 2048, 0.1)
+    frames = FakeFrames(TextDelta("x", (1,)), END)
+    stream = SimpleNamespace(remote=lambda _request: frames)
+    replica: Any = SimpleNamespace(stream=stream, options=lambda **_: replica)
+    scheduler = FakeHandle(ensure_loaded=answering(far))
+    assert await collect(dispatcher(receiver, scheduler, replica)) == [TextDelta("x", (1,)), END]
+    assert frames.is_cancelled
 
 
 async def test_embed_tries_again_where_the_model_was_lost(receiver: FrameReceiver) -> None:
