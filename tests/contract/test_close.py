@@ -1,7 +1,8 @@
 """What happens to requests when an engine closes."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+import threading
+from collections.abc import Sequence
 
 import pytest
 
@@ -22,26 +23,38 @@ def open_engine(backend: str) -> Engine:
     return GgufBackend().open(GgufBackend().identify(starter_path()), OPTIONS)
 
 
-async def drain(stream: AsyncGenerator[GenerationEvent, None]) -> None:
-    async for _ in stream:
-        pass
+class HeldSink:
+    """Takes the first events and then holds the engine's thread until it is let go."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._go = threading.Event()
+        self.has_events = asyncio.Event()
+
+    def deliver(self, batch: Sequence[tuple[str, Sequence[GenerationEvent]]]) -> None:
+        del batch
+        self._loop.call_soon_threadsafe(self.has_events.set)
+        self._go.wait()
+
+    def let_go(self) -> None:
+        self._go.set()
 
 
 @pytest.mark.parametrize("backend", ["echo", "gguf"])
 async def test_close_fails_running_and_waiting_requests(backend: str) -> None:
-    engine = open_engine(backend)
-    streams = [engine.generate(request("x" * 400, max_tokens=400)) for _ in range(4)]
-    await anext(streams[0])
-    others = [asyncio.ensure_future(anext(stream)) for stream in streams[1:]]
+    engine, sink = open_engine(backend), HeldSink()
+    work = [
+        asyncio.ensure_future(engine.stream_to(request("x" * 400, max_tokens=400), sink))
+        for _ in range(4)
+    ]
+    await sink.has_events.wait()
+    closing = asyncio.ensure_future(engine.close())
     await asyncio.sleep(0)
-    await engine.close()
-    with pytest.raises(EngineFailed, match="unload"):
-        await drain(streams[0])
-    results = await asyncio.gather(*others, return_exceptions=True)
-    for stream in streams:
-        await stream.aclose()
-    assert len(results) == 3
-    assert any(isinstance(result, EngineFailed) for result in results)
+    sink.let_go()
+    await closing
+    for result in await asyncio.gather(*work, return_exceptions=True):
+        assert isinstance(result, EngineFailed)
+        assert "unload" in result.message
 
 
 @pytest.mark.parametrize("backend", ["echo", "gguf"])
