@@ -97,3 +97,23 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert response.headers["x-request-id"].startswith("req_")
     return body["error"]
+
+
+async def until(reader: asyncio.StreamReader, mark: bytes) -> bytes:
+    """Return everything up to `mark`."""
+    return await asyncio.wait_for(reader.readuntil(mark), 5)
+
+
+async def to_end(reader: asyncio.StreamReader) -> bytes:
+    """Return everything up to the end of the connection."""
+    return await asyncio.wait_for(reader.read(), 5)
+
+
+async def count_to_end_or_reset(reader: asyncio.StreamReader) -> int:
+    count = 0
+    try:
+        while data := await asyncio.wait_for(reader.read(65536), 5):
+            count += len(data)
+    except ConnectionError:
+        pass
+    return count

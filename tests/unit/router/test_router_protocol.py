@@ -17,7 +17,14 @@ from uvicorn.server import ServerState
 from router.app import create_app
 from router.protocol import MAX_PIPELINED, HttpProtocol
 from tests.fakes import CHAT_MODEL, make_services
-from tests.live_server import connection, exchange, post_bytes, serving
+from tests.live_server import (
+    connection,
+    exchange,
+    post_bytes,
+    serving,
+    to_end,
+    until,
+)
 
 HOST = b"Host: localhost\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -76,26 +83,6 @@ class App:
             wait.cancel()
         if waits[0] in done:
             self.left.set()
-
-
-async def until(reader: asyncio.StreamReader, mark: bytes) -> bytes:
-    """Return everything up to `mark`."""
-    return await asyncio.wait_for(reader.readuntil(mark), 5)
-
-
-async def to_end(reader: asyncio.StreamReader) -> bytes:
-    """Return everything up to the end of the connection."""
-    return await asyncio.wait_for(reader.read(), 5)
-
-
-async def count_to_end_or_reset(reader: asyncio.StreamReader) -> int:
-    count = 0
-    try:
-        while data := await asyncio.wait_for(reader.read(65536), 5):
-            count += len(data)
-    except ConnectionError:
-        pass
-    return count
 
 
 async def send_for_ever(writer: asyncio.StreamWriter) -> None:
@@ -472,28 +459,3 @@ async def test_client_that_sends_on_after_the_refusal_is_cut() -> None:
         assert_refusal(await to_end(reader), 400)
         with pytest.raises(ConnectionError):
             await send_for_ever(writer)
-
-
-async def answer_much(scope: Scope, receive: Receive, send: Send) -> None:
-    del scope, receive
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b"a" * 20_000_000})
-
-
-@pytest.mark.parametrize("takes_some", [True, False])
-async def test_client_that_stops_taking_its_answer_is_cut(takes_some: bool) -> None:
-    async with (
-        serving(answer_much, protocol=Unresting) as port,
-        connection(port) as (reader, writer),
-    ):
-        writer.write(GET)
-        await until(reader, b"\r\n\r\n")
-        taken = 0
-        for _ in range(2):
-            # What began to rest later was closed, so the time for the answer is over too.
-            async with connection(port) as (idle, _writer):
-                assert await to_end(idle) == b""
-            if takes_some:
-                taken += len(await asyncio.wait_for(reader.readexactly(5_000_000), 5))
-        taken += await count_to_end_or_reset(reader)
-    assert (taken >= 20_000_000) is takes_some
