@@ -49,7 +49,15 @@ class Settings(BaseSettings):
     )
     starters: bool = Field(default=True, description="Offer the embedded starter models.")
     formats: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
-        default=["gguf", "echo"], description="Model formats to serve, separated by commas."
+        default=[
+            *("gguf", "mlx", "safetensors", "pytorch", "onnx", "coreml", "apple-foundation"),
+            "echo",
+        ],
+        description="Model formats to serve, separated by commas.",
+    )
+    auto_convert: bool = Field(
+        default=True,
+        description="Convert a model that cannot run on this machine as it is, when asked for it.",
     )
     memory_budget: ByteCount | None = Field(
         default=None,
@@ -93,6 +101,17 @@ class Settings(BaseSettings):
     allowed_origins: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
         default_factory=list,
         description="Web origins whose pages may call the API, separated by commas.",
+    )
+    thermal_file: Path | None = Field(
+        default=None,
+        description="File that holds a thermal state's name (nominal, fair, serious, critical) "
+        "and stands for the machine's sensors; unset: the sensors are read.",
+    )
+    keep_alive_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="Seconds after which an idle model is unloaded; unset: never while there is "
+        "room.",
     )
 
     @field_validator("api_key")

@@ -119,6 +119,9 @@ class GenerationRequest:
     """One sequence to generate; `max_tokens` None means up to the context's end.
 
     `deadline_s` counts from the engine's receipt; the request ends with `EngineFailed` then.
+    `generated` are the tokens of the answer whose events another engine has sent already, up to
+    one of those events: this engine goes on after them, sends nothing twice, and counts them in
+    `max_tokens` and the usage.
     """
 
     id: str
@@ -130,6 +133,7 @@ class GenerationRequest:
     output: JsonOutput | None = None
     echo_prompt: bool = False
     deadline_s: float | None = None
+    generated: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
