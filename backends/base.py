@@ -153,10 +153,7 @@ class Engine(ABC):
         raise asyncio.CancelledError
 
     async def embed(self, inputs: Seq[str | Seq[int]]) -> Embeddings:
-        """Return one vector per input, in order.  Raises ContextLengthExceeded.
-
-        An input is text or token ids.
-        """
+        """Return a vector per text or token ids, in order.  Raises ContextLengthExceeded."""
         del inputs
         raise UnsupportedCapability(
             f"The model {self.info.name} ({self.info.format}) cannot embed.", param="model"
@@ -228,13 +225,14 @@ class TokenMask(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpec:
-    """What a stepper needs to run one sequence; `max_tokens` fits the context already."""
+    """One sequence to run; `prompt` ends in `generated` answer tokens, `max_tokens` still fit."""
 
     id: int
     prompt: tuple[int, ...]
     sampling: SamplingParams
     max_tokens: int
     mask: TokenMask | None = None
+    generated: int = 0
 
 
 @dataclass(frozen=True, slots=True)

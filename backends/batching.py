@@ -9,30 +9,17 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from backends.base import (
-    Engine,
-    EngineLoad,
-    EventSink,
-    ModelInfo,
-    StepOutput,
-    Stepper,
-)
+from backends.base import Engine, EngineLoad, EventSink, ModelInfo, StepOutput, Stepper
+from backends.limits import UNLIMITED, EngineLimits
 from backends.prepare import Prepared, Preparer
 from backends.threads import name_this_thread
 from backends.ticket import Inbox, LoopSink, Ticket
 from core.errors import EngineFailed, ImpetusError, QueueFull
-from core.types import (
-    Finished,
-    GenerationEvent,
-    GenerationRequest,
-    PrefillProgress,
-)
+from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress
 
 logger = logging.getLogger(__name__)
 
 THREAD_NAME = "impetus-engine"
-
-
 _StepEvents = dict[int, tuple[EventSink, list[tuple[str, Sequence[GenerationEvent]]]]]
 
 
@@ -63,6 +50,8 @@ class BatchingEngine(Engine):
         self._next_id = 0
         self._preparing = 0
         self._failure: ImpetusError | None = None
+        self._limits = self._applied_limits = UNLIMITED
+        self._stepped_at = float("-inf")
         self._counters = EngineLoad()
         self._ended: list[tuple[Ticket, Finished]] = []
         self._prepare_pool = ThreadPoolExecutor(1, thread_name_prefix="impetus-prepare")
@@ -111,10 +100,21 @@ class BatchingEngine(Engine):
     async def stream_to(self, request: GenerationRequest, sink: EventSink) -> Finished:
         """Run the request with its events going to `sink`; see `Engine.stream_to`."""
         self._check_open()
-        if self.load().waiting >= self._max_waiting:
+        self._limits.check_admits(is_resumed=bool(request.generated))
+        # A resumed answer was admitted once already.
+        if not request.generated and self.load().waiting >= self._max_waiting:
             raise QueueFull(
                 f"{self._max_waiting} requests already wait for {self.info.name}.", retry_after_s=5
             )
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                return await self._run(request, sink)
+        except TimeoutError as problem:
+            raise EngineFailed(
+                f"The request took longer than {request.deadline_s:g} s."
+            ) from problem
+
+    async def _run(self, request: GenerationRequest, sink: EventSink) -> Finished:
         submitted_at = time.monotonic()
         loop = asyncio.get_running_loop()
         self._preparing += 1
@@ -124,26 +124,13 @@ class BatchingEngine(Engine):
             self._preparing -= 1
         ticket = Ticket(request, prepared, sink, loop, loop.create_future(), submitted_at)
         if not prepared.max_tokens:
-            return self._echo_only(ticket)
+            return ticket.answer_at_once(time.monotonic())
         self._submit(ticket)
         try:
-            async with asyncio.timeout(request.deadline_s):
-                return await ticket.done
-        except TimeoutError as problem:
-            raise EngineFailed(
-                f"The request took longer than {request.deadline_s:g} s."
-            ) from problem
+            return await ticket.done
         finally:
             if not ticket.done.done() or ticket.done.cancelled():
                 self._cancel(ticket)
-
-    @staticmethod
-    def _echo_only(ticket: Ticket) -> Finished:
-        """Answer a request that wants no new token: its own prompt at most."""
-        ticket.added_at = ticket.first_token_at = time.monotonic()
-        finished = ticket.finish("length", ticket.first_token_at)
-        ticket.sink.deliver([(ticket.request.id, [*ticket.prepared.take_opening(), finished])])
-        return finished
 
     def _prepare(self, request: GenerationRequest) -> Prepared:
         self._check_open()
@@ -166,6 +153,12 @@ class BatchingEngine(Engine):
     def _cancel(self, ticket: Ticket) -> None:
         with self._wake:
             self._inbox.cancelled.append(ticket)
+            self._wake.notify()
+
+    def set_limits(self, limits: EngineLimits) -> None:
+        """Obey `limits` from the next step on; sequences that run go on.  Thread-safe."""
+        with self._wake:
+            self._limits = limits
             self._wake.notify()
 
     def load(self) -> EngineLoad:
@@ -213,10 +206,10 @@ class BatchingEngine(Engine):
             stepper.close()
 
     def _take_orders(self, stepper: Stepper) -> bool:
-        """Apply submissions and cancellations; wait while idle; False when closing."""
+        """Apply orders; wait for one while idle or between paced steps; False when closing."""
         with self._wake:
-            while self._inbox.is_empty and not self._running and not self._waiting:
-                self._wake.wait()
+            while self._inbox.is_empty and (rest_s := self._rest_s(stepper)) != 0:
+                self._wake.wait(rest_s)
             if self._inbox.is_closing:
                 return False
             self._waiting.extend(self._inbox.submitted)
@@ -225,8 +218,17 @@ class BatchingEngine(Engine):
             self._inbox.cancelled.clear()
         for ticket in cancelled:
             self._drop(stepper, ticket)
+        if self._applied_limits != self._limits:
+            self._applied_limits = self._limits
+            self._limits.apply_to(stepper)
         self._start_waiting(stepper)
         return True
+
+    def _rest_s(self, stepper: Stepper) -> float | None:
+        """Return how long there is nothing to do; None until an order comes."""
+        if self._running or (self._waiting and self._limits.sequences(stepper.max_sequences)):
+            return self._limits.pause_left_s(self._stepped_at, time.monotonic())
+        return None
 
     def _drop(self, stepper: Stepper, ticket: Ticket) -> None:
         if self._running.pop(ticket.id, None) is not None:
@@ -235,7 +237,8 @@ class BatchingEngine(Engine):
             self._waiting.remove(ticket)
 
     def _start_waiting(self, stepper: Stepper) -> None:
-        while self._waiting and len(self._running) < stepper.max_sequences:
+        most = self._limits.sequences(stepper.max_sequences)
+        while self._waiting and len(self._running) < most:
             ticket = self._waiting.popleft()
             ticket.added_at = time.monotonic()
             try:
@@ -247,7 +250,8 @@ class BatchingEngine(Engine):
 
     def _step(self, stepper: Stepper) -> _StepEvents:
         events: _StepEvents = {}
-        if not self._running:
+        # An order may have ended the pause before the next step is due.
+        if not self._running or self._limits.pause_left_s(self._stepped_at, time.monotonic()):
             return events
         now = 0.0
         for output in stepper.step():
@@ -257,6 +261,7 @@ class BatchingEngine(Engine):
             if batch:
                 _, entries = events.setdefault(id(ticket.sink), (ticket.sink, []))
                 entries.append((ticket.request.id, batch))
+        self._stepped_at = time.monotonic()
         self._counters = stepper.counters()
         return events
 

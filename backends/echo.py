@@ -65,7 +65,8 @@ class EchoStepper:
                 "The echo model cannot honour logit_bias.", param="logit_bias"
             )
         self._specs[spec.id] = spec
-        self._left[spec.id] = [END_TOKEN, *reversed(spec.prompt)]
+        asked = spec.prompt[: len(spec.prompt) - spec.generated]
+        self._left[spec.id] = [END_TOKEN, *reversed(asked[spec.generated :])]
 
     def remove(self, sequence_id: int) -> None:
         """Drop a sequence; idempotent."""

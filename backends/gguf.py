@@ -1,7 +1,6 @@
 """GGUF models on llama.cpp, through llama-cpp-python's low-level API."""
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +19,7 @@ from backends.gguf_file import gguf_info
 from backends.gguf_memory import estimate_gguf
 from backends.gguf_model import GgufModel
 from backends.gguf_stepper import GgufStepper
+from backends.grants import as_granted
 from backends.prepare import Preparer
 from core.types import Capability, SamplingParams
 
@@ -46,13 +46,7 @@ class GgufBackend(Backend):
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
         """Load the model; blocks for as long as reading the weights takes."""
         granted = self.estimate(info, options)
-        options = replace(
-            options,
-            context_tokens=granted.context_tokens,
-            kv_tokens=granted.kv_tokens,
-            prefix_bytes=granted.prefix_bytes,
-            warm_tokens=granted.warm_tokens,
-        )
+        options = as_granted(options, granted)
         if Capability.EMBEDDING in info.capabilities:
             return GgufEmbedder(info, options)
         model = GgufModel(info.files[0])

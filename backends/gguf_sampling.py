@@ -7,14 +7,16 @@ import numpy as np
 
 from backends.base import SequenceSpec
 from backends.gguf_model import GgufModel, library
+from backends.sampling import (
+    DEFAULT_MIN_P,
+    DEFAULT_TEMPERATURE,
+    DEFAULT_TOP_K,
+    DEFAULT_TOP_P,
+    or_default,
+    token_logprob,
+)
 from core.errors import RequestError
 from core.types import SamplingParams, TokenLogprob
-
-# What llama.cpp's own tools use where neither the request nor the model says anything.
-DEFAULT_TEMPERATURE = 0.8
-DEFAULT_TOP_K = 40
-DEFAULT_TOP_P = 0.95
-DEFAULT_MIN_P = 0.05
 
 
 class SequenceSampler:
@@ -33,43 +35,47 @@ class SequenceSampler:
             self._llama.llama_sampler_chain_default_params()
         )
         try:
-            self._fill(spec.sampling, spec.prompt, context_tokens)
+            self._fill(spec, context_tokens)
         except BaseException:
             self.close()
             raise
 
-    def _fill(self, params: SamplingParams, prompt: tuple[int, ...], context_tokens: int) -> None:
+    def _fill(self, spec: SequenceSpec, context_tokens: int) -> None:
         llama, size = self._llama, self._model.vocabulary_size
+        params, prompt = spec.sampling, spec.prompt
         if params.logit_bias:
             self._add_logit_bias(params)
         if params.repetition_penalty != 1.0:
             penalty = llama.llama_sampler_init_penalties(
                 size, context_tokens, params.repetition_penalty, 0.0, 0.0
             )
-            for token_id in prompt:
-                llama.llama_sampler_accept(penalty, token_id)
-            self._add(penalty)
+            self._add_penalty(penalty, prompt)
         if params.frequency_penalty or params.presence_penalty:
-            self._add(
-                llama.llama_sampler_init_penalties(
-                    size, context_tokens, 1.0, params.frequency_penalty, params.presence_penalty
-                )
+            penalty = llama.llama_sampler_init_penalties(
+                size, context_tokens, 1.0, params.frequency_penalty, params.presence_penalty
             )
-        temperature = _or(params.temperature, DEFAULT_TEMPERATURE)
+            self._add_penalty(penalty, prompt[len(prompt) - spec.generated :])
+        temperature = or_default(params.temperature, DEFAULT_TEMPERATURE)
         if temperature == 0.0:
             self._add(llama.llama_sampler_init_greedy())
             return
-        if (top_k := _or(params.top_k, DEFAULT_TOP_K)) > 0:
+        if (top_k := or_default(params.top_k, DEFAULT_TOP_K)) > 0:
             self._add(llama.llama_sampler_init_top_k(top_k))
-        if (top_p := _or(params.top_p, DEFAULT_TOP_P)) < 1.0:
+        if (top_p := or_default(params.top_p, DEFAULT_TOP_P)) < 1.0:
             self._add(llama.llama_sampler_init_top_p(top_p, 1))
-        if (min_p := _or(params.min_p, DEFAULT_MIN_P)) > 0.0:
+        if (min_p := or_default(params.min_p, DEFAULT_MIN_P)) > 0.0:
             self._add(llama.llama_sampler_init_min_p(min_p, 1))
         self._add(llama.llama_sampler_init_temp(temperature))
         self._add(llama.llama_sampler_init_dist(_seed(params.seed)))
 
     def _add(self, sampler: Any) -> None:
         self._llama.llama_sampler_chain_add(self._chain, sampler)
+
+    def _add_penalty(self, penalty: Any, token_ids: tuple[int, ...]) -> None:
+        """Add a sampler that counts `token_ids` as chosen before."""
+        for token_id in token_ids:
+            self._llama.llama_sampler_accept(penalty, token_id)
+        self._add(penalty)
 
     def _add_logit_bias(self, params: SamplingParams) -> None:
         size = self._model.vocabulary_size
@@ -99,31 +105,18 @@ class SequenceSampler:
             self._mask.accept(token_id)
         if self._top_logprobs is None:
             return token_id, None
-        return token_id, self._logprob(token_id, original, self._top_logprobs)
-
-    def _logprob(self, token_id: int, logits: "np.ndarray[Any, Any]", top: int) -> TokenLogprob:
-        peak = float(logits.max())
-        total = peak + float(np.log(np.exp(logits.astype(np.float64) - peak).sum()))
-
-        def entry(token: int, others: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-            data = self._model.piece(token, special=True)
-            return TokenLogprob(token, data, float(logits[token]) - total, others)
-
-        if top == 0:
-            return entry(token_id)
-        likely = np.argpartition(logits, -top)[-top:]
-        likely = likely[np.argsort(-logits[likely], kind="stable")]
-        return entry(token_id, tuple(entry(int(token)) for token in likely))
+        return token_id, token_logprob(
+            original,
+            token_id,
+            self._top_logprobs,
+            lambda token: self._model.piece(token, special=True),
+        )
 
     def close(self) -> None:
         """Free the chain; twice is fine."""
         if self._chain:
             self._llama.llama_sampler_free(self._chain)
         self._chain = None
-
-
-def _or(value: float | int | None, default: float | int) -> Any:
-    return default if value is None else value
 
 
 def _seed(seed: int | None) -> int:

@@ -273,6 +273,10 @@ class GgufStepper:
             )
         return outputs
 
+    def limit_prefill(self, chunk_tokens: int | None) -> None:
+        """Bound the prompt tokens of a step; see `backends.limits.PrefillLimited`."""
+        self._planner.limit(chunk_tokens)
+
     def counters(self) -> EngineLoad:
         """Return the stepper's own counts."""
         used = sum(row.past for row in self._queues.running) + self._slots.retained_tokens

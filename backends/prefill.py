@@ -18,8 +18,13 @@ class PrefillPlanner:
     """
 
     def __init__(self, chunk_tokens: int) -> None:
-        self._chunk_tokens = chunk_tokens
+        self._opened_with = self._chunk_tokens = chunk_tokens
         self._token_s = 0.0
+
+    def limit(self, chunk_tokens: int | None) -> None:
+        """Plan at most `chunk_tokens` a step from now on; None: as many as at first."""
+        most = self._opened_with if chunk_tokens is None else chunk_tokens
+        self._chunk_tokens = max(min(most, self._opened_with), 1)
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn the time per token from a step that was mostly prefill."""

@@ -21,13 +21,17 @@ from core.types import (
 
 @dataclass(slots=True)
 class Prepared:
-    """A request ready to run; `max_tokens` fits the context."""
+    """A request ready to run; `max_tokens` are still to come and fit the context.
+
+    The last `generated` tokens of `prompt` are of the answer; assembler and mask know them.
+    """
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     max_tokens: int
     assembler: TextAssembler
     mask: TokenMask | None = None
+    generated: int = 0
     opening: list[GenerationEvent] = field(default_factory=list)
 
     def take_opening(self) -> list[GenerationEvent]:
@@ -76,20 +80,40 @@ class Preparer:
         if room < 1:
             raise ContextLengthExceeded.of(count, self.context_tokens)
         max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
-        assembler = TextAssembler(
-            self._tokenizer.token_bytes,
-            stop=(*request.stop, *text.stop),
-            max_tokens=max_tokens,
-            parser=text.parser,
-        )
-        return Prepared(
+        prepared = Prepared(
             prompt=tuple(text.token_ids),
             sampling=self._with_defaults(request.sampling),
             max_tokens=max_tokens,
-            assembler=assembler,
+            assembler=TextAssembler(
+                self._tokenizer.token_bytes,
+                stop=(*request.stop, *text.stop),
+                max_tokens=max_tokens,
+                parser=text.parser,
+            ),
             mask=self._tokenizer.mask(text.constraint) if text.constraint else None,
             opening=self._opening(request, text.token_ids),
         )
+        if request.generated:
+            self._resume(prepared, self._checked(request.generated))
+        return prepared
+
+    @staticmethod
+    def _resume(prepared: Prepared, generated: Sequence[int]) -> None:
+        """Bring assembler and mask to where they stood after the `generated` tokens.
+
+        Where nothing may follow them, `max_tokens` is 0 and what was held back opens the answer.
+        """
+        assembler = prepared.assembler
+        assembler.replay(generated)
+        prepared.prompt += tuple(generated)
+        prepared.generated = len(generated)
+        prepared.max_tokens -= len(generated)
+        if prepared.max_tokens <= 0 or assembler.reason is not None:
+            prepared.max_tokens = 0
+            prepared.opening += assembler.finish("length")
+        elif prepared.mask is not None:
+            for token_id in generated:
+                prepared.mask.accept(token_id)
 
     def _read(self, request: GenerationRequest) -> _Text:
         if isinstance(request.prompt, ChatPrompt):

@@ -17,10 +17,22 @@ class BuiltInFormats:
     @hookimpl
     def register_backends(self, register: Callable[[Backend], None]) -> None:
         """Register the built-in formats."""
+        from backends.apple_foundation import AppleFoundationBackend
+        from backends.coreml import CoremlBackend
         from backends.echo import EchoBackend
         from backends.gguf import GgufBackend
+        from backends.mlx import MlxBackend
+        from backends.onnx import OnnxBackend
+        from backends.pytorch import PytorchBackend
+        from backends.safetensors import SafetensorsBackend
 
         register(GgufBackend())
+        register(MlxBackend())
+        register(SafetensorsBackend())
+        register(PytorchBackend())
+        register(OnnxBackend())
+        register(CoremlBackend())
+        register(AppleFoundationBackend())
         register(EchoBackend())
 
 

@@ -187,6 +187,15 @@ class TextAssembler:
             pieces += self._end("length")
         return self._carry(pieces)
 
+    def replay(self, token_ids: Sequence[int]) -> None:
+        """Take an answer's first tokens, whose events were sent already.
+
+        They must end with a token whose id an event carried: all that was certain by then was
+        sent, and what was held back is held back again.
+        """
+        for token_id in token_ids:
+            self.push(StepOutput(0, token_id))
+
     def finish(self, reason: FinishReason) -> list[GenerationEvent]:
         """End the sequence from outside, as at the context's end; return what was held back."""
         if self._reason is not None:
@@ -218,6 +227,8 @@ class TextAssembler:
         pieces: list[Piece] = []
         if not is_cut:
             pieces += self._split(self._detokenizer.flush())
+            if self._is_cut():
+                reason = "stop"
             if self._stop is not None:
                 pieces += self._parse(self._stop.flush())
         if self._parser is not None:

@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request inside the engine; touched by the engine's thread only once submitted."""
+    """One request inside the engine; touched by the engine's thread only once submitted.
+
+    `completion_tokens` are those that this engine generated.
+    """
 
     request: GenerationRequest
     prepared: Prepared
@@ -41,23 +44,41 @@ class Ticket:
         """Return what the stepper needs."""
         prepared = self.prepared
         return SequenceSpec(
-            self.id, prepared.prompt, prepared.sampling, prepared.max_tokens, prepared.mask
+            self.id,
+            prepared.prompt,
+            prepared.sampling,
+            prepared.max_tokens,
+            prepared.mask,
+            prepared.generated,
         )
 
     def finish(self, reason: FinishReason, now: float) -> Finished:
-        """Return the last event; `now` is monotonic seconds."""
+        """Return the last event; `now` is monotonic seconds.
+
+        `reason` counts where the text itself has not ended for another one.
+        """
+        prepared = self.prepared
+        prompt_tokens = len(prepared.prompt) - prepared.generated
         usage = Usage(
-            prompt_tokens=len(self.prepared.prompt),
-            completion_tokens=self.completion_tokens,
-            cached_tokens=self.cached_tokens,
-            reasoning_tokens=self.prepared.assembler.reasoning_tokens,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=prepared.generated + self.completion_tokens,
+            # A continued answer's first part may have been found computed as well.
+            cached_tokens=min(self.cached_tokens, prompt_tokens),
+            reasoning_tokens=prepared.assembler.reasoning_tokens,
         )
         timing = Timing(
             queued_s=self.added_at - self.submitted_at,
             prefill_s=self.first_token_at - self.added_at,
             decode_s=now - self.first_token_at,
         )
-        return Finished(reason, usage, timing)
+        return Finished(prepared.assembler.reason or reason, usage, timing)
+
+    def answer_at_once(self, now: float) -> Finished:
+        """Deliver and return the end of a request that wants no new token: its prompt at most."""
+        self.added_at = self.first_token_at = now
+        finished = self.finish("length", now)
+        self.sink.deliver([(self.request.id, [*self.prepared.take_opening(), finished])])
+        return finished
 
     def resolve(self, outcome: Finished | ImpetusError) -> None:
         """Hand the result to the waiting task; callable from any thread."""

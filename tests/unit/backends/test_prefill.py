@@ -49,3 +49,13 @@ def test_plan_never_exceeds_budget_or_need(pending: list[int], decoding: int, sp
     assert sum(chunks) == min(sum(pending), planner.budget(decoding)) if pending else not chunks
     if pending:
         assert chunks[0] > 0
+
+
+def test_a_limit_bounds_the_chunk_until_it_is_lifted() -> None:
+    planner = PrefillPlanner(512)
+    planner.limit(64)
+    assert sum(planner.plan([1000, 1000], 0)) == 64
+    planner.limit(4096)
+    assert sum(planner.plan([1000, 1000], 0)) == 512
+    planner.limit(None)
+    assert sum(planner.plan([1000, 1000], 0)) == 512

@@ -1,13 +1,16 @@
 """Tokens become text whole, stop strings never leak, and every id is carried once."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.base import StepOutput
+from backends.reasoning import ReasoningParser
 from backends.text import Detokenizer, OutputParser, Piece, StopMatcher, TextAssembler
+from backends.tool_calls import BareCallParser, ToolCallParser
 from core.types import (
     GenerationEvent,
     ReasoningDelta,
@@ -144,6 +147,12 @@ def test_assembler_unfinished_character_at_the_end_is_replaced() -> None:
     assert assembler.reason == "length"
 
 
+def test_assembler_stop_that_an_unfinished_character_completes_ends_with_stop() -> None:
+    events, assembler = run(["a", b"\xe2\x82"], stop=["\ufffd"], max_tokens=2)
+    assert text_of(events) == "a"
+    assert assembler.reason == "stop"
+
+
 def test_assembler_end_token_has_no_text_and_its_id_is_carried() -> None:
     events, assembler = run(["a", "<end>"], is_ended=True)
     assert events == [TextDelta("a", (0,)), TextDelta("", (1,))]
@@ -226,3 +235,58 @@ def test_assembler_carries_every_pushed_id_once(
     ids = ids_of([*events, *assembler.finish("length")])
     assert ids == list(range(len(ids)))
     assert len(ids) == len(data) or len(ids) <= max_tokens
+
+
+PARTS = [
+    *("<think>", "hm ", "é</th", "ink>\n", "x <tool", "_call>", '{"name": "f", ', '"arguments": '),
+    *('{"a": [1', ", 2]}}", "</tool_call>", " y", "EN", "D", b"\xc3", b"\xa9", b"\xf0\x9f", ""),
+]
+
+
+def parser_of(kind: str) -> OutputParser | None:
+    tools = ToolCallParser(frozenset({"f"}), is_parallel=True)
+    if kind == "bare":
+        return BareCallParser(frozenset({"f"}), tools)
+    return ReasoningParser(tools, is_open=False) if kind == "all" else None
+
+
+def without_call_ids(events: Sequence[GenerationEvent]) -> list[GenerationEvent]:
+    return [
+        replace(event, id="call") if isinstance(event, ToolCallDelta) and event.id else event
+        for event in events
+    ]
+
+
+@given(
+    data=st.one_of(
+        st.lists(st.sampled_from(PARTS), max_size=16),
+        # The parts in their order make a whole answer.
+        st.lists(st.booleans(), min_size=len(PARTS), max_size=len(PARTS)).map(
+            lambda kept: [part for part, is_kept in zip(PARTS, kept, strict=True) if is_kept]
+        ),
+        st.just(PARTS),
+    ),
+    stop=st.sampled_from([(), ("END",), ("é", " y")]),
+    kind=st.sampled_from(["plain", "bare", "all"]),
+    max_tokens=st.integers(1, 20),
+)
+def test_assembler_after_replay_goes_on_without_loss_or_repetition(
+    data: list[str | bytes], stop: tuple[str, ...], kind: str, max_tokens: int
+) -> None:
+    whole, undisturbed = run(
+        data, stop=stop, max_tokens=max_tokens, parser=parser_of(kind), is_ended=True
+    )
+    tokens = Tokens(part.encode() if isinstance(part, str) else part for part in data)
+    outputs = tokens.outputs(is_ended=True)
+    for died_after in range(len(data)):
+        first = TextAssembler(tokens.data, stop, max_tokens, parser_of(kind))
+        sent = [event for output in outputs[:died_after] for event in first.push(output)]
+        second = TextAssembler(tokens.data, stop, max_tokens, parser_of(kind))
+        if first.reason is not None:
+            break
+        known = ids_of(sent)
+        second.replay(known)
+        later = [event for output in outputs[len(known) :] for event in second.push(output)]
+        assert without_call_ids([*sent, *later]) == without_call_ids(whole)
+        assert second.reason == undisturbed.reason
+        assert second.reasoning_tokens == undisturbed.reasoning_tokens

@@ -1,0 +1,257 @@
+"""The engine over Apple's Foundation Models: one session for each request."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from backends.apple_request import read_job
+from backends.apple_sessions import AppleSession, CallMade, Ended, Failed, News, Snapshot
+from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
+from backends.chat import ChatFormat, OutputParser
+from backends.text import Piece, StopMatcher
+from backends.tool_calls import new_call_id
+from core.errors import (
+    EngineFailed,
+    ImpetusError,
+    QueueFull,
+)
+from core.types import (
+    Finished,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    TextDelta,
+    Timing,
+    ToolCallDelta,
+    Usage,
+)
+
+logger = logging.getLogger(__name__)
+
+_JOIN_S = 5.0
+
+
+class AppleEngine(Engine):
+    """The system's language model; token ids and logprobs are unknown to it.
+
+    Usage is the system's own count from macOS 26.4 on, before that an estimate.  A request is
+    given up when nothing comes from the system for `silence_s` seconds.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        model: Any,
+        options: EngineOptions,
+        *,
+        context_tokens: int,
+        silence_s: float = 120.0,
+    ) -> None:
+        """Prepare; `model` is the SDK's SystemLanguageModel."""
+        self.info = info
+        self.context_tokens = context_tokens
+        self.max_sequences = options.max_sequences
+        self._model = model
+        self._max_waiting = options.max_waiting
+        self._silence_s = silence_s
+        self._chat = ChatFormat(None, "", "")
+        self._slots = asyncio.Semaphore(options.max_sequences)
+        self._waiting = 0
+        self._snapshots = 0
+        self._running: dict[AppleSession, asyncio.Queue[News]] = {}
+        self._is_closed = False
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield the request's events; see `Engine.generate`."""
+        self._check_open()
+        run = _Run(request, self._chat, time.monotonic())
+        await self._take_slot(request)
+        queue: asyncio.Queue[News] = asyncio.Queue()
+        session = AppleSession(self._model, self.context_tokens, run.job, _teller(queue))
+        try:
+            self._check_open()
+            self._running[session] = queue
+            run.started_at = time.monotonic()
+            session.start()
+            while not run.is_over:
+                for event in run.take(await self._next(queue, run)):
+                    yield event
+                if run.is_cut:
+                    session.stop()
+                self._snapshots += 1
+        finally:
+            self._running.pop(session, None)
+            session.cancel()
+            self._slots.release()
+
+    async def _take_slot(self, request: GenerationRequest) -> None:
+        if self._waiting >= self._max_waiting:
+            raise QueueFull(
+                f"{self._max_waiting} requests already wait for {self.info.name}.", retry_after_s=5
+            )
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                await self._slots.acquire()
+        except TimeoutError as problem:
+            raise _too_long(request) from problem
+        finally:
+            self._waiting -= 1
+
+    async def _next(self, queue: "asyncio.Queue[News]", run: "_Run") -> News:
+        """Return what the session says next, bounded by the deadline and the longest silence."""
+        left = run.seconds_left(time.monotonic())
+        try:
+            async with asyncio.timeout(min(left, self._silence_s)):
+                return await queue.get()
+        except TimeoutError as problem:
+            if left <= self._silence_s:
+                raise _too_long(run.request) from problem
+            raise EngineFailed(
+                f"Nothing came from Apple's model for {self._silence_s:g} s."
+            ) from problem
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineFailed(f"The model {self.info.name} was unloaded.")
+
+    def load(self) -> EngineLoad:
+        """Return the counts of this moment; a step is a snapshot of one answer."""
+        return EngineLoad(running=len(self._running), waiting=self._waiting, steps=self._snapshots)
+
+    async def close(self) -> None:
+        """End all requests with EngineFailed; twice is fine."""
+        self._is_closed = True
+        sessions = list(self._running)
+        for session, queue in list(self._running.items()):
+            error = EngineFailed(f"The model {self.info.name} was unloaded.")
+            queue.put_nowait(Failed(error))
+            session.cancel()
+        loop = asyncio.get_running_loop()
+        for session in sessions:
+            if not await loop.run_in_executor(None, session.join, _JOIN_S):
+                logger.warning("a session of Apple's model does not end; its thread is left")
+
+
+class _Run:
+    """One request's way from the session's news to events."""
+
+    def __init__(self, request: GenerationRequest, chat: ChatFormat, submitted_at: float) -> None:
+        """Check the request.  Raises RequestError and its kinds."""
+        self.request = request
+        self.job, prompt = read_job(request)
+        parser = None if self.job.schema or self.job.forced else chat.parser(prompt, "")
+        self._answer = _Answer(request.stop, parser)
+        self._has_calls = False
+        self._submitted_at = self.started_at = submitted_at
+        self._first_at = 0.0
+        self._prompt_tokens = 0
+        self.is_over = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the answer ends here, though the model would go on."""
+        return self._answer.is_cut
+
+    def seconds_left(self, now: float) -> float:
+        """Return how long the request may still take."""
+        if self.request.deadline_s is None:
+            return float("inf")
+        return max(self._submitted_at + self.request.deadline_s - now, 0.0)
+
+    def take(self, news: News) -> list[GenerationEvent]:
+        """Return the events that follow.  Raises what the session failed with."""
+        match news:
+            case Snapshot(text):
+                self._first_at = self._first_at or time.monotonic()
+                return self._noted(self._answer.push(text))
+            case CallMade(name, arguments):
+                self._first_at = time.monotonic()
+                return self._noted([ToolCallDelta(0, new_call_id(), name, arguments)])
+            case Ended(completion_tokens, is_full):
+                self.is_over = True
+                pieces = self._noted(self._answer.flush())
+                return [*pieces, self._finished(completion_tokens, is_full=is_full)]
+            case Failed(error):
+                raise self._as_late(error)
+        self._prompt_tokens = news.prompt_tokens
+        return []
+
+    def _noted(self, pieces: Sequence[Piece]) -> list[GenerationEvent]:
+        calls = any(isinstance(piece, ToolCallDelta) for piece in pieces)
+        self._has_calls = self._has_calls or calls
+        return list(pieces)
+
+    def _as_late(self, error: ImpetusError) -> ImpetusError:
+        """After the first text every failure is the engine's."""
+        if not self._first_at or isinstance(error, EngineFailed):
+            return error
+        return EngineFailed(error.message)
+
+    def _finished(self, completion_tokens: int, *, is_full: bool) -> Finished:
+        now = time.monotonic()
+        first_at = self._first_at or now
+        limit = self.job.max_tokens
+        reason: FinishReason = "stop"
+        if not self.is_cut and (is_full or (limit is not None and completion_tokens >= limit)):
+            reason = "length"
+        elif self._has_calls:
+            reason = "tool_calls"
+        timing = Timing(
+            queued_s=self.started_at - self._submitted_at,
+            prefill_s=first_at - self.started_at,
+            decode_s=now - first_at,
+        )
+        return Finished(reason, Usage(self._prompt_tokens, completion_tokens), timing)
+
+
+class _Answer:
+    """Turns snapshots into what is new in them, up to a stop string or the last allowed call."""
+
+    def __init__(self, stop: Sequence[str], parser: OutputParser | None) -> None:
+        self._stop = StopMatcher(stop)
+        self._parser = parser
+        self._seen = ""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether nothing after this place belongs to the answer."""
+        return self._stop.is_matched or (self._parser is not None and self._parser.is_done)
+
+    def push(self, snapshot: str) -> list[Piece]:
+        """Return the new pieces.  Raises EngineFailed if earlier text has changed."""
+        if self.is_cut:
+            return []
+        if not snapshot.startswith(self._seen):
+            raise EngineFailed("Apple's model took back text that it had given.")
+        new, self._seen = snapshot[len(self._seen) :], snapshot
+        return self._parse(self._stop.push(new))
+
+    def flush(self) -> list[Piece]:
+        """Return what was held back; the text ends here."""
+        pieces = self._parse(self._stop.flush())
+        return pieces if self._parser is None else [*pieces, *self._parser.flush()]
+
+    def _parse(self, text: str) -> list[Piece]:
+        if not text:
+            return []
+        return [TextDelta(text)] if self._parser is None else self._parser.push(text)
+
+
+def _too_long(request: GenerationRequest) -> EngineFailed:
+    return EngineFailed(f"The request took longer than {request.deadline_s:g} s.")
+
+
+def _teller(queue: "asyncio.Queue[News]") -> Any:
+    """Return what hands news from a session's thread to this event loop."""
+    loop = asyncio.get_running_loop()
+
+    def tell(news: News) -> None:
+        try:
+            loop.call_soon_threadsafe(queue.put_nowait, news)
+        except RuntimeError:
+            logger.debug("the loop of a request is closed")
+
+    return tell

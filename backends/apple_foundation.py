@@ -1,0 +1,103 @@
+"""Apple's on-device language model, through apple-fm-sdk; it has no files."""
+
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from backends.apple_engine import AppleEngine
+from backends.apple_sdk import import_sdk
+from backends.base import (
+    Availability,
+    Backend,
+    Engine,
+    EngineOptions,
+    MemoryEstimate,
+    ModelInfo,
+)
+from core.errors import BackendUnavailable, NotThisFormat
+from core.types import Capability
+
+# Source: Apple, TN3193 "Managing the on-device foundation model's context window".
+CONTEXT_TOKENS = 4096
+_OLDEST_MACOS = 26
+_REASONS = {
+    "APPLE_INTELLIGENCE_NOT_ENABLED": "Apple Intelligence is off; turn it on in System Settings",
+    "DEVICE_NOT_ELIGIBLE": "this Mac is not eligible for Apple Intelligence",
+    "MODEL_NOT_READY": "macOS has not finished downloading the model; try again later",
+}
+
+
+class AppleFoundationBackend(Backend):
+    """The one model that macOS 26 brings; listed everywhere, available where it runs."""
+
+    name: ClassVar[str] = "apple-foundation"
+    starts_on_demand: ClassVar[bool] = True
+
+    def availability(self) -> Availability:
+        """Available on macOS 26 and later with Apple Intelligence on and the SDK installed."""
+        reason = system_problem(sys.platform, platform.mac_ver()[0]) or _model_problem()
+        return Availability(not reason, reason)
+
+    def identify(self, path: Path) -> ModelInfo:
+        """Claim no file."""
+        raise NotThisFormat(f"{path.name}: Apple's model has no files")
+
+    def built_in(self) -> tuple[ModelInfo, ...]:
+        """Return the model that needs no files."""
+        return (apple_info(),)
+
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        """Return no memory: the system holds the model, for all applications."""
+        context = min(options.context_tokens or info.context_length, info.context_length)
+        return MemoryEstimate(0, 0, 0, context, context)
+
+    def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
+        """Open the model; the system loads it with the first request."""
+        availability = self.availability()
+        if not availability.is_available:
+            raise BackendUnavailable(f"Apple's model cannot run: {availability.reason}.")
+        model = import_sdk().SystemLanguageModel()
+        context = min(self.estimate(info, options).context_tokens, int(model.context_size))
+        return AppleEngine(info, model, options, context_tokens=context)
+
+
+def apple_info() -> ModelInfo:
+    """Return the description of Apple's model; its size is not published by the system."""
+    return ModelInfo(
+        format=AppleFoundationBackend.name,
+        name="apple-foundation-model",
+        architecture="apple-foundation",
+        quantization="",
+        files=(),
+        size_bytes=0,
+        parameters=0,
+        context_length=CONTEXT_TOKENS,
+        capabilities=frozenset({Capability.CHAT, Capability.TOOLS}),
+        license="Apple",
+    )
+
+
+def system_problem(system: str, macos_version: str) -> str:
+    """Return why the model cannot run on this system, or nothing."""
+    if system != "darwin":
+        return "Apple's model needs macOS 26 or later"
+    major = macos_version.partition(".")[0]
+    if not major.isdigit() or int(major) < _OLDEST_MACOS:
+        return f"Apple's model needs macOS 26 or later; this is {macos_version or 'unknown'}"
+    return ""
+
+
+def _model_problem() -> str:
+    """Ask the system; blocks shortly."""
+    if importlib.util.find_spec("apple_fm_sdk") is None:
+        return "apple-fm-sdk is not installed; install Xcode 26, then run scripts/setup"
+    try:
+        is_available, reason = import_sdk().SystemLanguageModel().is_available()
+    except Exception as error:
+        # Whatever the SDK raises, the other formats go on.
+        return f"the system cannot be asked ({str(error)[:200]})"
+    if is_available:
+        return ""
+    return _REASONS.get(getattr(reason, "name", ""), "the system gives no reason")

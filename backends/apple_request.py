@@ -1,0 +1,86 @@
+"""From a request to what a session of Apple's model shall do; pure."""
+
+from backends.apple_sessions import ForcedTool, Job
+from backends.apple_transcript import guided_schema, read_conversation
+from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
+from core.types import ChatPrompt, GenerationRequest, JsonOutput, JsonValue, SamplingParams, Tool
+
+
+def read_job(request: GenerationRequest) -> tuple[Job, ChatPrompt]:
+    """Return what a session shall do, and the chat it is for.
+
+    Raises UnsupportedCapability for plain prompts, UnsupportedParameter and RequestError.
+    """
+    prompt = request.prompt
+    if not isinstance(prompt, ChatPrompt):
+        raise UnsupportedCapability(
+            "Apple's model answers chats only, not plain prompts.", param="model"
+        )
+    _check_sampling(request.sampling)
+    if request.max_tokens is not None and request.max_tokens < 1:
+        raise RequestError("max_tokens must be at least 1.", param="max_tokens")
+    forced = _forced(prompt)
+    if forced and request.output is not None:
+        raise RequestError(
+            "response_format cannot be combined with a forced tool_choice.",
+            param="response_format",
+        )
+    job = Job(
+        conversation=read_conversation(prompt),
+        max_tokens=request.max_tokens,
+        temperature=request.sampling.temperature,
+        schema=None if request.output is None else _output_schema(request.output),
+        forced=forced,
+        param="tools" if forced else "response_format",
+    )
+    return job, prompt
+
+
+def _output_schema(output: JsonOutput) -> dict[str, JsonValue]:
+    if output.schema is None:
+        raise UnsupportedParameter(
+            "Apple's model needs a JSON schema; json_object alone is not supported.",
+            param="response_format",
+        )
+    return guided_schema(output.schema, "response_format")
+
+
+def _forced(prompt: ChatPrompt) -> tuple[ForcedTool, ...]:
+    """Return the tools of which one must be called.  Raises RequestError for a choice of none."""
+    if prompt.tool_choice in ("none", "auto"):
+        return ()
+    tools = prompt.tools
+    if isinstance(prompt.tool_choice, tuple):
+        name = prompt.tool_choice[1]
+        tools = tuple(tool for tool in tools if tool.name == name)[:1]
+    if not tools:
+        raise RequestError("tool_choice asks for a tool that is not given.", param="tool_choice")
+    return tuple(ForcedTool(tool.name, _arguments_schema(tool)) for tool in tools)
+
+
+def _arguments_schema(tool: Tool) -> dict[str, JsonValue] | None:
+    if not tool.parameters.get("properties"):
+        return None
+    return guided_schema(tool.parameters, "tools")
+
+
+def _check_sampling(sampling: SamplingParams) -> None:
+    """Refuse what the SDK drops without a word; greedy choices do not depend on the first four.
+
+    Source: GenerationOptions.to_dict writes them as text, which the Swift side does not read.
+    """
+    is_greedy = sampling.temperature == 0
+    given = {
+        "top_p": not is_greedy and sampling.top_p not in (None, 1.0),
+        "top_k": not is_greedy and bool(sampling.top_k),
+        "min_p": not is_greedy and bool(sampling.min_p),
+        "seed": not is_greedy and sampling.seed is not None,
+        "presence_penalty": sampling.presence_penalty != 0,
+        "frequency_penalty": sampling.frequency_penalty != 0,
+        "repetition_penalty": sampling.repetition_penalty != 1,
+        "logit_bias": bool(sampling.logit_bias),
+        "logprobs": sampling.top_logprobs is not None,
+    }
+    for param, is_given in given.items():
+        if is_given:
+            raise UnsupportedParameter(f"Apple's model cannot honour {param}.", param=param)

@@ -1,0 +1,268 @@
+"""Core ML packages: on macOS by coremltools, elsewhere by the reference interpreter."""
+
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import (
+    Availability,
+    Backend,
+    Engine,
+    EngineOptions,
+    MemoryEstimate,
+    ModelInfo,
+)
+from backends.coreml_layout import Layout, read_layout, token_inputs
+from backends.coreml_model import CoremlRows, open_runtime, run
+from backends.coreml_spec import ML_PROGRAM, CoremlSpec, broken, read_spec
+from backends.embedding import EmbeddingEngine, Pooling, pool, read_pooling
+from backends.hf_engine import open_token_engine
+from backends.hf_folder import HfFolder, folder_info, read_folder, tokenizer_files
+from backends.hf_tokenizer import HfTokenizer
+from backends.mil_program import Blob, data_bits, read_program
+from backends.pooling import unit
+from backends.row_stepper import RowStepper
+from core.errors import BackendUnavailable, EngineFailed, InsufficientMemory, NotThisFormat
+from core.types import Capability
+from core.units import MIB, format_bytes
+
+# Every row's state holds the whole context, and rows run one after the other.
+_MAX_ROWS = 4
+# The model gives logits for each token of a chunk, so long chunks cost memory and save little.
+_MAX_CHUNK_TOKENS = 128
+_BASE_BYTES = 256 * MIB
+_F32_BYTES = 4
+_GENERIC_NAMES = frozenset({"model", "weights", "coreml"})
+_QUANTIZATIONS = {
+    "float16": "f16",
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "int4": "int4",
+    "int8": "int8",
+    "uint8": "8bit",
+    "uint6": "6bit",
+    "uint4": "4bit",
+    "uint3": "3bit",
+    "uint2": "2bit",
+    "uint1": "1bit",
+}
+
+
+class CoremlBackend(Backend):
+    """Language models and encoders in `.mlpackage` or `.mlmodel`, their tokenizer beside them."""
+
+    name: ClassVar[str] = "coreml"
+    starts_on_demand: ClassVar[bool] = True
+
+    def availability(self) -> Availability:
+        """Available on macOS with coremltools; elsewhere the reference runtime needs PyTorch."""
+        needed = ("coremltools",) if sys.platform == "darwin" else ("coremltools", "torch")
+        missing = [module for module in needed if importlib.util.find_spec(module) is None]
+        if not missing:
+            return Availability(True)
+        return Availability(False, f"{' and '.join(missing)} is not installed; run scripts/setup")
+
+    def identify(self, path: Path) -> ModelInfo:
+        """Read the package's description and the shapes of its weights, not the weights."""
+        return coreml_info(path)
+
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        """Return weights, the states of all rows and one step's activations in bytes."""
+        return estimate_coreml(info, options)
+
+    def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
+        """Load the model; on macOS the first time compiles it for minutes."""
+        available = self.availability()
+        if not available.is_available:
+            raise BackendUnavailable(available.reason)
+        granted = self.estimate(info, options)
+        spec = read_spec(info.files[0])
+        if spec.kind != ML_PROGRAM and sys.platform != "darwin":
+            raise BackendUnavailable(
+                f"The model {info.name} is no ML program; only macOS runs older Core ML models.",
+                param="model",
+            )
+        folder = _folder_of(spec)
+        layout = read_layout(spec, info.context_length)
+        options = replace(
+            options,
+            max_sequences=min(options.max_sequences, _MAX_ROWS),
+            context_tokens=granted.context_tokens,
+            kv_tokens=granted.kv_tokens,
+            prefill_chunk_tokens=min(options.prefill_chunk_tokens, _MAX_CHUNK_TOKENS),
+        )
+        tokenizer = HfTokenizer(folder.path)
+        if layout.is_encoder:
+            return _open_encoder(info, spec, folder, layout, tokenizer, options)
+        rows = max(granted.kv_tokens // granted.context_tokens, 1)
+
+        def open_stepper() -> RowStepper:
+            runtime = open_runtime(spec, options.threads)
+            return RowStepper(CoremlRows(runtime, spec, layout, rows), tokenizer, options)
+
+        return open_token_engine(
+            info, folder, tokenizer, open_stepper, options, context_tokens=granted.context_tokens
+        )
+
+
+def coreml_info(path: Path) -> ModelInfo:
+    """Describe the model that `path` belongs to.  Raises NotThisFormat, BrokenModel."""
+    spec = read_spec(path)
+    folder = _folder_of(spec)
+    elements = _elements(spec)
+    weights_bytes = sum(count * data_bits(kind) // 8 for kind, count in elements.items())
+    dominant = elements.most_common(1)[0][0] if elements else ""
+    info = folder_info(
+        "coreml",
+        folder,
+        spec.files,
+        parameters=elements.total(),
+        weights_bytes=weights_bytes,
+        quantization=_QUANTIZATIONS.get(dominant, dominant),
+    )
+    layout = read_layout(spec, info.context_length)
+    if folder.is_encoder and not layout.is_encoder:
+        raise broken(spec.package, "it scores texts; only decoders and embedding models are run")
+    return replace(
+        info,
+        name=_name(spec, info),
+        context_length=layout.context,
+        capabilities=_capabilities(info, layout),
+        license=info.license or spec.license,
+        details={
+            **info.details,
+            "runtime": "coreml" if sys.platform == "darwin" else "reference",
+            "state_elements": sum(
+                int(np.prod(state.shape, dtype=object)) for state in spec.states.values()
+            ),
+            "reads_all": not spec.states,
+        },
+    )
+
+
+def _folder_of(spec: CoremlSpec) -> HfFolder:
+    """Return the folder with configuration and tokenizer: the package's own, or around it."""
+    for path in (spec.package, spec.package.parent):
+        if not path.is_dir() or not tokenizer_files(path):
+            continue
+        try:
+            return read_folder(path)
+        except NotThisFormat:
+            continue
+    raise broken(
+        spec.package,
+        "a config.json and the tokenizer's files (tokenizer.json) must lie beside it or in it",
+    )
+
+
+def _elements(spec: CoremlSpec) -> Counter[str]:
+    """Return how many elements of each type the weight files hold."""
+    if spec.kind != ML_PROGRAM:
+        return Counter()
+    elements: Counter[str] = Counter()
+    for constant in read_program(spec).constants():
+        if isinstance(constant.value, Blob):
+            elements[constant.dtype] += constant.elements
+    return elements
+
+
+def _name(spec: CoremlSpec, info: ModelInfo) -> str:
+    stem = "".join(char for char in spec.package.stem if char.isprintable()).strip()[:200]
+    return info.name if not stem or stem.lower() in _GENERIC_NAMES else stem
+
+
+def _capabilities(info: ModelInfo, layout: Layout) -> frozenset[Capability]:
+    if layout.is_encoder:
+        return frozenset({Capability.EMBEDDING})
+    found = info.capabilities - {Capability.EMBEDDING}
+    return found | {Capability.CHAT, Capability.COMPLETION}
+
+
+def estimate_coreml(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+    """Return the memory of `info` with as many rows as fit the limit.
+
+    A state has the package's whole context, so a shorter context saves nothing.  Raises
+    InsufficientMemory where not even one row fits.
+    """
+    is_reference = info.details.get("runtime") == "reference"
+    weights = info.parameters * _F32_BYTES if is_reference else _number(info, "weights_bytes")
+    weights = weights or info.size_bytes
+    state = _number(info, "state_elements") * (_F32_BYTES if is_reference else 2)
+    context = min(options.context_tokens or info.context_length, info.context_length)
+    reads_all = info.details.get("reads_all") is True
+    chunk = context if reads_all else min(options.prefill_chunk_tokens, _MAX_CHUNK_TOKENS)
+    width = 8 * _number(info, "n_embd") + 4 * _number(info, "n_ff")
+    attention = 3 * context * _number(info, "n_head")
+    logits = 0 if Capability.EMBEDDING in info.capabilities else _number(info, "vocabulary_size")
+    transient = _BASE_BYTES + chunk * (width + attention + 2 * logits) * _F32_BYTES
+    rows = max(min(options.max_sequences, _MAX_ROWS), 1)
+    if options.kv_tokens is not None:
+        rows = max(min(rows, options.kv_tokens // context), 1)
+    limit = options.memory_limit_bytes
+    if limit is not None:
+        free = limit - weights - transient
+        if free < state:
+            raise InsufficientMemory(
+                f"The model {info.name} needs {format_bytes(weights + transient + state)} with "
+                f"its context of {info.context_length} tokens, more than the "
+                f"{format_bytes(limit)} that models may use.",
+                param="model",
+            )
+        rows = min(rows, free // state) if state else rows
+    return MemoryEstimate(weights, rows * state, transient, context, rows * context)
+
+
+def _number(info: ModelInfo, key: str) -> int:
+    value = info.details.get(key, 0)
+    return int(value) if isinstance(value, int | float) else 0
+
+
+def _open_encoder(
+    info: ModelInfo, spec: CoremlSpec, folder: HfFolder, layout: Layout, tokenizer: HfTokenizer,
+    options: EngineOptions,
+) -> Engine:  # fmt: skip
+    assert options.context_tokens is not None
+    runtimes = [open_runtime(spec, options.threads)]
+    pooling = read_pooling(folder.path)
+
+    def encode(token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        vectors = []
+        for tokens in token_lists:
+            length = layout.padded_length(len(tokens))
+            inputs = token_inputs(layout, tokens, length)
+            output = run(runtimes[0], inputs, None)
+            vectors.append(_vector(output, layout, len(tokens), pooling))
+        return np.stack(vectors)
+
+    context = min(options.context_tokens, pooling.max_tokens or options.context_tokens)
+    return EmbeddingEngine(
+        info,
+        tokenizer.encode_for_embedding,
+        encode,
+        runtimes.clear,
+        context_tokens=context,
+        vocabulary_size=tokenizer.vocabulary_size,
+        max_batch_tokens=max(options.prefill_chunk_tokens, 1),
+        max_waiting=options.max_waiting,
+    )
+
+
+def _vector(
+    outputs: Mapping[str, NDArray[np.float32]], layout: Layout, count: int, pooling: Pooling
+) -> NDArray[np.float32]:
+    """Return one text's vector: pooled from one per token, or as the model pools itself."""
+    output = np.asarray(outputs[layout.output], np.float32)
+    if output.ndim == 3:
+        mask = (np.arange(output.shape[1]) < count).astype(np.float32)[None]
+        return np.asarray(pool(output, mask, pooling)[0])
+    if output.ndim > 3 or not output.size:
+        raise EngineFailed(f"The model gave an output of shape {output.shape}.")
+    vector = output.reshape(1, -1)
+    return np.asarray((unit(vector) if pooling.normalize else vector)[0])

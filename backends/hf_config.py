@@ -1,0 +1,240 @@
+"""The descriptions in a Hugging Face model folder: config.json and what lies beside it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from backends.hf_header import broken, read_bytes, read_json, read_text
+from core.errors import NotThisFormat
+from core.units import KIB, MIB
+
+_MAX_TEMPLATE_BYTES = MIB
+_MAX_CARD_BYTES = 64 * KIB
+_MAX_INDEX_BYTES = 64 * MIB
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(?:safetensors|bin)", re.DOTALL)
+_DEFAULT_STEM = {"safetensors": "model", "bin": "pytorch_model"}
+_NOT_WEIGHTS = re.compile(
+    r"(adapter|optimizer|scheduler|training_args|rng_state|openvino|consolidated)"
+)
+_NESTED = ("text_config", "llm_config", "language_config")
+_LICENSE = re.compile(r"^license(_name)?:[ \t]*(?:\n[ \t]*-[ \t]*)?['\"]?([\w.+-]+)", re.MULTILINE)
+
+# Source: transformers' model types that attend both ways and have no head to generate with.
+ENCODERS = frozenset({
+    "albert", "bert", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2",
+    "distilbert", "electra", "ernie", "esm", "eurobert", "fnet", "funnel", "ibert", "layoutlm",
+    "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "new",
+    "nezha", "nomic_bert", "nystromformer", "rembert", "roberta", "roberta-prelayernorm",
+    "roc_bert", "roformer", "squeezebert", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
+})  # fmt: skip
+GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+@dataclass(frozen=True, slots=True)
+class HfFolder:
+    """The descriptions in one model folder; nothing in it was loaded.
+
+    `config` is the text decoder's, flattened: a nested `text_config` merged up (the outer type
+    stays as `wrapper_model_type`), `rope_theta` and `rope_scaling` at the top level.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    tokenizer_config: Mapping[str, Any]
+    chat_template: str | None
+    license: str
+
+    @property
+    def model_type(self) -> str:
+        """The text model's type in transformers' words; empty where it is missing."""
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else ""
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The classes that the weights were saved from."""
+        value = self.config.get("architectures")
+        names = value if isinstance(value, list) else []
+        return tuple(name for name in names if isinstance(name, str))
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the model attends both ways and has no head to generate with."""
+        if any(name.endswith(GENERATING) for name in self.architectures):
+            return False
+        is_half = any(name.endswith("EncoderModel") for name in self.architectures)
+        return is_half or self.model_type in ENCODERS
+
+    @property
+    def is_embedder(self) -> bool:
+        """Whether the folder is meant for embeddings, be it an encoder or a decoder."""
+        if self.is_encoder or (self.path / "modules.json").is_file():
+            return True
+        names = self.architectures
+        is_headless = all(name.endswith("Model") for name in names)
+        return bool(names) and is_headless and not any(name.endswith(GENERATING) for name in names)
+
+    @property
+    def brings_code(self) -> bool:
+        """Whether the folder names Python files of its own, which are never run."""
+        return "auto_map" in self.config
+
+
+def read_folder(path: Path) -> HfFolder:
+    """Read the descriptions in `path`.
+
+    Raises NotThisFormat without a config.json, BrokenModel for damaged or oversized files.
+    """
+    path = path.absolute()
+    try:
+        config = read_json(path / "config.json")
+    except FileNotFoundError:
+        if (path / "adapter_config.json").is_file():
+            reason = "it is an adapter, which is not a model by itself"
+            raise broken(path / "adapter_config.json", reason) from None
+        raise NotThisFormat(f"{path.name} has no config.json") from None
+    tokenizer_config = _optional_json(path / "tokenizer_config.json")
+    return HfFolder(
+        path=path,
+        config=MappingProxyType(_flattened(config)),
+        generation_config=MappingProxyType(_optional_json(path / "generation_config.json")),
+        tokenizer_config=MappingProxyType(tokenizer_config),
+        chat_template=_chat_template(path, tokenizer_config),
+        license=_license(path / "README.md"),
+    )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return {}
+
+
+def _flattened(config: dict[str, Any]) -> dict[str, Any]:
+    flat = dict(config)
+    for key in _NESTED:
+        inner = config.get(key)
+        if isinstance(inner, dict):
+            del flat[key]
+            kept = {name: value for name, value in inner.items() if value is not None}
+            kept.pop("architectures", None)
+            if kept.get("model_type", flat.get("model_type")) != flat.get("model_type"):
+                flat["wrapper_model_type"] = flat.get("model_type")
+            flat |= kept
+            break
+    _lift_rope(flat)
+    return flat
+
+
+def _lift_rope(config: dict[str, Any]) -> None:
+    """Write transformers 5's `rope_parameters` as the older keys that other readers know."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    full = rope.get("full_attention")
+    sliding = rope.get("sliding_attention")
+    if isinstance(sliding, dict) and "rope_theta" in sliding:
+        config.setdefault("rope_local_base_freq", sliding["rope_theta"])
+    rope = full if isinstance(full, dict) else rope
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if config.get(key) is None and rope.get(key) is not None:
+            config[key] = rope[key]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" and config.get("rope_scaling") is None:
+        left = ("rope_theta", "partial_rotary_factor")
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key not in left}
+
+
+def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    """Return the template of its own file, or else the tokenizer configuration's default one."""
+    try:
+        return read_text(path / "chat_template.jinja", _MAX_TEMPLATE_BYTES) or None
+    except FileNotFoundError:
+        pass
+    value = _optional_json(path / "chat_template.json").get("chat_template")
+    value = tokenizer_config.get("chat_template") if value is None else value
+    if isinstance(value, list):
+        named = [entry for entry in value if isinstance(entry, dict)]
+        named.sort(key=lambda entry: entry.get("name") != "default")
+        value = named[0].get("template") if named else None
+    if not isinstance(value, str) or not value:
+        return None
+    if len(value) > _MAX_TEMPLATE_BYTES:
+        raise broken(path / "tokenizer_config.json", "its chat template is over 1 MiB")
+    return value
+
+
+def _license(card: Path) -> str:
+    """Return the license that the model card's front matter names."""
+    try:
+        text = read_bytes(card, _MAX_CARD_BYTES, count=_MAX_CARD_BYTES).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    front = text.partition("\n---")[0] if text.startswith("---") else ""
+    found = {match[1]: match[2] for match in _LICENSE.finditer(front)}
+    license_ = found.get(None, "")
+    return found.get("_name", license_) if license_ == "other" else license_
+
+
+def weight_files(folder: Path, kind: Literal["safetensors", "bin"]) -> tuple[Path, ...]:
+    """Return the model's weights files in `folder`, in order; empty where there are none.
+
+    An index names them, or else their own names do; adapters and training states are left out.
+    Raises BrokenModel for an index that names what is missing or outside the folder, for an
+    incomplete set of shards, and for a folder of an adapter alone.
+    """
+    folder = folder.absolute()
+    index = folder / f"{_DEFAULT_STEM[kind]}.{kind}.index.json"
+    if index.is_file():
+        return _indexed(index)
+    found = sorted(path for path in folder.glob(f"*.{kind}") if path.is_file())
+    weights = [path for path in found if not _NOT_WEIGHTS.match(path.name)]
+    if not weights:
+        adapters = [path for path in found if path.name.startswith("adapter")]
+        if adapters:
+            raise broken(adapters[0], "it is an adapter, which is not a model by itself")
+        # Some models exist in this layout only.
+        weights = [path for path in found if path.name.startswith("consolidated")]
+    usual = [path for path in weights if path.name.startswith(_DEFAULT_STEM[kind])]
+    weights = usual or weights
+    single = folder / f"{_DEFAULT_STEM[kind]}.{kind}"
+    if single in weights:
+        return (single,)
+    shards = {match[1]: match for path in weights if (match := _SHARD.fullmatch(path.name))}
+    if not shards:
+        return tuple(weights)
+    stem, match = sorted(shards.items())[0]
+    return _shards(folder, stem, int(match[3]), kind)
+
+
+def _shards(folder: Path, stem: str, count: int, kind: str) -> tuple[Path, ...]:
+    files = []
+    for number in range(1, count + 1):
+        path = folder / f"{stem}-{number:05d}-of-{count:05d}.{kind}"
+        if not path.is_file():
+            raise broken(path, f"shard {number} of {count} is missing")
+        files.append(path)
+    return tuple(files)
+
+
+def _indexed(index: Path) -> tuple[Path, ...]:
+    weight_map = read_json(index, _MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise broken(index, "it has no weight_map")
+    names = set()
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or name in (".", ".."):
+            raise broken(index, "its weight_map does not name files")
+        if "/" in name or "\\" in name or "\0" in name:
+            raise broken(index, f"it names {name[:200]!r}, which is not a file beside it")
+        names.add(name)
+    files = tuple(index.with_name(name) for name in sorted(names))
+    for path in files:
+        if not path.is_file():
+            raise broken(index, f"the file {path.name!r} that it names is missing")
+    return files

@@ -1,0 +1,65 @@
+"""From a Hugging Face folder and a stepper to an engine."""
+
+from collections.abc import Callable
+
+from backends.base import Engine, EngineOptions, ModelInfo, Stepper
+from backends.batching import BatchingEngine
+from backends.chat import MARKERS, ChatFormat
+from backends.hf_folder import HfFolder
+from backends.hf_tokenizer import HfTokenizer
+from backends.prepare import Preparer
+from core.types import SamplingParams
+
+_MAX_TEMPERATURE = 100.0
+_MAX_TOP_K = 2**31 - 1
+
+
+def open_token_engine(
+    info: ModelInfo,
+    folder: HfFolder,
+    tokenizer: HfTokenizer,
+    open_stepper: Callable[[], Stepper],
+    options: EngineOptions,
+    *,
+    context_tokens: int,
+) -> Engine:
+    """Return the engine that drives the stepper; blocks until `open_stepper` has returned.
+
+    `open_stepper` runs on the engine's own thread, and what it raises is raised here.
+    """
+    tokenizer.show(*MARKERS)
+    chat = ChatFormat(info.chat_template, tokenizer.bos_text, tokenizer.eos_text)
+    preparer = Preparer(
+        info,
+        tokenizer,
+        chat,
+        context_tokens=context_tokens,
+        bos_text=tokenizer.bos_text if tokenizer.adds_bos else "",
+        defaults=recommended_sampling(folder),
+    )
+    return BatchingEngine(info, preparer, open_stepper, max_waiting=options.max_waiting)
+
+
+def recommended_sampling(folder: HfFolder) -> SamplingParams:
+    """Return what generation_config.json recommends; impossible values are left out.
+
+    A `do_sample` of false says that they are not meant to be used.
+    """
+    config = folder.generation_config
+    if config.get("do_sample") is False:
+        return SamplingParams()
+
+    def number(key: str, low: float, high: float) -> float | None:
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return float(value) if low <= value <= high else None
+
+    top_k = number("top_k", 0, _MAX_TOP_K)
+    top_p = number("top_p", 0.0, 1.0)
+    return SamplingParams(
+        temperature=number("temperature", 0.0, _MAX_TEMPERATURE),
+        top_p=top_p or None,
+        top_k=None if top_k is None else int(top_k),
+        min_p=number("min_p", 0.0, 1.0),
+    )

@@ -1,0 +1,266 @@
+"""What a Hugging Face model folder is and can do, from its files alone."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from backends.base import ModelInfo
+from backends.hf_config import HfFolder, read_folder, weight_files
+from backends.hf_header import (
+    SafetensorsHeader,
+    TensorEntry,
+    broken,
+    safetensors_header,
+)
+from core.types import Capability
+
+__all__ = [
+    "HfFolder",
+    "SafetensorsHeader",
+    "TensorEntry",
+    "folder_info",
+    "is_mlx",
+    "quantization_of",
+    "read_folder",
+    "safetensors_header",
+    "tokenizer_files",
+    "weight_files",
+]
+
+Details: TypeAlias = Mapping[str, int | float | str | bool]
+
+_MAX_NUMBER = 2**31 - 1
+_MAX_LAYERS = 4096
+# What transformers assumes in most of its configurations that leave the length out.
+_DEFAULT_CONTEXT = 2048
+_CACHED = re.compile(r"models--(?:.+--)?([^/]+)")
+_WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_OTHER_FILES = (
+    "config.json", "generation_config.json", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "1_Pooling/config.json",
+)  # fmt: skip
+# Their position table begins after the padding's id.
+_OFFSET_POSITIONS = frozenset({
+    "camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+_CLASSIFYING = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+# Name in `ModelInfo.details`: the keys that configurations use for it.
+_NUMBERS = {
+    "n_layer": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "n_embd": ("hidden_size", "n_embd", "d_model", "dim"),
+    "vocabulary_size": ("vocab_size", "padded_vocab_size"),
+    "n_head": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "n_head_kv": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
+    "n_ff": ("intermediate_size", "ffn_hidden_size", "n_inner", "d_ff", "hidden_dim"),
+    "sliding_window": ("sliding_window",),
+    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+}
+_LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_REQUIRED = ("n_layer", "n_embd", "vocabulary_size")
+_LENGTHS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length",
+    "seq_length", "max_seq_length",
+)  # fmt: skip
+_DTYPE_NAMES = {
+    "F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f64", "I8": "int8", "U8": "int8",
+    "F8_E4M3": "fp8", "F8_E5M2": "fp8", "F8_E4M3FNUZ": "fp8", "F8_E5M2FNUZ": "fp8", "F4": "fp4",
+}  # fmt: skip
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """Return the files in `folder` that tokenizing and templating read."""
+    return _existing(folder.absolute(), _TOKENIZER_FILES)
+
+
+def _existing(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    return tuple(folder / name for name in names if (folder / name).is_file())
+
+
+def is_mlx(folder: HfFolder, header: SafetensorsHeader) -> bool:
+    """Whether the weights are packed as MLX packs them: uint32 words with scales beside them."""
+    says_so = _mlx_bits(folder) is not None or header.metadata.get("format") == "mlx"
+    return says_so and any(
+        entry.dtype == "U32" and f"{name.removesuffix('.weight')}.scales" in header.tensors
+        for name, entry in header.tensors.items()
+        if name.endswith(".weight")
+    )
+
+
+def _mlx_bits(folder: HfFolder) -> int | None:
+    quantization = folder.config.get("quantization")
+    bits = quantization.get("bits") if isinstance(quantization, dict) else None
+    return bits if type(bits) is int and 1 <= bits <= 16 else None
+
+
+def quantization_of(folder: HfFolder, bytes_by_dtype: Mapping[str, int]) -> str:
+    """Return the weights' quantization as `ModelInfo` names it: `4bit`, `gptq-4bit`, `bf16`.
+
+    `bytes_by_dtype` has safetensors' dtype names; the one with most bytes decides without a
+    quantization in the configuration.
+    """
+    bits = _mlx_bits(folder)
+    if bits is not None:
+        mode = folder.config["quantization"].get("mode", "affine")
+        is_named = isinstance(mode, str) and mode != "affine" and _WORD.fullmatch(mode)
+        return mode if is_named else f"{bits}bit"
+    config = folder.config.get("quantization_config")
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if isinstance(config, dict) and isinstance(method, str) and _WORD.fullmatch(method):
+        return _method_name(method.lower(), config)
+    dtype = max(bytes_by_dtype.items(), key=lambda item: item[1], default=("", 0))[0]
+    return _DTYPE_NAMES.get(dtype, dtype.lower())
+
+
+def _method_name(method: str, config: Mapping[str, Any]) -> str:
+    bits = config.get("bits")
+    if method.startswith("bitsandbytes"):
+        method, bits = "bnb", 4 if config.get("load_in_4bit") else 8
+    return f"{method}-{bits}bit" if type(bits) is int and 1 <= bits <= 16 else method
+
+
+def folder_info(
+    format: str,
+    folder: HfFolder,
+    weights: tuple[Path, ...],
+    *,
+    parameters: int,
+    weights_bytes: int,
+    quantization: str,
+    details: Details | None = None,
+) -> ModelInfo:
+    """Describe the model of `weights` (the first opens it) in `folder`; `details` are added.
+
+    Raises BrokenModel for what is no text model, and for impossible numbers in config.json.
+    """
+    config = folder.path / "config.json"
+    if folder.config.get("is_encoder_decoder") is True and not folder.is_encoder:
+        raise broken(config, "encoder-decoder models are not supported")
+    numbers = _numbers(folder)
+    dtype = folder.config.get("dtype") or folder.config.get("torch_dtype")
+    suffix = weights[0].suffix
+    indexes = (f"model{suffix}.index.json", f"pytorch_model{suffix}.index.json")
+    files = dict.fromkeys(
+        (
+            *weights,
+            *_existing(folder.path, (*indexes, *_OTHER_FILES, *_TOKENIZER_FILES)),
+        )
+    )
+    return ModelInfo(
+        format=format,
+        name=_name(folder.path),
+        architecture=_one_line(folder.model_type),
+        quantization=quantization,
+        files=tuple(files),
+        size_bytes=sum(path.stat().st_size for path in files),
+        parameters=parameters,
+        context_length=_context_length(folder),
+        capabilities=_capabilities(folder),
+        license=_one_line(folder.license),
+        chat_template=folder.chat_template,
+        details={
+            **numbers,
+            "weights_bytes": weights_bytes,
+            "torch_dtype": _one_line(dtype.removeprefix("torch."))
+            if isinstance(dtype, str)
+            else "",
+            "is_encoder": folder.is_encoder,
+            **(details or {}),
+        },
+    )
+
+
+def _one_line(text: str) -> str:
+    """Return `text` without control characters and cut to 200 characters."""
+    return "".join(char for char in text if char.isprintable()).strip()[:200]
+
+
+def _name(folder: Path) -> str:
+    """Return the model's name: the repository's in a Hugging Face cache, else the folder's."""
+    for part in reversed(folder.parts[-3:]):
+        match = _CACHED.fullmatch(part)
+        if match is not None:
+            return _one_line(match[1])
+    return _one_line(folder.parent.name if folder.name == "model" else folder.name)
+
+
+def _capabilities(folder: HfFolder) -> frozenset[Capability]:
+    if any(name.endswith(_CLASSIFYING) for name in folder.architectures):
+        return frozenset()
+    if folder.is_embedder:
+        return frozenset({Capability.EMBEDDING})
+    capabilities = {Capability.CHAT, Capability.COMPLETION}
+    template = folder.chat_template or ""
+    if re.search(r"\btools\b", template):
+        capabilities.add(Capability.TOOLS)
+    if "<think>" in template:
+        capabilities.add(Capability.REASONING)
+    return frozenset(capabilities)
+
+
+def _numbers(folder: HfFolder) -> dict[str, int]:
+    """Return the sizes that the memory estimate needs, checked."""
+    found: dict[str, int] = {}
+    for name, keys in _NUMBERS.items():
+        value = _number(folder, keys, _MAX_LAYERS if name == "n_layer" else _MAX_NUMBER)
+        if not value and name in _REQUIRED:
+            raise broken(
+                folder.path / "config.json", f"it has no {keys[0]}, so it is no text model's"
+            )
+        if value is not None:
+            found[name] = value
+    heads = found.setdefault("n_head", 0)
+    found.setdefault("n_head_kv", heads)
+    found.setdefault("n_ff", 4 * found["n_embd"])
+    if folder.config.get("use_sliding_window") is False:
+        found.pop("sliding_window", None)
+    if folder.config.get("multi_query") and not folder.config.get("new_decoder_architecture"):
+        found["n_head_kv"] = 1
+    width = _number(folder, ("head_dim", "kv_channels", "d_kv"), _MAX_NUMBER)
+    found["head_dim"] = width or (found["n_embd"] // heads if heads else 0)
+    latent = _number(folder, ("kv_lora_rank",), _MAX_NUMBER)
+    if latent:
+        # The cache holds every head's keys and values, not the latent vector.
+        parts = [_number(folder, (key,), _MAX_NUMBER) or 0 for key in _LATENT]
+        found |= {"n_head_kv": heads, "head_dim": parts[0] + parts[1], "value_head_dim": parts[2]}
+    return found
+
+
+def _number(folder: HfFolder, keys: tuple[str, ...], high: int) -> int | None:
+    """Return the first of `keys` that has a value, a list's largest one.  Raises BrokenModel."""
+    for key in keys:
+        value = folder.config.get(key)
+        if value is None:
+            continue
+        each = value if isinstance(value, list) and value else [value]
+        if not all(type(one) is int and 0 <= one <= high for one in each):
+            raise broken(folder.path / "config.json", f"its {key} is {str(value)[:40]!r}")
+        return int(max(each))
+    return None
+
+
+def _context_length(folder: HfFolder) -> int:
+    """Return the trained context in tokens."""
+    length = _number(folder, _LENGTHS, _MAX_NUMBER) or _tokenizer_length(folder)
+    if folder.model_type in _OFFSET_POSITIONS:
+        padding = _number(folder, ("pad_token_id",), _MAX_NUMBER)
+        length -= (1 if padding is None else padding) + 1
+    if length < 1:
+        raise broken(folder.path / "config.json", "its context has no tokens")
+    return length
+
+
+def _tokenizer_length(folder: HfFolder) -> int:
+    """Return the tokenizer's limit; those without one write an astronomic number."""
+    length = folder.tokenizer_config.get("model_max_length")
+    if isinstance(length, int) and 0 < length <= _MAX_NUMBER:
+        return length
+    return _DEFAULT_CONTEXT

@@ -1,0 +1,294 @@
+"""The vocabulary of a Hugging Face folder, over the `tokenizers` library."""
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from backends.base import Constraint
+from backends.constraint import GrammarMask
+from backends.hf_config import HfFolder, read_folder
+from backends.hf_header import broken, read_json, read_text
+from backends.hf_pieces import piece_reader
+from core.errors import (
+    BrokenModel,
+    ContextLengthExceeded,
+    NotThisFormat,
+    RequestError,
+    UnsupportedParameter,
+)
+from core.units import MIB, format_bytes
+
+_MAX_TOKENIZER_BYTES = 256 * MIB
+_MAX_TOKEN_ID = 2**24
+# What a tokenizer can be made of where there is no tokenizer.json.
+_OLDER_FILES = (
+    ("tokenizer.model",), ("spiece.model",), ("sentencepiece.bpe.model",),
+    ("vocab.json", "merges.txt"), ("vocab.txt",),
+)  # fmt: skip
+# Source: llama.cpp's llama-vocab.cpp, whose models must end where these do; the names of code
+# completion's padding, repository and file tokens end a generation too.
+_END_NAMES = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_turn>", "<turn|>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]",
+    "[EOS]", "<eos>", "</s>", "<|end_of_text|>", "<end_of_utterance>", "<|tool_response>",
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>",
+    "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
+)  # fmt: skip
+# With both of them `<|end|>` ends a message only, not the answer.
+_MESSAGE_END, _ANSWER_ENDS = "<|end|>", ("<|return|>", "<|call|>")
+
+
+class HfTokenizer:
+    """One model's vocabulary; implements `backends.base.Tokenizer`.  Thread-safe after `show`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the tokenizer in `folder`; blocks for up to a few seconds.  Raises BrokenModel."""
+        self._folder = _described(folder)
+        self._tokenizer = _load(self._folder)
+        vocabulary: Mapping[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._size = max(vocabulary.values(), default=-1) + 1
+        if not 0 < self._size <= _MAX_TOKEN_ID:
+            raise broken(folder / "tokenizer.json", f"it has {self._size} token ids")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added: dict[int, bytes] = {
+            token_id: token.content.encode() for token_id, token in added.items()
+        }
+        self._special: frozenset[int] = frozenset(
+            token_id for token_id, token in added.items() if token.special
+        )
+        self._reader = piece_reader(self._tokenizer)
+        self._pieces: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+        self._plain: Any = None
+        self._grammar_tokenizer: Any = None
+        self.bos_text = self._named("bos")
+        self.eos_text = self._named("eos")
+        self._prefix = self._read_prefix()
+        self.end_ids = self._read_ends()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids; the model's output may have more, for padding."""
+        return self._size
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts tokens before a prompt."""
+        return bool(self._prefix)
+
+    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Return the token ids of `text`; special tokens are recognised with `parse_special`.
+
+        `add_bos` adds what the tokenizer wants in front, never what it puts behind.
+        Raises RequestError for text that is no valid Unicode.
+        """
+        tokenizer = self._tokenizer if parse_special else self._plain_tokenizer()
+        ids = _ids(tokenizer, text, add_special_tokens=False)
+        return [*self._prefix, *ids] if add_bos else ids
+
+    def encode_for_embedding(self, text: str, max_tokens: int | None = None) -> list[int]:
+        """Return the token ids of `text` with the special tokens before and behind it.
+
+        Nothing is cut: raises ContextLengthExceeded over `max_tokens`, RequestError.
+        """
+        ids = _ids(self._tokenizer, text, add_special_tokens=True)
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise ContextLengthExceeded.of(len(ids), max_tokens)
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token adds to the text; control tokens add nothing unless shown."""
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._pieces[token_id] = self.piece(token_id, special=False)
+        return piece
+
+    def piece(self, token_id: int, *, special: bool) -> bytes:
+        """Return a token's bytes, a control token's name too with `special`."""
+        added = self._added.get(token_id)
+        if added is not None:
+            return added if special or token_id not in self._special else b""
+        text = self._tokenizer.id_to_token(token_id) if 0 <= token_id < self._size else None
+        return b"" if text is None else self._reader.read(text)
+
+    def show(self, *token_texts: bytes) -> None:
+        """Let the control tokens of these names appear in the text."""
+        for token_id in self._special:
+            if self._added[token_id] in token_texts:
+                self._pieces[token_id] = self._added[token_id]
+
+    def is_end(self, token_id: int) -> bool:
+        """Whether a token ends the generation."""
+        return token_id in self.end_ids
+
+    def mask(self, constraint: Constraint) -> GrammarMask:
+        """Compile a grammar; the first takes a fraction of a second to read the vocabulary."""
+        with self._lock:
+            if self._grammar_tokenizer is None:
+                self._grammar_tokenizer = self._read_vocabulary(constraint)
+        return GrammarMask(self._grammar_tokenizer, constraint)
+
+    def _read_vocabulary(self, constraint: Constraint) -> Any:
+        from llguidance import LLTokenizer
+
+        eos = self._tokenizer.token_to_id(self.eos_text) if self.eos_text else None
+        ends = sorted(self.end_ids, key=lambda token_id: (token_id != eos, token_id))
+        try:
+            return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._size, eos_token=ends or None)
+        except ValueError as error:
+            raise UnsupportedParameter(
+                f"The {constraint.param} cannot be enforced with this model's vocabulary: "
+                f"{str(error)[:200]}",
+                param=constraint.param,
+            ) from error
+
+    def _plain_tokenizer(self) -> Any:
+        """Return a second instance, to which special tokens are plain text."""
+        with self._lock:
+            if self._plain is None:
+                from tokenizers import Tokenizer
+
+                plain = Tokenizer.from_str(self._tokenizer.to_str())
+                plain.encode_special_tokens = True
+                self._plain = plain
+            return self._plain
+
+    def _named(self, which: str) -> str:
+        """Return the text of the `bos` or `eos` token; empty where there is none."""
+        folder = self._folder
+        for config in (folder.tokenizer_config, _optional(folder.path / "special_tokens_map.json")):
+            value = config.get(f"{which}_token")
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str) and self._tokenizer.token_to_id(value) is not None:
+                return value
+        if f"{which}_token" in folder.tokenizer_config:
+            return ""
+        ids = _token_ids(folder.config.get(f"{which}_token_id"))
+        return next((self._added[i].decode() for i in ids if i in self._special), "")
+
+    def _read_prefix(self) -> tuple[int, ...]:
+        """Return what comes before a text; an explicit `add_bos_token` decides over the rest."""
+        whole = _ids(self._tokenizer, "a", add_special_tokens=True)
+        bare = _ids(self._tokenizer, "a", add_special_tokens=False)
+        starts = range(len(whole) - len(bare) + 1)
+        start = next((at for at in starts if whole[at : at + len(bare)] == bare), 0)
+        prefix = tuple(whole[:start])
+        wanted = self._folder.tokenizer_config.get("add_bos_token")
+        bos = self._tokenizer.token_to_id(self.bos_text) if self.bos_text else None
+        if wanted is True and not prefix and bos is not None:
+            return (bos,)
+        return () if wanted is False and prefix == (bos,) else prefix
+
+    def _read_ends(self) -> frozenset[int]:
+        ends: set[int] = set()
+        for config in (self._folder.generation_config, self._folder.config):
+            ends |= {i for i in _token_ids(config.get("eos_token_id")) if i < self._size}
+        names = {content.decode(): token_id for token_id, content in self._added.items()}
+        turns = set(_END_NAMES)
+        if all(name in names for name in _ANSWER_ENDS):
+            turns.remove(_MESSAGE_END)
+        ends |= {token_id for name, token_id in names.items() if name in turns}
+        if self.eos_text:
+            ends.add(self._tokenizer.token_to_id(self.eos_text))
+        return frozenset(ends)
+
+
+def _described(folder: Path) -> HfFolder:
+    """Return the folder's descriptions; a tokenizer may stand without a model's config.json."""
+    try:
+        return read_folder(folder)
+    except NotThisFormat:
+        config = _optional(folder / "tokenizer_config.json")
+        return HfFolder(folder.absolute(), {}, {}, config, None, "")
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return {}
+
+
+def _load(folder: HfFolder) -> Any:
+    """Return the `tokenizers.Tokenizer` of the folder, without truncation and padding."""
+    from tokenizers import Tokenizer
+
+    path = folder.path / "tokenizer.json"
+    try:
+        text = read_text(path, _MAX_TOKENIZER_BYTES)
+    except FileNotFoundError:
+        text = _converted(folder.path)
+    try:
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        _add_listed(tokenizer, folder.tokenizer_config)
+    except Exception as error:
+        raise broken(path, f"the tokenizers library refuses it ({str(error)[:300]})") from error
+    return tokenizer
+
+
+def _add_listed(tokenizer: Any, config: Mapping[str, Any]) -> None:
+    """Add the tokens that tokenizer_config.json alone lists, where their ids come next."""
+    from tokenizers import AddedToken
+
+    listed = config.get("added_tokens_decoder")
+    if not isinstance(listed, dict):
+        return
+    known = {int(key): value for key, value in listed.items() if key.isdecimal()}
+    for token_id, value in sorted(known.items()):
+        content = value.get("content") if isinstance(value, dict) else None
+        is_next = token_id == tokenizer.get_vocab_size(with_added_tokens=True)
+        if is_next and isinstance(content, str) and tokenizer.token_to_id(content) is None:
+            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            tokenizer.add_tokens(
+                [AddedToken(content, **{flag: bool(value.get(flag, False)) for flag in flags})]
+            )
+
+
+def _converted(folder: Path) -> str:
+    """Return a tokenizer.json made of older files.  Raises BrokenModel."""
+    if not any(all((folder / name).is_file() for name in names) for names in _OLDER_FILES):
+        raise BrokenModel(
+            f"The folder {folder.name!r} has no tokenizer: neither tokenizer.json nor "
+            "tokenizer.model nor vocab.json with merges.txt nor vocab.txt.",
+            param="model",
+        )
+    for name in {name for names in _OLDER_FILES for name in names}:
+        path = folder / name
+        if path.is_file() and path.stat().st_size > _MAX_TOKENIZER_BYTES:
+            raise broken(path, f"it is over {format_bytes(_MAX_TOKENIZER_BYTES)}")
+    from transformers import AutoTokenizer
+
+    try:
+        slow = AutoTokenizer.from_pretrained(
+            str(folder), use_fast=True, trust_remote_code=False, local_files_only=True
+        )
+        text: str = slow.backend_tokenizer.to_str()
+    except Exception as error:
+        raise BrokenModel(
+            f"The tokenizer in {folder.name!r} cannot be read: {str(error)[:300]}", param="model"
+        ) from error
+    return text
+
+
+def _ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except (TypeError, UnicodeError) as error:
+        raise RequestError(
+            "The text is not valid Unicode (half a surrogate pair).", param="prompt"
+        ) from error
+    except Exception as error:
+        # The library has no narrower type: a vocabulary without the unknown token it names.
+        raise BrokenModel(
+            f"The model's tokenizer fails: {str(error)[:300]}", param="model"
+        ) from error
+    return ids
+
+
+def _token_ids(value: object) -> list[int]:
+    """Return the ids in a config's number or list; anything else is no id."""
+    each = value if isinstance(value, list) else [value]
+    return [one for one in each if type(one) is int and 0 <= one <= _MAX_TOKEN_ID]

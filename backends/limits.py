@@ -1,0 +1,73 @@
+"""What a running engine may do for now: changed while it runs, without restarting anything."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from core.errors import Unavailable
+
+_RETRY_AFTER_S = 30
+
+
+@runtime_checkable
+class PrefillLimited(Protocol):
+    """A stepper whose prompt chunks can be made smaller while it runs."""
+
+    def limit_prefill(self, chunk_tokens: int | None) -> None:
+        """Compute at most `chunk_tokens` prompt tokens a step; None: as many as when opened."""
+        ...
+
+
+@runtime_checkable
+class Limitable(Protocol):
+    """An engine that obeys limits."""
+
+    def set_limits(self, limits: "EngineLimits") -> None:
+        """Obey `limits` from the next step on.  Thread-safe; never blocks on a step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Bounds below what the engine was opened with; the default bounds nothing.
+
+    `max_sequences` are sequences at once, 0 meaning that nothing new is taken while those that
+    run finish; `prefill_chunk_tokens` are prompt tokens a step; None leaves either as opened.
+    `decode_pause_s` is the time between the end of a step and the start of the next.
+    """
+
+    max_sequences: int | None = None
+    prefill_chunk_tokens: int | None = None
+    decode_pause_s: float = 0.0
+
+    @property
+    def admits(self) -> bool:
+        """Whether new requests are taken."""
+        return self.max_sequences is None or self.max_sequences > 0
+
+    def check_admits(self, *, is_resumed: bool) -> None:
+        """Raise Unavailable, with seconds to wait, where no new request is taken.
+
+        A resumed one, whose answer has begun elsewhere, is none and may wait for its turn.
+        """
+        if not (self.admits or is_resumed):
+            raise Unavailable(
+                "The machine takes no new requests until it has recovered from heat, low power or "
+                "memory pressure. Try again later.",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+
+    def apply_to(self, stepper: object) -> None:
+        """Bound the prompt chunks of a stepper that can; on the thread that owns it."""
+        if isinstance(stepper, PrefillLimited):
+            stepper.limit_prefill(self.prefill_chunk_tokens)
+
+    def sequences(self, capacity: int) -> int:
+        """Return how many sequences may run at once in an engine that holds `capacity`."""
+        return capacity if self.max_sequences is None else min(capacity, self.max_sequences)
+
+    def pause_left_s(self, stepped_at: float, now: float) -> float:
+        """Return the seconds until the next step may start; 0 when it may at once."""
+        return max(stepped_at + self.decode_pause_s - now, 0.0)
+
+
+UNLIMITED = EngineLimits()

@@ -1,0 +1,89 @@
+"""MLX models on mlx-lm, and every folder of safetensors that it has code for."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from backends.base import (
+    Availability,
+    Backend,
+    Engine,
+    EngineOptions,
+    MemoryEstimate,
+    ModelInfo,
+)
+from backends.grants import as_granted
+from backends.hf_engine import open_token_engine
+from backends.hf_folder import read_folder
+from backends.hf_tokenizer import HfTokenizer
+from backends.mlx_embed import open_embedder
+from backends.mlx_file import mlx_info, runtime_type
+from backends.mlx_memory import estimate_mlx, wants_dense
+from backends.mlx_model import MlxModel, check_config
+from backends.mlx_model import supports as has_code_for
+from backends.mlx_stepper import MlxStepper
+from core.errors import BackendUnavailable, BrokenModel
+from core.types import Capability
+
+_WEIGHTS = (".safetensors", ".npz")
+
+
+class MlxBackend(Backend):
+    """Hugging Face folders with weights that MLX made, as safetensors or npz."""
+
+    name: ClassVar[str] = "mlx"
+    starts_on_demand: ClassVar[bool] = True
+
+    def availability(self) -> Availability:
+        """Available where MLX and mlx-lm are installed: on Apple silicon, or Linux's CPU."""
+        for package in ("mlx", "mlx_lm"):
+            if importlib.util.find_spec(package) is None:
+                return Availability(False, f"{package} is not installed; run scripts/setup")
+        if sys.platform not in ("darwin", "linux"):
+            return Availability(False, "MLX runs on macOS and Linux only")
+        return Availability(True)
+
+    def supports(self, model_type: str) -> bool:
+        """Whether mlx-lm has code for this architecture; imports nothing of it."""
+        return self.availability().is_available and has_code_for(model_type)
+
+    def identify(self, path: Path) -> ModelInfo:
+        """Read the headers of the weights and the files beside them."""
+        return mlx_info(path)
+
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        """Return weights, KV cache and compute buffers in bytes, for safetensors models too."""
+        return estimate_mlx(info, options)
+
+    def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
+        """Load the model, one of format safetensors too; blocks while the weights are read."""
+        available = self.availability()
+        if not available.is_available:
+            raise BackendUnavailable(available.reason)
+        granted = self.estimate(info, options)
+        is_dense = wants_dense(info, options)
+        options = as_granted(options, granted)
+        folder = read_folder(info.files[0].parent)
+        check_config(folder.config)
+        model_type = runtime_type(folder.config)
+        if not has_code_for(model_type):
+            raise BrokenModel(
+                f"mlx-lm does not know the architecture {model_type[:60]!r}.", param="model"
+            )
+        weights = tuple(file for file in info.files if file.suffix in _WEIGHTS)
+
+        def load() -> MlxModel:
+            return MlxModel(folder, weights, threads=options.threads, is_dense=is_dense)
+
+        if Capability.EMBEDDING in info.capabilities:
+            return open_embedder(info, folder, load, options)
+        tokenizer = HfTokenizer(folder.path)
+        return open_token_engine(
+            info,
+            folder,
+            tokenizer,
+            lambda: MlxStepper(load(), tokenizer, options),
+            options,
+            context_tokens=granted.context_tokens,
+        )

@@ -1,0 +1,185 @@
+"""mlx-lm's BatchGenerator with a leaner step, and one row's choice of tokens."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from backends.sampling import RowSampler
+from core.types import TokenLogprob
+
+# Who runs a sequence ends it; the generator alone never does.
+ENDLESS = 1 << 60
+
+
+class RowChoice:
+    """Chooses one row's tokens on the CPU, from the logits as the model computed them.
+
+    mlx-lm computes one token ahead, so a choice waits here until its token is handed out.
+    """
+
+    def __init__(self, sampler: RowSampler, is_end: Callable[[int], bool]) -> None:
+        self._sampler = sampler
+        self._is_end = is_end
+        self._chosen: deque[tuple[int, TokenLogprob | None]] = deque()
+        self._last = -1
+
+    def process(self, _: Any, logits: Any) -> Any:
+        """Take logits of shape (1, vocabulary), as one of mlx-lm's logits processors."""
+        import mlx.core as mx
+
+        self.choose(np.array(logits[0].astype(mx.float32)))
+        return logits
+
+    def sample(self, _: Any) -> Any:
+        """Return what `process` chose, as one of mlx-lm's samplers."""
+        import mlx.core as mx
+
+        return mx.array([self._last], mx.uint32)
+
+    def choose(self, logits: Any) -> int:
+        """Choose a token; after the end nothing more is chosen."""
+        if self._last < 0 or not self._is_end(self._last):
+            self._last, logprob = self._sampler.sample(logits)
+            self._chosen.append((self._last, logprob))
+        return self._last
+
+    def take(self) -> TokenLogprob | None:
+        """Return what belongs to the token that is handed out now."""
+        return self._chosen.popleft()[1]
+
+    def take_waiting(self) -> tuple[int, TokenLogprob | None] | None:
+        """Return the token that was chosen and not handed out."""
+        return self._chosen.popleft() if self._chosen else None
+
+
+def _greedy(logprobs: Any) -> Any:
+    import mlx.core as mx
+
+    return mx.argmax(logprobs, axis=-1)
+
+
+@cache
+def _lean_batch() -> Any:
+    """Return mlx-lm's batch without log-probabilities of the vocabulary that nobody reads."""
+    import mlx.core as mx
+    from mlx_lm.generate import GenerationBatch
+
+    class LeanBatch(GenerationBatch):  # type: ignore[misc]
+        # How many tokens each sequence wants, by uid; shared with the stepper.
+        wanted: dict[int, int]
+        _next_tokens: Any
+
+        def _step(self) -> tuple[list[int], list[None]]:
+            inputs = self._next_tokens
+            none = [None] * len(self.uids)
+            self._current_tokens, self._current_logprobs = inputs, none
+            if self._is_last():
+                return inputs.tolist(), none
+            logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+            self._next_tokens = self._chosen(logits)
+            self._next_logprobs = list(none)
+            mx.async_eval(self._next_tokens)  # type: ignore[no-untyped-call]
+            ids: list[int] = inputs.tolist()
+            for tokens, token_id in zip(self.tokens, ids, strict=True):
+                tokens.append(token_id)
+            return ids, none
+
+        def _is_last(self) -> bool:
+            """Whether all sequences end with the tokens that are computed already."""
+            return all(
+                count + 1 >= self.wanted.get(uid, ENDLESS)
+                for uid, count in zip(self.uids, self._num_tokens, strict=True)
+            )
+
+        def _chosen(self, logits: Any) -> Any:
+            own = [index for index, each in enumerate(self.logits_processors) if each]
+            if not own:
+                return mx.argmax(logits, axis=-1)
+            rows = np.array(logits[mx.array(own)].astype(mx.float32))
+            ids = [
+                self.logits_processors[index][0].__self__.choose(row)
+                for index, row in zip(own, rows, strict=True)
+            ]
+            if len(own) == len(self.uids):
+                return mx.array(ids, mx.uint32)
+            tokens = mx.argmax(logits, axis=-1)
+            tokens[mx.array(own)] = mx.array(ids, tokens.dtype)
+            return tokens
+
+    return LeanBatch
+
+
+class MlxBatch:
+    """A BatchGenerator of one model; a sequence ends only by `remove`."""
+
+    def __init__(self, model: Any, rows: int, chunk_tokens: int) -> None:
+        from mlx_lm.generate import BatchGenerator
+
+        self._wanted: dict[int, int] = {}
+        self._generator: Any = BatchGenerator(
+            model,
+            sampler=_greedy,
+            completion_batch_size=rows,
+            prefill_batch_size=min(rows, 8),
+            prefill_step_size=chunk_tokens,
+        )
+        lean = _lean_batch().empty(model, _greedy)
+        lean.wanted = self._wanted
+        self._generator._generation_batch = lean
+
+    def insert(
+        self,
+        tokens: Sequence[int],
+        wanted: int,
+        choice: RowChoice | None,
+        prefix: Sequence[int] = (),
+        layers: list[Any] | None = None,
+    ) -> int:
+        """Add a sequence of `tokens` after `prefix`, whose caches are `layers`; return its uid."""
+        (uid,) = self._generator.insert(
+            [list(tokens)],
+            max_tokens=[ENDLESS],
+            caches=[layers or None],
+            all_tokens=[list(prefix)],
+            samplers=[choice.sample if choice else None],
+            logits_processors=[[choice.process] if choice else []],
+        )
+        self._wanted[uid] = wanted
+        return int(uid)
+
+    def next(self, chunk_tokens: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Compute one token of each sequence, and up to `chunk_tokens` of each prompt.
+
+        Returns (uid, tokens of its prompt that are done) and (uid, token id) pairs.
+        """
+        self._generator.prefill_step_size = chunk_tokens
+        prompts, tokens = self._generator.next()
+        return (
+            [(each.uid, each.progress[0]) for each in prompts if not each.end_of_prompt],
+            [(each.uid, each.token) for each in tokens],
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is any sequence."""
+        return bool(self._wanted)
+
+    def remove(self, uid: int) -> None:
+        """Drop a sequence and its caches."""
+        self._generator.remove([uid])
+        del self._wanted[uid]
+
+    def layers(self, uid: int) -> tuple[list[Any], list[int]]:
+        """Return copies of a sequence's caches, and the tokens that they hold."""
+        layers, tokens = self._generator.extract_cache([uid])[uid]
+        return layers, tokens
+
+    def close(self) -> None:
+        """Free all caches; twice is fine."""
+        self._wanted.clear()
+        if self._generator is not None:
+            self._generator.close()
+            self._generator = None

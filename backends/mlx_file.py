@@ -1,0 +1,139 @@
+"""What an MLX model is, from its files alone; MLX is not needed for it."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+from backends.base import ModelInfo
+from backends.hf_checks import check_folder
+from backends.hf_folder import (
+    HfFolder,
+    folder_info,
+    is_mlx,
+    quantization_of,
+    read_folder,
+    safetensors_header,
+    tokenizer_files,
+    weight_files,
+)
+from backends.hf_header import broken
+from backends.mlx_model import check_config, supports
+from backends.mlx_npz import read_npz
+from core.errors import NotThisFormat
+
+_SCALES = ".scales"
+
+
+class _Entry(Protocol):
+    """One tensor's description, whatever file it is in; `dtype` is named as in safetensors."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def mlx_info(path: Path) -> ModelInfo:
+    """Describe the model that the weights file `path` belongs to.
+
+    Raises NotThisFormat, and BrokenModel for what is damaged, hostile, or of an architecture
+    that mlx-lm has no code for.
+    """
+    path = path.absolute()
+    if path.suffix == ".npz":
+        return _npz_info(path)
+    if path.suffix != ".safetensors":
+        raise NotThisFormat(f"{path.name}: neither safetensors nor npz")
+    folder = read_folder(path.parent)
+    files = weight_files(folder.path, "safetensors")
+    if path not in files:
+        raise NotThisFormat(f"{path.name} does not belong to the model beside it")
+    first = safetensors_header(files[0])
+    if not (first.metadata.get("format") == "mlx" or is_mlx(folder, first)):
+        raise NotThisFormat(f"{path.name} was not made by MLX")
+    tensors: dict[str, _Entry] = {}
+    for file in files:
+        tensors |= safetensors_header(file).tensors
+    return _info(folder, files, tensors)
+
+
+def _npz_info(path: Path) -> ModelInfo:
+    tensors = read_npz(path)
+    folder = read_folder(path.parent)
+    if not tokenizer_files(folder.path):
+        raise NotThisFormat(f"{path.name} has no tokenizer beside it")
+    files = tuple(sorted(folder.path.glob("weights*.npz"))) or (path,)
+    if path not in files:
+        raise NotThisFormat(f"{path.name} does not belong to the model beside it")
+    found: dict[str, _Entry] = {}
+    for file in files:
+        found |= tensors if file == path else read_npz(file)
+    return _info(folder, files, found)
+
+
+def runtime_type(config: Mapping[str, Any]) -> str:
+    """Return the model type whose code mlx-lm runs: the outer one of a nested configuration."""
+    value = config.get("wrapper_model_type") or config.get("model_type")
+    return value if isinstance(value, str) else ""
+
+
+def _info(folder: HfFolder, files: tuple[Path, ...], tensors: Mapping[str, _Entry]) -> ModelInfo:
+    config = folder.path / "config.json"
+    check_config(folder.config)
+    model_type = runtime_type(folder.config)
+    if not supports(model_type):
+        raise broken(config, f"mlx-lm does not know the architecture {model_type[:60]!r}")
+    check_folder(folder, is_known=True)
+    dtypes: Counter[str] = Counter()
+    for entry in tensors.values():
+        dtypes[entry.dtype] += entry.nbytes
+    quantization = folder.config.get("quantization")
+    details: dict[str, int | float | str | bool] = {}
+    if isinstance(quantization, dict):
+        details = {
+            f"mlx_{key}": _count(config, quantization, key) for key in ("bits", "group_size")
+        }
+    info = folder_info(
+        "mlx",
+        folder,
+        files,
+        parameters=_parameters(config, tensors, quantization),
+        weights_bytes=sum(dtypes.values()),
+        quantization=quantization_of(folder, dtypes),
+        details=details,
+    )
+    if int(info.details["n_layer"]) > len(tensors):
+        raise broken(config, f"it has more layers than the {len(tensors)} tensors there are")
+    return info
+
+
+def _count(config: Path, quantization: Mapping[str, Any], key: str) -> int:
+    value = quantization.get(key)
+    if type(value) is not int or not 1 <= value <= 1024:
+        raise broken(config, f"its quantization has {key}={str(value)[:40]!r}")
+    return value
+
+
+def _parameters(config: Path, tensors: Mapping[str, _Entry], quantization: Any) -> int:
+    """Return the number of weights, the packed ones counted as what they stand for."""
+    if not isinstance(quantization, dict):
+        return _elements(tensors.values())
+    total = 0
+    for name, entry in tensors.items():
+        base, _, part = name.rpartition(".")
+        scales = tensors.get(base + _SCALES)
+        if scales is None:
+            total += prod(entry.shape)
+        elif part == "weight" and entry.dtype == "U32":
+            special = quantization.get(base)
+            settings = special if isinstance(special, dict) else quantization
+            total += prod(scales.shape) * _count(config, {**quantization, **settings}, "group_size")
+    return total
+
+
+def _elements(entries: Iterable[_Entry]) -> int:
+    return sum(prod(entry.shape) for entry in entries)

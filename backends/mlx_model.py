@@ -1,0 +1,294 @@
+"""Loading a model with mlx-lm: what it knows, the runtime's settings, and the weights."""
+
+import ast
+import ctypes
+import gc
+import importlib.util
+import json
+import os
+import platform
+import re
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from backends.hf_folder import HfFolder
+from backends.hf_header import read_json
+from core.errors import BrokenModel, InsufficientMemory
+from core.units import MIB
+
+_TYPE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NESTED = ("text_config", "llm_config", "language_config")
+_LIFTED = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
+_MOST_REPEATS = 4096
+_REPEATS = re.compile(r"(num_.*layers|n_layers?|num_.*experts|num_.*stages|.*num_blocks)")
+# Buffers that MLX keeps for reuse; the estimate counts them.
+CACHE_BYTES = 256 * MIB
+_IMPORTING = threading.Lock()
+
+
+def has_metal() -> bool:
+    """Whether MLX computes on a GPU here; imports nothing."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+@cache
+def _package() -> Path | None:
+    spec = importlib.util.find_spec("mlx_lm")
+    places = spec.submodule_search_locations if spec else None
+    return Path(next(iter(places))) if places else None
+
+
+@cache
+def _aliases() -> Mapping[str, str]:
+    """Return mlx-lm's own table of model types that another type's code runs."""
+    package = _package()
+    if package is None:
+        return {}
+    for node in ast.parse((package / "utils.py").read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL_REMAPPING":
+            return dict(ast.literal_eval(node.value))
+    return {}
+
+
+@cache
+def supports(model_type: str) -> bool:
+    """Whether mlx-lm has code for this `model_type`; imports nothing of it."""
+    package = _package()
+    if package is None or not _TYPE.fullmatch(model_type):
+        return False
+    module = package / "models" / f"{_aliases().get(model_type, model_type)}.py"
+    if not module.is_file():
+        return False
+    text = module.read_text("utf-8")
+    return "class ModelArgs" in text and "class Model(" in text
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse what would run a file's code or build without end.  Raises BrokenModel."""
+    if config.get("model_file") is not None:
+        raise BrokenModel(
+            "The model's config.json names Python code to run (model_file), which is refused.",
+            param="model",
+        )
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_config(value)
+        elif _REPEATS.fullmatch(key) and isinstance(value, int) and value > _MOST_REPEATS:
+            raise BrokenModel(f"The model's config.json has {key}={value}.", param="model")
+
+
+def _lend_blas(threads: int) -> None:
+    """Let PyTorch's BLAS serve MLX: the one in MLX's wheel for Linux is twenty times slower.
+
+    Its symbols must be there before MLX is loaded.  Does nothing where torch is missing.
+    """
+    if sys.platform != "linux" or "mlx.core" in sys.modules:
+        return
+    spec = importlib.util.find_spec("torch")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        library = Path(place) / "lib" / "libtorch_cpu.so"
+        if library.is_file():
+            os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            return
+
+
+@contextmanager
+def _kept_limits() -> Iterator[None]:
+    """Keep the process's limit of open files, which importing mlx-lm would lower for good."""
+    original = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = original
+
+
+def import_runtime(threads: int) -> None:
+    """Import MLX and mlx-lm; blocks for a second or two the first time."""
+    with _IMPORTING:
+        if "mlx_lm.generate" in sys.modules:
+            return
+        _lend_blas(threads)
+        with _kept_limits():
+            import mlx_lm.generate  # noqa: F401
+    import mlx.core as mx
+
+    mx.set_cache_limit(CACHE_BYTES)
+
+
+def _runtime_config(folder: HfFolder) -> dict[str, Any]:
+    """Return config.json with the rotary settings where mlx-lm's models look for them.
+
+    Most of them ignore `rope_parameters` of transformers 5, and compute fluent nonsense then.
+    """
+    config = read_json(folder.path / "config.json")
+    lifted = {key: folder.config[key] for key in _LIFTED if folder.config.get(key) is not None}
+    for level in (config, *(config.get(key) for key in _NESTED)):
+        if isinstance(level, dict):
+            for key, value in lifted.items():
+                if level.get(key) is None:
+                    level[key] = value
+    if folder.is_embedder:
+        # Saved without a head, which is not used then.
+        config["tie_word_embeddings"] = True
+    return config
+
+
+def _loader(model_class: Any, weights: Mapping[str, Any]) -> Any:
+    """Return the class with `weights` in place of files, each of which must find its place."""
+
+    def sanitize(self: Any, _: Mapping[str, Any]) -> Any:
+        found = dict(weights)
+        if hasattr(model_class, "sanitize"):
+            return model_class.sanitize(self, found)
+        return found
+
+    def load_weights(self: Any, found: Any, strict: bool = True) -> Any:
+        del strict
+        return model_class.load_weights(self, found, strict=True)
+
+    return type("Loaded", (model_class,), {"sanitize": sanitize, "load_weights": load_weights})
+
+
+class CpuClock:
+    """CPU seconds of the calling thread and of MLX's own threads on Linux.
+
+    Made before the first computation: what threads appear until `settle` are the runtime's.
+    """
+
+    def __init__(self) -> None:
+        self._before = self._threads()
+        self._clocks: tuple[int, ...] = ()
+
+    @staticmethod
+    def _threads() -> set[int]:
+        folder = Path("/proc/self/task")
+        return {int(each.name) for each in folder.iterdir()} if folder.is_dir() else set()
+
+    def settle(self) -> None:
+        """Take the threads that are new."""
+        python = {thread.native_id for thread in threading.enumerate()}
+        # Source: clock_gettime(2) on Linux; 6 means one thread's CPU time.
+        self._clocks = tuple((~each << 3) | 6 for each in self._threads() - self._before - python)
+
+    def seconds(self) -> float:
+        """Return the sum so far; only differences mean something."""
+        total = time.thread_time()
+        for clock in self._clocks:
+            try:
+                total += time.clock_gettime(clock)
+            except OSError:
+                continue
+        return total
+
+
+class MlxModel:
+    """Weights in memory; made, used and closed on one thread."""
+
+    def __init__(
+        self, folder: HfFolder, weights: tuple[Path, ...], *, threads: int, is_dense: bool
+    ) -> None:
+        """Load; blocks.  `is_dense` unpacks quantized weights to float32.
+
+        `can_cut` says then whether a sequence's cache can be cut at any length.
+
+        Raises BrokenModel, InsufficientMemory.
+        """
+        import_runtime(threads)
+        self.clock = CpuClock()
+        config = _runtime_config(folder)
+        check_config(config)
+        self.model = _guarded(
+            folder,
+            lambda: _load(config, weights, is_dense=is_dense, is_embedder=folder.is_embedder),
+        )
+        self.vocabulary_size = _guarded(folder, self._try)
+        self.clock.settle()
+
+    def _try(self) -> int:
+        """Compute one token: shapes that do not fit and broken numbers show here."""
+        import mlx.core as mx
+        from mlx_lm.generate import generation_stream
+        from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+        kinds = make_prompt_cache(self.model)
+        self.can_cut = all(isinstance(each, KVCache) for each in kinds)
+        if not all(hasattr(each, "merge") for each in kinds):
+            raise ValueError(f"its cache {type(kinds[0]).__name__} cannot hold several sequences")
+        with mx.stream(generation_stream):
+            logits = self.model(mx.array([[0]]), cache=kinds)[0, -1].astype(mx.float32)
+            if not mx.isfinite(logits).all().item():
+                raise ValueError("it computes no finite numbers")
+        return int(logits.shape[-1])
+
+    def close(self) -> None:
+        """Give the memory back; twice is fine."""
+        import mlx.core as mx
+
+        self.model = None
+        gc.collect()
+        mx.clear_cache()
+
+
+def _load(
+    config: dict[str, Any], files: tuple[Path, ...], *, is_dense: bool, is_embedder: bool
+) -> Any:
+    import mlx.core as mx
+    from mlx_lm.utils import _get_classes, dequantize_model, load_model
+
+    weights: dict[str, Any] = {}
+    for file in files:
+        arrays = mx.load(str(file))
+        assert isinstance(arrays, dict)
+        weights |= arrays
+    if is_embedder and not any(name.startswith("model.") for name in weights):
+        weights = {f"model.{name}": array for name, array in weights.items()}
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, arguments = _get_classes(config)
+        return _loader(model_class, weights), arguments
+
+    # Nothing but this configuration is read: no other weights, no code beside them.
+    with tempfile.TemporaryDirectory(prefix="impetus-mlx-") as place:
+        (Path(place) / "config.json").write_text(json.dumps(config), "utf-8")
+        model, _ = load_model(
+            Path(place),
+            lazy=True,
+            strict=False,
+            get_model_classes=classes,
+        )
+    weights.clear()
+    if is_dense:
+        model = dequantize_model(model)
+    if not has_metal():
+        # Half-precision numbers are many times slower on a CPU.
+        model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    return model
+
+
+def _guarded(folder: HfFolder, work: Callable[[], Any]) -> Any:
+    """Run `work`; what mlx-lm raises for unfitting files becomes an error of ours."""
+    try:
+        return work()
+    except MemoryError as problem:
+        raise InsufficientMemory(
+            f"The model {folder.path.name} does not fit into memory.", param="model"
+        ) from problem
+    except (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
+        RuntimeError, TypeError, ValueError,
+    ) as problem:  # fmt: skip
+        reason = f"{type(problem).__name__}: {problem}"[:500]
+        raise BrokenModel(
+            f"The model {folder.path.name} cannot be loaded by mlx-lm: {reason}", param="model"
+        ) from problem

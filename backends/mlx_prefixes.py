@@ -1,0 +1,101 @@
+"""Computed prefixes that MLX keeps in memory, least recently used out first."""
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from backends.prefix_cache import common_prefix
+from backends.prefix_store import SMALLEST_PREFIX
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """The caches of all layers after `tokens`, for one sequence; their arrays are never changed."""
+
+    tokens: "array[int]"
+    layers: list[Any]
+    size_bytes: int
+    can_trim: bool
+    used: int
+
+
+class MlxPrefixes:
+    """At most `limit_bytes` of caches; used from the engine's thread only."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._kept: list[_Kept] = []
+        self._uses = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is ever kept."""
+        return self._limit_bytes > 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes held."""
+        return sum(kept.size_bytes for kept in self._kept)
+
+    def put(self, tokens: "array[int]", layers: list[Any]) -> None:
+        """Keep the caches after `tokens`; those that they continue go where they can be cut."""
+        import mlx.core as mx
+        from mlx_lm.models.cache import can_trim_prompt_cache
+
+        size_bytes = sum(layer.nbytes for layer in layers)
+        if size_bytes > self._limit_bytes or len(tokens) < SMALLEST_PREFIX:
+            return
+        can_trim = can_trim_prompt_cache(layers)
+        if can_trim and any(
+            kept.can_trim and common_prefix(kept.tokens, tokens) == len(tokens)
+            for kept in self._kept
+        ):
+            return
+        self._kept = [
+            kept
+            for kept in self._kept
+            if not (can_trim or len(kept.tokens) == len(tokens))
+            or common_prefix(kept.tokens, tokens) < len(kept.tokens)
+        ]
+        self._uses += 1
+        self._kept.append(_Kept(tokens, layers, size_bytes, can_trim, self._uses))
+        while self.size_bytes > self._limit_bytes:
+            self._kept.remove(min(self._kept, key=lambda kept: kept.used))
+        # What is not computed yet would keep its inputs alive.
+        mx.eval([layer.state for layer in layers])
+
+    def longest(self, prompt: "array[int]") -> tuple[int, Callable[[], list[Any]]]:
+        """Return how many tokens of `prompt` are known, and what makes their caches.
+
+        One token at least is left to compute.  A cache that cannot be cut counts as a whole.
+        """
+        limit = len(prompt) - 1
+        best, best_length = None, SMALLEST_PREFIX - 1
+        for kept in self._kept:
+            length = min(common_prefix(kept.tokens, prompt), limit)
+            if length < len(kept.tokens) and not kept.can_trim:
+                continue
+            if length > best_length:
+                best, best_length = kept, length
+        if best is None:
+            return 0, list
+        self._uses += 1
+        best.used = self._uses
+        return best_length, lambda: cut(best.layers, len(best.tokens), best_length)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+
+
+def cut(layers: list[Any], length: int, wanted: int) -> list[Any]:
+    """Return caches with the first `wanted` of `length` tokens; the arrays are shared."""
+    from copy import deepcopy
+
+    from mlx_lm.models.cache import trim_prompt_cache
+
+    copied = deepcopy(layers)
+    if wanted < length:
+        trim_prompt_cache(copied, length - wanted)
+    return copied

@@ -1,0 +1,212 @@
+"""ONNX models on plain onnxruntime: decoders with past key values, and encoders for embeddings.
+
+onnxruntime-genai is not used: its own engine is slower at several streams, reads only the folders
+that its own builder wrote, and can do nothing for one model that this cannot.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import (
+    Availability,
+    Backend,
+    Engine,
+    EngineOptions,
+    MemoryEstimate,
+    ModelInfo,
+    Stepper,
+)
+from backends.embedding import EmbeddingEngine, pool, read_pooling
+from backends.grants import as_granted
+from backends.hf_engine import open_token_engine
+from backends.hf_memory import estimate_transformer
+from backends.hf_tokenizer import HfTokenizer
+from backends.onnx_info import OnnxModel, onnx_info, read_model
+from backends.onnx_layout import DecoderLayout, EncoderLayout
+from backends.onnx_model import RaggedRows
+from backends.onnx_padded import PaddedRows
+from backends.onnx_session import DecoderSession, chunk_tokens, open_session
+from backends.pooling import Pooling, unit
+from backends.row_model import RowModel
+from backends.row_stepper import RowStepper
+from core.errors import EngineFailed
+from core.units import MIB
+
+_BASE_BYTES = 64 * MIB
+_F32_BYTES = 4
+_USUAL_HEADS = 12
+# Scores, their softmax and one copy live at once in attention made of plain operators.
+_SCORES_ALIVE = 3
+_EMBEDDING_BATCH_TOKENS = 2048
+# Finished rows may stay beside as many running ones, so that their prefixes are of use.
+_ROWS_PER_SEQUENCE = 2
+
+
+class OnnxBackend(Backend):
+    """Any `.onnx` file of a text decoder with past key values or of a text encoder."""
+
+    name: ClassVar[str] = "onnx"
+    starts_on_demand: ClassVar[bool] = True
+
+    def availability(self) -> Availability:
+        """Available where onnxruntime is installed."""
+        if importlib.util.find_spec("onnxruntime") is None:
+            return Availability(False, "onnxruntime is not installed; run scripts/setup")
+        return Availability(True)
+
+    def identify(self, path: Path) -> ModelInfo:
+        """Read the graph with our own bounded reader."""
+        return onnx_info(path)
+
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        """Return weights, KV cache and activations in bytes."""
+        weights_bytes = _number(info, "weights_bytes") or info.size_bytes
+        if info.details.get("is_encoder"):
+            # A text is computed in one piece, so a batch holds the longest one at least.
+            tokens = max(info.context_length, _EMBEDDING_BATCH_TOKENS)
+            heads = _number(info, "n_head") or _USUAL_HEADS
+            scores = tokens * info.context_length * heads * _F32_BYTES * _SCORES_ALIVE
+            estimated = estimate_transformer(
+                info,
+                replace(options, prefill_chunk_tokens=tokens),
+                weights_bytes=weights_bytes,
+                kv_element_bytes=0,
+                base_bytes=_BASE_BYTES + scores,
+                logits_rows=0,
+            )
+            return replace(estimated, prefix_bytes=0)
+        element_bytes = np.dtype(str(info.details["kv_dtype"])).itemsize
+        if info.details.get("batching") != "ragged":
+            # The cache of one step is read while that of the next is written.
+            element_bytes *= 2
+        rows = min(options.prefill_chunk_tokens, chunk_tokens(_number(info, "vocabulary_size")))
+        estimated = estimate_transformer(
+            info,
+            options,
+            weights_bytes=weights_bytes,
+            kv_element_bytes=element_bytes,
+            base_bytes=_BASE_BYTES,
+            logits_rows=max(rows, options.max_sequences),
+        )
+        # Prefixes stay in rows of the KV cache and nowhere else.
+        return replace(estimated, prefix_bytes=0)
+
+    def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
+        """Load the model; blocks while onnxruntime reads and optimises it."""
+        granted = self.estimate(info, options)
+        options = as_granted(options, granted)
+        model = read_model(info.files[0])
+        if isinstance(model.layout, EncoderLayout):
+            return _open_encoder(info, model, model.layout, options)
+        return _open_decoder(info, model, model.layout, options)
+
+
+def _number(info: ModelInfo, key: str) -> int:
+    value = info.details.get(key, 0)
+    return int(value) if isinstance(value, int | float) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """A tokenizer with end tokens that only genai_config.json names."""
+
+    tokenizer: HfTokenizer
+    end_ids: frozenset[int]
+
+    def is_end(self, token_id: int) -> bool:
+        """Whether a token ends the generation."""
+        return token_id in self.end_ids or self.tokenizer.is_end(token_id)
+
+    def piece(self, token_id: int, *, special: bool) -> bytes:
+        """Return a token's bytes."""
+        return self.tokenizer.piece(token_id, special=special)
+
+
+def _open_decoder(
+    info: ModelInfo, model: OnnxModel, layout: DecoderLayout, options: EngineOptions
+) -> Engine:
+    assert model.folder is not None
+    assert options.context_tokens is not None
+    tokenizer = HfTokenizer(model.home)
+
+    def open_stepper() -> Stepper:
+        rows = open_rows(model, layout, options)
+        return RowStepper(rows, _Pieces(tokenizer, model.end_ids), options)
+
+    return open_token_engine(
+        info,
+        model.folder,
+        tokenizer,
+        open_stepper,
+        options,
+        context_tokens=options.context_tokens,
+    )
+
+
+def open_rows(model: OnnxModel, layout: DecoderLayout, options: EngineOptions) -> RowModel:
+    """Load a decoder; blocks.  `options` must have their KV tokens decided.  Raises BrokenModel."""
+    assert options.kv_tokens is not None
+    session = DecoderSession(open_session(model.graph.path, options.threads), layout)
+    max_rows = options.max_sequences * _ROWS_PER_SEQUENCE
+    if layout.is_ragged:
+        return RaggedRows(session, max_rows=max_rows, kv_tokens=options.kv_tokens)
+    return PaddedRows(session, max_rows=max_rows)
+
+
+def _open_encoder(
+    info: ModelInfo, model: OnnxModel, layout: EncoderLayout, options: EngineOptions
+) -> Engine:
+    assert options.context_tokens is not None
+    home = Path(str(info.details.get("tokenizer_folder") or model.home))
+    tokenizer = HfTokenizer(home)
+    pooling = read_pooling(home)
+    context = min(options.context_tokens, pooling.max_tokens or options.context_tokens)
+    session = open_session(model.graph.path, options.threads, for_encoder=True)
+    encoder = Encoder(session, layout, pooling)
+    return EmbeddingEngine(
+        info,
+        tokenizer.encode_for_embedding,
+        encoder.encode,
+        encoder.close,
+        context_tokens=context,
+        vocabulary_size=tokenizer.vocabulary_size,
+        max_batch_tokens=max(context, _EMBEDDING_BATCH_TOKENS),
+    )
+
+
+class Encoder:
+    """A session that makes one vector of each token list; used from one thread."""
+
+    def __init__(self, session: Any, layout: EncoderLayout, pooling: Pooling) -> None:
+        self._session: Any = session
+        self._layout = layout
+        self._pooling = pooling
+
+    def encode(self, lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the vectors (len(lists), dimension), pooled.  Raises EngineFailed."""
+        lengths = np.array([len(ids) for ids in lists])
+        mask = np.arange(int(lengths.max()))[None, :] < lengths[:, None]
+        ids = np.zeros(mask.shape, np.int64)
+        for row, tokens in zip(ids, lists, strict=True):
+            row[: len(tokens)] = tokens
+        made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        feeds = {name: made[name].astype(dtype) for name, dtype in self._layout.dtypes.items()}
+        try:
+            (output,) = self._session.run([self._layout.output], feeds)
+        except Exception as problem:
+            reason = " ".join(str(problem).split())[:500]
+            raise EngineFailed(f"onnxruntime failed: {reason}") from problem
+        if not self._layout.is_pooled:
+            return pool(output, mask, self._pooling)
+        vectors = np.asarray(output, np.float32)
+        return unit(vectors) if self._pooling.normalize else vectors
+
+    def close(self) -> None:
+        """Free the weights; twice is fine."""
+        self._session = None

@@ -1,0 +1,245 @@
+"""What an ONNX model is and can do, from its graph and the folder around it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from backends.base import ModelInfo
+from backends.hf_folder import HfFolder, folder_info, read_folder
+from backends.hf_header import read_json, read_text
+from backends.onnx_graph import OnnxGraph, read_graph
+from backends.onnx_layout import DecoderLayout, EncoderLayout, read_layout, unsupported
+from backends.pooling import read_pooling
+from core.errors import NotThisFormat
+from core.types import Capability
+from core.units import MIB
+
+_DESCRIPTIONS = ("config.json", "genai_config.json", "tokenizer.json")
+_PLAIN_STEM = re.compile(r"(decoder_model_merged|decoder_with_past_model|model)_?")
+_INTEGER_OPERATORS = frozenset({
+    "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
+    "QLinearMatMul", "QAttention", "QGemm", "DequantizeLinear",
+})  # fmt: skip
+_WORDS = {
+    "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int8": "int8",
+    "uint8": "int8", "int4": "int4", "uint4": "int4",
+}  # fmt: skip
+# What encoders without a description are assumed to take where their graph does not tell.
+_USUAL_ENCODER_TOKENS = 512
+_MAX_TEMPLATE_BYTES = MIB
+_GENERATES = frozenset({Capability.CHAT, Capability.COMPLETION})
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxModel:
+    """One graph with its folder; `end_ids` are those that only genai_config.json names."""
+
+    graph: OnnxGraph
+    layout: DecoderLayout | EncoderLayout
+    home: Path
+    folder: HfFolder | None
+    end_ids: frozenset[int]
+
+
+def read_model(path: Path) -> OnnxModel:
+    """Read graph and descriptions; nothing is loaded.  Raises NotThisFormat, BrokenModel."""
+    path = path.absolute()
+    graph = read_graph(path)
+    home = _home(path)
+    genai = _genai(home)
+    try:
+        folder: HfFolder | None = read_folder(home)
+    except NotThisFormat:
+        folder = _genai_folder(home, genai) if genai else None
+    layout = read_layout(graph, folder.config if folder else {})
+    return OnnxModel(graph, layout, home, folder, _end_ids(genai))
+
+
+def onnx_info(path: Path) -> ModelInfo:
+    """Describe the model of one graph; a folder may hold several, as in several precisions.
+
+    Raises NotThisFormat, BrokenModel.
+    """
+    model = read_model(path)
+    if isinstance(model.layout, DecoderLayout):
+        return _decoder_info(model, model.layout)
+    return _encoder_info(model, model.layout)
+
+
+def _home(path: Path) -> Path:
+    """Return the folder with the descriptions: the graph's own, or the one above `onnx/`."""
+    folder = path.parent
+    if any((folder / name).is_file() for name in _DESCRIPTIONS):
+        return folder
+    above = folder.parent
+    is_inner = folder.name == "onnx" and any((above / name).is_file() for name in _DESCRIPTIONS)
+    return above if is_inner else folder
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return {}
+
+
+def _genai(home: Path) -> dict[str, Any]:
+    """Return genai_config.json, empty where there is none or it describes no model."""
+    config = _optional(home / "genai_config.json")
+    return config if isinstance(config.get("model"), dict) else {}
+
+
+def _end_ids(genai: Mapping[str, Any]) -> frozenset[int]:
+    value = genai["model"].get("eos_token_id") if genai else None
+    each = value if isinstance(value, list) else [value]
+    return frozenset(one for one in each if type(one) is int and one >= 0)
+
+
+def _genai_folder(home: Path, genai: Mapping[str, Any]) -> HfFolder:
+    """Return what genai_config.json says in the words of config.json.
+
+    Source: the configuration reference of onnxruntime-genai.
+    """
+    model = genai["model"]
+    decoder = model.get("decoder")
+    decoder = decoder if isinstance(decoder, dict) else {}
+    config = {
+        "model_type": model.get("type"),
+        "architectures": ["ForCausalLM"],
+        "max_position_embeddings": model.get("context_length"),
+        "vocab_size": model.get("vocab_size"),
+        "bos_token_id": model.get("bos_token_id"),
+        "eos_token_id": model.get("eos_token_id"),
+        "head_dim": decoder.get("head_size"),
+        "hidden_size": decoder.get("hidden_size"),
+        "num_attention_heads": decoder.get("num_attention_heads"),
+        "num_key_value_heads": decoder.get("num_key_value_heads"),
+        "num_hidden_layers": decoder.get("num_hidden_layers"),
+    }
+    search = genai.get("search")
+    tokenizer_config = _optional(home / "tokenizer_config.json")
+    return HfFolder(
+        path=home,
+        config=MappingProxyType({key: value for key, value in config.items() if value is not None}),
+        generation_config=MappingProxyType(search if isinstance(search, dict) else {}),
+        tokenizer_config=MappingProxyType(tokenizer_config),
+        chat_template=_template(home, tokenizer_config),
+        license="",
+    )
+
+
+def _template(home: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    try:
+        return read_text(home / "chat_template.jinja", _MAX_TEMPLATE_BYTES) or None
+    except FileNotFoundError:
+        value = tokenizer_config.get("chat_template")
+        return value if isinstance(value, str) and 0 < len(value) <= _MAX_TEMPLATE_BYTES else None
+
+
+def _decoder_info(model: OnnxModel, layout: DecoderLayout) -> ModelInfo:
+    if model.folder is None:
+        raise unsupported(model.graph, "there is neither config.json nor genai_config.json")
+    heads = max(tensor.heads for tensor in layout.cache)
+    info = _described(
+        model,
+        model.folder,
+        {
+            "vocabulary_size": layout.vocabulary_size,
+            "n_layer_kv": layout.layers,
+            "n_head_kv": heads,
+            "head_dim": max(tensor.head_dim for tensor in layout.cache),
+            "kv_dtype": layout.cache_dtype,
+            "batching": "ragged" if layout.is_ragged else "padded" if layout.is_batchable else "",
+            "is_encoder": False,
+        },
+    )
+    # The graph decides: it has the head that generates.
+    return replace(info, capabilities=(info.capabilities - {Capability.EMBEDDING}) | _GENERATES)
+
+
+def _encoder_info(model: OnnxModel, layout: EncoderLayout) -> ModelInfo:
+    details: dict[str, int | float | str | bool] = {"is_encoder": True, "output": layout.output}
+    context = read_pooling(model.home).max_tokens
+    if model.folder is None:
+        info = _bare_encoder(model, layout, details)
+    else:
+        info = _described(model, model.folder, details)
+    length = min(info.context_length, context or info.context_length)
+    return replace(info, capabilities=frozenset({Capability.EMBEDDING}), context_length=length)
+
+
+def _described(
+    model: OnnxModel, folder: HfFolder, details: Mapping[str, int | float | str | bool]
+) -> ModelInfo:
+    graph = model.graph
+    info = folder_info(
+        "onnx",
+        folder,
+        (graph.path, *graph.external_files),
+        parameters=graph.parameters,
+        weights_bytes=_weights_bytes(graph),
+        quantization=quantization_of(graph, model.layout),
+        details={**details, "opset": graph.opsets.get("", 0)},
+    )
+    files = [*info.files, *_existing(model.home / "genai_config.json")]
+    variant = _PLAIN_STEM.sub("", graph.path.stem, count=1)
+    return replace(
+        info,
+        name=f"{info.name}-{variant}" if variant else info.name,
+        files=tuple(files),
+        size_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def _bare_encoder(
+    model: OnnxModel, layout: EncoderLayout, details: Mapping[str, int | float | str | bool]
+) -> ModelInfo:
+    """Describe an encoder that stands alone; its tokenizer has to come from elsewhere."""
+    graph = model.graph
+    files = (graph.path, *graph.external_files)
+    positions = [
+        shape[0]
+        for name, shape in graph.shapes.items()
+        if "position_embeddings" in name and len(shape) == 2 and shape[1] > 1
+    ]
+    is_named_so = graph.path.stem == "model"
+    return ModelInfo(
+        format="onnx",
+        name=graph.path.parent.name if is_named_so else graph.path.stem,
+        architecture="encoder",
+        quantization=quantization_of(graph, layout),
+        files=files,
+        size_bytes=sum(file.stat().st_size for file in files),
+        parameters=graph.parameters,
+        context_length=min(positions, default=_USUAL_ENCODER_TOKENS),
+        capabilities=frozenset({Capability.EMBEDDING}),
+        details={
+            **details,
+            "n_embd": layout.dimension,
+            "weights_bytes": _weights_bytes(graph),
+            "opset": graph.opsets.get("", 0),
+        },
+    )
+
+
+def _existing(*paths: Path) -> list[Path]:
+    return [path for path in paths if path.is_file()]
+
+
+def _weights_bytes(graph: OnnxGraph) -> int:
+    return sum(graph.weights.values())
+
+
+def quantization_of(graph: OnnxGraph, layout: DecoderLayout | EncoderLayout) -> str:
+    """Return the weights' precision in one word, as `int4` or `q4f16`."""
+    if graph.packed:
+        bits = max(graph.packed.items(), key=lambda item: item[1])[0]
+        is_half = isinstance(layout, DecoderLayout) and layout.cache_dtype == "float16"
+        return f"q{bits}f16" if is_half else f"int{bits}"
+    largest = max(graph.weights.items(), key=lambda item: item[1], default=("", 0))[0]
+    if _INTEGER_OPERATORS & graph.operators.keys() and largest not in ("int4", "uint4"):
+        return "int8"
+    return _WORDS.get(largest, largest)

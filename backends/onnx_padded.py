@@ -1,0 +1,195 @@
+"""Rows of decoders in plain operators: each step makes a new cache, one token longer.
+
+Such graphs append to the cache they are given, so rows of different lengths are padded on the
+left, and the cache goes back and forth between two buffers for each layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.onnx_session import DecoderSession
+from backends.row_model import RowInput
+
+_GROWTH_TOKENS = 256
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """Rows that are computed together.
+
+    `cache` arrays are (rows, heads, columns, head_dim); row i's tokens begin at `pads[i]`.
+    `spares` are flat buffers for the next step's cache.
+    """
+
+    rows: list[int]
+    pads: NDArray[np.int64]
+    columns: int
+    cache: list[NDArray[Any]]
+    spares: list[NDArray[Any]] = field(default_factory=list)
+    buffers: list[NDArray[Any]] = field(default_factory=list)
+
+
+class PaddedRows:
+    """A `RowModel`: the rows that decode are one batch, rebuilt when others join or leave."""
+
+    def __init__(self, session: DecoderSession, *, max_rows: int) -> None:
+        self._session = session
+        self.max_rows = max_rows
+        self.vocabulary_size = session.layout.vocabulary_size
+        self._lengths: dict[int, int] = {}
+        self._batch_of: dict[int, _Batch] = {}
+        self._next_row = 0
+
+    @property
+    def native_cpu_s(self) -> float:
+        """CPU seconds spent in onnxruntime."""
+        return self._session.native_cpu_s
+
+    def open_row(self, capacity: int) -> int:
+        """Return an empty row; memory is taken as it grows."""
+        del capacity
+        self._next_row += 1
+        self._put(self._next_row, 0, self._empty())
+        return self._next_row
+
+    def extend(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
+        """Append tokens to rows; see `RowModel.extend`.
+
+        Rows with one token are computed together where the graph takes positions and a mask.
+        """
+        can_batch = self._session.layout.is_batchable
+        single = [index for index, item in enumerate(rows) if len(item.tokens) == 1 and can_batch]
+        if len(single) == len(rows):
+            return self._run(rows)
+        logits = np.empty((len(rows), self.vocabulary_size), np.float32)
+        if single:
+            logits[single] = self._run([rows[index] for index in single])
+        for index, item in enumerate(rows):
+            if index not in single:
+                logits[index] = self._prefill(item)
+        return logits
+
+    def _prefill(self, item: RowInput) -> NDArray[np.float32]:
+        limit = self._session.chunk_tokens
+        for start in range(0, len(item.tokens), limit):
+            logits = self._run([RowInput(item.row, item.tokens[start : start + limit])])
+        last: NDArray[np.float32] = logits[0]
+        return last
+
+    def _run(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
+        """Append as many tokens to each row; only then the new cache takes the old one's place."""
+        batch = self._gather([item.row for item in rows])
+        count = len(rows[0].tokens)
+        columns = batch.columns + count
+        bindings = self._session.bindings()
+        made: list[NDArray[Any]] = []
+        for index, tensor in enumerate(self._session.layout.cache):
+            bindings.feed(tensor.past, batch.cache[index])
+            shape = (len(rows), tensor.heads, columns, tensor.head_dim)
+            made.append(self._room(batch, index, shape))
+            bindings.receive(tensor.present, made[index])
+        past = batch.columns - batch.pads
+        mask = np.arange(columns)[None, :] >= batch.pads[:, None]
+        logits = self._session.run(bindings, [item.tokens for item in rows], past, mask)
+        batch.cache, batch.columns = made, columns
+        batch.spares, batch.buffers = batch.buffers, batch.spares
+        for item in rows:
+            self._lengths[item.row] += count
+        return logits
+
+    def _room(self, batch: _Batch, index: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return an array of the batch's spare buffer, made larger from time to time."""
+        size = int(np.prod(shape))
+        if index >= len(batch.spares):
+            batch.spares.append(np.empty(0, self._session.cache_dtype))
+        if batch.spares[index].size < size:
+            room = size // shape[2] * (shape[2] + _GROWTH_TOKENS)
+            batch.spares[index] = np.empty(room, self._session.cache_dtype)
+        return batch.spares[index][:size].reshape(shape)
+
+    def _gather(self, rows: list[int]) -> _Batch:
+        """Return the batch of exactly these rows, made of those they are in."""
+        batch = self._batch_of[rows[0]]
+        if batch.rows == rows:
+            return batch
+        lengths = np.array([self._lengths[row] for row in rows], np.int64)
+        columns = int(lengths.max())
+        pads = columns - lengths
+        cache = []
+        for index, tensor in enumerate(self._session.layout.cache):
+            # The mask hides padding, but a NaN there would still spread.
+            joined = np.zeros(
+                (len(rows), tensor.heads, columns, tensor.head_dim), self._session.cache_dtype
+            )
+            for place, row in enumerate(rows):
+                joined[place, :, pads[place] :] = self._held(row, index)
+            cache.append(joined)
+        self._leave(rows)
+        batch = _Batch(rows, pads, columns, cache)
+        for row in rows:
+            self._batch_of[row] = batch
+        return batch
+
+    def _held(self, row: int, index: int, length: int | None = None) -> NDArray[Any]:
+        """Return a view of the first `length` tokens of a row: (heads, length, head_dim)."""
+        batch = self._batch_of[row]
+        place = batch.rows.index(row)
+        start = int(batch.pads[place])
+        end = batch.columns if length is None else start + length
+        return batch.cache[index][place, :, start:end]
+
+    def _leave(self, rows: Sequence[int]) -> None:
+        """Give those a cache of their own that shared one with `rows`, so that it can go."""
+        shared = {id(self._batch_of[row]): self._batch_of[row] for row in rows}
+        for batch in shared.values():
+            for row in batch.rows:
+                if row not in rows and self._batch_of.get(row) is batch:
+                    self._put(row, self._lengths[row], self._copied(row, self._lengths[row]))
+
+    def _copied(self, row: int, length: int) -> list[NDArray[Any]]:
+        count = len(self._session.layout.cache)
+        return [self._held(row, index, length)[None].copy() for index in range(count)]
+
+    def _empty(self) -> list[NDArray[Any]]:
+        return [
+            np.empty((1, tensor.heads, 0, tensor.head_dim), self._session.cache_dtype)
+            for tensor in self._session.layout.cache
+        ]
+
+    def _put(self, row: int, length: int, cache: list[NDArray[Any]]) -> None:
+        """Let a row be a batch of its own."""
+        self._lengths[row] = length
+        self._batch_of[row] = _Batch([row], np.zeros(1, np.int64), length, cache)
+
+    def truncate(self, row: int, length: int) -> bool:
+        """Keep the first `length` tokens of a row."""
+        if length < self._lengths[row]:
+            self._leave_alone(row, self._copied(row, length), length)
+        return True
+
+    def _leave_alone(self, row: int, cache: list[NDArray[Any]], length: int) -> None:
+        self._leave([row])
+        self._put(row, length, cache)
+
+    def copy_row(self, source: int, length: int, capacity: int) -> int | None:
+        """Return a new row with the first `length` tokens of another."""
+        if len(self._lengths) >= self.max_rows:
+            return None
+        row = self.open_row(capacity)
+        self._put(row, length, self._copied(source, length))
+        return row
+
+    def close_row(self, row: int) -> None:
+        """Free a row's cache; one it shares goes when the next step is computed."""
+        del self._lengths[row]
+        del self._batch_of[row]
+
+    def close(self) -> None:
+        """Free caches and weights; twice is fine."""
+        self._lengths.clear()
+        self._batch_of.clear()
+        self._session.close()

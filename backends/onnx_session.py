@@ -1,0 +1,161 @@
+"""A graph on onnxruntime: opening it, and running it on memory that is ours."""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.onnx_layout import DecoderLayout
+from core.errors import BrokenModel, EngineFailed
+from core.units import MIB
+
+logger = logging.getLogger(__name__)
+
+_FATAL = 4
+_F32_BYTES = 4
+# Logits of a whole chunk are computed where the graph cannot leave them out.
+_MOST_LOGITS_BYTES = 128 * MIB
+
+
+def open_session(path: Path, threads: int, *, for_encoder: bool = False) -> Any:
+    """Return an `InferenceSession`; blocks while the weights are read.
+
+    Encoders run on Core ML where there is one.  Raises BrokenModel with onnxruntime's reason.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _FATAL
+    # A pattern is kept for every shape ever seen, and here nearly every step has its own.
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    onnxruntime.disable_telemetry_events()
+    if for_encoder and sys.platform == "darwin":
+        providers = [("CoreMLExecutionProvider", {"ModelFormat": "MLProgram"})]
+        try:
+            return onnxruntime.InferenceSession(
+                str(path), options, providers=[*providers, "CPUExecutionProvider"]
+            )
+        except Exception:
+            logger.info("Core ML cannot run %s; the CPU does", path.name, exc_info=True)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as problem:
+        reason = " ".join(str(problem).split())[:500]
+        raise BrokenModel(
+            f"onnxruntime cannot load {path.name}: {reason}", param="model"
+        ) from problem
+
+
+def chunk_tokens(vocabulary_size: int) -> int:
+    """Return how many tokens may be computed together where each has logits."""
+    return max(1, _MOST_LOGITS_BYTES // (_F32_BYTES * max(vocabulary_size, 1)))
+
+
+class Bindings:
+    """One set of inputs and outputs that lie in numpy arrays of ours; keeps the arrays alive."""
+
+    def __init__(self, session: Any) -> None:
+        self._io = session.io_binding()
+        self._kept: dict[str, NDArray[Any]] = {}
+
+    @property
+    def handle(self) -> Any:
+        """onnxruntime's own object."""
+        return self._io
+
+    def feed(self, name: str, values: NDArray[Any]) -> None:
+        """Let the input be `values`, which must be contiguous; they are not copied."""
+        self._io.bind_input(name, "cpu", 0, values.dtype.type, values.shape, values.ctypes.data)
+        self._kept[name] = values
+
+    def receive(self, name: str, values: NDArray[Any]) -> None:
+        """Have the output written into `values`, whose shape must be the output's."""
+        self._io.bind_output(name, "cpu", 0, values.dtype.type, values.shape, values.ctypes.data)
+        self._kept[name] = values
+
+
+class DecoderSession:
+    """A decoder's session; used from one thread."""
+
+    def __init__(self, session: Any, layout: DecoderLayout) -> None:
+        self._session: Any = session
+        self.layout = layout
+        self.native_cpu_s = 0.0
+        self.cache_dtype = np.dtype(layout.cache_dtype)
+        self._logits_dtype = np.dtype(layout.logits_dtype)
+        self._dtypes: Mapping[str, np.dtype[Any]] = {
+            name: np.dtype(dtype) for name, dtype in layout.dtypes.items()
+        }
+        self._keeps_last = "num_logits_to_keep" in layout.dtypes
+
+    @property
+    def chunk_tokens(self) -> int:
+        """How many tokens of one row may be computed together."""
+        if self._keeps_last:
+            return 1 << 30
+        return chunk_tokens(self.layout.vocabulary_size)
+
+    def bindings(self) -> Bindings:
+        """Return an empty set of bindings for `run`."""
+        return Bindings(self._session)
+
+    def run(
+        self,
+        bindings: Bindings,
+        tokens: Sequence[Sequence[int]],
+        past: NDArray[np.int64],
+        mask: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        """Compute `tokens`, as many for each row; return the last logits (rows, vocabulary).
+
+        `past` (rows,) are the true lengths before, `mask` (rows, columns) what may be attended
+        to, the new tokens included.  The cache must be bound.  Raises EngineFailed.
+        """
+        ids = np.asarray(tokens, np.int64)
+        rows, count = ids.shape
+        for name, values in self._inputs(ids, past, mask):
+            bindings.feed(name, np.asarray(values, self._dtypes[name], order="C"))
+        kept = 1 if self._keeps_last else count
+        logits = np.empty((rows, kept, self.layout.vocabulary_size), self._logits_dtype)
+        bindings.receive("logits", logits)
+        started = time.thread_time()
+        try:
+            self._session.run_with_iobinding(bindings.handle)
+        except Exception as problem:
+            reason = " ".join(str(problem).split())[:500]
+            raise EngineFailed(f"onnxruntime failed: {reason}") from problem
+        self.native_cpu_s += time.thread_time() - started
+        return np.asarray(logits[:, -1], np.float32)
+
+    def _inputs(
+        self, ids: NDArray[np.int64], past: NDArray[np.int64], mask: NDArray[np.bool_]
+    ) -> list[tuple[str, NDArray[Any]]]:
+        count = ids.shape[1]
+        columns = mask.shape[1]
+        made: dict[str, NDArray[Any]] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "num_logits_to_keep": np.ones(self._shape("num_logits_to_keep"), np.int64),
+            # Merged exports hold two graphs; the one for an empty past ignores it.
+            "use_cache_branch": np.full(self._shape("use_cache_branch"), columns > count),
+        }
+        if "position_ids" in self._dtypes:
+            made["position_ids"] = past[:, None] + np.arange(count)
+        if "cache_position" in self._dtypes:
+            made["cache_position"] = np.arange(columns - count, columns)
+        return [(name, made[name]) for name in self._dtypes]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return () if name in self.layout.scalars else (1,)
+
+    def close(self) -> None:
+        """Free the weights; twice is fine."""
+        self._session = None

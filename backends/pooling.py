@@ -1,0 +1,225 @@
+"""From a vector per token to a vector per text, as sentence-transformers folders describe it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import BrokenModel
+
+_LARGEST_JSON = 1024 * 1024
+# In the order of concatenation where a model uses several.
+# Source: sentence_transformers, modules/pooling.py.
+_FLAGS: Mapping[str, str] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+    "pooling_mode_weightedmean_tokens": "weighted_mean",
+    "pooling_mode_lasttoken": "last",
+}
+_NAMES: Mapping[str, str] = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last",
+}
+_HARMLESS = frozenset({"Transformer", "Pooling", "Normalize", "Dropout"})
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """How token vectors become one; `mode` is one of `MODES`, or several joined by "+".
+
+    `normalize` makes unit vectors.  `max_tokens` is the longest text the model was made for,
+    its special tokens included; None where the folder does not say.
+    """
+
+    mode: str = "mean"
+    normalize: bool = True
+    max_tokens: int | None = None
+
+
+def read_pooling(folder: Path) -> Pooling:
+    """Return what a model's folder says; mean and unit vectors where it says nothing.
+
+    Raises BrokenModel for damaged files, and for modules whose computation is not known here:
+    leaving one out would give other vectors without a word.
+    """
+    max_tokens = _max_tokens(_read_object(folder / "sentence_bert_config.json"))
+    modules = _read(folder / "modules.json")
+    if modules is None:
+        return Pooling(max_tokens=max_tokens)
+    if not isinstance(modules, list):
+        raise BrokenModel("modules.json holds no list of modules.", param="model")
+    kinds: list[str] = []
+    mode = "mean"
+    for module in modules:
+        kind, path = _module(module)
+        if kind not in _HARMLESS:
+            raise BrokenModel(
+                f"The embedding model has a module {kind!r}, which is not supported.",
+                param="model",
+            )
+        if kind == "Pooling":
+            mode = _mode(_read_object(_inside(folder, path) / "config.json"))
+        kinds.append(kind)
+    return Pooling(mode, "Normalize" in kinds, max_tokens)
+
+
+def pool(
+    hidden: NDArray[np.floating[Any]], mask: NDArray[Any], pooling: Pooling
+) -> NDArray[np.float32]:
+    """Return vectors float32 (b, d) of `hidden` (b, t, d).
+
+    `mask` (b, t) is 0 at padding, which may be on either side.  With several modes d grows as
+    many times.  A row without any token gives zeros.
+    """
+    weights = np.asarray(mask, np.float32)
+    values = np.asarray(hidden, np.float32)
+    vectors = [_POOLERS[mode](values, weights) for mode in pooling.mode.split("+")]
+    joined = vectors[0] if len(vectors) == 1 else np.concatenate(vectors, axis=1)
+    return unit(joined) if pooling.normalize else joined
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return `vectors` (b, d) with length one each; zeros stay zeros."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths == 0, 1, lengths), np.float32)
+
+
+def _mean(values: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    counts = _at_least_one(weights.sum(axis=1, keepdims=True))
+    return np.asarray(_weighted_sum(values, weights) / counts, np.float32)
+
+
+def _mean_sqrt_len(
+    values: NDArray[np.float32], weights: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    counts = _at_least_one(weights.sum(axis=1, keepdims=True))
+    return np.asarray(_weighted_sum(values, weights) / np.sqrt(counts), np.float32)
+
+
+def _weighted_mean(
+    values: NDArray[np.float32], weights: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Weigh each token by its place, the first by one."""
+    return _mean(values, weights * np.cumsum(weights, axis=1))
+
+
+def _max(values: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    largest = np.where(weights[:, :, None] > 0, values, -np.inf).max(axis=1)
+    has_tokens = weights.sum(axis=1, keepdims=True) > 0
+    return np.asarray(np.where(has_tokens, largest, 0), np.float32)
+
+
+def _cls(values: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    return _at(values, weights, np.argmax(weights > 0, axis=1))
+
+
+def _last(values: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    from_end = np.argmax(weights[:, ::-1] > 0, axis=1)
+    return _at(values, weights, weights.shape[1] - 1 - from_end)
+
+
+def _at(
+    values: NDArray[np.float32], weights: NDArray[np.float32], places: NDArray[np.intp]
+) -> NDArray[np.float32]:
+    rows = np.arange(len(values))
+    has_tokens = weights[rows, places] > 0
+    return np.asarray(values[rows, places] * has_tokens[:, None], np.float32)
+
+
+def _weighted_sum(values: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    # What stands at padding may be anything, NaN too, so it is left out instead of multiplied.
+    kept = np.where(weights[:, :, None] > 0, values, 0)
+    return np.asarray(np.einsum("btd,bt->bd", kept, weights), np.float32)
+
+
+def _at_least_one(counts: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(np.maximum(counts, 1), np.float32)
+
+
+_Pooler = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
+_POOLERS: Mapping[str, _Pooler] = {
+    "cls": _cls,
+    "max": _max,
+    "mean": _mean,
+    "mean_sqrt_len": _mean_sqrt_len,
+    "weighted_mean": _weighted_mean,
+    "last": _last,
+}
+MODES = tuple(_POOLERS)
+
+
+def _mode(config: Mapping[str, Any]) -> str:
+    """Return the mode of a pooling module's config, in its newer form or as flags."""
+    named = config.get("pooling_mode")
+    if named is None:
+        chosen = [mode for flag, mode in _FLAGS.items() if config.get(flag) is True]
+        return "+".join(chosen) or "mean"
+    names: Sequence[Any] = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not names:
+        raise BrokenModel("The pooling's config names no mode.", param="model")
+    unknown = [name for name in names if not isinstance(name, str) or name not in _NAMES]
+    if unknown:
+        raise BrokenModel(f"The pooling mode {str(unknown[0])[:50]!r} is unknown.", param="model")
+    return "+".join(dict.fromkeys(_NAMES[name] for name in names))
+
+
+def _module(module: Any) -> tuple[str, str]:
+    if not isinstance(module, dict):
+        raise BrokenModel("modules.json holds something that is no module.", param="model")
+    kind, path = module.get("type"), module.get("path", "")
+    if not isinstance(kind, str) or not isinstance(path, str):
+        raise BrokenModel("A module in modules.json has no type.", param="model")
+    return kind.rsplit(".", 1)[-1][:50], path
+
+
+def _inside(folder: Path, path: str) -> Path:
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise BrokenModel("A module in modules.json lies outside of the folder.", param="model")
+    return folder / path
+
+
+def _max_tokens(config: Mapping[str, Any]) -> int | None:
+    value = config.get("max_seq_length")
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise BrokenModel("max_seq_length in sentence_bert_config.json is no count.", param="model")
+    return value
+
+
+def _read_object(path: Path) -> Mapping[str, Any]:
+    value = _read(path)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise BrokenModel(f"{path.name} holds no JSON object.", param="model")
+    return value
+
+
+def _read(path: Path) -> Any:
+    """Return the JSON in a file, None where there is no file."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_JSON + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BrokenModel(
+            f"{path.name} cannot be read ({error.strerror}).", param="model"
+        ) from error
+    if len(data) > _LARGEST_JSON:
+        raise BrokenModel(f"{path.name} is larger than 1 MiB.", param="model")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BrokenModel(f"{path.name} is no valid JSON.", param="model") from error

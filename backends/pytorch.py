@@ -1,0 +1,40 @@
+"""PyTorch weights files beside a configuration, on transformers."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from backends.base import (
+    Availability,
+    Backend,
+    Engine,
+    EngineOptions,
+    MemoryEstimate,
+    ModelInfo,
+)
+from backends.hf_config import read_folder
+from backends.pytorch_engine import estimate_torch, on_torch, open_torch, torch_availability
+from backends.pytorch_weights import pytorch_info
+
+
+class PytorchBackend(Backend):
+    """Folders with `pytorch_model*.bin`, and state dicts beside a config.json."""
+
+    name: ClassVar[str] = "pytorch"
+    starts_on_demand: ClassVar[bool] = True
+
+    def availability(self) -> Availability:
+        """Available where PyTorch and transformers are installed."""
+        return torch_availability()
+
+    def identify(self, path: Path) -> ModelInfo:
+        """Read the tensors' list with our own interpreter of pickles, which runs nothing."""
+        info = pytorch_info(path)
+        return on_torch(info, read_folder(info.files[0].parent))
+
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        """Return weights, KV cache and buffers in bytes."""
+        return estimate_torch(info, options)
+
+    def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
+        """Load the model; blocks for as long as reading the weights takes."""
+        return open_torch(info, options)

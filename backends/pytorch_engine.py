@@ -1,0 +1,190 @@
+"""From a model folder's weights to an engine on PyTorch, whatever file format they are in."""
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from backends.base import (
+    Availability,
+    Engine,
+    EngineOptions,
+    MemoryEstimate,
+    ModelInfo,
+    Stepper,
+)
+from backends.grants import as_granted
+from backends.hf_config import HfFolder
+from backends.hf_engine import open_token_engine
+from backends.hf_folder import read_folder
+from backends.hf_header import broken
+from backends.hf_memory import estimate_transformer
+from backends.hf_tokenizer import HfTokenizer
+from backends.pytorch_embed import device, open_embedder
+from backends.pytorch_packing import open_rows
+from backends.pytorch_weights import SUFFIXES, load_tensors, refuse_quantized
+from backends.row_stepper import RowStepper
+from core.errors import BackendUnavailable, InsufficientMemory
+from core.types import Capability
+from core.units import MIB
+
+# Measured: PyTorch and transformers imported, and their buffers for a step.
+_BASE_BYTES = 320 * MIB
+_ELEMENT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
+_SPARE_ROWS = 16
+# Frequencies of these depend on the longest sequence of a batch, so the context ends before.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
+_WEIGHTS = SUFFIXES | {".safetensors"}
+
+
+def torch_availability() -> Availability:
+    """Say whether PyTorch and transformers are installed; imports neither."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        return Availability(False, f"{' and '.join(missing)} is not installed; run scripts/setup")
+    return Availability(True)
+
+
+def on_torch(info: ModelInfo, folder: HfFolder) -> ModelInfo:
+    """Return `info` with the context that PyTorch can compute without changing past tokens."""
+    scaling = folder.config.get("rope_scaling")
+    if not isinstance(scaling, dict):
+        return info
+    if scaling.get("rope_type", scaling.get("type")) not in _LENGTH_DEPENDENT_ROPE:
+        return info
+    original = scaling.get("original_max_position_embeddings") or folder.config.get(
+        "original_max_position_embeddings"
+    )
+    if type(original) is not int or not 0 < original < info.context_length:
+        return info
+    return replace(info, context_length=original)
+
+
+def run_dtype(quantization: str) -> str:
+    """Return what the weights are computed in: their own type, but f16 only on Metal."""
+    if quantization == "bf16" or (quantization == "f16" and sys.platform == "darwin"):
+        return quantization
+    return "f32"
+
+
+def estimate_torch(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+    """Return the bytes an engine holds; see `Backend.estimate`."""
+    element_bytes = _ELEMENT_BYTES[run_dtype(info.quantization)]
+    return estimate_transformer(
+        info,
+        options,
+        weights_bytes=info.parameters * element_bytes,
+        kv_element_bytes=element_bytes,
+        base_bytes=_BASE_BYTES,
+    )
+
+
+def open_torch(info: ModelInfo, options: EngineOptions) -> Engine:
+    """Load the model and open its engine; blocks.  See `Backend.open`."""
+    available = torch_availability()
+    if not available.is_available:
+        raise BackendUnavailable(available.reason, param="model")
+    granted = estimate_torch(info, options)
+    options = as_granted(options, granted)
+    folder = read_folder(info.files[0].parent)
+    refuse_quantized(folder)
+    if Capability.EMBEDDING in info.capabilities:
+        return open_embedder(info, folder, options, torch_dtype(info))
+    tokenizer = HfTokenizer(folder.path)
+
+    def open_stepper() -> Stepper:
+        # Threads are set on the thread that computes.
+        import torch
+
+        torch.set_num_threads(options.threads)
+        model = load_model(info, folder)
+        rows = open_rows(model, max_rows=options.max_sequences + _SPARE_ROWS)
+        return RowStepper(rows, tokenizer, options)
+
+    return open_token_engine(
+        info,
+        folder,
+        tokenizer,
+        open_stepper,
+        options,
+        context_tokens=granted.context_tokens,
+    )
+
+
+def weights_of(info: ModelInfo) -> tuple[Path, ...]:
+    """Return the weights among the model's files."""
+    return tuple(path for path in info.files if path.suffix in _WEIGHTS)
+
+
+def torch_dtype(info: ModelInfo) -> Any:
+    """Return PyTorch's type for what the model is computed in."""
+    import torch
+
+    names = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    return names[run_dtype(info.quantization)]
+
+
+def load_model(info: ModelInfo, folder: HfFolder) -> Any:
+    """Return the transformers model with its weights, ready to run; reads no network.
+
+    Weights stay mapped from their files where their type is the one computed in.
+    Raises BrokenModel, InsufficientMemory.
+    """
+    import torch
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    config_path = folder.path / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(
+            str(folder.path), local_files_only=True, trust_remote_code=False
+        )
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError as problem:
+        raise broken(
+            config_path, f"transformers generates no text with {folder.config.get('model_type')!r}"
+        ) from problem
+    except (ValueError, OSError, TypeError, AttributeError, ImportError) as problem:
+        raise broken(config_path, _first_line(problem)) from problem
+    try:
+        tensors = load_tensors(weights_of(info))
+        model, report = _with_weights(model_class, config, tensors, torch_dtype(info))
+    except (MemoryError, torch.OutOfMemoryError) as problem:
+        raise InsufficientMemory(f"{info.name} does not fit: {problem}", param="model") from problem
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
+        reason = f"transformers cannot load it: {_first_line(problem)}"
+        raise broken(info.files[0], reason) from problem
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise broken(info.files[0], f"{len(report['missing_keys'])} weights are missing: {names}")
+    return model.to(device()).eval()
+
+
+def _with_weights(model_class: Any, config: Any, tensors: Mapping[str, Any], dtype: Any) -> Any:
+    """Return the model and the loading report."""
+
+    def load(attention: str) -> Any:
+        return model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+
+    # Named here, so that no configuration can ask for a kernel from the network.
+    try:
+        return load("sdpa")
+    except ValueError as problem:
+        if "scaled_dot_product_attention" not in str(problem):
+            raise
+        return load("eager")
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:300]

@@ -1,0 +1,229 @@
+"""Continuous batching over a transformers model: rows with KV caches of their own."""
+
+import copy
+import gc
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.pytorch_attention import RowCache, Segment, Step
+from backends.row_model import RowInput
+from core.errors import EngineFailed
+
+# Kinds of layers whose cache takes several tokens at any time; others keep recurrent state.
+_CACHED_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "dummy"})
+
+
+class _TorchRows:
+    """What both ways of running rows share: the model, its device, and the time it took."""
+
+    def __init__(self, model: Any, max_rows: int) -> None:
+        self._model = model
+        self._parameters = frozenset(inspect.signature(model.forward).parameters)
+        self._ids = count()
+        self.max_rows = max_rows
+        self.vocabulary_size = int(model.config.get_text_config(decoder=True).vocab_size)
+        self.native_cpu_s = 0.0
+
+    def _numbers(self, values: Sequence[int]) -> Any:
+        import torch
+
+        return torch.tensor(values, dtype=torch.long, device=self._model.device)
+
+    def _timed(self, compute: Callable[[], Any]) -> NDArray[np.float32]:
+        """Return `compute()`, a tensor (rows, vocabulary), as float32.  Raises EngineFailed."""
+        import torch
+
+        started = time.thread_time()
+        try:
+            with torch.inference_mode():
+                logits = compute()[:, : self.vocabulary_size].float().cpu().numpy()
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as problem:
+            raise EngineFailed(f"PyTorch failed: {problem}") from problem
+        finally:
+            self.native_cpu_s += time.thread_time() - started
+        found: NDArray[np.float32] = np.require(logits, np.float32, ["C", "W"])
+        return found
+
+    def close(self) -> None:
+        """Free the weights; twice is fine."""
+        import torch
+
+        self._model = None
+        gc.collect()
+        if torch.backends.mps.is_available():
+            torch.mps.empty_cache()
+
+
+class PackedRows(_TorchRows):
+    """All rows' new tokens in one forward pass, packed without padding; see `RowModel`."""
+
+    def __init__(self, model: Any, windows: Sequence[int | None], max_rows: int) -> None:
+        """`windows` has each layer's sliding window; the model must use the ragged attention."""
+        super().__init__(model, max_rows)
+        self._windows = windows
+        self._rows: dict[int, RowCache] = {}
+
+    def open_row(self, capacity: int) -> int:
+        """Return an empty row; its memory grows with its tokens."""
+        del capacity
+        row = next(self._ids)
+        self._rows[row] = RowCache()
+        return row
+
+    def extend(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
+        """Append tokens to each row in one pass; return the logits after each row's last."""
+        segments, tokens, positions, last = [], list[int](), list[int](), []
+        for each in rows:
+            cache = self._rows[each.row]
+            segments.append(Segment(cache, len(tokens), len(each.tokens)))
+            tokens.extend(each.tokens)
+            positions.extend(range(cache.length, cache.length + len(each.tokens)))
+            last.append(len(tokens) - 1)
+        logits = self._timed(lambda: self._forward(segments, tokens, positions, last))
+        for segment in segments:
+            segment.cache.length += segment.count
+        return logits
+
+    def _forward(
+        self,
+        segments: Sequence[Segment],
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        last: Sequence[int],
+    ) -> Any:
+        kept = self._numbers(last)
+        cuts = "logits_to_keep" in self._parameters
+        options = {"logits_to_keep": kept} if cuts else {}
+        with Step(segments, self._windows):
+            logits = self._model(
+                input_ids=self._numbers(tokens)[None],
+                position_ids=self._numbers(positions)[None],
+                use_cache=False,
+                **options,
+            ).logits[0]
+        return logits if cuts else logits[kept]
+
+    def truncate(self, row: int, length: int) -> bool:
+        """Keep the first `length` tokens: always possible, all of them are still there."""
+        self._rows[row].length = min(self._rows[row].length, length)
+        return True
+
+    def copy_row(self, source: int, length: int, capacity: int) -> int:
+        """Return a new row holding a copy of the first `length` tokens."""
+        row = self.open_row(capacity)
+        self._rows[row] = self._rows[source].copy(length)
+        return row
+
+    def close_row(self, row: int) -> None:
+        """Free a row's cache."""
+        self._rows.pop(row, None)
+
+    def close(self) -> None:
+        """Free the caches and the weights; twice is fine."""
+        self._rows.clear()
+        super().close()
+
+
+class SeparateRows(_TorchRows):
+    """One forward pass a row with the model's own cache, for what cannot be packed.
+
+    That is recurrent state, caches shared between layers, and attention of a model's own.
+    """
+
+    def __init__(self, model: Any, max_rows: int) -> None:
+        """Raises EngineFailed for a model that keeps no cache at all."""
+        super().__init__(model, max_rows)
+        names = self._parameters & {"past_key_values", "cache_params"}
+        if not names:
+            raise EngineFailed(f"{type(model).__name__} keeps no cache between tokens.")
+        self._cache_name = max(names)
+        kinds, _ = layer_kinds(model)
+        self._is_recurrent = not kinds or not _CACHED_LAYERS.issuperset(kinds)
+        self._rows: dict[int, tuple[Any, int]] = {}
+
+    def open_row(self, capacity: int) -> int:
+        """Return an empty row; its memory grows with its tokens."""
+        from transformers import DynamicCache
+
+        del capacity
+        row = next(self._ids)
+        self._rows[row] = (DynamicCache(config=self._model.config), 0)
+        return row
+
+    def extend(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
+        """Append tokens to one row after the other; return the logits after each row's last."""
+        return np.concatenate([self._timed(partial(self._run, each)) for each in rows])
+
+    def _run(self, each: RowInput) -> Any:
+        cache, past = self._rows[each.row]
+        # A recurrent layer takes several tokens at once only where it has no state yet.
+        width = 1 if self._is_recurrent and past else len(each.tokens)
+        options: dict[str, Any] = {self._cache_name: cache, "use_cache": True}
+        if "logits_to_keep" in self._parameters:
+            options["logits_to_keep"] = 1
+        for start in range(0, len(each.tokens), width):
+            tokens = self._numbers(each.tokens[start : start + width])[None]
+            logits = self._model(input_ids=tokens, **options).logits
+            past += width
+            self._rows[each.row] = (cache, past)
+        return logits[:, -1]
+
+    def truncate(self, row: int, length: int) -> bool:
+        """Keep the first `length` tokens; False where the cache has given older ones up."""
+        cache, past = self._rows[row]
+        if length >= past:
+            return True
+        if not self._can_crop(cache):
+            return False
+        cache.crop(length - past)
+        self._rows[row] = (cache, length)
+        return True
+
+    def _can_crop(self, cache: Any) -> bool:
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        return not self._is_recurrent and all(
+            type(layer) is DynamicLayer
+            or (
+                type(layer) is DynamicSlidingWindowLayer
+                and layer.get_seq_length() < layer.sliding_window
+            )
+            for layer in cache.layers
+        )
+
+    def copy_row(self, source: int, length: int, capacity: int) -> int | None:
+        """Return a new row holding a copy of the first `length` tokens, or None."""
+        cache, past = self._rows[source]
+        if length < past and not self._can_crop(cache):
+            return None
+        row = self.open_row(capacity)
+        self._rows[row] = (copy.deepcopy(cache), past)
+        self.truncate(row, length)
+        return row
+
+    def close_row(self, row: int) -> None:
+        """Free a row's cache."""
+        self._rows.pop(row, None)
+
+    def close(self) -> None:
+        """Free the caches and the weights; twice is fine."""
+        self._rows.clear()
+        super().close()
+
+
+def layer_kinds(model: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return each layer's kind in transformers' words and its cache's arguments."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    try:
+        kinds, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    except (AttributeError, TypeError, ValueError):
+        return [], []
+    return list(kinds), list(arguments)

@@ -1,0 +1,200 @@
+"""Choosing the next token from a row of logits, for runtimes without samplers of their own."""
+
+import secrets
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.base import SequenceSpec
+from core.errors import EngineFailed, RequestError
+from core.types import SamplingParams, TokenLogprob
+
+# What llama.cpp's own tools use where neither the request nor the model says anything.
+DEFAULT_TEMPERATURE = 0.8
+DEFAULT_TOP_K = 40
+DEFAULT_TOP_P = 0.95
+DEFAULT_MIN_P = 0.05
+
+# How many of the likeliest tokens are sorted first where only a probability bounds them.
+_FIRST_SORTED = 256
+
+Number = TypeVar("Number", int, float)
+
+
+def or_default(value: Number | None, default: Number) -> Number:
+    """Return `value`, or `default` where it is None."""
+    return default if value is None else value
+
+
+def token_logprob(
+    logits: NDArray[np.float32], token_id: int, top: int, piece: Callable[[int], bytes]
+) -> TokenLogprob:
+    """Return the natural-log probability of `token_id` and of the `top` likeliest tokens."""
+    peak = float(logits.max())
+    total = peak + float(np.log(np.exp(logits.astype(np.float64) - peak).sum()))
+
+    def entry(token: int, others: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        return TokenLogprob(token, piece(token), float(logits[token]) - total, others)
+
+    if top == 0:
+        return entry(token_id)
+    likely = np.argpartition(logits, -top)[-top:]
+    likely = likely[np.argsort(-logits[likely], kind="stable")]
+    return entry(token_id, tuple(entry(int(token)) for token in likely))
+
+
+class RowSampler:
+    """Chooses one sequence's tokens; its penalties and random state live here.
+
+    The order is llama.cpp's: bias, penalties, top-k, top-p, min-p, temperature.  Not
+    thread-safe: belongs to the stepper's thread.
+    """
+
+    def __init__(
+        self, spec: SequenceSpec, vocabulary_size: int, piece: Callable[[int], bytes]
+    ) -> None:
+        """Check the request.  Raises RequestError for ids outside the vocabulary."""
+        params = spec.sampling
+        for token_id in params.logit_bias:
+            if not 0 <= token_id < vocabulary_size:
+                raise RequestError(
+                    f"logit_bias names token {token_id}, but the vocabulary has "
+                    f"{vocabulary_size} tokens.",
+                    param="logit_bias",
+                )
+        if any(not 0 <= token_id < vocabulary_size for token_id in spec.prompt):
+            raise RequestError(
+                f"A token id is outside the {vocabulary_size} of the vocabulary.", param="prompt"
+            )
+        self._params = params
+        self._piece = piece
+        self._mask = spec.mask
+        self._temperature = or_default(params.temperature, DEFAULT_TEMPERATURE)
+        self._random: np.random.Generator | None = None
+        self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
+        # OpenAI documents -100 as a ban and 100 as exclusive selection.
+        self._bias = np.array(
+            [-np.inf if bias <= -100 else bias for bias in params.logit_bias.values()], np.float32
+        )
+        self._seen = set(spec.prompt) if params.repetition_penalty != 1.0 else set()
+        self._generated: Counter[int] = Counter()
+        if params.frequency_penalty or params.presence_penalty:
+            self._generated.update(spec.prompt[len(spec.prompt) - spec.generated :])
+        self._skipped = spec.generated
+        self._changes_nothing = self._is_plain(params)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken and nothing else is wanted."""
+        return self._temperature == 0.0 and self._changes_nothing
+
+    def _is_plain(self, params: SamplingParams) -> bool:
+        return (
+            self._mask is None
+            and params.top_logprobs is None
+            and not params.logit_bias
+            and not params.frequency_penalty
+            and not params.presence_penalty
+            and params.repetition_penalty == 1.0
+        )
+
+    def sample(self, logits: NDArray[np.float32]) -> tuple[int, TokenLogprob | None]:
+        """Choose from `logits`, shape (vocabulary,), which may be changed in place.
+
+        Raises EngineFailed where the runtime computed no finite number.
+        """
+        if self._changes_nothing:
+            return self._choose(logits), None
+        top = self._params.top_logprobs
+        # Masking and penalties change the logits, so their meaning is taken first.
+        original = logits.copy() if top is not None else logits
+        self._shape(logits)
+        token_id = self._choose(logits)
+        if self._mask is not None:
+            self._mask.accept(token_id)
+        if self._params.repetition_penalty != 1.0:
+            self._seen.add(token_id)
+        if self._params.frequency_penalty or self._params.presence_penalty:
+            self._generated[token_id] += 1
+        if top is None:
+            return token_id, None
+        return token_id, token_logprob(original, token_id, top, self._piece)
+
+    def _shape(self, logits: NDArray[np.float32]) -> None:
+        """Apply mask, bias and penalties in place."""
+        params = self._params
+        if self._mask is not None:
+            self._mask.apply(logits)
+        if len(self._bias_ids):
+            logits[self._bias_ids] += self._bias
+        if self._seen:
+            ids = np.fromiter(self._seen, np.int64, len(self._seen))
+            values = logits[ids]
+            penalty = np.float32(params.repetition_penalty)
+            logits[ids] = np.where(values > 0, values / penalty, values * penalty)
+        if self._generated:
+            ids = np.fromiter(self._generated.keys(), np.int64, len(self._generated))
+            counts = np.fromiter(self._generated.values(), np.float32, len(self._generated))
+            logits[ids] -= counts * params.frequency_penalty + params.presence_penalty
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        best = int(logits.argmax())
+        # argmax returns a NaN's place where there is one.
+        if not np.isfinite(logits[best]):
+            raise EngineFailed("The model computed logits that are no finite numbers.")
+        if self._temperature == 0.0:
+            return best
+        ids, values = self._candidates(logits, logits[best])
+        weights = np.exp((values.astype(np.float64) - values[0]) / self._temperature)
+        if self._random is None:
+            self._random = np.random.default_rng(_seed(self._params.seed))
+            # One number was drawn for each token that is there already.
+            self._random.random(self._skipped)
+        drawn = self._random.random() * weights.sum()
+        place = int(np.searchsorted(weights.cumsum(), drawn, side="right"))
+        return int(ids[min(place, len(ids) - 1)])
+
+    def _candidates(
+        self, logits: NDArray[np.float32], peak: np.float32
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the ids and logits that top-k, top-p and min-p leave, the likeliest first."""
+        top_k = or_default(self._params.top_k, DEFAULT_TOP_K)
+        top_p = or_default(self._params.top_p, DEFAULT_TOP_P)
+        min_p = or_default(self._params.min_p, DEFAULT_MIN_P)
+        limit = min(top_k, len(logits)) if top_k > 0 else len(logits)
+        ids = _likeliest(logits, limit if top_k > 0 or top_p >= 1.0 else _FIRST_SORTED)
+        if top_p < 1.0:
+            pool = logits[ids] if top_k > 0 else logits
+            total = float(np.exp(pool.astype(np.float64) - peak).sum())
+            while (count := _nucleus(logits[ids], peak, top_p * total)) > len(ids) < limit:
+                ids = _likeliest(logits, min(len(ids) * 8, limit))
+            ids = ids[: max(count, 1)]
+        values = logits[ids]
+        keep = values > -np.inf
+        if min_p > 0.0:
+            keep &= values >= peak + np.float32(np.log(min_p))
+        keep[0] = True
+        return ids[keep], values[keep]
+
+
+def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Return the ids of the `count` largest logits, the largest first; ties by id."""
+    if count >= len(logits):
+        return np.argsort(-logits, kind="stable")
+    ids = np.argpartition(logits, -count)[-count:]
+    ids.sort()
+    return ids[np.argsort(-logits[ids], kind="stable")]
+
+
+def _nucleus(values: NDArray[np.float32], peak: np.float32, wanted: float) -> int:
+    """Return how many of the sorted `values` reach `wanted`; more than there are if none do."""
+    reached = np.exp(values.astype(np.float64) - peak).cumsum()
+    return int(np.searchsorted(reached, wanted, side="left")) + 1
+
+
+def _seed(seed: int | None) -> int:
+    """Fold any integer into 64 bits without a sign."""
+    return secrets.randbits(64) if seed is None else seed & 0xFFFFFFFFFFFFFFFF

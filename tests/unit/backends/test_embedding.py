@@ -1,0 +1,302 @@
+"""Tests of the engine that embedding models share."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from numpy.typing import NDArray
+
+from backends.base import ModelInfo
+from backends.embedding import EmbeddingEngine
+from core.errors import (
+    ContextLengthExceeded,
+    EngineFailed,
+    QueueFull,
+    RequestError,
+    UnsupportedCapability,
+)
+from core.types import Capability, Embeddings
+from tests.requests import request, run
+
+INFO = ModelInfo(
+    format="safetensors",
+    name="mini",
+    architecture="bert",
+    quantization="f32",
+    files=(Path("/m/model.safetensors"),),
+    size_bytes=1,
+    parameters=1,
+    context_length=12,
+    capabilities=frozenset({Capability.EMBEDDING}),
+)
+
+
+class Encoder:
+    """Gives each list (its sum, its length); remembers batches, and waits while it is held."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[list[int]]] = []
+        self.started = threading.Event()
+        self.free = threading.Event()
+        self.free.set()
+        self.closed = 0
+        self.answer: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda v: v
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the bytes, with 1 before and 2 after."""
+        return [1, *text.encode(), 2]
+
+    def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the vectors."""
+        self.batches.append([list(ids) for ids in token_lists])
+        self.started.set()
+        self.free.wait()
+        return self.answer(np.array([(sum(ids), len(ids)) for ids in token_lists], np.float32))
+
+    def close(self) -> None:
+        """Count the calls."""
+        self.closed += 1
+
+    async def until_started(self) -> None:
+        """Wait until a batch is being computed."""
+        await asyncio.get_running_loop().run_in_executor(None, self.started.wait)
+
+
+def open_engine(encoder: Encoder, max_waiting: int = 256) -> EmbeddingEngine:
+    return EmbeddingEngine(
+        INFO,
+        encoder.tokenize,
+        encoder.encode,
+        encoder.close,
+        context_tokens=12,
+        vocabulary_size=256,
+        max_batch_tokens=24,
+        max_waiting=max_waiting,
+    )
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    """An encoder that is not held."""
+    return Encoder()
+
+
+@pytest_asyncio.fixture
+async def engine(encoder: Encoder) -> AsyncIterator[EmbeddingEngine]:
+    """An engine over it."""
+    engine = open_engine(encoder)
+    yield engine
+    encoder.free.set()
+    await engine.close()
+
+
+def expected(encoder: Encoder, texts: Sequence[str]) -> list[list[float]]:
+    lists = [encoder.tokenize(text) for text in texts]
+    return [[sum(ids), len(ids)] for ids in lists]
+
+
+async def held_task(
+    engine: EmbeddingEngine, encoder: Encoder, texts: list[str]
+) -> "asyncio.Task[Embeddings]":
+    """Start a request and hold its first batch."""
+    encoder.free.clear()
+    task = asyncio.ensure_future(engine.embed(texts))
+    await encoder.until_started()
+    return task
+
+
+async def test_vectors_come_in_the_order_of_the_inputs(
+    engine: EmbeddingEngine, encoder: Encoder
+) -> None:
+    texts = ["ccc", "a", "dddddddd", "bb", "a"]
+    embeddings = await engine.embed(texts)
+    assert embeddings.vectors.dtype == np.float32
+    assert embeddings.vectors.tolist() == expected(encoder, texts)
+    assert embeddings.prompt_tokens == sum(len(text) + 2 for text in texts)
+
+
+async def test_batches_are_alike_in_length_and_within_the_limit(
+    engine: EmbeddingEngine, encoder: Encoder
+) -> None:
+    await engine.embed(["aaaaaaaaaa", "b", "cc", "dddddddddd", "e", "ff"])
+    lengths = [[len(ids) for ids in batch] for batch in encoder.batches]
+    assert lengths == [[12, 12], [3, 3, 4, 4]]
+
+
+async def test_input_longer_than_a_batch_goes_alone(encoder: Encoder) -> None:
+    engine = EmbeddingEngine(
+        INFO,
+        encoder.tokenize,
+        encoder.encode,
+        encoder.close,
+        context_tokens=12,
+        vocabulary_size=256,
+        max_batch_tokens=8,
+    )
+    await engine.embed(["a" * 10, "b"])
+    await engine.close()
+    assert [len(batch) for batch in encoder.batches] == [1, 1]
+
+
+async def test_requests_share_a_batch(engine: EmbeddingEngine, encoder: Encoder) -> None:
+    first = await held_task(engine, encoder, ["a"])
+    others = [asyncio.ensure_future(engine.embed([text])) for text in ("bb", "cc", "dd")]
+    while engine.load().waiting < 3:
+        await asyncio.sleep(0)
+    encoder.free.set()
+    results = await asyncio.gather(first, *others)
+    assert [len(batch) for batch in encoder.batches] == [1, 3]
+    assert [r.vectors.tolist()[0] for r in results] == expected(encoder, ["a", "bb", "cc", "dd"])
+
+
+async def test_long_request_delays_a_short_one_by_one_batch(
+    engine: EmbeddingEngine, encoder: Encoder
+) -> None:
+    long = await held_task(engine, encoder, ["a" * 10] * 20)
+    short = asyncio.ensure_future(engine.embed(["b"]))
+    while engine.load().waiting < 1:
+        await asyncio.sleep(0)
+    encoder.free.set()
+    await asyncio.gather(long, short)
+    places = [i for i, batch in enumerate(encoder.batches) if encoder.tokenize("b") in batch]
+    assert places == [2]
+    assert engine.load().steps == len(encoder.batches) == 11
+
+
+async def test_token_ids_are_taken_as_they_are(engine: EmbeddingEngine) -> None:
+    embeddings = await engine.embed([[5, 6, 7], "a"])
+    assert embeddings.vectors[0].tolist() == [18, 3]
+    assert embeddings.prompt_tokens == 6
+
+
+@pytest.mark.parametrize("token_id", [-1, 256])
+async def test_token_ids_outside_the_vocabulary_are_refused(
+    engine: EmbeddingEngine, token_id: int
+) -> None:
+    with pytest.raises(RequestError, match="vocabulary"):
+        await engine.embed([[1, token_id]])
+
+
+@pytest.mark.parametrize("empty", ["", []])
+async def test_empty_input_is_refused(engine: EmbeddingEngine, empty: str | list[int]) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        await engine.embed(["a", empty])
+
+
+async def test_input_over_the_context_is_refused_with_both_numbers(
+    engine: EmbeddingEngine, encoder: Encoder
+) -> None:
+    with pytest.raises(ContextLengthExceeded, match=r"12 tokens.* 13 tokens"):
+        await engine.embed(["ok", "a" * 11])
+    assert encoder.batches == []
+    assert (await engine.embed(["a" * 10])).prompt_tokens == 12
+
+
+async def test_one_request_that_is_refused_leaves_the_others_alone(
+    engine: EmbeddingEngine,
+) -> None:
+    results = await asyncio.gather(
+        engine.embed(["a"]), engine.embed([""]), engine.embed(["b"]), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [Embeddings, RequestError, Embeddings]
+
+
+async def test_vector_that_is_not_finite_fails_its_own_request(
+    engine: EmbeddingEngine, encoder: Encoder
+) -> None:
+    first = await held_task(engine, encoder, ["z"])
+    encoder.answer = lambda v: np.where(v[:, :1] == 2 * 98 + 3, np.nan, v)
+    others = [asyncio.ensure_future(engine.embed([text])) for text in ("bb", "cc")]
+    while engine.load().waiting < 2:
+        await asyncio.sleep(0)
+    encoder.free.set()
+    _, bad, good = await asyncio.gather(first, *others, return_exceptions=True)
+    assert len(encoder.batches) == 2
+    assert isinstance(bad, EngineFailed)
+    assert "non-finite" in bad.message
+    assert isinstance(good, Embeddings)
+
+
+async def test_vectors_of_another_shape_fail_the_request(
+    engine: EmbeddingEngine, encoder: Encoder
+) -> None:
+    encoder.answer = lambda v: v[:-1]
+    with pytest.raises(EngineFailed, match="shape"):
+        await engine.embed(["a", "b"])
+
+
+async def test_engine_goes_on_after_a_batch_that_failed(
+    engine: EmbeddingEngine, encoder: Encoder
+) -> None:
+    def fail(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        raise ValueError(f"cannot do {len(vectors)}")
+
+    encoder.answer = fail
+    with pytest.raises(EngineFailed, match="cannot do 1"):
+        await engine.embed(["a"])
+    encoder.answer = lambda v: v
+    assert (await engine.embed(["a"])).vectors.tolist() == expected(encoder, ["a"])
+    assert engine.load().running == 0
+
+
+async def test_tokenizer_that_fails_fails_its_request(encoder: Encoder) -> None:
+    def tokenize(text: str) -> list[int]:
+        raise ValueError(text)
+
+    encoder.tokenize = tokenize  # type: ignore[method-assign]
+    engine = open_engine(encoder)
+    with pytest.raises(EngineFailed, match="tokenizer"):
+        await engine.embed(["a"])
+    assert (await engine.embed([[3]])).prompt_tokens == 1
+    await engine.close()
+
+
+async def test_cancelled_request_is_dropped(engine: EmbeddingEngine, encoder: Encoder) -> None:
+    task = await held_task(engine, encoder, ["a" * 10] * 20)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    encoder.free.set()
+    await engine.embed(["b"])
+    assert len(encoder.batches) == 2
+    assert engine.load().running == 0
+
+
+async def test_queue_that_is_full_refuses(encoder: Encoder) -> None:
+    engine = open_engine(encoder, max_waiting=1)
+    tasks = [await held_task(engine, encoder, ["a"]), asyncio.ensure_future(engine.embed(["b"]))]
+    while engine.load().waiting < 1:
+        await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        await engine.embed(["c"])
+    encoder.free.set()
+    await asyncio.gather(*tasks)
+    await engine.close()
+
+
+async def test_close_fails_what_waits_and_frees_once(encoder: Encoder) -> None:
+    engine = open_engine(encoder)
+    task = await held_task(engine, encoder, ["a" * 10] * 20)
+    closing = asyncio.ensure_future(engine.close())
+    await asyncio.sleep(0)
+    encoder.free.set()
+    await closing
+    with pytest.raises(EngineFailed, match="unloaded"):
+        await task
+    with pytest.raises(EngineFailed, match="unloaded"):
+        await engine.embed(["a"])
+    await engine.close()
+    assert encoder.closed == 1
+
+
+async def test_no_inputs_give_no_vectors(engine: EmbeddingEngine) -> None:
+    embeddings = await engine.embed([])
+    assert len(embeddings.vectors) == embeddings.prompt_tokens == 0
+
+
+async def test_text_is_not_generated(engine: EmbeddingEngine) -> None:
+    with pytest.raises(UnsupportedCapability):
+        await run(engine, request("hello"))

