@@ -54,6 +54,8 @@ def examine(path: Path, backends: Iterable[Backend]) -> Outcome:
             others.append(f"{backend.name}: {reason}")
         except BrokenModel as problem:
             refusals.append(Refused(backend.name, problem.message))
+        except MemoryError:
+            refusals.append(Refused(backend.name, "Its identification needs too much memory."))
         except Exception:
             # A plug-in's fault must not hide the models of the other formats.
             logger.exception("format %s failed on a file", backend.name, extra={"file": str(path)})

@@ -1,12 +1,23 @@
-"""The catalog's schema, one numbered step after the other."""
+"""The catalog's schema, one numbered step after the other, and the file that has it."""
 
+import fcntl
+import logging
 import sqlite3
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeAlias
 
+from catalog.files import move_aside
 from core.errors import ImpetusError
 
+logger = logging.getLogger(__name__)
+
 Migration: TypeAlias = Callable[[sqlite3.Connection], None]
+
+_BUSY_MS = 5000
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def m001_models(connection: sqlite3.Connection) -> None:
@@ -42,7 +53,12 @@ def m001_models(connection: sqlite3.Connection) -> None:
     connection.execute("INSERT INTO changes VALUES (1, abs(random() % 1000000000))")
 
 
-MIGRATIONS: tuple[Migration, ...] = (m001_models,)
+def m002_settings(connection: sqlite3.Connection) -> None:
+    """Give every model settings of its own, a JSON object of those that were set."""
+    connection.execute("ALTER TABLE models ADD COLUMN settings TEXT NOT NULL DEFAULT '{}'")
+
+
+MIGRATIONS: tuple[Migration, ...] = (m001_models, m002_settings)
 
 
 def migrate(connection: sqlite3.Connection, migrations: Sequence[Migration] = MIGRATIONS) -> None:
@@ -75,3 +91,57 @@ def migrate(connection: sqlite3.Connection, migrations: Sequence[Migration] = MI
 
 def _version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def open_catalog(path: Path) -> sqlite3.Connection:
+    """Return the catalog at `path` with today's schema, in autocommit mode.
+
+    A damaged file is moved aside and an empty catalog takes its place.  Raises OSError,
+    sqlite3.Error, and what `migrate` raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusive(path.with_name(path.name + ".lock")):
+        return _open(path)
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Keep other processes from opening, repairing and migrating at the same time."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        return _connect(path)
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF not in _DAMAGED:
+            raise
+        aside = move_aside(path)
+        logger.error("the catalog is damaged (%s); it was moved to %s", error, aside)
+        return _connect(path)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False
+    )
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+        connection.execute("PRAGMA foreign_keys = ON")
+        if sys.platform == "darwin":
+            connection.execute("PRAGMA fullfsync = 1")
+            connection.execute("PRAGMA checkpoint_fullfsync = 1")
+        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            damage = sqlite3.DatabaseError(verdict)
+            damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise damage
+        migrate(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

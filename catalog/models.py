@@ -1,11 +1,12 @@
 """What the catalog keeps: models, where they come from, and what a scan found."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from backends.base import ModelInfo
+from backends.base import EngineOptions, ModelInfo
 
 RecordState: TypeAlias = Literal["ok", "refused", "missing"]
+Priority: TypeAlias = Literal["interactive", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,44 @@ class Package:
 
 
 @dataclass(frozen=True, slots=True)
+class Converted:
+    """Files that were converted here, in a scanned folder; `model_id` is what they came from."""
+
+    root: str
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class BuiltIn:
     """A model that needs no files."""
 
 
-Source: TypeAlias = Local | Package | BuiltIn
+Source: TypeAlias = Local | Package | Converted | BuiltIn
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What a user set for one model; None leaves the server's default.
+
+    `context_length` is an upper bound in tokens.  A model that was idle for `keep_alive_s` seconds
+    is unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name
+    none.  `max_sequences` are generated at the same time.
+    """
+
+    context_length: int | None = None
+    keep_alive_s: float | None = None
+    pin: bool | None = None
+    priority: Priority | None = None
+    max_sequences: int | None = None
+
+    def applied_to(self, options: EngineOptions) -> EngineOptions:
+        """Return how this model is opened; the server's own context bound holds as well."""
+        bounds = [n for n in (self.context_length, options.context_tokens) if n is not None]
+        return replace(
+            options,
+            context_tokens=min(bounds, default=None),
+            max_sequences=self.max_sequences or options.max_sequences,
+        )
 
 
 def record_key(info: ModelInfo) -> str:
@@ -51,6 +85,7 @@ class ModelRecord:
     aliases: tuple[str, ...] = ()
     state: RecordState = "ok"
     reason: str = ""
+    settings: ModelSettings = field(default_factory=ModelSettings)
 
     @property
     def key(self) -> str:

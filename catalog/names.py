@@ -14,13 +14,16 @@ _EXTENSION = re.compile(
 _SHARD = re.compile(r"[-._]\d{5}-of-\d{5}$")
 _QUANTIZATION = re.compile(
     r"(?:^|[-._ ])(?:ud-|i1-)?"
-    r"(?:i?q\d(?:_\w+)?|tq\d_\d|b?f16|f32|fp16|fp32|mxfp4(?:_moe)?|nvfp4|gguf)$",
+    r"(?:i?q\d(?:_\w+|f16)?|tq\d_\d|b?f16|f32|fp16|fp32|mxfp4(?:_moe)?|nvfp4|\d{1,2}-?bit|u?int[48]|"
+    r"gguf|mlx|onnx|coreml|awq|gptq)$",
     re.IGNORECASE,
 )
 _HASH = re.compile(r"(?:sha256-)?[0-9a-f]{32,}")
 _UNINFORMATIVE = frozenset({
     "", "model", "models", "ggml-model", "ggml", "gguf", "weights", "pytorch_model", "consolidated",
-    "unnamed", "untitled", "main", "default", "blobs", "snapshots", "none",
+    "unnamed", "untitled", "main", "default", "blobs", "snapshots", "none", "manifest",
+    "manifest.json", "decoder_model", "decoder_model_merged", "decoder_model_merged_quantized",
+    "model_quantized", "pytorch", "safetensors", "tf_model", "data", "com.apple.coreml",
 })  # fmt: skip
 
 
@@ -61,7 +64,7 @@ def bare_name(path_parts: Iterable[str], title: str) -> str:
     parts = list(path_parts)
     *folders, file = parts or [""]
     hub_folders = [folder.removeprefix("models--").rpartition("--")[2] for folder in folders]
-    for candidate in (file, title, *reversed(hub_folders[-3:])):
+    for candidate in (file, title, *reversed(hub_folders[-4:])):
         name = _without_suffixes(candidate)
         if not _says_nothing(name):
             return name

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import assert_never
 
 from backends.base import ModelInfo
-from catalog.models import BuiltIn, Local, Package, Source
+from catalog.models import BuiltIn, Converted, Local, Package, Source
 from core.types import Capability
 
 
@@ -43,6 +43,8 @@ def source_to_json(source: Source) -> str:
             fields = {"kind": "local", "root": root}
         case Package(distribution, version):
             fields = {"kind": "package", "distribution": distribution, "version": version}
+        case Converted(root, model_id):
+            fields = {"kind": "converted", "root": root, "model_id": model_id}
         case BuiltIn():
             fields = {"kind": "built-in"}
         case _:
@@ -58,5 +60,7 @@ def source_from_json(text: str) -> Source:
             return Local(fields["root"])
         case "package":
             return Package(fields["distribution"], fields["version"])
+        case "converted":
+            return Converted(fields["root"], fields["model_id"])
         case _:
             return BuiltIn()

@@ -11,17 +11,27 @@ from typing import assert_never
 
 from backends.base import Backend, ModelInfo
 from catalog.files import mark, walk
-from catalog.identify import HasBuiltInModels, Refused, Unknown, examine
-from catalog.models import BuiltIn, Found, Local, ModelRecord, ScanReport, Source, record_key
+from catalog.identify import HasBuiltInModels, Outcome, Refused, Unknown, examine
+from catalog.models import (
+    BuiltIn,
+    Converted,
+    Found,
+    Local,
+    ModelRecord,
+    ScanReport,
+    Source,
+    record_key,
+)
 from catalog.names import bare_name
-from catalog.starters import STARTERS, starter_file
+from catalog.provenance import converted_from
+from catalog.starters import STARTERS, InstalledStarter, installed_starter
 from catalog.store import CatalogStore
 from core.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 # Part of every fingerprint: raised when identification learns more, so that all is read again.
-_READER_VERSION = 1
+_READER_VERSION = 2
 
 
 def scan(
@@ -29,22 +39,25 @@ def scan(
     store: CatalogStore,
     backends: Sequence[Backend],
     *,
+    look_into: Callable[[Path], Outcome] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> ScanReport:
     """Look at every model folder and write what changed; blocks, for seconds on a large disk.
 
+    `look_into` says what a file is; by default the backends are asked in this process.
+
     Files that did not change are not opened.  Damaged ones are kept with the reason and tried
     again when they or their folder change; vanished ones are kept as missing.
     """
-    run = _Run({record.key: record for record in store.models()}, backends)
+    look_into = look_into or (lambda path: examine(path, backends))
+    run = _Run({record.key: record for record in store.models()}, look_into)
     found = walk([settings.home / "models", *settings.models_path])
     for candidate in found.candidates:
         run.look(candidate.path, Local(str(candidate.root)))
     for starter in STARTERS if settings.starters else ():
-        installed = starter_file(starter)
+        installed = installed_starter(starter)
         if installed is not None:
-            path, package, licence = installed
-            run.look(path, package, licence)
+            run.look(installed.path, installed.package, installed)
     for backend in backends:
         if isinstance(backend, HasBuiltInModels):
             for info in backend.built_in():
@@ -60,42 +73,50 @@ class _Run:
     """One scan: what is known by key, and what becomes of it."""
 
     known: dict[str, ModelRecord]
-    backends: Sequence[Backend]
+    look_into: Callable[[Path], Outcome]
     found: list[Found] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     claimed: set[str] = field(default_factory=set)
 
-    def look(self, path: Path, source: Source, licence: str = "") -> None:
+    def look(self, path: Path, source: Source, starter: InstalledStarter | None = None) -> None:
         """Take note of one file, opening it only if it is new or changed."""
         if os.path.realpath(path) in self.claimed:
             return
         record = self.known.get(str(path))
         try:
-            if record is not None and record.state != "missing" and _is_unchanged(record):
+            if record is not None and _is_known(record, starter):
                 self._claim(record.info)
                 return
             before = mark(path)
-            outcome = examine(path, self.backends)
+            outcome = self.look_into(path)
             if mark(path) != before:
                 # It is being written: what is known stays, and the next scan looks again.
                 self.seen.add(str(path))
                 return
             if isinstance(outcome, Unknown):
                 return
-            self._take(outcome, path, source, licence)
+            self._take(outcome, path, source, starter)
         except OSError as error:
             _log_skipped(f"{path}: cannot be read ({error.strerror})")
 
-    def _take(self, outcome: ModelInfo | Refused, path: Path, source: Source, licence: str) -> None:
+    def _take(
+        self,
+        outcome: ModelInfo | Refused,
+        path: Path,
+        source: Source,
+        starter: InstalledStarter | None,
+    ) -> None:
         match outcome:
             case ModelInfo() as info:
-                name = bare_name(info.files[0].parts, info.name)
-                info = replace(info, name=name, license=licence or info.license)
+                info = replace(info, name=bare_name(info.files[0].parts, info.name))
+                source = _converted(info, source)
                 reason = ""
             case Refused(format, reason):
                 info = _refused_info(format, path)
             case _:
                 assert_never(outcome)
+        if starter is not None:
+            info = starter.describe(info)
         if record_key(info) in self.seen:
             return
         self.found.append(Found(info, source, _fingerprint(info, is_refused=bool(reason)), reason))
@@ -129,6 +150,14 @@ class _Run:
         return os.path.isabs(key) and os.path.realpath(key) in self.claimed
 
 
+def _converted(info: ModelInfo, source: Source) -> Source:
+    """Return where the files really come from, if they say that they were converted here."""
+    if not isinstance(source, Local):
+        return source
+    model_id = converted_from(info.files[0], Path(source.root))
+    return Converted(source.root, model_id) if model_id else source
+
+
 def _refused_info(format: str, path: Path) -> ModelInfo:
     return ModelInfo(
         format=format,
@@ -152,6 +181,15 @@ def _fingerprint(info: ModelInfo, *, is_refused: bool) -> str:
     if is_refused:
         marks.append(str(info.files[0].parent.stat().st_mtime_ns))
     return f"{_READER_VERSION}:" + ",".join(marks)
+
+
+def _is_known(record: ModelRecord, starter: InstalledStarter | None) -> bool:
+    """Whether the catalog's entry still says what reading the files again would."""
+    if record.state == "missing":
+        return False
+    if starter is not None and starter.describe(record.info) != record.info:
+        return False
+    return _is_unchanged(record)
 
 
 def _is_unchanged(record: ModelRecord) -> bool:

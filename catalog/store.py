@@ -1,36 +1,37 @@
 """The catalog's database: the only place with SQL besides the migrations."""
 
-import fcntl
 import json
-import logging
 import re
 import sqlite3
-import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from catalog.files import move_aside
-from catalog.migrations import migrate
-from catalog.models import Found, ModelRecord, RecordState, ScanReport, record_key
+from catalog.migrations import open_catalog
+from catalog.models import (
+    Found,
+    ModelRecord,
+    ModelSettings,
+    RecordState,
+    ScanReport,
+    record_key,
+)
 from catalog.names import model_id, unique_id
 from catalog.rows import info_from_json, info_to_json, source_from_json, source_to_json
 from core.errors import ImpetusError, ModelNotFound, NotFound, RequestError
 
-logger = logging.getLogger(__name__)
-
-_BUSY_MS = 5000
 _LONGEST_NAME = 200
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
 _STATES: dict[str, RecordState] = {"ok": "ok", "refused": "refused", "missing": "missing"}
-_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _RECORDS = """
-    SELECT models.id, info, source, fingerprint, added_at, state, reason,
+    SELECT models.id, info, source, fingerprint, added_at, state, reason, settings,
            (SELECT json_group_array(alias) FROM aliases WHERE model_id = models.id)
     FROM models
 """
-_Row = tuple[str, str, str, str, float, str, str, str]
+_Row = tuple[str, str, str, str, float, str, str, str, str]
 
 
 class CatalogStore:
@@ -45,9 +46,7 @@ class CatalogStore:
         self._path = path
         self._lock = threading.RLock()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _exclusive(path.with_name(path.name + ".lock")):
-                self._connection = _open(path)
+            self._connection = open_catalog(path)
         except (OSError, sqlite3.Error) as error:
             raise ImpetusError(f"The catalog {path} cannot be opened: {error}") from error
 
@@ -151,6 +150,25 @@ class CatalogStore:
             if not connection.execute("DELETE FROM aliases WHERE alias = ?", (alias,)).rowcount:
                 raise unknown
 
+    def change_settings(self, model_id: str, changes: Mapping[str, Any]) -> ModelSettings:
+        """Set the fields of `ModelSettings` that `changes` names, None for the default.
+
+        Returns all of them.  Raises ModelNotFound, TypeError for a name that is no field.
+        """
+        if not _is_sayable(model_id):
+            raise ModelNotFound.of(model_id, [])
+        with self._writing() as connection:
+            row = connection.execute("SELECT settings FROM models WHERE id = ?", (model_id,))
+            known = row.fetchone()
+            if known is None:
+                raise ModelNotFound.of(model_id, [])
+            settings = replace(_settings(known[0]), **changes)
+            values = {name: value for name, value in asdict(settings).items() if value is not None}
+            connection.execute(
+                "UPDATE models SET settings = ? WHERE id = ?", (json.dumps(values), model_id)
+            )
+        return settings
+
     def record_scan(
         self,
         found: Sequence[Found],
@@ -237,7 +255,7 @@ def _moved_from(connection: sqlite3.Connection, item: Found, base: str) -> tuple
 
 
 def _record(row: _Row) -> ModelRecord:
-    model_id, info, source, fingerprint, added_at, state, reason, aliases = row
+    model_id, info, source, fingerprint, added_at, state, reason, settings, aliases = row
     return ModelRecord(
         id=model_id,
         info=info_from_json(info),
@@ -247,47 +265,9 @@ def _record(row: _Row) -> ModelRecord:
         aliases=tuple(sorted(json.loads(aliases))),
         state=_STATES[state],
         reason=reason,
+        settings=_settings(settings),
     )
 
 
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Keep other processes from opening, repairing and migrating at the same time."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    try:
-        return _connect(path)
-    except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode & 0xFF not in _DAMAGED:
-            raise
-        aside = move_aside(path)
-        logger.error("the catalog is damaged (%s); it was moved to %s", error, aside)
-        return _connect(path)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False
-    )
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
-        connection.execute("PRAGMA foreign_keys = ON")
-        if sys.platform == "darwin":
-            connection.execute("PRAGMA fullfsync = 1")
-            connection.execute("PRAGMA checkpoint_fullfsync = 1")
-        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            damage = sqlite3.DatabaseError(verdict)
-            damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-            raise damage
-        migrate(connection)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+def _settings(text: str) -> ModelSettings:
+    return ModelSettings(**json.loads(text))

@@ -25,6 +25,16 @@ from catalog.names import bare_name, model_id, nearest_names, slug, unique_id
         ("/m/Phi-4-GGUF/Q4_K_M.gguf", "", "phi-4"),
         ("/h/models--org--Tiny-LM/snapshots/" + "a" * 40 + "/model.gguf", "", "tiny-lm"),
         ("/o/blobs/sha256-" + "0f" * 32, "Llama 3", "llama-3"),
+        ("/h/mlx-community/Qwen3-0.6B-4bit/model.safetensors", "", "qwen3-0.6b"),
+        (
+            "/h/models--onnx-community--Qwen3-0.6B-ONNX/snapshots/"
+            + "a" * 40
+            + "/onnx/model_q4f16.onnx",
+            "",
+            "qwen3-0.6b",
+        ),
+        ("/m/Mistral7B-Int4.mlpackage/Manifest.json", "", "mistral7b"),
+        ("/m/mlx-4bit/smollm2-135m/model.safetensors", "", "smollm2-135m"),
         ("/模型.gguf", "", "model"),
         ("/m/Café.gguf", "", "cafe"),
         ("/m/-rf.gguf", "", "rf"),

@@ -1,7 +1,10 @@
 """Tests of the choice between variants."""
 
+from dataclasses import replace
+
 import pytest
 
+from catalog.models import ModelRecord
 from catalog.resolve import best_variant
 from tests.unit.catalog.builders import make_record
 
@@ -41,3 +44,23 @@ def test_best_variant_of_equals_is_decided_by_id() -> None:
 def test_best_variant_of_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="no candidates"):
         best_variant([], set(), 100)
+
+
+def variant(format: str, size_bytes: int, **details: str) -> ModelRecord:
+    """A variant of one model of a hundred weights."""
+    record = make_record(f"m@{format}", size_bytes=size_bytes)
+    return replace(
+        record, info=replace(record.info, format=format, parameters=100, details=details)
+    )
+
+
+def test_best_variant_of_equally_precise_ones_is_of_the_fastest_format() -> None:
+    onnx, mlx, torch = variant("onnx", 402), variant("mlx", 400), variant("pytorch", 400)
+    assert best_variant([onnx, torch, mlx], set(), 1000) is mlx
+    assert best_variant([torch, onnx], set(), 1000) is onnx
+
+
+def test_best_variant_is_a_slow_one_only_where_there_is_no_other() -> None:
+    slow, small = variant("coreml", 400, runtime="reference"), variant("gguf", 50)
+    assert best_variant([slow, small], {slow.id}, 1000) is small
+    assert best_variant([slow], set(), 1000) is slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from catalog.migrations import MIGRATIONS, migrate
-from catalog.models import BuiltIn, Found, Local, Package, Source
+from catalog.models import BuiltIn, Converted, Found, Local, Package, Source
 from catalog.store import CatalogStore
 from core.errors import ImpetusError, ModelNotFound, NotFound, RequestError
 from tests.unit.catalog.builders import make_found, make_info, write
@@ -42,7 +42,9 @@ def test_record_comes_back_as_it_was_written(store: CatalogStore) -> None:
     assert store.get(record.id) == record
 
 
-@pytest.mark.parametrize("source", [Local("/a"), Package("x", "1.2"), BuiltIn()])
+@pytest.mark.parametrize(
+    "source", [Local("/a"), Package("x", "1.2"), Converted("/a", "m@gguf-f16"), BuiltIn()]
+)
 def test_source_comes_back_as_it_was_written(store: CatalogStore, source: Source) -> None:
     write(store, Found(make_info(), source, "1:"))
     assert store.models()[0].source == source
@@ -211,17 +213,17 @@ def test_newer_schema_is_refused_and_stays(tmp_path: Path) -> None:
 
 
 def test_failing_migration_is_undone(tmp_path: Path) -> None:
-    def m002_fails(connection: sqlite3.Connection) -> None:
+    def m003_fails(connection: sqlite3.Connection) -> None:
         connection.execute("CREATE TABLE half (x)")
         connection.execute("INSERT INTO nowhere VALUES (1)")
 
     connection = sqlite3.connect(tmp_path / "x.sqlite", isolation_level=None)
-    with pytest.raises(ImpetusError, match="schema 2 failed and was undone"):
-        migrate(connection, [*MIGRATIONS, m002_fails])
+    with pytest.raises(ImpetusError, match="schema 3 failed and was undone"):
+        migrate(connection, [*MIGRATIONS, m003_fails])
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     assert "models" in tables
     assert "half" not in tables
-    assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+    assert connection.execute("PRAGMA user_version").fetchone() == (2,)
     connection.close()
 
 

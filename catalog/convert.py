@@ -1,0 +1,278 @@
+"""Conversion of models between formats: each step in a process of its own, all or nothing.
+
+The result appears under its name in one rename, with a provenance.json inside; whatever happens
+before that leaves nothing behind.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from backends.base import ModelInfo
+from catalog.convert_child import failed, read_message
+from catalog.convert_graph import MLX_GROUP_SIZES, ORIGINAL, check
+from catalog.convert_graph import Conversion as Conversion
+from catalog.convert_graph import conversions_from as conversions_from
+from catalog.convert_graph import plan as plan
+from catalog.convert_job import Job
+from catalog.convert_place import Partial, fingerprint, require_space, write_provenance
+from catalog.convert_place import sweep as sweep
+from core.errors import ImpetusError, ModelFileMissing, RequestError, Unavailable
+from core.types import JsonValue
+
+_STDERR_BYTES = 8192
+_CODE_FOLDER = Path(__file__).resolve().parent.parent
+_EXPORTERS = ("auto", "genai", "torch")
+_KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionRequest:
+    """What to convert into what; `target` is a folder that does not exist yet.
+
+    `quantization` empty means the target format's default, see `Conversion.quantizations`.
+    `group_size` is MLX's, `exporter` ("auto", "genai", "torch") ONNX's, `context_tokens` Core
+    ML's (None: its default).  `model_id` names the source in the provenance.
+    """
+
+    source: ModelInfo
+    target_format: str
+    target: Path
+    quantization: str = ""
+    group_size: int = 64
+    exporter: str = "auto"
+    context_tokens: int | None = None
+    threads: int = 1
+    model_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionProgress:
+    """How far a conversion is: `fraction` from 0 to 1 of the whole, and what it does now."""
+
+    fraction: float
+    step: int
+    steps: int
+    doing: str
+
+
+OnProgress = Callable[[ConversionProgress], None]
+
+
+async def convert(request: ConversionRequest, on_progress: OnProgress | None = None) -> Path:
+    """Run a conversion and return the folder it made, `request.target`.
+
+    Cancelling the task ends all processes and removes what they wrote.  Raises RequestError (an
+    existing target, unknown options), UnsupportedCapability, ModelFileMissing, BrokenModel,
+    Unavailable (no space, or the source changed), ImpetusError with the reason otherwise.
+    """
+    quantization = _checked(request)
+    way = plan(request.source.format, request.target_format, quantization)
+    before = await asyncio.to_thread(fingerprint, request.source.files)
+    await asyncio.to_thread(
+        require_space, request.source, request.target, quantization, len(way) - 1
+    )
+    partial = await asyncio.to_thread(Partial.create, request.target)
+    try:
+        result = await _run_steps(request, quantization, way, partial, on_progress)
+        await asyncio.to_thread(
+            write_provenance,
+            result,
+            request.source,
+            before,
+            _parameters(request, quantization, way),
+        )
+        return await asyncio.to_thread(partial.publish, result)
+    except OSError as error:
+        raise Unavailable(f"The result could not be written ({error.strerror}).") from error
+    finally:
+        # Shielded: a second cancellation must not leave files behind.
+        await asyncio.shield(asyncio.to_thread(partial.remove))
+
+
+def _checked(request: ConversionRequest) -> str:
+    """Return the quantization.  Raises RequestError for anything that cannot be done."""
+    quantization = check(request.source, request.target_format, request.quantization)
+    if request.group_size not in MLX_GROUP_SIZES:
+        raise RequestError(
+            f"group_size is {request.group_size}; MLX knows 32, 64 and 128.", param="group_size"
+        )
+    if request.exporter not in _EXPORTERS:
+        raise RequestError(
+            f"exporter is {request.exporter!r}; it is one of {', '.join(_EXPORTERS)}.",
+            param="exporter",
+        )
+    if request.context_tokens is not None and not 1 <= request.context_tokens <= 2**20:
+        raise RequestError("context_tokens is from 1 to 1,048,576.", param="context_tokens")
+    if not 1 <= request.threads <= 256:
+        raise RequestError("threads is from 1 to 256.", param="threads")
+    if not request.source.files:
+        raise RequestError(f"{request.source.name} has no files to convert.", param="model")
+    name = request.target.name
+    if not name or name.startswith(".") or not name.isprintable():
+        raise RequestError(f"{name!r} is no name for a model's folder.", param="target")
+    if os.path.lexists(request.target):
+        raise RequestError(f"{name!r} exists already; choose another name.", param="target")
+    return quantization
+
+
+def _parameters(
+    request: ConversionRequest, quantization: str, way: tuple[str, ...]
+) -> dict[str, JsonValue]:
+    return {
+        "model_id": request.model_id or request.source.name,
+        "target_format": request.target_format,
+        "formats": list(way),
+        "quantization": quantization,
+        "group_size": request.group_size if request.target_format == "mlx" else None,
+        "exporter": request.exporter if request.target_format == "onnx" else None,
+        "context_tokens": request.context_tokens,
+    }
+
+
+async def _run_steps(
+    request: ConversionRequest,
+    quantization: str,
+    way: tuple[str, ...],
+    partial: Partial,
+    on_progress: OnProgress | None,
+) -> Path:
+    """Run all steps, each on the one before; return the last one's folder."""
+    files, output = request.source.files, partial.folder
+    steps = len(way) - 1
+    for step in range(steps):
+        is_last = step == steps - 1
+        start, end = way[step], way[step + 1]
+        output = partial.folder / f"step-{step}"
+        work = partial.folder / f"work-{step}"
+        await asyncio.to_thread(work.mkdir)
+        job = Job(
+            source_format=start,
+            target_format=end,
+            files=tuple(file.absolute() for file in files),
+            output=output,
+            work=work,
+            name=request.target.name,
+            quantization=quantization if is_last else "f32" if start == "gguf" else ORIGINAL,
+            group_size=request.group_size,
+            exporter=request.exporter,
+            context_tokens=request.context_tokens or 0,
+            threads=request.threads,
+        )
+
+        def report(fraction: float, doing: str, step: int = step) -> None:
+            if on_progress is not None:
+                done = (step + min(max(fraction, 0.0), 1.0)) / steps
+                on_progress(ConversionProgress(done, step + 1, steps, doing))
+
+        await _run_step(job, report)
+        # What only this step needed must not take room while the next one runs.
+        await asyncio.to_thread(partial.discard, work, *files if step else ())
+        files = tuple(sorted(path for path in output.rglob("*") if path.is_file()))
+    return output
+
+
+async def _run_step(job: Job, report: Callable[[float, str], None]) -> None:
+    """Do one step in a process of its own and wait for it.  Raises what it reports."""
+    if missing := [file.name for file in job.files if not file.is_file()]:
+        raise ModelFileMissing(f"{job.name}: the file {missing[0]} is gone.", param="model")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-m", "catalog.convert_child",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=_environment(job),
+        cwd=job.work,
+        start_new_session=True,
+    )  # fmt: skip
+    tail: deque[bytes] = deque(maxlen=_STDERR_BYTES // 1024)
+    try:
+        error = await _follow(process, job, report, tail)
+    finally:
+        await asyncio.shield(_end(process))
+    if error is not None:
+        raise error
+
+
+async def _follow(
+    process: asyncio.subprocess.Process,
+    job: Job,
+    report: Callable[[float, str], None],
+    tail: deque[bytes],
+) -> ImpetusError | None:
+    """Pass progress on until the process ends; return its error, if any."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    drain = asyncio.create_task(_keep_tail(process.stderr, tail))
+    error: ImpetusError | None = None
+    is_done = False
+    try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            process.stdin.write(job.to_json().encode() + b"\n")
+            await process.stdin.drain()
+        async for line in process.stdout:
+            message = read_message(line)
+            is_done = is_done or bool(message.get("done"))
+            if "error" in message:
+                error = failed(str(message["error"]), str(message.get("message", "")))
+            elif "fraction" in message:
+                report(float(message["fraction"]), str(message.get("doing", "")))
+        code = await process.wait()
+        await drain
+    finally:
+        drain.cancel()
+    if error is not None or (is_done and code == 0):
+        return error
+    return ImpetusError(_death(job, code, b"".join(tail)))
+
+
+def _death(job: Job, code: int, tail: bytes) -> str:
+    """Say how a process ended that gave no reason itself."""
+    how = f"with code {code}" if code >= 0 else f"by signal {signal.Signals(-code).name}"
+    hint = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
+    lines = tail.decode("utf-8", "replace").strip().splitlines()
+    said = f" Its last words: {' / '.join(lines[-3:])[-500:]}" if lines else ""
+    return (
+        f"The conversion of {job.name} from {job.source_format} to {job.target_format} ended "
+        f"{how}{hint}.{said}"
+    )
+
+
+async def _keep_tail(stream: asyncio.StreamReader, tail: deque[bytes]) -> None:
+    while chunk := await stream.read(1024):
+        tail.append(chunk)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill what still runs of a step, helpers included, and wait for its end."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """Return the step's environment: no keys, no network, temporary files in its own folder."""
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    threads = str(job.threads)
+    return kept | {
+        "PYTHONPATH": str(_CODE_FOLDER),
+        "TMPDIR": str(job.work),
+        "HF_HOME": str(job.work / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+        "MLX_DISABLE_COMPILE": "1",
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "PYTHONWARNINGS": "ignore",
+    }

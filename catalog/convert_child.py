@@ -1,0 +1,150 @@
+"""The process that does one step of a conversion: `python -m catalog.convert_child`.
+
+The job comes as one line of JSON on stdin.  Progress goes out on stdout as lines of JSON,
+`{"fraction": …, "doing": …}`; the last is `{"done": true}` or `{"error": code, "message": …}`.
+Everything that libraries print goes to stderr.  When stdin ends, so does the process: its parent
+is gone.
+"""
+
+import errno
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import IO, Any, cast
+
+from catalog.convert_job import Job
+from core.errors import (
+    BrokenModel,
+    ImpetusError,
+    InsufficientMemory,
+    RequestError,
+    Unavailable,
+    UnsupportedCapability,
+)
+
+_STEPS: Mapping[tuple[str, str], str] = {
+    ("pytorch", "safetensors"): "convert_torch:to_safetensors",
+    ("safetensors", "safetensors"): "convert_torch:to_safetensors",
+    ("gguf", "safetensors"): "convert_gguf:gguf_to_safetensors",
+    ("gguf", "gguf"): "convert_to_gguf:requantize",
+    ("gguf", "mlx"): "convert_blocks:gguf_to_mlx",
+    ("safetensors", "mlx"): "convert_to_mlx:to_mlx",
+    ("safetensors", "gguf"): "convert_to_gguf:to_gguf",
+    ("safetensors", "onnx"): "convert_to_onnx:to_onnx",
+    ("safetensors", "coreml"): "convert_child:to_coreml",
+}
+_LONGEST_MESSAGE = 2000
+DEFAULT_COREML_CONTEXT = 2048
+_FULL_DISK = "The disk is full; free some space and convert again."
+
+
+def to_coreml(job: Job, report: Callable[[float, str], None]) -> None:
+    """Make a folder with a Core ML package named after the job, and its tokenizer."""
+    from catalog.convert_coreml import Precision, convert_to_coreml
+    from catalog.convert_job import stage
+
+    made = job.work / job.name
+    convert_to_coreml(
+        stage(job),
+        made,
+        precision=cast(Precision, job.quantization),
+        context_tokens=job.context_tokens or DEFAULT_COREML_CONTEXT,
+        progress=report,
+    )
+    # It refuses a folder that is there, and this one is there and empty.
+    made.rename(job.output)
+
+
+def run(job: Job, report: Callable[[float, str], None]) -> None:
+    """Do the step.  Raises what went wrong as an ImpetusError."""
+    module, name = _STEPS[job.source_format, job.target_format].split(":")
+    try:
+        getattr(importlib.import_module(f"catalog.{module}"), name)(job, report)
+    except ImpetusError:
+        raise
+    except MemoryError:
+        raise InsufficientMemory("The conversion needs more memory than there is.") from None
+    except ModuleNotFoundError as error:
+        raise UnsupportedCapability(
+            f"The conversion needs the package {error.name}; install the extra `torch`."
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Unavailable(_FULL_DISK) from error
+        raise _translated(job, error) from error
+    except Exception as error:
+        raise _translated(job, error) from error
+
+
+def _translated(job: Job, error: Exception) -> ImpetusError:
+    """Return the error for what a library raised."""
+    text = f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
+    if "No space left" in text:
+        return Unavailable(_FULL_DISK)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"SafetensorError", "UnpicklingError", "BadZipFile", "EOFError"}:
+        return BrokenModel(f"{job.name} cannot be read: {text}", param="model")
+    return ImpetusError(
+        f"{job.name} could not be converted from {job.source_format} to {job.target_format}: {text}"
+    )
+
+
+def read_message(line: bytes) -> dict[str, Any]:
+    """Return a line that the process wrote; empty for anything else."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def failed(code: str, message: str) -> ImpetusError:
+    """Return the error that the process reported by its code."""
+    kinds = (BrokenModel, UnsupportedCapability, RequestError, InsufficientMemory, Unavailable)
+    for kind in kinds:
+        if kind.code == code:
+            return kind(message)
+    return ImpetusError(message)
+
+
+def _die_with_parent(source: IO[str]) -> None:
+    """End this process and what it started as soon as the parent's pipe ends."""
+    source.read()
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def main() -> None:
+    """Do the job on stdin."""
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(message: Mapping[str, Any]) -> None:
+        pipe.write(json.dumps(message) + "\n")
+        pipe.flush()
+
+    job = Job.from_json(sys.stdin.readline())
+    threading.Thread(target=_die_with_parent, args=(sys.stdin,), daemon=True).start()
+    job.output.mkdir()
+    try:
+        run(job, lambda fraction, doing: send({"fraction": fraction, "doing": doing}))
+    except ImpetusError as error:
+        sys.stderr.flush()
+        if error.__cause__ is not None:
+            import traceback
+
+            traceback.print_exception(error.__cause__)
+        send({"error": error.code, "message": error.message})
+        pipe.close()
+        # Libraries' own threads must not hold the end up.
+        os._exit(1)
+    send({"done": True})
+    pipe.close()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Which format can become which, by which steps, and in which quantizations."""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+
+from backends.base import ModelInfo
+from core.errors import UnsupportedCapability
+from core.types import Capability
+
+ORIGINAL = "original"
+FULL_PRECISION = ("f32", "bf16", "f16")
+MLX_BITS = {f"{bits}bit": bits for bits in (4, 8, 6, 5, 3, 2)}
+MLX_GROUP_SIZES = (32, 64, 128)
+# Tensor types that MLX holds in the same blocks as GGUF (Source: mlx/io/gguf.cpp).
+MLX_BLOCKS = frozenset({"f32", "f16", "q4_0", "q4_1", "q8_0"})
+
+# Source: transformers 5.23 GGUF_SUPPORTED_ARCHITECTURES, those with a causal head.
+GGUF_READABLE = frozenset({
+    "llama", "mistral", "qwen2", "qwen2_moe", "qwen2moe", "qwen3", "qwen3_moe", "qwen3moe",
+    "gpt_oss", "gpt-oss", "lfm2", "falcon", "phi3", "bloom", "stablelm", "gpt2", "starcoder2",
+    "mamba", "nemotron", "gemma2", "gemma3", "gemma4", "deci", "minimax-m2",
+})  # fmt: skip
+# Architectures that share llama's tensors; both names of each are the same word.
+LLAMA_FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "safetensors": FULL_PRECISION,
+    "mlx": (*MLX_BITS, *FULL_PRECISION),
+    "gguf": ("q4_k_m", "q8_0", "q6_k", "q5_k_m", "q4_0", "q4_1", "q3_k_m", "q2_k", *FULL_PRECISION),
+    "onnx": ("int4", "int8", "f32"),
+    "coreml": ("mixed", "f32", "f16"),
+}
+TARGETS = tuple(_CHOICES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Edge:
+    """One step: the packages it imports, and the architectures it knows (empty: no limit)."""
+
+    packages: tuple[str, ...]
+    architectures: frozenset[str] = frozenset()
+
+
+_EDGES: Mapping[tuple[str, str], _Edge] = {
+    ("pytorch", "safetensors"): _Edge(("torch", "safetensors")),
+    ("gguf", "safetensors"): _Edge(
+        ("torch", "transformers", "gguf", "accelerate", "llama_cpp"), GGUF_READABLE
+    ),
+    ("gguf", "gguf"): _Edge(("llama_cpp",)),
+    ("safetensors", "safetensors"): _Edge(("torch", "safetensors")),
+    ("safetensors", "mlx"): _Edge(("mlx", "mlx_lm")),
+    ("safetensors", "gguf"): _Edge(("torch", "gguf", "tokenizers", "llama_cpp"), LLAMA_FAMILY),
+    ("safetensors", "onnx"): _Edge(("torch", "transformers", "onnx")),
+    ("safetensors", "coreml"): _Edge(("torch", "coremltools"), LLAMA_FAMILY),
+}
+# Keeps the blocks of a quantized file, so it is no part of a longer way.
+_BLOCKS_EDGE = _Edge(
+    ("mlx", "transformers", "gguf", "llama_cpp"), frozenset({"llama", "qwen2", "qwen3"})
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A conversion of one model; `quantizations` are the choices, the default first.
+
+    `reason` says why it is not possible; empty where it is.
+    """
+
+    target_format: str
+    quantizations: tuple[str, ...]
+    reason: str = ""
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether it can be asked for."""
+        return not self.reason
+
+
+def plan(source_format: str, target_format: str, quantization: str = "") -> tuple[str, ...]:
+    """Return the formats on the shortest way, both ends included.
+
+    With `ORIGINAL` a GGUF file's blocks go to MLX unchanged, in one step.
+    Raises UnsupportedCapability where there is no way.
+    """
+    if (source_format, target_format, quantization) == ("gguf", "mlx", ORIGINAL):
+        return ("gguf", "mlx")
+    if (source_format, target_format) in _EDGES:
+        return (source_format, target_format)
+    queue: deque[tuple[str, ...]] = deque([(source_format,)])
+    seen = {source_format}
+    while queue:
+        way = queue.popleft()
+        for start, end in _EDGES:
+            if start == way[-1] and end not in seen:
+                if end == target_format:
+                    return (*way, end)
+                seen.add(end)
+                queue.append((*way, end))
+    raise UnsupportedCapability(
+        f"There is no conversion from {source_format} to {target_format}.", param="target_format"
+    )
+
+
+def conversions_from(info: ModelInfo) -> tuple[Conversion, ...]:
+    """Return a conversion to every format, with the reason where it is not possible.
+
+    Opens no files and imports no runtime.
+    """
+    return tuple(_conversion(info, target) for target in TARGETS)
+
+
+def check(info: ModelInfo, target_format: str, quantization: str) -> str:
+    """Return the quantization to use, the default for an empty one.
+
+    Raises UnsupportedCapability with the reason where the conversion is not possible.
+    """
+    if target_format not in _CHOICES:
+        raise UnsupportedCapability(
+            f"{target_format!r} cannot be converted to; the formats are {', '.join(TARGETS)}.",
+            param="target_format",
+        )
+    conversion = _conversion(info, target_format)
+    wanted = quantization or (conversion.quantizations[0] if conversion.quantizations else "")
+    reason = conversion.reason
+    if not reason and wanted not in conversion.quantizations:
+        reason = f"{wanted!r} is not one of {', '.join(conversion.quantizations)}"
+    if reason:
+        raise UnsupportedCapability(
+            f"{info.name} cannot be converted to {target_format}: {reason}.",
+            param="quantization" if conversion.is_possible else "target_format",
+        )
+    return wanted
+
+
+def _conversion(info: ModelInfo, target: str) -> Conversion:
+    choices = _choices(info, target)
+    return Conversion(target, choices, _reason(info, target, choices))
+
+
+def _choices(info: ModelInfo, target: str) -> tuple[str, ...]:
+    choices = _CHOICES[target]
+    if target == "safetensors" and info.format != "gguf":
+        return (ORIGINAL, *choices)
+    keeps_blocks = (
+        info.format == "gguf"
+        and target == "mlx"
+        and info.quantization in MLX_BLOCKS
+        and info.architecture in _BLOCKS_EDGE.architectures
+        and len(info.files) == 1
+    )
+    return (ORIGINAL, *choices) if keeps_blocks else choices
+
+
+def _reason(info: ModelInfo, target: str, choices: tuple[str, ...]) -> str:
+    try:
+        way = plan(info.format, target)
+    except UnsupportedCapability as error:
+        return error.message.removesuffix(".")
+    is_folder = info.format in ("safetensors", "pytorch")
+    if is_folder and info.quantization not in (*FULL_PRECISION, "mixed", ""):
+        return f"its weights are quantized already ({info.quantization})"
+    has_head = Capability.COMPLETION in info.capabilities
+    if not has_head and way[-1] != "safetensors" and way != ("gguf", "gguf"):
+        return "only models that generate text can be converted to it"
+    edges = [_EDGES[pair] for pair in pairwise(way)]
+    reasons = [reason for edge in edges if (reason := _edge_reason(info, edge))]
+    if reasons and ORIGINAL in choices and not _edge_reason(info, _BLOCKS_EDGE):
+        return ""
+    return reasons[0] if reasons else ""
+
+
+def _edge_reason(info: ModelInfo, edge: _Edge) -> str:
+    if edge.architectures and info.architecture not in edge.architectures:
+        return f"the architecture {info.architecture!r} is not supported on the way"
+    missing = [name for name in edge.packages if find_spec(name) is None]
+    if missing:
+        return f"it needs the packages {', '.join(missing)}; install the extra `torch`"
+    return ""

@@ -1,0 +1,142 @@
+"""What a conversion's process is told, and the file work that all its steps share."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from core.errors import BrokenModel
+from core.units import MIB, format_bytes
+
+Report: TypeAlias = Callable[[float, str], None]
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf")
+_MAX_JSON_BYTES = 64 * MIB
+_MAX_SIDECAR_BYTES = 256 * MIB
+# Keys by which a folder names Python code of its own to run.
+_CODE_KEYS = ("auto_map", "model_file", "custom_pipelines")
+_REWRITTEN = ("config.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One step of a conversion.
+
+    `files` are the source's, weights first; `output` is a folder to be made, `work` an existing
+    one for what is needed on the way.  `context_tokens` 0 means the trained length.
+    """
+
+    source_format: str
+    target_format: str
+    files: tuple[Path, ...]
+    output: Path
+    work: Path
+    name: str
+    quantization: str
+    group_size: int = 64
+    exporter: str = "auto"
+    context_tokens: int = 0
+    threads: int = 1
+
+    def to_json(self) -> str:
+        """Return the job as one line."""
+        fields = asdict(self)
+        fields |= {"files": [str(file) for file in self.files]}
+        fields |= {"output": str(self.output), "work": str(self.work)}
+        return json.dumps(fields)
+
+    @staticmethod
+    def from_json(line: str) -> "Job":
+        """Return the job that `to_json` wrote."""
+        fields = json.loads(line)
+        fields["files"] = tuple(Path(file) for file in fields["files"])
+        return Job(**fields | {"output": Path(fields["output"]), "work": Path(fields["work"])})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object of bounded size.  Raises BrokenModel."""
+    try:
+        size = path.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise BrokenModel(
+                f"{path.name} is larger than {format_bytes(_MAX_JSON_BYTES)}.", param="model"
+            )
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BrokenModel(f"The file {path.name} is missing.", param="model") from None
+    except (ValueError, RecursionError) as error:
+        raise BrokenModel(f"{path.name} is no JSON: {error}.", param="model") from None
+    if not isinstance(value, dict):
+        raise BrokenModel(f"{path.name} holds no JSON object.", param="model")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object for people to read."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def lift_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` with transformers 5's `rope_parameters` at the top level as well.
+
+    mlx-lm and older readers know only `rope_theta` and `rope_scaling` there, and take a default
+    in silence where they are missing.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return config
+    lifted = dict(config)
+    local = rope.get("sliding_attention")
+    if isinstance(local, dict) and "rope_theta" in local:
+        lifted.setdefault("rope_local_base_freq", local["rope_theta"])
+    full = rope.get("full_attention", rope)
+    if not isinstance(full, dict):
+        return config
+    if "rope_theta" in full:
+        lifted.setdefault("rope_theta", full["rope_theta"])
+    if full.get("rope_type", "default") != "default":
+        scaling = {key: value for key, value in full.items() if key != "rope_theta"}
+        lifted.setdefault("rope_scaling", scaling)
+    return lifted
+
+
+def stage(job: Job) -> Path:
+    """Return a folder with links to the model's files alone, so that nothing else is read.
+
+    What names code to run is taken out of the configurations.
+    """
+    folder = job.work / "source"
+    folder.mkdir()
+    root = job.files[0].parent
+    for file in job.files:
+        if file.parent != root:
+            continue
+        if file.name in _REWRITTEN:
+            config = {k: v for k, v in read_json(file).items() if k not in _CODE_KEYS}
+            write_json(folder / file.name, lift_rope(config))
+        elif file.suffix != ".py":
+            os.symlink(file.resolve(strict=True), folder / file.name)
+    return folder
+
+
+def weight_files(job: Job, suffixes: tuple[str, ...] = WEIGHTS) -> tuple[Path, ...]:
+    """Return the job's weights.  Raises BrokenModel when there are none."""
+    files = tuple(file for file in job.files if file.suffix in suffixes)
+    if not files:
+        raise BrokenModel(f"{job.name} has no weights ({', '.join(suffixes)}).", param="model")
+    return files
+
+
+def copy_sidecars(source: Path, output: Path) -> None:
+    """Copy what stands beside the weights (configurations, tokenizer) and is not there yet."""
+    for file in sorted(source.iterdir()):
+        target = output / file.name
+        is_weights = file.suffix in WEIGHTS or file.name.endswith(".index.json")
+        if is_weights or target.exists() or not file.is_file():
+            continue
+        if file.stat().st_size <= _MAX_SIDECAR_BYTES:
+            shutil.copyfile(file, target)

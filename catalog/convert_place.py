@@ -1,0 +1,237 @@
+"""Where a conversion writes: hidden until it is whole, and swept away after a crash."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from backends.base import ModelInfo
+from catalog.convert_job import write_json
+from catalog.files import mark
+from core.errors import ModelFileMissing, RequestError, Unavailable
+from core.types import JsonValue
+from core.units import MIB, format_bytes
+
+_PARTIAL = re.compile(r"\..+\.partial-(\d+)-[0-9a-f]{8}", re.DOTALL)
+_LOCK = "lock"
+_HASHED_BYTES = 8 * MIB
+_SPARE_BYTES = 256 * MIB
+_TOOLS = (
+    "impetus", "torch", "transformers", "tokenizers", "safetensors", "gguf", "llama-cpp-python",
+    "mlx", "mlx-lm", "onnx", "onnxruntime", "onnxruntime-genai", "onnxscript", "coremltools",
+)  # fmt: skip
+# Bits that a weight takes with scales and all, at most.
+_BITS = {
+    "f32": 32.0, "f16": 16.5, "bf16": 16.5, "mixed": 17.0, "original": 32.0, "int8": 12.0,
+    "int4": 8.0,
+}  # fmt: skip
+_WIDEST_QUANTIZED = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class FileMark:
+    """What a file was when the conversion began."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
+    mark: str
+
+
+def fingerprint(files: Sequence[Path]) -> tuple[FileMark, ...]:
+    """Return size and the SHA-256 of the first 8 MiB of every file; blocks while they are read.
+
+    Raises ModelFileMissing.
+    """
+    marks = []
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                digest = hashlib.sha256(stream.read(_HASHED_BYTES)).hexdigest()
+            marks.append(FileMark(file, file.stat().st_size, digest, mark(file)))
+        except OSError as error:
+            raise ModelFileMissing(
+                f"The file {file.name} cannot be read ({error.strerror}).", param="model"
+            ) from error
+    return tuple(marks)
+
+
+def require_space(source: ModelInfo, target: Path, quantization: str, steps: int) -> None:
+    """Check that the disk has room for the result and what is written on the way.
+
+    Raises Unavailable with both numbers, RequestError when the folder above is missing.
+    """
+    if not target.parent.is_dir():
+        raise RequestError(f"The folder {target.parent} does not exist.", param="target")
+    parameters = source.parameters or source.size_bytes // 2
+    bits = _BITS.get(quantization, _WIDEST_QUANTIZED)
+    through_f32 = steps > 1 or (source.format, quantization) == ("safetensors", "q4_k_m")
+    needed = int(parameters * bits / 8) + _SPARE_BYTES
+    needed += parameters * 4 if through_f32 else 0
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise Unavailable(
+            f"The conversion needs up to {format_bytes(needed)} of disk space, "
+            f"{format_bytes(free)} are free."
+        )
+
+
+@dataclass(slots=True)
+class Partial:
+    """The hidden folder beside the target that everything is written to.
+
+    It holds a locked file while its owner lives, so that no sweep takes it away.
+    """
+
+    folder: Path
+    target: Path
+    _lock: int
+
+    @classmethod
+    def create(cls, target: Path) -> "Partial":
+        """Make the folder.  Raises Unavailable when it cannot be made."""
+        name = f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+        folder = target.with_name(name)
+        try:
+            folder.mkdir()
+            # Locked before it has its name: a sweep finds it locked or not at all.
+            unlocked = folder / "unlocked"
+            lock = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            unlocked.rename(folder / _LOCK)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise Unavailable(
+                f"Nothing can be written to {target.parent} ({error.strerror})."
+            ) from error
+        return cls(folder, target, lock)
+
+    def discard(self, *paths: Path) -> None:
+        """Remove files and folders inside that are needed no more."""
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_relative_to(self.folder):
+                path.unlink(missing_ok=True)
+
+    def publish(self, result: Path) -> Path:
+        """Give `result`, a folder inside, the target's name.  Raises RequestError if it is taken.
+
+        Its files are on the disk before, so that the name never stands for less than all.
+        """
+        for path in [*result.rglob("*"), result]:
+            _sync(path)
+        taken = RequestError(
+            f"{self.target.name!r} came into being meanwhile; choose another name.",
+            param="target",
+        )
+        if os.path.lexists(self.target):
+            raise taken
+        try:
+            result.rename(self.target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise taken from error
+            raise
+        _sync(self.target.parent)
+        return self.target
+
+    def remove(self) -> None:
+        """Remove the folder with all that is left in it; twice is fine."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> tuple[Path, ...]:
+    """Remove what conversions of dead processes left in `folder`; return those paths."""
+    removed = []
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            match = _PARTIAL.fullmatch(path.name)
+            if match and path.is_dir() and not path.is_symlink() and _is_left(path, int(match[1])):
+                shutil.rmtree(path, ignore_errors=True)
+                removed.append(path)
+    return tuple(removed)
+
+
+def _is_left(path: Path, owner: int) -> bool:
+    """Whether the folder's owner is gone; its lock says so even when the number is reused."""
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return not psutil.pid_exists(owner)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return True
+
+
+def write_provenance(
+    result: Path,
+    source: ModelInfo,
+    before: Sequence[FileMark],
+    parameters: Mapping[str, JsonValue],
+) -> None:
+    """Write provenance.json: what was converted, how, with which tools and when.
+
+    Raises Unavailable when the source changed meanwhile.
+    """
+    for file in before:
+        try:
+            is_same = mark(file.path) == file.mark
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise Unavailable(f"{file.path.name} changed while it was converted; convert again.")
+    files = [
+        {"path": str(file.path), "size_bytes": file.size_bytes, "sha256_8mib": file.sha256}
+        for file in before
+    ]
+    write_json(
+        result / "provenance.json",
+        {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "source": {
+                "name": source.name,
+                "format": source.format,
+                "architecture": source.architecture,
+                "quantization": source.quantization,
+                "license": source.license,
+                "files": files,
+            },
+            "parameters": dict(parameters),
+            "tools": _tool_versions(),
+        },
+    )
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {}
+    for tool in _TOOLS:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[tool] = version(tool)
+    return versions

@@ -1,0 +1,213 @@
+"""Tokenizers across formats: how text is split before BPE, and the proof that two agree.
+
+GGUF names the splitting (`tokenizer.ggml.pre`), Hugging Face spells it out.  A wrong one changes
+a few tokens in a thousand and nothing complains, so every conversion compares both tokenizers.
+Source of the patterns: llama.cpp `llama-vocab.cpp`, llm_tokenizer_bpe.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from core.errors import BrokenModel, UnsupportedCapability
+
+_DIGIT = r"\p{N}"
+_GPT2 = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)  # fmt: skip
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
+    r"%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+
+PATTERNS: Mapping[str, tuple[str, ...]] = {
+    "gpt-2": (_GPT2,),
+    "smollm": (_DIGIT, _GPT2),
+    "llama-bpe": (_HEAD + r"\p{N}{1,3}" + _TAIL,),
+    "qwen2": (_HEAD + _DIGIT + _TAIL,),
+    "tekken": (_CASED % ("", "", _DIGIT),),
+    "gpt-4o": (_CASED % (_CONTRACTION, _CONTRACTION, r"\p{N}{1,3}"),),
+}
+_ALIASES = {
+    "default": "gpt-2", "phi-2": "gpt-2", "roberta-bpe": "gpt-2", "olmo": "gpt-2",
+    "starcoder": "smollm", "refact": "smollm", "command-r": "smollm", "exaone": "smollm",
+    "codeshell": "smollm", "minerva-7b": "smollm",
+    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "lfm2": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2", "stablelm2": "qwen2", "megrez": "qwen2", "hunyuan": "qwen2",
+    "llama4": "gpt-4o",
+}  # fmt: skip
+
+# What tokenizers get wrong: digits, blanks, case, contractions, scripts, emoji, code, markup.
+PROBES = (
+    "Hello world", " leading and  double   triple    blanks ", "tab\there\t\tand\n\n\nlines \n x",
+    "\r\nwindows\r\nlines\r\n", "price 1234.50 USD on 2026-11-22, 0.5% of 1,000,000", "x=10**12",
+    "version 3.14159 and 0xDEADBEEF 1e-9", "don't I'LL we've HE'S o'clock 'quoted' it's",
+    "camelCase PascalCase snake_case SCREAMING_CASE kebab-case iPhone15Pro",
+    "日本語テスト 한국어 中文字符", "Привет мир, как дела? Ελληνικά עברית العربية हिन्दी ไทย",
+    "grüße naïve façade Ærøskøbing ŁÓDŹ", "emoji 😀👍🏽 ok 👨‍👩‍👧‍👦 🇩🇪🎉🎈", "१२३ ½ Ⅷ ² ①",
+    "def f(a: int, *b) -> dict[str, list[int]]:\n    return {'k': [a, *b]}\n\n\n",
+    "for (int i = 0; i < n; ++i) { a[i] += b[i] * 2; } // done\n",
+    "if x != y && !(z || w) { std::cout << \"hi\\n\"; }", "SELECT * FROM t WHERE a<>'b';--",
+    "<div class=\"a b\">&amp; text</div>", "https://example.org/a/b?c=d&e=%20f#g",
+    "a\u00a0b\u3000c",
+    "...!!!???---___***###", "( [ { < > } ] )", "\\alpha + \\beta = \\frac{1}{2}",
+    "zero\u200bwidth",
+    "The end.\n", "\n", " ", "  ", "    four\n        eight", "a", "é", "ﬁ ligature ™ © €",
+    "…—“”‘’",
+)  # fmt: skip
+
+
+def patterns_for(pre: str) -> tuple[str, ...] | None:
+    """Return the patterns of a `tokenizer.ggml.pre`, applied one after the other; None: unknown."""
+    return PATTERNS.get(_ALIASES.get(pre, pre))
+
+
+def pre_tokenizer(patterns: tuple[str, ...]) -> Any:
+    """Return the `tokenizers` pre-tokenizer that splits so and then spells bytes."""
+    from tokenizers import Regex, pre_tokenizers
+
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, byte_level])
+
+
+def pre_name(described: Mapping[str, Any] | None) -> str:
+    """Return the `tokenizer.ggml.pre` of a tokenizer.json's `pre_tokenizer`.
+
+    Raises UnsupportedCapability for one that GGUF has no name for here.
+    """
+    found = tuple(_patterns_in(described or {}))
+    for name, patterns in PATTERNS.items():
+        if found == patterns:
+            return name
+    raise UnsupportedCapability(
+        "The tokenizer splits text in a way that has no known name in GGUF.", param="target_format"
+    )
+
+
+def _patterns_in(described: Mapping[str, Any]) -> Iterator[str]:
+    match described.get("type"):
+        case "Sequence":
+            for part in described.get("pretokenizers", ()):
+                yield from _patterns_in(part)
+        case "Digits" if described.get("individual_digits"):
+            yield _DIGIT
+        case "Split":
+            pattern = described.get("pattern", {})
+            yield str(pattern.get("Regex", pattern.get("String", "")))
+        case "ByteLevel":
+            if described.get("use_regex", True):
+                yield _GPT2
+        case other:
+            yield f"<{other}>"
+
+
+class GgufVocabulary:
+    """A GGUF file's tokenizer alone, by llama.cpp."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the vocabulary; blocks for a fraction of a second.  Raises BrokenModel."""
+        from backends.gguf_model import library, native_log
+
+        self._llama = library()
+        params = self._llama.llama_model_default_params()
+        params.vocab_only = True
+        self._model = self._llama.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            reason = native_log.take_errors() or "llama.cpp gives no reason"
+            raise BrokenModel(f"The vocabulary cannot be loaded: {reason}", param="model")
+        self._vocabulary = self._llama.llama_model_get_vocab(self._model)
+
+    def encode(self, text: str, *, with_special: bool) -> list[int]:
+        """Return the token ids, special tokens in the text recognised."""
+        data = text.encode()
+        room = len(data) + 8
+        buffer = (self._llama.llama_token * room)()
+        count = self._llama.llama_tokenize(
+            self._vocabulary, data, len(data), buffer, room, with_special, True
+        )
+        return list(buffer[: max(count, 0)])
+
+    def special(self, name: str) -> tuple[int, str] | None:
+        """Return id and text of the `bos` or `eos` token where the file says to add it."""
+        if not getattr(self._llama, f"llama_vocab_get_add_{name}")(self._vocabulary):
+            return None
+        token_id = int(getattr(self._llama, f"llama_vocab_{name}")(self._vocabulary))
+        if token_id < 0:
+            return None
+        return token_id, self._llama.llama_vocab_get_text(self._vocabulary, token_id).decode()
+
+    def close(self) -> None:
+        """Free it; twice is fine."""
+        if self._model:
+            self._llama.llama_model_free(self._model)
+            self._model = None
+
+
+@contextmanager
+def gguf_vocabulary(path: Path) -> Iterator[GgufVocabulary]:
+    """Hold a GGUF file's vocabulary open.  Raises BrokenModel."""
+    vocabulary = GgufVocabulary(path)
+    try:
+        yield vocabulary
+    finally:
+        vocabulary.close()
+
+
+def disagreements(tokenizer: Any, vocabulary: GgufVocabulary) -> list[str]:
+    """Return the probes that a `tokenizers.Tokenizer` and llama.cpp tokenize differently."""
+    specials = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    probes = [*PROBES, *(f"before{text} after\n{text}" for text in specials[:8])]
+    return [
+        probe
+        for probe in probes
+        for with_special in (False, True)
+        if tokenizer.encode(probe, add_special_tokens=with_special).ids
+        != vocabulary.encode(probe, with_special=with_special)
+    ]
+
+
+def repair(tokenizer: Any, vocabulary: GgufVocabulary, pre: str) -> None:
+    """Make a tokenizer that was derived from a GGUF file split and frame text as the file says.
+
+    Raises UnsupportedCapability when it still disagrees with llama.cpp.
+    """
+    from tokenizers import processors
+
+    patterns = patterns_for(pre)
+    if patterns is not None and type(tokenizer.model).__name__ == "BPE" and pre:
+        tokenizer.pre_tokenizer = pre_tokenizer(patterns)
+    bos, eos = vocabulary.special("bos"), vocabulary.special("eos")
+    frame = [f"{bos[1]}:0" if bos else "", "$A:0", f"{eos[1]}:0" if eos else ""]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[part for part in frame if part],
+        pair=[part for part in (*frame, "$B:0") if part],
+        special_tokens=[(text, token_id) for token_id, text in filter(None, (bos, eos))],
+    )
+    different = disagreements(tokenizer, vocabulary)
+    if different:
+        raise UnsupportedCapability(
+            f"The tokenizer ({pre or 'unnamed'}) cannot be converted faithfully: "
+            f"{len(different)} of {2 * len(PROBES)} texts differ, first {different[0]!r}.",
+            param="target_format",
+        )
+
+
+def check_same(tokenizer: Any, gguf: Path) -> None:
+    """Compare a tokenizer with the GGUF file that was written from it.
+
+    Raises UnsupportedCapability when they disagree.
+    """
+    with gguf_vocabulary(gguf) as vocabulary:
+        different = disagreements(tokenizer, vocabulary)
+    if different:
+        raise UnsupportedCapability(
+            f"llama.cpp would tokenize {len(different)} of {2 * len(PROBES)} texts differently, "
+            f"first {different[0]!r}.",
+            param="target_format",
+        )

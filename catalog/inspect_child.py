@@ -1,0 +1,116 @@
+"""Inspects model files on request; runs alone in a process with limits, which may die of them.
+
+Speaks JSON lines: `{"path": …}` in; out first `{"stage": …}` lines that say what begins, then one
+`{"info": …}`, `{"format": …, "refused": …}` or `{"unknown": […]}`.  The end of stdin ends it.
+"""
+
+import contextlib
+import ctypes
+import ctypes.util
+import json
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from backends.base import Backend, ModelInfo
+from backends.registry import backends_for
+from catalog.identify import Outcome, Refused, Unknown, examine
+from catalog.inspect_checks import check_files
+from catalog.rows import info_to_json
+from core.errors import BrokenModel
+from core.units import GIB
+
+MEMORY_BYTES = 2 * GIB
+CPU_S = 20
+_NEW_USER_AND_NETWORK = 0x10000000 | 0x40000000
+
+
+def limit_process() -> None:
+    """Bound memory, written files and new processes, and cut the network where that is possible.
+
+    Private memory is bounded rather than address space: weights are mapped, whatever their size.
+    """
+    for kind, limit in (
+        (resource.RLIMIT_DATA, MEMORY_BYTES),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NPROC, 0),
+    ):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(kind, (limit, limit))
+    if sys.platform == "linux":
+        # Source: unshare(2); a system that forbids it to users leaves the network open.
+        ctypes.CDLL(ctypes.util.find_library("c")).unshare(_NEW_USER_AND_NETWORK)
+
+
+def limit_cpu() -> None:
+    """Give the next file its processor time, counted from now."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    soft = int(used.ru_utime + used.ru_stime) + CPU_S + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
+
+
+class Child:
+    """Answers one request after the other on two streams."""
+
+    def __init__(self, backends: Sequence[Backend], out: IO[str]) -> None:
+        self._backends = backends
+        self._out = out
+
+    def answer(self, path: Path) -> None:
+        """Inspect one file and say what it is."""
+        self._stage("its identification")
+        outcome = examine(path, self._backends)
+        if isinstance(outcome, ModelInfo):
+            outcome = self._checked(outcome)
+        self._say(_as_json(outcome))
+
+    def _checked(self, info: ModelInfo) -> Outcome:
+        try:
+            check_files(info, self._stage)
+        except BrokenModel as problem:
+            return Refused(info.format, problem.message)
+        except MemoryError:
+            return Refused(info.format, "its inspection needs too much memory")
+        except Exception as problem:
+            return Refused(info.format, f"its inspection failed: {type(problem).__name__}")
+        return info
+
+    def _stage(self, name: str) -> None:
+        self._say({"stage": name})
+
+    def _say(self, answer: Mapping[str, Any]) -> None:
+        self._out.write(json.dumps(answer) + "\n")
+        self._out.flush()
+
+
+def _as_json(outcome: Outcome) -> Mapping[str, Any]:
+    match outcome:
+        case ModelInfo() as info:
+            return {"info": info_to_json(info)}
+        case Refused(format, reason):
+            return {"format": format, "refused": reason[:2000]}
+        case Unknown(reasons):
+            return {"unknown": [reason[:500] for reason in reasons]}
+
+
+def main() -> None:
+    """Import what is needed, take on the limits, and answer until stdin ends."""
+    import tokenizers as _  # noqa: F401 - before the limits, which forbid its threads
+
+    backends = list(backends_for(sys.argv[1:]).values())
+    # What a library prints must not end up among the answers.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    limit_process()
+    child = Child(backends, out)
+    for line in sys.stdin:
+        limit_cpu()
+        child.answer(Path(json.loads(line)["path"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Which model a folder was converted from, as the conversion wrote it down."""
+
+import json
+from pathlib import Path
+
+PROVENANCE = "provenance.json"
+_MOST_BYTES = 1024 * 1024
+_LONGEST_ID = 200
+
+
+def converted_from(weights: Path, root: Path) -> str:
+    """Return the id of the model that `weights` were made from; empty for any other file.
+
+    The note lies in the nearest folder above the file, below `root`, that has one.
+    """
+    folder = weights.parent
+    while folder != root and folder.is_relative_to(root):
+        note = folder / PROVENANCE
+        if note.is_file():
+            return _model_id(note)
+        folder = folder.parent
+    return ""
+
+
+def _model_id(note: Path) -> str:
+    try:
+        if note.stat().st_size > _MOST_BYTES:
+            return ""
+        model_id = json.loads(note.read_text("utf-8"))["parameters"]["model_id"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return ""
+    return model_id[:_LONGEST_ID] if isinstance(model_id, str) else ""
