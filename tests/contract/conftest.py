@@ -1,37 +1,54 @@
 """The engines that the contract is checked on."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from backends.base import Engine, EngineOptions
-from backends.echo import EchoBackend, echo_info
-from backends.gguf import GgufBackend
-from tests.starter import starter_path, write_full_precision
+from tests.contract.report import ContractReport
+from tests.golden import golden
+from tests.models import GOLDEN, VARIANTS, open_variant
 
-OPTIONS = EngineOptions(max_sequences=8, threads=1, context_tokens=2048, kv_tokens=8192)
+OPTIONS = EngineOptions(max_sequences=8, threads=1, context_tokens=512, kv_tokens=4096)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the report's file name."""
+    parser.addoption("--contract-report", type=Path, help="write which backend passed which case")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect outcomes where a report is wanted."""
+    path = config.getoption("--contract-report", None)
+    # With several processes the one that collects their reports writes.
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(ContractReport(path, VARIANTS), "contract-report")
 
 
 @pytest.fixture(scope="session")
-def full_precision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def full_precision() -> Path:
     """The starter's weights as float32."""
-    return write_full_precision(tmp_path_factory.mktemp("models") / "smollm2-f32.gguf")
+    return golden("gguf-f32")
 
 
-async def _open(backend: str, full_precision: Path, options: EngineOptions) -> Engine:
-    if backend == "echo":
-        return EchoBackend().open(echo_info(), options)
-    gguf = GgufBackend()
-    path = full_precision if backend == "gguf-f32" else starter_path()
-    return gguf.open(gguf.identify(path), options)
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    """Each format with its real model, which is built before any event loop runs."""
+    name = str(request.param)
+    if name in GOLDEN:
+        golden(GOLDEN[name])
+    return name
 
 
-@pytest_asyncio.fixture(params=["echo", "gguf", "gguf-f32"], scope="module", loop_scope="module")
-async def engine(request: pytest.FixtureRequest, full_precision: Path) -> AsyncIterator[Engine]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(variant: str) -> AsyncIterator[Engine]:
     """Each backend with its real model."""
-    engine = await _open(request.param, full_precision, OPTIONS)
+    # A token of the echo model is a byte, so the same text needs more of them.
+    options = replace(OPTIONS, context_tokens=2048) if variant == "echo" else OPTIONS
+    engine = open_variant(variant, options)
     yield engine
     await engine.close()
 
@@ -39,6 +56,7 @@ async def engine(request: pytest.FixtureRequest, full_precision: Path) -> AsyncI
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def gguf(full_precision: Path) -> AsyncIterator[Engine]:
     """The starter in full precision, so that token ids can be compared exactly."""
-    engine = await _open("gguf-f32", full_precision, OPTIONS)
+    del full_precision
+    engine = open_variant("gguf-f32", replace(OPTIONS, context_tokens=2048, kv_tokens=8192))
     yield engine
     await engine.close()

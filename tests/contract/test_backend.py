@@ -84,10 +84,10 @@ async def test_text_is_never_cut_inside_a_character(engine: Engine) -> None:
 
 
 async def test_sequences_run_together_as_they_run_alone(engine: Engine) -> None:
-    if engine.info.quantization == "q4_1":
+    if engine.info.quantization in ("q4_1", "int4"):
         pytest.skip("activations are rounded to int8 per batch, so near ties may fall otherwise")
     prompts = [
-        request(chat(f"Say something about number {index}."), top_logprobs=2) for index in range(6)
+        request(chat(f"Say something about number {index}."), top_logprobs=2) for index in range(4)
     ]
     alone = [await run(engine, prompt) for prompt in prompts]
     together = await asyncio.gather(*(run(engine, prompt) for prompt in prompts))

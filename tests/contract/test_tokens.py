@@ -1,0 +1,22 @@
+"""The same weights give the same greedy tokens in every full-precision format."""
+
+import pytest
+
+from backends.base import Engine
+from core.types import TokenPrompt
+from tests.golden import reference
+from tests.models import FULL_PRECISION
+from tests.requests import end_of, request, run, token_ids_of
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.mark.parametrize("variant", FULL_PRECISION, scope="module", indirect=True)
+@pytest.mark.parametrize("number", range(3))
+async def test_greedy_tokens_are_those_of_the_reference(engine: Engine, number: int) -> None:
+    wanted = reference()
+    events = await run(engine, request(TokenPrompt(wanted.ids[number]), max_tokens=32))
+    tokens = token_ids_of(events)
+    # The reference goes on after an end token, an engine does not.
+    assert tuple(tokens) == wanted.tokens[number][: len(tokens)]
+    assert len(tokens) == 32 or end_of(events).reason == "stop"
