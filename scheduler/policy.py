@@ -1,38 +1,223 @@
 """What to do about an event: pure, no clock, no I/O."""
 
-from collections.abc import Sequence
+import math
+from dataclasses import replace
 
 from core.units import format_bytes
-from scheduler.eviction import victims
-from scheduler.state import Action, HostState, Load, LoadWanted, Reject, Unload
+from scheduler.events import (
+    BudgetChanged,
+    Configured,
+    Event,
+    Grant,
+    Left,
+    Loaded,
+    LoadFailed,
+    Outcome,
+    Reject,
+    Tick,
+    Unloaded,
+    UnloadWanted,
+    Used,
+    Wanted,
+)
+from scheduler.eviction import expired, victims
+from scheduler.queue import groups, is_full, overdue, retry_after_s
+from scheduler.room import admit, candidates, close, possible
+from scheduler.state import HostState, Resident, Waiting
 
 
-def decide(state: HostState, event: LoadWanted) -> Sequence[Action]:
-    """Return the actions for `event`, in order.
+def decide(state: HostState, event: Event, now: float) -> Outcome:
+    """Return the state after `event` and the actions; `now` is in monotonic seconds.
 
-    1. The model is resident or being loaded: nothing.
-    2. It fits beside what is held: load it.
-    3. It fits once others are unloaded: unload those, then load.
-    4. Otherwise reject it with the numbers.
+    Every `Wanted` is ended by exactly one `Grant`, `Reject` or `Left`.  Bytes held and promised
+    pass the budget only when a measurement or the budget itself changed.
     """
-    known = {resident.model_id for resident in state.residents}
-    known.update(model_id for model_id, _ in state.loading)
-    if event.model_id in known:  # (1)
-        return ()
-    missing = state.used_bytes + event.needed_bytes - state.budget_bytes
-    evicted = victims(missing, state.residents)
-    if evicted is None:  # (4)
-        return (Reject(event.model_id, _refusal(state, event)),)
-    unloads = [
-        Unload(resident.model_id, f"{event.model_id} needs {format_bytes(event.needed_bytes)}")
-        for resident in evicted
-    ]
-    return (*unloads, Load(event.model_id, event.needed_bytes))  # (2) (3)
+    outcome = _apply(state, event, now)
+    # Only then what is known of the models' use is fresh.
+    if isinstance(event, Tick):
+        outcome = outcome.then(_unload_expired(outcome.state, now))
+    for step in (_end_hopeless, _return_to_budget, _load_waiting):
+        outcome = outcome.then(step(outcome.state, now))
+    return outcome
 
 
-def _refusal(state: HostState, event: LoadWanted) -> str:
-    return (
-        f"{event.model_id} needs {format_bytes(event.needed_bytes)}; models may use "
-        f"{format_bytes(state.budget_bytes)} together and {format_bytes(state.used_bytes)} of that "
-        "is in use and cannot be freed."
+def _apply(state: HostState, event: Event, now: float) -> Outcome:
+    match event:
+        case Wanted():
+            return _want(state, event, now)
+        case Left(request_id):
+            left = tuple(item for item in state.waiting if item.request_id != request_id)
+            return Outcome(replace(state, waiting=left))
+        case Loaded():
+            return _take_in(state, event, now)
+        case LoadFailed():
+            return _fail(state, event)
+        case UnloadWanted(model_id, reason):
+            resident = state.resident(model_id)
+            if resident is None or resident.is_closing:
+                return Outcome(state)
+            return close(state, [resident], reason, now)
+        case _:
+            return Outcome(_note(state, event))
+
+
+def _note(state: HostState, event: Event) -> HostState:
+    """Take over the facts of an event that asks for nothing by itself."""
+    match event:
+        case Unloaded(model_id):
+            left = tuple(item for item in state.residents if item.model_id != model_id)
+            return replace(state, residents=left)
+        case Used(uses):
+            by_id = {use.model_id: use for use in uses}
+            return replace(
+                state,
+                residents=tuple(
+                    replace(
+                        item,
+                        in_flight=use.in_flight,
+                        used_at=max(item.used_at, use.used_at),
+                        size_bytes=use.measured_bytes or item.size_bytes,
+                    )
+                    if (use := by_id.get(item.model_id))
+                    else item
+                    for item in state.residents
+                ),
+            )
+        case Configured(model_id, settings):
+            others = tuple(pair for pair in state.settings if pair[0] != model_id)
+            state = replace(state, settings=(*others, (model_id, settings)))
+            resident = state.resident(model_id)
+            return (
+                state if resident is None else state.with_residents([_configured(state, resident)])
+            )
+        case BudgetChanged(budget_bytes):
+            return replace(state, budget_bytes=budget_bytes)
+        case _:
+            assert isinstance(event, Tick)
+            return state
+
+
+def _configured(state: HostState, resident: Resident) -> Resident:
+    settings = state.settings_of(resident.model_id)
+    return replace(resident, is_pinned=settings.is_pinned, keep_alive_s=settings.keep_alive_s)
+
+
+def _want(state: HostState, event: Wanted, now: float) -> Outcome:
+    resident = state.resident(event.model_id)
+    if resident is not None and not resident.is_closing:
+        state = state.with_residents([replace(resident, granted_at=now)])
+        return Outcome(state, (Grant(event.request_id, event.model_id, "it is resident"),))
+    if is_full(state, event.model_id):
+        reason = f"{state.limits.waiting_per_model} requests wait for {event.model_id} already."
+        retry = retry_after_s(state)
+        return Outcome(state, (Reject(event.request_id, event.model_id, "full", reason, retry),))
+    request = Waiting(
+        event.request_id, event.model_id, event.offers, now, event.deadline, event.priority
     )
+    return Outcome(replace(state, waiting=(*state.waiting, request)))
+
+
+def _take_in(state: HostState, event: Loaded, now: float) -> Outcome:
+    """Make a model resident and send it everything that waits for it."""
+    granted = [item for item in state.waiting if item.model_id == event.model_id]
+    resident = Resident(
+        event.model_id,
+        event.size_bytes,
+        used_at=now,
+        load_s=event.load_s,
+        granted_at=now if granted else -math.inf,
+    )
+    others = tuple(item for item in state.residents if item.model_id != event.model_id)
+    state = replace(
+        state,
+        residents=(*others, _configured(state, resident)),
+        loading=tuple(item for item in state.loading if item.model_id != event.model_id),
+        waiting=tuple(item for item in state.waiting if item.model_id != event.model_id),
+    )
+    reason = f"it was loaded in {event.load_s:.2f} s"
+    grants = tuple(Grant(item.request_id, item.model_id, reason) for item in granted)
+    return Outcome(state, grants)
+
+
+def _fail(state: HostState, event: LoadFailed) -> Outcome:
+    """End what waits for the model, unless it may be opened with less memory."""
+    tried = next((item.offer for item in state.loading if item.model_id == event.model_id), None)
+    waiting: list[Waiting] = []
+    rejects: list[Reject] = []
+    for item in state.waiting:
+        if item.model_id != event.model_id:
+            waiting.append(item)
+            continue
+        limit = tried.needed_bytes if tried and event.is_memory else 0
+        smaller = tuple(offer for offer in item.offers if offer.needed_bytes < limit)
+        if smaller:
+            waiting.append(replace(item, offers=smaller))
+        else:
+            rejects.append(Reject(item.request_id, item.model_id, "failed", event.message))
+    loading = tuple(item for item in state.loading if item.model_id != event.model_id)
+    return Outcome(replace(state, loading=loading, waiting=tuple(waiting)), tuple(rejects))
+
+
+def _end_hopeless(state: HostState, now: float) -> Outcome:
+    """Refuse what waited too long or can never fit."""
+    retry = retry_after_s(state)
+    rejects: list[Reject] = []
+    late = {item.request_id for item in overdue(state.waiting, now)}
+    for item in state.waiting:
+        if item.request_id in late:
+            reason = (
+                f"{item.model_id} waited {now - item.since:.0f} s for memory; "
+                f"{_usage(state)} and did not become free."
+            )
+            rejects.append(Reject(item.request_id, item.model_id, "timeout", reason, retry))
+        elif not (state.is_loading(item.model_id) or possible(state, item.offers)):
+            least = min((offer.needed_bytes for offer in item.offers), default=0)
+            reason = (
+                f"{item.model_id} needs {format_bytes(least)}; {_usage(state)}, "
+                f"{format_bytes(state.pinned_bytes)} of it by pinned models."
+            )
+            rejects.append(Reject(item.request_id, item.model_id, "memory", reason))
+    ended = {reject.request_id for reject in rejects}
+    waiting = tuple(item for item in state.waiting if item.request_id not in ended)
+    return Outcome(replace(state, waiting=waiting), tuple(rejects))
+
+
+def _usage(state: HostState) -> str:
+    return (
+        f"models may use {format_bytes(state.budget_bytes)} together and "
+        f"{format_bytes(state.used_bytes)} of that is in use"
+    )
+
+
+def _unload_expired(state: HostState, now: float) -> Outcome:
+    outcome = Outcome(state)
+    for resident in expired(state.residents, now, state.limits):
+        reason = f"it was idle for {now - resident.used_at:.0f} s, its keep-alive"
+        outcome = outcome.then(close(outcome.state, [resident], reason, now))
+    return outcome
+
+
+def _return_to_budget(state: HostState, now: float) -> Outcome:
+    """Unload idle models when more is held than may be."""
+    over = state.used_bytes - state.leaving_bytes - state.budget_bytes
+    if over <= 0:
+        return Outcome(state)
+    idle = candidates(state, now, now)
+    # What can be freed is, even where it is too little.
+    chosen = victims(over, idle, now)
+    reason = f"{_usage(state)}"
+    return close(state, idle if chosen is None else chosen, reason, now)
+
+
+def _load_waiting(state: HostState, now: float) -> Outcome:
+    """Start the loads there is room for, and make room for others."""
+    outcome = Outcome(state)
+    reserved = 0
+    for group in groups(state):
+        busy = outcome.state.resident(group.model_id) is not None
+        if busy or outcome.state.is_loading(group.model_id):
+            continue
+        step, promised = admit(outcome.state, group, reserved, now)
+        outcome = outcome.then(step)
+        reserved += promised
+    return outcome

@@ -1,17 +1,50 @@
-"""What the machine has, read from the operating system."""
+"""What the machine has and how it fares, read from the operating system."""
 
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 from core.units import GIB
+from scheduler.sensors_file import FileSensor
+from scheduler.sensors_linux import LinuxSensor
+from scheduler.sensors_macos import MacSensor
+from scheduler.thermal import Reading, SensorProblem
 
 _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 _SMALLEST_MARGIN_BYTES = 2 * GIB
+
+
+class Sensor(Protocol):
+    """Where heat, memory pressure and power are read."""
+
+    def read(self) -> Reading:
+        """Return what is known now; what is missing or makes no sense is in its `problems`.
+
+        Blocks while the system answers, so it is called on a thread of its own.
+        """
+        ...
+
+
+class NoSensor:
+    """A system whose sensors are not known here."""
+
+    def read(self) -> Reading:
+        """Return that nothing is known."""
+        return Reading(problems=(SensorProblem("thermal", f"none is known on {sys.platform}"),))
+
+
+def open_sensor(thermal_file: Path | None) -> Sensor:
+    """Return this machine's sensor, or the simulated one that reads `thermal_file`."""
+    if thermal_file is not None:
+        return FileSensor(thermal_file)
+    if sys.platform == "darwin":
+        return MacSensor()
+    return LinuxSensor() if sys.platform == "linux" else NoSensor()
 
 
 def machine_memory_bytes(cgroup_limits: tuple[Path, ...] = _CGROUP_LIMITS) -> int:

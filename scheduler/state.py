@@ -1,68 +1,137 @@
 """What the scheduler knows, as values."""
 
-from dataclasses import dataclass, field
-from typing import TypeAlias
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+Priority: TypeAlias = Literal["interactive", "batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One way to open a model: the bytes it will hold.
+
+    `context_tokens` None means the context that the options grant, a number a lowered one.
+    """
+
+    needed_bytes: int
+    context_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRules:
+    """What the user wants of a model; `keep_alive_s` None keeps it while there is room."""
+
+    is_pinned: bool = False
+    keep_alive_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A model that holds memory; `used_at` is the monotonic second of its last request's end."""
+    """A model that holds memory; times are monotonic seconds.
+
+    `used_at` is its last request's end, `granted_at` when a request was last sent to it.
+    `is_closing`: it takes no more requests and will be freed after its last one.
+    """
 
     model_id: str
     size_bytes: int
     used_at: float
     in_flight: int = 0
     is_pinned: bool = False
+    keep_alive_s: float | None = None
+    load_s: float = 0.0
+    granted_at: float = -math.inf
+    is_closing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A model that is being opened; its bytes are promised."""
+
+    model_id: str
+    offer: Offer
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request whose model is not resident; `offers` go from the largest to the smallest."""
+
+    request_id: int
+    model_id: str
+    offers: tuple[Offer, ...]
+    since: float
+    deadline: float
+    priority: Priority = "interactive"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The policy's constants, in seconds and requests.
+
+    `waiting_per_model` bounds a model's queue.  A batch request is ordered as if it had come
+    `batch_delay_s` later.  A used model keeps its place until a request for another has waited
+    `holds` times its load time, at most `longest_hold_s`; after `patience_s` it is drained even
+    if it is never idle.  A request that was sent to a model is awaited there for `grant_s`.
+    """
+
+    waiting_per_model: int = 256
+    batch_delay_s: float = 30.0
+    holds: float = 4.0
+    longest_hold_s: float = 10.0
+    patience_s: float = 2.0
+    grant_s: float = 1.0
+    load_guess_s: float = 5.0
+    longest_retry_s: int = 120
 
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """The ledger of one machine: what models may use together, and who uses it.
-
-    `loading` are bytes promised to models that are being opened.
-    """
+    """The ledger of one machine: what models may use together, who uses it, who waits."""
 
     budget_bytes: int
     residents: tuple[Resident, ...] = ()
-    loading: tuple[tuple[str, int], ...] = field(default_factory=tuple)
+    loading: tuple[Loading, ...] = ()
+    waiting: tuple[Waiting, ...] = ()
+    settings: tuple[tuple[str, KeepRules], ...] = ()
+    defaults: KeepRules = field(default_factory=KeepRules)
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def used_bytes(self) -> int:
         """Bytes held and promised."""
         held = sum(resident.size_bytes for resident in self.residents)
-        return held + sum(size for _, size in self.loading)
+        return held + sum(model.offer.needed_bytes for model in self.loading)
 
+    @property
+    def leaving_bytes(self) -> int:
+        """Bytes that will be free without any further action."""
+        return sum(resident.size_bytes for resident in self.residents if resident.is_closing)
 
-@dataclass(frozen=True, slots=True)
-class LoadWanted:
-    """A request needs a model that is not resident; `needed_bytes` is its estimate."""
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes that no request can free."""
+        return sum(
+            resident.size_bytes
+            for resident in self.residents
+            if resident.is_pinned and not resident.is_closing
+        )
 
-    model_id: str
-    needed_bytes: int
+    def resident(self, model_id: str) -> Resident | None:
+        """Return the model where it holds memory, closing or not."""
+        return next((model for model in self.residents if model.model_id == model_id), None)
 
+    def is_loading(self, model_id: str) -> bool:
+        """Whether the model is being opened."""
+        return any(model.model_id == model_id for model in self.loading)
 
-@dataclass(frozen=True, slots=True)
-class Unload:
-    """Drain and free a model; `reason` is for the log."""
+    def settings_of(self, model_id: str) -> KeepRules:
+        """Return the model's settings, the defaults where it has none."""
+        return dict(self.settings).get(model_id, self.defaults)
 
-    model_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Open a model; its bytes are promised from now on."""
-
-    model_id: str
-    needed_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """The model cannot be held; the message has the numbers."""
-
-    model_id: str
-    message: str
-
-
-Action: TypeAlias = Unload | Load | Reject
+    def with_residents(self, changed: Iterable[Resident]) -> "HostState":
+        """Return the state with these residents in the place of their former selves."""
+        by_id = {item.model_id: item for item in changed}
+        residents = tuple(by_id.get(item.model_id, item) for item in self.residents)
+        return replace(self, residents=residents)

@@ -1,78 +1,223 @@
-"""The ledger's decisions, checked over random states."""
+"""The ledger's single decisions."""
 
-from hypothesis import given
-from hypothesis import strategies as st
+from collections.abc import Sequence
+from dataclasses import replace
 
+from scheduler.events import (
+    Action,
+    BudgetChanged,
+    Configured,
+    Drain,
+    Event,
+    Grant,
+    Left,
+    Load,
+    Loaded,
+    LoadFailed,
+    Outcome,
+    Reject,
+    Tick,
+    Unload,
+    Unloaded,
+    UnloadWanted,
+    Use,
+    Used,
+    Wanted,
+)
 from scheduler.policy import decide
-from scheduler.state import HostState, Load, LoadWanted, Reject, Resident, Unload
+from scheduler.state import HostState, KeepRules, Limits, Offer, Resident
 
 
 def resident(name: str, size: int, used_at: float = 0.0, in_flight: int = 0) -> Resident:
-    return Resident(name, size, used_at, in_flight)
+    return Resident(name, size, used_at, in_flight, load_s=1.0)
 
 
-def test_decide_loads_what_fits() -> None:
-    state = HostState(100, (resident("a", 40),))
-    assert decide(state, LoadWanted("b", 60)) == (Load("b", 60),)
+def wanted(name: str, *sizes: int, number: int = 1, deadline: float = 1e6) -> Wanted:
+    offers = tuple(Offer(size, None if index == 0 else 2048) for index, size in enumerate(sizes))
+    return Wanted(number, name, offers, deadline)
 
 
-def test_decide_does_nothing_for_resident_and_loading_models() -> None:
-    state = HostState(100, (resident("a", 40),), (("b", 40),))
-    assert decide(state, LoadWanted("a", 40)) == ()
-    assert decide(state, LoadWanted("b", 40)) == ()
+def feed(state: HostState, *events: tuple[float, Event]) -> Outcome:
+    """Return the last state, with the actions of all events."""
+    outcome = Outcome(state)
+    for now, event in events:
+        outcome = outcome.then(decide(outcome.state, event, now))
+    return outcome
 
 
-def test_decide_unloads_the_longest_unused_idle_model_first() -> None:
-    state = HostState(
-        100,
-        (
-            resident("busy", 40, used_at=1.0, in_flight=1),
-            resident("old", 30, used_at=2.0),
-            resident("new", 30, used_at=3.0),
-        ),
+def kinds(actions: Sequence[Action]) -> list[tuple[str, str]]:
+    return [(type(action).__name__, action.model_id) for action in actions]
+
+
+def test_what_fits_is_loaded_and_granted_to_all_who_wait() -> None:
+    outcome = feed(
+        HostState(100, (resident("a", 40),)),
+        (10.0, wanted("b", 60, number=1)),
+        (11.0, wanted("b", 60, number=2)),
+        (12.0, Loaded("b", 60, 2.0)),
     )
-    actions = decide(state, LoadWanted("d", 30))
-    assert [action.model_id for action in actions] == ["old", "d"]
-    assert isinstance(actions[0], Unload)
+    assert kinds(outcome.actions) == [("Load", "b"), ("Grant", "b"), ("Grant", "b")]
+    assert outcome.state.used_bytes == 100
+    assert not outcome.state.waiting
 
 
-def test_decide_rejects_with_the_numbers() -> None:
-    state = HostState(2048, (Resident("pinned", 1024, 0.0, is_pinned=True),))
-    (action,) = decide(state, LoadWanted("big", 2000))
-    assert isinstance(action, Reject)
-    assert "2.0 KiB" in action.message
-    assert "1.0 KiB" in action.message
+def test_a_resident_model_is_granted_at_once() -> None:
+    outcome = feed(HostState(100, (resident("a", 40),)), (10.0, wanted("a", 40)))
+    assert outcome.actions == (Grant(1, "a", "it is resident"),)
 
 
-residents = st.lists(
-    st.builds(
-        Resident,
-        model_id=st.uuids().map(str),
-        size_bytes=st.integers(0, 100),
-        used_at=st.floats(0, 1000),
-        in_flight=st.integers(0, 2),
-        is_pinned=st.booleans(),
-    ),
-    max_size=8,
-)
+def test_a_load_begins_only_when_the_memory_came_back() -> None:
+    state = HostState(100, (resident("a", 80),))
+    outcome = feed(state, (10.0, wanted("b", 60)))
+    assert kinds(outcome.actions) == [("Unload", "a")]
+    assert "60 B" in outcome.actions[0].reason
+    outcome = feed(outcome.state, (11.0, Tick()))
+    assert outcome.actions == ()
+    outcome = feed(outcome.state, (12.0, Unloaded("a")))
+    assert outcome.actions == (Load("b", Offer(60), "b needs 60 B"),)
 
 
-@given(residents=residents, free=st.integers(0, 100), needed=st.integers(0, 300))
-def test_decide_never_exceeds_the_budget_nor_evicts_pinned(
-    residents: list[Resident], free: int, needed: int
-) -> None:
-    budget = sum(model.size_bytes for model in residents) + free
-    state = HostState(budget, tuple(residents))
-    actions = decide(state, LoadWanted("wanted", needed))
-    by_id = {model.model_id: model for model in residents}
-    gone = [action.model_id for action in actions if isinstance(action, Unload)]
-    assert all(not by_id[model_id].is_pinned for model_id in gone)
-    assert len(set(gone)) == len(gone)
-    left = sum(model.size_bytes for model in residents if model.model_id not in gone)
-    if isinstance(actions[-1], Load):
-        assert left + needed <= budget
-    else:
-        assert isinstance(actions[-1], Reject)
-        assert not gone
-        pinned = sum(model.size_bytes for model in residents if model.is_pinned)
-        assert pinned + needed > budget
+def test_a_model_asked_for_while_it_closes_is_loaded_after() -> None:
+    state = HostState(100, (replace(resident("a", 80), is_closing=True),))
+    outcome = feed(state, (1.0, wanted("a", 80)))
+    assert outcome.actions == ()
+    assert kinds(feed(outcome.state, (2.0, Unloaded("a"))).actions) == [("Load", "a")]
+
+
+def test_a_busy_model_is_drained_only_after_the_patience() -> None:
+    state = HostState(100, (resident("a", 80, in_flight=1),))
+    outcome = feed(state, (10.0, wanted("b", 60)), (11.9, Tick()))
+    assert outcome.actions == ()
+    assert kinds(feed(outcome.state, (12.1, Tick())).actions) == [("Drain", "a")]
+
+
+def test_a_model_in_use_keeps_its_place_until_its_load_is_paid_for() -> None:
+    state = HostState(100, (resident("a", 80, in_flight=1),))
+    outcome = feed(
+        state, (10.0, wanted("b", 60)), (11.0, Used((Use("a", 0, 10.9),))), (11.2, Tick())
+    )
+    assert outcome.actions == ()
+    # Nobody used it for as long as a load takes: it goes.
+    assert kinds(feed(outcome.state, (12.0, Tick())).actions) == [("Unload", "a")]
+
+
+def test_a_request_on_its_way_protects_the_model() -> None:
+    state = HostState(100, (resident("a", 80, used_at=5.0),))
+    outcome = feed(state, (10.0, wanted("a", 80)), (10.1, wanted("b", 60, number=2)))
+    assert kinds(outcome.actions) == [("Grant", "a")]
+    outcome = feed(outcome.state, (11.1, Tick()))
+    assert kinds(outcome.actions) == [("Unload", "a")]
+
+
+def test_a_lowered_context_comes_before_a_drain_and_a_refusal() -> None:
+    state = HostState(100, (resident("a", 50, in_flight=1),))
+    outcome = feed(state, (10.0, wanted("b", 60, 40)), (11.0, Tick()))
+    assert outcome.actions == ()
+    (load,) = feed(outcome.state, (12.5, Tick())).actions
+    assert isinstance(load, Load)
+    assert load.offer == Offer(40, 2048)
+    pinned = HostState(100, (replace(resident("a", 50), is_pinned=True),))
+    (load,) = feed(pinned, (10.0, wanted("b", 60, 40))).actions
+    assert isinstance(load, Load)
+    assert load.offer == Offer(40, 2048)
+
+
+def test_what_cannot_fit_beside_pinned_models_is_refused_with_the_numbers() -> None:
+    state = HostState(4096, (replace(resident("a", 3072), is_pinned=True),))
+    (reject,) = feed(state, (1.0, wanted("b", 2048))).actions
+    assert isinstance(reject, Reject)
+    assert reject.kind == "memory"
+    for number in ("2.0 KiB", "4.0 KiB", "3.0 KiB"):
+        assert number in reject.reason
+
+
+def test_a_request_whose_time_is_over_is_told_when_to_come_back() -> None:
+    state = HostState(100, (resident("a", 80, in_flight=1),))
+    outcome = feed(state, (1.0, wanted("b", 60, deadline=2.0)), (2.0, Tick()))
+    (reject,) = outcome.actions
+    assert isinstance(reject, Reject)
+    assert reject.kind == "timeout"
+    assert reject.retry_after_s == 1
+    assert not outcome.state.waiting
+
+
+def test_who_left_is_not_loaded_for() -> None:
+    state = HostState(100, (resident("a", 80),))
+    outcome = feed(state, (1.0, wanted("b", 60)), (2.0, Left(1)), (3.0, Unloaded("a")))
+    assert kinds(outcome.actions) == [("Unload", "a")]
+
+
+def test_a_failed_load_ends_its_requests_and_only_those() -> None:
+    outcome = feed(
+        HostState(100),
+        (1.0, wanted("a", 60, number=1)),
+        (1.0, wanted("b", 60, number=2)),
+        (2.0, LoadFailed("a", "damaged")),
+    )
+    assert kinds(outcome.actions) == [("Load", "a"), ("Reject", "a"), ("Load", "b")]
+    assert [item.request_id for item in outcome.state.waiting] == [2]
+
+
+def test_a_load_that_lacked_memory_is_tried_with_less_and_then_given_up() -> None:
+    outcome = feed(
+        HostState(100), (1.0, wanted("a", 60, 40)), (2.0, LoadFailed("a", "no room", True))
+    )
+    loads = [action.offer for action in outcome.actions if isinstance(action, Load)]
+    assert loads == [Offer(60), Offer(40, 2048)]
+    (reject,) = feed(outcome.state, (3.0, LoadFailed("a", "no room", True))).actions
+    assert isinstance(reject, Reject)
+    assert reject.reason == "no room"
+
+
+def test_an_idle_model_goes_when_its_keep_alive_is_over() -> None:
+    state = HostState(100, (resident("a", 40), resident("b", 40)))
+    outcome = feed(state, (1.0, Configured("a", KeepRules(keep_alive_s=5.0))), (4.9, Tick()))
+    assert outcome.actions == ()
+    assert kinds(feed(outcome.state, (5.0, Tick())).actions) == [("Unload", "a")]
+
+
+def test_a_used_or_pinned_model_outlives_its_keep_alive() -> None:
+    rules = KeepRules(keep_alive_s=5.0)
+    state = HostState(100, (resident("a", 40, in_flight=1),))
+    assert not feed(state, (1.0, Configured("a", rules)), (9.0, Tick())).actions
+    rules = KeepRules(is_pinned=True, keep_alive_s=5.0)
+    state = HostState(100, (resident("a", 40),))
+    assert not feed(state, (1.0, Configured("a", rules)), (9.0, Tick())).actions
+
+
+def test_rules_hold_for_models_that_are_loaded_later() -> None:
+    rules = KeepRules(is_pinned=True)
+    outcome = feed(HostState(100), (1.0, Configured("a", rules)), (2.0, Loaded("a", 40, 1.0)))
+    assert outcome.state.pinned_bytes == 40
+
+
+def test_a_measurement_over_the_budget_frees_idle_models() -> None:
+    state = HostState(100, (resident("a", 40, in_flight=1), resident("b", 40)))
+    outcome = feed(state, (1.0, Used((Use("a", 1, 0.0, measured_bytes=70),))))
+    assert kinds(outcome.actions) == [("Unload", "b")]
+    assert outcome.state.used_bytes == 110
+
+
+def test_a_smaller_budget_frees_what_is_over_it() -> None:
+    state = HostState(100, (resident("a", 40, used_at=1.0), resident("b", 40, used_at=2.0)))
+    outcome = feed(state, (3.0, BudgetChanged(50)))
+    assert kinds(outcome.actions) == [("Unload", "a")]
+
+
+def test_unloading_on_demand_lets_running_requests_end() -> None:
+    state = HostState(100, (resident("a", 40, in_flight=1), resident("b", 40)))
+    outcome = feed(state, (1.0, UnloadWanted("a", "asked")), (1.0, UnloadWanted("b", "asked")))
+    assert outcome.actions == (Drain("a", "asked"), Unload("b", "asked"))
+    assert feed(outcome.state, (2.0, UnloadWanted("a", "asked"))).actions == ()
+
+
+def test_an_aged_request_keeps_later_ones_from_taking_its_room() -> None:
+    limits = Limits(holds=0.0)
+    state = HostState(100, (resident("a", 40, in_flight=1), resident("p", 20)), limits=limits)
+    state = replace(
+        state, residents=(state.residents[0], replace(state.residents[1], is_pinned=True))
+    )
+    outcome = feed(state, (1.0, wanted("big", 80)), (4.0, wanted("small", 40, number=2)))
+    assert kinds(outcome.actions) == [("Drain", "a")]
+    outcome = feed(outcome.state, (5.0, Unloaded("a")))
+    assert kinds(outcome.actions) == [("Load", "big")]

@@ -1,0 +1,170 @@
+"""What happens to the scheduler, and what it does about it."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from scheduler.state import HostState, KeepRules, Offer, Priority
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A request needs a model; `deadline` is the monotonic second at which it gives up."""
+
+    request_id: int
+    model_id: str
+    offers: tuple[Offer, ...]
+    deadline: float
+    priority: Priority = "interactive"
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A request that waited does so no more."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model is open, or was found open; the load took `load_s` seconds."""
+
+    model_id: str
+    size_bytes: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """A model could not be opened; `is_memory`: for want of memory, so less may do."""
+
+    model_id: str
+    message: str
+    is_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """A model's memory is free: it was unloaded, or its process died."""
+
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One model's use: `measured_bytes` corrects the estimate unless it is 0."""
+
+    model_id: str
+    in_flight: int
+    used_at: float
+    measured_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What the replicas say of their models."""
+
+    uses: tuple[Use, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadWanted:
+    """Somebody, not the policy, wants a model unloaded."""
+
+    model_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """A model's settings changed."""
+
+    model_id: str
+    settings: KeepRules
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetChanged:
+    """The machine can give more or less than before."""
+
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed; the models' use was reported right before."""
+
+
+Event: TypeAlias = (
+    Wanted
+    | Left
+    | Loaded
+    | LoadFailed
+    | Unloaded
+    | Used
+    | UnloadWanted
+    | Configured
+    | BudgetChanged
+    | Tick
+)
+
+RejectKind: TypeAlias = Literal["memory", "full", "timeout", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Open a model; its bytes are promised from now on."""
+
+    model_id: str
+    offer: Offer
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Free an idle model."""
+
+    model_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Send a busy model no more requests and free it after the last."""
+
+    model_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The request's model is resident: it may go there."""
+
+    request_id: int
+    model_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The request ends with an error; `reason` is for the user and has the numbers."""
+
+    request_id: int
+    model_id: str
+    kind: RejectKind
+    reason: str
+    retry_after_s: int | None = None
+
+
+Action: TypeAlias = Load | Unload | Drain | Grant | Reject
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The state after an event, and what is to be done, in order."""
+
+    state: HostState
+    actions: tuple[Action, ...] = ()
+
+    def then(self, following: "Outcome") -> "Outcome":
+        """Return `following`, with what was to be done before it."""
+        return Outcome(following.state, (*self.actions, *following.actions))

@@ -1,0 +1,91 @@
+"""How room is made for a model that requests wait for."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from core.units import format_bytes
+from scheduler.events import Drain, Load, Outcome, Unload
+from scheduler.eviction import is_busy, is_held, victims
+from scheduler.queue import Group
+from scheduler.state import HostState, Loading, Offer, Resident
+
+
+def possible(state: HostState, offers: Sequence[Offer]) -> list[Offer]:
+    """Return the offers that fit beside the pinned models."""
+    room = state.budget_bytes - state.pinned_bytes
+    return [offer for offer in offers if offer.needed_bytes <= room]
+
+
+def candidates(state: HostState, waiting_since: float, now: float) -> list[Resident]:
+    """Return the idle models that a request waiting since then may have unloaded."""
+    limits = state.limits
+    return [
+        item
+        for item in state.residents
+        if not (item.is_pinned or item.is_closing or is_busy(item, now, limits))
+        and not is_held(item, waiting_since, now, limits)
+    ]
+
+
+def close(state: HostState, models: Iterable[Resident], reason: str, now: float) -> Outcome:
+    """Free the models: at once those that are idle, the others after their last request."""
+    chosen = list(models)
+    actions = tuple(
+        Drain(item.model_id, reason)
+        if is_busy(item, now, state.limits)
+        else Unload(item.model_id, reason)
+        for item in chosen
+    )
+    return Outcome(
+        state.with_residents([replace(item, is_closing=True) for item in chosen]), actions
+    )
+
+
+def admit(state: HostState, group: Group, reserved: int, now: float) -> tuple[Outcome, int]:
+    """Load a group's model or make room for it; also return the bytes to be kept free for it.
+
+    1. It fits as it is, or once idle models are unloaded.
+    2. After the patience: the same with a lowered context.
+    3. Still not: busy models are drained.
+    4. Else it waits, after the patience with its bytes kept free.
+    """
+    offers = possible(state, group.offers)
+    idle = candidates(state, group.since, now)
+    is_patient = now - group.since < state.limits.patience_s
+    for offer in offers[:1] if is_patient else offers:  # (1) (2)
+        found = _make_room(state, group.model_id, offer, reserved, idle, now)
+        if found is not None:
+            return found
+    if is_patient:
+        return Outcome(state), 0
+    ripe = [
+        item
+        for item in state.residents
+        if not (item.is_pinned or item.is_closing)
+        and not is_held(item, group.since, now, state.limits)
+    ]
+    for offer in offers:  # (3)
+        found = _make_room(state, group.model_id, offer, reserved, ripe, now)
+        if found is not None:
+            return found
+    return Outcome(state), offers[0].needed_bytes if offers else 0  # (4)
+
+
+def _make_room(
+    state: HostState,
+    model_id: str,
+    offer: Offer,
+    reserved: int,
+    candidates: Sequence[Resident],
+    now: float,
+) -> tuple[Outcome, int] | None:
+    """Load where there is room, else unload for it; None where that is not enough."""
+    missing = state.used_bytes + reserved + offer.needed_bytes - state.budget_bytes
+    what = f"{model_id} needs {format_bytes(offer.needed_bytes)}"
+    if missing <= 0:
+        loading = (*state.loading, Loading(model_id, offer))
+        return Outcome(replace(state, loading=loading), (Load(model_id, offer, what),)), 0
+    chosen = victims(missing - state.leaving_bytes, candidates, now)
+    if chosen is None:
+        return None
+    return close(state, chosen, what, now), offer.needed_bytes
