@@ -15,13 +15,13 @@ from deployments.scheduler import SchedulerReplica
 # The engine's own queue bounds the requests; Serve's limit is only the outer stop.
 _MOST_ONGOING = 2048
 
-# Formats without a runtime to import start on demand and go when idle.
+# Formats that start on demand go when idle for as long as Ollama keeps a model.
 _ON_DEMAND = {
     "min_replicas": 0,
     "initial_replicas": 0,
     "max_replicas": 1,
     "upscale_delay_s": 0,
-    "downscale_delay_s": 60,
+    "downscale_delay_s": 300,
 }
 
 

@@ -4,9 +4,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from backends.base import Backend, EngineOptions
+from backends.base import Backend, EngineOptions, ModelInfo
 from backends.registry import backends_for
-from catalog.models import ModelRecord
+from catalog.models import Converted, ModelRecord
 from catalog.names import nearest_names
 from catalog.resolve import best_variant
 from catalog.store import CatalogStore
@@ -19,11 +19,13 @@ from core.errors import (
 )
 from core.settings import Settings
 from deployments.calls import Handle, call, direct
+from deployments.options import budget_bytes, engine_options
 from deployments.orders import Residency
-from deployments.scheduler import budget_bytes, engine_options
 from router.services import ModelState, ModelView
 
 logger = logging.getLogger(__name__)
+
+_RUNTIMES = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 
 
 class CatalogView:
@@ -43,6 +45,8 @@ class CatalogView:
         self._options = engine_options(settings, self._budget_bytes)
         self._version = -1
         self._resolved: dict[str, tuple[ModelRecord, ...]] = {}
+        # Estimates cost a millisecond each; they hold as long as the catalog stays as it is.
+        self._usable: dict[str, ModelView] = {}
 
     async def resolve(self, name: str) -> ModelView:
         """Return what `name` means; an unknown one makes the scheduler look at the disk first."""
@@ -53,21 +57,53 @@ class CatalogView:
         if not candidates:
             known = [record.id for record in self._store.models()]
             raise ModelNotFound.of(name, nearest_names(name, known))
-        record = best_variant(candidates, self._resident_ids(), self._budget_bytes)
-        view = self._view(record, {}, frozenset())
+        record, view = self._choose(candidates)
         if record.state == "refused":
             raise BrokenModel(f"{record.id} was refused: {record.reason}", param="model")
         if record.state == "missing":
             raise ModelFileMissing(f"The file of {record.id} is gone.", param="model")
         if view.state == "unavailable":
+            converted = self._converted(record)
+            if converted is not None:
+                return converted
+            await call(self._scheduler.explain.remote(record.id))
             raise BackendUnavailable(f"{record.id} cannot run here: {view.reason}", param="model")
         return view
+
+    def _choose(self, candidates: Sequence[ModelRecord]) -> tuple[ModelRecord, ModelView]:
+        """Return the variant to use, one that can run here where there is any."""
+        views = {record.id: self._foreseen(record) for record in candidates}
+        usable = [record for record in candidates if views[record.id].state == "available"]
+        record = best_variant(usable or candidates, self._resident_ids(), self._budget_bytes)
+        return record, views[record.id]
+
+    def _foreseen(self, record: ModelRecord) -> ModelView:
+        """Return what the model would be here; what cannot run now is looked at anew each time."""
+        view = self._usable.get(record.id)
+        if view is None:
+            view = self._view(record, {}, frozenset())
+            if view.state == "available":
+                self._usable[record.id] = view
+        return view
+
+    def _converted(self, record: ModelRecord) -> ModelView | None:
+        """Return what the model was converted to, where that can run here."""
+        results = [
+            other
+            for other in self._store.models()
+            if isinstance(other.source, Converted) and other.source.model_id == record.id
+        ]
+        if not results:
+            return None
+        _, view = self._choose(results)
+        return view if view.state == "available" else None
 
     def _candidates(self, name: str) -> tuple[ModelRecord, ...]:
         version = self._store.data_version()
         if version != self._version:
             self._version = version
             self._resolved.clear()
+            self._usable.clear()
         found = self._resolved.get(name)
         if found is None:
             found = tuple(self._store.resolve(name))
@@ -109,6 +145,9 @@ class CatalogView:
             aliases=record.aliases,
             license=info.license,
             created_at=int(record.added_at),
+            runtime=_runtime(info),
+            runtime_reason=str(info.details.get("runs_on_reason", "")),
+            converted_from=record.source.model_id if isinstance(record.source, Converted) else "",
         )
 
     def _state(
@@ -131,7 +170,7 @@ class CatalogView:
     def _foresee(self, record: ModelRecord) -> tuple[ModelState, str, int]:
         """Return what opening the model would grant."""
         backend: Backend = self._backends[record.info.format]
-        options: EngineOptions = self._options
+        options: EngineOptions = record.settings.applied_to(self._options)
         try:
             return "available", "", backend.estimate(record.info, options).context_tokens
         except ImpetusError as problem:
@@ -140,6 +179,12 @@ class CatalogView:
     def close(self) -> None:
         """Close the database."""
         self._store.close()
+
+
+def _runtime(info: ModelInfo) -> str:
+    """Return what computes the model here, as its backend noted it."""
+    noted = info.details.get("runtime") or info.details.get("runs_on")
+    return str(noted) if noted else _RUNTIMES.get(info.format, info.format)
 
 
 class SchedulerHealth:

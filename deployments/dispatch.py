@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from core.errors import EngineFailed, ModelNotResident
@@ -25,6 +25,30 @@ logger = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 3
 _LOST_EVENTS_S = 10.0
+
+
+@dataclass(slots=True)
+class _Sent:
+    """What the client of one request has got so far."""
+
+    token_ids: list[int] = field(default_factory=list)
+    events: int = 0
+
+    def note(self, event: GenerationEvent) -> None:
+        """Take an event that goes to the client."""
+        if not isinstance(event, PrefillProgress | Finished):
+            self.events += 1
+            self.token_ids.extend(event.token_ids)
+
+    def can_go_on(self, request: GenerationRequest) -> bool:
+        """Whether tokens stand for all text that was sent; an echoed prompt needs none."""
+        return bool(self.token_ids) or self.events <= int(request.echo_prompt)
+
+    def rest_of(self, request: GenerationRequest) -> GenerationRequest:
+        """Return the request for what is left of the answer."""
+        if not self.events:
+            return request
+        return replace(request, generated=tuple(self.token_ids), echo_prompt=False)
 
 
 class HandleDispatcher:
@@ -68,27 +92,28 @@ class HandleDispatcher:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Yield the request's events.
 
-        A replica that died before the first event, or does not hold the model any more, costs
-        another attempt that the client does not see.
+        A replica that died, or does not hold the model any more, costs another attempt that the
+        client does not see: the answer goes on after the tokens whose events were yielded.
         """
-        lost = ""
+        lost, sent = "", _Sent()
         for attempt in range(_MOST_ATTEMPTS):
-            is_last = attempt == _MOST_ATTEMPTS - 1
-            residency = await self._ensure(request.model_id, lost)
             # Late events of an earlier attempt must not reach this one.
-            attempted = replace(request, id=f"{request.id}.{attempt}")
-            has_events = False
+            attempted = replace(sent.rest_of(request), id=f"{request.id}.{attempt}")
+            residency = None
             try:
+                residency = await self._ensure(request.model_id, lost)
                 async with aclosing(self._attempt(attempted, residency)) as events:
                     async for event in events:
-                        has_events = has_events or not isinstance(event, PrefillProgress)
+                        sent.note(event)
                         yield event
                 return
             except (ModelNotResident, ReplicaDied) as problem:
-                lost = residency.replica_id
-                self._forget(residency)
+                # Without a residency, it is the load that a replica died of or during.
+                if residency is not None:
+                    lost = residency.replica_id
+                    self._forget(residency)
                 logger.info("%s lost on replica %s: %s", request.model_id, lost, problem)
-                if has_events or is_last:
+                if attempt == _MOST_ATTEMPTS - 1 or not sent.can_go_on(request):
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
 
     def _attempt(

@@ -13,6 +13,7 @@ import ray
 from ray import serve
 
 from backends.base import Engine
+from backends.limits import UNLIMITED, EngineLimits, Limitable
 from backends.registry import backends_for
 from core.errors import EngineFailed, ModelFileMissing, ModelNotResident
 from core.types import Embeddings, GenerationRequest
@@ -54,6 +55,7 @@ class FormatReplica:
         self._residents: dict[str, _Resident] = {}
         self._senders: dict[str, FrameSender] = {}
         self._changing = asyncio.Lock()
+        self._limits = UNLIMITED
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._node_id = ray.get_runtime_context().get_node_id()
 
@@ -79,6 +81,7 @@ class FormatReplica:
                 time.monotonic() - started,
             )
             self._residents[order.model_id] = _Resident(engine, order, marks, residency)
+            _limit(engine, self._limits)
             logger.info("loaded %s in %.2f s", order.model_id, residency.load_s)
             return residency
 
@@ -108,6 +111,12 @@ class FormatReplica:
         del self._residents[resident.order.model_id]
         await resident.engine.close()
         logger.info("unloaded %s", resident.order.model_id)
+
+    async def set_limits(self, limits: EngineLimits) -> None:
+        """Make every resident model obey `limits`, and those that are loaded later."""
+        self._limits = limits
+        for resident in self._residents.values():
+            _limit(resident.engine, limits)
 
     @returning_errors
     async def generate(self, request: GenerationRequest, socket_path: str) -> None:
@@ -241,6 +250,11 @@ class _CoalescingSink:
             yield encode_frame(batches)
             if is_last:
                 return
+
+
+def _limit(engine: Engine, limits: EngineLimits) -> None:
+    if isinstance(engine, Limitable):
+        engine.set_limits(limits)
 
 
 def _is_usable(resident: _Resident) -> bool:

@@ -5,7 +5,7 @@ import errno
 import logging
 import socket
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -100,7 +100,7 @@ class Listener:
 
     async def stop(self) -> None:
         """Take no more connections, let running requests end within the limit, then close."""
-        self._server.should_exit = True
+        self._server.stop()
         if self._task is not None:
             await asyncio.wait([self._task])
         self._socket.close()
@@ -110,10 +110,27 @@ class Listener:
 class _Server(uvicorn.Server):
     """A uvicorn server that leaves the process' signals alone."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._exit = asyncio.Event()
+
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Capture none: Ray owns the signals."""
         yield
+
+    async def main_loop(self) -> None:
+        """Wake once a second for the Date header, not ten times; `stop` ends the wait."""
+        await self.on_tick(0)
+        while not self.should_exit:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._exit.wait(), 1.0)
+            await self.on_tick(0)
+
+    def stop(self) -> None:
+        """Take no more connections; `serve` returns when the running requests ended."""
+        self.should_exit = True
+        self._exit.set()
 
     async def abandon(self) -> None:
         """Give requests that were cancelled a moment to unwind, then cut what is left."""

@@ -38,12 +38,16 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class ResidentReport:
-    """One resident model's state; `idle_s` is seconds since its last request ended."""
+    """One resident model's state; `idle_s` is seconds since its last request ended.
+
+    `measured_bytes` is what it will hold at most by measurement, 0 where nobody measured.
+    """
 
     model_id: str
     idle_s: float
     in_flight: int
     load: EngineLoad
+    measured_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +57,13 @@ class ReplicaReport:
     format: str
     pid: int
     residents: tuple[ResidentReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the scheduler did to a model, and why; `at` is Unix time in seconds."""
+
+    at: float
+    event: str
+    action: str
+    reason: str

@@ -14,6 +14,7 @@ from deployments.dispatch import HandleDispatcher
 from deployments.frames import FrameReceiver
 from deployments.listener import Listener
 from deployments.logs import attach_logs
+from deployments.management import SchedulerManagement
 from deployments.telemetry import ReplicaTelemetry
 from router.app import create_app
 from router.services import Services
@@ -39,10 +40,16 @@ class RouterReplica:
         dispatcher = self._dispatcher
         telemetry = ReplicaTelemetry(formats, lambda: dispatcher.resident_formats)
         self._catalog = CatalogView(settings, scheduler, lambda: dispatcher.resident_ids)
+        self._management = SchedulerManagement(settings, scheduler)
         metrics = Metrics()
         metrics.registry.register(telemetry)
         services = Services(
-            settings, self._catalog, dispatcher, SchedulerHealth(scheduler), telemetry
+            settings,
+            self._catalog,
+            dispatcher,
+            SchedulerHealth(scheduler),
+            telemetry,
+            self._management,
         )
         self._app = create_app(services, metrics=metrics)
         self._listener = Listener(self._app, settings)
@@ -60,4 +67,6 @@ class RouterReplica:
             await self._dispatcher.close()
         if hasattr(self, "_catalog"):
             self._catalog.close()
+        if hasattr(self, "_management"):
+            self._management.close()
         await self._receiver.stop()

@@ -3,49 +3,37 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from backends.base import EngineOptions, MemoryEstimate
 from backends.registry import backends_for
-from backends.threads import performance_cores
-from catalog.models import ModelRecord
+from catalog.inspect import Inspector
+from catalog.models import Converted, ModelRecord, ModelSettings, ScanReport
 from catalog.scan import scan
 from catalog.store import CatalogStore
 from core.errors import (
     BackendUnavailable,
-    BrokenModel,
     ImpetusError,
     InsufficientMemory,
     ModelFileMissing,
     ModelNotFound,
+    Unavailable,
 )
 from core.settings import Settings
 from deployments.calls import Handle, call
+from deployments.conversions import Conversions
 from deployments.errors import returning_errors
+from deployments.ledger import Ledger, Reported
+from deployments.liveness import running_deployments
 from deployments.logs import attach_logs
-from deployments.orders import LoadOrder, ReplicaReport, Residency, ResidentReport
-from scheduler.policy import decide
-from scheduler.sensors import machine_memory_bytes, memory_budget_bytes
-from scheduler.state import HostState, Load, LoadWanted, Reject, Resident, Unload
+from deployments.offers import Offers
+from deployments.options import budget_bytes, engine_options
+from deployments.orders import Decision, ReplicaReport, Residency
+from deployments.thermal import ThermalWatch
+from scheduler.state import HostState, KeepRules, Limits, Offer, Priority
 
 logger = logging.getLogger(__name__)
 
-
-def engine_options(settings: Settings, budget_bytes: int) -> EngineOptions:
-    """Return how engines are opened under these settings."""
-    return EngineOptions(
-        max_sequences=settings.max_sequences,
-        max_waiting=settings.max_waiting,
-        threads=settings.threads or performance_cores(),
-        prefill_chunk_tokens=settings.prefill_chunk_tokens,
-        context_tokens=settings.context_length,
-        memory_limit_bytes=budget_bytes,
-    )
-
-
-def budget_bytes(settings: Settings) -> int:
-    """Return what all models may use together."""
-    return settings.memory_budget or memory_budget_bytes(machine_memory_bytes())
+_REPORT_LIMIT_S = 2.0
 
 
 class SchedulerReplica:
@@ -55,25 +43,35 @@ class SchedulerReplica:
     the replicas when it starts, so that its own death loses nothing.
     """
 
-    def __init__(self, settings: Settings, formats: Mapping[str, Handle]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        formats: Mapping[str, Handle],
+        running: Callable[[], Awaitable[frozenset[str]]] = running_deployments,
+    ) -> None:
         attach_logs()
         self._settings = settings
         self._formats = formats
+        self._running = running
         self._backends = backends_for(list(formats))
         self._budget_bytes = budget_bytes(settings)
         self._options = engine_options(settings, self._budget_bytes)
+        self._offers = Offers(settings, self._backends, self._options)
         self._store = CatalogStore(settings.catalog_file)
-        self._residents: dict[str, tuple[Residency, MemoryEstimate]] = {}
-        self._loads: dict[str, asyncio.Task[Residency]] = {}
-        self._loading: dict[str, int] = {}
-        self._ledger = asyncio.Lock()
+        defaults = KeepRules(keep_alive_s=settings.keep_alive_s)
+        limits = Limits(waiting_per_model=settings.max_waiting)
+        state = HostState(self._budget_bytes, defaults=defaults, limits=limits)
+        self._ledger = Ledger(state, self._open, self._close, self._report)
         self._scanning = asyncio.Lock()
         self._scan_began_at = 0.0
+        self._conversions = Conversions(settings, self._backends, self._options, self._scan)
         self._is_ready = asyncio.Event()
-        self._background = asyncio.ensure_future(self._run())
+        self._thermal = ThermalWatch(settings, formats, running=running)
+        self._background = asyncio.gather(self._run(), self._thermal.run())
 
     async def _run(self) -> None:
         """Scan now and at intervals; remember what the replicas already hold."""
+        await asyncio.to_thread(self._conversions.sweep)
         await self._scan()
         await self._recover()
         self._is_ready.set()
@@ -89,25 +87,34 @@ class SchedulerReplica:
                 return
             self._scan_began_at = time.monotonic()
             try:
-                report = await asyncio.to_thread(
-                    scan, self._settings, self._store, list(self._backends.values())
-                )
+                report = await asyncio.to_thread(self._scan_with_inspector)
             except Exception:
                 logger.exception("the scan of the model folders failed")
                 return
             if report.has_news:
                 logger.info("scan: %s", report)
 
+    def _scan_with_inspector(self) -> ScanReport:
+        backends = list(self._backends.values())
+        inspector = Inspector(list(self._backends))
+        try:
+            return scan(self._settings, self._store, backends, look_into=inspector.examine)
+        finally:
+            inspector.close()
+
     async def _recover(self) -> None:
+        """Take over the models' settings, and what the replicas hold."""
+        for record in await asyncio.to_thread(self._store.models):
+            if record.settings != ModelSettings():
+                self._ledger.configure(record.id, self._offers.rules(record))
         for name, handle in self._formats.items():
             # Asking a format scaled to zero would start it, and it holds nothing.
-            if self._backends[name].starts_on_demand:
+            if self._backends[name].starts_on_demand and name not in await self._running():
                 continue
             for residency in await call(handle.residencies.remote()):
-                record = self._store.get(residency.model_id)
-                if record is not None:
-                    estimate = self._estimate(record)
-                    self._residents[residency.model_id] = (residency, estimate)
+                found = await asyncio.to_thread(self._store.get, residency.model_id)
+                if found is not None:
+                    self._ledger.restore(residency, self._offers.size_bytes(found, residency))
 
     async def is_ready(self) -> bool:
         """Whether the first scan is done."""
@@ -119,115 +126,162 @@ class SchedulerReplica:
 
     async def residencies(self) -> tuple[list[Residency], list[str]]:
         """Return the resident models and the ids of those being loaded."""
-        return [residency for residency, _ in self._residents.values()], list(self._loads)
+        for residency in await self._stopped(self._ledger.residencies):
+            logger.info("%s ended with its idle process", residency.model_id)
+            self._ledger.forget(residency)
+        return self._ledger.residencies, self._ledger.loading
 
     @returning_errors
-    async def ensure_loaded(self, model_id: str, lost_replica: str = "") -> Residency:
-        """Return where the model is resident, loading it first where needed; single-flight.
+    async def explain(self, model_id: str) -> None:
+        """Raise why a model cannot run here, starting the conversion that helps, if there is one.
 
-        `lost_replica` is where the caller believed it to be and did not find it.  Raises
-        ModelNotFound, ModelFileMissing, BrokenModel, BackendUnavailable, InsufficientMemory.
+        Returns where nothing is wrong with it.
         """
-        known = self._residents.get(model_id)
-        if known is not None:
-            if known[0].replica_id != lost_replica:
-                return known[0]
-            del self._residents[model_id]
-        task = self._loads.get(model_id)
-        if task is None:
-            task = asyncio.ensure_future(self._load(model_id, was_lost=bool(lost_replica)))
-            self._loads[model_id] = task
-            task.add_done_callback(lambda _: self._loads.pop(model_id, None))
-        # One waiting client that leaves must not stop the load of the others.
-        return await asyncio.shield(task)
-
-    async def _load(self, model_id: str, *, was_lost: bool) -> Residency:
-        if was_lost:
-            # Perhaps because its file is gone or another one now.
-            await self._scan()
         record = await asyncio.to_thread(self._store.get, model_id)
         if record is None:
             raise ModelNotFound.of(model_id, [])
-        self._check(record)
-        estimate = self._estimate(record)
-        await self._promise(record, estimate)
-        order = LoadOrder(model_id, record.info, self._options)
-        handle = self._formats[record.info.format]
         try:
-            residency: Residency = await call(handle.load_model.remote(order))
+            self._offers.check(record)
+            self._offers.estimate(record)
+        except (BackendUnavailable, InsufficientMemory) as problem:
+            if record.info.format not in self._backends:
+                raise
+            results = [
+                other.id
+                for other in await asyncio.to_thread(self._store.models)
+                if isinstance(other.source, Converted) and other.source.model_id == model_id
+            ]
+            raise self._conversions.answer(record, problem, results) from problem
+
+    @returning_errors
+    async def ensure_loaded(
+        self, model_id: str, lost_replica: str = "", priority: Priority | None = None
+    ) -> Residency:
+        """Return where the model is resident, waiting for memory and loading it where needed.
+
+        `lost_replica` is where the caller believed it to be and did not find it.  `priority` None
+        means the model's own.  Raises ModelNotFound, ModelFileMissing, BrokenModel,
+        BackendUnavailable, InsufficientMemory, QueueFull, and Unavailable when the memory did not
+        become free within the request's time.
+        """
+        known = self._ledger.residency(model_id)
+        if lost_replica:
+            if known is not None and known.replica_id == lost_replica:
+                await self._release_lost(known)
+            # Perhaps its file is gone or another one now.
+            if self._ledger.residency(model_id) is None:
+                await self._scan()
+        offers: tuple[Offer, ...] = ()
+        self._check_admits(model_id)
+        if self._ledger.residency(model_id) is None:
+            record = await self._record(model_id)
+            offers = self._offers.of(record)
+            priority = priority or record.settings.priority
+        timeout_s = self._settings.request_timeout_s
+        return await self._ledger.acquire(model_id, offers, timeout_s, priority or "interactive")
+
+    def _check_admits(self, model_id: str) -> None:
+        """Raise Unavailable where the machine is under too much strain for another load."""
+        if self._ledger.residency(model_id) is None and not self._thermal.admits:
+            raise Unavailable(
+                f"{model_id} is not loaded: the machine is under too much strain "
+                f"({self._thermal.state.label}).",
+                retry_after_s=self._thermal.retry_after_s,
+            )
+
+    async def unload(self, model_id: str) -> bool:
+        """Unload a model after its last request, a pinned one too; False: it is not resident."""
+        return await self._ledger.release(model_id, "its unloading was asked for")
+
+    async def settings_changed(self, model_id: str) -> None:
+        """Apply what the catalog says of the model to the resident one, as far as it concerns us.
+
+        Its context and sequences change with the next load.
+        """
+        record = await asyncio.to_thread(self._store.get, model_id)
+        if record is not None:
+            self._ledger.configure(model_id, self._offers.rules(record))
+
+    async def decisions(self) -> list[Decision]:
+        """Return the last decisions, the oldest first."""
+        return self._ledger.decisions()
+
+    async def _release_lost(self, known: Residency) -> None:
+        """Take out a model that a caller did not find, unless it is there again."""
+        handle = self._formats[known.format]
+        try:
+            held: list[Residency] = await call(handle.residencies.remote())
+        except ImpetusError as problem:
+            logger.warning("%s does not say what it holds: %s", known.format, problem)
+            held = []
+        names = {(one.model_id, one.replica_id) for one in held}
+        # Another caller may have had it loaded again meanwhile.
+        is_same = self._ledger.residency(known.model_id) is known
+        if is_same and (known.model_id, known.replica_id) not in names:
+            await self._ledger.release(known.model_id, "its replica does not serve it any more")
+
+    async def _record(self, model_id: str) -> ModelRecord:
+        record = await asyncio.to_thread(self._store.get, model_id)
+        if record is None:
+            raise ModelNotFound.of(model_id, [])
+        self._offers.check(record)
+        return record
+
+    async def _open(self, model_id: str, offer: Offer) -> Residency:
+        record = await self._record(model_id)
+        order = self._offers.order(record, offer)
+        try:
+            residency: Residency = await call(
+                self._formats[record.info.format].load_model.remote(order)
+            )
         except ModelFileMissing:
             await self._scan()
             raise
-        finally:
-            self._loading.pop(model_id, None)
-        self._residents[model_id] = (residency, estimate)
         return residency
 
-    def _check(self, record: ModelRecord) -> None:
-        if record.state == "refused":
-            raise BrokenModel(f"{record.id} was refused: {record.reason}", param="model")
-        if record.state == "missing":
-            raise ModelFileMissing(
-                f"The file of {record.id} is gone: {record.info.files[0]}. Put it back, or choose "
-                "another model.",
-                param="model",
-            )
-        backend = self._backends.get(record.info.format)
-        if backend is None:
-            raise BackendUnavailable(f"The format {record.info.format} is not served here.")
-        availability = backend.availability()
-        if not availability.is_available:
-            raise BackendUnavailable(availability.reason)
+    async def _close(self, residency: Residency) -> None:
+        await call(self._formats[residency.format].unload_model.remote(residency.model_id))
 
-    def _estimate(self, record: ModelRecord) -> MemoryEstimate:
-        return self._backends[record.info.format].estimate(record.info, self._options)
+    async def _report(self, known: Sequence[Residency]) -> Reported:
+        """Ask the replicas of these models; those that do not answer in time are left out."""
+        stopped = await self._stopped(known)
+        asked = [residency for residency in known if residency not in stopped]
+        names = sorted({residency.format for residency in asked})
+        answers = await asyncio.gather(*(self._ask(name) for name in names))
+        reports = {
+            name: {report.model_id: report for report in answer.residents}
+            for name, answer in zip(names, answers, strict=True)
+            if answer is not None
+        }
+        return [
+            *((residency, None) for residency in stopped),
+            *(
+                (residency, reports[residency.format].get(residency.model_id))
+                for residency in asked
+                if residency.format in reports
+            ),
+        ]
 
-    async def _promise(self, record: ModelRecord, estimate: MemoryEstimate) -> None:
-        """Make room in the ledger and promise it to the model.  Raises InsufficientMemory."""
-        async with self._ledger:
-            state = await self._state()
-            for action in decide(state, LoadWanted(record.id, estimate.total_bytes)):
-                match action:
-                    case Unload(model_id, reason):
-                        # A request that missed it meanwhile has taken it out already.
-                        if model_id in self._residents:
-                            await self._unload(model_id, reason)
-                    case Load(model_id, needed):
-                        self._loading[model_id] = needed
-                    case Reject(_, message):
-                        raise InsufficientMemory(message, param="model", retry_after_s=10)
-
-    async def _state(self) -> HostState:
-        """Return the ledger, with what the replicas say of their models' use."""
-        reports = await self._reports() if self._residents else {}
-        now = time.monotonic()
-        residents = []
-        for model_id, (_, estimate) in self._residents.items():
-            report = reports.get(model_id)
-            idle_s = report.idle_s if report else 0.0
-            in_flight = report.in_flight if report else 0
-            residents.append(Resident(model_id, estimate.total_bytes, now - idle_s, in_flight))
-        return HostState(self._budget_bytes, tuple(residents), tuple(self._loading.items()))
-
-    async def _reports(self) -> dict[str, ResidentReport]:
-        reports: dict[str, ResidentReport] = {}
-        for name in {residency.format for residency, _ in self._residents.values()}:
-            replica: ReplicaReport = await call(self._formats[name].report.remote())
-            reports.update((report.model_id, report) for report in replica.residents)
-        return reports
-
-    async def _unload(self, model_id: str, reason: str) -> None:
-        logger.info("unloading %s: %s", model_id, reason)
-        residency, _ = self._residents[model_id]
-        # From now on a request for it asks for a load, which waits for the ledger.
-        del self._residents[model_id]
+    async def _ask(self, name: str) -> ReplicaReport | None:
         try:
-            await call(self._formats[residency.format].unload_model.remote(model_id))
-        except ImpetusError:
-            # A replica that died holds nothing any more.
-            logger.exception("unloading %s failed", model_id)
+            async with asyncio.timeout(_REPORT_LIMIT_S):
+                report: ReplicaReport = await call(self._formats[name].report.remote())
+        except (TimeoutError, ImpetusError) as problem:
+            logger.warning("%s does not say what it does: %r", name, problem)
+            return None
+        return report
+
+    async def _stopped(self, known: Sequence[Residency]) -> list[Residency]:
+        """Return what formats held that were scaled to zero meanwhile."""
+        on_demand = [one for one in known if self._backends[one.format].starts_on_demand]
+        if not on_demand:
+            return []
+        running = await self._running()
+        return [residency for residency in on_demand if residency.format not in running]
 
     def __del__(self) -> None:
-        """Stop the background scan and close the catalog."""
+        """Stop scan and conversions and close the catalog."""
         self._background.cancel()
+        self._conversions.cancel()
+        self._ledger.cancel()
         self._store.close()

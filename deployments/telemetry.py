@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from core.errors import ImpetusError
 from deployments.calls import Handle, call, direct
+from deployments.liveness import running_deployments
 from deployments.orders import ReplicaReport, ResidentReport
 
 logger = logging.getLogger(__name__)
@@ -46,19 +47,23 @@ _COUNTERS: Mapping[str, tuple[str, Callable[[ResidentReport], float]]] = {
 class ReplicaTelemetry:
     """Implements `router.services.Telemetry`; a prometheus collector of what it fetched last.
 
-    Only formats with resident models are asked: asking would start a format scaled to zero.
+    Only formats that run and hold models are asked: asking would start a format scaled to zero.
     """
 
     def __init__(
-        self, formats: Mapping[str, Handle], resident_formats: Callable[[], frozenset[str]]
+        self,
+        formats: Mapping[str, Handle],
+        resident_formats: Callable[[], frozenset[str]],
+        running: Callable[[], Awaitable[frozenset[str]]] = running_deployments,
     ) -> None:
         self._formats = {name: direct(handle) for name, handle in formats.items()}
         self._resident_formats = resident_formats
+        self._running = running
         self._reports: list[ReplicaReport] = []
 
     async def refresh(self) -> None:
         """Ask every format that holds a model; one that does not answer in 2 s is left out."""
-        names = sorted(self._resident_formats())
+        names = sorted(self._resident_formats() & await self._running())
         reports = await asyncio.gather(*(self._report(name) for name in names))
         self._reports = [report for report in reports if report is not None]
 

@@ -1,6 +1,7 @@
 """The HTTP application: routes, middleware and error handlers over `Services`."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
@@ -9,10 +10,18 @@ from starlette.responses import JSONResponse, Response
 
 from core.errors import Unavailable
 from core.metrics import CONTENT_TYPE, Metrics
+from router.api.decisions import decisions_endpoint
+from router.api.models import (
+    change_endpoint,
+    list_endpoint,
+    load_endpoint,
+    show_endpoint,
+    unload_endpoint,
+)
 from router.context import IgnoredNames, Pacing, RouteContext
 from router.errors import RequestBoundary, install_error_handlers
 from router.security import BodyLimit, ContentTypeGuard, HeaderGuard, KeyGuard, OriginGuard
-from router.services import Services
+from router.services import Management, Services
 from router.v1.chat import chat_endpoint
 from router.v1.completions import completion_endpoint
 from router.v1.embeddings import embedding_endpoint
@@ -41,16 +50,17 @@ def create_app(
         ],
     )
     install_error_handlers(app, metrics)
-    _add_routes(app, RouteContext(services, metrics, IgnoredNames(metrics), pacing or Pacing()))
+    context = RouteContext(services, metrics, IgnoredNames(metrics), pacing or Pacing())
+    _add_routes(app, context)
+    if services.management is not None:
+        _add_management_routes(app, context, services.management)
     # A wrong setting fails here and not at the first request.
     app.build_middleware_stack()
     return app
 
 
 def _add_routes(app: FastAPI, context: RouteContext) -> None:
-    def add(path: str, endpoint: Callable[..., Awaitable[Response]], method: str = "GET") -> None:
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
-
+    add = partial(_add_route, app)
     add("/", _root_endpoint(context))
     add("/healthz", _healthz)
     add("/readyz", _readyz_endpoint(context))
@@ -60,6 +70,23 @@ def _add_routes(app: FastAPI, context: RouteContext) -> None:
     add("/v1/chat/completions", chat_endpoint(context), "POST")
     add("/v1/completions", completion_endpoint(context), "POST")
     add("/v1/embeddings", embedding_endpoint(context), "POST")
+
+
+def _add_management_routes(app: FastAPI, context: RouteContext, management: Management) -> None:
+    add = partial(_add_route, app)
+    one_model = "/api/models/{model_id:path}"
+    add("/api/models", list_endpoint(context, management))
+    add(f"{one_model}/load", load_endpoint(context, management), "POST")
+    add(f"{one_model}/unload", unload_endpoint(context, management), "POST")
+    add(one_model, show_endpoint(context, management))
+    add(one_model, change_endpoint(context, management), "PATCH")
+    add("/api/decisions", decisions_endpoint(management))
+
+
+def _add_route(
+    app: FastAPI, path: str, endpoint: Callable[..., Awaitable[Response]], method: str = "GET"
+) -> None:
+    app.add_api_route(path, endpoint, methods=[method], response_model=None)
 
 
 def _version() -> str:

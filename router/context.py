@@ -7,6 +7,8 @@ from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.types import Send
+
 from core.errors import ModelNotFound, UnsupportedCapability
 from core.metrics import Metrics
 from core.types import Capability
@@ -14,6 +16,7 @@ from router.services import ModelView, Services
 
 _logger = logging.getLogger(__name__)
 _RECORD_KEY = "impetus.record"
+_SERVER_SEND_KEY = "impetus.send"
 NAME_LIMIT = 512
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 
@@ -54,6 +57,20 @@ def record_of(scope: MutableMapping[str, Any]) -> RequestRecord:
         record = RequestRecord()
         scope[_RECORD_KEY] = record
     return record
+
+
+def keep_server_send(scope: MutableMapping[str, Any], send: Send) -> None:
+    """Remember the server's own `send`, before any middleware wraps it."""
+    scope[_SERVER_SEND_KEY] = send
+
+
+def server_send(scope: MutableMapping[str, Any], send: Send) -> Send:
+    """Return the server's own `send`, for body messages only: middleware changes the start alone.
+
+    Each wrapper costs a coroutine for every token.  Without a boundary it is `send` itself.
+    """
+    kept: Send = scope.get(_SERVER_SEND_KEY, send)
+    return kept
 
 
 class IgnoredNames:

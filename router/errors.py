@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import ImpetusError, NotFound, RequestError
 from core.metrics import Metrics
-from router.context import RequestRecord, record_of
+from router.context import RequestRecord, keep_server_send, record_of
 
 _logger = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ class RequestBoundary:
             await self._app(scope, receive, send)
             return
         record = record_of(scope)
+        keep_server_send(scope, send)
         status = 0
         started_at = time.monotonic()
 

@@ -1,13 +1,14 @@
 """What the routes need from the rest, as Protocols, so that their tests need no Ray."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from core.settings import Settings
 from core.types import Capability, Embeddings, GenerationEvent, GenerationRequest
 
 ModelState: TypeAlias = Literal["resident", "loading", "available", "unavailable", "refused"]
+Priority: TypeAlias = Literal["interactive", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class ModelView:
 
     `context_length` is the trained one, `max_model_len` the one granted or foreseen, both in
     tokens.  `reason` says why a model is unavailable or refused.  `created_at` is unix seconds.
+    `runtime` computes it here, chosen for `runtime_reason`.
     """
 
     id: str
@@ -33,6 +35,35 @@ class ModelView:
     aliases: tuple[str, ...]
     license: str
     created_at: int
+    runtime: str = ""
+    runtime_reason: str = ""
+    converted_from: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsView:
+    """A model's own settings; None leaves the server's default.
+
+    `context_length` is an upper bound in tokens.  A model that was idle for `keep_alive_s` seconds
+    is unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name
+    none.  `max_sequences` are generated at the same time.
+    """
+
+    context_length: int | None = None
+    keep_alive_s: float | None = None
+    pin: bool | None = None
+    priority: Priority | None = None
+    max_sequences: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionView:
+    """What the scheduler did about an event, and why; `at` is unix seconds."""
+
+    at: float
+    event: str
+    action: str
+    reason: str
 
 
 class Catalog(Protocol):
@@ -63,6 +94,36 @@ class Dispatcher(Protocol):
         ...
 
 
+class Management(Protocol):
+    """What an administrator may ask of models; ids are the catalog's."""
+
+    async def settings_of(self, model_ids: Sequence[str]) -> Mapping[str, SettingsView]:
+        """Return the settings of those models that the catalog knows."""
+        ...
+
+    async def change_settings(self, model_id: str, changes: Mapping[str, Any]) -> SettingsView:
+        """Set the fields of `SettingsView` that `changes` names; return all.
+
+        Raises ModelNotFound.
+        """
+        ...
+
+    async def load(self, model_id: str) -> None:
+        """Return once the model is in memory.
+
+        Raises ModelNotFound, ModelFileMissing, BrokenModel, Unavailable.
+        """
+        ...
+
+    async def unload(self, model_id: str) -> None:
+        """Return once the model is out of memory.  Raises what the scheduler refuses with."""
+        ...
+
+    async def decisions(self) -> Sequence[DecisionView]:
+        """Return the scheduler's last decisions."""
+        ...
+
+
 class Health(Protocol):
     """Whether the server can take requests."""
 
@@ -81,10 +142,11 @@ class Telemetry(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Everything the HTTP application is built over."""
+    """Everything the HTTP application is built over; without `management` there is no `/api/`."""
 
     settings: Settings
     catalog: Catalog
     dispatcher: Dispatcher
     health: Health
     telemetry: Telemetry
+    management: Management | None = None

@@ -85,7 +85,7 @@ def _completion(
     return Response(
         completion.model_dump_json(exclude_unset=True),
         media_type="application/json",
-        headers=dict(generation.headers),
+        headers=generation.answer_headers(),
     )
 
 

@@ -56,7 +56,7 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
         return Response(
             Completion.model_validate(completion).model_dump_json(exclude_unset=True),
             media_type="application/json",
-            headers=dict(generation.headers),
+            headers=generation.answer_headers(),
         )
 
     return create_completion

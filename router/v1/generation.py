@@ -2,14 +2,21 @@
 
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from openai.types import CompletionUsage
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from starlette.responses import Response
 from starlette.types import Receive
 
-from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress, Usage
+from core.types import (
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    PrefillProgress,
+    Timing,
+    Usage,
+)
 from router.context import RouteContext
 from router.errors import CLIENT_CLOSED_REQUEST
 from router.services import ModelView
@@ -27,6 +34,7 @@ class Generation:
     headers: Mapping[str, str]
     created_at: int = field(default_factory=lambda: int(time.time()))
     _usages: dict[int, Usage] = field(default_factory=dict)
+    _timings: list[Timing] = field(default_factory=list)
     _started_at: float = field(default_factory=time.monotonic)
     _first_token_at: float | None = None
 
@@ -54,6 +62,7 @@ class Generation:
         counted = usage if index % self.n == 0 else Usage(0, usage.completion_tokens)
         metrics.count_usage(self.view.id, counted)
         self._usages[index] = usage
+        self._timings.append(event.timing)
         if self._first_token_at is not None and usage.completion_tokens > 1:
             decode_s = time.monotonic() - self._first_token_at
             metrics.inter_token_latency.labels(self.view.id).observe(
@@ -77,6 +86,24 @@ class Generation:
                 reasoning_tokens=sum(usage.reasoning_tokens for usage in usages)
             ),
         )
+
+    def timing(self) -> dict[str, float]:
+        """Return milliseconds per phase; of several choices, the longest of each."""
+        longest = Timing(*map(max, zip(*map(astuple, self._timings), strict=True)))
+        seconds = {
+            "queued": longest.queued_s,
+            "prefill": longest.prefill_s,
+            "decode": longest.decode_s,
+        }
+        return {name: round(value * 1000, 3) for name, value in seconds.items()}
+
+    def answer_headers(self) -> dict[str, str]:
+        """Return the headers of the whole answer: `headers` and the timing.
+
+        Source: W3C, Server Timing, for the syntax.
+        """
+        phases = [f"{name};dur={value:.3f}" for name, value in self.timing().items()]
+        return {**self.headers, "x-impetus-timing": ", ".join(phases)}
 
     async def collect(self, receive: Receive) -> list[list[GenerationEvent]] | None:
         """Return every choice's events, or None when the client left before the end."""

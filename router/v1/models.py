@@ -1,6 +1,7 @@
 """`GET /v1/models` and `GET /v1/models/{id}`."""
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from openai.types import Model
 from pydantic_core import to_json
@@ -17,7 +18,7 @@ def models_endpoint(context: RouteContext) -> Callable[[], Awaitable[Response]]:
 
     async def list_models() -> Response:
         views = await context.services.catalog.models()
-        data = [_model(view).model_dump(exclude_unset=True) for view in views]
+        data = [model_object(view) for view in views]
         return Response(to_json({"object": "list", "data": data}), media_type="application/json")
 
     return list_models
@@ -27,20 +28,31 @@ def model_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respo
     """Return the handler of one model, which also shows one that cannot be used."""
 
     async def retrieve_model(request: Request) -> Response:
-        name = str(request.path_params["model_id"])
-        catalog = context.services.catalog
-        for view in await catalog.models():
-            if name == view.id or name in view.aliases:
-                break
-        else:
-            if len(name) > NAME_LIMIT:
-                raise ModelNotFound.of(name, [])
-            view = await catalog.resolve(name)
+        view = await find_model(context, str(request.path_params["model_id"]))
         return Response(
             _model(view).model_dump_json(exclude_unset=True), media_type="application/json"
         )
 
     return retrieve_model
+
+
+async def find_model(context: RouteContext, name: str) -> ModelView:
+    """Return the model that an id or alias means, also one that cannot be used.
+
+    Raises ModelNotFound, and what `Catalog.resolve` raises for a bare name.
+    """
+    catalog = context.services.catalog
+    for view in await catalog.models():
+        if name == view.id or name in view.aliases:
+            return view
+    if len(name) > NAME_LIMIT:
+        raise ModelNotFound.of(name, [])
+    return await catalog.resolve(name)
+
+
+def model_object(view: ModelView) -> dict[str, Any]:
+    """Return the model's JSON object."""
+    return _model(view).model_dump(exclude_unset=True)
 
 
 def _model(view: ModelView) -> Model:
@@ -63,5 +75,8 @@ def _model(view: ModelView) -> Model:
             "reason": view.reason,
             "aliases": list(view.aliases),
             "license": view.license,
+            "runtime": view.runtime,
+            "runtime_reason": view.runtime_reason,
+            "converted_from": view.converted_from,
         }
     )

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from core.errors import EngineFailed, ImpetusError
 from core.types import Finished, GenerationEvent, JsonValue, PrefillProgress, TextDelta
-from router.context import Pacing, RequestRecord, record_of
+from router.context import Pacing, RequestRecord, record_of, server_send
 from router.errors import error_body, internal_error
 from router.v1.feed import EventFeed, TaggedEvent
 from router.v1.generation import Generation
@@ -69,7 +69,8 @@ class ChunkFormatter(ABC):
         if not self._includes_usage:
             return DONE
         usage = self._generation.usage().model_dump(mode="json", exclude_unset=True)
-        return f"data: {_dumps({**self._base, 'usage': usage})}\n\n{DONE}"
+        last = {**self._base, "usage": usage, "timing": self._generation.timing()}
+        return f"data: {_dumps(last)}\n\n{DONE}"
 
     def _uncommon(self, index: int, event: GenerationEvent) -> str:
         if isinstance(event, PrefillProgress):
@@ -93,8 +94,9 @@ class ChunkFormatter(ABC):
 class _KeepAlive:
     """Wakes the feed when the stream was silent, and gives up on a client that does not read."""
 
-    def __init__(self, feed: EventFeed, pacing: Pacing) -> None:
+    def __init__(self, feed: EventFeed, pacing: Pacing, send: Send) -> None:
         self._feed = feed
+        self._send = send
         self._pacing = pacing
         self._loop = asyncio.get_running_loop()
         self._began_at = self._written_at = self._loop.time()
@@ -103,14 +105,14 @@ class _KeepAlive:
         self._timer = self._loop.call_later(self._interval_s, self._tick)
         self.is_due = False
 
-    async def write(self, send: Send, text: str, *, more_body: bool = True) -> None:
+    async def write(self, text: str, *, more_body: bool = True) -> None:
         """Send one body message; may block as long as the client does not read."""
         self.is_due = False
         self._is_writing = True
         self._written_at = self._loop.time()
         body = text.encode("ascii")
         try:
-            await send({"type": "http.response.body", "body": body, "more_body": more_body})
+            await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
         except OSError:
             self._feed.is_disconnected = True
         self._is_writing = False
@@ -160,7 +162,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, an error, or the client's leaving."""
         async with EventFeed(self._generation.open(), receive) as feed:
-            keep_alive = _KeepAlive(feed, self._generation.context.pacing)
+            body_send = server_send(scope, send)
+            keep_alive = _KeepAlive(feed, self._generation.context.pacing, body_send)
             try:
                 await self._stream(feed, keep_alive, send, record_of(scope))
             finally:
@@ -176,7 +179,7 @@ class EventStream(Response):
         try:
             while True:
                 if text:
-                    await keep_alive.write(send, text)
+                    await keep_alive.write(text)
                 events = await feed.next()
                 if events is None:
                     break
@@ -185,7 +188,7 @@ class EventStream(Response):
         except Exception as error:
             text = self._in_stream_error(error, record)
         if not feed.is_disconnected:
-            await keep_alive.write(send, text, more_body=False)
+            await keep_alive.write(text, more_body=False)
 
     async def _beginning(self, feed: EventFeed, keep_alive: _KeepAlive) -> str:
         """Wait for the first token, or until it is time to send the headers without it."""

@@ -23,11 +23,11 @@ def ask(client: OpenAI, model: str = STARTER) -> str:
     return answer.choices[0].message.content or ""
 
 
-def open_stream(client: OpenAI, model: str = STARTER) -> Any:
+def open_stream(client: OpenAI, model: str = STARTER, *, max_tokens: int = 4000) -> Any:
     return client.chat.completions.create(
         model=model,
         messages=LONG,
-        max_tokens=4000,
+        max_tokens=max_tokens,
         stream=True,
         # The end token is banned, so that the stream lasts as long as the test needs it.
         logit_bias={"2": -100, "0": -100},
@@ -51,14 +51,13 @@ def test_a_client_that_leaves_without_streaming_frees_its_slot(server: Server) -
     wait_until(lambda: server.running_sequences() == 0, "the slot is free")
 
 
-def test_a_killed_replica_ends_its_streams_and_is_replaced(server: Server, client: OpenAI) -> None:
+def test_a_killed_replica_is_replaced_and_its_streams_go_on(server: Server, client: OpenAI) -> None:
     ask(client)
     old = server.pid_of("gguf")
-    stream = open_stream(client)
+    stream = open_stream(client, max_tokens=300)
     next(iter(stream))
     os.kill(old, signal.SIGKILL)
-    with pytest.raises(APIError, match="died"):
-        drain(stream)
+    drain(stream)
     assert ask(client)
     assert server.pid_of("gguf") != old
     assert ask(client, "echo")

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, closing
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +17,16 @@ from core.types import (
     Finished,
     GenerationEvent,
     GenerationRequest,
+    PrefillProgress,
+    ReasoningDelta,
     TextDelta,
     TextPrompt,
+    ToolCallDelta,
     Usage,
 )
 from deployments.codec import encode_frame
 from deployments.dispatch import HandleDispatcher
+from deployments.errors import ReplicaDied
 from deployments.frames import FrameReceiver, FrameSender
 from deployments.orders import Residency
 from tests.unit.deployments.handles import FakeHandle, answering
@@ -111,14 +116,72 @@ async def test_a_replica_that_dies_before_the_first_event_is_not_the_clients_pro
     await subject.close()
 
 
-async def test_a_replica_that_dies_later_ends_the_stream_with_an_error(
+def requests_of(replica: FakeHandle) -> list[GenerationRequest]:
+    return [arguments[0] for arguments in replica.generate.calls]
+
+
+async def test_a_replica_that_dies_later_is_followed_by_one_that_goes_on(
     receiver: FrameReceiver,
 ) -> None:
+    scheduler = loads("a", "b", "c")
+    first = [PrefillProgress(1, 2), TextDelta("x", (1, 2)), ReasoningDelta("y", (3,))]
+    second: list[GenerationEvent] = [ToolCallDelta(0, "id", "f"), TextDelta("z", (4,))]
+    third = [TextDelta("!", (5,)), END]
+    died = RayActorError()
+    replica = FakeHandle(generate=sending((first, died), (second, died), (third, None)))
+    subject = dispatcher(receiver, scheduler, replica)
+    assert await collect(subject) == [*first, *second, *third]
+    await subject.close()
+    attempts = requests_of(replica)
+    assert [attempt.generated for attempt in attempts] == [(), (1, 2, 3), (1, 2, 3, 4)]
+    assert len({attempt.id for attempt in attempts}) == 3
+    assert scheduler.ensure_loaded.calls == [("m", ""), ("m", "a"), ("m", "b")]
+
+
+async def test_an_echoed_prompt_is_not_sent_again(receiver: FrameReceiver) -> None:
+    died = RayActorError()
+    replica = FakeHandle(
+        generate=sending(([TextDelta("hi")], died), ([TextDelta("x", (1,)), END], None))
+    )
+    subject = dispatcher(receiver, loads("a", "b"), replica)
+    events = [event async for event in subject.generate(replace(REQUEST, echo_prompt=True))]
+    await subject.close()
+    assert events == [TextDelta("hi"), TextDelta("x", (1,)), END]
+    assert [attempt.echo_prompt for attempt in requests_of(replica)] == [True, False]
+
+
+async def test_text_without_tokens_cannot_be_continued(receiver: FrameReceiver) -> None:
     replica = FakeHandle(generate=sending(([TextDelta("x")], RayActorError())))
     events = dispatcher(receiver, loads("a"), replica).generate(REQUEST)
     assert await anext(events) == TextDelta("x")
     with pytest.raises(EngineFailed, match="died"):
         await anext(events)
+    assert len(requests_of(replica)) == 1
+
+
+async def test_a_stream_that_is_lost_three_times_ends_with_an_error(
+    receiver: FrameReceiver,
+) -> None:
+    dying = [([TextDelta("x", (number,))], RayActorError()) for number in range(3)]
+    replica = FakeHandle(generate=sending(*dying))
+    events = dispatcher(receiver, loads("a", "b", "c"), replica).generate(REQUEST)
+    assert [await anext(events) for _ in range(3)] == [
+        TextDelta("x", (number,)) for number in range(3)
+    ]
+    with pytest.raises(EngineFailed, match="died"):
+        await anext(events)
+
+
+async def test_a_replica_that_dies_while_it_loads_costs_another_attempt(
+    receiver: FrameReceiver,
+) -> None:
+    died = ReplicaDied("died")
+    scheduler = FakeHandle(ensure_loaded=answering(residency("a"), died, residency("b")))
+    replica = FakeHandle(generate=sending(([TextDelta("x", (1,))], RayActorError()), ([END], None)))
+    subject = dispatcher(receiver, scheduler, replica)
+    assert await collect(subject) == [TextDelta("x", (1,)), END]
+    await subject.close()
+    assert scheduler.ensure_loaded.calls == [("m", ""), ("m", "a"), ("m", "a")]
 
 
 async def test_a_replica_that_keeps_dying_fails_after_three_attempts(

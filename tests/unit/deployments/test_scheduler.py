@@ -1,17 +1,28 @@
 """The scheduler over stand-in replicas: one load each, room made, nothing lost in between."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from core.errors import InsufficientMemory, ModelNotFound
+from backends.base import EngineLoad, EngineOptions, MemoryEstimate, ModelInfo
+from backends.echo import EchoBackend
+from backends.limits import EngineLimits
+from backends.registry import backends_for
+from catalog.identify import Outcome, examine
+from catalog.models import BuiltIn, ModelRecord, ModelSettings
+from core.errors import BrokenModel, InsufficientMemory, ModelNotFound, Unavailable
 from core.settings import Settings
 from core.units import MIB
-from deployments.orders import LoadOrder, ReplicaReport, Residency
+from deployments.offers import Offers
+from deployments.orders import LoadOrder, ReplicaReport, Residency, ResidentReport
 from deployments.scheduler import SchedulerReplica
+from scheduler.state import Offer
 from tests.gguf_files import llama_gguf
 from tests.unit.deployments.handles import FakeHandle
 
@@ -21,6 +32,11 @@ class Replica:
 
     def __init__(self) -> None:
         self.held: list[str] = []
+        self.found: list[Residency] = []
+        self.in_flight = 0
+        self.measured_bytes = 0
+        self.failure: Exception | None = None
+        self.limits: list[EngineLimits] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.handle = FakeHandle(
@@ -28,23 +44,53 @@ class Replica:
             unload_model=self.unload,
             report=self.report,
             residencies=self.residencies,
+            set_limits=self.set_limits,
         )
 
     async def load(self, order: LoadOrder) -> Residency:
         await asyncio.sleep(0)
+        if self.failure is not None:
+            raise self.failure
         self.held.append(order.model_id)
-        return Residency(order.model_id, "gguf", "replica", "node", 2048, 0.1)
+        return Residency(order.model_id, order.info.format, "replica", "node", 2048, 0.1)
 
     async def unload(self, model_id: str) -> bool:
         await self.gate.wait()
+        if model_id not in self.held:
+            return False
         self.held.remove(model_id)
         return True
 
     async def report(self) -> ReplicaReport:
-        return ReplicaReport("gguf", 1, ())
+        reports = [
+            ResidentReport(model_id, 0.0, self.in_flight, EngineLoad(), self.measured_bytes)
+            for model_id in self.held
+        ]
+        return ReplicaReport("gguf", 1, tuple(reports))
 
     async def residencies(self) -> list[Residency]:
-        return []
+        return self.found
+
+    async def set_limits(self, limits: EngineLimits) -> None:
+        self.limits.append(limits)
+
+
+class InProcess:
+    """Inspects in this process: starting the limited one takes longer than these tests."""
+
+    def __init__(self, formats: list[str]) -> None:
+        self._backends = backends_for(formats).values()
+
+    def examine(self, path: Path) -> Outcome:
+        return examine(path, self._backends)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def inspection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.scheduler.Inspector", InProcess)
 
 
 @pytest.fixture
@@ -52,22 +98,36 @@ def replica() -> Replica:
     return Replica()
 
 
-@pytest.fixture
-async def scheduler(tmp_path: Path, replica: Replica) -> AsyncIterator[SchedulerReplica]:
-    (tmp_path / "models").mkdir()
+async def gguf_runs() -> frozenset[str]:
+    return frozenset({"gguf"})
+
+
+@asynccontextmanager
+async def started(
+    home: Path, replica: Replica, **options: Any
+) -> AsyncGenerator[SchedulerReplica, None]:
+    (home / "models").mkdir()
     for name in ("a", "b"):
-        llama_gguf(tmp_path / "models" / f"{name}-F32.gguf")
+        llama_gguf(home / "models" / f"{name}-F32.gguf")
     settings = Settings(
-        home=tmp_path, starters=False, formats=["gguf"], memory_budget=70 * MIB, threads=1
+        home=home, starters=False, formats=["gguf"], memory_budget=70 * MIB, threads=1, **options
     )
     handles: Any = {"gguf": replica.handle}
-    scheduler = SchedulerReplica(settings, handles)
+    scheduler = SchedulerReplica(settings, handles, gguf_runs)
     while not await scheduler.is_ready():
         await asyncio.sleep(0.005)
-    yield scheduler
-    replica.gate.set()
-    scheduler.__del__()
-    await asyncio.gather(scheduler._background, return_exceptions=True)
+    try:
+        yield scheduler
+    finally:
+        replica.gate.set()
+        scheduler.__del__()
+        await asyncio.gather(scheduler._background, return_exceptions=True)
+
+
+@pytest.fixture
+async def scheduler(tmp_path: Path, replica: Replica) -> AsyncIterator[SchedulerReplica]:
+    async with started(tmp_path, replica) as scheduler:
+        yield scheduler
 
 
 A, B = "a@gguf-f32", "b@gguf-f32"
@@ -114,5 +174,198 @@ async def test_unknown_and_too_large_models_are_refused(
 ) -> None:
     del replica
     assert isinstance(await scheduler.ensure_loaded("nobody"), ModelNotFound)
-    scheduler._options = scheduler._options.__class__(memory_limit_bytes=MIB)
+    scheduler._offers._options = EngineOptions(memory_limit_bytes=MIB)
     assert isinstance(await scheduler.ensure_loaded(A), InsufficientMemory)
+
+
+async def test_what_an_idle_process_held_is_forgotten_without_starting_it(
+    tmp_path: Path, replica: Replica
+) -> None:
+    (tmp_path / "models").mkdir()
+    settings = Settings(home=tmp_path, starters=False, formats=["echo"], threads=1)
+    running = {"echo"}
+
+    async def deployments() -> frozenset[str]:
+        return frozenset(running)
+
+    handles: Any = {"echo": replica.handle}
+    scheduler = SchedulerReplica(settings, handles, deployments)
+    while not await scheduler.is_ready():
+        await asyncio.sleep(0.005)
+    await scheduler.ensure_loaded("echo@echo")
+    assert len((await scheduler.residencies())[0]) == 1
+    running.clear()
+    assert await scheduler.residencies() == ([], [])
+    await scheduler.ensure_loaded("echo@echo")
+    assert len(replica.handle.load_model.calls) == 2
+    assert replica.handle.report.calls == []
+    scheduler.__del__()
+    await asyncio.gather(scheduler._background, return_exceptions=True)
+
+
+async def test_a_request_waits_for_a_busy_model_and_then_has_its_place(
+    scheduler: SchedulerReplica, replica: Replica
+) -> None:
+    await scheduler.ensure_loaded(A)
+    replica.in_flight = 1
+    waiting = asyncio.ensure_future(scheduler.ensure_loaded(B))
+    while not scheduler._ledger.state.waiting:
+        await asyncio.sleep(0)
+    assert replica.held == [A]
+    assert not replica.handle.unload_model.calls
+    replica.in_flight = 0
+    residency: Any = await waiting
+    assert residency.model_id == B
+    assert replica.held == [B]
+
+
+async def test_requests_over_the_bound_and_beyond_their_time_are_told_when_to_come_back(
+    tmp_path: Path, replica: Replica
+) -> None:
+    async with started(tmp_path, replica, max_waiting=2, request_timeout_s=0.3) as scheduler:
+        await scheduler.ensure_loaded(A)
+        replica.in_flight = 1
+        answers: list[Any] = await asyncio.gather(*(scheduler.ensure_loaded(B) for _ in range(3)))
+        by_code = sorted((answer.code, answer.retry_after_s) for answer in answers)
+        assert by_code == [("queue_full", 1), ("unavailable", 1), ("unavailable", 1)]
+        assert replica.held == [A]
+
+
+async def test_a_client_that_leaves_the_queue_loads_nothing(
+    scheduler: SchedulerReplica, replica: Replica
+) -> None:
+    await scheduler.ensure_loaded(A)
+    replica.in_flight = 1
+    waiting = asyncio.ensure_future(scheduler.ensure_loaded(B))
+    while not scheduler._ledger.state.waiting:
+        await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert not scheduler._ledger.state.waiting
+    assert len(replica.handle.load_model.calls) == 1
+
+
+async def test_a_failed_load_is_told_to_all_and_tried_again_by_the_next(
+    scheduler: SchedulerReplica, replica: Replica
+) -> None:
+    replica.failure = BrokenModel("damaged")
+    answers: list[Any] = await asyncio.gather(*(scheduler.ensure_loaded(A) for _ in range(3)))
+    assert [answer.code for answer in answers] == ["broken_model"] * 3
+    assert scheduler._ledger.state.used_bytes == 0
+    replica.failure = None
+    again: Any = await scheduler.ensure_loaded(A)
+    assert again.model_id == A
+
+
+async def test_an_idle_model_is_unloaded_when_its_keep_alive_is_over(
+    tmp_path: Path, replica: Replica
+) -> None:
+    async with started(tmp_path, replica, keep_alive_s=0) as scheduler:
+        await scheduler.ensure_loaded(A)
+        while replica.held:
+            await asyncio.sleep(0.01)
+        while scheduler._ledger.state.residents:
+            await asyncio.sleep(0.01)
+        assert await scheduler.residencies() == ([], [])
+
+
+async def test_models_are_loaded_and_unloaded_on_demand(
+    scheduler: SchedulerReplica, replica: Replica
+) -> None:
+    await scheduler.ensure_loaded(A)
+    assert replica.held == [A]
+    assert await scheduler.unload(A)
+    assert replica.held == []
+    assert not await scheduler.unload(A)
+
+
+async def test_a_pinned_model_stays_and_the_other_is_refused_with_the_numbers(
+    scheduler: SchedulerReplica, replica: Replica
+) -> None:
+    scheduler._store.change_settings(A, {"pin": True})
+    await scheduler.settings_changed(A)
+    await scheduler.ensure_loaded(A)
+    refusal: Any = await scheduler.ensure_loaded(B)
+    assert refusal.code == "insufficient_memory"
+    assert "70.0 MiB" in refusal.message
+    scheduler._store.change_settings(A, {"pin": None})
+    await scheduler.settings_changed(A)
+    await scheduler.ensure_loaded(B)
+    assert replica.held == [B]
+
+
+async def test_decisions_have_their_reasons(scheduler: SchedulerReplica) -> None:
+    await scheduler.ensure_loaded(A)
+    await scheduler.ensure_loaded(B)
+    decisions = await scheduler.decisions()
+    actions = [decision.action for decision in decisions]
+    assert actions == [
+        *(f"load {A}", f"grant {A}", f"unload {A}"),
+        *(f"load {B}", f"grant {B}"),
+    ]
+    assert all(decision.reason for decision in decisions)
+    assert decisions[2].reason.startswith(f"{B} needs ")
+
+
+async def test_a_scheduler_that_starts_anew_knows_what_is_resident(
+    tmp_path: Path, replica: Replica
+) -> None:
+    replica.found.append(Residency(A, "gguf", "replica", "node", 2048, 0.1))
+    replica.held.append(A)
+    async with started(tmp_path, replica) as first:
+        # The catalog knows the model from the scan right before.
+        assert [one.model_id for one in (await first.residencies())[0]] == [A]
+        size = first._ledger.state.used_bytes
+        assert size > MIB
+        await first.ensure_loaded(B)
+        assert replica.held == [B]
+
+
+async def test_an_estimate_is_corrected_by_what_the_replica_measured(
+    scheduler: SchedulerReplica, replica: Replica
+) -> None:
+    await scheduler.ensure_loaded(A)
+    assert scheduler._ledger.state.used_bytes > 8 * MIB
+    replica.measured_bytes = 8 * MIB
+    await scheduler.ensure_loaded(B)
+    assert replica.held == [A, B]
+    assert replica.handle.unload_model.calls == []
+
+
+class Growing(EchoBackend):
+    """Estimates a byte for every token of context, at least 6,000."""
+
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        context = options.context_tokens or info.context_length
+        return MemoryEstimate(0, max(context, 6000), 0, context, context)
+
+
+def test_a_lowered_context_is_offered_only_where_the_user_did_not_fix_it(tmp_path: Path) -> None:
+    info = ModelInfo("echo", "echo", "echo", "none", (), 0, 0, 16384, frozenset())
+    record = ModelRecord("m", info, BuiltIn(), "mark", 0.0)
+    offers = Offers(Settings(home=tmp_path), {"echo": Growing()}, EngineOptions())
+    found = offers.of(record)
+    assert found == (Offer(16384), Offer(8192, 8192), Offer(6000, 4096))
+    assert offers.order(record, found[0]).options.context_tokens is None
+    assert offers.order(record, found[2]).options.context_tokens == 4096
+    fixed = replace(record, settings=ModelSettings(context_length=8192))
+    assert offers.of(fixed) == (Offer(8192),)
+
+
+async def test_under_strain_nothing_new_is_loaded(tmp_path: Path, replica: Replica) -> None:
+    state = tmp_path / "thermal"
+    state.write_text("nominal")
+    async with started(tmp_path, replica, thermal_file=state) as scheduler:
+        assert isinstance(await scheduler.ensure_loaded(A), Residency)
+        state.write_text("critical")
+        # A state has to hold for a while before it counts.
+        while scheduler._thermal.admits:
+            scheduler._thermal._clock = lambda: time.monotonic() + 3600
+            await scheduler._thermal.poll()
+            scheduler._thermal._clock = lambda: time.monotonic() + 7200
+            await scheduler._thermal.poll()
+        assert isinstance(await scheduler.ensure_loaded(A), Residency)
+        refused = await scheduler.ensure_loaded(B)
+        assert isinstance(refused, Unavailable)
+        assert refused.retry_after_s
+        assert replica.limits[-1].max_sequences == 0

@@ -1,0 +1,164 @@
+"""Conversions that make a model usable here: started by a request, one at a time."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from backends.base import Backend, EngineOptions, ModelInfo
+from catalog.convert import ConversionProgress, ConversionRequest, convert, sweep
+from catalog.convert_choice import faithful, smaller
+from catalog.models import Converted, ModelRecord
+from core.errors import BackendUnavailable, ImpetusError, InsufficientMemory, Unavailable
+from core.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# A conversion that failed is not tried again for this long, or until the server starts anew.
+_FAILURE_KEPT_S = 600.0
+_FIRST_GUESS_S = 30
+_LONGEST_RETRY_S = 120
+
+
+@dataclass(slots=True)
+class _Conversion:
+    """One conversion that runs; `fraction` is 0 to 1."""
+
+    target_format: str
+    quantization: str
+    started_at: float
+    fraction: float = 0.0
+    doing: str = "waiting"
+
+
+class Conversions:
+    """Turns models that cannot run here into ones that can.  Belongs to one event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        backends: Mapping[str, Backend],
+        options: EngineOptions,
+        rescan: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._folder = settings.home / "models"
+        self._is_on = settings.auto_convert
+        self._threads = settings.threads or 1
+        self._backends = backends
+        self._options = options
+        self._rescan = rescan
+        self._running: dict[str, _Conversion] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failures: dict[str, tuple[float, str]] = {}
+        self._turn = asyncio.Lock()
+
+    def sweep(self) -> None:
+        """Remove what conversions of dead processes left; blocks while folders are listed."""
+        if self._folder.is_dir():
+            inside = (path for path in self._folder.iterdir() if not path.is_symlink())
+            for folder in [self._folder, *(path for path in inside if path.is_dir())]:
+                sweep(folder)
+
+    def answer(
+        self, record: ModelRecord, problem: ImpetusError, results: Sequence[str]
+    ) -> ImpetusError:
+        """Return what a request for a model that cannot run here is told.
+
+        Starts the conversion that helps, if there is one; `problem` is why it is needed.
+        `results` are the ids of what it was converted to before, which then cannot run either.
+        """
+        if results:
+            return _with_note(problem, f"Nor can what it was converted to: {', '.join(results)}.")
+        running = self._running.get(record.id)
+        if running is None:
+            failed_at, reason = self._failures.get(record.id, (-_FAILURE_KEPT_S, ""))
+            if time.monotonic() - failed_at < _FAILURE_KEPT_S:
+                return _with_note(problem, f"Its conversion failed: {reason}")
+            choice = self._choose(record, problem) if self._is_on else None
+            if choice is None:
+                return problem
+            running = self._start(record, *choice)
+        what = f"{running.target_format} {running.quantization}"
+        return Unavailable(
+            f"{problem.message} It is being converted to {what} ({running.doing}, "
+            f"{running.fraction:.0%}); ask again later.",
+            param="model",
+            retry_after_s=_seconds_left(running),
+        )
+
+    def _choose(self, record: ModelRecord, problem: ImpetusError) -> tuple[str, str] | None:
+        if isinstance(record.source, Converted):
+            return None
+        runnable = {
+            name for name, backend in self._backends.items() if backend.availability().is_available
+        }
+        if isinstance(problem, InsufficientMemory):
+            return smaller(record.info, runnable, self._fits)
+        if isinstance(problem, BackendUnavailable):
+            return faithful(record.info, runnable)
+        return None
+
+    def _fits(self, info: ModelInfo) -> bool:
+        try:
+            self._backends[info.format].estimate(info, self._options)
+        except ImpetusError:
+            return False
+        return True
+
+    def _start(self, record: ModelRecord, target_format: str, quantization: str) -> _Conversion:
+        conversion = _Conversion(target_format, quantization, time.monotonic())
+        self._running[record.id] = conversion
+        task = asyncio.ensure_future(self._run(record, conversion))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return conversion
+
+    async def _run(self, record: ModelRecord, conversion: _Conversion) -> None:
+        def note(progress: ConversionProgress) -> None:
+            conversion.fraction, conversion.doing = progress.fraction, progress.doing
+
+        kind = f"{conversion.target_format}-{conversion.quantization}"
+        target = self._folder / kind / record.info.name
+        request = ConversionRequest(
+            record.info,
+            conversion.target_format,
+            target,
+            quantization=conversion.quantization,
+            threads=self._threads,
+            model_id=record.id,
+        )
+        try:
+            async with self._turn:
+                conversion.started_at = time.monotonic()
+                await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
+                await convert(request, note)
+            logger.info("converted %s to %s", record.id, kind)
+            await self._rescan()
+        except ImpetusError as problem:
+            logger.warning("converting %s to %s failed: %s", record.id, kind, problem)
+            self._failures[record.id] = (time.monotonic(), problem.message)
+        except Exception as problem:
+            logger.exception("converting %s to %s failed", record.id, kind)
+            self._failures[record.id] = (time.monotonic(), str(problem)[:500])
+        finally:
+            del self._running[record.id]
+
+    def cancel(self) -> None:
+        """End what runs; a step's process ends with this one in any case."""
+        for task in self._tasks:
+            task.cancel()
+
+
+def _seconds_left(conversion: _Conversion) -> int:
+    elapsed = time.monotonic() - conversion.started_at
+    if conversion.fraction <= 0:
+        return _FIRST_GUESS_S
+    left = elapsed * (1 - conversion.fraction) / conversion.fraction
+    return max(1, min(int(left) + 1, _LONGEST_RETRY_S))
+
+
+def _with_note(problem: ImpetusError, note: str) -> ImpetusError:
+    return type(problem)(
+        f"{problem.message} {note}", param=problem.param, retry_after_s=problem.retry_after_s
+    )

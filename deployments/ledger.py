@@ -1,0 +1,265 @@
+"""The memory ledger of one machine: holds the policy's state and performs its actions."""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+
+from core.errors import EngineFailed, ImpetusError, InsufficientMemory, QueueFull, Unavailable
+from deployments.orders import Decision, Residency, ResidentReport
+from scheduler.events import (
+    Action,
+    Configured,
+    Drain,
+    Event,
+    Grant,
+    Left,
+    Load,
+    Loaded,
+    LoadFailed,
+    Reject,
+    Tick,
+    Unload,
+    Unloaded,
+    UnloadWanted,
+    Use,
+    Used,
+    Wanted,
+)
+from scheduler.policy import decide
+from scheduler.state import HostState, KeepRules, Offer, Priority
+
+logger = logging.getLogger(__name__)
+
+_KEPT_DECISIONS = 256
+# How often the replicas are asked about their models while requests wait for memory.
+_WAITING_POLL_S = 0.1
+# How often they are asked where only keep-alives run.
+_SHORTEST_POLL_S = 0.5
+_LONGEST_POLL_S = 15.0
+
+Opener = Callable[[str, Offer], Awaitable[Residency]]
+Closer = Callable[[Residency], Awaitable[None]]
+# Whose replica answered, with what it said of the model: None where it does not hold it.
+Reported = Sequence[tuple[Residency, ResidentReport | None]]
+Reporter = Callable[[Sequence[Residency]], Awaitable[Reported]]
+
+
+class Ledger:
+    """Decides with `scheduler.policy`; opens, closes and asks through the functions it is given.
+
+    All state changes happen on one event loop, between two awaits.
+    """
+
+    def __init__(self, state: HostState, open_: Opener, close: Closer, report: Reporter) -> None:
+        self._state = state
+        self._open = open_
+        self._close = close
+        self._report = report
+        self._residencies: dict[str, Residency] = {}
+        self._waiting: dict[int, asyncio.Future[Residency]] = {}
+        self._failures: dict[str, BaseException] = {}
+        self._closings: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._decisions: deque[Decision] = deque(maxlen=_KEPT_DECISIONS)
+        self._numbers = itertools.count()
+        self._is_wanted = asyncio.Event()
+        self._watch = asyncio.ensure_future(self._run())
+
+    @property
+    def residencies(self) -> list[Residency]:
+        """The models that take requests."""
+        return list(self._residencies.values())
+
+    @property
+    def loading(self) -> list[str]:
+        """The ids of the models that are being opened."""
+        return [model.model_id for model in self._state.loading]
+
+    @property
+    def state(self) -> HostState:
+        """What the policy knows."""
+        return self._state
+
+    def decisions(self) -> list[Decision]:
+        """Return the last decisions, the oldest first."""
+        return list(self._decisions)
+
+    def residency(self, model_id: str) -> Residency | None:
+        """Return where the model takes requests."""
+        return self._residencies.get(model_id)
+
+    async def acquire(
+        self, model_id: str, offers: tuple[Offer, ...], timeout_s: float, priority: Priority
+    ) -> Residency:
+        """Return where the model is resident, once it is.
+
+        Raises InsufficientMemory, QueueFull, Unavailable after `timeout_s`, and whatever opening
+        the model raised.
+        """
+        if model_id not in self._residencies:
+            await self.refresh()
+        number = next(self._numbers)
+        future: asyncio.Future[Residency] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        deadline = time.monotonic() + timeout_s
+        self._send(Wanted(number, model_id, offers, deadline, priority))
+        try:
+            return await future
+        finally:
+            if self._waiting.pop(number, None) is not None:
+                self._send(Left(number))
+
+    async def release(self, model_id: str, reason: str) -> bool:
+        """Unload a model and wait until it is gone; False where it is not resident."""
+        if model_id in self._residencies:
+            self._send(UnloadWanted(model_id, reason))
+        closing = self._closings.get(model_id)
+        if closing is None:
+            return False
+        await asyncio.shield(closing)
+        return True
+
+    def restore(self, residency: Residency, size_bytes: int) -> None:
+        """Take in a model that a replica was found to hold."""
+        self._residencies[residency.model_id] = residency
+        self._send(Loaded(residency.model_id, size_bytes, residency.load_s))
+
+    def forget(self, residency: Residency) -> None:
+        """Take out a model whose process is gone."""
+        if self._residencies.get(residency.model_id) is residency:
+            del self._residencies[residency.model_id]
+            self._send(Unloaded(residency.model_id))
+
+    def configure(self, model_id: str, rules: KeepRules) -> None:
+        """Keep a model by these rules, now and whenever it is loaded."""
+        self._send(Configured(model_id, rules))
+
+    async def refresh(self) -> None:
+        """Ask the replicas how their models are used; one that is not there is forgotten."""
+        known = self.residencies
+        if not known:
+            return
+        # A use that is dated too early costs a moment's wait, one too late a model in use.
+        asked_at = time.monotonic()
+        reports = await self._report(known)
+        uses: list[Use] = []
+        for residency, report in reports:
+            if report is None:
+                self.forget(residency)
+            elif self._residencies.get(residency.model_id) is residency:
+                used_at = asked_at - report.idle_s
+                use = Use(report.model_id, report.in_flight, used_at, report.measured_bytes)
+                uses.append(use)
+        self._send(Used(tuple(uses)))
+
+    async def _run(self) -> None:
+        """Follow the models' use while requests wait or a keep-alive runs."""
+        ticked_at = time.monotonic()
+        while True:
+            self._is_wanted.clear()
+            poll_s = self._poll_s()
+            left_s = None if poll_s is None else ticked_at + poll_s - time.monotonic()
+            if left_s is None or left_s > 0:
+                # What happens meanwhile may shorten the interval.
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._is_wanted.wait(), left_s)
+                continue
+            try:
+                await self.refresh()
+                self._send(Tick())
+            except Exception:
+                logger.exception("the models' use cannot be followed")
+            ticked_at = time.monotonic()
+
+    def _poll_s(self) -> float | None:
+        if self._state.waiting:
+            return _WAITING_POLL_S
+        ends = [item.keep_alive_s for item in self._state.residents if not item.is_closing]
+        alive = [end for end in ends if end is not None]
+        return min(max(_SHORTEST_POLL_S, min(alive) / 4), _LONGEST_POLL_S) if alive else None
+
+    def _send(self, event: Event) -> None:
+        outcome = decide(self._state, event, time.monotonic())
+        self._state = outcome.state
+        for action in outcome.actions:
+            self._note(event, action)
+            self._perform(action)
+        self._is_wanted.set()
+
+    def _note(self, event: Event, action: Action) -> None:
+        # What happens for every request of a resident model would drown the rest.
+        if isinstance(action, Grant) and isinstance(event, Wanted):
+            return
+        what = f"{type(action).__name__.lower()} {action.model_id}"
+        decision = Decision(time.time(), type(event).__name__.lower(), what, action.reason)
+        self._decisions.append(decision)
+        logger.info("%s: %s", what, action.reason)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Load(model_id, offer):
+                self._start(self._load(model_id, offer))
+            case Unload(model_id) | Drain(model_id):
+                # From now on a request for it waits until it was loaded again.
+                residency = self._residencies.pop(model_id, None)
+                self._closings[model_id] = self._start(self._unload(model_id, residency))
+            case Grant(number, model_id):
+                future = self._waiting.pop(number, None)
+                if future is not None and not future.done():
+                    future.set_result(self._residencies[model_id])
+            case Reject(number):
+                future = self._waiting.pop(number, None)
+                if future is not None and not future.done():
+                    future.set_exception(self._error(action))
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _error(self, reject: Reject) -> BaseException:
+        retry = reject.retry_after_s
+        match reject.kind:
+            case "memory":
+                return InsufficientMemory(reject.reason, param="model", retry_after_s=retry)
+            case "full":
+                return QueueFull(reject.reason, param="model", retry_after_s=retry)
+            case "timeout":
+                return Unavailable(reject.reason, param="model", retry_after_s=retry)
+            case _:
+                return self._failures.get(reject.model_id) or EngineFailed(reject.reason)
+
+    async def _load(self, model_id: str, offer: Offer) -> None:
+        try:
+            residency = await self._open(model_id, offer)
+        except Exception as problem:
+            if not isinstance(problem, ImpetusError):
+                logger.exception("opening %s failed", model_id)
+            self._failures[model_id] = problem
+            is_memory = isinstance(problem, InsufficientMemory)
+            self._send(LoadFailed(model_id, str(problem), is_memory))
+            del self._failures[model_id]
+            return
+        self._residencies[model_id] = residency
+        self._send(Loaded(model_id, offer.needed_bytes, residency.load_s))
+
+    async def _unload(self, model_id: str, residency: Residency | None) -> None:
+        try:
+            if residency is not None:
+                await self._close(residency)
+        except Exception:
+            # A replica that died holds nothing any more.
+            logger.exception("unloading %s failed", model_id)
+        finally:
+            self._closings.pop(model_id, None)
+            self._send(Unloaded(model_id))
+
+    def cancel(self) -> None:
+        """End what runs."""
+        for task in (self._watch, *self._tasks):
+            task.cancel()

@@ -1,0 +1,68 @@
+"""What an administrator changes: settings in the catalog, residency through the scheduler."""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from catalog.models import ModelSettings
+from catalog.store import CatalogStore
+from core.errors import ImpetusError
+from core.settings import Settings
+from deployments.calls import Handle, call, direct
+from router.services import DecisionView, SettingsView
+
+logger = logging.getLogger(__name__)
+
+_NOTICE_TIMEOUT_S = 5.0
+
+
+class SchedulerManagement:
+    """Implements `router.services.Management`."""
+
+    def __init__(self, settings: Settings, scheduler: Handle) -> None:
+        self._store = CatalogStore(settings.catalog_file)
+        self._scheduler = direct(scheduler)
+
+    async def settings_of(self, model_ids: Sequence[str]) -> Mapping[str, SettingsView]:
+        """Return the settings of those models that the catalog knows."""
+        wanted = frozenset(model_ids)
+        records = await asyncio.to_thread(self._store.models)
+        return {record.id: _view(record.settings) for record in records if record.id in wanted}
+
+    async def change_settings(self, model_id: str, changes: Mapping[str, Any]) -> SettingsView:
+        """Write the settings, then tell the scheduler, which applies them to what is resident.
+
+        They are kept even where the scheduler cannot be told: it reads them when it starts.
+        """
+        settings = await asyncio.to_thread(self._store.change_settings, model_id, changes)
+        try:
+            async with asyncio.timeout(_NOTICE_TIMEOUT_S):
+                await call(self._scheduler.settings_changed.remote(model_id))
+        except (ImpetusError, TimeoutError) as problem:
+            logger.warning("the scheduler was not told of %s's settings: %r", model_id, problem)
+        return _view(settings)
+
+    async def load(self, model_id: str) -> None:
+        """Return once the scheduler has the model in memory."""
+        await call(self._scheduler.ensure_loaded.remote(model_id))
+
+    async def unload(self, model_id: str) -> None:
+        """Return once the scheduler has the model out of memory."""
+        await call(self._scheduler.unload.remote(model_id))
+
+    async def decisions(self) -> Sequence[DecisionView]:
+        """Return the scheduler's last decisions."""
+        return [
+            DecisionView(one.at, one.event, one.action, one.reason)
+            for one in await call(self._scheduler.decisions.remote())
+        ]
+
+    def close(self) -> None:
+        """Close the database."""
+        self._store.close()
+
+
+def _view(settings: ModelSettings) -> SettingsView:
+    return SettingsView(**asdict(settings))

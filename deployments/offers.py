@@ -1,0 +1,96 @@
+"""What opening a model takes here: whether it can be, its memory, and how it is kept."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from backends.base import Backend, EngineOptions, MemoryEstimate
+from catalog.models import ModelRecord
+from core.errors import BackendUnavailable, BrokenModel, ImpetusError, ModelFileMissing
+from core.settings import Settings
+from deployments.orders import LoadOrder, Residency
+from scheduler.state import KeepRules, Offer
+
+# A context is not lowered below this, nor are there more estimates of one model than this.
+_SMALLEST_CONTEXT = 2048
+_MOST_OFFERS = 4
+
+
+class Offers:
+    """Estimates models by their metadata; opens nothing."""
+
+    def __init__(
+        self, settings: Settings, backends: Mapping[str, Backend], options: EngineOptions
+    ) -> None:
+        self._settings = settings
+        self._backends = backends
+        self._options = options
+
+    def check(self, record: ModelRecord) -> None:
+        """Raise BrokenModel, ModelFileMissing or BackendUnavailable where it cannot be opened."""
+        if record.state == "refused":
+            raise BrokenModel(f"{record.id} was refused: {record.reason}", param="model")
+        if record.state == "missing":
+            raise ModelFileMissing(
+                f"The file of {record.id} is gone: {record.info.files[0]}. Put it back, or choose "
+                "another model.",
+                param="model",
+            )
+        backend = self._backends.get(record.info.format)
+        if backend is None:
+            raise BackendUnavailable(f"The format {record.info.format} is not served here.")
+        availability = backend.availability()
+        if not availability.is_available:
+            raise BackendUnavailable(availability.reason)
+
+    def estimate(self, record: ModelRecord) -> MemoryEstimate:
+        """Return what the model holds at its best.  Raises InsufficientMemory."""
+        return self._estimate(record, self._full(record))
+
+    def of(self, record: ModelRecord) -> tuple[Offer, ...]:
+        """Return the ways to open the model, the largest first: one where its context is fixed.
+
+        Raises InsufficientMemory where not even the smallest fits the budget.
+        """
+        options = self._full(record)
+        full = self._estimate(record, options)
+        offers = [Offer(full.total_bytes)]
+        context = full.context_tokens // 2
+        if options.context_tokens is not None:
+            return tuple(offers)
+        while context >= _SMALLEST_CONTEXT and len(offers) < _MOST_OFFERS:
+            try:
+                less = self._estimate(record, replace(options, context_tokens=context))
+            except ImpetusError:
+                break
+            if less.total_bytes < offers[-1].needed_bytes:
+                offers.append(Offer(less.total_bytes, context))
+            context //= 2
+        return tuple(offers)
+
+    def order(self, record: ModelRecord, offer: Offer) -> LoadOrder:
+        """Return what a replica is told to open the model as offered."""
+        options = self._full(record)
+        if offer.context_tokens is not None:
+            options = replace(options, context_tokens=offer.context_tokens)
+        return LoadOrder(record.id, record.info, options)
+
+    def size_bytes(self, record: ModelRecord, residency: Residency) -> int:
+        """Return what an open model holds, by its estimate with the context it was granted."""
+        options = replace(self._full(record), context_tokens=residency.context_tokens or None)
+        try:
+            return self._estimate(record, options).total_bytes
+        except ImpetusError:
+            return record.info.size_bytes
+
+    def rules(self, record: ModelRecord) -> KeepRules:
+        """Return how the model is kept: by its own settings, else by the server's."""
+        keep_alive_s = record.settings.keep_alive_s
+        if keep_alive_s is None:
+            keep_alive_s = self._settings.keep_alive_s
+        return KeepRules(bool(record.settings.pin), keep_alive_s)
+
+    def _full(self, record: ModelRecord) -> EngineOptions:
+        return record.settings.applied_to(self._options)
+
+    def _estimate(self, record: ModelRecord, options: EngineOptions) -> MemoryEstimate:
+        return self._backends[record.info.format].estimate(record.info, options)

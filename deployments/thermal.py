@@ -1,0 +1,209 @@
+"""Watches heat, memory pressure and power, and tells the engines how hard they may work."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+from backends.limits import UNLIMITED, EngineLimits
+from core.settings import Settings
+from deployments.calls import Handle, call
+from deployments.liveness import running_deployments
+from scheduler.sensors import Sensor, open_sensor
+from scheduler.thermal import (
+    FALL_S,
+    Directive,
+    Reading,
+    SensorProblem,
+    Strain,
+    ThermalState,
+    advance,
+    directive,
+)
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 2.0
+_SENSOR_LIMIT_S = 5.0
+_CALL_LIMIT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ThermalReport:
+    """What metrics show: the state that holds, the last reading, and what throttling cost.
+
+    `throttled_s` are seconds under limits, `changes` the changes of state since the start.
+    """
+
+    state: ThermalState = ThermalState.UNKNOWN
+    reading: Reading = field(default_factory=Reading)
+    limits: EngineLimits = UNLIMITED
+    changes: int = 0
+    throttled_s: float = 0.0
+
+
+class ThermalWatch:
+    """The state of the machine's strain, and its one way to the engines.
+
+    Used from one event loop: a task runs `run`, others read the properties.  Engines that start
+    anew know no limits, so limits are repeated at every poll while there are any.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        formats: Mapping[str, Handle],
+        *,
+        running: Callable[[], Awaitable[frozenset[str]]] = running_deployments,
+        sensor: Sensor | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sensor_limit_s: float = _SENSOR_LIMIT_S,
+    ) -> None:
+        self._settings = settings
+        self._formats = formats
+        self._running = running
+        self._reader = SensorReader(sensor or open_sensor(settings.thermal_file), sensor_limit_s)
+        self._clock = clock
+        self._strain: Strain | None = None
+        self._directive = Directive()
+        self._report = ThermalReport()
+        self._polled_at: float | None = None
+        # Those that may obey old limits; at the start that is anybody.
+        self._limited = set(formats)
+        self._lamented: set[str] = set()
+
+    @property
+    def state(self) -> ThermalState:
+        """The state that holds."""
+        return self._report.state
+
+    @property
+    def directive(self) -> Directive:
+        """What the state asks of everyone."""
+        return self._directive
+
+    @property
+    def admits(self) -> bool:
+        """Whether new requests and loads are taken."""
+        return self._directive.admits
+
+    @property
+    def retry_after_s(self) -> int:
+        """Seconds after which a refused request may try again: the shortest recovery."""
+        return int(FALL_S)
+
+    @property
+    def report(self) -> ThermalReport:
+        """The values for metrics."""
+        return self._report
+
+    async def run(self) -> None:
+        """Poll until cancelled."""
+        while True:
+            try:
+                await self.poll()
+            except Exception:
+                logger.exception("looking after the thermal state failed")
+            await asyncio.sleep(POLL_S)
+
+    async def poll(self) -> None:
+        """Read the sensors once and send the limits to whom they concern."""
+        reading = await self._reader.read()
+        self._lament(reading.problems)
+        self._note(reading, self._clock())
+        await self._send(self._directive.limits)
+
+    def _lament(self, problems: tuple[SensorProblem, ...]) -> None:
+        """Log what is wrong with each sensor, once."""
+        for problem in problems:
+            if problem.sensor not in self._lamented:
+                self._lamented.add(problem.sensor)
+                logger.info("unknown %s, no throttling by it: %s", problem.sensor, problem.message)
+
+    def _note(self, reading: Reading, now: float) -> None:
+        known, old = self._strain, self._report
+        self._strain = advance(known, reading.state, now)
+        state = self._strain.state
+        is_changed = known is not None and state != known.state
+        if is_changed or (known is None and state > ThermalState.NOMINAL):
+            logger.warning("thermal state: %s, was %s", state.label, old.state.label)
+        throttled_s = old.throttled_s
+        if old.limits != UNLIMITED and self._polled_at is not None:
+            throttled_s += now - self._polled_at
+        self._polled_at = now
+        self._directive = directive(
+            state, self._settings.max_sequences, self._settings.prefill_chunk_tokens
+        )
+        self._report = ThermalReport(
+            state, reading, self._directive.limits, old.changes + is_changed, throttled_s
+        )
+
+    async def _send(self, limits: EngineLimits) -> None:
+        """Tell the formats that run; one that cannot be told is told at the next poll."""
+        if limits == UNLIMITED and not self._limited:
+            return
+        running = await self._running()
+        # An engine that starts after this knows no limits.
+        self._limited &= running
+        told = [
+            name
+            for name in self._formats
+            if name in running and (limits != UNLIMITED or name in self._limited)
+        ]
+        answers = await asyncio.gather(*(self._tell(name, limits) for name in told))
+        for name, is_told in zip(told, answers, strict=True):
+            if is_told and limits == UNLIMITED:
+                self._limited.discard(name)
+            else:
+                self._limited.add(name)
+
+    async def _tell(self, name: str, limits: EngineLimits) -> bool:
+        try:
+            async with asyncio.timeout(_CALL_LIMIT_S):
+                await call(self._formats[name].set_limits.remote(limits))
+        except Exception as problem:
+            logger.warning("the limits did not reach %s: %s", name, problem)
+            return False
+        return True
+
+
+class SensorReader:
+    """Reads a sensor on a thread of its own; one that hangs costs that one thread."""
+
+    def __init__(self, sensor: Sensor, limit_s: float) -> None:
+        self._sensor = sensor
+        self._limit_s = limit_s
+        self._pending: asyncio.Future[Reading] | None = None
+
+    async def read(self) -> Reading:
+        """Return the sensor's reading; unknown where it fails or takes too long."""
+        if self._pending is None:
+            loop = asyncio.get_running_loop()
+            self._pending = loop.create_future()
+            # A hung daemon thread does not keep the process from ending.
+            threading.Thread(
+                target=self._work, args=(loop, self._pending), name="impetus-sensor", daemon=True
+            ).start()
+        done, _ = await asyncio.wait({self._pending}, timeout=self._limit_s)
+        if not done:
+            problem = SensorProblem("sensor", f"no answer within {self._limit_s:g} s")
+            return Reading(problems=(problem,))
+        reading, self._pending = self._pending.result(), None
+        return reading
+
+    def _work(self, loop: asyncio.AbstractEventLoop, pending: "asyncio.Future[Reading]") -> None:
+        try:
+            reading = self._sensor.read()
+        except Exception as problem:
+            reading = Reading(problems=(SensorProblem("sensor", str(problem)),))
+        try:
+            loop.call_soon_threadsafe(_settle, pending, reading)
+        except RuntimeError:
+            logger.debug("the loop ended before the sensor answered")
+
+
+def _settle(pending: "asyncio.Future[Reading]", reading: Reading) -> None:
+    if not pending.done():
+        pending.set_result(reading)

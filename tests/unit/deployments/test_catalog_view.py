@@ -1,0 +1,180 @@
+"""What a name means to the router: variants, states, and what was converted."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.models import Converted, Found, Local
+from catalog.store import CatalogStore
+from core.errors import (
+    BackendUnavailable,
+    BrokenModel,
+    ModelFileMissing,
+    ModelNotFound,
+    Unavailable,
+)
+from core.settings import Settings
+from core.units import GIB
+from deployments.catalog_view import CatalogView
+from deployments.orders import Residency
+from tests.unit.catalog.builders import make_info
+from tests.unit.deployments.handles import FakeHandle
+
+# Enough for the smallest model's estimate and no more than that of a large one.
+BUDGET = GIB
+
+
+class Scheduler:
+    """Answers the view's questions; a rescan may find something."""
+
+    def __init__(self) -> None:
+        self.residencies: list[Residency] = []
+        self.loading: list[str] = []
+        self.on_rescan: Any = None
+        self.problem: Exception | None = None
+        self.handle = FakeHandle(
+            rescan=self.rescan, residencies=self.resident, explain=self.explain
+        )
+
+    async def rescan(self) -> None:
+        if self.on_rescan is not None:
+            self.on_rescan()
+
+    async def resident(self) -> tuple[list[Residency], list[str]]:
+        return self.residencies, self.loading
+
+    async def explain(self, model_id: str) -> Exception | None:
+        del model_id
+        return self.problem
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    return Scheduler()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[CatalogStore]:
+    store = CatalogStore(tmp_path / "catalog.sqlite")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def view(tmp_path: Path, store: CatalogStore, scheduler: Scheduler) -> Iterator[CatalogView]:
+    del store
+    settings = Settings(
+        home=tmp_path, formats=["gguf", "echo"], memory_budget=BUDGET, context_length=512
+    )
+    handle: Any = scheduler.handle
+    view = CatalogView(
+        settings, handle, lambda: frozenset({r.model_id for r in scheduler.residencies})
+    )
+    yield view
+    view.close()
+
+
+def found(name: str, format: str = "gguf", quantization: str = "q4_0", **changes: Any) -> Found:
+    source = changes.pop("source", Local("/m"))
+    reason = changes.pop("reason", "")
+    size_bytes = changes.pop("size_bytes", 1000)
+    path = f"/m/{name}-{format}-{quantization}"
+    details = {"n_layer": 2, "n_embd": 64, "n_head_kv": 2, "key_length": 32, "value_length": 32}
+    info = make_info(path, format=format, quantization=quantization, size_bytes=size_bytes)
+    info = replace(info, name=name, details={**details, "vocabulary_size": 100, **changes})
+    return Found(info, source, f"1:{path}", reason)
+
+
+def write(store: CatalogStore, *entries: Found, missing: tuple[str, ...] = ()) -> None:
+    store.record_scan(entries, missing, (), now=100.0)
+
+
+async def test_an_id_and_a_bare_name_are_found(view: CatalogView, store: CatalogStore) -> None:
+    write(store, found("m"), found("m", quantization="q8_0", size_bytes=2000))
+    assert (await view.resolve("m@gguf-q4_0")).id == "m@gguf-q4_0"
+    chosen = await view.resolve("m")
+    assert chosen.id == "m@gguf-q8_0"
+    assert (chosen.state, chosen.runtime) == ("available", "llama.cpp")
+    assert chosen.max_model_len == 512
+
+
+async def test_a_bare_name_prefers_what_is_resident(
+    view: CatalogView, store: CatalogStore, scheduler: Scheduler
+) -> None:
+    write(store, found("m"), found("m", quantization="q8_0", size_bytes=2000))
+    scheduler.residencies = [Residency("m@gguf-q4_0", "gguf", "r", "n", 256, 0.1)]
+    assert (await view.resolve("m")).id == "m@gguf-q4_0"
+    states = {model.id: (model.state, model.max_model_len) for model in await view.models()}
+    assert states == {"m@gguf-q4_0": ("resident", 256), "m@gguf-q8_0": ("available", 512)}
+
+
+async def test_a_bare_name_skips_what_cannot_run_here(
+    view: CatalogView, store: CatalogStore
+) -> None:
+    write(store, found("m"), found("m", format="mlx", quantization="f32", size_bytes=9000))
+    assert (await view.resolve("m")).id == "m@gguf-q4_0"
+
+
+async def test_an_unknown_name_makes_the_scheduler_look_first(
+    view: CatalogView, store: CatalogStore, scheduler: Scheduler
+) -> None:
+    scheduler.on_rescan = lambda: write(store, found("late"))
+    assert (await view.resolve("late")).id == "late@gguf-q4_0"
+    scheduler.on_rescan = None
+    with pytest.raises(ModelNotFound, match="late@gguf-q4_0"):
+        await view.resolve("latte")
+
+
+async def test_refused_and_missing_models_say_why(view: CatalogView, store: CatalogStore) -> None:
+    write(store, found("bad", reason="It is damaged."), found("gone"))
+    write(store, missing=("/m/gone-gguf-q4_0",))
+    with pytest.raises(BrokenModel, match="damaged"):
+        await view.resolve("bad@gguf-q4_0")
+    with pytest.raises(ModelFileMissing, match="gone"):
+        await view.resolve("gone@gguf-q4_0")
+    states = {model.name: (model.state, model.reason) for model in await view.models()}
+    assert states == {
+        "bad": ("refused", "It is damaged."),
+        "gone": ("unavailable", "its file is gone"),
+    }
+
+
+async def test_a_format_that_is_switched_off_is_unavailable(
+    view: CatalogView, store: CatalogStore
+) -> None:
+    write(store, found("m", format="mlx"))
+    with pytest.raises(BackendUnavailable, match="switched off"):
+        await view.resolve("m@mlx-q4_0")
+
+
+async def test_what_the_scheduler_says_of_an_unavailable_model_is_passed_on(
+    view: CatalogView, store: CatalogStore, scheduler: Scheduler
+) -> None:
+    write(store, found("m", size_bytes=100 * GIB))
+    scheduler.problem = Unavailable("It is being converted.", retry_after_s=7)
+    with pytest.raises(Unavailable, match="converted") as caught:
+        await view.resolve("m@gguf-q4_0")
+    assert caught.value.retry_after_s == 7
+
+
+async def test_a_model_that_cannot_run_is_answered_by_what_it_was_converted_to(
+    view: CatalogView, store: CatalogStore
+) -> None:
+    write(
+        store,
+        found("m", size_bytes=100 * GIB),
+        found("m", quantization="q2_k", source=Converted("/m", "m@gguf-q4_0")),
+    )
+    chosen = await view.resolve("m@gguf-q4_0")
+    assert (chosen.id, chosen.converted_from) == ("m@gguf-q2_k", "m@gguf-q4_0")
+    assert (await view.resolve("m@gguf-q2_k")).id == "m@gguf-q2_k"
+
+
+async def test_the_runtime_and_its_reason_are_shown(view: CatalogView, store: CatalogStore) -> None:
+    noted = {"runs_on": "mlx", "runs_on_reason": "MLX knows the architecture"}
+    write(store, found("m", format="safetensors", **noted))
+    (model,) = await view.models()
+    assert (model.runtime, model.runtime_reason) == ("mlx", "MLX knows the architecture")

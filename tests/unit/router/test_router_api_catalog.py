@@ -1,0 +1,157 @@
+"""The management API over a real catalog, with a stand-in for the scheduler's handle."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from catalog.store import CatalogStore
+from core.errors import BackendUnavailable, ImpetusError, ModelNotFound
+from core.settings import Settings
+from core.units import GIB
+from deployments import management as management_module
+from deployments.catalog_view import CatalogView
+from deployments.management import SchedulerManagement
+from deployments.orders import Decision, Residency
+from router.app import create_app
+from router.services import Services
+from tests.fakes import FakeDispatcher, FakeHealth, FakeTelemetry
+from tests.live_server import client_of, error_of
+from tests.unit.catalog.builders import make_found, write
+from tests.unit.deployments.handles import FakeHandle, answering
+
+TINY = "tiny@gguf-q4_0"
+DETAILS = {
+    "n_layer": 2,
+    "n_embd": 64,
+    "n_head_kv": 2,
+    "key_length": 32,
+    "value_length": 32,
+    "vocabulary_size": 100,
+}
+
+
+class Server:
+    """The application over a catalog in a folder; `handle` notes what the scheduler is asked."""
+
+    def __init__(self, home: Path) -> None:
+        settings = Settings(home=home, formats=["gguf"], memory_budget=GIB)
+        self.resident: list[Residency] = []
+        self.handle: Any = FakeHandle(
+            residencies=self.residencies,
+            rescan=answering(None),
+            ensure_loaded=self.ensure_loaded,
+            unload=self.unload,
+            settings_changed=answering(None),
+            decisions=answering([Decision(5.0, "wanted", "loaded", "it fits")]),
+        )
+        handle: Any = self.handle
+        self.view = CatalogView(settings, handle, frozenset)
+        self.management = SchedulerManagement(settings, handle)
+        telemetry = FakeTelemetry()
+        self.app = create_app(
+            Services(
+                settings, self.view, FakeDispatcher(), FakeHealth(), telemetry, self.management
+            )
+        )
+
+    async def residencies(self) -> tuple[list[Residency], list[str]]:
+        return self.resident, []
+
+    async def ensure_loaded(self, model_id: str) -> Residency:
+        self.resident = [Residency(model_id, "gguf", "r", "n", 1024, 0.1)]
+        return self.resident[0]
+
+    async def unload(self, model_id: str) -> bool:
+        assert [one.model_id for one in self.resident] == [model_id]
+        self.resident = []
+        return True
+
+    async def ask(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        async with client_of(self.app) as client:
+            return await client.request(method, path, json=body)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    store = CatalogStore(tmp_path / "catalog.sqlite")
+    write(store, make_found(details=DETAILS), make_found("/m/b.gguf", name="other"))
+    store.set_alias("mine", TINY)
+    store.close()
+    server = Server(tmp_path)
+    yield server
+    server.management.close()
+    server.view.close()
+
+
+async def test_change_is_written_told_and_shown(server: Server, tmp_path: Path) -> None:
+    changes = {"context_length": 512, "keep_alive_s": 1.5, "pin": True}
+    answer = await server.ask("PATCH", "/api/models/mine", changes)
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["id"], answer.json()["max_model_len"]) == (TINY, 512)
+    assert server.handle.settings_changed.calls == [(TINY,)]
+
+    store = CatalogStore(tmp_path / "catalog.sqlite")
+    record = store.get(TINY)
+    store.close()
+    assert record is not None
+    assert (record.settings.context_length, record.settings.keep_alive_s) == (512, 1.5)
+
+    shown = {
+        model["id"]: model["settings"]
+        for model in (await server.ask("GET", "/api/models")).json()["models"]
+    }
+    assert shown[TINY] == answer.json()["settings"]
+    assert set(shown["other@gguf-q4_0"].values()) == {None}
+
+
+async def test_model_is_loaded_and_unloaded(server: Server) -> None:
+    loaded = await server.ask("POST", "/api/models/mine/load", {})
+    assert (loaded.json()["state"], loaded.json()["max_model_len"]) == ("resident", 1024)
+    unloaded = await server.ask("POST", f"/api/models/{TINY}/unload", {})
+    assert unloaded.json()["state"] == "available"
+    assert server.handle.ensure_loaded.calls == server.handle.unload.calls == [(TINY,)]
+
+
+async def test_refusal_of_the_scheduler_reaches_the_client(server: Server) -> None:
+    server.handle.ensure_loaded = FakeHandle(
+        refuse=answering(BackendUnavailable("There is no runtime."))
+    ).refuse
+    answer = await server.ask("POST", f"/api/models/{TINY}/load", {})
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "backend_unavailable")
+
+
+async def test_decisions_of_the_scheduler_are_shown(server: Server) -> None:
+    answer = await server.ask("GET", "/api/decisions")
+    assert answer.json() == {
+        "decisions": [{"at": 5.0, "event": "wanted", "action": "loaded", "reason": "it fits"}]
+    }
+
+
+@pytest.mark.parametrize("problem", [ImpetusError("It died."), None])
+async def test_change_is_kept_where_the_scheduler_cannot_be_told(
+    server: Server,
+    problem: ImpetusError | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def hang(model_id: str) -> None:
+        del model_id
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(management_module, "_NOTICE_TIMEOUT_S", 0.01)
+    answer = answering(problem) if problem else hang
+    server.handle.settings_changed = FakeHandle(tell=answer).tell
+    changed = await server.ask("PATCH", f"/api/models/{TINY}", {"pin": True})
+    assert (changed.status_code, changed.json()["settings"]["pin"]) == (200, True)
+    assert "was not told" in caplog.text
+
+
+async def test_settings_of_a_model_that_is_gone_cannot_be_changed(server: Server) -> None:
+    with pytest.raises(ModelNotFound):
+        await server.management.change_settings("gone@gguf-q4_0", {"pin": True})
+    assert await server.management.settings_of(["gone@gguf-q4_0"]) == {}
+    assert server.handle.settings_changed.calls == []
