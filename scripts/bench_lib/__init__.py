@@ -1,1 +1,1 @@
-"""Measures the server beside llama.cpp's own on the same model, threads and context."""
+"""Measures the server beside other servers and bare runtimes on the same models and threads."""

@@ -2,65 +2,63 @@
 
 import argparse
 import os
-import secrets
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from scripts.bench_lib import machine
-from scripts.bench_lib.figures import Verdict, verdicts
 from scripts.bench_lib.report import render
-from scripts.bench_lib.rounds import AGENT_ANSWER_TOKENS, Plan, Results, run
-from scripts.bench_lib.servers import ROOT, BenchError, Load, Server, running_ours, running_peer
+from scripts.bench_lib.rounds import AGENT_ANSWER_TOKENS
+from scripts.bench_lib.sections import SECTIONS, Choices, Section, run_section
+from scripts.bench_lib.servers import ROOT
 
-OURS = "Impetus"
 PROMPT_TOKENS = 100
 
 
 def main() -> int:
-    """Run the benchmark; the code is 0 unless it cannot run or `--strict` meets a miss."""
+    """Run the sections; the code is 0 unless one cannot run or `--strict` meets a miss."""
     parser = _parser()
     options = parser.parse_args()
-    _check(parser, options)
-    load = Load(options.model, options.threads, options.context, max(*options.streams, 16))
-    plan = Plan(
-        run_id=secrets.token_hex(4),
-        rounds=options.rounds,
-        streams=tuple(options.streams),
-        tokens=options.tokens,
-        agent_rounds=options.agent_rounds,
-        agent_tokens=options.agent_tokens,
-        idle_s=options.idle_s,
-    )
-    # Without this a SIGTERM would leave both servers running.
+    choices = _choices(parser, options)
+    # Without this a SIGTERM would leave the servers running.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     load_average = machine.load_average()
     sys.stderr.write(f"load average: {load_average}\n")
-    try:
-        with ExitStack() as stack:
-            servers = _start(stack, load, options.only)
-            results = run(plan, servers)
-    except BenchError as error:
-        sys.stderr.write(f"scripts/bench: {error}\n")
-        return 1
-    setup = _setup(load, plan, servers, load_average)
-    reached = verdicts(results[OURS], results.get("llama.cpp")) if OURS in results else []
-    _write(options.output, render(plan, results, reached, setup))
-    return _summarize(reached, results, options.output, is_strict=options.strict)
+    sections = [section for name in options.only for section in run_section(name, choices)]
+    setup = [
+        ("most rounds", str(choices.rounds)),
+        ("load average before the start", load_average),
+        *(pair for section in sections for pair in section.setup),
+        *machine.describe(),
+    ]
+    page = render(
+        [(section.title, section.parts) for section in sections],
+        [verdict for section in sections for verdict in section.verdicts],
+        [f"{section.title}: {text}" for section in sections for text in section.problems],
+        setup,
+    )
+    _write(options.output, page)
+    return _summarize(sections, options.output, is_strict=options.strict)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("--only", choices=("ours", "peer"), help="run one server alone")
+    parser.add_argument(
+        "--only", type=_sections, default=SECTIONS, help=f"some of {','.join(SECTIONS)}"
+    )
+    parser.add_argument("--side", choices=("ours", "peer"), help="run one of the two alone")
     parser.add_argument("--model", type=Path, help="GGUF file, alone of its kind in its folder")
+    parser.add_argument(
+        "--golden", type=Path, help="folder of models in the other formats; built when not given"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--context", type=int, default=8192, help="tokens all sequences share")
-    parser.add_argument("--streams", type=_counts, default="1,4,8,16")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=200, help="longest answer of a stream")
-    parser.add_argument("--agent-rounds", type=int, default=3)
+    parser.add_argument("--streams", type=_counts, default="1,4,8,16", help="of GGUF")
+    parser.add_argument("--rounds", type=int, default=5, help="at most; fewer where time is up")
+    parser.add_argument("--tokens", type=int, help="longest answer of a stream")
+    parser.add_argument("--agent-rounds", type=int, default=3, help="at most")
     parser.add_argument("--agent-tokens", type=int, default=5000, help="first turn's prompt")
     parser.add_argument("--idle-s", type=float, default=5.0, help="seconds at rest to measure")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks.md")
@@ -68,26 +66,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _counts(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
+def _sections(text: str) -> tuple[str, ...]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no such section: {', '.join(unknown)}")
+    return tuple(name for name in SECTIONS if name in names)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    values = tuple(int(part) for part in text.split(","))
     if min(values) < 1:
         raise argparse.ArgumentTypeError("stream counts start at 1")
     return values
 
 
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.model is None:
-        options.model = _starter_model(parser)
-    options.model = options.model.resolve()
-    if not options.model.is_file():
-        parser.error(f"no such file: {options.model}")
-    if min(options.threads, options.rounds, options.tokens) < 1 or options.idle_s <= 0:
+def _choices(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Choices:
+    model = (options.model or _starter_model(parser)).resolve()
+    if not model.is_file():
+        parser.error(f"no such file: {model}")
+    choices = Choices(
+        gguf=model,
+        golden=options.golden,
+        threads=options.threads,
+        context=options.context,
+        streams=options.streams,
+        rounds=options.rounds,
+        gguf_tokens=128 if options.tokens is None else options.tokens,
+        tokens=64 if options.tokens is None else options.tokens,
+        agent_rounds=options.agent_rounds,
+        agent_tokens=options.agent_tokens,
+        idle_s=options.idle_s,
+        with_ours=options.side != "peer",
+        with_peer=options.side != "ours",
+    )
+    if min(choices.threads, choices.rounds, choices.tokens) < 1 or choices.idle_s <= 0:
         parser.error("threads, rounds, tokens and idle seconds must be positive")
-    needed = max(options.streams) * (options.tokens + PROMPT_TOKENS)
-    if needed > options.context:
+    needed = max(choices.streams) * (choices.gguf_tokens + PROMPT_TOKENS)
+    if needed > choices.context:
         parser.error(f"the streams need about {needed} tokens of context; see --context")
-    if options.agent_rounds and options.agent_tokens + 4 * AGENT_ANSWER_TOKENS > options.context:
+    if choices.agent_rounds and choices.agent_tokens + 4 * AGENT_ANSWER_TOKENS > choices.context:
         parser.error("the agent's conversation does not fit the context; see --agent-tokens")
+    return choices
 
 
 def _starter_model(parser: argparse.ArgumentParser) -> Path:
@@ -95,33 +115,6 @@ def _starter_model(parser: argparse.ArgumentParser) -> Path:
     if spec is None or spec.origin is None:
         parser.error("the starter model is not installed; name one with --model")
     return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-def _start(stack: ExitStack, load: Load, only: str | None) -> list[Server]:
-    servers = []
-    if only != "peer":
-        servers.append(stack.enter_context(running_ours(load)))
-    if only != "ours":
-        servers.append(stack.enter_context(running_peer(load)))
-    return servers
-
-
-def _setup(
-    load: Load, plan: Plan, servers: list[Server], load_average: str
-) -> list[tuple[str, str]]:
-    facts = [
-        ("model", load.model.name),
-        ("threads, context, sequences", f"{load.threads}, {load.context}, {load.sequences}"),
-        ("rounds, answer tokens", f"{plan.rounds}, {plan.tokens}"),
-        ("load average before the start", load_average),
-    ]
-    facts += [
-        (f"{server.name} (peer)", f"xllamacpp {server.facts['version']}: "
-         f"{server.facts['system_info']}".replace("|", "·"))
-        for server in servers
-        if server.facts
-    ]  # fmt: skip
-    return [*facts, *((what, value.replace("|", "·")) for what, value in machine.describe())]
 
 
 def _write(path: Path, text: str) -> None:
@@ -132,16 +125,16 @@ def _write(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def _summarize(
-    reached: list[Verdict], results: dict[str, Results], output: Path, *, is_strict: bool
-) -> int:
+def _summarize(sections: Sequence[Section], output: Path, *, is_strict: bool) -> int:
+    reached = [verdict for section in sections for verdict in section.verdicts]
     for verdict in reached:
         print(f"{verdict.word:<13}{verdict.name}: {verdict.measured}; target {verdict.target}")
-    for name, result in results.items():
-        for problem in result.problems:
-            print(f"failed       {name}: {problem}")
+    for section in sections:
+        for problem in section.problems:
+            print(f"failed       {section.title}: {problem}")
     print(f"Written to {output}.")
-    return int(is_strict and any(verdict.is_reached is not True for verdict in reached))
+    is_missed = is_strict and any(verdict.is_reached is not True for verdict in reached)
+    return int(is_missed or any(section.is_failed for section in sections))
 
 
 if __name__ == "__main__":

@@ -40,17 +40,39 @@ class StreamRecord:
     error: str = ""
 
 
-class ChunkedBody:
-    """Takes the bytes of a chunked HTTP body and returns whole server-sent events."""
+class PlainBody:
+    """Takes the bytes of a body that ends with the connection; returns whole events."""
 
     def __init__(self) -> None:
-        self._raw = b""
         self._text = b""
         self.is_complete = False
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Return the data lines that `data` completes."""
+        self._text += data
+        *events, self._text = self._text.replace(b"\r\n", b"\n").split(b"\n\n")
+        for event in events:
+            for line in event.split(b"\n"):
+                if line.startswith(b"data: "):
+                    yield line[6:]
+
+    def end(self) -> None:
+        """Take the connection's end, which is the body's."""
+        self.is_complete = True
+
+
+class ChunkedBody:
+    """Takes the bytes of a chunked HTTP body and returns whole server-sent events."""
+
+    def __init__(self) -> None:
+        self._raw = b""
+        self._events = PlainBody()
+        self.is_complete = False
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Return the data lines that `data` completes."""
         self._raw += data
+        text = b""
         while not self.is_complete:
             size_text, separator, rest = self._raw.partition(b"\r\n")
             if not separator:
@@ -58,14 +80,14 @@ class ChunkedBody:
             size = int(size_text.split(b";")[0], 16)
             if len(rest) < size + 2:
                 break
-            self._text += rest[:size]
+            text += rest[:size]
             self._raw = rest[size + 2 :]
             self.is_complete = size == 0
-        *events, self._text = self._text.replace(b"\r\n", b"\n").split(b"\n\n")
-        for event in events:
-            for line in event.split(b"\n"):
-                if line.startswith(b"data: "):
-                    yield line[6:]
+        yield from self._events.feed(text)
+
+    def end(self) -> None:
+        """Take the connection's end.  Raises ValueError: the last chunk has not come."""
+        raise ValueError("the connection closed in the middle of the answer")
 
 
 async def run_job(job: Job) -> list[StreamRecord]:
@@ -118,14 +140,16 @@ async def _read_answer(
 ) -> None:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     status = head.split(" ", 2)[1]
-    if status != "200" or "transfer-encoding: chunked" not in head.lower():
+    if status != "200":
         raise ValueError(f"HTTP {status}: {(await reader.read(2000)).decode(errors='replace')}")
-    body = ChunkedBody()
+    is_chunked = "transfer-encoding: chunked" in head.lower()
+    body = ChunkedBody() if is_chunked else PlainBody()
     while not body.is_complete:
         data = await reader.read(65536)
         now = time.monotonic()
         if not data:
-            raise ValueError("the connection closed in the middle of the answer")
+            body.end()
+            return
         lines.extend((now, line) for line in body.feed(data))
         record.ended_at = now
 

@@ -1,13 +1,16 @@
 """Medians with their spread, ratios per pair of rounds, and verdicts against the targets."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from scripts.bench_lib.measure import StreamsResult
 from scripts.bench_lib.rounds import Results
 
 MIN_RATE_RATIO = 0.95
+# Eight streams together, against one stream of a bare loop.
+MIN_SCALING = 3.0
+SCALED_STREAMS = 8
 MAX_ADDED_FIRST_TOKEN_MS = 5.0
 MAX_COMPUTED_SHARE = 0.05
 MAX_GATEWAY_US = 300.0
@@ -54,8 +57,11 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 def ratios(
     ours: Sequence[StreamsResult], peer: Sequence[StreamsResult], figure: Figure
 ) -> Spread | None:
-    """Return ours/peer round by round, so that both halves of a pair saw the same machine."""
-    pairs = [(figure(a), figure(b)) for a, b in zip(ours, peer, strict=True)]
+    """Return ours/peer round by round, so that both halves of a pair saw the same machine.
+
+    A round in which a stream of the peer failed compares nothing and is left out.
+    """
+    pairs = [(figure(a), figure(b)) for a, b in zip(ours, peer, strict=True) if not b.failed]
     return spread([a / b if a is not None and b else None for a, b in pairs])
 
 
@@ -65,29 +71,54 @@ def added_first_token_ms(ours: Results, peer: Results) -> Spread | None:
     return spread([median(1000 * (a - b) for a, b in zip(*pair, strict=True)) for pair in rounds])
 
 
-def verdicts(ours: Results, peer: Results | None) -> list[Verdict]:
+def verdicts(ours: Results, peer: Results | None, label: str = "") -> list[Verdict]:
     """Compare the medians with the targets; a ratio needs the peer."""
     found: list[Verdict] = []
     if peer is not None:
-        found += [_rate_verdict(count, ours, peer) for count in sorted(ours.streams)]
+        found += rate_verdicts(ours, peer, label)
         found.append(_first_token_verdict(ours, peer))
     found.append(_agent_verdict(ours))
-    if GATEWAY_STREAMS in ours.streams:
+    if ours.rounds_of(GATEWAY_STREAMS):
         found.append(_gateway_verdict(ours))
-    return found
+    return [replace(verdict, name=label + verdict.name.removeprefix(label)) for verdict in found]
 
 
-def _rate_verdict(count: int, ours: Results, peer: Results) -> Verdict:
-    total = ratios(ours.streams[count], peer.streams[count], lambda r: r.total_rate)
-    window = ratios(ours.streams[count], peer.streams[count], lambda r: r.window_rate)
+def rate_verdicts(ours: Results, peer: Results, label: str) -> list[Verdict]:
+    """Compare tokens per second with the peer's, for every number of streams both ran."""
+    return [
+        _ratio_verdict(
+            f"{label}tokens/s, {count} {'stream' if count == 1 else 'streams'}, ours / peer",
+            MIN_RATE_RATIO,
+            ours.rounds_of(count),
+            peer.rounds_of(count),
+        )
+        for count in sorted(ours.streams.keys() & peer.streams.keys())
+    ]
+
+
+def scaling_verdict(ours: Results, peer: Results, label: str) -> Verdict:
+    """Compare ours at many streams with the peer's one."""
+    return _ratio_verdict(
+        f"{label}tokens/s, ours at {SCALED_STREAMS} streams / peer at 1",
+        MIN_SCALING,
+        ours.rounds_of(SCALED_STREAMS),
+        peer.rounds_of(1),
+    )
+
+
+def _ratio_verdict(
+    name: str, least: float, ours: Sequence[StreamsResult], peer: Sequence[StreamsResult]
+) -> Verdict:
+    total = ratios(ours, peer, lambda r: r.total_rate)
+    window = ratios(ours, peer, lambda r: r.window_rate)
     known = [value.median for value in (total, window) if value is not None]
-    has_failed = any(result.failed for result in ours.streams[count])
+    has_failed = any(result.failed for result in ours)
     return Verdict(
-        f"tokens/s, {count} streams, ours / peer",
-        f"≥ {MIN_RATE_RATIO}, whole run and while all streams run",
+        name,
+        f"≥ {least}, whole run and while all streams run",
         " and ".join(value.text(3) if value else "–" for value in (total, window))
         + (" with failed streams" if has_failed else ""),
-        min(known) >= MIN_RATE_RATIO and not has_failed if known else None,
+        min(known) >= least and not has_failed if known else None,
     )
 
 

@@ -13,7 +13,10 @@ import psutil
 from core.units import format_bytes
 
 BUSY_SHARE = 0.25
-PACKAGES = ("impetus", "ray", "uvicorn", "llama-cpp-python", "xllamacpp")
+PACKAGES = (
+    *("impetus", "ray", "uvicorn", "llama-cpp-python", "xllamacpp", "mlx", "mlx-lm", "onnxruntime"),
+    *("torch", "transformers", "coremltools"),
+)
 
 
 def describe() -> list[tuple[str, str]]:

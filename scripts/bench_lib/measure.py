@@ -10,6 +10,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from scripts.bench_lib.client import Job, StreamRecord
+from scripts.bench_lib.peers import BareLoop
 from scripts.bench_lib.processes import gateway_cpu_s, is_supported, tree_cpu_s, tree_pss_bytes
 from scripts.bench_lib.prompts import first_turn, second_turn
 from scripts.bench_lib.servers import ROOT, BenchError, Server, gateway_snapshot
@@ -32,6 +33,7 @@ class StreamsResult:
     tokens: int
     prompt_tokens: int
     failed: tuple[str, ...]
+    ray_us: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,16 @@ class IdleResult:
     cpu_share: float | None
 
 
-def post(server: Server, bodies: Sequence[dict[str, Any]]) -> list[StreamRecord]:
+def post(
+    server: Server, bodies: Sequence[dict[str, Any]], timeout_s: float = 600.0
+) -> list[StreamRecord]:
     """Run all bodies at once from a client process of their own."""
-    job = Job("127.0.0.1", server.port, [{**body, "model": server.model} for body in bodies])
+    job = Job(
+        "127.0.0.1",
+        server.port,
+        [{**body, "model": server.model} for body in bodies],
+        timeout_s,
+    )
     done = subprocess.run(
         [sys.executable, "-m", "scripts.bench_lib.client"],
         input=json.dumps(asdict(job)),
@@ -68,7 +77,8 @@ def post(server: Server, bodies: Sequence[dict[str, Any]]) -> list[StreamRecord]
         check=False,
     )
     if done.returncode != 0:
-        raise BenchError(f"the client failed against {server.name}:\n{done.stderr}")
+        *_, reason = ["no reason given", *done.stderr.strip().splitlines()]
+        raise BenchError(f"the client failed against {server.name}: {reason}")
     return [StreamRecord(**record) for record in json.loads(done.stdout)]
 
 
@@ -77,6 +87,20 @@ def run_streams(server: Server, bodies: Sequence[dict[str, Any]]) -> StreamsResu
     before, tree_before = gateway_snapshot(server), _tree_cpu_s(server)
     records = post(server, bodies)
     tree_after, after = _tree_cpu_s(server), gateway_snapshot(server)
+    gateway = gateway_cpu_s(before, after) if before and after else None
+    ray = after.ray_cpu_s - before.ray_cpu_s if before and after else None
+    tree = tree_after - tree_before if tree_after is not None and tree_before is not None else None
+    return streams_result(records, gateway_s=gateway, ray_s=ray, tree_s=tree)
+
+
+def streams_result(
+    records: Sequence[StreamRecord],
+    *,
+    gateway_s: float | None = None,
+    ray_s: float | None = None,
+    tree_s: float | None = None,
+) -> StreamsResult:
+    """Return the figures of streams that ran together; the CPU times are seconds."""
     good = [record for record in records if not record.error and record.arrivals]
     failed = tuple(record.error or "no text" for record in records if record not in good)
     if not good:
@@ -85,20 +109,32 @@ def run_streams(server: Server, bodies: Sequence[dict[str, Any]]) -> StreamsResu
     seconds = max(r.ended_at for r in good) - min(r.sent_at for r in good)
     gaps = [b - a for r in good for a, b in zip(r.arrivals, r.arrivals[1:], strict=False)]
     cuts = quantiles(gaps, n=100) if len(gaps) > 1 else [0.0] * 99
-    gateway = gateway_cpu_s(before, after) if before and after else None
-    tree = tree_after - tree_before if tree_after is not None and tree_before is not None else None
+
+    def per_token(cpu_s: float | None) -> float | None:
+        return None if cpu_s is None else cpu_s / tokens * 1e6
+
     return StreamsResult(
         total_rate=tokens / seconds,
         window_rate=_window_rate(good),
         first_token_s=median(record.arrivals[0] - record.sent_at for record in good),
         gap_p50_s=cuts[49],
         gap_p99_s=cuts[98],
-        gateway_us=None if gateway is None else gateway / tokens * 1e6,
-        tree_us=None if tree is None else tree / tokens * 1e6,
+        gateway_us=per_token(gateway_s),
+        tree_us=per_token(tree_s),
         tokens=tokens,
         prompt_tokens=sum(record.prompt_tokens for record in good),
         failed=failed,
+        ray_us=per_token(ray_s),
     )
+
+
+def run_bare(loop: BareLoop, body: dict[str, Any]) -> StreamsResult:
+    """Measure one request to a bare loop, with the CPU time that passed meanwhile."""
+    before = tree_cpu_s(loop.child.process.pid) if is_supported() else None
+    record = loop.run(body)
+    after = tree_cpu_s(loop.child.process.pid) if is_supported() else None
+    tree = after - before if after is not None and before is not None else None
+    return streams_result([record], tree_s=tree)
 
 
 def _window_rate(records: Sequence[StreamRecord]) -> float | None:

@@ -59,6 +59,35 @@ def tree_pss_bytes(pid: int) -> int:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """Resident bytes: shared pages divided among their users, and pages of this process alone."""
+
+    pss_bytes: int
+    private_bytes: int
+
+
+def process_memory(pid: int) -> ProcessMemory:
+    """Return the memory of one process, mapped files included.  Raises OSError when it is gone.
+
+    Source: proc(5), /proc/pid/smaps_rollup, in KiB.
+    """
+    sizes: dict[str, int] = {}
+    for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines()[1:]:
+        name, value, *_ = line.split()
+        sizes[name] = int(value) * 1024
+    return ProcessMemory(sizes["Pss:"], sizes["Private_Clean:"] + sizes["Private_Dirty:"])
+
+
+def main_thread_cpu_s(pid: int) -> float:
+    """Return the CPU seconds of a process's first thread.
+
+    In a replica that thread runs nothing of ours, only Ray's loop that takes calls and looks for
+    signals every 10 ms.  Source: /proc/pid/task/tid/schedstat, first field, in nanoseconds.
+    """
+    return int((PROC / str(pid) / "task" / str(pid) / "schedstat").read_text().split()[0]) / 1e9
+
+
 def engine_worker_cpu_s(pid: int) -> dict[int, float]:
     """Return the CPU seconds of the runtime's own worker threads, by thread id.
 
@@ -81,12 +110,13 @@ def engine_worker_cpu_s(pid: int) -> dict[int, float]:
 
 @dataclass(frozen=True, slots=True)
 class GatewaySnapshot:
-    """CPU seconds so far: both processes with their children, and the runtime's part of it."""
+    """CPU seconds so far: both processes with their children, the runtime's part and Ray's."""
 
     router_cpu_s: float
     replica_cpu_s: float
     native_cpu_s: float
     worker_cpu_s: dict[int, float]
+    ray_cpu_s: float
 
 
 def gateway_cpu_s(before: GatewaySnapshot, after: GatewaySnapshot) -> float:

@@ -1,11 +1,11 @@
 """Writes docs/benchmarks.md."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from core.units import format_bytes
 from scripts.bench_lib.figures import Figure, Verdict, added_first_token_ms, ratios, spread
 from scripts.bench_lib.measure import IdleResult
-from scripts.bench_lib.rounds import Plan, Results
+from scripts.bench_lib.rounds import Results
 
 Row = Sequence[str]
 
@@ -17,12 +17,13 @@ FIGURES: tuple[tuple[str, Figure, int, float], ...] = (
     ("inter-token latency p99, ms", lambda r: r.gap_p99_s, 1, 1000),
     ("CPU of all processes, µs per token", lambda r: r.tree_us, 0, 1),
     ("gateway CPU, µs per token", lambda r: r.gateway_us, 0, 1),
+    ("of it Ray's own timers and threads, µs per token", lambda r: r.ray_us, 0, 1),
 )
 
 HOW = """\
 ## How it is measured
-- Both servers are up during the whole run, with the same GGUF file, threads, context and number of
-  sequences; only one generates at a time, so each carries the other's idle cost. The order
+- GGUF: both servers are up during the whole run, with the same file, threads, context and number
+  of sequences; only one generates at a time, so each carries the other's idle cost. The order
   alternates from round to round. Ratios are taken round by round, then the median is shown with
   the least and the greatest. The peer runs with its defaults otherwise. Its sequences share the
   given context; Impetus bounds each sequence by it and decides itself how many cells all share, so
@@ -40,66 +41,103 @@ HOW = """\
   their children, less what the runtime burnt in it: its own worker threads, and the engine thread's
   time inside native calls, which the server counts (`impetus_engine_native_cpu_seconds_total`).
   Idle cost, garbage collection, one reading of `/metrics` and everything unclear count as ours.
+  Ray's own timers and threads = CPU time of the first thread of both processes, where Ray's core
+  takes calls and looks for signals every 10 ms, which no setting changes; the rest is ours.
+- MLX: the peer is `mlx_lm.server` with its defaults on the same folder; on Linux both compute with
+  PyTorch's BLAS in place of the slow one in MLX's wheel. Weights and their types are what each
+  makes of the files: without a GPU, Impetus unpacks small quantized models, the peer does not.
+- ONNX and PyTorch: the peer is a plain loop in a process of its own, without a server: one
+  onnxruntime session that decodes greedily, and transformers' `generate`, with the same file and
+  number of threads and otherwise their defaults. It runs one stream, and Impetus's answers to one
+  and to eight streams through its API are compared with that.
+- A section runs as many rounds as fit its time, one at least. The first request to each loads its
+  model and is not measured.
+- Memory: the server runs with one format and a short context; eight streams together fill the
+  estimate's KV tokens, and again with other prompts so that kept prefixes fill their part.
+  Measured = proportional set size of the process that holds the model, mapped files included, less
+  that of the same process without a model (the format `echo`); "peak" is the greatest of readings
+  meanwhile. The ratio is that of measured and estimate, which the scheduler's ledger goes by.
 - "CPU of all processes" is each server's whole process tree, the model's work included, divided by
   the tokens of the run; for Impetus it holds Ray's own processes too.
-- Memory is the proportional set size of the whole process tree: shared pages are divided among
-  their users, so nothing is counted twice.
+- Memory at rest is the proportional set size of the whole process tree: shared pages are divided
+  among their users, so nothing is counted twice.
 """
 
 
 def render(
-    plan: Plan,
-    results: dict[str, Results],
+    chapters: Sequence[tuple[str, Sequence[str]]],
     verdicts: Sequence[Verdict],
+    problems: Sequence[str],
     setup: Sequence[tuple[str, str]],
 ) -> str:
-    """Return the page; one server alone gives a page without ratios."""
-    names = list(results)
+    """Return the page; a chapter is a title and blocks of text."""
     parts = ["# Benchmarks\n", "Written by `scripts/bench`; do not edit.\n"]
     if verdicts:
         rows = [(v.name, v.target, v.measured, v.word) for v in verdicts]
-        parts += ["## Targets\n", _table(("what", "target", "measured", ""), rows)]
-    parts += ["## Streams\n", "Median over the rounds (least–greatest).\n"]
-    for count in plan.streams:
-        parts += [f"### {count} {'stream' if count == 1 else 'streams'}\n"]
-        parts += [_streams_table(count, results, names), _counts(count, results)]
-    parts += _first_token(results, names) + _agent(results, names) + _idle(results, names)
-    problems = [f"- {name}: {text}" for name in names for text in results[name].problems]
+        parts += ["## Targets\n", table(("what", "target", "measured", ""), rows)]
+    for title, blocks in chapters:
+        parts += [f"## {title}\n", *blocks]
     if problems:
-        parts += ["## Failures\n", "\n".join(problems) + "\n"]
-    parts += ["## Machine and load\n", _table(("what", "value"), setup), HOW]
+        lines = [f"- {text.strip()}".replace("\n", "\n  ") for text in problems]
+        parts += ["## Failures\n", "\n".join(lines) + "\n"]
+    facts = [(what, value.replace("|", "·")) for what, value in setup]
+    parts += ["## Machine and load\n", table(("what", "value"), facts), HOW]
     return "\n".join(parts)
 
 
-def _table(head: Row, rows: Sequence[Row]) -> str:
+def gguf_parts(results: Mapping[str, Results]) -> list[str]:
+    """Return the chapter on llama.cpp; one server alone gives tables without ratios."""
+    parts = streams_parts(results)
+    return parts + _first_token(results) + _agent(results) + _idle(results)
+
+
+def streams_parts(results: Mapping[str, Results]) -> list[str]:
+    """Return a table for each number of streams."""
+    parts = ["Median over the rounds (least–greatest).\n"]
+    for count in sorted({count for result in results.values() for count in result.streams}):
+        parts += [f"### {count} {'stream' if count == 1 else 'streams'}\n"]
+        parts += [_streams_table(count, results), _counts(count, results)]
+    return parts
+
+
+def table(head: Row, rows: Sequence[Row]) -> str:
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def _streams_table(count: int, results: dict[str, Results], names: Row) -> str:
+def _streams_table(count: int, results: Mapping[str, Results]) -> str:
+    """Compare those that ran so many streams; figures that none of them has are left out."""
+    runs = {name: result.rounds_of(count) for name, result in results.items()}
+    runs = {name: rounds for name, rounds in runs.items() if rounds}
     rows = []
     for label, figure, digits, scale in FIGURES:
-        found = [spread([figure(r) for r in results[name].streams[count]]) for name in names]
+        found = [spread([figure(each) for each in rounds]) for rounds in runs.values()]
+        if not any(found):
+            continue
         cells = [value.text(digits, scale) if value else "–" for value in found]
-        if len(names) == 2:
-            ours, peer = (results[name].streams[count] for name in names)
+        if len(runs) == 2:
+            ours, peer = runs.values()
             ratio = ratios(ours, peer, figure)
             cells.append(ratio.text(3) if ratio else "–")
         rows.append((label, *cells))
-    return _table(("what", *names, *(["ours / peer"] if len(names) == 2 else [])), rows)
+    return table(("what", *runs, *(["ours / peer"] if len(runs) == 2 else [])), rows)
 
 
-def _counts(count: int, results: dict[str, Results]) -> str:
+def _counts(count: int, results: Mapping[str, Results]) -> str:
     """Say how many tokens each side had, because unequal work would make ratios worthless."""
     texts = [
-        f"{name} {sum(r.tokens for r in result.streams[count])} tokens generated from "
-        f"{sum(r.prompt_tokens for r in result.streams[count])} prompt tokens"
+        f"{name} {sum(r.tokens for r in result.rounds_of(count))} tokens generated from "
+        f"{sum(r.prompt_tokens for r in result.rounds_of(count))} prompt tokens in "
+        f"{len(result.rounds_of(count))} rounds"
         for name, result in results.items()
+        if result.rounds_of(count)
     ]
-    return "; ".join(texts) + ", all rounds together.\n"
+    return "; ".join(texts) + ".\n"
 
 
-def _first_token(results: dict[str, Results], names: Row) -> list[str]:
+def _first_token(results: Mapping[str, Results]) -> list[str]:
+    names = list(results)
     rows = []
     for name in names:
         found = spread([value for times in results[name].first_token_s for value in times])
@@ -107,10 +145,11 @@ def _first_token(results: dict[str, Results], names: Row) -> list[str]:
     if len(names) == 2:
         added = added_first_token_ms(results[names[0]], results[names[1]])
         rows.append(("added, by round", added.text(1) if added else "–"))
-    return ["## Time to first token, 1 stream\n", _table(("server", "ms"), rows)]
+    return ["### Time to first token, 1 stream\n", table(("server", "ms"), rows)]
 
 
-def _agent(results: dict[str, Results], names: Row) -> list[str]:
+def _agent(results: Mapping[str, Results]) -> list[str]:
+    names = list(results)
     rows = []
     for name in names:
         runs = results[name].agent
@@ -132,10 +171,11 @@ def _agent(results: dict[str, Results], names: Row) -> list[str]:
         *("server", "prompt tokens, turn 1", "first token, turn 1, ms", "first token, turn 2, ms"),
         *("computed in turn 2", "share of turn 1"),
     )
-    return ["## Agent conversation of two turns\n", _table(head, rows)] if rows else []
+    return ["### Agent conversation of two turns\n", table(head, rows)] if rows else []
 
 
-def _idle(results: dict[str, Results], names: Row) -> list[str]:
+def _idle(results: Mapping[str, Results]) -> list[str]:
+    names = list(results)
     rows = [
         (name, *_idle_cells(results[name].idle_before), *_idle_cells(results[name].idle_after))
         for name in names
@@ -144,7 +184,7 @@ def _idle(results: dict[str, Results], names: Row) -> list[str]:
         *("server", "memory, model loaded", "CPU at rest", "memory after the load"),
         "CPU at rest after the load",
     )
-    return ["## At rest\n", "CPU in percent of one core.\n", _table(head, rows)]
+    return ["### At rest\n", "CPU in percent of one core.\n", table(head, rows)]
 
 
 def _idle_cells(idle: IdleResult | None) -> tuple[str, str]:

@@ -1,8 +1,9 @@
 """The order of everything: interleaved rounds, so that the machine's moods hit both alike."""
 
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from scripts.bench_lib.measure import (
@@ -25,7 +26,10 @@ AGENT_ANSWER_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run; token counts are per request, `idle_s` in seconds."""
+    """What to run; token counts are per request.
+
+    `rounds` is the most: a further one starts only when it fits `budget_s`.
+    """
 
     run_id: str
     rounds: int
@@ -34,6 +38,8 @@ class Plan:
     agent_rounds: int
     agent_tokens: int
     idle_s: float
+    budget_s: float
+    agent_budget_s: float
 
 
 @dataclass(slots=True)
@@ -47,6 +53,24 @@ class Results:
     idle_after: IdleResult | None = None
     problems: list[str] = field(default_factory=list)
 
+    def rounds_of(self, count: int) -> list[StreamsResult]:
+        """Return what was measured with so many streams, which may be nothing."""
+        return self.streams.get(count, [])
+
+
+def rounds_within(
+    rounds: int, budget_s: float, clock: Callable[[], float] = time.monotonic
+) -> Iterator[int]:
+    """Yield round numbers: 0 in any case, and more while the longest so far would fit again."""
+    began = clock()
+    longest_s = 0.0
+    for number in range(rounds):
+        started = clock()
+        if number and started - began + longest_s > budget_s:
+            return
+        yield number
+        longest_s = max(longest_s, clock() - started)
+
 
 def run(plan: Plan, servers: Sequence[Server]) -> dict[str, Results]:
     """Run the whole plan; only one server generates at a time."""
@@ -54,11 +78,11 @@ def run(plan: Plan, servers: Sequence[Server]) -> dict[str, Results]:
     for server in servers:
         post(server, stream_bodies(f"{plan.run_id} warm-up", 2, 8))
         results[server.name].idle_before = run_idle(server, plan.idle_s)
-    for number in range(plan.rounds):
+    for number in rounds_within(plan.rounds, plan.budget_s):
         order = list(servers) if number % 2 == 0 else list(reversed(servers))
         _run_round(plan, number, order, results)
     characters = _agent_characters(plan, servers[0]) if plan.agent_rounds else 0
-    for number in range(plan.agent_rounds):
+    for number in rounds_within(plan.agent_rounds, plan.agent_budget_s):
         order = list(servers) if number % 2 == 0 else list(reversed(servers))
         text = agent_system_text(f"{plan.run_id}-{number}", characters)
         for server in order:
@@ -68,7 +92,7 @@ def run(plan: Plan, servers: Sequence[Server]) -> dict[str, Results]:
                 results[server.name].problems.append(f"agent conversation {number + 1}: {error}")
                 continue
             results[server.name].agent.append(agent)
-            _say(f"agent {number + 1}, {server.name}: computed {agent.computed_share:.1%}")
+            say(f"agent {number + 1}, {server.name}: computed {agent.computed_share:.1%}")
     for server in servers:
         results[server.name].idle_after = run_idle(server, plan.idle_s)
     return results
@@ -85,7 +109,7 @@ def _run_round(
             results[server.name].problems.extend(
                 f"round {number + 1}, {count} streams: {reason}" for reason in result.failed
             )
-            _say(
+            say(
                 f"round {number + 1}, {count} streams, {server.name}: {result.total_rate:.1f} "
                 f"tokens/s, first token {result.first_token_s * 1000:.0f} ms"
             )
@@ -107,5 +131,6 @@ def _agent_characters(plan: Plan, server: Server) -> int:
     return plan.agent_tokens * CALIBRATION_CHARACTERS // max(1, tokens)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the person at the terminal how far it is."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Starts and stops the two servers, and asks ours for what it knows about itself."""
+"""Starts and stops our server, and asks it for what it knows about itself."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,11 +22,13 @@ from scripts.bench_lib.processes import (
     GatewaySnapshot,
     engine_worker_cpu_s,
     is_supported,
+    main_thread_cpu_s,
     tree,
     tree_cpu_s,
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+OURS = "Impetus"
 START_TIMEOUT_S = 240.0
 # The launcher itself waits up to 45 s for its children.
 STOP_TIMEOUT_S = 60.0
@@ -39,12 +41,21 @@ class BenchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What both servers are started with; counts are of tokens, threads and sequences."""
+    """What both servers are started with; counts are of tokens, threads and sequences.
+
+    `model` is a file or a model's folder, the only model of its format there.
+    """
 
     model: Path
     threads: int
     context: int
     sequences: int
+    format: str = "gguf"
+
+    @property
+    def folder(self) -> Path:
+        """Where our server looks for it."""
+        return self.model if self.model.is_dir() else self.model.parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,7 @@ class Server:
     model: str
     pid: int
     is_ours: bool = False
+    format: str = "gguf"
     facts: dict[str, str] = field(default_factory=dict)
 
     def get(self, path: str) -> str:
@@ -65,47 +77,12 @@ class Server:
 
 
 @contextmanager
-def running_peer(load: Load) -> Iterator[Server]:
-    """Run llama.cpp's server; it has loaded the model when this yields."""
-    command = [
-        *(sys.executable, "-m", "scripts.bench_lib.peer", "--model", str(load.model)),
-        *("--threads", str(load.threads), "--context", str(load.context)),
-        *("--sequences", str(load.sequences)),
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "peer.log"
-        with log.open("w") as out:
-            # Our launcher has a session of its own, which Linux may schedule as one group: so
-            # must the peer, or other work on the machine would slow the peer alone.
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=out,
-                start_new_session=True,
-            )
-        assert process.stdout is not None
-        assert process.stdin is not None
-        try:
-            line = process.stdout.readline()
-            if not line:
-                raise BenchError(f"the peer did not start:\n{_tail(log)}")
-            facts: dict[str, str] = json.loads(line)
-            port = int(facts["url"].rpartition(":")[2])
-            server = Server("llama.cpp", port, "peer", process.pid, facts=facts)
-            server.get("/health")
-            yield server
-        finally:
-            process.stdin.close()
-            _stop(process)
-            process.stdout.close()
+def running_ours(load: Load, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Run this server on a free port with an empty home; it is ready when this yields.
 
-
-@contextmanager
-def running_ours(load: Load) -> Iterator[Server]:
-    """Run this server on a free port with an empty home; it is ready when this yields."""
-    port = _free_port()
+    `settings` are further ones, by the names of their environment variables.
+    """
+    port = free_port()
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("IMPETUS_")}
         environment = {
@@ -115,8 +92,11 @@ def running_ours(load: Load) -> Iterator[Server]:
             "IMPETUS_THREADS": str(load.threads),
             "IMPETUS_CONTEXT_LENGTH": str(load.context),
             "IMPETUS_MAX_SEQUENCES": str(load.sequences),
-            "IMPETUS_MODELS_PATH": str(load.model.parent),
+            "IMPETUS_MODELS_PATH": str(load.folder),
+            "IMPETUS_FORMATS": load.format,
             "IMPETUS_STARTERS": "false",
+            "IMPETUS_AUTO_CONVERT": "false",
+            **(settings or {}),
         }
         log = Path(folder) / "launch.log"
         with log.open("w") as out:
@@ -127,26 +107,40 @@ def running_ours(load: Load) -> Iterator[Server]:
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
+        server = Server(OURS, port, "", process.pid, is_ours=True, format=load.format)
         try:
-            server = Server("Impetus", port, "", process.pid, is_ours=True)
-            _wait_until_ready(server, process, log)
-            yield replace(server, model=_model_id(server))
+            wait_until_ready(server, process, log, "/readyz")
+            yield replace(server, model=model_id(server))
+        except BenchError as error:
+            if _answers(server):
+                raise
+            end = tail(Path(folder) / "logs" / "serve.log")
+            raise BenchError(f"{error}\nIt does not answer any more:\n{end}") from error
         finally:
-            _stop(process)
+            stop(process)
+
+
+def _answers(server: Server) -> bool:
+    try:
+        server.get("/healthz")
+    except OSError:
+        return False
+    return True
 
 
 def gateway_snapshot(server: Server) -> GatewaySnapshot | None:
-    """Read both processes' CPU time; None where the machine or the server does not tell."""
-    if not (server.is_ours and is_supported()):
+    """Read both processes' CPU time; None where the machine or the server does not tell.
+
+    Only llama.cpp's own threads can be told from ours by their names.
+    """
+    if not (server.is_ours and server.format == "gguf" and is_supported()):
         return None
-    pids: dict[str, int] = {}
-    native: list[float] = []
-    for name, labels, value in METRIC.findall(server.get("/metrics")):
-        if name == "impetus_process_pid":
-            match = re.search(r'process="([^"]*)"', labels)
-            pids[match[1] if match else ""] = int(float(value))
-        elif name == "impetus_engine_native_cpu_seconds_total":
-            native.append(float(value))
+    pids = process_ids(server)
+    native = [
+        float(value)
+        for name, _, value in METRIC.findall(server.get("/metrics"))
+        if name == "impetus_engine_native_cpu_seconds_total"
+    ]
     if not native or not {"router", "gguf"} <= pids.keys():
         return None
     return GatewaySnapshot(
@@ -154,38 +148,57 @@ def gateway_snapshot(server: Server) -> GatewaySnapshot | None:
         tree_cpu_s(pids["gguf"]),
         sum(native),
         engine_worker_cpu_s(pids["gguf"]),
+        main_thread_cpu_s(pids["router"]) + main_thread_cpu_s(pids["gguf"]),
     )
 
 
-def _free_port() -> int:
+def process_ids(server: Server) -> dict[str, int]:
+    """Return the processes of the router and of the formats that hold a model, by name."""
+    pids: dict[str, int] = {}
+    for name, labels, value in METRIC.findall(server.get("/metrics")):
+        if name == "impetus_process_pid":
+            match = re.search(r'process="([^"]*)"', labels)
+            pids[match[1] if match else ""] = int(float(value))
+    return pids
+
+
+def free_port() -> int:
+    """Return a loopback port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_ready(
+    server: Server, process: subprocess.Popen[bytes], log: Path, path: str
+) -> None:
+    """Wait until `path` answers 200.  Raises BenchError with the log's end."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise BenchError(f"the server ended with code {process.returncode}:\n{_tail(log)}")
+            raise BenchError(f"{server.name} ended with code {process.returncode}:\n{tail(log)}")
         try:
-            server.get("/readyz")
+            server.get(path)
         except (urllib.error.URLError, OSError):
             time.sleep(0.25)
         else:
             return
-    raise BenchError(f"the server was not ready after {START_TIMEOUT_S:.0f} s:\n{_tail(log)}")
+    raise BenchError(f"{server.name} was not ready after {START_TIMEOUT_S:.0f} s:\n{tail(log)}")
 
 
-def _model_id(server: Server) -> str:
+def model_id(server: Server) -> str:
+    """Return the id of the only model of the server's format.  Raises BenchError."""
     models = json.loads(server.get("/v1/models"))["data"]
-    found = [model["id"] for model in models if model.get("format") == "gguf"]
+    found = [model for model in models if model.get("format") == server.format]
     if len(found) != 1:
-        raise BenchError(f"the model's folder must hold exactly one GGUF model; found {found}")
-    return str(found[0])
+        names = [model["id"] for model in models]
+        raise BenchError(f"expected exactly one {server.format} model; found {names}")
+    if found[0]["state"] in ("refused", "unavailable"):
+        raise BenchError(f"{found[0]['id']} cannot run here: {found[0]['reason']}")
+    return str(found[0]["id"])
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """Interrupt the process, wait, and kill what of its own tree is left then."""
     members = [psutil.Process(pid) for pid in tree(process.pid) if pid != process.pid]
     if process.poll() is None:
@@ -201,5 +214,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             member.kill()
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
+    """Return the last lines of a log, which may not exist."""
+    if not log.is_file():
+        return ""
     return "\n".join(log.read_text(errors="replace").splitlines()[-30:])

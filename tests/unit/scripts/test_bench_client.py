@@ -88,3 +88,18 @@ async def test_client_reports_a_failed_stream(answer: bytes, problem: str) -> No
     async with serving(answer) as job:
         records = await run_job(job)
     assert all(problem in record.error for record in records)
+
+
+async def test_client_reads_an_answer_that_ends_with_the_connection() -> None:
+    head = b"HTTP/1.0 200 OK\r\nContent-type: text/event-stream\r\n\r\n"
+    body = b": keepalive 1/2\n\n" + piece("Hi", "stop") + usage(3, 1, 0) + b"data: [DONE]\n\n"
+    async with serving(head + body) as job:
+        records = await run_job(job)
+    assert [(each.text, each.prompt_tokens, each.error) for each in records] == [("Hi", 3, "")] * 2
+
+
+async def test_client_notices_that_such_an_answer_is_cut() -> None:
+    head = b"HTTP/1.0 200 OK\r\nContent-type: text/event-stream\r\n\r\n"
+    async with serving(head + piece("Hi")) as job:
+        records = await run_job(job)
+    assert [each.error for each in records] == ["the stream ended without usage"] * 2

@@ -1,16 +1,22 @@
 """The benchmark's arithmetic: what is counted, and that losing shows."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from scripts.bench_lib import processes
-from scripts.bench_lib.figures import ratios, spread, verdicts
+from scripts.bench_lib.figures import rate_verdicts, ratios, scaling_verdict, spread, verdicts
 from scripts.bench_lib.measure import AgentResult, IdleResult, StreamsResult
-from scripts.bench_lib.processes import GatewaySnapshot, engine_worker_cpu_s, gateway_cpu_s
+from scripts.bench_lib.processes import (
+    GatewaySnapshot,
+    engine_worker_cpu_s,
+    gateway_cpu_s,
+    main_thread_cpu_s,
+)
 from scripts.bench_lib.prompts import agent_system_text, stream_bodies
-from scripts.bench_lib.report import render
-from scripts.bench_lib.rounds import Plan, Results
+from scripts.bench_lib.report import gguf_parts, render, streams_parts
+from scripts.bench_lib.rounds import Results
 
 
 def make_streams(rate: float, gateway_us: float | None = 100.0) -> StreamsResult:
@@ -25,11 +31,12 @@ def make_streams(rate: float, gateway_us: float | None = 100.0) -> StreamsResult
         tokens=100,
         prompt_tokens=50,
         failed=(),
+        ray_us=None if gateway_us is None else gateway_us / 4,
     )
 
 
 def make_results(
-    *rates: float, gateway_us: float = 100.0, first_token_s: float = 0.1, cached: int = 980
+    *rates: float, gateway_us: float | None = 100.0, first_token_s: float = 0.1, cached: int = 980
 ) -> Results:
     agent = AgentResult((1.0, 0.1), (1000, 1020), (0, cached))
     results = Results(
@@ -87,9 +94,31 @@ def test_ratios_are_taken_pair_by_pair() -> None:
     assert spread([None, None]) is None
 
 
+def test_rounds_in_which_the_peer_failed_compare_nothing() -> None:
+    ours = [make_streams(100), make_streams(100)]
+    peer = [replace(make_streams(10), failed=("HTTP 500",)), make_streams(200)]
+    found = ratios(ours, peer, lambda r: r.total_rate)
+    assert found is not None
+    assert (found.low, found.high) == (0.5, 0.5)
+    results = Results(), Results()
+    results[0].streams[1], results[1].streams[1] = ours[:1], peer[:1]
+    assert rate_verdicts(*results, "")[0].word == "NOT MEASURED"
+
+
+@pytest.mark.parametrize(("rate", "word"), [(301.0, "PASS"), (299.0, "MISS")])
+def test_many_streams_are_compared_with_one_of_the_loop(rate: float, word: str) -> None:
+    ours, loop = make_results(rate), Results()
+    loop.streams[1] = [make_streams(100)]
+    verdict = scaling_verdict(ours, loop, "ONNX: ")
+    assert verdict.word == word
+    assert verdict.name.startswith("ONNX: ")
+    # Only numbers of streams that both ran are compared directly.
+    assert rate_verdicts(ours, loop, "ONNX: ") == []
+
+
 def test_gateway_cpu_leaves_out_only_the_runtime() -> None:
-    before = GatewaySnapshot(1.0, 10.0, 5.0, {11: 3.0, 12: 3.0})
-    after = GatewaySnapshot(1.5, 20.0, 9.0, {11: 5.0, 13: 1.0})
+    before = GatewaySnapshot(1.0, 10.0, 5.0, {11: 3.0, 12: 3.0}, 0.5)
+    after = GatewaySnapshot(1.5, 20.0, 9.0, {11: 5.0, 13: 1.0}, 0.75)
     # 10.5 s in all, less 2 s and 1 s of workers and 4 s native; thread 12 ended and stays ours.
     assert gateway_cpu_s(before, after) == pytest.approx(3.5)
 
@@ -97,13 +126,15 @@ def test_gateway_cpu_leaves_out_only_the_runtime() -> None:
 def test_engine_workers_are_all_but_the_oldest_engine_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for thread, name in ((7, "python"), (9, "impetus-engine"), (10, "impetus-engine")):
+    names = {5: "python", 7: "grpc", 9: "impetus-engine", 10: "impetus-engine"}
+    for thread, name in names.items():
         task = tmp_path / "5" / "task" / str(thread)
         task.mkdir(parents=True)
         (task / "comm").write_text(f"{name}\n")
         (task / "schedstat").write_text(f"{thread}000000000 5 6\n")
     monkeypatch.setattr(processes, "PROC", tmp_path)
     assert engine_worker_cpu_s(5) == {10: 10.0}
+    assert main_thread_cpu_s(5) == 5.0
 
 
 def test_prompts_share_no_beginning_but_repeat_for_the_other_server() -> None:
@@ -116,12 +147,25 @@ def test_prompts_share_no_beginning_but_repeat_for_the_other_server() -> None:
 
 
 def test_report_shows_a_loss_and_its_failures() -> None:
-    plan = Plan("run", 2, (8,), 128, 1, 1000, 1.0)
     ours, peer = make_results(50, 60), make_results(100, 100)
-    ours.problems.append("round 1, 8 streams: HTTP 503")
+    results = {"Impetus": ours, "llama.cpp": peer}
     page = render(
-        plan, {"Impetus": ours, "llama.cpp": peer}, verdicts(ours, peer), [("model", "m.gguf")]
+        [("GGUF", gguf_parts(results))],
+        verdicts(ours, peer, "GGUF: "),
+        ["GGUF: Impetus: round 1, 8 streams: HTTP 503"],
+        [("model", "m|n.gguf")],
     )
     assert "| 0.550 (0.500–0.600) and 0.550 (0.500–0.600) | MISS |" in page
-    assert "- Impetus: round 1, 8 streams: HTTP 503" in page
-    assert "| model | m.gguf |" in page
+    assert "| of it Ray's own timers and threads, µs per token | 25 (25–25) | 25 (25–25) |" in page
+    assert "- GGUF: Impetus: round 1, 8 streams: HTTP 503" in page
+    assert "| model | m·n.gguf |" in page
+
+
+def test_report_compares_only_what_both_ran() -> None:
+    ours, loop = make_results(300, gateway_us=None), Results()
+    ours.streams[1] = loop.streams[1] = [make_streams(100, gateway_us=None)]
+    one, eight = "\n".join(streams_parts({"Impetus": ours, "bare": loop})).split("### 8 streams")
+    assert "| what | Impetus | bare | ours / peer |" in one
+    assert "| what | Impetus |\n" in eight
+    # A figure that nobody has takes no row.
+    assert "gateway" not in one + eight

@@ -1,0 +1,256 @@
+"""The parts of the benchmark that can be chosen: what each runs and what it has to show."""
+
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from core.errors import ImpetusError
+from scripts.bench_lib.contests import Contestant, ContestPlan, run_contest
+from scripts.bench_lib.figures import Verdict, rate_verdicts, scaling_verdict, verdicts
+from scripts.bench_lib.measure import run_bare, run_streams
+from scripts.bench_lib.memory import (
+    MEMORY_HEAD,
+    measure_memory,
+    memory_load,
+    memory_rows,
+    memory_verdicts,
+)
+from scripts.bench_lib.peers import running_bare, running_mlx_server, running_peer
+from scripts.bench_lib.report import gguf_parts, streams_parts, table
+from scripts.bench_lib.rounds import Plan, Results, run, say
+from scripts.bench_lib.servers import OURS, ROOT, BenchError, Load, Server, running_ours
+
+SECTIONS = ("mlx", "onnx", "pytorch", "gguf", "memory")
+# Without a GPU the peer computes 0.4 tokens a second from packed weights: an hour for one table.
+MLX_KINDS = ("mlx-f32", "mlx-4bit") if sys.platform == "darwin" else ("mlx-f32",)
+CONTEXT_TOKENS = 1024
+STREAMS = (1, 4, 8)
+# Seconds that a section's rounds may take; starts and stops come on top.
+BUDGET_S: Mapping[str, float] = {
+    "gguf": 200, "agent": 80, "mlx-f32": 70, "mlx-4bit": 70, "onnx": 45, "pytorch": 45,
+}  # fmt: skip
+# Without a GPU the peer computes some tokens a second from packed weights.
+SLOW_TOKENS = 24
+MEMORY_MODELS = (
+    ("mlx", "mlx-f32"),
+    ("safetensors", "hf-f32"),
+    ("pytorch", "pytorch"),
+    ("onnx", "onnx-f32"),
+    ("coreml", "coreml"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The command line: which models, how much of each, and which side."""
+
+    gguf: Path
+    golden: Path | None
+    threads: int
+    context: int
+    streams: tuple[int, ...]
+    rounds: int
+    gguf_tokens: int
+    tokens: int
+    agent_rounds: int
+    agent_tokens: int
+    idle_s: float
+    with_ours: bool
+    with_peer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One chapter of the page; `setup` are pairs of what and value."""
+
+    title: str
+    parts: Sequence[str] = ()
+    verdicts: Sequence[Verdict] = ()
+    problems: Sequence[str] = ()
+    setup: Sequence[tuple[str, str]] = ()
+    is_failed: bool = False
+
+
+@dataclass(slots=True)
+class _Facts:
+    """What the peers say of themselves, collected while they start."""
+
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, name: str, version: str, more: str = "") -> None:
+        self.pairs.append((f"{name} (peer)", f"{version}: {more}" if more else version))
+
+
+def run_section(name: str, choices: Choices) -> list[Section]:
+    """Run one section; what cannot run gives a section that says so."""
+    makers: Mapping[str, Sequence[tuple[str, Callable[[Choices], Section]]]] = {
+        "gguf": [("GGUF", _gguf)],
+        "mlx": [(kind, partial(_mlx, kind)) for kind in MLX_KINDS],
+        "onnx": [("ONNX", partial(_bare, "onnx", "onnx-f32"))],
+        "pytorch": [("PyTorch", partial(_bare, "pytorch", "pytorch"))],
+        "memory": [("Memory", _memory)],
+    }
+    sections = []
+    for title, make in makers[name]:
+        say(f"-- {title}")
+        try:
+            sections.append(make(choices))
+        except BenchError as error:
+            say(f"{title}: {error}")
+            nothing = ("It could not be measured; see the failures.\n",)
+            sections.append(Section(title, nothing, problems=[f"{error}"], is_failed=True))
+    return sections
+
+
+def model_folder(kind: str, choices: Choices) -> Path:
+    """Return a golden model's folder, built where it does not exist.  Raises BenchError."""
+    if choices.golden is not None:
+        folder = choices.golden / kind
+        if not folder.is_dir():
+            raise BenchError(f"there is no model {folder}")
+        return folder.resolve()
+    # A process of its own: what converts models would stay in this one's memory.
+    code = "import sys; from tests.golden import golden; print(golden(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, kind], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise BenchError(f"the golden model {kind} could not be built:\n{done.stderr[-2000:]}")
+    return Path(done.stdout.splitlines()[-1])
+
+
+def _gguf(choices: Choices) -> Section:
+    sequences = max(*choices.streams, 16)
+    load = Load(choices.gguf, choices.threads, choices.context, sequences)
+    plan = Plan(
+        run_id=secrets.token_hex(4),
+        rounds=choices.rounds,
+        streams=choices.streams,
+        tokens=choices.gguf_tokens,
+        agent_rounds=choices.agent_rounds,
+        agent_tokens=choices.agent_tokens,
+        idle_s=choices.idle_s,
+        budget_s=BUDGET_S["gguf"],
+        agent_budget_s=BUDGET_S["agent"],
+    )
+    facts = _Facts()
+    with ExitStack() as stack:
+        servers: list[Server] = []
+        if choices.with_ours:
+            servers.append(stack.enter_context(running_ours(load)))
+        if choices.with_peer:
+            peer = stack.enter_context(running_peer(load))
+            facts.add(peer.name, peer.facts["version"], peer.facts["system_info"])
+            servers.append(peer)
+        results = run(plan, servers)
+    ours, theirs = results.get(OURS), results.get("llama.cpp")
+    return Section(
+        "GGUF",
+        gguf_parts(results),
+        verdicts(ours, theirs, "GGUF: ") if ours else (),
+        _problems(results),
+        _setup("GGUF", load, plan.tokens, facts),
+    )
+
+
+def _mlx(kind: str, choices: Choices) -> Section:
+    load = Load(model_folder(kind, choices), choices.threads, CONTEXT_TOKENS, max(STREAMS), "mlx")
+    tokens = choices.tokens if kind == "mlx-f32" else min(choices.tokens, SLOW_TOKENS)
+    facts = _Facts()
+    with ExitStack() as stack:
+        contestants = []
+        if choices.with_ours:
+            contestants.append(_server(stack.enter_context(running_ours(load)), STREAMS))
+        if choices.with_peer:
+            peer = stack.enter_context(running_mlx_server(load))
+            facts.add(peer.name, peer.facts["version"], peer.facts["system_info"])
+            contestants.append(_server(peer, STREAMS))
+        results = run_contest(_plan(kind, tokens, choices), contestants)
+    return _contest_section(f"MLX, {kind}", results, _setup(kind, load, tokens, facts))
+
+
+def _bare(format: str, kind: str, choices: Choices) -> Section:
+    load = Load(model_folder(kind, choices), choices.threads, CONTEXT_TOKENS, max(STREAMS), format)
+    facts = _Facts()
+    with ExitStack() as stack:
+        contestants = []
+        if choices.with_ours:
+            ours = stack.enter_context(running_ours(load))
+            contestants.append(_server(ours, (1, max(STREAMS))))
+        if choices.with_peer:
+            loop = stack.enter_context(running_bare(load))
+            facts.add(loop.name, loop.version)
+            contestants.append(
+                Contestant(loop.name, (1,), lambda bodies: run_bare(loop, bodies[0]))
+            )
+        results = run_contest(_plan(format, choices.tokens, choices), contestants)
+    title = {"onnx": "ONNX", "pytorch": "PyTorch"}[format]
+    setup = _setup(title, load, choices.tokens, facts)
+    return _contest_section(title, results, setup, is_scaled=True)
+
+
+def _memory(choices: Choices) -> Section:
+    run_id = secrets.token_hex(4)
+    results, problems = [], []
+    for format, kind in (("gguf", ""), *MEMORY_MODELS):
+        try:
+            model = model_folder(kind, choices) if kind else choices.gguf
+            result = measure_memory(memory_load(format, model, choices.threads), run_id)
+        except (BenchError, ImpetusError) as error:
+            say(f"memory, {format}: {error}")
+            problems.append(f"{format}: {error}")
+            continue
+        results.append(result)
+        problems += [f"{format}: {text}" for text in result.problems]
+    formats = ["gguf", *(format for format, _ in MEMORY_MODELS)]
+    found = memory_verdicts(results, formats)
+    return Section(
+        "Memory",
+        [table(MEMORY_HEAD, memory_rows(results))],
+        found,
+        problems,
+        is_failed=len(results) < len(formats),
+    )
+
+
+def _server(server: Server, counts: tuple[int, ...]) -> Contestant:
+    return Contestant(server.name, counts, partial(run_streams, server))
+
+
+def _plan(name: str, tokens: int, choices: Choices) -> ContestPlan:
+    return ContestPlan(secrets.token_hex(4), choices.rounds, tokens, BUDGET_S[name])
+
+
+def _contest_section(
+    title: str,
+    results: dict[str, Results],
+    setup: Sequence[tuple[str, str]],
+    *,
+    is_scaled: bool = False,
+) -> Section:
+    found: list[Verdict] = []
+    peers = [name for name in results if name != OURS]
+    if OURS in results and peers:
+        ours, peer = results[OURS], results[peers[0]]
+        found += rate_verdicts(ours, peer, f"{title}: ")
+        if is_scaled:
+            found.append(scaling_verdict(ours, peer, f"{title}: "))
+    return Section(title, streams_parts(results), found, _problems(results), setup)
+
+
+def _problems(results: Mapping[str, Results]) -> list[str]:
+    return [f"{name}: {text}" for name, result in results.items() for text in result.problems]
+
+
+def _setup(title: str, load: Load, tokens: int, facts: _Facts) -> list[tuple[str, str]]:
+    counts = f"{load.threads}, {load.context}, {load.sequences}, {tokens}"
+    return [
+        (f"{title}: model", load.model.name),
+        (f"{title}: threads, context, sequences, answer tokens", counts),
+        *facts.pairs,
+    ]
