@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from core.types import (
 from deployments.calls import Handle, call, direct
 from deployments.codec import LENGTH_BYTES, decode_body
 from deployments.errors import ReplicaDied, unwrap
-from deployments.frames import FrameReceiver, Mailbox
+from deployments.frames import EventTaker, FrameReceiver
 from deployments.orders import Residency
 
 logger = logging.getLogger(__name__)
@@ -31,14 +30,17 @@ _LOST_EVENTS_S = 10.0
 class _Sent:
     """What the client of one request has got so far."""
 
+    take: EventTaker
     token_ids: list[int] = field(default_factory=list)
     events: int = 0
 
-    def note(self, event: GenerationEvent) -> None:
-        """Take an event that goes to the client."""
-        if not isinstance(event, PrefillProgress | Finished):
-            self.events += 1
-            self.token_ids.extend(event.token_ids)
+    def pass_on(self, events: Sequence[GenerationEvent]) -> None:
+        """Hand events to the client, and note them."""
+        for event in events:
+            if not isinstance(event, PrefillProgress | Finished):
+                self.events += 1
+                self.token_ids.extend(event.token_ids)
+        self.take(events)
 
     def can_go_on(self, request: GenerationRequest) -> bool:
         """Whether tokens stand for all text that was sent; an echoed prompt needs none."""
@@ -89,23 +91,20 @@ class HandleDispatcher:
             work.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
-        """Yield the request's events.
+    async def generate(self, request: GenerationRequest, take: EventTaker) -> None:
+        """Run the request, handing its events to `take`; see `router.services.Dispatcher`.
 
         A replica that died, or does not hold the model any more, costs another attempt that the
-        client does not see: the answer goes on after the tokens whose events were yielded.
+        client does not see: the answer goes on after the tokens whose events were handed out.
         """
-        lost, sent = "", _Sent()
+        lost, sent = "", _Sent(take)
         for attempt in range(_MOST_ATTEMPTS):
             # Late events of an earlier attempt must not reach this one.
             attempted = replace(sent.rest_of(request), id=f"{request.id}.{attempt}")
             residency = None
             try:
                 residency = await self._ensure(request.model_id, lost)
-                async with aclosing(self._attempt(attempted, residency)) as events:
-                    async for event in events:
-                        sent.note(event)
-                        yield event
+                await self._attempt(attempted, residency, sent.pass_on)
                 return
             except (ModelNotResident, ReplicaDied) as problem:
                 # Without a residency, it is the load that a replica died of or during.
@@ -116,27 +115,32 @@ class HandleDispatcher:
                 if attempt == _MOST_ATTEMPTS - 1 or not sent.can_go_on(request):
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
 
-    def _attempt(
-        self, request: GenerationRequest, residency: Residency
-    ) -> AsyncGenerator[GenerationEvent, None]:
-        """Return the events: by the socket, or by the handle where it is another machine."""
+    async def _attempt(
+        self, request: GenerationRequest, residency: Residency, take: EventTaker
+    ) -> None:
+        """Run by the socket, or by the handle where it is another machine."""
         run = self._receive if residency.node_id == self._node_id else self._stream
-        return run(request, residency)
+        await run(request, residency, take)
 
     async def _receive(
-        self, request: GenerationRequest, residency: Residency
-    ) -> AsyncGenerator[GenerationEvent, None]:
+        self, request: GenerationRequest, residency: Residency, take: EventTaker
+    ) -> None:
         """Run on this machine: events by the socket, the call only for its end."""
-        mailbox = self._receiver.open(request.id)
-        work = asyncio.ensure_future(self._run(request, residency, mailbox))
+        end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def pass_on(events: Sequence[GenerationEvent]) -> None:
+            take(events)
+            if isinstance(events[-1], Finished) and not end.done():
+                end.set_result(None)
+
+        self._receiver.open(request.id, pass_on)
+        work = asyncio.ensure_future(self._run(request, residency, end))
         self._calls.add(work)
         work.add_done_callback(self._calls.discard)
         is_finished = False
         try:
-            while not is_finished:
-                for event in await mailbox.take():
-                    is_finished = isinstance(event, Finished)
-                    yield event
+            await end
+            is_finished = True
         finally:
             self._receiver.forget(request.id)
             # A finished request's call returns by itself; any other is cancelled.
@@ -145,29 +149,28 @@ class HandleDispatcher:
                 await asyncio.gather(work, return_exceptions=True)
 
     async def _run(
-        self, request: GenerationRequest, residency: Residency, mailbox: Mailbox
+        self, request: GenerationRequest, residency: Residency, end: "asyncio.Future[None]"
     ) -> None:
         handle = self._formats[residency.format]
         try:
             await call(handle.generate.remote(request, self._receiver.path))
         except Exception as problem:
-            mailbox.fail(problem)
+            _fail(end, problem)
         else:
             # The events were sent before the call returned; their loss must not be silent.
             lost = EngineFailed("The end of the answer was lost.")
-            asyncio.get_running_loop().call_later(_LOST_EVENTS_S, mailbox.fail, lost)
+            asyncio.get_running_loop().call_later(_LOST_EVENTS_S, _fail, end, lost)
 
     async def _stream(
-        self, request: GenerationRequest, residency: Residency
-    ) -> AsyncGenerator[GenerationEvent, None]:
+        self, request: GenerationRequest, residency: Residency, take: EventTaker
+    ) -> None:
         """Run on another machine: frames by the handle."""
         handle = self._formats[residency.format].options(stream=True)
         frames: Any = handle.stream.remote(request)
         try:
             async for frame in frames:
                 for _, events in decode_body(frame[LENGTH_BYTES:]):
-                    for event in events:
-                        yield event
+                    take(events)
         except Exception as problem:
             ours = unwrap(problem)
             if ours is problem:
@@ -205,3 +208,8 @@ class HandleDispatcher:
         )
         self._residencies[model_id] = residency
         return residency
+
+
+def _fail(end: "asyncio.Future[None]", problem: BaseException) -> None:
+    if not end.done():
+        end.set_exception(problem)

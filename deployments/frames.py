@@ -10,8 +10,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
-from core.errors import EngineFailed, ImpetusError
+from core.errors import ImpetusError
 from core.types import GenerationEvent
 from deployments.codec import LENGTH_BYTES, StepEvents, decode_body, decode_length, encode_frame
 
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 # macOS allows 104 bytes for a socket's path, its closing zero included.
 _MOST_PATH_BYTES = 100
 _MOST_UNSENT_BYTES = 16 * 1024 * 1024
-_MOST_UNREAD_EVENTS = 8192
+
+EventTaker: TypeAlias = Callable[[Sequence[GenerationEvent]], None]
 
 
 class FrameSender:
@@ -93,52 +95,11 @@ class FrameSender:
             self._shut()
 
 
-class Mailbox:
-    """One request's events in the router, until its handler takes them.
-
-    Bounded: a reader that falls 8,192 events behind loses its request, nobody else's.
-    """
-
-    __slots__ = ("_events", "_failure", "_waiter")
-
-    def __init__(self) -> None:
-        self._events: list[GenerationEvent] = []
-        self._failure: BaseException | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, events: Sequence[GenerationEvent]) -> None:
-        """Append events; called from the event loop."""
-        if len(self._events) > _MOST_UNREAD_EVENTS:
-            self.fail(EngineFailed("The client reads too slowly; the request was cancelled."))
-            return
-        self._events.extend(events)
-        self._wake()
-
-    def fail(self, problem: BaseException) -> None:
-        """Let the reader fail once it has taken what came before; the first failure counts."""
-        self._failure = self._failure or problem
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def take(self) -> list[GenerationEvent]:
-        """Return all events that came since the last call, at least one; raises the failure."""
-        while not self._events:
-            if self._failure is not None:
-                raise self._failure
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        events, self._events = self._events, []
-        return events
-
-
 class FrameReceiver:
     """The router's end: one socket in a private folder, all replicas' frames."""
 
     def __init__(self) -> None:
-        self._mailboxes: dict[str, Mailbox] = {}
+        self._takers: dict[str, EventTaker] = {}
         self._server: asyncio.Server | None = None
         self._folder: Path | None = None
         self._connections: set[_Connection] = set()
@@ -156,21 +117,20 @@ class FrameReceiver:
         self._server = await loop.create_unix_server(lambda: _Connection(self), path)
         self.path = path
 
-    def open(self, request_id: str) -> Mailbox:
-        """Return the mailbox for a request's events."""
-        mailbox = self._mailboxes[request_id] = Mailbox()
-        return mailbox
+    def open(self, request_id: str, take: EventTaker) -> None:
+        """Hand a request's events to `take`, on the event loop, as they come."""
+        self._takers[request_id] = take
 
     def forget(self, request_id: str) -> None:
-        """Drop a request's mailbox; later events for it are ignored."""
-        self._mailboxes.pop(request_id, None)
+        """Take no more of a request's events; later ones are ignored."""
+        self._takers.pop(request_id, None)
 
     def dispatch(self, body: bytes) -> None:
-        """Hand a frame's events to their mailboxes."""
+        """Hand a frame's events to those that take them."""
         for request_id, events in decode_body(body):
-            mailbox = self._mailboxes.get(request_id)
-            if mailbox is not None:
-                mailbox.put(events)
+            take = self._takers.get(request_id)
+            if take is not None:
+                take(events)
 
     def attach(self, connection: "_Connection") -> None:
         """Remember a replica's connection."""

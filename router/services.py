@@ -1,6 +1,6 @@
 """What the routes need from the rest, as Protocols, so that their tests need no Ray."""
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -9,6 +9,7 @@ from core.types import Capability, Embeddings, GenerationEvent, GenerationReques
 
 ModelState: TypeAlias = Literal["resident", "loading", "available", "unavailable", "refused"]
 Priority: TypeAlias = Literal["interactive", "batch"]
+EventTaker: TypeAlias = Callable[[Sequence[GenerationEvent]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,12 @@ class Catalog(Protocol):
 class Dispatcher(Protocol):
     """Runs requests on the engine that holds the model, loading it first where needed."""
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
-        """Yield events, `Finished` last.  Closing the generator cancels the work."""
+    async def generate(self, request: GenerationRequest, take: EventTaker) -> None:
+        """Run the request to its end, handing its events to `take`, `Finished` last.
+
+        `take` is called on the event loop as events come, and never after this has returned or
+        raised; it must not block.  Cancelling stops the work.
+        """
         ...
 
     async def embed(self, model_id: str, inputs: Sequence[str | Sequence[int]]) -> Embeddings:

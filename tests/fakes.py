@@ -1,7 +1,7 @@
 """Stand-ins for what the router is built over: a catalog, a dispatcher and a health check."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +18,7 @@ from core.types import (
     TextDelta,
     Usage,
 )
-from router.services import ModelView, Services
+from router.services import EventTaker, ModelView, Services
 
 ScriptItem: TypeAlias = GenerationEvent | Exception | asyncio.Event
 
@@ -74,7 +74,7 @@ class FakeCatalog:
 
 
 class FakeDispatcher:
-    """Plays a script for every request: yields events, raises exceptions, waits for gates."""
+    """Plays a script for every request: gives events, raises exceptions, waits for gates."""
 
     def __init__(self, *script: ScriptItem) -> None:
         self.script: Sequence[ScriptItem] = script or (TextDelta("Hello"), finished())
@@ -88,7 +88,7 @@ class FakeDispatcher:
         self.began = asyncio.Event()
         self.idle = asyncio.Event()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+    async def generate(self, request: GenerationRequest, take: EventTaker) -> None:
         self._enter()
         self.requests.append(request)
         try:
@@ -99,7 +99,7 @@ class FakeDispatcher:
                     await item.wait()
                 else:
                     self.played += 1
-                    yield item
+                    take([item])
         finally:
             self._leave()
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TypeAlias, TypeVar
 
@@ -10,40 +11,40 @@ from starlette.types import Receive
 
 from core.errors import EngineFailed
 from core.types import Finished, GenerationEvent
+from router.services import EventTaker
 
 _logger = logging.getLogger(__name__)
 
 TaggedEvent: TypeAlias = tuple[int, GenerationEvent]
 Result = TypeVar("Result")
 
-_MOST_BUFFERED = 256
+_MOST_UNREAD_EVENTS = 8192
+
+Run: TypeAlias = Callable[[EventTaker], Awaitable[None]]
 
 
 class EventFeed:
     """Runs generations concurrently and hands out what they said since the last look.
 
-    Use as `async with`: leaving it, for whatever reason, cancels and closes every generator and
-    waits until they are closed.  At most 256 events are taken ahead of the reader.
+    Use as `async with`: leaving it, for whatever reason, cancels every generation and waits until
+    it has ended.  A reader that falls 8,192 events behind loses its request.
     """
 
-    def __init__(
-        self, generations: Sequence[AsyncGenerator[GenerationEvent, None]], receive: Receive
-    ) -> None:
+    def __init__(self, generations: Sequence[Run], receive: Receive) -> None:
         self._generations = generations
         self._receive = receive
         self._events: list[TaggedEvent] = []
-        self._running = len(generations)
+        self._unfinished = set(range(len(generations)))
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._room = asyncio.Event()
-        self._pumps: list[asyncio.Task[None]] = []
+        self._runs: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
         self.is_disconnected = False
 
     async def __aenter__(self) -> "EventFeed":
-        self._pumps = [
-            asyncio.create_task(self._pump(index, events))
-            for index, events in enumerate(self._generations)
+        self._runs = [
+            asyncio.create_task(self._run(index, run))
+            for index, run in enumerate(self._generations)
         ]
         self._watcher = asyncio.create_task(self._watch())
         return self
@@ -55,15 +56,12 @@ class EventFeed:
         trace: TracebackType | None,
     ) -> None:
         del kind, error, trace
-        tasks = [*self._pumps, *([self._watcher] if self._watcher else [])]
+        tasks = [*self._runs, *([self._watcher] if self._watcher else [])]
         for task in tasks:
             task.cancel()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(result, Exception):
-                _logger.error("a generation did not close cleanly", exc_info=result)
-        # A task that was cancelled before its first step never reached its own aclose.
-        for events in self._generations:
-            await events.aclose()
+                _logger.error("a generation did not end cleanly", exc_info=result)
 
     async def next(self) -> list[TaggedEvent] | None:
         """Return the events since the last call, as (choice index, event).
@@ -71,18 +69,17 @@ class EventFeed:
         An empty list means that `wake` was called; None that all is said, or that the client
         left (`is_disconnected`).  Raises what a generation raised, after its events.
         """
-        if not (self._events or self._error or self.is_disconnected) and self._running:
+        if not (self._events or self._error or self.is_disconnected) and self._unfinished:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self.is_disconnected:
             return None
         if self._events:
             events, self._events = self._events, []
-            self._room.set()
             return events
         if self._error is not None:
             raise self._error
-        return [] if self._running else None
+        return [] if self._unfinished else None
 
     def wake(self) -> None:
         """Make a waiting `next` return."""
@@ -92,33 +89,32 @@ class EventFeed:
     def abort(self, error: Exception) -> None:
         """Cancel the generations at once; `next` raises `error`."""
         self._error = self._error or error
-        for pump in self._pumps:
-            pump.cancel()
+        for run in self._runs:
+            run.cancel()
         self.wake()
 
-    async def _pump(self, index: int, events: AsyncGenerator[GenerationEvent, None]) -> None:
+    async def _run(self, index: int, run: Run) -> None:
         try:
-            async for event in events:
-                self._events.append((index, event))
-                if isinstance(event, Finished):
-                    self._end(event)
-                    return
-                self.wake()
-                if len(self._events) >= _MOST_BUFFERED:
-                    self._room.clear()
-                    await self._room.wait()
-            raise EngineFailed("The engine ended the generation without a result.")
+            await run(partial(self._take, index))
+            if index in self._unfinished:
+                raise EngineFailed("The engine ended the generation without a result.")
         except Exception as error:
+            if index not in self._unfinished:
+                _logger.exception("a generation failed after its end")
+                return
             self._error = self._error or error
             self.wake()
-        finally:
-            await events.aclose()
 
-    def _end(self, event: Finished) -> None:
-        if event.reason == "cancelled":
-            self._events.pop()
-            raise EngineFailed("The generation was cancelled by the server.")
-        self._running -= 1
+    def _take(self, index: int, events: Sequence[GenerationEvent]) -> None:
+        for event in events:
+            if isinstance(event, Finished):
+                if event.reason == "cancelled":
+                    self.abort(EngineFailed("The generation was cancelled by the server."))
+                    return
+                self._unfinished.discard(index)
+            self._events.append((index, event))
+        if len(self._events) > _MOST_UNREAD_EVENTS:
+            self.abort(EngineFailed("The client reads too slowly; the request was cancelled."))
         self.wake()
 
     async def _watch(self) -> None:

@@ -1,8 +1,9 @@
 """Running a request's generations, streamed or not, and counting what they cost."""
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
+from functools import partial
 
 from openai.types import CompletionUsage
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
@@ -20,7 +21,7 @@ from core.types import (
 from router.context import RouteContext
 from router.errors import CLIENT_CLOSED_REQUEST
 from router.services import ModelView
-from router.v1.feed import EventFeed
+from router.v1.feed import EventFeed, Run
 
 
 @dataclass(slots=True)
@@ -38,9 +39,10 @@ class Generation:
     _started_at: float = field(default_factory=time.monotonic)
     _first_token_at: float | None = None
 
-    def open(self) -> list[AsyncGenerator[GenerationEvent, None]]:
+    def runs(self) -> list[Run]:
         """Return the generations, none of them started."""
-        return [self.context.services.dispatcher.generate(request) for request in self.requests]
+        dispatcher = self.context.services.dispatcher
+        return [partial(dispatcher.generate, request) for request in self.requests]
 
     @property
     def awaits_first_token(self) -> bool:
@@ -108,7 +110,7 @@ class Generation:
     async def collect(self, receive: Receive) -> list[list[GenerationEvent]] | None:
         """Return every choice's events, or None when the client left before the end."""
         choices: list[list[GenerationEvent]] = [[] for _ in self.requests]
-        async with EventFeed(self.open(), receive) as feed:
+        async with EventFeed(self.runs(), receive) as feed:
             while (batch := await feed.next()) is not None:
                 for index, event in batch:
                     if isinstance(event, PrefillProgress):

@@ -161,7 +161,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, an error, or the client's leaving."""
-        async with EventFeed(self._generation.open(), receive) as feed:
+        async with EventFeed(self._generation.runs(), receive) as feed:
             body_send = server_send(scope, send)
             keep_alive = _KeepAlive(feed, self._generation.context.pacing, body_send)
             try:

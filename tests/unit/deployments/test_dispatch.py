@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, closing
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -77,8 +77,12 @@ def sending(*outcomes: Any) -> Any:
     return generate
 
 
-async def collect(dispatcher: HandleDispatcher) -> list[GenerationEvent]:
-    return [event async for event in dispatcher.generate(REQUEST)]
+async def collect(
+    dispatcher: HandleDispatcher, request: GenerationRequest = REQUEST
+) -> list[GenerationEvent]:
+    events: list[GenerationEvent] = []
+    await dispatcher.generate(request, events.extend)
+    return events
 
 
 async def test_generate_yields_the_events_and_asks_the_scheduler_once(
@@ -144,7 +148,7 @@ async def test_an_echoed_prompt_is_not_sent_again(receiver: FrameReceiver) -> No
         generate=sending(([TextDelta("hi")], died), ([TextDelta("x", (1,)), END], None))
     )
     subject = dispatcher(receiver, loads("a", "b"), replica)
-    events = [event async for event in subject.generate(replace(REQUEST, echo_prompt=True))]
+    events = await collect(subject, replace(REQUEST, echo_prompt=True))
     await subject.close()
     assert events == [TextDelta("hi"), TextDelta("x", (1,)), END]
     assert [attempt.echo_prompt for attempt in requests_of(replica)] == [True, False]
@@ -152,10 +156,10 @@ async def test_an_echoed_prompt_is_not_sent_again(receiver: FrameReceiver) -> No
 
 async def test_text_without_tokens_cannot_be_continued(receiver: FrameReceiver) -> None:
     replica = FakeHandle(generate=sending(([TextDelta("x")], RayActorError())))
-    events = dispatcher(receiver, loads("a"), replica).generate(REQUEST)
-    assert await anext(events) == TextDelta("x")
+    events: list[GenerationEvent] = []
     with pytest.raises(EngineFailed, match="died"):
-        await anext(events)
+        await dispatcher(receiver, loads("a"), replica).generate(REQUEST, events.extend)
+    assert events == [TextDelta("x")]
     assert len(requests_of(replica)) == 1
 
 
@@ -164,12 +168,10 @@ async def test_a_stream_that_is_lost_three_times_ends_with_an_error(
 ) -> None:
     dying = [([TextDelta("x", (number,))], RayActorError()) for number in range(3)]
     replica = FakeHandle(generate=sending(*dying))
-    events = dispatcher(receiver, loads("a", "b", "c"), replica).generate(REQUEST)
-    assert [await anext(events) for _ in range(3)] == [
-        TextDelta("x", (number,)) for number in range(3)
-    ]
+    events: list[GenerationEvent] = []
     with pytest.raises(EngineFailed, match="died"):
-        await anext(events)
+        await dispatcher(receiver, loads("a", "b", "c"), replica).generate(REQUEST, events.extend)
+    assert events == [TextDelta("x", (number,)) for number in range(3)]
 
 
 async def test_a_replica_that_dies_while_it_loads_costs_another_attempt(
@@ -206,15 +208,19 @@ async def test_a_refused_load_reaches_the_client(receiver: FrameReceiver) -> Non
         await collect(dispatcher(receiver, scheduler, FakeHandle()))
 
 
-async def test_closing_the_events_cancels_the_call(receiver: FrameReceiver) -> None:
+async def test_cancelling_the_request_cancels_the_call(receiver: FrameReceiver) -> None:
     async def generate(request: GenerationRequest, path: str) -> None:
         with closing(FrameSender(path)) as sender:
             sender.deliver([(request.id, [TextDelta("x")])])
             await asyncio.Event().wait()
 
     replica = FakeHandle(generate=generate)
-    async with aclosing(dispatcher(receiver, loads("a"), replica).generate(REQUEST)) as events:
-        await anext(events)
+    has_begun = asyncio.Event()
+    subject = dispatcher(receiver, loads("a"), replica)
+    running = asyncio.ensure_future(subject.generate(REQUEST, lambda _: has_begun.set()))
+    await has_begun.wait()
+    running.cancel()
+    await asyncio.wait([running])
     assert replica.generate.responses[0].is_cancelled
 
 

@@ -3,16 +3,15 @@
 import asyncio
 import os
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from core.errors import EngineFailed
 from core.types import Finished, GenerationEvent, TextDelta, Usage
 from deployments import frames
 from deployments.codec import encode_frame
-from deployments.frames import FrameReceiver, FrameSender, Mailbox
+from deployments.frames import FrameReceiver, FrameSender
 
 END = Finished("stop", Usage(1, 1))
 
@@ -25,11 +24,22 @@ async def receiver() -> AsyncIterator[FrameReceiver]:
     await receiver.stop()
 
 
-async def read_to_end(mailbox: Mailbox) -> list[GenerationEvent]:
-    events: list[GenerationEvent] = []
-    while not events or events[-1] != END:
-        events.extend(await mailbox.take())
-    return events
+class Taken:
+    """What came for one request."""
+
+    def __init__(self, receiver: FrameReceiver, request_id: str) -> None:
+        self.events: list[GenerationEvent] = []
+        self._has_end = asyncio.Event()
+        receiver.open(request_id, self._take)
+
+    def _take(self, events: Sequence[GenerationEvent]) -> None:
+        self.events.extend(events)
+        if END in events:
+            self._has_end.set()
+
+    async def to_end(self) -> list[GenerationEvent]:
+        await self._has_end.wait()
+        return self.events
 
 
 async def test_socket_lies_in_a_private_folder_with_a_short_path(receiver: FrameReceiver) -> None:
@@ -48,35 +58,36 @@ async def test_stop_removes_the_folder() -> None:
 
 
 async def test_events_reach_their_mailboxes_in_order(receiver: FrameReceiver) -> None:
-    first, second = receiver.open("a"), receiver.open("b")
+    first, second = Taken(receiver, "a"), Taken(receiver, "b")
     sender = FrameSender(receiver.path)
     for index in range(200):
         sender.deliver([("a", [TextDelta(f"a{index}")]), ("b", [TextDelta(f"b{index}")])])
     sender.deliver([("a", [END]), ("b", [END])])
-    assert await read_to_end(first) == [*(TextDelta(f"a{i}") for i in range(200)), END]
-    assert await read_to_end(second) == [*(TextDelta(f"b{i}") for i in range(200)), END]
+    assert await first.to_end() == [*(TextDelta(f"a{i}") for i in range(200)), END]
+    assert await second.to_end() == [*(TextDelta(f"b{i}") for i in range(200)), END]
     sender.close()
 
 
 async def test_events_of_forgotten_requests_are_dropped(receiver: FrameReceiver) -> None:
-    receiver.open("gone")
+    gone = Taken(receiver, "gone")
     receiver.forget("gone")
-    mailbox = receiver.open("here")
+    taken = Taken(receiver, "here")
     sender = FrameSender(receiver.path)
     sender.deliver([("gone", [TextDelta("x")]), ("here", [END])])
-    assert await read_to_end(mailbox) == [END]
+    assert await taken.to_end() == [END]
+    assert gone.events == []
     sender.close()
 
 
 async def test_sender_keeps_what_the_socket_does_not_take(receiver: FrameReceiver) -> None:
-    mailbox = receiver.open("a")
+    taken = Taken(receiver, "a")
     sender = FrameSender(receiver.path)
     large = TextDelta("x" * 3_000_000)
     # The loop does not run between these, so the socket's buffer must overflow.
     sender.deliver([("a", [large])])
     sender.deliver([("a", [END])])
     assert not sender.flush()
-    reading = asyncio.ensure_future(read_to_end(mailbox))
+    reading = asyncio.ensure_future(taken.to_end())
     while not sender.flush():
         await asyncio.sleep(0)
     assert await reading == [large, END]
@@ -104,31 +115,12 @@ async def test_sender_notices_a_router_that_is_gone(receiver: FrameReceiver) -> 
 
 
 async def test_frames_cut_anywhere_are_joined(receiver: FrameReceiver) -> None:
-    mailbox = receiver.open("a")
+    taken = Taken(receiver, "a")
     data = encode_frame([("a", [TextDelta("one")])]) + encode_frame([("a", [END])])
     _, writer = await asyncio.open_unix_connection(receiver.path)
     for byte in data:
         writer.write(bytes((byte,)))
         await writer.drain()
-    assert await read_to_end(mailbox) == [TextDelta("one"), END]
+    assert await taken.to_end() == [TextDelta("one"), END]
     writer.close()
     await writer.wait_closed()
-
-
-async def test_mailbox_fails_a_reader_that_falls_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frames, "_MOST_UNREAD_EVENTS", 10)
-    mailbox = Mailbox()
-    for _ in range(20):
-        mailbox.put([TextDelta("x")])
-    assert len(await mailbox.take()) == 11
-    with pytest.raises(EngineFailed, match="too slowly"):
-        await mailbox.take()
-
-
-async def test_mailbox_gives_what_came_before_a_failure() -> None:
-    mailbox = Mailbox()
-    mailbox.put([TextDelta("x")])
-    mailbox.fail(EngineFailed("died"))
-    assert await mailbox.take() == [TextDelta("x")]
-    with pytest.raises(EngineFailed, match="died"):
-        await mailbox.take()

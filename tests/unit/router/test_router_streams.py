@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +21,8 @@ from core.types import (
 )
 from router.app import create_app
 from router.context import Pacing
+from router.services import EventTaker
+from router.v1 import feed as feed_module
 from router.v1.feed import EventFeed
 from tests.fakes import CHAT_MODEL, FakeDispatcher, finished, make_services
 from tests.live_server import client_of, connection, post_bytes, serving, sse_data
@@ -225,13 +227,13 @@ async def test_handler_that_is_cancelled_closes_the_generation() -> None:
 class EndlessDispatcher(FakeDispatcher):
     """Says large things without an end."""
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+    async def generate(self, request: GenerationRequest, take: EventTaker) -> None:
         del request
         self._enter()
         try:
             while True:
                 self.played += 1
-                yield TextDelta("x" * 10_000)
+                take([TextDelta("x" * 10_000)])
                 await asyncio.sleep(0)
         finally:
             self._leave()
@@ -247,21 +249,22 @@ async def test_client_that_never_reads_is_given_up_and_buffers_little_n15() -> N
         await asyncio.wait_for(dispatcher.began.wait(), 5)
         await asyncio.wait_for(dispatcher.idle.wait(), 5)
         played = dispatcher.played
-    # What the kernel's buffers and ours hold: megabytes, not what an endless engine can say.
-    assert played < 5000
+    # What the kernel's buffers hold, and the 8,192 events that a feed holds at most.
+    assert played < 8192 + 5000
 
 
-async def test_feed_takes_no_more_than_256_events_ahead_of_its_reader() -> None:
-    dispatcher = FakeDispatcher(*(TextDelta("x") for _ in range(1000)), finished())
-    request = GenerationRequest("r", CHAT_MODEL, TextPrompt("x"))
-    feed = EventFeed([dispatcher.generate(request)], asyncio.Event().wait)  # type: ignore[arg-type]
-    sizes = []
-    async with feed:
-        await asyncio.wait_for(dispatcher.began.wait(), 5)
-        sizes.append(dispatcher.played)
-        while (events := await feed.next()) is not None:
-            sizes.append(len(events))
-    assert sizes == [256, 256, 256, 256, 233]
+async def test_feed_gives_up_a_reader_that_falls_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "_MOST_UNREAD_EVENTS", 10)
+    gate = asyncio.Event()
+    dispatcher = FakeDispatcher(*(TextDelta("x") for _ in range(11)), gate, finished())
+    run = partial(dispatcher.generate, GenerationRequest("r", CHAT_MODEL, TextPrompt("x")))
+    async with EventFeed([run], asyncio.Event().wait) as feed:  # type: ignore[arg-type]
+        await asyncio.wait_for(dispatcher.idle.wait(), 5)
+        events = await feed.next()
+        assert events is not None
+        assert len(events) == 11
+        with pytest.raises(EngineFailed, match="too slowly"):
+            await feed.next()
 
 
 async def test_events_that_wait_together_leave_in_one_message() -> None:
