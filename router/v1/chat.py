@@ -21,11 +21,12 @@ from core.types import (
 )
 from router.context import RouteContext, record_of
 from router.v1.body import read_request
+from router.v1.chat_prompt import to_chat_prompt
+from router.v1.chunks import ChunkFormatter
 from router.v1.generation import Generation, nobody_listens
 from router.v1.logprobs import chat_logprobs
-from router.v1.messages import to_chat_prompt
 from router.v1.requests import ChatRequest
-from router.v1.sse import ChunkFormatter, EventStream
+from router.v1.sse import EventStream
 
 
 def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:

@@ -1,94 +1,54 @@
-"""The event stream: chunks as they come, comments while nothing does, errors, the end."""
+"""The event stream: events as they come, keep-alives while nothing does, errors, the end."""
 
 import asyncio
-import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from core.errors import EngineFailed, ImpetusError
-from core.types import Finished, GenerationEvent, JsonValue, PrefillProgress, TextDelta
+from core.types import PrefillProgress
 from router.context import Pacing, RequestRecord, record_of, server_send
-from router.errors import error_body, internal_error
+from router.errors import internal_error
 from router.v1.feed import EventFeed, TaggedEvent
 from router.v1.generation import Generation
 
 _logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = ": keep-alive\n\n"
-DONE = "data: [DONE]\n\n"
-_MARK = "\0text\0"
-
-_dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
-class ChunkFormatter(ABC):
-    """Events → SSE text.  The plain text delta, by far the commonest, is one concatenation."""
+def prefill_comment(event: PrefillProgress) -> str:
+    """Return the comment line that tells how much of a prompt is computed."""
+    return f": prefill {event.done_tokens}/{event.total_tokens}\n\n"
 
-    def __init__(
-        self,
-        generation: Generation,
-        base: dict[str, Any],
-        *,
-        includes_usage: bool,
-        has_logprobs: bool,
-    ) -> None:
+
+class StreamFormatter(ABC):
+    """Events → the SSE text of one API; used by one stream, called in the order of its methods."""
+
+    keep_alive = KEEP_ALIVE
+
+    def __init__(self, generation: Generation) -> None:
         self._generation = generation
-        self._base = {**base, "usage": None} if includes_usage else base
-        self._includes_usage = includes_usage
-        self._has_logprobs = has_logprobs
-        self._opened: set[int] = set()
-        self._frames: dict[int, tuple[str, str]] = {}
+
+    def beginning(self, events: Sequence[TaggedEvent]) -> str:
+        """Return what precedes everything else; `events` are the first, to be said next."""
+        del events
+        return ""
 
     @abstractmethod
-    def choices(self, index: int, event: GenerationEvent) -> Iterable[dict[str, JsonValue]]:
-        """Return the choice objects that say `event`; none for nothing to say."""
-
-    def opening(self, index: int) -> Iterable[dict[str, JsonValue]]:
-        """Return the choice objects that come before a choice's first event."""
-        del index
-        return ()
-
     def chunks(self, events: Sequence[TaggedEvent]) -> str:
         """Return the SSE text of `events`."""
-        parts: list[str] = []
-        for index, event in events:
-            frame = self._frames.get(index)
-            if frame is None or type(event) is not TextDelta:
-                parts.append(self._uncommon(index, event))
-            elif event.text:
-                parts.append(f"{frame[0]}{_dumps(event.text)}{frame[1]}")
-        return "".join(parts)
 
+    @abstractmethod
     def closing(self) -> str:
-        """Return the usage chunk, if asked for, and the end mark."""
-        if not self._includes_usage:
-            return DONE
-        usage = self._generation.usage().model_dump(mode="json", exclude_unset=True)
-        last = {**self._base, "usage": usage, "timing": self._generation.timing()}
-        return f"data: {_dumps(last)}\n\n{DONE}"
+        """Return what ends a stream that has said everything."""
 
-    def _uncommon(self, index: int, event: GenerationEvent) -> str:
-        if isinstance(event, PrefillProgress):
-            return f": prefill {event.done_tokens}/{event.total_tokens}\n\n"
-        if isinstance(event, Finished):
-            self._generation.note_finished(index, event)
-        text = ""
-        if index not in self._opened:
-            self._opened.add(index)
-            text = "".join(map(self._chunk, self.opening(index)))
-            if not self._has_logprobs:
-                (choice,) = self.choices(index, TextDelta(_MARK))
-                prefix, suffix = self._chunk(choice).split(_dumps(_MARK))
-                self._frames[index] = (prefix, suffix)
-        return text + "".join(map(self._chunk, self.choices(index, event)))
-
-    def _chunk(self, choice: dict[str, JsonValue]) -> str:
-        return f"data: {_dumps({**self._base, 'choices': [choice]})}\n\n"
+    @abstractmethod
+    def failing(self, error: ImpetusError, record: RequestRecord) -> str:
+        """Return what ends a stream that fails after its headers."""
 
 
 class _KeepAlive:
@@ -146,11 +106,11 @@ class EventStream(Response):
     """Streams a generation.
 
     An error before the first token, or before `Pacing.header_wait_s`, is raised, to become an
-    HTTP status; a later one is a `data: {"error": …}` line.  A client that leaves ends the
+    HTTP status; a later one is said in the stream.  A client that leaves ends the
     generation at once.
     """
 
-    def __init__(self, generation: Generation, formatter: ChunkFormatter) -> None:
+    def __init__(self, generation: Generation, formatter: StreamFormatter) -> None:
         super().__init__(
             headers={"cache-control": "no-cache", "x-accel-buffering": "no", **generation.headers},
             media_type="text/event-stream",
@@ -192,19 +152,20 @@ class EventStream(Response):
 
     async def _beginning(self, feed: EventFeed, keep_alive: _KeepAlive) -> str:
         """Wait for the first token, or until it is time to send the headers without it."""
-        text = ""
+        first: list[TaggedEvent] = []
         while (events := await feed.next()) is not None:
-            text += self._formatter.chunks(events)
+            first += events
             if _has_tokens(events):
                 self._generation.note_first_token()
-                return text
+                break
             if keep_alive.is_due:
-                return text or KEEP_ALIVE
-        return text
+                break
+        text = self._formatter.beginning(first) + self._formatter.chunks(first)
+        return text or self._formatter.keep_alive
 
     def _say(self, events: Sequence[TaggedEvent], keep_alive: _KeepAlive) -> str:
         if not events:
-            return KEEP_ALIVE if keep_alive.is_due else ""
+            return self._formatter.keep_alive if keep_alive.is_due else ""
         if self._generation.awaits_first_token and _has_tokens(events):
             self._generation.note_first_token()
         return self._formatter.chunks(events)
@@ -216,4 +177,4 @@ class EventStream(Response):
             _logger.error("internal error", exc_info=error, extra={"request_id": record.request_id})
             known = internal_error(record)
         self._generation.context.metrics.errors.labels(known.code).inc()
-        return f"data: {error_body(known).decode('ascii')}\n\n{DONE}"
+        return self._formatter.failing(known, record)

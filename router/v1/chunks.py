@@ -1,0 +1,89 @@
+"""Events → OpenAI's chunks: what chat completions and completions stream."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from core.errors import ImpetusError
+from core.types import Finished, GenerationEvent, JsonValue, PrefillProgress, TextDelta
+from router.context import RequestRecord
+from router.errors import error_body
+from router.v1.feed import TaggedEvent
+from router.v1.generation import Generation
+from router.v1.sse import StreamFormatter, prefill_comment
+
+DONE = "data: [DONE]\n\n"
+_MARK = "\0text\0"
+
+_dumps = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class ChunkFormatter(StreamFormatter):
+    """Events → SSE text.  The plain text delta, by far the commonest, is one concatenation."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        base: dict[str, Any],
+        *,
+        includes_usage: bool,
+        has_logprobs: bool,
+    ) -> None:
+        super().__init__(generation)
+        self._base = {**base, "usage": None} if includes_usage else base
+        self._includes_usage = includes_usage
+        self._has_logprobs = has_logprobs
+        self._opened: set[int] = set()
+        self._frames: dict[int, tuple[str, str]] = {}
+
+    @abstractmethod
+    def choices(self, index: int, event: GenerationEvent) -> Iterable[dict[str, JsonValue]]:
+        """Return the choice objects that say `event`; none for nothing to say."""
+
+    def opening(self, index: int) -> Iterable[dict[str, JsonValue]]:
+        """Return the choice objects that come before a choice's first event."""
+        del index
+        return ()
+
+    def chunks(self, events: Sequence[TaggedEvent]) -> str:
+        """Return the SSE text of `events`."""
+        parts: list[str] = []
+        for index, event in events:
+            frame = self._frames.get(index)
+            if frame is None or type(event) is not TextDelta:
+                parts.append(self._uncommon(index, event))
+            elif event.text:
+                parts.append(f"{frame[0]}{_dumps(event.text)}{frame[1]}")
+        return "".join(parts)
+
+    def closing(self) -> str:
+        """Return the usage chunk, if asked for, and the end mark."""
+        if not self._includes_usage:
+            return DONE
+        usage = self._generation.usage().model_dump(mode="json", exclude_unset=True)
+        last = {**self._base, "usage": usage, "timing": self._generation.timing()}
+        return f"data: {_dumps(last)}\n\n{DONE}"
+
+    def failing(self, error: ImpetusError, record: RequestRecord) -> str:
+        """Return the envelope as data, and the end mark."""
+        del record
+        return f"data: {error_body(error).decode('ascii')}\n\n{DONE}"
+
+    def _uncommon(self, index: int, event: GenerationEvent) -> str:
+        if isinstance(event, PrefillProgress):
+            return prefill_comment(event)
+        if isinstance(event, Finished):
+            self._generation.note_finished(index, event)
+        text = ""
+        if index not in self._opened:
+            self._opened.add(index)
+            text = "".join(map(self._chunk, self.opening(index)))
+            if not self._has_logprobs:
+                (choice,) = self.choices(index, TextDelta(_MARK))
+                prefix, suffix = self._chunk(choice).split(_dumps(_MARK))
+                self._frames[index] = (prefix, suffix)
+        return text + "".join(map(self._chunk, self.choices(index, event)))
+
+    def _chunk(self, choice: dict[str, JsonValue]) -> str:
+        return f"data: {_dumps({**self._base, 'choices': [choice]})}\n\n"
