@@ -5,6 +5,7 @@ ImpetusError                    500 server_error            internal_error
 │ ├ UnsupportedParameter            unsupported_parameter (param)
 │ ├ UnsupportedCapability           unsupported_capability
 │ ├ ContextLengthExceeded           context_length_exceeded
+│ ├ PreviousResponseNotFound        previous_response_not_found
 │ └ BodyTooLarge                413 request_too_large
 ├ AuthenticationError           401 authentication_error    invalid_api_key
 ├ PermissionDenied              403 permission_error        permission_denied
@@ -74,9 +75,11 @@ class UnsupportedCapability(RequestError):
 
 
 class ContextLengthExceeded(RequestError):
-    """The prompt does not fit the granted context."""
+    """The prompt does not fit the granted context; both are in tokens, 0 where unknown."""
 
     code = "context_length_exceeded"
+    prompt_tokens = 0
+    context_tokens = 0
 
     @classmethod
     def of(
@@ -84,19 +87,29 @@ class ContextLengthExceeded(RequestError):
     ) -> "ContextLengthExceeded":
         """Build the error with both numbers, worded as OpenAI words it."""
         if max_tokens:
-            return cls(
+            error = cls(
                 f"This model's maximum context length is {context_tokens} tokens. However, you "
                 f"requested {prompt_tokens + max_tokens} tokens ({prompt_tokens} in the messages, "
                 f"{max_tokens} in the completion). Please reduce the length of the messages or "
                 "completion.",
                 param="messages",
             )
-        return cls(
-            f"This model's maximum context length is {context_tokens} tokens. However, your "
-            f"messages resulted in {prompt_tokens} tokens. Please reduce the length of the "
-            "messages.",
-            param="messages",
-        )
+        else:
+            error = cls(
+                f"This model's maximum context length is {context_tokens} tokens. However, your "
+                f"messages resulted in {prompt_tokens} tokens. Please reduce the length of the "
+                "messages.",
+                param="messages",
+            )
+        error.prompt_tokens = prompt_tokens + max_tokens
+        error.context_tokens = context_tokens
+        return error
+
+
+class PreviousResponseNotFound(RequestError):
+    """The response that a request wants to follow is not stored."""
+
+    code = "previous_response_not_found"
 
 
 class BodyTooLarge(RequestError):

@@ -1,4 +1,4 @@
-"""Every error in OpenAI's envelope, and the request id on every response."""
+"""Every error in the envelope of its API, and the request id on every response."""
 
 import json
 import logging
@@ -13,7 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from core.errors import ImpetusError, NotFound, RequestError
+from core.errors import (
+    ContextLengthExceeded,
+    EngineFailed,
+    ImpetusError,
+    NotFound,
+    RequestError,
+)
 from core.metrics import Metrics
 from router.context import RequestRecord, keep_server_send, record_of
 
@@ -22,9 +28,41 @@ _logger = logging.getLogger(__name__)
 CLIENT_CLOSED_REQUEST = 499
 
 
+_ANTHROPIC_PATH = "/v1/messages"
+# Source: Anthropic's API reference, "Errors".
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
 def error_body(error: ImpetusError) -> bytes:
-    """Return the envelope as ASCII JSON, which can hold any text."""
+    """Return OpenAI's envelope as ASCII JSON, which can hold any text."""
     return json.dumps(error.envelope(), separators=(",", ":")).encode("ascii")
+
+
+def anthropic_error_body(error: ImpetusError, record: RequestRecord) -> bytes:
+    """Return Anthropic's envelope as ASCII JSON."""
+    message = error.message
+    if isinstance(error, ContextLengthExceeded) and error.context_tokens:
+        # Claude Code shortens a conversation when it reads exactly these words.
+        message = (
+            f"prompt is too long: {error.prompt_tokens} tokens > {error.context_tokens} maximum"
+        )
+    kind = "api_error" if error.status >= 500 else "invalid_request_error"
+    if not isinstance(error, EngineFailed):
+        kind = _ANTHROPIC_TYPES.get(error.status, kind)
+    envelope = {
+        "type": "error",
+        "error": {"type": kind, "message": message},
+        "request_id": record.request_id,
+    }
+    return json.dumps(envelope, separators=(",", ":")).encode("ascii")
 
 
 def error_response(
@@ -36,12 +74,23 @@ def error_response(
         all_headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
         all_headers["www-authenticate"] = "Bearer"
-    return Response(
-        error_body(error),
-        status_code=error.status if status is None else status,
-        headers=all_headers,
-        media_type="application/json",
-    )
+    return _ErrorResponse(error, error.status if status is None else status, all_headers)
+
+
+class _ErrorResponse(Response):
+    """An error whose envelope is chosen when it is sent, by the path that was asked for."""
+
+    def __init__(self, error: ImpetusError, status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(
+            error_body(error), status_code=status, headers=headers, media_type="application/json"
+        )
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith(_ANTHROPIC_PATH):
+            self.body = anthropic_error_body(self._error, record_of(scope))
+            self.headers["content-length"] = str(len(self.body))
+        await super().__call__(scope, receive, send)
 
 
 def internal_error(record: RequestRecord) -> ImpetusError:

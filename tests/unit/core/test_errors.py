@@ -25,6 +25,11 @@ def test_error_survives_pickling(cls: type[ImpetusError]) -> None:
     assert copy.retry_after_s == 7
 
 
+def test_context_error_keeps_its_numbers_when_pickled() -> None:
+    copy = pickle.loads(pickle.dumps(ContextLengthExceeded.of(90, 80)))
+    assert (copy.prompt_tokens, copy.context_tokens) == (90, 80)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_error_is_drawn_in_the_module_docstring(cls: type[ImpetusError]) -> None:
     assert errors.__doc__ is not None
