@@ -204,7 +204,8 @@ class _Run:
             prefill_s=first_at - self.started_at,
             decode_s=now - first_at,
         )
-        return Finished(reason, Usage(self._prompt_tokens, completion_tokens), timing)
+        usage = Usage(self._prompt_tokens, completion_tokens)
+        return Finished(reason, usage, timing, self._answer.matched_stop)
 
 
 class _Answer:
@@ -219,6 +220,11 @@ class _Answer:
     def is_cut(self) -> bool:
         """Whether nothing after this place belongs to the answer."""
         return self._stop.is_matched or (self._parser is not None and self._parser.is_done)
+
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._stop.matched or None
 
     def push(self, snapshot: str) -> list[Piece]:
         """Return the new pieces.  Raises EngineFailed if earlier text has changed."""

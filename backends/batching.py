@@ -15,7 +15,7 @@ from backends.prepare import Prepared, Preparer
 from backends.threads import name_this_thread
 from backends.ticket import Inbox, LoopSink, Ticket
 from core.errors import EngineFailed, ImpetusError, QueueFull
-from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress
+from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -124,13 +124,19 @@ class BatchingEngine(Engine):
             self._preparing -= 1
         ticket = Ticket(request, prepared, sink, loop, loop.create_future(), submitted_at)
         if not prepared.max_tokens:
-            return ticket.answer_at_once(time.monotonic())
+            return ticket.finish_at_once(time.monotonic())
         self._submit(ticket)
         try:
             return await ticket.done
         finally:
             if not ticket.done.done() or ticket.done.cancelled():
                 self._cancel(ticket)
+
+    async def count_tokens(self, prompt: Prompt) -> int:
+        """Return the prompt's length; see `TokenCounting`."""
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._prepare_pool, self._preparer.count, prompt)
 
     def _prepare(self, request: GenerationRequest) -> Prepared:
         self._check_open()

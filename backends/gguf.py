@@ -20,6 +20,7 @@ from backends.gguf_memory import estimate_gguf
 from backends.gguf_model import GgufModel
 from backends.gguf_stepper import GgufStepper
 from backends.grants import as_granted
+from backends.infill import read_infill
 from backends.prepare import Preparer
 from core.types import Capability, SamplingParams
 
@@ -69,6 +70,7 @@ def _open_generator(info: ModelInfo, model: GgufModel, options: EngineOptions) -
         context_tokens=options.context_tokens,
         bos_text=bos if model.adds_bos else "",
         defaults=_recommended_sampling(info),
+        infill=read_infill(info.details),
     )
     return BatchingEngine(
         info,

@@ -9,6 +9,7 @@ from backends.base import ModelInfo
 from backends.gguf_header import GgufFile as GgufFile
 from backends.gguf_header import read_gguf as read_gguf
 from backends.gguf_layout import FILE_TYPES, broken
+from backends.infill import infill_details
 from core.types import Capability
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
@@ -178,6 +179,8 @@ def _capabilities(file: GgufFile) -> frozenset[Capability]:
         capabilities.add(Capability.TOOLS)
     if "<think>" in template or file.has_think_token:
         capabilities.add(Capability.REASONING)
+    if file.infill is not None:
+        capabilities.add(Capability.INFILL)
     return frozenset(capabilities)
 
 
@@ -209,7 +212,7 @@ def _details(file: GgufFile) -> dict[str, int | float | str | bool]:
     for name, text in (("bos_token", file.bos_token), ("eos_token", file.eos_token)):
         if text:
             details[name] = text
-    return details | _recommended_sampling(file)
+    return details | infill_details(file.infill) | _recommended_sampling(file)
 
 
 def _recommended_sampling(file: GgufFile) -> dict[str, int | float | str | bool]:

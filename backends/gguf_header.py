@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from backends.gguf_infill import gguf_infill
 from backends.gguf_layout import (
     ARRAY,
     FLOAT32,
@@ -18,6 +19,7 @@ from backends.gguf_layout import (
     broken,
     opened,
 )
+from backends.infill import InfillTokens
 from core.errors import NotThisFormat
 
 MAX_ENTRIES = 65_536
@@ -57,6 +59,7 @@ class GgufFile:
     bos_token: str = ""
     eos_token: str = ""
     has_think_token: bool = False
+    infill: InfillTokens | None = None
 
     @property
     def architecture(self) -> str:
@@ -122,6 +125,7 @@ def read_gguf(path: Path) -> GgufFile:
         bos_token=_token(tokens, metadata.values.get("tokenizer.ggml.bos_token_id")),
         eos_token=_token(tokens, metadata.values.get("tokenizer.ggml.eos_token_id")),
         has_think_token=_THINK in tokens,
+        infill=gguf_infill(tokens, metadata.values),
     )
 
 

@@ -7,6 +7,7 @@ from backends.batching import BatchingEngine
 from backends.chat import MARKERS, ChatFormat
 from backends.hf_folder import HfFolder
 from backends.hf_tokenizer import HfTokenizer
+from backends.infill import find_infill
 from backends.prepare import Preparer
 from core.types import SamplingParams
 
@@ -36,6 +37,7 @@ def open_token_engine(
         context_tokens=context_tokens,
         bos_text=tokenizer.bos_text if tokenizer.adds_bos else "",
         defaults=recommended_sampling(folder),
+        infill=find_infill(tokenizer.special_id),
     )
     return BatchingEngine(info, preparer, open_stepper, max_waiting=options.max_waiting)
 

@@ -1,5 +1,6 @@
 """What a Hugging Face model folder is and can do, from its files alone."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,9 @@ from backends.hf_header import (
     broken,
     safetensors_header,
 )
+from backends.infill import INFILL_NAMES, find_infill
 from core.types import Capability
+from core.units import KIB
 
 __all__ = [
     "HfFolder",
@@ -32,6 +35,7 @@ Details: TypeAlias = Mapping[str, int | float | str | bool]
 
 _MAX_NUMBER = 2**31 - 1
 _MAX_LAYERS = 4096
+_ADDED_TOKENS_BYTES = 512 * KIB
 # What transformers assumes in most of its configurations that leave the length out.
 _DEFAULT_CONTEXT = 2048
 _CACHED = re.compile(r"models--(?:.+--)?([^/]+)")
@@ -203,7 +207,34 @@ def _capabilities(folder: HfFolder) -> frozenset[Capability]:
         capabilities.add(Capability.TOOLS)
     if "<think>" in template:
         capabilities.add(Capability.REASONING)
+    if find_infill(_added_tokens(folder).get) is not None:
+        capabilities.add(Capability.INFILL)
     return frozenset(capabilities)
+
+
+def _added_tokens(folder: HfFolder) -> dict[str, int]:
+    """Return the ids of the tokens that the folder lists beside its vocabulary."""
+    listed = folder.tokenizer_config.get("added_tokens_decoder")
+    if isinstance(listed, dict):
+        found = {}
+        for key, value in listed.items():
+            content = value.get("content") if isinstance(value, dict) else None
+            if isinstance(content, str) and key.isdecimal():
+                found[content] = int(key)
+        return found
+    start = _tokenizer_start(folder)
+    spellings = {name: (f'"{name}"', json.dumps(name)) for name in INFILL_NAMES}
+    return {name: 0 for name, forms in spellings.items() if any(form in start for form in forms)}
+
+
+def _tokenizer_start(folder: HfFolder) -> str:
+    """Return what tokenizer.json has before its vocabulary: the added tokens, by their names."""
+    try:
+        with (folder.path / "tokenizer.json").open("rb") as file:
+            start = file.read(_ADDED_TOKENS_BYTES)
+    except OSError:
+        return ""
+    return start.partition(b'"vocab"')[0].decode("utf-8", "replace")
 
 
 def _numbers(folder: HfFolder) -> dict[str, int]:

@@ -112,6 +112,11 @@ class HfTokenizer:
         text = self._tokenizer.id_to_token(token_id) if 0 <= token_id < self._size else None
         return b"" if text is None else self._reader.read(text)
 
+    def special_id(self, text: str) -> int | None:
+        """Return the id of the added token that is spelled so; None where there is none."""
+        token_id: int | None = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self._added else None
+
     def show(self, *token_texts: bytes) -> None:
         """Let the control tokens of these names appear in the text."""
         for token_id in self._special:

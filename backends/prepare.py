@@ -6,16 +6,20 @@ from dataclasses import dataclass, field, replace
 from backends.base import Constraint, ModelInfo, Tokenizer, TokenMask
 from backends.chat import ChatFormat, OutputParser
 from backends.constraint import json_constraint
+from backends.infill import InfillTokens
 from backends.text import TextAssembler
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
 from core.types import (
     ChatPrompt,
     GenerationEvent,
     GenerationRequest,
+    InfillPrompt,
     JsonOutput,
+    Prompt,
     SamplingParams,
     TextDelta,
     TextPrompt,
+    TokenPrompt,
 )
 
 
@@ -62,6 +66,7 @@ class Preparer:
         context_tokens: int,
         bos_text: str = "",
         defaults: SamplingParams | None = None,
+        infill: InfillTokens | None = None,
     ) -> None:
         self._info = info
         self._tokenizer = tokenizer
@@ -69,6 +74,7 @@ class Preparer:
         self.context_tokens = context_tokens
         self._bos_text = bos_text
         self._defaults = defaults or SamplingParams()
+        self._infill = infill
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Render, tokenize and check.  Raises RequestError, ContextLengthExceeded, BrokenModel."""
@@ -115,25 +121,43 @@ class Preparer:
             for token_id in generated:
                 prepared.mask.accept(token_id)
 
+    def count(self, prompt: Prompt) -> int:
+        """Return how many tokens `prompt` comes to; raises as `prepare`, but not for its length."""
+        if isinstance(prompt, ChatPrompt):
+            return len(self._chat_ids(self._chat.render(prompt)))
+        return len(self._plain_ids(prompt))
+
     def _read(self, request: GenerationRequest) -> _Text:
         if isinstance(request.prompt, ChatPrompt):
             return self._read_chat(request.prompt, request.output)
         constraint = None
         if request.output is not None:
             constraint = json_constraint(request.output.schema)
-        if isinstance(request.prompt, TextPrompt):
-            text = request.prompt.text
-            ids = self._tokenizer.encode(text, add_bos=True, parse_special=True)
-        else:
-            ids = self._checked(request.prompt.token_ids)
-        return _Text(ids, constraint=constraint)
+        return _Text(self._plain_ids(request.prompt), constraint=constraint)
+
+    def _plain_ids(self, prompt: TextPrompt | TokenPrompt | InfillPrompt) -> list[int]:
+        match prompt:
+            case TextPrompt(text):
+                return self._tokenizer.encode(text, add_bos=True, parse_special=True)
+            case TokenPrompt(token_ids):
+                return self._checked(token_ids)
+            case InfillPrompt():
+                if self._infill is None:
+                    raise UnsupportedParameter(
+                        f"The model {self._info.name} has no tokens for filling in the middle.",
+                        param="suffix",
+                    )
+                return self._infill.token_ids(prompt, self._tokenizer)
+
+    def _chat_ids(self, rendered: str) -> list[int]:
+        # Many templates write the token themselves; the tokenizer adds it again otherwise.
+        text = rendered.removeprefix(self._bos_text) if self._bos_text else rendered
+        return self._tokenizer.encode(text, add_bos=True, parse_special=True)
 
     def _read_chat(self, prompt: ChatPrompt, output: JsonOutput | None) -> _Text:
         rendered = self._chat.render(prompt)
-        # Many templates write the token themselves; the tokenizer adds it again otherwise.
-        text = rendered.removeprefix(self._bos_text) if self._bos_text else rendered
         return _Text(
-            self._tokenizer.encode(text, add_bos=True, parse_special=True),
+            self._chat_ids(rendered),
             self._chat.parser(prompt, rendered),
             self._chat.stop,
             self._chat.constraint(prompt, output, rendered),

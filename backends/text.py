@@ -70,7 +70,7 @@ class StopMatcher:
     Text is held back only while it may still become a stop string.
     """
 
-    __slots__ = ("_characters", "_held", "_longest", "_stop", "is_matched")
+    __slots__ = ("_characters", "_held", "_longest", "_stop", "is_matched", "matched")
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(string for string in stop if string)
@@ -78,6 +78,7 @@ class StopMatcher:
         self._characters = frozenset("".join(self._stop))
         self._held = ""
         self.is_matched = False
+        self.matched = ""
 
     def push(self, text: str) -> str:
         """Return the text that is certainly no part of a stop string."""
@@ -92,7 +93,9 @@ class StopMatcher:
         if found:
             self.is_matched = True
             self._held = ""
-            return text[: min(found)[1]]
+            end, start = min(found)
+            self.matched = text[start:end]
+            return text[:start]
         held = self._held_length(text)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
@@ -158,6 +161,11 @@ class TextAssembler:
     def reason(self) -> FinishReason | None:
         """Why the sequence has ended, or None while it goes on."""
         return self._reason
+
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return (self._stop.matched or None) if self._stop is not None else None
 
     def push(self, output: StepOutput) -> list[GenerationEvent]:
         """Return the events of one step; nothing for prefill, nor once `reason` is set."""

@@ -71,10 +71,11 @@ class Ticket:
             prefill_s=self.first_token_at - self.added_at,
             decode_s=now - self.first_token_at,
         )
-        return Finished(prepared.assembler.reason or reason, usage, timing)
+        assembler = prepared.assembler
+        return Finished(assembler.reason or reason, usage, timing, assembler.matched_stop)
 
-    def answer_at_once(self, now: float) -> Finished:
-        """Deliver and return the end of a request that wants no new token: its prompt at most."""
+    def finish_at_once(self, now: float) -> Finished:
+        """Answer a request that wants no new token: its own prompt at most."""
         self.added_at = self.first_token_at = now
         finished = self.finish("length", now)
         self.sink.deliver([(self.request.id, [*self.prepared.take_opening(), finished])])

@@ -31,7 +31,7 @@ from core.settings import Settings
 logger = logging.getLogger(__name__)
 
 # Part of every fingerprint: raised when identification learns more, so that all is read again.
-_READER_VERSION = 2
+_READER_VERSION = 3
 
 
 def scan(

@@ -22,6 +22,7 @@ class Capability(StrEnum):
     EMBEDDING = "embedding"
     TOOLS = "tools"
     REASONING = "reasoning"
+    INFILL = "infill"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,15 @@ class TokenPrompt:
     token_ids: tuple[int, ...]
 
 
-Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
+@dataclass(frozen=True, slots=True)
+class InfillPrompt:
+    """Text with a gap, to be filled by a model that has tokens for this."""
+
+    prefix: str
+    suffix: str
+
+
+Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt | InfillPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +215,12 @@ FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of every generation that did not raise."""
+    """The last event of every generation that did not raise; `stop` is the stop string met."""
 
     reason: FinishReason
     usage: Usage
     timing: Timing = field(default_factory=Timing)
+    stop: str | None = None
 
 
 GenerationEvent: TypeAlias = PrefillProgress | TextDelta | ReasoningDelta | ToolCallDelta | Finished

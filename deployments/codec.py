@@ -62,16 +62,15 @@ def _pack(event: GenerationEvent) -> tuple[Any, ...]:
             return (_TOOL_CALL, event.index, event.id, event.name, event.arguments, event.token_ids)
         case PrefillProgress():
             return (_PREFILL, event.done_tokens, event.total_tokens)
-        case Finished(reason, usage, timing):
+        case Finished(reason, usage, timing, stop):
             counts = (
                 usage.prompt_tokens,
                 usage.completion_tokens,
                 usage.cached_tokens,
                 usage.reasoning_tokens,
             )
-            return (
-                _FINISHED, reason, counts, (timing.queued_s, timing.prefill_s, timing.decode_s)
-            )  # fmt: skip
+            times = (timing.queued_s, timing.prefill_s, timing.decode_s)
+            return (_FINISHED, reason, counts, times, stop)
 
 
 def _unpack(data: list[Any]) -> GenerationEvent:
@@ -86,7 +85,7 @@ def _unpack(data: list[Any]) -> GenerationEvent:
     if kind == _PREFILL:
         return PrefillProgress(data[1], data[2])
     if kind == _FINISHED:
-        return Finished(data[1], Usage(*data[2]), Timing(*data[3]))
+        return Finished(data[1], Usage(*data[2]), Timing(*data[3]), data[4])
     raise ValueError(f"unknown event {kind}")
 
 

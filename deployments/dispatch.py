@@ -13,6 +13,7 @@ from core.types import (
     GenerationEvent,
     GenerationRequest,
     PrefillProgress,
+    Prompt,
 )
 from deployments.calls import Handle, call, direct
 from deployments.codec import LENGTH_BYTES, decode_body
@@ -181,13 +182,22 @@ class HandleDispatcher:
 
     async def embed(self, model_id: str, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
         """Return one vector per input; a lost replica costs another attempt."""
+        embeddings: Embeddings = await self._ask("embed", model_id, inputs)
+        return embeddings
+
+    async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
+        """Return how many tokens `prompt` comes to; a lost replica costs another attempt."""
+        count: int = await self._ask("count_tokens", model_id, prompt)
+        return count
+
+    async def _ask(self, method: str, model_id: str, argument: Any) -> Any:
+        """Call a method of the replica that holds the model, loading the model first if need be."""
         lost = ""
         for attempt in range(_MOST_ATTEMPTS):
             residency = await self._ensure(model_id, lost)
             handle = self._formats[residency.format]
             try:
-                embeddings: Embeddings = await call(handle.embed.remote(model_id, inputs))
-                return embeddings
+                return await call(getattr(handle, method).remote(model_id, argument))
             except (ModelNotResident, ReplicaDied) as problem:
                 self._forget(residency)
                 lost = residency.replica_id

@@ -13,10 +13,16 @@ import ray
 from ray import serve
 
 from backends.base import Engine
+from backends.counting import TokenCounting
 from backends.limits import UNLIMITED, EngineLimits, Limitable
 from backends.registry import backends_for
-from core.errors import EngineFailed, ModelFileMissing, ModelNotResident
-from core.types import Embeddings, GenerationRequest
+from core.errors import (
+    EngineFailed,
+    ModelFileMissing,
+    ModelNotResident,
+    UnsupportedCapability,
+)
+from core.types import Embeddings, GenerationRequest, Prompt
 from deployments.codec import StepEvents, encode_frame
 from deployments.errors import returning_errors
 from deployments.frames import FrameSender
@@ -161,6 +167,17 @@ class FormatReplica:
         """Return one vector per input."""
         with self._lease(model_id) as resident:
             return await resident.engine.embed(inputs)
+
+    @returning_errors
+    async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
+        """Return how many tokens a prompt comes to for this model."""
+        with self._lease(model_id) as resident:
+            engine = resident.engine
+            if not isinstance(engine, TokenCounting):
+                raise UnsupportedCapability(
+                    f"The model {model_id} cannot count tokens.", param="model"
+                )
+            return await engine.count_tokens(prompt)
 
     @contextmanager
     def _lease(self, model_id: str) -> Iterator[_Resident]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from core.settings import Settings
-from core.types import Capability, Embeddings, GenerationEvent, GenerationRequest
+from core.types import Capability, Embeddings, GenerationEvent, GenerationRequest, Prompt
 
 ModelState: TypeAlias = Literal["resident", "loading", "available", "unavailable", "refused"]
 Priority: TypeAlias = Literal["interactive", "batch"]
@@ -96,6 +96,13 @@ class Dispatcher(Protocol):
 
     async def embed(self, model_id: str, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
         """Return one vector per input, in order."""
+        ...
+
+    async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
+        """Return how many tokens `prompt` comes to, templates and tools included.
+
+        Raises UnsupportedCapability for a model that cannot tell.
+        """
         ...
 
 

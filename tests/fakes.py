@@ -15,6 +15,7 @@ from core.types import (
     FinishReason,
     GenerationEvent,
     GenerationRequest,
+    Prompt,
     TextDelta,
     Usage,
 )
@@ -82,6 +83,8 @@ class FakeDispatcher:
         self.requests: list[GenerationRequest] = []
         self.embedded: list[Sequence[str | Sequence[int]]] = []
         self.vectors: Any = None
+        self.counted: list[Prompt] = []
+        self.count_error: Exception | None = None
         self.embed_gate: asyncio.Event | None = None
         self.played = 0
         self.running = 0
@@ -116,6 +119,13 @@ class FakeDispatcher:
         if vectors is None:
             vectors = [[index, 0.5, -1.25] for index in range(len(inputs))]
         return Embeddings(np.asarray(vectors, dtype=np.float32), prompt_tokens=5)
+
+    async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
+        del model_id
+        self.counted.append(prompt)
+        if self.count_error is not None:
+            raise self.count_error
+        return 42
 
     def _enter(self) -> None:
         self.running += 1

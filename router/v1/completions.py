@@ -6,13 +6,16 @@ from openai.types import Completion
 from starlette.requests import Request
 from starlette.responses import Response
 
+from core.errors import UnsupportedParameter
 from core.types import (
     Capability,
     Finished,
     GenerationEvent,
     GenerationRequest,
+    InfillPrompt,
     JsonValue,
     PrefillProgress,
+    Prompt,
     ReasoningDelta,
     TextDelta,
     TextPrompt,
@@ -36,6 +39,11 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
         body = await read_request(request, CompletionRequest)
         record = record_of(request.scope)
         view = await context.model(body.model, Capability.COMPLETION, record)
+        if body.suffix and Capability.INFILL not in view.capabilities:
+            raise UnsupportedParameter(
+                f"suffix: the model {view.id} has no tokens for filling in the middle.",
+                param="suffix",
+            )
         answer_id = f"cmpl-{record.suffix}"
         requests = _requests(body, answer_id, view.id, context.services.settings.request_timeout_s)
         headers = context.ignored.report(body.ignored_names())
@@ -73,7 +81,7 @@ def _requests(
         GenerationRequest(
             id=answer_id if count == 1 else f"{answer_id}-{number * n + index}",
             model_id=model_id,
-            prompt=TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt),
+            prompt=_prompt(prompt, body.suffix),
             sampling=body.sampling(top_logprobs=body.logprobs, index=index),
             max_tokens=body.token_limit,
             stop=body.stop,
@@ -84,6 +92,12 @@ def _requests(
         for number, prompt in enumerate(body.prompt)
         for index in range(n)
     )
+
+
+def _prompt(prompt: str | tuple[int, ...], suffix: str | None) -> Prompt:
+    if not isinstance(prompt, str):
+        return TokenPrompt(prompt)
+    return InfillPrompt(prompt, suffix) if suffix else TextPrompt(prompt)
 
 
 def _base(generation: Generation, answer_id: str) -> dict[str, JsonValue]:

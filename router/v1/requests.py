@@ -223,18 +223,18 @@ class ChatRequest(GenerationFields):
 class CompletionRequest(GenerationFields):
     """Body of `POST /v1/completions`."""
 
-    unsupported: ClassVar = {"suffix": ("",)}
     harmless: ClassVar = _HINTS
 
     prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_inputs)]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: int | None = None
     response_format: ResponseFormat | None = None
 
     def refuse_unsupported(self) -> None:
-        """Also refuse a best_of that would drop answers, and too many sequences."""
+        """Also refuse fields that contradict each other, and too many sequences."""
         super().refuse_unsupported()
         if self.best_of is not None:
             refuse_unless_off("best_of", self.best_of, (self.n or 1,))
@@ -245,6 +245,10 @@ class CompletionRequest(GenerationFields):
             )
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens: 0 is for echo: true only", param="max_tokens")
+        if self.suffix and self.echo:
+            raise RequestError("suffix: not together with echo", param="suffix")
+        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
+            raise RequestError("suffix: needs a prompt of text, not of tokens", param="suffix")
 
     @property
     def token_limit(self) -> int:

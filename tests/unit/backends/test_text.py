@@ -103,6 +103,8 @@ def test_stop_matcher_cuts_alike_however_split(
     shown = "".join(matcher.push(part.decode()) for part in cut(text.encode(), places))
     assert shown + matcher.flush() == first_stop(text, stop)
     assert matcher.is_matched == any(string in text for string in stop)
+    assert (matcher.matched in stop) == matcher.is_matched
+    assert text.startswith(shown + matcher.matched)
 
 
 def test_stop_matcher_holds_only_what_may_become_a_stop() -> None:

@@ -23,6 +23,7 @@ EVENTS: list[GenerationEvent] = [
     ToolCallDelta(0, "call_1", "read", "", (4,)),
     ToolCallDelta(0, None, None, '{"path":', ()),
     Finished("tool_calls", Usage(10, 5, 4, 2), Timing(0.1, 0.2, 0.3)),
+    Finished("stop", Usage(10, 5), stop="END"),
 ]
 
 

@@ -256,6 +256,13 @@ async def test_embed_tries_again_where_the_model_was_lost(receiver: FrameReceive
     assert await subject.embed("m", ["x"]) is embeddings
 
 
+async def test_tokens_are_counted_where_the_model_is(receiver: FrameReceiver) -> None:
+    replica = FakeHandle(count_tokens=answering(NOT_RESIDENT, 17))
+    subject = dispatcher(receiver, loads("a", "b"), replica)
+    assert await subject.count_tokens("m", TextPrompt("hi")) == 17
+    assert replica.count_tokens.calls[-1] == ("m", TextPrompt("hi"))
+
+
 async def test_embed_gives_up_after_three_attempts(receiver: FrameReceiver) -> None:
     replica = FakeHandle(embed=answering(NOT_RESIDENT))
     with pytest.raises(EngineFailed):

@@ -1,0 +1,17 @@
+"""Counting a prompt's tokens, for engines that can."""
+
+from typing import Protocol, runtime_checkable
+
+from core.types import Prompt
+
+
+@runtime_checkable
+class TokenCounting(Protocol):
+    """An engine that knows how long a prompt is without running it."""
+
+    async def count_tokens(self, prompt: Prompt) -> int:
+        """Return the prompt's tokens, the chat template's and the tools' included.
+
+        Raises what `Engine.generate` raises for a prompt, but not for its length.
+        """
+        ...
