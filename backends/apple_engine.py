@@ -205,7 +205,7 @@ class _Run:
             decode_s=now - first_at,
         )
         usage = Usage(self._prompt_tokens, completion_tokens)
-        return Finished(reason, usage, timing, self._answer.matched_stop)
+        return Finished(reason, usage, timing, stop=self._answer.matched_stop)
 
 
 class _Answer:

@@ -72,7 +72,7 @@ class Ticket:
             decode_s=now - self.first_token_at,
         )
         assembler = prepared.assembler
-        return Finished(assembler.reason or reason, usage, timing, assembler.matched_stop)
+        return Finished(assembler.reason or reason, usage, timing, stop=assembler.matched_stop)
 
     def finish_at_once(self, now: float) -> Finished:
         """Answer a request that wants no new token: its own prompt at most."""

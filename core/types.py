@@ -61,6 +61,7 @@ class ChatPrompt:
 
     `tool_choice` is "none", "auto", "required" or the name of the one function to call, the
     last as `("function", name)`.  `template_kwargs` are extra variables for the template.
+    After `reasoning_budget` tokens of reasoning the answer has to begin; None: no bound.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -68,6 +69,7 @@ class ChatPrompt:
     tool_choice: Literal["none", "auto", "required"] | tuple[Literal["function"], str] = "auto"
     parallel_tool_calls: bool = True
     template_kwargs: Mapping[str, JsonValue] = field(default_factory=dict)
+    reasoning_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

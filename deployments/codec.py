@@ -85,7 +85,7 @@ def _unpack(data: list[Any]) -> GenerationEvent:
     if kind == _PREFILL:
         return PrefillProgress(data[1], data[2])
     if kind == _FINISHED:
-        return Finished(data[1], Usage(*data[2]), Timing(*data[3]), data[4])
+        return Finished(data[1], Usage(*data[2]), Timing(*data[3]), stop=data[4])
     raise ValueError(f"unknown event {kind}")
 
 

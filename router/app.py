@@ -25,6 +25,7 @@ from router.services import Management, Services
 from router.v1.chat import chat_endpoint
 from router.v1.completions import completion_endpoint
 from router.v1.embeddings import embedding_endpoint
+from router.v1.messages_endpoints import count_tokens_endpoint, messages_endpoint
 from router.v1.models import model_endpoint, models_endpoint
 
 
@@ -70,6 +71,8 @@ def _add_routes(app: FastAPI, context: RouteContext) -> None:
     add("/v1/chat/completions", chat_endpoint(context), "POST")
     add("/v1/completions", completion_endpoint(context), "POST")
     add("/v1/embeddings", embedding_endpoint(context), "POST")
+    add("/v1/messages", messages_endpoint(context), "POST")
+    add("/v1/messages/count_tokens", count_tokens_endpoint(context), "POST")
 
 
 def _add_management_routes(app: FastAPI, context: RouteContext, management: Management) -> None:

@@ -87,7 +87,7 @@ class _ErrorResponse(Response):
         self._error = error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"].startswith(_ANTHROPIC_PATH):
+        if _is_anthropic(scope):
             self.body = anthropic_error_body(self._error, record_of(scope))
             self.headers["content-length"] = str(len(self.body))
         await super().__call__(scope, receive, send)
@@ -96,6 +96,11 @@ class _ErrorResponse(Response):
 def internal_error(record: RequestRecord) -> ImpetusError:
     """Return what a user is told of a bug."""
     return ImpetusError(f"internal error, request id {record.request_id}")
+
+
+def _is_anthropic(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/")
 
 
 def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
@@ -159,7 +164,10 @@ class RequestBoundary:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = record.request_id
+                if _is_anthropic(scope):
+                    headers["request-id"] = record.request_id
             await send(message)
 
         self._metrics.in_flight.inc()

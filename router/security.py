@@ -160,7 +160,7 @@ class OriginGuard(_Guard):
                 headers = MutableHeaders(scope=message)
                 headers["access-control-allow-origin"] = origin
                 headers["access-control-expose-headers"] = (
-                    "x-request-id, x-impetus-ignored, x-impetus-timing, retry-after"
+                    "x-request-id, request-id, x-impetus-ignored, x-impetus-timing, retry-after"
                 )
                 headers.add_vary_header("Origin")
             await send(message)

@@ -154,8 +154,8 @@ class StreamOptions(WireModel):
     include_usage: bool | None = None
 
 
-class GenerationFields(WireRequest):
-    """The fields that chat and completions have in common."""
+class SamplingFields(WireRequest):
+    """How the next token is chosen and what ends the answer."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -169,24 +169,8 @@ class GenerationFields(WireRequest):
         default_factory=dict
     )
     stop: Annotated[tuple[str, ...], PlainValidator(parse_stop)] = ()
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
 
-    @property
-    def includes_usage(self) -> bool:
-        """Whether the stream ends with a usage chunk."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    def refuse_unsupported(self) -> None:
-        """Also refuse stream options where nothing is streamed."""
-        super().refuse_unsupported()
-        if self.stream_options is not None and not self.stream:
-            raise RequestError(
-                "stream_options: only allowed together with stream: true", param="stream_options"
-            )
-
-    def sampling(self, *, top_logprobs: int | None, index: int) -> SamplingParams:
+    def sampling(self, *, top_logprobs: int | None, index: int = 0) -> SamplingParams:
         """Return the sampling of the choice `index`; choices after the first get other seeds."""
         seed = self.seed
         if seed is not None and seed + index >= SEED_MODULUS:
@@ -203,3 +187,24 @@ class GenerationFields(WireRequest):
             logit_bias=self.logit_bias,
             top_logprobs=top_logprobs,
         )
+
+
+class GenerationFields(SamplingFields):
+    """The fields that chat and completions have in common."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def refuse_unsupported(self) -> None:
+        """Also refuse stream options where nothing is streamed."""
+        super().refuse_unsupported()
+        if self.stream_options is not None and not self.stream:
+            raise RequestError(
+                "stream_options: only allowed together with stream: true", param="stream_options"
+            )

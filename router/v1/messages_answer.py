@@ -1,0 +1,95 @@
+"""Answers of Anthropic's Messages API: blocks, usage, and why the answer ended."""
+
+from collections.abc import Sequence
+
+import jiter
+
+from core.types import Finished, JsonValue, Usage
+from router.v1.parts import Part
+from router.v1.reasoning import sealed
+
+_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+# Anthropic signs its reasoning; clients only keep the field and send it back.
+SIGNATURE = "unsigned"
+
+
+def message(
+    message_id: str,
+    model_id: str,
+    content: Sequence[JsonValue],
+    usage: JsonValue,
+    ending: dict[str, JsonValue],
+) -> dict[str, JsonValue]:
+    """Return a message; `ending` is its `stop_reason` and `stop_sequence`."""
+    return {
+        "id": message_id,
+        "type": "message",
+        "role": "assistant",
+        "model": model_id,
+        "content": list(content),
+        **ending,
+        "usage": usage,
+    }
+
+
+def block(part: Part, *, hides_thinking: bool) -> dict[str, JsonValue]:
+    """Return a part as a content block."""
+    match part.kind:
+        case "text":
+            return {"type": "text", "text": part.text}
+        case "reasoning":
+            return {
+                "type": "thinking",
+                "thinking": "" if hides_thinking else part.text,
+                "signature": signature(part, hides_thinking=hides_thinking),
+            }
+        case "call":
+            return {
+                "type": "tool_use",
+                "id": part.call_id,
+                "name": part.name,
+                "input": _input(part.text),
+            }
+
+
+def signature(part: Part, *, hides_thinking: bool) -> str:
+    """Return what stands for a signature; hidden reasoning comes back in it."""
+    return sealed(part.text) if hides_thinking else SIGNATURE
+
+
+def _input(arguments: str) -> JsonValue:
+    """Return a call's arguments as an object; those that were cut off as far as they go.
+
+    Text that is no JSON object is kept as the one argument `arguments`, to be seen and refused.
+    """
+    if not arguments.strip():
+        return {}
+    try:
+        value: JsonValue = jiter.from_json(arguments.encode(), partial_mode="trailing-strings")
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {"arguments": arguments}
+
+
+def ending(finished: Finished | None, stop_sequences: Sequence[str]) -> dict[str, JsonValue]:
+    """Return `stop_reason` and `stop_sequence`; both null before the end."""
+    if finished is None:
+        return {"stop_reason": None, "stop_sequence": None}
+    # A model without a template has stop strings of its own, which nobody asked for.
+    stop = finished.stop if finished.stop in stop_sequences else None
+    is_stopped = stop is not None and finished.reason == "stop"
+    return {
+        "stop_reason": "stop_sequence" if is_stopped else _REASONS[finished.reason],
+        "stop_sequence": stop if is_stopped else None,
+    }
+
+
+def usage(counts: Usage) -> dict[str, JsonValue]:
+    """Return the counts in Anthropic's sense: `input_tokens` are those that were computed."""
+    return {
+        "input_tokens": counts.prompt_tokens - counts.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": counts.cached_tokens,
+        "output_tokens": counts.completion_tokens,
+        "output_tokens_details": {"thinking_tokens": counts.reasoning_tokens},
+    }

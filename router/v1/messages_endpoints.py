@@ -1,0 +1,83 @@
+"""`POST /v1/messages` and `POST /v1/messages/count_tokens`."""
+
+from collections.abc import Awaitable, Callable
+
+from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+
+from core.types import Capability, GenerationRequest
+from router.context import RouteContext, record_of
+from router.v1 import messages_answer as answer
+from router.v1.body import read_request
+from router.v1.feed import unless_disconnected
+from router.v1.generation import Generation, nobody_listens
+from router.v1.messages_prompt import to_messages_prompt
+from router.v1.messages_request import MessagesPromptRequest, MessagesRequest
+from router.v1.messages_stream import MessageEvents
+from router.v1.parts import PartAssembler
+from router.v1.sse import EventStream
+
+
+def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler that answers a conversation."""
+
+    async def create_message(request: Request) -> Response:
+        body = await read_request(request, MessagesRequest)
+        record = record_of(request.scope)
+        prompt, output = to_messages_prompt(body), body.output
+        view = await context.model(body.model, Capability.CHAT, record)
+        message_id = f"msg_{record.suffix}"
+        generation_request = GenerationRequest(
+            id=message_id,
+            model_id=view.id,
+            prompt=prompt,
+            sampling=body.sampling,
+            max_tokens=body.max_tokens,
+            stop=body.stop_sequences,
+            output=output,
+            deadline_s=context.services.settings.request_timeout_s,
+        )
+        headers = context.ignored.report(body.ignored_names())
+        generation = Generation(context, view, (generation_request,), 1, headers)
+        if body.stream:
+            return EventStream(generation, MessageEvents(generation, message_id, body))
+        choices = await generation.collect(request.receive)
+        if choices is None:
+            return nobody_listens()
+        assembler = PartAssembler(keeps_empty=False)
+        parts = assembler.push_all(choices[0])
+        assert assembler.finished is not None
+        message = answer.message(
+            message_id,
+            view.id,
+            [answer.block(part, hides_thinking=body.hides_thinking) for part in parts],
+            answer.usage(assembler.finished.usage),
+            answer.ending(assembler.finished, body.stop_sequences),
+        )
+        return Response(
+            to_json(message), media_type="application/json", headers=generation.answer_headers()
+        )
+
+    return create_message
+
+
+def count_tokens_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler that counts a prompt's tokens without answering it."""
+
+    async def count_tokens(request: Request) -> Response:
+        body = await read_request(request, MessagesPromptRequest)
+        prompt = to_messages_prompt(body)
+        view = await context.model(body.model, Capability.CHAT, record_of(request.scope))
+        count = await unless_disconnected(
+            context.services.dispatcher.count_tokens(view.id, prompt), request.receive
+        )
+        if count is None:
+            return nobody_listens()
+        return Response(
+            to_json({"input_tokens": count}),
+            media_type="application/json",
+            headers=context.ignored.report(body.ignored_names()),
+        )
+
+    return count_tokens

@@ -1,0 +1,170 @@
+"""Anthropic's messages and tools → the prompt that a chat template renders."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
+from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
+from router.v1 import messages_request as wire
+from router.v1.reasoning import unsealed, with_reasoning
+from router.v1.wire import check_schema
+
+# Claude Code begins its system prompt with lines that differ in every request, as
+# `x-anthropic-billing-header: …`; they are no part of the prompt and end the reuse of its prefix.
+_HEADER_LINES = re.compile(r"\A(?:[ \t]*x-anthropic-[a-z0-9-]+:[^\n]*(?:\n|\Z))+", re.IGNORECASE)
+
+
+def to_messages_prompt(request: wire.MessagesPromptRequest) -> ChatPrompt:
+    """Return the request's prompt.
+
+    Raises UnsupportedCapability for blocks that are no text, RequestError, UnsupportedParameter.
+    """
+    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
+    messages = list(_system(request.system))
+    for index, message in enumerate(request.messages):
+        messages += _messages(message, f"messages[{index}]")
+    choice = request.tool_choice
+    prompt = ChatPrompt(
+        messages=tuple(messages),
+        tools=tools,
+        tool_choice=_tool_choice(choice, tools),
+        parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
+    )
+    thinking = request.thinking
+    return with_reasoning(
+        prompt,
+        is_on=None if thinking is None or thinking.type == "adaptive" else _is_on(thinking),
+        effort=request.output_config.effort if request.output_config else None,
+        budget_tokens=thinking.budget_tokens if thinking else None,
+    )
+
+
+def _is_on(thinking: wire.Thinking) -> bool:
+    return thinking.type == "enabled"
+
+
+def _system(system: str | Sequence[wire.Block] | None) -> Iterator[ChatMessage]:
+    """Yield the system message, if anything is left of it without the volatile lines."""
+    if isinstance(system, str):
+        texts = [system]
+    else:
+        blocks = enumerate(system or ())
+        texts = [_text(block, f"system[{index}]") for index, block in blocks]
+    kept = [text for text in (_HEADER_LINES.sub("", text) for text in texts) if text]
+    if kept:
+        yield ChatMessage("system", "\n".join(kept))
+
+
+def _messages(message: wire.Message, param: str) -> list[ChatMessage]:
+    content, role = message.content, message.role
+    if isinstance(content, str):
+        return [ChatMessage(role, content)]
+    blocks = [(block, f"{param}.content[{index}]") for index, block in enumerate(content)]
+    if role == "assistant":
+        return [_assistant(blocks)]
+    return list(_user(role, blocks))
+
+
+def _user(
+    role: Literal["user", "system"], blocks: Sequence[tuple[wire.Block, str]]
+) -> Iterator[ChatMessage]:
+    """Yield a tool's message for each result, and one of the role for the texts between them."""
+    texts: list[str] = []
+    for block, param in blocks:
+        if block.type != "tool_result":
+            texts.append(_text(block, param))
+            continue
+        if texts:
+            yield ChatMessage(role, "\n".join(texts))
+            texts.clear()
+        yield _tool_result(block, param)
+    if texts or not blocks:
+        yield ChatMessage(role, "\n".join(texts))
+
+
+def _tool_result(block: wire.Block, param: str) -> ChatMessage:
+    if block.tool_use_id is None:
+        raise RequestError(f"{param}.tool_use_id: required", param=f"{param}.tool_use_id")
+    if isinstance(block.content, list):
+        parts = enumerate(block.content)
+        text = "\n".join(_text(part, f"{param}.content[{index}]") for index, part in parts)
+    else:
+        text = block.content or ""
+    if block.is_error:
+        # Chat templates know no failed results, so the text has to say it.
+        text = f"Error: {text}"
+    return ChatMessage("tool", text, tool_call_id=block.tool_use_id)
+
+
+def _assistant(blocks: Sequence[tuple[wire.Block, str]]) -> ChatMessage:
+    """Return one message; reasoning that another server has redacted cannot be read here."""
+    texts: list[str] = []
+    reasoning: list[str] = []
+    calls: list[ToolCall] = []
+    for block, param in blocks:
+        match block.type:
+            case "thinking":
+                reasoning.append(block.thinking or unsealed(block.signature or "") or "")
+            case "redacted_thinking":
+                pass
+            case "tool_use":
+                calls.append(_tool_use(block, param))
+            case _:
+                texts.append(_text(block, param))
+    return ChatMessage(
+        "assistant",
+        "\n".join(texts),
+        reasoning="\n".join(text for text in reasoning if text) or None,
+        tool_calls=tuple(calls),
+    )
+
+
+def _tool_use(block: wire.Block, param: str) -> ToolCall:
+    for name in ("id", "name", "input"):
+        if getattr(block, name) is None:
+            raise RequestError(f"{param}.{name}: required", param=f"{param}.{name}")
+    arguments = json.dumps(block.input, ensure_ascii=False)
+    return ToolCall(block.id or "", block.name or "", arguments)
+
+
+def _text(block: wire.Block, param: str) -> str:
+    if block.type != "text":
+        raise UnsupportedCapability(
+            f"{param}: blocks of type {block.type[:50]!r} are not supported here; send text.",
+            param=param,
+        )
+    if block.text is None:
+        raise RequestError(f"{param}.text: required", param=f"{param}.text")
+    return block.text
+
+
+def _tool(tool: wire.Tool, param: str) -> Tool:
+    if tool.type not in (None, "custom"):
+        raise UnsupportedParameter(
+            f"{param}: tools of type {tool.type[:50]!r} are not supported.", param=f"{param}.type"
+        )
+    if tool.input_schema is None:
+        raise RequestError(f"{param}.input_schema: required", param=f"{param}.input_schema")
+    check_schema(tool.input_schema, f"{param}.input_schema")
+    return Tool(tool.name, tool.description or "", tool.input_schema)
+
+
+def _tool_choice(
+    choice: wire.ToolChoice | None, tools: Sequence[Tool]
+) -> Literal["none", "auto", "required"] | tuple[Literal["function"], str]:
+    if choice is None or choice.type == "auto":
+        return "auto"
+    if choice.type == "none":
+        return "none"
+    if not tools:
+        raise RequestError(f"tool_choice: {choice.type!r} needs tools", param="tool_choice")
+    if choice.type == "any":
+        return "required"
+    name = choice.name or ""
+    if name not in {tool.name for tool in tools}:
+        raise RequestError(
+            f"tool_choice: the tool {name[:100]!r} is not among the tools", param="tool_choice"
+        )
+    return ("function", name)

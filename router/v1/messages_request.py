@@ -1,0 +1,190 @@
+"""The requests of Anthropic's Messages API.
+
+Source: Anthropic's API reference, and the types of its Python SDK.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PlainValidator
+
+from core.errors import RequestError, UnsupportedParameter
+from core.types import JsonOutput, SamplingParams
+from router.v1.reasoning import Effort
+from router.v1.requests import MAX_MESSAGES, MAX_TOOLS
+from router.v1.wire import (
+    MAX_INT32,
+    JsonObject,
+    TokenCount,
+    WireModel,
+    WireRequest,
+    check_schema,
+    parse_stop,
+    unknown_fields,
+)
+
+MAX_BLOCKS = 4096
+# Fields of blocks and tools that change nothing here: prefixes are always reused, calls checked.
+_HARMLESS_PARTS = frozenset(
+    {
+        "allowed_callers",
+        "cache_control",
+        "caller",
+        "citations",
+        "eager_input_streaming",
+        "input_examples",
+        "strict",
+        "toolset_name",
+    }
+)
+
+
+class Block(WireModel):
+    """A content block of any type; which fields it needs depends on the type."""
+
+    type: str
+    text: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: JsonObject | None = None
+    tool_use_id: str | None = None
+    content: "str | list[Block] | None" = None
+    is_error: bool | None = None
+    thinking: str | None = None
+    signature: str | None = None
+    data: str | None = None
+
+
+Blocks = Annotated[list[Block], Field(max_length=MAX_BLOCKS)]
+
+
+class Message(WireModel):
+    """A turn of the conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | Blocks
+
+
+class Tool(WireModel):
+    """A tool the model may call; only those of the client's own, not Anthropic's."""
+
+    name: str = Field(min_length=1, max_length=256)
+    type: str | None = None
+    description: str | None = None
+    input_schema: JsonObject | None = None
+
+
+class ToolChoice(WireModel):
+    """Whether and which tool is to be called."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(WireModel):
+    """Whether the model reasons, for how many tokens at most, and whether that is shown."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: TokenCount | None = None
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class OutputFormat(WireModel):
+    """What the answer's text must be."""
+
+    type: Literal["json_schema"]
+    body: JsonObject = Field(alias="schema")
+
+
+class OutputConfig(WireModel):
+    """How the answer is to be."""
+
+    effort: Effort | None = None
+    format: OutputFormat | None = None
+
+
+class MessagesPromptRequest(WireRequest):
+    """Body of `POST /v1/messages/count_tokens`, and what every request has in common with it."""
+
+    unsupported: ClassVar = {
+        "container": (),
+        "mcp_servers": ([],),
+        "prefill": (),
+        "speed": ("standard",),
+    }
+    harmless: ClassVar = frozenset({"cache_control", "inference_geo", "metadata", "service_tier"})
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    system: str | Blocks | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Also refuse a last message that the answer should go on from."""
+        super().refuse_unsupported()
+        if self.messages[-1].role == "assistant":
+            raise UnsupportedParameter(
+                "messages: the last message must not be the assistant's; an answer that goes on "
+                "from a given beginning is not supported.",
+                param="messages",
+            )
+        thinking = self.thinking
+        if thinking is not None and (thinking.type == "enabled") != bool(thinking.budget_tokens):
+            raise RequestError(
+                "thinking.budget_tokens: needed with the type enabled, and only there",
+                param="thinking.budget_tokens",
+            )
+
+    def ignored_names(self) -> list[str]:
+        """Also name the unknown fields of messages, blocks and tools."""
+        inner = {
+            name for message in self.messages for name in unknown_fields(message, "messages")
+        } | {name for tool in self.tools or () for name in unknown_fields(tool, "tools")}
+        for message in self.messages:
+            if not isinstance(message.content, str):
+                for block in message.content:
+                    inner |= unknown_fields(block, "messages.content")
+        shown = (name for name in inner if name.rpartition(".")[2] not in _HARMLESS_PARTS)
+        return [*super().ignored_names(), *sorted(shown)]
+
+    @property
+    def output(self) -> JsonOutput | None:
+        """The constraint on the answer's text.  Raises RequestError for a schema too big."""
+        if self.output_config is None or self.output_config.format is None:
+            return None
+        schema = self.output_config.format.body
+        check_schema(schema, "output_config.format.schema")
+        return JsonOutput(schema)
+
+
+class MessagesRequest(MessagesPromptRequest):
+    """Body of `POST /v1/messages`."""
+
+    max_tokens: TokenCount
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
+    stop_sequences: Annotated[tuple[str, ...], PlainValidator(parse_stop)] = ()
+    stream: bool | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Also refuse more reasoning than the whole answer may have."""
+        super().refuse_unsupported()
+        budget = self.thinking.budget_tokens if self.thinking else None
+        if budget is not None and budget >= self.max_tokens:
+            raise RequestError(
+                "thinking.budget_tokens: must be less than max_tokens",
+                param="thinking.budget_tokens",
+            )
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How tokens are chosen."""
+        return SamplingParams(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+
+    @property
+    def hides_thinking(self) -> bool:
+        """Whether the reasoning goes out sealed instead of readable."""
+        return self.thinking is not None and self.thinking.display == "omitted"

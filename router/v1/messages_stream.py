@@ -1,0 +1,126 @@
+"""Events → the typed event stream of Anthropic's Messages API."""
+
+import json
+from collections.abc import Sequence
+
+from core.errors import ImpetusError
+from core.types import Finished, JsonValue, PrefillProgress, TextDelta, Usage
+from router.context import RequestRecord
+from router.errors import anthropic_error_body
+from router.v1 import messages_answer as answer
+from router.v1.feed import TaggedEvent
+from router.v1.generation import Generation
+from router.v1.messages_request import MessagesRequest
+from router.v1.parts import Closed, Grown, Opened, Part, PartAssembler, PartStep
+from router.v1.sse import StreamFormatter, prefill_comment
+
+_dumps = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class MessageEvents(StreamFormatter):
+    """`message_start`, the blocks one after another, `message_delta`, `message_stop`."""
+
+    keep_alive = 'event: ping\ndata: {"type":"ping"}\n\n'
+
+    def __init__(self, generation: Generation, message_id: str, body: MessagesRequest) -> None:
+        super().__init__(generation)
+        self._message_id = message_id
+        self._stop_sequences = body.stop_sequences
+        self._hides_thinking = body.hides_thinking
+        self._assembler = PartAssembler(keeps_empty=False)
+        self._text_head = ""
+
+    def beginning(self, events: Sequence[TaggedEvent]) -> str:
+        """Return the message without content.
+
+        Its input tokens are those of the prompt where prefill told them already, else 0; those of
+        `message_delta` are exact.
+        """
+        totals = [event.total_tokens for _, event in events if isinstance(event, PrefillProgress)]
+        message = answer.message(
+            self._message_id,
+            self._generation.view.id,
+            (),
+            answer.usage(Usage(max(totals, default=0), 0)),
+            answer.ending(None, ()),
+        )
+        return _event({"type": "message_start", "message": message})
+
+    def chunks(self, events: Sequence[TaggedEvent]) -> str:
+        """Return the SSE text of `events`; the commonest, more text, is one concatenation."""
+        texts: list[str] = []
+        for index, event in events:
+            part = self._assembler.current
+            if type(event) is TextDelta and part is not None and part.kind == "text":
+                if event.text:
+                    texts.append(f"{self._text_head}{_dumps(event.text)}}}}}\n\n")
+            elif isinstance(event, PrefillProgress):
+                texts.append(prefill_comment(event))
+            else:
+                if isinstance(event, Finished):
+                    self._generation.note_finished(index, event)
+                texts.extend(map(self._say, self._assembler.push(event)))
+        return "".join(texts)
+
+    def closing(self) -> str:
+        """Return why the answer ended, the usage, and the end."""
+        finished = self._assembler.finished
+        assert finished is not None
+        delta: JsonValue = answer.ending(finished, self._stop_sequences)
+        usage = answer.usage(finished.usage)
+        return _event({"type": "message_delta", "delta": delta, "usage": usage}) + _event(
+            {"type": "message_stop"}
+        )
+
+    def failing(self, error: ImpetusError, record: RequestRecord) -> str:
+        """Return the error as the last event."""
+        return f"event: error\ndata: {anthropic_error_body(error, record).decode('ascii')}\n\n"
+
+    def _say(self, step: PartStep) -> str:
+        index = step.part.index
+        match step:
+            case Opened(part):
+                self._text_head = _delta(index, {"type": "text_delta", "text": ""})[
+                    : -len('""}}\n\n')
+                ]
+                return _event(
+                    {"type": "content_block_start", "index": index, "content_block": _empty(part)}
+                )
+            case Grown(part, text):
+                return self._delta(part, text)
+            case Closed(part):
+                end = _event({"type": "content_block_stop", "index": index})
+                if part.kind != "reasoning":
+                    return end
+                seal = answer.signature(part, hides_thinking=self._hides_thinking)
+                return _delta(index, {"type": "signature_delta", "signature": seal}) + end
+
+    def _delta(self, part: Part, text: str) -> str:
+        match part.kind:
+            case "text":
+                return _delta(part.index, {"type": "text_delta", "text": text})
+            case "call":
+                return _delta(part.index, {"type": "input_json_delta", "partial_json": text})
+            case "reasoning":
+                if self._hides_thinking:
+                    return ""
+                return _delta(part.index, {"type": "thinking_delta", "thinking": text})
+
+
+def _empty(part: Part) -> JsonValue:
+    """Return the block as it starts, before its first delta."""
+    match part.kind:
+        case "text":
+            return {"type": "text", "text": ""}
+        case "reasoning":
+            return {"type": "thinking", "thinking": "", "signature": ""}
+        case "call":
+            return {"type": "tool_use", "id": part.call_id, "name": part.name, "input": {}}
+
+
+def _delta(index: int, delta: JsonValue) -> str:
+    return _event({"type": "content_block_delta", "index": index, "delta": delta})
+
+
+def _event(data: dict[str, JsonValue]) -> str:
+    return f"event: {data['type']}\ndata: {_dumps(data)}\n\n"

@@ -1,0 +1,51 @@
+"""What a request says of the model's reasoning → the prompt's fields for it."""
+
+import base64
+import binascii
+from dataclasses import replace
+from typing import Literal, TypeAlias
+
+from core.types import ChatPrompt, JsonValue
+
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+# The three degrees that chat templates know.
+_DEGREES = {"minimal": "low", "xhigh": "high", "max": "high"}
+
+
+def with_reasoning(
+    prompt: ChatPrompt,
+    *,
+    is_on: bool | None = None,
+    effort: Effort | None = None,
+    budget_tokens: int | None = None,
+) -> ChatPrompt:
+    """Return `prompt` with reasoning switched, weighed and bounded; None leaves it to the model.
+
+    A model that does not reason is not changed by any of it.
+    """
+    variables: dict[str, JsonValue] = {}
+    if effort is not None:
+        is_on = effort != "none"
+    if is_on is not None:
+        variables["enable_thinking"] = is_on
+    if effort is not None and effort != "none":
+        variables["reasoning_effort"] = _DEGREES.get(effort, effort)
+    return replace(
+        prompt,
+        template_kwargs={**variables, **prompt.template_kwargs},
+        reasoning_budget=budget_tokens,
+    )
+
+
+def sealed(reasoning: str) -> str:
+    """Return reasoning as the opaque text that a client sends back without showing it."""
+    return base64.b64encode(reasoning.encode()).decode("ascii")
+
+
+def unsealed(text: str) -> str | None:
+    """Return what `sealed` was given; None for a seal of another server."""
+    try:
+        return base64.b64decode(text, validate=True).decode()
+    except (binascii.Error, ValueError):
+        return None

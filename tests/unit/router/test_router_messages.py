@@ -1,0 +1,308 @@
+"""Anthropic's Messages API on the wire: what is taken, what is refused, and the stream's bytes."""
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import httpx
+import pytest
+
+from core.errors import UnsupportedCapability
+from core.types import (
+    ChatMessage,
+    ChatPrompt,
+    Finished,
+    JsonOutput,
+    PrefillProgress,
+    TextDelta,
+    ToolCallDelta,
+    Usage,
+)
+from router.app import create_app
+from router.context import Pacing
+from router.v1.body import validate_request
+from router.v1.messages_prompt import to_messages_prompt
+from router.v1.messages_request import MessagesRequest
+from tests.fakes import EMBEDDING_MODEL, FakeDispatcher, finished, make_services
+from tests.live_server import client_of, connection, post_bytes, serving
+
+BODY: dict[str, Any] = {
+    "model": "tiny",
+    "max_tokens": 100,
+    "messages": [{"role": "user", "content": "hi"}],
+}
+TOOL = {"name": "read", "input_schema": {"type": "object"}}
+AWKWARD = 'a\nb\r\n\u2028 "q" \\ 😀 \0 event: error\ndata: x\n\n'
+
+
+_CHUNK_SIZE = re.compile(rb"[0-9a-f]+")
+
+
+def prompt_of(**fields: Any) -> ChatPrompt:
+    return to_messages_prompt(validate_request({**BODY, **fields}, MessagesRequest))
+
+
+async def post(
+    dispatcher: FakeDispatcher, path: str = "/v1/messages", **fields: Any
+) -> httpx.Response:
+    async with client_of(create_app(make_services(dispatcher))) as client:
+        return await client.post(path, json={**BODY, **fields})
+
+
+def user(*blocks: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(blocks)}]
+
+
+def assistant(*blocks: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": list(blocks)}, {"role": "user", "content": "on"}]
+
+
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [
+        ("Be brief.", "Be brief."),
+        ([{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}], "a"),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "a\nb"),
+        ("x-anthropic-billing-header: cc_version=2.1; cch=9f2b3;", None),
+        ("x-anthropic-billing-header: cch=1;\nX-Anthropic-Other: 2\nBe brief.", "Be brief."),
+        (
+            [
+                {"type": "text", "text": "x-anthropic-billing-header: cch=1;"},
+                {"type": "text", "text": "You are."},
+            ],
+            "You are.",
+        ),
+        ("Send:\nx-anthropic-beta: z", "Send:\nx-anthropic-beta: z"),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_system_loses_its_volatile_first_lines_only(system: Any, expected: str | None) -> None:
+    first = prompt_of(system=system).messages[0]
+    assert (
+        first == ChatMessage("user", "hi")
+        if expected is None
+        else (first == ChatMessage("system", expected))
+    )
+
+
+def test_prompt_is_the_same_whatever_the_billing_header() -> None:
+    prompts = [
+        prompt_of(system=f"x-anthropic-billing-header: cch={number};\nBe brief.")
+        for number in range(2)
+    ]
+    assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (None, ("auto", True)),
+        ({"type": "auto"}, ("auto", True)),
+        ({"type": "any", "disable_parallel_tool_use": True}, ("required", False)),
+        ({"type": "tool", "name": "read"}, (("function", "read"), True)),
+        ({"type": "none"}, ("none", True)),
+    ],
+)
+def test_tool_choice_has_its_meaning(choice: Any, expected: Any) -> None:
+    prompt = prompt_of(tools=[TOOL], tool_choice=choice)
+    assert (prompt.tool_choice, prompt.parallel_tool_calls) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables", "budget"),
+    [
+        ({"thinking": {"type": "enabled", "budget_tokens": 50}}, {"enable_thinking": True}, 50),
+        ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}, None),
+        ({"thinking": {"type": "adaptive"}}, {}, None),
+        (
+            {"output_config": {"effort": "max"}},
+            {"enable_thinking": True, "reasoning_effort": "high"},
+            None,
+        ),
+    ],
+)
+def test_thinking_becomes_the_prompts_fields(
+    fields: Any, variables: dict[str, Any], budget: int | None
+) -> None:
+    prompt = prompt_of(**fields)
+    assert (prompt.template_kwargs, prompt.reasoning_budget) == (variables, budget)
+
+
+async def test_request_reaches_the_engine_whole() -> None:
+    dispatcher = FakeDispatcher()
+    schema = {"type": "object"}
+    response = await post(
+        dispatcher,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        stop_sequences=["END"],
+        metadata={"user_id": "me"},
+        service_tier="auto",
+        output_config={"format": {"type": "json_schema", "schema": schema}},
+        context_management={"edits": []},
+        messages=[{"role": "user", "content": [{"type": "text", "text": "hi", "new": 1}]}],
+    )
+    (request,) = dispatcher.requests
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 7)
+    assert (request.max_tokens, request.stop) == (100, ("END",))
+    assert request.output == JsonOutput(schema)
+    assert response.headers["x-impetus-ignored"] == "context_management, messages.content.new"
+    assert response.headers["x-impetus-timing"].startswith("queued;dur=")
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (finished(), ("end_turn", None)),
+        (finished("length"), ("max_tokens", None)),
+        (finished("tool_calls"), ("tool_use", None)),
+        (Finished("stop", Usage(7, 2), stop="END"), ("stop_sequence", "END")),
+        (Finished("stop", Usage(7, 2), stop="\nUser:"), ("end_turn", None)),
+        (Finished("tool_calls", Usage(7, 2), stop="END"), ("tool_use", None)),
+    ],
+)
+@pytest.mark.parametrize("streams", [True, False])
+async def test_stop_reason_tells_why(end: Finished, expected: Any, *, streams: bool) -> None:
+    response = await post(
+        FakeDispatcher(TextDelta("x"), end), stop_sequences=["END"], stream=streams
+    )
+    reason, sequence = (f'"{text}"' if text else "null" for text in expected)
+    assert f'"stop_reason":{reason},"stop_sequence":{sequence}' in response.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", {}),
+        ('{"a": 1}', {"a": 1}),
+        ('{"a": 1, "path": "/tm', {"a": 1, "path": "/tm"}),
+        ("not json", {"arguments": "not json"}),
+        ("[1]", {"arguments": "[1]"}),
+    ],
+)
+async def test_whole_tool_input_is_an_object_whatever_the_model_wrote_i10(
+    arguments: str, expected: Any
+) -> None:
+    call = ToolCallDelta(0, "c1", "read", arguments)
+    response = await post(FakeDispatcher(call, finished("length")), tools=[TOOL])
+    assert response.json()["content"] == [
+        {"type": "tool_use", "id": "c1", "name": "read", "input": expected}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "kind"),
+    [
+        ({"max_tokens": None}, "max_tokens", "valid"),
+        ({"max_tokens": 0}, "max_tokens", "greater"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+         "messages", "last message"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "user"),
+        ({"messages": user({"type": "image", "source": {}})}, "messages[0].content[0]", "'image'"),
+        ({"messages": user({"type": "document"})}, "messages[0].content[0]", "'document'"),
+        ({"messages": user({"type": "tool_use", "id": "a", "name": "b", "input": {}})},
+         "messages[0].content[0]", "'tool_use'"),
+        ({"messages": user({"type": "text"})}, "messages[0].content[0].text", "required"),
+        ({"messages": user({"type": "tool_result"})}, "messages[0].content[0].tool_use_id", "req"),
+        ({"messages": user({"type": "tool_result", "tool_use_id": "a",
+                            "content": [{"type": "image"}]})},
+         "messages[0].content[0].content[0]", "'image'"),
+        ({"messages": assistant({"type": "tool_use", "id": "a", "name": "b"})},
+         "messages[0].content[0].input", "required"),
+        ({"messages": assistant({"type": "server_tool_use"})}, "messages[0].content[0]", "server"),
+        ({"tools": [{"name": "x"}]}, "tools[0].input_schema", "required"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0]", "bash_20250124"),
+        ({"tools": [{"name": "x", "input_schema": {"a": [[[]]] * 1} | {"d": {}}}] * 129},
+         "tools", "at most 128"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice", "needs tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "write"}},
+         "tool_choice", "'write'"),
+        ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens", "needed"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 100}}, "thinking.budget_tokens", "less"),
+        ({"thinking": {"type": "disabled", "budget_tokens": 5}}, "thinking.budget_tokens", "only"),
+        ({"mcp_servers": [{"url": "http://x"}]}, "mcp_servers", "not supported"),
+        ({"container": "c"}, "container", "not supported"),
+        ({"speed": "fast"}, "speed", "not supported"),
+        ({"stop_sequences": [""]}, "stop_sequences", "1 to 256"),
+        ({"model": EMBEDDING_MODEL}, "", "cannot be used for chat"),
+    ],
+)  # fmt: skip
+async def test_bad_request_is_refused_by_name(
+    fields: dict[str, Any], param: str, kind: str
+) -> None:
+    dispatcher = FakeDispatcher()
+    response = await post(dispatcher, **fields)
+    body = response.json()
+    assert response.status_code == 400
+    assert set(body) == {"type", "error", "request_id"}
+    assert body["error"]["type"] == "invalid_request_error"
+    assert param in body["error"]["message"]
+    assert kind in body["error"]["message"]
+    assert dispatcher.requests == []
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize"])
+async def test_template_of_the_client_is_never_used_i7(name: str) -> None:
+    dispatcher = FakeDispatcher()
+    fields = {name: "{{ evil }}", "chat_template_kwargs": {name: "x"}}
+    response = await post(dispatcher, **fields)
+    assert response.headers["x-impetus-ignored"] == f"{name}, chat_template_kwargs"
+    prompt = dispatcher.requests[0].prompt
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.template_kwargs == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [
+        ("GET", "/v1/messages", 405, "invalid_request_error"),
+        ("POST", "/v1/messages/nothing", 404, "not_found_error"),
+        ("POST", "/v1/messages", 415, "invalid_request_error"),
+    ],
+)
+async def test_every_error_under_the_path_has_the_envelope(
+    method: str, path: str, status: int, kind: str
+) -> None:
+    async with client_of(create_app(make_services())) as client:
+        content_type = "text/plain" if status == 415 else "application/json"
+        headers = {"content-type": content_type, "anthropic-version": "2023-06-01"}
+        response = await client.request(method, path, headers=headers, content=b"{}")
+    body = response.json()
+    assert (response.status_code, body["type"], body["error"]["type"]) == (status, "error", kind)
+    assert body["request_id"] == response.headers["x-request-id"]
+
+
+async def test_count_of_a_model_that_cannot_count_is_an_error() -> None:
+    dispatcher = FakeDispatcher()
+    dispatcher.count_error = UnsupportedCapability("The model x cannot count tokens.")
+    response = await post(dispatcher, "/v1/messages/count_tokens?beta=true")
+    assert (response.status_code, response.json()["error"]["type"]) == (
+        400,
+        "invalid_request_error",
+    )
+
+
+async def test_stream_pings_and_tells_prefill_before_the_first_token_s2() -> None:
+    gate = asyncio.Event()
+    pacing = Pacing(header_wait_s=0.01, early_keep_alive_s=0.01)
+    script = (PrefillProgress(512, 4096), gate, TextDelta(AWKWARD), TextDelta("x"), finished())
+    async with (
+        serving(create_app(make_services(FakeDispatcher(*script)), pacing=pacing)) as port,
+        connection(port) as (reader, writer),
+    ):
+        writer.write(post_bytes("/v1/messages", {**BODY, "stream": True}))
+        head = await asyncio.wait_for(reader.readuntil(b"event: ping\n"), 5)
+        gate.set()
+        rest = await asyncio.wait_for(reader.readuntil(b'{"type":"message_stop"}'), 5)
+    assert head.startswith(b"HTTP/1.1 200")
+    assert head.index(b"event: message_start\n") < head.index(b": prefill 512/4096\n\n")
+    assert b'"input_tokens":4096' in head
+    whole = b"".join(line for line in rest.split(b"\r\n") if not _CHUNK_SIZE.fullmatch(line))
+    lines = whole.decode("ascii").split("\n")
+    assert {line.partition(" ")[0] for line in lines if line} == {"event:", "data:"}
+    deltas = [line for line in lines if '"text_delta"' in line]
+    assert json.loads(deltas[0].removeprefix("data: "))["delta"]["text"] == AWKWARD
