@@ -91,6 +91,14 @@ class Settings(BaseSettings):
         default=60.0, gt=0, description="Seconds between two scans of the model folders."
     )
     max_body: ByteCount = Field(default=16 * 1024**2, description="Largest accepted request body.")
+    stored_responses: int = Field(
+        default=1000,
+        ge=0,
+        description="Answers of /v1/responses that are kept in memory to be followed.",
+    )
+    stored_responses_bytes: ByteCount = Field(
+        default=64 * 1024**2, description="Memory of those answers and their conversations."
+    )
     api_key: SecretStr | None = Field(
         default=None, description="Key that every request must carry; unset: none is asked for."
     )

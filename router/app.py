@@ -27,6 +27,12 @@ from router.v1.completions import completion_endpoint
 from router.v1.embeddings import embedding_endpoint
 from router.v1.messages_endpoints import count_tokens_endpoint, messages_endpoint
 from router.v1.models import model_endpoint, models_endpoint
+from router.v1.responses_endpoints import (
+    delete_response_endpoint,
+    responses_endpoint,
+    stored_response_endpoint,
+)
+from router.v1.responses_store import ResponseStore
 
 
 def create_app(
@@ -73,6 +79,13 @@ def _add_routes(app: FastAPI, context: RouteContext) -> None:
     add("/v1/embeddings", embedding_endpoint(context), "POST")
     add("/v1/messages", messages_endpoint(context), "POST")
     add("/v1/messages/count_tokens", count_tokens_endpoint(context), "POST")
+    settings = context.services.settings
+    store = ResponseStore(
+        max_count=settings.stored_responses, max_bytes=settings.stored_responses_bytes
+    )
+    add("/v1/responses", responses_endpoint(context, store), "POST")
+    add("/v1/responses/{response_id}", stored_response_endpoint(store))
+    add("/v1/responses/{response_id}", delete_response_endpoint(store), "DELETE")
 
 
 def _add_management_routes(app: FastAPI, context: RouteContext, management: Management) -> None:

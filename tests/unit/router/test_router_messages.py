@@ -248,7 +248,7 @@ async def test_bad_request_is_refused_by_name(
 @pytest.mark.parametrize("name", ["chat_template", "tokenize"])
 async def test_template_of_the_client_is_never_used_i7(name: str) -> None:
     dispatcher = FakeDispatcher()
-    fields = {name: "{{ evil }}", "chat_template_kwargs": {name: "x"}}
+    fields: dict[str, Any] = {name: "{{ evil }}", "chat_template_kwargs": {name: "x"}}
     response = await post(dispatcher, **fields)
     assert response.headers["x-impetus-ignored"] == f"{name}, chat_template_kwargs"
     prompt = dispatcher.requests[0].prompt

@@ -1,0 +1,103 @@
+"""`POST /v1/responses`, and the answers that are stored."""
+
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from core.errors import NotFound, PreviousResponseNotFound
+from core.types import Capability, ChatMessage, GenerationRequest
+from router.context import RouteContext, record_of
+from router.v1.body import read_request
+from router.v1.generation import Generation, nobody_listens
+from router.v1.parts import PartAssembler
+from router.v1.responses_object import ResponseBuilder, to_json
+from router.v1.responses_prompt import input_messages, to_responses_prompt
+from router.v1.responses_request import ResponsesRequest
+from router.v1.responses_store import ResponseStore
+from router.v1.responses_stream import ResponseEvents
+from router.v1.sse import EventStream
+from router.v1.wire import refuse_unless_off
+
+
+def responses_endpoint(
+    context: RouteContext, store: ResponseStore
+) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler that answers."""
+
+    async def create_response(request: Request) -> Response:
+        body = await read_request(request, ResponsesRequest)
+        record = record_of(request.scope)
+        conversation = (*_earlier(store, body.previous_response_id), *input_messages(body))
+        prompt, output = to_responses_prompt(body, conversation), body.output
+        view = await context.model(body.model, Capability.CHAT, record)
+        generation_request = GenerationRequest(
+            id=f"resp_{record.suffix}",
+            model_id=view.id,
+            prompt=prompt,
+            sampling=body.sampling(top_logprobs=body.logprob_count),
+            max_tokens=body.max_output_tokens,
+            stop=body.stop,
+            output=output,
+            deadline_s=context.services.settings.request_timeout_s,
+        )
+        headers = context.ignored.report(body.ignored_names())
+        generation = Generation(context, view, (generation_request,), 1, headers)
+        builder = ResponseBuilder(body, record.suffix, generation, conversation, store)
+        if body.stream:
+            return EventStream(generation, ResponseEvents(builder))
+        choices = await generation.collect(request.receive)
+        if choices is None:
+            return nobody_listens()
+        assembler = PartAssembler(keeps_empty=True)
+        assembler.push_all(choices[0])
+        return Response(
+            to_json(builder.done(assembler)),
+            media_type="application/json",
+            headers=generation.answer_headers(),
+        )
+
+    return create_response
+
+
+def stored_response_endpoint(store: ResponseStore) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler that shows a stored answer."""
+
+    async def retrieve_response(request: Request) -> Response:
+        refuse_unless_off("stream", request.query_params.get("stream", "false"), ("false",))
+        response_id = str(request.path_params["response_id"])
+        stored = store.get(response_id)
+        if stored is None:
+            raise _unknown(response_id)
+        return Response(stored.body, media_type="application/json")
+
+    return retrieve_response
+
+
+def delete_response_endpoint(store: ResponseStore) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler that forgets a stored answer."""
+
+    async def delete_response(request: Request) -> Response:
+        response_id = str(request.path_params["response_id"])
+        if not store.delete(response_id):
+            raise _unknown(response_id)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+    return delete_response
+
+
+def _earlier(store: ResponseStore, response_id: str | None) -> tuple[ChatMessage, ...]:
+    if response_id is None:
+        return ()
+    stored = store.get(response_id)
+    if stored is None:
+        raise PreviousResponseNotFound(
+            f"Previous response with id {response_id[:100]!r} not found; send the conversation as "
+            "input instead.",
+            param="previous_response_id",
+        )
+    return stored.conversation
+
+
+def _unknown(response_id: str) -> NotFound:
+    return NotFound(f"There is no stored response with the id {response_id[:100]!r}.")

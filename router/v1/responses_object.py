@@ -1,0 +1,185 @@
+"""The Responses API's own object: an answer's items, its state and its usage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from openai.types.responses import Response as ResponseObject
+
+from core.errors import ImpetusError, QueueFull, RequestError
+from core.types import ChatMessage, Finished, JsonValue, Usage
+from router.v1.generation import Generation
+from router.v1.logprobs import chat_logprobs
+from router.v1.parts import Part, PartAssembler
+from router.v1.reasoning import sealed
+from router.v1.responses_prompt import answer_message
+from router.v1.responses_request import ResponsesRequest, TextFormat, Tool
+from router.v1.responses_store import ResponseStore
+
+Status = Literal["in_progress", "completed", "incomplete", "failed"]
+_PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
+
+
+@dataclass(slots=True)
+class ResponseBuilder:
+    """One answer in all its states; `conversation` is what it answers, without instructions."""
+
+    body: ResponsesRequest
+    suffix: str
+    generation: Generation
+    conversation: Sequence[ChatMessage]
+    store: ResponseStore
+    _base: dict[str, JsonValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._base = self._fixed()
+
+    @property
+    def response_id(self) -> str:
+        """The answer's id."""
+        return f"resp_{self.suffix}"
+
+    def item_id(self, part: Part) -> str:
+        """Return the id of a part's item."""
+        return f"{_PREFIXES[part.kind]}_{self.suffix}_{part.index}"
+
+    def item(self, part: Part, status: Status) -> dict[str, JsonValue]:
+        """Return a part as an output item; one in progress is still empty."""
+        item: dict[str, JsonValue] = {"id": self.item_id(part), "status": status}
+        is_empty = status == "in_progress"
+        match part.kind:
+            case "text":
+                content: list[JsonValue] = [] if is_empty else [self.content(part)]
+                return {"type": "message", **item, "role": "assistant", "content": content}
+            case "reasoning":
+                content = [] if is_empty else [self.content(part)]
+                item = {"type": "reasoning", **item, "summary": [], "content": content}
+                if self.body.seals_reasoning:
+                    item["encrypted_content"] = "" if is_empty else sealed(part.text)
+                return item
+            case "call":
+                return {
+                    "type": "function_call",
+                    **item,
+                    "call_id": part.call_id,
+                    "name": part.name,
+                    "arguments": "" if is_empty else part.text,
+                }
+
+    def content(self, part: Part, *, is_empty: bool = False) -> dict[str, JsonValue]:
+        """Return the content of a text or of reasoning."""
+        text = "" if is_empty else part.text
+        if part.kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        content: dict[str, JsonValue] = {"type": "output_text", "text": text, "annotations": []}
+        if self.body.logprob_count is not None:
+            content["logprobs"] = [] if is_empty else chat_logprobs(part.logprobs)["content"]
+        return content
+
+    def begun(self) -> dict[str, JsonValue]:
+        """Return the response before its first item."""
+        return {**self._base, "status": "in_progress", "output": [], "usage": None}
+
+    def failed(self, parts: Sequence[Part], error: ImpetusError) -> dict[str, JsonValue]:
+        """Return the response as far as it came."""
+        code = "server_error"
+        if isinstance(error, QueueFull):
+            code = "rate_limit_exceeded"
+        elif isinstance(error, RequestError):
+            code = "invalid_prompt"
+        return {
+            **self._base,
+            "status": "failed",
+            "error": {"code": code, "message": error.message},
+            "output": [self.item(part, "incomplete") for part in parts],
+            "usage": None,
+        }
+
+    def done(self, assembler: PartAssembler) -> dict[str, JsonValue]:
+        """Return the whole response, and store it unless the request forbids that."""
+        finished, parts = assembler.finished, assembler.parts
+        assert finished is not None
+        last = parts[-1]
+        status = final_status(finished)
+        response: dict[str, JsonValue] = {
+            **self._base,
+            "status": status,
+            "output": [self.item(part, status if part is last else "completed") for part in parts],
+            "usage": _usage(finished.usage),
+        }
+        if status == "incomplete":
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        if self.body.store is not False:
+            body = to_json(response)
+            self.store.put(
+                self.response_id, body, [*self.conversation, answer_message(assembler.parts)]
+            )
+        return response
+
+    def _fixed(self) -> dict[str, JsonValue]:
+        """Return what no state changes: mostly the request's own fields."""
+        body = self.body
+        choice = body.tool_choice or "auto"
+        text_format = body.text.format if body.text else None
+        effort = body.reasoning.effort if body.reasoning else None
+        return {
+            "id": self.response_id,
+            "object": "response",
+            "created_at": self.generation.created_at,
+            "model": self.generation.view.id,
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": dict(body.metadata),
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": effort, "summary": None},
+            "store": body.store is not False,
+            "temperature": body.temperature,
+            "text": {"format": _format(text_format) if text_format else {"type": "text"}},
+            "tool_choice": {"type": "function", "name": choice[1]}
+            if isinstance(choice, tuple)
+            else choice,
+            "tools": [_tool(tool) for tool in body.tools or ()],
+            "top_p": body.top_p,
+            "truncation": "disabled",
+            "user": body.user,
+        }
+
+
+def final_status(finished: Finished | None) -> Status:
+    """Return what an answer is when it ends, and an item that ends before the answer does."""
+    is_cut = finished is not None and finished.reason == "length"
+    return "incomplete" if is_cut else "completed"
+
+
+def to_json(response: dict[str, JsonValue]) -> bytes:
+    """Return a response as it is sent, having checked it against OpenAI's own type."""
+    return ResponseObject.model_validate(response).model_dump_json(exclude_unset=True).encode()
+
+
+def _tool(tool: Tool) -> dict[str, JsonValue]:
+    return {
+        "type": tool.type,
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": tool.parameters,
+        "strict": tool.strict,
+    }
+
+
+def _format(text_format: TextFormat) -> JsonValue:
+    dumped: dict[str, JsonValue] = text_format.model_dump(by_alias=True, exclude_none=True)
+    return dumped
+
+
+def _usage(counts: Usage) -> JsonValue:
+    return {
+        "input_tokens": counts.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": counts.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": counts.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": counts.reasoning_tokens},
+        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
+    }

@@ -1,0 +1,166 @@
+"""The Responses API's items and tools → messages, and the prompt that a chat template renders."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
+from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
+from router.v1 import parts as answer
+from router.v1 import responses_request as wire
+from router.v1.reasoning import unsealed, with_reasoning
+from router.v1.requests import MAX_MESSAGES
+from router.v1.wire import check_schema
+
+_TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
+
+
+def to_responses_prompt(
+    request: wire.ResponsesRequest, conversation: Sequence[ChatMessage]
+) -> ChatPrompt:
+    """Return the prompt of `conversation`, which has the request's input already.
+
+    Raises RequestError, UnsupportedParameter.
+    """
+    if len(conversation) > MAX_MESSAGES:
+        raise RequestError(
+            f"input: with what came before it, over {MAX_MESSAGES} messages", param="input"
+        )
+    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
+    choice = request.tool_choice or "auto"
+    if choice == "required" and not tools:
+        raise RequestError('tool_choice: "required" needs tools', param="tool_choice")
+    if isinstance(choice, tuple) and choice[1] not in {tool.name for tool in tools}:
+        raise RequestError(
+            f"tool_choice: the function {choice[1][:100]!r} is not among the tools",
+            param="tool_choice",
+        )
+    system = [ChatMessage("system", request.instructions)] if request.instructions else []
+    prompt = ChatPrompt(
+        messages=(*system, *conversation),
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+    )
+    effort = request.reasoning.effort if request.reasoning else None
+    return with_reasoning(prompt, effort=effort)
+
+
+def input_messages(request: wire.ResponsesRequest) -> list[ChatMessage]:
+    """Return the request's own input; the items of one assistant's turn become one message.
+
+    Raises UnsupportedCapability for items and parts that are no text, RequestError.
+    """
+    if isinstance(request.input, str):
+        return [ChatMessage("user", request.input)]
+    messages: list[ChatMessage] = []
+    for index, item in enumerate(request.input):
+        param = f"input[{index}]"
+        match item.type or "message":
+            case "message":
+                _add_message(messages, item, param)
+            case "function_call":
+                _add_call(messages, item, param)
+            case "function_call_output":
+                output = _joined(item.output, f"{param}.output")
+                call_id = _required(item.call_id, f"{param}.call_id")
+                messages.append(ChatMessage("tool", output, tool_call_id=call_id))
+            case "reasoning":
+                _add_reasoning(messages, item, param)
+            case kind:
+                raise UnsupportedCapability(
+                    f"{param}: items of type {kind[:50]!r} are not supported.", param=param
+                )
+    return messages
+
+
+def answer_message(parts: Iterable[answer.Part]) -> ChatMessage:
+    """Return an answer as the message that the next turn's prompt shows."""
+    texts = {"text": "", "reasoning": ""}
+    calls = []
+    for part in parts:
+        if part.kind == "call":
+            calls.append(ToolCall(part.call_id, part.name, part.text))
+        else:
+            texts[part.kind] += part.text
+    return ChatMessage(
+        "assistant",
+        texts["text"],
+        reasoning=texts["reasoning"] or None,
+        tool_calls=tuple(calls),
+    )
+
+
+def _add_message(messages: list[ChatMessage], item: wire.Item, param: str) -> None:
+    role = _required(item.role, f"{param}.role")
+    content = _joined(item.content, f"{param}.content")
+    last = messages[-1] if messages else None
+    match role:
+        case "assistant" if last is not None and _is_reasoning_alone(last):
+            messages[-1] = replace(last, content=content)
+        case "assistant" | "user" | "system":
+            messages.append(ChatMessage(role, content))
+        case _:
+            messages.append(ChatMessage("system", content))
+
+
+def _add_call(messages: list[ChatMessage], item: wire.Item, param: str) -> None:
+    call = ToolCall(
+        _required(item.call_id, f"{param}.call_id"),
+        _required(item.name, f"{param}.name"),
+        _required(item.arguments, f"{param}.arguments"),
+    )
+    if messages and messages[-1].role == "assistant":
+        last = messages[-1]
+        messages[-1] = replace(last, tool_calls=(*last.tool_calls, call))
+    else:
+        messages.append(ChatMessage("assistant", "", tool_calls=(call,)))
+
+
+def _add_reasoning(messages: list[ChatMessage], item: wire.Item, param: str) -> None:
+    """Add a message of reasoning alone, which what the assistant says next is added to."""
+    text = _joined(item.content, f"{param}.content") if item.content else ""
+    if not text and item.encrypted_content:
+        # Another server's seal cannot be read; its reasoning is left out, as its summary would be.
+        text = unsealed(item.encrypted_content) or ""
+    if not text and item.summary:
+        text = _joined(item.summary, f"{param}.summary")
+    if text:
+        messages.append(ChatMessage("assistant", "", reasoning=text))
+
+
+def _is_reasoning_alone(message: ChatMessage) -> bool:
+    return message.role == "assistant" and not (message.content or message.tool_calls)
+
+
+def _joined(content: str | Sequence[wire.Part] | None, param: str) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None:
+        raise RequestError(f"{param}: required", param=param)
+    return "\n".join(_text(part, f"{param}[{index}]") for index, part in enumerate(content))
+
+
+def _text(part: wire.Part, param: str) -> str:
+    if part.type not in _TEXTS and part.type != "refusal":
+        raise UnsupportedCapability(
+            f"{param}: parts of type {part.type[:50]!r} are not supported; send text.", param=param
+        )
+    text = part.refusal if part.type == "refusal" else part.text
+    return _required(text, f"{param}.{'refusal' if part.type == 'refusal' else 'text'}")
+
+
+def _required(value: str | None, param: str) -> str:
+    if value is None:
+        raise RequestError(f"{param}: required", param=param)
+    return value
+
+
+def _tool(tool: wire.Tool, param: str) -> Tool:
+    if tool.type != "function":
+        raise UnsupportedParameter(
+            f"{param}: tools of type {tool.type[:50]!r} are not supported.", param=f"{param}.type"
+        )
+    name = _required(tool.name, f"{param}.name")
+    parameters = tool.parameters or {}
+    check_schema(parameters, f"{param}.parameters")
+    return Tool(name, tool.description or "", parameters)

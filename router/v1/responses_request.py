@@ -1,0 +1,217 @@
+"""The request of OpenAI's Responses API."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PlainValidator
+
+from core.errors import RequestError, UnsupportedParameter
+from core.types import JsonOutput
+from router.v1.reasoning import Effort
+from router.v1.requests import MAX_MESSAGES, MAX_TOOLS, ToolChoice
+from router.v1.wire import (
+    MAX_LOGPROBS,
+    JsonObject,
+    SamplingFields,
+    TokenCount,
+    WireModel,
+    check_schema,
+    refuse_unless_off,
+    unknown_fields,
+)
+
+MAX_METADATA = 16
+_SEALED_REASONING = "reasoning.encrypted_content"
+_LOGPROBS = "message.output_text.logprobs"
+
+
+class Part(WireModel):
+    """A piece of a message, of a tool's output or of reasoning."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class Item(WireModel):
+    """An item of the conversation of any type; which fields it needs depends on the type."""
+
+    type: str | None = None
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: str | list[Part] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[Part] | None = None
+    summary: list[Part] | None = None
+    encrypted_content: str | None = None
+
+
+class Tool(WireModel):
+    """A tool the model may call."""
+
+    type: str
+    name: str | None = Field(default=None, min_length=1, max_length=256)
+    description: str | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class TextFormat(WireModel):
+    """What the answer's text must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    body: JsonObject | None = Field(default=None, alias="schema")
+
+
+class Text(WireModel):
+    """How the answer's text is to be."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class Reasoning(WireModel):
+    """How much the model reasons; its reasoning is given whole, never summed up."""
+
+    effort: Effort | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+    context: str | None = None
+    mode: str | None = None
+
+
+class StreamOptions(WireModel):
+    """Whether random padding hides the length of the deltas."""
+
+    include_obfuscation: bool | None = None
+
+
+def parse_tool_choice(value: object) -> ToolChoice | None:
+    """Return the choice; raises ValueError, or UnsupportedParameter for other tools' choices."""
+    match value:
+        case None:
+            return None
+        case "none" | "auto" | "required":
+            return value
+        case {"type": "function", "name": str(name)}:
+            return ("function", name)
+        case {"type": str(kind)} if kind != "function":
+            raise UnsupportedParameter(
+                f"tool_choice of type {kind[:50]!r} is not supported.", param="tool_choice"
+            )
+    raise ValueError('must be "none", "auto", "required" or {"type": "function", "name": …}')
+
+
+def parse_metadata(value: object) -> dict[str, str]:
+    """Return what the caller wants back with the answer; raises ValueError."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MAX_METADATA:
+        raise ValueError(f"must be an object of at most {MAX_METADATA} entries")
+    for key, text in value.items():
+        if len(key) > 64 or not isinstance(text, str) or len(text) > 512:
+            raise ValueError("its keys have at most 64 characters, its values are texts of 512")
+    return value
+
+
+class ResponsesRequest(SamplingFields):
+    """Body of `POST /v1/responses`."""
+
+    unsupported: ClassVar = {
+        "access_programs": (),
+        "background": (False,),
+        "background_options": (),
+        "context_management": ([],),
+        "conversation": (),
+        "image": (),
+        "max_tool_calls": (),
+        "moderation": (),
+        "prompt": (),
+    }
+    harmless: ClassVar = frozenset(
+        {
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+        }
+    )
+
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: TokenCount | None = None
+    include: list[str] | None = None
+    metadata: Annotated[dict[str, str], PlainValidator(parse_metadata)] = Field(
+        default_factory=dict
+    )
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    text: Text | None = None
+    tool_choice: Annotated[ToolChoice | None, PlainValidator(parse_tool_choice)] = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncation: str | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Also refuse what only OpenAI's own models and tools can do."""
+        super().refuse_unsupported()
+        refuse_unless_off("truncation", self.truncation, (None, "disabled"))
+        for name in self.include or ():
+            if name not in (_SEALED_REASONING, _LOGPROBS):
+                raise UnsupportedParameter(
+                    f"include: {name[:50]!r} is not supported.", param="include"
+                )
+        if self.text is not None:
+            refuse_unless_off("text.verbosity", self.text.verbosity, (None, "medium"))
+        if self.reasoning is not None:
+            reasoning = self.reasoning
+            refuse_unless_off("reasoning.summary", reasoning.summary, (None, "auto"))
+            summary = reasoning.generate_summary
+            refuse_unless_off("reasoning.generate_summary", summary, (None, "auto"))
+            refuse_unless_off("reasoning.context", reasoning.context, (None, "auto"))
+            refuse_unless_off("reasoning.mode", reasoning.mode, (None, "standard"))
+        if self.stream_options is not None:
+            param = "stream_options.include_obfuscation"
+            refuse_unless_off(param, self.stream_options.include_obfuscation, (None, False))
+
+    def ignored_names(self) -> list[str]:
+        """Also name the items' unknown fields."""
+        items = () if isinstance(self.input, str) else self.input
+        inner = {name for item in items for name in unknown_fields(item, "input")}
+        return [*super().ignored_names(), *sorted(inner)]
+
+    @property
+    def output(self) -> JsonOutput | None:
+        """The constraint on the text.  Raises RequestError for a schema missing or too big."""
+        form = self.text.format if self.text else None
+        if form is None or form.type == "text":
+            return None
+        if form.type == "json_object":
+            return JsonOutput(None)
+        if form.body is None:
+            raise RequestError("text.format.schema: required", param="text.format.schema")
+        check_schema(form.body, "text.format.schema")
+        return JsonOutput(form.body)
+
+    @property
+    def seals_reasoning(self) -> bool:
+        """Whether reasoning also comes as the text that only this server reads."""
+        return _SEALED_REASONING in (self.include or ())
+
+    @property
+    def logprob_count(self) -> int | None:
+        """How many alternatives each token's logprobs list, None for no logprobs."""
+        if _LOGPROBS in (self.include or ()):
+            return self.top_logprobs or 0
+        return self.top_logprobs

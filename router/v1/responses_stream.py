@@ -1,0 +1,134 @@
+"""Events → the typed event stream of OpenAI's Responses API."""
+
+import json
+from collections.abc import Sequence
+
+from core.errors import ImpetusError
+from core.types import Finished, JsonValue, PrefillProgress, TextDelta
+from router.context import RequestRecord
+from router.v1.feed import TaggedEvent
+from router.v1.logprobs import chat_logprobs
+from router.v1.parts import Closed, Grown, Opened, Part, PartAssembler, PartStep
+from router.v1.responses_object import ResponseBuilder, final_status
+from router.v1.sse import StreamFormatter, prefill_comment
+
+_NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
+
+_dumps = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class ResponseEvents(StreamFormatter):
+    """The response, its items one after another with all their steps, the response again."""
+
+    def __init__(self, builder: ResponseBuilder) -> None:
+        super().__init__(builder.generation)
+        self._builder = builder
+        self._assembler = PartAssembler(keeps_empty=True)
+        self._has_logprobs = builder.body.logprob_count is not None
+        self._number = 0
+        self._text_head = ""
+
+    def beginning(self, events: Sequence[TaggedEvent]) -> str:
+        """Return the response before its first item."""
+        del events
+        response: JsonValue = self._builder.begun()
+        names = ("response.created", "response.in_progress")
+        return "".join(self._event(name, {"response": response}) for name in names)
+
+    def chunks(self, events: Sequence[TaggedEvent]) -> str:
+        """Return the SSE text of `events`; the commonest, more text, is one concatenation."""
+        texts: list[str] = []
+        for index, event in events:
+            part = self._assembler.current
+            if (
+                type(event) is TextDelta
+                and part is not None
+                and part.kind == "text"
+                and not self._has_logprobs
+            ):
+                if event.text:
+                    part.pieces.append(event.text)
+                    texts.append(self._text_head)
+                    texts.append(f'{_dumps(event.text)},"sequence_number":{self._number}}}\n\n')
+                    self._number += 1
+            elif isinstance(event, PrefillProgress):
+                texts.append(prefill_comment(event))
+            else:
+                if isinstance(event, Finished):
+                    self._generation.note_finished(index, event)
+                for step in self._assembler.push(event):
+                    texts.extend(self._say(step))
+        return "".join(texts)
+
+    def closing(self) -> str:
+        """Return the whole response, which is stored with this."""
+        response: JsonValue = self._builder.done(self._assembler)
+        return self._event(
+            f"response.{final_status(self._assembler.finished)}", {"response": response}
+        )
+
+    def failing(self, error: ImpetusError, record: RequestRecord) -> str:
+        """Return the error, and the response as failed."""
+        del record
+        told = self._event(
+            "error", {"code": error.code, "message": error.message, "param": error.param}
+        )
+        response: JsonValue = self._builder.failed(self._assembler.parts, error)
+        return told + self._event("response.failed", {"response": response})
+
+    def _say(self, step: PartStep) -> list[str]:
+        match step:
+            case Opened(part):
+                return self._open(part)
+            case Grown(part, text, logprobs):
+                fields: dict[str, JsonValue] = {**self._place(part), "delta": text}
+                if part.kind == "text":
+                    fields["logprobs"] = (
+                        chat_logprobs(logprobs)["content"] if self._has_logprobs else []
+                    )
+                return [self._event(f"response.{_NAMES[part.kind]}.delta", fields)]
+            case Closed(part):
+                return self._close(part)
+
+    def _open(self, part: Part) -> list[str]:
+        item: JsonValue = self._builder.item(part, "in_progress")
+        added = {"output_index": part.index, "item": item}
+        events = [self._event("response.output_item.added", added)]
+        if part.kind != "call":
+            content: JsonValue = self._builder.content(part, is_empty=True)
+            fields = {**self._place(part), "part": content}
+            events.append(self._event("response.content_part.added", fields))
+        if part.kind == "text":
+            name = "response.output_text.delta"
+            head = _dumps({"type": name, **self._place(part), "logprobs": []})
+            self._text_head = f'event: {name}\ndata: {head[:-1]},"delta":'
+        return events
+
+    def _close(self, part: Part) -> list[str]:
+        place = self._place(part)
+        fields: dict[str, JsonValue] = {**place, "text": part.text}
+        content: dict[str, JsonValue] = {}
+        if part.kind == "call":
+            fields = {**place, "name": part.name, "arguments": part.text}
+        else:
+            content = self._builder.content(part)
+        if part.kind == "text":
+            fields["logprobs"] = content.get("logprobs", [])
+        events = [self._event(f"response.{_NAMES[part.kind]}.done", fields)]
+        if content:
+            events.append(self._event("response.content_part.done", {**place, "part": content}))
+        item: JsonValue = self._builder.item(part, final_status(self._assembler.finished))
+        done = {"output_index": part.index, "item": item}
+        return [*events, self._event("response.output_item.done", done)]
+
+    def _place(self, part: Part) -> dict[str, JsonValue]:
+        place: dict[str, JsonValue] = {
+            "item_id": self._builder.item_id(part),
+            "output_index": part.index,
+        }
+        return place if part.kind == "call" else {**place, "content_index": 0}
+
+    def _event(self, name: str, fields: dict[str, JsonValue]) -> str:
+        data = {"type": name, **fields, "sequence_number": self._number}
+        self._number += 1
+        return f"event: {name}\ndata: {_dumps(data)}\n\n"
