@@ -186,13 +186,25 @@ def _feed_forward(random: _Random, prefix: str, embedding: int, hidden: int) -> 
     }
 
 
-def llama_gguf(path: Path, *, chat_template: str | None = LLAMA_TEMPLATE, seed: int = 1) -> Path:
-    """Write a llama model with a SentencePiece vocabulary, context 2,048; None: no template."""
+def llama_gguf(
+    path: Path,
+    *,
+    chat_template: str | None = LLAMA_TEMPLATE,
+    seed: int = 1,
+    infill: tuple[int, int, int] | None = None,
+) -> Path:
+    """Write a llama model with a SentencePiece vocabulary, context 2,048; None: no template.
+
+    `infill` are the tokens before prefix, suffix and middle.
+    """
     random, vocabulary = _Random(seed), _sentencepiece()
     metadata = _shape("llama", 2048, 64, 128) | vocabulary
     metadata |= {"llama.rope.dimension_count": 16, "llama.rope.freq_base": 10000.0}
     if chat_template is not None:
         metadata["tokenizer.chat_template"] = chat_template
+    if infill is not None:
+        names = (f"tokenizer.ggml.fim_{name}_token_id" for name in ("pre", "suf", "mid"))
+        metadata |= dict(zip(names, infill, strict=True))
     size = len(vocabulary["tokenizer.ggml.tokens"])
     weights: Weights = {"token_embd.weight": random.matrix(size, 64, 1.0)}
     for block in ("blk.0", "blk.1"):

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from core.errors import ImpetusError
+from router.v1.messages_request import MessagesRequest
 from router.v1.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from router.v1.responses_request import ResponsesRequest
 from router.v1.wire import WireRequest
 from scripts.install import ROOT
 
@@ -24,7 +26,10 @@ def test_reference_lists_every_error(kind: type[ImpetusError]) -> None:
     assert f"| {kind.status} | `{kind.type}` | `{kind.code}` |" in REFERENCE
 
 
-@pytest.mark.parametrize("request_type", [ChatRequest, CompletionRequest, EmbeddingRequest])
+@pytest.mark.parametrize(
+    "request_type",
+    [ChatRequest, CompletionRequest, EmbeddingRequest, MessagesRequest, ResponsesRequest],
+)
 def test_reference_names_every_field(request_type: type[WireRequest]) -> None:
     names = {*request_type.model_fields, *request_type.unsupported}
     assert {name for name in names if f"`{name}`" not in REFERENCE} == set()
