@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from backends.base import Engine
+from backends.counting import TokenCounting
 from core.errors import ContextLengthExceeded, EngineFailed, RequestError
-from core.types import PrefillProgress, TextDelta, TextPrompt, TokenPrompt
+from core.types import PrefillProgress, TextDelta, TextPrompt, TokenPrompt, Tool
 from tests.requests import assert_same_tokens, chat, end_of, request, run, text_of, token_ids_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -57,6 +58,16 @@ async def test_usage_adds_up(engine: Engine) -> None:
     assert 0 <= usage.cached_tokens < usage.prompt_tokens
 
 
+async def test_count_of_a_prompt_is_what_its_answer_uses(engine: Engine) -> None:
+    assert isinstance(engine, TokenCounting)
+    tool = Tool("weather", "Tells the weather.", {"type": "object", "properties": {}})
+    for prompt in (TextPrompt("The sea is"), chat("grüße 🎈"), chat("hi", tools=(tool,))):
+        events = await run(engine, request(prompt, max_tokens=1))
+        assert await engine.count_tokens(prompt) == end_of(events).usage.prompt_tokens
+    too_long = TokenPrompt((65,) * (engine.context_tokens * 2))
+    assert await engine.count_tokens(too_long) == engine.context_tokens * 2
+
+
 async def test_progress_ends_with_the_whole_prompt(engine: Engine) -> None:
     events = await run(engine, request("word " * 300, max_tokens=2))
     progress = [event for event in events if isinstance(event, PrefillProgress)]
@@ -70,7 +81,7 @@ async def test_stop_string_never_leaks(engine: Engine) -> None:
         stop = whole[start : start + length]
         events = await run(engine, request(QUESTION, max_tokens=40, stop=[stop]))
         assert text_of(events) == whole[: whole.index(stop)]
-        assert end_of(events).reason == "stop"
+        assert (end_of(events).reason, end_of(events).stop) == ("stop", stop)
 
 
 async def test_text_is_never_cut_inside_a_character(engine: Engine) -> None:

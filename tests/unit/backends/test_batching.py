@@ -12,7 +12,7 @@ from backends.chat import ChatFormat
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
 from backends.prepare import Preparer
 from core.errors import EngineFailed, QueueFull, RequestError, UnsupportedParameter
-from core.types import JsonOutput
+from core.types import JsonOutput, TextPrompt
 from tests.requests import chat, end_of, request, run, text_of
 
 
@@ -88,6 +88,14 @@ async def test_no_more_sequences_run_than_the_stepper_takes(stepper: FakeStepper
     assert [text_of(events) for events in answers] == ["xxx"] * 6
     assert stepper.most_running == 2
     await engine.close()
+
+
+async def test_tokens_are_counted_until_the_engine_closes(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    assert await engine.count_tokens(TextPrompt("abc")) == 3
+    await engine.close()
+    with pytest.raises(EngineFailed, match="unloaded"):
+        await engine.count_tokens(TextPrompt("abc"))
 
 
 async def test_a_full_queue_refuses_at_once_with_retry_after() -> None:

@@ -39,6 +39,14 @@ QUICK = Pacing(
 AT_ONCE = Pacing(header_wait_s=0.001)
 
 
+APIS = [
+    ("/v1/chat/completions", {**CHAT, "n": 2}),
+    ("/v1/completions", {"model": "tiny", "prompt": "hi"}),
+    ("/v1/responses", {"model": "tiny", "input": "hi"}),
+    ("/v1/messages", {"model": "tiny", "max_tokens": 9, "messages": CHAT["messages"]}),
+]
+
+
 async def stream(
     dispatcher: FakeDispatcher, *, path: str = "/v1/chat/completions", **fields: Any
 ) -> list[Any]:
@@ -156,20 +164,24 @@ async def test_failure_of_one_choice_ends_the_others() -> None:
     assert dispatcher.running == 0
 
 
-async def test_silence_is_filled_with_comments_until_the_first_token_s2() -> None:
+@pytest.mark.parametrize(("path", "fields"), APIS)
+async def test_silence_is_filled_until_the_first_token_s2(
+    path: str, fields: dict[str, Any]
+) -> None:
     gate = asyncio.Event()
     dispatcher = FakeDispatcher(PrefillProgress(512, 4096), gate, TextDelta("x"), finished())
     async with (
         serving(create_app(make_services(dispatcher), pacing=QUICK)) as port,
         connection(port) as (reader, writer),
     ):
-        writer.write(post_bytes("/v1/chat/completions", CHAT))
-        head = await read_until(reader, b": keep-alive\n\n")
+        writer.write(post_bytes(path, {**fields, "stream": True}))
+        is_anthropic = path == "/v1/messages"
+        head = await read_until(reader, b"event: ping\n" if is_anthropic else b": keep-alive\n\n")
         assert head.startswith(b"HTTP/1.1 200")
         assert b": prefill 512/4096\n\n" in head
-        assert b"data:" not in head
+        assert b"delta" not in head
         gate.set()
-        assert b'"finish_reason":"stop"' in await read_until(reader, b"[DONE]")
+        assert b'"x"' in await read_until(reader, b"0\r\n\r\n")
 
 
 async def test_error_after_the_headers_but_before_a_token_is_in_the_stream() -> None:
@@ -188,14 +200,14 @@ async def test_error_after_the_headers_but_before_a_token_is_in_the_stream() -> 
 
 @pytest.mark.parametrize("script", [(), (TextDelta("x"),), (PrefillProgress(1, 9),)])
 @pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(("path", "fields"), APIS)
 async def test_client_that_leaves_ends_the_generation(
-    script: tuple[GenerationEvent, ...], *, streams: bool
+    script: tuple[GenerationEvent, ...], path: str, fields: dict[str, Any], *, streams: bool
 ) -> None:
     dispatcher = FakeDispatcher(*script, asyncio.Event())
     async with serving(create_app(make_services(dispatcher))) as port:
         async with connection(port) as (_, writer):
-            body = {**CHAT, "stream": streams, "n": 2}
-            writer.write(post_bytes("/v1/chat/completions", body))
+            writer.write(post_bytes(path, {**fields, "stream": streams}))
             await asyncio.wait_for(dispatcher.began.wait(), 5)
         await asyncio.wait_for(dispatcher.idle.wait(), 5)
     assert dispatcher.running == 0
