@@ -49,22 +49,22 @@ def validate_request(data: dict[str, Any], model: type[RequestModel]) -> Request
     try:
         parsed = model.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        param = _param(first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+        # Of a union's members, the one that came furthest is what was meant.
+        nearest = max(errors, key=lambda one: len(one["loc"]))
+        param = _param(nearest["loc"])
+        message = nearest["msg"].removeprefix("Value error, ")
         raise RequestError(f"{param}: {message}" if param else message, param=param) from error
     parsed.refuse_unsupported()
     return parsed
 
 
 def _param(location: Iterable[int | str]) -> str | None:
-    """Return `messages[0].content` for pydantic's location, without the union member's name."""
+    """Return `messages[0].content` for pydantic's location, without the union members' names."""
     param = ""
     for part in location:
         if isinstance(part, int):
             param += f"[{part}]"
-        elif part in ("str", "int") or "[" in part:
-            break
-        else:
+        elif part not in ("str", "int") and "[" not in part:
             param += f".{part[:64]}" if param else part[:64]
     return param or None

@@ -107,6 +107,8 @@ class MessagesPromptRequest(WireRequest):
     """Body of `POST /v1/messages/count_tokens`, and what every request has in common with it."""
 
     unsupported: ClassVar = {
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
         "container": (),
         "mcp_servers": ([],),
         "prefill": (),

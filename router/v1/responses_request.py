@@ -19,6 +19,7 @@ from router.v1.wire import (
     unknown_fields,
 )
 
+MAX_PARTS = 4096
 MAX_METADATA = 16
 _SEALED_REASONING = "reasoning.encrypted_content"
 _LOGPROBS = "message.output_text.logprobs"
@@ -32,6 +33,9 @@ class Part(WireModel):
     refusal: str | None = None
 
 
+Parts = Annotated[list[Part], Field(max_length=MAX_PARTS)]
+
+
 class Item(WireModel):
     """An item of the conversation of any type; which fields it needs depends on the type."""
 
@@ -40,12 +44,12 @@ class Item(WireModel):
     status: str | None = None
     phase: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: str | list[Part] | None = None
+    content: str | Parts | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[Part] | None = None
-    summary: list[Part] | None = None
+    output: str | Parts | None = None
+    summary: Parts | None = None
     encrypted_content: str | None = None
 
 
@@ -127,6 +131,8 @@ class ResponsesRequest(SamplingFields):
         "access_programs": (),
         "background": (False,),
         "background_options": (),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
         "context_management": ([],),
         "conversation": (),
         "image": (),

@@ -145,10 +145,11 @@ def test_message_makes_a_tool_round_trip(claude: anthropic.Anthropic) -> None:
 
 
 def test_message_names_the_stop_sequence_that_was_met(claude: anthropic.Anthropic) -> None:
-    whole = claude.messages.create(**ask())
+    messages = [{"role": "user", "content": "Write two sentences about the sea."}]
+    whole = claude.messages.create(**ask(messages=messages))
     assert whole.content[0].type == "text"
-    word = whole.content[0].text.split()[1]
-    message = claude.messages.create(**ask(stop_sequences=["\0never", word]))
+    word = whole.content[0].text.split()[2]
+    message = claude.messages.create(**ask(messages=messages, stop_sequences=["\0never", word]))
     assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", word)
 
 

@@ -216,8 +216,6 @@ async def test_whole_tool_input_is_an_object_whatever_the_model_wrote_i10(
         ({"messages": assistant({"type": "server_tool_use"})}, "messages[0].content[0]", "server"),
         ({"tools": [{"name": "x"}]}, "tools[0].input_schema", "required"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0]", "bash_20250124"),
-        ({"tools": [{"name": "x", "input_schema": {"a": [[[]]] * 1} | {"d": {}}}] * 129},
-         "tools", "at most 128"),
         ({"tool_choice": {"type": "any"}}, "tool_choice", "needs tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "write"}},
          "tool_choice", "'write'"),
@@ -245,15 +243,38 @@ async def test_bad_request_is_refused_by_name(
     assert dispatcher.requests == []
 
 
-@pytest.mark.parametrize("name", ["chat_template", "tokenize"])
-async def test_template_of_the_client_is_never_used_i7(name: str) -> None:
+@pytest.mark.parametrize(
+    "fields", [{"chat_template": "{{ evil }}"}, {"chat_template_kwargs": {"tokenize": True}}]
+)
+async def test_template_of_the_client_is_refused_i7(fields: dict[str, Any]) -> None:
     dispatcher = FakeDispatcher()
-    fields: dict[str, Any] = {name: "{{ evil }}", "chat_template_kwargs": {name: "x"}}
-    response = await post(dispatcher, **fields)
-    assert response.headers["x-impetus-ignored"] == f"{name}, chat_template_kwargs"
-    prompt = dispatcher.requests[0].prompt
-    assert isinstance(prompt, ChatPrompt)
-    assert prompt.template_kwargs == {}
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        response = await post(dispatcher, path, **fields)
+        assert response.status_code == 400
+        assert next(iter(fields)) in response.json()["error"]["message"]
+    assert dispatcher.requests == dispatcher.counted == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"messages": [{"role": "user", "content": "x"}] * 2049}, "messages"),
+        ({"messages": user(*[{"type": "text", "text": "x"}] * 4097)}, "messages[0].content"),
+        ({"system": [{"type": "text", "text": "x"}] * 4097}, "system"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
+        ({"temperature": 1e999}, ""),
+    ],
+)
+async def test_too_much_is_refused_i13(fields: dict[str, Any], name: str) -> None:
+    dispatcher = FakeDispatcher()
+    body = json.dumps({**BODY, **fields})
+    async with client_of(create_app(make_services(dispatcher))) as client:
+        headers = {"content-type": "application/json"}
+        response = await client.post("/v1/messages", content=body, headers=headers)
+    assert response.status_code == 400
+    assert name in response.json()["error"]["message"]
+    assert dispatcher.requests == []
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ for _ in range(40):
         ({"input": []}, "invalid_request", "input"),
         ({"input": [{"content": "x"}]}, "invalid_request", "input[0].role"),
         ({"input": [{"role": "user"}]}, "invalid_request", "input[0].content"),
+        ({"input": [{"role": "robot", "content": "x"}]}, "invalid_request", "input[0].role"),
+        ({"input": [{"role": "user", "content": [{"type": 1}]}]}, "invalid_request",
+         "input[0].content[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
          "unsupported_capability", "input[0].content[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]},
@@ -101,16 +104,34 @@ async def test_values_that_mean_off_are_taken_and_the_unknown_named() -> None:
     assert prompt.template_kwargs == {"enable_thinking": False}
 
 
-@pytest.mark.parametrize("name", ["chat_template", "tokenize"])
-async def test_template_of_the_client_is_never_used_i7(name: str) -> None:
+@pytest.mark.parametrize(
+    "fields", [{"chat_template": "{{ evil }}"}, {"chat_template_kwargs": {"tokenize": True}}]
+)
+async def test_template_of_the_client_is_refused_i7(fields: dict[str, Any]) -> None:
     dispatcher = FakeDispatcher()
-    fields = {name: "{{ evil }}", "chat_template_kwargs": {name: "x"}}
     async with client_of(create_app(make_services(dispatcher))) as client:
         response = await client.post("/v1/responses", json={**BODY, **fields})
-    assert response.headers["x-impetus-ignored"] == f"{name}, chat_template_kwargs"
-    prompt = dispatcher.requests[0].prompt
-    assert isinstance(prompt, ChatPrompt)
-    assert prompt.template_kwargs == {}
+    assert error_of(response)["code"] == "unsupported_parameter"
+    assert error_of(response)["param"] == next(iter(fields))
+    assert dispatcher.requests == []
+
+
+@pytest.mark.parametrize(
+    ("item", "count", "param"),
+    [
+        ({"role": "user", "content": "x"}, 2049, "input"),
+        ({"role": "user", "content": [{"type": "input_text", "text": "x"}] * 4097}, 1,
+         "input[0].content"),
+        ({"type": "reasoning", "summary": [{"type": "summary_text", "text": "x"}] * 4097}, 1,
+         "input[0].summary"),
+    ],
+)  # fmt: skip
+async def test_too_much_is_refused_i13(item: dict[str, Any], count: int, param: str) -> None:
+    dispatcher = FakeDispatcher()
+    async with client_of(create_app(make_services(dispatcher))) as client:
+        response = await client.post("/v1/responses", json={**BODY, "input": [item] * count})
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
+    assert dispatcher.requests == []
 
 
 async def test_stored_response_is_never_streamed() -> None:
