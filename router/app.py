@@ -29,6 +29,7 @@ from router.v1.messages_endpoints import count_tokens_endpoint, messages_endpoin
 from router.v1.models import model_endpoint, models_endpoint
 from router.v1.responses_endpoints import (
     delete_response_endpoint,
+    input_tokens_endpoint,
     responses_endpoint,
     stored_response_endpoint,
 )
@@ -84,6 +85,7 @@ def _add_routes(app: FastAPI, context: RouteContext) -> None:
         max_count=settings.stored_responses, max_bytes=settings.stored_responses_bytes
     )
     add("/v1/responses", responses_endpoint(context, store), "POST")
+    add("/v1/responses/input_tokens", input_tokens_endpoint(context, store), "POST")
     add("/v1/responses/{response_id}", stored_response_endpoint(store))
     add("/v1/responses/{response_id}", delete_response_endpoint(store), "DELETE")
 

@@ -9,6 +9,7 @@ from core.errors import NotFound, PreviousResponseNotFound
 from core.types import Capability, ChatMessage, GenerationRequest
 from router.context import RouteContext, record_of
 from router.v1.body import read_request
+from router.v1.feed import unless_disconnected
 from router.v1.generation import Generation, nobody_listens
 from router.v1.parts import PartAssembler
 from router.v1.responses_object import ResponseBuilder, to_json
@@ -58,6 +59,29 @@ def responses_endpoint(
         )
 
     return create_response
+
+
+def input_tokens_endpoint(
+    context: RouteContext, store: ResponseStore
+) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler that counts a prompt's tokens without answering it."""
+
+    async def count_input_tokens(request: Request) -> Response:
+        body = await read_request(request, ResponsesRequest)
+        conversation = (*_earlier(store, body.previous_response_id), *input_messages(body))
+        prompt = to_responses_prompt(body, conversation)
+        view = await context.model(body.model, Capability.CHAT, record_of(request.scope))
+        count = await unless_disconnected(
+            context.services.dispatcher.count_tokens(view.id, prompt), request.receive
+        )
+        if count is None:
+            return nobody_listens()
+        return JSONResponse(
+            {"object": "response.input_tokens", "input_tokens": count},
+            headers=context.ignored.report(body.ignored_names()),
+        )
+
+    return count_input_tokens
 
 
 def stored_response_endpoint(store: ResponseStore) -> Callable[[Request], Awaitable[Response]]:

@@ -29,7 +29,7 @@ class ResponseBuilder:
     generation: Generation
     conversation: Sequence[ChatMessage]
     store: ResponseStore
-    _base: dict[str, JsonValue] = field(default_factory=dict)
+    _base: dict[str, JsonValue] = field(init=False)
 
     def __post_init__(self) -> None:
         self._base = self._fixed()

@@ -198,6 +198,20 @@ async def test_sdk_retrieves_and_deletes_what_is_stored(client: openai.AsyncOpen
             await call(response.id)
 
 
+async def test_sdk_counts_tokens_of_the_whole_conversation(
+    client: openai.AsyncOpenAI, dispatcher: FakeDispatcher
+) -> None:
+    first = await client.responses.create(model="tiny", input="hi")
+    count = await client.responses.input_tokens.count(
+        model="tiny", input="on", previous_response_id=first.id, tools=[WEATHER]
+    )
+    assert count.input_tokens == 42
+    (prompt,) = dispatcher.counted
+    assert isinstance(prompt, ChatPrompt)
+    assert [message.content for message in prompt.messages] == ["hi", "Hello", "on"]
+    assert len(dispatcher.requests) == 1
+
+
 async def test_response_that_is_not_stored_cannot_be_followed(client: openai.AsyncOpenAI) -> None:
     response = await client.responses.create(model="tiny", input="hi", store=False)
     with pytest.raises(openai.BadRequestError) as caught:
