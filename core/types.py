@@ -61,7 +61,7 @@ class ChatPrompt:
 
     `tool_choice` is "none", "auto", "required" or the name of the one function to call, the
     last as `("function", name)`.  `template_kwargs` are extra variables for the template.
-    After `reasoning_budget` tokens of reasoning the answer has to begin; None: no bound.
+    `reasoning_effort` is what OpenAI calls so, `reasoning_tokens` bounds the reasoning.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -69,7 +69,8 @@ class ChatPrompt:
     tool_choice: Literal["none", "auto", "required"] | tuple[Literal["function"], str] = "auto"
     parallel_tool_calls: bool = True
     template_kwargs: Mapping[str, JsonValue] = field(default_factory=dict)
-    reasoning_budget: int | None = None
+    reasoning_effort: str | None = None
+    reasoning_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

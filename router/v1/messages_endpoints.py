@@ -17,6 +17,7 @@ from router.v1.messages_request import MessagesPromptRequest, MessagesRequest
 from router.v1.messages_stream import MessageEvents
 from router.v1.parts import PartAssembler
 from router.v1.sse import EventStream
+from router.v1.thinking import for_model
 
 
 def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
@@ -31,7 +32,7 @@ def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Re
         generation_request = GenerationRequest(
             id=message_id,
             model_id=view.id,
-            prompt=prompt,
+            prompt=for_model(prompt, view),
             sampling=body.sampling,
             max_tokens=body.max_tokens,
             stop=body.stop_sequences,

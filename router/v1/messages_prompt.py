@@ -8,7 +8,7 @@ from typing import Literal
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.v1 import messages_request as wire
-from router.v1.reasoning import unsealed, with_reasoning
+from router.v1.thinking import unsealed, with_reasoning
 from router.v1.wire import check_schema
 
 # Claude Code begins its system prompt with lines that differ in every request, as

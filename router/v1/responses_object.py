@@ -11,10 +11,10 @@ from core.types import ChatMessage, Finished, JsonValue, Usage
 from router.v1.generation import Generation
 from router.v1.logprobs import chat_logprobs
 from router.v1.parts import Part, PartAssembler
-from router.v1.reasoning import sealed
 from router.v1.responses_prompt import answer_message
 from router.v1.responses_request import ResponsesRequest, TextFormat, Tool
 from router.v1.responses_store import ResponseStore
+from router.v1.thinking import sealed
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}

@@ -7,8 +7,8 @@ from core.errors import RequestError, UnsupportedCapability, UnsupportedParamete
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.v1 import parts as answer
 from router.v1 import responses_request as wire
-from router.v1.reasoning import unsealed, with_reasoning
 from router.v1.requests import MAX_MESSAGES
+from router.v1.thinking import unsealed, with_reasoning
 from router.v1.wire import check_schema
 
 _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})

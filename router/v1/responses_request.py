@@ -6,8 +6,8 @@ from pydantic import Field, PlainValidator
 
 from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonOutput
-from router.v1.reasoning import Effort
 from router.v1.requests import MAX_MESSAGES, MAX_TOOLS, ToolChoice
+from router.v1.thinking import Effort
 from router.v1.wire import (
     MAX_LOGPROBS,
     JsonObject,

@@ -127,8 +127,7 @@ async def test_sdk_makes_a_tool_round_trip_with_thinking(
     assert answer.content[0].type == "text"
     prompt = dispatcher.requests[1].prompt
     assert isinstance(prompt, ChatPrompt)
-    assert prompt.reasoning_budget == 1024
-    assert prompt.template_kwargs == {"enable_thinking": True}
+    assert prompt.template_kwargs == {"enable_thinking": True, "thinking": True}
     assert prompt.messages == (
         ChatMessage("user", "hi"),
         ChatMessage(

@@ -10,6 +10,7 @@ import pytest
 
 from core.errors import UnsupportedCapability
 from core.types import (
+    Capability,
     ChatMessage,
     ChatPrompt,
     Finished,
@@ -24,7 +25,7 @@ from router.context import Pacing
 from router.v1.body import validate_request
 from router.v1.messages_prompt import to_messages_prompt
 from router.v1.messages_request import MessagesRequest
-from tests.fakes import EMBEDDING_MODEL, FakeDispatcher, finished, make_services
+from tests.fakes import EMBEDDING_MODEL, FakeDispatcher, finished, make_services, make_view
 from tests.live_server import client_of, connection, post_bytes, serving
 
 BODY: dict[str, Any] = {
@@ -36,6 +37,8 @@ TOOL = {"name": "read", "input_schema": {"type": "object"}}
 AWKWARD = 'a\nb\r\n\u2028 "q" \\ 😀 \0 event: error\ndata: x\n\n'
 
 
+ON = {"enable_thinking": True, "thinking": True}
+OFF = {"enable_thinking": False, "thinking": False}
 _CHUNK_SIZE = re.compile(rb"[0-9a-f]+")
 
 
@@ -112,12 +115,12 @@ def test_tool_choice_has_its_meaning(choice: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "variables", "budget"),
     [
-        ({"thinking": {"type": "enabled", "budget_tokens": 50}}, {"enable_thinking": True}, 50),
-        ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}, None),
+        ({"thinking": {"type": "enabled", "budget_tokens": 50}}, ON, 50),
+        ({"thinking": {"type": "disabled"}}, OFF, None),
         ({"thinking": {"type": "adaptive"}}, {}, None),
         (
             {"output_config": {"effort": "max"}},
-            {"enable_thinking": True, "reasoning_effort": "high"},
+            {**ON, "reasoning_effort": "high"},
             None,
         ),
     ],
@@ -126,7 +129,19 @@ def test_thinking_becomes_the_prompts_fields(
     fields: Any, variables: dict[str, Any], budget: int | None
 ) -> None:
     prompt = prompt_of(**fields)
-    assert (prompt.template_kwargs, prompt.reasoning_budget) == (variables, budget)
+    assert (prompt.template_kwargs, prompt.reasoning_tokens) == (variables, budget)
+
+
+@pytest.mark.parametrize(("more", "expected"), [((Capability.REASONING,), 50), ((), None)])
+async def test_model_that_does_not_reason_needs_no_bound(more: Any, expected: int | None) -> None:
+    view = make_view(capabilities=frozenset({Capability.CHAT, *more}))
+    dispatcher = FakeDispatcher()
+    body = {**BODY, "thinking": {"type": "enabled", "budget_tokens": 50}}
+    async with client_of(create_app(make_services(dispatcher, views=[view]))) as client:
+        assert (await client.post("/v1/messages", json=body)).status_code == 200
+    prompt = dispatcher.requests[0].prompt
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.reasoning_tokens == expected
 
 
 async def test_request_reaches_the_engine_whole() -> None:
@@ -252,7 +267,8 @@ async def test_template_of_the_client_is_refused_i7(fields: dict[str, Any]) -> N
         response = await post(dispatcher, path, **fields)
         assert response.status_code == 400
         assert next(iter(fields)) in response.json()["error"]["message"]
-    assert dispatcher.requests == dispatcher.counted == []
+    assert dispatcher.requests == []
+    assert dispatcher.counted == []
 
 
 @pytest.mark.parametrize(

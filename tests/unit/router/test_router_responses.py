@@ -101,7 +101,7 @@ async def test_values_that_mean_off_are_taken_and_the_unknown_named() -> None:
     assert body["reasoning"] == {"effort": "none", "summary": None}
     prompt = dispatcher.requests[0].prompt
     assert isinstance(prompt, ChatPrompt)
-    assert prompt.template_kwargs == {"enable_thinking": False}
+    assert prompt.template_kwargs == {"enable_thinking": False, "thinking": False}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
-"""What a request says of the model's reasoning → the prompt's fields for it."""
+"""What a request says of the model's thinking → the prompt's fields for it."""
 
 import base64
 import binascii
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
-from core.types import ChatPrompt, JsonValue
+from core.types import Capability, ChatPrompt, JsonValue
+from router.services import ModelView
 
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -22,20 +23,29 @@ def with_reasoning(
 ) -> ChatPrompt:
     """Return `prompt` with reasoning switched, weighed and bounded; None leaves it to the model.
 
-    A model that does not reason is not changed by any of it.
+    Agents send these for every model, so they are hints to the chat template here: one that does
+    not know them is not changed.
     """
     variables: dict[str, JsonValue] = {}
     if effort is not None:
         is_on = effort != "none"
     if is_on is not None:
-        variables["enable_thinking"] = is_on
+        # The two names that templates have for the switch.
+        variables |= {"enable_thinking": is_on, "thinking": is_on}
     if effort is not None and effort != "none":
         variables["reasoning_effort"] = _DEGREES.get(effort, effort)
     return replace(
         prompt,
         template_kwargs={**variables, **prompt.template_kwargs},
-        reasoning_budget=budget_tokens,
+        reasoning_tokens=budget_tokens,
     )
+
+
+def for_model(prompt: ChatPrompt, view: ModelView) -> ChatPrompt:
+    """Return `prompt` as the model can take it: one that does not reason needs no bound for it."""
+    if Capability.REASONING in view.capabilities:
+        return prompt
+    return replace(prompt, reasoning_tokens=None)
 
 
 def sealed(reasoning: str) -> str:
