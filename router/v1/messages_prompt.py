@@ -8,7 +8,9 @@ from typing import Literal
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.v1 import messages_request as wire
+from router.v1.requests import ToolChoice
 from router.v1.thinking import unsealed, with_reasoning
+from router.v1.tools import check_tools
 from router.v1.wire import check_schema
 
 # Claude Code begins its system prompt with lines that differ in every request, as
@@ -26,10 +28,12 @@ def to_messages_prompt(request: wire.MessagesPromptRequest) -> ChatPrompt:
     for index, message in enumerate(request.messages):
         messages += _messages(message, f"messages[{index}]")
     choice = request.tool_choice
+    tool_choice = _tool_choice(choice)
+    check_tools(tools, tool_choice)
     prompt = ChatPrompt(
         messages=tuple(messages),
         tools=tools,
-        tool_choice=_tool_choice(choice, tools),
+        tool_choice=tool_choice,
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
     )
     thinking = request.thinking
@@ -151,20 +155,13 @@ def _tool(tool: wire.Tool, param: str) -> Tool:
     return Tool(tool.name, tool.description or "", tool.input_schema)
 
 
-def _tool_choice(
-    choice: wire.ToolChoice | None, tools: Sequence[Tool]
-) -> Literal["none", "auto", "required"] | tuple[Literal["function"], str]:
-    if choice is None or choice.type == "auto":
-        return "auto"
-    if choice.type == "none":
-        return "none"
-    if not tools:
-        raise RequestError(f"tool_choice: {choice.type!r} needs tools", param="tool_choice")
-    if choice.type == "any":
-        return "required"
-    name = choice.name or ""
-    if name not in {tool.name for tool in tools}:
-        raise RequestError(
-            f"tool_choice: the tool {name[:100]!r} is not among the tools", param="tool_choice"
-        )
-    return ("function", name)
+def _tool_choice(choice: wire.ToolChoice | None) -> ToolChoice:
+    match choice and choice.type:
+        case "any":
+            return "required"
+        case "none":
+            return "none"
+        case "tool":
+            return ("function", (choice and choice.name) or "")
+        case _:
+            return "auto"

@@ -9,6 +9,7 @@ from router.v1 import parts as answer
 from router.v1 import responses_request as wire
 from router.v1.requests import MAX_MESSAGES
 from router.v1.thinking import unsealed, with_reasoning
+from router.v1.tools import check_tools
 from router.v1.wire import check_schema
 
 _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
@@ -27,13 +28,7 @@ def to_responses_prompt(
         )
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
     choice = request.tool_choice or "auto"
-    if choice == "required" and not tools:
-        raise RequestError('tool_choice: "required" needs tools', param="tool_choice")
-    if isinstance(choice, tuple) and choice[1] not in {tool.name for tool in tools}:
-        raise RequestError(
-            f"tool_choice: the function {choice[1][:100]!r} is not among the tools",
-            param="tool_choice",
-        )
+    check_tools(tools, choice)
     system = [ChatMessage("system", request.instructions)] if request.instructions else []
     prompt = ChatPrompt(
         messages=(*system, *conversation),

@@ -234,6 +234,7 @@ async def test_whole_tool_input_is_an_object_whatever_the_model_wrote_i10(
         ({"tool_choice": {"type": "any"}}, "tool_choice", "needs tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "write"}},
          "tool_choice", "'write'"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].name", "named before"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens", "needed"),
         ({"thinking": {"type": "enabled", "budget_tokens": 100}}, "thinking.budget_tokens", "less"),
         ({"thinking": {"type": "disabled", "budget_tokens": 5}}, "thinking.budget_tokens", "only"),

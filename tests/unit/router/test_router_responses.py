@@ -41,6 +41,7 @@ for _ in range(40):
         ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "invalid_request", "tools[0].name"),
         ({"tools": [{**TOOL, "parameters": DEEP}]}, "invalid_request", "tools[0].parameters"),
+        ({"tools": [TOOL, TOOL]}, "invalid_request", "tools[1].name"),
         ({"tools": [TOOL] * 129}, "invalid_request", "tools"),
         ({"tool_choice": "required"}, "invalid_request", "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "b"}}, "invalid_request", "tool_choice"),
