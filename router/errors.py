@@ -27,7 +27,6 @@ _logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 
-
 _ANTHROPIC_PATH = "/v1/messages"
 # Source: Anthropic's API reference, "Errors".
 _ANTHROPIC_TYPES = {

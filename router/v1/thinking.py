@@ -27,12 +27,12 @@ def with_reasoning(
     not know them is not changed.
     """
     variables: dict[str, JsonValue] = {}
-    if effort is not None:
+    if is_on is None and effort is not None:
         is_on = effort != "none"
     if is_on is not None:
         # The two names that templates have for the switch.
         variables |= {"enable_thinking": is_on, "thinking": is_on}
-    if effort is not None and effort != "none":
+    if is_on and effort is not None and effort != "none":
         variables["reasoning_effort"] = _DEGREES.get(effort, effort)
     return replace(
         prompt,

@@ -118,6 +118,7 @@ def test_tool_choice_has_its_meaning(choice: Any, expected: Any) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 50}}, ON, 50),
         ({"thinking": {"type": "disabled"}}, OFF, None),
         ({"thinking": {"type": "adaptive"}}, {}, None),
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}, OFF, None),
         (
             {"output_config": {"effort": "max"}},
             {**ON, "reasoning_effort": "high"},
