@@ -190,14 +190,14 @@ class HandleDispatcher:
         count: int = await self._ask("count_tokens", model_id, prompt)
         return count
 
-    async def _ask(self, method: str, model_id: str, argument: Any) -> Any:
+    async def _ask(self, method: str, model_id: str, *arguments: Any) -> Any:
         """Call a method of the replica that holds the model, loading the model first if need be."""
         lost = ""
         for attempt in range(_MOST_ATTEMPTS):
             residency = await self._ensure(model_id, lost)
             handle = self._formats[residency.format]
             try:
-                return await call(getattr(handle, method).remote(model_id, argument))
+                return await call(getattr(handle, method).remote(model_id, *arguments))
             except (ModelNotResident, ReplicaDied) as problem:
                 self._forget(residency)
                 lost = residency.replica_id
