@@ -7,13 +7,16 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from backends.base import Engine, EngineLoad, EventSink, ModelInfo, StepOutput, Stepper
-from backends.limits import UNLIMITED, EngineLimits
+from backends.limits import EngineLimits
+from backends.pacing import Pacer
 from backends.prepare import Prepared, Preparer
 from backends.threads import name_this_thread
 from backends.ticket import Inbox, LoopSink, Ticket
+from backends.turns import TurnLock
 from core.errors import EngineFailed, ImpetusError, QueueFull
 from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress, Prompt
 
@@ -47,19 +50,17 @@ class BatchingEngine(Engine):
         self._inbox = Inbox()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}
-        self._next_id = 0
-        self._preparing = 0
+        self._next_id = self._preparing = 0
         self._failure: ImpetusError | None = None
-        self._limits = self._applied_limits = UNLIMITED
-        self._stepped_at = float("-inf")
+        self._pacer = Pacer()
+        self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._counters = EngineLoad()
         self._ended: list[tuple[Ticket, Finished]] = []
         self._prepare_pool = ThreadPoolExecutor(1, thread_name_prefix="impetus-prepare")
         self._start(open_stepper)
 
     def _start(self, open_stepper: Callable[[], Stepper]) -> None:
-        ready = threading.Event()
-        problems: list[BaseException] = []
+        ready, problems = threading.Event(), list[BaseException]()
 
         def run() -> None:
             name_this_thread(THREAD_NAME)
@@ -100,7 +101,7 @@ class BatchingEngine(Engine):
     async def stream_to(self, request: GenerationRequest, sink: EventSink) -> Finished:
         """Run the request with its events going to `sink`; see `Engine.stream_to`."""
         self._check_open()
-        self._limits.check_admits(is_resumed=bool(request.generated))
+        self._pacer.limits.check_admits(is_resumed=bool(request.generated))
         # A resumed answer was admitted once already.
         if not request.generated and self.load().waiting >= self._max_waiting:
             raise QueueFull(
@@ -164,8 +165,12 @@ class BatchingEngine(Engine):
     def set_limits(self, limits: EngineLimits) -> None:
         """Obey `limits` from the next step on; sequences that run go on.  Thread-safe."""
         with self._wake:
-            self._limits = limits
+            self._pacer.limits = limits
             self._wake.notify()
+
+    def take_turns(self, lock: TurnLock) -> None:
+        """See `TurnTaking`."""
+        self._take_turn = lock.turn
 
     def load(self) -> EngineLoad:
         """Return the counts of this moment."""
@@ -215,26 +220,24 @@ class BatchingEngine(Engine):
         """Apply orders; wait for one while idle or between paced steps; False when closing."""
         with self._wake:
             while self._inbox.is_empty and (rest_s := self._rest_s(stepper)) != 0:
-                self._wake.wait(rest_s)
+                self._pacer.rest(self._wake, rest_s)
             if self._inbox.is_closing:
                 return False
+            for ticket in self._inbox.submitted:
+                ticket.throttled_s -= self._pacer.held_s()
             self._waiting.extend(self._inbox.submitted)
-            self._inbox.submitted.clear()
             cancelled = list(self._inbox.cancelled)
-            self._inbox.cancelled.clear()
+            self._inbox.clear()
         for ticket in cancelled:
             self._drop(stepper, ticket)
-        if self._applied_limits != self._limits:
-            self._applied_limits = self._limits
-            self._limits.apply_to(stepper)
+        self._pacer.apply_to(stepper)
         self._start_waiting(stepper)
         return True
 
     def _rest_s(self, stepper: Stepper) -> float | None:
         """Return how long there is nothing to do; None until an order comes."""
-        if self._running or (self._waiting and self._limits.sequences(stepper.max_sequences)):
-            return self._limits.pause_left_s(self._stepped_at, time.monotonic())
-        return None
+        can_start = self._waiting and self._pacer.limits.sequences(stepper.max_sequences)
+        return self._pacer.pause_left_s() if self._running or can_start else None
 
     def _drop(self, stepper: Stepper, ticket: Ticket) -> None:
         if self._running.pop(ticket.id, None) is not None:
@@ -243,31 +246,35 @@ class BatchingEngine(Engine):
             self._waiting.remove(ticket)
 
     def _start_waiting(self, stepper: Stepper) -> None:
-        most = self._limits.sequences(stepper.max_sequences)
+        most = self._pacer.limits.sequences(stepper.max_sequences)
         while self._waiting and len(self._running) < most:
             ticket = self._waiting.popleft()
             ticket.added_at = time.monotonic()
+            ticket.throttled_s += self._pacer.held_s() - self._pacer.paused_s
             try:
                 stepper.add(ticket.spec())
             except ImpetusError as problem:
                 ticket.resolve(problem)
                 continue
             self._running[ticket.id] = ticket
+        self._pacer.note_held(bool(self._waiting) and len(self._running) < stepper.max_sequences)
 
     def _step(self, stepper: Stepper) -> _StepEvents:
-        events: _StepEvents = {}
         # An order may have ended the pause before the next step is due.
-        if not self._running or self._limits.pause_left_s(self._stepped_at, time.monotonic()):
-            return events
+        if not self._running or self._pacer.pause_left_s():
+            return {}
+        events: _StepEvents = {}
+        with self._take_turn():
+            outputs = stepper.step()
         now = 0.0
-        for output in stepper.step():
+        for output in outputs:
             now = now or time.monotonic()
             ticket = self._running[output.sequence_id]
             batch = self._advance(stepper, ticket, output, now)
             if batch:
                 _, entries = events.setdefault(id(ticket.sink), (ticket.sink, []))
                 entries.append((ticket.request.id, batch))
-        self._stepped_at = time.monotonic()
+        self._pacer.note_step()
         self._counters = stepper.counters()
         return events
 
@@ -286,6 +293,7 @@ class BatchingEngine(Engine):
         ticket.completion_tokens += 1
         events.extend(assembler.push(output))
         if assembler.reason is not None:
+            ticket.throttled_s += self._pacer.paused_s
             finished = ticket.finish(assembler.reason, now)
             events.append(finished)
             del self._running[ticket.id]

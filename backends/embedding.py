@@ -7,6 +7,7 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from backends.base import Engine, EngineLoad, ModelInfo
 from backends.pooling import Pooling, pool, read_pooling
 from backends.threads import name_this_thread
+from backends.turns import TurnLock
 from core.errors import (
     ContextLengthExceeded,
     EngineFailed,
@@ -106,6 +108,7 @@ class EmbeddingEngine(Engine):
         self._jobs: deque[_Job] = deque()
         self._is_closing = False
         self._counters = EngineLoad()
+        self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._thread = threading.Thread(target=self._run, name="impetus-engine", daemon=True)
         self._thread.start()
 
@@ -142,6 +145,10 @@ class EmbeddingEngine(Engine):
         """Return the counts of this moment; a step is a batch."""
         waiting = len(self._submitted) + len(self._jobs)
         return replace(self._counters, running=min(waiting, 1), waiting=max(waiting - 1, 0))
+
+    def take_turns(self, lock: TurnLock) -> None:
+        """See `TurnTaking`; a batch is a turn."""
+        self._take_turn = lock.turn
 
     async def close(self) -> None:
         """Fail what waits, free the model after the running batch, join the thread."""
@@ -222,7 +229,8 @@ class EmbeddingEngine(Engine):
             return
         started = time.thread_time()
         try:
-            vectors = self._compute([job.token_lists[index] for job, index in batch])
+            with self._take_turn():
+                vectors = self._compute([job.token_lists[index] for job, index in batch])
         except Exception as problem:
             if not isinstance(problem, ImpetusError):
                 logger.exception("a batch of %s failed", self.info.name)

@@ -1,8 +1,9 @@
 """Embeddings from GGUF models with a pooling layer."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
 from backends.gguf_batch import Batch
 from backends.gguf_model import GgufModel, library, native_log
 from backends.threads import name_this_thread
+from backends.turns import TurnLock
 from core.errors import (
     ContextLengthExceeded,
     EngineFailed,
@@ -36,6 +38,7 @@ class GgufEmbedder(Engine):
         )
         self._running = 0
         self._is_closed = False
+        self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._pool = ThreadPoolExecutor(
             1, initializer=name_this_thread, initargs=("impetus-engine",)
         )
@@ -87,7 +90,8 @@ class GgufEmbedder(Engine):
         token_lists = [self._tokens(text) for text in inputs]
         vectors = np.empty((len(inputs), self._dimension), np.float32)
         for group in self._groups(token_lists):
-            self._compute(group, token_lists, vectors)
+            with self._take_turn():
+                self._compute(group, token_lists, vectors)
         return Embeddings(vectors, sum(map(len, token_lists)))
 
     def _tokens(self, text: str | Sequence[int]) -> list[int]:
@@ -143,6 +147,10 @@ class GgufEmbedder(Engine):
     def load(self) -> EngineLoad:
         """Return the counts of this moment."""
         return EngineLoad(running=min(self._running, 1), waiting=max(self._running - 1, 0))
+
+    def take_turns(self, lock: TurnLock) -> None:
+        """See `TurnTaking`; a batch is a turn."""
+        self._take_turn = lock.turn
 
     async def close(self) -> None:
         """Free everything after the running call; twice is fine."""

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 class Ticket:
     """One request inside the engine; touched by the engine's thread only once submitted.
 
-    `completion_tokens` are those that this engine generated.
+    `completion_tokens` are those that this engine generated.  `throttled_s` is a balance: what
+    the pacer's clocks showed when a wait began is taken off, what they show at its end added.
     """
 
     request: GenerationRequest
@@ -39,6 +40,7 @@ class Ticket:
     first_token_at: float = 0.0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    throttled_s: float = 0.0
 
     def spec(self) -> SequenceSpec:
         """Return what the stepper needs."""
@@ -70,6 +72,7 @@ class Ticket:
             queued_s=self.added_at - self.submitted_at,
             prefill_s=self.first_token_at - self.added_at,
             decode_s=now - self.first_token_at,
+            throttled_s=max(self.throttled_s, 0.0),
         )
         assembler = prepared.assembler
         return Finished(assembler.reason or reason, usage, timing, stop=assembler.matched_stop)
@@ -110,6 +113,11 @@ class Inbox:
     def is_empty(self) -> bool:
         """Whether nothing is asked."""
         return not (self.submitted or self.cancelled or self.is_closing)
+
+    def clear(self) -> None:
+        """Forget the orders, which were taken; closing is for ever."""
+        self.submitted.clear()
+        self.cancelled.clear()
 
 
 class LoopSink:

@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from backends.base import StepOutput, Stepper
-from backends.limits import PrefillLimited
 from core.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -254,27 +253,16 @@ class TurnLock:
         fcntl.lockf(self._file, fcntl.LOCK_UN, length, start)
 
 
-class TurnStepper:
-    """A stepper that takes a turn for each step, and for nothing else; see `Stepper`."""
+@runtime_checkable
+class TurnTaking(Protocol):
+    """An engine that shares an accelerator with other processes."""
 
-    def __init__(self, stepper: Stepper, lock: TurnLock) -> None:
-        self._stepper = stepper
-        self._lock = lock
-        self.max_sequences = stepper.max_sequences
-        self.add = stepper.add
-        self.remove = stepper.remove
-        self.counters = stepper.counters
-        self.close = stepper.close
+    def take_turns(self, lock: TurnLock) -> None:
+        """Take a turn for each forward pass, and for nothing else; before the first request.
 
-    def step(self) -> list[StepOutput]:
-        """Do one forward pass; blocks until it is this process's turn."""
-        with self._lock.turn():
-            return self._stepper.step()
-
-    def limit_prefill(self, chunk_tokens: int | None) -> None:
-        """See `PrefillLimited`; nothing to do for a stepper that cannot."""
-        if isinstance(self._stepper, PrefillLimited):
-            self._stepper.limit_prefill(chunk_tokens)
+        The lock must be registered and stay open until the engine is closed.
+        """
+        ...
 
 
 class _Wait(threading.Event):

@@ -170,11 +170,19 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds spent waiting for a slot, on the prompt, and on the answer."""
+    """Seconds of a request: waiting for memory or a slot, loading the model, prompt, answer.
+
+    `throttled_s` are those of them that heat, low power or memory pressure cost.  `evicted` names
+    the models that were unloaded for it; `resumed` counts the engines that were lost meanwhile.
+    """
 
     queued_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    load_s: float = 0.0
+    throttled_s: float = 0.0
+    evicted: tuple[str, ...] = ()
+    resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

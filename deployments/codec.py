@@ -69,7 +69,8 @@ def _pack(event: GenerationEvent) -> tuple[Any, ...]:
                 usage.cached_tokens,
                 usage.reasoning_tokens,
             )
-            times = (timing.queued_s, timing.prefill_s, timing.decode_s)
+            # The rest is known to the router alone.
+            times = (timing.queued_s, timing.prefill_s, timing.decode_s, timing.throttled_s)
             return (_FINISHED, reason, counts, times, stop)
 
 
@@ -85,7 +86,9 @@ def _unpack(data: list[Any]) -> GenerationEvent:
     if kind == _PREFILL:
         return PrefillProgress(data[1], data[2])
     if kind == _FINISHED:
-        return Finished(data[1], Usage(*data[2]), Timing(*data[3]), stop=data[4])
+        *seconds, throttled_s = data[3]
+        timing = Timing(*seconds, throttled_s=throttled_s)
+        return Finished(data[1], Usage(*data[2]), timing, stop=data[4])
     raise ValueError(f"unknown event {kind}")
 
 

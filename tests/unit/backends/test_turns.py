@@ -14,10 +14,8 @@ from typing import Any
 
 import pytest
 
-from backends.base import EngineLoad, SequenceSpec, StepOutput
-from backends.turns import TurnLock, TurnStepper
+from backends.turns import TurnLock
 from core.errors import Unavailable
-from core.types import SamplingParams
 
 OTHER = """
 import sys
@@ -112,35 +110,6 @@ class Taker:
         self.may_leave.set()
         self._thread.join(20)
         assert not self._thread.is_alive()
-
-
-class FakeStepper:
-    """Says of each call whether the turn was held."""
-
-    max_sequences = 3
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.limit: int | None = None
-
-    def add(self, spec: SequenceSpec) -> None:
-        self.calls.append(f"add {spec.id}")
-
-    def remove(self, sequence_id: int) -> None:
-        self.calls.append(f"remove {sequence_id}")
-
-    def step(self) -> list[StepOutput]:
-        self.calls.append("step")
-        return [StepOutput(1, 5)]
-
-    def counters(self) -> EngineLoad:
-        return EngineLoad(steps=7)
-
-    def close(self) -> None:
-        self.calls.append("close")
-
-    def limit_prefill(self, chunk_tokens: int | None) -> None:
-        self.limit = chunk_tokens
 
 
 def wait_until(is_true: Callable[[], object]) -> None:
@@ -320,29 +289,6 @@ def test_foreign_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(Unavailable, match="cannot be used"):
             TurnLock(tmp_path / name)
     assert (tmp_path / "target").stat().st_size == 0
-
-
-def test_stepper_takes_the_turn_for_steps_only(path: Path, lock: TurnLock) -> None:
-    with other_process(path) as other:
-        inner = FakeStepper()
-        stepper = TurnStepper(inner, lock)
-        other.do("enter")
-        stepper.add(SequenceSpec(4, (1, 2), SamplingParams(), 8))
-        stepper.remove(4)
-        stepper.limit_prefill(16)
-        assert stepper.counters() == EngineLoad(steps=7)
-        assert stepper.max_sequences == 3
-        outputs: list[StepOutput] = []
-        thread = threading.Thread(target=lambda: outputs.extend(stepper.step()))
-        thread.start()
-        thread.join(0.2)
-        assert inner.calls == ["add 4", "remove 4"]
-        other.do("leave")
-        thread.join(20)
-        stepper.close()
-    assert outputs == [StepOutput(1, 5)]
-    assert inner.calls == ["add 4", "remove 4", "step", "close"]
-    assert inner.limit == 16
 
 
 def test_failed_step_gives_the_turn_back(path: Path, lock: TurnLock) -> None:

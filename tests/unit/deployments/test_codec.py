@@ -22,7 +22,7 @@ EVENTS: list[GenerationEvent] = [
     ReasoningDelta("because", (3,)),
     ToolCallDelta(0, "call_1", "read", "", (4,)),
     ToolCallDelta(0, None, None, '{"path":', ()),
-    Finished("tool_calls", Usage(10, 5, 4, 2), Timing(0.1, 0.2, 0.3)),
+    Finished("tool_calls", Usage(10, 5, 4, 2), Timing(0.1, 0.2, 0.3, throttled_s=0.4)),
     Finished("stop", Usage(10, 5), stop="END"),
 ]
 
