@@ -21,6 +21,7 @@ from core.types import (
     SamplingParams,
     TokenLogprob,
 )
+from core.units import MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +173,12 @@ class Backend(ABC):
     """How models of one format are recognised, sized and opened.  Stateless.
 
     `starts_on_demand`: no process waits for the first request, and an idle one ends.
+    `process_bytes` is what a process holds, runtime included, besides its models.
     """
 
     name: ClassVar[str]
     starts_on_demand: ClassVar[bool] = False
+    process_bytes: ClassVar[int] = 256 * MIB
 
     @abstractmethod
     def availability(self) -> Availability:

@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from core.types import Usage
+from core.types import Timing, Usage
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -58,6 +58,18 @@ class Metrics:
         self.prompt_tokens = self._tokens("prompt", "Prompt tokens.")
         self.cached_tokens = self._tokens("cached", "Prompt tokens not computed again.")
         self.completion_tokens = self._tokens("completion", "Generated tokens.")
+        self.resumptions = Counter(
+            "impetus_resumptions",
+            "Engines that were lost under answers which went on with another one.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.request_throttled = Counter(
+            "impetus_request_throttled_seconds",
+            "Seconds that throttling cost finished requests.",
+            ["model"],
+            registry=self.registry,
+        )
 
     def _histogram(
         self, name: str, help_text: str, label: str, buckets: tuple[float, ...]
@@ -72,6 +84,13 @@ class Metrics:
         self.prompt_tokens.labels(model_id).inc(usage.prompt_tokens)
         self.cached_tokens.labels(model_id).inc(usage.cached_tokens)
         self.completion_tokens.labels(model_id).inc(usage.completion_tokens)
+
+    def count_timing(self, model_id: str, timing: Timing) -> None:
+        """Add what a finished request lost to throttling and to engines that died."""
+        if timing.resumed:
+            self.resumptions.labels(model_id).inc(timing.resumed)
+        if timing.throttled_s:
+            self.request_throttled.labels(model_id).inc(timing.throttled_s)
 
     def render(self) -> bytes:
         """Return all metrics in prometheus' text format, `CONTENT_TYPE`."""

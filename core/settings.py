@@ -122,6 +122,20 @@ class Settings(BaseSettings):
         "room.",
     )
 
+    format_idle_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="Seconds after which the process of a format that starts on demand ends, "
+        "when none of its models was used and none is pinned or has a keep-alive.",
+    )
+    max_replicas: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="Most processes of one format; more than one helps only where the Ray cluster "
+        "has more machines.",
+    )
+
     @field_validator("api_key")
     @classmethod
     def _key_is_sayable(cls, value: SecretStr | None) -> SecretStr | None:

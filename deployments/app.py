@@ -1,49 +1,78 @@
 """The composition root: `serve_config.yaml` names `build` as the application."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application, Deployment
 
+from backends.base import Backend
 from backends.registry import backends_for
 from core.settings import Settings
+from deployments.affinity import ResidencyRouter
 from deployments.engine import FormatReplica
+from deployments.reservation import reservation
 from deployments.router import RouterReplica
 from deployments.scheduler import SchedulerReplica
 
 # The engine's own queue bounds the requests; Serve's limit is only the outer stop.
 _MOST_ONGOING = 2048
 
-# Formats that start on demand go when idle for as long as Ollama keeps a model.
-_ON_DEMAND = {
-    "min_replicas": 0,
-    "initial_replicas": 0,
-    "max_replicas": 1,
+# The policy of `deployments.autoscaling` decides; what it takes back has to hold for 10 s.
+_SCALING: Mapping[str, Any] = {
     "upscale_delay_s": 0,
-    "downscale_delay_s": 300,
+    "downscale_delay_s": 10,
+    "look_back_period_s": 10,
+    # The engine batches: one process serves far more than a few requests at a time.
+    "target_ongoing_requests": 16,
 }
 
 
 def build(settings: Settings) -> Application:
     """Bind one deployment per format, the scheduler over them, and the router over all."""
-    formats = {name: _format(name) for name in settings.formats}
+    backends = backends_for(settings.formats)
+    cluster = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    sizes = [backend.process_bytes for backend in backends.values()]
+    formats = {
+        name: _format(backend, settings, reservation(backend.process_bytes, cluster, sizes))
+        for name, backend in backends.items()
+    }
     scheduler = _deployment(SchedulerReplica, "scheduler").bind(settings, formats)
     router = _deployment(serve.ingress()(RouterReplica), "router")
     return router.bind(settings, scheduler, formats)
 
 
-def _format(name: str) -> Application:
-    on_demand = backends_for([name])[name].starts_on_demand
-    scaling = {"autoscaling_config": _ON_DEMAND} if on_demand else {"num_replicas": 1}
-    return _deployment(FormatReplica, name, **scaling).bind(name)
+def _format(backend: Backend, settings: Settings, reserved: dict[str, Any]) -> Application:
+    options = format_options(backend, settings)
+    deployment = _deployment(FormatReplica, backend.name, reserved, **options)
+    return deployment.bind(backend.name, settings.home)
 
 
-def _deployment(cls: Any, name: str, **options: Any) -> Deployment:
+def format_options(backend: Backend, settings: Settings) -> dict[str, Any]:
+    """Return how many replicas a format has, and how requests find the right one."""
+    options: dict[str, Any] = {}
+    if settings.max_replicas > 1:
+        options["request_router_config"] = {
+            "request_router_class": ResidencyRouter,
+            "initial_backoff_s": 0.005,
+            "max_backoff_s": 0.05,
+        }
+    elif not backend.starts_on_demand:
+        return {"num_replicas": 1}
+    least = 0 if backend.starts_on_demand else 1
+    scaling = {"min_replicas": least, "initial_replicas": least}
+    most = {"max_replicas": settings.max_replicas}
+    return {**options, "autoscaling_config": {**_SCALING, **scaling, **most}}
+
+
+def _deployment(
+    cls: Any, name: str, reserved: Mapping[str, Any] | None = None, **options: Any
+) -> Deployment:
     decorate: Callable[[Any], Deployment] = serve.deployment(
         name=name,
         max_ongoing_requests=_MOST_ONGOING,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, **(reserved or {})},
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=20.0,
         # How soon a dead replica is noticed and replaced; Serve's default is 10 s.

@@ -86,8 +86,8 @@ def _unpack(data: list[Any]) -> GenerationEvent:
     if kind == _PREFILL:
         return PrefillProgress(data[1], data[2])
     if kind == _FINISHED:
-        *seconds, throttled_s = data[3]
-        timing = Timing(*seconds, throttled_s=throttled_s)
+        queued_s, prefill_s, decode_s, throttled_s = data[3]
+        timing = Timing(queued_s, prefill_s, decode_s, throttled_s=throttled_s)
         return Finished(data[1], Usage(*data[2]), timing, stop=data[4])
     raise ValueError(f"unknown event {kind}")
 

@@ -2,56 +2,31 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-from core.errors import EngineFailed, ModelNotResident
+from core.errors import EngineFailed, ImpetusError, ModelNotResident
 from core.types import (
     Embeddings,
     Finished,
     GenerationEvent,
     GenerationRequest,
-    PrefillProgress,
     Prompt,
 )
 from deployments.calls import Handle, call, direct
 from deployments.codec import LENGTH_BYTES, decode_body
+from deployments.course import Course
+from deployments.decisions import DecisionLog
 from deployments.errors import ReplicaDied, unwrap
 from deployments.frames import EventTaker, FrameReceiver
 from deployments.orders import Residency
+from deployments.replicas import Targets
 
 logger = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 3
 _LOST_EVENTS_S = 10.0
-
-
-@dataclass(slots=True)
-class _Sent:
-    """What the client of one request has got so far."""
-
-    take: EventTaker
-    token_ids: list[int] = field(default_factory=list)
-    events: int = 0
-
-    def pass_on(self, events: Sequence[GenerationEvent]) -> None:
-        """Hand events to the client, and note them."""
-        for event in events:
-            if not isinstance(event, PrefillProgress | Finished):
-                self.events += 1
-                self.token_ids.extend(event.token_ids)
-        self.take(events)
-
-    def can_go_on(self, request: GenerationRequest) -> bool:
-        """Whether tokens stand for all text that was sent; an echoed prompt needs none."""
-        return bool(self.token_ids) or self.events <= int(request.echo_prompt)
-
-    def rest_of(self, request: GenerationRequest) -> GenerationRequest:
-        """Return the request for what is left of the answer."""
-        if not self.events:
-            return request
-        return replace(request, generated=tuple(self.token_ids), echo_prompt=False)
 
 
 class HandleDispatcher:
@@ -67,9 +42,15 @@ class HandleDispatcher:
         formats: Mapping[str, Handle],
         receiver: FrameReceiver,
         node_id: str,
+        *,
+        has_many: bool = False,
+        log: DecisionLog | None = None,
     ) -> None:
+        """`has_many`: formats may have several replicas, of which one holds the model."""
         self._scheduler = direct(scheduler)
-        self._formats = {name: direct(handle) for name, handle in formats.items()}
+        handles = {name: direct(handle) for name, handle in formats.items()}
+        self._targets = Targets(handles, has_many=has_many)
+        self._log = log or DecisionLog()
         self._receiver = receiver
         self._node_id = node_id
         self._residencies: dict[str, Residency] = {}
@@ -98,23 +79,34 @@ class HandleDispatcher:
         A replica that died, or does not hold the model any more, costs another attempt that the
         client does not see: the answer goes on after the tokens whose events were handed out.
         """
-        lost, sent = "", _Sent(take)
+        lost, course = "", Course(request)
+
+        def pass_on(events: Sequence[GenerationEvent]) -> None:
+            take([course.note(event) for event in events])
+
         for attempt in range(_MOST_ATTEMPTS):
-            # Late events of an earlier attempt must not reach this one.
-            attempted = replace(sent.rest_of(request), id=f"{request.id}.{attempt}")
             residency = None
             try:
-                residency = await self._ensure(request.model_id, lost)
-                await self._attempt(attempted, residency, sent.pass_on)
+                residency = await self._ensure(request.model_id, lost, course)
+                course.begin()
+                await self._attempt(course.attempt(attempt), residency, pass_on)
                 return
             except (ModelNotResident, ReplicaDied) as problem:
+                course.note_lost(problem)
                 # Without a residency, it is the load that a replica died of or during.
                 if residency is not None:
                     lost = residency.replica_id
                     self._forget(residency)
-                logger.info("%s lost on replica %s: %s", request.model_id, lost, problem)
-                if attempt == _MOST_ATTEMPTS - 1 or not sent.can_go_on(request):
+                if attempt == _MOST_ATTEMPTS - 1 or not course.can_go_on:
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
+                self._note_lost(request.model_id, problem)
+
+    def _note_lost(self, model_id: str, problem: ImpetusError) -> None:
+        """Log a model that was not where it was believed to be; a death is a decision's cause."""
+        if isinstance(problem, ReplicaDied):
+            self._log.note("replica died", f"resume {model_id}", problem.message)
+        else:
+            logger.info("%s is not where it was: %s", model_id, problem.message)
 
     async def _attempt(
         self, request: GenerationRequest, residency: Residency, take: EventTaker
@@ -152,7 +144,7 @@ class HandleDispatcher:
     async def _run(
         self, request: GenerationRequest, residency: Residency, end: "asyncio.Future[None]"
     ) -> None:
-        handle = self._formats[residency.format]
+        handle = self._targets.at(residency)
         try:
             await call(handle.generate.remote(request, self._receiver.path))
         except Exception as problem:
@@ -166,7 +158,7 @@ class HandleDispatcher:
         self, request: GenerationRequest, residency: Residency, take: EventTaker
     ) -> None:
         """Run on another machine: frames by the handle."""
-        handle = self._formats[residency.format].options(stream=True)
+        handle = self._targets.at(residency).options(stream=True)
         frames: Any = handle.stream.remote(request)
         try:
             async for frame in frames:
@@ -195,7 +187,7 @@ class HandleDispatcher:
         lost = ""
         for attempt in range(_MOST_ATTEMPTS):
             residency = await self._ensure(model_id, lost)
-            handle = self._formats[residency.format]
+            handle = self._targets.at(residency)
             try:
                 return await call(getattr(handle, method).remote(model_id, *arguments))
             except (ModelNotResident, ReplicaDied) as problem:
@@ -208,15 +200,21 @@ class HandleDispatcher:
     def _forget(self, residency: Residency) -> None:
         if self._residencies.get(residency.model_id) is residency:
             del self._residencies[residency.model_id]
+        self._targets.forget(residency)
 
-    async def _ensure(self, model_id: str, lost_replica: str) -> Residency:
+    async def _ensure(
+        self, model_id: str, lost_replica: str, course: Course | None = None
+    ) -> Residency:
         known = self._residencies.get(model_id)
         if known is not None:
             return known
+        asked_at = time.monotonic()
         residency: Residency = await call(
             self._scheduler.ensure_loaded.remote(model_id, lost_replica)
         )
         self._residencies[model_id] = residency
+        if course is not None:
+            course.note_wait(time.monotonic() - asked_at, residency)
         return residency
 
 

@@ -28,6 +28,7 @@ from deployments.errors import returning_errors
 from deployments.frames import FrameSender
 from deployments.logs import attach_logs
 from deployments.orders import FileMark, LoadOrder, ReplicaReport, Residency, ResidentReport
+from deployments.turn_taking import SharedTurns
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class FormatReplica:
     A model's requests are counted here; the scheduler asks for loads and unloads only.
     """
 
-    def __init__(self, format_name: str) -> None:
+    def __init__(self, format_name: str, home: Path) -> None:
         attach_logs()
         self._format = format_name
         self._backend = backends_for([format_name])[format_name]
@@ -62,6 +63,7 @@ class FormatReplica:
         self._senders: dict[str, FrameSender] = {}
         self._changing = asyncio.Lock()
         self._limits = UNLIMITED
+        self._turns = SharedTurns(home)
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._node_id = ray.get_runtime_context().get_node_id()
 
@@ -78,6 +80,7 @@ class FormatReplica:
             started = time.monotonic()
             marks = tuple(_mark(path) for path in order.info.files)
             engine = await asyncio.to_thread(self._backend.open, order.info, order.options)
+            await self._turns.share(engine)
             residency = Residency(
                 order.model_id,
                 self._format,
@@ -230,6 +233,7 @@ class FormatReplica:
         """Free every model; Serve awaits this at shutdown."""
         for resident in list(self._residents.values()):
             await resident.engine.close()
+        await self._turns.close()
         for sender in self._senders.values():
             sender.close()
 

@@ -1,6 +1,7 @@
 """Starts the server in the foreground: `serve run` as a child, watched and cleaned up after."""
 
 import argparse
+import json
 import os
 import re
 import secrets
@@ -20,7 +21,10 @@ from pydantic import ValidationError
 
 from core.errors import ImpetusError
 from core.settings import Settings
+from core.units import MIB
 from deployments.listener import bind, check_exposure
+from deployments.reservation import UNIFIED_MEMORY
+from scheduler.sensors import machine_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 _START_LIMIT_S = 180.0
@@ -206,6 +210,8 @@ def environment(settings: Settings) -> dict[str, str]:
         if separator and not line.startswith("#"):
             values.setdefault(name.strip(), value.strip())
     values.setdefault("RAY_AUTH_TOKEN_PATH", str(token_path(settings)))
+    memory = {UNIFIED_MEMORY: machine_memory_bytes() // MIB}
+    values.setdefault("RAY_OVERRIDE_RESOURCES", json.dumps(memory))
     return values
 
 

@@ -4,12 +4,13 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from core.errors import EngineFailed, ImpetusError, InsufficientMemory, QueueFull, Unavailable
-from deployments.orders import Decision, Residency, ResidentReport
+from deployments.decisions import DecisionLog
+from deployments.orders import Residency, ResidentReport
 from scheduler.events import (
     Action,
     Configured,
@@ -34,7 +35,6 @@ from scheduler.state import HostState, KeepRules, Offer, Priority
 
 logger = logging.getLogger(__name__)
 
-_KEPT_DECISIONS = 256
 # How often the replicas are asked about their models while requests wait for memory.
 _WAITING_POLL_S = 0.1
 # How often they are asked where only keep-alives run.
@@ -48,13 +48,29 @@ Reported = Sequence[tuple[Residency, ResidentReport | None]]
 Reporter = Callable[[Sequence[Residency]], Awaitable[Reported]]
 
 
+@dataclass(slots=True)
+class Tally:
+    """How often things happened since the start."""
+
+    loads: int = 0
+    load_failures: int = 0
+    evictions: int = 0
+
+
 class Ledger:
     """Decides with `scheduler.policy`; opens, closes and asks through the functions it is given.
 
     All state changes happen on one event loop, between two awaits.
     """
 
-    def __init__(self, state: HostState, open_: Opener, close: Closer, report: Reporter) -> None:
+    def __init__(
+        self,
+        state: HostState,
+        open_: Opener,
+        close: Closer,
+        report: Reporter,
+        log: DecisionLog,
+    ) -> None:
         self._state = state
         self._open = open_
         self._close = close
@@ -64,7 +80,9 @@ class Ledger:
         self._failures: dict[str, BaseException] = {}
         self._closings: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._decisions: deque[Decision] = deque(maxlen=_KEPT_DECISIONS)
+        self._log = log
+        self._evicted: dict[str, list[str]] = {}
+        self.tally = Tally()
         self._numbers = itertools.count()
         self._is_wanted = asyncio.Event()
         self._watch = asyncio.ensure_future(self._run())
@@ -83,10 +101,6 @@ class Ledger:
     def state(self) -> HostState:
         """What the policy knows."""
         return self._state
-
-    def decisions(self) -> list[Decision]:
-        """Return the last decisions, the oldest first."""
-        return list(self._decisions)
 
     def residency(self, model_id: str) -> Residency | None:
         """Return where the model takes requests."""
@@ -195,15 +209,16 @@ class Ledger:
         if isinstance(action, Grant) and isinstance(event, Wanted):
             return
         what = f"{type(action).__name__.lower()} {action.model_id}"
-        decision = Decision(time.time(), type(event).__name__.lower(), what, action.reason)
-        self._decisions.append(decision)
-        logger.info("%s: %s", what, action.reason)
+        self._log.note(type(event).__name__.lower(), what, action.reason)
 
     def _perform(self, action: Action) -> None:
         match action:
             case Load(model_id, offer):
                 self._start(self._load(model_id, offer))
-            case Unload(model_id) | Drain(model_id):
+            case Unload(model_id, _, for_model) | Drain(model_id, _, for_model):
+                if for_model:
+                    self.tally.evictions += 1
+                    self._evicted.setdefault(for_model, []).append(model_id)
                 # From now on a request for it waits until it was loaded again.
                 residency = self._residencies.pop(model_id, None)
                 self._closings[model_id] = self._start(self._unload(model_id, residency))
@@ -244,9 +259,16 @@ class Ledger:
             is_memory = isinstance(problem, InsufficientMemory)
             self._send(LoadFailed(model_id, str(problem), is_memory))
             del self._failures[model_id]
+            self.tally.load_failures += 1
+            self._evicted.pop(model_id, None)
             return
-        self._residencies[model_id] = residency
+        self.tally.loads += 1
+        # Only those who waited for this load are told whom it cost.
+        evicted = tuple(self._evicted.pop(model_id, ()))
+        self._residencies[model_id] = replace(residency, evicted=evicted)
         self._send(Loaded(model_id, offer.needed_bytes, residency.load_s))
+        if model_id in self._residencies:
+            self._residencies[model_id] = residency
 
     async def _unload(self, model_id: str, residency: Residency | None) -> None:
         try:

@@ -8,9 +8,11 @@ from typing import Any
 
 from catalog.models import ModelSettings
 from catalog.store import CatalogStore
-from core.errors import ImpetusError
+from core.errors import ImpetusError, Unavailable
 from core.settings import Settings
 from deployments.calls import Handle, call, direct
+from deployments.decisions import DecisionLog
+from deployments.orders import Decision
 from router.services import DecisionView, SettingsView
 
 logger = logging.getLogger(__name__)
@@ -21,7 +23,9 @@ _NOTICE_TIMEOUT_S = 5.0
 class SchedulerManagement:
     """Implements `router.services.Management`."""
 
-    def __init__(self, settings: Settings, scheduler: Handle) -> None:
+    def __init__(self, settings: Settings, scheduler: Handle, log: DecisionLog) -> None:
+        """`log` holds what this process decided."""
+        self._log = log
         self._store = CatalogStore(settings.catalog_file)
         self._scheduler = direct(scheduler)
 
@@ -53,10 +57,18 @@ class SchedulerManagement:
         await call(self._scheduler.unload.remote(model_id))
 
     async def decisions(self) -> Sequence[DecisionView]:
-        """Return the scheduler's last decisions."""
+        """Return the last decisions of the scheduler and of this process.
+
+        Raises Unavailable where the scheduler does not answer.
+        """
+        try:
+            async with asyncio.timeout(_NOTICE_TIMEOUT_S):
+                theirs: list[Decision] = await call(self._scheduler.decisions.remote())
+        except (ImpetusError, TimeoutError) as problem:
+            raise Unavailable("The scheduler does not answer.", retry_after_s=5) from problem
         return [
             DecisionView(one.at, one.event, one.action, one.reason)
-            for one in await call(self._scheduler.decisions.remote())
+            for one in (*theirs, *self._log.last())
         ]
 
     def close(self) -> None:

@@ -26,7 +26,10 @@ class LoadOrder:
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """A model in memory: where, with which context in tokens, and what the load took."""
+    """A model in memory: where, with which context in tokens, and what the load took.
+
+    To those who waited for the load, `evicted` names the models that made room for it.
+    """
 
     model_id: str
     format: str
@@ -34,6 +37,7 @@ class Residency:
     node_id: str
     context_tokens: int
     load_s: float
+    evicted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

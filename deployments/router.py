@@ -10,11 +10,13 @@ from core.metrics import Metrics
 from core.settings import Settings
 from deployments.calls import Handle
 from deployments.catalog_view import CatalogView, SchedulerHealth
+from deployments.decisions import DecisionLog
 from deployments.dispatch import HandleDispatcher
 from deployments.frames import FrameReceiver
 from deployments.listener import Listener
 from deployments.logs import attach_logs
 from deployments.management import SchedulerManagement
+from deployments.replicas import reaching_all
 from deployments.telemetry import ReplicaTelemetry
 from router.app import create_app
 from router.services import Services
@@ -36,11 +38,16 @@ class RouterReplica:
         self._receiver = FrameReceiver()
         await self._receiver.start()
         node_id = ray.get_runtime_context().get_node_id()
-        self._dispatcher = HandleDispatcher(scheduler, formats, self._receiver, node_id)
-        dispatcher = self._dispatcher
-        telemetry = ReplicaTelemetry(formats, lambda: dispatcher.resident_formats)
+        log = DecisionLog()
+        has_many = settings.max_replicas > 1
+        dispatcher = self._dispatcher = HandleDispatcher(
+            scheduler, formats, self._receiver, node_id, has_many=has_many, log=log
+        )
+        telemetry = ReplicaTelemetry(
+            reaching_all(formats, settings), lambda: dispatcher.resident_formats, scheduler
+        )
         self._catalog = CatalogView(settings, scheduler, lambda: dispatcher.resident_ids)
-        self._management = SchedulerManagement(settings, scheduler)
+        self._management = SchedulerManagement(settings, scheduler, log)
         metrics = Metrics()
         metrics.registry.register(telemetry)
         services = Services(

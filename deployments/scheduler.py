@@ -21,6 +21,7 @@ from core.errors import (
 from core.settings import Settings
 from deployments.calls import Handle, call
 from deployments.conversions import Conversions
+from deployments.decisions import DecisionLog
 from deployments.errors import returning_errors
 from deployments.ledger import Ledger, Reported
 from deployments.liveness import running_deployments
@@ -28,6 +29,9 @@ from deployments.logs import attach_logs
 from deployments.offers import Offers
 from deployments.options import budget_bytes, engine_options
 from deployments.orders import Decision, ReplicaReport, Residency
+from deployments.publish import Publisher
+from deployments.replicas import reaching_all
+from deployments.snapshot import SchedulerSnapshot, take_snapshot
 from deployments.thermal import ThermalWatch
 from scheduler.state import HostState, KeepRules, Limits, Offer, Priority
 
@@ -51,9 +55,10 @@ class SchedulerReplica:
     ) -> None:
         attach_logs()
         self._settings = settings
-        self._formats = formats
+        self._formats = formats = reaching_all(formats, settings)
         self._running = running
         self._backends = backends_for(list(formats))
+        self._log = DecisionLog()
         self._budget_bytes = budget_bytes(settings)
         self._options = engine_options(settings, self._budget_bytes)
         self._offers = Offers(settings, self._backends, self._options)
@@ -61,13 +66,16 @@ class SchedulerReplica:
         defaults = KeepRules(keep_alive_s=settings.keep_alive_s)
         limits = Limits(waiting_per_model=settings.max_waiting)
         state = HostState(self._budget_bytes, defaults=defaults, limits=limits)
-        self._ledger = Ledger(state, self._open, self._close, self._report)
+        self._ledger = Ledger(state, self._open, self._close, self._report, self._log)
         self._scanning = asyncio.Lock()
         self._scan_began_at = 0.0
         self._conversions = Conversions(settings, self._backends, self._options, self._scan)
         self._is_ready = asyncio.Event()
-        self._thermal = ThermalWatch(settings, formats, running=running)
-        self._background = asyncio.gather(self._run(), self._thermal.run())
+        self._thermal = ThermalWatch(settings, formats, running=running, log=self._log)
+        publisher = Publisher(
+            self._backends, self._snapshot, self._ledger.refresh, settings.format_idle_s
+        )
+        self._background = asyncio.gather(self._run(), self._thermal.run(), publisher.run())
 
     async def _run(self) -> None:
         """Scan now and at intervals; remember what the replicas already hold."""
@@ -204,7 +212,14 @@ class SchedulerReplica:
 
     async def decisions(self) -> list[Decision]:
         """Return the last decisions, the oldest first."""
-        return self._ledger.decisions()
+        return self._log.last()
+
+    async def snapshot(self) -> SchedulerSnapshot:
+        """Return the ledger, the queue, the thermal state and the counts of this moment."""
+        return self._snapshot()
+
+    def _snapshot(self) -> SchedulerSnapshot:
+        return take_snapshot(self._ledger, self._thermal, time.monotonic())
 
     async def _release_lost(self, known: Residency) -> None:
         """Take out a model that a caller did not find, unless it is there again."""

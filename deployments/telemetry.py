@@ -1,4 +1,4 @@
-"""What the replicas do, as metrics of the router."""
+"""What the replicas and the scheduler do, as metrics of the router."""
 
 import asyncio
 import logging
@@ -11,6 +11,8 @@ from core.errors import ImpetusError
 from deployments.calls import Handle, call, direct
 from deployments.liveness import running_deployments
 from deployments.orders import ReplicaReport, ResidentReport
+from deployments.scheduler_metrics import families
+from deployments.snapshot import SchedulerSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -54,25 +56,49 @@ class ReplicaTelemetry:
         self,
         formats: Mapping[str, Handle],
         resident_formats: Callable[[], frozenset[str]],
+        scheduler: Handle,
         running: Callable[[], Awaitable[frozenset[str]]] = running_deployments,
     ) -> None:
         self._formats = {name: direct(handle) for name, handle in formats.items()}
         self._resident_formats = resident_formats
+        self._scheduler = direct(scheduler)
         self._running = running
         self._reports: list[ReplicaReport] = []
+        self._snapshot: SchedulerSnapshot | None = None
 
     async def refresh(self) -> None:
-        """Ask every format that holds a model; one that does not answer in 2 s is left out."""
-        names = sorted(self._resident_formats() & await self._running())
+        """Ask the scheduler and every format that holds a model, all at the same time.
+
+        Who does not answer in 2 s is left out, Serve's controller included.
+        """
+        self._snapshot, self._reports = await asyncio.gather(self._of_scheduler(), self._of_all())
+
+    async def _of_scheduler(self) -> SchedulerSnapshot | None:
+        try:
+            async with asyncio.timeout(_LIMIT_S):
+                snapshot: SchedulerSnapshot = await call(self._scheduler.snapshot.remote())
+        except (TimeoutError, ImpetusError) as problem:
+            logger.warning("no figures of the scheduler: %r", problem)
+            return None
+        return snapshot
+
+    async def _of_all(self) -> list[ReplicaReport]:
+        try:
+            async with asyncio.timeout(_LIMIT_S):
+                running = await self._running()
+        except Exception as problem:
+            logger.warning("Serve does not say what runs: %r", problem)
+            return []
+        names = sorted(self._resident_formats() & running)
         reports = await asyncio.gather(*(self._report(name) for name in names))
-        self._reports = [report for report in reports if report is not None]
+        return [report for report in reports if report is not None]
 
     async def _report(self, name: str) -> ReplicaReport | None:
         try:
             async with asyncio.timeout(_LIMIT_S):
                 report: ReplicaReport = await call(self._formats[name].report.remote())
         except (TimeoutError, ImpetusError) as problem:
-            logger.warning("no figures of %s: %s", name, problem)
+            logger.warning("no figures of %s: %r", name, problem)
             return None
         return report
 
@@ -85,6 +111,12 @@ class ReplicaTelemetry:
         for report in self._reports:
             pids.add_metric([report.format], report.pid)
         yield pids
+        is_up = self._snapshot is not None
+        yield GaugeMetricFamily(
+            "impetus_scheduler_up", "Whether the scheduler answered in time.", value=float(is_up)
+        )
+        if self._snapshot is not None:
+            yield from families(self._snapshot)
         for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for name, (help_text, read) in table.items():
                 family = kind(name, help_text, labels=["model"])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from backends.limits import UNLIMITED, EngineLimits
 from core.settings import Settings
 from deployments.calls import Handle, call
+from deployments.decisions import DecisionLog
 from deployments.liveness import running_deployments
 from scheduler.sensors import Sensor, open_sensor
 from scheduler.thermal import (
@@ -60,6 +61,7 @@ class ThermalWatch:
         sensor: Sensor | None = None,
         clock: Callable[[], float] = time.monotonic,
         sensor_limit_s: float = _SENSOR_LIMIT_S,
+        log: DecisionLog | None = None,
     ) -> None:
         self._settings = settings
         self._formats = formats
@@ -73,6 +75,7 @@ class ThermalWatch:
         # Those that may obey old limits; at the start that is anybody.
         self._limited = set(formats)
         self._lamented: set[str] = set()
+        self._log = log or DecisionLog()
 
     @property
     def state(self) -> ThermalState:
@@ -129,6 +132,7 @@ class ThermalWatch:
         is_changed = known is not None and state != known.state
         if is_changed or (known is None and state > ThermalState.NOMINAL):
             logger.warning("thermal state: %s, was %s", state.label, old.state.label)
+            self._decide(state, reading)
         throttled_s = old.throttled_s
         if old.limits != UNLIMITED and self._polled_at is not None:
             throttled_s += now - self._polled_at
@@ -138,6 +142,18 @@ class ThermalWatch:
         )
         self._report = ThermalReport(
             state, reading, self._directive.limits, old.changes + is_changed, throttled_s
+        )
+
+    def _decide(self, state: ThermalState, reading: Reading) -> None:
+        """Say in the decisions what a new state asks of the engines, and whence it came."""
+        limits = directive(
+            state, self._settings.max_sequences, self._settings.prefill_chunk_tokens
+        ).limits
+        self._log.note(
+            "thermal",
+            "lift limits" if limits == UNLIMITED else "limit engines",
+            f"the machine is {state.label} (heat {reading.thermal.label}, "
+            f"memory {reading.memory.label})",
         )
 
     async def _send(self, limits: EngineLimits) -> None:

@@ -121,18 +121,20 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Free an idle model."""
+    """Free an idle model; `for_model` is the one that needs its place, if that is why."""
 
     model_id: str
     reason: str
+    for_model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Send a busy model no more requests and free it after the last."""
+    """Send a busy model no more requests and free it after the last; see `Unload`."""
 
     model_id: str
     reason: str
+    for_model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,13 +27,13 @@ def candidates(state: HostState, waiting_since: float, now: float) -> list[Resid
     ]
 
 
-def close(state: HostState, models: Iterable[Resident], reason: str, now: float) -> Outcome:
+def close(
+    state: HostState, models: Iterable[Resident], reason: str, now: float, for_model: str = ""
+) -> Outcome:
     """Free the models: at once those that are idle, the others after their last request."""
     chosen = list(models)
     actions = tuple(
-        Drain(item.model_id, reason)
-        if is_busy(item, now, state.limits)
-        else Unload(item.model_id, reason)
+        (Drain if is_busy(item, now, state.limits) else Unload)(item.model_id, reason, for_model)
         for item in chosen
     )
     return Outcome(
@@ -88,4 +88,4 @@ def _make_room(
     chosen = victims(missing - state.leaving_bytes, candidates, now)
     if chosen is None:
         return None
-    return close(state, chosen, what, now), offer.needed_bytes
+    return close(state, chosen, what, now, model_id), offer.needed_bytes

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 from openai.types import CompletionUsage
@@ -14,6 +14,7 @@ from core.types import (
     Finished,
     GenerationEvent,
     GenerationRequest,
+    JsonValue,
     PrefillProgress,
     Timing,
     Usage,
@@ -63,6 +64,7 @@ class Generation:
         metrics = self.context.metrics
         counted = usage if index % self.n == 0 else Usage(0, usage.completion_tokens)
         metrics.count_usage(self.view.id, counted)
+        metrics.count_timing(self.view.id, event.timing)
         self._usages[index] = usage
         self._timings.append(event.timing)
         if self._first_token_at is not None and usage.completion_tokens > 1:
@@ -89,22 +91,37 @@ class Generation:
             ),
         )
 
-    def timing(self) -> dict[str, float]:
-        """Return milliseconds per phase; of several choices, the longest of each."""
-        longest = Timing(*map(max, zip(*map(astuple, self._timings), strict=True)))
+    def timing(self) -> dict[str, JsonValue]:
+        """Return milliseconds per phase, whom the request evicted, how often it was resumed.
+
+        Of several choices, the longest of each phase; `throttled` is part of the other phases.
+        """
         seconds = {
-            "queued": longest.queued_s,
-            "prefill": longest.prefill_s,
-            "decode": longest.decode_s,
+            "queued": max(timing.queued_s for timing in self._timings),
+            "load": max(timing.load_s for timing in self._timings),
+            "prefill": max(timing.prefill_s for timing in self._timings),
+            "decode": max(timing.decode_s for timing in self._timings),
+            "throttled": max(timing.throttled_s for timing in self._timings),
         }
-        return {name: round(value * 1000, 3) for name, value in seconds.items()}
+        evicted = dict.fromkeys(name for timing in self._timings for name in timing.evicted)
+        return {
+            **{name: round(value * 1000, 3) for name, value in seconds.items()},
+            "evicted": list(evicted),
+            "resumed": max(timing.resumed for timing in self._timings),
+        }
 
     def answer_headers(self) -> dict[str, str]:
         """Return the headers of the whole answer: `headers` and the timing.
 
-        Source: W3C, Server Timing, for the syntax.
+        Source: W3C, Server Timing, for the syntax; what is not a duration is a description.
         """
-        phases = [f"{name};dur={value:.3f}" for name, value in self.timing().items()]
+        phases = []
+        for name, value in self.timing().items():
+            if isinstance(value, float):
+                phases.append(f"{name};dur={value:.3f}")
+            elif value:
+                shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+                phases.append(f'{name};desc="{shown}"')
         return {**self.headers, "x-impetus-timing": ", ".join(phases)}
 
     async def collect(self, receive: Receive) -> list[list[GenerationEvent]] | None:

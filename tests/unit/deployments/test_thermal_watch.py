@@ -228,14 +228,14 @@ class UnservedReplica(FormatReplica):
 
 
 @pytest.fixture
-def replica(monkeypatch: pytest.MonkeyPatch) -> FormatReplica:
+def replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FormatReplica:
     context: Any = SimpleNamespace(
         replica_id=SimpleNamespace(unique_id="replica"), get_node_id=lambda: "node"
     )
     monkeypatch.setattr("deployments.engine.attach_logs", lambda: None)
     monkeypatch.setattr("deployments.engine.serve.get_replica_context", lambda: context)
     monkeypatch.setattr("deployments.engine.ray.get_runtime_context", lambda: context)
-    return UnservedReplica("echo")
+    return UnservedReplica("echo", tmp_path)
 
 
 def order(model_id: str) -> LoadOrder:

@@ -14,6 +14,7 @@ from core.settings import Settings
 from core.units import GIB
 from deployments import management as management_module
 from deployments.catalog_view import CatalogView
+from deployments.decisions import DecisionLog
 from deployments.management import SchedulerManagement
 from deployments.orders import Decision, Residency
 from router.app import create_app
@@ -50,7 +51,7 @@ class Server:
         )
         handle: Any = self.handle
         self.view = CatalogView(settings, handle, frozenset)
-        self.management = SchedulerManagement(settings, handle)
+        self.management = SchedulerManagement(settings, handle, DecisionLog())
         telemetry = FakeTelemetry()
         self.app = create_app(
             Services(

@@ -6,12 +6,15 @@ import pytest
 
 from core.types import Finished, TextDelta, Timing, Usage
 from router.app import create_app
-from tests.fakes import FakeDispatcher, make_services
+from tests.fakes import CHAT_MODEL, FakeDispatcher, make_services
 from tests.live_server import client_of, sse_data
 
 CHAT = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
 COMPLETION = ("/v1/completions", {"prompt": "hi"})
-TIMINGS = (Timing(0.0001, 0.5, 0.25), Timing(0.002, 0.1234567, 1.0))
+TIMINGS = (
+    Timing(0.0001, 0.5, 0.25, load_s=2.0, evicted=("a@gguf-q8_0",)),
+    Timing(0.002, 0.1234567, 1.0, throttled_s=0.5, evicted=("a@gguf-q8_0", "b"), resumed=1),
+)
 
 
 def played(*timings: Timing) -> FakeDispatcher:
@@ -36,7 +39,10 @@ async def ask(dispatcher: FakeDispatcher, path: str, body: dict[str, Any]) -> An
 async def test_whole_answer_has_the_timing_in_a_header(path: str, body: dict[str, Any]) -> None:
     response = await ask(played(TIMINGS[1]), path, body)
     timing = response.headers["x-impetus-timing"]
-    assert timing == "queued;dur=2.000, prefill;dur=123.457, decode;dur=1000.000"
+    assert timing == (
+        "queued;dur=2.000, load;dur=0.000, prefill;dur=123.457, decode;dur=1000.000, "
+        'throttled;dur=500.000, evicted;desc="a@gguf-q8_0, b", resumed;desc="1"'
+    )
     assert "x-impetus-timing" in response.headers["access-control-expose-headers"]
     assert "timing" not in response.json()
 
@@ -48,7 +54,15 @@ async def test_stream_has_the_longest_of_each_phase_beside_the_usage(
     options = {"n": 2, "stream": True, "stream_options": {"include_usage": True}}
     response = await ask(played(*TIMINGS), path, {**body, **options})
     *chunks, last = sse_data(response.text)
-    assert last["timing"] == {"queued": 2.0, "prefill": 500.0, "decode": 1000.0}
+    assert last["timing"] == {
+        "queued": 2.0,
+        "load": 2000.0,
+        "prefill": 500.0,
+        "decode": 1000.0,
+        "throttled": 500.0,
+        "evicted": ["a@gguf-q8_0", "b"],
+        "resumed": 1,
+    }
     assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 4)
     assert all("timing" not in chunk for chunk in chunks)
     assert "x-impetus-timing" not in response.headers
@@ -58,3 +72,13 @@ async def test_stream_without_usage_has_no_timing() -> None:
     path, body = CHAT
     response = await ask(played(*TIMINGS), path, {**body, "stream": True})
     assert all("timing" not in chunk for chunk in sse_data(response.text))
+
+
+async def test_what_was_lost_is_counted() -> None:
+    app = create_app(make_services(played(TIMINGS[1])))
+    async with client_of(app, origin="http://localhost") as client:
+        path, body = CHAT
+        await client.post(path, json={"model": "tiny", **body})
+        text = (await client.get("/metrics")).text
+    assert f'impetus_resumptions_total{{model="{CHAT_MODEL}"}} 1.0' in text
+    assert f'impetus_request_throttled_seconds_total{{model="{CHAT_MODEL}"}} 0.5' in text

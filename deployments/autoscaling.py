@@ -1,0 +1,85 @@
+"""Serve's autoscaling of all formats: one policy for the application, in Serve's controller.
+
+`serve_config.yaml` names it.  Serve pickles this module by value and calls the policy in every
+control loop, so that it imports little, waits for nobody and lets nothing escape.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from scheduler.scaling import FormatDemand, ScalingDirective, wanted
+
+logger = logging.getLogger(__name__)
+
+_DIRECTIVE_KEY = b"impetus:scaling"
+_READ_INTERVAL_S = 1.0
+
+
+def write_directive(directive: ScalingDirective) -> None:
+    """Leave the directive where the policy finds it; blocks for one call to Ray's GCS.
+
+    The internal key-value store is the one place that both the scheduler's process and Serve's
+    controller reach without a call between them, on whatever machine either runs.
+    """
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(_DIRECTIVE_KEY, directive.to_json().encode(), overwrite=True)
+
+
+def read_directive() -> ScalingDirective:
+    """Return what was written last; before that, the default."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    text = _internal_kv_get(_DIRECTIVE_KEY)
+    return ScalingDirective.from_json(text.decode()) if text else ScalingDirective()
+
+
+class FormatPolicy:
+    """How many replicas each format's deployment has; see `scheduler.scaling`.
+
+    Source: Ray Serve 2.60, `_apply_app_level_autoscaling_config`: what is returned still passes
+    each deployment's bounds and delays, and a deployment that is left out is not changed.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], ScalingDirective] = read_directive,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read = read
+        self._clock = clock
+        self._directive = ScalingDirective()
+        self._read_at = float("-inf")
+        self._lamented = ""
+
+    def __call__(self, contexts: Mapping[Any, Any]) -> tuple[dict[Any, int], dict[Any, Any]]:
+        """Return the numbers of replicas by deployment id, and no state."""
+        try:
+            demand = {key.name: _demand(context) for key, context in contexts.items()}
+            numbers = wanted(demand, self._fresh())
+        except Exception as problem:
+            # Serve would log this four times a second.
+            if repr(problem) != self._lamented:
+                self._lamented = repr(problem)
+                logger.exception("the number of replicas cannot be decided")
+            return {}, {}
+        return {key: numbers[key.name] for key in contexts if key.name in numbers}, {}
+
+    def _fresh(self) -> ScalingDirective:
+        now = self._clock()
+        if now - self._read_at >= _READ_INTERVAL_S:
+            self._read_at = now
+            self._directive = self._read()
+        return self._directive
+
+
+def _demand(context: Any) -> FormatDemand:
+    return FormatDemand(
+        requests=context.total_num_requests,
+        processes=context.target_num_replicas,
+        least=context.capacity_adjusted_min_replicas,
+        most=context.capacity_adjusted_max_replicas,
+        served=context.config.get_target_ongoing_requests(),
+    )

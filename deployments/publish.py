@@ -1,0 +1,98 @@
+"""Tells Serve's controller and Ray's metrics, again and again, what the scheduler knows."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+from backends.base import Backend
+from deployments.autoscaling import write_directive
+from deployments.scheduler_metrics import RayMirror
+from deployments.snapshot import SchedulerSnapshot
+from scheduler.scaling import FormatUse, ScalingDirective, finished
+
+logger = logging.getLogger(__name__)
+
+PUBLISH_S = 2.0
+# How often idle models' replicas are asked, so that a process in use does not end.
+_LOOK_S = 60.0
+
+
+class Publisher:
+    """Turns snapshots into the directive of the autoscaling policy, and mirrors them for Ray."""
+
+    def __init__(
+        self,
+        backends: Mapping[str, Backend],
+        snapshot: Callable[[], SchedulerSnapshot],
+        refresh: Callable[[], Awaitable[None]],
+        idle_s: float,
+        *,
+        write: Callable[[ScalingDirective], None] = write_directive,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._backends = backends
+        self._on_demand = [name for name, one in backends.items() if one.starts_on_demand]
+        self._snapshot = snapshot
+        self._refresh = refresh
+        self._idle_s = idle_s
+        self._write = write
+        self._clock = clock
+        self._mirror = RayMirror()
+        self._held_at = dict.fromkeys(backends, clock())
+        self._looked_at = clock()
+        self._written: ScalingDirective | None = None
+
+    async def run(self) -> None:
+        """Publish until cancelled."""
+        while True:
+            try:
+                await self.publish()
+            except Exception:
+                logger.exception("the scheduler's state cannot be published")
+            await asyncio.sleep(PUBLISH_S)
+
+    async def publish(self) -> None:
+        """Publish once; writes the directive only where it changed."""
+        snapshot = self._snapshot()
+        if self._is_time_to_look(snapshot):
+            self._looked_at = self._clock()
+            await self._refresh()
+            snapshot = self._snapshot()
+        directive = self.directive(snapshot)
+        if directive != self._written:
+            await asyncio.to_thread(self._write, directive)
+            self._written = directive
+        self._mirror.show(snapshot)
+
+    def _is_time_to_look(self, snapshot: SchedulerSnapshot) -> bool:
+        is_held = any(item.format in self._on_demand for item in snapshot.residents)
+        return is_held and self._clock() - self._looked_at >= min(_LOOK_S, self._idle_s / 4)
+
+    def directive(self, snapshot: SchedulerSnapshot) -> ScalingDirective:
+        """Return what the snapshot allows."""
+        free = snapshot.budget_bytes - snapshot.used_bytes
+        thermal = snapshot.thermal
+        growing = [
+            name
+            for name, backend in self._backends.items()
+            if not thermal.is_throttled and backend.process_bytes <= free
+        ]
+        ended = finished(self._uses(snapshot), self._idle_s, unloads_idle=thermal.unloads_idle)
+        return ScalingDirective(thermal.admits, tuple(sorted(growing)), tuple(ended))
+
+    def _uses(self, snapshot: SchedulerSnapshot) -> dict[str, FormatUse]:
+        now = self._clock()
+        uses = {}
+        for name in self._on_demand:
+            held = [item for item in snapshot.residents if item.format == name]
+            idle_s = min((item.idle_s for item in held), default=None)
+            if idle_s is not None:
+                self._held_at[name] = max(self._held_at[name], now - idle_s)
+            uses[name] = FormatUse(
+                now - self._held_at[name],
+                is_kept=any(item.is_kept for item in held),
+                # Which format is being loaded is not worth asking: a load takes seconds.
+                is_busy=any(item.in_flight for item in held) or bool(snapshot.loading),
+            )
+        return uses

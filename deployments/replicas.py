@@ -1,0 +1,108 @@
+"""Formats with several replicas: what concerns one of them, and what concerns all."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from core.settings import Settings
+from deployments.calls import Handle, direct
+from deployments.orders import ReplicaReport, Residency
+
+_POLL_S = 0.1
+Merge: TypeAlias = Callable[[Sequence[Any]], Any]
+
+
+class Targets:
+    """Handles whose calls go to the replica that holds a model.
+
+    Where there is one replica a format, they are the formats' own handles.
+    """
+
+    def __init__(self, formats: Mapping[str, Handle], *, has_many: bool) -> None:
+        self._formats = formats
+        self._has_many = has_many
+        # Each configured handle has machinery of its own, so they are made once.
+        self._handles: dict[tuple[str, str], Handle] = {}
+
+    def at(self, residency: Residency) -> Handle:
+        """Return the handle to the replica of a residency; see `deployments.affinity`."""
+        handle = self._formats[residency.format]
+        if not self._has_many:
+            return handle
+        key = (residency.format, residency.replica_id)
+        if key not in self._handles:
+            self._handles[key] = handle.options(multiplexed_model_id=residency.replica_id)
+        return self._handles[key]
+
+    def forget(self, residency: Residency) -> None:
+        """Drop the handle to a replica that is gone."""
+        self._handles.pop((residency.format, residency.replica_id), None)
+
+
+def reaching_all(formats: Mapping[str, Handle], settings: Settings) -> Mapping[str, Any]:
+    """Return handles whose questions and orders reach every replica, for who owns the decisions.
+
+    `load_model` goes to one; where there is one replica a format, they are the handles given.
+    """
+    if settings.max_replicas == 1:
+        return formats
+    return {name: _EveryReplica(handle) for name, handle in formats.items()}
+
+
+class _EveryReplica:
+    """A format's handle whose answers are those of all its replicas as if they were one."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = direct(handle)
+        self.load_model = self._handle.load_model
+        self.unload_model = _Broadcast(self._handle, "unload_model", any)
+        self.set_limits = _Broadcast(self._handle, "set_limits", lambda _: None)
+        self.residencies = _Broadcast(self._handle, "residencies", _joined)
+        self.report = _Broadcast(self._handle, "report", _one_report)
+
+
+class _Broadcast:
+    """One method of all replicas; has the shape of a handle's method."""
+
+    def __init__(self, handle: Handle, method: str, merge: Merge) -> None:
+        self._handle = handle
+        self._method = method
+        self._merge = merge
+
+    def remote(self, *arguments: Any) -> "_Answers":
+        """Call every replica that runs now."""
+        return _Answers(self._ask(arguments))
+
+    async def _ask(self, arguments: tuple[Any, ...]) -> Any:
+        while True:
+            try:
+                calls = self._handle.broadcast(self._method, *arguments)
+                return self._merge(await calls.results_async())
+            except DeploymentUnavailableError:
+                # A handle's own call would wait for the first replica as well.
+                await asyncio.sleep(_POLL_S)
+
+
+class _Answers:
+    """What `remote` returns: awaitable and cancellable, as a handle's response is."""
+
+    def __init__(self, work: Any) -> None:
+        self._task = asyncio.ensure_future(work)
+
+    def __await__(self) -> Any:
+        return self._task.__await__()
+
+    def cancel(self) -> None:
+        """Wait for the answers no longer."""
+        self._task.cancel()
+
+
+def _joined(answers: Sequence[list[Residency]]) -> list[Residency]:
+    return [residency for answer in answers for residency in answer]
+
+
+def _one_report(answers: Sequence[ReplicaReport]) -> ReplicaReport:
+    residents = tuple(resident for answer in answers for resident in answer.residents)
+    return ReplicaReport(answers[0].format, answers[0].pid, residents)
