@@ -23,7 +23,7 @@ _MOST_ONGOING = 2048
 _SCALING: Mapping[str, Any] = {
     "upscale_delay_s": 0,
     "downscale_delay_s": 10,
-    "look_back_period_s": 10,
+    "look_back_period_s": 20,
     # The engine batches: one process serves far more than a few requests at a time.
     "target_ongoing_requests": 16,
 }

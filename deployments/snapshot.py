@@ -1,5 +1,6 @@
 """What the scheduler knows at one moment, for metrics and for the autoscaling policy."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class SchedulerSnapshot:
     load_failures: int = 0
     evictions: int = 0
     thermal: ThermalView = field(default_factory=ThermalView)
+    pid: int = 0
 
 
 def take_snapshot(ledger: Ledger, thermal: ThermalWatch, now: float) -> SchedulerSnapshot:
@@ -78,6 +80,7 @@ def take_snapshot(ledger: Ledger, thermal: ThermalWatch, now: float) -> Schedule
         load_failures=ledger.tally.load_failures,
         evictions=ledger.tally.evictions,
         thermal=_thermal(thermal),
+        pid=os.getpid(),
     )
 
 

@@ -110,6 +110,8 @@ class ReplicaTelemetry:
         pids.add_metric(["router"], os.getpid())
         for report in self._reports:
             pids.add_metric([report.format], report.pid)
+        if self._snapshot is not None:
+            pids.add_metric(["scheduler"], self._snapshot.pid)
         yield pids
         is_up = self._snapshot is not None
         yield GaugeMetricFamily(

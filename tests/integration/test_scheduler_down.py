@@ -1,0 +1,34 @@
+"""The scheduler is off the hot path: a resident model answers while it hangs or is dead."""
+
+import os
+import signal
+
+import httpx
+from openai import OpenAI
+
+from tests.integration.server import STARTER, Server, wait_until
+from tests.integration.test_faults import ask
+
+
+def test_a_resident_model_answers_without_the_scheduler(server: Server, client: OpenAI) -> None:
+    ask(client)
+    pid = server.pid_of("scheduler")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for _ in range(3):
+            assert ask(client)
+        assert server.metric("impetus_scheduler_up") == 0
+        assert server.metric("impetus_memory_budget_bytes") is None
+        assert server.metric("impetus_engine_steps_total", model=f"{STARTER}@gguf-q4_1")
+        silent = httpx.get(f"{server.url}/api/decisions", timeout=30)
+        assert silent.status_code == 503
+        assert silent.json()["error"]["code"] == "unavailable"
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    assert ask(client)
+    wait_until(lambda: server.metric("impetus_scheduler_up") == 1, "a new scheduler answers")
+    assert server.pid_of("scheduler") != pid
+    wait_until(
+        lambda: bool(server.metric("impetus_model_resident_bytes", model=f"{STARTER}@gguf-q4_1")),
+        "the new scheduler knows what is resident",
+    )
