@@ -156,9 +156,8 @@ class Engine(ABC):
     async def embed(self, inputs: Seq[str | Seq[int]]) -> Embeddings:
         """Return a vector per text or token ids, in order.  Raises ContextLengthExceeded."""
         del inputs
-        raise UnsupportedCapability(
-            f"The model {self.info.name} ({self.info.format}) cannot embed.", param="model"
-        )
+        what = f"The model {self.info.name} ({self.info.format}) cannot embed."
+        raise UnsupportedCapability(what, param="model")
 
     @abstractmethod
     def load(self) -> EngineLoad:
@@ -173,7 +172,7 @@ class Backend(ABC):
     """How models of one format are recognised, sized and opened.  Stateless.
 
     `starts_on_demand`: no process waits for the first request, and an idle one ends.
-    `process_bytes` is what a process holds, runtime included, besides its models.
+    `process_bytes` is what a process with its runtime holds besides its models, by measurement.
     """
 
     name: ClassVar[str]

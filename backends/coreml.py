@@ -60,6 +60,7 @@ class CoremlBackend(Backend):
 
     name: ClassVar[str] = "coreml"
     starts_on_demand: ClassVar[bool] = True
+    process_bytes: ClassVar[int] = 512 * MIB
 
     def availability(self) -> Availability:
         """Available on macOS with coremltools; elsewhere the reference runtime needs PyTorch."""

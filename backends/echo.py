@@ -22,6 +22,7 @@ from backends.chat import ChatFormat
 from backends.prepare import Preparer
 from core.errors import NotThisFormat, UnsupportedParameter
 from core.types import Capability, TokenLogprob
+from core.units import MIB
 
 END_TOKEN = 256
 _CONTEXT_TOKENS = 65_536
@@ -105,6 +106,7 @@ class EchoBackend(Backend):
 
     name: ClassVar[str] = "echo"
     starts_on_demand: ClassVar[bool] = True
+    process_bytes: ClassVar[int] = 160 * MIB
 
     def availability(self) -> Availability:
         """Available everywhere."""

@@ -25,6 +25,7 @@ from backends.mlx_model import supports as has_code_for
 from backends.mlx_stepper import MlxStepper
 from core.errors import BackendUnavailable, BrokenModel
 from core.types import Capability
+from core.units import MIB
 
 _WEIGHTS = (".safetensors", ".npz")
 
@@ -34,6 +35,7 @@ class MlxBackend(Backend):
 
     name: ClassVar[str] = "mlx"
     starts_on_demand: ClassVar[bool] = True
+    process_bytes: ClassVar[int] = 384 * MIB
 
     def availability(self) -> Availability:
         """Available where MLX and mlx-lm are installed: on Apple silicon, or Linux's CPU."""

@@ -53,6 +53,7 @@ class OnnxBackend(Backend):
 
     name: ClassVar[str] = "onnx"
     starts_on_demand: ClassVar[bool] = True
+    process_bytes: ClassVar[int] = 192 * MIB
 
     def availability(self) -> Availability:
         """Available where onnxruntime is installed."""

@@ -14,6 +14,7 @@ from backends.base import (
 from backends.hf_config import read_folder
 from backends.pytorch_engine import estimate_torch, on_torch, open_torch, torch_availability
 from backends.pytorch_weights import pytorch_info
+from core.units import MIB
 
 
 class PytorchBackend(Backend):
@@ -21,6 +22,7 @@ class PytorchBackend(Backend):
 
     name: ClassVar[str] = "pytorch"
     starts_on_demand: ClassVar[bool] = True
+    process_bytes: ClassVar[int] = 512 * MIB
 
     def availability(self) -> Availability:
         """Available where PyTorch and transformers are installed."""

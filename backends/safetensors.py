@@ -21,6 +21,7 @@ from backends.pytorch_engine import estimate_torch, on_torch, open_torch, torch_
 from backends.pytorch_weights import refuse_quantized
 from core.errors import BackendUnavailable, NotThisFormat
 from core.types import Capability
+from core.units import MIB
 
 _SUFFIX = ".safetensors"
 
@@ -42,6 +43,7 @@ class SafetensorsBackend(Backend):
 
     name: ClassVar[str] = "safetensors"
     starts_on_demand: ClassVar[bool] = True
+    process_bytes: ClassVar[int] = 512 * MIB
 
     def availability(self) -> Availability:
         """Available where MLX or PyTorch is."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 
 from backends.registry import backends_for
 from catalog.inspect import Inspector
@@ -72,6 +73,7 @@ class SchedulerReplica:
         self._conversions = Conversions(settings, self._backends, self._options, self._scan)
         self._is_ready = asyncio.Event()
         self._thermal = ThermalWatch(settings, formats, running=running, log=self._log)
+        self._snapshot = partial(take_snapshot, self._ledger, self._thermal)
         publisher = Publisher(
             self._backends, self._snapshot, self._ledger.refresh, settings.format_idle_s
         )
@@ -217,9 +219,6 @@ class SchedulerReplica:
     async def snapshot(self) -> SchedulerSnapshot:
         """Return the ledger, the queue, the thermal state and the counts of this moment."""
         return self._snapshot()
-
-    def _snapshot(self) -> SchedulerSnapshot:
-        return take_snapshot(self._ledger, self._thermal, time.monotonic())
 
     async def _release_lost(self, known: Residency) -> None:
         """Take out a model that a caller did not find, unless it is there again."""

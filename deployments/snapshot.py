@@ -1,6 +1,7 @@
 """What the scheduler knows at one moment, for metrics and for the autoscaling policy."""
 
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -54,8 +55,11 @@ class SchedulerSnapshot:
     pid: int = 0
 
 
-def take_snapshot(ledger: Ledger, thermal: ThermalWatch, now: float) -> SchedulerSnapshot:
-    """Return what is known at `now`, in monotonic seconds; asks nobody and never blocks."""
+def take_snapshot(
+    ledger: Ledger, thermal: ThermalWatch, now: float | None = None
+) -> SchedulerSnapshot:
+    """Return what is known; asks nobody and never blocks.  `now` is monotonic, None: this moment."""
+    now = time.monotonic() if now is None else now
     state = ledger.state
     formats = {one.model_id: one.format for one in ledger.residencies}
     waiting = Counter(request.priority for request in state.waiting)
