@@ -74,9 +74,8 @@ class SchedulerReplica:
         self._is_ready = asyncio.Event()
         self._thermal = ThermalWatch(settings, formats, running=running, log=self._log)
         self._snapshot = partial(take_snapshot, self._ledger, self._thermal)
-        publisher = Publisher(
-            self._backends, self._snapshot, self._ledger.refresh, settings.format_idle_s
-        )
+        idle_s = settings.format_idle_s
+        publisher = Publisher(self._backends, self._snapshot, self._ledger.refresh, idle_s)
         self._background = asyncio.gather(self._run(), self._thermal.run(), publisher.run())
 
     async def _run(self) -> None:

@@ -58,7 +58,7 @@ class SchedulerSnapshot:
 def take_snapshot(
     ledger: Ledger, thermal: ThermalWatch, now: float | None = None
 ) -> SchedulerSnapshot:
-    """Return what is known; asks nobody and never blocks.  `now` is monotonic, None: this moment."""
+    """Return what is known at `now`, in monotonic seconds; asks nobody and never blocks."""
     now = time.monotonic() if now is None else now
     state = ledger.state
     formats = {one.model_id: one.format for one in ledger.residencies}
