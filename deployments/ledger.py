@@ -126,6 +126,8 @@ class Ledger:
         finally:
             if self._waiting.pop(number, None) is not None:
                 self._send(Left(number))
+            if all(item.model_id != model_id for item in self._state.waiting):
+                self._evicted.pop(model_id, None)
 
     async def release(self, model_id: str, reason: str) -> bool:
         """Unload a model and wait until it is gone; False where it is not resident."""
