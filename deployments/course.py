@@ -75,6 +75,8 @@ class Course:
             decode_s=self._spent.decode_s + now - first_at,
             resumed=self._spent.resumed + 1,
         )
+        # The next engine may be lost before it is given anything.
+        self._began_at, self._first_at = 0.0, None
 
     def _whole(self, last: Timing) -> Timing:
         spent = self._spent

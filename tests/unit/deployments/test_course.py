@@ -71,9 +71,11 @@ def test_a_lost_engines_work_counts(clock: Clock) -> None:
     course.note(TextDelta("a", (1,)))
     clock.now += 3.0
     course.note_lost(DIED)
+    clock.now += 9.0
+    course.note_lost(DIED)
     course.begin()
     timing = timing_of(course, Timing(0.0, 0.5, 0.25))
-    assert (timing.prefill_s, timing.decode_s, timing.resumed) == (2.5, 3.25, 1)
+    assert (timing.prefill_s, timing.decode_s, timing.resumed) == (2.5, 3.25, 2)
 
 
 def test_a_model_that_was_elsewhere_is_no_lost_engine(clock: Clock) -> None:
