@@ -58,7 +58,7 @@ HOW = """\
   that of the same process without a model (the format `echo`); "peak" is the greatest of readings
   meanwhile. The ratio is that of measured and estimate, which the scheduler's ledger goes by.
 - Turns: one process takes turns on its own, then beside a second one that is registered and idle;
-  the time of an empty loop is taken off. Waiting for another process's step comes on top.
+  CPU time of its thread, less an empty loop's. Waiting for another process's step comes on top.
 - "CPU of all processes" is each server's whole process tree, the model's work included, divided by
   the tokens of the run; for Impetus it holds Ray's own processes too.
 - Memory at rest is the proportional set size of the whole process tree: shared pages are divided

@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
+from scheduler.thermal import ThermalState, directive
 from scripts.bench_lib.client import StreamRecord
 from scripts.bench_lib.measure import post
 from scripts.bench_lib.plot import Band, Chart, Line, draw
@@ -25,9 +27,11 @@ from scripts.bench_lib.starter import starter_model
 
 # Seconds after the start at which the sensor says something new.  What it says counts only once
 # it has held for 4 s, or on the way down for 30 s.
-PHASES = ((0.0, "nominal"), (25.0, "serious"), (60.0, "critical"), (95.0, "nominal"))
+PHASES = ((0.0, "nominal"), (20.0, "serious"), (45.0, "critical"), (70.0, "nominal"))
+# How long each state counts then, the last until the streams end.
+LASTING_S = (24.0, 25.0, 53.0, 18.0)
 STREAMS = 8
-TOKENS = 1600
+TRIAL_TOKENS = 32
 SAMPLE_S = 1.0
 MIB = 1 << 20
 STATES = ("nominal", "fair", "serious", "critical")
@@ -67,6 +71,29 @@ class Run:
         counts = Counter(int(moment / SAMPLE_S) for moment in moments)
         last = max(counts, default=0)
         return [((index + 0.5) * SAMPLE_S, counts[index] / SAMPLE_S) for index in range(last + 1)]
+
+
+def planned_tokens(step_s: float) -> int:
+    """Return how long answers must be to end with the run, at `step_s` a step when nominal."""
+    steps = 0.0
+    for (_, name), lasting_s in zip(PHASES, LASTING_S, strict=True):
+        limits = directive(ThermalState[name.upper()], STREAMS, 512).limits
+        steps += lasting_s / (step_s + limits.decode_pause_s)
+    return int(steps)
+
+
+def trial_step_s(server: Server) -> float:
+    """Return the seconds a step takes with all streams; it also loads the model."""
+    post(server, stream_bodies(secrets.token_hex(4), 1, 4))
+    records = post(server, stream_bodies(secrets.token_hex(4), STREAMS, TRIAL_TOKENS))
+    gaps = [
+        (record.arrivals[-1] - record.arrivals[0]) / (len(record.arrivals) - 1)
+        for record in records
+        if len(record.arrivals) > 1
+    ]
+    if not gaps:
+        raise BenchError("the trial streams brought no text")
+    return median(gaps)
 
 
 def run_through_heat(server: Server, sensor: Path, tokens: int) -> Run:
@@ -147,7 +174,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts.bench_lib.thermal", description=__doc__)
     parser.add_argument("--model", type=Path, help="GGUF file, alone of its kind in its folder")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="answer of each stream")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "thermal.svg")
     options = parser.parse_args()
     # Without this a SIGTERM would leave the server running.
@@ -160,9 +186,9 @@ def main() -> int:
         sensor = Path(folder) / "thermal"
         sensor.write_text(PHASES[0][1])
         with running_ours(load, {"IMPETUS_THERMAL_FILE": str(sensor)}) as server:
-            # The model is loaded before the clock starts.
-            post(server, stream_bodies(secrets.token_hex(4), 1, 4))
-            run = run_through_heat(server, sensor, options.tokens)
+            tokens = planned_tokens(trial_step_s(server))
+            say(f"{STREAMS} streams of {tokens} tokens")
+            run = run_through_heat(server, sensor, tokens)
     options.output.write_text(picture(run))
     for reason in run.lost:
         say(f"lost a stream: {reason}")

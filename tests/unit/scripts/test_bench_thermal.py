@@ -8,7 +8,7 @@ import pytest
 from scripts.bench_lib.client import StreamRecord
 from scripts.bench_lib.figures import Spread
 from scripts.bench_lib.plot import Band, Chart, Line, draw
-from scripts.bench_lib.thermal import Run, Samples, picture
+from scripts.bench_lib.thermal import Run, Samples, picture, planned_tokens
 from scripts.bench_lib.turns import TurnsResult, measure_turns, turns_table, turns_verdict
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
@@ -21,6 +21,11 @@ def record(*arrivals: float, reason: str = "length", error: str = "") -> StreamR
 def test_lost_streams_are_named() -> None:
     run = Run(Samples(), [record(), record(reason="stop"), record(error="it broke")], 0.0)
     assert run.lost == ["it ended with 'stop'", "it broke"]
+
+
+def test_answers_are_planned_to_end_with_the_run() -> None:
+    # At 0.1 s a step: 240 steps, 25 s of 0.12 s, 53 s of 0.2 s, 180 steps.
+    assert planned_tokens(0.1) == 240 + 208 + 265 + 180
 
 
 def test_rates_add_up_all_streams_by_the_second() -> None:
