@@ -10,12 +10,15 @@ from backends.apple_request import read_job
 from backends.apple_sessions import AppleSession, CallMade, Ended, Failed, News, Snapshot
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
 from backends.chat import ChatFormat, OutputParser
+from backends.limits import UNLIMITED, EngineLimits
+from backends.slot_gate import SlotGate
 from backends.text import Piece, StopMatcher
 from backends.tool_calls import new_call_id
 from core.errors import (
     EngineFailed,
     ImpetusError,
     QueueFull,
+    TimedOut,
 )
 from core.types import (
     Finished,
@@ -57,15 +60,17 @@ class AppleEngine(Engine):
         self._max_waiting = options.max_waiting
         self._silence_s = silence_s
         self._chat = ChatFormat(None, "", "")
-        self._slots = asyncio.Semaphore(options.max_sequences)
+        self._slots = SlotGate(options.max_sequences)
         self._waiting = 0
         self._snapshots = 0
         self._running: dict[AppleSession, asyncio.Queue[News]] = {}
         self._is_closed = False
+        self._limits = UNLIMITED
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Yield the request's events; see `Engine.generate`."""
         self._check_open()
+        self._limits.check_admits(is_resumed=bool(request.generated))
         run = _Run(request, self._chat, time.monotonic())
         await self._take_slot(request)
         queue: asyncio.Queue[News] = asyncio.Queue()
@@ -94,7 +99,7 @@ class AppleEngine(Engine):
         self._waiting += 1
         try:
             async with asyncio.timeout(request.deadline_s):
-                await self._slots.acquire()
+                await self._slots.acquire(request.priority)
         except TimeoutError as problem:
             raise _too_long(request) from problem
         finally:
@@ -116,6 +121,10 @@ class AppleEngine(Engine):
     def _check_open(self) -> None:
         if self._is_closed:
             raise EngineFailed(f"The model {self.info.name} was unloaded.")
+
+    def set_limits(self, limits: EngineLimits) -> None:
+        """Take nothing new where `limits` say so; the system paces its model itself."""
+        self._limits = limits
 
     def load(self) -> EngineLoad:
         """Return the counts of this moment; a step is a snapshot of one answer."""
@@ -247,7 +256,7 @@ class _Answer:
 
 
 def _too_long(request: GenerationRequest) -> EngineFailed:
-    return EngineFailed(f"The request took longer than {request.deadline_s:g} s.")
+    return TimedOut.after(request.deadline_s)
 
 
 def _teller(queue: "asyncio.Queue[News]") -> Any:

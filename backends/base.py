@@ -18,6 +18,7 @@ from core.types import (
     Finished,
     GenerationEvent,
     GenerationRequest,
+    Priority,
     SamplingParams,
     TokenLogprob,
 )
@@ -36,8 +37,8 @@ class Availability:
 class ModelInfo:
     """What a backend learned from a model's files without loading them.
 
-    `files` are absolute and all that belongs to the model, the one to open first.
-    `context_length` is the trained one in tokens.  `details` is the backend's own, JSON-able.
+    `files` are absolute, the one to open first; `context_length` is the trained one in tokens.
+    `details` is the backend's own, JSON-able.
     """
 
     format: str
@@ -58,10 +59,9 @@ class ModelInfo:
 class EngineOptions:
     """How to open a model.
 
-    `context_tokens` None means the trained length; `kv_tokens` None lets the backend choose how
-    many KV cells all sequences share.  `memory_limit_bytes` bounds what `estimate` may grant.
-    `prefix_bytes` of RAM keep computed prefixes outside the KV cells; up to `warm_tokens` of them
-    stay in the cells while other sequences run.
+    `context_tokens` None means the trained length; `kv_tokens` and `kv_type` None let the backend
+    choose the KV cells all sequences share.  `memory_limit_bytes` bounds what `estimate` grants.
+    `prefix_bytes` of RAM keep prefixes outside the cells; `warm_tokens` stay in them meanwhile.
     """
 
     max_sequences: int = 16
@@ -70,6 +70,7 @@ class EngineOptions:
     prefill_chunk_tokens: int = 512
     context_tokens: int | None = None
     kv_tokens: int | None = None
+    kv_type: str | None = None
     memory_limit_bytes: int | None = None
     prefix_bytes: int = 0
     warm_tokens: int = 1 << 30
@@ -153,9 +154,11 @@ class Engine(ABC):
             await events.aclose()
         raise asyncio.CancelledError
 
-    async def embed(self, inputs: Seq[str | Seq[int]]) -> Embeddings:
+    async def embed(
+        self, inputs: Seq[str | Seq[int]], priority: Priority = "interactive"
+    ) -> Embeddings:
         """Return a vector per text or token ids, in order.  Raises ContextLengthExceeded."""
-        del inputs
+        del inputs, priority
         what = f"The model {self.info.name} ({self.info.format}) cannot embed."
         raise UnsupportedCapability(what, param="model")
 
@@ -169,9 +172,8 @@ class Engine(ABC):
 
 
 class Backend(ABC):
-    """How models of one format are recognised, sized and opened.  Stateless.
+    """How one format's models are opened; stateless.  `starts_on_demand`: no idle process.
 
-    `starts_on_demand`: no process waits for the first request, and an idle one ends.
     `process_bytes` is what a process with its runtime holds besides its models, by measurement.
     """
 

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,7 @@ from backends.prepare import Prepared, Preparer
 from backends.threads import name_this_thread
 from backends.ticket import Inbox, LoopSink, Ticket
 from backends.turns import TurnLock
+from backends.waiting import WaitingQueue
 from core.errors import EngineFailed, ImpetusError, QueueFull
 from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress, Prompt
 
@@ -48,11 +48,12 @@ class BatchingEngine(Engine):
         self._max_waiting = max_waiting
         self._wake = threading.Condition()
         self._inbox = Inbox()
-        self._waiting: deque[Ticket] = deque()
+        self._waiting = WaitingQueue()
         self._running: dict[int, Ticket] = {}
         self._next_id = self._preparing = 0
         self._failure: ImpetusError | None = None
         self._pacer = Pacer()
+        self._step_began_at = float("inf")
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._counters = EngineLoad()
         self._ended: list[tuple[Ticket, Finished]] = []
@@ -192,6 +193,11 @@ class BatchingEngine(Engine):
         """Whether a step failed; the engine is of no more use then."""
         return self._failure is not None
 
+    @property
+    def stalled_s(self) -> float:
+        """Seconds that the current step has lasted."""
+        return max(0.0, time.monotonic() - self._step_began_at)
+
     def _drive(self, stepper: Stepper) -> None:
         """Step until closed.  Runs on the engine's thread."""
         reason = f"The model {self.info.name} was unloaded."
@@ -242,8 +248,8 @@ class BatchingEngine(Engine):
     def _drop(self, stepper: Stepper, ticket: Ticket) -> None:
         if self._running.pop(ticket.id, None) is not None:
             stepper.remove(ticket.id)
-        elif ticket in self._waiting:
-            self._waiting.remove(ticket)
+        else:
+            self._waiting.discard(ticket)
 
     def _start_waiting(self, stepper: Stepper) -> None:
         most = self._pacer.limits.sequences(stepper.max_sequences)
@@ -265,6 +271,7 @@ class BatchingEngine(Engine):
             return {}
         events: _StepEvents = {}
         with self._take_turn():
+            self._step_began_at = time.monotonic()
             outputs = stepper.step()
         now = 0.0
         for output in outputs:
@@ -274,6 +281,7 @@ class BatchingEngine(Engine):
             if batch:
                 _, entries = events.setdefault(id(ticket.sink), (ticket.sink, []))
                 entries.append((ticket.request.id, batch))
+        self._step_began_at = float("inf")
         self._pacer.note_step()
         self._counters = stepper.counters()
         return events

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Engine, EngineLoad, ModelInfo
+from backends.limits import UNLIMITED, EngineLimits
 from backends.pooling import Pooling, pool, read_pooling
 from backends.threads import name_this_thread
 from backends.turns import TurnLock
@@ -26,7 +27,7 @@ from core.errors import (
     RequestError,
     UnsupportedCapability,
 )
-from core.types import Embeddings, GenerationEvent, GenerationRequest
+from core.types import BATCH_DELAY_S, Embeddings, GenerationEvent, GenerationRequest, Priority
 
 __all__ = ["EmbeddingEngine", "Pooling", "pool", "read_pooling"]
 
@@ -37,11 +38,15 @@ Encode: TypeAlias = Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One request; `left` are (tokens, index) of what is not computed yet, shortest first."""
+    """One request; `left` are (tokens, index) of what is not computed, the shortest first.
+
+    One that is not due yet, by the monotonic clock, lets others go first.
+    """
 
     inputs: Sequence[str | Sequence[int]]
     loop: asyncio.AbstractEventLoop
     done: "asyncio.Future[Embeddings]"
+    due_at: float = 0.0
     token_lists: list[list[int]] = field(default_factory=list)
     left: list[tuple[int, int]] = field(default_factory=list)
     vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
@@ -49,8 +54,8 @@ class _Job:
 
     def result(self) -> Embeddings:
         """Return the vectors in the order of the inputs."""
-        ordered = [self.vectors[index] for index in range(len(self.token_lists))]
-        vectors = np.stack(ordered) if ordered else np.empty((0, 0), np.float32)
+        rows = [self.vectors[index] for index in range(len(self.token_lists))]
+        vectors = np.stack(rows) if rows else np.empty((0, 0), np.float32)
         return Embeddings(vectors, sum(map(len, self.token_lists)))
 
     def resolve(self, outcome: Embeddings | ImpetusError) -> None:
@@ -107,6 +112,7 @@ class EmbeddingEngine(Engine):
         self._submitted: deque[_Job] = deque()
         self._jobs: deque[_Job] = deque()
         self._is_closing = False
+        self._limits = UNLIMITED
         self._counters = EngineLoad()
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._thread = threading.Thread(target=self._run, name="impetus-engine", daemon=True)
@@ -119,13 +125,17 @@ class EmbeddingEngine(Engine):
         )
         yield  # pragma: no cover - makes this an async generator
 
-    async def embed(self, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
+    async def embed(
+        self, inputs: Sequence[str | Sequence[int]], priority: Priority = "interactive"
+    ) -> Embeddings:
         """Return vectors in order; see `Engine.embed`.
 
         Cancelling drops what is not computed yet.  Raises RequestError, QueueFull, EngineFailed.
         """
+        self._limits.check_admits(is_resumed=False)
         loop = asyncio.get_running_loop()
-        job = _Job(inputs, loop, loop.create_future())
+        due_at = time.monotonic() + (BATCH_DELAY_S if priority == "batch" else 0.0)
+        job = _Job(inputs, loop, loop.create_future(), due_at)
         with self._wake:
             if self._is_closing:
                 raise EngineFailed(f"The model {self.info.name} was unloaded.")
@@ -140,6 +150,10 @@ class EmbeddingEngine(Engine):
             return await job.done
         finally:
             job.is_over = True
+
+    def set_limits(self, limits: EngineLimits) -> None:
+        """Obey `limits`: pause between batches, and take nothing new where they say so."""
+        self._limits = limits
 
     def load(self) -> EngineLoad:
         """Return the counts of this moment; a step is a batch."""
@@ -182,8 +196,7 @@ class EmbeddingEngine(Engine):
                     return False
                 if not self._submitted:
                     return True
-                job = self._submitted.popleft()
-                self._jobs.append(job)
+                self._jobs.append(job := self._submitted.popleft())
             self._prepare(job)
 
     def _prepare(self, job: _Job) -> None:
@@ -251,11 +264,13 @@ class EmbeddingEngine(Engine):
             job.vectors[index] = vector
         for job in {job for job, _ in batch}:
             self._end_if_done(job)
+        self._limits.rest()
 
     def _next_batch(self) -> list[tuple[_Job, int]]:
         """Take the next job's longest input, and what is not longer until the batch is full."""
         if not self._jobs:
             return []
+        self._let_due_first(time.monotonic())
         longest = self._jobs[0].left[-1][0]
         room = max(self._max_batch_tokens // longest, 1)
         batch: list[tuple[_Job, int]] = []
@@ -268,6 +283,11 @@ class EmbeddingEngine(Engine):
                 break
         self._jobs.rotate(-1)
         return batch
+
+    def _let_due_first(self, now: float) -> None:
+        """Put the jobs that are due before those that are not, else as they are."""
+        if self._jobs[0].due_at > now:
+            self._jobs = deque(sorted(self._jobs, key=lambda job: job.due_at > now))
 
     def _compute(self, token_lists: list[list[int]]) -> NDArray[np.float32]:
         vectors = np.asarray(self._encode(token_lists), np.float32)

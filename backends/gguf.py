@@ -1,6 +1,7 @@
 """GGUF models on llama.cpp, through llama-cpp-python's low-level API."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,8 +17,8 @@ from backends.batching import BatchingEngine
 from backends.chat import MARKERS, ChatFormat
 from backends.gguf_embed import GgufEmbedder
 from backends.gguf_file import gguf_info
-from backends.gguf_memory import estimate_gguf
-from backends.gguf_model import GgufModel
+from backends.gguf_memory import estimate_gguf, kv_element_bytes
+from backends.gguf_model import GgufModel, library
 from backends.gguf_stepper import GgufStepper
 from backends.grants import as_granted
 from backends.infill import read_infill
@@ -29,12 +30,17 @@ class GgufBackend(Backend):
     """Any GGUF file that llama.cpp loads."""
 
     name: ClassVar[str] = "gguf"
+    reserves_kv: ClassVar[bool] = True
 
     def availability(self) -> Availability:
         """Available where llama-cpp-python is installed."""
         if importlib.util.find_spec("llama_cpp") is None:
             return Availability(False, "llama-cpp-python is not installed; run scripts/setup")
         return Availability(True)
+
+    def preload(self) -> None:
+        """Import llama.cpp."""
+        library()
 
     def identify(self, path: Path) -> ModelInfo:
         """Read the file's metadata with our own bounded reader."""
@@ -43,6 +49,10 @@ class GgufBackend(Backend):
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         """Return weights, KV cache and compute buffers in bytes."""
         return estimate_gguf(info, options)
+
+    def kv_types(self, info: ModelInfo) -> Mapping[str, float]:
+        """Return the types of llama.cpp's cells that fit the model's heads."""
+        return kv_element_bytes(info)
 
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
         """Load the model; blocks for as long as reading the weights takes."""

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
 from backends.gguf_batch import Batch
 from backends.gguf_model import GgufModel, library, native_log
+from backends.limits import UNLIMITED, EngineLimits
+from backends.slot_gate import SlotGate
 from backends.threads import name_this_thread
 from backends.turns import TurnLock
 from core.errors import (
@@ -21,7 +23,7 @@ from core.errors import (
     RequestError,
     UnsupportedCapability,
 )
-from core.types import Embeddings, GenerationEvent, GenerationRequest
+from core.types import Embeddings, GenerationEvent, GenerationRequest, Priority
 
 _MOST_SEQUENCES = 32
 
@@ -39,6 +41,8 @@ class GgufEmbedder(Engine):
         self._running = 0
         self._is_closed = False
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._limits = UNLIMITED
+        self._gate = SlotGate(1)
         self._pool = ThreadPoolExecutor(
             1, initializer=name_this_thread, initargs=("impetus-engine",)
         )
@@ -75,16 +79,27 @@ class GgufEmbedder(Engine):
         )
         yield  # pragma: no cover - makes this an async generator
 
-    async def embed(self, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
+    async def embed(
+        self, inputs: Sequence[str | Sequence[int]], priority: Priority = "interactive"
+    ) -> Embeddings:
         """Return unit-length vectors in order; see `Engine.embed`."""
         if self._is_closed:
             raise EngineFailed(f"The model {self.info.name} was unloaded.")
+        self._limits.check_admits(is_resumed=False)
         loop = asyncio.get_running_loop()
         self._running += 1
         try:
-            return await loop.run_in_executor(self._pool, self._embed, list(inputs))
+            await self._gate.acquire(priority)
+            try:
+                return await loop.run_in_executor(self._pool, self._embed, list(inputs))
+            finally:
+                self._gate.release()
         finally:
             self._running -= 1
+
+    def set_limits(self, limits: EngineLimits) -> None:
+        """Obey `limits`: pause between batches, and take nothing new where they say so."""
+        self._limits = limits
 
     def _embed(self, inputs: list[str | Sequence[int]]) -> Embeddings:
         token_lists = [self._tokens(text) for text in inputs]
@@ -92,6 +107,7 @@ class GgufEmbedder(Engine):
         for group in self._groups(token_lists):
             with self._take_turn():
                 self._compute(group, token_lists, vectors)
+            self._limits.rest()
         return Embeddings(vectors, sum(map(len, token_lists)))
 
     def _tokens(self, text: str | Sequence[int]) -> list[int]:

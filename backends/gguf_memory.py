@@ -1,14 +1,23 @@
 """What a GGUF model will hold in memory, from its metadata alone."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from backends.base import EngineOptions, MemoryEstimate, ModelInfo
 from core.errors import InsufficientMemory
+from core.types import Capability
 from core.units import GIB, MIB, format_bytes
 
 # llama.cpp keeps keys and values as f16 unless told otherwise.
-_KV_ELEMENT_BYTES = 2
+DEFAULT_KV_TYPE = "f16"
+# Bytes per element; the quantized ones come in blocks.  Source: ggml-common.h, block_q8_0 and on.
+_KV_ELEMENT_BYTES = {
+    "f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32,
+    "q4_1": 20 / 32, "q4_0": 18 / 32,
+}  # fmt: skip
+_KV_BLOCK = 32
+_FLOATS = ("f32", "bf16", "f16")
 _F32_BYTES = 4
 # llama.cpp pads the number of KV cells to this (llama_kv_cache, n_pad of a unified cache).
 _CELL_PADDING = 256
@@ -33,10 +42,10 @@ class _Shape:
     vocabulary_size: int
     state_bytes: int
 
-    @property
-    def kv_bytes_per_token(self) -> int:
+    def kv_bytes_per_token(self, kv_type: str | None) -> int:
         width = self.key_length + self.value_length
-        return self.head_count_kv_sum * width * _KV_ELEMENT_BYTES
+        element_bytes = _KV_ELEMENT_BYTES[kv_type or DEFAULT_KV_TYPE]
+        return math.ceil(self.head_count_kv_sum * width * element_bytes)
 
 
 def _shape(details: Mapping[str, int | float | str | bool]) -> _Shape:
@@ -63,6 +72,20 @@ def _shape(details: Mapping[str, int | float | str | bool]) -> _Shape:
     )
 
 
+def kv_element_bytes(info: ModelInfo) -> Mapping[str, float]:
+    """Return the types that the model's cells can have, with their bytes per element.
+
+    A head must be whole blocks of a quantized type (Source: llama_context's constructor), and an
+    embedding model has no cells that last.
+    """
+    if Capability.EMBEDDING in info.capabilities:
+        return {}
+    shape = _shape(info.details)
+    if shape.key_length % _KV_BLOCK == shape.value_length % _KV_BLOCK == 0:
+        return _KV_ELEMENT_BYTES
+    return {name: _KV_ELEMENT_BYTES[name] for name in _FLOATS}
+
+
 def estimate_gguf(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
     """Return the memory of `info`, with context and cells chosen to fit the limit.
 
@@ -71,7 +94,7 @@ def estimate_gguf(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
     Raises InsufficientMemory.
     """
     shape = _shape(info.details)
-    per_token = shape.kv_bytes_per_token
+    per_token = shape.kv_bytes_per_token(options.kv_type)
     fixed_kv = shape.state_bytes * (options.max_sequences + 2)
     step_tokens = options.prefill_chunk_tokens + options.max_sequences
     transient = (

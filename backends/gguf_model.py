@@ -227,6 +227,10 @@ def open_context(model: GgufModel, options: EngineOptions, slot_count: int) -> A
     params.n_threads = params.n_threads_batch = options.threads
     params.kv_unified = True
     params.no_perf = True
+    if options.kv_type is not None:
+        params.type_k = params.type_v = getattr(llama, f"GGML_TYPE_{options.kv_type.upper()}")
+        # Values in blocks are read by flash attention alone.
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
     context = llama.llama_init_from_model(model.handle, params)
     if not context:
         reason = native_log.take_errors() or "llama.cpp gives no reason"

@@ -1,5 +1,6 @@
 """What a running engine may do for now: changed while it runs, without restarting anything."""
 
+import time
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,6 +24,16 @@ class Limitable(Protocol):
 
     def set_limits(self, limits: "EngineLimits") -> None:
         """Obey `limits` from the next step on.  Thread-safe; never blocks on a step."""
+        ...
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """An engine that tells how long its current step has lasted."""
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the step that runs now began; 0.0 where none runs.  Thread-safe."""
         ...
 
 
@@ -64,6 +75,11 @@ class EngineLimits:
     def sequences(self, capacity: int) -> int:
         """Return how many sequences may run at once in an engine that holds `capacity`."""
         return capacity if self.max_sequences is None else min(capacity, self.max_sequences)
+
+    def rest(self) -> None:
+        """Pause the calling thread between two batches that nobody waits to see step by step."""
+        if self.decode_pause_s:
+            time.sleep(self.decode_pause_s)
 
     def pause_left_s(self, stepped_at: float, now: float) -> float:
         """Return the seconds until the next step may start; 0 when it may at once."""

@@ -23,6 +23,7 @@ from catalog.convert_graph import plan as plan
 from catalog.convert_job import Job
 from catalog.convert_place import Partial, fingerprint, require_space, write_provenance
 from catalog.convert_place import sweep as sweep
+from catalog.pausing import PauseSwitch
 from core.errors import ImpetusError, ModelFileMissing, RequestError, Unavailable
 from core.types import JsonValue
 
@@ -65,10 +66,15 @@ class ConversionProgress:
 OnProgress = Callable[[ConversionProgress], None]
 
 
-async def convert(request: ConversionRequest, on_progress: OnProgress | None = None) -> Path:
+async def convert(
+    request: ConversionRequest,
+    on_progress: OnProgress | None = None,
+    pause: PauseSwitch | None = None,
+) -> Path:
     """Run a conversion and return the folder it made, `request.target`.
 
-    Cancelling the task ends all processes and removes what they wrote.  Raises RequestError (an
+    While `pause` is on, no step begins and the one that runs is stopped.  Cancelling the task ends
+    all processes and removes what they wrote.  Raises RequestError (an
     existing target, unknown options), UnsupportedCapability, ModelFileMissing, BrokenModel,
     Unavailable (no space, or the source changed), ImpetusError with the reason otherwise.
     """
@@ -80,7 +86,9 @@ async def convert(request: ConversionRequest, on_progress: OnProgress | None = N
     )
     partial = await asyncio.to_thread(Partial.create, request.target)
     try:
-        result = await _run_steps(request, quantization, way, partial, on_progress)
+        result = await _run_steps(
+            request, quantization, way, partial, on_progress, pause or PauseSwitch()
+        )
         await asyncio.to_thread(
             write_provenance,
             result,
@@ -142,6 +150,7 @@ async def _run_steps(
     way: tuple[str, ...],
     partial: Partial,
     on_progress: OnProgress | None,
+    pause: PauseSwitch,
 ) -> Path:
     """Run all steps, each on the one before; return the last one's folder."""
     files, output = request.source.files, partial.folder
@@ -171,14 +180,15 @@ async def _run_steps(
                 done = (step + min(max(fraction, 0.0), 1.0)) / steps
                 on_progress(ConversionProgress(done, step + 1, steps, doing))
 
-        await _run_step(job, report)
+        await pause.passed()
+        await _run_step(job, report, pause)
         # What only this step needed must not take room while the next one runs.
         await asyncio.to_thread(partial.discard, work, *files if step else ())
         files = tuple(sorted(path for path in output.rglob("*") if path.is_file()))
     return output
 
 
-async def _run_step(job: Job, report: Callable[[float, str], None]) -> None:
+async def _run_step(job: Job, report: Callable[[float, str], None], pause: PauseSwitch) -> None:
     """Do one step in a process of its own and wait for it.  Raises what it reports."""
     if missing := [file.name for file in job.files if not file.is_file()]:
         raise ModelFileMissing(f"{job.name}: the file {missing[0]} is gone.", param="model")
@@ -193,7 +203,8 @@ async def _run_step(job: Job, report: Callable[[float, str], None]) -> None:
     )  # fmt: skip
     tail: deque[bytes] = deque(maxlen=_STDERR_BYTES // 1024)
     try:
-        error = await _follow(process, job, report, tail)
+        with pause.covering(process.pid):
+            error = await _follow(process, job, report, tail)
     finally:
         await asyncio.shield(_end(process))
     if error is not None:

@@ -38,6 +38,7 @@ _STEPS: Mapping[tuple[str, str], str] = {
     ("safetensors", "coreml"): "convert_child:to_coreml",
 }
 _LONGEST_MESSAGE = 2000
+_PR_SET_PDEATHSIG = 1
 DEFAULT_COREML_CONTEXT = 2048
 _FULL_DISK = "The disk is full; free some space and convert again."
 
@@ -117,8 +118,20 @@ def _die_with_parent(source: IO[str]) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
+def _die_with_parent_even_stopped() -> None:
+    """On Linux, let the kernel end this process with its parent: a stopped one reads no pipe.
+
+    Source: prctl(2), PR_SET_PDEATHSIG.  Elsewhere the launcher ends what is left at its own end.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def main() -> None:
     """Do the job on stdin."""
+    _die_with_parent_even_stopped()
     pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from backends.base import EngineOptions, ModelInfo
+from core.types import Priority as Priority
 
 RecordState: TypeAlias = Literal["ok", "refused", "missing"]
-Priority: TypeAlias = Literal["interactive", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class ModelSettings:
 
     `context_length` is an upper bound in tokens.  A model that was idle for `keep_alive_s` seconds
     is unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name
-    none.  `max_sequences` are generated at the same time.
+    none.  `max_sequences` are generated at the same time.  `kv_type` is what keys and values are
+    kept as, of those that `backends.kv_types` knows for the model.
     """
 
     context_length: int | None = None
@@ -54,6 +55,7 @@ class ModelSettings:
     pin: bool | None = None
     priority: Priority | None = None
     max_sequences: int | None = None
+    kv_type: str | None = None
 
     def applied_to(self, options: EngineOptions) -> EngineOptions:
         """Return how this model is opened; the server's own context bound holds as well."""
@@ -62,6 +64,7 @@ class ModelSettings:
             options,
             context_tokens=min(bounds, default=None),
             max_sequences=self.max_sequences or options.max_sequences,
+            kv_type=self.kv_type or options.kv_type,
         )
 
 

@@ -1,6 +1,6 @@
 """The choice between a model's variants: pure."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from catalog.models import ModelRecord
 
@@ -9,27 +9,50 @@ _FASTEST = ("mlx", "gguf", "safetensors", "onnx", "pytorch", "coreml")
 
 
 def best_variant(
-    candidates: Sequence[ModelRecord], resident_ids: Collection[str], budget_bytes: int
+    candidates: Sequence[ModelRecord],
+    resident_ids: Collection[str],
+    budget_bytes: int,
+    *,
+    keeps_cool: bool = False,
 ) -> ModelRecord:
     """Return the variant to use where a bare name leaves the choice.
 
     (1) Only usable ones count, unless there is none, and those of a slow reference runtime only
-    where there is no other.  (2) A resident one wins.  (3) Else the most precise whose files take
-    at most half of the budget, so that another model still fits; of equally precise ones the
-    fastest format's.  (4) Else the smallest.  Equals are decided by id.
+    where there is no other.  (2) With `keeps_cool`, the smallest wins, which moves the fewest
+    bytes for a token; of equal ones a resident one.  (3) Else a resident one wins.  (4) Else the
+    most precise whose files take at most half of the budget, so that another model still fits; of
+    equally precise ones the fastest format's.  (5) Else the smallest.  Equals are decided by id.
     Raises ValueError without candidates.
     """
     if not candidates:
         raise ValueError("no candidates")
     pool = [record for record in candidates if record.state == "ok"] or list(candidates)  # (1)
     pool = [record for record in pool if not _is_slow(record)] or pool
+    if keeps_cool:  # (2)
+        return min(pool, key=lambda one: (one.info.size_bytes, one.id not in resident_ids, one.id))
     resident = [record for record in pool if record.id in resident_ids]
     if resident:
-        return min(resident, key=_best_first)  # (2)
+        return min(resident, key=_best_first)  # (3)
     fitting = [record for record in pool if record.info.size_bytes <= budget_bytes // 2]
     if fitting:
-        return min(fitting, key=_best_first)  # (3)
-    return min(pool, key=lambda record: (record.info.size_bytes, record.id))  # (4)
+        return min(fitting, key=_best_first)  # (4)
+    return min(pool, key=lambda record: (record.info.size_bytes, record.id))  # (5)
+
+
+def nearest_smaller(
+    record: ModelRecord, others: Sequence[ModelRecord], fits: Callable[[ModelRecord], bool]
+) -> ModelRecord | None:
+    """Return the largest usable variant of a model that is smaller than `record` and fits."""
+    variants = [
+        other
+        for other in others
+        if other.info.name == record.info.name
+        and other.state == "ok"
+        and other.info.size_bytes < record.info.size_bytes
+        and other.info.capabilities >= record.info.capabilities
+        and fits(other)
+    ]
+    return max(variants, key=lambda other: (other.info.size_bytes, other.id), default=None)
 
 
 def _is_slow(record: ModelRecord) -> bool:

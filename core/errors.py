@@ -16,7 +16,11 @@ ImpetusError                    500 server_error            internal_error
 ├ QueueFull                     429 rate_limit_error        queue_full
 └ Unavailable                   503 server_error            unavailable
   ├ InsufficientMemory              insufficient_memory
+  ├ Draining                        draining
+  ├ ModelFailed                     model_failed
+  ├ ModelQuarantined                model_quarantined
   ├ EngineFailed                    engine_failed
+  │ └ TimedOut                  504 timed_out
   ├ BackendUnavailable              backend_unavailable
   └ ModelNotResident                model_not_resident (internal: the router answers it by loading)
 
@@ -197,6 +201,36 @@ class EngineFailed(Unavailable):
     """The engine or its process failed while this request ran."""
 
     code = "engine_failed"
+
+
+class TimedOut(EngineFailed):
+    """The request's time was over before its answer was complete."""
+
+    status = 504
+    code = "timed_out"
+
+    @classmethod
+    def after(cls, limit_s: float | None) -> "TimedOut":
+        """Build the error of a request that was given `limit_s` seconds."""
+        return cls(f"The request took longer than {limit_s or 0:g} s.")
+
+
+class Draining(Unavailable):
+    """The server is stopping: what runs may end, nothing new begins."""
+
+    code = "draining"
+
+
+class ModelFailed(Unavailable):
+    """The model could not be loaded a moment ago, so it is not tried for every request."""
+
+    code = "model_failed"
+
+
+class ModelQuarantined(Unavailable):
+    """The model's processes died again and again; it stays out until it is loaded by hand."""
+
+    code = "model_quarantined"
 
 
 class BackendUnavailable(Unavailable):

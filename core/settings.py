@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from platformdirs import user_data_path
-from pydantic import BeforeValidator, Field, SecretStr, field_validator
+from pydantic import AllowInfNan, BeforeValidator, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from core.units import parse_bytes
@@ -13,6 +13,7 @@ from core.units import parse_bytes
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 
 ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
+Seconds = Annotated[float, AllowInfNan(False)]
 
 
 def _split_paths(value: Any) -> Any:
@@ -61,6 +62,7 @@ class Settings(BaseSettings):
     )
     memory_budget: ByteCount | None = Field(
         default=None,
+        gt=0,
         description="Bytes that models may use together, as 12GiB or a number; "
         "unset: what the machine can give less a margin.",
     )
@@ -84,10 +86,21 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: int = Field(
         default=512, ge=16, le=8192, description="Most prompt tokens that one step computes."
     )
-    request_timeout_s: float = Field(
+    request_timeout_s: Seconds = Field(
         default=3600.0, gt=0, description="Seconds after which a request is ended."
     )
-    scan_interval_s: float = Field(
+    step_limit_s: Seconds = Field(
+        default=120.0,
+        ge=1,
+        description="Seconds after which a step of an engine counts as hung and its process is "
+        "replaced.",
+    )
+    drain_limit_s: Seconds = Field(
+        default=30.0,
+        ge=0,
+        description="Seconds that running requests may go on after the server was told to stop.",
+    )
+    scan_interval_s: Seconds = Field(
         default=60.0, gt=0, description="Seconds between two scans of the model folders."
     )
     max_body: ByteCount = Field(default=16 * 1024**2, description="Largest accepted request body.")
@@ -115,7 +128,7 @@ class Settings(BaseSettings):
         description="File that holds a thermal state's name (nominal, fair, serious, critical) "
         "and stands for the machine's sensors; unset: the sensors are read.",
     )
-    keep_alive_s: float | None = Field(
+    keep_alive_s: Seconds | None = Field(
         default=None,
         ge=0,
         description="Seconds after which an idle model is unloaded; unset: never while there is "

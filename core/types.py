@@ -126,6 +126,12 @@ class JsonOutput:
     schema: Mapping[str, JsonValue] | None = None
 
 
+# Interactive requests go before batch ones, which age: see `BATCH_DELAY_S`.
+Priority: TypeAlias = Literal["interactive", "batch"]
+# Every queue orders a batch request as if it had come this many seconds later.
+BATCH_DELAY_S = 30.0
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate; `max_tokens` None means up to the context's end.
@@ -146,6 +152,7 @@ class GenerationRequest:
     echo_prompt: bool = False
     deadline_s: float | None = None
     generated: tuple[int, ...] = ()
+    priority: Priority = "interactive"
 
 
 @dataclass(frozen=True, slots=True)

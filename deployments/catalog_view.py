@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from backends.base import Backend, EngineOptions, ModelInfo
 from backends.registry import backends_for
@@ -19,8 +20,10 @@ from core.errors import (
 )
 from core.settings import Settings
 from deployments.calls import Handle, call, direct
+from deployments.faults import Fault
 from deployments.options import budget_bytes, engine_options
 from deployments.orders import Residency
+from deployments.standing import StandingWatch
 from router.services import ModelState, ModelView
 
 logger = logging.getLogger(__name__)
@@ -36,10 +39,12 @@ class CatalogView:
         settings: Settings,
         scheduler: Handle,
         resident_ids: Callable[[], frozenset[str]],
+        standing: StandingWatch | None = None,
     ) -> None:
         self._store = CatalogStore(settings.catalog_file)
         self._scheduler = direct(scheduler)
         self._resident_ids = resident_ids
+        self._standing = standing or StandingWatch(scheduler)
         self._backends = backends_for(settings.formats)
         self._budget_bytes = budget_bytes(settings)
         self._options = engine_options(settings, self._budget_bytes)
@@ -74,7 +79,14 @@ class CatalogView:
         """Return the variant to use, one that can run here where there is any."""
         views = {record.id: self._foreseen(record) for record in candidates}
         usable = [record for record in candidates if views[record.id].state == "available"]
-        record = best_variant(usable or candidates, self._resident_ids(), self._budget_bytes)
+        standing = self._standing.current
+        sound = [record for record in usable if record.id not in standing.faults]
+        record = best_variant(
+            sound or usable or candidates,
+            self._resident_ids(),
+            self._budget_bytes,
+            keeps_cool=standing.keeps_cool,
+        )
         return record, views[record.id]
 
     def _foreseen(self, record: ModelRecord) -> ModelView:
@@ -114,10 +126,13 @@ class CatalogView:
 
     async def models(self) -> Sequence[ModelView]:
         """Return all models, those that cannot run with the reason."""
-        residencies, loading = await call(self._scheduler.residencies.remote())
+        (residencies, loading), standing = await asyncio.gather(
+            call(self._scheduler.residencies.remote()), self._standing.refresh()
+        )
         resident = {residency.model_id: residency for residency in residencies}
         records = await asyncio.to_thread(self._store.models)
-        return [self._view(record, resident, frozenset(loading)) for record in records]
+        views = [self._view(record, resident, frozenset(loading)) for record in records]
+        return [_with_fault(view, standing.faults.get(view.id)) for view in views]
 
     def _view(
         self, record: ModelRecord, resident: dict[str, Residency], loading: frozenset[str]
@@ -148,6 +163,7 @@ class CatalogView:
             runtime=_runtime(info),
             runtime_reason=str(info.details.get("runs_on_reason", "")),
             converted_from=record.source.model_id if isinstance(record.source, Converted) else "",
+            priority=record.settings.priority or "interactive",
         )
 
     def _state(
@@ -179,6 +195,14 @@ class CatalogView:
     def close(self) -> None:
         """Close the database."""
         self._store.close()
+
+
+def _with_fault(view: ModelView, fault: Fault | None) -> ModelView:
+    """Return the view of a model that could be used but for what happened to it lately."""
+    if fault is None or view.state != "available":
+        return view
+    state: ModelState = "quarantined" if fault.is_quarantined else "failed"
+    return replace(view, state=state, reason=fault.reason)
 
 
 def _runtime(info: ModelInfo) -> str:

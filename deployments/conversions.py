@@ -10,6 +10,7 @@ from backends.base import Backend, EngineOptions, ModelInfo
 from catalog.convert import ConversionProgress, ConversionRequest, convert, sweep
 from catalog.convert_choice import faithful, smaller
 from catalog.models import Converted, ModelRecord
+from catalog.pausing import PauseSwitch
 from core.errors import BackendUnavailable, ImpetusError, InsufficientMemory, Unavailable
 from core.settings import Settings
 
@@ -52,6 +53,16 @@ class Conversions:
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures: dict[str, tuple[float, str]] = {}
         self._turn = asyncio.Lock()
+        self._pause = PauseSwitch()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether conversions are held up."""
+        return self._pause.is_on
+
+    def pause(self, *, is_on: bool) -> None:
+        """Stop what runs where it is and start nothing, or let it go on."""
+        self._pause.switch(is_on=is_on)
 
     def sweep(self) -> None:
         """Remove what conversions of dead processes left; blocks while folders are listed."""
@@ -80,8 +91,9 @@ class Conversions:
                 return problem
             running = self._start(record, *choice)
         what = f"{running.target_format} {running.quantization}"
+        doing = "paused until the machine has recovered" if self._pause.is_on else running.doing
         return Unavailable(
-            f"{problem.message} It is being converted to {what} ({running.doing}, "
+            f"{problem.message} It is being converted to {what} ({doing}, "
             f"{running.fraction:.0%}); ask again later.",
             param="model",
             retry_after_s=_seconds_left(running),
@@ -130,9 +142,10 @@ class Conversions:
         )
         try:
             async with self._turn:
+                await self._pause.passed()
                 conversion.started_at = time.monotonic()
                 await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
-                await convert(request, note)
+                await convert(request, note, self._pause)
             logger.info("converted %s to %s", record.id, kind)
             await self._rescan()
         except ImpetusError as problem:

@@ -32,6 +32,11 @@ class Course:
         return replace(self._request, id=request_id, generated=generated, echo_prompt=False)
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the client got a part of the answer."""
+        return self._events > 0
+
+    @property
     def can_go_on(self) -> bool:
         """Whether tokens stand for all text that was sent; an echoed prompt needs none."""
         return bool(self._token_ids) or self._events <= int(self._request.echo_prompt)

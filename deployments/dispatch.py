@@ -4,14 +4,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from core.errors import EngineFailed, ImpetusError, ModelNotResident
+from core.errors import EngineFailed, ImpetusError, ModelNotResident, TimedOut
 from core.types import (
     Embeddings,
     Finished,
     GenerationEvent,
     GenerationRequest,
+    Priority,
     Prompt,
 )
 from deployments.calls import Handle, call, direct
@@ -20,13 +22,15 @@ from deployments.course import Course
 from deployments.decisions import DecisionLog
 from deployments.errors import ReplicaDied, unwrap
 from deployments.frames import EventTaker, FrameReceiver
-from deployments.orders import Residency
+from deployments.orders import Need, Residency
 from deployments.replicas import Targets
 
 logger = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 3
 _LOST_EVENTS_S = 10.0
+# The engine itself ends a request at its deadline, and says so by then.
+_DEADLINE_GRACE_S = 2.0
 
 
 class HandleDispatcher:
@@ -79,7 +83,7 @@ class HandleDispatcher:
         A replica that died, or does not hold the model any more, costs another attempt that the
         client does not see: the answer goes on after the tokens whose events were handed out.
         """
-        lost, course = "", Course(request)
+        need, course = Need(priority=request.priority), Course(request)
 
         def pass_on(events: Sequence[GenerationEvent]) -> None:
             take([course.note(event) for event in events])
@@ -87,7 +91,7 @@ class HandleDispatcher:
         for attempt in range(_MOST_ATTEMPTS):
             residency = None
             try:
-                residency = await self._ensure(request.model_id, lost, course)
+                residency = await self._ensure(request.model_id, need, course)
                 course.begin()
                 await self._attempt(course.attempt(attempt), residency, pass_on)
                 return
@@ -95,7 +99,7 @@ class HandleDispatcher:
                 course.note_lost(problem)
                 # Without a residency, it is the load that a replica died of or during.
                 if residency is not None:
-                    lost = residency.replica_id
+                    need = _after(problem, residency, need, is_resumed=course.has_begun)
                     self._forget(residency)
                 if attempt == _MOST_ATTEMPTS - 1 or not course.can_go_on:
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
@@ -127,6 +131,7 @@ class HandleDispatcher:
                 end.set_result(None)
 
         self._receiver.open(request.id, pass_on)
+        timer = self._end_in_time(request, end)
         work = asyncio.ensure_future(self._run(request, residency, end))
         self._calls.add(work)
         work.add_done_callback(self._calls.discard)
@@ -136,10 +141,23 @@ class HandleDispatcher:
             is_finished = True
         finally:
             self._receiver.forget(request.id)
+            if timer is not None:
+                timer.cancel()
             # A finished request's call returns by itself; any other is cancelled.
             if not is_finished:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
+
+    @staticmethod
+    def _end_in_time(
+        request: GenerationRequest, end: "asyncio.Future[None]"
+    ) -> asyncio.TimerHandle | None:
+        """End the request a little after its deadline, should its process hang as a whole."""
+        if request.deadline_s is None:
+            return None
+        late = TimedOut.after(request.deadline_s)
+        loop = asyncio.get_running_loop()
+        return loop.call_later(request.deadline_s + _DEADLINE_GRACE_S, _fail, end, late)
 
     async def _run(
         self, request: GenerationRequest, residency: Residency, end: "asyncio.Future[None]"
@@ -172,27 +190,33 @@ class HandleDispatcher:
         finally:
             frames.cancel()
 
-    async def embed(self, model_id: str, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
+    async def embed(
+        self,
+        model_id: str,
+        inputs: Sequence[str | Sequence[int]],
+        priority: Priority = "interactive",
+    ) -> Embeddings:
         """Return one vector per input; a lost replica costs another attempt."""
-        embeddings: Embeddings = await self._ask("embed", model_id, inputs)
+        embeddings: Embeddings = await self._ask(
+            "embed", Need(priority=priority), model_id, inputs, priority
+        )
         return embeddings
 
     async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
         """Return how many tokens `prompt` comes to; a lost replica costs another attempt."""
-        count: int = await self._ask("count_tokens", model_id, prompt)
+        count: int = await self._ask("count_tokens", Need(), model_id, prompt)
         return count
 
-    async def _ask(self, method: str, model_id: str, *arguments: Any) -> Any:
+    async def _ask(self, method: str, need: Need, model_id: str, *arguments: Any) -> Any:
         """Call a method of the replica that holds the model, loading the model first if need be."""
-        lost = ""
         for attempt in range(_MOST_ATTEMPTS):
-            residency = await self._ensure(model_id, lost)
+            residency = await self._ensure(model_id, need)
             handle = self._targets.at(residency)
             try:
                 return await call(getattr(handle, method).remote(model_id, *arguments))
             except (ModelNotResident, ReplicaDied) as problem:
                 self._forget(residency)
-                lost = residency.replica_id
+                need = _after(problem, residency, need, is_resumed=False)
                 if attempt == _MOST_ATTEMPTS - 1:
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
         raise AssertionError("unreachable")
@@ -202,16 +226,12 @@ class HandleDispatcher:
             del self._residencies[residency.model_id]
         self._targets.forget(residency)
 
-    async def _ensure(
-        self, model_id: str, lost_replica: str, course: Course | None = None
-    ) -> Residency:
+    async def _ensure(self, model_id: str, need: Need, course: Course | None = None) -> Residency:
         known = self._residencies.get(model_id)
         if known is not None:
             return known
         asked_at = time.monotonic()
-        residency: Residency = await call(
-            self._scheduler.ensure_loaded.remote(model_id, lost_replica)
-        )
+        residency: Residency = await call(self._scheduler.ensure_loaded.remote(model_id, need))
         self._residencies[model_id] = residency
         if course is not None:
             course.note_wait(time.monotonic() - asked_at, residency)
@@ -221,3 +241,11 @@ class HandleDispatcher:
 def _fail(end: "asyncio.Future[None]", problem: BaseException) -> None:
     if not end.done():
         end.set_exception(problem)
+
+
+def _after(problem: ImpetusError, residency: Residency, need: Need, *, is_resumed: bool) -> Need:
+    """Return what the next attempt asks for."""
+    has_died = isinstance(problem, ReplicaDied)
+    return replace(
+        need, lost_replica=residency.replica_id, has_died=has_died, is_resumed=is_resumed
+    )

@@ -14,27 +14,31 @@ from ray import serve
 
 from backends.base import Engine
 from backends.counting import TokenCounting
-from backends.limits import UNLIMITED, EngineLimits, Limitable
+from backends.limits import UNLIMITED, EngineLimits, Limitable, Watched
 from backends.registry import backends_for
-from core.errors import (
-    EngineFailed,
-    ModelFileMissing,
-    ModelNotResident,
-    UnsupportedCapability,
-)
-from core.types import Embeddings, GenerationRequest, Prompt
-from deployments.codec import StepEvents, encode_frame
+from core.errors import EngineFailed, ModelNotResident, UnsupportedCapability
+from core.types import Embeddings, GenerationRequest, Priority, Prompt
+from deployments.coalescing import CoalescingSink
 from deployments.errors import returning_errors
 from deployments.frames import FrameSender
+from deployments.held import HeldMemory
+from deployments.last_words import stderr_path
 from deployments.logs import attach_logs
-from deployments.orders import FileMark, LoadOrder, ReplicaReport, Residency, ResidentReport
+from deployments.marks import has_changed, mark
+from deployments.orders import (
+    FileMark,
+    Freed,
+    LoadOrder,
+    ProcessReport,
+    ReplicaReport,
+    Residency,
+    ResidentReport,
+)
 from deployments.turn_taking import SharedTurns
 
 logger = logging.getLogger(__name__)
 
 _FLUSH_POLL_S = 0.01
-# Events of a request from another node are sent together for this long, the first at once.
-_COALESCE_S = 0.02
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +49,7 @@ class _Resident:
     residency: Residency
     in_flight: int = 0
     used_at: float = field(default_factory=time.monotonic)
+    was_active: bool = False
     is_draining: bool = False
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -64,6 +69,8 @@ class FormatReplica:
         self._changing = asyncio.Lock()
         self._limits = UNLIMITED
         self._turns = SharedTurns(home)
+        self._memory = HeldMemory(self._backend)
+        self._stderr_path = stderr_path()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._node_id = ray.get_runtime_context().get_node_id()
 
@@ -78,8 +85,10 @@ class FormatReplica:
                 await self._drain(resident)
                 await self._close(resident)
             started = time.monotonic()
-            marks = tuple(_mark(path) for path in order.info.files)
-            engine = await asyncio.to_thread(self._backend.open, order.info, order.options)
+            marks = tuple(mark(path) for path in order.info.files)
+            engine = await self._memory.opening(
+                order, lambda: self._backend.open(order.info, order.options)
+            )
             await self._turns.share(engine)
             residency = Residency(
                 order.model_id,
@@ -94,19 +103,19 @@ class FormatReplica:
             logger.info("loaded %s in %.2f s", order.model_id, residency.load_s)
             return residency
 
-    async def unload_model(self, model_id: str) -> bool:
-        """Let the model's requests end, then free it; False when it was not here.
+    async def unload_model(self, model_id: str) -> Freed | None:
+        """Let the model's requests end, then free it; None when it was not here.
 
         New requests for it are told that it is not resident, so that they wait for a load.
         """
         resident = self._residents.get(model_id)
         if resident is None:
-            return False
+            return None
         await self._drain(resident)
         async with self._changing:
             if self._residents.get(model_id) is resident:
-                await self._close(resident)
-        return True
+                return await self._close(resident)
+        return None
 
     @staticmethod
     async def _drain(resident: _Resident) -> None:
@@ -116,10 +125,13 @@ class FormatReplica:
             resident.idle.clear()
             await resident.idle.wait()
 
-    async def _close(self, resident: _Resident) -> None:
-        del self._residents[resident.order.model_id]
-        await resident.engine.close()
-        logger.info("unloaded %s", resident.order.model_id)
+    async def _close(self, resident: _Resident) -> Freed:
+        model_id = resident.order.model_id
+        del self._residents[model_id]
+        engine = resident.engine
+        freed = await self._memory.closing(model_id, engine.close)
+        logger.info("unloaded %s", model_id)
+        return freed
 
     async def set_limits(self, limits: EngineLimits) -> None:
         """Make every resident model obey `limits`, and those that are loaded later."""
@@ -154,7 +166,7 @@ class FormatReplica:
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
         """Run a request for a router on another node, yielding frames."""
         with self._lease(request.model_id) as resident:
-            sink = _CoalescingSink(asyncio.get_running_loop())
+            sink = CoalescingSink(asyncio.get_running_loop())
             work = asyncio.ensure_future(resident.engine.stream_to(request, sink))
             work.add_done_callback(lambda _: sink.end())
             try:
@@ -166,10 +178,12 @@ class FormatReplica:
                 await asyncio.gather(work, return_exceptions=True)
 
     @returning_errors
-    async def embed(self, model_id: str, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
+    async def embed(
+        self, model_id: str, inputs: Sequence[str | Sequence[int]], priority: Priority
+    ) -> Embeddings:
         """Return one vector per input."""
         with self._lease(model_id) as resident:
-            return await resident.engine.embed(inputs)
+            return await resident.engine.embed(inputs, priority)
 
     @returning_errors
     async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
@@ -193,6 +207,7 @@ class FormatReplica:
         if resident is None or not _is_usable(resident):
             raise ModelNotResident(f"{model_id} is not resident here.")
         resident.in_flight += 1
+        resident.was_active = True
         try:
             yield resident
         finally:
@@ -213,6 +228,9 @@ class FormatReplica:
 
     async def report(self) -> ReplicaReport:
         """Return what this process holds and does."""
+        self._memory.look({name for name, one in self._residents.items() if one.was_active})
+        for resident in self._residents.values():
+            resident.was_active = bool(resident.in_flight)
         now = time.monotonic()
         residents = tuple(
             ResidentReport(
@@ -220,10 +238,20 @@ class FormatReplica:
                 0.0 if resident.in_flight else now - resident.used_at,
                 resident.in_flight,
                 resident.engine.load(),
+                self._memory.measured_bytes(model_id),
             )
             for model_id, resident in self._residents.items()
         )
-        return ReplicaReport(self._format, os.getpid(), residents)
+        process = ProcessReport(self._replica_id, self._memory.kept_bytes, self._stderr_path)
+        return ReplicaReport(self._format, os.getpid(), residents, (process,))
+
+    async def check_health(self) -> None:
+        """Raise where an engine's step does not return: Serve then replaces this process."""
+        for model_id, resident in self._residents.items():
+            engine = resident.engine
+            stalled_s = engine.stalled_s if isinstance(engine, Watched) else 0.0
+            if stalled_s > resident.order.step_limit_s:
+                raise EngineFailed(f"A step of {model_id} has not returned for {stalled_s:.0f} s.")
 
     async def residencies(self) -> list[Residency]:
         """Return what is resident, for a scheduler that starts anew."""
@@ -238,41 +266,6 @@ class FormatReplica:
             sender.close()
 
 
-class _CoalescingSink:
-    """Collects events on an event loop and gives them out as frames."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._queue: asyncio.Queue[StepEvents | None] = asyncio.Queue()
-
-    def deliver(self, batch: StepEvents) -> None:
-        """Take a step's events, from any thread."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, batch)
-
-    def end(self) -> None:
-        """Say that nothing more comes."""
-        self._loop.call_soon(self._queue.put_nowait, None)
-
-    async def frames(self) -> AsyncGenerator[bytes, None]:
-        """Yield the first frame at once, later ones at most every 20 ms."""
-        sent_at = 0.0
-        while (batch := await self._queue.get()) is not None:
-            wait = sent_at + _COALESCE_S - time.monotonic()
-            if wait > 0:
-                await asyncio.sleep(wait)
-            batches, is_last = list(batch), False
-            while not self._queue.empty():
-                more = self._queue.get_nowait()
-                if more is None:
-                    is_last = True
-                    break
-                batches.extend(more)
-            sent_at = time.monotonic()
-            yield encode_frame(batches)
-            if is_last:
-                return
-
-
 def _limit(engine: Engine, limits: EngineLimits) -> None:
     if isinstance(engine, Limitable):
         engine.set_limits(limits)
@@ -280,25 +273,4 @@ def _limit(engine: Engine, limits: EngineLimits) -> None:
 
 def _is_usable(resident: _Resident) -> bool:
     is_sound = not resident.is_draining and not resident.engine.is_failed
-    return is_sound and not _changed(resident.marks)
-
-
-def _mark(path: Path) -> FileMark:
-    try:
-        status = path.stat()
-    except OSError as problem:
-        raise ModelFileMissing(f"{path} cannot be read: {problem}", param="model") from problem
-    return FileMark(str(path), status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-def _changed(marks: Sequence[FileMark]) -> bool:
-    """Whether a file is gone or another than the one that was opened."""
-    for mark in marks:
-        try:
-            status = os.stat(mark.path)
-        except OSError:
-            return True
-        now = (status.st_size, status.st_mtime_ns, status.st_ino)
-        if now != (mark.size_bytes, mark.modified_ns, mark.inode):
-            return True
-    return False
+    return is_sound and not has_changed(resident.marks)

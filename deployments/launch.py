@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from core.errors import ImpetusError
 from core.settings import Settings
 from core.units import MIB
+from deployments.drain import drain, local_url
 from deployments.listener import bind, check_exposure
 from deployments.reservation import UNIFIED_MEMORY
 from scheduler.sensors import machine_memory_bytes
@@ -44,7 +45,9 @@ class Launcher:
         self._child: subprocess.Popen[bytes] | None = None
         self._descendants: dict[int, psutil.Process] = {}
         self._stop_signal = 0
+        self._signals = 0
         self._woken = threading.Event()
+        self._is_serving = False
 
     def run(self) -> int:
         """Return the exit code; blocks until the server ends or a signal comes."""
@@ -57,6 +60,7 @@ class Launcher:
             self._start()
             if not self._wait_until_ready():
                 return 0 if self._stop_signal else 1
+            self._is_serving = True
             self._show_banner()
             return self._wait_for_end()
         finally:
@@ -67,6 +71,7 @@ class Launcher:
         # SIGCHLD only wakes the waiting loop, which then looks at the child.
         if number != signal.SIGCHLD:
             self._stop_signal = number
+            self._signals += 1
         self._woken.set()
 
     def _start(self) -> None:
@@ -98,13 +103,9 @@ class Launcher:
         return False
 
     def _is_ready(self) -> bool:
-        settings = self._settings
-        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-        host = f"[{host}]" if ":" in host else host
         try:
-            with urllib.request.urlopen(
-                f"http://{host}:{settings.port}/readyz", timeout=2
-            ) as answer:
+            url = f"{local_url(self._settings)}/readyz"
+            with urllib.request.urlopen(url, timeout=2) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False
@@ -172,13 +173,12 @@ class Launcher:
         if self._child is None:
             return
         if self._child.poll() is None:
-            say("Stopping …")
+            say("Stopping … (again to stop at once)")
             self._remember_descendants()
+            if self._is_serving:
+                drain(self._settings, self._is_impatient)
             self._child.send_signal(signal.SIGINT)
-            try:
-                self._child.wait(timeout=_STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                self._child.terminate()
+            self._wait_for_child(_STOP_LIMIT_S)
         _, left = psutil.wait_procs(list(self._descendants.values()), timeout=5)
         for process in left:
             _signal(process, signal.SIGTERM)
@@ -186,6 +186,22 @@ class Launcher:
         for process in left:
             _signal(process, signal.SIGKILL)
         psutil.wait_procs(left, timeout=5)
+
+    def _is_impatient(self) -> bool:
+        """Whether a second signal came: then running requests are not waited for."""
+        return self._signals > 1
+
+    def _wait_for_child(self, limit_s: float) -> None:
+        """Wait until the server has ended, or for as long as anybody cares."""
+        assert self._child is not None
+        end = time.monotonic() + limit_s
+        while self._child.poll() is None:
+            if self._is_impatient() or time.monotonic() > end:
+                self._child.kill()
+                self._child.wait()
+                return
+            self._woken.wait(_POLL_S)
+            self._woken.clear()
 
 
 def _signal(process: psutil.Process, number: int) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from core.errors import EngineFailed, ImpetusError, InsufficientMemory, QueueFull, Unavailable
 from deployments.decisions import DecisionLog
-from deployments.orders import Residency, ResidentReport
+from deployments.holders import Reported
+from deployments.orders import Freed, Residency
 from scheduler.events import (
     Action,
     Configured,
@@ -21,7 +22,9 @@ from scheduler.events import (
     Load,
     Loaded,
     LoadFailed,
+    ProcessEnded,
     Reject,
+    StrainChanged,
     Tick,
     Unload,
     Unloaded,
@@ -40,11 +43,12 @@ _WAITING_POLL_S = 0.1
 # How often they are asked where only keep-alives run.
 _SHORTEST_POLL_S = 0.5
 _LONGEST_POLL_S = 15.0
+# How often under critical strain, so that a model goes soon after its last request.
+_STRAIN_POLL_S = 1.0
 
 Opener = Callable[[str, Offer], Awaitable[Residency]]
-Closer = Callable[[Residency], Awaitable[None]]
-# Whose replica answered, with what it said of the model: None where it does not hold it.
-Reported = Sequence[tuple[Residency, ResidentReport | None]]
+Closer = Callable[[Residency], Awaitable[Freed]]
+
 Reporter = Callable[[Sequence[Residency]], Awaitable[Reported]]
 
 
@@ -72,6 +76,7 @@ class Ledger:
         log: DecisionLog,
     ) -> None:
         self._state = state
+        self._log = log
         self._open = open_
         self._close = close
         self._report = report
@@ -107,7 +112,13 @@ class Ledger:
         return self._residencies.get(model_id)
 
     async def acquire(
-        self, model_id: str, offers: tuple[Offer, ...], timeout_s: float, priority: Priority
+        self,
+        model_id: str,
+        offers: tuple[Offer, ...],
+        timeout_s: float,
+        priority: Priority,
+        *,
+        is_resumed: bool = False,
     ) -> Residency:
         """Return where the model is resident, once it is.
 
@@ -120,7 +131,7 @@ class Ledger:
         future: asyncio.Future[Residency] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         deadline = time.monotonic() + timeout_s
-        self._send(Wanted(number, model_id, offers, deadline, priority))
+        self._send(Wanted(number, model_id, offers, deadline, priority, is_resumed))
         try:
             return await future
         finally:
@@ -142,13 +153,24 @@ class Ledger:
     def restore(self, residency: Residency, size_bytes: int) -> None:
         """Take in a model that a replica was found to hold."""
         self._residencies[residency.model_id] = residency
-        self._send(Loaded(residency.model_id, size_bytes, residency.load_s))
+        self._send(Loaded(residency.model_id, size_bytes, residency.load_s, residency.replica_id))
 
     def forget(self, residency: Residency) -> None:
         """Take out a model whose process is gone."""
         if self._residencies.get(residency.model_id) is residency:
             del self._residencies[residency.model_id]
             self._send(Unloaded(residency.model_id))
+
+    def process_ended(self, process: str) -> None:
+        """Take out a process, with all that it kept."""
+        if any(name == process for name, _ in self._state.kept):
+            self._send(ProcessEnded(process))
+
+    async def strain(self, *, is_critical: bool) -> None:
+        """Let idle models go while the strain is critical, and load nothing for new requests."""
+        if is_critical != self._state.is_critical:
+            await self.refresh()
+            self._send(StrainChanged(is_critical))
 
     def configure(self, model_id: str, rules: KeepRules) -> None:
         """Keep a model by these rules, now and whenever it is loaded."""
@@ -161,16 +183,17 @@ class Ledger:
             return
         # A use that is dated too early costs a moment's wait, one too late a model in use.
         asked_at = time.monotonic()
-        reports = await self._report(known)
+        models, processes = await self._report(known)
         uses: list[Use] = []
-        for residency, report in reports:
+        for residency, report in models:
             if report is None:
                 self.forget(residency)
             elif self._residencies.get(residency.model_id) is residency:
                 used_at = asked_at - report.idle_s
                 use = Use(report.model_id, report.in_flight, used_at, report.measured_bytes)
                 uses.append(use)
-        self._send(Used(tuple(uses)))
+        kept = tuple((process.replica_id, process.kept_bytes) for process in processes)
+        self._send(Used(tuple(uses), kept))
 
     async def _run(self) -> None:
         """Follow the models' use while requests wait or a keep-alive runs."""
@@ -196,6 +219,8 @@ class Ledger:
             return _WAITING_POLL_S
         ends = [item.keep_alive_s for item in self._state.residents if not item.is_closing]
         alive = [end for end in ends if end is not None]
+        if self._state.is_critical and ends:
+            return _STRAIN_POLL_S
         return min(max(_SHORTEST_POLL_S, min(alive) / 4), _LONGEST_POLL_S) if alive else None
 
     def _send(self, event: Event) -> None:
@@ -268,20 +293,27 @@ class Ledger:
         # Only those who waited for this load are told whom it cost.
         evicted = tuple(self._evicted.pop(model_id, ()))
         self._residencies[model_id] = replace(residency, evicted=evicted)
-        self._send(Loaded(model_id, offer.needed_bytes, residency.load_s))
+        process = residency.replica_id
+        self._send(Loaded(model_id, offer.needed_bytes, residency.load_s, process))
         if model_id in self._residencies:
             self._residencies[model_id] = residency
 
     async def _unload(self, model_id: str, residency: Residency | None) -> None:
+        freed = Freed()
         try:
             if residency is not None:
-                await self._close(residency)
+                freed = await self._close(residency)
         except Exception:
             # A replica that died holds nothing any more.
             logger.exception("unloading %s failed", model_id)
         finally:
             self._closings.pop(model_id, None)
-            self._send(Unloaded(model_id))
+            kept = (
+                ((residency.replica_id, freed.kept_bytes),) if residency and freed.is_known else ()
+            )
+            self._send(Unloaded(model_id, kept))
+            if freed.is_known:
+                self._log.note("unloaded", f"freed {model_id}", freed.summary)
 
     def cancel(self) -> None:
         """End what runs."""

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from backends.kv_types import check_kv_type
+from backends.registry import backends_for
 from catalog.models import ModelSettings
 from catalog.store import CatalogStore
-from core.errors import ImpetusError, Unavailable
+from core.errors import ImpetusError, ModelNotFound, Unavailable
 from core.settings import Settings
 from deployments.calls import Handle, call, direct
 from deployments.decisions import DecisionLog
-from deployments.orders import Decision
+from deployments.orders import Decision, Need
 from router.services import DecisionView, SettingsView
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ class SchedulerManagement:
         """`log` holds what this process decided."""
         self._log = log
         self._store = CatalogStore(settings.catalog_file)
+        self._backends = backends_for(settings.formats)
         self._scheduler = direct(scheduler)
 
     async def settings_of(self, model_ids: Sequence[str]) -> Mapping[str, SettingsView]:
@@ -40,6 +43,8 @@ class SchedulerManagement:
 
         They are kept even where the scheduler cannot be told: it reads them when it starts.
         """
+        if (kv_type := changes.get("kv_type")) is not None:
+            await self._check_kv_type(model_id, kv_type)
         settings = await asyncio.to_thread(self._store.change_settings, model_id, changes)
         try:
             async with asyncio.timeout(_NOTICE_TIMEOUT_S):
@@ -48,9 +53,16 @@ class SchedulerManagement:
             logger.warning("the scheduler was not told of %s's settings: %r", model_id, problem)
         return _view(settings)
 
+    async def _check_kv_type(self, model_id: str, kv_type: str) -> None:
+        """Raise UnsupportedParameter where the model's format cannot use it, ModelNotFound."""
+        record = await asyncio.to_thread(self._store.get, model_id)
+        if record is None:
+            raise ModelNotFound.of(model_id, [])
+        check_kv_type(self._backends.get(record.info.format), record.info, kv_type)
+
     async def load(self, model_id: str) -> None:
         """Return once the scheduler has the model in memory."""
-        await call(self._scheduler.ensure_loaded.remote(model_id))
+        await call(self._scheduler.ensure_loaded.remote(model_id, Need(is_retry=True)))
 
     async def unload(self, model_id: str) -> None:
         """Return once the scheduler has the model out of memory."""

@@ -1,12 +1,14 @@
 """What opening a model takes here: whether it can be, its memory, and how it is kept."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from backends.base import Backend, EngineOptions, MemoryEstimate
 from catalog.models import ModelRecord
+from catalog.resolve import nearest_smaller
 from core.errors import BackendUnavailable, BrokenModel, ImpetusError, ModelFileMissing
 from core.settings import Settings
+from core.units import format_bytes
 from deployments.orders import LoadOrder, Residency
 from scheduler.state import KeepRules, Offer
 
@@ -72,7 +74,7 @@ class Offers:
         options = self._full(record)
         if offer.context_tokens is not None:
             options = replace(options, context_tokens=offer.context_tokens)
-        return LoadOrder(record.id, record.info, options)
+        return LoadOrder(record.id, record.info, options, self._settings.step_limit_s)
 
     def size_bytes(self, record: ModelRecord, residency: Residency) -> int:
         """Return what an open model holds, by its estimate with the context it was granted."""
@@ -81,6 +83,26 @@ class Offers:
             return self._estimate(record, options).total_bytes
         except ImpetusError:
             return record.info.size_bytes
+
+    def with_smaller(
+        self, record: ModelRecord, problem: ImpetusError, others: Sequence[ModelRecord]
+    ) -> ImpetusError:
+        """Return the refusal of a model with the nearest smaller variant that could be loaded."""
+        smaller = nearest_smaller(record, others, self._fits)
+        if smaller is None:
+            return problem
+        note = f"Its variant {smaller.id} takes {format_bytes(self.estimate(smaller).total_bytes)}."
+        return type(problem)(
+            f"{problem.message} {note}", param=problem.param, retry_after_s=problem.retry_after_s
+        )
+
+    def _fits(self, record: ModelRecord) -> bool:
+        try:
+            self.check(record)
+            self.estimate(record)
+        except ImpetusError:
+            return False
+        return True
 
     def rules(self, record: ModelRecord) -> KeepRules:
         """Return how the model is kept: by its own settings, else by the server's."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from backends.base import EngineLoad, EngineOptions, ModelInfo
+from core.types import Priority
+from core.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +19,12 @@ class FileMark:
 
 @dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """Which model a replica shall open, and how."""
+    """Which model a replica shall open, and how; a step over `step_limit_s` counts as hung."""
 
     model_id: str
     info: ModelInfo
     options: EngineOptions
+    step_limit_s: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,65 @@ class ResidentReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessReport:
+    """One replica's process: `kept_bytes` it holds beside its models.
+
+    `stderr_path` is the file of its last words, empty where there is none.
+    """
+
+    replica_id: str
+    kept_bytes: int
+    stderr_path: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """One replica's process and what it holds."""
+    """What a format's processes hold: `pid` is that of the first."""
 
     format: str
     pid: int
     residents: tuple[ResidentReport, ...]
+    processes: tuple[ProcessReport, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """What an unload gave back, in bytes: `returned` of the `held`, and what the process keeps.
+
+    `is_known`: the system says what a process holds.
+    """
+
+    held_bytes: int = 0
+    returned_bytes: int = 0
+    kept_bytes: int = 0
+    is_known: bool = False
+
+    @property
+    def summary(self) -> str:
+        """Both numbers in words."""
+        text = f"{format_bytes(self.returned_bytes)} of {format_bytes(self.held_bytes)} came back"
+        if self.kept_bytes:
+            text += f"; its process keeps {format_bytes(self.kept_bytes)}, which stays counted"
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Why a router wants a model in memory.
+
+    `lost_replica` is where it believed the model to be and did not find it, `has_died` that this
+    process is gone.  `is_resumed`: the answer has begun there.  `priority` None means the model's
+    own.  `is_retry`: a person wants it, whatever went wrong before.
+    """
+
+    lost_replica: str = ""
+    has_died: bool = False
+    is_resumed: bool = False
+    is_retry: bool = False
+    priority: Priority | None = None
+
+
+ANY_NEED = Need()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from deployments.listener import Listener
 from deployments.logs import attach_logs
 from deployments.management import SchedulerManagement
 from deployments.replicas import reaching_all
+from deployments.standing import StandingWatch
 from deployments.telemetry import ReplicaTelemetry
 from router.app import create_app
 from router.services import Services
@@ -46,7 +47,11 @@ class RouterReplica:
         telemetry = ReplicaTelemetry(
             reaching_all(formats, settings), lambda: dispatcher.resident_formats, scheduler
         )
-        self._catalog = CatalogView(settings, scheduler, lambda: dispatcher.resident_ids)
+        self._standing = StandingWatch(scheduler)
+        self._standing.start()
+        self._catalog = CatalogView(
+            settings, scheduler, lambda: dispatcher.resident_ids, self._standing
+        )
         self._management = SchedulerManagement(settings, scheduler, log)
         metrics = Metrics()
         metrics.registry.register(telemetry)
@@ -72,6 +77,8 @@ class RouterReplica:
         if hasattr(self, "_listener"):
             await self._listener.stop()
             await self._dispatcher.close()
+        if hasattr(self, "_standing"):
+            self._standing.stop()
         if hasattr(self, "_catalog"):
             self._catalog.close()
         if hasattr(self, "_management"):

@@ -48,7 +48,8 @@ class ThermalReport:
 class ThermalWatch:
     """The state of the machine's strain, and its one way to the engines.
 
-    Used from one event loop: a task runs `run`, others read the properties.  Engines that start
+    `obey` is told of the directive at every poll, for all that concerns no engine.  Used from one
+    event loop: a task runs `run`, others read the properties.  Engines that start
     anew know no limits, so limits are repeated at every poll while there are any.
     """
 
@@ -58,6 +59,7 @@ class ThermalWatch:
         formats: Mapping[str, Handle],
         *,
         running: Callable[[], Awaitable[frozenset[str]]] = running_deployments,
+        obey: Callable[[Directive], Awaitable[None]] | None = None,
         sensor: Sensor | None = None,
         clock: Callable[[], float] = time.monotonic,
         sensor_limit_s: float = _SENSOR_LIMIT_S,
@@ -66,6 +68,7 @@ class ThermalWatch:
         self._settings = settings
         self._formats = formats
         self._running = running
+        self._obey = obey
         self._reader = SensorReader(sensor or open_sensor(settings.thermal_file), sensor_limit_s)
         self._clock = clock
         self._strain: Strain | None = None
@@ -112,11 +115,15 @@ class ThermalWatch:
             await asyncio.sleep(POLL_S)
 
     async def poll(self) -> None:
-        """Read the sensors once and send the limits to whom they concern."""
+        """Read the sensors once and tell everyone what the state asks of them."""
         reading = await self._reader.read()
         self._lament(reading.problems)
         self._note(reading, self._clock())
-        await self._send(self._directive.limits)
+        try:
+            await self._send(self._directive.limits)
+        finally:
+            if self._obey is not None:
+                await self._obey(self._directive)
 
     def _lament(self, problems: tuple[SensorProblem, ...]) -> None:
         """Log what is wrong with each sensor, once."""

@@ -19,6 +19,7 @@ from router.api.models import (
     unload_endpoint,
 )
 from router.context import IgnoredNames, Pacing, RouteContext
+from router.drain import Drain, DrainGuard, drain_endpoint
 from router.errors import RequestBoundary, install_error_handlers
 from router.security import BodyLimit, ContentTypeGuard, HeaderGuard, KeyGuard, OriginGuard
 from router.services import Management, Services
@@ -46,6 +47,7 @@ def create_app(
     """
     metrics = metrics or Metrics()
     guards = (HeaderGuard, OriginGuard, BodyLimit, KeyGuard, ContentTypeGuard)
+    drain = Drain()
     app = FastAPI(
         title="Impetus",
         version=_version(),
@@ -55,23 +57,25 @@ def create_app(
         middleware=[
             Middleware(RequestBoundary, metrics),
             *(Middleware(guard, services.settings, metrics) for guard in guards),
+            Middleware(DrainGuard, drain, metrics),
         ],
     )
     install_error_handlers(app, metrics)
     context = RouteContext(services, metrics, IgnoredNames(metrics), pacing or Pacing())
-    _add_routes(app, context)
+    _add_routes(app, context, drain)
     if services.management is not None:
         _add_management_routes(app, context, services.management)
+        _add_route(app, "/api/drain", drain_endpoint(drain), "POST")
     # A wrong setting fails here and not at the first request.
     app.build_middleware_stack()
     return app
 
 
-def _add_routes(app: FastAPI, context: RouteContext) -> None:
+def _add_routes(app: FastAPI, context: RouteContext, drain: Drain) -> None:
     add = partial(_add_route, app)
     add("/", _root_endpoint(context))
     add("/healthz", _healthz)
-    add("/readyz", _readyz_endpoint(context))
+    add("/readyz", _readyz_endpoint(context, drain))
     add("/metrics", _metrics_endpoint(context))
     add("/v1/models", models_endpoint(context))
     add("/v1/models/{model_id:path}", model_endpoint(context))
@@ -132,8 +136,10 @@ async def _healthz() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-def _readyz_endpoint(context: RouteContext) -> Callable[[], Awaitable[Response]]:
+def _readyz_endpoint(context: RouteContext, drain: Drain) -> Callable[[], Awaitable[Response]]:
     async def readyz() -> Response:
+        if drain.is_on:
+            raise drain.refusal()
         reason = await context.services.health.not_ready_because()
         if reason:
             raise Unavailable(reason, retry_after_s=1)

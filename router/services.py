@@ -6,9 +6,11 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from core.settings import Settings
 from core.types import Capability, Embeddings, GenerationEvent, GenerationRequest, Prompt
+from core.types import Priority as Priority
 
-ModelState: TypeAlias = Literal["resident", "loading", "available", "unavailable", "refused"]
-Priority: TypeAlias = Literal["interactive", "batch"]
+ModelState: TypeAlias = Literal[
+    "resident", "loading", "available", "unavailable", "refused", "failed", "quarantined"
+]
 EventTaker: TypeAlias = Callable[[Sequence[GenerationEvent]], None]
 
 
@@ -17,8 +19,8 @@ class ModelView:
     """A catalog entry as the API shows it.
 
     `context_length` is the trained one, `max_model_len` the one granted or foreseen, both in
-    tokens.  `reason` says why a model is unavailable or refused.  `created_at` is unix seconds.
-    `runtime` computes it here, chosen for `runtime_reason`.
+    tokens.  `reason` says why a model cannot be used.  `created_at` is unix seconds.  `runtime`
+    computes it here, chosen for `runtime_reason`.  `priority` is that of requests that name none.
     """
 
     id: str
@@ -39,6 +41,7 @@ class ModelView:
     runtime: str = ""
     runtime_reason: str = ""
     converted_from: str = ""
+    priority: Priority = "interactive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class SettingsView:
 
     `context_length` is an upper bound in tokens.  A model that was idle for `keep_alive_s` seconds
     is unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name
-    none.  `max_sequences` are generated at the same time.
+    none.  `max_sequences` are generated at the same time.  `kv_type` is what keys and values are
+    kept as.
     """
 
     context_length: int | None = None
@@ -55,6 +59,7 @@ class SettingsView:
     pin: bool | None = None
     priority: Priority | None = None
     max_sequences: int | None = None
+    kv_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,12 @@ class Dispatcher(Protocol):
         """
         ...
 
-    async def embed(self, model_id: str, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
+    async def embed(
+        self,
+        model_id: str,
+        inputs: Sequence[str | Sequence[int]],
+        priority: Priority = "interactive",
+    ) -> Embeddings:
         """Return one vector per input, in order."""
         ...
 

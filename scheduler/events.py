@@ -8,13 +8,17 @@ from scheduler.state import HostState, KeepRules, Offer, Priority
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A request needs a model; `deadline` is the monotonic second at which it gives up."""
+    """A request needs a model; `deadline` is the monotonic second at which it gives up.
+
+    `is_resumed`: its answer has begun on a replica that was lost.
+    """
 
     request_id: int
     model_id: str
     offers: tuple[Offer, ...]
     deadline: float
     priority: Priority = "interactive"
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +30,12 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model is open, or was found open; the load took `load_s` seconds."""
+    """A model is open in a process, or was found open; the load took `load_s` seconds."""
 
     model_id: str
     size_bytes: int
     load_s: float
+    process: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,13 @@ class LoadFailed:
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """A model's memory is free: it was unloaded, or its process died."""
+    """A model's memory is free: it was unloaded, or its process died.
+
+    `kept` is what its process holds all the same, as in `Used`.
+    """
 
     model_id: str
+    kept: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +70,20 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """What the replicas say of their models."""
+    """What the replicas say of their models, and what their processes hold beyond them.
+
+    `kept` has (process, bytes) of every process that answered.
+    """
 
     uses: tuple[Use, ...]
+    kept: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """A process is gone, with all that it kept."""
+
+    process: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +100,13 @@ class Configured:
 
     model_id: str
     settings: KeepRules
+
+
+@dataclass(frozen=True, slots=True)
+class StrainChanged:
+    """The machine came under critical strain from heat, power or memory, or is over it."""
+
+    is_critical: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +128,10 @@ Event: TypeAlias = (
     | LoadFailed
     | Unloaded
     | Used
+    | ProcessEnded
     | UnloadWanted
     | Configured
+    | StrainChanged
     | BudgetChanged
     | Tick
 )

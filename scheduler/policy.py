@@ -13,7 +13,9 @@ from scheduler.events import (
     Loaded,
     LoadFailed,
     Outcome,
+    ProcessEnded,
     Reject,
+    StrainChanged,
     Tick,
     Unloaded,
     UnloadWanted,
@@ -34,8 +36,9 @@ def decide(state: HostState, event: Event, now: float) -> Outcome:
     """
     outcome = _apply(state, event, now)
     # Only then what is known of the models' use is fresh.
-    if isinstance(event, Tick):
+    if isinstance(event, Tick | StrainChanged):
         outcome = outcome.then(_unload_expired(outcome.state, now))
+        outcome = outcome.then(_offload(outcome.state, now))
     for step in (_end_hopeless, _return_to_budget, _load_waiting):
         outcome = outcome.then(step(outcome.state, now))
     return outcome
@@ -64,10 +67,15 @@ def _apply(state: HostState, event: Event, now: float) -> Outcome:
 def _note(state: HostState, event: Event) -> HostState:
     """Take over the facts of an event that asks for nothing by itself."""
     match event:
-        case Unloaded(model_id):
+        case Unloaded(model_id, kept):
             left = tuple(item for item in state.residents if item.model_id != model_id)
-            return replace(state, residents=left)
-        case Used(uses):
+            return _keeping(replace(state, residents=left), kept)
+        case ProcessEnded(process):
+            return replace(state, kept=tuple(pair for pair in state.kept if pair[0] != process))
+        case StrainChanged(is_critical):
+            return replace(state, is_critical=is_critical)
+        case Used(uses, kept):
+            state = _keeping(state, kept)
             by_id = {use.model_id: use for use in uses}
             return replace(
                 state,
@@ -97,6 +105,12 @@ def _note(state: HostState, event: Event) -> HostState:
             return state
 
 
+def _keeping(state: HostState, kept: tuple[tuple[str, int], ...]) -> HostState:
+    """Take over what these processes hold beside models; the others' is as it was."""
+    known = dict(state.kept) | dict(kept)
+    return replace(state, kept=tuple(pair for pair in known.items() if pair[1] > 0))
+
+
 def _configured(state: HostState, resident: Resident) -> Resident:
     settings = state.settings_of(resident.model_id)
     return replace(resident, is_pinned=settings.is_pinned, keep_alive_s=settings.keep_alive_s)
@@ -112,7 +126,13 @@ def _want(state: HostState, event: Wanted, now: float) -> Outcome:
         retry = retry_after_s(state)
         return Outcome(state, (Reject(event.request_id, event.model_id, "full", reason, retry),))
     request = Waiting(
-        event.request_id, event.model_id, event.offers, now, event.deadline, event.priority
+        event.request_id,
+        event.model_id,
+        event.offers,
+        now,
+        event.deadline,
+        event.priority,
+        event.is_resumed,
     )
     return Outcome(replace(state, waiting=(*state.waiting, request)))
 
@@ -126,6 +146,7 @@ def _take_in(state: HostState, event: Loaded, now: float) -> Outcome:
         used_at=now,
         load_s=event.load_s,
         granted_at=now if granted else -math.inf,
+        process=event.process,
     )
     others = tuple(item for item in state.residents if item.model_id != event.model_id)
     state = replace(
@@ -165,16 +186,18 @@ def _end_hopeless(state: HostState, now: float) -> Outcome:
     late = {item.request_id for item in overdue(state.waiting, now)}
     for item in state.waiting:
         if item.request_id in late:
+            waited = f"{item.model_id} waited {now - item.since:.0f} s"
             reason = (
-                f"{item.model_id} waited {now - item.since:.0f} s for memory; "
-                f"{_usage(state)} and did not become free."
+                f"{waited} for the machine to recover from heat, low power or memory pressure."
+                if state.is_critical
+                else f"{waited} for memory; {_usage(state)} and did not become free."
             )
             rejects.append(Reject(item.request_id, item.model_id, "timeout", reason, retry))
         elif not (state.is_loading(item.model_id) or possible(state, item.offers)):
             least = min((offer.needed_bytes for offer in item.offers), default=0)
             reason = (
                 f"{item.model_id} needs {format_bytes(least)}; {_usage(state)}, "
-                f"{format_bytes(state.pinned_bytes)} of it by pinned models."
+                f"{format_bytes(state.pinned_bytes)} of it by pinned models{_kept(state)}."
             )
             rejects.append(Reject(item.request_id, item.model_id, "memory", reason))
     ended = {reject.request_id for reject in rejects}
@@ -187,6 +210,20 @@ def _usage(state: HostState) -> str:
         f"models may use {format_bytes(state.budget_bytes)} together and "
         f"{format_bytes(state.used_bytes)} of that is in use"
     )
+
+
+def _kept(state: HostState) -> str:
+    if not state.kept_bytes:
+        return ""
+    return f" and {format_bytes(state.kept_bytes)} by processes that did not give it back"
+
+
+def _offload(state: HostState, now: float) -> Outcome:
+    """Under critical strain, unload what is idle and not pinned."""
+    if not state.is_critical:
+        return Outcome(state)
+    reason = "the machine is under critical strain and it is idle"
+    return close(state, candidates(state, now, now), reason, now)
 
 
 def _unload_expired(state: HostState, now: float) -> Outcome:
@@ -216,6 +253,9 @@ def _load_waiting(state: HostState, now: float) -> Outcome:
     for group in groups(state):
         busy = outcome.state.resident(group.model_id) is not None
         if busy or outcome.state.is_loading(group.model_id):
+            continue
+        # Under critical strain only answers that have begun are worth the heat of a load.
+        if state.is_critical and not group.is_resumed:
             continue
         step, promised = admit(outcome.state, group, reserved, now)
         outcome = outcome.then(step)

@@ -11,13 +11,15 @@ from scheduler.state import HostState, Offer, Waiting
 class Group:
     """All requests that wait for one model.
 
-    `since` is when the oldest came; `rank` orders groups, the smallest first.
+    `since` is when the oldest came; `rank` orders groups, the smallest first.  `is_resumed`: an
+    answer that has begun is among them.
     """
 
     model_id: str
     offers: tuple[Offer, ...]
     since: float
     rank: float
+    is_resumed: bool = False
 
 
 def rank(request: Waiting, batch_delay_s: float) -> float:
@@ -40,6 +42,7 @@ def groups(state: HostState) -> list[Group]:
             requests[0].offers,
             min(request.since for request in requests),
             min(rank(request, delay) for request in requests),
+            any(request.is_resumed for request in requests),
         )
         for model_id, requests in members.items()
     ]

@@ -11,8 +11,8 @@ from scheduler.state import HostState, Loading, Offer, Resident
 
 
 def possible(state: HostState, offers: Sequence[Offer]) -> list[Offer]:
-    """Return the offers that fit beside the pinned models."""
-    room = state.budget_bytes - state.pinned_bytes
+    """Return the offers that fit beside the pinned models and what processes keep."""
+    room = state.budget_bytes - state.pinned_bytes - state.kept_bytes
     return [offer for offer in offers if offer.needed_bytes <= room]
 
 

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
 
-Priority: TypeAlias = Literal["interactive", "batch"]
+from core.types import BATCH_DELAY_S
+from core.types import Priority as Priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class Resident:
     """A model that holds memory; times are monotonic seconds.
 
     `used_at` is its last request's end, `granted_at` when a request was last sent to it.
-    `is_closing`: it takes no more requests and will be freed after its last one.
+    `is_closing`: it takes no more requests and will be freed after its last one.  `process` is
+    where it is.
     """
 
     model_id: str
@@ -44,6 +45,7 @@ class Resident:
     load_s: float = 0.0
     granted_at: float = -math.inf
     is_closing: bool = False
+    process: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,10 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request whose model is not resident; `offers` go from the largest to the smallest."""
+    """A request whose model is not resident; `offers` go from the largest to the smallest.
+
+    `is_resumed`: its answer has begun, so that it is served even under critical strain.
+    """
 
     request_id: int
     model_id: str
@@ -64,6 +69,7 @@ class Waiting:
     since: float
     deadline: float
     priority: Priority = "interactive"
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,7 @@ class Limits:
     """
 
     waiting_per_model: int = 256
-    batch_delay_s: float = 30.0
+    batch_delay_s: float = BATCH_DELAY_S
     holds: float = 4.0
     longest_hold_s: float = 10.0
     patience_s: float = 2.0
@@ -88,7 +94,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """The ledger of one machine: what models may use together, who uses it, who waits."""
+    """The ledger of one machine: what models may use together, who uses it, who waits.
+
+    `kept` are bytes that a process holds although its models are gone, by the process' name.
+    `is_critical`: under so much strain that idle models go and nothing new is loaded.
+    """
 
     budget_bytes: int
     residents: tuple[Resident, ...] = ()
@@ -97,12 +107,19 @@ class HostState:
     settings: tuple[tuple[str, KeepRules], ...] = ()
     defaults: KeepRules = field(default_factory=KeepRules)
     limits: Limits = field(default_factory=Limits)
+    kept: tuple[tuple[str, int], ...] = ()
+    is_critical: bool = False
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that processes did not give back."""
+        return sum(count for _, count in self.kept)
 
     @property
     def used_bytes(self) -> int:
-        """Bytes held and promised."""
+        """Bytes held, kept and promised."""
         held = sum(resident.size_bytes for resident in self.residents)
-        return held + sum(model.offer.needed_bytes for model in self.loading)
+        return held + self.kept_bytes + sum(model.offer.needed_bytes for model in self.loading)
 
     @property
     def leaving_bytes(self) -> int:

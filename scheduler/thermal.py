@@ -106,6 +106,7 @@ class Directive:
 
     limits: EngineLimits = UNLIMITED
     pauses_jobs: bool = False
+    keeps_cool: bool = False
     unloads_idle: bool = False
 
     @property
@@ -119,7 +120,7 @@ def directive(state: ThermalState, max_sequences: int, prefill_chunk_tokens: int
 
     1. Unknown, nominal: nothing.
     2. Fair: background jobs pause; interactive work is left alone.
-    3. Serious: half the sequences, small prompt chunks, paced decoding.
+    3. Serious: half the sequences, small prompt chunks, paced decoding, smaller variants.
     4. Critical: what runs finishes, paced; nothing new starts; idle models are unloaded.
     """
     if state <= ThermalState.NOMINAL:  # (1)
@@ -129,7 +130,7 @@ def directive(state: ThermalState, max_sequences: int, prefill_chunk_tokens: int
     if state is ThermalState.SERIOUS:  # (3)
         chunk = min(prefill_chunk_tokens, _SERIOUS_CHUNK_TOKENS)
         limits = EngineLimits(max(max_sequences // 2, 1), chunk, _SERIOUS_PAUSE_S)
-        return Directive(limits, pauses_jobs=True)
+        return Directive(limits, pauses_jobs=True, keeps_cool=True)
     chunk = min(prefill_chunk_tokens, _CRITICAL_CHUNK_TOKENS)  # (4)
     limits = EngineLimits(0, chunk, _CRITICAL_PAUSE_S)
-    return Directive(limits, pauses_jobs=True, unloads_idle=True)
+    return Directive(limits, pauses_jobs=True, keeps_cool=True, unloads_idle=True)

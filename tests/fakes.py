@@ -15,6 +15,7 @@ from core.types import (
     FinishReason,
     GenerationEvent,
     GenerationRequest,
+    Priority,
     Prompt,
     TextDelta,
     Usage,
@@ -82,6 +83,7 @@ class FakeDispatcher:
         self.scripts: dict[str, Sequence[ScriptItem]] = {}
         self.requests: list[GenerationRequest] = []
         self.embedded: list[Sequence[str | Sequence[int]]] = []
+        self.priorities: list[Priority] = []
         self.vectors: Any = None
         self.counted: list[Prompt] = []
         self.count_error: Exception | None = None
@@ -106,8 +108,14 @@ class FakeDispatcher:
         finally:
             self._leave()
 
-    async def embed(self, model_id: str, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
+    async def embed(
+        self,
+        model_id: str,
+        inputs: Sequence[str | Sequence[int]],
+        priority: Priority = "interactive",
+    ) -> Embeddings:
         del model_id
+        self.priorities.append(priority)
         self._enter()
         self.embedded.append(inputs)
         try:

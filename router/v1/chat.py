@@ -25,6 +25,7 @@ from router.v1.chat_prompt import to_chat_prompt
 from router.v1.chunks import ChunkFormatter
 from router.v1.generation import Generation, nobody_listens
 from router.v1.logprobs import chat_logprobs
+from router.v1.priority import request_priority
 from router.v1.requests import ChatRequest
 from router.v1.sse import EventStream
 
@@ -38,6 +39,7 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
         prompt = to_chat_prompt(body)
         output = body.response_format.output() if body.response_format else None
         view = await context.model(body.model, Capability.CHAT, record)
+        priority = request_priority(request, body.service_tier, view)
         answer_id = f"chatcmpl-{record.suffix}"
         n = body.n or 1
         requests = tuple(
@@ -50,6 +52,7 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
                 stop=body.stop,
                 output=output,
                 deadline_s=context.services.settings.request_timeout_s,
+                priority=priority,
             )
             for index in range(n)
         )

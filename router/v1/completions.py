@@ -15,6 +15,7 @@ from core.types import (
     InfillPrompt,
     JsonValue,
     PrefillProgress,
+    Priority,
     Prompt,
     ReasoningDelta,
     TextDelta,
@@ -28,6 +29,7 @@ from router.v1.body import read_request
 from router.v1.chunks import ChunkFormatter
 from router.v1.generation import Generation, nobody_listens
 from router.v1.logprobs import LegacyLogprobs
+from router.v1.priority import request_priority
 from router.v1.requests import CompletionRequest
 from router.v1.sse import EventStream
 
@@ -45,7 +47,9 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
                 param="suffix",
             )
         answer_id = f"cmpl-{record.suffix}"
-        requests = _requests(body, answer_id, view.id, context.services.settings.request_timeout_s)
+        priority = request_priority(request, body.service_tier, view)
+        limit_s = context.services.settings.request_timeout_s
+        requests = _requests(body, answer_id, view.id, limit_s, priority)
         headers = context.ignored.report(body.ignored_names())
         generation = Generation(context, view, requests, body.n or 1, headers)
         if body.stream:
@@ -72,7 +76,7 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
 
 
 def _requests(
-    body: CompletionRequest, answer_id: str, model_id: str, deadline_s: float
+    body: CompletionRequest, answer_id: str, model_id: str, deadline_s: float, priority: Priority
 ) -> tuple[GenerationRequest, ...]:
     n = body.n or 1
     count = n * len(body.prompt)
@@ -88,6 +92,7 @@ def _requests(
             output=output,
             echo_prompt=bool(body.echo),
             deadline_s=deadline_s,
+            priority=priority,
         )
         for number, prompt in enumerate(body.prompt)
         for index in range(n)

@@ -17,6 +17,7 @@ from router.context import RouteContext, record_of
 from router.v1.body import read_request
 from router.v1.feed import unless_disconnected
 from router.v1.generation import nobody_listens
+from router.v1.priority import request_priority
 from router.v1.requests import EmbeddingRequest
 from router.v1.wire import refuse_unless_off
 
@@ -27,8 +28,9 @@ def embedding_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[R
     async def create_embeddings(request: Request) -> Response:
         body = await read_request(request, EmbeddingRequest)
         view = await context.model(body.model, Capability.EMBEDDING, record_of(request.scope))
+        priority = request_priority(request, None, view)
         embeddings = await unless_disconnected(
-            context.services.dispatcher.embed(view.id, body.input), request.receive
+            context.services.dispatcher.embed(view.id, body.input, priority), request.receive
         )
         if embeddings is None:
             return nobody_listens()

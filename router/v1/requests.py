@@ -34,7 +34,6 @@ _HINTS = frozenset(
     {
         "metadata",
         "store",
-        "service_tier",
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_options",

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
@@ -23,6 +23,7 @@ SEED_MODULUS = 2**64
 
 JsonObject: TypeAlias = dict[str, Any]
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
+ServiceTier: TypeAlias = Literal["auto", "default", "flex", "priority", "scale"]
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=MAX_INT32)]
 
 
@@ -169,6 +170,7 @@ class SamplingFields(WireRequest):
         default_factory=dict
     )
     stop: Annotated[tuple[str, ...], PlainValidator(parse_stop)] = ()
+    service_tier: ServiceTier | None = None
 
     def sampling(self, *, top_logprobs: int | None, index: int = 0) -> SamplingParams:
         """Return the sampling of the choice `index`; choices after the first get other seeds."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 STORY = "Once upon a time there was a small harbour town by the grey sea, and in it "
 
 
-async def open_starter(path: Path, **options: int) -> Engine:
+async def open_starter(path: Path, **options: Any) -> Engine:
     backend = GgufBackend()
     chosen = EngineOptions(**{"threads": 1, "context_tokens": 512, **options})
     return backend.open(backend.identify(path), chosen)

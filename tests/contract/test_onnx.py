@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ STORY = "Once upon a time there was a small harbour town by the grey sea, and in
 SENTENCES = ["A cat sits on the mat.", "A kitten lies on a rug.", "Taxes were raised in Peru.", "x"]
 
 
-def open_graph(path: Path, **options: int) -> Engine:
+def open_graph(path: Path, **options: Any) -> Engine:
     backend = OnnxBackend()
     chosen = EngineOptions(**{"threads": 1, "max_sequences": 8, "context_tokens": 1024, **options})
     return backend.open(backend.identify(path), chosen)

@@ -84,7 +84,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def stepper(folder: Path, **options: int) -> MlxStepper:
+def stepper(folder: Path, **options: Any) -> MlxStepper:
     chosen = {"max_sequences": 4, "kv_tokens": 512, "prefill_chunk_tokens": 16, **options}
     return MlxStepper(load(folder), Letters(), EngineOptions(**chosen))
 

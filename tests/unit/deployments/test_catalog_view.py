@@ -19,6 +19,7 @@ from core.errors import (
 from core.settings import Settings
 from core.units import GIB
 from deployments.catalog_view import CatalogView
+from deployments.faults import Standing
 from deployments.orders import Residency
 from tests.unit.catalog.builders import make_info
 from tests.unit.deployments.handles import FakeHandle
@@ -35,8 +36,12 @@ class Scheduler:
         self.loading: list[str] = []
         self.on_rescan: Any = None
         self.problem: Exception | None = None
+        self.standing = Standing()
         self.handle = FakeHandle(
-            rescan=self.rescan, residencies=self.resident, explain=self.explain
+            rescan=self.rescan,
+            residencies=self.resident,
+            explain=self.explain,
+            standing=self.stand,
         )
 
     async def rescan(self) -> None:
@@ -45,6 +50,9 @@ class Scheduler:
 
     async def resident(self) -> tuple[list[Residency], list[str]]:
         return self.residencies, self.loading
+
+    async def stand(self) -> Standing:
+        return self.standing
 
     async def explain(self, model_id: str) -> Exception | None:
         del model_id

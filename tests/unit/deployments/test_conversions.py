@@ -13,6 +13,7 @@ from backends.registry import backends_for
 from catalog.convert import ConversionProgress, ConversionRequest
 from catalog.convert_graph import Conversion
 from catalog.models import Converted, Local, ModelRecord
+from catalog.pausing import PauseSwitch
 from core.errors import (
     BackendUnavailable,
     BrokenModel,
@@ -37,9 +38,13 @@ class Converter:
         self.outcome: Exception | None = None
 
     async def __call__(
-        self, request: ConversionRequest, note: Callable[[ConversionProgress], None]
+        self,
+        request: ConversionRequest,
+        note: Callable[[ConversionProgress], None],
+        pause: PauseSwitch,
     ) -> Path:
         self.requests.append(request)
+        self.pause = pause
         note(ConversionProgress(0.25, 1, 1, "reading"))
         await self.gate.wait()
         if self.outcome is not None:

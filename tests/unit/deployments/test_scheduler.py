@@ -2,95 +2,32 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backends.base import EngineLoad, EngineOptions, MemoryEstimate, ModelInfo
+from backends.base import EngineOptions, MemoryEstimate, ModelInfo
 from backends.echo import EchoBackend
-from backends.limits import EngineLimits
-from backends.registry import backends_for
-from catalog.identify import Outcome, examine
 from catalog.models import BuiltIn, ModelRecord, ModelSettings
-from core.errors import BrokenModel, InsufficientMemory, ModelNotFound, Unavailable
+from core.errors import InsufficientMemory, ModelNotFound, Unavailable
 from core.settings import Settings
 from core.units import MIB
 from deployments.offers import Offers
-from deployments.orders import LoadOrder, ReplicaReport, Residency, ResidentReport
+from deployments.orders import (
+    Need,
+    Residency,
+)
 from deployments.scheduler import SchedulerReplica
 from scheduler.state import Offer
-from tests.gguf_files import llama_gguf
-from tests.unit.deployments.handles import FakeHandle
-
-
-class Replica:
-    """A format replica that holds names instead of weights; unloading waits for the gate."""
-
-    def __init__(self) -> None:
-        self.held: list[str] = []
-        self.found: list[Residency] = []
-        self.in_flight = 0
-        self.measured_bytes = 0
-        self.failure: Exception | None = None
-        self.limits: list[EngineLimits] = []
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.handle = FakeHandle(
-            load_model=self.load,
-            unload_model=self.unload,
-            report=self.report,
-            residencies=self.residencies,
-            set_limits=self.set_limits,
-        )
-
-    async def load(self, order: LoadOrder) -> Residency:
-        await asyncio.sleep(0)
-        if self.failure is not None:
-            raise self.failure
-        self.held.append(order.model_id)
-        return Residency(order.model_id, order.info.format, "replica", "node", 2048, 0.1)
-
-    async def unload(self, model_id: str) -> bool:
-        await self.gate.wait()
-        if model_id not in self.held:
-            return False
-        self.held.remove(model_id)
-        return True
-
-    async def report(self) -> ReplicaReport:
-        reports = [
-            ResidentReport(model_id, 0.0, self.in_flight, EngineLoad(), self.measured_bytes)
-            for model_id in self.held
-        ]
-        return ReplicaReport("gguf", 1, tuple(reports))
-
-    async def residencies(self) -> list[Residency]:
-        return self.found
-
-    async def set_limits(self, limits: EngineLimits) -> None:
-        self.limits.append(limits)
-
-
-class InProcess:
-    """Inspects in this process: starting the limited one takes longer than these tests."""
-
-    def __init__(self, formats: list[str]) -> None:
-        self._backends = backends_for(formats).values()
-
-    def examine(self, path: Path) -> Outcome:
-        return examine(path, self._backends)
-
-    def close(self) -> None:
-        pass
+from tests.unit.deployments.scheduling import A, B, InProcess, Replica, started
 
 
 @pytest.fixture(autouse=True)
 def inspection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.scheduler.Inspector", InProcess)
+    monkeypatch.setattr("deployments.scanning.Inspector", InProcess)
 
 
 @pytest.fixture
@@ -98,39 +35,10 @@ def replica() -> Replica:
     return Replica()
 
 
-async def gguf_runs() -> frozenset[str]:
-    return frozenset({"gguf"})
-
-
-@asynccontextmanager
-async def started(
-    home: Path, replica: Replica, **options: Any
-) -> AsyncGenerator[SchedulerReplica, None]:
-    (home / "models").mkdir()
-    for name in ("a", "b"):
-        llama_gguf(home / "models" / f"{name}-F32.gguf")
-    settings = Settings(
-        home=home, starters=False, formats=["gguf"], memory_budget=70 * MIB, threads=1, **options
-    )
-    handles: Any = {"gguf": replica.handle}
-    scheduler = SchedulerReplica(settings, handles, gguf_runs)
-    while not await scheduler.is_ready():
-        await asyncio.sleep(0.005)
-    try:
-        yield scheduler
-    finally:
-        replica.gate.set()
-        scheduler.__del__()
-        await asyncio.gather(scheduler._background, return_exceptions=True)
-
-
 @pytest.fixture
 async def scheduler(tmp_path: Path, replica: Replica) -> AsyncIterator[SchedulerReplica]:
     async with started(tmp_path, replica) as scheduler:
         yield scheduler
-
-
-A, B = "a@gguf-f32", "b@gguf-f32"
 
 
 async def test_requests_for_one_cold_model_load_it_once(
@@ -143,7 +51,7 @@ async def test_requests_for_one_cold_model_load_it_once(
 
 async def test_a_lost_model_is_loaded_again(scheduler: SchedulerReplica, replica: Replica) -> None:
     await scheduler.ensure_loaded(A)
-    await scheduler.ensure_loaded(A, "replica")
+    await scheduler.ensure_loaded(A, Need(lost_replica="replica"))
     assert len(replica.handle.load_model.calls) == 2
 
 
@@ -161,7 +69,7 @@ async def test_a_model_asked_for_while_it_drains_is_loaded_after(
     other = asyncio.ensure_future(scheduler.ensure_loaded(B))
     while not replica.handle.unload_model.calls:
         await asyncio.sleep(0)
-    again = asyncio.ensure_future(scheduler.ensure_loaded(A, "replica"))
+    again = asyncio.ensure_future(scheduler.ensure_loaded(A, Need(lost_replica="replica")))
     await asyncio.sleep(0)
     replica.gate.set()
     residencies: list[Any] = [await other, await again]
@@ -194,11 +102,12 @@ async def test_what_an_idle_process_held_is_forgotten_without_starting_it(
         await asyncio.sleep(0.005)
     await scheduler.ensure_loaded("echo@echo")
     assert len((await scheduler.residencies())[0]) == 1
+    asked = len(replica.handle.report.calls)
     running.clear()
     assert await scheduler.residencies() == ([], [])
     await scheduler.ensure_loaded("echo@echo")
     assert len(replica.handle.load_model.calls) == 2
-    assert replica.handle.report.calls == []
+    assert len(replica.handle.report.calls) == asked
     scheduler.__del__()
     await asyncio.gather(scheduler._background, return_exceptions=True)
 
@@ -243,18 +152,6 @@ async def test_a_client_that_leaves_the_queue_loads_nothing(
     await asyncio.gather(waiting, return_exceptions=True)
     assert not scheduler._ledger.state.waiting
     assert len(replica.handle.load_model.calls) == 1
-
-
-async def test_a_failed_load_is_told_to_all_and_tried_again_by_the_next(
-    scheduler: SchedulerReplica, replica: Replica
-) -> None:
-    replica.failure = BrokenModel("damaged")
-    answers: list[Any] = await asyncio.gather(*(scheduler.ensure_loaded(A) for _ in range(3)))
-    assert [answer.code for answer in answers] == ["broken_model"] * 3
-    assert scheduler._ledger.state.used_bytes == 0
-    replica.failure = None
-    again: Any = await scheduler.ensure_loaded(A)
-    assert again.model_id == A
 
 
 async def test_an_idle_model_is_unloaded_when_its_keep_alive_is_over(
@@ -364,7 +261,8 @@ async def test_under_strain_nothing_new_is_loaded(tmp_path: Path, replica: Repli
             await scheduler._thermal.poll()
             scheduler._thermal._clock = lambda: time.monotonic() + 7200
             await scheduler._thermal.poll()
-        assert isinstance(await scheduler.ensure_loaded(A), Residency)
+        while replica.held:
+            await asyncio.sleep(0.005)
         refused = await scheduler.ensure_loaded(B)
         assert isinstance(refused, Unavailable)
         assert refused.retry_after_s

@@ -24,6 +24,7 @@ UNSET = {
     "pin": None,
     "priority": None,
     "max_sequences": None,
+    "kv_type": None,
 }
 WRITES = [("PATCH", ONE), ("POST", f"{ONE}/load"), ("POST", f"{ONE}/unload")]
 

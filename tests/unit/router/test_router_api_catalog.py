@@ -15,8 +15,9 @@ from core.units import GIB
 from deployments import management as management_module
 from deployments.catalog_view import CatalogView
 from deployments.decisions import DecisionLog
+from deployments.faults import Standing
 from deployments.management import SchedulerManagement
-from deployments.orders import Decision, Residency
+from deployments.orders import Decision, Need, Residency
 from router.app import create_app
 from router.services import Services
 from tests.fakes import FakeDispatcher, FakeHealth, FakeTelemetry
@@ -47,6 +48,7 @@ class Server:
             ensure_loaded=self.ensure_loaded,
             unload=self.unload,
             settings_changed=answering(None),
+            standing=answering(Standing()),
             decisions=answering([Decision(5.0, "wanted", "loaded", "it fits")]),
         )
         handle: Any = self.handle
@@ -62,7 +64,8 @@ class Server:
     async def residencies(self) -> tuple[list[Residency], list[str]]:
         return self.resident, []
 
-    async def ensure_loaded(self, model_id: str) -> Residency:
+    async def ensure_loaded(self, model_id: str, need: Need) -> Residency:
+        assert need.is_retry
         self.resident = [Residency(model_id, "gguf", "r", "n", 1024, 0.1)]
         return self.resident[0]
 
@@ -114,7 +117,8 @@ async def test_model_is_loaded_and_unloaded(server: Server) -> None:
     assert (loaded.json()["state"], loaded.json()["max_model_len"]) == ("resident", 1024)
     unloaded = await server.ask("POST", f"/api/models/{TINY}/unload", {})
     assert unloaded.json()["state"] == "available"
-    assert server.handle.ensure_loaded.calls == server.handle.unload.calls == [(TINY,)]
+    assert [name for name, _ in server.handle.ensure_loaded.calls] == [TINY]
+    assert server.handle.unload.calls == [(TINY,)]
 
 
 async def test_refusal_of_the_scheduler_reaches_the_client(server: Server) -> None:

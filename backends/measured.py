@@ -1,0 +1,14 @@
+"""Backends that help to tell what their models take from what the runtime takes."""
+
+from typing import ClassVar, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A backend with a runtime to import; `reserves_kv`: an open model holds all its KV cells."""
+
+    reserves_kv: ClassVar[bool]
+
+    def preload(self) -> None:
+        """Import the runtime, which is no model's memory.  Blocks; call it on a loader thread."""
+        ...

@@ -1,0 +1,51 @@
+"""The requests that wait for a slot in an engine, interactive ones before batch ones."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from backends.ticket import Ticket
+from core.types import BATCH_DELAY_S
+
+
+class WaitingQueue:
+    """Each class in the order of arrival; a batch request goes as if it had come later.
+
+    So it waits behind the interactive ones of its time, but not behind all that ever come.
+    """
+
+    def __init__(self) -> None:
+        self._interactive: deque[Ticket] = deque()
+        self._batch: deque[Ticket] = deque()
+
+    def __len__(self) -> int:
+        return len(self._interactive) + len(self._batch)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        yield from self._interactive
+        yield from self._batch
+
+    def extend(self, tickets: Iterable[Ticket]) -> None:
+        """Take requests in the order they came."""
+        for ticket in tickets:
+            self._queue_of(ticket).append(ticket)
+
+    def popleft(self) -> Ticket:
+        """Return the next one to run.  Raises IndexError when nobody waits."""
+        if not (self._interactive and self._batch):
+            return (self._interactive or self._batch).popleft()
+        goes_batch = self._batch[0].submitted_at + BATCH_DELAY_S < self._interactive[0].submitted_at
+        return (self._batch if goes_batch else self._interactive).popleft()
+
+    def discard(self, ticket: Ticket) -> None:
+        """Drop a request, if it waits here."""
+        queue = self._queue_of(ticket)
+        if ticket in queue:
+            queue.remove(ticket)
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._interactive.clear()
+        self._batch.clear()
+
+    def _queue_of(self, ticket: Ticket) -> "deque[Ticket]":
+        return self._batch if ticket.request.priority == "batch" else self._interactive

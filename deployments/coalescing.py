@@ -1,0 +1,45 @@
+"""Events of a request from another node, sent together for a moment."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+
+from deployments.codec import StepEvents, encode_frame
+
+# Events are sent together for this long, the first at once.
+_COALESCE_S = 0.02
+
+
+class CoalescingSink:
+    """Collects events on an event loop and gives them out as frames."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: asyncio.Queue[StepEvents | None] = asyncio.Queue()
+
+    def deliver(self, batch: StepEvents) -> None:
+        """Take a step's events, from any thread."""
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, batch)
+
+    def end(self) -> None:
+        """Say that nothing more comes."""
+        self._loop.call_soon(self._queue.put_nowait, None)
+
+    async def frames(self) -> AsyncGenerator[bytes, None]:
+        """Yield the first frame at once, later ones at most every 20 ms."""
+        sent_at = 0.0
+        while (batch := await self._queue.get()) is not None:
+            wait = sent_at + _COALESCE_S - time.monotonic()
+            if wait > 0:
+                await asyncio.sleep(wait)
+            batches, is_last = list(batch), False
+            while not self._queue.empty():
+                more = self._queue.get_nowait()
+                if more is None:
+                    is_last = True
+                    break
+                batches.extend(more)
+            sent_at = time.monotonic()
+            yield encode_frame(batches)
+            if is_last:
+                return

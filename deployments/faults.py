@@ -1,0 +1,109 @@
+"""Models that could not be loaded or whose processes died: not tried again for every request."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from core.errors import ImpetusError, ModelFailed, ModelQuarantined
+from scheduler.faults import (
+    DEATH_WINDOW_S,
+    DEATHS_TO_QUARANTINE,
+    Record,
+    load_failed,
+    loaded,
+    process_died,
+    wait_s,
+)
+
+_LONGEST_REASON = 800
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a model is not loaded now; `is_quarantined`: not by a request at all."""
+
+    is_quarantined: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the router must know beside residency: the faults of models, by id, and the strain.
+
+    `keeps_cool`: a bare name is to mean its smallest variant.
+    """
+
+    faults: Mapping[str, Fault] = field(default_factory=dict)
+    keeps_cool: bool = False
+
+
+class Faults:
+    """What is wrong with models, by id.  Belongs to one event loop; forgotten with the process."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._records: dict[str, Record] = {}
+
+    def check(self, model_id: str, files: str) -> None:
+        """Raise ModelQuarantined or ModelFailed where the model is not to be loaded now."""
+        record = self._records.get(model_id)
+        if record is None:
+            return
+        if record.files != files:
+            del self._records[model_id]
+            return
+        retry = f"POST /api/models/{model_id}/load tries again at once."
+        if record.is_quarantined:
+            raise ModelQuarantined(
+                f"{model_id} is in quarantine: {record.reason} {retry}", param="model"
+            )
+        left_s = wait_s(record, self._clock())
+        if left_s > 0:
+            raise ModelFailed(
+                f"{model_id} could not be loaded: {record.reason} {retry}",
+                param="model",
+                retry_after_s=math.ceil(left_s),
+            )
+
+    def note_failure(self, model_id: str, files: str, problem: BaseException) -> None:
+        """Remember a load that failed."""
+        reason = problem.message if isinstance(problem, ImpetusError) else repr(problem)
+        record = self._of(model_id, files)
+        self._records[model_id] = load_failed(record, reason[:_LONGEST_REASON], self._clock())
+
+    def note_death(self, model_id: str, files: str, process: str, last_words: str) -> bool:
+        """Remember that a process died that the model used; True when that is the last straw."""
+        old = self._of(model_id, files)
+        count = len(old.deaths.keys() | {process})
+        said = f" Its last words: {last_words}" if last_words else ""
+        reason = (
+            f"{min(count, DEATHS_TO_QUARANTINE)} processes died with it within "
+            f"{DEATH_WINDOW_S / 60:.0f} minutes.{said}"
+        )
+        record = process_died(old, process, reason[:_LONGEST_REASON], self._clock())
+        self._records[model_id] = record
+        return record.is_quarantined and not old.is_quarantined
+
+    def note_load(self, model_id: str) -> None:
+        """Remember a load that worked."""
+        record = self._records.get(model_id)
+        if record is not None:
+            self._records[model_id] = loaded(record)
+
+    def forgive(self, model_id: str) -> None:
+        """Forget all of a model: somebody wants it tried again."""
+        self._records.pop(model_id, None)
+
+    def standing(self) -> dict[str, Fault]:
+        """Return what is wrong with models now, by id."""
+        now = self._clock()
+        return {
+            model_id: Fault(record.is_quarantined, record.reason)
+            for model_id, record in self._records.items()
+            if record.is_quarantined or wait_s(record, now) > 0
+        }
+
+    def _of(self, model_id: str, files: str) -> Record:
+        record = self._records.get(model_id)
+        return record if record is not None and record.files == files else Record(files)

@@ -1,0 +1,85 @@
+"""What the models of this process really hold, from readings around their opening and closing."""
+
+import asyncio
+import gc
+from collections.abc import Awaitable, Callable, Collection
+from typing import TypeVar
+
+from backends.base import Backend, MemoryEstimate
+from backends.measured import Measured
+from core.errors import ImpetusError
+from deployments.orders import Freed, LoadOrder
+from scheduler.footprint import FootprintBook, Meter, give_back, open_meter
+
+Result = TypeVar("Result")
+
+
+class HeldMemory:
+    """Measures one replica's models.  Used from its event loop; readings take microseconds.
+
+    Where the system does not say what a process holds, all is 0 and the estimates stand.
+    """
+
+    def __init__(self, backend: Backend, meter: Meter | None = None) -> None:
+        self._backend = backend
+        self._meter = meter or open_meter()
+        self._book: FootprintBook | None = None
+
+    async def opening(self, order: LoadOrder, open_: Callable[[], Result]) -> Result:
+        """Run `open_` on a thread and note what it took."""
+        backend = self._backend
+        if isinstance(backend, Measured):
+            await asyncio.to_thread(backend.preload)
+        before = self._meter.read()
+        result = await asyncio.to_thread(open_)
+        after = self._meter.read()
+        if before is None or after is None:
+            return result
+        if self._book is None:
+            self._book = FootprintBook(before)
+        try:
+            estimate = backend.estimate(order.info, order.options)
+        except ImpetusError:
+            estimate = MemoryEstimate(order.info.size_bytes, 0, 0, 0, 0)
+        later = estimate.transient_bytes + estimate.prefix_bytes
+        if not (isinstance(backend, Measured) and backend.reserves_kv):
+            later += estimate.kv_bytes
+        self._book.opened(
+            order.model_id,
+            before,
+            after,
+            floor_bytes=order.info.size_bytes,
+            later_bytes=later,
+            estimated_bytes=estimate.total_bytes,
+        )
+        return result
+
+    async def closing(self, model_id: str, close: Callable[[], Awaitable[None]]) -> Freed:
+        """Await `close` and return what came back."""
+        before = self._meter.read()
+        await close()
+        # Engines have cycles; what they held must not wait for the collector's own time.
+        await asyncio.to_thread(gc.collect)
+        await asyncio.to_thread(give_back)
+        after = self._meter.read()
+        if before is None or after is None or self._book is None:
+            return Freed()
+        returned = self._book.closed(model_id, before, after)
+        return Freed(
+            returned.held_bytes, returned.returned_bytes, self._book.kept_bytes, is_known=True
+        )
+
+    def look(self, active: Collection[str]) -> None:
+        """Take a reading; `active` are the models that ran since the last one."""
+        now = self._meter.read()
+        if self._book is not None and now is not None:
+            self._book.note(now, active)
+
+    def measured_bytes(self, model_id: str) -> int:
+        """Return what a model will hold at most; 0 where nothing was measured."""
+        return 0 if self._book is None else self._book.measured_bytes(model_id)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the process holds beside its models."""
+        return 0 if self._book is None else self._book.kept_bytes

@@ -1,0 +1,127 @@
+"""The processes that hold models: asked what they do, and told apart from those that are gone."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from backends.base import Backend
+from core.errors import ImpetusError
+from deployments.calls import Handle, call
+from deployments.last_words import last_words
+from deployments.orders import (
+    Freed,
+    LoadOrder,
+    ProcessReport,
+    ReplicaReport,
+    Residency,
+    ResidentReport,
+)
+
+logger = logging.getLogger(__name__)
+
+_REPORT_LIMIT_S = 2.0
+
+# What replicas said of models, None where the model's replica does not hold it; and of themselves.
+Reported = tuple[Sequence[tuple[Residency, ResidentReport | None]], Sequence[ProcessReport]]
+
+
+class Holders:
+    """The format deployments as the scheduler sees them.  Belongs to one event loop."""
+
+    def __init__(
+        self,
+        formats: Mapping[str, Handle],
+        backends: Mapping[str, Backend],
+        running: Callable[[], Awaitable[frozenset[str]]],
+    ) -> None:
+        self._formats = formats
+        self._backends = backends
+        self._running = running
+        self._processes: dict[str, ProcessReport] = {}
+
+    async def open(self, order: LoadOrder) -> Residency:
+        """Let a replica open the model.  Raises what the replica does, ReplicaDied too."""
+        residency: Residency = await call(self._formats[order.info.format].load_model.remote(order))
+        return residency
+
+    async def close(self, residency: Residency) -> Freed:
+        """Let the replica free the model after its last request."""
+        unload = self._formats[residency.format].unload_model
+        freed: Freed | None = await call(unload.remote(residency.model_id))
+        return freed or Freed()
+
+    async def processes(self, name: str) -> Sequence[ProcessReport]:
+        """Return the processes of a format; none where it does not run or answer in time."""
+        if await self._is_stopped(name):
+            return ()
+        answer = await self._ask(name)
+        return () if answer is None else answer.processes
+
+    async def is_held(self, residency: Residency) -> bool:
+        """Whether the replica still says that it holds the model; False where it says nothing."""
+        try:
+            held = await self.held(residency.format)
+        except ImpetusError as problem:
+            logger.warning("%s does not say what it holds: %s", residency.format, problem)
+            return False
+        return (residency.model_id, residency.replica_id) in {
+            (one.model_id, one.replica_id) for one in held
+        }
+
+    async def held(self, name: str) -> list[Residency]:
+        """Return what a format's replicas hold, nothing where it is scaled to zero."""
+        if await self._is_stopped(name):
+            return []
+        held: list[Residency] = await call(self._formats[name].residencies.remote())
+        return held
+
+    async def _is_stopped(self, name: str) -> bool:
+        """Whether asking the format would start it."""
+        return self._backends[name].starts_on_demand and name not in await self._running()
+
+    async def report(self, known: Sequence[Residency]) -> Reported:
+        """Ask the replicas of these models; those that do not answer in time are left out."""
+        stopped = await self.stopped(known)
+        asked = [residency for residency in known if residency not in stopped]
+        names = sorted({residency.format for residency in asked})
+        answers = await asyncio.gather(*(self._ask(name) for name in names))
+        found = {
+            name: answer for name, answer in zip(names, answers, strict=True) if answer is not None
+        }
+        models = {
+            name: {report.model_id: report for report in answer.residents}
+            for name, answer in found.items()
+        }
+        of_models = [
+            *((residency, None) for residency in stopped),
+            *(
+                (residency, models[residency.format].get(residency.model_id))
+                for residency in asked
+                if residency.format in models
+            ),
+        ]
+        return of_models, [one for answer in found.values() for one in answer.processes]
+
+    async def _ask(self, name: str) -> ReplicaReport | None:
+        try:
+            async with asyncio.timeout(_REPORT_LIMIT_S):
+                report: ReplicaReport = await call(self._formats[name].report.remote())
+        except (TimeoutError, ImpetusError) as problem:
+            logger.warning("%s does not say what it does: %r", name, problem)
+            return None
+        for process in report.processes:
+            self._processes[process.replica_id] = process
+        return report
+
+    async def stopped(self, known: Sequence[Residency]) -> list[Residency]:
+        """Return what formats held that were scaled to zero meanwhile."""
+        on_demand = [one for one in known if self._backends[one.format].starts_on_demand]
+        if not on_demand:
+            return []
+        running = await self._running()
+        return [residency for residency in on_demand if residency.format not in running]
+
+    async def last_words(self, replica_id: str) -> str:
+        """Return what a process that is gone wrote last; empty where nobody knows."""
+        process = self._processes.pop(replica_id, None)
+        return "" if process is None else await asyncio.to_thread(last_words, process.stderr_path)

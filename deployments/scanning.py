@@ -1,0 +1,51 @@
+"""Looking at the model folders: one scan at a time, shared by all who ask for it meanwhile."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+
+from backends.base import Backend
+from catalog.inspect import Inspector
+from catalog.models import ScanReport
+from catalog.scan import scan
+from catalog.store import CatalogStore
+from core.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class Scanner:
+    """Brings the catalog up to date.  Belongs to one event loop; files are read on a thread."""
+
+    def __init__(
+        self, settings: Settings, store: CatalogStore, backends: Mapping[str, Backend]
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._backends = backends
+        self._turn = asyncio.Lock()
+        self._began_at = 0.0
+
+    async def scan(self) -> None:
+        """Look at the folders; a scan that began after this call serves it as well."""
+        asked_at = time.monotonic()
+        async with self._turn:
+            if self._began_at > asked_at:
+                return
+            self._began_at = time.monotonic()
+            try:
+                report = await asyncio.to_thread(self._scan)
+            except Exception:
+                logger.exception("the scan of the model folders failed")
+                return
+            if report.has_news:
+                logger.info("scan: %s", report)
+
+    def _scan(self) -> ScanReport:
+        inspector = Inspector(list(self._backends))
+        try:
+            backends = list(self._backends.values())
+            return scan(self._settings, self._store, backends, look_into=inspector.examine)
+        finally:
+            inspector.close()

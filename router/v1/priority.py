@@ -1,0 +1,28 @@
+"""The class of a request: what its header says, else its service tier, else its model."""
+
+from starlette.requests import Request
+
+from core.errors import RequestError
+from core.types import Priority
+from router.services import ModelView
+from router.v1.wire import ServiceTier
+
+HEADER = "x-impetus-priority"
+
+
+def request_priority(request: Request, tier: ServiceTier | None, view: ModelView) -> Priority:
+    """Return the class in which the request waits.
+
+    OpenAI's `flex` is its cheaper and slower tier (Source: OpenAI API reference, `service_tier`).
+    Raises RequestError for a header with another value, or for several that differ.
+    """
+    values = set(request.headers.getlist(HEADER))
+    if not values:
+        if tier is None:
+            return view.priority
+        return "batch" if tier == "flex" else "interactive"
+    if values == {"batch"}:
+        return "batch"
+    if values == {"interactive"}:
+        return "interactive"
+    raise RequestError(f"{HEADER}: must be interactive or batch", param=HEADER)

@@ -1,0 +1,120 @@
+"""A scheduler over stand-in replicas, and its models."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from backends.base import EngineLoad
+from backends.limits import EngineLimits
+from backends.registry import backends_for
+from catalog.identify import Outcome, examine
+from core.settings import Settings
+from core.units import MIB
+from deployments.orders import (
+    Freed,
+    LoadOrder,
+    ProcessReport,
+    ReplicaReport,
+    Residency,
+    ResidentReport,
+)
+from deployments.scheduler import SchedulerReplica
+from tests.gguf_files import llama_gguf
+from tests.unit.deployments.handles import FakeHandle
+
+A, B = "a@gguf-f32", "b@gguf-f32"
+
+
+class Replica:
+    """A format replica that holds names instead of weights; unloading waits for the gate."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+        self.found: list[Residency] = []
+        self.in_flight = 0
+        self.measured_bytes = 0
+        self.kept_bytes = 0
+        self.stderr_path = ""
+        self.replica_ids: Iterator[str] = iter(())
+        self.freed = Freed()
+        self.failure: Exception | None = None
+        self.limits: list[EngineLimits] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.handle = FakeHandle(
+            load_model=self.load,
+            unload_model=self.unload,
+            report=self.report,
+            residencies=self.residencies,
+            set_limits=self.set_limits,
+        )
+
+    async def load(self, order: LoadOrder) -> Residency:
+        await asyncio.sleep(0)
+        if self.failure is not None:
+            raise self.failure
+        self.held.append(order.model_id)
+        return Residency(order.model_id, order.info.format, "replica", "node", 2048, 0.1)
+
+    async def unload(self, model_id: str) -> Freed | None:
+        await self.gate.wait()
+        if model_id not in self.held:
+            return None
+        self.held.remove(model_id)
+        return self.freed
+
+    async def report(self) -> ReplicaReport:
+        reports = [
+            ResidentReport(model_id, 0.0, self.in_flight, EngineLoad(), self.measured_bytes)
+            for model_id in self.held
+        ]
+        name = next(self.replica_ids, "replica")
+        process = ProcessReport(name, self.kept_bytes, self.stderr_path)
+        return ReplicaReport("gguf", 1, tuple(reports), (process,))
+
+    async def residencies(self) -> list[Residency]:
+        return self.found
+
+    async def set_limits(self, limits: EngineLimits) -> None:
+        self.limits.append(limits)
+
+
+class InProcess:
+    """Inspects in this process: starting the limited one takes longer than these tests."""
+
+    def __init__(self, formats: list[str]) -> None:
+        self._backends = backends_for(formats).values()
+
+    def examine(self, path: Path) -> Outcome:
+        return examine(path, self._backends)
+
+    def close(self) -> None:
+        pass
+
+
+async def gguf_runs() -> frozenset[str]:
+    return frozenset({"gguf"})
+
+
+@asynccontextmanager
+async def started(
+    home: Path, replica: Replica, **options: Any
+) -> AsyncGenerator[SchedulerReplica, None]:
+    (home / "models").mkdir()
+    for name in ("a", "b"):
+        llama_gguf(home / "models" / f"{name}-F32.gguf")
+    settings = Settings(
+        home=home, starters=False, formats=["gguf"], memory_budget=70 * MIB, threads=1, **options
+    )
+    handles: Any = {"gguf": replica.handle}
+    scheduler = SchedulerReplica(settings, handles, gguf_runs)
+    while not await scheduler.is_ready():
+        await asyncio.sleep(0.005)
+    try:
+        yield scheduler
+    finally:
+        replica.gate.set()
+        scheduler.__del__()
+        await asyncio.gather(scheduler._background, return_exceptions=True)
