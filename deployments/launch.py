@@ -24,6 +24,7 @@ from core.settings import Settings
 from core.units import MIB
 from deployments.drain import drain, local_url
 from deployments.listener import bind, check_exposure
+from deployments.options import check_settings
 from deployments.reservation import UNIFIED_MEMORY
 from scheduler.sensors import machine_memory_bytes
 
@@ -252,7 +253,9 @@ def read_settings(config: Path) -> Settings:
     except (OSError, yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as problem:
         raise ImpetusError(f"{config} cannot be read: {problem}") from problem
     try:
-        return Settings(**arguments)
+        settings = Settings(**arguments)
+        check_settings(settings)
+        return settings
     except ValidationError as problem:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in problem.errors()

@@ -1,9 +1,12 @@
 """What the settings mean for engines on this machine."""
 
 from backends.base import EngineOptions
+from backends.registry import backends_for
 from backends.threads import performance_cores
+from core.errors import RequestError
 from core.settings import Settings
-from scheduler.sensors import machine_memory_bytes, memory_budget_bytes
+from core.units import format_bytes
+from scheduler.sensors import gpu_memory_bytes, machine_memory_bytes, memory_budget_bytes
 
 
 def engine_options(settings: Settings, budget_bytes: int) -> EngineOptions:
@@ -20,4 +23,18 @@ def engine_options(settings: Settings, budget_bytes: int) -> EngineOptions:
 
 def budget_bytes(settings: Settings) -> int:
     """Return what all models may use together."""
-    return settings.memory_budget or memory_budget_bytes(machine_memory_bytes())
+    if settings.memory_budget is not None:
+        return settings.memory_budget
+    return memory_budget_bytes(machine_memory_bytes(), gpu_memory_bytes())
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise RequestError naming a setting that this machine or program cannot honour."""
+    backends_for(settings.formats)
+    asked, total = settings.memory_budget, machine_memory_bytes()
+    if asked is not None and asked > total:
+        raise RequestError(
+            f"memory_budget: {format_bytes(asked)} are more than the {format_bytes(total)} that "
+            "this machine has.",
+            param="memory_budget",
+        )

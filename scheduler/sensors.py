@@ -7,6 +7,7 @@ from typing import Protocol
 import psutil
 
 from core.units import GIB
+from scheduler.budget_macos import MacLimits
 from scheduler.sensors_file import FileSensor
 from scheduler.sensors_linux import LinuxSensor
 from scheduler.sensors_macos import MacSensor
@@ -63,13 +64,16 @@ def machine_memory_bytes(cgroup_limits: tuple[Path, ...] = _CGROUP_LIMITS) -> in
     return total
 
 
-def memory_budget_bytes(total_bytes: int) -> int:
+def memory_budget_bytes(total_bytes: int, gpu_bytes: int | None = None) -> int:
     """Return what models may use of `total_bytes`: the rest stays for the system and for us.
 
-    On a Mac Metal recommends a working set of about three quarters of the unified memory
-    (Source: MTLDevice.recommendedMaxWorkingSetSize).
+    `gpu_bytes` is what a Mac's GPU may use of it; unknown, it is taken as three quarters.
     """
-    share = 0.75 if sys.platform == "darwin" else 0.85
-    return max(
-        min(int(total_bytes * share), total_bytes - _SMALLEST_MARGIN_BYTES), total_bytes // 4
-    )
+    share = int(total_bytes * (0.75 if sys.platform == "darwin" else 0.85))
+    most = share if gpu_bytes is None else gpu_bytes
+    return max(min(most, total_bytes - _SMALLEST_MARGIN_BYTES), total_bytes // 4)
+
+
+def gpu_memory_bytes() -> int | None:
+    """Return what this machine's GPU may use of the unified memory; None where nothing says."""
+    return MacLimits().gpu_bytes() if sys.platform == "darwin" else None

@@ -45,6 +45,13 @@ def test_defaults_listen_on_loopback_only() -> None:
         ("api_key", ""),
         ("api_key", "schlüssel"),
         ("scan_interval_s", "0"),
+        ("scan_interval_s", "inf"),
+        ("memory_budget", "0"),
+        ("keep_alive_s", "-1"),
+        ("keep_alive_s", "nan"),
+        ("request_timeout_s", "inf"),
+        ("step_limit_s", "0"),
+        ("drain_limit_s", "-1"),
     ],
 )
 def test_wrong_values_are_refused_by_name(

@@ -78,3 +78,19 @@ def test_a_listener_on_every_interface_is_refused(
     monkeypatch.setattr("sys.argv", ["scripts/serve"])
     assert main() == 1
     assert "RAY_SERVE_ENABLE_HA_PROXY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ("{memory_budget: 0}", "memory_budget"),
+        ("{memory_budget: 4096TiB}", "memory_budget"),
+        ("{keep_alive_s: -1}", "keep_alive_s"),
+        ("{formats: [gguf, ggml]}", "ggml"),
+    ],
+)
+def test_f13_what_cannot_be_is_refused_at_the_start_with_its_name(
+    tmp_path: Path, arguments: str, field: str
+) -> None:
+    with pytest.raises(ImpetusError, match=field):
+        read_settings(write_config(tmp_path / "a.yaml", arguments))

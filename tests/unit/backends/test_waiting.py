@@ -1,0 +1,93 @@
+"""Who waits for an engine goes by class and age."""
+
+import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from backends.slot_gate import SlotGate
+from backends.waiting import WaitingQueue
+from core.types import BATCH_DELAY_S, Priority
+from tests.requests import request, run
+from tests.unit.backends.test_batching import FakeStepper, open_engine, until
+
+
+def ticket(submitted_at: float, priority: Priority = "interactive") -> Any:
+    wanted = SimpleNamespace(priority=priority)
+    return SimpleNamespace(submitted_at=submitted_at, request=wanted)
+
+
+def test_interactive_requests_go_first_and_batch_ones_age() -> None:
+    batch, early, late = ticket(0, "batch"), ticket(1), ticket(BATCH_DELAY_S + 1)
+    queue = WaitingQueue()
+    queue.extend([batch, early, late])
+    assert [queue.popleft() for _ in range(len(queue))] == [early, batch, late]
+
+
+def test_each_class_keeps_its_order_and_what_is_dropped_is_gone() -> None:
+    tickets = [ticket(number, "batch" if number % 2 else "interactive") for number in range(6)]
+    queue = WaitingQueue()
+    queue.extend(tickets)
+    queue.discard(tickets[0])
+    queue.discard(tickets[0])
+    assert list(queue) == [tickets[index] for index in (2, 4, 1, 3, 5)]
+    queue.clear()
+    with pytest.raises(IndexError):
+        queue.popleft()
+
+
+async def test_f9_a_batch_request_waits_behind_interactive_ones_in_the_engine() -> None:
+    stepper = FakeStepper(max_sequences=1)
+    engine = open_engine(stepper)
+    ends: list[str] = []
+
+    async def ask(name: str, priority: Priority) -> None:
+        await run(engine, replace(request("a", max_tokens=1), priority=priority))
+        ends.append(name)
+
+    stepper.gate.clear()
+    tasks = [asyncio.ensure_future(ask("running", "interactive"))]
+    await until(stepper.stepping.is_set)
+    for number, name in enumerate(["batch", "first", "second"]):
+        priority: Priority = "batch" if name == "batch" else "interactive"
+        tasks.append(asyncio.ensure_future(ask(name, priority)))
+        await until(lambda number=number: len(engine._inbox.submitted) == number + 1)
+    stepper.gate.set()
+    await asyncio.gather(*tasks)
+    assert ends == ["running", "first", "second", "batch"]
+    await engine.close()
+
+
+async def test_slots_go_to_interactive_requests_first_and_back_from_who_left() -> None:
+    gate = SlotGate(1)
+    order: list[str] = []
+
+    async def use(name: str, priority: Priority) -> None:
+        await gate.acquire(priority)
+        order.append(name)
+        gate.release()
+
+    await gate.acquire("interactive")
+    tasks = {
+        name: asyncio.ensure_future(use(name, "batch" if name == "late" else "interactive"))
+        for name in ("late", "leaves", "early")
+    }
+    await asyncio.sleep(0)
+    tasks["leaves"].cancel()
+    await asyncio.gather(tasks["leaves"], return_exceptions=True)
+    gate.release()
+    await asyncio.gather(tasks["late"], tasks["early"])
+    assert order == ["early", "late"]
+
+
+async def test_a_slot_given_to_who_left_meanwhile_goes_to_the_next() -> None:
+    gate = SlotGate(1)
+    await gate.acquire("interactive")
+    first, second = (asyncio.ensure_future(gate.acquire("interactive")) for _ in range(2))
+    await asyncio.sleep(0)
+    gate.release()
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    await asyncio.wait_for(second, 5)
