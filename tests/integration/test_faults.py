@@ -34,7 +34,7 @@ def open_stream(client: OpenAI, model: str = STARTER, *, max_tokens: int = 4000)
     )
 
 
-def test_a_client_that_leaves_frees_its_slot(server: Server, client: OpenAI) -> None:
+def test_f8_a_client_that_leaves_frees_its_slot(server: Server, client: OpenAI) -> None:
     ask(client)
     stream = open_stream(client)
     for _, _chunk in zip(range(5), stream, strict=False):
@@ -44,14 +44,16 @@ def test_a_client_that_leaves_frees_its_slot(server: Server, client: OpenAI) -> 
     wait_until(lambda: server.running_sequences() == 0, "the slot is free")
 
 
-def test_a_client_that_leaves_without_streaming_frees_its_slot(server: Server) -> None:
+def test_f8_a_client_that_leaves_without_streaming_frees_its_slot(server: Server) -> None:
     body = {"model": STARTER, "messages": LONG, "max_tokens": 4000, "logit_bias": {"2": -100}}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=1.0)
     wait_until(lambda: server.running_sequences() == 0, "the slot is free")
 
 
-def test_a_killed_replica_is_replaced_and_its_streams_go_on(server: Server, client: OpenAI) -> None:
+def test_f1_a_killed_replica_is_replaced_and_its_streams_go_on(
+    server: Server, client: OpenAI
+) -> None:
     ask(client)
     old = server.pid_of("gguf")
     stream = open_stream(client, max_tokens=300)

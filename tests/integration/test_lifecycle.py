@@ -27,8 +27,8 @@ def test_serve_run_by_hand_works_and_leaves_no_process(other_server: Server) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_during_a_stream_leaves_no_process(other_server: Server, number: int) -> None:
-    other_server.start()
+def test_f10_a_signal_during_a_stream_leaves_no_process(other_server: Server, number: int) -> None:
+    other_server.start(DRAIN_LIMIT_S="1")
     body = {
         "model": STARTER,
         "messages": [{"role": "user", "content": "Write a long story."}],
@@ -44,7 +44,7 @@ def test_a_signal_during_a_stream_leaves_no_process(other_server: Server, number
     assert other_server.survivors() == []
 
 
-def test_a_port_in_use_is_one_clear_line(server: Server) -> None:
+def test_f14_a_port_in_use_is_one_clear_line(server: Server) -> None:
     command = [sys.executable, "-m", "deployments.launch"]
     environment = {"IMPETUS_PORT": str(server.port), "IMPETUS_HOME": str(server.home)}
     result = subprocess.run(
@@ -71,7 +71,7 @@ def test_a_public_address_without_a_key_is_refused(tmp_path: Path) -> None:
     assert "IMPETUS_API_KEY" in result.stderr
 
 
-def test_the_budget_evicts_the_idle_model_and_refuses_the_impossible(
+def test_f5_the_budget_evicts_the_idle_model_and_refuses_the_impossible(
     other_server: Server,
 ) -> None:
     shutil.copyfile(starter_path(), other_server.models / "copy-q4_1.gguf")

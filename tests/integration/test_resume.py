@@ -66,7 +66,7 @@ def counts(answer: Answer) -> tuple[int, int]:
     return answer.usage.prompt_tokens, answer.usage.completion_tokens
 
 
-async def test_streams_of_a_killed_replica_go_on_where_they_were(
+async def test_f1_streams_of_a_killed_replica_go_on_where_they_were(
     server: Server, async_client: AsyncOpenAI, model: str
 ) -> None:
     async def ask_all(on_chunk: Callable[[int], None]) -> list[Answer]:

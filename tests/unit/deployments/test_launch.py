@@ -43,7 +43,7 @@ def test_wrong_settings_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("text", ["", "applications: []", "[]", "a: [", "applications: 3"])
-def test_a_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
+def test_f13_a_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(ImpetusError, match=r"broken\.yaml"):

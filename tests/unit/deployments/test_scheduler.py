@@ -41,7 +41,7 @@ async def scheduler(tmp_path: Path, replica: Replica) -> AsyncIterator[Scheduler
         yield scheduler
 
 
-async def test_requests_for_one_cold_model_load_it_once(
+async def test_f7_requests_for_one_cold_model_load_it_once(
     scheduler: SchedulerReplica, replica: Replica
 ) -> None:
     found = await asyncio.gather(*(scheduler.ensure_loaded(A) for _ in range(5)))
@@ -128,7 +128,7 @@ async def test_a_request_waits_for_a_busy_model_and_then_has_its_place(
     assert replica.held == [B]
 
 
-async def test_requests_over_the_bound_and_beyond_their_time_are_told_when_to_come_back(
+async def test_f9_requests_over_the_bound_and_beyond_their_time_are_told_when_to_come_back(
     tmp_path: Path, replica: Replica
 ) -> None:
     async with started(tmp_path, replica, max_waiting=2, request_timeout_s=0.3) as scheduler:
@@ -140,7 +140,7 @@ async def test_requests_over_the_bound_and_beyond_their_time_are_told_when_to_co
         assert replica.held == [A]
 
 
-async def test_a_client_that_leaves_the_queue_loads_nothing(
+async def test_f8_a_client_that_leaves_the_queue_loads_nothing(
     scheduler: SchedulerReplica, replica: Replica
 ) -> None:
     await scheduler.ensure_loaded(A)
@@ -204,7 +204,7 @@ async def test_decisions_have_their_reasons(scheduler: SchedulerReplica) -> None
     assert decisions[2].reason.startswith(f"{B} needs ")
 
 
-async def test_a_scheduler_that_starts_anew_knows_what_is_resident(
+async def test_f4_a_scheduler_that_starts_anew_knows_what_is_resident(
     tmp_path: Path, replica: Replica
 ) -> None:
     replica.found.append(Residency(A, "gguf", "replica", "node", 2048, 0.1))
@@ -249,7 +249,7 @@ def test_a_lowered_context_is_offered_only_where_the_user_did_not_fix_it(tmp_pat
     assert offers.of(fixed) == (Offer(8192),)
 
 
-async def test_under_strain_nothing_new_is_loaded(tmp_path: Path, replica: Replica) -> None:
+async def test_f15_under_strain_nothing_new_is_loaded(tmp_path: Path, replica: Replica) -> None:
     state = tmp_path / "thermal"
     state.write_text("nominal")
     async with started(tmp_path, replica, thermal_file=state) as scheduler:

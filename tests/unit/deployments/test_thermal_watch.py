@@ -126,7 +126,7 @@ async def test_limits_that_did_not_arrive_are_sent_again(machine: Machine) -> No
     assert machine.told("mlx")[-1] == UNLIMITED
 
 
-async def test_a_watch_that_starts_anew_takes_up_the_state_at_once(machine: Machine) -> None:
+async def test_f15_a_watch_that_starts_anew_takes_up_the_state_at_once(machine: Machine) -> None:
     machine.file.write_text("critical")
     watch = machine.watch()
     await watch.poll()
@@ -151,7 +151,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     logger.setLevel(logging.NOTSET)
 
 
-async def test_a_missing_sensor_throttles_nothing_and_is_logged_once(
+async def test_f15_a_missing_sensor_throttles_nothing_and_is_logged_once(
     machine: Machine, log: pytest.LogCaptureFixture
 ) -> None:
     watch = machine.watch()
@@ -177,7 +177,7 @@ class HungSensor:
         return Reading(SERIOUS)
 
 
-async def test_a_hung_sensor_is_unknown_and_costs_one_thread() -> None:
+async def test_f15_a_hung_sensor_is_unknown_and_costs_one_thread() -> None:
     sensor = HungSensor()
     reader = SensorReader(sensor, 0.01)
     readings = [await reader.read() for _ in range(4)]

@@ -49,7 +49,7 @@ def kinds(actions: Sequence[Action]) -> list[tuple[str, str]]:
     return [(type(action).__name__, action.model_id) for action in actions]
 
 
-def test_what_fits_is_loaded_and_granted_to_all_who_wait() -> None:
+def test_f7_what_fits_is_loaded_and_granted_to_all_who_wait() -> None:
     outcome = feed(
         HostState(100, (resident("a", 40),)),
         (10.0, wanted("b", 60, number=1)),
@@ -77,14 +77,14 @@ def test_a_load_begins_only_when_the_memory_came_back() -> None:
     assert outcome.actions == (Load("b", Offer(60), "b needs 60 B"),)
 
 
-def test_a_model_asked_for_while_it_closes_is_loaded_after() -> None:
+def test_f7_a_model_asked_for_while_it_closes_is_loaded_after() -> None:
     state = HostState(100, (replace(resident("a", 80), is_closing=True),))
     outcome = feed(state, (1.0, wanted("a", 80)))
     assert outcome.actions == ()
     assert kinds(feed(outcome.state, (2.0, Unloaded("a"))).actions) == [("Load", "a")]
 
 
-def test_a_busy_model_is_drained_only_after_the_patience() -> None:
+def test_f7_a_busy_model_is_drained_only_after_the_patience() -> None:
     state = HostState(100, (resident("a", 80, in_flight=1),))
     outcome = feed(state, (10.0, wanted("b", 60)), (11.9, Tick()))
     assert outcome.actions == ()
@@ -109,7 +109,7 @@ def test_a_request_on_its_way_protects_the_model() -> None:
     assert kinds(outcome.actions) == [("Unload", "a")]
 
 
-def test_a_lowered_context_comes_before_a_drain_and_a_refusal() -> None:
+def test_f5_a_lowered_context_comes_before_a_drain_and_a_refusal() -> None:
     state = HostState(100, (resident("a", 50, in_flight=1),))
     outcome = feed(state, (10.0, wanted("b", 60, 40)), (11.0, Tick()))
     assert outcome.actions == ()
@@ -122,7 +122,7 @@ def test_a_lowered_context_comes_before_a_drain_and_a_refusal() -> None:
     assert load.offer == Offer(40, 2048)
 
 
-def test_what_cannot_fit_beside_pinned_models_is_refused_with_the_numbers() -> None:
+def test_f5_what_cannot_fit_beside_pinned_models_is_refused_with_the_numbers() -> None:
     state = HostState(4096, (replace(resident("a", 3072), is_pinned=True),))
     (reject,) = feed(state, (1.0, wanted("b", 2048))).actions
     assert isinstance(reject, Reject)
@@ -141,7 +141,7 @@ def test_a_request_whose_time_is_over_is_told_when_to_come_back() -> None:
     assert not outcome.state.waiting
 
 
-def test_who_left_is_not_loaded_for() -> None:
+def test_f7_who_left_is_not_loaded_for() -> None:
     state = HostState(100, (resident("a", 80),))
     outcome = feed(state, (1.0, wanted("b", 60)), (2.0, Left(1)), (3.0, Unloaded("a")))
     assert kinds(outcome.actions) == [("Unload", "a")]
@@ -158,7 +158,7 @@ def test_a_failed_load_ends_its_requests_and_only_those() -> None:
     assert [item.request_id for item in outcome.state.waiting] == [2]
 
 
-def test_a_load_that_lacked_memory_is_tried_with_less_and_then_given_up() -> None:
+def test_f5_a_load_that_lacked_memory_is_tried_with_less_and_then_given_up() -> None:
     outcome = feed(
         HostState(100), (1.0, wanted("a", 60, 40)), (2.0, LoadFailed("a", "no room", True))
     )
@@ -169,14 +169,14 @@ def test_a_load_that_lacked_memory_is_tried_with_less_and_then_given_up() -> Non
     assert reject.reason == "no room"
 
 
-def test_an_idle_model_goes_when_its_keep_alive_is_over() -> None:
+def test_f16_an_idle_model_goes_when_its_keep_alive_is_over() -> None:
     state = HostState(100, (resident("a", 40), resident("b", 40)))
     outcome = feed(state, (1.0, Configured("a", KeepRules(keep_alive_s=5.0))), (4.9, Tick()))
     assert outcome.actions == ()
     assert kinds(feed(outcome.state, (5.0, Tick())).actions) == [("Unload", "a")]
 
 
-def test_a_used_or_pinned_model_outlives_its_keep_alive() -> None:
+def test_f16_a_used_or_pinned_model_outlives_its_keep_alive() -> None:
     rules = KeepRules(keep_alive_s=5.0)
     state = HostState(100, (resident("a", 40, in_flight=1),))
     assert not feed(state, (1.0, Configured("a", rules)), (9.0, Tick())).actions
@@ -191,14 +191,14 @@ def test_rules_hold_for_models_that_are_loaded_later() -> None:
     assert outcome.state.pinned_bytes == 40
 
 
-def test_a_measurement_over_the_budget_frees_idle_models() -> None:
+def test_f6_a_measurement_over_the_budget_frees_idle_models() -> None:
     state = HostState(100, (resident("a", 40, in_flight=1), resident("b", 40)))
     outcome = feed(state, (1.0, Used((Use("a", 1, 0.0, measured_bytes=70),))))
     assert kinds(outcome.actions) == [("Unload", "b")]
     assert outcome.state.used_bytes == 110
 
 
-def test_a_smaller_budget_frees_what_is_over_it() -> None:
+def test_f6_a_smaller_budget_frees_what_is_over_it() -> None:
     state = HostState(100, (resident("a", 40, used_at=1.0), resident("b", 40, used_at=2.0)))
     outcome = feed(state, (3.0, BudgetChanged(50)))
     assert kinds(outcome.actions) == [("Unload", "a")]

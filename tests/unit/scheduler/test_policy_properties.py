@@ -40,7 +40,7 @@ rules = st.dictionaries(
 
 @settings(deadline=None, max_examples=150)
 @given(models=models, jobs=jobs, rules=rules)
-def test_every_request_ends_once_within_the_budget(
+def test_f7_every_request_ends_once_within_the_budget(
     models: dict[str, Model], jobs: list[Job], rules: dict[str, KeepRules]
 ) -> None:
     """The machine itself asserts budget, single loads, and that busy and pinned models stay."""
@@ -63,7 +63,7 @@ def test_every_request_ends_once_within_the_budget(
     run_s=st.floats(0.05, 1.5),
     late=st.lists(st.tuples(st.floats(0, 20), st.sampled_from("bcd")), min_size=1, max_size=5),
 )
-def test_no_request_starves_beside_a_model_that_is_never_idle(
+def test_f9_no_request_starves_beside_a_model_that_is_never_idle(
     sizes: list[int], gap_s: float, run_s: float, late: list[tuple[float, str]]
 ) -> None:
     models = {name: Model(size, load_s=0.5) for name, size in zip(NAMES, sizes, strict=True)}
@@ -80,7 +80,7 @@ def test_no_request_starves_beside_a_model_that_is_never_idle(
 
 @settings(deadline=None, max_examples=40)
 @given(count=st.integers(1, 40), bound=st.integers(1, 20))
-def test_exactly_the_surplus_is_refused(count: int, bound: int) -> None:
+def test_f9_exactly_the_surplus_is_refused(count: int, bound: int) -> None:
     machine = Machine({"a": Model(100)}, 100, limits=Limits(waiting_per_model=bound))
     machine.run([Job(0.0, "a") for _ in range(count)])
     ends = [end for (end,) in machine.ends.values()]

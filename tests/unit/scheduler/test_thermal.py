@@ -60,12 +60,12 @@ def test_one_hot_reading_starts_the_cooling_anew() -> None:
     assert states_of([*readings, (2 * FALL_S + 2, FAIR)])[-1] == FAIR
 
 
-def test_flapping_about_a_limit_changes_the_state_at_most_once() -> None:
+def test_f15_flapping_about_a_limit_changes_the_state_at_most_once() -> None:
     readings = [(float(now), SERIOUS if now % 4 < 2 else FAIR) for now in range(300)]
     assert sum(a != b for a, b in pairwise(states_of(readings))) <= 1
 
 
-def test_all_states_up_and_down() -> None:
+def test_f15_all_states_up_and_down() -> None:
     readings = [
         (60.0 * minute + second, state)
         for minute, state in enumerate([NOMINAL, FAIR, SERIOUS, CRITICAL, SERIOUS, NOMINAL])
@@ -148,7 +148,7 @@ def test_serious_halves_the_sequences(opened: int, allowed: int) -> None:
     assert not order.unloads_idle
 
 
-def test_critical_admits_nothing_and_unloads_idle_models() -> None:
+def test_f15_critical_admits_nothing_and_unloads_idle_models() -> None:
     order = directive(CRITICAL, 16, 512)
     assert not order.admits
     assert order.pauses_jobs
