@@ -77,6 +77,8 @@ def _deployment(
         graceful_shutdown_timeout_s=20.0,
         # How soon a dead replica is noticed and replaced; Serve's default is 10 s.
         health_check_period_s=2.0,
+        # A process that hangs as a whole fails three of these in a row; the default is 30 s.
+        health_check_timeout_s=10.0,
         **options,
     )
     return decorate(cls)

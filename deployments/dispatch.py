@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 3
 _LOST_EVENTS_S = 10.0
+_TELL_LIMIT_S = 5.0
 # The engine itself ends a request at its deadline, and says so by then.
 _DEADLINE_GRACE_S = 2.0
 
@@ -102,6 +103,7 @@ class HandleDispatcher:
                     need = _after(problem, residency, need, is_resumed=course.has_begun)
                     self._forget(residency)
                 if attempt == _MOST_ATTEMPTS - 1 or not course.can_go_on:
+                    await self._tell(request.model_id, need)
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
                 self._note_lost(request.model_id, problem)
 
@@ -218,8 +220,19 @@ class HandleDispatcher:
                 self._forget(residency)
                 need = _after(problem, residency, need, is_resumed=False)
                 if attempt == _MOST_ATTEMPTS - 1:
+                    await self._tell(model_id, need)
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
         raise AssertionError("unreachable")
+
+    async def _tell(self, model_id: str, need: Need) -> None:
+        """Let the scheduler know of a death that no further attempt will tell it of."""
+        if not need.has_died:
+            return
+        try:
+            async with asyncio.timeout(_TELL_LIMIT_S):
+                await call(self._scheduler.process_died.remote(model_id, need.lost_replica))
+        except (TimeoutError, ImpetusError) as problem:
+            logger.warning("the scheduler was not told of a death: %r", problem)
 
     def _forget(self, residency: Residency) -> None:
         if self._residencies.get(residency.model_id) is residency:

@@ -174,11 +174,12 @@ class SchedulerReplica:
 
     async def _look_after_lost(self, model_id: str, need: Need) -> None:
         """Find out why a caller did not find the model where it believed it to be."""
-        known = self._ledger.residency(model_id)
-        if known is not None and known.replica_id == need.lost_replica:
-            await self._release_lost(known)
         if need.has_died:
-            await self._note_death(model_id, need.lost_replica)
+            await self.process_died(model_id, need.lost_replica)
+        else:
+            known = self._ledger.residency(model_id)
+            if known is not None and known.replica_id == need.lost_replica:
+                await self._release_lost(known)
         # Perhaps its file is gone or another one now.
         if self._ledger.residency(model_id) is None:
             await self._scanner.scan()
@@ -231,6 +232,13 @@ class SchedulerReplica:
         # Another caller may have had it loaded again meanwhile.
         if self._ledger.residency(known.model_id) is known and not is_held:
             await self._ledger.release(known.model_id, "its replica does not serve it any more")
+
+    async def process_died(self, model_id: str, replica_id: str) -> None:
+        """Take note of a process that died while it ran a request for the model."""
+        known = self._ledger.residency(model_id)
+        if known is not None and known.replica_id == replica_id:
+            await self._release_lost(known)
+        await self._note_death(model_id, replica_id)
 
     async def _note_death(self, model_id: str, process: str) -> None:
         """Remember that a process died that the model used; the third time it is put away."""

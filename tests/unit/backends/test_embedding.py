@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from backends.base import ModelInfo
 from backends.embedding import EmbeddingEngine
+from backends.limits import UNLIMITED, EngineLimits
 from core.errors import (
     ContextLengthExceeded,
     EngineFailed,
     QueueFull,
     RequestError,
+    Unavailable,
     UnsupportedCapability,
 )
 from core.types import Capability, Embeddings
@@ -165,6 +167,30 @@ async def test_long_request_delays_a_short_one_by_one_batch(
     places = [i for i, batch in enumerate(encoder.batches) if encoder.tokenize("b") in batch]
     assert places == [2]
     assert engine.load().steps == len(encoder.batches) == 11
+
+
+async def test_batch_requests_open_their_batches_after_interactive_ones(
+    engine: EmbeddingEngine, encoder: Encoder
+) -> None:
+    held = await held_task(engine, encoder, ["x"])
+    batch = asyncio.ensure_future(engine.embed(["a" * 10] * 4, "batch"))
+    while engine.load().waiting < 1:
+        await asyncio.sleep(0)
+    quick = asyncio.ensure_future(engine.embed(["b" * 10] * 4))
+    while engine.load().waiting < 2:
+        await asyncio.sleep(0)
+    encoder.free.set()
+    await asyncio.gather(held, batch, quick)
+    firsts = [batch[0] for batch in encoder.batches[1:]]
+    assert firsts == [encoder.tokenize(text) for text in ("b" * 10, "b" * 10, "a" * 10, "a" * 10)]
+
+
+async def test_nothing_new_is_embedded_while_nothing_is_admitted(engine: EmbeddingEngine) -> None:
+    engine.set_limits(EngineLimits(max_sequences=0))
+    with pytest.raises(Unavailable, match="no new requests"):
+        await engine.embed(["a"])
+    engine.set_limits(UNLIMITED)
+    assert len((await engine.embed(["a"])).vectors) == 1
 
 
 async def test_token_ids_are_taken_as_they_are(engine: EmbeddingEngine) -> None:

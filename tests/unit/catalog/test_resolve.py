@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from catalog.models import ModelRecord
-from catalog.resolve import best_variant
+from catalog.resolve import best_variant, nearest_smaller
 from tests.unit.catalog.builders import make_record
 
 SMALL = make_record("m@gguf-q4_0", size_bytes=40)
@@ -30,6 +30,19 @@ ALL = [SMALL, LARGE, HUGE, GONE]
 )
 def test_best_variant_follows_the_rule(resident: set[str], budget: int, expected: object) -> None:
     assert best_variant(ALL, resident, budget) is expected
+
+
+def test_f15_a_machine_that_keeps_cool_uses_the_smallest_usable_one() -> None:
+    assert best_variant(ALL, {HUGE.id}, 1000, keeps_cool=True) is SMALL
+    twin = make_record("m@mlx-4bit", size_bytes=40)
+    assert best_variant([SMALL, twin], {twin.id}, 1000, keeps_cool=True) is twin
+
+
+def test_the_nearest_smaller_variant_is_the_largest_that_fits() -> None:
+    assert nearest_smaller(HUGE, ALL, lambda one: one.info.size_bytes < 100) is LARGE
+    assert nearest_smaller(LARGE, ALL, lambda _: True) is SMALL
+    assert nearest_smaller(SMALL, ALL, lambda _: True) is None
+    assert nearest_smaller(HUGE, ALL, lambda _: False) is None
 
 
 def test_best_variant_of_unusable_ones_is_one_of_them() -> None:

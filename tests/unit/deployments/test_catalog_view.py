@@ -19,10 +19,11 @@ from core.errors import (
 from core.settings import Settings
 from core.units import GIB
 from deployments.catalog_view import CatalogView
-from deployments.faults import Standing
+from deployments.faults import Fault, Standing
 from deployments.orders import Residency
+from deployments.standing import StandingWatch
 from tests.unit.catalog.builders import make_info
-from tests.unit.deployments.handles import FakeHandle
+from tests.unit.deployments.handles import FakeHandle, answering
 
 # Enough for the smallest model's estimate and no more than that of a large one.
 BUDGET = GIB
@@ -117,6 +118,45 @@ async def test_a_bare_name_prefers_what_is_resident(
     assert (await view.resolve("m")).id == "m@gguf-q4_0"
     states = {model.id: (model.state, model.max_model_len) for model in await view.models()}
     assert states == {"m@gguf-q4_0": ("resident", 256), "m@gguf-q8_0": ("available", 512)}
+
+
+async def test_f15_a_bare_name_means_the_smallest_variant_while_the_machine_keeps_cool(
+    view: CatalogView, store: CatalogStore, scheduler: Scheduler
+) -> None:
+    write(store, found("m"), found("m", quantization="q8_0", size_bytes=2000))
+    scheduler.residencies = [Residency("m@gguf-q8_0", "gguf", "r", "n", 256, 0.1)]
+    scheduler.standing = Standing(keeps_cool=True)
+    await view._standing.refresh()
+    assert (await view.resolve("m")).id == "m@gguf-q4_0"
+    assert (await view.resolve("m@gguf-q8_0")).id == "m@gguf-q8_0"
+    scheduler.standing = Standing()
+    await view._standing.refresh()
+    assert (await view.resolve("m")).id == "m@gguf-q8_0"
+
+
+async def test_f11_faults_are_shown_and_a_bare_name_avoids_them(
+    view: CatalogView, store: CatalogStore, scheduler: Scheduler
+) -> None:
+    write(store, found("m"), found("m", quantization="q8_0", size_bytes=2000), found("n"))
+    scheduler.standing = Standing(
+        {"m@gguf-q8_0": Fault(True, "it died"), "n@gguf-q4_0": Fault(False, "damaged")}
+    )
+    shown = {model.id: (model.state, model.reason) for model in await view.models()}
+    assert shown["m@gguf-q8_0"] == ("quarantined", "it died")
+    assert shown["n@gguf-q4_0"] == ("failed", "damaged")
+    assert (await view.resolve("m")).id == "m@gguf-q4_0"
+    assert (await view.resolve("n")).id == "n@gguf-q4_0"
+
+
+async def test_a_scheduler_that_does_not_answer_leaves_what_was_known(
+    scheduler: Scheduler,
+) -> None:
+    handle: Any = scheduler.handle
+    watch = StandingWatch(handle)
+    scheduler.standing = Standing(keeps_cool=True)
+    await watch.refresh()
+    scheduler.handle.standing = FakeHandle(fail=answering(Unavailable("away"))).fail
+    assert (await watch.refresh()).keeps_cool
 
 
 async def test_a_bare_name_skips_what_cannot_run_here(

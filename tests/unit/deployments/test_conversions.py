@@ -148,6 +148,22 @@ async def test_the_first_request_starts_it_and_all_are_told(
     assert rescan.count == 1
 
 
+async def test_f15_nothing_begins_while_conversions_are_paused(
+    tmp_path: Path, converter: Converter
+) -> None:
+    chosen = conversions(tmp_path, Rescan())
+    chosen.pause(is_on=True)
+    told = chosen.answer(record(), MISSING, [])
+    assert "paused until the machine has recovered" in told.message
+    await settle()
+    assert not converter.requests
+    chosen.pause(is_on=False)
+    converter.gate.set()
+    await settle()
+    assert len(converter.requests) == 1
+    assert not converter.pause.is_on
+
+
 async def test_a_model_over_the_memory_becomes_the_largest_that_fits(
     tmp_path: Path, converter: Converter
 ) -> None:

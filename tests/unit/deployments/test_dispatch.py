@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from ray.exceptions import RayActorError
 
-from core.errors import ContextLengthExceeded, EngineFailed, InsufficientMemory, ModelNotResident
+from core.errors import (
+    ContextLengthExceeded,
+    EngineFailed,
+    InsufficientMemory,
+    ModelNotResident,
+    TimedOut,
+)
 from core.types import (
     Embeddings,
     Finished,
@@ -42,7 +48,9 @@ def residency(replica_id: str) -> Residency:
 
 
 def loads(*replica_ids: str) -> FakeHandle:
-    return FakeHandle(ensure_loaded=answering(*map(residency, replica_ids)))
+    return FakeHandle(
+        ensure_loaded=answering(*map(residency, replica_ids)), process_died=answering(None)
+    )
 
 
 def lost(scheduler: FakeHandle) -> list[str]:
@@ -277,3 +285,40 @@ async def test_embed_gives_up_after_three_attempts(receiver: FrameReceiver) -> N
     replica = FakeHandle(embed=answering(NOT_RESIDENT))
     with pytest.raises(EngineFailed):
         await dispatcher(receiver, loads("a"), replica).embed("m", ["x"])
+
+
+async def test_f3_a_process_that_hangs_as_a_whole_ends_the_request_after_its_deadline(
+    receiver: FrameReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(request: GenerationRequest, path: str) -> None:
+        del request, path
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("deployments.dispatch._DEADLINE_GRACE_S", 0.0)
+    subject = dispatcher(receiver, loads("a"), FakeHandle(generate=hang))
+    with pytest.raises(TimedOut):
+        await anext(subject.generate(replace(REQUEST, deadline_s=0.01)))
+
+
+async def test_f11_the_scheduler_is_told_of_every_death(receiver: FrameReceiver) -> None:
+    scheduler = loads("a", "b", "c")
+    died = RayActorError()
+    replica = FakeHandle(generate=sending(([], died), ([], died), ([], died)))
+    with pytest.raises(EngineFailed):
+        await collect(dispatcher(receiver, scheduler, replica))
+    needs = [need for _, need in scheduler.ensure_loaded.calls]
+    assert [(need.lost_replica, need.has_died) for need in needs] == [
+        ("", False),
+        ("a", True),
+        ("b", True),
+    ]
+    assert scheduler.process_died.calls == [("m", "c")]
+
+
+async def test_an_answer_that_has_begun_is_asked_for_as_such(receiver: FrameReceiver) -> None:
+    scheduler = loads("a", "b")
+    begun = [TextDelta("x", (1,))]
+    replica = FakeHandle(generate=sending((begun, NOT_RESIDENT), ([END], None)))
+    await collect(dispatcher(receiver, scheduler, replica))
+    needs = [need for _, need in scheduler.ensure_loaded.calls]
+    assert [(need.is_resumed, need.has_died) for need in needs] == [(False, False), (True, False)]

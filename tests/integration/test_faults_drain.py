@@ -1,0 +1,52 @@
+"""F10: a server that is told to stop finishes what runs, and at once where it is told twice."""
+
+import signal
+import threading
+
+import httpx
+
+from tests.integration.server import STARTER, Server, wait_until
+
+ENDLESS = {"logit_bias": {"2": -100, "0": -100}, "max_tokens": 4000, "stream": True}
+
+
+def body(**fields: object) -> dict[str, object]:
+    messages = [{"role": "user", "content": "Write a long story."}]
+    return {"model": STARTER, "messages": messages, **fields}
+
+
+def is_draining(server: Server) -> bool:
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body(max_tokens=1), timeout=30)
+    return answer.status_code == 503 and answer.json()["error"]["code"] == "draining"
+
+
+def test_f10_a_stream_ends_in_peace_and_new_requests_are_told_so(other_server: Server) -> None:
+    other_server.start(FORMATS="gguf,echo")
+    assert other_server.process is not None
+    url = f"{other_server.url}/v1/chat/completions"
+    answer = body(**{**ENDLESS, "max_tokens": 200})
+    with httpx.stream("POST", url, json=answer, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        codes: list[int] = []
+        stopper = threading.Thread(target=lambda: codes.append(other_server.stop(signal.SIGTERM)))
+        stopper.start()
+        wait_until(lambda: is_draining(other_server), "new requests are refused", 30.0)
+        text = list(lines)
+    stopper.join(60)
+    assert text[-2:] == ["data: [DONE]", ""]
+    assert not [line for line in text if '"error"' in line]
+    assert codes == [0]
+    assert other_server.survivors() == []
+
+
+def test_f10_a_second_signal_ends_it_at_once(other_server: Server) -> None:
+    other_server.start(FORMATS="gguf,echo", DRAIN_LIMIT_S="300")
+    assert other_server.process is not None
+    url = f"{other_server.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body(**ENDLESS), timeout=60) as stream:
+        next(stream.iter_lines())
+        other_server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: is_draining(other_server), "it is stopping", 30.0)
+        assert other_server.stop(signal.SIGTERM) == 0
+    assert other_server.survivors() == []

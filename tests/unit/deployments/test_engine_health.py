@@ -1,0 +1,117 @@
+"""A replica's own watch over its engines, and what its models really hold."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from backends.base import EngineOptions
+from backends.batching import BatchingEngine
+from backends.echo import EchoBackend, echo_info
+from core.errors import EngineFailed, TimedOut
+from core.units import MIB
+from deployments.engine import FormatReplica
+from deployments.held import HeldMemory
+from deployments.orders import Freed, LoadOrder
+from tests.requests import request, run
+from tests.unit.backends.test_batching import FakeStepper, open_engine, until
+
+ORDER = LoadOrder("m", echo_info(), EngineOptions(), step_limit_s=60.0)
+
+
+class UnservedReplica(FormatReplica):
+    """Serve awaits the coroutine that `__del__` is; the interpreter cannot."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+
+@pytest.fixture
+def replica(monkeypatch: pytest.MonkeyPatch) -> FormatReplica:
+    context: Any = SimpleNamespace(
+        replica_id=SimpleNamespace(unique_id="replica"), get_node_id=lambda: "node"
+    )
+    monkeypatch.setattr("deployments.engine.attach_logs", lambda: None)
+    monkeypatch.setattr("deployments.engine.serve.get_replica_context", lambda: context)
+    monkeypatch.setattr("deployments.engine.ray.get_runtime_context", lambda: context)
+    return UnservedReplica("echo")
+
+
+async def test_f3_a_step_that_does_not_return_fails_the_health_check(
+    replica: FormatReplica,
+) -> None:
+    await replica.load_model(ORDER)
+    await replica.check_health()
+    engine: Any = replica._residents["m"].engine
+    assert engine.stalled_s == 0.0
+    engine._step_began_at = -1e9
+    with pytest.raises(EngineFailed, match="A step of m has not returned"):
+        await replica.check_health()
+    engine._step_began_at = float("inf")
+    await replica.unload_model("m")
+
+
+async def test_f3_requests_of_a_hung_engine_end_at_their_deadline() -> None:
+    stepper = FakeStepper(max_sequences=1)
+    stepper.gate.clear()
+    engine: BatchingEngine = open_engine(stepper)
+    hung = asyncio.ensure_future(run(engine, request("a", deadline_s=0.05)))
+    await until(stepper.stepping.is_set)
+    waiting = asyncio.ensure_future(run(engine, request("b", deadline_s=0.05)))
+    assert engine.stalled_s >= 0.0
+    for task in (hung, waiting):
+        with pytest.raises(TimedOut) as caught:
+            await task
+        assert (caught.value.status, caught.value.code) == (504, "timed_out")
+    stepper.gate.set()
+    await engine.close()
+
+
+class Meter:
+    """A process whose footprint the test sets."""
+
+    def __init__(self, *readings: int | None) -> None:
+        self._readings = list(readings)
+
+    def read(self) -> int | None:
+        return self._readings.pop(0) if len(self._readings) > 1 else self._readings[0]
+
+
+async def nothing() -> None:
+    """Close nothing."""
+
+
+async def test_a_model_that_came_back_whole_is_accounted_for() -> None:
+    memory = HeldMemory(EchoBackend(), Meter(100 * MIB, 140 * MIB, 140 * MIB, 101 * MIB))
+    assert await memory.opening(ORDER, lambda: "engine") == "engine"
+    assert memory.measured_bytes("m") == 40 * MIB
+    freed = await memory.closing("m", nothing)
+    assert freed == Freed(40 * MIB, 39 * MIB, 0, is_known=True)
+    assert freed.summary == "39.0 MiB of 40.0 MiB came back"
+
+
+async def test_what_does_not_come_back_is_told_as_kept() -> None:
+    size = 600 * MIB
+    memory = HeldMemory(EchoBackend(), Meter(0, size, size, size))
+    await memory.opening(ORDER, lambda: None)
+    freed = await memory.closing("m", nothing)
+    assert freed.kept_bytes == memory.kept_bytes == size - 256 * MIB
+    assert "its process keeps 344.0 MiB" in freed.summary
+
+
+async def test_a_system_that_says_nothing_leaves_the_estimates_alone() -> None:
+    memory = HeldMemory(EchoBackend(), Meter(None))
+    await memory.opening(ORDER, lambda: None)
+    memory.look({"m"})
+    assert (memory.measured_bytes("m"), memory.kept_bytes) == (0, 0)
+    assert await memory.closing("m", nothing) == Freed()
+
+
+async def test_reports_name_the_process_and_its_models(replica: FormatReplica) -> None:
+    await replica.load_model(ORDER)
+    report = await replica.report()
+    assert [one.replica_id for one in report.processes] == ["replica"]
+    assert [one.model_id for one in report.residents] == ["m"]
+    assert await replica.unload_model("gone") is None
+    assert isinstance(await replica.unload_model("m"), Freed)
