@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from core.settings import ByteCount, Settings
+from core.settings import ByteCount, Seconds, Settings
 from core.units import format_bytes
 
 CONFIGURATION = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -37,6 +37,7 @@ TYPE_NAMES: dict[object, str] = {
     Path: "folder",
     SecretStr: "secret text",
     ByteCount: "bytes",
+    Seconds: "number",
 }
 
 
