@@ -38,8 +38,9 @@ class GgufBackend(Backend):
             return Availability(False, "llama-cpp-python is not installed; run scripts/setup")
         return Availability(True)
 
-    def preload(self) -> None:
+    def preload(self, info: ModelInfo, options: EngineOptions) -> None:
         """Import llama.cpp."""
+        del info, options
         library()
 
     def identify(self, path: Path) -> ModelInfo:

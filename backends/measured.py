@@ -2,6 +2,8 @@
 
 from typing import ClassVar, Protocol, runtime_checkable
 
+from backends.base import EngineOptions, ModelInfo
+
 
 @runtime_checkable
 class Measured(Protocol):
@@ -9,6 +11,9 @@ class Measured(Protocol):
 
     reserves_kv: ClassVar[bool]
 
-    def preload(self) -> None:
-        """Import the runtime, which is no model's memory.  Blocks; call it on a loader thread."""
+    def preload(self, info: ModelInfo, options: EngineOptions) -> None:
+        """Import the runtime that `info` needs, which is no model's memory.
+
+        Blocks; call it on a loader thread.
+        """
         ...

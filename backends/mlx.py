@@ -20,7 +20,7 @@ from backends.hf_tokenizer import HfTokenizer
 from backends.mlx_embed import open_embedder
 from backends.mlx_file import mlx_info, runtime_type
 from backends.mlx_memory import estimate_mlx, wants_dense
-from backends.mlx_model import MlxModel, check_config
+from backends.mlx_model import MlxModel, check_config, import_runtime
 from backends.mlx_model import supports as has_code_for
 from backends.mlx_stepper import MlxStepper
 from core.errors import BackendUnavailable, BrokenModel
@@ -36,6 +36,7 @@ class MlxBackend(Backend):
     name: ClassVar[str] = "mlx"
     starts_on_demand: ClassVar[bool] = True
     process_bytes: ClassVar[int] = 384 * MIB
+    reserves_kv: ClassVar[bool] = False
 
     def availability(self) -> Availability:
         """Available where MLX and mlx-lm are installed: on Apple silicon, or Linux's CPU."""
@@ -49,6 +50,11 @@ class MlxBackend(Backend):
     def supports(self, model_type: str) -> bool:
         """Whether mlx-lm has code for this architecture; imports nothing of it."""
         return self.availability().is_available and has_code_for(model_type)
+
+    def preload(self, info: ModelInfo, options: EngineOptions) -> None:
+        """Import MLX and mlx-lm."""
+        del info
+        import_runtime(options.threads)
 
     def identify(self, path: Path) -> ModelInfo:
         """Read the headers of the weights and the files beside them."""

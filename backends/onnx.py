@@ -54,12 +54,18 @@ class OnnxBackend(Backend):
     name: ClassVar[str] = "onnx"
     starts_on_demand: ClassVar[bool] = True
     process_bytes: ClassVar[int] = 192 * MIB
+    reserves_kv: ClassVar[bool] = False
 
     def availability(self) -> Availability:
         """Available where onnxruntime is installed."""
         if importlib.util.find_spec("onnxruntime") is None:
             return Availability(False, "onnxruntime is not installed; run scripts/setup")
         return Availability(True)
+
+    def preload(self, info: ModelInfo, options: EngineOptions) -> None:
+        """Import onnxruntime."""
+        del info, options
+        importlib.import_module("onnxruntime")
 
     def identify(self, path: Path) -> ModelInfo:
         """Read the graph with our own bounded reader."""

@@ -12,7 +12,13 @@ from backends.base import (
     ModelInfo,
 )
 from backends.hf_config import read_folder
-from backends.pytorch_engine import estimate_torch, on_torch, open_torch, torch_availability
+from backends.pytorch_engine import (
+    estimate_torch,
+    import_torch,
+    on_torch,
+    open_torch,
+    torch_availability,
+)
 from backends.pytorch_weights import pytorch_info
 from core.units import MIB
 
@@ -23,10 +29,16 @@ class PytorchBackend(Backend):
     name: ClassVar[str] = "pytorch"
     starts_on_demand: ClassVar[bool] = True
     process_bytes: ClassVar[int] = 512 * MIB
+    reserves_kv: ClassVar[bool] = False
 
     def availability(self) -> Availability:
         """Available where PyTorch and transformers are installed."""
         return torch_availability()
+
+    def preload(self, info: ModelInfo, options: EngineOptions) -> None:
+        """Import PyTorch and transformers."""
+        del info, options
+        import_torch()
 
     def identify(self, path: Path) -> ModelInfo:
         """Read the tensors' list with our own interpreter of pickles, which runs nothing."""

@@ -126,6 +126,12 @@ def torch_dtype(info: ModelInfo) -> Any:
     return names[run_dtype(info.quantization)]
 
 
+def import_torch() -> None:
+    """Import PyTorch and transformers; blocks for seconds the first time."""
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+
 def load_model(info: ModelInfo, folder: HfFolder) -> Any:
     """Return the transformers model with its weights, ready to run; reads no network.
 

@@ -17,7 +17,14 @@ from backends.hf_checks import check_folder, transformers_knows
 from backends.hf_config import HfFolder, read_folder, weight_files
 from backends.hf_folder import folder_info, is_mlx, quantization_of
 from backends.hf_header import SafetensorsHeader, broken, safetensors_header
-from backends.pytorch_engine import estimate_torch, on_torch, open_torch, torch_availability
+from backends.measured import Measured
+from backends.pytorch_engine import (
+    estimate_torch,
+    import_torch,
+    on_torch,
+    open_torch,
+    torch_availability,
+)
 from backends.pytorch_weights import refuse_quantized
 from core.errors import BackendUnavailable, NotThisFormat
 from core.types import Capability
@@ -44,6 +51,7 @@ class SafetensorsBackend(Backend):
     name: ClassVar[str] = "safetensors"
     starts_on_demand: ClassVar[bool] = True
     process_bytes: ClassVar[int] = 512 * MIB
+    reserves_kv: ClassVar[bool] = False
 
     def availability(self) -> Availability:
         """Available where MLX or PyTorch is."""
@@ -69,6 +77,14 @@ class SafetensorsBackend(Backend):
         if headers[0].metadata.get("format") == "mlx" or is_mlx(folder, headers[0]):
             raise NotThisFormat(f"{path.name} was made by MLX")
         return _info(folder, headers)
+
+    def preload(self, info: ModelInfo, options: EngineOptions) -> None:
+        """Import the runtime of `details["runs_on"]`."""
+        mlx = _runtime(info)
+        if mlx is None:
+            import_torch()
+        elif isinstance(mlx, Measured):
+            mlx.preload(info, options)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         """Return the bytes that the runtime of `details["runs_on"]` holds."""

@@ -29,7 +29,7 @@ class HeldMemory:
         """Run `open_` on a thread and note what it took."""
         backend = self._backend
         if isinstance(backend, Measured):
-            await asyncio.to_thread(backend.preload)
+            await asyncio.to_thread(backend.preload, order.info, order.options)
         before = self._meter.read()
         result = await asyncio.to_thread(open_)
         after = self._meter.read()

@@ -180,10 +180,11 @@ class Launcher:
                 drain(self._settings, self._is_impatient)
             self._child.send_signal(signal.SIGINT)
             self._wait_for_child(_STOP_LIMIT_S)
-        _, left = psutil.wait_procs(list(self._descendants.values()), timeout=5)
+        patience_s = 0.5 if self._is_impatient() else 5.0
+        _, left = psutil.wait_procs(list(self._descendants.values()), timeout=patience_s)
         for process in left:
             _signal(process, signal.SIGTERM)
-        _, left = psutil.wait_procs(left, timeout=5)
+        _, left = psutil.wait_procs(left, timeout=patience_s)
         for process in left:
             _signal(process, signal.SIGKILL)
         psutil.wait_procs(left, timeout=5)

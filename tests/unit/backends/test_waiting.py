@@ -2,11 +2,13 @@
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from backends.batching import BatchingEngine
 from backends.slot_gate import SlotGate
 from backends.waiting import WaitingQueue
 from core.types import BATCH_DELAY_S, Priority
@@ -38,6 +40,10 @@ def test_each_class_keeps_its_order_and_what_is_dropped_is_gone() -> None:
         queue.popleft()
 
 
+def _has_submitted(engine: BatchingEngine, count: int) -> bool:
+    return len(engine._inbox.submitted) == count
+
+
 async def test_f9_a_batch_request_waits_behind_interactive_ones_in_the_engine() -> None:
     stepper = FakeStepper(max_sequences=1)
     engine = open_engine(stepper)
@@ -53,7 +59,7 @@ async def test_f9_a_batch_request_waits_behind_interactive_ones_in_the_engine() 
     for number, name in enumerate(["batch", "first", "second"]):
         priority: Priority = "batch" if name == "batch" else "interactive"
         tasks.append(asyncio.ensure_future(ask(name, priority)))
-        await until(lambda number=number: len(engine._inbox.submitted) == number + 1)
+        await until(partial(_has_submitted, engine, number + 1))
     stepper.gate.set()
     await asyncio.gather(*tasks)
     assert ends == ["running", "first", "second", "batch"]

@@ -155,7 +155,7 @@ async def test_a_scheduler_that_does_not_answer_leaves_what_was_known(
     watch = StandingWatch(handle)
     scheduler.standing = Standing(keeps_cool=True)
     await watch.refresh()
-    scheduler.handle.standing = FakeHandle(fail=answering(Unavailable("away"))).fail
+    handle.standing = FakeHandle(fail=answering(Unavailable("away"))).fail
     assert (await watch.refresh()).keeps_cool
 
 

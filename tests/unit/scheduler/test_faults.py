@@ -48,7 +48,8 @@ def test_f11_a_load_that_works_forgives_failures_but_no_deaths() -> None:
 def test_f11_quarantine_means_that_many_processes_within_the_window(
     deaths: list[tuple[str, float]],
 ) -> None:
-    record, firsts = Record("files"), {}
+    record = Record("files")
+    firsts: dict[str, float] = {}
     for name, at in deaths:
         for known in [one for one, first in firsts.items() if at - first >= DEATH_WINDOW_S]:
             del firsts[known]
