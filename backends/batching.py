@@ -16,8 +16,8 @@ from backends.prepare import Prepared, Preparer
 from backends.threads import name_this_thread
 from backends.ticket import Inbox, LoopSink, Ticket
 from backends.turns import TurnLock
-from backends.waiting import WaitingQueue
-from core.errors import EngineFailed, ImpetusError, QueueFull
+from backends.waiting import Pace, WaitingQueue
+from core.errors import EngineFailed, ImpetusError, QueueFull, TimedOut
 from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress, Prompt
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class BatchingEngine(Engine):
         self._max_waiting = max_waiting
         self._wake = threading.Condition()
         self._inbox = Inbox()
-        self._waiting = WaitingQueue()
+        self._waiting, self._pace = WaitingQueue(), Pace()
         self._running: dict[int, Ticket] = {}
         self._next_id = self._preparing = 0
         self._failure: ImpetusError | None = None
@@ -105,16 +105,14 @@ class BatchingEngine(Engine):
         self._pacer.limits.check_admits(is_resumed=bool(request.generated))
         # A resumed answer was admitted once already.
         if not request.generated and self.load().waiting >= self._max_waiting:
-            raise QueueFull(
-                f"{self._max_waiting} requests already wait for {self.info.name}.", retry_after_s=5
-            )
+            retry = self._pace.retry_after_s(self._max_waiting, self.max_sequences)
+            message = f"{self._max_waiting} requests already wait for {self.info.name}."
+            raise QueueFull(message, retry_after_s=retry)
         try:
             async with asyncio.timeout(request.deadline_s):
                 return await self._run(request, sink)
         except TimeoutError as problem:
-            raise EngineFailed(
-                f"The request took longer than {request.deadline_s:g} s."
-            ) from problem
+            raise TimedOut.after(request.deadline_s) from problem
 
     async def _run(self, request: GenerationRequest, sink: EventSink) -> Finished:
         submitted_at = time.monotonic()
@@ -303,6 +301,7 @@ class BatchingEngine(Engine):
         if assembler.reason is not None:
             ticket.throttled_s += self._pacer.paused_s
             finished = ticket.finish(assembler.reason, now)
+            self._pace.note(now - ticket.added_at)
             events.append(finished)
             del self._running[ticket.id]
             stepper.remove(ticket.id)

@@ -1,10 +1,31 @@
 """The requests that wait for a slot in an engine, interactive ones before batch ones."""
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 
 from backends.ticket import Ticket
 from core.types import BATCH_DELAY_S
+
+_FIRST_GUESS_S = 5.0
+_NEW_SHARE = 0.2
+_LONGEST_RETRY_S = 120
+
+
+class Pace:
+    """How fast requests end, from those that did: the last ones count most."""
+
+    def __init__(self) -> None:
+        self._each_s = _FIRST_GUESS_S
+
+    def note(self, run_s: float) -> None:
+        """Take in how long a request ran once it had its slot."""
+        self._each_s += _NEW_SHARE * (run_s - self._each_s)
+
+    def retry_after_s(self, waiting: int, slots: int) -> int:
+        """Return the whole seconds until a place in the queue is likely to be free."""
+        left_s = self._each_s * max(waiting, 1) / max(slots, 1) / 2
+        return max(1, min(math.ceil(left_s), _LONGEST_RETRY_S))
 
 
 class WaitingQueue:

@@ -269,8 +269,9 @@ class SchedulerReplica:
             await self._scanner.scan()
             raise
         except ReplicaDied:
-            for process in processes:
-                await self._note_death(model_id, process.replica_id)
+            left = await self._holders.processes(record.info.format)
+            for process in {one.replica_id for one in processes} - {one.replica_id for one in left}:
+                await self._note_death(model_id, process)
             raise
         except InsufficientMemory:
             raise

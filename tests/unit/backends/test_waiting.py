@@ -10,7 +10,7 @@ import pytest
 
 from backends.batching import BatchingEngine
 from backends.slot_gate import SlotGate
-from backends.waiting import WaitingQueue
+from backends.waiting import Pace, WaitingQueue
 from core.types import BATCH_DELAY_S, Priority
 from tests.requests import request, run
 from tests.unit.backends.test_batching import FakeStepper, open_engine, until
@@ -97,3 +97,15 @@ async def test_a_slot_given_to_who_left_meanwhile_goes_to_the_next() -> None:
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     await asyncio.wait_for(second, 5)
+
+
+def test_f9_the_advice_follows_how_long_requests_took() -> None:
+    pace = Pace()
+    assert pace.retry_after_s(16, 2) == 20
+    for _ in range(50):
+        pace.note(0.5)
+    assert pace.retry_after_s(16, 2) == 3
+    assert pace.retry_after_s(0, 8) == 1
+    for _ in range(50):
+        pace.note(1000.0)
+    assert pace.retry_after_s(256, 1) == 120

@@ -1,7 +1,7 @@
 """A scheduler over stand-in replicas, and its models."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from backends.registry import backends_for
 from catalog.identify import Outcome, examine
 from core.settings import Settings
 from core.units import MIB
+from deployments.errors import ReplicaDied
 from deployments.orders import (
     Freed,
     LoadOrder,
@@ -37,7 +38,7 @@ class Replica:
         self.measured_bytes = 0
         self.kept_bytes = 0
         self.stderr_path = ""
-        self.replica_ids: Iterator[str] = iter(())
+        self.name = "replica"
         self.freed = Freed()
         self.failure: Exception | None = None
         self.limits: list[EngineLimits] = []
@@ -53,6 +54,9 @@ class Replica:
 
     async def load(self, order: LoadOrder) -> Residency:
         await asyncio.sleep(0)
+        if isinstance(self.failure, ReplicaDied):
+            # Another process takes its place.
+            self.name += "'"
         if self.failure is not None:
             raise self.failure
         self.held.append(order.model_id)
@@ -70,8 +74,7 @@ class Replica:
             ResidentReport(model_id, 0.0, self.in_flight, EngineLoad(), self.measured_bytes)
             for model_id in self.held
         ]
-        name = next(self.replica_ids, "replica")
-        process = ProcessReport(name, self.kept_bytes, self.stderr_path)
+        process = ProcessReport(self.name, self.kept_bytes, self.stderr_path)
         return ReplicaReport("gguf", 1, tuple(reports), (process,))
 
     async def residencies(self) -> list[Residency]:

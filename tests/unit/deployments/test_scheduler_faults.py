@@ -110,7 +110,6 @@ async def test_f11_deaths_while_it_is_loaded_count_too(
     scheduler: SchedulerReplica, replica: Replica
 ) -> None:
     replica.failure = ReplicaDied("The process died.")
-    replica.replica_ids = iter("abc")
     for _ in range(3):
         assert (await refusal(scheduler)).code == "engine_failed"
     assert (await refusal(scheduler)).code == "model_quarantined"
