@@ -193,8 +193,9 @@ class BatchingEngine(Engine):
 
     @property
     def stalled_s(self) -> float:
-        """Seconds that the current step has lasted."""
-        return max(0.0, time.monotonic() - self._step_began_at)
+        """Seconds that the current step has lasted; a failed engine steps no more."""
+        lasted_s = time.monotonic() - self._step_began_at
+        return 0.0 if self.is_failed else max(0.0, lasted_s)
 
     def _drive(self, stepper: Stepper) -> None:
         """Step until closed.  Runs on the engine's thread."""

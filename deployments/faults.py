@@ -75,6 +75,9 @@ class Faults:
     def note_death(self, model_id: str, files: str, process: str, last_words: str) -> bool:
         """Remember that a process died that the model used; True when that is the last straw."""
         old = self._of(model_id, files)
+        # Every request that ran there tells of it.
+        if process in old.deaths:
+            return False
         count = len(old.deaths.keys() | {process})
         said = f" Its last words: {last_words}" if last_words else ""
         reason = (

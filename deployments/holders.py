@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 
 from backends.base import Backend
 from core.errors import ImpetusError
@@ -38,6 +39,7 @@ class Holders:
         self._backends = backends
         self._running = running
         self._processes: dict[str, ProcessReport] = {}
+        self._of_format: dict[str, tuple[ProcessReport, ...]] = {}
 
     async def open(self, order: LoadOrder) -> Residency:
         """Let a replica open the model.  Raises what the replica does, ReplicaDied too."""
@@ -55,7 +57,7 @@ class Holders:
         if await self._is_stopped(name):
             return ()
         answer = await self._ask(name)
-        return () if answer is None else answer.processes
+        return () if answer is None else self._of_format[name]
 
     async def is_held(self, residency: Residency) -> bool:
         """Whether the replica still says that it holds the model; False where it says nothing."""
@@ -80,10 +82,14 @@ class Holders:
         return self._backends[name].starts_on_demand and name not in await self._running()
 
     async def report(self, known: Sequence[Residency]) -> Reported:
-        """Ask the replicas of these models; those that do not answer in time are left out."""
+        """Ask the replicas of these models, and those that keep memory without any.
+
+        Those that do not answer in time are left out.
+        """
         stopped = await self.stopped(known)
         asked = [residency for residency in known if residency not in stopped]
-        names = sorted({residency.format for residency in asked})
+        keeping = {name for name in self._of_format if await self._keeps_memory(name)}
+        names = sorted({residency.format for residency in asked} | keeping)
         answers = await asyncio.gather(*(self._ask(name) for name in names))
         found = {
             name: answer for name, answer in zip(names, answers, strict=True) if answer is not None
@@ -102,6 +108,11 @@ class Holders:
         ]
         return of_models, [one for answer in found.values() for one in answer.processes]
 
+    async def _keeps_memory(self, name: str) -> bool:
+        """Whether a process of the format held memory without models when it was asked last."""
+        keeps = any(process.kept_bytes for process in self._of_format[name])
+        return keeps and not await self._is_stopped(name)
+
     async def _ask(self, name: str) -> ReplicaReport | None:
         try:
             async with asyncio.timeout(_REPORT_LIMIT_S):
@@ -109,9 +120,14 @@ class Holders:
         except (TimeoutError, ImpetusError) as problem:
             logger.warning("%s does not say what it does: %r", name, problem)
             return None
+        # Those that are gone keep nothing any more.
+        now = {process.replica_id for process in report.processes}
+        gone = [one for one in self._of_format.get(name, ()) if one.replica_id not in now]
+        self._of_format[name] = report.processes
         for process in report.processes:
             self._processes[process.replica_id] = process
-        return report
+        ended = tuple(replace(process, kept_bytes=0) for process in gone)
+        return replace(report, processes=(*report.processes, *ended))
 
     async def stopped(self, known: Sequence[Residency]) -> list[Residency]:
         """Return what formats held that were scaled to zero meanwhile."""

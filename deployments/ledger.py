@@ -179,7 +179,7 @@ class Ledger:
     async def refresh(self) -> None:
         """Ask the replicas how their models are used; one that is not there is forgotten."""
         known = self.residencies
-        if not known:
+        if not (known or self._state.kept):
             return
         # A use that is dated too early costs a moment's wait, one too late a model in use.
         asked_at = time.monotonic()

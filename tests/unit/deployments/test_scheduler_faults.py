@@ -150,6 +150,21 @@ async def test_memory_that_does_not_come_back_stays_in_the_ledger_until_its_proc
     assert isinstance(await scheduler.ensure_loaded(B), Residency)
 
 
+@pytest.mark.parametrize("is_new", [False, True], ids=["returned", "another process"])
+async def test_memory_that_came_back_later_is_free_again(
+    scheduler: SchedulerReplica, replica: Replica, is_new: bool
+) -> None:
+    replica.freed = Freed(40 * MIB, 8 * MIB, 32 * MIB, is_known=True)
+    replica.kept_bytes = 32 * MIB
+    await scheduler.ensure_loaded(A)
+    await scheduler.unload(A)
+    assert isinstance(await scheduler.ensure_loaded(B), InsufficientMemory)
+    replica.kept_bytes = 0
+    if is_new:
+        replica.name = "another"
+    assert isinstance(await scheduler.ensure_loaded(B), Residency)
+
+
 @asynccontextmanager
 async def strained(tmp_path: Path, replica: Replica) -> AsyncGenerator[SchedulerReplica, None]:
     """Give a scheduler that holds A; `heat` below changes the machine's state at once."""
