@@ -297,7 +297,7 @@ async def test_f3_a_process_that_hangs_as_a_whole_ends_the_request_after_its_dea
     monkeypatch.setattr("deployments.dispatch._DEADLINE_GRACE_S", 0.0)
     subject = dispatcher(receiver, loads("a"), FakeHandle(generate=hang))
     with pytest.raises(TimedOut):
-        await anext(subject.generate(replace(REQUEST, deadline_s=0.01)))
+        await collect(subject, replace(REQUEST, deadline_s=0.01))
 
 
 async def test_f11_the_scheduler_is_told_of_every_death(receiver: FrameReceiver) -> None:

@@ -1,6 +1,7 @@
 """A replica's own watch over its engines, and what its models really hold."""
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,14 +29,14 @@ class UnservedReplica(FormatReplica):
 
 
 @pytest.fixture
-def replica(monkeypatch: pytest.MonkeyPatch) -> FormatReplica:
+def replica(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FormatReplica:
     context: Any = SimpleNamespace(
         replica_id=SimpleNamespace(unique_id="replica"), get_node_id=lambda: "node"
     )
     monkeypatch.setattr("deployments.engine.attach_logs", lambda: None)
     monkeypatch.setattr("deployments.engine.serve.get_replica_context", lambda: context)
     monkeypatch.setattr("deployments.engine.ray.get_runtime_context", lambda: context)
-    return UnservedReplica("echo")
+    return UnservedReplica("echo", tmp_path)
 
 
 async def test_f3_a_step_that_does_not_return_fails_the_health_check(

@@ -238,8 +238,8 @@ async def test_f15_conversions_pause_from_fair_on(tmp_path: Path, replica: Repli
         assert scheduler._conversions.is_paused
         await heat(scheduler, tmp_path, "nominal")
         assert not scheduler._conversions.is_paused
-        actions = [one.action for one in await scheduler.decisions()]
-        assert actions[-2:] == ["pause conversions", "let conversions go on"]
+        actions = [one.action for one in await scheduler.decisions() if "conv" in one.action]
+        assert actions == ["pause conversions", "let conversions go on"]
 
 
 async def test_a_model_over_the_budget_is_refused_with_its_nearest_smaller_variant(
