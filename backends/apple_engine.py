@@ -9,11 +9,11 @@ from typing import Any
 from backends.apple_request import read_job
 from backends.apple_sessions import AppleSession, CallMade, Ended, Failed, News, Snapshot
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
+from backends.calls.sink import new_call_id
 from backends.chat import ChatFormat, OutputParser
 from backends.limits import UNLIMITED, EngineLimits
 from backends.slot_gate import SlotGate
 from backends.text import Piece, StopMatcher
-from backends.tool_calls import new_call_id
 from core.errors import (
     EngineFailed,
     ImpetusError,

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from backends.masking import Constraint, GrammarPlace, TokenMask
 from core.errors import UnsupportedCapability
 from core.types import (
     Capability,
@@ -62,6 +60,7 @@ class EngineOptions:
     `context_tokens` None means the trained length; `kv_tokens` and `kv_type` None let the backend
     choose the KV cells all sequences share.  `memory_limit_bytes` bounds what `estimate` grants.
     `prefix_bytes` of RAM keep prefixes outside the cells; `warm_tokens` stay in them meanwhile.
+    `tool_parser` names the family of tool calls, where the chat template does not tell.
     """
 
     max_sequences: int = 16
@@ -74,6 +73,7 @@ class EngineOptions:
     memory_limit_bytes: int | None = None
     prefix_bytes: int = 0
     warm_tokens: int = 1 << 30
+    tool_parser: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,26 +208,6 @@ class Backend(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Constraint:
-    """What the answer must match, as an llguidance grammar; `param` is what asked for it."""
-
-    grammar: str
-    param: str
-
-
-class TokenMask(Protocol):
-    """One sequence's place in its grammar; used from the engine's thread only."""
-
-    def apply(self, logits: NDArray[np.float32]) -> None:
-        """Set the logits of tokens that may not come next to -inf; shape (vocabulary,)."""
-        ...
-
-    def accept(self, token_id: int) -> None:
-        """Move on past the chosen token."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
 class SequenceSpec:
     """One sequence to run; `prompt` ends in `generated` answer tokens, `max_tokens` still fit."""
 
@@ -292,8 +272,13 @@ class Tokenizer(Protocol):
         """Return what a token adds to the text; empty for control tokens."""
         ...
 
-    def mask(self, constraint: Constraint) -> TokenMask:
-        """Compile a grammar for this vocabulary.  Raises UnsupportedParameter."""
+    @property
+    def can_constrain(self) -> bool:
+        """Whether `mask` can make any."""
+        ...
+
+    def mask(self, constraint: Constraint) -> GrammarPlace:
+        """Compile a grammar for this vocabulary.  Raises RequestError, UnsupportedParameter."""
         ...
 
     @property

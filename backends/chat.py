@@ -3,8 +3,11 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from backends.base import Constraint
-from backends.constraint import call_constraint, json_constraint
+from backends.answer_mask import ReasoningPlan
+from backends.calls.families import DEFAULT, FAMILIES, family_of
+from backends.calls.grammar import call_constraint, triggered_calls
+from backends.constraint import output_constraint
+from backends.masking import Constraint
 from backends.messages import (
     folded,
     plain_text,
@@ -12,17 +15,14 @@ from backends.messages import (
     template_tool,
     with_written_tools,
 )
-from backends.reasoning import THINK_CLOSE, THINK_OPEN, ReasoningParser
+from backends.reasoning import HARMONY, ReasoningParser, reasoning_tags
+from backends.reasoning_switch import effort_variables
 from backends.templates import TemplateRefused, TemplateRenderer
 from backends.text import OutputParser
-from backends.tool_calls import CALL_CLOSE, CALL_OPEN, BareCallParser, ToolCallParser
-from core.errors import RequestError
-from core.types import ChatMessage, ChatPrompt, JsonOutput, JsonValue, Tool
+from core.errors import RequestError, UnsupportedParameter
+from core.types import ChatMessage, ChatPrompt, JsonValue, Output, Tool
 
-__all__ = ["MARKERS", "ChatFormat", "OutputParser"]
-
-# Tags that the parsers look for; some vocabularies hide them as control tokens.
-MARKERS = tuple(tag.encode() for tag in (THINK_OPEN, THINK_CLOSE, CALL_OPEN, CALL_CLOSE))
+__all__ = ["ChatFormat", "OutputParser"]
 
 _RESERVED = frozenset(
     [
@@ -53,20 +53,44 @@ class ChatFormat:
     messages in the Hermes form (`messages.with_written_tools`).
     """
 
-    def __init__(self, template: str | None, bos_token: str, eos_token: str) -> None:
+    def __init__(
+        self,
+        template: str | None,
+        bos_token: str,
+        eos_token: str,
+        *,
+        tool_parser: str | None = None,
+    ) -> None:
+        """Read the template; `tool_parser` names the family of tool calls in its place.
+
+        Raises RequestError for a family that nobody knows.
+        """
         self._renderer = TemplateRenderer(template) if template else None
         self._bos_token = bos_token
         self._eos_token = eos_token
         text = template or ""
         self._knows_tools = _TOOLS.search(text) is not None
-        self._is_reasoning = THINK_OPEN in text or THINK_CLOSE in text
-        self._calls_bare = (
-            self._knows_tools
-            and CALL_OPEN not in text
-            and ("<|python_tag|>" in text or '"parameters"' in text)
+        self._template = text
+        if tool_parser is not None and tool_parser not in FAMILIES:
+            raise RequestError(
+                f"There is no tool parser {tool_parser[:100]!r}; known are {', '.join(FAMILIES)}.",
+                param="tool_parser",
+            )
+        own = family_of(text) if self._knows_tools else DEFAULT
+        self.family = own if tool_parser is None else FAMILIES[tool_parser]
+        self._tags = HARMONY if self.family.name == "harmony" else reasoning_tags(text)
+        # These models write the first call without a marker.
+        self._calls_bare = self.family.name == "llama3_json" or (
+            self.family.is_pythonic and self.family.tool_call_start not in text
         )
         self._wants_parts: bool | None = None if _ITERATED_CONTENT.search(text) else False
         self.stop: tuple[str, ...] = () if template else ("\nUser:",)
+
+    @property
+    def markers(self) -> tuple[bytes, ...]:
+        """The texts that the parsers look for; some vocabularies hide them as control tokens."""
+        reasoning = (self._tags.open, self._tags.close) if self._tags is not None else ()
+        return tuple(text.encode() for text in (*reasoning, *self.family.markers))
 
     def render(self, prompt: ChatPrompt) -> str:
         """Return the prompt's text, up to where the answer begins.
@@ -80,6 +104,10 @@ class ChatFormat:
             raise RequestError(
                 f"chat_template_kwargs cannot set {reserved[0]}.", param="chat_template_kwargs"
             )
+        extra = {
+            **effort_variables(self._template, prompt.reasoning_effort),
+            **prompt.template_kwargs,
+        }
         tools = _offered(prompt)
         messages = prompt.messages
         if not self._knows_tools:
@@ -87,13 +115,13 @@ class ChatFormat:
         if self._renderer is None:
             return plain_text(messages)
         try:
-            return self._render(self._renderer, messages, tools, prompt.template_kwargs)
+            return self._render(self._renderer, messages, tools, extra)
         except TemplateRefused as refusal:
             again = folded(messages)
             if again == messages:
                 raise
             try:
-                return self._render(self._renderer, again, tools, prompt.template_kwargs)
+                return self._render(self._renderer, again, tools, extra)
             except TemplateRefused:
                 raise refusal from None
 
@@ -102,25 +130,22 @@ class ChatFormat:
 
         `rendered` tells whether the template opened the reasoning already.
         """
-        names = frozenset(tool.name for tool in _callable(prompt))
+        tools = _callable(prompt)
         inner: OutputParser | None = None
-        if names:
-            calls = ToolCallParser(names, is_parallel=prompt.parallel_tool_calls)
-            inner = BareCallParser(names, calls)
-        is_open = _ends_with(rendered, THINK_OPEN)
-        if is_open or self._is_reasoning:
-            return ReasoningParser(inner, is_open=is_open)
-        return inner
+        if tools or self.family.main is not None:
+            inner = self.family.parser(tools, is_parallel=prompt.parallel_tool_calls)
+        if self._tags is None or self.family.main is not None:
+            return inner
+        return ReasoningParser(inner, is_open=self._is_open(rendered), tags=self._tags)
 
     def constraint(
-        self, prompt: ChatPrompt, output: JsonOutput | None = None, rendered: str | None = None
+        self, prompt: ChatPrompt, output: Output | None = None, rendered: str | None = None
     ) -> Constraint | None:
         """Return the grammar of the answer, or None where it is free.
 
-        A forced tool choice allows exactly one call, bare for models that write it so and else
-        within <tool_call>; `output` allows JSON alone.  Reasoning that the prompt has opened
-        goes before either.  Renders `prompt` if `rendered` is not given.  Raises RequestError,
-        also as `render` does.
+        A forced tool choice allows exactly one call in the family's form; `output` allows what
+        was asked for alone.  Reasoning that the prompt has opened goes before either.  Renders
+        `prompt` if `rendered` is not given.  Raises RequestError, also as `render` does.
         """
         is_forced = prompt.tool_choice not in ("none", "auto")
         if not is_forced and output is None:
@@ -132,11 +157,34 @@ class ChatFormat:
             )
         tools = _callable(prompt)
         rendered = self.render(prompt) if rendered is None else rendered
-        reasoning = THINK_CLOSE if _ends_with(rendered, THINK_OPEN) else None
+        is_open = self._is_open(rendered)
+        reasoning = self._tags.close if is_open and self._tags is not None else None
         if output is not None:
-            return json_constraint(output.schema, reasoning=reasoning)
-        opening, closing = ("", "") if self._calls_bare else (f"{CALL_OPEN}\n", f"\n{CALL_CLOSE}")
-        return call_constraint(tools, opening, closing, reasoning=reasoning)
+            return output_constraint(output, reasoning=reasoning)
+        return call_constraint(self.family, tools, is_bare=self._calls_bare, reasoning=reasoning)
+
+    def triggered(self, prompt: ChatPrompt) -> Mapping[str, Constraint]:
+        """Return what must follow the texts that begin a call, where calling is free."""
+        if prompt.tool_choice != "auto" or not prompt.tools:
+            return {}
+        return triggered_calls(self.family, prompt.tools)
+
+    def reasoning(self, prompt: ChatPrompt, rendered: str) -> ReasoningPlan | None:
+        """Return how the answer's reasoning is told apart, if the model reasons.
+
+        Raises UnsupportedParameter for a bound where it does not.
+        """
+        if self._tags is None:
+            if prompt.reasoning_tokens is not None:
+                raise UnsupportedParameter(
+                    "This model's chat template marks no reasoning that could be bounded.",
+                    param="reasoning.max_tokens",
+                )
+            return None
+        return ReasoningPlan(self._tags, self._is_open(rendered), prompt.reasoning_tokens)
+
+    def _is_open(self, rendered: str) -> bool:
+        return self._tags is not None and rendered.rstrip().endswith(self._tags.open)
 
     def close(self) -> None:
         """Stop the template's process; twice is fine."""
@@ -195,7 +243,3 @@ def _callable(prompt: ChatPrompt) -> tuple[Tool, ...]:
     if not chosen:
         raise RequestError(f"tool_choice names {name!r}, which is no tool.", param="tool_choice")
     return chosen[:1]
-
-
-def _ends_with(rendered: str, tag: str) -> bool:
-    return rendered.rstrip().endswith(tag)

@@ -1,84 +1,191 @@
 """Constrained decoding for every token-level format, with llguidance."""
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
-from backends.base import Constraint
-from core.errors import UnsupportedParameter
-from core.types import JsonValue, Tool
+from backends.masking import Constraint
+from core.errors import RequestError, UnsupportedParameter
+from core.types import ChoiceOutput, JsonOutput, JsonValue, Output, RegexOutput
+from core.units import KIB, MIB
 
 # Weak models loop on free whitespace, so JSON is written compactly.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_MOST_GRAMMAR_BYTES = 512 * KIB
+_CACHED_GRAMMARS = 64
+_CACHED_BYTES = 4 * MIB
 
 
-def json_constraint(
-    schema: Mapping[str, JsonValue] | None, *, reasoning: str | None = None
-) -> Constraint:
-    """Return what makes the answer JSON valid for `schema`, or any object without one.
+def styled(schema: Mapping[str, JsonValue], *, is_lenient: bool = False) -> str:
+    """Return `schema` for llguidance; `is_lenient` leaves keywords out that it does not know."""
+    style = {**_JSON_STYLE, "lenient": True} if is_lenient else _JSON_STYLE
+    return json.dumps({**schema, "x-guidance": style}, ensure_ascii=False)
+
+
+class GrammarText:
+    """Builds a grammar in llguidance's Lark dialect, rule by rule."""
+
+    def __init__(self, *, is_lenient: bool = False) -> None:
+        self.is_lenient = is_lenient
+        self._rules: list[str] = []
+        self._markers: list[str] = []
+        self._count = 0
+
+    @staticmethod
+    def quoted(text: str) -> str:
+        """Return `text` as a literal."""
+        return json.dumps(text, ensure_ascii=False)
+
+    def reserve(self) -> str:
+        """Return a fresh rule name."""
+        self._count += 1
+        return f"rule{self._count}"
+
+    def define(self, name: str, body: str) -> None:
+        """Give a reserved rule its body."""
+        self._rules.append(f"{name}: {body}")
+
+    def rule(self, body: str) -> str:
+        """Return the name of a new rule."""
+        name = self.reserve()
+        self.define(name, body)
+        return name
+
+    def json(self, schema: Mapping[str, JsonValue]) -> str:
+        """Return a rule of JSON that is valid for `schema`."""
+        return self.rule(f"%json {styled(schema, is_lenient=self.is_lenient)}")
+
+    def marker(self, text: str) -> str:
+        """Return a rule of a text that may be a control token of the vocabulary."""
+        return f"marker{self._index(text)}"
+
+    def until(self, text: str) -> str:
+        """Return a rule of anything up to such a text, which belongs to it."""
+        return f"until{self._index(text)}"
+
+    def _index(self, text: str) -> int:
+        if text not in self._markers:
+            self._markers.append(text)
+        return self._markers.index(text)
+
+    def constraint(self, answer: str, param: str, *, reasoning: str | None = None) -> Constraint:
+        """Return the grammar of `answer`, after reasoning that ends with `reasoning` if any."""
+        # Lazily up to the closing tag: the answer begins right after it.
+        start = f"{self.until(reasoning)} answer" if reasoning is not None else "answer"
+        lines = [f"start: {start}", f"answer: {answer}", *self._rules]
+        return Constraint("\n".join(lines) + "\n", param, tuple(self._markers))
+
+
+def output_constraint(output: Output, *, reasoning: str | None = None) -> Constraint:
+    """Return what makes the answer what was asked for; a regex is in Rust's syntax.
 
     `reasoning` is the text that ends the model's reasoning, which then may go first.
     """
-    return _lark(f"%json {_styled(schema or {'type': 'object'})}", reasoning, "response_format")
+    text = GrammarText()
+    match output:
+        case RegexOutput(pattern, param):
+            answer = f"/{regex_to_lark(pattern)}/"
+        case ChoiceOutput(choices, param):
+            answer = " | ".join(map(text.quoted, choices))
+        case JsonOutput(schema):
+            answer, param = text.json(schema or {"type": "object"}), "response_format"
+    return text.constraint(answer, param, reasoning=reasoning)
 
 
-def call_constraint(
-    tools: Sequence[Tool], opening: str, closing: str, *, reasoning: str | None = None
-) -> Constraint:
-    """Return what makes the answer one call of one of `tools`, between its two tags."""
-    calls = []
-    for tool in tools:
-        arguments: JsonValue = dict(tool.parameters) or {"type": "object"}
-        # Definitions are looked up from the root, so they move there.
-        definitions = arguments.pop("$defs", None) if isinstance(arguments, dict) else None
-        call: dict[str, JsonValue] = {
-            "type": "object",
-            "properties": {"name": {"const": tool.name}, "arguments": arguments},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        if definitions is not None:
-            call["$defs"] = definitions
-        calls.append(f"%json {_styled(call)}")
-    body = " | ".join(f"call{index}" for index in range(len(calls)))
-    rules = "\n".join(f"call{index}: {call}" for index, call in enumerate(calls))
-    text = f"{_quoted(opening)} ({body}) {_quoted(closing)}"
-    return _lark(text, reasoning, "tools", rules)
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary and keeps the last ones.  Thread-safe.
 
+    At most 64 grammars of together 4 MiB of text are kept.  llguidance's own limits bound the
+    time and memory of each; it gives the interpreter free while it compiles.
+    """
 
-def _lark(answer: str, reasoning: str | None, param: str, rules: str = "") -> Constraint:
-    start, extra = "answer", ""
-    if reasoning is not None:
-        # Lazily up to the closing tag: the answer begins right after it.
-        start = "thought answer"
-        extra = f"thought[suffix={_quoted(reasoning)}]: /(.|\\n)*/\n"
-    grammar = f"start: {start}\n{extra}answer: {answer}\n{rules}\n"
-    return Constraint(LLMatcher.grammar_from_lark(grammar), param)
+    def __init__(self, tokenizer: LLTokenizer, control_token: Callable[[str], int | None]) -> None:
+        """Keep `tokenizer`; `control_token` returns the id of a control token of that text."""
+        self._tokenizer = tokenizer
+        self._control_token = control_token
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
+        self._kept_bytes = 0
 
+    @property
+    def kept(self) -> tuple[int, int]:
+        """How many grammars are kept, and their bytes of text."""
+        return len(self._kept), self._kept_bytes
 
-def _styled(schema: Mapping[str, JsonValue]) -> str:
-    return json.dumps({**schema, "x-guidance": _JSON_STYLE}, ensure_ascii=False)
+    def mask(self, constraint: Constraint) -> "GrammarMask":
+        """Return a place at the grammar's start.
 
+        Raises RequestError for a grammar that is too large, UnsupportedParameter for what cannot
+        be enforced.
+        """
+        text = constraint.grammar + self._marker_rules(constraint)
+        size = len(text.encode("utf-8", "surrogatepass"))
+        if size > _MOST_GRAMMAR_BYTES:
+            raise RequestError(
+                f"The {constraint.param} make a grammar of {size} bytes; at most "
+                f"{_MOST_GRAMMAR_BYTES} are accepted.",
+                param=constraint.param,
+            )
+        key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+        matcher = found[0] if found is not None else self._compiled(text, constraint.param)
+        if found is None:
+            self._keep(key, matcher, size)
+        return GrammarMask(self._tokenizer, matcher.deep_copy())
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    def _compiled(self, text: str, param: str) -> LLMatcher:
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(
+            self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0, limits=limits
+        )
+        problem = matcher.get_error()
+        if problem:
+            raise UnsupportedParameter(
+                f"The {param} cannot be enforced: {problem[:500]}", param=param
+            )
+        return matcher
+
+    def _keep(self, key: bytes, matcher: LLMatcher, size: int) -> None:
+        with self._lock:
+            if key in self._kept:
+                return
+            self._kept[key] = (matcher, size)
+            self._kept_bytes += size
+            while len(self._kept) > _CACHED_GRAMMARS or self._kept_bytes > _CACHED_BYTES:
+                _, (_, dropped) = self._kept.popitem(last=False)
+                self._kept_bytes -= dropped
+
+    def _marker_rules(self, constraint: Constraint) -> str:
+        lines = []
+        for index, text in enumerate(constraint.markers):
+            token_id = self._control_token(text)
+            if token_id is None:
+                quoted = GrammarText.quoted(text)
+                lines.append(f"marker{index}: {quoted}")
+                lines.append(f"until{index}[suffix={quoted}]: /(.|\\n)*/")
+            else:
+                lines.append(f"marker{index}: <[{token_id}]>")
+                lines.append(f"until{index}: /(.|\\n)*/ <[{token_id}]>")
+        return "\n".join(lines) + "\n"
 
 
 class GrammarMask:
     """One sequence's place in its grammar; implements `backends.base.TokenMask`."""
 
-    def __init__(self, tokenizer: LLTokenizer, constraint: Constraint) -> None:
-        """Compile; bounded by llguidance's own limits.  Raises UnsupportedParameter."""
-        self._matcher = LLMatcher(tokenizer, constraint.grammar)
-        problem = self._matcher.get_error()
-        if problem:
-            raise UnsupportedParameter(
-                f"The {constraint.param} cannot be enforced: {problem[:500]}",
-                param=constraint.param,
-            )
+    is_active = True
+
+    def __init__(self, tokenizer: LLTokenizer, matcher: LLMatcher) -> None:
+        self._tokenizer = tokenizer
+        self._matcher = matcher
         words = (tokenizer.vocab_size + 31) // 32
         self._bits = np.zeros(words, np.int32)
 
@@ -92,3 +199,13 @@ class GrammarMask:
     def accept(self, token_id: int) -> None:
         """Move on past the chosen token."""
         self._matcher.consume_token(token_id)
+
+    def restart(self, data: bytes) -> bool:
+        """Go back to the grammar's start and past `data`; return whether it allows that."""
+        self._matcher.reset()
+        return not data or self._matcher.consume_tokens(self._tokenizer.tokenize_bytes(data))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the grammar is satisfied."""
+        return self._matcher.is_accepting() or self._matcher.is_stopped()

@@ -7,7 +7,6 @@ from typing import ClassVar
 from backends.base import (
     Availability,
     Backend,
-    Constraint,
     Engine,
     EngineLoad,
     EngineOptions,
@@ -15,10 +14,10 @@ from backends.base import (
     ModelInfo,
     SequenceSpec,
     StepOutput,
-    TokenMask,
 )
 from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
+from backends.masking import Constraint, GrammarPlace
 from backends.prepare import Preparer
 from core.errors import NotThisFormat, UnsupportedParameter
 from core.types import Capability, TokenLogprob
@@ -33,6 +32,7 @@ class ByteTokenizer:
     """Token ids are UTF-8 bytes; 256 ends the answer."""
 
     vocabulary_size = END_TOKEN + 1
+    can_constrain = False
 
     def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
         """Return the bytes of `text`; there are no special tokens to add or parse."""
@@ -43,7 +43,7 @@ class ByteTokenizer:
         """Return the byte itself."""
         return bytes((token_id,)) if token_id < END_TOKEN else b""
 
-    def mask(self, constraint: Constraint) -> TokenMask:
+    def mask(self, constraint: Constraint) -> GrammarPlace:
         """Refuse: the one possible answer cannot be changed."""
         raise UnsupportedParameter(
             f"The echo model cannot honour {constraint.param}.", param=constraint.param

@@ -14,7 +14,7 @@ from backends.base import (
     ModelInfo,
 )
 from backends.batching import BatchingEngine
-from backends.chat import MARKERS, ChatFormat
+from backends.chat import ChatFormat
 from backends.gguf_embed import GgufEmbedder
 from backends.gguf_file import gguf_info
 from backends.gguf_memory import estimate_gguf, kv_element_bytes
@@ -71,9 +71,11 @@ class GgufBackend(Backend):
 
 def _open_generator(info: ModelInfo, model: GgufModel, options: EngineOptions) -> Engine:
     assert options.context_tokens is not None
-    model.show(*MARKERS)
     bos = model.special_text("bos")
-    chat = ChatFormat(info.chat_template, bos, model.special_text("eos"))
+    chat = ChatFormat(
+        info.chat_template, bos, model.special_text("eos"), tool_parser=options.tool_parser
+    )
+    model.show(*chat.markers)
     preparer = Preparer(
         info,
         model,

@@ -7,8 +7,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from backends.base import Constraint, EngineOptions
-from backends.constraint import GrammarMask
+from backends.base import EngineOptions
+from backends.constraint import GrammarCompiler, GrammarMask
+from backends.masking import Constraint
 from core.errors import BrokenModel, InsufficientMemory
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class GgufModel:
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}
         self._grammar_lock = threading.Lock()
-        self._grammar_tokenizer: Any = None
+        self._compiler: GrammarCompiler | None = None
         self._keeps_state = bool(
             self._llama.llama_model_is_recurrent(self.handle)
             or self._llama.llama_model_is_hybrid(self.handle)
@@ -164,12 +165,23 @@ class GgufModel:
             self._ends[token_id] = known
         return known
 
+    can_constrain = True
+
     def mask(self, constraint: Constraint) -> GrammarMask:
         """Compile a grammar; the first takes a fraction of a second to read the vocabulary."""
         with self._grammar_lock:
-            if self._grammar_tokenizer is None:
-                self._grammar_tokenizer = self._read_vocabulary()
-        return GrammarMask(self._grammar_tokenizer, constraint)
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self._read_vocabulary(), self._control_token)
+        return self._compiler.mask(constraint)
+
+    def _control_token(self, text: str) -> int | None:
+        """Return the id of the control token of this text, if there is one."""
+        ids = self.encode(text, add_bos=False, parse_special=True)
+        if len(ids) != 1:
+            return None
+        piece = self.piece(ids[0], special=True)
+        is_control = piece == text.encode() and self._is_special(ids[0], piece)
+        return ids[0] if is_control else None
 
     def _read_vocabulary(self) -> Any:
         """Return llguidance's view of the vocabulary; special tokens are marked with 0xFF."""

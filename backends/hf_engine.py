@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from backends.base import Engine, EngineOptions, ModelInfo, Stepper
 from backends.batching import BatchingEngine
-from backends.chat import MARKERS, ChatFormat
+from backends.chat import ChatFormat
 from backends.hf_folder import HfFolder
 from backends.hf_tokenizer import HfTokenizer
 from backends.infill import find_infill
@@ -28,8 +28,13 @@ def open_token_engine(
 
     `open_stepper` runs on the engine's own thread, and what it raises is raised here.
     """
-    tokenizer.show(*MARKERS)
-    chat = ChatFormat(info.chat_template, tokenizer.bos_text, tokenizer.eos_text)
+    chat = ChatFormat(
+        info.chat_template,
+        tokenizer.bos_text,
+        tokenizer.eos_text,
+        tool_parser=options.tool_parser,
+    )
+    tokenizer.show(*chat.markers)
     preparer = Preparer(
         info,
         tokenizer,

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.base import Constraint
-from backends.constraint import GrammarMask
+from backends.constraint import GrammarCompiler, GrammarMask
 from backends.hf_config import HfFolder, read_folder
 from backends.hf_header import broken, read_json, read_text
 from backends.hf_pieces import piece_reader
+from backends.masking import Constraint
 from core.errors import (
     BrokenModel,
     ContextLengthExceeded,
@@ -61,7 +61,7 @@ class HfTokenizer:
         self._pieces: dict[int, bytes] = {}
         self._lock = threading.Lock()
         self._plain: Any = None
-        self._grammar_tokenizer: Any = None
+        self._compiler: GrammarCompiler | None = None
         self.bos_text = self._named("bos")
         self.eos_text = self._named("eos")
         self._prefix = self._read_prefix()
@@ -127,12 +127,21 @@ class HfTokenizer:
         """Whether a token ends the generation."""
         return token_id in self.end_ids
 
+    can_constrain = True
+
     def mask(self, constraint: Constraint) -> GrammarMask:
         """Compile a grammar; the first takes a fraction of a second to read the vocabulary."""
         with self._lock:
-            if self._grammar_tokenizer is None:
-                self._grammar_tokenizer = self._read_vocabulary(constraint)
-        return GrammarMask(self._grammar_tokenizer, constraint)
+            if self._compiler is None:
+                vocabulary = self._read_vocabulary(constraint)
+
+                def control_token(text: str) -> int | None:
+                    token_id: int | None = self._tokenizer.token_to_id(text)
+                    is_control = token_id is not None and vocabulary.is_special_token(token_id)
+                    return token_id if is_control else None
+
+                self._compiler = GrammarCompiler(vocabulary, control_token)
+        return self._compiler.mask(constraint)
 
     def _read_vocabulary(self, constraint: Constraint) -> Any:
         from llguidance import LLTokenizer

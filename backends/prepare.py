@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from backends.base import Constraint, ModelInfo, Tokenizer, TokenMask
+from backends.answer_mask import AnswerMask, ReasoningPlan
+from backends.base import ModelInfo, Tokenizer
 from backends.chat import ChatFormat, OutputParser
-from backends.constraint import json_constraint
+from backends.constraint import output_constraint
 from backends.infill import InfillTokens
+from backends.masking import Constraint, TokenMask
 from backends.text import TextAssembler
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
 from core.types import (
@@ -14,7 +16,7 @@ from core.types import (
     GenerationEvent,
     GenerationRequest,
     InfillPrompt,
-    JsonOutput,
+    Output,
     Prompt,
     SamplingParams,
     TextDelta,
@@ -52,6 +54,8 @@ class _Text:
     parser: OutputParser | None = None
     stop: tuple[str, ...] = ()
     constraint: Constraint | None = None
+    triggered: Mapping[str, Constraint] = field(default_factory=dict)
+    reasoning: ReasoningPlan | None = None
 
 
 class Preparer:
@@ -96,12 +100,24 @@ class Preparer:
                 max_tokens=max_tokens,
                 parser=text.parser,
             ),
-            mask=self._tokenizer.mask(text.constraint) if text.constraint else None,
+            mask=self._mask(text),
             opening=self._opening(request, text.token_ids),
         )
         if request.generated:
             self._resume(prepared, self._checked(request.generated))
         return prepared
+
+    def _mask(self, text: _Text) -> TokenMask | None:
+        """Compile what bounds the answer; the grammar of begun calls only where it can be."""
+        tokenizer = self._tokenizer
+        whole = tokenizer.mask(text.constraint) if text.constraint is not None else None
+        triggered = []
+        if whole is None and tokenizer.can_constrain:
+            triggered = [(start, tokenizer.mask(one)) for start, one in text.triggered.items()]
+        has_budget = text.reasoning is not None and text.reasoning.budget is not None
+        if not triggered and not has_budget:
+            return whole
+        return AnswerMask(tokenizer, whole=whole, triggered=triggered, reasoning=text.reasoning)
 
     @staticmethod
     def _resume(prepared: Prepared, generated: Sequence[int]) -> None:
@@ -132,7 +148,7 @@ class Preparer:
             return self._read_chat(request.prompt, request.output)
         constraint = None
         if request.output is not None:
-            constraint = json_constraint(request.output.schema)
+            constraint = output_constraint(request.output)
         return _Text(self._plain_ids(request.prompt), constraint=constraint)
 
     def _plain_ids(self, prompt: TextPrompt | TokenPrompt | InfillPrompt) -> list[int]:
@@ -154,13 +170,15 @@ class Preparer:
         text = rendered.removeprefix(self._bos_text) if self._bos_text else rendered
         return self._tokenizer.encode(text, add_bos=True, parse_special=True)
 
-    def _read_chat(self, prompt: ChatPrompt, output: JsonOutput | None) -> _Text:
+    def _read_chat(self, prompt: ChatPrompt, output: Output | None) -> _Text:
         rendered = self._chat.render(prompt)
         return _Text(
             self._chat_ids(rendered),
             self._chat.parser(prompt, rendered),
             self._chat.stop,
             self._chat.constraint(prompt, output, rendered),
+            self._chat.triggered(prompt),
+            self._chat.reasoning(prompt, rendered),
         )
 
     def _checked(self, token_ids: Sequence[int]) -> list[int]:

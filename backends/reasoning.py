@@ -1,12 +1,44 @@
 """The incremental parser that keeps a model's reasoning apart from its answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from backends.text import OutputParser, Piece
-from core.types import ReasoningDelta, TextDelta
+from core.types import MismatchKind, ReasoningDelta, TextDelta
 
-THINK_OPEN = "<think>"
-THINK_CLOSE = "</think>"
+
+@dataclass(frozen=True, slots=True)
+class ReasoningTags:
+    """What begins and ends a model's reasoning; `forced` ends it where a budget does."""
+
+    open: str
+    close: str
+    forced: str = ""
+
+
+THINK = ReasoningTags("<think>", "</think>")
+# Harmony's parser reads the channels itself.
+HARMONY = ReasoningTags(
+    "<|channel|>analysis<|message|>",
+    "<|end|>",
+    "<|end|><|start|>assistant<|channel|>final<|message|>",
+)
+_KNOWN = (
+    ReasoningTags("<seed:think>", "</seed:think>"),
+    ReasoningTags("[THINK]", "[/THINK]"),
+    ReasoningTags("<|START_THINKING|>", "<|END_THINKING|>"),
+    ReasoningTags("<|channel>thought", "<channel|>"),
+    ReasoningTags("◁think▷", "◁/think▷"),
+    THINK,
+)
+
+
+def reasoning_tags(template: str) -> ReasoningTags | None:
+    """Return the tags that a chat template shows, or None for a model that does not reason."""
+    for tags in _KNOWN:
+        if tags.open in template or tags.close in template:
+            return tags
+    return None
 
 
 def split_held(text: str, marker: str) -> tuple[str, str]:
@@ -21,14 +53,17 @@ def split_held(text: str, marker: str) -> tuple[str, str]:
 
 
 class ReasoningParser:
-    """Takes `<think>…</think>` at the answer's start for reasoning; the rest goes to `inner`.
+    """Takes what the tags enclose at the answer's start for reasoning; the rest goes to `inner`.
 
     `is_open` says that the prompt ends with the opening tag.  Unclosed reasoning stays
     reasoning.  Space around both tags is dropped.
     """
 
-    def __init__(self, inner: OutputParser | None, *, is_open: bool) -> None:
+    def __init__(
+        self, inner: OutputParser | None, *, is_open: bool, tags: ReasoningTags = THINK
+    ) -> None:
         self._inner = inner
+        self._tags = tags
         self._held = ""
         self._is_after = False
         self._is_fresh = True
@@ -38,6 +73,11 @@ class ReasoningParser:
     def is_done(self) -> bool:
         """Whether the inner parser is done."""
         return self._inner is not None and self._inner.is_done
+
+    @property
+    def mismatches(self) -> Sequence[MismatchKind]:
+        """What was wrong with the inner parser's calls so far."""
+        return () if self._inner is None else self._inner.mismatches
 
     def push(self, text: str) -> list[Piece]:
         """Take the next text; return what is certain by now."""
@@ -62,10 +102,10 @@ class ReasoningParser:
     def _start(self, text: str, pieces: list[Piece]) -> str:
         text, self._held = self._held + text, ""
         begin = text.lstrip()
-        if begin.startswith(THINK_OPEN):
+        if begin.startswith(self._tags.open):
             self._state, self._is_fresh = self._think, True
-            return begin[len(THINK_OPEN) :]
-        if THINK_OPEN.startswith(begin):
+            return begin[len(self._tags.open) :]
+        if self._tags.open.startswith(begin):
             self._held = text
             return ""
         self._state = self._answer
@@ -75,12 +115,12 @@ class ReasoningParser:
         text, self._held = self._held + text, ""
         if self._is_fresh:
             text = text.lstrip()
-        before, tag, after = text.partition(THINK_CLOSE)
+        before, tag, after = text.partition(self._tags.close)
         if tag:
             thought = before.rstrip()
             self._state, self._is_after = self._start, True
         else:
-            thought, self._held = split_held(text, THINK_CLOSE)
+            thought, self._held = split_held(text, self._tags.close)
         if thought:
             self._is_fresh = False
             pieces.append(ReasoningDelta(thought))

@@ -9,6 +9,7 @@ from backends.base import StepOutput
 from core.types import (
     FinishReason,
     GenerationEvent,
+    MismatchKind,
     ReasoningDelta,
     TextDelta,
     TokenLogprob,
@@ -24,6 +25,11 @@ class OutputParser(Protocol):
     @property
     def is_done(self) -> bool:
         """Whether generation has to end here, as after the one tool call that is allowed."""
+        ...
+
+    @property
+    def mismatches(self) -> Sequence[MismatchKind]:
+        """What was wrong with the tool calls so far."""
         ...
 
     def push(self, text: str) -> list[Piece]:
@@ -156,6 +162,11 @@ class TextAssembler:
         self._has_calls = False
         self.reasoning_tokens = 0
         self._reason: FinishReason | None = None if max_tokens > 0 else "length"
+
+    @property
+    def mismatches(self) -> tuple[MismatchKind, ...]:
+        """What was wrong with the answer's tool calls."""
+        return () if self._parser is None else tuple(self._parser.mismatches)
 
     @property
     def reason(self) -> FinishReason | None:

@@ -75,7 +75,13 @@ class Ticket:
             throttled_s=max(self.throttled_s, 0.0),
         )
         assembler = prepared.assembler
-        return Finished(assembler.reason or reason, usage, timing, stop=assembler.matched_stop)
+        return Finished(
+            assembler.reason or reason,
+            usage,
+            timing,
+            stop=assembler.matched_stop,
+            mismatches=assembler.mismatches,
+        )
 
     def finish_at_once(self, now: float) -> Finished:
         """Answer a request that wants no new token: its own prompt at most."""

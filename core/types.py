@@ -133,6 +133,25 @@ BATCH_DELAY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
+class RegexOutput:
+    """The answer must match `pattern` as a whole; `param` is the field that asked for it."""
+
+    pattern: str
+    param: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceOutput:
+    """The answer must be one of `choices`; `param` is the field that asked for it."""
+
+    choices: tuple[str, ...]
+    param: str
+
+
+Output: TypeAlias = JsonOutput | RegexOutput | ChoiceOutput
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate; `max_tokens` None means up to the context's end.
 
@@ -148,7 +167,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
-    output: JsonOutput | None = None
+    output: Output | None = None
     echo_prompt: bool = False
     deadline_s: float | None = None
     generated: tuple[int, ...] = ()
@@ -228,17 +247,24 @@ class ToolCallDelta:
     token_ids: tuple[int, ...] = ()
 
 
+MismatchKind: TypeAlias = Literal["schema", "malformed", "undeclared"]
+
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of every generation that did not raise; `stop` is the stop string met."""
+    """The last event of every generation that did not raise; `stop` is the stop string met.
+
+    `mismatches` says what was wrong with tool calls that were passed on as they are: arguments
+    that do not fit the tool's schema, a call that broke off, a function nobody declared.
+    """
 
     reason: FinishReason
     usage: Usage
     timing: Timing = field(default_factory=Timing)
     stop: str | None = None
+    mismatches: tuple[MismatchKind, ...] = ()
 
 
 GenerationEvent: TypeAlias = PrefillProgress | TextDelta | ReasoningDelta | ToolCallDelta | Finished

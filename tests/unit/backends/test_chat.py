@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
+from backends.calls.families import FAMILIES
 from backends.chat import ChatFormat
 from backends.reasoning import ReasoningParser
 from backends.text import OutputParser
-from backends.tool_calls import BareCallParser, ToolCallParser
 from core.errors import RequestError
 from core.types import (
     ChatMessage,
@@ -176,12 +176,12 @@ def split(parser: OutputParser, *parts: str) -> tuple[str, str, list[tuple[str, 
     return text, thought, calls
 
 
-NAMES = frozenset({"get_weather", "get_time"})
+def call_parser(*, is_parallel: bool = True) -> OutputParser:
+    return FAMILIES["hermes"].parser((WEATHER, TIME), is_parallel=is_parallel)
 
 
 def full_parser(*, is_open: bool = False, is_parallel: bool = True) -> OutputParser:
-    calls = ToolCallParser(NAMES, is_parallel=is_parallel)
-    return ReasoningParser(BareCallParser(NAMES, calls), is_open=is_open)
+    return ReasoningParser(call_parser(is_parallel=is_parallel), is_open=is_open)
 
 
 BERN = ("get_weather", '{"city":"Bern"}')
@@ -285,7 +285,7 @@ def test_parser_broken_arguments_lose_nothing() -> None:
 
 
 def test_parser_streams_arguments_as_they_grow() -> None:
-    parser = ToolCallParser(NAMES, is_parallel=True)
+    parser = call_parser()
     pieces = [
         parser.push(part)
         for part in ('<tool_call>{"name": "get_time", "arg', 'uments": {"a": "x', "y", '"}}')
@@ -365,15 +365,16 @@ def test_constraint_lets_reasoning_go_first(chat: Make) -> None:
     constraint = form.constraint(say("hi"), JsonOutput(), form.render(say("hi")))
     assert constraint is not None
     assert constraint == form.constraint(say("hi"), JsonOutput())
-    assert "</think>" in constraint.grammar
+    assert constraint.markers == ("</think>",)
+    assert constraint.grammar.startswith("start: until0 answer")
 
 
 def test_constraint_of_bare_calls_compiles(chat: Make) -> None:
     form = chat(WITH_TOOLS.replace("<tool_call>", "<|python_tag|>"))
     constraint = form.constraint(say("hi", tools=[TIME], tool_choice="required"), None, "")
     assert constraint is not None
-    assert "<tool_call>" not in constraint.grammar
-    assert not LLMatcher.validate_grammar(constraint.grammar)
+    assert constraint.markers == ()
+    assert not LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(constraint.grammar))
 
 
 @pytest.mark.parametrize(

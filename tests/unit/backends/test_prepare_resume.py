@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from backends.base import Constraint, EngineLoad, SequenceSpec, StepOutput, TokenMask
+from backends.base import EngineLoad, SequenceSpec, StepOutput
 from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
+from backends.masking import Constraint, TokenMask
 from backends.prepare import Prepared, Preparer
 from backends.sampling import RowSampler
 from core.errors import RequestError

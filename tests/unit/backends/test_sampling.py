@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from backends.base import SequenceSpec, TokenMask
+from backends.base import SequenceSpec
+from backends.masking import TokenMask
 from backends.sampling import RowSampler
 from core.errors import EngineFailed, RequestError
 from core.types import SamplingParams

@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.base import StepOutput
+from backends.calls.families import FAMILIES
 from backends.reasoning import ReasoningParser
 from backends.text import Detokenizer, OutputParser, Piece, StopMatcher, TextAssembler
-from backends.tool_calls import BareCallParser, ToolCallParser
 from core.types import (
     GenerationEvent,
     ReasoningDelta,
     TextDelta,
     TokenLogprob,
+    Tool,
     ToolCallDelta,
 )
 
@@ -246,9 +247,9 @@ PARTS = [
 
 
 def parser_of(kind: str) -> OutputParser | None:
-    tools = ToolCallParser(frozenset({"f"}), is_parallel=True)
+    tools = FAMILIES["hermes"].parser((Tool("f"),))
     if kind == "bare":
-        return BareCallParser(frozenset({"f"}), tools)
+        return tools
     return ReasoningParser(tools, is_open=False) if kind == "all" else None
 
 

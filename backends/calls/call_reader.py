@@ -2,16 +2,18 @@
 
 import json
 
-from backends.json_scanner import JsonScanner, MalformedJson
+from backends.calls.json_scanner import JsonScanner, MalformedJson
 
 _ARGUMENT_KEYS = ("arguments", "parameters")
-_CALL_KEYS = frozenset({"name", "type", "id", *_ARGUMENT_KEYS})
+_NAME_KEYS = ("name", "tool_name")
+_CALL_KEYS = frozenset({*_NAME_KEYS, "type", "id", "tool_call_id", *_ARGUMENT_KEYS})
 
 
 class CallReader:
     """Reads one call, `{"name": …, "arguments": {…}}`, as its text grows.
 
-    `arguments` collects the compact JSON text of the arguments until `take` takes it.
+    The name may be called `tool_name`, the arguments `parameters`.  `take` takes the compact JSON
+    text of the arguments.
     """
 
     def __init__(self, names: frozenset[str]) -> None:
@@ -21,6 +23,7 @@ class CallReader:
         self._arguments = ""
         self._ended: set[str] = set()
         self.name: str | None = None
+        self.is_undeclared = False
         self.position = 0
 
     @property
@@ -66,11 +69,12 @@ class CallReader:
             self._ended.add(key)
         if key in _ARGUMENT_KEYS:
             self._take_arguments(key, piece)
-        elif key == "name":
+        elif key in _NAME_KEYS and self.name is None:
             self._texts[key] = self._texts.get(key, "") + piece
             if self._scanner.is_value_complete:
                 name = json.loads(self._texts[key])
-                if not isinstance(name, str) or name not in self._names:
+                self.is_undeclared = isinstance(name, str) and name not in self._names
+                if not isinstance(name, str) or self.is_undeclared:
                     raise MalformedJson
                 self.name = name
 
@@ -100,3 +104,39 @@ def _unquoted(text: str) -> str:
     if not isinstance(value, dict):
         raise MalformedJson
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class ObjectReader:
+    """Reads one JSON object as its text grows and rewrites it compactly."""
+
+    def __init__(self) -> None:
+        self._scanner = JsonScanner()
+        # The scanner rewrites a member's value, so the object is read as one.
+        opening, at = '{"object":', 0
+        while at < len(opening):
+            at, _ = self._scanner.read(opening, at)
+        self._text = ""
+        self._has_begun = False
+        self.position = 0
+        self.is_complete = False
+
+    def push(self, text: str) -> None:
+        """Read on; `position` then says how much of `text` belongs to it.  Raises MalformedJson."""
+        self.position = 0
+        while self.position < len(text) and not self.is_complete:
+            self.position, piece = self._scanner.read(text, self.position)
+            if piece and not self._has_begun and not piece.startswith("{"):
+                raise MalformedJson
+            self._has_begun = self._has_begun or bool(piece)
+            self._text += piece
+            self.is_complete = self._has_begun and self._scanner.is_value_complete
+
+    @property
+    def pending(self) -> str:
+        """What was read but not yet understood, as half a number."""
+        return self._scanner.pending
+
+    def take(self) -> str:
+        """Return the object's new text."""
+        taken, self._text = self._text, ""
+        return taken

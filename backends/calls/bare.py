@@ -1,0 +1,77 @@
+"""Answers that are nothing but calls, without the markers of a family."""
+
+from backends.calls.call_reader import CallReader
+from backends.calls.cursor import Cursor, Malformed, Steps
+from backends.calls.json_scanner import MalformedJson
+from backends.calls.literals import read_python_list
+from backends.calls.parser import Main, Section, prose_with_calls
+from backends.calls.sink import CallSink
+
+_JSON_OPENERS = ("<|python_tag|>", "```json", "```")
+_FENCE = "```"
+
+
+def answer_with_calls(starts: tuple[str, ...], section: Section, *, is_pythonic: bool) -> Main:
+    """Return a reader of a whole answer: one bare call, or prose with marked calls.
+
+    A bare call is one JSON object, perhaps in a code fence, or with `is_pythonic` a list in
+    Python's syntax.  It is held back until the answer's end shows that nothing else follows.
+    """
+    prose = prose_with_calls(starts, section)
+    openers = tuple(opener for opener in _JSON_OPENERS if opener not in starts)
+
+    def read(cursor: Cursor, sink: CallSink) -> Steps[None]:
+        cursor.mark()
+        try:
+            if is_pythonic:
+                yield from _list(cursor, sink)
+            else:
+                yield from _object(cursor, sink, openers)
+        except Malformed:
+            cursor.unread(cursor.since_mark)
+            yield from prose(cursor, sink)
+
+    return read
+
+
+def _object(cursor: Cursor, sink: CallSink, openers: tuple[str, ...]) -> Steps[None]:
+    yield from cursor.spaces()
+    for opener in openers:
+        yield from cursor.accept(opener)
+        yield from cursor.spaces()
+    if not cursor.rest.startswith("{"):
+        raise Malformed
+    reader = CallReader(sink.names)
+    while not reader.is_complete:
+        if not cursor.rest and not (yield from cursor.more()):
+            raise Malformed
+        try:
+            reader.push(cursor.rest)
+        except MalformedJson as problem:
+            raise Malformed from problem
+        cursor.advance(reader.position)
+    yield from _end(cursor)
+    assert reader.name is not None
+    sink.begin(reader.name)
+    sink.arguments(reader.take())
+    sink.finish()
+
+
+def _end(cursor: Cursor) -> Steps[None]:
+    """Skip the end of a code fence.  Raises Malformed if anything else follows."""
+    yield from cursor.spaces()
+    for _ in _FENCE:
+        yield from cursor.accept("`")
+    yield from cursor.spaces()
+    if cursor.rest:
+        raise Malformed
+
+
+def _list(cursor: Cursor, sink: CallSink) -> Steps[None]:
+    yield from cursor.spaces()
+    calls = yield from read_python_list(cursor, sink)
+    yield from cursor.spaces()
+    if cursor.rest:
+        raise Malformed
+    for name, arguments in calls:
+        sink.call(name, arguments)

@@ -1,0 +1,184 @@
+"""Grammars that make a model write calls in its family's form, with valid arguments."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from backends.calls import harmony
+from backends.calls.families import ToolFamily
+from backends.calls.grammar_forms import (
+    Body,
+    any_of,
+    gemma,
+    list_of,
+    python_section,
+    tagged,
+)
+from backends.calls.tagged import GLM, MINIMAX, QWEN_CODER
+from backends.constraint import GrammarText
+from backends.masking import Constraint
+from core.types import Tool
+
+
+def call_constraint(
+    family: ToolFamily,
+    tools: Sequence[Tool],
+    *,
+    is_bare: bool = False,
+    reasoning: str | None = None,
+) -> Constraint:
+    """Return what makes the answer one call of one of `tools`, in the form of `family`.
+
+    `is_bare`: without the family's outer markers.  `reasoning` is the text that ends the model's
+    reasoning, which then goes first.
+    """
+    text = GrammarText()
+    body = _BODIES.get(family.name, _json_call)
+    if family.name == "harmony":
+        start = f"{text.marker(harmony.CHANNEL)} {text.quoted('commentary to=functions.')}"
+        answer = f"{start} {_harmony(text, tools, False)}"
+    elif is_bare:
+        answer = _bare(text, tools) if not family.is_pythonic else python_list(text, tools, False)
+    else:
+        answer = f"{text.marker(family.tool_call_start)} {body(text, tools, False)}"
+    return text.constraint(answer, "tools", reasoning=reasoning)
+
+
+def triggered_calls(family: ToolFamily, tools: Sequence[Tool]) -> dict[str, Constraint]:
+    """Return what must follow each text that begins a call; keywords unknown to it are left out.
+
+    Several calls may follow where the family encloses them together.
+    """
+    made: dict[str, Constraint] = {}
+    if family.name == "harmony":
+        for start in ("<|channel|>commentary to=functions.", "assistant to=functions."):
+            text = GrammarText(is_lenient=True)
+            made[start] = text.constraint(_harmony(text, tools, True), "tools")
+        return made
+    body = _BODIES.get(family.name, _json_call)
+    text = GrammarText(is_lenient=True)
+    made[family.tool_call_start] = text.constraint(body(text, tools, True), "tools")
+    return made
+
+
+def _object(
+    text: GrammarText,
+    tools: Sequence[Tool],
+    *,
+    name_key: str = "name",
+    arguments_key: str = "arguments",
+    before: str = "",
+) -> str:
+    """Return the rule of one JSON object with a name and its arguments."""
+    choices = []
+    for tool in tools:
+        opening = f'{{{before}"{name_key}": {json.dumps(tool.name)}, "{arguments_key}": '
+        choices.append(f"{text.quoted(opening)} {_arguments(text, tool)} {text.quoted('}')}")
+    return any_of(text, choices)
+
+
+def _arguments(text: GrammarText, tool: Tool) -> str:
+    return text.json(dict(tool.parameters) or {"type": "object"})
+
+
+def _bare(text: GrammarText, tools: Sequence[Tool]) -> str:
+    return _object(text, tools, arguments_key="parameters")
+
+
+def _json_call(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+    del is_many
+    gap = f"{text.quoted(chr(10))}?" if text.is_lenient else text.quoted("\n")
+    return f"{gap} {_object(text, tools)} {gap} {text.marker('</tool_call>')}"
+
+
+def _json_list(closing: str, before: str = "") -> Body:
+    def body(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+        end = f" {text.marker(closing)}" if closing else ""
+        lead = f"{text.quoted(before)}? " if before else ""
+        return f"{lead}{list_of(text, _object(text, tools), is_many=is_many)}{end}"
+
+    return body
+
+
+def _action_list(closing: str, before: str, identity: str) -> Body:
+    def body(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+        one = _object(
+            text, tools, name_key="tool_name", arguments_key="parameters", before=identity
+        )
+        lead = f"{text.quoted(before)}? " if before else ""
+        gap = f" {text.quoted(before)}?" if before else ""
+        return f"{lead}{list_of(text, one, is_many=is_many)}{gap} {text.marker(closing)}"
+
+    return body
+
+
+def _python_tag(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+    del is_many
+    return _bare(text, tools)
+
+
+def _mistral(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+    del is_many
+    marker = text.marker("[ARGS]")
+    return any_of(text, [f"{text.quoted(t.name)} {marker} {_arguments(text, t)}" for t in tools])
+
+
+def _kimi(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+    begin, middle = text.marker("<|tool_call_begin|>"), text.marker("<|tool_call_argument_begin|>")
+    end, last = text.marker("<|tool_call_end|>"), text.marker("<|tool_calls_section_end|>")
+    names = [
+        f"{text.quoted(f'functions.{tool.name}:')} /[0-9]+/ {middle} {_arguments(text, tool)}"
+        for tool in tools
+    ]
+    one = f"{begin} {any_of(text, names)} {end}"
+    return f"({one}){'+' if is_many else ''} {last}"
+
+
+def _deepseek(prefix: str, opening: str, closing: str) -> Body:
+    def body(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+        begin, middle = text.marker("<｜tool▁call▁begin｜>"), text.marker("<｜tool▁sep｜>")
+        end, last = text.marker("<｜tool▁call▁end｜>"), text.marker("<｜tool▁calls▁end｜>")
+        before = f"{text.quoted(prefix)} {middle}" if prefix else ""
+        calls = []
+        for tool in tools:
+            name = f"{tool.name}{opening}"
+            after = "" if prefix else middle
+            close = text.quoted(closing) if closing else ""
+            calls.append(
+                f"{before} {text.quoted(name)} {after} {_arguments(text, tool)} {close}".strip()
+            )
+        one = f"{begin} {any_of(text, calls)} {end}"
+        more = f" ({text.quoted(chr(10))}? {one})*" if is_many else ""
+        return f"{one}{more} {last}"
+
+    return body
+
+
+def _harmony(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+    del is_many
+    message = text.marker(harmony.MESSAGE)
+    between = f"({text.marker(harmony.CHANNEL)} | {text.marker(harmony.CONSTRAIN)} | /[a-z ]+/)"
+    gap = f"{between}*" if text.is_lenient else f'" " {text.marker(harmony.CONSTRAIN)} "json"'
+    calls = [f"{text.quoted(tool.name)} {gap} {message} {_arguments(text, tool)}" for tool in tools]
+    return any_of(text, calls)
+
+
+_BODIES: Mapping[str, Body] = {
+    "hermes": _json_call,
+    "llama3_json": _python_tag,
+    "pythonic": python_section,
+    "mistral": _mistral,
+    "mistral_json": _json_list("", " "),
+    "qwen3_coder": tagged(QWEN_CODER, "\n"),
+    "minimax_m2": tagged(MINIMAX, "\n"),
+    "glm4": tagged(GLM, ""),
+    "kimi_k2": _kimi,
+    "deepseek_v3": _deepseek("function", "\n```json\n", "\n```"),
+    "deepseek_v31": _deepseek("", "", ""),
+    "function_gemma": gemma("<escape>", "<end_function_call>"),
+    "gemma4": gemma('<|"|>', "<tool_call|>"),
+    "granite": _json_list(""),
+    "phi4": _json_list(""),
+    "phi4_mini": _json_list("<|/tool_call|>"),
+    "cohere": _action_list("<|END_ACTION|>", "", '"tool_call_id": "0", '),
+    "command_r": _action_list("```", "\n", ""),
+}

@@ -1,0 +1,79 @@
+"""The reader of gpt-oss's harmony format, in which channels part reasoning, calls and answer.
+
+Source: OpenAI, "OpenAI harmony response format".
+"""
+
+import re
+
+from backends.calls.cursor import Cursor, Malformed, Steps, held_length
+from backends.calls.json_calls import read_arguments
+from backends.calls.sink import CallSink
+
+START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
+CALL, RETURN, CONSTRAIN = "<|call|>", "<|return|>", "<|constrain|>"
+MARKERS = (START, CHANNEL, MESSAGE, END, CALL, RETURN, CONSTRAIN)
+
+_RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
+_LONGEST_HEADER = 1024
+_ENDS = (END, CALL, RETURN, START)
+
+
+def read_harmony(cursor: Cursor, sink: CallSink) -> Steps[None]:
+    """Read messages; the first header goes on where the prompt's `<|start|>assistant` ends."""
+    header = ""
+    while True:
+        try:
+            text, mark = yield from cursor.until(MESSAGE, END, most=_LONGEST_HEADER)
+        except Malformed:
+            # No message at all: the model left its format, and its words are the answer.
+            yield from _flow(cursor, sink, "final")
+            return
+        if mark == MESSAGE:
+            header = text
+            yield from _message(cursor, sink, header)
+        cursor.mark()
+        yield from cursor.spaces()
+        if not cursor.rest and not (yield from cursor.more()):
+            return
+
+
+def _message(cursor: Cursor, sink: CallSink, header: str) -> Steps[None]:
+    channel = header.partition(CHANNEL)[2].split("<", 1)[0].split()
+    recipient = _RECIPIENT.search(header)
+    name = recipient[1] if recipient else ""
+    if name in sink.names:
+        cursor.mark()
+        sink.begin(name)
+        try:
+            yield from cursor.spaces()
+            yield from read_arguments(cursor, sink)
+            if sink.is_in_call:
+                return
+        except Malformed as problem:
+            sink.abandon()
+            cursor.unread(problem.pending)
+        yield from _flow(cursor, sink, "final")
+        return
+    if name:
+        sink.mismatches.append("undeclared")
+    yield from _flow(cursor, sink, channel[0] if channel else "final")
+
+
+def _flow(cursor: Cursor, sink: CallSink, channel: str) -> Steps[None]:
+    """Pass a message's text on up to its end."""
+    emit = sink.reasoning if channel == "analysis" else sink.text
+    while True:
+        text = cursor.rest
+        found = min(((at, one) for one in _ENDS if (at := text.find(one)) >= 0), default=None)
+        if found is not None:
+            emit(text[: found[0]])
+            cursor.advance(found[0] + len(found[1]))
+            return
+        kept = text[: len(text) - held_length(text, _ENDS)]
+        emit(kept)
+        cursor.advance(len(kept))
+        cursor.mark()
+        if not (yield from cursor.more()):
+            emit(cursor.rest)
+            cursor.advance(len(cursor.rest))
+            return

@@ -1,0 +1,180 @@
+"""Readers of calls whose arguments are JSON."""
+
+from backends.calls.call_reader import CallReader, ObjectReader
+from backends.calls.cursor import Cursor, Malformed, Steps
+from backends.calls.json_scanner import MalformedJson
+from backends.calls.parser import Section
+from backends.calls.sink import CallSink
+
+LONGEST_NAME = 512
+
+
+def read_call(cursor: Cursor, sink: CallSink) -> Steps[None]:
+    """Read one object with a name and arguments, which stream as they grow.  Raises Malformed."""
+    reader = CallReader(sink.names)
+    while not reader.is_complete:
+        if not cursor.rest and not (yield from cursor.more()):
+            if not sink.is_in_call:
+                raise Malformed
+            sink.arguments(reader.pending)
+            return
+        is_broken = False
+        try:
+            reader.push(cursor.rest)
+        except MalformedJson:
+            is_broken = True
+        cursor.advance(reader.position)
+        if reader.is_undeclared:
+            sink.mismatches.append("undeclared")
+        if not sink.is_in_call and reader.name and (reader.has_arguments or reader.is_complete):
+            sink.begin(reader.name)
+        if sink.is_in_call:
+            sink.arguments(reader.take())
+        if is_broken:
+            raise Malformed(reader.pending)
+    sink.finish()
+
+
+def read_arguments(cursor: Cursor, sink: CallSink) -> Steps[None]:
+    """Read the begun call's arguments, one object, and end the call.  Raises Malformed."""
+    reader = ObjectReader()
+    while not reader.is_complete:
+        if not cursor.rest and not (yield from cursor.more()):
+            sink.arguments(reader.pending)
+            return
+        try:
+            reader.push(cursor.rest)
+        except MalformedJson as problem:
+            cursor.advance(reader.position)
+            sink.arguments(reader.take())
+            raise Malformed(reader.pending) from problem
+        cursor.advance(reader.position)
+        sink.arguments(reader.take())
+    sink.finish()
+
+
+def read_calls(cursor: Cursor, sink: CallSink) -> Steps[None]:
+    """Read one call, or a list of them in brackets.  Raises Malformed."""
+    yield from cursor.spaces()
+    if not (yield from cursor.accept("[")):
+        yield from read_call(cursor, sink)
+        return
+    yield from cursor.spaces()
+    if (yield from cursor.accept("]")):
+        return
+    while True:
+        yield from cursor.spaces()
+        yield from read_call(cursor, sink)
+        if sink.is_in_call:
+            return
+        cursor.mark()
+        yield from cursor.spaces()
+        mark = yield from cursor.accept(",", "]")
+        if mark != ",":
+            return
+
+
+def tagged_json(*closing: str) -> Section:
+    """Return a section of one call or a list of them; `closing` may follow and is dropped."""
+
+    def section(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+        del start
+        yield from read_calls(cursor, sink)
+        cursor.mark()
+        yield from cursor.spaces()
+        yield from cursor.accept(*closing)
+
+    return section
+
+
+def python_tag(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+    """Read Llama's calls, which semicolons separate."""
+    del start
+    while True:
+        yield from cursor.spaces()
+        yield from read_call(cursor, sink)
+        cursor.mark()
+        yield from cursor.spaces()
+        if not (yield from cursor.accept(";")):
+            return
+
+
+def mistral(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+    """Read `name[ARGS]{…}`, perhaps with a `[CALL_ID]`, or a list of JSON calls."""
+    del start
+    yield from cursor.spaces()
+    if not cursor.rest:
+        yield from cursor.more()
+    if cursor.rest[:1] in ("[", "{", ""):
+        yield from read_calls(cursor, sink)
+        return
+    name, ender = yield from cursor.until("[ARGS]", "[CALL_ID]", most=LONGEST_NAME)
+    call_id = ""
+    if ender == "[CALL_ID]":
+        call_id, _ = yield from cursor.until("[ARGS]", most=LONGEST_NAME)
+    sink.begin(name.strip(), call_id)
+    yield from cursor.spaces()
+    yield from read_arguments(cursor, sink)
+
+
+def kimi(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+    """Read calls whose id `functions.<name>:<number>` holds the name."""
+    del start
+    has_called = False
+    while True:
+        yield from cursor.spaces()
+        mark = yield from cursor.accept("<|tool_call_begin|>", "<|tool_calls_section_end|>")
+        if mark != "<|tool_call_begin|>":
+            if not mark and not has_called:
+                raise Malformed
+            return
+        text, _ = yield from cursor.until("<|tool_call_argument_begin|>", most=LONGEST_NAME)
+        call_id = text.strip()
+        sink.begin(call_id.removeprefix("functions.").rpartition(":")[0] or call_id, call_id)
+        yield from cursor.spaces()
+        yield from read_arguments(cursor, sink)
+        if sink.is_in_call:
+            return
+        has_called = True
+        cursor.mark()
+        yield from cursor.spaces()
+        yield from cursor.accept("<|tool_call_end|>")
+
+
+_DEEPSEEK = {
+    "open": "<｜tool▁call▁begin｜>",
+    "separator": "<｜tool▁sep｜>",
+    "close": "<｜tool▁call▁end｜>",
+    "end": "<｜tool▁calls▁end｜>",
+}
+
+
+def deepseek(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+    """Read calls of DeepSeek V3 (`function`, the name, fenced JSON) or V3.1 (name and JSON)."""
+    del start
+    has_called = False
+    while True:
+        yield from cursor.spaces()
+        mark = yield from cursor.accept(_DEEPSEEK["open"], _DEEPSEEK["end"])
+        if mark != _DEEPSEEK["open"]:
+            if not mark and not has_called:
+                raise Malformed
+            return
+        name, _ = yield from cursor.until(_DEEPSEEK["separator"], most=LONGEST_NAME)
+        is_fenced = name.strip() == "function"
+        if is_fenced:
+            name, _ = yield from cursor.until("\n", most=LONGEST_NAME)
+            yield from cursor.spaces()
+            yield from cursor.expect("```json")
+        sink.begin(name.strip())
+        yield from cursor.spaces()
+        yield from read_arguments(cursor, sink)
+        if sink.is_in_call:
+            return
+        has_called = True
+        cursor.mark()
+        yield from cursor.spaces()
+        if is_fenced:
+            yield from cursor.accept("```")
+            yield from cursor.spaces()
+        yield from cursor.accept(_DEEPSEEK["close"])

@@ -1,0 +1,232 @@
+"""Readers of calls written like Python's or in Gemma's notation."""
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from backends.calls.cursor import Cursor, Malformed, Steps, Unfinished
+from backends.calls.json_calls import LONGEST_NAME
+from backends.calls.parser import Section
+from backends.calls.sink import CallSink
+from core.types import JsonValue
+
+_MOST = 256 * 1024
+_DEEPEST = 64
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]{1,300})?(?:[eE][-+]?[0-9]{1,3})?")
+_NAMES: Mapping[str, JsonValue] = {"true": True, "false": False, "null": None}
+
+Call: TypeAlias = tuple[str, dict[str, JsonValue]]
+
+
+def pythonic(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+    """Read `[name(key=value, …), …]`; the calls come out once the list is closed."""
+    del start
+    yield from cursor.spaces()
+    calls = yield from read_python_list(cursor, sink)
+    for name, arguments in calls:
+        sink.call(name, arguments)
+    cursor.mark()
+    yield from cursor.spaces()
+    yield from cursor.accept("<|python_end|>", "<|tool_call_end|>")
+
+
+def read_python_list(cursor: Cursor, sink: CallSink) -> Steps[list[Call]]:
+    """Return the calls of a list whose functions are all declared.  Raises Malformed."""
+    yield from cursor.expect("[")
+    opening = tuple(f"{name}(" for name in sink.names)
+    yield from cursor.spaces()
+    # A list of anything else is known for what it is at once.
+    name = yield from cursor.expect(*opening)
+    text = yield from _bracketed(cursor, f"[{name}")
+    calls = python_calls(text)
+    if any(name not in sink.names for name, _ in calls):
+        sink.mismatches.append("undeclared")
+        raise Malformed
+    return calls
+
+
+def _bracketed(cursor: Cursor, opening: str) -> Steps[str]:
+    """Return `opening`, which opens two brackets, and the text that closes both.
+
+    Raises Malformed.
+    """
+    read, brackets = [opening], _Brackets(2)
+    while True:
+        rest = cursor.rest
+        end = brackets.end(rest)
+        read.append(rest[:end])
+        cursor.advance(len(read[-1]))
+        if brackets.depth == 0:
+            return "".join(read)
+        if sum(map(len, read)) > _MOST:
+            raise Malformed
+        if not (yield from cursor.more()):
+            raise Unfinished
+
+
+class _Brackets:
+    """Follows brackets outside of quoted texts until they are closed."""
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self._quote = ""
+        self._is_escaped = False
+
+    def end(self, text: str) -> int:
+        """Return how much of `text` belongs to what the brackets enclose, their end included."""
+        for at, character in enumerate(text):
+            if self._quote:
+                self._in_quote(character)
+            elif character in "\"'":
+                self._quote = character
+            else:
+                self.depth += (character in "[({") - (character in "])}")
+            if not self.depth:
+                return at + 1
+        return len(text)
+
+    def _in_quote(self, character: str) -> None:
+        if self._is_escaped:
+            self._is_escaped = False
+        elif character == "\\":
+            self._is_escaped = True
+        elif character == self._quote:
+            self._quote = ""
+
+
+def python_calls(text: str) -> list[Call]:
+    """Return the calls of a list in Python's syntax.  Raises Malformed."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
+        raise Malformed from problem
+    if not isinstance(tree, ast.List) or not tree.elts:
+        raise Malformed
+    return [_python_call(node) for node in tree.elts]
+
+
+def _python_call(node: ast.expr) -> Call:
+    if not isinstance(node, ast.Call) or node.args:
+        raise Malformed
+    arguments: dict[str, JsonValue] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None or keyword.arg in arguments:
+            raise Malformed
+        arguments[keyword.arg] = _python_value(keyword.value)
+    return ast.unparse(node.func), arguments
+
+
+def _python_value(node: ast.expr) -> JsonValue:
+    match node:
+        case ast.Constant(value=None | bool() | int() | float() | str() as value):
+            return value
+        case ast.Name(id="true" | "false" | "null" as name):
+            return _NAMES[name]
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_python_value(item) for item in items]
+        case ast.Dict(keys=keys, values=values):
+            read = [(key.value if isinstance(key, ast.Constant) else None) for key in keys]
+            if not all(isinstance(key, str) for key in read):
+                raise Malformed
+            return dict(zip(map(str, read), map(_python_value, values), strict=True))
+    raise Malformed
+
+
+def gemma(quote: str, end: str) -> Section:
+    """Return a section that reads `call:name{key:value, …}` with `quote` around texts."""
+
+    def section(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+        del start
+        yield from cursor.spaces()
+        yield from cursor.expect("call:")
+        name, _ = yield from cursor.until("{", most=LONGEST_NAME)
+        text, _ = yield from cursor.until(end, most=_MOST)
+        sink.call(name.strip(), _GemmaText("{" + text.rstrip(), quote).object())
+
+    return section
+
+
+class _GemmaText:
+    """Reads one value in Gemma's notation: bare keys and texts within a special quote."""
+
+    def __init__(self, text: str, quote: str) -> None:
+        self._text = text
+        self._quote = quote
+        self._at = 0
+        self._depth = 0
+
+    def object(self) -> dict[str, JsonValue]:
+        """Return the whole text's object.  Raises Malformed."""
+        value = self._value()
+        if not isinstance(value, dict) or self._at != len(self._text):
+            raise Malformed
+        return value
+
+    def _skip(self, literal: str) -> bool:
+        while self._text[self._at : self._at + 1].isspace():
+            self._at += 1
+        if not self._text.startswith(literal, self._at):
+            return False
+        self._at += len(literal)
+        return True
+
+    def _quoted(self) -> str:
+        end = self._text.find(self._quote, self._at)
+        if end < 0:
+            raise Malformed
+        text, self._at = self._text[self._at : end], end + len(self._quote)
+        return text
+
+    def _value(self) -> JsonValue:
+        if self._skip(self._quote):
+            return self._quoted()
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise Malformed
+        value = self._container()
+        self._depth -= 1
+        return value
+
+    def _container(self) -> JsonValue:
+        if self._skip("{"):
+            members: dict[str, JsonValue] = {}
+            while not self._skip("}"):
+                if members and not self._skip(","):
+                    raise Malformed
+                members |= self._member()
+            return members
+        if self._skip("["):
+            items: list[JsonValue] = []
+            while not self._skip("]"):
+                if items and not self._skip(","):
+                    raise Malformed
+                items.append(self._value())
+            return items
+        return self._scalar()
+
+    def _member(self) -> dict[str, JsonValue]:
+        if self._skip(self._quote):
+            key = self._quoted()
+        else:
+            end = self._text.find(":", self._at)
+            key = self._text[self._at : end].strip() if end >= 0 else ""
+            self._at = max(end, self._at)
+        if not key or not self._skip(":"):
+            raise Malformed
+        return {key: self._value()}
+
+    def _scalar(self) -> JsonValue:
+        begin = self._at
+        while self._at < len(self._text) and self._text[self._at] not in ",]}":
+            self._at += 1
+        word = self._text[begin : self._at].strip()
+        if word in _NAMES:
+            return _NAMES[word]
+        if not _NUMBER.fullmatch(word):
+            raise Malformed
+        number: int | float = json.loads(word)
+        return number

@@ -1,0 +1,124 @@
+"""Where readers put what they find in an answer: text, reasoning, and calls of declared tools."""
+
+import json
+import secrets
+import string
+from collections.abc import Callable, Mapping, Sequence
+
+from backends.calls.cursor import Malformed
+from backends.text import Piece
+from core.types import MismatchKind, ReasoningDelta, TextDelta, Tool, ToolCallDelta
+
+_ID_CHARACTERS = string.ascii_letters + string.digits
+_LONGEST_ID = 128
+
+Check = Callable[[str, str], bool]
+
+
+def new_call_id() -> str:
+    """Return a fresh id of a tool call: `call_` and 24 random letters and digits."""
+    return "call_" + "".join(secrets.choice(_ID_CHARACTERS) for _ in range(24))
+
+
+class Enough(Exception):
+    """The one call that is allowed is complete."""
+
+
+class CallSink:
+    """Collects one answer's pieces; `check` tells whether a call's arguments fit its schema.
+
+    What does not fit is passed on and noted in `mismatches`.
+    """
+
+    def __init__(self, tools: Sequence[Tool], *, is_parallel: bool, check: Check) -> None:
+        self.tools: Mapping[str, Tool] = {tool.name: tool for tool in tools}
+        self.names = frozenset(self.tools)
+        self.mismatches: list[MismatchKind] = []
+        self.count = 0
+        self.is_done = False
+        self._is_parallel = is_parallel
+        self._check = check
+        self._pieces: list[Piece] = []
+        self._ids: set[str] = set()
+        self.open_name = ""
+        self._arguments: list[str] = []
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether a call, that of `open_name`, has begun and is not complete."""
+        return bool(self.open_name)
+
+    def take(self) -> list[Piece]:
+        """Return what was added since the last time."""
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def text(self, text: str) -> None:
+        """Add to the answer's text."""
+        if text:
+            self._pieces.append(TextDelta(text))
+
+    def reasoning(self, text: str) -> None:
+        """Add to the reasoning."""
+        if text:
+            self._pieces.append(ReasoningDelta(text))
+
+    def begin(self, name: str, call_id: str = "") -> None:
+        """Begin a call; `call_id` is the model's own, if any.  Raises Malformed if undeclared."""
+        if name not in self.names:
+            self.mismatches.append("undeclared")
+            raise Malformed
+        if not call_id or call_id in self._ids or len(call_id) > _LONGEST_ID:
+            call_id = new_call_id()
+        self._ids.add(call_id)
+        self._pieces.append(ToolCallDelta(self.count, call_id, name))
+        self.count += 1
+        self.open_name = name
+
+    def arguments(self, text: str) -> None:
+        """Add to the JSON text of the call's arguments."""
+        if text:
+            self._arguments.append(text)
+            self._pieces.append(ToolCallDelta(self.count - 1, arguments=text))
+
+    def finish(self) -> None:
+        """End the call; one without arguments gets an empty object.  Raises Enough."""
+        if not self._arguments:
+            self.arguments("{}")
+        if not self._check(self.open_name, "".join(self._arguments)):
+            self.mismatches.append("schema")
+        self._end()
+        if not self._is_parallel:
+            self.is_done = True
+            raise Enough
+
+    def abandon(self) -> None:
+        """Leave the call unfinished, if there is one."""
+        if self.open_name:
+            self.mismatches.append("malformed")
+        self._end()
+
+    def call(self, name: str, arguments: Mapping[str, object]) -> None:
+        """Add a whole call.  Raises Malformed, Enough."""
+        try:
+            text = compact(arguments)
+        except ValueError as problem:
+            raise Malformed from problem
+        self.begin(name)
+        self.arguments(text)
+        self.finish()
+
+    def _end(self) -> None:
+        self.open_name = ""
+        self._arguments.clear()
+
+
+def compact(value: object) -> str:
+    """Return `value` as JSON without spaces.  Raises ValueError for infinite numbers."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Half a surrogate pair can be escaped only.
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text

@@ -1,0 +1,156 @@
+"""Readers of calls whose arguments are text between tags: Qwen3-coder, GLM, MiniMax."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backends.calls.cursor import Cursor, Malformed, Steps, Unfinished, held_length
+from backends.calls.json_calls import LONGEST_NAME
+from backends.calls.schemas import from_text, types_of
+from backends.calls.sink import CallSink, compact
+from core.types import JsonValue
+
+_LONGEST_VALUE = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TagForm:
+    """How a family writes a call and its parameters.
+
+    After `name_open` comes the name up to one of `name_close`; the parameters follow, then `close`.
+    `is_padded`: a line break before and one after a value do not belong to it.
+    """
+
+    name_open: str
+    name_close: tuple[str, ...]
+    key_open: str
+    key_close: str
+    value_open: str
+    value_close: str
+    close: str
+    end: str
+    is_padded: bool = False
+
+
+QWEN_CODER = TagForm(
+    "<function=", (">",), "<parameter=", ">", "", "</parameter>", "</function>", "</tool_call>",
+    is_padded=True,
+)  # fmt: skip
+MINIMAX = TagForm(
+    '<invoke name="', ('">',), '<parameter name="', '">', "", "</parameter>", "</invoke>",
+    "</minimax:tool_call>",
+)  # fmt: skip
+GLM = TagForm(
+    "", ("\n", "<arg_key>", "</tool_call>"), "<arg_key>", "</arg_key>", "<arg_value>",
+    "</arg_value>", "</tool_call>", "",
+)  # fmt: skip
+
+
+class TagReader:
+    """Reads calls in one form; each is complete at its `close`."""
+
+    def __init__(self, form: TagForm) -> None:
+        self._form = form
+
+    def __call__(self, cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+        """Read the calls up to the section's end, which may be missing."""
+        form = self._form
+        is_open = start == form.name_open or not form.name_open
+        has_called = False
+        while True:
+            if not is_open:
+                yield from cursor.spaces()
+                mark = yield from cursor.accept(form.name_open, form.end)
+                if mark != form.name_open:
+                    if not mark and not has_called:
+                        raise Malformed
+                    return
+            is_open = False
+            yield from self._call(cursor, sink)
+            cursor.mark()
+            has_called = True
+            if sink.is_in_call or not form.name_open:
+                return
+
+    def _call(self, cursor: Cursor, sink: CallSink) -> Steps[None]:
+        form = self._form
+        yield from cursor.spaces()
+        name, ender = yield from cursor.until(*form.name_close, most=LONGEST_NAME)
+        sink.begin(name.strip())
+        schemas = self._schemas(sink, name.strip())
+        keys: set[str] = set()
+        mark = ender if ender in (form.key_open, form.close) else ""
+        while True:
+            if not mark:
+                yield from cursor.spaces()
+                mark = yield from cursor.accept(form.key_open, form.close)
+            if mark == form.close:
+                sink.arguments("}" if keys else "{}")
+                sink.finish()
+                return
+            if not mark:
+                if not cursor.rest:
+                    return
+                raise Malformed
+            key, _ = yield from cursor.until(form.key_close, most=LONGEST_NAME)
+            if key in keys:
+                raise Malformed(f"{form.key_open}{key}{form.key_close}")
+            yield from self._value(cursor, sink, key, schemas, is_first=not keys)
+            keys.add(key)
+            mark = ""
+
+    @staticmethod
+    def _schemas(sink: CallSink, name: str) -> Mapping[str, JsonValue]:
+        properties = sink.tools[name].parameters.get("properties")
+        return properties if isinstance(properties, dict) else {}
+
+    def _value(
+        self,
+        cursor: Cursor,
+        sink: CallSink,
+        key: str,
+        schemas: Mapping[str, JsonValue],
+        *,
+        is_first: bool,
+    ) -> Steps[None]:
+        form = self._form
+        if form.value_open:
+            yield from cursor.spaces()
+            yield from cursor.expect(form.value_open)
+        opening = f"{'{' if is_first else ','}{compact(key)}:"
+        root = sink.tools[sink.open_name].parameters
+        types = types_of(schemas.get(key), root)
+        if types == {"string"}:
+            sink.arguments(opening + '"')
+            yield from self._text_value(cursor, sink)
+            sink.arguments('"')
+            return
+        text, _ = yield from cursor.until(form.value_close, most=_LONGEST_VALUE)
+        if form.is_padded:
+            text = text.removeprefix("\n").removesuffix("\n")
+        sink.arguments(opening + compact(from_text(text, types)))
+
+    def _text_value(self, cursor: Cursor, sink: CallSink) -> Steps[None]:
+        """Pass a string's text on as it grows, escaped."""
+        form = self._form
+        if form.is_padded:
+            yield from cursor.accept("\n")
+        # What may be the padding or the end is held back.
+        closings = (form.value_close, f"\n{form.value_close}")
+        while True:
+            text = cursor.rest
+            at = text.find(form.value_close)
+            if at >= 0:
+                value = text[:at]
+                value = value.removesuffix("\n") if form.is_padded else value
+                sink.arguments(json.dumps(value, ensure_ascii=False)[1:-1])
+                cursor.advance(at + len(form.value_close))
+                return
+            kept = text[: len(text) - held_length(text, closings)]
+            sink.arguments(json.dumps(kept, ensure_ascii=False)[1:-1])
+            cursor.advance(len(kept))
+            cursor.mark()
+            if not (yield from cursor.more()):
+                sink.arguments(json.dumps(cursor.rest, ensure_ascii=False)[1:-1])
+                cursor.advance(len(cursor.rest))
+                raise Unfinished
