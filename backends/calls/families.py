@@ -10,7 +10,7 @@ from backends.calls.literals import gemma, pythonic
 from backends.calls.parser import CallParser, Main, Section
 from backends.calls.schemas import fitting
 from backends.calls.sink import CallSink
-from backends.calls.tagged import GLM, MINIMAX, QWEN_CODER, TagReader
+from backends.calls.tagged import GLM, LONGCAT, MINIMAX, QWEN_CODER, TagReader
 from backends.text import Piece
 from core.types import Tool
 
@@ -87,6 +87,10 @@ _FAMILIES = (
     ),
     ToolFamily("glm4", "<tool_call>", "</tool_call>", TagReader(GLM), needles=(("<arg_key>",),)),
     ToolFamily(
+        "longcat", "<longcat_tool_call>", "</longcat_tool_call>", TagReader(LONGCAT),
+        needles=(("<longcat_tool_call>",),),
+    ),
+    ToolFamily(
         "mistral", "[TOOL_CALLS]", "", mistral,
         needles=(("[TOOL_CALLS]", "[ARGS]"),), inner=("[ARGS]", "[CALL_ID]"),
     ),
@@ -116,6 +120,10 @@ _FAMILIES = (
     ToolFamily(
         "hermes", "<tool_call>", "</tool_call>", tagged_json("</tool_call>"),
         needles=(("<tool_call>",),),
+    ),
+    ToolFamily(
+        "lfm2", "<|tool_call_start|>", "<|tool_call_end|>", pythonic,
+        needles=(("<|tool_call_start|>",), ("<|tool_list_start|>",)), is_pythonic=True,
     ),
     ToolFamily(
         "pythonic", "<|python_start|>", "<|python_end|>", pythonic,

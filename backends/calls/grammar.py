@@ -10,10 +10,11 @@ from backends.calls.grammar_forms import (
     any_of,
     gemma,
     list_of,
+    python_list,
     python_section,
     tagged,
 )
-from backends.calls.tagged import GLM, MINIMAX, QWEN_CODER
+from backends.calls.tagged import GLM, LONGCAT, MINIMAX, QWEN_CODER
 from backends.constraint import GrammarText
 from backends.masking import Constraint
 from core.types import Tool
@@ -165,12 +166,14 @@ def _harmony(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
 _BODIES: Mapping[str, Body] = {
     "hermes": _json_call,
     "llama3_json": _python_tag,
-    "pythonic": python_section,
+    "pythonic": python_section("<|python_end|>"),
+    "lfm2": python_section("<|tool_call_end|>"),
     "mistral": _mistral,
     "mistral_json": _json_list("", " "),
     "qwen3_coder": tagged(QWEN_CODER, "\n"),
     "minimax_m2": tagged(MINIMAX, "\n"),
     "glm4": tagged(GLM, ""),
+    "longcat": tagged(LONGCAT, ""),
     "kimi_k2": _kimi,
     "deepseek_v3": _deepseek("function", "\n```json\n", "\n```"),
     "deepseek_v31": _deepseek("", "", ""),

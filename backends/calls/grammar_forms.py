@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from backends.calls.schemas import types_of
-from backends.calls.tagged import GLM, MINIMAX, TagForm
+from backends.calls.tagged import MINIMAX, TagForm
 from backends.constraint import GrammarText
 from core.types import JsonValue, Tool
 
@@ -42,13 +42,13 @@ def _tagged_call(text: GrammarText, form: TagForm, tool: Tool, between: str) -> 
     properties = tool.parameters.get("properties")
     required = tool.parameters.get("required")
     parts = [text.quoted(f"{form.name_open}{tool.name}{form.name_close[0]}{between}")]
-    if form is GLM:
+    if not form.name_open:
         parts = [text.quoted(f"{tool.name}\n")]
     for key, schema in properties.items() if isinstance(properties, dict) else ():
         is_needed = isinstance(required, list) and key in required
         one = _tagged_value(text, form, tool, key, schema)
         parts.append(one if is_needed else f"({one})?")
-    parts.append(text.marker(form.close) if form is GLM else text.quoted(form.close))
+    parts.append(text.quoted(form.close) if form.name_open else text.marker(form.close))
     return " ".join(parts)
 
 

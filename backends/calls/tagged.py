@@ -44,6 +44,10 @@ GLM = TagForm(
     "", ("\n", "<arg_key>", "</tool_call>"), "<arg_key>", "</arg_key>", "<arg_value>",
     "</arg_value>", "</tool_call>", "",
 )  # fmt: skip
+LONGCAT = TagForm(
+    "", ("\n", "<longcat_arg_key>", "</longcat_tool_call>"), "<longcat_arg_key>",
+    "</longcat_arg_key>", "<longcat_arg_value>", "</longcat_arg_value>", "</longcat_tool_call>", "",
+)  # fmt: skip
 
 
 class TagReader:
