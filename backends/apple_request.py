@@ -3,7 +3,15 @@
 from backends.apple_sessions import ForcedTool, Job
 from backends.apple_transcript import guided_schema, read_conversation
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
-from core.types import ChatPrompt, GenerationRequest, JsonOutput, JsonValue, SamplingParams, Tool
+from core.types import (
+    ChatPrompt,
+    GenerationRequest,
+    JsonOutput,
+    JsonValue,
+    Output,
+    SamplingParams,
+    Tool,
+)
 
 
 def read_job(request: GenerationRequest) -> tuple[Job, ChatPrompt]:
@@ -36,7 +44,11 @@ def read_job(request: GenerationRequest) -> tuple[Job, ChatPrompt]:
     return job, prompt
 
 
-def _output_schema(output: JsonOutput) -> dict[str, JsonValue]:
+def _output_schema(output: Output) -> dict[str, JsonValue]:
+    if not isinstance(output, JsonOutput):
+        raise UnsupportedParameter(
+            f"Apple's model cannot honour {output.param}; send a JSON schema.", param=output.param
+        )
     if output.schema is None:
         raise UnsupportedParameter(
             "Apple's model needs a JSON schema; json_object alone is not supported.",

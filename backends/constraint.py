@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -20,6 +21,45 @@ _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 _MOST_GRAMMAR_BYTES = 512 * KIB
 _CACHED_GRAMMARS = 64
 _CACHED_BYTES = 4 * MIB
+# What is added to eight logits for a byte of the mask: nothing where allowed, else -inf.
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_ADDENDS = np.where(_BITS == 0, -np.inf, 0.0).astype(np.float32)
+_QUOTED_LINE = re.compile(r"\s*\d+ \|")
+# Escapes and character classes hold no quantifiers.
+_NO_QUANTIFIER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_DOUBLE_REPEAT = re.compile(r"(?:[*+?]|\{\d+(?:,\d*)?\})[*+]")
+
+
+def _in_short(problem: str) -> str:
+    """Return llguidance's message without the grammar that it quotes."""
+    kept = [line for line in problem.splitlines() if not _QUOTED_LINE.match(line)]
+    return " ".join(" ".join(kept).split())[:500]
+
+
+def check_patterns(schema: JsonValue, param: str) -> None:
+    """Raise RequestError for a regex with one repetition right after another, as in `a**`.
+
+    Rust's syntax takes it, that of JSON Schema does not, and what is meant cannot be known.
+    """
+    left = [schema]
+    while left:
+        item = left.pop()
+        if isinstance(item, list):
+            left += item
+        elif isinstance(item, dict):
+            left += item.values()
+            pattern = item.get("pattern")
+            if isinstance(pattern, str):
+                check_pattern(pattern, param)
+
+
+def check_pattern(pattern: str, param: str) -> None:
+    """Raise RequestError as `check_patterns` does, for one pattern."""
+    if _DOUBLE_REPEAT.search(_NO_QUANTIFIER.sub("", pattern)):
+        raise RequestError(
+            f"The {param} cannot be enforced: the regex {pattern[:100]!r} repeats a repetition.",
+            param=param,
+        )
 
 
 def styled(schema: Mapping[str, JsonValue], *, is_lenient: bool = False) -> str:
@@ -90,12 +130,24 @@ def output_constraint(output: Output, *, reasoning: str | None = None) -> Constr
     text = GrammarText()
     match output:
         case RegexOutput(pattern, param):
+            check_pattern(pattern, param)
             answer = f"/{regex_to_lark(pattern)}/"
         case ChoiceOutput(choices, param):
             answer = " | ".join(map(text.quoted, choices))
         case JsonOutput(schema):
-            answer, param = text.json(schema or {"type": "object"}), "response_format"
+            param = "response_format"
+            check_patterns(dict(schema or {}), param)
+            answer = text.json(schema or {"type": "object"})
     return text.constraint(answer, param, reasoning=reasoning)
+
+
+class _Scratch:
+    """Memory for one mask at a time: masks are applied on the engine's thread only."""
+
+    def __init__(self, vocabulary_size: int) -> None:
+        self.words = np.zeros((vocabulary_size + 31) // 32, np.int32)
+        self.address = self.words.ctypes.data
+        self.addends = np.empty((self.words.nbytes, 8), np.float32)
 
 
 class GrammarCompiler:
@@ -105,10 +157,11 @@ class GrammarCompiler:
     time and memory of each; it gives the interpreter free while it compiles.
     """
 
-    def __init__(self, tokenizer: LLTokenizer, control_token: Callable[[str], int | None]) -> None:
-        """Keep `tokenizer`; `control_token` returns the id of a control token of that text."""
+    def __init__(self, tokenizer: LLTokenizer, one_token: Callable[[str], int | None]) -> None:
+        """Keep `tokenizer`; `one_token` returns the id of the token of that text, if there is."""
         self._tokenizer = tokenizer
-        self._control_token = control_token
+        self._one_token = one_token
+        self._scratch = _Scratch(tokenizer.vocab_size)
         self._lock = threading.Lock()
         self._kept: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
         self._kept_bytes = 0
@@ -140,7 +193,7 @@ class GrammarCompiler:
         matcher = found[0] if found is not None else self._compiled(text, constraint.param)
         if found is None:
             self._keep(key, matcher, size)
-        return GrammarMask(self._tokenizer, matcher.deep_copy())
+        return GrammarMask(self._tokenizer, matcher.deep_copy(), self._scratch)
 
     def _compiled(self, text: str, param: str) -> LLMatcher:
         limits = LLParserLimits(verbose_errors=False)
@@ -150,7 +203,7 @@ class GrammarCompiler:
         problem = matcher.get_error()
         if problem:
             raise UnsupportedParameter(
-                f"The {param} cannot be enforced: {problem[:500]}", param=param
+                f"The {param} cannot be enforced: {_in_short(problem)}", param=param
             )
         return matcher
 
@@ -167,8 +220,9 @@ class GrammarCompiler:
     def _marker_rules(self, constraint: Constraint) -> str:
         lines = []
         for index, text in enumerate(constraint.markers):
-            token_id = self._control_token(text)
-            if token_id is None:
+            token_id = self._one_token(text)
+            # llguidance matches text with plain tokens only, a control token by its id alone.
+            if token_id is None or not self._tokenizer.is_special_token(token_id):
                 quoted = GrammarText.quoted(text)
                 lines.append(f"marker{index}: {quoted}")
                 lines.append(f"until{index}[suffix={quoted}]: /(.|\\n)*/")
@@ -183,18 +237,20 @@ class GrammarMask:
 
     is_active = True
 
-    def __init__(self, tokenizer: LLTokenizer, matcher: LLMatcher) -> None:
+    def __init__(self, tokenizer: LLTokenizer, matcher: LLMatcher, scratch: _Scratch) -> None:
         self._tokenizer = tokenizer
         self._matcher = matcher
-        words = (tokenizer.vocab_size + 31) // 32
-        self._bits = np.zeros(words, np.int32)
+        self._scratch = scratch
 
     def apply(self, logits: NDArray[np.float32]) -> None:
         """Set the logits of the tokens that may not come next to -inf, in place."""
-        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)]
-        logits[: len(allowed)][allowed == 0] = -np.inf
-        logits[len(allowed) :] = -np.inf
+        scratch = self._scratch
+        self._matcher.unsafe_compute_mask_ptr(scratch.address, scratch.words.nbytes)
+        np.take(_ADDENDS, scratch.words.view(np.uint8), axis=0, out=scratch.addends, mode="clip")
+        addends = scratch.addends.ravel()
+        known = logits[: len(addends)]
+        np.add(known, addends[: len(known)], out=known)
+        logits[len(addends) :] = -np.inf
 
     def accept(self, token_id: int) -> None:
         """Move on past the chosen token."""

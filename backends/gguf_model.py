@@ -171,17 +171,13 @@ class GgufModel:
         """Compile a grammar; the first takes a fraction of a second to read the vocabulary."""
         with self._grammar_lock:
             if self._compiler is None:
-                self._compiler = GrammarCompiler(self._read_vocabulary(), self._control_token)
+                self._compiler = GrammarCompiler(self._read_vocabulary(), self._one_token)
         return self._compiler.mask(constraint)
 
-    def _control_token(self, text: str) -> int | None:
-        """Return the id of the control token of this text, if there is one."""
+    def _one_token(self, text: str) -> int | None:
         ids = self.encode(text, add_bos=False, parse_special=True)
-        if len(ids) != 1:
-            return None
-        piece = self.piece(ids[0], special=True)
-        is_control = piece == text.encode() and self._is_special(ids[0], piece)
-        return ids[0] if is_control else None
+        is_one = len(ids) == 1 and self.piece(ids[0], special=True) == text.encode()
+        return ids[0] if is_one else None
 
     def _read_vocabulary(self) -> Any:
         """Return llguidance's view of the vocabulary; special tokens are marked with 0xFF."""

@@ -92,14 +92,18 @@ class SequenceSampler:
 
     def sample(self, context: Any, index: int) -> tuple[int, TokenLogprob | None]:
         """Choose the token after the batch's token `index`, and its log-probability if wanted."""
-        if self._mask is None and self._top_logprobs is None:
-            return int(self._llama.llama_sampler_sample(self._chain, context, index)), None
+        mask = self._mask if self._mask is not None and self._mask.is_active else None
+        if mask is None and self._top_logprobs is None:
+            token_id = int(self._llama.llama_sampler_sample(self._chain, context, index))
+            if self._mask is not None:
+                self._mask.accept(token_id)
+            return token_id, None
         pointer = self._llama.llama_get_logits_ith(context, index)
         logits = np.ctypeslib.as_array(pointer, (self._model.vocabulary_size,))
         # Masking and sampling change the logits, so their meaning is taken first.
         original = logits.copy() if self._top_logprobs is not None else logits
-        if self._mask is not None:
-            self._mask.apply(logits)
+        if mask is not None:
+            mask.apply(logits)
         token_id = int(self._llama.llama_sampler_sample(self._chain, context, index))
         if self._mask is not None:
             self._mask.accept(token_id)

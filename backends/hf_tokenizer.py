@@ -134,13 +134,7 @@ class HfTokenizer:
         with self._lock:
             if self._compiler is None:
                 vocabulary = self._read_vocabulary(constraint)
-
-                def control_token(text: str) -> int | None:
-                    token_id: int | None = self._tokenizer.token_to_id(text)
-                    is_control = token_id is not None and vocabulary.is_special_token(token_id)
-                    return token_id if is_control else None
-
-                self._compiler = GrammarCompiler(vocabulary, control_token)
+                self._compiler = GrammarCompiler(vocabulary, self._tokenizer.token_to_id)
         return self._compiler.mask(constraint)
 
     def _read_vocabulary(self, constraint: Constraint) -> Any:

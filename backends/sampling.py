@@ -126,7 +126,7 @@ class RowSampler:
     def _shape(self, logits: NDArray[np.float32]) -> None:
         """Apply mask, bias and penalties in place."""
         params = self._params
-        if self._mask is not None:
+        if self._mask is not None and self._mask.is_active:
             self._mask.apply(logits)
         if len(self._bias_ids):
             logits[self._bias_ids] += self._bias

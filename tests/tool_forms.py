@@ -51,11 +51,15 @@ def _gemma(opening: str, quote: str, closing: str) -> str:
     )
 
 
-def _json(name: str = "name", arguments: str = "arguments", extra: str = "") -> str:
+def _json(
+    name: str = "name", arguments: str = "arguments", extra: str = "", behind: str = ""
+) -> str:
     return (
         "{"
         + extra
-        + f'"{name}": "{{{{ c.name }}}}", "{arguments}": {{{{ c.arguments | tojson }}}}}}'
+        + f'"{name}": "{{{{ c.name }}}}", "{arguments}": {{{{ c.arguments | tojson }}}}'
+        + behind
+        + "}"
     )
 
 
@@ -78,7 +82,7 @@ TEMPLATES: Mapping[str, str] = {
     "pythonic": f"<|python_start|>{_PYTHON}<|python_end|>",
     "lfm2": f"<|tool_call_start|>{_PYTHON}<|tool_call_end|>",
     "mistral": _LOOP + "[TOOL_CALLS]{{ c.name }}[ARGS]{{ c.arguments | tojson }}{% endfor %}",
-    "mistral_json": _list("[TOOL_CALLS] ", "", _json(extra='"id": "{{ loop.index }}", ')),
+    "mistral_json": _list("[TOOL_CALLS] ", "", _json(behind=', "id": "{{ loop.index }}"')),
     "qwen3_coder": _LOOP + "<tool_call>\n<function={{ c.name }}>\n"
     "{% for k, v in c.arguments.items() %}<parameter={{ k }}>{{ '\n' }}" + _XML_VALUE
     + "{{ '\n' }}</parameter>\n{% endfor %}</function>\n</tool_call>"

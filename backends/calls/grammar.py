@@ -15,7 +15,7 @@ from backends.calls.grammar_forms import (
     tagged,
 )
 from backends.calls.tagged import GLM, LONGCAT, MINIMAX, QWEN_CODER
-from backends.constraint import GrammarText
+from backends.constraint import GrammarText, check_patterns
 from backends.masking import Constraint
 from core.types import Tool
 
@@ -32,6 +32,7 @@ def call_constraint(
     `is_bare`: without the family's outer markers.  `reasoning` is the text that ends the model's
     reasoning, which then goes first.
     """
+    _check(tools)
     text = GrammarText()
     body = _BODIES.get(family.name, _json_call)
     if family.name == "harmony":
@@ -49,6 +50,7 @@ def triggered_calls(family: ToolFamily, tools: Sequence[Tool]) -> dict[str, Cons
 
     Several calls may follow where the family encloses them together.
     """
+    _check(tools)
     made: dict[str, Constraint] = {}
     if family.name == "harmony":
         for start in ("<|channel|>commentary to=functions.", "assistant to=functions."):
@@ -59,6 +61,11 @@ def triggered_calls(family: ToolFamily, tools: Sequence[Tool]) -> dict[str, Cons
     text = GrammarText(is_lenient=True)
     made[family.tool_call_start] = text.constraint(body(text, tools, True), "tools")
     return made
+
+
+def _check(tools: Sequence[Tool]) -> None:
+    for tool in tools:
+        check_patterns(dict(tool.parameters), "tools")
 
 
 def _object(
@@ -73,7 +80,10 @@ def _object(
     choices = []
     for tool in tools:
         opening = f'{{{before}"{name_key}": {json.dumps(tool.name)}, "{arguments_key}": '
-        choices.append(f"{text.quoted(opening)} {_arguments(text, tool)} {text.quoted('}')}")
+        # Some templates write an id behind; a begun call may have it.
+        identity = '(", \\"id\\": \\"" /[A-Za-z0-9_-]{0,40}/ "\\"")?' if text.is_lenient else ""
+        closing = f"{identity} {text.quoted('}')}"
+        choices.append(f"{text.quoted(opening)} {_arguments(text, tool)} {closing}")
     return any_of(text, choices)
 
 
@@ -157,8 +167,12 @@ def _deepseek(prefix: str, opening: str, closing: str) -> Body:
 def _harmony(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
     del is_many
     message = text.marker(harmony.MESSAGE)
-    between = f"({text.marker(harmony.CHANNEL)} | {text.marker(harmony.CONSTRAIN)} | /[a-z ]+/)"
-    gap = f"{between}*" if text.is_lenient else f'" " {text.marker(harmony.CONSTRAIN)} "json"'
+    gap = f'" " {text.marker(harmony.CONSTRAIN)} "json"'
+    if text.is_lenient:
+        channel = f'({text.marker(harmony.CHANNEL)} "commentary")?'
+        gap = (
+            f'{channel} (" " /[a-z]{{0,12}}/)? ({text.marker(harmony.CONSTRAIN)} /[a-z]{{0,12}}/)?'
+        )
     calls = [f"{text.quoted(tool.name)} {gap} {message} {_arguments(text, tool)}" for tool in tools]
     return any_of(text, calls)
 

@@ -73,7 +73,7 @@ def _tagged_value(text: GrammarText, form: TagForm, tool: Tool, key: str, schema
     return f"{text.quoted(lead)} {text.json(inner)} {tail}"
 
 
-def pythonlist_of(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+def python_list(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
     one = any_of(text, [_python_call(text, tool) for tool in tools])
     return list_of(text, one, is_many=is_many)
 
@@ -106,8 +106,13 @@ def _python_argument(text: GrammarText, tool: Tool, key: str, schema: JsonValue)
     return f"{text.quoted(key + '=')} {text.json(inner)}"
 
 
-def python_section(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
-    return f"{pythonlist_of(text, tools, is_many)} {text.marker('<|python_end|>')}"
+def python_section(closing: str) -> Body:
+    """Return the body of a Python list and what closes it."""
+
+    def body(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+        return f"{python_list(text, tools, is_many)} {text.marker(closing)}"
+
+    return body
 
 
 def gemma(quote: str, end: str) -> Body:

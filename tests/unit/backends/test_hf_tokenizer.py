@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.constraint import json_constraint
+from backends.constraint import output_constraint
 from backends.hf_pieces import byte_alphabet
 from backends.hf_tokenizer import HfTokenizer
 from core.errors import BrokenModel, ContextLengthExceeded, RequestError, UnsupportedParameter
+from core.types import JsonOutput
 
 TEXTS = [
     "The sea is blue and wide.",
@@ -304,7 +305,7 @@ def test_half_a_surrogate_is_refused(tmp_path: Path) -> None:
 
 def test_a_mask_allows_only_what_fits(tmp_path: Path) -> None:
     read = opened(tmp_path, tiny(), tokenizer_config={"eos_token": END})
-    mask = read.mask(json_constraint({"const": "sea"}))
+    mask = read.mask(output_constraint(JsonOutput({"const": "sea"})))
     # Models pad their output beyond the vocabulary.
     text = b""
     for _ in range(10):
@@ -321,7 +322,7 @@ def test_a_mask_allows_only_what_fits(tmp_path: Path) -> None:
 
 def test_a_mask_of_byte_tokens(tmp_path: Path) -> None:
     read = opened(tmp_path, sentencepiece_like(), tokenizer_config={"eos_token": "</s>"})
-    mask = read.mask(json_constraint({"const": "ß"}))
+    mask = read.mask(output_constraint(JsonOutput({"const": "ß"})))
     logits = np.zeros(read.vocabulary_size, np.float32)
     mask.apply(logits)
     allowed = np.flatnonzero(np.isfinite(logits))
@@ -335,7 +336,7 @@ def test_a_vocabulary_without_bytes_has_no_masks(tmp_path: Path) -> None:
     tokenizer.decoder = decoders.WordPiece()
     read = opened(tmp_path, tokenizer)
     with pytest.raises(UnsupportedParameter, match="response_format"):
-        read.mask(json_constraint(None))
+        read.mask(output_constraint(JsonOutput()))
 
 
 def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path: Path) -> None:

@@ -85,7 +85,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stepper(folder: Path, **options: Any) -> MlxStepper:
-    chosen = {"max_sequences": 4, "kv_tokens": 512, "prefill_chunk_tokens": 16, **options}
+    chosen: dict[str, Any] = {
+        "max_sequences": 4,
+        "kv_tokens": 512,
+        "prefill_chunk_tokens": 16,
+        **options,
+    }
     return MlxStepper(load(folder), Letters(), EngineOptions(**chosen))
 
 

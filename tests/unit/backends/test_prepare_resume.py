@@ -12,7 +12,7 @@ from backends.base import EngineLoad, SequenceSpec, StepOutput
 from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
-from backends.masking import Constraint, TokenMask
+from backends.masking import Constraint
 from backends.prepare import Prepared, Preparer
 from backends.sampling import RowSampler
 from core.errors import RequestError
@@ -155,6 +155,9 @@ def test_generated_ids_outside_the_vocabulary_are_refused(token_id: int) -> None
 class RecordingMask:
     """A grammar that allows everything and notes what was chosen."""
 
+    is_active = True
+    is_finished = False
+
     def __init__(self) -> None:
         self.accepted: list[int] = []
 
@@ -164,14 +167,20 @@ class RecordingMask:
     def accept(self, token_id: int) -> None:
         self.accepted.append(token_id)
 
+    def restart(self, data: bytes) -> bool:
+        self.accepted.clear()
+        return not data
+
 
 class MaskingTokenizer(ByteTokenizer):
     """Has a grammar for everything."""
 
+    can_constrain = True
+
     def __init__(self) -> None:
         self.made = RecordingMask()
 
-    def mask(self, constraint: Constraint) -> TokenMask:
+    def mask(self, constraint: Constraint) -> RecordingMask:
         del constraint
         return self.made
 

@@ -127,6 +127,8 @@ def test_presence_and_frequency_count_generated_tokens_only() -> None:
 class OnlyOdd:
     """Allows odd tokens only and remembers what was chosen."""
 
+    is_active = True
+
     def __init__(self) -> None:
         self.accepted: list[int] = []
 
@@ -143,6 +145,14 @@ def test_mask_bounds_the_choice_and_hears_of_it() -> None:
     tokens = [chosen.sample(LOGITS.copy())[0] for _ in range(40)]
     assert set(tokens) == {1, 3}
     assert mask.accepted == tokens
+
+
+def test_mask_that_is_not_active_is_only_told_of_the_choice() -> None:
+    mask = OnlyOdd()
+    mask.is_active = False
+    chosen = sampler(temperature=0.0, mask=mask)
+    assert [chosen.sample(LOGITS.copy())[0] for _ in range(3)] == [int(LOGITS.argmax())] * 3
+    assert mask.accepted == [int(LOGITS.argmax())] * 3
 
 
 def test_logprobs_are_those_of_the_model_itself() -> None:

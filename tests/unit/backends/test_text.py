@@ -13,6 +13,7 @@ from backends.reasoning import ReasoningParser
 from backends.text import Detokenizer, OutputParser, Piece, StopMatcher, TextAssembler
 from core.types import (
     GenerationEvent,
+    MismatchKind,
     ReasoningDelta,
     TextDelta,
     TokenLogprob,
@@ -196,6 +197,7 @@ class CapitalsAreThoughts:
     def __init__(self) -> None:
         self.held = ""
         self.is_done = False
+        self.mismatches: tuple[MismatchKind, ...] = ()
 
     def push(self, text: str) -> list[Piece]:
         shown, self.held = self.held, text

@@ -1,0 +1,262 @@
+"""Forced calls, and calls once begun, in every family's own form and valid for their schema."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends.answer_mask import AnswerMask, ReasoningPlan
+from backends.calls.families import FAMILIES
+from backends.calls.grammar import call_constraint, triggered_calls
+from backends.calls.schemas import fitting
+from backends.hf_tokenizer import HfTokenizer
+from backends.masking import TokenMask
+from backends.reasoning import HARMONY, THINK
+from core.errors import RequestError
+from core.types import Tool, ToolCallDelta
+from tests.tool_forms import TOOLS, Answer, written
+
+END = "<|end_of_text|>"
+PICK = Tool(
+    "pick",
+    "",
+    {
+        "type": "object",
+        "properties": {
+            "color": {"type": "string", "enum": ["red", "blue"]},
+            "count": {"type": "integer", "minimum": 0, "maximum": 99},
+            "is_last": {"type": "boolean"},
+            "note": {"type": "string", "enum": ["a b", "c"]},
+        },
+        "required": ["color", "count"],
+        "additionalProperties": False,
+    },
+)
+EMPTY = Tool("stop_all", "", {"type": "object", "properties": {}, "additionalProperties": False})
+
+
+def tokenizer(folder: Path, *, special: tuple[str, ...]) -> HfTokenizer:
+    """Return a vocabulary of bytes, a few longer tokens and these control tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(['{"name": "pick", "arguments": {"color": "red"}}', "think"], trainer)
+    made.add_special_tokens([AddedToken(text, special=True) for text in special])
+    folder.mkdir(exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    read = HfTokenizer(folder)
+    read.show(*(text.encode() for text in special))
+    return read
+
+
+@pytest.fixture(params=["text", "control"], scope="module")
+def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a factory: a family's markers are plain text in one and control tokens in another."""
+    made: dict[str, HfTokenizer] = {}
+
+    def make(family: str) -> HfTokenizer:
+        if family not in made:
+            marks = (*FAMILIES[family].markers, "<think>", "</think>")
+            special = marks if request.param == "control" else ()
+            special = tuple(mark for mark in special if mark[-1] in ">]")
+            made[family] = tokenizer(tmp_path_factory.mktemp(family), special=special)
+        return made[family]
+
+    return make
+
+
+def allowed(mask: TokenMask, read: HfTokenizer) -> list[int]:
+    logits = np.zeros(read.vocabulary_size, np.float32)
+    if mask.is_active:
+        mask.apply(logits)
+    return [int(i) for i in np.flatnonzero(np.isfinite(logits))]
+
+
+def walk(mask: TokenMask, read: HfTokenizer, seed: int, limit: int = 3000) -> str:
+    """Return what a model that knows nothing but the mask says."""
+    chance = random.Random(seed)
+    text = b""
+    for _ in range(limit):
+        choices = allowed(mask, read)
+        ends = [i for i in choices if read.is_end(i)]
+        if ends:
+            return text.decode()
+        token_id = chance.choice(choices)
+        text += read.token_bytes(token_id)
+        mask.accept(token_id)
+    raise AssertionError(f"no end in {text[:500]!r}")
+
+
+def calls_in(family: str, text: str, tools: tuple[Tool, ...]) -> list[tuple[str, str]]:
+    parser = FAMILIES[family].parser(tools)
+    calls: list[tuple[str, str]] = []
+    for piece in parser.push(text) + parser.flush():
+        if isinstance(piece, ToolCallDelta):
+            if piece.name is not None:
+                calls.append((piece.name, ""))
+            calls[-1] = (calls[-1][0], calls[-1][1] + piece.arguments)
+    return calls
+
+
+@pytest.mark.parametrize("is_bare", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forced_call_is_one_valid_call(family: str, is_bare: bool, vocabulary: Any) -> None:
+    if is_bare and family not in ("llama3_json", "pythonic"):
+        is_bare = False
+    read = vocabulary(family)
+    tools = (PICK, EMPTY)
+    constraint = call_constraint(FAMILIES[family], tools, is_bare=is_bare)
+    for seed in range(6):
+        text = walk(read.mask(constraint), read, seed)
+        ((name, arguments),) = calls_in(family, text, tools)
+        assert fitting(tools)(name, arguments), text
+
+
+def begun(family: str, read: HfTokenizer, tools: tuple[Tool, ...]) -> AnswerMask:
+    triggered = [
+        (start, read.mask(one)) for start, one in triggered_calls(FAMILIES[family], tools).items()
+    ]
+    return AnswerMask(read, triggered=triggered)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_begun_call_is_valid_and_the_rest_is_free(family: str, vocabulary: Any) -> None:
+    read = vocabulary(family)
+    start = FAMILIES[family].tool_call_start
+    if family == "harmony":
+        start = "<|channel|>commentary to=functions."
+    for seed in range(6):
+        mask = begun(family, read, (PICK,))
+        text = "I look: "
+        for token_id in read.encode(f"I look: {start}", add_bos=False, parse_special=True):
+            assert not mask.is_active
+            mask.accept(token_id)
+        text += start
+        assert mask.is_active
+        chance = random.Random(seed)
+        data = b""
+        for _ in range(3000):
+            if not mask.is_active:
+                break
+            token_id = chance.choice(allowed(mask, read))
+            assert not read.is_end(token_id)
+            data += read.token_bytes(token_id)
+            mask.accept(token_id)
+        assert not mask.is_active
+        calls = calls_in(family, text + data.decode(), (PICK,))
+        assert calls, text + data.decode()
+        assert all(fitting((PICK,))(*call) for call in calls), text + data.decode()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_begun_call_may_be_what_the_template_writes(family: str, vocabulary: Any) -> None:
+    read = vocabulary(family)
+    raw = written(family, Answer([("edit_file", {"path": 'ä"b', "count": 3})])).lstrip("\n")
+    mask = begun(family, read, TOOLS)
+    was_active = False
+    for token_id in read.encode(raw, add_bos=False, parse_special=True):
+        if mask.is_active:
+            was_active = True
+            assert token_id in allowed(mask, read), read.token_bytes(token_id)
+        mask.accept(token_id)
+    assert was_active
+
+
+@pytest.mark.parametrize("name", ["think", "harmony"])
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("budget", [0, 3])
+def test_a_reasoning_budget_forces_the_end(
+    name: str, is_open: bool, budget: int, tmp_path: Path
+) -> None:
+    tags = THINK if name == "think" else HARMONY
+    read = tokenizer(tmp_path / "v", special=("<think>", "</think>", *FAMILIES["harmony"].markers))
+    mask = AnswerMask(read, reasoning=ReasoningPlan(tags, is_open, budget))
+    opening = [] if is_open else read.encode(tags.open, add_bos=False, parse_special=True)
+    free = read.encode("abcdefgh", add_bos=False, parse_special=False)[:budget]
+    for token_id in (*opening, *free):
+        assert not mask.is_active
+        mask.accept(token_id)
+    end = tags.forced or tags.close
+    for token_id in read.encode(end, add_bos=False, parse_special=True):
+        assert allowed(mask, read) == [token_id]
+        mask.accept(token_id)
+    assert not mask.is_active
+
+
+def test_a_call_within_reasoning_is_free(tmp_path: Path) -> None:
+    read = tokenizer(tmp_path / "v", special=("<think>", "</think>", "<tool_call>"))
+    ((start, constraint),) = triggered_calls(FAMILIES["hermes"], (PICK,)).items()
+    plan = ReasoningPlan(THINK, is_open=True)
+    mask = AnswerMask(read, triggered=[(start, read.mask(constraint))], reasoning=plan)
+    for text, is_active in (("<tool_call>x", False), ("</think>\n\n", False), (start, True)):
+        for token_id in read.encode(text, add_bos=False, parse_special=True):
+            mask.accept(token_id)
+        assert mask.is_active is is_active
+
+
+def test_a_begun_call_that_came_with_more_text_goes_on_there(tmp_path: Path) -> None:
+    read = tokenizer(tmp_path / "v", special=())
+    (constraint,) = triggered_calls(FAMILIES["hermes"], (PICK,)).values()
+    place = read.mask(constraint)
+    assert place.restart(b'\n{"name": "pi')
+    assert {read.token_bytes(i)[:1] for i in allowed(place, read)} == {b"c"}
+    assert not place.restart(b"nothing of the kind")
+
+
+BAD_SCHEMAS: list[dict[str, Any]] = [
+    {"type": "nothing"},
+    {"type": "object", "properties": {"a": {"type": "string", "pattern": "foo**"}}},
+    {"type": "object", "properties": {"a": {"type": 3}}},
+    {"$ref": "#/$defs/gone"},
+]
+
+
+@pytest.mark.parametrize("schema", BAD_SCHEMAS, ids=str)
+def test_i9_a_tool_with_a_bad_schema_is_refused(schema: dict[str, Any], tmp_path: Path) -> None:
+    read = tokenizer(tmp_path / "v", special=())
+    tool = Tool("bad", "", schema)
+
+    def forced() -> None:
+        read.mask(call_constraint(FAMILIES["hermes"], (tool,)))
+
+    def is_begun() -> None:
+        begun("hermes", read, (tool,))
+
+    for make in (forced, is_begun):
+        with pytest.raises(RequestError, match="tools cannot be enforced") as caught:
+            make()
+        assert caught.value.param == "tools"
+
+
+def test_i9_arguments_may_refer_to_their_own_kind(tmp_path: Path) -> None:
+    read = tokenizer(tmp_path / "v", special=())
+    tree: dict[str, Any] = {
+        "type": "object",
+        "properties": {"child": {"$ref": "#"}, "leaf": {"$ref": "#/$defs/leaf"}},
+        "$defs": {"leaf": {"enum": ["x"]}},
+    }
+    mask = read.mask(call_constraint(FAMILIES["hermes"], (Tool("grow", "", tree),)))
+    text = '<tool_call>\n{"name": "grow", "arguments": {"child": {"child": {}, "leaf": "x"}}}'
+    for token_id in read.encode(text, add_bos=False, parse_special=True):
+        assert token_id in allowed(mask, read)
+        mask.accept(token_id)
+
+
+@pytest.mark.parametrize("name", ["uri", "email", "date-time", "some-format-of-ours"])
+def test_a_begun_call_leaves_unknown_formats_free(name: str, tmp_path: Path) -> None:
+    read = tokenizer(tmp_path / "v", special=())
+    schema: dict[str, Any] = {"properties": {"a": {"type": "string", "format": name}}}
+    for constraint in triggered_calls(FAMILIES["hermes"], (Tool("f", "", schema),)).values():
+        assert read.mask(constraint).is_active
