@@ -106,6 +106,11 @@ class AnswerMask:
             return True
         return bool(self._reasoning is not None and self._reasoning.forced)
 
+    @property
+    def problem(self) -> str:
+        """Why the whole answer is not bounded as it was to be; empty while it is."""
+        return self._whole.problem if self._whole is not None else ""
+
     def apply(self, logits: NDArray[np.float32]) -> None:
         """Set the logits of the tokens that may not come next to -inf, in place."""
         forced = self._reasoning.forced if self._reasoning is not None else []

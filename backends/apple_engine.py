@@ -25,6 +25,7 @@ from core.types import (
     FinishReason,
     GenerationEvent,
     GenerationRequest,
+    MismatchKind,
     TextDelta,
     Timing,
     ToolCallDelta,
@@ -59,7 +60,7 @@ class AppleEngine(Engine):
         self._model = model
         self._max_waiting = options.max_waiting
         self._silence_s = silence_s
-        self._chat = ChatFormat(None, "", "")
+        self._chat = ChatFormat(None, "", "", tool_parser=options.tool_parser)
         self._slots = SlotGate(options.max_sequences)
         self._waiting = 0
         self._snapshots = 0
@@ -214,7 +215,8 @@ class _Run:
             decode_s=now - first_at,
         )
         usage = Usage(self._prompt_tokens, completion_tokens)
-        return Finished(reason, usage, timing, stop=self._answer.matched_stop)
+        answer = self._answer
+        return Finished(reason, usage, timing, answer.matched_stop, answer.mismatches)
 
 
 class _Answer:
@@ -224,6 +226,11 @@ class _Answer:
         self._stop = StopMatcher(stop)
         self._parser = parser
         self._seen = ""
+
+    @property
+    def mismatches(self) -> tuple[MismatchKind, ...]:
+        """What was wrong with the answer's tool calls."""
+        return () if self._parser is None else tuple(self._parser.mismatches)
 
     @property
     def is_cut(self) -> bool:

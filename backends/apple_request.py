@@ -25,6 +25,7 @@ def read_job(request: GenerationRequest) -> tuple[Job, ChatPrompt]:
             "Apple's model answers chats only, not plain prompts.", param="model"
         )
     _check_sampling(request.sampling)
+    _check_reasoning(prompt)
     if request.max_tokens is not None and request.max_tokens < 1:
         raise RequestError("max_tokens must be at least 1.", param="max_tokens")
     forced = _forced(prompt)
@@ -74,6 +75,16 @@ def _arguments_schema(tool: Tool) -> dict[str, JsonValue] | None:
     if not tool.parameters.get("properties"):
         return None
     return guided_schema(tool.parameters, "tools")
+
+
+def _check_reasoning(prompt: ChatPrompt) -> None:
+    given = {
+        "reasoning_effort": prompt.reasoning_effort,
+        "reasoning.max_tokens": prompt.reasoning_tokens,
+    }
+    for param, value in given.items():
+        if value is not None:
+            raise UnsupportedParameter("Apple's model shows no reasoning.", param=param)
 
 
 def _check_sampling(sampling: SamplingParams) -> None:

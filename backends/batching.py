@@ -56,7 +56,7 @@ class BatchingEngine(Engine):
         self._step_began_at = float("inf")
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._counters = EngineLoad()
-        self._ended: list[tuple[Ticket, Finished]] = []
+        self._ended: list[tuple[Ticket, Finished | EngineFailed]] = []
         self._prepare_pool = ThreadPoolExecutor(1, thread_name_prefix="impetus-prepare")
         self._start(open_stepper)
 
@@ -301,18 +301,18 @@ class BatchingEngine(Engine):
         events.extend(assembler.push(output))
         if assembler.reason is not None:
             ticket.throttled_s += self._pacer.paused_s
-            finished = ticket.finish(assembler.reason, now)
+            outcome = ticket.outcome(assembler.reason, now)
             self._pace.note(now - ticket.added_at)
-            events.append(finished)
+            events += [outcome] if isinstance(outcome, Finished) else []
             del self._running[ticket.id]
             stepper.remove(ticket.id)
-            self._ended.append((ticket, finished))
+            self._ended.append((ticket, outcome))
         return events
 
     def _deliver(self, events: _StepEvents) -> None:
         """Hand out the step's events, then the results: an end never overtakes its text."""
         for sink, entries in events.values():
             sink.deliver(entries)
-        for ticket, finished in self._ended:
-            ticket.resolve(finished)
+        for ticket, outcome in self._ended:
+            ticket.resolve(outcome)
         self._ended.clear()

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from backends.answer_mask import ReasoningPlan
-from backends.calls.families import DEFAULT, FAMILIES, family_of
+from backends.calls.families import DEFAULT, FAMILIES, check_family, family_of
 from backends.calls.grammar import call_constraint, triggered_calls
 from backends.constraint import output_constraint
 from backends.masking import Constraint
@@ -71,11 +71,7 @@ class ChatFormat:
         text = template or ""
         self._knows_tools = _TOOLS.search(text) is not None
         self._template = text
-        if tool_parser is not None and tool_parser not in FAMILIES:
-            raise RequestError(
-                f"There is no tool parser {tool_parser[:100]!r}; known are {', '.join(FAMILIES)}.",
-                param="tool_parser",
-            )
+        check_family(tool_parser)
         own = family_of(text) if self._knows_tools else DEFAULT
         self.family = own if tool_parser is None else FAMILIES[tool_parser]
         self._tags = HARMONY if self.family.name == "harmony" else reasoning_tags(text)

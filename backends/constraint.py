@@ -19,6 +19,8 @@ from core.units import KIB, MIB
 # Weak models loop on free whitespace, so JSON is written compactly.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_GRAMMAR_BYTES = 512 * KIB
+# The time to compile grows with the square of their number: 500 take half a second.
+_MOST_OPTIONAL = 500
 _CACHED_GRAMMARS = 64
 _CACHED_BYTES = 4 * MIB
 # What is added to eight logits for a byte of the mask: nothing where allowed, else -inf.
@@ -36,11 +38,8 @@ def _in_short(problem: str) -> str:
     return " ".join(" ".join(kept).split())[:500]
 
 
-def check_patterns(schema: JsonValue, param: str) -> None:
-    """Raise RequestError for a regex with one repetition right after another, as in `a**`.
-
-    Rust's syntax takes it, that of JSON Schema does not, and what is meant cannot be known.
-    """
+def check_enforceable(schema: JsonValue, param: str) -> None:
+    """Raise RequestError for what llguidance would take long for, or take in another sense."""
     left = [schema]
     while left:
         item = left.pop()
@@ -51,11 +50,28 @@ def check_patterns(schema: JsonValue, param: str) -> None:
             pattern = item.get("pattern")
             if isinstance(pattern, str):
                 check_pattern(pattern, param)
+            _check_properties(item, param)
+
+
+def _check_properties(schema: Mapping[str, JsonValue], param: str) -> None:
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict) or len(properties) <= _MOST_OPTIONAL:
+        return
+    needed = {one for one in required if isinstance(one, str)} if isinstance(required, list) else ()
+    if len(properties.keys() - needed) > _MOST_OPTIONAL:
+        raise RequestError(
+            f"The {param} cannot be enforced: an object has more than {_MOST_OPTIONAL} "
+            "properties that are not required.",
+            param=param,
+        )
 
 
 def check_pattern(pattern: str, param: str) -> None:
-    """Raise RequestError as `check_patterns` does, for one pattern."""
-    if _DOUBLE_REPEAT.search(_NO_QUANTIFIER.sub("", pattern)):
+    """Raise RequestError for a regex with one repetition right after another, as in `a**`.
+
+    Rust's syntax takes it, that of JSON Schema does not, and what is meant cannot be known.
+    """
+    if _DOUBLE_REPEAT.search(_NO_QUANTIFIER.sub("x", pattern)):
         raise RequestError(
             f"The {param} cannot be enforced: the regex {pattern[:100]!r} repeats a repetition.",
             param=param,
@@ -136,7 +152,7 @@ def output_constraint(output: Output, *, reasoning: str | None = None) -> Constr
             answer = " | ".join(map(text.quoted, choices))
         case JsonOutput(schema):
             param = "response_format"
-            check_patterns(dict(schema or {}), param)
+            check_enforceable(dict(schema or {}), param)
             answer = text.json(schema or {"type": "object"})
     return text.constraint(answer, param, reasoning=reasoning)
 
@@ -200,6 +216,9 @@ class GrammarCompiler:
         matcher = LLMatcher(
             self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0, limits=limits
         )
+        if not matcher.is_error():
+            # Some limits, and grammars without any text, show at the first step only.
+            matcher.compute_bitmask()
         problem = matcher.get_error()
         if problem:
             raise UnsupportedParameter(
@@ -260,6 +279,11 @@ class GrammarMask:
         """Go back to the grammar's start and past `data`; return whether it allows that."""
         self._matcher.reset()
         return not data or self._matcher.consume_tokens(self._tokenizer.tokenize_bytes(data))
+
+    @property
+    def problem(self) -> str:
+        """Why the grammar cannot be followed any more; empty while it can."""
+        return _in_short(self._matcher.get_error())
 
     @property
     def is_finished(self) -> bool:

@@ -128,9 +128,8 @@ class EchoBackend(Backend):
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
         """Start the engine."""
         context = self.estimate(info, options).context_tokens
-        preparer = Preparer(
-            info, ByteTokenizer(), ChatFormat(_TEMPLATE, "", ""), context_tokens=context
-        )
+        chat = ChatFormat(_TEMPLATE, "", "", tool_parser=options.tool_parser)
+        preparer = Preparer(info, ByteTokenizer(), chat, context_tokens=context)
         return BatchingEngine(
             info,
             preparer,

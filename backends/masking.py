@@ -24,6 +24,11 @@ class TokenMask(Protocol):
     """One sequence's place in its grammar; used from the engine's thread only."""
 
     @property
+    def problem(self) -> str:
+        """Why the answer is not bounded as it was to be; empty while it is."""
+        ...
+
+    @property
     def is_active(self) -> bool:
         """Whether `apply` would change anything now."""
         ...

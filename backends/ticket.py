@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from backends.base import EventSink, SequenceSpec
 from backends.prepare import Prepared
-from core.errors import ImpetusError
+from core.errors import EngineFailed, ImpetusError
 from core.types import (
     Finished,
     FinishReason,
@@ -89,6 +89,13 @@ class Ticket:
         finished = self.finish("length", now)
         self.sink.deliver([(self.request.id, [*self.prepared.take_opening(), finished])])
         return finished
+
+    def outcome(self, reason: FinishReason, now: float) -> Finished | EngineFailed:
+        """Return the last event, or the failure of a grammar that could not be followed."""
+        mask = self.prepared.mask
+        if mask is not None and mask.problem:
+            return EngineFailed(f"The answer's grammar became too complex: {mask.problem}")
+        return self.finish(reason, now)
 
     def resolve(self, outcome: Finished | ImpetusError) -> None:
         """Hand the result to the waiting task; callable from any thread."""

@@ -47,7 +47,8 @@ class ModelSettings:
     `context_length` is an upper bound in tokens.  A model that was idle for `keep_alive_s` seconds
     is unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name
     none.  `max_sequences` are generated at the same time.  `kv_type` is what keys and values are
-    kept as, of those that `backends.kv_types` knows for the model.
+    kept as, of those that `backends.kv_types` knows for the model.  `tool_parser` names the family
+    of the model's tool calls where its chat template does not tell.
     """
 
     context_length: int | None = None
@@ -56,6 +57,7 @@ class ModelSettings:
     priority: Priority | None = None
     max_sequences: int | None = None
     kv_type: str | None = None
+    tool_parser: str | None = None
 
     def applied_to(self, options: EngineOptions) -> EngineOptions:
         """Return how this model is opened; the server's own context bound holds as well."""
@@ -65,6 +67,7 @@ class ModelSettings:
             context_tokens=min(bounds, default=None),
             max_sequences=self.max_sequences or options.max_sequences,
             kv_type=self.kv_type or options.kv_type,
+            tool_parser=self.tool_parser,
         )
 
 

@@ -55,6 +55,12 @@ class Metrics:
             "model",
             _TOKEN_BUCKETS_S,
         )
+        self.tool_call_mismatches = Counter(
+            "impetus_tool_call_mismatches",
+            "Tool calls that were passed on though something was wrong with them, by kind.",
+            ["model", "kind"],
+            registry=self.registry,
+        )
         self.prompt_tokens = self._tokens("prompt", "Prompt tokens.")
         self.cached_tokens = self._tokens("cached", "Prompt tokens not computed again.")
         self.completion_tokens = self._tokens("completion", "Generated tokens.")

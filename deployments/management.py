@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from backends.calls.families import check_family
 from backends.kv_types import check_kv_type
 from backends.registry import backends_for
 from catalog.models import ModelSettings
@@ -42,7 +43,9 @@ class SchedulerManagement:
         """Write the settings, then tell the scheduler, which applies them to what is resident.
 
         They are kept even where the scheduler cannot be told: it reads them when it starts.
+        Raises RequestError for a tool parser that nobody knows.
         """
+        check_family(changes.get("tool_parser"))
         if (kv_type := changes.get("kv_type")) is not None:
             await self._check_kv_type(model_id, kv_type)
         settings = await asyncio.to_thread(self._store.change_settings, model_id, changes)

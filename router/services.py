@@ -51,7 +51,8 @@ class SettingsView:
     `context_length` is an upper bound in tokens.  A model that was idle for `keep_alive_s` seconds
     is unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name
     none.  `max_sequences` are generated at the same time.  `kv_type` is what keys and values are
-    kept as.
+    kept as.  `tool_parser` names the family of the model's tool calls where its chat template does
+    not tell.
     """
 
     context_length: int | None = None
@@ -60,6 +61,7 @@ class SettingsView:
     priority: Priority | None = None
     max_sequences: int | None = None
     kv_type: str | None = None
+    tool_parser: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from backends.calls.schemas import fitting
 from backends.calls.sink import CallSink
 from backends.calls.tagged import GLM, LONGCAT, MINIMAX, QWEN_CODER, TagReader
 from backends.text import Piece
+from core.errors import RequestError
 from core.types import Tool
 
 
@@ -137,6 +138,15 @@ _FAMILIES = (
 
 FAMILIES: Mapping[str, ToolFamily] = {family.name: family for family in _FAMILIES}
 DEFAULT = FAMILIES["hermes"]
+
+
+def check_family(name: str | None) -> None:
+    """Raise RequestError for a name that is no family's; None is fine."""
+    if name is not None and name not in FAMILIES:
+        raise RequestError(
+            f"There is no tool parser {name[:100]!r}; known are {', '.join(FAMILIES)}.",
+            param="tool_parser",
+        )
 
 
 def family_of(template: str) -> ToolFamily:

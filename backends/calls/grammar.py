@@ -15,7 +15,7 @@ from backends.calls.grammar_forms import (
     tagged,
 )
 from backends.calls.tagged import GLM, LONGCAT, MINIMAX, QWEN_CODER
-from backends.constraint import GrammarText, check_patterns
+from backends.constraint import GrammarText, check_enforceable
 from backends.masking import Constraint
 from core.types import Tool
 
@@ -65,7 +65,7 @@ def triggered_calls(family: ToolFamily, tools: Sequence[Tool]) -> dict[str, Cons
 
 def _check(tools: Sequence[Tool]) -> None:
     for tool in tools:
-        check_patterns(dict(tool.parameters), "tools")
+        check_enforceable(dict(tool.parameters), "tools")
 
 
 def _object(

@@ -30,6 +30,7 @@ class SettingsPatch(StrictBody):
     priority: Priority | None = None
     max_sequences: Annotated[int, Field(ge=1, le=256)] | None = None
     kv_type: Annotated[str, Field(min_length=1, max_length=16)] | None = None
+    tool_parser: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
 
 class NoFields(StrictBody):

@@ -37,7 +37,7 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
         body = await read_request(request, ChatRequest)
         record = record_of(request.scope)
         prompt = to_chat_prompt(body)
-        output = body.response_format.output() if body.response_format else None
+        output = body.output()
         view = await context.model(body.model, Capability.CHAT, record)
         priority = request_priority(request, body.service_tier, view)
         answer_id = f"chatcmpl-{record.suffix}"

@@ -1,9 +1,11 @@
 """OpenAI's messages and tools → the prompt that a chat template renders."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
+from router.v1.reasoning import one_bound, one_effort
 from router.v1.requests import ChatRequest, ContentPart, Message, ToolDefinition
 from router.v1.wire import check_schema, refuse_unless_off
 
@@ -14,6 +16,7 @@ def to_chat_prompt(request: ChatRequest) -> ChatPrompt:
     Raises UnsupportedCapability for parts that are no text, RequestError, UnsupportedParameter.
     """
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
+    _refuse_twins(tools)
     choice = request.tool_choice or "auto"
     if choice == "required" and not tools:
         raise RequestError('tool_choice: "required" needs tools', param="tool_choice")
@@ -31,6 +34,8 @@ def to_chat_prompt(request: ChatRequest) -> ChatPrompt:
         tool_choice=choice,
         parallel_tool_calls=request.parallel_tool_calls is not False,
         template_kwargs=dict(request.chat_template_kwargs),
+        reasoning_effort=one_effort(request.reasoning_effort, request.reasoning),
+        reasoning_tokens=one_bound(request.thinking_budget, request.reasoning),
     )
 
 
@@ -79,6 +84,15 @@ def _part_text(part: ContentPart, param: str) -> str:
     if text is None:
         raise RequestError(f"{param}.{part.type}: required", param=f"{param}.{part.type}")
     return text
+
+
+def _refuse_twins(tools: Sequence[Tool]) -> None:
+    names: set[str] = set()
+    for index, tool in enumerate(tools):
+        if tool.name in names:
+            param = f"tools[{index}].function.name"
+            raise RequestError(f"{param}: {tool.name[:100]!r} was named before", param=param)
+        names.add(tool.name)
 
 
 def _tool(tool: ToolDefinition, param: str) -> Tool:

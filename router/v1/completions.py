@@ -80,7 +80,7 @@ def _requests(
 ) -> tuple[GenerationRequest, ...]:
     n = body.n or 1
     count = n * len(body.prompt)
-    output = body.response_format.output() if body.response_format else None
+    output = body.output()
     return tuple(
         GenerationRequest(
             id=answer_id if count == 1 else f"{answer_id}-{number * n + index}",

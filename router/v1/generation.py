@@ -65,6 +65,8 @@ class Generation:
         counted = usage if index % self.n == 0 else Usage(0, usage.completion_tokens)
         metrics.count_usage(self.view.id, counted)
         metrics.count_timing(self.view.id, event.timing)
+        for kind in event.mismatches:
+            metrics.tool_call_mismatches.labels(self.view.id, kind).inc()
         self._usages[index] = usage
         self._timings.append(event.timing)
         if self._first_token_at is not None and usage.completion_tokens > 1:

@@ -6,16 +6,15 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import Field, PlainValidator
 
 from core.errors import RequestError, UnsupportedParameter
-from core.types import JsonOutput
+from router.v1.outputs import OutputFields
+from router.v1.reasoning import Effort, Reasoning, ReasoningTokens
 from router.v1.wire import (
     MAX_INT32,
     MAX_LOGPROBS,
-    GenerationFields,
     JsonObject,
     TokenCount,
     WireModel,
     WireRequest,
-    check_schema,
     parse_inputs,
     refuse_unless_off,
     unknown_fields,
@@ -100,35 +99,6 @@ class ToolDefinition(WireModel):
     function: Function | None = None
 
 
-class JsonSchema(WireModel):
-    """The schema an answer must match; `name`, `description` and `strict` change nothing here."""
-
-    name: str | None = None
-    description: str | None = None
-    strict: bool | None = None
-    body: JsonObject | None = Field(default=None, alias="schema")
-
-
-class ResponseFormat(WireModel):
-    """What the answer's text must be."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    def output(self) -> JsonOutput | None:
-        """Return the constraint.  Raises RequestError for a schema that is missing or too big."""
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return JsonOutput(None)
-        schema = self.json_schema.body if self.json_schema else None
-        param = "response_format.json_schema.schema"
-        if schema is None:
-            raise RequestError(f"{param}: required for the type json_schema", param=param)
-        check_schema(schema, param)
-        return JsonOutput(schema)
-
-
 def parse_tool_choice(value: object) -> ToolChoice | None:
     """Return the choice; raises ValueError, or UnsupportedParameter for other tools' choices."""
     match value:
@@ -162,7 +132,7 @@ def parse_template_variables(value: object) -> dict[str, bool | int | float | st
     return value
 
 
-class ChatRequest(GenerationFields):
+class ChatRequest(OutputFields):
     """Body of `POST /v1/chat/completions`."""
 
     unsupported: ClassVar = {
@@ -173,7 +143,6 @@ class ChatRequest(GenerationFields):
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
-        "reasoning_effort": (),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -184,10 +153,12 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Annotated[ToolChoice | None, PlainValidator(parse_tool_choice)] = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
+    thinking_budget: ReasoningTokens | None = None
     chat_template_kwargs: Annotated[
         dict[str, bool | int | float | str | None], PlainValidator(parse_template_variables)
     ] = Field(default_factory=dict)
@@ -204,8 +175,10 @@ class ChatRequest(GenerationFields):
             raise RequestError("top_logprobs: needs logprobs: true", param="top_logprobs")
 
     def ignored_names(self) -> list[str]:
-        """Also name the messages' unknown fields."""
+        """Also name the unknown fields of messages and `reasoning`."""
         inner = {name for message in self.messages for name in unknown_fields(message, "messages")}
+        if self.reasoning is not None:
+            inner |= unknown_fields(self.reasoning, "reasoning")
         return [*super().ignored_names(), *sorted(inner)]
 
     @property
@@ -219,7 +192,7 @@ class ChatRequest(GenerationFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(GenerationFields):
+class CompletionRequest(OutputFields):
     """Body of `POST /v1/completions`."""
 
     harmless: ClassVar = _HINTS
@@ -230,7 +203,6 @@ class CompletionRequest(GenerationFields):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: int | None = None
-    response_format: ResponseFormat | None = None
 
     def refuse_unsupported(self) -> None:
         """Also refuse fields that contradict each other, and too many sequences."""

@@ -157,6 +157,7 @@ class RecordingMask:
 
     is_active = True
     is_finished = False
+    problem = ""
 
     def __init__(self) -> None:
         self.accepted: list[int] = []

@@ -128,6 +128,7 @@ class OnlyOdd:
     """Allows odd tokens only and remembers what was chosen."""
 
     is_active = True
+    problem = ""
 
     def __init__(self) -> None:
         self.accepted: list[int] = []

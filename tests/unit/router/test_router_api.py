@@ -25,6 +25,7 @@ UNSET = {
     "priority": None,
     "max_sequences": None,
     "kv_type": None,
+    "tool_parser": None,
 }
 WRITES = [("PATCH", ONE), ("POST", f"{ONE}/load"), ("POST", f"{ONE}/unload")]
 
@@ -149,6 +150,7 @@ async def test_change_of_nothing_changes_nothing(ask: Ask, management: FakeManag
         ("priority", ["batch"]),
         ("max_sequences", 0),
         ("max_sequences", 257),
+        ("tool_parser", ""),
         ("max_sequences", {}),
         ("keep_alive", 5),
         ("state", "resident"),

@@ -184,7 +184,6 @@ def test_chat_field_over_its_limit_is_named(fields: dict[str, Any], param: str) 
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"web_search_options": {}}, "web_search_options"),
         ({"prediction": {"type": "content"}}, "prediction"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"verbosity": "low"}, "verbosity"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
