@@ -30,6 +30,24 @@ def stream_bodies(run: str, count: int, max_tokens: int) -> list[dict[str, Any]]
     ]
 
 
+def constrained(body: dict[str, Any]) -> dict[str, Any]:
+    """Return `body` with its answer bound to a JSON schema that no short answer satisfies."""
+    chapter = {
+        "type": "object",
+        "properties": {
+            "title": {"type": "string", "maxLength": 80},
+            "pages": {"type": "integer", "minimum": 1, "maximum": 99},
+            "text": {"type": "string", "minLength": 200, "maxLength": 2000},
+            "mood": {"enum": ["calm", "tense", "glad", "sad"]},
+        },
+        "required": ["title", "pages", "text", "mood"],
+        "additionalProperties": False,
+    }
+    schema = {"type": "array", "items": chapter, "minItems": 40}
+    chosen = {"type": "json_schema", "json_schema": {"name": "story", "schema": schema}}
+    return {**body, "response_format": chosen}
+
+
 def short_body(run: str) -> dict[str, Any]:
     """Return a request whose prompt is so short that what it adds is not lost in its prefill."""
     return _body([{"role": "user", "content": f"{_word(run, 0)}?"}], max_tokens=4)

@@ -59,6 +59,8 @@ HOW = """\
   meanwhile. The ratio is that of measured and estimate, which the scheduler's ledger goes by.
 - Turns: one process takes turns on its own, then beside a second one that is registered and idle;
   CPU time of its thread, less an empty loop's. Waiting for another process's step comes on top.
+- Constrained answers: both kinds come from one server of ours, in alternating order; the bound ones
+  must be a JSON array of objects for a schema with strings, an integer and an enumeration.
 - "CPU of all processes" is each server's whole process tree, the model's work included, divided by
   the tokens of the run; for Impetus it holds Ray's own processes too.
 - Memory at rest is the proportional set size of the whole process tree: shared pages are divided

@@ -5,14 +5,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from core.errors import ImpetusError
 from scripts.bench_lib.contests import Contestant, ContestPlan, run_contest
-from scripts.bench_lib.figures import Verdict, rate_verdicts, scaling_verdict, verdicts
-from scripts.bench_lib.measure import run_bare, run_streams
+from scripts.bench_lib.figures import (
+    MIN_GRAMMAR_RATIO,
+    Verdict,
+    rate_verdicts,
+    scaling_verdict,
+    verdicts,
+)
+from scripts.bench_lib.measure import StreamsResult, run_bare, run_streams
 from scripts.bench_lib.memory import (
     MEMORY_HEAD,
     measure_memory,
@@ -21,19 +28,22 @@ from scripts.bench_lib.memory import (
     memory_verdicts,
 )
 from scripts.bench_lib.peers import running_bare, running_mlx_server, running_peer
+from scripts.bench_lib.prompts import constrained
 from scripts.bench_lib.report import gguf_parts, streams_parts, table
 from scripts.bench_lib.rounds import Plan, Results, run, say
 from scripts.bench_lib.servers import OURS, ROOT, BenchError, Load, Server, running_ours
 from scripts.bench_lib.turns import measure_turns, turns_table, turns_verdict
 
-SECTIONS = ("turns", "mlx", "onnx", "pytorch", "gguf", "memory")
+SECTIONS = ("turns", "mlx", "onnx", "pytorch", "gguf", "grammar", "memory")
 # Without a GPU the peer computes 0.4 tokens a second from packed weights: an hour for one table.
 MLX_KINDS = ("mlx-f32", "mlx-4bit") if sys.platform == "darwin" else ("mlx-f32",)
+BOUND = f"{OURS}, bound by a schema"
 CONTEXT_TOKENS = 1024
 STREAMS = (1, 4, 8)
 # Seconds that a section's rounds may take; starts and stops come on top.
 BUDGET_S: Mapping[str, float] = {
     "gguf": 200, "agent": 80, "mlx-f32": 70, "mlx-4bit": 70, "onnx": 45, "pytorch": 45,
+    "grammar": 90,
 }  # fmt: skip
 # Without a GPU the peer computes some tokens a second from packed weights.
 SLOW_TOKENS = 24
@@ -94,6 +104,7 @@ def run_section(name: str, choices: Choices) -> list[Section]:
         "mlx": [(kind, partial(_mlx, kind)) for kind in MLX_KINDS],
         "onnx": [("ONNX", partial(_bare, "onnx", "onnx-f32"))],
         "pytorch": [("PyTorch", partial(_bare, "pytorch", "pytorch"))],
+        "grammar": [("Constrained answers", _grammar)],
         "memory": [("Memory", _memory)],
         "turns": [("Turns on the accelerator", _turns)],
     }
@@ -157,6 +168,27 @@ def _gguf(choices: Choices) -> Section:
         verdicts(ours, theirs, "GGUF: ") if ours else (),
         _problems(results),
         _setup("GGUF", load, plan.tokens, facts),
+    )
+
+
+def _grammar(choices: Choices) -> Section:
+    """Compare answers bound by a JSON schema with free ones, on one server of ours."""
+    counts = (1, max(STREAMS))
+    load = Load(choices.gguf, choices.threads, choices.context, max(STREAMS))
+    with running_ours(load) as server:
+
+        def bound(bodies: Sequence[dict[str, Any]]) -> StreamsResult:
+            return run_streams(server, [constrained(body) for body in bodies])
+
+        contestants = [Contestant(BOUND, counts, bound), _server(server, counts)]
+        results = run_contest(_plan("grammar", choices.gguf_tokens, choices), contestants)
+    found = rate_verdicts(results[BOUND], results[OURS], "Constrained answers: ", MIN_GRAMMAR_RATIO)
+    return Section(
+        "Constrained answers",
+        streams_parts(results),
+        [replace(one, name=one.name.replace("ours / peer", "bound / free")) for one in found],
+        _problems(results),
+        _setup("Constrained answers", load, choices.gguf_tokens, _Facts()),
     )
 
 
