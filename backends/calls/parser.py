@@ -60,8 +60,12 @@ def prose_with_calls(starts: tuple[str, ...], section: Section) -> Main:
     """
 
     def read(cursor: Cursor, sink: CallSink) -> Steps[None]:
-        while start := (yield from _prose(cursor, sink, starts)):
-            cursor.mark(back=len(start))
+        while True:
+            start, gap = yield from _prose(cursor, sink, starts)
+            if not start:
+                return
+            # The space before it is dropped only if a call follows.
+            cursor.mark(back=gap + len(start))
             try:
                 yield from section(cursor, sink, start)
             except Malformed as problem:
@@ -78,16 +82,19 @@ def prose_with_calls(starts: tuple[str, ...], section: Section) -> Main:
     return read
 
 
-def _prose(cursor: Cursor, sink: CallSink, starts: tuple[str, ...]) -> Steps[str]:
-    """Pass text on up to the next of `starts`, which is read; return it, or nothing at the end."""
+def _prose(cursor: Cursor, sink: CallSink, starts: tuple[str, ...]) -> Steps[tuple[str, int]]:
+    """Pass text on up to the next of `starts`, which is read; return nothing at the text's end.
+
+    Also returns how many spaces before it were read and not passed on.
+    """
     while True:
         text = cursor.rest
         found = min(((at, one) for one in starts if (at := text.find(one)) >= 0), default=None)
         if found is not None:
-            before = text[: found[0]]
-            sink.text(before.rstrip())
+            before = text[: found[0]].rstrip()
+            sink.text(before)
             cursor.advance(found[0] + len(found[1]))
-            return found[1]
+            return found[1], found[0] - len(before)
         kept = text[: len(text) - held_length(text, starts)].rstrip()
         sink.text(kept)
         cursor.advance(len(kept))
@@ -97,4 +104,4 @@ def _prose(cursor: Cursor, sink: CallSink, starts: tuple[str, ...]) -> Steps[str
             if held.strip() or not sink.count:
                 sink.text(held)
             cursor.advance(len(held))
-            return ""
+            return "", 0

@@ -245,6 +245,7 @@ TEXTS = {
     "bad arguments": '<tool_call>{"name": "get_time", "arguments": 3}</tool_call>',
     "unfinished": '<tool_call>{"name": "get_ti',
     "half a tag": "So <tool_c",
+    "malformed within prose": "Use\n <tool_call> {oops} now",
     "bare in prose": 'Use {"name": "get_time", "parameters": {}}',
     "bare before prose": '{"name": "get_time", "parameters": {}} does it',
     "bare undeclared": '{"name": "rm", "parameters": {}}',

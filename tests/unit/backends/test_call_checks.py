@@ -1,0 +1,190 @@
+"""Arguments against schemas, text against types, and reasoning asked for in a template's words."""
+
+from typing import Any
+
+import pytest
+
+from backends.calls.schemas import fitting, from_text, types_of
+from backends.chat import ChatFormat
+from backends.reasoning_switch import effort_variables
+from core.errors import RequestError, UnsupportedParameter
+from core.types import ChatMessage, ChatPrompt, Tool
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "count": {"type": "integer", "minimum": 1},
+        "name": {"type": "string", "pattern": "(a+)+$"},
+        "place": {"$ref": "#/$defs/place"},
+    },
+    "required": ["count"],
+    "$defs": {"place": {"type": "array", "items": {"type": "number"}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_fitting"),
+    [
+        ('{"count": 3}', True),
+        ('{"count": 3, "name": "b", "place": [1, 2.5]}', True),
+        ('{"count": 3, "name": "' + "a" * 5000 + 'b"}', True),
+        ('{"count": 0}', False),
+        ('{"count": "3"}', False),
+        ('{"name": "a"}', False),
+        ('{"count": 3, "place": ["x"]}', False),
+        ('{"count": 3', False),
+        ("[3]", False),
+        ("[" * 100_000, False),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_arguments_are_checked(text: str, is_fitting: bool) -> None:
+    assert fitting([Tool("f", "", SCHEMA)])("f", text) is is_fitting
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {},
+        {"$ref": "#"},
+        {"$ref": "http://127.0.0.1:1/x.json"},
+        {"type": "nothing"},
+        {"type": 3},
+        {"properties": 3},
+        {"required": 3},
+        {"allOf": [{"$ref": "#/$defs/a"}] * 2, "$defs": {"a": {"allOf": [{"$ref": "#"}] * 2}}},
+    ],
+    ids=str,
+)
+def test_i9_what_cannot_be_checked_passes(schema: dict[str, Any]) -> None:
+    assert fitting([Tool("f", "", schema)])("f", '{"a": 1}')
+
+
+@pytest.mark.parametrize(
+    ("text", "types", "value"),
+    [
+        ("3", {"integer"}, 3),
+        ("3.0", {"integer"}, 3),
+        ("3.5", {"integer"}, "3.5"),
+        ("3", {"number"}, 3),
+        ("3", {"string"}, "3"),
+        ("3", {"string", "integer"}, 3),
+        ("3", set(), 3),
+        (" true\n", {"boolean"}, True),
+        ("True", {"boolean"}, True),
+        ("yes", {"boolean"}, "yes"),
+        ("null", {"string", "null"}, None),
+        ("None", {"string", "null"}, None),
+        ("none", {"string", "null"}, "none"),
+        ('{"a": [1]}', {"object"}, {"a": [1]}),
+        ("[1", {"array"}, "[1"),
+        ("NaN", {"number"}, "NaN"),
+        ("", {"integer"}, ""),
+    ],
+)
+def test_text_becomes_what_its_type_says_and_nothing_else(
+    text: str, types: set[str], value: object
+) -> None:
+    assert from_text(text, frozenset(types)) == value
+
+
+@pytest.mark.parametrize(
+    ("schema", "types"),
+    [
+        ({"type": "integer"}, {"integer"}),
+        ({"type": ["string", "null"]}, {"string", "null"}),
+        ({"enum": ["a", 1, None, True, 1.5, [], {}]},
+         {"string", "integer", "null", "boolean", "number", "array", "object"}),
+        ({"const": "a"}, {"string"}),
+        ({"anyOf": [{"type": "string"}, {"const": None}]}, {"string", "null"}),
+        ({"anyOf": [{"type": "string"}, {}]}, set()),
+        ({"$ref": "#/$defs/a"}, {"boolean"}),
+        ({"$ref": "#/$defs/loop"}, set()),
+        ({"$ref": "#/gone"}, set()),
+        (True, set()),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_types_are_read_from_a_schema(schema: Any, types: set[str]) -> None:
+    root = {"$defs": {"a": {"type": "boolean"}, "loop": {"$ref": "#/$defs/loop"}}}
+    assert types_of(schema, root) == types
+
+
+@pytest.mark.parametrize(
+    ("template", "effort", "variables"),
+    [
+        ("{{ reasoning_effort }}", "high", {"reasoning_effort": "high"}),
+        ("{% if reasoning_effort == 'none' %}{% endif %}", "none", {"reasoning_effort": "none"}),
+        ("{% if enable_thinking is false %}{% endif %}", "none", {"enable_thinking": False}),
+        ("{% if thinking is defined and thinking %}{% endif %}", "none", {"thinking": False}),
+        ("{{ reasoning_effort }}{{ enable_thinking }}", "none", {"enable_thinking": False}),
+        ("{{ x }}", None, {}),
+    ],
+)
+def test_effort_becomes_the_templates_variable(
+    template: str, effort: str | None, variables: dict[str, object]
+) -> None:
+    assert effort_variables(template, effort) == variables
+
+
+@pytest.mark.parametrize(
+    ("template", "effort"),
+    [
+        ("{{ x }}", "none"),
+        ("{{ enable_thinking }}", "high"),
+        ("{{ reasoning_effort }}", "xhigh"),
+        ("I was thinking", "none"),
+    ],
+)
+def test_effort_that_the_template_does_not_know_is_refused(template: str, effort: str) -> None:
+    with pytest.raises(UnsupportedParameter) as caught:
+        effort_variables(template, effort)
+    assert caught.value.param == "reasoning_effort"
+
+
+def asked(**more: Any) -> ChatPrompt:
+    return ChatPrompt((ChatMessage("user", "hi"),), **more)
+
+
+def test_a_budget_needs_a_template_that_marks_reasoning() -> None:
+    with pytest.raises(UnsupportedParameter) as caught:
+        ChatFormat("{{ x }}", "", "").reasoning(asked(reasoning_tokens=5), "")
+    assert caught.value.param == "reasoning.max_tokens"
+    plan = ChatFormat("[THINK]", "", "").reasoning(asked(reasoning_tokens=5), "x[THINK]\n")
+    assert plan is not None
+    assert (plan.tags.close, plan.is_open, plan.budget) == ("[/THINK]", True, 5)
+
+
+@pytest.mark.parametrize(
+    ("template", "opening", "closing"),
+    [
+        ("<think>", "<think>", "</think>"),
+        ("<seed:think>", "<seed:think>", "</seed:think>"),
+        ("[THINK]", "[THINK]", "[/THINK]"),
+        ("<|START_THINKING|>", "<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|channel>thought", "<|channel>thought", "<channel|>"),
+        ("◁/think▷", "◁think▷", "◁/think▷"),
+    ],
+)
+def test_reasoning_is_split_off_in_every_familys_tags(
+    template: str, opening: str, closing: str
+) -> None:
+    form = ChatFormat(template, "", "")
+    for rendered, answer in (("", f"{opening}\nhm{closing}\n\nYes"), (opening, f"hm{closing}Yes")):
+        parser = form.parser(asked(), rendered)
+        assert parser is not None
+        pieces = [*(piece for char in answer for piece in parser.push(char)), *parser.flush()]
+        text = {"ReasoningDelta": "", "TextDelta": ""}
+        for piece in pieces:
+            text[type(piece).__name__] += getattr(piece, "text", "")
+        assert text == {"ReasoningDelta": "hm", "TextDelta": "Yes"}
+    assert {opening.encode(), closing.encode()} <= set(form.markers)
+
+
+def test_a_family_can_be_named_in_the_templates_place() -> None:
+    form = ChatFormat("{{ messages }}", "", "", tool_parser="mistral")
+    assert form.family.name == "mistral"
+    assert b"[TOOL_CALLS]" in form.markers
+    with pytest.raises(RequestError) as caught:
+        ChatFormat(None, "", "", tool_parser="nobody")
+    assert caught.value.param == "tool_parser"
