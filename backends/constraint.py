@@ -12,6 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
 from backends.masking import Constraint
+from backends.schema_limits import check_enforceable, check_pattern, without_lookaround
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChoiceOutput, JsonOutput, JsonValue, Output, RegexOutput
 from core.units import KIB, MIB
@@ -19,17 +20,12 @@ from core.units import KIB, MIB
 # Weak models loop on free whitespace, so JSON is written compactly.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_GRAMMAR_BYTES = 512 * KIB
-# The time to compile grows with the square of their number: 500 take half a second.
-_MOST_OPTIONAL = 500
 _CACHED_GRAMMARS = 64
 _CACHED_BYTES = 4 * MIB
 # What is added to eight logits for a byte of the mask: nothing where allowed, else -inf.
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _ADDENDS = np.where(_BITS == 0, -np.inf, 0.0).astype(np.float32)
 _QUOTED_LINE = re.compile(r"\s*\d+ \|")
-# Escapes and character classes hold no quantifiers.
-_NO_QUANTIFIER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
-_DOUBLE_REPEAT = re.compile(r"(?:[*+?]|\{\d+(?:,\d*)?\})[*+]")
 
 
 def _in_short(problem: str) -> str:
@@ -38,49 +34,11 @@ def _in_short(problem: str) -> str:
     return " ".join(" ".join(kept).split())[:500]
 
 
-def check_enforceable(schema: JsonValue, param: str) -> None:
-    """Raise RequestError for what llguidance would take long for, or take in another sense."""
-    left = [schema]
-    while left:
-        item = left.pop()
-        if isinstance(item, list):
-            left += item
-        elif isinstance(item, dict):
-            left += item.values()
-            pattern = item.get("pattern")
-            if isinstance(pattern, str):
-                check_pattern(pattern, param)
-            _check_properties(item, param)
-
-
-def _check_properties(schema: Mapping[str, JsonValue], param: str) -> None:
-    properties, required = schema.get("properties"), schema.get("required")
-    if not isinstance(properties, dict) or len(properties) <= _MOST_OPTIONAL:
-        return
-    needed = {one for one in required if isinstance(one, str)} if isinstance(required, list) else ()
-    if len(properties.keys() - needed) > _MOST_OPTIONAL:
-        raise RequestError(
-            f"The {param} cannot be enforced: an object has more than {_MOST_OPTIONAL} "
-            "properties that are not required.",
-            param=param,
-        )
-
-
-def check_pattern(pattern: str, param: str) -> None:
-    """Raise RequestError for a regex with one repetition right after another, as in `a**`.
-
-    Rust's syntax takes it, that of JSON Schema does not, and what is meant cannot be known.
-    """
-    if _DOUBLE_REPEAT.search(_NO_QUANTIFIER.sub("x", pattern)):
-        raise RequestError(
-            f"The {param} cannot be enforced: the regex {pattern[:100]!r} repeats a repetition.",
-            param=param,
-        )
-
-
 def styled(schema: Mapping[str, JsonValue], *, is_lenient: bool = False) -> str:
     """Return `schema` for llguidance; `is_lenient` leaves keywords out that it does not know."""
-    style = {**_JSON_STYLE, "lenient": True} if is_lenient else _JSON_STYLE
+    style = _JSON_STYLE
+    if is_lenient:
+        schema, style = without_lookaround(schema), {**_JSON_STYLE, "lenient": True}
     return json.dumps({**schema, "x-guidance": style}, ensure_ascii=False)
 
 

@@ -254,9 +254,23 @@ def test_i9_arguments_may_refer_to_their_own_kind(tmp_path: Path) -> None:
         mask.accept(token_id)
 
 
-@pytest.mark.parametrize("name", ["uri", "email", "date-time", "some-format-of-ours"])
-def test_a_begun_call_leaves_unknown_formats_free(name: str, tmp_path: Path) -> None:
+UNKNOWN: list[dict[str, Any]] = [
+    {"type": "string", "format": "some-format-of-ours"},
+    {"type": "string", "pattern": "^(?!x).*$"},
+    {"type": "string", "pattern": "\\bword\\b"},
+    {"not": {"type": "string"}},
+    {"type": "array", "uniqueItems": True},
+    {"if": {"const": 1}, "then": {"type": "integer"}},
+]
+
+
+@pytest.mark.parametrize("inner", UNKNOWN, ids=str)
+def test_a_begun_call_leaves_free_what_no_grammar_holds(
+    inner: dict[str, Any], tmp_path: Path
+) -> None:
     read = tokenizer(tmp_path / "v", special=())
-    schema: dict[str, Any] = {"properties": {"a": {"type": "string", "format": name}}}
+    schema: dict[str, Any] = {"properties": {"a": inner}}
+    with pytest.raises(RequestError):
+        read.mask(call_constraint(FAMILIES["hermes"], (Tool("f", "", schema),)))
     for constraint in triggered_calls(FAMILIES["hermes"], (Tool("f", "", schema),)).values():
         assert read.mask(constraint).is_active
