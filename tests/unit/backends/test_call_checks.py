@@ -106,7 +106,7 @@ def test_text_becomes_what_its_type_says_and_nothing_else(
     ids=str,
 )  # fmt: skip
 def test_types_are_read_from_a_schema(schema: Any, types: set[str]) -> None:
-    root = {"$defs": {"a": {"type": "boolean"}, "loop": {"$ref": "#/$defs/loop"}}}
+    root: dict[str, Any] = {"$defs": {"a": {"type": "boolean"}, "loop": {"$ref": "#/$defs/loop"}}}
     assert types_of(schema, root) == types
 
 

@@ -2,6 +2,7 @@
 
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +15,13 @@ from core.errors import ModelNotFound
 from tests.unit.catalog.builders import make_found, make_info, write
 
 TINY = "tiny@gguf-q4_0"
-ALL = {
+ALL: dict[str, Any] = {
     "context_length": 512,
     "keep_alive_s": 0.5,
     "pin": True,
     "priority": "batch",
     "max_sequences": 3,
+    "tool_parser": "mistral",
 }
 
 
@@ -32,8 +34,8 @@ def settings_of(store: CatalogStore, model_id: str = TINY) -> ModelSettings:
 def test_settings_are_the_defaults_until_changed(store: CatalogStore) -> None:
     write(store, make_found(), make_found("/m/b.gguf", name="other"))
     assert settings_of(store) == ModelSettings()
-    assert store.change_settings(TINY, ALL) == ModelSettings(512, 0.5, True, "batch", 3)
-    assert settings_of(store) == ModelSettings(512, 0.5, True, "batch", 3)
+    assert store.change_settings(TINY, ALL) == ModelSettings(**ALL)
+    assert settings_of(store) == ModelSettings(**ALL)
     assert settings_of(store, "other@gguf-q4_0") == ModelSettings()
 
 
@@ -41,7 +43,7 @@ def test_change_leaves_other_fields_and_none_is_the_default_again(store: Catalog
     write(store, make_found())
     store.change_settings(TINY, ALL)
     store.change_settings(TINY, {"pin": False, "keep_alive_s": None})
-    assert settings_of(store) == ModelSettings(512, None, False, "batch", 3)
+    assert settings_of(store) == ModelSettings(**{**ALL, "pin": False, "keep_alive_s": None})
 
 
 def test_settings_survive_reopening_a_new_scan_and_a_move(tmp_path: Path) -> None:
@@ -135,6 +137,12 @@ def test_context_is_bounded_by_the_model_and_by_the_server(
     options = EngineOptions(context_tokens=server, threads=3)
     applied = ModelSettings(context_length=own).applied_to(options)
     assert applied == EngineOptions(context_tokens=granted, threads=3)
+
+
+def test_tool_parser_of_the_model_reaches_the_engine() -> None:
+    assert ModelSettings().applied_to(EngineOptions()).tool_parser is None
+    applied = ModelSettings(tool_parser="mistral").applied_to(EngineOptions())
+    assert applied.tool_parser == "mistral"
 
 
 def test_sequences_of_the_model_replace_those_of_the_server() -> None:

@@ -112,6 +112,16 @@ async def test_change_is_written_told_and_shown(server: Server, tmp_path: Path) 
     assert set(shown["other@gguf-q4_0"].values()) == {None}
 
 
+async def test_tool_parser_is_one_of_the_families(server: Server) -> None:
+    answer = await server.ask("PATCH", "/api/models/mine", {"tool_parser": "mistral"})
+    assert answer.json()["settings"]["tool_parser"] == "mistral"
+    refused = await server.ask("PATCH", "/api/models/mine", {"tool_parser": "nobody"})
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "tool_parser")
+    assert "mistral" in error_of(refused)["message"]
+    shown = await server.ask("GET", "/api/models/mine")
+    assert shown.json()["settings"]["tool_parser"] == "mistral"
+
+
 async def test_model_is_loaded_and_unloaded(server: Server) -> None:
     loaded = await server.ask("POST", "/api/models/mine/load", {})
     assert (loaded.json()["state"], loaded.json()["max_model_len"]) == ("resident", 1024)
