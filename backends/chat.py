@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from backends.answer_mask import ReasoningPlan
 from backends.calls.families import DEFAULT, FAMILIES, check_family, family_of
 from backends.calls.grammar import call_constraint, triggered_calls
+from backends.calls.harmony import FINAL
 from backends.constraint import output_constraint
 from backends.masking import Constraint
 from backends.messages import (
@@ -156,7 +157,8 @@ class ChatFormat:
         is_open = self._is_open(rendered)
         reasoning = self._tags.close if is_open and self._tags is not None else None
         if output is not None:
-            return output_constraint(output, reasoning=reasoning)
+            opening = FINAL if self.family.name == "harmony" else ()
+            return output_constraint(output, opening=opening, reasoning=reasoning)
         return call_constraint(self.family, tools, is_bare=self._calls_bare, reasoning=reasoning)
 
     def triggered(self, prompt: ChatPrompt) -> Mapping[str, Constraint]:

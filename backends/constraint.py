@@ -5,7 +5,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -18,7 +18,19 @@ from core.types import ChoiceOutput, JsonOutput, JsonValue, Output, RegexOutput
 from core.units import KIB, MIB
 
 # Weak models loop on free whitespace, so JSON is written compactly.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_STYLE: Mapping[str, JsonValue] = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
+_GAP = r"[ \n\t]{0,24}"
+# What a model began by itself goes on in its own style; bounded, as endless space would be.
+_LENIENT_STYLE: Mapping[str, JsonValue] = {
+    "whitespace_pattern": _GAP,
+    "item_separator": ",",
+    "key_separator": ":",
+    "lenient": True,
+}
 _MOST_GRAMMAR_BYTES = 512 * KIB
 _CACHED_GRAMMARS = 64
 _CACHED_BYTES = 4 * MIB
@@ -38,7 +50,7 @@ def styled(schema: Mapping[str, JsonValue], *, is_lenient: bool = False) -> str:
     """Return `schema` for llguidance; `is_lenient` leaves keywords out that it does not know."""
     style = _JSON_STYLE
     if is_lenient:
-        schema, style = without_lookaround(schema), {**_JSON_STYLE, "lenient": True}
+        schema, style = without_lookaround(schema), _LENIENT_STYLE
     return json.dumps({**schema, "x-guidance": style}, ensure_ascii=False)
 
 
@@ -75,6 +87,11 @@ class GrammarText:
         """Return a rule of JSON that is valid for `schema`."""
         return self.rule(f"%json {styled(schema, is_lenient=self.is_lenient)}")
 
+    @property
+    def gap(self) -> str:
+        """A little space between the parts of what a model writes as it likes."""
+        return f"/{_GAP}/"
+
     def marker(self, text: str) -> str:
         """Return a rule of a text that may be a control token of the vocabulary."""
         return f"marker{self._index(text)}"
@@ -96,10 +113,13 @@ class GrammarText:
         return Constraint("\n".join(lines) + "\n", param, tuple(self._markers))
 
 
-def output_constraint(output: Output, *, reasoning: str | None = None) -> Constraint:
+def output_constraint(
+    output: Output, *, opening: Sequence[str] = (), reasoning: str | None = None
+) -> Constraint:
     """Return what makes the answer what was asked for; a regex is in Rust's syntax.
 
-    `reasoning` is the text that ends the model's reasoning, which then may go first.
+    `opening` are texts, perhaps control tokens, that the model has to write before its answer;
+    `reasoning` is the text that ends its reasoning, which then may go first.
     """
     text = GrammarText()
     match output:
@@ -112,7 +132,8 @@ def output_constraint(output: Output, *, reasoning: str | None = None) -> Constr
             param = "response_format"
             check_enforceable(dict(schema or {}), param)
             answer = text.json(schema or {"type": "object"})
-    return text.constraint(answer, param, reasoning=reasoning)
+    lead = " ".join(map(text.marker, opening))
+    return text.constraint(f"{lead} ({answer})", param, reasoning=reasoning)
 
 
 class _Scratch:

@@ -22,7 +22,8 @@ class ToolFamily:
 
     `section` reads what follows `tool_call_start` or another of `starts`; `main`, where it is
     given, a whole answer.  A template that holds all of one group of `needles` asks for it.
-    `inner` are further markers that a vocabulary may hide as control tokens.
+    `inner` are further markers that a vocabulary may hide as control tokens.  `is_word`: what
+    begins a call may stand in any text.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ToolFamily:
     starts: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
     is_pythonic: bool = False
+    is_word: bool = False
     main: Main | None = field(default=None, compare=False)
 
     @property
@@ -116,7 +118,7 @@ _FAMILIES = (
         "phi4_mini", "<|tool_call|>", "<|/tool_call|>", tagged_json("<|/tool_call|>"),
         needles=(("<|/tool_call|>",),),
     ),
-    ToolFamily("phi4", "functools", "", tagged_json(), needles=(("functools[",),)),
+    ToolFamily("phi4", "functools", "", tagged_json(), (("functools[",),), is_word=True),
     ToolFamily("granite", "<|tool_call|>", "", tagged_json(), needles=(("<|tool_call|>",),)),
     ToolFamily(
         "hermes", "<tool_call>", "</tool_call>", tagged_json("</tool_call>"),

@@ -47,12 +47,16 @@ def call_constraint(
 
 
 def triggered_calls(family: ToolFamily, tools: Sequence[Tool]) -> dict[str, Constraint]:
-    """Return what must follow each text that begins a call; keywords unknown to it are left out.
+    """Return what must follow each text that surely begins a call.
+
+    Keywords that llguidance does not know are left out.
 
     Several calls may follow where the family encloses them together.
     """
     _check(tools)
     made: dict[str, Constraint] = {}
+    if family.is_word:
+        return made
     if family.name == "harmony":
         for start in ("<|channel|>commentary to=functions.", "assistant to=functions."):
             text = GrammarText(is_lenient=True)
@@ -79,13 +83,27 @@ def _object(
 ) -> str:
     """Return the rule of one JSON object with a name and its arguments."""
     choices = []
+    if text.is_lenient:
+        return any_of(text, [_lenient_object(text, tool, name_key, before) for tool in tools])
     for tool in tools:
         opening = f'{{{before}"{name_key}": {json.dumps(tool.name)}, "{arguments_key}": '
-        # Some templates write an id behind; a begun call may have it.
-        identity = '(", \\"id\\": \\"" /[A-Za-z0-9_-]{0,40}/ "\\"")?' if text.is_lenient else ""
-        closing = f"{identity} {text.quoted('}')}"
-        choices.append(f"{text.quoted(opening)} {_arguments(text, tool)} {closing}")
+        choices.append(f"{text.quoted(opening)} {_arguments(text, tool)} {text.quoted('}')}")
     return any_of(text, choices)
+
+
+def _lenient_object(text: GrammarText, tool: Tool, name_key: str, before: str) -> str:
+    """Return a call's object as models write it: with space, perhaps an id, under either key."""
+    gap = text.gap
+    comma, colon = f'{gap} "," {gap}', f'{gap} ":" {gap}'
+    identity = "/[A-Za-z0-9_-]{0,40}/"
+    lead = f"{text.quoted(before)}? " if before else ""
+    key = f"({text.quoted(json.dumps('arguments'))} | {text.quoted(json.dumps('parameters'))})"
+    name = text.quoted(json.dumps(tool.name))
+    behind = f'({comma} {text.quoted(json.dumps("id"))} {colon} "\\"" {identity} "\\"")?'
+    return (
+        f'"{{" {gap} {lead}{text.quoted(json.dumps(name_key))} {colon} {name} {comma} '
+        f'{key} {colon} {_arguments(text, tool)} {behind} {gap} "}}"'
+    )
 
 
 def _arguments(text: GrammarText, tool: Tool) -> str:
@@ -98,7 +116,7 @@ def _bare(text: GrammarText, tools: Sequence[Tool]) -> str:
 
 def _json_call(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
     del is_many
-    gap = f"{text.quoted(chr(10))}?" if text.is_lenient else text.quoted("\n")
+    gap = text.gap if text.is_lenient else text.quoted("\n")
     return f"{gap} {_object(text, tools)} {gap} {text.marker('</tool_call>')}"
 
 

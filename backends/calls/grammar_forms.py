@@ -19,6 +19,8 @@ def any_of(text: GrammarText, choices: Sequence[str]) -> str:
 
 def list_of(text: GrammarText, one: str, *, is_many: bool) -> str:
     """Return the text of a JSON or Python list of calls."""
+    if text.is_lenient:
+        return f'"[" {text.gap} {one} ({text.gap} "," {text.gap} {one})* {text.gap} "]"'
     more = f" ({text.quoted(', ')} {one})*" if is_many else ""
     return f"{text.quoted('[')} {one}{more} {text.quoted(']')}"
 

@@ -11,6 +11,8 @@ from backends.calls.sink import CallSink
 
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 CALL, RETURN, CONSTRAIN = "<|call|>", "<|return|>", "<|constrain|>"
+# What comes before an answer that is not preceded by reasoning.
+FINAL = (CHANNEL, "final", MESSAGE)
 MARKERS = (START, CHANNEL, MESSAGE, END, CALL, RETURN, CONSTRAIN)
 
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")

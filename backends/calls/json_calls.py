@@ -30,6 +30,8 @@ def read_call(cursor: Cursor, sink: CallSink) -> Steps[None]:
             sink.begin(reader.name)
         if sink.is_in_call:
             sink.arguments(reader.take())
+            # What was passed on need not be kept.
+            cursor.mark()
         if is_broken:
             raise Malformed(reader.pending)
     sink.finish()
@@ -49,6 +51,7 @@ def read_arguments(cursor: Cursor, sink: CallSink) -> Steps[None]:
             sink.arguments(reader.take())
             raise Malformed(reader.pending) from problem
         cursor.advance(reader.position)
+        cursor.mark()
         sink.arguments(reader.take())
     sink.finish()
 

@@ -125,6 +125,7 @@ def _is_valid(validator: Any, value: JsonValue) -> bool:
     from jsonschema.exceptions import UndefinedTypeCheck, UnknownType
     from referencing.exceptions import Unresolvable
 
+    validator.format_checker.left = _MOST_REFERENCES
     try:
         return bool(validator.is_valid(value))
     except (_TooMuch, RecursionError, Unresolvable, UnknownType, UndefinedTypeCheck):
@@ -154,10 +155,9 @@ def _kind() -> Any:
 
 
 class _Allowance:
-    """How many references may still be followed; travels where the formats would."""
+    """How many references one check may still follow; travels where the formats would."""
 
-    def __init__(self) -> None:
-        self.left = _MOST_REFERENCES
+    left = 0
 
 
 def _validator(schema: Mapping[str, JsonValue]) -> Any:

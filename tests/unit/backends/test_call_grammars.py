@@ -12,11 +12,12 @@ from backends.answer_mask import AnswerMask, ReasoningPlan
 from backends.calls.families import FAMILIES
 from backends.calls.grammar import call_constraint, triggered_calls
 from backends.calls.schemas import fitting
+from backends.chat import ChatFormat
 from backends.hf_tokenizer import HfTokenizer
 from backends.masking import TokenMask
 from backends.reasoning import HARMONY, THINK
 from core.errors import RequestError
-from core.types import Tool, ToolCallDelta
+from core.types import ChatMessage, ChatPrompt, ChoiceOutput, Tool, ToolCallDelta
 from tests.tool_forms import TOOLS, Answer, written
 
 END = "<|end_of_text|>"
@@ -124,6 +125,19 @@ def test_a_forced_call_is_one_valid_call(family: str, is_bare: bool, vocabulary:
         assert fitting(tools)(name, arguments), text
 
 
+def test_a_bounded_answer_of_harmony_is_in_its_final_channel(vocabulary: Any) -> None:
+    read = vocabulary("harmony")
+    form = ChatFormat("{{ tools }}<|channel|>analysis<|message|>", "", "")
+    prompt = ChatPrompt((ChatMessage("user", "hi"),))
+    constraint = form.constraint(prompt, ChoiceOutput(("yes", "no"), "guided_choice"), "")
+    assert constraint is not None
+    text = walk(read.mask(constraint), read, seed=1)
+    parser = form.parser(prompt, "")
+    assert parser is not None
+    pieces = [*parser.push(text), *parser.flush()]
+    assert "".join(getattr(piece, "text", "") for piece in pieces) in ("yes", "no")
+
+
 def begun(family: str, read: HfTokenizer, tools: tuple[Tool, ...]) -> AnswerMask:
     triggered = [
         (start, read.mask(one)) for start, one in triggered_calls(FAMILIES[family], tools).items()
@@ -131,7 +145,10 @@ def begun(family: str, read: HfTokenizer, tools: tuple[Tool, ...]) -> AnswerMask
     return AnswerMask(read, triggered=triggered)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+MARKED = [name for name, family in FAMILIES.items() if not family.is_word]
+
+
+@pytest.mark.parametrize("family", MARKED)
 def test_a_begun_call_is_valid_and_the_rest_is_free(family: str, vocabulary: Any) -> None:
     read = vocabulary(family)
     start = FAMILIES[family].tool_call_start
@@ -160,7 +177,37 @@ def test_a_begun_call_is_valid_and_the_rest_is_free(family: str, vocabulary: Any
         assert all(fitting((PICK,))(*call) for call in calls), text + data.decode()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_a_word_begins_no_call() -> None:
+    assert FAMILIES.keys() - set(MARKED) == {"phi4"}
+    assert triggered_calls(FAMILIES["phi4"], TOOLS) == {}
+
+
+@pytest.mark.parametrize("style", [{"separators": (",", ":")}, {"indent": 2}, {}], ids=str)
+def test_a_begun_call_keeps_the_models_style(style: dict[str, Any], tmp_path: Path) -> None:
+    read = tokenizer(tmp_path / "v", special=())
+    call = {"name": "pick", "parameters": {"color": "red", "count": 3}}
+    mask = begun("hermes", read, (PICK,))
+    raw = f"<tool_call>{json.dumps(call, **style)}</tool_call>"
+    for token_id in read.encode(raw, add_bos=False, parse_special=True):
+        assert not mask.is_active or token_id in allowed(mask, read)
+        mask.accept(token_id)
+    assert not mask.is_active
+
+
+def test_a_begun_call_has_no_endless_space(tmp_path: Path) -> None:
+    read = tokenizer(tmp_path / "v", special=())
+    (constraint,) = triggered_calls(FAMILIES["hermes"], (PICK,)).values()
+    place = read.mask(constraint)
+    assert place.restart(b'{"name": "pick", "arguments": {')
+    (space,) = read.encode(" ", add_bos=False, parse_special=False)
+    for _ in range(100):
+        if space not in allowed(place, read):
+            return
+        place.accept(space)
+    raise AssertionError("spaces without end")
+
+
+@pytest.mark.parametrize("family", MARKED)
 def test_a_begun_call_may_be_what_the_template_writes(family: str, vocabulary: Any) -> None:
     read = vocabulary(family)
     raw = written(family, Answer([("edit_file", {"path": 'ä"b', "count": 3})])).lstrip("\n")
