@@ -207,24 +207,22 @@ def _capabilities(folder: HfFolder) -> frozenset[Capability]:
         capabilities.add(Capability.TOOLS)
     if "<think>" in template:
         capabilities.add(Capability.REASONING)
-    if find_infill(_added_tokens(folder).get) is not None:
+    names = _added_names(folder)
+    if find_infill(lambda name: 0 if name in names else None) is not None:
         capabilities.add(Capability.INFILL)
     return frozenset(capabilities)
 
 
-def _added_tokens(folder: HfFolder) -> dict[str, int]:
-    """Return the ids of the tokens that the folder lists beside its vocabulary."""
+def _added_names(folder: HfFolder) -> frozenset[str]:
+    """Return the names around gaps among the tokens listed beside the vocabulary."""
     listed = folder.tokenizer_config.get("added_tokens_decoder")
     if isinstance(listed, dict):
-        found = {}
-        for key, value in listed.items():
-            content = value.get("content") if isinstance(value, dict) else None
-            if isinstance(content, str) and key.isdecimal():
-                found[content] = int(key)
-        return found
+        contents = (value.get("content") for value in listed.values() if isinstance(value, dict))
+        return INFILL_NAMES & {content for content in contents if isinstance(content, str)}
     start = _tokenizer_start(folder)
-    spellings = {name: (f'"{name}"', json.dumps(name)) for name in INFILL_NAMES}
-    return {name: 0 for name, forms in spellings.items() if any(form in start for form in forms)}
+    return frozenset(
+        name for name in INFILL_NAMES if f'"{name}"' in start or json.dumps(name) in start
+    )
 
 
 def _tokenizer_start(folder: HfFolder) -> str:
