@@ -144,7 +144,7 @@ class EventStream(Response):
                 if events is None:
                     break
                 text = self._say(events, keep_alive)
-            text = self._formatter.closing()
+            text = "" if feed.is_disconnected else self._formatter.closing()
         except Exception as error:
             text = self._in_stream_error(error, record)
         if not feed.is_disconnected:

@@ -41,6 +41,7 @@ AT_ONCE = Pacing(header_wait_s=0.001)
 
 APIS = [
     ("/v1/chat/completions", {**CHAT, "n": 2}),
+    ("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}}),
     ("/v1/completions", {"model": "tiny", "prompt": "hi"}),
     ("/v1/responses", {"model": "tiny", "input": "hi"}),
     ("/v1/messages", {"model": "tiny", "max_tokens": 9, "messages": CHAT["messages"]}),
@@ -202,15 +203,22 @@ async def test_error_after_the_headers_but_before_a_token_is_in_the_stream() -> 
 @pytest.mark.parametrize("streams", [True, False])
 @pytest.mark.parametrize(("path", "fields"), APIS)
 async def test_client_that_leaves_ends_the_generation(
-    script: tuple[GenerationEvent, ...], path: str, fields: dict[str, Any], *, streams: bool
+    script: tuple[GenerationEvent, ...],
+    path: str,
+    fields: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    *,
+    streams: bool,
 ) -> None:
     dispatcher = FakeDispatcher(*script, asyncio.Event())
     async with serving(create_app(make_services(dispatcher))) as port:
         async with connection(port) as (_, writer):
-            writer.write(post_bytes(path, {**fields, "stream": streams}))
+            asked = {key: fields[key] for key in fields if streams or key != "stream_options"}
+            writer.write(post_bytes(path, {**asked, "stream": streams}))
             await asyncio.wait_for(dispatcher.began.wait(), 5)
         await asyncio.wait_for(dispatcher.idle.wait(), 5)
     assert dispatcher.running == 0
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_client_that_leaves_ends_the_embedding() -> None:
