@@ -2,6 +2,8 @@
 
 from typing import Protocol, runtime_checkable
 
+from backends.base import Engine
+from core.errors import UnsupportedCapability
 from core.types import Prompt
 
 
@@ -15,3 +17,13 @@ class TokenCounting(Protocol):
         Raises what `Engine.generate` raises for a prompt, but not for its length.
         """
         ...
+
+
+async def count_tokens(engine: Engine, prompt: Prompt) -> int:
+    """Return the prompt's tokens; raises UnsupportedCapability for an engine that cannot tell."""
+    if not isinstance(engine, TokenCounting):
+        raise UnsupportedCapability(
+            f"The model {engine.info.name} ({engine.info.format}) cannot count tokens.",
+            param="model",
+        )
+    return await engine.count_tokens(prompt)

@@ -13,10 +13,10 @@ import ray
 from ray import serve
 
 from backends.base import Engine
-from backends.counting import TokenCounting
+from backends.counting import count_tokens
 from backends.limits import UNLIMITED, EngineLimits, Limitable, Watched
 from backends.registry import backends_for
-from core.errors import EngineFailed, ModelNotResident, UnsupportedCapability
+from core.errors import EngineFailed, ModelNotResident
 from core.types import Embeddings, GenerationRequest, Priority, Prompt
 from deployments.coalescing import CoalescingSink
 from deployments.errors import returning_errors
@@ -189,12 +189,7 @@ class FormatReplica:
     async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
         """Return how many tokens a prompt comes to for this model."""
         with self._lease(model_id) as resident:
-            engine = resident.engine
-            if not isinstance(engine, TokenCounting):
-                raise UnsupportedCapability(
-                    f"The model {model_id} cannot count tokens.", param="model"
-                )
-            return await engine.count_tokens(prompt)
+            return await count_tokens(resident.engine, prompt)
 
     @contextmanager
     def _lease(self, model_id: str) -> Iterator[_Resident]:

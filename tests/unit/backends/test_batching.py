@@ -2,17 +2,24 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import pytest
 
-from backends.base import EngineLoad, SequenceSpec, StepOutput
+from backends.base import Engine, EngineLoad, SequenceSpec, StepOutput
 from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
+from backends.counting import count_tokens
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
 from backends.prepare import Preparer
-from core.errors import EngineFailed, QueueFull, RequestError, UnsupportedParameter
-from core.types import JsonOutput, TextPrompt
+from core.errors import (
+    EngineFailed,
+    QueueFull,
+    RequestError,
+    UnsupportedCapability,
+    UnsupportedParameter,
+)
+from core.types import GenerationEvent, GenerationRequest, JsonOutput, TextPrompt
 from tests.requests import chat, end_of, request, run, text_of
 
 
@@ -92,10 +99,27 @@ async def test_no_more_sequences_run_than_the_stepper_takes(stepper: FakeStepper
 
 async def test_tokens_are_counted_until_the_engine_closes(stepper: FakeStepper) -> None:
     engine = open_engine(stepper)
-    assert await engine.count_tokens(TextPrompt("abc")) == 3
+    assert await count_tokens(engine, TextPrompt("abc")) == 3
     await engine.close()
     with pytest.raises(EngineFailed, match="unloaded"):
         await engine.count_tokens(TextPrompt("abc"))
+
+
+async def test_engine_that_cannot_count_says_so() -> None:
+    class Wordless(Engine):
+        info = echo_info()
+
+        def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+            raise NotImplementedError
+
+        def load(self) -> EngineLoad:
+            return EngineLoad()
+
+        async def close(self) -> None:
+            return
+
+    with pytest.raises(UnsupportedCapability, match="cannot count tokens"):
+        await count_tokens(Wordless(), TextPrompt("abc"))
 
 
 async def test_a_full_queue_refuses_at_once_with_retry_after() -> None:
