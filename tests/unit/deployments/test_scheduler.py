@@ -229,6 +229,24 @@ async def test_an_estimate_is_corrected_by_what_the_replica_measured(
     assert replica.handle.unload_model.calls == []
 
 
+async def test_who_waited_for_a_load_is_told_whom_it_cost(
+    scheduler: SchedulerReplica, replica: Replica
+) -> None:
+    first = await scheduler.ensure_loaded(A)
+    assert isinstance(first, Residency)
+    assert first.evicted == ()
+    waited = await asyncio.gather(*(scheduler.ensure_loaded(B) for _ in range(2)))
+    assert [one.evicted for one in waited if isinstance(one, Residency)] == [(A,), (A,)]
+    later = await scheduler.ensure_loaded(B)
+    assert isinstance(later, Residency)
+    assert later.evicted == ()
+    snapshot = await scheduler.snapshot()
+    assert (snapshot.loads, snapshot.evictions, snapshot.load_failures) == (2, 1, 0)
+    replica.failure = BrokenModel("damaged")
+    assert isinstance(await scheduler.ensure_loaded(A), BrokenModel)
+    assert (await scheduler.snapshot()).load_failures == 1
+
+
 class Growing(EchoBackend):
     """Estimates a byte for every token of context, at least 6,000."""
 
