@@ -146,6 +146,18 @@ async def test_decisions_of_the_scheduler_are_shown(server: Server) -> None:
     }
 
 
+async def test_decisions_are_refused_where_the_scheduler_hangs(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(management_module, "_NOTICE_TIMEOUT_S", 0.01)
+    server.handle.decisions = FakeHandle(tell=hang).tell
+    answer = await server.ask("GET", "/api/decisions")
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "unavailable")
+
+
 @pytest.mark.parametrize("problem", [ImpetusError("It died."), None])
 async def test_change_is_kept_where_the_scheduler_cannot_be_told(
     server: Server,
