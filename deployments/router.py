@@ -8,7 +8,7 @@ from starlette.types import ASGIApp
 
 from core.metrics import Metrics
 from core.settings import Settings
-from deployments.calls import Handle
+from deployments.calls import Handle, direct
 from deployments.catalog_view import CatalogView, SchedulerHealth
 from deployments.decisions import DecisionLog
 from deployments.dispatch import HandleDispatcher
@@ -44,9 +44,10 @@ class RouterReplica:
         dispatcher = self._dispatcher = HandleDispatcher(
             scheduler, formats, self._receiver, node_id, has_many=has_many, log=log
         )
-        telemetry = ReplicaTelemetry(
-            reaching_all(formats, settings), lambda: dispatcher.resident_formats, scheduler
+        everywhere = reaching_all(
+            {name: direct(handle) for name, handle in formats.items()}, settings
         )
+        telemetry = ReplicaTelemetry(everywhere, lambda: dispatcher.resident_formats, scheduler)
         self._standing = StandingWatch(scheduler)
         self._standing.start()
         self._catalog = CatalogView(

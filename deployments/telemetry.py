@@ -59,7 +59,7 @@ class ReplicaTelemetry:
         scheduler: Handle,
         running: Callable[[], Awaitable[frozenset[str]]] = running_deployments,
     ) -> None:
-        self._formats = {name: direct(handle) for name, handle in formats.items()}
+        self._formats = formats
         self._resident_formats = resident_formats
         self._scheduler = direct(scheduler)
         self._running = running
