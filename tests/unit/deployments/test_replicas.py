@@ -13,6 +13,9 @@ from deployments.affinity import ResidencyRouter
 from deployments.calls import call
 from deployments.orders import ReplicaReport, Residency, ResidentReport
 from deployments.replicas import Targets, reaching_all
+from deployments.snapshot import SchedulerSnapshot
+from deployments.telemetry import ReplicaTelemetry
+from tests.unit.deployments.handles import FakeHandle, answering
 
 
 def residency(model_id: str, replica_id: str) -> Residency:
@@ -87,6 +90,19 @@ async def test_answers_of_all_replicas_are_one() -> None:
     assert await call(every.set_limits.remote("limits")) is None
     assert handle.calls[2:] == [("unload_model", "m"), ("set_limits", "limits")]
     assert every.load_model is handle.load_model
+
+
+async def test_metrics_are_asked_of_all_replicas() -> None:
+    handle = ManyHandle([ReplicaReport("echo", 7, ())])
+
+    async def echo_runs() -> frozenset[str]:
+        return frozenset({"echo"})
+
+    scheduler: Any = FakeHandle(snapshot=answering(SchedulerSnapshot()))
+    formats = {"echo": reached(handle)}
+    telemetry = ReplicaTelemetry(formats, lambda: frozenset({"echo"}), scheduler, echo_runs)
+    await telemetry.refresh()
+    assert handle.calls == [("report",)]
 
 
 async def test_a_question_waits_for_the_first_replica(monkeypatch: pytest.MonkeyPatch) -> None:
