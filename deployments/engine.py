@@ -25,10 +25,12 @@ from deployments.held import HeldMemory
 from deployments.last_words import stderr_path
 from deployments.logs import attach_logs
 from deployments.marks import has_changed, mark
+from deployments.options import machine_budget_bytes
 from deployments.orders import (
     FileMark,
     Freed,
     LoadOrder,
+    NodeMemory,
     ProcessReport,
     ReplicaReport,
     Residency,
@@ -73,6 +75,7 @@ class FormatReplica:
         self._stderr_path = stderr_path()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._node_id = ray.get_runtime_context().get_node_id()
+        self._node = NodeMemory(self._node_id, machine_budget_bytes())
 
     @returning_errors
     async def load_model(self, order: LoadOrder) -> Residency:
@@ -237,7 +240,9 @@ class FormatReplica:
             )
             for model_id, resident in self._residents.items()
         )
-        process = ProcessReport(self._replica_id, self._memory.kept_bytes, self._stderr_path)
+        process = ProcessReport(
+            self._replica_id, self._memory.kept_bytes, self._stderr_path, self._node
+        )
         return ReplicaReport(self._format, os.getpid(), residents, (process,))
 
     async def check_health(self) -> None:

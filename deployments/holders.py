@@ -10,8 +10,10 @@ from core.errors import ImpetusError
 from deployments.calls import Handle, call
 from deployments.last_words import last_words
 from deployments.orders import (
+    NO_NODE,
     Freed,
     LoadOrder,
+    NodeMemory,
     ProcessReport,
     ReplicaReport,
     Residency,
@@ -40,6 +42,9 @@ class Holders:
         self._running = running
         self._processes: dict[str, ProcessReport] = {}
         self._of_format: dict[str, tuple[ProcessReport, ...]] = {}
+        # Formats whose processes hold memory without models, as far as the ledger was told.
+        self._keeping: set[str] = set()
+        self._ended: list[ProcessReport] = []
 
     async def open(self, order: LoadOrder) -> Residency:
         """Let a replica open the model.  Raises what the replica does, ReplicaDied too."""
@@ -50,14 +55,23 @@ class Holders:
         """Let the replica free the model after its last request."""
         unload = self._formats[residency.format].unload_model
         freed: Freed | None = await call(unload.remote(residency.model_id))
-        return freed or Freed()
+        if freed is None:
+            return Freed()
+        if freed.kept_bytes:
+            self._keeping.add(residency.format)
+        return freed
 
     async def processes(self, name: str) -> Sequence[ProcessReport]:
         """Return the processes of a format; none where it does not run or answer in time."""
         if await self._is_stopped(name):
             return ()
         answer = await self._ask(name)
-        return () if answer is None else self._of_format[name]
+        return () if answer is None else answer.processes
+
+    async def node(self, name: str) -> NodeMemory:
+        """Return the machine of a format's replica; unknown where it does not run or answer."""
+        known = await self.processes(name)
+        return known[0].node if known else NO_NODE
 
     async def is_held(self, residency: Residency) -> bool:
         """Whether the replica still says that it holds the model; False where it says nothing."""
@@ -88,7 +102,7 @@ class Holders:
         """
         stopped = await self.stopped(known)
         asked = [residency for residency in known if residency not in stopped]
-        keeping = {name for name in self._of_format if await self._keeps_memory(name)}
+        keeping = {name for name in self._keeping if not await self._is_stopped(name)}
         names = sorted({residency.format for residency in asked} | keeping)
         answers = await asyncio.gather(*(self._ask(name) for name in names))
         found = {
@@ -106,12 +120,13 @@ class Holders:
                 if residency.format in models
             ),
         ]
-        return of_models, [one for answer in found.values() for one in answer.processes]
-
-    async def _keeps_memory(self, name: str) -> bool:
-        """Whether a process of the format held memory without models when it was asked last."""
-        keeps = any(process.kept_bytes for process in self._of_format[name])
-        return keeps and not await self._is_stopped(name)
+        for name, answer in found.items():
+            if any(process.kept_bytes for process in answer.processes):
+                self._keeping.add(name)
+            else:
+                self._keeping.discard(name)
+        ended, self._ended = self._ended, []
+        return of_models, [*(one for each in found.values() for one in each.processes), *ended]
 
     async def _ask(self, name: str) -> ReplicaReport | None:
         try:
@@ -126,8 +141,8 @@ class Holders:
         self._of_format[name] = report.processes
         for process in report.processes:
             self._processes[process.replica_id] = process
-        ended = tuple(replace(process, kept_bytes=0) for process in gone)
-        return replace(report, processes=(*report.processes, *ended))
+        self._ended += [replace(process, kept_bytes=0) for process in gone]
+        return report
 
     async def stopped(self, known: Sequence[Residency]) -> list[Residency]:
         """Return what formats held that were scaled to zero meanwhile."""

@@ -3,9 +3,15 @@
 import asyncio
 import logging
 
+import ray
 from ray import serve
 
 logger = logging.getLogger(__name__)
+
+
+def own_node_id() -> str:
+    """Return the id of this process' machine in the cluster; empty outside of one."""
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
 
 
 async def running_deployments() -> frozenset[str]:

@@ -48,12 +48,12 @@ class Offers:
         """Return what the model holds at its best.  Raises InsufficientMemory."""
         return self._estimate(record, self._full(record))
 
-    def of(self, record: ModelRecord) -> tuple[Offer, ...]:
+    def of(self, record: ModelRecord, budget_bytes: int) -> tuple[Offer, ...]:
         """Return the ways to open the model, the largest first: one where its context is fixed.
 
         Raises InsufficientMemory where not even the smallest fits the budget.
         """
-        options = self._full(record)
+        options = replace(self._full(record), memory_limit_bytes=budget_bytes)
         full = self._estimate(record, options)
         offers = [Offer(full.total_bytes)]
         context = full.context_tokens // 2
@@ -69,9 +69,9 @@ class Offers:
             context //= 2
         return tuple(offers)
 
-    def order(self, record: ModelRecord, offer: Offer) -> LoadOrder:
+    def order(self, record: ModelRecord, offer: Offer, budget_bytes: int) -> LoadOrder:
         """Return what a replica is told to open the model as offered."""
-        options = self._full(record)
+        options = replace(self._full(record), memory_limit_bytes=budget_bytes)
         if offer.context_tokens is not None:
             options = replace(options, context_tokens=offer.context_tokens)
         return LoadOrder(record.id, record.info, options, self._settings.step_limit_s)

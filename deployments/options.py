@@ -23,8 +23,11 @@ def engine_options(settings: Settings, budget_bytes: int) -> EngineOptions:
 
 def budget_bytes(settings: Settings) -> int:
     """Return what all models may use together."""
-    if settings.memory_budget is not None:
-        return settings.memory_budget
+    return machine_budget_bytes() if settings.memory_budget is None else settings.memory_budget
+
+
+def machine_budget_bytes() -> int:
+    """Return what models may use together on this machine, where no setting says."""
     return memory_budget_bytes(machine_memory_bytes(), gpu_memory_bytes())
 
 

@@ -58,8 +58,19 @@ class ResidentReport:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeMemory:
+    """A machine of the cluster, and the bytes that models may use there together."""
+
+    node_id: str = ""
+    budget_bytes: int = 0
+
+
+NO_NODE = NodeMemory()
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessReport:
-    """One replica's process: `kept_bytes` it holds beside its models.
+    """One replica's process: `kept_bytes` it holds beside its models on `node`.
 
     `stderr_path` is the file of its last words, empty where there is none.
     """
@@ -67,6 +78,7 @@ class ProcessReport:
     replica_id: str
     kept_bytes: int
     stderr_path: str
+    node: NodeMemory = NO_NODE
 
 
 @dataclass(frozen=True, slots=True)

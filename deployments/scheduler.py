@@ -24,11 +24,12 @@ from deployments.errors import ReplicaDied, returning_errors
 from deployments.faults import Faults, Standing
 from deployments.holders import Holders
 from deployments.ledger import Ledger
-from deployments.liveness import running_deployments
+from deployments.liveness import own_node_id, running_deployments
 from deployments.logs import attach_logs
+from deployments.nodes import NodeLedgers
 from deployments.offers import Offers
 from deployments.options import budget_bytes, engine_options
-from deployments.orders import ANY_NEED, Decision, Need, Residency
+from deployments.orders import ANY_NEED, NO_NODE, Decision, Need, Residency
 from deployments.publish import Publisher
 from deployments.replicas import reaching_all
 from deployments.scanning import Scanner
@@ -62,13 +63,9 @@ class SchedulerReplica:
         self._options = engine_options(settings, self._budget_bytes)
         self._offers = Offers(settings, self._backends, self._options)
         self._store = CatalogStore(settings.catalog_file)
-        defaults = KeepRules(keep_alive_s=settings.keep_alive_s)
-        limits = Limits(waiting_per_model=settings.max_waiting)
-        state = HostState(self._budget_bytes, defaults=defaults, limits=limits)
         self._holders = Holders(formats, self._backends, running)
-        self._ledger = Ledger(
-            state, self._open, self._holders.close, self._holders.report, self._log
-        )
+        self._ledger = self._make_ledger(self._budget_bytes)
+        self._nodes = NodeLedgers(self._ledger, own_node_id(), self._make_ledger)
         self._scanner = Scanner(settings, self._store, self._backends)
         self._conversions = Conversions(settings, self._backends, self._options, self._scanner.scan)
         self._faults = Faults()
@@ -80,6 +77,18 @@ class SchedulerReplica:
         idle_s = settings.format_idle_s
         publisher = Publisher(self._backends, self._snapshot, self._ledger.refresh, idle_s)
         self._background = asyncio.gather(self._run(), self._thermal.run(), publisher.run())
+
+    def _make_ledger(self, budget_bytes: int) -> Ledger:
+        """Return the ledger of one machine."""
+        defaults = KeepRules(keep_alive_s=self._settings.keep_alive_s)
+        limits = Limits(waiting_per_model=self._settings.max_waiting)
+        return Ledger(
+            HostState(budget_bytes, defaults=defaults, limits=limits),
+            partial(self._open, budget_bytes),
+            self._holders.close,
+            self._holders.report,
+            self._log,
+        )
 
     async def _run(self) -> None:
         """Scan now and at intervals; remember what the replicas already hold."""
@@ -95,12 +104,15 @@ class SchedulerReplica:
         """Take over the models' settings, and what the replicas hold."""
         for record in await asyncio.to_thread(self._store.models):
             if record.settings != ModelSettings():
-                self._ledger.configure(record.id, self._offers.rules(record))
+                self._nodes.configure(record.id, self._offers.rules(record))
         for name in self._backends:
-            for residency in await self._holders.held(name):
+            held = await self._holders.held(name)
+            node = await self._holders.node(name) if held else NO_NODE
+            for residency in held:
                 found = await asyncio.to_thread(self._store.get, residency.model_id)
                 if found is not None:
-                    self._ledger.restore(residency, self._offers.size_bytes(found, residency))
+                    size = self._offers.size_bytes(found, residency)
+                    self._nodes.restore(residency, size, node)
 
     async def is_ready(self) -> bool:
         """Whether the first scan is done."""
@@ -112,10 +124,10 @@ class SchedulerReplica:
 
     async def residencies(self) -> tuple[list[Residency], list[str]]:
         """Return the resident models and the ids of those being loaded."""
-        for residency in await self._holders.stopped(self._ledger.residencies):
+        for residency in await self._holders.stopped(self._nodes.residencies):
             logger.info("%s ended with its idle process", residency.model_id)
-            self._ledger.forget(residency)
-        return self._ledger.residencies, self._ledger.loading
+            self._nodes.forget(residency)
+        return self._nodes.residencies, self._nodes.loading
 
     @returning_errors
     async def explain(self, model_id: str) -> None:
@@ -156,20 +168,22 @@ class SchedulerReplica:
         if need.lost_replica:
             await self._look_after_lost(model_id, need)
         offers: tuple[Offer, ...] = ()
-        priority = need.priority
-        if self._ledger.residency(model_id) is None:
+        priority, node = need.priority, NO_NODE
+        if self._nodes.residency(model_id) is None:
             if not need.is_resumed:
                 self._check_admits(model_id)
             record = await self._record(model_id)
             self._faults.check(model_id, record.fingerprint)
-            offers = await self._offers_of(record)
+            node = await self._holders.node(record.info.format)
+            offers = await self._offers_of(record, self._nodes.of(node).state.budget_bytes)
             priority = priority or record.settings.priority
-        return await self._ledger.acquire(
+        return await self._nodes.acquire(
             model_id,
             offers,
             self._settings.request_timeout_s,
             priority or "interactive",
             is_resumed=need.is_resumed,
+            node=node,
         )
 
     async def _look_after_lost(self, model_id: str, need: Need) -> None:
@@ -177,17 +191,17 @@ class SchedulerReplica:
         if need.has_died:
             await self.process_died(model_id, need.lost_replica)
         else:
-            known = self._ledger.residency(model_id)
+            known = self._nodes.residency(model_id)
             if known is not None and known.replica_id == need.lost_replica:
                 await self._release_lost(known)
         # Perhaps its file is gone or another one now.
-        if self._ledger.residency(model_id) is None:
+        if self._nodes.residency(model_id) is None:
             await self._scanner.scan()
 
-    async def _offers_of(self, record: ModelRecord) -> tuple[Offer, ...]:
+    async def _offers_of(self, record: ModelRecord, budget_bytes: int) -> tuple[Offer, ...]:
         """Return the ways to open the model.  Raises InsufficientMemory, naming a smaller one."""
         try:
-            return self._offers.of(record)
+            return self._offers.of(record, budget_bytes)
         except InsufficientMemory as problem:
             others = await asyncio.to_thread(self._store.models)
             raise self._offers.with_smaller(record, problem, others) from problem
@@ -203,7 +217,7 @@ class SchedulerReplica:
 
     async def unload(self, model_id: str) -> bool:
         """Unload a model after its last request, a pinned one too; False: it is not resident."""
-        return await self._ledger.release(model_id, "its unloading was asked for")
+        return await self._nodes.release(model_id, "its unloading was asked for")
 
     async def settings_changed(self, model_id: str) -> None:
         """Apply what the catalog says of the model to the resident one, as far as it concerns us.
@@ -212,7 +226,7 @@ class SchedulerReplica:
         """
         record = await asyncio.to_thread(self._store.get, model_id)
         if record is not None:
-            self._ledger.configure(model_id, self._offers.rules(record))
+            self._nodes.configure(model_id, self._offers.rules(record))
 
     async def standing(self) -> Standing:
         """Return what is wrong with models, and whether the machine is to be kept cool."""
@@ -230,19 +244,19 @@ class SchedulerReplica:
         """Take out a model that a caller did not find, unless it is there again."""
         is_held = await self._holders.is_held(known)
         # Another caller may have had it loaded again meanwhile.
-        if self._ledger.residency(known.model_id) is known and not is_held:
-            await self._ledger.release(known.model_id, "its replica does not serve it any more")
+        if self._nodes.residency(known.model_id) is known and not is_held:
+            await self._nodes.release(known.model_id, "its replica does not serve it any more")
 
     async def process_died(self, model_id: str, replica_id: str) -> None:
         """Take note of a process that died while it ran a request for the model."""
-        known = self._ledger.residency(model_id)
+        known = self._nodes.residency(model_id)
         if known is not None and known.replica_id == replica_id:
             await self._release_lost(known)
         await self._note_death(model_id, replica_id)
 
     async def _note_death(self, model_id: str, process: str) -> None:
         """Remember that a process died that the model used; the third time it is put away."""
-        self._ledger.process_ended(process)
+        self._nodes.process_ended(process)
         record = await asyncio.to_thread(self._store.get, model_id)
         words = await self._holders.last_words(process)
         if record is not None and self._faults.note_death(
@@ -258,9 +272,9 @@ class SchedulerReplica:
         self._offers.check(record)
         return record
 
-    async def _open(self, model_id: str, offer: Offer) -> Residency:
+    async def _open(self, budget_bytes: int, model_id: str, offer: Offer) -> Residency:
         record = await self._record(model_id)
-        order = self._offers.order(record, offer)
+        order = self._offers.order(record, offer, budget_bytes)
         # Whose last words to look for, should it die of this.
         processes = await self._holders.processes(record.info.format)
         try:
@@ -287,11 +301,11 @@ class SchedulerReplica:
             self._conversions.pause(is_on=directive.pauses_jobs)
             action = "pause conversions" if directive.pauses_jobs else "let conversions go on"
             self._log.note("thermal", action, f"the machine is {self._thermal.state.label}")
-        await self._ledger.strain(is_critical=directive.unloads_idle)
+        await self._nodes.strain(is_critical=directive.unloads_idle)
 
     def __del__(self) -> None:
         """Stop scan and conversions and close the catalog."""
         self._background.cancel()
         self._conversions.cancel()
-        self._ledger.cancel()
+        self._nodes.cancel()
         self._store.close()

@@ -5,6 +5,7 @@ The ids are those of the reliability list, group F.
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose budget holds two of the three models; `heat` sets its temperature."""
     server = Server(tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("models"))
     for name in NAMES:
-        (server.models / f"{name}-q4_1.gguf").symlink_to(starter_path())
+        shutil.copyfile(starter_path(), server.models / f"{name}-q4_1.gguf")
     (server.home / "thermal").write_text("nominal")
     try:
         server.start(

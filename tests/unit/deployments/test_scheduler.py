@@ -82,7 +82,7 @@ async def test_unknown_and_too_large_models_are_refused(
 ) -> None:
     del replica
     assert isinstance(await scheduler.ensure_loaded("nobody"), ModelNotFound)
-    scheduler._offers._options = EngineOptions(memory_limit_bytes=MIB)
+    scheduler._ledger._state = replace(scheduler._ledger.state, budget_bytes=MIB)
     assert isinstance(await scheduler.ensure_loaded(A), InsufficientMemory)
 
 
@@ -259,12 +259,12 @@ def test_a_lowered_context_is_offered_only_where_the_user_did_not_fix_it(tmp_pat
     info = ModelInfo("echo", "echo", "echo", "none", (), 0, 0, 16384, frozenset())
     record = ModelRecord("m", info, BuiltIn(), "mark", 0.0)
     offers = Offers(Settings(home=tmp_path), {"echo": Growing()}, EngineOptions())
-    found = offers.of(record)
+    found = offers.of(record, 70 * MIB)
     assert found == (Offer(16384), Offer(8192, 8192), Offer(6000, 4096))
-    assert offers.order(record, found[0]).options.context_tokens is None
-    assert offers.order(record, found[2]).options.context_tokens == 4096
+    assert offers.order(record, found[0], 70 * MIB).options.context_tokens is None
+    assert offers.order(record, found[2], 70 * MIB).options.context_tokens == 4096
     fixed = replace(record, settings=ModelSettings(context_length=8192))
-    assert offers.of(fixed) == (Offer(8192),)
+    assert offers.of(fixed, 70 * MIB) == (Offer(8192),)
 
 
 async def test_f15_under_strain_nothing_new_is_loaded(tmp_path: Path, replica: Replica) -> None:

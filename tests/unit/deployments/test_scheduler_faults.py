@@ -139,14 +139,15 @@ async def test_memory_that_does_not_come_back_stays_in_the_ledger_until_its_proc
     scheduler: SchedulerReplica, replica: Replica
 ) -> None:
     replica.freed = Freed(40 * MIB, 8 * MIB, 32 * MIB, is_known=True)
+    replica.kept_bytes = 32 * MIB
     await scheduler.ensure_loaded(A)
     await scheduler.unload(A)
     assert scheduler._ledger.state.used_bytes == 32 * MIB
     refused: Any = await scheduler.ensure_loaded(B)
     assert isinstance(refused, InsufficientMemory)
     assert "32.0 MiB by processes that did not give it back" in refused.message
+    replica.name, replica.kept_bytes, replica.freed = "another", 0, Freed()
     await scheduler.ensure_loaded(A, Need(lost_replica="replica", has_died=True))
-    replica.freed = Freed()
     assert isinstance(await scheduler.ensure_loaded(B), Residency)
 
 

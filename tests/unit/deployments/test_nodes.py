@@ -1,0 +1,113 @@
+"""Machines of a cluster have budgets of their own."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from core.errors import InsufficientMemory
+from core.units import GIB, MIB
+from deployments.decisions import DecisionLog
+from deployments.holders import Reported
+from deployments.ledger import Ledger
+from deployments.nodes import NodeLedgers
+from deployments.orders import NO_NODE, Freed, NodeMemory, Residency
+from scheduler.state import HostState, KeepRules, Offer
+
+FAR = NodeMemory("far", 4 * GIB)
+SMALL, LARGE = (Offer(600 * MIB),), (Offer(3 * GIB),)
+
+
+class Cluster:
+    """Two machines, this one with a budget of 1 GiB, whose replicas open what they are told."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+        self.nodes = NodeLedgers(self.make(GIB), "here", self.make)
+        self.made.clear()
+
+    def make(self, budget_bytes: int) -> Ledger:
+        self.made.append(budget_bytes)
+        node = "here" if budget_bytes == GIB else "far"
+
+        async def open_(model_id: str, offer: Offer) -> Residency:
+            del offer
+            return Residency(model_id, "gguf", f"replica-{node}", node, 2048, 0.0)
+
+        async def close(residency: Residency) -> Freed:
+            del residency
+            return Freed()
+
+        async def report(known: object) -> Reported:
+            del known
+            return [], []
+
+        state = HostState(budget_bytes)
+        return Ledger(state, open_, close, report, DecisionLog())
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    cluster.nodes.cancel()
+
+
+async def acquire(
+    cluster: Cluster, model_id: str, offers: tuple[Offer, ...], node: NodeMemory = NO_NODE
+) -> Residency:
+    return await cluster.nodes.acquire(model_id, offers, 5.0, "interactive", node=node)
+
+
+async def test_what_is_too_large_here_fits_on_the_other_machine(cluster: Cluster) -> None:
+    with pytest.raises(InsufficientMemory):
+        await acquire(cluster, "large", LARGE)
+    found = await acquire(cluster, "large", LARGE, FAR)
+    assert found.node_id == "far"
+    assert cluster.made == [4 * GIB]
+    assert cluster.nodes.residency("large") is found
+
+
+async def test_models_of_one_machine_leave_the_others_budget_alone(cluster: Cluster) -> None:
+    await acquire(cluster, "large", LARGE, FAR)
+    await acquire(cluster, "small", SMALL)
+    assert cluster.nodes.of(NO_NODE).state.used_bytes == 600 * MIB
+    assert cluster.nodes.of(FAR).state.used_bytes == 3 * GIB
+    assert {one.model_id for one in cluster.nodes.residencies} == {"large", "small"}
+    assert cluster.nodes.loading == []
+
+
+async def test_a_resident_model_is_found_wherever_it_is(cluster: Cluster) -> None:
+    first = await acquire(cluster, "large", LARGE, FAR)
+    assert await acquire(cluster, "large", LARGE) is first
+    assert await cluster.nodes.release("large", "asked for")
+    assert cluster.nodes.residency("large") is None
+    assert not await cluster.nodes.release("large", "asked for")
+
+
+async def test_one_load_for_all_who_ask_meanwhile(cluster: Cluster) -> None:
+    asked = [acquire(cluster, "large", LARGE, FAR) for _ in range(3)]
+    assert len({id(one) for one in await asyncio.gather(*asked)}) == 1
+
+
+async def test_rules_hold_on_machines_that_come_later(cluster: Cluster) -> None:
+    cluster.nodes.configure("large", KeepRules(is_pinned=True))
+    await acquire(cluster, "large", LARGE, FAR)
+    assert cluster.nodes.of(FAR).state.pinned_bytes == 3 * GIB
+
+
+async def test_a_new_scheduler_takes_in_what_each_machine_holds(cluster: Cluster) -> None:
+    far = Residency("large", "gguf", "replica-far", "far", 2048, 0.0)
+    cluster.nodes.restore(far, 3 * GIB, FAR)
+    assert cluster.nodes.of(FAR).state.used_bytes == 3 * GIB
+    cluster.nodes.forget(far)
+    assert cluster.nodes.residencies == []
+    await cluster.nodes.refresh()
+    cluster.nodes.process_ended("replica-far")
+
+
+async def test_strain_is_that_of_the_own_machine(cluster: Cluster) -> None:
+    await acquire(cluster, "large", LARGE, FAR)
+    await cluster.nodes.strain(is_critical=True)
+    assert cluster.nodes.of(NO_NODE).state.is_critical
+    assert not cluster.nodes.of(FAR).state.is_critical
