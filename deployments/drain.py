@@ -22,7 +22,7 @@ def local_url(settings: Settings) -> str:
 def drain(settings: Settings, is_impatient: Callable[[], bool]) -> None:
     """Return once no request runs, after the limit, or as soon as somebody is impatient.
 
-    Blocks.  A server that does not answer has nothing to wait for.
+    Blocks.  A server that is gone has nothing to wait for; one that is slow to answer has.
     """
     end = time.monotonic() + settings.drain_limit_s
     while not is_impatient() and time.monotonic() < end:
@@ -33,7 +33,10 @@ def drain(settings: Settings, is_impatient: Callable[[], bool]) -> None:
 
 
 def _ask(settings: Settings) -> int:
-    """Tell the server to drain; return how many requests still run, 0 where it does not say."""
+    """Tell the server to drain; return how many requests still run, 1 where it is too slow to say.
+
+    0 where it refuses, is gone, or says nothing that makes sense.
+    """
     headers = {"content-type": "application/json"}
     if settings.api_key is not None:
         headers["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
@@ -43,5 +46,9 @@ def _ask(settings: Settings) -> int:
     try:
         with urllib.request.urlopen(request, timeout=_ANSWER_LIMIT_S) as answer:
             return int(json.load(answer)["in_flight"])
-    except (OSError, ValueError, KeyError, urllib.error.URLError):
+    except urllib.error.URLError as problem:
+        return int(isinstance(problem.reason, TimeoutError))
+    except TimeoutError:
+        return 1
+    except (OSError, ValueError, KeyError):
         return 0

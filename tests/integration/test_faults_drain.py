@@ -45,7 +45,9 @@ def test_f10_a_second_signal_ends_it_at_once(other_server: Server) -> None:
     assert other_server.process is not None
     url = f"{other_server.url}/v1/chat/completions"
     with httpx.stream("POST", url, json=body(**ENDLESS), timeout=60) as stream:
-        next(stream.iter_lines())
+        # An iterator that is dropped closes its connection.
+        lines = stream.iter_lines()
+        next(lines)
         other_server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: is_draining(other_server), "it is stopping", 30.0)
         assert other_server.stop(signal.SIGTERM) == 0

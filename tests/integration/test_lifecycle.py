@@ -39,7 +39,8 @@ def test_f10_a_signal_during_a_stream_leaves_no_process(other_server: Server, nu
     with httpx.stream(
         "POST", f"{other_server.url}/v1/chat/completions", json=body, timeout=60
     ) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         assert other_server.stop(number) == 0
     assert other_server.survivors() == []
 

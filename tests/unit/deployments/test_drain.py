@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
+from urllib.error import URLError
+from urllib.request import Request
 
 import pytest
 
@@ -62,6 +64,22 @@ def test_a_server_that_says_nothing_useful_is_not_waited_for(answer: int | str) 
     with answering(answer) as (settings, seen):
         drain(settings, lambda: False)
     assert len(seen) == 1
+
+
+def test_f10_a_server_that_is_slow_to_answer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: list[Exception] = [
+        TimeoutError("read"),
+        URLError(TimeoutError("connect")),
+        ConnectionResetError(),
+    ]
+
+    def urlopen(request: Request, timeout: float) -> None:
+        del request, timeout
+        raise outcomes.pop(0)
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    drain(Settings(drain_limit_s=30), lambda: False)
+    assert outcomes == []
 
 
 def test_a_server_that_is_gone_is_not_waited_for() -> None:
