@@ -288,13 +288,28 @@ import asyncio, sys
 from pathlib import Path
 from catalog.convert import convert
 from tests.contract.test_conversion import blocks
-asyncio.run(convert(blocks(Path(sys.argv[1])), lambda progress: print("begun", flush=True)))
+from catalog.pausing import PauseSwitch
+pause = PauseSwitch()
+def begun(progress):
+    pause.switch(is_on=sys.argv[2] == "paused")
+    print("begun", flush=True)
+asyncio.run(convert(blocks(Path(sys.argv[1])), begun, pause))
 """
 
 
-def test_a_killed_server_takes_its_conversions_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        "running",
+        pytest.param(
+            "paused",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux ends it, see prctl(2)"),
+        ),
+    ],
+)
+def test_a_killed_server_takes_its_conversions_along(tmp_path: Path, how: str) -> None:
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path / "made")],
+        [sys.executable, "-c", PARENT, str(tmp_path / "made"), how],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
