@@ -194,6 +194,29 @@ class Usage:
     reasoning_tokens: int = 0
 
 
+MissReason: TypeAlias = Literal["no_snapshot", "other_model_version", "evicted", "diverged"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOutcome:
+    """Where a prompt's cached tokens came from, and why the token after them was computed.
+
+    `cells_tokens` were in the engine's own cache, the others in RAM or on disk.  `miss` None:
+    nothing was missing, the prompt goes on where a known one ended.  `diverged_at` is the index of
+    the first token that differs from the nearest known prompt, `before_text` what both have before
+    it, then the text of either.
+    """
+
+    cells_tokens: int = 0
+    ram_tokens: int = 0
+    disk_tokens: int = 0
+    miss: MissReason | None = None
+    diverged_at: int | None = None
+    before_text: str = ""
+    known_text: str = ""
+    asked_text: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds of a request: waiting for memory or a slot, loading the model, prompt, answer.
@@ -265,6 +288,7 @@ class Finished:
     timing: Timing = field(default_factory=Timing)
     stop: str | None = None
     mismatches: tuple[MismatchKind, ...] = ()
+    cache: CacheOutcome | None = None
 
 
 GenerationEvent: TypeAlias = PrefillProgress | TextDelta | ReasoningDelta | ToolCallDelta | Finished

@@ -1,0 +1,187 @@
+"""Blocks on their way between an engine and the store: a few between two steps."""
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, wait
+from typing import Generic, TypeVar
+
+from backends.prefix_store import SMALLEST_PREFIX
+from backends.reuse import Nearest, Reuse, explain, nearest
+from backends.snapshot_file import BLOCK_TOKENS
+from backends.snapshot_index import Block
+from backends.snapshots import ModelSnapshots, SnapshotPlace, State
+
+# Beside running sequences, the pause between two copies and the time restoring takes of a step.
+_PAUSE_S = 0.05
+_STEP_S = 0.02
+_READ_AHEAD = 3
+_CLOSING_S = 2.0
+
+Owner = TypeVar("Owner", bound=Hashable)
+
+
+class Restore:
+    """A prompt's blocks, in order, read on the store's thread; used on the engine's."""
+
+    def __init__(self, snapshots: ModelSnapshots, blocks: Sequence[Block]) -> None:
+        self._snapshots = snapshots
+        self._left = deque(blocks)
+        self._reading: deque[Future[tuple[State, bool] | None]] = deque()
+        self._read_ahead()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more blocks come."""
+        return not self._reading
+
+    def receive(self, reuse: Reuse, apply: Callable[[State], bool]) -> None:
+        """Hand the blocks that have arrived to `apply`, for a part of a step's time.
+
+        A block that is lost, or that `apply` refuses, is the end.
+        """
+        end = time.monotonic() + _STEP_S
+        while self._reading and self._reading[0].done():
+            found = self._reading.popleft().result()
+            if found is None or not apply(found[0]):
+                self.cancel()
+                reuse.miss = "evicted"
+                return
+            if found[1]:
+                reuse.ram += BLOCK_TOKENS
+            else:
+                reuse.disk += BLOCK_TOKENS
+            self._read_ahead()
+            if time.monotonic() > end:
+                return
+
+    def _read_ahead(self) -> None:
+        store = self._snapshots.store
+        while self._left and len(self._reading) < _READ_AHEAD:
+            block = self._left.popleft()
+            self._reading.append(store.reader.submit(store.read, self._snapshots, block))
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until the next block has arrived, at most so long."""
+        if self._reading:
+            wait([self._reading[0]], timeout_s)
+
+    def cancel(self) -> None:
+        """Take no more."""
+        for future in self._reading:
+            future.cancel()
+        self._reading.clear()
+        self._left.clear()
+
+
+class SnapshotFlow(Generic[Owner]):
+    """One engine's side of the store: what is found there, and what is still to be copied there.
+
+    `copy` returns the state of block `number` of what `owner` computed, or None where it cannot;
+    it is called between two steps, on the engine's thread.  Without a place nothing is ever found.
+    """
+
+    def __init__(
+        self, place: SnapshotPlace | None, layout: str | None, copy: Callable[[Owner, int], State]
+    ) -> None:
+        """`layout` None says that the engine's cache cannot be taken apart."""
+        self._snapshots = place.open(layout) if place is not None and layout is not None else None
+        self._copy = copy
+        self._queue: deque[tuple[Owner, array[int], int]] = deque()
+        self._owners: dict[Owner, int] = {}
+        self._copied_at = 0.0
+
+    def known(self, prompt: "array[int]") -> list[Block]:
+        """Return the blocks of the beginning of `prompt`."""
+        return self._snapshots.chain(prompt) if self._snapshots is not None else []
+
+    def restore(self, prompt: "array[int]", blocks: Sequence[Block]) -> Restore:
+        """Begin to read these blocks of `prompt`."""
+        assert self._snapshots is not None
+        self._snapshots.touch(prompt)
+        return Restore(self._snapshots, blocks)
+
+    def keep(self, owner: Owner, tokens: "array[int]") -> None:
+        """Have the unknown blocks of what `owner` computed copied out, as time allows."""
+        if self._snapshots is None or len(tokens) < BLOCK_TOKENS:
+            return
+        missing = self._snapshots.missing(tokens)
+        if not missing:
+            self._snapshots.touch(tokens)
+            return
+        self._queue.extend((owner, tokens, number) for number in missing)
+        self._owners[owner] = self._owners.get(owner, 0) + len(missing)
+
+    def needs(self, owner: Owner) -> bool:
+        """Whether something of `owner` is still to be copied."""
+        return owner in self._owners
+
+    def forget(self, owner: Owner) -> None:
+        """Copy no more of `owner`: what it computed is no longer there."""
+        if self._owners.pop(owner, 0):
+            self._queue = deque(item for item in self._queue if item[0] != owner)
+
+    @property
+    def has_chores(self) -> bool:
+        """Whether something is to be copied."""
+        return bool(self._queue)
+
+    def do_chore(self) -> None:
+        """Copy one block; waits a moment where the disk does not keep up."""
+        if self._snapshots is None or not self._queue:
+            return
+        if not self._snapshots.store.has_room():
+            self._snapshots.store.wait_for_room(_PAUSE_S)
+            return
+        owner, tokens, number = self._queue.popleft()
+        self._owners[owner] -= 1
+        if not self._owners[owner]:
+            del self._owners[owner]
+        self._snapshots.put(tokens, number, self._copy(owner, number))
+        if owner not in self._owners:
+            self._snapshots.touch(tokens)
+
+    def tend(self) -> None:
+        """Do a chore after a step, if the last one is some time ago."""
+        if not self._queue or time.monotonic() - self._copied_at < _PAUSE_S:
+            return
+        if self._snapshots is not None and self._snapshots.store.has_room():
+            self.do_chore()
+        self._copied_at = time.monotonic()
+
+    def finish(self) -> None:
+        """Copy what is left, at most for some seconds, and write it: the engine closes."""
+        end = time.monotonic() + _CLOSING_S
+        while self._queue and time.monotonic() < end:
+            self.do_chore()
+        self._queue.clear()
+        self._owners.clear()
+        if self._snapshots is not None:
+            self._snapshots.store.flush(max(end - time.monotonic(), _STEP_S))
+
+    def explained(self, planned: int, prompt: "array[int]", known: Sequence["array[int]"]) -> Reuse:
+        """Return why only `planned` tokens of `prompt` are reused, `known` being in the engine."""
+        found, reuse = nearest(prompt, known), Reuse()
+        if self._snapshots is None:
+            explain(reuse, planned, prompt, found, "no_snapshot")
+            return reuse
+        count = len(self._snapshots.chain(prompt))
+        shared, rest = self._snapshots.nearest(prompt, count)
+        if shared > found.shared:
+            found = Nearest(shared, rest)
+        explain(reuse, planned, prompt, found, self._snapshots.why_absent(prompt, count))
+        return reuse
+
+
+def is_worth_it(blocks: Sequence[Block], others: int) -> bool:
+    """Whether restoring these blocks saves more than what is at hand otherwise, in tokens."""
+    return len(blocks) * BLOCK_TOKENS >= others + SMALLEST_PREFIX
+
+
+def await_first(incoming: Sequence[Restore | None]) -> None:
+    """Wait a moment for a block of the first that has one to come, there being nothing else."""
+    for each in incoming:
+        if each is not None:
+            each.wait(_STEP_S)
+            return

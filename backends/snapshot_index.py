@@ -1,0 +1,97 @@
+"""Which blocks of a model's prefixes exist: the longest chain for a prompt, and why it ends."""
+
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.prefix_cache import common_prefix
+from backends.snapshot_file import BLOCK_TOKENS, ROOT, BlockHead, block_keys
+
+# So many keys of dropped blocks are remembered, to tell that a prefix was there once.
+_MOST_FORGOTTEN = 65_536
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """The state of `tokens` after all that stands before them; in RAM, on disk, or both."""
+
+    key: bytes
+    parent: bytes
+    number: int
+    tokens: "array[int]"
+    size_bytes: int
+    state: NDArray[np.uint8] | None = None
+    path: Path | None = None
+    head: BlockHead | None = None
+
+
+class BlockIndex:
+    """The blocks of one version of one model; its owner guards it with a lock."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[bytes, Block] = {}
+        self._children: dict[bytes, list[Block]] = {}
+        self._forgotten: OrderedDict[bytes, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def blocks(self) -> list[Block]:
+        """Return all blocks."""
+        return list(self._blocks.values())
+
+    def chain(self, tokens: "array[int]") -> list[Block]:
+        """Return the blocks that hold the beginning of `tokens`, every token compared."""
+        found: list[Block] = []
+        for number, key in enumerate(block_keys(tokens)):
+            block = self._blocks.get(key)
+            start = number * BLOCK_TOKENS
+            if block is None or block.tokens != tokens[start : start + BLOCK_TOKENS]:
+                break
+            found.append(block)
+        return found
+
+    def add(self, block: Block) -> bool:
+        """Take a block in; False where it is known already."""
+        if block.key in self._blocks:
+            return False
+        self._blocks[block.key] = block
+        self._children.setdefault(block.parent, []).append(block)
+        self._forgotten.pop(block.key, None)
+        return True
+
+    def drop(self, block: Block) -> None:
+        """Forget a block that is nowhere any more, but not that it was there."""
+        if self._blocks.get(block.key) is not block:
+            return
+        del self._blocks[block.key]
+        self._children[block.parent].remove(block)
+        if not self._children[block.parent]:
+            del self._children[block.parent]
+        self._forgotten[block.key] = None
+        while len(self._forgotten) > _MOST_FORGOTTEN:
+            self._forgotten.popitem(last=False)
+
+    def was_dropped(self, tokens: "array[int]", count: int) -> bool:
+        """Whether the block after the first `count` of this prompt was there once."""
+        keys = block_keys(tokens[: (count + 1) * BLOCK_TOKENS])
+        return len(keys) > count and keys[count] in self._forgotten
+
+    def nearest(self, tokens: "array[int]", count: int) -> tuple[int, "array[int]"]:
+        """Return how many tokens some known prompt shares, and its tokens from there on.
+
+        `count` blocks are known to be shared, so only those that follow on them are compared.
+        """
+        start = count * BLOCK_TOKENS
+        keys = block_keys(tokens[:start])
+        rest = tokens[start : start + BLOCK_TOKENS]
+        best, known = 0, array("i")
+        for child in self._children.get(keys[-1] if keys else ROOT, ()):
+            shared = common_prefix(child.tokens, rest)
+            if shared > best or not known:
+                best, known = shared, child.tokens[shared:]
+        return start + best, known

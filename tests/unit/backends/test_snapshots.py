@@ -1,0 +1,246 @@
+"""The store of prefixes: what is found, from where, and why something is not."""
+
+import threading
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backends.reuse import Reuse
+from backends.snapshot_file import BLOCK_TOKENS
+from backends.snapshot_flow import SnapshotFlow
+from backends.snapshots import ModelSnapshots, Snapshots, State
+from tests.prefixes import folder_at, place_in, prompt_of, state_of, store_at
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Snapshots]:
+    """Disk alone."""
+    store = store_at(tmp_path)
+    yield store
+    store.close()
+
+
+def put(model: ModelSnapshots, tokens: "array[int]") -> None:
+    """Put all blocks of a prompt and wait until they are stored."""
+    for number in model.missing(tokens):
+        model.put(tokens, number, state_of(number))
+    assert model.store.flush(10)
+    model.touch(tokens)
+
+
+def found(model: ModelSnapshots, tokens: "array[int]") -> int:
+    """Return how many tokens of the prompt can be restored, having read all of them."""
+    flow = SnapshotFlow[int](place_in(model.store), "layout", lambda *_: state_of(0))
+    states: list[State] = []
+
+    def take(state: State) -> bool:
+        states.append(state)
+        return True
+
+    restore = flow.restore(tokens, model.chain(tokens))
+    while not restore.is_over:
+        restore.wait(5)
+        restore.receive(Reuse(), take)
+    for number, state in enumerate(states):
+        np.testing.assert_array_equal(state, state_of(number))
+    return len(states) * BLOCK_TOKENS
+
+
+def test_a_longer_conversation_finds_the_shorter(store: Snapshots) -> None:
+    model = place_in(store).open("layout")
+    put(model, prompt_of(3))
+    assert found(model, prompt_of(5)) == 3 * BLOCK_TOKENS
+    assert model.missing(prompt_of(5)) == [3, 4]
+
+
+def test_prompts_that_begin_alike_share_blocks(store: Snapshots) -> None:
+    model = place_in(store).open("layout")
+    one = prompt_of(4)
+    put(model, one)
+    other = one[: 2 * BLOCK_TOKENS] + prompt_of(2, 7)
+    assert model.missing(other) == [2, 3]
+    assert found(model, other) == 2 * BLOCK_TOKENS
+
+
+def test_another_process_finds_what_was_written(tmp_path: Path) -> None:
+    first = store_at(tmp_path)
+    put(place_in(first).open("layout"), prompt_of(2))
+    first.close()
+    second = store_at(tmp_path)
+    assert found(place_in(second).open("layout"), prompt_of(2)) == 2 * BLOCK_TOKENS
+    second.close()
+
+
+@pytest.mark.parametrize("change", ["files", "layout"])
+def test_another_version_finds_nothing_and_says_so(tmp_path: Path, change: str) -> None:
+    first = store_at(tmp_path)
+    put(place_in(first).open("layout"), prompt_of(2))
+    first.close()
+    second = store_at(tmp_path)
+    marks = "second version" if change == "files" else "first version"
+    model = place_in(second, marks).open("other" if change == "layout" else "layout")
+    assert model.chain(prompt_of(2)) == []
+    assert model.why_absent(prompt_of(2), 0) == "other_model_version"
+    second.close()
+
+
+def test_tokens_are_compared_and_not_only_their_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that say nothing must not let one prompt take another's state."""
+    for module in ("snapshots", "snapshot_index"):
+        monkeypatch.setattr(
+            f"backends.{module}.block_keys",
+            lambda tokens: [bytes([n]) * 16 for n in range(len(tokens) // BLOCK_TOKENS)],
+        )
+    store = store_at(tmp_path, ram_bytes=10_000, size_bytes=0)
+    model = place_in(store).open("layout")
+    model.put(prompt_of(1, 1), 0, state_of(0))
+    assert len(model.chain(prompt_of(1, 1))) == 1
+    assert model.chain(prompt_of(1, 2)) == []
+    store.close()
+
+
+def test_ram_holds_what_it_may_and_no_more(tmp_path: Path) -> None:
+    store = store_at(tmp_path, ram_bytes=3500, size_bytes=0)
+    model = place_in(store).open("layout")
+    put(model, prompt_of(2, 1))
+    put(model, prompt_of(2, 2))
+    assert store.held_bytes == 3000
+    # The older prompt lost its last block first.
+    assert found(model, prompt_of(2, 1)) == BLOCK_TOKENS
+    assert found(model, prompt_of(2, 2)) == 2 * BLOCK_TOKENS
+    assert model.why_absent(prompt_of(2, 1), 1) == "evicted"
+    assert list(tmp_path.glob("*/*.block")) == []
+    store.close()
+
+
+def test_ram_survives_another_opening_but_not_another_version(tmp_path: Path) -> None:
+    store = store_at(tmp_path, ram_bytes=10_000, size_bytes=0)
+    put(place_in(store).open("layout"), prompt_of(2))
+    assert found(place_in(store).open("layout"), prompt_of(2)) == 2 * BLOCK_TOKENS
+    place_in(store, "second version").open("layout")
+    assert store.held_bytes == 0
+    store.close()
+
+
+def test_what_the_disk_dropped_is_evicted(tmp_path: Path) -> None:
+    store = store_at(tmp_path, size_bytes=5000)
+    model = place_in(store).open("layout")
+    put(model, prompt_of(2, 1))
+    put(model, prompt_of(2, 2))
+    assert found(model, prompt_of(2, 2)) == 2 * BLOCK_TOKENS
+    assert len(model.chain(prompt_of(2, 1))) < 2
+    store.close()
+
+
+def test_a_damaged_block_ends_the_restore(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    model = place_in(store).open("layout")
+    put(model, prompt_of(3))
+    path = model.chain(prompt_of(3))[1].path
+    assert path is not None
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert found(model, prompt_of(3)) == BLOCK_TOKENS
+    assert not path.exists()
+    assert len(model.chain(prompt_of(3))) == 1
+    store.close()
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = Snapshots(folder_at(tmp_path / "file" / "prefixes"), 10_000)
+    model = place_in(store).open("layout")
+    model.put(prompt_of(1), 0, state_of(0))
+    assert store.flush(10)
+    assert model.chain(prompt_of(1)) == []
+    store.close()
+
+
+def test_many_threads_put_and_read_at_once(tmp_path: Path) -> None:
+    store = store_at(tmp_path, ram_bytes=20_000, size_bytes=40_000)
+    model = place_in(store).open("layout")
+    problems: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for _ in range(5):
+                tokens = prompt_of(4, seed)
+                for number in model.missing(tokens):
+                    model.put(tokens, number, state_of(number))
+                found(model, tokens)
+        except BaseException as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert store.flush(10)
+    assert store.held_bytes <= 20_000
+    assert sum(path.stat().st_size for path in tmp_path.glob("*/*.block")) <= 40_000
+    store.close()
+
+
+class Owner:
+    """Something computed whose blocks are copied out."""
+
+
+def test_chores_copy_what_is_missing_once(store: Snapshots) -> None:
+    copied: list[int] = []
+
+    def copy(_: Owner, number: int) -> State:
+        copied.append(number)
+        return state_of(number)
+
+    flow = SnapshotFlow[Owner](place_in(store), "layout", copy)
+    owner, tokens = Owner(), prompt_of(3, more=17)
+    flow.keep(owner, tokens)
+    assert flow.needs(owner)
+    flow.do_chore()
+    flow.forget(owner)
+    assert not flow.has_chores
+    flow.keep(Owner(), tokens)
+    flow.finish()
+    assert copied == [0, 1, 2]
+    assert len(flow.known(tokens)) == 3
+    flow.keep(Owner(), tokens)
+    assert not flow.has_chores
+
+
+def test_without_a_place_nothing_is_kept_or_found() -> None:
+    flow = SnapshotFlow[Owner](None, "layout", lambda *_: state_of(0))
+    flow.keep(Owner(), prompt_of(2))
+    assert not flow.has_chores
+    assert flow.known(prompt_of(2)) == []
+    reuse = flow.explained(0, prompt_of(2), [])
+    assert reuse.miss == "no_snapshot"
+
+
+def test_a_miss_names_the_first_token_that_differs(store: Snapshots) -> None:
+    model = place_in(store).open("layout")
+    known = prompt_of(3)
+    put(model, known)
+    asked = known[:]
+    asked[300] = known[300] + 1
+    flow = SnapshotFlow[Owner](place_in(store), "layout", lambda *_: state_of(0))
+    reuse = flow.explained(2 * BLOCK_TOKENS, asked, [])
+    assert (reuse.miss, reuse.diverged_at) == ("diverged", 300)
+    assert reuse.known[0] == known[300]
+    outcome = reuse.outcome(asked.tolist(), 0, lambda token: bytes((token,)))
+    assert outcome.known_text.encode()[0] == known[300]
+    assert outcome.asked_text.encode()[0] == asked[300]
+    assert outcome.before_text.encode() == bytes(known[292:300].tolist())
+
+
+def test_a_prompt_that_goes_on_misses_nothing(store: Snapshots) -> None:
+    flow = SnapshotFlow[Owner](place_in(store), "layout", lambda *_: state_of(0))
+    asked = prompt_of(2, more=5)
+    assert flow.explained(300, asked, [asked[:300], prompt_of(1, 4)]).miss is None
+    assert flow.explained(len(asked) - 1, asked, [asked]).miss is None
