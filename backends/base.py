@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from backends.masking import Constraint, GrammarPlace, TokenMask
+from backends.reuse import Reuse
+from backends.snapshots import SnapshotPlace
 from core.errors import UnsupportedCapability
 from core.types import (
     Capability,
@@ -59,8 +61,9 @@ class EngineOptions:
 
     `context_tokens` None means the trained length; `kv_tokens` and `kv_type` None let the backend
     choose the KV cells all sequences share.  `memory_limit_bytes` bounds what `estimate` grants.
-    `prefix_bytes` of RAM keep prefixes outside the cells; `warm_tokens` stay in them meanwhile.
-    `tool_parser` names the family of tool calls, where the chat template does not tell.
+    `prefix_bytes` of RAM keep prefixes outside the cells; `warm_tokens` stay in them meanwhile;
+    `snapshots` outlive the engine.  `stable_prompts`: `backends.stable`.  `tool_parser` names the
+    family of tool calls, where the chat template does not tell.
     """
 
     max_sequences: int = 16
@@ -74,6 +77,8 @@ class EngineOptions:
     prefix_bytes: int = 0
     warm_tokens: int = 1 << 30
     tool_parser: str | None = None
+    snapshots: SnapshotPlace | None = field(default=None, compare=False)
+    stable_prompts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +139,9 @@ class Engine(ABC):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Yield events; the last is always `Finished`.
 
-        Closing the generator aborts the sequence and frees its KV cache within one step.
-        Raises before the first event: ContextLengthExceeded, RequestError, QueueFull,
-        BrokenModel; after it EngineFailed only.
+        Closing the generator aborts the sequence and frees its KV cache within one step.  Raises
+        before the first event ContextLengthExceeded, RequestError, QueueFull, BrokenModel; after
+        it EngineFailed only.
         """
 
     async def stream_to(self, request: GenerationRequest, sink: EventSink) -> Finished:
@@ -201,10 +206,7 @@ class Backend(ABC):
 
     @abstractmethod
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
-        """Load the model.  Blocks; call it on a loader thread.
-
-        Raises BrokenModel, InsufficientMemory, BackendUnavailable.
-        """
+        """Load; blocks.  Raises BrokenModel, InsufficientMemory, BackendUnavailable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +235,7 @@ class StepOutput:
     logprob: TokenLogprob | None = None
     prefilled: int = 0
     cached: int = 0
+    reuse: Reuse | None = None
 
 
 class Stepper(Protocol):

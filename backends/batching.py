@@ -4,17 +4,18 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from backends.base import Engine, EngineLoad, EventSink, ModelInfo, StepOutput, Stepper
+from backends.chores import do_chore, has_chores
 from backends.limits import EngineLimits
 from backends.pacing import Pacer
 from backends.prepare import Prepared, Preparer
 from backends.threads import name_this_thread
-from backends.ticket import Inbox, LoopSink, Ticket
+from backends.ticket import Inbox, LoopSink, StepEvents, Ticket
 from backends.turns import TurnLock
 from backends.waiting import Pace, WaitingQueue
 from core.errors import EngineFailed, ImpetusError, QueueFull, TimedOut
@@ -23,7 +24,6 @@ from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProg
 logger = logging.getLogger(__name__)
 
 THREAD_NAME = "impetus-engine"
-_StepEvents = dict[int, tuple[EventSink, list[tuple[str, Sequence[GenerationEvent]]]]]
 
 
 class BatchingEngine(Engine):
@@ -241,8 +241,9 @@ class BatchingEngine(Engine):
 
     def _rest_s(self, stepper: Stepper) -> float | None:
         """Return how long there is nothing to do; None until an order comes."""
-        can_start = self._waiting and self._pacer.limits.sequences(stepper.max_sequences)
-        return self._pacer.pause_left_s() if self._running or can_start else None
+        if self._running or (self._waiting and self._pacer.limits.sequences(stepper.max_sequences)):
+            return self._pacer.pause_left_s()
+        return 0 if has_chores(stepper) else None
 
     def _drop(self, stepper: Stepper, ticket: Ticket) -> None:
         if self._running.pop(ticket.id, None) is not None:
@@ -264,11 +265,12 @@ class BatchingEngine(Engine):
             self._running[ticket.id] = ticket
         self._pacer.note_held(bool(self._waiting) and len(self._running) < stepper.max_sequences)
 
-    def _step(self, stepper: Stepper) -> _StepEvents:
+    def _step(self, stepper: Stepper) -> StepEvents:
         # An order may have ended the pause before the next step is due.
         if not self._running or self._pacer.pause_left_s():
+            do_chore(stepper)
             return {}
-        events: _StepEvents = {}
+        events: StepEvents = {}
         with self._take_turn():
             self._step_began_at = time.monotonic()
             outputs = stepper.step()
@@ -289,7 +291,7 @@ class BatchingEngine(Engine):
         self, stepper: Stepper, ticket: Ticket, output: StepOutput, now: float
     ) -> list[GenerationEvent]:
         """Turn one output into events; end the sequence when it is done."""
-        ticket.cached_tokens = output.cached
+        ticket.cached_tokens, ticket.reuse = output.cached, output.reuse
         assembler = ticket.prepared.assembler
         if output.token_id is None:
             return [PrefillProgress(output.prefilled, len(ticket.prepared.prompt))]
@@ -309,7 +311,7 @@ class BatchingEngine(Engine):
             self._ended.append((ticket, outcome))
         return events
 
-    def _deliver(self, events: _StepEvents) -> None:
+    def _deliver(self, events: StepEvents) -> None:
         """Hand out the step's events, then the results: an end never overtakes its text."""
         for sink, entries in events.values():
             sink.deliver(entries)

@@ -84,6 +84,7 @@ def _open_generator(info: ModelInfo, model: GgufModel, options: EngineOptions) -
         bos_text=bos if model.adds_bos else "",
         defaults=_recommended_sampling(info),
         infill=read_infill(info.details),
+        stable_prompts=options.stable_prompts,
     )
     return BatchingEngine(
         info,

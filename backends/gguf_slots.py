@@ -1,16 +1,17 @@
 """llama.cpp's sequence ids of one context: who holds which KV cells, and whose are kept."""
 
-import ctypes
 import time
 from array import array
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from backends.base import EngineOptions
+from backends.gguf_blocks import as_bytes
 from backends.gguf_model import GgufModel, library
 from backends.prefix_cache import Retained, RetainedPrefixes
 from backends.prefix_store import SMALLEST_PREFIX, PrefixStore, Snapshot
+from backends.snapshot_flow import SnapshotFlow
 
 # One step moves this many prefixes to RAM at the most, so that running streams stay fluent.
 _MOST_MOVES = 4
@@ -21,15 +22,24 @@ class KvSlots:
 
     What is retained still costs time, because attention reads every used cell of the unified
     cache, whosever it is.  So retained prefixes move to RAM, and back when a prompt continues one.
+    Blocks of them go to `flow` as well, which outlives the context.
     """
 
-    def __init__(self, context: Any, count: int, store: PrefixStore, model: GgufModel) -> None:
+    def __init__(
+        self,
+        context: Any,
+        count: int,
+        store: PrefixStore,
+        model: GgufModel,
+        flow: SnapshotFlow[Retained],
+    ) -> None:
         self._llama = library()
         self._context = context
         self._memory = self._llama.llama_get_memory(context)
         self._free = list(range(count))
         self._retained = RetainedPrefixes()
         self._store = store
+        self._flow = flow
         self._whole_beyond = model.whole_beyond
         self.native_cpu_s = 0.0
 
@@ -37,6 +47,11 @@ class KvSlots:
     def retained_tokens(self) -> int:
         """Tokens of all retained prefixes, shared cells counted for each."""
         return sum(len(entry.tokens) for entry in self._retained.entries.values())
+
+    def known(self) -> list["array[int]"]:
+        """Return the tokens of all prefixes, retained or moved to RAM."""
+        retained = [entry.tokens for entry in self._retained.entries.values()]
+        return [*retained, *self._store.tokens()]
 
     def longest(self, prompt: "array[int]") -> tuple[Retained | None, int]:
         """Return the retained prefix that shares most with `prompt`, and how many tokens."""
@@ -51,7 +66,7 @@ class KvSlots:
         state = snapshot.state
         started = time.thread_time()
         read = self._llama.llama_state_seq_set_data(
-            self._context, _as_bytes(state), state.nbytes, target
+            self._context, as_bytes(state), state.nbytes, target
         )
         self.native_cpu_s += time.thread_time() - started
         if not read:
@@ -64,6 +79,8 @@ class KvSlots:
 
     def take_over(self, entry: Retained) -> int:
         """Return the entry's slot with its cells; it is no longer retained."""
+        # Whoever goes on with the cells has all of them kept at its end.
+        self._flow.forget(entry)
         self._retained.forget(entry.slot)
         return entry.slot
 
@@ -89,7 +106,7 @@ class KvSlots:
     def keep(self, slot: int, tokens: "array[int]", step: int) -> None:
         """Retain what `slot` holds, or free the slot when that is nothing."""
         if tokens:
-            self._retained.keep(slot, tokens, step)
+            self._flow.keep(self._retained.keep(slot, tokens, step), tokens)
         else:
             self._free.append(slot)
 
@@ -109,11 +126,16 @@ class KvSlots:
     def cool_down(self, warm_tokens: int) -> None:
         """Move retained prefixes to RAM until `warm_tokens` are left, a few at a time."""
         for _ in range(_MOST_MOVES):
-            if self.retained_tokens <= warm_tokens or not self.drop_oldest():
+            if self.retained_tokens <= warm_tokens:
                 return
+            oldest = self._retained.oldest(spared=self._flow.needs)
+            if oldest is None:
+                return
+            self._drop(oldest)
 
     def _drop(self, entry: Retained) -> None:
         self._save(entry)
+        self._flow.forget(entry)
         self._retained.forget(entry.slot)
         self.release(entry.slot)
 
@@ -126,12 +148,16 @@ class KvSlots:
         state = np.empty(size, np.uint8)
         started = time.thread_time()
         written = self._llama.llama_state_seq_get_data(
-            self._context, _as_bytes(state), size, entry.slot
+            self._context, as_bytes(state), size, entry.slot
         )
         self.native_cpu_s += time.thread_time() - started
         if written == size:
             self._store.put(Snapshot(entry.tokens, state, entry.used_at_step))
 
 
-def _as_bytes(state: NDArray[np.uint8]) -> Any:
-    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+def count_slots(model: GgufModel, options: EngineOptions) -> int:
+    """Return how many sequence ids a context needs, one for copying blocks included."""
+    # Each id of a recurrent model owns a whole state; elsewhere an id costs nothing.
+    spare = 2 if model.keeps_recurrent_state else options.max_sequences + 16
+    limit = int(library().llama_max_parallel_sequences())
+    return min(options.max_sequences + spare + 1, limit)

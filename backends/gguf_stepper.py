@@ -1,58 +1,22 @@
 """Continuous batching over llama.cpp's low-level API: `backends.base.Stepper` for GGUF."""
 
 import time
-from array import array
-from dataclasses import dataclass, field
 
 from backends.base import EngineLoad, EngineOptions, SequenceSpec, StepOutput
 from backends.gguf_batch import Batch
+from backends.gguf_blocks import CellBlocks, block_layout
 from backends.gguf_model import GgufModel, library, native_log, open_context
+from backends.gguf_placement import Placement
+from backends.gguf_rows import Counters, Queues, Row
 from backends.gguf_sampling import SequenceSampler
-from backends.gguf_slots import KvSlots
+from backends.gguf_slots import KvSlots, count_slots
 from backends.prefill import PrefillPlanner
-from backends.prefix_cache import common_prefix, token_array
-from backends.prefix_store import SMALLEST_PREFIX, PrefixStore
+from backends.prefix_cache import Retained, token_array
+from backends.prefix_store import PrefixStore
+from backends.snapshot_flow import SnapshotFlow, await_first
 from core.errors import EngineFailed
 
 _NO_SLOT = 1
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One sequence: `tokens` is the prompt and all chosen tokens, `past` of them are in KV."""
-
-    spec: SequenceSpec
-    tokens: "array[int]"
-    sampler: SequenceSampler
-    slot: int = -1
-    past: int = 0
-    cached: int = 0
-    is_counted: bool = False
-    leader: "_Row | None" = None
-    shared: int = 0
-    output: int = -1
-    run: int = 0
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.past
-
-
-@dataclass(slots=True)
-class _Counters:
-    steps: int = 0
-    preemptions: int = 0
-    native_cpu_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Queues:
-    """`is_crowded` from a preemption until a running row ends: nobody new is admitted."""
-
-    waiting: list[_Row] = field(default_factory=list)
-    running: list[_Row] = field(default_factory=list)
-    by_id: dict[int, _Row] = field(default_factory=dict)
-    is_crowded: bool = False
 
 
 class GgufStepper:
@@ -61,7 +25,8 @@ class GgufStepper:
     Every step decodes one token of each running row and a bounded chunk of waiting prompts.
     A new row gets the longest computed prefix of any running or finished row.  When the cells
     run out, finished rows move to RAM first, then the youngest running row gives its cells back
-    and is computed again later: it waits, nothing fails.
+    and is computed again later: it waits, nothing fails.  Blocks of finished rows are copied to
+    `options.snapshots` between steps, and from there where no cells know a prompt.
     """
 
     def __init__(self, model: GgufModel, options: EngineOptions) -> None:
@@ -72,27 +37,36 @@ class GgufStepper:
         self._model = model
         self.max_sequences = options.max_sequences
         self._context_tokens = options.context_tokens
-        self._slot_count = self._count_slots(options)
-        self._context = open_context(model, options, self._slot_count)
+        slot_count = count_slots(model, options)
+        self._context = open_context(model, options, slot_count)
         self._store = PrefixStore(options.prefix_bytes)
-        self._slots = KvSlots(self._context, self._slot_count, self._store, model)
+        # The last sequence id is for copying blocks.
+        blocks = self._blocks = CellBlocks(self._context, slot_count - 1)
+        self._flow = SnapshotFlow[Retained](
+            options.snapshots,
+            block_layout(model, options.context_tokens),
+            lambda entry, number: blocks.copy(entry.slot, number),
+        )
+        self._slots = KvSlots(self._context, slot_count - 1, self._store, model, self._flow)
         self._warm_tokens = options.warm_tokens
         self._batch = Batch(options.prefill_chunk_tokens + options.max_sequences)
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
         self._kv_tokens = options.kv_tokens
-        self._queues = _Queues()
-        self._counters = _Counters()
-
-    def _count_slots(self, options: EngineOptions) -> int:
-        # Each id of a recurrent model owns a whole state; elsewhere an id costs nothing.
-        spare = 2 if self._model.keeps_recurrent_state else options.max_sequences + 16
-        limit = int(self._llama.llama_max_parallel_sequences())
-        return min(options.max_sequences + spare, limit)
+        self._queues = Queues()
+        self._counters = Counters()
+        self._placement = Placement(
+            self._queues,
+            self._slots,
+            blocks,
+            self._flow,
+            # A row of a sliding window has moved on from where it could be shared.
+            can_share_running=model.whole_beyond > options.context_tokens,
+        )
 
     def add(self, spec: SequenceSpec) -> None:
         """Accept a sequence; it starts as soon as a slot is free.  Raises RequestError."""
         sampler = SequenceSampler(self._model, spec, self._context_tokens)
-        row = _Row(spec, token_array(spec.prompt), sampler)
+        row = Row(spec, token_array(spec.prompt), sampler)
         self._queues.by_id[spec.id] = row
         self._queues.waiting.append(row)
 
@@ -107,6 +81,7 @@ class GgufStepper:
             return
         self._queues.running.remove(row)
         self._queues.is_crowded = False
+        row.stop_restoring()
         self._slots.keep(row.slot, row.tokens[: row.past], self._counters.steps)
         row.slot = -1
 
@@ -125,10 +100,12 @@ class GgufStepper:
             self._make_room()
             self._fill_batch()
         if not self._batch.count:
+            await_first([row.incoming for row in self._queues.running])
             return []
         self._counters.steps += 1
         outputs = self._collect()
         self._slots.cool_down(self._warm_tokens)
+        self._flow.tend()
         self._planner.observe(self._batch.count, time.monotonic() - wall)
         return outputs
 
@@ -138,76 +115,10 @@ class GgufStepper:
             return
         while queues.waiting and len(queues.running) < self.max_sequences:
             row = queues.waiting[0]
-            if not self._place(row):
+            if not self._placement.place(row, self._counters.steps):
                 return
             queues.waiting.pop(0)
             queues.running.append(row)
-
-    def _place(self, row: _Row) -> bool:
-        """Give `row` a slot holding the longest known prefix; False when no slot is free.
-
-        1. A finished row's cells, all shared: take its slot over.
-        2. A finished or running row's cells: share them.
-        3. A snapshot in RAM, where that is longer: copy it into cells.
-        """
-        limit = len(row.tokens) - 1
-        prompt = row.tokens[:limit]
-        entry, kept = self._slots.longest(prompt)
-        leader, computed, potential = self._best_leader(row, limit)
-        snapshot, stored = self._slots.longest_stored(prompt)
-        use_snapshot = stored >= max(kept, computed) + SMALLEST_PREFIX
-        if entry is not None and kept == len(entry.tokens) >= computed and not use_snapshot:  # (1)
-            row.slot, row.past = self._slots.take_over(entry), kept
-        else:
-            slot = self._slots.take(but=entry)
-            if slot is None:
-                return False
-            row.slot = slot
-            step = self._counters.steps
-            if use_snapshot and snapshot is not None:  # (3)
-                row.past = stored if self._slots.restore(snapshot, slot, stored, step) else 0
-            elif entry is not None and kept >= computed and self._slots.is_retained(entry):  # (2)
-                entry.used_at_step = step
-                self._share(row, entry.slot, kept)
-            elif leader is not None and computed:
-                self._share(row, leader.slot, computed)
-        if leader is not None and potential - row.past >= SMALLEST_PREFIX:
-            row.leader, row.shared = leader, potential
-        if not row.is_counted:
-            row.cached = row.past
-        return True
-
-    def _best_leader(self, row: _Row, limit: int) -> tuple[_Row | None, int, int]:
-        """Return the running row that shares most, what of it is computed and what will be."""
-        best: tuple[_Row | None, int, int] = (None, 0, 0)
-        if self._model.whole_beyond <= self._context_tokens:
-            # A running row has moved on from where it could be shared.
-            return best
-        for other in self._queues.running:
-            potential = min(common_prefix(other.tokens, row.tokens), limit)
-            if potential > best[2]:
-                best = (other, min(potential, other.past), potential)
-        return best
-
-    def _share(self, row: _Row, source_slot: int, count: int) -> None:
-        self._slots.share(source_slot, row.slot, count)
-        row.past = count
-
-    def _follow(self, row: _Row) -> bool:
-        """Return whether `row` still waits for its leader; take the shared prefix when ready."""
-        leader = row.leader
-        if leader is None:
-            return False
-        is_alive = leader.slot >= 0 and leader.past < len(leader.tokens)
-        if is_alive and leader.past < row.shared:
-            return True
-        ready = min(leader.past, row.shared) if leader.slot >= 0 else 0
-        if ready > row.past:
-            self._share(row, leader.slot, ready)
-            if not row.is_counted:
-                row.cached = row.past
-        row.leader = None
-        return False
 
     def _fill_batch(self) -> None:
         """Put every decoding row's token and the planned prompt chunks into the batch."""
@@ -218,14 +129,14 @@ class GgufStepper:
             if row.pending == 1:
                 row.run = 1
                 row.output = self._batch.add(row.slot, row.past, row.tokens[-1:], logits=True)
-            elif not self._follow(row):
+            elif not self._placement.receive(row) and not self._placement.follow(row):
                 prefilling.append(row)
         chunks = self._planner.plan([row.pending for row in prefilling], self._batch.count)
         for row, chunk in zip(prefilling, chunks, strict=True):
             if chunk:
                 self._add_chunk(row, chunk)
 
-    def _add_chunk(self, row: _Row, chunk: int) -> None:
+    def _add_chunk(self, row: Row, chunk: int) -> None:
         is_last = chunk == row.pending
         tokens = row.tokens[row.past : row.past + chunk]
         index = self._batch.add(row.slot, row.past, tokens, logits=is_last)
@@ -242,6 +153,7 @@ class GgufStepper:
             )
         row = running.pop()
         self._slots.release(row.slot)
+        row.stop_restoring()
         row.slot, row.past, row.leader = -1, 0, None
         self._queues.waiting.insert(0, row)
         self._queues.is_crowded = True
@@ -254,7 +166,7 @@ class GgufStepper:
                 continue
             row.past += row.run
             if row.output < 0:
-                outputs.append(StepOutput(row.spec.id, None, prefilled=row.past, cached=row.cached))
+                outputs.append(row.progress())
                 continue
             started = time.thread_time()
             token_id, logprob = row.sampler.sample(self._context, row.output)
@@ -268,7 +180,8 @@ class GgufStepper:
                     is_end=self._model.is_end(token_id),
                     logprob=logprob,
                     prefilled=len(row.spec.prompt),
-                    cached=row.cached,
+                    cached=row.reuse.total,
+                    reuse=row.reuse,
                 )
             )
         return outputs
@@ -276,6 +189,15 @@ class GgufStepper:
     def limit_prefill(self, chunk_tokens: int | None) -> None:
         """Bound the prompt tokens of a step; see `backends.limits.PrefillLimited`."""
         self._planner.limit(chunk_tokens)
+
+    @property
+    def has_chores(self) -> bool:
+        """See `backends.chores.HasChores`."""
+        return self._flow.has_chores
+
+    def do_chore(self) -> None:
+        """Copy a block of a finished sequence out of its cells."""
+        self._flow.do_chore()
 
     def counters(self) -> EngineLoad:
         """Return the stepper's own counts."""
@@ -285,16 +207,19 @@ class GgufStepper:
             kv_tokens=self._kv_tokens,
             steps=self._counters.steps,
             preemptions=self._counters.preemptions,
-            native_cpu_s=self._counters.native_cpu_s + self._slots.native_cpu_s,
+            native_cpu_s=self._counters.native_cpu_s
+            + self._slots.native_cpu_s
+            + self._blocks.native_cpu_s,
         )
 
     def close(self) -> None:
         """Free the context and the weights; twice is fine."""
         for row in self._queues.by_id.values():
             row.sampler.close()
-        self._queues = _Queues()
+        self._queues.clear()
         self._store.clear()
         if self._context:
+            self._flow.finish()
             self._llama.llama_free(self._context)
             self._context = None
         self._model.close()

@@ -43,6 +43,7 @@ def open_token_engine(
         bos_text=tokenizer.bos_text if tokenizer.adds_bos else "",
         defaults=recommended_sampling(folder),
         infill=find_infill(tokenizer.special_id),
+        stable_prompts=options.stable_prompts,
     )
     return BatchingEngine(info, preparer, open_stepper, max_waiting=options.max_waiting)
 

@@ -123,7 +123,8 @@ class MlxBatch:
             model,
             sampler=_greedy,
             completion_batch_size=rows,
-            prefill_batch_size=min(rows, 8),
+            # All prompts together: a short one never waits for the end of long ones.
+            prefill_batch_size=rows,
             prefill_step_size=chunk_tokens,
         )
         lean = _lean_batch().empty(model, _greedy)

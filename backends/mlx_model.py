@@ -228,6 +228,10 @@ class MlxModel:
             logits = self.model(mx.array([[0]]), cache=kinds)[0, -1].astype(mx.float32)
             if not mx.isfinite(logits).all().item():
                 raise ValueError("it computes no finite numbers")
+        arrays = [a for each in kinds for a in (each.keys, each.values)] if self.can_cut else []
+        # One row's (heads, width) of keys and values, layer by layer.
+        self.cache_shapes = tuple((int(a.shape[1]), int(a.shape[3])) for a in arrays)
+        self.cache_dtypes = tuple(a.dtype for a in arrays)
         return int(logits.shape[-1])
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from backends.prefix_store import SMALLEST_PREFIX
 
 
 @dataclass(slots=True, eq=False)
-class _Kept:
+class KeptLayers:
     """The caches of all layers after `tokens`, for one sequence; their arrays are never changed."""
 
     tokens: "array[int]"
@@ -25,7 +25,7 @@ class MlxPrefixes:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._kept: list[_Kept] = []
+        self._kept: list[KeptLayers] = []
         self._uses = 0
 
     @property
@@ -38,20 +38,27 @@ class MlxPrefixes:
         """Bytes held."""
         return sum(kept.size_bytes for kept in self._kept)
 
-    def put(self, tokens: "array[int]", layers: list[Any]) -> None:
-        """Keep the caches after `tokens`; those that they continue go where they can be cut."""
+    def tokens(self) -> list["array[int]"]:
+        """Return the tokens of all that is kept."""
+        return [kept.tokens for kept in self._kept]
+
+    def put(self, tokens: "array[int]", layers: list[Any]) -> KeptLayers | None:
+        """Keep the caches after `tokens`; those that they continue go where they can be cut.
+
+        None: they are too large or too short, or known already.
+        """
         import mlx.core as mx
         from mlx_lm.models.cache import can_trim_prompt_cache
 
         size_bytes = sum(layer.nbytes for layer in layers)
         if size_bytes > self._limit_bytes or len(tokens) < SMALLEST_PREFIX:
-            return
+            return None
         can_trim = can_trim_prompt_cache(layers)
         if can_trim and any(
             kept.can_trim and common_prefix(kept.tokens, tokens) == len(tokens)
             for kept in self._kept
         ):
-            return
+            return None
         self._kept = [
             kept
             for kept in self._kept
@@ -59,11 +66,13 @@ class MlxPrefixes:
             or common_prefix(kept.tokens, tokens) < len(kept.tokens)
         ]
         self._uses += 1
-        self._kept.append(_Kept(tokens, layers, size_bytes, can_trim, self._uses))
+        newest = KeptLayers(tokens, layers, size_bytes, can_trim, self._uses)
+        self._kept.append(newest)
         while self.size_bytes > self._limit_bytes:
             self._kept.remove(min(self._kept, key=lambda kept: kept.used))
         # What is not computed yet would keep its inputs alive.
         mx.eval([layer.state for layer in layers])
+        return newest
 
     def longest(self, prompt: "array[int]") -> tuple[int, Callable[[], list[Any]]]:
         """Return how many tokens of `prompt` are known, and what makes their caches.

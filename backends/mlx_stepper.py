@@ -1,54 +1,23 @@
 """Continuous batching over mlx-lm: `backends.base.Stepper` for MLX."""
 
 import time
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from backends.base import EngineLoad, EngineOptions, SequenceSpec, StepOutput
 from backends.mlx_batch import MlxBatch, RowChoice
+from backends.mlx_blocks import LayerBlocks
 from backends.mlx_model import MlxModel
-from backends.mlx_prefixes import MlxPrefixes, cut
+from backends.mlx_prefixes import KeptLayers, MlxPrefixes, cut
+from backends.mlx_queue import Row, Rows
 from backends.prefill import PrefillPlanner
 from backends.prefix_cache import common_prefix, token_array
 from backends.prefix_store import SMALLEST_PREFIX
 from backends.row_model import Pieces
 from backends.sampling import RowSampler
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One sequence: `tokens` is the prompt and all tokens handed out; `choice` None is greedy."""
-
-    spec: SequenceSpec
-    tokens: "array[int]"
-    choice: RowChoice | None
-    uid: int = -1
-    known: int = 0
-    prefilled: int = 0
-    cached: int = 0
-    is_decoding: bool = False
-    is_counted: bool = False
-
-    @property
-    def computed(self) -> int:
-        return len(self.tokens) if self.is_decoding else self.prefilled
-
-    @property
-    def left(self) -> int:
-        return len(self.spec.prompt) + self.spec.max_tokens - len(self.tokens)
-
-
-@dataclass(slots=True)
-class _Rows:
-    """`is_crowded` from a preemption until a running row ends: nobody new is admitted."""
-
-    waiting: list[_Row] = field(default_factory=list)
-    running: list[_Row] = field(default_factory=list)
-    by_id: dict[int, _Row] = field(default_factory=dict)
-    by_uid: dict[int, _Row] = field(default_factory=dict)
-    is_crowded: bool = False
+from backends.snapshot_file import BLOCK_TOKENS
+from backends.snapshot_flow import SnapshotFlow, await_first, is_worth_it
+from backends.snapshots import State
 
 
 class MlxStepper:
@@ -69,8 +38,14 @@ class MlxStepper:
         self._kv_tokens = options.kv_tokens
         self._batch = MlxBatch(model.model, options.max_sequences, options.prefill_chunk_tokens)
         self._prefixes = MlxPrefixes(options.prefix_bytes)
+        self._blocks = LayerBlocks(model)
+        self._flow = SnapshotFlow[KeptLayers](
+            options.snapshots,
+            self._blocks.layout,
+            lambda kept, number: self._blocks.copy(kept.layers, number),
+        )
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
-        self._rows = _Rows()
+        self._rows = Rows()
         self._steps = 0
         self._preemptions = 0
         self._native_cpu_s = 0.0
@@ -81,7 +56,7 @@ class MlxStepper:
             spec, self._model.vocabulary_size, lambda token: self._pieces.piece(token, special=True)
         )
         choice = None if sampler.is_greedy else RowChoice(sampler, self._pieces.is_end)
-        row = _Row(spec, token_array(spec.prompt), choice)
+        row = Row(spec, token_array(spec.prompt), choice)
         self._rows.by_id[spec.id] = row
         self._rows.waiting.append(row)
 
@@ -92,14 +67,18 @@ class MlxStepper:
             return
         if row.uid < 0:
             self._rows.waiting.remove(row)
+            if row.incoming is not None:
+                row.incoming.cancel()
             return
         if self._prefixes.is_on and row.computed >= SMALLEST_PREFIX:
             layers, tokens = self._batch.layers(row.uid)
-            self._prefixes.put(token_array(tokens), layers)
+            kept = self._prefixes.put(token_array(tokens), layers)
+            if kept is not None:
+                self._flow.keep(kept, kept.tokens)
         self._take_out(row)
         self._rows.is_crowded = False
 
-    def _take_out(self, row: _Row) -> None:
+    def _take_out(self, row: Row) -> None:
         self._batch.remove(row.uid)
         self._rows.running.remove(row)
         del self._rows.by_uid[row.uid]
@@ -115,6 +94,9 @@ class MlxStepper:
             if outputs:
                 break
         self._native_cpu_s += self._model.clock.seconds() - started
+        if not self._batch.has_work:
+            await_first([row.incoming for row in self._rows.waiting])
+        self._flow.tend()
         return outputs
 
     def _compute(self) -> list[StepOutput]:
@@ -131,25 +113,15 @@ class MlxStepper:
             before, row.prefilled = row.prefilled, row.known + done
             computed += row.prefilled - before
             if not row.is_counted:
-                outputs.append(
-                    StepOutput(row.spec.id, None, prefilled=row.prefilled, cached=row.cached)
-                )
+                outputs.append(row.progress())
         self._planner.observe(computed, time.monotonic() - wall)
         return outputs
 
-    def _token(self, row: _Row, token_id: int) -> StepOutput:
-        row.is_decoding = row.is_counted = True
-        row.tokens.append(token_id)
-        return StepOutput(
-            row.spec.id,
-            token_id,
-            is_end=self._pieces.is_end(token_id),
-            logprob=row.choice.take() if row.choice else None,
-            prefilled=len(row.spec.prompt),
-            cached=row.cached,
-        )
+    def _token(self, row: Row, token_id: int) -> StepOutput:
+        row.is_decoding = True
+        return self._ahead(row, token_id, row.choice.take() if row.choice else None)
 
-    def _padded(self, rows: list[_Row]) -> int:
+    def _padded(self, rows: list[Row]) -> int:
         """Return the KV tokens that these rows take together after one more step."""
         return len(rows) * max((len(row.tokens) + 1 for row in rows), default=0)
 
@@ -167,7 +139,7 @@ class MlxStepper:
             self._preemptions += 1
         return outputs
 
-    def _ahead(self, row: _Row, token_id: int, logprob: Any) -> StepOutput:
+    def _ahead(self, row: Row, token_id: int, logprob: Any) -> StepOutput:
         row.tokens.append(token_id)
         row.is_counted = True
         return StepOutput(
@@ -176,7 +148,8 @@ class MlxStepper:
             is_end=self._pieces.is_end(token_id),
             logprob=logprob,
             prefilled=len(row.spec.prompt),
-            cached=row.cached,
+            cached=row.reuse.total,
+            reuse=row.reuse,
         )
 
     def _admit(self) -> None:
@@ -191,28 +164,67 @@ class MlxStepper:
             if self._start(row):
                 rows.waiting.remove(row)
 
-    def _start(self, row: _Row) -> bool:
-        """Insert a row with what is known of it; False while another computes half of the rest."""
+    def _start(self, row: Row) -> bool:
+        """Insert a row with what is known of it; False while that is still being read or computed.
+
+        Blocks that outlived an engine are taken where they are longer than what is in memory.
+        """
         known, make = self._prefixes.longest(row.tokens)
         leader, shared = self._leader(row)
+        if self._awaits_blocks(row, max(known, shared)):
+            return False
         if leader is not None:
             ready = min(shared, leader.computed)
             if ready < shared and 2 * shared >= len(row.tokens) + known:
                 return False
             if ready >= known + SMALLEST_PREFIX:
                 known, make = ready, self._shared(leader, ready)
+        restored = len(row.blocks) * BLOCK_TOKENS
+        if restored > known:
+            known, make = restored, lambda: self._blocks.join(row.blocks)
+        self._note_reuse(row, known, is_restored=known == restored)
         layers = make() if known else None
+        row.blocks.clear()
         row.uid = self._batch.insert(
             row.tokens[known:], row.left, row.choice, row.tokens[:known], layers
         )
         row.known = row.prefilled = known
-        if not row.is_counted:
-            row.cached = known
         self._rows.by_uid[row.uid] = row
         self._rows.running.append(row)
         return True
 
-    def _leader(self, row: _Row) -> tuple[_Row | None, int]:
+    def _awaits_blocks(self, row: Row, others: int) -> bool:
+        """Return whether blocks of the row's prompt are still to come; ask for them once."""
+        if not row.was_restored:
+            row.was_restored = True
+            blocks = self._flow.known(row.tokens[:-1])
+            if is_worth_it(blocks, others):
+                row.incoming = self._flow.restore(row.tokens[:-1], blocks)
+        if row.incoming is None:
+            return False
+
+        def take(state: State) -> bool:
+            if self._blocks.fits(state):
+                row.blocks.append(state)
+            return self._blocks.fits(state)
+
+        row.incoming.receive(row.reuse, take)
+        if row.incoming.is_over:
+            row.incoming = None
+        return row.incoming is not None
+
+    def _note_reuse(self, row: Row, known: int, *, is_restored: bool) -> None:
+        if row.is_counted:
+            return
+        running = (other.tokens for other in self._rows.running)
+        reuse = self._flow.explained(known, row.tokens, [*self._prefixes.tokens(), *running])
+        if is_restored:
+            reuse.ram, reuse.disk = row.reuse.ram, row.reuse.disk
+        else:
+            reuse.only_cells(known)
+        row.reuse = reuse
+
+    def _leader(self, row: Row) -> tuple[Row | None, int]:
         """Return the running row whose prompt shares most, where caches can be cut."""
         best, best_length = None, SMALLEST_PREFIX - 1
         if not self._model.can_cut:
@@ -223,7 +235,7 @@ class MlxStepper:
                 best, best_length = other, length
         return best, best_length
 
-    def _shared(self, leader: _Row, length: int) -> Callable[[], list[Any]]:
+    def _shared(self, leader: Row, length: int) -> Callable[[], list[Any]]:
         def make() -> list[Any]:
             layers, tokens = self._batch.layers(leader.uid)
             return cut(layers, len(tokens), length)
@@ -233,6 +245,15 @@ class MlxStepper:
     def limit_prefill(self, chunk_tokens: int | None) -> None:
         """Bound the prompt tokens of a step; see `backends.limits.PrefillLimited`."""
         self._planner.limit(chunk_tokens)
+
+    @property
+    def has_chores(self) -> bool:
+        """See `backends.chores.HasChores`."""
+        return self._flow.has_chores
+
+    def do_chore(self) -> None:
+        """Copy a block of a kept prefix."""
+        self._flow.do_chore()
 
     def counters(self) -> EngineLoad:
         """Return the stepper's own counts."""
@@ -246,7 +267,8 @@ class MlxStepper:
 
     def close(self) -> None:
         """Free the caches and the weights; twice is fine."""
+        self._flow.finish()
         self._batch.close()
         self._prefixes.clear()
-        self._rows = _Rows()
+        self._rows = Rows()
         self._model.close()

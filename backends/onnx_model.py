@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.onnx_blocks import cache_layout, packed, unpacked
 from backends.onnx_session import Bindings, DecoderSession
 from backends.row_model import RowInput
 from core.errors import EngineFailed
@@ -205,6 +206,31 @@ class RaggedRows:
         self._lengths[other] = length
         self._touched[other] = max(int(self._touched[other]), length)
         return row
+
+    @property
+    def layout(self) -> str:
+        """What a copy of a row's cache depends on besides the model's files."""
+        return cache_layout(self._session)
+
+    def read_tokens(self, row: int, start: int, count: int) -> NDArray[np.uint8]:
+        """Return a copy of the keys and values of `count` tokens, one dimension."""
+        slot = self._slot_of[row]
+        parts = (values[slot, :, start : start + count] for values in self._cache)
+        return packed(parts)
+
+    def append_tokens(self, row: int, count: int, state: NDArray[np.uint8]) -> bool:
+        """Append `count` tokens that `read_tokens` gave; False for what has another size."""
+        parts = unpacked(self._session, count, state)
+        if parts is None:
+            return False
+        slot = self._slot_of[row]
+        start = int(self._lengths[slot])
+        self._reserve(start + count)
+        for values, part in zip(self._cache, parts, strict=True):
+            values[slot, :, start : start + count] = part
+        self._lengths[slot] = start + count
+        self._touched[slot] = max(int(self._touched[slot]), start + count)
+        return True
 
     def close_row(self, row: int) -> None:
         """Free a row's slot; with the last one the cache's memory goes back."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.onnx_blocks import cache_layout, packed, unpacked
 from backends.onnx_session import DecoderSession
 from backends.row_model import RowInput
 
@@ -182,6 +183,31 @@ class PaddedRows:
         row = self.open_row(capacity)
         self._put(row, length, self._copied(source, length))
         return row
+
+    @property
+    def layout(self) -> str:
+        """What a copy of a row's cache depends on besides the model's files."""
+        return cache_layout(self._session)
+
+    def read_tokens(self, row: int, start: int, count: int) -> NDArray[np.uint8]:
+        """Return a copy of the keys and values of `count` tokens, one dimension."""
+        layers = range(len(self._session.layout.cache))
+        return packed(self._held(row, index)[:, start : start + count] for index in layers)
+
+    def append_tokens(self, row: int, count: int, state: NDArray[np.uint8]) -> bool:
+        """Append `count` tokens that `read_tokens` gave; False for what has another size.
+
+        All that the row holds is copied, as for every chunk that is computed.
+        """
+        parts = unpacked(self._session, count, state)
+        if parts is None:
+            return False
+        joined = [
+            np.concatenate((self._held(row, index), part), axis=1)[None]
+            for index, part in enumerate(parts)
+        ]
+        self._leave_alone(row, joined, self._lengths[row] + count)
+        return True
 
     def close_row(self, row: int) -> None:
         """Free a row's cache; one it shares goes when the next step is computed."""

@@ -1,7 +1,7 @@
 """Which computed prefixes exist in a KV cache, and the longest one a prompt shares."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -49,7 +49,7 @@ def longest_prefix(
     return best, best_length
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Retained:
     """A finished sequence whose KV cells stay until somebody needs them."""
 
@@ -64,9 +64,10 @@ class RetainedPrefixes:
 
     entries: dict[int, Retained] = field(default_factory=dict)
 
-    def keep(self, slot: int, tokens: "array[int]", step: int) -> None:
+    def keep(self, slot: int, tokens: "array[int]", step: int) -> Retained:
         """Remember what `slot` holds."""
-        self.entries[slot] = Retained(slot, tokens, step)
+        entry = self.entries[slot] = Retained(slot, tokens, step)
+        return entry
 
     def longest(self, prompt: "array[int]", *, whole_beyond: int) -> tuple[Retained | None, int]:
         """Return the entry that shares most with `prompt`; see `longest_prefix`."""
@@ -76,7 +77,11 @@ class RetainedPrefixes:
         """Drop the entry of `slot`."""
         del self.entries[slot]
 
-    def oldest(self, *, but: int | None = None) -> Retained | None:
-        """Return the least recently used entry, other than that of slot `but`."""
-        candidates = [entry for entry in self.entries.values() if entry.slot != but]
+    def oldest(
+        self, *, but: int | None = None, spared: Callable[[Retained], bool] = lambda _: False
+    ) -> Retained | None:
+        """Return the least recently used entry, neither that of slot `but` nor a `spared` one."""
+        candidates = [
+            entry for entry in self.entries.values() if entry.slot != but and not spared(entry)
+        ]
         return min(candidates, key=lambda entry: entry.used_at_step, default=None)

@@ -33,6 +33,10 @@ class PrefixStore:
         """Bytes held."""
         return sum(snapshot.state.nbytes for snapshot in self._snapshots)
 
+    def tokens(self) -> list["array[int]"]:
+        """Return the tokens of all snapshots."""
+        return [snapshot.tokens for snapshot in self._snapshots]
+
     def has_room_for(self, size_bytes: int) -> bool:
         """Whether a snapshot of this size could be kept at all."""
         return size_bytes <= self._limit_bytes

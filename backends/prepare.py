@@ -1,6 +1,6 @@
 """From a request to what a stepper needs: prompt tokens, grammar, and the text assembler."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from backends.answer_mask import AnswerMask, ReasoningPlan
@@ -9,6 +9,7 @@ from backends.chat import ChatFormat, OutputParser
 from backends.constraint import output_constraint
 from backends.infill import InfillTokens
 from backends.masking import Constraint, TokenMask
+from backends.stable import stable
 from backends.text import TextAssembler
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
 from core.types import (
@@ -39,6 +40,7 @@ class Prepared:
     mask: TokenMask | None = None
     generated: int = 0
     opening: list[GenerationEvent] = field(default_factory=list)
+    token_bytes: Callable[[int], bytes] = lambda _: b""
 
     def take_opening(self) -> list[GenerationEvent]:
         """Return the events that come before the first token, once."""
@@ -71,6 +73,7 @@ class Preparer:
         bos_text: str = "",
         defaults: SamplingParams | None = None,
         infill: InfillTokens | None = None,
+        stable_prompts: bool = True,
     ) -> None:
         self._info = info
         self._tokenizer = tokenizer
@@ -79,6 +82,7 @@ class Preparer:
         self._bos_text = bos_text
         self._defaults = defaults or SamplingParams()
         self._infill = infill
+        self._stable_prompts = stable_prompts
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Render, tokenize and check.  Raises RequestError, ContextLengthExceeded, BrokenModel."""
@@ -102,6 +106,7 @@ class Preparer:
             ),
             mask=self._mask(text),
             opening=self._opening(request, text.token_ids),
+            token_bytes=self._tokenizer.token_bytes,
         )
         if request.generated:
             self._resume(prepared, self._checked(request.generated))
@@ -171,7 +176,7 @@ class Preparer:
         return self._tokenizer.encode(text, add_bos=True, parse_special=True)
 
     def _read_chat(self, prompt: ChatPrompt, output: Output | None) -> _Text:
-        rendered = self._chat.render(prompt)
+        rendered = self._chat.render(stable(prompt) if self._stable_prompts else prompt)
         return _Text(
             self._chat_ids(rendered),
             self._chat.parser(prompt, rendered),

@@ -9,8 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 NAME = "impetus_ragged"
 _SMALLEST_CAPACITY = 128
+_WORD = 4
 _local = threading.local()
 
 
@@ -61,6 +65,40 @@ class RowCache:
             for index, cache in self.layers.items()
         }
         return RowCache(length, layers)
+
+    def packed(self, start: int, count: int) -> NDArray[np.uint8]:
+        """Return `count` tokens of all layers as bytes, after the layers' shapes as int32."""
+        import torch
+
+        shapes, parts = list[int](), []
+        for index, cache in sorted(self.layers.items()):
+            shapes += (index, cache.keys.shape[0], cache.keys.shape[2], cache.values.shape[2])
+            for values in (cache.keys, cache.values):
+                part = values[:, start : start + count].contiguous().view(torch.uint8)
+                parts.append(part.cpu().numpy().reshape(-1))
+        head = np.array([len(shapes), *shapes], np.int32).view(np.uint8)
+        return np.concatenate([head, *parts])
+
+    def append_packed(self, count: int, state: NDArray[np.uint8], dtype: Any, device: Any) -> bool:
+        """Append `count` tokens that `packed` gave; False for bytes of another size."""
+        import torch
+
+        words = int(state[:_WORD].view(np.int32)[0])
+        offset = (words + 1) * _WORD
+        shapes = state[_WORD:offset].view(np.int32).reshape(-1, 4).tolist()
+        sizes = (heads * (width + wide) for _, heads, width, wide in shapes)
+        if state.nbytes != offset + sum(sizes) * count * dtype.itemsize:
+            return False
+        for layer, heads, *widths in shapes:
+            pair = []
+            for width in widths:
+                size = heads * count * width * dtype.itemsize
+                part = torch.from_numpy(state[offset : offset + size].copy())
+                pair.append(part.view(dtype).reshape(heads, count, width).to(device))
+                offset += size
+            self.append(layer, *pair)
+        self.length += count
+        return True
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from itertools import count
 from typing import Any
 
@@ -68,6 +69,7 @@ class PackedRows(_TorchRows):
         """`windows` has each layer's sliding window; the model must use the ragged attention."""
         super().__init__(model, max_rows)
         self._windows = windows
+        self._dtype = model.dtype
         self._rows: dict[int, RowCache] = {}
 
     def open_row(self, capacity: int) -> int:
@@ -120,6 +122,19 @@ class PackedRows(_TorchRows):
         row = self.open_row(capacity)
         self._rows[row] = self._rows[source].copy(length)
         return row
+
+    @property
+    def layout(self) -> str:
+        """What a copy of a row's cache depends on besides the model's files."""
+        return f"torch {version('torch')}, transformers {version('transformers')}, {self._dtype}"
+
+    def read_tokens(self, row: int, start: int, count: int) -> NDArray[np.uint8]:
+        """Return a copy of the keys and values of `count` tokens, one dimension."""
+        return self._rows[row].packed(start, count)
+
+    def append_tokens(self, row: int, count: int, state: NDArray[np.uint8]) -> bool:
+        """Append `count` tokens that `read_tokens` gave; False for what has another size."""
+        return self._rows[row].append_packed(count, state, self._dtype, self._model.device)
 
     def close_row(self, row: int) -> None:
         """Free a row's cache."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,24 @@ class RowModel(Protocol):
 
     def close(self) -> None:
         """Free everything; twice is fine."""
+        ...
+
+
+@runtime_checkable
+class PortableRows(Protocol):
+    """A `RowModel` whose cache can be copied out, and in again by another process."""
+
+    @property
+    def layout(self) -> str | None:
+        """What the bytes depend on besides the model's files; None where it is not possible."""
+        ...
+
+    def read_tokens(self, row: int, start: int, count: int) -> NDArray[np.uint8]:
+        """Return the cache of `count` tokens of a row, one dimension."""
+        ...
+
+    def append_tokens(self, row: int, count: int, state: NDArray[np.uint8]) -> bool:
+        """Append `count` tokens that `read_tokens` gave; False for what is none of this model."""
         ...
 
 

@@ -1,8 +1,6 @@
 """Continuous batching over any runtime that computes rows of tokens: a `Stepper`."""
 
 import time
-from array import array
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,56 +9,14 @@ from backends.base import EngineLoad, EngineOptions, SequenceSpec, StepOutput
 from backends.prefill import PrefillPlanner
 from backends.prefix_cache import common_prefix, longest_prefix, token_array
 from backends.prefix_store import SMALLEST_PREFIX
-from backends.row_model import Pieces, RowInput, RowModel
+from backends.reuse import Reuse
+from backends.row_model import Pieces, PortableRows, RowInput, RowModel
+from backends.row_queue import Kept, Row, Rows
 from backends.sampling import RowSampler
+from backends.snapshot_file import BLOCK_TOKENS
+from backends.snapshot_flow import SnapshotFlow, await_first, is_worth_it
+from backends.snapshots import State
 from core.errors import EngineFailed
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One sequence: `tokens` is the prompt and all chosen tokens, `past` of them are computed."""
-
-    spec: SequenceSpec
-    tokens: "array[int]"
-    sampler: RowSampler
-    row: int = -1
-    past: int = 0
-    cached: int = 0
-    is_counted: bool = False
-    leader: "_Row | None" = None
-    shared: int = 0
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.past
-
-    @property
-    def capacity(self) -> int:
-        return len(self.spec.prompt) + self.spec.max_tokens
-
-
-@dataclass(slots=True, eq=False)
-class _Kept:
-    """A finished sequence whose row stays until somebody needs the room."""
-
-    row: int
-    tokens: "array[int]"
-    used_at_step: int
-
-
-@dataclass(slots=True)
-class _Rows:
-    """`is_crowded` from a preemption until a running row ends: nobody new is admitted."""
-
-    waiting: list[_Row] = field(default_factory=list)
-    running: list[_Row] = field(default_factory=list)
-    kept: list[_Kept] = field(default_factory=list)
-    by_id: dict[int, _Row] = field(default_factory=dict)
-    is_crowded: bool = False
-
-    @property
-    def open_count(self) -> int:
-        return len(self.running) + len(self.kept)
 
 
 class RowStepper:
@@ -80,7 +36,12 @@ class RowStepper:
         self._kv_tokens = options.kv_tokens
         self.max_sequences = min(options.max_sequences, model.max_rows)
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
-        self._rows = _Rows()
+        portable = model if isinstance(model, PortableRows) else None
+        self._portable = portable
+        self._flow = SnapshotFlow[Kept](
+            options.snapshots, portable.layout if portable else None, self._block
+        )
+        self._rows = Rows()
         self._steps = 0
         self._preemptions = 0
 
@@ -89,7 +50,7 @@ class RowStepper:
         sampler = RowSampler(
             spec, self._model.vocabulary_size, lambda token: self._pieces.piece(token, special=True)
         )
-        row = _Row(spec, token_array(spec.prompt), sampler)
+        row = Row(spec, token_array(spec.prompt), sampler)
         self._rows.by_id[spec.id] = row
         self._rows.waiting.append(row)
 
@@ -103,8 +64,11 @@ class RowStepper:
             return
         self._rows.running.remove(row)
         self._rows.is_crowded = False
+        row.stop_restoring()
         if row.past >= SMALLEST_PREFIX:
-            self._rows.kept.append(_Kept(row.row, row.tokens[: row.past], self._steps))
+            kept = Kept(row.row, row.tokens[: row.past], self._steps)
+            self._rows.kept.append(kept)
+            self._flow.keep(kept, kept.tokens)
         else:
             self._model.close_row(row.row)
         row.row = -1
@@ -113,10 +77,11 @@ class RowStepper:
         """Do one forward pass.  Raises EngineFailed when the runtime fails."""
         self._admit()
         chunks = self._chunks()
-        while self._used_after(chunks) > self._kv_tokens:
+        while self._used() + sum(count for _, count in chunks) > self._kv_tokens:
             self._make_room()
             chunks = self._chunks()
         if not chunks:
+            await_first([row.incoming for row in self._rows.running])
             return []
         inputs = [RowInput(row.row, row.tokens[row.past : row.past + n]) for row, n in chunks]
         started = time.monotonic()
@@ -124,10 +89,8 @@ class RowStepper:
         self._steps += 1
         outputs = [self._collect(row, n, logits[i]) for i, (row, n) in enumerate(chunks)]
         self._planner.observe(sum(n for _, n in chunks), time.monotonic() - started)
+        self._flow.tend()
         return outputs
-
-    def _used_after(self, chunks: list[tuple[_Row, int]]) -> int:
-        return self._used() + sum(count for _, count in chunks)
 
     def _used(self) -> int:
         rows = self._rows
@@ -142,19 +105,26 @@ class RowStepper:
             self._place(row)
             rows.running.append(row)
 
-    def _place(self, row: _Row) -> None:
+    def _place(self, row: Row) -> None:
         """Give `row` a row of the model that holds the longest known prefix.
 
         1. A finished row, all of it shared, or none may stay beside it: take it over.
         2. A finished or running row: copy the shared part.
-        3. Nothing to share: an empty row.
+        3. Blocks that outlived an engine, where those are longer: restored step by step.
+        4. Nothing to share: an empty row.
         """
         limit = len(row.tokens) - 1
         kept, length = longest_prefix(self._rows.kept, row.tokens[:limit], 1 << 30)
         leader, computed, potential = self._best_leader(row, limit)
         if length < SMALLEST_PREFIX:
             kept, length = None, 0
-        if kept is not None and length >= computed:
+        blocks = self._flow.known(row.tokens[:limit])
+        use_blocks = is_worth_it(blocks, max(length, potential))
+        planned = len(blocks) * BLOCK_TOKENS if use_blocks else max(length, potential)
+        reuse = self._flow.explained(planned, row.tokens, self._rows.known())
+        if use_blocks:
+            row.incoming = self._flow.restore(row.tokens[:limit], blocks)  # (3)
+        elif kept is not None and length >= computed:
             is_whole = length == len(kept.tokens)
             if is_whole or not self._copy(row, kept.row, length):
                 self._take_over(row, kept, length)  # (1)
@@ -164,29 +134,32 @@ class RowStepper:
             self._copy(row, leader.row, computed)  # (2)
         if row.row < 0:
             self._free_a_row()
-            row.row, row.past = self._model.open_row(row.capacity), 0  # (3)
-        if leader is not None and potential - row.past >= SMALLEST_PREFIX:
+            row.row, row.past = self._model.open_row(row.capacity), 0  # (4)
+        if leader is not None and not use_blocks and potential - row.past >= SMALLEST_PREFIX:
             row.leader, row.shared = leader, potential
         if not row.is_counted:
-            row.cached = row.past
+            reuse.cells = row.past
+            row.reuse = reuse
 
-    def _best_leader(self, row: _Row, limit: int) -> tuple[_Row | None, int, int]:
+    def _best_leader(self, row: Row, limit: int) -> tuple[Row | None, int, int]:
         """Return the running row that shares most, what of it is computed and what will be."""
-        best: tuple[_Row | None, int, int] = (None, 0, 0)
+        best: tuple[Row | None, int, int] = (None, 0, 0)
         for other in self._rows.running:
             potential = min(common_prefix(other.tokens, row.tokens), limit)
             if potential > best[2]:
                 best = (other, min(potential, other.past), potential)
         return best
 
-    def _take_over(self, row: _Row, kept: _Kept, length: int) -> None:
+    def _take_over(self, row: Row, kept: Kept, length: int) -> None:
         self._rows.kept.remove(kept)
+        # Whoever goes on with the row has all of it kept at its end.
+        self._flow.forget(kept)
         if length == len(kept.tokens) or self._model.truncate(kept.row, length):
             row.row, row.past = kept.row, length
         else:
             self._model.close_row(kept.row)
 
-    def _copy(self, row: _Row, source: int, length: int) -> bool:
+    def _copy(self, row: Row, source: int, length: int) -> bool:
         if self._rows.open_count >= self._model.max_rows:
             spare = [kept for kept in self._rows.kept if kept.row != source]
             if not spare:
@@ -202,13 +175,14 @@ class RowStepper:
 
     def _free_a_row(self) -> None:
         while self._rows.kept and self._rows.open_count >= self._model.max_rows:
-            self._drop(min(self._rows.kept, key=lambda kept: kept.used_at_step))
+            self._drop(self._rows.oldest())
 
-    def _drop(self, kept: _Kept) -> None:
+    def _drop(self, kept: Kept) -> None:
         self._rows.kept.remove(kept)
+        self._flow.forget(kept)
         self._model.close_row(kept.row)
 
-    def _follow(self, row: _Row) -> bool:
+    def _follow(self, row: Row) -> bool:
         """Return whether `row` still waits for its leader; copy the shared prefix when ready."""
         leader = row.leader
         if leader is None:
@@ -226,14 +200,38 @@ class RowStepper:
         else:
             row.row, row.past = before, known
         if not row.is_counted:
-            row.cached = row.past
+            row.reuse.only_cells(row.past)
         return False
 
-    def _chunks(self) -> list[tuple[_Row, int]]:
+    def _block(self, kept: Kept, number: int) -> State:
+        assert self._portable is not None
+        return self._portable.read_tokens(kept.row, number * BLOCK_TOKENS, BLOCK_TOKENS)
+
+    def _receive(self, row: Row) -> bool:
+        """Return whether more of the row's prefix is to come; append what arrived."""
+        if row.incoming is None:
+            return False
+        reuse = Reuse() if row.is_counted else row.reuse
+        row.incoming.receive(reuse, lambda state: self._append(row, state))
+        if row.incoming.is_over:
+            row.incoming = None
+        return row.incoming is not None
+
+    def _append(self, row: Row, state: State) -> bool:
+        while self._used() + BLOCK_TOKENS > self._kv_tokens:
+            if not self._rows.kept:
+                return False
+            self._drop(self._rows.oldest())
+        assert self._portable is not None
+        is_read = self._portable.append_tokens(row.row, BLOCK_TOKENS, state)
+        row.past += BLOCK_TOKENS * is_read
+        return is_read
+
+    def _chunks(self) -> list[tuple[Row, int]]:
         """Return how many tokens each row gets in this step, decoding rows first."""
         decoding = [row for row in self._rows.running if row.pending == 1]
         waiting = [row for row in self._rows.running if row.pending > 1]
-        prefilling = [row for row in waiting if not self._follow(row)]
+        prefilling = [row for row in waiting if not (self._receive(row) or self._follow(row))]
         counts = self._planner.plan([row.pending for row in prefilling], len(decoding))
         chunks = [(row, 1) for row in decoding]
         return chunks + [(row, n) for row, n in zip(prefilling, counts, strict=True) if n]
@@ -242,7 +240,7 @@ class RowStepper:
         """Free cached tokens: the least recently used finished row, else the youngest running."""
         rows = self._rows
         if rows.kept:
-            self._drop(min(rows.kept, key=lambda kept: kept.used_at_step))
+            self._drop(rows.oldest())
             return
         if len(rows.running) < 2:
             raise EngineFailed(
@@ -250,15 +248,16 @@ class RowStepper:
             )
         row = rows.running.pop()
         self._model.close_row(row.row)
+        row.stop_restoring()
         row.row, row.past, row.leader = -1, 0, None
         rows.waiting.insert(0, row)
         rows.is_crowded = True
         self._preemptions += 1
 
-    def _collect(self, row: _Row, count: int, logits: NDArray[np.float32]) -> StepOutput:
+    def _collect(self, row: Row, count: int, logits: NDArray[np.float32]) -> StepOutput:
         row.past += count
         if row.pending:
-            return StepOutput(row.spec.id, None, prefilled=row.past, cached=row.cached)
+            return row.progress()
         token_id, logprob = row.sampler.sample(logits)
         row.tokens.append(token_id)
         row.is_counted = True
@@ -268,12 +267,22 @@ class RowStepper:
             is_end=self._pieces.is_end(token_id),
             logprob=logprob,
             prefilled=len(row.spec.prompt),
-            cached=row.cached,
+            cached=row.reuse.total,
+            reuse=row.reuse,
         )
 
     def limit_prefill(self, chunk_tokens: int | None) -> None:
         """Bound the prompt tokens of a step; see `backends.limits.PrefillLimited`."""
         self._planner.limit(chunk_tokens)
+
+    @property
+    def has_chores(self) -> bool:
+        """See `backends.chores.HasChores`."""
+        return self._flow.has_chores
+
+    def do_chore(self) -> None:
+        """Copy a block of a finished row out of the model."""
+        self._flow.do_chore()
 
     def counters(self) -> EngineLoad:
         """Return the stepper's own counts."""
@@ -287,4 +296,5 @@ class RowStepper:
 
     def close(self) -> None:
         """Free everything; twice is fine."""
+        self._flow.finish()
         self._model.close()

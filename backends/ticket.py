@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from backends.base import EventSink, SequenceSpec
 from backends.prepare import Prepared
+from backends.reuse import Reuse
 from core.errors import EngineFailed, ImpetusError
 from core.types import (
     Finished,
@@ -19,6 +20,9 @@ from core.types import (
 )
 
 logger = logging.getLogger(__name__)
+
+# One step's events by sink: (request id, events) pairs.
+StepEvents = dict[int, tuple[EventSink, list[tuple[str, Sequence[GenerationEvent]]]]]
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +45,7 @@ class Ticket:
     completion_tokens: int = 0
     cached_tokens: int = 0
     throttled_s: float = 0.0
+    reuse: Reuse | None = None
 
     def spec(self) -> SequenceSpec:
         """Return what the stepper needs."""
@@ -74,6 +79,10 @@ class Ticket:
             decode_s=now - self.first_token_at,
             throttled_s=max(self.throttled_s, 0.0),
         )
+        cache = None
+        if self.reuse is not None:
+            prompt = prepared.prompt[:prompt_tokens]
+            cache = self.reuse.outcome(prompt, usage.cached_tokens, prepared.token_bytes)
         assembler = prepared.assembler
         return Finished(
             assembler.reason or reason,
@@ -81,6 +90,7 @@ class Ticket:
             timing,
             stop=assembler.matched_stop,
             mismatches=assembler.mismatches,
+            cache=cache,
         )
 
     def finish_at_once(self, now: float) -> Finished:

@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from core.types import Timing, Usage
+from core.types import CacheOutcome, Timing, Usage
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -63,6 +63,12 @@ class Metrics:
         )
         self.prompt_tokens = self._tokens("prompt", "Prompt tokens.")
         self.cached_tokens = self._tokens("cached", "Prompt tokens not computed again.")
+        self.reused_prefixes = self._by_source(
+            "impetus_reused_prefixes", "Prompts of which a part was found computed, by source."
+        )
+        self.reused_tokens = self._by_source(
+            "impetus_reused_prefix_tokens", "Prompt tokens found computed, by source."
+        )
         self.completion_tokens = self._tokens("completion", "Generated tokens.")
         self.resumptions = Counter(
             "impetus_resumptions",
@@ -84,6 +90,19 @@ class Metrics:
 
     def _tokens(self, kind: str, help_text: str) -> Counter:
         return Counter(f"impetus_{kind}_tokens", help_text, ["model"], registry=self.registry)
+
+    def _by_source(self, name: str, help_text: str) -> Counter:
+        return Counter(name, help_text, ["model", "source"], registry=self.registry)
+
+    def count_reuse(self, model_id: str, cache: CacheOutcome) -> None:
+        """Add what a finished request found computed in KV cells, in RAM and on disk."""
+        sources = {
+            "cells": cache.cells_tokens, "ram": cache.ram_tokens, "disk": cache.disk_tokens,
+        }  # fmt: skip
+        for source, tokens in sources.items():
+            if tokens:
+                self.reused_prefixes.labels(model_id, source).inc()
+                self.reused_tokens.labels(model_id, source).inc(tokens)
 
     def count_usage(self, model_id: str, usage: Usage) -> None:
         """Add a finished request's tokens to the model's counters."""

@@ -103,6 +103,21 @@ class Settings(BaseSettings):
     scan_interval_s: Seconds = Field(
         default=60.0, gt=0, description="Seconds between two scans of the model folders."
     )
+    prefix_ram: ByteCount = Field(
+        default=512 * 1024**2,
+        description="Bytes of RAM that keep computed prefixes of unloaded models, all formats "
+        "together; 0: none.",
+    )
+    prefix_disk: ByteCount = Field(
+        default=4 * 1024**3,
+        description="Bytes of files under cache/prefixes that keep computed prefixes of prompts "
+        "over a restart, readable by their owner only; 0: none are written.",
+    )
+    stable_prompts: bool = Field(
+        default=True,
+        description="Show tools to models in one order, and leave out billing headers that "
+        "clients put before system prompts, so that equal prompts are computed once.",
+    )
     max_body: ByteCount = Field(default=16 * 1024**2, description="Largest accepted request body.")
     stored_responses: int = Field(
         default=1000,
@@ -167,6 +182,11 @@ class Settings(BaseSettings):
     def catalog_file(self) -> Path:
         """The SQLite catalog."""
         return self.home / "catalog.sqlite"
+
+    @property
+    def prefix_folder(self) -> Path:
+        """The files of computed prefixes."""
+        return self.home / "cache" / "prefixes"
 
     @property
     def base_url(self) -> str:

@@ -46,7 +46,7 @@ def build(settings: Settings) -> Application:
 def _format(backend: Backend, settings: Settings, reserved: dict[str, Any]) -> Application:
     options = format_options(backend, settings)
     deployment = _deployment(FormatReplica, backend.name, reserved, **options)
-    return deployment.bind(backend.name, settings.home)
+    return deployment.bind(backend.name, settings)
 
 
 def format_options(backend: Backend, settings: Settings) -> dict[str, Any]:

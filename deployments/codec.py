@@ -2,11 +2,13 @@
 
 import struct
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import msgpack
 
 from core.types import (
+    CacheOutcome,
     Finished,
     GenerationEvent,
     PrefillProgress,
@@ -62,7 +64,7 @@ def _pack(event: GenerationEvent) -> tuple[Any, ...]:
             return (_TOOL_CALL, event.index, event.id, event.name, event.arguments, event.token_ids)
         case PrefillProgress():
             return (_PREFILL, event.done_tokens, event.total_tokens)
-        case Finished(reason, usage, timing, stop, mismatches):
+        case Finished(reason, usage, timing, stop, mismatches, cache):
             counts = (
                 usage.prompt_tokens,
                 usage.completion_tokens,
@@ -71,7 +73,8 @@ def _pack(event: GenerationEvent) -> tuple[Any, ...]:
             )
             # The rest is known to the router alone.
             times = (timing.queued_s, timing.prefill_s, timing.decode_s, timing.throttled_s)
-            return (_FINISHED, reason, counts, times, stop, mismatches)
+            reuse = None if cache is None else astuple(cache)
+            return (_FINISHED, reason, counts, times, stop, mismatches, reuse)
 
 
 def _unpack(data: list[Any]) -> GenerationEvent:
@@ -88,7 +91,8 @@ def _unpack(data: list[Any]) -> GenerationEvent:
     if kind == _FINISHED:
         queued_s, prefill_s, decode_s, throttled_s = data[3]
         timing = Timing(queued_s, prefill_s, decode_s, throttled_s=throttled_s)
-        return Finished(data[1], Usage(*data[2]), timing, data[4], tuple(data[5]))
+        cache = CacheOutcome(*data[6]) if data[6] else None
+        return Finished(data[1], Usage(*data[2]), timing, data[4], tuple(data[5]), cache)
     raise ValueError(f"unknown event {kind}")
 
 

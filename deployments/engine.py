@@ -6,8 +6,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import ray
 from ray import serve
@@ -17,6 +16,7 @@ from backends.counting import count_tokens
 from backends.limits import UNLIMITED, EngineLimits, Limitable, Watched
 from backends.registry import backends_for
 from core.errors import EngineFailed, ModelNotResident
+from core.settings import Settings
 from core.types import Embeddings, GenerationRequest, Priority, Prompt
 from deployments.coalescing import CoalescingSink
 from deployments.errors import returning_errors
@@ -36,6 +36,7 @@ from deployments.orders import (
     Residency,
     ResidentReport,
 )
+from deployments.prefixes import open_snapshots, place_of
 from deployments.turn_taking import SharedTurns
 
 logger = logging.getLogger(__name__)
@@ -62,15 +63,16 @@ class FormatReplica:
     A model's requests are counted here; the scheduler asks for loads and unloads only.
     """
 
-    def __init__(self, format_name: str, home: Path) -> None:
+    def __init__(self, format_name: str, settings: Settings) -> None:
         attach_logs()
         self._format = format_name
+        self._snapshots = open_snapshots(settings)
         self._backend = backends_for([format_name])[format_name]
         self._residents: dict[str, _Resident] = {}
         self._senders: dict[str, FrameSender] = {}
         self._changing = asyncio.Lock()
         self._limits = UNLIMITED
-        self._turns = SharedTurns(home)
+        self._turns = SharedTurns(settings.home)
         self._memory = HeldMemory(self._backend)
         self._stderr_path = stderr_path()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
@@ -89,8 +91,9 @@ class FormatReplica:
                 await self._close(resident)
             started = time.monotonic()
             marks = tuple(mark(path) for path in order.info.files)
+            options = replace(order.options, snapshots=place_of(self._snapshots, order, marks))
             engine = await self._memory.opening(
-                order, lambda: self._backend.open(order.info, order.options)
+                order, lambda: self._backend.open(order.info, options)
             )
             await self._turns.share(engine)
             residency = Residency(
@@ -262,6 +265,8 @@ class FormatReplica:
         for resident in list(self._residents.values()):
             await resident.engine.close()
         await self._turns.close()
+        if self._snapshots is not None:
+            await asyncio.to_thread(self._snapshots.close)
         for sender in self._senders.values():
             sender.close()
 

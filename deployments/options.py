@@ -18,12 +18,16 @@ def engine_options(settings: Settings, budget_bytes: int) -> EngineOptions:
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         context_tokens=settings.context_length,
         memory_limit_bytes=budget_bytes,
+        stable_prompts=settings.stable_prompts,
     )
 
 
 def budget_bytes(settings: Settings) -> int:
-    """Return what all models may use together."""
-    return machine_budget_bytes() if settings.memory_budget is None else settings.memory_budget
+    """Return what all models may use together, beside prefixes of models that are unloaded."""
+    if settings.memory_budget is not None:
+        return settings.memory_budget
+    found = machine_budget_bytes()
+    return max(found - settings.prefix_ram, found // 2)
 
 
 def machine_budget_bytes() -> int:

@@ -67,6 +67,8 @@ class Generation:
         metrics.count_timing(self.view.id, event.timing)
         for kind in event.mismatches:
             metrics.tool_call_mismatches.labels(self.view.id, kind).inc()
+        if event.cache is not None:
+            metrics.count_reuse(self.view.id, event.cache)
         self._usages[index] = usage
         self._timings.append(event.timing)
         if self._first_token_at is not None and usage.completion_tokens > 1:

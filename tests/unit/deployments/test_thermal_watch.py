@@ -235,7 +235,7 @@ def replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FormatReplica:
     monkeypatch.setattr("deployments.engine.attach_logs", lambda: None)
     monkeypatch.setattr("deployments.engine.serve.get_replica_context", lambda: context)
     monkeypatch.setattr("deployments.engine.ray.get_runtime_context", lambda: context)
-    return UnservedReplica("echo", tmp_path)
+    return UnservedReplica("echo", Settings(home=tmp_path, prefix_ram=0, prefix_disk=0))
 
 
 def order(model_id: str) -> LoadOrder:

@@ -1,0 +1,30 @@
+"""Where a replica's engines keep computed prefixes over an unload and a restart."""
+
+from collections.abc import Sequence
+from hashlib import sha256
+
+from backends.snapshot_folder import Limits, PrefixFolder
+from backends.snapshots import SnapshotPlace, Snapshots
+from core.settings import Settings
+from deployments.orders import FileMark, LoadOrder
+
+
+def open_snapshots(settings: Settings) -> Snapshots | None:
+    """Return the store of this process; None where both RAM and disk are switched off."""
+    if not settings.prefix_ram and not settings.prefix_disk:
+        return None
+    folder = PrefixFolder(settings.prefix_folder, Limits(settings.prefix_disk))
+    return Snapshots(folder, settings.prefix_ram)
+
+
+def place_of(
+    snapshots: Snapshots | None, order: LoadOrder, marks: Sequence[FileMark]
+) -> SnapshotPlace | None:
+    """Return the model's place in the store: its name tells models apart, its files versions."""
+    if snapshots is None or not marks:
+        return None
+    name = sha256(f"{order.info.format}\n{marks[0].path}".encode()).hexdigest()[:32]
+    versions = "\n".join(
+        f"{mark.path} {mark.size_bytes} {mark.modified_ns} {mark.inode}" for mark in marks
+    )
+    return SnapshotPlace(snapshots, name, versions)
