@@ -17,8 +17,10 @@ from backends.mlx_model import MlxModel
 from backends.mlx_prefixes import MlxPrefixes
 from backends.mlx_stepper import MlxStepper
 from backends.sampling import RowSampler
+from backends.snapshot_file import BLOCK_TOKENS
 from core.errors import BrokenModel
 from core.types import SamplingParams
+from tests.prefixes import place_in, store_at
 
 WIDTH, VOCABULARY = 64, 40
 CONFIG: Mapping[str, Any] = {
@@ -285,3 +287,35 @@ def test_a_longer_prefix_replaces_what_it_continues(tiny: Path) -> None:
     prefixes.put(array("i", range(60)), layers_of(60))
     prefixes.put(array("i", range(50)), layers_of(50))
     assert prefixes.size_bytes == one
+
+
+@pytest.mark.parametrize("ram_bytes", [0, 1 << 20])
+def test_a_prompt_is_restored_by_another_engine(tiny: Path, tmp_path: Path, ram_bytes: int) -> None:
+    store = store_at(tmp_path, ram_bytes=ram_bytes, size_bytes=0 if ram_bytes else 1 << 22)
+    asked = [spec(1, [n * 7 % 39 + 1 for n in range(300)])]
+    results = []
+    for _ in range(2):
+        steps = stepper(tiny, prefix_bytes=1 << 22, snapshots=place_in(store))
+        steps.add(asked[0])
+        results.append(finish(steps, asked)[1])
+        steps.close()
+    first, second = ([each.token_id for each in outputs if each.token_id] for outputs in results)
+    assert first == second
+    assert results[0][-1].cached == 0
+    reuse = results[1][-1].reuse
+    assert reuse is not None
+    kept = 2 * BLOCK_TOKENS
+    assert (reuse.cells, reuse.ram, reuse.disk) == ((0, kept, 0) if ram_bytes else (0, 0, kept))
+    store.close()
+
+
+def test_a_short_prompt_does_not_wait_for_many_long_ones(tiny: Path) -> None:
+    steps = stepper(tiny, max_sequences=12, kv_tokens=8192, prefill_chunk_tokens=64)
+    for number in range(11):
+        steps.add(spec(number, [(n * 7 + number) % 39 + 1 for n in range(400)]))
+    steps.step()
+    steps.add(spec(11, [1, 2, 3]))
+    outputs = [output for _ in range(4) for output in steps.step()]
+    assert [each.sequence_id for each in outputs if each.token_id is not None][:1] == [11]
+    assert {each.sequence_id for each in outputs if each.token_id is None} >= set(range(11))
+    steps.close()

@@ -14,7 +14,7 @@ from backends.onnx_layout import DecoderLayout, read_layout
 from backends.onnx_model import RaggedRows
 from backends.onnx_padded import PaddedRows
 from backends.onnx_session import DecoderSession, open_session
-from backends.row_model import RowInput, RowModel
+from backends.row_model import PortableRows, RowInput, RowModel
 from core.errors import EngineFailed
 from tests.onnx_files import POSITIONS, VOCABULARY, decoder, write
 
@@ -207,3 +207,27 @@ def test_close_twice(model: RowModel) -> None:
     model.open_row(4)
     model.close()
     model.close()
+
+
+def test_a_row_goes_on_in_another_process_from_its_bytes(
+    model: RowModel, kind: str, tolerance: float, tmp_path: Path
+) -> None:
+    assert isinstance(model, PortableRows)
+    ids = tokens(5, 40)
+    row = model.open_row(60)
+    model.extend([RowInput(row, ids[:32])])
+    states = [model.read_tokens(row, start, 16) for start in (0, 16)]
+    wanted = model.extend([RowInput(row, ids[32:])])
+
+    (tmp_path / "other").mkdir()
+    other = open_model(tmp_path / "other", **KINDS[kind])
+    assert isinstance(other, PortableRows)
+    assert other.layout == model.layout
+    busy = other.open_row(60)
+    other.extend([RowInput(busy, ids[:7])])
+    row = other.open_row(60)
+    assert all(other.append_tokens(row, 16, state) for state in states)
+    found = other.extend([RowInput(row, ids[32:])])
+    np.testing.assert_allclose(found, wanted, atol=tolerance)
+    assert not other.append_tokens(row, 16, states[0][:-2])
+    other.close()

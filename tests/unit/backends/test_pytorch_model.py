@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from backends.pytorch_model import PackedRows, SeparateRows  # noqa: E402
 from backends.pytorch_packing import open_rows  # noqa: E402
-from backends.row_model import RowInput, RowModel  # noqa: E402
+from backends.row_model import PortableRows, RowInput, RowModel  # noqa: E402
 
 VOCABULARY = 64
 SIZES = {
@@ -171,3 +171,25 @@ def test_attention_of_another_kind_is_found_out_and_not_packed(
     assert isinstance(rows, SeparateRows)
     logits = rows.extend([RowInput(rows.open_row(8), PROMPTS[0])])
     assert_close(logits[0], own_logits(tiny("llama"), PROMPTS[0]))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_goes_on_in_another_process_from_its_bytes(kind: str, dtype: Any) -> None:
+    rows, other = (open_rows(tiny(kind).to(dtype), max_rows=8) for _ in range(2))
+    assert isinstance(rows, PortableRows) == KINDS[kind][2]
+    if not isinstance(rows, PortableRows):
+        return
+    assert isinstance(other, PortableRows)
+    ids = [*PROMPTS[0], *PROMPTS[2]]
+    row = rows.open_row(20)
+    rows.extend([RowInput(row, ids[:8])])
+    states = [rows.read_tokens(row, start, 4) for start in (0, 4)]
+    wanted = rows.extend([RowInput(row, ids[8:])])
+    row = other.open_row(20)
+    assert all(other.append_tokens(row, 4, state) for state in states)
+    np.testing.assert_array_equal(other.extend([RowInput(row, ids[8:])]), wanted)
+    assert not other.append_tokens(row, 4, states[0][:-4])
+    assert other.layout == rows.layout
+    rows.close()
+    other.close()
