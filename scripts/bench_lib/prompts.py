@@ -99,6 +99,17 @@ def second_turn(first: dict[str, Any], answer: str) -> dict[str, Any]:
     return {**first, "messages": messages}
 
 
+def next_turn(body: dict[str, Any], answer: str) -> dict[str, Any]:
+    """Return the request that goes on after `answer`, with a question that each turn counts on."""
+    number = len(body["messages"]) // 2 + 1
+    messages = [
+        *body["messages"],
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": f"Good. Now explain step {number} of your plan."},
+    ]
+    return {**body, "messages": messages}
+
+
 def _body(messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
     return {
         "messages": messages,

@@ -37,6 +37,9 @@ HOW = """\
   pair by pair. The time in the table by number of streams comes from the long runs instead.
 - Agent conversation: the second turn repeats the first turn's messages, adds the answer and asks
   again. Computed = prompt tokens less `cached_tokens`, as the servers report them.
+- The long conversation has ten turns with both servers, one turn of each after the other. Then
+  the model is unloaded and asked again, and the server is stopped and started on the same data
+  folder and asked again; both times hold the model's load. Cold prefill = the first turn.
 - Gateway CPU = CPU time of the router's process and of the process that holds the model, both with
   their children, less what the runtime burnt in it: its own worker threads, and the engine thread's
   time inside native calls, which the server counts (`impetus_engine_native_cpu_seconds_total`).

@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ImpetusError
+from scripts.bench_lib.agent import (
+    ANSWER_TOKENS,
+    TURNS,
+    agent_parts,
+    agent_verdicts,
+    measure_agent,
+)
 from scripts.bench_lib.contests import Contestant, ContestPlan, run_contest
 from scripts.bench_lib.figures import (
     MIN_GRAMMAR_RATIO,
@@ -34,7 +41,7 @@ from scripts.bench_lib.rounds import Plan, Results, run, say
 from scripts.bench_lib.servers import OURS, ROOT, BenchError, Load, Server, running_ours
 from scripts.bench_lib.turns import measure_turns, turns_table, turns_verdict
 
-SECTIONS = ("turns", "mlx", "onnx", "pytorch", "gguf", "grammar", "memory")
+SECTIONS = ("turns", "mlx", "onnx", "pytorch", "gguf", "agent", "grammar", "memory")
 # Without a GPU the peer computes 0.4 tokens a second from packed weights: an hour for one table.
 MLX_KINDS = ("mlx-f32", "mlx-4bit") if sys.platform == "darwin" else ("mlx-f32",)
 BOUND = f"{OURS}, bound by a schema"
@@ -105,6 +112,7 @@ def run_section(name: str, choices: Choices) -> list[Section]:
         "onnx": [("ONNX", partial(_bare, "onnx", "onnx-f32"))],
         "pytorch": [("PyTorch", partial(_bare, "pytorch", "pytorch"))],
         "grammar": [("Constrained answers", _grammar)],
+        "agent": [("Agent conversation", _agent)],
         "memory": [("Memory", _memory)],
         "turns": [("Turns on the accelerator", _turns)],
     }
@@ -190,6 +198,22 @@ def _grammar(choices: Choices) -> Section:
         _problems(results),
         _setup("Constrained answers", load, choices.gguf_tokens, _Facts()),
     )
+
+
+def _agent(choices: Choices) -> Section:
+    load = Load(choices.gguf, choices.threads, choices.context, 4)
+    needed = choices.agent_tokens + (TURNS + 2) * (ANSWER_TOKENS + 32)
+    if needed > choices.context:
+        raise BenchError(f"the conversation needs about {needed} tokens of context; see --context")
+    found = measure_agent(
+        load,
+        secrets.token_hex(4),
+        choices.agent_tokens,
+        with_ours=choices.with_ours,
+        with_peer=choices.with_peer,
+    )
+    setup = _setup("Agent", load, ANSWER_TOKENS, _Facts())
+    return Section("Agent conversation", agent_parts(found), agent_verdicts(found), setup=setup)
 
 
 def _mlx(kind: str, choices: Choices) -> Section:
