@@ -35,7 +35,11 @@ def stable(prompt: ChatPrompt) -> ChatPrompt:
 
 
 def _stable_tool(tool: Tool) -> Tool:
-    return replace(tool, parameters=_stable_schema(tool.parameters))
+    try:
+        return replace(tool, parameters=_stable_schema(tool.parameters))
+    except RecursionError:
+        # Nested so deeply that it stays as it is.
+        return tool
 
 
 def _stable_schema(schema: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
