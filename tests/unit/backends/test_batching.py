@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from backends.chat import ChatFormat
 from backends.counting import count_tokens
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
 from backends.prepare import Preparer
+from backends.reuse import Reuse
 from core.errors import (
     EngineFailed,
     QueueFull,
@@ -19,7 +21,7 @@ from core.errors import (
     UnsupportedCapability,
     UnsupportedParameter,
 )
-from core.types import GenerationEvent, GenerationRequest, JsonOutput, TextPrompt
+from core.types import CacheOutcome, GenerationEvent, GenerationRequest, JsonOutput, TextPrompt
 from tests.requests import chat, end_of, request, run, text_of
 
 
@@ -239,3 +241,44 @@ async def test_a_tokenizer_without_grammar_refuses_constraints(stepper: FakeStep
 def test_the_end_token_is_outside_the_bytes() -> None:
     assert ByteTokenizer().token_bytes(END_TOKEN) == b""
     assert ByteTokenizer().vocabulary_size == END_TOKEN + 1
+
+
+class BusyStepper(FakeStepper):
+    """Has chores, and says where cached tokens came from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chores = 3
+        self.chores_beside: list[int] = []
+
+    @property
+    def has_chores(self) -> bool:
+        return self.chores > 0
+
+    def do_chore(self) -> None:
+        self.chores_beside.append(len(self.running))
+        self.chores -= 1
+
+    def step(self) -> list[StepOutput]:
+        reuse = Reuse(ram=1, miss="diverged", diverged_at=1, known=(ord("q"),))
+        return [replace(each, cached=1, reuse=reuse) for each in super().step()]
+
+
+async def test_chores_are_done_while_nothing_runs() -> None:
+    stepper = BusyStepper()
+    engine = open_engine(stepper)
+    await until(lambda: not stepper.chores)
+    await run(engine, request("a", max_tokens=2))
+    stepper.chores = 2
+    await run(engine, request("a", max_tokens=2))
+    await until(lambda: not stepper.chores)
+    assert stepper.chores_beside == [0] * 5
+    await engine.close()
+
+
+async def test_the_end_tells_what_was_cached_and_why_no_more() -> None:
+    engine = open_engine(BusyStepper())
+    end = end_of(await run(engine, request("abc", max_tokens=2)))
+    assert end.usage.cached_tokens == 1
+    assert end.cache == CacheOutcome(0, 1, 0, "diverged", 1, "a", "q", "bc")
+    await engine.close()

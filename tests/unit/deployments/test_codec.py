@@ -3,6 +3,7 @@
 import pytest
 
 from core.types import (
+    CacheOutcome,
     Finished,
     GenerationEvent,
     PrefillProgress,
@@ -24,6 +25,11 @@ EVENTS: list[GenerationEvent] = [
     ToolCallDelta(0, None, None, '{"path":', ()),
     Finished("tool_calls", Usage(10, 5, 4, 2), Timing(0.1, 0.2, 0.3, throttled_s=0.4)),
     Finished("stop", Usage(10, 5), stop="END"),
+    Finished(
+        "stop",
+        Usage(10, 5, 4),
+        cache=CacheOutcome(1, 1, 2, "diverged", 4, "day ", "Thursday", "Friday ü"),
+    ),
 ]
 
 

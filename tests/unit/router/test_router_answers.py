@@ -2,6 +2,7 @@
 
 import base64
 import struct
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from core.errors import (
     QueueFull,
 )
 from core.types import (
+    CacheOutcome,
     Capability,
     Finished,
     PrefillProgress,
@@ -360,6 +362,19 @@ async def test_root_tells_where_everything_is() -> None:
         answer = (await client.get("/")).json()
     assert answer["base_url"] == "http://127.0.0.1:8123/v1"
     assert answer["links"]["models"] == "/v1/models"
+
+
+async def test_metrics_count_reused_tokens_by_source() -> None:
+    end = replace(finished(), cache=CacheOutcome(cells_tokens=5, disk_tokens=256))
+    app = create_app(make_services(FakeDispatcher(TextDelta("x"), end)))
+    async with client_of(app) as client:
+        await client.post("/v1/chat/completions", json=CHAT)
+        text = (await client.get("/metrics")).text
+    for source, tokens in (("cells", 5), ("disk", 256)):
+        label = f'{{model="{CHAT_MODEL}",source="{source}"}}'
+        assert f"impetus_reused_prefix_tokens_total{label} {tokens}.0" in text
+        assert f"impetus_reused_prefixes_total{label} 1.0" in text
+    assert 'source="ram"' not in text
 
 
 async def test_metrics_count_requests_and_tokens_by_catalog_id_only() -> None:
