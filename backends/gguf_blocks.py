@@ -34,7 +34,7 @@ class CellBlocks:
         self.native_cpu_s = 0.0
 
     def copy(self, slot: int, number: int) -> NDArray[np.uint8]:
-        """Return the state of one block of a slot's tokens."""
+        """Return the state of one block of a slot's tokens.  Raises RuntimeError."""
         started = time.thread_time()
         start = number * BLOCK_TOKENS
         self._llama.llama_memory_seq_cp(
@@ -42,9 +42,13 @@ class CellBlocks:
         )
         size = int(self._llama.llama_state_seq_get_size(self._context, self._scratch))
         state = np.empty(size, np.uint8)
-        self._llama.llama_state_seq_get_data(self._context, as_bytes(state), size, self._scratch)
+        written = self._llama.llama_state_seq_get_data(
+            self._context, as_bytes(state), size, self._scratch
+        )
         self._clear()
         self.native_cpu_s += time.thread_time() - started
+        if written != size:
+            raise RuntimeError(f"llama.cpp wrote {written} of {size} bytes")
         return state
 
     def restore(self, slot: int, state: NDArray[np.uint8]) -> bool:

@@ -1,5 +1,6 @@
 """Blocks on their way between an engine and the store: a few between two steps."""
 
+import logging
 import time
 from array import array
 from collections import deque
@@ -18,6 +19,10 @@ _PAUSE_S = 0.05
 _STEP_S = 0.02
 _READ_AHEAD = 3
 _CLOSING_S = 2.0
+# Shorter prompts are computed again in less time than is worth a file.
+LEAST_TOKENS = 2 * BLOCK_TOKENS
+
+logger = logging.getLogger(__name__)
 
 Owner = TypeVar("Owner", bound=Hashable)
 
@@ -78,8 +83,8 @@ class Restore:
 class SnapshotFlow(Generic[Owner]):
     """One engine's side of the store: what is found there, and what is still to be copied there.
 
-    `copy` returns the state of block `number` of what `owner` computed, or None where it cannot;
-    it is called between two steps, on the engine's thread.  Without a place nothing is ever found.
+    `copy` returns the state of block `number` of what `owner` computed; it is called between two
+    steps, on the engine's thread.  Without a place nothing is ever found.
     """
 
     def __init__(
@@ -104,7 +109,7 @@ class SnapshotFlow(Generic[Owner]):
 
     def keep(self, owner: Owner, tokens: "array[int]") -> None:
         """Have the unknown blocks of what `owner` computed copied out, as time allows."""
-        if self._snapshots is None or len(tokens) < BLOCK_TOKENS:
+        if self._snapshots is None or len(tokens) < LEAST_TOKENS:
             return
         missing = self._snapshots.missing(tokens)
         if not missing:
@@ -138,7 +143,14 @@ class SnapshotFlow(Generic[Owner]):
         self._owners[owner] -= 1
         if not self._owners[owner]:
             del self._owners[owner]
-        self._snapshots.put(tokens, number, self._copy(owner, number))
+        try:
+            state = self._copy(owner, number)
+        except (ArithmeticError, MemoryError, RuntimeError, ValueError) as problem:
+            # What a runtime cannot give is no reason to fail those that it computes for.
+            logger.warning("a computed prefix cannot be copied: %r", problem)
+            self.forget(owner)
+            return
+        self._snapshots.put(tokens, number, state)
         if owner not in self._owners:
             self._snapshots.touch(tokens)
 

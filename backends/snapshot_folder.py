@@ -154,10 +154,10 @@ class PrefixFolder:
         return self._free_bytes(self._path) - size < self._limits.floor_bytes
 
     def read(self, path: Path, head: BlockHead) -> NDArray[np.uint8] | None:
-        """Return a block's state; None where it is gone or damaged, which drops it."""
+        """Return a block's state; None where it is gone, too large, or damaged, which drops it."""
         try:
             return read_state(path, head)
-        except FileNotFoundError:
+        except (FileNotFoundError, MemoryError):
             return None
         except (DamagedBlock, OSError) as problem:
             logger.warning("a computed prefix is dropped: %s", problem)

@@ -30,7 +30,7 @@ State: TypeAlias = NDArray[np.uint8]
 # How long a lookup waits for the list of a model's files, which is read while it is opened.
 _SCAN_LIMIT_S = 2.0
 # Bytes that wait to be written; more are not copied out of an engine meanwhile.
-_MOST_WAITING_BYTES = 128 * MIB
+_MOST_WAITING_BYTES = 64 * MIB
 _BATCH = 8
 
 

@@ -214,6 +214,24 @@ def test_chores_copy_what_is_missing_once(store: Snapshots) -> None:
     assert not flow.has_chores
 
 
+def test_short_prompts_are_not_kept(store: Snapshots) -> None:
+    flow = SnapshotFlow[Owner](place_in(store), "layout", lambda *_: state_of(0))
+    flow.keep(Owner(), prompt_of(1, more=100))
+    assert not flow.has_chores
+
+
+def test_what_a_runtime_cannot_copy_is_forgotten(store: Snapshots) -> None:
+    def copy(_: Owner, number: int) -> State:
+        if number == 1:
+            raise RuntimeError("no such cells")
+        return state_of(number)
+
+    flow = SnapshotFlow[Owner](place_in(store), "layout", copy)
+    flow.keep(Owner(), prompt_of(4))
+    flow.finish()
+    assert len(flow.known(prompt_of(4))) == 1
+
+
 def test_without_a_place_nothing_is_kept_or_found() -> None:
     flow = SnapshotFlow[Owner](None, "layout", lambda *_: state_of(0))
     flow.keep(Owner(), prompt_of(2))
