@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from backends.base import EngineLoad, EngineOptions, SequenceSpec, StepOutput
@@ -179,10 +180,11 @@ class MlxStepper:
                 return False
             if ready >= known + SMALLEST_PREFIX:
                 known, make = ready, self._shared(leader, ready)
-        restored = len(row.blocks) * BLOCK_TOKENS
-        if restored > known:
-            known, make = restored, lambda: self._blocks.join(row.blocks)
-        self._note_reuse(row, known, is_restored=known == restored)
+        is_restored = len(row.blocks) * BLOCK_TOKENS > known
+        if is_restored:
+            known = len(row.blocks) * BLOCK_TOKENS
+            make = partial(self._blocks.join, row.blocks)
+        self._note_reuse(row, known, is_restored=is_restored)
         layers = make() if known else None
         row.blocks.clear()
         row.uid = self._batch.insert(

@@ -80,6 +80,9 @@ def measure_memory(load: Load, run_id: str) -> MemoryResult:
     settings = {
         "IMPETUS_FORMATS": f"{load.format},{EMPTY_FORMAT}",
         "IMPETUS_MEMORY_BUDGET": str(BUDGET_BYTES),
+        # What outlives a model is bounded by a setting of its own, beside the estimate.
+        "IMPETUS_PREFIX_RAM": "0",
+        "IMPETUS_PREFIX_DISK": "0",
     }
     with running_ours(load, settings) as server:
         result = _fill(server, load, estimate, run_id)
