@@ -55,9 +55,9 @@ HOW = """\
   and to eight streams through its API are compared with that.
 - A section runs as many rounds as fit its time, one at least. The first request to each loads its
   model and is not measured.
-- Memory: the server runs with one format and a short context, keeping no prefixes of unloaded models
-  (they have a bound of their own); eight streams together fill the
-  estimate's KV tokens, and again with other prompts so that kept prefixes fill their part.
+- Memory: the server runs with one format and a short context, and keeps no prefixes of unloaded
+  models, which have a bound of their own; eight streams together fill the estimate's KV tokens,
+  and again with other prompts so that kept prefixes fill their part.
   Measured = proportional set size of the process that holds the model, mapped files included, less
   that of the same process without a model (the format `echo`); "peak" is the greatest of readings
   meanwhile. The ratio is that of measured and estimate, which the scheduler's ledger goes by.
