@@ -3,11 +3,16 @@
 import json
 from collections.abc import Mapping
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.chat import ChatFormat
+from backends.echo import ByteTokenizer, echo_info
+from backends.prepare import Preparer
 from backends.stable import stable
 from core.types import ChatMessage, ChatPrompt, JsonValue, Tool
+from tests.requests import request
 
 SCHEMA: Mapping[str, JsonValue] = {
     "type": "object",
@@ -108,3 +113,19 @@ def test_the_order_of_messages_and_choices_stays() -> None:
         template_kwargs={"b": 1, "a": 2},
     )
     assert stable(asked) == asked
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_setting_switches_it_for_prompts_of_a_model(is_on: bool) -> None:
+    preparer = Preparer(
+        echo_info(),
+        ByteTokenizer(),
+        ChatFormat(None, "", ""),
+        context_tokens=4096,
+        stable_prompts=is_on,
+    )
+    tools = (Tool("write", "", SCHEMA), Tool("read", "", SCHEMA))
+    one = preparer.prepare(request(prompt(*tools)))
+    other = preparer.prepare(request(prompt(*reversed(tools))))
+    assert (one.prompt == other.prompt) == is_on
+    preparer.close()
