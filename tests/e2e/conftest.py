@@ -1,0 +1,119 @@
+"""One server for the tier, with the scripted format beside the real one, and agents to run."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import httpx
+import pytest
+
+from scripts.install import ROOT
+from scripts.install_clients import ClientsUnavailable, clients_folder
+from tests.e2e.agents import Cline, Continue
+from tests.e2e.scripted import PLANS_VARIABLE, write_distribution
+from tests.integration.server import Server
+
+WritePlan: TypeAlias = Callable[[str, Sequence[str]], None]
+
+
+@pytest.fixture(scope="session")
+def node_modules() -> Path:
+    """Where the agents are installed; skipped with the reason where there is no Node.js."""
+    try:
+        return clients_folder() / "node_modules"
+    except ClientsUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def plans_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plans that the scripted model reads at every request."""
+    path = tmp_path_factory.mktemp("plans") / "plans.json"
+    path.write_text("{}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(
+    node_modules: Path,  # noqa: ARG001
+    plans_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    """A server in whose environment the scripted format is an installed plug-in."""
+    plugins = tmp_path_factory.mktemp("plugins")
+    write_distribution(plugins)
+    path = os.pathsep.join([str(plugins), str(ROOT), *_python_path()])
+    server = Server(tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("models"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        patch.setenv(PLANS_VARIABLE, str(plans_file))
+        try:
+            server.start(FORMATS="gguf,scripted-gguf", THREADS=str(os.cpu_count() or 1))
+            yield server
+            assert server.stop() == 0
+            assert server.survivors() == []
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def plan(plans_file: Path) -> Iterator[WritePlan]:
+    """Lays down what the model says when a user's message holds a key."""
+    plans: dict[str, Sequence[str]] = {}
+
+    def write(key: str, turns: Sequence[str]) -> None:
+        plans[key] = turns
+        plans_file.write_text(json.dumps(plans))
+
+    yield write
+    plans_file.write_text("{}")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A small project with one file to change."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "greet.py").write_text('def greet():\n    return "hello"\n')
+    return folder
+
+
+@pytest.fixture
+def cline(node_modules: Path, server: Server, tmp_path: Path, workspace: Path) -> Cline:
+    """Cline, not set up yet."""
+    return Cline(node_modules, tmp_path / "home", workspace, f"{server.url}/v1")
+
+
+@pytest.fixture
+def continue_cli(node_modules: Path, server: Server, tmp_path: Path, workspace: Path) -> Continue:
+    """Continue, not set up yet."""
+    return Continue(node_modules, tmp_path / "home", workspace, f"{server.url}/v1")
+
+
+@pytest.fixture
+def answered(server: Server) -> Callable[[], Mapping[str, int]]:
+    """Tells how many answers the API gave since the test began, by status."""
+    before = _answers(server)
+
+    def since() -> Mapping[str, int]:
+        now = _answers(server)
+        counts = {status: count - before.get(status, 0) for status, count in now.items()}
+        return {status: count for status, count in counts.items() if count}
+
+    return since
+
+
+def _answers(server: Server) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines():
+        head, _, value = line.rpartition(" ")
+        if head.startswith("impetus_requests_total{") and 'endpoint="/v1/' in head:
+            status = head.partition('status="')[2].partition('"')[0]
+            counts[status] = counts.get(status, 0) + int(float(value))
+    return counts
+
+
+def _python_path() -> list[str]:
+    return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]

