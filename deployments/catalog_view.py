@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from backends.base import Backend, EngineOptions, ModelInfo
 from backends.registry import backends_for
+from catalog.compatibility import Traits, compatibility
 from catalog.models import Converted, ModelRecord
 from catalog.names import nearest_names
 from catalog.resolve import best_variant
@@ -24,7 +25,7 @@ from deployments.faults import Fault
 from deployments.options import budget_bytes, engine_options
 from deployments.orders import Residency
 from deployments.standing import StandingWatch
-from router.services import ModelState, ModelView
+from router.services import FitView, ModelState, ModelView
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +165,7 @@ class CatalogView:
             runtime_reason=str(info.details.get("runs_on_reason", "")),
             converted_from=record.source.model_id if isinstance(record.source, Converted) else "",
             priority=record.settings.priority or "interactive",
+            compatibility=_compatibility(info, granted, reason),
         )
 
     def _state(
@@ -203,6 +205,14 @@ def _with_fault(view: ModelView, fault: Fault | None) -> ModelView:
         return view
     state: ModelState = "quarantined" if fault.is_quarantined else "failed"
     return replace(view, state=state, reason=fault.reason)
+
+
+def _compatibility(info: ModelInfo, context_tokens: int, reason: str) -> dict[str, FitView]:
+    """Return what each client can do with the model; `reason` is why it cannot run, if so."""
+    traits = Traits(info.capabilities, context_tokens, info.parameters, reason)
+    return {
+        client: FitView(fit.level, fit.reasons) for client, fit in compatibility(traits).items()
+    }
 
 
 def _runtime(info: ModelInfo) -> str:

@@ -1,7 +1,7 @@
 """What the routes need from the rest, as Protocols, so that their tests need no Ray."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 from core.settings import Settings
@@ -15,12 +15,21 @@ EventTaker: TypeAlias = Callable[[Sequence[GenerationEvent]], None]
 
 
 @dataclass(frozen=True, slots=True)
+class FitView:
+    """How well a client can use a model; `reasons` say what is missing."""
+
+    level: Literal["ok", "limited", "no"]
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
     """A catalog entry as the API shows it.
 
     `context_length` is the trained one, `max_model_len` the one granted or foreseen, both in
     tokens.  `reason` says why a model cannot be used.  `created_at` is unix seconds.  `runtime`
     computes it here, chosen for `runtime_reason`.  `priority` is that of requests that name none.
+    `compatibility` is by client.
     """
 
     id: str
@@ -42,6 +51,7 @@ class ModelView:
     runtime_reason: str = ""
     converted_from: str = ""
     priority: Priority = "interactive"
+    compatibility: Mapping[str, FitView] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,5 +78,9 @@ def _model(view: ModelView) -> Model:
             "runtime": view.runtime,
             "runtime_reason": view.runtime_reason,
             "converted_from": view.converted_from,
+            "compatibility": {
+                client: {"level": fit.level, "reasons": list(fit.reasons)}
+                for client, fit in view.compatibility.items()
+            },
         }
     )

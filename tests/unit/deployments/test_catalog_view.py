@@ -221,6 +221,20 @@ async def test_a_model_that_cannot_run_is_answered_by_what_it_was_converted_to(
     assert (await view.resolve("m@gguf-q2_k")).id == "m@gguf-q2_k"
 
 
+async def test_each_client_learns_what_the_model_is_for(
+    view: CatalogView, store: CatalogStore
+) -> None:
+    write(store, found("m"), found("old"))
+    write(store, missing=("/m/old-gguf-q4_0",))
+    models = {model.id: model for model in await view.models()}
+    usable, gone = models["m@gguf-q4_0"], models["old@gguf-q4_0"]
+    assert usable.compatibility["cline"].level == "no"
+    assert f"{usable.max_model_len:,} tokens" in usable.compatibility["cline"].reasons[0]
+    assert usable.compatibility["openai"].level != "no"
+    assert {fit.level for fit in gone.compatibility.values()} == {"no"}
+    assert gone.compatibility["openai"].reasons == (gone.reason,)
+
+
 async def test_the_runtime_and_its_reason_are_shown(view: CatalogView, store: CatalogStore) -> None:
     noted = {"runs_on": "mlx", "runs_on_reason": "MLX knows the architecture"}
     write(store, found("m", format="safetensors", **noted))

@@ -31,6 +31,7 @@ from core.types import (
     Usage,
 )
 from router.app import create_app
+from router.services import FitView
 from tests.fakes import (
     CHAT_MODEL,
     EMBEDDING_MODEL,
@@ -250,7 +251,8 @@ async def test_endless_model_name_never_reaches_the_catalog_i12() -> None:
 
 async def test_models_are_listed_and_found_by_id_and_alias() -> None:
     broken = make_view("bad@gguf-q4", state="refused", reason="damaged header", aliases=())
-    views = (make_view(), broken)
+    fit = FitView("limited", ("too small",))
+    views = (make_view(compatibility={"cline": fit}), broken)
     async with client_of(create_app(make_services(views=views))) as client:
         listed = (await client.get("/v1/models")).json()
         by_id = (await client.get(f"/v1/models/{CHAT_MODEL}")).json()
@@ -266,6 +268,7 @@ async def test_models_are_listed_and_found_by_id_and_alias() -> None:
     assert by_id["owned_by"] == "local"
     assert by_id["capabilities"] == ["chat", "completion"]
     assert by_id["max_model_len"] == 2048
+    assert by_id["compatibility"] == {"cline": {"level": "limited", "reasons": ["too small"]}}
     assert (refused["state"], refused["reason"]) == ("refused", "damaged header")
     assert error_of(missing)["code"] == "model_not_found"
 

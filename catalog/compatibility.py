@@ -1,0 +1,157 @@
+"""What each client can do with a model, and why: pure.
+
+Token counts of the clients' own prompts were measured with the starter's vocabulary: Cline 3.0
+5,900, Continue's command line 1.5 2,070, Claude Code 2.1 11,300.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from core.types import Capability
+
+Level: TypeAlias = Literal["ok", "limited", "no"]
+
+# Below it a model rarely keeps to a plan over several tool calls.
+AGENT_PARAMETERS = 3_000_000_000
+_INFILL = "infill"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well a client can use a model; `reasons` are empty where nothing is missing."""
+
+    level: Level
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a client needs to know of a model.
+
+    `context_tokens` is what is granted here; `parameters` 0 means unknown.  `unusable` says why
+    the model cannot run at all.
+    """
+
+    capabilities: Collection[str]
+    context_tokens: int
+    parameters: int = 0
+    unusable: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """Tokens a client needs to start at all, and to work on more than a small task."""
+
+    least: int
+    comfortable: int
+
+
+_Finding: TypeAlias = tuple[Level, str]
+_Rule: TypeAlias = Callable[[Traits], Iterator[_Finding]]
+
+_CLINE = _Context(8_192, 32_768)
+_CONTINUE = _Context(4_096, 16_384)
+_CLAUDE_CODE = _Context(16_384, 65_536)
+_ROO = _Context(16_384, 32_768)
+_TALK = _Context(512, 4_096)
+
+
+def compatibility(traits: Traits) -> Mapping[str, Fit]:
+    """Return every client's fit, by the names that `scripts/connect` takes."""
+    return {client: _fit(rule, traits) for client, rule in _RULES.items()}
+
+
+def _fit(rule: _Rule, traits: Traits) -> Fit:
+    if traits.unusable:
+        return Fit("no", (traits.unusable,))
+    findings = list(rule(traits))
+    decisive = [reason for level, reason in findings if level == "no"]
+    if decisive:
+        return Fit("no", tuple(decisive))
+    return Fit("limited" if findings else "ok", tuple(reason for _, reason in findings))
+
+
+def _agent(context: _Context) -> _Rule:
+    def rule(traits: Traits) -> Iterator[_Finding]:
+        yield from _chats(traits)
+        yield from _has_room(traits, context)
+        yield from _calls_tools(traits)
+
+    return rule
+
+
+def _continue(traits: Traits) -> Iterator[_Finding]:
+    if Capability.CHAT not in traits.capabilities and Capability.EMBEDDING in traits.capabilities:
+        yield "limited", "for embeddings only"
+        return
+    yield from _agent(_CONTINUE)(traits)
+    if _INFILL not in traits.capabilities:
+        yield "limited", "no autocompletion: the model has no fill-in-the-middle tokens"
+
+
+def _open_webui(traits: Traits) -> Iterator[_Finding]:
+    if Capability.CHAT not in traits.capabilities and Capability.EMBEDDING in traits.capabilities:
+        yield "limited", "for the embeddings of documents only"
+        return
+    yield from _talk(traits)
+
+
+def _talk(traits: Traits) -> Iterator[_Finding]:
+    yield from _chats(traits)
+    yield from _has_room(traits, _TALK)
+
+
+def _library(traits: Traits) -> Iterator[_Finding]:
+    if Capability.CHAT in traits.capabilities and Capability.TOOLS not in traits.capabilities:
+        yield "limited", _WRITTEN_TOOLS
+
+
+def _chats(traits: Traits) -> Iterator[_Finding]:
+    if Capability.CHAT not in traits.capabilities:
+        yield "no", "the model is not for chat"
+
+
+def _has_room(traits: Traits, context: _Context) -> Iterator[_Finding]:
+    if traits.context_tokens < context.least:
+        yield (
+            "no",
+            f"the context is {traits.context_tokens:,} tokens; {context.least:,} are needed",
+        )
+    elif traits.context_tokens < context.comfortable:
+        yield (
+            "limited",
+            f"the context of {traits.context_tokens:,} tokens is for small tasks only; "
+            f"{context.comfortable:,} are comfortable",
+        )
+
+
+_WRITTEN_TOOLS = "the chat template knows no tools; they are written into the prompt"
+
+
+def _calls_tools(traits: Traits) -> Iterator[_Finding]:
+    if Capability.TOOLS not in traits.capabilities:
+        yield "limited", _WRITTEN_TOOLS
+    if 0 < traits.parameters < AGENT_PARAMETERS:
+        yield (
+            "limited",
+            f"with {_billions(traits.parameters)} parameters too small to act as an agent reliably",
+        )
+
+
+def _billions(parameters: int) -> str:
+    return (
+        f"{parameters / 1e9:.1f} billion" if parameters >= 1e9 else f"{parameters // 10**6} million"
+    )
+
+
+_RULES: Mapping[str, _Rule] = {
+    "cline": _agent(_CLINE),
+    "continue": _continue,
+    "claude-code": _agent(_CLAUDE_CODE),
+    "roo": _agent(_ROO),
+    "open-webui": _open_webui,
+    "openai": _library,
+    "langchain": _library,
+    "llm": _talk,
+}
