@@ -1,0 +1,1 @@
+"""Setting clients up for this server."""

@@ -1,0 +1,124 @@
+"""Sets a client up for this server.
+
+Shows what would change; with --apply writes it, keeping a backup of each file.  Then tests the
+connection as the client would: the models, a stream, a tool call and its result.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from core.settings import Settings
+from scripts.connect_lib.check import run_checks
+from scripts.connect_lib.clients import CLIENTS, Client
+from scripts.connect_lib.files import Edit, apply, hidden, preview, undo
+from scripts.connect_lib.problems import ConnectError
+from scripts.connect_lib.server import Model, Target, choose, list_models, normal_url
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return 0 when all that was asked for worked, else 1."""
+    options = _parser().parse_args(arguments)
+    client = CLIENTS[options.client]
+    key = options.key or os.environ.get("IMPETUS_API_KEY", "")
+    try:
+        if options.undo:
+            return _undo(client)
+        target = Target(normal_url(options.base_url or _own_url()), key)
+        model = choose(list_models(target), options.client, options.model)
+        print(f"ok      models: {model.id}, context {model.context_tokens:,} tokens")
+        for reason in model.reasons:
+            print(f"        {client.title}, {model.level}: {reason}")
+        _set_up(client, target, model, is_applied=options.apply)
+    except ConnectError as problem:
+        sys.stderr.write(f"{hidden(str(problem), [key] if key else [])}\n")
+        return 1
+    return _check(client, target, model)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scripts/connect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("client", choices=sorted(CLIENTS))
+    parser.add_argument("--model", help="id or alias; else the one that fits the client best")
+    parser.add_argument("--base-url", help="the server's; else this project's own settings")
+    parser.add_argument("--key", help="the server's key; else IMPETUS_API_KEY")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--apply", action="store_true", help="write, keeping backups")
+    action.add_argument("--undo", action="store_true", help="put the newest backups back")
+    return parser
+
+
+def _own_url() -> str:
+    try:
+        return Settings().base_url
+    except ValidationError as problem:
+        raise ConnectError(f"A setting is wrong: {problem}") from problem
+
+
+def _set_up(client: Client, target: Target, model: Model, *, is_applied: bool) -> None:
+    if client.text is not None:
+        print(f"\n{client.text(target, model)}\n")
+        return
+    edits = client.edits(target, model)
+    changes = [edit for edit in edits if edit.changes_something]
+    if not changes:
+        print(f"        {client.title} is set up already: {edits[0].path}")
+        return
+    secrets = [target.key] if target.key else []
+    for edit in changes:
+        print(f"\n{preview(edit, secrets)}")
+    print()
+    if not is_applied:
+        print("        Nothing was written; --apply does it.")
+        return
+    _write(changes)
+    if client.hint:
+        print(f"        {client.hint}")
+
+
+def _write(changes: Sequence[Edit]) -> None:
+    """Write all files or none."""
+    written: list[Edit] = []
+    try:
+        for edit in changes:
+            backup = apply(edit)
+            written.append(edit)
+            print(f"ok      written: {edit.path} (backup: {backup})")
+    except ConnectError:
+        for edit in written:
+            undo(edit.path)
+            print(f"        put back: {edit.path}")
+        raise
+
+
+def _undo(client: Client) -> int:
+    paths = client.paths()
+    if not paths:
+        raise ConnectError(f"{client.title} is set up by hand; there is nothing to undo.")
+    backups = [(path, undo(path)) for path in paths]
+    for path, backup in backups:
+        print(f"ok      put back: {path}" if backup else f"        no backup of {path}")
+    return 0 if any(backup for _, backup in backups) else 1
+
+
+def _check(client: Client, target: Target, model: Model) -> int:
+    code = 0
+    for outcome in run_checks(client.wire, target, model):
+        if outcome.problem:
+            code = 1
+            problem = hidden(outcome.problem, [target.key] if target.key else [])
+            print(f"FAILED  {outcome.name}: {problem}")
+        else:
+            print(f"ok      {outcome.name}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

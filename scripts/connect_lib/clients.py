@@ -1,0 +1,217 @@
+"""What each client's configuration is, and where it lies."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from scripts.connect_lib.documents import changed_json, changed_yaml
+from scripts.connect_lib.files import Edit, planned
+from scripts.connect_lib.problems import ConnectError
+from scripts.connect_lib.server import Model, Target
+from scripts.connect_lib.texts import langchain_text, open_webui_text, openai_text
+
+# What Claude Code asks for at most in one answer, so that the prompt keeps its room.
+_ANSWER_SHARE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """One client: the files that set it up, or a text to take over by hand.
+
+    `wire` is the API that it speaks; `hint` says what is left to do.
+    """
+
+    title: str
+    paths: Callable[[], Sequence[Path]]
+    edits: Callable[[Target, Model], Sequence[Edit]]
+    text: Callable[[Target, Model], str] | None = None
+    wire: Literal["openai", "anthropic"] = "openai"
+    hint: str = ""
+
+
+def _folder(variable: str, *default: str) -> Path:
+    value = os.environ.get(variable)
+    return Path(value).expanduser() if value else Path.home().joinpath(*default)
+
+
+def _cline_paths() -> Sequence[Path]:
+    data = os.environ.get("CLINE_DATA_DIR")
+    base = Path(data).expanduser() if data else _folder("CLINE_DIR", ".cline") / "data"
+    return [base / "settings" / "providers.json"]
+
+
+def _cline_edits(target: Target, model: Model) -> Sequence[Edit]:
+    def change(data: Any) -> None:
+        data.setdefault("version", 1)
+        data["lastUsedProvider"] = "openai-compatible"
+        provider = data.setdefault("providers", {}).setdefault("openai-compatible", {})
+        wanted = {
+            **provider.get("settings", {}),
+            "provider": "openai-compatible",
+            "apiKey": target.shown_key,
+            "model": model.id,
+            "baseUrl": target.base_url,
+        }
+        if wanted != provider.get("settings"):
+            provider["settings"] = wanted
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            provider["updatedAt"] = now.replace("+00:00", "Z")
+            provider["tokenSource"] = "manual"
+
+    return [planned(_cline_paths()[0], partial(changed_json, change=change))]
+
+
+def _continue_paths() -> Sequence[Path]:
+    return [_folder("CONTINUE_GLOBAL_DIR", ".continue") / "config.yaml"]
+
+
+def _continue_edits(target: Target, model: Model) -> Sequence[Edit]:
+    roles = ["chat", "edit", "apply"] if model.chats else []
+    roles += ["autocomplete"] if "infill" in model.capabilities else []
+    roles += ["embed"] if "embedding" in model.capabilities else []
+    entry: dict[str, Any] = {
+        "name": model.id,
+        "provider": "openai",
+        "model": model.id,
+        "apiBase": target.base_url,
+        "apiKey": target.shown_key,
+        "roles": roles,
+    }
+    if model.chats:
+        entry["capabilities"] = ["tool_use"]
+        entry["defaultCompletionOptions"] = {"contextLength": model.context_tokens}
+
+    def change(data: Any) -> None:
+        for key, value in (("name", "Local"), ("version", "1.0.0"), ("schema", "v1")):
+            data.setdefault(key, value)
+        models = data.get("models")
+        if models is None:
+            models = data["models"] = []
+        for known in models:
+            if (known.get("apiBase"), known.get("model")) == (target.base_url, model.id):
+                known.update(entry)
+                return
+        models.append(entry)
+
+    return [planned(_continue_paths()[0], partial(changed_yaml, change=change))]
+
+
+def _claude_paths() -> Sequence[Path]:
+    return [_folder("CLAUDE_CONFIG_DIR", ".claude") / "settings.json"]
+
+
+def _claude_edits(target: Target, model: Model) -> Sequence[Edit]:
+    variables = {
+        "ANTHROPIC_BASE_URL": target.root,
+        "ANTHROPIC_AUTH_TOKEN": target.shown_key,
+        "ANTHROPIC_MODEL": model.id,
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": model.id,
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(model.context_tokens),
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(model.context_tokens // _ANSWER_SHARE),
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+
+    def change(data: Any) -> None:
+        data.setdefault("env", {}).update(variables)
+
+    return [planned(_claude_paths()[0], partial(changed_json, change=change))]
+
+
+def _roo_paths() -> Sequence[Path]:
+    return [Path.home() / ".roo" / "impetus-settings.json"]
+
+
+def _roo_edits(target: Target, model: Model) -> Sequence[Edit]:
+    def change(data: Any) -> None:
+        profiles = data.setdefault("providerProfiles", {})
+        profiles["currentApiConfigName"] = "impetus"
+        profiles.setdefault("apiConfigs", {})["impetus"] = {
+            "id": "impetus",
+            "apiProvider": "openai",
+            "openAiBaseUrl": target.base_url,
+            "openAiApiKey": target.shown_key,
+            "openAiModelId": model.id,
+            "openAiCustomModelInfo": {
+                "contextWindow": model.context_tokens,
+                "maxTokens": -1,
+                "supportsImages": False,
+                "supportsPromptCache": False,
+            },
+        }
+        data.setdefault("globalSettings", {})
+
+    return [planned(_roo_paths()[0], partial(changed_json, change=change))]
+
+
+def _llm_paths() -> Sequence[Path]:
+    default = (
+        ("Library", "Application Support", "io.datasette.llm")
+        if sys.platform == "darwin"
+        else (".config", "io.datasette.llm")
+    )
+    folder = _folder("LLM_USER_PATH", *default)
+    return [folder / "extra-openai-models.yaml", folder / "keys.json"]
+
+
+def _llm_edits(target: Target, model: Model) -> Sequence[Edit]:
+    if not model.chats:
+        raise ConnectError(f"llm takes chat models here; {model.id} is none.")
+    models_path, keys_path = _llm_paths()
+    entry = {
+        "model_id": model.id,
+        "model_name": model.id,
+        "api_base": target.base_url,
+        "api_key_name": "impetus",
+        "supports_schema": True,
+        "supports_tools": True,
+    }
+
+    def change(data: Any) -> None:
+        for known in data:
+            if known.get("model_id") == model.id:
+                known.update(entry)
+                return
+        data.append(entry)
+
+    def change_keys(data: Any) -> None:
+        data["impetus"] = target.shown_key
+
+    return [
+        planned(models_path, partial(changed_yaml, change=change, is_list=True)),
+        planned(keys_path, partial(changed_json, change=change_keys)),
+    ]
+
+
+def _no_paths() -> Sequence[Path]:
+    return []
+
+
+def _no_edits(target: Target, model: Model) -> Sequence[Edit]:
+    del target, model
+    return []
+
+
+CLIENTS: Mapping[str, Client] = {
+    "cline": Client(
+        "Cline's command line", _cline_paths, _cline_edits, hint="Run: cline -P openai-compatible"
+    ),
+    "continue": Client("Continue", _continue_paths, _continue_edits, hint="Run: cn"),
+    "claude-code": Client(
+        "Claude Code", _claude_paths, _claude_edits, wire="anthropic", hint="Run: claude"
+    ),
+    "roo": Client(
+        "Roo Code",
+        _roo_paths,
+        _roo_edits,
+        hint="In Roo's settings choose About Roo Code, Import, and this file.",
+    ),
+    "open-webui": Client("Open WebUI", _no_paths, _no_edits, open_webui_text),
+    "openai": Client("OpenAI's SDKs", _no_paths, _no_edits, openai_text),
+    "langchain": Client("LangChain", _no_paths, _no_edits, langchain_text),
+    "llm": Client("llm", _llm_paths, _llm_edits, hint="Run: llm -m MODEL 'Say hello.'"),
+}

@@ -1,0 +1,131 @@
+"""Writing a configuration file with a backup, and taking it back."""
+
+import difflib
+import hashlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.connect_lib.problems import ConnectError
+
+_MARK = ".impetus-"
+# A backup of a file that did not exist: taking it back deletes the file.
+_ABSENT = "absent"
+_KEPT = "bak"
+_SECRET = re.compile(
+    r"((?:key|token|secret|password|authorization|credential)\w*[\"']?\s*[:=]\s*)[^\s,].*",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One file as it is and as it shall be; `before` None where it does not exist."""
+
+    path: Path
+    before: str | None
+    after: str
+
+    @property
+    def changes_something(self) -> bool:
+        """Whether the file is not yet as it shall be."""
+        return self.before != self.after
+
+
+def read_text(path: Path) -> str | None:
+    """Return a file's text, None without a file.  Raises ConnectError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConnectError(f"{path} cannot be read: {problem}") from problem
+
+
+def planned(path: Path, change: Callable[[str | None], str]) -> Edit:
+    """Return what `change` makes of the file.  Raises ConnectError naming it."""
+    before = read_text(path)
+    try:
+        return Edit(path, before, change(before))
+    except ConnectError as problem:
+        raise ConnectError(f"{path} was not changed: {problem}.") from problem
+
+
+def preview(edit: Edit, secrets: Iterable[str]) -> str:
+    """Return the change as a unified diff, every secret in it hidden."""
+    before, after = (edit.before or "").splitlines(), edit.after.splitlines()
+    origin = str(edit.path) if edit.before is not None else "/dev/null"
+    lines = difflib.unified_diff(before, after, origin, str(edit.path), n=2, lineterm="")
+    # The file may hold secrets of others, too: what stands behind the name of one goes.
+    return "\n".join(_SECRET.sub(r"\1***", hidden(line, secrets)) for line in lines)
+
+
+def hidden(text: str, secrets: Iterable[str]) -> str:
+    """Return `text` without `secrets`."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
+
+
+def apply(edit: Edit) -> Path:
+    """Write the file at once and whole, and return its backup.
+
+    Raises ConnectError, the file being as before.
+    """
+    target = Path(os.path.realpath(edit.path))
+    kind = _ABSENT if edit.before is None else _KEPT
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    backup = target.with_name(f"{target.name}{_MARK}{stamp}-{_digest(edit.after)}.{kind}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mode = target.stat().st_mode & 0o777 if edit.before is not None else 0o600
+        _replace(backup, edit.before or "", 0o600)
+        _replace(target, edit.after, mode)
+    except OSError as problem:
+        raise ConnectError(f"{target} cannot be written: {problem.strerror}.") from problem
+    return backup
+
+
+def undo(path: Path) -> Path | None:
+    """Put back what the newest backup holds and return that backup; None without one.
+
+    Raises ConnectError when the file was changed since.
+    """
+    target = Path(os.path.realpath(path))
+    # Names sort by time; the digest after it decides nothing.
+    backups = sorted(target.parent.glob(f"{target.name}{_MARK}*"))
+    if not backups:
+        return None
+    backup = backups[-1]
+    current = read_text(target)
+    if current is None or backup.stem.rpartition("-")[2] != _digest(current):
+        raise ConnectError(f"{target} was changed since; what was there before is in {backup}.")
+    try:
+        if backup.suffix == f".{_ABSENT}":
+            target.unlink()
+        else:
+            _replace(target, backup.read_text(encoding="utf-8"), target.stat().st_mode & 0o777)
+        backup.unlink()
+    except OSError as problem:
+        raise ConnectError(f"{target} cannot be written: {problem.strerror}.") from problem
+    return backup
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, mode)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

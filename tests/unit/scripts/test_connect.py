@@ -1,0 +1,321 @@
+"""Setting clients up: what is merged, kept, hidden, written and put back."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts.connect_lib import __main__ as connect
+from scripts.connect_lib.check import Outcome
+from scripts.connect_lib.clients import CLIENTS
+from scripts.connect_lib.documents import changed_json, changed_yaml
+from scripts.connect_lib.files import Edit, apply, preview, undo
+from scripts.connect_lib.problems import ConnectError
+from scripts.connect_lib.server import Model, Target, choose, normal_url
+
+TARGET = Target("http://127.0.0.1:8000/v1", "sesame-42")
+MODEL = Model("coder@gguf-q4_0", 32_768, frozenset({"chat", "completion", "tools", "infill"}))
+FILES = {
+    "cline": ".cline/data/settings/providers.json",
+    "continue": ".continue/config.yaml",
+    "claude-code": ".claude/settings.json",
+    "roo": ".roo/impetus-settings.json",
+    "llm": ".config/io.datasette.llm/extra-openai-models.yaml",
+}
+CONTINUE_FILE = """\
+# My assistant
+name: Mine   # of all things
+version: 0.0.1
+schema: v1
+
+models:
+  # The old one stays.
+  - name: "Other"
+    provider: openai
+    model: other
+    apiKey: 'foreign-secret'
+rules:
+  - Be brief.
+"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own, as on Linux."""
+    for name in ("CLINE_DATA_DIR", "CLINE_DIR", "CONTINUE_GLOBAL_DIR", "CLAUDE_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("LLM_USER_PATH", raising=False)
+    monkeypatch.delenv("IMPETUS_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sys.platform", "linux")
+    return tmp_path
+
+
+@pytest.fixture
+def entries(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
+    """A server that lists one model and passes every check."""
+    listed: list[Mapping[str, Any]] = [entry(MODEL.id, aliases=["coder"])]
+    monkeypatch.setattr(connect, "list_models", lambda _: listed)
+    monkeypatch.setattr(connect, "run_checks", lambda *_: iter([Outcome("stream")]))
+    return listed
+
+
+def entry(model_id: str, level: str = "ok", **changes: Any) -> dict[str, Any]:
+    fit = {"level": level, "reasons": [] if level == "ok" else ["for a reason"]}
+    return {
+        "id": model_id,
+        "max_model_len": 32_768,
+        "capabilities": sorted(MODEL.capabilities),
+        "parameters": 7_000_000_000,
+        "compatibility": dict.fromkeys(CLIENTS, fit),
+        **changes,
+    }
+
+
+def nothing(data: Any) -> None:
+    del data
+
+
+def run(*arguments: str) -> int:
+    return connect.main([*arguments, "--base-url", "http://127.0.0.1:8000"])
+
+
+@pytest.mark.parametrize("client", FILES)
+def test_preview_writes_nothing_and_apply_is_idempotent(
+    client: str, home: Path, entries: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del entries
+    file = home / FILES[client]
+    assert run(client, "--key", TARGET.key) == 0
+    shown = capsys.readouterr().out
+    assert "Nothing was written" in shown
+    assert f"+++ {file}" in shown
+    assert not file.exists()
+    assert run(client, "--key", TARGET.key, "--apply") == 0
+    shown += capsys.readouterr().out
+    text = file.read_text()
+    assert "coder@gguf-q4_0" in text
+    assert file.stat().st_mode & 0o077 == 0
+    assert run(client, "--key", TARGET.key, "--apply") == 0
+    shown += capsys.readouterr().out
+    assert "is set up already" in shown
+    assert file.read_text() == text
+    assert TARGET.key not in shown
+    assert run(client, "--undo") == 0
+    assert not file.exists()
+    assert run(client, "--undo") == 1
+
+
+def test_continue_keeps_comments_order_and_foreign_models(home: Path, entries: Any) -> None:
+    del entries
+    file = home / FILES["continue"]
+    file.parent.mkdir()
+    file.write_text(CONTINUE_FILE)
+    assert run("continue", "--apply") == 0
+    text = file.read_text()
+    before, after = text.split("  - name: coder@gguf-q4_0\n")
+    assert before + after[after.index("rules:") :] == CONTINUE_FILE
+    data = yaml.safe_load(text)
+    assert data["name"] == "Mine"
+    assert [model["model"] for model in data["models"]] == ["other", MODEL.id]
+    assert data["models"][1]["roles"] == ["chat", "edit", "apply", "autocomplete"]
+    assert data["models"][1]["defaultCompletionOptions"] == {"contextLength": 32_768}
+    assert run("continue", "--undo") == 0
+    assert file.read_text() == CONTINUE_FILE
+
+
+def test_a_models_entry_is_renewed_in_place(entries: list[Mapping[str, Any]], home: Path) -> None:
+    assert run("continue", "--apply") == 0
+    entries[0] = entry(MODEL.id, max_model_len=8_192)
+    assert run("continue", "--apply") == 0
+    (model,) = yaml.safe_load((home / FILES["continue"]).read_text())["models"]
+    assert model["defaultCompletionOptions"] == {"contextLength": 8_192}
+
+
+def test_claude_code_keeps_its_other_settings(home: Path, entries: Any) -> None:
+    del entries
+    file = home / FILES["claude-code"]
+    file.parent.mkdir()
+    file.write_text('{\n\t"env": {\n\t\t"EDITOR": "vi"\n\t},\n\t"theme": "dark"\n}\n')
+    assert run("claude-code", "--apply") == 0
+    text = file.read_text()
+    data = json.loads(text)
+    assert data["theme"] == "dark"
+    assert data["env"]["EDITOR"] == "vi"
+    assert data["env"]["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:8000"
+    assert data["env"]["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "32768"
+    assert text.startswith('{\n\t"env": {\n\t\t"EDITOR": "vi",\n')
+
+
+def test_cline_is_configured_as_its_own_command_does(home: Path, entries: Any) -> None:
+    del entries
+    assert run("cline", "--apply") == 0
+    data = json.loads((home / FILES["cline"]).read_text())
+    assert data["lastUsedProvider"] == "openai-compatible"
+    assert data["providers"]["openai-compatible"]["settings"] == {
+        "provider": "openai-compatible",
+        "apiKey": "none",
+        "model": MODEL.id,
+        "baseUrl": TARGET.base_url,
+    }
+
+
+@pytest.mark.parametrize(
+    ("client", "text", "reason"),
+    [
+        ("claude-code", '{"a": 1, // mine\n "b": 2}', "comments could not be kept"),
+        ("claude-code", '{"a": 1, "a": 2}', "a key stands twice"),
+        ("claude-code", "[]", "no JSON object"),
+        ("claude-code", '{"env": "x"}', "not as the client writes it"),
+        ("continue", "models: [", "not valid YAML"),
+        ("continue", "a:   1\nmodels: []  # kept\n\n", "layout could not be kept"),
+        ("continue", "- 1\n", "no YAML mapping"),
+        ("llm", "a: 1\n", "no YAML list"),
+    ],
+)
+def test_what_cannot_be_merged_is_left_alone(
+    client: str,
+    text: str,
+    reason: str,
+    home: Path,
+    entries: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    del entries
+    file = home / FILES[client]
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    assert run(client, "--apply") == 1
+    assert reason in capsys.readouterr().err
+    assert file.read_text() == text
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    home: Path, entries: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del entries
+    (home / ".roo").write_text("a file")
+    assert run("roo", "--apply") == 1
+    assert str(home / ".roo") in capsys.readouterr().err
+    assert (home / ".roo").read_text() == "a file"
+
+
+def test_either_both_files_of_llm_are_written_or_none(
+    home: Path, entries: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del entries
+
+    def failing(edit: Edit) -> Path:
+        if edit.path.name == "keys.json":
+            raise ConnectError("full")
+        return apply(edit)
+
+    monkeypatch.setattr(connect, "apply", failing)
+    assert run("llm", "--apply") == 1
+    assert list((home / FILES["llm"]).parent.iterdir()) == []
+
+
+def test_undo_does_not_overwrite_later_changes(
+    home: Path, entries: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del entries
+    file = home / FILES["claude-code"]
+    assert run("claude-code", "--apply") == 0
+    file.write_text("{}")
+    assert run("claude-code", "--undo") == 1
+    assert "was changed since" in capsys.readouterr().err
+    assert file.read_text() == "{}"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("{}")
+    real.chmod(0o640)
+    link.symlink_to(real)
+    apply(Edit(link, "{}", '{"a": 1}'))
+    assert link.is_symlink()
+    assert real.read_text() == '{"a": 1}'
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert undo(link) is not None
+    assert real.read_text() == "{}"
+
+
+def test_preview_hides_every_secret() -> None:
+    before = CONTINUE_FILE
+    after = changed_yaml(
+        before, lambda data: data.update(models=[{"apiKey": "mine-1"}], note="mine-1")
+    )
+    shown = preview(Edit(Path("/x"), before, after), ["mine-1"])
+    assert "foreign-secret" not in shown
+    assert "mine-1" not in shown
+    assert "note: ***" in shown
+
+
+def test_json_and_yaml_without_a_change_stay_byte_for_byte() -> None:
+    assert changed_json('{"a":1}', nothing) == '{"a":1}'
+    assert changed_yaml(CONTINUE_FILE, nothing) == CONTINUE_FILE
+
+
+@pytest.mark.parametrize("client", ["open-webui", "openai", "langchain"])
+def test_texts_name_the_server_and_never_the_key(
+    client: str, entries: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del entries
+    assert run(client, "--key", TARGET.key, "--apply") == 0
+    shown = capsys.readouterr().out
+    assert TARGET.base_url in shown
+    assert "IMPETUS_API_KEY" in shown
+    assert TARGET.key not in shown
+
+
+def test_the_model_that_fits_best_is_chosen() -> None:
+    listed = [
+        entry("no", "no", parameters=10**12),
+        entry("large", "limited", parameters=10**11),
+        entry("small"),
+        entry("better", parameters=8_000_000_000, aliases=["b"]),
+    ]
+    assert choose(listed, "cline", None).id == "better"
+    named = choose(listed, "cline", "no")
+    assert (named.id, named.level, named.reasons) == ("no", "no", ("for a reason",))
+    assert choose(listed, "cline", "b").id == "better"
+    with pytest.raises(ConnectError, match="better, large, no, small"):
+        choose(listed, "cline", "unknown")
+    with pytest.raises(ConnectError, match="no model that cline can use"):
+        choose(listed[:1], "cline", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("http://127.0.0.1:8000", "http://127.0.0.1:8000/v1"),
+        ("http://127.0.0.1:8000/v1/", "http://127.0.0.1:8000/v1"),
+    ],
+)
+def test_addresses_are_completed(given: str, wanted: str) -> None:
+    assert normal_url(given) == wanted
+    with pytest.raises(ConnectError, match="no address"):
+        normal_url("127.0.0.1:8000")
+
+
+def test_a_server_that_is_not_there_changes_nothing(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert connect.main(["cline", "--apply", "--base-url", "http://127.0.0.1:9"]) == 1
+    assert "Start the server" in capsys.readouterr().err
+    assert list(home.iterdir()) == []
+
+
+def test_a_failed_check_is_told_without_the_key(
+    entries: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del entries
+    monkeypatch.setattr(
+        connect, "run_checks", lambda *_: iter([Outcome("stream", f"bad {TARGET.key}")])
+    )
+    assert run("openai", "--key", TARGET.key) == 1
+    assert "FAILED  stream: bad ***" in capsys.readouterr().out

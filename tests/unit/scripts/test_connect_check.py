@@ -1,0 +1,102 @@
+"""The connection test against the real API over fakes."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import pytest
+
+from core.errors import EngineFailed
+from core.types import (
+    Capability,
+    GenerationEvent,
+    GenerationRequest,
+    TextDelta,
+    ToolCallDelta,
+)
+from router.app import create_app
+from scripts.connect_lib.check import Outcome, run_checks
+from scripts.connect_lib.server import Model, Target, choose, list_models
+from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, FakeDispatcher, finished, make_services
+from tests.live_server import serving
+
+CALL = (
+    ToolCallDelta(0, "call_1", "get_weather"),
+    ToolCallDelta(0, arguments='{"city": "Paris"}'),
+    finished("tool_calls"),
+)
+TEXT = (TextDelta("Hello"), finished())
+
+
+class Talker(FakeDispatcher):
+    """Calls the tool when one must be called, and talks else."""
+
+    def __init__(self, call: Sequence[GenerationEvent] = CALL) -> None:
+        super().__init__()
+        self.call = call
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        is_forced = getattr(request.prompt, "tool_choice", "auto") == "required"
+        self.script = self.call if is_forced else TEXT
+        return super().generate(request)
+
+
+async def outcomes(
+    dispatcher: FakeDispatcher, wanted: str | None = CHAT_MODEL, **settings: Any
+) -> list[Outcome]:
+    services = make_services(dispatcher, **settings)
+    async with serving(create_app(services)) as port:
+        target = Target(f"http://127.0.0.1:{port}/v1", settings.get("api_key", ""))
+
+        def check() -> list[Outcome]:
+            model = choose(list_models(target), "cline", wanted)
+            return list(run_checks("openai", target, model))
+
+        return await asyncio.to_thread(check)
+
+
+async def test_a_stream_and_a_tool_round_trip_pass() -> None:
+    dispatcher = Talker()
+    assert await outcomes(dispatcher) == [Outcome("stream"), Outcome("tool round trip")]
+    last = dispatcher.requests[-1].prompt
+    roles = [message.role for message in last.messages]  # type: ignore[union-attr]
+    assert roles == ["user", "assistant", "tool"]
+
+
+async def test_the_key_is_sent() -> None:
+    found = await outcomes(Talker(), api_key="sesame")
+    assert [outcome.problem for outcome in found] == ["", ""]
+
+
+async def test_an_embedding_model_is_asked_for_a_vector() -> None:
+    assert await outcomes(FakeDispatcher(), EMBEDDING_MODEL) == [Outcome("embedding")]
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (TEXT, "called no tool"),
+        ((ToolCallDelta(0, "c", "other", "{}"), finished("tool_calls")), "does not match"),
+        ((ToolCallDelta(0, "c", "get_weather", "{"), finished("length")), "another shape"),
+    ],
+)
+async def test_a_wrong_call_is_told(call: Sequence[GenerationEvent], problem: str) -> None:
+    found = await outcomes(Talker(call))
+    assert found[0] == Outcome("stream")
+    assert problem in found[1].problem
+
+
+async def test_errors_are_told_in_the_servers_words() -> None:
+    before, after = await outcomes(FakeDispatcher(EngineFailed("no engine")))
+    assert before.problem == after.problem == "HTTP 503: no engine"
+    inside, _ = await outcomes(FakeDispatcher(TextDelta("He"), EngineFailed("it died")))
+    assert inside.problem == "an error in the stream: it died"
+
+
+async def test_a_server_without_the_messages_api_fails_the_anthropic_checks() -> None:
+    async with serving(create_app(make_services())) as port:
+        target = Target(f"http://127.0.0.1:{port}/nothing/v1")
+        model = Model(CHAT_MODEL, 2048, frozenset({Capability.CHAT}))
+        found = await asyncio.to_thread(lambda: list(run_checks("anthropic", target, model)))
+    assert [outcome.name for outcome in found] == ["stream", "tool round trip"]
+    assert all(outcome.problem.startswith("HTTP 404") for outcome in found)
