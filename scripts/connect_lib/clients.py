@@ -183,7 +183,7 @@ def _llm_edits(target: Target, model: Model) -> Sequence[Edit]:
 
     return [
         planned(models_path, partial(changed_yaml, change=change, is_list=True)),
-        planned(keys_path, partial(changed_json, change=change_keys)),
+        planned(keys_path, partial(changed_json, change=change_keys), holds_secrets=True),
     ]
 
 

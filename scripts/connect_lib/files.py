@@ -17,18 +17,23 @@ _MARK = ".impetus-"
 _ABSENT = "absent"
 _KEPT = "bak"
 _SECRET = re.compile(
-    r"((?:key|token|secret|password|authorization|credential)\w*[\"']?\s*[:=]\s*)[^\s,].*",
+    r"((?:key|token|secret|password|authorization|credentials?)[\"']?\s*[:=]\s*)[^\s,].*",
     re.IGNORECASE,
 )
+_VALUE = re.compile(r"(:\s*).+")
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One file as it is and as it shall be; `before` None where it does not exist."""
+    """One file as it is and as it shall be; `before` None where it does not exist.
+
+    In a file that `holds_secrets` every value is one.
+    """
 
     path: Path
     before: str | None
     after: str
+    holds_secrets: bool = False
 
     @property
     def changes_something(self) -> bool:
@@ -46,11 +51,13 @@ def read_text(path: Path) -> str | None:
         raise ConnectError(f"{path} cannot be read: {problem}") from problem
 
 
-def planned(path: Path, change: Callable[[str | None], str]) -> Edit:
+def planned(
+    path: Path, change: Callable[[str | None], str], *, holds_secrets: bool = False
+) -> Edit:
     """Return what `change` makes of the file.  Raises ConnectError naming it."""
     before = read_text(path)
     try:
-        return Edit(path, before, change(before))
+        return Edit(path, before, change(before), holds_secrets)
     except ConnectError as problem:
         raise ConnectError(f"{path} was not changed: {problem}.") from problem
 
@@ -61,7 +68,8 @@ def preview(edit: Edit, secrets: Iterable[str]) -> str:
     origin = str(edit.path) if edit.before is not None else "/dev/null"
     lines = difflib.unified_diff(before, after, origin, str(edit.path), n=2, lineterm="")
     # The file may hold secrets of others, too: what stands behind the name of one goes.
-    return "\n".join(_SECRET.sub(r"\1***", hidden(line, secrets)) for line in lines)
+    pattern = _VALUE if edit.holds_secrets else _SECRET
+    return "\n".join(pattern.sub(r"\1***", hidden(line, secrets)) for line in lines)
 
 
 def hidden(text: str, secrets: Iterable[str]) -> str:

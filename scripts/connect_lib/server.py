@@ -1,7 +1,7 @@
 """The server as clients see it: its models, and the one to use."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -83,14 +83,14 @@ def list_models(target: Target) -> Sequence[Mapping[str, Any]]:
 
 
 def choose(entries: Sequence[Mapping[str, Any]], client: str, wanted: str | None) -> Model:
-    """Return the model that `wanted` names, else the one that fits the client best.
+    """Return the model that `wanted` names, under that name, else the one that fits best.
 
     Raises ConnectError where there is none, with the reason.
     """
     if wanted is not None:
         for entry in entries:
             if wanted == entry["id"] or wanted in entry.get("aliases", ()):
-                return _model(entry, client)
+                return replace(_model(entry, client), id=wanted)
         known = ", ".join(sorted(str(entry["id"]) for entry in entries))
         raise ConnectError(f"The server has no model {wanted!r}; it has: {known or 'none'}.")
     usable = [entry for entry in entries if _rank(entry, client)[0] > 0]

@@ -9,6 +9,15 @@ from pathlib import Path
 from typing import Any
 
 LIMIT_S = 150.0
+# Its teams and sub-agents are three quarters of its prompt, and no part of these tasks.
+LEFT_OUT = (
+    *("spawn_agent", "ask_question", "fetch_web_content", "search_codebase"),
+    *("team_spawn_teammate", "team_shutdown_teammate", "team_status", "team_task"),
+    *("team_run_task", "team_cancel_run", "team_list_runs", "team_await_runs"),
+    *("team_send_message", "team_broadcast", "team_read_mailbox", "team_mission_log"),
+    *("team_cleanup", "team_create_outcome", "team_attach_outcome_fragment"),
+    *("team_review_outcome_fragment", "team_finalize_outcome", "team_list_outcomes"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +73,15 @@ class Cline(Agent):
     """Cline's command line."""
 
     def configure(self, model: str) -> None:
-        """Set it up as the README says, its telemetry off."""
+        """Set it up as the documentation says, its telemetry off."""
         settings = self.home / ".cline" / "data" / "settings" / "global-settings.json"
         settings.parent.mkdir(parents=True)
-        settings.write_text(json.dumps({"telemetryOptOut": True, "autoUpdateEnabled": False}))
+        choices = {
+            "telemetryOptOut": True,
+            "autoUpdateEnabled": False,
+            "disabledTools": LEFT_OUT,
+        }
+        settings.write_text(json.dumps(choices))
         done = self.run("cline", *("auth", "-p", "openai", "-k", "any"), *("-m", model),
                         *("-b", self.base_url))  # fmt: skip
         assert done.code == 0, done

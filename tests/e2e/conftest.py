@@ -50,7 +50,7 @@ def server(
         patch.setenv("PYTHONPATH", path)
         patch.setenv(PLANS_VARIABLE, str(plans_file))
         try:
-            server.start(FORMATS="gguf,scripted-gguf", THREADS=str(os.cpu_count() or 1))
+            server.start(FORMATS="gguf,scripted-gguf")
             yield server
             assert server.stop() == 0
             assert server.survivors() == []

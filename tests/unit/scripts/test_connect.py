@@ -253,6 +253,9 @@ def test_preview_hides_every_secret() -> None:
     assert "foreign-secret" not in shown
     assert "mine-1" not in shown
     assert "note: ***" in shown
+    keys = Edit(Path("/k"), '{\n  "openai": "sk-1"\n}', '{\n  "openai": "sk-1",\n  "b": 1\n}', True)
+    assert "sk-1" not in preview(keys, [])
+    assert preview(Edit(Path("/x"), None, '"MAX_TOKENS": "5"\n'), []).endswith('"5"')
 
 
 def test_json_and_yaml_without_a_change_stay_byte_for_byte() -> None:
@@ -282,7 +285,7 @@ def test_the_model_that_fits_best_is_chosen() -> None:
     assert choose(listed, "cline", None).id == "better"
     named = choose(listed, "cline", "no")
     assert (named.id, named.level, named.reasons) == ("no", "no", ("for a reason",))
-    assert choose(listed, "cline", "b").id == "better"
+    assert choose(listed, "cline", "b").id == "b"
     with pytest.raises(ConnectError, match="better, large, no, small"):
         choose(listed, "cline", "unknown")
     with pytest.raises(ConnectError, match="no model that cline can use"):

@@ -93,6 +93,17 @@ async def test_errors_are_told_in_the_servers_words() -> None:
     assert inside.problem == "an error in the stream: it died"
 
 
+async def test_a_stream_and_a_tool_round_trip_pass_in_anthropics_api() -> None:
+    app = create_app(make_services(Talker()))
+    if not any(getattr(route, "path", "") == "/v1/messages" for route in app.routes):
+        pytest.skip("this server has no /v1/messages")
+    async with serving(app) as port:
+        target = Target(f"http://127.0.0.1:{port}/v1")
+        model = Model(CHAT_MODEL, 2048, frozenset({Capability.CHAT}))
+        found = await asyncio.to_thread(lambda: list(run_checks("anthropic", target, model)))
+    assert found == [Outcome("stream"), Outcome("tool round trip")]
+
+
 async def test_a_server_without_the_messages_api_fails_the_anthropic_checks() -> None:
     async with serving(create_app(make_services())) as port:
         target = Target(f"http://127.0.0.1:{port}/nothing/v1")
