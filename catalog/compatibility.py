@@ -1,7 +1,7 @@
 """What each client can do with a model, and why: pure.
 
 Token counts of the clients' own prompts were measured with the starter's vocabulary: Cline 3.0
-5,900, Continue's command line 1.5 2,070, Claude Code 2.1 11,300.
+5,900, Continue's command line 1.5 2,070, Claude Code 2.1 12,900.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
