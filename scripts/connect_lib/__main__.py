@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     key = options.key or os.environ.get("IMPETUS_API_KEY", "")
     try:
         if options.undo:
-            return _undo(client)
+            return _undo(client, is_forced=options.force)
         target = Target(normal_url(options.base_url or _own_url()), key)
         model = choose(list_models(target), options.client, options.model)
         print(f"ok      models: {model.id}, context {model.context_tokens:,} tokens")
@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--apply", action="store_true", help="write, keeping backups")
     action.add_argument("--undo", action="store_true", help="put the newest backups back")
+    parser.add_argument(
+        "--force", action="store_true", help="with --undo: also where a file was changed since"
+    )
     return parser
 
 
@@ -98,11 +101,11 @@ def _write(changes: Sequence[Edit]) -> None:
         raise
 
 
-def _undo(client: Client) -> int:
+def _undo(client: Client, *, is_forced: bool) -> int:
     paths = client.paths()
     if not paths:
         raise ConnectError(f"{client.title} is set up by hand; there is nothing to undo.")
-    backups = [(path, undo(path)) for path in paths]
+    backups = [(path, undo(path, is_forced=is_forced)) for path in paths]
     for path, backup in backups:
         print(f"ok      put back: {path}" if backup else f"        no backup of {path}")
     return 0 if any(backup for _, backup in backups) else 1

@@ -98,10 +98,11 @@ def apply(edit: Edit) -> Path:
     return backup
 
 
-def undo(path: Path) -> Path | None:
+def undo(path: Path, *, is_forced: bool = False) -> Path | None:
     """Put back what the newest backup holds and return that backup; None without one.
 
-    Raises ConnectError when the file was changed since.
+    Raises ConnectError when the file was changed since; with `is_forced` what it holds now is
+    kept beside it instead.
     """
     target = Path(os.path.realpath(path))
     # Names sort by time; the digest after it decides nothing.
@@ -110,13 +111,20 @@ def undo(path: Path) -> Path | None:
         return None
     backup = backups[-1]
     current = read_text(target)
-    if current is None or backup.stem.rpartition("-")[2] != _digest(current):
-        raise ConnectError(f"{target} was changed since; what was there before is in {backup}.")
+    is_changed = current is None or backup.stem.rpartition("-")[2] != _digest(current)
+    if is_changed and not is_forced:
+        raise ConnectError(
+            f"{target} was changed since; what was there before is in {backup}. "
+            f"--undo --force puts it back all the same."
+        )
     try:
+        if current is not None and is_changed:
+            _replace(target.with_name(f"{target.name}.undone"), current, 0o600)
         if backup.suffix == f".{_ABSENT}":
-            target.unlink()
+            target.unlink(missing_ok=True)
         else:
-            _replace(target, backup.read_text(encoding="utf-8"), target.stat().st_mode & 0o777)
+            mode = target.stat().st_mode & 0o777 if current is not None else 0o600
+            _replace(target, backup.read_text(encoding="utf-8"), mode)
         backup.unlink()
     except OSError as problem:
         raise ConnectError(f"{target} cannot be written: {problem.strerror}.") from problem

@@ -229,6 +229,10 @@ def test_undo_does_not_overwrite_later_changes(
     assert run("claude-code", "--undo") == 1
     assert "was changed since" in capsys.readouterr().err
     assert file.read_text() == "{}"
+    assert run("claude-code", "--undo", "--force") == 0
+    assert [(path.name, path.read_text()) for path in file.parent.iterdir()] == [
+        ("settings.json.undone", "{}")
+    ]
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
