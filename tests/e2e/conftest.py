@@ -12,10 +12,10 @@ import pytest
 from scripts.install import ROOT
 from scripts.install_clients import ClientsUnavailable, clients_folder
 from tests.e2e.agents import Cline, Continue
-from tests.e2e.scripted import PLANS_VARIABLE, write_distribution
+from tests.e2e.scripted import PLANS_VARIABLE, Turn, write_distribution
 from tests.integration.server import Server
 
-WritePlan: TypeAlias = Callable[[str, Sequence[str]], None]
+WritePlan: TypeAlias = Callable[[str, Sequence[Turn]], None]
 
 
 @pytest.fixture(scope="session")
@@ -61,9 +61,9 @@ def server(
 @pytest.fixture
 def plan(plans_file: Path) -> Iterator[WritePlan]:
     """Lays down what the model says when a user's message holds a key."""
-    plans: dict[str, Sequence[str]] = {}
+    plans: dict[str, Sequence[Turn]] = {}
 
-    def write(key: str, turns: Sequence[str]) -> None:
+    def write(key: str, turns: Sequence[Turn]) -> None:
         plans[key] = turns
         plans_file.write_text(json.dumps(plans))
 

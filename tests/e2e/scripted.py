@@ -1,7 +1,7 @@
-"""A plug-in for tests: the GGUF engine, whose answers a plan lays down word by word.
+"""A plug-in for tests: the GGUF engine, whose answers a plan lays down, or only bounds.
 
-The plan is a grammar of one sentence beside the request's own, so prompt, sampler, masks,
-parsers and wire are the real ones; only the choice of words is not the model's.
+The plan is a grammar of its own beside the request's own, so prompt, sampler, masks,
+parsers and wire are the real ones; only a choice of words is not the model's.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 from llguidance import LLMatcher
@@ -40,7 +40,13 @@ MODEL = "scripted"
 CONTEXT_TOKENS = 24_576
 
 
-def planned_turn(plans: Mapping[str, Sequence[str]], prompt: ChatPrompt) -> str | None:
+# What is said word for word, or the regular expression that the model's own words must match.
+Turn: TypeAlias = str | Mapping[str, str]
+Plans: TypeAlias = Mapping[str, Sequence[Turn]]
+FREE: Turn = {"regex": r"(.|\n){1,200}"}
+
+
+def planned_turn(plans: Plans, prompt: ChatPrompt) -> Turn | None:
     """Return the turn that comes next, None where no plan's key stands in a user's message.
 
     How many answers the conversation has tells which turn it is; after the last one it repeats.
@@ -77,7 +83,7 @@ class ScriptedPreparer:
         self,
         inner: Preparer,
         mask: Callable[[Constraint], TokenMask],
-        read_plans: Callable[[], Mapping[str, Sequence[str]]],
+        read_plans: Callable[[], Plans],
     ) -> None:
         self._inner = inner
         self._mask = mask
@@ -93,22 +99,23 @@ class ScriptedPreparer:
         turn = planned_turn(self._read_plans(), request.prompt)
         if turn is None:
             return prepared
-        plan = self._mask(sentence(turn))
+        plan = self._mask(grammar_of(turn))
         for token_id in request.generated:
             plan.accept(token_id)
         prepared.mask = plan if prepared.mask is None else BothMasks(prepared.mask, plan)
         return prepared
 
 
-def sentence(text: str) -> Constraint:
-    """Return the grammar of this one text."""
-    literal = json.dumps(text, ensure_ascii=False)
-    return Constraint(LLMatcher.grammar_from_lark(f"start: {literal}\n"), "plan")
+def grammar_of(turn: Turn) -> Constraint:
+    """Return the grammar of one text, or of all that match."""
+    said = json.dumps(turn, ensure_ascii=False)
+    rule = said if isinstance(turn, str) else f"/{turn['regex']}/"
+    return Constraint(LLMatcher.grammar_from_lark(f"start: {rule}\n"), "plan")
 
 
-def read_plans() -> Mapping[str, Sequence[str]]:
+def read_plans() -> Plans:
     """Return the plans of the file that the environment names, as they are now."""
-    plans: Mapping[str, Sequence[str]] = json.loads(Path(os.environ[PLANS_VARIABLE]).read_text())
+    plans: Plans = json.loads(Path(os.environ[PLANS_VARIABLE]).read_text())
     return plans
 
 

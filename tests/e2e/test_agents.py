@@ -3,13 +3,10 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.agents import Cline, Continue
 from tests.e2e.conftest import WritePlan
 from tests.e2e.plans import fenced, tagged
-from tests.e2e.scripted import MODEL
-from tests.integration.server import STARTER
+from tests.e2e.scripted import FREE, MODEL
 
 Answered = Callable[[], Mapping[str, int]]
 
@@ -80,18 +77,22 @@ def test_continue_takes_a_call_in_a_code_fence(
     assert answered() == {"200": 2}
 
 
-@pytest.mark.parametrize("model", [STARTER])
-def test_cline_runs_free(cline: Cline, model: str, answered: Answered) -> None:
-    cline.configure(model)
-    done = cline.work(model, "Say hello in one sentence.")
+def test_cline_runs_on_the_models_own_words(
+    cline: Cline, plan: WritePlan, answered: Answered
+) -> None:
+    plan("Say hello", [FREE])
+    cline.configure(MODEL)
+    done = cline.work(MODEL, "Say hello in one sentence.")
     assert done.code in (0, 1), done
     assert done.events[-1]["type"] in ("run_result", "error"), done
     assert set(answered()) == {"200"}
 
 
-@pytest.mark.parametrize("model", [STARTER])
-def test_continue_runs_free(continue_cli: Continue, model: str, answered: Answered) -> None:
-    continue_cli.configure(model)
+def test_continue_runs_on_the_models_own_words(
+    continue_cli: Continue, plan: WritePlan, answered: Answered
+) -> None:
+    plan("Say hello", [FREE])
+    continue_cli.configure(MODEL)
     done = continue_cli.work("Say hello in one sentence.")
     assert done.code in (0, 1), done
     assert set(answered()) == {"200"}
