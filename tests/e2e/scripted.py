@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from llguidance import LLMatcher
@@ -64,6 +64,12 @@ class BothMasks:
 
     def __init__(self, first: TokenMask, second: TokenMask) -> None:
         self._masks = (first, second)
+        self.is_active = True
+
+    @property
+    def problem(self) -> str:
+        """Why one of them does not bound the answer any more."""
+        return next(filter(None, (getattr(mask, "problem", "") for mask in self._masks)), "")
 
     def apply(self, logits: NDArray[np.float32]) -> None:
         """Mask by one after the other."""
@@ -88,8 +94,10 @@ class ScriptedPreparer:
         self._inner = inner
         self._mask = mask
         self._read_plans = read_plans
-        self.context_tokens = inner.context_tokens
-        self.close = inner.close
+
+    def __getattr__(self, name: str) -> Any:
+        """Leave everything else to the real one."""
+        return getattr(self._inner, name)
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Prepare as ever, then add the plan."""
