@@ -13,12 +13,12 @@ from backends.base import Engine, EngineLoad, EventSink, ModelInfo, StepOutput, 
 from backends.chores import do_chore, has_chores
 from backends.limits import EngineLimits
 from backends.pacing import Pacer
-from backends.prepare import Prepared, Preparer
+from backends.prepare import Preparer
 from backends.threads import name_this_thread
-from backends.ticket import Inbox, LoopSink, StepEvents, Ticket
+from backends.ticket import Inbox, StepEvents, Ticket, events_of
 from backends.turns import TurnLock
 from backends.waiting import Pace, WaitingQueue
-from core.errors import EngineFailed, ImpetusError, QueueFull, TimedOut
+from core.errors import EngineFailed, ImpetusError, TimedOut
 from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress, Prompt
 
 logger = logging.getLogger(__name__)
@@ -42,22 +42,18 @@ class BatchingEngine(Engine):
         max_waiting: int,
     ) -> None:
         """Open the stepper; blocks until it is ready and raises what it raises."""
-        self.info = info
-        self.context_tokens = preparer.context_tokens
-        self._preparer = preparer
-        self._max_waiting = max_waiting
-        self._wake = threading.Condition()
-        self._inbox = Inbox()
+        self.info, self.context_tokens = info, preparer.context_tokens
+        self._preparer, self._max_waiting = preparer, max_waiting
+        self._wake, self._inbox = threading.Condition(), Inbox()
         self._waiting, self._pace = WaitingQueue(), Pace()
         self._running: dict[int, Ticket] = {}
         self._next_id = self._preparing = 0
         self._failure: ImpetusError | None = None
-        self._pacer = Pacer()
-        self._step_began_at = float("inf")
+        self._pacer, self._step_began_at = Pacer(), float("inf")
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._counters = EngineLoad()
         self._ended: list[tuple[Ticket, Finished | EngineFailed]] = []
-        self._prepare_pool = ThreadPoolExecutor(1, thread_name_prefix="impetus-prepare")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="impetus-prepare")
         self._start(open_stepper)
 
     def _start(self, open_stepper: Callable[[], Stepper]) -> None:
@@ -79,25 +75,13 @@ class BatchingEngine(Engine):
         self._thread.start()
         ready.wait()
         if problems:
-            self._prepare_pool.shutdown(wait=False)
+            self._pool.shutdown(wait=False)
             self._preparer.close()
             raise problems[0]
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Yield the request's events; see `Engine.generate`."""
-        queue: asyncio.Queue[GenerationEvent | None] = asyncio.Queue()
-        sink = LoopSink(asyncio.get_running_loop(), queue)
-        work = asyncio.ensure_future(self.stream_to(request, sink))
-        work.add_done_callback(lambda _: queue.put_nowait(None))
-        try:
-            while (event := await queue.get()) is not None:
-                yield event
-                if isinstance(event, Finished):
-                    return
-            work.result()
-        finally:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
+        return events_of(self.stream_to, request)
 
     async def stream_to(self, request: GenerationRequest, sink: EventSink) -> Finished:
         """Run the request with its events going to `sink`; see `Engine.stream_to`."""
@@ -105,9 +89,7 @@ class BatchingEngine(Engine):
         self._pacer.limits.check_admits(is_resumed=bool(request.generated))
         # A resumed answer was admitted once already.
         if not request.generated and self.load().waiting >= self._max_waiting:
-            retry = self._pace.retry_after_s(self._max_waiting, self.max_sequences)
-            message = f"{self._max_waiting} requests already wait for {self.info.name}."
-            raise QueueFull(message, retry_after_s=retry)
+            raise self._pace.refusal(self._max_waiting, self.max_sequences, self.info.name)
         try:
             async with asyncio.timeout(request.deadline_s):
                 return await self._run(request, sink)
@@ -119,7 +101,7 @@ class BatchingEngine(Engine):
         loop = asyncio.get_running_loop()
         self._preparing += 1
         try:
-            prepared = await loop.run_in_executor(self._prepare_pool, self._prepare, request)
+            prepared = await loop.run_in_executor(self._pool, self._preparer.prepare, request)
         finally:
             self._preparing -= 1
         ticket = Ticket(request, prepared, sink, loop, loop.create_future(), submitted_at)
@@ -136,11 +118,7 @@ class BatchingEngine(Engine):
         """Return the prompt's length; see `TokenCounting`."""
         self._check_open()
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._prepare_pool, self._preparer.count, prompt)
-
-    def _prepare(self, request: GenerationRequest) -> Prepared:
-        self._check_open()
-        return self._preparer.prepare(request)
+        return await loop.run_in_executor(self._pool, self._preparer.count, prompt)
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -217,7 +195,7 @@ class BatchingEngine(Engine):
             for ticket in left:
                 ticket.resolve(EngineFailed(reason))
             # Preparing uses the vocabulary, which goes with the stepper.
-            self._prepare_pool.shutdown(wait=True)
+            self._pool.shutdown(wait=True)
             self._preparer.close()
             stepper.close()
 

@@ -8,13 +8,14 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Engine, EngineLoad, ModelInfo
+from backends.embedding_job import EmbeddingJob
 from backends.limits import UNLIMITED, EngineLimits
 from backends.pooling import Pooling, pool, read_pooling
 from backends.threads import name_this_thread
@@ -34,46 +35,6 @@ __all__ = ["EmbeddingEngine", "Pooling", "pool", "read_pooling"]
 logger = logging.getLogger(__name__)
 
 Encode: TypeAlias = Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One request; `left` are (tokens, index) of what is not computed, the shortest first.
-
-    One that is not due yet, by the monotonic clock, lets others go first.
-    """
-
-    inputs: Sequence[str | Sequence[int]]
-    loop: asyncio.AbstractEventLoop
-    done: "asyncio.Future[Embeddings]"
-    due_at: float = 0.0
-    token_lists: list[list[int]] = field(default_factory=list)
-    left: list[tuple[int, int]] = field(default_factory=list)
-    vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
-    is_over: bool = False
-
-    def result(self) -> Embeddings:
-        """Return the vectors in the order of the inputs."""
-        rows = [self.vectors[index] for index in range(len(self.token_lists))]
-        vectors = np.stack(rows) if rows else np.empty((0, 0), np.float32)
-        return Embeddings(vectors, sum(map(len, self.token_lists)))
-
-    def resolve(self, outcome: Embeddings | ImpetusError) -> None:
-        """Hand the result to the waiting task; callable from any thread."""
-        self.is_over = True
-
-        def settle() -> None:
-            if self.done.done():
-                return
-            if isinstance(outcome, Embeddings):
-                self.done.set_result(outcome)
-            else:
-                self.done.set_exception(outcome)
-
-        try:
-            self.loop.call_soon_threadsafe(settle)
-        except RuntimeError:
-            logger.debug("the loop of an embedding request is closed")
 
 
 class EmbeddingEngine(Engine):
@@ -109,8 +70,8 @@ class EmbeddingEngine(Engine):
         self._max_batch_tokens = max_batch_tokens
         self._max_waiting = max_waiting
         self._wake = threading.Condition()
-        self._submitted: deque[_Job] = deque()
-        self._jobs: deque[_Job] = deque()
+        self._submitted: deque[EmbeddingJob] = deque()
+        self._jobs: deque[EmbeddingJob] = deque()
         self._is_closing = False
         self._limits = UNLIMITED
         self._counters = EngineLoad()
@@ -135,7 +96,7 @@ class EmbeddingEngine(Engine):
         self._limits.check_admits(is_resumed=False)
         loop = asyncio.get_running_loop()
         due_at = time.monotonic() + (BATCH_DELAY_S if priority == "batch" else 0.0)
-        job = _Job(inputs, loop, loop.create_future(), due_at)
+        job = EmbeddingJob(inputs, loop, loop.create_future(), due_at)
         with self._wake:
             if self._is_closing:
                 raise EngineFailed(f"The model {self.info.name} was unloaded.")
@@ -199,7 +160,7 @@ class EmbeddingEngine(Engine):
                 self._jobs.append(job := self._submitted.popleft())
             self._prepare(job)
 
-    def _prepare(self, job: _Job) -> None:
+    def _prepare(self, job: EmbeddingJob) -> None:
         try:
             for text in job.inputs:
                 if job.is_over or self._is_closing:
@@ -266,14 +227,14 @@ class EmbeddingEngine(Engine):
             self._end_if_done(job)
         self._limits.rest()
 
-    def _next_batch(self) -> list[tuple[_Job, int]]:
+    def _next_batch(self) -> list[tuple[EmbeddingJob, int]]:
         """Take the next job's longest input, and what is not longer until the batch is full."""
         if not self._jobs:
             return []
         self._let_due_first(time.monotonic())
         longest = self._jobs[0].left[-1][0]
         room = max(self._max_batch_tokens // longest, 1)
-        batch: list[tuple[_Job, int]] = []
+        batch: list[tuple[EmbeddingJob, int]] = []
         for job in self._jobs:
             end = bisect_right(job.left, (longest, len(job.token_lists)))
             start = max(end - (room - len(batch)), 0)
@@ -298,11 +259,11 @@ class EmbeddingEngine(Engine):
             )
         return vectors
 
-    def _end_if_done(self, job: _Job) -> None:
+    def _end_if_done(self, job: EmbeddingJob) -> None:
         if not job.is_over and len(job.vectors) == len(job.inputs):
             self._end(job, job.result())
 
-    def _end(self, job: _Job, outcome: Embeddings | ImpetusError) -> None:
+    def _end(self, job: EmbeddingJob, outcome: Embeddings | ImpetusError) -> None:
         if job in self._jobs:
             self._jobs.remove(job)
         job.resolve(outcome)

@@ -145,7 +145,7 @@ class Preparer:
     def count(self, prompt: Prompt) -> int:
         """Return how many tokens `prompt` comes to; raises as `prepare`, but not for its length."""
         if isinstance(prompt, ChatPrompt):
-            return len(self._chat_ids(self._chat.render(prompt)))
+            return len(self._chat_ids(self._render(prompt)))
         return len(self._plain_ids(prompt))
 
     def _read(self, request: GenerationRequest) -> _Text:
@@ -175,8 +175,11 @@ class Preparer:
         text = rendered.removeprefix(self._bos_text) if self._bos_text else rendered
         return self._tokenizer.encode(text, add_bos=True, parse_special=True)
 
+    def _render(self, prompt: ChatPrompt) -> str:
+        return self._chat.render(stable(prompt) if self._stable_prompts else prompt)
+
     def _read_chat(self, prompt: ChatPrompt, output: Output | None) -> _Text:
-        rendered = self._chat.render(stable(prompt) if self._stable_prompts else prompt)
+        rendered = self._render(prompt)
         return _Text(
             self._chat_ids(rendered),
             self._chat.parser(prompt, rendered),

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from backends.base import EventSink, SequenceSpec
@@ -156,3 +156,23 @@ class LoopSink:
         for _, events in batch:
             for event in events:
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+
+async def events_of(
+    stream_to: Callable[[GenerationRequest, EventSink], Awaitable[Finished]],
+    request: GenerationRequest,
+) -> AsyncGenerator[GenerationEvent, None]:
+    """Yield what `stream_to` gives to its sink, up to the last event; closing cancels it."""
+    queue: asyncio.Queue[GenerationEvent | None] = asyncio.Queue()
+    sink = LoopSink(asyncio.get_running_loop(), queue)
+    work = asyncio.ensure_future(stream_to(request, sink))
+    work.add_done_callback(lambda _: queue.put_nowait(None))
+    try:
+        while (event := await queue.get()) is not None:
+            yield event
+            if isinstance(event, Finished):
+                return
+        work.result()
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)

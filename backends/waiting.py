@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from backends.ticket import Ticket
+from core.errors import QueueFull
 from core.types import BATCH_DELAY_S
 
 _FIRST_GUESS_S = 5.0
@@ -26,6 +27,11 @@ class Pace:
         """Return the whole seconds until a place in the queue is likely to be free."""
         left_s = self._each_s * max(waiting, 1) / max(slots, 1) / 2
         return max(1, min(math.ceil(left_s), _LONGEST_RETRY_S))
+
+    def refusal(self, waiting: int, slots: int, name: str) -> QueueFull:
+        """Return the error of a request that finds `waiting` others before it."""
+        message = f"{waiting} requests already wait for {name}."
+        return QueueFull(message, retry_after_s=self.retry_after_s(waiting, slots))
 
 
 class WaitingQueue:

@@ -6,11 +6,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from core.errors import EngineFailed, ImpetusError, InsufficientMemory, QueueFull, Unavailable
+from core.errors import ImpetusError, InsufficientMemory
 from deployments.decisions import DecisionLog
 from deployments.holders import Reported
+from deployments.ledger_notes import Tally, error_of
 from deployments.orders import Freed, Residency
 from scheduler.events import (
     Action,
@@ -52,15 +53,6 @@ Closer = Callable[[Residency], Awaitable[Freed]]
 Reporter = Callable[[Sequence[Residency]], Awaitable[Reported]]
 
 
-@dataclass(slots=True)
-class Tally:
-    """How often things happened since the start."""
-
-    loads: int = 0
-    load_failures: int = 0
-    evictions: int = 0
-
-
 class Ledger:
     """Decides with `scheduler.policy`; opens, closes and asks through the functions it is given.
 
@@ -76,7 +68,6 @@ class Ledger:
         log: DecisionLog,
     ) -> None:
         self._state = state
-        self._log = log
         self._open = open_
         self._close = close
         self._report = report
@@ -256,25 +247,13 @@ class Ledger:
             case Reject(number):
                 future = self._waiting.pop(number, None)
                 if future is not None and not future.done():
-                    future.set_exception(self._error(action))
+                    future.set_exception(error_of(action, self._failures.get(action.model_id)))
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    def _error(self, reject: Reject) -> BaseException:
-        retry = reject.retry_after_s
-        match reject.kind:
-            case "memory":
-                return InsufficientMemory(reject.reason, param="model", retry_after_s=retry)
-            case "full":
-                return QueueFull(reject.reason, param="model", retry_after_s=retry)
-            case "timeout":
-                return Unavailable(reject.reason, param="model", retry_after_s=retry)
-            case _:
-                return self._failures.get(reject.model_id) or EngineFailed(reject.reason)
 
     async def _load(self, model_id: str, offer: Offer) -> None:
         try:

@@ -14,7 +14,6 @@ from core.errors import (
     InsufficientMemory,
     ModelFileMissing,
     ModelNotFound,
-    Unavailable,
 )
 from core.settings import Settings
 from deployments.calls import Handle
@@ -68,8 +67,7 @@ class SchedulerReplica:
         self._nodes = NodeLedgers(self._ledger, own_node_id(), self._make_ledger)
         self._scanner = Scanner(settings, self._store, self._backends)
         self._conversions = Conversions(settings, self._backends, self._options, self._scanner.scan)
-        self._faults = Faults()
-        self._is_ready = asyncio.Event()
+        self._faults, self._is_ready = Faults(), asyncio.Event()
         self._thermal = ThermalWatch(
             settings, formats, running=running, obey=self._obey, log=self._log
         )
@@ -171,7 +169,7 @@ class SchedulerReplica:
         priority, node = need.priority, NO_NODE
         if self._nodes.residency(model_id) is None:
             if not need.is_resumed:
-                self._check_admits(model_id)
+                self._thermal.check_admits(model_id)
             record = await self._record(model_id)
             self._faults.check(model_id, record.fingerprint)
             node = await self._holders.node(record.info.format)
@@ -205,15 +203,6 @@ class SchedulerReplica:
         except InsufficientMemory as problem:
             others = await asyncio.to_thread(self._store.models)
             raise self._offers.with_smaller(record, problem, others) from problem
-
-    def _check_admits(self, model_id: str) -> None:
-        """Raise Unavailable where the machine is under too much strain for another load."""
-        if not self._thermal.admits:
-            raise Unavailable(
-                f"{model_id} is not loaded: the machine is under too much strain "
-                f"({self._thermal.state.label}).",
-                retry_after_s=self._thermal.retry_after_s,
-            )
 
     async def unload(self, model_id: str) -> bool:
         """Unload a model after its last request, a pinned one too; False: it is not resident."""

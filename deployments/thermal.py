@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from backends.limits import UNLIMITED, EngineLimits
+from core.errors import Unavailable
 from core.settings import Settings
 from deployments.calls import Handle, call
 from deployments.decisions import DecisionLog
@@ -94,6 +95,15 @@ class ThermalWatch:
     def admits(self) -> bool:
         """Whether new requests and loads are taken."""
         return self._directive.admits
+
+    def check_admits(self, model_id: str) -> None:
+        """Raise Unavailable where the machine is under too much strain for another load."""
+        if not self.admits:
+            raise Unavailable(
+                f"{model_id} is not loaded: the machine is under too much strain "
+                f"({self.state.label}).",
+                retry_after_s=self.retry_after_s,
+            )
 
     @property
     def retry_after_s(self) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 from scripts.bench_lib import machine
 from scripts.bench_lib.report import render
 from scripts.bench_lib.rounds import AGENT_ANSWER_TOKENS
-from scripts.bench_lib.sections import SECTIONS, Choices, Section, run_section
+from scripts.bench_lib.section import Choices, Section
+from scripts.bench_lib.sections import SECTIONS, run_section
 from scripts.bench_lib.servers import ROOT
 from scripts.bench_lib.starter import starter_model
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from scripts.bench_lib.peers import running_bare, running_mlx_server, running_pe
 from scripts.bench_lib.prompts import constrained
 from scripts.bench_lib.report import gguf_parts, streams_parts, table
 from scripts.bench_lib.rounds import Plan, Results, run, say
+from scripts.bench_lib.section import Choices, Facts, Section
 from scripts.bench_lib.servers import OURS, ROOT, BenchError, Load, Server, running_ours
 from scripts.bench_lib.turns import measure_turns, turns_table, turns_verdict
 
@@ -61,47 +62,6 @@ MEMORY_MODELS = (
     ("onnx", "onnx-f32"),
     ("coreml", "coreml"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """The command line: which models, how much of each, and which side."""
-
-    gguf: Path
-    golden: Path | None
-    threads: int
-    context: int
-    streams: tuple[int, ...]
-    rounds: int
-    gguf_tokens: int
-    tokens: int
-    agent_rounds: int
-    agent_tokens: int
-    idle_s: float
-    with_ours: bool
-    with_peer: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """One chapter of the page; `setup` are pairs of what and value."""
-
-    title: str
-    parts: Sequence[str] = ()
-    verdicts: Sequence[Verdict] = ()
-    problems: Sequence[str] = ()
-    setup: Sequence[tuple[str, str]] = ()
-    is_failed: bool = False
-
-
-@dataclass(slots=True)
-class _Facts:
-    """What the peers say of themselves, collected while they start."""
-
-    pairs: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, name: str, version: str, more: str = "") -> None:
-        self.pairs.append((f"{name} (peer)", f"{version}: {more}" if more else version))
 
 
 def run_section(name: str, choices: Choices) -> list[Section]:
@@ -159,7 +119,7 @@ def _gguf(choices: Choices) -> Section:
         budget_s=BUDGET_S["gguf"],
         agent_budget_s=BUDGET_S["agent"],
     )
-    facts = _Facts()
+    facts = Facts()
     with ExitStack() as stack:
         servers: list[Server] = []
         if choices.with_ours:
@@ -196,7 +156,7 @@ def _grammar(choices: Choices) -> Section:
         streams_parts(results),
         [replace(one, name=one.name.replace("ours / peer", "bound / free")) for one in found],
         _problems(results),
-        _setup("Constrained answers", load, choices.gguf_tokens, _Facts()),
+        _setup("Constrained answers", load, choices.gguf_tokens, Facts()),
     )
 
 
@@ -212,14 +172,14 @@ def _agent(choices: Choices) -> Section:
         with_ours=choices.with_ours,
         with_peer=choices.with_peer,
     )
-    setup = _setup("Agent", load, ANSWER_TOKENS, _Facts())
+    setup = _setup("Agent", load, ANSWER_TOKENS, Facts())
     return Section("Agent conversation", agent_parts(found), agent_verdicts(found), setup=setup)
 
 
 def _mlx(kind: str, choices: Choices) -> Section:
     load = Load(model_folder(kind, choices), choices.threads, CONTEXT_TOKENS, max(STREAMS), "mlx")
     tokens = choices.tokens if kind == "mlx-f32" else min(choices.tokens, SLOW_TOKENS)
-    facts = _Facts()
+    facts = Facts()
     with ExitStack() as stack:
         contestants = []
         if choices.with_ours:
@@ -234,7 +194,7 @@ def _mlx(kind: str, choices: Choices) -> Section:
 
 def _bare(format: str, kind: str, choices: Choices) -> Section:
     load = Load(model_folder(kind, choices), choices.threads, CONTEXT_TOKENS, max(STREAMS), format)
-    facts = _Facts()
+    facts = Facts()
     with ExitStack() as stack:
         contestants = []
         if choices.with_ours:
@@ -312,7 +272,7 @@ def _problems(results: Mapping[str, Results]) -> list[str]:
     return [f"{name}: {text}" for name, result in results.items() for text in result.problems]
 
 
-def _setup(title: str, load: Load, tokens: int, facts: _Facts) -> list[tuple[str, str]]:
+def _setup(title: str, load: Load, tokens: int, facts: Facts) -> list[tuple[str, str]]:
     counts = f"{load.threads}, {load.context}, {load.sequences}, {tokens}"
     return [
         (f"{title}: model", load.model.name),

@@ -13,21 +13,19 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
-from llguidance import LLMatcher
 from numpy.typing import NDArray
 
 from backends.base import (
     Availability,
     Backend,
-    Constraint,
     Engine,
     EngineOptions,
     MemoryEstimate,
     ModelInfo,
-    TokenMask,
 )
 from backends.batching import BatchingEngine
 from backends.gguf import GgufBackend
+from backends.masking import Constraint, TokenMask
 from backends.prepare import Prepared, Preparer
 from core.errors import NotThisFormat
 from core.plugins import hookimpl
@@ -118,7 +116,7 @@ def grammar_of(turn: Turn) -> Constraint:
     """Return the grammar of one text, or of all that match."""
     said = json.dumps(turn, ensure_ascii=False)
     rule = said if isinstance(turn, str) else f"/{turn['regex']}/"
-    return Constraint(LLMatcher.grammar_from_lark(f"start: {rule}\n"), "plan")
+    return Constraint(f"start: {rule}\n", "plan")
 
 
 def read_plans() -> Plans:

@@ -11,6 +11,7 @@ from backends.base import EngineOptions
 from backends.batching import BatchingEngine
 from backends.echo import EchoBackend, echo_info
 from core.errors import EngineFailed, TimedOut
+from core.settings import Settings
 from core.units import MIB
 from deployments.engine import FormatReplica
 from deployments.held import HeldMemory
@@ -36,7 +37,7 @@ def replica(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FormatReplica:
     monkeypatch.setattr("deployments.engine.attach_logs", lambda: None)
     monkeypatch.setattr("deployments.engine.serve.get_replica_context", lambda: context)
     monkeypatch.setattr("deployments.engine.ray.get_runtime_context", lambda: context)
-    return UnservedReplica("echo", tmp_path)
+    return UnservedReplica("echo", Settings(home=tmp_path, prefix_ram=0, prefix_disk=0))
 
 
 async def test_f3_a_step_that_does_not_return_fails_the_health_check(

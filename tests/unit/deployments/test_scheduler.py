@@ -12,7 +12,7 @@ import pytest
 from backends.base import EngineOptions, MemoryEstimate, ModelInfo
 from backends.echo import EchoBackend
 from catalog.models import BuiltIn, ModelRecord, ModelSettings
-from core.errors import InsufficientMemory, ModelNotFound, Unavailable
+from core.errors import BrokenModel, InsufficientMemory, ModelNotFound, Unavailable
 from core.settings import Settings
 from core.units import MIB
 from deployments.offers import Offers

@@ -18,7 +18,8 @@ from scripts.bench_lib.measure import StreamsResult, streams_result
 from scripts.bench_lib.memory import MemoryResult, memory_rows, memory_verdicts
 from scripts.bench_lib.processes import ProcessMemory, process_memory
 from scripts.bench_lib.rounds import rounds_within
-from scripts.bench_lib.sections import Choices, Section, run_section
+from scripts.bench_lib.section import Choices, Section
+from scripts.bench_lib.sections import run_section
 from scripts.bench_lib.servers import BenchError, Load
 from tests.starter import starter_path
 

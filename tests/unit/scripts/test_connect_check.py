@@ -1,7 +1,7 @@
 """The connection test against the real API over fakes."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from core.types import (
     ToolCallDelta,
 )
 from router.app import create_app
+from router.services import EventTaker
 from scripts.connect_lib.check import Outcome, run_checks
 from scripts.connect_lib.server import Model, Target, choose, list_models
 from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, FakeDispatcher, finished, make_services
@@ -35,10 +36,10 @@ class Talker(FakeDispatcher):
         super().__init__()
         self.call = call
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+    async def generate(self, request: GenerationRequest, take: EventTaker) -> None:
         is_forced = getattr(request.prompt, "tool_choice", "auto") == "required"
         self.script = self.call if is_forced else TEXT
-        return super().generate(request)
+        await super().generate(request, take)
 
 
 async def outcomes(
