@@ -51,12 +51,8 @@ class HfTokenizer:
         if not 0 < self._size <= _MAX_TOKEN_ID:
             raise broken(folder / "tokenizer.json", f"it has {self._size} token ids")
         added = self._tokenizer.get_added_tokens_decoder()
-        self._added: dict[int, bytes] = {
-            token_id: token.content.encode() for token_id, token in added.items()
-        }
-        self._special: frozenset[int] = frozenset(
-            token_id for token_id, token in added.items() if token.special
-        )
+        self._added: dict[int, bytes] = {i: token.content.encode() for i, token in added.items()}
+        self._special = frozenset(i for i, token in added.items() if token.special)
         self._reader = piece_reader(self._tokenizer)
         self._pieces: dict[int, bytes] = {}
         self._lock = threading.Lock()

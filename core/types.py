@@ -126,9 +126,8 @@ class JsonOutput:
     schema: Mapping[str, JsonValue] | None = None
 
 
-# Interactive requests go before batch ones, which age: see `BATCH_DELAY_S`.
+# Every queue orders a batch request as if it had come that many seconds later.
 Priority: TypeAlias = Literal["interactive", "batch"]
-# Every queue orders a batch request as if it had come this many seconds later.
 BATCH_DELAY_S = 30.0
 
 
@@ -202,9 +201,8 @@ class CacheOutcome:
     """Where a prompt's cached tokens came from, and why the token after them was computed.
 
     `cells_tokens` were in the engine's own cache, the others in RAM or on disk.  `miss` None:
-    nothing was missing, the prompt goes on where a known one ended.  `diverged_at` is the index of
-    the first token that differs from the nearest known prompt, `before_text` what both have before
-    it, then the text of either.
+    nothing was missing.  `diverged_at` is the first token that differs from the nearest known
+    prompt, `before_text` what both have before it, then the text of either.
     """
 
     cells_tokens: int = 0

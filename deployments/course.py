@@ -19,6 +19,7 @@ class Course:
         self._spent = Timing()
         self._began_at = 0.0
         self._first_at: float | None = None
+        self.end: Finished | None = None
 
     def attempt(self, number: int) -> GenerationRequest:
         """Return the request for what is left of the answer, with an id of this attempt's own.
@@ -59,7 +60,8 @@ class Course:
     def note(self, event: GenerationEvent) -> GenerationEvent:
         """Take an event that goes to the client; return it, the last one with the whole timing."""
         if isinstance(event, Finished):
-            return replace(event, timing=self._whole(event.timing))
+            self.end = replace(event, timing=self._whole(event.timing))
+            return self.end
         if not isinstance(event, PrefillProgress):
             self._events += 1
             self._token_ids.extend(event.token_ids)

@@ -28,6 +28,8 @@ from deployments.replicas import Targets
 logger = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 3
+# Shorter prompts are computed before anybody asks why.
+_NOTED_MISS_TOKENS = 512
 _LOST_EVENTS_S = 10.0
 _TELL_LIMIT_S = 5.0
 # The engine itself ends a request at its deadline, and says so by then.
@@ -95,6 +97,7 @@ class HandleDispatcher:
                 residency = await self._ensure(request.model_id, need, course)
                 course.begin()
                 await self._attempt(course.attempt(attempt), residency, pass_on)
+                self._note_end(request.model_id, course.end)
                 return
             except (ModelNotResident, ReplicaDied) as problem:
                 course.note_lost(problem)
@@ -106,6 +109,19 @@ class HandleDispatcher:
                     await self._tell(request.model_id, need)
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
                 self._note_lost(request.model_id, problem)
+
+    def _note_end(self, model_id: str, end: Finished | None) -> None:
+        """Note what was amiss with an answer: calls that do not fit, a long prompt not reused."""
+        if end is None:
+            return
+        if end.mismatches:
+            kinds = ", ".join(sorted(set(end.mismatches)))
+            self._log.note("tool call", f"pass on {model_id}", f"calls do not fit: {kinds}")
+        cache, computed = end.cache, end.usage.prompt_tokens - end.usage.cached_tokens
+        if cache is not None and cache.miss is not None and computed >= _NOTED_MISS_TOKENS:
+            where = "" if cache.diverged_at is None else f" at token {cache.diverged_at}"
+            reason = f"{computed} tokens were not reused: {cache.miss.replace('_', ' ')}{where}"
+            self._log.note("cache miss", f"compute the prompt for {model_id}", reason)
 
     def _note_lost(self, model_id: str, problem: ImpetusError) -> None:
         """Log a model that was not where it was believed to be; a death is a decision's cause."""

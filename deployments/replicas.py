@@ -8,7 +8,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from core.settings import Settings
 from deployments.calls import Handle, direct
-from deployments.orders import ReplicaReport, Residency
+from deployments.orders import Freed, ReplicaReport, Residency
 
 _POLL_S = 0.1
 Merge: TypeAlias = Callable[[Sequence[Any]], Any]
@@ -57,7 +57,7 @@ class _EveryReplica:
     def __init__(self, handle: Handle) -> None:
         self._handle = direct(handle)
         self.load_model = self._handle.load_model
-        self.unload_model = _Broadcast(self._handle, "unload_model", any)
+        self.unload_model = _Broadcast(self._handle, "unload_model", _first)
         self.set_limits = _Broadcast(self._handle, "set_limits", lambda _: None)
         self.residencies = _Broadcast(self._handle, "residencies", _joined)
         self.report = _Broadcast(self._handle, "report", _one_report)
@@ -105,4 +105,10 @@ def _joined(answers: Sequence[list[Residency]]) -> list[Residency]:
 
 def _one_report(answers: Sequence[ReplicaReport]) -> ReplicaReport:
     residents = tuple(resident for answer in answers for resident in answer.residents)
-    return ReplicaReport(answers[0].format, answers[0].pid, residents)
+    processes = tuple(process for answer in answers for process in answer.processes)
+    return ReplicaReport(answers[0].format, answers[0].pid, residents, processes)
+
+
+def _first(answers: Sequence[Freed | None]) -> Freed | None:
+    """Return the answer of the replica that held the model, if one did."""
+    return next((answer for answer in answers if answer is not None), None)

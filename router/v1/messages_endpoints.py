@@ -16,6 +16,7 @@ from router.v1.messages_prompt import to_messages_prompt
 from router.v1.messages_request import MessagesPromptRequest, MessagesRequest
 from router.v1.messages_stream import MessageEvents
 from router.v1.parts import PartAssembler
+from router.v1.priority import request_priority
 from router.v1.sse import EventStream
 from router.v1.thinking import for_model
 
@@ -38,6 +39,7 @@ def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Re
             stop=body.stop_sequences,
             output=output,
             deadline_s=context.services.settings.request_timeout_s,
+            priority=request_priority(request, None, view),
         )
         headers = context.ignored.report(body.ignored_names())
         generation = Generation(context, view, (generation_request,), 1, headers)

@@ -12,6 +12,7 @@ from router.v1.body import read_request
 from router.v1.feed import unless_disconnected
 from router.v1.generation import Generation, nobody_listens
 from router.v1.parts import PartAssembler
+from router.v1.priority import request_priority
 from router.v1.responses_object import ResponseBuilder, to_json
 from router.v1.responses_prompt import input_messages, to_responses_prompt
 from router.v1.responses_request import ResponsesRequest
@@ -41,6 +42,7 @@ def responses_endpoint(
             stop=body.stop,
             output=output,
             deadline_s=context.services.settings.request_timeout_s,
+            priority=request_priority(request, body.service_tier, view),
         )
         headers = context.ignored.report(body.ignored_names())
         generation = Generation(context, view, (generation_request,), 1, headers)

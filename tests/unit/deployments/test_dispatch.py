@@ -19,6 +19,7 @@ from core.errors import (
     TimedOut,
 )
 from core.types import (
+    CacheOutcome,
     Embeddings,
     Finished,
     GenerationEvent,
@@ -32,6 +33,7 @@ from core.types import (
     Usage,
 )
 from deployments.codec import encode_frame
+from deployments.decisions import DecisionLog
 from deployments.dispatch import HandleDispatcher
 from deployments.errors import ReplicaDied
 from deployments.frames import FrameReceiver, FrameSender
@@ -322,3 +324,17 @@ async def test_an_answer_that_has_begun_is_asked_for_as_such(receiver: FrameRece
     await collect(dispatcher(receiver, scheduler, replica))
     needs = [need for _, need in scheduler.ensure_loaded.calls]
     assert [(need.is_resumed, need.has_died) for need in needs] == [(False, False), (True, False)]
+
+
+async def test_what_is_amiss_with_an_answer_is_among_the_decisions(receiver: FrameReceiver) -> None:
+    cache = CacheOutcome(miss="diverged", diverged_at=21)
+    end = Finished("stop", Usage(1000, 1), mismatches=("schema", "schema"), cache=cache)
+    handles: Any = {"gguf": FakeHandle(generate=sending(([end], None)))}
+    log, scheduler = DecisionLog(), loads("a")
+    subject = HandleDispatcher(scheduler, handles, receiver, "node", log=log)  # type: ignore[arg-type]
+    await collect(subject)
+    await subject.close()
+    assert [(one.event, one.reason) for one in log.last()] == [
+        ("tool call", "calls do not fit: schema"),
+        ("cache miss", "1000 tokens were not reused: diverged at token 21"),
+    ]

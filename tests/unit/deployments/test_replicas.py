@@ -11,7 +11,7 @@ from backends.base import EngineLoad
 from core.settings import Settings
 from deployments.affinity import ResidencyRouter
 from deployments.calls import call
-from deployments.orders import ReplicaReport, Residency, ResidentReport
+from deployments.orders import Freed, ProcessReport, ReplicaReport, Residency, ResidentReport
 from deployments.replicas import Targets, reaching_all
 from deployments.snapshot import SchedulerSnapshot
 from deployments.telemetry import ReplicaTelemetry
@@ -78,15 +78,22 @@ def test_a_replicas_handle_is_made_once_and_goes_with_it() -> None:
 async def test_answers_of_all_replicas_are_one() -> None:
     a, b = residency("m", "a"), residency("n", "b")
     reports = [
-        ReplicaReport("echo", pid, (ResidentReport(name, 0.0, 1, EngineLoad()),))
-        for pid, name in ((1, "m"), (2, "n"))
+        ReplicaReport(
+            "echo",
+            pid,
+            (ResidentReport(name, 0.0, 1, EngineLoad()),),
+            (ProcessReport(replica, 0, ""),),
+        )
+        for pid, name, replica in ((1, "m", "a"), (2, "n", "b"))
     ]
-    handle = ManyHandle([[a], [b]], reports, [False, True], [None, None])
+    freed = Freed(returned_bytes=5, held_bytes=5)
+    handle = ManyHandle([[a], [b]], reports, [None, freed], [None, None])
     every = reached(handle)
     assert await call(every.residencies.remote()) == [a, b]
     report = await call(every.report.remote())
     assert [resident.model_id for resident in report.residents] == ["m", "n"]
-    assert await call(every.unload_model.remote("m")) is True
+    assert [one.replica_id for one in report.processes] == ["a", "b"]
+    assert await call(every.unload_model.remote("m")) is freed
     assert await call(every.set_limits.remote("limits")) is None
     assert handle.calls[2:] == [("unload_model", "m"), ("set_limits", "limits")]
     assert every.load_model is handle.load_model
