@@ -44,7 +44,7 @@ _WAITING_POLL_S = 0.1
 # How often they are asked where only keep-alives run.
 _SHORTEST_POLL_S = 0.5
 _LONGEST_POLL_S = 15.0
-# How often under critical strain, so that a model goes soon after its last request.
+# How often under critical strain, so that a model goes soon after its last request, and in a load.
 _STRAIN_POLL_S = 1.0
 
 Opener = Callable[[str, Offer], Awaitable[Residency]]
@@ -60,17 +60,10 @@ class Ledger:
     """
 
     def __init__(
-        self,
-        state: HostState,
-        open_: Opener,
-        close: Closer,
-        report: Reporter,
-        log: DecisionLog,
+        self, state: HostState, open_: Opener, close: Closer, report: Reporter, log: DecisionLog
     ) -> None:
         self._state = state
-        self._open = open_
-        self._close = close
-        self._report = report
+        self._open, self._close, self._report = open_, close, report
         self._residencies: dict[str, Residency] = {}
         self._waiting: dict[int, asyncio.Future[Residency]] = {}
         self._failures: dict[str, BaseException] = {}
@@ -207,7 +200,9 @@ class Ledger:
 
     def _poll_s(self) -> float | None:
         if self._state.waiting:
-            return _WAITING_POLL_S
+            # A load makes room for nobody else, so its own waiters need no news of the others.
+            is_short = any(not self._state.is_loading(one.model_id) for one in self._state.waiting)
+            return _WAITING_POLL_S if is_short else _STRAIN_POLL_S
         ends = [item.keep_alive_s for item in self._state.residents if not item.is_closing]
         alive = [end for end in ends if end is not None]
         if self._state.is_critical and ends:
