@@ -60,6 +60,9 @@ class Server:
             **settings,
         }
         environment = {**os.environ, **{f"IMPETUS_{key}": value for key, value in values.items()}}
+        if self.process is not None and self.process.stdout is not None:
+            # The server is started anew.
+            self.process.stdout.close()
         self.process = subprocess.Popen(
             command or (sys.executable, "-m", "deployments.launch"),
             cwd=ROOT,
