@@ -21,9 +21,10 @@ from deployments.codec import LENGTH_BYTES, decode_body
 from deployments.course import Course
 from deployments.decisions import DecisionLog
 from deployments.errors import ReplicaDied, unwrap
-from deployments.frames import EventTaker, FrameReceiver
+from deployments.frames import FrameReceiver
 from deployments.orders import Need, Residency
 from deployments.replicas import Targets
+from router.services import EventTaker
 
 logger = logging.getLogger(__name__)
 

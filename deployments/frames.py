@@ -7,22 +7,19 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
 
 from core.errors import ImpetusError
-from core.types import GenerationEvent
 from deployments.codec import LENGTH_BYTES, StepEvents, decode_body, decode_length, encode_frame
+from router.services import EventTaker
 
 logger = logging.getLogger(__name__)
 
 # macOS allows 104 bytes for a socket's path, its closing zero included.
 _MOST_PATH_BYTES = 100
 _MOST_UNSENT_BYTES = 16 * 1024 * 1024
-
-EventTaker: TypeAlias = Callable[[Sequence[GenerationEvent]], None]
 
 
 class FrameSender:
