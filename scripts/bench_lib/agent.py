@@ -106,7 +106,8 @@ def _starter(load: Load, home: Path) -> Callable[[], Any]:
 
 def _unload(server: Server) -> None:
     url = f"http://127.0.0.1:{server.port}/api/models/{server.model}/unload"
-    request = urllib.request.Request(url, method="POST")
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, data=b"{}", headers=headers, method="POST")
     try:
         with urllib.request.urlopen(request, timeout=_UNLOAD_S):
             return

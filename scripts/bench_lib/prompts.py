@@ -31,7 +31,13 @@ def stream_bodies(run: str, count: int, max_tokens: int) -> list[dict[str, Any]]
 
 
 def constrained(body: dict[str, Any]) -> dict[str, Any]:
-    """Return `body` with its answer bound to a JSON schema that no short answer satisfies."""
+    """Return `body` with its answer bound to a JSON schema that no short answer satisfies.
+
+    Its first word is another, so that the free answer's prompt does not help.
+    """
+    first, *others = body["messages"]
+    word, colon, rest = first["content"].partition(":")
+    messages = [{**first, "content": word[::-1] + colon + rest}, *others]
     chapter = {
         "type": "object",
         "properties": {
@@ -45,7 +51,7 @@ def constrained(body: dict[str, Any]) -> dict[str, Any]:
     }
     schema = {"type": "array", "items": chapter, "minItems": 40}
     chosen = {"type": "json_schema", "json_schema": {"name": "story", "schema": schema}}
-    return {**body, "response_format": chosen}
+    return {**body, "messages": messages, "response_format": chosen}
 
 
 def short_body(run: str) -> dict[str, Any]:
