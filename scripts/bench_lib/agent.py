@@ -21,6 +21,8 @@ from scripts.bench_lib.servers import OURS, BenchError, Load, Server, running_ou
 TURNS = 10
 ANSWER_TOKENS = 16
 MAX_RETURN_SHARE = 0.05
+# Of the context, left for what the longest conversation's two further turns add.
+LONGEST_MARGIN = 4 * (ANSWER_TOKENS + 32)
 _UNLOAD_S = 60
 
 
@@ -35,9 +37,10 @@ class Turn:
 
 @dataclass(slots=True)
 class Conversation:
-    """What one server did, turn by turn; the last two are ours alone."""
+    """What one server did, turn by turn; the longest prompt and its returns are ours alone."""
 
     turns: list[Turn] = field(default_factory=list)
+    longest: Turn | None = None
     after_unload: Turn | None = None
     after_restart: Turn | None = None
 
@@ -85,12 +88,16 @@ def measure_agent(
                     found[server.name].turns.append(turn)
                     say(f"turn {number + 1}, {server.name}: {turn}")
             if with_ours:
+                tokens = load.context - LONGEST_MARGIN
+                longest = Talk(_text(servers[0], f"{run_id} longest", tokens))
+                found[OURS].longest = longest.ask(servers[0])
+                say(f"the longest prompt: {found[OURS].longest}")
                 _unload(servers[0])
-                found[OURS].after_unload = talks[OURS].ask(servers[0])
+                found[OURS].after_unload = longest.ask(servers[0])
                 say(f"after an unload: {found[OURS].after_unload}")
         if with_ours:
             with start() as server:
-                found[OURS].after_restart = talks[OURS].ask(server)
+                found[OURS].after_restart = longest.ask(server)
                 say(f"after a restart: {found[OURS].after_restart}")
     return found
 
@@ -141,7 +148,8 @@ def agent_verdicts(found: dict[str, Conversation]) -> list[Verdict]:
     ]
     returns = {"an unload": ours.after_unload, "a restart": ours.after_restart}
     for what, turn in returns.items():
-        share = turn.first_token_s / ours.turns[0].first_token_s if turn else None
+        cold = ours.longest
+        share = turn.first_token_s / cold.first_token_s if turn and cold else None
         verdicts.append(
             Verdict(
                 f"Agent: first token after {what}, the model's load included / cold prefill",
@@ -162,9 +170,14 @@ def agent_parts(found: dict[str, Conversation]) -> list[str]:
         rows.append(cells)
     ours = found.get(OURS)
     if ours is not None:
-        for what, turn in (("an unload", ours.after_unload), ("a restart", ours.after_restart)):
+        alone = {
+            "longest prompt": ours.longest,
+            "its next turn after an unload": ours.after_unload,
+            "its next turn after a restart": ours.after_restart,
+        }
+        for what, turn in alone.items():
             cell = {OURS: _cell(turn) if turn else "–"}
-            rows.append([f"after {what}", *(cell.get(name, "–") for name in found)])
+            rows.append([what, *(cell.get(name, "–") for name in found)])
     return [
         "Time to the first token in ms, and cached of all prompt tokens.\n",
         table(["turn", *found], rows),

@@ -38,8 +38,9 @@ HOW = """\
 - Agent conversation: the second turn repeats the first turn's messages, adds the answer and asks
   again. Computed = prompt tokens less `cached_tokens`, as the servers report them.
 - The long conversation has ten turns with both servers, one turn of each after the other. Then
-  the model is unloaded and asked again, and the server is stopped and started on the same data
-  folder and asked again; both times hold the model's load. Cold prefill = the first turn.
+  ours computes a prompt that nearly fills the context; the model is unloaded and asked for the
+  next turn, and the server is stopped and started on the same data folder and asked for one more.
+  Both times hold the model's load. Cold prefill = that prompt's first turn.
 - Gateway CPU = CPU time of the router's process and of the process that holds the model, both with
   their children, less what the runtime burnt in it: its own worker threads, and the engine thread's
   time inside native calls, which the server counts (`impetus_engine_native_cpu_seconds_total`).
