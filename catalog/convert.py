@@ -21,6 +21,7 @@ from catalog.convert_graph import Conversion as Conversion
 from catalog.convert_graph import conversions_from as conversions_from
 from catalog.convert_graph import plan as plan
 from catalog.convert_job import Job
+from catalog.convert_memory import OnMemory, weigh
 from catalog.convert_place import Partial, fingerprint, require_space, write_provenance
 from catalog.convert_place import sweep as sweep
 from catalog.pausing import PauseSwitch
@@ -70,13 +71,14 @@ async def convert(
     request: ConversionRequest,
     on_progress: OnProgress | None = None,
     pause: PauseSwitch | None = None,
+    on_memory: OnMemory | None = None,
 ) -> Path:
     """Run a conversion and return the folder it made, `request.target`.
 
-    While `pause` is on, no step begins and the one that runs is stopped.  Cancelling the task ends
-    all processes and removes what they wrote.  Raises RequestError (an
-    existing target, unknown options), UnsupportedCapability, ModelFileMissing, BrokenModel,
-    Unavailable (no space, or the source changed), ImpetusError with the reason otherwise.
+    While `pause` is on, no step begins and the one that runs is stopped.  `on_memory` is told what
+    the processes hold.  Cancelling the task ends them and removes what they wrote.  Raises
+    RequestError (an existing target, unknown options), UnsupportedCapability, ModelFileMissing,
+    BrokenModel, Unavailable (no space, a changed source), ImpetusError with the reason otherwise.
     """
     quantization = _checked(request)
     way = plan(request.source.format, request.target_format, quantization)
@@ -87,7 +89,7 @@ async def convert(
     partial = await asyncio.to_thread(Partial.create, request.target)
     try:
         result = await _run_steps(
-            request, quantization, way, partial, on_progress, pause or PauseSwitch()
+            request, quantization, way, partial, on_progress, pause or PauseSwitch(), on_memory
         )
         await asyncio.to_thread(
             write_provenance,
@@ -151,6 +153,7 @@ async def _run_steps(
     partial: Partial,
     on_progress: OnProgress | None,
     pause: PauseSwitch,
+    on_memory: OnMemory | None,
 ) -> Path:
     """Run all steps, each on the one before; return the last one's folder."""
     files, output = request.source.files, partial.folder
@@ -181,14 +184,19 @@ async def _run_steps(
                 on_progress(ConversionProgress(done, step + 1, steps, doing))
 
         await pause.passed()
-        await _run_step(job, report, pause)
+        await _run_step(job, report, pause, on_memory)
         # What only this step needed must not take room while the next one runs.
         await asyncio.to_thread(partial.discard, work, *files if step else ())
         files = tuple(sorted(path for path in output.rglob("*") if path.is_file()))
     return output
 
 
-async def _run_step(job: Job, report: Callable[[float, str], None], pause: PauseSwitch) -> None:
+async def _run_step(
+    job: Job,
+    report: Callable[[float, str], None],
+    pause: PauseSwitch,
+    on_memory: OnMemory | None,
+) -> None:
     """Do one step in a process of its own and wait for it.  Raises what it reports."""
     if missing := [file.name for file in job.files if not file.is_file()]:
         raise ModelFileMissing(f"{job.name}: the file {missing[0]} is gone.", param="model")
@@ -202,10 +210,13 @@ async def _run_step(job: Job, report: Callable[[float, str], None], pause: Pause
         start_new_session=True,
     )  # fmt: skip
     tail: deque[bytes] = deque(maxlen=_STDERR_BYTES // 1024)
+    weighing = asyncio.create_task(weigh(process.pid, on_memory)) if on_memory else None
     try:
         with pause.covering(process.pid):
             error = await _follow(process, job, report, tail)
     finally:
+        if weighing is not None:
+            weighing.cancel()
         await asyncio.shield(_end(process))
     if error is not None:
         raise error

@@ -4,11 +4,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from backends.base import Backend, EngineOptions, ModelInfo
-from catalog.convert import ConversionProgress, ConversionRequest, convert, sweep
+from catalog.convert import ConversionProgress, ConversionRequest, convert, plan, sweep
 from catalog.convert_choice import faithful, smaller
+from catalog.convert_memory import OnMemory, needed_bytes
 from catalog.models import Converted, ModelRecord
 from catalog.pausing import PauseSwitch
 from core.errors import BackendUnavailable, ImpetusError, InsufficientMemory, Unavailable
@@ -20,6 +23,10 @@ logger = logging.getLogger(__name__)
 _FAILURE_KEPT_S = 600.0
 _FIRST_GUESS_S = 30
 _LONGEST_RETRY_S = 120
+_MEMORY_WAIT_S = 600.0
+
+# Waits so many seconds for memory and holds it under a name; see `deployments.jobs`.
+Hold: TypeAlias = Callable[[str, int, float], AbstractAsyncContextManager[OnMemory]]
 
 
 @dataclass(slots=True)
@@ -42,6 +49,7 @@ class Conversions:
         backends: Mapping[str, Backend],
         options: EngineOptions,
         rescan: Callable[[], Awaitable[None]],
+        hold: Hold,
     ) -> None:
         self._folder = settings.home / "models"
         self._is_on = settings.auto_convert
@@ -49,6 +57,7 @@ class Conversions:
         self._backends = backends
         self._options = options
         self._rescan = rescan
+        self._hold = hold
         self._running: dict[str, _Conversion] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures: dict[str, tuple[float, str]] = {}
@@ -72,13 +81,18 @@ class Conversions:
                 sweep(folder)
 
     def answer(
-        self, record: ModelRecord, problem: ImpetusError, results: Sequence[str]
+        self, record: ModelRecord, problem: ImpetusError, others: Sequence[ModelRecord]
     ) -> ImpetusError:
         """Return what a request for a model that cannot run here is told.
 
         Starts the conversion that helps, if there is one; `problem` is why it is needed.
-        `results` are the ids of what it was converted to before, which then cannot run either.
+        `others` is the catalog: what it was converted to before cannot run either.
         """
+        results = [
+            other.id
+            for other in others
+            if isinstance(other.source, Converted) and other.source.model_id == record.id
+        ]
         if results:
             return _with_note(problem, f"Nor can what it was converted to: {', '.join(results)}.")
         running = self._running.get(record.id)
@@ -143,9 +157,13 @@ class Conversions:
         try:
             async with self._turn:
                 await self._pause.passed()
-                conversion.started_at = time.monotonic()
-                await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
-                await convert(request, note, self._pause)
+                conversion.doing = "waiting for memory"
+                async with self._hold(
+                    f"conversion of {record.id}", _needed_bytes(request), _MEMORY_WAIT_S
+                ) as measured:
+                    conversion.started_at = time.monotonic()
+                    await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
+                    await convert(request, note, self._pause, measured)
             logger.info("converted %s to %s", record.id, kind)
             await self._rescan()
         except ImpetusError as problem:
@@ -161,6 +179,11 @@ class Conversions:
         """End what runs; a step's process ends with this one in any case."""
         for task in self._tasks:
             task.cancel()
+
+
+def _needed_bytes(request: ConversionRequest) -> int:
+    way = plan(request.source.format, request.target_format, request.quantization)
+    return needed_bytes(request.source, way, request.quantization)
 
 
 def _seconds_left(conversion: _Conversion) -> int:

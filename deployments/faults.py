@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from core.errors import ImpetusError, ModelFailed, ModelQuarantined
+from deployments.fault_file import FaultFile
 from scheduler.faults import (
     DEATH_WINDOW_S,
     DEATHS_TO_QUARANTINE,
@@ -39,11 +40,14 @@ class Standing:
 
 
 class Faults:
-    """What is wrong with models, by id.  Belongs to one event loop; forgotten with the process."""
+    """What is wrong with models, by id.  Belongs to one event loop; `file` outlives the process."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, file: FaultFile | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._file = file
         self._clock = clock
-        self._records: dict[str, Record] = {}
+        self._records: dict[str, Record] = {} if file is None else file.read()
 
     def check(self, model_id: str, files: str) -> None:
         """Raise ModelQuarantined or ModelFailed where the model is not to be loaded now."""
@@ -51,7 +55,7 @@ class Faults:
         if record is None:
             return
         if record.files != files:
-            del self._records[model_id]
+            self.forgive(model_id)
             return
         retry = f"POST /api/models/{model_id}/load tries again at once."
         if record.is_quarantined:
@@ -70,7 +74,7 @@ class Faults:
         """Remember a load that failed."""
         reason = problem.message if isinstance(problem, ImpetusError) else repr(problem)
         record = self._of(model_id, files)
-        self._records[model_id] = load_failed(record, reason[:_LONGEST_REASON], self._clock())
+        self._keep(model_id, load_failed(record, reason[:_LONGEST_REASON], self._clock()))
 
     def note_death(self, model_id: str, files: str, process: str, last_words: str) -> bool:
         """Remember that a process died that the model used; True when that is the last straw."""
@@ -85,18 +89,19 @@ class Faults:
             f"{DEATH_WINDOW_S / 60:.0f} minutes.{said}"
         )
         record = process_died(old, process, reason[:_LONGEST_REASON], self._clock())
-        self._records[model_id] = record
+        self._keep(model_id, record)
         return record.is_quarantined and not old.is_quarantined
 
     def note_load(self, model_id: str) -> None:
         """Remember a load that worked."""
         record = self._records.get(model_id)
-        if record is not None:
-            self._records[model_id] = loaded(record)
+        if record is not None and record.failures:
+            self._keep(model_id, loaded(record))
 
     def forgive(self, model_id: str) -> None:
         """Forget all of a model: somebody wants it tried again."""
-        self._records.pop(model_id, None)
+        if self._records.pop(model_id, None) is not None:
+            self._write()
 
     def standing(self) -> dict[str, Fault]:
         """Return what is wrong with models now, by id."""
@@ -106,6 +111,14 @@ class Faults:
             for model_id, record in self._records.items()
             if record.is_quarantined or wait_s(record, now) > 0
         }
+
+    def _keep(self, model_id: str, record: Record) -> None:
+        self._records[model_id] = record
+        self._write()
+
+    def _write(self) -> None:
+        if self._file is not None:
+            self._file.write(self._records)
 
     def _of(self, model_id: str, files: str) -> Record:
         record = self._records.get(model_id)

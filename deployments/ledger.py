@@ -79,7 +79,7 @@ class Ledger:
     @property
     def residencies(self) -> list[Residency]:
         """The models that take requests."""
-        return list(self._residencies.values())
+        return [one for one in self._residencies.values() if not one.is_job]
 
     @property
     def loading(self) -> list[str]:
@@ -159,6 +159,10 @@ class Ledger:
     def configure(self, model_id: str, rules: KeepRules) -> None:
         """Keep a model by these rules, now and whenever it is loaded."""
         self._send(Configured(model_id, rules))
+
+    def used(self, use: Use) -> None:
+        """Take in the use of what no replica reports."""
+        self._send(Used((use,)))
 
     async def refresh(self) -> None:
         """Ask the replicas how their models are used; one that is not there is forgotten."""
@@ -263,12 +267,13 @@ class Ledger:
             self.tally.load_failures += 1
             self._evicted.pop(model_id, None)
             return
-        self.tally.loads += 1
+        self.tally.loads += not residency.is_job
         # Only those who waited for this load are told whom it cost.
         evicted = tuple(self._evicted.pop(model_id, ()))
         self._residencies[model_id] = replace(residency, evicted=evicted)
         process = residency.replica_id
-        self._send(Loaded(model_id, offer.needed_bytes, residency.load_s, process))
+        size_bytes, load_s = offer.needed_bytes, residency.load_s
+        self._send(Loaded(model_id, size_bytes, load_s, process, residency.is_job))
         if model_id in self._residencies:
             self._residencies[model_id] = residency
 

@@ -31,7 +31,8 @@ class LoadOrder:
 class Residency:
     """A model in memory: where, with which context in tokens, and what the load took.
 
-    To those who waited for the load, `evicted` names the models that made room for it.
+    To those who waited for the load, `evicted` names the models that made room for it.  A job
+    (`deployments.jobs`) has no format.
     """
 
     model_id: str
@@ -41,6 +42,11 @@ class Residency:
     context_tokens: int
     load_s: float
     evicted: tuple[str, ...] = ()
+
+    @property
+    def is_job(self) -> bool:
+        """Whether this is memory of a job, which takes no requests."""
+        return not self.format
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
 from backends.registry import backends_for
-from catalog.models import Converted, ModelRecord, ModelSettings
+from catalog.models import ModelRecord, ModelSettings
 from catalog.store import CatalogStore
 from core.errors import (
     BackendUnavailable,
@@ -20,8 +20,10 @@ from deployments.calls import Handle
 from deployments.conversions import Conversions
 from deployments.decisions import DecisionLog
 from deployments.errors import ReplicaDied, returning_errors
+from deployments.fault_file import FaultFile
 from deployments.faults import Faults, Standing
 from deployments.holders import Holders
+from deployments.jobs import Jobs
 from deployments.ledger import Ledger
 from deployments.liveness import own_node_id, running_deployments
 from deployments.logs import attach_logs
@@ -63,11 +65,14 @@ class SchedulerReplica:
         self._offers = Offers(settings, self._backends, self._options)
         self._store = CatalogStore(settings.catalog_file)
         self._holders = Holders(formats, self._backends, running)
+        self._jobs, self._is_ready = Jobs(), asyncio.Event()
         self._ledger = self._make_ledger(self._budget_bytes)
         self._nodes = NodeLedgers(self._ledger, own_node_id(), self._make_ledger)
         self._scanner = Scanner(settings, self._store, self._backends)
-        self._conversions = Conversions(settings, self._backends, self._options, self._scanner.scan)
-        self._faults, self._is_ready = Faults(), asyncio.Event()
+        hold = partial(self._jobs.holding, self._ledger)
+        rescan = self._scanner.scan
+        self._conversions = Conversions(settings, self._backends, self._options, rescan, hold)
+        self._faults = Faults(FaultFile(settings.home / "faults.json", own_node_id()))
         self._thermal = ThermalWatch(
             settings, formats, running=running, obey=self._obey, log=self._log
         )
@@ -82,8 +87,8 @@ class SchedulerReplica:
         limits = Limits(waiting_per_model=self._settings.max_waiting)
         return Ledger(
             HostState(budget_bytes, defaults=defaults, limits=limits),
-            partial(self._open, budget_bytes),
-            self._holders.close,
+            self._jobs.opening(partial(self._open, budget_bytes)),
+            self._jobs.closing(self._holders.close),
             self._holders.report,
             self._log,
         )
@@ -146,12 +151,7 @@ class SchedulerReplica:
                 told = self._offers.with_smaller(record, problem, others)
             if record.info.format not in self._backends:
                 raise
-            results = [
-                other.id
-                for other in others
-                if isinstance(other.source, Converted) and other.source.model_id == model_id
-            ]
-            raise self._conversions.answer(record, told, results) from problem
+            raise self._conversions.answer(record, told, others) from problem
 
     @returning_errors
     async def ensure_loaded(self, model_id: str, need: Need = ANY_NEED) -> Residency:

@@ -30,12 +30,16 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model is open in a process, or was found open; the load took `load_s` seconds."""
+    """A model is open in a process, or was found open; the load took `load_s` seconds.
+
+    `is_job`: it is a job that has begun, see `Resident`.
+    """
 
     model_id: str
     size_bytes: int
     load_s: float
     process: str = ""
+    is_job: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,7 @@ def expired(residents: Iterable[Resident], now: float, limits: Limits) -> list[R
         resident
         for resident in residents
         if resident.keep_alive_s is not None
-        and not (resident.is_pinned or resident.is_closing or is_busy(resident, now, limits))
+        and resident.may_close
+        and not is_busy(resident, now, limits)
         and now - resident.used_at >= resident.keep_alive_s
     ]

@@ -147,6 +147,7 @@ def _take_in(state: HostState, event: Loaded, now: float) -> Outcome:
         load_s=event.load_s,
         granted_at=now if granted else -math.inf,
         process=event.process,
+        is_job=event.is_job,
     )
     others = tuple(item for item in state.residents if item.model_id != event.model_id)
     state = replace(

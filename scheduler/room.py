@@ -22,7 +22,8 @@ def candidates(state: HostState, waiting_since: float, now: float) -> list[Resid
     return [
         item
         for item in state.residents
-        if not (item.is_pinned or item.is_closing or is_busy(item, now, limits))
+        if item.may_close
+        and not is_busy(item, now, limits)
         and not is_held(item, waiting_since, now, limits)
     ]
 
@@ -61,8 +62,7 @@ def admit(state: HostState, group: Group, reserved: int, now: float) -> tuple[Ou
     ripe = [
         item
         for item in state.residents
-        if not (item.is_pinned or item.is_closing)
-        and not is_held(item, group.since, now, state.limits)
+        if item.may_close and not is_held(item, group.since, now, state.limits)
     ]
     for offer in offers:  # (3)
         found = _make_room(state, group.model_id, offer, reserved, ripe, now)

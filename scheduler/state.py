@@ -33,7 +33,7 @@ class Resident:
 
     `used_at` is its last request's end, `granted_at` when a request was last sent to it.
     `is_closing`: it takes no more requests and will be freed after its last one.  `process` is
-    where it is.
+    where it is.  `is_job`: no model, but work that frees its memory at its own end only.
     """
 
     model_id: str
@@ -46,6 +46,12 @@ class Resident:
     granted_at: float = -math.inf
     is_closing: bool = False
     process: str = ""
+    is_job: bool = False
+
+    @property
+    def may_close(self) -> bool:
+        """Whether its memory can be asked back, now or after its last request."""
+        return not (self.is_pinned or self.is_closing or self.is_job)
 
 
 @dataclass(frozen=True, slots=True)

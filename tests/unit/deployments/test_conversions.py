@@ -1,7 +1,8 @@
 """A model that cannot run here is converted once, and whoever asks is told so."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tests.unit.catalog.builders import make_info
 
 MISSING = BackendUnavailable("The format x cannot run here.")
 TOO_LARGE = InsufficientMemory("It needs 9 GiB.")
+HELD_BYTES = 123
 
 
 class Converter:
@@ -42,9 +44,11 @@ class Converter:
         request: ConversionRequest,
         note: Callable[[ConversionProgress], None],
         pause: PauseSwitch,
+        on_memory: Callable[[int], None],
     ) -> Path:
         self.requests.append(request)
         self.pause = pause
+        on_memory(HELD_BYTES)
         note(ConversionProgress(0.25, 1, 1, "reading"))
         await self.gate.wait()
         if self.outcome is not None:
@@ -97,14 +101,39 @@ class Runnable(Backend):
 Runnable.__abstractmethods__ = frozenset()
 
 
-def conversions(tmp_path: Path, rescan: Rescan, *, is_on: bool = True) -> Conversions:
+class Held:
+    """Grants memory, or refuses it; notes what was asked for and what was measured."""
+
+    def __init__(self, refusal: Exception | None = None) -> None:
+        self.refusal = refusal
+        self.asked: list[tuple[str, int]] = []
+        self.measured: list[int] = []
+        self.ended = 0
+
+    @asynccontextmanager
+    async def __call__(
+        self, name: str, needed_bytes: int, timeout_s: float
+    ) -> AsyncIterator[Callable[[int], None]]:
+        assert timeout_s > 0
+        self.asked.append((name, needed_bytes))
+        if self.refusal is not None:
+            raise self.refusal
+        try:
+            yield self.measured.append
+        finally:
+            self.ended += 1
+
+
+def conversions(
+    tmp_path: Path, rescan: Rescan, *, is_on: bool = True, held: Held | None = None
+) -> Conversions:
     settings = Settings(home=tmp_path, auto_convert=is_on, threads=1)
     backends: dict[str, Backend] = {
         **backends_for(["gguf"]),
         "mlx": Runnable(True),
         "safetensors": Runnable(False),
     }
-    return Conversions(settings, backends, EngineOptions(), rescan)
+    return Conversions(settings, backends, EngineOptions(), rescan, held or Held())
 
 
 def record(**changes: Any) -> ModelRecord:
@@ -221,10 +250,38 @@ async def test_what_was_converted_and_cannot_run_either_is_not_converted_again(
     tmp_path: Path, converter: Converter
 ) -> None:
     chosen = conversions(tmp_path, Rescan())
-    answer = chosen.answer(record(), TOO_LARGE, ["m@mlx-4bit"])
+    former = replace(record(source=Converted("/m", "m@safetensors-bf16")), id="m@mlx-4bit")
+    answer = chosen.answer(record(), TOO_LARGE, [record(), former])
     assert isinstance(answer, InsufficientMemory)
     assert "m@mlx-4bit" in answer.message
     await settle()
+    assert converter.requests == []
+
+
+async def test_memory_is_held_while_it_runs(tmp_path: Path, converter: Converter) -> None:
+    held = Held()
+    chosen = conversions(tmp_path, Rescan(), held=held)
+    chosen.answer(record(), MISSING, [])
+    await settle()
+    ((name, needed_bytes),) = held.asked
+    assert name == "conversion of m@safetensors-bf16"
+    # Eight billion parameters are in memory at once on the way.
+    assert needed_bytes > 4 * 10**9
+    assert held.measured == [HELD_BYTES]
+    assert held.ended == 0
+    converter.gate.set()
+    await settle()
+    assert held.ended == 1
+
+
+async def test_without_memory_it_is_refused_with_the_reason(
+    tmp_path: Path, converter: Converter
+) -> None:
+    chosen = conversions(tmp_path, Rescan(), held=Held(InsufficientMemory("It needs 9 GiB.")))
+    chosen.answer(record(), MISSING, [])
+    await settle()
+    told = chosen.answer(record(), MISSING, [])
+    assert "conversion failed: It needs 9 GiB." in told.message
     assert converter.requests == []
 
 

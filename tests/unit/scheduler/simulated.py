@@ -18,6 +18,7 @@ from scheduler.events import (
     Tick,
     Unload,
     Unloaded,
+    UnloadWanted,
     Use,
     Used,
     Wanted,
@@ -30,13 +31,14 @@ POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a model takes: bytes, seconds to open and to close."""
+    """What a model takes: bytes, seconds to open and to close.  A job ends with its request."""
 
     size: int
     load_s: float = 1.0
     unload_s: float = 0.05
     smaller: int | None = None
     fails: int = 0
+    is_job: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,8 @@ class Machine:
                 held = self.held[model_id]
                 rules = self.rules.get(model_id, KeepRules())
                 assert not rules.is_pinned, "a pinned model is never evicted"
+                if self.models[model_id].is_job:
+                    assert not held.in_flight, "a job's memory is never asked back"
                 if isinstance(action, Unload):
                     assert not held.in_flight, "a busy model is never evicted"
                 held.is_closing = True
@@ -184,7 +188,8 @@ class Machine:
     def _opened(self, model_id: str) -> None:
         size = self.opening.pop(model_id)
         self.held[model_id] = Held(size, 0, self.now)
-        self._send(Loaded(model_id, size, self.models[model_id].load_s))
+        model = self.models[model_id]
+        self._send(Loaded(model_id, size, model.load_s, is_job=model.is_job))
 
     def _finish(self, number: int, model_id: str) -> None:
         self.latencies[number] = self.now - self.jobs[number].at
@@ -193,6 +198,8 @@ class Machine:
         held.used_at = self.now
         if held.is_closing:
             self._free_if_idle(model_id)
+        elif self.models[model_id].is_job and not held.in_flight:
+            self._send(UnloadWanted(model_id, "it has ended"))
 
     def _free_if_idle(self, model_id: str) -> None:
         if not self.held[model_id].in_flight:

@@ -7,6 +7,7 @@ from scheduler.state import KeepRules, Limits
 from tests.unit.scheduler.simulated import Job, Machine, Model
 
 NAMES = ("a", "b", "c", "d")
+JOB = "job"
 
 models = st.fixed_dictionaries(
     {
@@ -20,12 +21,13 @@ models = st.fixed_dictionaries(
         )
         for name in NAMES
     }
+    | {JOB: st.builds(Model, size=st.integers(20, 100), load_s=st.just(0.0), is_job=st.just(True))}
 )
 jobs = st.lists(
     st.builds(
         Job,
         at=st.floats(0, 30),
-        model_id=st.sampled_from(NAMES),
+        model_id=st.sampled_from((*NAMES, JOB)),
         run_s=st.floats(0.01, 8),
         priority=st.sampled_from(["interactive", "batch"]),
         patience_s=st.none() | st.floats(0.01, 10),
@@ -43,7 +45,7 @@ rules = st.dictionaries(
 def test_f7_every_request_ends_once_within_the_budget(
     models: dict[str, Model], jobs: list[Job], rules: dict[str, KeepRules]
 ) -> None:
-    """The machine itself asserts budget, single loads, and that busy and pinned models stay."""
+    """The machine itself asserts budget, single loads, and that what is busy or pinned stays."""
     machine = Machine(models, 100, rules=rules)
     machine.run(jobs)
     assert all(len(ends) == 1 for ends in machine.ends.values())

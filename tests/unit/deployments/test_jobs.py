@@ -1,0 +1,122 @@
+"""Work that is no model waits for memory and holds it as a model does."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from core.errors import InsufficientMemory, Unavailable
+from core.units import GIB, MIB
+from deployments.decisions import DecisionLog
+from deployments.holders import Reported
+from deployments.jobs import Jobs
+from deployments.ledger import Ledger
+from deployments.orders import Freed, Residency
+from scheduler.state import HostState, Offer
+
+SMALL, HALF, LARGE = 300 * MIB, 600 * MIB, 900 * MIB
+
+
+class Host:
+    """A machine of 1 GiB whose models open and close at once."""
+
+    def __init__(self) -> None:
+        self.jobs = Jobs()
+        self.closed: list[str] = []
+        self.asked: list[str] = []
+        self.ledger = Ledger(
+            HostState(GIB),
+            self.jobs.opening(self.open),
+            self.jobs.closing(self.close),
+            self.report,
+            DecisionLog(),
+        )
+
+    async def open(self, model_id: str, offer: Offer) -> Residency:
+        del offer
+        return Residency(model_id, "gguf", "replica", "node", 2048, 0.0)
+
+    async def close(self, residency: Residency) -> Freed:
+        self.closed.append(residency.model_id)
+        return Freed()
+
+    async def report(self, known: object) -> Reported:
+        assert isinstance(known, list)
+        self.asked += [one.model_id for one in known]
+        return [], []
+
+    async def want(self, model_id: str, needed_bytes: int) -> Residency:
+        return await self.ledger.acquire(model_id, (Offer(needed_bytes),), 20.0, "interactive")
+
+
+@pytest.fixture
+async def host() -> AsyncIterator[Host]:
+    host = Host()
+    yield host
+    host.ledger.cancel()
+
+
+async def test_it_holds_memory_until_it_ends(host: Host) -> None:
+    async with host.jobs.holding(host.ledger, "x", HALF, 5.0):
+        assert host.ledger.state.used_bytes == HALF
+        # It takes no requests, and no replica is asked about it.
+        assert host.ledger.residencies == []
+        await host.ledger.refresh()
+        assert host.asked == []
+    assert host.ledger.state.used_bytes == 0
+    assert host.ledger.tally.loads == 0
+
+
+async def test_only_the_highest_measurement_counts(host: Host) -> None:
+    async with host.jobs.holding(host.ledger, "x", HALF, 5.0) as measured:
+        measured(SMALL)
+        measured(SMALL // 2)
+        assert host.ledger.state.used_bytes == SMALL
+        measured(LARGE)
+        assert host.ledger.state.used_bytes == LARGE
+
+
+async def test_an_idle_model_gives_way(host: Host) -> None:
+    await host.want("idle", HALF)
+    async with host.jobs.holding(host.ledger, "x", LARGE, 20.0):
+        assert host.closed == ["idle"]
+
+
+async def test_a_model_waits_for_its_end(host: Host) -> None:
+    async with host.jobs.holding(host.ledger, "x", HALF, 5.0):
+        wanted = asyncio.ensure_future(host.want("m", LARGE))
+        # Longer than the patience after which busy models are drained.
+        await asyncio.sleep(host.ledger.state.limits.patience_s + 0.5)
+        assert not wanted.done()
+        assert host.ledger.state.used_bytes == HALF
+    assert (await wanted).model_id == "m"
+    assert host.ledger.state.used_bytes == LARGE
+
+
+async def test_it_is_refused_where_it_can_never_fit(host: Host) -> None:
+    with pytest.raises(InsufficientMemory, match="job:x needs 2"):
+        async with host.jobs.holding(host.ledger, "x", 2 * GIB, 5.0):
+            pass
+    assert host.ledger.state.used_bytes == 0
+
+
+async def test_it_waits_no_longer_than_it_said(host: Host) -> None:
+    async with host.jobs.holding(host.ledger, "x", HALF, 5.0):
+        with pytest.raises(Unavailable):
+            async with host.jobs.holding(host.ledger, "y", HALF, 0.2):
+                pass
+    assert host.ledger.state.used_bytes == 0
+
+
+async def test_one_that_left_while_it_waited_holds_nothing(host: Host) -> None:
+    async def hold() -> None:
+        async with host.jobs.holding(host.ledger, "y", HALF, 60.0):
+            pass
+
+    async with host.jobs.holding(host.ledger, "x", HALF, 5.0):
+        waiting = asyncio.ensure_future(hold())
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    assert host.ledger.state.used_bytes == 0
+    assert host.ledger.state.waiting == ()
