@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Tokenizer
-from backends.masking import GrammarPlace
+from backends.masking import GrammarPlace, OpeningCall
 from backends.reasoning import ReasoningTags
 
 
@@ -76,7 +76,8 @@ class AnswerMask:
 
     Implements `backends.base.TokenMask`.  `triggered` are the grammars of what follows a text:
     nothing is masked before it is there, nor after the grammar is satisfied.  Text that a token
-    brings beside the trigger and that the grammar refuses leaves that call free.
+    brings beside the trigger and that the grammar refuses leaves that call free.  `opening` is the
+    grammar of an answer that begins as a call without such a text, and what tells that it does.
     """
 
     def __init__(
@@ -85,12 +86,15 @@ class AnswerMask:
         *,
         whole: GrammarPlace | None = None,
         triggered: Sequence[tuple[str, GrammarPlace]] = (),
+        opening: tuple[OpeningCall, GrammarPlace] | None = None,
         reasoning: ReasoningPlan | None = None,
     ) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._whole = whole
         self._triggered = [(text.encode(), place) for text, place in triggered]
         self._longest = max((len(text) for text, _ in self._triggered), default=0)
+        self._opening = opening
+        self._head = b""
         self._reasoning: _Reasoning | None = None
         if reasoning is not None:
             end = reasoning.tags.forced or reasoning.tags.close
@@ -132,20 +136,31 @@ class AnswerMask:
             data = self._reasoning.accept(data)
             if not self._reasoning.is_over:
                 return
-        if self._triggered:
-            self._watch(token_id, data)
-
-    def _watch(self, token_id: int, data: bytes) -> None:
         if self._current is not None:
             self._current.accept(token_id)
             if self._current.is_finished:
                 self._current, self._tail = None, b""
             return
+        if self._opening is not None:
+            self._watch_opening(*self._opening, data)
+        if self._triggered and self._current is None:
+            self._watch(data)
+
+    def _watch_opening(self, opening: OpeningCall, place: GrammarPlace, data: bytes) -> None:
+        self._head += data
+        found = opening.begin.match(self._head)
+        if found is not None and found.lastindex is not None:
+            begun = self._head[found.start(found.lastindex) :]
+            self._current = place if place.restart(begun) else None
+        if found is not None or len(self._head) > opening.longest:
+            self._opening = None
+
+    def _watch(self, data: bytes) -> None:
         self._tail += data
         for text, place in self._triggered:
             _, found, rest = self._tail.partition(text)
             if found:
                 self._current = place if place.restart(rest) else None
-                self._tail = b""
+                self._opening, self._tail = None, b""
                 return
         self._tail = self._tail[-self._longest :]

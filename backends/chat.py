@@ -7,8 +7,9 @@ from backends.answer_mask import ReasoningPlan
 from backends.calls.families import DEFAULT, FAMILIES, check_family, family_of
 from backends.calls.grammar import call_constraint, triggered_calls
 from backends.calls.harmony import FINAL
+from backends.calls.opening import opening_call
 from backends.constraint import output_constraint
-from backends.masking import Constraint
+from backends.masking import Constraint, OpeningCall
 from backends.messages import (
     folded,
     plain_text,
@@ -166,6 +167,12 @@ class ChatFormat:
         if prompt.tool_choice != "auto" or not prompt.tools:
             return {}
         return triggered_calls(self.family, prompt.tools)
+
+    def opening(self, prompt: ChatPrompt) -> OpeningCall | None:
+        """Return what must follow where the answer begins as a call, if calling is free."""
+        if prompt.tool_choice != "auto":
+            return None
+        return opening_call(self.family, prompt.tools)
 
     def reasoning(self, prompt: ChatPrompt, rendered: str) -> ReasoningPlan | None:
         """Return how the answer's reasoning is told apart, if the model reasons.

@@ -1,5 +1,6 @@
 """What bounds a sequence's next token: a grammar, and a sequence's place in it."""
 
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,19 @@ class Constraint:
     grammar: str
     param: str
     markers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OpeningCall:
+    """A call that an answer may begin with, unmarked.
+
+    `begin` matches the answer's first bytes as soon as it is one, at most `longest` of them; the
+    group that took part begins what `constraint` is of.
+    """
+
+    begin: "re.Pattern[bytes]"
+    constraint: Constraint
+    longest: int
 
 
 class TokenMask(Protocol):

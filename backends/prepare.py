@@ -8,7 +8,7 @@ from backends.base import ModelInfo, Tokenizer
 from backends.chat import ChatFormat, OutputParser
 from backends.constraint import output_constraint
 from backends.infill import InfillTokens
-from backends.masking import Constraint, TokenMask
+from backends.masking import Constraint, OpeningCall, TokenMask
 from backends.stable import stable
 from backends.text import TextAssembler
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
@@ -57,6 +57,7 @@ class _Text:
     stop: tuple[str, ...] = ()
     constraint: Constraint | None = None
     triggered: Mapping[str, Constraint] = field(default_factory=dict)
+    opening: OpeningCall | None = None
     reasoning: ReasoningPlan | None = None
 
 
@@ -116,13 +117,21 @@ class Preparer:
         """Compile what bounds the answer; the grammar of begun calls only where it can be."""
         tokenizer = self._tokenizer
         whole = tokenizer.mask(text.constraint) if text.constraint is not None else None
-        triggered = []
+        triggered, opening = [], None
         if whole is None and tokenizer.can_constrain:
             triggered = [(start, tokenizer.mask(one)) for start, one in text.triggered.items()]
+            if text.opening is not None:
+                opening = (text.opening, tokenizer.mask(text.opening.constraint))
         has_budget = text.reasoning is not None and text.reasoning.budget is not None
-        if not triggered and not has_budget:
+        if not triggered and opening is None and not has_budget:
             return whole
-        return AnswerMask(tokenizer, whole=whole, triggered=triggered, reasoning=text.reasoning)
+        return AnswerMask(
+            tokenizer,
+            whole=whole,
+            triggered=triggered,
+            opening=opening,
+            reasoning=text.reasoning,
+        )
 
     @staticmethod
     def _resume(prepared: Prepared, generated: Sequence[int]) -> None:
@@ -186,6 +195,7 @@ class Preparer:
             self._chat.stop,
             self._chat.constraint(prompt, output, rendered),
             self._chat.triggered(prompt),
+            self._chat.opening(prompt),
             self._chat.reasoning(prompt, rendered),
         )
 

@@ -40,7 +40,9 @@ def call_constraint(
         start = f"{text.marker(harmony.CHANNEL)} {text.quoted('commentary to=functions.')}"
         answer = f"{start} {_harmony(text, tools, False)}"
     elif is_bare:
-        answer = _bare(text, tools) if not family.is_pythonic else python_list(text, tools, False)
+        answer = (
+            json_call(text, tools) if not family.is_pythonic else python_list(text, tools, False)
+        )
     else:
         answer = f"{text.marker(family.tool_call_start)} {body(text, tools, False)}"
     return text.constraint(answer, "tools", reasoning=reasoning)
@@ -110,8 +112,14 @@ def _arguments(text: GrammarText, tool: Tool) -> str:
     return text.json(dict(tool.parameters) or {"type": "object"})
 
 
-def _bare(text: GrammarText, tools: Sequence[Tool]) -> str:
+def json_call(text: GrammarText, tools: Sequence[Tool]) -> str:
+    """Return the rule of one call as bare JSON."""
     return _object(text, tools, arguments_key="parameters")
+
+
+def phi_list(text: GrammarText, tools: Sequence[Tool]) -> str:
+    """Return the text of what follows Phi-4's word for calls."""
+    return _json_list("")(text, tools, True)
 
 
 def _json_call(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
@@ -143,7 +151,7 @@ def _action_list(closing: str, before: str, identity: str) -> Body:
 
 def _python_tag(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
     del is_many
-    return _bare(text, tools)
+    return json_call(text, tools)
 
 
 def _mistral(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:

@@ -11,6 +11,7 @@ import pytest
 from backends.answer_mask import AnswerMask, ReasoningPlan
 from backends.calls.families import FAMILIES
 from backends.calls.grammar import call_constraint, triggered_calls
+from backends.calls.opening import opening_call
 from backends.calls.schemas import fitting
 from backends.chat import ChatFormat
 from backends.hf_tokenizer import HfTokenizer
@@ -180,6 +181,85 @@ def test_a_begun_call_is_valid_and_the_rest_is_free(family: str, vocabulary: Any
 def test_a_word_begins_no_call() -> None:
     assert FAMILIES.keys() - set(MARKED) == {"phi4"}
     assert triggered_calls(FAMILIES["phi4"], TOOLS) == {}
+
+
+def opened(family: str, read: HfTokenizer, plan: ReasoningPlan | None = None) -> AnswerMask:
+    opening = opening_call(FAMILIES[family], (PICK, EMPTY))
+    assert opening is not None
+    return AnswerMask(read, opening=(opening, read.mask(opening.constraint)), reasoning=plan)
+
+
+def push(mask: AnswerMask, read: HfTokenizer, text: str) -> None:
+    for token_id in read.encode(text, add_bos=False, parse_special=False):
+        mask.accept(token_id)
+
+
+BARE = [name for name, family in FAMILIES.items() if family.main is None]
+BARE_STARTS = {
+    "json": '{"name": "pick"',
+    "fence": '```json\n{ "name":"pick"',
+    "tag": '<|python_tag|>{"name": "pick"',
+    "python": " [pick(",
+    "word": "functools[",
+}
+
+
+@pytest.mark.parametrize("start", BARE_STARTS)
+@pytest.mark.parametrize("family", BARE)
+def test_an_answer_that_begins_as_a_call_is_a_valid_one(
+    family: str, start: str, vocabulary: Any
+) -> None:
+    read = vocabulary(family)
+    is_meant = (start == "python") is FAMILIES[family].is_pythonic
+    is_meant = is_meant and (start != "word" or FAMILIES[family].is_word)
+    for seed in range(3):
+        mask = opened(family, read)
+        push(mask, read, BARE_STARTS[start])
+        assert mask.is_active is is_meant
+        if not is_meant:
+            return
+        chance, data = random.Random(seed), b""
+        while mask.is_active and len(data) < 3000:
+            token_id = chance.choice(allowed(mask, read))
+            data += read.token_bytes(token_id)
+            mask.accept(token_id)
+        assert not mask.is_active
+        text = BARE_STARTS[start] + data.decode()
+        calls = calls_in(family, text, (PICK, EMPTY))
+        assert calls, text
+        assert all(fitting((PICK, EMPTY))(*call) for call in calls), text
+
+
+FREE_STARTS = (
+    'See: {"name": "pick"',
+    '{"name": "Anna"',
+    '{"pick": ',
+    "[pick",
+    "x" * 400 + '{"name": "pick"',
+)
+
+
+@pytest.mark.parametrize("text", FREE_STARTS, ids=lambda text: text[:12])
+@pytest.mark.parametrize("family", ["hermes", "pythonic", "phi4"])
+def test_an_answer_that_begins_otherwise_is_free(family: str, text: str, vocabulary: Any) -> None:
+    read = vocabulary(family)
+    mask = opened(family, read)
+    push(mask, read, text)
+    assert not mask.is_active
+
+
+def test_a_call_after_the_reasoning_begins_the_answer(vocabulary: Any) -> None:
+    read = vocabulary("hermes")
+    mask = opened("hermes", read, ReasoningPlan(THINK, is_open=True))
+    push(mask, read, BARE_STARTS["json"])
+    assert not mask.is_active
+    push(mask, read, f"</think>\n\n{BARE_STARTS['json']}")
+    assert mask.is_active
+
+
+def test_harmony_has_no_bare_calls() -> None:
+    assert opening_call(FAMILIES["harmony"], TOOLS) is None
+    assert opening_call(FAMILIES["hermes"], ()) is None
 
 
 @pytest.mark.parametrize("style", [{"separators": (",", ":")}, {"indent": 2}, {}], ids=str)

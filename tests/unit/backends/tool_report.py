@@ -28,8 +28,8 @@ function's schema says so. Calls that do not fit the schema, break off or name a
 function are counted in `impetus_tool_call_mismatches_total`, by model and kind.
 
 With `tool_choice` `required` or a named function the answer is one call in the family's form.
-With `auto`, what follows the family's marker is held to the form and to the function's schema;
-bare calls, lists of `pythonic` calls without a marker, and `phi4`, whose marker is a word, are not.
+With `auto`, what follows the family's marker is held to the form and to the function's schema; so
+is an answer that begins as a bare call, as soon as it has named one of the functions.
 """
 _ABOUT = """
 ## Conformance

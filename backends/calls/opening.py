@@ -1,0 +1,38 @@
+"""Answers that begin as a bare call: how that is seen, and what must then follow."""
+
+import re
+from collections.abc import Sequence
+
+from backends.calls.families import ToolFamily
+from backends.calls.grammar import json_call, phi_list
+from backends.calls.grammar_forms import python_list
+from backends.constraint import GrammarText
+from backends.masking import OpeningCall
+from core.types import Tool
+
+# What may stand before it: see `backends.calls.bare`.
+_BEFORE_JSON = rb"\s*(?:<\|python_tag\|>\s*)?(?:```(?:json)?\s*)?"
+_FRAME_BYTES = 128
+
+
+def opening_call(family: ToolFamily, tools: Sequence[Tool]) -> OpeningCall | None:
+    """Return what tells that a whole answer is a call of one of `tools`, without markers.
+
+    It does so with the name of a tool, so that other JSON and lists stay free.  None for a family
+    that has no such calls.
+    """
+    if family.main is not None or not tools:
+        return None
+    names = b"|".join(re.escape(tool.name.encode()) for tool in tools)
+    text = GrammarText(is_lenient=True)
+    if family.is_pythonic:
+        begin = rb"\s*(\[\s*(?:%b)\()" % names
+        answer = python_list(text, tools, True)
+    else:
+        begin = rb'%b(\{\s*"name"\s*:\s*"(?:%b)")' % (_BEFORE_JSON, names)
+        answer = json_call(text, tools)
+    if family.is_word:
+        begin += rb"|\s*%b(\[)" % re.escape(family.tool_call_start.encode())
+        answer = f"({answer} | {phi_list(text, tools)})"
+    longest = max(len(tool.name.encode()) for tool in tools)
+    return OpeningCall(re.compile(begin), text.constraint(answer, "tools"), _FRAME_BYTES + longest)
