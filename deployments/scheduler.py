@@ -186,14 +186,13 @@ class SchedulerReplica:
 
     async def _look_after_lost(self, model_id: str, need: Need) -> None:
         """Find out why a caller did not find the model where it believed it to be."""
+        known = self._nodes.residency(model_id)
         if need.has_died:
             await self.process_died(model_id, need.lost_replica)
-        else:
-            known = self._nodes.residency(model_id)
-            if known is not None and known.replica_id == need.lost_replica:
-                await self._release_lost(known)
-        # Perhaps its file is gone or another one now.
-        if self._nodes.residency(model_id) is None:
+        elif known is not None and known.replica_id == need.lost_replica:
+            await self._release_lost(known)
+        # Perhaps its file is gone or another one now; what was unloaded here is not looked for.
+        if known is not None and self._nodes.residency(model_id) is None:
             await self._scanner.scan()
 
     async def _offers_of(self, record: ModelRecord, budget_bytes: int) -> tuple[Offer, ...]:
