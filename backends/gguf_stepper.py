@@ -10,6 +10,7 @@ from backends.gguf_placement import Placement
 from backends.gguf_rows import Counters, Queues, Row
 from backends.gguf_sampling import SequenceSampler
 from backends.gguf_slots import KvSlots, count_slots
+from backends.planned import PlannedStepper
 from backends.prefill import PrefillPlanner
 from backends.prefix_cache import Retained, token_array
 from backends.prefix_store import PrefixStore
@@ -19,7 +20,7 @@ from core.errors import EngineFailed
 _NO_SLOT = 1
 
 
-class GgufStepper:
+class GgufStepper(PlannedStepper):
     """Runs up to `max_sequences` rows in one unified KV cache, one llama.cpp sequence id each.
 
     Every step decodes one token of each running row and a bounded chunk of waiting prompts.
@@ -185,19 +186,6 @@ class GgufStepper:
                 )
             )
         return outputs
-
-    def limit_prefill(self, chunk_tokens: int | None) -> None:
-        """Bound the prompt tokens of a step; see `backends.limits.PrefillLimited`."""
-        self._planner.limit(chunk_tokens)
-
-    @property
-    def has_chores(self) -> bool:
-        """See `backends.chores.HasChores`."""
-        return self._flow.has_chores
-
-    def do_chore(self) -> None:
-        """Copy a block of a finished sequence out of its cells."""
-        self._flow.do_chore()
 
     def counters(self) -> EngineLoad:
         """Return the stepper's own counts."""

@@ -11,6 +11,7 @@ from backends.mlx_blocks import LayerBlocks
 from backends.mlx_model import MlxModel
 from backends.mlx_prefixes import KeptLayers, MlxPrefixes, cut
 from backends.mlx_queue import Row, Rows
+from backends.planned import PlannedStepper
 from backends.prefill import PrefillPlanner
 from backends.prefix_cache import common_prefix, token_array
 from backends.prefix_store import SMALLEST_PREFIX
@@ -21,7 +22,7 @@ from backends.snapshot_flow import SnapshotFlow, await_first, is_worth_it
 from backends.snapshots import State
 
 
-class MlxStepper:
+class MlxStepper(PlannedStepper):
     """Runs up to `max_sequences` rows in mlx-lm's batch, which pads all rows to the longest.
 
     Every step decodes one token of each running row and a bounded chunk of waiting prompts.
@@ -243,19 +244,6 @@ class MlxStepper:
             return cut(layers, len(tokens), length)
 
         return make
-
-    def limit_prefill(self, chunk_tokens: int | None) -> None:
-        """Bound the prompt tokens of a step; see `backends.limits.PrefillLimited`."""
-        self._planner.limit(chunk_tokens)
-
-    @property
-    def has_chores(self) -> bool:
-        """See `backends.chores.HasChores`."""
-        return self._flow.has_chores
-
-    def do_chore(self) -> None:
-        """Copy a block of a kept prefix."""
-        self._flow.do_chore()
 
     def counters(self) -> EngineLoad:
         """Return the stepper's own counts."""

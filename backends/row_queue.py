@@ -3,51 +3,23 @@
 from array import array
 from dataclasses import dataclass, field
 
-from backends.base import SequenceSpec, StepOutput
-from backends.reuse import Reuse
+from backends.planned import PlannedRow
 from backends.sampling import RowSampler
-from backends.snapshot_flow import Restore
 
 
 @dataclass(slots=True, eq=False)
-class Row:
-    """One sequence: `tokens` is the prompt and all chosen tokens, `past` of them are computed.
+class Row(PlannedRow):
+    """One sequence in `row` of the model, -1 while it has none."""
 
-    `incoming` is what of its prompt is being restored; nothing is computed for it meanwhile.
-    """
-
-    spec: SequenceSpec
-    tokens: "array[int]"
     sampler: RowSampler
     row: int = -1
-    past: int = 0
-    reuse: Reuse = field(default_factory=Reuse)
-    incoming: Restore | None = None
-    is_counted: bool = False
     leader: "Row | None" = None
     shared: int = 0
-
-    @property
-    def pending(self) -> int:
-        """Tokens that are still to be computed."""
-        return len(self.tokens) - self.past
 
     @property
     def capacity(self) -> int:
         """Tokens that it may come to hold."""
         return len(self.spec.prompt) + self.spec.max_tokens
-
-    def stop_restoring(self) -> None:
-        """Take no more of what is being restored."""
-        if self.incoming is not None:
-            self.incoming.cancel()
-            self.incoming = None
-
-    def progress(self) -> StepOutput:
-        """Return how far its prompt is computed."""
-        return StepOutput(
-            self.spec.id, None, prefilled=self.past, cached=self.reuse.total, reuse=self.reuse
-        )
 
 
 @dataclass(slots=True, eq=False)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import EngineLoad, EngineOptions, SequenceSpec, StepOutput
+from backends.planned import PlannedStepper
 from backends.prefill import PrefillPlanner
 from backends.prefix_cache import common_prefix, longest_prefix, token_array
 from backends.prefix_store import SMALLEST_PREFIX
@@ -19,7 +20,7 @@ from backends.snapshots import State
 from core.errors import EngineFailed
 
 
-class RowStepper:
+class RowStepper(PlannedStepper):
     """Runs up to `max_sequences` rows; each step appends to all that are ready in one call.
 
     Every step decodes one token of each running row and a bounded chunk of waiting prompts.
@@ -270,19 +271,6 @@ class RowStepper:
             cached=row.reuse.total,
             reuse=row.reuse,
         )
-
-    def limit_prefill(self, chunk_tokens: int | None) -> None:
-        """Bound the prompt tokens of a step; see `backends.limits.PrefillLimited`."""
-        self._planner.limit(chunk_tokens)
-
-    @property
-    def has_chores(self) -> bool:
-        """See `backends.chores.HasChores`."""
-        return self._flow.has_chores
-
-    def do_chore(self) -> None:
-        """Copy a block of a finished row out of the model."""
-        self._flow.do_chore()
 
     def counters(self) -> EngineLoad:
         """Return the stepper's own counts."""
