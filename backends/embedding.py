@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from backends.base import Engine, EngineLoad, ModelInfo
 from backends.embedding_job import EmbeddingJob
-from backends.limits import UNLIMITED, EngineLimits
+from backends.limits import UNLIMITED, EngineLimits, StepWatch
 from backends.pooling import Pooling, pool, read_pooling
 from backends.threads import name_this_thread
 from backends.turns import TurnLock
@@ -75,6 +75,7 @@ class EmbeddingEngine(Engine):
         self._is_closing = False
         self._limits = UNLIMITED
         self._counters = EngineLoad()
+        self._watch = StepWatch()
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._thread = threading.Thread(target=self._run, name="impetus-engine", daemon=True)
         self._thread.start()
@@ -120,6 +121,11 @@ class EmbeddingEngine(Engine):
         """Return the counts of this moment; a step is a batch."""
         waiting = len(self._submitted) + len(self._jobs)
         return replace(self._counters, running=min(waiting, 1), waiting=max(waiting - 1, 0))
+
+    @property
+    def stalled_s(self) -> float:
+        """How long the running batch has lasted; see `backends.limits.Watched`."""
+        return self._watch.lasted_s
 
     def take_turns(self, lock: TurnLock) -> None:
         """See `TurnTaking`; a batch is a turn."""
@@ -203,7 +209,7 @@ class EmbeddingEngine(Engine):
             return
         started = time.thread_time()
         try:
-            with self._take_turn():
+            with self._take_turn(), self._watch:
                 vectors = self._compute([job.token_lists[index] for job, index in batch])
         except Exception as problem:
             if not isinstance(problem, ImpetusError):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
 from backends.gguf_batch import Batch
 from backends.gguf_model import GgufModel, library, native_log
-from backends.limits import UNLIMITED, EngineLimits
+from backends.limits import UNLIMITED, EngineLimits, StepWatch
 from backends.slot_gate import SlotGate
 from backends.threads import name_this_thread
 from backends.turns import TurnLock
@@ -40,6 +40,7 @@ class GgufEmbedder(Engine):
         )
         self._running = 0
         self._is_closed = False
+        self._watch = StepWatch()
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._limits = UNLIMITED
         self._gate = SlotGate(1)
@@ -105,7 +106,7 @@ class GgufEmbedder(Engine):
         token_lists = [self._tokens(text) for text in inputs]
         vectors = np.empty((len(inputs), self._dimension), np.float32)
         for group in self._groups(token_lists):
-            with self._take_turn():
+            with self._take_turn(), self._watch:
                 self._compute(group, token_lists, vectors)
             self._limits.rest()
         return Embeddings(vectors, sum(map(len, token_lists)))
@@ -163,6 +164,11 @@ class GgufEmbedder(Engine):
     def load(self) -> EngineLoad:
         """Return the counts of this moment."""
         return EngineLoad(running=min(self._running, 1), waiting=max(self._running - 1, 0))
+
+    @property
+    def stalled_s(self) -> float:
+        """How long the running batch has lasted; see `backends.limits.Watched`."""
+        return self._watch.lasted_s
 
     def take_turns(self, lock: TurnLock) -> None:
         """See `TurnTaking`; a batch is a turn."""

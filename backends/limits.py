@@ -1,5 +1,6 @@
 """What a running engine may do for now: changed while it runs, without restarting anything."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -35,6 +36,24 @@ class Watched(Protocol):
     def stalled_s(self) -> float:
         """Seconds since the step that runs now began; 0.0 where none runs.  Thread-safe."""
         ...
+
+
+class StepWatch:
+    """Knows how long the step within its `with` has lasted, for a `Watched` engine."""
+
+    def __init__(self) -> None:
+        self._began_at = math.inf
+
+    def __enter__(self) -> None:
+        self._began_at = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._began_at = math.inf
+
+    @property
+    def lasted_s(self) -> float:
+        """Seconds since the step that runs now began; 0.0 where none runs."""
+        return max(0.0, time.monotonic() - self._began_at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from backends.base import ModelInfo
 from backends.embedding import EmbeddingEngine
-from backends.limits import UNLIMITED, EngineLimits
+from backends.limits import UNLIMITED, EngineLimits, Watched
 from core.errors import (
     ContextLengthExceeded,
     EngineFailed,
@@ -99,6 +99,20 @@ async def engine(encoder: Encoder) -> AsyncIterator[EmbeddingEngine]:
 def expected(encoder: Encoder, texts: Sequence[str]) -> list[list[float]]:
     lists = [encoder.tokenize(text) for text in texts]
     return [[sum(ids), len(ids)] for ids in lists]
+
+
+async def test_a_batch_that_does_not_return_is_told(
+    engine: EmbeddingEngine, encoder: Encoder
+) -> None:
+    assert isinstance(engine, Watched)
+    assert engine.stalled_s == 0.0
+    held = await held_task(engine, encoder, ["a"])
+    await asyncio.sleep(0.05)
+    assert engine.stalled_s >= 0.05
+    encoder.free.set()
+    await held
+    while engine.stalled_s:
+        await asyncio.sleep(0.001)
 
 
 async def held_task(
