@@ -14,10 +14,10 @@ from backends.chat import ChatFormat, OutputParser
 from backends.limits import UNLIMITED, EngineLimits
 from backends.slot_gate import SlotGate
 from backends.text import Piece, StopMatcher
+from backends.waiting import Pace
 from core.errors import (
     EngineFailed,
     ImpetusError,
-    QueueFull,
     TimedOut,
 )
 from core.types import (
@@ -62,7 +62,7 @@ class AppleEngine(Engine):
         self._silence_s = silence_s
         self._chat = ChatFormat(None, "", "", tool_parser=options.tool_parser)
         self._slots = SlotGate(options.max_sequences)
-        self._waiting = 0
+        self._waiting, self._pace = 0, Pace()
         self._snapshots = 0
         self._running: dict[AppleSession, asyncio.Queue[News]] = {}
         self._is_closed = False
@@ -87,6 +87,7 @@ class AppleEngine(Engine):
                 if run.is_cut:
                     session.stop()
                 self._snapshots += 1
+            self._pace.note(time.monotonic() - run.started_at)
         finally:
             self._running.pop(session, None)
             session.cancel()
@@ -94,9 +95,7 @@ class AppleEngine(Engine):
 
     async def _take_slot(self, request: GenerationRequest) -> None:
         if self._waiting >= self._max_waiting:
-            raise QueueFull(
-                f"{self._max_waiting} requests already wait for {self.info.name}.", retry_after_s=5
-            )
+            raise self._pace.refusal(self._max_waiting, self.max_sequences, self.info.name)
         self._waiting += 1
         try:
             async with asyncio.timeout(request.deadline_s):

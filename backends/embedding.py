@@ -20,11 +20,11 @@ from backends.limits import UNLIMITED, EngineLimits, StepWatch
 from backends.pooling import Pooling, pool, read_pooling
 from backends.threads import name_this_thread
 from backends.turns import TurnLock
+from backends.waiting import Pace
 from core.errors import (
     ContextLengthExceeded,
     EngineFailed,
     ImpetusError,
-    QueueFull,
     RequestError,
     UnsupportedCapability,
 )
@@ -75,7 +75,7 @@ class EmbeddingEngine(Engine):
         self._is_closing = False
         self._limits = UNLIMITED
         self._counters = EngineLoad()
-        self._watch = StepWatch()
+        self._watch, self._pace = StepWatch(), Pace()
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._thread = threading.Thread(target=self._run, name="impetus-engine", daemon=True)
         self._thread.start()
@@ -102,10 +102,7 @@ class EmbeddingEngine(Engine):
             if self._is_closing:
                 raise EngineFailed(f"The model {self.info.name} was unloaded.")
             if len(self._submitted) + len(self._jobs) > self._max_waiting:
-                raise QueueFull(
-                    f"{self._max_waiting} requests already wait for {self.info.name}.",
-                    retry_after_s=5,
-                )
+                raise self._pace.refusal(self._max_waiting, 1, self.info.name)
             self._submitted.append(job)
             self._wake.notify()
         try:
@@ -237,7 +234,8 @@ class EmbeddingEngine(Engine):
         """Take the next job's longest input, and what is not longer until the batch is full."""
         if not self._jobs:
             return []
-        self._let_due_first(time.monotonic())
+        now = time.monotonic()
+        self._let_due_first(now)
         longest = self._jobs[0].left[-1][0]
         room = max(self._max_batch_tokens // longest, 1)
         batch: list[tuple[EmbeddingJob, int]] = []
@@ -246,6 +244,7 @@ class EmbeddingEngine(Engine):
             start = max(end - (room - len(batch)), 0)
             batch += [(job, index) for _, index in job.left[start:end]]
             del job.left[start:end]
+            job.begun_at = min(job.begun_at, now)
             if len(batch) == room:
                 break
         self._jobs.rotate(-1)
@@ -267,6 +266,8 @@ class EmbeddingEngine(Engine):
 
     def _end_if_done(self, job: EmbeddingJob) -> None:
         if not job.is_over and len(job.vectors) == len(job.inputs):
+            if job.vectors:
+                self._pace.note(time.monotonic() - job.begun_at)
             self._end(job, job.result())
 
     def _end(self, job: EmbeddingJob, outcome: Embeddings | ImpetusError) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 class EmbeddingJob:
     """One request; `left` are (tokens, index) of what is not computed, the shortest first.
 
-    One that is not due yet, by the monotonic clock, lets others go first.
+    One that is not due yet, by the monotonic clock, lets others go first.  `begun_at` is when the
+    first batch with some of it began.
     """
 
     inputs: Sequence[str | Sequence[int]]
@@ -29,6 +31,7 @@ class EmbeddingJob:
     left: list[tuple[int, int]] = field(default_factory=list)
     vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     is_over: bool = False
+    begun_at: float = math.inf
 
     def result(self) -> Embeddings:
         """Return the vectors in the order of the inputs."""

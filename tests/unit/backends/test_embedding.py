@@ -305,13 +305,20 @@ async def test_cancelled_request_is_dropped(engine: EmbeddingEngine, encoder: En
     assert engine.load().running == 0
 
 
-async def test_queue_that_is_full_refuses(encoder: Encoder) -> None:
+@pytest.mark.parametrize(("finished", "retry_after_s"), [(0, 3), (20, 1)])
+async def test_queue_that_is_full_refuses_for_as_long_as_others_took(
+    encoder: Encoder, finished: int, retry_after_s: int
+) -> None:
     engine = open_engine(encoder, max_waiting=1)
+    for _ in range(finished):
+        await engine.embed(["quick"])
+    encoder.started.clear()
     tasks = [await held_task(engine, encoder, ["a"]), asyncio.ensure_future(engine.embed(["b"]))]
     while engine.load().waiting < 1:
         await asyncio.sleep(0)
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFull) as caught:
         await engine.embed(["c"])
+    assert caught.value.retry_after_s == retry_after_s
     encoder.free.set()
     await asyncio.gather(*tasks)
     await engine.close()
