@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.bench_lib import machine
+from scripts.bench_lib.kept import Kept, merged, read_kept, write_kept
 from scripts.bench_lib.report import render
 from scripts.bench_lib.rounds import AGENT_ANSWER_TOKENS
 from scripts.bench_lib.section import Choices, Section
@@ -25,29 +26,43 @@ def main() -> int:
     choices = _choices(parser, options)
     # Without this a SIGTERM would leave the servers running.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # Once: before a later section it would be that of the one before.
     load_average = machine.load_average()
     sys.stderr.write(f"load average: {load_average}\n")
-    sections = [section for name in options.only for section in run_section(name, choices)]
+    new = [
+        Kept(name, machine.date(), load_average, section)
+        for name in options.only
+        for section in run_section(name, choices)
+    ]
+    store = options.output.with_suffix(".json")
+    known = merged(read_kept(store, SECTIONS), new, SECTIONS)
+    write_kept(store, known)
+    _write(options.output, _page(known, choices))
+    sections = [kept.section for kept in new]
+    return _summarize(sections, options.output, is_strict=options.strict)
+
+
+def _page(known: Sequence[Kept], choices: Choices) -> str:
     setup = [
         ("most rounds", str(choices.rounds)),
-        ("load average before the start", load_average),
-        *(pair for section in sections for pair in section.setup),
+        *(pair for kept in known for pair in kept.section.setup),
         *machine.describe(),
     ]
-    page = render(
-        [(section.title, section.parts) for section in sections],
-        [verdict for section in sections for verdict in section.verdicts],
-        [f"{section.title}: {text}" for section in sections for text in section.problems],
+    return render(
+        [(kept.section.title, kept.parts) for kept in known],
+        [verdict for kept in known for verdict in kept.section.verdicts],
+        [f"{kept.section.title}: {text}" for kept in known for text in kept.section.problems],
         setup,
     )
-    _write(options.output, page)
-    return _summarize(sections, options.output, is_strict=options.strict)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument(
-        "--only", type=_sections, default=SECTIONS, help=f"some of {','.join(SECTIONS)}"
+        "--only",
+        type=_sections,
+        default=SECTIONS,
+        help=f"some of {','.join(SECTIONS)}; the others stay as they were measured",
     )
     parser.add_argument("--side", choices=("ours", "peer"), help="run one of the two alone")
     parser.add_argument("--model", type=Path, help="GGUF file, alone of its kind in its folder")

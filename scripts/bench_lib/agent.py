@@ -21,8 +21,8 @@ from scripts.bench_lib.servers import OURS, BenchError, Load, Server, running_ou
 TURNS = 10
 ANSWER_TOKENS = 16
 MAX_RETURN_SHARE = 0.05
-# Of the context, left for what the longest conversation's two further turns add.
-LONGEST_MARGIN = 4 * (ANSWER_TOKENS + 32)
+# Of the context, left for two further turns and because a text's tokens are foreseen by its length.
+LONGEST_SHARE = 15 / 16
 _UNLOAD_S = 60
 
 
@@ -88,7 +88,7 @@ def measure_agent(
                     found[server.name].turns.append(turn)
                     say(f"turn {number + 1}, {server.name}: {turn}")
             if with_ours:
-                tokens = load.context - LONGEST_MARGIN
+                tokens = int(load.context * LONGEST_SHARE)
                 longest = Talk(_text(servers[0], f"{run_id} longest", tokens))
                 found[OURS].longest = longest.ask(servers[0])
                 say(f"the longest prompt: {found[OURS].longest}")

@@ -23,7 +23,6 @@ def describe() -> list[tuple[str, str]]:
     """Return (what, value) pairs for the report."""
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     return [
-        ("date", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
         ("processor", _processor()),
         ("cores", f"{psutil.cpu_count(logical=False)} physical, {os.cpu_count()} logical"),
         ("memory", format_bytes(psutil.virtual_memory().total)),
@@ -32,6 +31,11 @@ def describe() -> list[tuple[str, str]]:
         ("packages", versions),
         ("llama.cpp in Impetus", _own_system_info()),
     ]
+
+
+def date() -> str:
+    """Return the time of now, to the minute."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def load_average() -> str:

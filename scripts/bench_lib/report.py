@@ -54,8 +54,9 @@ HOW = """\
   onnxruntime session that decodes greedily, and transformers' `generate`, with the same file and
   number of threads and otherwise their defaults. It runs one stream, and Impetus's answers to one
   and to eight streams through its API are compared with that.
-- A section runs as many rounds as fit its time, one at least. The first request to each loads its
-  model and is not measured.
+- Each section says when it was measured; `--only` measures some again and leaves the others as
+  they were. A section runs as many rounds as fit its time, one at least. The first request to
+  each loads its model and is not measured.
 - Memory: the server runs with one format and a short context, and keeps no prefixes of unloaded
   models, which have a bound of their own; eight streams together fill the estimate's KV tokens,
   and again with other prompts so that kept prefixes fill their part.

@@ -50,7 +50,7 @@ CONTEXT_TOKENS = 1024
 STREAMS = (1, 4, 8)
 # Seconds that a section's rounds may take; starts and stops come on top.
 BUDGET_S: Mapping[str, float] = {
-    "gguf": 200, "agent": 80, "mlx-f32": 70, "mlx-4bit": 70, "onnx": 45, "pytorch": 45,
+    "gguf": 400, "agent": 80, "mlx-f32": 70, "mlx-4bit": 70, "onnx": 45, "pytorch": 45,
     "grammar": 90,
 }  # fmt: skip
 # Without a GPU the peer computes some tokens a second from packed weights.
