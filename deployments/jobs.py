@@ -51,12 +51,12 @@ class Jobs:
     ) -> AsyncIterator[Callable[[int], None]]:
         """Wait for the memory and hold it; yields whom to tell what is held by measurement.
 
-        Only the highest measurement counts.  Raises InsufficientMemory, QueueFull, and
-        Unavailable after `timeout_s`.
+        A measurement counts only beyond what was foreseen: less may grow to that.  Raises
+        InsufficientMemory, QueueFull, and Unavailable after `timeout_s`.
         """
         job = f"{_PREFIX}{name}"
         self._names.add(job)
-        highest = 0
+        highest = needed_bytes
 
         def measured(held_bytes: int) -> None:
             nonlocal highest

@@ -67,12 +67,12 @@ async def test_it_holds_memory_until_it_ends(host: Host) -> None:
     assert host.ledger.tally.loads == 0
 
 
-async def test_only_the_highest_measurement_counts(host: Host) -> None:
+async def test_a_measurement_counts_beyond_what_was_foreseen(host: Host) -> None:
     async with host.jobs.holding(host.ledger, "x", HALF, 5.0) as measured:
         measured(SMALL)
-        measured(SMALL // 2)
-        assert host.ledger.state.used_bytes == SMALL
+        assert host.ledger.state.used_bytes == HALF
         measured(LARGE)
+        measured(SMALL)
         assert host.ledger.state.used_bytes == LARGE
 
 
