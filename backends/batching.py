@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from backends.base import Engine, EngineLoad, EventSink, ModelInfo, StepOutput, Stepper
 from backends.chores import do_chore, has_chores
-from backends.limits import EngineLimits
+from backends.limits import EngineLimits, StepWatch
 from backends.pacing import Pacer
 from backends.prepare import Preparer
 from backends.threads import name_this_thread
@@ -49,7 +49,7 @@ class BatchingEngine(Engine):
         self._running: dict[int, Ticket] = {}
         self._next_id = self._preparing = 0
         self._failure: ImpetusError | None = None
-        self._pacer, self._step_began_at = Pacer(), float("inf")
+        self._pacer, self._watch = Pacer(), StepWatch()
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._counters = EngineLoad()
         self._ended: list[tuple[Ticket, Finished | EngineFailed]] = []
@@ -172,8 +172,7 @@ class BatchingEngine(Engine):
     @property
     def stalled_s(self) -> float:
         """Seconds that the current step has lasted; a failed engine steps no more."""
-        lasted_s = time.monotonic() - self._step_began_at
-        return 0.0 if self.is_failed else max(0.0, lasted_s)
+        return 0.0 if self.is_failed else self._watch.lasted_s
 
     def _drive(self, stepper: Stepper) -> None:
         """Step until closed.  Runs on the engine's thread."""
@@ -250,7 +249,7 @@ class BatchingEngine(Engine):
             return {}
         events: StepEvents = {}
         with self._take_turn():
-            self._step_began_at = time.monotonic()
+            self._watch.begin()
             outputs = stepper.step()
         now = 0.0
         for output in outputs:
@@ -260,7 +259,7 @@ class BatchingEngine(Engine):
             if batch:
                 _, entries = events.setdefault(id(ticket.sink), (ticket.sink, []))
                 entries.append((ticket.request.id, batch))
-        self._step_began_at = float("inf")
+        self._watch.end()
         self._pacer.note_step()
         self._counters = stepper.counters()
         return events

@@ -39,15 +39,23 @@ class Watched(Protocol):
 
 
 class StepWatch:
-    """Knows how long the step within its `with` has lasted, for a `Watched` engine."""
+    """Knows how long a step has lasted, from `begin` to `end` or within `with`; for `Watched`."""
 
     def __init__(self) -> None:
         self._began_at = math.inf
 
     def __enter__(self) -> None:
-        self._began_at = time.monotonic()
+        self.begin()
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def begin(self) -> None:
+        """Count from now."""
+        self._began_at = time.monotonic()
+
+    def end(self) -> None:
+        """Count no more."""
         self._began_at = math.inf
 
     @property
