@@ -35,7 +35,6 @@ def call_constraint(
     """
     _check(tools)
     text = GrammarText()
-    body = _BODIES.get(family.name, _json_call)
     if family.name == "harmony":
         start = f"{text.marker(harmony.CHANNEL)} {text.quoted('commentary to=functions.')}"
         answer = f"{start} {_harmony(text, tools, False)}"
@@ -44,7 +43,7 @@ def call_constraint(
             json_call(text, tools) if not family.is_pythonic else python_list(text, tools, False)
         )
     else:
-        answer = f"{text.marker(family.tool_call_start)} {body(text, tools, False)}"
+        answer = f"{text.marker(family.tool_call_start)} {call_body(family)(text, tools, False)}"
     return text.constraint(answer, "tools", reasoning=reasoning)
 
 
@@ -64,10 +63,14 @@ def triggered_calls(family: ToolFamily, tools: Sequence[Tool]) -> dict[str, Cons
             text = GrammarText(is_lenient=True)
             made[start] = text.constraint(_harmony(text, tools, True), "tools")
         return made
-    body = _BODIES.get(family.name, _json_call)
     text = GrammarText(is_lenient=True)
-    made[family.tool_call_start] = text.constraint(body(text, tools, True), "tools")
+    made[family.tool_call_start] = text.constraint(call_body(family)(text, tools, True), "tools")
     return made
+
+
+def call_body(family: ToolFamily) -> Body:
+    """Return what makes the grammar of all that follows the family's first marker."""
+    return _BODIES.get(family.name, _json_call)
 
 
 def _check(tools: Sequence[Tool]) -> None:
@@ -115,11 +118,6 @@ def _arguments(text: GrammarText, tool: Tool) -> str:
 def json_call(text: GrammarText, tools: Sequence[Tool]) -> str:
     """Return the rule of one call as bare JSON."""
     return _object(text, tools, arguments_key="parameters")
-
-
-def phi_list(text: GrammarText, tools: Sequence[Tool]) -> str:
-    """Return the text of what follows Phi-4's word for calls."""
-    return _json_list("")(text, tools, True)
 
 
 def _json_call(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from backends.calls.families import ToolFamily
-from backends.calls.grammar import json_call, phi_list
+from backends.calls.grammar import call_body, json_call
 from backends.calls.grammar_forms import python_list
 from backends.constraint import GrammarText
 from backends.masking import OpeningCall
@@ -33,6 +33,6 @@ def opening_call(family: ToolFamily, tools: Sequence[Tool]) -> OpeningCall | Non
         answer = json_call(text, tools)
     if family.is_word:
         begin += rb"|\s*%b(\[)" % re.escape(family.tool_call_start.encode())
-        answer = f"({answer} | {phi_list(text, tools)})"
+        answer = f"({answer} | {call_body(family)(text, tools, True)})"
     longest = max(len(tool.name.encode()) for tool in tools)
     return OpeningCall(re.compile(begin), text.constraint(answer, "tools"), _FRAME_BYTES + longest)
