@@ -1,17 +1,27 @@
 """Where the faults of models outlive the scheduler's process, but not the server."""
 
-import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from scheduler.faults import Record
 
 logger = logging.getLogger(__name__)
 
-_NAMES = frozenset(field.name for field in fields(Record))
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What the file holds; `records` by model id."""
+
+    session: str
+    records: Mapping[str, Record]
+
+
+_KEPT = TypeAdapter(_Kept)
 
 
 class FaultFile:
@@ -27,28 +37,20 @@ class FaultFile:
     def read(self) -> dict[str, Record]:
         """Return what this session kept, by model id; nothing where that cannot be read."""
         try:
-            kept = json.loads(self._path.read_text(encoding="utf-8"))
-            if kept["session"] != self._session:
-                return {}
-            return {
-                model_id: Record(**{name: value for name, value in one.items() if name in _NAMES})
-                for model_id, one in kept["records"].items()
-            }
+            kept = _KEPT.validate_json(self._path.read_bytes())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
-            logger.warning("what is known of failing models cannot be read: %r", problem)
+        except (OSError, ValueError) as problem:
+            logger.warning("what is known of failing models cannot be read: %s", problem)
             return {}
+        return dict(kept.records) if kept.session == self._session else {}
 
     def write(self, records: Mapping[str, Record]) -> None:
         """Replace what is kept; blocks for a small file.  A failure is logged."""
-        kept = {name: asdict(record) for name, record in records.items()}
         scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            scratch.write_text(
-                json.dumps({"session": self._session, "records": kept}), encoding="utf-8"
-            )
+            scratch.write_bytes(_KEPT.dump_json(_Kept(self._session, records)))
             scratch.replace(self._path)
         except OSError as problem:
-            logger.warning("what is known of failing models cannot be kept: %r", problem)
+            logger.warning("what is known of failing models cannot be kept: %s", problem)
             scratch.unlink(missing_ok=True)

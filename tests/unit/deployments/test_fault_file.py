@@ -53,7 +53,9 @@ def test_another_session_begins_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"session": "one"}', '{"session": "one", "records": {"m": {}}}',
-             '{"session": "one", "records": {"m": 3}}', "\x00" * 10],
+             '{"session": "one", "records": {"m": 3}}',
+             '{"session": "one", "records": {"m": {"files": "f", "deaths": []}}}',
+             "\x00" * 10],
 )  # fmt: skip
 def test_a_damaged_file_is_as_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "faults.json"
