@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.bench_lib import machine
-from scripts.bench_lib.kept import Kept, merged, read_kept, write_kept
+from scripts.bench_lib.kept import Kept, kept_text, merged, read_kept
 from scripts.bench_lib.report import render
 from scripts.bench_lib.rounds import AGENT_ANSWER_TOKENS
 from scripts.bench_lib.section import Choices, Section
@@ -30,24 +30,20 @@ def main() -> int:
     load_average = machine.load_average()
     sys.stderr.write(f"load average: {load_average}\n")
     new = [
-        Kept(name, machine.date(), load_average, section)
+        Kept(name, machine.date(), choices.rounds, load_average, section)
         for name in options.only
         for section in run_section(name, choices)
     ]
     store = options.output.with_suffix(".json")
     known = merged(read_kept(store, SECTIONS), new, SECTIONS)
-    write_kept(store, known)
-    _write(options.output, _page(known, choices))
+    _write(store, kept_text(known))
+    _write(options.output, _page(known))
     sections = [kept.section for kept in new]
     return _summarize(sections, options.output, is_strict=options.strict)
 
 
-def _page(known: Sequence[Kept], choices: Choices) -> str:
-    setup = [
-        ("most rounds", str(choices.rounds)),
-        *(pair for kept in known for pair in kept.section.setup),
-        *machine.describe(),
-    ]
+def _page(known: Sequence[Kept]) -> str:
+    setup = [*(pair for kept in known for pair in kept.section.setup), *machine.describe()]
     return render(
         [(kept.section.title, kept.parts) for kept in known],
         [verdict for kept in known for verdict in kept.section.verdicts],
@@ -130,10 +126,10 @@ def _choices(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ch
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace the page in one step, so that an interruption leaves the old one."""
+    """Replace a file in one step, so that an interruption leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
 
 

@@ -12,18 +12,19 @@ from scripts.bench_lib.section import Section
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A section as it was measured: `name` on the command line, when, and under which load."""
+    """A section as it was measured: `name` on the command line, when, how often, which load."""
 
     name: str
     measured_at: str
+    most_rounds: int
     load_average: str
     section: Section
 
     @property
     def parts(self) -> list[str]:
         """The chapter's text, which says when it was measured."""
-        when = f"Measured {self.measured_at}; load average before: {self.load_average}.\n"
-        return [when, *self.section.parts]
+        how = f"at most {self.most_rounds} rounds; load average before: {self.load_average}"
+        return [f"Measured {self.measured_at}; {how}.\n", *self.section.parts]
 
 
 def merged(known: Sequence[Kept], new: Sequence[Kept], order: Sequence[str]) -> list[Kept]:
@@ -39,23 +40,20 @@ def merged(known: Sequence[Kept], new: Sequence[Kept], order: Sequence[str]) -> 
 
 
 def read_kept(path: Path, order: Sequence[str]) -> list[Kept]:
-    """Return what `write_kept` wrote; sections that there are no more are left out."""
+    """Return what `kept_text` gave; sections that there are no more are left out."""
     if not path.is_file():
         return []
     entries = json.loads(path.read_text(encoding="utf-8"))
     return [_kept(entry) for entry in entries if entry["name"] in order]
 
 
-def write_kept(path: Path, sections: Sequence[Kept]) -> None:
-    """Replace the file in one step."""
-    text = json.dumps([asdict(kept) for kept in sections], indent=1, ensure_ascii=False)
-    scratch = path.with_suffix(".json.tmp")
-    scratch.write_text(text + "\n", encoding="utf-8")
-    scratch.replace(path)
+def kept_text(sections: Sequence[Kept]) -> str:
+    """Return the sections as JSON."""
+    return json.dumps([asdict(kept) for kept in sections], indent=1, ensure_ascii=False) + "\n"
 
 
 def _kept(entry: dict[str, Any]) -> Kept:
     fields = dict(entry["section"])
     fields["verdicts"] = [Verdict(**verdict) for verdict in fields["verdicts"]]
     fields["setup"] = [(what, value) for what, value in fields["setup"]]
-    return Kept(entry["name"], entry["measured_at"], entry["load_average"], Section(**fields))
+    return Kept(**{**entry, "section": Section(**fields)})

@@ -55,7 +55,8 @@ HOW = """\
   number of threads and otherwise their defaults. It runs one stream, and Impetus's answers to one
   and to eight streams through its API are compared with that.
 - Each section says when it was measured; `--only` measures some again and leaves the others as
-  they were. A section runs as many rounds as fit its time, one at least. The first request to
+  they were, which are in `benchmarks.json`. Machine and packages are those of the last run. A
+  section runs as many rounds as fit its time, one at least. The first request to
   each loads its model and is not measured.
 - Memory: the server runs with one format and a short context, and keeps no prefixes of unloaded
   models, which have a bound of their own; eight streams together fill the estimate's KV tokens,

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from scripts.bench_lib.__main__ import _write
 from scripts.bench_lib.figures import Verdict
-from scripts.bench_lib.kept import Kept, merged, read_kept, write_kept
+from scripts.bench_lib.kept import Kept, kept_text, merged, read_kept
 from scripts.bench_lib.section import Section
 
 ORDER = ("turns", "mlx", "gguf")
@@ -18,7 +19,7 @@ def kept(name: str, title: str, date: str = "monday", *, is_failed: bool = False
         [("model", "m")],
         is_failed,
     )
-    return Kept(name, date, "0.1", section)
+    return Kept(name, date, 5, "0.1", section)
 
 
 def titles(sections: list[Kept]) -> list[str]:
@@ -47,7 +48,7 @@ def test_sections_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "page.json"
     assert read_kept(path, ORDER) == []
     known = [kept("mlx", "f32"), kept("gguf", "GGUF")]
-    write_kept(path, known)
+    _write(path, kept_text(known))
     assert read_kept(path, ORDER) == known
     assert read_kept(path, ("gguf",)) == known[1:]
     assert [file.name for file in tmp_path.iterdir()] == ["page.json"]
@@ -55,5 +56,5 @@ def test_sections_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 def test_the_chapter_says_when_it_was_measured() -> None:
     first, second = kept("gguf", "GGUF").parts
-    assert first == "Measured monday; load average before: 0.1.\n"
+    assert first == "Measured monday; at most 5 rounds; load average before: 0.1.\n"
     assert second == "a table\n"
