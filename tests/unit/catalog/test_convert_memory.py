@@ -27,6 +27,7 @@ MEASURED = [
     ("safetensors", "mlx", "f32", 826),
     ("safetensors", "gguf", "f16", 233),
     ("safetensors", "gguf", "q4_k_m", 243),
+    ("safetensors", "onnx", "f32", 1290),
     ("safetensors", "onnx", "int4", 1287),
     ("safetensors", "coreml", "mixed", 1570),
 ]
