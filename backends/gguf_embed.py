@@ -1,6 +1,7 @@
 """Embeddings from GGUF models with a pooling layer."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,7 @@ from backends.limits import UNLIMITED, EngineLimits, StepWatch
 from backends.slot_gate import SlotGate
 from backends.threads import name_this_thread
 from backends.turns import TurnLock
+from backends.waiting import Pace
 from core.errors import (
     ContextLengthExceeded,
     EngineFailed,
@@ -38,7 +40,7 @@ class GgufEmbedder(Engine):
         self.context_tokens = min(
             options.context_tokens or info.context_length, info.context_length
         )
-        self._running = 0
+        self._running, self._max_waiting, self._pace = 0, options.max_waiting, Pace()
         self._is_closed = False
         self._watch = StepWatch()
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -83,18 +85,23 @@ class GgufEmbedder(Engine):
     async def embed(
         self, inputs: Sequence[str | Sequence[int]], priority: Priority = "interactive"
     ) -> Embeddings:
-        """Return unit-length vectors in order; see `Engine.embed`."""
+        """Return unit-length vectors in order; see `Engine.embed`.  Raises QueueFull too."""
         if self._is_closed:
             raise EngineFailed(f"The model {self.info.name} was unloaded.")
         self._limits.check_admits(is_resumed=False)
+        if self._running > self._max_waiting:
+            raise self._pace.refusal(self._max_waiting, 1, self.info.name)
         loop = asyncio.get_running_loop()
         self._running += 1
         try:
             await self._gate.acquire(priority)
+            started_at = time.monotonic()
             try:
-                return await loop.run_in_executor(self._pool, self._embed, list(inputs))
+                embeddings = await loop.run_in_executor(self._pool, self._embed, list(inputs))
             finally:
                 self._gate.release()
+            self._pace.note(time.monotonic() - started_at)
+            return embeddings
         finally:
             self._running -= 1
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 
 from backends.base import Engine, EngineOptions
 from backends.gguf import GgufBackend
-from core.errors import ContextLengthExceeded, RequestError, UnsupportedCapability
+from backends.limits import Watched
+from core.errors import ContextLengthExceeded, QueueFull, RequestError, UnsupportedCapability
 from tests.gguf_files import (
     bert_gguf,
     gemma2_gguf,
@@ -104,6 +106,23 @@ async def test_embedding_many_inputs_keeps_their_order(tmp_path: Path) -> None:
     for index in (0, 31, 32, 99):
         alone = (await engine.embed([texts[index]])).vectors[0]
         assert np.allclose(batch[index], alone, atol=1e-3)
+    await engine.close()
+
+
+async def test_embedding_refuses_more_than_may_wait(tmp_path: Path) -> None:
+    options = replace(OPTIONS, max_waiting=1)
+    backend = GgufBackend()
+    engine = backend.open(backend.identify(bert_gguf(tmp_path / "bert.gguf")), options)
+    first, second = (asyncio.ensure_future(engine.embed(["the sea"] * 200)) for _ in range(2))
+    while engine.load().waiting < 1:
+        await asyncio.sleep(0)
+    with pytest.raises(QueueFull) as caught:
+        await engine.embed(["hello"])
+    assert caught.value.retry_after_s
+    assert isinstance(engine, Watched)
+    await asyncio.gather(first, second)
+    assert engine.stalled_s == 0.0
+    assert len((await engine.embed(["hello"])).vectors) == 1
     await engine.close()
 
 
