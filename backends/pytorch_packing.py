@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.pytorch_attention import NAME, register
+from backends.pytorch_linear import speed_up
 from backends.pytorch_model import PackedRows, SeparateRows, layer_kinds
 from backends.row_model import RowInput, RowModel
 from core.errors import EngineFailed
@@ -32,6 +33,7 @@ def open_rows(model: Any, *, max_rows: int) -> RowModel:
     try:
         wanted = _own_logits(model, _check_tokens(model))
         register()
+        speed_up(model)
         model.set_attn_implementation(NAME)
         packed = PackedRows(model, windows, max_rows)
         if _agree(wanted, _packed_logits(packed, _check_tokens(model)), str(model.dtype)):

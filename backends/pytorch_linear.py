@@ -1,0 +1,48 @@
+"""Linear layers of a transformers model, faster where a step has several rows."""
+
+from types import MethodType
+from typing import Any
+
+# Measured with MKL on two cores, weights of 192 × 576 to 32000 × 2048: below this many rows its
+# product with the weights on the right is as fast or faster, above it from 48 rows on.
+_FEWEST_ROWS = 7
+_MOST_ROWS = 32
+# Narrower layers lost as often as they won.
+_LEAST_OUTPUTS = 513
+
+
+def speed_up(model: Any) -> int:
+    """Let a model's linear layers take 7 to 32 rows at once; return how many layers do.
+
+    MKL multiplies a tall matrix by a few columns in about two thirds of the time that it needs
+    for a few rows by a wide one, so such layers put the weights on the left.  Nothing changes
+    for other libraries, devices and types, nor for layers that are no plain `torch.nn.Linear`.
+    """
+    import torch
+
+    if not torch.backends.mkl.is_available():
+        return 0
+    changed = 0
+    for module in model.modules():
+        if type(module) is not torch.nn.Linear or "forward" in vars(module):
+            continue
+        weight = module.weight
+        is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+        if is_plain and weight.shape[0] >= _LEAST_OUTPUTS:
+            module.forward = MethodType(_forward, module)
+            changed += 1
+    return changed
+
+
+def _forward(module: Any, inputs: Any) -> Any:
+    """Return what `torch.nn.Linear.forward` does: (..., inputs) → (..., outputs)."""
+    import torch
+
+    rows = inputs.numel() // inputs.shape[-1]
+    if not _FEWEST_ROWS <= rows <= _MOST_ROWS:
+        return torch.nn.functional.linear(inputs, module.weight, module.bias)
+    columns = inputs.reshape(rows, -1).t().contiguous()
+    outputs = torch.mm(module.weight, columns).t()
+    if module.bias is not None:
+        outputs = outputs + module.bias
+    return outputs.contiguous().view(*inputs.shape[:-1], -1)
