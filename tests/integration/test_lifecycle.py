@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.integration.server import ROOT, STARTER, Server
@@ -43,6 +44,12 @@ def test_f10_a_signal_during_a_stream_leaves_no_process(other_server: Server, nu
         next(lines)
         assert other_server.stop(number) == 0
     assert other_server.survivors() == []
+
+
+def test_models_run_at_the_priority_of_the_server(server: Server) -> None:
+    assert chat(server, STARTER).status_code == 200
+    own = psutil.Process().nice()
+    assert [psutil.Process(server.pid_of(part)).nice() for part in ("router", "gguf")] == [own, own]
 
 
 def test_f14_a_port_in_use_is_one_clear_line(server: Server) -> None:
