@@ -66,6 +66,7 @@ HOW = """\
   meanwhile. The ratio is that of measured and estimate, which the scheduler's ledger goes by.
 - Turns: one process takes turns on its own, then beside a second one that is registered and idle;
   CPU time of its thread, less an empty loop's. Waiting for another process's step comes on top.
+- GGUF beside a busy process: a third process keeps one core busy all the time, as a compiler would.
 - Constrained answers: both kinds come from one server of ours, in alternating order; the bound ones
   must be a JSON array of objects for a schema with strings, an integer and an enumeration.
 - "CPU of all processes" is each server's whole process tree, the model's work included, divided by

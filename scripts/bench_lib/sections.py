@@ -1,13 +1,11 @@
 """The parts of the benchmark that can be chosen: what each runs and what it has to show."""
 
 import secrets
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from core.errors import ImpetusError
@@ -26,6 +24,7 @@ from scripts.bench_lib.figures import (
     scaling_verdict,
     verdicts,
 )
+from scripts.bench_lib.golden import model_folder
 from scripts.bench_lib.measure import StreamsResult, run_bare, run_streams
 from scripts.bench_lib.memory import (
     MEMORY_HEAD,
@@ -34,15 +33,18 @@ from scripts.bench_lib.memory import (
     memory_rows,
     memory_verdicts,
 )
+from scripts.bench_lib.neighbour import busy_process
 from scripts.bench_lib.peers import running_bare, running_mlx_server, running_peer
 from scripts.bench_lib.prompts import constrained
 from scripts.bench_lib.report import gguf_parts, streams_parts, table
 from scripts.bench_lib.rounds import Plan, Results, run, say
 from scripts.bench_lib.section import Choices, Facts, Section
-from scripts.bench_lib.servers import OURS, ROOT, BenchError, Load, Server, running_ours
+from scripts.bench_lib.servers import OURS, BenchError, Load, Server, running_ours
 from scripts.bench_lib.turns import measure_turns, turns_table, turns_verdict
 
-SECTIONS = ("turns", "mlx", "onnx", "pytorch", "gguf", "agent", "grammar", "memory")
+SECTIONS = (
+    "turns", "mlx", "onnx", "pytorch", "gguf", "neighbour", "agent", "grammar", "memory",
+)  # fmt: skip
 # Without a GPU the peer computes 0.4 tokens a second from packed weights: an hour for one table.
 MLX_KINDS = ("mlx-f32", "mlx-4bit") if sys.platform == "darwin" else ("mlx-f32",)
 BOUND = f"{OURS}, bound by a schema"
@@ -50,10 +52,10 @@ CONTEXT_TOKENS = 1024
 STREAMS = (1, 4, 8)
 # Seconds that a section's rounds may take; starts and stops come on top.
 BUDGET_S: Mapping[str, float] = {
-    "gguf": 400, "agent": 80, "mlx-f32": 70, "mlx-4bit": 70, "onnx": 45, "pytorch": 45,
-    "grammar": 90,
+    "gguf": 400, "neighbour": 120, "agent": 80, "mlx-f32": 200, "mlx-4bit": 70, "onnx": 60,
+    "pytorch": 120, "grammar": 90,
 }  # fmt: skip
-# Without a GPU the peer computes some tokens a second from packed weights.
+# Without a GPU, or without a core of its own, a peer computes some tokens a second.
 SLOW_TOKENS = 24
 MEMORY_MODELS = (
     ("mlx", "mlx-f32"),
@@ -68,6 +70,7 @@ def run_section(name: str, choices: Choices) -> list[Section]:
     """Run one section; what cannot run gives a section that says so."""
     makers: Mapping[str, Sequence[tuple[str, Callable[[Choices], Section]]]] = {
         "gguf": [("GGUF", _gguf)],
+        "neighbour": [("GGUF beside a busy process", _neighbour)],
         "mlx": [(kind, partial(_mlx, kind)) for kind in MLX_KINDS],
         "onnx": [("ONNX", partial(_bare, "onnx", "onnx-f32"))],
         "pytorch": [("PyTorch", partial(_bare, "pytorch", "pytorch"))],
@@ -86,23 +89,6 @@ def run_section(name: str, choices: Choices) -> list[Section]:
             nothing = ("It could not be measured; see the failures.\n",)
             sections.append(Section(title, nothing, problems=[f"{error}"], is_failed=True))
     return sections
-
-
-def model_folder(kind: str, choices: Choices) -> Path:
-    """Return a golden model's folder, built where it does not exist.  Raises BenchError."""
-    if choices.golden is not None:
-        folder = choices.golden / kind
-        if not folder.is_dir():
-            raise BenchError(f"there is no model {folder}")
-        return folder.resolve()
-    # A process of its own: what converts models would stay in this one's memory.
-    code = "import sys; from tests.golden import golden; print(golden(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, kind], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise BenchError(f"the golden model {kind} could not be built:\n{done.stderr[-2000:]}")
-    return Path(done.stdout.splitlines()[-1])
 
 
 def _gguf(choices: Choices) -> Section:
@@ -179,17 +165,37 @@ def _agent(choices: Choices) -> Section:
 def _mlx(kind: str, choices: Choices) -> Section:
     load = Load(model_folder(kind, choices), choices.threads, CONTEXT_TOKENS, max(STREAMS), "mlx")
     tokens = choices.tokens if kind == "mlx-f32" else min(choices.tokens, SLOW_TOKENS)
+    plan = _plan(kind, tokens, choices)
+    return _against(running_mlx_server, load, plan, choices, f"MLX, {kind}")
+
+
+def _neighbour(choices: Choices) -> Section:
+    """Compare with llama.cpp's server while another process computes all the time."""
+    load = Load(choices.gguf, choices.threads, choices.context, max(STREAMS))
+    plan = _plan("neighbour", min(choices.gguf_tokens, SLOW_TOKENS), choices)
+    with busy_process():
+        return _against(running_peer, load, plan, choices, "GGUF beside a busy process")
+
+
+def _against(
+    running: Callable[[Load], AbstractContextManager[Server]],
+    load: Load,
+    plan: ContestPlan,
+    choices: Choices,
+    title: str,
+) -> Section:
+    """Compare our server with another one, both being up all the time."""
     facts = Facts()
     with ExitStack() as stack:
         contestants = []
         if choices.with_ours:
             contestants.append(_server(stack.enter_context(running_ours(load)), STREAMS))
         if choices.with_peer:
-            peer = stack.enter_context(running_mlx_server(load))
+            peer = stack.enter_context(running(load))
             facts.add(peer.name, peer.facts["version"], peer.facts["system_info"])
             contestants.append(_server(peer, STREAMS))
-        results = run_contest(_plan(kind, tokens, choices), contestants)
-    return _contest_section(f"MLX, {kind}", results, _setup(kind, load, tokens, facts))
+        results = run_contest(plan, contestants)
+    return _contest_section(title, results, _setup(title, load, plan.tokens, facts))
 
 
 def _bare(format: str, kind: str, choices: Choices) -> Section:
