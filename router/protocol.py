@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from core.errors import ImpetusError, RequestError
 from core.units import KIB, format_bytes
 from router.context import record_of
+from router.direct import offer_direct_writer
 from router.errors import error_body, internal_error
 from router.security import MAX_HEADER_BYTES, MAX_HEADERS
 
@@ -57,8 +58,7 @@ class HttpProtocol(HttpToolsProtocol):
     receipt_limit_s: ClassVar[float] = 30.0
     # Long enough for a client to see the answer while it is still sending.
     linger_s: ClassVar[float] = 2.0
-    _is_in_head = False
-    _is_in_body = False
+    _is_in_head = _is_in_body = False
     _head_bytes = 0
     _unparsed_bytes: int | None = None
     _unsent_bytes = 0
@@ -189,6 +189,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        offer_direct_writer(cycle)
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
@@ -233,9 +234,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _rest(self) -> None:
         if self.timeout_keep_alive_task is None and not self.transport.is_closing():
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            late = self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, late)
 
     def timeout_keep_alive_handler(self) -> None:
         """End an idle connection, but not while its client still takes the last answer."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -11,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from core.errors import EngineFailed, ImpetusError
 from core.types import PrefillProgress
 from router.context import Pacing, RequestRecord, record_of, server_send
+from router.direct import DirectWriter, direct_writer
 from router.errors import internal_error
 from router.v1.feed import EventFeed, TaggedEvent
 from router.v1.generation import Generation
@@ -67,15 +69,19 @@ class _KeepAlive:
 
     async def write(self, text: str, *, more_body: bool = True) -> None:
         """Send one body message; may block as long as the client does not read."""
-        self.is_due = False
+        self.note_written()
         self._is_writing = True
-        self._written_at = self._loop.time()
         body = text.encode("ascii")
         try:
             await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
         except OSError:
             self._feed.is_disconnected = True
         self._is_writing = False
+
+    def note_written(self) -> None:
+        """Begin a new silence."""
+        self.is_due = False
+        self._written_at = self._loop.time()
 
     def stop(self) -> None:
         """End the ticking."""
@@ -124,6 +130,8 @@ class EventStream(Response):
         async with EventFeed(self._generation.runs(), receive) as feed:
             body_send = server_send(scope, send)
             keep_alive = _KeepAlive(feed, self._generation.context.pacing, body_send)
+            if (writer := direct_writer(scope)) is not None:
+                feed.shortcut = partial(self._say_at_once, writer, keep_alive)
             try:
                 await self._stream(feed, keep_alive, send, record_of(scope))
             finally:
@@ -169,6 +177,17 @@ class EventStream(Response):
         if self._generation.awaits_first_token and _has_tokens(events):
             self._generation.note_first_token()
         return self._formatter.chunks(events)
+
+    def _say_at_once(
+        self, writer: DirectWriter, keep_alive: _KeepAlive, events: Sequence[TaggedEvent]
+    ) -> bool:
+        """Write later tokens' text where that needs no waiting; return whether it was done."""
+        if self._generation.awaits_first_token or not writer.is_ready:
+            return False
+        if text := self._formatter.chunks(events):
+            writer.write(text.encode("ascii"))
+            keep_alive.note_written()
+        return True
 
     def _in_stream_error(self, error: Exception, record: RequestRecord) -> str:
         if isinstance(error, ImpetusError):
