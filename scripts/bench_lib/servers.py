@@ -135,10 +135,12 @@ def gateway_snapshot(server: Server) -> GatewaySnapshot | None:
     """
     if not (server.is_ours and server.format == "gguf" and is_supported()):
         return None
-    pids = process_ids(server)
+    # One reading only: it costs the router as much as many tokens.
+    metrics = server.get("/metrics")
+    pids = _process_ids(metrics)
     native = [
         float(value)
-        for name, _, value in METRIC.findall(server.get("/metrics"))
+        for name, _, value in METRIC.findall(metrics)
         if name == "impetus_engine_native_cpu_seconds_total"
     ]
     if not native or not {"router", "gguf"} <= pids.keys():
@@ -154,8 +156,12 @@ def gateway_snapshot(server: Server) -> GatewaySnapshot | None:
 
 def process_ids(server: Server) -> dict[str, int]:
     """Return the processes of the router and of the formats that hold a model, by name."""
+    return _process_ids(server.get("/metrics"))
+
+
+def _process_ids(metrics: str) -> dict[str, int]:
     pids: dict[str, int] = {}
-    for name, labels, value in METRIC.findall(server.get("/metrics")):
+    for name, labels, value in METRIC.findall(metrics):
         if name == "impetus_process_pid":
             match = re.search(r'process="([^"]*)"', labels)
             pids[match[1] if match else ""] = int(float(value))
