@@ -95,6 +95,8 @@ def test_response_calls_the_tool_it_must(client: OpenAI) -> None:
 
 
 def test_message_streamed_and_whole_are_the_same(claude: anthropic.Anthropic) -> None:
+    # Near ties depend on how the prompt was computed: both find it computed by this one.
+    claude.messages.create(**ask())
     whole = claude.messages.create(**ask())
     with claude.messages.stream(**ask()) as stream:
         text = stream.get_final_text()

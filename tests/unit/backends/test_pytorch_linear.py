@@ -1,5 +1,6 @@
 """Linear layers that put the weights on the left for some numbers of rows."""
 
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -14,7 +15,7 @@ if not torch.backends.mkl.is_available():
 INPUTS, OUTPUTS = 24, 600
 
 
-def layer(*, bias: bool = True, outputs: int = OUTPUTS) -> "torch.nn.Linear":
+def layer(*, bias: bool = True, outputs: int = OUTPUTS) -> Any:
     torch.manual_seed(3)
     return torch.nn.Linear(INPUTS, outputs, bias=bias)
 
@@ -49,14 +50,13 @@ def test_inputs_need_not_be_contiguous() -> None:
 
 
 def test_what_is_no_plain_wide_float32_layer_is_left_alone() -> None:
-    class Own(torch.nn.Linear):
-        """A layer whose class may compute something else."""
-
+    # A layer whose class may compute something else.
+    own = type("Own", (torch.nn.Linear,), {})
     model = torch.nn.ModuleList(
         [
             layer(outputs=512),
             layer().to(torch.bfloat16),
-            Own(INPUTS, OUTPUTS),
+            own(INPUTS, OUTPUTS),
             layer().to("meta"),
         ]
     )
