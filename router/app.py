@@ -73,16 +73,11 @@ def create_app(
 
 def _add_routes(app: FastAPI, context: RouteContext, drain: Drain) -> None:
     add = partial(_add_route, app)
-    add("/", _root_endpoint(context))
-    add("/healthz", _healthz)
-    add("/readyz", _readyz_endpoint(context, drain))
-    add("/metrics", _metrics_endpoint(context))
-    add("/v1/models", models_endpoint(context))
-    add("/v1/models/{model_id:path}", model_endpoint(context))
+    # Routes are tried in this order, so what is asked most comes first.
     add("/v1/chat/completions", chat_endpoint(context), "POST")
     add("/v1/completions", completion_endpoint(context), "POST")
-    add("/v1/embeddings", embedding_endpoint(context), "POST")
     add("/v1/messages", messages_endpoint(context), "POST")
+    add("/v1/embeddings", embedding_endpoint(context), "POST")
     add("/v1/messages/count_tokens", count_tokens_endpoint(context), "POST")
     settings = context.services.settings
     store = ResponseStore(
@@ -92,6 +87,12 @@ def _add_routes(app: FastAPI, context: RouteContext, drain: Drain) -> None:
     add("/v1/responses/input_tokens", input_tokens_endpoint(context, store), "POST")
     add("/v1/responses/{response_id}", stored_response_endpoint(store))
     add("/v1/responses/{response_id}", delete_response_endpoint(store), "DELETE")
+    add("/", _root_endpoint(context))
+    add("/healthz", _healthz)
+    add("/readyz", _readyz_endpoint(context, drain))
+    add("/metrics", _metrics_endpoint(context))
+    add("/v1/models", models_endpoint(context))
+    add("/v1/models/{model_id:path}", model_endpoint(context))
 
 
 def _add_management_routes(app: FastAPI, context: RouteContext, management: Management) -> None:

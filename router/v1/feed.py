@@ -27,8 +27,9 @@ Shortcut: TypeAlias = Callable[[Sequence[TaggedEvent]], bool]
 class EventFeed:
     """Runs generations concurrently and hands out what they said since the last look.
 
-    Use as `async with`: leaving it, for whatever reason, cancels every generation and waits until
-    it has ended.  A reader that falls 8,192 events behind loses its request.
+    Use as `async with`: leaving it, for whatever reason, cancels every generation that has not
+    said its last event, and waits until all have ended.  A reader that falls 8,192 events behind
+    loses its request.
     """
 
     def __init__(self, generations: Sequence[Run], receive: Receive) -> None:
@@ -59,10 +60,12 @@ class EventFeed:
         trace: TracebackType | None,
     ) -> None:
         del kind, error, trace
-        tasks = [*self._runs, *([self._watcher] if self._watcher else [])]
-        for task in tasks:
+        watchers = [self._watcher] if self._watcher else []
+        # One that has said all has its own end to see to, and nothing to wait for.
+        speaking = [self._runs[index] for index in self._unfinished]
+        for task in (*speaking, *watchers):
             task.cancel()
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
+        for result in await asyncio.gather(*self._runs, *watchers, return_exceptions=True):
             if isinstance(result, Exception):
                 _logger.error("a generation did not end cleanly", exc_info=result)
 
@@ -83,6 +86,11 @@ class EventFeed:
         if self._error is not None:
             raise self._error
         return [] if self._unfinished else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `next` would say at once that all is said."""
+        return not (self._unfinished or self._events or self._error)
 
     def wake(self) -> None:
         """Make a waiting `next` return."""

@@ -146,15 +146,17 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             while True:
-                if text:
-                    await keep_alive.write(text)
+                # The last events and what closes the stream go as one message.
+                if text and not feed.has_ended:
+                    now, text = text, ""
+                    await keep_alive.write(now)
                 events = await feed.next()
                 if events is None:
                     break
-                text = self._say(events, keep_alive)
-            text = "" if feed.is_disconnected else self._formatter.closing()
+                text += self._say(events, keep_alive)
+            text += "" if feed.is_disconnected else self._formatter.closing()
         except Exception as error:
-            text = self._in_stream_error(error, record)
+            text += self._in_stream_error(error, record)
         if not feed.is_disconnected:
             await keep_alive.write(text, more_body=False)
 

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from deployments.dispatch import HandleDispatcher
 from deployments.errors import ReplicaDied
 from deployments.frames import FrameReceiver, FrameSender
 from deployments.orders import Residency
+from router.v1.feed import EventFeed
 from tests.unit.deployments.handles import FakeHandle, answering
 
 REQUEST = GenerationRequest("r", "m", TextPrompt("hi"))
@@ -242,6 +244,31 @@ async def test_cancelling_the_request_cancels_the_call(receiver: FrameReceiver) 
     running.cancel()
     await asyncio.wait([running])
     assert replica.generate.responses[0].is_cancelled
+
+
+async def test_a_call_outlives_a_reader_that_leaves_with_the_end(receiver: FrameReceiver) -> None:
+    may_return = asyncio.Event()
+
+    async def generate(request: GenerationRequest, path: str) -> None:
+        with closing(FrameSender(path)) as sender:
+            sender.deliver([(request.id, [TextDelta("x", (1,))])])
+            sender.deliver([(request.id, [replace(END, mismatches=("schema",))])])
+            await may_return.wait()
+
+    async def stay_connected() -> NoReturn:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    replica, log = FakeHandle(generate=generate), DecisionLog()
+    handles: Any = {"gguf": replica}
+    subject = HandleDispatcher(loads("a"), handles, receiver, "node", log=log)  # type: ignore[arg-type]
+    async with EventFeed([partial(subject.generate, REQUEST)], stay_connected) as feed:
+        while await feed.next() is not None:
+            pass
+    assert not replica.generate.responses[0].is_cancelled
+    assert [one.event for one in log.last()] == ["tool call"]
+    may_return.set()
+    await subject.close()
 
 
 class FakeFrames:

@@ -309,5 +309,5 @@ async def test_events_that_wait_together_leave_in_one_message() -> None:
     }
     await app(scope, receive, send)
     bodies = [message["body"] for message in messages if message["type"] == "http.response.body"]
-    assert len(bodies) == 2
-    assert b"".join(bodies).count(b"data: ") == 103
+    assert len(bodies) == 1
+    assert bodies[0].count(b"data: ") == 103
