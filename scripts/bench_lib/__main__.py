@@ -30,7 +30,7 @@ def main() -> int:
     load_average = machine.load_average()
     sys.stderr.write(f"load average: {load_average}\n")
     new = [
-        Kept(name, machine.date(), choices.rounds, load_average, section)
+        Kept(name, machine.date(), choices.rounds, load_average, section, machine.python())
         for name in options.only
         for section in run_section(name, choices)
     ]

@@ -12,18 +12,20 @@ from scripts.bench_lib.section import Section
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A section as it was measured: `name` on the command line, when, how often, which load."""
+    """A section as it was measured: `name` on the command line, when, how often, by what."""
 
     name: str
     measured_at: str
     most_rounds: int
     load_average: str
     section: Section
+    python: str = ""
 
     @property
     def parts(self) -> list[str]:
         """The chapter's text, which says when it was measured."""
         how = f"at most {self.most_rounds} rounds; load average before: {self.load_average}"
+        how += f"; Python {self.python}" if self.python else ""
         return [f"Measured {self.measured_at}; {how}.\n", *self.section.parts]
 
 

@@ -27,10 +27,16 @@ def describe() -> list[tuple[str, str]]:
         ("cores", f"{psutil.cpu_count(logical=False)} physical, {os.cpu_count()} logical"),
         ("memory", format_bytes(psutil.virtual_memory().total)),
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
-        ("Python", platform.python_version()),
+        ("Python", python()),
         ("packages", versions),
         ("llama.cpp in Impetus", _own_system_info()),
     ]
+
+
+def python() -> str:
+    """Return the interpreter's version, and when and with what it was built."""
+    _, built = platform.python_build()
+    return f"{platform.python_version()} ({built}, {platform.python_compiler()})"
 
 
 def date() -> str:

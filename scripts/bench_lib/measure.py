@@ -87,7 +87,8 @@ def run_streams(server: Server, bodies: Sequence[dict[str, Any]]) -> StreamsResu
     before, tree_before = gateway_snapshot(server), _tree_cpu_s(server)
     records = post(server, bodies)
     tree_after, after = _tree_cpu_s(server), gateway_snapshot(server)
-    gateway = gateway_cpu_s(before, after) if before and after else None
+    again = gateway_snapshot(server)
+    gateway = gateway_cpu_s(before, after, again) if before and after and again else None
     ray = after.ray_cpu_s - before.ray_cpu_s if before and after else None
     tree = tree_after - tree_before if tree_after is not None and tree_before is not None else None
     return streams_result(records, gateway_s=gateway, ray_s=ray, tree_s=tree)

@@ -119,7 +119,16 @@ class GatewaySnapshot:
     ray_cpu_s: float
 
 
-def gateway_cpu_s(before: GatewaySnapshot, after: GatewaySnapshot) -> float:
+def gateway_cpu_s(before: GatewaySnapshot, after: GatewaySnapshot, again: GatewaySnapshot) -> float:
+    """Return what the work between the first two snapshots took that is not the runtime's.
+
+    `again` follows `after` at once: between two snapshots the server is asked once for its own
+    figures, and what that takes is no part of the work.
+    """
+    return _without_runtime(before, after) - _without_runtime(after, again)
+
+
+def _without_runtime(before: GatewaySnapshot, after: GatewaySnapshot) -> float:
     """Return the CPU seconds between two snapshots that are not the runtime's.
 
     A worker thread that ended in between is not subtracted: what is unclear counts as ours.

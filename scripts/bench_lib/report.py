@@ -44,7 +44,8 @@ HOW = """\
 - Gateway CPU = CPU time of the router's process and of the process that holds the model, both with
   their children, less what the runtime burnt in it: its own worker threads, and the engine thread's
   time inside native calls, which the server counts (`impetus_engine_native_cpu_seconds_total`).
-  Idle cost, garbage collection, one reading of `/metrics` and everything unclear count as ours.
+  Idle cost, garbage collection and everything unclear count as ours; the one reading of `/metrics`
+  in between is measured by itself and taken off.
   Ray's own timers and threads = CPU time of the first thread of both processes, where Ray's core
   takes calls and looks for signals every 10 ms, which no setting changes; the rest is ours.
 - MLX: the peer is `mlx_lm.server` with its defaults on the same folder; on Linux both compute with

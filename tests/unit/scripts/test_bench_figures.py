@@ -120,7 +120,10 @@ def test_gateway_cpu_leaves_out_only_the_runtime() -> None:
     before = GatewaySnapshot(1.0, 10.0, 5.0, {11: 3.0, 12: 3.0}, 0.5)
     after = GatewaySnapshot(1.5, 20.0, 9.0, {11: 5.0, 13: 1.0}, 0.75)
     # 10.5 s in all, less 2 s and 1 s of workers and 4 s native; thread 12 ended and stays ours.
-    assert gateway_cpu_s(before, after) == pytest.approx(3.5)
+    assert gateway_cpu_s(before, after, after) == pytest.approx(3.5)
+    # A reading took 0.2 s, and 0.1 s of the runtime came between.
+    again = GatewaySnapshot(1.7, 20.1, 9.1, {11: 5.0, 13: 1.0}, 0.75)
+    assert gateway_cpu_s(before, after, again) == pytest.approx(3.3)
 
 
 def test_engine_workers_are_all_but_the_oldest_engine_thread(

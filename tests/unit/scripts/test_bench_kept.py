@@ -1,5 +1,6 @@
 """Sections of the benchmark that are measured again by themselves."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from scripts.bench_lib.__main__ import _write
@@ -58,3 +59,5 @@ def test_the_chapter_says_when_it_was_measured() -> None:
     first, second = kept("gguf", "GGUF").parts
     assert first == "Measured monday; at most 5 rounds; load average before: 0.1.\n"
     assert second == "a table\n"
+    named = replace(kept("gguf", "GGUF"), python="3.12.1").parts[0]
+    assert named == first.replace(".\n", "; Python 3.12.1.\n")
