@@ -131,7 +131,7 @@ class ChatFormat:
         tools = _callable(prompt)
         inner: OutputParser | None = None
         if tools or self.family.main is not None:
-            inner = self.family.parser(tools, is_parallel=prompt.parallel_tool_calls)
+            inner = self.family.parser(tools, is_parallel=prompt.parallel_tool_calls is not False)
         if self._tags is None or self.family.main is not None:
             return inner
         return ReasoningParser(inner, is_open=self._is_open(rendered), tags=self._tags)
@@ -141,8 +141,9 @@ class ChatFormat:
     ) -> Constraint | None:
         """Return the grammar of the answer, or None where it is free.
 
-        A forced tool choice allows exactly one call in the family's form; `output` allows what
-        was asked for alone.  Reasoning that the prompt has opened goes before either.  Renders
+        A forced tool choice allows exactly one call in the family's form, or several where any
+        function must be called and parallel calls were asked for; `output` allows what was asked
+        for alone.  Reasoning that the prompt has opened goes before either.  Renders
         `prompt` if `rendered` is not given.  Raises RequestError, also as `render` does.
         """
         is_forced = prompt.tool_choice not in ("none", "auto")
@@ -160,7 +161,13 @@ class ChatFormat:
         if output is not None:
             opening = FINAL if self.family.name == "harmony" else ()
             return output_constraint(output, opening=opening, reasoning=reasoning)
-        return call_constraint(self.family, tools, is_bare=self._calls_bare, reasoning=reasoning)
+        return call_constraint(
+            self.family,
+            tools,
+            is_bare=self._calls_bare,
+            is_many=prompt.tool_choice == "required" and prompt.parallel_tool_calls is True,
+            reasoning=reasoning,
+        )
 
     def triggered(self, prompt: ChatPrompt) -> Mapping[str, Constraint]:
         """Return what must follow the texts that begin a call, where calling is free."""

@@ -59,15 +59,15 @@ class Tool:
 class ChatPrompt:
     """Messages and tools, to be rendered by the model's own chat template.
 
-    `tool_choice` is "none", "auto", "required" or the name of the one function to call, the
-    last as `("function", name)`.  `template_kwargs` are extra variables for the template.
-    `reasoning_effort` is what OpenAI calls so, `reasoning_tokens` bounds the reasoning.
+    `tool_choice` may be the one function to call.  `parallel_tool_calls`: None where the client
+    does not say; free answers may then hold several calls, forced ones one.  `template_kwargs` are
+    further variables of the template; `reasoning_tokens` bounds the reasoning.
     """
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[Tool, ...] = ()
     tool_choice: Literal["none", "auto", "required"] | tuple[Literal["function"], str] = "auto"
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None
     template_kwargs: Mapping[str, JsonValue] = field(default_factory=dict)
     reasoning_effort: str | None = None
     reasoning_tokens: int | None = None

@@ -26,12 +26,14 @@ def call_constraint(
     tools: Sequence[Tool],
     *,
     is_bare: bool = False,
+    is_many: bool = False,
     reasoning: str | None = None,
 ) -> Constraint:
     """Return what makes the answer one call of one of `tools`, in the form of `family`.
 
-    `is_bare`: without the family's outer markers.  `reasoning` is the text that ends the model's
-    reasoning, which then goes first.
+    `is_bare`: without the family's outer markers.  `is_many`: more calls may follow, where the
+    form has several in one answer.  `reasoning` is the text that ends the model's reasoning,
+    which then goes first.
     """
     _check(tools)
     text = GrammarText()
@@ -39,11 +41,14 @@ def call_constraint(
         start = f"{text.marker(harmony.CHANNEL)} {text.quoted('commentary to=functions.')}"
         answer = f"{start} {_harmony(text, tools, False)}"
     elif is_bare:
-        answer = (
-            json_call(text, tools) if not family.is_pythonic else python_list(text, tools, False)
-        )
+        is_list = family.is_pythonic
+        answer = python_list(text, tools, is_many) if is_list else json_call(text, tools)
     else:
-        answer = f"{text.marker(family.tool_call_start)} {call_body(family)(text, tools, False)}"
+        body = call_body(family)(text, tools, is_many)
+        answer = f"{text.marker(family.tool_call_start)} {body}"
+        if is_many and (between := _BETWEEN.get(family.name)) is not None:
+            one = text.rule(answer)
+            answer = f"{one} ({text.quoted(between)} {one})*" if between else f"{one}+"
     return text.constraint(answer, "tools", reasoning=reasoning)
 
 
@@ -201,6 +206,17 @@ def _harmony(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
     calls = [f"{text.quoted(tool.name)} {gap} {message} {_arguments(text, tool)}" for tool in tools]
     return any_of(text, calls)
 
+
+# What the templates of families write between calls that have both their markers each.
+_BETWEEN: Mapping[str, str] = {
+    "hermes": "\n",
+    "qwen3_coder": "\n",
+    "glm4": "\n",
+    "longcat": "\n",
+    "mistral": "",
+    "function_gemma": "",
+    "gemma4": "",
+}
 
 _BODIES: Mapping[str, Body] = {
     "hermes": _json_call,

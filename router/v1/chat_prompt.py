@@ -32,7 +32,7 @@ def to_chat_prompt(request: ChatRequest) -> ChatPrompt:
         ),
         tools=tools,
         tool_choice=choice,
-        parallel_tool_calls=request.parallel_tool_calls is not False,
+        parallel_tool_calls=request.parallel_tool_calls,
         template_kwargs=dict(request.chat_template_kwargs),
         reasoning_effort=one_effort(request.reasoning_effort, request.reasoning),
         reasoning_tokens=one_bound(request.thinking_budget, request.reasoning),

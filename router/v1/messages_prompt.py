@@ -30,11 +30,12 @@ def to_messages_prompt(request: wire.MessagesPromptRequest) -> ChatPrompt:
     choice = request.tool_choice
     tool_choice = _tool_choice(choice)
     check_tools(tools, tool_choice)
+    is_single = choice.disable_parallel_tool_use if choice else None
     prompt = ChatPrompt(
         messages=tuple(messages),
         tools=tools,
         tool_choice=tool_choice,
-        parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
+        parallel_tool_calls=None if is_single is None else not is_single,
     )
     thinking = request.thinking
     return with_reasoning(

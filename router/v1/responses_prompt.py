@@ -34,7 +34,7 @@ def to_responses_prompt(
         messages=(*system, *conversation),
         tools=tools,
         tool_choice=choice,
-        parallel_tool_calls=request.parallel_tool_calls is not False,
+        parallel_tool_calls=request.parallel_tool_calls,
     )
     effort = request.reasoning.effort if request.reasoning else None
     return with_reasoning(prompt, effort=effort)

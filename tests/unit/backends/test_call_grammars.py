@@ -126,6 +126,48 @@ def test_a_forced_call_is_one_valid_call(family: str, is_bare: bool, vocabulary:
         assert fitting(tools)(name, arguments), text
 
 
+ONE_CALL_FORMS = {"harmony", "llama3_json"}
+
+
+def go_on(mask: TokenMask, read: HfTokenizer, chance: random.Random, steps: int) -> tuple[str, int]:
+    """Return what is said until an end that comes after `steps` tokens, and the ends before it."""
+    text, passed = b"", 0
+    for step in range(3000):
+        choices = allowed(mask, read)
+        others = [i for i in choices if not read.is_end(i)]
+        if len(others) < len(choices):
+            if step >= steps or not others:
+                return text.decode(), passed
+            passed += 1
+        token_id = chance.choice(others)
+        text += read.token_bytes(token_id)
+        mask.accept(token_id)
+    raise AssertionError(f"no end in {text[:500]!r}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_that_must_come_may_be_several(family: str, vocabulary: Any) -> None:
+    read, tools = vocabulary(family), (PICK, EMPTY)
+    constraint = call_constraint(FAMILIES[family], tools, is_many=True)
+    most = 0
+    for seed in range(6):
+        text, passed = go_on(read.mask(constraint), read, random.Random(seed), steps=300)
+        calls = calls_in(family, text, tools)
+        assert all(fitting(tools)(*call) for call in calls), text
+        assert len(calls) >= 1 + passed
+        most = max(most, len(calls))
+    assert (most == 1) == (family in ONE_CALL_FORMS)
+
+
+def test_bare_calls_that_must_come_may_be_several_in_a_list(vocabulary: Any) -> None:
+    read, tools = vocabulary("pythonic"), (PICK, EMPTY)
+    constraint = call_constraint(FAMILIES["pythonic"], tools, is_bare=True, is_many=True)
+    texts = [
+        go_on(read.mask(constraint), read, random.Random(seed), steps=300)[0] for seed in range(6)
+    ]
+    assert max(len(calls_in("pythonic", text, tools)) for text in texts) > 1
+
+
 def test_a_bounded_answer_of_harmony_is_in_its_final_channel(vocabulary: Any) -> None:
     read = vocabulary("harmony")
     form = ChatFormat("{{ tools }}<|channel|>analysis<|message|>", "", "")

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 
 from backends.calls.families import FAMILIES
+from backends.calls.grammar import call_constraint
 from backends.chat import ChatFormat
 from backends.reasoning import ReasoningParser
 from backends.text import OutputParser
@@ -376,6 +378,24 @@ def test_constraint_of_bare_calls_compiles(chat: Make) -> None:
     assert constraint is not None
     assert constraint.markers == ()
     assert not LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(constraint.grammar))
+
+
+@pytest.mark.parametrize(
+    ("choice", "is_parallel", "is_many"),
+    [
+        ("required", True, True),
+        ("required", None, False),
+        ("required", False, False),
+        (("function", "get_time"), True, False),
+    ],
+)
+def test_constraint_allows_several_calls_only_where_they_were_asked_for(
+    chat: Make, choice: Any, is_parallel: bool | None, is_many: bool
+) -> None:
+    prompt = say("hi", tools=[TIME], tool_choice=choice, parallel_tool_calls=is_parallel)
+    form = chat(WITH_TOOLS)
+    expected = call_constraint(form.family, [TIME], is_many=is_many)
+    assert form.constraint(prompt, None, "") == expected
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ reasoning stays reasoning. Values between tags become numbers, words, lists and 
 function's schema says so. Calls that do not fit the schema, break off or name an undeclared
 function are counted in `impetus_tool_call_mismatches_total`, by model and kind.
 
-With `tool_choice` `required` or a named function the answer is one call in the family's form.
+With `tool_choice` `required` or a named function the answer is one call in the family's form;
+with `required` and `parallel_tool_calls: true` further ones may follow, but in `harmony` and
+`llama3_json`, whose forms hold one.
 With `auto`, what follows the family's marker is held to the form and to the function's schema; so
 is an answer that begins as a bare call, as soon as it has named one of the functions.
 """

@@ -100,11 +100,12 @@ def test_prompt_is_the_same_whatever_the_billing_header() -> None:
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        (None, ("auto", True)),
-        ({"type": "auto"}, ("auto", True)),
+        (None, ("auto", None)),
+        ({"type": "auto"}, ("auto", None)),
         ({"type": "any", "disable_parallel_tool_use": True}, ("required", False)),
-        ({"type": "tool", "name": "read"}, (("function", "read"), True)),
-        ({"type": "none"}, ("none", True)),
+        ({"type": "any", "disable_parallel_tool_use": False}, ("required", True)),
+        ({"type": "tool", "name": "read"}, (("function", "read"), None)),
+        ({"type": "none"}, ("none", None)),
     ],
 )
 def test_tool_choice_has_its_meaning(choice: Any, expected: Any) -> None:
