@@ -104,7 +104,7 @@ class MlxStepper(PlannedStepper):
     def _compute(self) -> list[StepOutput]:
         prefilling = [row for row in self._rows.running if not row.is_decoding]
         decoding = len(self._rows.running) - len(prefilling)
-        chunk = self._planner.budget(decoding) // max(len(prefilling), 1)
+        chunk = self._planner.budget(decoding, len(prefilling)) // max(len(prefilling), 1)
         wall = time.monotonic()
         progress, tokens = self._batch.next(max(chunk, 1))
         self._steps += 1

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
-# Steps that also decode should not last longer, so that running streams stay fluent.
+# Steps that also decode should not last longer, so that running streams stay fluent;
+# but few streams do not hold up many prompts, of which each would wait for all before it.
 _MIXED_STEP_S = 0.12
+_MOST_PATIENCE = 4
 _SMALLEST_CHUNK = 32
 # The oldest prompt always gets this part of a step, so that short ones cannot starve it.
 _OLDEST_SHARE = 4
@@ -14,7 +16,8 @@ class PrefillPlanner:
     """Divides a step's prompt tokens: short prompts first, the oldest never starved.
 
     While other rows decode, the chunk is as large as the measured speed allows in an
-    eighth of a second; with nobody waiting for tokens it is the full `chunk_tokens`.
+    eighth of a second, or in up to half of one where more prompts wait than rows decode; with
+    nobody waiting for tokens it is the full `chunk_tokens`.
     """
 
     def __init__(self, chunk_tokens: int) -> None:
@@ -34,11 +37,12 @@ class PrefillPlanner:
         known = self._token_s or sample
         self._token_s = known + _SMOOTHING * (sample - known)
 
-    def budget(self, decoding: int) -> int:
-        """Return how many prompt tokens the next step may compute beside `decoding` rows."""
+    def budget(self, decoding: int, prompts: int) -> int:
+        """Return how many tokens of `prompts` the next step may compute beside `decoding` rows."""
         if not decoding or not self._token_s:
             return self._chunk_tokens
-        fluent = int(_MIXED_STEP_S / self._token_s)
+        patience = min(max(prompts / decoding, 1.0), _MOST_PATIENCE)
+        fluent = int(_MIXED_STEP_S * patience / self._token_s)
         return max(min(fluent, self._chunk_tokens), min(_SMALLEST_CHUNK, self._chunk_tokens))
 
     def plan(self, pending: Sequence[int], decoding: int) -> list[int]:
@@ -46,7 +50,7 @@ class PrefillPlanner:
         chunks = [0] * len(pending)
         if not pending:
             return chunks
-        left = self.budget(decoding)
+        left = self.budget(decoding, len(pending))
         chunks[0] = min(pending[0], max(left // _OLDEST_SHARE, 1))
         left -= chunks[0]
         for index in sorted(range(len(pending)), key=lambda i: (pending[i], i)):

@@ -1,5 +1,6 @@
 """How a step's prompt tokens are divided."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,14 +26,26 @@ def test_plan_never_starves_the_oldest() -> None:
 def test_budget_shrinks_beside_decoding_rows_on_slow_machines() -> None:
     planner = PrefillPlanner(512)
     planner.observe(512, seconds=5.12)
-    assert planner.budget(decoding=3) == 32
-    assert planner.budget(decoding=0) == 512
+    assert planner.budget(decoding=3, prompts=1) == 32
+    assert planner.budget(decoding=0, prompts=1) == 512
 
 
 def test_budget_stays_whole_on_fast_machines() -> None:
     planner = PrefillPlanner(512)
     planner.observe(512, seconds=0.05)
-    assert planner.budget(decoding=3) == 512
+    assert planner.budget(decoding=3, prompts=1) == 512
+
+
+@pytest.mark.parametrize(
+    ("decoding", "prompts", "expected"),
+    [(8, 8, 120), (8, 1, 120), (4, 8, 240), (2, 5, 300), (1, 7, 480), (1, 100, 480)],
+)
+def test_few_streams_do_not_hold_up_many_prompts(
+    decoding: int, prompts: int, expected: int
+) -> None:
+    planner = PrefillPlanner(512)
+    planner.observe(500, seconds=0.5)
+    assert planner.budget(decoding, prompts) == expected
 
 
 @given(
@@ -46,7 +59,11 @@ def test_plan_never_exceeds_budget_or_need(pending: list[int], decoding: int, sp
     chunks = planner.plan(pending, decoding)
     assert len(chunks) == len(pending)
     assert all(0 <= chunk <= need for chunk, need in zip(chunks, pending, strict=True))
-    assert sum(chunks) == min(sum(pending), planner.budget(decoding)) if pending else not chunks
+    assert (
+        sum(chunks) == min(sum(pending), planner.budget(decoding, len(pending)))
+        if pending
+        else not chunks
+    )
     if pending:
         assert chunks[0] > 0
 
