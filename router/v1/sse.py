@@ -148,13 +148,14 @@ class EventStream(Response):
             while True:
                 # The last events and what closes the stream go as one message.
                 if text and not feed.has_ended:
-                    now, text = text, ""
-                    await keep_alive.write(now)
+                    said, text = text, ""
+                    await keep_alive.write(said)
                 events = await feed.next()
                 if events is None:
                     break
                 text += self._say(events, keep_alive)
-            text += "" if feed.is_disconnected else self._formatter.closing()
+            if not feed.is_disconnected:
+                text += self._formatter.closing()
         except Exception as error:
             text += self._in_stream_error(error, record)
         if not feed.is_disconnected:

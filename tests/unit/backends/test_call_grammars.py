@@ -86,19 +86,25 @@ def allowed(mask: TokenMask, read: HfTokenizer) -> list[int]:
     return [int(i) for i in np.flatnonzero(np.isfinite(logits))]
 
 
-def walk(mask: TokenMask, read: HfTokenizer, seed: int, limit: int = 3000) -> str:
-    """Return what a model that knows nothing but the mask says."""
-    chance = random.Random(seed)
-    text = b""
-    for _ in range(limit):
+def go_on(mask: TokenMask, read: HfTokenizer, chance: random.Random, steps: int) -> tuple[str, int]:
+    """Return what is said until an end that comes after `steps` tokens, and the ends before it."""
+    text, passed = b"", 0
+    for step in range(3000):
         choices = allowed(mask, read)
-        ends = [i for i in choices if read.is_end(i)]
-        if ends:
-            return text.decode()
-        token_id = chance.choice(choices)
+        others = [i for i in choices if not read.is_end(i)]
+        if len(others) < len(choices):
+            if step >= steps or not others:
+                return text.decode(), passed
+            passed += 1
+        token_id = chance.choice(others)
         text += read.token_bytes(token_id)
         mask.accept(token_id)
     raise AssertionError(f"no end in {text[:500]!r}")
+
+
+def walk(mask: TokenMask, read: HfTokenizer, seed: int) -> str:
+    """Return what a model that knows nothing but the mask says up to the first end."""
+    return go_on(mask, read, random.Random(seed), steps=0)[0]
 
 
 def calls_in(family: str, text: str, tools: tuple[Tool, ...]) -> list[tuple[str, str]]:
@@ -127,22 +133,6 @@ def test_a_forced_call_is_one_valid_call(family: str, is_bare: bool, vocabulary:
 
 
 ONE_CALL_FORMS = {"harmony", "llama3_json"}
-
-
-def go_on(mask: TokenMask, read: HfTokenizer, chance: random.Random, steps: int) -> tuple[str, int]:
-    """Return what is said until an end that comes after `steps` tokens, and the ends before it."""
-    text, passed = b"", 0
-    for step in range(3000):
-        choices = allowed(mask, read)
-        others = [i for i in choices if not read.is_end(i)]
-        if len(others) < len(choices):
-            if step >= steps or not others:
-                return text.decode(), passed
-            passed += 1
-        token_id = chance.choice(others)
-        text += read.token_bytes(token_id)
-        mask.accept(token_id)
-    raise AssertionError(f"no end in {text[:500]!r}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
