@@ -96,7 +96,9 @@ def choose(entries: Sequence[Mapping[str, Any]], client: str, wanted: str | None
     usable = [entry for entry in entries if _rank(entry, client)[0] > 0]
     if not usable:
         raise ConnectError(f"The server has no model that {client} can use; see /v1/models.")
-    return _model(max(usable, key=lambda entry: _rank(entry, client)), client)
+    # Echo fits everything and answers nothing: it is taken where there is nothing else.
+    best = max(usable, key=lambda entry: (entry.get("format") != "echo", _rank(entry, client)))
+    return _model(best, client)
 
 
 def _rank(entry: Mapping[str, Any], client: str) -> tuple[int, bool, int, int]:

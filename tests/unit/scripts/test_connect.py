@@ -326,3 +326,12 @@ def test_a_failed_check_is_told_without_the_key(
     )
     assert run("openai", "--key", TARGET.key) == 1
     assert "FAILED  stream: bad ***" in capsys.readouterr().out
+
+
+def test_a_model_is_chosen_before_echo_however_well_that_fits() -> None:
+    def entry(name: str, level: str) -> dict[str, Any]:
+        fit = {"cline": {"level": level, "reasons": []}}
+        return {"id": name, "format": name, "capabilities": ["chat"], "compatibility": fit}
+
+    assert choose([entry("echo", "ok"), entry("gguf", "limited")], "cline", None).id == "gguf"
+    assert choose([entry("echo", "ok"), entry("gguf", "no")], "cline", None).id == "echo"
