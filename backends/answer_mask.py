@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import Tokenizer
 from backends.masking import GrammarPlace, OpeningCall
 from backends.reasoning import ReasoningTags
+from backends.stepper import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,10 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from backends.masking import Constraint, GrammarPlace, TokenMask
-from backends.reuse import Reuse
 from backends.snapshots import SnapshotPlace
 from core.errors import UnsupportedCapability
 from core.types import (
@@ -19,8 +17,6 @@ from core.types import (
     GenerationEvent,
     GenerationRequest,
     Priority,
-    SamplingParams,
-    TokenLogprob,
 )
 from core.units import MIB
 
@@ -209,82 +205,12 @@ class Backend(ABC):
         """Load; blocks.  Raises BrokenModel, InsufficientMemory, BackendUnavailable."""
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceSpec:
-    """One sequence to run; `prompt` ends in `generated` answer tokens, `max_tokens` still fit."""
-
-    id: int
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    max_tokens: int
-    mask: TokenMask | None = None
-    generated: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What one step did for one sequence: a new token, or progress on its prompt.
-
-    `token_id` None means prefill only, `prefilled` tokens being computed so far; `is_end` marks
-    an end-of-generation token, which is not part of the text.
-    """
-
-    sequence_id: int
-    token_id: int | None
-    is_end: bool = False
-    logprob: TokenLogprob | None = None
-    prefilled: int = 0
-    cached: int = 0
-    reuse: Reuse | None = None
-
-
-class Stepper(Protocol):
-    """Synchronous core of a token engine.  Every call comes from the engine's own thread."""
-
-    max_sequences: int
-
-    def add(self, spec: SequenceSpec) -> None:
-        """Accept a sequence; it runs from the next step on.  Raises RequestError."""
-        ...
-
-    def remove(self, sequence_id: int) -> None:
-        """Drop a sequence, keeping its KV cache for reuse where possible; idempotent."""
-        ...
-
-    def step(self) -> list[StepOutput]:
-        """Do one forward pass: at most one token for each running sequence."""
-        ...
-
-    def counters(self) -> EngineLoad:
-        """Return the stepper's own counts (cells, steps, preemptions, native time)."""
-        ...
-
-    def close(self) -> None:
-        """Free everything; twice is fine."""
-        ...
-
-
-class Tokenizer(Protocol):
-    """A model's vocabulary.  Thread-safe."""
-
-    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
-        """Return the token ids of `text`."""
-        ...
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return what a token adds to the text; empty for control tokens."""
-        ...
-
-    @property
-    def can_constrain(self) -> bool:
-        """Whether `mask` can make any."""
-        ...
-
-    def mask(self, constraint: Constraint) -> GrammarPlace:
-        """Compile a grammar for this vocabulary.  Raises RequestError, UnsupportedParameter."""
-        ...
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of token ids."""
-        ...
+def as_granted(options: EngineOptions, granted: MemoryEstimate) -> EngineOptions:
+    """Return `options` with the context and cache that the estimate found room for."""
+    return replace(
+        options,
+        context_tokens=granted.context_tokens,
+        kv_tokens=granted.kv_tokens,
+        prefix_bytes=granted.prefix_bytes,
+        warm_tokens=granted.warm_tokens,
+    )

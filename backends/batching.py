@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
-from backends.base import Engine, EngineLoad, EventSink, ModelInfo, StepOutput, Stepper
-from backends.chores import do_chore, has_chores
+from backends.base import Engine, EngineLoad, EventSink, ModelInfo
 from backends.limits import EngineLimits, StepWatch
 from backends.pacing import Pacer
 from backends.prepare import Preparer
+from backends.stepper import StepOutput, Stepper, do_chore, has_chores
 from backends.threads import name_this_thread
 from backends.ticket import Inbox, StepEvents, Ticket, events_of
 from backends.turns import TurnLock

@@ -12,13 +12,12 @@ from backends.base import (
     EngineOptions,
     MemoryEstimate,
     ModelInfo,
-    SequenceSpec,
-    StepOutput,
 )
 from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
 from backends.masking import Constraint, GrammarPlace
 from backends.prepare import Preparer
+from backends.stepper import SequenceSpec, StepOutput
 from core.errors import NotThisFormat, UnsupportedParameter
 from core.types import Capability, TokenLogprob
 from core.units import MIB

@@ -12,6 +12,7 @@ from backends.base import (
     EngineOptions,
     MemoryEstimate,
     ModelInfo,
+    as_granted,
 )
 from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
@@ -20,7 +21,6 @@ from backends.gguf_file import gguf_info
 from backends.gguf_memory import estimate_gguf, kv_element_bytes
 from backends.gguf_model import GgufModel, library
 from backends.gguf_stepper import GgufStepper
-from backends.grants import as_granted
 from backends.infill import read_infill
 from backends.prepare import Preparer
 from core.types import Capability, SamplingParams

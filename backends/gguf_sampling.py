@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from backends.base import SequenceSpec
 from backends.gguf_model import GgufModel, library
 from backends.sampling import (
     DEFAULT_MIN_P,
@@ -15,6 +14,7 @@ from backends.sampling import (
     or_default,
     token_logprob,
 )
+from backends.stepper import SequenceSpec
 from core.errors import RequestError
 from core.types import SamplingParams, TokenLogprob
 

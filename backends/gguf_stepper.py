@@ -2,7 +2,7 @@
 
 import time
 
-from backends.base import EngineLoad, EngineOptions, SequenceSpec, StepOutput
+from backends.base import EngineLoad, EngineOptions
 from backends.gguf_batch import Batch
 from backends.gguf_blocks import CellBlocks, block_layout
 from backends.gguf_model import GgufModel, library, native_log, open_context
@@ -15,6 +15,7 @@ from backends.prefill import PrefillPlanner
 from backends.prefix_cache import Retained, token_array
 from backends.prefix_store import PrefixStore
 from backends.snapshot_flow import SnapshotFlow, await_first
+from backends.stepper import SequenceSpec, StepOutput
 from core.errors import EngineFailed
 
 _NO_SLOT = 1

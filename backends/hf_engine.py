@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
-from backends.base import Engine, EngineOptions, ModelInfo, Stepper
+from backends.base import Engine, EngineOptions, ModelInfo
 from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
 from backends.hf_folder import HfFolder
 from backends.hf_tokenizer import HfTokenizer
 from backends.infill import find_infill
 from backends.prepare import Preparer
+from backends.stepper import Stepper
 from core.types import SamplingParams
 
 _MAX_TEMPERATURE = 100.0

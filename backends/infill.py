@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from backends.base import Tokenizer
+from backends.stepper import Tokenizer
 from core.types import InfillPrompt
 
 # Names of a family's tokens: before the prefix, before the suffix, before the middle.

@@ -12,8 +12,8 @@ from backends.base import (
     EngineOptions,
     MemoryEstimate,
     ModelInfo,
+    as_granted,
 )
-from backends.grants import as_granted
 from backends.hf_engine import open_token_engine
 from backends.hf_folder import read_folder
 from backends.hf_tokenizer import HfTokenizer

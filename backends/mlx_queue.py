@@ -3,11 +3,11 @@
 from array import array
 from dataclasses import dataclass, field
 
-from backends.base import SequenceSpec, StepOutput
 from backends.mlx_batch import RowChoice
 from backends.reuse import Reuse
 from backends.snapshot_flow import Restore
 from backends.snapshots import State
+from backends.stepper import SequenceSpec, StepOutput
 
 
 @dataclass(slots=True, eq=False)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from backends.base import EngineLoad, EngineOptions, SequenceSpec, StepOutput
+from backends.base import EngineLoad, EngineOptions
 from backends.mlx_batch import MlxBatch, RowChoice
 from backends.mlx_blocks import LayerBlocks
 from backends.mlx_model import MlxModel
@@ -20,6 +20,7 @@ from backends.sampling import RowSampler
 from backends.snapshot_file import BLOCK_TOKENS
 from backends.snapshot_flow import SnapshotFlow, await_first, is_worth_it
 from backends.snapshots import State
+from backends.stepper import SequenceSpec, StepOutput
 
 
 class MlxStepper(PlannedStepper):

@@ -20,10 +20,9 @@ from backends.base import (
     EngineOptions,
     MemoryEstimate,
     ModelInfo,
-    Stepper,
+    as_granted,
 )
 from backends.embedding import EmbeddingEngine, pool, read_pooling
-from backends.grants import as_granted
 from backends.hf_engine import open_token_engine
 from backends.hf_memory import estimate_transformer
 from backends.hf_tokenizer import HfTokenizer
@@ -35,6 +34,7 @@ from backends.onnx_session import DecoderSession, chunk_tokens, open_session
 from backends.pooling import Pooling, unit
 from backends.row_model import RowModel
 from backends.row_stepper import RowStepper
+from backends.stepper import Stepper
 from core.errors import EngineFailed
 from core.units import MIB
 

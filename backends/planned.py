@@ -4,10 +4,10 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
-from backends.base import SequenceSpec, StepOutput
 from backends.prefill import PrefillPlanner
 from backends.reuse import Reuse
 from backends.snapshot_flow import Restore, SnapshotFlow
+from backends.stepper import SequenceSpec, StepOutput
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +43,7 @@ class PlannedRow:
 
 
 class PlannedStepper:
-    """The part of a stepper that obeys `backends.limits` and does `backends.chores`."""
+    """The part of a stepper that obeys `backends.limits` and does `backends.stepper`."""
 
     _planner: PrefillPlanner
     _flow: SnapshotFlow[Any]
@@ -54,7 +54,7 @@ class PlannedStepper:
 
     @property
     def has_chores(self) -> bool:
-        """See `backends.chores.HasChores`."""
+        """See `backends.stepper.HasChores`."""
         return self._flow.has_chores
 
     def do_chore(self) -> None:

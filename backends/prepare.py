@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from backends.answer_mask import AnswerMask, ReasoningPlan
-from backends.base import ModelInfo, Tokenizer
+from backends.base import ModelInfo
 from backends.chat import ChatFormat, OutputParser
 from backends.constraint import output_constraint
 from backends.infill import InfillTokens
 from backends.masking import Constraint, OpeningCall, TokenMask
 from backends.stable import stable
+from backends.stepper import Tokenizer
 from backends.text import TextAssembler
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
 from core.types import (

@@ -7,15 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backends.base import (
-    Availability,
-    Engine,
-    EngineOptions,
-    MemoryEstimate,
-    ModelInfo,
-    Stepper,
-)
-from backends.grants import as_granted
+from backends.base import Availability, Engine, EngineOptions, MemoryEstimate, ModelInfo, as_granted
 from backends.hf_config import HfFolder
 from backends.hf_engine import open_token_engine
 from backends.hf_folder import read_folder
@@ -26,6 +18,7 @@ from backends.pytorch_embed import device, open_embedder
 from backends.pytorch_packing import open_rows
 from backends.pytorch_weights import SUFFIXES, load_tensors, refuse_quantized
 from backends.row_stepper import RowStepper
+from backends.stepper import Stepper
 from core.errors import BackendUnavailable, InsufficientMemory
 from core.types import Capability
 from core.units import MIB

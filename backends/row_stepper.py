@@ -5,7 +5,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import EngineLoad, EngineOptions, SequenceSpec, StepOutput
+from backends.base import EngineLoad, EngineOptions
 from backends.planned import PlannedStepper
 from backends.prefill import PrefillPlanner
 from backends.prefix_cache import common_prefix, longest_prefix, token_array
@@ -17,6 +17,7 @@ from backends.sampling import RowSampler
 from backends.snapshot_file import BLOCK_TOKENS
 from backends.snapshot_flow import SnapshotFlow, await_first, is_worth_it
 from backends.snapshots import State
+from backends.stepper import SequenceSpec, StepOutput
 from core.errors import EngineFailed
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Protocol, cast, runtime_checkable
 
+from backends.abilities import Measured
 from backends.base import (
     Availability,
     Backend,
@@ -17,7 +18,6 @@ from backends.hf_checks import check_folder, transformers_knows
 from backends.hf_config import HfFolder, read_folder, weight_files
 from backends.hf_folder import folder_info, is_mlx, quantization_of
 from backends.hf_header import SafetensorsHeader, broken, safetensors_header
-from backends.measured import Measured
 from backends.pytorch_engine import (
     estimate_torch,
     import_torch,

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.base import SequenceSpec
+from backends.stepper import SequenceSpec
 from core.errors import EngineFailed, RequestError
 from core.types import SamplingParams, TokenLogprob
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeAlias
 
-from backends.base import StepOutput
+from backends.stepper import StepOutput
 from core.types import (
     FinishReason,
     GenerationEvent,

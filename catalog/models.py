@@ -47,7 +47,7 @@ class ModelSettings:
     `context_length` is an upper bound in tokens.  A model that was idle for `keep_alive_s` seconds
     is unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name
     none.  `max_sequences` are generated at the same time.  `kv_type` is what keys and values are
-    kept as, of those that `backends.kv_types` knows for the model.  `tool_parser` names the family
+    kept as, of those that `backends.abilities` knows for the model.  `tool_parser` names the family
     of the model's tool calls where its chat template does not tell.
     """
 

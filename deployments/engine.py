@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 import ray
 from ray import serve
 
+from backends.abilities import count_tokens
 from backends.base import Engine
-from backends.counting import count_tokens
 from backends.limits import UNLIMITED, EngineLimits, Limitable, Watched
 from backends.registry import backends_for
 from core.errors import EngineFailed, ModelNotResident

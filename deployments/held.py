@@ -5,8 +5,8 @@ import gc
 from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
+from backends.abilities import Measured
 from backends.base import Backend, MemoryEstimate
-from backends.measured import Measured
 from core.errors import ImpetusError
 from deployments.orders import Freed, LoadOrder
 from scheduler.footprint import FootprintBook, Meter, give_back, open_meter

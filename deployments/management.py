@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from backends.abilities import check_kv_type
 from backends.calls.families import check_family
-from backends.kv_types import check_kv_type
 from backends.registry import backends_for
 from catalog.models import ModelSettings
 from catalog.store import CatalogStore

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from backends.abilities import TokenCounting
 from backends.base import Engine
-from backends.counting import TokenCounting
 from core.errors import ContextLengthExceeded, EngineFailed, RequestError
 from core.types import PrefillProgress, TextDelta, TextPrompt, TokenPrompt, Tool
 from tests.requests import assert_same_tokens, chat, end_of, request, run, text_of, token_ids_of

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from backends.base import Engine, EngineLoad, SequenceSpec, StepOutput
+from backends.abilities import count_tokens
+from backends.base import Engine, EngineLoad
 from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
-from backends.counting import count_tokens
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
 from backends.prepare import Preparer
 from backends.reuse import Reuse
+from backends.stepper import SequenceSpec, StepOutput
 from core.errors import (
     EngineFailed,
     QueueFull,

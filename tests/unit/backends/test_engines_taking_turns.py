@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from backends.base import EngineLoad, SequenceSpec, StepOutput
+from backends.base import EngineLoad
 from backends.batching import BatchingEngine
 from backends.echo import echo_info
 from backends.embedding import EmbeddingEngine
+from backends.stepper import SequenceSpec, StepOutput
 from backends.turns import TurnTaking
 from core.errors import EngineFailed
 from tests.requests import request, run, text_of

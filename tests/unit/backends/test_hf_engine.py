@@ -6,17 +6,11 @@ from typing import Any
 
 import pytest
 
-from backends.base import (
-    Engine,
-    EngineLoad,
-    EngineOptions,
-    ModelInfo,
-    SequenceSpec,
-    StepOutput,
-)
+from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
 from backends.hf_engine import open_token_engine, recommended_sampling
 from backends.hf_folder import HfFolder
 from backends.hf_tokenizer import HfTokenizer
+from backends.stepper import SequenceSpec, StepOutput
 from core.errors import BrokenModel
 from core.types import Capability, ReasoningDelta, SamplingParams
 from tests.requests import chat, end_of, request, run, text_of

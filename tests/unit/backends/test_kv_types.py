@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from backends.abilities import KV_TYPES, check_kv_type
 from backends.base import EngineOptions, ModelInfo
 from backends.echo import EchoBackend, echo_info
 from backends.gguf import GgufBackend
-from backends.kv_types import KV_TYPES, check_kv_type
 from core.errors import UnsupportedParameter
 from core.types import Capability
 from tests.gguf_files import llama_gguf

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.base import EngineOptions, SequenceSpec, StepOutput
+from backends.base import EngineOptions
 from backends.hf_folder import read_folder
 from backends.mlx_batch import RowChoice
 from backends.mlx_model import MlxModel
@@ -18,6 +18,7 @@ from backends.mlx_prefixes import MlxPrefixes
 from backends.mlx_stepper import MlxStepper
 from backends.sampling import RowSampler
 from backends.snapshot_file import BLOCK_TOKENS
+from backends.stepper import SequenceSpec, StepOutput
 from core.errors import BrokenModel
 from core.types import SamplingParams
 from tests.prefixes import place_in, store_at

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from backends.base import EngineOptions, StepOutput
+from backends.base import EngineOptions
 from backends.row_stepper import RowStepper
 from backends.snapshot_file import BLOCK_TOKENS
 from backends.snapshots import Snapshots
+from backends.stepper import StepOutput
 from tests.prefixes import place_in, store_at
 from tests.unit.backends.test_row_stepper import (
     FakeModel,

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from backends.base import SequenceSpec
 from backends.masking import TokenMask
 from backends.sampling import RowSampler
+from backends.stepper import SequenceSpec
 from core.errors import EngineFailed, RequestError
 from core.types import SamplingParams
 

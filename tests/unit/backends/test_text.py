@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.base import StepOutput
 from backends.calls.families import FAMILIES
 from backends.reasoning import ReasoningParser
+from backends.stepper import StepOutput
 from backends.text import Detokenizer, OutputParser, Piece, StopMatcher, TextAssembler
 from core.types import (
     GenerationEvent,

@@ -1,0 +1,118 @@
+"""The interface of token runtimes: prompt tokens in, sampled tokens out, one step at a time."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from backends.base import EngineLoad
+from backends.masking import Constraint, GrammarPlace, TokenMask
+from backends.reuse import Reuse
+from core.types import (
+    SamplingParams,
+    TokenLogprob,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """One sequence to run; `prompt` ends in `generated` answer tokens, `max_tokens` still fit."""
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    mask: TokenMask | None = None
+    generated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step did for one sequence: a new token, or progress on its prompt.
+
+    `token_id` None means prefill only, `prefilled` tokens being computed so far; `is_end` marks
+    an end-of-generation token, which is not part of the text.
+    """
+
+    sequence_id: int
+    token_id: int | None
+    is_end: bool = False
+    logprob: TokenLogprob | None = None
+    prefilled: int = 0
+    cached: int = 0
+    reuse: Reuse | None = None
+
+
+class Stepper(Protocol):
+    """Synchronous core of a token engine.  Every call comes from the engine's own thread."""
+
+    max_sequences: int
+
+    def add(self, spec: SequenceSpec) -> None:
+        """Accept a sequence; it runs from the next step on.  Raises RequestError."""
+        ...
+
+    def remove(self, sequence_id: int) -> None:
+        """Drop a sequence, keeping its KV cache for reuse where possible; idempotent."""
+        ...
+
+    def step(self) -> list[StepOutput]:
+        """Do one forward pass: at most one token for each running sequence."""
+        ...
+
+    def counters(self) -> EngineLoad:
+        """Return the stepper's own counts (cells, steps, preemptions, native time)."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; twice is fine."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """A model's vocabulary.  Thread-safe."""
+
+    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Return the token ids of `text`."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token adds to the text; empty for control tokens."""
+        ...
+
+    @property
+    def can_constrain(self) -> bool:
+        """Whether `mask` can make any."""
+        ...
+
+    def mask(self, constraint: Constraint) -> GrammarPlace:
+        """Compile a grammar for this vocabulary.  Raises RequestError, UnsupportedParameter."""
+        ...
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids."""
+        ...
+
+
+@runtime_checkable
+class HasChores(Protocol):
+    """A stepper with background work, done in pieces while idle; called on the engine's thread."""
+
+    @property
+    def has_chores(self) -> bool:
+        """Whether there is background work to do."""
+        ...
+
+    def do_chore(self) -> None:
+        """Do one piece, some milliseconds at most."""
+        ...
+
+
+def has_chores(stepper: Stepper) -> bool:
+    """Return whether the stepper has background work to do now."""
+    return isinstance(stepper, HasChores) and stepper.has_chores
+
+
+def do_chore(stepper: Stepper) -> None:
+    """Do one piece of background work, if there is any."""
+    if isinstance(stepper, HasChores) and stepper.has_chores:
+        stepper.do_chore()
