@@ -6,6 +6,8 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+from backends.answer.assembler import StopMatcher
+from backends.answer.parser import Piece
 from backends.apple_request import read_job
 from backends.apple_sessions import AppleSession, CallMade, Ended, Failed, News, Snapshot
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
@@ -13,7 +15,6 @@ from backends.calls.sink import new_call_id
 from backends.chat import ChatFormat, OutputParser
 from backends.limits import UNLIMITED, EngineLimits
 from backends.slot_gate import SlotGate
-from backends.text import Piece, StopMatcher
 from backends.waiting import Pace
 from core.errors import (
     EngineFailed,

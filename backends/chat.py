@@ -3,7 +3,9 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from backends.answer_mask import ReasoningPlan
+from backends.answer.mask import ReasoningPlan
+from backends.answer.parser import OutputParser
+from backends.answer.reasoning import HARMONY, ReasoningParser, effort_variables, reasoning_tags
 from backends.calls.families import DEFAULT, FAMILIES, check_family, family_of
 from backends.calls.grammar import call_constraint, triggered_calls
 from backends.calls.harmony import FINAL
@@ -17,10 +19,7 @@ from backends.messages import (
     template_tool,
     with_written_tools,
 )
-from backends.reasoning import HARMONY, ReasoningParser, reasoning_tags
-from backends.reasoning_switch import effort_variables
 from backends.templates import TemplateRefused, TemplateRenderer
-from backends.text import OutputParser
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, JsonValue, Output, Tool
 

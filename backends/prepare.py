@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from backends.answer_mask import AnswerMask, ReasoningPlan
+from backends.answer.assembler import TextAssembler
+from backends.answer.mask import AnswerMask, ReasoningPlan
 from backends.base import ModelInfo
 from backends.chat import ChatFormat, OutputParser
 from backends.constraint import output_constraint
@@ -11,7 +12,6 @@ from backends.infill import InfillTokens
 from backends.masking import Constraint, OpeningCall, TokenMask
 from backends.stable import stable
 from backends.stepper import Tokenizer
-from backends.text import TextAssembler
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
 from core.types import (
     ChatPrompt,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from backends.answer.parser import Piece
 from backends.calls import harmony
 from backends.calls.bare import answer_with_calls
 from backends.calls.json_calls import deepseek, kimi, mistral, python_tag, tagged_json
@@ -11,7 +12,6 @@ from backends.calls.parser import CallParser, Main, Section
 from backends.calls.schemas import fitting
 from backends.calls.sink import CallSink
 from backends.calls.tagged import GLM, LONGCAT, MINIMAX, QWEN_CODER, TagReader
-from backends.text import Piece
 from core.errors import RequestError
 from core.types import Tool
 

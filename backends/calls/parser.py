@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+from backends.answer.parser import Piece
 from backends.calls.cursor import Cursor, Malformed, Steps, Unfinished, held_length
 from backends.calls.sink import CallSink, Enough
-from backends.text import Piece
 from core.types import MismatchKind
 
 Section = Callable[[Cursor, CallSink, str], Steps[None]]
@@ -12,7 +12,7 @@ Main = Callable[[Cursor, CallSink], Steps[None]]
 
 
 class CallParser:
-    """Runs a reader over an answer as it arrives; implements `backends.text.OutputParser`."""
+    """Runs a reader over a streamed answer; implements `backends.answer.parser.OutputParser`."""
 
     def __init__(self, main: Main, sink: CallSink) -> None:
         self._cursor = Cursor()

@@ -5,8 +5,8 @@ import secrets
 import string
 from collections.abc import Callable, Mapping, Sequence
 
+from backends.answer.parser import Piece
 from backends.calls.cursor import Malformed
-from backends.text import Piece
 from core.types import MismatchKind, ReasoningDelta, TextDelta, Tool, ToolCallDelta
 
 _ID_CHARACTERS = string.ascii_letters + string.digits

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from backends.answer.reasoning import effort_variables
 from backends.calls.schemas import fitting, from_text, types_of
 from backends.chat import ChatFormat
-from backends.reasoning_switch import effort_variables
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool
 

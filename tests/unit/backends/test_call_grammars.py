@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.answer_mask import AnswerMask, ReasoningPlan
+from backends.answer.mask import AnswerMask, ReasoningPlan
+from backends.answer.reasoning import HARMONY, THINK
 from backends.calls.families import FAMILIES
 from backends.calls.grammar import call_constraint, triggered_calls
 from backends.calls.opening import opening_call
@@ -16,7 +17,6 @@ from backends.calls.schemas import fitting
 from backends.chat import ChatFormat
 from backends.hf_tokenizer import HfTokenizer
 from backends.masking import TokenMask
-from backends.reasoning import HARMONY, THINK
 from core.errors import RequestError
 from core.types import ChatMessage, ChatPrompt, ChoiceOutput, Tool, ToolCallDelta
 from tests.tool_forms import TOOLS, Answer, written

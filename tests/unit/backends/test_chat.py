@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
+from backends.answer.parser import OutputParser
+from backends.answer.reasoning import ReasoningParser
 from backends.calls.families import FAMILIES
 from backends.calls.grammar import call_constraint
 from backends.chat import ChatFormat
-from backends.reasoning import ReasoningParser
-from backends.text import OutputParser
 from core.errors import RequestError
 from core.types import (
     ChatMessage,

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.answer.assembler import Detokenizer, StopMatcher, TextAssembler
+from backends.answer.parser import OutputParser, Piece
+from backends.answer.reasoning import ReasoningParser
 from backends.calls.families import FAMILIES
-from backends.reasoning import ReasoningParser
 from backends.stepper import StepOutput
-from backends.text import Detokenizer, OutputParser, Piece, StopMatcher, TextAssembler
 from core.types import (
     GenerationEvent,
     MismatchKind,

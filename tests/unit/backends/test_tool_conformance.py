@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends.answer.parser import OutputParser, Piece
+from backends.answer.reasoning import ReasoningParser
 from backends.calls.families import FAMILIES, family_of
-from backends.reasoning import ReasoningParser
-from backends.text import OutputParser, Piece
 from core.types import ReasoningDelta, TextDelta, ToolCallDelta
 from tests.tool_forms import TEMPLATES, TOOLS, Answer, written
 

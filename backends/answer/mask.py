@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.answer.reasoning import ReasoningTags
 from backends.masking import GrammarPlace, OpeningCall
-from backends.reasoning import ReasoningTags
 from backends.stepper import Tokenizer
 
 

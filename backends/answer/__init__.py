@@ -1,0 +1,1 @@
+"""Turns sampled tokens into text, reasoning and tool-call events."""
