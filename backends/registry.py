@@ -17,7 +17,7 @@ class BuiltInFormats:
     @hookimpl
     def register_backends(self, register: Callable[[Backend], None]) -> None:
         """Register the built-in formats."""
-        from backends.apple_foundation import AppleFoundationBackend
+        from backends.apple.backend import AppleFoundationBackend
         from backends.coreml import CoremlBackend
         from backends.echo import EchoBackend
         from backends.gguf import GgufBackend

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from backends.apple_engine import AppleEngine
-from backends.apple_foundation import AppleFoundationBackend, apple_info
+from backends.apple.backend import AppleFoundationBackend, apple_info
+from backends.apple.engine import AppleEngine
 from backends.base import Engine, EngineOptions
 from core.errors import (
     BackendUnavailable,
@@ -57,7 +57,7 @@ OPTIONS = EngineOptions(max_sequences=2, max_waiting=4)
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
     """The scripted model, on a system that looks right."""
-    monkeypatch.setattr("backends.apple_foundation.system_problem", lambda *_: "")
+    monkeypatch.setattr("backends.apple.backend.system_problem", lambda *_: "")
     with stand_in() as model:
         yield model
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from backends.apple_foundation import AppleFoundationBackend, apple_info, system_problem
-from backends.apple_request import read_job
+from backends.apple.backend import AppleFoundationBackend, apple_info, system_problem
+from backends.apple.request import read_job
 from backends.base import EngineOptions
 from core.errors import (
     BackendUnavailable,
@@ -50,9 +50,9 @@ def test_elsewhere_it_is_listed_with_the_reason() -> None:
 
 
 def test_macos_without_the_sdk_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backends.apple_foundation.system_problem", lambda *_: "")
+    monkeypatch.setattr("backends.apple.backend.system_problem", lambda *_: "")
     monkeypatch.setattr(
-        "backends.apple_foundation.importlib.util.find_spec",
+        "backends.apple.backend.importlib.util.find_spec",
         lambda name: None if name == "apple_fm_sdk" else object(),
     )
     assert "not installed" in AppleFoundationBackend().availability().reason
@@ -64,7 +64,7 @@ def test_sdk_that_cannot_be_imported_is_a_reason(
     (tmp_path / "apple_fm_sdk.py").write_text("raise ImportError('no bindings')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "apple_fm_sdk", raising=False)
-    monkeypatch.setattr("backends.apple_foundation.system_problem", lambda *_: "")
+    monkeypatch.setattr("backends.apple.backend.system_problem", lambda *_: "")
     availability = AppleFoundationBackend().availability()
     assert not availability.is_available
     assert "no bindings" in availability.reason
@@ -82,7 +82,7 @@ def test_context_is_at_most_the_models(asked: int | None, granted: int) -> None:
 
 
 def test_import_brings_no_sdk() -> None:
-    code = "import sys, backends.apple_foundation; sys.exit('apple_fm_sdk' in sys.modules)"
+    code = "import sys, backends.apple.backend; sys.exit('apple_fm_sdk' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

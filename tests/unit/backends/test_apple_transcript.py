@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from backends.apple_transcript import (
+from backends.apple.transcript import (
     Conversation,
     Turn,
     call_schema,

@@ -1,7 +1,7 @@
 """From a request to what a session of Apple's model shall do; pure."""
 
-from backends.apple_sessions import ForcedTool, Job
-from backends.apple_transcript import guided_schema, read_conversation
+from backends.apple.sessions import ForcedTool, Job
+from backends.apple.transcript import guided_schema, read_conversation
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import (
     ChatPrompt,

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from backends.apple_engine import AppleEngine
-from backends.apple_sdk import import_sdk
+from backends.apple.engine import AppleEngine
+from backends.apple.sdk import import_sdk
 from backends.base import (
     Availability,
     Backend,

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from backends.apple_sdk import (
+from backends.apple.sdk import (
     end_stream,
     error_of,
     import_sdk,
     open_transcript,
     streams_reported_to,
 )
-from backends.apple_transcript import Conversation, call_schema, transcript
+from backends.apple.transcript import Conversation, call_schema, transcript
 from backends.threads import name_this_thread
 from core.errors import ContextLengthExceeded, EngineFailed, ImpetusError
 from core.types import JsonValue

@@ -8,8 +8,8 @@ from typing import Any
 
 from backends.answer.assembler import StopMatcher
 from backends.answer.parser import Piece
-from backends.apple_request import read_job
-from backends.apple_sessions import AppleSession, CallMade, Ended, Failed, News, Snapshot
+from backends.apple.request import read_job
+from backends.apple.sessions import AppleSession, CallMade, Ended, Failed, News, Snapshot
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
 from backends.calls.sink import new_call_id
 from backends.chat import ChatFormat, OutputParser
