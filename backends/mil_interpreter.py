@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.coreml_spec import CoremlSpec, broken
+from backends.coreml.spec import CoremlSpec, broken
 from backends.mil_ops import Compute, Tensor, index_of, operations
 from backends.mil_program import Constant, Operation, Program, read_program
 from backends.mil_schedule import STORES, Name, Step, schedule

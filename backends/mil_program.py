@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.coreml_spec import ML_PROGRAM, CoremlSpec, broken, top_level
+from backends.coreml.spec import ML_PROGRAM, CoremlSpec, broken, top_level
 from backends.mil_wire import Message, WireError
 from core.units import MIB
 

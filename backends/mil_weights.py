@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.coreml_spec import CoremlSpec, broken, inside
+from backends.coreml.spec import CoremlSpec, broken, inside
 from backends.mil_program import Blob, Constant, data_bits, decode
 from backends.mil_wire import WireError
 

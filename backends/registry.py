@@ -18,7 +18,7 @@ class BuiltInFormats:
     def register_backends(self, register: Callable[[Backend], None]) -> None:
         """Register the built-in formats."""
         from backends.apple.backend import AppleFoundationBackend
-        from backends.coreml import CoremlBackend
+        from backends.coreml.backend import CoremlBackend
         from backends.echo import EchoBackend
         from backends.gguf import GgufBackend
         from backends.mlx import MlxBackend

@@ -128,8 +128,8 @@ def _reference_logits(source: Path) -> NDArray[np.float32]:
 
 def _verify(package: Path, expected: NDArray[np.float32], precision: Precision) -> None:
     """Run the probe in two steps, so that the cache is read back, in the package's own types."""
-    from backends.coreml_layout import causal_mask
-    from backends.coreml_spec import MANIFEST, read_spec
+    from backends.coreml.layout import causal_mask
+    from backends.coreml.spec import MANIFEST, read_spec
     from backends.mil_interpreter import MilInterpreter
 
     spec = read_spec(package / MANIFEST)

@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from backends.base import Engine, EngineOptions, ModelInfo
-from backends.coreml import CoremlBackend
+from backends.coreml.backend import CoremlBackend
 from core.errors import InsufficientMemory
 from core.types import Capability, GenerationRequest, TokenPrompt
 from tests.golden import golden, reference

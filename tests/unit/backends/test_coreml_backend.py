@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from backends.base import EngineOptions
-from backends.coreml import CoremlBackend
-from backends.coreml_layout import read_layout
-from backends.coreml_model import CoremlRows, open_runtime
-from backends.coreml_spec import read_spec
+from backends.coreml.backend import CoremlBackend
+from backends.coreml.layout import read_layout
+from backends.coreml.rows import CoremlRows, open_runtime
+from backends.coreml.spec import read_spec
 from backends.row_model import RowInput
 from core.errors import BackendUnavailable, BrokenModel, NotThisFormat
 from core.types import Capability
@@ -160,7 +160,7 @@ def test_availability_names_what_is_missing(encoder: Path, monkeypatch: pytest.M
     backend = CoremlBackend()
     assert backend.availability().is_available
     info = backend.identify(encoder)
-    monkeypatch.setattr("backends.coreml.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("backends.coreml.backend.importlib.util.find_spec", lambda _: None)
     assert "torch" in backend.availability().reason
     with pytest.raises(BackendUnavailable, match="torch"):
         backend.open(info, EngineOptions())

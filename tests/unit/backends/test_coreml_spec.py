@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from backends.coreml_layout import causal_mask, read_layout
-from backends.coreml_spec import CoremlSpec, Feature, read_spec
+from backends.coreml.layout import causal_mask, read_layout
+from backends.coreml.spec import CoremlSpec, Feature, read_spec
 from backends.mil_program import decode, read_program
 from backends.mil_wire import Message, WireError, read_varint
 from core.errors import BrokenModel, NotThisFormat

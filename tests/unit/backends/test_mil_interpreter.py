@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from backends.coreml_spec import MANIFEST, read_spec
+from backends.coreml.spec import MANIFEST, read_spec
 from backends.mil_interpreter import MilInterpreter
 from backends.mil_weights import decompress
 from backends.mil_wire import WireError

@@ -19,9 +19,9 @@ from backends.base import (
     MemoryEstimate,
     ModelInfo,
 )
-from backends.coreml_layout import Layout, read_layout, token_inputs
-from backends.coreml_model import CoremlRows, open_runtime, run
-from backends.coreml_spec import ML_PROGRAM, CoremlSpec, broken, read_spec
+from backends.coreml.layout import Layout, read_layout, token_inputs
+from backends.coreml.rows import CoremlRows, open_runtime, run
+from backends.coreml.spec import ML_PROGRAM, CoremlSpec, broken, read_spec
 from backends.embedding import EmbeddingEngine, Pooling, pool, read_pooling
 from backends.hf_engine import open_token_engine
 from backends.hf_folder import HfFolder, folder_info, read_folder, tokenizer_files

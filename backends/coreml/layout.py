@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.coreml_spec import CoremlSpec, Feature, broken
+from backends.coreml.spec import CoremlSpec, Feature, broken
 
 # Source: swift-transformers, LanguageModel.swift, and apple/mistral-coreml.
 _TOKENS = ("inputIds", "input_ids")

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.coreml_layout import Layout, causal_mask, token_inputs
-from backends.coreml_spec import CoremlSpec, broken
+from backends.coreml.layout import Layout, causal_mask, token_inputs
+from backends.coreml.spec import CoremlSpec, broken
 from backends.mil_interpreter import MilInterpreter
 from backends.row_model import RowInput
 from core.errors import BrokenModel, EngineFailed
