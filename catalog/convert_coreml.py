@@ -129,8 +129,8 @@ def _reference_logits(source: Path) -> NDArray[np.float32]:
 def _verify(package: Path, expected: NDArray[np.float32], precision: Precision) -> None:
     """Run the probe in two steps, so that the cache is read back, in the package's own types."""
     from backends.coreml.layout import causal_mask
+    from backends.coreml.mil.interpreter import MilInterpreter
     from backends.coreml.spec import MANIFEST, read_spec
-    from backends.mil_interpreter import MilInterpreter
 
     spec = read_spec(package / MANIFEST)
     limit = spec.states["keyCache"].shape[3]

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.coreml.layout import Layout, causal_mask, token_inputs
+from backends.coreml.mil.interpreter import MilInterpreter
 from backends.coreml.spec import CoremlSpec, broken
-from backends.mil_interpreter import MilInterpreter
 from backends.row_model import RowInput
 from core.errors import BrokenModel, EngineFailed
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from backends.mil_wire import Message, WireError, read_varint
+from backends.coreml.mil.wire import Message, WireError, read_varint
 from core.errors import BrokenModel, NotThisFormat
 from core.units import MIB
 

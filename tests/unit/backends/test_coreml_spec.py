@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from backends.coreml.layout import causal_mask, read_layout
+from backends.coreml.mil.program import decode, read_program
+from backends.coreml.mil.wire import Message, WireError, read_varint
 from backends.coreml.spec import CoremlSpec, Feature, read_spec
-from backends.mil_program import decode, read_program
-from backends.mil_wire import Message, WireError, read_varint
 from core.errors import BrokenModel, NotThisFormat
 
 

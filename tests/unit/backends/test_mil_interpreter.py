@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from backends.coreml.mil.interpreter import MilInterpreter
+from backends.coreml.mil.weights import decompress
+from backends.coreml.mil.wire import WireError
 from backends.coreml.spec import MANIFEST, read_spec
-from backends.mil_interpreter import MilInterpreter
-from backends.mil_weights import decompress
-from backends.mil_wire import WireError
 from core.errors import BrokenModel
 
 ct = pytest.importorskip("coremltools")

@@ -6,12 +6,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.coreml.mil.ops import Compute, Tensor, index_of, operations
+from backends.coreml.mil.program import Constant, Operation, Program, read_program
+from backends.coreml.mil.schedule import STORES, Name, Step, schedule
+from backends.coreml.mil.weights import WeightReader, decompress
+from backends.coreml.mil.wire import WireError
 from backends.coreml.spec import CoremlSpec, broken
-from backends.mil_ops import Compute, Tensor, index_of, operations
-from backends.mil_program import Constant, Operation, Program, read_program
-from backends.mil_schedule import STORES, Name, Step, schedule
-from backends.mil_weights import WeightReader, decompress
-from backends.mil_wire import WireError
 
 State: TypeAlias = dict[str, Any]
 

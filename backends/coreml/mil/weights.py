@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.coreml.mil.program import Blob, Constant, data_bits, decode
+from backends.coreml.mil.wire import WireError
 from backends.coreml.spec import CoremlSpec, broken, inside
-from backends.mil_program import Blob, Constant, data_bits, decode
-from backends.mil_wire import WireError
 
 Array: TypeAlias = NDArray[Any]
 Values: TypeAlias = Mapping[str, Any]

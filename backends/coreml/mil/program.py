@@ -7,8 +7,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.coreml.mil.wire import Message, WireError
 from backends.coreml.spec import ML_PROGRAM, CoremlSpec, broken, top_level
-from backends.mil_wire import Message, WireError
 from core.units import MIB
 
 _MAX_PROGRAM_BYTES = 256 * MIB

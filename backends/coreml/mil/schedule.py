@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from backends.mil_ops import VIEWS, Compute
+from backends.coreml.mil.ops import VIEWS, Compute
 
 _NEVER = 1 << 60
 # Operations that store a state: the arguments that name it and hold the value.

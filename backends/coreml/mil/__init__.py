@@ -1,0 +1,1 @@
+"""A reference interpreter of MIL programs, for machines without Core ML."""
