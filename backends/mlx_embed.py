@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Engine, EngineOptions, ModelInfo
-from backends.embedding import EmbeddingEngine
+from backends.embedding.engine import EmbeddingEngine
+from backends.embedding.pooling import Pooling, pool, read_pooling
 from backends.hf_folder import HfFolder
 from backends.hf_tokenizer import HfTokenizer
 from backends.mlx_model import MlxModel
-from backends.pooling import Pooling, pool, read_pooling
 from core.errors import UnsupportedCapability
 
 

@@ -22,7 +22,8 @@ from backends.base import (
     ModelInfo,
     as_granted,
 )
-from backends.embedding import EmbeddingEngine, pool, read_pooling
+from backends.embedding.engine import EmbeddingEngine, pool, read_pooling
+from backends.embedding.pooling import Pooling, unit
 from backends.hf_engine import open_token_engine
 from backends.hf_memory import estimate_transformer
 from backends.hf_tokenizer import HfTokenizer
@@ -31,7 +32,6 @@ from backends.onnx_layout import DecoderLayout, EncoderLayout
 from backends.onnx_model import RaggedRows
 from backends.onnx_padded import PaddedRows
 from backends.onnx_session import DecoderSession, chunk_tokens, open_session
-from backends.pooling import Pooling, unit
 from backends.row_model import RowModel
 from backends.row_stepper import RowStepper
 from backends.stepper import Stepper

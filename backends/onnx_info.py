@@ -8,11 +8,11 @@ from types import MappingProxyType
 from typing import Any
 
 from backends.base import ModelInfo
+from backends.embedding.pooling import read_pooling
 from backends.hf_folder import HfFolder, folder_info, read_folder
 from backends.hf_header import read_json, read_text
 from backends.onnx_graph import OnnxGraph, read_graph
 from backends.onnx_layout import DecoderLayout, EncoderLayout, read_layout, unsupported
-from backends.pooling import read_pooling
 from core.errors import NotThisFormat
 from core.types import Capability
 from core.units import MIB

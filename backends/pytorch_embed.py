@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import EngineOptions, ModelInfo
-from backends.embedding import EmbeddingEngine, read_pooling
+from backends.embedding.engine import EmbeddingEngine, read_pooling
+from backends.embedding.pooling import unit
 from backends.hf_config import HfFolder
 from backends.hf_header import broken, read_json, read_text
 from backends.hf_tokenizer import HfTokenizer
-from backends.pooling import unit
 from core.errors import BackendUnavailable, EngineFailed
 from core.units import MIB
 

@@ -11,7 +11,7 @@ import pytest_asyncio
 from numpy.typing import NDArray
 
 from backends.base import ModelInfo
-from backends.embedding import EmbeddingEngine
+from backends.embedding.engine import EmbeddingEngine
 from backends.limits import UNLIMITED, EngineLimits, Watched
 from core.errors import (
     ContextLengthExceeded,

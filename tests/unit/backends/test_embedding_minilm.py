@@ -7,7 +7,7 @@ import pytest
 import pytest_asyncio
 from numpy.typing import NDArray
 
-from backends.embedding import EmbeddingEngine, Pooling, pool, read_pooling
+from backends.embedding.engine import EmbeddingEngine, Pooling, pool, read_pooling
 from catalog.starters import STARTERS, installed_starter
 from tests.unit.catalog.builders import make_info
 

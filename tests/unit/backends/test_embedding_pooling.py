@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.pooling import MODES, Pooling, pool, read_pooling
+from backends.embedding.pooling import MODES, Pooling, pool, read_pooling
 from core.errors import BrokenModel
 
 HIDDEN = np.array([[[1, 2], [3, -4], [5, 6]], [[2, 0], [9, 9], [9, 9]]], np.float32)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from backends.base import EngineLoad
 from backends.batching import BatchingEngine
 from backends.echo import echo_info
-from backends.embedding import EmbeddingEngine
+from backends.embedding.engine import EmbeddingEngine
 from backends.stepper import SequenceSpec, StepOutput
 from backends.turns import TurnTaking
 from core.errors import EngineFailed

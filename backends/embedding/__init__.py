@@ -1,0 +1,1 @@
+"""Embedding models: batching and pooling for every format."""
