@@ -13,8 +13,8 @@ from backends.base import (
     MemoryEstimate,
     ModelInfo,
 )
-from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
+from backends.engine.batching import BatchingEngine
 from backends.masking import Constraint, GrammarPlace
 from backends.prepare import Preparer
 from backends.stepper import SequenceSpec, StepOutput

@@ -14,8 +14,8 @@ from backends.base import (
     ModelInfo,
     as_granted,
 )
-from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
+from backends.engine.batching import BatchingEngine
 from backends.gguf_embed import GgufEmbedder
 from backends.gguf_file import gguf_info
 from backends.gguf_memory import estimate_gguf, kv_element_bytes

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
+from backends.engine.accelerator_lock import TurnLock
+from backends.engine.slot_gate import SlotGate
+from backends.engine.threads import name_this_thread
+from backends.engine.waiting import Pace
 from backends.gguf_batch import Batch
 from backends.gguf_model import GgufModel, library, native_log
 from backends.limits import UNLIMITED, EngineLimits, StepWatch
-from backends.slot_gate import SlotGate
-from backends.threads import name_this_thread
-from backends.turns import TurnLock
-from backends.waiting import Pace
 from core.errors import (
     ContextLengthExceeded,
     EngineFailed,

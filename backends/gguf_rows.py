@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from backends.engine.rows import PlannedRow
 from backends.gguf_sampling import SequenceSampler
-from backends.planned import PlannedRow
 
 
 @dataclass(slots=True, eq=False)

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.gguf_model import GgufModel, library
-from backends.sampling import (
+from backends.engine.sampling import (
     DEFAULT_MIN_P,
     DEFAULT_TEMPERATURE,
     DEFAULT_TOP_K,
@@ -14,6 +13,7 @@ from backends.sampling import (
     or_default,
     token_logprob,
 )
+from backends.gguf_model import GgufModel, library
 from backends.stepper import SequenceSpec
 from core.errors import RequestError
 from core.types import SamplingParams, TokenLogprob

@@ -3,6 +3,8 @@
 import time
 
 from backends.base import EngineLoad, EngineOptions
+from backends.engine.prefill import PrefillPlanner
+from backends.engine.rows import PlannedStepper
 from backends.gguf_batch import Batch
 from backends.gguf_blocks import CellBlocks, block_layout
 from backends.gguf_model import GgufModel, library, native_log, open_context
@@ -10,8 +12,6 @@ from backends.gguf_placement import Placement
 from backends.gguf_rows import Counters, Queues, Row
 from backends.gguf_sampling import SequenceSampler
 from backends.gguf_slots import KvSlots, count_slots
-from backends.planned import PlannedStepper
-from backends.prefill import PrefillPlanner
 from backends.prefix_cache import Retained, token_array
 from backends.prefix_store import PrefixStore
 from backends.snapshot_flow import SnapshotFlow, await_first

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from backends.base import Engine, EngineOptions, ModelInfo
-from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
+from backends.engine.batching import BatchingEngine
 from backends.hf_folder import HfFolder
 from backends.hf_tokenizer import HfTokenizer
 from backends.infill import find_infill

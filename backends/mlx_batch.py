@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.sampling import RowSampler
+from backends.engine.sampling import RowSampler
 from core.types import TokenLogprob
 
 # Who runs a sequence ends it; the generator alone never does.

@@ -6,17 +6,17 @@ from functools import partial
 from typing import Any
 
 from backends.base import EngineLoad, EngineOptions
+from backends.engine.prefill import PrefillPlanner
+from backends.engine.row_model import Pieces
+from backends.engine.rows import PlannedStepper
+from backends.engine.sampling import RowSampler
 from backends.mlx_batch import MlxBatch, RowChoice
 from backends.mlx_blocks import LayerBlocks
 from backends.mlx_model import MlxModel
 from backends.mlx_prefixes import KeptLayers, MlxPrefixes, cut
 from backends.mlx_queue import Row, Rows
-from backends.planned import PlannedStepper
-from backends.prefill import PrefillPlanner
 from backends.prefix_cache import common_prefix, token_array
 from backends.prefix_store import SMALLEST_PREFIX
-from backends.row_model import Pieces
-from backends.sampling import RowSampler
 from backends.snapshot_file import BLOCK_TOKENS
 from backends.snapshot_flow import SnapshotFlow, await_first, is_worth_it
 from backends.snapshots import State

@@ -24,6 +24,8 @@ from backends.base import (
 )
 from backends.embedding.engine import EmbeddingEngine, pool, read_pooling
 from backends.embedding.pooling import Pooling, unit
+from backends.engine.row_model import RowModel
+from backends.engine.row_stepper import RowStepper
 from backends.hf_engine import open_token_engine
 from backends.hf_memory import estimate_transformer
 from backends.hf_tokenizer import HfTokenizer
@@ -32,8 +34,6 @@ from backends.onnx_layout import DecoderLayout, EncoderLayout
 from backends.onnx_model import RaggedRows
 from backends.onnx_padded import PaddedRows
 from backends.onnx_session import DecoderSession, chunk_tokens, open_session
-from backends.row_model import RowModel
-from backends.row_stepper import RowStepper
 from backends.stepper import Stepper
 from core.errors import EngineFailed
 from core.units import MIB

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.engine.row_model import RowInput
 from backends.onnx_blocks import cache_layout, packed, unpacked
 from backends.onnx_session import DecoderSession
-from backends.row_model import RowInput
 
 _GROWTH_TOKENS = 256
 

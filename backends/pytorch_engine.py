@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.base import Availability, Engine, EngineOptions, MemoryEstimate, ModelInfo, as_granted
+from backends.engine.row_stepper import RowStepper
 from backends.hf_config import HfFolder
 from backends.hf_engine import open_token_engine
 from backends.hf_folder import read_folder
@@ -17,7 +18,6 @@ from backends.hf_tokenizer import HfTokenizer
 from backends.pytorch_embed import device, open_embedder
 from backends.pytorch_packing import open_rows
 from backends.pytorch_weights import SUFFIXES, load_tensors, refuse_quantized
-from backends.row_stepper import RowStepper
 from backends.stepper import Stepper
 from core.errors import BackendUnavailable, InsufficientMemory
 from core.types import Capability

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.engine.row_model import RowInput, RowModel
 from backends.pytorch_attention import NAME, register
 from backends.pytorch_linear import speed_up
 from backends.pytorch_model import PackedRows, SeparateRows, layer_kinds
-from backends.row_model import RowInput, RowModel
 from core.errors import EngineFailed
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """What the settings mean for engines on this machine."""
 
 from backends.base import EngineOptions
+from backends.engine.threads import performance_cores
 from backends.registry import backends_for
-from backends.threads import performance_cores
 from core.errors import RequestError
 from core.settings import Settings
 from core.units import format_bytes

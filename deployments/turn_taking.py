@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 
 from backends.base import Engine
-from backends.turns import TurnLock, TurnTaking
+from backends.engine.accelerator_lock import TurnLock, TurnTaking
 from core.errors import ImpetusError
 
 

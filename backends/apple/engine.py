@@ -13,9 +13,9 @@ from backends.apple.sessions import AppleSession, CallMade, Ended, Failed, News,
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
 from backends.calls.sink import new_call_id
 from backends.chat import ChatFormat, OutputParser
+from backends.engine.slot_gate import SlotGate
+from backends.engine.waiting import Pace
 from backends.limits import UNLIMITED, EngineLimits
-from backends.slot_gate import SlotGate
-from backends.waiting import Pace
 from core.errors import (
     EngineFailed,
     ImpetusError,

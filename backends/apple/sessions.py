@@ -20,7 +20,7 @@ from backends.apple.sdk import (
     streams_reported_to,
 )
 from backends.apple.transcript import Conversation, call_schema, transcript
-from backends.threads import name_this_thread
+from backends.engine.threads import name_this_thread
 from core.errors import ContextLengthExceeded, EngineFailed, ImpetusError
 from core.types import JsonValue
 

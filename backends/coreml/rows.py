@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from backends.coreml.layout import Layout, causal_mask, token_inputs
 from backends.coreml.mil.interpreter import MilInterpreter
 from backends.coreml.spec import CoremlSpec, broken
-from backends.row_model import RowInput
+from backends.engine.row_model import RowInput
 from core.errors import BrokenModel, EngineFailed
 
 
@@ -81,7 +81,7 @@ class _Row:
 
 
 class CoremlRows:
-    """One state per row; implements `backends.row_model.RowModel`.
+    """One state per row; implements `backends.engine.row_model.RowModel`.
 
     The causal mask's width says where in the cache new tokens go, so a row is cut by showing
     fewer; a sliding cache may be a ring, so those rows are not cut.

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from backends.base import Engine, EngineLoad, ModelInfo
 from backends.embedding.pooling import Pooling, pool, read_pooling
+from backends.engine.accelerator_lock import TurnLock
+from backends.engine.threads import name_this_thread
+from backends.engine.waiting import Pace
 from backends.limits import UNLIMITED, EngineLimits, StepWatch
-from backends.threads import name_this_thread
-from backends.turns import TurnLock
-from backends.waiting import Pace
 from core.errors import (
     ContextLengthExceeded,
     EngineFailed,

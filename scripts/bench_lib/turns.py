@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.turns import TurnLock
+from backends.engine.accelerator_lock import TurnLock
 from scripts.bench_lib.figures import Spread, Verdict, spread
 from scripts.bench_lib.report import table
 from scripts.bench_lib.servers import ROOT
@@ -22,7 +22,7 @@ TURNS = 250
 _NEIGHBOUR = """
 import sys
 from pathlib import Path
-from backends.turns import TurnLock
+from backends.engine.accelerator_lock import TurnLock
 lock = TurnLock(Path(sys.argv[1]))
 lock.register()
 print("ready", flush=True)

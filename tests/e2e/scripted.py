@@ -23,7 +23,7 @@ from backends.base import (
     MemoryEstimate,
     ModelInfo,
 )
-from backends.batching import BatchingEngine
+from backends.engine.batching import BatchingEngine
 from backends.gguf import GgufBackend
 from backends.masking import Constraint, TokenMask
 from backends.prepare import Prepared, Preparer

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from backends.base import EngineOptions
 from backends.registry import backends_for
-from backends.turns import TurnLock, TurnTaking
+from backends.engine.accelerator_lock import TurnLock, TurnTaking
 from tests.requests import request, run, end_of
 
 spans = []
@@ -123,7 +123,7 @@ def test_a_killed_holder_frees_the_turn(tmp_path: Path) -> None:
 
 
 def registered(home: Path) -> int:
-    """Return how many processes the server's turn file counts; see `backends.turns`."""
+    """Return the processes in the turn file; see `backends.engine.accelerator_lock`."""
     path = turn_file(home)
     if not path.exists():
         return 0

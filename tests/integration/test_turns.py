@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from backends.turns import TurnLock
+from backends.engine.accelerator_lock import TurnLock
 
 # Reads a number, dawdles, writes it back one higher: two at once would see it change.
 WORKER = """
 import os, struct, sys, time
 from pathlib import Path
-from backends.turns import TurnLock
+from backends.engine.accelerator_lock import TurnLock
 
 folder, name, turns = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 lock = TurnLock(folder / "turns")

@@ -9,9 +9,9 @@ import pytest
 
 from backends.abilities import count_tokens
 from backends.base import Engine, EngineLoad
-from backends.batching import BatchingEngine
 from backends.chat import ChatFormat
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
+from backends.engine.batching import BatchingEngine
 from backends.prepare import Preparer
 from backends.reuse import Reuse
 from backends.stepper import SequenceSpec, StepOutput

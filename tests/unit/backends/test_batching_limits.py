@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from backends.batching import BatchingEngine
+from backends.engine.batching import BatchingEngine
 from backends.limits import UNLIMITED, EngineLimits, Limitable
 from core.errors import EngineFailed, Unavailable
 from tests.requests import end_of, request, run, text_of

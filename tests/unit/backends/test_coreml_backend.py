@@ -15,7 +15,7 @@ from backends.coreml.backend import CoremlBackend
 from backends.coreml.layout import read_layout
 from backends.coreml.rows import CoremlRows, open_runtime
 from backends.coreml.spec import read_spec
-from backends.row_model import RowInput
+from backends.engine.row_model import RowInput
 from core.errors import BackendUnavailable, BrokenModel, NotThisFormat
 from core.types import Capability
 

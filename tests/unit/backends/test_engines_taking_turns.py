@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 from backends.base import EngineLoad
-from backends.batching import BatchingEngine
 from backends.echo import echo_info
 from backends.embedding.engine import EmbeddingEngine
+from backends.engine.accelerator_lock import TurnTaking
+from backends.engine.batching import BatchingEngine
 from backends.stepper import SequenceSpec, StepOutput
-from backends.turns import TurnTaking
 from core.errors import EngineFailed
 from tests.requests import request, run, text_of
 from tests.unit.backends.test_batching import FakeStepper, open_engine

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from backends.base import EngineOptions
+from backends.engine.sampling import RowSampler
 from backends.hf_folder import read_folder
 from backends.mlx_batch import RowChoice
 from backends.mlx_model import MlxModel
 from backends.mlx_prefixes import MlxPrefixes
 from backends.mlx_stepper import MlxStepper
-from backends.sampling import RowSampler
 from backends.snapshot_file import BLOCK_TOKENS
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import BrokenModel

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from backends.engine.row_model import PortableRows, RowInput, RowModel
 from backends.onnx_graph import read_graph
 from backends.onnx_layout import DecoderLayout, read_layout
 from backends.onnx_model import RaggedRows
 from backends.onnx_padded import PaddedRows
 from backends.onnx_session import DecoderSession, open_session
-from backends.row_model import PortableRows, RowInput, RowModel
 from core.errors import EngineFailed
 from tests.onnx_files import POSITIONS, VOCABULARY, decoder, write
 

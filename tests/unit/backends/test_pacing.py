@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from backends.batching import BatchingEngine
+from backends.engine.batching import BatchingEngine
+from backends.engine.pacing import Pacer
 from backends.limits import UNLIMITED, EngineLimits
-from backends.pacing import Pacer
 from tests.requests import end_of, request, run
 from tests.unit.backends.test_batching import FakeStepper, open_engine
 
@@ -35,7 +35,7 @@ class PassingTime(threading.Condition):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("backends.pacing.time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr("backends.engine.pacing.time", SimpleNamespace(monotonic=clock.monotonic))
     return clock
 
 

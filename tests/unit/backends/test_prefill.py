@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.prefill import PrefillPlanner
+from backends.engine.prefill import PrefillPlanner
 
 
 def test_plan_gives_a_lone_prompt_the_whole_chunk() -> None:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from backends.engine.row_model import PortableRows, RowInput, RowModel  # noqa: E402
 from backends.pytorch_model import PackedRows, SeparateRows  # noqa: E402
 from backends.pytorch_packing import open_rows  # noqa: E402
-from backends.row_model import PortableRows, RowInput, RowModel  # noqa: E402
 
 VOCABULARY = 64
 SIZES = {

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from backends.base import EngineOptions
-from backends.row_stepper import RowStepper
+from backends.engine.row_stepper import RowStepper
 from backends.snapshot_file import BLOCK_TOKENS
 from backends.snapshots import Snapshots
 from backends.stepper import StepOutput

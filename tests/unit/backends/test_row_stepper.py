@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from backends.base import EngineOptions
-from backends.row_model import RowInput
-from backends.row_stepper import RowStepper
+from backends.engine.row_model import RowInput
+from backends.engine.row_stepper import RowStepper
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import EngineFailed, RequestError
 from core.types import SamplingParams

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from backends.engine.sampling import RowSampler
 from backends.masking import TokenMask
-from backends.sampling import RowSampler
 from backends.stepper import SequenceSpec
 from core.errors import EngineFailed, RequestError
 from core.types import SamplingParams

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.threads import name_this_thread, performance_cores
+from backends.engine.threads import name_this_thread, performance_cores
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

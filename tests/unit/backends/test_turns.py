@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from backends.turns import TurnLock
+from backends.engine.accelerator_lock import TurnLock
 from core.errors import Unavailable
 
 OTHER = """
 import sys
 from pathlib import Path
-from backends.turns import TurnLock
+from backends.engine.accelerator_lock import TurnLock
 
 lock = TurnLock(Path(sys.argv[1]))
 lock.register()

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from backends.batching import BatchingEngine
-from backends.slot_gate import SlotGate
-from backends.waiting import Pace, WaitingQueue
+from backends.engine.batching import BatchingEngine
+from backends.engine.slot_gate import SlotGate
+from backends.engine.waiting import Pace, WaitingQueue
 from core.types import BATCH_DELAY_S, Priority
 from tests.requests import request, run
 from tests.unit.backends.test_batching import FakeStepper, open_engine, until

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from backends.base import EngineOptions
-from backends.batching import BatchingEngine
 from backends.echo import EchoBackend, echo_info
+from backends.engine.batching import BatchingEngine
 from core.errors import EngineFailed, TimedOut
 from core.settings import Settings
 from core.units import MIB

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from backends.turns import TurnLock
+from backends.engine.accelerator_lock import TurnLock
 from core.errors import Unavailable
 from deployments.turn_taking import SharedTurns, turn_file
 

@@ -6,14 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import EngineLoad, EngineOptions
-from backends.planned import PlannedStepper
-from backends.prefill import PrefillPlanner
+from backends.engine.prefill import PrefillPlanner
+from backends.engine.row_model import Pieces, PortableRows, RowInput, RowModel
+from backends.engine.rows import Kept, PlannedStepper, Row, Rows
+from backends.engine.sampling import RowSampler
 from backends.prefix_cache import common_prefix, longest_prefix, token_array
 from backends.prefix_store import SMALLEST_PREFIX
 from backends.reuse import Reuse
-from backends.row_model import Pieces, PortableRows, RowInput, RowModel
-from backends.row_queue import Kept, Row, Rows
-from backends.sampling import RowSampler
 from backends.snapshot_file import BLOCK_TOKENS
 from backends.snapshot_flow import SnapshotFlow, await_first, is_worth_it
 from backends.snapshots import State

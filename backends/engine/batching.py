@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from backends.base import Engine, EngineLoad, EventSink, ModelInfo
+from backends.engine.accelerator_lock import TurnLock
+from backends.engine.pacing import Pacer
+from backends.engine.request import Inbox, StepEvents, Ticket, events_of
+from backends.engine.threads import name_this_thread
+from backends.engine.waiting import Pace, WaitingQueue
 from backends.limits import EngineLimits, StepWatch
-from backends.pacing import Pacer
 from backends.prepare import Preparer
 from backends.stepper import StepOutput, Stepper, do_chore, has_chores
-from backends.threads import name_this_thread
-from backends.ticket import Inbox, StepEvents, Ticket, events_of
-from backends.turns import TurnLock
-from backends.waiting import Pace, WaitingQueue
 from core.errors import EngineFailed, ImpetusError, TimedOut
 from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress, Prompt
 

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from backends.ticket import Ticket
+from backends.engine.request import Ticket
 from core.errors import QueueFull
 from core.types import BATCH_DELAY_S
 

@@ -1,4 +1,4 @@
-"""What a runtime must offer for continuous batching by `backends.row_stepper`."""
+"""What a runtime must offer for continuous batching by `backends.engine.row_stepper`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,0 +1,1 @@
+"""Continuous batching, shared by all token formats."""
