@@ -20,7 +20,7 @@ class BuiltInFormats:
         from backends.apple.backend import AppleFoundationBackend
         from backends.coreml.backend import CoremlBackend
         from backends.echo import EchoBackend
-        from backends.gguf import GgufBackend
+        from backends.gguf.backend import GgufBackend
         from backends.mlx import MlxBackend
         from backends.onnx import OnnxBackend
         from backends.pytorch import PytorchBackend

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from backends.gguf_header import read_gguf
+from backends.gguf.header import read_gguf
 from catalog.convert_gguf import finish_config, single_file, write_tokenizer
 from catalog.convert_graph import MLX_BLOCKS
 from catalog.convert_job import Job, Report, write_json

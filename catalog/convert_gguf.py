@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from backends.gguf_file import gguf_info
-from backends.gguf_header import read_gguf
+from backends.gguf.file import gguf_info
+from backends.gguf.header import read_gguf
 from catalog.convert_job import Job, Report, lift_rope, read_json, weight_files, write_json
 from catalog.convert_tokenizer import gguf_vocabulary, repair
 from core.errors import BrokenModel, ImpetusError
@@ -32,7 +32,7 @@ def quantize_file(source: Path, target: Path, *, file_type: int | None, threads:
 
     Blocks for the whole time.  Raises ImpetusError.
     """
-    from backends.gguf_model import library, native_log
+    from backends.gguf.model import library, native_log
 
     llama = library()
     params = llama.llama_model_quantize_default_params()

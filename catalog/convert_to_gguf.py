@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.gguf_layout import FILE_TYPES
+from backends.gguf.layout import FILE_TYPES
 from catalog.convert_gguf import quantize_file, single_file
 from catalog.convert_hf_source import ARCHITECTURES, HfSource, add_vocabulary, read_source
 from catalog.convert_job import Job, Report, stage

@@ -112,7 +112,7 @@ class GgufVocabulary:
 
     def __init__(self, path: Path) -> None:
         """Load the vocabulary; blocks for a fraction of a second.  Raises BrokenModel."""
-        from backends.gguf_model import library, native_log
+        from backends.gguf.model import library, native_log
 
         self._llama = library()
         params = self._llama.llama_model_default_params()

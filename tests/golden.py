@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from backends.base import ModelInfo
-from backends.gguf_file import gguf_info
+from backends.gguf.file import gguf_info
 from catalog.convert import ConversionRequest, convert, sweep
 from core.types import Capability
 from tests.starter import starter_path

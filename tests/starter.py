@@ -16,7 +16,7 @@ def starter_path() -> Path:
 
 def write_full_precision(target: Path) -> Path:
     """Write the starter's weights as float32: its greedy tokens do not depend on the batch."""
-    from backends.gguf_model import library
+    from backends.gguf.model import library
 
     llama = library()
     params = llama.llama_model_quantize_default_params()

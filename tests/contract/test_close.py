@@ -8,7 +8,7 @@ import pytest
 
 from backends.base import Engine, EngineOptions
 from backends.echo import EchoBackend, echo_info
-from backends.gguf import GgufBackend
+from backends.gguf.backend import GgufBackend
 from core.errors import EngineFailed
 from core.types import GenerationEvent
 from tests.requests import request, run

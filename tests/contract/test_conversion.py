@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from backends.base import EngineOptions
-from backends.gguf import GgufBackend
-from backends.gguf_file import gguf_info
+from backends.gguf.backend import GgufBackend
+from backends.gguf.file import gguf_info
 from catalog.convert import ConversionProgress, ConversionRequest, convert, sweep
 from catalog.convert_tokenizer import PROBES, gguf_vocabulary
 from core.errors import ImpetusError

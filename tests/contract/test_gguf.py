@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from backends.base import Engine, EngineOptions
-from backends.gguf import GgufBackend
+from backends.gguf.backend import GgufBackend
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import GenerationRequest, JsonOutput, JsonValue, TextDelta, Tool, ToolCallDelta
 from tests.requests import assert_same_tokens, chat, end_of, request, run, text_of, token_ids_of

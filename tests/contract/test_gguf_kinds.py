@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from backends.base import Engine, EngineOptions
-from backends.gguf import GgufBackend
+from backends.gguf.backend import GgufBackend
 from backends.limits import Watched
 from core.errors import ContextLengthExceeded, QueueFull, RequestError, UnsupportedCapability
 from tests.gguf_files import (

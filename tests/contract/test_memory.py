@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from backends.base import EngineOptions
-from backends.gguf import GgufBackend
+from backends.gguf.backend import GgufBackend
 from core.units import MIB
 from deployments.held import HeldMemory
 from deployments.orders import Freed, LoadOrder

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from backends.base import Engine, EngineOptions
-from backends.gguf import GgufBackend
+from backends.gguf.backend import GgufBackend
 from backends.snapshot_file import BLOCK_TOKENS
 from backends.snapshots import Snapshots
 from core.types import PrefillProgress

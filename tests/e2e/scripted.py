@@ -24,7 +24,7 @@ from backends.base import (
     ModelInfo,
 )
 from backends.engine.batching import BatchingEngine
-from backends.gguf import GgufBackend
+from backends.gguf.backend import GgufBackend
 from backends.masking import Constraint, TokenMask
 from backends.prepare import Prepared, Preparer
 from core.errors import NotThisFormat

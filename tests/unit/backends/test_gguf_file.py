@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from backends.gguf_file import gguf_info, read_gguf, shard_files
-from backends.gguf_layout import FILE_TYPES, TENSOR_TYPES
+from backends.gguf.file import gguf_info, read_gguf, shard_files
+from backends.gguf.layout import FILE_TYPES, TENSOR_TYPES
 from core.errors import BrokenModel, NotThisFormat
 from core.types import Capability
 from tests.gguf_files import (

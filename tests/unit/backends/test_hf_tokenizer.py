@@ -426,7 +426,7 @@ def test_code_in_the_folder_is_never_run(tmp_path: Path) -> None:
 def test_the_starters_tokenizer_agrees_with_llama_cpp(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from backends.gguf_model import GgufModel
+    from backends.gguf.model import GgufModel
     from tests.starter import starter_path
 
     native = GgufModel(starter_path())

@@ -8,7 +8,7 @@ import pytest
 from backends.abilities import KV_TYPES, check_kv_type
 from backends.base import EngineOptions, ModelInfo
 from backends.echo import EchoBackend, echo_info
-from backends.gguf import GgufBackend
+from backends.gguf.backend import GgufBackend
 from core.errors import UnsupportedParameter
 from core.types import Capability
 from tests.gguf_files import llama_gguf

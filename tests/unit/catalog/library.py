@@ -11,7 +11,7 @@ from backends.base import (
     MemoryEstimate,
     ModelInfo,
 )
-from backends.gguf_file import gguf_info
+from backends.gguf.file import gguf_info
 from catalog.models import ScanReport
 from catalog.scan import scan
 from catalog.store import CatalogStore

@@ -10,7 +10,7 @@ from ray import cloudpickle
 from ray.serve.schema import ServeDeploySchema
 
 from backends.echo import EchoBackend
-from backends.gguf import GgufBackend
+from backends.gguf.backend import GgufBackend
 from core.settings import Settings
 from core.units import GIB, MIB
 from deployments import autoscaling

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.gguf_model import library
+from backends.gguf.model import library
 
 
 class Batch:

@@ -1,13 +1,12 @@
-"""Reading one GGUF file's header, bounded and checked, before any native code sees the file."""
+"""Reads a GGUF file's header, bounded and checked, before any native code opens the file."""
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backends.gguf_infill import gguf_infill
-from backends.gguf_layout import (
+from backends.gguf.layout import (
     ARRAY,
     FLOAT32,
     INT32,
@@ -19,8 +18,14 @@ from backends.gguf_layout import (
     broken,
     opened,
 )
-from backends.infill import InfillTokens
+from backends.infill import INFILL_NAMES, InfillTokens, find_infill
 from core.errors import NotThisFormat
+
+# The newer and the older key of each of the tokens around a gap.
+_INFILL_KEYS = tuple(
+    (f"tokenizer.ggml.fim_{short}_token_id", f"tokenizer.ggml.{long}_token_id")
+    for short, long in (("pre", "prefix"), ("suf", "suffix"), ("mid", "middle"))
+)
 
 MAX_ENTRIES = 65_536
 _MAX_SIZE = 2**63 - 1
@@ -39,6 +44,27 @@ _VOCABULARY_TYPES = {
     "tokenizer.ggml.token_type": (UINT32, INT32),
 }
 _PER_TOKEN = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+
+
+def gguf_infill(
+    tokens: Sequence[bytes], values: Mapping[str, MetadataValue]
+) -> InfillTokens | None:
+    """Return the tokens that the metadata names for filling in, or those of a known family."""
+    named = {name.encode(): name for name in INFILL_NAMES}
+    ids = {named[token]: token_id for token_id, token in enumerate(tokens) if token in named}
+    prefix, suffix, middle = (
+        next((token_id for key in keys if _is_id(token_id := values.get(key), tokens)), None)
+        for keys in _INFILL_KEYS
+    )
+    if isinstance(prefix, int) and isinstance(suffix, int) and isinstance(middle, int):
+        if tokens[prefix] == b"[PREFIX]":
+            middle = None
+        return InfillTokens(prefix, suffix, middle)
+    return find_infill(ids.get)
+
+
+def _is_id(value: MetadataValue | None, tokens: Sequence[bytes]) -> bool:
+    return type(value) is int and 0 <= value < len(tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from backends.engine.accelerator_lock import TurnLock
 from backends.engine.slot_gate import SlotGate
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace
-from backends.gguf_batch import Batch
-from backends.gguf_model import GgufModel, library, native_log
+from backends.gguf.batch import Batch
+from backends.gguf.model import GgufModel, library, native_log
 from backends.limits import UNLIMITED, EngineLimits, StepWatch
 from core.errors import (
     ContextLengthExceeded,

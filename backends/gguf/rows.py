@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from backends.engine.rows import PlannedRow
-from backends.gguf_sampling import SequenceSampler
+from backends.gguf.sampling import SequenceSampler
 
 
 @dataclass(slots=True, eq=False)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from backends.base import EngineOptions
-from backends.gguf_blocks import as_bytes
-from backends.gguf_model import GgufModel, library
+from backends.gguf.blocks import as_bytes
+from backends.gguf.model import GgufModel, library
 from backends.prefix_cache import Retained, RetainedPrefixes
 from backends.prefix_store import SMALLEST_PREFIX, PrefixStore, Snapshot
 from backends.snapshot_flow import SnapshotFlow

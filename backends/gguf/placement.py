@@ -1,8 +1,8 @@
 """How a sequence of a GGUF engine gets what is known of its prompt."""
 
-from backends.gguf_blocks import CellBlocks
-from backends.gguf_rows import Queues, Row
-from backends.gguf_slots import KvSlots
+from backends.gguf.blocks import CellBlocks
+from backends.gguf.rows import Queues, Row
+from backends.gguf.slots import KvSlots
 from backends.prefix_cache import Retained, common_prefix
 from backends.prefix_store import SMALLEST_PREFIX
 from backends.reuse import Reuse

@@ -16,11 +16,11 @@ from backends.base import (
 )
 from backends.chat import ChatFormat
 from backends.engine.batching import BatchingEngine
-from backends.gguf_embed import GgufEmbedder
-from backends.gguf_file import gguf_info
-from backends.gguf_memory import estimate_gguf, kv_element_bytes
-from backends.gguf_model import GgufModel, library
-from backends.gguf_stepper import GgufStepper
+from backends.gguf.embedding import GgufEmbedder
+from backends.gguf.file import gguf_info
+from backends.gguf.memory import estimate_gguf, kv_element_bytes
+from backends.gguf.model import GgufModel, library
+from backends.gguf.stepper import GgufStepper
 from backends.infill import read_infill
 from backends.prepare import Preparer
 from core.types import Capability, SamplingParams

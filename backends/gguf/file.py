@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 from backends.base import ModelInfo
-from backends.gguf_header import GgufFile as GgufFile
-from backends.gguf_header import read_gguf as read_gguf
-from backends.gguf_layout import FILE_TYPES, broken
+from backends.gguf.header import GgufFile as GgufFile
+from backends.gguf.header import read_gguf as read_gguf
+from backends.gguf.layout import FILE_TYPES, broken
 from backends.infill import infill_details
 from core.types import Capability
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.gguf_model import GgufModel, library
+from backends.gguf.model import GgufModel, library
 from backends.snapshot_file import BLOCK_TOKENS
 
 

@@ -5,13 +5,13 @@ import time
 from backends.base import EngineLoad, EngineOptions
 from backends.engine.prefill import PrefillPlanner
 from backends.engine.rows import PlannedStepper
-from backends.gguf_batch import Batch
-from backends.gguf_blocks import CellBlocks, block_layout
-from backends.gguf_model import GgufModel, library, native_log, open_context
-from backends.gguf_placement import Placement
-from backends.gguf_rows import Counters, Queues, Row
-from backends.gguf_sampling import SequenceSampler
-from backends.gguf_slots import KvSlots, count_slots
+from backends.gguf.batch import Batch
+from backends.gguf.blocks import CellBlocks, block_layout
+from backends.gguf.model import GgufModel, library, native_log, open_context
+from backends.gguf.placement import Placement
+from backends.gguf.rows import Counters, Queues, Row
+from backends.gguf.sampling import SequenceSampler
+from backends.gguf.slots import KvSlots, count_slots
 from backends.prefix_cache import Retained, token_array
 from backends.prefix_store import PrefixStore
 from backends.snapshot_flow import SnapshotFlow, await_first

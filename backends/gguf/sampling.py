@@ -13,7 +13,7 @@ from backends.engine.sampling import (
     or_default,
     token_logprob,
 )
-from backends.gguf_model import GgufModel, library
+from backends.gguf.model import GgufModel, library
 from backends.stepper import SequenceSpec
 from core.errors import RequestError
 from core.types import SamplingParams, TokenLogprob
