@@ -10,8 +10,8 @@ from backends.calls.families import DEFAULT, FAMILIES, check_family, family_of
 from backends.calls.grammar import call_constraint, triggered_calls
 from backends.calls.harmony import FINAL
 from backends.calls.opening import opening_call
-from backends.constraint import output_constraint
-from backends.masking import Constraint, OpeningCall
+from backends.grammar.compiler import output_constraint
+from backends.grammar.constraint import Constraint, OpeningCall
 from backends.messages import (
     folded,
     plain_text,

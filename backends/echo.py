@@ -15,7 +15,7 @@ from backends.base import (
 )
 from backends.chat import ChatFormat
 from backends.engine.batching import BatchingEngine
-from backends.masking import Constraint, GrammarPlace
+from backends.grammar.constraint import Constraint, GrammarPlace
 from backends.prepare import Preparer
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import NotThisFormat, UnsupportedParameter

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.constraint import GrammarCompiler, GrammarMask
+from backends.grammar.compiler import GrammarCompiler, GrammarMask
+from backends.grammar.constraint import Constraint
 from backends.hf_config import HfFolder, read_folder
 from backends.hf_header import broken, read_json, read_text
 from backends.hf_pieces import piece_reader
-from backends.masking import Constraint
 from core.errors import (
     BrokenModel,
     ContextLengthExceeded,

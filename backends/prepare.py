@@ -7,9 +7,9 @@ from backends.answer.assembler import TextAssembler
 from backends.answer.mask import AnswerMask, ReasoningPlan
 from backends.base import ModelInfo
 from backends.chat import ChatFormat, OutputParser
-from backends.constraint import output_constraint
+from backends.grammar.compiler import output_constraint
+from backends.grammar.constraint import Constraint, OpeningCall, TokenMask
 from backends.infill import InfillTokens
-from backends.masking import Constraint, OpeningCall, TokenMask
 from backends.stable import stable
 from backends.stepper import Tokenizer
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from backends.base import EngineLoad
-from backends.masking import Constraint, GrammarPlace, TokenMask
+from backends.grammar.constraint import Constraint, GrammarPlace, TokenMask
 from backends.reuse import Reuse
 from core.types import (
     SamplingParams,

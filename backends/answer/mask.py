@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.answer.reasoning import ReasoningTags
-from backends.masking import GrammarPlace, OpeningCall
+from backends.grammar.constraint import GrammarPlace, OpeningCall
 from backends.stepper import Tokenizer
 
 

@@ -15,9 +15,9 @@ from backends.calls.grammar_forms import (
     tagged,
 )
 from backends.calls.tagged import GLM, LONGCAT, MINIMAX, QWEN_CODER
-from backends.constraint import GrammarText
-from backends.masking import Constraint
-from backends.schema_limits import check_enforceable
+from backends.grammar.compiler import GrammarText
+from backends.grammar.constraint import Constraint
+from backends.grammar.schema_limits import check_enforceable
 from core.types import Tool
 
 

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from backends.calls.schemas import types_of
 from backends.calls.tagged import MINIMAX, TagForm
-from backends.constraint import GrammarText
+from backends.grammar.compiler import GrammarText
 from core.types import JsonValue, Tool
 
 # Makes the text of a rule for what follows a call's first marker; the flag allows several calls.

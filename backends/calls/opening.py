@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from backends.calls.families import ToolFamily
 from backends.calls.grammar import call_body, json_call
 from backends.calls.grammar_forms import python_list
-from backends.constraint import GrammarText
-from backends.masking import OpeningCall
+from backends.grammar.compiler import GrammarText
+from backends.grammar.constraint import OpeningCall
 from core.types import Tool
 
 # What may stand before it: see `backends.calls.bare`.

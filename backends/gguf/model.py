@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from backends.base import EngineOptions
-from backends.constraint import GrammarCompiler, GrammarMask
-from backends.masking import Constraint
+from backends.grammar.compiler import GrammarCompiler, GrammarMask
+from backends.grammar.constraint import Constraint
 from core.errors import BrokenModel, InsufficientMemory
 
 logger = logging.getLogger(__name__)

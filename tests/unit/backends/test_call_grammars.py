@@ -15,8 +15,8 @@ from backends.calls.grammar import call_constraint, triggered_calls
 from backends.calls.opening import opening_call
 from backends.calls.schemas import fitting
 from backends.chat import ChatFormat
+from backends.grammar.constraint import TokenMask
 from backends.hf_tokenizer import HfTokenizer
-from backends.masking import TokenMask
 from core.errors import RequestError
 from core.types import ChatMessage, ChatPrompt, ChoiceOutput, Tool, ToolCallDelta
 from tests.tool_forms import TOOLS, Answer, written

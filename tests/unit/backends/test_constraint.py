@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher
 
-from backends.constraint import GrammarCompiler, output_constraint
+from backends.grammar.compiler import GrammarCompiler, output_constraint
 from backends.hf_tokenizer import HfTokenizer
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChoiceOutput, JsonOutput, Output, RegexOutput

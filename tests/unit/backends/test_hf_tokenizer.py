@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.constraint import output_constraint
+from backends.grammar.compiler import output_constraint
 from backends.hf_pieces import byte_alphabet
 from backends.hf_tokenizer import HfTokenizer
 from core.errors import BrokenModel, ContextLengthExceeded, RequestError, UnsupportedParameter

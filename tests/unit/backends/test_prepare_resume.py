@@ -13,7 +13,7 @@ from backends.chat import ChatFormat
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
 from backends.engine.batching import BatchingEngine
 from backends.engine.sampling import RowSampler
-from backends.masking import Constraint
+from backends.grammar.constraint import Constraint
 from backends.prepare import Prepared, Preparer
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import RequestError

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from backends.engine.sampling import RowSampler
-from backends.masking import TokenMask
+from backends.grammar.constraint import TokenMask
 from backends.stepper import SequenceSpec
 from core.errors import EngineFailed, RequestError
 from core.types import SamplingParams

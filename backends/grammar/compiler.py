@@ -11,8 +11,8 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
-from backends.masking import Constraint
-from backends.schema_limits import check_enforceable, check_pattern, without_lookaround
+from backends.grammar.constraint import Constraint
+from backends.grammar.schema_limits import check_enforceable, check_pattern, without_lookaround
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChoiceOutput, JsonOutput, JsonValue, Output, RegexOutput
 from core.units import KIB, MIB

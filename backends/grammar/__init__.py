@@ -1,0 +1,1 @@
+"""Grammars that bound which tokens may come next."""
