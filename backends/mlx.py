@@ -14,9 +14,9 @@ from backends.base import (
     ModelInfo,
     as_granted,
 )
-from backends.hf_engine import open_token_engine
-from backends.hf_folder import read_folder
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.engine import open_token_engine
+from backends.hf.folder import read_folder
+from backends.hf.tokenizer import HfTokenizer
 from backends.mlx_embed import open_embedder
 from backends.mlx_file import mlx_info, runtime_type
 from backends.mlx_memory import estimate_mlx, wants_dense

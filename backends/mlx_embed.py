@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from backends.base import Engine, EngineOptions, ModelInfo
 from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.pooling import Pooling, pool, read_pooling
-from backends.hf_folder import HfFolder
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.folder import HfFolder
+from backends.hf.tokenizer import HfTokenizer
 from backends.mlx_model import MlxModel
 from core.errors import UnsupportedCapability
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from backends.base import ModelInfo
-from backends.hf_checks import check_folder
-from backends.hf_folder import (
+from backends.hf.checks import check_folder
+from backends.hf.folder import (
     HfFolder,
     folder_info,
     is_mlx,
@@ -18,7 +18,7 @@ from backends.hf_folder import (
     tokenizer_files,
     weight_files,
 )
-from backends.hf_header import broken
+from backends.hf.header import broken
 from backends.mlx_model import check_config, supports
 from backends.mlx_npz import read_npz
 from core.errors import NotThisFormat

@@ -1,7 +1,7 @@
 """What an MLX model will hold in memory, and in which form its weights will be."""
 
 from backends.base import EngineOptions, MemoryEstimate, ModelInfo
-from backends.hf_memory import estimate_transformer
+from backends.hf.memory import estimate_transformer
 from backends.mlx_model import CACHE_BYTES, has_metal
 from core.errors import InsufficientMemory
 from core.units import GIB, MIB

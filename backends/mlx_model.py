@@ -19,8 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from backends.hf_folder import HfFolder
-from backends.hf_header import read_json
+from backends.hf.folder import HfFolder
+from backends.hf.header import read_json
 from core.errors import BrokenModel, InsufficientMemory
 from core.units import MIB
 

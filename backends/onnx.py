@@ -26,9 +26,9 @@ from backends.embedding.engine import EmbeddingEngine, pool, read_pooling
 from backends.embedding.pooling import Pooling, unit
 from backends.engine.row_model import RowModel
 from backends.engine.row_stepper import RowStepper
-from backends.hf_engine import open_token_engine
-from backends.hf_memory import estimate_transformer
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.engine import open_token_engine
+from backends.hf.memory import estimate_transformer
+from backends.hf.tokenizer import HfTokenizer
 from backends.onnx_info import OnnxModel, onnx_info, read_model
 from backends.onnx_layout import DecoderLayout, EncoderLayout
 from backends.onnx_model import RaggedRows

@@ -9,8 +9,8 @@ from typing import Any
 
 from backends.base import ModelInfo
 from backends.embedding.pooling import read_pooling
-from backends.hf_folder import HfFolder, folder_info, read_folder
-from backends.hf_header import read_json, read_text
+from backends.hf.folder import HfFolder, folder_info, read_folder
+from backends.hf.header import read_json, read_text
 from backends.onnx_graph import OnnxGraph, read_graph
 from backends.onnx_layout import DecoderLayout, EncoderLayout, read_layout, unsupported
 from core.errors import NotThisFormat

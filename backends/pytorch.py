@@ -11,7 +11,7 @@ from backends.base import (
     MemoryEstimate,
     ModelInfo,
 )
-from backends.hf_config import read_folder
+from backends.hf.config import read_folder
 from backends.pytorch_engine import (
     estimate_torch,
     import_torch,

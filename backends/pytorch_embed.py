@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from backends.base import EngineOptions, ModelInfo
 from backends.embedding.engine import EmbeddingEngine, read_pooling
 from backends.embedding.pooling import unit
-from backends.hf_config import HfFolder
-from backends.hf_header import broken, read_json, read_text
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.config import HfFolder
+from backends.hf.header import broken, read_json, read_text
+from backends.hf.tokenizer import HfTokenizer
 from core.errors import BackendUnavailable, EngineFailed
 from core.units import MIB
 

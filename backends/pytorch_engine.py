@@ -9,12 +9,12 @@ from typing import Any
 
 from backends.base import Availability, Engine, EngineOptions, MemoryEstimate, ModelInfo, as_granted
 from backends.engine.row_stepper import RowStepper
-from backends.hf_config import HfFolder
-from backends.hf_engine import open_token_engine
-from backends.hf_folder import read_folder
-from backends.hf_header import broken
-from backends.hf_memory import estimate_transformer
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.config import HfFolder
+from backends.hf.engine import open_token_engine
+from backends.hf.folder import read_folder
+from backends.hf.header import broken
+from backends.hf.memory import estimate_transformer
+from backends.hf.tokenizer import HfTokenizer
 from backends.pytorch_embed import device, open_embedder
 from backends.pytorch_packing import open_rows
 from backends.pytorch_weights import SUFFIXES, load_tensors, refuse_quantized

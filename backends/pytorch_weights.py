@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from backends.base import ModelInfo
-from backends.hf_checks import check_folder, transformers_knows
-from backends.hf_folder import HfFolder, folder_info, quantization_of, read_folder, weight_files
-from backends.hf_header import broken
+from backends.hf.checks import check_folder, transformers_knows
+from backends.hf.folder import HfFolder, folder_info, quantization_of, read_folder, weight_files
+from backends.hf.header import broken
 from backends.pytorch_pickle import (
     MAX_PICKLE_BYTES,
     PickledTensor,

@@ -14,10 +14,10 @@ from backends.base import (
     MemoryEstimate,
     ModelInfo,
 )
-from backends.hf_checks import check_folder, transformers_knows
-from backends.hf_config import HfFolder, read_folder, weight_files
-from backends.hf_folder import folder_info, is_mlx, quantization_of
-from backends.hf_header import SafetensorsHeader, broken, safetensors_header
+from backends.hf.checks import check_folder, transformers_knows
+from backends.hf.config import HfFolder, read_folder, weight_files
+from backends.hf.folder import folder_info, is_mlx, quantization_of
+from backends.hf.header import SafetensorsHeader, broken, safetensors_header
 from backends.pytorch_engine import (
     estimate_torch,
     import_torch,

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.hf_folder import HfFolder, read_folder, tokenizer_files
+from backends.hf.folder import HfFolder, read_folder, tokenizer_files
 from catalog.convert_coreml_decoder import Decoder, Tensors, build_module, decoder_of, read_weights
 from core.errors import RequestError
 

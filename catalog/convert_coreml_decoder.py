@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from backends.hf_folder import HfFolder, weight_files
+from backends.hf.folder import HfFolder, weight_files
 from core.errors import BrokenModel, RequestError
 
 Tensors: TypeAlias = dict[str, Any]

@@ -26,9 +26,9 @@ from backends.coreml.spec import ML_PROGRAM, CoremlSpec, broken, read_spec
 from backends.embedding.engine import EmbeddingEngine, Pooling, pool, read_pooling
 from backends.embedding.pooling import unit
 from backends.engine.row_stepper import RowStepper
-from backends.hf_engine import open_token_engine
-from backends.hf_folder import HfFolder, folder_info, read_folder, tokenizer_files
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.engine import open_token_engine
+from backends.hf.folder import HfFolder, folder_info, read_folder, tokenizer_files
+from backends.hf.tokenizer import HfTokenizer
 from core.errors import BackendUnavailable, EngineFailed, InsufficientMemory, NotThisFormat
 from core.types import Capability
 from core.units import MIB, format_bytes

@@ -16,7 +16,7 @@ from backends.calls.opening import opening_call
 from backends.calls.schemas import fitting
 from backends.chat import ChatFormat
 from backends.grammar.constraint import TokenMask
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.tokenizer import HfTokenizer
 from core.errors import RequestError
 from core.types import ChatMessage, ChatPrompt, ChoiceOutput, Tool, ToolCallDelta
 from tests.tool_forms import TOOLS, Answer, written

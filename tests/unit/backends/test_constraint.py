@@ -9,7 +9,7 @@ import pytest
 from llguidance import LLMatcher
 
 from backends.grammar.compiler import GrammarCompiler, output_constraint
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.tokenizer import HfTokenizer
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChoiceOutput, JsonOutput, Output, RegexOutput
 

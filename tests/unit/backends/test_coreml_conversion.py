@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from backends.hf_folder import HfFolder
+from backends.hf.folder import HfFolder
 from catalog.convert_coreml import convert_to_coreml
 from catalog.convert_coreml_decoder import decoder_of
 from core.errors import BrokenModel, RequestError

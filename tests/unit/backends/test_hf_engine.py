@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
-from backends.hf_engine import open_token_engine, recommended_sampling
-from backends.hf_folder import HfFolder
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.engine import open_token_engine, recommended_sampling
+from backends.hf.folder import HfFolder
+from backends.hf.tokenizer import HfTokenizer
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import BrokenModel
 from core.types import Capability, ReasoningDelta, SamplingParams

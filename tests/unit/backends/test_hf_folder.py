@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from backends.base import ModelInfo
-from backends.hf_folder import (
+from backends.hf.folder import (
     folder_info,
     is_mlx,
     quantization_of,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.hf_header import (
+from backends.hf.header import (
     DTYPE_BITS,
     MAX_CONFIG_BYTES,
     MAX_HEADER_BYTES,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from backends.base import EngineOptions, MemoryEstimate, ModelInfo
-from backends.hf_memory import estimate_transformer
+from backends.hf.memory import estimate_transformer
 from core.errors import InsufficientMemory
 from core.types import Capability
 from core.units import MIB

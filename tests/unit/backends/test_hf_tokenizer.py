@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from backends.grammar.compiler import output_constraint
-from backends.hf_pieces import byte_alphabet
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.pieces import byte_alphabet
+from backends.hf.tokenizer import HfTokenizer
 from core.errors import BrokenModel, ContextLengthExceeded, RequestError, UnsupportedParameter
 from core.types import JsonOutput
 

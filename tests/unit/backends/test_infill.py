@@ -8,7 +8,7 @@ import pytest
 from backends.chat import ChatFormat
 from backends.echo import ByteTokenizer, echo_info
 from backends.gguf.file import gguf_info
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.tokenizer import HfTokenizer
 from backends.infill import InfillTokens, find_infill, infill_details, read_infill
 from backends.prepare import Preparer
 from core.errors import UnsupportedParameter

@@ -12,7 +12,7 @@ import pytest
 
 from backends.base import EngineOptions
 from backends.engine.sampling import RowSampler
-from backends.hf_folder import read_folder
+from backends.hf.folder import read_folder
 from backends.mlx_batch import RowChoice
 from backends.mlx_model import MlxModel
 from backends.mlx_prefixes import MlxPrefixes

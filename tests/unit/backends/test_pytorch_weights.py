@@ -238,7 +238,7 @@ def test_the_context_ends_where_positions_would_change(folder: Path) -> None:
 
 
 def test_missing_weights_are_named(folder: Path) -> None:
-    from backends.hf_config import read_folder
+    from backends.hf.config import read_folder
     from backends.pytorch_engine import load_model
 
     path = save(folder / "pytorch_model.bin", weights())
@@ -247,7 +247,7 @@ def test_missing_weights_are_named(folder: Path) -> None:
 
 
 def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
-    from backends.hf_config import read_folder
+    from backends.hf.config import read_folder
     from backends.pytorch_engine import load_model
 
     path = save(folder / "pytorch_model.bin", weights())

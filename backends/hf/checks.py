@@ -4,8 +4,8 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-from backends.hf_config import HfFolder
-from backends.hf_header import broken
+from backends.hf.config import HfFolder
+from backends.hf.header import broken
 
 # Any of these is a whole vocabulary; vocab.json needs its merges.
 _VOCABULARIES = (

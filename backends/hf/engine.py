@@ -5,8 +5,8 @@ from collections.abc import Callable
 from backends.base import Engine, EngineOptions, ModelInfo
 from backends.chat import ChatFormat
 from backends.engine.batching import BatchingEngine
-from backends.hf_folder import HfFolder
-from backends.hf_tokenizer import HfTokenizer
+from backends.hf.folder import HfFolder
+from backends.hf.tokenizer import HfTokenizer
 from backends.infill import find_infill
 from backends.prepare import Preparer
 from backends.stepper import Stepper

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from backends.hf_header import broken, read_bytes, read_json, read_text
+from backends.hf.header import broken, read_bytes, read_json, read_text
 from core.errors import NotThisFormat
 from core.units import KIB, MIB
 

@@ -7,13 +7,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from backends.base import ModelInfo
-from backends.hf_config import HfFolder, read_folder, weight_files
-from backends.hf_header import (
-    SafetensorsHeader,
-    TensorEntry,
-    broken,
-    safetensors_header,
-)
+from backends.hf.config import HfFolder, read_folder, weight_files
+from backends.hf.header import SafetensorsHeader, TensorEntry, broken, safetensors_header
 from backends.infill import INFILL_NAMES, find_infill
 from core.types import Capability
 from core.units import KIB

@@ -7,9 +7,9 @@ from typing import Any
 
 from backends.grammar.compiler import GrammarCompiler, GrammarMask
 from backends.grammar.constraint import Constraint
-from backends.hf_config import HfFolder, read_folder
-from backends.hf_header import broken, read_json, read_text
-from backends.hf_pieces import piece_reader
+from backends.hf.config import HfFolder, read_folder
+from backends.hf.header import broken, read_json, read_text
+from backends.hf.pieces import piece_reader
 from core.errors import (
     BrokenModel,
     ContextLengthExceeded,
