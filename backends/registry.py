@@ -21,7 +21,7 @@ class BuiltInFormats:
         from backends.coreml.backend import CoremlBackend
         from backends.echo import EchoBackend
         from backends.gguf.backend import GgufBackend
-        from backends.mlx import MlxBackend
+        from backends.mlx.backend import MlxBackend
         from backends.onnx import OnnxBackend
         from backends.pytorch import PytorchBackend
         from backends.safetensors import SafetensorsBackend

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from backends.base import Engine, EngineOptions, ModelInfo
-from backends.mlx import MlxBackend
+from backends.mlx.backend import MlxBackend
 from core.errors import EngineFailed, RequestError
 from core.types import Capability, GenerationRequest, JsonOutput, JsonValue, TokenPrompt
 from tests.golden import golden, reference

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from backends.base import EngineOptions
-from backends.mlx import MlxBackend
-from backends.mlx_model import check_config, supports
+from backends.mlx.backend import MlxBackend
+from backends.mlx.model import check_config, supports
 from core.errors import BrokenModel, InsufficientMemory, NotThisFormat
 
 CONFIG: Mapping[str, Any] = {

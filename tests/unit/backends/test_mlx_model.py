@@ -13,10 +13,10 @@ import pytest
 from backends.base import EngineOptions
 from backends.engine.sampling import RowSampler
 from backends.hf.folder import read_folder
-from backends.mlx_batch import RowChoice
-from backends.mlx_model import MlxModel
-from backends.mlx_prefixes import MlxPrefixes
-from backends.mlx_stepper import MlxStepper
+from backends.mlx.batch import RowChoice
+from backends.mlx.model import MlxModel
+from backends.mlx.prefixes import MlxPrefixes
+from backends.mlx.stepper import MlxStepper
 from backends.snapshot_file import BLOCK_TOKENS
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import BrokenModel

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backends.mlx_npz import NpzEntry, read_npz
+from backends.mlx.npz import NpzEntry, read_npz
 from core.errors import BrokenModel, NotThisFormat
 
 

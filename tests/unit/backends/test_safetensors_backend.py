@@ -12,7 +12,7 @@ import pytest
 
 import backends.registry
 from backends.base import Availability, EngineOptions
-from backends.mlx import MlxBackend
+from backends.mlx.backend import MlxBackend
 from backends.safetensors import SafetensorsBackend
 from core.errors import (
     BackendUnavailable,

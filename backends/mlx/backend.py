@@ -17,12 +17,12 @@ from backends.base import (
 from backends.hf.engine import open_token_engine
 from backends.hf.folder import read_folder
 from backends.hf.tokenizer import HfTokenizer
-from backends.mlx_embed import open_embedder
-from backends.mlx_file import mlx_info, runtime_type
-from backends.mlx_memory import estimate_mlx, wants_dense
-from backends.mlx_model import MlxModel, check_config, import_runtime
-from backends.mlx_model import supports as has_code_for
-from backends.mlx_stepper import MlxStepper
+from backends.mlx.embedding import open_embedder
+from backends.mlx.file import mlx_info, runtime_type
+from backends.mlx.memory import estimate_mlx, wants_dense
+from backends.mlx.model import MlxModel, check_config, import_runtime
+from backends.mlx.model import supports as has_code_for
+from backends.mlx.stepper import MlxStepper
 from core.errors import BackendUnavailable, BrokenModel
 from core.types import Capability
 from core.units import MIB

@@ -10,11 +10,11 @@ from backends.engine.prefill import PrefillPlanner
 from backends.engine.row_model import Pieces
 from backends.engine.rows import PlannedStepper
 from backends.engine.sampling import RowSampler
-from backends.mlx_batch import MlxBatch, RowChoice
-from backends.mlx_blocks import LayerBlocks
-from backends.mlx_model import MlxModel
-from backends.mlx_prefixes import KeptLayers, MlxPrefixes, cut
-from backends.mlx_queue import Row, Rows
+from backends.mlx.batch import MlxBatch, RowChoice
+from backends.mlx.blocks import LayerBlocks
+from backends.mlx.model import MlxModel
+from backends.mlx.prefixes import KeptLayers, MlxPrefixes, cut
+from backends.mlx.rows import Row, Rows
 from backends.prefix_cache import common_prefix, token_array
 from backends.prefix_store import SMALLEST_PREFIX
 from backends.snapshot_file import BLOCK_TOKENS

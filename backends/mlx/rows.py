@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass, field
 
-from backends.mlx_batch import RowChoice
+from backends.mlx.batch import RowChoice
 from backends.reuse import Reuse
 from backends.snapshot_flow import Restore
 from backends.snapshots import State

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.mlx_model import MlxModel
+from backends.mlx.model import MlxModel
 from backends.snapshot_file import BLOCK_TOKENS
 
 

@@ -19,8 +19,8 @@ from backends.hf.folder import (
     weight_files,
 )
 from backends.hf.header import broken
-from backends.mlx_model import check_config, supports
-from backends.mlx_npz import read_npz
+from backends.mlx.model import check_config, supports
+from backends.mlx.npz import read_npz
 from core.errors import NotThisFormat
 
 _SCALES = ".scales"

@@ -11,7 +11,7 @@ from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.pooling import Pooling, pool, read_pooling
 from backends.hf.folder import HfFolder
 from backends.hf.tokenizer import HfTokenizer
-from backends.mlx_model import MlxModel
+from backends.mlx.model import MlxModel
 from core.errors import UnsupportedCapability
 
 

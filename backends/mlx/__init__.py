@@ -1,0 +1,1 @@
+"""MLX models by mlx-lm."""
