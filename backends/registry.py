@@ -22,7 +22,7 @@ class BuiltInFormats:
         from backends.echo import EchoBackend
         from backends.gguf.backend import GgufBackend
         from backends.mlx.backend import MlxBackend
-        from backends.onnx import OnnxBackend
+        from backends.onnx.backend import OnnxBackend
         from backends.pytorch import PytorchBackend
         from backends.safetensors import SafetensorsBackend
 

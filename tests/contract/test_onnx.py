@@ -14,7 +14,7 @@ import pytest_asyncio
 from numpy.typing import NDArray
 
 from backends.base import Engine, EngineOptions
-from backends.onnx import OnnxBackend
+from backends.onnx.backend import OnnxBackend
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedCapability
 from core.types import JsonOutput, TokenPrompt
 from tests.golden import golden, reference

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from backends.base import EngineOptions
-from backends.onnx import OnnxBackend
-from backends.onnx_info import onnx_info, read_model
-from backends.onnx_layout import DecoderLayout, read_layout
+from backends.onnx.backend import OnnxBackend
+from backends.onnx.info import onnx_info, read_model
+from backends.onnx.layout import DecoderLayout, read_layout
 from core.errors import BrokenModel, InsufficientMemory, NotThisFormat
 from core.types import Capability
 from tests.onnx_files import (

@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 from backends.engine.row_model import PortableRows, RowInput, RowModel
-from backends.onnx_graph import read_graph
-from backends.onnx_layout import DecoderLayout, read_layout
-from backends.onnx_model import RaggedRows
-from backends.onnx_padded import PaddedRows
-from backends.onnx_session import DecoderSession, open_session
+from backends.onnx.graph import read_graph
+from backends.onnx.layout import DecoderLayout, read_layout
+from backends.onnx.padded_rows import PaddedRows
+from backends.onnx.ragged_rows import RaggedRows
+from backends.onnx.session import DecoderSession, open_session
 from core.errors import EngineFailed
 from tests.onnx_files import POSITIONS, VOCABULARY, decoder, write
 

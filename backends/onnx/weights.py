@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from backends.onnx_proto import BYTES, Field, ProtoReader
+from backends.onnx.proto import BYTES, Field, ProtoReader
 
 # TensorProto.DataType: name, bits of one element.
 DATA_TYPES: Mapping[int, tuple[str, int]] = {

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from backends.onnx_graph import GraphValue, OnnxGraph
+from backends.onnx.graph import GraphValue, OnnxGraph
 from core.errors import BrokenModel
 
 # Names in exports of optimum, transformers.js, torch.onnx scripts and the genai builder.

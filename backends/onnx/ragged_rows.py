@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.engine.row_model import RowInput
-from backends.onnx_blocks import cache_layout, packed, unpacked
-from backends.onnx_session import Bindings, DecoderSession
+from backends.onnx.blocks import cache_layout, packed, unpacked
+from backends.onnx.session import Bindings, DecoderSession
 from core.errors import EngineFailed
 
 _FIRST_CAPACITY = 256

@@ -29,11 +29,11 @@ from backends.engine.row_stepper import RowStepper
 from backends.hf.engine import open_token_engine
 from backends.hf.memory import estimate_transformer
 from backends.hf.tokenizer import HfTokenizer
-from backends.onnx_info import OnnxModel, onnx_info, read_model
-from backends.onnx_layout import DecoderLayout, EncoderLayout
-from backends.onnx_model import RaggedRows
-from backends.onnx_padded import PaddedRows
-from backends.onnx_session import DecoderSession, chunk_tokens, open_session
+from backends.onnx.info import OnnxModel, onnx_info, read_model
+from backends.onnx.layout import DecoderLayout, EncoderLayout
+from backends.onnx.padded_rows import PaddedRows
+from backends.onnx.ragged_rows import RaggedRows
+from backends.onnx.session import DecoderSession, chunk_tokens, open_session
 from backends.stepper import Stepper
 from core.errors import EngineFailed
 from core.units import MIB

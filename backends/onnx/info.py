@@ -11,8 +11,8 @@ from backends.base import ModelInfo
 from backends.embedding.pooling import read_pooling
 from backends.hf.folder import HfFolder, folder_info, read_folder
 from backends.hf.header import read_json, read_text
-from backends.onnx_graph import OnnxGraph, read_graph
-from backends.onnx_layout import DecoderLayout, EncoderLayout, read_layout, unsupported
+from backends.onnx.graph import OnnxGraph, read_graph
+from backends.onnx.layout import DecoderLayout, EncoderLayout, read_layout, unsupported
 from core.errors import NotThisFormat
 from core.types import Capability
 from core.units import MIB

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.onnx_layout import DecoderLayout
+from backends.onnx.layout import DecoderLayout
 from core.errors import BrokenModel, EngineFailed
 from core.units import MIB
 

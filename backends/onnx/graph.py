@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backends.onnx_proto import BYTES, VARINT, Field, ProtoReader, opened, signed
-from backends.onnx_weights import DATA_TYPES, MOST_DIMENSIONS, Weights, check_external, note_tensor
+from backends.onnx.proto import BYTES, VARINT, Field, ProtoReader, opened, signed
+from backends.onnx.weights import DATA_TYPES, MOST_DIMENSIONS, Weights, check_external, note_tensor
 from core.errors import NotThisFormat
 
 _LFS_POINTER = b"version https://git-lfs"

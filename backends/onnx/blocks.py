@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.onnx_session import DecoderSession
+from backends.onnx.session import DecoderSession
 
 
 def cache_layout(session: DecoderSession) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.engine.row_model import RowInput
-from backends.onnx_blocks import cache_layout, packed, unpacked
-from backends.onnx_session import DecoderSession
+from backends.onnx.blocks import cache_layout, packed, unpacked
+from backends.onnx.session import DecoderSession
 
 _GROWTH_TOKENS = 256
 
