@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from backends.snapshots import SnapshotPlace
+from backends.prefixes.store import SnapshotPlace
 from core.errors import UnsupportedCapability
 from core.types import (
     Capability,

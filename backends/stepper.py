@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from backends.base import EngineLoad
 from backends.grammar.constraint import Constraint, GrammarPlace, TokenMask
-from backends.reuse import Reuse
+from backends.prefixes.reuse import Reuse
 from core.types import (
     SamplingParams,
     TokenLogprob,

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from hashlib import sha256
 
-from backends.snapshot_folder import Limits, PrefixFolder
-from backends.snapshots import SnapshotPlace, Snapshots
+from backends.prefixes.disk import Limits, PrefixFolder
+from backends.prefixes.store import SnapshotPlace, Snapshots
 from core.settings import Settings
 from deployments.orders import FileMark, LoadOrder
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.prefix_cache import token_array
-from backends.snapshot_file import BLOCK_TOKENS
-from backends.snapshot_folder import Limits, PrefixFolder
-from backends.snapshots import SnapshotPlace, Snapshots
+from backends.prefixes.block_file import BLOCK_TOKENS
+from backends.prefixes.disk import Limits, PrefixFolder
+from backends.prefixes.match import token_array
+from backends.prefixes.store import SnapshotPlace, Snapshots
 from core.units import GIB, MIB
 
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from backends.base import EventSink
+from backends.prefixes.reuse import Reuse
 from backends.prepare import Prepared
-from backends.reuse import Reuse
 from backends.stepper import SequenceSpec
 from core.errors import EngineFailed, ImpetusError
 from core.types import (

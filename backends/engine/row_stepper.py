@@ -10,12 +10,12 @@ from backends.engine.prefill import PrefillPlanner
 from backends.engine.row_model import Pieces, PortableRows, RowInput, RowModel
 from backends.engine.rows import Kept, PlannedStepper, Row, Rows
 from backends.engine.sampling import RowSampler
-from backends.prefix_cache import common_prefix, longest_prefix, token_array
-from backends.prefix_store import SMALLEST_PREFIX
-from backends.reuse import Reuse
-from backends.snapshot_file import BLOCK_TOKENS
-from backends.snapshot_flow import SnapshotFlow, await_first, is_worth_it
-from backends.snapshots import State
+from backends.prefixes.block_file import BLOCK_TOKENS
+from backends.prefixes.match import common_prefix, longest_prefix, token_array
+from backends.prefixes.ram import SMALLEST_PREFIX
+from backends.prefixes.reuse import Reuse
+from backends.prefixes.store import State
+from backends.prefixes.transfer import SnapshotFlow, await_first, is_worth_it
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import EngineFailed
 

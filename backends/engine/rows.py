@@ -6,8 +6,8 @@ from typing import Any
 
 from backends.engine.prefill import PrefillPlanner
 from backends.engine.sampling import RowSampler
-from backends.reuse import Reuse
-from backends.snapshot_flow import Restore, SnapshotFlow
+from backends.prefixes.reuse import Reuse
+from backends.prefixes.transfer import Restore, SnapshotFlow
 from backends.stepper import SequenceSpec, StepOutput
 
 

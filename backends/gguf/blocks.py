@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.gguf.model import GgufModel, library
-from backends.snapshot_file import BLOCK_TOKENS
+from backends.prefixes.block_file import BLOCK_TOKENS
 
 
 def block_layout(model: GgufModel, context_tokens: int) -> str | None:

@@ -3,12 +3,12 @@
 from backends.gguf.blocks import CellBlocks
 from backends.gguf.rows import Queues, Row
 from backends.gguf.slots import KvSlots
-from backends.prefix_cache import Retained, common_prefix
-from backends.prefix_store import SMALLEST_PREFIX
-from backends.reuse import Reuse
-from backends.snapshot_file import BLOCK_TOKENS
-from backends.snapshot_flow import SnapshotFlow, is_worth_it
-from backends.snapshots import State
+from backends.prefixes.block_file import BLOCK_TOKENS
+from backends.prefixes.match import Retained, common_prefix
+from backends.prefixes.ram import SMALLEST_PREFIX
+from backends.prefixes.reuse import Reuse
+from backends.prefixes.store import State
+from backends.prefixes.transfer import SnapshotFlow, is_worth_it
 
 
 class Placement:

@@ -9,9 +9,9 @@ import numpy as np
 from backends.base import EngineOptions
 from backends.gguf.blocks import as_bytes
 from backends.gguf.model import GgufModel, library
-from backends.prefix_cache import Retained, RetainedPrefixes
-from backends.prefix_store import SMALLEST_PREFIX, PrefixStore, Snapshot
-from backends.snapshot_flow import SnapshotFlow
+from backends.prefixes.match import Retained, RetainedPrefixes
+from backends.prefixes.ram import SMALLEST_PREFIX, PrefixStore, Snapshot
+from backends.prefixes.transfer import SnapshotFlow
 
 # One step moves this many prefixes to RAM at the most, so that running streams stay fluent.
 _MOST_MOVES = 4

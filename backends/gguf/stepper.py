@@ -12,9 +12,9 @@ from backends.gguf.placement import Placement
 from backends.gguf.rows import Counters, Queues, Row
 from backends.gguf.sampling import SequenceSampler
 from backends.gguf.slots import KvSlots, count_slots
-from backends.prefix_cache import Retained, token_array
-from backends.prefix_store import PrefixStore
-from backends.snapshot_flow import SnapshotFlow, await_first
+from backends.prefixes.match import Retained, token_array
+from backends.prefixes.ram import PrefixStore
+from backends.prefixes.transfer import SnapshotFlow, await_first
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import EngineFailed
 

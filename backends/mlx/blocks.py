@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.mlx.model import MlxModel
-from backends.snapshot_file import BLOCK_TOKENS
+from backends.prefixes.block_file import BLOCK_TOKENS
 
 
 class LayerBlocks:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from backends.prefix_cache import common_prefix
-from backends.prefix_store import SMALLEST_PREFIX
+from backends.prefixes.match import common_prefix
+from backends.prefixes.ram import SMALLEST_PREFIX
 
 
 @dataclass(slots=True, eq=False)

@@ -4,9 +4,9 @@ from array import array
 from dataclasses import dataclass, field
 
 from backends.mlx.batch import RowChoice
-from backends.reuse import Reuse
-from backends.snapshot_flow import Restore
-from backends.snapshots import State
+from backends.prefixes.reuse import Reuse
+from backends.prefixes.store import State
+from backends.prefixes.transfer import Restore
 from backends.stepper import SequenceSpec, StepOutput
 
 

@@ -15,11 +15,11 @@ from backends.mlx.blocks import LayerBlocks
 from backends.mlx.model import MlxModel
 from backends.mlx.prefixes import KeptLayers, MlxPrefixes, cut
 from backends.mlx.rows import Row, Rows
-from backends.prefix_cache import common_prefix, token_array
-from backends.prefix_store import SMALLEST_PREFIX
-from backends.snapshot_file import BLOCK_TOKENS
-from backends.snapshot_flow import SnapshotFlow, await_first, is_worth_it
-from backends.snapshots import State
+from backends.prefixes.block_file import BLOCK_TOKENS
+from backends.prefixes.match import common_prefix, token_array
+from backends.prefixes.ram import SMALLEST_PREFIX
+from backends.prefixes.store import State
+from backends.prefixes.transfer import SnapshotFlow, await_first, is_worth_it
 from backends.stepper import SequenceSpec, StepOutput
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from backends.base import Engine, EngineOptions
 from backends.gguf.backend import GgufBackend
-from backends.snapshot_file import BLOCK_TOKENS
-from backends.snapshots import Snapshots
+from backends.prefixes.block_file import BLOCK_TOKENS
+from backends.prefixes.store import Snapshots
 from core.types import PrefillProgress
 from tests.gguf_files import gemma2_gguf, llama_gguf
 from tests.golden import golden

@@ -12,8 +12,8 @@ from backends.base import Engine, EngineLoad
 from backends.chat import ChatFormat
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
 from backends.engine.batching import BatchingEngine
+from backends.prefixes.reuse import Reuse
 from backends.prepare import Preparer
-from backends.reuse import Reuse
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import (
     EngineFailed,

@@ -17,7 +17,7 @@ from backends.mlx.batch import RowChoice
 from backends.mlx.model import MlxModel
 from backends.mlx.prefixes import MlxPrefixes
 from backends.mlx.stepper import MlxStepper
-from backends.snapshot_file import BLOCK_TOKENS
+from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import BrokenModel
 from core.types import SamplingParams

@@ -5,7 +5,7 @@ from itertools import takewhile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.prefix_cache import RetainedPrefixes, common_prefix, token_array
+from backends.prefixes.match import RetainedPrefixes, common_prefix, token_array
 
 tokens = st.lists(st.integers(0, 2), max_size=30)
 

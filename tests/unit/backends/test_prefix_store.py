@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from backends.prefix_cache import token_array
-from backends.prefix_store import PrefixStore, Snapshot
+from backends.prefixes.match import token_array
+from backends.prefixes.ram import PrefixStore, Snapshot
 
 
 def snapshot(tokens: list[int], step: int = 0, size: int = 10) -> Snapshot:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from backends.base import EngineOptions
 from backends.engine.row_stepper import RowStepper
-from backends.snapshot_file import BLOCK_TOKENS
-from backends.snapshots import Snapshots
+from backends.prefixes.block_file import BLOCK_TOKENS
+from backends.prefixes.store import Snapshots
 from backends.stepper import StepOutput
 from tests.prefixes import place_in, store_at
 from tests.unit.backends.test_row_stepper import (

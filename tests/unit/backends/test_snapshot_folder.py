@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backends.snapshot_file import (
+from backends.prefixes.block_file import (
     BLOCK_TOKENS,
     ROOT,
     BlockHead,
@@ -19,7 +19,7 @@ from backends.snapshot_file import (
     scratch_path,
     write_block,
 )
-from backends.snapshot_folder import PrefixFolder
+from backends.prefixes.disk import PrefixFolder
 from core.units import GIB
 from tests.prefixes import folder_at, prompt_of, state_of
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backends.reuse import Reuse
-from backends.snapshot_file import BLOCK_TOKENS
-from backends.snapshot_flow import SnapshotFlow
-from backends.snapshots import ModelSnapshots, Snapshots, State
+from backends.prefixes.block_file import BLOCK_TOKENS
+from backends.prefixes.reuse import Reuse
+from backends.prefixes.store import ModelSnapshots, Snapshots, State
+from backends.prefixes.transfer import SnapshotFlow
 from tests.prefixes import folder_at, place_in, prompt_of, state_of, store_at
 
 

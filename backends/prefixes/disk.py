@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from backends.snapshot_file import (
+from backends.prefixes.block_file import (
     SUFFIX,
     BlockHead,
     DamagedBlock,

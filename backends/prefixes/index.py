@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.prefix_cache import common_prefix
-from backends.snapshot_file import BLOCK_TOKENS, ROOT, BlockHead, block_keys
+from backends.prefixes.block_file import BLOCK_TOKENS, ROOT, BlockHead, block_keys
+from backends.prefixes.match import common_prefix
 
 # So many keys of dropped blocks are remembered, to tell that a prefix was there once.
 _MOST_FORGOTTEN = 65_536

@@ -17,9 +17,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.snapshot_file import BLOCK_TOKENS, ROOT, block_keys, head_of
-from backends.snapshot_folder import PrefixFolder
-from backends.snapshot_index import Block, BlockIndex
+from backends.prefixes.block_file import BLOCK_TOKENS, ROOT, block_keys, head_of
+from backends.prefixes.disk import PrefixFolder
+from backends.prefixes.index import Block, BlockIndex
 from core.types import MissReason
 from core.units import MIB
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, wait
 from typing import Generic, TypeVar
 
-from backends.prefix_store import SMALLEST_PREFIX
-from backends.reuse import Nearest, Reuse, explain, nearest
-from backends.snapshot_file import BLOCK_TOKENS
-from backends.snapshot_index import Block
-from backends.snapshots import ModelSnapshots, SnapshotPlace, State
+from backends.prefixes.block_file import BLOCK_TOKENS
+from backends.prefixes.index import Block
+from backends.prefixes.ram import SMALLEST_PREFIX
+from backends.prefixes.reuse import Nearest, Reuse, explain, nearest
+from backends.prefixes.store import ModelSnapshots, SnapshotPlace, State
 
 # Beside running sequences, the pause between two copies and the time restoring takes of a step.
 _PAUSE_S = 0.05

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from backends.prefix_cache import common_prefix
+from backends.prefixes.match import common_prefix
 from core.types import CacheOutcome, MissReason
 
 # Tokens of text that show where two prompts part.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.prefix_cache import common_prefix, longest_prefix
+from backends.prefixes.match import common_prefix, longest_prefix
 
 # Computing fewer tokens than this again is cheaper than copying their state twice.
 SMALLEST_PREFIX = 32

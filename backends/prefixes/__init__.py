@@ -1,0 +1,1 @@
+"""Computed prompt prefixes: matching them, and keeping them in RAM and on disk."""
