@@ -58,8 +58,8 @@ class EngineOptions:
     `context_tokens` None means the trained length; `kv_tokens` and `kv_type` None let the backend
     choose the KV cells all sequences share.  `memory_limit_bytes` bounds what `estimate` grants.
     `prefix_bytes` of RAM keep prefixes outside the cells; `warm_tokens` stay in them meanwhile;
-    `snapshots` outlive the engine.  `stable_prompts`: `backends.stable`.  `tool_parser` names the
-    family of tool calls, where the chat template does not tell.
+    `snapshots` outlive the engine.  For `stable_prompts` see `backends.prompt.normalize`.
+    `tool_parser` names the family of tool calls, where the chat template does not tell.
     """
 
     max_sequences: int = 16

@@ -13,10 +13,10 @@ from backends.base import (
     MemoryEstimate,
     ModelInfo,
 )
-from backends.chat import ChatFormat
 from backends.engine.batching import BatchingEngine
 from backends.grammar.constraint import Constraint, GrammarPlace
-from backends.prepare import Preparer
+from backends.prompt.chat_format import ChatFormat
+from backends.prompt.prepare import Preparer
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import NotThisFormat, UnsupportedParameter
 from core.types import Capability, TokenLogprob

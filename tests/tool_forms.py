@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backends.template_worker import compile_template
+from backends.prompt.template_worker import compile_template
 from core.types import Tool
 
 EDIT = Tool(

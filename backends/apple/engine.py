@@ -12,10 +12,10 @@ from backends.apple.request import read_job
 from backends.apple.sessions import AppleSession, CallMade, Ended, Failed, News, Snapshot
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
 from backends.calls.sink import new_call_id
-from backends.chat import ChatFormat, OutputParser
 from backends.engine.slot_gate import SlotGate
 from backends.engine.waiting import Pace
 from backends.limits import UNLIMITED, EngineLimits
+from backends.prompt.chat_format import ChatFormat, OutputParser
 from core.errors import (
     EngineFailed,
     ImpetusError,

@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from backends.messages import with_written_tools
+from backends.prompt.messages import with_written_tools
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, JsonValue
 

@@ -16,7 +16,7 @@ from backends.engine.request import Inbox, StepEvents, Ticket, events_of
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace, WaitingQueue
 from backends.limits import EngineLimits, StepWatch
-from backends.prepare import Preparer
+from backends.prompt.prepare import Preparer
 from backends.stepper import StepOutput, Stepper, do_chore, has_chores
 from core.errors import EngineFailed, ImpetusError, TimedOut
 from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress, Prompt

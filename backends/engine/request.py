@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from backends.base import EventSink
 from backends.prefixes.reuse import Reuse
-from backends.prepare import Prepared
+from backends.prompt.prepare import Prepared
 from backends.stepper import SequenceSpec
 from core.errors import EngineFailed, ImpetusError
 from core.types import (

@@ -14,15 +14,15 @@ from backends.base import (
     ModelInfo,
     as_granted,
 )
-from backends.chat import ChatFormat
 from backends.engine.batching import BatchingEngine
 from backends.gguf.embedding import GgufEmbedder
 from backends.gguf.file import gguf_info
 from backends.gguf.memory import estimate_gguf, kv_element_bytes
 from backends.gguf.model import GgufModel, library
 from backends.gguf.stepper import GgufStepper
-from backends.infill import read_infill
-from backends.prepare import Preparer
+from backends.prompt.chat_format import ChatFormat
+from backends.prompt.infill import read_infill
+from backends.prompt.prepare import Preparer
 from core.types import Capability, SamplingParams
 
 

@@ -9,7 +9,7 @@ from backends.base import ModelInfo
 from backends.gguf.header import GgufFile as GgufFile
 from backends.gguf.header import read_gguf as read_gguf
 from backends.gguf.layout import FILE_TYPES, broken
-from backends.infill import infill_details
+from backends.prompt.infill import infill_details
 from core.types import Capability
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)

@@ -18,7 +18,7 @@ from backends.gguf.layout import (
     broken,
     opened,
 )
-from backends.infill import INFILL_NAMES, InfillTokens, find_infill
+from backends.prompt.infill import INFILL_NAMES, InfillTokens, find_infill
 from core.errors import NotThisFormat
 
 # The newer and the older key of each of the tokens around a gap.

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 from backends.base import Engine, EngineOptions, ModelInfo
-from backends.chat import ChatFormat
 from backends.engine.batching import BatchingEngine
 from backends.hf.folder import HfFolder
 from backends.hf.tokenizer import HfTokenizer
-from backends.infill import find_infill
-from backends.prepare import Preparer
+from backends.prompt.chat_format import ChatFormat
+from backends.prompt.infill import find_infill
+from backends.prompt.prepare import Preparer
 from backends.stepper import Stepper
 from core.types import SamplingParams
 

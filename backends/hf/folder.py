@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from backends.base import ModelInfo
 from backends.hf.config import HfFolder, read_folder, weight_files
 from backends.hf.header import SafetensorsHeader, TensorEntry, broken, safetensors_header
-from backends.infill import INFILL_NAMES, find_infill
+from backends.prompt.infill import INFILL_NAMES, find_infill
 from core.types import Capability
 from core.units import KIB
 

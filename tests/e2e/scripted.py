@@ -26,7 +26,7 @@ from backends.base import (
 from backends.engine.batching import BatchingEngine
 from backends.gguf.backend import GgufBackend
 from backends.grammar.constraint import Constraint, TokenMask
-from backends.prepare import Prepared, Preparer
+from backends.prompt.prepare import Prepared, Preparer
 from core.errors import NotThisFormat
 from core.plugins import hookimpl
 from core.types import ChatPrompt, GenerationRequest

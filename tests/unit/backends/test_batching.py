@@ -9,11 +9,11 @@ import pytest
 
 from backends.abilities import count_tokens
 from backends.base import Engine, EngineLoad
-from backends.chat import ChatFormat
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
 from backends.engine.batching import BatchingEngine
 from backends.prefixes.reuse import Reuse
-from backends.prepare import Preparer
+from backends.prompt.chat_format import ChatFormat
+from backends.prompt.prepare import Preparer
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import (
     EngineFailed,

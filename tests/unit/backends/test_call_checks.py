@@ -6,7 +6,7 @@ import pytest
 
 from backends.answer.reasoning import effort_variables
 from backends.calls.schemas import fitting, from_text, types_of
-from backends.chat import ChatFormat
+from backends.prompt.chat_format import ChatFormat
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool
 

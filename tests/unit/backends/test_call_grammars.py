@@ -14,9 +14,9 @@ from backends.calls.families import FAMILIES
 from backends.calls.grammar import call_constraint, triggered_calls
 from backends.calls.opening import opening_call
 from backends.calls.schemas import fitting
-from backends.chat import ChatFormat
 from backends.grammar.constraint import TokenMask
 from backends.hf.tokenizer import HfTokenizer
+from backends.prompt.chat_format import ChatFormat
 from core.errors import RequestError
 from core.types import ChatMessage, ChatPrompt, ChoiceOutput, Tool, ToolCallDelta
 from tests.tool_forms import TOOLS, Answer, written

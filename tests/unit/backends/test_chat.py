@@ -14,7 +14,7 @@ from backends.answer.parser import OutputParser
 from backends.answer.reasoning import ReasoningParser
 from backends.calls.families import FAMILIES
 from backends.calls.grammar import call_constraint
-from backends.chat import ChatFormat
+from backends.prompt.chat_format import ChatFormat
 from core.errors import RequestError
 from core.types import (
     ChatMessage,

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from backends.chat import ChatFormat
 from backends.echo import ByteTokenizer, echo_info
 from backends.gguf.file import gguf_info
 from backends.hf.tokenizer import HfTokenizer
-from backends.infill import InfillTokens, find_infill, infill_details, read_infill
-from backends.prepare import Preparer
+from backends.prompt.chat_format import ChatFormat
+from backends.prompt.infill import InfillTokens, find_infill, infill_details, read_infill
+from backends.prompt.prepare import Preparer
 from core.errors import UnsupportedParameter
 from core.types import Capability, InfillPrompt, TextPrompt, TokenPrompt
 from tests.gguf_raw import minimal_gguf

@@ -9,12 +9,12 @@ import pytest
 from numpy.typing import NDArray
 
 from backends.base import EngineLoad
-from backends.chat import ChatFormat
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
 from backends.engine.batching import BatchingEngine
 from backends.engine.sampling import RowSampler
 from backends.grammar.constraint import Constraint
-from backends.prepare import Prepared, Preparer
+from backends.prompt.chat_format import ChatFormat
+from backends.prompt.prepare import Prepared, Preparer
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import RequestError
 from core.types import (

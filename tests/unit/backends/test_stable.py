@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.chat import ChatFormat
 from backends.echo import ByteTokenizer, echo_info
-from backends.prepare import Preparer
-from backends.stable import stable
+from backends.prompt.chat_format import ChatFormat
+from backends.prompt.normalize import stable
+from backends.prompt.prepare import Preparer
 from core.types import ChatMessage, ChatPrompt, JsonValue, Tool
 from tests.requests import request
 

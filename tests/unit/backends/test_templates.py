@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from backends import templates
-from backends.templates import TemplateRefused, TemplateRenderer
+from backends.prompt import templates
+from backends.prompt.templates import TemplateRefused, TemplateRenderer
 from core.errors import BrokenModel, EngineFailed, RequestError
 from core.types import JsonValue
 

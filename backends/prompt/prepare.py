@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from backends.answer.assembler import TextAssembler
 from backends.answer.mask import AnswerMask, ReasoningPlan
 from backends.base import ModelInfo
-from backends.chat import ChatFormat, OutputParser
 from backends.grammar.compiler import output_constraint
 from backends.grammar.constraint import Constraint, OpeningCall, TokenMask
-from backends.infill import InfillTokens
-from backends.stable import stable
+from backends.prompt.chat_format import ChatFormat, OutputParser
+from backends.prompt.infill import InfillTokens
+from backends.prompt.normalize import stable
 from backends.stepper import Tokenizer
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
 from core.types import (

@@ -12,14 +12,14 @@ from backends.calls.harmony import FINAL
 from backends.calls.opening import opening_call
 from backends.grammar.compiler import output_constraint
 from backends.grammar.constraint import Constraint, OpeningCall
-from backends.messages import (
+from backends.prompt.messages import (
     folded,
     plain_text,
     template_message,
     template_tool,
     with_written_tools,
 )
-from backends.templates import TemplateRefused, TemplateRenderer
+from backends.prompt.templates import TemplateRefused, TemplateRenderer
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, JsonValue, Output, Tool
 
