@@ -23,7 +23,7 @@ class BuiltInFormats:
         from backends.gguf.backend import GgufBackend
         from backends.mlx.backend import MlxBackend
         from backends.onnx.backend import OnnxBackend
-        from backends.pytorch import PytorchBackend
+        from backends.pytorch.backend import PytorchBackend
         from backends.safetensors import SafetensorsBackend
 
         register(GgufBackend())

@@ -18,14 +18,14 @@ from backends.hf.checks import check_folder, transformers_knows
 from backends.hf.config import HfFolder, read_folder, weight_files
 from backends.hf.folder import folder_info, is_mlx, quantization_of
 from backends.hf.header import SafetensorsHeader, broken, safetensors_header
-from backends.pytorch_engine import (
+from backends.pytorch.loading import (
     estimate_torch,
     import_torch,
     on_torch,
     open_torch,
     torch_availability,
 )
-from backends.pytorch_weights import refuse_quantized
+from backends.pytorch.weights import refuse_quantized
 from core.errors import BackendUnavailable, NotThisFormat
 from core.types import Capability
 from core.units import MIB

@@ -15,7 +15,7 @@ import pytest_asyncio
 pytest.importorskip("torch")
 
 from backends.base import Engine, EngineOptions
-from backends.pytorch import PytorchBackend
+from backends.pytorch.backend import PytorchBackend
 from backends.safetensors import SafetensorsBackend
 from core.errors import (
     BrokenModel,
@@ -140,7 +140,7 @@ async def test_a_token_bias_is_honoured(engine: Engine) -> None:
 
 
 async def test_closing_gives_the_weights_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from backends import pytorch_engine
+    from backends.pytorch import loading as pytorch_engine
 
     kept: list[weakref.ref[Any]] = []
 

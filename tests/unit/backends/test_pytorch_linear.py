@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from backends.pytorch_linear import speed_up  # noqa: E402
+from backends.pytorch.linear import speed_up  # noqa: E402
 
 if not torch.backends.mkl.is_available():
     pytest.skip("PyTorch computes without MKL here", allow_module_level=True)

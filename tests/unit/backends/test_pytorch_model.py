@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from backends.engine.row_model import PortableRows, RowInput, RowModel  # noqa: E402
-from backends.pytorch_model import PackedRows, SeparateRows  # noqa: E402
-from backends.pytorch_packing import open_rows  # noqa: E402
+from backends.pytorch.packing import open_rows  # noqa: E402
+from backends.pytorch.rows import PackedRows, SeparateRows  # noqa: E402
 
 VOCABULARY = 64
 SIZES = {
@@ -158,7 +158,7 @@ def test_logits_may_be_changed_by_whoever_gets_them(pair: tuple[Any, RowModel]) 
 def test_attention_of_another_kind_is_found_out_and_not_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from backends import pytorch_attention
+    from backends.pytorch import attention as pytorch_attention
 
     def wrong(step: Any, *arguments: Any, **options: Any) -> Any:
         found, _ = real(step, *arguments, **options)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from backends.pytorch_pickle import ALLOWED, PickledTensor, UnsafePickle, read_pickle
+from backends.pytorch.unpickle import ALLOWED, PickledTensor, UnsafePickle, read_pickle
 
 OPEN = b"\x80\x02"
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from backends.pytorch import PytorchBackend
-from backends.pytorch_weights import load_tensors, pytorch_info, read_torch_file
+from backends.pytorch.backend import PytorchBackend
+from backends.pytorch.weights import load_tensors, pytorch_info, read_torch_file
 from core.errors import BrokenModel, NotThisFormat
 from core.types import Capability
 
@@ -239,7 +239,7 @@ def test_the_context_ends_where_positions_would_change(folder: Path) -> None:
 
 def test_missing_weights_are_named(folder: Path) -> None:
     from backends.hf.config import read_folder
-    from backends.pytorch_engine import load_model
+    from backends.pytorch.loading import load_model
 
     path = save(folder / "pytorch_model.bin", weights())
     with pytest.raises(BrokenModel, match="weights are missing"):
@@ -248,7 +248,7 @@ def test_missing_weights_are_named(folder: Path) -> None:
 
 def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
     from backends.hf.config import read_folder
-    from backends.pytorch_engine import load_model
+    from backends.pytorch.loading import load_model
 
     path = save(folder / "pytorch_model.bin", weights())
     info = pytorch_info(path)

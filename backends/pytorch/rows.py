@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.engine.row_model import RowInput
-from backends.pytorch_attention import RowCache, Segment, Step
+from backends.pytorch.attention import RowCache, Segment, Step
 from core.errors import EngineFailed
 
 # Kinds of layers whose cache takes several tokens at any time; others keep recurrent state.

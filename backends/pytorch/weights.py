@@ -12,7 +12,7 @@ from backends.base import ModelInfo
 from backends.hf.checks import check_folder, transformers_knows
 from backends.hf.folder import HfFolder, folder_info, quantization_of, read_folder, weight_files
 from backends.hf.header import broken
-from backends.pytorch_pickle import (
+from backends.pytorch.unpickle import (
     MAX_PICKLE_BYTES,
     PickledTensor,
     Storage,

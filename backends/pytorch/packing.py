@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.engine.row_model import RowInput, RowModel
-from backends.pytorch_attention import NAME, register
-from backends.pytorch_linear import speed_up
-from backends.pytorch_model import PackedRows, SeparateRows, layer_kinds
+from backends.pytorch.attention import NAME, register
+from backends.pytorch.linear import speed_up
+from backends.pytorch.rows import PackedRows, SeparateRows, layer_kinds
 from core.errors import EngineFailed
 
 logger = logging.getLogger(__name__)

@@ -12,14 +12,14 @@ from backends.base import (
     ModelInfo,
 )
 from backends.hf.config import read_folder
-from backends.pytorch_engine import (
+from backends.pytorch.loading import (
     estimate_torch,
     import_torch,
     on_torch,
     open_torch,
     torch_availability,
 )
-from backends.pytorch_weights import pytorch_info
+from backends.pytorch.weights import pytorch_info
 from core.units import MIB
 
 

@@ -15,9 +15,9 @@ from backends.hf.folder import read_folder
 from backends.hf.header import broken
 from backends.hf.memory import estimate_transformer
 from backends.hf.tokenizer import HfTokenizer
-from backends.pytorch_embed import device, open_embedder
-from backends.pytorch_packing import open_rows
-from backends.pytorch_weights import SUFFIXES, load_tensors, refuse_quantized
+from backends.pytorch.embedding import device, open_embedder
+from backends.pytorch.packing import open_rows
+from backends.pytorch.weights import SUFFIXES, load_tensors, refuse_quantized
 from backends.stepper import Stepper
 from core.errors import BackendUnavailable, InsufficientMemory
 from core.types import Capability
