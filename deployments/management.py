@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from backends.abilities import check_kv_type
-from backends.calls.families import check_family
 from backends.registry import backends_for
+from backends.tool_calls.families import check_family
 from catalog.models import ModelSettings
 from catalog.store import CatalogStore
 from core.errors import ImpetusError, ModelNotFound, Unavailable

@@ -11,11 +11,11 @@ from backends.answer.parser import Piece
 from backends.apple.request import read_job
 from backends.apple.sessions import AppleSession, CallMade, Ended, Failed, News, Snapshot
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
-from backends.calls.sink import new_call_id
 from backends.engine.slot_gate import SlotGate
 from backends.engine.waiting import Pace
 from backends.limits import UNLIMITED, EngineLimits
 from backends.prompt.chat_format import ChatFormat, OutputParser
+from backends.tool_calls.collector import new_call_id
 from core.errors import (
     EngineFailed,
     ImpetusError,

@@ -6,10 +6,6 @@ from collections.abc import Mapping, Sequence
 from backends.answer.mask import ReasoningPlan
 from backends.answer.parser import OutputParser
 from backends.answer.reasoning import HARMONY, ReasoningParser, effort_variables, reasoning_tags
-from backends.calls.families import DEFAULT, FAMILIES, check_family, family_of
-from backends.calls.grammar import call_constraint, triggered_calls
-from backends.calls.harmony import FINAL
-from backends.calls.opening import opening_call
 from backends.grammar.compiler import output_constraint
 from backends.grammar.constraint import Constraint, OpeningCall
 from backends.prompt.messages import (
@@ -20,6 +16,10 @@ from backends.prompt.messages import (
     with_written_tools,
 )
 from backends.prompt.templates import TemplateRefused, TemplateRenderer
+from backends.tool_calls.bare_call_grammar import opening_call
+from backends.tool_calls.families import DEFAULT, FAMILIES, check_family, family_of
+from backends.tool_calls.grammar import call_constraint, triggered_calls
+from backends.tool_calls.harmony import FINAL
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, JsonValue, Output, Tool
 

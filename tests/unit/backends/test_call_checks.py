@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from backends.answer.reasoning import effort_variables
-from backends.calls.schemas import fitting, from_text, types_of
 from backends.prompt.chat_format import ChatFormat
+from backends.tool_calls.schemas import fitting, from_text, types_of
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool
 

@@ -10,13 +10,13 @@ import pytest
 
 from backends.answer.mask import AnswerMask, ReasoningPlan
 from backends.answer.reasoning import HARMONY, THINK
-from backends.calls.families import FAMILIES
-from backends.calls.grammar import call_constraint, triggered_calls
-from backends.calls.opening import opening_call
-from backends.calls.schemas import fitting
 from backends.grammar.constraint import TokenMask
 from backends.hf.tokenizer import HfTokenizer
 from backends.prompt.chat_format import ChatFormat
+from backends.tool_calls.bare_call_grammar import opening_call
+from backends.tool_calls.families import FAMILIES
+from backends.tool_calls.grammar import call_constraint, triggered_calls
+from backends.tool_calls.schemas import fitting
 from core.errors import RequestError
 from core.types import ChatMessage, ChatPrompt, ChoiceOutput, Tool, ToolCallDelta
 from tests.tool_forms import TOOLS, Answer, written

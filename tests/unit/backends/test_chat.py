@@ -12,9 +12,9 @@ from llguidance import LLMatcher
 
 from backends.answer.parser import OutputParser
 from backends.answer.reasoning import ReasoningParser
-from backends.calls.families import FAMILIES
-from backends.calls.grammar import call_constraint
 from backends.prompt.chat_format import ChatFormat
+from backends.tool_calls.families import FAMILIES
+from backends.tool_calls.grammar import call_constraint
 from core.errors import RequestError
 from core.types import (
     ChatMessage,

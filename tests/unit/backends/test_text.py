@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from backends.answer.assembler import Detokenizer, StopMatcher, TextAssembler
 from backends.answer.parser import OutputParser, Piece
 from backends.answer.reasoning import ReasoningParser
-from backends.calls.families import FAMILIES
 from backends.stepper import StepOutput
+from backends.tool_calls.families import FAMILIES
 from core.types import (
     GenerationEvent,
     MismatchKind,

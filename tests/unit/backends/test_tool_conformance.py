@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from backends.answer.parser import OutputParser, Piece
 from backends.answer.reasoning import ReasoningParser
-from backends.calls.families import FAMILIES, family_of
+from backends.tool_calls.families import FAMILIES, family_of
 from core.types import ReasoningDelta, TextDelta, ToolCallDelta
 from tests.tool_forms import TEMPLATES, TOOLS, Answer, written
 

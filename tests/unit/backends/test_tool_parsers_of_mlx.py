@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from backends.calls.families import FAMILIES
+from backends.tool_calls.families import FAMILIES
 from core.types import ToolCallDelta
 from tests.tool_forms import TOOLS, Answer, written
 

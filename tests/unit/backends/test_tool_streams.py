@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from backends.base import Engine, EngineOptions
-from backends.calls.families import FAMILIES
 from backends.echo import EchoBackend, echo_info
+from backends.tool_calls.families import FAMILIES
 from core.errors import UnsupportedParameter
 from core.types import (
     ChatMessage,

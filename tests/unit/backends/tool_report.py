@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.calls.families import FAMILIES
+from backends.tool_calls.families import FAMILIES
 
 _SIGNS = {"failed": "✗", "passed": "✓"}
 _INTRO = """\

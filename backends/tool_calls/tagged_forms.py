@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from backends.calls.cursor import Cursor, Malformed, Steps, Unfinished, held_length
-from backends.calls.json_calls import LONGEST_NAME
-from backends.calls.schemas import from_text, types_of
-from backends.calls.sink import CallSink, compact
+from backends.tool_calls.collector import CallSink, compact
+from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished, held_length
+from backends.tool_calls.json_forms import LONGEST_NAME
+from backends.tool_calls.schemas import from_text, types_of
 from core.types import JsonValue
 
 _LONGEST_VALUE = 4 * 2**20

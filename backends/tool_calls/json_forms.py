@@ -1,10 +1,10 @@
 """Readers of calls whose arguments are JSON."""
 
-from backends.calls.call_reader import CallReader, ObjectReader
-from backends.calls.cursor import Cursor, Malformed, Steps
-from backends.calls.json_scanner import MalformedJson
-from backends.calls.parser import Section
-from backends.calls.sink import CallSink
+from backends.tool_calls.collector import CallSink
+from backends.tool_calls.cursor import Cursor, Malformed, Steps
+from backends.tool_calls.json_call import CallReader, ObjectReader
+from backends.tool_calls.json_scanner import MalformedJson
+from backends.tool_calls.parser import Section
 
 LONGEST_NAME = 512
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
-from backends.calls.schemas import types_of
-from backends.calls.tagged import MINIMAX, TagForm
 from backends.grammar.compiler import GrammarText
+from backends.tool_calls.schemas import types_of
+from backends.tool_calls.tagged_forms import MINIMAX, TagForm
 from core.types import JsonValue, Tool
 
 # Makes the text of a rule for what follows a call's first marker; the flag allows several calls.

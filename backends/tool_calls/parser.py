@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from backends.answer.parser import Piece
-from backends.calls.cursor import Cursor, Malformed, Steps, Unfinished, held_length
-from backends.calls.sink import CallSink, Enough
+from backends.tool_calls.collector import CallSink, Enough
+from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished, held_length
 from core.types import MismatchKind
 
 Section = Callable[[Cursor, CallSink, str], Steps[None]]

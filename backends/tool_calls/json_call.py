@@ -2,7 +2,7 @@
 
 import json
 
-from backends.calls.json_scanner import JsonScanner, MalformedJson
+from backends.tool_calls.json_scanner import JsonScanner, MalformedJson
 
 _ARGUMENT_KEYS = ("arguments", "parameters")
 _NAME_KEYS = ("name", "tool_name")

@@ -5,9 +5,9 @@ Source: OpenAI, "OpenAI harmony response format".
 
 import re
 
-from backends.calls.cursor import Cursor, Malformed, Steps, held_length
-from backends.calls.json_calls import read_arguments
-from backends.calls.sink import CallSink
+from backends.tool_calls.collector import CallSink
+from backends.tool_calls.cursor import Cursor, Malformed, Steps, held_length
+from backends.tool_calls.json_forms import read_arguments
 
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 CALL, RETURN, CONSTRAIN = "<|call|>", "<|return|>", "<|constrain|>"

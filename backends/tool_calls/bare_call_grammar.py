@@ -3,14 +3,14 @@
 import re
 from collections.abc import Sequence
 
-from backends.calls.families import ToolFamily
-from backends.calls.grammar import call_body, json_call
-from backends.calls.grammar_forms import python_list
 from backends.grammar.compiler import GrammarText
 from backends.grammar.constraint import OpeningCall
+from backends.tool_calls.families import ToolFamily
+from backends.tool_calls.grammar import call_body, json_call
+from backends.tool_calls.grammar_forms import python_list
 from core.types import Tool
 
-# What may stand before it: see `backends.calls.bare`.
+# What may stand before it: see `backends.tool_calls.bare_calls`.
 _BEFORE_JSON = rb"\s*(?:<\|python_tag\|>\s*)?(?:```(?:json)?\s*)?"
 _FRAME_BYTES = 128
 

@@ -3,9 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from backends.calls import harmony
-from backends.calls.families import ToolFamily
-from backends.calls.grammar_forms import (
+from backends.grammar.compiler import GrammarText
+from backends.grammar.constraint import Constraint
+from backends.grammar.schema_limits import check_enforceable
+from backends.tool_calls import harmony
+from backends.tool_calls.families import ToolFamily
+from backends.tool_calls.grammar_forms import (
     Body,
     any_of,
     gemma,
@@ -14,10 +17,7 @@ from backends.calls.grammar_forms import (
     python_section,
     tagged,
 )
-from backends.calls.tagged import GLM, LONGCAT, MINIMAX, QWEN_CODER
-from backends.grammar.compiler import GrammarText
-from backends.grammar.constraint import Constraint
-from backends.grammar.schema_limits import check_enforceable
+from backends.tool_calls.tagged_forms import GLM, LONGCAT, MINIMAX, QWEN_CODER
 from core.types import Tool
 
 

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from backends.answer.parser import Piece
-from backends.calls import harmony
-from backends.calls.bare import answer_with_calls
-from backends.calls.json_calls import deepseek, kimi, mistral, python_tag, tagged_json
-from backends.calls.literals import gemma, pythonic
-from backends.calls.parser import CallParser, Main, Section
-from backends.calls.schemas import fitting
-from backends.calls.sink import CallSink
-from backends.calls.tagged import GLM, LONGCAT, MINIMAX, QWEN_CODER, TagReader
+from backends.tool_calls import harmony
+from backends.tool_calls.bare_calls import answer_with_calls
+from backends.tool_calls.collector import CallSink
+from backends.tool_calls.json_forms import deepseek, kimi, mistral, python_tag, tagged_json
+from backends.tool_calls.literal_forms import gemma, pythonic
+from backends.tool_calls.parser import CallParser, Main, Section
+from backends.tool_calls.schemas import fitting
+from backends.tool_calls.tagged_forms import GLM, LONGCAT, MINIMAX, QWEN_CODER, TagReader
 from core.errors import RequestError
 from core.types import Tool
 

@@ -6,7 +6,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 
 from backends.answer.parser import Piece
-from backends.calls.cursor import Malformed
+from backends.tool_calls.cursor import Malformed
 from core.types import MismatchKind, ReasoningDelta, TextDelta, Tool, ToolCallDelta
 
 _ID_CHARACTERS = string.ascii_letters + string.digits

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from backends.calls.cursor import Cursor, Malformed, Steps, Unfinished
-from backends.calls.json_calls import LONGEST_NAME
-from backends.calls.parser import Section
-from backends.calls.sink import CallSink
+from backends.tool_calls.collector import CallSink
+from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished
+from backends.tool_calls.json_forms import LONGEST_NAME
+from backends.tool_calls.parser import Section
 from core.types import JsonValue
 
 _MOST = 256 * 1024

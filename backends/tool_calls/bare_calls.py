@@ -1,11 +1,11 @@
 """Answers that are nothing but calls, without the markers of a family."""
 
-from backends.calls.call_reader import CallReader
-from backends.calls.cursor import Cursor, Malformed, Steps
-from backends.calls.json_scanner import MalformedJson
-from backends.calls.literals import read_python_list
-from backends.calls.parser import Main, Section, prose_with_calls
-from backends.calls.sink import CallSink
+from backends.tool_calls.collector import CallSink
+from backends.tool_calls.cursor import Cursor, Malformed, Steps
+from backends.tool_calls.json_call import CallReader
+from backends.tool_calls.json_scanner import MalformedJson
+from backends.tool_calls.literal_forms import read_python_list
+from backends.tool_calls.parser import Main, Section, prose_with_calls
 
 _JSON_OPENERS = ("<|python_tag|>", "```json", "```")
 _FENCE = "```"
