@@ -130,15 +130,3 @@ def _is_utf8(path: str) -> bool:
 
 def _printable(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
-
-
-def move_aside(path: Path) -> Path:
-    """Rename a damaged database and its journals to the next free `.corrupt-<n>`; return that."""
-    number = 1
-    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
-        number += 1
-    for suffix in ("", "-wal", "-shm"):
-        part = path.with_name(path.name + suffix)
-        if part.exists():
-            part.rename(aside.with_name(aside.name + suffix))
-    return aside

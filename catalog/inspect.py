@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from catalog.encoding import info_from_json
 from catalog.identify import Outcome, Refused, Unknown
-from catalog.rows import info_from_json
 
 FILE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from catalog.files import move_aside
 from core.errors import ImpetusError
 
 logger = logging.getLogger(__name__)
@@ -18,6 +17,18 @@ Migration: TypeAlias = Callable[[sqlite3.Connection], None]
 
 _BUSY_MS = 5000
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a damaged database and its journals to the next free `.corrupt-<n>`; return that."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
+        number += 1
+    for suffix in ("", "-wal", "-shm"):
+        part = path.with_name(path.name + suffix)
+        if part.exists():
+            part.rename(aside.with_name(aside.name + suffix))
+    return aside
 
 
 def m001_models(connection: sqlite3.Connection) -> None:

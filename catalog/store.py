@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from catalog.encoding import info_from_json, info_to_json, source_from_json, source_to_json
 from catalog.migrations import open_catalog
 from catalog.models import (
     Found,
@@ -20,7 +21,6 @@ from catalog.models import (
     record_key,
 )
 from catalog.names import model_id, unique_id
-from catalog.rows import info_from_json, info_to_json, source_from_json, source_to_json
 from core.errors import ImpetusError, ModelNotFound, NotFound, RequestError
 
 _LONGEST_NAME = 200

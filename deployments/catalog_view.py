@@ -10,8 +10,8 @@ from backends.registry import backends_for
 from catalog.compatibility import Traits, compatibility
 from catalog.models import Converted, ModelRecord
 from catalog.names import nearest_names
-from catalog.resolve import best_variant
 from catalog.store import CatalogStore
+from catalog.variants import best_variant
 from core.errors import (
     BackendUnavailable,
     BrokenModel,

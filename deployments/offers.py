@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from backends.base import Backend, EngineOptions, MemoryEstimate
 from catalog.models import ModelRecord
-from catalog.resolve import nearest_smaller
+from catalog.variants import nearest_smaller
 from core.errors import BackendUnavailable, BrokenModel, ImpetusError, ModelFileMissing
 from core.settings import Settings
 from core.units import format_bytes

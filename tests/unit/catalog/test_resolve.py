@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from catalog.models import ModelRecord
-from catalog.resolve import best_variant, nearest_smaller
+from catalog.variants import best_variant, nearest_smaller
 from tests.unit.catalog.builders import make_record
 
 SMALL = make_record("m@gguf-q4_0", size_bytes=40)

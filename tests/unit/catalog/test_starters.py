@@ -10,8 +10,8 @@ import pytest
 
 from backends.base import ModelInfo
 from catalog.models import Package
-from catalog.resolve import best_variant
 from catalog.starters import STARTERS, Starter, installed_starter
+from catalog.variants import best_variant
 from core.errors import NotThisFormat
 from tests.unit.catalog.builders import make_info
 from tests.unit.catalog.library import GgufIdentification, Library

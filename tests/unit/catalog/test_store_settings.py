@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from backends.base import EngineOptions
+from catalog.encoding import info_to_json, source_to_json
 from catalog.migrations import MIGRATIONS, migrate
 from catalog.models import Local, ModelSettings
-from catalog.rows import info_to_json, source_to_json
 from catalog.store import CatalogStore
 from core.errors import ModelNotFound
 from tests.unit.catalog.builders import make_found, make_info, write
