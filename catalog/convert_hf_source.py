@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from catalog.convert_job import read_json
+from catalog.convert.job import read_json
 from catalog.convert_tokenizer import pre_name
 from core.errors import BrokenModel, UnsupportedCapability
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.gguf.layout import FILE_TYPES
+from catalog.convert.job import Job, Report, stage
 from catalog.convert_gguf import quantize_file, single_file
 from catalog.convert_hf_source import ARCHITECTURES, HfSource, add_vocabulary, read_source
-from catalog.convert_job import Job, Report, stage
 from catalog.convert_tokenizer import check_same
 from core.errors import BrokenModel, UnsupportedCapability
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from catalog.convert_job import Job, Report, copy_sidecars, stage
+from catalog.convert.job import Job, Report, copy_sidecars, stage
 from core.errors import UnsupportedCapability
 
 _PRECISIONS = {"f32": "fp32", "int4": "int4", "int8": "int8"}

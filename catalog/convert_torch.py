@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from catalog.convert_gguf import DTYPES
-from catalog.convert_graph import ORIGINAL
-from catalog.convert_job import (
+from catalog.convert.graph import ORIGINAL
+from catalog.convert.job import (
     Job,
     Report,
     copy_sidecars,
@@ -16,6 +15,7 @@ from catalog.convert_job import (
     weight_files,
     write_json,
 )
+from catalog.convert_gguf import DTYPES
 from core.errors import BrokenModel
 
 _SHARD_BYTES = 4 * 10**9

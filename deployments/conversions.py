@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from backends.base import Backend, EngineOptions, ModelInfo
-from catalog.convert import ConversionProgress, ConversionRequest, convert, plan, sweep
-from catalog.convert_choice import faithful, smaller
-from catalog.convert_memory import OnMemory, needed_bytes
+from catalog.convert.choice import faithful, smaller
+from catalog.convert.memory import OnMemory, needed_bytes
+from catalog.convert.pause import PauseSwitch
+from catalog.convert.run import ConversionProgress, ConversionRequest, convert, plan, sweep
 from catalog.models import Converted, ModelRecord
-from catalog.pausing import PauseSwitch
 from core.errors import BackendUnavailable, ImpetusError, InsufficientMemory, Unavailable
 from core.settings import Settings
 

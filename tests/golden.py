@@ -23,7 +23,7 @@ from pathlib import Path
 
 from backends.base import ModelInfo
 from backends.gguf.file import gguf_info
-from catalog.convert import ConversionRequest, convert, sweep
+from catalog.convert.run import ConversionRequest, convert, sweep
 from core.types import Capability
 from tests.starter import starter_path
 
@@ -36,8 +36,10 @@ _PROMPTS = ("The sea is", "What is gravity?", "def add(a, b):")
 _TOKENS = 32
 _UNUSED_S = 3 * 24 * 3600
 # The sources that decide what is written; the others decide how it is run.
-_STEPS = (
-    "job", "gguf", "tokenizer", "torch", "blocks", "to_mlx", "to_gguf", "hf_source", "to_onnx",
+_SOURCES = (
+    "catalog/convert/job.py", "catalog/convert_gguf.py", "catalog/convert_tokenizer.py",
+    "catalog/convert_torch.py", "catalog/convert_blocks.py", "catalog/convert_to_mlx.py",
+    "catalog/convert_to_gguf.py", "catalog/convert_hf_source.py", "catalog/convert_to_onnx.py",
 )  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".npz", ".gguf", ".onnx")
 
@@ -133,7 +135,7 @@ def _cache(extra: str = "") -> Path:
     `extra` is a pattern of further sources that count.  Folders of other states go after a while.
     """
     digest = hashlib.sha256(repr((_CONVERSIONS, _PROMPTS, _TOKENS)).encode())
-    sources = [ROOT / "catalog" / f"convert_{name}.py" for name in _STEPS]
+    sources = [ROOT / name for name in _SOURCES]
     for path in [*sources, *sorted(ROOT.glob(extra or "-"))]:
         digest.update(path.name.encode() + path.read_bytes())
     for name in _PINNED:

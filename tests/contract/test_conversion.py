@@ -18,7 +18,7 @@ import pytest
 from backends.base import EngineOptions
 from backends.gguf.backend import GgufBackend
 from backends.gguf.file import gguf_info
-from catalog.convert import ConversionProgress, ConversionRequest, convert, sweep
+from catalog.convert.run import ConversionProgress, ConversionRequest, convert, sweep
 from catalog.convert_tokenizer import PROBES, gguf_vocabulary
 from core.errors import ImpetusError
 from core.types import TokenPrompt
@@ -251,7 +251,7 @@ def blocks(target: Path) -> ConversionRequest:
 def helpers() -> list[psutil.Process]:
     """Return the conversion processes that this process started."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if "catalog.convert_child" in " ".join(child.cmdline())]
+    return [child for child in children if "catalog.convert.child" in " ".join(child.cmdline())]
 
 
 async def test_a_killed_step_leaves_nothing(tmp_path: Path) -> None:
@@ -286,9 +286,9 @@ async def test_a_cancelled_conversion_leaves_nothing(tmp_path: Path) -> None:
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from catalog.convert import convert
+from catalog.convert.run import convert
 from tests.contract.test_conversion import blocks
-from catalog.pausing import PauseSwitch
+from catalog.convert.pause import PauseSwitch
 pause = PauseSwitch()
 def begun(progress):
     pause.switch(is_on=sys.argv[2] == "paused")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from backends.base import ModelInfo
-from catalog.convert import ConversionProgress, ConversionRequest, convert
-from catalog.convert_job import Job, copy_sidecars, lift_rope, read_json, stage
+from catalog.convert.job import Job, copy_sidecars, lift_rope, read_json, stage
+from catalog.convert.run import ConversionProgress, ConversionRequest, convert
 from catalog.convert_to_gguf import rope_factors
 from catalog.convert_tokenizer import PATTERNS, patterns_for, pre_name, pre_tokenizer
 from core.errors import BrokenModel, ModelFileMissing, RequestError, UnsupportedCapability

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from backends.base import ModelInfo
-from catalog import convert_graph
-from catalog.convert_graph import ORIGINAL, TARGETS, Conversion, check, conversions_from, plan
+from catalog.convert import graph as convert_graph
+from catalog.convert.graph import ORIGINAL, TARGETS, Conversion, check, conversions_from, plan
 from core.errors import UnsupportedCapability
 from core.types import Capability
 

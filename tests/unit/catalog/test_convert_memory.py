@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from catalog.convert_graph import _EDGES, plan
-from catalog.convert_memory import _STEPS, held_bytes, needed_bytes
+from catalog.convert.graph import _EDGES, plan
+from catalog.convert.memory import _STEPS, held_bytes, needed_bytes
 from core.units import GIB, MIB
 from tests.unit.catalog.builders import make_info
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from backends.base import ModelInfo
-from catalog.convert_place import Partial, fingerprint, require_space, sweep, write_provenance
+from catalog.convert.output import Partial, fingerprint, require_space, sweep, write_provenance
 from catalog.files import walk
 from core.errors import ModelFileMissing, RequestError, Unavailable
 

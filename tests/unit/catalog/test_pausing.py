@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import psutil
 import pytest
 
-from catalog.pausing import PauseSwitch
+from catalog.convert.pause import PauseSwitch
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 
 from backends.base import Availability, Backend, EngineOptions, MemoryEstimate, ModelInfo
 from backends.registry import backends_for
-from catalog.convert import ConversionProgress, ConversionRequest
-from catalog.convert_graph import Conversion
+from catalog.convert.graph import Conversion
+from catalog.convert.pause import PauseSwitch
+from catalog.convert.run import ConversionProgress, ConversionRequest
 from catalog.models import Converted, Local, ModelRecord
-from catalog.pausing import PauseSwitch
 from core.errors import (
     BackendUnavailable,
     BrokenModel,
@@ -69,7 +69,7 @@ def converter(monkeypatch: pytest.MonkeyPatch) -> Converter:
     converter = Converter()
     monkeypatch.setattr("deployments.conversions.convert", converter)
     monkeypatch.setattr(
-        "catalog.convert_choice.conversions_from",
+        "catalog.convert.choice.conversions_from",
         lambda info: tuple(
             Conversion(name, ("4bit", "8bit", "6bit") if name == "mlx" else ("q4_k_m", "f16"))
             for name in ("safetensors", "gguf", "mlx")

@@ -1,4 +1,4 @@
-"""The process that does one step of a conversion: `python -m catalog.convert_child`.
+"""The process that does one step of a conversion: `python -m catalog.convert.child`.
 
 The job comes as one line of JSON on stdin.  Progress goes out on stdout as lines of JSON,
 `{"fraction": …, "doing": …}`; the last is `{"done": true}` or `{"error": code, "message": …}`.
@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import IO, Any, cast
 
-from catalog.convert_job import Job
+from catalog.convert.job import Job
 from core.errors import (
     BrokenModel,
     ImpetusError,
@@ -27,15 +27,15 @@ from core.errors import (
 )
 
 _STEPS: Mapping[tuple[str, str], str] = {
-    ("pytorch", "safetensors"): "convert_torch:to_safetensors",
-    ("safetensors", "safetensors"): "convert_torch:to_safetensors",
-    ("gguf", "safetensors"): "convert_gguf:gguf_to_safetensors",
-    ("gguf", "gguf"): "convert_to_gguf:requantize",
-    ("gguf", "mlx"): "convert_blocks:gguf_to_mlx",
-    ("safetensors", "mlx"): "convert_to_mlx:to_mlx",
-    ("safetensors", "gguf"): "convert_to_gguf:to_gguf",
-    ("safetensors", "onnx"): "convert_to_onnx:to_onnx",
-    ("safetensors", "coreml"): "convert_child:to_coreml",
+    ("pytorch", "safetensors"): "catalog.convert_torch:to_safetensors",
+    ("safetensors", "safetensors"): "catalog.convert_torch:to_safetensors",
+    ("gguf", "safetensors"): "catalog.convert_gguf:gguf_to_safetensors",
+    ("gguf", "gguf"): "catalog.convert_to_gguf:requantize",
+    ("gguf", "mlx"): "catalog.convert_blocks:gguf_to_mlx",
+    ("safetensors", "mlx"): "catalog.convert_to_mlx:to_mlx",
+    ("safetensors", "gguf"): "catalog.convert_to_gguf:to_gguf",
+    ("safetensors", "onnx"): "catalog.convert_to_onnx:to_onnx",
+    ("safetensors", "coreml"): "catalog.convert.child:to_coreml",
 }
 _LONGEST_MESSAGE = 2000
 _PR_SET_PDEATHSIG = 1
@@ -45,8 +45,8 @@ _FULL_DISK = "The disk is full; free some space and convert again."
 
 def to_coreml(job: Job, report: Callable[[float, str], None]) -> None:
     """Make a folder with a Core ML package named after the job, and its tokenizer."""
+    from catalog.convert.job import stage
     from catalog.convert_coreml import Precision, convert_to_coreml
-    from catalog.convert_job import stage
 
     made = job.work / job.name
     convert_to_coreml(
@@ -64,7 +64,7 @@ def run(job: Job, report: Callable[[float, str], None]) -> None:
     """Do the step.  Raises what went wrong as an ImpetusError."""
     module, name = _STEPS[job.source_format, job.target_format].split(":")
     try:
-        getattr(importlib.import_module(f"catalog.{module}"), name)(job, report)
+        getattr(importlib.import_module(module), name)(job, report)
     except ImpetusError:
         raise
     except MemoryError:

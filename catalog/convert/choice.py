@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from backends.base import ModelInfo
-from catalog.convert_graph import ORIGINAL, Conversion, conversions_from
+from catalog.convert.graph import ORIGINAL, Conversion, conversions_from
 
 # The fastest runtime first; what is quantized is served best in its own blocks.
 _PREFERRED = ("mlx", "gguf", "safetensors", "onnx")

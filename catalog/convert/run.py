@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backends.base import ModelInfo
-from catalog.convert_child import failed, read_message
-from catalog.convert_graph import MLX_GROUP_SIZES, ORIGINAL, check
-from catalog.convert_graph import Conversion as Conversion
-from catalog.convert_graph import conversions_from as conversions_from
-from catalog.convert_graph import plan as plan
-from catalog.convert_job import Job
-from catalog.convert_memory import OnMemory, weigh
-from catalog.convert_place import Partial, fingerprint, require_space, write_provenance
-from catalog.convert_place import sweep as sweep
-from catalog.pausing import PauseSwitch
+from catalog.convert.child import failed, read_message
+from catalog.convert.graph import MLX_GROUP_SIZES, ORIGINAL, check
+from catalog.convert.graph import Conversion as Conversion
+from catalog.convert.graph import conversions_from as conversions_from
+from catalog.convert.graph import plan as plan
+from catalog.convert.job import Job
+from catalog.convert.memory import OnMemory, weigh
+from catalog.convert.output import Partial, fingerprint, require_space, write_provenance
+from catalog.convert.output import sweep as sweep
+from catalog.convert.pause import PauseSwitch
 from core.errors import ImpetusError, ModelFileMissing, RequestError, Unavailable
 from core.types import JsonValue
 
 _STDERR_BYTES = 8192
-_CODE_FOLDER = Path(__file__).resolve().parent.parent
+_CODE_FOLDER = Path(__file__).resolve().parents[2]
 _EXPORTERS = ("auto", "genai", "torch")
 _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
@@ -201,7 +201,7 @@ async def _run_step(
     if missing := [file.name for file in job.files if not file.is_file()]:
         raise ModelFileMissing(f"{job.name}: the file {missing[0]} is gone.", param="model")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", "catalog.convert_child",
+        sys.executable, "-P", "-m", "catalog.convert.child",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import psutil
 
 from backends.base import ModelInfo
-from catalog.convert_graph import MLX_BITS, ORIGINAL
+from catalog.convert.graph import MLX_BITS, ORIGINAL
 from core.units import MIB
 
 # Told what the running step's processes hold, in bytes.

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from backends.base import ModelInfo
-from catalog.convert_job import write_json
+from catalog.convert.job import write_json
 from catalog.files import mark
 from core.errors import ModelFileMissing, RequestError, Unavailable
 from core.types import JsonValue
