@@ -37,9 +37,8 @@ _TOKENS = 32
 _UNUSED_S = 3 * 24 * 3600
 # The sources that decide what is written; the others decide how it is run.
 _SOURCES = (
-    "catalog/convert/job.py", "catalog/convert_gguf.py", "catalog/convert_tokenizer.py",
-    "catalog/convert_torch.py", "catalog/convert_blocks.py", "catalog/convert_to_mlx.py",
-    "catalog/convert_to_gguf.py", "catalog/convert_hf_source.py", "catalog/convert_to_onnx.py",
+    "job", "steps/from_gguf", "steps/gguf_tokenizer", "steps/to_safetensors", "steps/gguf_to_mlx",
+    "steps/to_mlx", "steps/to_gguf", "steps/hf_source", "steps/to_onnx",
 )  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".npz", ".gguf", ".onnx")
 
@@ -135,7 +134,7 @@ def _cache(extra: str = "") -> Path:
     `extra` is a pattern of further sources that count.  Folders of other states go after a while.
     """
     digest = hashlib.sha256(repr((_CONVERSIONS, _PROMPTS, _TOKENS)).encode())
-    sources = [ROOT / name for name in _SOURCES]
+    sources = [ROOT / "catalog" / "convert" / f"{name}.py" for name in _SOURCES]
     for path in [*sources, *sorted(ROOT.glob(extra or "-"))]:
         digest.update(path.name.encode() + path.read_bytes())
     for name in _PINNED:

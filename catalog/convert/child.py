@@ -27,14 +27,14 @@ from core.errors import (
 )
 
 _STEPS: Mapping[tuple[str, str], str] = {
-    ("pytorch", "safetensors"): "catalog.convert_torch:to_safetensors",
-    ("safetensors", "safetensors"): "catalog.convert_torch:to_safetensors",
-    ("gguf", "safetensors"): "catalog.convert_gguf:gguf_to_safetensors",
-    ("gguf", "gguf"): "catalog.convert_to_gguf:requantize",
-    ("gguf", "mlx"): "catalog.convert_blocks:gguf_to_mlx",
-    ("safetensors", "mlx"): "catalog.convert_to_mlx:to_mlx",
-    ("safetensors", "gguf"): "catalog.convert_to_gguf:to_gguf",
-    ("safetensors", "onnx"): "catalog.convert_to_onnx:to_onnx",
+    ("pytorch", "safetensors"): "catalog.convert.steps.to_safetensors:to_safetensors",
+    ("safetensors", "safetensors"): "catalog.convert.steps.to_safetensors:to_safetensors",
+    ("gguf", "safetensors"): "catalog.convert.steps.from_gguf:gguf_to_safetensors",
+    ("gguf", "gguf"): "catalog.convert.steps.to_gguf:requantize",
+    ("gguf", "mlx"): "catalog.convert.steps.gguf_to_mlx:gguf_to_mlx",
+    ("safetensors", "mlx"): "catalog.convert.steps.to_mlx:to_mlx",
+    ("safetensors", "gguf"): "catalog.convert.steps.to_gguf:to_gguf",
+    ("safetensors", "onnx"): "catalog.convert.steps.to_onnx:to_onnx",
     ("safetensors", "coreml"): "catalog.convert.child:to_coreml",
 }
 _LONGEST_MESSAGE = 2000
@@ -46,7 +46,7 @@ _FULL_DISK = "The disk is full; free some space and convert again."
 def to_coreml(job: Job, report: Callable[[float, str], None]) -> None:
     """Make a folder with a Core ML package named after the job, and its tokenizer."""
     from catalog.convert.job import stage
-    from catalog.convert_coreml import Precision, convert_to_coreml
+    from catalog.convert.steps.to_coreml import Precision, convert_to_coreml
 
     made = job.work / job.name
     convert_to_coreml(

@@ -19,7 +19,7 @@ from backends.base import EngineOptions
 from backends.gguf.backend import GgufBackend
 from backends.gguf.file import gguf_info
 from catalog.convert.run import ConversionProgress, ConversionRequest, convert, sweep
-from catalog.convert_tokenizer import PROBES, gguf_vocabulary
+from catalog.convert.steps.gguf_tokenizer import PROBES, gguf_vocabulary
 from core.errors import ImpetusError
 from core.types import TokenPrompt
 from core.units import MIB

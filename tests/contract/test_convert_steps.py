@@ -13,8 +13,8 @@ import pytest
 from backends.base import ModelInfo
 from catalog.convert.job import Job, copy_sidecars, lift_rope, read_json, stage
 from catalog.convert.run import ConversionProgress, ConversionRequest, convert
-from catalog.convert_to_gguf import rope_factors
-from catalog.convert_tokenizer import PATTERNS, patterns_for, pre_name, pre_tokenizer
+from catalog.convert.steps.gguf_tokenizer import PATTERNS, patterns_for, pre_name, pre_tokenizer
+from catalog.convert.steps.to_gguf import rope_factors
 from core.errors import BrokenModel, ModelFileMissing, RequestError, UnsupportedCapability
 from core.types import Capability
 

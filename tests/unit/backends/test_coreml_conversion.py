@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from backends.hf.folder import HfFolder
-from catalog.convert_coreml import convert_to_coreml
-from catalog.convert_coreml_decoder import decoder_of
+from catalog.convert.steps.coreml_decoder import decoder_of
+from catalog.convert.steps.to_coreml import convert_to_coreml
 from core.errors import BrokenModel, RequestError
 
 CONFIG: dict[str, Any] = {

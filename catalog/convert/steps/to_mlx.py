@@ -4,7 +4,7 @@ from typing import Any
 
 from catalog.convert.graph import MLX_BITS
 from catalog.convert.job import Job, Report, copy_sidecars, stage, write_json
-from catalog.convert_gguf import DTYPES
+from catalog.convert.steps.from_gguf import DTYPES
 from core.errors import UnsupportedCapability
 
 # What the weights that stay unquantized are kept in.

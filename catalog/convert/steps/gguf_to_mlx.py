@@ -8,7 +8,7 @@ from typing import Any
 from backends.gguf.header import read_gguf
 from catalog.convert.graph import MLX_BLOCKS
 from catalog.convert.job import Job, Report, write_json
-from catalog.convert_gguf import finish_config, single_file, write_tokenizer
+from catalog.convert.steps.from_gguf import finish_config, single_file, write_tokenizer
 from core.errors import BrokenModel, UnsupportedCapability
 
 # MLX's own group size for GGUF blocks (Source: mlx/io/gguf_quants.cpp).

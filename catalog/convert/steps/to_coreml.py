@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.hf.folder import HfFolder, read_folder, tokenizer_files
-from catalog.convert_coreml_decoder import Decoder, Tensors, build_module, decoder_of, read_weights
+from catalog.convert.steps.coreml_decoder import (
+    Decoder,
+    Tensors,
+    build_module,
+    decoder_of,
+    read_weights,
+)
 from core.errors import RequestError
 
 Precision: TypeAlias = Literal["f32", "f16", "mixed"]

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from backends.gguf.layout import FILE_TYPES
 from catalog.convert.job import Job, Report, stage
-from catalog.convert_gguf import quantize_file, single_file
-from catalog.convert_hf_source import ARCHITECTURES, HfSource, add_vocabulary, read_source
-from catalog.convert_tokenizer import check_same
+from catalog.convert.steps.from_gguf import quantize_file, single_file
+from catalog.convert.steps.gguf_tokenizer import check_same
+from catalog.convert.steps.hf_source import ARCHITECTURES, HfSource, add_vocabulary, read_source
 from core.errors import BrokenModel, UnsupportedCapability
 
 _TYPE_IDS = {name: number for number, name in FILE_TYPES.items()}

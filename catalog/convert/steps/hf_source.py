@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from catalog.convert.job import read_json
-from catalog.convert_tokenizer import pre_name
+from catalog.convert.steps.gguf_tokenizer import pre_name
 from core.errors import BrokenModel, UnsupportedCapability
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

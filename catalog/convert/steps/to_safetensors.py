@@ -15,7 +15,7 @@ from catalog.convert.job import (
     weight_files,
     write_json,
 )
-from catalog.convert_gguf import DTYPES
+from catalog.convert.steps.from_gguf import DTYPES
 from core.errors import BrokenModel
 
 _SHARD_BYTES = 4 * 10**9

@@ -9,7 +9,7 @@ from typing import Any
 from backends.gguf.file import gguf_info
 from backends.gguf.header import read_gguf
 from catalog.convert.job import Job, Report, lift_rope, read_json, weight_files, write_json
-from catalog.convert_tokenizer import gguf_vocabulary, repair
+from catalog.convert.steps.gguf_tokenizer import gguf_vocabulary, repair
 from core.errors import BrokenModel, ImpetusError
 
 _SHARD_BYTES = "5GB"

@@ -1,0 +1,1 @@
+"""The single steps of conversions, each run in a child process."""
