@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping
 
 from backends.base import Backend
-from catalog.inspect import Inspector
 from catalog.models import ScanReport
-from catalog.scan import scan
+from catalog.scan.inspector import Inspector
+from catalog.scan.scan import scan
 from catalog.store import CatalogStore
 from core.settings import Settings
 

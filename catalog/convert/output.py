@@ -18,7 +18,7 @@ import psutil
 
 from backends.base import ModelInfo
 from catalog.convert.job import write_json
-from catalog.files import mark
+from catalog.scan.walk import mark
 from core.errors import ModelFileMissing, RequestError, Unavailable
 from core.types import JsonValue
 from core.units import MIB, format_bytes

@@ -13,8 +13,8 @@ import pytest
 
 from backends.base import ModelInfo
 from backends.registry import load_backends
-from catalog.identify import Outcome, Refused, Unknown
-from catalog.inspect import Inspector
+from catalog.scan.identify import Outcome, Refused, Unknown
+from catalog.scan.inspector import Inspector
 from tests import onnx_files
 from tests.gguf_files import llama_gguf
 from tests.golden import golden

@@ -10,8 +10,8 @@ import pytest
 
 from backends.base import ModelInfo
 from backends.registry import backends_for
-from catalog.identify import Refused, Unknown, examine
-from catalog.inspect import Inspector
+from catalog.scan.identify import Refused, Unknown, examine
+from catalog.scan.inspector import Inspector
 from tests.gguf_files import llama_gguf
 
 FORMATS = ["gguf"]
@@ -28,7 +28,7 @@ def hostile(expression: str, *, limit_s: float = 30.0) -> Inspector:
     """An inspector whose child, under the real limits, evaluates `expression` for a file."""
     code = f"""
 import ctypes, os, socket, sys, time
-import catalog.inspect_child as child
+import catalog.scan.inspector_child as child
 def answer(self, path):
     self._stage("its identification")
     result = "fine"

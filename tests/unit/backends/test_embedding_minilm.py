@@ -8,7 +8,7 @@ import pytest_asyncio
 from numpy.typing import NDArray
 
 from backends.embedding.engine import EmbeddingEngine, Pooling, pool, read_pooling
-from catalog.starters import STARTERS, installed_starter
+from catalog.scan.starters import STARTERS, installed_starter
 from tests.unit.catalog.builders import make_info
 
 

@@ -13,7 +13,7 @@ from backends.base import (
 )
 from backends.gguf.file import gguf_info
 from catalog.models import ScanReport
-from catalog.scan import scan
+from catalog.scan.scan import scan
 from catalog.store import CatalogStore
 from core.settings import Settings
 

@@ -10,7 +10,7 @@ import pytest
 
 from backends.base import ModelInfo
 from catalog.convert.output import Partial, fingerprint, require_space, sweep, write_provenance
-from catalog.files import walk
+from catalog.scan.walk import walk
 from core.errors import ModelFileMissing, RequestError, Unavailable
 
 

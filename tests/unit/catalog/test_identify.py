@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from backends.base import Backend, ModelInfo
-from catalog.identify import Refused, Unknown, examine, identify
+from catalog.scan.identify import Refused, Unknown, examine, identify
 from core.errors import BrokenModel, NotThisFormat
 from tests.gguf_raw import minimal_gguf
 from tests.unit.catalog.builders import make_info

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from catalog.inspect_checks import check_tokenizer
+from catalog.scan.inspector_checks import check_tokenizer
 from core.errors import BrokenModel
 
 WORD_LEVEL: dict[str, object] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import catalog.files
+import catalog.scan.walk
 from backends.base import ModelInfo
 from catalog.models import BuiltIn, Package
 from tests.gguf_raw import RawTensor, minimal_gguf, minimal_metadata, write_gguf
@@ -226,7 +226,7 @@ def test_depth_and_number_of_files_are_bounded(
     assert any("deeper than 8" in line for line in library.scan().skipped)
     assert library.ids() == ["fits@gguf-f32"]
 
-    monkeypatch.setattr(catalog.files, "MAX_FILES", 3)
+    monkeypatch.setattr(catalog.scan.walk, "MAX_FILES", 3)
     for number in range(5):
         minimal_gguf(library.models / f"{number}.gguf")
     assert any("only the first 3 files" in line for line in library.scan().skipped)
@@ -267,7 +267,7 @@ def test_starter_is_referenced_where_its_package_is(library: Library) -> None:
 def test_starter_that_is_not_installed_is_absent(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("catalog.starters.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("catalog.scan.starters.importlib.util.find_spec", lambda _: None)
     library.starters = True
     assert not library.scan().has_news
 

@@ -10,7 +10,7 @@ import pytest
 
 from backends.base import ModelInfo
 from catalog.models import Package
-from catalog.starters import STARTERS, Starter, installed_starter
+from catalog.scan.starters import STARTERS, Starter, installed_starter
 from catalog.variants import best_variant
 from core.errors import NotThisFormat
 from tests.unit.catalog.builders import make_info
@@ -44,7 +44,7 @@ def without(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     def find_spec(name: str) -> ModuleSpec | None:
         return None if name == module else find(name)
 
-    monkeypatch.setattr("catalog.starters.importlib.util.find_spec", find_spec)
+    monkeypatch.setattr("catalog.scan.starters.importlib.util.find_spec", find_spec)
 
 
 @pytest.mark.parametrize("starter", STARTERS, ids=lambda starter: starter.distribution)
@@ -100,7 +100,7 @@ def test_starter_is_read_again_when_its_tokenizer_moved(
     assert installed is not None
     moved = replace(installed, details={"tokenizer_folder": "/elsewhere"})
     monkeypatch.setattr(
-        "catalog.scan.installed_starter",
+        "catalog.scan.scan.installed_starter",
         lambda starter: moved if starter is MINILM_ONNX else installed_starter(starter),
     )
     assert library.scan().changed == ("all-minilm-l6-v2@onnx-q4_0",)

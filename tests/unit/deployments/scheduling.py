@@ -9,7 +9,7 @@ from typing import Any
 from backends.base import EngineLoad
 from backends.limits import EngineLimits
 from backends.registry import backends_for
-from catalog.identify import Outcome, examine
+from catalog.scan.identify import Outcome, examine
 from core.settings import Settings
 from core.units import MIB
 from deployments.errors import ReplicaDied

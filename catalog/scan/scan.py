@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import assert_never
 
 from backends.base import Backend, ModelInfo
-from catalog.files import mark, walk
-from catalog.identify import HasBuiltInModels, Outcome, Refused, Unknown, examine
 from catalog.models import (
     BuiltIn,
     Converted,
@@ -23,8 +21,10 @@ from catalog.models import (
     record_key,
 )
 from catalog.names import bare_name
-from catalog.provenance import converted_from
-from catalog.starters import STARTERS, InstalledStarter, installed_starter
+from catalog.scan.identify import HasBuiltInModels, Outcome, Refused, Unknown, examine
+from catalog.scan.provenance import converted_from
+from catalog.scan.starters import STARTERS, InstalledStarter, installed_starter
+from catalog.scan.walk import mark, walk
 from catalog.store import CatalogStore
 from core.settings import Settings
 

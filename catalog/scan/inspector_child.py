@@ -18,8 +18,8 @@ from typing import IO, Any
 from backends.base import Backend, ModelInfo
 from backends.registry import backends_for
 from catalog.encoding import info_to_json
-from catalog.identify import Outcome, Refused, Unknown, examine
-from catalog.inspect_checks import check_files
+from catalog.scan.identify import Outcome, Refused, Unknown, examine
+from catalog.scan.inspector_checks import check_files
 from core.errors import BrokenModel
 from core.units import GIB
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from catalog.encoding import info_from_json
-from catalog.identify import Outcome, Refused, Unknown
+from catalog.scan.identify import Outcome, Refused, Unknown
 
 FILE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
@@ -141,7 +141,7 @@ class Inspector:
 
 
 def _command(formats: Sequence[str]) -> list[str]:
-    command = [sys.executable, "-m", "catalog.inspect_child", *formats]
+    command = [sys.executable, "-m", "catalog.scan.inspector_child", *formats]
     if sys.platform == "darwin":
         return ["sandbox-exec", "-p", _MAC_SANDBOX, *command]
     return command

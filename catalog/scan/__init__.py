@@ -1,0 +1,1 @@
+"""Finding and inspecting model files."""
