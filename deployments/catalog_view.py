@@ -21,9 +21,8 @@ from core.errors import (
 )
 from core.settings import Settings
 from deployments.calls import Handle, call, direct
-from deployments.faults import Fault
+from deployments.messages import Fault, Residency
 from deployments.options import budget_bytes, engine_options
-from deployments.orders import Residency
 from deployments.standing import StandingWatch
 from router.services import FitView, ModelState, ModelView
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from core.errors import ModelNotResident
 from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress, Timing
-from deployments.orders import Residency
+from deployments.messages import Residency
 
 
 class Course:

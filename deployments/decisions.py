@@ -4,7 +4,7 @@ import logging
 import time
 from collections import deque
 
-from deployments.orders import Decision
+from deployments.messages import Decision
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from deployments.course import Course
 from deployments.decisions import DecisionLog
 from deployments.errors import ReplicaDied, unwrap
 from deployments.frames import FrameReceiver
-from deployments.orders import Need, Residency
+from deployments.messages import Need, Residency
 from deployments.replicas import Targets
 from router.services import EventTaker
 

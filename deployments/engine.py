@@ -22,11 +22,9 @@ from deployments.coalescing import CoalescingSink
 from deployments.errors import returning_errors
 from deployments.frames import FrameSender
 from deployments.held import HeldMemory
-from deployments.last_words import stderr_path
 from deployments.logs import attach_logs
 from deployments.marks import has_changed, mark
-from deployments.options import machine_budget_bytes
-from deployments.orders import (
+from deployments.messages import (
     FileMark,
     Freed,
     LoadOrder,
@@ -36,7 +34,9 @@ from deployments.orders import (
     Residency,
     ResidentReport,
 )
+from deployments.options import machine_budget_bytes
 from deployments.prefixes import open_snapshots, place_of
+from deployments.stderr_tail import stderr_path
 from deployments.turn_taking import SharedTurns
 
 logger = logging.getLogger(__name__)

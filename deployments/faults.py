@@ -2,11 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from core.errors import ImpetusError, ModelFailed, ModelQuarantined
 from deployments.fault_file import FaultFile
+from deployments.messages import Fault
 from scheduler.faults import (
     DEATH_WINDOW_S,
     DEATHS_TO_QUARANTINE,
@@ -18,25 +18,6 @@ from scheduler.faults import (
 )
 
 _LONGEST_REASON = 800
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Why a model is not loaded now; `is_quarantined`: not by a request at all."""
-
-    is_quarantined: bool
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What the router must know beside residency: the faults of models, by id, and the strain.
-
-    `keeps_cool`: a bare name is to mean its smallest variant.
-    """
-
-    faults: Mapping[str, Fault] = field(default_factory=dict)
-    keeps_cool: bool = False
 
 
 class Faults:

@@ -8,7 +8,7 @@ from typing import TypeVar
 from backends.abilities import Measured
 from backends.base import Backend, MemoryEstimate
 from core.errors import ImpetusError
-from deployments.orders import Freed, LoadOrder
+from deployments.messages import Freed, LoadOrder
 from scheduler.footprint import FootprintBook, Meter, give_back, open_meter
 
 Result = TypeVar("Result")

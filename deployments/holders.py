@@ -8,8 +8,7 @@ from dataclasses import replace
 from backends.base import Backend
 from core.errors import ImpetusError
 from deployments.calls import Handle, call
-from deployments.last_words import last_words
-from deployments.orders import (
+from deployments.messages import (
     NO_NODE,
     Freed,
     LoadOrder,
@@ -19,6 +18,7 @@ from deployments.orders import (
     Residency,
     ResidentReport,
 )
+from deployments.stderr_tail import last_words
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from core.errors import Unavailable
 from deployments.ledger import Closer, Ledger, Opener
-from deployments.orders import Freed, Residency
+from deployments.messages import Freed, Residency
 from scheduler.events import Use
 from scheduler.state import Offer
 

@@ -12,7 +12,7 @@ from core.errors import ImpetusError, InsufficientMemory
 from deployments.decisions import DecisionLog
 from deployments.holders import Reported
 from deployments.ledger_notes import Tally, error_of
-from deployments.orders import Freed, Residency
+from deployments.messages import Freed, Residency
 from scheduler.events import (
     Action,
     Configured,

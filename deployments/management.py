@@ -15,7 +15,7 @@ from core.errors import ImpetusError, ModelNotFound, Unavailable
 from core.settings import Settings
 from deployments.calls import Handle, call, direct
 from deployments.decisions import DecisionLog
-from deployments.orders import Decision, Need
+from deployments.messages import Decision, Need
 from router.services import DecisionView, SettingsView
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import ModelFileMissing
-from deployments.orders import FileMark
+from deployments.messages import FileMark
 
 
 def mark(path: Path) -> FileMark:

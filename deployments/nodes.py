@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 
 from deployments.ledger import Ledger
-from deployments.orders import NO_NODE, NodeMemory, Residency
+from deployments.messages import NO_NODE, NodeMemory, Residency
 from scheduler.state import KeepRules, Offer, Priority
 
 

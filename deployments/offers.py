@@ -9,7 +9,7 @@ from catalog.variants import nearest_smaller
 from core.errors import BackendUnavailable, BrokenModel, ImpetusError, ModelFileMissing
 from core.settings import Settings
 from core.units import format_bytes
-from deployments.orders import LoadOrder, Residency
+from deployments.messages import LoadOrder, Residency
 from scheduler.state import KeepRules, Offer
 
 # A context is not lowered below this, nor are there more estimates of one model than this.

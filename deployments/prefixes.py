@@ -6,7 +6,7 @@ from hashlib import sha256
 from backends.prefixes.disk import Limits, PrefixFolder
 from backends.prefixes.store import SnapshotPlace, Snapshots
 from core.settings import Settings
-from deployments.orders import FileMark, LoadOrder
+from deployments.messages import FileMark, LoadOrder
 
 
 def open_snapshots(settings: Settings) -> Snapshots | None:

@@ -8,7 +8,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from core.settings import Settings
 from deployments.calls import Handle, direct
-from deployments.orders import Freed, ReplicaReport, Residency
+from deployments.messages import Freed, ReplicaReport, Residency
 
 _POLL_S = 0.1
 Merge: TypeAlias = Callable[[Sequence[Any]], Any]

@@ -21,20 +21,28 @@ from deployments.conversions import Conversions
 from deployments.decisions import DecisionLog
 from deployments.errors import ReplicaDied, returning_errors
 from deployments.fault_file import FaultFile
-from deployments.faults import Faults, Standing
+from deployments.faults import Faults
 from deployments.holders import Holders
 from deployments.jobs import Jobs
 from deployments.ledger import Ledger
 from deployments.liveness import own_node_id, running_deployments
 from deployments.logs import attach_logs
+from deployments.messages import (
+    ANY_NEED,
+    NO_NODE,
+    Decision,
+    Need,
+    Residency,
+    SchedulerSnapshot,
+    Standing,
+)
 from deployments.nodes import NodeLedgers
 from deployments.offers import Offers
 from deployments.options import budget_bytes, engine_options
-from deployments.orders import ANY_NEED, NO_NODE, Decision, Need, Residency
 from deployments.publish import Publisher
 from deployments.replicas import reaching_all
 from deployments.scanning import Scanner
-from deployments.snapshot import SchedulerSnapshot, take_snapshot
+from deployments.snapshot import take_snapshot
 from deployments.thermal import ThermalWatch
 from scheduler.state import HostState, KeepRules, Limits, Offer
 from scheduler.thermal import Directive

@@ -3,56 +3,10 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from deployments.ledger import Ledger
+from deployments.messages import ResidentView, SchedulerSnapshot, ThermalView
 from deployments.thermal import ThermalWatch
-
-
-@dataclass(frozen=True, slots=True)
-class ResidentView:
-    """A model that holds memory; `idle_s` counts from its last request's end, 0 while it runs."""
-
-    model_id: str
-    format: str
-    size_bytes: int
-    in_flight: int
-    idle_s: float
-    is_kept: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ThermalView:
-    """The thermal state's name and number, and what throttling has cost."""
-
-    state: str = "unknown"
-    level: int = -1
-    changes: int = 0
-    throttled_s: float = 0.0
-    admits: bool = True
-    is_throttled: bool = False
-    unloads_idle: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerSnapshot:
-    """The ledger, the queue, the thermal state, and counts since the scheduler's start.
-
-    `promised_bytes` are part of `used_bytes`.  `waiting` counts requests by their class.
-    """
-
-    budget_bytes: int = 0
-    used_bytes: int = 0
-    promised_bytes: int = 0
-    residents: tuple[ResidentView, ...] = ()
-    loading: tuple[str, ...] = ()
-    waiting: Mapping[str, int] = field(default_factory=dict)
-    loads: int = 0
-    load_failures: int = 0
-    evictions: int = 0
-    thermal: ThermalView = field(default_factory=ThermalView)
-    pid: int = 0
 
 
 def take_snapshot(

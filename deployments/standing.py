@@ -5,7 +5,7 @@ import logging
 
 from core.errors import ImpetusError
 from deployments.calls import Handle, call, direct
-from deployments.faults import Standing
+from deployments.messages import Standing
 
 logger = logging.getLogger(__name__)
 

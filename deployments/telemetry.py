@@ -10,9 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from core.errors import ImpetusError
 from deployments.calls import Handle, call, direct
 from deployments.liveness import running_deployments
-from deployments.orders import ReplicaReport, ResidentReport
-from deployments.scheduler_metrics import families
-from deployments.snapshot import SchedulerSnapshot
+from deployments.messages import ReplicaReport, ResidentReport, SchedulerSnapshot
+from deployments.metrics import families
 
 logger = logging.getLogger(__name__)
 

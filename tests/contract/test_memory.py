@@ -11,7 +11,7 @@ from backends.base import EngineOptions
 from backends.gguf.backend import GgufBackend
 from core.units import MIB
 from deployments.held import HeldMemory
-from deployments.orders import Freed, LoadOrder
+from deployments.messages import Freed, LoadOrder
 from tests.requests import request, run, text_of
 from tests.starter import starter_path
 

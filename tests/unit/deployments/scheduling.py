@@ -13,7 +13,7 @@ from catalog.scan.identify import Outcome, examine
 from core.settings import Settings
 from core.units import MIB
 from deployments.errors import ReplicaDied
-from deployments.orders import (
+from deployments.messages import (
     Freed,
     LoadOrder,
     ProcessReport,

@@ -19,8 +19,7 @@ from core.errors import (
 from core.settings import Settings
 from core.units import GIB
 from deployments.catalog_view import CatalogView
-from deployments.faults import Fault, Standing
-from deployments.orders import Residency
+from deployments.messages import Fault, Residency, Standing
 from deployments.standing import StandingWatch
 from tests.unit.catalog.builders import make_info
 from tests.unit.deployments.handles import FakeHandle, answering

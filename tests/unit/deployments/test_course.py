@@ -15,7 +15,7 @@ from core.types import (
     Usage,
 )
 from deployments.course import Course
-from deployments.orders import Residency
+from deployments.messages import Residency
 
 REQUEST = GenerationRequest("r", "m", TextPrompt("hi"))
 DIED = EngineFailed("it died")

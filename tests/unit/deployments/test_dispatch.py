@@ -38,7 +38,7 @@ from deployments.decisions import DecisionLog
 from deployments.dispatch import HandleDispatcher
 from deployments.errors import ReplicaDied
 from deployments.frames import FrameReceiver, FrameSender
-from deployments.orders import Residency
+from deployments.messages import Residency
 from router.v1.feed import EventFeed
 from tests.unit.deployments.handles import FakeHandle, answering
 

@@ -15,7 +15,7 @@ from core.settings import Settings
 from core.units import MIB
 from deployments.engine import FormatReplica
 from deployments.held import HeldMemory
-from deployments.orders import Freed, LoadOrder
+from deployments.messages import Freed, LoadOrder
 from tests.requests import request, run
 from tests.unit.backends.test_batching import FakeStepper, open_engine, until
 

@@ -9,7 +9,7 @@ import pytest
 
 from backends.base import EngineLoad
 from core.metrics import Metrics
-from deployments.orders import ReplicaReport, ResidentReport
+from deployments.messages import ReplicaReport, ResidentReport
 from tests.unit.deployments.handles import FakeHandle, answering
 from tests.unit.deployments.test_telemetry import SNAPSHOT, telemetry
 

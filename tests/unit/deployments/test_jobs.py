@@ -11,7 +11,7 @@ from deployments.decisions import DecisionLog
 from deployments.holders import Reported
 from deployments.jobs import Jobs
 from deployments.ledger import Ledger
-from deployments.orders import Freed, Residency
+from deployments.messages import Freed, Residency
 from scheduler.state import HostState, Offer
 
 SMALL, HALF, LARGE = 300 * MIB, 600 * MIB, 900 * MIB

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.last_words import last_words, stderr_path
+from deployments.stderr_tail import last_words, stderr_path
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -41,7 +41,7 @@ def test_only_the_end_of_a_large_log_is_read(tmp_path: Path) -> None:
 
 def test_a_process_knows_where_its_stderr_goes(tmp_path: Path) -> None:
     target = tmp_path / "stderr"
-    code = "from deployments.last_words import stderr_path; print(stderr_path())"
+    code = "from deployments.stderr_tail import stderr_path; print(stderr_path())"
     with target.open("wb") as stderr:
         found = subprocess.run(
             [sys.executable, "-c", code],

@@ -10,8 +10,8 @@ from core.units import GIB, MIB
 from deployments.decisions import DecisionLog
 from deployments.holders import Reported
 from deployments.ledger import Ledger
+from deployments.messages import NO_NODE, Freed, NodeMemory, Residency
 from deployments.nodes import NodeLedgers
-from deployments.orders import NO_NODE, Freed, NodeMemory, Residency
 from scheduler.state import HostState, KeepRules, Offer
 
 FAR = NodeMemory("far", 4 * GIB)

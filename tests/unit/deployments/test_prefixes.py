@@ -9,8 +9,8 @@ from backends.base import EngineOptions
 from backends.echo import echo_info
 from core.settings import Settings
 from core.units import GIB
+from deployments.messages import FileMark, LoadOrder
 from deployments.options import budget_bytes
-from deployments.orders import FileMark, LoadOrder
 from deployments.prefixes import open_snapshots, place_of
 from tests.prefixes import prompt_of, state_of
 

@@ -11,9 +11,15 @@ from backends.base import EngineLoad
 from core.settings import Settings
 from deployments.affinity import ResidencyRouter
 from deployments.calls import call
-from deployments.orders import Freed, ProcessReport, ReplicaReport, Residency, ResidentReport
+from deployments.messages import (
+    Freed,
+    ProcessReport,
+    ReplicaReport,
+    Residency,
+    ResidentReport,
+    SchedulerSnapshot,
+)
 from deployments.replicas import Targets, reaching_all
-from deployments.snapshot import SchedulerSnapshot
 from deployments.telemetry import ReplicaTelemetry
 from tests.unit.deployments.handles import FakeHandle, answering
 

@@ -15,11 +15,8 @@ from catalog.models import BuiltIn, ModelRecord, ModelSettings
 from core.errors import BrokenModel, InsufficientMemory, ModelNotFound, Unavailable
 from core.settings import Settings
 from core.units import MIB
+from deployments.messages import Need, Residency
 from deployments.offers import Offers
-from deployments.orders import (
-    Need,
-    Residency,
-)
 from deployments.scheduler import SchedulerReplica
 from scheduler.state import Offer
 from tests.unit.deployments.scheduling import A, B, InProcess, Replica, started

@@ -12,8 +12,9 @@ from core.settings import Settings
 from deployments import telemetry as telemetry_module
 from deployments.decisions import KEPT_DECISIONS, DecisionLog
 from deployments.ledger import Ledger
+from deployments.messages import ResidentView, SchedulerSnapshot, ThermalView
 from deployments.publish import Publisher
-from deployments.snapshot import ResidentView, SchedulerSnapshot, ThermalView, take_snapshot
+from deployments.snapshot import take_snapshot
 from deployments.telemetry import ReplicaTelemetry
 from deployments.thermal import ThermalWatch
 from scheduler.events import Configured, Loaded

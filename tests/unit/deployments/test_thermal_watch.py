@@ -16,7 +16,7 @@ from backends.limits import UNLIMITED, EngineLimits
 from core.errors import EngineFailed, Unavailable
 from core.settings import Settings
 from deployments.engine import FormatReplica
-from deployments.orders import LoadOrder
+from deployments.messages import LoadOrder
 from deployments.thermal import SensorReader, ThermalWatch
 from scheduler.thermal import FALL_S, RISE_S, Reading, ThermalState, directive
 from tests.requests import request, run

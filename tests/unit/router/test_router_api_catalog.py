@@ -15,9 +15,8 @@ from core.units import GIB
 from deployments import management as management_module
 from deployments.catalog_view import CatalogView
 from deployments.decisions import DecisionLog
-from deployments.faults import Standing
 from deployments.management import SchedulerManagement
-from deployments.orders import Decision, Need, Residency
+from deployments.messages import Decision, Need, Residency, Standing
 from router.app import create_app
 from router.services import Services
 from tests.fakes import FakeDispatcher, FakeHealth, FakeTelemetry

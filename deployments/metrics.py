@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from ray.util import metrics as ray_metrics
 
-from deployments.snapshot import SchedulerSnapshot
+from deployments.messages import SchedulerSnapshot
 
 Values = Sequence[tuple[str, float]]
 
