@@ -11,7 +11,7 @@ from backends.base import Backend
 from backends.registry import backends_for
 from core.settings import Settings
 from deployments.affinity import ResidencyRouter
-from deployments.engine import FormatReplica
+from deployments.replica.deployment import FormatReplica
 from deployments.reservation import reservation
 from deployments.router import RouterReplica
 from deployments.scheduler import SchedulerReplica

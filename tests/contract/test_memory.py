@@ -10,8 +10,8 @@ import pytest
 from backends.base import EngineOptions
 from backends.gguf.backend import GgufBackend
 from core.units import MIB
-from deployments.held import HeldMemory
 from deployments.messages import Freed, LoadOrder
+from deployments.replica.memory import HeldMemory
 from tests.requests import request, run, text_of
 from tests.starter import starter_path
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from deployments.turn_taking import turn_file
+from deployments.replica.accelerator import turn_file
 from tests.gguf_files import llama_gguf
 from tests.integration.server import ROOT, STARTER, Server, wait_until
 

@@ -13,9 +13,9 @@ from backends.engine.batching import BatchingEngine
 from core.errors import EngineFailed, TimedOut
 from core.settings import Settings
 from core.units import MIB
-from deployments.engine import FormatReplica
-from deployments.held import HeldMemory
 from deployments.messages import Freed, LoadOrder
+from deployments.replica.deployment import FormatReplica
+from deployments.replica.memory import HeldMemory
 from tests.requests import request, run
 from tests.unit.backends.test_batching import FakeStepper, open_engine, until
 
@@ -34,9 +34,9 @@ def replica(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FormatReplica:
     context: Any = SimpleNamespace(
         replica_id=SimpleNamespace(unique_id="replica"), get_node_id=lambda: "node"
     )
-    monkeypatch.setattr("deployments.engine.attach_logs", lambda: None)
-    monkeypatch.setattr("deployments.engine.serve.get_replica_context", lambda: context)
-    monkeypatch.setattr("deployments.engine.ray.get_runtime_context", lambda: context)
+    monkeypatch.setattr("deployments.replica.deployment.attach_logs", lambda: None)
+    monkeypatch.setattr("deployments.replica.deployment.serve.get_replica_context", lambda: context)
+    monkeypatch.setattr("deployments.replica.deployment.ray.get_runtime_context", lambda: context)
     return UnservedReplica("echo", Settings(home=tmp_path, prefix_ram=0, prefix_disk=0))
 
 

@@ -11,7 +11,7 @@ from core.settings import Settings
 from core.units import GIB
 from deployments.messages import FileMark, LoadOrder
 from deployments.options import budget_bytes
-from deployments.prefixes import open_snapshots, place_of
+from deployments.replica.prefixes import open_snapshots, place_of
 from tests.prefixes import prompt_of, state_of
 
 ORDER = LoadOrder("model", echo_info(), EngineOptions())

@@ -15,8 +15,8 @@ from backends.echo import echo_info
 from backends.limits import UNLIMITED, EngineLimits
 from core.errors import EngineFailed, Unavailable
 from core.settings import Settings
-from deployments.engine import FormatReplica
 from deployments.messages import LoadOrder
+from deployments.replica.deployment import FormatReplica
 from deployments.thermal import SensorReader, ThermalWatch
 from scheduler.thermal import FALL_S, RISE_S, Reading, ThermalState, directive
 from tests.requests import request, run
@@ -232,9 +232,9 @@ def replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FormatReplica:
     context: Any = SimpleNamespace(
         replica_id=SimpleNamespace(unique_id="replica"), get_node_id=lambda: "node"
     )
-    monkeypatch.setattr("deployments.engine.attach_logs", lambda: None)
-    monkeypatch.setattr("deployments.engine.serve.get_replica_context", lambda: context)
-    monkeypatch.setattr("deployments.engine.ray.get_runtime_context", lambda: context)
+    monkeypatch.setattr("deployments.replica.deployment.attach_logs", lambda: None)
+    monkeypatch.setattr("deployments.replica.deployment.serve.get_replica_context", lambda: context)
+    monkeypatch.setattr("deployments.replica.deployment.ray.get_runtime_context", lambda: context)
     return UnservedReplica("echo", Settings(home=tmp_path, prefix_ram=0, prefix_disk=0))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from backends.engine.accelerator_lock import TurnLock
 from core.errors import Unavailable
-from deployments.turn_taking import SharedTurns, turn_file
+from deployments.replica.accelerator import SharedTurns, turn_file
 
 
 class Taking:

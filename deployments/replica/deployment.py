@@ -21,9 +21,7 @@ from core.types import Embeddings, GenerationRequest, Priority, Prompt
 from deployments.coalescing import CoalescingSink
 from deployments.errors import returning_errors
 from deployments.frames import FrameSender
-from deployments.held import HeldMemory
 from deployments.logs import attach_logs
-from deployments.marks import has_changed, mark
 from deployments.messages import (
     FileMark,
     Freed,
@@ -35,9 +33,11 @@ from deployments.messages import (
     ResidentReport,
 )
 from deployments.options import machine_budget_bytes
-from deployments.prefixes import open_snapshots, place_of
+from deployments.replica.accelerator import SharedTurns
+from deployments.replica.file_marks import has_changed, mark
+from deployments.replica.memory import HeldMemory
+from deployments.replica.prefixes import open_snapshots, place_of
 from deployments.stderr_tail import stderr_path
-from deployments.turn_taking import SharedTurns
 
 logger = logging.getLogger(__name__)
 
