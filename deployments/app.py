@@ -13,7 +13,7 @@ from core.settings import Settings
 from deployments.affinity import ResidencyRouter
 from deployments.replica.deployment import FormatReplica
 from deployments.reservation import reservation
-from deployments.router import RouterReplica
+from deployments.router.deployment import RouterReplica
 from deployments.scheduler import SchedulerReplica
 
 # The engine's own queue bounds the requests; Serve's limit is only the outer stop.

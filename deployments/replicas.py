@@ -14,33 +14,6 @@ _POLL_S = 0.1
 Merge: TypeAlias = Callable[[Sequence[Any]], Any]
 
 
-class Targets:
-    """Handles whose calls go to the replica that holds a model.
-
-    Where there is one replica a format, they are the formats' own handles.
-    """
-
-    def __init__(self, formats: Mapping[str, Handle], *, has_many: bool) -> None:
-        self._formats = formats
-        self._has_many = has_many
-        # Each configured handle has machinery of its own, so they are made once.
-        self._handles: dict[tuple[str, str], Handle] = {}
-
-    def at(self, residency: Residency) -> Handle:
-        """Return the handle to the replica of a residency; see `deployments.affinity`."""
-        handle = self._formats[residency.format]
-        if not self._has_many:
-            return handle
-        key = (residency.format, residency.replica_id)
-        if key not in self._handles:
-            self._handles[key] = handle.options(multiplexed_model_id=residency.replica_id)
-        return self._handles[key]
-
-    def forget(self, residency: Residency) -> None:
-        """Drop the handle to a replica that is gone."""
-        self._handles.pop((residency.format, residency.replica_id), None)
-
-
 def reaching_all(formats: Mapping[str, Handle], settings: Settings) -> Mapping[str, Any]:
     """Return handles whose questions and orders reach every replica, for who owns the decisions.
 

@@ -18,9 +18,9 @@ from core.errors import (
 )
 from core.settings import Settings
 from core.units import GIB
-from deployments.catalog_view import CatalogView
 from deployments.messages import Fault, Residency, Standing
-from deployments.standing import StandingWatch
+from deployments.router.catalog import CatalogView
+from deployments.router.model_states import StandingWatch
 from tests.unit.catalog.builders import make_info
 from tests.unit.deployments.handles import FakeHandle, answering
 

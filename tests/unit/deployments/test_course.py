@@ -14,8 +14,8 @@ from core.types import (
     Timing,
     Usage,
 )
-from deployments.course import Course
 from deployments.messages import Residency
+from deployments.router.attempts import Course
 
 REQUEST = GenerationRequest("r", "m", TextPrompt("hi"))
 DIED = EngineFailed("it died")
@@ -31,7 +31,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("deployments.course.time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(
+        "deployments.router.attempts.time", SimpleNamespace(monotonic=clock.monotonic)
+    )
     return clock
 
 

@@ -35,10 +35,10 @@ from core.types import (
 )
 from deployments.codec import encode_frame
 from deployments.decisions import DecisionLog
-from deployments.dispatch import HandleDispatcher
 from deployments.errors import ReplicaDied
 from deployments.frames import FrameReceiver, FrameSender
 from deployments.messages import Residency
+from deployments.router.dispatch import HandleDispatcher
 from router.v1.feed import EventFeed
 from tests.unit.deployments.handles import FakeHandle, answering
 
@@ -323,7 +323,7 @@ async def test_f3_a_process_that_hangs_as_a_whole_ends_the_request_after_its_dea
         del request, path
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("deployments.dispatch._DEADLINE_GRACE_S", 0.0)
+    monkeypatch.setattr("deployments.router.dispatch._DEADLINE_GRACE_S", 0.0)
     subject = dispatcher(receiver, loads("a"), FakeHandle(generate=hang))
     with pytest.raises(TimedOut):
         await collect(subject, replace(REQUEST, deadline_s=0.01))

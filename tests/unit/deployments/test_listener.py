@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from core.errors import ImpetusError
 from core.settings import Settings
-from deployments.listener import Listener, PortInUse, bind, check_exposure
+from deployments.router.listener import Listener, PortInUse, bind, check_exposure
 from router.protocol import MAX_TARGET_BYTES
 from tests.live_server import connection, exchange
 

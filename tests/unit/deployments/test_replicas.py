@@ -19,8 +19,9 @@ from deployments.messages import (
     ResidentReport,
     SchedulerSnapshot,
 )
-from deployments.replicas import Targets, reaching_all
-from deployments.telemetry import ReplicaTelemetry
+from deployments.replicas import reaching_all
+from deployments.router.targets import Targets
+from deployments.router.telemetry import ReplicaTelemetry
 from tests.unit.deployments.handles import FakeHandle, answering
 
 

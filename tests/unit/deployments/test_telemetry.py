@@ -9,13 +9,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from core.errors import EngineFailed
 from core.metrics import Metrics
 from core.settings import Settings
-from deployments import telemetry as telemetry_module
 from deployments.decisions import KEPT_DECISIONS, DecisionLog
 from deployments.ledger import Ledger
 from deployments.messages import ResidentView, SchedulerSnapshot, ThermalView
 from deployments.publish import Publisher
+from deployments.router import telemetry as telemetry_module
+from deployments.router.telemetry import ReplicaTelemetry
 from deployments.snapshot import take_snapshot
-from deployments.telemetry import ReplicaTelemetry
 from deployments.thermal import ThermalWatch
 from scheduler.events import Configured, Loaded
 from scheduler.scaling import ScalingDirective

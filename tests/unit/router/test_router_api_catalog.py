@@ -12,11 +12,11 @@ from catalog.store import CatalogStore
 from core.errors import BackendUnavailable, ImpetusError, ModelNotFound
 from core.settings import Settings
 from core.units import GIB
-from deployments import management as management_module
-from deployments.catalog_view import CatalogView
 from deployments.decisions import DecisionLog
-from deployments.management import SchedulerManagement
 from deployments.messages import Decision, Need, Residency, Standing
+from deployments.router import management as management_module
+from deployments.router.catalog import CatalogView
+from deployments.router.management import SchedulerManagement
 from router.app import create_app
 from router.services import Services
 from tests.fakes import FakeDispatcher, FakeHealth, FakeTelemetry

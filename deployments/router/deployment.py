@@ -9,16 +9,16 @@ from starlette.types import ASGIApp
 from core.metrics import Metrics
 from core.settings import Settings
 from deployments.calls import Handle, direct
-from deployments.catalog_view import CatalogView, SchedulerHealth
 from deployments.decisions import DecisionLog
-from deployments.dispatch import HandleDispatcher
 from deployments.frames import FrameReceiver
-from deployments.listener import Listener
 from deployments.logs import attach_logs
-from deployments.management import SchedulerManagement
 from deployments.replicas import reaching_all
-from deployments.standing import StandingWatch
-from deployments.telemetry import ReplicaTelemetry
+from deployments.router.catalog import CatalogView, SchedulerHealth
+from deployments.router.dispatch import HandleDispatcher
+from deployments.router.listener import Listener
+from deployments.router.management import SchedulerManagement
+from deployments.router.model_states import StandingWatch
+from deployments.router.telemetry import ReplicaTelemetry
 from router.app import create_app
 from router.services import Services
 

@@ -18,12 +18,12 @@ from core.types import (
 )
 from deployments.calls import Handle, call, direct
 from deployments.codec import LENGTH_BYTES, decode_body
-from deployments.course import Course
 from deployments.decisions import DecisionLog
 from deployments.errors import ReplicaDied, unwrap
 from deployments.frames import FrameReceiver
 from deployments.messages import Need, Residency
-from deployments.replicas import Targets
+from deployments.router.attempts import Course
+from deployments.router.targets import Targets
 from router.services import EventTaker
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from core.settings import Settings
 from deployments.calls import Handle, call, direct
 from deployments.messages import Fault, Residency
 from deployments.options import budget_bytes, engine_options
-from deployments.standing import StandingWatch
+from deployments.router.model_states import StandingWatch
 from router.services import FitView, ModelState, ModelView
 
 logger = logging.getLogger(__name__)
