@@ -14,7 +14,7 @@ from deployments.affinity import ResidencyRouter
 from deployments.replica.deployment import FormatReplica
 from deployments.reservation import reservation
 from deployments.router.deployment import RouterReplica
-from deployments.scheduler import SchedulerReplica
+from deployments.scheduler.deployment import SchedulerReplica
 
 # The engine's own queue bounds the requests; Serve's limit is only the outer stop.
 _MOST_ONGOING = 2048

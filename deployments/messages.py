@@ -33,7 +33,7 @@ class Residency:
     """A model in memory: where, with which context in tokens, and what the load took.
 
     To those who waited for the load, `evicted` names the models that made room for it.  A job
-    (`deployments.jobs`) has no format.
+    (`deployments.scheduler.reservations`) has no format.
     """
 
     model_id: str

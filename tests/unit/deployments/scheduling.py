@@ -21,7 +21,7 @@ from deployments.messages import (
     Residency,
     ResidentReport,
 )
-from deployments.scheduler import SchedulerReplica
+from deployments.scheduler.deployment import SchedulerReplica
 from tests.gguf_files import llama_gguf
 from tests.unit.deployments.handles import FakeHandle
 

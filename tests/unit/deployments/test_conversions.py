@@ -23,7 +23,7 @@ from core.errors import (
     Unavailable,
 )
 from core.settings import Settings
-from deployments.conversions import Conversions
+from deployments.scheduler.conversions import Conversions
 from tests.unit.catalog.builders import make_info
 
 MISSING = BackendUnavailable("The format x cannot run here.")
@@ -67,7 +67,7 @@ class Rescan:
 @pytest.fixture
 def converter(monkeypatch: pytest.MonkeyPatch) -> Converter:
     converter = Converter()
-    monkeypatch.setattr("deployments.conversions.convert", converter)
+    monkeypatch.setattr("deployments.scheduler.conversions.convert", converter)
     monkeypatch.setattr(
         "catalog.convert.choice.conversions_from",
         lambda info: tuple(

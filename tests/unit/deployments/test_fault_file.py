@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import BrokenModel, ModelFailed, ModelQuarantined
-from deployments.fault_file import FaultFile
-from deployments.faults import Faults
+from deployments.scheduler.faults import FaultFile, Faults
 
 
 def faults(path: Path, session: str = "one", now: float = 100.0) -> Faults:

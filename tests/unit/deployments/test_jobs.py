@@ -8,10 +8,10 @@ import pytest
 from core.errors import InsufficientMemory, Unavailable
 from core.units import GIB, MIB
 from deployments.decisions import DecisionLog
-from deployments.holders import Reported
-from deployments.jobs import Jobs
-from deployments.ledger import Ledger
 from deployments.messages import Freed, Residency
+from deployments.scheduler.formats import Reported
+from deployments.scheduler.ledger import Ledger
+from deployments.scheduler.reservations import Jobs
 from scheduler.state import HostState, Offer
 
 SMALL, HALF, LARGE = 300 * MIB, 600 * MIB, 900 * MIB

@@ -8,10 +8,10 @@ import pytest
 from core.errors import InsufficientMemory
 from core.units import GIB, MIB
 from deployments.decisions import DecisionLog
-from deployments.holders import Reported
-from deployments.ledger import Ledger
 from deployments.messages import NO_NODE, Freed, NodeMemory, Residency
-from deployments.nodes import NodeLedgers
+from deployments.scheduler.formats import Reported
+from deployments.scheduler.ledger import Ledger
+from deployments.scheduler.nodes import NodeLedgers
 from scheduler.state import HostState, KeepRules, Offer
 
 FAR = NodeMemory("far", 4 * GIB)

@@ -16,15 +16,15 @@ from core.errors import BrokenModel, InsufficientMemory, ModelNotFound, Unavaila
 from core.settings import Settings
 from core.units import MIB
 from deployments.messages import Need, Residency
-from deployments.offers import Offers
-from deployments.scheduler import SchedulerReplica
+from deployments.scheduler.deployment import SchedulerReplica
+from deployments.scheduler.load_plans import Offers
 from scheduler.state import Offer
 from tests.unit.deployments.scheduling import A, B, InProcess, Replica, started
 
 
 @pytest.fixture(autouse=True)
 def inspection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.scanning.Inspector", InProcess)
+    monkeypatch.setattr("deployments.scheduler.scanning.Inspector", InProcess)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from core.errors import BrokenModel, ImpetusError, InsufficientMemory
 from core.units import GIB, MIB
 from deployments.errors import ReplicaDied
 from deployments.messages import ANY_NEED, Freed, Need, Residency
-from deployments.scheduler import SchedulerReplica
+from deployments.scheduler.deployment import SchedulerReplica
 from tests.gguf_files import llama_gguf
 from tests.unit.deployments.scheduling import A, B, InProcess, Replica, started
 
@@ -23,7 +23,7 @@ RETRY = Need(is_retry=True)
 
 @pytest.fixture(autouse=True)
 def inspection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.scanning.Inspector", InProcess)
+    monkeypatch.setattr("deployments.scheduler.scanning.Inspector", InProcess)
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from core.errors import EngineFailed
 from core.metrics import Metrics
 from core.settings import Settings
 from deployments.decisions import KEPT_DECISIONS, DecisionLog
-from deployments.ledger import Ledger
 from deployments.messages import ResidentView, SchedulerSnapshot, ThermalView
-from deployments.publish import Publisher
 from deployments.router import telemetry as telemetry_module
 from deployments.router.telemetry import ReplicaTelemetry
-from deployments.snapshot import take_snapshot
-from deployments.thermal import ThermalWatch
+from deployments.scheduler.ledger import Ledger
+from deployments.scheduler.publisher import Publisher
+from deployments.scheduler.snapshot import take_snapshot
+from deployments.scheduler.thermal import ThermalWatch
 from scheduler.events import Configured, Loaded
 from scheduler.scaling import ScalingDirective
 from scheduler.state import HostState, KeepRules
@@ -150,7 +150,7 @@ class Published:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from backends.registry import backends_for
 
-        monkeypatch.setattr("deployments.publish.RayMirror", FakeMirror)
+        monkeypatch.setattr("deployments.scheduler.publisher.RayMirror", FakeMirror)
         self.now = 1000.0
         self.snapshot = SchedulerSnapshot(budget_bytes=1 << 40)
         self.looks = 0

@@ -17,7 +17,7 @@ from core.errors import EngineFailed, Unavailable
 from core.settings import Settings
 from deployments.messages import LoadOrder
 from deployments.replica.deployment import FormatReplica
-from deployments.thermal import SensorReader, ThermalWatch
+from deployments.scheduler.thermal import SensorReader, ThermalWatch
 from scheduler.thermal import FALL_S, RISE_S, Reading, ThermalState, directive
 from tests.requests import request, run
 from tests.unit.deployments.handles import FakeHandle, answering
@@ -143,7 +143,7 @@ async def test_a_watch_that_starts_anew_lifts_old_limits(machine: Machine) -> No
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    logger = logging.getLogger("deployments.thermal")
+    logger = logging.getLogger("deployments.scheduler.thermal")
     logger.addHandler(caplog.handler)
     logger.setLevel(logging.INFO)
     yield caplog
@@ -211,7 +211,7 @@ async def test_a_poll_that_fails_does_not_end_the_watch(
         if len(polls) == 1:
             raise RuntimeError("the controller is away")
 
-    monkeypatch.setattr("deployments.thermal.POLL_S", 0.0)
+    monkeypatch.setattr("deployments.scheduler.thermal.POLL_S", 0.0)
     monkeypatch.setattr(watch, "poll", poll)
     task = asyncio.ensure_future(watch.run())
     while len(polls) < 3:

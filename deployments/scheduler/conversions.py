@@ -25,7 +25,7 @@ _FIRST_GUESS_S = 30
 _LONGEST_RETRY_S = 120
 _MEMORY_WAIT_S = 600.0
 
-# Waits so many seconds for memory and holds it under a name; see `deployments.jobs`.
+# Waits up to some seconds for memory, then holds it under a name: `Reservations.hold`.
 Hold: TypeAlias = Callable[[str, int, float], AbstractAsyncContextManager[OnMemory]]
 
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from core.errors import Unavailable
-from deployments.ledger import Closer, Ledger, Opener
 from deployments.messages import Freed, Residency
+from deployments.scheduler.ledger import Closer, Ledger, Opener
 from scheduler.events import Use
 from scheduler.state import Offer
 

@@ -17,14 +17,8 @@ from core.errors import (
 )
 from core.settings import Settings
 from deployments.calls import Handle
-from deployments.conversions import Conversions
 from deployments.decisions import DecisionLog
 from deployments.errors import ReplicaDied, returning_errors
-from deployments.fault_file import FaultFile
-from deployments.faults import Faults
-from deployments.holders import Holders
-from deployments.jobs import Jobs
-from deployments.ledger import Ledger
 from deployments.liveness import own_node_id, running_deployments
 from deployments.logs import attach_logs
 from deployments.messages import (
@@ -36,14 +30,19 @@ from deployments.messages import (
     SchedulerSnapshot,
     Standing,
 )
-from deployments.nodes import NodeLedgers
-from deployments.offers import Offers
 from deployments.options import budget_bytes, engine_options
-from deployments.publish import Publisher
 from deployments.replicas import reaching_all
-from deployments.scanning import Scanner
-from deployments.snapshot import take_snapshot
-from deployments.thermal import ThermalWatch
+from deployments.scheduler.conversions import Conversions
+from deployments.scheduler.faults import FaultFile, Faults
+from deployments.scheduler.formats import Holders
+from deployments.scheduler.ledger import Ledger
+from deployments.scheduler.load_plans import Offers
+from deployments.scheduler.nodes import NodeLedgers
+from deployments.scheduler.publisher import Publisher
+from deployments.scheduler.reservations import Jobs
+from deployments.scheduler.scanning import Scanner
+from deployments.scheduler.snapshot import take_snapshot
+from deployments.scheduler.thermal import ThermalWatch
 from scheduler.state import HostState, KeepRules, Limits, Offer
 from scheduler.thermal import Directive
 

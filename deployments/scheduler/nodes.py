@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Callable, Iterator
 
-from deployments.ledger import Ledger
 from deployments.messages import NO_NODE, NodeMemory, Residency
+from deployments.scheduler.ledger import Ledger
 from scheduler.state import KeepRules, Offer, Priority
 
 

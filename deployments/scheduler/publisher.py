@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from backends.base import Backend
 from deployments.autoscaling import write_directive
 from deployments.messages import SchedulerSnapshot
-from deployments.metrics import RayMirror
+from deployments.scheduler.ray_mirror import RayMirror
 from scheduler.scaling import FormatUse, ScalingDirective, finished
 
 logger = logging.getLogger(__name__)

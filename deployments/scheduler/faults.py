@@ -1,11 +1,16 @@
 """Models that could not be loaded or whose processes died: not tried again for every request."""
 
+import logging
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from core.errors import ImpetusError, ModelFailed, ModelQuarantined
-from deployments.fault_file import FaultFile
 from deployments.messages import Fault
 from scheduler.faults import (
     DEATH_WINDOW_S,
@@ -17,7 +22,52 @@ from scheduler.faults import (
     wait_s,
 )
 
+logger = logging.getLogger(__name__)
+
 _LONGEST_REASON = 800
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What the file holds; `records` by model id."""
+
+    session: str
+    records: Mapping[str, Record]
+
+
+_KEPT = TypeAdapter(_Kept)
+
+
+class FaultFile:
+    """Keeps the records of one session, replaced as a whole; those of another are not read.
+
+    A session does not outlive the system's start, so that its monotonic times stay true.
+    """
+
+    def __init__(self, path: Path, session: str) -> None:
+        self._path = path
+        self._session = session
+
+    def read(self) -> dict[str, Record]:
+        """Return what this session kept, by model id; nothing where that cannot be read."""
+        try:
+            kept = _KEPT.validate_json(self._path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as problem:
+            logger.warning("what is known of failing models cannot be read: %s", problem)
+            return {}
+        return dict(kept.records) if kept.session == self._session else {}
+
+    def write(self, records: Mapping[str, Record]) -> None:
+        """Replace what is kept; blocks for a small file.  A failure is logged."""
+        scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            scratch.write_bytes(_KEPT.dump_json(_Kept(self._session, records)))
+            scratch.replace(self._path)
+        except OSError as problem:
+            logger.warning("what is known of failing models cannot be kept: %s", problem)
+            scratch.unlink(missing_ok=True)
 
 
 class Faults:

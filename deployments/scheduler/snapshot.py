@@ -4,9 +4,9 @@ import os
 import time
 from collections import Counter
 
-from deployments.ledger import Ledger
 from deployments.messages import ResidentView, SchedulerSnapshot, ThermalView
-from deployments.thermal import ThermalWatch
+from deployments.scheduler.ledger import Ledger
+from deployments.scheduler.thermal import ThermalWatch
 
 
 def take_snapshot(

@@ -6,13 +6,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from core.errors import ImpetusError, InsufficientMemory
+from core.errors import EngineFailed, ImpetusError, InsufficientMemory, QueueFull, Unavailable
 from deployments.decisions import DecisionLog
-from deployments.holders import Reported
-from deployments.ledger_notes import Tally, error_of
 from deployments.messages import Freed, Residency
+from deployments.scheduler.formats import Reported
 from scheduler.events import (
     Action,
     Configured,
@@ -51,6 +50,29 @@ Opener = Callable[[str, Offer], Awaitable[Residency]]
 Closer = Callable[[Residency], Awaitable[Freed]]
 
 Reporter = Callable[[Sequence[Residency]], Awaitable[Reported]]
+
+
+@dataclass(slots=True)
+class Tally:
+    """How often things happened since the start."""
+
+    loads: int = 0
+    load_failures: int = 0
+    evictions: int = 0
+
+
+def error_of(reject: Reject, failure: BaseException | None) -> BaseException:
+    """Return the error of a refused request; `failure` is what its model's load raised last."""
+    retry = reject.retry_after_s
+    match reject.kind:
+        case "memory":
+            return InsufficientMemory(reject.reason, param="model", retry_after_s=retry)
+        case "full":
+            return QueueFull(reject.reason, param="model", retry_after_s=retry)
+        case "timeout":
+            return Unavailable(reject.reason, param="model", retry_after_s=retry)
+        case _:
+            return failure or EngineFailed(reject.reason)
 
 
 class Ledger:
