@@ -10,16 +10,16 @@ from ray.serve import Application, Deployment
 from backends.base import Backend
 from backends.registry import backends_for
 from core.settings import Settings
-from deployments.affinity import ResidencyRouter
 from deployments.replica.deployment import FormatReplica
-from deployments.reservation import reservation
 from deployments.router.deployment import RouterReplica
 from deployments.scheduler.deployment import SchedulerReplica
+from deployments.serve.affinity import ResidencyRouter
+from deployments.serve.resources import reservation
 
 # The engine's own queue bounds the requests; Serve's limit is only the outer stop.
 _MOST_ONGOING = 2048
 
-# The policy of `deployments.autoscaling` decides; what it takes back has to hold for 10 s.
+# The policy of `deployments.serve.autoscaling` decides; what it takes back has to hold for 10 s.
 _SCALING: Mapping[str, Any] = {
     "upscale_delay_s": 0,
     "downscale_delay_s": 10,

@@ -24,8 +24,8 @@ from core.settings import Settings
 from core.units import MIB
 from deployments.drain import drain, local_url
 from deployments.options import check_settings
-from deployments.reservation import UNIFIED_MEMORY
 from deployments.router.listener import bind, check_exposure
+from deployments.serve.resources import UNIFIED_MEMORY
 from scheduler.sensors import machine_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent

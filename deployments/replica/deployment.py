@@ -19,9 +19,7 @@ from core.errors import EngineFailed, ModelNotResident
 from core.settings import Settings
 from core.types import Embeddings, GenerationRequest, Priority, Prompt
 from deployments.coalescing import CoalescingSink
-from deployments.errors import returning_errors
 from deployments.frames import FrameSender
-from deployments.logs import attach_logs
 from deployments.messages import (
     FileMark,
     Freed,
@@ -37,6 +35,8 @@ from deployments.replica.accelerator import SharedTurns
 from deployments.replica.file_marks import has_changed, mark
 from deployments.replica.memory import HeldMemory
 from deployments.replica.prefixes import open_snapshots, place_of
+from deployments.serve.handles import returning_errors
+from deployments.serve.logs import attach_logs
 from deployments.stderr_tail import stderr_path
 
 logger = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ from core.errors import (
     ModelNotFound,
 )
 from core.settings import Settings
-from deployments.calls import Handle, call, direct
 from deployments.messages import Fault, Residency
 from deployments.options import budget_bytes, engine_options
 from deployments.router.model_states import StandingWatch
+from deployments.serve.handles import Handle, call, direct
 from router.services import FitView, ModelState, ModelView
 
 logger = logging.getLogger(__name__)

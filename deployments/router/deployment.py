@@ -8,17 +8,17 @@ from starlette.types import ASGIApp
 
 from core.metrics import Metrics
 from core.settings import Settings
-from deployments.calls import Handle, direct
 from deployments.decisions import DecisionLog
 from deployments.frames import FrameReceiver
-from deployments.logs import attach_logs
-from deployments.replicas import reaching_all
 from deployments.router.catalog import CatalogView, SchedulerHealth
 from deployments.router.dispatch import HandleDispatcher
 from deployments.router.listener import Listener
 from deployments.router.management import SchedulerManagement
 from deployments.router.model_states import StandingWatch
 from deployments.router.telemetry import ReplicaTelemetry
+from deployments.serve.broadcast import reaching_all
+from deployments.serve.handles import Handle, direct
+from deployments.serve.logs import attach_logs
 from router.app import create_app
 from router.services import Services
 

@@ -13,9 +13,9 @@ from catalog.models import ModelSettings
 from catalog.store import CatalogStore
 from core.errors import ImpetusError, ModelNotFound, Unavailable
 from core.settings import Settings
-from deployments.calls import Handle, call, direct
 from deployments.decisions import DecisionLog
 from deployments.messages import Decision, Need
+from deployments.serve.handles import Handle, call, direct
 from router.services import DecisionView, SettingsView
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ import asyncio
 import logging
 
 from core.errors import ImpetusError
-from deployments.calls import Handle, call, direct
 from deployments.messages import Standing
+from deployments.serve.handles import Handle, call, direct
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from deployments.calls import Handle
 from deployments.messages import Residency
+from deployments.serve.handles import Handle
 
 
 class Targets:
@@ -19,7 +19,7 @@ class Targets:
         self._handles: dict[tuple[str, str], Handle] = {}
 
     def at(self, residency: Residency) -> Handle:
-        """Return the handle to the replica of a residency; see `deployments.affinity`."""
+        """Return the handle to the replica of a residency; see `deployments.serve.affinity`."""
         handle = self._formats[residency.format]
         if not self._has_many:
             return handle

@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from core.errors import ImpetusError
-from deployments.calls import Handle, call, direct
-from deployments.liveness import running_deployments
 from deployments.messages import ReplicaReport, ResidentReport, SchedulerSnapshot
 from deployments.metrics import families
+from deployments.serve.handles import Handle, call, direct
+from deployments.serve.status import running_deployments
 
 logger = logging.getLogger(__name__)
 

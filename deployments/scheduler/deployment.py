@@ -16,11 +16,7 @@ from core.errors import (
     ModelNotFound,
 )
 from core.settings import Settings
-from deployments.calls import Handle
 from deployments.decisions import DecisionLog
-from deployments.errors import ReplicaDied, returning_errors
-from deployments.liveness import own_node_id, running_deployments
-from deployments.logs import attach_logs
 from deployments.messages import (
     ANY_NEED,
     NO_NODE,
@@ -31,7 +27,6 @@ from deployments.messages import (
     Standing,
 )
 from deployments.options import budget_bytes, engine_options
-from deployments.replicas import reaching_all
 from deployments.scheduler.conversions import Conversions
 from deployments.scheduler.faults import FaultFile, Faults
 from deployments.scheduler.formats import Holders
@@ -43,6 +38,10 @@ from deployments.scheduler.reservations import Jobs
 from deployments.scheduler.scanning import Scanner
 from deployments.scheduler.snapshot import take_snapshot
 from deployments.scheduler.thermal import ThermalWatch
+from deployments.serve.broadcast import reaching_all
+from deployments.serve.handles import Handle, ReplicaDied, returning_errors
+from deployments.serve.logs import attach_logs
+from deployments.serve.status import own_node_id, running_deployments
 from scheduler.state import HostState, KeepRules, Limits, Offer
 from scheduler.thermal import Directive
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from backends.base import Backend
 from core.errors import ImpetusError
-from deployments.calls import Handle, call
 from deployments.messages import (
     NO_NODE,
     Freed,
@@ -18,6 +17,7 @@ from deployments.messages import (
     Residency,
     ResidentReport,
 )
+from deployments.serve.handles import Handle, call
 from deployments.stderr_tail import last_words
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from backends.base import Backend
-from deployments.autoscaling import write_directive
 from deployments.messages import SchedulerSnapshot
 from deployments.scheduler.ray_mirror import RayMirror
+from deployments.serve.autoscaling import write_directive
 from scheduler.scaling import FormatUse, ScalingDirective, finished
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from backends.limits import UNLIMITED, EngineLimits
 from core.errors import Unavailable
 from core.settings import Settings
-from deployments.calls import Handle, call
 from deployments.decisions import DecisionLog
-from deployments.liveness import running_deployments
+from deployments.serve.handles import Handle, call
+from deployments.serve.status import running_deployments
 from scheduler.sensors import Sensor, open_sensor
 from scheduler.thermal import (
     FALL_S,

@@ -12,7 +12,6 @@ from backends.registry import backends_for
 from catalog.scan.identify import Outcome, examine
 from core.settings import Settings
 from core.units import MIB
-from deployments.errors import ReplicaDied
 from deployments.messages import (
     Freed,
     LoadOrder,
@@ -22,6 +21,7 @@ from deployments.messages import (
     ResidentReport,
 )
 from deployments.scheduler.deployment import SchedulerReplica
+from deployments.serve.handles import ReplicaDied
 from tests.gguf_files import llama_gguf
 from tests.unit.deployments.handles import FakeHandle
 

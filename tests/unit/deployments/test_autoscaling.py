@@ -13,12 +13,12 @@ from backends.echo import EchoBackend
 from backends.gguf.backend import GgufBackend
 from core.settings import Settings
 from core.units import GIB, MIB
-from deployments import autoscaling
-from deployments.affinity import ResidencyRouter
 from deployments.app import format_options
-from deployments.autoscaling import FormatPolicy
 from deployments.launch import ROOT
-from deployments.reservation import reservation
+from deployments.serve import autoscaling
+from deployments.serve.affinity import ResidencyRouter
+from deployments.serve.autoscaling import FormatPolicy
+from deployments.serve.resources import reservation
 from scheduler.scaling import ScalingDirective
 
 

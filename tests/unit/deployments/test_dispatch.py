@@ -35,10 +35,10 @@ from core.types import (
 )
 from deployments.codec import encode_frame
 from deployments.decisions import DecisionLog
-from deployments.errors import ReplicaDied
 from deployments.frames import FrameReceiver, FrameSender
 from deployments.messages import Residency
 from deployments.router.dispatch import HandleDispatcher
+from deployments.serve.handles import ReplicaDied
 from router.v1.feed import EventFeed
 from tests.unit.deployments.handles import FakeHandle, answering
 

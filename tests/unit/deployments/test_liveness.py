@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray.serve.schema import ServeInstanceDetails
 
-from deployments import liveness
+from deployments.serve import status as liveness
 
 
 def details(*states: str) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from backends.base import EngineLoad
 from core.settings import Settings
-from deployments.affinity import ResidencyRouter
-from deployments.calls import call
 from deployments.messages import (
     Freed,
     ProcessReport,
@@ -19,9 +17,11 @@ from deployments.messages import (
     ResidentReport,
     SchedulerSnapshot,
 )
-from deployments.replicas import reaching_all
 from deployments.router.targets import Targets
 from deployments.router.telemetry import ReplicaTelemetry
+from deployments.serve.affinity import ResidencyRouter
+from deployments.serve.broadcast import reaching_all
+from deployments.serve.handles import call
 from tests.unit.deployments.handles import FakeHandle, answering
 
 
@@ -120,7 +120,7 @@ async def test_metrics_are_asked_of_all_replicas() -> None:
 
 
 async def test_a_question_waits_for_the_first_replica(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.replicas._POLL_S", 0)
+    monkeypatch.setattr("deployments.serve.broadcast._POLL_S", 0)
     unknown = DeploymentUnavailableError.__new__(DeploymentUnavailableError)
     assert await call(reached(ManyHandle(unknown, unknown, [[]])).residencies.remote()) == []
 

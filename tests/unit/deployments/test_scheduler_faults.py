@@ -12,9 +12,9 @@ import pytest
 
 from core.errors import BrokenModel, ImpetusError, InsufficientMemory
 from core.units import GIB, MIB
-from deployments.errors import ReplicaDied
 from deployments.messages import ANY_NEED, Freed, Need, Residency
 from deployments.scheduler.deployment import SchedulerReplica
+from deployments.serve.handles import ReplicaDied
 from tests.gguf_files import llama_gguf
 from tests.unit.deployments.scheduling import A, B, InProcess, Replica, started
 

@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from core.settings import Settings
-from deployments.calls import Handle, direct
 from deployments.messages import Freed, ReplicaReport, Residency
+from deployments.serve.handles import Handle, direct
 
 _POLL_S = 0.1
 Merge: TypeAlias = Callable[[Sequence[Any]], Any]

@@ -1,0 +1,1 @@
+"""What the deployments need of Ray Serve."""
