@@ -101,7 +101,7 @@ def running_ours(load: Load, settings: Mapping[str, str] | None = None) -> Itera
         log = Path(folder) / "launch.log"
         with log.open("w") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "deployments.launch"],
+                [sys.executable, "-m", "deployments.start.launcher"],
                 cwd=ROOT,
                 env=environment,
                 stdout=out,

@@ -64,7 +64,7 @@ class Server:
             # The server is started anew.
             self.process.stdout.close()
         self.process = subprocess.Popen(
-            command or (sys.executable, "-m", "deployments.launch"),
+            command or (sys.executable, "-m", "deployments.start.launcher"),
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,

@@ -53,7 +53,7 @@ def test_models_run_at_the_priority_of_the_server(server: Server) -> None:
 
 
 def test_f14_a_port_in_use_is_one_clear_line(server: Server) -> None:
-    command = [sys.executable, "-m", "deployments.launch"]
+    command = [sys.executable, "-m", "deployments.start.launcher"]
     environment = {"IMPETUS_PORT": str(server.port), "IMPETUS_HOME": str(server.home)}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -67,7 +67,7 @@ def test_f14_a_port_in_use_is_one_clear_line(server: Server) -> None:
 def test_a_public_address_without_a_key_is_refused(tmp_path: Path) -> None:
     environment = {"IMPETUS_HOST": "0.0.0.0", "IMPETUS_HOME": str(tmp_path)}
     result = subprocess.run(
-        [sys.executable, "-m", "deployments.launch"],
+        [sys.executable, "-m", "deployments.start.launcher"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -58,7 +58,7 @@ def test_two_replicas_load_a_model_once_and_requests_find_it(
     other_server: Server, tmp_path: Path
 ) -> None:
     config = two_replicas(tmp_path / "config.yaml")
-    launcher = (sys.executable, "-m", "deployments.launch", str(config))
+    launcher = (sys.executable, "-m", "deployments.start.launcher", str(config))
     other_server.start(*launcher, FORMATS="echo", MAX_REPLICAS="2")
     replicas = [one for one in other_server.tree if "ServeReplica:impetus:echo" in _title(one)]
     assert len(replicas) == 2

@@ -14,11 +14,11 @@ from backends.gguf.backend import GgufBackend
 from core.settings import Settings
 from core.units import GIB, MIB
 from deployments.app import format_options
-from deployments.launch import ROOT
 from deployments.serve import autoscaling
 from deployments.serve.affinity import ResidencyRouter
 from deployments.serve.autoscaling import FormatPolicy
 from deployments.serve.resources import reservation
+from deployments.start.launcher import ROOT
 from scheduler.scaling import ScalingDirective
 
 

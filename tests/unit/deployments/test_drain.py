@@ -12,7 +12,7 @@ from urllib.request import Request
 import pytest
 
 from core.settings import Settings
-from deployments.drain import drain, local_url
+from deployments.start.drain import drain, local_url
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from core.errors import ImpetusError
 from core.settings import Settings
-from deployments.launch import ROOT, environment, main, read_settings, token_path
+from deployments.start.launcher import ROOT, environment, main, read_settings, token_path
 
 
 @pytest.fixture(autouse=True)

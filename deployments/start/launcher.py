@@ -22,13 +22,13 @@ from pydantic import ValidationError
 from core.errors import ImpetusError
 from core.settings import Settings
 from core.units import MIB
-from deployments.drain import drain, local_url
 from deployments.options import check_settings
 from deployments.router.listener import bind, check_exposure
 from deployments.serve.resources import UNIFIED_MEMORY
+from deployments.start.drain import drain, local_url
 from scheduler.sensors import machine_memory_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 180.0
 _STOP_LIMIT_S = 30.0
 _POLL_S = 0.2
