@@ -18,8 +18,6 @@ from backends.registry import backends_for
 from core.errors import EngineFailed, ModelNotResident
 from core.settings import Settings
 from core.types import Embeddings, GenerationRequest, Priority, Prompt
-from deployments.coalescing import CoalescingSink
-from deployments.frames import FrameSender
 from deployments.messages import (
     FileMark,
     Freed,
@@ -38,6 +36,8 @@ from deployments.replica.prefixes import open_snapshots, place_of
 from deployments.serve.handles import returning_errors
 from deployments.serve.logs import attach_logs
 from deployments.stderr_tail import stderr_path
+from deployments.transport.handle_stream import CoalescingSink
+from deployments.transport.socket import FrameSender
 
 logger = logging.getLogger(__name__)
 

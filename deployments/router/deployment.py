@@ -9,7 +9,6 @@ from starlette.types import ASGIApp
 from core.metrics import Metrics
 from core.settings import Settings
 from deployments.decisions import DecisionLog
-from deployments.frames import FrameReceiver
 from deployments.router.catalog import CatalogView, SchedulerHealth
 from deployments.router.dispatch import HandleDispatcher
 from deployments.router.listener import Listener
@@ -19,6 +18,7 @@ from deployments.router.telemetry import ReplicaTelemetry
 from deployments.serve.broadcast import reaching_all
 from deployments.serve.handles import Handle, direct
 from deployments.serve.logs import attach_logs
+from deployments.transport.socket import FrameReceiver
 from router.app import create_app
 from router.services import Services
 

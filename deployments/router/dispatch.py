@@ -16,13 +16,13 @@ from core.types import (
     Priority,
     Prompt,
 )
-from deployments.codec import LENGTH_BYTES, decode_body
 from deployments.decisions import DecisionLog
-from deployments.frames import FrameReceiver
 from deployments.messages import Need, Residency
 from deployments.router.attempts import Course
 from deployments.router.targets import Targets
 from deployments.serve.handles import Handle, ReplicaDied, call, direct, unwrap
+from deployments.transport.codec import LENGTH_BYTES, decode_body
+from deployments.transport.socket import FrameReceiver
 from router.services import EventTaker
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from core.types import (
     ToolCallDelta,
     Usage,
 )
-from deployments.codec import LENGTH_BYTES, decode_body, decode_length, encode_frame
+from deployments.transport.codec import LENGTH_BYTES, decode_body, decode_length, encode_frame
 
 LOGPROB = TokenLogprob(1, b"\xf0\x9f", -0.5, (TokenLogprob(7, b"x", -1.0),))
 EVENTS: list[GenerationEvent] = [

@@ -33,12 +33,12 @@ from core.types import (
     ToolCallDelta,
     Usage,
 )
-from deployments.codec import encode_frame
 from deployments.decisions import DecisionLog
-from deployments.frames import FrameReceiver, FrameSender
 from deployments.messages import Residency
 from deployments.router.dispatch import HandleDispatcher
 from deployments.serve.handles import ReplicaDied
+from deployments.transport.codec import encode_frame
+from deployments.transport.socket import FrameReceiver, FrameSender
 from router.v1.feed import EventFeed
 from tests.unit.deployments.handles import FakeHandle, answering
 

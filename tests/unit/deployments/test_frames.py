@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from core.types import Finished, GenerationEvent, TextDelta, Usage
-from deployments import frames
-from deployments.codec import encode_frame
-from deployments.frames import FrameReceiver, FrameSender
+from deployments.transport import socket as frames
+from deployments.transport.codec import encode_frame
+from deployments.transport.socket import FrameReceiver, FrameSender
 
 END = Finished("stop", Usage(1, 1))
 

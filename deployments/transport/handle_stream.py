@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 
-from deployments.codec import StepEvents, encode_frame
+from deployments.transport.codec import StepEvents, encode_frame
 
 # Events are sent together for this long, the first at once.
 _COALESCE_S = 0.02

@@ -12,7 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import ImpetusError
-from deployments.codec import LENGTH_BYTES, StepEvents, decode_body, decode_length, encode_frame
+from deployments.transport.codec import (
+    LENGTH_BYTES,
+    StepEvents,
+    decode_body,
+    decode_length,
+    encode_frame,
+)
 from router.services import EventTaker
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Events from a replica to the router."""
