@@ -7,11 +7,11 @@ from typing import Any
 
 from core.errors import ImpetusError
 from core.types import Finished, GenerationEvent, JsonValue, PrefillProgress, TextDelta
+from router.answers.event_feed import TaggedEvent
+from router.answers.event_stream import StreamFormatter, prefill_comment
+from router.answers.generation import Generation
 from router.context import RequestRecord
 from router.errors import error_body
-from router.v1.feed import TaggedEvent
-from router.v1.generation import Generation
-from router.v1.sse import StreamFormatter, prefill_comment
 
 DONE = "data: [DONE]\n\n"
 _MARK = "\0text\0"

@@ -24,14 +24,14 @@ from core.types import (
     TokenPrompt,
     ToolCallDelta,
 )
+from router.answers.event_stream import EventStream
+from router.answers.generation import Generation, nobody_listens
+from router.answers.logprobs import LegacyLogprobs
 from router.context import RouteContext, record_of
 from router.v1.body import read_request
 from router.v1.chunks import ChunkFormatter
-from router.v1.generation import Generation, nobody_listens
-from router.v1.logprobs import LegacyLogprobs
 from router.v1.priority import request_priority
 from router.v1.requests import CompletionRequest
-from router.v1.sse import EventStream
 
 
 def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:

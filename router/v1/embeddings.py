@@ -13,10 +13,10 @@ from starlette.responses import Response
 from core.errors import EngineFailed
 from core.types import Capability, Embeddings
 from core.types import Usage as TokenUsage
+from router.answers.event_feed import unless_disconnected
+from router.answers.generation import nobody_listens
 from router.context import RouteContext, record_of
 from router.v1.body import read_request
-from router.v1.feed import unless_disconnected
-from router.v1.generation import nobody_listens
 from router.v1.priority import request_priority
 from router.v1.requests import EmbeddingRequest
 from router.v1.wire import refuse_unless_off

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jiter
 
 from core.types import Finished, JsonValue, Usage
-from router.v1.parts import Part
+from router.answers.parts import Part
 from router.v1.thinking import sealed
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}

@@ -7,17 +7,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from core.types import Capability, GenerationRequest
+from router.answers.event_feed import unless_disconnected
+from router.answers.event_stream import EventStream
+from router.answers.generation import Generation, nobody_listens
+from router.answers.parts import PartAssembler
 from router.context import RouteContext, record_of
 from router.v1 import messages_answer as answer
 from router.v1.body import read_request
-from router.v1.feed import unless_disconnected
-from router.v1.generation import Generation, nobody_listens
 from router.v1.messages_prompt import to_messages_prompt
 from router.v1.messages_request import MessagesPromptRequest, MessagesRequest
 from router.v1.messages_stream import MessageEvents
-from router.v1.parts import PartAssembler
 from router.v1.priority import request_priority
-from router.v1.sse import EventStream
 from router.v1.thinking import for_model
 
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 from core.errors import ImpetusError
 from core.types import Finished, JsonValue, PrefillProgress, TextDelta, Usage
+from router.answers.event_feed import TaggedEvent
+from router.answers.event_stream import StreamFormatter, prefill_comment
+from router.answers.generation import Generation
+from router.answers.parts import Closed, Grown, Opened, Part, PartAssembler, PartStep
 from router.context import RequestRecord
 from router.errors import anthropic_error_body
 from router.v1 import messages_answer as answer
-from router.v1.feed import TaggedEvent
-from router.v1.generation import Generation
 from router.v1.messages_request import MessagesRequest
-from router.v1.parts import Closed, Grown, Opened, Part, PartAssembler, PartStep
-from router.v1.sse import StreamFormatter, prefill_comment
 
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 

@@ -7,18 +7,18 @@ from starlette.responses import JSONResponse, Response
 
 from core.errors import NotFound, PreviousResponseNotFound
 from core.types import Capability, ChatMessage, GenerationRequest
+from router.answers.event_feed import unless_disconnected
+from router.answers.event_stream import EventStream
+from router.answers.generation import Generation, nobody_listens
+from router.answers.parts import PartAssembler
 from router.context import RouteContext, record_of
 from router.v1.body import read_request
-from router.v1.feed import unless_disconnected
-from router.v1.generation import Generation, nobody_listens
-from router.v1.parts import PartAssembler
 from router.v1.priority import request_priority
 from router.v1.responses_object import ResponseBuilder, to_json
 from router.v1.responses_prompt import input_messages, to_responses_prompt
 from router.v1.responses_request import ResponsesRequest
 from router.v1.responses_store import ResponseStore
 from router.v1.responses_stream import ResponseEvents
-from router.v1.sse import EventStream
 from router.v1.wire import refuse_unless_off
 
 

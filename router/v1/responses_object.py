@@ -8,9 +8,9 @@ from openai.types.responses import Response as ResponseObject
 
 from core.errors import ImpetusError, QueueFull, RequestError
 from core.types import ChatMessage, Finished, JsonValue, Usage
-from router.v1.generation import Generation
-from router.v1.logprobs import chat_logprobs
-from router.v1.parts import Part, PartAssembler
+from router.answers.generation import Generation
+from router.answers.logprobs import chat_logprobs
+from router.answers.parts import Part, PartAssembler
 from router.v1.responses_prompt import answer_message
 from router.v1.responses_request import ResponsesRequest, TextFormat, Tool
 from router.v1.responses_store import ResponseStore

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
-from router.v1 import parts as answer
+from router.answers import parts as answer
 from router.v1 import responses_request as wire
 from router.v1.requests import MAX_MESSAGES
 from router.v1.thinking import unsealed, with_reasoning

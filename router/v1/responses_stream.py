@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from core.errors import ImpetusError
 from core.types import Finished, JsonValue, PrefillProgress, TextDelta
+from router.answers.event_feed import TaggedEvent
+from router.answers.event_stream import StreamFormatter, prefill_comment
+from router.answers.logprobs import chat_logprobs
+from router.answers.parts import Closed, Grown, Opened, Part, PartAssembler, PartStep
 from router.context import RequestRecord
-from router.v1.feed import TaggedEvent
-from router.v1.logprobs import chat_logprobs
-from router.v1.parts import Closed, Grown, Opened, Part, PartAssembler, PartStep
 from router.v1.responses_object import ResponseBuilder, final_status
-from router.v1.sse import StreamFormatter, prefill_comment
 
 _NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
 

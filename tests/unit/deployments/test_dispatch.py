@@ -39,7 +39,7 @@ from deployments.router.dispatch import HandleDispatcher
 from deployments.serve.handles import ReplicaDied
 from deployments.transport.codec import encode_frame
 from deployments.transport.socket import FrameReceiver, FrameSender
-from router.v1.feed import EventFeed
+from router.answers.event_feed import EventFeed
 from tests.unit.deployments.handles import FakeHandle, answering
 
 REQUEST = GenerationRequest("r", "m", TextPrompt("hi"))

@@ -18,10 +18,10 @@ from core.types import (
     TextDelta,
     ToolCallDelta,
 )
+from router.answers import event_stream as sse
 from router.app import create_app
 from router.direct import DirectWriter
 from router.services import EventTaker
-from router.v1 import sse
 from router.v1.chunks import ChunkFormatter
 from tests.fakes import FakeDispatcher, finished, make_services
 from tests.live_server import connection, post_bytes, serving

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.types import GenerationEvent, ReasoningDelta, TextDelta, ToolCallDelta
-from router.v1.parts import Closed, Grown, Opened, PartAssembler
+from router.answers.parts import Closed, Grown, Opened, PartAssembler
 from tests.fakes import finished
 
 ANSWERS = st.lists(

@@ -19,11 +19,11 @@ from core.types import (
     TokenLogprob,
     ToolCallDelta,
 )
+from router.answers import event_feed as feed_module
+from router.answers.event_feed import EventFeed
 from router.app import create_app
 from router.context import Pacing
 from router.services import EventTaker
-from router.v1 import feed as feed_module
-from router.v1.feed import EventFeed
 from tests.fakes import CHAT_MODEL, FakeDispatcher, finished, make_services
 from tests.live_server import client_of, connection, post_bytes, serving, sse_data
 

@@ -11,11 +11,11 @@ from starlette.types import Receive, Scope, Send
 
 from core.errors import EngineFailed, ImpetusError
 from core.types import PrefillProgress
+from router.answers.event_feed import EventFeed, TaggedEvent
+from router.answers.generation import Generation
 from router.context import Pacing, RequestRecord, record_of, server_send
 from router.direct import DirectWriter, direct_writer
 from router.errors import internal_error
-from router.v1.feed import EventFeed, TaggedEvent
-from router.v1.generation import Generation
 
 _logger = logging.getLogger(__name__)
 

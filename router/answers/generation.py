@@ -19,10 +19,10 @@ from core.types import (
     Timing,
     Usage,
 )
+from router.answers.event_feed import EventFeed, Run
 from router.context import RouteContext
 from router.errors import CLIENT_CLOSED_REQUEST
 from router.services import ModelView
-from router.v1.feed import EventFeed, Run
 
 
 @dataclass(slots=True)
