@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from core.errors import Unavailable
 from core.metrics import CONTENT_TYPE, Metrics
 from router.api.decisions import decisions_endpoint
+from router.api.drain import drain_endpoint
 from router.api.models import (
     change_endpoint,
     list_endpoint,
@@ -19,7 +20,7 @@ from router.api.models import (
     unload_endpoint,
 )
 from router.context import IgnoredNames, Pacing, RouteContext
-from router.drain import Drain, DrainGuard, drain_endpoint
+from router.drain import Drain, DrainGuard
 from router.errors import RequestBoundary, install_error_handlers
 from router.security import BodyLimit, ContentTypeGuard, HeaderGuard, KeyGuard, OriginGuard
 from router.services import Management, Services

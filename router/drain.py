@@ -1,14 +1,9 @@
 """Stopping without losing an answer: what runs may end, nothing new begins."""
 
-from collections.abc import Awaitable, Callable
-
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import Draining
 from core.metrics import Metrics
-from router.api.body import StrictBody, read_strict
 from router.errors import error_response
 
 # These answer to the end: who stops the server asks them.
@@ -29,10 +24,6 @@ class Drain:
         return Draining(
             "The server is stopping and takes no new requests.", retry_after_s=_RETRY_AFTER_S
         )
-
-
-class NoFields(StrictBody):
-    """The body of a request that takes no arguments."""
 
 
 class DrainGuard:
@@ -70,14 +61,3 @@ def _closing(send: Send) -> Send:
         await send(message)
 
     return send_and_close
-
-
-def drain_endpoint(drain: Drain) -> Callable[[Request], Awaitable[Response]]:
-    """Return the handler that begins to drain and tells how many requests still run."""
-
-    async def begin_drain(request: Request) -> Response:
-        await read_strict(request, NoFields)
-        drain.is_on = True
-        return JSONResponse({"draining": True, "in_flight": drain.in_flight})
-
-    return begin_drain

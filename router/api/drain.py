@@ -1,0 +1,24 @@
+"""."""
+
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from router.api.body import StrictBody, read_strict
+from router.drain import Drain
+
+
+class NoFields(StrictBody):
+    """The body of a request that takes no arguments."""
+
+
+def drain_endpoint(drain: Drain) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler that begins to drain and tells how many requests still run."""
+
+    async def begin_drain(request: Request) -> Response:
+        await read_strict(request, NoFields)
+        drain.is_on = True
+        return JSONResponse({"draining": True, "in_flight": drain.in_flight})
+
+    return begin_drain
