@@ -20,9 +20,9 @@ from router.api.models import (
     unload_endpoint,
 )
 from router.context import IgnoredNames, Pacing, RouteContext
-from router.drain import Drain, DrainGuard
-from router.errors import RequestBoundary, install_error_handlers
-from router.security import BodyLimit, ContentTypeGuard, HeaderGuard, KeyGuard, OriginGuard
+from router.http.drain import Drain, DrainGuard
+from router.http.errors import RequestBoundary, install_error_handlers
+from router.http.guards import BodyLimit, ContentTypeGuard, HeaderGuard, KeyGuard, OriginGuard
 from router.services import Management, Services
 from router.v1.chat import chat_endpoint
 from router.v1.completions import completion_endpoint

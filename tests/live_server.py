@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from router.protocol import HttpProtocol
+from router.http.protocol import HttpProtocol
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from core.errors import ImpetusError
 from core.settings import Settings
-from router.protocol import HttpProtocol
+from router.http.protocol import HttpProtocol
 
 _logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from core.types import PrefillProgress
 from router.answers.event_feed import EventFeed, TaggedEvent
 from router.answers.generation import Generation
 from router.context import Pacing, RequestRecord, record_of, server_send
-from router.direct import DirectWriter, direct_writer
-from router.errors import internal_error
+from router.http.direct_writer import DirectWriter, direct_writer
+from router.http.errors import internal_error
 
 _logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from core.types import (
 )
 from router.answers.event_feed import EventFeed, Run
 from router.context import RouteContext
-from router.errors import CLIENT_CLOSED_REQUEST
+from router.http.errors import CLIENT_CLOSED_REQUEST
 from router.services import ModelView
 
 

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from router.api.body import StrictBody, read_strict
-from router.drain import Drain
+from router.http.drain import Drain
 
 
 class NoFields(StrictBody):

@@ -11,7 +11,7 @@ from router.answers.event_feed import TaggedEvent
 from router.answers.event_stream import StreamFormatter, prefill_comment
 from router.answers.generation import Generation
 from router.context import RequestRecord
-from router.errors import error_body
+from router.http.errors import error_body
 
 DONE = "data: [DONE]\n\n"
 _MARK = "\0text\0"

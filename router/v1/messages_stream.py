@@ -10,7 +10,7 @@ from router.answers.event_stream import StreamFormatter, prefill_comment
 from router.answers.generation import Generation
 from router.answers.parts import Closed, Grown, Opened, Part, PartAssembler, PartStep
 from router.context import RequestRecord
-from router.errors import anthropic_error_body
+from router.http.errors import anthropic_error_body
 from router.v1 import messages_answer as answer
 from router.v1.messages_request import MessagesRequest
 

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from core.errors import ImpetusError
 from core.settings import Settings
 from deployments.router.listener import Listener, PortInUse, bind, check_exposure
-from router.protocol import MAX_TARGET_BYTES
+from router.http.protocol import MAX_TARGET_BYTES
 from tests.live_server import connection, exchange
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"

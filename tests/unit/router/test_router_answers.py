@@ -311,7 +311,7 @@ async def test_bug_is_a_500_without_its_traceback(
         500,
         f"internal error, request id {request_id}",
     )
-    logged = [record for record in caplog.records if record.name == "router.errors"]
+    logged = [record for record in caplog.records if record.name == "router.http.errors"]
     assert [getattr(record, "request_id", None) for record in logged] == [request_id]
     assert logged[0].exc_info is not None
 

@@ -20,7 +20,7 @@ from core.types import (
 )
 from router.answers import event_stream as sse
 from router.app import create_app
-from router.direct import DirectWriter
+from router.http.direct_writer import DirectWriter
 from router.services import EventTaker
 from router.v1.chunks import ChunkFormatter
 from tests.fakes import FakeDispatcher, finished, make_services

@@ -1,6 +1,6 @@
 """The HTTP protocol on raw sockets: what is refused, how, when, and what stays untouched.
 
-These tests also pin the internals of uvicorn and httptools that `router.protocol` builds on.
+These tests also pin the internals of uvicorn and httptools that `router.http.protocol` builds on.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from router.app import create_app
-from router.protocol import MAX_PIPELINED, HttpProtocol
+from router.http.protocol import MAX_PIPELINED, HttpProtocol
 from tests.fakes import CHAT_MODEL, make_services
 from tests.live_server import (
     connection,
@@ -315,7 +315,7 @@ async def test_answer_may_take_longer_than_the_request_n14() -> None:
 async def test_answer_to_a_whole_request_is_written_without_a_detour(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delattr("router.protocol._LingeringTransport.write")
+    monkeypatch.delattr("router.http.protocol._LingeringTransport.write")
     app = App()
     async with serving(app) as port, connection(port) as (reader, writer):
         writer.write(FIRST_HALF)

@@ -7,7 +7,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from router.app import create_app
-from router.security import PUBLIC_PATHS, normal_origin
+from router.http.guards import PUBLIC_PATHS, normal_origin
 from tests.fakes import CHAT_MODEL, FakeDispatcher, make_services
 from tests.live_server import client_of, error_of, exchange, serving
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from router.protocol import HttpProtocol
+from router.http.protocol import HttpProtocol
 from tests.live_server import connection, count_to_end_or_reset, serving, until
 
 

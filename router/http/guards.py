@@ -23,7 +23,7 @@ from core.errors import (
 from core.metrics import Metrics
 from core.settings import LOOPBACK_HOSTS, Settings
 from core.units import KIB, format_bytes
-from router.errors import error_response
+from router.http.errors import error_response
 
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz"})
 MAX_HEADER_BYTES = 64 * KIB

@@ -18,9 +18,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from core.errors import ImpetusError, RequestError
 from core.units import KIB, format_bytes
 from router.context import record_of
-from router.direct import offer_direct_writer
-from router.errors import error_body, internal_error
-from router.security import MAX_HEADER_BYTES, MAX_HEADERS
+from router.http.direct_writer import offer_direct_writer
+from router.http.errors import error_body, internal_error
+from router.http.guards import MAX_HEADER_BYTES, MAX_HEADERS
 
 _logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import Draining
 from core.metrics import Metrics
-from router.errors import error_response
+from router.http.errors import error_response
 
 # These answer to the end: who stops the server asks them.
 _ALWAYS = ("/healthz", "/readyz", "/metrics", "/api/drain")

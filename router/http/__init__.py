@@ -1,0 +1,1 @@
+"""HTTP below the APIs: protocol, guards, errors."""
