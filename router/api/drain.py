@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from router.api.body import StrictBody, read_strict
 from router.http.drain import Drain
+from router.requests.strict_body import StrictBody, read_strict
 
 
 class NoFields(StrictBody):

@@ -10,11 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from core.errors import RequestError
-from router.api.body import StrictBody, read_strict
 from router.context import RouteContext, record_of
+from router.requests.fields import MAX_INT32
+from router.requests.strict_body import StrictBody, read_strict
 from router.services import Management, ModelView, Priority, SettingsView
 from router.v1.models import find_model, model_object
-from router.v1.wire import MAX_INT32
 
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 

@@ -23,10 +23,10 @@ from router.answers.event_stream import EventStream
 from router.answers.generation import Generation, nobody_listens
 from router.answers.logprobs import chat_logprobs
 from router.context import RouteContext, record_of
-from router.v1.body import read_request
+from router.requests.body import read_request
+from router.requests.priority import request_priority
 from router.v1.chat_prompt import to_chat_prompt
 from router.v1.chunks import ChunkFormatter
-from router.v1.priority import request_priority
 from router.v1.requests import ChatRequest
 
 

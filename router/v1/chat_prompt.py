@@ -5,9 +5,9 @@ from typing import Literal
 
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
-from router.v1.reasoning import one_bound, one_effort
+from router.requests.fields import check_schema, refuse_unless_off
+from router.requests.reasoning import one_bound, one_effort
 from router.v1.requests import ChatRequest, ContentPart, Message, ToolDefinition
-from router.v1.wire import check_schema, refuse_unless_off
 
 
 def to_chat_prompt(request: ChatRequest) -> ChatPrompt:

@@ -28,9 +28,9 @@ from router.answers.event_stream import EventStream
 from router.answers.generation import Generation, nobody_listens
 from router.answers.logprobs import LegacyLogprobs
 from router.context import RouteContext, record_of
-from router.v1.body import read_request
+from router.requests.body import read_request
+from router.requests.priority import request_priority
 from router.v1.chunks import ChunkFormatter
-from router.v1.priority import request_priority
 from router.v1.requests import CompletionRequest
 
 

@@ -16,10 +16,10 @@ from core.types import Usage as TokenUsage
 from router.answers.event_feed import unless_disconnected
 from router.answers.generation import nobody_listens
 from router.context import RouteContext, record_of
-from router.v1.body import read_request
-from router.v1.priority import request_priority
+from router.requests.body import read_request
+from router.requests.fields import refuse_unless_off
+from router.requests.priority import request_priority
 from router.v1.requests import EmbeddingRequest
-from router.v1.wire import refuse_unless_off
 
 
 def embedding_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:

@@ -6,7 +6,7 @@ import jiter
 
 from core.types import Finished, JsonValue, Usage
 from router.answers.parts import Part
-from router.v1.thinking import sealed
+from router.requests.reasoning import sealed
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 # Anthropic signs its reasoning; clients only keep the field and send it back.

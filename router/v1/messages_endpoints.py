@@ -12,13 +12,13 @@ from router.answers.event_stream import EventStream
 from router.answers.generation import Generation, nobody_listens
 from router.answers.parts import PartAssembler
 from router.context import RouteContext, record_of
+from router.requests.body import read_request
+from router.requests.priority import request_priority
+from router.requests.reasoning import for_model
 from router.v1 import messages_answer as answer
-from router.v1.body import read_request
 from router.v1.messages_prompt import to_messages_prompt
 from router.v1.messages_request import MessagesPromptRequest, MessagesRequest
 from router.v1.messages_stream import MessageEvents
-from router.v1.priority import request_priority
-from router.v1.thinking import for_model
 
 
 def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:

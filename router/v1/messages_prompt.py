@@ -7,11 +7,10 @@ from typing import Literal
 
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
+from router.requests.fields import check_schema
+from router.requests.reasoning import unsealed, with_reasoning
+from router.requests.tools import ToolChoice, check_tools
 from router.v1 import messages_request as wire
-from router.v1.requests import ToolChoice
-from router.v1.thinking import unsealed, with_reasoning
-from router.v1.tools import check_tools
-from router.v1.wire import check_schema
 
 # Claude Code begins its system prompt with lines that differ in every request, as
 # `x-anthropic-billing-header: …`; they are no part of the prompt and end the reuse of its prefix.

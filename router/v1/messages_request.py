@@ -9,9 +9,7 @@ from pydantic import Field, PlainValidator
 
 from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonOutput, SamplingParams
-from router.v1.requests import MAX_MESSAGES, MAX_TOOLS
-from router.v1.thinking import Effort
-from router.v1.wire import (
+from router.requests.fields import (
     MAX_INT32,
     JsonObject,
     TokenCount,
@@ -21,6 +19,8 @@ from router.v1.wire import (
     parse_stop,
     unknown_fields,
 )
+from router.requests.reasoning import AnyEffort
+from router.v1.requests import MAX_MESSAGES, MAX_TOOLS
 
 MAX_BLOCKS = 4096
 # Fields of blocks and tools that change nothing here: prefixes are always reused, calls checked.
@@ -99,7 +99,7 @@ class OutputFormat(WireModel):
 class OutputConfig(WireModel):
     """How the answer is to be."""
 
-    effort: Effort | None = None
+    effort: AnyEffort | None = None
     format: OutputFormat | None = None
 
 

@@ -1,14 +1,12 @@
 """The OpenAI requests: chat completions, completions, embeddings."""
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator
 
 from core.errors import RequestError, UnsupportedParameter
-from router.v1.outputs import OutputFields
-from router.v1.reasoning import Effort, Reasoning, ReasoningTokens
-from router.v1.wire import (
+from router.requests.fields import (
     MAX_INT32,
     MAX_LOGPROBS,
     JsonObject,
@@ -19,6 +17,9 @@ from router.v1.wire import (
     refuse_unless_off,
     unknown_fields,
 )
+from router.requests.output_format import OutputFields
+from router.requests.reasoning import Effort, Reasoning, ReasoningTokens
+from router.requests.tools import ToolChoice, parse_tool_choice
 
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
@@ -27,7 +28,6 @@ MAX_PROMPTS = 128
 MAX_TEMPLATE_VARIABLES = 64
 DEFAULT_COMPLETION_TOKENS = 16
 
-ToolChoice: TypeAlias = Literal["none", "auto", "required"] | tuple[Literal["function"], str]
 
 _HINTS = frozenset(
     {
@@ -97,22 +97,6 @@ class ToolDefinition(WireModel):
 
     type: str = "function"
     function: Function | None = None
-
-
-def parse_tool_choice(value: object) -> ToolChoice | None:
-    """Return the choice; raises ValueError, or UnsupportedParameter for other tools' choices."""
-    match value:
-        case None:
-            return None
-        case "none" | "auto" | "required":
-            return value
-        case {"type": "function", "function": {"name": str(name)}}:
-            return ("function", name)
-        case {"type": "allowed_tools" | "custom" as kind}:
-            raise UnsupportedParameter(
-                f"tool_choice of type {kind!r} is not supported.", param="tool_choice"
-            )
-    raise ValueError('must be "none", "auto", "required" or {"type": "function", "function": …}')
 
 
 def parse_template_variables(value: object) -> dict[str, bool | int | float | str | None]:

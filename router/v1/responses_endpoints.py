@@ -12,14 +12,14 @@ from router.answers.event_stream import EventStream
 from router.answers.generation import Generation, nobody_listens
 from router.answers.parts import PartAssembler
 from router.context import RouteContext, record_of
-from router.v1.body import read_request
-from router.v1.priority import request_priority
+from router.requests.body import read_request
+from router.requests.fields import refuse_unless_off
+from router.requests.priority import request_priority
 from router.v1.responses_object import ResponseBuilder, to_json
 from router.v1.responses_prompt import input_messages, to_responses_prompt
 from router.v1.responses_request import ResponsesRequest
 from router.v1.responses_store import ResponseStore
 from router.v1.responses_stream import ResponseEvents
-from router.v1.wire import refuse_unless_off
 
 
 def responses_endpoint(

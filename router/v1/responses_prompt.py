@@ -6,11 +6,11 @@ from dataclasses import replace
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.answers import parts as answer
+from router.requests.fields import check_schema
+from router.requests.reasoning import unsealed, with_reasoning
+from router.requests.tools import check_tools
 from router.v1 import responses_request as wire
 from router.v1.requests import MAX_MESSAGES
-from router.v1.thinking import unsealed, with_reasoning
-from router.v1.tools import check_tools
-from router.v1.wire import check_schema
 
 _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
 

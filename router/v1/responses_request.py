@@ -6,9 +6,7 @@ from pydantic import Field, PlainValidator
 
 from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonOutput
-from router.v1.requests import MAX_MESSAGES, MAX_TOOLS, ToolChoice
-from router.v1.thinking import Effort
-from router.v1.wire import (
+from router.requests.fields import (
     MAX_LOGPROBS,
     JsonObject,
     SamplingFields,
@@ -18,6 +16,9 @@ from router.v1.wire import (
     refuse_unless_off,
     unknown_fields,
 )
+from router.requests.reasoning import AnyEffort
+from router.requests.tools import ToolChoice
+from router.v1.requests import MAX_MESSAGES, MAX_TOOLS
 
 MAX_PARTS = 4096
 MAX_METADATA = 16
@@ -83,7 +84,7 @@ class Text(WireModel):
 class Reasoning(WireModel):
     """How much the model reasons; its reasoning is given whole, never summed up."""
 
-    effort: Effort | None = None
+    effort: AnyEffort | None = None
     summary: str | None = None
     generate_summary: str | None = None
     context: str | None = None

@@ -22,7 +22,7 @@ from core.types import (
 )
 from router.app import create_app
 from router.context import Pacing
-from router.v1.body import validate_request
+from router.requests.body import validate_request
 from router.v1.messages_prompt import to_messages_prompt
 from router.v1.messages_request import MessagesRequest
 from tests.fakes import EMBEDDING_MODEL, FakeDispatcher, finished, make_services, make_view

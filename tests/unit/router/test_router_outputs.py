@@ -9,7 +9,7 @@ import pytest
 from core.errors import ImpetusError, RequestError
 from core.types import ChoiceOutput, JsonOutput, MismatchKind, RegexOutput, TextDelta, ToolCallDelta
 from router.app import create_app
-from router.v1.body import parse_request
+from router.requests.body import parse_request
 from router.v1.chat_prompt import to_chat_prompt
 from router.v1.requests import ChatRequest, CompletionRequest
 from tests.fakes import CHAT_MODEL, FakeDispatcher, finished, make_services

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from core.errors import ImpetusError, RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, JsonOutput, SamplingParams, Tool, ToolCall
-from router.v1.body import parse_request
+from router.requests.body import parse_request
+from router.requests.fields import WireRequest
 from router.v1.chat_prompt import to_chat_prompt
 from router.v1.requests import ChatRequest, CompletionRequest, EmbeddingRequest
-from router.v1.wire import WireRequest
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

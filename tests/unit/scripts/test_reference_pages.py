@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 
 from core.errors import ImpetusError
+from router.requests.fields import WireRequest
 from router.v1.messages_request import MessagesRequest
 from router.v1.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from router.v1.responses_request import ResponsesRequest
-from router.v1.wire import WireRequest
 from scripts.install import ROOT
 
 REFERENCE = (ROOT / "docs" / "API_REFERENCE.md").read_text()

@@ -4,8 +4,8 @@ from starlette.requests import Request
 
 from core.errors import RequestError
 from core.types import Priority
+from router.requests.fields import ServiceTier
 from router.services import ModelView
-from router.v1.wire import ServiceTier
 
 HEADER = "x-impetus-priority"
 

@@ -1,10 +1,12 @@
 """What holds for the tools of every API whose bodies name them flatly."""
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
-from core.errors import RequestError
+from core.errors import RequestError, UnsupportedParameter
 from core.types import Tool
-from router.v1.requests import ToolChoice
+
+ToolChoice: TypeAlias = Literal["none", "auto", "required"] | tuple[Literal["function"], str]
 
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
@@ -24,3 +26,19 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
             f"tool_choice: the tool {choice[1][:100]!r} is not among the tools",
             param="tool_choice",
         )
+
+
+def parse_tool_choice(value: object) -> ToolChoice | None:
+    """Return the choice; raises ValueError, or UnsupportedParameter for other tools' choices."""
+    match value:
+        case None:
+            return None
+        case "none" | "auto" | "required":
+            return value
+        case {"type": "function", "function": {"name": str(name)}}:
+            return ("function", name)
+        case {"type": "allowed_tools" | "custom" as kind}:
+            raise UnsupportedParameter(
+                f"tool_choice of type {kind!r} is not supported.", param="tool_choice"
+            )
+    raise ValueError('must be "none", "auto", "required" or {"type": "function", "function": …}')

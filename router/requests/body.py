@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from core.errors import RequestError
-from router.v1.wire import WireRequest
+from router.requests.fields import WireRequest
 
 RequestModel = TypeVar("RequestModel", bound=WireRequest)
 

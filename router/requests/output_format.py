@@ -7,7 +7,13 @@ from pydantic import Field
 
 from core.errors import RequestError
 from core.types import ChoiceOutput, JsonOutput, Output, RegexOutput
-from router.v1.wire import GenerationFields, JsonObject, WireModel, check_schema, unknown_fields
+from router.requests.fields import (
+    GenerationFields,
+    JsonObject,
+    WireModel,
+    check_schema,
+    unknown_fields,
+)
 
 MAX_CHOICES = 1024
 MAX_CHOICE_CHARACTERS = 4096
