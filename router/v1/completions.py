@@ -1,12 +1,14 @@
 """`POST /v1/completions`."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Annotated, ClassVar
 
 from openai.types import Completion
+from pydantic import Field, PlainValidator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from core.errors import UnsupportedParameter
+from core.errors import RequestError, UnsupportedParameter
 from core.types import (
     Capability,
     Finished,
@@ -29,9 +31,54 @@ from router.answers.generation import Generation, nobody_listens
 from router.answers.logprobs import LegacyLogprobs
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
+from router.requests.fields import (
+    MAX_INT32,
+    MAX_LOGPROBS,
+    parse_inputs,
+    refuse_unless_off,
+)
+from router.requests.output_format import OutputFields
 from router.requests.priority import request_priority
 from router.v1.chunks import ChunkFormatter
-from router.v1.requests import CompletionRequest
+from router.v1.requests import _HINTS
+
+MAX_PROMPTS = 128
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+class CompletionRequest(OutputFields):
+    """Body of `POST /v1/completions`."""
+
+    harmless: ClassVar = _HINTS
+
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_inputs)]
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
+    suffix: str | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: int | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Also refuse fields that contradict each other, and too many sequences."""
+        super().refuse_unsupported()
+        if self.best_of is not None:
+            refuse_unless_off("best_of", self.best_of, (self.n or 1,))
+        if len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
+            raise RequestError(
+                f"prompt: at most {MAX_PROMPTS} sequences (prompts times n) are accepted",
+                param="prompt",
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens: 0 is for echo: true only", param="max_tokens")
+        if self.suffix and self.echo:
+            raise RequestError("suffix: not together with echo", param="suffix")
+        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
+            raise RequestError("suffix: needs a prompt of text, not of tokens", param="suffix")
+
+    @property
+    def token_limit(self) -> int:
+        """The most tokens to generate; OpenAI's default is 16."""
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
 
 def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:

@@ -2,10 +2,12 @@
 
 import base64
 from collections.abc import Awaitable, Callable
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from openai.types.create_embedding_response import Usage
+from pydantic import PlainValidator
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,9 +19,33 @@ from router.answers.event_feed import unless_disconnected
 from router.answers.generation import nobody_listens
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
-from router.requests.fields import refuse_unless_off
+from router.requests.fields import (
+    TokenCount,
+    WireRequest,
+    parse_inputs,
+    refuse_unless_off,
+)
 from router.requests.priority import request_priority
-from router.v1.requests import EmbeddingRequest
+
+MAX_EMBEDDING_INPUTS = 2048
+
+
+def parse_embedding_input(value: object) -> tuple[str | tuple[int, ...], ...]:
+    """Return the inputs of an embedding request; raises ValueError."""
+    inputs = parse_inputs(value)
+    if len(inputs) > MAX_EMBEDDING_INPUTS:
+        raise ValueError(f"at most {MAX_EMBEDDING_INPUTS} inputs are accepted")
+    if not all(inputs):
+        raise ValueError("an input must not be empty")
+    return inputs
+
+
+class EmbeddingRequest(WireRequest):
+    """Body of `POST /v1/embeddings`."""
+
+    input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_embedding_input)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: TokenCount | None = None
 
 
 def embedding_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:

@@ -7,14 +7,10 @@ from pydantic import Field, PlainValidator
 
 from core.errors import RequestError, UnsupportedParameter
 from router.requests.fields import (
-    MAX_INT32,
     MAX_LOGPROBS,
     JsonObject,
     TokenCount,
     WireModel,
-    WireRequest,
-    parse_inputs,
-    refuse_unless_off,
     unknown_fields,
 )
 from router.requests.output_format import OutputFields
@@ -23,10 +19,7 @@ from router.requests.tools import ToolChoice, parse_tool_choice
 
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
-MAX_EMBEDDING_INPUTS = 2048
-MAX_PROMPTS = 128
 MAX_TEMPLATE_VARIABLES = 64
-DEFAULT_COMPLETION_TOKENS = 16
 
 
 _HINTS = frozenset(
@@ -174,56 +167,3 @@ class ChatRequest(OutputFields):
     def logprob_count(self) -> int | None:
         """How many alternatives each token's logprobs list, None for no logprobs."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-class CompletionRequest(OutputFields):
-    """Body of `POST /v1/completions`."""
-
-    harmless: ClassVar = _HINTS
-
-    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_inputs)]
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
-    suffix: str | None = None
-    echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: int | None = None
-
-    def refuse_unsupported(self) -> None:
-        """Also refuse fields that contradict each other, and too many sequences."""
-        super().refuse_unsupported()
-        if self.best_of is not None:
-            refuse_unless_off("best_of", self.best_of, (self.n or 1,))
-        if len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
-            raise RequestError(
-                f"prompt: at most {MAX_PROMPTS} sequences (prompts times n) are accepted",
-                param="prompt",
-            )
-        if self.max_tokens == 0 and not self.echo:
-            raise RequestError("max_tokens: 0 is for echo: true only", param="max_tokens")
-        if self.suffix and self.echo:
-            raise RequestError("suffix: not together with echo", param="suffix")
-        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
-            raise RequestError("suffix: needs a prompt of text, not of tokens", param="suffix")
-
-    @property
-    def token_limit(self) -> int:
-        """The most tokens to generate; OpenAI's default is 16."""
-        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
-
-
-def parse_embedding_input(value: object) -> tuple[str | tuple[int, ...], ...]:
-    """Return the inputs of an embedding request; raises ValueError."""
-    inputs = parse_inputs(value)
-    if len(inputs) > MAX_EMBEDDING_INPUTS:
-        raise ValueError(f"at most {MAX_EMBEDDING_INPUTS} inputs are accepted")
-    if not all(inputs):
-        raise ValueError("an input must not be empty")
-    return inputs
-
-
-class EmbeddingRequest(WireRequest):
-    """Body of `POST /v1/embeddings`."""
-
-    input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_embedding_input)]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: TokenCount | None = None

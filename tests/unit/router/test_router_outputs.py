@@ -11,7 +11,8 @@ from core.types import ChoiceOutput, JsonOutput, MismatchKind, RegexOutput, Text
 from router.app import create_app
 from router.requests.body import parse_request
 from router.v1.chat_prompt import to_chat_prompt
-from router.v1.requests import ChatRequest, CompletionRequest
+from router.v1.completions import CompletionRequest
+from router.v1.requests import ChatRequest
 from tests.fakes import CHAT_MODEL, FakeDispatcher, finished, make_services
 from tests.live_server import client_of
 
