@@ -24,7 +24,7 @@ from router.http.drain import Drain, DrainGuard
 from router.http.errors import RequestBoundary, install_error_handlers
 from router.http.guards import BodyLimit, ContentTypeGuard, HeaderGuard, KeyGuard, OriginGuard
 from router.services import Management, Services
-from router.v1.chat import chat_endpoint
+from router.v1.chat.endpoint import chat_endpoint
 from router.v1.completions import completion_endpoint
 from router.v1.embeddings import embedding_endpoint
 from router.v1.messages_endpoints import count_tokens_endpoint, messages_endpoint

@@ -39,8 +39,8 @@ from router.requests.fields import (
 )
 from router.requests.output_format import OutputFields
 from router.requests.priority import request_priority
+from router.v1.chat.request import _HINTS
 from router.v1.chunks import ChunkFormatter
-from router.v1.requests import _HINTS
 
 MAX_PROMPTS = 128
 DEFAULT_COMPLETION_TOKENS = 16

@@ -20,7 +20,7 @@ from router.requests.fields import (
     unknown_fields,
 )
 from router.requests.reasoning import AnyEffort
-from router.v1.requests import MAX_MESSAGES, MAX_TOOLS
+from router.v1.chat.request import MAX_MESSAGES, MAX_TOOLS
 
 MAX_BLOCKS = 4096
 # Fields of blocks and tools that change nothing here: prefixes are always reused, calls checked.

@@ -18,7 +18,7 @@ from router.requests.fields import (
 )
 from router.requests.reasoning import AnyEffort
 from router.requests.tools import ToolChoice
-from router.v1.requests import MAX_MESSAGES, MAX_TOOLS
+from router.v1.chat.request import MAX_MESSAGES, MAX_TOOLS
 
 MAX_PARTS = 4096
 MAX_METADATA = 16

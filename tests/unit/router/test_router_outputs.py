@@ -10,9 +10,9 @@ from core.errors import ImpetusError, RequestError
 from core.types import ChoiceOutput, JsonOutput, MismatchKind, RegexOutput, TextDelta, ToolCallDelta
 from router.app import create_app
 from router.requests.body import parse_request
-from router.v1.chat_prompt import to_chat_prompt
+from router.v1.chat.prompt import to_chat_prompt
+from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest
-from router.v1.requests import ChatRequest
 from tests.fakes import CHAT_MODEL, FakeDispatcher, finished, make_services
 from tests.live_server import client_of
 

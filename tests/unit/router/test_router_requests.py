@@ -12,10 +12,10 @@ from core.errors import ImpetusError, RequestError, UnsupportedCapability, Unsup
 from core.types import ChatMessage, JsonOutput, SamplingParams, Tool, ToolCall
 from router.requests.body import parse_request
 from router.requests.fields import WireRequest
-from router.v1.chat_prompt import to_chat_prompt
+from router.v1.chat.prompt import to_chat_prompt
+from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest
 from router.v1.embeddings import EmbeddingRequest
-from router.v1.requests import ChatRequest
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

@@ -6,10 +6,10 @@ import pytest
 
 from core.errors import ImpetusError
 from router.requests.fields import WireRequest
+from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest
 from router.v1.embeddings import EmbeddingRequest
 from router.v1.messages_request import MessagesRequest
-from router.v1.requests import ChatRequest
 from router.v1.responses_request import ResponsesRequest
 from scripts.install import ROOT
 

@@ -7,7 +7,7 @@ from core.errors import RequestError, UnsupportedCapability, UnsupportedParamete
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.requests.fields import check_schema, refuse_unless_off
 from router.requests.reasoning import one_bound, one_effort
-from router.v1.requests import ChatRequest, ContentPart, Message, ToolDefinition
+from router.v1.chat.request import ChatRequest, ContentPart, Message, ToolDefinition
 
 
 def to_chat_prompt(request: ChatRequest) -> ChatPrompt:

@@ -25,9 +25,9 @@ from router.answers.logprobs import chat_logprobs
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.priority import request_priority
-from router.v1.chat_prompt import to_chat_prompt
+from router.v1.chat.prompt import to_chat_prompt
+from router.v1.chat.request import ChatRequest
 from router.v1.chunks import ChunkFormatter
-from router.v1.requests import ChatRequest
 
 
 def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
