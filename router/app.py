@@ -27,7 +27,7 @@ from router.services import Management, Services
 from router.v1.chat.endpoint import chat_endpoint
 from router.v1.completions import completion_endpoint
 from router.v1.embeddings import embedding_endpoint
-from router.v1.messages_endpoints import count_tokens_endpoint, messages_endpoint
+from router.v1.messages.endpoints import count_tokens_endpoint, messages_endpoint
 from router.v1.models import model_endpoint, models_endpoint
 from router.v1.responses_endpoints import (
     delete_response_endpoint,

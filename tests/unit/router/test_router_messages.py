@@ -23,8 +23,8 @@ from core.types import (
 from router.app import create_app
 from router.context import Pacing
 from router.requests.body import validate_request
-from router.v1.messages_prompt import to_messages_prompt
-from router.v1.messages_request import MessagesRequest
+from router.v1.messages.prompt import to_messages_prompt
+from router.v1.messages.request import MessagesRequest
 from tests.fakes import EMBEDDING_MODEL, FakeDispatcher, finished, make_services, make_view
 from tests.live_server import client_of, connection, post_bytes, serving
 

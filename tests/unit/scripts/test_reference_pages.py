@@ -9,7 +9,7 @@ from router.requests.fields import WireRequest
 from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest
 from router.v1.embeddings import EmbeddingRequest
-from router.v1.messages_request import MessagesRequest
+from router.v1.messages.request import MessagesRequest
 from router.v1.responses_request import ResponsesRequest
 from scripts.install import ROOT
 

@@ -11,8 +11,8 @@ from router.answers.generation import Generation
 from router.answers.parts import Closed, Grown, Opened, Part, PartAssembler, PartStep
 from router.context import RequestRecord
 from router.http.errors import anthropic_error_body
-from router.v1 import messages_answer as answer
-from router.v1.messages_request import MessagesRequest
+from router.v1.messages import answer
+from router.v1.messages.request import MessagesRequest
 
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 

@@ -15,10 +15,10 @@ from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.priority import request_priority
 from router.requests.reasoning import for_model
-from router.v1 import messages_answer as answer
-from router.v1.messages_prompt import to_messages_prompt
-from router.v1.messages_request import MessagesPromptRequest, MessagesRequest
-from router.v1.messages_stream import MessageEvents
+from router.v1.messages import answer
+from router.v1.messages.prompt import to_messages_prompt
+from router.v1.messages.request import MessagesPromptRequest, MessagesRequest
+from router.v1.messages.stream import MessageEvents
 
 
 def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:

@@ -10,7 +10,7 @@ from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.requests.fields import check_schema
 from router.requests.reasoning import unsealed, with_reasoning
 from router.requests.tools import ToolChoice, check_tools
-from router.v1 import messages_request as wire
+from router.v1.messages import request as wire
 
 # Claude Code begins its system prompt with lines that differ in every request, as
 # `x-anthropic-billing-header: …`; they are no part of the prompt and end the reuse of its prefix.
