@@ -29,13 +29,13 @@ from router.v1.completions import completion_endpoint
 from router.v1.embeddings import embedding_endpoint
 from router.v1.messages.endpoints import count_tokens_endpoint, messages_endpoint
 from router.v1.models import model_endpoint, models_endpoint
-from router.v1.responses_endpoints import (
+from router.v1.responses.endpoints import (
     delete_response_endpoint,
     input_tokens_endpoint,
     responses_endpoint,
     stored_response_endpoint,
 )
-from router.v1.responses_store import ResponseStore
+from router.v1.responses.store import ResponseStore
 
 
 def create_app(

@@ -6,7 +6,7 @@ import pytest
 
 from core.types import ChatMessage, ChatPrompt
 from router.app import create_app
-from router.v1.responses_store import ResponseStore
+from router.v1.responses.store import ResponseStore
 from tests.fakes import EMBEDDING_MODEL, FakeDispatcher, make_services
 from tests.live_server import client_of, error_of
 

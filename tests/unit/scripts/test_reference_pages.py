@@ -10,7 +10,7 @@ from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest
 from router.v1.embeddings import EmbeddingRequest
 from router.v1.messages.request import MessagesRequest
-from router.v1.responses_request import ResponsesRequest
+from router.v1.responses.request import ResponsesRequest
 from scripts.install import ROOT
 
 REFERENCE = (ROOT / "docs" / "API_REFERENCE.md").read_text()

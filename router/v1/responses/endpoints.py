@@ -15,11 +15,11 @@ from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.fields import refuse_unless_off
 from router.requests.priority import request_priority
-from router.v1.responses_object import ResponseBuilder, to_json
-from router.v1.responses_prompt import input_messages, to_responses_prompt
-from router.v1.responses_request import ResponsesRequest
-from router.v1.responses_store import ResponseStore
-from router.v1.responses_stream import ResponseEvents
+from router.v1.responses.object import ResponseBuilder, to_json
+from router.v1.responses.prompt import input_messages, to_responses_prompt
+from router.v1.responses.request import ResponsesRequest
+from router.v1.responses.store import ResponseStore
+from router.v1.responses.stream import ResponseEvents
 
 
 def responses_endpoint(

@@ -12,9 +12,9 @@ from router.answers.generation import Generation
 from router.answers.logprobs import chat_logprobs
 from router.answers.parts import Part, PartAssembler
 from router.requests.reasoning import sealed
-from router.v1.responses_prompt import answer_message
-from router.v1.responses_request import ResponsesRequest, TextFormat, Tool
-from router.v1.responses_store import ResponseStore
+from router.v1.responses.prompt import answer_message
+from router.v1.responses.request import ResponsesRequest, TextFormat, Tool
+from router.v1.responses.store import ResponseStore
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
