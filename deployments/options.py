@@ -6,7 +6,7 @@ from backends.registry import backends_for
 from core.errors import RequestError
 from core.settings import Settings
 from core.units import format_bytes
-from scheduler.sensors import gpu_memory_bytes, machine_memory_bytes, memory_budget_bytes
+from scheduler.sensors.machine import gpu_memory_bytes, machine_memory_bytes, memory_budget_bytes
 
 
 def engine_options(settings: Settings, budget_bytes: int) -> EngineOptions:

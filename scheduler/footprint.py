@@ -1,14 +1,11 @@
 """What a process holds in memory, and which of its models holds it."""
 
-import ctypes
 import re
-import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from core.units import KIB, MIB
+from core.units import MIB
 
 _STATUS = Path("/proc/self/status")
 # What stays in a process after its first model: the runtime's libraries, the allocator's spare.
@@ -22,85 +19,6 @@ _LINE = re.compile(r"^(RssAnon|RssFile|VmSwap):\s+(\d{1,15}) kB$", re.MULTILINE)
 _RUSAGE_INFO_V2 = 2
 _RUSAGE_BYTES = 16 + 8 * 18
 _FOOTPRINT_OFFSET = 16 + 8 * 7
-
-
-class Meter(Protocol):
-    """Where a process' memory is read."""
-
-    def read(self) -> int | None:
-        """Return the bytes this process holds; None where the system does not say."""
-        ...
-
-
-class LinuxMeter:
-    """Anonymous, swapped and mapped file pages; not shared memory, which is Ray's object store."""
-
-    def __init__(self, status: Path = _STATUS) -> None:
-        self._status = status
-
-    def read(self) -> int | None:
-        """Return what `/proc/self/status` adds up to.  Source: proc_pid_status(5)."""
-        try:
-            found = dict(_LINE.findall(self._status.read_text()))
-        except OSError:
-            return None
-        if not {"RssAnon", "RssFile"} <= found.keys():
-            return None
-        return sum(map(int, found.values())) * KIB
-
-
-class MacMeter:
-    """The physical footprint, as Activity Monitor shows it: Metal's buffers are part of it."""
-
-    def __init__(self, rusage: Callable[[], bytes] | None = None) -> None:
-        self._rusage = rusage or _own_rusage
-
-    def read(self) -> int | None:
-        """Return `ri_phys_footprint` of this process."""
-        try:
-            data = self._rusage()
-        except (OSError, AttributeError):
-            return None
-        field = data[_FOOTPRINT_OFFSET : _FOOTPRINT_OFFSET + 8]
-        return int.from_bytes(field, sys.byteorder) if len(field) == 8 else None
-
-
-class NoMeter:
-    """A system whose figures are not known here."""
-
-    def read(self) -> int | None:
-        """Return that nothing is known."""
-        return None
-
-
-def open_meter() -> Meter:
-    """Return this machine's meter."""
-    if sys.platform == "darwin":
-        return MacMeter()
-    return LinuxMeter() if sys.platform == "linux" else NoMeter()
-
-
-def _own_rusage() -> bytes:
-    """Return this process' rusage_info_v2.  Raises OSError."""
-    import os
-
-    library = ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
-    buffer = ctypes.create_string_buffer(_RUSAGE_BYTES)
-    if library.proc_pid_rusage(os.getpid(), _RUSAGE_INFO_V2, ctypes.byref(buffer)):
-        raise OSError(ctypes.get_errno(), "proc_pid_rusage failed")
-    return buffer.raw
-
-
-def give_back() -> None:
-    """Ask the C library to return what it holds for later; blocks for milliseconds.
-
-    Source: malloc_trim(3) of glibc, malloc_zone_pressure_relief of macOS' malloc/malloc.h.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
-    elif hasattr(library, "malloc_zone_pressure_relief"):
-        library.malloc_zone_pressure_relief(None, ctypes.c_size_t(0))
 
 
 @dataclass(slots=True)

@@ -9,7 +9,8 @@ from backends.abilities import Measured
 from backends.base import Backend, MemoryEstimate
 from core.errors import ImpetusError
 from deployments.messages import Freed, LoadOrder
-from scheduler.footprint import FootprintBook, Meter, give_back, open_meter
+from scheduler.footprint import FootprintBook
+from scheduler.sensors.process_memory import Meter, give_back, open_meter
 
 Result = TypeVar("Result")
 

@@ -13,7 +13,7 @@ from core.settings import Settings
 from deployments.decisions import DecisionLog
 from deployments.serve.handles import Handle, call
 from deployments.serve.status import running_deployments
-from scheduler.sensors import Sensor, open_sensor
+from scheduler.sensors.machine import Sensor, open_sensor
 from scheduler.thermal import (
     FALL_S,
     Directive,

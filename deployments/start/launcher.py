@@ -26,7 +26,7 @@ from deployments.options import check_settings
 from deployments.router.listener import bind, check_exposure
 from deployments.serve.resources import UNIFIED_MEMORY
 from deployments.start.drain import drain, local_url
-from scheduler.sensors import machine_memory_bytes
+from scheduler.sensors.machine import machine_memory_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 180.0

@@ -7,16 +7,8 @@ from pathlib import Path
 import pytest
 
 from core.units import MIB
-from scheduler.footprint import (
-    ALLOWANCE_BYTES,
-    FootprintBook,
-    LinuxMeter,
-    MacMeter,
-    NoMeter,
-    Returned,
-    give_back,
-    open_meter,
-)
+from scheduler.footprint import ALLOWANCE_BYTES, FootprintBook, Returned
+from scheduler.sensors.process_memory import LinuxMeter, MacMeter, NoMeter, give_back, open_meter
 
 STATUS = """Name:\tpython
 VmRSS:\t  999999 kB

@@ -6,8 +6,8 @@ import psutil
 import pytest
 
 from core.units import GIB
-from scheduler.budget_macos import MacLimits, parse_wired_limit
-from scheduler.sensors import machine_memory_bytes, memory_budget_bytes
+from scheduler.sensors.machine import machine_memory_bytes, memory_budget_bytes
+from scheduler.sensors.macos_memory import MacLimits, parse_wired_limit
 
 
 @pytest.fixture

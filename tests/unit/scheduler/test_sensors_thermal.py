@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.sensors import NoSensor, open_sensor
-from scheduler.sensors_file import FileSensor
-from scheduler.sensors_linux import LinuxSensor, pressure_state, zone_state
-from scheduler.sensors_macos import MacSensor, NotifyLevel, battery, low_power_mode
+from scheduler.sensors.linux import LinuxSensor, pressure_state, zone_state
+from scheduler.sensors.machine import NoSensor, open_sensor
+from scheduler.sensors.macos import MacSensor, NotifyLevel, battery, low_power_mode
+from scheduler.sensors.simulated import FileSensor
 from scheduler.thermal import ThermalState
 
 UNKNOWN, NOMINAL, FAIR, SERIOUS, CRITICAL = ThermalState

@@ -7,10 +7,10 @@ from typing import Protocol
 import psutil
 
 from core.units import GIB
-from scheduler.budget_macos import MacLimits
-from scheduler.sensors_file import FileSensor
-from scheduler.sensors_linux import LinuxSensor
-from scheduler.sensors_macos import MacSensor
+from scheduler.sensors.linux import LinuxSensor
+from scheduler.sensors.macos import MacSensor
+from scheduler.sensors.macos_memory import MacLimits
+from scheduler.sensors.simulated import FileSensor
 from scheduler.thermal import Reading, SensorProblem
 
 _CGROUP_LIMITS = (
