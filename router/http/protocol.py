@@ -1,7 +1,7 @@
 """HTTP/1.1 as it arrives: bounds on size and time before the application sees a request.
 
 Builds on internals of uvicorn's httptools protocol, so it holds for the uvicorn version that
-`scripts/constraints.txt` pins; `tests/unit/router/test_router_protocol.py` fails where another
+`scripts/constraints.txt` pins; `tests/unit/router/http/test_router_protocol.py` fails where another
 version moves them.
 """
 

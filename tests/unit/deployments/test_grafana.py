@@ -11,7 +11,7 @@ from backends.base import EngineLoad
 from core.metrics import Metrics
 from deployments.messages import ReplicaReport, ResidentReport
 from tests.unit.deployments.handles import FakeHandle, answering
-from tests.unit.deployments.test_telemetry import SNAPSHOT, telemetry
+from tests.unit.deployments.router.test_telemetry import SNAPSHOT, telemetry
 
 DASHBOARD = Path(__file__).resolve().parents[3] / "docs" / "grafana" / "impetus.json"
 PANEL_FIELDS = {"id", "title", "type", "datasource", "gridPos", "fieldConfig", "options", "targets"}

@@ -10,7 +10,7 @@ from backends.engine.batching import BatchingEngine
 from backends.limits import UNLIMITED, EngineLimits, Limitable
 from core.errors import EngineFailed, Unavailable
 from tests.requests import end_of, request, run, text_of
-from tests.unit.backends.test_batching import FakeStepper, open_engine, until
+from tests.unit.backends.engine.test_batching import FakeStepper, open_engine, until
 
 # Longer than any test may last: what waits for the pause to pass never ends.
 HELD = EngineLimits(decode_pause_s=3600.0)

@@ -15,8 +15,8 @@ from core.errors import UnsupportedParameter
 from core.types import Capability, InfillPrompt, TextPrompt, TokenPrompt
 from tests.gguf_raw import minimal_gguf
 from tests.requests import chat, request
-from tests.unit.backends.test_hf_folder import info, model, write_json
-from tests.unit.backends.test_hf_tokenizer import tiny
+from tests.unit.backends.hf.test_hf_folder import info, model, write_json
+from tests.unit.backends.hf.test_hf_tokenizer import tiny
 
 QWEN = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 PROMPT = InfillPrompt("ab", "yz")

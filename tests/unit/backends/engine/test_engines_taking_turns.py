@@ -17,7 +17,7 @@ from backends.engine.batching import BatchingEngine
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import EngineFailed
 from tests.requests import request, run, text_of
-from tests.unit.backends.test_batching import FakeStepper, open_engine
+from tests.unit.backends.engine.test_batching import FakeStepper, open_engine
 
 
 class FakeLock:

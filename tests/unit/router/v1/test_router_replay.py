@@ -13,7 +13,7 @@ from router.app import create_app
 from tests.fakes import CHAT_MODEL, FakeDispatcher, finished, make_services, make_view
 from tests.live_server import client_of, sse_data
 
-REPLAY = Path(__file__).resolve().parents[2] / "replay"
+REPLAY = Path(__file__).resolve().parents[3] / "replay"
 # Fields that the server may pass over, by client; it tells their names.
 IGNORED: Mapping[str, frozenset[str]] = {
     "cline": frozenset(),

@@ -11,7 +11,7 @@ _SIGNS = {"failed": "✗", "passed": "✓"}
 _INTRO = """\
 # Tool calls
 
-Written by `.venv/bin/python -m pytest tests/unit/backends/test_tool_conformance.py \\
+Written by `.venv/bin/python -m pytest tests/unit/backends/tool_calls/test_tool_conformance.py \\
 --tool-report=docs/tool_calls.md`; do not edit.
 
 A model's family of tool calls is told by its chat template; `PATCH /api/models/{id}` with

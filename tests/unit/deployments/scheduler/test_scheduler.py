@@ -19,7 +19,7 @@ from deployments.messages import Need, Residency
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.scheduler.load_plans import Offers
 from scheduler.state import Offer
-from tests.unit.deployments.scheduling import A, B, InProcess, Replica, started
+from tests.unit.deployments.scheduler.scheduling import A, B, InProcess, Replica, started
 
 
 @pytest.fixture(autouse=True)

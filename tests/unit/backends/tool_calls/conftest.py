@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.backends.tool_report import ToolReport
+from tests.unit.backends.tool_calls.tool_report import ToolReport
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

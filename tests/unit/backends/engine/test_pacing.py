@@ -9,7 +9,7 @@ from backends.engine.batching import BatchingEngine
 from backends.engine.pacing import Pacer
 from backends.limits import UNLIMITED, EngineLimits
 from tests.requests import end_of, request, run
-from tests.unit.backends.test_batching import FakeStepper, open_engine
+from tests.unit.backends.engine.test_batching import FakeStepper, open_engine
 
 
 class Clock:

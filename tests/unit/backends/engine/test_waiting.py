@@ -13,7 +13,7 @@ from backends.engine.slot_gate import SlotGate
 from backends.engine.waiting import Pace, WaitingQueue
 from core.types import BATCH_DELAY_S, Priority
 from tests.requests import request, run
-from tests.unit.backends.test_batching import FakeStepper, open_engine, until
+from tests.unit.backends.engine.test_batching import FakeStepper, open_engine, until
 
 
 def ticket(submitted_at: float, priority: Priority = "interactive") -> Any:

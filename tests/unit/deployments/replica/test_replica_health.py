@@ -17,7 +17,7 @@ from deployments.messages import Freed, LoadOrder
 from deployments.replica.deployment import FormatReplica
 from deployments.replica.memory import HeldMemory
 from tests.requests import request, run
-from tests.unit.backends.test_batching import FakeStepper, open_engine, until
+from tests.unit.backends.engine.test_batching import FakeStepper, open_engine, until
 
 ORDER = LoadOrder("m", echo_info(), EngineOptions(), step_limit_s=60.0)
 

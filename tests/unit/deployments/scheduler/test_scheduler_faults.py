@@ -16,7 +16,7 @@ from deployments.messages import ANY_NEED, Freed, Need, Residency
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.handles import ReplicaDied
 from tests.gguf_files import llama_gguf
-from tests.unit.deployments.scheduling import A, B, InProcess, Replica, started
+from tests.unit.deployments.scheduler.scheduling import A, B, InProcess, Replica, started
 
 RETRY = Need(is_retry=True)
 

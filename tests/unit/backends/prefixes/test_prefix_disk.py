@@ -166,7 +166,7 @@ def test_a_writer_that_is_killed_leaves_nothing_broken(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
         "from backends import snapshot_file\n"
-        "from tests.unit.backends.test_snapshot_folder import put, folder_at\n"
+        "from tests.unit.backends.prefixes.test_prefix_disk import put, folder_at\n"
         "real = os.write\n"
         "def write(file, data):\n"
         "    if len(data) == 1000:\n"
@@ -176,7 +176,7 @@ def test_a_writer_that_is_killed_leaves_nothing_broken(tmp_path: Path) -> None:
         "os.write = write\n"
         "put(folder_at(Path(sys.argv[1])), 1)\n"
     )
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[4]
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, check=False)
     assert done.returncode == -9
     assert len(list(tmp_path.glob("model/*.tmp"))) == 1
