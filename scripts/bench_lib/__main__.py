@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.bench_lib import machine
-from scripts.bench_lib.kept import Kept, kept_text, merged, read_kept
-from scripts.bench_lib.report import render
+from scripts.bench_lib.report import machine
+from scripts.bench_lib.report.kept import Kept, kept_text, merged, read_kept
+from scripts.bench_lib.report.page import render
 from scripts.bench_lib.rounds import AGENT_ANSWER_TOKENS
 from scripts.bench_lib.section import Choices, Section
 from scripts.bench_lib.sections import SECTIONS, run_section

@@ -10,11 +10,11 @@ from statistics import median
 from typing import Any
 
 from scripts.bench_lib.client import StreamRecord
-from scripts.bench_lib.figures import Verdict
 from scripts.bench_lib.measure import count_prompt_tokens, post
-from scripts.bench_lib.peers import running_peer
+from scripts.bench_lib.peers.processes import running_peer
 from scripts.bench_lib.prompts import agent_system_text, first_turn, next_turn
-from scripts.bench_lib.report import table
+from scripts.bench_lib.report.figures import Verdict
+from scripts.bench_lib.report.page import table
 from scripts.bench_lib.rounds import CALIBRATION_CHARACTERS, say
 from scripts.bench_lib.servers import OURS, BenchError, Load, Server, running_ours
 

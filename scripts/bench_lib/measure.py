@@ -10,7 +10,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from scripts.bench_lib.client import Job, StreamRecord
-from scripts.bench_lib.peers import BareLoop
+from scripts.bench_lib.peers.processes import BareLoop
 from scripts.bench_lib.processes import gateway_cpu_s, is_supported, tree_cpu_s, tree_pss_bytes
 from scripts.bench_lib.prompts import first_turn, second_turn
 from scripts.bench_lib.servers import ROOT, BenchError, Server, gateway_snapshot

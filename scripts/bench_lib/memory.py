@@ -12,7 +12,6 @@ from core.errors import NotThisFormat
 from core.settings import Settings
 from core.units import GIB, format_bytes
 from deployments.options import engine_options
-from scripts.bench_lib.figures import Verdict
 from scripts.bench_lib.measure import post
 from scripts.bench_lib.processes import (
     ProcessMemory,
@@ -20,6 +19,7 @@ from scripts.bench_lib.processes import (
     process_memory,
 )
 from scripts.bench_lib.prompts import agent_system_text, first_turn
+from scripts.bench_lib.report.figures import Verdict
 from scripts.bench_lib.rounds import say
 from scripts.bench_lib.servers import BenchError, Load, Server, model_id, process_ids, running_ours
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.bench_lib.figures import Verdict
+from scripts.bench_lib.report.figures import Verdict
 
 
 @dataclass(frozen=True, slots=True)

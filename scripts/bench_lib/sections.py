@@ -17,13 +17,6 @@ from scripts.bench_lib.agent import (
     measure_agent,
 )
 from scripts.bench_lib.contests import Contestant, ContestPlan, run_contest
-from scripts.bench_lib.figures import (
-    MIN_GRAMMAR_RATIO,
-    Verdict,
-    rate_verdicts,
-    scaling_verdict,
-    verdicts,
-)
 from scripts.bench_lib.golden import model_folder
 from scripts.bench_lib.measure import StreamsResult, run_bare, run_streams
 from scripts.bench_lib.memory import (
@@ -33,10 +26,17 @@ from scripts.bench_lib.memory import (
     memory_rows,
     memory_verdicts,
 )
-from scripts.bench_lib.neighbour import busy_process
-from scripts.bench_lib.peers import running_bare, running_mlx_server, running_peer
+from scripts.bench_lib.peers.neighbour import busy_process
+from scripts.bench_lib.peers.processes import running_bare, running_mlx_server, running_peer
 from scripts.bench_lib.prompts import constrained
-from scripts.bench_lib.report import gguf_parts, streams_parts, table
+from scripts.bench_lib.report.figures import (
+    MIN_GRAMMAR_RATIO,
+    Verdict,
+    rate_verdicts,
+    scaling_verdict,
+    verdicts,
+)
+from scripts.bench_lib.report.page import gguf_parts, streams_parts, table
 from scripts.bench_lib.rounds import Plan, Results, run, say
 from scripts.bench_lib.section import Choices, Facts, Section
 from scripts.bench_lib.servers import OURS, BenchError, Load, Server, running_ours

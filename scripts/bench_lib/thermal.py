@@ -19,8 +19,8 @@ from statistics import median
 from scheduler.thermal import ThermalState, directive
 from scripts.bench_lib.client import StreamRecord
 from scripts.bench_lib.measure import post
-from scripts.bench_lib.plot import Band, Chart, Line, draw
 from scripts.bench_lib.prompts import stream_bodies
+from scripts.bench_lib.report.plot import Band, Chart, Line, draw
 from scripts.bench_lib.rounds import say
 from scripts.bench_lib.servers import METRIC, ROOT, BenchError, Load, Server, running_ours
 from scripts.bench_lib.starter import starter_model

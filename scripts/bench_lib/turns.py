@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backends.engine.accelerator_lock import TurnLock
-from scripts.bench_lib.figures import Spread, Verdict, spread
-from scripts.bench_lib.report import table
+from scripts.bench_lib.report.figures import Spread, Verdict, spread
+from scripts.bench_lib.report.page import table
 from scripts.bench_lib.servers import ROOT
 
 MOST_TURN_US = 20.0

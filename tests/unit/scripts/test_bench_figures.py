@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from scripts.bench_lib import processes
-from scripts.bench_lib.figures import rate_verdicts, ratios, scaling_verdict, spread, verdicts
 from scripts.bench_lib.measure import AgentResult, IdleResult, StreamsResult
 from scripts.bench_lib.processes import (
     GatewaySnapshot,
@@ -15,7 +14,14 @@ from scripts.bench_lib.processes import (
     main_thread_cpu_s,
 )
 from scripts.bench_lib.prompts import agent_system_text, stream_bodies
-from scripts.bench_lib.report import gguf_parts, render, streams_parts
+from scripts.bench_lib.report.figures import (
+    rate_verdicts,
+    ratios,
+    scaling_verdict,
+    spread,
+    verdicts,
+)
+from scripts.bench_lib.report.page import gguf_parts, render, streams_parts
 from scripts.bench_lib.rounds import Results
 
 

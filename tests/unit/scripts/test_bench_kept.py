@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from scripts.bench_lib.__main__ import _write
-from scripts.bench_lib.figures import Verdict
-from scripts.bench_lib.kept import Kept, kept_text, merged, read_kept
+from scripts.bench_lib.report.figures import Verdict
+from scripts.bench_lib.report.kept import Kept, kept_text, merged, read_kept
 from scripts.bench_lib.section import Section
 
 ORDER = ("turns", "mlx", "gguf")

@@ -12,10 +12,10 @@ from backends.base import MemoryEstimate
 from core.units import MIB
 from scripts.bench_lib import memory, processes, sections
 from scripts.bench_lib.__main__ import _sections
-from scripts.bench_lib.bare import record_run
 from scripts.bench_lib.contests import Contestant, ContestPlan, run_contest
 from scripts.bench_lib.measure import StreamsResult, streams_result
 from scripts.bench_lib.memory import MemoryResult, memory_rows, memory_verdicts
+from scripts.bench_lib.peers.bare import record_run
 from scripts.bench_lib.processes import ProcessMemory, process_memory
 from scripts.bench_lib.rounds import rounds_within
 from scripts.bench_lib.section import Choices, Section

@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 import pytest
 
 from scripts.bench_lib.client import StreamRecord
-from scripts.bench_lib.figures import Spread
-from scripts.bench_lib.plot import Band, Chart, Line, draw
+from scripts.bench_lib.report.figures import Spread
+from scripts.bench_lib.report.plot import Band, Chart, Line, draw
 from scripts.bench_lib.thermal import Run, Samples, picture, planned_tokens
 from scripts.bench_lib.turns import TurnsResult, measure_turns, turns_table, turns_verdict
 

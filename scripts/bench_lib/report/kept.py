@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.bench_lib.figures import Verdict
+from scripts.bench_lib.report.figures import Verdict
 from scripts.bench_lib.section import Section
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from core.units import format_bytes
-from scripts.bench_lib.figures import Figure, Verdict, added_first_token_ms, ratios, spread
 from scripts.bench_lib.measure import IdleResult
+from scripts.bench_lib.report.figures import Figure, Verdict, added_first_token_ms, ratios, spread
 from scripts.bench_lib.rounds import Results
 
 Row = Sequence[str]

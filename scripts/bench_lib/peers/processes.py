@@ -64,7 +64,7 @@ class BareLoop:
 def running_peer(load: Load) -> Iterator[Server]:
     """Run llama.cpp's server; it has loaded the model when this yields."""
     arguments = ["--context", str(load.context), "--sequences", str(load.sequences)]
-    with _running("scripts.bench_lib.peer", load, arguments) as child:
+    with _running("scripts.bench_lib.peers.llama_server", load, arguments) as child:
         port = int(child.facts["url"].rpartition(":")[2])
         facts = {**child.facts, "version": f"xllamacpp {child.facts['version']}"}
         server = Server("llama.cpp", port, "peer", child.process.pid, facts=facts)
@@ -79,7 +79,7 @@ def running_mlx_server(load: Load) -> Iterator[Server]:
     Its list of models is never asked for: without a hub cache it breaks the connection.
     """
     port = free_port()
-    with _running("scripts.bench_lib.mlx_peer", load, ["--port", str(port)]) as child:
+    with _running("scripts.bench_lib.peers.mlx_server", load, ["--port", str(port)]) as child:
         server = Server(
             MLX_SERVER, port, "default_model", child.process.pid, format="mlx",
             facts=dict(child.facts),
@@ -91,7 +91,7 @@ def running_mlx_server(load: Load) -> Iterator[Server]:
 @contextmanager
 def running_bare(load: Load) -> Iterator[BareLoop]:
     """Run a loop over the format's runtime; it has loaded the model when this yields."""
-    with _running("scripts.bench_lib.bare", load, ["--runtime", load.format]) as child:
+    with _running("scripts.bench_lib.peers.bare", load, ["--runtime", load.format]) as child:
         yield BareLoop(f"bare {_PACKAGES[load.format]}", child.facts["version"], child)
 
 
