@@ -165,7 +165,6 @@ def test_a_writer_that_is_killed_leaves_nothing_broken(tmp_path: Path) -> None:
     """The child dies in the middle of the state, having written its beginning."""
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from backends import snapshot_file\n"
         "from tests.unit.backends.prefixes.test_prefix_disk import put, folder_at\n"
         "real = os.write\n"
         "def write(file, data):\n"

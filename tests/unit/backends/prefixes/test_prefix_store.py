@@ -91,9 +91,9 @@ def test_tokens_are_compared_and_not_only_their_keys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys that say nothing must not let one prompt take another's state."""
-    for module in ("snapshots", "snapshot_index"):
+    for module in ("store", "index"):
         monkeypatch.setattr(
-            f"backends.{module}.block_keys",
+            f"backends.prefixes.{module}.block_keys",
             lambda tokens: [bytes([n]) * 16 for n in range(len(tokens) // BLOCK_TOKENS)],
         )
     store = store_at(tmp_path, ram_bytes=10_000, size_bytes=0)
