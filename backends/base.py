@@ -76,6 +76,16 @@ class EngineOptions:
     snapshots: SnapshotPlace | None = field(default=None, compare=False)
     stable_prompts: bool = True
 
+    def granted(self, estimate: "MemoryEstimate") -> "EngineOptions":
+        """Return these options with the context and cache that `estimate` found room for."""
+        return replace(
+            self,
+            context_tokens=estimate.context_tokens,
+            kv_tokens=estimate.kv_tokens,
+            prefix_bytes=estimate.prefix_bytes,
+            warm_tokens=estimate.warm_tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
@@ -203,14 +213,3 @@ class Backend(ABC):
     @abstractmethod
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
         """Load; blocks.  Raises BrokenModel, InsufficientMemory, BackendUnavailable."""
-
-
-def as_granted(options: EngineOptions, granted: MemoryEstimate) -> EngineOptions:
-    """Return `options` with the context and cache that the estimate found room for."""
-    return replace(
-        options,
-        context_tokens=granted.context_tokens,
-        kv_tokens=granted.kv_tokens,
-        prefix_bytes=granted.prefix_bytes,
-        warm_tokens=granted.warm_tokens,
-    )

@@ -50,7 +50,7 @@ def _says_nothing(name: str) -> bool:
     return name in _UNINFORMATIVE or _HASH.fullmatch(name) is not None
 
 
-def is_telling(file_name: str) -> bool:
+def is_descriptive(file_name: str) -> bool:
     """Whether a file's name says which model it is; a hash does not."""
     return not _says_nothing(_without_suffixes(file_name))
 

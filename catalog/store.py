@@ -89,7 +89,7 @@ class CatalogStore:
 
     def get(self, model_id: str) -> ModelRecord | None:
         """Return the model with exactly this id."""
-        if not _is_sayable(model_id):
+        if not _is_valid_name(model_id):
             return None
         with self._reading() as connection:
             row = connection.execute(_RECORDS + " WHERE models.id = ?", (model_id,)).fetchone()
@@ -101,7 +101,7 @@ class CatalogStore:
         (1) An id means that model.  (2) A user's alias comes next.  (3) A bare name means all
         its variants.
         """
-        if not _is_sayable(name):
+        if not _is_valid_name(name):
             return []
         wanted = name.lower()
         for condition in (
@@ -133,7 +133,7 @@ class CatalogStore:
                 "hyphens, the first a letter or digit.",
                 param="alias",
             )
-        if not _is_sayable(model_id):
+        if not _is_valid_name(model_id):
             raise ModelNotFound.of(model_id, [])
         with self._writing() as connection:
             known = connection.execute("SELECT 1 FROM models WHERE id = ?", (model_id,))
@@ -144,7 +144,7 @@ class CatalogStore:
     def remove_alias(self, alias: str) -> None:
         """Forget an alias.  Raises NotFound."""
         unknown = NotFound(f"There is no alias {alias[:100]!r}.", param="alias")
-        if not _is_sayable(alias):
+        if not _is_valid_name(alias):
             raise unknown
         with self._writing() as connection:
             if not connection.execute("DELETE FROM aliases WHERE alias = ?", (alias,)).rowcount:
@@ -155,7 +155,7 @@ class CatalogStore:
 
         Returns all of them.  Raises ModelNotFound, TypeError for a name that is no field.
         """
-        if not _is_sayable(model_id):
+        if not _is_valid_name(model_id):
             raise ModelNotFound.of(model_id, [])
         with self._writing() as connection:
             row = connection.execute("SELECT settings FROM models WHERE id = ?", (model_id,))
@@ -202,7 +202,7 @@ class CatalogStore:
         return ScanReport(**{kind: tuple(sorted(ids)) for kind, ids in lists.items()})
 
 
-def _is_sayable(name: str) -> bool:
+def _is_valid_name(name: str) -> bool:
     """Whether `name` can be an id or alias at all; what SQLite cannot encode is not."""
     return 0 < len(name) <= _LONGEST_NAME and name.isascii()
 

@@ -166,7 +166,7 @@ class Settings(BaseSettings):
 
     @field_validator("api_key")
     @classmethod
-    def _key_is_sayable(cls, value: SecretStr | None) -> SecretStr | None:
+    def _key_is_valid(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not (
             value.get_secret_value().isascii() and value.get_secret_value()
         ):

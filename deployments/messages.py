@@ -19,7 +19,7 @@ class FileMark:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadOrder:
+class LoadRequest:
     """Which model a replica shall open, and how; a step over `step_limit_s` counts as hung."""
 
     model_id: str
@@ -157,7 +157,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class ModelStates:
     """What the router must know beside residency: the faults of models, by id, and the strain.
 
     `keeps_cool`: a bare name is to mean its smallest variant.

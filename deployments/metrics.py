@@ -1,4 +1,4 @@
-"""The scheduler's snapshot as metrics: in the router's registry, and in Ray's own."""
+"""Specifications of the metrics made of the scheduler's snapshot."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

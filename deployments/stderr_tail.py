@@ -30,7 +30,7 @@ def stderr_path() -> str:
     return found if Path(found).is_file() else ""
 
 
-def last_words(path: str) -> str:
+def read_stderr_tail(path: str) -> str:
     """Return the last lines of a file, joined by ` / `; empty where there is nothing to read."""
     if not path:
         return ""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from scheduler.state import HostState, KeepRules, Offer, Priority
+from scheduler.state import HostState, KeepRules, LoadPlan, Priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Wanted:
 
     request_id: int
     model_id: str
-    offers: tuple[Offer, ...]
+    plans: tuple[LoadPlan, ...]
     deadline: float
     priority: Priority = "interactive"
     is_resumed: bool = False
@@ -148,7 +148,7 @@ class Load:
     """Open a model; its bytes are promised from now on."""
 
     model_id: str
-    offer: Offer
+    plan: LoadPlan
     reason: str
 
 

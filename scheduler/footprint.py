@@ -1,4 +1,4 @@
-"""What a process holds in memory, and which of its models holds it."""
+"""Attributes a process's memory footprint to the models it holds."""
 
 import re
 from collections.abc import Collection

@@ -128,7 +128,7 @@ def _want(state: HostState, event: Wanted, now: float) -> Outcome:
     request = Waiting(
         event.request_id,
         event.model_id,
-        event.offers,
+        event.plans,
         now,
         event.deadline,
         event.priority,
@@ -163,7 +163,7 @@ def _take_in(state: HostState, event: Loaded, now: float) -> Outcome:
 
 def _fail(state: HostState, event: LoadFailed) -> Outcome:
     """End what waits for the model, unless it may be opened with less memory."""
-    tried = next((item.offer for item in state.loading if item.model_id == event.model_id), None)
+    tried = next((item.plan for item in state.loading if item.model_id == event.model_id), None)
     waiting: list[Waiting] = []
     rejects: list[Reject] = []
     for item in state.waiting:
@@ -171,9 +171,9 @@ def _fail(state: HostState, event: LoadFailed) -> Outcome:
             waiting.append(item)
             continue
         limit = tried.needed_bytes if tried and event.is_memory else 0
-        smaller = tuple(offer for offer in item.offers if offer.needed_bytes < limit)
+        smaller = tuple(plan for plan in item.plans if plan.needed_bytes < limit)
         if smaller:
-            waiting.append(replace(item, offers=smaller))
+            waiting.append(replace(item, plans=smaller))
         else:
             rejects.append(Reject(item.request_id, item.model_id, "failed", event.message))
     loading = tuple(item for item in state.loading if item.model_id != event.model_id)
@@ -194,8 +194,8 @@ def _end_hopeless(state: HostState, now: float) -> Outcome:
                 else f"{waited} for memory; {_usage(state)} and did not become free."
             )
             rejects.append(Reject(item.request_id, item.model_id, "timeout", reason, retry))
-        elif not (state.is_loading(item.model_id) or possible(state, item.offers)):
-            least = min((offer.needed_bytes for offer in item.offers), default=0)
+        elif not (state.is_loading(item.model_id) or possible(state, item.plans)):
+            least = min((plan.needed_bytes for plan in item.plans), default=0)
             reason = (
                 f"{item.model_id} needs {format_bytes(least)}; {_usage(state)}, "
                 f"{format_bytes(state.pinned_bytes)} of it by pinned models{_kept(state)}."

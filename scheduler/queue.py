@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.state import HostState, Offer, Waiting
+from scheduler.state import HostState, LoadPlan, Waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Group:
     """
 
     model_id: str
-    offers: tuple[Offer, ...]
+    plans: tuple[LoadPlan, ...]
     since: float
     rank: float
     is_resumed: bool = False
@@ -39,7 +39,7 @@ def groups(state: HostState) -> list[Group]:
     found = [
         Group(
             model_id,
-            requests[0].offers,
+            requests[0].plans,
             min(request.since for request in requests),
             min(rank(request, delay) for request in requests),
             any(request.is_resumed for request in requests),

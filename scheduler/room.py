@@ -7,13 +7,13 @@ from core.units import format_bytes
 from scheduler.events import Drain, Load, Outcome, Unload
 from scheduler.eviction import is_busy, is_held, victims
 from scheduler.queue import Group
-from scheduler.state import HostState, Loading, Offer, Resident
+from scheduler.state import HostState, Loading, LoadPlan, Resident
 
 
-def possible(state: HostState, offers: Sequence[Offer]) -> list[Offer]:
-    """Return the offers that fit beside the pinned models and what processes keep."""
+def possible(state: HostState, plans: Sequence[LoadPlan]) -> list[LoadPlan]:
+    """Return the plans that fit beside the pinned models and what processes keep."""
     room = state.budget_bytes - state.pinned_bytes - state.kept_bytes
-    return [offer for offer in offers if offer.needed_bytes <= room]
+    return [plan for plan in plans if plan.needed_bytes <= room]
 
 
 def candidates(state: HostState, waiting_since: float, now: float) -> list[Resident]:
@@ -50,11 +50,11 @@ def admit(state: HostState, group: Group, reserved: int, now: float) -> tuple[Ou
     3. Still not: busy models are drained.
     4. Else it waits, after the patience with its bytes kept free.
     """
-    offers = possible(state, group.offers)
+    plans = possible(state, group.plans)
     idle = candidates(state, group.since, now)
     is_patient = now - group.since < state.limits.patience_s
-    for offer in offers[:1] if is_patient else offers:  # (1) (2)
-        found = _make_room(state, group.model_id, offer, reserved, idle, now)
+    for plan in plans[:1] if is_patient else plans:  # (1) (2)
+        found = _make_room(state, group.model_id, plan, reserved, idle, now)
         if found is not None:
             return found
     if is_patient:
@@ -64,28 +64,28 @@ def admit(state: HostState, group: Group, reserved: int, now: float) -> tuple[Ou
         for item in state.residents
         if item.may_close and not is_held(item, group.since, now, state.limits)
     ]
-    for offer in offers:  # (3)
-        found = _make_room(state, group.model_id, offer, reserved, ripe, now)
+    for plan in plans:  # (3)
+        found = _make_room(state, group.model_id, plan, reserved, ripe, now)
         if found is not None:
             return found
-    return Outcome(state), offers[0].needed_bytes if offers else 0  # (4)
+    return Outcome(state), plans[0].needed_bytes if plans else 0  # (4)
 
 
 def _make_room(
     state: HostState,
     model_id: str,
-    offer: Offer,
+    plan: LoadPlan,
     reserved: int,
     candidates: Sequence[Resident],
     now: float,
 ) -> tuple[Outcome, int] | None:
     """Load where there is room, else unload for it; None where that is not enough."""
-    missing = state.used_bytes + reserved + offer.needed_bytes - state.budget_bytes
-    what = f"{model_id} needs {format_bytes(offer.needed_bytes)}"
+    missing = state.used_bytes + reserved + plan.needed_bytes - state.budget_bytes
+    what = f"{model_id} needs {format_bytes(plan.needed_bytes)}"
     if missing <= 0:
-        loading = (*state.loading, Loading(model_id, offer))
-        return Outcome(replace(state, loading=loading), (Load(model_id, offer, what),)), 0
+        loading = (*state.loading, Loading(model_id, plan))
+        return Outcome(replace(state, loading=loading), (Load(model_id, plan, what),)), 0
     chosen = victims(missing - state.leaving_bytes, candidates, now)
     if chosen is None:
         return None
-    return close(state, chosen, what, now, model_id), offer.needed_bytes
+    return close(state, chosen, what, now, model_id), plan.needed_bytes

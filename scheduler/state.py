@@ -9,7 +9,7 @@ from core.types import Priority as Priority
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class LoadPlan:
     """One way to open a model: the bytes it will hold.
 
     `context_tokens` None means the context that the options grant, a number a lowered one.
@@ -59,19 +59,19 @@ class Loading:
     """A model that is being opened; its bytes are promised."""
 
     model_id: str
-    offer: Offer
+    plan: LoadPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request whose model is not resident; `offers` go from the largest to the smallest.
+    """A request whose model is not resident; `plans` go from the largest to the smallest.
 
     `is_resumed`: its answer has begun, so that it is served even under critical strain.
     """
 
     request_id: int
     model_id: str
-    offers: tuple[Offer, ...]
+    plans: tuple[LoadPlan, ...]
     since: float
     deadline: float
     priority: Priority = "interactive"
@@ -125,7 +125,7 @@ class HostState:
     def used_bytes(self) -> int:
         """Bytes held, kept and promised."""
         held = sum(resident.size_bytes for resident in self.residents)
-        return held + self.kept_bytes + sum(model.offer.needed_bytes for model in self.loading)
+        return held + self.kept_bytes + sum(model.plan.needed_bytes for model in self.loading)
 
     @property
     def leaving_bytes(self) -> int:

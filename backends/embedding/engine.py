@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from backends.base import Engine, EngineLoad, ModelInfo
 from backends.embedding.pooling import Pooling, pool, read_pooling
-from backends.engine.accelerator_lock import TurnLock
+from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace
 from backends.limits import UNLIMITED, EngineLimits, StepWatch
@@ -166,8 +166,8 @@ class EmbeddingEngine(Engine):
         """How long the running batch has lasted; see `backends.limits.Watched`."""
         return self._watch.lasted_s
 
-    def take_turns(self, lock: TurnLock) -> None:
-        """See `TurnTaking`; a batch is a turn."""
+    def share_accelerator(self, lock: AcceleratorLock) -> None:
+        """See `SharesAccelerator`; a batch is a turn."""
         self._take_turn = lock.turn
 
     async def close(self) -> None:

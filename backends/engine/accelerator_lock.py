@@ -42,7 +42,7 @@ _POLL_S = 0.001
 _TRIES = 8
 
 
-class TurnLock:
+class AcceleratorLock:
     """One process's place among those that share an accelerator; make one for each process.
 
     Turns go round strictly: who has had one queues behind all that already wait.  Threads of one
@@ -254,10 +254,10 @@ class TurnLock:
 
 
 @runtime_checkable
-class TurnTaking(Protocol):
+class SharesAccelerator(Protocol):
     """An engine that shares an accelerator with other processes."""
 
-    def take_turns(self, lock: TurnLock) -> None:
+    def share_accelerator(self, lock: AcceleratorLock) -> None:
         """Take a turn for each forward pass, and for nothing else; before the first request.
 
         The lock must be registered and stay open until the engine is closed.

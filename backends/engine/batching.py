@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from backends.base import Engine, EngineLoad, EventSink, ModelInfo
-from backends.engine.accelerator_lock import TurnLock
+from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.pacing import Pacer
-from backends.engine.request import Inbox, StepEvents, Ticket, events_of
+from backends.engine.request import EngineRequest, Inbox, StepEvents, events_of
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace, WaitingQueue
 from backends.limits import EngineLimits, StepWatch
@@ -46,13 +46,13 @@ class BatchingEngine(Engine):
         self._preparer, self._max_waiting = preparer, max_waiting
         self._wake, self._inbox = threading.Condition(), Inbox()
         self._waiting, self._pace = WaitingQueue(), Pace()
-        self._running: dict[int, Ticket] = {}
+        self._running: dict[int, EngineRequest] = {}
         self._next_id = self._preparing = 0
         self._failure: ImpetusError | None = None
         self._pacer, self._watch = Pacer(), StepWatch()
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._counters = EngineLoad()
-        self._ended: list[tuple[Ticket, Finished | EngineFailed]] = []
+        self._ended: list[tuple[EngineRequest, Finished | EngineFailed]] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="impetus-prepare")
         self._start(open_stepper)
 
@@ -104,7 +104,7 @@ class BatchingEngine(Engine):
             prepared = await loop.run_in_executor(self._pool, self._preparer.prepare, request)
         finally:
             self._preparing -= 1
-        ticket = Ticket(request, prepared, sink, loop, loop.create_future(), submitted_at)
+        ticket = EngineRequest(request, prepared, sink, loop, loop.create_future(), submitted_at)
         if not prepared.max_tokens:
             return ticket.finish_at_once(time.monotonic())
         self._submit(ticket)
@@ -126,7 +126,7 @@ class BatchingEngine(Engine):
         if self._inbox.is_closing:
             raise EngineFailed(f"The model {self.info.name} is being unloaded.")
 
-    def _submit(self, ticket: Ticket) -> None:
+    def _submit(self, ticket: EngineRequest) -> None:
         with self._wake:
             self._check_open()
             self._next_id += 1
@@ -134,7 +134,7 @@ class BatchingEngine(Engine):
             self._inbox.submitted.append(ticket)
             self._wake.notify()
 
-    def _cancel(self, ticket: Ticket) -> None:
+    def _cancel(self, ticket: EngineRequest) -> None:
         with self._wake:
             self._inbox.cancelled.append(ticket)
             self._wake.notify()
@@ -145,8 +145,8 @@ class BatchingEngine(Engine):
             self._pacer.limits = limits
             self._wake.notify()
 
-    def take_turns(self, lock: TurnLock) -> None:
-        """See `TurnTaking`."""
+    def share_accelerator(self, lock: AcceleratorLock) -> None:
+        """See `SharesAccelerator`."""
         self._take_turn = lock.turn
 
     def load(self) -> EngineLoad:
@@ -222,7 +222,7 @@ class BatchingEngine(Engine):
             return self._pacer.pause_left_s()
         return 0 if has_chores(stepper) else None
 
-    def _drop(self, stepper: Stepper, ticket: Ticket) -> None:
+    def _drop(self, stepper: Stepper, ticket: EngineRequest) -> None:
         if self._running.pop(ticket.id, None) is not None:
             stepper.remove(ticket.id)
         else:
@@ -265,7 +265,7 @@ class BatchingEngine(Engine):
         return events
 
     def _advance(
-        self, stepper: Stepper, ticket: Ticket, output: StepOutput, now: float
+        self, stepper: Stepper, ticket: EngineRequest, output: StepOutput, now: float
     ) -> list[GenerationEvent]:
         """Turn one output into events; end the sequence when it is done."""
         ticket.cached_tokens, ticket.reuse = output.cached, output.reuse

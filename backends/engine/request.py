@@ -27,7 +27,7 @@ StepEvents = dict[int, tuple[EventSink, list[tuple[str, Sequence[GenerationEvent
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
+class EngineRequest:
     """One request inside the engine; touched by the engine's thread only once submitted.
 
     `completion_tokens` are those that this engine generated.  `throttled_s` is a balance: what
@@ -129,8 +129,8 @@ class Ticket:
 class Inbox:
     """What other threads ask of the engine's thread."""
 
-    submitted: deque[Ticket] = field(default_factory=deque)
-    cancelled: deque[Ticket] = field(default_factory=deque)
+    submitted: deque[EngineRequest] = field(default_factory=deque)
+    cancelled: deque[EngineRequest] = field(default_factory=deque)
     is_closing: bool = False
 
     @property

@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from backends.engine.request import Ticket
+from backends.engine.request import EngineRequest
 from core.errors import QueueFull
 from core.types import BATCH_DELAY_S
 
@@ -41,29 +41,29 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self._interactive: deque[Ticket] = deque()
-        self._batch: deque[Ticket] = deque()
+        self._interactive: deque[EngineRequest] = deque()
+        self._batch: deque[EngineRequest] = deque()
 
     def __len__(self) -> int:
         return len(self._interactive) + len(self._batch)
 
-    def __iter__(self) -> Iterator[Ticket]:
+    def __iter__(self) -> Iterator[EngineRequest]:
         yield from self._interactive
         yield from self._batch
 
-    def extend(self, tickets: Iterable[Ticket]) -> None:
+    def extend(self, tickets: Iterable[EngineRequest]) -> None:
         """Take requests in the order they came."""
         for ticket in tickets:
             self._queue_of(ticket).append(ticket)
 
-    def popleft(self) -> Ticket:
+    def popleft(self) -> EngineRequest:
         """Return the next one to run.  Raises IndexError when nobody waits."""
         if not (self._interactive and self._batch):
             return (self._interactive or self._batch).popleft()
         goes_batch = self._batch[0].submitted_at + BATCH_DELAY_S < self._interactive[0].submitted_at
         return (self._batch if goes_batch else self._interactive).popleft()
 
-    def discard(self, ticket: Ticket) -> None:
+    def discard(self, ticket: EngineRequest) -> None:
         """Drop a request, if it waits here."""
         queue = self._queue_of(ticket)
         if ticket in queue:
@@ -74,5 +74,5 @@ class WaitingQueue:
         self._interactive.clear()
         self._batch.clear()
 
-    def _queue_of(self, ticket: Ticket) -> "deque[Ticket]":
+    def _queue_of(self, ticket: EngineRequest) -> "deque[EngineRequest]":
         return self._batch if ticket.request.priority == "batch" else self._interactive

@@ -12,7 +12,6 @@ from backends.base import (
     EngineOptions,
     MemoryEstimate,
     ModelInfo,
-    as_granted,
 )
 from backends.engine.batching import BatchingEngine
 from backends.gguf.embedding import GgufEmbedder
@@ -58,7 +57,7 @@ class GgufBackend(Backend):
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
         """Load the model; blocks for as long as reading the weights takes."""
         granted = self.estimate(info, options)
-        options = as_granted(options, granted)
+        options = options.granted(granted)
         if Capability.EMBEDDING in info.capabilities:
             return GgufEmbedder(info, options)
         model = GgufModel(info.files[0])

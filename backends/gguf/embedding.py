@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
-from backends.engine.accelerator_lock import TurnLock
+from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.slot_gate import SlotGate
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace
@@ -177,8 +177,8 @@ class GgufEmbedder(Engine):
         """How long the running batch has lasted; see `backends.limits.Watched`."""
         return self._watch.lasted_s
 
-    def take_turns(self, lock: TurnLock) -> None:
-        """See `TurnTaking`; a batch is a turn."""
+    def share_accelerator(self, lock: AcceleratorLock) -> None:
+        """See `SharesAccelerator`; a batch is a turn."""
         self._take_turn = lock.turn
 
     async def close(self) -> None:

@@ -12,7 +12,6 @@ from backends.base import (
     EngineOptions,
     MemoryEstimate,
     ModelInfo,
-    as_granted,
 )
 from backends.hf.engine import open_token_engine
 from backends.hf.folder import read_folder
@@ -71,7 +70,7 @@ class MlxBackend(Backend):
             raise BackendUnavailable(available.reason)
         granted = self.estimate(info, options)
         is_dense = wants_dense(info, options)
-        options = as_granted(options, granted)
+        options = options.granted(granted)
         folder = read_folder(info.files[0].parent)
         check_config(folder.config)
         model_type = runtime_type(folder.config)

@@ -20,7 +20,6 @@ from backends.base import (
     EngineOptions,
     MemoryEstimate,
     ModelInfo,
-    as_granted,
 )
 from backends.embedding.engine import EmbeddingEngine, pool, read_pooling
 from backends.embedding.pooling import Pooling, unit
@@ -107,7 +106,7 @@ class OnnxBackend(Backend):
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
         """Load the model; blocks while onnxruntime reads and optimises it."""
         granted = self.estimate(info, options)
-        options = as_granted(options, granted)
+        options = options.granted(granted)
         model = read_model(info.files[0])
         if isinstance(model.layout, EncoderLayout):
             return _open_encoder(info, model, model.layout, options)

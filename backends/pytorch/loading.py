@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backends.base import Availability, Engine, EngineOptions, MemoryEstimate, ModelInfo, as_granted
+from backends.base import Availability, Engine, EngineOptions, MemoryEstimate, ModelInfo
 from backends.engine.row_stepper import RowStepper
 from backends.hf.config import HfFolder
 from backends.hf.engine import open_token_engine
@@ -80,7 +80,7 @@ def open_torch(info: ModelInfo, options: EngineOptions) -> Engine:
     if not available.is_available:
         raise BackendUnavailable(available.reason, param="model")
     granted = estimate_torch(info, options)
-    options = as_granted(options, granted)
+    options = options.granted(granted)
     folder = read_folder(info.files[0].parent)
     refuse_quantized(folder)
     if Capability.EMBEDDING in info.capabilities:

@@ -1,6 +1,6 @@
 """Answers that are nothing but calls, without the markers of a family."""
 
-from backends.tool_calls.collector import CallSink
+from backends.tool_calls.collector import CallCollector
 from backends.tool_calls.cursor import Cursor, Malformed, Steps
 from backends.tool_calls.json_call import CallReader
 from backends.tool_calls.json_scanner import MalformedJson
@@ -20,28 +20,28 @@ def answer_with_calls(starts: tuple[str, ...], section: Section, *, is_pythonic:
     prose = prose_with_calls(starts, section)
     openers = tuple(opener for opener in _JSON_OPENERS if opener not in starts)
 
-    def read(cursor: Cursor, sink: CallSink) -> Steps[None]:
+    def read(cursor: Cursor, collector: CallCollector) -> Steps[None]:
         cursor.mark()
         try:
             if is_pythonic:
-                yield from _list(cursor, sink)
+                yield from _list(cursor, collector)
             else:
-                yield from _object(cursor, sink, openers)
+                yield from _object(cursor, collector, openers)
         except Malformed:
             cursor.unread(cursor.since_mark)
-            yield from prose(cursor, sink)
+            yield from prose(cursor, collector)
 
     return read
 
 
-def _object(cursor: Cursor, sink: CallSink, openers: tuple[str, ...]) -> Steps[None]:
+def _object(cursor: Cursor, collector: CallCollector, openers: tuple[str, ...]) -> Steps[None]:
     yield from cursor.spaces()
     for opener in openers:
         yield from cursor.accept(opener)
         yield from cursor.spaces()
     if not cursor.rest.startswith("{"):
         raise Malformed
-    reader = CallReader(sink.names)
+    reader = CallReader(collector.names)
     while not reader.is_complete:
         if not cursor.rest and not (yield from cursor.more()):
             raise Malformed
@@ -52,9 +52,9 @@ def _object(cursor: Cursor, sink: CallSink, openers: tuple[str, ...]) -> Steps[N
         cursor.advance(reader.position)
     yield from _end(cursor)
     assert reader.name is not None
-    sink.begin(reader.name)
-    sink.arguments(reader.take())
-    sink.finish()
+    collector.begin(reader.name)
+    collector.arguments(reader.take())
+    collector.finish()
 
 
 def _end(cursor: Cursor) -> Steps[None]:
@@ -67,11 +67,11 @@ def _end(cursor: Cursor) -> Steps[None]:
         raise Malformed
 
 
-def _list(cursor: Cursor, sink: CallSink) -> Steps[None]:
+def _list(cursor: Cursor, collector: CallCollector) -> Steps[None]:
     yield from cursor.spaces()
-    calls = yield from read_python_list(cursor, sink)
+    calls = yield from read_python_list(cursor, collector)
     yield from cursor.spaces()
     if cursor.rest:
         raise Malformed
     for name, arguments in calls:
-        sink.call(name, arguments)
+        collector.call(name, arguments)

@@ -24,7 +24,7 @@ class Enough(Exception):
     """The one call that is allowed is complete."""
 
 
-class CallSink:
+class CallCollector:
     """Collects one answer's pieces; `check` tells whether a call's arguments fit its schema.
 
     What does not fit is passed on and noted in `mismatches`.

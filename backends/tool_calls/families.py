@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from backends.answer.parser import Piece
 from backends.tool_calls import harmony
 from backends.tool_calls.bare_calls import answer_with_calls
-from backends.tool_calls.collector import CallSink
+from backends.tool_calls.collector import CallCollector
 from backends.tool_calls.json_forms import deepseek, kimi, mistral, python_tag, tagged_json
 from backends.tool_calls.literal_forms import gemma, pythonic
 from backends.tool_calls.parser import CallParser, Main, Section
@@ -45,12 +45,12 @@ class ToolFamily:
 
     def parser(self, tools: Sequence[Tool], *, is_parallel: bool = True) -> CallParser:
         """Return a parser of one answer in which `tools` may be called."""
-        sink = CallSink(tools, is_parallel=is_parallel, check=fitting(tools))
+        collector = CallCollector(tools, is_parallel=is_parallel, check=fitting(tools))
         if self.main is not None:
-            return CallParser(self.main, sink)
+            return CallParser(self.main, collector)
         starts = (self.tool_call_start, *self.starts)
         main = answer_with_calls(starts, self.section, is_pythonic=self.is_pythonic)
-        return CallParser(main, sink)
+        return CallParser(main, collector)
 
     def parse_tool_call(self, text: str, tools: Sequence[Tool]) -> list[Piece]:
         """Return the pieces of a call's whole text, given without its two outer markers."""

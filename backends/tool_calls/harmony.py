@@ -5,7 +5,7 @@ Source: OpenAI, "OpenAI harmony response format".
 
 import re
 
-from backends.tool_calls.collector import CallSink
+from backends.tool_calls.collector import CallCollector
 from backends.tool_calls.cursor import Cursor, Malformed, Steps, held_length
 from backends.tool_calls.json_forms import read_arguments
 
@@ -20,7 +20,7 @@ _LONGEST_HEADER = 1024
 _ENDS = (END, CALL, RETURN, START)
 
 
-def read_harmony(cursor: Cursor, sink: CallSink) -> Steps[None]:
+def read_harmony(cursor: Cursor, collector: CallCollector) -> Steps[None]:
     """Read messages; the first header goes on where the prompt's `<|start|>assistant` ends."""
     header = ""
     while True:
@@ -28,42 +28,42 @@ def read_harmony(cursor: Cursor, sink: CallSink) -> Steps[None]:
             text, mark = yield from cursor.until(MESSAGE, END, most=_LONGEST_HEADER)
         except Malformed:
             # No message at all: the model left its format, and its words are the answer.
-            yield from _flow(cursor, sink, "final")
+            yield from _flow(cursor, collector, "final")
             return
         if mark == MESSAGE:
             header = text
-            yield from _message(cursor, sink, header)
+            yield from _message(cursor, collector, header)
         cursor.mark()
         yield from cursor.spaces()
         if not cursor.rest and not (yield from cursor.more()):
             return
 
 
-def _message(cursor: Cursor, sink: CallSink, header: str) -> Steps[None]:
+def _message(cursor: Cursor, collector: CallCollector, header: str) -> Steps[None]:
     channel = header.partition(CHANNEL)[2].split("<", 1)[0].split()
     recipient = _RECIPIENT.search(header)
     name = recipient[1] if recipient else ""
-    if name in sink.names:
+    if name in collector.names:
         cursor.mark()
-        sink.begin(name)
+        collector.begin(name)
         try:
             yield from cursor.spaces()
-            yield from read_arguments(cursor, sink)
-            if sink.is_in_call:
+            yield from read_arguments(cursor, collector)
+            if collector.is_in_call:
                 return
         except Malformed as problem:
-            sink.abandon()
+            collector.abandon()
             cursor.unread(problem.pending)
-        yield from _flow(cursor, sink, "final")
+        yield from _flow(cursor, collector, "final")
         return
     if name:
-        sink.mismatches.append("undeclared")
-    yield from _flow(cursor, sink, channel[0] if channel else "final")
+        collector.mismatches.append("undeclared")
+    yield from _flow(cursor, collector, channel[0] if channel else "final")
 
 
-def _flow(cursor: Cursor, sink: CallSink, channel: str) -> Steps[None]:
+def _flow(cursor: Cursor, collector: CallCollector, channel: str) -> Steps[None]:
     """Pass a message's text on up to its end."""
-    emit = sink.reasoning if channel == "analysis" else sink.text
+    emit = collector.reasoning if channel == "analysis" else collector.text
     while True:
         text = cursor.rest
         found = min(((at, one) for one in _ENDS if (at := text.find(one)) >= 0), default=None)

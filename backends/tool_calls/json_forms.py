@@ -1,6 +1,6 @@
 """Readers of calls whose arguments are JSON."""
 
-from backends.tool_calls.collector import CallSink
+from backends.tool_calls.collector import CallCollector
 from backends.tool_calls.cursor import Cursor, Malformed, Steps
 from backends.tool_calls.json_call import CallReader, ObjectReader
 from backends.tool_calls.json_scanner import MalformedJson
@@ -9,14 +9,14 @@ from backends.tool_calls.parser import Section
 LONGEST_NAME = 512
 
 
-def read_call(cursor: Cursor, sink: CallSink) -> Steps[None]:
+def read_call(cursor: Cursor, collector: CallCollector) -> Steps[None]:
     """Read one object with a name and arguments, which stream as they grow.  Raises Malformed."""
-    reader = CallReader(sink.names)
+    reader = CallReader(collector.names)
     while not reader.is_complete:
         if not cursor.rest and not (yield from cursor.more()):
-            if not sink.is_in_call:
+            if not collector.is_in_call:
                 raise Malformed
-            sink.arguments(reader.pending)
+            collector.arguments(reader.pending)
             return
         is_broken = False
         try:
@@ -25,50 +25,54 @@ def read_call(cursor: Cursor, sink: CallSink) -> Steps[None]:
             is_broken = True
         cursor.advance(reader.position)
         if reader.is_undeclared:
-            sink.mismatches.append("undeclared")
-        if not sink.is_in_call and reader.name and (reader.has_arguments or reader.is_complete):
-            sink.begin(reader.name)
-        if sink.is_in_call:
-            sink.arguments(reader.take())
+            collector.mismatches.append("undeclared")
+        if (
+            not collector.is_in_call
+            and reader.name
+            and (reader.has_arguments or reader.is_complete)
+        ):
+            collector.begin(reader.name)
+        if collector.is_in_call:
+            collector.arguments(reader.take())
             # What was passed on need not be kept.
             cursor.mark()
         if is_broken:
             raise Malformed(reader.pending)
-    sink.finish()
+    collector.finish()
 
 
-def read_arguments(cursor: Cursor, sink: CallSink) -> Steps[None]:
+def read_arguments(cursor: Cursor, collector: CallCollector) -> Steps[None]:
     """Read the begun call's arguments, one object, and end the call.  Raises Malformed."""
     reader = ObjectReader()
     while not reader.is_complete:
         if not cursor.rest and not (yield from cursor.more()):
-            sink.arguments(reader.pending)
+            collector.arguments(reader.pending)
             return
         try:
             reader.push(cursor.rest)
         except MalformedJson as problem:
             cursor.advance(reader.position)
-            sink.arguments(reader.take())
+            collector.arguments(reader.take())
             raise Malformed(reader.pending) from problem
         cursor.advance(reader.position)
         cursor.mark()
-        sink.arguments(reader.take())
-    sink.finish()
+        collector.arguments(reader.take())
+    collector.finish()
 
 
-def read_calls(cursor: Cursor, sink: CallSink) -> Steps[None]:
+def read_calls(cursor: Cursor, collector: CallCollector) -> Steps[None]:
     """Read one call, or a list of them in brackets.  Raises Malformed."""
     yield from cursor.spaces()
     if not (yield from cursor.accept("[")):
-        yield from read_call(cursor, sink)
+        yield from read_call(cursor, collector)
         return
     yield from cursor.spaces()
     if (yield from cursor.accept("]")):
         return
     while True:
         yield from cursor.spaces()
-        yield from read_call(cursor, sink)
-        if sink.is_in_call:
+        yield from read_call(cursor, collector)
+        if collector.is_in_call:
             return
         cursor.mark()
         yield from cursor.spaces()
@@ -80,9 +84,9 @@ def read_calls(cursor: Cursor, sink: CallSink) -> Steps[None]:
 def tagged_json(*closing: str) -> Section:
     """Return a section of one call or a list of them; `closing` may follow and is dropped."""
 
-    def section(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+    def section(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
         del start
-        yield from read_calls(cursor, sink)
+        yield from read_calls(cursor, collector)
         cursor.mark()
         yield from cursor.spaces()
         yield from cursor.accept(*closing)
@@ -90,37 +94,37 @@ def tagged_json(*closing: str) -> Section:
     return section
 
 
-def python_tag(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+def python_tag(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
     """Read Llama's calls, which semicolons separate."""
     del start
     while True:
         yield from cursor.spaces()
-        yield from read_call(cursor, sink)
+        yield from read_call(cursor, collector)
         cursor.mark()
         yield from cursor.spaces()
         if not (yield from cursor.accept(";")):
             return
 
 
-def mistral(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+def mistral(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
     """Read `name[ARGS]{…}`, perhaps with a `[CALL_ID]`, or a list of JSON calls."""
     del start
     yield from cursor.spaces()
     if not cursor.rest:
         yield from cursor.more()
     if cursor.rest[:1] in ("[", "{", ""):
-        yield from read_calls(cursor, sink)
+        yield from read_calls(cursor, collector)
         return
     name, ender = yield from cursor.until("[ARGS]", "[CALL_ID]", most=LONGEST_NAME)
     call_id = ""
     if ender == "[CALL_ID]":
         call_id, _ = yield from cursor.until("[ARGS]", most=LONGEST_NAME)
-    sink.begin(name.strip(), call_id)
+    collector.begin(name.strip(), call_id)
     yield from cursor.spaces()
-    yield from read_arguments(cursor, sink)
+    yield from read_arguments(cursor, collector)
 
 
-def kimi(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+def kimi(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
     """Read calls whose id `functions.<name>:<number>` holds the name."""
     del start
     has_called = False
@@ -133,10 +137,10 @@ def kimi(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
             return
         text, _ = yield from cursor.until("<|tool_call_argument_begin|>", most=LONGEST_NAME)
         call_id = text.strip()
-        sink.begin(call_id.removeprefix("functions.").rpartition(":")[0] or call_id, call_id)
+        collector.begin(call_id.removeprefix("functions.").rpartition(":")[0] or call_id, call_id)
         yield from cursor.spaces()
-        yield from read_arguments(cursor, sink)
-        if sink.is_in_call:
+        yield from read_arguments(cursor, collector)
+        if collector.is_in_call:
             return
         has_called = True
         cursor.mark()
@@ -152,7 +156,7 @@ _DEEPSEEK = {
 }
 
 
-def deepseek(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+def deepseek(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
     """Read calls of DeepSeek V3 (`function`, the name, fenced JSON) or V3.1 (name and JSON)."""
     del start
     has_called = False
@@ -169,10 +173,10 @@ def deepseek(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
             name, _ = yield from cursor.until("\n", most=LONGEST_NAME)
             yield from cursor.spaces()
             yield from cursor.expect("```json")
-        sink.begin(name.strip())
+        collector.begin(name.strip())
         yield from cursor.spaces()
-        yield from read_arguments(cursor, sink)
-        if sink.is_in_call:
+        yield from read_arguments(cursor, collector)
+        if collector.is_in_call:
             return
         has_called = True
         cursor.mark()

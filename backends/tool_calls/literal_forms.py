@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from backends.tool_calls.collector import CallSink
+from backends.tool_calls.collector import CallCollector
 from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished
 from backends.tool_calls.json_forms import LONGEST_NAME
 from backends.tool_calls.parser import Section
@@ -20,29 +20,29 @@ _NAMES: Mapping[str, JsonValue] = {"true": True, "false": False, "null": None}
 Call: TypeAlias = tuple[str, dict[str, JsonValue]]
 
 
-def pythonic(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+def pythonic(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
     """Read `[name(key=value, …), …]`; the calls come out once the list is closed."""
     del start
     yield from cursor.spaces()
-    calls = yield from read_python_list(cursor, sink)
+    calls = yield from read_python_list(cursor, collector)
     for name, arguments in calls:
-        sink.call(name, arguments)
+        collector.call(name, arguments)
     cursor.mark()
     yield from cursor.spaces()
     yield from cursor.accept("<|python_end|>", "<|tool_call_end|>")
 
 
-def read_python_list(cursor: Cursor, sink: CallSink) -> Steps[list[Call]]:
+def read_python_list(cursor: Cursor, collector: CallCollector) -> Steps[list[Call]]:
     """Return the calls of a list whose functions are all declared.  Raises Malformed."""
     yield from cursor.expect("[")
-    opening = tuple(f"{name}(" for name in sink.names)
+    opening = tuple(f"{name}(" for name in collector.names)
     yield from cursor.spaces()
     # A list of anything else is known for what it is at once.
     name = yield from cursor.expect(*opening)
     text = yield from _bracketed(cursor, f"[{name}")
     calls = python_calls(text)
-    if any(name not in sink.names for name, _ in calls):
-        sink.mismatches.append("undeclared")
+    if any(name not in collector.names for name, _ in calls):
+        collector.mismatches.append("undeclared")
         raise Malformed
     return calls
 
@@ -139,13 +139,13 @@ def _python_value(node: ast.expr) -> JsonValue:
 def gemma(quote: str, end: str) -> Section:
     """Return a section that reads `call:name{key:value, …}` with `quote` around texts."""
 
-    def section(cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+    def section(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
         del start
         yield from cursor.spaces()
         yield from cursor.expect("call:")
         name, _ = yield from cursor.until("{", most=LONGEST_NAME)
         text, _ = yield from cursor.until(end, most=_MOST)
-        sink.call(name.strip(), _GemmaText("{" + text.rstrip(), quote).object())
+        collector.call(name.strip(), _GemmaText("{" + text.rstrip(), quote).object())
 
     return section
 

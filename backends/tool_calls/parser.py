@@ -3,46 +3,46 @@
 from collections.abc import Callable, Sequence
 
 from backends.answer.parser import Piece
-from backends.tool_calls.collector import CallSink, Enough
+from backends.tool_calls.collector import CallCollector, Enough
 from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished, held_length
 from core.types import MismatchKind
 
-Section = Callable[[Cursor, CallSink, str], Steps[None]]
-Main = Callable[[Cursor, CallSink], Steps[None]]
+Section = Callable[[Cursor, CallCollector, str], Steps[None]]
+Main = Callable[[Cursor, CallCollector], Steps[None]]
 
 
 class CallParser:
     """Runs a reader over a streamed answer; implements `backends.answer.parser.OutputParser`."""
 
-    def __init__(self, main: Main, sink: CallSink) -> None:
+    def __init__(self, main: Main, collector: CallCollector) -> None:
         self._cursor = Cursor()
-        self._sink = sink
-        self._steps = main(self._cursor, sink)
+        self._collector = collector
+        self._steps = main(self._cursor, collector)
         self._is_over = False
 
     @property
     def is_done(self) -> bool:
         """Whether the one call that is allowed is complete."""
-        return self._sink.is_done
+        return self._collector.is_done
 
     @property
     def mismatches(self) -> Sequence[MismatchKind]:
         """What was wrong with the calls so far."""
-        return self._sink.mismatches
+        return self._collector.mismatches
 
     def push(self, text: str) -> list[Piece]:
         """Take the next text; return what is certain by now."""
         if text and not self._is_over:
             self._cursor.feed(text)
             self._run()
-        return self._sink.take()
+        return self._collector.take()
 
     def flush(self) -> list[Piece]:
         """Return what was held back; the text ends here."""
         self._cursor.is_ended = True
         if not self._is_over:
             self._run()
-        return self._sink.take()
+        return self._collector.take()
 
     def _run(self) -> None:
         try:
@@ -59,21 +59,21 @@ def prose_with_calls(starts: tuple[str, ...], section: Section) -> Main:
     Space around calls is dropped.
     """
 
-    def read(cursor: Cursor, sink: CallSink) -> Steps[None]:
+    def read(cursor: Cursor, collector: CallCollector) -> Steps[None]:
         while True:
-            start, gap = yield from _prose(cursor, sink, starts)
+            start, gap = yield from _prose(cursor, collector, starts)
             if not start:
                 return
             # The space before it is dropped only if a call follows.
             cursor.mark(back=gap + len(start))
             try:
-                yield from section(cursor, sink, start)
+                yield from section(cursor, collector, start)
             except Malformed as problem:
-                if not sink.is_in_call:
-                    sink.text(cursor.since_mark)
+                if not collector.is_in_call:
+                    collector.text(cursor.since_mark)
                     cursor.mark()
                 elif not isinstance(problem, Unfinished):
-                    sink.abandon()
+                    collector.abandon()
                     cursor.unread(problem.pending)
                 continue
             cursor.mark()
@@ -82,7 +82,9 @@ def prose_with_calls(starts: tuple[str, ...], section: Section) -> Main:
     return read
 
 
-def _prose(cursor: Cursor, sink: CallSink, starts: tuple[str, ...]) -> Steps[tuple[str, int]]:
+def _prose(
+    cursor: Cursor, collector: CallCollector, starts: tuple[str, ...]
+) -> Steps[tuple[str, int]]:
     """Pass text on up to the next of `starts`, which is read; return nothing at the text's end.
 
     Also returns how many spaces before it were read and not passed on.
@@ -92,16 +94,16 @@ def _prose(cursor: Cursor, sink: CallSink, starts: tuple[str, ...]) -> Steps[tup
         found = min(((at, one) for one in starts if (at := text.find(one)) >= 0), default=None)
         if found is not None:
             before = text[: found[0]].rstrip()
-            sink.text(before)
+            collector.text(before)
             cursor.advance(found[0] + len(found[1]))
             return found[1], found[0] - len(before)
         kept = text[: len(text) - held_length(text, starts)].rstrip()
-        sink.text(kept)
+        collector.text(kept)
         cursor.advance(len(kept))
         cursor.mark()
         if not (yield from cursor.more()):
             held = cursor.rest
-            if held.strip() or not sink.count:
-                sink.text(held)
+            if held.strip() or not collector.count:
+                collector.text(held)
             cursor.advance(len(held))
             return "", 0

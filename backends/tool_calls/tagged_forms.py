@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from backends.tool_calls.collector import CallSink, compact
+from backends.tool_calls.collector import CallCollector, compact
 from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished, held_length
 from backends.tool_calls.json_forms import LONGEST_NAME
 from backends.tool_calls.schemas import from_text, types_of
@@ -56,7 +56,7 @@ class TagReader:
     def __init__(self, form: TagForm) -> None:
         self._form = form
 
-    def __call__(self, cursor: Cursor, sink: CallSink, start: str) -> Steps[None]:
+    def __call__(self, cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
         """Read the calls up to the section's end, which may be missing."""
         form = self._form
         is_open = start == form.name_open or not form.name_open
@@ -70,18 +70,18 @@ class TagReader:
                         raise Malformed
                     return
             is_open = False
-            yield from self._call(cursor, sink)
+            yield from self._call(cursor, collector)
             cursor.mark()
             has_called = True
-            if sink.is_in_call or not form.name_open:
+            if collector.is_in_call or not form.name_open:
                 return
 
-    def _call(self, cursor: Cursor, sink: CallSink) -> Steps[None]:
+    def _call(self, cursor: Cursor, collector: CallCollector) -> Steps[None]:
         form = self._form
         yield from cursor.spaces()
         name, ender = yield from cursor.until(*form.name_close, most=LONGEST_NAME)
-        sink.begin(name.strip())
-        schemas = self._schemas(sink, name.strip())
+        collector.begin(name.strip())
+        schemas = self._schemas(collector, name.strip())
         keys: set[str] = set()
         mark = ender if ender in (form.key_open, form.close) else ""
         while True:
@@ -89,8 +89,8 @@ class TagReader:
                 yield from cursor.spaces()
                 mark = yield from cursor.accept(form.key_open, form.close)
             if mark == form.close:
-                sink.arguments("}" if keys else "{}")
-                sink.finish()
+                collector.arguments("}" if keys else "{}")
+                collector.finish()
                 return
             if not mark:
                 if not cursor.rest:
@@ -99,19 +99,19 @@ class TagReader:
             key, _ = yield from cursor.until(form.key_close, most=LONGEST_NAME)
             if key in keys:
                 raise Malformed(f"{form.key_open}{key}{form.key_close}")
-            yield from self._value(cursor, sink, key, schemas, is_first=not keys)
+            yield from self._value(cursor, collector, key, schemas, is_first=not keys)
             keys.add(key)
             mark = ""
 
     @staticmethod
-    def _schemas(sink: CallSink, name: str) -> Mapping[str, JsonValue]:
-        properties = sink.tools[name].parameters.get("properties")
+    def _schemas(collector: CallCollector, name: str) -> Mapping[str, JsonValue]:
+        properties = collector.tools[name].parameters.get("properties")
         return properties if isinstance(properties, dict) else {}
 
     def _value(
         self,
         cursor: Cursor,
-        sink: CallSink,
+        collector: CallCollector,
         key: str,
         schemas: Mapping[str, JsonValue],
         *,
@@ -122,19 +122,19 @@ class TagReader:
             yield from cursor.spaces()
             yield from cursor.expect(form.value_open)
         opening = f"{'{' if is_first else ','}{compact(key)}:"
-        root = sink.tools[sink.open_name].parameters
+        root = collector.tools[collector.open_name].parameters
         types = types_of(schemas.get(key), root)
         if types == {"string"}:
-            sink.arguments(opening + '"')
-            yield from self._text_value(cursor, sink)
-            sink.arguments('"')
+            collector.arguments(opening + '"')
+            yield from self._text_value(cursor, collector)
+            collector.arguments('"')
             return
         text, _ = yield from cursor.until(form.value_close, most=_LONGEST_VALUE)
         if form.is_padded:
             text = text.removeprefix("\n").removesuffix("\n")
-        sink.arguments(opening + compact(from_text(text, types)))
+        collector.arguments(opening + compact(from_text(text, types)))
 
-    def _text_value(self, cursor: Cursor, sink: CallSink) -> Steps[None]:
+    def _text_value(self, cursor: Cursor, collector: CallCollector) -> Steps[None]:
         """Pass a string's text on as it grows, escaped."""
         form = self._form
         if form.is_padded:
@@ -147,14 +147,14 @@ class TagReader:
             if at >= 0:
                 value = text[:at]
                 value = value.removesuffix("\n") if form.is_padded else value
-                sink.arguments(json.dumps(value, ensure_ascii=False)[1:-1])
+                collector.arguments(json.dumps(value, ensure_ascii=False)[1:-1])
                 cursor.advance(at + len(form.value_close))
                 return
             kept = text[: len(text) - held_length(text, closings)]
-            sink.arguments(json.dumps(kept, ensure_ascii=False)[1:-1])
+            collector.arguments(json.dumps(kept, ensure_ascii=False)[1:-1])
             cursor.advance(len(kept))
             cursor.mark()
             if not (yield from cursor.more()):
-                sink.arguments(json.dumps(cursor.rest, ensure_ascii=False)[1:-1])
+                collector.arguments(json.dumps(cursor.rest, ensure_ascii=False)[1:-1])
                 cursor.advance(len(cursor.rest))
                 raise Unfinished

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 
-from catalog.names import is_telling
+from catalog.names import is_descriptive
 
 MAX_DEPTH = 8
 MAX_FILES = 10_000
@@ -65,7 +65,7 @@ def walk(roots: Sequence[Path]) -> Walk:
 
 
 def _telling_first(entry: "os.DirEntry[str]") -> tuple[bool, bool, str]:
-    return not is_telling(entry.name), entry.is_symlink(), entry.path
+    return not is_descriptive(entry.name), entry.is_symlink(), entry.path
 
 
 def _entries(root: Path, skipped: list[str]) -> Iterator["os.DirEntry[str]"]:

@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 
 from backends.base import Engine
-from backends.engine.accelerator_lock import TurnLock, TurnTaking
+from backends.engine.accelerator_lock import AcceleratorLock, SharesAccelerator
 from core.errors import ImpetusError
 
 
@@ -14,7 +14,7 @@ def turn_file(home: Path) -> Path:
     return home / "cache" / f"turns-{platform.node()}"
 
 
-class SharedTurns:
+class SharedAccelerator:
     """This process's place in the order; taken when the first engine needs it.
 
     A process that is alone makes no system call for its turns.
@@ -22,26 +22,26 @@ class SharedTurns:
 
     def __init__(self, home: Path) -> None:
         self._path = turn_file(home)
-        self._lock: TurnLock | None = None
+        self._lock: AcceleratorLock | None = None
 
     async def share(self, engine: Engine) -> None:
         """Make a new engine take turns if it can.
 
         Raises Unavailable, having closed the engine, where the file cannot be used.
         """
-        if not isinstance(engine, TurnTaking):
+        if not isinstance(engine, SharesAccelerator):
             return
         try:
             lock = await asyncio.to_thread(self._registered)
         except ImpetusError:
             await engine.close()
             raise
-        engine.take_turns(lock)
+        engine.share_accelerator(lock)
 
-    def _registered(self) -> TurnLock:
+    def _registered(self) -> AcceleratorLock:
         if self._lock is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = TurnLock(self._path)
+            self._lock = AcceleratorLock(self._path)
         self._lock.register()
         return self._lock
 

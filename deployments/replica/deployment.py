@@ -21,7 +21,7 @@ from core.types import Embeddings, GenerationRequest, Priority, Prompt
 from deployments.messages import (
     FileMark,
     Freed,
-    LoadOrder,
+    LoadRequest,
     NodeMemory,
     ProcessReport,
     ReplicaReport,
@@ -29,9 +29,9 @@ from deployments.messages import (
     ResidentReport,
 )
 from deployments.options import machine_budget_bytes
-from deployments.replica.accelerator import SharedTurns
+from deployments.replica.accelerator import SharedAccelerator
 from deployments.replica.file_marks import has_changed, mark
-from deployments.replica.memory import HeldMemory
+from deployments.replica.memory import ModelMemory
 from deployments.replica.prefixes import open_snapshots, place_of
 from deployments.serve.handles import returning_errors
 from deployments.serve.logs import attach_logs
@@ -47,7 +47,7 @@ _FLUSH_POLL_S = 0.01
 @dataclass(slots=True, eq=False)
 class _Resident:
     engine: Engine
-    order: LoadOrder
+    order: LoadRequest
     marks: tuple[FileMark, ...]
     residency: Residency
     in_flight: int = 0
@@ -72,15 +72,15 @@ class FormatReplica:
         self._senders: dict[str, FrameSender] = {}
         self._changing = asyncio.Lock()
         self._limits = UNLIMITED
-        self._turns = SharedTurns(settings.home)
-        self._memory = HeldMemory(self._backend)
+        self._turns = SharedAccelerator(settings.home)
+        self._memory = ModelMemory(self._backend)
         self._stderr_path = stderr_path()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._node_id = ray.get_runtime_context().get_node_id()
         self._node = NodeMemory(self._node_id, machine_budget_bytes())
 
     @returning_errors
-    async def load_model(self, order: LoadOrder) -> Residency:
+    async def load_model(self, order: LoadRequest) -> Residency:
         """Open the model unless it is open; the weights are read on a thread."""
         async with self._changing:
             resident = self._residents.get(order.model_id)

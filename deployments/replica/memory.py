@@ -8,14 +8,14 @@ from typing import TypeVar
 from backends.abilities import Measured
 from backends.base import Backend, MemoryEstimate
 from core.errors import ImpetusError
-from deployments.messages import Freed, LoadOrder
+from deployments.messages import Freed, LoadRequest
 from scheduler.footprint import FootprintBook
 from scheduler.sensors.process_memory import Meter, give_back, open_meter
 
 Result = TypeVar("Result")
 
 
-class HeldMemory:
+class ModelMemory:
     """Measures one replica's models.  Used from its event loop; readings take microseconds.
 
     Where the system does not say what a process holds, all is 0 and the estimates stand.
@@ -26,7 +26,7 @@ class HeldMemory:
         self._meter = meter or open_meter()
         self._book: FootprintBook | None = None
 
-    async def opening(self, order: LoadOrder, open_: Callable[[], Result]) -> Result:
+    async def opening(self, order: LoadRequest, open_: Callable[[], Result]) -> Result:
         """Run `open_` on a thread and note what it took."""
         backend = self._backend
         if isinstance(backend, Measured):

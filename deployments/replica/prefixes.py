@@ -6,7 +6,7 @@ from hashlib import sha256
 from backends.prefixes.disk import Limits, PrefixFolder
 from backends.prefixes.store import SnapshotPlace, Snapshots
 from core.settings import Settings
-from deployments.messages import FileMark, LoadOrder
+from deployments.messages import FileMark, LoadRequest
 
 
 def open_snapshots(settings: Settings) -> Snapshots | None:
@@ -18,7 +18,7 @@ def open_snapshots(settings: Settings) -> Snapshots | None:
 
 
 def place_of(
-    snapshots: Snapshots | None, order: LoadOrder, marks: Sequence[FileMark]
+    snapshots: Snapshots | None, order: LoadRequest, marks: Sequence[FileMark]
 ) -> SnapshotPlace | None:
     """Return the model's place in the store: its name tells models apart, its files versions."""
     if snapshots is None or not marks:

@@ -8,7 +8,7 @@ from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProg
 from deployments.messages import Residency
 
 
-class Course:
+class RequestAttempts:
     """What is known of one request in the router; used from its one task."""
 
     def __init__(self, request: GenerationRequest) -> None:

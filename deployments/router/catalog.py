@@ -22,7 +22,7 @@ from core.errors import (
 from core.settings import Settings
 from deployments.messages import Fault, Residency
 from deployments.options import budget_bytes, engine_options
-from deployments.router.model_states import StandingWatch
+from deployments.router.model_states import ModelStatesWatch
 from deployments.serve.handles import Handle, call, direct
 from router.services import FitView, ModelState, ModelView
 
@@ -39,12 +39,12 @@ class CatalogView:
         settings: Settings,
         scheduler: Handle,
         resident_ids: Callable[[], frozenset[str]],
-        standing: StandingWatch | None = None,
+        model_states: ModelStatesWatch | None = None,
     ) -> None:
         self._store = CatalogStore(settings.catalog_file)
         self._scheduler = direct(scheduler)
         self._resident_ids = resident_ids
-        self._standing = standing or StandingWatch(scheduler)
+        self._model_states = model_states or ModelStatesWatch(scheduler)
         self._backends = backends_for(settings.formats)
         self._budget_bytes = budget_bytes(settings)
         self._options = engine_options(settings, self._budget_bytes)
@@ -79,13 +79,13 @@ class CatalogView:
         """Return the variant to use, one that can run here where there is any."""
         views = {record.id: self._foreseen(record) for record in candidates}
         usable = [record for record in candidates if views[record.id].state == "available"]
-        standing = self._standing.current
-        sound = [record for record in usable if record.id not in standing.faults]
+        model_states = self._model_states.current
+        sound = [record for record in usable if record.id not in model_states.faults]
         record = best_variant(
             sound or usable or candidates,
             self._resident_ids(),
             self._budget_bytes,
-            keeps_cool=standing.keeps_cool,
+            keeps_cool=model_states.keeps_cool,
         )
         return record, views[record.id]
 
@@ -126,13 +126,13 @@ class CatalogView:
 
     async def models(self) -> Sequence[ModelView]:
         """Return all models, those that cannot run with the reason."""
-        (residencies, loading), standing = await asyncio.gather(
-            call(self._scheduler.residencies.remote()), self._standing.refresh()
+        (residencies, loading), model_states = await asyncio.gather(
+            call(self._scheduler.residencies.remote()), self._model_states.refresh()
         )
         resident = {residency.model_id: residency for residency in residencies}
         records = await asyncio.to_thread(self._store.models)
         views = [self._view(record, resident, frozenset(loading)) for record in records]
-        return [_with_fault(view, standing.faults.get(view.id)) for view in views]
+        return [_with_fault(view, model_states.faults.get(view.id)) for view in views]
 
     def _view(
         self, record: ModelRecord, resident: dict[str, Residency], loading: frozenset[str]

@@ -13,7 +13,7 @@ from deployments.router.catalog import CatalogView, SchedulerHealth
 from deployments.router.dispatch import HandleDispatcher
 from deployments.router.listener import Listener
 from deployments.router.management import SchedulerManagement
-from deployments.router.model_states import StandingWatch
+from deployments.router.model_states import ModelStatesWatch
 from deployments.router.telemetry import ReplicaTelemetry
 from deployments.serve.broadcast import reaching_all
 from deployments.serve.handles import Handle, direct
@@ -48,10 +48,10 @@ class RouterReplica:
             {name: direct(handle) for name, handle in formats.items()}, settings
         )
         telemetry = ReplicaTelemetry(everywhere, lambda: dispatcher.resident_formats, scheduler)
-        self._standing = StandingWatch(scheduler)
-        self._standing.start()
+        self._model_states = ModelStatesWatch(scheduler)
+        self._model_states.start()
         self._catalog = CatalogView(
-            settings, scheduler, lambda: dispatcher.resident_ids, self._standing
+            settings, scheduler, lambda: dispatcher.resident_ids, self._model_states
         )
         self._management = SchedulerManagement(settings, scheduler, log)
         metrics = Metrics()
@@ -78,8 +78,8 @@ class RouterReplica:
         if hasattr(self, "_listener"):
             await self._listener.stop()
             await self._dispatcher.close()
-        if hasattr(self, "_standing"):
-            self._standing.stop()
+        if hasattr(self, "_model_states"):
+            self._model_states.stop()
         if hasattr(self, "_catalog"):
             self._catalog.close()
         if hasattr(self, "_management"):

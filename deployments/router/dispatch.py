@@ -18,7 +18,7 @@ from core.types import (
 )
 from deployments.decisions import DecisionLog
 from deployments.messages import Need, Residency
-from deployments.router.attempts import Course
+from deployments.router.attempts import RequestAttempts
 from deployments.router.targets import Targets
 from deployments.serve.handles import Handle, ReplicaDied, call, direct, unwrap
 from deployments.transport.codec import LENGTH_BYTES, decode_body
@@ -86,26 +86,26 @@ class HandleDispatcher:
         A replica that died, or does not hold the model any more, costs another attempt that the
         client does not see: the answer goes on after the tokens whose events were handed out.
         """
-        need, course = Need(priority=request.priority), Course(request)
+        need, attempts = Need(priority=request.priority), RequestAttempts(request)
 
         def pass_on(events: Sequence[GenerationEvent]) -> None:
-            take([course.note(event) for event in events])
+            take([attempts.note(event) for event in events])
 
         for attempt in range(_MOST_ATTEMPTS):
             residency = None
             try:
-                residency = await self._ensure(request.model_id, need, course)
-                course.begin()
-                await self._attempt(course.attempt(attempt), residency, pass_on)
-                self._note_end(request.model_id, course.end)
+                residency = await self._ensure(request.model_id, need, attempts)
+                attempts.begin()
+                await self._attempt(attempts.attempt(attempt), residency, pass_on)
+                self._note_end(request.model_id, attempts.end)
                 return
             except (ModelNotResident, ReplicaDied) as problem:
-                course.note_lost(problem)
+                attempts.note_lost(problem)
                 # Without a residency, it is the load that a replica died of or during.
                 if residency is not None:
-                    need = _after(problem, residency, need, is_resumed=course.has_begun)
+                    need = _after(problem, residency, need, is_resumed=attempts.has_begun)
                     self._forget(residency)
-                if attempt == _MOST_ATTEMPTS - 1 or not course.can_go_on:
+                if attempt == _MOST_ATTEMPTS - 1 or not attempts.can_go_on:
                     await self._tell(request.model_id, need)
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
                 self._note_lost(request.model_id, problem)
@@ -255,15 +255,17 @@ class HandleDispatcher:
             del self._residencies[residency.model_id]
         self._targets.forget(residency)
 
-    async def _ensure(self, model_id: str, need: Need, course: Course | None = None) -> Residency:
+    async def _ensure(
+        self, model_id: str, need: Need, attempts: RequestAttempts | None = None
+    ) -> Residency:
         known = self._residencies.get(model_id)
         if known is not None:
             return known
         asked_at = time.monotonic()
         residency: Residency = await call(self._scheduler.ensure_loaded.remote(model_id, need))
         self._residencies[model_id] = residency
-        if course is not None:
-            course.note_wait(time.monotonic() - asked_at, residency)
+        if attempts is not None:
+            attempts.note_wait(time.monotonic() - asked_at, residency)
         return residency
 
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 from core.errors import ImpetusError
-from deployments.messages import Standing
+from deployments.messages import ModelStates
 from deployments.serve.handles import Handle, call, direct
 
 logger = logging.getLogger(__name__)
@@ -13,8 +13,8 @@ _POLL_S = 5.0
 _LIMIT_S = 2.0
 
 
-class StandingWatch:
-    """The last known standing, asked for at intervals.  Belongs to one event loop.
+class ModelStatesWatch:
+    """The last known model_states, asked for at intervals.  Belongs to one event loop.
 
     A scheduler that does not answer leaves it as it was.
     """
@@ -22,7 +22,7 @@ class StandingWatch:
     def __init__(self, scheduler: Handle, poll_s: float = _POLL_S) -> None:
         self._scheduler = direct(scheduler)
         self._poll_s = poll_s
-        self.current = Standing()
+        self.current = ModelStates()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -34,11 +34,11 @@ class StandingWatch:
         if self._task is not None:
             self._task.cancel()
 
-    async def refresh(self) -> Standing:
+    async def refresh(self) -> ModelStates:
         """Ask now; return what is known then."""
         try:
             async with asyncio.timeout(_LIMIT_S):
-                self.current = await call(self._scheduler.standing.remote())
+                self.current = await call(self._scheduler.model_states.remote())
         except (TimeoutError, ImpetusError) as problem:
             logger.info("the scheduler does not say how models stand: %r", problem)
         return self.current

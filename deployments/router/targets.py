@@ -1,4 +1,4 @@
-"""."""
+"""Chooses the handle that reaches the replica where a model is resident."""
 
 from collections.abc import Mapping
 

@@ -21,20 +21,20 @@ from deployments.messages import (
     ANY_NEED,
     NO_NODE,
     Decision,
+    ModelStates,
     Need,
     Residency,
     SchedulerSnapshot,
-    Standing,
 )
 from deployments.options import budget_bytes, engine_options
 from deployments.scheduler.conversions import Conversions
 from deployments.scheduler.faults import FaultFile, Faults
-from deployments.scheduler.formats import Holders
+from deployments.scheduler.formats import FormatClients
 from deployments.scheduler.ledger import Ledger
-from deployments.scheduler.load_plans import Offers
+from deployments.scheduler.load_plans import LoadPlanner
 from deployments.scheduler.nodes import NodeLedgers
 from deployments.scheduler.publisher import Publisher
-from deployments.scheduler.reservations import Jobs
+from deployments.scheduler.reservations import Reservations
 from deployments.scheduler.scanning import Scanner
 from deployments.scheduler.snapshot import take_snapshot
 from deployments.scheduler.thermal import ThermalWatch
@@ -42,7 +42,7 @@ from deployments.serve.broadcast import reaching_all
 from deployments.serve.handles import Handle, ReplicaDied, returning_errors
 from deployments.serve.logs import attach_logs
 from deployments.serve.status import own_node_id, running_deployments
-from scheduler.state import HostState, KeepRules, Limits, Offer
+from scheduler.state import HostState, KeepRules, Limits, LoadPlan
 from scheduler.thermal import Directive
 
 logger = logging.getLogger(__name__)
@@ -68,14 +68,14 @@ class SchedulerReplica:
         self._log = DecisionLog()
         self._budget_bytes = budget_bytes(settings)
         self._options = engine_options(settings, self._budget_bytes)
-        self._offers = Offers(settings, self._backends, self._options)
+        self._planner = LoadPlanner(settings, self._backends, self._options)
         self._store = CatalogStore(settings.catalog_file)
-        self._holders = Holders(formats, self._backends, running)
-        self._jobs, self._is_ready = Jobs(), asyncio.Event()
+        self._format_clients = FormatClients(formats, self._backends, running)
+        self._reservations, self._is_ready = Reservations(), asyncio.Event()
         self._ledger = self._make_ledger(self._budget_bytes)
         self._nodes = NodeLedgers(self._ledger, own_node_id(), self._make_ledger)
         self._scanner = Scanner(settings, self._store, self._backends)
-        hold = partial(self._jobs.holding, self._ledger)
+        hold = partial(self._reservations.holding, self._ledger)
         rescan = self._scanner.scan
         self._conversions = Conversions(settings, self._backends, self._options, rescan, hold)
         self._faults = Faults(FaultFile(settings.home / "faults.json", own_node_id()))
@@ -93,9 +93,9 @@ class SchedulerReplica:
         limits = Limits(waiting_per_model=self._settings.max_waiting)
         return Ledger(
             HostState(budget_bytes, defaults=defaults, limits=limits),
-            self._jobs.opening(partial(self._open, budget_bytes)),
-            self._jobs.closing(self._holders.close),
-            self._holders.report,
+            self._reservations.opening(partial(self._open, budget_bytes)),
+            self._reservations.closing(self._format_clients.close),
+            self._format_clients.report,
             self._log,
         )
 
@@ -113,14 +113,14 @@ class SchedulerReplica:
         """Take over the models' settings, and what the replicas hold."""
         for record in await asyncio.to_thread(self._store.models):
             if record.settings != ModelSettings():
-                self._nodes.configure(record.id, self._offers.rules(record))
+                self._nodes.configure(record.id, self._planner.rules(record))
         for name in self._backends:
-            held = await self._holders.held(name)
-            node = await self._holders.node(name) if held else NO_NODE
+            held = await self._format_clients.held(name)
+            node = await self._format_clients.node(name) if held else NO_NODE
             for residency in held:
                 found = await asyncio.to_thread(self._store.get, residency.model_id)
                 if found is not None:
-                    size = self._offers.size_bytes(found, residency)
+                    size = self._planner.size_bytes(found, residency)
                     self._nodes.restore(residency, size, node)
 
     async def is_ready(self) -> bool:
@@ -133,7 +133,7 @@ class SchedulerReplica:
 
     async def residencies(self) -> tuple[list[Residency], list[str]]:
         """Return the resident models and the ids of those being loaded."""
-        for residency in await self._holders.stopped(self._nodes.residencies):
+        for residency in await self._format_clients.stopped(self._nodes.residencies):
             logger.info("%s ended with its idle process", residency.model_id)
             self._nodes.forget(residency)
         return self._nodes.residencies, self._nodes.loading
@@ -148,13 +148,13 @@ class SchedulerReplica:
         if record is None:
             raise ModelNotFound.of(model_id, [])
         try:
-            self._offers.check(record)
-            self._offers.estimate(record)
+            self._planner.check(record)
+            self._planner.estimate(record)
         except (BackendUnavailable, InsufficientMemory) as problem:
             others = await asyncio.to_thread(self._store.models)
             told: ImpetusError = problem
             if isinstance(problem, InsufficientMemory):
-                told = self._offers.with_smaller(record, problem, others)
+                told = self._planner.with_smaller(record, problem, others)
             if record.info.format not in self._backends:
                 raise
             raise self._conversions.answer(record, told, others) from problem
@@ -168,22 +168,22 @@ class SchedulerReplica:
         become free within the request's time.
         """
         if need.is_retry:
-            self._faults.forgive(model_id)
+            self._faults.clear(model_id)
         if need.lost_replica:
             await self._look_after_lost(model_id, need)
-        offers: tuple[Offer, ...] = ()
+        plans: tuple[LoadPlan, ...] = ()
         priority, node = need.priority, NO_NODE
         if self._nodes.residency(model_id) is None:
             if not need.is_resumed:
                 self._thermal.check_admits(model_id)
             record = await self._record(model_id)
             self._faults.check(model_id, record.fingerprint)
-            node = await self._holders.node(record.info.format)
-            offers = await self._offers_of(record, self._nodes.of(node).state.budget_bytes)
+            node = await self._format_clients.node(record.info.format)
+            plans = await self._plans_for(record, self._nodes.of(node).state.budget_bytes)
             priority = priority or record.settings.priority
         return await self._nodes.acquire(
             model_id,
-            offers,
+            plans,
             self._settings.request_timeout_s,
             priority or "interactive",
             is_resumed=need.is_resumed,
@@ -201,13 +201,13 @@ class SchedulerReplica:
         if known is not None and self._nodes.residency(model_id) is None:
             await self._scanner.scan()
 
-    async def _offers_of(self, record: ModelRecord, budget_bytes: int) -> tuple[Offer, ...]:
+    async def _plans_for(self, record: ModelRecord, budget_bytes: int) -> tuple[LoadPlan, ...]:
         """Return the ways to open the model.  Raises InsufficientMemory, naming a smaller one."""
         try:
-            return self._offers.of(record, budget_bytes)
+            return self._planner.of(record, budget_bytes)
         except InsufficientMemory as problem:
             others = await asyncio.to_thread(self._store.models)
-            raise self._offers.with_smaller(record, problem, others) from problem
+            raise self._planner.with_smaller(record, problem, others) from problem
 
     async def unload(self, model_id: str) -> bool:
         """Unload a model after its last request, a pinned one too; False: it is not resident."""
@@ -220,11 +220,11 @@ class SchedulerReplica:
         """
         record = await asyncio.to_thread(self._store.get, model_id)
         if record is not None:
-            self._nodes.configure(model_id, self._offers.rules(record))
+            self._nodes.configure(model_id, self._planner.rules(record))
 
-    async def standing(self) -> Standing:
+    async def model_states(self) -> ModelStates:
         """Return what is wrong with models, and whether the machine is to be kept cool."""
-        return Standing(self._faults.standing(), self._thermal.directive.keeps_cool)
+        return ModelStates(self._faults.model_states(), self._thermal.directive.keeps_cool)
 
     async def decisions(self) -> list[Decision]:
         """Return the last decisions, the oldest first."""
@@ -236,7 +236,7 @@ class SchedulerReplica:
 
     async def _release_lost(self, known: Residency) -> None:
         """Take out a model that a caller did not find, unless it is there again."""
-        is_held = await self._holders.is_held(known)
+        is_held = await self._format_clients.is_held(known)
         # Another caller may have had it loaded again meanwhile.
         if self._nodes.residency(known.model_id) is known and not is_held:
             await self._nodes.release(known.model_id, "its replica does not serve it any more")
@@ -252,32 +252,32 @@ class SchedulerReplica:
         """Remember that a process died that the model used; the third time it is put away."""
         self._nodes.process_ended(process)
         record = await asyncio.to_thread(self._store.get, model_id)
-        words = await self._holders.last_words(process)
+        words = await self._format_clients.stderr_tail(process)
         if record is not None and self._faults.note_death(
             model_id, record.fingerprint, process, words
         ):
-            reason = self._faults.standing()[model_id].reason
+            reason = self._faults.model_states()[model_id].reason
             self._log.note("process died", f"quarantine {model_id}", reason)
 
     async def _record(self, model_id: str) -> ModelRecord:
         record = await asyncio.to_thread(self._store.get, model_id)
         if record is None:
             raise ModelNotFound.of(model_id, [])
-        self._offers.check(record)
+        self._planner.check(record)
         return record
 
-    async def _open(self, budget_bytes: int, model_id: str, offer: Offer) -> Residency:
+    async def _open(self, budget_bytes: int, model_id: str, plan: LoadPlan) -> Residency:
         record = await self._record(model_id)
-        order = self._offers.order(record, offer, budget_bytes)
+        order = self._planner.order(record, plan, budget_bytes)
         # Whose last words to look for, should it die of this.
-        processes = await self._holders.processes(record.info.format)
+        processes = await self._format_clients.processes(record.info.format)
         try:
-            residency = await self._holders.open(order)
+            residency = await self._format_clients.open(order)
         except ModelFileMissing:
             await self._scanner.scan()
             raise
         except ReplicaDied:
-            left = await self._holders.processes(record.info.format)
+            left = await self._format_clients.processes(record.info.format)
             for process in {one.replica_id for one in processes} - {one.replica_id for one in left}:
                 await self._note_death(model_id, process)
             raise

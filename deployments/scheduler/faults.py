@@ -86,7 +86,7 @@ class Faults:
         if record is None:
             return
         if record.files != files:
-            self.forgive(model_id)
+            self.clear(model_id)
             return
         retry = f"POST /api/models/{model_id}/load tries again at once."
         if record.is_quarantined:
@@ -107,14 +107,14 @@ class Faults:
         record = self._of(model_id, files)
         self._keep(model_id, load_failed(record, reason[:_LONGEST_REASON], self._clock()))
 
-    def note_death(self, model_id: str, files: str, process: str, last_words: str) -> bool:
+    def note_death(self, model_id: str, files: str, process: str, stderr_tail: str) -> bool:
         """Remember that a process died that the model used; True when that is the last straw."""
         old = self._of(model_id, files)
         # Every request that ran there tells of it.
         if process in old.deaths:
             return False
         count = len(old.deaths.keys() | {process})
-        said = f" Its last words: {last_words}" if last_words else ""
+        said = f" Its last words: {stderr_tail}" if stderr_tail else ""
         reason = (
             f"{min(count, DEATHS_TO_QUARANTINE)} processes died with it within "
             f"{DEATH_WINDOW_S / 60:.0f} minutes.{said}"
@@ -129,12 +129,12 @@ class Faults:
         if record is not None and record.failures:
             self._keep(model_id, loaded(record))
 
-    def forgive(self, model_id: str) -> None:
+    def clear(self, model_id: str) -> None:
         """Forget all of a model: somebody wants it tried again."""
         if self._records.pop(model_id, None) is not None:
             self._write()
 
-    def standing(self) -> dict[str, Fault]:
+    def model_states(self) -> dict[str, Fault]:
         """Return what is wrong with models now, by id."""
         now = self._clock()
         return {

@@ -10,7 +10,7 @@ from core.errors import ImpetusError
 from deployments.messages import (
     NO_NODE,
     Freed,
-    LoadOrder,
+    LoadRequest,
     NodeMemory,
     ProcessReport,
     ReplicaReport,
@@ -18,7 +18,7 @@ from deployments.messages import (
     ResidentReport,
 )
 from deployments.serve.handles import Handle, call
-from deployments.stderr_tail import last_words
+from deployments.stderr_tail import read_stderr_tail
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _REPORT_LIMIT_S = 2.0
 Reported = tuple[Sequence[tuple[Residency, ResidentReport | None]], Sequence[ProcessReport]]
 
 
-class Holders:
+class FormatClients:
     """The format deployments as the scheduler sees them.  Belongs to one event loop."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Holders:
         self._keeping: set[str] = set()
         self._ended: list[ProcessReport] = []
 
-    async def open(self, order: LoadOrder) -> Residency:
+    async def open(self, order: LoadRequest) -> Residency:
         """Let a replica open the model.  Raises what the replica does, ReplicaDied too."""
         residency: Residency = await call(self._formats[order.info.format].load_model.remote(order))
         return residency
@@ -152,7 +152,11 @@ class Holders:
         running = await self._running()
         return [residency for residency in on_demand if residency.format not in running]
 
-    async def last_words(self, replica_id: str) -> str:
+    async def stderr_tail(self, replica_id: str) -> str:
         """Return what a process that is gone wrote last; empty where nobody knows."""
         process = self._processes.pop(replica_id, None)
-        return "" if process is None else await asyncio.to_thread(last_words, process.stderr_path)
+        return (
+            ""
+            if process is None
+            else await asyncio.to_thread(read_stderr_tail, process.stderr_path)
+        )

@@ -34,7 +34,7 @@ from scheduler.events import (
     Wanted,
 )
 from scheduler.policy import decide
-from scheduler.state import HostState, KeepRules, Offer, Priority
+from scheduler.state import HostState, KeepRules, LoadPlan, Priority
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ _LONGEST_POLL_S = 15.0
 # How often under critical strain, so that a model goes soon after its last request, and in a load.
 _STRAIN_POLL_S = 1.0
 
-Opener = Callable[[str, Offer], Awaitable[Residency]]
+Opener = Callable[[str, LoadPlan], Awaitable[Residency]]
 Closer = Callable[[Residency], Awaitable[Freed]]
 
 Reporter = Callable[[Sequence[Residency]], Awaitable[Reported]]
@@ -120,7 +120,7 @@ class Ledger:
     async def acquire(
         self,
         model_id: str,
-        offers: tuple[Offer, ...],
+        plans: tuple[LoadPlan, ...],
         timeout_s: float,
         priority: Priority,
         *,
@@ -137,7 +137,7 @@ class Ledger:
         future: asyncio.Future[Residency] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         deadline = time.monotonic() + timeout_s
-        self._send(Wanted(number, model_id, offers, deadline, priority, is_resumed))
+        self._send(Wanted(number, model_id, plans, deadline, priority, is_resumed))
         try:
             return await future
         finally:
@@ -252,8 +252,8 @@ class Ledger:
 
     def _perform(self, action: Action) -> None:
         match action:
-            case Load(model_id, offer):
-                self._start(self._load(model_id, offer))
+            case Load(model_id, plan):
+                self._start(self._load(model_id, plan))
             case Unload(model_id, _, for_model) | Drain(model_id, _, for_model):
                 if for_model:
                     self.tally.evictions += 1
@@ -276,9 +276,9 @@ class Ledger:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _load(self, model_id: str, offer: Offer) -> None:
+    async def _load(self, model_id: str, plan: LoadPlan) -> None:
         try:
-            residency = await self._open(model_id, offer)
+            residency = await self._open(model_id, plan)
         except Exception as problem:
             if not isinstance(problem, ImpetusError):
                 logger.exception("opening %s failed", model_id)
@@ -294,7 +294,7 @@ class Ledger:
         evicted = tuple(self._evicted.pop(model_id, ()))
         self._residencies[model_id] = replace(residency, evicted=evicted)
         process = residency.replica_id
-        size_bytes, load_s = offer.needed_bytes, residency.load_s
+        size_bytes, load_s = plan.needed_bytes, residency.load_s
         self._send(Loaded(model_id, size_bytes, load_s, process, residency.is_job))
         if model_id in self._residencies:
             self._residencies[model_id] = residency

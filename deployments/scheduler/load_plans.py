@@ -9,15 +9,15 @@ from catalog.variants import nearest_smaller
 from core.errors import BackendUnavailable, BrokenModel, ImpetusError, ModelFileMissing
 from core.settings import Settings
 from core.units import format_bytes
-from deployments.messages import LoadOrder, Residency
-from scheduler.state import KeepRules, Offer
+from deployments.messages import LoadRequest, Residency
+from scheduler.state import KeepRules, LoadPlan
 
 # A context is not lowered below this, nor are there more estimates of one model than this.
 _SMALLEST_CONTEXT = 2048
-_MOST_OFFERS = 4
+_MOST_PLANS = 4
 
 
-class Offers:
+class LoadPlanner:
     """Estimates models by their metadata; opens nothing."""
 
     def __init__(
@@ -48,33 +48,33 @@ class Offers:
         """Return what the model holds at its best.  Raises InsufficientMemory."""
         return self._estimate(record, self._full(record))
 
-    def of(self, record: ModelRecord, budget_bytes: int) -> tuple[Offer, ...]:
+    def of(self, record: ModelRecord, budget_bytes: int) -> tuple[LoadPlan, ...]:
         """Return the ways to open the model, the largest first: one where its context is fixed.
 
         Raises InsufficientMemory where not even the smallest fits the budget.
         """
         options = replace(self._full(record), memory_limit_bytes=budget_bytes)
         full = self._estimate(record, options)
-        offers = [Offer(full.total_bytes)]
+        plans = [LoadPlan(full.total_bytes)]
         context = full.context_tokens // 2
         if options.context_tokens is not None:
-            return tuple(offers)
-        while context >= _SMALLEST_CONTEXT and len(offers) < _MOST_OFFERS:
+            return tuple(plans)
+        while context >= _SMALLEST_CONTEXT and len(plans) < _MOST_PLANS:
             try:
                 less = self._estimate(record, replace(options, context_tokens=context))
             except ImpetusError:
                 break
-            if less.total_bytes < offers[-1].needed_bytes:
-                offers.append(Offer(less.total_bytes, context))
+            if less.total_bytes < plans[-1].needed_bytes:
+                plans.append(LoadPlan(less.total_bytes, context))
             context //= 2
-        return tuple(offers)
+        return tuple(plans)
 
-    def order(self, record: ModelRecord, offer: Offer, budget_bytes: int) -> LoadOrder:
+    def order(self, record: ModelRecord, plan: LoadPlan, budget_bytes: int) -> LoadRequest:
         """Return what a replica is told to open the model as offered."""
         options = replace(self._full(record), memory_limit_bytes=budget_bytes)
-        if offer.context_tokens is not None:
-            options = replace(options, context_tokens=offer.context_tokens)
-        return LoadOrder(record.id, record.info, options, self._settings.step_limit_s)
+        if plan.context_tokens is not None:
+            options = replace(options, context_tokens=plan.context_tokens)
+        return LoadRequest(record.id, record.info, options, self._settings.step_limit_s)
 
     def size_bytes(self, record: ModelRecord, residency: Residency) -> int:
         """Return what an open model holds, by its estimate with the context it was granted."""

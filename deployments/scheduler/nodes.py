@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from deployments.messages import NO_NODE, NodeMemory, Residency
 from deployments.scheduler.ledger import Ledger
-from scheduler.state import KeepRules, Offer, Priority
+from scheduler.state import KeepRules, LoadPlan, Priority
 
 
 class NodeLedgers:
@@ -61,7 +61,7 @@ class NodeLedgers:
     async def acquire(
         self,
         model_id: str,
-        offers: tuple[Offer, ...],
+        plans: tuple[LoadPlan, ...],
         timeout_s: float,
         priority: Priority,
         *,
@@ -72,7 +72,7 @@ class NodeLedgers:
         holding = self._holding(model_id)
         is_there = holding.state.resident(model_id) or holding.state.is_loading(model_id)
         ledger = holding if is_there else self.of(node)
-        return await ledger.acquire(model_id, offers, timeout_s, priority, is_resumed=is_resumed)
+        return await ledger.acquire(model_id, plans, timeout_s, priority, is_resumed=is_resumed)
 
     async def release(self, model_id: str, reason: str) -> bool:
         """Unload a model and wait until it is gone; False where it is not resident."""

@@ -1,4 +1,4 @@
-"""."""
+"""Mirrors the scheduler's metrics into Ray's own metrics endpoint."""
 
 from ray.util import metrics as ray_metrics
 

@@ -9,13 +9,13 @@ from core.errors import Unavailable
 from deployments.messages import Freed, Residency
 from deployments.scheduler.ledger import Closer, Ledger, Opener
 from scheduler.events import Use
-from scheduler.state import Offer
+from scheduler.state import LoadPlan
 
 # No model's id begins so: a colon is no part of one.
 _PREFIX = "job:"
 
 
-class Jobs:
+class Reservations:
     """Work that holds memory until it ends by itself, such as conversions.  On one event loop.
 
     To the policy a job is a model that nothing can close: it waits in the batch class, idle models
@@ -28,9 +28,9 @@ class Jobs:
     def opening(self, open_: Opener) -> Opener:
         """Return `open_` for models, with jobs being open as soon as their memory is granted."""
 
-        async def open_either(name: str, offer: Offer) -> Residency:
+        async def open_either(name: str, plan: LoadPlan) -> Residency:
             if not _is_job(name):
-                return await open_(name, offer)
+                return await open_(name, plan)
             if name not in self._names:
                 raise Unavailable(f"{name} has ended.")
             return Residency(name, "", "", "", 0, 0.0)
@@ -64,8 +64,8 @@ class Jobs:
             ledger.used(Use(job, 0, time.monotonic(), highest))
 
         try:
-            offers = (Offer(needed_bytes),)
-            await ledger.acquire(job, offers, timeout_s, "batch")
+            plans = (LoadPlan(needed_bytes),)
+            await ledger.acquire(job, plans, timeout_s, "batch")
             yield measured
         finally:
             self._names.discard(job)

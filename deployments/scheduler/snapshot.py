@@ -20,7 +20,7 @@ def take_snapshot(
     return SchedulerSnapshot(
         budget_bytes=state.budget_bytes,
         used_bytes=state.used_bytes,
-        promised_bytes=sum(model.offer.needed_bytes for model in state.loading),
+        promised_bytes=sum(model.plan.needed_bytes for model in state.loading),
         residents=tuple(
             ResidentView(
                 item.model_id,

@@ -127,7 +127,7 @@ class ThermalWatch:
     async def poll(self) -> None:
         """Read the sensors once and tell everyone what the state asks of them."""
         reading = await self._reader.read()
-        self._lament(reading.problems)
+        self._warn_once(reading.problems)
         self._note(reading, self._clock())
         try:
             await self._send(self._directive.limits)
@@ -135,7 +135,7 @@ class ThermalWatch:
             if self._obey is not None:
                 await self._obey(self._directive)
 
-    def _lament(self, problems: tuple[SensorProblem, ...]) -> None:
+    def _warn_once(self, problems: tuple[SensorProblem, ...]) -> None:
         """Log what is wrong with each sensor, once."""
         for problem in problems:
             if problem.sensor not in self._lamented:

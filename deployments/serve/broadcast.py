@@ -1,4 +1,4 @@
-"""Formats with several replicas: what concerns one of them, and what concerns all."""
+"""Calls every replica of a format, and combines their answers."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence

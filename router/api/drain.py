@@ -1,4 +1,4 @@
-"""."""
+"""`POST /api/drain`: stop taking requests and report how many still run."""
 
 from collections.abc import Awaitable, Callable
 

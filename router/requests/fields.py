@@ -11,6 +11,22 @@ from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonValue, SamplingParams
 from core.units import KIB, format_bytes
 
+AnyEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+MAX_MESSAGES = 2048
+MAX_TOOLS = 128
+OPENAI_HINTS = frozenset(
+    {
+        "metadata",
+        "store",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    }
+)
+
 MAX_N = 8
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256

@@ -1,22 +1,20 @@
-"""How much a model shall reason, as the several APIs ask for it."""
+"""Reasoning effort and budget: parses the fields of all APIs into the prompt's."""
 
 import base64
 import binascii
 from dataclasses import replace
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
 from core.errors import RequestError
 from core.types import Capability, ChatPrompt, JsonValue
-from router.requests.fields import MAX_INT32, WireModel
+from router.requests.fields import MAX_INT32, AnyEffort, Effort, WireModel
 from router.services import ModelView
 
-AnyEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 # The three degrees that chat templates know.
 _DEGREES = {"minimal": "low", "xhigh": "high", "max": "high"}
 
-Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 ReasoningTokens: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INT32)]
 
 

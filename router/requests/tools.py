@@ -1,4 +1,4 @@
-"""What holds for the tools of every API whose bodies name them flatly."""
+"""Tools and `tool_choice`: parsing and checks shared by all APIs."""
 
 from collections.abc import Sequence
 from typing import Literal, TypeAlias

@@ -34,12 +34,12 @@ from router.requests.body import read_request
 from router.requests.fields import (
     MAX_INT32,
     MAX_LOGPROBS,
+    OPENAI_HINTS,
     parse_inputs,
     refuse_unless_off,
 )
 from router.requests.output_format import OutputFields
 from router.requests.priority import request_priority
-from router.v1.chat.request import _HINTS
 from router.v1.chunks import ChunkFormatter
 
 MAX_PROMPTS = 128
@@ -49,7 +49,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 class CompletionRequest(OutputFields):
     """Body of `POST /v1/completions`."""
 
-    harmless: ClassVar = _HINTS
+    harmless: ClassVar = OPENAI_HINTS
 
     prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_inputs)]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None

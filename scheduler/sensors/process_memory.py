@@ -1,4 +1,4 @@
-"""."""
+"""Reads a process's memory footprint on Linux and macOS, and returns freed memory to the system."""
 
 import ctypes
 import sys

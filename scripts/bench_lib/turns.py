@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.engine.accelerator_lock import TurnLock
+from backends.engine.accelerator_lock import AcceleratorLock
 from scripts.bench_lib.report.figures import Spread, Verdict, spread
 from scripts.bench_lib.report.page import table
 from scripts.bench_lib.servers import ROOT
@@ -22,8 +22,8 @@ TURNS = 250
 _NEIGHBOUR = """
 import sys
 from pathlib import Path
-from backends.engine.accelerator_lock import TurnLock
-lock = TurnLock(Path(sys.argv[1]))
+from backends.engine.accelerator_lock import AcceleratorLock
+lock = AcceleratorLock(Path(sys.argv[1]))
 lock.register()
 print("ready", flush=True)
 sys.stdin.read()
@@ -43,7 +43,7 @@ def measure_turns(rounds: int = ROUNDS, turns: int = TURNS) -> TurnsResult:
     """Take turns in this process; the empty loop's own time is taken off."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         path = Path(folder) / "turns"
-        lock = TurnLock(path)
+        lock = AcceleratorLock(path)
         lock.register()
         try:
             alone = _measure(lock, rounds, turns)
@@ -64,7 +64,7 @@ def measure_turns(rounds: int = ROUNDS, turns: int = TURNS) -> TurnsResult:
     return TurnsResult(alone, shared)
 
 
-def _measure(lock: TurnLock, rounds: int, turns: int) -> Spread:
+def _measure(lock: AcceleratorLock, rounds: int, turns: int) -> Spread:
     found = spread([_round(lock.turn, turns) - _round(nullcontext, turns) for _ in range(rounds)])
     assert found is not None
     return found

@@ -10,8 +10,8 @@ import pytest
 from backends.base import EngineOptions
 from backends.gguf.backend import GgufBackend
 from core.units import MIB
-from deployments.messages import Freed, LoadOrder
-from deployments.replica.memory import HeldMemory
+from deployments.messages import Freed, LoadRequest
+from deployments.replica.memory import ModelMemory
 from tests.requests import request, run, text_of
 from tests.starter import starter_path
 
@@ -49,9 +49,9 @@ def _hold_the_starter() -> Readings:
 async def _open_and_close() -> Readings:
     backend = GgufBackend()
     info = backend.identify(starter_path())
-    memory = HeldMemory(backend)
+    memory = ModelMemory(backend)
     engine = await memory.opening(
-        LoadOrder("m", info, OPTIONS), lambda: backend.open(info, OPTIONS)
+        LoadRequest("m", info, OPTIONS), lambda: backend.open(info, OPTIONS)
     )
     await run(engine, request("Once upon a time", max_tokens=32))
     memory.look({"m"})

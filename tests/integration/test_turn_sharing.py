@@ -23,12 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from backends.base import EngineOptions
 from backends.registry import backends_for
-from backends.engine.accelerator_lock import TurnLock, TurnTaking
+from backends.engine.accelerator_lock import AcceleratorLock, SharesAccelerator
 from tests.requests import request, run, end_of
 
 spans = []
 
-class Noting(TurnLock):
+class Noting(AcceleratorLock):
     @contextmanager
     def turn(self):
         with super().turn():
@@ -47,8 +47,8 @@ async def main():
     backend = backends_for([sys.argv[2]])[sys.argv[2]]
     info = backend.identify(Path(sys.argv[3])) if sys.argv[3] else backend.built_in()[0]
     engine = backend.open(info, EngineOptions(threads=1, context_tokens=1024))
-    assert isinstance(engine, TurnTaking)
-    engine.take_turns(lock)
+    assert isinstance(engine, SharesAccelerator)
+    engine.share_accelerator(lock)
     print("ready", flush=True)
     sys.stdin.readline()
     wanted = [request("a" * 200, max_tokens=200) for _ in range(2)]

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from backends.engine.accelerator_lock import TurnLock
+from backends.engine.accelerator_lock import AcceleratorLock
 
 # Reads a number, dawdles, writes it back one higher: two at once would see it change.
 WORKER = """
 import os, struct, sys, time
 from pathlib import Path
-from backends.engine.accelerator_lock import TurnLock
+from backends.engine.accelerator_lock import AcceleratorLock
 
 folder, name, turns = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-lock = TurnLock(folder / "turns")
+lock = AcceleratorLock(folder / "turns")
 lock.register()
 shared = os.open(folder / "shared", os.O_RDWR)
 log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND)
@@ -143,7 +143,7 @@ def test_killed_holders_neither_block_nor_let_two_in(workers: Workers) -> None:
         workers.kill(holder if is_holder else chance.choice(others))
         workers.go(workers.add("x", 1_000_000))
     wait_until(partial(workers.has_done, workers.done + 20))
-    lock = TurnLock(workers.folder / "turns")
+    lock = AcceleratorLock(workers.folder / "turns")
     lock.register()
     assert lock.engines() == 4
     for pid in list(workers.running):
@@ -157,7 +157,7 @@ def test_killed_holders_neither_block_nor_let_two_in(workers: Workers) -> None:
 def test_stopped_holder_is_passed_by(workers: Workers) -> None:
     worker = workers.add("x", 1_000_000)
     workers.go(worker)
-    lock = TurnLock(workers.folder / "turns", patience_s=0.3)
+    lock = AcceleratorLock(workers.folder / "turns", patience_s=0.3)
     lock.register()
     wait_until(lambda: workers.holder == worker.pid)
     worker.send_signal(signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""The OpenAI requests: chat completions, completions, embeddings."""
+"""The body of `POST /v1/chat/completions`."""
 
 import re
 from typing import Annotated, Any, ClassVar, Literal
@@ -8,30 +8,22 @@ from pydantic import Field, PlainValidator
 from core.errors import RequestError, UnsupportedParameter
 from router.requests.fields import (
     MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    OPENAI_HINTS,
+    Effort,
     JsonObject,
     TokenCount,
     WireModel,
     unknown_fields,
 )
 from router.requests.output_format import OutputFields
-from router.requests.reasoning import Effort, Reasoning, ReasoningTokens
+from router.requests.reasoning import Reasoning, ReasoningTokens
 from router.requests.tools import ToolChoice, parse_tool_choice
 
-MAX_MESSAGES = 2048
-MAX_TOOLS = 128
 MAX_TEMPLATE_VARIABLES = 64
 
 
-_HINTS = frozenset(
-    {
-        "metadata",
-        "store",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-    }
-)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _RESERVED_VARIABLES = frozenset(
     {"tokenize", "chat_template", "messages", "tools", "add_generation_prompt"}
@@ -123,7 +115,7 @@ class ChatRequest(OutputFields):
         "verbosity": (),
         "web_search_options": (),
     }
-    harmless: ClassVar = _HINTS
+    harmless: ClassVar = OPENAI_HINTS
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: TokenCount | None = None

@@ -11,6 +11,9 @@ from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonOutput, SamplingParams
 from router.requests.fields import (
     MAX_INT32,
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    AnyEffort,
     JsonObject,
     TokenCount,
     WireModel,
@@ -19,8 +22,6 @@ from router.requests.fields import (
     parse_stop,
     unknown_fields,
 )
-from router.requests.reasoning import AnyEffort
-from router.v1.chat.request import MAX_MESSAGES, MAX_TOOLS
 
 MAX_BLOCKS = 4096
 # Fields of blocks and tools that change nothing here: prefixes are always reused, calls checked.

@@ -6,10 +6,9 @@ from dataclasses import replace
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.answers import parts as answer
-from router.requests.fields import check_schema
+from router.requests.fields import MAX_MESSAGES, check_schema
 from router.requests.reasoning import unsealed, with_reasoning
 from router.requests.tools import check_tools
-from router.v1.chat.request import MAX_MESSAGES
 from router.v1.responses import request as wire
 
 _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})

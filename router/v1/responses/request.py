@@ -8,6 +8,9 @@ from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonOutput
 from router.requests.fields import (
     MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    AnyEffort,
     JsonObject,
     SamplingFields,
     TokenCount,
@@ -16,9 +19,7 @@ from router.requests.fields import (
     refuse_unless_off,
     unknown_fields,
 )
-from router.requests.reasoning import AnyEffort
 from router.requests.tools import ToolChoice
-from router.v1.chat.request import MAX_MESSAGES, MAX_TOOLS
 
 MAX_PARTS = 4096
 MAX_METADATA = 16

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.stderr_tail import last_words, stderr_path
+from deployments.stderr_tail import read_stderr_tail, stderr_path
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -15,7 +15,7 @@ def test_the_last_lines_are_shown_without_what_a_terminal_acts_on(tmp_path: Path
     path = tmp_path / "stderr"
     lines = [f"line {number}" for number in range(20)]
     path.write_text("\n".join([*lines, "", "\x1b[31mfatal\x1b[0m\x07", "x" * 500]) + "\n")
-    words = last_words(str(path)).split(" / ")
+    words = read_stderr_tail(str(path)).split(" / ")
     assert words[:4] == lines[-4:]
     assert words[4] == "fatal"
     assert words[5] == "x" * 200
@@ -25,18 +25,18 @@ def test_the_last_lines_are_shown_without_what_a_terminal_acts_on(tmp_path: Path
 def test_a_log_without_words_is_no_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "stderr"
     path.write_bytes(content)
-    assert last_words(str(path)) in ("", "\ufffd\ufffd")
+    assert read_stderr_tail(str(path)) in ("", "\ufffd\ufffd")
 
 
 def test_a_log_that_is_gone_is_no_error(tmp_path: Path) -> None:
-    assert last_words("") == ""
-    assert last_words(str(tmp_path / "gone")) == ""
+    assert read_stderr_tail("") == ""
+    assert read_stderr_tail(str(tmp_path / "gone")) == ""
 
 
 def test_only_the_end_of_a_large_log_is_read(tmp_path: Path) -> None:
     path = tmp_path / "stderr"
     path.write_bytes(b"a" * 200_000 + b"\nthe end\n")
-    assert last_words(str(path)).endswith("the end")
+    assert read_stderr_tail(str(path)).endswith("the end")
 
 
 def test_a_process_knows_where_its_stderr_goes(tmp_path: Path) -> None:

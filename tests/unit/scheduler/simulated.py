@@ -24,7 +24,7 @@ from scheduler.events import (
     Wanted,
 )
 from scheduler.policy import decide
-from scheduler.state import HostState, KeepRules, Limits, Offer, Priority
+from scheduler.state import HostState, KeepRules, Limits, LoadPlan, Priority
 
 POLL_S = 0.1
 
@@ -115,9 +115,9 @@ class Machine:
         job = self.jobs[number]
         model = self.models[job.model_id]
         sizes = [model.size] + ([model.smaller] if model.smaller else [])
-        offers = tuple(Offer(size) for size in sizes)
+        plans = tuple(LoadPlan(size) for size in sizes)
         self._report()
-        self._send(Wanted(number, job.model_id, offers, self.now + self.timeout_s, job.priority))
+        self._send(Wanted(number, job.model_id, plans, self.now + self.timeout_s, job.priority))
         if job.patience_s is not None:
             self._at(self.now + job.patience_s, lambda: self._leave(number))
         self._at(self.now + POLL_S, self.tick)
@@ -148,8 +148,8 @@ class Machine:
 
     def _perform(self, action: Action) -> None:
         match action:
-            case Load(model_id, offer):
-                self._open(model_id, offer)
+            case Load(model_id, plan):
+                self._open(model_id, plan)
             case Unload(model_id) | Drain(model_id):
                 held = self.held[model_id]
                 rules = self.rules.get(model_id, KeepRules())
@@ -170,10 +170,10 @@ class Machine:
             case Reject(number):
                 self.ends[number].append(action.kind)
 
-    def _open(self, model_id: str, offer: Offer) -> None:
+    def _open(self, model_id: str, plan: LoadPlan) -> None:
         assert model_id not in self.held, "one load per model at a time"
         assert model_id not in self.opening, "one load per model at a time"
-        self.opening[model_id] = offer.needed_bytes
+        self.opening[model_id] = plan.needed_bytes
         self.loads.append(model_id)
         model = self.models[model_id]
         fails = self.failures.get(model_id, 0) < model.fails

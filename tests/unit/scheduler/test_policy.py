@@ -25,7 +25,7 @@ from scheduler.events import (
     Wanted,
 )
 from scheduler.policy import decide
-from scheduler.state import HostState, KeepRules, Limits, Offer, Resident
+from scheduler.state import HostState, KeepRules, Limits, LoadPlan, Resident
 
 
 def resident(name: str, size: int, used_at: float = 0.0, in_flight: int = 0) -> Resident:
@@ -33,8 +33,8 @@ def resident(name: str, size: int, used_at: float = 0.0, in_flight: int = 0) -> 
 
 
 def wanted(name: str, *sizes: int, number: int = 1, deadline: float = 1e6) -> Wanted:
-    offers = tuple(Offer(size, None if index == 0 else 2048) for index, size in enumerate(sizes))
-    return Wanted(number, name, offers, deadline)
+    plans = tuple(LoadPlan(size, None if index == 0 else 2048) for index, size in enumerate(sizes))
+    return Wanted(number, name, plans, deadline)
 
 
 def feed(state: HostState, *events: tuple[float, Event]) -> Outcome:
@@ -74,7 +74,7 @@ def test_a_load_begins_only_when_the_memory_came_back() -> None:
     outcome = feed(outcome.state, (11.0, Tick()))
     assert outcome.actions == ()
     outcome = feed(outcome.state, (12.0, Unloaded("a")))
-    assert outcome.actions == (Load("b", Offer(60), "b needs 60 B"),)
+    assert outcome.actions == (Load("b", LoadPlan(60), "b needs 60 B"),)
 
 
 def test_f7_a_model_asked_for_while_it_closes_is_loaded_after() -> None:
@@ -115,11 +115,11 @@ def test_f5_a_lowered_context_comes_before_a_drain_and_a_refusal() -> None:
     assert outcome.actions == ()
     (load,) = feed(outcome.state, (12.5, Tick())).actions
     assert isinstance(load, Load)
-    assert load.offer == Offer(40, 2048)
+    assert load.plan == LoadPlan(40, 2048)
     pinned = HostState(100, (replace(resident("a", 50), is_pinned=True),))
     (load,) = feed(pinned, (10.0, wanted("b", 60, 40))).actions
     assert isinstance(load, Load)
-    assert load.offer == Offer(40, 2048)
+    assert load.plan == LoadPlan(40, 2048)
 
 
 def test_f5_what_cannot_fit_beside_pinned_models_is_refused_with_the_numbers() -> None:
@@ -162,8 +162,8 @@ def test_f5_a_load_that_lacked_memory_is_tried_with_less_and_then_given_up() -> 
     outcome = feed(
         HostState(100), (1.0, wanted("a", 60, 40)), (2.0, LoadFailed("a", "no room", True))
     )
-    loads = [action.offer for action in outcome.actions if isinstance(action, Load)]
-    assert loads == [Offer(60), Offer(40, 2048)]
+    loads = [action.plan for action in outcome.actions if isinstance(action, Load)]
+    assert loads == [LoadPlan(60), LoadPlan(40, 2048)]
     (reject,) = feed(outcome.state, (3.0, LoadFailed("a", "no room", True))).actions
     assert isinstance(reject, Reject)
     assert reject.reason == "no room"

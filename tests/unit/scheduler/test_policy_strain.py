@@ -21,7 +21,7 @@ from scheduler.events import (
     Wanted,
 )
 from scheduler.policy import decide
-from scheduler.state import HostState, KeepRules, Limits, Offer, Resident
+from scheduler.state import HostState, KeepRules, Limits, LoadPlan, Resident
 from tests.unit.scheduler.test_policy import feed, kinds, resident, wanted
 
 CRITICAL, OVER = StrainChanged(True), StrainChanged(False)
@@ -43,7 +43,7 @@ def test_f15_a_model_goes_after_its_last_request() -> None:
 
 
 def test_f15_requests_wait_out_the_strain_and_those_begun_do_not() -> None:
-    begun = Wanted(2, "b", (Offer(10),), 1e6, is_resumed=True)
+    begun = Wanted(2, "b", (LoadPlan(10),), 1e6, is_resumed=True)
     outcome = feed(HostState(100), (1.0, CRITICAL), (2.0, wanted("a", 10)), (3.0, begun))
     assert kinds(outcome.actions) == [("Load", "b")]
     outcome = feed(outcome.state, (4.0, OVER))
@@ -94,7 +94,7 @@ def test_f15_under_strain_nothing_is_loaded_and_no_request_ends_twice(
         if kind == "strain":
             event = StrainChanged(bool(value))
         elif kind == "want":
-            event = Wanted(number, str(value), (Offer(60),), 1e6)
+            event = Wanted(number, str(value), (LoadPlan(60),), 1e6)
         pending = [event]
         while pending:
             outcome = decide(state, pending.pop(0), now)

@@ -1,13 +1,13 @@
 """Order, bounds and advice of the queue."""
 
 from scheduler.queue import groups, is_full, overdue, retry_after_s
-from scheduler.state import HostState, Limits, Loading, Offer, Priority, Resident, Waiting
+from scheduler.state import HostState, Limits, Loading, LoadPlan, Priority, Resident, Waiting
 
 
 def waiting(
     number: int, model_id: str, since: float, priority: Priority = "interactive"
 ) -> Waiting:
-    return Waiting(number, model_id, (Offer(10),), since, since + 100.0, priority)
+    return Waiting(number, model_id, (LoadPlan(10),), since, since + 100.0, priority)
 
 
 def test_requests_for_one_model_are_one_group_as_old_as_the_oldest() -> None:
@@ -42,7 +42,7 @@ def test_the_advice_is_whole_seconds_and_grows_with_what_is_to_be_loaded() -> No
     busy = HostState(
         100,
         held,
-        (Loading("c", Offer(10)),),
+        (Loading("c", LoadPlan(10)),),
         (waiting(1, "a", 0.0), waiting(2, "b", 0.0), waiting(3, "a", 0.0)),
     )
     assert retry_after_s(busy) == 8

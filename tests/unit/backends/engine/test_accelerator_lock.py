@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from backends.engine.accelerator_lock import TurnLock
+from backends.engine.accelerator_lock import AcceleratorLock
 from core.errors import Unavailable
 
 OTHER = """
 import sys
 from pathlib import Path
-from backends.engine.accelerator_lock import TurnLock
+from backends.engine.accelerator_lock import AcceleratorLock
 
-lock = TurnLock(Path(sys.argv[1]))
+lock = AcceleratorLock(Path(sys.argv[1]))
 lock.register()
 turn = None
 print("ready", flush=True)
@@ -84,8 +84,8 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def lock(path: Path) -> Iterator[TurnLock]:
-    lock = TurnLock(path, patience_s=20)
+def lock(path: Path) -> Iterator[AcceleratorLock]:
+    lock = AcceleratorLock(path, patience_s=20)
     lock.register()
     yield lock
     lock.close()
@@ -94,7 +94,7 @@ def lock(path: Path) -> Iterator[TurnLock]:
 class Taker:
     """A thread that takes one turn and holds it until told."""
 
-    def __init__(self, lock: TurnLock) -> None:
+    def __init__(self, lock: AcceleratorLock) -> None:
         self.has_turn = threading.Event()
         self.may_leave = threading.Event()
         self._lock = lock
@@ -125,7 +125,7 @@ def next_ticket(path: Path) -> int:
     return int(subprocess.check_output([sys.executable, "-c", read, str(path)]))
 
 
-def comes_in_order(lock: TurnLock, other: Other) -> bool:
+def comes_in_order(lock: AcceleratorLock, other: Other) -> bool:
     """Whether the other process waits for a turn that is held here."""
     with lock.turn():
         other.tell("enter")
@@ -140,7 +140,7 @@ def refuse(*_: Any) -> None:
     raise AssertionError("a system call")
 
 
-def test_alone_no_system_call(lock: TurnLock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alone_no_system_call(lock: AcceleratorLock, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "lockf", refuse)
         with lock.turn(), lock.turn():
@@ -149,7 +149,7 @@ def test_alone_no_system_call(lock: TurnLock, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_unregistered_takes_no_turn(path: Path) -> None:
-    lock = TurnLock(path)
+    lock = AcceleratorLock(path)
     with other_process(path) as one, other_process(path):
         one.do("enter")
         with lock.turn():
@@ -157,7 +157,9 @@ def test_unregistered_takes_no_turn(path: Path) -> None:
     lock.close()
 
 
-def test_two_processes_lock(path: Path, lock: TurnLock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_lock(
+    path: Path, lock: AcceleratorLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with other_process(path):
         assert lock.engines() == 2
         with monkeypatch.context() as patch:
@@ -166,7 +168,7 @@ def test_two_processes_lock(path: Path, lock: TurnLock, monkeypatch: pytest.Monk
                 pass
 
 
-def test_waits_for_other_process(path: Path, lock: TurnLock) -> None:
+def test_waits_for_other_process(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path) as other:
         other.do("enter")
         taker = Taker(lock)
@@ -176,7 +178,7 @@ def test_waits_for_other_process(path: Path, lock: TurnLock) -> None:
         taker.leave()
 
 
-def test_waiter_goes_before_a_second_turn(path: Path, lock: TurnLock) -> None:
+def test_waiter_goes_before_a_second_turn(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path) as other:
         first = Taker(lock)
         assert first.has_turn.wait(20)
@@ -191,7 +193,7 @@ def test_waiter_goes_before_a_second_turn(path: Path, lock: TurnLock) -> None:
         second.leave()
 
 
-def test_threads_of_one_process_queue(path: Path, lock: TurnLock) -> None:
+def test_threads_of_one_process_queue(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path):
         first = Taker(lock)
         assert first.has_turn.wait(20)
@@ -202,7 +204,7 @@ def test_threads_of_one_process_queue(path: Path, lock: TurnLock) -> None:
         second.leave()
 
 
-def test_killed_holder_frees_the_turn(path: Path, lock: TurnLock) -> None:
+def test_killed_holder_frees_the_turn(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path) as other:
         other.do("enter")
         taker = Taker(lock)
@@ -214,7 +216,7 @@ def test_killed_holder_frees_the_turn(path: Path, lock: TurnLock) -> None:
 
 
 def test_the_dead_are_forgotten_in_passing(
-    path: Path, lock: TurnLock, monkeypatch: pytest.MonkeyPatch
+    path: Path, lock: AcceleratorLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with other_process(path) as other:
         other.kill()
@@ -227,7 +229,7 @@ def test_the_dead_are_forgotten_in_passing(
     monkeypatch.undo()
 
 
-def test_registering_waits_for_a_lone_step(path: Path, lock: TurnLock) -> None:
+def test_registering_waits_for_a_lone_step(path: Path, lock: AcceleratorLock) -> None:
     alone = Taker(lock)
     assert alone.has_turn.wait(20)
     others: list[Other] = []
@@ -243,7 +245,7 @@ def test_registering_waits_for_a_lone_step(path: Path, lock: TurnLock) -> None:
 
 
 def test_hung_holder_is_passed_by(path: Path) -> None:
-    lock = TurnLock(path, patience_s=0.2)
+    lock = AcceleratorLock(path, patience_s=0.2)
     lock.register()
     with other_process(path) as other:
         other.do("enter")
@@ -254,7 +256,7 @@ def test_hung_holder_is_passed_by(path: Path) -> None:
     lock.close()
 
 
-def test_close_unregisters(path: Path, lock: TurnLock) -> None:
+def test_close_unregisters(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path) as other:
         assert lock.engines() == 2
         other.do("close")
@@ -263,14 +265,14 @@ def test_close_unregisters(path: Path, lock: TurnLock) -> None:
     lock.close()
 
 
-def test_register_twice_counts_once(lock: TurnLock) -> None:
+def test_register_twice_counts_once(lock: AcceleratorLock) -> None:
     lock.register()
     assert lock.engines() == 1
 
 
 def test_damaged_file_is_made_new(path: Path) -> None:
     path.write_bytes(os.urandom(4000))
-    lock = TurnLock(path)
+    lock = AcceleratorLock(path)
     lock.register()
     with other_process(path) as other:
         assert lock.engines() == 2
@@ -287,11 +289,11 @@ def test_foreign_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in ("link", "fifo", "missing/turns"):
         with pytest.raises(Unavailable, match="cannot be used"):
-            TurnLock(tmp_path / name)
+            AcceleratorLock(tmp_path / name)
     assert (tmp_path / "target").stat().st_size == 0
 
 
-def test_failed_step_gives_the_turn_back(path: Path, lock: TurnLock) -> None:
+def test_failed_step_gives_the_turn_back(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path) as other:
         with pytest.raises(ValueError, match="broken"), lock.turn():
             raise ValueError("broken")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from backends.base import EngineLoad
 from backends.echo import echo_info
 from backends.embedding.engine import EmbeddingEngine
-from backends.engine.accelerator_lock import TurnTaking
+from backends.engine.accelerator_lock import SharesAccelerator
 from backends.engine.batching import BatchingEngine
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import EngineFailed
@@ -67,8 +67,8 @@ class WatchedStepper(FakeStepper):
 
 
 def sharing(engine: Any, lock: FakeLock) -> Any:
-    assert isinstance(engine, TurnTaking)
-    engine.take_turns(lock)  # type: ignore[arg-type]
+    assert isinstance(engine, SharesAccelerator)
+    engine.share_accelerator(lock)  # type: ignore[arg-type]
     return engine
 
 

@@ -5,19 +5,19 @@ from typing import Any
 
 import pytest
 
-from backends.engine.accelerator_lock import TurnLock
+from backends.engine.accelerator_lock import AcceleratorLock
 from core.errors import Unavailable
-from deployments.replica.accelerator import SharedTurns, turn_file
+from deployments.replica.accelerator import SharedAccelerator, turn_file
 
 
 class Taking:
     """An engine that takes turns."""
 
     def __init__(self) -> None:
-        self.locks: list[TurnLock] = []
+        self.locks: list[AcceleratorLock] = []
         self.is_closed = False
 
-    def take_turns(self, lock: TurnLock) -> None:
+    def share_accelerator(self, lock: AcceleratorLock) -> None:
         self.locks.append(lock)
 
     async def close(self) -> None:
@@ -25,7 +25,7 @@ class Taking:
 
 
 async def test_engines_of_a_process_share_one_place(tmp_path: Path) -> None:
-    turns = SharedTurns(tmp_path)
+    turns = SharedAccelerator(tmp_path)
     engines: list[Any] = [Taking(), Taking()]
     for engine in engines:
         await turns.share(engine)
@@ -33,13 +33,13 @@ async def test_engines_of_a_process_share_one_place(tmp_path: Path) -> None:
     assert first is second
     assert first.engines() == 1
     await turns.close()
-    after = TurnLock(turn_file(tmp_path))
+    after = AcceleratorLock(turn_file(tmp_path))
     assert after.engines() == 0
     after.close()
 
 
 async def test_an_engine_without_steps_needs_no_place(tmp_path: Path) -> None:
-    turns = SharedTurns(tmp_path)
+    turns = SharedAccelerator(tmp_path)
     engine: Any = object()
     await turns.share(engine)
     await turns.close()
@@ -50,6 +50,6 @@ async def test_an_engine_is_closed_where_the_file_cannot_be_used(tmp_path: Path)
     turn_file(tmp_path).mkdir(parents=True)
     engine: Any = Taking()
     with pytest.raises(Unavailable, match="cannot be used"):
-        await SharedTurns(tmp_path).share(engine)
+        await SharedAccelerator(tmp_path).share(engine)
     assert engine.is_closed
     assert not engine.locks

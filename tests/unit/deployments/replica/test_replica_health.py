@@ -13,13 +13,13 @@ from backends.engine.batching import BatchingEngine
 from core.errors import EngineFailed, TimedOut
 from core.settings import Settings
 from core.units import MIB
-from deployments.messages import Freed, LoadOrder
+from deployments.messages import Freed, LoadRequest
 from deployments.replica.deployment import FormatReplica
-from deployments.replica.memory import HeldMemory
+from deployments.replica.memory import ModelMemory
 from tests.requests import request, run
 from tests.unit.backends.engine.test_batching import FakeStepper, open_engine, until
 
-ORDER = LoadOrder("m", echo_info(), EngineOptions(), step_limit_s=60.0)
+ORDER = LoadRequest("m", echo_info(), EngineOptions(), step_limit_s=60.0)
 
 
 class UnservedReplica(FormatReplica):
@@ -85,7 +85,7 @@ async def nothing() -> None:
 
 
 async def test_a_model_that_came_back_whole_is_accounted_for() -> None:
-    memory = HeldMemory(EchoBackend(), Meter(100 * MIB, 140 * MIB, 140 * MIB, 101 * MIB))
+    memory = ModelMemory(EchoBackend(), Meter(100 * MIB, 140 * MIB, 140 * MIB, 101 * MIB))
     assert await memory.opening(ORDER, lambda: "engine") == "engine"
     assert memory.measured_bytes("m") == 40 * MIB
     freed = await memory.closing("m", nothing)
@@ -95,7 +95,7 @@ async def test_a_model_that_came_back_whole_is_accounted_for() -> None:
 
 async def test_what_does_not_come_back_is_told_as_kept() -> None:
     size = 600 * MIB
-    memory = HeldMemory(EchoBackend(), Meter(0, size, size, size))
+    memory = ModelMemory(EchoBackend(), Meter(0, size, size, size))
     await memory.opening(ORDER, lambda: None)
     freed = await memory.closing("m", nothing)
     assert freed.kept_bytes == memory.kept_bytes == size - 256 * MIB
@@ -103,7 +103,7 @@ async def test_what_does_not_come_back_is_told_as_kept() -> None:
 
 
 async def test_a_system_that_says_nothing_leaves_the_estimates_alone() -> None:
-    memory = HeldMemory(EchoBackend(), Meter(None))
+    memory = ModelMemory(EchoBackend(), Meter(None))
     await memory.opening(ORDER, lambda: None)
     memory.look({"m"})
     assert (memory.measured_bytes("m"), memory.kept_bytes) == (0, 0)

@@ -9,12 +9,12 @@ from backends.base import EngineOptions
 from backends.echo import echo_info
 from core.settings import Settings
 from core.units import GIB
-from deployments.messages import FileMark, LoadOrder
+from deployments.messages import FileMark, LoadRequest
 from deployments.options import budget_bytes
 from deployments.replica.prefixes import open_snapshots, place_of
 from tests.prefixes import prompt_of, state_of
 
-ORDER = LoadOrder("model", echo_info(), EngineOptions())
+ORDER = LoadRequest("model", echo_info(), EngineOptions())
 MARK = FileMark("/models/one.gguf", 100, 7, 3)
 
 

@@ -15,7 +15,7 @@ from core.types import (
     Usage,
 )
 from deployments.messages import Residency
-from deployments.router.attempts import Course
+from deployments.router.attempts import RequestAttempts
 
 REQUEST = GenerationRequest("r", "m", TextPrompt("hi"))
 DIED = EngineFailed("it died")
@@ -41,63 +41,63 @@ def residency(load_s: float, *evicted: str) -> Residency:
     return Residency("m", "gguf", "a", "node", 2048, load_s, evicted)
 
 
-def timing_of(course: Course, last: Timing) -> Timing:
-    event = course.note(Finished("stop", Usage(1, 1), last))
+def timing_of(attempts: RequestAttempts, last: Timing) -> Timing:
+    event = attempts.note(Finished("stop", Usage(1, 1), last))
     assert isinstance(event, Finished)
     return event.timing
 
 
 def test_a_resident_models_request_has_the_engines_own_timing() -> None:
-    course = Course(REQUEST)
-    course.begin()
+    attempts = RequestAttempts(REQUEST)
+    attempts.begin()
     last = Timing(0.1, 0.2, 0.3, throttled_s=0.05)
-    assert timing_of(course, last) == last
+    assert timing_of(attempts, last) == last
 
 
 def test_a_wait_is_split_into_memory_and_load() -> None:
-    course = Course(REQUEST)
-    course.note_wait(5.0, residency(2.0, "b", "c"))
-    timing = timing_of(course, Timing(queued_s=1.0))
+    attempts = RequestAttempts(REQUEST)
+    attempts.note_wait(5.0, residency(2.0, "b", "c"))
+    timing = timing_of(attempts, Timing(queued_s=1.0))
     assert (timing.queued_s, timing.load_s, timing.evicted) == (4.0, 2.0, ("b", "c"))
-    late = Course(REQUEST)
+    late = RequestAttempts(REQUEST)
     late.note_wait(0.5, residency(2.0))
     assert timing_of(late, Timing()).load_s == 0.5
 
 
 def test_a_lost_engines_work_counts(clock: Clock) -> None:
-    course = Course(REQUEST)
-    course.begin()
+    attempts = RequestAttempts(REQUEST)
+    attempts.begin()
     clock.now += 1.0
-    course.note(PrefillProgress(1, 2))
+    attempts.note(PrefillProgress(1, 2))
     clock.now += 1.0
-    course.note(TextDelta("a", (1,)))
+    attempts.note(TextDelta("a", (1,)))
     clock.now += 3.0
-    course.note_lost(DIED)
+    attempts.note_lost(DIED)
     clock.now += 9.0
-    course.note_lost(DIED)
-    course.begin()
-    timing = timing_of(course, Timing(0.0, 0.5, 0.25))
+    attempts.note_lost(DIED)
+    attempts.begin()
+    timing = timing_of(attempts, Timing(0.0, 0.5, 0.25))
     assert (timing.prefill_s, timing.decode_s, timing.resumed) == (2.5, 3.25, 2)
 
 
 def test_a_model_that_was_elsewhere_is_no_lost_engine(clock: Clock) -> None:
-    course = Course(REQUEST)
-    course.begin()
+    attempts = RequestAttempts(REQUEST)
+    attempts.begin()
     clock.now += 1.0
-    course.note_lost(ModelNotResident("not here"))
-    assert timing_of(course, Timing()) == Timing()
+    attempts.note_lost(ModelNotResident("not here"))
+    assert timing_of(attempts, Timing()) == Timing()
 
 
 def test_a_load_that_died_is_counted_without_work() -> None:
-    course = Course(REQUEST)
-    course.note_lost(DIED)
-    assert timing_of(course, Timing()) == Timing(resumed=1)
+    attempts = RequestAttempts(REQUEST)
+    attempts.note_lost(DIED)
+    assert timing_of(attempts, Timing()) == Timing(resumed=1)
 
 
 def test_each_attempt_asks_for_what_is_left() -> None:
-    course = Course(REQUEST)
-    assert course.attempt(0).id == "r.0"
-    assert not course.attempt(0).generated
-    course.note(TextDelta("a", (1, 2)))
-    assert (course.attempt(1).id, course.attempt(1).generated) == ("r.1", (1, 2))
-    assert course.can_go_on
+    attempts = RequestAttempts(REQUEST)
+    assert attempts.attempt(0).id == "r.0"
+    assert not attempts.attempt(0).generated
+    attempts.note(TextDelta("a", (1, 2)))
+    assert (attempts.attempt(1).id, attempts.attempt(1).generated) == ("r.1", (1, 2))
+    assert attempts.can_go_on

@@ -18,9 +18,9 @@ from core.errors import (
 )
 from core.settings import Settings
 from core.units import GIB
-from deployments.messages import Fault, Residency, Standing
+from deployments.messages import Fault, ModelStates, Residency
 from deployments.router.catalog import CatalogView
-from deployments.router.model_states import StandingWatch
+from deployments.router.model_states import ModelStatesWatch
 from tests.unit.catalog.builders import make_info
 from tests.unit.deployments.handles import FakeHandle, answering
 
@@ -36,12 +36,12 @@ class Scheduler:
         self.loading: list[str] = []
         self.on_rescan: Any = None
         self.problem: Exception | None = None
-        self.standing = Standing()
+        self.model_states = ModelStates()
         self.handle = FakeHandle(
             rescan=self.rescan,
             residencies=self.resident,
             explain=self.explain,
-            standing=self.stand,
+            model_states=self.stand,
         )
 
     async def rescan(self) -> None:
@@ -51,8 +51,8 @@ class Scheduler:
     async def resident(self) -> tuple[list[Residency], list[str]]:
         return self.residencies, self.loading
 
-    async def stand(self) -> Standing:
-        return self.standing
+    async def stand(self) -> ModelStates:
+        return self.model_states
 
     async def explain(self, model_id: str) -> Exception | None:
         del model_id
@@ -124,12 +124,12 @@ async def test_f15_a_bare_name_means_the_smallest_variant_while_the_machine_keep
 ) -> None:
     write(store, found("m"), found("m", quantization="q8_0", size_bytes=2000))
     scheduler.residencies = [Residency("m@gguf-q8_0", "gguf", "r", "n", 256, 0.1)]
-    scheduler.standing = Standing(keeps_cool=True)
-    await view._standing.refresh()
+    scheduler.model_states = ModelStates(keeps_cool=True)
+    await view._model_states.refresh()
     assert (await view.resolve("m")).id == "m@gguf-q4_0"
     assert (await view.resolve("m@gguf-q8_0")).id == "m@gguf-q8_0"
-    scheduler.standing = Standing()
-    await view._standing.refresh()
+    scheduler.model_states = ModelStates()
+    await view._model_states.refresh()
     assert (await view.resolve("m")).id == "m@gguf-q8_0"
 
 
@@ -137,7 +137,7 @@ async def test_f11_faults_are_shown_and_a_bare_name_avoids_them(
     view: CatalogView, store: CatalogStore, scheduler: Scheduler
 ) -> None:
     write(store, found("m"), found("m", quantization="q8_0", size_bytes=2000), found("n"))
-    scheduler.standing = Standing(
+    scheduler.model_states = ModelStates(
         {"m@gguf-q8_0": Fault(True, "it died"), "n@gguf-q4_0": Fault(False, "damaged")}
     )
     shown = {model.id: (model.state, model.reason) for model in await view.models()}
@@ -151,10 +151,10 @@ async def test_a_scheduler_that_does_not_answer_leaves_what_was_known(
     scheduler: Scheduler,
 ) -> None:
     handle: Any = scheduler.handle
-    watch = StandingWatch(handle)
-    scheduler.standing = Standing(keeps_cool=True)
+    watch = ModelStatesWatch(handle)
+    scheduler.model_states = ModelStates(keeps_cool=True)
     await watch.refresh()
-    handle.standing = FakeHandle(fail=answering(Unavailable("away"))).fail
+    handle.model_states = FakeHandle(fail=answering(Unavailable("away"))).fail
     assert (await watch.refresh()).keeps_cool
 
 

@@ -14,7 +14,7 @@ from core.settings import Settings
 from core.units import MIB
 from deployments.messages import (
     Freed,
-    LoadOrder,
+    LoadRequest,
     ProcessReport,
     ReplicaReport,
     Residency,
@@ -52,7 +52,7 @@ class Replica:
             set_limits=self.set_limits,
         )
 
-    async def load(self, order: LoadOrder) -> Residency:
+    async def load(self, order: LoadRequest) -> Residency:
         await asyncio.sleep(0)
         if isinstance(self.failure, ReplicaDied):
             # Another process takes its place.

@@ -36,12 +36,12 @@ def test_a_failed_load_is_left_alone_as_long_as_before(tmp_path: Path) -> None:
 def test_what_is_forgiven_stays_forgiven(tmp_path: Path) -> None:
     path = tmp_path / "faults.json"
     faults(path).note_failure("m", "files", BrokenModel("It is damaged."))
-    faults(path).forgive("m")
-    assert faults(path).standing() == {}
+    faults(path).clear("m")
+    assert faults(path).model_states() == {}
     # So it is with other files under the same name.
     faults(path).note_failure("m", "files", BrokenModel("It is damaged."))
     faults(path).check("m", "others")
-    assert faults(path).standing() == {}
+    assert faults(path).model_states() == {}
 
 
 def test_another_session_begins_anew(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_another_session_begins_anew(tmp_path: Path) -> None:
 def test_a_damaged_file_is_as_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "faults.json"
     path.write_text(text)
-    assert faults(path).standing() == {}
+    assert faults(path).model_states() == {}
 
 
 def test_a_full_disk_costs_the_memory_only(tmp_path: Path) -> None:

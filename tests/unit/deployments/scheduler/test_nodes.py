@@ -12,10 +12,10 @@ from deployments.messages import NO_NODE, Freed, NodeMemory, Residency
 from deployments.scheduler.formats import Reported
 from deployments.scheduler.ledger import Ledger
 from deployments.scheduler.nodes import NodeLedgers
-from scheduler.state import HostState, KeepRules, Offer
+from scheduler.state import HostState, KeepRules, LoadPlan
 
 FAR = NodeMemory("far", 4 * GIB)
-SMALL, LARGE = (Offer(600 * MIB),), (Offer(3 * GIB),)
+SMALL, LARGE = (LoadPlan(600 * MIB),), (LoadPlan(3 * GIB),)
 
 
 class Cluster:
@@ -30,8 +30,8 @@ class Cluster:
         self.made.append(budget_bytes)
         node = "here" if budget_bytes == GIB else "far"
 
-        async def open_(model_id: str, offer: Offer) -> Residency:
-            del offer
+        async def open_(model_id: str, plan: LoadPlan) -> Residency:
+            del plan
             return Residency(model_id, "gguf", f"replica-{node}", node, 2048, 0.0)
 
         async def close(residency: Residency) -> Freed:
@@ -54,9 +54,9 @@ async def cluster() -> AsyncIterator[Cluster]:
 
 
 async def acquire(
-    cluster: Cluster, model_id: str, offers: tuple[Offer, ...], node: NodeMemory = NO_NODE
+    cluster: Cluster, model_id: str, plans: tuple[LoadPlan, ...], node: NodeMemory = NO_NODE
 ) -> Residency:
-    return await cluster.nodes.acquire(model_id, offers, 5.0, "interactive", node=node)
+    return await cluster.nodes.acquire(model_id, plans, 5.0, "interactive", node=node)
 
 
 async def test_what_is_too_large_here_fits_on_the_other_machine(cluster: Cluster) -> None:

@@ -11,8 +11,8 @@ from deployments.decisions import DecisionLog
 from deployments.messages import Freed, Residency
 from deployments.scheduler.formats import Reported
 from deployments.scheduler.ledger import Ledger
-from deployments.scheduler.reservations import Jobs
-from scheduler.state import HostState, Offer
+from deployments.scheduler.reservations import Reservations
+from scheduler.state import HostState, LoadPlan
 
 SMALL, HALF, LARGE = 300 * MIB, 600 * MIB, 900 * MIB
 
@@ -21,7 +21,7 @@ class Host:
     """A machine of 1 GiB whose models open and close at once."""
 
     def __init__(self) -> None:
-        self.jobs = Jobs()
+        self.jobs = Reservations()
         self.closed: list[str] = []
         self.asked: list[str] = []
         self.ledger = Ledger(
@@ -32,8 +32,8 @@ class Host:
             DecisionLog(),
         )
 
-    async def open(self, model_id: str, offer: Offer) -> Residency:
-        del offer
+    async def open(self, model_id: str, plan: LoadPlan) -> Residency:
+        del plan
         return Residency(model_id, "gguf", "replica", "node", 2048, 0.0)
 
     async def close(self, residency: Residency) -> Freed:
@@ -46,7 +46,7 @@ class Host:
         return [], []
 
     async def want(self, model_id: str, needed_bytes: int) -> Residency:
-        return await self.ledger.acquire(model_id, (Offer(needed_bytes),), 20.0, "interactive")
+        return await self.ledger.acquire(model_id, (LoadPlan(needed_bytes),), 20.0, "interactive")
 
 
 @pytest.fixture

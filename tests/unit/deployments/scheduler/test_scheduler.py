@@ -17,8 +17,8 @@ from core.settings import Settings
 from core.units import MIB
 from deployments.messages import Need, Residency
 from deployments.scheduler.deployment import SchedulerReplica
-from deployments.scheduler.load_plans import Offers
-from scheduler.state import Offer
+from deployments.scheduler.load_plans import LoadPlanner
+from scheduler.state import LoadPlan
 from tests.unit.deployments.scheduler.scheduling import A, B, InProcess, Replica, started
 
 
@@ -255,13 +255,13 @@ class Growing(EchoBackend):
 def test_a_lowered_context_is_offered_only_where_the_user_did_not_fix_it(tmp_path: Path) -> None:
     info = ModelInfo("echo", "echo", "echo", "none", (), 0, 0, 16384, frozenset())
     record = ModelRecord("m", info, BuiltIn(), "mark", 0.0)
-    offers = Offers(Settings(home=tmp_path), {"echo": Growing()}, EngineOptions())
-    found = offers.of(record, 70 * MIB)
-    assert found == (Offer(16384), Offer(8192, 8192), Offer(6000, 4096))
-    assert offers.order(record, found[0], 70 * MIB).options.context_tokens is None
-    assert offers.order(record, found[2], 70 * MIB).options.context_tokens == 4096
+    plans = LoadPlanner(Settings(home=tmp_path), {"echo": Growing()}, EngineOptions())
+    found = plans.of(record, 70 * MIB)
+    assert found == (LoadPlan(16384), LoadPlan(8192, 8192), LoadPlan(6000, 4096))
+    assert plans.order(record, found[0], 70 * MIB).options.context_tokens is None
+    assert plans.order(record, found[2], 70 * MIB).options.context_tokens == 4096
     fixed = replace(record, settings=ModelSettings(context_length=8192))
-    assert offers.of(fixed, 70 * MIB) == (Offer(8192),)
+    assert plans.of(fixed, 70 * MIB) == (LoadPlan(8192),)
 
 
 async def test_f15_under_strain_nothing_new_is_loaded(tmp_path: Path, replica: Replica) -> None:

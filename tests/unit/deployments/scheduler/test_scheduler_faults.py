@@ -56,7 +56,7 @@ async def test_f12_a_load_that_fails_is_told_to_all_and_not_tried_for_every_requ
     assert "damaged" in again.message
     assert again.retry_after_s == 5
     assert len(replica.handle.load_model.calls) == loads
-    assert (await scheduler.standing()).faults[A].reason == "damaged"
+    assert (await scheduler.model_states()).faults[A].reason == "damaged"
 
 
 async def test_f12_a_failed_model_is_tried_again_by_hand_and_after_a_while(
@@ -68,7 +68,7 @@ async def test_f12_a_failed_model_is_tried_again_by_hand_and_after_a_while(
     replica.failure = None
     scheduler._faults._clock = lambda: time.monotonic() + 6
     assert isinstance(await scheduler.ensure_loaded(A), Residency)
-    assert not (await scheduler.standing()).faults
+    assert not (await scheduler.model_states()).faults
 
 
 async def test_f12_other_files_are_another_model(
@@ -91,14 +91,16 @@ async def test_f11_three_deaths_put_a_model_into_quarantine_until_it_is_loaded_b
     await scheduler.ensure_loaded(A)
     for number in range(3):
         died = Need(lost_replica=f"replica-{number}", has_died=True)
-        scheduler._holders._processes[died.lost_replica] = (await replica.report()).processes[0]
+        scheduler._format_clients._processes[died.lost_replica] = (
+            await replica.report()
+        ).processes[0]
         # The same death is told by every request that ran there.
         answers: list[Any] = [await scheduler.ensure_loaded(A, died) for _ in range(2)]
         await scheduler.unload(A)
     assert {answer.code for answer in answers} == {"model_quarantined"}
     assert "GGML_ASSERT(x) failed" in answers[0].message
     assert "\x1b" not in answers[0].message
-    assert (await scheduler.standing()).faults[A].is_quarantined
+    assert (await scheduler.model_states()).faults[A].is_quarantined
     assert isinstance(await scheduler.ensure_loaded(B), Residency)
     assert (await refusal(scheduler)).status == 503
     assert isinstance(await scheduler.ensure_loaded(A, RETRY), Residency)
@@ -120,7 +122,7 @@ async def test_f7_a_lost_model_that_did_not_die_is_not_blamed(
 ) -> None:
     for _ in range(5):
         assert isinstance(await scheduler.ensure_loaded(A, Need(lost_replica="replica")), Residency)
-    assert not (await scheduler.standing()).faults
+    assert not (await scheduler.model_states()).faults
 
 
 async def test_what_an_unload_gave_back_is_a_decision_with_both_numbers(
@@ -227,9 +229,9 @@ async def test_f15_serious_strain_keeps_models_and_asks_for_cooler_ones(
     tmp_path: Path, replica: Replica
 ) -> None:
     async with strained(tmp_path, replica) as scheduler:
-        assert not (await scheduler.standing()).keeps_cool
+        assert not (await scheduler.model_states()).keeps_cool
         await heat(scheduler, tmp_path, "serious")
-        assert (await scheduler.standing()).keeps_cool
+        assert (await scheduler.model_states()).keeps_cool
         assert replica.held == [A]
 
 
@@ -254,7 +256,7 @@ async def test_a_model_over_the_budget_is_refused_with_its_nearest_smaller_varia
         huge = replace(record, id="a@gguf-f64", info=large)
         problem = InsufficientMemory("too large")
         others = scheduler._store.models()
-        named = scheduler._offers.with_smaller(huge, problem, others)
+        named = scheduler._planner.with_smaller(huge, problem, others)
         assert f"Its variant {A} takes " in named.message
-        assert scheduler._offers.with_smaller(record, problem, others) is problem
+        assert scheduler._planner.with_smaller(record, problem, others) is problem
         assert not replica.handle.load_model.calls

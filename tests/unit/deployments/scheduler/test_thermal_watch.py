@@ -15,7 +15,7 @@ from backends.echo import echo_info
 from backends.limits import UNLIMITED, EngineLimits
 from core.errors import EngineFailed, Unavailable
 from core.settings import Settings
-from deployments.messages import LoadOrder
+from deployments.messages import LoadRequest
 from deployments.replica.deployment import FormatReplica
 from deployments.scheduler.thermal import SensorReader, ThermalWatch
 from scheduler.thermal import FALL_S, RISE_S, Reading, ThermalState, directive
@@ -238,8 +238,8 @@ def replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FormatReplica:
     return UnservedReplica("echo", Settings(home=tmp_path, prefix_ram=0, prefix_disk=0))
 
 
-def order(model_id: str) -> LoadOrder:
-    return LoadOrder(model_id, echo_info(), EngineOptions(max_sequences=4))
+def order(model_id: str) -> LoadRequest:
+    return LoadRequest(model_id, echo_info(), EngineOptions(max_sequences=4))
 
 
 async def test_limits_reach_resident_models_and_those_loaded_later(replica: FormatReplica) -> None:

@@ -13,7 +13,7 @@ from core.errors import BackendUnavailable, ImpetusError, ModelNotFound
 from core.settings import Settings
 from core.units import GIB
 from deployments.decisions import DecisionLog
-from deployments.messages import Decision, Need, Residency, Standing
+from deployments.messages import Decision, ModelStates, Need, Residency
 from deployments.router import management as management_module
 from deployments.router.catalog import CatalogView
 from deployments.router.management import SchedulerManagement
@@ -47,7 +47,7 @@ class Server:
             ensure_loaded=self.ensure_loaded,
             unload=self.unload,
             settings_changed=answering(None),
-            standing=answering(Standing()),
+            model_states=answering(ModelStates()),
             decisions=answering([Decision(5.0, "wanted", "loaded", "it fits")]),
         )
         handle: Any = self.handle
