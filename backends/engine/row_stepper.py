@@ -7,17 +7,16 @@ from numpy.typing import NDArray
 
 from backends.base import EngineLoad, EngineOptions
 from backends.engine.prefill import PrefillPlanner
+from backends.engine.row_book import RowBook
 from backends.engine.row_model import Pieces, PortableRows, RowInput, RowModel
-from backends.engine.rows import Kept, PlannedStepper, Row, Rows
+from backends.engine.rows import KeptRow, ModelRow, PlannedStepper
 from backends.engine.sampling import RowSampler
 from backends.prefixes.block_file import BLOCK_TOKENS
-from backends.prefixes.match import common_prefix, longest_prefix, token_array
+from backends.prefixes.match import longest_prefix, token_array
 from backends.prefixes.ram import SMALLEST_PREFIX
-from backends.prefixes.reuse import Reuse
 from backends.prefixes.store import State
 from backends.prefixes.transfer import SnapshotFlow, await_first, is_worth_it
 from backends.stepper import SequenceSpec, StepOutput
-from core.errors import EngineFailed
 
 
 class RowStepper(PlannedStepper):
@@ -34,79 +33,65 @@ class RowStepper(PlannedStepper):
         assert options.kv_tokens is not None
         self._model = model
         self._pieces = pieces
-        self._kv_tokens = options.kv_tokens
         self.max_sequences = min(options.max_sequences, model.max_rows)
+        self._book = RowBook[ModelRow](self.max_sequences, options.kv_tokens)
+        self._kept: list[KeptRow] = []
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
         portable = model if isinstance(model, PortableRows) else None
         self._portable = portable
-        self._flow = SnapshotFlow[Kept](
+        self._flow = SnapshotFlow[KeptRow](
             options.snapshots, portable.layout if portable else None, self._block
         )
-        self._rows = Rows()
-        self._steps = 0
-        self._preemptions = 0
 
     def add(self, spec: SequenceSpec) -> None:
         """Accept a sequence; it starts as soon as there is room.  Raises RequestError."""
         sampler = RowSampler(
             spec, self._model.vocabulary_size, lambda token: self._pieces.piece(token, special=True)
         )
-        row = Row(spec, token_array(spec.prompt), sampler)
-        self._rows.by_id[spec.id] = row
-        self._rows.waiting.append(row)
+        self._book.add(ModelRow(spec, token_array(spec.prompt), sampler))
 
     def remove(self, sequence_id: int) -> None:
         """Drop a sequence; what it computed stays as a prefix for later ones.  Idempotent."""
-        row = self._rows.by_id.pop(sequence_id, None)
-        if row is None:
+        row = self._book.remove(sequence_id)
+        if row is None or row.slot < 0:
             return
-        if row.row < 0:
-            self._rows.waiting.remove(row)
-            return
-        self._rows.running.remove(row)
-        self._rows.is_crowded = False
-        row.stop_restoring()
+        slot = row.release_slot()
         if row.past >= SMALLEST_PREFIX:
-            kept = Kept(row.row, row.tokens[: row.past], self._steps)
-            self._rows.kept.append(kept)
+            kept = KeptRow(slot, row.tokens[: row.past], self._book.steps)
+            self._kept.append(kept)
             self._flow.keep(kept, kept.tokens)
         else:
-            self._model.close_row(row.row)
-        row.row = -1
+            self._model.close_row(slot)
 
     def step(self) -> list[StepOutput]:
         """Do one forward pass.  Raises EngineFailed when the runtime fails."""
-        self._admit()
+        for row in self._book.admissible():
+            self._place(row)
+            self._book.start(row)
         chunks = self._chunks()
-        while self._used() + sum(count for _, count in chunks) > self._kv_tokens:
+        while self._used() + sum(count for _, count in chunks) > self._book.kv_tokens:
             self._make_room()
             chunks = self._chunks()
         if not chunks:
-            await_first([row.incoming for row in self._rows.running])
+            await_first([row.incoming for row in self._book.running])
             return []
-        inputs = [RowInput(row.row, row.tokens[row.past : row.past + n]) for row, n in chunks]
+        inputs = [RowInput(row.slot, row.tokens[row.past : row.past + n]) for row, n in chunks]
         started = time.monotonic()
         logits = self._model.extend(inputs)
-        self._steps += 1
+        self._book.steps += 1
         outputs = [self._collect(row, n, logits[i]) for i, (row, n) in enumerate(chunks)]
         self._planner.observe(sum(n for _, n in chunks), time.monotonic() - started)
         self._flow.tend()
         return outputs
 
     def _used(self) -> int:
-        rows = self._rows
-        return sum(row.past for row in rows.running) + sum(len(kept.tokens) for kept in rows.kept)
+        return self._book.past_tokens + sum(len(kept.tokens) for kept in self._kept)
 
-    def _admit(self) -> None:
-        rows = self._rows
-        if rows.is_crowded and rows.running:
-            return
-        while rows.waiting and len(rows.running) < self.max_sequences:
-            row = rows.waiting.pop(0)
-            self._place(row)
-            rows.running.append(row)
+    @property
+    def _open_rows(self) -> int:
+        return len(self._book.running) + len(self._kept)
 
-    def _place(self, row: Row) -> None:
+    def _place(self, row: ModelRow) -> None:
         """Give `row` a row of the model that holds the longest known prefix.
 
         1. A finished row, all of it shared, or none may stay beside it: take it over.
@@ -115,172 +100,126 @@ class RowStepper(PlannedStepper):
         4. Nothing to share: an empty row.
         """
         limit = len(row.tokens) - 1
-        kept, length = longest_prefix(self._rows.kept, row.tokens[:limit], 1 << 30)
-        leader, computed, potential = self._best_leader(row, limit)
+        kept, length = longest_prefix(self._kept, row.tokens[:limit], 1 << 30)
+        leader, potential = self._book.best_leader(row)
+        computed = min(potential, leader.past) if leader is not None else 0
         if length < SMALLEST_PREFIX:
             kept, length = None, 0
         blocks = self._flow.known(row.tokens[:limit])
         use_blocks = is_worth_it(blocks, max(length, potential))
         planned = len(blocks) * BLOCK_TOKENS if use_blocks else max(length, potential)
-        reuse = self._flow.explained(planned, row.tokens, self._rows.known())
+        known = [*(each.tokens for each in self._kept), *self._book.running_tokens()]
+        reuse = self._flow.explained(planned, row.tokens, known)
         if use_blocks:
             row.incoming = self._flow.restore(row.tokens[:limit], blocks)  # (3)
         elif kept is not None and length >= computed:
             is_whole = length == len(kept.tokens)
-            if is_whole or not self._copy(row, kept.row, length):
+            if is_whole or not self._copy(row, kept.slot, length):
                 self._take_over(row, kept, length)  # (1)
             else:
-                kept.used_at_step = self._steps
+                kept.used_at_step = self._book.steps
         elif leader is not None and computed >= SMALLEST_PREFIX:
-            self._copy(row, leader.row, computed)  # (2)
-        if row.row < 0:
+            self._copy(row, leader.slot, computed)  # (2)
+        if row.slot < 0:
             self._free_a_row()
-            row.row, row.past = self._model.open_row(row.capacity), 0  # (4)
-        if leader is not None and not use_blocks and potential - row.past >= SMALLEST_PREFIX:
-            row.leader, row.shared = leader, potential
-        if not row.is_counted:
+            row.slot, row.past = self._model.open_row(row.capacity), 0  # (4)
+        if leader is not None and not use_blocks:
+            row.wait_for(leader, potential)
+        if not row.is_reuse_final:
             reuse.cells = row.past
             row.reuse = reuse
 
-    def _best_leader(self, row: Row, limit: int) -> tuple[Row | None, int, int]:
-        """Return the running row that shares most, what of it is computed and what will be."""
-        best: tuple[Row | None, int, int] = (None, 0, 0)
-        for other in self._rows.running:
-            potential = min(common_prefix(other.tokens, row.tokens), limit)
-            if potential > best[2]:
-                best = (other, min(potential, other.past), potential)
-        return best
-
-    def _take_over(self, row: Row, kept: Kept, length: int) -> None:
-        self._rows.kept.remove(kept)
+    def _take_over(self, row: ModelRow, kept: KeptRow, length: int) -> None:
+        self._kept.remove(kept)
         # Whoever goes on with the row has all of it kept at its end.
         self._flow.forget(kept)
-        if length == len(kept.tokens) or self._model.truncate(kept.row, length):
-            row.row, row.past = kept.row, length
+        if length == len(kept.tokens) or self._model.truncate(kept.slot, length):
+            row.slot, row.past = kept.slot, length
         else:
-            self._model.close_row(kept.row)
+            self._model.close_row(kept.slot)
 
-    def _copy(self, row: Row, source: int, length: int) -> bool:
-        if self._rows.open_count >= self._model.max_rows:
-            spare = [kept for kept in self._rows.kept if kept.row != source]
+    def _copy(self, row: ModelRow, source: int, length: int) -> bool:
+        if self._open_rows >= self._model.max_rows:
+            spare = [kept for kept in self._kept if kept.slot != source]
             if not spare:
                 return False
             self._drop(min(spare, key=lambda kept: kept.used_at_step))
-        if self._used() + length > self._kv_tokens:
+        if self._used() + length > self._book.kv_tokens:
             return False
         copied = self._model.copy_row(source, length, row.capacity)
         if copied is None:
             return False
-        row.row, row.past = copied, length
+        row.slot, row.past = copied, length
         return True
 
     def _free_a_row(self) -> None:
-        while self._rows.kept and self._rows.open_count >= self._model.max_rows:
-            self._drop(self._rows.oldest())
+        while self._kept and self._open_rows >= self._model.max_rows:
+            self._drop_oldest()
 
-    def _drop(self, kept: Kept) -> None:
-        self._rows.kept.remove(kept)
+    def _drop_oldest(self) -> None:
+        self._drop(min(self._kept, key=lambda kept: kept.used_at_step))
+
+    def _drop(self, kept: KeptRow) -> None:
+        self._kept.remove(kept)
         self._flow.forget(kept)
-        self._model.close_row(kept.row)
+        self._model.close_row(kept.slot)
 
-    def _follow(self, row: Row) -> bool:
-        """Return whether `row` still waits for its leader; copy the shared prefix when ready."""
-        leader = row.leader
-        if leader is None:
-            return False
-        if leader.row >= 0 and leader.pending > 1 and leader.past < row.shared:
-            return True
-        row.leader = None
-        ready = min(leader.past, row.shared) if leader.row >= 0 else 0
-        if ready - row.past < SMALLEST_PREFIX:
-            return False
-        before, known = row.row, row.past
-        # The row it has is given back only once the copy stands.
-        if self._copy(row, leader.row, ready):
+    def _share(self, row: ModelRow, source: int, count: int) -> None:
+        """Let `row` have the first `count` tokens of another row, where that is worth a copy."""
+        if count - row.past < SMALLEST_PREFIX:
+            return
+        before = row.slot
+        # The row it has is closed only once the copy is made.
+        if self._copy(row, source, count):
             self._model.close_row(before)
-        else:
-            row.row, row.past = before, known
-        if not row.is_counted:
+        if not row.is_reuse_final:
             row.reuse.only_cells(row.past)
-        return False
 
-    def _block(self, kept: Kept, number: int) -> State:
+    def _block(self, kept: KeptRow, number: int) -> State:
         assert self._portable is not None
-        return self._portable.read_tokens(kept.row, number * BLOCK_TOKENS, BLOCK_TOKENS)
+        return self._portable.read_tokens(kept.slot, number * BLOCK_TOKENS, BLOCK_TOKENS)
 
-    def _receive(self, row: Row) -> bool:
-        """Return whether more of the row's prefix is to come; append what arrived."""
-        if row.incoming is None:
-            return False
-        reuse = Reuse() if row.is_counted else row.reuse
-        row.incoming.receive(reuse, lambda state: self._append(row, state))
-        if row.incoming.is_over:
-            row.incoming = None
-        return row.incoming is not None
-
-    def _append(self, row: Row, state: State) -> bool:
-        while self._used() + BLOCK_TOKENS > self._kv_tokens:
-            if not self._rows.kept:
+    def _append(self, row: ModelRow, state: State) -> bool:
+        while self._used() + BLOCK_TOKENS > self._book.kv_tokens:
+            if not self._kept:
                 return False
-            self._drop(self._rows.oldest())
+            self._drop_oldest()
         assert self._portable is not None
-        is_read = self._portable.append_tokens(row.row, BLOCK_TOKENS, state)
+        is_read = self._portable.append_tokens(row.slot, BLOCK_TOKENS, state)
         row.past += BLOCK_TOKENS * is_read
         return is_read
 
-    def _chunks(self) -> list[tuple[Row, int]]:
+    def _chunks(self) -> list[tuple[ModelRow, int]]:
         """Return how many tokens each row gets in this step, decoding rows first."""
-        decoding = [row for row in self._rows.running if row.pending == 1]
-        waiting = [row for row in self._rows.running if row.pending > 1]
-        prefilling = [row for row in waiting if not (self._receive(row) or self._follow(row))]
+        decoding = [row for row in self._book.running if row.pending == 1]
+        prefilling = [
+            row
+            for row in self._book.running
+            if row.pending > 1
+            and not row.receive(self._append)
+            and not row.follow(self._share, least_pending=2)
+        ]
         counts = self._planner.plan([row.pending for row in prefilling], len(decoding))
         chunks = [(row, 1) for row in decoding]
         return chunks + [(row, n) for row, n in zip(prefilling, counts, strict=True) if n]
 
     def _make_room(self) -> None:
         """Free cached tokens: the least recently used finished row, else the youngest running."""
-        rows = self._rows
-        if rows.kept:
-            self._drop(rows.oldest())
-            return
-        if len(rows.running) < 2:
-            raise EngineFailed(
-                f"One sequence does not fit the KV cache of {self._kv_tokens} tokens."
-            )
-        row = rows.running.pop()
-        self._model.close_row(row.row)
-        row.stop_restoring()
-        row.row, row.past, row.leader = -1, 0, None
-        rows.waiting.insert(0, row)
-        rows.is_crowded = True
-        self._preemptions += 1
+        if self._kept:
+            self._drop_oldest()
+        else:
+            self._model.close_row(self._book.preempt().release_slot())
 
-    def _collect(self, row: Row, count: int, logits: NDArray[np.float32]) -> StepOutput:
+    def _collect(self, row: ModelRow, count: int, logits: NDArray[np.float32]) -> StepOutput:
         row.past += count
         if row.pending:
             return row.progress()
         token_id, logprob = row.sampler.sample(logits)
-        row.tokens.append(token_id)
-        row.is_counted = True
-        return StepOutput(
-            row.spec.id,
-            token_id,
-            is_end=self._pieces.is_end(token_id),
-            logprob=logprob,
-            prefilled=len(row.spec.prompt),
-            cached=row.reuse.total,
-            reuse=row.reuse,
-        )
+        return row.add_token(token_id, logprob, is_end=self._pieces.is_end(token_id))
 
     def counters(self) -> EngineLoad:
         """Return the stepper's own counts."""
-        return EngineLoad(
-            kv_used_tokens=min(self._used(), self._kv_tokens),
-            kv_tokens=self._kv_tokens,
-            steps=self._steps,
-            preemptions=self._preemptions,
-            native_cpu_s=self._model.native_cpu_s,
-        )
+        return self._book.load(self._used(), self._model.native_cpu_s)
 
     def close(self) -> None:
         """Free everything; twice is fine."""

@@ -1,50 +1,135 @@
-"""The sequences of a stepper: their tokens, computed lengths and prefix restores."""
+"""The rows of a stepper: one sequence's tokens, computed length, slot and prefix restore."""
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from backends.engine.prefill import PrefillPlanner
 from backends.engine.sampling import RowSampler
+from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Reuse
+from backends.prefixes.store import State
 from backends.prefixes.transfer import Restore, SnapshotFlow
 from backends.stepper import SequenceSpec, StepOutput
+from core.types import TokenLogprob
 
 
 @dataclass(slots=True, eq=False)
-class PlannedRow:
-    """One sequence: `tokens` is the prompt and all chosen tokens, `past` of them are computed.
+class Row:
+    """One sequence: `tokens` are the prompt and all sampled tokens, `past` of them are computed.
 
-    `incoming` is what of its prompt is being restored; nothing is computed for it meanwhile.
+    `slot` names its KV cache in the runtime, -1 while it waits.  `incoming` restores a part of
+    its prompt; nothing is computed for it meanwhile.  It may also wait until `leader` has
+    computed the first `shared` tokens of both.  `reuse` is final once a token was sampled.
     """
 
     spec: SequenceSpec
     tokens: "array[int]"
     past: int = field(default=0, kw_only=True)
+    slot: int = field(default=-1, kw_only=True)
     reuse: Reuse = field(default_factory=Reuse, kw_only=True)
+    is_reuse_final: bool = field(default=False, kw_only=True)
     incoming: Restore | None = field(default=None, kw_only=True)
-    is_counted: bool = field(default=False, kw_only=True)
+    leader: "Row | None" = field(default=None, kw_only=True)
+    shared: int = field(default=0, kw_only=True)
 
     @property
     def pending(self) -> int:
         """Tokens that are still to be computed."""
         return len(self.tokens) - self.past
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that it has at most when it ends."""
+        return len(self.spec.prompt) + self.spec.max_tokens
+
+    def release_slot(self) -> int:
+        """Return the slot, which the row no longer has; the caller frees or keeps its cache."""
+        slot, self.slot = self.slot, -1
+        return slot
+
+    def receive(self, load: Callable[[Self, State], bool]) -> bool:
+        """Hand restored blocks to `load`; return whether more of them are to come.
+
+        `load` adds a block to the row's cache, or returns False to end the restore.
+        """
+        if self.incoming is None:
+            return False
+        reuse = Reuse() if self.is_reuse_final else self.reuse
+        self.incoming.receive(reuse, lambda state: load(self, state))
+        if self.incoming.is_over:
+            self.incoming = None
+        return self.incoming is not None
+
     def stop_restoring(self) -> None:
-        """Take no more of what is being restored."""
+        """Cancel the restore, if there is one."""
         if self.incoming is not None:
             self.incoming.cancel()
             self.incoming = None
 
+    def wait_for(self, leader: "Row", shared: int) -> None:
+        """Wait for the shared prefix of a running row, unless that saves too few tokens."""
+        if shared - self.past >= SMALLEST_PREFIX:
+            self.leader, self.shared = leader, shared
+
+    def follow(self, share: Callable[[Self, int, int], None], *, least_pending: int = 1) -> bool:
+        """Return whether the row still waits for its leader.
+
+        A leader with less than `least_pending` tokens to compute is not waited for.  When the
+        wait ends, `share(row, slot, count)` may take the first `count` tokens of the leader's
+        slot; it is not called when the leader has lost its cache.
+        """
+        leader = self.leader
+        if leader is None:
+            return False
+        has_cache = leader.slot >= 0
+        if has_cache and leader.pending >= least_pending and leader.past < self.shared:
+            return True
+        self.leader = None
+        if has_cache:
+            share(self, leader.slot, min(leader.past, self.shared))
+        return False
+
     def progress(self) -> StepOutput:
-        """Return how far its prompt is computed."""
+        """Return how much of its prompt is computed."""
         return StepOutput(
             self.spec.id, None, prefilled=self.past, cached=self.reuse.total, reuse=self.reuse
         )
 
+    def add_token(self, token_id: int, logprob: TokenLogprob | None, *, is_end: bool) -> StepOutput:
+        """Append a sampled token and return it as a step's output."""
+        self.tokens.append(token_id)
+        self.is_reuse_final = True
+        return StepOutput(
+            self.spec.id,
+            token_id,
+            is_end=is_end,
+            logprob=logprob,
+            prefilled=len(self.spec.prompt),
+            cached=self.reuse.total,
+            reuse=self.reuse,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class ModelRow(Row):
+    """One sequence of a `RowModel`; its slot is the model's row."""
+
+    sampler: RowSampler
+
+
+@dataclass(slots=True, eq=False)
+class KeptRow:
+    """A finished sequence whose slot stays until somebody needs the room."""
+
+    slot: int
+    tokens: "array[int]"
+    used_at_step: int
+
 
 class PlannedStepper:
-    """The part of a stepper that obeys `backends.limits` and does `backends.stepper`."""
+    """The part of a stepper that obeys `backends.limits` and does `backends.stepper`'s chores."""
 
     _planner: PrefillPlanner
     _flow: SnapshotFlow[Any]
@@ -61,54 +146,3 @@ class PlannedStepper:
     def do_chore(self) -> None:
         """Copy a block of what was computed out of the engine."""
         self._flow.do_chore()
-
-
-@dataclass(slots=True, eq=False)
-class Row(PlannedRow):
-    """One sequence in `row` of the model, -1 while it has none."""
-
-    sampler: RowSampler
-    row: int = -1
-    leader: "Row | None" = None
-    shared: int = 0
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that it may come to hold."""
-        return len(self.spec.prompt) + self.spec.max_tokens
-
-
-@dataclass(slots=True, eq=False)
-class Kept:
-    """A finished sequence whose row stays until somebody needs the room."""
-
-    row: int
-    tokens: "array[int]"
-    used_at_step: int
-
-
-@dataclass(slots=True)
-class Rows:
-    """Who waits and who runs.
-
-    `is_crowded` from a preemption until a running row ends: nobody new is admitted.
-    """
-
-    waiting: list[Row] = field(default_factory=list)
-    running: list[Row] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
-    by_id: dict[int, Row] = field(default_factory=dict)
-    is_crowded: bool = False
-
-    @property
-    def open_count(self) -> int:
-        """Rows of the model that are in use."""
-        return len(self.running) + len(self.kept)
-
-    def oldest(self) -> Kept:
-        """Return the least recently used finished row; there must be one."""
-        return min(self.kept, key=lambda kept: kept.used_at_step)
-
-    def known(self) -> list["array[int]"]:
-        """Return the tokens of all rows that are computed or being computed."""
-        return [*(kept.tokens for kept in self.kept), *(row.tokens for row in self.running)]

@@ -1,10 +1,11 @@
 """How a sequence of a GGUF engine gets what is known of its prompt."""
 
+from backends.engine.row_book import RowBook
 from backends.gguf.blocks import CellBlocks
-from backends.gguf.rows import Queues, Row
+from backends.gguf.rows import GgufRow
 from backends.gguf.slots import KvSlots
 from backends.prefixes.block_file import BLOCK_TOKENS
-from backends.prefixes.match import Retained, common_prefix
+from backends.prefixes.match import Retained
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Reuse
 from backends.prefixes.store import State
@@ -16,20 +17,20 @@ class Placement:
 
     def __init__(
         self,
-        queues: Queues,
+        book: RowBook[GgufRow],
         slots: KvSlots,
         blocks: CellBlocks,
         flow: SnapshotFlow[Retained],
         *,
         can_share_running: bool,
     ) -> None:
-        self._queues = queues
+        self._book = book
         self._slots = slots
         self._blocks = blocks
         self._flow = flow
         self._can_share_running = can_share_running
 
-    def place(self, row: Row, step: int) -> bool:
+    def place(self, row: GgufRow, step: int) -> bool:
         """Give `row` a slot holding the longest known prefix; False when no slot is free.
 
         1. A finished row's cells, all shared: take its slot over.
@@ -40,7 +41,8 @@ class Placement:
         limit = len(row.tokens) - 1
         prompt = row.tokens[:limit]
         entry, kept = self._slots.longest(prompt)
-        leader, computed, potential = self._best_leader(row, limit)
+        leader, potential = self._book.best_leader(row) if self._can_share_running else (None, 0)
+        computed = min(potential, leader.past) if leader is not None else 0
         snapshot, stored = self._slots.longest_stored(prompt)
         offered = self._flow.known(prompt)
         likely = max(kept, potential, stored)
@@ -61,65 +63,38 @@ class Placement:
             self._share(row, entry.slot, kept)
         elif leader is not None and computed:
             self._share(row, leader.slot, computed)
-        if leader is not None and not use_blocks and potential - row.past >= SMALLEST_PREFIX:
-            row.leader, row.shared = leader, potential
-        row.reuse = row.reuse if row.is_counted else reuse
-        row.note(**{"ram" if use_snapshot else "cells": row.past})
+        if leader is not None and not use_blocks:
+            row.wait_for(leader, potential)
+        row.reuse = row.reuse if row.is_reuse_final else reuse
+        row.note_reuse(**{"ram" if use_snapshot else "cells": row.past})
         return True
 
-    def _explained(self, row: Row, planned: int) -> Reuse:
+    def _explained(self, row: GgufRow, planned: int) -> Reuse:
         """Return why no more than `planned` tokens of the row's prompt will be reused."""
-        running = (other.tokens for other in self._queues.running)
-        return self._flow.explained(planned, row.tokens, [*self._slots.known(), *running])
+        known = [*self._slots.known(), *self._book.running_tokens()]
+        return self._flow.explained(planned, row.tokens, known)
 
-    def _take_slot(self, row: Row, *, but: Retained | None) -> bool:
+    def _take_slot(self, row: GgufRow, *, but: Retained | None) -> bool:
         slot = self._slots.take(but=but)
         if slot is None:
             return False
         row.slot = slot
         return True
 
-    def _best_leader(self, row: Row, limit: int) -> tuple[Row | None, int, int]:
-        """Return the running row that shares most, what of it is computed and what will be."""
-        best: tuple[Row | None, int, int] = (None, 0, 0)
-        if not self._can_share_running:
-            return best
-        for other in self._queues.running:
-            potential = min(common_prefix(other.tokens, row.tokens), limit)
-            if potential > best[2]:
-                best = (other, min(potential, other.past), potential)
-        return best
-
-    def _share(self, row: Row, source_slot: int, count: int) -> None:
+    def _share(self, row: GgufRow, source_slot: int, count: int) -> None:
         self._slots.share(source_slot, row.slot, count)
         row.past = count
 
-    def follow(self, row: Row) -> bool:
-        """Return whether `row` still waits for its leader; take the shared prefix when ready."""
-        leader = row.leader
-        if leader is None:
-            return False
-        is_alive = leader.slot >= 0 and leader.past < len(leader.tokens)
-        if is_alive and leader.past < row.shared:
-            return True
-        ready = min(leader.past, row.shared) if leader.slot >= 0 else 0
-        if ready > row.past:
-            self._share(row, leader.slot, ready)
-            row.note(cells=ready)
-        row.leader = None
-        return False
+    def is_ready(self, row: GgufRow) -> bool:
+        """Return whether the rest of `row` may be computed: no prefix of it is still to come."""
+        return not (row.receive(self._load) or row.follow(self._share_more))
 
-    def receive(self, row: Row) -> bool:
-        """Return whether more of the row's prefix is to come; put what arrived into its cells."""
-        if row.incoming is None:
-            return False
-        reuse = Reuse() if row.is_counted else row.reuse
-        row.incoming.receive(reuse, lambda state: self._load(row, state))
-        if row.incoming.is_over:
-            row.incoming = None
-        return row.incoming is not None
+    def _share_more(self, row: GgufRow, source_slot: int, count: int) -> None:
+        if count > row.past:
+            self._share(row, source_slot, count)
+            row.note_reuse(cells=count)
 
-    def _load(self, row: Row, state: State) -> bool:
+    def _load(self, row: GgufRow, state: State) -> bool:
         while not self._blocks.restore(row.slot, state):
             if not self._slots.drop_oldest():
                 return False

@@ -1,52 +1,23 @@
-"""The sequences of a GGUF engine, and which of them wait and run."""
+"""One sequence of a GGUF engine, with what the current batch holds of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from backends.engine.rows import PlannedRow
+from backends.engine.rows import Row
 from backends.gguf.sampling import SequenceSampler
 
 
 @dataclass(slots=True, eq=False)
-class Row(PlannedRow):
-    """One sequence in `slot`, -1 while it has none; `run` of its tokens are in the batch."""
+class GgufRow(Row):
+    """One sequence; its slot is a llama.cpp sequence id.
 
-    sampler: SequenceSampler
-    slot: int = -1
-    leader: "Row | None" = None
-    shared: int = 0
-    output: int = -1
-    run: int = 0
-
-    def note(self, *, cells: int = 0, ram: int = 0) -> None:
-        """Count what its prompt was given, unless that is told already."""
-        if not self.is_counted:
-            self.reuse.cells, self.reuse.ram, self.reuse.disk = cells, ram, 0
-
-
-@dataclass(slots=True)
-class Counters:
-    """What the stepper has done."""
-
-    steps: int = 0
-    preemptions: int = 0
-    native_cpu_s: float = 0.0
-
-
-@dataclass(slots=True)
-class Queues:
-    """Who waits and who runs.
-
-    `is_crowded` from a preemption until a running row ends: nobody new is admitted.
+    `batched` of its tokens are in the batch; `output` is the index of their logits, -1: none.
     """
 
-    waiting: list[Row] = field(default_factory=list)
-    running: list[Row] = field(default_factory=list)
-    by_id: dict[int, Row] = field(default_factory=dict)
-    is_crowded: bool = False
+    sampler: SequenceSampler
+    output: int = -1
+    batched: int = 0
 
-    def clear(self) -> None:
-        """Forget all rows."""
-        self.waiting.clear()
-        self.running.clear()
-        self.by_id.clear()
-        self.is_crowded = False
+    def note_reuse(self, *, cells: int = 0, ram: int = 0) -> None:
+        """Set where its cached tokens came from, unless that is final."""
+        if not self.is_reuse_final:
+            self.reuse.cells, self.reuse.ram, self.reuse.disk = cells, ram, 0

@@ -4,12 +4,13 @@ import time
 
 from backends.base import EngineLoad, EngineOptions
 from backends.engine.prefill import PrefillPlanner
+from backends.engine.row_book import RowBook
 from backends.engine.rows import PlannedStepper
 from backends.gguf.batch import Batch
 from backends.gguf.blocks import CellBlocks, block_layout
 from backends.gguf.model import GgufModel, library, native_log, open_context
 from backends.gguf.placement import Placement
-from backends.gguf.rows import Counters, Queues, Row
+from backends.gguf.rows import GgufRow
 from backends.gguf.sampling import SequenceSampler
 from backends.gguf.slots import KvSlots, count_slots
 from backends.prefixes.match import Retained, token_array
@@ -53,11 +54,9 @@ class GgufStepper(PlannedStepper):
         self._warm_tokens = options.warm_tokens
         self._batch = Batch(options.prefill_chunk_tokens + options.max_sequences)
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
-        self._kv_tokens = options.kv_tokens
-        self._queues = Queues()
-        self._counters = Counters()
+        self._book = RowBook[GgufRow](options.max_sequences, options.kv_tokens)
         self._placement = Placement(
-            self._queues,
+            self._book,
             self._slots,
             blocks,
             self._flow,
@@ -68,24 +67,16 @@ class GgufStepper(PlannedStepper):
     def add(self, spec: SequenceSpec) -> None:
         """Accept a sequence; it starts as soon as a slot is free.  Raises RequestError."""
         sampler = SequenceSampler(self._model, spec, self._context_tokens)
-        row = Row(spec, token_array(spec.prompt), sampler)
-        self._queues.by_id[spec.id] = row
-        self._queues.waiting.append(row)
+        self._book.add(GgufRow(spec, token_array(spec.prompt), sampler))
 
     def remove(self, sequence_id: int) -> None:
         """Drop a sequence; its cells stay as a prefix for later ones.  Idempotent."""
-        row = self._queues.by_id.pop(sequence_id, None)
+        row = self._book.remove(sequence_id)
         if row is None:
             return
         row.sampler.close()
-        if row.slot < 0:
-            self._queues.waiting.remove(row)
-            return
-        self._queues.running.remove(row)
-        self._queues.is_crowded = False
-        row.stop_restoring()
-        self._slots.keep(row.slot, row.tokens[: row.past], self._counters.steps)
-        row.slot = -1
+        if row.slot >= 0:
+            self._slots.keep(row.release_slot(), row.tokens[: row.past], self._book.steps)
 
     def step(self) -> list[StepOutput]:
         """Do one forward pass.  Raises EngineFailed when llama.cpp fails for good."""
@@ -94,7 +85,7 @@ class GgufStepper(PlannedStepper):
         while self._batch.count:
             started, wall = time.thread_time(), time.monotonic()
             code = self._llama.llama_decode(self._context, self._batch.native)
-            self._counters.native_cpu_s += time.thread_time() - started
+            self._book.native_cpu_s += time.thread_time() - started
             if code == 0:
                 break
             if code != _NO_SLOT:
@@ -102,9 +93,9 @@ class GgufStepper(PlannedStepper):
             self._make_room()
             self._fill_batch()
         if not self._batch.count:
-            await_first([row.incoming for row in self._queues.running])
+            await_first([row.incoming for row in self._book.running])
             return []
-        self._counters.steps += 1
+        self._book.steps += 1
         outputs = self._collect()
         self._slots.cool_down(self._warm_tokens)
         self._flow.tend()
@@ -112,100 +103,65 @@ class GgufStepper(PlannedStepper):
         return outputs
 
     def _admit(self) -> None:
-        queues = self._queues
-        if queues.is_crowded and queues.running:
-            return
-        while queues.waiting and len(queues.running) < self.max_sequences:
-            row = queues.waiting[0]
-            if not self._placement.place(row, self._counters.steps):
+        for row in self._book.admissible():
+            if not self._placement.place(row, self._book.steps):
                 return
-            queues.waiting.pop(0)
-            queues.running.append(row)
+            self._book.start(row)
 
     def _fill_batch(self) -> None:
         """Put every decoding row's token and the planned prompt chunks into the batch."""
         self._batch.clear()
         prefilling = []
-        for row in self._queues.running:
-            row.output, row.run = -1, 0
+        for row in self._book.running:
+            row.output, row.batched = -1, 0
             if row.pending == 1:
-                row.run = 1
+                row.batched = 1
                 row.output = self._batch.add(row.slot, row.past, row.tokens[-1:], logits=True)
-            elif not self._placement.receive(row) and not self._placement.follow(row):
+            elif self._placement.is_ready(row):
                 prefilling.append(row)
         chunks = self._planner.plan([row.pending for row in prefilling], self._batch.count)
         for row, chunk in zip(prefilling, chunks, strict=True):
             if chunk:
                 self._add_chunk(row, chunk)
 
-    def _add_chunk(self, row: Row, chunk: int) -> None:
+    def _add_chunk(self, row: GgufRow, chunk: int) -> None:
         is_last = chunk == row.pending
         tokens = row.tokens[row.past : row.past + chunk]
         index = self._batch.add(row.slot, row.past, tokens, logits=is_last)
-        row.run, row.output = chunk, index if is_last else -1
+        row.batched, row.output = chunk, index if is_last else -1
 
     def _make_room(self) -> None:
         """Free KV cells: the least recently used finished row, else the youngest running one."""
-        if self._slots.drop_oldest():
-            return
-        running = self._queues.running
-        if len(running) < 2:
-            raise EngineFailed(
-                f"One sequence does not fit the KV cache of {self._kv_tokens} tokens."
-            )
-        row = running.pop()
-        self._slots.release(row.slot)
-        row.stop_restoring()
-        row.slot, row.past, row.leader = -1, 0, None
-        self._queues.waiting.insert(0, row)
-        self._queues.is_crowded = True
-        self._counters.preemptions += 1
+        if not self._slots.drop_oldest():
+            self._slots.release(self._book.preempt().release_slot())
 
     def _collect(self) -> list[StepOutput]:
         outputs = []
-        for row in self._queues.running:
-            if not row.run:
+        for row in self._book.running:
+            if not row.batched:
                 continue
-            row.past += row.run
+            row.past += row.batched
             if row.output < 0:
                 outputs.append(row.progress())
                 continue
             started = time.thread_time()
             token_id, logprob = row.sampler.sample(self._context, row.output)
-            self._counters.native_cpu_s += time.thread_time() - started
-            row.tokens.append(token_id)
-            row.is_counted = True
-            outputs.append(
-                StepOutput(
-                    row.spec.id,
-                    token_id,
-                    is_end=self._model.is_end(token_id),
-                    logprob=logprob,
-                    prefilled=len(row.spec.prompt),
-                    cached=row.reuse.total,
-                    reuse=row.reuse,
-                )
-            )
+            self._book.native_cpu_s += time.thread_time() - started
+            is_end = self._model.is_end(token_id)
+            outputs.append(row.add_token(token_id, logprob, is_end=is_end))
         return outputs
 
     def counters(self) -> EngineLoad:
         """Return the stepper's own counts."""
-        used = sum(row.past for row in self._queues.running) + self._slots.retained_tokens
-        return EngineLoad(
-            kv_used_tokens=min(used, self._kv_tokens),
-            kv_tokens=self._kv_tokens,
-            steps=self._counters.steps,
-            preemptions=self._counters.preemptions,
-            native_cpu_s=self._counters.native_cpu_s
-            + self._slots.native_cpu_s
-            + self._blocks.native_cpu_s,
+        return self._book.load(
+            self._book.past_tokens + self._slots.retained_tokens,
+            self._slots.native_cpu_s + self._blocks.native_cpu_s,
         )
 
     def close(self) -> None:
         """Free the context and the weights; twice is fine."""
-        for row in self._queues.by_id.values():
+        for row in self._book.clear():
             row.sampler.close()
-        self._queues.clear()
         self._store.clear()
         if self._context:
             self._flow.finish()
