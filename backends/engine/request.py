@@ -34,7 +34,7 @@ class EngineRequest:
     the pacer's clocks showed when a wait began is taken off, what they show at its end added.
     """
 
-    request: GenerationRequest
+    generation: GenerationRequest
     prepared: Prepared
     sink: EventSink
     loop: asyncio.AbstractEventLoop
@@ -98,7 +98,7 @@ class EngineRequest:
         """Answer a request that wants no new token: its own prompt at most."""
         self.added_at = self.first_token_at = now
         finished = self.finish("length", now)
-        self.sink.deliver([(self.request.id, [*self.prepared.take_opening(), finished])])
+        self.sink.deliver([(self.generation.id, [*self.prepared.take_opening(), finished])])
         return finished
 
     def outcome(self, reason: FinishReason, now: float) -> Finished | EngineFailed:
@@ -122,7 +122,7 @@ class EngineRequest:
         try:
             self.loop.call_soon_threadsafe(settle)
         except RuntimeError:
-            logger.debug("the loop of request %s is closed", self.request.id)
+            logger.debug("the loop of request %s is closed", self.generation.id)
 
 
 @dataclass(slots=True)

@@ -51,10 +51,10 @@ class WaitingQueue:
         yield from self._interactive
         yield from self._batch
 
-    def extend(self, tickets: Iterable[EngineRequest]) -> None:
+    def extend(self, requests: Iterable[EngineRequest]) -> None:
         """Take requests in the order they came."""
-        for ticket in tickets:
-            self._queue_of(ticket).append(ticket)
+        for request in requests:
+            self._queue_of(request).append(request)
 
     def popleft(self) -> EngineRequest:
         """Return the next one to run.  Raises IndexError when nobody waits."""
@@ -63,16 +63,16 @@ class WaitingQueue:
         goes_batch = self._batch[0].submitted_at + BATCH_DELAY_S < self._interactive[0].submitted_at
         return (self._batch if goes_batch else self._interactive).popleft()
 
-    def discard(self, ticket: EngineRequest) -> None:
+    def discard(self, request: EngineRequest) -> None:
         """Drop a request, if it waits here."""
-        queue = self._queue_of(ticket)
-        if ticket in queue:
-            queue.remove(ticket)
+        queue = self._queue_of(request)
+        if request in queue:
+            queue.remove(request)
 
     def clear(self) -> None:
         """Drop all."""
         self._interactive.clear()
         self._batch.clear()
 
-    def _queue_of(self, ticket: EngineRequest) -> "deque[EngineRequest]":
-        return self._batch if ticket.request.priority == "batch" else self._interactive
+    def _queue_of(self, request: EngineRequest) -> "deque[EngineRequest]":
+        return self._batch if request.generation.priority == "batch" else self._interactive

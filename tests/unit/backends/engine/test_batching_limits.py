@@ -110,20 +110,18 @@ async def test_a_resumed_answer_waits_instead_of_being_refused(engine: BatchingE
     engine.set_limits(EngineLimits(max_sequences=0))
     resumed = replace(request("a", max_tokens=3), generated=(ord("x"),))
     answer = asyncio.ensure_future(run(engine, resumed))
-    await until(lambda: len(engine._waiting) == 1)
+    await until(lambda: len(engine._loop._waiting) == 1)
     engine.set_limits(UNLIMITED)
     assert end_of(await answer).usage.completion_tokens == 3
 
 
-async def test_an_engine_that_may_run_nothing_does_not_spin(
-    engine: BatchingEngine, stepper: ChunkedStepper
-) -> None:
+async def test_an_engine_that_may_run_nothing_does_not_spin(engine: BatchingEngine) -> None:
     engine.set_limits(HELD)
     tasks = start(engine, 3)
     await until(lambda: engine.load().running == 2 and engine.load().waiting == 1)
     engine.set_limits(EngineLimits(max_sequences=0))
     await until(lambda: not engine.load().running)
-    assert engine._rest_s(stepper) is None
+    assert engine._loop._idle_s() is None
     await end(tasks)
 
 
@@ -161,10 +159,10 @@ async def test_new_requests_do_not_cut_the_pause_short(
     await until(stepper.stepping.is_set)
     stepper.stepping.clear()
     others = start(engine, 4)
-    await until(lambda: len(engine._waiting) == 3)
+    await until(lambda: len(engine._loop._waiting) == 3)
     others[-1].cancel()
     # The engine has been round since the requests came.
-    await until(lambda: len(engine._waiting) == 2)
+    await until(lambda: len(engine._loop._waiting) == 2)
     assert not stepper.stepping.is_set()
     await end([*first, *others])
 

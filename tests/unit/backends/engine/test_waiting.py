@@ -16,32 +16,35 @@ from tests.requests import request, run
 from tests.unit.backends.engine.test_batching import FakeStepper, open_engine, until
 
 
-def ticket(submitted_at: float, priority: Priority = "interactive") -> Any:
-    wanted = SimpleNamespace(priority=priority)
-    return SimpleNamespace(submitted_at=submitted_at, request=wanted)
+def waiting_request(submitted_at: float, priority: Priority = "interactive") -> Any:
+    generation = SimpleNamespace(priority=priority)
+    return SimpleNamespace(submitted_at=submitted_at, generation=generation)
 
 
 def test_interactive_requests_go_first_and_batch_ones_age() -> None:
-    batch, early, late = ticket(0, "batch"), ticket(1), ticket(BATCH_DELAY_S + 1)
+    batch = waiting_request(0, "batch")
+    early, late = waiting_request(1), waiting_request(BATCH_DELAY_S + 1)
     queue = WaitingQueue()
     queue.extend([batch, early, late])
     assert [queue.popleft() for _ in range(len(queue))] == [early, batch, late]
 
 
 def test_each_class_keeps_its_order_and_what_is_dropped_is_gone() -> None:
-    tickets = [ticket(number, "batch" if number % 2 else "interactive") for number in range(6)]
+    requests = [
+        waiting_request(number, "batch" if number % 2 else "interactive") for number in range(6)
+    ]
     queue = WaitingQueue()
-    queue.extend(tickets)
-    queue.discard(tickets[0])
-    queue.discard(tickets[0])
-    assert list(queue) == [tickets[index] for index in (2, 4, 1, 3, 5)]
+    queue.extend(requests)
+    queue.discard(requests[0])
+    queue.discard(requests[0])
+    assert list(queue) == [requests[index] for index in (2, 4, 1, 3, 5)]
     queue.clear()
     with pytest.raises(IndexError):
         queue.popleft()
 
 
 def _has_submitted(engine: BatchingEngine, count: int) -> bool:
-    return len(engine._inbox.submitted) == count
+    return len(engine._loop._inbox.submitted) == count
 
 
 async def test_f9_a_batch_request_waits_behind_interactive_ones_in_the_engine() -> None:

@@ -1,0 +1,269 @@
+"""The engine's thread: steps one Stepper, starts waiting requests and delivers their events."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+from backends.base import EngineLoad
+from backends.engine.accelerator_lock import AcceleratorLock
+from backends.engine.pacing import Pacer
+from backends.engine.request import EngineRequest, Inbox, StepEvents
+from backends.engine.threads import name_this_thread
+from backends.engine.waiting import Pace, WaitingQueue
+from backends.limits import EngineLimits, StepWatch
+from backends.stepper import StepOutput, Stepper, do_chore, has_chores
+from core.errors import EngineFailed, ImpetusError
+from core.types import Finished, GenerationEvent, PrefillProgress
+
+logger = logging.getLogger(__name__)
+
+THREAD_NAME = "impetus-engine"
+
+
+class EngineLoop:
+    """A thread that creates, steps and closes one Stepper; every method is thread-safe.
+
+    Other threads put commands into the inbox; the thread applies them between two steps.  A
+    step that raises ends the thread: all requests fail, and no new ones are accepted.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        open_stepper: Callable[[], Stepper],
+        before_close: Callable[[], None],
+    ) -> None:
+        """Start the thread; blocks until the stepper is open and raises what that raises.
+
+        `before_close` runs on the thread at its end, when no request is left.
+        """
+        self._model_name = model_name
+        self._before_close = before_close
+        self._wake = threading.Condition()
+        self._inbox = Inbox()
+        self._waiting = WaitingQueue()
+        self._running: dict[int, EngineRequest] = {}
+        self._ended: list[tuple[EngineRequest, Finished | EngineFailed]] = []
+        self._last_id = 0
+        self._failure: EngineFailed | None = None
+        self._pacer = Pacer()
+        self._watch = StepWatch()
+        self._counters = EngineLoad()
+        self._hold_accelerator: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._stepper: Stepper
+        self.pace = Pace()
+        self._thread = self._start(open_stepper)
+
+    def _start(self, open_stepper: Callable[[], Stepper]) -> threading.Thread:
+        opened: Future[None] = Future()
+
+        def run() -> None:
+            name_this_thread(THREAD_NAME)
+            try:
+                self._stepper = open_stepper()
+            except BaseException as problem:
+                opened.set_exception(problem)
+                return
+            opened.set_result(None)
+            self._drive()
+
+        thread = threading.Thread(target=run, name=THREAD_NAME, daemon=True)
+        thread.start()
+        opened.result()
+        return thread
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences that the stepper can run at once."""
+        return self._stepper.max_sequences
+
+    @property
+    def limits(self) -> EngineLimits:
+        """The limits set last."""
+        return self._pacer.limits
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether a step raised."""
+        return self._failure is not None
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds that the current step has lasted; a failed engine steps no more."""
+        return 0.0 if self.is_failed else self._watch.lasted_s
+
+    def check_open(self) -> None:
+        """Raise EngineFailed when no request is accepted any more."""
+        if self._failure is not None:
+            raise EngineFailed(self._failure.message)
+        if self._inbox.is_closing:
+            raise EngineFailed(f"The model {self._model_name} is being unloaded.")
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request.  Raises EngineFailed."""
+        with self._wake:
+            self.check_open()
+            self._last_id += 1
+            request.id = self._last_id
+            self._inbox.submitted.append(request)
+            self._wake.notify()
+
+    def cancel(self, request: EngineRequest) -> None:
+        """Drop a request, whether it waits or runs; it gets no result."""
+        with self._wake:
+            self._inbox.cancelled.append(request)
+            self._wake.notify()
+
+    def set_limits(self, limits: EngineLimits) -> None:
+        """Obey `limits` from the next step on; running sequences go on."""
+        with self._wake:
+            self._pacer.limits = limits
+            self._wake.notify()
+
+    def share_accelerator(self, lock: AcceleratorLock) -> None:
+        """Hold `lock` during each step; set it before the first request."""
+        self._hold_accelerator = lock.turn
+
+    def load(self, preparing: int) -> EngineLoad:
+        """Return the current counts; `preparing` requests wait as well."""
+        waiting = len(self._waiting) + len(self._inbox.submitted) + preparing
+        return replace(self._counters, running=len(self._running), waiting=waiting)
+
+    def close(self) -> None:
+        """Fail all requests, close the stepper and join the thread; blocks; idempotent."""
+        with self._wake:
+            self._inbox.is_closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _drive(self) -> None:
+        """Step until closed."""
+        reason = f"The model {self._model_name} was unloaded."
+        try:
+            while self._apply_commands():
+                self._deliver(self._step())
+        except BaseException as problem:
+            logger.exception("engine of %s failed", self._model_name)
+            reason = f"The engine of {self._model_name} failed: {problem}"
+            self._failure = EngineFailed(reason)
+        finally:
+            for request in self._take_all():
+                request.resolve(EngineFailed(reason))
+            self._before_close()
+            self._stepper.close()
+
+    def _take_all(self) -> list[EngineRequest]:
+        """Accept no more requests; return those that are left."""
+        with self._wake:
+            self._inbox.is_closing = True
+            left = [*self._running.values(), *self._waiting, *self._inbox.submitted]
+            self._running.clear()
+            self._waiting.clear()
+            self._inbox.submitted.clear()
+        return left
+
+    def _apply_commands(self) -> bool:
+        """Apply what other threads asked for; wait for it while idle; False when closing."""
+        with self._wake:
+            while self._inbox.is_empty and (idle_s := self._idle_s()) != 0:
+                self._pacer.rest(self._wake, idle_s)
+            if self._inbox.is_closing:
+                return False
+            for request in self._inbox.submitted:
+                request.throttled_s -= self._pacer.held_s()
+            self._waiting.extend(self._inbox.submitted)
+            cancelled = list(self._inbox.cancelled)
+            self._inbox.clear()
+        for request in cancelled:
+            self._drop(request)
+        self._pacer.apply_to(self._stepper)
+        self._start_waiting()
+        return True
+
+    def _idle_s(self) -> float | None:
+        """Return the seconds without anything to do; None: until a command comes."""
+        can_run = self._running or (self._waiting and self._most_running())
+        if can_run:
+            return self._pacer.pause_left_s()
+        return 0 if has_chores(self._stepper) else None
+
+    def _most_running(self) -> int:
+        return self._pacer.limits.sequences(self._stepper.max_sequences)
+
+    def _drop(self, request: EngineRequest) -> None:
+        if self._running.pop(request.id, None) is not None:
+            self._stepper.remove(request.id)
+        else:
+            self._waiting.discard(request)
+
+    def _start_waiting(self) -> None:
+        most = self._most_running()
+        while self._waiting and len(self._running) < most:
+            request = self._waiting.popleft()
+            request.added_at = time.monotonic()
+            request.throttled_s += self._pacer.held_s() - self._pacer.paused_s
+            try:
+                self._stepper.add(request.spec())
+            except ImpetusError as problem:
+                request.resolve(problem)
+                continue
+            self._running[request.id] = request
+        has_room = len(self._running) < self._stepper.max_sequences
+        self._pacer.note_held(bool(self._waiting) and has_room)
+
+    def _step(self) -> StepEvents:
+        # A command may have ended the pause before the next step is due.
+        if not self._running or self._pacer.pause_left_s():
+            do_chore(self._stepper)
+            return {}
+        events: StepEvents = {}
+        with self._hold_accelerator():
+            self._watch.begin()
+            outputs = self._stepper.step()
+        now = time.monotonic() if outputs else 0.0
+        for output in outputs:
+            request = self._running[output.sequence_id]
+            batch = self._advance(request, output, now)
+            if batch:
+                _, entries = events.setdefault(id(request.sink), (request.sink, []))
+                entries.append((request.generation.id, batch))
+        self._watch.end()
+        self._pacer.note_step()
+        self._counters = self._stepper.counters()
+        return events
+
+    def _advance(
+        self, request: EngineRequest, output: StepOutput, now: float
+    ) -> list[GenerationEvent]:
+        """Turn one output into events; end the sequence when it is complete."""
+        request.cached_tokens, request.reuse = output.cached, output.reuse
+        assembler = request.prepared.assembler
+        if output.token_id is None:
+            return [PrefillProgress(output.prefilled, len(request.prepared.prompt))]
+        events: list[GenerationEvent] = []
+        if not request.completion_tokens:
+            request.first_token_at = now
+            events.extend(request.prepared.take_opening())
+        request.completion_tokens += 1
+        events.extend(assembler.push(output))
+        if assembler.reason is not None:
+            request.throttled_s += self._pacer.paused_s
+            outcome = request.outcome(assembler.reason, now)
+            self.pace.note(now - request.added_at)
+            events += [outcome] if isinstance(outcome, Finished) else []
+            del self._running[request.id]
+            self._stepper.remove(request.id)
+            self._ended.append((request, outcome))
+        return events
+
+    def _deliver(self, events: StepEvents) -> None:
+        """Deliver the step's events before the results: a result never overtakes its text."""
+        for sink, entries in events.values():
+            sink.deliver(entries)
+        for request, outcome in self._ended:
+            request.resolve(outcome)
+        self._ended.clear()
