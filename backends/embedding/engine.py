@@ -167,8 +167,8 @@ class EmbeddingEngine(Engine):
         return self._watch.lasted_s
 
     def share_accelerator(self, lock: AcceleratorLock) -> None:
-        """See `SharesAccelerator`; a batch is a turn."""
-        self._take_turn = lock.turn
+        """See `SharesAccelerator`; one batch is one step."""
+        self._take_turn = lock.hold
 
     async def close(self) -> None:
         """Fail what waits, free the model after the running batch, join the thread."""

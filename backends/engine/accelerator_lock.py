@@ -1,8 +1,9 @@
-"""Turns on the accelerator: engines of several processes step one after another, in order.
+"""A fair lock between processes: engines that share an accelerator step one at a time.
 
-A process takes the next ticket number, locks that byte of a shared file until its turn is over,
-and is let in once all bytes below are free.  The kernel so keeps the order, wakes who waits, and
-drops the bytes of a process that died, whether it held the turn or waited for it.
+It is a ticket lock in a shared file.  A process takes the next ticket number and locks that byte
+of the file until its step is over; it holds the accelerator once all bytes below are unlocked.
+So the kernel keeps the queue in order, wakes waiting processes, and releases the bytes of a
+process that died, whether it was the holder or in the queue.
 Source: fcntl(2), POSIX record locks of Linux and macOS: a process owns them until it ends.
 """
 
@@ -25,119 +26,132 @@ from core.errors import Unavailable
 logger = logging.getLogger(__name__)
 
 MAX_PROCESSES = 64
-# Native 64-bit words of the file: a mark, the next ticket, how many processes are registered,
-# then for each place its process id (0: free) and the steps it runs without a turn.
-_MARK = 0x3153_4E52_5554_49
-_TICKET, _COUNT, _PIDS = 1, 2, 8
-_LONE = _PIDS + MAX_PROCESSES
-_SIZE = 8 * (_LONE + MAX_PROCESSES)
+# Native 64-bit words of the file: magic number, next ticket, number of registered processes;
+# then for each place its process id (0: free) and how many steps it runs without the lock.
+_MAGIC = 0x3153_4E52_5554_49
+_NEXT_TICKET, _COUNT, _PIDS = 1, 2, 8
+_UNLOCKED_STEPS = _PIDS + MAX_PROCESSES
+_SIZE = 8 * (_UNLOCKED_STEPS + MAX_PROCESSES)
 
-# Lock offsets, all beyond the data: who changes the words; one for each place; the tickets.
-_GATE = 1 << 20
-_PLACE_LOCKS = _GATE + 1
+# Byte offsets of the locks, all beyond the data: the registry, each place, the tickets.
+_REGISTRY = 1 << 20
+_PLACES = _REGISTRY + 1
 _TICKETS = 1 << 21
-_AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
+_NO_WAIT = fcntl.LOCK_EX | fcntl.LOCK_NB
 _TICKETS_BETWEEN_SWEEPS = 256
 _POLL_S = 0.001
-_TRIES = 8
+_CLAIM_TRIES = 8
 
 
 class AcceleratorLock:
-    """One process's place among those that share an accelerator; make one for each process.
+    """One process's handle on the lock; create one for each process.
 
-    Turns go round strictly: who has had one queues behind all that already wait.  Threads of one
-    process queue for its turns in the order they came.
+    The lock is strictly fair (FIFO): a former holder queues behind all that already wait.
+    Threads of one process also get it in the order in which they asked.
     """
 
-    def __init__(self, path: Path, *, patience_s: float = 30.0) -> None:
-        """Open the shared file, which belongs to one user; registers nothing.
+    def __init__(self, path: Path, *, timeout_s: float = 30.0) -> None:
+        """Open the shared file, which belongs to one user; does not register the process.
 
-        `patience_s` bounds every wait: a step whose turn did not come by then (a holder hangs)
-        runs without one, and so do those after it until the holder goes on or dies.  Nothing
-        else in this process may open `path`: closing it would drop the locks.
+        `timeout_s` bounds every wait.  When it is over (a holder hangs), the step runs without
+        the lock, and so do later ones until the holder goes on or dies.  Nothing else in this
+        process may open `path`: closing it would release the locks.
         Raises Unavailable when the file cannot be used.
         """
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._place: int | None = None
         self._mutex = threading.Lock()
-        # Which thread of this process has the turn: the kernel's locks do not part threads.
-        self._free = threading.Lock()
-        self._ticket = self._queued = 0
+        # Held by the thread that holds the accelerator: kernel locks do not separate threads.
+        self._thread_lock = threading.Lock()
+        self._ticket = 0
+        self._queued = 0
         self._is_stuck = False
-        self._waits: queue.SimpleQueue[_Wait | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._file = _open(path)
         self._map = mmap.mmap(self._file, _SIZE)
         self._words = memoryview(self._map).cast("Q")
-        # The kernel's wait knows no time limit, so a thread of its own waits there.
-        self._waiter = threading.Thread(target=self._serve, name="impetus-turns", daemon=True)
+        # The kernel's blocking lock has no timeout, so a separate thread waits for it.
+        self._waiter = threading.Thread(target=self._serve, name="impetus-lock", daemon=True)
         self._waiter.start()
 
     def register(self) -> None:
-        """Count this process among those that take turns; twice is fine.
+        """Register this process as a user of the accelerator; idempotent.
 
-        Blocks until steps that others began without a turn are over, at most `patience_s`, so
+        Blocks until steps that others began without the lock are over, at most `timeout_s`, so
         call it on a loader thread.  Raises Unavailable when no place is free.
         """
         if self._place is not None:
             return
-        if not self._poll(self._take_gate):
-            raise Unavailable("The turn file is locked by a process that does not go on.")
+        if not self._poll(self._lock_registry):
+            raise Unavailable(
+                "The accelerator's lock file has been locked by another process for "
+                f"{self._timeout_s:g} s. Stop the process that hangs, then load the model again."
+            )
         try:
             others = self._living()
-            if not others and not (self._words[0] == _MARK and 0 < self._words[_TICKET] < 1 << 60):
-                self._words[0], self._words[_TICKET] = _MARK, 1
+            if not others and not self._is_initialized():
+                self._words[0], self._words[_NEXT_TICKET] = _MAGIC, 1
             free = (i for i in range(MAX_PROCESSES) if i not in others)
-            place = next((i for i in free if self._lock(_PLACE_LOCKS + i)), None)
+            place = next((i for i in free if self._lock(_PLACES + i)), None)
             if place is None:
-                raise Unavailable(f"{MAX_PROCESSES} processes already share the accelerator.")
-            self._words[_LONE + place], self._words[_PIDS + place] = 0, os.getpid()
+                raise Unavailable(
+                    f"{MAX_PROCESSES} processes already share the accelerator, which is the limit. "
+                    "Unload models of another format first."
+                )
+            self._words[_UNLOCKED_STEPS + place], self._words[_PIDS + place] = 0, os.getpid()
             self._words[_COUNT] = len(others) + 1
             self._place = place
         finally:
-            self._unlock(_GATE)
+            self._unlock(_REGISTRY)
             self._mutex.release()
         # The pause outlasts any write that another core has not published yet.
         time.sleep(_POLL_S)
-        self._poll(lambda: not any(self._words[_LONE + i] and not self._is_dead(i) for i in others))
+        self._poll(lambda: not any(self._has_unlocked_step(i) for i in others))
 
-    def engines(self) -> int:
-        """Return how many living processes are registered, and forget those that died."""
-        if self._poll(self._take_gate):
+    def _is_initialized(self) -> bool:
+        return self._words[0] == _MAGIC and 0 < self._words[_NEXT_TICKET] < 1 << 60
+
+    def _has_unlocked_step(self, place: int) -> bool:
+        return bool(self._words[_UNLOCKED_STEPS + place]) and not self._is_dead(place)
+
+    def process_count(self) -> int:
+        """Return how many living processes are registered; unregisters those that died."""
+        if self._poll(self._lock_registry):
             self._sweep()
         return int(self._words[_COUNT])
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Hold the turn; blocks until it comes, at most twice `patience_s`.
+    def hold(self) -> Iterator[None]:
+        """Hold the lock within `with`; blocks until it is acquired, at most twice `timeout_s`.
 
         Uncontended: 2 system calls, 7.2 µs; none and 1.7 µs where this process is alone or not
-        registered (median of 400 rounds of 250 turns, x86-64 virtual machine, Linux 6.18).
+        registered (median of 400 rounds of 250, x86-64 virtual machine, Linux 6.18).
         """
         place = self._place
-        # Counted before the look: whoever registers sees either this step or a turn.
-        self._count_lone_step(place, 1)
+        # Counted before the check: a process that registers now sees this step or its lock.
+        self._count_unlocked_step(place, 1)
         is_alone = place is None or self._words[_COUNT] <= 1
         if not is_alone:
-            self._count_lone_step(place, -1)
-        has_turn = not is_alone and self._take()
+            self._count_unlocked_step(place, -1)
+        is_holder = not is_alone and self._acquire()
         try:
             yield
         finally:
             if is_alone:
-                self._count_lone_step(place, -1)
-            if has_turn:
-                self._give_back()
+                self._count_unlocked_step(place, -1)
+            if is_holder:
+                self._release()
 
     def close(self) -> None:
-        """Unregister; call it after the last turn; twice is fine."""
+        """Unregister and close the file; call it after the last step; idempotent."""
         if self._map.closed:
             return
-        if self._place is not None and self._poll(self._take_gate):
+        if self._place is not None and self._poll(self._lock_registry):
             self._words[_PIDS + self._place] = 0
-            self._unlock(_PLACE_LOCKS + self._place)
+            self._unlock(_PLACES + self._place)
             self._place = None
             self._sweep()
-        self._waits.put(None)
+        self._requests.put(None)
         # A thread that still waits in the kernel needs the file until the process ends.
         if not self._is_stuck:
             self._waiter.join()
@@ -145,104 +159,110 @@ class AcceleratorLock:
             self._map.close()
             os.close(self._file)
 
-    def _count_lone_step(self, place: int | None, change: int) -> None:
+    def _count_unlocked_step(self, place: int | None, change: int) -> None:
         if place is not None:
             with self._mutex:
-                self._words[_LONE + place] += change
+                self._words[_UNLOCKED_STEPS + place] += change
 
-    def _take(self) -> bool:
-        """Wait for the turn; False when it did not come, for a hung holder or a broken file."""
-        wait = _Wait()
+    def _acquire(self) -> bool:
+        """Wait for the lock; False on a timeout (the holder hangs) or when the file is broken."""
+        request = _Request()
         with self._mutex:
             if self._is_stuck:
                 return False
-            if not self._queued and self._free.acquire(blocking=False):
-                if self._claim(wait, is_first=True):
-                    self._ticket = wait.ticket
+            if not self._queued and self._thread_lock.acquire(blocking=False):
+                if self._claim(request, is_first=True):
+                    self._ticket = request.ticket
                     return True
-                any(self._claim(wait) for _ in range(_TRIES))
-                self._free.release()
+                any(self._claim(request) for _ in range(_CLAIM_TRIES))
+                self._thread_lock.release()
             self._queued += 1
-            self._waits.put(wait)
-        wait.wait(self._patience_s)
+            self._requests.put(request)
+        request.wait(self._timeout_s)
         with self._mutex:
-            if not wait.is_granted:
-                self._is_stuck = not wait.is_set()
-                wait.set()
-                logger.warning("No turn within %g s: steps run without.", self._patience_s)
-            return wait.is_granted
+            if not request.is_granted:
+                self._is_stuck = not request.is_set()
+                request.set()
+                logger.warning(
+                    "The accelerator's lock was not acquired within %g s: its holder hangs. "
+                    "Steps run without the lock until it is released.",
+                    self._timeout_s,
+                )
+            return request.is_granted
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         self._unlock(_TICKETS, self._ticket + 1)
-        if self._ticket % _TICKETS_BETWEEN_SWEEPS == 0 and self._take_gate():
+        if self._ticket % _TICKETS_BETWEEN_SWEEPS == 0 and self._lock_registry():
             self._sweep()
-        self._free.release()
+        self._thread_lock.release()
 
-    def _claim(self, wait: "_Wait", *, is_first: bool = False) -> bool:
-        """Take a ticket and its byte, with `is_first` only if nobody has the turn or waits.
+    def _claim(self, request: "_Request", *, is_first: bool = False) -> bool:
+        """Take the next ticket and lock its byte; `is_first`: only if nobody holds or waits.
 
-        False when others were quicker: only who holds the byte that the count names raises it.
+        False when another process was quicker: only the owner of the byte that the next ticket
+        names may raise that number.
         """
-        ticket = self._words[_TICKET]
+        ticket = self._words[_NEXT_TICKET]
         start, length = (_TICKETS, ticket + 1) if is_first else (_TICKETS + ticket, 1)
         if not self._lock(start, length):
             return False
-        if self._words[_TICKET] != ticket:
+        if self._words[_NEXT_TICKET] != ticket:
             self._unlock(start, length)
             return False
-        wait.ticket = ticket
-        self._words[_TICKET] = ticket + 1
+        request.ticket = ticket
+        self._words[_NEXT_TICKET] = ticket + 1
         return True
 
     def _serve(self) -> None:
-        while (wait := self._waits.get()) is not None:
-            self._free.acquire()
-            has_ticket = wait.ticket > 0 or self._poll(partial(self._claim, wait))
-            has_turn = has_ticket and self._lock(_TICKETS, wait.ticket, fcntl.LOCK_SH)
+        """Wait in the kernel for one request after another; runs on the waiter thread."""
+        while (request := self._requests.get()) is not None:
+            self._thread_lock.acquire()
+            has_ticket = request.ticket > 0 or self._poll(partial(self._claim, request))
+            is_acquired = has_ticket and self._lock(_TICKETS, request.ticket, fcntl.LOCK_SH)
             with self._mutex:
                 self._queued -= 1
                 self._is_stuck = False
-                self._ticket = wait.ticket
-                wait.is_granted = has_turn and not wait.is_set()
-                if not wait.is_granted:
-                    self._unlock(_TICKETS, wait.ticket + 1)
-                    self._free.release()
-                wait.set()
+                self._ticket = request.ticket
+                request.is_granted = is_acquired and not request.is_set()
+                if not request.is_granted:
+                    self._unlock(_TICKETS, request.ticket + 1)
+                    self._thread_lock.release()
+                request.set()
 
     def _sweep(self) -> None:
-        """Forget the dead; needs the gate, and opens it again."""
+        """Unregister dead processes; needs the registry's lock, and releases it."""
         self._words[_COUNT] = len(self._living()) + (self._place is not None)
-        self._unlock(_GATE)
+        self._unlock(_REGISTRY)
         self._mutex.release()
 
     def _living(self) -> list[int]:
-        """Return the places of the other living processes; frees those of the dead."""
+        """Return the places of the other living processes; frees those of dead ones."""
         others = [i for i in range(MAX_PROCESSES) if self._words[_PIDS + i] and i != self._place]
         for place in filter(self._is_dead, others):
             self._words[_PIDS + place] = 0
         return [place for place in others if self._words[_PIDS + place]]
 
     def _is_dead(self, place: int) -> bool:
-        if is_dead := self._lock(_PLACE_LOCKS + place):
-            self._unlock(_PLACE_LOCKS + place)
+        if is_dead := self._lock(_PLACES + place):
+            self._unlock(_PLACES + place)
         return is_dead
 
     def _poll(self, is_done: Callable[[], bool]) -> bool:
-        """Ask every millisecond, for what happens a few times in a process's life."""
-        for _ in range(int(self._patience_s / _POLL_S) + 1):
+        """Check every millisecond, at most `timeout_s`; only for rare events."""
+        for _ in range(int(self._timeout_s / _POLL_S) + 1):
             if is_done():
                 return True
             time.sleep(_POLL_S)
         return False
 
-    def _take_gate(self) -> bool:
+    def _lock_registry(self) -> bool:
         if self._mutex.acquire(blocking=False):
-            if self._lock(_GATE):
+            if self._lock(_REGISTRY):
                 return True
             self._mutex.release()
         return False
 
-    def _lock(self, start: int, length: int = 1, how: int = _AT_ONCE) -> bool:
+    def _lock(self, start: int, length: int = 1, how: int = _NO_WAIT) -> bool:
         try:
             fcntl.lockf(self._file, how, length, start)
         except OSError:
@@ -258,30 +278,33 @@ class SharesAccelerator(Protocol):
     """An engine that shares an accelerator with other processes."""
 
     def share_accelerator(self, lock: AcceleratorLock) -> None:
-        """Take a turn for each forward pass, and for nothing else; before the first request.
+        """Hold `lock` during each forward pass, and for nothing else; call before any request.
 
         The lock must be registered and stay open until the engine is closed.
         """
         ...
 
 
-class _Wait(threading.Event):
-    """A turn that is asked for, set when granted or given up; `ticket` 0: none taken yet."""
+class _Request(threading.Event):
+    """A request for the lock, set when granted or timed out; `ticket` 0: none taken yet."""
 
     ticket = 0
     is_granted = False
 
 
 def _open(path: Path) -> int:
-    """Open the file at its full size; only a plain file of this user will do."""
+    """Open or create the file at its full size; it must be a regular file of this user."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         state = os.fstat(file)
         if not stat.S_ISREG(state.st_mode) or state.st_uid != os.getuid():
             os.close(file)
-            raise PermissionError("not a plain file of this user")
+            raise PermissionError("it is not a regular file owned by this user")
         if state.st_size < _SIZE:
             os.truncate(file, _SIZE)
     except OSError as problem:
-        raise Unavailable(f"The turn file {path} cannot be used: {problem}") from problem
+        raise Unavailable(
+            f"The accelerator's lock file {path} cannot be used: {problem}. Delete it or fix its "
+            "permissions, then load the model again."
+        ) from problem
     return file

@@ -126,7 +126,7 @@ class EngineLoop:
 
     def share_accelerator(self, lock: AcceleratorLock) -> None:
         """Hold `lock` during each step; set it before the first request."""
-        self._hold_accelerator = lock.turn
+        self._hold_accelerator = lock.hold
 
     def load(self, preparing: int) -> EngineLoad:
         """Return the current counts; `preparing` requests wait as well."""

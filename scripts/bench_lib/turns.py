@@ -65,7 +65,7 @@ def measure_turns(rounds: int = ROUNDS, turns: int = TURNS) -> TurnsResult:
 
 
 def _measure(lock: AcceleratorLock, rounds: int, turns: int) -> Spread:
-    found = spread([_round(lock.turn, turns) - _round(nullcontext, turns) for _ in range(rounds)])
+    found = spread([_round(lock.hold, turns) - _round(nullcontext, turns) for _ in range(rounds)])
     assert found is not None
     return found
 

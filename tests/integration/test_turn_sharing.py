@@ -30,8 +30,8 @@ spans = []
 
 class Noting(AcceleratorLock):
     @contextmanager
-    def turn(self):
-        with super().turn():
+    def hold(self):
+        with super().hold():
             began = time.monotonic_ns()
             if sys.argv[4] == "hold":
                 print("holding", flush=True)

@@ -29,7 +29,7 @@ log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND)
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(turns):
-    with lock.turn():
+    with lock.hold():
         number, _ = struct.unpack("qq", os.pread(shared, 16, 0))
         mine = struct.pack("qq", number, os.getpid())
         os.pwrite(shared, mine, 0)
@@ -145,10 +145,10 @@ def test_killed_holders_neither_block_nor_let_two_in(workers: Workers) -> None:
     wait_until(partial(workers.has_done, workers.done + 20))
     lock = AcceleratorLock(workers.folder / "turns")
     lock.register()
-    assert lock.engines() == 4
+    assert lock.process_count() == 4
     for pid in list(workers.running):
         workers.kill(pid)
-    assert lock.engines() == 1
+    assert lock.process_count() == 1
     lock.close()
     assert "!" not in workers.log
     assert workers.done - 13 <= len(workers.log) <= workers.done
@@ -157,13 +157,13 @@ def test_killed_holders_neither_block_nor_let_two_in(workers: Workers) -> None:
 def test_stopped_holder_is_passed_by(workers: Workers) -> None:
     worker = workers.add("x", 1_000_000)
     workers.go(worker)
-    lock = AcceleratorLock(workers.folder / "turns", patience_s=0.3)
+    lock = AcceleratorLock(workers.folder / "turns", timeout_s=0.3)
     lock.register()
     wait_until(lambda: workers.holder == worker.pid)
     worker.send_signal(signal.SIGSTOP)
     for _ in range(50):
-        with lock.turn():
+        with lock.hold():
             pass
     workers.kill(worker.pid)
-    assert lock.engines() == 1
+    assert lock.process_count() == 1
     lock.close()

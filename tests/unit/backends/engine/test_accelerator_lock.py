@@ -1,4 +1,4 @@
-"""Turns between processes, seen from one of them; the other is a process that does as told."""
+"""The lock between processes, seen from one of them; the other obeys commands on its stdin."""
 
 import fcntl
 import os
@@ -24,15 +24,15 @@ from backends.engine.accelerator_lock import AcceleratorLock
 
 lock = AcceleratorLock(Path(sys.argv[1]))
 lock.register()
-turn = None
+held = None
 print("ready", flush=True)
 for line in sys.stdin:
     match line.strip():
         case "enter":
-            turn = lock.turn()
-            turn.__enter__()
+            held = lock.hold()
+            held.__enter__()
         case "leave":
-            turn.__exit__(None, None, None)
+            held.__exit__(None, None, None)
         case "close":
             lock.close()
     print("done", flush=True)
@@ -51,17 +51,17 @@ class Other:
         )
         self.hear()
 
-    def tell(self, order: str) -> None:
+    def tell(self, command: str) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{order}\n")
+        self.process.stdin.write(f"{command}\n")
         self.process.stdin.flush()
 
     def hear(self) -> None:
         assert self.process.stdout is not None
         assert self.process.stdout.readline()
 
-    def do(self, order: str) -> None:
-        self.tell(order)
+    def do(self, command: str) -> None:
+        self.tell(command)
         self.hear()
 
     def kill(self) -> None:
@@ -80,34 +80,34 @@ def other_process(path: Path) -> Iterator[Other]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "turns"
+    return tmp_path / "lock"
 
 
 @pytest.fixture
 def lock(path: Path) -> Iterator[AcceleratorLock]:
-    lock = AcceleratorLock(path, patience_s=20)
+    lock = AcceleratorLock(path, timeout_s=20)
     lock.register()
     yield lock
     lock.close()
 
 
-class Taker:
-    """A thread that takes one turn and holds it until told."""
+class Holder:
+    """A thread that acquires the lock and holds it until told."""
 
     def __init__(self, lock: AcceleratorLock) -> None:
-        self.has_turn = threading.Event()
-        self.may_leave = threading.Event()
+        self.is_holder = threading.Event()
+        self.may_release = threading.Event()
         self._lock = lock
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
-        with self._lock.turn():
-            self.has_turn.set()
-            self.may_leave.wait(20)
+        with self._lock.hold():
+            self.is_holder.set()
+            self.may_release.wait(20)
 
     def leave(self) -> None:
-        self.may_leave.set()
+        self.may_release.set()
         self._thread.join(20)
         assert not self._thread.is_alive()
 
@@ -126,8 +126,8 @@ def next_ticket(path: Path) -> int:
 
 
 def comes_in_order(lock: AcceleratorLock, other: Other) -> bool:
-    """Whether the other process waits for a turn that is held here."""
-    with lock.turn():
+    """Whether the other process waits for the lock that is held here."""
+    with lock.hold():
         other.tell("enter")
         assert other.process.stdout is not None
         is_waiting = not select.select([other.process.stdout], [], [], 0.1)[0]
@@ -143,17 +143,17 @@ def refuse(*_: Any) -> None:
 def test_alone_no_system_call(lock: AcceleratorLock, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "lockf", refuse)
-        with lock.turn(), lock.turn():
+        with lock.hold(), lock.hold():
             pass
-    assert lock.engines() == 1
+    assert lock.process_count() == 1
 
 
-def test_unregistered_takes_no_turn(path: Path) -> None:
+def test_an_unregistered_process_does_not_lock(path: Path) -> None:
     lock = AcceleratorLock(path)
     with other_process(path) as one, other_process(path):
         one.do("enter")
-        with lock.turn():
-            assert lock.engines() == 2
+        with lock.hold():
+            assert lock.process_count() == 2
     lock.close()
 
 
@@ -161,81 +161,81 @@ def test_two_processes_lock(
     path: Path, lock: AcceleratorLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with other_process(path):
-        assert lock.engines() == 2
+        assert lock.process_count() == 2
         with monkeypatch.context() as patch:
             patch.setattr(fcntl, "lockf", refuse)
-            with pytest.raises(AssertionError, match="a system call"), lock.turn():
+            with pytest.raises(AssertionError, match="a system call"), lock.hold():
                 pass
 
 
 def test_waits_for_other_process(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path) as other:
         other.do("enter")
-        taker = Taker(lock)
-        assert not taker.has_turn.wait(0.2)
+        holder = Holder(lock)
+        assert not holder.is_holder.wait(0.2)
         other.do("leave")
-        assert taker.has_turn.wait(20)
-        taker.leave()
+        assert holder.is_holder.wait(20)
+        holder.leave()
 
 
-def test_waiter_goes_before_a_second_turn(path: Path, lock: AcceleratorLock) -> None:
+def test_a_waiter_goes_before_a_former_holder(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path) as other:
-        first = Taker(lock)
-        assert first.has_turn.wait(20)
+        first = Holder(lock)
+        assert first.is_holder.wait(20)
         other.tell("enter")
         wait_until(lambda: next_ticket(path) == 3)
-        second = Taker(lock)
+        second = Holder(lock)
         first.leave()
         other.hear()
-        assert not second.has_turn.wait(0.2)
+        assert not second.is_holder.wait(0.2)
         other.do("leave")
-        assert second.has_turn.wait(20)
+        assert second.is_holder.wait(20)
         second.leave()
 
 
 def test_threads_of_one_process_queue(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path):
-        first = Taker(lock)
-        assert first.has_turn.wait(20)
-        second = Taker(lock)
-        assert not second.has_turn.wait(0.2)
+        first = Holder(lock)
+        assert first.is_holder.wait(20)
+        second = Holder(lock)
+        assert not second.is_holder.wait(0.2)
         first.leave()
-        assert second.has_turn.wait(20)
+        assert second.is_holder.wait(20)
         second.leave()
 
 
-def test_killed_holder_frees_the_turn(path: Path, lock: AcceleratorLock) -> None:
+def test_a_killed_holder_releases_the_lock(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path) as other:
         other.do("enter")
-        taker = Taker(lock)
-        assert not taker.has_turn.wait(0.1)
+        holder = Holder(lock)
+        assert not holder.is_holder.wait(0.1)
         other.kill()
-        assert taker.has_turn.wait(20)
-        taker.leave()
-    assert lock.engines() == 1
+        assert holder.is_holder.wait(20)
+        holder.leave()
+    assert lock.process_count() == 1
 
 
-def test_the_dead_are_forgotten_in_passing(
+def test_dead_processes_are_unregistered_in_passing(
     path: Path, lock: AcceleratorLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with other_process(path) as other:
         other.kill()
     for _ in range(256):
-        with lock.turn():
+        with lock.hold():
             pass
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with lock.turn():
+    with lock.hold():
         pass
     monkeypatch.undo()
 
 
-def test_registering_waits_for_a_lone_step(path: Path, lock: AcceleratorLock) -> None:
-    alone = Taker(lock)
-    assert alone.has_turn.wait(20)
+def test_registering_waits_for_an_unlocked_step(path: Path, lock: AcceleratorLock) -> None:
+    alone = Holder(lock)
+    assert alone.is_holder.wait(20)
     others: list[Other] = []
     starter = threading.Thread(target=lambda: others.append(Other(path)))
     starter.start()
-    wait_until(lambda: lock.engines() == 2)
+    wait_until(lambda: lock.process_count() == 2)
     starter.join(0.2)
     assert not others
     alone.leave()
@@ -244,13 +244,13 @@ def test_registering_waits_for_a_lone_step(path: Path, lock: AcceleratorLock) ->
     others[0].kill()
 
 
-def test_hung_holder_is_passed_by(path: Path) -> None:
-    lock = AcceleratorLock(path, patience_s=0.2)
+def test_a_hung_holder_is_passed_by(path: Path) -> None:
+    lock = AcceleratorLock(path, timeout_s=0.2)
     lock.register()
     with other_process(path) as other:
         other.do("enter")
         for _ in range(3):
-            Taker(lock).leave()
+            Holder(lock).leave()
         other.do("leave")
         wait_until(lambda: comes_in_order(lock, other))
     lock.close()
@@ -258,16 +258,16 @@ def test_hung_holder_is_passed_by(path: Path) -> None:
 
 def test_close_unregisters(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path) as other:
-        assert lock.engines() == 2
+        assert lock.process_count() == 2
         other.do("close")
-        assert lock.engines() == 1
+        assert lock.process_count() == 1
     lock.close()
     lock.close()
 
 
 def test_register_twice_counts_once(lock: AcceleratorLock) -> None:
     lock.register()
-    assert lock.engines() == 1
+    assert lock.process_count() == 1
 
 
 def test_damaged_file_is_made_new(path: Path) -> None:
@@ -275,10 +275,10 @@ def test_damaged_file_is_made_new(path: Path) -> None:
     lock = AcceleratorLock(path)
     lock.register()
     with other_process(path) as other:
-        assert lock.engines() == 2
+        assert lock.process_count() == 2
         other.do("enter")
         other.do("leave")
-        with lock.turn():
+        with lock.hold():
             pass
     lock.close()
 
@@ -287,15 +287,15 @@ def test_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "target").touch()
     (tmp_path / "link").symlink_to(tmp_path / "target")
     os.mkfifo(tmp_path / "fifo")
-    for name in ("link", "fifo", "missing/turns"):
+    for name in ("link", "fifo", "missing/lock"):
         with pytest.raises(Unavailable, match="cannot be used"):
             AcceleratorLock(tmp_path / name)
     assert (tmp_path / "target").stat().st_size == 0
 
 
-def test_failed_step_gives_the_turn_back(path: Path, lock: AcceleratorLock) -> None:
+def test_a_failed_step_releases_the_lock(path: Path, lock: AcceleratorLock) -> None:
     with other_process(path) as other:
-        with pytest.raises(ValueError, match="broken"), lock.turn():
+        with pytest.raises(ValueError, match="broken"), lock.hold():
             raise ValueError("broken")
         other.do("enter")
         other.do("leave")

@@ -31,10 +31,10 @@ async def test_engines_of_a_process_share_one_place(tmp_path: Path) -> None:
         await turns.share(engine)
     (first,), (second,) = (engine.locks for engine in engines)
     assert first is second
-    assert first.engines() == 1
+    assert first.process_count() == 1
     await turns.close()
     after = AcceleratorLock(turn_file(tmp_path))
-    assert after.engines() == 0
+    assert after.process_count() == 0
     after.close()
 
 

@@ -1,4 +1,4 @@
-"""Engines take a turn for each forward pass and for nothing else."""
+"""Engines hold the accelerator's lock during each forward pass and at no other time."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -21,15 +21,15 @@ from tests.unit.backends.engine.test_batching import FakeStepper, open_engine
 
 
 class FakeLock:
-    """Counts turns and knows whether one is held."""
+    """Counts how often it was held, and knows whether it is held now."""
 
     def __init__(self) -> None:
-        self.turns = 0
+        self.count = 0
         self.is_held = False
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        self.turns += 1
+    def hold(self) -> Iterator[None]:
+        self.count += 1
         self.is_held = True
         try:
             yield
@@ -38,7 +38,7 @@ class FakeLock:
 
 
 class WatchedStepper(FakeStepper):
-    """Remembers during which calls the turn was held."""
+    """Remembers during which calls the lock was held."""
 
     def __init__(self, lock: FakeLock) -> None:
         super().__init__()
@@ -72,17 +72,17 @@ def sharing(engine: Any, lock: FakeLock) -> Any:
     return engine
 
 
-async def test_a_token_engine_holds_the_turn_for_its_steps_only() -> None:
+async def test_a_token_engine_holds_the_lock_for_its_steps_only() -> None:
     lock = FakeLock()
     stepper = WatchedStepper(lock)
     engine: BatchingEngine = sharing(open_engine(stepper), lock)
     assert text_of(await run(engine, request("a", max_tokens=3))) == "xxx"
     await engine.close()
     assert (stepper.held, stepper.free) == ({"step"}, {"add", "remove", "counters"})
-    assert lock.turns == 3
+    assert lock.count == 3
 
 
-async def test_a_failed_step_gives_the_turn_back() -> None:
+async def test_a_failed_step_releases_the_lock() -> None:
     lock = FakeLock()
     stepper = WatchedStepper(lock)
     stepper.problem = ValueError("broken")
@@ -90,11 +90,11 @@ async def test_a_failed_step_gives_the_turn_back() -> None:
     with pytest.raises(EngineFailed):
         await run(engine, request("a"))
     await engine.close()
-    assert lock.turns == 1
+    assert lock.count == 1
     assert not lock.is_held
 
 
-async def test_an_embedding_engine_takes_a_turn_for_each_batch() -> None:
+async def test_an_embedding_engine_holds_the_lock_for_each_batch() -> None:
     lock = FakeLock()
     held: list[bool] = []
 
@@ -122,4 +122,4 @@ async def test_an_embedding_engine_takes_a_turn_for_each_batch() -> None:
     await engine.close()
     assert vectors.vectors.shape == (2, 2)
     assert held == [False, False, True, True]
-    assert lock.turns == 2
+    assert lock.count == 2
