@@ -1,4 +1,4 @@
-"""The interface of token runtimes: prompt tokens in, sampled tokens out, one step at a time."""
+"""The interface of token-level runtimes: prompt tokens in, sampled tokens out, step by step."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -14,7 +14,11 @@ from core.types import (
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpec:
-    """One sequence to run; `prompt` ends in `generated` answer tokens, `max_tokens` still fit."""
+    """One sequence to run.
+
+    The last `generated` tokens of `prompt` belong to the answer (a resumed request);
+    `max_tokens` may still be generated and fit the context.
+    """
 
     id: int
     prompt: tuple[int, ...]
@@ -28,8 +32,8 @@ class SequenceSpec:
 class StepOutput:
     """What one step did for one sequence: a new token, or progress on its prompt.
 
-    `token_id` None means prefill only, `prefilled` tokens being computed so far; `is_end` marks
-    an end-of-generation token, which is not part of the text.
+    `token_id` None means prefill only.  `prefilled` prompt tokens are computed so far, `cached`
+    of them were reused.  `is_end` marks an end-of-generation token, which is not text.
     """
 
     sequence_id: int
@@ -42,7 +46,7 @@ class StepOutput:
 
 
 class Stepper(Protocol):
-    """Synchronous core of a token engine.  Every call comes from the engine's own thread."""
+    """Synchronous core of a token engine; called only from the engine's own thread."""
 
     max_sequences: int
 
@@ -51,11 +55,14 @@ class Stepper(Protocol):
         ...
 
     def remove(self, sequence_id: int) -> None:
-        """Drop a sequence, keeping its KV cache for reuse where possible; idempotent."""
+        """Drop a sequence; its KV cache is kept for reuse where possible.  Idempotent."""
         ...
 
     def step(self) -> list[StepOutput]:
-        """Do one forward pass: at most one token for each running sequence."""
+        """Do one forward pass: at most one token for each running sequence.
+
+        Raises EngineFailed.
+        """
         ...
 
     def counters(self) -> EngineLoad:
@@ -63,7 +70,7 @@ class Stepper(Protocol):
         ...
 
     def close(self) -> None:
-        """Free everything; twice is fine."""
+        """Free everything; idempotent."""
         ...
 
 
@@ -75,12 +82,12 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return what a token adds to the text; empty for control tokens."""
+        """Return the bytes that a token adds to the text; empty for control tokens."""
         ...
 
     @property
     def can_constrain(self) -> bool:
-        """Whether `mask` can make any."""
+        """Whether `mask` is supported."""
         ...
 
     def mask(self, constraint: Constraint) -> GrammarPlace:
@@ -95,7 +102,7 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class HasChores(Protocol):
-    """A stepper with background work, done in pieces while idle; called on the engine's thread."""
+    """A stepper with background work for idle time; called on the engine's thread."""
 
     @property
     def has_chores(self) -> bool:
@@ -103,7 +110,7 @@ class HasChores(Protocol):
         ...
 
     def do_chore(self) -> None:
-        """Do one piece, some milliseconds at most."""
+        """Do one piece of it; takes a few milliseconds at most."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""How limits slow an engine down, and the seconds that its requests lose to them."""
+"""Applies limits to an engine, and measures the seconds that requests lose to them."""
 
 import math
 import threading
@@ -8,10 +8,10 @@ from backends.limits import UNLIMITED, EngineLimits
 
 
 class Pacer:
-    """The limits of one engine and what they cost.
+    """The limits of one engine and their cost.
 
-    `limits` may be replaced by any thread, everything else belongs to the engine's.  `paused_s`
-    are the seconds spent in pauses between steps so far.
+    Any thread may replace `limits`; everything else belongs to the engine's thread.  `paused_s`
+    is the time spent in pauses between steps so far.
     """
 
     def __init__(self) -> None:
@@ -23,17 +23,17 @@ class Pacer:
         self._held_since: float | None = None
 
     def apply_to(self, stepper: object) -> None:
-        """Tell the stepper of limits that are new."""
+        """Apply the limits to the stepper if they changed."""
         if self._applied != self.limits:
             self._applied = self.limits
             self._applied.apply_to(stepper)
 
     def pause_left_s(self) -> float:
-        """Return the seconds until the next step may start; 0 when it may at once."""
+        """Return the seconds until the next step may start; 0 if it may start now."""
         return self.limits.pause_left_s(self._stepped_at, time.monotonic())
 
     def rest(self, wake: threading.Condition, rest_s: float | None) -> None:
-        """Wait for `wake`, which is held; what a pause takes of it is counted."""
+        """Wait for `wake`, whose lock is held; with `rest_s` the wait counts as a pause."""
         if rest_s is None:
             wake.wait()
             return
@@ -42,17 +42,17 @@ class Pacer:
         self.paused_s += time.monotonic() - began_at
 
     def note_step(self) -> None:
-        """Let the next pause begin."""
+        """Start the pause after a step."""
         self._stepped_at = time.monotonic()
 
     def note_held(self, is_held: bool) -> None:
-        """Count from now on whether requests wait only because fewer may run than could."""
+        """Start or stop the clock of requests that wait only because of the limits."""
         if is_held != (self._held_since is not None):
             self._held_s = self.held_s()
             self._held_since = time.monotonic() if is_held else None
 
     def held_s(self) -> float:
-        """Return the seconds for which requests have been held back so far."""
+        """Return the seconds that requests have waited because of the limits so far."""
         if self._held_since is None:
             return self._held_s
         return self._held_s + time.monotonic() - self._held_since

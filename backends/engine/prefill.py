@@ -1,23 +1,22 @@
-"""How many prompt tokens each waiting prompt gets in the next step."""
+"""Chunked prefill: how many tokens of each prompt the next step computes."""
 
 from collections.abc import Sequence
 
-# Steps that also decode should not last longer, so that running streams stay fluent;
-# but few streams do not hold up many prompts, of which each would wait for all before it.
+# The longest step beside decoding rows, to keep their streams smooth.  Where more prompts wait
+# than rows decode, a step may last up to `_MOST_PATIENCE` times as long.
 _MIXED_STEP_S = 0.12
 _MOST_PATIENCE = 4
 _SMALLEST_CHUNK = 32
-# The oldest prompt always gets this part of a step, so that short ones cannot starve it.
+# The oldest prompt always gets 1/4 of a step: short prompts cannot starve it.
 _OLDEST_SHARE = 4
 _SMOOTHING = 0.3
 
 
 class PrefillPlanner:
-    """Divides a step's prompt tokens: short prompts first, the oldest never starved.
+    """Divides a step's prompt tokens: short prompts first, the oldest is never starved.
 
-    While other rows decode, the chunk is as large as the measured speed allows in an
-    eighth of a second, or in up to half of one where more prompts wait than rows decode; with
-    nobody waiting for tokens it is the full `chunk_tokens`.
+    While other rows decode, the chunk is what the measured speed allows in 0.12 s, or in up to
+    0.48 s if more prompts wait than rows decode.  If no row decodes it is `chunk_tokens`.
     """
 
     def __init__(self, chunk_tokens: int) -> None:
@@ -25,12 +24,12 @@ class PrefillPlanner:
         self._token_s = 0.0
 
     def limit(self, chunk_tokens: int | None) -> None:
-        """Plan at most `chunk_tokens` a step from now on; None: as many as at first."""
+        """Plan at most `chunk_tokens` a step from now on; None restores the initial limit."""
         most = self._opened_with if chunk_tokens is None else chunk_tokens
         self._chunk_tokens = max(min(most, self._opened_with), 1)
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Learn the time per token from a step that was mostly prefill."""
+        """Update the time per token from a step of `tokens` tokens; small steps are ignored."""
         if tokens < _SMALLEST_CHUNK:
             return
         sample = seconds / tokens
@@ -38,15 +37,15 @@ class PrefillPlanner:
         self._token_s = known + _SMOOTHING * (sample - known)
 
     def budget(self, decoding: int, prompts: int) -> int:
-        """Return how many tokens of `prompts` the next step may compute beside `decoding` rows."""
+        """Return the prompt tokens of the next step for `prompts` prompts and `decoding` rows."""
         if not decoding or not self._token_s:
             return self._chunk_tokens
         patience = min(max(prompts / decoding, 1.0), _MOST_PATIENCE)
-        fluent = int(_MIXED_STEP_S * patience / self._token_s)
-        return max(min(fluent, self._chunk_tokens), min(_SMALLEST_CHUNK, self._chunk_tokens))
+        affordable = int(_MIXED_STEP_S * patience / self._token_s)
+        return max(min(affordable, self._chunk_tokens), min(_SMALLEST_CHUNK, self._chunk_tokens))
 
     def plan(self, pending: Sequence[int], decoding: int) -> list[int]:
-        """Return each prompt's chunk; `pending` is in order of arrival, oldest first."""
+        """Return the chunk of each prompt; `pending` tokens of each, oldest prompt first."""
         chunks = [0] * len(pending)
         if not pending:
             return chunks

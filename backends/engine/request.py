@@ -1,4 +1,4 @@
-"""One request's way through a token engine."""
+"""One request inside a token engine: its state, usage and timing, and delivery of its result."""
 
 import asyncio
 import logging
@@ -22,16 +22,16 @@ from core.types import (
 
 logger = logging.getLogger(__name__)
 
-# One step's events by sink: (request id, events) pairs.
+# The events of one step for each sink, by the sink's id(): (request id, events) pairs.
 StepEvents = dict[int, tuple[EventSink, list[tuple[str, Sequence[GenerationEvent]]]]]
 
 
 @dataclass(slots=True, eq=False)
 class EngineRequest:
-    """One request inside the engine; touched by the engine's thread only once submitted.
+    """One request inside the engine; once submitted, only the engine's thread uses it.
 
-    `completion_tokens` are those that this engine generated.  `throttled_s` is a balance: what
-    the pacer's clocks showed when a wait began is taken off, what they show at its end added.
+    `completion_tokens` counts tokens that this engine generated.  `throttled_s` is a running
+    difference: the pacer's clocks are subtracted when a wait begins and added when it ends.
     """
 
     generation: GenerationRequest
@@ -49,7 +49,7 @@ class EngineRequest:
     reuse: Reuse | None = None
 
     def spec(self) -> SequenceSpec:
-        """Return what the stepper needs."""
+        """Return the sequence for the stepper."""
         prepared = self.prepared
         return SequenceSpec(
             self.id,
@@ -63,14 +63,14 @@ class EngineRequest:
     def finish(self, reason: FinishReason, now: float) -> Finished:
         """Return the last event; `now` is monotonic seconds.
 
-        `reason` counts where the text itself has not ended for another one.
+        `reason` applies only if the assembler found no other reason in the text.
         """
         prepared = self.prepared
         prompt_tokens = len(prepared.prompt) - prepared.generated
         usage = Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=prepared.generated + self.completion_tokens,
-            # A continued answer's first part may have been found computed as well.
+            # In a resumed request, tokens of the answer may have been cached as well.
             cached_tokens=min(self.cached_tokens, prompt_tokens),
             reasoning_tokens=prepared.assembler.reasoning_tokens,
         )
@@ -95,21 +95,24 @@ class EngineRequest:
         )
 
     def finish_at_once(self, now: float) -> Finished:
-        """Answer a request that wants no new token: its own prompt at most."""
+        """Finish a request for 0 new tokens: it gets its own prompt at most."""
         self.added_at = self.first_token_at = now
         finished = self.finish("length", now)
         self.sink.deliver([(self.generation.id, [*self.prepared.take_opening(), finished])])
         return finished
 
     def outcome(self, reason: FinishReason, now: float) -> Finished | EngineFailed:
-        """Return the last event, or the failure of a grammar that could not be followed."""
+        """Return the last event, or EngineFailed if the grammar could not be enforced."""
         mask = self.prepared.mask
         if mask is not None and mask.problem:
-            return EngineFailed(f"The answer's grammar became too complex: {mask.problem}")
+            return EngineFailed(
+                f"The answer's grammar could not be enforced to the end: {mask.problem}. "
+                "Simplify the JSON schema or grammar."
+            )
         return self.finish(reason, now)
 
     def resolve(self, outcome: Finished | ImpetusError) -> None:
-        """Hand the result to the waiting task; callable from any thread."""
+        """Give the result to the waiting task; thread-safe."""
 
         def settle() -> None:
             if self.done.done():
@@ -122,12 +125,12 @@ class EngineRequest:
         try:
             self.loop.call_soon_threadsafe(settle)
         except RuntimeError:
-            logger.debug("the loop of request %s is closed", self.generation.id)
+            logger.debug("the event loop of request %s is closed", self.generation.id)
 
 
 @dataclass(slots=True)
 class Inbox:
-    """What other threads ask of the engine's thread."""
+    """Commands of other threads for the engine's thread."""
 
     submitted: deque[EngineRequest] = field(default_factory=deque)
     cancelled: deque[EngineRequest] = field(default_factory=deque)
@@ -135,17 +138,17 @@ class Inbox:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is asked."""
+        """Whether there is no command."""
         return not (self.submitted or self.cancelled or self.is_closing)
 
     def clear(self) -> None:
-        """Forget the orders, which were taken; closing is for ever."""
+        """Forget the commands that were applied; `is_closing` stays."""
         self.submitted.clear()
         self.cancelled.clear()
 
 
-class LoopSink:
-    """Hands one request's events to its event loop."""
+class QueueSink:
+    """Puts one request's events into a queue of its event loop."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[GenerationEvent | None]"
@@ -154,6 +157,7 @@ class LoopSink:
         self._queue = queue
 
     def deliver(self, batch: Sequence[tuple[str, Sequence[GenerationEvent]]]) -> None:
+        """Queue the events; see `EventSink`."""
         for _, events in batch:
             for event in events:
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
@@ -163,9 +167,9 @@ async def events_of(
     stream_to: Callable[[GenerationRequest, EventSink], Awaitable[Finished]],
     request: GenerationRequest,
 ) -> AsyncGenerator[GenerationEvent, None]:
-    """Yield what `stream_to` gives to its sink, up to the last event; closing cancels it."""
+    """Yield the events of `stream_to` up to the last one; closing the generator cancels it."""
     queue: asyncio.Queue[GenerationEvent | None] = asyncio.Queue()
-    sink = LoopSink(asyncio.get_running_loop(), queue)
+    sink = QueueSink(asyncio.get_running_loop(), queue)
     work = asyncio.ensure_future(stream_to(request, sink))
     work.add_done_callback(lambda _: queue.put_nowait(None))
     try:

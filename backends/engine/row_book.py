@@ -76,7 +76,8 @@ class RowBook(Generic[RowT]):
         """
         if len(self.running) < 2:
             raise EngineFailed(
-                f"One sequence does not fit the KV cache of {self.kv_tokens} tokens."
+                f"One sequence does not fit the KV cache of {self.kv_tokens} tokens. Shorten the "
+                "prompt or max_tokens, or load the model with a larger context."
             )
         row = self.running.pop()
         row.stop_restoring()

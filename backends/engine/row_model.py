@@ -1,4 +1,4 @@
-"""What a runtime must offer for continuous batching by `backends.engine.row_stepper`."""
+"""The interface of a runtime that `backends.engine.row_stepper` batches: rows of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class RowModel(Protocol):
 
     @property
     def max_rows(self) -> int:
-        """How many rows can be open at the same time."""
+        """Rows that can be open at the same time."""
         ...
 
     @property
@@ -31,30 +31,30 @@ class RowModel(Protocol):
 
     @property
     def native_cpu_s(self) -> float:
-        """CPU seconds spent in the runtime so far."""
+        """CPU seconds that the runtime has used so far."""
         ...
 
     def open_row(self, capacity: int) -> int:
-        """Return an empty row; `capacity` says how many tokens it may come to hold.
+        """Return an empty row; `capacity` is the number of tokens expected at its end.
 
-        It is no limit: a row that another sequence takes over may grow further.
+        This is a hint, not a limit: a row that another sequence takes over may grow further.
         """
         ...
 
     def extend(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
         """Append tokens to each row's cache; return the logits after each row's last token.
 
-        Shape (len(rows), vocabulary).  Token counts and past lengths may differ.  A row that
-        did not get its token keeps its cache as it was.  Raises EngineFailed.
+        Shape (len(rows), vocabulary).  Token counts and past lengths may differ.  Rows that
+        are not listed keep their cache.  Raises EngineFailed.
         """
         ...
 
     def truncate(self, row: int, length: int) -> bool:
-        """Keep the first `length` tokens of a row; False where the cache cannot be cut."""
+        """Cut a row to its first `length` tokens; False if the cache cannot be cut."""
         ...
 
     def copy_row(self, source: int, length: int, capacity: int) -> int | None:
-        """Return a new row with the first `length` tokens of another; None where impossible."""
+        """Return a new row with the first `length` tokens of another; None if unsupported."""
         ...
 
     def close_row(self, row: int) -> None:
@@ -62,35 +62,35 @@ class RowModel(Protocol):
         ...
 
     def close(self) -> None:
-        """Free everything; twice is fine."""
+        """Free everything; idempotent."""
         ...
 
 
 @runtime_checkable
 class PortableRows(Protocol):
-    """A `RowModel` whose cache can be copied out, and in again by another process."""
+    """A `RowModel` whose cache can be exported, and imported by another process."""
 
     @property
     def layout(self) -> str | None:
-        """What the bytes depend on besides the model's files; None where it is not possible."""
+        """What the bytes depend on besides the model's files; None if export is unsupported."""
         ...
 
     def read_tokens(self, row: int, start: int, count: int) -> NDArray[np.uint8]:
-        """Return the cache of `count` tokens of a row, one dimension."""
+        """Return the cache of `count` tokens of a row as a one-dimensional array."""
         ...
 
     def append_tokens(self, row: int, count: int, state: NDArray[np.uint8]) -> bool:
-        """Append `count` tokens that `read_tokens` gave; False for what is none of this model."""
+        """Append `count` tokens from `read_tokens`; False if they are not of this model."""
         ...
 
 
 class Pieces(Protocol):
-    """What the stepper needs of a tokenizer."""
+    """The part of a tokenizer that a stepper uses."""
 
     def is_end(self, token_id: int) -> bool:
         """Whether a token ends the generation."""
         ...
 
     def piece(self, token_id: int, *, special: bool) -> bytes:
-        """Return a token's bytes, a control token's name too with `special`."""
+        """Return a token's bytes; with `special`, control tokens give their name."""
         ...

@@ -1,4 +1,4 @@
-"""Continuous batching over any runtime that computes rows of tokens: a `Stepper`."""
+"""Continuous batching over a `RowModel`: the Stepper of PyTorch, ONNX and Core ML models."""
 
 import time
 
@@ -22,14 +22,14 @@ from backends.stepper import SequenceSpec, StepOutput
 class RowStepper(PlannedStepper):
     """Runs up to `max_sequences` rows; each step appends to all that are ready in one call.
 
-    Every step decodes one token of each running row and a bounded chunk of waiting prompts.
-    A new row gets the longest computed prefix of any running or finished row.  When the tokens
-    of all rows exceed `options.kv_tokens`, finished rows go first, then the youngest running row
-    gives its cache back and is computed again later: it waits, nothing fails.
+    Every step decodes one token of each running row and prefills a bounded chunk of prompts.
+    A new row reuses the longest computed prefix of any running or finished row.  When the tokens
+    of all rows would exceed `options.kv_tokens`, finished rows are evicted first; then the
+    youngest running row is preempted: it loses its cache, waits, and is computed again.
     """
 
     def __init__(self, model: RowModel, pieces: Pieces, options: EngineOptions) -> None:
-        """Take the model over; `options` must have its context and KV tokens decided."""
+        """Take ownership of `model`; `options` must have `kv_tokens` set."""
         assert options.kv_tokens is not None
         self._model = model
         self._pieces = pieces
@@ -44,14 +44,14 @@ class RowStepper(PlannedStepper):
         )
 
     def add(self, spec: SequenceSpec) -> None:
-        """Accept a sequence; it starts as soon as there is room.  Raises RequestError."""
+        """Queue a sequence; it starts as soon as there is room.  Raises RequestError."""
         sampler = RowSampler(
             spec, self._model.vocabulary_size, lambda token: self._pieces.piece(token, special=True)
         )
         self._book.add(ModelRow(spec, token_array(spec.prompt), sampler))
 
     def remove(self, sequence_id: int) -> None:
-        """Drop a sequence; what it computed stays as a prefix for later ones.  Idempotent."""
+        """Drop a sequence; its computed tokens stay as a prefix for later ones.  Idempotent."""
         row = self._book.remove(sequence_id)
         if row is None or row.slot < 0:
             return
@@ -92,12 +92,12 @@ class RowStepper(PlannedStepper):
         return len(self._book.running) + len(self._kept)
 
     def _place(self, row: ModelRow) -> None:
-        """Give `row` a row of the model that holds the longest known prefix.
+        """Give `row` a row of the model that holds the longest computed prefix.
 
-        1. A finished row, all of it shared, or none may stay beside it: take it over.
+        1. A finished row that is shared whole, or cannot be copied: take it over.
         2. A finished or running row: copy the shared part.
-        3. Blocks that outlived an engine, where those are longer: restored step by step.
-        4. Nothing to share: an empty row.
+        3. Stored blocks of a former engine, where they are longer: restore them step by step.
+        4. Nothing to share: open an empty row.
         """
         limit = len(row.tokens) - 1
         kept, length = longest_prefix(self._kept, row.tokens[:limit], 1 << 30)
@@ -131,7 +131,7 @@ class RowStepper(PlannedStepper):
 
     def _take_over(self, row: ModelRow, kept: KeptRow, length: int) -> None:
         self._kept.remove(kept)
-        # Whoever goes on with the row has all of it kept at its end.
+        # The row that continues it is kept whole when it ends.
         self._flow.forget(kept)
         if length == len(kept.tokens) or self._model.truncate(kept.slot, length):
             row.slot, row.past = kept.slot, length
@@ -165,11 +165,11 @@ class RowStepper(PlannedStepper):
         self._model.close_row(kept.slot)
 
     def _share(self, row: ModelRow, source: int, count: int) -> None:
-        """Let `row` have the first `count` tokens of another row, where that is worth a copy."""
+        """Copy the first `count` tokens of another row into `row`, if that saves enough."""
         if count - row.past < SMALLEST_PREFIX:
             return
         before = row.slot
-        # The row it has is closed only once the copy is made.
+        # The old row is closed only after the copy succeeded.
         if self._copy(row, source, count):
             self._model.close_row(before)
         if not row.is_reuse_final:
@@ -190,7 +190,7 @@ class RowStepper(PlannedStepper):
         return is_read
 
     def _chunks(self) -> list[tuple[ModelRow, int]]:
-        """Return how many tokens each row gets in this step, decoding rows first."""
+        """Return how many tokens each row computes in this step, decoding rows first."""
         decoding = [row for row in self._book.running if row.pending == 1]
         prefilling = [
             row
@@ -204,7 +204,7 @@ class RowStepper(PlannedStepper):
         return chunks + [(row, n) for row, n in zip(prefilling, counts, strict=True) if n]
 
     def _make_room(self) -> None:
-        """Free cached tokens: the least recently used finished row, else the youngest running."""
+        """Evict the least recently used finished row, or preempt the youngest running one."""
         if self._kept:
             self._drop_oldest()
         else:
@@ -222,6 +222,6 @@ class RowStepper(PlannedStepper):
         return self._book.load(self._used(), self._model.native_cpu_s)
 
     def close(self) -> None:
-        """Free everything; twice is fine."""
+        """Free everything; idempotent."""
         self._flow.finish()
         self._model.close()

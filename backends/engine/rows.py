@@ -19,8 +19,8 @@ from core.types import TokenLogprob
 class Row:
     """One sequence: `tokens` are the prompt and all sampled tokens, `past` of them are computed.
 
-    `slot` names its KV cache in the runtime, -1 while it waits.  `incoming` restores a part of
-    its prompt; nothing is computed for it meanwhile.  It may also wait until `leader` has
+    `slot` names its KV cache in the runtime, -1 while it waits.  While `incoming` restores
+    a part of its prompt, nothing is computed for it.  It may also wait until `leader` has
     computed the first `shared` tokens of both.  `reuse` is final once a token was sampled.
     """
 
@@ -121,7 +121,7 @@ class ModelRow(Row):
 
 @dataclass(slots=True, eq=False)
 class KeptRow:
-    """A finished sequence whose slot stays until somebody needs the room."""
+    """A finished sequence; its slot is kept until its tokens or its slot are needed."""
 
     slot: int
     tokens: "array[int]"
@@ -129,13 +129,13 @@ class KeptRow:
 
 
 class PlannedStepper:
-    """The part of a stepper that obeys `backends.limits` and does `backends.stepper`'s chores."""
+    """Base of all steppers: applies prefill limits and copies blocks while idle."""
 
     _planner: PrefillPlanner
     _flow: SnapshotFlow[Any]
 
     def limit_prefill(self, chunk_tokens: int | None) -> None:
-        """Bound the prompt tokens of a step; see `backends.limits.PrefillLimited`."""
+        """Limit the prompt tokens of a step; see `backends.limits.PrefillLimited`."""
         self._planner.limit(chunk_tokens)
 
     @property
@@ -144,5 +144,5 @@ class PlannedStepper:
         return self._flow.has_chores
 
     def do_chore(self) -> None:
-        """Copy a block of what was computed out of the engine."""
+        """Copy one block of a finished sequence to the prefix store."""
         self._flow.do_chore()

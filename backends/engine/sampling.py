@@ -1,4 +1,4 @@
-"""Choosing the next token from a row of logits, for runtimes without samplers of their own."""
+"""Samples the next token from logits, for runtimes without samplers of their own."""
 
 import secrets
 from collections import Counter
@@ -12,13 +12,13 @@ from backends.stepper import SequenceSpec
 from core.errors import EngineFailed, RequestError
 from core.types import SamplingParams, TokenLogprob
 
-# What llama.cpp's own tools use where neither the request nor the model says anything.
+# The defaults of llama.cpp's tools, for values that neither the request nor the model sets.
 DEFAULT_TEMPERATURE = 0.8
 DEFAULT_TOP_K = 40
 DEFAULT_TOP_P = 0.95
 DEFAULT_MIN_P = 0.05
 
-# How many of the likeliest tokens are sorted first where only a probability bounds them.
+# Without top-k, this many of the likeliest tokens are sorted first; more only if needed.
 _FIRST_SORTED = 256
 
 Number = TypeVar("Number", int, float)
@@ -47,10 +47,10 @@ def token_logprob(
 
 
 class RowSampler:
-    """Chooses one sequence's tokens; its penalties and random state live here.
+    """Samples one sequence's tokens; holds its penalties and random state.
 
     The order is llama.cpp's: bias, penalties, top-k, top-p, min-p, temperature.  Not
-    thread-safe: belongs to the stepper's thread.
+    thread-safe: used on the stepper's thread only.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class RowSampler:
                 )
         if any(not 0 <= token_id < vocabulary_size for token_id in spec.prompt):
             raise RequestError(
-                f"A token id is outside the {vocabulary_size} of the vocabulary.", param="prompt"
+                f"The prompt has a token id outside the vocabulary of {vocabulary_size} tokens.",
+                param="prompt",
             )
         self._params = params
         self._piece = piece
@@ -88,7 +89,7 @@ class RowSampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken and nothing else is wanted."""
+        """Whether it always takes the likeliest token, with no mask, bias or log-probabilities."""
         return self._temperature == 0.0 and self._changes_nothing
 
     def _is_plain(self, params: SamplingParams) -> bool:
@@ -102,14 +103,14 @@ class RowSampler:
         )
 
     def sample(self, logits: NDArray[np.float32]) -> tuple[int, TokenLogprob | None]:
-        """Choose from `logits`, shape (vocabulary,), which may be changed in place.
+        """Sample from `logits`, shape (vocabulary,), which may be changed in place.
 
-        Raises EngineFailed where the runtime computed no finite number.
+        Raises EngineFailed for logits that are not finite.
         """
         if self._changes_nothing:
             return self._choose(logits), None
         top = self._params.top_logprobs
-        # Masking and penalties change the logits, so their meaning is taken first.
+        # Log-probabilities are those of the model: mask and penalties change the logits.
         original = logits.copy() if top is not None else logits
         self._shape(logits)
         token_id = self._choose(logits)
@@ -142,16 +143,18 @@ class RowSampler:
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         best = int(logits.argmax())
-        # argmax returns a NaN's place where there is one.
+        # argmax returns the index of a NaN if there is one.
         if not np.isfinite(logits[best]):
-            raise EngineFailed("The model computed logits that are no finite numbers.")
+            raise EngineFailed(
+                "The model produced non-finite logits (NaN or infinity); try another quantization."
+            )
         if self._temperature == 0.0:
             return best
         ids, values = self._candidates(logits, logits[best])
         weights = np.exp((values.astype(np.float64) - values[0]) / self._temperature)
         if self._random is None:
             self._random = np.random.default_rng(_seed(self._params.seed))
-            # One number was drawn for each token that is there already.
+            # A resumed answer has drawn one number for each of its tokens.
             self._random.random(self._skipped)
         drawn = self._random.random() * weights.sum()
         place = int(np.searchsorted(weights.cumsum(), drawn, side="right"))
@@ -160,7 +163,7 @@ class RowSampler:
     def _candidates(
         self, logits: NDArray[np.float32], peak: np.float32
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the ids and logits that top-k, top-p and min-p leave, the likeliest first."""
+        """Return ids and logits that pass top-k, top-p and min-p, the likeliest first."""
         top_k = or_default(self._params.top_k, DEFAULT_TOP_K)
         top_p = or_default(self._params.top_p, DEFAULT_TOP_P)
         min_p = or_default(self._params.min_p, DEFAULT_MIN_P)
@@ -190,11 +193,11 @@ def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
 
 
 def _nucleus(values: NDArray[np.float32], peak: np.float32, wanted: float) -> int:
-    """Return how many of the sorted `values` reach `wanted`; more than there are if none do."""
+    """Return how many of the sorted `values` sum up to `wanted`; len + 1 if all do not."""
     reached = np.exp(values.astype(np.float64) - peak).cumsum()
     return int(np.searchsorted(reached, wanted, side="left")) + 1
 
 
 def _seed(seed: int | None) -> int:
-    """Fold any integer into 64 bits without a sign."""
+    """Fold any integer into an unsigned 64-bit number; None gives a random one."""
     return secrets.randbits(64) if seed is None else seed & 0xFFFFFFFFFFFFFFFF

@@ -1,4 +1,4 @@
-"""Slots that requests of one event loop wait for, interactive ones before batch ones."""
+"""A semaphore with priorities for requests of one event loop: interactive before batch."""
 
 import asyncio
 import heapq
@@ -9,7 +9,7 @@ from core.types import BATCH_DELAY_S, Priority
 
 
 class SlotGate:
-    """Like a semaphore, but a batch request waits as if it had come later."""
+    """A semaphore; batch requests are ordered as if they had arrived 30 s later."""
 
     def __init__(self, slots: int) -> None:
         self._free = slots
@@ -17,7 +17,7 @@ class SlotGate:
         self._numbers = itertools.count()
 
     async def acquire(self, priority: Priority) -> None:
-        """Return once a slot is the caller's, who must release it."""
+        """Wait for a slot; the caller must release it."""
         if self._free:
             self._free -= 1
             return
@@ -32,7 +32,7 @@ class SlotGate:
             raise
 
     def release(self) -> None:
-        """Give a slot to the next who waits."""
+        """Return a slot, which goes to the next waiting request."""
         while self._waiting:
             _, _, future = heapq.heappop(self._waiting)
             if not future.done():

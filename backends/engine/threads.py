@@ -1,4 +1,4 @@
-"""Names of operating-system threads, and how many an engine should use."""
+"""Names the calling thread for ps and top, and counts the performance cores."""
 
 import ctypes
 import ctypes.util
@@ -12,7 +12,7 @@ _PR_SET_NAME = 15
 
 
 def name_this_thread(name: str) -> None:
-    """Give the calling thread a name that ps and top show; at most 15 bytes are kept.
+    """Name the calling thread as ps and top show it; at most 15 bytes are kept.
 
     Source: prctl(2) on Linux, pthread_setname_np(3) on macOS.
     """
@@ -25,7 +25,7 @@ def name_this_thread(name: str) -> None:
 
 
 def performance_cores() -> int:
-    """Return how many cores of the fast kind this process may use; blocks for a few ms on macOS."""
+    """Return how many performance cores this process may use; blocks a few ms on macOS."""
     if sys.platform == "darwin":
         # Source: sysctl(3), hw.perflevel0 is the fastest cluster of Apple Silicon.
         answer = subprocess.run(

@@ -1,4 +1,4 @@
-"""The requests that wait for a slot in an engine, interactive ones before batch ones."""
+"""The queue of waiting requests, interactive before batch, and the Retry-After estimate."""
 
 import math
 from collections import deque
@@ -14,30 +14,34 @@ _LONGEST_RETRY_S = 120
 
 
 class Pace:
-    """How fast requests end, from those that did: the last ones count most."""
+    """Estimates how fast requests finish: a moving average of their run times."""
 
     def __init__(self) -> None:
         self._each_s = _FIRST_GUESS_S
 
     def note(self, run_s: float) -> None:
-        """Take in how long a request ran once it had its slot."""
+        """Record how long a request ran, without the time it waited."""
         self._each_s += _NEW_SHARE * (run_s - self._each_s)
 
     def retry_after_s(self, waiting: int, slots: int) -> int:
-        """Return the whole seconds until a place in the queue is likely to be free."""
+        """Return the estimated seconds until a place in the queue is free, 1 to 120."""
         left_s = self._each_s * max(waiting, 1) / max(slots, 1) / 2
         return max(1, min(math.ceil(left_s), _LONGEST_RETRY_S))
 
     def refusal(self, waiting: int, slots: int, name: str) -> QueueFull:
-        """Return the error of a request that finds `waiting` others before it."""
-        message = f"{waiting} requests already wait for {name}."
-        return QueueFull(message, retry_after_s=self.retry_after_s(waiting, slots))
+        """Return the error for a request when `waiting` others already wait."""
+        retry_after_s = self.retry_after_s(waiting, slots)
+        message = (
+            f"The queue of {name} is full: {waiting} requests already wait. "
+            f"Try again in {retry_after_s} s."
+        )
+        return QueueFull(message, retry_after_s=retry_after_s)
 
 
 class WaitingQueue:
-    """Each class in the order of arrival; a batch request goes as if it had come later.
+    """FIFO per class; batch requests are ordered as if they had arrived 30 s later.
 
-    So it waits behind the interactive ones of its time, but not behind all that ever come.
+    So they wait behind interactive requests of the same time, but are never starved.
     """
 
     def __init__(self) -> None:
@@ -52,25 +56,25 @@ class WaitingQueue:
         yield from self._batch
 
     def extend(self, requests: Iterable[EngineRequest]) -> None:
-        """Take requests in the order they came."""
+        """Append requests in their order of arrival."""
         for request in requests:
             self._queue_of(request).append(request)
 
     def popleft(self) -> EngineRequest:
-        """Return the next one to run.  Raises IndexError when nobody waits."""
+        """Remove and return the next request to run.  Raises IndexError when empty."""
         if not (self._interactive and self._batch):
             return (self._interactive or self._batch).popleft()
         goes_batch = self._batch[0].submitted_at + BATCH_DELAY_S < self._interactive[0].submitted_at
         return (self._batch if goes_batch else self._interactive).popleft()
 
     def discard(self, request: EngineRequest) -> None:
-        """Drop a request, if it waits here."""
+        """Remove a request if it is in the queue."""
         queue = self._queue_of(request)
         if request in queue:
             queue.remove(request)
 
     def clear(self) -> None:
-        """Drop all."""
+        """Remove all requests."""
         self._interactive.clear()
         self._batch.clear()
 
