@@ -1,4 +1,4 @@
-"""GGUF models on llama.cpp, through llama-cpp-python's low-level API."""
+"""The GGUF backend: runs models on llama.cpp through llama-cpp-python's low-level API."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from core.types import Capability, SamplingParams
 
 
 class GgufBackend(Backend):
-    """Any GGUF file that llama.cpp loads."""
+    """Runs GGUF files that llama.cpp can load."""
 
     name: ClassVar[str] = "gguf"
     reserves_kv: ClassVar[bool] = True
@@ -43,7 +43,7 @@ class GgufBackend(Backend):
         library()
 
     def identify(self, path: Path) -> ModelInfo:
-        """Read the file's metadata with our own bounded reader."""
+        """Read the file's metadata with a bounded reader; calls no native code."""
         return gguf_info(path)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
@@ -51,11 +51,11 @@ class GgufBackend(Backend):
         return estimate_gguf(info, options)
 
     def kv_types(self, info: ModelInfo) -> Mapping[str, float]:
-        """Return the types of llama.cpp's cells that fit the model's heads."""
+        """Return the KV cache types that the model's heads allow, with bytes per element."""
         return kv_element_bytes(info)
 
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
-        """Load the model; blocks for as long as reading the weights takes."""
+        """Load the model; blocks while the weights are read."""
         granted = self.estimate(info, options)
         options = options.granted(granted)
         if Capability.EMBEDDING in info.capabilities:
@@ -94,7 +94,7 @@ def _open_generator(info: ModelInfo, model: GgufModel, options: EngineOptions) -
 
 
 def _recommended_sampling(info: ModelInfo) -> SamplingParams:
-    """Return what the file's `general.sampling.*` keys recommend."""
+    """Return the sampling parameters that the file's `general.sampling.*` keys recommend."""
     details = info.details
 
     def number(key: str) -> float | None:

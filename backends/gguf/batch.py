@@ -1,4 +1,4 @@
-"""The token batch handed to llama.cpp, its arrays written through numpy."""
+"""A llama.cpp token batch (llama_batch) whose arrays are filled through numpy."""
 
 import ctypes
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from backends.gguf.model import library
 
 
 class Batch:
-    """At most `capacity` tokens, each of one sequence.  Reused for every step."""
+    """At most `capacity` tokens, each of one sequence; reused for every step."""
 
     def __init__(self, capacity: int) -> None:
         llama = library()
@@ -21,7 +21,7 @@ class Batch:
         self._sequence_count = np.ones(capacity, np.int32)
         self._sequence = np.zeros(capacity, np.int32)
         self._wants_logits = np.zeros(capacity, np.int8)
-        # llama.cpp wants a pointer to a list of sequence ids for each token.
+        # llama.cpp reads a pointer to a list of sequence ids for each token.
         base = self._sequence.ctypes.data
         self._pointers = (np.arange(capacity, dtype=np.uint64) * 4 + base).astype(np.uint64)
         self.native = llama.llama_batch()
@@ -43,7 +43,7 @@ class Batch:
         self.native.n_tokens = 0
 
     def add(self, sequence: int, start: int, token_ids: Sequence[int], *, logits: bool) -> int:
-        """Append a run of one sequence's tokens from position `start`; return the last's index.
+        """Append tokens of one sequence from position `start`; return the index of the last one.
 
         With `logits` the last token's logits are computed.
         """
@@ -58,5 +58,5 @@ class Batch:
         return last - 1
 
     def want_all(self) -> None:
-        """Mark every token as output, as embedding contexts need it."""
+        """Request an output for every token, as embedding contexts need it."""
         self._wants_logits[: self.count] = 1

@@ -1,4 +1,4 @@
-"""Blocks of a sequence's KV cells as bytes, by way of a sequence id that nothing else uses."""
+"""Exports and imports blocks of KV cells as bytes, through a reserved sequence id."""
 
 import ctypes
 import time
@@ -14,7 +14,8 @@ from backends.prefixes.block_file import BLOCK_TOKENS
 def block_layout(model: GgufModel, context_tokens: int) -> str | None:
     """Return what a block's bytes depend on besides the model's files.
 
-    None where cells cannot be taken apart: recurrent states, and windows shorter than the context.
+    None if cells cannot be split: for recurrent states, and sliding windows shorter than the
+    context.
     """
     import llama_cpp
 
@@ -24,7 +25,7 @@ def block_layout(model: GgufModel, context_tokens: int) -> str | None:
 
 
 class CellBlocks:
-    """Copies blocks out of a context and into it; `scratch` is the unused sequence id."""
+    """Copies blocks out of a context and into it; `scratch` is the reserved sequence id."""
 
     def __init__(self, context: Any, scratch: int) -> None:
         self._llama = library()
@@ -34,7 +35,7 @@ class CellBlocks:
         self.native_cpu_s = 0.0
 
     def copy(self, slot: int, number: int) -> NDArray[np.uint8]:
-        """Return the state of one block of a slot's tokens.  Raises RuntimeError."""
+        """Return the bytes of one block of a slot's tokens.  Raises RuntimeError."""
         started = time.thread_time()
         start = number * BLOCK_TOKENS
         self._llama.llama_memory_seq_cp(
@@ -52,7 +53,7 @@ class CellBlocks:
         return state
 
     def restore(self, slot: int, state: NDArray[np.uint8]) -> bool:
-        """Append a block to what a slot holds; False where no cells are free, or it is foreign."""
+        """Append a block to a slot; False if no cells are free or the block does not fit."""
         started = time.thread_time()
         read = self._llama.llama_state_seq_set_data(
             self._context, as_bytes(state), state.nbytes, self._scratch

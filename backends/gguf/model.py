@@ -1,4 +1,4 @@
-"""A loaded GGUF model and its vocabulary, over llama-cpp-python's low-level API."""
+"""Loads a GGUF model with llama.cpp: weights, tokenizer and context."""
 
 import ctypes
 import logging
@@ -19,7 +19,7 @@ _MAX_PIECE_BYTES = 512
 
 
 class _NativeLog:
-    """llama.cpp's log lines, sent to our logger; the last errors are kept for messages."""
+    """Forwards llama.cpp's log to our logger; keeps the last error lines for messages."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,7 +27,7 @@ class _NativeLog:
         self._callback: Any = None
 
     def install(self, llama_cpp: Any) -> None:
-        """Route the library's log here; once per process."""
+        """Redirect the library's log to this object; once per process."""
         with self._lock:
             if self._callback is None:
                 self._callback = llama_cpp.llama_log_callback(self._on_line)
@@ -42,7 +42,7 @@ class _NativeLog:
                 self._errors = [*self._errors[-4:], line]
 
     def take_errors(self) -> str:
-        """Return and forget the last error lines."""
+        """Return the last error lines and forget them."""
         with self._lock:
             lines, self._errors = self._errors, []
         return "; ".join(lines)
@@ -52,7 +52,7 @@ native_log = _NativeLog()
 
 
 def library() -> Any:
-    """Import llama_cpp and prepare it; safe to call often and from any thread."""
+    """Import and initialize llama_cpp; idempotent and thread-safe."""
     import llama_cpp
 
     native_log.install(llama_cpp)
@@ -61,21 +61,25 @@ def library() -> Any:
 
 
 class GgufModel:
-    """Weights and vocabulary of one model; implements `backends.base.Tokenizer`.
+    """Weights and vocabulary of one model; implements `backends.stepper.Tokenizer`.
 
-    Loading blocks.  The vocabulary may be used from any thread, the weights by contexts only.
+    Loading blocks.  The vocabulary is thread-safe; only contexts use the weights.
     """
 
     def __init__(self, path: Path) -> None:
         """Load `path` (the first shard of a split model).  Raises BrokenModel."""
         self._llama = library()
         params = self._llama.llama_model_default_params()
-        # Metal takes every layer; on a CPU build the number has no effect.
+        # All layers on Metal; a CPU build ignores the number.
         params.n_gpu_layers = 999 if sys.platform == "darwin" else 0
         self.handle = self._llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
-            reason = native_log.take_errors() or "llama.cpp gives no reason"
-            raise BrokenModel(f"llama.cpp cannot load {path.name}: {reason}", param="model")
+            reason = native_log.take_errors() or "llama.cpp gave no reason"
+            raise BrokenModel(
+                f"llama.cpp cannot load {path.name}: {reason}. Download the file again, or use "
+                "another quantization.",
+                param="model",
+            )
         self.vocabulary = self._llama.llama_model_get_vocab(self.handle)
         self._size = int(self._llama.llama_vocab_n_tokens(self.vocabulary))
         self._pieces: dict[int, bytes] = {}
@@ -94,14 +98,14 @@ class GgufModel:
 
     @property
     def keeps_recurrent_state(self) -> bool:
-        """Whether a sequence's state cannot be cut back to an earlier token."""
+        """Whether the model is recurrent: a sequence cannot be cut back to an earlier token."""
         return self._keeps_state
 
     @property
     def whole_beyond(self) -> int:
-        """From which length on a sequence's state can be continued at its end only, in tokens.
+        """Length in tokens from which on a sequence can be continued at its end only.
 
-        A recurrent state knows nothing of earlier tokens; the cells before a sliding window are
+        A recurrent state does not keep earlier tokens; cells before a sliding window are
         overwritten by others (Source: llama.cpp llama_kv_cache::find_slot).
         """
         if self._keeps_state:
@@ -110,11 +114,11 @@ class GgufModel:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether the vocabulary wants a beginning-of-sequence token before a prompt."""
+        """Whether prompts start with a beginning-of-sequence token."""
         return bool(self._llama.llama_vocab_get_add_bos(self.vocabulary))
 
     def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
-        """Return the token ids of `text`; special tokens are recognised with `parse_special`."""
+        """Return the token ids of `text`; `parse_special` recognizes names of special tokens."""
         data = text.encode("utf-8")
         room = len(data) + 8
         buffer = (self._llama.llama_token * room)()
@@ -129,14 +133,14 @@ class GgufModel:
         return list(buffer[:count])
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return what a token adds to the text; control tokens add nothing."""
+        """Return the bytes that a token adds to the text; control tokens add none."""
         piece = self._pieces.get(token_id)
         if piece is None:
             piece = self._pieces[token_id] = self.piece(token_id, special=False)
         return piece
 
     def piece(self, token_id: int, *, special: bool) -> bytes:
-        """Return a token's bytes, a control token's name too with `special`."""
+        """Return a token's bytes; with `special`, control tokens give their name."""
         size = _MAX_PIECE_BYTES
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -148,9 +152,9 @@ class GgufModel:
             size = -count
 
     def show(self, *token_texts: bytes) -> None:
-        """Let the control tokens of these names appear in the text.
+        """Make the control tokens of these names appear in the text.
 
-        Markers such as <think> are control tokens in some vocabularies, and the parsers need them.
+        Markers such as <think> are control tokens in some vocabularies; parsers need to see them.
         """
         for text in token_texts:
             ids = self.encode(text.decode(), add_bos=False, parse_special=True)
@@ -168,7 +172,7 @@ class GgufModel:
     can_constrain = True
 
     def mask(self, constraint: Constraint) -> GrammarMask:
-        """Compile a grammar; the first takes a fraction of a second to read the vocabulary."""
+        """Compile a grammar; the first call also reads the vocabulary, for some 100 ms."""
         with self._grammar_lock:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(self._read_vocabulary(), self._one_token)
@@ -189,7 +193,7 @@ class GgufModel:
             tokens.append(b"\xff" + piece if self._is_special(token_id, piece) else piece)
             if self.is_end(token_id):
                 ends.append(token_id)
-        # The package's own stubs leave this constructor out.
+        # The package's type stubs omit this constructor.
         return LLTokenizer.from_llamacpp(  # type: ignore[attr-defined]
             tokens=tokens,
             vocab_ptr=self.vocabulary,
@@ -206,14 +210,14 @@ class GgufModel:
         )
 
     def special_text(self, which: str) -> str:
-        """Return the text of the `bos` or `eos` token; empty where there is none."""
+        """Return the text of the `bos` or `eos` token; empty if there is none."""
         token_id = getattr(self._llama, f"llama_vocab_{which}")(self.vocabulary)
         if token_id < 0:
             return ""
         return self.piece(token_id, special=True).decode("utf-8", "replace")
 
     def close(self) -> None:
-        """Free the weights; twice is fine."""
+        """Free the weights; idempotent."""
         if self.handle:
             self._llama.llama_model_free(self.handle)
             self.handle = None
@@ -230,19 +234,21 @@ def open_context(model: GgufModel, options: EngineOptions, slot_count: int) -> A
     params.n_batch = options.prefill_chunk_tokens + options.max_sequences
     params.n_ubatch = params.n_batch
     params.n_seq_max = slot_count
-    # llama.cpp asserts room for one output of every sequence id.
+    # llama.cpp requires room for one output of every sequence id.
     params.n_outputs_max = slot_count
     params.n_threads = params.n_threads_batch = options.threads
     params.kv_unified = True
     params.no_perf = True
     if options.kv_type is not None:
         params.type_k = params.type_v = getattr(llama, f"GGML_TYPE_{options.kv_type.upper()}")
-        # Values in blocks are read by flash attention alone.
+        # Only flash attention reads quantized values.
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
     context = llama.llama_init_from_model(model.handle, params)
     if not context:
-        reason = native_log.take_errors() or "llama.cpp gives no reason"
+        reason = native_log.take_errors() or "llama.cpp gave no reason"
         raise InsufficientMemory(
-            f"No context of {options.kv_tokens} tokens could be opened: {reason}", param="model"
+            f"llama.cpp could not allocate a KV cache of {options.kv_tokens} tokens: {reason}. "
+            "Load the model with a smaller context.",
+            param="model",
         )
     return context

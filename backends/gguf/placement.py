@@ -1,4 +1,4 @@
-"""How a sequence of a GGUF engine gets what is known of its prompt."""
+"""Places a row in a KV slot with the longest cached prefix: cells, RAM, disk or another row."""
 
 from backends.engine.row_book import RowBook
 from backends.gguf.blocks import CellBlocks
@@ -13,7 +13,7 @@ from backends.prefixes.transfer import SnapshotFlow, is_worth_it
 
 
 class Placement:
-    """Gives rows their slots, with the longest prefix that slots, RAM, disk or rows know."""
+    """Gives each row a slot, with the longest prefix from cells, RAM, disk or running rows."""
 
     def __init__(
         self,
@@ -31,12 +31,12 @@ class Placement:
         self._can_share_running = can_share_running
 
     def place(self, row: GgufRow, step: int) -> bool:
-        """Give `row` a slot holding the longest known prefix; False when no slot is free.
+        """Give `row` a slot with the longest cached prefix; False if no slot is free.
 
-        1. A finished row's cells, all shared: take its slot over.
-        2. A finished or running row's cells: share them.
-        3. A snapshot in RAM, where that is longer: copy it into cells.
-        4. Blocks that outlived an engine, where those are longer: restore them step by step.
+        1. Cells of a finished row that are all shared: take over its slot.
+        2. Cells of a finished or running row: share them.
+        3. A snapshot in RAM, if it is longer: copy it into cells.
+        4. Stored blocks of a former engine, if they are longer: restore them step by step.
         """
         limit = len(row.tokens) - 1
         prompt = row.tokens[:limit]
@@ -44,18 +44,18 @@ class Placement:
         leader, potential = self._book.best_leader(row) if self._can_share_running else (None, 0)
         computed = min(potential, leader.past) if leader is not None else 0
         snapshot, stored = self._slots.longest_stored(prompt)
-        offered = self._flow.known(prompt)
+        stored_blocks = self._flow.known(prompt)
         likely = max(kept, potential, stored)
-        use_blocks = is_worth_it(offered, likely)
+        use_blocks = is_worth_it(stored_blocks, likely)
         use_snapshot = not use_blocks and stored >= max(kept, computed) + SMALLEST_PREFIX
-        reuse = self._explained(row, len(offered) * BLOCK_TOKENS if use_blocks else likely)
+        reuse = self._explained(row, len(stored_blocks) * BLOCK_TOKENS if use_blocks else likely)
         is_whole = entry is not None and kept == len(entry.tokens) >= computed
         if entry is not None and is_whole and not (use_snapshot or use_blocks):  # (1)
             row.slot, row.past = self._slots.take_over(entry), kept
         elif not self._take_slot(row, but=entry):
             return False
         elif use_blocks:  # (4)
-            row.incoming = self._flow.restore(prompt, offered)
+            row.incoming = self._flow.restore(prompt, stored_blocks)
         elif use_snapshot and snapshot is not None:  # (3)
             row.past = stored if self._slots.restore(snapshot, row.slot, stored, step) else 0
         elif entry is not None and kept >= computed and self._slots.is_retained(entry):  # (2)
@@ -70,7 +70,7 @@ class Placement:
         return True
 
     def _explained(self, row: GgufRow, planned: int) -> Reuse:
-        """Return why no more than `planned` tokens of the row's prompt will be reused."""
+        """Return the `Reuse` with the reason why only `planned` prompt tokens are reused."""
         known = [*self._slots.known(), *self._book.running_tokens()]
         return self._flow.explained(planned, row.tokens, known)
 
@@ -86,10 +86,10 @@ class Placement:
         row.past = count
 
     def is_ready(self, row: GgufRow) -> bool:
-        """Return whether the rest of `row` may be computed: no prefix of it is still to come."""
-        return not (row.receive(self._load) or row.follow(self._share_more))
+        """Return whether `row` can be computed now: it waits for no restore and no leader."""
+        return not (row.receive(self._load) or row.follow(self._share_from_leader))
 
-    def _share_more(self, row: GgufRow, source_slot: int, count: int) -> None:
+    def _share_from_leader(self, row: GgufRow, source_slot: int, count: int) -> None:
         if count > row.past:
             self._share(row, source_slot, count)
             row.note_reuse(cells=count)

@@ -1,4 +1,4 @@
-"""Per-request sampler chains of llama.cpp, with masks and log-probabilities."""
+"""Samples tokens with llama.cpp's sampler chains, plus grammar masks and log-probabilities."""
 
 import secrets
 from typing import Any
@@ -20,9 +20,9 @@ from core.types import SamplingParams, TokenLogprob
 
 
 class SequenceSampler:
-    """Chooses one sequence's tokens; its penalties and random state live here.
+    """Samples one sequence's tokens; holds its penalties and random state.
 
-    Not thread-safe: belongs to the stepper's thread.
+    Not thread-safe: used on the stepper's thread only.
     """
 
     def __init__(self, model: GgufModel, spec: SequenceSpec, context_tokens: int) -> None:
@@ -72,7 +72,7 @@ class SequenceSampler:
         self._llama.llama_sampler_chain_add(self._chain, sampler)
 
     def _add_penalty(self, penalty: Any, token_ids: tuple[int, ...]) -> None:
-        """Add a sampler that counts `token_ids` as chosen before."""
+        """Add a penalty sampler that counts `token_ids` as sampled before."""
         for token_id in token_ids:
             self._llama.llama_sampler_accept(penalty, token_id)
         self._add(penalty)
@@ -91,7 +91,7 @@ class SequenceSampler:
         self._add(self._llama.llama_sampler_init_logit_bias(size, len(biases), biases))
 
     def sample(self, context: Any, index: int) -> tuple[int, TokenLogprob | None]:
-        """Choose the token after the batch's token `index`, and its log-probability if wanted."""
+        """Sample the token after the batch's token `index`; with log-probability if requested."""
         mask = self._mask if self._mask is not None and self._mask.is_active else None
         if mask is None and self._top_logprobs is None:
             token_id = int(self._llama.llama_sampler_sample(self._chain, context, index))
@@ -100,7 +100,7 @@ class SequenceSampler:
             return token_id, None
         pointer = self._llama.llama_get_logits_ith(context, index)
         logits = np.ctypeslib.as_array(pointer, (self._model.vocabulary_size,))
-        # Masking and sampling change the logits, so their meaning is taken first.
+        # Log-probabilities are those of the model: masking and sampling change the logits.
         original = logits.copy() if self._top_logprobs is not None else logits
         if mask is not None:
             mask.apply(logits)
@@ -117,14 +117,14 @@ class SequenceSampler:
         )
 
     def close(self) -> None:
-        """Free the chain; twice is fine."""
+        """Free the chain; idempotent."""
         if self._chain:
             self._llama.llama_sampler_free(self._chain)
         self._chain = None
 
 
 def _seed(seed: int | None) -> int:
-    """Fold any integer into llama.cpp's 32 bits; 0xFFFFFFFF means random there and is avoided."""
+    """Fold any integer into llama.cpp's 32 bits, except 0xFFFFFFFF, which means random there."""
     if seed is None:
         return secrets.randbelow(0xFFFFFFFF)
     folded = (seed ^ (seed >> 32)) & 0xFFFFFFFF

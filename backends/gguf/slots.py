@@ -1,4 +1,4 @@
-"""llama.cpp's sequence ids of one context: who holds which KV cells, and whose are kept."""
+"""Assigns llama.cpp sequence ids (slots) to rows, and keeps finished ones for reuse."""
 
 import time
 from array import array
@@ -13,16 +13,16 @@ from backends.prefixes.match import Retained, RetainedPrefixes
 from backends.prefixes.ram import SMALLEST_PREFIX, PrefixStore, Snapshot
 from backends.prefixes.transfer import SnapshotFlow
 
-# One step moves this many prefixes to RAM at the most, so that running streams stay fluent.
-_MOST_MOVES = 4
+# At most so many prefixes move to RAM in one step, to keep running streams smooth.
+_MAX_MOVES = 4
 
 
 class KvSlots:
-    """Slots are sequence ids.  A finished sequence's slot is retained until it is needed.
+    """The slots (sequence ids) of one context; those of finished sequences are retained.
 
-    What is retained still costs time, because attention reads every used cell of the unified
-    cache, whosever it is.  So retained prefixes move to RAM, and back when a prompt continues one.
-    Blocks of them go to `flow` as well, which outlives the context.
+    Retained cells still cost time: attention reads every used cell of the unified cache.  So
+    retained prefixes move to RAM, and back when a prompt continues one.  Blocks of them are also
+    copied to `flow`, which outlives the context.
     """
 
     def __init__(
@@ -49,20 +49,20 @@ class KvSlots:
         return sum(len(entry.tokens) for entry in self._retained.entries.values())
 
     def known(self) -> list["array[int]"]:
-        """Return the tokens of all prefixes, retained or moved to RAM."""
+        """Return the tokens of all prefixes, in cells or in RAM."""
         retained = [entry.tokens for entry in self._retained.entries.values()]
         return [*retained, *self._store.tokens()]
 
     def longest(self, prompt: "array[int]") -> tuple[Retained | None, int]:
-        """Return the retained prefix that shares most with `prompt`, and how many tokens."""
+        """Return the retained prefix that shares most with `prompt`, and the shared length."""
         return self._retained.longest(prompt, whole_beyond=self._whole_beyond)
 
     def longest_stored(self, prompt: "array[int]") -> tuple[Snapshot | None, int]:
-        """Return the snapshot that shares most with `prompt`, and how many tokens."""
+        """Return the snapshot in RAM that shares most with `prompt`, and the shared length."""
         return self._store.longest(prompt, whole_beyond=self._whole_beyond)
 
     def restore(self, snapshot: Snapshot, target: int, count: int, step: int) -> bool:
-        """Let the empty slot `target` have the snapshot's first `count` tokens; False: no room."""
+        """Copy the snapshot's first `count` tokens into the empty slot `target`; False: no room."""
         state = snapshot.state
         started = time.thread_time()
         read = self._llama.llama_state_seq_set_data(
@@ -78,14 +78,14 @@ class KvSlots:
         return True
 
     def take_over(self, entry: Retained) -> int:
-        """Return the entry's slot with its cells; it is no longer retained."""
-        # Whoever goes on with the cells has all of them kept at its end.
+        """Return the entry's slot with its cells; the entry is no longer retained."""
+        # The row that continues the cells has all of them kept when it ends.
         self._flow.forget(entry)
         self._retained.forget(entry.slot)
         return entry.slot
 
     def take(self, *, but: Retained | None) -> int | None:
-        """Return an empty slot, dropping the oldest retained one, `but` last; None: all run."""
+        """Return an empty slot, dropping the oldest entry if needed, `but` last; None: all run."""
         if not self._free:
             spared = None if but is None else but.slot
             oldest = self._retained.oldest(but=spared) or self._retained.oldest()
@@ -99,24 +99,24 @@ class KvSlots:
         return self._retained.entries.get(entry.slot) is entry
 
     def share(self, source: int, target: int, count: int) -> None:
-        """Let `target` have exactly the first `count` tokens of `source`; no cell is copied."""
+        """Share the first `count` tokens of `source` with `target`; no cell is copied."""
         self._llama.llama_memory_seq_rm(self._memory, target, -1, -1)
         self._llama.llama_memory_seq_cp(self._memory, source, target, 0, count)
 
     def keep(self, slot: int, tokens: "array[int]", step: int) -> None:
-        """Retain what `slot` holds, or free the slot when that is nothing."""
+        """Retain the slot with its tokens, or free it if there are none."""
         if tokens:
             self._flow.keep(self._retained.keep(slot, tokens, step), tokens)
         else:
             self._free.append(slot)
 
     def release(self, slot: int) -> None:
-        """Give a slot's cells back."""
+        """Free a slot and its cells."""
         self._llama.llama_memory_seq_rm(self._memory, slot, -1, -1)
         self._free.append(slot)
 
     def drop_oldest(self) -> bool:
-        """Move the least recently used retained prefix to RAM; False when there is none."""
+        """Move the least recently used retained prefix to RAM; False if there is none."""
         oldest = self._retained.oldest()
         if oldest is None:
             return False
@@ -124,8 +124,8 @@ class KvSlots:
         return True
 
     def cool_down(self, warm_tokens: int) -> None:
-        """Move retained prefixes to RAM until `warm_tokens` are left, a few at a time."""
-        for _ in range(_MOST_MOVES):
+        """Move retained prefixes to RAM until `warm_tokens` are left, at most 4 in a call."""
+        for _ in range(_MAX_MOVES):
             if self.retained_tokens <= warm_tokens:
                 return
             oldest = self._retained.oldest(spared=self._flow.needs)
@@ -156,8 +156,8 @@ class KvSlots:
 
 
 def count_slots(model: GgufModel, options: EngineOptions) -> int:
-    """Return how many sequence ids a context needs, one for copying blocks included."""
-    # Each id of a recurrent model owns a whole state; elsewhere an id costs nothing.
+    """Return how many sequence ids a context needs, including one for copying blocks."""
+    # Each id of a recurrent model has a full state; for other models ids are free.
     spare = 2 if model.keeps_recurrent_state else options.max_sequences + 16
     limit = int(library().llama_max_parallel_sequences())
     return min(options.max_sequences + spare + 1, limit)

@@ -1,4 +1,4 @@
-"""Continuous batching over llama.cpp's low-level API: `backends.base.Stepper` for GGUF."""
+"""Continuous batching over llama.cpp's low-level API: the Stepper of GGUF models."""
 
 import time
 
@@ -25,11 +25,11 @@ _NO_SLOT = 1
 class GgufStepper(PlannedStepper):
     """Runs up to `max_sequences` rows in one unified KV cache, one llama.cpp sequence id each.
 
-    Every step decodes one token of each running row and a bounded chunk of waiting prompts.
-    A new row gets the longest computed prefix of any running or finished row.  When the cells
-    run out, finished rows move to RAM first, then the youngest running row gives its cells back
-    and is computed again later: it waits, nothing fails.  Blocks of finished rows are copied to
-    `options.snapshots` between steps, and from there where no cells know a prompt.
+    Every step decodes one token of each running row and prefills a bounded chunk of prompts.
+    A new row reuses the longest computed prefix of any running or finished row.  When the cells
+    run out, finished rows move to RAM first; then the youngest running row is preempted: it
+    loses its cells, waits, and is computed again.  Blocks of finished rows are copied to
+    `options.snapshots` between steps, and restored from there if no cells hold a prompt.
     """
 
     def __init__(self, model: GgufModel, options: EngineOptions) -> None:
@@ -43,7 +43,7 @@ class GgufStepper(PlannedStepper):
         slot_count = count_slots(model, options)
         self._context = open_context(model, options, slot_count)
         self._store = PrefixStore(options.prefix_bytes)
-        # The last sequence id is for copying blocks.
+        # The last sequence id is reserved for copying blocks.
         blocks = self._blocks = CellBlocks(self._context, slot_count - 1)
         self._flow = SnapshotFlow[Retained](
             options.snapshots,
@@ -60,17 +60,17 @@ class GgufStepper(PlannedStepper):
             self._slots,
             blocks,
             self._flow,
-            # A row of a sliding window has moved on from where it could be shared.
+            # A sliding window overwrites the cells that could have been shared.
             can_share_running=model.whole_beyond > options.context_tokens,
         )
 
     def add(self, spec: SequenceSpec) -> None:
-        """Accept a sequence; it starts as soon as a slot is free.  Raises RequestError."""
+        """Queue a sequence; it starts as soon as a slot is free.  Raises RequestError."""
         sampler = SequenceSampler(self._model, spec, self._context_tokens)
         self._book.add(GgufRow(spec, token_array(spec.prompt), sampler))
 
     def remove(self, sequence_id: int) -> None:
-        """Drop a sequence; its cells stay as a prefix for later ones.  Idempotent."""
+        """Drop a sequence; its cells are kept as a prefix for later ones.  Idempotent."""
         row = self._book.remove(sequence_id)
         if row is None:
             return
@@ -79,7 +79,7 @@ class GgufStepper(PlannedStepper):
             self._slots.keep(row.release_slot(), row.tokens[: row.past], self._book.steps)
 
     def step(self) -> list[StepOutput]:
-        """Do one forward pass.  Raises EngineFailed when llama.cpp fails for good."""
+        """Do one forward pass.  Raises EngineFailed when llama.cpp fails."""
         self._admit()
         self._fill_batch()
         while self._batch.count:
@@ -89,7 +89,10 @@ class GgufStepper(PlannedStepper):
             if code == 0:
                 break
             if code != _NO_SLOT:
-                raise EngineFailed(f"llama_decode failed with {code}: {native_log.take_errors()}")
+                raise EngineFailed(
+                    f"llama.cpp could not compute a step (llama_decode returned {code}): "
+                    f"{native_log.take_errors() or 'no reason given'}"
+                )
             self._make_room()
             self._fill_batch()
         if not self._batch.count:
@@ -109,7 +112,7 @@ class GgufStepper(PlannedStepper):
             self._book.start(row)
 
     def _fill_batch(self) -> None:
-        """Put every decoding row's token and the planned prompt chunks into the batch."""
+        """Fill the batch with one token of each decoding row and with the prompt chunks."""
         self._batch.clear()
         prefilling = []
         for row in self._book.running:
@@ -131,7 +134,7 @@ class GgufStepper(PlannedStepper):
         row.batched, row.output = chunk, index if is_last else -1
 
     def _make_room(self) -> None:
-        """Free KV cells: the least recently used finished row, else the youngest running one."""
+        """Move the least recently used finished row to RAM, or preempt the youngest running one."""
         if not self._slots.drop_oldest():
             self._slots.release(self._book.preempt().release_slot())
 
@@ -159,7 +162,7 @@ class GgufStepper(PlannedStepper):
         )
 
     def close(self) -> None:
-        """Free the context and the weights; twice is fine."""
+        """Free the context and the weights; idempotent."""
         for row in self._book.clear():
             row.sampler.close()
         self._store.clear()
