@@ -1,4 +1,4 @@
-"""What a GGUF model is and can do, from its files alone; split models are one model."""
+"""Identifies a GGUF model from its headers: capabilities, sizes, shards of split models."""
 
 import math
 import re
@@ -14,21 +14,21 @@ from core.types import Capability
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _GUESSED_FILE_TYPE = 1024
-# llama.cpp ends the process over more (LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS).
+# llama.cpp aborts the process above these (LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS).
 _MAX_LAYERS = 512
 _MAX_EXPERTS = 512
 _MAX_WIDTH = 2**24
 _MAX_TOKENS = 2**31 - 1
 _RANK_POOLING = 4
 
-# Source: llama.cpp's architectures that attend both ways and have no head to generate with.
+# Source: llama.cpp's architectures with bidirectional attention and no language model head.
 ENCODERS = frozenset({
     "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2",
     "jina-bert-v3", "eurobert", "gemma-embedding", "llama-embed", "t5encoder",
 })  # fmt: skip
 _PARTS = {
-    "clip": "a projector for images or sound",
-    "mmproj": "a projector for images or sound",
+    "clip": "a multimodal projector (images or sound)",
+    "mmproj": "a multimodal projector (images or sound)",
     "wavtokenizer-dec": "a vocoder",
 }
 _UNSUPPORTED = {"t5": "encoder-decoder models are not supported"}
@@ -59,9 +59,9 @@ _SAMPLING = "general.sampling."
 
 
 def shard_files(path: Path) -> tuple[Path, ...]:
-    """Return all files of a split model, first shard first; `path` alone when it is not split.
+    """Return all files of a split model, first shard first; only `path` if it is not split.
 
-    Raises BrokenModel naming the first missing shard.
+    Raises BrokenModel that names the first missing shard.
     """
     match = _SHARD.fullmatch(path.name)
     if match is None:
@@ -79,21 +79,21 @@ def shard_files(path: Path) -> tuple[Path, ...]:
 
 
 def gguf_info(path: Path) -> ModelInfo:
-    """Describe the model that `path`, or the split set it is part of, holds.
+    """Describe the model in `path`, or in the split model that it is a shard of.
 
-    A decoder without a chat template still chats: the engine has a documented plain fallback.
-    `details` are numbers for the memory estimate, the bos and eos tokens' texts and the sampling
-    the model's makers recommend.  Raises NotThisFormat, BrokenModel.
+    A decoder without a chat template still has the chat capability: there is a plain fallback.
+    `details` holds numbers for the memory estimate, the texts of the bos and eos tokens, and the
+    recommended sampling parameters.  Raises NotThisFormat, BrokenModel.
     """
     files = _read_set(path)
     first = files[0]
     architecture = first.architecture
-    _refuse_parts(first)
+    _check_is_model(first)
     context_length = first.required(f"{architecture}.context_length", _MAX_TOKENS)
     details = _details(first)
     details["tensor_bytes"] = sum(file.tensor_bytes for file in files)
     if not details["tensor_bytes"]:
-        raise broken(first.path, "it has no tensors, only metadata")
+        raise broken(first.path, "it has no tensors, only metadata; download the complete model")
     return ModelInfo(
         format="gguf",
         name=_one_line(first.text("general.name")) or _one_line(first.path.stem),
@@ -111,7 +111,7 @@ def gguf_info(path: Path) -> ModelInfo:
 
 
 def _read_set(path: Path) -> list[GgufFile]:
-    """Read all shards; each must say itself that it is the shard its name says."""
+    """Read all shards; name and metadata of each must give the same shard number."""
     paths = shard_files(path.absolute())
     files = [read_gguf(each) for each in paths]
     for index, file in enumerate(files):
@@ -121,7 +121,7 @@ def _read_set(path: Path) -> list[GgufFile]:
             raise broken(
                 file.path,
                 f"it is shard {number + 1} of {count}, so it must be named "
-                f"<name>-{number + 1:05d}-of-{count:05d}.gguf beside the others",
+                f"<name>-{number + 1:05d}-of-{count:05d}.gguf and lie beside the others",
             )
         if (count, number) != (len(files), index):
             raise broken(
@@ -132,7 +132,7 @@ def _read_set(path: Path) -> list[GgufFile]:
     return files
 
 
-def _refuse_parts(file: GgufFile) -> None:
+def _check_is_model(file: GgufFile) -> None:
     architecture = file.architecture
     if file.text("general.type") == "adapter":
         raise broken(file.path, "it is a LoRA adapter, which is not a model by itself")
@@ -147,12 +147,12 @@ def _refuse_parts(file: GgufFile) -> None:
 
 
 def _one_line(text: str) -> str:
-    """Return `text` without control characters and cut to 200 characters."""
+    """Return `text` without control characters, at most 200 characters long."""
     return "".join(char for char in text if char.isprintable()).strip()[:200]
 
 
 def _quantization(files: list[GgufFile]) -> str:
-    """Return the name of the file type, or the tensor type that most elements have."""
+    """Return the name of the file type, or the tensor type of most elements."""
     file_type = files[0].metadata.get("general.file_type")
     if isinstance(file_type, int):
         name = FILE_TYPES.get(file_type & ~_GUESSED_FILE_TYPE)
@@ -216,7 +216,7 @@ def _details(file: GgufFile) -> dict[str, int | float | str | bool]:
 
 
 def _recommended_sampling(file: GgufFile) -> dict[str, int | float | str | bool]:
-    """Return `general.sampling.temp` and the like as `sampling_temp`, finite scalars only."""
+    """Return `general.sampling.*` keys as `sampling_*`, finite scalars only."""
     return {
         "sampling_" + key.removeprefix(_SAMPLING): value
         for key, value in file.metadata.items()

@@ -1,4 +1,4 @@
-"""Reads a GGUF file's header, bounded and checked, before any native code opens the file."""
+"""Reads and validates a GGUF file's header, before any native code opens the file."""
 
 import math
 from collections import Counter
@@ -21,7 +21,7 @@ from backends.gguf.layout import (
 from backends.prompt.infill import INFILL_NAMES, InfillTokens, find_infill
 from core.errors import NotThisFormat
 
-# The newer and the older key of each of the tokens around a gap.
+# The newer and the older metadata key of each fill-in-the-middle token.
 _INFILL_KEYS = tuple(
     (f"tokenizer.ggml.fim_{short}_token_id", f"tokenizer.ggml.{long}_token_id")
     for short, long in (("pre", "prefix"), ("suf", "suffix"), ("mid", "middle"))
@@ -36,7 +36,7 @@ _ALIGNMENT = "general.alignment"
 _TEMPLATE = "tokenizer.chat_template"
 _LONGEST_TOKEN = 256
 _THINK = b"<think>"
-# Arrays that llama.cpp indexes by token id without looking at their own type and length.
+# Arrays that llama.cpp indexes by token id without checking their type and length.
 _VOCABULARY_TYPES = {
     _TOKENS: (STRING,),
     "tokenizer.ggml.merges": (STRING,),
@@ -49,7 +49,7 @@ _PER_TOKEN = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 def gguf_infill(
     tokens: Sequence[bytes], values: Mapping[str, MetadataValue]
 ) -> InfillTokens | None:
-    """Return the tokens that the metadata names for filling in, or those of a known family."""
+    """Return the fill-in-the-middle tokens named in the metadata, or those of a known family."""
     named = {name.encode(): name for name in INFILL_NAMES}
     ids = {named[token]: token_id for token_id, token in enumerate(tokens) if token in named}
     prefix, suffix, middle = (
@@ -69,9 +69,9 @@ def _is_id(value: MetadataValue | None, tokens: Sequence[bytes]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What one GGUF file says; arrays of texts or of more than 1,024 numbers are only counted.
+    """The header of one GGUF file; of string arrays and long number arrays only the length.
 
-    `quantization` is the tensor type most elements have; `parameters` counts elements.
+    `parameters` is the number of elements of all tensors.
     """
 
     path: Path
@@ -89,13 +89,13 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
-        """The architecture's name in llama.cpp; empty when it is missing."""
+        """The architecture's name in llama.cpp; empty if it is missing."""
         value = self.metadata.get("general.architecture", "")
         return value if isinstance(value, str) else ""
 
     @property
     def quantization(self) -> str:
-        """The dominating tensor type, as `q4_k`."""
+        """The tensor type of most elements, as `q4_k`."""
         return max(self.elements_by_type.items(), key=lambda item: item[1], default=("", 0))[0]
 
     @property
@@ -104,14 +104,14 @@ class GgufFile:
         return self.array_counts.get(_TOKENS, 0)
 
     def text(self, key: str) -> str:
-        """Return a text, or an empty one where it is missing or no text."""
+        """Return a string; empty if it is missing or not a string."""
         value = self.metadata.get(key)
         return value if isinstance(value, str) else ""
 
     def number(self, key: str, low: int, high: int) -> int | None:
-        """Return a whole number, an array's largest; None where it is missing.
+        """Return an integer, of an array the largest; None if it is missing.
 
-        Raises BrokenModel for another type and outside `low` to `high`.
+        Raises BrokenModel for another type, or a value outside `low` to `high`.
         """
         value = self.metadata.get(key)
         if value is None:
@@ -122,7 +122,7 @@ class GgufFile:
         return max(int(item) for item in values)
 
     def required(self, key: str, high: int) -> int:
-        """Return a whole number of at least 1.  Raises BrokenModel."""
+        """Return an integer of at least 1.  Raises BrokenModel if it is missing or invalid."""
         value = self.number(key, 1, high)
         if value is None:
             raise broken(self.path, f"it has no {key}")
@@ -130,9 +130,9 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read one file's header; nothing is loaded.  Blocks for some 50 ms at most.
+    """Read one file's header; loads no tensors.  Blocks for some 50 ms at most.
 
-    Raises NotThisFormat without the magic number, BrokenModel with the reason otherwise.
+    Raises NotThisFormat without the magic number, BrokenModel for any other defect.
     """
     with opened(path) as reader:
         tensor_count, metadata_count = _read_counts(reader)
@@ -160,9 +160,9 @@ def _read_counts(reader: HeaderReader) -> tuple[int, int]:
         raise NotThisFormat("no GGUF magic number")
     version = reader.uint32()
     if version and version & 0xFFFF == 0:
-        raise reader.broken("it is a big-endian GGUF; only little-endian files are supported")
+        raise reader.broken("it is a big-endian GGUF file; only little-endian files are supported")
     if not 2 <= version <= 3:
-        raise reader.broken(f"its GGUF version is {version}; 2 and 3 are supported")
+        raise reader.broken(f"its GGUF version is {version}; versions 2 and 3 are supported")
     tensor_count, metadata_count = reader.uint64(), reader.uint64()
     for what, count in (("tensors", tensor_count), ("metadata entries", metadata_count)):
         if count > MAX_ENTRIES:
@@ -172,7 +172,7 @@ def _read_counts(reader: HeaderReader) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class _Metadata:
-    """Values, array lengths, and where in the file the vocabulary starts and ends."""
+    """Metadata values, array lengths, and the file offsets of the vocabulary."""
 
     values: dict[str, MetadataValue] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -222,9 +222,9 @@ def _read_array(reader: HeaderReader, key: str, metadata: _Metadata) -> Metadata
 
 
 def _read_tokens(reader: HeaderReader, metadata: _Metadata) -> list[bytes]:
-    """Return the vocabulary.
+    """Return the vocabulary.  Raises BrokenModel for duplicates.
 
-    llama.cpp ends the process over one with a text twice, up to its first NUL.
+    llama.cpp aborts the process if two tokens are equal up to their first NUL byte.
     """
     tokens = reader.strings_between(metadata.tokens_start, metadata.tokens_end)
     texts = tokens
@@ -239,9 +239,9 @@ def _read_tokens(reader: HeaderReader, metadata: _Metadata) -> list[bytes]:
 
 
 def _check_byte_tokens(reader: HeaderReader, texts: frozenset[bytes]) -> None:
-    """Refuse a SentencePiece vocabulary that llama.cpp cannot spell every text with.
+    """Check that a SentencePiece vocabulary has a token for every byte.
 
-    It ends the process over the first byte that has no token.
+    llama.cpp aborts the process at the first byte without a token.
     """
     for value in range(256):
         if b"<0x%02X>" % value not in texts and bytes([value]) not in texts:
@@ -257,7 +257,7 @@ def _token(tokens: list[bytes], token_id: object) -> str:
 def _read_tensors(
     reader: HeaderReader, count: int, metadata: Mapping[str, MetadataValue]
 ) -> tuple[int, int, Counter[str]]:
-    """Return elements, bytes, and elements by tensor type."""
+    """Return the number of elements, their bytes, and the elements by tensor type."""
     alignment = metadata.get(_ALIGNMENT, 32)
     if not (isinstance(alignment, int) and 8 <= alignment <= 4096 and alignment.bit_count() == 1):
         raise reader.broken(f"{_ALIGNMENT} is not a power of two from 8 to 4096")
@@ -272,7 +272,9 @@ def _read_tensors(
         type_name, elements, size = _read_shape(reader, name)
         offset = reader.uint64()
         if offset != next_offset:
-            raise reader.broken(f"tensor {name!r} is at offset {offset:,}, not {next_offset:,}")
+            raise reader.broken(
+                f"tensor {name!r} is at offset {offset:,}, expected {next_offset:,}"
+            )
         by_type[type_name] += elements
         tensor_bytes += size
         end = offset + size
@@ -282,15 +284,19 @@ def _read_tensors(
     data_start = -(-reader.position // alignment) * alignment
     missing = data_start + end - reader.size_bytes
     if count and missing > 0:
-        raise reader.broken(f"it is cut off: {missing:,} bytes of its tensors are missing")
+        raise reader.broken(
+            f"it is truncated: {missing:,} bytes of its tensors are missing; download it again"
+        )
     return by_type.total(), tensor_bytes, by_type
 
 
 def _read_shape(reader: HeaderReader, name: str) -> tuple[str, int, int]:
-    """Return a tensor's type name, its elements and its bytes."""
+    """Return a tensor's type name, its number of elements and its bytes."""
     dimension_count = reader.uint32()
     if not 1 <= dimension_count <= 4:
-        raise reader.broken(f"tensor {name!r} has {dimension_count:,} dimensions, not 1 to 4")
+        raise reader.broken(
+            f"tensor {name!r} has {dimension_count:,} dimensions; 1 to 4 are allowed"
+        )
     dimensions = [reader.uint64() for _ in range(dimension_count)]
     type_id = reader.uint32()
     if type_id not in TENSOR_TYPES:
@@ -302,7 +308,7 @@ def _read_shape(reader: HeaderReader, name: str) -> tuple[str, int, int]:
         raise reader.broken(f"tensor {name!r} has an impossible shape {dimensions}")
     if dimensions[0] % block_elements:
         raise reader.broken(
-            f"tensor {name!r} has rows of {dimensions[0]:,} elements, which is no multiple of "
-            f"{block_elements}, the block of {type_name}"
+            f"tensor {name!r} has rows of {dimensions[0]:,} elements, which is not a multiple of "
+            f"{block_elements}, the block size of {type_name}"
         )
     return type_name, elements, size

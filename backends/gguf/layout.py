@@ -1,4 +1,4 @@
-"""The parts of the GGUF format that are tables, and bounded reading of its header.
+"""GGUF format tables (tensor and file types), and a bounded reader of header values.
 
 Source: ggml's `docs/gguf.md`, `ggml_type` in `ggml.h`, `llama_ftype` in `llama.h`.
 """
@@ -58,17 +58,17 @@ FILE_TYPES: dict[int, str] = {
 
 
 def shown(path: Path) -> str:
-    """Return the file's name for a message, whatever bytes it has."""
+    """Return the file's name quoted for a message; bytes that are not UTF-8 are replaced."""
     return repr(os.fsencode(path.name).decode("utf-8", "replace"))
 
 
 def broken(path: Path, reason: str) -> BrokenModel:
-    """Return the error for a file that is damaged, hostile or of no use."""
+    """Return the error for a file that is damaged, malicious or unusable."""
     return BrokenModel(f"The file {shown(path)} cannot be used: {reason}.", param="model")
 
 
 class HeaderReader:
-    """Reads little-endian values in order, never more than the file has and never much at once."""
+    """Reads little-endian values in order, within the file's size and within memory limits."""
 
     def __init__(self, path: Path, descriptor: int, size_bytes: int) -> None:
         self.path = path
@@ -87,8 +87,8 @@ class HeaderReader:
     def _truncated(self, needed_end: int) -> BrokenModel:
         missing = needed_end - self.size_bytes
         return self.broken(
-            f"it ends inside its header, at least {missing:,} bytes ({format_bytes(missing)}) are "
-            "missing; it was cut off, or a length in it is wrong"
+            f"it ends inside its header: at least {missing:,} bytes ({format_bytes(missing)}) are "
+            "missing; it was truncated, or a length in it is wrong; download it again"
         )
 
     def _require(self, count: int) -> None:
@@ -101,7 +101,7 @@ class HeaderReader:
             raise self.broken(f"its metadata is larger than {format_bytes(MAX_KEPT_BYTES)}")
 
     def _fill(self, count: int) -> int:
-        """Have the next `count` bytes in the window; return where they start there."""
+        """Make the window cover the next `count` bytes; return their offset in it."""
         self._require(count)
         start = self.position - self._window_start
         if start >= 0 and start + count <= len(self._window):
@@ -110,7 +110,7 @@ class HeaderReader:
         self._window = os.pread(self._descriptor, wanted, self.position)
         self._window_start = self.position
         if len(self._window) < count:
-            raise self.broken("it became shorter while it was read")
+            raise self.broken("it was truncated while it was read")
         return 0
 
     def take(self, count: int) -> bytes:
@@ -125,27 +125,27 @@ class HeaderReader:
         return int(layout.unpack_from(self._window, start)[0])
 
     def uint32(self) -> int:
-        """Return the next 4 bytes as a number."""
+        """Return the next 4 bytes as an unsigned integer."""
         return self._number(_U32)
 
     def uint64(self) -> int:
-        """Return the next 8 bytes as a number."""
+        """Return the next 8 bytes as an unsigned integer."""
         return self._number(_U64)
 
     def _length(self) -> int:
         length = self.uint64()
         if length > MAX_STRING_BYTES:
             raise self.broken(
-                f"a text of {length:,} bytes is over the limit of {format_bytes(MAX_STRING_BYTES)}"
+                f"a string of {length:,} bytes exceeds {format_bytes(MAX_STRING_BYTES)}"
             )
         self._require(length)
         return length
 
     def name(self, limit: int, what: str) -> str:
-        """Return a key or a tensor's name of at most `limit` bytes."""
+        """Return a metadata key or tensor name of at most `limit` bytes."""
         length = self.uint64()
         if not 0 < length <= limit:
-            raise self.broken(f"{what} has {length:,} bytes, allowed are 1 to {limit}")
+            raise self.broken(f"{what} has {length:,} bytes; 1 to {limit:,} are allowed")
         self._keep(length)
         try:
             return self.take(length).decode("utf-8")
@@ -153,7 +153,7 @@ class HeaderReader:
             raise self.broken(f"{what} is not UTF-8") from None
 
     def text(self) -> str | None:
-        """Return a text with bad UTF-8 replaced, or None after skipping one over 1 MiB."""
+        """Return a string with invalid UTF-8 replaced; skip one over 1 MiB and return None."""
         length = self._length()
         if length > _LONGEST_KEPT_STRING:
             self.position += length
@@ -168,13 +168,13 @@ class HeaderReader:
         if text is None:
             size = self.position - start - _U64.size
             raise self.broken(
-                f"its chat template of {format_bytes(size)} is over the limit of "
+                f"its chat template of {format_bytes(size)} exceeds the limit of "
                 f"{format_bytes(MAX_TEMPLATE_BYTES)}"
             )
         return text
 
     def scalar(self, type_id: int) -> bool | int | float:
-        """Return a value of one of the fixed-size types."""
+        """Return a value of a fixed-size type."""
         layout = _SCALARS.get(type_id)
         if layout is None:
             raise self.broken(f"a metadata value has the unknown type {type_id}")
@@ -182,7 +182,7 @@ class HeaderReader:
         return value
 
     def numbers(self, type_id: int, count: int) -> tuple[bool | int | float, ...] | None:
-        """Return an array's values, or None after skipping one of more than 1,024."""
+        """Return an array's values; skip one of more than 1,024 and return None."""
         layout = _SCALARS.get(type_id)
         if layout is None:
             kind = "nested arrays are" if type_id == ARRAY else f"element type {type_id} is"
@@ -196,17 +196,17 @@ class HeaderReader:
         return tuple(value for (value,) in layout.iter_unpack(data))
 
     def skip_strings(self, count: int) -> None:
-        """Skip an array of texts without keeping any."""
+        """Skip an array of strings."""
         self._require(count * _U64.size)
         self._array_strings += count
         if self._array_strings > MAX_ARRAY_STRINGS:
-            raise self.broken(f"it lists more than {MAX_ARRAY_STRINGS:,} texts")
+            raise self.broken(f"its arrays hold more than {MAX_ARRAY_STRINGS:,} strings")
         window, start = self._window, self._window_start
         offset = self.position - start
         last = len(window) - _U64.size
         unpack = _U64.unpack_from
         for _ in range(count):
-            # A vocabulary has 150,000 texts and more: no call but this one for each.
+            # Vocabularies have 150,000 strings and more: only one call for each.
             if not 0 <= offset <= last:
                 self.position = start + offset
                 offset = self._fill(_U64.size)
@@ -214,21 +214,21 @@ class HeaderReader:
                 last = len(window) - _U64.size
             (length,) = unpack(window, offset)
             if length > MAX_STRING_BYTES:
-                raise self.broken(f"a text of {length:,} bytes is over the limit of 64 MiB")
+                raise self.broken(f"a string of {length:,} bytes exceeds 64 MiB")
             offset += _U64.size + length
         self.position = start + offset
         self._require(0)
 
     def strings_between(self, start: int, end: int) -> list[bytes]:
-        """Return the texts of an array that `skip_strings` walked from `start` to `end`."""
+        """Return the strings of an array that `skip_strings` skipped from `start` to `end`."""
         if end - start > MAX_VOCABULARY_BYTES:
-            raise self.broken(f"its vocabulary is over {format_bytes(MAX_VOCABULARY_BYTES)}")
+            raise self.broken(f"its vocabulary exceeds {format_bytes(MAX_VOCABULARY_BYTES)}")
         data = os.pread(self._descriptor, end - start, start)
         texts = []
         offset = 0
         while offset < end - start:
             if len(data) - offset < _U64.size:
-                raise self.broken("it became shorter while it was read")
+                raise self.broken("it was truncated while it was read")
             (length,) = _U64.unpack_from(data, offset)
             offset += _U64.size
             texts.append(data[offset : offset + length])
@@ -240,7 +240,7 @@ class HeaderReader:
 def opened(path: Path) -> Iterator[HeaderReader]:
     """Open a regular file for reading; never blocks on a pipe.
 
-    Raises NotThisFormat for what is no regular file, BrokenModel for one that cannot be read.
+    Raises NotThisFormat for anything but a regular file, BrokenModel when reading fails.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""What a GGUF model will hold in memory, from its metadata alone."""
+"""Estimates the memory of a GGUF model from its metadata, and picks a context that fits."""
 
 import math
 from collections.abc import Mapping
@@ -9,27 +9,33 @@ from core.errors import InsufficientMemory
 from core.types import Capability
 from core.units import GIB, MIB, format_bytes
 
-# llama.cpp keeps keys and values as f16 unless told otherwise.
+# llama.cpp's default type of keys and values.
 DEFAULT_KV_TYPE = "f16"
-# Bytes per element; the quantized ones come in blocks.  Source: ggml-common.h, block_q8_0 and on.
+# Bytes per element; quantized types are stored in blocks.  Source: ggml-common.h, block_q8_0 ff.
 _KV_ELEMENT_BYTES = {
-    "f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32,
-    "q4_1": 20 / 32, "q4_0": 18 / 32,
-}  # fmt: skip
+    "f32": 4.0,
+    "bf16": 2.0,
+    "f16": 2.0,
+    "q8_0": 34 / 32,
+    "q5_1": 24 / 32,
+    "q5_0": 22 / 32,
+    "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+}
 _KV_BLOCK = 32
 _FLOATS = ("f32", "bf16", "f16")
 _F32_BYTES = 4
 # llama.cpp pads the number of KV cells to this (llama_kv_cache, n_pad of a unified cache).
 _CELL_PADDING = 256
 _SMALLEST_CONTEXT = 256
-# How many full contexts the shared cells should hold, and the most memory that may take.
+# The shared cells should hold 2 full contexts, in at most 1/4 of the memory limit.
 _WANTED_CONTEXTS = 2
-_MOST_OF_LIMIT = 4
+_CELLS_SHARE = 4
 _BASE_BYTES = 32 * MIB
-_MOST_PREFIX_BYTES = GIB
-# Used cells of others slow every step; they may cost as much reading as this part of the weights.
+_MAX_PREFIX_BYTES = GIB
+# Retained cells slow every step: at most as many bytes as 1/64 of the weights.
 _WARM_SHARE = 64
-_FEWEST_WARM_TOKENS = 64
+_MIN_WARM_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +79,10 @@ def _shape(details: Mapping[str, int | float | str | bool]) -> _Shape:
 
 
 def kv_element_bytes(info: ModelInfo) -> Mapping[str, float]:
-    """Return the types that the model's cells can have, with their bytes per element.
+    """Return the KV cache types that the model allows, with their bytes per element.
 
-    A head must be whole blocks of a quantized type (Source: llama_context's constructor), and an
-    embedding model has no cells that last.
+    A head must consist of whole blocks of a quantized type (Source: llama_context's
+    constructor).  Embedding models have no lasting KV cache.
     """
     if Capability.EMBEDDING in info.capabilities:
         return {}
@@ -87,10 +93,10 @@ def kv_element_bytes(info: ModelInfo) -> Mapping[str, float]:
 
 
 def estimate_gguf(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
-    """Return the memory of `info`, with context and cells chosen to fit the limit.
+    """Return the memory of `info`, with context and KV cells chosen to fit the limit.
 
-    The context is the trained one unless the options or the limit allow less; all sequences
-    share up to two contexts' worth of KV cells, one at least; as much RAM again keeps prefixes.
+    The context is the trained one unless the options or the limit allow less.  All sequences
+    share KV cells for one to two contexts; up to as much RAM again caches prefixes.
     Raises InsufficientMemory.
     """
     shape = _shape(info.details)
@@ -102,7 +108,7 @@ def estimate_gguf(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         + step_tokens * shape.embedding_length * 16 * _F32_BYTES
         + options.max_sequences * shape.vocabulary_size * _F32_BYTES * 2
     )
-    # Every cell also costs a row of the attention mask in each step.
+    # Each cell also needs a row of the attention mask in each step.
     per_cell = per_token + step_tokens * _F32_BYTES
     wanted = min(options.context_tokens or info.context_length, info.context_length)
     limit = options.memory_limit_bytes
@@ -111,7 +117,7 @@ def estimate_gguf(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         free = limit - info.size_bytes - transient - fixed_kv
         most = free // per_cell if per_cell else wanted
         context = _granted(info, options, wanted, int(most), limit)
-        room = limit // _MOST_OF_LIMIT // per_cell if per_cell else context
+        room = limit // _CELLS_SHARE // per_cell if per_cell else context
         cells = options.kv_tokens or min(context * _WANTED_CONTEXTS, max(context, room), int(most))
     elif options.kv_tokens is None:
         cells = wanted * min(_WANTED_CONTEXTS, options.max_sequences)
@@ -126,13 +132,13 @@ def estimate_gguf(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         transient_bytes=transient + cells * step_tokens * _F32_BYTES,
         context_tokens=context,
         kv_tokens=cells,
-        prefix_bytes=min(cells * per_token + fixed_kv, spare, _MOST_PREFIX_BYTES),
-        warm_tokens=max(warm, _FEWEST_WARM_TOKENS),
+        prefix_bytes=min(cells * per_token + fixed_kv, spare, _MAX_PREFIX_BYTES),
+        warm_tokens=max(warm, _MIN_WARM_TOKENS),
     )
 
 
 def _granted(info: ModelInfo, options: EngineOptions, wanted: int, most: int, limit: int) -> int:
-    """Return the context that fits: what was wanted, or less where the user did not fix it."""
+    """Return the context that fits: `wanted`, or less unless the user set it."""
     most -= most % _CELL_PADDING
     if wanted <= most:
         return wanted
@@ -142,8 +148,9 @@ def _granted(info: ModelInfo, options: EngineOptions, wanted: int, most: int, li
         smallest = min(_SMALLEST_CONTEXT, wanted)
     if most < smallest:
         raise InsufficientMemory(
-            f"The model {info.name} ({format_bytes(info.size_bytes)} of weights) does not fit into "
-            f"the {format_bytes(limit)} that models may use with a context of {smallest} tokens.",
+            f"The model {info.name} ({format_bytes(info.size_bytes)} of weights) with a context of "
+            f"{smallest} tokens does not fit into the {format_bytes(limit)} that models may use. "
+            "Choose a smaller context or quantization, or unload other models.",
             param="model",
         )
     return most

@@ -228,7 +228,7 @@ TENSOR_CASES = [
     (RawTensor("w", (0, 4), 0, FLOATS), "impossible shape"),
     (RawTensor("w", (2**32, 2**32), 0, FLOATS), "impossible shape"),
     (RawTensor("w", (2**63 - 1,), 0, FLOATS), "impossible shape"),
-    (RawTensor("w", (8, 4), 2, FLOATS), "no multiple of 32"),
+    (RawTensor("w", (8, 4), 2, FLOATS), "not a multiple of 32"),
     (RawTensor("w", (8, 4), 0, FLOATS, offset=32), "offset 32"),
     (RawTensor("w", (8, 4), 0, FLOATS, offset=2**63), "offset"),
     (RawTensor("w", (8, 5), 0, FLOATS), "32 bytes of its tensors are missing"),
