@@ -1,4 +1,4 @@
-"""MLX models on mlx-lm, and every folder of safetensors that it has code for."""
+"""The MLX backend: runs MLX models, and safetensors models that mlx-lm supports."""
 
 import importlib.util
 import sys
@@ -30,7 +30,7 @@ _WEIGHTS = (".safetensors", ".npz")
 
 
 class MlxBackend(Backend):
-    """Hugging Face folders with weights that MLX made, as safetensors or npz."""
+    """Runs Hugging Face folders with weights in MLX's form, as safetensors or npz."""
 
     name: ClassVar[str] = "mlx"
     starts_on_demand: ClassVar[bool] = True
@@ -47,7 +47,7 @@ class MlxBackend(Backend):
         return Availability(True)
 
     def supports(self, model_type: str) -> bool:
-        """Whether mlx-lm has code for this architecture; imports nothing of it."""
+        """Whether mlx-lm supports this architecture; does not import it."""
         return self.availability().is_available and has_code_for(model_type)
 
     def preload(self, info: ModelInfo, options: EngineOptions) -> None:
@@ -56,15 +56,15 @@ class MlxBackend(Backend):
         import_runtime(options.threads)
 
     def identify(self, path: Path) -> ModelInfo:
-        """Read the headers of the weights and the files beside them."""
+        """Read the headers of the weights and the configuration beside them."""
         return mlx_info(path)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
-        """Return weights, KV cache and compute buffers in bytes, for safetensors models too."""
+        """Return weights, KV cache and compute buffers in bytes, also for safetensors models."""
         return estimate_mlx(info, options)
 
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
-        """Load the model, one of format safetensors too; blocks while the weights are read."""
+        """Load the model, also one of format safetensors; blocks while the weights are read."""
         available = self.availability()
         if not available.is_available:
             raise BackendUnavailable(available.reason)
@@ -76,7 +76,7 @@ class MlxBackend(Backend):
         model_type = runtime_type(folder.config)
         if not has_code_for(model_type):
             raise BrokenModel(
-                f"mlx-lm does not know the architecture {model_type[:60]!r}.", param="model"
+                f"mlx-lm does not support the architecture {model_type[:60]!r}.", param="model"
             )
         weights = tuple(file for file in info.files if file.suffix in _WEIGHTS)
 

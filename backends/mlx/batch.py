@@ -1,4 +1,4 @@
-"""mlx-lm's BatchGenerator with a leaner step, and one row's choice of tokens."""
+"""mlx-lm's BatchGenerator with a faster decoding step, and sampling of a row on the CPU."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,14 +10,14 @@ import numpy as np
 from backends.engine.sampling import RowSampler
 from core.types import TokenLogprob
 
-# Who runs a sequence ends it; the generator alone never does.
+# The stepper ends sequences; the generator never does.
 ENDLESS = 1 << 60
 
 
 class RowChoice:
-    """Chooses one row's tokens on the CPU, from the logits as the model computed them.
+    """Samples one row's tokens on the CPU, from the model's logits.
 
-    mlx-lm computes one token ahead, so a choice waits here until its token is handed out.
+    mlx-lm computes one token ahead, so a sampled token waits here until it is output.
     """
 
     def __init__(self, sampler: RowSampler, is_end: Callable[[int], bool]) -> None:
@@ -27,31 +27,31 @@ class RowChoice:
         self._last = -1
 
     def process(self, _: Any, logits: Any) -> Any:
-        """Take logits of shape (1, vocabulary), as one of mlx-lm's logits processors."""
+        """Sample from logits of shape (1, vocabulary); an mlx-lm logits processor."""
         import mlx.core as mx
 
         self.choose(np.array(logits[0].astype(mx.float32)))
         return logits
 
     def sample(self, _: Any) -> Any:
-        """Return what `process` chose, as one of mlx-lm's samplers."""
+        """Return the token that `process` sampled; an mlx-lm sampler."""
         import mlx.core as mx
 
         return mx.array([self._last], mx.uint32)
 
     def choose(self, logits: Any) -> int:
-        """Choose a token; after the end nothing more is chosen."""
+        """Sample a token; after an end token, return that again."""
         if self._last < 0 or not self._is_end(self._last):
             self._last, logprob = self._sampler.sample(logits)
             self._chosen.append((self._last, logprob))
         return self._last
 
     def take(self) -> TokenLogprob | None:
-        """Return what belongs to the token that is handed out now."""
+        """Return the log-probability of the next token to output."""
         return self._chosen.popleft()[1]
 
     def take_waiting(self) -> tuple[int, TokenLogprob | None] | None:
-        """Return the token that was chosen and not handed out."""
+        """Return the token that was sampled but not output yet, if there is one."""
         return self._chosen.popleft() if self._chosen else None
 
 
@@ -63,12 +63,12 @@ def _greedy(logprobs: Any) -> Any:
 
 @cache
 def _lean_batch() -> Any:
-    """Return mlx-lm's batch without log-probabilities of the vocabulary that nobody reads."""
+    """Return mlx-lm's batch class without its unused log-probabilities of the vocabulary."""
     import mlx.core as mx
     from mlx_lm.generate import GenerationBatch
 
     class LeanBatch(GenerationBatch):  # type: ignore[misc]
-        # How many tokens each sequence wants, by uid; shared with the stepper.
+        # Maximum number of tokens of each sequence, by uid; shared with `MlxBatch`.
         wanted: dict[int, int]
         _next_tokens: Any
 
@@ -88,7 +88,7 @@ def _lean_batch() -> Any:
             return ids, none
 
         def _is_last(self) -> bool:
-            """Whether all sequences end with the tokens that are computed already."""
+            """Whether all sequences end with the tokens that are already computed."""
             return all(
                 count + 1 >= self.wanted.get(uid, ENDLESS)
                 for uid, count in zip(self.uids, self._num_tokens, strict=True)
@@ -113,7 +113,7 @@ def _lean_batch() -> Any:
 
 
 class MlxBatch:
-    """A BatchGenerator of one model; a sequence ends only by `remove`."""
+    """A BatchGenerator for one model; a sequence ends only by `remove`."""
 
     def __init__(self, model: Any, rows: int, chunk_tokens: int) -> None:
         from mlx_lm.generate import BatchGenerator
@@ -123,7 +123,7 @@ class MlxBatch:
             model,
             sampler=_greedy,
             completion_batch_size=rows,
-            # All prompts together: a short one never waits for the end of long ones.
+            # All prompts together: a short one does not wait for long ones.
             prefill_batch_size=rows,
             prefill_step_size=chunk_tokens,
         )
@@ -139,7 +139,7 @@ class MlxBatch:
         prefix: Sequence[int] = (),
         layers: list[Any] | None = None,
     ) -> int:
-        """Add a sequence of `tokens` after `prefix`, whose caches are `layers`; return its uid."""
+        """Add `tokens` after `prefix`, whose caches are `layers`; return the sequence's uid."""
         (uid,) = self._generator.insert(
             [list(tokens)],
             max_tokens=[ENDLESS],
@@ -154,7 +154,7 @@ class MlxBatch:
     def next(self, chunk_tokens: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Compute one token of each sequence, and up to `chunk_tokens` of each prompt.
 
-        Returns (uid, tokens of its prompt that are done) and (uid, token id) pairs.
+        Returns (uid, prompt tokens computed) and (uid, token id) pairs.
         """
         self._generator.prefill_step_size = chunk_tokens
         prompts, tokens = self._generator.next()
@@ -169,7 +169,7 @@ class MlxBatch:
         return bool(self._wanted)
 
     def remove(self, uid: int) -> None:
-        """Drop a sequence and its caches."""
+        """Remove a sequence and its caches."""
         self._generator.remove([uid])
         del self._wanted[uid]
 
@@ -179,7 +179,7 @@ class MlxBatch:
         return layers, tokens
 
     def close(self) -> None:
-        """Free all caches; twice is fine."""
+        """Free all caches; idempotent."""
         self._wanted.clear()
         if self._generator is not None:
             self._generator.close()

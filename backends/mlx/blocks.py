@@ -1,4 +1,4 @@
-"""Blocks of MLX's caches as bytes: keys and values of all layers, one layer after the other."""
+"""Exports and imports blocks of MLX's KV caches as bytes, layer by layer."""
 
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from backends.prefixes.block_file import BLOCK_TOKENS
 
 
 class LayerBlocks:
-    """Takes the caches of one model apart and puts them together; on the engine's thread only."""
+    """Splits the caches of one model into blocks and joins them; engine's thread only."""
 
     def __init__(self, model: MlxModel) -> None:
         self._shapes = model.cache_shapes
@@ -20,14 +20,14 @@ class LayerBlocks:
 
     @property
     def layout(self) -> str | None:
-        """What the bytes depend on besides the files; None where caches cannot be cut."""
+        """What the bytes depend on besides the model's files; None if caches cannot be cut."""
         if not self._shapes:
             return None
         arrays = [f"{s}{d}" for s, d in zip(self._shapes, self._dtypes, strict=True)]
         return f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, {BLOCK_TOKENS}, {arrays}"
 
     def copy(self, layers: Sequence[Any], number: int) -> NDArray[np.uint8]:
-        """Return the bytes of one block of caches that hold it."""
+        """Return the bytes of one block of these caches."""
         import mlx.core as mx
 
         start, end = number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS
@@ -39,12 +39,12 @@ class LayerBlocks:
         return np.concatenate(parts)
 
     def fits(self, state: NDArray[np.uint8]) -> bool:
-        """Whether a block has the size that this model's blocks have."""
+        """Whether a block has the size of this model's blocks."""
         sizes = (h * w * d.size for (h, w), d in zip(self._shapes, self._dtypes, strict=True))
         return int(state.nbytes) == BLOCK_TOKENS * int(sum(sizes))
 
     def join(self, states: Sequence[NDArray[np.uint8]]) -> list[Any]:
-        """Return caches of all layers that hold these blocks, the first being the prompt's."""
+        """Return caches of all layers with these blocks, in order from the prompt's start."""
         import mlx.core as mx
         from mlx_lm.models.cache import KVCache
 

@@ -1,4 +1,4 @@
-"""What an MLX model is, from its files alone; MLX is not needed for it."""
+"""Identifies an MLX model from its files, without importing MLX."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ _SCALES = ".scales"
 
 
 class _Entry(Protocol):
-    """One tensor's description, whatever file it is in; `dtype` is named as in safetensors."""
+    """Description of one tensor in any file format; `dtype` is named as in safetensors."""
 
     @property
     def dtype(self) -> str: ...
@@ -40,14 +40,14 @@ class _Entry(Protocol):
 def mlx_info(path: Path) -> ModelInfo:
     """Describe the model that the weights file `path` belongs to.
 
-    Raises NotThisFormat, and BrokenModel for what is damaged, hostile, or of an architecture
-    that mlx-lm has no code for.
+    Raises NotThisFormat; BrokenModel for damaged or malicious files and for architectures that
+    mlx-lm does not support.
     """
     path = path.absolute()
     if path.suffix == ".npz":
         return _npz_info(path)
     if path.suffix != ".safetensors":
-        raise NotThisFormat(f"{path.name}: neither safetensors nor npz")
+        raise NotThisFormat(f"{path.name} is neither safetensors nor npz")
     folder = read_folder(path.parent)
     files = weight_files(folder.path, "safetensors")
     if path not in files:
@@ -76,7 +76,7 @@ def _npz_info(path: Path) -> ModelInfo:
 
 
 def runtime_type(config: Mapping[str, Any]) -> str:
-    """Return the model type whose code mlx-lm runs: the outer one of a nested configuration."""
+    """Return the model type that selects mlx-lm's code: the outer one of a nested config."""
     value = config.get("wrapper_model_type") or config.get("model_type")
     return value if isinstance(value, str) else ""
 
@@ -86,7 +86,7 @@ def _info(folder: HfFolder, files: tuple[Path, ...], tensors: Mapping[str, _Entr
     check_config(folder.config)
     model_type = runtime_type(folder.config)
     if not supports(model_type):
-        raise broken(config, f"mlx-lm does not know the architecture {model_type[:60]!r}")
+        raise broken(config, f"mlx-lm does not support the architecture {model_type[:60]!r}")
     check_folder(folder, is_known=True)
     dtypes: Counter[str] = Counter()
     for entry in tensors.values():
@@ -107,19 +107,25 @@ def _info(folder: HfFolder, files: tuple[Path, ...], tensors: Mapping[str, _Entr
         details=details,
     )
     if int(info.details["n_layer"]) > len(tensors):
-        raise broken(config, f"it has more layers than the {len(tensors)} tensors there are")
+        raise broken(
+            config,
+            f"it declares {info.details['n_layer']} layers, but the weights have only "
+            f"{len(tensors)} tensors",
+        )
     return info
 
 
 def _count(config: Path, quantization: Mapping[str, Any], key: str) -> int:
     value = quantization.get(key)
     if type(value) is not int or not 1 <= value <= 1024:
-        raise broken(config, f"its quantization has {key}={str(value)[:40]!r}")
+        raise broken(
+            config, f"its quantization has {key}={str(value)[:40]!r}, not an integer from 1 to 1024"
+        )
     return value
 
 
 def _parameters(config: Path, tensors: Mapping[str, _Entry], quantization: Any) -> int:
-    """Return the number of weights, the packed ones counted as what they stand for."""
+    """Return the number of parameters; quantized weights count unpacked."""
     if not isinstance(quantization, dict):
         return _elements(tensors.values())
     total = 0

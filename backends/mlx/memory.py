@@ -1,4 +1,4 @@
-"""What an MLX model will hold in memory, and in which form its weights will be."""
+"""Estimates the memory of an MLX model, and decides whether to dequantize its weights."""
 
 from backends.base import EngineOptions, MemoryEstimate, ModelInfo
 from backends.hf.memory import estimate_transformer
@@ -8,13 +8,13 @@ from core.units import GIB, MIB
 
 _F32_BYTES = 4
 _HALF_BYTES = 2
-# Without a GPU, unpacking is worth its memory only for small models.
+# Without a GPU, dequantizing is worth its memory only for small models.
 _LARGEST_DENSE_BYTES = 4 * GIB
 _RUNTIME_BYTES = 192 * MIB
 
 
 def is_quantized(info: ModelInfo) -> bool:
-    """Whether the weights are packed with MLX's own quantization."""
+    """Whether the weights have MLX's own quantization."""
     return "mlx_bits" in info.details
 
 
@@ -24,7 +24,7 @@ def dense_bytes(info: ModelInfo) -> int:
 
 
 def wants_dense(info: ModelInfo, options: EngineOptions) -> bool:
-    """Whether to unpack quantized weights: on a CPU the dense product is many times faster."""
+    """Whether to dequantize weights: on a CPU, dense products are many times faster."""
     if has_metal() or not is_quantized(info) or dense_bytes(info) > _LARGEST_DENSE_BYTES:
         return False
     try:
@@ -47,7 +47,7 @@ def _weights_bytes(info: ModelInfo, options: EngineOptions) -> int:
         return dense_bytes(info)
     if wants_dense(info, options):
         return dense_bytes(info)
-    # Packed weights stay, their 16-bit scales become float32.
+    # Quantized weights stay as stored; their 16-bit scales become float32.
     return stored + stored // 8
 
 

@@ -1,4 +1,4 @@
-"""Loading a model with mlx-lm: what it knows, the runtime's settings, and the weights."""
+"""Loads a model with mlx-lm: supported architectures, runtime settings, weights."""
 
 import ast
 import ctypes
@@ -27,15 +27,15 @@ from core.units import MIB
 _TYPE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NESTED = ("text_config", "llm_config", "language_config")
 _LIFTED = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
-_MOST_REPEATS = 4096
+_MAX_REPEATS = 4096
 _REPEATS = re.compile(r"(num_.*layers|n_layers?|num_.*experts|num_.*stages|.*num_blocks)")
-# Buffers that MLX keeps for reuse; the estimate counts them.
+# Freed buffers that MLX keeps for reuse; part of the memory estimate.
 CACHE_BYTES = 256 * MIB
 _IMPORTING = threading.Lock()
 
 
 def has_metal() -> bool:
-    """Whether MLX computes on a GPU here; imports nothing."""
+    """Whether MLX computes on a GPU on this machine; does not import it."""
     return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
@@ -48,7 +48,7 @@ def _package() -> Path | None:
 
 @cache
 def _aliases() -> Mapping[str, str]:
-    """Return mlx-lm's own table of model types that another type's code runs."""
+    """Return mlx-lm's table of model types that use the code of another type."""
     package = _package()
     if package is None:
         return {}
@@ -60,7 +60,7 @@ def _aliases() -> Mapping[str, str]:
 
 @cache
 def supports(model_type: str) -> bool:
-    """Whether mlx-lm has code for this `model_type`; imports nothing of it."""
+    """Whether mlx-lm supports this `model_type`; reads its source, does not import it."""
     package = _package()
     if package is None or not _TYPE.fullmatch(model_type):
         return False
@@ -72,23 +72,26 @@ def supports(model_type: str) -> bool:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse what would run a file's code or build without end.  Raises BrokenModel."""
+    """Reject configurations that run code or build too many layers.  Raises BrokenModel."""
     if config.get("model_file") is not None:
         raise BrokenModel(
-            "The model's config.json names Python code to run (model_file), which is refused.",
+            "The model's config.json names Python code to run (model_file), which is not allowed.",
             param="model",
         )
     for key, value in config.items():
         if isinstance(value, dict):
             check_config(value)
-        elif _REPEATS.fullmatch(key) and isinstance(value, int) and value > _MOST_REPEATS:
-            raise BrokenModel(f"The model's config.json has {key}={value}.", param="model")
+        elif _REPEATS.fullmatch(key) and isinstance(value, int) and value > _MAX_REPEATS:
+            raise BrokenModel(
+                f"The model's config.json has {key}={value}; at most {_MAX_REPEATS} is allowed.",
+                param="model",
+            )
 
 
-def _lend_blas(threads: int) -> None:
-    """Let PyTorch's BLAS serve MLX: the one in MLX's wheel for Linux is twenty times slower.
+def _preload_blas(threads: int) -> None:
+    """Make MLX use PyTorch's BLAS: the one in MLX's wheel for Linux is twenty times slower.
 
-    Its symbols must be there before MLX is loaded.  Does nothing where torch is missing.
+    Its symbols must be loaded before MLX.  Does nothing if torch is not installed.
     """
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return
@@ -102,8 +105,8 @@ def _lend_blas(threads: int) -> None:
 
 
 @contextmanager
-def _kept_limits() -> Iterator[None]:
-    """Keep the process's limit of open files, which importing mlx-lm would lower for good."""
+def _keep_file_limit() -> Iterator[None]:
+    """Keep the process's limit of open files, which importing mlx-lm would lower."""
     original = resource.setrlimit
     resource.setrlimit = lambda *_: None
     try:
@@ -113,12 +116,12 @@ def _kept_limits() -> Iterator[None]:
 
 
 def import_runtime(threads: int) -> None:
-    """Import MLX and mlx-lm; blocks for a second or two the first time."""
+    """Import MLX and mlx-lm; blocks for 1 to 2 s the first time."""
     with _IMPORTING:
         if "mlx_lm.generate" in sys.modules:
             return
-        _lend_blas(threads)
-        with _kept_limits():
+        _preload_blas(threads)
+        with _keep_file_limit():
             import mlx_lm.generate  # noqa: F401
     import mlx.core as mx
 
@@ -128,7 +131,7 @@ def import_runtime(threads: int) -> None:
 def _runtime_config(folder: HfFolder) -> dict[str, Any]:
     """Return config.json with the rotary settings where mlx-lm's models look for them.
 
-    Most of them ignore `rope_parameters` of transformers 5, and compute fluent nonsense then.
+    Most of them ignore `rope_parameters` of transformers 5, and then generate nonsense.
     """
     config = read_json(folder.path / "config.json")
     lifted = {key: folder.config[key] for key in _LIFTED if folder.config.get(key) is not None}
@@ -138,13 +141,13 @@ def _runtime_config(folder: HfFolder) -> dict[str, Any]:
                 if level.get(key) is None:
                     level[key] = value
     if folder.is_embedder:
-        # Saved without a head, which is not used then.
+        # Embedding models are saved without an output head.
         config["tie_word_embeddings"] = True
     return config
 
 
 def _loader(model_class: Any, weights: Mapping[str, Any]) -> Any:
-    """Return the class with `weights` in place of files, each of which must find its place."""
+    """Return a subclass that loads `weights` instead of files; each must match a parameter."""
 
     def sanitize(self: Any, _: Mapping[str, Any]) -> Any:
         found = dict(weights)
@@ -160,9 +163,9 @@ def _loader(model_class: Any, weights: Mapping[str, Any]) -> Any:
 
 
 class CpuClock:
-    """CPU seconds of the calling thread and of MLX's own threads on Linux.
+    """Measures the CPU time of the calling thread and, on Linux, of MLX's own threads.
 
-    Made before the first computation: what threads appear until `settle` are the runtime's.
+    Create it before the first computation: threads that appear until `settle` are MLX's.
     """
 
     def __init__(self) -> None:
@@ -175,13 +178,13 @@ class CpuClock:
         return {int(each.name) for each in folder.iterdir()} if folder.is_dir() else set()
 
     def settle(self) -> None:
-        """Take the threads that are new."""
+        """Register the threads that are new as MLX's."""
         python = {thread.native_id for thread in threading.enumerate()}
-        # Source: clock_gettime(2) on Linux; 6 means one thread's CPU time.
+        # Source: clock_gettime(2) on Linux; 6 selects the CPU time of one thread.
         self._clocks = tuple((~each << 3) | 6 for each in self._threads() - self._before - python)
 
     def seconds(self) -> float:
-        """Return the sum so far; only differences mean something."""
+        """Return the CPU seconds so far; only differences are meaningful."""
         total = time.thread_time()
         for clock in self._clocks:
             try:
@@ -192,15 +195,14 @@ class CpuClock:
 
 
 class MlxModel:
-    """Weights in memory; made, used and closed on one thread."""
+    """The weights of one model; created, used and closed on one thread."""
 
     def __init__(
         self, folder: HfFolder, weights: tuple[Path, ...], *, threads: int, is_dense: bool
     ) -> None:
-        """Load; blocks.  `is_dense` unpacks quantized weights to float32.
+        """Load the weights; blocks.  `is_dense` dequantizes them to float32.
 
-        `can_cut` says then whether a sequence's cache can be cut at any length.
-
+        Sets `can_cut`: whether a sequence's cache can be cut at any length.
         Raises BrokenModel, InsufficientMemory.
         """
         import_runtime(threads)
@@ -211,11 +213,11 @@ class MlxModel:
             folder,
             lambda: _load(config, weights, is_dense=is_dense, is_embedder=folder.is_embedder),
         )
-        self.vocabulary_size = _guarded(folder, self._try)
+        self.vocabulary_size = _guarded(folder, self._compute_one_token)
         self.clock.settle()
 
-    def _try(self) -> int:
-        """Compute one token: shapes that do not fit and broken numbers show here."""
+    def _compute_one_token(self) -> int:
+        """Detect mismatched shapes and non-finite weights; return the vocabulary size."""
         import mlx.core as mx
         from mlx_lm.generate import generation_stream
         from mlx_lm.models.cache import KVCache, make_prompt_cache
@@ -227,7 +229,7 @@ class MlxModel:
         with mx.stream(generation_stream):
             logits = self.model(mx.array([[0]]), cache=kinds)[0, -1].astype(mx.float32)
             if not mx.isfinite(logits).all().item():
-                raise ValueError("it computes no finite numbers")
+                raise ValueError("it produces non-finite logits (NaN or infinity)")
         arrays = [a for each in kinds for a in (each.keys, each.values)] if self.can_cut else []
         # One row's (heads, width) of keys and values, layer by layer.
         self.cache_shapes = tuple((int(a.shape[1]), int(a.shape[3])) for a in arrays)
@@ -235,7 +237,7 @@ class MlxModel:
         return int(logits.shape[-1])
 
     def close(self) -> None:
-        """Give the memory back; twice is fine."""
+        """Free the memory; idempotent."""
         import mlx.core as mx
 
         self.model = None
@@ -261,7 +263,7 @@ def _load(
         model_class, arguments = _get_classes(config)
         return _loader(model_class, weights), arguments
 
-    # Nothing but this configuration is read: no other weights, no code beside them.
+    # Only this configuration is read: no other weights, and no code beside them.
     with tempfile.TemporaryDirectory(prefix="impetus-mlx-") as place:
         (Path(place) / "config.json").write_text(json.dumps(config), "utf-8")
         model, _ = load_model(
@@ -274,24 +276,33 @@ def _load(
     if is_dense:
         model = dequantize_model(model)
     if not has_metal():
-        # Half-precision numbers are many times slower on a CPU.
+        # Half precision is many times slower on a CPU.
         model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return model
 
 
 def _guarded(folder: HfFolder, work: Callable[[], Any]) -> Any:
-    """Run `work`; what mlx-lm raises for unfitting files becomes an error of ours."""
+    """Run `work`; turn exceptions of mlx-lm into BrokenModel or InsufficientMemory."""
     try:
         return work()
     except MemoryError as problem:
         raise InsufficientMemory(
-            f"The model {folder.path.name} does not fit into memory.", param="model"
+            f"The model {folder.path.name} does not fit into memory. Unload other models or use a "
+            "smaller quantization.",
+            param="model",
         ) from problem
     except (
-        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
-        RuntimeError, TypeError, ValueError,
-    ) as problem:  # fmt: skip
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as problem:
         reason = f"{type(problem).__name__}: {problem}"[:500]
         raise BrokenModel(
             f"The model {folder.path.name} cannot be loaded by mlx-lm: {reason}", param="model"

@@ -1,4 +1,4 @@
-"""Computed prefixes that MLX keeps in memory, least recently used out first."""
+"""An LRU cache of computed prefixes in memory, for MLX models."""
 
 from array import array
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from backends.prefixes.ram import SMALLEST_PREFIX
 
 @dataclass(slots=True, eq=False)
 class KeptLayers:
-    """The caches of all layers after `tokens`, for one sequence; their arrays are never changed."""
+    """The KV caches of all layers for `tokens`, one sequence; their arrays are immutable."""
 
     tokens: "array[int]"
     layers: list[Any]
@@ -21,7 +21,7 @@ class KeptLayers:
 
 
 class MlxPrefixes:
-    """At most `limit_bytes` of caches; used from the engine's thread only."""
+    """Holds at most `limit_bytes` of caches; used from the engine's thread only."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -30,7 +30,7 @@ class MlxPrefixes:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is ever kept."""
+        """Whether prefixes are kept at all."""
         return self._limit_bytes > 0
 
     @property
@@ -39,13 +39,13 @@ class MlxPrefixes:
         return sum(kept.size_bytes for kept in self._kept)
 
     def tokens(self) -> list["array[int]"]:
-        """Return the tokens of all that is kept."""
+        """Return the tokens of all prefixes."""
         return [kept.tokens for kept in self._kept]
 
     def put(self, tokens: "array[int]", layers: list[Any]) -> KeptLayers | None:
-        """Keep the caches after `tokens`; those that they continue go where they can be cut.
+        """Keep the caches of `tokens`, in place of shorter ones that they contain.
 
-        None: they are too large or too short, or known already.
+        Returns None, keeping nothing, if they are too large, too short or already known.
         """
         import mlx.core as mx
         from mlx_lm.models.cache import can_trim_prompt_cache
@@ -70,14 +70,14 @@ class MlxPrefixes:
         self._kept.append(newest)
         while self.size_bytes > self._limit_bytes:
             self._kept.remove(min(self._kept, key=lambda kept: kept.used))
-        # What is not computed yet would keep its inputs alive.
+        # Unevaluated arrays would keep their inputs alive.
         mx.eval([layer.state for layer in layers])
         return newest
 
     def longest(self, prompt: "array[int]") -> tuple[int, Callable[[], list[Any]]]:
-        """Return how many tokens of `prompt` are known, and what makes their caches.
+        """Return how many tokens of `prompt` are cached, and a function that makes the caches.
 
-        One token at least is left to compute.  A cache that cannot be cut counts as a whole.
+        At least one token is left to compute.  A cache that cannot be cut is used whole or not.
         """
         limit = len(prompt) - 1
         best, best_length = None, SMALLEST_PREFIX - 1
@@ -94,12 +94,12 @@ class MlxPrefixes:
         return best_length, lambda: cut(best.layers, len(best.tokens), best_length)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all prefixes."""
         self._kept.clear()
 
 
 def cut(layers: list[Any], length: int, wanted: int) -> list[Any]:
-    """Return caches with the first `wanted` of `length` tokens; the arrays are shared."""
+    """Return caches of the first `wanted` of `length` tokens; they share the arrays."""
     from copy import deepcopy
 
     from mlx_lm.models.cache import trim_prompt_cache

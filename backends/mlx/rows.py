@@ -1,4 +1,4 @@
-"""One sequence of an MLX engine, with how its tokens are chosen."""
+"""One sequence of an MLX engine, with its sampler and its restored blocks."""
 
 from dataclasses import dataclass, field
 
@@ -9,11 +9,11 @@ from backends.prefixes.store import State
 
 @dataclass(slots=True, eq=False)
 class MlxRow(Row):
-    """One sequence; its slot is an mlx-lm uid, and `choice` None is greedy.
+    """One sequence; its slot is an mlx-lm uid, and `choice` None means greedy.
 
     mlx-lm computes one token ahead: once a row decodes, its caches hold all of `tokens`, and
-    `past` says no more.  `known` tokens of the prompt were cached when it started; `blocks` are
-    what was restored of it before that.
+    `past` is no longer updated.  `known` prompt tokens were cached when it started; `blocks`
+    are restored before that.
     """
 
     choice: RowChoice | None

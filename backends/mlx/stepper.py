@@ -1,4 +1,4 @@
-"""Continuous batching over mlx-lm: `backends.base.Stepper` for MLX."""
+"""Continuous batching over mlx-lm: the Stepper of MLX models."""
 
 import time
 from collections.abc import Callable
@@ -27,14 +27,14 @@ from backends.stepper import SequenceSpec, StepOutput
 class MlxStepper(PlannedStepper):
     """Runs up to `max_sequences` rows in mlx-lm's batch, which pads all rows to the longest.
 
-    Every step decodes one token of each running row and a bounded chunk of waiting prompts.
-    A new row gets the longest computed prefix of any running or finished row.  When the padded
-    rows exceed `options.kv_tokens`, the youngest gives its cache back and is computed again
-    later: it waits, nothing fails.
+    Every step decodes one token of each running row and prefills a bounded chunk of prompts.
+    A new row reuses the longest computed prefix of any running or finished row.  When the padded
+    rows would exceed `options.kv_tokens`, the youngest running row is preempted: it loses its
+    cache, waits, and is computed again.
     """
 
     def __init__(self, model: MlxModel, pieces: Pieces, options: EngineOptions) -> None:
-        """Take the model over; `options` must have its KV tokens decided."""
+        """Take ownership of `model`; `options` must have `kv_tokens` set."""
         assert options.kv_tokens is not None
         self._model = model
         self._pieces = pieces
@@ -52,7 +52,7 @@ class MlxStepper(PlannedStepper):
         self._by_uid: dict[int, MlxRow] = {}
 
     def add(self, spec: SequenceSpec) -> None:
-        """Accept a sequence; it starts as soon as there is room.  Raises RequestError."""
+        """Queue a sequence; it starts as soon as there is room.  Raises RequestError."""
         sampler = RowSampler(
             spec, self._model.vocabulary_size, lambda token: self._pieces.piece(token, special=True)
         )
@@ -60,7 +60,7 @@ class MlxStepper(PlannedStepper):
         self._book.add(MlxRow(spec, token_array(spec.prompt), choice))
 
     def remove(self, sequence_id: int) -> None:
-        """Drop a sequence; what it computed stays as a prefix for later ones.  Idempotent."""
+        """Drop a sequence; its computed tokens stay as a prefix for later ones.  Idempotent."""
         row = self._book.remove(sequence_id)
         if row is None or row.slot < 0:
             return
@@ -78,7 +78,7 @@ class MlxStepper(PlannedStepper):
         row.is_decoding = False
 
     def step(self) -> list[StepOutput]:
-        """Do one forward pass, two where a prompt is done with the first."""
+        """Do one forward pass, or two if the first one completes a prompt without a token."""
         started = self._model.clock.seconds()
         outputs = self._make_room()
         self._admit()
@@ -116,11 +116,11 @@ class MlxStepper(PlannedStepper):
         return row.add_token(token_id, logprob, is_end=self._pieces.is_end(token_id))
 
     def _padded(self, rows: list[MlxRow]) -> int:
-        """Return the KV tokens that these rows take together after one more step."""
+        """Return the KV tokens of these rows after one more step: all padded to the longest."""
         return len(rows) * max((len(row.tokens) + 1 for row in rows), default=0)
 
     def _make_room(self) -> list[StepOutput]:
-        """Take out the youngest rows until the others fit; return tokens they had ahead."""
+        """Preempt the youngest rows until the others fit; return tokens they had computed ahead."""
         book, outputs = self._book, list[StepOutput]()
         while len(book.running) > 1 and self._padded(book.running) > book.kv_tokens:
             row = book.preempt()
@@ -141,9 +141,9 @@ class MlxStepper(PlannedStepper):
                 book.start(row)
 
     def _place(self, row: MlxRow) -> bool:
-        """Insert a row with what is known of it; False while that is still being read or computed.
+        """Give `row` a slot with the longest cached prefix; False while that is not ready yet.
 
-        Blocks that outlived an engine are taken where they are longer than what is in memory.
+        Stored blocks of a former engine are used if they are longer than what is in memory.
         """
         known, make = self._prefixes.longest(row.tokens)
         leader, shared = self._leader(row)
@@ -171,7 +171,7 @@ class MlxStepper(PlannedStepper):
         return True
 
     def _awaits_blocks(self, row: MlxRow, others: int) -> bool:
-        """Return whether blocks of the row's prompt are still to come; ask for them once."""
+        """Return whether a restore of the row's prompt still runs; start it the first time."""
         if not row.was_restored:
             row.was_restored = True
             blocks = self._flow.known(row.tokens[:-1])
@@ -197,7 +197,7 @@ class MlxStepper(PlannedStepper):
         row.reuse = reuse
 
     def _leader(self, row: MlxRow) -> tuple[MlxRow | None, int]:
-        """Return the running row whose prompt shares most, where caches can be cut."""
+        """Return the running row that shares the longest prefix, if caches can be cut."""
         leader, shared = self._book.best_leader(row) if self._model.can_cut else (None, 0)
         return (leader, shared) if shared >= SMALLEST_PREFIX else (None, 0)
 
@@ -213,7 +213,7 @@ class MlxStepper(PlannedStepper):
         return self._book.load(self._padded(self._book.running))
 
     def close(self) -> None:
-        """Free the caches and the weights; twice is fine."""
+        """Free the caches and the weights; idempotent."""
         self._flow.finish()
         self._batch.close()
         self._prefixes.clear()
