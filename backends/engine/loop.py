@@ -174,7 +174,7 @@ class EngineLoop:
             if self._inbox.is_closing:
                 return False
             for request in self._inbox.submitted:
-                request.throttled_s -= self._pacer.held_s()
+                request.throttled_s -= self._pacer.limited_s()
             self._waiting.extend(self._inbox.submitted)
             cancelled = list(self._inbox.cancelled)
             self._inbox.clear()
@@ -205,7 +205,7 @@ class EngineLoop:
         while self._waiting and len(self._running) < most:
             request = self._waiting.popleft()
             request.added_at = time.monotonic()
-            request.throttled_s += self._pacer.held_s() - self._pacer.paused_s
+            request.throttled_s += self._pacer.limited_s() - self._pacer.paused_s
             try:
                 self._stepper.add(request.spec())
             except ImpetusError as problem:
@@ -213,7 +213,7 @@ class EngineLoop:
                 continue
             self._running[request.id] = request
         has_room = len(self._running) < self._stepper.max_sequences
-        self._pacer.note_held(bool(self._waiting) and has_room)
+        self._pacer.set_limited(bool(self._waiting) and has_room)
 
     def _step(self) -> StepEvents:
         # A command may have ended the pause before the next step is due.

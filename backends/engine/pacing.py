@@ -19,8 +19,8 @@ class Pacer:
         self.paused_s = 0.0
         self._applied: EngineLimits = UNLIMITED
         self._stepped_at = -math.inf
-        self._held_s = 0.0
-        self._held_since: float | None = None
+        self._limited_s = 0.0
+        self._limited_since: float | None = None
 
     def apply_to(self, stepper: object) -> None:
         """Apply the limits to the stepper if they changed."""
@@ -45,14 +45,14 @@ class Pacer:
         """Start the pause after a step."""
         self._stepped_at = time.monotonic()
 
-    def note_held(self, is_held: bool) -> None:
+    def set_limited(self, is_limited: bool) -> None:
         """Start or stop the clock of requests that wait only because of the limits."""
-        if is_held != (self._held_since is not None):
-            self._held_s = self.held_s()
-            self._held_since = time.monotonic() if is_held else None
+        if is_limited != (self._limited_since is not None):
+            self._limited_s = self.limited_s()
+            self._limited_since = time.monotonic() if is_limited else None
 
-    def held_s(self) -> float:
+    def limited_s(self) -> float:
         """Return the seconds that requests have waited because of the limits so far."""
-        if self._held_since is None:
-            return self._held_s
-        return self._held_s + time.monotonic() - self._held_since
+        if self._limited_since is None:
+            return self._limited_s
+        return self._limited_s + time.monotonic() - self._limited_since

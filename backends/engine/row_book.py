@@ -30,7 +30,7 @@ class RowBook(Generic[RowT]):
         self._max_sequences = max_sequences
         self._preemptions = 0
         self._by_id: dict[int, RowT] = {}
-        # Set by a preemption, until a running row ends: nobody new would find room.
+        # Set by a preemption until a running row ends: a new row would not find room.
         self._is_crowded = False
 
     def add(self, row: RowT) -> None:

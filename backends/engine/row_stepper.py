@@ -9,7 +9,7 @@ from backends.base import EngineLoad, EngineOptions
 from backends.engine.prefill import PrefillPlanner
 from backends.engine.row_book import RowBook
 from backends.engine.row_model import Pieces, PortableRows, RowInput, RowModel
-from backends.engine.rows import KeptRow, ModelRow, PlannedStepper
+from backends.engine.rows import BaseStepper, KeptRow, ModelRow
 from backends.engine.sampling import RowSampler
 from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.match import longest_prefix, token_array
@@ -19,7 +19,7 @@ from backends.prefixes.transfer import SnapshotFlow, await_first, is_worth_it
 from backends.stepper import SequenceSpec, StepOutput
 
 
-class RowStepper(PlannedStepper):
+class RowStepper(BaseStepper):
     """Runs up to `max_sequences` rows; each step appends to all that are ready in one call.
 
     Every step decodes one token of each running row and prefills a bounded chunk of prompts.

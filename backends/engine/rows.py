@@ -128,7 +128,7 @@ class KeptRow:
     used_at_step: int
 
 
-class PlannedStepper:
+class BaseStepper:
     """Base of all steppers: applies prefill limits and copies blocks while idle."""
 
     _planner: PrefillPlanner

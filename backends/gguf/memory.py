@@ -123,8 +123,8 @@ def estimate_gguf(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         cells = wanted * min(_WANTED_CONTEXTS, options.max_sequences)
     cells = max(context, cells)
     cells = -(-cells // _CELL_PADDING) * _CELL_PADDING
-    held = info.size_bytes + fixed_kv + transient + cells * per_cell
-    spare = cells * per_token + fixed_kv if limit is None else max(limit - held, 0)
+    used = info.size_bytes + fixed_kv + transient + cells * per_cell
+    spare = cells * per_token + fixed_kv if limit is None else max(limit - used, 0)
     warm = info.size_bytes // _WARM_SHARE // per_token if per_token else 0
     return MemoryEstimate(
         weights_bytes=info.size_bytes,

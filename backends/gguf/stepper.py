@@ -5,7 +5,7 @@ import time
 from backends.base import EngineLoad, EngineOptions
 from backends.engine.prefill import PrefillPlanner
 from backends.engine.row_book import RowBook
-from backends.engine.rows import PlannedStepper
+from backends.engine.rows import BaseStepper
 from backends.gguf.batch import Batch
 from backends.gguf.blocks import CellBlocks, block_layout
 from backends.gguf.model import GgufModel, library, native_log, open_context
@@ -22,7 +22,7 @@ from core.errors import EngineFailed
 _NO_SLOT = 1
 
 
-class GgufStepper(PlannedStepper):
+class GgufStepper(BaseStepper):
     """Runs up to `max_sequences` rows in one unified KV cache, one llama.cpp sequence id each.
 
     Every step decodes one token of each running row and prefills a bounded chunk of prompts.

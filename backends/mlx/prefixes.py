@@ -35,7 +35,7 @@ class MlxPrefixes:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes held."""
+        """Bytes of all kept caches."""
         return sum(kept.size_bytes for kept in self._kept)
 
     def tokens(self) -> list["array[int]"]:

@@ -9,7 +9,7 @@ from backends.base import EngineLoad, EngineOptions
 from backends.engine.prefill import PrefillPlanner
 from backends.engine.row_book import RowBook
 from backends.engine.row_model import Pieces
-from backends.engine.rows import PlannedStepper
+from backends.engine.rows import BaseStepper
 from backends.engine.sampling import RowSampler
 from backends.mlx.batch import MlxBatch, RowChoice
 from backends.mlx.blocks import LayerBlocks
@@ -24,7 +24,7 @@ from backends.prefixes.transfer import SnapshotFlow, await_first, is_worth_it
 from backends.stepper import SequenceSpec, StepOutput
 
 
-class MlxStepper(PlannedStepper):
+class MlxStepper(BaseStepper):
     """Runs up to `max_sequences` rows in mlx-lm's batch, which pads all rows to the longest.
 
     Every step decodes one token of each running row and prefills a bounded chunk of prompts.

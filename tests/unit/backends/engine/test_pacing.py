@@ -53,10 +53,10 @@ def test_pauses_are_counted_and_idleness_is_not(clock: Clock) -> None:
 
 def test_holding_back_is_counted_while_it_lasts(clock: Clock) -> None:
     pacer = Pacer()
-    for is_held, passes in ((False, 1.0), (True, 2.0), (True, 3.0), (False, 4.0), (True, 5.0)):
-        pacer.note_held(is_held)
+    for is_limited, passes in ((False, 1.0), (True, 2.0), (True, 3.0), (False, 4.0), (True, 5.0)):
+        pacer.set_limited(is_limited)
         clock.now += passes
-    assert pacer.held_s() == pytest.approx(10.0)
+    assert pacer.limited_s() == pytest.approx(10.0)
 
 
 def test_new_limits_reach_the_stepper_once() -> None:
