@@ -1,4 +1,4 @@
-"""Continuous batching over rows: what is computed, shared, given back and recomputed."""
+"""Continuous batching over rows: what is computed, shared, preempted and recomputed."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Who waits for an engine goes by class and age."""
+"""Waiting requests start by class and age; the Retry-After estimate."""
 
 import asyncio
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Tests of reading GGUF headers: true ones, and damaged or hostile ones."""
+"""Reading GGUF headers: valid, damaged and malicious ones."""
 
 import random
 import struct

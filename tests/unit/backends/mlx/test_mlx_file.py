@@ -1,4 +1,4 @@
-"""Recognising MLX models, and refusing what would harm."""
+"""Identifying MLX models, and rejecting malicious configurations."""
 
 import json
 import sys

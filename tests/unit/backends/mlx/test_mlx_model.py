@@ -1,4 +1,4 @@
-"""Loading a tiny model: settings, unfitting weights, prefixes, and choices made ahead."""
+"""Loading a tiny model: settings, mismatched weights, prefixes, and tokens sampled ahead."""
 
 import json
 import resource
