@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -21,10 +21,11 @@ from backends.base import (
 )
 from backends.coreml.layout import Layout, read_layout, token_inputs
 from backends.coreml.mil.program import Blob, data_bits, read_program
-from backends.coreml.rows import CoremlRows, open_runtime, run
+from backends.coreml.rows import CoremlRows, Runtime, open_runtime, run
 from backends.coreml.spec import ML_PROGRAM, CoremlSpec, broken, read_spec
-from backends.embedding.engine import EmbeddingEngine, Pooling, pool, read_pooling
-from backends.embedding.pooling import unit
+from backends.embedding.batch import BatchLimits
+from backends.embedding.engine import EmbeddingEngine
+from backends.embedding.pooling import Pooling, pool, read_pooling, unit
 from backends.engine.row_stepper import RowStepper
 from backends.hf.engine import open_token_engine
 from backends.hf.folder import HfFolder, folder_info, read_folder, tokenizer_files
@@ -226,44 +227,68 @@ def _number(info: ModelInfo, key: str) -> int:
 
 
 def _open_encoder(
-    info: ModelInfo, spec: CoremlSpec, folder: HfFolder, layout: Layout, tokenizer: HfTokenizer,
+    info: ModelInfo,
+    spec: CoremlSpec,
+    folder: HfFolder,
+    layout: Layout,
+    tokenizer: HfTokenizer,
     options: EngineOptions,
-) -> Engine:  # fmt: skip
+) -> Engine:
     assert options.context_tokens is not None
-    runtimes = [open_runtime(spec, options.threads)]
     pooling = read_pooling(folder.path)
 
-    def encode(token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        vectors = []
-        for tokens in token_lists:
-            length = layout.padded_length(len(tokens))
-            inputs = token_inputs(layout, tokens, length)
-            output = run(runtimes[0], inputs, None)
-            vectors.append(_vector(output, layout, len(tokens), pooling))
-        return np.stack(vectors)
+    def open_model() -> CoremlEmbeddingModel:
+        return CoremlEmbeddingModel(open_runtime(spec, options.threads), layout, tokenizer, pooling)
 
-    context = min(options.context_tokens, pooling.max_tokens or options.context_tokens)
     return EmbeddingEngine(
         info,
-        tokenizer.encode_for_embedding,
-        encode,
-        runtimes.clear,
-        context_tokens=context,
-        vocabulary_size=tokenizer.vocabulary_size,
-        max_batch_tokens=max(options.prefill_chunk_tokens, 1),
+        open_model,
+        context_tokens=min(options.context_tokens, pooling.max_tokens or options.context_tokens),
+        batch_limits=BatchLimits(max(options.prefill_chunk_tokens, 1)),
         max_waiting=options.max_waiting,
     )
 
 
-def _vector(
-    outputs: Mapping[str, NDArray[np.float32]], layout: Layout, count: int, pooling: Pooling
-) -> NDArray[np.float32]:
-    """Return one text's vector: pooled from one per token, or as the model pools itself."""
-    output = np.asarray(outputs[layout.output], np.float32)
-    if output.ndim == 3:
-        mask = (np.arange(output.shape[1]) < count).astype(np.float32)[None]
-        return np.asarray(pool(output, mask, pooling)[0])
-    if output.ndim > 3 or not output.size:
-        raise EngineFailed(f"The model gave an output of shape {output.shape}.")
-    vector = output.reshape(1, -1)
-    return np.asarray((unit(vector) if pooling.normalize else vector)[0])
+class CoremlEmbeddingModel:
+    """A text encoder that computes one row at a time; implements `EmbeddingModel`."""
+
+    def __init__(
+        self, runtime: Runtime, layout: Layout, tokenizer: HfTokenizer, pooling: Pooling
+    ) -> None:
+        self._runtime: Runtime | None = runtime
+        self._layout = layout
+        self._tokenizer = tokenizer
+        self._pooling = pooling
+        self.vocabulary_size = tokenizer.vocabulary_size
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of `text` with the model's special tokens."""
+        return self._tokenizer.encode_for_embedding(text)
+
+    def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the pooled vectors (len(token_lists), dimension).  Raises EngineFailed."""
+        assert self._runtime is not None
+        vectors = []
+        for tokens in token_lists:
+            inputs = token_inputs(self._layout, tokens, self._layout.padded_length(len(tokens)))
+            outputs = run(self._runtime, inputs, None)
+            vectors.append(self._vector(outputs[self._layout.output], len(tokens)))
+        return np.stack(vectors)
+
+    def _vector(self, output: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+        """Return one text's vector: pooled from one per token, or as the model pools itself."""
+        output = np.asarray(output, np.float32)
+        if output.ndim == 3:
+            mask = (np.arange(output.shape[1]) < count).astype(np.float32)[None]
+            return np.asarray(pool(output, mask, self._pooling)[0])
+        if output.ndim > 3 or not output.size:
+            raise EngineFailed(
+                f"The model's output {self._layout.output!r} has the shape {output.shape}; "
+                "expected (1, tokens, dimension) or (1, dimension)."
+            )
+        vector = output.reshape(1, -1)
+        return np.asarray((unit(vector) if self._pooling.normalize else vector)[0])
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._runtime = None

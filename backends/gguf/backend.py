@@ -14,7 +14,7 @@ from backends.base import (
     ModelInfo,
 )
 from backends.engine.batching import BatchingEngine
-from backends.gguf.embedding import GgufEmbedder
+from backends.gguf.embedding import open_embedder
 from backends.gguf.file import gguf_info
 from backends.gguf.memory import estimate_gguf, kv_element_bytes
 from backends.gguf.model import GgufModel, library
@@ -59,7 +59,7 @@ class GgufBackend(Backend):
         granted = self.estimate(info, options)
         options = options.granted(granted)
         if Capability.EMBEDDING in info.capabilities:
-            return GgufEmbedder(info, options)
+            return open_embedder(info, options)
         model = GgufModel(info.files[0])
         try:
             return _open_generator(info, model, options)

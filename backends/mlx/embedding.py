@@ -1,12 +1,12 @@
-"""Embeddings by decoders that MLX runs, as sentence-transformers folders describe them."""
+"""Embeddings from decoders on MLX, pooled as their sentence-transformers folders describe."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Engine, EngineOptions, ModelInfo
+from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.pooling import Pooling, pool, read_pooling
 from backends.hf.folder import HfFolder
@@ -20,44 +20,64 @@ def open_embedder(
 ) -> Engine:
     """Load the model and return its engine; blocks.
 
-    Raises UnsupportedCapability where the model keeps its last vectors to itself.
+    Raises UnsupportedCapability if mlx-lm gives no access to the model's last hidden states.
     """
     pooling = read_pooling(folder.path)
     tokenizer = HfTokenizer(folder.path)
-    model = load()
-    if not callable(getattr(model.model, "model", None)):
-        model.close()
-        raise UnsupportedCapability(
-            f"The model {info.name} has no vectors that mlx-lm would give.", param="model"
-        )
     context = min(options.context_tokens or info.context_length, pooling.max_tokens or 1 << 30)
+
+    def open_model() -> MlxEmbeddingModel:
+        model = load()
+        if not callable(getattr(model.model, "model", None)):
+            model.close()
+            raise UnsupportedCapability(
+                f"The model {info.name} cannot embed: mlx-lm gives no access to its hidden states.",
+                param="model",
+            )
+        return MlxEmbeddingModel(model, tokenizer, pooling)
+
     return EmbeddingEngine(
         info,
-        tokenizer.encode_for_embedding,
-        lambda inputs: encode(model.model.model, inputs, pooling),
-        model.close,
+        open_model,
         context_tokens=context,
-        vocabulary_size=min(tokenizer.vocabulary_size, model.vocabulary_size),
-        max_batch_tokens=max(options.prefill_chunk_tokens, context),
+        batch_limits=BatchLimits(max(options.prefill_chunk_tokens, context)),
         max_waiting=options.max_waiting,
     )
 
 
-def encode(decoder: Any, inputs: Sequence[Sequence[int]], pooling: Pooling) -> NDArray[np.float32]:
-    """Return one vector per input, float32 (len(inputs), dimension).
+class MlxEmbeddingModel:
+    """A decoder whose last hidden states are pooled; implements `EmbeddingModel`."""
 
-    Padding goes to the right, where no token of a decoder looks.
-    """
-    import mlx.core as mx
-    from mlx_lm.generate import generation_stream
+    def __init__(self, model: MlxModel, tokenizer: HfTokenizer, pooling: Pooling) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._pooling = pooling
+        self.vocabulary_size = min(tokenizer.vocabulary_size, model.vocabulary_size)
 
-    longest = max(map(len, inputs))
-    tokens = np.zeros((len(inputs), longest), np.int32)
-    mask = np.zeros((len(inputs), longest), np.float32)
-    for index, each in enumerate(inputs):
-        tokens[index, : len(each)] = each
-        mask[index, : len(each)] = 1
-    with mx.stream(generation_stream):
-        hidden = np.array(decoder(mx.array(tokens)).astype(mx.float32))
-    mx.clear_cache()
-    return pool(hidden, mask, pooling)
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of `text` with the model's special tokens."""
+        return self._tokenizer.encode_for_embedding(text)
+
+    def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the pooled vectors (len(token_lists), dimension).
+
+        Padding is on the right, where the causal mask of a decoder hides it.
+        """
+        import mlx.core as mx
+        from mlx_lm.generate import generation_stream
+
+        longest = max(map(len, token_lists))
+        tokens = np.zeros((len(token_lists), longest), np.int32)
+        mask = np.zeros((len(token_lists), longest), np.float32)
+        for row, ids in enumerate(token_lists):
+            tokens[row, : len(ids)] = ids
+            mask[row, : len(ids)] = 1
+        with mx.stream(generation_stream):
+            decoder = self._model.model.model
+            hidden = np.array(decoder(mx.array(tokens)).astype(mx.float32))
+        mx.clear_cache()
+        return pool(hidden, mask, self._pooling)
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._model.close()

@@ -21,8 +21,9 @@ from backends.base import (
     MemoryEstimate,
     ModelInfo,
 )
-from backends.embedding.engine import EmbeddingEngine, pool, read_pooling
-from backends.embedding.pooling import Pooling, unit
+from backends.embedding.batch import BatchLimits
+from backends.embedding.engine import EmbeddingEngine
+from backends.embedding.pooling import Pooling, pool, read_pooling, unit
 from backends.engine.row_model import RowModel
 from backends.engine.row_stepper import RowStepper
 from backends.hf.engine import open_token_engine
@@ -173,33 +174,42 @@ def _open_encoder(
     tokenizer = HfTokenizer(home)
     pooling = read_pooling(home)
     context = min(options.context_tokens, pooling.max_tokens or options.context_tokens)
-    session = open_session(model.graph.path, options.threads, for_encoder=True)
-    encoder = Encoder(session, layout, pooling)
+
+    def open_model() -> OnnxEmbeddingModel:
+        session = open_session(model.graph.path, options.threads, for_encoder=True)
+        return OnnxEmbeddingModel(session, layout, tokenizer, pooling)
+
     return EmbeddingEngine(
         info,
-        tokenizer.encode_for_embedding,
-        encoder.encode,
-        encoder.close,
+        open_model,
         context_tokens=context,
-        vocabulary_size=tokenizer.vocabulary_size,
-        max_batch_tokens=max(context, _EMBEDDING_BATCH_TOKENS),
+        batch_limits=BatchLimits(max(context, _EMBEDDING_BATCH_TOKENS)),
+        max_waiting=options.max_waiting,
     )
 
 
-class Encoder:
-    """A session that makes one vector of each token list; used from one thread."""
+class OnnxEmbeddingModel:
+    """An encoder's onnxruntime session; implements `EmbeddingModel`."""
 
-    def __init__(self, session: Any, layout: EncoderLayout, pooling: Pooling) -> None:
+    def __init__(
+        self, session: Any, layout: EncoderLayout, tokenizer: HfTokenizer, pooling: Pooling
+    ) -> None:
         self._session: Any = session
         self._layout = layout
+        self._tokenizer = tokenizer
         self._pooling = pooling
+        self.vocabulary_size = tokenizer.vocabulary_size
 
-    def encode(self, lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Return the vectors (len(lists), dimension), pooled.  Raises EngineFailed."""
-        lengths = np.array([len(ids) for ids in lists])
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of `text` with the model's special tokens."""
+        return self._tokenizer.encode_for_embedding(text)
+
+    def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the pooled vectors (len(token_lists), dimension).  Raises EngineFailed."""
+        lengths = np.array([len(ids) for ids in token_lists])
         mask = np.arange(int(lengths.max()))[None, :] < lengths[:, None]
         ids = np.zeros(mask.shape, np.int64)
-        for row, tokens in zip(ids, lists, strict=True):
+        for row, tokens in zip(ids, token_lists, strict=True):
             row[: len(tokens)] = tokens
         made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         feeds = {name: made[name].astype(dtype) for name, dtype in self._layout.dtypes.items()}
@@ -214,5 +224,5 @@ class Encoder:
         return unit(vectors) if self._pooling.normalize else vectors
 
     def close(self) -> None:
-        """Free the weights; twice is fine."""
+        """Free the weights."""
         self._session = None

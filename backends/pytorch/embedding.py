@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import EngineOptions, ModelInfo
-from backends.embedding.engine import EmbeddingEngine, read_pooling
-from backends.embedding.pooling import unit
+from backends.embedding.batch import BatchLimits
+from backends.embedding.engine import EmbeddingEngine
+from backends.embedding.pooling import Pooling, read_pooling, unit
 from backends.hf.config import HfFolder
 from backends.hf.header import broken, read_json, read_text
 from backends.hf.tokenizer import HfTokenizer
@@ -34,8 +35,6 @@ def open_embedder(
     info: ModelInfo, folder: HfFolder, options: EngineOptions, dtype: Any
 ) -> EmbeddingEngine:
     """Load the model and open its engine; blocks.  Raises BrokenModel, BackendUnavailable."""
-    import torch
-
     if importlib.util.find_spec("sentence_transformers") is None:
         raise BackendUnavailable(
             "sentence-transformers is not installed; run scripts/setup", param="model"
@@ -43,31 +42,51 @@ def open_embedder(
     pooling = read_pooling(folder.path)
     _check_modules(folder.path)
     tokenizer = HfTokenizer(folder.path)
-    torch.set_num_threads(options.threads)
-    models = [_load(info, folder, dtype)]
     context = min(info.context_length, pooling.max_tokens or info.context_length)
     context = min(context, options.context_tokens or context)
 
-    def encode(token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        # Threads are set on the thread that computes.
-        torch.set_num_threads(options.threads)
-        vectors = _encode(models[0], token_lists)
-        return unit(vectors) if pooling.normalize else vectors
+    def open_model() -> PytorchEmbeddingModel:
+        import torch
 
-    def close() -> None:
-        models.clear()
-        gc.collect()
+        # PyTorch keeps the number for each thread, and this one computes.
+        torch.set_num_threads(options.threads)
+        return PytorchEmbeddingModel(_load(info, folder, dtype), tokenizer, pooling, info)
 
     return EmbeddingEngine(
         info,
-        lambda text: tokenizer.encode_for_embedding(text, None),
-        encode,
-        close,
+        open_model,
         context_tokens=context,
-        vocabulary_size=int(info.details["vocabulary_size"]),
-        max_batch_tokens=max(context, min(options.prefill_chunk_tokens * 4, _MAX_BATCH_TOKENS)),
+        batch_limits=BatchLimits(
+            max(context, min(options.prefill_chunk_tokens * 4, _MAX_BATCH_TOKENS))
+        ),
         max_waiting=options.max_waiting,
     )
+
+
+class PytorchEmbeddingModel:
+    """A SentenceTransformer without its tokenizer; implements `EmbeddingModel`."""
+
+    def __init__(
+        self, model: Any, tokenizer: HfTokenizer, pooling: Pooling, info: ModelInfo
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._pooling = pooling
+        self.vocabulary_size = int(info.details["vocabulary_size"])
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of `text` with the model's special tokens."""
+        return self._tokenizer.encode_for_embedding(text)
+
+    def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the pooled vectors (len(token_lists), dimension).  Raises EngineFailed."""
+        vectors = _encode(self._model, token_lists)
+        return unit(vectors) if self._pooling.normalize else vectors
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._model = None
+        gc.collect()
 
 
 def _check_modules(folder: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ import pytest_asyncio
 from numpy.typing import NDArray
 
 from backends.base import ModelInfo
+from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
 from backends.limits import UNLIMITED, EngineLimits, Watched
 from core.errors import (
     ContextLengthExceeded,
     EngineFailed,
+    InsufficientMemory,
     QueueFull,
     RequestError,
     Unavailable,
@@ -39,6 +42,8 @@ INFO = ModelInfo(
 
 class Encoder:
     """Gives each list (its sum, its length); remembers batches, and waits while it is held."""
+
+    vocabulary_size = 256
 
     def __init__(self) -> None:
         self.batches: list[list[list[int]]] = []
@@ -71,12 +76,9 @@ class Encoder:
 def open_engine(encoder: Encoder, max_waiting: int = 256) -> EmbeddingEngine:
     return EmbeddingEngine(
         INFO,
-        encoder.tokenize,
-        encoder.encode,
-        encoder.close,
+        lambda: encoder,
         context_tokens=12,
-        vocabulary_size=256,
-        max_batch_tokens=24,
+        batch_limits=BatchLimits(24),
         max_waiting=max_waiting,
     )
 
@@ -144,18 +146,40 @@ async def test_batches_are_alike_in_length_and_within_the_limit(
 
 
 async def test_input_longer_than_a_batch_goes_alone(encoder: Encoder) -> None:
-    engine = EmbeddingEngine(
-        INFO,
-        encoder.tokenize,
-        encoder.encode,
-        encoder.close,
-        context_tokens=12,
-        vocabulary_size=256,
-        max_batch_tokens=8,
-    )
+    engine = EmbeddingEngine(INFO, lambda: encoder, context_tokens=12, batch_limits=BatchLimits(8))
     await engine.embed(["a" * 10, "b"])
     await engine.close()
     assert [len(batch) for batch in encoder.batches] == [1, 1]
+
+
+async def test_model_is_opened_used_and_closed_on_one_thread(encoder: Encoder) -> None:
+    threads: list[int] = []
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run_and_note(*args: Any) -> Any:
+            threads.append(threading.get_ident())
+            return call(*args)
+
+        return run_and_note
+
+    for name in ("tokenize", "encode", "close"):
+        setattr(encoder, name, watched(getattr(encoder, name)))
+    engine = EmbeddingEngine(
+        INFO, watched(lambda: encoder), context_tokens=12, batch_limits=BatchLimits(24)
+    )
+    await engine.embed(["a"])
+    await engine.close()
+    assert len(threads) == 4
+    assert set(threads) != {threading.get_ident()}
+    assert len(set(threads)) == 1
+
+
+def test_model_that_cannot_be_opened_raises_its_error() -> None:
+    def open_model() -> Encoder:
+        raise InsufficientMemory("too large", param="model")
+
+    with pytest.raises(InsufficientMemory, match="too large"):
+        EmbeddingEngine(INFO, open_model, context_tokens=12, batch_limits=BatchLimits(24))
 
 
 async def test_requests_share_a_batch(engine: EmbeddingEngine, encoder: Encoder) -> None:

@@ -1,13 +1,16 @@
 """The embedding engine over the starter's real weights, run by onnxruntime alone."""
 
 from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import pytest_asyncio
 from numpy.typing import NDArray
 
-from backends.embedding.engine import EmbeddingEngine, Pooling, pool, read_pooling
+from backends.embedding.batch import BatchLimits
+from backends.embedding.engine import EmbeddingEngine
+from backends.embedding.pooling import Pooling, pool, read_pooling
 from catalog.scan.starters import STARTERS, installed_starter
 from tests.unit.catalog.builders import make_info
 
@@ -41,12 +44,14 @@ async def minilm() -> AsyncIterator[EmbeddingEngine]:
 
     engine = EmbeddingEngine(
         make_info(format="onnx", context_length=512),
-        lambda text: tokenizer.encode(text).ids,
-        encode,
-        lambda: None,
+        lambda: SimpleNamespace(
+            vocabulary_size=tokenizer.get_vocab_size(),
+            tokenize=lambda text: tokenizer.encode(text).ids,
+            encode=encode,
+            close=lambda: None,
+        ),
         context_tokens=pooling.max_tokens or 512,
-        vocabulary_size=tokenizer.get_vocab_size(),
-        max_batch_tokens=512,
+        batch_limits=BatchLimits(512),
     )
     yield engine
     await engine.close()

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from backends.base import EngineLoad
 from backends.echo import echo_info
+from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
 from backends.engine.accelerator_lock import SharesAccelerator
 from backends.engine.batching import BatchingEngine
@@ -109,12 +111,11 @@ async def test_an_embedding_engine_holds_the_lock_for_each_batch() -> None:
     engine: EmbeddingEngine = sharing(
         EmbeddingEngine(
             echo_info(),
-            tokenize,
-            encode,
-            lambda: None,
+            lambda: SimpleNamespace(
+                vocabulary_size=2, tokenize=tokenize, encode=encode, close=lambda: None
+            ),
             context_tokens=8,
-            vocabulary_size=2,
-            max_batch_tokens=4,
+            batch_limits=BatchLimits(4),
         ),
         lock,
     )

@@ -1,0 +1,128 @@
+"""Chooses which inputs of the queued embedding requests are computed in one batch."""
+
+import asyncio
+import logging
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import ImpetusError
+from core.types import Embeddings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """How much fits into one batch; an input longer than `max_tokens` is computed alone.
+
+    `max_tokens` bounds rows x longest row, because rows are padded; with `is_packed` it bounds
+    the sum of the rows' lengths.  `max_rows` None means any number of rows.
+    """
+
+    max_tokens: int
+    max_rows: int | None = None
+    is_packed: bool = False
+
+    def longest_next(self, longest: int, rows: int, tokens: int) -> int:
+        """Return the length that the next row may have; 0 when the batch is full.
+
+        The batch holds `rows` rows of `tokens` tokens in all, the longest having `longest`.
+        """
+        if self.max_rows is not None and rows >= self.max_rows:
+            return 0
+        if not rows:
+            return longest
+        if self.is_packed:
+            return max(self.max_tokens - tokens, 0)
+        return longest if (rows + 1) * longest <= self.max_tokens else 0
+
+
+@dataclass(slots=True, eq=False)
+class QueuedRequest:
+    """One embedding request in the queue of its engine.
+
+    `left` holds (length, index) of the inputs that are not computed yet, the shortest first.
+    Until `due_at`, on the monotonic clock, requests that are due go first.  `begun_at` is when
+    its first batch began.
+    """
+
+    inputs: Sequence[str | Sequence[int]]
+    loop: asyncio.AbstractEventLoop
+    done: "asyncio.Future[Embeddings]"
+    due_at: float = 0.0
+    token_lists: list[list[int]] = field(default_factory=list)
+    left: list[tuple[int, int]] = field(default_factory=list)
+    vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    is_over: bool = False
+    begun_at: float = math.inf
+
+    def result(self) -> Embeddings:
+        """Return the vectors in the order of the inputs."""
+        rows = [self.vectors[index] for index in range(len(self.token_lists))]
+        vectors = np.stack(rows) if rows else np.empty((0, 0), np.float32)
+        return Embeddings(vectors, sum(map(len, self.token_lists)))
+
+    def resolve(self, outcome: Embeddings | ImpetusError) -> None:
+        """Hand the result or the error to the waiting task; callable from any thread."""
+        self.is_over = True
+
+        def settle() -> None:
+            if self.done.done():
+                return
+            if isinstance(outcome, Embeddings):
+                self.done.set_result(outcome)
+            else:
+                self.done.set_exception(outcome)
+
+        try:
+            self.loop.call_soon_threadsafe(settle)
+        except RuntimeError:
+            logger.debug("the event loop of an embedding request is closed")
+
+
+Batch: TypeAlias = list[tuple[QueuedRequest, int]]
+
+
+def next_batch(queue: deque[QueuedRequest], limits: BatchLimits, now: float) -> Batch:
+    """Take the next batch out of `queue`: pairs of a request and the index of its input.
+
+    The first request that is due contributes its longest input; the longest inputs that fit
+    beside it follow, its own first.  Then the queue rotates, so that another request opens the
+    next batch.
+    """
+    if not queue:
+        return []
+    _move_due_first(queue, now)
+    longest = queue[0].left[-1][0]
+    batch: Batch = []
+    tokens = 0
+    for request in queue:
+        taken: list[int] = []
+        while length := limits.longest_next(longest, len(batch) + len(taken), tokens):
+            end = bisect_right(request.left, length, key=itemgetter(0))
+            if not end:
+                break
+            length, index = request.left.pop(end - 1)
+            taken.append(index)
+            tokens += length
+        if taken:
+            request.begun_at = min(request.begun_at, now)
+            batch += [(request, index) for index in reversed(taken)]
+    queue.rotate(-1)
+    return batch
+
+
+def _move_due_first(queue: deque[QueuedRequest], now: float) -> None:
+    """Put the requests that are due before the others; the order is kept otherwise."""
+    if queue[0].due_at > now:
+        ordered = sorted(queue, key=lambda request: request.due_at > now)
+        queue.clear()
+        queue.extend(ordered)
