@@ -21,7 +21,7 @@ from backends.hf.header import SafetensorsHeader, broken, safetensors_header
 from backends.pytorch.loading import (
     estimate_torch,
     import_torch,
-    on_torch,
+    limit_context_for_torch,
     open_torch,
     torch_availability,
 )
@@ -120,7 +120,7 @@ def _info(folder: HfFolder, headers: list[SafetensorsHeader]) -> ModelInfo:
     check_folder(folder, is_known=runtime == "mlx" or transformers_knows(folder.model_type))
     if runtime == "pytorch":
         refuse_quantized(folder)
-        info = on_torch(info, folder)
+        info = limit_context_for_torch(info, folder)
     chosen = {"runs_on": runtime, "runs_on_reason": reason}
     return replace(info, details={**info.details, **chosen})
 

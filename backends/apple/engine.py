@@ -8,8 +8,8 @@ from typing import Any
 
 from backends.answer.assembler import StopMatcher
 from backends.answer.parser import Piece
-from backends.apple.request import read_job
-from backends.apple.sessions import AppleSession, CallMade, Ended, Failed, News, Snapshot
+from backends.apple.request import read_session_request
+from backends.apple.sessions import AppleSession, Ended, Failed, ForcedCall, SessionEvent, Snapshot
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
 from backends.engine.slot_gate import SlotGate
 from backends.engine.waiting import Pace
@@ -42,7 +42,7 @@ class AppleEngine(Engine):
     """The system's language model; token ids and logprobs are unknown to it.
 
     Usage is the system's own count from macOS 26.4 on, before that an estimate.  A request is
-    given up when nothing comes from the system for `silence_s` seconds.
+    given up when nothing comes from the system for `idle_timeout_s` seconds.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class AppleEngine(Engine):
         options: EngineOptions,
         *,
         context_tokens: int,
-        silence_s: float = 120.0,
+        idle_timeout_s: float = 120.0,
     ) -> None:
         """Prepare; `model` is the SDK's SystemLanguageModel."""
         self.info = info
@@ -60,12 +60,12 @@ class AppleEngine(Engine):
         self.max_sequences = options.max_sequences
         self._model = model
         self._max_waiting = options.max_waiting
-        self._silence_s = silence_s
+        self._idle_timeout_s = idle_timeout_s
         self._chat = ChatFormat(None, "", "", tool_parser=options.tool_parser)
         self._slots = SlotGate(options.max_sequences)
         self._waiting, self._pace = 0, Pace()
         self._snapshots = 0
-        self._running: dict[AppleSession, asyncio.Queue[News]] = {}
+        self._running: dict[AppleSession, asyncio.Queue[SessionEvent]] = {}
         self._is_closed = False
         self._limits = UNLIMITED
 
@@ -73,10 +73,12 @@ class AppleEngine(Engine):
         """Yield the request's events; see `Engine.generate`."""
         self._check_open()
         self._limits.check_admits(is_resumed=bool(request.generated))
-        run = _Run(request, self._chat, time.monotonic())
-        await self._take_slot(request)
-        queue: asyncio.Queue[News] = asyncio.Queue()
-        session = AppleSession(self._model, self.context_tokens, run.job, _teller(queue))
+        run = _RunningRequest(request, self._chat, time.monotonic())
+        await self._acquire_slot(request)
+        queue: asyncio.Queue[SessionEvent] = asyncio.Queue()
+        session = AppleSession(
+            self._model, self.context_tokens, run.session_request, _event_sender(queue)
+        )
         try:
             self._check_open()
             self._running[session] = queue
@@ -94,7 +96,7 @@ class AppleEngine(Engine):
             session.cancel()
             self._slots.release()
 
-    async def _take_slot(self, request: GenerationRequest) -> None:
+    async def _acquire_slot(self, request: GenerationRequest) -> None:
         if self._waiting >= self._max_waiting:
             raise self._pace.refusal(self._max_waiting, self.max_sequences, self.info.name)
         self._waiting += 1
@@ -102,21 +104,23 @@ class AppleEngine(Engine):
             async with asyncio.timeout(request.deadline_s):
                 await self._slots.acquire(request.priority)
         except TimeoutError as problem:
-            raise _too_long(request) from problem
+            raise _timed_out(request) from problem
         finally:
             self._waiting -= 1
 
-    async def _next(self, queue: "asyncio.Queue[News]", run: "_Run") -> News:
+    async def _next(
+        self, queue: "asyncio.Queue[SessionEvent]", run: "_RunningRequest"
+    ) -> SessionEvent:
         """Return what the session says next, bounded by the deadline and the longest silence."""
         left = run.seconds_left(time.monotonic())
         try:
-            async with asyncio.timeout(min(left, self._silence_s)):
+            async with asyncio.timeout(min(left, self._idle_timeout_s)):
                 return await queue.get()
         except TimeoutError as problem:
-            if left <= self._silence_s:
-                raise _too_long(run.request) from problem
+            if left <= self._idle_timeout_s:
+                raise _timed_out(run.request) from problem
             raise EngineFailed(
-                f"Nothing came from Apple's model for {self._silence_s:g} s."
+                f"Nothing came from Apple's model for {self._idle_timeout_s:g} s."
             ) from problem
 
     def _check_open(self) -> None:
@@ -145,14 +149,18 @@ class AppleEngine(Engine):
                 logger.warning("a session of Apple's model does not end; its thread is left")
 
 
-class _Run:
+class _RunningRequest:
     """One request's way from the session's news to events."""
 
     def __init__(self, request: GenerationRequest, chat: ChatFormat, submitted_at: float) -> None:
         """Check the request.  Raises RequestError and its kinds."""
         self.request = request
-        self.job, prompt = read_job(request)
-        parser = None if self.job.schema or self.job.forced else chat.parser(prompt, "")
+        self.session_request, prompt = read_session_request(request)
+        parser = (
+            None
+            if self.session_request.schema or self.session_request.forced
+            else chat.parser(prompt, "")
+        )
         self._answer = _Answer(request.stop, parser)
         self._has_calls = False
         self._submitted_at = self.started_at = submitted_at
@@ -171,30 +179,30 @@ class _Run:
             return float("inf")
         return max(self._submitted_at + self.request.deadline_s - now, 0.0)
 
-    def take(self, news: News) -> list[GenerationEvent]:
+    def take(self, news: SessionEvent) -> list[GenerationEvent]:
         """Return the events that follow.  Raises what the session failed with."""
         match news:
             case Snapshot(text):
                 self._first_at = self._first_at or time.monotonic()
-                return self._noted(self._answer.push(text))
-            case CallMade(name, arguments):
+                return self._note_calls(self._answer.push(text))
+            case ForcedCall(name, arguments):
                 self._first_at = time.monotonic()
-                return self._noted([ToolCallDelta(0, new_call_id(), name, arguments)])
+                return self._note_calls([ToolCallDelta(0, new_call_id(), name, arguments)])
             case Ended(completion_tokens, is_full):
                 self.is_over = True
-                pieces = self._noted(self._answer.flush())
+                pieces = self._note_calls(self._answer.flush())
                 return [*pieces, self._finished(completion_tokens, is_full=is_full)]
             case Failed(error):
-                raise self._as_late(error)
+                raise self._after_first_text(error)
         self._prompt_tokens = news.prompt_tokens
         return []
 
-    def _noted(self, pieces: Sequence[Piece]) -> list[GenerationEvent]:
+    def _note_calls(self, pieces: Sequence[Piece]) -> list[GenerationEvent]:
         calls = any(isinstance(piece, ToolCallDelta) for piece in pieces)
         self._has_calls = self._has_calls or calls
         return list(pieces)
 
-    def _as_late(self, error: ImpetusError) -> ImpetusError:
+    def _after_first_text(self, error: ImpetusError) -> ImpetusError:
         """After the first text every failure is the engine's."""
         if not self._first_at or isinstance(error, EngineFailed):
             return error
@@ -203,7 +211,7 @@ class _Run:
     def _finished(self, completion_tokens: int, *, is_full: bool) -> Finished:
         now = time.monotonic()
         first_at = self._first_at or now
-        limit = self.job.max_tokens
+        limit = self.session_request.max_tokens
         reason: FinishReason = "stop"
         if not self.is_cut and (is_full or (limit is not None and completion_tokens >= limit)):
             reason = "length"
@@ -262,18 +270,18 @@ class _Answer:
         return [TextDelta(text)] if self._parser is None else self._parser.push(text)
 
 
-def _too_long(request: GenerationRequest) -> EngineFailed:
+def _timed_out(request: GenerationRequest) -> EngineFailed:
     return TimedOut.after(request.deadline_s)
 
 
-def _teller(queue: "asyncio.Queue[News]") -> Any:
+def _event_sender(queue: "asyncio.Queue[SessionEvent]") -> Any:
     """Return what hands news from a session's thread to this event loop."""
     loop = asyncio.get_running_loop()
 
-    def tell(news: News) -> None:
+    def send(news: SessionEvent) -> None:
         try:
             loop.call_soon_threadsafe(queue.put_nowait, news)
         except RuntimeError:
             logger.debug("the loop of a request is closed")
 
-    return tell
+    return send

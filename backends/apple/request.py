@@ -1,6 +1,6 @@
 """From a request to what a session of Apple's model shall do; pure."""
 
-from backends.apple.sessions import ForcedTool, Job
+from backends.apple.sessions import ForcedTool, SessionRequest
 from backends.apple.transcript import guided_schema, read_conversation
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import (
@@ -14,7 +14,7 @@ from core.types import (
 )
 
 
-def read_job(request: GenerationRequest) -> tuple[Job, ChatPrompt]:
+def read_session_request(request: GenerationRequest) -> tuple[SessionRequest, ChatPrompt]:
     """Return what a session shall do, and the chat it is for.
 
     Raises UnsupportedCapability for plain prompts, UnsupportedParameter and RequestError.
@@ -34,7 +34,7 @@ def read_job(request: GenerationRequest) -> tuple[Job, ChatPrompt]:
             "response_format cannot be combined with a forced tool_choice.",
             param="response_format",
         )
-    job = Job(
+    session_request = SessionRequest(
         conversation=read_conversation(prompt),
         max_tokens=request.max_tokens,
         temperature=request.sampling.temperature,
@@ -42,7 +42,7 @@ def read_job(request: GenerationRequest) -> tuple[Job, ChatPrompt]:
         forced=forced,
         param="tools" if forced else "response_format",
     )
-    return job, prompt
+    return session_request, prompt
 
 
 def _output_schema(output: Output) -> dict[str, JsonValue]:

@@ -19,7 +19,7 @@ from core.types import JsonValue
 # A stream that is closed early frees its callback while Swift may call it once more, so that
 # many are kept; by then the call of the oldest has long been made.
 _KEPT_CALLBACKS = 256
-_kept: deque[Any] = deque(maxlen=_KEPT_CALLBACKS)
+_recent_callbacks: deque[Any] = deque(maxlen=_KEPT_CALLBACKS)
 _this_thread = threading.local()
 
 
@@ -33,13 +33,13 @@ def import_sdk() -> Any:
 
 
 @contextmanager
-def streams_reported_to(take: Callable[[Any], None]) -> Generator[None]:
+def capture_stream_callbacks(take: Callable[[Any], None]) -> Generator[None]:
     """Give `take` the callback of every stream that this thread opens meanwhile.
 
     The SDK waits for snapshots without giving way to its event loop, and for ever if the
     system never ends the stream; its callback is the only way to wake it (`end_stream`).
     """
-    _observe_streams()
+    _patch_stream_callbacks()
     _this_thread.take = take
     try:
         yield
@@ -54,22 +54,22 @@ def end_stream(callback: Any) -> None:
         callback.queue.put(None)
 
 
-def _observe_streams() -> None:
+def _patch_stream_callbacks() -> None:
     """Make the SDK's streams use a callback that reports itself and is kept."""
     from apple_fm_sdk import c_helpers, session
 
     if session.StreamingCallback is not c_helpers.StreamingCallback:
         return
 
-    class ReportedCallback(c_helpers.StreamingCallback):  # type: ignore[misc]
+    class CapturedCallback(c_helpers.StreamingCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            _kept.append(self)
+            _recent_callbacks.append(self)
             take = getattr(_this_thread, "take", None)
             if take is not None:
                 take(self)
 
-    session.StreamingCallback = ReportedCallback
+    session.StreamingCallback = CapturedCallback
 
 
 async def open_transcript(transcript: Mapping[str, JsonValue], model: Any) -> tuple[Any, Any]:
@@ -85,7 +85,7 @@ async def open_transcript(transcript: Mapping[str, JsonValue], model: Any) -> tu
     return session, history
 
 
-def error_of(problem: Exception, param: str) -> ImpetusError:
+def translate_error(problem: Exception, param: str) -> ImpetusError:
     """Return the SDK's error as ours; `param` is what asked for guided generation.
 
     A guardrail or a refusal is the request's fault: sent again, it is refused again.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from backends.apple.sdk import (
+    capture_stream_callbacks,
     end_stream,
-    error_of,
     import_sdk,
     open_transcript,
-    streams_reported_to,
+    translate_error,
 )
 from backends.apple.transcript import Conversation, call_schema, transcript
 from backends.engine.threads import name_this_thread
@@ -39,7 +39,7 @@ class ForcedTool:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class SessionRequest:
     """What a session shall do.
 
     `temperature` 0 is greedy.  `schema` guides the answer; `forced` are the tools of which
@@ -69,7 +69,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class CallMade:
+class ForcedCall:
     """The forced call; `arguments` is JSON text."""
 
     name: str
@@ -91,20 +91,24 @@ class Failed:
     error: ImpetusError
 
 
-News: TypeAlias = Started | Snapshot | CallMade | Ended | Failed
+SessionEvent: TypeAlias = Started | Snapshot | ForcedCall | Ended | Failed
 
 
 class AppleSession:
-    """Runs one job; its thread ends with the job, and is left behind if the system hangs."""
+    """Runs one request on a thread of its own, which is left behind if the system hangs."""
 
     def __init__(
-        self, model: Any, context_tokens: int, job: Job, tell: Callable[[News], None]
+        self,
+        model: Any,
+        context_tokens: int,
+        request: SessionRequest,
+        on_event: Callable[[SessionEvent], None],
     ) -> None:
-        """Prepare; `model` is the SDK's, `tell` is called from the session's thread."""
+        """Prepare; `model` is the SDK's, `on_event` is called from the session's thread."""
         self._model = model
         self._context_tokens = context_tokens
-        self._job = job
-        self._tell = tell
+        self._request = request
+        self._on_event = on_event
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -127,7 +131,7 @@ class AppleSession:
                 end_stream(self._stream_callback)
 
     def cancel(self) -> None:
-        """Give up the job; nothing more need come.  From any thread."""
+        """Give up the request; nothing more need come.  From any thread."""
         self.stop()
         with self._lock:
             if self._loop is None or self._task is None:
@@ -147,9 +151,9 @@ class AppleSession:
         try:
             asyncio.run(self._main())
         except asyncio.CancelledError:
-            self._tell(Failed(EngineFailed("The session was cancelled.")))
+            self._on_event(Failed(EngineFailed("The session was cancelled.")))
         except Exception as problem:
-            self._tell(Failed(self._translate(problem)))
+            self._on_event(Failed(self._translate(problem)))
         finally:
             with self._lock:
                 self._loop = self._task = None
@@ -163,7 +167,7 @@ class AppleSession:
         self._prompt_tokens = await self._count_prompt(history)
         if self._is_counted and self._prompt_tokens >= self._context_tokens:
             raise ContextLengthExceeded.of(self._prompt_tokens, self._context_tokens)
-        self._tell(Started(self._prompt_tokens))
+        self._on_event(Started(self._prompt_tokens))
         is_full = False
         try:
             await self._answer(session)
@@ -172,11 +176,11 @@ class AppleSession:
                 raise
             is_full = True
         completion = await self._count(self._text) if self._text else 0
-        self._tell(Ended(completion, is_full))
+        self._on_event(Ended(completion, is_full))
 
     async def _open(self) -> tuple[Any, Any]:
         """Return the session, and its history for counting."""
-        sdk, conversation = import_sdk(), self._job.conversation
+        sdk, conversation = import_sdk(), self._request.conversation
         if not conversation.history:
             session = sdk.LanguageModelSession(
                 instructions=conversation.instructions or None, model=self._model
@@ -185,30 +189,30 @@ class AppleSession:
         return await open_transcript(transcript(conversation), self._model)
 
     async def _answer(self, session: Any) -> None:
-        job = self._job
-        if job.forced:
+        request = self._request
+        if request.forced:
             await self._call(session)
-        elif job.schema is not None:
-            answer = await self._guided(session, job.conversation.prompt, job.schema)
+        elif request.schema is not None:
+            answer = await self._guided(session, request.conversation.prompt, request.schema)
             self._text = answer.to_json()
-            self._tell(Snapshot(self._text))
+            self._on_event(Snapshot(self._text))
         else:
             await self._stream(session)
 
     async def _stream(self, session: Any) -> None:
-        with streams_reported_to(self._take_stream):
-            stream = session.stream_response(self._job.conversation.prompt, self._options())
+        with capture_stream_callbacks(self._on_stream_opened):
+            stream = session.stream_response(self._request.conversation.prompt, self._options())
             try:
                 async for text in stream:
                     if self._is_stopped:
                         # What the SDK has already taken in; its end follows (`end_stream`).
                         continue
                     self._text = text
-                    self._tell(Snapshot(text))
+                    self._on_event(Snapshot(text))
             finally:
                 await stream.aclose()
 
-    def _take_stream(self, callback: Any) -> None:
+    def _on_stream_opened(self, callback: Any) -> None:
         with self._lock:
             self._stream_callback = callback
             if self._is_stopped:
@@ -216,35 +220,35 @@ class AppleSession:
 
     async def _call(self, session: Any) -> None:
         """Let the model choose a tool, where there are several, then write the arguments."""
-        tools, prompt = self._job.forced, self._job.conversation.prompt
+        tools, prompt = self._request.forced, self._request.conversation.prompt
         chosen = tools[0]
         if len(tools) > 1:
             names = [tool.name for tool in tools]
             choice = await self._guided(session, prompt, call_schema(names))
-            chosen = _chosen(tools, choice.to_json())
+            chosen = _chosen_tool(tools, choice.to_json())
             prompt = f"Write the arguments of the call of {chosen.name}."
         arguments = "{}"
         if chosen.schema is not None:
             arguments = (await self._guided(session, prompt, chosen.schema)).to_json()
         self._text = f"{chosen.name} {arguments}"
-        self._tell(CallMade(chosen.name, arguments))
+        self._on_event(ForcedCall(chosen.name, arguments))
 
     async def _guided(self, session: Any, prompt: str, schema: dict[str, JsonValue]) -> Any:
         return await session.respond(prompt, json_schema=schema, options=self._options())
 
     def _options(self) -> Any:
-        sdk, temperature = import_sdk(), self._job.temperature
+        sdk, temperature = import_sdk(), self._request.temperature
         return sdk.GenerationOptions(
             sampling=sdk.SamplingMode.greedy() if temperature == 0 else None,
             temperature=temperature or None,
-            maximum_response_tokens=self._job.max_tokens,
+            maximum_response_tokens=self._request.max_tokens,
         )
 
     async def _count_prompt(self, history: Any) -> int:
-        total = await self._count(self._job.conversation.prompt)
+        total = await self._count(self._request.conversation.prompt)
         if history is None:
             return total
-        earlier = self._job.conversation.text.removesuffix(self._job.conversation.prompt)
+        earlier = self._request.conversation.text.removesuffix(self._request.conversation.prompt)
         return total + await self._count(history, earlier)
 
     async def _count(self, value: Any, text: str | None = None) -> int:
@@ -268,13 +272,13 @@ class AppleSession:
         if isinstance(problem, import_sdk().ExceededContextWindowSizeError):
             tokens = max(self._prompt_tokens, self._context_tokens)
             return ContextLengthExceeded.of(tokens, self._context_tokens)
-        error = error_of(problem, self._job.param)
+        error = translate_error(problem, self._request.param)
         if isinstance(error, EngineFailed):
             logger.error("Apple's model failed", exc_info=problem)
         return error
 
 
-def _chosen(tools: tuple[ForcedTool, ...], choice: str) -> ForcedTool:
+def _chosen_tool(tools: tuple[ForcedTool, ...], choice: str) -> ForcedTool:
     """Return the tool that guided generation chose as `{"name": …}`."""
     try:
         name = json.loads(choice)["name"]

@@ -36,7 +36,7 @@ _ANNOTATIONS = frozenset(
     ["$comment", "$id", "$schema", "default", "deprecated", "examples", "readOnly", "writeOnly"]
 )
 _TYPES = frozenset(["array", "boolean", "integer", "number", "object", "string"])
-_DEEPEST = 64
+_MAX_SCHEMA_DEPTH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +130,9 @@ def call_schema(names: Sequence[str]) -> dict[str, JsonValue]:
 def _guided(
     schema: Mapping[str, JsonValue], title: str, param: str, depth: int
 ) -> dict[str, JsonValue]:
-    if depth > _DEEPEST:
-        raise _unsupported(param, f"it is nested over {_DEEPEST} deep")
-    _check_words(schema, param)
+    if depth > _MAX_SCHEMA_DEPTH:
+        raise _unsupported(param, f"it is nested over {_MAX_SCHEMA_DEPTH} deep")
+    _check_keywords(schema, param)
     result = {key: value for key, value in schema.items() if key not in _ANNOTATIONS}
     for key in ("properties", "$defs"):
         if key in schema:
@@ -152,7 +152,7 @@ def _guided(
     return result
 
 
-def _check_words(schema: Mapping[str, JsonValue], param: str) -> None:
+def _check_keywords(schema: Mapping[str, JsonValue], param: str) -> None:
     for keyword in schema:
         if keyword not in _KEYWORDS and keyword not in _ANNOTATIONS:
             raise _unsupported(param, f"the keyword {keyword[:50]!r} cannot be enforced")

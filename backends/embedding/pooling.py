@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from core.errors import BrokenModel
 
-_LARGEST_JSON = 1024 * 1024
+_MAX_JSON_BYTES = 1024 * 1024
 # In the order of concatenation where a model uses several.
 # Source: sentence_transformers, modules/pooling.py.
 _FLAGS: Mapping[str, str] = {
@@ -30,7 +30,7 @@ _NAMES: Mapping[str, str] = {
     "weightedmean": "weighted_mean",
     "lasttoken": "last",
 }
-_HARMLESS = frozenset({"Transformer", "Pooling", "Normalize", "Dropout"})
+_SUPPORTED_MODULES = frozenset({"Transformer", "Pooling", "Normalize", "Dropout"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def read_pooling(folder: Path) -> Pooling:
     leaving one out would give other vectors without a word.
     """
     max_tokens = _max_tokens(_read_object(folder / "sentence_bert_config.json"))
-    modules = _read(folder / "modules.json")
+    modules = _read_json(folder / "modules.json")
     if modules is None:
         return Pooling(max_tokens=max_tokens)
     if not isinstance(modules, list):
@@ -61,14 +61,14 @@ def read_pooling(folder: Path) -> Pooling:
     kinds: list[str] = []
     mode = "mean"
     for module in modules:
-        kind, path = _module(module)
-        if kind not in _HARMLESS:
+        kind, path = _module_entry(module)
+        if kind not in _SUPPORTED_MODULES:
             raise BrokenModel(
                 f"The embedding model has a module {kind!r}, which is not supported.",
                 param="model",
             )
         if kind == "Pooling":
-            mode = _mode(_read_object(_inside(folder, path) / "config.json"))
+            mode = _pooling_mode(_read_object(_path_inside(folder, path) / "config.json"))
         kinds.append(kind)
     return Pooling(mode, "Normalize" in kinds, max_tokens)
 
@@ -158,7 +158,7 @@ _POOLERS: Mapping[str, _Pooler] = {
 MODES = tuple(_POOLERS)
 
 
-def _mode(config: Mapping[str, Any]) -> str:
+def _pooling_mode(config: Mapping[str, Any]) -> str:
     """Return the mode of a pooling module's config, in its newer form or as flags."""
     named = config.get("pooling_mode")
     if named is None:
@@ -173,7 +173,7 @@ def _mode(config: Mapping[str, Any]) -> str:
     return "+".join(dict.fromkeys(_NAMES[name] for name in names))
 
 
-def _module(module: Any) -> tuple[str, str]:
+def _module_entry(module: Any) -> tuple[str, str]:
     if not isinstance(module, dict):
         raise BrokenModel("modules.json holds something that is no module.", param="model")
     kind, path = module.get("type"), module.get("path", "")
@@ -182,7 +182,7 @@ def _module(module: Any) -> tuple[str, str]:
     return kind.rsplit(".", 1)[-1][:50], path
 
 
-def _inside(folder: Path, path: str) -> Path:
+def _path_inside(folder: Path, path: str) -> Path:
     if Path(path).is_absolute() or ".." in Path(path).parts:
         raise BrokenModel("A module in modules.json lies outside of the folder.", param="model")
     return folder / path
@@ -198,7 +198,7 @@ def _max_tokens(config: Mapping[str, Any]) -> int | None:
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:
-    value = _read(path)
+    value = _read_json(path)
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -206,18 +206,18 @@ def _read_object(path: Path) -> Mapping[str, Any]:
     return value
 
 
-def _read(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     """Return the JSON in a file, None where there is no file."""
     try:
         with path.open("rb") as file:
-            data = file.read(_LARGEST_JSON + 1)
+            data = file.read(_MAX_JSON_BYTES + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BrokenModel(
             f"{path.name} cannot be read ({error.strerror}).", param="model"
         ) from error
-    if len(data) > _LARGEST_JSON:
+    if len(data) > _MAX_JSON_BYTES:
         raise BrokenModel(f"{path.name} is larger than 1 MiB.", param="model")
     try:
         return json.loads(data)

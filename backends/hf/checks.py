@@ -22,7 +22,7 @@ def check_folder(folder: HfFolder, *, is_known: bool) -> None:
     if folder.config.get("model_file") is not None:
         reason = "it names Python code to run (model_file), and a model's own code is never run"
         raise broken(config, reason)
-    if folder.brings_code and not is_known:
+    if folder.has_custom_code and not is_known:
         reason = (
             f"the architecture {folder.model_type[:60]!r} is known to its own Python code only "
             "(auto_map), and a model's own code is never run"

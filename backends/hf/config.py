@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from backends.hf.header import broken, read_bytes, read_json, read_text
+from backends.hf.header import broken, read_bytes, read_json, read_optional_json, read_text
 from core.errors import NotThisFormat
 from core.units import KIB, MIB
 
@@ -79,7 +79,7 @@ class HfFolder:
         return bool(names) and is_headless and not any(name.endswith(GENERATING) for name in names)
 
     @property
-    def brings_code(self) -> bool:
+    def has_custom_code(self) -> bool:
         """Whether the folder names Python files of its own, which are never run."""
         return "auto_map" in self.config
 
@@ -97,22 +97,15 @@ def read_folder(path: Path) -> HfFolder:
             reason = "it is an adapter, which is not a model by itself"
             raise broken(path / "adapter_config.json", reason) from None
         raise NotThisFormat(f"{path.name} has no config.json") from None
-    tokenizer_config = _optional_json(path / "tokenizer_config.json")
+    tokenizer_config = read_optional_json(path / "tokenizer_config.json")
     return HfFolder(
         path=path,
         config=MappingProxyType(_flattened(config)),
-        generation_config=MappingProxyType(_optional_json(path / "generation_config.json")),
+        generation_config=MappingProxyType(read_optional_json(path / "generation_config.json")),
         tokenizer_config=MappingProxyType(tokenizer_config),
         chat_template=_chat_template(path, tokenizer_config),
         license=_license(path / "README.md"),
     )
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        return {}
 
 
 def _flattened(config: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +149,7 @@ def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | Non
         return read_text(path / "chat_template.jinja", _MAX_TEMPLATE_BYTES) or None
     except FileNotFoundError:
         pass
-    value = _optional_json(path / "chat_template.json").get("chat_template")
+    value = read_optional_json(path / "chat_template.json").get("chat_template")
     value = tokenizer_config.get("chat_template") if value is None else value
     if isinstance(value, list):
         named = [entry for entry in value if isinstance(entry, dict)]

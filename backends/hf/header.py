@@ -121,6 +121,14 @@ def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     return _parsed(path, read_text(path, limit))
 
 
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, empty if there is no such file.  Raises BrokenModel."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return {}
+
+
 def _parsed(path: Path, text: str) -> dict[str, Any]:
     if text.startswith(_LFS_POINTER.decode()):
         raise broken(path, "it is a Git LFS pointer; its content was not downloaded")

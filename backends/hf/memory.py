@@ -7,12 +7,12 @@ from core.units import GIB, format_bytes
 _F32_BYTES = 4
 _BLOCK_TOKENS = 256
 # How many full contexts the rows share, and the part of the limit that more than one may take.
-_WANTED_CONTEXTS = 2
-_MOST_OF_LIMIT = 4
-_MOST_PREFIX_BYTES = GIB
+_TARGET_CONTEXTS = 2
+_KV_LIMIT_DIVISOR = 4
+_MAX_PREFIX_BYTES = GIB
 # Cells of idle prefixes may take as many bytes as this part of the weights, as for GGUF.
-_WARM_SHARE = 64
-_FEWEST_WARM_TOKENS = 64
+_WARM_DIVISOR = 64
+_MIN_WARM_TOKENS = 64
 # Activations that live at once in one layer: the residual stream's copies, and the wide ones.
 _WIDTHS_ALIVE = 16
 _WIDE_ALIVE = 3
@@ -43,26 +43,26 @@ def estimate_transformer(
     if limit is not None:
         free = limit - weights_bytes - transient
         most = free // per_token if per_token else wanted if free >= 0 else -1
-        context = _granted(info, options, wanted, most, weights_bytes)
-        room = limit // _MOST_OF_LIMIT // per_token if per_token else context
-        tokens = options.kv_tokens or min(context * _WANTED_CONTEXTS, max(context, room))
+        context = _fitting_context(info, options, wanted, most, weights_bytes)
+        room = limit // _KV_LIMIT_DIVISOR // per_token if per_token else context
+        tokens = options.kv_tokens or min(context * _TARGET_CONTEXTS, max(context, room))
         tokens = min(tokens, most)
     elif options.kv_tokens is None:
-        tokens = wanted * min(_WANTED_CONTEXTS, options.max_sequences)
+        tokens = wanted * min(_TARGET_CONTEXTS, options.max_sequences)
     tokens = max(context, tokens)
     kv_bytes = tokens * per_token
     spare = kv_bytes
     if limit is not None:
         spare = max(limit - weights_bytes - transient - kv_bytes, 0)
-    warm = weights_bytes // _WARM_SHARE // per_token if per_token else 0
+    warm = weights_bytes // _WARM_DIVISOR // per_token if per_token else 0
     return MemoryEstimate(
         weights_bytes=weights_bytes,
         kv_bytes=kv_bytes,
         transient_bytes=transient,
         context_tokens=context,
         kv_tokens=tokens,
-        prefix_bytes=min(kv_bytes, spare, _MOST_PREFIX_BYTES),
-        warm_tokens=max(warm, _FEWEST_WARM_TOKENS),
+        prefix_bytes=min(kv_bytes, spare, _MAX_PREFIX_BYTES),
+        warm_tokens=max(warm, _MIN_WARM_TOKENS),
     )
 
 
@@ -89,7 +89,7 @@ def _step_bytes(info: ModelInfo, options: EngineOptions, logits_rows: int | None
     return (step_tokens * width + logits) * _F32_BYTES
 
 
-def _granted(
+def _fitting_context(
     info: ModelInfo, options: EngineOptions, wanted: int, most: int, weights_bytes: int
 ) -> int:
     """Return the context that fits: what was wanted, or less where the user did not fix it."""

@@ -8,7 +8,7 @@ from typing import Any
 from backends.grammar.compiler import GrammarCompiler, GrammarMask
 from backends.grammar.constraint import Constraint
 from backends.hf.config import HfFolder, read_folder
-from backends.hf.header import broken, read_json, read_text
+from backends.hf.header import broken, read_optional_json, read_text
 from backends.hf.pieces import piece_reader
 from core.errors import (
     BrokenModel,
@@ -44,7 +44,7 @@ class HfTokenizer:
 
     def __init__(self, folder: Path) -> None:
         """Read the tokenizer in `folder`; blocks for up to a few seconds.  Raises BrokenModel."""
-        self._folder = _described(folder)
+        self._folder = _read_descriptions(folder)
         self._tokenizer = _load(self._folder)
         vocabulary: Mapping[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self._size = max(vocabulary.values(), default=-1) + 1
@@ -58,10 +58,10 @@ class HfTokenizer:
         self._lock = threading.Lock()
         self._plain: Any = None
         self._compiler: GrammarCompiler | None = None
-        self.bos_text = self._named("bos")
-        self.eos_text = self._named("eos")
+        self.bos_text = self._special_text("bos")
+        self.eos_text = self._special_text("eos")
         self._prefix = self._read_prefix()
-        self.end_ids = self._read_ends()
+        self.end_ids = self._read_end_ids()
 
     @property
     def vocabulary_size(self) -> int:
@@ -80,7 +80,7 @@ class HfTokenizer:
         Raises RequestError for text that is no valid Unicode.
         """
         tokenizer = self._tokenizer if parse_special else self._plain_tokenizer()
-        ids = _ids(tokenizer, text, add_special_tokens=False)
+        ids = _encode(tokenizer, text, add_special_tokens=False)
         return [*self._prefix, *ids] if add_bos else ids
 
     def encode_for_embedding(self, text: str, max_tokens: int | None = None) -> list[int]:
@@ -88,7 +88,7 @@ class HfTokenizer:
 
         Nothing is cut: raises ContextLengthExceeded over `max_tokens`, RequestError.
         """
-        ids = _ids(self._tokenizer, text, add_special_tokens=True)
+        ids = _encode(self._tokenizer, text, add_special_tokens=True)
         if max_tokens is not None and len(ids) > max_tokens:
             raise ContextLengthExceeded.of(len(ids), max_tokens)
         return ids
@@ -158,10 +158,13 @@ class HfTokenizer:
                 self._plain = plain
             return self._plain
 
-    def _named(self, which: str) -> str:
+    def _special_text(self, which: str) -> str:
         """Return the text of the `bos` or `eos` token; empty where there is none."""
         folder = self._folder
-        for config in (folder.tokenizer_config, _optional(folder.path / "special_tokens_map.json")):
+        for config in (
+            folder.tokenizer_config,
+            read_optional_json(folder.path / "special_tokens_map.json"),
+        ):
             value = config.get(f"{which}_token")
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str) and self._tokenizer.token_to_id(value) is not None:
@@ -173,8 +176,8 @@ class HfTokenizer:
 
     def _read_prefix(self) -> tuple[int, ...]:
         """Return what comes before a text; an explicit `add_bos_token` decides over the rest."""
-        whole = _ids(self._tokenizer, "a", add_special_tokens=True)
-        bare = _ids(self._tokenizer, "a", add_special_tokens=False)
+        whole = _encode(self._tokenizer, "a", add_special_tokens=True)
+        bare = _encode(self._tokenizer, "a", add_special_tokens=False)
         starts = range(len(whole) - len(bare) + 1)
         start = next((at for at in starts if whole[at : at + len(bare)] == bare), 0)
         prefix = tuple(whole[:start])
@@ -184,7 +187,7 @@ class HfTokenizer:
             return (bos,)
         return () if wanted is False and prefix == (bos,) else prefix
 
-    def _read_ends(self) -> frozenset[int]:
+    def _read_end_ids(self) -> frozenset[int]:
         ends: set[int] = set()
         for config in (self._folder.generation_config, self._folder.config):
             ends |= {i for i in _token_ids(config.get("eos_token_id")) if i < self._size}
@@ -198,20 +201,13 @@ class HfTokenizer:
         return frozenset(ends)
 
 
-def _described(folder: Path) -> HfFolder:
+def _read_descriptions(folder: Path) -> HfFolder:
     """Return the folder's descriptions; a tokenizer may stand without a model's config.json."""
     try:
         return read_folder(folder)
     except NotThisFormat:
-        config = _optional(folder / "tokenizer_config.json")
+        config = read_optional_json(folder / "tokenizer_config.json")
         return HfFolder(folder.absolute(), {}, {}, config, None, "")
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        return {}
 
 
 def _load(folder: HfFolder) -> Any:
@@ -222,7 +218,7 @@ def _load(folder: HfFolder) -> Any:
     try:
         text = read_text(path, _MAX_TOKENIZER_BYTES)
     except FileNotFoundError:
-        text = _converted(folder.path)
+        text = _convert_older_files(folder.path)
     try:
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()
@@ -251,7 +247,7 @@ def _add_listed(tokenizer: Any, config: Mapping[str, Any]) -> None:
             )
 
 
-def _converted(folder: Path) -> str:
+def _convert_older_files(folder: Path) -> str:
     """Return a tokenizer.json made of older files.  Raises BrokenModel."""
     if not any(all((folder / name).is_file() for name in names) for names in _OLDER_FILES):
         raise BrokenModel(
@@ -277,7 +273,7 @@ def _converted(folder: Path) -> str:
     return text
 
 
-def _ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
     try:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
     except (TypeError, UnicodeError) as error:

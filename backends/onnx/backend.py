@@ -40,9 +40,9 @@ from core.units import MIB
 
 _BASE_BYTES = 64 * MIB
 _F32_BYTES = 4
-_USUAL_HEADS = 12
+_DEFAULT_HEADS = 12
 # Scores, their softmax and one copy live at once in attention made of plain operators.
-_SCORES_ALIVE = 3
+_LIVE_SCORE_COPIES = 3
 _EMBEDDING_BATCH_TOKENS = 2048
 # Finished rows may stay beside as many running ones, so that their prefixes are of use.
 _ROWS_PER_SEQUENCE = 2
@@ -77,8 +77,8 @@ class OnnxBackend(Backend):
         if info.details.get("is_encoder"):
             # A text is computed in one piece, so a batch holds the longest one at least.
             tokens = max(info.context_length, _EMBEDDING_BATCH_TOKENS)
-            heads = _number(info, "n_head") or _USUAL_HEADS
-            scores = tokens * info.context_length * heads * _F32_BYTES * _SCORES_ALIVE
+            heads = _number(info, "n_head") or _DEFAULT_HEADS
+            scores = tokens * info.context_length * heads * _F32_BYTES * _LIVE_SCORE_COPIES
             estimated = estimate_transformer(
                 info,
                 replace(options, prefill_chunk_tokens=tokens),
@@ -120,7 +120,7 @@ def _number(info: ModelInfo, key: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pieces:
+class _TokenizerWithEndIds:
     """A tokenizer with end tokens that only genai_config.json names."""
 
     tokenizer: HfTokenizer
@@ -140,11 +140,11 @@ def _open_decoder(
 ) -> Engine:
     assert model.folder is not None
     assert options.context_tokens is not None
-    tokenizer = HfTokenizer(model.home)
+    tokenizer = HfTokenizer(model.root)
 
     def open_stepper() -> Stepper:
         rows = open_rows(model, layout, options)
-        return RowStepper(rows, _Pieces(tokenizer, model.end_ids), options)
+        return RowStepper(rows, _TokenizerWithEndIds(tokenizer, model.end_ids), options)
 
     return open_token_engine(
         info,
@@ -170,9 +170,9 @@ def _open_encoder(
     info: ModelInfo, model: OnnxModel, layout: EncoderLayout, options: EngineOptions
 ) -> Engine:
     assert options.context_tokens is not None
-    home = Path(str(info.details.get("tokenizer_folder") or model.home))
-    tokenizer = HfTokenizer(home)
-    pooling = read_pooling(home)
+    root = Path(str(info.details.get("tokenizer_folder") or model.root))
+    tokenizer = HfTokenizer(root)
+    pooling = read_pooling(root)
     context = min(options.context_tokens, pooling.max_tokens or options.context_tokens)
 
     def open_model() -> OnnxEmbeddingModel:

@@ -17,13 +17,13 @@ def cache_layout(session: DecoderSession) -> str:
     return f"onnxruntime {onnxruntime.__version__}, {session.cache_dtype}, {tensors}"
 
 
-def packed(parts: Iterable[NDArray[Any]]) -> NDArray[np.uint8]:
+def pack_arrays(parts: Iterable[NDArray[Any]]) -> NDArray[np.uint8]:
     """Return copies of (heads, tokens, head_dim) arrays, one after the other."""
     copies = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]
     return np.concatenate(copies)
 
 
-def unpacked(
+def unpack_arrays(
     session: DecoderSession, count: int, state: NDArray[np.uint8]
 ) -> list[NDArray[Any]] | None:
     """Return the arrays of `count` tokens; None where the bytes are of another size."""

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backends.onnx.proto import BYTES, VARINT, Field, ProtoReader, opened, signed
-from backends.onnx.weights import DATA_TYPES, MOST_DIMENSIONS, Weights, check_external, note_tensor
+from backends.onnx.proto import BYTES, VARINT, Field, ProtoReader, open_proto, signed
+from backends.onnx.weights import DATA_TYPES, MAX_DIMENSIONS, Weights, add_tensor, check_external
 from core.errors import NotThisFormat
 
 _LFS_POINTER = b"version https://git-lfs"
-_DEEPEST_GRAPH = 8
+_MAX_GRAPH_DEPTH = 8
 # Operators whose attributes K (rows), N (columns) and bits give the weights they unpack.
 _PACKED = frozenset({"MatMulNBits", "MatMulBnb4"})
 
@@ -68,7 +68,7 @@ class OnnxGraph:
 
 
 @dataclass(slots=True)
-class _Found:
+class _GraphScan:
     """What is gathered while the graph and its subgraphs are walked."""
 
     opsets: dict[str, int] = field(default_factory=dict)
@@ -88,8 +88,8 @@ def read_graph(path: Path) -> OnnxGraph:
     Raises NotThisFormat for other files; BrokenModel for damaged ones, for weights that are
     missing, and for weights outside of the model's folder.
     """
-    with opened(path) as reader:
-        found = _Found()
+    with open_proto(path) as reader:
+        found = _GraphScan()
         ir_version = _walk_model(reader, found)
         for location, end in found.weights.external.items():
             check_external(reader, location, end)
@@ -116,7 +116,7 @@ def read_graph(path: Path) -> OnnxGraph:
     )
 
 
-def _walk_model(reader: ProtoReader, found: _Found) -> int:
+def _walk_model(reader: ProtoReader, found: _GraphScan) -> int:
     """Gather a model's graph and functions; return the IR version."""
     start = reader.beginning(len(_LFS_POINTER))
     if start == _LFS_POINTER:
@@ -140,7 +140,7 @@ def _walk_model(reader: ProtoReader, found: _Found) -> int:
     return first.value
 
 
-def _walk_opset(reader: ProtoReader, message: Field, found: _Found) -> None:
+def _walk_opset(reader: ProtoReader, message: Field, found: _GraphScan) -> None:
     domain, version = "", 0
     for item in reader.fields(message.start, message.end):
         if item.number == 1:
@@ -150,22 +150,22 @@ def _walk_opset(reader: ProtoReader, message: Field, found: _Found) -> None:
     found.opsets[domain] = version
 
 
-def _walk_function(reader: ProtoReader, message: Field, found: _Found) -> None:
+def _walk_function(reader: ProtoReader, message: Field, found: _GraphScan) -> None:
     for item in reader.fields(message.start, message.end):
         if item.number == 7 and item.wire_type == BYTES:
             _walk_node(reader, item, found, 1)
 
 
-def _walk_graph(reader: ProtoReader, message: Field, found: _Found, depth: int) -> None:
-    if depth > _DEEPEST_GRAPH:
-        raise reader.broken(f"its graphs are nested more than {_DEEPEST_GRAPH} deep")
+def _walk_graph(reader: ProtoReader, message: Field, found: _GraphScan, depth: int) -> None:
+    if depth > _MAX_GRAPH_DEPTH:
+        raise reader.broken(f"its graphs are nested more than {_MAX_GRAPH_DEPTH} deep")
     for item in reader.fields(message.start, message.end):
         if item.wire_type != BYTES:
             continue
         if item.number == 1:
             _walk_node(reader, item, found, depth)
         elif item.number == 5:
-            note_tensor(reader, item, found.weights)
+            add_tensor(reader, item, found.weights)
         elif item.number == 15:
             _walk_sparse(reader, item, found)
         elif item.number == 11 and depth == 0:
@@ -174,13 +174,13 @@ def _walk_graph(reader: ProtoReader, message: Field, found: _Found, depth: int) 
             found.outputs.append(_value(reader, item))
 
 
-def _walk_sparse(reader: ProtoReader, message: Field, found: _Found) -> None:
+def _walk_sparse(reader: ProtoReader, message: Field, found: _GraphScan) -> None:
     for item in reader.fields(message.start, message.end):
         if item.number in (1, 2) and item.wire_type == BYTES:
-            note_tensor(reader, item, found.weights)
+            add_tensor(reader, item, found.weights)
 
 
-def _walk_node(reader: ProtoReader, message: Field, found: _Found, depth: int) -> None:
+def _walk_node(reader: ProtoReader, message: Field, found: _GraphScan, depth: int) -> None:
     inputs: list[str] = []
     outputs: list[str] = []
     numbers: dict[str, int] = {}
@@ -208,7 +208,7 @@ def _walk_node(reader: ProtoReader, message: Field, found: _Found, depth: int) -
 
 
 def _walk_attribute(
-    reader: ProtoReader, message: Field, found: _Found, depth: int
+    reader: ProtoReader, message: Field, found: _GraphScan, depth: int
 ) -> tuple[str, int]:
     """Return an attribute's name and whole number; note tensors and graphs in it."""
     name, number = "", 0
@@ -220,7 +220,7 @@ def _walk_attribute(
         elif item.wire_type != BYTES:
             continue
         elif item.number in (5, 10):
-            note_tensor(reader, item, found.weights)
+            add_tensor(reader, item, found.weights)
         elif item.number in (6, 11):
             _walk_graph(reader, item, found, depth + 1)
         elif item.number in (22, 23):
@@ -250,7 +250,7 @@ def _tensor_type(reader: ProtoReader, message: Field) -> tuple[str, tuple[Dimens
         elif item.number == 2 and item.wire_type == BYTES:
             for dimension in reader.fields(item.start, item.end):
                 shape.append(_dimension(reader, dimension))
-    if len(shape) > MOST_DIMENSIONS:
+    if len(shape) > MAX_DIMENSIONS:
         raise reader.broken(f"an input or output has {len(shape)} dimensions")
     return dtype, tuple(shape)
 

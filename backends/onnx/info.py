@@ -10,7 +10,7 @@ from typing import Any
 from backends.base import ModelInfo
 from backends.embedding.pooling import read_pooling
 from backends.hf.folder import HfFolder, folder_info, read_folder
-from backends.hf.header import read_json, read_text
+from backends.hf.header import read_optional_json, read_text
 from backends.onnx.graph import OnnxGraph, read_graph
 from backends.onnx.layout import DecoderLayout, EncoderLayout, read_layout, unsupported
 from core.errors import NotThisFormat
@@ -23,12 +23,12 @@ _INTEGER_OPERATORS = frozenset({
     "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
     "QLinearMatMul", "QAttention", "QGemm", "DequantizeLinear",
 })  # fmt: skip
-_WORDS = {
+_DETAIL_NAMES = {
     "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int8": "int8",
     "uint8": "int8", "int4": "int4", "uint4": "int4",
 }  # fmt: skip
 # What encoders without a description are assumed to take where their graph does not tell.
-_USUAL_ENCODER_TOKENS = 512
+_DEFAULT_ENCODER_TOKENS = 512
 _MAX_TEMPLATE_BYTES = MIB
 _GENERATES = frozenset({Capability.CHAT, Capability.COMPLETION})
 
@@ -39,7 +39,7 @@ class OnnxModel:
 
     graph: OnnxGraph
     layout: DecoderLayout | EncoderLayout
-    home: Path
+    root: Path
     folder: HfFolder | None
     end_ids: frozenset[int]
 
@@ -48,14 +48,14 @@ def read_model(path: Path) -> OnnxModel:
     """Read graph and descriptions; nothing is loaded.  Raises NotThisFormat, BrokenModel."""
     path = path.absolute()
     graph = read_graph(path)
-    home = _home(path)
-    genai = _genai(home)
+    root = _model_root(path)
+    genai = _genai(root)
     try:
-        folder: HfFolder | None = read_folder(home)
+        folder: HfFolder | None = read_folder(root)
     except NotThisFormat:
-        folder = _genai_folder(home, genai) if genai else None
+        folder = _genai_folder(root, genai) if genai else None
     layout = read_layout(graph, folder.config if folder else {})
-    return OnnxModel(graph, layout, home, folder, _end_ids(genai))
+    return OnnxModel(graph, layout, root, folder, _end_ids(genai))
 
 
 def onnx_info(path: Path) -> ModelInfo:
@@ -69,7 +69,7 @@ def onnx_info(path: Path) -> ModelInfo:
     return _encoder_info(model, model.layout)
 
 
-def _home(path: Path) -> Path:
+def _model_root(path: Path) -> Path:
     """Return the folder with the descriptions: the graph's own, or the one above `onnx/`."""
     folder = path.parent
     if any((folder / name).is_file() for name in _DESCRIPTIONS):
@@ -79,16 +79,9 @@ def _home(path: Path) -> Path:
     return above if is_inner else folder
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        return {}
-
-
-def _genai(home: Path) -> dict[str, Any]:
+def _genai(root: Path) -> dict[str, Any]:
     """Return genai_config.json, empty where there is none or it describes no model."""
-    config = _optional(home / "genai_config.json")
+    config = read_optional_json(root / "genai_config.json")
     return config if isinstance(config.get("model"), dict) else {}
 
 
@@ -98,7 +91,7 @@ def _end_ids(genai: Mapping[str, Any]) -> frozenset[int]:
     return frozenset(one for one in each if type(one) is int and one >= 0)
 
 
-def _genai_folder(home: Path, genai: Mapping[str, Any]) -> HfFolder:
+def _genai_folder(root: Path, genai: Mapping[str, Any]) -> HfFolder:
     """Return what genai_config.json says in the words of config.json.
 
     Source: the configuration reference of onnxruntime-genai.
@@ -120,20 +113,20 @@ def _genai_folder(home: Path, genai: Mapping[str, Any]) -> HfFolder:
         "num_hidden_layers": decoder.get("num_hidden_layers"),
     }
     search = genai.get("search")
-    tokenizer_config = _optional(home / "tokenizer_config.json")
+    tokenizer_config = read_optional_json(root / "tokenizer_config.json")
     return HfFolder(
-        path=home,
+        path=root,
         config=MappingProxyType({key: value for key, value in config.items() if value is not None}),
         generation_config=MappingProxyType(search if isinstance(search, dict) else {}),
         tokenizer_config=MappingProxyType(tokenizer_config),
-        chat_template=_template(home, tokenizer_config),
+        chat_template=_template(root, tokenizer_config),
         license="",
     )
 
 
-def _template(home: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+def _template(root: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
     try:
-        return read_text(home / "chat_template.jinja", _MAX_TEMPLATE_BYTES) or None
+        return read_text(root / "chat_template.jinja", _MAX_TEMPLATE_BYTES) or None
     except FileNotFoundError:
         value = tokenizer_config.get("chat_template")
         return value if isinstance(value, str) and 0 < len(value) <= _MAX_TEMPLATE_BYTES else None
@@ -143,7 +136,7 @@ def _decoder_info(model: OnnxModel, layout: DecoderLayout) -> ModelInfo:
     if model.folder is None:
         raise unsupported(model.graph, "there is neither config.json nor genai_config.json")
     heads = max(tensor.heads for tensor in layout.cache)
-    info = _described(
+    info = _graph_info(
         model,
         model.folder,
         {
@@ -162,16 +155,16 @@ def _decoder_info(model: OnnxModel, layout: DecoderLayout) -> ModelInfo:
 
 def _encoder_info(model: OnnxModel, layout: EncoderLayout) -> ModelInfo:
     details: dict[str, int | float | str | bool] = {"is_encoder": True, "output": layout.output}
-    context = read_pooling(model.home).max_tokens
+    context = read_pooling(model.root).max_tokens
     if model.folder is None:
         info = _bare_encoder(model, layout, details)
     else:
-        info = _described(model, model.folder, details)
+        info = _graph_info(model, model.folder, details)
     length = min(info.context_length, context or info.context_length)
     return replace(info, capabilities=frozenset({Capability.EMBEDDING}), context_length=length)
 
 
-def _described(
+def _graph_info(
     model: OnnxModel, folder: HfFolder, details: Mapping[str, int | float | str | bool]
 ) -> ModelInfo:
     graph = model.graph
@@ -184,7 +177,7 @@ def _described(
         quantization=quantization_of(graph, model.layout),
         details={**details, "opset": graph.opsets.get("", 0)},
     )
-    files = [*info.files, *_existing(model.home / "genai_config.json")]
+    files = [*info.files, *_existing(model.root / "genai_config.json")]
     variant = _PLAIN_STEM.sub("", graph.path.stem, count=1)
     return replace(
         info,
@@ -214,7 +207,7 @@ def _bare_encoder(
         files=files,
         size_bytes=sum(file.stat().st_size for file in files),
         parameters=graph.parameters,
-        context_length=min(positions, default=_USUAL_ENCODER_TOKENS),
+        context_length=min(positions, default=_DEFAULT_ENCODER_TOKENS),
         capabilities=frozenset({Capability.EMBEDDING}),
         details={
             **details,
@@ -242,4 +235,4 @@ def quantization_of(graph: OnnxGraph, layout: DecoderLayout | EncoderLayout) -> 
     largest = max(graph.weights.items(), key=lambda item: item[1], default=("", 0))[0]
     if _INTEGER_OPERATORS & graph.operators.keys() and largest not in ("int4", "uint4"):
         return "int8"
-    return _WORDS.get(largest, largest)
+    return _DETAIL_NAMES.get(largest, largest)

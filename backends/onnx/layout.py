@@ -20,9 +20,9 @@ _HIDDEN = ("last_hidden_state", "token_embeddings", "hidden_states")
 _INTEGERS = frozenset({"int64", "int32"})
 _FLOATS = frozenset({"float32", "float16"})
 _RAGGED = "GroupQueryAttention"
-_MOST_HEADS = 4096
-_WIDEST_HEAD = 65_536
-_LARGEST_VOCABULARY = 1 << 24
+_MAX_HEADS = 4096
+_MAX_HEAD_DIM = 65_536
+_MAX_VOCABULARY = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def _decoder(
     vocabulary = logits.shape[2]
     if not isinstance(vocabulary, int):
         vocabulary = _number(config, "vocab_size")
-    if not 0 < vocabulary <= _LARGEST_VOCABULARY:
+    if not 0 < vocabulary <= _MAX_VOCABULARY:
         raise unsupported(graph, "the size of its vocabulary is not known")
     batch = (graph.input("input_ids") or logits).shape[0]
     can_batch = not isinstance(batch, int)
@@ -167,7 +167,7 @@ def _cache_tensor(graph: OnnxGraph, value: GraphValue, config: Mapping[str, obje
         width = _number(config, "head_dim") or _number(config, "hidden_size") // max(
             _number(config, "num_attention_heads"), 1
         )
-    if not (0 < heads <= _MOST_HEADS and 0 < width <= _WIDEST_HEAD):
+    if not (0 < heads <= _MAX_HEADS and 0 < width <= _MAX_HEAD_DIM):
         raise unsupported(graph, f"the shape of its input {value.name!r} is not known")
     return CacheTensor(value.name, _present(graph, value.name), heads, width)
 

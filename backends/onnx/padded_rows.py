@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.engine.row_model import RowInput
-from backends.onnx.blocks import cache_layout, packed, unpacked
+from backends.onnx.blocks import cache_layout, pack_arrays, unpack_arrays
 from backends.onnx.session import DecoderSession
 
 _GROWTH_TOKENS = 256
@@ -54,7 +54,7 @@ class PaddedRows:
         """Return an empty row; memory is taken as it grows."""
         del capacity
         self._next_row += 1
-        self._put(self._next_row, 0, self._empty())
+        self._set_own_batch(self._next_row, 0, self._empty())
         return self._next_row
 
     def extend(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
@@ -91,7 +91,7 @@ class PaddedRows:
         for index, tensor in enumerate(self._session.layout.cache):
             bindings.feed(tensor.past, batch.cache[index])
             shape = (len(rows), tensor.heads, columns, tensor.head_dim)
-            made.append(self._room(batch, index, shape))
+            made.append(self._spare_array(batch, index, shape))
             bindings.receive(tensor.present, made[index])
         past = batch.columns - batch.pads
         mask = np.arange(columns)[None, :] >= batch.pads[:, None]
@@ -102,7 +102,7 @@ class PaddedRows:
             self._lengths[item.row] += count
         return logits
 
-    def _room(self, batch: _Batch, index: int, shape: tuple[int, ...]) -> NDArray[Any]:
+    def _spare_array(self, batch: _Batch, index: int, shape: tuple[int, ...]) -> NDArray[Any]:
         """Return an array of the batch's spare buffer, made larger from time to time."""
         size = int(np.prod(shape))
         if index >= len(batch.spares):
@@ -127,15 +127,15 @@ class PaddedRows:
                 (len(rows), tensor.heads, columns, tensor.head_dim), self._session.cache_dtype
             )
             for place, row in enumerate(rows):
-                joined[place, :, pads[place] :] = self._held(row, index)
+                joined[place, :, pads[place] :] = self._row_cache(row, index)
             cache.append(joined)
-        self._leave(rows)
+        self._detach_others(rows)
         batch = _Batch(rows, pads, columns, cache)
         for row in rows:
             self._batch_of[row] = batch
         return batch
 
-    def _held(self, row: int, index: int, length: int | None = None) -> NDArray[Any]:
+    def _row_cache(self, row: int, index: int, length: int | None = None) -> NDArray[Any]:
         """Return a view of the first `length` tokens of a row: (heads, length, head_dim)."""
         batch = self._batch_of[row]
         place = batch.rows.index(row)
@@ -143,17 +143,19 @@ class PaddedRows:
         end = batch.columns if length is None else start + length
         return batch.cache[index][place, :, start:end]
 
-    def _leave(self, rows: Sequence[int]) -> None:
+    def _detach_others(self, rows: Sequence[int]) -> None:
         """Give those a cache of their own that shared one with `rows`, so that it can go."""
         shared = {id(self._batch_of[row]): self._batch_of[row] for row in rows}
         for batch in shared.values():
             for row in batch.rows:
                 if row not in rows and self._batch_of.get(row) is batch:
-                    self._put(row, self._lengths[row], self._copied(row, self._lengths[row]))
+                    self._set_own_batch(
+                        row, self._lengths[row], self._copy_cache(row, self._lengths[row])
+                    )
 
-    def _copied(self, row: int, length: int) -> list[NDArray[Any]]:
+    def _copy_cache(self, row: int, length: int) -> list[NDArray[Any]]:
         count = len(self._session.layout.cache)
-        return [self._held(row, index, length)[None].copy() for index in range(count)]
+        return [self._row_cache(row, index, length)[None].copy() for index in range(count)]
 
     def _empty(self) -> list[NDArray[Any]]:
         return [
@@ -161,7 +163,7 @@ class PaddedRows:
             for tensor in self._session.layout.cache
         ]
 
-    def _put(self, row: int, length: int, cache: list[NDArray[Any]]) -> None:
+    def _set_own_batch(self, row: int, length: int, cache: list[NDArray[Any]]) -> None:
         """Let a row be a batch of its own."""
         self._lengths[row] = length
         self._batch_of[row] = _Batch([row], np.zeros(1, np.int64), length, cache)
@@ -169,19 +171,19 @@ class PaddedRows:
     def truncate(self, row: int, length: int) -> bool:
         """Keep the first `length` tokens of a row."""
         if length < self._lengths[row]:
-            self._leave_alone(row, self._copied(row, length), length)
+            self._move_to_own_batch(row, self._copy_cache(row, length), length)
         return True
 
-    def _leave_alone(self, row: int, cache: list[NDArray[Any]], length: int) -> None:
-        self._leave([row])
-        self._put(row, length, cache)
+    def _move_to_own_batch(self, row: int, cache: list[NDArray[Any]], length: int) -> None:
+        self._detach_others([row])
+        self._set_own_batch(row, length, cache)
 
     def copy_row(self, source: int, length: int, capacity: int) -> int | None:
         """Return a new row with the first `length` tokens of another."""
         if len(self._lengths) >= self.max_rows:
             return None
         row = self.open_row(capacity)
-        self._put(row, length, self._copied(source, length))
+        self._set_own_batch(row, length, self._copy_cache(source, length))
         return row
 
     @property
@@ -192,21 +194,23 @@ class PaddedRows:
     def read_tokens(self, row: int, start: int, count: int) -> NDArray[np.uint8]:
         """Return a copy of the keys and values of `count` tokens, one dimension."""
         layers = range(len(self._session.layout.cache))
-        return packed(self._held(row, index)[:, start : start + count] for index in layers)
+        return pack_arrays(
+            self._row_cache(row, index)[:, start : start + count] for index in layers
+        )
 
     def append_tokens(self, row: int, count: int, state: NDArray[np.uint8]) -> bool:
         """Append `count` tokens that `read_tokens` gave; False for what has another size.
 
         All that the row holds is copied, as for every chunk that is computed.
         """
-        parts = unpacked(self._session, count, state)
+        parts = unpack_arrays(self._session, count, state)
         if parts is None:
             return False
         joined = [
-            np.concatenate((self._held(row, index), part), axis=1)[None]
+            np.concatenate((self._row_cache(row, index), part), axis=1)[None]
             for index, part in enumerate(parts)
         ]
-        self._leave_alone(row, joined, self._lengths[row] + count)
+        self._move_to_own_batch(row, joined, self._lengths[row] + count)
         return True
 
     def close_row(self, row: int) -> None:

@@ -16,9 +16,9 @@ FIXED32: Final = 5
 
 _WINDOW_BYTES = 256 * 1024
 # A graph of 100 layers in plain operators has some 300,000 fields.
-_MOST_FIELDS = 4_000_000
-_LONGEST_TEXT = 64 * 1024
-_MOST_TEXT = 256 * 1024 * 1024
+_MAX_FIELDS = 4_000_000
+_MAX_STRING_BYTES = 64 * 1024
+_MAX_TOTAL_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class ProtoReader:
         position = start
         while position < end:
             self._fields += 1
-            if self._fields > _MOST_FIELDS:
-                raise self.broken(f"its graph has more than {_MOST_FIELDS:,} fields")
+            if self._fields > _MAX_FIELDS:
+                raise self.broken(f"its graph has more than {_MAX_FIELDS:,} fields")
             tag, position = self._varint(position, end)
             number, wire_type = tag >> 3, tag & 7
             if wire_type == VARINT:
@@ -86,10 +86,10 @@ class ProtoReader:
 
     def data(self, field: Field) -> bytes:
         """Return a field's bytes.  Raises BrokenModel over 64 KiB."""
-        if field.wire_type != BYTES or field.value > _LONGEST_TEXT:
+        if field.wire_type != BYTES or field.value > _MAX_STRING_BYTES:
             raise self.broken(f"a text in it has {field.value:,} bytes")
         self._text_bytes += field.value
-        if self._text_bytes > _MOST_TEXT:
+        if self._text_bytes > _MAX_TOTAL_BYTES:
             raise self.broken("the names in its graph are too long")
         offset = self._fill(field.start, field.value)
         return self._window[offset : offset + field.value]
@@ -98,7 +98,7 @@ class ProtoReader:
         """Return a repeated whole number, packed or single, each with its sign."""
         if field.wire_type == VARINT:
             return [signed(field.value)]
-        if field.wire_type != BYTES or field.value > _LONGEST_TEXT:
+        if field.wire_type != BYTES or field.value > _MAX_STRING_BYTES:
             raise self.broken("a list of numbers in it is too long")
         found, position = [], field.start
         while position < field.end:
@@ -142,7 +142,7 @@ def signed(value: int) -> int:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[ProtoReader]:
+def open_proto(path: Path) -> Iterator[ProtoReader]:
     """Open a file for reading.  Raises NotThisFormat for what is no readable regular file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

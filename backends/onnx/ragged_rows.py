@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.engine.row_model import RowInput
-from backends.onnx.blocks import cache_layout, packed, unpacked
+from backends.onnx.blocks import cache_layout, pack_arrays, unpack_arrays
 from backends.onnx.session import Bindings, DecoderSession
 from core.errors import EngineFailed
 
 _FIRST_CAPACITY = 256
 
 
-def untouched(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def lazy_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return an array whose pages take memory only once they are written."""
     size = max(math.prod(shape) * dtype.itemsize, 1)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
@@ -82,7 +82,7 @@ class RaggedRows:
         several tokens after a past for one row only.
         """
         single = [index for index, item in enumerate(rows) if len(item.tokens) == 1]
-        order = self._line_up([rows[index].row for index in single])
+        order = self._move_to_front([rows[index].row for index in single])
         if order == list(range(len(rows))):
             return self._decode(order, rows)
         logits = np.empty((len(rows), self.vocabulary_size), np.float32)
@@ -119,13 +119,13 @@ class RaggedRows:
         past = self._lengths[first : first + count]
         after = past + new
         mask = np.arange(int(after.max()))[None, :] < after[:, None]
-        logits = self._session.run(self._bound(first, count, new), tokens, past, mask)
+        logits = self._session.run(self._cache_bindings(first, count, new), tokens, past, mask)
         past += new
         touched = self._touched[first : first + count]
         np.maximum(touched, past, out=touched)
         return logits
 
-    def _bound(self, first: int, count: int, new: int) -> Bindings:
+    def _cache_bindings(self, first: int, count: int, new: int) -> Bindings:
         """Return bindings whose past and present both are the slots' part of the cache."""
         is_decoding = first == 0 and new == 1
         if is_decoding and self._decoding is not None and self._decoding[0] == count:
@@ -139,7 +139,7 @@ class RaggedRows:
             self._decoding = (count, bindings)
         return bindings
 
-    def _line_up(self, rows: list[int]) -> list[int]:
+    def _move_to_front(self, rows: list[int]) -> list[int]:
         """Move `rows` into the first slots; return their places in `rows` by slot."""
         count = len(rows)
         wanted = {self._slot_of[row] for row in rows}
@@ -179,7 +179,7 @@ class RaggedRows:
         self._decoding = None
         for index, tensor in enumerate(self._session.layout.cache):
             shape = (self.max_rows, tensor.heads, capacity, tensor.head_dim)
-            fresh = untouched(shape, self._session.cache_dtype)
+            fresh = lazy_array(shape, self._session.cache_dtype)
             if index < len(self._cache):
                 for slot, length in enumerate(self._lengths):
                     fresh[slot, :, :length] = self._cache[index][slot, :, :length]
@@ -216,11 +216,11 @@ class RaggedRows:
         """Return a copy of the keys and values of `count` tokens, one dimension."""
         slot = self._slot_of[row]
         parts = (values[slot, :, start : start + count] for values in self._cache)
-        return packed(parts)
+        return pack_arrays(parts)
 
     def append_tokens(self, row: int, count: int, state: NDArray[np.uint8]) -> bool:
         """Append `count` tokens that `read_tokens` gave; False for what has another size."""
-        parts = unpacked(self._session, count, state)
+        parts = unpack_arrays(self._session, count, state)
         if parts is None:
             return False
         slot = self._slot_of[row]

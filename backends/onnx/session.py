@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _FATAL = 4
 _F32_BYTES = 4
 # Logits of a whole chunk are computed where the graph cannot leave them out.
-_MOST_LOGITS_BYTES = 128 * MIB
+_MAX_LOGITS_BYTES = 128 * MIB
 
 
 def open_session(path: Path, threads: int, *, for_encoder: bool = False) -> Any:
@@ -56,7 +56,7 @@ def open_session(path: Path, threads: int, *, for_encoder: bool = False) -> Any:
 
 def chunk_tokens(vocabulary_size: int) -> int:
     """Return how many tokens may be computed together where each has logits."""
-    return max(1, _MOST_LOGITS_BYTES // (_F32_BYTES * max(vocabulary_size, 1)))
+    return max(1, _MAX_LOGITS_BYTES // (_F32_BYTES * max(vocabulary_size, 1)))
 
 
 class Bindings:

@@ -23,8 +23,8 @@ DATA_TYPES: Mapping[int, tuple[str, int]] = {
 }  # fmt: skip
 _FLOATS = frozenset({"float32", "float16", "bfloat16", "float64"})
 _TYPED_DATA = frozenset({4, 5, 6, 7, 10, 11})
-MOST_DIMENSIONS = 16
-_MOST_ELEMENTS = 1 << 50
+MAX_DIMENSIONS = 16
+_MAX_ELEMENTS = 1 << 50
 
 
 @dataclass(slots=True)
@@ -51,20 +51,20 @@ class Weights:
     external: dict[str, int] = field(default_factory=dict)
 
 
-def note_tensor(reader: ProtoReader, message: Field, found: Weights) -> None:
+def add_tensor(reader: ProtoReader, message: Field, found: Weights) -> None:
     """Add one tensor message.  Raises BrokenModel."""
     tensor = _read_tensor(reader, message)
     dtype, bits = DATA_TYPES.get(tensor.data_type, ("", 0))
     if not dtype:
         raise reader.broken(f"a weight has the unknown type {tensor.data_type}")
-    if len(tensor.shape) > MOST_DIMENSIONS or any(size < 0 for size in tensor.shape):
+    if len(tensor.shape) > MAX_DIMENSIONS or any(size < 0 for size in tensor.shape):
         raise reader.broken(f"the weight {tensor.name[:100]!r} has an impossible shape")
     elements = math.prod(tensor.shape)
-    if elements > _MOST_ELEMENTS:
+    if elements > _MAX_ELEMENTS:
         raise reader.broken(f"the weight {tensor.name[:100]!r} has {elements:,} elements")
     size = (elements * bits + 7) // 8
     if tensor.is_external:
-        _note_external(reader, tensor, size, found)
+        _add_external(reader, tensor, size, found)
     elif tensor.raw_bytes >= 0 and bits and tensor.raw_bytes != size:
         raise reader.broken(
             f"the weight {tensor.name[:100]!r} has {tensor.raw_bytes:,} bytes, not {size:,}"
@@ -101,7 +101,7 @@ def _read_tensor(reader: ProtoReader, message: Field) -> _Tensor:
     return tensor
 
 
-def _note_external(reader: ProtoReader, tensor: _Tensor, size: int, found: Weights) -> None:
+def _add_external(reader: ProtoReader, tensor: _Tensor, size: int, found: Weights) -> None:
     location = tensor.external.get("location", "")
     pure = PurePosixPath(location)
     if not location or pure.is_absolute() or ".." in pure.parts or "\\" in location:

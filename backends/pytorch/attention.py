@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NAME = "impetus_ragged"
-_SMALLEST_CAPACITY = 128
+_MIN_CAPACITY = 128
 _WORD = 4
 _local = threading.local()
 
@@ -48,7 +48,7 @@ class RowCache:
 
     def _grown(self, cache: LayerCache | None, keys: Any, values: Any, needed: int) -> LayerCache:
         # A quarter more each time: copying stays a small part of what filling the cache costs.
-        capacity = max(_SMALLEST_CAPACITY, needed + needed // 4)
+        capacity = max(_MIN_CAPACITY, needed + needed // 4)
         grown = LayerCache(
             keys.new_empty((keys.shape[0], capacity, keys.shape[2])),
             values.new_empty((values.shape[0], capacity, values.shape[2])),
@@ -141,7 +141,7 @@ class Step:
         _local.step = None
 
 
-def register() -> None:
+def register_attention() -> None:
     """Make the attention known to transformers by NAME; again is fine."""
     from transformers import AttentionInterface
 
@@ -176,7 +176,7 @@ def _attend(
         )
         total = segment.cache.length + segment.count
         first = 0 if window is None else max(0, segment.cache.length + 1 - window)
-        part = _Part(
+        part = _SegmentAttention(
             query[:, :, segment.start : end],
             cache.keys[None, :, first:total],
             cache.values[None, :, first:total],
@@ -191,7 +191,7 @@ def _attend(
 
 
 @dataclass(slots=True)
-class _Part:
+class _SegmentAttention:
     """One segment's query (1, heads, count, dim), keys and values (1, kv heads, cached, dim)."""
 
     query: Any

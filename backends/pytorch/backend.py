@@ -15,7 +15,7 @@ from backends.hf.config import read_folder
 from backends.pytorch.loading import (
     estimate_torch,
     import_torch,
-    on_torch,
+    limit_context_for_torch,
     open_torch,
     torch_availability,
 )
@@ -43,7 +43,7 @@ class PytorchBackend(Backend):
     def identify(self, path: Path) -> ModelInfo:
         """Read the tensors' list with our own interpreter of pickles, which runs nothing."""
         info = pytorch_info(path)
-        return on_torch(info, read_folder(info.files[0].parent))
+        return limit_context_for_torch(info, read_folder(info.files[0].parent))
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         """Return weights, KV cache and buffers in bytes."""

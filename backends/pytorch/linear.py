@@ -5,13 +5,13 @@ from typing import Any
 
 # Measured with MKL on two cores, weights of 192 × 576 to 11008 × 4096: with fewer rows, and with
 # 60 or more, most layers are as fast or faster with the weights on the right.
-_FEWEST_ROWS = 7
-_MOST_ROWS = 56
+_MIN_ROWS = 7
+_MAX_ROWS = 56
 # Narrower layers lost as often as they won.
-_LEAST_OUTPUTS = 513
+_MIN_OUTPUTS = 513
 
 
-def speed_up(model: Any) -> int:
+def speed_up_linear_layers(model: Any) -> int:
     """Let a model's linear layers take 7 to 56 rows at once; return how many layers do.
 
     MKL multiplies a tall matrix by a few columns in about two thirds of the time that it needs
@@ -28,7 +28,7 @@ def speed_up(model: Any) -> int:
             continue
         weight = module.weight
         is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-        if is_plain and weight.shape[0] >= _LEAST_OUTPUTS:
+        if is_plain and weight.shape[0] >= _MIN_OUTPUTS:
             module.forward = MethodType(_forward, module)
             changed += 1
     return changed
@@ -39,7 +39,7 @@ def _forward(module: Any, inputs: Any) -> Any:
     import torch
 
     rows = inputs.numel() // inputs.shape[-1]
-    if not _FEWEST_ROWS <= rows <= _MOST_ROWS:
+    if not _MIN_ROWS <= rows <= _MAX_ROWS:
         return torch.nn.functional.linear(inputs, module.weight, module.bias)
     columns = inputs.reshape(rows, -1).t().contiguous()
     outputs = torch.mm(module.weight, columns).t()

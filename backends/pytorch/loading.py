@@ -40,7 +40,7 @@ def torch_availability() -> Availability:
     return Availability(True)
 
 
-def on_torch(info: ModelInfo, folder: HfFolder) -> ModelInfo:
+def limit_context_for_torch(info: ModelInfo, folder: HfFolder) -> ModelInfo:
     """Return `info` with the context that PyTorch can compute without changing past tokens."""
     scaling = folder.config.get("rope_scaling")
     if not isinstance(scaling, dict):

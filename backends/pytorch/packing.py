@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.engine.row_model import RowInput, RowModel
-from backends.pytorch.attention import NAME, register
-from backends.pytorch.linear import speed_up
+from backends.pytorch.attention import NAME, register_attention
+from backends.pytorch.linear import speed_up_linear_layers
 from backends.pytorch.rows import PackedRows, SeparateRows, layer_kinds
 from core.errors import EngineFailed
 
@@ -31,9 +31,9 @@ def open_rows(model: Any, *, max_rows: int) -> RowModel:
         return SeparateRows(model, max_rows)
     own = getattr(model.config, "_attn_implementation", None) or "eager"
     try:
-        wanted = _own_logits(model, _check_tokens(model))
-        register()
-        speed_up(model)
+        wanted = _reference_logits(model, _check_tokens(model))
+        register_attention()
+        speed_up_linear_layers(model)
         model.set_attn_implementation(NAME)
         packed = PackedRows(model, windows, max_rows)
         if _agree(wanted, _packed_logits(packed, _check_tokens(model)), str(model.dtype)):
@@ -63,7 +63,7 @@ def _check_tokens(model: Any) -> list[list[int]]:
     ]
 
 
-def _own_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+def _reference_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
     import torch
 
     with torch.inference_mode():

@@ -78,7 +78,7 @@ _MARK = object()
 
 
 @dataclass(slots=True)
-class _Machine:
+class _PickleMachine:
     """The pickle machine's stack and memo, over plain values only."""
 
     stack: list[Any] = field(default_factory=list)
@@ -208,26 +208,26 @@ def _storage(identity: Any) -> Storage:
     return Storage(key, found[0], elements, found[1])
 
 
-_Step = Callable[[_Machine, Any], None]
+_Step = Callable[[_PickleMachine, Any], None]
 
 
 def _constant(make: Callable[[], Any]) -> _Step:
     return lambda machine, _: machine.stack.append(make())
 
 
-def _push(machine: _Machine, argument: Any) -> None:
+def _push(machine: _PickleMachine, argument: Any) -> None:
     machine.stack.append(argument)
 
 
-def _ignore(_machine: _Machine, _argument: Any) -> None:
+def _ignore(_machine: _PickleMachine, _argument: Any) -> None:
     """Frames and the protocol's number change nothing."""
 
 
-def _store(machine: _Machine, argument: Any) -> None:
+def _store(machine: _PickleMachine, argument: Any) -> None:
     machine.memo[argument] = machine.top()
 
 
-def _push_named(machine: _Machine, argument: str) -> None:
+def _push_named(machine: _PickleMachine, argument: str) -> None:
     machine.push_global(*argument.split(" ", 1))
 
 
@@ -268,7 +268,7 @@ def read_pickle(data: bytes, start: int = 0) -> tuple[Any, int]:
     Values are None, booleans, numbers, texts, tuples, lists, dicts and `PickledTensor`.
     Raises UnsafePickle, naming what the pickle wants to import.
     """
-    machine = _Machine()
+    machine = _PickleMachine()
     try:
         operations = pickletools.genops(data[start:])
         for count, (operation, argument, position) in enumerate(operations):

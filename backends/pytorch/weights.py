@@ -178,12 +178,12 @@ def pytorch_info(path: Path) -> ModelInfo:
         ) from None
     if not folder.config.get("model_type"):
         raise NotThisFormat(f"{path.name} is a part of another model")
-    paths = _set_of(folder, path)
+    paths = _all_shards(folder, path)
     files = [first if each == path else _shard(each) for each in paths]
     return torch_info(folder, files)
 
 
-def _set_of(folder: HfFolder, path: Path) -> tuple[Path, ...]:
+def _all_shards(folder: HfFolder, path: Path) -> tuple[Path, ...]:
     """Return all shards that `path` belongs to; itself alone for a bare state dict."""
     if not path.name.startswith("pytorch_model"):
         return (path,)

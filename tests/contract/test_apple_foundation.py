@@ -336,7 +336,7 @@ async def test_system_that_falls_silent_ends_the_request(model: Model) -> None:
         apple_fm_sdk.SystemLanguageModel(),
         OPTIONS,
         context_tokens=4096,
-        silence_s=0.3,
+        idle_timeout_s=0.3,
     )
     model.answer = hang("some")
     with pytest.raises(EngineFailed, match="Nothing came"):

@@ -96,12 +96,12 @@ def _shift_scale(values: Values) -> Array:
     data, scale, offset = values["data"], values["scale"], values.get("offset")
     dense: Array = data.astype(scale.dtype)
     if offset is not None:
-        dense -= _spread(offset, data.shape).astype(scale.dtype)
-    dense *= _spread(scale, data.shape)
+        dense -= _repeat_blocks(offset, data.shape).astype(scale.dtype)
+    dense *= _repeat_blocks(scale, data.shape)
     return dense
 
 
-def _spread(array: Array, shape: tuple[int, ...]) -> Array:
+def _repeat_blocks(array: Array, shape: tuple[int, ...]) -> Array:
     """Repeat the elements of `array` blockwise until it has `shape`."""
     for axis, length in enumerate(shape):
         blocks, rest = divmod(length, array.shape[axis])

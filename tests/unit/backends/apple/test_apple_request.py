@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from backends.apple.backend import AppleFoundationBackend, apple_info, system_problem
-from backends.apple.request import read_job
+from backends.apple.request import read_session_request
 from backends.base import EngineOptions
 from core.errors import (
     BackendUnavailable,
@@ -101,25 +101,27 @@ def test_import_brings_no_sdk() -> None:
 )
 def test_sampling_that_the_sdk_drops_is_refused(param: str, value: Any) -> None:
     with pytest.raises(UnsupportedParameter) as caught:
-        read_job(request(chat("Hi"), **{"temperature": 0.5, param: value}))
+        read_session_request(request(chat("Hi"), **{"temperature": 0.5, param: value}))
     assert caught.value.param == param
 
 
 def test_logprobs_are_refused() -> None:
     with pytest.raises(UnsupportedParameter) as caught:
-        read_job(request(chat("Hi"), top_logprobs=0))
+        read_session_request(request(chat("Hi"), top_logprobs=0))
     assert caught.value.param == "logprobs"
 
 
 def test_what_changes_nothing_is_taken() -> None:
-    greedy, _ = read_job(request(chat("Hi"), top_p=0.5, top_k=3, min_p=0.1, seed=7))
-    warm, _ = read_job(request(chat("Hi"), temperature=1.0, top_p=1.0, top_k=0, min_p=0.0))
+    greedy, _ = read_session_request(request(chat("Hi"), top_p=0.5, top_k=3, min_p=0.1, seed=7))
+    warm, _ = read_session_request(
+        request(chat("Hi"), temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+    )
     assert (greedy.temperature, warm.temperature) == (0.0, 1.0)
 
 
 def test_any_json_object_is_refused() -> None:
     with pytest.raises(UnsupportedParameter) as caught:
-        read_job(request(chat("Hi"), output=JsonOutput()))
+        read_session_request(request(chat("Hi"), output=JsonOutput()))
     assert caught.value.param == "response_format"
 
 
@@ -127,29 +129,29 @@ def test_any_json_object_is_refused() -> None:
 def test_choice_of_a_tool_that_is_not_given_is_refused(choice: Any) -> None:
     tools = () if choice == "required" else (Tool("clock"),)
     with pytest.raises(RequestError) as caught:
-        read_job(request(chat("Hi", tools=tools, tool_choice=choice)))
+        read_session_request(request(chat("Hi", tools=tools, tool_choice=choice)))
     assert caught.value.param == "tool_choice"
 
 
 def test_forced_call_and_schema_exclude_each_other() -> None:
     prompt = chat("Hi", tools=(Tool("clock"),), tool_choice="required")
     with pytest.raises(RequestError) as caught:
-        read_job(request(prompt, output=JsonOutput(ARGUMENTS)))
+        read_session_request(request(prompt, output=JsonOutput(ARGUMENTS)))
     assert caught.value.param == "response_format"
 
 
 def test_forced_tools_bring_their_schemas() -> None:
     tools = (Tool("clock", parameters={"type": "object"}), Tool("say", parameters=ARGUMENTS))
-    job, _ = read_job(request(chat("Hi", tools=tools, tool_choice="required")))
+    job, _ = read_session_request(request(chat("Hi", tools=tools, tool_choice="required")))
     assert [(tool.name, tool.schema is None) for tool in job.forced] == [
         ("clock", True),
         ("say", False),
     ]
-    free, _ = read_job(request(chat("Hi", tools=tools)))
+    free, _ = read_session_request(request(chat("Hi", tools=tools)))
     assert free.forced == ()
 
 
 def test_no_tokens_at_all_are_refused() -> None:
     with pytest.raises(RequestError) as caught:
-        read_job(request(chat("Hi"), max_tokens=0))
+        read_session_request(request(chat("Hi"), max_tokens=0))
     assert caught.value.param == "max_tokens"

@@ -257,7 +257,7 @@ def test_graphs_nested_too_deeply_are_refused(tmp_path: Path) -> None:
 def test_a_graph_of_endless_fields_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backends.onnx.proto._MOST_FIELDS", 1000)
+    monkeypatch.setattr("backends.onnx.proto._MAX_FIELDS", 1000)
     path = tmp_path / "model.onnx"
     path.write_bytes(b"\x08\x08" + field(7, field(1, b"") * 1001))
     with pytest.raises(BrokenModel, match="more than 1,000 fields"):
