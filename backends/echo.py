@@ -1,4 +1,4 @@
-"""A backend without a model: it answers with the prompt's last message, one byte a token."""
+"""Echo backend for tests: repeats the prompt's last message, one byte per token."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ _TEMPLATE = "{{ messages[-1].content }}"
 
 
 class ByteTokenizer:
-    """Token ids are UTF-8 bytes; 256 ends the answer."""
+    """A tokenizer whose ids are UTF-8 bytes; 256 ends the answer."""
 
     vocabulary_size = END_TOKEN + 1
     can_constrain = False
@@ -43,14 +43,14 @@ class ByteTokenizer:
         return bytes((token_id,)) if token_id < END_TOKEN else b""
 
     def mask(self, constraint: Constraint) -> GrammarPlace:
-        """Refuse: the one possible answer cannot be changed."""
+        """Refuse grammars: the answer is fixed.  Raises UnsupportedParameter."""
         raise UnsupportedParameter(
-            f"The echo model cannot honour {constraint.param}.", param=constraint.param
+            f"The echo model does not support {constraint.param}.", param=constraint.param
         )
 
 
 class EchoStepper:
-    """Repeats each prompt, one byte a step; its only possible token has probability one."""
+    """A stepper that repeats each prompt, one byte per step, each with probability one."""
 
     def __init__(self, max_sequences: int) -> None:
         self.max_sequences = max_sequences
@@ -59,22 +59,22 @@ class EchoStepper:
         self._steps = 0
 
     def add(self, spec: SequenceSpec) -> None:
-        """Accept a sequence.  Raises UnsupportedParameter for what would change the answer."""
+        """Add a sequence.  Raises UnsupportedParameter for logit_bias."""
         if spec.sampling.logit_bias:
             raise UnsupportedParameter(
-                "The echo model cannot honour logit_bias.", param="logit_bias"
+                "The echo model does not support logit_bias.", param="logit_bias"
             )
         self._specs[spec.id] = spec
         asked = spec.prompt[: len(spec.prompt) - spec.generated]
         self._left[spec.id] = [END_TOKEN, *reversed(asked[spec.generated :])]
 
     def remove(self, sequence_id: int) -> None:
-        """Drop a sequence; idempotent."""
+        """Remove a sequence; idempotent."""
         self._left.pop(sequence_id, None)
         self._specs.pop(sequence_id, None)
 
     def step(self) -> list[StepOutput]:
-        """Give every sequence its next byte."""
+        """Return the next byte of every sequence."""
         self._steps += 1
         return [self._next(sequence_id, left) for sequence_id, left in self._left.items() if left]
 
@@ -101,7 +101,7 @@ class EchoStepper:
 
 
 class EchoBackend(Backend):
-    """Makes the one echo model; for trying clients, for tests, and as an example."""
+    """The backend of the echo model; for trying clients, for tests, and as an example."""
 
     name: ClassVar[str] = "echo"
     starts_on_demand: ClassVar[bool] = True
@@ -112,7 +112,7 @@ class EchoBackend(Backend):
         return Availability(True)
 
     def identify(self, path: Path) -> ModelInfo:
-        """Claim no file."""
+        """Recognise no file.  Raises NotThisFormat."""
         raise NotThisFormat(f"{path.name}: the echo model has no files")
 
     def built_in(self) -> tuple[ModelInfo, ...]:
@@ -120,7 +120,7 @@ class EchoBackend(Backend):
         return (echo_info(),)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
-        """Return no memory: there are no weights."""
+        """Return zero bytes: there are no weights."""
         context = min(options.context_tokens or info.context_length, info.context_length)
         return MemoryEstimate(0, 0, 0, context, context)
 

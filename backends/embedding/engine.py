@@ -101,7 +101,8 @@ class EmbeddingEngine(Engine):
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Refuse: an embedding model generates no text."""
         raise UnsupportedCapability(
-            f"The model {request.model_id} makes embeddings, not text.", param="model"
+            f"The model {request.model_id} makes embeddings, not text; use /v1/embeddings.",
+            param="model",
         )
         yield  # pragma: no cover - makes this an async generator
 
@@ -255,7 +256,10 @@ class EmbeddingEngine(Engine):
             )
         for (request, index), vector in zip(batch, vectors, strict=True):
             if not np.isfinite(vector).all():
-                message = f"The model {self.info.name} computed a non-finite vector."
+                message = (
+                    f"The model {self.info.name} computed a non-finite vector (NaN or infinity); "
+                    "try another quantization."
+                )
                 self._end(request, EngineFailed(message))
             request.vectors[index] = vector
         for request in {request for request, _ in batch}:

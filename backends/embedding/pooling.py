@@ -1,4 +1,4 @@
-"""From a vector per token to a vector per text, as sentence-transformers folders describe it."""
+"""Pools token vectors into text vectors, as sentence-transformers folders configure it."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from core.errors import BrokenModel
 
 _MAX_JSON_BYTES = 1024 * 1024
-# In the order of concatenation where a model uses several.
+# In the order in which a model that uses several concatenates them.
 # Source: sentence_transformers, modules/pooling.py.
 _FLAGS: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",
@@ -35,10 +35,10 @@ _SUPPORTED_MODULES = frozenset({"Transformer", "Pooling", "Normalize", "Dropout"
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """How token vectors become one; `mode` is one of `MODES`, or several joined by "+".
+    """How token vectors are pooled; `mode` is one of `MODES`, or several joined by "+".
 
-    `normalize` makes unit vectors.  `max_tokens` is the longest text the model was made for,
-    its special tokens included; None where the folder does not say.
+    `normalize` makes unit vectors.  `max_tokens` is the longest text that the model was trained
+    for, including its special tokens; None if the folder does not say.
     """
 
     mode: str = "mean"
@@ -47,24 +47,27 @@ class Pooling:
 
 
 def read_pooling(folder: Path) -> Pooling:
-    """Return what a model's folder says; mean and unit vectors where it says nothing.
+    """Read the pooling settings of a model's folder; the default is mean and unit vectors.
 
-    Raises BrokenModel for damaged files, and for modules whose computation is not known here:
-    leaving one out would give other vectors without a word.
+    Raises BrokenModel for damaged files, and for unsupported modules: skipping one would
+    silently give different vectors.
     """
     max_tokens = _max_tokens(_read_object(folder / "sentence_bert_config.json"))
     modules = _read_json(folder / "modules.json")
     if modules is None:
         return Pooling(max_tokens=max_tokens)
     if not isinstance(modules, list):
-        raise BrokenModel("modules.json holds no list of modules.", param="model")
+        raise BrokenModel(
+            "modules.json is not a list of modules; download it again.", param="model"
+        )
     kinds: list[str] = []
     mode = "mean"
     for module in modules:
         kind, path = _module_entry(module)
         if kind not in _SUPPORTED_MODULES:
             raise BrokenModel(
-                f"The embedding model has a module {kind!r}, which is not supported.",
+                f"The embedding model uses the module {kind!r}, which is not supported; supported "
+                f"are {', '.join(sorted(_SUPPORTED_MODULES))}.",
                 param="model",
             )
         if kind == "Pooling":
@@ -76,10 +79,10 @@ def read_pooling(folder: Path) -> Pooling:
 def pool(
     hidden: NDArray[np.floating[Any]], mask: NDArray[Any], pooling: Pooling
 ) -> NDArray[np.float32]:
-    """Return vectors float32 (b, d) of `hidden` (b, t, d).
+    """Pool `hidden` (b, t, d) into vectors, float32 (b, d).
 
-    `mask` (b, t) is 0 at padding, which may be on either side.  With several modes d grows as
-    many times.  A row without any token gives zeros.
+    `mask` (b, t) is 0 at padding, which may be on either side.  Several modes give a vector of
+    d values each, concatenated.  A row without tokens gives zeros.
     """
     weights = np.asarray(mask, np.float32)
     values = np.asarray(hidden, np.float32)
@@ -89,7 +92,7 @@ def pool(
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return `vectors` (b, d) with length one each; zeros stay zeros."""
+    """Normalise `vectors` (b, d) to unit length; zeros stay zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(lengths == 0, 1, lengths), np.float32)
 
@@ -109,7 +112,7 @@ def _mean_sqrt_len(
 def _weighted_mean(
     values: NDArray[np.float32], weights: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Weigh each token by its place, the first by one."""
+    """Weight each token by its position, counted from one."""
     return _mean(values, weights * np.cumsum(weights, axis=1))
 
 
@@ -137,7 +140,7 @@ def _at(
 
 
 def _weighted_sum(values: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    # What stands at padding may be anything, NaN too, so it is left out instead of multiplied.
+    # Padding may hold anything, NaN too, so it is replaced instead of multiplied by zero.
     kept = np.where(weights[:, :, None] > 0, values, 0)
     return np.asarray(np.einsum("btd,bt->bd", kept, weights), np.float32)
 
@@ -159,32 +162,36 @@ MODES = tuple(_POOLERS)
 
 
 def _pooling_mode(config: Mapping[str, Any]) -> str:
-    """Return the mode of a pooling module's config, in its newer form or as flags."""
+    """Return the mode of a pooling config: its `pooling_mode`, or the older boolean flags."""
     named = config.get("pooling_mode")
     if named is None:
         chosen = [mode for flag, mode in _FLAGS.items() if config.get(flag) is True]
         return "+".join(chosen) or "mean"
     names: Sequence[Any] = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not names:
-        raise BrokenModel("The pooling's config names no mode.", param="model")
+        raise BrokenModel("pooling_mode in the pooling's config.json names no mode.", param="model")
     unknown = [name for name in names if not isinstance(name, str) or name not in _NAMES]
     if unknown:
-        raise BrokenModel(f"The pooling mode {str(unknown[0])[:50]!r} is unknown.", param="model")
+        raise BrokenModel(
+            f"The pooling mode {str(unknown[0])[:50]!r} is not supported.", param="model"
+        )
     return "+".join(dict.fromkeys(_NAMES[name] for name in names))
 
 
 def _module_entry(module: Any) -> tuple[str, str]:
     if not isinstance(module, dict):
-        raise BrokenModel("modules.json holds something that is no module.", param="model")
+        raise BrokenModel("An entry of modules.json is not an object.", param="model")
     kind, path = module.get("type"), module.get("path", "")
     if not isinstance(kind, str) or not isinstance(path, str):
-        raise BrokenModel("A module in modules.json has no type.", param="model")
+        raise BrokenModel("A module in modules.json has no type or an invalid path.", param="model")
     return kind.rsplit(".", 1)[-1][:50], path
 
 
 def _path_inside(folder: Path, path: str) -> Path:
     if Path(path).is_absolute() or ".." in Path(path).parts:
-        raise BrokenModel("A module in modules.json lies outside of the folder.", param="model")
+        raise BrokenModel(
+            "A module in modules.json has a path outside the model's folder.", param="model"
+        )
     return folder / path
 
 
@@ -193,7 +200,9 @@ def _max_tokens(config: Mapping[str, Any]) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise BrokenModel("max_seq_length in sentence_bert_config.json is no count.", param="model")
+        raise BrokenModel(
+            "max_seq_length in sentence_bert_config.json is not a positive integer.", param="model"
+        )
     return value
 
 
@@ -202,12 +211,12 @@ def _read_object(path: Path) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise BrokenModel(f"{path.name} holds no JSON object.", param="model")
+        raise BrokenModel(f"{path.name} is not a JSON object.", param="model")
     return value
 
 
 def _read_json(path: Path) -> Any:
-    """Return the JSON in a file, None where there is no file."""
+    """Return the JSON in a file, None if there is no file."""
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_JSON_BYTES + 1)
@@ -218,8 +227,10 @@ def _read_json(path: Path) -> Any:
             f"{path.name} cannot be read ({error.strerror}).", param="model"
         ) from error
     if len(data) > _MAX_JSON_BYTES:
-        raise BrokenModel(f"{path.name} is larger than 1 MiB.", param="model")
+        raise BrokenModel(f"{path.name} is larger than the limit of 1 MiB.", param="model")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise BrokenModel(f"{path.name} is no valid JSON.", param="model") from error
+        raise BrokenModel(
+            f"{path.name} is not valid JSON; download it again.", param="model"
+        ) from error

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder must have, and must not want, before it is a model to us."""
+"""Checks that a Hugging Face folder has a tokenizer and needs no custom code."""
 
 import importlib.util
 from functools import cache
@@ -7,29 +7,35 @@ from pathlib import Path
 from backends.hf.config import HfFolder
 from backends.hf.header import broken
 
-# Any of these is a whole vocabulary; vocab.json needs its merges.
+# Each of these is a complete vocabulary; vocab.json also needs merges.txt.
 _VOCABULARIES = (
-    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+)
 
 
 def check_folder(folder: HfFolder, *, is_known: bool) -> None:
-    """Refuse a folder without a tokenizer, or whose architecture is code of its own.
+    """Raise BrokenModel for a folder that needs its own Python code or has no tokenizer.
 
-    `is_known` says whether a runtime has code for the architecture.  Raises BrokenModel.
+    `is_known` says whether a runtime implements the architecture.
     """
     config = folder.path / "config.json"
     if folder.config.get("model_file") is not None:
-        reason = "it names Python code to run (model_file), and a model's own code is never run"
+        reason = "it needs its own Python code (model_file), and a model's own code is never run"
         raise broken(config, reason)
     if folder.has_custom_code and not is_known:
         reason = (
-            f"the architecture {folder.model_type[:60]!r} is known to its own Python code only "
-            "(auto_map), and a model's own code is never run"
+            f"only its own Python code (auto_map) implements the architecture "
+            f"{folder.model_type[:60]!r}, and a model's own code is never run"
         )
         raise broken(config, reason)
     if not _has_tokenizer(folder.path):
-        raise broken(config, "there is no tokenizer.json (or tokenizer.model) beside it")
+        raise broken(
+            config, "there is no tokenizer.json (or tokenizer.model) beside it; download it too"
+        )
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -40,10 +46,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 @cache
 def transformers_knows(model_type: str) -> bool:
-    """Whether transformers has a folder for this `model_type`; imports nothing of it.
-
-    False where transformers is missing.
-    """
+    """Whether the installed transformers implements this `model_type`; does not import it."""
     spec = importlib.util.find_spec("transformers")
     places = (spec.submodule_search_locations or ()) if spec else ()
     name = model_type.replace("-", "_")

@@ -1,4 +1,4 @@
-"""The descriptions in a Hugging Face model folder: config.json and what lies beside it."""
+"""Reads a Hugging Face folder: config.json, chat template, license and weight file names."""
 
 import re
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _NOT_WEIGHTS = re.compile(
 _NESTED = ("text_config", "llm_config", "language_config")
 _LICENSE = re.compile(r"^license(_name)?:[ \t]*(?:\n[ \t]*-[ \t]*)?['\"]?([\w.+-]+)", re.MULTILINE)
 
-# Source: transformers' model types that attend both ways and have no head to generate with.
+# Source: transformers' model types with bidirectional attention and no language-model head.
 ENCODERS = frozenset({
     "albert", "bert", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2",
     "distilbert", "electra", "ernie", "esm", "eurobert", "fnet", "funnel", "ibert", "layoutlm",
@@ -35,10 +35,10 @@ GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 @dataclass(frozen=True, slots=True)
 class HfFolder:
-    """The descriptions in one model folder; nothing in it was loaded.
+    """The configuration files of one model folder; no weights are read.
 
-    `config` is the text decoder's, flattened: a nested `text_config` merged up (the outer type
-    stays as `wrapper_model_type`), `rope_theta` and `rope_scaling` at the top level.
+    `config` is the text decoder's, flattened: a nested `text_config` is merged into the top level
+    (the outer type is kept as `wrapper_model_type`), as are `rope_theta` and `rope_scaling`.
     """
 
     path: Path
@@ -50,20 +50,20 @@ class HfFolder:
 
     @property
     def model_type(self) -> str:
-        """The text model's type in transformers' words; empty where it is missing."""
+        """The text model's `model_type` in transformers; empty if it is missing."""
         value = self.config.get("model_type")
         return value if isinstance(value, str) else ""
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """The classes that the weights were saved from."""
+        """The names of the transformers classes that the weights were saved from."""
         value = self.config.get("architectures")
         names = value if isinstance(value, list) else []
         return tuple(name for name in names if isinstance(name, str))
 
     @property
     def is_encoder(self) -> bool:
-        """Whether the model attends both ways and has no head to generate with."""
+        """Whether the model has bidirectional attention and no language-model head."""
         if any(name.endswith(GENERATING) for name in self.architectures):
             return False
         is_half = any(name.endswith("EncoderModel") for name in self.architectures)
@@ -71,7 +71,7 @@ class HfFolder:
 
     @property
     def is_embedder(self) -> bool:
-        """Whether the folder is meant for embeddings, be it an encoder or a decoder."""
+        """Whether the model is meant for embeddings, be it an encoder or a decoder."""
         if self.is_encoder or (self.path / "modules.json").is_file():
             return True
         names = self.architectures
@@ -80,12 +80,12 @@ class HfFolder:
 
     @property
     def has_custom_code(self) -> bool:
-        """Whether the folder names Python files of its own, which are never run."""
+        """Whether the configuration refers to Python files in the folder, which are never run."""
         return "auto_map" in self.config
 
 
 def read_folder(path: Path) -> HfFolder:
-    """Read the descriptions in `path`.
+    """Read the configuration files in the folder `path`.
 
     Raises NotThisFormat without a config.json, BrokenModel for damaged or oversized files.
     """
@@ -125,7 +125,7 @@ def _flattened(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lift_rope(config: dict[str, Any]) -> None:
-    """Write transformers 5's `rope_parameters` as the older keys that other readers know."""
+    """Copy transformers 5's `rope_parameters` to the older keys that other code reads."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
         return
@@ -144,7 +144,7 @@ def _lift_rope(config: dict[str, Any]) -> None:
 
 
 def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """Return the template of its own file, or else the tokenizer configuration's default one."""
+    """Return the template from its own file, else the tokenizer configuration's default one."""
     try:
         return read_text(path / "chat_template.jinja", _MAX_TEMPLATE_BYTES) or None
     except FileNotFoundError:
@@ -158,7 +158,9 @@ def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | Non
     if not isinstance(value, str) or not value:
         return None
     if len(value) > _MAX_TEMPLATE_BYTES:
-        raise broken(path / "tokenizer_config.json", "its chat template is over 1 MiB")
+        raise broken(
+            path / "tokenizer_config.json", "its chat template is larger than the limit of 1 MiB"
+        )
     return value
 
 
@@ -175,11 +177,11 @@ def _license(card: Path) -> str:
 
 
 def weight_files(folder: Path, kind: Literal["safetensors", "bin"]) -> tuple[Path, ...]:
-    """Return the model's weights files in `folder`, in order; empty where there are none.
+    """Return the model's weight files in `folder`, in order; empty if there are none.
 
-    An index names them, or else their own names do; adapters and training states are left out.
-    Raises BrokenModel for an index that names what is missing or outside the folder, for an
-    incomplete set of shards, and for a folder of an adapter alone.
+    They are found by an index, or else by their names; adapters and training states are skipped.
+    Raises BrokenModel for an index that lists a file which is missing or outside the folder, for
+    an incomplete set of shards, and for a folder with an adapter only.
     """
     folder = folder.absolute()
     index = folder / f"{_DEFAULT_STEM[kind]}.{kind}.index.json"
@@ -191,7 +193,7 @@ def weight_files(folder: Path, kind: Literal["safetensors", "bin"]) -> tuple[Pat
         adapters = [path for path in found if path.name.startswith("adapter")]
         if adapters:
             raise broken(adapters[0], "it is an adapter, which is not a model by itself")
-        # Some models exist in this layout only.
+        # Some models are published in this layout only.
         weights = [path for path in found if path.name.startswith("consolidated")]
     usual = [path for path in weights if path.name.startswith(_DEFAULT_STEM[kind])]
     weights = usual or weights
@@ -210,7 +212,7 @@ def _shards(folder: Path, stem: str, count: int, kind: str) -> tuple[Path, ...]:
     for number in range(1, count + 1):
         path = folder / f"{stem}-{number:05d}-of-{count:05d}.{kind}"
         if not path.is_file():
-            raise broken(path, f"shard {number} of {count} is missing")
+            raise broken(path, f"shard {number} of {count} is missing; download it too")
         files.append(path)
     return tuple(files)
 
@@ -218,16 +220,16 @@ def _shards(folder: Path, stem: str, count: int, kind: str) -> tuple[Path, ...]:
 def _indexed(index: Path) -> tuple[Path, ...]:
     weight_map = read_json(index, _MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise broken(index, "it has no weight_map")
+        raise broken(index, "it has no weight_map; download it again")
     names = set()
     for name in weight_map.values():
         if not isinstance(name, str) or not name or name in (".", ".."):
-            raise broken(index, "its weight_map does not name files")
+            raise broken(index, "its weight_map has a value that is not a file name")
         if "/" in name or "\\" in name or "\0" in name:
-            raise broken(index, f"it names {name[:200]!r}, which is not a file beside it")
+            raise broken(index, f"it lists {name[:200]!r}, which is not a file beside it")
         names.add(name)
     files = tuple(index.with_name(name) for name in sorted(names))
     for path in files:
         if not path.is_file():
-            raise broken(index, f"the file {path.name!r} that it names is missing")
+            raise broken(index, f"the file {path.name!r} that it lists is missing; download it too")
     return files

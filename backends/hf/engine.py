@@ -1,4 +1,4 @@
-"""From a Hugging Face folder and a stepper to an engine."""
+"""Opens the text generation engine of a Hugging Face folder over any stepper."""
 
 from collections.abc import Callable
 
@@ -25,9 +25,9 @@ def open_token_engine(
     *,
     context_tokens: int,
 ) -> Engine:
-    """Return the engine that drives the stepper; blocks until `open_stepper` has returned.
+    """Return an engine over the stepper; blocks until `open_stepper` has returned.
 
-    `open_stepper` runs on the engine's own thread, and what it raises is raised here.
+    `open_stepper` runs on the engine's thread; its exceptions are raised here.
     """
     chat = ChatFormat(
         info.chat_template,
@@ -50,9 +50,9 @@ def open_token_engine(
 
 
 def recommended_sampling(folder: HfFolder) -> SamplingParams:
-    """Return what generation_config.json recommends; impossible values are left out.
+    """Return the sampling defaults of generation_config.json; invalid values are ignored.
 
-    A `do_sample` of false says that they are not meant to be used.
+    With `do_sample` false they are not meant to be used, so there are none.
     """
     config = folder.generation_config
     if config.get("do_sample") is False:

@@ -1,4 +1,4 @@
-"""What a Hugging Face model folder is and can do, from its files alone."""
+"""Describes the model in a Hugging Face folder: sizes, quantization and capabilities."""
 
 import json
 import re
@@ -31,7 +31,7 @@ Details: TypeAlias = Mapping[str, int | float | str | bool]
 _MAX_NUMBER = 2**31 - 1
 _MAX_LAYERS = 4096
 _ADDED_TOKENS_BYTES = 512 * KIB
-# What transformers assumes in most of its configurations that leave the length out.
+# The default of most transformers configurations that do not set the length.
 _DEFAULT_CONTEXT = 2048
 _CACHED = re.compile(r"models--(?:.+--)?([^/]+)")
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
@@ -44,7 +44,7 @@ _OTHER_FILES = (
     "config.json", "generation_config.json", "modules.json", "sentence_bert_config.json",
     "config_sentence_transformers.json", "1_Pooling/config.json",
 )  # fmt: skip
-# Their position table begins after the padding's id.
+# The position table of these starts after the padding token's id.
 _OFFSET_POSITIONS = frozenset({
     "camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta",
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
@@ -76,7 +76,7 @@ _DTYPE_NAMES = {
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files in `folder` that tokenizing and templating read."""
+    """Return the files in `folder` that the tokenizer and the chat template are read from."""
     return _existing(folder.absolute(), _TOKENIZER_FILES)
 
 
@@ -85,7 +85,7 @@ def _existing(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
 
 
 def is_mlx(folder: HfFolder, header: SafetensorsHeader) -> bool:
-    """Whether the weights are packed as MLX packs them: uint32 words with scales beside them."""
+    """Whether the weights are quantized in MLX's layout: uint32 words with `scales` tensors."""
     says_so = _mlx_bits(folder) is not None or header.metadata.get("format") == "mlx"
     return says_so and any(
         entry.dtype == "U32" and f"{name.removesuffix('.weight')}.scales" in header.tensors
@@ -101,10 +101,10 @@ def _mlx_bits(folder: HfFolder) -> int | None:
 
 
 def quantization_of(folder: HfFolder, bytes_by_dtype: Mapping[str, int]) -> str:
-    """Return the weights' quantization as `ModelInfo` names it: `4bit`, `gptq-4bit`, `bf16`.
+    """Return the weights' quantization for `ModelInfo`, such as `4bit`, `gptq-4bit`, `bf16`.
 
-    `bytes_by_dtype` has safetensors' dtype names; the one with most bytes decides without a
-    quantization in the configuration.
+    `bytes_by_dtype` has safetensors' dtype names; without a quantization in the configuration,
+    the dtype with the most bytes decides.
     """
     bits = _mlx_bits(folder)
     if bits is not None:
@@ -136,13 +136,16 @@ def folder_info(
     quantization: str,
     details: Details | None = None,
 ) -> ModelInfo:
-    """Describe the model of `weights` (the first opens it) in `folder`; `details` are added.
+    """Describe the model of `weights` (its first file identifies it) in `folder`.
 
-    Raises BrokenModel for what is no text model, and for impossible numbers in config.json.
+    `details` are added to the description's.  Raises BrokenModel for models that are not text
+    models, and for invalid numbers in config.json.
     """
     config = folder.path / "config.json"
     if folder.config.get("is_encoder_decoder") is True and not folder.is_encoder:
-        raise broken(config, "encoder-decoder models are not supported")
+        raise broken(
+            config, "encoder-decoder models are not supported; use a decoder or an embedding model"
+        )
     numbers = _numbers(folder)
     dtype = folder.config.get("dtype") or folder.config.get("torch_dtype")
     suffix = weights[0].suffix
@@ -178,12 +181,12 @@ def folder_info(
 
 
 def _one_line(text: str) -> str:
-    """Return `text` without control characters and cut to 200 characters."""
+    """Return `text` without control characters, truncated to 200 characters."""
     return "".join(char for char in text if char.isprintable()).strip()[:200]
 
 
 def _name(folder: Path) -> str:
-    """Return the model's name: the repository's in a Hugging Face cache, else the folder's."""
+    """Return the repository's name for a Hugging Face cache, else the folder's name."""
     for part in reversed(folder.parts[-3:]):
         match = _CACHED.fullmatch(part)
         if match is not None:
@@ -209,7 +212,7 @@ def _capabilities(folder: HfFolder) -> frozenset[Capability]:
 
 
 def _added_names(folder: HfFolder) -> frozenset[str]:
-    """Return the names around gaps among the tokens listed beside the vocabulary."""
+    """Return the fill-in-the-middle tokens among the added tokens."""
     listed = folder.tokenizer_config.get("added_tokens_decoder")
     if isinstance(listed, dict):
         contents = (value.get("content") for value in listed.values() if isinstance(value, dict))
@@ -221,7 +224,7 @@ def _added_names(folder: HfFolder) -> frozenset[str]:
 
 
 def _tokenizer_start(folder: HfFolder) -> str:
-    """Return what tokenizer.json has before its vocabulary: the added tokens, by their names."""
+    """Return the part of tokenizer.json before its vocabulary, which lists the added tokens."""
     try:
         with (folder.path / "tokenizer.json").open("rb") as file:
             start = file.read(_ADDED_TOKENS_BYTES)
@@ -231,13 +234,13 @@ def _tokenizer_start(folder: HfFolder) -> str:
 
 
 def _numbers(folder: HfFolder) -> dict[str, int]:
-    """Return the sizes that the memory estimate needs, checked."""
+    """Return the validated sizes that the memory estimate needs."""
     found: dict[str, int] = {}
     for name, keys in _NUMBERS.items():
         value = _number(folder, keys, _MAX_LAYERS if name == "n_layer" else _MAX_NUMBER)
         if not value and name in _REQUIRED:
             raise broken(
-                folder.path / "config.json", f"it has no {keys[0]}, so it is no text model's"
+                folder.path / "config.json", f"it has no {keys[0]}, so it is not a text model"
             )
         if value is not None:
             found[name] = value
@@ -252,38 +255,44 @@ def _numbers(folder: HfFolder) -> dict[str, int]:
     found["head_dim"] = width or (found["n_embd"] // heads if heads else 0)
     latent = _number(folder, ("kv_lora_rank",), _MAX_NUMBER)
     if latent:
-        # The cache holds every head's keys and values, not the latent vector.
+        # The cache stores every head's keys and values, not the latent vector.
         parts = [_number(folder, (key,), _MAX_NUMBER) or 0 for key in _LATENT]
         found |= {"n_head_kv": heads, "head_dim": parts[0] + parts[1], "value_head_dim": parts[2]}
     return found
 
 
 def _number(folder: HfFolder, keys: tuple[str, ...], high: int) -> int | None:
-    """Return the first of `keys` that has a value, a list's largest one.  Raises BrokenModel."""
+    """Return the value of the first of `keys` that is set; of a list, its maximum.
+
+    Raises BrokenModel.
+    """
     for key in keys:
         value = folder.config.get(key)
         if value is None:
             continue
         each = value if isinstance(value, list) and value else [value]
         if not all(type(one) is int and 0 <= one <= high for one in each):
-            raise broken(folder.path / "config.json", f"its {key} is {str(value)[:40]!r}")
+            raise broken(
+                folder.path / "config.json",
+                f"its {key} is {str(value)[:40]!r}, not an integer from 0 to {high}",
+            )
         return int(max(each))
     return None
 
 
 def _context_length(folder: HfFolder) -> int:
-    """Return the trained context in tokens."""
+    """Return the trained context length in tokens."""
     length = _number(folder, _LENGTHS, _MAX_NUMBER) or _tokenizer_length(folder)
     if folder.model_type in _OFFSET_POSITIONS:
         padding = _number(folder, ("pad_token_id",), _MAX_NUMBER)
         length -= (1 if padding is None else padding) + 1
     if length < 1:
-        raise broken(folder.path / "config.json", "its context has no tokens")
+        raise broken(folder.path / "config.json", f"its context length is {length} tokens")
     return length
 
 
 def _tokenizer_length(folder: HfFolder) -> int:
-    """Return the tokenizer's limit; those without one write an astronomic number."""
+    """Return the tokenizer's length limit; a huge value there means that it has none."""
     length = folder.tokenizer_config.get("model_max_length")
     if isinstance(length, int) and 0 < length <= _MAX_NUMBER:
         return length

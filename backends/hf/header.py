@@ -1,4 +1,4 @@
-"""Bounded reading of the files in a Hugging Face model folder: JSON, text, safetensors headers.
+"""Reads JSON, text and safetensors headers of a Hugging Face folder with size limits.
 
 Source: the safetensors format description in its repository's README.
 """
@@ -24,7 +24,7 @@ _MAX_SIZE = 2**63 - 1
 _LENGTH = struct.Struct("<Q")
 _LFS_POINTER = b"version https://git-lfs"
 
-# Bits of one element.
+# Bits per element.
 DTYPE_BITS: Mapping[str, int] = MappingProxyType({
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8,
     "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16,
@@ -35,7 +35,7 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType({
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a safetensors file; `dtype` is the format's own word, as `BF16`."""
+    """One tensor of a safetensors file; `dtype` is the format's name, such as `BF16`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,13 +43,13 @@ class TensorEntry:
 
     @property
     def elements(self) -> int:
-        """Number of elements as stored; a packed tensor's are not the model's parameters."""
+        """Number of stored elements; for packed tensors not the number of parameters."""
         return _product(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """What one safetensors file says of its tensors."""
+    """The header of one safetensors file: its tensors and metadata."""
 
     path: Path
     tensors: Mapping[str, TensorEntry]
@@ -57,7 +57,7 @@ class SafetensorsHeader:
 
     @property
     def bytes_by_dtype(self) -> Counter[str]:
-        """Bytes of all tensors of a dtype."""
+        """Total bytes of the tensors of each dtype."""
         count: Counter[str] = Counter()
         for entry in self.tensors.values():
             count[entry.dtype] += entry.nbytes
@@ -65,7 +65,7 @@ class SafetensorsHeader:
 
 
 def broken(path: Path, reason: str) -> BrokenModel:
-    """Return the error for a file that is damaged, hostile or of no use."""
+    """Return the error for a file that is damaged, malicious or unusable."""
     name = os.fsencode(path.name).decode("utf-8", "replace")
     return BrokenModel(f"The file {name!r} cannot be used: {reason}.", param="model")
 
@@ -73,8 +73,8 @@ def broken(path: Path, reason: str) -> BrokenModel:
 def read_bytes(path: Path, limit: int, *, start: int = 0, count: int | None = None) -> bytes:
     """Return `count` bytes of a regular file from `start`, or all of it; never blocks on a pipe.
 
-    Fewer come back at the file's end.  Raises FileNotFoundError, and BrokenModel for what is no
-    file, cannot be read, or is over `limit` bytes.
+    At the end of the file fewer are returned.  Raises FileNotFoundError, and BrokenModel for
+    what is not a regular file, cannot be read, or is larger than `limit` bytes.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -89,7 +89,7 @@ def read_bytes(path: Path, limit: int, *, start: int = 0, count: int | None = No
         wanted = status.st_size - start if count is None else min(count, status.st_size - start)
         if wanted > limit:
             raise broken(
-                path, f"{format_bytes(wanted)} are over the limit of {format_bytes(limit)}"
+                path, f"its {format_bytes(wanted)} are over the limit of {format_bytes(limit)}"
             )
         return _read(descriptor, start, wanted)
     except OSError as error:
@@ -137,17 +137,17 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
     except RecursionError as error:
         raise broken(path, "its JSON is nested too deeply") from error
     except ValueError as error:
-        raise broken(path, f"its JSON is damaged ({error})") from error
+        raise broken(path, f"it is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise broken(path, "its JSON is not an object")
     return value
 
 
 def safetensors_header(path: Path) -> SafetensorsHeader:
-    """Read and check the header of one safetensors file; its tensors are not read.
+    """Read and validate the header of one safetensors file, without its tensors.
 
-    Raises NotThisFormat for files of another kind, BrokenModel for damaged ones: every tensor
-    must have a known dtype and lie in the file, without overlaps or holes.
+    Raises NotThisFormat for files of another format, BrokenModel for damaged ones: every tensor
+    must have a known dtype and lie within the file, without overlaps or gaps.
     """
     length, size = _header_length(path)
     data = read_bytes(path, MAX_HEADER_BYTES, start=_LENGTH.size, count=length)
@@ -158,7 +158,7 @@ def safetensors_header(path: Path) -> SafetensorsHeader:
     header = _parsed(path, text)
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
-        raise broken(path, "its metadata is not an object of texts")
+        raise broken(path, "its __metadata__ is not an object with string values")
     tensors, ranges = {}, []
     for name, value in header.items():
         tensors[name], begin = _entry(path, name, value)
@@ -180,7 +180,7 @@ def _header_length(path: Path) -> tuple[int, int]:
     if not begins_header and path.suffix != ".safetensors":
         raise NotThisFormat("it has no safetensors header")
     if len(start) < _LENGTH.size:
-        raise broken(path, f"it ends after {len(start)} bytes")
+        raise broken(path, f"it has only {len(start)} bytes; download it again")
     (length,) = _LENGTH.unpack_from(start)
     if length > MAX_HEADER_BYTES:
         raise broken(
@@ -189,34 +189,38 @@ def _header_length(path: Path) -> tuple[int, int]:
             f"{format_bytes(MAX_HEADER_BYTES)}",
         )
     if _LENGTH.size + length > size:
-        raise broken(path, f"it ends at byte {size}, inside its header of {length} bytes")
+        raise broken(
+            path, f"it ends at byte {size}, inside its header of {length} bytes; download it again"
+        )
     if not begins_header:
         raise broken(path, "it has no safetensors header")
     return length, size
 
 
 def _entry(path: Path, name: str, value: object) -> tuple[TensorEntry, int]:
-    """Return a tensor's description and where it begins, in bytes after the header."""
+    """Return a tensor's entry and its offset in bytes after the header."""
     label = f"the tensor {name[:200]!r}"
     if not isinstance(value, dict):
-        raise broken(path, f"{label} is not described by an object")
+        raise broken(path, f"the entry of {label} is not an object")
     dtype = value.get("dtype")
     bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
     if not isinstance(dtype, str) or bits is None:
         raise broken(path, f"{label} has the unknown dtype {str(dtype)[:40]!r}")
     shape, offsets = _sizes(value.get("shape")), _sizes(value.get("data_offsets"))
     if shape is None or len(shape) > _MAX_RANK:
-        raise broken(path, f"{label} has an impossible shape")
+        raise broken(path, f"{label} has an invalid shape")
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise broken(path, f"{label} has impossible offsets")
+        raise broken(path, f"{label} has invalid offsets")
     begin, end = offsets
     if _product(shape) * bits != (end - begin) * 8:
-        raise broken(path, f"{label} has {end - begin} bytes, which its shape and dtype deny")
+        raise broken(
+            path, f"{label} has {end - begin} bytes, which does not match its shape and dtype"
+        )
     return TensorEntry(dtype, shape, end - begin), begin
 
 
 def _sizes(value: object) -> tuple[int, ...] | None:
-    """Return a list of sizes as it is, or None for anything else."""
+    """Return the list of sizes as a tuple, None if it is not a list of valid sizes."""
     if not isinstance(value, list):
         return None
     sizes = tuple(n for n in value if type(n) is int and 0 <= n <= _MAX_SIZE)
@@ -231,14 +235,19 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def _check_ranges(path: Path, ranges: list[tuple[int, int]], data_bytes: int) -> None:
-    """Refuse tensors that overlap, leave holes, or do not fill the file exactly."""
+    """Raise BrokenModel if tensors overlap, leave gaps, or do not fill the file exactly."""
     position = 0
     for begin, count in sorted(ranges):
         if begin != position:
-            problem = "overlap" if begin < position else "have a hole between them"
+            problem = "overlap" if begin < position else "have a gap between them"
             raise broken(path, f"its tensors {problem} at byte {min(begin, position)}")
         position += count
     if position > data_bytes:
-        raise broken(path, f"it ends {position - data_bytes} bytes before its last tensor does")
+        raise broken(
+            path,
+            f"it ends {position - data_bytes} bytes before its last tensor does; download it again",
+        )
     if position < data_bytes:
-        raise broken(path, f"{data_bytes - position} bytes after its last tensor belong to none")
+        raise broken(
+            path, f"{data_bytes - position} bytes after its last tensor belong to no tensor"
+        )

@@ -1,4 +1,4 @@
-"""What a transformer read from a Hugging Face folder will hold in memory."""
+"""Estimates the memory of a transformer from a Hugging Face folder."""
 
 from backends.base import EngineOptions, MemoryEstimate, ModelInfo
 from core.errors import InsufficientMemory
@@ -6,14 +6,14 @@ from core.units import GIB, format_bytes
 
 _F32_BYTES = 4
 _BLOCK_TOKENS = 256
-# How many full contexts the rows share, and the part of the limit that more than one may take.
+# KV tokens for this many full contexts are reserved; a second one gets at most 1/4 of the limit.
 _TARGET_CONTEXTS = 2
 _KV_LIMIT_DIVISOR = 4
 _MAX_PREFIX_BYTES = GIB
-# Cells of idle prefixes may take as many bytes as this part of the weights, as for GGUF.
+# KV cells of idle prefixes may take 1/64 of the bytes of the weights, as for GGUF.
 _WARM_DIVISOR = 64
 _MIN_WARM_TOKENS = 64
-# Activations that live at once in one layer: the residual stream's copies, and the wide ones.
+# Activations alive at once in one layer: of the hidden size, and of the feed-forward size.
 _WIDTHS_ALIVE = 16
 _WIDE_ALIVE = 3
 
@@ -29,11 +29,10 @@ def estimate_transformer(
 ) -> MemoryEstimate:
     """Return the memory of `info`, with context and KV tokens chosen to fit the limit.
 
-    `base_bytes` is what the runtime holds besides; `logits_rows` how many rows of float32 logits
-    one step makes (None: one for each sequence).  Encoders keep no KV cache.  The context is the
-    trained one unless the options or the limit allow less; all sequences share up to two
-    contexts' worth of KV tokens, one at least; as much RAM again keeps prefixes.
-    Raises InsufficientMemory.
+    `base_bytes` is the runtime's own memory; `logits_rows` is the number of rows of float32
+    logits per step (None: one for each sequence).  Encoders have no KV cache.  The context is the
+    trained one unless the options or the limit allow less; all sequences share the KV tokens of
+    one to two contexts, and as much RAM again caches prefixes.  Raises InsufficientMemory.
     """
     per_token = _kv_bytes_per_token(info, kv_element_bytes)
     transient = base_bytes + _step_bytes(info, options, logits_rows)
@@ -72,7 +71,7 @@ def _detail(info: ModelInfo, key: str, default: int = 0) -> int:
 
 
 def _kv_bytes_per_token(info: ModelInfo, element_bytes: int) -> int:
-    """Return the bytes of one token's keys and values in all layers; none for encoders."""
+    """Return the bytes of one token's keys and values in all layers; 0 for encoders."""
     if info.details.get("is_encoder"):
         return 0
     head_dim = _detail(info, "head_dim")
@@ -92,7 +91,7 @@ def _step_bytes(info: ModelInfo, options: EngineOptions, logits_rows: int | None
 def _fitting_context(
     info: ModelInfo, options: EngineOptions, wanted: int, most: int, weights_bytes: int
 ) -> int:
-    """Return the context that fits: what was wanted, or less where the user did not fix it."""
+    """Return the context that fits: `wanted`, or less if the user did not set it."""
     if wanted <= most:
         return wanted
     most -= most % _BLOCK_TOKENS
@@ -102,7 +101,7 @@ def _fitting_context(
         raise InsufficientMemory(
             f"The model {info.name} ({format_bytes(weights_bytes)} of weights) does not fit into "
             f"the {format_bytes(options.memory_limit_bytes or 0)} that models may use with a "
-            f"context of {smallest} tokens.",
+            f"context of {smallest} tokens; use a smaller quantization or context.",
             param="model",
         )
     return most

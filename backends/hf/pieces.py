@@ -1,4 +1,4 @@
-"""How a tokenizer.json writes bytes in its tokens."""
+"""Converts the vocabulary entries of a tokenizer.json to bytes."""
 
 import json
 import re
@@ -13,9 +13,9 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @cache
 def byte_alphabet() -> Mapping[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for.
+    """Return the byte for each character of a byte-level vocabulary.
 
-    Source: GPT-2's `bytes_to_unicode`: printable bytes stand for themselves.
+    Source: GPT-2's `bytes_to_unicode`: printable bytes are their own characters.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -25,10 +25,10 @@ def byte_alphabet() -> Mapping[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class PieceReader:
-    """Turns one vocabulary entry into the bytes it adds to a text that came before it.
+    """Converts a vocabulary entry to the bytes that it adds to the preceding text.
 
-    `replacements` are (old, new) texts; an entry that begins with `joined_prefix` continues a
-    word and all others begin one; `word_end` closes one.
+    `replacements` are (old, new) strings; an entry with `joined_prefix` continues a word and all
+    others start one; `word_end` marks the end of a word.
     """
 
     is_byte_level: bool = False
@@ -39,7 +39,7 @@ class PieceReader:
 
     @classmethod
     def of(cls, tokenizer: Mapping[str, Any]) -> "PieceReader":
-        """Read the decoder, or where there is none the pre-tokenizer, of a tokenizer.json."""
+        """Read the decoder of a tokenizer.json, or its pre-tokenizer if it has none."""
         parts = list(_parts(tokenizer.get("decoder"), "decoders"))
         parts = parts or list(_parts(tokenizer.get("pre_tokenizer"), "pretokenizers"))
         kinds = {part.get("type") for part in parts}
@@ -54,7 +54,7 @@ class PieceReader:
         )
 
     def read(self, token: str) -> bytes:
-        """Return the bytes of a vocabulary entry that is no added token."""
+        """Return the bytes of a vocabulary entry that is not an added token."""
         if self.has_byte_tokens and (match := _BYTE.fullmatch(token)):
             return bytes((int(match[1], 16),))
         for old, new in self.replacements:
@@ -72,7 +72,7 @@ class PieceReader:
 
 
 def piece_reader(tokenizer: Any) -> PieceReader:
-    """Return what reads the entries of a `tokenizers.Tokenizer`, without describing them all."""
+    """Return the reader for a `tokenizers.Tokenizer`, without serialising its vocabulary."""
 
     def described(part: Any) -> Any:
         return None if part is None else json.loads(part.__getstate__())
@@ -87,7 +87,7 @@ def piece_reader(tokenizer: Any) -> PieceReader:
 
 
 def _parts(value: object, key: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a decoder or pre-tokenizer, those of sequences one by one."""
+    """Yield the steps of a decoder or pre-tokenizer; sequences are flattened."""
     if not isinstance(value, dict):
         return
     inner = value.get(key)

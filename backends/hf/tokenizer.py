@@ -1,4 +1,4 @@
-"""The vocabulary of a Hugging Face folder, over the `tokenizers` library."""
+"""Tokenizer of a Hugging Face folder, over the `tokenizers` library."""
 
 import threading
 from collections.abc import Mapping
@@ -21,13 +21,13 @@ from core.units import MIB, format_bytes
 
 _MAX_TOKENIZER_BYTES = 256 * MIB
 _MAX_TOKEN_ID = 2**24
-# What a tokenizer can be made of where there is no tokenizer.json.
+# Files that a tokenizer can be converted from if there is no tokenizer.json.
 _OLDER_FILES = (
     ("tokenizer.model",), ("spiece.model",), ("sentencepiece.bpe.model",),
     ("vocab.json", "merges.txt"), ("vocab.txt",),
 )  # fmt: skip
-# Source: llama.cpp's llama-vocab.cpp, whose models must end where these do; the names of code
-# completion's padding, repository and file tokens end a generation too.
+# Source: llama.cpp's llama-vocab.cpp, so that both end a generation at the same tokens; the
+# padding, repository and file tokens of code completion end it too.
 _END_NAMES = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<turn|>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]",
@@ -35,12 +35,12 @@ _END_NAMES = (
     "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>",
     "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
 )  # fmt: skip
-# With both of them `<|end|>` ends a message only, not the answer.
+# In vocabularies with both of these, `<|end|>` ends a message only, not the answer.
 _MESSAGE_END, _ANSWER_ENDS = "<|end|>", ("<|return|>", "<|call|>")
 
 
 class HfTokenizer:
-    """One model's vocabulary; implements `backends.base.Tokenizer`.  Thread-safe after `show`."""
+    """One model's tokenizer; implements `backends.stepper.Tokenizer`.  Thread-safe after `show`."""
 
     def __init__(self, folder: Path) -> None:
         """Read the tokenizer in `folder`; blocks for up to a few seconds.  Raises BrokenModel."""
@@ -49,7 +49,10 @@ class HfTokenizer:
         vocabulary: Mapping[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self._size = max(vocabulary.values(), default=-1) + 1
         if not 0 < self._size <= _MAX_TOKEN_ID:
-            raise broken(folder / "tokenizer.json", f"it has {self._size} token ids")
+            raise broken(
+                folder / "tokenizer.json",
+                f"it has {self._size} token ids, not 1 to {_MAX_TOKEN_ID}",
+            )
         added = self._tokenizer.get_added_tokens_decoder()
         self._added: dict[int, bytes] = {i: token.content.encode() for i, token in added.items()}
         self._special = frozenset(i for i, token in added.items() if token.special)
@@ -65,28 +68,28 @@ class HfTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of token ids; the model's output may have more, for padding."""
+        """Number of token ids; the model's logits may be padded to more."""
         return self._size
 
     @property
     def adds_bos(self) -> bool:
-        """Whether the tokenizer puts tokens before a prompt."""
+        """Whether the tokenizer adds tokens before a prompt."""
         return bool(self._prefix)
 
     def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
         """Return the token ids of `text`; special tokens are recognised with `parse_special`.
 
-        `add_bos` adds what the tokenizer wants in front, never what it puts behind.
-        Raises RequestError for text that is no valid Unicode.
+        `add_bos` adds the tokenizer's tokens before the text, never those after it.
+        Raises RequestError for text that is not valid Unicode.
         """
         tokenizer = self._tokenizer if parse_special else self._plain_tokenizer()
         ids = _encode(tokenizer, text, add_special_tokens=False)
         return [*self._prefix, *ids] if add_bos else ids
 
     def encode_for_embedding(self, text: str, max_tokens: int | None = None) -> list[int]:
-        """Return the token ids of `text` with the special tokens before and behind it.
+        """Return the token ids of `text` with the special tokens before and after it.
 
-        Nothing is cut: raises ContextLengthExceeded over `max_tokens`, RequestError.
+        Nothing is truncated: raises ContextLengthExceeded over `max_tokens`, RequestError.
         """
         ids = _encode(self._tokenizer, text, add_special_tokens=True)
         if max_tokens is not None and len(ids) > max_tokens:
@@ -94,14 +97,14 @@ class HfTokenizer:
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return what a token adds to the text; control tokens add nothing unless shown."""
+        """Return the bytes that a token adds to the text; none for control tokens unless shown."""
         piece = self._pieces.get(token_id)
         if piece is None:
             piece = self._pieces[token_id] = self.piece(token_id, special=False)
         return piece
 
     def piece(self, token_id: int, *, special: bool) -> bytes:
-        """Return a token's bytes, a control token's name too with `special`."""
+        """Return a token's bytes; for control tokens their name with `special`, else none."""
         added = self._added.get(token_id)
         if added is not None:
             return added if special or token_id not in self._special else b""
@@ -109,12 +112,12 @@ class HfTokenizer:
         return b"" if text is None else self._reader.read(text)
 
     def special_id(self, text: str) -> int | None:
-        """Return the id of the added token that is spelled so; None where there is none."""
+        """Return the id of the added token with this text, None if there is none."""
         token_id: int | None = self._tokenizer.token_to_id(text)
         return token_id if token_id in self._added else None
 
     def show(self, *token_texts: bytes) -> None:
-        """Let the control tokens of these names appear in the text."""
+        """Make the control tokens with these names appear in the text."""
         for token_id in self._special:
             if self._added[token_id] in token_texts:
                 self._pieces[token_id] = self._added[token_id]
@@ -126,7 +129,7 @@ class HfTokenizer:
     can_constrain = True
 
     def mask(self, constraint: Constraint) -> GrammarMask:
-        """Compile a grammar; the first takes a fraction of a second to read the vocabulary."""
+        """Compile a grammar; the first call also reads the vocabulary, which takes up to 1 s."""
         with self._lock:
             if self._compiler is None:
                 vocabulary = self._read_vocabulary(constraint)
@@ -148,7 +151,7 @@ class HfTokenizer:
             ) from error
 
     def _plain_tokenizer(self) -> Any:
-        """Return a second instance, to which special tokens are plain text."""
+        """Return a second instance that encodes special tokens as plain text."""
         with self._lock:
             if self._plain is None:
                 from tokenizers import Tokenizer
@@ -159,7 +162,7 @@ class HfTokenizer:
             return self._plain
 
     def _special_text(self, which: str) -> str:
-        """Return the text of the `bos` or `eos` token; empty where there is none."""
+        """Return the text of the `bos` or `eos` token; empty if there is none."""
         folder = self._folder
         for config in (
             folder.tokenizer_config,
@@ -175,7 +178,7 @@ class HfTokenizer:
         return next((self._added[i].decode() for i in ids if i in self._special), "")
 
     def _read_prefix(self) -> tuple[int, ...]:
-        """Return what comes before a text; an explicit `add_bos_token` decides over the rest."""
+        """Return the tokens added before a text; an explicit `add_bos_token` takes precedence."""
         whole = _encode(self._tokenizer, "a", add_special_tokens=True)
         bare = _encode(self._tokenizer, "a", add_special_tokens=False)
         starts = range(len(whole) - len(bare) + 1)
@@ -202,7 +205,7 @@ class HfTokenizer:
 
 
 def _read_descriptions(folder: Path) -> HfFolder:
-    """Return the folder's descriptions; a tokenizer may stand without a model's config.json."""
+    """Read the folder's configuration; a tokenizer needs no config.json of a model."""
     try:
         return read_folder(folder)
     except NotThisFormat:
@@ -211,7 +214,7 @@ def _read_descriptions(folder: Path) -> HfFolder:
 
 
 def _load(folder: HfFolder) -> Any:
-    """Return the `tokenizers.Tokenizer` of the folder, without truncation and padding."""
+    """Load the `tokenizers.Tokenizer` of the folder, without truncation and padding."""
     from tokenizers import Tokenizer
 
     path = folder.path / "tokenizer.json"
@@ -225,12 +228,12 @@ def _load(folder: HfFolder) -> Any:
         tokenizer.no_padding()
         _add_listed(tokenizer, folder.tokenizer_config)
     except Exception as error:
-        raise broken(path, f"the tokenizers library refuses it ({str(error)[:300]})") from error
+        raise broken(path, f"the tokenizers library cannot load it ({str(error)[:300]})") from error
     return tokenizer
 
 
 def _add_listed(tokenizer: Any, config: Mapping[str, Any]) -> None:
-    """Add the tokens that tokenizer_config.json alone lists, where their ids come next."""
+    """Add tokens that only tokenizer_config.json lists, if their ids follow the vocabulary's."""
     from tokenizers import AddedToken
 
     listed = config.get("added_tokens_decoder")
@@ -248,17 +251,17 @@ def _add_listed(tokenizer: Any, config: Mapping[str, Any]) -> None:
 
 
 def _convert_older_files(folder: Path) -> str:
-    """Return a tokenizer.json made of older files.  Raises BrokenModel."""
+    """Convert older tokenizer files to a tokenizer.json.  Raises BrokenModel."""
     if not any(all((folder / name).is_file() for name in names) for names in _OLDER_FILES):
         raise BrokenModel(
-            f"The folder {folder.name!r} has no tokenizer: neither tokenizer.json nor "
-            "tokenizer.model nor vocab.json with merges.txt nor vocab.txt.",
+            f"The folder {folder.name!r} has no tokenizer: it needs tokenizer.json, or "
+            "tokenizer.model, or vocab.json with merges.txt, or vocab.txt.",
             param="model",
         )
     for name in {name for names in _OLDER_FILES for name in names}:
         path = folder / name
         if path.is_file() and path.stat().st_size > _MAX_TOKENIZER_BYTES:
-            raise broken(path, f"it is over {format_bytes(_MAX_TOKENIZER_BYTES)}")
+            raise broken(path, f"it is over the limit of {format_bytes(_MAX_TOKENIZER_BYTES)}")
     from transformers import AutoTokenizer
 
     try:
@@ -268,7 +271,8 @@ def _convert_older_files(folder: Path) -> str:
         text: str = slow.backend_tokenizer.to_str()
     except Exception as error:
         raise BrokenModel(
-            f"The tokenizer in {folder.name!r} cannot be read: {str(error)[:300]}", param="model"
+            f"transformers cannot convert the tokenizer in {folder.name!r}: {str(error)[:300]}",
+            param="model",
         ) from error
     return text
 
@@ -278,17 +282,17 @@ def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]
         ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
     except (TypeError, UnicodeError) as error:
         raise RequestError(
-            "The text is not valid Unicode (half a surrogate pair).", param="prompt"
+            "The text is not valid Unicode: it has an unpaired surrogate.", param="prompt"
         ) from error
     except Exception as error:
-        # The library has no narrower type: a vocabulary without the unknown token it names.
+        # The library has no narrower type, as for a vocabulary without its unknown token.
         raise BrokenModel(
-            f"The model's tokenizer fails: {str(error)[:300]}", param="model"
+            f"The model's tokenizer cannot encode the text: {str(error)[:300]}", param="model"
         ) from error
     return ids
 
 
 def _token_ids(value: object) -> list[int]:
-    """Return the ids in a config's number or list; anything else is no id."""
+    """Return the token ids in a config's number or list; other values are skipped."""
     each = value if isinstance(value, list) else [value]
     return [one for one in each if type(one) is int and 0 <= one <= _MAX_TOKEN_ID]
