@@ -1,1 +1,1 @@
-"""Apple's Foundation Models."""
+"""Apple's Foundation Models through apple-fm-sdk."""

@@ -1,4 +1,4 @@
-"""Apple's on-device language model, through apple-fm-sdk; it has no files."""
+"""Backend of Apple's on-device language model, through apple-fm-sdk; it has no files."""
 
 import importlib.util
 import platform
@@ -30,7 +30,7 @@ _REASONS = {
 
 
 class AppleFoundationBackend(Backend):
-    """The one model that macOS 26 brings; listed everywhere, available where it runs."""
+    """Runs the model that is part of macOS 26; listed everywhere, available on macOS only."""
 
     name: ClassVar[str] = "apple-foundation"
     starts_on_demand: ClassVar[bool] = True
@@ -41,7 +41,7 @@ class AppleFoundationBackend(Backend):
         return Availability(not reason, reason)
 
     def identify(self, path: Path) -> ModelInfo:
-        """Claim no file."""
+        """Recognise no file.  Raises NotThisFormat."""
         raise NotThisFormat(f"{path.name}: Apple's model has no files")
 
     def built_in(self) -> tuple[ModelInfo, ...]:
@@ -49,7 +49,7 @@ class AppleFoundationBackend(Backend):
         return (apple_info(),)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
-        """Return no memory: the system holds the model, for all applications."""
+        """Return zero bytes: the system keeps the model in memory for all applications."""
         context = min(options.context_tokens or info.context_length, info.context_length)
         return MemoryEstimate(0, 0, 0, context, context)
 
@@ -64,7 +64,7 @@ class AppleFoundationBackend(Backend):
 
 
 def apple_info() -> ModelInfo:
-    """Return the description of Apple's model; its size is not published by the system."""
+    """Return the description of Apple's model; the system does not publish its size."""
     return ModelInfo(
         format=AppleFoundationBackend.name,
         name="apple-foundation-model",
@@ -80,7 +80,7 @@ def apple_info() -> ModelInfo:
 
 
 def system_problem(system: str, macos_version: str) -> str:
-    """Return why the model cannot run on this system, or nothing."""
+    """Return why the model cannot run on this system, empty if it can."""
     if system != "darwin":
         return "Apple's model needs macOS 26 or later"
     major = macos_version.partition(".")[0]
@@ -90,14 +90,14 @@ def system_problem(system: str, macos_version: str) -> str:
 
 
 def _model_problem() -> str:
-    """Ask the system; blocks shortly."""
+    """Return why the system says that the model is unavailable, empty if it is; blocks shortly."""
     if importlib.util.find_spec("apple_fm_sdk") is None:
         return "apple-fm-sdk is not installed; install Xcode 26, then run scripts/setup"
     try:
         is_available, reason = import_sdk().SystemLanguageModel().is_available()
     except Exception as error:
-        # Whatever the SDK raises, the other formats go on.
-        return f"the system cannot be asked ({str(error)[:200]})"
+        # No exception of the SDK may affect the other formats.
+        return f"asking the system failed ({str(error)[:200]})"
     if is_available:
         return ""
     return _REASONS.get(getattr(reason, "name", ""), "the system gives no reason")

@@ -39,10 +39,10 @@ _JOIN_S = 5.0
 
 
 class AppleEngine(Engine):
-    """The system's language model; token ids and logprobs are unknown to it.
+    """The system's language model; it gives neither token ids nor logprobs.
 
-    Usage is the system's own count from macOS 26.4 on, before that an estimate.  A request is
-    given up when nothing comes from the system for `idle_timeout_s` seconds.
+    Usage is counted by the system from macOS 26.4 on, before that it is an estimate.  A request
+    fails if the system sends nothing for `idle_timeout_s` seconds.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AppleEngine(Engine):
         context_tokens: int,
         idle_timeout_s: float = 120.0,
     ) -> None:
-        """Prepare; `model` is the SDK's SystemLanguageModel."""
+        """Open the engine; `model` is the SDK's SystemLanguageModel."""
         self.info = info
         self.context_tokens = context_tokens
         self.max_sequences = options.max_sequences
@@ -85,7 +85,7 @@ class AppleEngine(Engine):
             run.started_at = time.monotonic()
             session.start()
             while not run.is_over:
-                for event in run.take(await self._next(queue, run)):
+                for event in run.convert(await self._next(queue, run)):
                     yield event
                 if run.is_cut:
                     session.stop()
@@ -111,7 +111,7 @@ class AppleEngine(Engine):
     async def _next(
         self, queue: "asyncio.Queue[SessionEvent]", run: "_RunningRequest"
     ) -> SessionEvent:
-        """Return what the session says next, bounded by the deadline and the longest silence."""
+        """Return the session's next event.  Raises EngineFailed at the deadline or idle timeout."""
         left = run.seconds_left(time.monotonic())
         try:
             async with asyncio.timeout(min(left, self._idle_timeout_s)):
@@ -120,7 +120,7 @@ class AppleEngine(Engine):
             if left <= self._idle_timeout_s:
                 raise _timed_out(run.request) from problem
             raise EngineFailed(
-                f"Nothing came from Apple's model for {self._idle_timeout_s:g} s."
+                f"Nothing came from Apple's model for {self._idle_timeout_s:g} s; try again."
             ) from problem
 
     def _check_open(self) -> None:
@@ -128,7 +128,7 @@ class AppleEngine(Engine):
             raise EngineFailed(f"The model {self.info.name} was unloaded.")
 
     def set_limits(self, limits: EngineLimits) -> None:
-        """Take nothing new where `limits` say so; the system paces its model itself."""
+        """Apply whether new requests are admitted; the system paces its model itself."""
         self._limits = limits
 
     def load(self) -> EngineLoad:
@@ -146,14 +146,17 @@ class AppleEngine(Engine):
         loop = asyncio.get_running_loop()
         for session in sessions:
             if not await loop.run_in_executor(None, session.join, _JOIN_S):
-                logger.warning("a session of Apple's model does not end; its thread is left")
+                logger.warning(
+                    "a session of Apple's model did not end within %g s; its thread is abandoned",
+                    _JOIN_S,
+                )
 
 
 class _RunningRequest:
-    """One request's way from the session's news to events."""
+    """Converts the events of one session to generation events."""
 
     def __init__(self, request: GenerationRequest, chat: ChatFormat, submitted_at: float) -> None:
-        """Check the request.  Raises RequestError and its kinds."""
+        """Validate the request.  Raises RequestError and subclasses."""
         self.request = request
         self.session_request, prompt = read_session_request(request)
         parser = (
@@ -170,18 +173,18 @@ class _RunningRequest:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the answer ends here, though the model would go on."""
+        """Whether the answer ends here, though the model would continue."""
         return self._answer.is_cut
 
     def seconds_left(self, now: float) -> float:
-        """Return how long the request may still take."""
+        """Return the seconds until the request's deadline, infinite without one."""
         if self.request.deadline_s is None:
             return float("inf")
         return max(self._submitted_at + self.request.deadline_s - now, 0.0)
 
-    def take(self, news: SessionEvent) -> list[GenerationEvent]:
-        """Return the events that follow.  Raises what the session failed with."""
-        match news:
+    def convert(self, event: SessionEvent) -> list[GenerationEvent]:
+        """Return the generation events for `event`.  Raises the error of a failed session."""
+        match event:
             case Snapshot(text):
                 self._first_at = self._first_at or time.monotonic()
                 return self._note_calls(self._answer.push(text))
@@ -194,7 +197,7 @@ class _RunningRequest:
                 return [*pieces, self._finished(completion_tokens, is_full=is_full)]
             case Failed(error):
                 raise self._after_first_text(error)
-        self._prompt_tokens = news.prompt_tokens
+        self._prompt_tokens = event.prompt_tokens
         return []
 
     def _note_calls(self, pieces: Sequence[Piece]) -> list[GenerationEvent]:
@@ -203,7 +206,7 @@ class _RunningRequest:
         return list(pieces)
 
     def _after_first_text(self, error: ImpetusError) -> ImpetusError:
-        """After the first text every failure is the engine's."""
+        """After the first text, convert every error to EngineFailed."""
         if not self._first_at or isinstance(error, EngineFailed):
             return error
         return EngineFailed(error.message)
@@ -228,7 +231,7 @@ class _RunningRequest:
 
 
 class _Answer:
-    """Turns snapshots into what is new in them, up to a stop string or the last allowed call."""
+    """Converts snapshots to deltas, up to a stop string or the last allowed tool call."""
 
     def __init__(self, stop: Sequence[str], parser: OutputParser | None) -> None:
         self._stop = StopMatcher(stop)
@@ -237,12 +240,12 @@ class _Answer:
 
     @property
     def mismatches(self) -> tuple[MismatchKind, ...]:
-        """What was wrong with the answer's tool calls."""
+        """The kinds of malformed tool calls in the answer."""
         return () if self._parser is None else tuple(self._parser.mismatches)
 
     @property
     def is_cut(self) -> bool:
-        """Whether nothing after this place belongs to the answer."""
+        """Whether the answer has ended at a stop string or tool call."""
         return self._stop.is_matched or (self._parser is not None and self._parser.is_done)
 
     @property
@@ -255,12 +258,12 @@ class _Answer:
         if self.is_cut:
             return []
         if not snapshot.startswith(self._seen):
-            raise EngineFailed("Apple's model took back text that it had given.")
+            raise EngineFailed("Apple's model took back text that it had already sent; try again.")
         new, self._seen = snapshot[len(self._seen) :], snapshot
         return self._parse(self._stop.push(new))
 
     def flush(self) -> list[Piece]:
-        """Return what was held back; the text ends here."""
+        """Return the pieces that were held back; the text ends here."""
         pieces = self._parse(self._stop.flush())
         return pieces if self._parser is None else [*pieces, *self._parser.flush()]
 
@@ -275,13 +278,13 @@ def _timed_out(request: GenerationRequest) -> EngineFailed:
 
 
 def _event_sender(queue: "asyncio.Queue[SessionEvent]") -> Any:
-    """Return what hands news from a session's thread to this event loop."""
+    """Return a callback that passes events from a session's thread to this event loop."""
     loop = asyncio.get_running_loop()
 
-    def send(news: SessionEvent) -> None:
+    def send(event: SessionEvent) -> None:
         try:
-            loop.call_soon_threadsafe(queue.put_nowait, news)
+            loop.call_soon_threadsafe(queue.put_nowait, event)
         except RuntimeError:
-            logger.debug("the loop of a request is closed")
+            logger.debug("the event loop of a request is closed")
 
     return send

@@ -1,4 +1,4 @@
-"""From a request to what a session of Apple's model shall do; pure."""
+"""Translates a generation request for a session of Apple's model; pure."""
 
 from backends.apple.sessions import ForcedTool, SessionRequest
 from backends.apple.transcript import guided_schema, read_conversation
@@ -15,14 +15,14 @@ from core.types import (
 
 
 def read_session_request(request: GenerationRequest) -> tuple[SessionRequest, ChatPrompt]:
-    """Return what a session shall do, and the chat it is for.
+    """Return the request for a session, and the chat that it answers.
 
     Raises UnsupportedCapability for plain prompts, UnsupportedParameter and RequestError.
     """
     prompt = request.prompt
     if not isinstance(prompt, ChatPrompt):
         raise UnsupportedCapability(
-            "Apple's model answers chats only, not plain prompts.", param="model"
+            "Apple's model answers chats only; use /v1/chat/completions.", param="model"
         )
     _check_sampling(request.sampling)
     _check_reasoning(prompt)
@@ -31,7 +31,7 @@ def read_session_request(request: GenerationRequest) -> tuple[SessionRequest, Ch
     forced = _forced(prompt)
     if forced and request.output is not None:
         raise RequestError(
-            "response_format cannot be combined with a forced tool_choice.",
+            "response_format cannot be combined with a forced tool_choice; remove one of them.",
             param="response_format",
         )
     session_request = SessionRequest(
@@ -48,18 +48,19 @@ def read_session_request(request: GenerationRequest) -> tuple[SessionRequest, Ch
 def _output_schema(output: Output) -> dict[str, JsonValue]:
     if not isinstance(output, JsonOutput):
         raise UnsupportedParameter(
-            f"Apple's model cannot honour {output.param}; send a JSON schema.", param=output.param
+            f"Apple's model does not support {output.param}; send a JSON schema.",
+            param=output.param,
         )
     if output.schema is None:
         raise UnsupportedParameter(
-            "Apple's model needs a JSON schema; json_object alone is not supported.",
+            "Apple's model does not support json_object; send a JSON schema.",
             param="response_format",
         )
     return guided_schema(output.schema, "response_format")
 
 
 def _forced(prompt: ChatPrompt) -> tuple[ForcedTool, ...]:
-    """Return the tools of which one must be called.  Raises RequestError for a choice of none."""
+    """Return the tools of which one must be called.  Raises RequestError if there is none."""
     if prompt.tool_choice in ("none", "auto"):
         return ()
     tools = prompt.tools
@@ -67,7 +68,7 @@ def _forced(prompt: ChatPrompt) -> tuple[ForcedTool, ...]:
         name = prompt.tool_choice[1]
         tools = tuple(tool for tool in tools if tool.name == name)[:1]
     if not tools:
-        raise RequestError("tool_choice asks for a tool that is not given.", param="tool_choice")
+        raise RequestError("tool_choice asks for a tool that is not in tools.", param="tool_choice")
     return tuple(ForcedTool(tool.name, _arguments_schema(tool)) for tool in tools)
 
 
@@ -84,13 +85,13 @@ def _check_reasoning(prompt: ChatPrompt) -> None:
     }
     for param, value in given.items():
         if value is not None:
-            raise UnsupportedParameter("Apple's model shows no reasoning.", param=param)
+            raise UnsupportedParameter("Apple's model does not support reasoning.", param=param)
 
 
 def _check_sampling(sampling: SamplingParams) -> None:
-    """Refuse what the SDK drops without a word; greedy choices do not depend on the first four.
+    """Refuse what the SDK silently ignores; greedy sampling does not depend on the first four.
 
-    Source: GenerationOptions.to_dict writes them as text, which the Swift side does not read.
+    Source: GenerationOptions.to_dict writes them as strings, which the Swift side does not read.
     """
     is_greedy = sampling.temperature == 0
     given = {
@@ -106,4 +107,6 @@ def _check_sampling(sampling: SamplingParams) -> None:
     }
     for param, is_given in given.items():
         if is_given:
-            raise UnsupportedParameter(f"Apple's model cannot honour {param}.", param=param)
+            raise UnsupportedParameter(
+                f"Apple's model does not support {param}; remove it.", param=param
+            )

@@ -1,4 +1,4 @@
-"""What apple-fm-sdk 0.2.1 needs from the outside to be safe in a server."""
+"""Workarounds that make apple-fm-sdk 0.2.1 safe in a server, and its errors translated."""
 
 import threading
 from collections import deque
@@ -16,15 +16,15 @@ from core.errors import (
 )
 from core.types import JsonValue
 
-# A stream that is closed early frees its callback while Swift may call it once more, so that
-# many are kept; by then the call of the oldest has long been made.
+# A stream that is closed early frees its callback while Swift may still call it once more, so
+# the most recent ones are kept alive.
 _KEPT_CALLBACKS = 256
 _recent_callbacks: deque[Any] = deque(maxlen=_KEPT_CALLBACKS)
 _this_thread = threading.local()
 
 
 def import_sdk() -> Any:
-    """Return the SDK's package.  Raises BackendUnavailable."""
+    """Import the SDK's package.  Raises BackendUnavailable."""
     try:
         import apple_fm_sdk
     except ImportError as error:
@@ -34,10 +34,10 @@ def import_sdk() -> Any:
 
 @contextmanager
 def capture_stream_callbacks(take: Callable[[Any], None]) -> Generator[None]:
-    """Give `take` the callback of every stream that this thread opens meanwhile.
+    """Call `take` with the callback object of every stream that this thread opens meanwhile.
 
-    The SDK waits for snapshots without giving way to its event loop, and for ever if the
-    system never ends the stream; its callback is the only way to wake it (`end_stream`).
+    The SDK waits for snapshots without yielding to its event loop, and forever if the system
+    never ends the stream; the callback object is the only way to wake it (`end_stream`).
     """
     _patch_stream_callbacks()
     _this_thread.take = take
@@ -48,14 +48,14 @@ def capture_stream_callbacks(take: Callable[[Any], None]) -> Generator[None]:
 
 
 def end_stream(callback: Any) -> None:
-    """Let the SDK's stream of this callback end now; it then cancels the system's task."""
+    """End the SDK's stream of this callback now; the SDK then cancels the system's task."""
     if callback is not None:
         callback.completed.set()
         callback.queue.put(None)
 
 
 def _patch_stream_callbacks() -> None:
-    """Make the SDK's streams use a callback that reports itself and is kept."""
+    """Replace the SDK's stream callback by one that is kept alive and passed to `take`."""
     from apple_fm_sdk import c_helpers, session
 
     if session.StreamingCallback is not c_helpers.StreamingCallback:
@@ -73,7 +73,7 @@ def _patch_stream_callbacks() -> None:
 
 
 async def open_transcript(transcript: Mapping[str, JsonValue], model: Any) -> tuple[Any, Any]:
-    """Return a session that goes on from a transcript, and the transcript as the SDK's object."""
+    """Return a session that continues a transcript, and the transcript as the SDK's object."""
     sdk = import_sdk()
     from apple_fm_sdk import c_helpers
 
@@ -86,29 +86,40 @@ async def open_transcript(transcript: Mapping[str, JsonValue], model: Any) -> tu
 
 
 def translate_error(problem: Exception, param: str) -> ImpetusError:
-    """Return the SDK's error as ours; `param` is what asked for guided generation.
+    """Translate an error of the SDK; `param` is the field that requested guided generation.
 
-    A guardrail or a refusal is the request's fault: sent again, it is refused again.
+    Guardrails and refusals are errors of the request: a retry would be refused again.
     """
     sdk = import_sdk()
     text = str(problem)[:300]
     match problem:
         case sdk.UnsupportedGuideError() | sdk.InvalidGenerationSchemaError():
             return UnsupportedParameter(
-                f"Apple's guided generation cannot honour the JSON schema: {text}", param=param
+                f"Apple's guided generation does not support the JSON schema: {text}", param=param
             )
         case sdk.GuardrailViolationError():
-            return RequestError("Apple's safety guardrails do not allow this.", param="messages")
+            return RequestError(
+                "Apple's safety guardrails refused the request; rephrase it.", param="messages"
+            )
         case sdk.RefusalError():
-            return RequestError("Apple's model refuses to answer this.", param="messages")
+            return RequestError(
+                "Apple's model refused to answer; rephrase the request.", param="messages"
+            )
         case sdk.UnsupportedLanguageOrLocaleError():
             return RequestError(
                 "Apple's model does not support the language of the request.", param="messages"
             )
         case sdk.RateLimitedError():
-            return QueueFull("The system limits requests to Apple's model.", retry_after_s=10)
+            return QueueFull(
+                "macOS limits the rate of requests to Apple's model; try again later.",
+                retry_after_s=10,
+            )
         case sdk.ConcurrentRequestsError():
-            return QueueFull("Apple's model is busy with other requests.", retry_after_s=1)
+            return QueueFull(
+                "Apple's model is busy with other requests; try again later.", retry_after_s=1
+            )
         case sdk.AssetsUnavailableError():
-            return BackendUnavailable("The system has not got the files of Apple's model ready.")
+            return BackendUnavailable(
+                "macOS has not downloaded Apple's model yet; try again later."
+            )
     return EngineFailed(f"Apple's model failed: {text or type(problem).__name__}")

@@ -1,7 +1,6 @@
-"""One request to Apple's Foundation Models: a session on a thread with an event loop of its own.
+"""Runs one request to Apple's Foundation Models on a thread with its own event loop.
 
-apple-fm-sdk waits for a stream without giving way to its event loop, so no loop that serves
-others may run it.
+apple-fm-sdk waits for a stream without yielding to its event loop, so a shared loop cannot run it.
 """
 
 import asyncio
@@ -32,7 +31,7 @@ _BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True, slots=True)
 class ForcedTool:
-    """A tool that may have to be called; `schema` None: it takes no arguments."""
+    """A tool that the model must call, if chosen; `schema` None means no arguments."""
 
     name: str
     schema: dict[str, JsonValue] | None
@@ -40,10 +39,10 @@ class ForcedTool:
 
 @dataclass(frozen=True, slots=True)
 class SessionRequest:
-    """What a session shall do.
+    """The request to one session.
 
-    `temperature` 0 is greedy.  `schema` guides the answer; `forced` are the tools of which
-    exactly one must be called instead of an answer.  `param` is what asked for either.
+    `temperature` 0 is greedy.  `schema` constrains the answer; `forced` are the tools of which
+    exactly one must be called instead of an answer.  `param` is the field that requested either.
     """
 
     conversation: Conversation
@@ -56,14 +55,14 @@ class SessionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The session exists; its prompt has so many tokens."""
+    """The session is open; `prompt_tokens` is the length of its prompt."""
 
     prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The whole answer up to now."""
+    """The whole answer so far."""
 
     text: str
 
@@ -104,7 +103,7 @@ class AppleSession:
         request: SessionRequest,
         on_event: Callable[[SessionEvent], None],
     ) -> None:
-        """Prepare; `model` is the SDK's, `on_event` is called from the session's thread."""
+        """`model` is the SDK's; `on_event` is called from the session's thread."""
         self._model = model
         self._context_tokens = context_tokens
         self._request = request
@@ -124,14 +123,14 @@ class AppleSession:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the answer here; `Ended` still comes, from any thread."""
+        """End the answer here; `Ended` is still sent.  Callable from any thread."""
         with self._lock:
             if not self._is_stopped:
                 self._is_stopped = True
                 end_stream(self._stream_callback)
 
     def cancel(self) -> None:
-        """Give up the request; nothing more need come.  From any thread."""
+        """Cancel the request; further events are optional.  Callable from any thread."""
         self.stop()
         with self._lock:
             if self._loop is None or self._task is None:
@@ -139,10 +138,10 @@ class AppleSession:
             try:
                 self._loop.call_soon_threadsafe(self._task.cancel)
             except RuntimeError:
-                logger.debug("the session ended by itself")
+                logger.debug("the session has ended already")
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the thread's end; return whether it came."""
+        """Wait for the thread; return whether it has ended."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -179,7 +178,7 @@ class AppleSession:
         self._on_event(Ended(completion, is_full))
 
     async def _open(self) -> tuple[Any, Any]:
-        """Return the session, and its history for counting."""
+        """Return the session, and its history for counting tokens."""
         sdk, conversation = import_sdk(), self._request.conversation
         if not conversation.history:
             session = sdk.LanguageModelSession(
@@ -205,7 +204,7 @@ class AppleSession:
             try:
                 async for text in stream:
                     if self._is_stopped:
-                        # What the SDK has already taken in; its end follows (`end_stream`).
+                        # Snapshots that the SDK received before `end_stream`.
                         continue
                     self._text = text
                     self._on_event(Snapshot(text))
@@ -219,7 +218,7 @@ class AppleSession:
                 end_stream(callback)
 
     async def _call(self, session: Any) -> None:
-        """Let the model choose a tool, where there are several, then write the arguments."""
+        """Have the model choose a tool, if there are several, then generate the arguments."""
         tools, prompt = self._request.forced, self._request.conversation.prompt
         chosen = tools[0]
         if len(tools) > 1:
@@ -252,16 +251,16 @@ class AppleSession:
         return total + await self._count(history, earlier)
 
     async def _count(self, value: Any, text: str | None = None) -> int:
-        """Return the system's count, or an estimate of a token for every four bytes.
+        """Return the system's count of tokens, or an estimate of one token per four bytes.
 
-        Systems before macOS 26.4 cannot count; the limit is left to them then.  `text` is what
-        to estimate from.
+        Before macOS 26.4 the system cannot count, so that only it enforces the context length.
+        `text` is what to estimate from.
         """
         try:
             counted = await asyncio.wait_for(self._model.token_count(value), _COUNT_TIMEOUT_S)
             return int(counted)
         except Exception as problem:
-            logger.debug("tokens are estimated: %s", problem)
+            logger.debug("the system cannot count tokens, estimating: %s", problem)
         self._is_counted = False
         size = len((value if text is None else text).encode())
         return -(-size // _BYTES_PER_TOKEN)
@@ -287,4 +286,4 @@ def _chosen_tool(tools: tuple[ForcedTool, ...], choice: str) -> ForcedTool:
     for tool in tools:
         if tool.name == name:
             return tool
-    raise EngineFailed("Apple's model chose a tool that does not exist.")
+    raise EngineFailed("Apple's model chose a tool that does not exist; try again.")

@@ -1,4 +1,4 @@
-"""Conversations and JSON schemas in the forms that Apple's Foundation Models read; pure."""
+"""Converts conversations and JSON schemas to the formats of Apple's Foundation Models; pure."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, JsonValue
 
 # Source: what GenerationSchema encodes itself as, in apple-fm-sdk's generation_guide.py and
-# test_json_guided_generation.py.  The rest of JSON Schema is unknown to it.
+# test_json_guided_generation.py.  It does not know the rest of JSON Schema.
 _KEYWORDS = frozenset(
     [
         "$defs",
@@ -31,7 +31,7 @@ _KEYWORDS = frozenset(
         "x-order",
     ]
 )
-# These say something to people only.
+# Annotations for readers, which constrain nothing.
 _ANNOTATIONS = frozenset(
     ["$comment", "$id", "$schema", "default", "deprecated", "examples", "readOnly", "writeOnly"]
 )
@@ -49,7 +49,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What the model is told first, what was said, and what is to be answered now."""
+    """Instructions, earlier turns, and the prompt to answer."""
 
     instructions: str
     history: tuple[Turn, ...]
@@ -57,15 +57,15 @@ class Conversation:
 
     @property
     def text(self) -> str:
-        """All of it, for estimates of its length."""
+        """All texts joined, for estimates of the length."""
         return "\n".join([self.instructions, *(turn.text for turn in self.history), self.prompt])
 
 
 def read_conversation(prompt: ChatPrompt) -> Conversation:
-    """Return a chat in Apple's form.
+    """Convert a chat to Apple's format.
 
-    System messages become the instructions wherever they stand; tools, calls and results are
-    written into the text in the Hermes form; neighbours of one role are joined.  Raises
+    System messages become the instructions, at any position; tools, calls and results are
+    written into the text in the Hermes format; adjacent messages of one role are joined.  Raises
     RequestError unless a user's message or a tool's result comes last.
     """
     tools = () if prompt.tool_choice == "none" else prompt.tools
@@ -82,8 +82,8 @@ def read_conversation(prompt: ChatPrompt) -> Conversation:
         turns.append(turn)
     if not turns or not turns[-1].is_user or not turns[-1].text.strip():
         raise RequestError(
-            "Apple's model answers a user's message or a tool's result, which must come last "
-            "and hold text.",
+            "The last message must be a user's message or a tool's result, with text, for Apple's "
+            "model to answer.",
             param="messages",
         )
     system = "\n\n".join(text for text in instructions if text)
@@ -91,7 +91,7 @@ def read_conversation(prompt: ChatPrompt) -> Conversation:
 
 
 def transcript(conversation: Conversation) -> dict[str, JsonValue]:
-    """Return instructions and history as `Transcript.from_dict` takes them.
+    """Return instructions and history in the format of `Transcript.from_dict`.
 
     Source: apple-fm-sdk, transcript.py.
     """
@@ -109,10 +109,10 @@ def transcript(conversation: Conversation) -> dict[str, JsonValue]:
 
 
 def guided_schema(schema: Mapping[str, JsonValue], param: str) -> dict[str, JsonValue]:
-    """Return a JSON schema as Apple's `GenerationSchema` decodes it.
+    """Convert a JSON schema to the format of Apple's `GenerationSchema`.
 
-    Objects get a title, the order of their properties, and nothing beside those.  Raises
-    UnsupportedParameter naming `param` for what guided generation would not enforce.
+    Objects get a title, the order of their properties, and no additional properties.  Raises
+    UnsupportedParameter for `param` if guided generation would not enforce the schema.
     """
     if schema.get("type") != "object":
         raise _unsupported(param, "its root must be of type object")
@@ -120,7 +120,7 @@ def guided_schema(schema: Mapping[str, JsonValue], param: str) -> dict[str, Json
 
 
 def call_schema(names: Sequence[str]) -> dict[str, JsonValue]:
-    """Return the schema of the choice of one tool."""
+    """Return the schema for the choice of one tool by name."""
     choice: JsonValue = {"type": "string", "enum": list(names)}
     return guided_schema(
         {"type": "object", "properties": {"name": choice}, "required": ["name"]}, "tools"
@@ -131,7 +131,7 @@ def _guided(
     schema: Mapping[str, JsonValue], title: str, param: str, depth: int
 ) -> dict[str, JsonValue]:
     if depth > _MAX_SCHEMA_DEPTH:
-        raise _unsupported(param, f"it is nested over {_MAX_SCHEMA_DEPTH} deep")
+        raise _unsupported(param, f"it is nested deeper than {_MAX_SCHEMA_DEPTH} levels")
     _check_keywords(schema, param)
     result = {key: value for key, value in schema.items() if key not in _ANNOTATIONS}
     for key in ("properties", "$defs"):
@@ -142,7 +142,7 @@ def _guided(
     if "anyOf" in schema:
         options = schema["anyOf"]
         if not isinstance(options, list):
-            raise _unsupported(param, "anyOf is no list")
+            raise _unsupported(param, "anyOf is not a list")
         result["anyOf"] = [
             _guided(_object(option, param), f"Option{index}", param, depth + 1)
             for index, option in enumerate(options)
@@ -164,7 +164,7 @@ def _check_keywords(schema: Mapping[str, JsonValue], param: str) -> None:
 def _close(
     result: dict[str, JsonValue], schema: Mapping[str, JsonValue], title: str, param: str
 ) -> None:
-    """Complete an object; free properties are refused where they were asked for."""
+    """Complete an object's schema; refuse additional properties if they are requested."""
     if schema.get("additionalProperties", False) is not False:
         raise _unsupported(param, "additionalProperties can only be false")
     properties = _object(result.setdefault("properties", {}), param)
@@ -183,20 +183,20 @@ def _each(schemas: JsonValue, param: str, depth: int) -> dict[str, JsonValue]:
 
 def _object(value: JsonValue, param: str) -> dict[str, JsonValue]:
     if not isinstance(value, dict):
-        raise _unsupported(param, "a schema in it is no object")
+        raise _unsupported(param, "a schema in it is not an object")
     return value
 
 
 def _unsupported(param: str, reason: str) -> UnsupportedParameter:
     return UnsupportedParameter(
-        f"Apple's guided generation cannot honour the JSON schema: {reason}.", param=param
+        f"Apple's guided generation does not support the JSON schema: {reason}.", param=param
     )
 
 
 def _check(message: ChatMessage) -> None:
-    """Refuse what the C interface would cut at."""
+    """Refuse NUL characters, at which the C interface would truncate."""
     if "\0" in message.content:
-        raise RequestError("A message holds a NUL character.", param="messages")
+        raise RequestError("A message has a NUL character; remove it.", param="messages")
 
 
 def _entry(role: str, text: str, extra: dict[str, JsonValue]) -> dict[str, JsonValue]:

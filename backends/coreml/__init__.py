@@ -1,1 +1,1 @@
-"""Core ML models."""
+"""Core ML models on coremltools or the reference interpreter."""

@@ -1,4 +1,4 @@
-"""Core ML packages: on macOS by coremltools, elsewhere by the reference interpreter."""
+"""Core ML backend: coremltools on macOS, elsewhere a reference interpreter."""
 
 import importlib.util
 import sys
@@ -34,9 +34,9 @@ from core.errors import BackendUnavailable, EngineFailed, InsufficientMemory, No
 from core.types import Capability
 from core.units import MIB, format_bytes
 
-# Every row's state holds the whole context, and rows run one after the other.
+# Every row's state has the size of the whole context, and rows run one by one.
 _MAX_ROWS = 4
-# The model gives logits for each token of a chunk, so long chunks cost memory and save little.
+# Models compute logits for each token of a chunk, so long chunks cost memory and save little.
 _MAX_CHUNK_TOKENS = 128
 _BASE_BYTES = 256 * MIB
 _F32_BYTES = 4
@@ -57,14 +57,14 @@ _QUANTIZATIONS = {
 
 
 class CoremlBackend(Backend):
-    """Language models and encoders in `.mlpackage` or `.mlmodel`, their tokenizer beside them."""
+    """Runs `.mlpackage` and `.mlmodel` decoders and encoders with a tokenizer beside them."""
 
     name: ClassVar[str] = "coreml"
     starts_on_demand: ClassVar[bool] = True
     process_bytes: ClassVar[int] = 512 * MIB
 
     def availability(self) -> Availability:
-        """Available on macOS with coremltools; elsewhere the reference runtime needs PyTorch."""
+        """Available on macOS with coremltools, elsewhere with coremltools and PyTorch."""
         needed = ("coremltools",) if sys.platform == "darwin" else ("coremltools", "torch")
         missing = [module for module in needed if importlib.util.find_spec(module) is None]
         if not missing:
@@ -72,15 +72,15 @@ class CoremlBackend(Backend):
         return Availability(False, f"{' and '.join(missing)} is not installed; run scripts/setup")
 
     def identify(self, path: Path) -> ModelInfo:
-        """Read the package's description and the shapes of its weights, not the weights."""
+        """Read the package's description and the shapes of its weights."""
         return coreml_info(path)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
-        """Return weights, the states of all rows and one step's activations in bytes."""
+        """Return the bytes of weights, of all rows' states and of one step's activations."""
         return estimate_coreml(info, options)
 
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
-        """Load the model; on macOS the first time compiles it for minutes."""
+        """Load the model; on macOS the first load compiles it for minutes."""
         available = self.availability()
         if not available.is_available:
             raise BackendUnavailable(available.reason)
@@ -88,7 +88,7 @@ class CoremlBackend(Backend):
         spec = read_spec(info.files[0])
         if spec.kind != ML_PROGRAM and sys.platform != "darwin":
             raise BackendUnavailable(
-                f"The model {info.name} is no ML program; only macOS runs older Core ML models.",
+                f"The model {info.name} is not an ML program; only macOS runs such older models.",
                 param="model",
             )
         folder = _folder_of(spec)
@@ -131,7 +131,9 @@ def coreml_info(path: Path) -> ModelInfo:
     )
     layout = read_layout(spec, info.context_length)
     if folder.is_encoder and not layout.is_encoder:
-        raise broken(spec.package, "it scores texts; only decoders and embedding models are run")
+        raise broken(
+            spec.package, "it scores texts; only decoders and embedding models are supported"
+        )
     return replace(
         info,
         name=_name(spec, info),
@@ -150,7 +152,7 @@ def coreml_info(path: Path) -> ModelInfo:
 
 
 def _folder_of(spec: CoremlSpec) -> HfFolder:
-    """Return the folder with configuration and tokenizer: the package's own, or around it."""
+    """Return the folder with configuration and tokenizer: the package, or the one around it."""
     for path in (spec.package, spec.package.parent):
         if not path.is_dir() or not tokenizer_files(path):
             continue
@@ -160,12 +162,12 @@ def _folder_of(spec: CoremlSpec) -> HfFolder:
             continue
     raise broken(
         spec.package,
-        "a config.json and the tokenizer's files (tokenizer.json) must lie beside it or in it",
+        "it needs a config.json and the tokenizer's files (tokenizer.json) beside it or in it",
     )
 
 
 def _elements(spec: CoremlSpec) -> Counter[str]:
-    """Return how many elements of each type the weight files hold."""
+    """Return the number of elements of each type in the weight files."""
     if spec.kind != ML_PROGRAM:
         return Counter()
     elements: Counter[str] = Counter()
@@ -190,8 +192,8 @@ def _capabilities(info: ModelInfo, layout: Layout) -> frozenset[Capability]:
 def estimate_coreml(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
     """Return the memory of `info` with as many rows as fit the limit.
 
-    A state has the package's whole context, so a shorter context saves nothing.  Raises
-    InsufficientMemory where not even one row fits.
+    A state has the size of the package's whole context, so a shorter context saves nothing.
+    Raises InsufficientMemory if not even one row fits.
     """
     is_reference = info.details.get("runtime") == "reference"
     weights = info.parameters * _F32_BYTES if is_reference else _number(info, "weights_bytes")
@@ -214,7 +216,7 @@ def estimate_coreml(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
             raise InsufficientMemory(
                 f"The model {info.name} needs {format_bytes(weights + transient + state)} with "
                 f"its context of {info.context_length} tokens, more than the "
-                f"{format_bytes(limit)} that models may use.",
+                f"{format_bytes(limit)} that models may use; use a smaller quantization.",
                 param="model",
             )
         rows = min(rows, free // state) if state else rows
@@ -276,7 +278,7 @@ class CoremlEmbeddingModel:
         return np.stack(vectors)
 
     def _vector(self, output: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-        """Return one text's vector: pooled from one per token, or as the model pools itself."""
+        """Return one text's vector, pooled here unless the model pools itself."""
         output = np.asarray(output, np.float32)
         if output.ndim == 3:
             mask = (np.arange(output.shape[1]) < count).astype(np.float32)[None]

@@ -1,4 +1,4 @@
-"""The layouts in which Core ML packages hold language models and encoders."""
+"""Recognises the inputs and outputs of Core ML language models and encoders."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ _PADDING = ("attentionMask", "attention_mask")
 _TYPES = ("token_type_ids", "tokenTypeIds")
 _LOGITS = ("logits", "output_logits")
 _WINDOW_KEY = "co.huggingface.exporters.sliding_window"
-# The least number of float16; a sum that falls below it is -inf, which masks as well.
+# The smallest float16; sums below it become -inf, which masks as well.
 _MASKED = -65504.0
 _ANEMLL = frozenset({"current_pos", "hidden_states", "output_hidden_states", "logits1"})
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a model wants its tokens and what it gives back.
+    """The names of a model's inputs and outputs, and the token counts that it accepts.
 
-    `causal` is empty where the whole text is read at each step; `types` and `padding` are empty
-    where there are none.  `lengths` are the only token counts there are, else None.
+    `causal` is empty if the whole text is computed in each step; `types` and `padding` are empty
+    if the model has no such input.  `lengths` are the only token counts allowed, None for any.
     """
 
     tokens: Feature
@@ -42,29 +42,32 @@ class Layout:
     is_encoder: bool = False
 
     def step_length(self, wanted: int) -> int:
-        """Return how many of `wanted` tokens a stateful model takes at once."""
+        """Return how many of `wanted` tokens a stateful model computes at once."""
         fitting = [length for length in self.lengths if length <= wanted]
         return max(fitting) if self.lengths else wanted
 
     def padded_length(self, wanted: int) -> int:
-        """Return how many tokens, padding among them, a model without state is given."""
+        """Return the number of tokens with padding that a stateless model is given."""
         return min((n for n in self.lengths if n >= wanted), default=max(wanted, self.shortest))
 
     @property
     def shortest(self) -> int:
-        """The fewest tokens the model takes."""
+        """The smallest number of tokens that the model accepts."""
         return self.tokens.shortest(1)
 
 
 def read_layout(spec: CoremlSpec, trained_context: int) -> Layout:
-    """Recognise the layout.  Raises BrokenModel, with what is missing, for any other."""
+    """Return the layout of a model.  Raises BrokenModel, with the reason, for unsupported ones."""
     tokens = _first(spec.inputs, _TOKENS)
     if _ANEMLL & {*spec.inputs, *spec.outputs}:
         raise broken(
-            spec.package, "it is one chunk of a split model; only models in one package are run"
+            spec.package,
+            "it is one chunk of a split model; only models in one package are supported",
         )
     if tokens is None or len(tokens.bounds) != 2:
-        raise broken(spec.package, "it takes no token ids (inputIds), so it is no text model")
+        raise broken(
+            spec.package, "it has no input of token ids (inputIds), so it is not a text model"
+        )
     causal = _first(spec.inputs, _CAUSAL)
     output = _first(spec.outputs, _LOGITS)
     padding = _first(spec.inputs, _PADDING)
@@ -75,10 +78,10 @@ def read_layout(spec: CoremlSpec, trained_context: int) -> Layout:
     limits = [tokens.longest(1), trained_context]
     if spec.states:
         if causal is None or output is None:
-            raise broken(spec.package, "it has a state but no causalMask, or gives no logits")
+            raise broken(spec.package, "it has a state but no causalMask, or it gives no logits")
         limits.append(_stateful_context(spec, tokens, causal))
     elif causal is not None:
-        raise broken(spec.package, "it takes a causalMask but has no state")
+        raise broken(spec.package, "it has an input causalMask but no state")
     elif output is None and padding is None and tokens.shortest(1) > 1:
         raise broken(spec.package, "it has a fixed length but no attention mask for shorter texts")
     return Layout(
@@ -102,7 +105,7 @@ def _first(features: Mapping[str, Feature], names: Sequence[str]) -> Feature | N
 def _refuse_others(spec: CoremlSpec, known: Sequence[str]) -> None:
     for name, feature in spec.inputs.items():
         if name not in known and not feature.is_optional:
-            raise broken(spec.package, f"it wants an input {name!r}, which is not known")
+            raise broken(spec.package, f"its input {name!r} is unknown")
 
 
 def _stateful_context(spec: CoremlSpec, tokens: Feature, causal: Feature) -> int | None:
@@ -110,9 +113,10 @@ def _stateful_context(spec: CoremlSpec, tokens: Feature, causal: Feature) -> int
         raise broken(spec.package, "its causalMask is not of shape (1, 1, tokens, total)")
     if tokens.shortest(1) != 1:
         raise broken(
-            spec.package, f"it reads at least {tokens.shortest(1)} tokens at once, so it cannot "
-            "continue a text one by one",
-        )  # fmt: skip
+            spec.package,
+            f"it computes at least {tokens.shortest(1)} tokens at once, so it cannot generate "
+            "text token by token",
+        )
     longest = causal.longest(3)
     if longest is not None:
         return longest
@@ -136,12 +140,12 @@ def _hidden_output(spec: CoremlSpec) -> Feature:
     if output is None and len(spec.outputs) == 1:
         (output,) = spec.outputs.values()
     if output is None:
-        raise broken(spec.package, "it gives neither logits nor a vector for each token or text")
+        raise broken(spec.package, "it gives neither logits nor a vector per token or text")
     return output
 
 
 def causal_mask(past: int, new: int, window: int = 0) -> NDArray[np.float16]:
-    """Return the additive mask float16 (1, 1, new, past + new), sliding where `window` is set."""
+    """Return the additive mask float16 (1, 1, new, past + new); sliding if `window` is set."""
     keys, queries = np.arange(past + new)[None], np.arange(past, past + new)[:, None]
     hidden = keys > queries
     if window:
@@ -150,7 +154,7 @@ def causal_mask(past: int, new: int, window: int = 0) -> NDArray[np.float16]:
 
 
 def token_inputs(layout: Layout, tokens: Sequence[int], length: int) -> dict[str, NDArray[Any]]:
-    """Return inputs of one row padded to `length`, without attention between tokens and state."""
+    """Return the inputs of one row, padded to `length`, without the causal masks."""
     padding = length - len(tokens)
     inputs: dict[str, NDArray[Any]] = {
         layout.tokens.name: np.array([[*tokens, *[0] * padding]], np.int32)

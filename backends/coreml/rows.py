@@ -1,4 +1,4 @@
-"""Rows of tokens over a Core ML language model, one state each, and what runs the model."""
+"""Rows of a Core ML language model with one state each, and the runtimes that run it."""
 
 import importlib
 import sys
@@ -19,28 +19,28 @@ from core.errors import BrokenModel, EngineFailed
 
 
 class Runtime(Protocol):
-    """What runs a model: coremltools' own, or the reference interpreter."""
+    """A runtime for a model: Core ML through coremltools, or the reference interpreter."""
 
     def make_state(self) -> Any:
         """Return an empty state."""
         ...
 
     def copy_state(self, state: Any) -> Any:
-        """Return a state that goes its own way from here."""
+        """Return an independent copy of a state."""
         ...
 
     def predict(
         self, data: Mapping[str, NDArray[Any]], state: Any = None
     ) -> Mapping[str, NDArray[Any]]:
-        """Run the model once; `state` is changed."""
+        """Run the model once; updates `state` in place."""
         ...
 
 
 class AppleRuntime:
-    """Core ML itself, through coremltools; macOS only."""
+    """Core ML through coremltools; macOS only."""
 
     def __init__(self, spec: CoremlSpec) -> None:
-        """Compile and load; blocks, the first time for minutes.  Raises BrokenModel."""
+        """Compile and load the model; blocks, the first time for minutes.  Raises BrokenModel."""
         ct = importlib.import_module("coremltools")
         try:
             self._model = ct.models.MLModel(str(spec.package))
@@ -53,7 +53,7 @@ class AppleRuntime:
         return self._model.make_state()
 
     def copy_state(self, state: Any) -> Any:
-        """Return a state with the same content."""
+        """Return an independent copy of a state."""
         copy = self._model.make_state()
         for name in self._spec.states:
             copy.write_state(name, state.read_state(name))
@@ -68,7 +68,7 @@ class AppleRuntime:
 
 
 def open_runtime(spec: CoremlSpec, threads: int) -> Runtime:
-    """Load the model on what this system has.  Blocks.  Raises BrokenModel."""
+    """Load the model on this system's runtime; blocks.  Raises BrokenModel."""
     if sys.platform == "darwin":
         return AppleRuntime(spec)
     return MilInterpreter(spec, threads=threads)
@@ -83,12 +83,12 @@ class _Row:
 class CoremlRows:
     """One state per row; implements `backends.engine.row_model.RowModel`.
 
-    The causal mask's width says where in the cache new tokens go, so a row is cut by showing
-    fewer; a sliding cache may be a ring, so those rows are not cut.
+    The width of the causal mask decides where new tokens are written in the cache, so a row is
+    truncated by a narrower mask; a sliding cache may be a ring, so those rows are not truncated.
     """
 
     def __init__(self, runtime: Runtime, spec: CoremlSpec, layout: Layout, max_rows: int) -> None:
-        """Take the model over and run it once.  Raises BrokenModel where it does not run."""
+        """Take ownership of the runtime and run it once.  Raises BrokenModel if that fails."""
         self.max_rows = max_rows
         self.native_cpu_s = 0.0
         self._runtime: Runtime | None = runtime
@@ -103,7 +103,7 @@ class CoremlRows:
             raise broken(spec.package, f"it does not run ({problem.message})") from problem
 
     def open_row(self, capacity: int) -> int:
-        """Return an empty row; its state holds the whole context whatever `capacity` says."""
+        """Return an empty row; its state has the size of the whole context, not of `capacity`."""
         del capacity
         assert self._runtime is not None
         row = next(self._ids)
@@ -159,7 +159,7 @@ class CoremlRows:
     ) -> NDArray[np.float32]:
         output = run(self._runtime, inputs, state)[self._layout.output]
         rows = np.asarray(output, np.float32).reshape(-1, output.shape[-1])
-        # A model may give the last token's logits only.
+        # Some models give the logits of the last token only.
         return np.array(rows[position if len(rows) > 1 else 0])
 
     def truncate(self, row: int, length: int) -> bool:
@@ -193,10 +193,10 @@ class CoremlRows:
 def run(
     runtime: Runtime | None, inputs: Mapping[str, NDArray[Any]], state: Any
 ) -> Mapping[str, NDArray[Any]]:
-    """Run the model once.  Raises EngineFailed, whatever the runtime raised."""
+    """Run the model once.  Raises EngineFailed for any exception of the runtime."""
     if runtime is None:
-        raise EngineFailed("The model is closed.")
+        raise EngineFailed("The model was unloaded.")
     try:
         return runtime.predict(inputs, state)
     except Exception as problem:
-        raise EngineFailed(f"Core ML model failed: {str(problem)[:500]}") from problem
+        raise EngineFailed(f"The Core ML model failed: {str(problem)[:500]}") from problem

@@ -1,4 +1,4 @@
-"""What a Core ML model says of itself, read with bounds and without coremltools."""
+"""Reads the description of a Core ML model with size limits, without coremltools."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -33,8 +33,8 @@ _ARRAY_TYPES = {
 class Feature:
     """One input, output or state: an array of `dtype` (a numpy name) with bounds on each axis.
 
-    `bounds` are (lowest, highest) lengths, highest None where there is no limit; `allowed` are
-    the only shapes there are, where the model enumerates them.
+    `bounds` are (lowest, highest) lengths, highest None for no limit; `allowed` are the only
+    shapes allowed, if the model enumerates them.
     """
 
     name: str
@@ -45,29 +45,29 @@ class Feature:
     is_optional: bool = False
 
     def lengths(self, axis: int) -> tuple[int, ...]:
-        """Return the lengths an axis may have where they are enumerated or fixed."""
+        """Return the lengths of an axis if they are enumerated or fixed, else none."""
         if self.allowed:
             return tuple(sorted({shape[axis] for shape in self.allowed}))
         low, high = self.bounds[axis]
         return (low,) if low == high else ()
 
     def longest(self, axis: int) -> int | None:
-        """Return the greatest length of an axis, None for no limit."""
+        """Return the maximum length of an axis, None for no limit."""
         lengths = self.lengths(axis)
         return lengths[-1] if lengths else self.bounds[axis][1]
 
     def shortest(self, axis: int) -> int:
-        """Return the least length of an axis."""
+        """Return the minimum length of an axis."""
         lengths = self.lengths(axis)
         return lengths[0] if lengths else self.bounds[axis][0]
 
 
 @dataclass(frozen=True, slots=True)
 class CoremlSpec:
-    """A model's description.  `files` are all of the model's, the one to identify it by first.
+    """A model's description.  `files` are all files of the model; the first identifies it.
 
-    `root` is the folder that paths in the program start from; `functions` are the names of a
-    package that has several.
+    `root` is the folder that paths in the program are relative to; `functions` are the names of
+    the functions of a package that has several.
     """
 
     files: tuple[Path, ...]
@@ -95,9 +95,9 @@ def broken(path: Path, problem: str) -> BrokenModel:
 
 
 def read_spec(path: Path) -> CoremlSpec:
-    """Read the model that `path` belongs to: a package's manifest, a file of it, or `.mlmodel`.
+    """Read the model of `path`: a package's manifest or another file of it, or an `.mlmodel`.
 
-    Raises NotThisFormat, BrokenModel.  Reads the description only, at most 16 MiB of it.
+    Reads the description only, at most 16 MiB of it.  Raises NotThisFormat, BrokenModel.
     """
     path = path.absolute()
     _refuse_compiled(path)
@@ -107,7 +107,9 @@ def read_spec(path: Path) -> CoremlSpec:
     model_file, weights = _package_files(manifest)
     files = (manifest, model_file, *weights)
     if path not in files:
-        raise NotThisFormat(f"{path.name} is no part of the Core ML package around it")
+        raise NotThisFormat(
+            f"{path.name} is not listed in the manifest of the Core ML package around it"
+        )
     return _read_model(model_file, files, model_file.parent)
 
 
@@ -117,13 +119,13 @@ def _refuse_compiled(path: Path) -> None:
         return
     raise broken(
         folder,
-        "it is compiled (.mlmodelc), which says too little of itself; use the .mlpackage it was "
-        "made from",
+        "it is compiled (.mlmodelc), which has too little description; use the .mlpackage that "
+        "it was compiled from",
     )
 
 
 def _manifest_of(path: Path) -> Path | None:
-    """Return the manifest of the package `path` is in, None for a file of its own."""
+    """Return the manifest of the package that `path` is in, None for an `.mlmodel` file."""
     if path.name == MANIFEST:
         return path
     for folder in list(path.parents)[:5]:
@@ -165,8 +167,8 @@ def _read_json(manifest: Path) -> dict[str, Any]:
         content = json.loads(data)
     except (ValueError, RecursionError) as problem:
         if manifest.parent.suffix != ".mlpackage":
-            raise NotThisFormat(f"{manifest.name} is not JSON") from problem
-        raise broken(manifest.parent, "its manifest is not JSON") from problem
+            raise NotThisFormat(f"{manifest.name} is not valid JSON") from problem
+        raise broken(manifest.parent, "its manifest is not valid JSON") from problem
     return content if isinstance(content, dict) else {}
 
 
@@ -178,10 +180,10 @@ def _item(manifest: Path, entry: object) -> Path:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of `name` in `folder`.  Raises BrokenModel for one that leads out of it."""
+    """Return the path of `name` in `folder`.  Raises BrokenModel for paths outside of it."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or "\0" in name:
-        raise broken(folder.parent, f"the path {name[:100]!r} leads out of it")
+        raise broken(folder.parent, f"the path {name[:100]!r} is outside of it")
     return folder / relative
 
 
@@ -199,7 +201,7 @@ def _read_model(model_file: Path, files: tuple[Path, ...], root: Path) -> Coreml
 
 
 def _scan(file: BinaryIO, size: int) -> tuple[int, memoryview | None, set[int]]:
-    """Walk the model's top level, skipping the weights; return version, description and types."""
+    """Read the model's top level without the weights; return version, description and types."""
     version = 0
     description: memoryview | None = None
     kinds: set[int] = set()
@@ -217,7 +219,7 @@ def _scan(file: BinaryIO, size: int) -> tuple[int, memoryview | None, set[int]]:
 
 
 def top_level(file: BinaryIO, size: int) -> Iterator[tuple[int, int, int | None]]:
-    """Yield the fields of a model file: number, then value and None, or length and start."""
+    """Yield the fields of a model file: number, then value and None, or length and offset."""
     position = 0
     while position < size:
         file.seek(position)
@@ -237,9 +239,13 @@ def top_level(file: BinaryIO, size: int) -> Iterator[tuple[int, int, int | None]
 
 
 def _describe(
-    description: Message, model_file: Path, files: tuple[Path, ...], root: Path, version: int,
+    description: Message,
+    model_file: Path,
+    files: tuple[Path, ...],
+    root: Path,
+    version: int,
     kind: int,
-) -> CoremlSpec:  # fmt: skip
+) -> CoremlSpec:
     functions = description.messages(20)
     default = description.text(21) or "main"
     chosen, fields = description, (1, 10, 13)
@@ -283,9 +289,9 @@ def _feature(message: Message) -> Feature:
         shape = tuple(low for low, _ in ranges)
     for lengths in (shape, *allowed):
         if len(lengths) != len(shape) or len(shape) > _MAX_RANK:
-            raise WireError("the shape of an input or output is impossible")
+            raise WireError(f"the shape of an input or output is invalid: {lengths[:_MAX_RANK]}")
         if not all(0 <= length <= _MAX_DIMENSION for length in lengths):
-            raise WireError("a dimension of an input or output is impossible")
+            raise WireError(f"a dimension of an input or output is invalid: {lengths}")
     bounds = tuple((low, None if high < 0 else high) for low, high in ranges)
     return Feature(
         name=message.text(1)[:200],

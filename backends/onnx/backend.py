@@ -1,7 +1,7 @@
-"""ONNX models on plain onnxruntime: decoders with past key values, and encoders for embeddings.
+"""ONNX backend on plain onnxruntime: decoders with past key values, and embedding models.
 
-onnxruntime-genai is not used: its own engine is slower at several streams, reads only the folders
-that its own builder wrote, and can do nothing for one model that this cannot.
+onnxruntime-genai is not used: its engine is slower with several streams and reads only folders
+that its own builder wrote.
 """
 
 import importlib.util
@@ -41,15 +41,15 @@ from core.units import MIB
 _BASE_BYTES = 64 * MIB
 _F32_BYTES = 4
 _DEFAULT_HEADS = 12
-# Scores, their softmax and one copy live at once in attention made of plain operators.
+# Attention in plain operators holds the scores, their softmax and one copy at the same time.
 _LIVE_SCORE_COPIES = 3
 _EMBEDDING_BATCH_TOKENS = 2048
-# Finished rows may stay beside as many running ones, so that their prefixes are of use.
+# Each running row may have a finished one beside it, whose prefix is reused.
 _ROWS_PER_SEQUENCE = 2
 
 
 class OnnxBackend(Backend):
-    """Any `.onnx` file of a text decoder with past key values or of a text encoder."""
+    """Runs `.onnx` files of text decoders with past key values and of text encoders."""
 
     name: ClassVar[str] = "onnx"
     starts_on_demand: ClassVar[bool] = True
@@ -75,7 +75,7 @@ class OnnxBackend(Backend):
         """Return weights, KV cache and activations in bytes."""
         weights_bytes = _number(info, "weights_bytes") or info.size_bytes
         if info.details.get("is_encoder"):
-            # A text is computed in one piece, so a batch holds the longest one at least.
+            # A text is computed in one piece, so a batch holds at least the longest one.
             tokens = max(info.context_length, _EMBEDDING_BATCH_TOKENS)
             heads = _number(info, "n_head") or _DEFAULT_HEADS
             scores = tokens * info.context_length * heads * _F32_BYTES * _LIVE_SCORE_COPIES
@@ -90,7 +90,7 @@ class OnnxBackend(Backend):
             return replace(estimated, prefix_bytes=0)
         element_bytes = np.dtype(str(info.details["kv_dtype"])).itemsize
         if info.details.get("batching") != "ragged":
-            # The cache of one step is read while that of the next is written.
+            # Each step reads the old cache and writes a new one.
             element_bytes *= 2
         rows = min(options.prefill_chunk_tokens, chunk_tokens(_number(info, "vocabulary_size")))
         estimated = estimate_transformer(
@@ -101,11 +101,11 @@ class OnnxBackend(Backend):
             base_bytes=_BASE_BYTES,
             logits_rows=max(rows, options.max_sequences),
         )
-        # Prefixes stay in rows of the KV cache and nowhere else.
+        # Prefixes are kept in rows of the KV cache only.
         return replace(estimated, prefix_bytes=0)
 
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
-        """Load the model; blocks while onnxruntime reads and optimises it."""
+        """Load the model; blocks while onnxruntime reads and optimises the graph."""
         granted = self.estimate(info, options)
         options = options.granted(granted)
         model = read_model(info.files[0])
@@ -121,7 +121,7 @@ def _number(info: ModelInfo, key: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _TokenizerWithEndIds:
-    """A tokenizer with end tokens that only genai_config.json names."""
+    """A tokenizer with additional end tokens from genai_config.json."""
 
     tokenizer: HfTokenizer
     end_ids: frozenset[int]
@@ -157,7 +157,7 @@ def _open_decoder(
 
 
 def open_rows(model: OnnxModel, layout: DecoderLayout, options: EngineOptions) -> RowModel:
-    """Load a decoder; blocks.  `options` must have their KV tokens decided.  Raises BrokenModel."""
+    """Load a decoder; blocks.  `options.kv_tokens` must be set.  Raises BrokenModel."""
     assert options.kv_tokens is not None
     session = DecoderSession(open_session(model.graph.path, options.threads), layout)
     max_rows = options.max_sequences * _ROWS_PER_SEQUENCE

@@ -1,4 +1,4 @@
-"""Some tokens' keys and values of an ONNX decoder as bytes, one layer after the other."""
+"""Converts the KV cache of an ONNX decoder to bytes and back, layer by layer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from backends.onnx.session import DecoderSession
 
 
 def cache_layout(session: DecoderSession) -> str:
-    """Return what the bytes depend on besides the model's files."""
+    """Identify the cache format: what the bytes depend on besides the model's files."""
     import onnxruntime
 
     tensors = [(tensor.heads, tensor.head_dim) for tensor in session.layout.cache]
@@ -18,7 +18,7 @@ def cache_layout(session: DecoderSession) -> str:
 
 
 def pack_arrays(parts: Iterable[NDArray[Any]]) -> NDArray[np.uint8]:
-    """Return copies of (heads, tokens, head_dim) arrays, one after the other."""
+    """Concatenate (heads, tokens, head_dim) arrays as bytes; copies."""
     copies = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]
     return np.concatenate(copies)
 
@@ -26,7 +26,7 @@ def pack_arrays(parts: Iterable[NDArray[Any]]) -> NDArray[np.uint8]:
 def unpack_arrays(
     session: DecoderSession, count: int, state: NDArray[np.uint8]
 ) -> list[NDArray[Any]] | None:
-    """Return the arrays of `count` tokens; None where the bytes are of another size."""
+    """Return the arrays of `count` tokens, None if the bytes have another size."""
     shapes = [(tensor.heads, count, tensor.head_dim) for tensor in session.layout.cache]
     item = session.cache_dtype.itemsize
     if state.nbytes != sum(int(np.prod(shape)) * item for shape in shapes):

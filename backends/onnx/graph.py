@@ -1,6 +1,6 @@
-"""What an ONNX graph says of itself, read before any native code sees the file.
+"""Reads the interface and a summary of the weights of an ONNX graph, without native code.
 
-Field numbers.  Source: onnx/onnx.proto3 (ModelProto, GraphProto, NodeProto, TensorProto).
+Source of the field numbers: onnx/onnx.proto3 (ModelProto, GraphProto, NodeProto, TensorProto).
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from core.errors import NotThisFormat
 
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_GRAPH_DEPTH = 8
-# Operators whose attributes K (rows), N (columns) and bits give the weights they unpack.
+# Operators whose attributes K (rows), N (columns) and bits give the size of their weights.
 _PACKED = frozenset({"MatMulNBits", "MatMulBnb4"})
 
 Dimension = int | str
@@ -22,7 +22,7 @@ Dimension = int | str
 
 @dataclass(frozen=True, slots=True)
 class GraphValue:
-    """An input or output; `dtype` is empty where it is no tensor, a name is an open dimension."""
+    """An input or output; `dtype` is empty if it is not a tensor, names are dynamic dimensions."""
 
     name: str
     dtype: str
@@ -33,9 +33,9 @@ class GraphValue:
 class OnnxGraph:
     """A model's interface and a summary of its weights.
 
-    `consumers` and `producers` name the operators at each graph input and output.  `shapes` are
-    the weights' by name, `weights` the bytes by dtype, `external` the end of what is read from
-    each file beside it.  `packed` counts weights inside quantized operators by bits.
+    `consumers` and `producers` are the operator types at each graph input and output.  `shapes`
+    are the weights' by name, `weights` the bytes by dtype, `external` the end of what is read
+    from each external file.  `packed` counts weights of quantized operators by bits.
     """
 
     path: Path
@@ -63,13 +63,13 @@ class OnnxGraph:
 
     @property
     def external_files(self) -> tuple[Path, ...]:
-        """The files beside this one that hold weights."""
+        """The external files that hold weights."""
         return tuple(self.path.parent / location for location in sorted(self.external))
 
 
 @dataclass(slots=True)
 class _GraphScan:
-    """What is gathered while the graph and its subgraphs are walked."""
+    """What is collected while the graph and its subgraphs are read."""
 
     opsets: dict[str, int] = field(default_factory=dict)
     inputs: list[GraphValue] = field(default_factory=list)
@@ -83,10 +83,10 @@ class _GraphScan:
 
 
 def read_graph(path: Path) -> OnnxGraph:
-    """Read a model's graph without its weights; blocks for some 10 ms to a second.
+    """Read a model's graph without its weights; blocks for 10 ms to a second.
 
-    Raises NotThisFormat for other files; BrokenModel for damaged ones, for weights that are
-    missing, and for weights outside of the model's folder.
+    Raises NotThisFormat for other files; BrokenModel for damaged ones, and for weights that are
+    missing or outside the model's folder.
     """
     with open_proto(path) as reader:
         found = _GraphScan()
@@ -102,7 +102,7 @@ def read_graph(path: Path) -> OnnxGraph:
         size_bytes=reader.size_bytes,
         ir_version=ir_version,
         opsets=found.opsets,
-        # Old exports list their weights among the inputs.
+        # Old exports also list their weights as inputs.
         inputs=tuple(value for value in found.inputs if value.name not in found.weights.shapes),
         outputs=tuple(found.outputs),
         operators=found.operators,
@@ -117,13 +117,13 @@ def read_graph(path: Path) -> OnnxGraph:
 
 
 def _walk_model(reader: ProtoReader, found: _GraphScan) -> int:
-    """Gather a model's graph and functions; return the IR version."""
+    """Read a model's graph and functions; return the IR version."""
     start = reader.beginning(len(_LFS_POINTER))
     if start == _LFS_POINTER:
         raise reader.broken("it is a Git LFS pointer; its content was not downloaded")
-    # Every exporter writes the IR version first; other protobuf files have no graph.
+    # Every exporter writes the IR version first, which tells ONNX from other protobuf files.
     if start[:1] != b"\x08":
-        raise NotThisFormat(f"{reader.path.name} does not start as an ONNX model does")
+        raise NotThisFormat(f"{reader.path.name} does not start like an ONNX model")
     fields = reader.fields(0, reader.size_bytes)
     first = next(fields)
     has_graph = False
@@ -158,7 +158,7 @@ def _walk_function(reader: ProtoReader, message: Field, found: _GraphScan) -> No
 
 def _walk_graph(reader: ProtoReader, message: Field, found: _GraphScan, depth: int) -> None:
     if depth > _MAX_GRAPH_DEPTH:
-        raise reader.broken(f"its graphs are nested more than {_MAX_GRAPH_DEPTH} deep")
+        raise reader.broken(f"its graphs are nested deeper than {_MAX_GRAPH_DEPTH} levels")
     for item in reader.fields(message.start, message.end):
         if item.wire_type != BYTES:
             continue
@@ -210,7 +210,7 @@ def _walk_node(reader: ProtoReader, message: Field, found: _GraphScan, depth: in
 def _walk_attribute(
     reader: ProtoReader, message: Field, found: _GraphScan, depth: int
 ) -> tuple[str, int]:
-    """Return an attribute's name and whole number; note tensors and graphs in it."""
+    """Return an attribute's name and integer; collect the tensors and graphs in it."""
     name, number = "", 0
     for item in reader.fields(message.start, message.end):
         if item.number == 1:
@@ -251,13 +251,15 @@ def _tensor_type(reader: ProtoReader, message: Field) -> tuple[str, tuple[Dimens
             for dimension in reader.fields(item.start, item.end):
                 shape.append(_dimension(reader, dimension))
     if len(shape) > MAX_DIMENSIONS:
-        raise reader.broken(f"an input or output has {len(shape)} dimensions")
+        raise reader.broken(
+            f"an input or output has {len(shape)} dimensions, more than {MAX_DIMENSIONS}"
+        )
     return dtype, tuple(shape)
 
 
 def _dimension(reader: ProtoReader, message: Field) -> Dimension:
     if message.wire_type != BYTES:
-        raise reader.broken("a shape in it is none")
+        raise reader.broken("a dimension in it is not a valid size")
     for item in reader.fields(message.start, message.end):
         if item.number == 1:
             return signed(item.value)

@@ -1,4 +1,4 @@
-"""What an ONNX model is and can do, from its graph and the folder around it."""
+"""Describes an ONNX model from its graph and the configuration files around it."""
 
 import re
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ _DETAIL_NAMES = {
     "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int8": "int8",
     "uint8": "int8", "int4": "int4", "uint4": "int4",
 }  # fmt: skip
-# What encoders without a description are assumed to take where their graph does not tell.
+# The context of encoders without configuration whose graph does not tell it.
 _DEFAULT_ENCODER_TOKENS = 512
 _MAX_TEMPLATE_BYTES = MIB
 _GENERATES = frozenset({Capability.CHAT, Capability.COMPLETION})
@@ -35,7 +35,7 @@ _GENERATES = frozenset({Capability.CHAT, Capability.COMPLETION})
 
 @dataclass(frozen=True, slots=True)
 class OnnxModel:
-    """One graph with its folder; `end_ids` are those that only genai_config.json names."""
+    """One graph with its folder; `end_ids` are the end tokens of genai_config.json."""
 
     graph: OnnxGraph
     layout: DecoderLayout | EncoderLayout
@@ -45,7 +45,7 @@ class OnnxModel:
 
 
 def read_model(path: Path) -> OnnxModel:
-    """Read graph and descriptions; nothing is loaded.  Raises NotThisFormat, BrokenModel."""
+    """Read graph and configuration, no weights.  Raises NotThisFormat, BrokenModel."""
     path = path.absolute()
     graph = read_graph(path)
     root = _model_root(path)
@@ -59,7 +59,7 @@ def read_model(path: Path) -> OnnxModel:
 
 
 def onnx_info(path: Path) -> ModelInfo:
-    """Describe the model of one graph; a folder may hold several, as in several precisions.
+    """Describe the model of one graph; a folder may have several, such as one per precision.
 
     Raises NotThisFormat, BrokenModel.
     """
@@ -70,7 +70,7 @@ def onnx_info(path: Path) -> ModelInfo:
 
 
 def _model_root(path: Path) -> Path:
-    """Return the folder with the descriptions: the graph's own, or the one above `onnx/`."""
+    """Return the folder with the configuration: the graph's own, or the parent of `onnx/`."""
     folder = path.parent
     if any((folder / name).is_file() for name in _DESCRIPTIONS):
         return folder
@@ -80,7 +80,7 @@ def _model_root(path: Path) -> Path:
 
 
 def _genai(root: Path) -> dict[str, Any]:
-    """Return genai_config.json, empty where there is none or it describes no model."""
+    """Return genai_config.json, empty if there is none or it has no model section."""
     config = read_optional_json(root / "genai_config.json")
     return config if isinstance(config.get("model"), dict) else {}
 
@@ -92,7 +92,7 @@ def _end_ids(genai: Mapping[str, Any]) -> frozenset[int]:
 
 
 def _genai_folder(root: Path, genai: Mapping[str, Any]) -> HfFolder:
-    """Return what genai_config.json says in the words of config.json.
+    """Translate genai_config.json to the keys of config.json.
 
     Source: the configuration reference of onnxruntime-genai.
     """
@@ -134,7 +134,10 @@ def _template(root: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
 
 def _decoder_info(model: OnnxModel, layout: DecoderLayout) -> ModelInfo:
     if model.folder is None:
-        raise unsupported(model.graph, "there is neither config.json nor genai_config.json")
+        raise unsupported(
+            model.graph,
+            "there is neither config.json nor genai_config.json beside it; download one of them",
+        )
     heads = max(tensor.heads for tensor in layout.cache)
     info = _graph_info(
         model,
@@ -149,7 +152,7 @@ def _decoder_info(model: OnnxModel, layout: DecoderLayout) -> ModelInfo:
             "is_encoder": False,
         },
     )
-    # The graph decides: it has the head that generates.
+    # The graph decides over the configuration: it has a language-model head.
     return replace(info, capabilities=(info.capabilities - {Capability.EMBEDDING}) | _GENERATES)
 
 
@@ -190,7 +193,7 @@ def _graph_info(
 def _bare_encoder(
     model: OnnxModel, layout: EncoderLayout, details: Mapping[str, int | float | str | bool]
 ) -> ModelInfo:
-    """Describe an encoder that stands alone; its tokenizer has to come from elsewhere."""
+    """Describe an encoder without configuration; its tokenizer comes from another folder."""
     graph = model.graph
     files = (graph.path, *graph.external_files)
     positions = [
@@ -227,7 +230,7 @@ def _weights_bytes(graph: OnnxGraph) -> int:
 
 
 def quantization_of(graph: OnnxGraph, layout: DecoderLayout | EncoderLayout) -> str:
-    """Return the weights' precision in one word, as `int4` or `q4f16`."""
+    """Return the weights' precision as one word, such as `int4` or `q4f16`."""
     if graph.packed:
         bits = max(graph.packed.items(), key=lambda item: item[1])[0]
         is_half = isinstance(layout, DecoderLayout) and layout.cache_dtype == "float16"

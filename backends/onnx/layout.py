@@ -1,4 +1,4 @@
-"""How a graph's inputs and outputs are to be fed: decoders with past key values, and encoders."""
+"""Recognises the inputs and outputs of ONNX decoders with past key values, and of encoders."""
 
 import re
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from backends.onnx.graph import GraphValue, OnnxGraph
 from core.errors import BrokenModel
 
-# Names in exports of optimum, transformers.js, torch.onnx scripts and the genai builder.
+# Input names in exports of optimum, transformers.js, torch.onnx scripts and the genai builder.
 _PAST = re.compile(r"past_key_values[._](\d+)[._](key|value)|past_(key|value)s?[._](\d+)")
 _DECODER_INPUTS = frozenset({
     "input_ids", "attention_mask", "position_ids", "cache_position", "use_cache_branch",
     "num_logits_to_keep",
 })  # fmt: skip
 _ENCODER_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
-# Pooled outputs first: those need no pooling of ours.
+# Pooled outputs, which are preferred to token vectors.
 _POOLED = ("sentence_embedding", "text_embeds")
 _HIDDEN = ("last_hidden_state", "token_embeddings", "hidden_states")
 _INTEGERS = frozenset({"int64", "int32"})
@@ -27,7 +27,7 @@ _MAX_VOCABULARY = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CacheTensor:
-    """One layer's keys or values: (rows, heads, tokens, head_dim), in as `past`."""
+    """One layer's keys or values (rows, heads, tokens, head_dim), as input and as output."""
 
     past: str
     present: str
@@ -39,10 +39,10 @@ class CacheTensor:
 class DecoderLayout:
     """A decoder with past key values.
 
-    `dtypes` are those of the other inputs by name, `scalars` those without a dimension.
-    `is_ragged`: its attention takes each row's length from the mask and can write new keys
-    where the past is (GroupQueryAttention).  `is_batchable`: rows of different lengths can be
-    computed together.
+    `dtypes` are those of the other inputs by name, `scalars` the inputs without dimensions.
+    `is_ragged`: its attention takes each row's length from the mask and can write new keys in
+    place (GroupQueryAttention).  `is_batchable`: rows of different lengths can be computed
+    together.
     """
 
     cache: tuple[CacheTensor, ...]
@@ -56,13 +56,13 @@ class DecoderLayout:
 
     @property
     def layers(self) -> int:
-        """Number of layers that keep keys and values."""
+        """Number of layers with a KV cache."""
         return len(self.cache) // 2
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderLayout:
-    """An encoder; `is_pooled`: the graph gives one vector for each text, else one per token."""
+    """An encoder; `is_pooled`: the output is one vector per text, else one per token."""
 
     dtypes: Mapping[str, str]
     output: str
@@ -71,22 +71,22 @@ class EncoderLayout:
 
 
 def unsupported(graph: OnnxGraph, reason: str) -> BrokenModel:
-    """Return the error for a graph that is whole, but cannot be used."""
+    """Return the error for a graph that is intact but not supported."""
     return BrokenModel(
         f"The ONNX model {graph.path.name} is not supported: {reason}.", param="model"
     )
 
 
 def read_layout(graph: OnnxGraph, config: Mapping[str, object]) -> DecoderLayout | EncoderLayout:
-    """Return how to feed the graph; `config` fills what its shapes leave open.
+    """Return the layout of the graph; `config` supplies sizes that its shapes leave open.
 
-    Raises BrokenModel naming the first input that is not supported.
+    Raises BrokenModel with the first input that is not supported.
     """
     past = tuple(value for value in graph.inputs if _PAST.fullmatch(value.name))
     allowed = _DECODER_INPUTS if past else _ENCODER_INPUTS
     for value in graph.inputs:
         if value.name not in allowed and value not in past:
-            raise unsupported(graph, f"it needs the input {value.name[:100]!r}")
+            raise unsupported(graph, f"its input {value.name[:100]!r} is unknown")
     ids = graph.input("input_ids")
     if ids is None:
         raise unsupported(graph, "it has no input 'input_ids'")
@@ -116,7 +116,7 @@ def _encoder(graph: OnnxGraph, dtypes: Mapping[str, str]) -> EncoderLayout:
             return EncoderLayout(dtypes, name, name in _POOLED, dimension)
     if graph.output("logits") is not None and "token_type_ids" not in dtypes:
         raise unsupported(graph, "it has no past key values; export the model with them")
-    raise unsupported(graph, "it has no output of token vectors, as 'last_hidden_state'")
+    raise unsupported(graph, "it has no output of token vectors, such as 'last_hidden_state'")
 
 
 def _decoder(
@@ -136,7 +136,7 @@ def _decoder(
     if not isinstance(vocabulary, int):
         vocabulary = _number(config, "vocab_size")
     if not 0 < vocabulary <= _MAX_VOCABULARY:
-        raise unsupported(graph, "the size of its vocabulary is not known")
+        raise unsupported(graph, "the size of its vocabulary is not known; add config.json")
     batch = (graph.input("input_ids") or logits).shape[0]
     can_batch = not isinstance(batch, int)
     is_ragged = "attention_mask" in dtypes and all(
@@ -168,7 +168,9 @@ def _cache_tensor(graph: OnnxGraph, value: GraphValue, config: Mapping[str, obje
             _number(config, "num_attention_heads"), 1
         )
     if not (0 < heads <= _MAX_HEADS and 0 < width <= _MAX_HEAD_DIM):
-        raise unsupported(graph, f"the shape of its input {value.name!r} is not known")
+        raise unsupported(
+            graph, f"the shape of its input {value.name!r} is not known; add config.json"
+        )
     return CacheTensor(value.name, _present(graph, value.name), heads, width)
 
 

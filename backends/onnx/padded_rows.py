@@ -1,7 +1,7 @@
-"""Rows of decoders in plain operators: each step makes a new cache, one token longer.
+"""Batched rows for ONNX decoders that return a new KV cache from each step.
 
-Such graphs append to the cache they are given, so rows of different lengths are padded on the
-left, and the cache goes back and forth between two buffers for each layer.
+Such graphs append to the cache that they are given, so rows of different lengths are padded on
+the left, and the cache alternates between two buffers per layer.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ _GROWTH_TOKENS = 256
 class _Batch:
     """Rows that are computed together.
 
-    `cache` arrays are (rows, heads, columns, head_dim); row i's tokens begin at `pads[i]`.
-    `spares` are flat buffers for the next step's cache.
+    `cache` arrays are (rows, heads, columns, head_dim); row i's tokens start at `pads[i]`.
+    `spares` are flat buffers for the next step's cache, `buffers` those of the current one.
     """
 
     rows: list[int]
@@ -35,7 +35,7 @@ class _Batch:
 
 
 class PaddedRows:
-    """A `RowModel`: the rows that decode are one batch, rebuilt when others join or leave."""
+    """A `RowModel`; the decoding rows form one batch, rebuilt when rows join or leave."""
 
     def __init__(self, session: DecoderSession, *, max_rows: int) -> None:
         self._session = session
@@ -51,7 +51,7 @@ class PaddedRows:
         return self._session.native_cpu_s
 
     def open_row(self, capacity: int) -> int:
-        """Return an empty row; memory is taken as it grows."""
+        """Return an empty row; its memory grows with its tokens."""
         del capacity
         self._next_row += 1
         self._set_own_batch(self._next_row, 0, self._empty())
@@ -82,7 +82,7 @@ class PaddedRows:
         return last
 
     def _run(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
-        """Append as many tokens to each row; only then the new cache takes the old one's place."""
+        """Append the same number of tokens to each row; on failure the rows are unchanged."""
         batch = self._gather([item.row for item in rows])
         count = len(rows[0].tokens)
         columns = batch.columns + count
@@ -103,7 +103,7 @@ class PaddedRows:
         return logits
 
     def _spare_array(self, batch: _Batch, index: int, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return an array of the batch's spare buffer, made larger from time to time."""
+        """Return an array in the batch's spare buffer, which is enlarged if needed."""
         size = int(np.prod(shape))
         if index >= len(batch.spares):
             batch.spares.append(np.empty(0, self._session.cache_dtype))
@@ -113,7 +113,7 @@ class PaddedRows:
         return batch.spares[index][:size].reshape(shape)
 
     def _gather(self, rows: list[int]) -> _Batch:
-        """Return the batch of exactly these rows, made of those they are in."""
+        """Return a batch of exactly these rows, built from their current batches."""
         batch = self._batch_of[rows[0]]
         if batch.rows == rows:
             return batch
@@ -122,7 +122,7 @@ class PaddedRows:
         pads = columns - lengths
         cache = []
         for index, tensor in enumerate(self._session.layout.cache):
-            # The mask hides padding, but a NaN there would still spread.
+            # The mask hides padding, but a NaN in it would still propagate.
             joined = np.zeros(
                 (len(rows), tensor.heads, columns, tensor.head_dim), self._session.cache_dtype
             )
@@ -144,7 +144,7 @@ class PaddedRows:
         return batch.cache[index][place, :, start:end]
 
     def _detach_others(self, rows: Sequence[int]) -> None:
-        """Give those a cache of their own that shared one with `rows`, so that it can go."""
+        """Copy the caches of other rows that share a batch with `rows`, so that it can be freed."""
         shared = {id(self._batch_of[row]): self._batch_of[row] for row in rows}
         for batch in shared.values():
             for row in batch.rows:
@@ -164,7 +164,7 @@ class PaddedRows:
         ]
 
     def _set_own_batch(self, row: int, length: int, cache: list[NDArray[Any]]) -> None:
-        """Let a row be a batch of its own."""
+        """Make a row a batch of its own."""
         self._lengths[row] = length
         self._batch_of[row] = _Batch([row], np.zeros(1, np.int64), length, cache)
 
@@ -188,20 +188,20 @@ class PaddedRows:
 
     @property
     def layout(self) -> str:
-        """What a copy of a row's cache depends on besides the model's files."""
+        """What the bytes of `read_tokens` depend on besides the model's files."""
         return cache_layout(self._session)
 
     def read_tokens(self, row: int, start: int, count: int) -> NDArray[np.uint8]:
-        """Return a copy of the keys and values of `count` tokens, one dimension."""
+        """Return a copy of the keys and values of `count` tokens, as a flat array."""
         layers = range(len(self._session.layout.cache))
         return pack_arrays(
             self._row_cache(row, index)[:, start : start + count] for index in layers
         )
 
     def append_tokens(self, row: int, count: int, state: NDArray[np.uint8]) -> bool:
-        """Append `count` tokens that `read_tokens` gave; False for what has another size.
+        """Append `count` tokens from `read_tokens`; False if `state` has another size.
 
-        All that the row holds is copied, as for every chunk that is computed.
+        Copies the whole row, as does every computed chunk.
         """
         parts = unpack_arrays(self._session, count, state)
         if parts is None:
@@ -214,7 +214,7 @@ class PaddedRows:
         return True
 
     def close_row(self, row: int) -> None:
-        """Free a row's cache; one it shares goes when the next step is computed."""
+        """Free a row's cache; a shared one is freed with the next step."""
         del self._lengths[row]
         del self._batch_of[row]
 

@@ -1,4 +1,4 @@
-"""Bounded reading of protobuf messages from a file, for ONNX graphs.  No native code, no schema."""
+"""Reads protobuf messages from a file with size limits, without native code or schema."""
 
 import os
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _MAX_TOTAL_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field: `value` is a number, or for `BYTES` the length of what starts at `start`."""
+    """One field: `value` is a number, or for `BYTES` the length of the data at `start`."""
 
     number: int
     wire_type: int
@@ -32,12 +32,12 @@ class Field:
 
     @property
     def end(self) -> int:
-        """Where the bytes of a `BYTES` field end in the file."""
+        """The file offset of the end of a `BYTES` field."""
         return self.start + self.value
 
 
 class ProtoReader:
-    """Walks the messages of one file; what is not asked for is never read."""
+    """Reads the messages of one file; skipped fields are not read from disk."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -49,15 +49,15 @@ class ProtoReader:
         self._text_bytes = 0
 
     def broken(self, reason: str) -> BrokenModel:
-        """Return the error that says what is wrong with this file."""
+        """Return the error for this file."""
         return BrokenModel(f"The ONNX file {self.path.name} is damaged: {reason}.", param="model")
 
     def beginning(self, count: int) -> bytes:
-        """Return the file's first bytes, fewer where it is shorter."""
+        """Return the first `count` bytes, fewer if the file is shorter."""
         return os.pread(self._descriptor, count, 0)
 
     def fields(self, start: int, end: int) -> Iterator[Field]:
-        """Yield the fields of the message between two places.  Raises BrokenModel."""
+        """Yield the fields of the message between two file offsets.  Raises BrokenModel."""
         position = start
         while position < end:
             self._fields += 1
@@ -81,25 +81,31 @@ class ProtoReader:
             position += value
 
     def text(self, field: Field) -> str:
-        """Return a field's text with bad UTF-8 replaced.  Raises BrokenModel over 64 KiB."""
+        """Return a string field; invalid UTF-8 is replaced.  Raises BrokenModel over 64 KiB."""
         return self.data(field).decode("utf-8", "replace")
 
     def data(self, field: Field) -> bytes:
         """Return a field's bytes.  Raises BrokenModel over 64 KiB."""
         if field.wire_type != BYTES or field.value > _MAX_STRING_BYTES:
-            raise self.broken(f"a text in it has {field.value:,} bytes")
+            raise self.broken(
+                f"a string in it has {field.value:,} bytes (limit {_MAX_STRING_BYTES:,}) "
+                "or another type"
+            )
         self._text_bytes += field.value
         if self._text_bytes > _MAX_TOTAL_BYTES:
-            raise self.broken("the names in its graph are too long")
+            raise self.broken(f"its strings have more than {_MAX_TOTAL_BYTES:,} bytes in all")
         offset = self._fill(field.start, field.value)
         return self._window[offset : offset + field.value]
 
     def numbers(self, field: Field) -> list[int]:
-        """Return a repeated whole number, packed or single, each with its sign."""
+        """Return a repeated signed integer, packed or not."""
         if field.wire_type == VARINT:
             return [signed(field.value)]
         if field.wire_type != BYTES or field.value > _MAX_STRING_BYTES:
-            raise self.broken("a list of numbers in it is too long")
+            raise self.broken(
+                f"a list of numbers in it has {field.value:,} bytes (limit {_MAX_STRING_BYTES:,}) "
+                "or another type"
+            )
         found, position = [], field.start
         while position < field.end:
             value, position = self._varint(position, field.end)
@@ -125,7 +131,7 @@ class ProtoReader:
         raise self.broken("a number in it has no end")
 
     def _fill(self, position: int, count: int) -> int:
-        """Have `count` bytes from `position` in the window; return where they start there."""
+        """Load `count` bytes from `position` into the window; return their offset in it."""
         offset = position - self._window_start
         if offset >= 0 and offset + count <= len(self._window):
             return offset
@@ -137,20 +143,20 @@ class ProtoReader:
 
 
 def signed(value: int) -> int:
-    """Return a 64-bit number read without a sign as the int64 it stands for."""
+    """Convert an unsigned 64-bit number to int64."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
 @contextmanager
 def open_proto(path: Path) -> Iterator[ProtoReader]:
-    """Open a file for reading.  Raises NotThisFormat for what is no readable regular file."""
+    """Open a file for reading.  Raises NotThisFormat unless it is a readable regular file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as problem:
         raise NotThisFormat(f"{path.name} cannot be read: {problem.strerror}") from problem
     try:
         if not os.path.isfile(path):
-            raise NotThisFormat(f"{path.name} is no regular file")
+            raise NotThisFormat(f"{path.name} is not a regular file")
         yield ProtoReader(path, descriptor)
     finally:
         os.close(descriptor)

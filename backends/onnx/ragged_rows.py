@@ -1,8 +1,8 @@
-"""Rows of decoders with GroupQueryAttention: each step writes into the cache where it lies.
+"""Batched rows for ONNX decoders with GroupQueryAttention, which update the KV cache in place.
 
-That operator takes every row's length from the attention mask, and computes in place where past
-and present are the same memory (onnxruntime, contrib_ops/cpu/bert/group_query_attention.cc).
-So the rows of one step are a slice of the cache, and nothing of it is copied.
+That operator takes each row's length from the attention mask, and computes in place if past and
+present are the same memory (onnxruntime, contrib_ops/cpu/bert/group_query_attention.cc).
+The rows of a step are a slice of the cache, of which nothing is copied.
 """
 
 import math
@@ -23,27 +23,27 @@ _FIRST_CAPACITY = 256
 
 
 def lazy_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return an array whose pages take memory only once they are written."""
+    """Return an array whose pages are allocated on first write."""
     size = max(math.prod(shape) * dtype.itemsize, 1)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     memory = mmap.mmap(-1, size, flags=flags)
-    # A huge page would hold the beginnings of many rows.
+    # A huge page would span the beginnings of many rows.
     with suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
 class RaggedRows:
-    """A `RowModel`: row slots of equal capacity, those that decode kept side by side."""
+    """A `RowModel` of slots with equal capacity; the decoding rows are kept adjacent."""
 
     def __init__(self, session: DecoderSession, *, max_rows: int, kv_tokens: int) -> None:
-        """`kv_tokens` is what all rows together may keep in memory for long."""
+        """`kv_tokens` bounds the tokens that all rows keep in memory between requests."""
         self._session = session
         self._kv_tokens = kv_tokens
         self.max_rows = max_rows
         self.vocabulary_size = session.layout.vocabulary_size
         self._capacity = 0
-        # Arrays (slots, heads, capacity, head_dim); untouched pages of them take no memory.
+        # Arrays (slots, heads, capacity, head_dim); pages without writes take no memory.
         self._cache: list[NDArray[Any]] = []
         self._lengths = np.zeros(max_rows, np.int64)
         self._touched = np.zeros(max_rows, np.int64)
@@ -59,11 +59,11 @@ class RaggedRows:
 
     @property
     def touched_tokens(self) -> int:
-        """How many tokens' keys and values have memory, those of closed rows too."""
+        """Number of tokens with allocated keys and values, including those of closed rows."""
         return int(self._touched.sum())
 
     def open_row(self, capacity: int) -> int:
-        """Return an empty row; memory is taken as it grows."""
+        """Return an empty row; its memory grows with its tokens."""
         del capacity
         slot = self._row_at.index(-1)
         self._next_row += 1
@@ -78,8 +78,8 @@ class RaggedRows:
     def extend(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
         """Append tokens to rows; see `RowModel.extend`.
 
-        Rows with one token are computed together, others one by one: the operator computes
-        several tokens after a past for one row only.
+        Rows with one token are computed together, others one by one: the operator accepts
+        several tokens after a past for a single row only.
         """
         single = [index for index, item in enumerate(rows) if len(item.tokens) == 1]
         order = self._move_to_front([rows[index].row for index in single])
@@ -114,7 +114,7 @@ class RaggedRows:
         return self._run(0, [rows[index].tokens for index in order])
 
     def _run(self, first: int, tokens: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Append `tokens` to the slots from `first` on."""
+        """Append `tokens` to the slots starting at `first`."""
         count, new = len(tokens), len(tokens[0])
         past = self._lengths[first : first + count]
         after = past + new
@@ -126,7 +126,7 @@ class RaggedRows:
         return logits
 
     def _cache_bindings(self, first: int, count: int, new: int) -> Bindings:
-        """Return bindings whose past and present both are the slots' part of the cache."""
+        """Return bindings with the slots' part of the cache as both past and present."""
         is_decoding = first == 0 and new == 1
         if is_decoding and self._decoding is not None and self._decoding[0] == count:
             return self._decoding[1]
@@ -140,7 +140,7 @@ class RaggedRows:
         return bindings
 
     def _move_to_front(self, rows: list[int]) -> list[int]:
-        """Move `rows` into the first slots; return their places in `rows` by slot."""
+        """Move `rows` into the first slots; return their indices in `rows` by slot."""
         count = len(rows)
         wanted = {self._slot_of[row] for row in rows}
         outside = sorted(slot for slot in wanted if slot >= count)
@@ -166,7 +166,7 @@ class RaggedRows:
                 self._slot_of[rows[slot]] = slot
 
     def _reserve(self, tokens: int) -> None:
-        """Have room for `tokens` in every slot."""
+        """Ensure a capacity of `tokens` in every slot."""
         if tokens <= self._capacity:
             return
         capacity = max(self._capacity, _FIRST_CAPACITY)
@@ -175,7 +175,7 @@ class RaggedRows:
         self._allocate(capacity)
 
     def _allocate(self, capacity: int) -> None:
-        """Take new memory and copy what rows hold; one layer is there twice meanwhile."""
+        """Move the rows to larger arrays, one layer at a time to save memory."""
         self._decoding = None
         for index, tensor in enumerate(self._session.layout.cache):
             shape = (self.max_rows, tensor.heads, capacity, tensor.head_dim)
@@ -209,17 +209,17 @@ class RaggedRows:
 
     @property
     def layout(self) -> str:
-        """What a copy of a row's cache depends on besides the model's files."""
+        """What the bytes of `read_tokens` depend on besides the model's files."""
         return cache_layout(self._session)
 
     def read_tokens(self, row: int, start: int, count: int) -> NDArray[np.uint8]:
-        """Return a copy of the keys and values of `count` tokens, one dimension."""
+        """Return a copy of the keys and values of `count` tokens, as a flat array."""
         slot = self._slot_of[row]
         parts = (values[slot, :, start : start + count] for values in self._cache)
         return pack_arrays(parts)
 
     def append_tokens(self, row: int, count: int, state: NDArray[np.uint8]) -> bool:
-        """Append `count` tokens that `read_tokens` gave; False for what has another size."""
+        """Append `count` tokens from `read_tokens`; False if `state` has another size."""
         parts = unpack_arrays(self._session, count, state)
         if parts is None:
             return False
@@ -233,7 +233,7 @@ class RaggedRows:
         return True
 
     def close_row(self, row: int) -> None:
-        """Free a row's slot; with the last one the cache's memory goes back."""
+        """Free a row's slot; closing the last row frees the cache's memory."""
         slot = self._slot_of.pop(row)
         self._row_at[slot] = -1
         self._lengths[slot] = 0

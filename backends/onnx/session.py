@@ -1,4 +1,4 @@
-"""A graph on onnxruntime: opening it, and running it on memory that is ours."""
+"""Opens onnxruntime sessions and runs decoders with inputs and outputs bound to numpy arrays."""
 
 import logging
 import sys
@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 _FATAL = 4
 _F32_BYTES = 4
-# Logits of a whole chunk are computed where the graph cannot leave them out.
+# Limit for graphs that compute the logits of every token of a chunk.
 _MAX_LOGITS_BYTES = 128 * MIB
 
 
 def open_session(path: Path, threads: int, *, for_encoder: bool = False) -> Any:
     """Return an `InferenceSession`; blocks while the weights are read.
 
-    Encoders run on Core ML where there is one.  Raises BrokenModel with onnxruntime's reason.
+    Encoders run on Core ML if it is available.  Raises BrokenModel with onnxruntime's reason.
     """
     import onnxruntime
 
@@ -33,7 +33,7 @@ def open_session(path: Path, threads: int, *, for_encoder: bool = False) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL
-    # A pattern is kept for every shape ever seen, and here nearly every step has its own.
+    # onnxruntime caches a pattern per shape, and here nearly every step has a new one.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     onnxruntime.disable_telemetry_events()
@@ -44,7 +44,7 @@ def open_session(path: Path, threads: int, *, for_encoder: bool = False) -> Any:
                 str(path), options, providers=[*providers, "CPUExecutionProvider"]
             )
         except Exception:
-            logger.info("Core ML cannot run %s; the CPU does", path.name, exc_info=True)
+            logger.info("Core ML cannot run %s; falling back to the CPU", path.name, exc_info=True)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as problem:
@@ -55,12 +55,12 @@ def open_session(path: Path, threads: int, *, for_encoder: bool = False) -> Any:
 
 
 def chunk_tokens(vocabulary_size: int) -> int:
-    """Return how many tokens may be computed together where each has logits."""
+    """Return how many tokens may be computed together if each has logits."""
     return max(1, _MAX_LOGITS_BYTES // (_F32_BYTES * max(vocabulary_size, 1)))
 
 
 class Bindings:
-    """One set of inputs and outputs that lie in numpy arrays of ours; keeps the arrays alive."""
+    """Inputs and outputs of one run, bound to numpy arrays; keeps the arrays alive."""
 
     def __init__(self, session: Any) -> None:
         self._io = session.io_binding()
@@ -68,22 +68,22 @@ class Bindings:
 
     @property
     def handle(self) -> Any:
-        """onnxruntime's own object."""
+        """The wrapped onnxruntime object."""
         return self._io
 
     def feed(self, name: str, values: NDArray[Any]) -> None:
-        """Let the input be `values`, which must be contiguous; they are not copied."""
+        """Bind an input to `values`, which must be contiguous; not copied."""
         self._io.bind_input(name, "cpu", 0, values.dtype.type, values.shape, values.ctypes.data)
         self._kept[name] = values
 
     def receive(self, name: str, values: NDArray[Any]) -> None:
-        """Have the output written into `values`, whose shape must be the output's."""
+        """Bind an output to `values`, which must have its shape."""
         self._io.bind_output(name, "cpu", 0, values.dtype.type, values.shape, values.ctypes.data)
         self._kept[name] = values
 
 
 class DecoderSession:
-    """A decoder's session; used from one thread."""
+    """A decoder's onnxruntime session; used from one thread."""
 
     def __init__(self, session: Any, layout: DecoderLayout) -> None:
         self._session: Any = session
@@ -98,7 +98,7 @@ class DecoderSession:
 
     @property
     def chunk_tokens(self) -> int:
-        """How many tokens of one row may be computed together."""
+        """Maximum tokens of one row that are computed together."""
         if self._keeps_last:
             return 1 << 30
         return chunk_tokens(self.layout.vocabulary_size)
@@ -114,10 +114,10 @@ class DecoderSession:
         past: NDArray[np.int64],
         mask: NDArray[np.bool_],
     ) -> NDArray[np.float32]:
-        """Compute `tokens`, as many for each row; return the last logits (rows, vocabulary).
+        """Compute the same number of `tokens` per row; return the last logits (rows, vocabulary).
 
-        `past` (rows,) are the true lengths before, `mask` (rows, columns) what may be attended
-        to, the new tokens included.  The cache must be bound.  Raises EngineFailed.
+        `past` (rows,) are the lengths before, without padding; `mask` (rows, columns) is what may
+        be attended to, including the new tokens.  The cache must be bound.  Raises EngineFailed.
         """
         ids = np.asarray(tokens, np.int64)
         rows, count = ids.shape
@@ -144,7 +144,7 @@ class DecoderSession:
             "input_ids": ids,
             "attention_mask": mask,
             "num_logits_to_keep": np.ones(self._shape("num_logits_to_keep"), np.int64),
-            # Merged exports hold two graphs; the one for an empty past ignores it.
+            # Merged exports contain two graphs; the one for an empty past ignores the cache.
             "use_cache_branch": np.full(self._shape("use_cache_branch"), columns > count),
         }
         if "position_ids" in self._dtypes:

@@ -1,6 +1,6 @@
-"""The weights of an ONNX graph: their sizes, and where those outside of the graph's file lie.
+"""Reads the sizes of an ONNX graph's weights and checks their external files.
 
-Field numbers.  Source: onnx/onnx.proto3 (TensorProto, StringStringEntryProto).
+Source of the field numbers: onnx/onnx.proto3 (TensorProto, StringStringEntryProto).
 """
 
 import math
@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from backends.onnx.proto import BYTES, Field, ProtoReader
 
-# TensorProto.DataType: name, bits of one element.
+# TensorProto.DataType: name, bits per element.
 DATA_TYPES: Mapping[int, tuple[str, int]] = {
     1: ("float32", 32), 2: ("uint8", 8), 3: ("int8", 8), 4: ("uint16", 16), 5: ("int16", 16),
     6: ("int32", 32), 7: ("int64", 64), 8: ("string", 0), 9: ("bool", 8), 10: ("float16", 16),
@@ -40,9 +40,9 @@ class _Tensor:
 
 @dataclass(slots=True)
 class Weights:
-    """What is gathered of all weights: `totals` are bytes by dtype.
+    """A summary of all weights: `totals` are bytes by dtype.
 
-    `external` says how far each file beside the graph's is read.
+    `external` is the end of what is read from each external file, in bytes.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -58,10 +58,13 @@ def add_tensor(reader: ProtoReader, message: Field, found: Weights) -> None:
     if not dtype:
         raise reader.broken(f"a weight has the unknown type {tensor.data_type}")
     if len(tensor.shape) > MAX_DIMENSIONS or any(size < 0 for size in tensor.shape):
-        raise reader.broken(f"the weight {tensor.name[:100]!r} has an impossible shape")
+        raise reader.broken(f"the weight {tensor.name[:100]!r} has an invalid shape")
     elements = math.prod(tensor.shape)
     if elements > _MAX_ELEMENTS:
-        raise reader.broken(f"the weight {tensor.name[:100]!r} has {elements:,} elements")
+        raise reader.broken(
+            f"the weight {tensor.name[:100]!r} has {elements:,} elements, more than "
+            f"{_MAX_ELEMENTS:,}"
+        )
     size = (elements * bits + 7) // 8
     if tensor.is_external:
         _add_external(reader, tensor, size, found)
@@ -96,7 +99,7 @@ def _read_tensor(reader: ProtoReader, message: Field) -> _Tensor:
             tensor.is_external = item.value == 1
         elif item.number in _TYPED_DATA:
             tensor.stored_bytes += item.value if item.wire_type == BYTES else 1
-    # A location without the flag must not slip past the check below.
+    # A location without the flag must not bypass the check below.
     tensor.is_external = tensor.is_external or bool(tensor.external)
     return tensor
 
@@ -105,10 +108,10 @@ def _add_external(reader: ProtoReader, tensor: _Tensor, size: int, found: Weight
     location = tensor.external.get("location", "")
     pure = PurePosixPath(location)
     if not location or pure.is_absolute() or ".." in pure.parts or "\\" in location:
-        raise reader.broken(f"its weights lie outside of its folder, at {location[:100]!r}")
+        raise reader.broken(f"its weights are outside of its folder, at {location[:100]!r}")
     offset, length = tensor.external.get("offset", "0"), tensor.external.get("length", str(size))
     if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in (offset, length)):
-        raise reader.broken(f"the place of the weight {tensor.name[:100]!r} is no number")
+        raise reader.broken(f"the offset of the weight {tensor.name[:100]!r} is not a number")
     if int(length) != size:
         raise reader.broken(
             f"the weight {tensor.name[:100]!r} has {int(length):,} bytes, not {size:,}"
@@ -118,14 +121,16 @@ def _add_external(reader: ProtoReader, tensor: _Tensor, size: int, found: Weight
 
 
 def check_external(reader: ProtoReader, location: str, end: int) -> None:
-    """Raise BrokenModel unless a file of weights is whole and beside the graph's."""
+    """Raise BrokenModel unless an external file is complete and in the graph's folder."""
     folder, target = reader.path.parent, reader.path.parent / location
     if not target.is_file():
-        raise reader.broken(f"its weights are missing ({location[:100]})")
-    # Download caches keep links to the model and its weights, whose targets are beside each other.
+        raise reader.broken(f"its weights are missing ({location[:100]}); download them too")
+    # Download caches link both the model and its weights to targets in one folder.
     homes = (folder.resolve(), reader.path.resolve().parent)
     if not any(target.resolve().is_relative_to(home) for home in homes):
-        raise reader.broken(f"its weights lie outside of its folder, at {location[:100]!r}")
+        raise reader.broken(f"its weights are outside of its folder, at {location[:100]!r}")
     missing = end - target.stat().st_size
     if missing > 0:
-        raise reader.broken(f"{missing:,} bytes of its weights are missing in {location[:100]}")
+        raise reader.broken(
+            f"{missing:,} bytes of its weights are missing in {location[:100]}; download it again"
+        )

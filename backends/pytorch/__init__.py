@@ -1,1 +1,1 @@
-"""PyTorch models by transformers."""
+"""PyTorch models on transformers."""

@@ -1,7 +1,7 @@
-"""Attention over rows of different lengths in one forward pass of a transformers model.
+"""Ragged attention: rows of different lengths in one forward pass of a transformers model.
 
-All tokens of a step are packed into one row of inputs; this module gives each sequence's part its
-own KV cache.  Nothing is padded, and no cache is copied or assembled for a step.
+All tokens of a step are packed into one row of inputs, and each segment of it attends to its own
+KV cache.  Nothing is padded, and no cache is copied or assembled for a step.
 """
 
 import threading
@@ -30,7 +30,7 @@ class LayerCache:
 class RowCache:
     """One row's KV cache; `length` tokens are valid in every layer.
 
-    Memory is taken as the row grows, so that an unused capacity costs nothing.
+    It is allocated as the row grows, so that unused capacity costs nothing.
     """
 
     length: int = 0
@@ -47,7 +47,7 @@ class RowCache:
         return cache
 
     def _grown(self, cache: LayerCache | None, keys: Any, values: Any, needed: int) -> LayerCache:
-        # A quarter more each time: copying stays a small part of what filling the cache costs.
+        # Growing by a quarter keeps copying a small part of the cost of filling the cache.
         capacity = max(_MIN_CAPACITY, needed + needed // 4)
         grown = LayerCache(
             keys.new_empty((keys.shape[0], capacity, keys.shape[2])),
@@ -59,7 +59,7 @@ class RowCache:
         return grown
 
     def copy(self, length: int) -> "RowCache":
-        """Return a cache that holds the first `length` tokens."""
+        """Return a copy with the first `length` tokens."""
         layers = {
             index: LayerCache(cache.keys[:, :length].clone(), cache.values[:, :length].clone())
             for index, cache in self.layers.items()
@@ -80,7 +80,7 @@ class RowCache:
         return np.concatenate([head, *parts])
 
     def append_packed(self, count: int, state: NDArray[np.uint8], dtype: Any, device: Any) -> bool:
-        """Append `count` tokens that `packed` gave; False for bytes of another size."""
+        """Append `count` tokens from `packed`; False if `state` has another size."""
         import torch
 
         words = int(state[:_WORD].view(np.int32)[0])
@@ -103,7 +103,7 @@ class RowCache:
 
 @dataclass(slots=True)
 class Segment:
-    """A row's new tokens: packed positions `start` to `start + count`."""
+    """The new tokens of a row: packed positions `start` to `start + count`."""
 
     cache: RowCache
     start: int
@@ -111,7 +111,7 @@ class Segment:
     masks: dict[int | None, Any] = field(default_factory=dict)
 
     def mask(self, window: int | None, first: int, device: Any) -> Any:
-        """Return which cached tokens, from `first` on, each new one sees: (count, cached)."""
+        """Return which cached tokens each new one attends to, (count, cached), from `first` on."""
         found = self.masks.get(window)
         if found is None:
             import torch
@@ -128,7 +128,7 @@ class Segment:
 
 @dataclass(slots=True)
 class Step:
-    """What one forward pass computes; `windows` is each layer's sliding window or None."""
+    """The segments of one forward pass; `windows` is each layer's sliding window or None."""
 
     segments: Sequence[Segment]
     windows: Sequence[int | None]
@@ -142,7 +142,7 @@ class Step:
 
 
 def register_attention() -> None:
-    """Make the attention known to transformers by NAME; again is fine."""
+    """Register the attention with transformers under NAME; idempotent."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _attend)
@@ -162,11 +162,11 @@ def _attend(
 ) -> tuple[Any, None]:
     """Implement transformers' attention interface: (1, heads, tokens, dim) each.
 
-    Raises NotImplementedError for what a row's own cache cannot express.
+    Raises NotImplementedError for attention that is not over a row's own causal cache.
     """
     step: Step | None = getattr(_local, "step", None)
     if step is None or attention_mask is not None or position_bias is not None:
-        raise NotImplementedError("this attention is for packed causal tokens only")
+        raise NotImplementedError("ragged attention supports packed causal tokens only")
     window = step.windows[module.layer_idx]
     output = query.new_empty((query.shape[2], query.shape[1], value.shape[3]))
     for segment in step.segments:
@@ -200,12 +200,12 @@ class _SegmentAttention:
     scaling: float | None
 
     def fused(self, segment: Segment, window: int | None, first: int) -> Any:
-        """Return (1, heads, count, dim) from PyTorch's own kernel."""
+        """Return (1, heads, count, dim), computed by PyTorch's fused kernel."""
         from torch.nn.functional import scaled_dot_product_attention
 
         heads, kv_heads = self.query.shape[1], self.keys.shape[1]
         if segment.count == 1:
-            # The queries of one key head stand in for its tokens: no key is repeated.
+            # The query heads of a key head are treated as its tokens, so no key is repeated.
             grouped = self.query.reshape(1, kv_heads, heads // kv_heads, -1)
             found = scaled_dot_product_attention(
                 grouped, self.keys, self.values, scale=self.scaling
@@ -224,7 +224,7 @@ class _SegmentAttention:
         )
 
     def plain(self, mask: Any, softcap: float | None, sinks: Any) -> Any:
-        """Return the same written out, with logits capped and attention sinks (heads,)."""
+        """Return the same, computed step by step with soft-capped logits and sinks (heads,)."""
         import torch
 
         heads, groups = self.query.shape[1], self.query.shape[1] // self.keys.shape[1]

@@ -1,4 +1,4 @@
-"""PyTorch weights files beside a configuration, on transformers."""
+"""PyTorch backend: `pytorch_model*.bin` and state dicts with a config.json, on transformers."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -24,7 +24,7 @@ from core.units import MIB
 
 
 class PytorchBackend(Backend):
-    """Folders with `pytorch_model*.bin`, and state dicts beside a config.json."""
+    """Runs folders with `pytorch_model*.bin` or a state dict beside a config.json."""
 
     name: ClassVar[str] = "pytorch"
     starts_on_demand: ClassVar[bool] = True
@@ -41,7 +41,7 @@ class PytorchBackend(Backend):
         import_torch()
 
     def identify(self, path: Path) -> ModelInfo:
-        """Read the tensors' list with our own interpreter of pickles, which runs nothing."""
+        """Read the list of tensors with a restricted pickle reader, which runs no code."""
         info = pytorch_info(path)
         return limit_context_for_torch(info, read_folder(info.files[0].parent))
 
@@ -50,5 +50,5 @@ class PytorchBackend(Backend):
         return estimate_torch(info, options)
 
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
-        """Load the model; blocks for as long as reading the weights takes."""
+        """Load the model; blocks while the weights are read."""
         return open_torch(info, options)

@@ -1,4 +1,4 @@
-"""Embedding models on sentence-transformers."""
+"""Embeddings from models on sentence-transformers."""
 
 import gc
 import importlib.util
@@ -25,7 +25,7 @@ _SETTINGS = ("sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 def device() -> str:
-    """Return where models run: Metal where it is, else the CPU."""
+    """Return the device that models run on: Metal if available, else the CPU."""
     import torch
 
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -48,7 +48,7 @@ def open_embedder(
     def open_model() -> PytorchEmbeddingModel:
         import torch
 
-        # PyTorch keeps the number for each thread, and this one computes.
+        # PyTorch keeps this setting per thread, so it is set on the engine's.
         torch.set_num_threads(options.threads)
         return PytorchEmbeddingModel(_load(info, folder, dtype), tokenizer, pooling, info)
 
@@ -90,7 +90,7 @@ class PytorchEmbeddingModel:
 
 
 def _check_modules(folder: Path) -> None:
-    """Refuse modules outside of the library or the folder, and arguments for their classes."""
+    """Raise BrokenModel for modules outside the library or folder, and for class arguments."""
     for name in _SETTINGS:
         try:
             config = read_json(folder / name)
@@ -98,7 +98,7 @@ def _check_modules(folder: Path) -> None:
             continue
         for key, value in config.items():
             if value and key.endswith(("_args", "_kwargs", "_path")):
-                raise broken(folder / name, f"its {key[:40]!r} is not supported")
+                raise broken(folder / name, f"its setting {key[:40]!r} is not supported")
     listing = folder / "modules.json"
     try:
         modules = json.loads(read_text(listing, MIB))
@@ -107,9 +107,9 @@ def _check_modules(folder: Path) -> None:
     for module in modules:
         kind, path = module["type"], module.get("path", "")
         if not kind.startswith("sentence_transformers."):
-            raise broken(listing, f"the module {kind[:80]!r} is not the library's own")
+            raise broken(listing, f"the module {kind[:80]!r} is not part of sentence-transformers")
         if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise broken(listing, "a module lies outside of the folder")
+            raise broken(listing, "a module has a path outside the folder")
 
 
 def _load(info: ModelInfo, folder: HfFolder, dtype: Any) -> Any:
@@ -133,7 +133,7 @@ def _load(info: ModelInfo, folder: HfFolder, dtype: Any) -> Any:
 
     try:
         try:
-            # Named here, so that no configuration can ask for a kernel from the network.
+            # Set explicitly, so that no configuration can request a kernel from the network.
             return load("sdpa").eval()
         except ValueError as problem:
             if "scaled_dot_product_attention" not in str(problem):

@@ -1,4 +1,4 @@
-"""From a model folder's weights to an engine on PyTorch, whatever file format they are in."""
+"""Loads a model folder on PyTorch and opens its engine, for safetensors and PyTorch weights."""
 
 import importlib.util
 import sys
@@ -23,17 +23,17 @@ from core.errors import BackendUnavailable, InsufficientMemory
 from core.types import Capability
 from core.units import MIB
 
-# Measured: PyTorch and transformers imported, and their buffers for a step.
+# Measured: PyTorch and transformers after import, with their buffers for a step.
 _BASE_BYTES = 320 * MIB
 _ELEMENT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 _SPARE_ROWS = 16
-# Frequencies of these depend on the longest sequence of a batch, so the context ends before.
+# RoPE types whose frequencies change beyond the original context, to which it is limited.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 _WEIGHTS = SUFFIXES | {".safetensors"}
 
 
 def torch_availability() -> Availability:
-    """Say whether PyTorch and transformers are installed; imports neither."""
+    """Return whether PyTorch and transformers are installed; imports neither."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         return Availability(False, f"{' and '.join(missing)} is not installed; run scripts/setup")
@@ -41,7 +41,7 @@ def torch_availability() -> Availability:
 
 
 def limit_context_for_torch(info: ModelInfo, folder: HfFolder) -> ModelInfo:
-    """Return `info` with the context that PyTorch can compute without changing past tokens."""
+    """Return `info` with its context limited to what keeps the KV cache of past tokens valid."""
     scaling = folder.config.get("rope_scaling")
     if not isinstance(scaling, dict):
         return info
@@ -56,7 +56,7 @@ def limit_context_for_torch(info: ModelInfo, folder: HfFolder) -> ModelInfo:
 
 
 def run_dtype(quantization: str) -> str:
-    """Return what the weights are computed in: their own type, but f16 only on Metal."""
+    """Return the type to compute in: bf16, f16 on Metal only, else f32."""
     if quantization == "bf16" or (quantization == "f16" and sys.platform == "darwin"):
         return quantization
     return "f32"
@@ -88,7 +88,7 @@ def open_torch(info: ModelInfo, options: EngineOptions) -> Engine:
     tokenizer = HfTokenizer(folder.path)
 
     def open_stepper() -> Stepper:
-        # Threads are set on the thread that computes.
+        # PyTorch keeps this setting per thread, so it is set on the engine's.
         import torch
 
         torch.set_num_threads(options.threads)
@@ -107,12 +107,12 @@ def open_torch(info: ModelInfo, options: EngineOptions) -> Engine:
 
 
 def weights_of(info: ModelInfo) -> tuple[Path, ...]:
-    """Return the weights among the model's files."""
+    """Return the weight files among the model's files."""
     return tuple(path for path in info.files if path.suffix in _WEIGHTS)
 
 
 def torch_dtype(info: ModelInfo) -> Any:
-    """Return PyTorch's type for what the model is computed in."""
+    """Return the torch dtype that the model is computed in."""
     import torch
 
     names = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -126,9 +126,9 @@ def import_torch() -> None:
 
 
 def load_model(info: ModelInfo, folder: HfFolder) -> Any:
-    """Return the transformers model with its weights, ready to run; reads no network.
+    """Load the transformers model with its weights; never uses the network.
 
-    Weights stay mapped from their files where their type is the one computed in.
+    Weights stay memory-mapped if their type is the one computed in.
     Raises BrokenModel, InsufficientMemory.
     """
     import torch
@@ -145,7 +145,8 @@ def load_model(info: ModelInfo, folder: HfFolder) -> Any:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError as problem:
         raise broken(
-            config_path, f"transformers generates no text with {folder.config.get('model_type')!r}"
+            config_path,
+            f"transformers has no text generation for {folder.config.get('model_type')!r}",
         ) from problem
     except (ValueError, OSError, TypeError, AttributeError, ImportError) as problem:
         raise broken(config_path, _first_line(problem)) from problem
@@ -153,7 +154,9 @@ def load_model(info: ModelInfo, folder: HfFolder) -> Any:
         tensors = load_tensors(weights_of(info))
         model, report = _with_weights(model_class, config, tensors, torch_dtype(info))
     except (MemoryError, torch.OutOfMemoryError) as problem:
-        raise InsufficientMemory(f"{info.name} does not fit: {problem}", param="model") from problem
+        raise InsufficientMemory(
+            f"The model {info.name} does not fit into memory: {problem}", param="model"
+        ) from problem
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
         reason = f"transformers cannot load it: {_first_line(problem)}"
         raise broken(info.files[0], reason) from problem
@@ -176,7 +179,7 @@ def _with_weights(model_class: Any, config: Any, tensors: Mapping[str, Any], dty
             output_loading_info=True,
         )
 
-    # Named here, so that no configuration can ask for a kernel from the network.
+    # Set explicitly, so that no configuration can request a kernel from the network.
     try:
         return load("sdpa")
     except ValueError as problem:

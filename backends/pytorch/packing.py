@@ -1,4 +1,4 @@
-"""Deciding whether a transformers model may run packed rows, by configuration and by trial."""
+"""Chooses packed or separate rows for a transformers model, by configuration and a trial run."""
 
 import logging
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from core.errors import EngineFailed
 logger = logging.getLogger(__name__)
 
 _PACKED_LAYERS = frozenset({"full_attention", "sliding_attention"})
-# Where both ways compute the same, rounding makes less of a difference than this.
+# Largest relative difference that rounding causes between both ways.
 _TOLERANCE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.1}
 
 
 def open_rows(model: Any, *, max_rows: int) -> RowModel:
-    """Return the fastest right way to run rows on a loaded transformers model.
+    """Return packed rows if they are correct for a loaded model, else separate rows.
 
-    Packing is taken where the configuration allows it and a few tokens give the same logits as
-    the model's own forward pass.
+    Packing needs a configuration that allows it and, for a few tokens, the same logits as the
+    model's own forward pass.
     """
     windows = _windows(model)
     if windows is None:
@@ -39,16 +39,18 @@ def open_rows(model: Any, *, max_rows: int) -> RowModel:
         if _agree(wanted, _packed_logits(packed, _check_tokens(model)), str(model.dtype)):
             packed.native_cpu_s = 0.0
             return packed
-        reason = "other logits"
+        reason = "different logits"
     except (EngineFailed, RuntimeError, ValueError, TypeError, AttributeError) as problem:
         reason = str(problem)
-    logger.warning("%s runs one row a pass: packing gave %s", type(model).__name__, reason)
+    logger.warning(
+        "%s runs one row per forward pass: packing gave %s", type(model).__name__, reason
+    )
     model.set_attn_implementation(own)
     return SeparateRows(model, max_rows)
 
 
 def _windows(model: Any) -> list[int | None] | None:
-    """Return each layer's sliding window, or None where rows cannot be packed."""
+    """Return each layer's sliding window, or None if rows cannot be packed."""
     kinds, arguments = layer_kinds(model)
     if not kinds or not _PACKED_LAYERS.issuperset(kinds) or not model.is_backend_compatible():
         return None
@@ -72,7 +74,7 @@ def _reference_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[NDArray
 
 
 def _packed_logits(packed: PackedRows, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-    """Compute the rows together in two steps, so that the caches and positions are used."""
+    """Compute the rows together in two steps, which also tests caches and positions."""
     ids = [packed.open_row(len(row)) for row in rows]
     packed.extend([RowInput(i, row[:-1]) for i, row in zip(ids, rows, strict=True)])
     logits = packed.extend([RowInput(i, row[-1:]) for i, row in zip(ids, rows, strict=True)])

@@ -1,4 +1,4 @@
-"""Continuous batching over a transformers model: rows with KV caches of their own."""
+"""Rows with their own KV caches over a transformers model, packed or one per forward pass."""
 
 import copy
 import gc
@@ -17,12 +17,12 @@ from backends.engine.row_model import RowInput
 from backends.pytorch.attention import RowCache, Segment, Step
 from core.errors import EngineFailed
 
-# Kinds of layers whose cache takes several tokens at any time; others keep recurrent state.
+# Layers whose cache accepts several tokens at any time; others have recurrent state.
 _CACHED_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "dummy"})
 
 
 class _TorchRows:
-    """What both ways of running rows share: the model, its device, and the time it took."""
+    """Base of packed and separate rows: the model, its device and CPU time."""
 
     def __init__(self, model: Any, max_rows: int) -> None:
         self._model = model
@@ -66,7 +66,7 @@ class PackedRows(_TorchRows):
     """All rows' new tokens in one forward pass, packed without padding; see `RowModel`."""
 
     def __init__(self, model: Any, windows: Sequence[int | None], max_rows: int) -> None:
-        """`windows` has each layer's sliding window; the model must use the ragged attention."""
+        """`windows` are each layer's sliding window; the model must use the ragged attention."""
         super().__init__(model, max_rows)
         self._windows = windows
         self._dtype = model.dtype
@@ -80,7 +80,7 @@ class PackedRows(_TorchRows):
         return row
 
     def extend(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
-        """Append tokens to each row in one pass; return the logits after each row's last."""
+        """Append tokens to all rows in one pass; return the logits after each row's last."""
         segments, tokens, positions, last = [], list[int](), list[int](), []
         for each in rows:
             cache = self._rows[each.row]
@@ -113,7 +113,7 @@ class PackedRows(_TorchRows):
         return logits if cuts else logits[kept]
 
     def truncate(self, row: int, length: int) -> bool:
-        """Keep the first `length` tokens: always possible, all of them are still there."""
+        """Keep the first `length` tokens; always possible."""
         self._rows[row].length = min(self._rows[row].length, length)
         return True
 
@@ -125,15 +125,15 @@ class PackedRows(_TorchRows):
 
     @property
     def layout(self) -> str:
-        """What a copy of a row's cache depends on besides the model's files."""
+        """What the bytes of `read_tokens` depend on besides the model's files."""
         return f"torch {version('torch')}, transformers {version('transformers')}, {self._dtype}"
 
     def read_tokens(self, row: int, start: int, count: int) -> NDArray[np.uint8]:
-        """Return a copy of the keys and values of `count` tokens, one dimension."""
+        """Return a copy of the keys and values of `count` tokens, as a flat array."""
         return self._rows[row].packed(start, count)
 
     def append_tokens(self, row: int, count: int, state: NDArray[np.uint8]) -> bool:
-        """Append `count` tokens that `read_tokens` gave; False for what has another size."""
+        """Append `count` tokens from `read_tokens`; False if `state` has another size."""
         return self._rows[row].append_packed(count, state, self._dtype, self._model.device)
 
     def close_row(self, row: int) -> None:
@@ -147,17 +147,19 @@ class PackedRows(_TorchRows):
 
 
 class SeparateRows(_TorchRows):
-    """One forward pass a row with the model's own cache, for what cannot be packed.
+    """One forward pass per row with the model's own cache, for models that cannot be packed.
 
-    That is recurrent state, caches shared between layers, and attention of a model's own.
+    These have recurrent state, caches shared between layers, or custom attention.
     """
 
     def __init__(self, model: Any, max_rows: int) -> None:
-        """Raises EngineFailed for a model that keeps no cache at all."""
+        """Raises EngineFailed for a model without a cache."""
         super().__init__(model, max_rows)
         names = self._parameters & {"past_key_values", "cache_params"}
         if not names:
-            raise EngineFailed(f"{type(model).__name__} keeps no cache between tokens.")
+            raise EngineFailed(
+                f"{type(model).__name__} has no cache between tokens, so it cannot be run here."
+            )
         self._cache_name = max(names)
         kinds, _ = layer_kinds(model)
         self._is_recurrent = not kinds or not _CACHED_LAYERS.issuperset(kinds)
@@ -173,12 +175,12 @@ class SeparateRows(_TorchRows):
         return row
 
     def extend(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
-        """Append tokens to one row after the other; return the logits after each row's last."""
+        """Append tokens to the rows one by one; return the logits after each row's last."""
         return np.concatenate([self._timed(partial(self._run, each)) for each in rows])
 
     def _run(self, each: RowInput) -> Any:
         cache, past = self._rows[each.row]
-        # A recurrent layer takes several tokens at once only where it has no state yet.
+        # A recurrent layer accepts several tokens at once only before it has state.
         width = 1 if self._is_recurrent and past else len(each.tokens)
         options: dict[str, Any] = {self._cache_name: cache, "use_cache": True}
         if "logits_to_keep" in self._parameters:
@@ -191,7 +193,7 @@ class SeparateRows(_TorchRows):
         return logits[:, -1]
 
     def truncate(self, row: int, length: int) -> bool:
-        """Keep the first `length` tokens; False where the cache has given older ones up."""
+        """Keep the first `length` tokens; False if the cache no longer has them."""
         cache, past = self._rows[row]
         if length >= past:
             return True
@@ -234,7 +236,7 @@ class SeparateRows(_TorchRows):
 
 
 def layer_kinds(model: Any) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return each layer's kind in transformers' words and its cache's arguments."""
+    """Return each layer's type as transformers names it, and its cache's arguments."""
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     try:

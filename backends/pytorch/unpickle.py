@@ -1,8 +1,7 @@
-"""Reading what a PyTorch file holds without running any of it.
+"""Reads the pickle of a PyTorch state dict safely, without importing or calling anything.
 
-A state dict is a pickle, and a pickle is a program.  This module interprets the few instructions
-that `torch.save` writes for tensors over plain values and refuses all others, so that nothing is
-ever imported or called.
+A pickle is a program.  This module interprets the few instructions that `torch.save` writes for
+tensors, over plain values, and refuses all others.
 """
 
 import math
@@ -37,12 +36,12 @@ ALLOWED = frozenset({_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, _SIZE})
 
 
 class UnsafePickle(ValueError):
-    """The pickle is damaged, or wants what tensors do not need; the message says what."""
+    """The pickle is damaged, or uses something that tensors do not need; see the message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Memory that tensors lie in; `elements` of `element_bytes` each."""
+    """Memory that tensors view: `elements` of `element_bytes` each."""
 
     key: str
     dtype: str
@@ -52,7 +51,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A tensor's type and shape, and the storage it views."""
+    """A tensor's type and shape, and the storage that it views."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -79,14 +78,14 @@ _MARK = object()
 
 @dataclass(slots=True)
 class _PickleMachine:
-    """The pickle machine's stack and memo, over plain values only."""
+    """A pickle machine with stack and memo, over plain values only."""
 
     stack: list[Any] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
 
     def pop(self) -> Any:
         if not self.stack:
-            raise UnsafePickle("its pickle takes more from the stack than it put there")
+            raise UnsafePickle("its pickle pops from an empty stack")
         value = self.stack.pop()
         if value is _MARK:
             raise UnsafePickle("its pickle's marks are out of order")
@@ -113,23 +112,23 @@ class _PickleMachine:
     def set_items(self, values: list[Any]) -> None:
         target = self.top()
         if not isinstance(target, dict) or len(values) % 2:
-            raise UnsafePickle("its pickle sets an item of what is no dictionary")
+            raise UnsafePickle("its pickle sets an item of a value that is not a dictionary")
         for key, value in zip(values[::2], values[1::2], strict=True):
             if not isinstance(key, str | int | float | None):
-                raise UnsafePickle("a dictionary's key in it is neither text nor a number")
+                raise UnsafePickle("a dictionary key in it is neither a string nor a number")
             target[key] = value
 
     def append(self, values: list[Any]) -> None:
         target = self.top()
         if not isinstance(target, list):
-            raise UnsafePickle("its pickle appends to what is no list")
+            raise UnsafePickle("its pickle appends to a value that is not a list")
         target.extend(values)
 
     def build(self) -> None:
-        """Drop an object's attributes: a state dict carries its `_metadata` there."""
+        """Ignore an object's attributes, such as the `_metadata` of a state dict."""
         self.pop()
         if not isinstance(self.top(), dict):
-            raise UnsafePickle("its pickle sets the state of an object that is no dictionary")
+            raise UnsafePickle("its pickle sets the state of an object that is not a dictionary")
 
     def push_global(self, module: Any, name: Any) -> None:
         full = f"{module}.{name}"
@@ -146,18 +145,18 @@ class _PickleMachine:
 
     def push_memo(self, index: int) -> None:
         if index not in self.memo:
-            raise UnsafePickle("its pickle refers to what it never stored")
+            raise UnsafePickle("its pickle reads a memo entry that it never stored")
         self.stack.append(self.memo[index])
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-            raise UnsafePickle("its pickle calls what is no function")
+            raise UnsafePickle("its pickle calls a value that is not a function")
         self.stack.append(_call(function.name, arguments))
 
 
 def _call(name: str, arguments: tuple[Any, ...]) -> Any:
-    """Do what an allowed function would, over plain values."""
+    """Emulate a call of an allowed function over plain values."""
     if name == _REBUILD_TENSOR:
         return _tensor(arguments)
     if name == _REBUILD_PARAMETER and arguments and isinstance(arguments[0], PickledTensor):
@@ -170,7 +169,7 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
 
 
 def _tensor(arguments: tuple[Any, ...]) -> PickledTensor:
-    """Check (storage, offset, size, stride, …) and return what it describes."""
+    """Return the tensor that (storage, offset, size, stride, …) describes.  Raises UnsafePickle."""
     if len(arguments) not in (5, 6, 7) or not isinstance(arguments[0], Storage):
         raise UnsafePickle("a tensor in it has no storage")
     storage, offset, shape, stride = arguments[:4]
@@ -183,7 +182,7 @@ def _tensor(arguments: tuple[Any, ...]) -> PickledTensor:
         and math.prod(shape) <= storage.elements
     )
     if not is_sane:
-        raise UnsafePickle("a tensor in it has an impossible shape")
+        raise UnsafePickle("a tensor in it has an invalid shape")
     steps = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if math.prod(shape) and offset + steps >= storage.elements:
         raise UnsafePickle("a tensor in it reaches beyond its storage")
@@ -193,7 +192,7 @@ def _tensor(arguments: tuple[Any, ...]) -> PickledTensor:
 def _storage(identity: Any) -> Storage:
     """Return the storage of a persistent id: ("storage", type, key, device, elements, …)."""
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
-        raise UnsafePickle("its pickle refers to something outside that is no storage")
+        raise UnsafePickle("its pickle has a persistent id that is not a storage")
     _, kind, key, _, elements = identity[:5]
     is_sane = (
         isinstance(kind, _Global)
@@ -220,7 +219,7 @@ def _push(machine: _PickleMachine, argument: Any) -> None:
 
 
 def _ignore(_machine: _PickleMachine, _argument: Any) -> None:
-    """Frames and the protocol's number change nothing."""
+    """Ignore frames and the protocol number."""
 
 
 def _store(machine: _PickleMachine, argument: Any) -> None:
@@ -263,10 +262,10 @@ _STEPS: Mapping[str, _Step] = {
 
 
 def read_pickle(data: bytes, start: int = 0) -> tuple[Any, int]:
-    """Return the value of the pickle at `start` and where it ends.
+    """Return the value of the pickle at `start` and its end offset.
 
-    Values are None, booleans, numbers, texts, tuples, lists, dicts and `PickledTensor`.
-    Raises UnsafePickle, naming what the pickle wants to import.
+    Values are None, booleans, numbers, strings, tuples, lists, dicts and `PickledTensor`.
+    Raises UnsafePickle, with the name that the pickle wants to import.
     """
     machine = _PickleMachine()
     try:

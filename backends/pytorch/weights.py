@@ -1,4 +1,4 @@
-"""PyTorch weights files: what they hold, read without PyTorch, and loading them with it."""
+"""Reads PyTorch weight files without PyTorch, and loads their tensors with it."""
 
 import re
 import zipfile
@@ -24,7 +24,7 @@ from core.units import MIB
 
 SUFFIXES = frozenset({".bin", ".pt", ".pth"})
 _ZIP_MAGIC = b"PK\x03\x04"
-# Protocol 2, then torch's magic number 0x1950a86a20f9469cfc6c.
+# Pickle protocol 2, then torch's magic number 0x1950a86a20f9469cfc6c.
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_DIRECTORY_BYTES = 64 * MIB
@@ -38,7 +38,7 @@ _SAFETENSORS_NAMES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "f64": "F64", 
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """One weights file; `wrapper` is the key of the state dict in it, empty where it is all."""
+    """One weight file; `wrapper` is the key of its state dict, empty at the top level."""
 
     path: Path
     is_zip: bool
@@ -47,7 +47,7 @@ class TorchFile:
 
 
 class _BoundedFile:
-    """A file that gives no more than a directory's worth at once; for zipfile."""
+    """A file for zipfile that refuses to read more than a directory's size at once."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -65,13 +65,13 @@ class _BoundedFile:
 
 
 def read_torch_file(path: Path) -> TorchFile:
-    """Read the names, types and shapes of a weights file; runs and imports nothing of it.
+    """Read the names, types and shapes of a weight file; runs and imports nothing from it.
 
-    Raises NotThisFormat for other files, BrokenModel for damaged ones and for pickles that want
+    Raises NotThisFormat for other files, BrokenModel for damaged ones and for pickles that use
     more than tensors need.
     """
     if path.suffix not in SUFFIXES or not path.is_file():
-        raise NotThisFormat(f"{path.name} is no PyTorch file")
+        raise NotThisFormat(f"{path.name} is not a PyTorch file")
     try:
         with path.open("rb") as file:
             start = file.read(len(_LEGACY_MAGIC) + len(_LFS_POINTER))
@@ -79,7 +79,7 @@ def read_torch_file(path: Path) -> TorchFile:
                 raise broken(path, "it is a Git LFS pointer; its content was not downloaded")
             is_zip = start.startswith(_ZIP_MAGIC)
             if not is_zip and not start.startswith(_LEGACY_MAGIC):
-                raise NotThisFormat(f"{path.name} is no PyTorch file")
+                raise NotThisFormat(f"{path.name} is not a PyTorch file")
             root = _zip_root(file, path) if is_zip else _legacy_root(file, path)
     except UnsafePickle as problem:
         raise broken(path, str(problem)) from problem
@@ -87,7 +87,7 @@ def read_torch_file(path: Path) -> TorchFile:
         raise broken(path, f"it cannot be read ({problem.strerror})") from problem
     wrapper, tensors = _state_dict(root)
     if not tensors:
-        raise NotThisFormat(f"{path.name} holds no state dict")
+        raise NotThisFormat(f"{path.name} has no state dict")
     return TorchFile(path, is_zip, wrapper, tensors)
 
 
@@ -98,10 +98,10 @@ def _zip_root(file: IO[bytes], path: Path) -> Any:
             entries = {entry.filename: entry for entry in archive.infolist()}
             names = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
             if not names:
-                raise NotThisFormat(f"{path.name} is a zip archive of something else")
+                raise NotThisFormat(f"{path.name} is a zip archive, but not of PyTorch")
             prefix = names[0].removesuffix("data.pkl")
             if len(names) > 1 or len(entries) != len(archive.infolist()):
-                raise broken(path, "its archive has several files of one name")
+                raise broken(path, "its archive has several files of the same name")
             if f"{prefix}constants.pkl" in entries:
                 raise broken(path, "it is a TorchScript program; save the state dict instead")
             entry = entries[names[0]]
@@ -114,12 +114,15 @@ def _zip_root(file: IO[bytes], path: Path) -> Any:
         data = entries.get(f"{prefix}data/{storage.key}")
         needed = storage.elements * storage.element_bytes
         if data is None or data.file_size < needed or data.compress_type != zipfile.ZIP_STORED:
-            raise broken(path, f"the storage {storage.key[:40]!r} in it is missing or cut off")
+            raise broken(
+                path,
+                f"the storage {storage.key[:40]!r} in it is missing or cut off; download it again",
+            )
     return root
 
 
 def _legacy_root(file: IO[bytes], path: Path) -> Any:
-    """Return the value of a file older than the zip layout: four pickles, then the storages."""
+    """Return the value of a file in the pre-zip layout: four pickles, then the storages."""
     size = file.seek(0, 2)
     file.seek(0)
     data = file.read(MAX_PICKLE_BYTES)
@@ -128,7 +131,7 @@ def _legacy_root(file: IO[bytes], path: Path) -> Any:
         value, position = read_pickle(data, position)
         root = value if index == 3 else root
     if sum(each.elements * each.element_bytes for each in _storages(root)) > size - position:
-        raise broken(path, "it ends before its tensors do")
+        raise broken(path, "it ends before its tensors do; download it again")
     return root
 
 
@@ -143,7 +146,7 @@ def _storages(value: Any, depth: int = 0) -> list[Storage]:
 
 
 def _state_dict(root: Any) -> tuple[str, dict[str, PickledTensor]]:
-    """Return where the state dict is and its tensors; none where there is no state dict."""
+    """Return the wrapper's key and the tensors of the state dict; no tensors if there is none."""
     if not isinstance(root, dict):
         return "", {}
     for key in _WRAPPERS:
@@ -167,24 +170,24 @@ def pytorch_info(path: Path) -> ModelInfo:
     """Describe the model that `path` holds or is a shard of; see `Backend.identify`."""
     path = path.absolute()
     if _NOT_WEIGHTS.match(path.name):
-        raise NotThisFormat(f"{path.name} holds a training's state")
+        raise NotThisFormat(f"{path.name} holds training state, not weights")
     first = read_torch_file(path)
     try:
         folder = read_folder(path.parent)
     except NotThisFormat:
         raise broken(
             path,
-            "it holds weights alone; put the model's config.json and tokenizer.json beside it",
+            "it has only weights; put the model's config.json and tokenizer.json beside it",
         ) from None
     if not folder.config.get("model_type"):
-        raise NotThisFormat(f"{path.name} is a part of another model")
+        raise NotThisFormat(f"{path.name} is part of another model")
     paths = _all_shards(folder, path)
     files = [first if each == path else _shard(each) for each in paths]
     return torch_info(folder, files)
 
 
 def _all_shards(folder: HfFolder, path: Path) -> tuple[Path, ...]:
-    """Return all shards that `path` belongs to; itself alone for a bare state dict."""
+    """Return all shards of the model of `path`; only itself for a single state dict."""
     if not path.name.startswith("pytorch_model"):
         return (path,)
     shards = weight_files(folder.path, "bin")
@@ -197,11 +200,11 @@ def _shard(path: Path) -> TorchFile:
     try:
         return read_torch_file(path)
     except NotThisFormat:
-        raise broken(path, "it is no PyTorch file, though the index names it") from None
+        raise broken(path, "it is not a PyTorch file, though the index lists it") from None
 
 
 def torch_info(folder: HfFolder, files: Sequence[TorchFile]) -> ModelInfo:
-    """Describe the model of these weights files in `folder`.  Raises BrokenModel."""
+    """Describe the model of these weight files in `folder`.  Raises BrokenModel."""
     bytes_by_dtype: Counter[str] = Counter()
     parameters = 0
     for file in files:
@@ -209,7 +212,7 @@ def torch_info(folder: HfFolder, files: Sequence[TorchFile]) -> ModelInfo:
         for tensor in file.tensors.values():
             viewed[tensor.storage] += tensor.elements
         for storage, elements in viewed.items():
-            # Tied weights view one storage; they count once.
+            # Tied weights view the same storage and count once.
             own = min(elements, storage.elements)
             name = _SAFETENSORS_NAMES.get(storage.dtype, storage.dtype.upper())
             bytes_by_dtype[name] += own * storage.element_bytes
@@ -227,19 +230,19 @@ def torch_info(folder: HfFolder, files: Sequence[TorchFile]) -> ModelInfo:
 
 
 def refuse_quantized(folder: HfFolder) -> None:
-    """Raise BrokenModel for weights that need another library to unpack."""
+    """Raise BrokenModel for weights that need another library to dequantize."""
     config = folder.config.get("quantization_config")
     if config:
         method = config.get("quant_method") if isinstance(config, dict) else None
         raise BrokenModel(
-            f"The model's weights are quantized ({str(method)[:40]}) for another runtime; take "
-            "the unquantized ones, or MLX or GGUF.",
+            f"The model's weights are quantized ({str(method)[:40]}) for another runtime; use the "
+            "unquantized ones, or MLX or GGUF.",
             param="model",
         )
 
 
 def load_tensors(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return all tensors of these files, mapped from disk where the layout allows it.
+    """Return all tensors of these files, memory-mapped if the layout allows it.
 
     `paths` are all safetensors or all PyTorch files.  Raises BrokenModel.
     """

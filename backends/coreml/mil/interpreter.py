@@ -1,4 +1,4 @@
-"""A reference runtime for Core ML's ML programs: every operation on PyTorch, on any system."""
+"""Interpreter for Core ML programs (MIL): runs every operation on PyTorch, on any system."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
@@ -28,7 +28,7 @@ _CASTS = {
     "uint16": "int32",
     "bool": "bool",
 }
-# Arguments that steer an operation; where they are constant, Python numbers are faster.
+# Arguments that configure an operation; as constants, Python numbers are faster than tensors.
 _PARAMETERS = frozenset({
     "alpha", "axes", "axis", "begin", "begin_mask", "beta", "end", "end_mask", "epsilon",
     "keep_dims", "num_splits", "perm", "reps", "shape", "size", "split_sizes", "squeeze_mask",
@@ -38,16 +38,16 @@ _KNOWN = frozenset({"read_state", "slice_update", "cast", *STORES})
 
 
 class MilInterpreter:
-    """A loaded program with the surface of coremltools' `MLModel`: `predict` and `make_state`.
+    """A loaded program with the interface of coremltools' `MLModel`: `predict`, `make_state`.
 
-    `precision` "f32" computes every float in float32; "native" keeps the program's own types,
-    so that an overflow of float16 shows.  Used from one thread at a time.
+    `precision` "f32" computes every float in float32; "native" uses the program's types, which
+    reproduces overflows of float16.  Used from one thread at a time.
     """
 
     def __init__(
         self, spec: CoremlSpec, precision: Literal["f32", "native"] = "f32", *, threads: int = 1
     ) -> None:
-        """Load all weights; blocks.  Raises BrokenModel, naming operations that are not known."""
+        """Load all weights; blocks.  Raises BrokenModel, also for unsupported operations."""
         import torch
 
         torch.set_num_threads(threads)
@@ -81,11 +81,11 @@ class MilInterpreter:
         if unknown:
             raise broken(
                 self._spec.package,
-                f"the reference runtime does not know its operations {', '.join(sorted(unknown))}",
+                f"the reference runtime does not support {', '.join(sorted(unknown))}",
             )
 
     def _load_constants(self, program: Program) -> None:
-        """Read weights once each; a constant that only a compressed form needs goes again."""
+        """Load each constant once; free those that only decompression needs."""
         reader = WeightReader(self._spec)
         waiting: dict[str, Constant] = {}
         for operation in program.operations:
@@ -122,10 +122,10 @@ class MilInterpreter:
             return reader.array(waiting[argument])
         if argument in self._constants:
             return self._constants[argument].numpy()
-        raise WireError(f"a compressed weight needs {argument[:100]!r}, which is no constant")
+        raise WireError(f"a compressed weight needs {argument[:100]!r}, which is not a constant")
 
     def _tensor(self, value: Any) -> Any:
-        """Return an array as a tensor of the computing type; text stays text."""
+        """Convert an array to a tensor of the computing type; strings are returned unchanged."""
         import torch
 
         if isinstance(value, str):
@@ -172,16 +172,16 @@ class MilInterpreter:
         return state
 
     def copy_state(self, state: State) -> State:
-        """Return a state that goes its own way from here."""
+        """Return an independent copy of a state."""
         return {name: tensor.clone() for name, tensor in state.items()}
 
     def predict(
         self, data: Mapping[str, NDArray[Any]], state: State | None = None
     ) -> dict[str, NDArray[np.float32]]:
-        """Run the program; `state` is changed.  Returns float32 arrays by output name.
+        """Run the program; updates `state` in place.  Returns float32 arrays by output name.
 
-        Raises ValueError, RuntimeError, KeyError, IndexError or TypeError where a damaged
-        program cannot run.
+        Raises ValueError, RuntimeError, KeyError, IndexError or TypeError if a damaged program
+        cannot run.
         """
         import torch
 

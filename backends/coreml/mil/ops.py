@@ -1,7 +1,7 @@
-"""What the operations of an ML program compute, on PyTorch tensors.
+"""Implements the operations of ML programs (MIL) on PyTorch tensors.
 
 Source: the operations' definitions in coremltools, `converters/mil/mil/ops/defs`.  Arguments
-come by name; parameters that are constants come as Python numbers and lists.
+are passed by name; constant parameters are Python numbers and lists.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +48,7 @@ _REDUCTIONS = {
     "reduce_max": "amax",
     "reduce_min": "amin",
 }
-# Operations whose result may share memory with their first input.
+# Operations whose result may share memory with the first input.
 VIEWS = frozenset({
     "cast", "expand_dims", "identity", "reshape", "slice_by_index", "slice_by_size", "split",
     "squeeze", "transpose",
@@ -56,7 +56,7 @@ VIEWS = frozenset({
 
 
 def operations() -> dict[str, Compute]:
-    """Return all operations by their MIL name; imports PyTorch."""
+    """Return all operations by MIL name; imports PyTorch."""
     import torch
     from torch.nn import functional
 
@@ -79,13 +79,13 @@ def operations() -> dict[str, Compute]:
 
 
 def ints(value: Any) -> list[int]:
-    """Return a tensor's or a list's numbers."""
+    """Return the numbers of a tensor or list as integers."""
     numbers = value.tolist() if hasattr(value, "tolist") else value
     return [int(number) for number in (numbers if isinstance(numbers, list) else [numbers])]
 
 
 def index_of(arguments: Arguments, rank: int) -> tuple[Any, ...]:
-    """Return the index that begin, end, stride and the masks of a slice describe."""
+    """Return the index for a slice's begin, end, stride and masks."""
 
     def flags(name: str) -> list[int]:
         value = arguments.get(name)
@@ -111,7 +111,7 @@ def _checked(shape: Sequence[int]) -> list[int]:
     for length in shape:
         count *= length
     if count > _MAX_ELEMENTS:
-        raise ValueError(f"a result of {count:,} elements is too large")
+        raise ValueError(f"a result of {count:,} elements is over the limit of {_MAX_ELEMENTS:,}")
     return list(shape)
 
 

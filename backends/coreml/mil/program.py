@@ -1,4 +1,4 @@
-"""The operations of an ML program, from the bytes in its model file."""
+"""Parses the operations of an ML program from its model file."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _MAX_OPERATIONS = 1_000_000
 _MAX_RANK = 16
 _STRING = 2
 
-# Source: the format's MIL.proto, enum DataType; sub-byte types are named as the format does.
+# Source: the format's MIL.proto, enum DataType, with its names for sub-byte types.
 DATA_TYPES = {
     1: "bool",
     2: "string",
@@ -39,13 +39,13 @@ DATA_TYPES = {
     38: "uint6",
     39: "uint3",
 }
-# Field of TensorValue: numpy type of its packed numbers, None for varints.
+# Fields of TensorValue: numpy type of the packed numbers, None for varints.
 _INLINE = {1: "<f4", 2: None, 3: None, 5: None, 6: "<f8"}
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """Where a constant's data is: a file as the program names it, and its record's offset."""
+    """The location of a constant's data: file path in the package, and offset of the record."""
 
     file: str
     offset: int
@@ -53,7 +53,7 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A value in the program: `dtype` is one of DATA_TYPES; text has no shape."""
+    """A constant value; `dtype` is one of DATA_TYPES, strings have no shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ Argument: TypeAlias = "str | Constant"
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation; arguments are names of values, or constants."""
+    """One operation; arguments are names of earlier values, or constants."""
 
     type: str
     arguments: Mapping[str, tuple[Argument, ...]]
@@ -94,10 +94,10 @@ class Program:
 def read_program(spec: CoremlSpec) -> Program:
     """Read the model's default function; weights are not read.
 
-    Raises BrokenModel for a damaged program, and for models that are no ML program.
+    Raises BrokenModel for a damaged program, and for models that are not ML programs.
     """
     if spec.kind != ML_PROGRAM:
-        raise broken(spec.package, "it is no ML program, which only macOS runs")
+        raise broken(spec.package, "it is not an ML program; only macOS runs such models")
     try:
         functions = Message(_program_bytes(spec)).entries(2)
         name = spec.default_function if spec.default_function in functions else "main"
@@ -137,7 +137,7 @@ def _block(block: Message) -> Program:
 def _operation(message: Message) -> Operation:
     kind = message.text(1)
     if 4 in message:
-        # Nested blocks are what loops and branches are made of.
+        # Loops and branches have nested blocks.
         kind += " (with nested blocks)"
     arguments = {
         name: tuple(_binding(binding) for binding in Message(data).messages(1))
@@ -163,7 +163,7 @@ def _constant(value: Message) -> Constant:
         raise WireError(f"it has constants of the unknown type {tensor_type.number(1)}")
     shape = tuple(each.message(1).number(1) for each in tensor_type.messages(3))
     if len(shape) > _MAX_RANK or not all(0 <= length < 2**40 for length in shape):
-        raise WireError("a constant has an impossible shape")
+        raise WireError("a constant has an invalid shape")
     if 5 in value:
         blob = value.message(5)
         return Constant(dtype, shape, Blob(blob.text(1), blob.number(2)))
@@ -189,14 +189,14 @@ def _inline(tensor: Message, dtype: str, shape: tuple[int, ...]) -> "NDArray[np.
         return decode(bytes(tensor.message(7).data(1) or b""), dtype, shape)
     array = _numbers(tensor, dtype)
     if array.size != count:
-        raise WireError(f"a constant has {array.size} elements where its shape says {count}")
+        raise WireError(f"a constant has {array.size} elements, but its shape has {count}")
     return array.reshape(shape)
 
 
 def decode(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> "NDArray[np.generic]":
-    """Return packed little-endian data as an array; sub-byte types widen to (u)int8.
+    """Decode packed little-endian data to an array; sub-byte types widen to (u)int8.
 
-    bfloat16 widens to float32.  Raises WireError where the length is not the shape's.
+    bfloat16 widens to float32.  Raises WireError if the length does not match the shape.
     """
     count = int(np.prod(shape, dtype=object))
     bits = data_bits(dtype)
@@ -211,18 +211,18 @@ def decode(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> "NDAr
 
 
 def data_bits(dtype: str) -> int:
-    """Return the bits of one element."""
+    """Return the bits per element."""
     if dtype == "bool":
         return 8
     if dtype == "string":
-        raise WireError("text where numbers belong")
+        raise WireError("a string where numbers are expected")
     return int(dtype.lstrip("abcdefghijklmnopqrstuvwxyz"))
 
 
 def _unpack(
     data: NDArray[np.uint8], bits: int, count: int, is_signed: bool
 ) -> "NDArray[np.generic]":
-    """Return elements of `bits` bits each, the first in the lowest bits."""
+    """Unpack elements of `bits` bits each, the first in the lowest bits."""
     if 8 % bits == 0:
         shifts = np.arange(0, 8, bits, dtype=np.uint8)
         values = ((data[:, None] >> shifts) & ((1 << bits) - 1)).reshape(-1)[:count]

@@ -1,4 +1,4 @@
-"""When the values of a program are done with, and what may be changed in place."""
+"""Computes when values of an ML program can be freed, and which updates can be in place."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,24 +7,24 @@ from typing import Any
 from backends.coreml.mil.ops import VIEWS, Compute
 
 _NEVER = 1 << 60
-# Operations that store a state: the arguments that name it and hold the value.
+# Operations that write a state: the arguments with its name and with the value.
 STORES = {"write_state": ("input", "data"), "coreml_update_state": ("state", "value")}
 _SAME = ("cast", "identity")
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A value computed before, by name."""
+    """A reference to an earlier value by name."""
 
     name: str
 
 
 @dataclass(slots=True)
 class Step:
-    """One operation ready to run: `names` are arguments computed before, `fixed` constants.
+    """One operation ready to run: `names` are arguments computed earlier, `fixed` constants.
 
-    `is_in_place` marks a slice update whose input nobody reads again; `done` are values that
-    are not needed after this step.
+    `is_in_place` marks a slice update whose input is not read again; `done` are values that are
+    not needed after this step.
     """
 
     type: str
@@ -43,10 +43,10 @@ def _reads(step: Step) -> list[str]:
 
 
 def schedule(steps: list[Step], outputs: tuple[str, ...]) -> None:
-    """Mark values that are done with, and slice updates that may change their input.
+    """Set `done` and `is_in_place` of every step.
 
-    An update may do so when no other value that may share its memory is read later, and a
-    state's memory only when the result is stored as the state.
+    An update may be in place if no other value that may share its memory is read later; a
+    state's memory only if the result is stored as the state.
     """
     last = {name: index for index, step in enumerate(steps) for name in _reads(step)}
     last |= dict.fromkeys(outputs, _NEVER)
@@ -59,7 +59,7 @@ def schedule(steps: list[Step], outputs: tuple[str, ...]) -> None:
 def _mark_in_place(steps: list[Step], last: Mapping[str, int]) -> None:
     stored = _stored(steps)
     memory = _Memory()
-    # For each memory, when a value in it is read for the last time.
+    # For each memory, the last step that reads a value in it.
     needed: dict[str, int] = {}
     for index, step in enumerate(steps):
         root = memory.root(step)
@@ -74,7 +74,7 @@ def _mark_in_place(steps: list[Step], last: Mapping[str, int]) -> None:
 
 
 def _stored(steps: list[Step]) -> set[str]:
-    """Return the values that become a state, perhaps after a cast."""
+    """Return the values that are stored as a state, directly or after a cast."""
     stored: set[str] = set()
     for step in reversed(steps):
         if step.type in STORES or (step.type in _SAME and step.outputs[0] in stored):
@@ -84,13 +84,13 @@ def _stored(steps: list[Step]) -> set[str]:
 
 @dataclass(slots=True)
 class _Memory:
-    """Names for memory: of each value, and of what each state holds at this point."""
+    """Tracks the memory of each value, and of each state at the current step."""
 
     group: dict[str, str] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
 
     def root(self, step: Step) -> str:
-        """Return the memory of a step's output; note what a state holds from here on."""
+        """Return the memory of a step's output; update the memory of a written state."""
         names = dict(step.names)
         own = step.outputs[0] if step.outputs else ""
         if step.type == "read_state":

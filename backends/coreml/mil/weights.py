@@ -1,4 +1,4 @@
-"""The constants of an ML program: weight files, and the compressed forms they come in."""
+"""Reads the constants of an ML program from weight files and decompresses them."""
 
 import struct
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ Array: TypeAlias = NDArray[Any]
 Values: TypeAlias = Mapping[str, Any]
 
 _MODEL_PATH = "@model_path/"
-# Source: the format's blob storage: a record starts with this mark, its data type, the number
-# of bytes and where they are; then the bits of padding.
+# Source: the format's blob storage: a record has a marker, its data type, the number of bytes
+# and their offset, then the bits of padding.
 _RECORD = struct.Struct("<IIQQQ")
 _RECORD_MARK = 0xDEADBEEF
 _RECORD_TYPES = {
@@ -40,7 +40,7 @@ _RECORD_TYPES = {
 
 
 class WeightReader:
-    """Reads constants of one model; files are opened for each read and never mapped."""
+    """Reads the constants of one model; files are opened for each read, not memory-mapped."""
 
     def __init__(self, spec: CoremlSpec) -> None:
         self._spec = spec
@@ -56,7 +56,7 @@ class WeightReader:
 
     def _read(self, constant: Constant, blob: Blob) -> Array:
         if not blob.file.startswith(_MODEL_PATH):
-            raise WireError(f"they are in {blob.file[:100]!r}")
+            raise WireError(f"they are in {blob.file[:100]!r}, outside of the package")
         name = str(PurePosixPath(blob.file.removeprefix(_MODEL_PATH)))
         path = inside(self._spec.root, name)
         if not path.is_file():
@@ -66,7 +66,9 @@ class WeightReader:
             file.seek(min(blob.offset, size))
             mark, kind, length, start, _ = _RECORD.unpack(file.read(_RECORD.size))
             if mark != _RECORD_MARK or _RECORD_TYPES.get(kind) != constant.dtype:
-                raise WireError("a record is not where the program says")
+                raise WireError(
+                    "there is no record of its type at the offset that the program gives"
+                )
             wanted = -(-constant.elements * data_bits(constant.dtype) // 8)
             if start > size or length > size - start or length != wanted:
                 raise WireError("a record is cut off or has another size than its shape")
@@ -78,10 +80,10 @@ class WeightReader:
 
 
 def decompress(kind: str, values: Values) -> Array:
-    """Return what a `constexpr_` operation stands for.
+    """Compute the value of a `constexpr_` operation.
 
     Source: the operations' definitions in coremltools, iOS16 and iOS18.  Raises WireError for
-    forms that are not known or do not fit together.
+    unsupported operations and for arguments that do not fit together.
     """
     handler = _HANDLERS.get(kind)
     if handler is None:
@@ -102,7 +104,7 @@ def _shift_scale(values: Values) -> Array:
 
 
 def _repeat_blocks(array: Array, shape: tuple[int, ...]) -> Array:
-    """Repeat the elements of `array` blockwise until it has `shape`."""
+    """Repeat the elements of `array` in blocks to `shape`."""
     for axis, length in enumerate(shape):
         blocks, rest = divmod(length, array.shape[axis])
         if rest:

@@ -1,4 +1,4 @@
-"""Protobuf's wire format, read from memory without generated code; every length is checked."""
+"""Parses protobuf messages in memory without generated code; every length is checked."""
 
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -10,7 +10,7 @@ _SIGN = 1 << 63
 
 
 class WireError(ValueError):
-    """The bytes are no protobuf message, or not the one that was expected."""
+    """The bytes are not a valid protobuf message, or not the expected one."""
 
 
 def read_varint(data: memoryview, position: int) -> tuple[int, int]:
@@ -26,7 +26,7 @@ def read_varint(data: memoryview, position: int) -> tuple[int, int]:
 
 
 def read_fields(data: memoryview) -> Iterator[tuple[int, FieldValue]]:
-    """Yield (field number, value) of one message; numbers are unsigned, the rest is a view.
+    """Yield (field number, value) of one message; numbers are unsigned, other values views.
 
     Source: the protobuf encoding specification; groups are refused.
     """
@@ -51,12 +51,12 @@ def read_fields(data: memoryview) -> Iterator[tuple[int, FieldValue]]:
 
 
 class Message:
-    """The fields of one message by number, in the order they came."""
+    """The fields of one message by number, in file order."""
 
     __slots__ = ("_fields",)
 
     def __init__(self, data: memoryview) -> None:
-        """Read one level; nested messages stay bytes.  Raises WireError."""
+        """Parse one level; nested messages stay bytes.  Raises WireError."""
         self._fields: dict[int, list[FieldValue]] = {}
         for number, value in read_fields(data):
             self._fields.setdefault(number, []).append(value)
@@ -68,14 +68,14 @@ class Message:
         """Return a varint field as a signed 64-bit number."""
         value = self._fields.get(field, [default])[-1]
         if not isinstance(value, int):
-            raise WireError(f"field {field} is no number")
+            raise WireError(f"field {field} is not a number")
         return value - 2 * _SIGN if value >= _SIGN else value
 
     def data(self, field: int) -> memoryview | None:
-        """Return a field's bytes, None where it is missing."""
+        """Return a field's bytes, None if it is missing."""
         value = self._fields.get(field, [None])[-1]
         if isinstance(value, int):
-            raise WireError(f"field {field} is no message")
+            raise WireError(f"field {field} is not a message")
         return value
 
     def all_data(self, field: int) -> list[memoryview]:
@@ -83,11 +83,11 @@ class Message:
         return [_as_view(value, field) for value in self._fields.get(field, [])]
 
     def text(self, field: int) -> str:
-        """Return a string field, empty where it is missing."""
+        """Return a string field, empty if it is missing."""
         return str(self.data(field) or b"", "utf-8", "replace")
 
     def message(self, field: int) -> "Message":
-        """Return a nested message, an empty one where it is missing."""
+        """Return a nested message, an empty one if it is missing."""
         return Message(self.data(field) or memoryview(b""))
 
     def messages(self, field: int) -> list["Message"]:
@@ -115,5 +115,5 @@ class Message:
 
 def _as_view(value: FieldValue, field: int) -> memoryview:
     if isinstance(value, int):
-        raise WireError(f"field {field} is no message")
+        raise WireError(f"field {field} is not a message")
     return value
