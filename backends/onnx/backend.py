@@ -68,7 +68,7 @@ class OnnxBackend(Backend):
         importlib.import_module("onnxruntime")
 
     def identify(self, path: Path) -> ModelInfo:
-        """Read the graph with our own bounded reader."""
+        """Read the graph with size limits, without native code."""
         return onnx_info(path)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:

@@ -60,7 +60,7 @@ class PaddedRows:
     def extend(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
         """Append tokens to rows; see `RowModel.extend`.
 
-        Rows with one token are computed together where the graph takes positions and a mask.
+        Rows with one token are computed together if the graph takes positions and a mask.
         """
         can_batch = self._session.layout.is_batchable
         single = [index for index, item in enumerate(rows) if len(item.tokens) == 1 and can_batch]

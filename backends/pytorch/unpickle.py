@@ -134,7 +134,7 @@ class _PickleMachine:
         full = f"{module}.{name}"
         if full not in ALLOWED:
             raise UnsafePickle(
-                f"its pickle wants {full[:200]!r}, which tensors do not need and which could run "
+                f"its pickle imports {full[:200]!r}, which tensors do not need and which could run "
                 "code; save the model's state dict instead"
             )
         self.stack.append(_Global(full))
