@@ -126,6 +126,18 @@ async def test_embedding_refuses_more_than_may_wait(tmp_path: Path) -> None:
     await engine.close()
 
 
+async def test_embedding_that_is_cancelled_computes_no_further_batches(tmp_path: Path) -> None:
+    engine = open_model(bert_gguf(tmp_path / "bert.gguf"))
+    task = asyncio.ensure_future(engine.embed(["the sea"] * 5000))
+    while engine.load().steps < 1:
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert len((await engine.embed(["hello"])).vectors) == 1
+    assert engine.load().steps < 5000 // 32
+    await engine.close()
+
+
 async def test_embedding_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     engine = open_model(bert_gguf(tmp_path / "bert.gguf"))
     with pytest.raises(ContextLengthExceeded):

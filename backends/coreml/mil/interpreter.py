@@ -152,9 +152,13 @@ class MilInterpreter:
             else:
                 fixed[key] = _parameter(key, operation.type, values[0])
         return Step(
-            operation.type, fixed, tuple(names), tuple(lists), operation.outputs,
+            operation.type,
+            fixed,
+            tuple(names),
+            tuple(lists),
+            operation.outputs,
             table.get(operation.type),
-        )  # fmt: skip
+        )
 
     def _argument(self, argument: "str | Constant") -> Any:
         if isinstance(argument, Constant):
