@@ -6,9 +6,7 @@ answered by one frame: `{"text": …}` or `{"error": kind, "message": …}`, kin
 template's own refusal), "broken", "large" or "memory".  The end of stdin ends the process.
 """
 
-import contextlib
 import json
-import resource
 import signal
 import struct
 import sys
@@ -20,6 +18,8 @@ from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from core.child import limit_process
 
 LENGTH = struct.Struct(">I")
 
@@ -126,23 +126,11 @@ def write_frame(answer: dict[str, str]) -> None:
     sys.stdout.buffer.flush()
 
 
-def limit_process(memory_bytes: int) -> None:
-    """Bound what the template can take: address space, written files, core dumps."""
-    for kind, limit in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        # macOS refuses a limit on address space; the parent's time limit holds there.
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(kind, (limit, limit))
-
-
 def main() -> None:
     """Compile the template, then answer renders until stdin ends."""
     write_frame({"text": "ready"})
     start = json.loads(read_frame())
-    limit_process(start["memory_bytes"])
+    limit_process(address_space_bytes=start["memory_bytes"], file_bytes=0)
     compiled: list[Template] = []
 
     def compile_once() -> str:
@@ -164,7 +152,3 @@ def main() -> None:
             return render(compiled[0], json.loads(frame), start["output_bytes"])
 
         work = render_once
-
-
-if __name__ == "__main__":
-    main()

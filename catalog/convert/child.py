@@ -10,13 +10,12 @@ import errno
 import importlib
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Mapping
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from catalog.convert.job import Job
+from core.child import die_with_input, die_with_parent, take_stdout
 from core.errors import (
     BrokenModel,
     ImpetusError,
@@ -38,7 +37,6 @@ _STEPS: Mapping[tuple[str, str], str] = {
     ("safetensors", "coreml"): "catalog.convert.child:to_coreml",
 }
 _LONGEST_MESSAGE = 2000
-_PR_SET_PDEATHSIG = 1
 DEFAULT_COREML_CONTEXT = 2048
 _FULL_DISK = "The disk is full; free some space and convert again."
 
@@ -112,35 +110,18 @@ def failed(code: str, message: str) -> ImpetusError:
     return ImpetusError(message)
 
 
-def _die_with_parent(source: IO[str]) -> None:
-    """End this process and what it started as soon as the parent's pipe ends."""
-    source.read()
-    os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
-def _die_with_parent_even_stopped() -> None:
-    """On Linux, let the kernel end this process with its parent: a stopped one reads no pipe.
-
-    Source: prctl(2), PR_SET_PDEATHSIG.  Elsewhere the launcher ends what is left at its own end.
-    """
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
 def main() -> None:
     """Do the job on stdin."""
-    _die_with_parent_even_stopped()
-    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    # A paused process reads no pipe, so the kernel has to end it with its parent.
+    die_with_parent()
+    pipe = take_stdout()
 
     def send(message: Mapping[str, Any]) -> None:
         pipe.write(json.dumps(message) + "\n")
         pipe.flush()
 
     job = Job.from_json(sys.stdin.readline())
-    threading.Thread(target=_die_with_parent, args=(sys.stdin,), daemon=True).start()
+    die_with_input(sys.stdin)
     job.output.mkdir()
     try:
         run(job, lambda fraction, doing: send({"fraction": fraction, "doing": doing}))

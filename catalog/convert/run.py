@@ -9,7 +9,6 @@ import contextlib
 import os
 import signal
 import sys
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,10 @@ from catalog.convert.memory import OnMemory, weigh
 from catalog.convert.output import Partial, fingerprint, require_space, write_provenance
 from catalog.convert.output import sweep as sweep
 from catalog.convert.pause import PauseSwitch
+from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit, kept_environment
 from core.errors import ImpetusError, ModelFileMissing, RequestError, Unavailable
 from core.types import JsonValue
 
-_STDERR_BYTES = 8192
 _CODE_FOLDER = Path(__file__).resolve().parents[2]
 _EXPORTERS = ("auto", "genai", "torch")
 _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
@@ -200,91 +199,68 @@ async def _run_step(
     """Do one step in a process of its own and wait for it.  Raises what it reports."""
     if missing := [file.name for file in job.files if not file.is_file()]:
         raise ModelFileMissing(f"{job.name}: the file {missing[0]} is gone.", param="model")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", "catalog.convert.child",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=_environment(job),
-        cwd=job.work,
-        start_new_session=True,
-    )  # fmt: skip
-    tail: deque[bytes] = deque(maxlen=_STDERR_BYTES // 1024)
-    weighing = asyncio.create_task(weigh(process.pid, on_memory)) if on_memory else None
+    child = AsyncChild(
+        [sys.executable, "-P", "-m", "catalog.convert.child"], _environment(job), job.work
+    )
+    weighing = asyncio.create_task(weigh(child.pid, on_memory)) if on_memory else None
     try:
-        with pause.covering(process.pid):
-            error = await _follow(process, job, report, tail)
+        with pause.covering(child.pid):
+            code, is_done, error = await _follow(child, job, report)
     finally:
         if weighing is not None:
             weighing.cancel()
-        await asyncio.shield(_end(process))
+        await asyncio.shield(child.close())
     if error is not None:
         raise error
+    if code != 0 or not is_done:
+        raise ImpetusError(_death(job, code, child.stderr_tail))
 
 
 async def _follow(
-    process: asyncio.subprocess.Process,
-    job: Job,
-    report: Callable[[float, str], None],
-    tail: deque[bytes],
-) -> ImpetusError | None:
-    """Pass progress on until the process ends; return its error, if any."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    drain = asyncio.create_task(_keep_tail(process.stderr, tail))
+    child: AsyncChild, job: Job, report: Callable[[float, str], None]
+) -> tuple[int, bool, ImpetusError | None]:
+    """Pass progress on until the process ends.
+
+    Return its exit code, whether it reported that it was done, and the error it reported.
+    """
     error: ImpetusError | None = None
     is_done = False
+    with contextlib.suppress(ChildEnded):
+        await child.write(job.to_json().encode() + b"\n")
     try:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            process.stdin.write(job.to_json().encode() + b"\n")
-            await process.stdin.drain()
-        async for line in process.stdout:
+        async for line in child.lines():
             message = read_message(line)
             is_done = is_done or bool(message.get("done"))
             if "error" in message:
                 error = failed(str(message["error"]), str(message.get("message", "")))
             elif "fraction" in message:
                 report(float(message["fraction"]), str(message.get("doing", "")))
-        code = await process.wait()
-        await drain
-    finally:
-        drain.cancel()
-    if error is not None or (is_done and code == 0):
-        return error
-    return ImpetusError(_death(job, code, b"".join(tail)))
+    except AnswerTooLong:
+        return (
+            0,
+            False,
+            ImpetusError(
+                f"The conversion of {job.name} from {job.source_format} to {job.target_format} was "
+                "stopped: its process sent a line over 64 KiB."
+            ),
+        )
+    return await child.wait(), is_done, error
 
 
-def _death(job: Job, code: int, tail: bytes) -> str:
+def _death(job: Job, code: int, stderr_tail: str) -> str:
     """Say how a process ended that gave no reason itself."""
-    how = f"with code {code}" if code >= 0 else f"by signal {signal.Signals(-code).name}"
     hint = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
-    lines = tail.decode("utf-8", "replace").strip().splitlines()
-    said = f" Its last words: {' / '.join(lines[-3:])[-500:]}" if lines else ""
+    output = f" The end of its output: {stderr_tail}" if stderr_tail else ""
     return (
-        f"The conversion of {job.name} from {job.source_format} to {job.target_format} ended "
-        f"{how}{hint}.{said}"
+        f"The conversion of {job.name} from {job.source_format} to {job.target_format} "
+        f"{describe_exit(code)}{hint}.{output}"
     )
-
-
-async def _keep_tail(stream: asyncio.StreamReader, tail: deque[bytes]) -> None:
-    while chunk := await stream.read(1024):
-        tail.append(chunk)
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Kill what still runs of a step, helpers included, and wait for its end."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
 
 
 def _environment(job: Job) -> dict[str, str]:
     """Return the step's environment: no keys, no network, temporary files in its own folder."""
-    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     threads = str(job.threads)
-    return kept | {
+    return kept_environment(*_KEPT_VARIABLES) | {
         "PYTHONPATH": str(_CODE_FOLDER),
         "TMPDIR": str(job.work),
         "HF_HOME": str(job.work / "hub"),

@@ -2,9 +2,6 @@
 
 import json
 import os
-import select
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -13,14 +10,17 @@ from typing import Any
 
 from catalog.encoding import info_from_json
 from catalog.scan.identify import Outcome, Refused, Unknown
+from core.child import AnswerTooLong, Child, ChildEnded, describe_exit, kept_environment
+from core.units import MIB
 
 FILE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
 # What the outcome of a file is called whose format is not known because its inspection died.
 UNKNOWN_FORMAT = "unknown"
 
-_READ_BYTES = 65536
-_MOST_ANSWER_BYTES = 32 * 1024**2
+_ANSWER_LIMIT_BYTES = 32 * MIB
+# How long a child that stopped answering may take to die of its own cause.
+_DYING_S = 0.2
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL", "SYSTEMROOT")
 # Source: sandbox-exec(1) of macOS.
 _MAC_SANDBOX = "(version 1)(allow default)(deny network*)(deny file-write*)"
@@ -41,8 +41,7 @@ class Inspector:
     ) -> None:
         self._command = list(command) if command is not None else _command(formats)
         self._file_limit_s = file_limit_s
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pending = b""
+        self._child: Child | None = None
 
     def examine(self, path: Path) -> Outcome:
         """Return what `path` is; blocks for as long as that takes, 60 s at most.
@@ -51,93 +50,38 @@ class Inspector:
         """
         request = json.dumps({"path": str(path)}).encode() + b"\n"
         stage = ""
-        limit_s = self._file_limit_s + (START_LIMIT_S if self._process is None else 0.0)
+        limit_s = self._file_limit_s + (START_LIMIT_S if self._child is None else 0.0)
         deadline = time.monotonic() + limit_s
+        child = self._started()
         try:
-            self._write(request)
+            child.write(request, deadline)
             while True:
-                answer = json.loads(self._line(deadline))
+                answer = json.loads(child.read_line(deadline))
                 if "stage" not in answer:
                     return _outcome(answer)
                 stage = str(answer["stage"])
         except TimeoutError:
-            self._end()
+            self.close()
             return _refused(path, stage, f"took more than {self._file_limit_s:g} s")
-        except (EOFError, BrokenPipeError):
-            return _refused(path, stage, self._cause())
-        except (ValueError, KeyError, TypeError):
-            self._end()
+        except ChildEnded:
+            self._child = None
+            return _refused(path, stage, describe_exit(child.close(grace_s=_DYING_S)))
+        except (AnswerTooLong, ValueError, KeyError, TypeError):
+            self.close()
             return _refused(path, stage, "gave no sense")
 
     def close(self) -> None:
         """End the child; twice is fine."""
-        self._end()
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()
 
-    def _write(self, request: bytes) -> None:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=_environment(),
-                start_new_session=True,
+    def _started(self) -> Child:
+        if self._child is None:
+            self._child = Child(
+                self._command, _environment(), answer_limit_bytes=_ANSWER_LIMIT_BYTES
             )
-            self._pending = b""
-        assert self._process.stdin is not None
-        self._process.stdin.write(request)
-        self._process.stdin.flush()
-
-    def _line(self, deadline: float) -> bytes:
-        """Return the child's next line.  Raises TimeoutError, EOFError."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        while b"\n" not in self._pending:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-                raise TimeoutError
-            data = os.read(descriptor, _READ_BYTES)
-            if not data:
-                raise EOFError
-            self._pending += data
-            if len(self._pending) > _MOST_ANSWER_BYTES:
-                raise ValueError("the answer is too long")
-        line, _, self._pending = self._pending.partition(b"\n")
-        return line
-
-    def _cause(self) -> str:
-        """Return how the child died, and forget it."""
-        assert self._process is not None
-        process = self._process
-        self._end()
-        code = process.returncode
-        if code == -signal.SIGXCPU:
-            return "took too much processor time"
-        if code is not None and code < 0:
-            return f"was ended by {signal.Signals(-code).name}"
-        return f"ended with code {code}"
-
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        try:
-            # A child that is dying already keeps its own cause of death.
-            process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    pass
+        return self._child
 
 
 def _command(formats: Sequence[str]) -> list[str]:
@@ -149,9 +93,8 @@ def _command(formats: Sequence[str]) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """Return an environment without keys or proxies, and with one thread for every library."""
-    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     return {
-        **kept,
+        **kept_environment(*_KEPT_VARIABLES),
         "HOME": os.devnull,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

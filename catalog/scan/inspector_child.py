@@ -4,12 +4,9 @@ Speaks JSON lines: `{"path": …}` in; out first `{"stage": …}` lines that say
 `{"info": …}`, `{"format": …, "refused": …}` or `{"unknown": […]}`.  The end of stdin ends it.
 """
 
-import contextlib
 import ctypes
 import ctypes.util
 import json
-import os
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ from backends.registry import backends_for
 from catalog.encoding import info_to_json
 from catalog.scan.identify import Outcome, Refused, Unknown, examine
 from catalog.scan.inspector_checks import check_files
+from core.child import limit_cpu, limit_process, take_stdout
 from core.errors import BrokenModel
 from core.units import GIB
 
@@ -28,29 +26,15 @@ CPU_S = 20
 _NEW_USER_AND_NETWORK = 0x10000000 | 0x40000000
 
 
-def limit_process() -> None:
+def limit_inspection() -> None:
     """Bound memory, written files and new processes, and cut the network where that is possible.
 
     Private memory is bounded rather than address space: weights are mapped, whatever their size.
     """
-    for kind, limit in (
-        (resource.RLIMIT_DATA, MEMORY_BYTES),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NPROC, 0),
-    ):
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(kind, (limit, limit))
+    limit_process(data_bytes=MEMORY_BYTES, file_bytes=0, processes=0)
     if sys.platform == "linux":
         # Source: unshare(2); a system that forbids it to users leaves the network open.
         ctypes.CDLL(ctypes.util.find_library("c")).unshare(_NEW_USER_AND_NETWORK)
-
-
-def limit_cpu() -> None:
-    """Give the next file its processor time, counted from now."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime) + CPU_S + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
 
 class Child:
@@ -102,13 +86,11 @@ def main() -> None:
     import tokenizers as _  # noqa: F401 - before the limits, which forbid its threads
 
     backends = list(backends_for(sys.argv[1:]).values())
-    # What a library prints must not end up among the answers.
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    limit_process()
+    out = take_stdout()
+    limit_inspection()
     child = Child(backends, out)
     for line in sys.stdin:
-        limit_cpu()
+        limit_cpu(CPU_S)
         child.answer(Path(json.loads(line)["path"]))
 
 

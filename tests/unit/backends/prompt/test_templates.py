@@ -42,7 +42,7 @@ def user(content: JsonValue, **more: JsonValue) -> dict[str, JsonValue]:
 
 def worker_id(renderer: TemplateRenderer) -> int:
     assert renderer._worker is not None
-    return renderer._worker._process.pid
+    return renderer._worker.pid
 
 
 def test_template_renders_variables(make: Renderers) -> None:
@@ -201,10 +201,8 @@ def test_worker_ends_with_its_parents_pipe(make: Renderers) -> None:
     renderer = make(ECHO)
     renderer.render(user("a"))
     assert renderer._worker is not None
-    process = renderer._worker._process
-    assert process.stdin is not None
-    process.stdin.close()
-    assert process.wait(timeout=20) == 0
+    renderer._worker.close_input()
+    assert renderer._worker.wait(20) == 0
 
 
 def test_worker_sees_no_environment(make: Renderers, monkeypatch: pytest.MonkeyPatch) -> None:
