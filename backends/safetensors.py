@@ -1,6 +1,7 @@
-"""Hugging Face folders with safetensors weights: on MLX where it can, else on PyTorch."""
+"""Backend for Hugging Face folders with safetensors weights; runs on MLX, else on PyTorch."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Protocol, cast, runtime_checkable
@@ -35,17 +36,18 @@ _SUFFIX = ".safetensors"
 
 @runtime_checkable
 class _MlxBackend(Protocol):
-    """What another format's backend must offer to run these models."""
+    """The part of the MLX backend that decides whether it can run a model."""
 
     def supports(self, model_type: str) -> bool:
-        """Whether it knows the architecture."""
+        """Whether it supports the architecture."""
         ...
 
 
 class SafetensorsBackend(Backend):
-    """Folders of config.json and `*.safetensors`, but for those that MLX made.
+    """Folders of config.json and `*.safetensors`, except those that MLX made.
 
-    `ModelInfo.details` say what a model `runs_on`, "mlx" or "pytorch", and `runs_on_reason`.
+    `find_backend` returns another format's backend by name, None where it is not installed.
+    `ModelInfo.details` holds `runs_on`, "mlx" or "pytorch", and `runs_on_reason`.
     """
 
     name: ClassVar[str] = "safetensors"
@@ -53,10 +55,13 @@ class SafetensorsBackend(Backend):
     process_bytes: ClassVar[int] = 512 * MIB
     reserves_kv: ClassVar[bool] = False
 
+    def __init__(self, find_backend: Callable[[str], Backend | None]) -> None:
+        self._find_backend = find_backend
+
     def availability(self) -> Availability:
         """Available where MLX or PyTorch is."""
         torch = torch_availability()
-        mlx = _mlx()
+        mlx = self._mlx()
         if torch.is_available or (mlx is not None and mlx.availability().is_available):
             return Availability(True)
         return torch
@@ -65,7 +70,7 @@ class SafetensorsBackend(Backend):
         """Read the weights' headers and the configuration."""
         path = path.absolute()
         if path.suffix != _SUFFIX:
-            raise NotThisFormat(f"{path.name} is no safetensors file")
+            raise NotThisFormat(f"{path.name} is not a safetensors file")
         first = safetensors_header(path)
         folder = read_folder(path.parent)
         if not folder.config.get("model_type"):
@@ -76,85 +81,80 @@ class SafetensorsBackend(Backend):
         headers = [first if file == path else _shard(file) for file in files]
         if headers[0].metadata.get("format") == "mlx" or is_mlx(folder, headers[0]):
             raise NotThisFormat(f"{path.name} was made by MLX")
-        return _info(folder, headers)
+        return self._info(folder, headers)
 
     def preload(self, info: ModelInfo, options: EngineOptions) -> None:
         """Import the runtime of `details["runs_on"]`."""
-        mlx = _runtime(info)
+        mlx = self._runtime(info)
         if mlx is None:
             import_torch()
         elif isinstance(mlx, Measured):
             mlx.preload(info, options)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
-        """Return the bytes that the runtime of `details["runs_on"]` holds."""
-        mlx = _runtime(info)
+        """Return the bytes that the runtime of `details["runs_on"]` needs."""
+        mlx = self._runtime(info)
         return mlx.estimate(info, options) if mlx else estimate_torch(info, options)
 
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
-        """Load the model; blocks for as long as reading the weights takes."""
-        mlx = _runtime(info)
+        """Load the model; blocks while the weights are read."""
+        mlx = self._runtime(info)
         return mlx.open(info, options) if mlx else open_torch(info, options)
+
+    def _info(self, folder: HfFolder, headers: list[SafetensorsHeader]) -> ModelInfo:
+        bytes_by_dtype: Counter[str] = Counter()
+        for header in headers:
+            bytes_by_dtype += header.bytes_by_dtype
+        info = folder_info(
+            self.name,
+            folder,
+            tuple(header.path for header in headers),
+            parameters=sum(entry.elements for each in headers for entry in each.tensors.values()),
+            weights_bytes=sum(bytes_by_dtype.values()),
+            quantization=quantization_of(folder, bytes_by_dtype),
+        )
+        runtime, reason = _choose_runtime(folder, info, self._mlx())
+        check_folder(folder, is_known=runtime == "mlx" or transformers_knows(folder.model_type))
+        if runtime == "pytorch":
+            refuse_quantized(folder)
+            info = limit_context_for_torch(info, folder)
+        chosen = {"runs_on": runtime, "runs_on_reason": reason}
+        return replace(info, details={**info.details, **chosen})
+
+    def _mlx(self) -> Backend | None:
+        backend = self._find_backend("mlx")
+        return backend if isinstance(backend, _MlxBackend) else None
+
+    def _runtime(self, info: ModelInfo) -> Backend | None:
+        """Return the MLX backend if `info` runs on it; None for PyTorch."""
+        if info.details.get("runs_on") != "mlx":
+            return None
+        mlx = self._mlx()
+        if mlx is None:
+            raise BackendUnavailable(
+                "The MLX backend is not installed; install the package mlx-lm.", param="model"
+            )
+        return mlx
 
 
 def _shard(path: Path) -> SafetensorsHeader:
     try:
         return safetensors_header(path)
     except NotThisFormat:
-        raise broken(path, "it is no safetensors file, though the index names it") from None
+        raise broken(path, "it is not a safetensors file, though the index names it") from None
 
 
-def _info(folder: HfFolder, headers: list[SafetensorsHeader]) -> ModelInfo:
-    bytes_by_dtype: Counter[str] = Counter()
-    for header in headers:
-        bytes_by_dtype += header.bytes_by_dtype
-    info = folder_info(
-        SafetensorsBackend.name,
-        folder,
-        tuple(header.path for header in headers),
-        parameters=sum(entry.elements for each in headers for entry in each.tensors.values()),
-        weights_bytes=sum(bytes_by_dtype.values()),
-        quantization=quantization_of(folder, bytes_by_dtype),
-    )
-    runtime, reason = _choose(folder, info)
-    check_folder(folder, is_known=runtime == "mlx" or transformers_knows(folder.model_type))
-    if runtime == "pytorch":
-        refuse_quantized(folder)
-        info = limit_context_for_torch(info, folder)
-    chosen = {"runs_on": runtime, "runs_on_reason": reason}
-    return replace(info, details={**info.details, **chosen})
-
-
-def _choose(folder: HfFolder, info: ModelInfo) -> tuple[str, str]:
+def _choose_runtime(folder: HfFolder, info: ModelInfo, mlx: Backend | None) -> tuple[str, str]:
     """Return the runtime, "mlx" or "pytorch", and why; the same rule on every platform."""
     if Capability.EMBEDDING in info.capabilities:
         return "pytorch", "embedding models run on sentence-transformers"
-    mlx = _mlx()
     if mlx is None:
         return "pytorch", "the MLX backend is not installed"
     available = mlx.availability()
     if not available.is_available:
         return "pytorch", f"MLX cannot run here: {available.reason}"
     # A nested configuration is loaded by its outer type.
-    kind = str(folder.config.get("wrapper_model_type") or folder.config["model_type"])
-    if cast(_MlxBackend, mlx).supports(kind):
-        return "mlx", "MLX knows the architecture"
-    return "pytorch", f"MLX does not know the architecture {kind[:60]}"
-
-
-def _mlx() -> Backend | None:
-    """Return the backend of MLX models, which formats reach through the registry alone."""
-    from backends.registry import load_backends
-
-    backend = load_backends().get("mlx")
-    return backend if isinstance(backend, _MlxBackend) else None
-
-
-def _runtime(info: ModelInfo) -> Backend | None:
-    """Return the MLX backend where `info` runs on it; None for PyTorch."""
-    if info.details.get("runs_on") != "mlx":
-        return None
-    mlx = _mlx()
-    if mlx is None:
-        raise BackendUnavailable("The MLX backend is not installed.", param="model")
-    return mlx
+    model_type = str(folder.config.get("wrapper_model_type") or folder.config["model_type"])
+    if cast(_MlxBackend, mlx).supports(model_type):
+        return "mlx", "MLX supports the architecture"
+    return "pytorch", f"MLX does not support the architecture {model_type[:60]}"

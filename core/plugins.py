@@ -1,18 +1,41 @@
-"""The door through which formats enter: the built-in ones and those of other packages."""
+"""Plug-ins that add model formats: their interface, and a test in a child process before import."""
 
-from collections.abc import Callable
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pluggy
 
+from core.child import (
+    AnswerTooLong,
+    Child,
+    ChildEnded,
+    describe_exit,
+    die_with_input,
+    die_with_parent,
+    take_stdout,
+)
+
 GROUP = "impetus"
+PROBE_LIMIT_S = 30.0
+
+_PROBE = "from core.plugins import probe_main; probe_main()"
+_CODE_FOLDER = Path(__file__).resolve().parents[1]
+_ANSWER_LIMIT_BYTES = 65536
+_LONGEST_REASON = 2000
+_DYING_S = 1.0
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
 
 
 class PluginSpecs:
-    """What a plug-in may implement."""
+    """The hooks that a plug-in may implement."""
 
     @hookspec
     def register_backends(self, register: Callable[[Any], None]) -> None:
@@ -20,7 +43,71 @@ class PluginSpecs:
 
 
 def plugin_manager() -> pluggy.PluginManager:
-    """Return a manager that knows the specifications and has nothing registered."""
+    """Return a manager that knows the hooks and has no plug-ins registered."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(PluginSpecs)
     return manager
+
+
+def probe(entries: Sequence[EntryPoint]) -> list[str]:
+    """Import each plug-in in a child process; return why each failed, empty where it did not.
+
+    The children run side by side.  Blocks for as long as the slowest takes, 30 s at most; starts
+    nothing when there are no plug-ins.
+    """
+    deadline = time.monotonic() + PROBE_LIMIT_S
+    probes = [_start_probe(entry) for entry in entries]
+    return [each if isinstance(each, str) else _result(each, deadline) for each in probes]
+
+
+def describe_failure(error: BaseException) -> str:
+    """Return the text for what a plug-in raised."""
+    return f"it raised {type(error).__name__}: {error}"[:_LONGEST_REASON]
+
+
+def _start_probe(entry: EntryPoint) -> Child | str:
+    """Start a plug-in's child process; return the reason if that fails."""
+    folders = [folder or os.getcwd() for folder in (str(_CODE_FOLDER), *sys.path)]
+    # A plug-in that will run in this process may see its environment.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, "-P", "-c", _PROBE, entry.name, entry.value]
+    try:
+        return Child(
+            command, environment, answer_limit_bytes=_ANSWER_LIMIT_BYTES, keeps_stderr=True
+        )
+    except OSError as error:
+        return f"the process to test it did not start ({error.strerror})"
+
+
+def _result(child: Child, deadline: float) -> str:
+    reason = ""
+    try:
+        reason = str(json.loads(child.read_line(deadline))["reason"])
+    except TimeoutError:
+        reason = f"its import took longer than {PROBE_LIMIT_S:g} s"
+    except ChildEnded:
+        reason = f"the process that imported it {describe_exit(child.close(grace_s=_DYING_S))}"
+    except (AnswerTooLong, ValueError, KeyError, TypeError):
+        reason = "the process that imported it sent an answer that could not be read"
+    child.close()
+    output = f" (the end of its output: {child.stderr_tail})" if child.stderr_tail else ""
+    return f"{reason}{output}" if reason else ""
+
+
+def probe_main() -> None:
+    """Import the plug-in that the arguments name, call its hooks and report; for the child."""
+    die_with_parent()
+    die_with_input(sys.stdin)
+    out = take_stdout()
+    reason = ""
+    try:
+        manager = plugin_manager()
+        name, value = sys.argv[1:]
+        manager.register(EntryPoint(name, value, GROUP).load(), name=name)
+        manager.hook.register_backends(register=lambda backend: backend.name)
+    except BaseException as error:
+        reason = describe_failure(error)
+    out.write(json.dumps({"reason": reason}) + "\n")
+    out.flush()
+    # Threads that the plug-in started must not delay the exit.
+    os._exit(0)

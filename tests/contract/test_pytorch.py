@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 
 from backends.base import Engine, EngineOptions
 from backends.pytorch.backend import PytorchBackend
-from backends.safetensors import SafetensorsBackend
+from backends.registry import load_backends
 from core.errors import (
     BrokenModel,
     EngineFailed,
@@ -37,7 +37,7 @@ def open_golden(kind: str, options: EngineOptions = OPTIONS) -> Engine:
     """Open the starter's weights on PyTorch, whatever else could run them."""
     folder = golden(kind)
     if kind == "hf-f32":
-        backend = SafetensorsBackend()
+        backend = load_backends()["safetensors"]
         info = backend.identify(folder / "model.safetensors")
         info = replace(info, details={**info.details, "runs_on": "pytorch"})
         return backend.open(info, options)

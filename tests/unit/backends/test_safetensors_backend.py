@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import backends.registry
-from backends.base import Availability, EngineOptions
+from backends.base import Availability, Backend, EngineOptions
 from backends.mlx.backend import MlxBackend
+from backends.registry import load_backends
 from backends.safetensors import SafetensorsBackend
 from core.errors import (
     BackendUnavailable,
@@ -57,9 +57,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def register(monkeypatch: pytest.MonkeyPatch, backend: MlxBackend | None) -> None:
-    found = {} if backend is None else {"mlx": backend}
-    monkeypatch.setattr(backends.registry, "load_backends", lambda: found)
+def backend_with(mlx: MlxBackend | None) -> SafetensorsBackend:
+    """Return the backend beside this MLX backend, or none."""
+    found: dict[str, Backend] = {} if mlx is None else {"mlx": mlx}
+    return SafetensorsBackend(found.get)
+
+
+def installed() -> Backend:
+    """Return the backend as this machine has it."""
+    return load_backends()["safetensors"]
 
 
 def write(path: Path, tensors: Mapping[str, tuple[str, list[int], int]], **metadata: str) -> Path:
@@ -79,7 +85,7 @@ PACKED = {"a.weight": ("U32", [8, 2], 64), "a.scales": ("F32", [8, 1], 32)}
 
 
 def test_a_folder_is_described(folder: Path) -> None:
-    info = SafetensorsBackend().identify(write(folder / "model.safetensors", PLAIN))
+    info = installed().identify(write(folder / "model.safetensors", PLAIN))
     assert (info.format, info.quantization, info.parameters) == ("safetensors", "bf16", 264)
     assert info.files[0] == folder / "model.safetensors"
     assert info.details["weights_bytes"] == 544
@@ -89,19 +95,19 @@ def test_a_folder_is_described(folder: Path) -> None:
 def test_every_shard_is_the_same_model(folder: Path) -> None:
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     paths = [write(folder / name, {name: ("F32", [4], 16)}) for name in names]
-    infos = [SafetensorsBackend().identify(path) for path in paths]
+    infos = [installed().identify(path) for path in paths]
     assert infos[0] == infos[1]
     assert infos[0].files[:2] == tuple(paths)
     assert infos[0].parameters == 8
     paths[1].write_bytes(b"not a safetensors file at all")
     with pytest.raises(BrokenModel):
-        SafetensorsBackend().identify(paths[0])
+        installed().identify(paths[0])
 
 
 @pytest.mark.parametrize(
     ("mlx", "model_type", "runs_on", "reason"),
     [
-        (Mlx(), "llama", "mlx", "knows"),
+        (Mlx(), "llama", "mlx", "supports"),
         (Mlx(), "nonesuch", "pytorch", "nonesuch"),
         (Mlx("no Metal"), "llama", "pytorch", "no Metal"),
         (None, "llama", "pytorch", "not installed"),
@@ -109,27 +115,23 @@ def test_every_shard_is_the_same_model(folder: Path) -> None:
 )
 def test_the_runtime_is_chosen_by_rule_and_says_why(
     folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
     mlx: MlxBackend | None,
     model_type: str,
     runs_on: str,
     reason: str,
 ) -> None:
-    register(monkeypatch, mlx)
     (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": model_type}))
-    info = SafetensorsBackend().identify(write(folder / "model.safetensors", PLAIN))
+    info = backend_with(mlx).identify(write(folder / "model.safetensors", PLAIN))
     assert info.details["runs_on"] == runs_on
     assert reason in str(info.details["runs_on_reason"])
 
 
-def test_a_model_of_mlx_needs_mlx(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    register(monkeypatch, Mlx())
-    backend = SafetensorsBackend()
+def test_a_model_of_mlx_needs_mlx(folder: Path) -> None:
+    backend = backend_with(Mlx())
     info = backend.identify(write(folder / "model.safetensors", PLAIN))
     assert backend.estimate(info, EngineOptions()).weights_bytes > 0
-    register(monkeypatch, None)
     with pytest.raises(BackendUnavailable, match="MLX"):
-        backend.open(info, EngineOptions())
+        backend_with(None).open(info, EngineOptions())
 
 
 @pytest.mark.parametrize(
@@ -140,11 +142,11 @@ def test_what_mlx_made_is_left_to_its_own_format(
 ) -> None:
     path = write(folder / "model.safetensors", tensors, **metadata)
     with pytest.raises(NotThisFormat):
-        SafetensorsBackend().identify(path)
+        installed().identify(path)
 
 
 def test_what_is_no_model_is_another_format(folder: Path) -> None:
-    backend = SafetensorsBackend()
+    backend = installed()
     write(folder / "model.safetensors", PLAIN)
     with pytest.raises(NotThisFormat):
         backend.identify(write(folder / "adapter_model.safetensors", PLAIN))
@@ -158,14 +160,11 @@ def test_what_is_no_model_is_another_format(folder: Path) -> None:
         backend.identify(folder / "model.safetensors")
 
 
-def test_weights_packed_for_another_runtime_are_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    register(monkeypatch, None)
+def test_weights_packed_for_another_runtime_are_refused(folder: Path) -> None:
     config = {**CONFIG, "quantization_config": {"quant_method": "awq", "bits": 4}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(BrokenModel, match="awq"):
-        SafetensorsBackend().identify(write(folder / "model.safetensors", PLAIN))
+        backend_with(None).identify(write(folder / "model.safetensors", PLAIN))
 
 
 def mini() -> Path:
@@ -189,7 +188,7 @@ TEXTS = ["a cat sat on the mat", "x", "The kitten lies on the rug. " * 5, "tax l
 
 async def test_an_embedding_model_gives_what_sentence_transformers_gives() -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    backend = SafetensorsBackend()
+    backend = installed()
     info = backend.identify(mini() / "model.safetensors")
     assert info.capabilities == {Capability.EMBEDDING}
     assert info.details["runs_on"] == "pytorch"
@@ -228,6 +227,6 @@ def test_modules_that_could_run_or_read_anything_are_refused(
     linked: Path, name: str, value: Any
 ) -> None:
     replace_json(linked / name, value)
-    backend = SafetensorsBackend()
+    backend = installed()
     with pytest.raises(BrokenModel):
         backend.open(backend.identify(linked / "model.safetensors"), EngineOptions())

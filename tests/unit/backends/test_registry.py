@@ -1,0 +1,150 @@
+"""Formats are found once, and a bad plug-in harms neither the process nor the others."""
+
+import logging
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from backends import registry
+from backends.registry import backends_for, load_backends
+from core import plugins
+from core.errors import RequestError
+
+Install = Callable[..., None]
+
+GOOD = """
+    from backends.echo import EchoBackend
+    from core.plugins import hookimpl
+
+    class Another(EchoBackend):
+        name = {name!r}
+
+    class Plugin:
+        @hookimpl
+        def register_backends(self, register):
+            {first}
+            register(Another())
+
+    plugin = Plugin()
+"""
+# The probe's process passes; the one that trusts it does not.
+LATE = """
+    from pathlib import Path
+    mark = Path(__file__).with_suffix(".seen")
+    if mark.exists():
+        raise SystemExit("later")
+    mark.touch()
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Install plug-ins: name -> (code at import, code when it registers)."""
+    monkeypatch.syspath_prepend(tmp_path)
+    registry._discover.cache_clear()
+
+    def install_all(**codes: tuple[str, str]) -> None:
+        for name, (at_import, at_register) in codes.items():
+            module = f"impetus_test_{name}_{tmp_path.name}".replace("-", "_")
+            code = textwrap.dedent(GOOD).format(name=name, first=at_register or "pass")
+            (tmp_path / f"{module}.py").write_text(textwrap.dedent(at_import) + code)
+            info = tmp_path / f"{module}-1.0.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\n")
+            (info / "entry_points.txt").write_text(f"[impetus]\n{name} = {module}:plugin\n")
+
+    yield install_all
+    registry._discover.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("at_import", "at_register", "reason"),
+    [
+        ("raise ValueError('no luck')", "", "ValueError: no luck"),
+        ("raise SystemExit(3)", "", "SystemExit: 3"),
+        ("raise KeyboardInterrupt", "", "KeyboardInterrupt"),
+        ("import os; os._exit(0)", "", "ended with code 0"),
+        ("import os; os.abort()", "", "was killed by SIGABRT"),
+        ("import sys; sys.stderr.write('oh no'); sys.stderr.flush(); import os; os._exit(4)", "",
+         "ended with code 4 (the end of its output: oh no)"),
+        ("", "raise SystemExit(3)", "SystemExit: 3"),
+        ("", "register(None)", "AttributeError"),
+        (LATE, "", "SystemExit: later"),
+        ("import no_such_module", "", "No module named 'no_such_module'"),
+    ],
+)  # fmt: skip
+def test_a_bad_plugin_is_left_out_with_the_reason(
+    install: Install,
+    caplog: pytest.LogCaptureFixture,
+    at_import: str,
+    at_register: str,
+    reason: str,
+) -> None:
+    install(bad=(at_import + "\n", at_register), good=("", ""))
+    with caplog.at_level(logging.ERROR):
+        found = load_backends()
+    assert "good" in found
+    assert "bad" not in found
+    assert {"gguf", "mlx", "safetensors"} <= found.keys()
+    (record,) = [each for each in caplog.records if "not used" in each.message]
+    assert "plug-in bad" in record.message
+    assert reason in record.message
+
+
+def test_a_plugin_that_hangs_is_left_out(
+    install: Install, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "PROBE_LIMIT_S", 0.5)
+    install(bad=("import time; time.sleep(600)\n", ""))
+    with caplog.at_level(logging.ERROR):
+        assert "bad" not in load_backends()
+    assert "took longer than 0.5 s" in caplog.text
+
+
+def test_what_plugins_print_does_not_matter(install: Install) -> None:
+    install(good=("print('hello')\nimport sys; print('{', file=sys.__stdout__, flush=True)\n", ""))
+    assert "good" in load_backends()
+
+
+def test_without_plugins_no_process_is_started(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert install is not None
+    monkeypatch.setattr(plugins, "Child", None)
+    assert "gguf" in load_backends()
+
+
+def test_discovery_happens_once(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(good=("", ""))
+    calls: list[Sequence[EntryPoint]] = []
+    original = plugins.probe
+
+    def counted(entries: Sequence[EntryPoint]) -> list[str]:
+        calls.append(entries)
+        return original(entries)
+
+    monkeypatch.setattr(registry, "probe", counted)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: load_backends(), range(4)))
+    assert all(each is found[0] for each in found)
+    assert backends_for(["good"])["good"] is found[0]["good"]
+    assert len(calls) == 1
+
+
+def test_an_unknown_format_is_named() -> None:
+    with pytest.raises(RequestError, match=r"Unknown format nonesuch; the formats are .*gguf"):
+        backends_for(["gguf", "nonesuch"])
+
+
+def test_a_format_that_is_registered_twice_keeps_the_first(
+    install: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(echo=("", ""))
+    with caplog.at_level(logging.ERROR):
+        found = load_backends()
+    assert type(found["echo"]).__name__ == "EchoBackend"
+    assert "format echo is registered twice" in caplog.text
