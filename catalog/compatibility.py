@@ -29,14 +29,14 @@ class Fit:
 class Traits:
     """What a client needs to know of a model.
 
-    `context_tokens` is what is granted here; `parameters` 0 means unknown.  `unusable` says why
-    the model cannot run at all.
+    `context_tokens` is what is granted here; `parameters` 0 means unknown.  `unusable_reason` says
+    why the model cannot run at all.
     """
 
     capabilities: Collection[str]
     context_tokens: int
     parameters: int = 0
-    unusable: str = ""
+    unusable_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ _CLINE = _Context(8_192, 32_768)
 _CONTINUE = _Context(4_096, 16_384)
 _CLAUDE_CODE = _Context(16_384, 65_536)
 _ROO = _Context(16_384, 32_768)
-_TALK = _Context(512, 4_096)
+_CHAT_CLIENT = _Context(512, 4_096)
 
 
 def compatibility(traits: Traits) -> Mapping[str, Fit]:
@@ -63,8 +63,8 @@ def compatibility(traits: Traits) -> Mapping[str, Fit]:
 
 
 def _fit(rule: _Rule, traits: Traits) -> Fit:
-    if traits.unusable:
-        return Fit("no", (traits.unusable,))
+    if traits.unusable_reason:
+        return Fit("no", (traits.unusable_reason,))
     findings = list(rule(traits))
     decisive = [reason for level, reason in findings if level == "no"]
     if decisive:
@@ -74,9 +74,9 @@ def _fit(rule: _Rule, traits: Traits) -> Fit:
 
 def _agent(context: _Context) -> _Rule:
     def rule(traits: Traits) -> Iterator[_Finding]:
-        yield from _chats(traits)
-        yield from _has_room(traits, context)
-        yield from _calls_tools(traits)
+        yield from _check_chat(traits)
+        yield from _check_context(traits, context)
+        yield from _check_tools(traits)
 
     return rule
 
@@ -94,25 +94,25 @@ def _open_webui(traits: Traits) -> Iterator[_Finding]:
     if Capability.CHAT not in traits.capabilities and Capability.EMBEDDING in traits.capabilities:
         yield "limited", "for the embeddings of documents only"
         return
-    yield from _talk(traits)
+    yield from _chat_client(traits)
 
 
-def _talk(traits: Traits) -> Iterator[_Finding]:
-    yield from _chats(traits)
-    yield from _has_room(traits, _TALK)
+def _chat_client(traits: Traits) -> Iterator[_Finding]:
+    yield from _check_chat(traits)
+    yield from _check_context(traits, _CHAT_CLIENT)
 
 
 def _library(traits: Traits) -> Iterator[_Finding]:
     if Capability.CHAT in traits.capabilities and Capability.TOOLS not in traits.capabilities:
-        yield "limited", _WRITTEN_TOOLS
+        yield "limited", _TOOLS_IN_PROMPT
 
 
-def _chats(traits: Traits) -> Iterator[_Finding]:
+def _check_chat(traits: Traits) -> Iterator[_Finding]:
     if Capability.CHAT not in traits.capabilities:
         yield "no", "the model is not for chat"
 
 
-def _has_room(traits: Traits, context: _Context) -> Iterator[_Finding]:
+def _check_context(traits: Traits, context: _Context) -> Iterator[_Finding]:
     if traits.context_tokens < context.least:
         yield (
             "no",
@@ -126,12 +126,12 @@ def _has_room(traits: Traits, context: _Context) -> Iterator[_Finding]:
         )
 
 
-_WRITTEN_TOOLS = "the chat template knows no tools; they are written into the prompt"
+_TOOLS_IN_PROMPT = "the chat template knows no tools; they are written into the prompt"
 
 
-def _calls_tools(traits: Traits) -> Iterator[_Finding]:
+def _check_tools(traits: Traits) -> Iterator[_Finding]:
     if Capability.TOOLS not in traits.capabilities:
-        yield "limited", _WRITTEN_TOOLS
+        yield "limited", _TOOLS_IN_PROMPT
     if 0 < traits.parameters < AGENT_PARAMETERS:
         yield (
             "limited",
@@ -153,5 +153,5 @@ _RULES: Mapping[str, _Rule] = {
     "open-webui": _open_webui,
     "openai": _library,
     "langchain": _library,
-    "llm": _talk,
+    "llm": _chat_client,
 }

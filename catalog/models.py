@@ -100,7 +100,7 @@ class ModelRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ScannedModel:
     """What a scan learned about one model; `reason` is why it is refused, if it is."""
 
     info: ModelInfo
@@ -125,6 +125,6 @@ class ScanReport:
     skipped: tuple[str, ...] = ()
 
     @property
-    def has_news(self) -> bool:
+    def has_changes(self) -> bool:
         """Whether the catalog changed."""
         return bool(self.added or self.changed or self.refused or self.missing)

@@ -46,13 +46,13 @@ def _without_suffixes(name: str) -> str:
     return slug(name)
 
 
-def _says_nothing(name: str) -> bool:
+def _is_uninformative(name: str) -> bool:
     return name in _UNINFORMATIVE or _HASH.fullmatch(name) is not None
 
 
 def is_descriptive(file_name: str) -> bool:
     """Whether a file's name says which model it is; a hash does not."""
-    return not _says_nothing(_without_suffixes(file_name))
+    return not _is_uninformative(_without_suffixes(file_name))
 
 
 def bare_name(path_parts: Iterable[str], title: str) -> str:
@@ -66,7 +66,7 @@ def bare_name(path_parts: Iterable[str], title: str) -> str:
     hub_folders = [folder.removeprefix("models--").rpartition("--")[2] for folder in folders]
     for candidate in (file, title, *reversed(hub_folders[-4:])):
         name = _without_suffixes(candidate)
-        if not _says_nothing(name):
+        if not _is_uninformative(name):
             return name
     return "model"
 

@@ -13,10 +13,10 @@ from typing import Any
 from catalog.encoding import info_from_json, info_to_json, source_from_json, source_to_json
 from catalog.migrations import open_catalog
 from catalog.models import (
-    Found,
     ModelRecord,
     ModelSettings,
     RecordState,
+    ScannedModel,
     ScanReport,
     record_key,
 )
@@ -171,7 +171,7 @@ class CatalogStore:
 
     def record_scan(
         self,
-        found: Sequence[Found],
+        found: Sequence[ScannedModel],
         missing: Sequence[str],
         forgotten: Sequence[str],
         *,
@@ -207,7 +207,7 @@ def _is_valid_name(name: str) -> bool:
     return 0 < len(name) <= _LONGEST_NAME and name.isascii()
 
 
-def _write(connection: sqlite3.Connection, item: Found, now: float) -> tuple[str, str]:
+def _write(connection: sqlite3.Connection, item: ScannedModel, now: float) -> tuple[str, str]:
     """Insert or update one model; return what that is for the report, and its id."""
     info = item.info
     key, base = record_key(info), model_id(info.name, info.format, info.quantization)
@@ -241,7 +241,9 @@ def _write(connection: sqlite3.Connection, item: Found, now: float) -> tuple[str
     return kind, str(new_id)
 
 
-def _moved_from(connection: sqlite3.Connection, item: Found, base: str) -> tuple[str, str] | None:
+def _moved_from(
+    connection: sqlite3.Connection, item: ScannedModel, base: str
+) -> tuple[str, str] | None:
     """Return the missing model that `item` is, when it differs in its path alone."""
     rows = connection.execute(
         "SELECT id, base_id, info FROM models WHERE base_id = ? AND state = 'missing' ORDER BY id",

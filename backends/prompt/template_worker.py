@@ -96,7 +96,7 @@ def render(template: Template, variables: dict[str, Any], limit_bytes: int) -> s
     return text
 
 
-def answered(work: Callable[[], str]) -> dict[str, str]:
+def answer_frame(work: Callable[[], str]) -> dict[str, str]:
     """Return the frame that tells how `work` went."""
     try:
         return {"text": work()}
@@ -141,7 +141,7 @@ def main() -> None:
     while True:
         # The alarm's default action ends even a C loop, should the parent be gone by then.
         signal.alarm(start["self_limit_s"])
-        answer = answered(work)
+        answer = answer_frame(work)
         write_frame(answer)
         signal.alarm(0)
         if answer.get("error") == "memory" or not compiled:

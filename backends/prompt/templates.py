@@ -60,10 +60,10 @@ class TemplateRenderer:
         except RecursionError as error:
             raise RequestError("The messages or tools are nested too deeply.") from error
         with self._lock:
-            answer = self._answer(payload)
+            answer = self._request(payload)
         kind = answer.get("error")
         if kind is None:
-            return _checked(answer["text"])
+            return _require_unicode(answer["text"])
         if kind == "raised":
             raise TemplateRefused(answer["message"], param="messages")
         if kind == "large" and 2 * len(payload) > OUTPUT_LIMIT_BYTES:
@@ -79,11 +79,11 @@ class TemplateRenderer:
         with self._lock:
             self._drop_worker()
 
-    def _answer(self, payload: bytes) -> dict[str, str]:
+    def _request(self, payload: bytes) -> dict[str, str]:
         """Exchange one frame, with a new worker if the old one turns out to be dead."""
         for is_last in (False, True):
             try:
-                answer = _exchange(self._started(), payload, RENDER_LIMIT_S)
+                answer = _exchange(self._running_worker(), payload, RENDER_LIMIT_S)
             except TimeoutError as error:
                 self._drop_worker()
                 raise _broken(f"it took longer than {RENDER_LIMIT_S:g} s") from error
@@ -98,7 +98,7 @@ class TemplateRenderer:
             self._drop_worker()
         return answer
 
-    def _started(self) -> Child:
+    def _running_worker(self) -> Child:
         """Return a worker that has compiled the template; a failure to compile is remembered."""
         self._raise_if_closed()
         if self._broken:
@@ -159,7 +159,7 @@ def _broken(reason: str) -> BrokenModel:
     return BrokenModel(f"the model's chat template failed: {reason}")
 
 
-def _checked(text: str) -> str:
+def _require_unicode(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

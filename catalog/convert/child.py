@@ -43,12 +43,12 @@ _FULL_DISK = "The disk is full; free some space and convert again."
 
 def to_coreml(job: Job, report: Callable[[float, str], None]) -> None:
     """Make a folder with a Core ML package named after the job, and its tokenizer."""
-    from catalog.convert.job import stage
+    from catalog.convert.job import link_source
     from catalog.convert.steps.to_coreml import Precision, convert_to_coreml
 
     made = job.work / job.name
     convert_to_coreml(
-        stage(job),
+        link_source(job),
         made,
         precision=cast(Precision, job.quantization),
         context_tokens=job.context_tokens or DEFAULT_COREML_CONTEXT,
@@ -58,7 +58,7 @@ def to_coreml(job: Job, report: Callable[[float, str], None]) -> None:
     made.rename(job.output)
 
 
-def run(job: Job, report: Callable[[float, str], None]) -> None:
+def run_step(job: Job, report: Callable[[float, str], None]) -> None:
     """Do the step.  Raises what went wrong as an ImpetusError."""
     module, name = _STEPS[job.source_format, job.target_format].split(":")
     try:
@@ -74,12 +74,12 @@ def run(job: Job, report: Callable[[float, str], None]) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Unavailable(_FULL_DISK) from error
-        raise _translated(job, error) from error
+        raise _as_impetus_error(job, error) from error
     except Exception as error:
-        raise _translated(job, error) from error
+        raise _as_impetus_error(job, error) from error
 
 
-def _translated(job: Job, error: Exception) -> ImpetusError:
+def _as_impetus_error(job: Job, error: Exception) -> ImpetusError:
     """Return the error for what a library raised."""
     text = f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
     if "No space left" in text:
@@ -101,7 +101,7 @@ def read_message(line: bytes) -> dict[str, Any]:
     return message if isinstance(message, dict) else {}
 
 
-def failed(code: str, message: str) -> ImpetusError:
+def error_from_code(code: str, message: str) -> ImpetusError:
     """Return the error that the process reported by its code."""
     kinds = (BrokenModel, UnsupportedCapability, RequestError, InsufficientMemory, Unavailable)
     for kind in kinds:
@@ -124,7 +124,7 @@ def main() -> None:
     die_with_input(sys.stdin)
     job.output.mkdir()
     try:
-        run(job, lambda fraction, doing: send({"fraction": fraction, "doing": doing}))
+        run_step(job, lambda fraction, doing: send({"fraction": fraction, "doing": doing}))
     except ImpetusError as error:
         sys.stderr.flush()
         if error.__cause__ is not None:

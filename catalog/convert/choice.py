@@ -14,7 +14,7 @@ _SMALLER = {
 }
 
 
-def faithful(info: ModelInfo, runnable: Collection[str]) -> tuple[str, str] | None:
+def least_lossy_conversion(info: ModelInfo, runnable: Collection[str]) -> tuple[str, str] | None:
     """Return the format and quantization that lose least, for a format that cannot run here."""
     for conversion in _possible(info, runnable):
         if conversion.target_format == info.format:
@@ -25,7 +25,7 @@ def faithful(info: ModelInfo, runnable: Collection[str]) -> tuple[str, str] | No
     return None
 
 
-def smaller(
+def smaller_conversion(
     info: ModelInfo, runnable: Collection[str], fits: Callable[[ModelInfo], bool]
 ) -> tuple[str, str] | None:
     """Return the most precise variant of the preferred format that `fits` says yes to.
@@ -34,14 +34,16 @@ def smaller(
     """
     for conversion in _possible(info, runnable):
         for quantization, bits in _SMALLER.get(conversion.target_format, ()):
-            result = _foreseen(info, conversion.target_format, quantization, bits)
+            result = _predicted_info(info, conversion.target_format, quantization, bits)
             is_smaller = 0 < result.size_bytes < info.size_bytes
             if quantization in conversion.quantizations and is_smaller and fits(result):
                 return conversion.target_format, quantization
     return None
 
 
-def _foreseen(info: ModelInfo, target_format: str, quantization: str, bits: float) -> ModelInfo:
+def _predicted_info(
+    info: ModelInfo, target_format: str, quantization: str, bits: float
+) -> ModelInfo:
     weights_bytes = int(info.parameters * bits / 8)
     details = {**info.details, "weights_bytes": weights_bytes, "tensor_bytes": weights_bytes}
     if target_format == "mlx":

@@ -56,7 +56,7 @@ _EDGES: Mapping[tuple[str, str], _Edge] = {
     ("safetensors", "onnx"): _Edge(("torch", "transformers", "onnx")),
     ("safetensors", "coreml"): _Edge(("torch", "coremltools"), LLAMA_FAMILY),
 }
-# Keeps the blocks of a quantized file, so it is no part of a longer way.
+# Keeps the blocks of a quantized file, so it is no part of a longer route.
 _BLOCKS_EDGE = _Edge(
     ("mlx", "transformers", "gguf", "llama_cpp"), frozenset({"llama", "qwen2", "qwen3"})
 )
@@ -80,10 +80,10 @@ class Conversion:
 
 
 def plan(source_format: str, target_format: str, quantization: str = "") -> tuple[str, ...]:
-    """Return the formats on the shortest way, both ends included.
+    """Return the formats on the shortest route, both ends included.
 
     With `ORIGINAL` a GGUF file's blocks go to MLX unchanged, in one step.
-    Raises UnsupportedCapability where there is no way.
+    Raises UnsupportedCapability where there is no route.
     """
     if (source_format, target_format, quantization) == ("gguf", "mlx", ORIGINAL):
         return ("gguf", "mlx")
@@ -92,13 +92,13 @@ def plan(source_format: str, target_format: str, quantization: str = "") -> tupl
     queue: deque[tuple[str, ...]] = deque([(source_format,)])
     seen = {source_format}
     while queue:
-        way = queue.popleft()
+        route = queue.popleft()
         for start, end in _EDGES:
-            if start == way[-1] and end not in seen:
+            if start == route[-1] and end not in seen:
                 if end == target_format:
-                    return (*way, end)
+                    return (*route, end)
                 seen.add(end)
-                queue.append((*way, end))
+                queue.append((*route, end))
     raise UnsupportedCapability(
         f"There is no conversion from {source_format} to {target_format}.", param="target_format"
     )
@@ -156,16 +156,16 @@ def _choices(info: ModelInfo, target: str) -> tuple[str, ...]:
 
 def _reason(info: ModelInfo, target: str, choices: tuple[str, ...]) -> str:
     try:
-        way = plan(info.format, target)
+        route = plan(info.format, target)
     except UnsupportedCapability as error:
         return error.message.removesuffix(".")
     is_folder = info.format in ("safetensors", "pytorch")
     if is_folder and info.quantization not in (*FULL_PRECISION, "mixed", ""):
         return f"its weights are quantized already ({info.quantization})"
     has_head = Capability.COMPLETION in info.capabilities
-    if not has_head and way[-1] != "safetensors" and way != ("gguf", "gguf"):
+    if not has_head and route[-1] != "safetensors" and route != ("gguf", "gguf"):
         return "only models that generate text can be converted to it"
-    edges = [_EDGES[pair] for pair in pairwise(way)]
+    edges = [_EDGES[pair] for pair in pairwise(route)]
     reasons = [reason for edge in edges if (reason := _edge_reason(info, edge))]
     if reasons and ORIGINAL in choices and not _edge_reason(info, _BLOCKS_EDGE):
         return ""
@@ -174,7 +174,7 @@ def _reason(info: ModelInfo, target: str, choices: tuple[str, ...]) -> str:
 
 def _edge_reason(info: ModelInfo, edge: _Edge) -> str:
     if edge.architectures and info.architecture not in edge.architectures:
-        return f"the architecture {info.architecture!r} is not supported on the way"
+        return f"the architecture {info.architecture!r} is not supported on the route"
     missing = [name for name in edge.packages if find_spec(name) is None]
     if missing:
         return f"it needs the packages {', '.join(missing)}; install the extra `torch`"

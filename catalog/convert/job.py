@@ -80,7 +80,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def lift_rope(config: dict[str, Any]) -> dict[str, Any]:
+def with_legacy_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` with transformers 5's `rope_parameters` at the top level as well.
 
     mlx-lm and older readers know only `rope_theta` and `rope_scaling` there, and take a default
@@ -104,7 +104,7 @@ def lift_rope(config: dict[str, Any]) -> dict[str, Any]:
     return lifted
 
 
-def stage(job: Job) -> Path:
+def link_source(job: Job) -> Path:
     """Return a folder with links to the model's files alone, so that nothing else is read.
 
     What names code to run is taken out of the configurations.
@@ -117,7 +117,7 @@ def stage(job: Job) -> Path:
             continue
         if file.name in _REWRITTEN:
             config = {k: v for k, v in read_json(file).items() if k not in _CODE_KEYS}
-            write_json(folder / file.name, lift_rope(config))
+            write_json(folder / file.name, with_legacy_rope_keys(config))
         elif file.suffix != ".py":
             os.symlink(file.resolve(strict=True), folder / file.name)
     return folder

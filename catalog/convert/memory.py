@@ -15,7 +15,7 @@ from core.units import MIB
 # Told what the running step's processes hold, in bytes.
 OnMemory: TypeAlias = Callable[[int], None]
 
-_WEIGH_INTERVAL_S = 0.5
+_WATCH_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +48,27 @@ _WIDTHS = {"f32": 4.0, "bf16": 2.0, "f16": 2.0}
 _F32_BYTES = 4
 
 
-def needed_bytes(source: ModelInfo, way: tuple[str, ...], quantization: str) -> int:
-    """Return what the conversion by the formats of `way` holds at most, as far as is foreseen."""
+def needed_bytes(source: ModelInfo, route: tuple[str, ...], quantization: str) -> int:
+    """Return what the conversion by the formats of `route` holds at most, as far as is foreseen."""
     needed, size = 0, source.size_bytes
-    last = len(way) - 2
-    for number, pair in enumerate(pairwise(way)):
+    last = len(route) - 2
+    for number, pair in enumerate(pairwise(route)):
         step = _STEPS[pair]
         if pair[1] == "onnx" and quantization != "f32":
             step = _QUANTIZED_ONNX
         each = step.parameter_bytes
         if each is None:
-            each = 1.1 * _width(quantization if number == last else ORIGINAL, source) + 0.5
-        held = step.per_source_byte * size + each * source.parameters
-        needed = max(needed, step.base_bytes + int(held))
+            each = (
+                1.1 * _bytes_per_weight(quantization if number == last else ORIGINAL, source) + 0.5
+            )
+        used = step.per_source_byte * size + each * source.parameters
+        needed = max(needed, step.base_bytes + int(used))
         # A GGUF file's weights go on in f32, all others as they are.
-        size = source.parameters * _F32_BYTES if way[0] == "gguf" else size
+        size = source.parameters * _F32_BYTES if route[0] == "gguf" else size
     return needed
 
 
-def _width(quantization: str, source: ModelInfo) -> float:
+def _bytes_per_weight(quantization: str, source: ModelInfo) -> float:
     """Return the bytes of one weight in MLX, those of groups' scales included."""
     bits = MLX_BITS.get(quantization)
     if bits is not None:
@@ -74,7 +76,7 @@ def _width(quantization: str, source: ModelInfo) -> float:
     return _WIDTHS.get(quantization, source.size_bytes / max(source.parameters, 1))
 
 
-def held_bytes(pid: int) -> int:
+def process_tree_bytes(pid: int) -> int:
     """Return the bytes that a process and its descendants hold alone; 0 where nobody says.
 
     Mapped files are left out where they can be told apart: their pages go when others need them.
@@ -92,9 +94,9 @@ def held_bytes(pid: int) -> int:
     return total
 
 
-async def weigh(pid: int, on_memory: OnMemory) -> None:
+async def watch_memory(pid: int, on_memory: OnMemory) -> None:
     """Tell twice a second what the processes hold, until cancelled."""
     while True:
-        await asyncio.sleep(_WEIGH_INTERVAL_S)
-        if held := await asyncio.to_thread(held_bytes, pid):
-            on_memory(held)
+        await asyncio.sleep(_WATCH_INTERVAL_S)
+        if used := await asyncio.to_thread(process_tree_bytes, pid):
+            on_memory(used)

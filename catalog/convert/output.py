@@ -18,7 +18,7 @@ import psutil
 
 from backends.base import ModelInfo
 from catalog.convert.job import write_json
-from catalog.scan.walk import mark
+from catalog.scan.walk import file_signature
 from core.errors import ModelFileMissing, RequestError, Unavailable
 from core.types import JsonValue
 from core.units import MIB, format_bytes
@@ -40,31 +40,31 @@ _WIDEST_QUANTIZED = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class FileMark:
+class SourceFile:
     """What a file was when the conversion began."""
 
     path: Path
     size_bytes: int
     sha256: str
-    mark: str
+    file_signature: str
 
 
-def fingerprint(files: Sequence[Path]) -> tuple[FileMark, ...]:
+def fingerprint(files: Sequence[Path]) -> tuple[SourceFile, ...]:
     """Return size and the SHA-256 of the first 8 MiB of every file; blocks while they are read.
 
     Raises ModelFileMissing.
     """
-    marks = []
+    signatures = []
     for file in files:
         try:
             with file.open("rb") as stream:
                 digest = hashlib.sha256(stream.read(_HASHED_BYTES)).hexdigest()
-            marks.append(FileMark(file, file.stat().st_size, digest, mark(file)))
+            signatures.append(SourceFile(file, file.stat().st_size, digest, file_signature(file)))
         except OSError as error:
             raise ModelFileMissing(
                 f"The file {file.name} cannot be read ({error.strerror}).", param="model"
             ) from error
-    return tuple(marks)
+    return tuple(signatures)
 
 
 def require_space(source: ModelInfo, target: Path, quantization: str, steps: int) -> None:
@@ -88,7 +88,7 @@ def require_space(source: ModelInfo, target: Path, quantization: str, steps: int
 
 
 @dataclass(slots=True)
-class Partial:
+class PartialOutput:
     """The hidden folder beside the target that everything is written to.
 
     It holds a locked file while its owner lives, so that no sweep takes it away.
@@ -99,7 +99,7 @@ class Partial:
     _lock: int
 
     @classmethod
-    def create(cls, target: Path) -> "Partial":
+    def create(cls, target: Path) -> "PartialOutput":
         """Make the folder.  Raises Unavailable when it cannot be made."""
         name = f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
         folder = target.with_name(name)
@@ -169,13 +169,18 @@ def sweep(folder: Path) -> tuple[Path, ...]:
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
             match = _PARTIAL.fullmatch(path.name)
-            if match and path.is_dir() and not path.is_symlink() and _is_left(path, int(match[1])):
+            if (
+                match
+                and path.is_dir()
+                and not path.is_symlink()
+                and _is_abandoned(path, int(match[1]))
+            ):
                 shutil.rmtree(path, ignore_errors=True)
                 removed.append(path)
     return tuple(removed)
 
 
-def _is_left(path: Path, owner: int) -> bool:
+def _is_abandoned(path: Path, owner: int) -> bool:
     """Whether the folder's owner is gone; its lock says so even when the number is reused."""
     try:
         lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
@@ -193,7 +198,7 @@ def _is_left(path: Path, owner: int) -> bool:
 def write_provenance(
     result: Path,
     source: ModelInfo,
-    before: Sequence[FileMark],
+    before: Sequence[SourceFile],
     parameters: Mapping[str, JsonValue],
 ) -> None:
     """Write provenance.json: what was converted, how, with which tools and when.
@@ -202,7 +207,7 @@ def write_provenance(
     """
     for file in before:
         try:
-            is_same = mark(file.path) == file.mark
+            is_same = file_signature(file.path) == file.file_signature
         except OSError:
             is_same = False
         if not is_same:

@@ -34,12 +34,12 @@ class PauseSwitch:
         for group in self._groups:
             _signal(group, signal.SIGSTOP if is_on else signal.SIGCONT)
 
-    async def passed(self) -> None:
+    async def wait_until_off(self) -> None:
         """Return once work may run."""
         await self._may_run.wait()
 
     @contextlib.contextmanager
-    def covering(self, group: int) -> Iterator[None]:
+    def controlling(self, group: int) -> Iterator[None]:
         """Let the switch act on a process group, at once where it is on."""
         self._groups.add(group)
         if self.is_on:

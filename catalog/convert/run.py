@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backends.base import ModelInfo
-from catalog.convert.child import failed, read_message
+from catalog.convert.child import error_from_code, read_message
 from catalog.convert.graph import MLX_GROUP_SIZES, ORIGINAL, check
 from catalog.convert.graph import Conversion as Conversion
 from catalog.convert.graph import conversions_from as conversions_from
 from catalog.convert.graph import plan as plan
 from catalog.convert.job import Job
-from catalog.convert.memory import OnMemory, weigh
-from catalog.convert.output import Partial, fingerprint, require_space, write_provenance
+from catalog.convert.memory import OnMemory, watch_memory
+from catalog.convert.output import PartialOutput, fingerprint, require_space, write_provenance
 from catalog.convert.output import sweep as sweep
 from catalog.convert.pause import PauseSwitch
 from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit, kept_environment
@@ -80,22 +80,22 @@ async def convert(
     BrokenModel, Unavailable (no space, a changed source), ImpetusError with the reason otherwise.
     """
     quantization = _checked(request)
-    way = plan(request.source.format, request.target_format, quantization)
+    route = plan(request.source.format, request.target_format, quantization)
     before = await asyncio.to_thread(fingerprint, request.source.files)
     await asyncio.to_thread(
-        require_space, request.source, request.target, quantization, len(way) - 1
+        require_space, request.source, request.target, quantization, len(route) - 1
     )
-    partial = await asyncio.to_thread(Partial.create, request.target)
+    partial = await asyncio.to_thread(PartialOutput.create, request.target)
     try:
         result = await _run_steps(
-            request, quantization, way, partial, on_progress, pause or PauseSwitch(), on_memory
+            request, quantization, route, partial, on_progress, pause or PauseSwitch(), on_memory
         )
         await asyncio.to_thread(
             write_provenance,
             result,
             request.source,
             before,
-            _parameters(request, quantization, way),
+            _parameters(request, quantization, route),
         )
         return await asyncio.to_thread(partial.publish, result)
     except OSError as error:
@@ -132,12 +132,12 @@ def _checked(request: ConversionRequest) -> str:
 
 
 def _parameters(
-    request: ConversionRequest, quantization: str, way: tuple[str, ...]
+    request: ConversionRequest, quantization: str, route: tuple[str, ...]
 ) -> dict[str, JsonValue]:
     return {
         "model_id": request.model_id or request.source.name,
         "target_format": request.target_format,
-        "formats": list(way),
+        "formats": list(route),
         "quantization": quantization,
         "group_size": request.group_size if request.target_format == "mlx" else None,
         "exporter": request.exporter if request.target_format == "onnx" else None,
@@ -148,18 +148,18 @@ def _parameters(
 async def _run_steps(
     request: ConversionRequest,
     quantization: str,
-    way: tuple[str, ...],
-    partial: Partial,
+    route: tuple[str, ...],
+    partial: PartialOutput,
     on_progress: OnProgress | None,
     pause: PauseSwitch,
     on_memory: OnMemory | None,
 ) -> Path:
     """Run all steps, each on the one before; return the last one's folder."""
     files, output = request.source.files, partial.folder
-    steps = len(way) - 1
+    steps = len(route) - 1
     for step in range(steps):
         is_last = step == steps - 1
-        start, end = way[step], way[step + 1]
+        start, end = route[step], route[step + 1]
         output = partial.folder / f"step-{step}"
         work = partial.folder / f"work-{step}"
         await asyncio.to_thread(work.mkdir)
@@ -182,7 +182,7 @@ async def _run_steps(
                 done = (step + min(max(fraction, 0.0), 1.0)) / steps
                 on_progress(ConversionProgress(done, step + 1, steps, doing))
 
-        await pause.passed()
+        await pause.wait_until_off()
         await _run_step(job, report, pause, on_memory)
         # What only this step needed must not take room while the next one runs.
         await asyncio.to_thread(partial.discard, work, *files if step else ())
@@ -202,13 +202,13 @@ async def _run_step(
     child = AsyncChild(
         [sys.executable, "-P", "-m", "catalog.convert.child"], _environment(job), job.work
     )
-    weighing = asyncio.create_task(weigh(child.pid, on_memory)) if on_memory else None
+    watching = asyncio.create_task(watch_memory(child.pid, on_memory)) if on_memory else None
     try:
-        with pause.covering(child.pid):
+        with pause.controlling(child.pid):
             code, is_done, error = await _follow(child, job, report)
     finally:
-        if weighing is not None:
-            weighing.cancel()
+        if watching is not None:
+            watching.cancel()
         await asyncio.shield(child.close())
     if error is not None:
         raise error
@@ -232,7 +232,7 @@ async def _follow(
             message = read_message(line)
             is_done = is_done or bool(message.get("done"))
             if "error" in message:
-                error = failed(str(message["error"]), str(message.get("message", "")))
+                error = error_from_code(str(message["error"]), str(message.get("message", "")))
             elif "fraction" in message:
                 report(float(message["fraction"]), str(message.get("doing", "")))
     except AnswerTooLong:

@@ -9,7 +9,7 @@ from backends.base import ModelInfo
 from core.errors import BrokenModel
 from core.units import MIB, format_bytes
 
-_MOST_TOKENIZER_BYTES = 64 * MIB
+_MAX_TOKENIZER_BYTES = 64 * MIB
 _LONGEST_PATTERN = 8192
 _PROBE = "The sea, 1234 times: grüße 海 🎈\n\t if (x != y) { return a_b[0]; }  " * 60
 
@@ -44,10 +44,10 @@ def check_tokenizer(path: Path) -> None:
     """Build the tokenizer and encode a text with it.  Raises BrokenModel."""
     from tokenizers import Tokenizer
 
-    if (size := path.stat().st_size) > _MOST_TOKENIZER_BYTES:
+    if (size := path.stat().st_size) > _MAX_TOKENIZER_BYTES:
         raise BrokenModel(
             f"{path.name} has {format_bytes(size)}; at most "
-            f"{format_bytes(_MOST_TOKENIZER_BYTES)} are read.",
+            f"{format_bytes(_MAX_TOKENIZER_BYTES)} are read.",
             param="model",
         )
     try:

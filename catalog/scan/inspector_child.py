@@ -37,7 +37,7 @@ def limit_inspection() -> None:
         ctypes.CDLL(ctypes.util.find_library("c")).unshare(_NEW_USER_AND_NETWORK)
 
 
-class Child:
+class InspectionServer:
     """Answers one request after the other on two streams."""
 
     def __init__(self, backends: Sequence[Backend], out: IO[str]) -> None:
@@ -46,15 +46,15 @@ class Child:
 
     def answer(self, path: Path) -> None:
         """Inspect one file and say what it is."""
-        self._stage("its identification")
+        self._send_stage("its identification")
         outcome = examine(path, self._backends)
         if isinstance(outcome, ModelInfo):
             outcome = self._checked(outcome)
-        self._say(_as_json(outcome))
+        self._send(_as_json(outcome))
 
     def _checked(self, info: ModelInfo) -> Outcome:
         try:
-            check_files(info, self._stage)
+            check_files(info, self._send_stage)
         except BrokenModel as problem:
             return Refused(info.format, problem.message)
         except MemoryError:
@@ -63,10 +63,10 @@ class Child:
             return Refused(info.format, f"its inspection failed: {type(problem).__name__}")
         return info
 
-    def _stage(self, name: str) -> None:
-        self._say({"stage": name})
+    def _send_stage(self, name: str) -> None:
+        self._send({"stage": name})
 
-    def _say(self, answer: Mapping[str, Any]) -> None:
+    def _send(self, answer: Mapping[str, Any]) -> None:
         self._out.write(json.dumps(answer) + "\n")
         self._out.flush()
 
@@ -88,7 +88,7 @@ def main() -> None:
     backends = list(backends_for(sys.argv[1:]).values())
     out = take_stdout()
     limit_inspection()
-    child = Child(backends, out)
+    child = InspectionServer(backends, out)
     for line in sys.stdin:
         limit_cpu(CPU_S)
         child.answer(Path(json.loads(line)["path"]))

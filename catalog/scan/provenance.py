@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 PROVENANCE = "provenance.json"
-_MOST_BYTES = 1024 * 1024
+_MAX_BYTES = 1024 * 1024
 _LONGEST_ID = 200
 
 
@@ -24,7 +24,7 @@ def converted_from(weights: Path, root: Path) -> str:
 
 def _model_id(note: Path) -> str:
     try:
-        if note.stat().st_size > _MOST_BYTES:
+        if note.stat().st_size > _MAX_BYTES:
             return ""
         model_id = json.loads(note.read_text("utf-8"))["parameters"]["model_id"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):

@@ -13,9 +13,9 @@ from backends.base import Backend, ModelInfo
 from catalog.models import (
     BuiltIn,
     Converted,
-    Found,
     Local,
     ModelRecord,
+    ScannedModel,
     ScanReport,
     Source,
     record_key,
@@ -24,7 +24,7 @@ from catalog.names import bare_name
 from catalog.scan.identify import HasBuiltInModels, Outcome, Refused, Unknown, examine
 from catalog.scan.provenance import converted_from
 from catalog.scan.starters import STARTERS, InstalledStarter, installed_starter
-from catalog.scan.walk import mark, walk
+from catalog.scan.walk import file_signature, walk
 from catalog.store import CatalogStore
 from core.settings import Settings
 
@@ -39,29 +39,29 @@ def scan(
     store: CatalogStore,
     backends: Sequence[Backend],
     *,
-    look_into: Callable[[Path], Outcome] | None = None,
+    identify_file: Callable[[Path], Outcome] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> ScanReport:
     """Look at every model folder and write what changed; blocks, for seconds on a large disk.
 
-    `look_into` says what a file is; by default the backends are asked in this process.
+    `identify_file` says what a file is; by default the backends are asked in this process.
 
     Files that did not change are not opened.  Damaged ones are kept with the reason and tried
     again when they or their folder change; vanished ones are kept as missing.
     """
-    look_into = look_into or (lambda path: examine(path, backends))
-    run = _Run({record.key: record for record in store.models()}, look_into)
+    identify_file = identify_file or (lambda path: examine(path, backends))
+    run = _ScanRun({record.key: record for record in store.models()}, identify_file)
     found = walk([settings.home / "models", *settings.models_path])
     for candidate in found.candidates:
-        run.look(candidate.path, Local(str(candidate.root)))
+        run.add_file(candidate.path, Local(str(candidate.root)))
     for starter in STARTERS if settings.starters else ():
         installed = installed_starter(starter)
         if installed is not None:
-            run.look(installed.path, installed.package, installed)
+            run.add_file(installed.path, installed.package, installed)
     for backend in backends:
         if isinstance(backend, HasBuiltInModels):
             for info in backend.built_in():
-                run.keep(info)
+                run.add_built_in(info)
     for line in found.skipped:
         _log_skipped(line)
     report = store.record_scan(run.found, run.missing(), run.forgotten(), now=clock())
@@ -69,37 +69,37 @@ def scan(
 
 
 @dataclass(slots=True)
-class _Run:
+class _ScanRun:
     """One scan: what is known by key, and what becomes of it."""
 
     known: dict[str, ModelRecord]
-    look_into: Callable[[Path], Outcome]
-    found: list[Found] = field(default_factory=list)
+    identify_file: Callable[[Path], Outcome]
+    found: list[ScannedModel] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     claimed: set[str] = field(default_factory=set)
 
-    def look(self, path: Path, source: Source, starter: InstalledStarter | None = None) -> None:
+    def add_file(self, path: Path, source: Source, starter: InstalledStarter | None = None) -> None:
         """Take note of one file, opening it only if it is new or changed."""
         if os.path.realpath(path) in self.claimed:
             return
         record = self.known.get(str(path))
         try:
-            if record is not None and _is_known(record, starter):
+            if record is not None and _is_current(record, starter):
                 self._claim(record.info)
                 return
-            before = mark(path)
-            outcome = self.look_into(path)
-            if mark(path) != before:
+            before = file_signature(path)
+            outcome = self.identify_file(path)
+            if file_signature(path) != before:
                 # It is being written: what is known stays, and the next scan looks again.
                 self.seen.add(str(path))
                 return
             if isinstance(outcome, Unknown):
                 return
-            self._take(outcome, path, source, starter)
+            self._add_outcome(outcome, path, source, starter)
         except OSError as error:
             _log_skipped(f"{path}: cannot be read ({error.strerror})")
 
-    def _take(
+    def _add_outcome(
         self,
         outcome: ModelInfo | Refused,
         path: Path,
@@ -119,16 +119,18 @@ class _Run:
             info = starter.describe(info)
         if record_key(info) in self.seen:
             return
-        self.found.append(Found(info, source, _fingerprint(info, is_refused=bool(reason)), reason))
+        self.found.append(
+            ScannedModel(info, source, _fingerprint(info, is_refused=bool(reason)), reason)
+        )
         self._claim(info)
 
-    def keep(self, info: ModelInfo) -> None:
+    def add_built_in(self, info: ModelInfo) -> None:
         """Take note of a model without files."""
         key = record_key(info)
         record = self.known.get(key)
         self.seen.add(key)
         if record is None or record.info != info or record.state != "ok":
-            self.found.append(Found(info, BuiltIn(), f"{_READER_VERSION}:"))
+            self.found.append(ScannedModel(info, BuiltIn(), f"{_READER_VERSION}:"))
 
     def _claim(self, info: ModelInfo) -> None:
         self.seen.add(record_key(info))
@@ -177,13 +179,13 @@ def _fingerprint(info: ModelInfo, *, is_refused: bool) -> str:
 
     A refused model's folder counts too: the shard that was missing may have come.
     """
-    marks = [mark(file) for file in info.files]
+    signatures = [file_signature(file) for file in info.files]
     if is_refused:
-        marks.append(str(info.files[0].parent.stat().st_mtime_ns))
-    return f"{_READER_VERSION}:" + ",".join(marks)
+        signatures.append(str(info.files[0].parent.stat().st_mtime_ns))
+    return f"{_READER_VERSION}:" + ",".join(signatures)
 
 
-def _is_known(record: ModelRecord, starter: InstalledStarter | None) -> bool:
+def _is_current(record: ModelRecord, starter: InstalledStarter | None) -> bool:
     """Whether the catalog's entry still says what reading the files again would."""
     if record.state == "missing":
         return False

@@ -22,27 +22,27 @@ class Candidate:
 
 
 @dataclass(slots=True)
-class Walk:
+class WalkResult:
     """What a walk found, by path; `skipped` are paths with the reason."""
 
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
-def mark(path: Path) -> str:
+def file_signature(path: Path) -> str:
     """Return a text that changes when the file does.  Raises OSError."""
     status = path.stat()
     return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
 
 
-def walk(roots: Sequence[Path]) -> Walk:
+def walk(roots: Sequence[Path]) -> WalkResult:
     """Collect the regular files under `roots`; blocks while folders are listed.
 
     A link to a file counts when it stays inside a root; of a file's names the telling one is
     taken, for the Hugging Face cache links names to hashes.  Linked folders, hidden and partial
     files are left out.
     """
-    found = Walk()
+    found = WalkResult()
     resolved = list(dict.fromkeys(Path(os.path.realpath(root)) for root in roots))
     entries = [
         (entry, root)
@@ -51,11 +51,11 @@ def walk(roots: Sequence[Path]) -> Walk:
         for entry in _entries(root, found.skipped)
     ]
     # Of several names for one file the first is taken.
-    entries.sort(key=lambda item: _telling_first(item[0]))
+    entries.sort(key=lambda item: _descriptive_first(item[0]))
     seen: set[tuple[int, int]] = set()
     for entry, root in entries:
         path = Path(entry.path)
-        reason = _unfit(entry, resolved, seen)
+        reason = _exclusion_reason(entry, resolved, seen)
         if reason is None:
             found.candidates.append(Candidate(path, root))
         elif reason:
@@ -64,7 +64,7 @@ def walk(roots: Sequence[Path]) -> Walk:
     return found
 
 
-def _telling_first(entry: "os.DirEntry[str]") -> tuple[bool, bool, str]:
+def _descriptive_first(entry: "os.DirEntry[str]") -> tuple[bool, bool, str]:
     return not is_descriptive(entry.name), entry.is_symlink(), entry.path
 
 
@@ -96,7 +96,7 @@ def _entries(root: Path, skipped: list[str]) -> Iterator["os.DirEntry[str]"]:
             yield entry
 
 
-def _unfit(
+def _exclusion_reason(
     entry: "os.DirEntry[str]", roots: Sequence[Path], seen: set[tuple[int, int]]
 ) -> str | None:
     """Return why a file is left out, empty where that needs no word; None: it is fit."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from backends.base import Backend, EngineOptions, ModelInfo
-from catalog.convert.choice import faithful, smaller
+from catalog.convert.choice import least_lossy_conversion, smaller_conversion
 from catalog.convert.memory import OnMemory, needed_bytes
 from catalog.convert.pause import PauseSwitch
 from catalog.convert.run import ConversionProgress, ConversionRequest, convert, plan, sweep
@@ -120,9 +120,9 @@ class Conversions:
             name for name, backend in self._backends.items() if backend.availability().is_available
         }
         if isinstance(problem, InsufficientMemory):
-            return smaller(record.info, runnable, self._fits)
+            return smaller_conversion(record.info, runnable, self._fits)
         if isinstance(problem, BackendUnavailable):
-            return faithful(record.info, runnable)
+            return least_lossy_conversion(record.info, runnable)
         return None
 
     def _fits(self, info: ModelInfo) -> bool:
@@ -156,7 +156,7 @@ class Conversions:
         )
         try:
             async with self._turn:
-                await self._pause.passed()
+                await self._pause.wait_until_off()
                 conversion.doing = "waiting for memory"
                 async with self._hold(
                     f"conversion of {record.id}", _needed_bytes(request), _MEMORY_WAIT_S

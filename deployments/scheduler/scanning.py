@@ -39,13 +39,13 @@ class Scanner:
             except Exception:
                 logger.exception("the scan of the model folders failed")
                 return
-            if report.has_news:
+            if report.has_changes:
                 logger.info("scan: %s", report)
 
     def _scan(self) -> ScanReport:
         inspector = Inspector(list(self._backends))
         try:
             backends = list(self._backends.values())
-            return scan(self._settings, self._store, backends, look_into=inspector.examine)
+            return scan(self._settings, self._store, backends, identify_file=inspector.examine)
         finally:
             inspector.close()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from backends.base import ModelInfo
-from catalog.convert.job import Job, copy_sidecars, lift_rope, read_json, stage
+from catalog.convert.job import Job, copy_sidecars, link_source, read_json, with_legacy_rope_keys
 from catalog.convert.run import ConversionProgress, ConversionRequest, convert
 from catalog.convert.steps.gguf_tokenizer import PATTERNS, patterns_for, pre_name, pre_tokenizer
 from catalog.convert.steps.to_gguf import rope_factors
@@ -182,7 +182,7 @@ def test_staging_shows_the_models_files_alone(source: Path, tmp_path: Path) -> N
     listed = (source / "config.json", source / "evil.py", source / "tokenizer.json")
     work = tmp_path / "work"
     work.mkdir()
-    folder = stage(job(listed, work))
+    folder = link_source(job(listed, work))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "tokenizer.json"]
     assert "auto_map" not in read_json(folder / "config.json")
     out = tmp_path / "out"
@@ -206,20 +206,27 @@ def test_damaged_json_is_a_broken_model(tmp_path: Path, text: str) -> None:
 
 
 def test_rope_parameters_are_lifted_for_older_readers() -> None:
-    plain = lift_rope({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
+    plain = with_legacy_rope_keys({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
     assert plain["rope_theta"] == 5e5
     assert "rope_scaling" not in plain
-    scaled = lift_rope({"rope_parameters": {"rope_theta": 1.0, "rope_type": "linear", "factor": 2}})
+    scaled = with_legacy_rope_keys(
+        {"rope_parameters": {"rope_theta": 1.0, "rope_type": "linear", "factor": 2}}
+    )
     assert scaled["rope_scaling"] == {"rope_type": "linear", "factor": 2}
-    nested = lift_rope({
+    nested = with_legacy_rope_keys({
         "rope_parameters": {
             "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
             "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
         }
     })  # fmt: skip
     assert (nested["rope_theta"], nested["rope_local_base_freq"]) == (1e6, 1e4)
-    assert lift_rope({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 9.0}})["rope_theta"] == 7
-    assert lift_rope({"vocab_size": 3}) == {"vocab_size": 3}
+    assert (
+        with_legacy_rope_keys({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 9.0}})[
+            "rope_theta"
+        ]
+        == 7
+    )
+    assert with_legacy_rope_keys({"vocab_size": 3}) == {"vocab_size": 3}
 
 
 def test_llama_3_stretches_long_wavelengths_only() -> None:

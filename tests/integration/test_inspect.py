@@ -30,16 +30,16 @@ def hostile(expression: str, *, limit_s: float = 30.0) -> Inspector:
 import ctypes, os, socket, sys, time
 import catalog.scan.inspector_child as child
 def answer(self, path):
-    self._stage("its identification")
+    self._send_stage("its identification")
     result = "fine"
     if path.name != "good":
         try:
             result = str({expression})
         except BaseException as problem:
             result = repr(problem)
-    self._say({{"unknown": [result]}})
+    self._send({{"unknown": [result]}})
 sys.argv[1:] = ["gguf"]
-child.Child.answer = answer
+child.InspectionServer.answer = answer
 child.CPU_S = 1
 child.main()
 """

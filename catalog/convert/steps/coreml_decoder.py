@@ -39,12 +39,12 @@ def decoder_of(folder: HfFolder, context_tokens: int) -> Decoder:
     config = folder.config
     kind = str(config.get("model_type", ""))
     if kind not in _FAMILY:
-        raise _refused(f"a model of type {kind[:50]!r}; it can convert {', '.join(_FAMILY)}")
+        raise _unsupported(f"a model of type {kind[:50]!r}; it can convert {', '.join(_FAMILY)}")
     if config.get("hidden_act", "silu") != "silu":
-        raise _refused(f"the activation {str(config['hidden_act'])[:50]!r}")
+        raise _unsupported(f"the activation {str(config['hidden_act'])[:50]!r}")
     if config.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise _refused("heads that turn in part only")
-    longest = min(_whole(config, "max_position_embeddings", 2048), _MAX_CONTEXT)
+        raise _unsupported("heads that rotate only in part")
+    longest = min(_positive_int(config, "max_position_embeddings", 2048), _MAX_CONTEXT)
     window = config.get("sliding_window")
     if isinstance(window, int) and config.get("use_sliding_window") is not False:
         longest = min(longest, window)
@@ -54,15 +54,15 @@ def decoder_of(folder: HfFolder, context_tokens: int) -> Decoder:
             "model allows here.",
             param="context_tokens",
         )
-    heads = _whole(config, "num_attention_heads")
-    size = _whole(config, "head_dim", _whole(config, "hidden_size") // heads)
-    layers = _whole(config, "num_hidden_layers")
+    heads = _positive_int(config, "num_attention_heads")
+    size = _positive_int(config, "head_dim", _positive_int(config, "hidden_size") // heads)
+    layers = _positive_int(config, "num_hidden_layers")
     rotary = config.get("no_rope_layers") if kind == "smollm3" else None
     chosen = rotary if isinstance(rotary, list) and len(rotary) == layers else [1] * layers
     return Decoder(
         layers=layers,
         heads=heads,
-        kv_heads=_whole(config, "num_key_value_heads", heads),
+        kv_heads=_positive_int(config, "num_key_value_heads", heads),
         head_size=size,
         context=context_tokens,
         epsilon=float(config.get("rms_norm_eps", 1e-6)),
@@ -71,11 +71,11 @@ def decoder_of(folder: HfFolder, context_tokens: int) -> Decoder:
     )
 
 
-def _refused(what: str) -> RequestError:
+def _unsupported(what: str) -> RequestError:
     return RequestError(f"The Core ML conversion does not know {what}.", param="model")
 
 
-def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 1 <= value <= 2**24:
@@ -97,7 +97,7 @@ def _frequencies(config: Mapping[str, Any], size: int) -> tuple[float, ...]:
     if kind == "linear":
         return tuple(each / float(scaling["factor"]) for each in plain)
     if kind != "llama3":
-        raise _refused(f"the position scaling {str(kind)[:50]!r}")
+        raise _unsupported(f"the position scaling {str(kind)[:50]!r}")
     factor = float(scaling["factor"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     trained = float(scaling["original_max_position_embeddings"])
@@ -130,7 +130,7 @@ def read_weights(source: Path, decoder: Decoder) -> Tensors:
     if missing := sorted(needed - weights.keys()):
         raise BrokenModel(f"The weights have no {missing[0]}.", param="model")
     if unknown := sorted(weights.keys() - needed - optional):
-        raise _refused(f"the weights {unknown[0][:100]!r}")
+        raise _unsupported(f"the weights {unknown[0][:100]!r}")
     return weights
 
 
@@ -169,15 +169,15 @@ def _forward(module: Any, decoder: Decoder, token_ids: Any, mask: Any) -> Any:
 
     end = mask.shape[-1]
     past = end - token_ids.shape[-1]
-    turn = (module.cosines[past:end][None, None], module.sines[past:end][None, None])
+    rotation = (module.cosines[past:end][None, None], module.sines[past:end][None, None])
     x = functional.embedding(token_ids, module.weight("model.embed_tokens.weight"))
     for index in range(decoder.layers):
-        x = _layer(module, decoder, index, x, mask, turn)
-    x = _normed(x, module.weight("model.norm.weight"), decoder.epsilon)
+        x = _layer(module, decoder, index, x, mask, rotation)
+    x = _rms_norm(x, module.weight("model.norm.weight"), decoder.epsilon)
     return functional.linear(x, module.weight("lm_head.weight"))
 
 
-def _layer(module: Any, decoder: Decoder, index: int, x: Any, mask: Any, turn: Any) -> Any:
+def _layer(module: Any, decoder: Decoder, index: int, x: Any, mask: Any, rotation: Any) -> Any:
     from torch.nn import functional
 
     start = _LAYER.format(index)
@@ -190,10 +190,10 @@ def _layer(module: Any, decoder: Decoder, index: int, x: Any, mask: Any, turn: A
         value = linear(f"self_attn.{name}_proj", value)
         value = value.view(1, -1, count, decoder.head_size).transpose(1, 2)
         norm = module.weight(f"{start}self_attn.{name}_norm.weight")
-        value = value if norm is None else _normed(value, norm, decoder.epsilon)
-        return _turned(value, *turn) if decoder.rotary[index] and name in "qk" else value
+        value = value if norm is None else _rms_norm(value, norm, decoder.epsilon)
+        return _rotated(value, *rotation) if decoder.rotary[index] and name in "qk" else value
 
-    hidden = _normed(x, module.weight(f"{start}input_layernorm.weight"), decoder.epsilon)
+    hidden = _rms_norm(x, module.weight(f"{start}input_layernorm.weight"), decoder.epsilon)
     query = heads("q", hidden, decoder.heads)
     groups = decoder.heads // decoder.kv_heads
     end = mask.shape[-1]
@@ -206,16 +206,16 @@ def _layer(module: Any, decoder: Decoder, index: int, x: Any, mask: Any, turn: A
     attended = functional.scaled_dot_product_attention(query, cached[0], cached[1], mask)
     width = decoder.heads * decoder.head_size
     x = x + linear("self_attn.o_proj", attended.transpose(1, 2).reshape(1, -1, width))
-    hidden = _normed(x, module.weight(f"{start}post_attention_layernorm.weight"), decoder.epsilon)
+    hidden = _rms_norm(x, module.weight(f"{start}post_attention_layernorm.weight"), decoder.epsilon)
     gate = functional.silu(linear("mlp.gate_proj", hidden))
     return x + linear("mlp.down_proj", gate * linear("mlp.up_proj", hidden))
 
 
-def _normed(x: Any, weight: Any, epsilon: float) -> Any:
+def _rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     return x * (x.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt() * weight
 
 
-def _turned(x: Any, cosines: Any, sines: Any) -> Any:
+def _rotated(x: Any, cosines: Any, sines: Any) -> Any:
     import torch
 
     first, second = x.chunk(2, -1)

@@ -8,8 +8,15 @@ from typing import Any
 
 from backends.gguf.file import gguf_info
 from backends.gguf.header import read_gguf
-from catalog.convert.job import Job, Report, lift_rope, read_json, weight_files, write_json
-from catalog.convert.steps.gguf_tokenizer import gguf_vocabulary, repair
+from catalog.convert.job import (
+    Job,
+    Report,
+    read_json,
+    weight_files,
+    with_legacy_rope_keys,
+    write_json,
+)
+from catalog.convert.steps.gguf_tokenizer import gguf_vocabulary, match_gguf_tokenizer
 from core.errors import BrokenModel, ImpetusError
 
 _SHARD_BYTES = "5GB"
@@ -62,7 +69,7 @@ def write_tokenizer(source: Path, output: Path) -> None:
     )
     header = read_gguf(source)
     with gguf_vocabulary(source) as vocabulary:
-        repair(made.backend_tokenizer, vocabulary, header.text("tokenizer.ggml.pre"))
+        match_gguf_tokenizer(made.backend_tokenizer, vocabulary, header.text("tokenizer.ggml.pre"))
     made.save_pretrained(output)
     described = read_json(output / "tokenizer_config.json")
     for key in ("is_local", "local_files_only", "name_or_path"):
@@ -73,7 +80,7 @@ def write_tokenizer(source: Path, output: Path) -> None:
 
 def finish_config(output: Path, dtype: str) -> dict[str, Any]:
     """Complete the config.json that transformers wrote, for readers other than itself."""
-    config = lift_rope(read_json(output / "config.json"))
+    config = with_legacy_rope_keys(read_json(output / "config.json"))
     for key in ("_name_or_path", "_model_name_or_path", "quantization_config"):
         config.pop(key, None)
     config["dtype"] = config["torch_dtype"] = dtype

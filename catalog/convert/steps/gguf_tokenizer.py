@@ -159,7 +159,7 @@ def gguf_vocabulary(path: Path) -> Iterator[GgufVocabulary]:
         vocabulary.close()
 
 
-def disagreements(tokenizer: Any, vocabulary: GgufVocabulary) -> list[str]:
+def tokenizer_differences(tokenizer: Any, vocabulary: GgufVocabulary) -> list[str]:
     """Return the probes that a `tokenizers.Tokenizer` and llama.cpp tokenize differently."""
     specials = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     probes = [*PROBES, *(f"before{text} after\n{text}" for text in specials[:8])]
@@ -172,7 +172,7 @@ def disagreements(tokenizer: Any, vocabulary: GgufVocabulary) -> list[str]:
     ]
 
 
-def repair(tokenizer: Any, vocabulary: GgufVocabulary, pre: str) -> None:
+def match_gguf_tokenizer(tokenizer: Any, vocabulary: GgufVocabulary, pre: str) -> None:
     """Make a tokenizer that was derived from a GGUF file split and frame text as the file says.
 
     Raises UnsupportedCapability when it still disagrees with llama.cpp.
@@ -189,7 +189,7 @@ def repair(tokenizer: Any, vocabulary: GgufVocabulary, pre: str) -> None:
         pair=[part for part in (*frame, "$B:0") if part],
         special_tokens=[(text, token_id) for token_id, text in filter(None, (bos, eos))],
     )
-    different = disagreements(tokenizer, vocabulary)
+    different = tokenizer_differences(tokenizer, vocabulary)
     if different:
         raise UnsupportedCapability(
             f"The tokenizer ({pre or 'unnamed'}) cannot be converted faithfully: "
@@ -198,13 +198,13 @@ def repair(tokenizer: Any, vocabulary: GgufVocabulary, pre: str) -> None:
         )
 
 
-def check_same(tokenizer: Any, gguf: Path) -> None:
+def check_same_tokens(tokenizer: Any, gguf: Path) -> None:
     """Compare a tokenizer with the GGUF file that was written from it.
 
     Raises UnsupportedCapability when they disagree.
     """
     with gguf_vocabulary(gguf) as vocabulary:
-        different = disagreements(tokenizer, vocabulary)
+        different = tokenizer_differences(tokenizer, vocabulary)
     if different:
         raise UnsupportedCapability(
             f"llama.cpp would tokenize {len(different)} of {2 * len(PROBES)} texts differently, "

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.gguf.layout import FILE_TYPES
-from catalog.convert.job import Job, Report, stage
+from catalog.convert.job import Job, Report, link_source
 from catalog.convert.steps.from_gguf import quantize_file, single_file
-from catalog.convert.steps.gguf_tokenizer import check_same
+from catalog.convert.steps.gguf_tokenizer import check_same_tokens
 from catalog.convert.steps.hf_source import ARCHITECTURES, HfSource, add_vocabulary, read_source
 from core.errors import BrokenModel, UnsupportedCapability
 
@@ -43,7 +43,7 @@ def to_gguf(job: Job, report: Report) -> None:
     """
     from tokenizers import Tokenizer
 
-    source = stage(job)
+    source = link_source(job)
     model = read_source(source)
     target = job.output / f"{job.name}.gguf"
     is_direct = job.quantization in _DIRECT
@@ -51,7 +51,7 @@ def to_gguf(job: Job, report: Report) -> None:
     dtype = job.quantization if is_direct else "f32"
     _write(job, model, plain, dtype, report)
     report(0.7, "comparing the tokenizers")
-    check_same(Tokenizer.from_file(str(source / "tokenizer.json")), plain)
+    check_same_tokens(Tokenizer.from_file(str(source / "tokenizer.json")), plain)
     if not is_direct:
         report(0.75, "quantizing")
         quantize_file(plain, target, file_type=file_type(job.quantization), threads=job.threads)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from catalog.convert.graph import MLX_BITS
-from catalog.convert.job import Job, Report, copy_sidecars, stage, write_json
+from catalog.convert.job import Job, Report, copy_sidecars, link_source, write_json
 from catalog.convert.steps.from_gguf import DTYPES
 from core.errors import UnsupportedCapability
 
@@ -20,7 +20,7 @@ def to_mlx(job: Job, report: Report) -> None:
     from mlx_lm.utils import load_model, quantize_model, save_model
 
     report(0.0, "reading the weights")
-    source = stage(job)
+    source = link_source(job)
     # mlx-lm takes any file of this pattern for weights, an index or not.
     for number, shard in enumerate(sorted(source.glob("*.safetensors"))):
         if not shard.name.startswith("model"):

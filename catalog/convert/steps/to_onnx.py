@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from catalog.convert.job import Job, Report, copy_sidecars, stage
+from catalog.convert.job import Job, Report, copy_sidecars, link_source
 from core.errors import UnsupportedCapability
 
 _PRECISIONS = {"f32": "fp32", "int4": "int4", "int8": "int8"}
@@ -19,7 +19,7 @@ def to_onnx(job: Job, report: Report) -> None:
     The exporter "auto" falls back from "genai" to "torch" for architectures that only PyTorch
     knows, in f32.  Raises UnsupportedCapability.
     """
-    source = stage(job)
+    source = link_source(job)
     if job.exporter in ("auto", "genai"):
         report(0.0, "building the graph")
         try:

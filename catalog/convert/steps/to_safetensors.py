@@ -10,8 +10,8 @@ from catalog.convert.job import (
     Job,
     Report,
     copy_sidecars,
+    link_source,
     read_json,
-    stage,
     weight_files,
     write_json,
 )
@@ -154,7 +154,7 @@ def to_safetensors(job: Job, report: Report) -> None:
 
     torch.set_num_threads(job.threads)
     files = weight_files(job, _SUFFIXES)
-    folder = stage(job)
+    folder = link_source(job)
     config = read_json(folder / "config.json")
     dtype = None if job.quantization == ORIGINAL else getattr(torch, DTYPES[job.quantization])
     is_tied = config.get("tie_word_embeddings", False) is True

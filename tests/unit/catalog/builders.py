@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.base import ModelInfo
-from catalog.models import Found, Local, ModelRecord, ScanReport
+from catalog.models import Local, ModelRecord, ScannedModel, ScanReport
 from catalog.store import CatalogStore
 from core.types import Capability
 
@@ -28,9 +28,9 @@ def make_info(path: str = "/m/tiny.gguf", **changes: Any) -> ModelInfo:
     return replace(info, **changes)
 
 
-def make_found(path: str = "/m/tiny.gguf", reason: str = "", **changes: Any) -> Found:
+def make_found(path: str = "/m/tiny.gguf", reason: str = "", **changes: Any) -> ScannedModel:
     """Return what a scan would find at `path`."""
-    return Found(make_info(path, **changes), Local("/m"), f"1:{path}", reason)
+    return ScannedModel(make_info(path, **changes), Local("/m"), f"1:{path}", reason)
 
 
 def make_record(record_id: str, **changes: Any) -> ModelRecord:
@@ -39,6 +39,6 @@ def make_record(record_id: str, **changes: Any) -> ModelRecord:
     return ModelRecord(record_id, make_info(**changes), Local("/m"), "1:", 0.0, state=state)
 
 
-def write(store: CatalogStore, *found: Found, missing: tuple[str, ...] = ()) -> ScanReport:
+def write(store: CatalogStore, *found: ScannedModel, missing: tuple[str, ...] = ()) -> ScanReport:
     """Record a scan's result at time 100."""
     return store.record_scan(found, missing, (), now=100.0)

@@ -79,5 +79,5 @@ def test_an_embedding_model_is_for_embeddings() -> None:
 
 
 def test_what_cannot_run_fits_nobody() -> None:
-    found = fits(unusable="the file is gone")
+    found = fits(unusable_reason="the file is gone")
     assert set(found.values()) == {Fit("no", ("the file is gone",))}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from catalog.migrations import MIGRATIONS, migrate
-from catalog.models import BuiltIn, Converted, Found, Local, Package, Source
+from catalog.models import BuiltIn, Converted, Local, Package, ScannedModel, Source
 from catalog.store import CatalogStore
 from core.errors import ImpetusError, ModelNotFound, NotFound, RequestError
 from tests.unit.catalog.builders import make_found, make_info, write
@@ -46,7 +46,7 @@ def test_record_comes_back_as_it_was_written(store: CatalogStore) -> None:
     "source", [Local("/a"), Package("x", "1.2"), Converted("/a", "m@gguf-f16"), BuiltIn()]
 )
 def test_source_comes_back_as_it_was_written(store: CatalogStore, source: Source) -> None:
-    write(store, Found(make_info(), source, "1:"))
+    write(store, ScannedModel(make_info(), source, "1:"))
     assert store.models()[0].source == source
 
 

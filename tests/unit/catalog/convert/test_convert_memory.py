@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from catalog.convert.graph import _EDGES, plan
-from catalog.convert.memory import _STEPS, held_bytes, needed_bytes
+from catalog.convert.memory import _STEPS, needed_bytes, process_tree_bytes
 from core.units import GIB, MIB
 from tests.unit.catalog.builders import make_info
 
@@ -62,5 +62,5 @@ def test_a_chain_needs_what_its_largest_step_needs() -> None:
 
 
 def test_what_a_process_holds_is_its_own() -> None:
-    assert held_bytes(os.getpid()) > 10 * MIB
-    assert held_bytes(2**22 + 1) == 0
+    assert process_tree_bytes(os.getpid()) > 10 * MIB
+    assert process_tree_bytes(2**22 + 1) == 0

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from backends.base import ModelInfo
-from catalog.convert.output import Partial, fingerprint, require_space, sweep, write_provenance
+from catalog.convert.output import (
+    PartialOutput,
+    fingerprint,
+    require_space,
+    sweep,
+    write_provenance,
+)
 from catalog.scan.walk import walk
 from core.errors import ModelFileMissing, RequestError, Unavailable
 
@@ -44,7 +50,7 @@ def dead_pid() -> int:
 
 
 def test_a_partial_folder_is_hidden_from_scans_and_published_in_one_step(tmp_path: Path) -> None:
-    partial = Partial.create(tmp_path / "made")
+    partial = PartialOutput.create(tmp_path / "made")
     result = partial.folder / "step-0"
     result.mkdir()
     (result / "model.safetensors").write_bytes(b"x")
@@ -56,7 +62,7 @@ def test_a_partial_folder_is_hidden_from_scans_and_published_in_one_step(tmp_pat
 
 
 def test_publishing_refuses_a_name_taken_meanwhile(tmp_path: Path) -> None:
-    partial = Partial.create(tmp_path / "made")
+    partial = PartialOutput.create(tmp_path / "made")
     result = partial.folder / "step-0"
     result.mkdir()
     (tmp_path / "made").mkdir()
@@ -70,7 +76,7 @@ def test_publishing_refuses_a_name_taken_meanwhile(tmp_path: Path) -> None:
 def test_publishing_never_replaces_what_came_after_the_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    partial = Partial.create(tmp_path / "made")
+    partial = PartialOutput.create(tmp_path / "made")
     result = partial.folder / "step-0"
     result.mkdir()
     (tmp_path / "made").mkdir()
@@ -84,11 +90,11 @@ def test_publishing_never_replaces_what_came_after_the_check(
 
 def test_an_unwritable_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="Nothing can be written"):
-        Partial.create(tmp_path / "missing" / "made")
+        PartialOutput.create(tmp_path / "missing" / "made")
 
 
 def test_sweep_spares_the_living(tmp_path: Path) -> None:
-    partial = Partial.create(tmp_path / "made")
+    partial = PartialOutput.create(tmp_path / "made")
     assert sweep(tmp_path) == ()
     assert partial.folder.is_dir()
     partial.remove()

@@ -34,7 +34,7 @@ async def test_f15_a_covered_process_stops_and_goes_on(
     process: asyncio.subprocess.Process,
 ) -> None:
     switch = PauseSwitch()
-    with switch.covering(process.pid):
+    with switch.controlling(process.pid):
         switch.switch(is_on=True)
         await reaches(process, is_stopped=True)
         switch.switch(is_on=False)
@@ -46,7 +46,7 @@ async def test_f15_what_begins_while_it_is_on_is_stopped_and_can_still_be_killed
 ) -> None:
     switch = PauseSwitch()
     switch.switch(is_on=True)
-    with switch.covering(process.pid):
+    with switch.controlling(process.pid):
         await reaches(process, is_stopped=True)
         process.kill()
         assert await process.wait() == -signal.SIGKILL
@@ -56,21 +56,21 @@ async def test_a_process_that_ended_or_is_no_longer_covered_is_left_alone(
     process: asyncio.subprocess.Process,
 ) -> None:
     switch = PauseSwitch()
-    with switch.covering(process.pid):
+    with switch.controlling(process.pid):
         pass
     switch.switch(is_on=True)
     await reaches(process, is_stopped=False)
     process.kill()
     await process.wait()
-    with switch.covering(process.pid):
+    with switch.controlling(process.pid):
         switch.switch(is_on=False)
 
 
 async def test_nothing_passes_while_it_is_on() -> None:
     switch = PauseSwitch()
-    await switch.passed()
+    await switch.wait_until_off()
     switch.switch(is_on=True)
-    waiting = asyncio.ensure_future(switch.passed())
+    waiting = asyncio.ensure_future(switch.wait_until_off())
     await asyncio.sleep(0)
     assert not waiting.done()
     switch.switch(is_on=False)

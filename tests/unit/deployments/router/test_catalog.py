@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from catalog.models import Converted, Found, Local
+from catalog.models import Converted, Local, ScannedModel
 from catalog.store import CatalogStore
 from core.errors import (
     BackendUnavailable,
@@ -85,7 +85,9 @@ def view(tmp_path: Path, store: CatalogStore, scheduler: Scheduler) -> Iterator[
     view.close()
 
 
-def found(name: str, format: str = "gguf", quantization: str = "q4_0", **changes: Any) -> Found:
+def found(
+    name: str, format: str = "gguf", quantization: str = "q4_0", **changes: Any
+) -> ScannedModel:
     source = changes.pop("source", Local("/m"))
     reason = changes.pop("reason", "")
     size_bytes = changes.pop("size_bytes", 1000)
@@ -93,10 +95,10 @@ def found(name: str, format: str = "gguf", quantization: str = "q4_0", **changes
     details = {"n_layer": 2, "n_embd": 64, "n_head_kv": 2, "key_length": 32, "value_length": 32}
     info = make_info(path, format=format, quantization=quantization, size_bytes=size_bytes)
     info = replace(info, name=name, details={**details, "vocabulary_size": 100, **changes})
-    return Found(info, source, f"1:{path}", reason)
+    return ScannedModel(info, source, f"1:{path}", reason)
 
 
-def write(store: CatalogStore, *entries: Found, missing: tuple[str, ...] = ()) -> None:
+def write(store: CatalogStore, *entries: ScannedModel, missing: tuple[str, ...] = ()) -> None:
     store.record_scan(entries, missing, (), now=100.0)
 
 
