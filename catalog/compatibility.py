@@ -1,4 +1,4 @@
-"""What each client can do with a model, and why: pure.
+"""Rates how well each supported client (Cline, Continue, …) can use a model, and why; pure.
 
 Token counts of the clients' own prompts were measured with the starter's vocabulary: Cline 3.0
 5,900, Continue's command line 1.5 2,070, Claude Code 2.1 12,900.
@@ -12,14 +12,14 @@ from core.types import Capability
 
 Level: TypeAlias = Literal["ok", "limited", "no"]
 
-# Below it a model rarely keeps to a plan over several tool calls.
+# Smaller models rarely follow a plan over several tool calls.
 AGENT_PARAMETERS = 3_000_000_000
 _INFILL = "infill"
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How well a client can use a model; `reasons` are empty where nothing is missing."""
+    """How well a client can use a model; `reasons` is empty if nothing is missing."""
 
     level: Level
     reasons: tuple[str, ...] = ()
@@ -27,10 +27,10 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What a client needs to know of a model.
+    """The properties of a model that decide which clients can use it.
 
-    `context_tokens` is what is granted here; `parameters` 0 means unknown.  `unusable_reason` says
-    why the model cannot run at all.
+    `context_tokens` is the context granted on this machine; `parameters` 0 means unknown.
+    `unusable_reason` says why the model cannot run at all; empty if it can.
     """
 
     capabilities: Collection[str]
@@ -41,7 +41,7 @@ class Traits:
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """Tokens a client needs to start at all, and to work on more than a small task."""
+    """Context tokens that a client needs to start, and for more than small tasks."""
 
     least: int
     comfortable: int
@@ -58,7 +58,7 @@ _CHAT_CLIENT = _Context(512, 4_096)
 
 
 def compatibility(traits: Traits) -> Mapping[str, Fit]:
-    """Return every client's fit, by the names that `scripts/connect` takes."""
+    """Return the rating for every client, keyed by the names `scripts/connect` accepts."""
     return {client: _fit(rule, traits) for client, rule in _RULES.items()}
 
 
@@ -92,7 +92,7 @@ def _continue(traits: Traits) -> Iterator[_Finding]:
 
 def _open_webui(traits: Traits) -> Iterator[_Finding]:
     if Capability.CHAT not in traits.capabilities and Capability.EMBEDDING in traits.capabilities:
-        yield "limited", "for the embeddings of documents only"
+        yield "limited", "for document embeddings only"
         return
     yield from _chat_client(traits)
 
@@ -109,7 +109,7 @@ def _library(traits: Traits) -> Iterator[_Finding]:
 
 def _check_chat(traits: Traits) -> Iterator[_Finding]:
     if Capability.CHAT not in traits.capabilities:
-        yield "no", "the model is not for chat"
+        yield "no", "the model does not support chat"
 
 
 def _check_context(traits: Traits, context: _Context) -> Iterator[_Finding]:
@@ -121,12 +121,12 @@ def _check_context(traits: Traits, context: _Context) -> Iterator[_Finding]:
     elif traits.context_tokens < context.comfortable:
         yield (
             "limited",
-            f"the context of {traits.context_tokens:,} tokens is for small tasks only; "
-            f"{context.comfortable:,} are comfortable",
+            f"the context of {traits.context_tokens:,} tokens is enough for small tasks only; "
+            f"{context.comfortable:,} are recommended",
         )
 
 
-_TOOLS_IN_PROMPT = "the chat template knows no tools; they are written into the prompt"
+_TOOLS_IN_PROMPT = "the chat template does not support tools; they are written into the prompt"
 
 
 def _check_tools(traits: Traits) -> Iterator[_Finding]:
@@ -135,7 +135,7 @@ def _check_tools(traits: Traits) -> Iterator[_Finding]:
     if 0 < traits.parameters < AGENT_PARAMETERS:
         yield (
             "limited",
-            f"with {_billions(traits.parameters)} parameters too small to act as an agent reliably",
+            f"{_billions(traits.parameters)} parameters are too few for reliable agent work",
         )
 
 

@@ -1,4 +1,4 @@
-"""What the catalog's rows hold as JSON."""
+"""Encodes and decodes model descriptions and sources as JSON for the catalog's rows."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from core.types import Capability
 
 
 def info_to_json(info: ModelInfo) -> str:
-    """Return a model's description as JSON text, the same for equal descriptions."""
+    """Return a model's description as JSON; equal descriptions give equal text."""
     fields = {
         "format": info.format,
         "name": info.name,
@@ -37,7 +37,7 @@ def info_from_json(text: str) -> ModelInfo:
 
 
 def source_to_json(source: Source) -> str:
-    """Return where a model comes from as JSON text."""
+    """Return a model's source as JSON."""
     match source:
         case Local(root):
             fields = {"kind": "local", "root": root}

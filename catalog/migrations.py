@@ -1,4 +1,4 @@
-"""The catalog's schema, one numbered step after the other, and the file that has it."""
+"""Opens the catalog database, migrates its schema, and moves a damaged file aside."""
 
 import fcntl
 import logging
@@ -20,7 +20,7 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a damaged database and its journals to the next free `.corrupt-<n>`; return that."""
+    """Rename a damaged database and its journals to the next free `.corrupt-<n>`; return it."""
     number = 1
     while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
         number += 1
@@ -32,7 +32,7 @@ def move_aside(path: Path) -> Path:
 
 
 def m001_models(connection: sqlite3.Connection) -> None:
-    """Create models, user aliases and the counter that every change raises."""
+    """Create the tables for models and aliases, and the change counter."""
     connection.execute(
         """
         CREATE TABLE models (
@@ -60,12 +60,12 @@ def m001_models(connection: sqlite3.Connection) -> None:
     )
     connection.execute("CREATE INDEX aliases_by_model ON aliases (model_id)")
     connection.execute("CREATE TABLE changes (only_row INTEGER PRIMARY KEY, count INTEGER) STRICT")
-    # A random start: a rebuilt catalog must not look unchanged to a reader's cache.
+    # A random start, so that readers with a cache notice a rebuilt catalog.
     connection.execute("INSERT INTO changes VALUES (1, abs(random() % 1000000000))")
 
 
 def m002_settings(connection: sqlite3.Connection) -> None:
-    """Give every model settings of its own, a JSON object of those that were set."""
+    """Add a column for each model's settings: a JSON object of those that were set."""
     connection.execute("ALTER TABLE models ADD COLUMN settings TEXT NOT NULL DEFAULT '{}'")
 
 
@@ -73,16 +73,17 @@ MIGRATIONS: tuple[Migration, ...] = (m001_models, m002_settings)
 
 
 def migrate(connection: sqlite3.Connection, migrations: Sequence[Migration] = MIGRATIONS) -> None:
-    """Bring the schema up to date, each step in its own transaction.
+    """Run the migrations that the database lacks, each in its own transaction.
 
-    `connection` is in autocommit mode.  Raises ImpetusError for a schema newer than ours, which
-    stays untouched, and for a failing step, which is rolled back.
+    `connection` is in autocommit mode.  Raises ImpetusError for a schema newer than this program,
+    which is left untouched, and for a failing migration, which is rolled back.
     """
     version = _version(connection)
     if version > len(migrations):
         raise ImpetusError(
-            f"The catalog was written by a newer version of this program (schema {version}, known "
-            f"is {len(migrations)}). Install that version, or set another IMPETUS_HOME."
+            f"The catalog was written by a newer version of Impetus (its schema is {version}, this "
+            f"version supports up to {len(migrations)}). Install the newer version, or set "
+            "IMPETUS_HOME to another folder."
         )
     for number, step in enumerate(migrations[version:], start=version + 1):
         connection.execute("BEGIN IMMEDIATE")
@@ -96,7 +97,8 @@ def migrate(connection: sqlite3.Connection, migrations: Sequence[Migration] = MI
             if not isinstance(error, sqlite3.Error):
                 raise
             raise ImpetusError(
-                f"Updating the catalog to schema {number} failed and was undone: {error}"
+                f"Migrating the catalog to schema {number} failed and was rolled back: {error}. "
+                "Check that the disk has free space, then start the server again."
             ) from error
 
 
@@ -105,10 +107,10 @@ def _version(connection: sqlite3.Connection) -> int:
 
 
 def open_catalog(path: Path) -> sqlite3.Connection:
-    """Return the catalog at `path` with today's schema, in autocommit mode.
+    """Return the catalog at `path` with the current schema, in autocommit mode.
 
-    A damaged file is moved aside and an empty catalog takes its place.  Raises OSError,
-    sqlite3.Error, and what `migrate` raises.
+    A damaged file is moved aside and replaced by an empty catalog.  Raises OSError,
+    sqlite3.Error, and the errors of `migrate`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(path.with_name(path.name + ".lock")):
@@ -117,7 +119,7 @@ def open_catalog(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Keep other processes from opening, repairing and migrating at the same time."""
+    """Hold a lock that keeps other processes from opening or migrating the catalog."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""What the catalog keeps: models, where they come from, and what a scan found."""
+"""Data types of the catalog: model records, their sources and settings, and scan results."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
@@ -11,14 +11,14 @@ RecordState: TypeAlias = Literal["ok", "refused", "missing"]
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """Files in a folder that is scanned."""
+    """Files in a scanned model folder."""
 
     root: str
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """Files that an installed Python package brought, used where they lie."""
+    """Files inside an installed Python package, used in place."""
 
     distribution: str
     version: str
@@ -26,7 +26,7 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """Files that were converted here, in a scanned folder; `model_id` is what they came from."""
+    """Files in a scanned folder that this server converted from the model `model_id`."""
 
     root: str
     model_id: str
@@ -34,7 +34,7 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class BuiltIn:
-    """A model that needs no files."""
+    """A model without files of its own."""
 
 
 Source: TypeAlias = Local | Package | Converted | BuiltIn
@@ -42,13 +42,13 @@ Source: TypeAlias = Local | Package | Converted | BuiltIn
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """What a user set for one model; None leaves the server's default.
+    """A user's settings for one model; None means the server's default.
 
-    `context_length` is an upper bound in tokens.  A model that was idle for `keep_alive_s` seconds
-    is unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name
-    none.  `max_sequences` are generated at the same time.  `kv_type` is what keys and values are
-    kept as, of those that `backends.abilities` knows for the model.  `tool_parser` names the family
-    of the model's tool calls where its chat template does not tell.
+    `context_length` is an upper bound in tokens.  A model idle for `keep_alive_s` seconds is
+    unloaded; a model with `pin` is never evicted.  `priority` applies to requests without one.
+    `max_sequences` bounds the sequences generated at the same time.  `kv_type` is the type of the
+    KV cache, one of those that `backends.abilities` lists for the model.  `tool_parser` is the
+    tool call family of a model whose chat template does not show it.
     """
 
     context_length: int | None = None
@@ -60,7 +60,7 @@ class ModelSettings:
     tool_parser: str | None = None
 
     def applied_to(self, options: EngineOptions) -> EngineOptions:
-        """Return how this model is opened; the server's own context bound holds as well."""
+        """Return `options` with these settings; the lower of both context bounds applies."""
         bounds = [n for n in (self.context_length, options.context_tokens) if n is not None]
         return replace(
             options,
@@ -72,15 +72,15 @@ class ModelSettings:
 
 
 def record_key(info: ModelInfo) -> str:
-    """Return what a model is recognised by from scan to scan: its first file's path."""
+    """Return the key that identifies a model across scans: the path of its first file."""
     return str(info.files[0]) if info.files else f"{info.format}:{info.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """A catalog entry; `info.name` is the bare name, `added_at` unix seconds.
+    """A catalog entry; `info.name` is the bare name, `added_at` is in Unix seconds.
 
-    A refused entry's `info` knows its format, file and size only; `reason` says why it is not ok.
+    The `info` of a refused entry has only format, file and size; `reason` says why it is not ok.
     """
 
     id: str
@@ -95,13 +95,13 @@ class ModelRecord:
 
     @property
     def key(self) -> str:
-        """What the entry is recognised by from scan to scan."""
+        """The key that identifies the entry across scans."""
         return record_key(self.info)
 
 
 @dataclass(frozen=True, slots=True)
 class ScannedModel:
-    """What a scan learned about one model; `reason` is why it is refused, if it is."""
+    """One model as a scan found it; `reason` says why it is refused, empty if it is not."""
 
     info: ModelInfo
     source: Source
@@ -110,13 +110,13 @@ class ScannedModel:
 
     @property
     def state(self) -> RecordState:
-        """Whether the model can be served."""
+        """The state of the new catalog entry."""
         return "refused" if self.reason else "ok"
 
 
 @dataclass(frozen=True, slots=True)
 class ScanReport:
-    """What a scan changed, as ids; `skipped` are paths with the reason."""
+    """The ids of the models that a scan changed; `skipped` lists paths with the reason."""
 
     added: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()

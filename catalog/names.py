@@ -1,4 +1,4 @@
-"""Readable, stable names for models: pure functions from file names to ids."""
+"""Derives readable, stable model ids from file names, and finds similar ids; pure."""
 
 import difflib
 import re
@@ -28,9 +28,9 @@ _UNINFORMATIVE = frozenset({
 
 
 def slug(text: str) -> str:
-    """Return `text` in lower case with nothing but a-z, 0-9, dot, underscore and hyphen.
+    """Return `text` in lower case, reduced to a-z, 0-9, dot, underscore and hyphen.
 
-    The same for NFC and NFD; accents go, other letters become hyphens.
+    NFC and NFD give the same result; accents are removed, other letters become hyphens.
     """
     plain = unicodedata.normalize("NFKD", text)
     plain = "".join(char for char in plain if not unicodedata.combining(char)).lower()
@@ -51,15 +51,15 @@ def _is_uninformative(name: str) -> bool:
 
 
 def is_descriptive(file_name: str) -> bool:
-    """Whether a file's name says which model it is; a hash does not."""
+    """Whether a file name identifies a model; a hash or `model.gguf` does not."""
     return not _is_uninformative(_without_suffixes(file_name))
 
 
 def bare_name(path_parts: Iterable[str], title: str) -> str:
-    """Return the name of the model whose file has these path parts, the file last.
+    """Return the model name for a file with these path parts, the file last.
 
-    `title` is what the file calls itself, for files named like `model.gguf`; the nearest folder
-    that says something comes after it.
+    Tries the file name, then `title` from the file's metadata, then the nearest folder with a
+    descriptive name.
     """
     parts = list(path_parts)
     *folders, file = parts or [""]
@@ -78,7 +78,7 @@ def model_id(name: str, format: str, quantization: str) -> str:
 
 
 def unique_id(base: str, taken: Collection[str]) -> str:
-    """Return `base`, or `base-2`, `base-3`, … for the first that is not taken."""
+    """Return `base` or, if taken, the first free one of `base-2`, `base-3`, …"""
     candidate, number = base, 1
     while candidate in taken:
         number += 1
@@ -87,7 +87,7 @@ def unique_id(base: str, taken: Collection[str]) -> str:
 
 
 def nearest_names(name: str, known: Iterable[str]) -> list[str]:
-    """Return up to three known ids that look like `name`, the likeliest first."""
+    """Return up to three known ids similar to `name`, the most similar first."""
     wanted = name[:_LONGEST_QUERY].lower()
     scores = {}
     for known_id in known:

@@ -1,4 +1,4 @@
-"""The catalog's database: the only place with SQL besides the migrations."""
+"""Stores models, aliases and settings in SQLite; all SQL except the migrations is here."""
 
 import json
 import re
@@ -35,10 +35,10 @@ _Row = tuple[str, str, str, str, float, str, str, str, str]
 
 
 class CatalogStore:
-    """Models and aliases in SQLite.  Every call blocks shortly; threads may share one store.
+    """The catalog database.  Every call blocks briefly; thread-safe.
 
-    Several processes may open the same file; writers wait for each other up to 5 s.  A damaged
-    file is moved aside and an empty catalog takes its place.  Raises ImpetusError when the file
+    Several processes may open the same file; writers wait up to 5 s for each other.  A damaged
+    file is moved aside and replaced by an empty catalog.  Raises ImpetusError when the file
     cannot be opened or written, or has a newer schema.
     """
 
@@ -48,7 +48,10 @@ class CatalogStore:
         try:
             self._connection = open_catalog(path)
         except (OSError, sqlite3.Error) as error:
-            raise ImpetusError(f"The catalog {path} cannot be opened: {error}") from error
+            raise ImpetusError(
+                f"The catalog {path} cannot be opened ({error}). Check that its folder exists and "
+                "that you may write to it."
+            ) from error
 
     def close(self) -> None:
         """Close the database; twice is fine."""
@@ -61,11 +64,14 @@ class CatalogStore:
             try:
                 yield self._connection
             except sqlite3.Error as error:
-                raise ImpetusError(f"The catalog {self._path} failed: {error}") from error
+                raise ImpetusError(
+                    f"The catalog {self._path} could not be read or written ({error}). Check the "
+                    "free disk space and that no other program holds the file."
+                ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """Run the body as one transaction that also counts as a change."""
+        """Run the body as one transaction that also increments the change counter."""
         with self._reading() as connection:
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -77,12 +83,12 @@ class CatalogStore:
                     connection.execute("ROLLBACK")
 
     def data_version(self) -> int:
-        """Return a number that differs after every change by any process; cheap."""
+        """Return the change counter, which every write by any process increments; cheap."""
         with self._reading() as connection:
             return int(connection.execute("SELECT count FROM changes").fetchone()[0])
 
     def models(self) -> list[ModelRecord]:
-        """Return all models by id, refused and missing ones too."""
+        """Return all models ordered by id, including refused and missing ones."""
         with self._reading() as connection:
             rows = connection.execute(_RECORDS + " ORDER BY models.id").fetchall()
         return [_record(row) for row in rows]
@@ -96,10 +102,10 @@ class CatalogStore:
         return None if row is None else _record(row)
 
     def resolve(self, name: str) -> list[ModelRecord]:
-        """Return what `name` may mean, whatever its case: nothing for an unknown one.
+        """Return the models that `name` can refer to, ignoring case; empty for an unknown name.
 
-        (1) An id means that model.  (2) A user's alias comes next.  (3) A bare name means all
-        its variants.
+        (1) An id is that model.  (2) Next comes a user's alias.  (3) A bare name is all
+        variants of the model.
         """
         if not _is_valid_name(name):
             return []
@@ -122,15 +128,15 @@ class CatalogStore:
             return dict(rows.fetchall())
 
     def set_alias(self, alias: str, model_id: str) -> None:
-        """Let `alias` mean a model, instead of what it meant before.
+        """Point `alias` to a model, replacing an earlier target.
 
-        Raises RequestError for a malformed alias, ModelNotFound.  No alias can be an id, because
-        every id has an @.
+        Raises RequestError for a malformed alias, ModelNotFound.  An alias cannot equal an id,
+        because every id contains an @.
         """
         if _ALIAS.fullmatch(alias) is None:
             raise RequestError(
-                "An alias is 1 to 100 letters, digits, dots, underscores, colons, slashes and "
-                "hyphens, the first a letter or digit.",
+                "An alias has 1 to 100 characters: letters, digits, dots, underscores, colons, "
+                "slashes and hyphens, starting with a letter or digit.",
                 param="alias",
             )
         if not _is_valid_name(model_id):
@@ -142,7 +148,7 @@ class CatalogStore:
             connection.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?)", (alias, model_id))
 
     def remove_alias(self, alias: str) -> None:
-        """Forget an alias.  Raises NotFound."""
+        """Delete an alias.  Raises NotFound."""
         unknown = NotFound(f"There is no alias {alias[:100]!r}.", param="alias")
         if not _is_valid_name(alias):
             raise unknown
@@ -151,9 +157,9 @@ class CatalogStore:
                 raise unknown
 
     def change_settings(self, model_id: str, changes: Mapping[str, Any]) -> ModelSettings:
-        """Set the fields of `ModelSettings` that `changes` names, None for the default.
+        """Set the fields of `ModelSettings` named in `changes`; None restores the default.
 
-        Returns all of them.  Raises ModelNotFound, TypeError for a name that is no field.
+        Returns all settings.  Raises ModelNotFound, and TypeError for an unknown field.
         """
         if not _is_valid_name(model_id):
             raise ModelNotFound.of(model_id, [])
@@ -177,11 +183,10 @@ class CatalogStore:
         *,
         now: float,
     ) -> ScanReport:
-        """Write what a scan learned in one transaction; nothing to write changes nothing.
+        """Write the result of a scan in one transaction; does nothing if there are no changes.
 
-        `missing` are keys whose files are gone, `forgotten` keys that turned out to be part of
-        another model.  A model keeps its id while it stays at its path, and takes it along when
-        it moves.
+        `missing` are keys whose files no longer exist, `forgotten` keys of files that are now
+        part of another model.  A model keeps its id, also when its files move.
         """
         if not (found or missing or forgotten):
             return ScanReport()
@@ -191,7 +196,7 @@ class CatalogStore:
                 connection.execute("DELETE FROM models WHERE key = ?", (key,))
             for key in missing:
                 row = connection.execute(
-                    "UPDATE models SET state = 'missing', reason = 'its files are gone' "
+                    "UPDATE models SET state = 'missing', reason = 'its files no longer exist' "
                     "WHERE key = ? RETURNING id",
                     (key,),
                 ).fetchone()
@@ -203,12 +208,12 @@ class CatalogStore:
 
 
 def _is_valid_name(name: str) -> bool:
-    """Whether `name` can be an id or alias at all; what SQLite cannot encode is not."""
+    """Whether `name` can be an id or alias; excludes text that SQLite cannot encode."""
     return 0 < len(name) <= _LONGEST_NAME and name.isascii()
 
 
 def _write(connection: sqlite3.Connection, item: ScannedModel, now: float) -> tuple[str, str]:
-    """Insert or update one model; return what that is for the report, and its id."""
+    """Insert or update one model; return the report's list it belongs to, and its id."""
     info = item.info
     key, base = record_key(info), model_id(info.name, info.format, info.quantization)
     row = connection.execute("SELECT id, base_id FROM models WHERE key = ?", (key,)).fetchone()
@@ -244,7 +249,7 @@ def _write(connection: sqlite3.Connection, item: ScannedModel, now: float) -> tu
 def _moved_from(
     connection: sqlite3.Connection, item: ScannedModel, base: str
 ) -> tuple[str, str] | None:
-    """Return the missing model that `item` is, when it differs in its path alone."""
+    """Return id and base id of the missing model that differs from `item` only in its path."""
     rows = connection.execute(
         "SELECT id, base_id, info FROM models WHERE base_id = ? AND state = 'missing' ORDER BY id",
         (base,),

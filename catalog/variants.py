@@ -1,10 +1,10 @@
-"""The choice between a model's variants: pure."""
+"""Chooses between the variants of a model (formats and quantizations); pure."""
 
 from collections.abc import Callable, Collection, Sequence
 
 from catalog.models import ModelRecord
 
-# On Apple silicon; elsewhere the order matters less than that there is one.
+# The order on Apple silicon; elsewhere any fixed order will do.
 _FASTEST = ("mlx", "gguf", "safetensors", "onnx", "pytorch", "coreml")
 
 
@@ -15,14 +15,14 @@ def best_variant(
     *,
     keeps_cool: bool = False,
 ) -> ModelRecord:
-    """Return the variant to use where a bare name leaves the choice.
+    """Return the variant to use for a bare model name.
 
-    (1) Only usable ones count, unless there is none, and those of a slow reference runtime only
-    where there is no other.  (2) With `keeps_cool`, the smallest wins, which moves the fewest
-    bytes for a token; of equal ones a resident one.  (3) Else a resident one wins.  (4) Else the
-    most precise whose files take at most half of the budget, so that another model still fits; of
-    equally precise ones the fastest format's.  (5) Else the smallest.  Equals are decided by id.
-    Raises ValueError without candidates.
+    (1) Unusable variants are ignored unless there are no others; so are those on a slow
+    reference runtime.  (2) With `keeps_cool` the smallest wins, because it moves the fewest bytes
+    per token; on a tie a resident one.  (3) Else a resident one wins.  (4) Else the most precise
+    one whose files take at most half of the budget, leaving room for another model; on a tie the
+    fastest format.  (5) Else the smallest.  Remaining ties are decided by id.  Raises ValueError
+    without candidates.
     """
     if not candidates:
         raise ValueError("no candidates")
@@ -42,7 +42,7 @@ def best_variant(
 def nearest_smaller(
     record: ModelRecord, others: Sequence[ModelRecord], fits: Callable[[ModelRecord], bool]
 ) -> ModelRecord | None:
-    """Return the largest usable variant of a model that is smaller than `record` and fits."""
+    """Return the largest usable variant of the same model that is smaller and fits, if any."""
     variants = [
         other
         for other in others
@@ -60,7 +60,7 @@ def _is_slow(record: ModelRecord) -> bool:
 
 
 def _best_first(record: ModelRecord) -> tuple[int, int, int, str]:
-    """Order by whole bits a weight, then by format, then by size."""
+    """Sort key: whole bits per weight, then format, then size."""
     info = record.info
     bits = round(8 * info.size_bytes / info.parameters) if info.parameters else 0
     rank = _FASTEST.index(info.format) if info.format in _FASTEST else len(_FASTEST)

@@ -1,9 +1,10 @@
-"""Renders one chat template on request; runs alone in a process that its parent may kill.
+"""Child process that renders one chat template on request; its parent may kill it at any time.
 
-Speaks frames over stdin and stdout: a 4-byte big-endian length, then ASCII JSON.  The first
-frame in holds the template and the limits, every later one the variables of one render; each is
-answered by one frame: `{"text": …}` or `{"error": kind, "message": …}`, kind being "raised" (the
-template's own refusal), "broken", "large" or "memory".  The end of stdin ends the process.
+Protocol: frames over stdin and stdout, each a 4-byte big-endian length and ASCII JSON.  The first
+frame has the template and the limits, each later one the variables of one render.  Each gets one
+frame in reply: `{"text": …}` or `{"error": kind, "message": …}`, where kind is "raised" (the
+template called `raise_exception`), "broken", "large" or "memory".  The process exits at the end of
+stdin.
 """
 
 import json
@@ -25,7 +26,7 @@ LENGTH = struct.Struct(">I")
 
 
 class TemplateRefusal(TemplateError):
-    """What `raise_exception` in a template raises."""
+    """Raised by `raise_exception` in a template."""
 
 
 class TooLarge(Exception):
@@ -33,18 +34,18 @@ class TooLarge(Exception):
 
 
 class GenerationTag(Extension):
-    """Passes `{% generation %}…{% endgeneration %}` through; training alone has a use for it."""
+    """Ignores the tags `{% generation %}…{% endgeneration %}`, which only training uses."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the tag's body."""
+        """Return the body of the tag."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def refuse(message: object) -> NoReturn:
-    """Serve the template as `raise_exception`."""
+    """The template function `raise_exception`."""
     raise TemplateRefusal(str(message))
 
 
@@ -55,7 +56,7 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Serve the template as filter `tojson`, which unlike Jinja's escapes nothing for HTML."""
+    """The template filter `tojson`, which unlike Jinja's does not escape HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -66,12 +67,12 @@ def to_json(
 
 
 def strftime_now(pattern: str) -> str:
-    """Serve the template as `strftime_now`: the local time in its pattern."""
+    """The template function `strftime_now`: the local time in the given format."""
     return datetime.now().strftime(pattern)
 
 
 def compile_template(source: str) -> Template:
-    """Return the template, in the environment that Hugging Face's apply_chat_template gives."""
+    """Compile the template in the environment of Hugging Face's apply_chat_template."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
@@ -82,7 +83,7 @@ def compile_template(source: str) -> Template:
 
 
 def render(template: Template, variables: dict[str, Any], limit_bytes: int) -> str:
-    """Return the rendered text; raises TooLarge as soon as it passes the limit."""
+    """Return the rendered text; raises TooLarge as soon as it exceeds the limit."""
     pieces: list[str] = []
     length = 0
     for piece in template.generate(variables):
@@ -97,7 +98,7 @@ def render(template: Template, variables: dict[str, Any], limit_bytes: int) -> s
 
 
 def answer_frame(work: Callable[[], str]) -> dict[str, str]:
-    """Return the frame that tells how `work` went."""
+    """Run `work` and return the reply: its text, or its error."""
     try:
         return {"text": work()}
     except TemplateRefusal as error:
@@ -105,7 +106,7 @@ def answer_frame(work: Callable[[], str]) -> dict[str, str]:
     except TooLarge:
         return {"error": "large", "message": ""}
     except MemoryError:
-        return {"error": "memory", "message": "it needs too much memory"}
+        return {"error": "memory", "message": "it needs more memory than the limit"}
     except Exception as error:
         return {"error": "broken", "message": f"{type(error).__name__}: {error}"[:2000]}
 
@@ -139,7 +140,7 @@ def main() -> None:
 
     work: Callable[[], str] = compile_once
     while True:
-        # The alarm's default action ends even a C loop, should the parent be gone by then.
+        # If the parent has died, the alarm's default action ends the process, even in a C loop.
         signal.alarm(start["self_limit_s"])
         answer = answer_frame(work)
         write_frame(answer)

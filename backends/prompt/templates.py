@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a process of their own because a model file may be hostile."""
+"""Renders chat templates in an isolated child process, because a model file may be hostile."""
 
 import json
 import struct
@@ -19,26 +19,26 @@ OUTPUT_LIMIT_BYTES = 8 * MIB
 MEMORY_LIMIT_BYTES = GIB
 
 _CODE_FOLDER = Path(__file__).resolve().parents[2]
-# Isolated (-I): neither the user's site nor PYTHONPATH, so the code's folder is handed over.
+# -I ignores the user's site and PYTHONPATH, so the code's folder is passed as an argument.
 _WORKER = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from backends.prompt.template_worker import main; main()"
 )
 _LENGTH = struct.Struct(">I")
-# JSON writes a character as at most six bytes for each of its UTF-8 bytes.
+# JSON escapes a character with at most six bytes for each of its UTF-8 bytes.
 _FRAME_LIMIT_BYTES = 6 * OUTPUT_LIMIT_BYTES + 1024
 _NO_ANSWER = (ChildEnded, AnswerTooLong)
 
 
 class TemplateRefused(RequestError):
-    """The template's own `raise_exception`: it does not take these messages."""
+    """The template called `raise_exception`: it does not accept these messages."""
 
 
 class TemplateRenderer:
     """Renders one model's chat template; thread-safe, one render at a time.
 
-    The worker process starts with the first render, and anew after one that was killed; a
-    warm render takes well under a millisecond, the first one a tenth of a second.
+    The worker process starts with the first render, and again after it was killed.  The first
+    render takes about a tenth of a second, later ones well under a millisecond.
     """
 
     def __init__(self, template: str) -> None:
@@ -49,11 +49,11 @@ class TemplateRenderer:
         self._is_closed = False
 
     def render(self, variables: Mapping[str, JsonValue]) -> str:
-        """Return the template's text with `variables`; blocks up to about two seconds.
+        """Return the text of the template with `variables`; blocks up to about two seconds.
 
-        Raises TemplateRefused for the template's own refusal, BrokenModel for a template that
-        fails, hangs or explodes, RequestError for variables that no prompt can hold, and
-        EngineFailed once closed.
+        Raises TemplateRefused if the template calls `raise_exception`, BrokenModel if it fails,
+        hangs or its output is too large, RequestError for variables that cannot be rendered,
+        and EngineFailed after `close`.
         """
         try:
             payload = json.dumps(variables).encode("ascii")
@@ -67,11 +67,14 @@ class TemplateRenderer:
         if kind == "raised":
             raise TemplateRefused(answer["message"], param="messages")
         if kind == "large" and 2 * len(payload) > OUTPUT_LIMIT_BYTES:
-            raise RequestError("The rendered prompt is over 8 MiB.", param="messages")
-        raise _broken(answer["message"] or "its output is over 8 MiB")
+            raise RequestError(
+                "The rendered prompt is over the limit of 8 MiB; send shorter messages.",
+                param="messages",
+            )
+        raise _broken(answer["message"] or "its output is over the limit of 8 MiB")
 
     def close(self) -> None:
-        """End the worker, a render that runs in it included; twice is fine."""
+        """Kill the worker, also during a render; may be called twice."""
         self._is_closed = True
         worker = self._worker
         if worker is not None:
@@ -80,7 +83,7 @@ class TemplateRenderer:
             self._drop_worker()
 
     def _request(self, payload: bytes) -> dict[str, str]:
-        """Exchange one frame, with a new worker if the old one turns out to be dead."""
+        """Exchange one frame, with a new worker if the old one has died."""
         for is_last in (False, True):
             try:
                 answer = _exchange(self._running_worker(), payload, RENDER_LIMIT_S)
@@ -91,7 +94,7 @@ class TemplateRenderer:
                 self._drop_worker()
                 self._raise_if_closed()
                 if is_last:
-                    raise _broken("it ended the process that rendered it") from error
+                    raise _broken("it crashed the process that rendered it") from error
             else:
                 break
         if answer.get("error") == "memory":
@@ -99,7 +102,7 @@ class TemplateRenderer:
         return answer
 
     def _running_worker(self) -> Child:
-        """Return a worker that has compiled the template; a failure to compile is remembered."""
+        """Return a worker that has compiled the template; a compile error is remembered."""
         self._raise_if_closed()
         if self._broken:
             raise _broken(self._broken)
@@ -116,7 +119,10 @@ class TemplateRenderer:
         except (TimeoutError, *_NO_ANSWER) as error:
             self._drop_worker()
             self._raise_if_closed()
-            raise EngineFailed("The process for chat templates does not start.") from error
+            raise EngineFailed(
+                "The process that renders chat templates did not start. Check the server's log and "
+                "free memory, then try again."
+            ) from error
         start = {
             "template": self._template,
             "memory_bytes": MEMORY_LIMIT_BYTES,
@@ -164,7 +170,7 @@ def _require_unicode(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(
-            "The messages hold text that is not valid Unicode (half a surrogate pair).",
+            "The messages contain text that is not valid Unicode (half of a surrogate pair).",
             param="messages",
         ) from error
     return text

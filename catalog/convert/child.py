@@ -1,9 +1,9 @@
-"""The process that does one step of a conversion: `python -m catalog.convert.child`.
+"""Child process that runs one step of a conversion: `python -m catalog.convert.child`.
 
-The job comes as one line of JSON on stdin.  Progress goes out on stdout as lines of JSON,
-`{"fraction": …, "doing": …}`; the last is `{"done": true}` or `{"error": code, "message": …}`.
-Everything that libraries print goes to stderr.  When stdin ends, so does the process: its parent
-is gone.
+Reads the job as one line of JSON from stdin.  Writes progress to stdout as lines of JSON,
+`{"fraction": …, "doing": …}`; the last line is `{"done": true}` or
+`{"error": code, "message": …}`.  Output of libraries goes to stderr.  The process kills itself
+at the end of stdin, because its parent has died.
 """
 
 import errno
@@ -38,11 +38,11 @@ _STEPS: Mapping[tuple[str, str], str] = {
 }
 _LONGEST_MESSAGE = 2000
 DEFAULT_COREML_CONTEXT = 2048
-_FULL_DISK = "The disk is full; free some space and convert again."
+_FULL_DISK = "The disk is full; free some space, then convert again."
 
 
 def to_coreml(job: Job, report: Callable[[float, str], None]) -> None:
-    """Make a folder with a Core ML package named after the job, and its tokenizer."""
+    """Write a folder with a Core ML package named after the job, and its tokenizer."""
     from catalog.convert.job import link_source
     from catalog.convert.steps.to_coreml import Precision, convert_to_coreml
 
@@ -54,22 +54,26 @@ def to_coreml(job: Job, report: Callable[[float, str], None]) -> None:
         context_tokens=job.context_tokens or DEFAULT_COREML_CONTEXT,
         progress=report,
     )
-    # It refuses a folder that is there, and this one is there and empty.
+    # The converter refuses an existing target, and the output folder already exists.
     made.rename(job.output)
 
 
 def run_step(job: Job, report: Callable[[float, str], None]) -> None:
-    """Do the step.  Raises what went wrong as an ImpetusError."""
+    """Run the step.  Raises every failure as an ImpetusError."""
     module, name = _STEPS[job.source_format, job.target_format].split(":")
     try:
         getattr(importlib.import_module(module), name)(job, report)
     except ImpetusError:
         raise
     except MemoryError:
-        raise InsufficientMemory("The conversion needs more memory than there is.") from None
+        raise InsufficientMemory(
+            "The conversion ran out of memory. Unload models or choose a smaller one, then convert "
+            "again."
+        ) from None
     except ModuleNotFoundError as error:
         raise UnsupportedCapability(
-            f"The conversion needs the package {error.name}; install the extra `torch`."
+            f"The conversion needs the package {error.name}, which is not installed; install the "
+            "extra `torch`."
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -80,20 +84,22 @@ def run_step(job: Job, report: Callable[[float, str], None]) -> None:
 
 
 def _as_impetus_error(job: Job, error: Exception) -> ImpetusError:
-    """Return the error for what a library raised."""
+    """Return the ImpetusError for an exception that a library raised."""
     text = f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
     if "No space left" in text:
         return Unavailable(_FULL_DISK)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"SafetensorError", "UnpicklingError", "BadZipFile", "EOFError"}:
-        return BrokenModel(f"{job.name} cannot be read: {text}", param="model")
+        return BrokenModel(
+            f"{job.name} cannot be read, its files may be damaged: {text}", param="model"
+        )
     return ImpetusError(
         f"{job.name} could not be converted from {job.source_format} to {job.target_format}: {text}"
     )
 
 
 def read_message(line: bytes) -> dict[str, Any]:
-    """Return a line that the process wrote; empty for anything else."""
+    """Return the message in a line from the child; empty if it is not a JSON object."""
     try:
         message = json.loads(line)
     except ValueError:
@@ -102,7 +108,7 @@ def read_message(line: bytes) -> dict[str, Any]:
 
 
 def error_from_code(code: str, message: str) -> ImpetusError:
-    """Return the error that the process reported by its code."""
+    """Return the error for a code and message that the child reported."""
     kinds = (BrokenModel, UnsupportedCapability, RequestError, InsufficientMemory, Unavailable)
     for kind in kinds:
         if kind.code == code:
@@ -111,8 +117,8 @@ def error_from_code(code: str, message: str) -> ImpetusError:
 
 
 def main() -> None:
-    """Do the job on stdin."""
-    # A paused process reads no pipe, so the kernel has to end it with its parent.
+    """Run the job that stdin describes."""
+    # A paused process cannot notice the end of stdin, so the kernel kills it.
     die_with_parent()
     pipe = take_stdout()
 
@@ -133,7 +139,7 @@ def main() -> None:
             traceback.print_exception(error.__cause__)
         send({"error": error.code, "message": error.message})
         pipe.close()
-        # Libraries' own threads must not hold the end up.
+        # Threads of libraries must not delay the exit.
         os._exit(1)
     send({"done": True})
     pipe.close()

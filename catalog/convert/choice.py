@@ -1,4 +1,4 @@
-"""Which conversion makes a model usable on this machine: pure, but for which packages exist."""
+"""Chooses the conversion that makes a model usable here; pure except for installed packages."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 from backends.base import ModelInfo
 from catalog.convert.graph import ORIGINAL, Conversion, conversions_from
 
-# The fastest runtime first; what is quantized is served best in its own blocks.
+# The fastest runtime first.
 _PREFERRED = ("mlx", "gguf", "safetensors", "onnx")
 _SMALLER = {
     "mlx": (("8bit", 8.5), ("6bit", 6.5), ("4bit", 4.5)),
@@ -15,7 +15,10 @@ _SMALLER = {
 
 
 def least_lossy_conversion(info: ModelInfo, runnable: Collection[str]) -> tuple[str, str] | None:
-    """Return the format and quantization that lose least, for a format that cannot run here."""
+    """Return the format and quantization that lose the least precision; None if there is none.
+
+    For models whose format cannot run here.
+    """
     for conversion in _possible(info, runnable):
         if conversion.target_format == info.format:
             continue
@@ -28,9 +31,9 @@ def least_lossy_conversion(info: ModelInfo, runnable: Collection[str]) -> tuple[
 def smaller_conversion(
     info: ModelInfo, runnable: Collection[str], fits: Callable[[ModelInfo], bool]
 ) -> tuple[str, str] | None:
-    """Return the most precise variant of the preferred format that `fits` says yes to.
+    """Return the most precise smaller variant that fits, in the most preferred format.
 
-    It is asked with what the result's description will be, as far as that can be foreseen.
+    `fits` is called with the predicted description of the result.
     """
     for conversion in _possible(info, runnable):
         for quantization, bits in _SMALLER.get(conversion.target_format, ()):

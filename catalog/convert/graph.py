@@ -1,4 +1,4 @@
-"""Which format can become which, by which steps, and in which quantizations."""
+"""The graph of conversions between formats: steps, required packages, quantizations."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ ORIGINAL = "original"
 FULL_PRECISION = ("f32", "bf16", "f16")
 MLX_BITS = {f"{bits}bit": bits for bits in (4, 8, 6, 5, 3, 2)}
 MLX_GROUP_SIZES = (32, 64, 128)
-# Tensor types that MLX holds in the same blocks as GGUF (Source: mlx/io/gguf.cpp).
+# Tensor types that MLX stores in the same blocks as GGUF (Source: mlx/io/gguf.cpp).
 MLX_BLOCKS = frozenset({"f32", "f16", "q4_0", "q4_1", "q8_0"})
 
 # Source: transformers 5.23 GGUF_SUPPORTED_ARCHITECTURES, those with a causal head.
@@ -23,7 +23,7 @@ GGUF_READABLE = frozenset({
     "gpt_oss", "gpt-oss", "lfm2", "falcon", "phi3", "bloom", "stablelm", "gpt2", "starcoder2",
     "mamba", "nemotron", "gemma2", "gemma3", "gemma4", "deci", "minimax-m2",
 })  # fmt: skip
-# Architectures that share llama's tensors; both names of each are the same word.
+# Architectures with llama's tensors; Hugging Face and GGUF use the same name for each.
 LLAMA_FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -38,7 +38,7 @@ TARGETS = tuple(_CHOICES)
 
 @dataclass(frozen=True, slots=True)
 class _Edge:
-    """One step: the packages it imports, and the architectures it knows (empty: no limit)."""
+    """One step: the packages it imports, and the architectures it supports (empty: all)."""
 
     packages: tuple[str, ...]
     architectures: frozenset[str] = frozenset()
@@ -56,7 +56,7 @@ _EDGES: Mapping[tuple[str, str], _Edge] = {
     ("safetensors", "onnx"): _Edge(("torch", "transformers", "onnx")),
     ("safetensors", "coreml"): _Edge(("torch", "coremltools"), LLAMA_FAMILY),
 }
-# Keeps the blocks of a quantized file, so it is no part of a longer route.
+# Keeps the blocks of a quantized file, so it cannot be part of a longer route.
 _BLOCKS_EDGE = _Edge(
     ("mlx", "transformers", "gguf", "llama_cpp"), frozenset({"llama", "qwen2", "qwen3"})
 )
@@ -64,9 +64,9 @@ _BLOCKS_EDGE = _Edge(
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A conversion of one model; `quantizations` are the choices, the default first.
+    """A conversion of one model; `quantizations` lists the choices, the default first.
 
-    `reason` says why it is not possible; empty where it is.
+    `reason` says why the conversion is not possible; empty if it is.
     """
 
     target_format: str
@@ -75,15 +75,15 @@ class Conversion:
 
     @property
     def is_possible(self) -> bool:
-        """Whether it can be asked for."""
+        """Whether the conversion can be requested."""
         return not self.reason
 
 
 def plan(source_format: str, target_format: str, quantization: str = "") -> tuple[str, ...]:
-    """Return the formats on the shortest route, both ends included.
+    """Return the formats on the shortest route, including both ends.
 
-    With `ORIGINAL` a GGUF file's blocks go to MLX unchanged, in one step.
-    Raises UnsupportedCapability where there is no route.
+    With `ORIGINAL`, GGUF to MLX is one step that keeps the blocks unchanged.
+    Raises UnsupportedCapability if there is no route.
     """
     if (source_format, target_format, quantization) == ("gguf", "mlx", ORIGINAL):
         return ("gguf", "mlx")
@@ -105,7 +105,7 @@ def plan(source_format: str, target_format: str, quantization: str = "") -> tupl
 
 
 def conversions_from(info: ModelInfo) -> tuple[Conversion, ...]:
-    """Return a conversion to every format, with the reason where it is not possible.
+    """Return the conversion to each target format, with the reason if it is not possible.
 
     Opens no files and imports no runtime.
     """
@@ -113,13 +113,13 @@ def conversions_from(info: ModelInfo) -> tuple[Conversion, ...]:
 
 
 def check(info: ModelInfo, target_format: str, quantization: str) -> str:
-    """Return the quantization to use, the default for an empty one.
+    """Return the quantization to use: the given one, or the default if empty.
 
-    Raises UnsupportedCapability with the reason where the conversion is not possible.
+    Raises UnsupportedCapability with the reason if the conversion is not possible.
     """
     if target_format not in _CHOICES:
         raise UnsupportedCapability(
-            f"{target_format!r} cannot be converted to; the formats are {', '.join(TARGETS)}.",
+            f"{target_format!r} is not a target format; choose one of {', '.join(TARGETS)}.",
             param="target_format",
         )
     conversion = _conversion(info, target_format)
@@ -161,7 +161,7 @@ def _reason(info: ModelInfo, target: str, choices: tuple[str, ...]) -> str:
         return error.message.removesuffix(".")
     is_folder = info.format in ("safetensors", "pytorch")
     if is_folder and info.quantization not in (*FULL_PRECISION, "mixed", ""):
-        return f"its weights are quantized already ({info.quantization})"
+        return f"its weights are already quantized ({info.quantization})"
     has_head = Capability.COMPLETION in info.capabilities
     if not has_head and route[-1] != "safetensors" and route != ("gguf", "gguf"):
         return "only models that generate text can be converted to it"
@@ -174,7 +174,7 @@ def _reason(info: ModelInfo, target: str, choices: tuple[str, ...]) -> str:
 
 def _edge_reason(info: ModelInfo, edge: _Edge) -> str:
     if edge.architectures and info.architecture not in edge.architectures:
-        return f"the architecture {info.architecture!r} is not supported on the route"
+        return f"the conversion does not support the architecture {info.architecture!r}"
     missing = [name for name in edge.packages if find_spec(name) is None]
     if missing:
         return f"it needs the packages {', '.join(missing)}; install the extra `torch`"

@@ -1,4 +1,4 @@
-"""What a conversion's process is told, and the file work that all its steps share."""
+"""Describes one conversion step for its child process, with file helpers for all steps."""
 
 import json
 import os
@@ -16,7 +16,7 @@ Report: TypeAlias = Callable[[float, str], None]
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf")
 _MAX_JSON_BYTES = 64 * MIB
 _MAX_SIDECAR_BYTES = 256 * MIB
-# Keys by which a folder names Python code of its own to run.
+# Keys by which a model folder names Python code to run.
 _CODE_KEYS = ("auto_map", "model_file", "custom_pipelines")
 _REWRITTEN = ("config.json", "tokenizer_config.json")
 
@@ -25,8 +25,8 @@ _REWRITTEN = ("config.json", "tokenizer_config.json")
 class Job:
     """One step of a conversion.
 
-    `files` are the source's, weights first; `output` is a folder to be made, `work` an existing
-    one for what is needed on the way.  `context_tokens` 0 means the trained length.
+    `files` are the source's files, weights first.  `output` is a folder to create, `work` an
+    existing folder for temporary files.  `context_tokens` 0 means the trained length.
     """
 
     source_format: str
@@ -42,7 +42,7 @@ class Job:
     threads: int = 1
 
     def to_json(self) -> str:
-        """Return the job as one line."""
+        """Return the job as one line of JSON."""
         fields = asdict(self)
         fields |= {"files": [str(file) for file in self.files]}
         fields |= {"output": str(self.output), "work": str(self.work)}
@@ -57,34 +57,38 @@ class Job:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object of bounded size.  Raises BrokenModel."""
+    """Return a file's JSON object, up to 64 MiB.  Raises BrokenModel."""
     try:
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
             raise BrokenModel(
-                f"{path.name} is larger than {format_bytes(_MAX_JSON_BYTES)}.", param="model"
+                f"{path.name} is {format_bytes(size)}; the limit is "
+                f"{format_bytes(_MAX_JSON_BYTES)}.",
+                param="model",
             )
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BrokenModel(f"The file {path.name} is missing.", param="model") from None
+        raise BrokenModel(
+            f"The file {path.name} is missing; add it to the model's folder.", param="model"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise BrokenModel(f"{path.name} is no JSON: {error}.", param="model") from None
+        raise BrokenModel(f"{path.name} is not valid JSON: {error}.", param="model") from None
     if not isinstance(value, dict):
-        raise BrokenModel(f"{path.name} holds no JSON object.", param="model")
+        raise BrokenModel(f"{path.name} does not contain a JSON object.", param="model")
     return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object for people to read."""
+    """Write an indented JSON object."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
 
 
 def with_legacy_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Return `config` with transformers 5's `rope_parameters` at the top level as well.
+    """Return `config` with transformers 5's `rope_parameters` copied to the older top-level keys.
 
-    mlx-lm and older readers know only `rope_theta` and `rope_scaling` there, and take a default
-    in silence where they are missing.
+    mlx-lm and older readers know only the top-level `rope_theta` and `rope_scaling`, and
+    silently use defaults if they are missing.
     """
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
@@ -105,9 +109,9 @@ def with_legacy_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def link_source(job: Job) -> Path:
-    """Return a folder with links to the model's files alone, so that nothing else is read.
+    """Return a folder with links to the model's own files, so that no other file is read.
 
-    What names code to run is taken out of the configurations.
+    Configuration keys that name code to run are removed.
     """
     folder = job.work / "source"
     folder.mkdir()
@@ -127,12 +131,15 @@ def weight_files(job: Job, suffixes: tuple[str, ...] = WEIGHTS) -> tuple[Path, .
     """Return the job's weights.  Raises BrokenModel when there are none."""
     files = tuple(file for file in job.files if file.suffix in suffixes)
     if not files:
-        raise BrokenModel(f"{job.name} has no weights ({', '.join(suffixes)}).", param="model")
+        raise BrokenModel(
+            f"{job.name} has no weights; expected a file of type {', '.join(suffixes)}.",
+            param="model",
+        )
     return files
 
 
 def copy_sidecars(source: Path, output: Path) -> None:
-    """Copy what stands beside the weights (configurations, tokenizer) and is not there yet."""
+    """Copy the files beside the weights (configurations, tokenizer) that `output` lacks."""
     for file in sorted(source.iterdir()):
         target = output / file.name
         is_weights = file.suffix in WEIGHTS or file.name.endswith(".index.json")

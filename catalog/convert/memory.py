@@ -1,4 +1,4 @@
-"""What a conversion holds in memory: foreseen before it begins, read while it runs."""
+"""Estimates a conversion's memory in advance, and measures it while it runs."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from backends.base import ModelInfo
 from catalog.convert.graph import MLX_BITS, ORIGINAL
 from core.units import MIB
 
-# Told what the running step's processes hold, in bytes.
+# Called with the memory of the running step's processes, in bytes.
 OnMemory: TypeAlias = Callable[[int], None]
 
 _WATCH_INTERVAL_S = 0.5
@@ -20,9 +20,9 @@ _WATCH_INTERVAL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class _StepMemory:
-    """What a step holds at its peak: its packages, and so much for what it reads and computes.
+    """Peak memory of a step: a base for its packages, plus shares per source byte and parameter.
 
-    `parameter_bytes` None means those of the target's weights, with a tenth and half a byte more.
+    `parameter_bytes` None means 1.1 times the bytes per weight of the target, plus 0.5.
     """
 
     base_bytes: int
@@ -30,8 +30,8 @@ class _StepMemory:
     parameter_bytes: float | None
 
 
-# Measured on Linux with models of 46 and 170 million parameters in f32, rounded up; mapped files
-# are not counted, but for ONNX in f32, where it is PyTorch's exporter, the larger of the two.
+# Measured on Linux with models of 46 and 170 million parameters in f32, rounded up, without mapped
+# files.  ONNX in f32 is measured with PyTorch's exporter, which needs more than the builder.
 _STEPS: Mapping[tuple[str, str], _StepMemory] = {
     ("pytorch", "safetensors"): _StepMemory(200 * MIB, 1.0, 0.1),
     ("safetensors", "safetensors"): _StepMemory(200 * MIB, 0.0, 4.2),
@@ -49,7 +49,7 @@ _F32_BYTES = 4
 
 
 def needed_bytes(source: ModelInfo, route: tuple[str, ...], quantization: str) -> int:
-    """Return what the conversion by the formats of `route` holds at most, as far as is foreseen."""
+    """Return the estimated peak memory in bytes of a conversion along the formats of `route`."""
     needed, size = 0, source.size_bytes
     last = len(route) - 2
     for number, pair in enumerate(pairwise(route)):
@@ -63,13 +63,13 @@ def needed_bytes(source: ModelInfo, route: tuple[str, ...], quantization: str) -
             )
         used = step.per_source_byte * size + each * source.parameters
         needed = max(needed, step.base_bytes + int(used))
-        # A GGUF file's weights go on in f32, all others as they are.
+        # Weights from GGUF continue as f32, all others in their own type.
         size = source.parameters * _F32_BYTES if route[0] == "gguf" else size
     return needed
 
 
 def _bytes_per_weight(quantization: str, source: ModelInfo) -> float:
-    """Return the bytes of one weight in MLX, those of groups' scales included."""
+    """Return the bytes per weight in MLX, including the scales of each group."""
     bits = MLX_BITS.get(quantization)
     if bits is not None:
         return bits / 8 + 0.0625
@@ -77,9 +77,9 @@ def _bytes_per_weight(quantization: str, source: ModelInfo) -> float:
 
 
 def process_tree_bytes(pid: int) -> int:
-    """Return the bytes that a process and its descendants hold alone; 0 where nobody says.
+    """Return the private memory in bytes of a process and its descendants; 0 if unknown.
 
-    Mapped files are left out where they can be told apart: their pages go when others need them.
+    Mapped files are not counted, because the system drops their pages when memory is short.
     Blocks for some milliseconds.  Source: psutil's `shared` on Linux, else its `uss`.
     """
     total = 0
@@ -95,7 +95,7 @@ def process_tree_bytes(pid: int) -> int:
 
 
 async def watch_memory(pid: int, on_memory: OnMemory) -> None:
-    """Tell twice a second what the processes hold, until cancelled."""
+    """Call `on_memory` twice a second with the memory of the processes, until cancelled."""
     while True:
         await asyncio.sleep(_WATCH_INTERVAL_S)
         if used := await asyncio.to_thread(process_tree_bytes, pid):

@@ -1,4 +1,4 @@
-"""Where a conversion writes: hidden until it is whole, and swept away after a crash."""
+"""Manages a conversion's output: hidden until complete, removed after a crash."""
 
 import contextlib
 import errno
@@ -31,7 +31,7 @@ _TOOLS = (
     "impetus", "torch", "transformers", "tokenizers", "safetensors", "gguf", "llama-cpp-python",
     "mlx", "mlx-lm", "onnx", "onnxruntime", "onnxruntime-genai", "onnxscript", "coremltools",
 )  # fmt: skip
-# Bits that a weight takes with scales and all, at most.
+# Upper bounds of the bits per weight, including scales.
 _BITS = {
     "f32": 32.0, "f16": 16.5, "bf16": 16.5, "mixed": 17.0, "original": 32.0, "int8": 12.0,
     "int4": 8.0,
@@ -41,7 +41,7 @@ _WIDEST_QUANTIZED = 10.0
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """What a file was when the conversion began."""
+    """A source file as it was when the conversion began."""
 
     path: Path
     size_bytes: int
@@ -50,7 +50,7 @@ class SourceFile:
 
 
 def fingerprint(files: Sequence[Path]) -> tuple[SourceFile, ...]:
-    """Return size and the SHA-256 of the first 8 MiB of every file; blocks while they are read.
+    """Return the size and the SHA-256 of the first 8 MiB of each file; blocks while reading.
 
     Raises ModelFileMissing.
     """
@@ -62,18 +62,22 @@ def fingerprint(files: Sequence[Path]) -> tuple[SourceFile, ...]:
             signatures.append(SourceFile(file, file.stat().st_size, digest, file_signature(file)))
         except OSError as error:
             raise ModelFileMissing(
-                f"The file {file.name} cannot be read ({error.strerror}).", param="model"
+                f"The file {file.name} cannot be read ({error.strerror}). Check that it exists and "
+                "that you may read it.",
+                param="model",
             ) from error
     return tuple(signatures)
 
 
 def require_space(source: ModelInfo, target: Path, quantization: str, steps: int) -> None:
-    """Check that the disk has room for the result and what is written on the way.
+    """Check that the disk has room for the result and the intermediate files.
 
-    Raises Unavailable with both numbers, RequestError when the folder above is missing.
+    Raises Unavailable with both numbers, RequestError if the parent folder is missing.
     """
     if not target.parent.is_dir():
-        raise RequestError(f"The folder {target.parent} does not exist.", param="target")
+        raise RequestError(
+            f"The folder {target.parent} does not exist; create it first.", param="target"
+        )
     parameters = source.parameters or source.size_bytes // 2
     bits = _BITS.get(quantization, _WIDEST_QUANTIZED)
     through_f32 = steps > 1 or (source.format, quantization) == ("safetensors", "q4_k_m")
@@ -82,16 +86,16 @@ def require_space(source: ModelInfo, target: Path, quantization: str, steps: int
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise Unavailable(
-            f"The conversion needs up to {format_bytes(needed)} of disk space, "
-            f"{format_bytes(free)} are free."
+            f"The conversion needs up to {format_bytes(needed)} of disk space, but only "
+            f"{format_bytes(free)} are free. Free some space, then convert again."
         )
 
 
 @dataclass(slots=True)
 class PartialOutput:
-    """The hidden folder beside the target that everything is written to.
+    """The hidden folder beside the target for all output of a conversion.
 
-    It holds a locked file while its owner lives, so that no sweep takes it away.
+    It contains a file that its owner keeps locked, so `sweep` does not remove it.
     """
 
     folder: Path
@@ -100,12 +104,12 @@ class PartialOutput:
 
     @classmethod
     def create(cls, target: Path) -> "PartialOutput":
-        """Make the folder.  Raises Unavailable when it cannot be made."""
+        """Create the folder.  Raises Unavailable if that fails."""
         name = f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
         folder = target.with_name(name)
         try:
             folder.mkdir()
-            # Locked before it has its name: a sweep finds it locked or not at all.
+            # Locked before it gets its name: `sweep` finds it locked or not at all.
             unlocked = folder / "unlocked"
             lock = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -113,12 +117,13 @@ class PartialOutput:
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise Unavailable(
-                f"Nothing can be written to {target.parent} ({error.strerror})."
+                f"The folder {target.parent} cannot be written to ({error.strerror}). Check its "
+                "permissions and the free disk space."
             ) from error
         return cls(folder, target, lock)
 
     def discard(self, *paths: Path) -> None:
-        """Remove files and folders inside that are needed no more."""
+        """Remove files and folders inside that are no longer needed."""
         for path in paths:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -126,14 +131,14 @@ class PartialOutput:
                 path.unlink(missing_ok=True)
 
     def publish(self, result: Path) -> Path:
-        """Give `result`, a folder inside, the target's name.  Raises RequestError if it is taken.
+        """Rename `result`, a folder inside, to the target.  Raises RequestError if that exists.
 
-        Its files are on the disk before, so that the name never stands for less than all.
+        All files are synced to disk first, so the target is always complete.
         """
         for path in [*result.rglob("*"), result]:
             _sync(path)
         taken = RequestError(
-            f"{self.target.name!r} came into being meanwhile; choose another name.",
+            f"{self.target.name!r} was created during the conversion; choose another name.",
             param="target",
         )
         if os.path.lexists(self.target):
@@ -148,7 +153,7 @@ class PartialOutput:
         return self.target
 
     def remove(self) -> None:
-        """Remove the folder with all that is left in it; twice is fine."""
+        """Remove the folder and its contents; may be called twice."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock >= 0:
             os.close(self._lock)
@@ -164,7 +169,7 @@ def _sync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> tuple[Path, ...]:
-    """Remove what conversions of dead processes left in `folder`; return those paths."""
+    """Remove the partial output of dead processes in `folder`; return the removed paths."""
     removed = []
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
@@ -181,7 +186,7 @@ def sweep(folder: Path) -> tuple[Path, ...]:
 
 
 def _is_abandoned(path: Path, owner: int) -> bool:
-    """Whether the folder's owner is gone; its lock says so even when the number is reused."""
+    """Whether the folder's owner is dead; the lock tells even if its process id is reused."""
     try:
         lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -201,9 +206,9 @@ def write_provenance(
     before: Sequence[SourceFile],
     parameters: Mapping[str, JsonValue],
 ) -> None:
-    """Write provenance.json: what was converted, how, with which tools and when.
+    """Write provenance.json: the source, parameters, tool versions and time of the conversion.
 
-    Raises Unavailable when the source changed meanwhile.
+    Raises Unavailable if the source changed during the conversion.
     """
     for file in before:
         try:
@@ -211,7 +216,7 @@ def write_provenance(
         except OSError:
             is_same = False
         if not is_same:
-            raise Unavailable(f"{file.path.name} changed while it was converted; convert again.")
+            raise Unavailable(f"{file.path.name} changed during the conversion; convert again.")
     files = [
         {"path": str(file.path), "size_bytes": file.size_bytes, "sha256_8mib": file.sha256}
         for file in before

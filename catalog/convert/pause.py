@@ -1,4 +1,4 @@
-"""Background work that can be held up: process groups are stopped and go on where they were."""
+"""Pauses and resumes child processes of background work with SIGSTOP and SIGCONT."""
 
 import asyncio
 import contextlib
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 
 class PauseSwitch:
-    """Stops the process groups it covers while it is on.  Belongs to one event loop.
+    """Stops the process groups it controls while it is on.  Belongs to one event loop.
 
-    A stopped process keeps its memory and uses no processor; SIGKILL ends it all the same.
+    A stopped process keeps its memory and uses no CPU; SIGKILL still ends it.
     """
 
     def __init__(self) -> None:
@@ -20,11 +20,11 @@ class PauseSwitch:
 
     @property
     def is_on(self) -> bool:
-        """Whether work is held up."""
+        """Whether work is paused."""
         return not self._may_run.is_set()
 
     def switch(self, *, is_on: bool) -> None:
-        """Hold work up, or let it go on; what is so already stays so."""
+        """Pause or resume the work; does nothing if it already is in that state."""
         if is_on == self.is_on:
             return
         if is_on:
@@ -35,12 +35,12 @@ class PauseSwitch:
             _signal(group, signal.SIGSTOP if is_on else signal.SIGCONT)
 
     async def wait_until_off(self) -> None:
-        """Return once work may run."""
+        """Wait until work may run."""
         await self._may_run.wait()
 
     @contextlib.contextmanager
     def controlling(self, group: int) -> Iterator[None]:
-        """Let the switch act on a process group, at once where it is on."""
+        """Let the switch control a process group; if it is on, the group stops at once."""
         self._groups.add(group)
         if self.is_on:
             _signal(group, signal.SIGSTOP)
@@ -51,6 +51,6 @@ class PauseSwitch:
 
 
 def _signal(group: int, number: int) -> None:
-    # A step may have ended a moment ago.
+    # The step may have exited just now.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)

@@ -1,7 +1,7 @@
-"""Conversion of models between formats: each step in a process of its own, all or nothing.
+"""Converts models between formats: one child process per step, all or nothing.
 
-The result appears under its name in one rename, with a provenance.json inside; whatever happens
-before that leaves nothing behind.
+The result, with a provenance.json, is renamed to its final name when complete; a failed or
+cancelled conversion leaves nothing behind.
 """
 
 import asyncio
@@ -35,11 +35,11 @@ _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL
 
 @dataclass(frozen=True, slots=True)
 class ConversionRequest:
-    """What to convert into what; `target` is a folder that does not exist yet.
+    """A conversion to run; `target` is a folder that does not exist yet.
 
-    `quantization` empty means the target format's default, see `Conversion.quantizations`.
-    `group_size` is MLX's, `exporter` ("auto", "genai", "torch") ONNX's, `context_tokens` Core
-    ML's (None: its default).  `model_id` names the source in the provenance.
+    An empty `quantization` means the target format's default, see `Conversion.quantizations`.
+    `group_size` is for MLX, `exporter` ("auto", "genai", "torch") for ONNX, `context_tokens` for
+    Core ML (None: its default).  `model_id` names the source in provenance.json.
     """
 
     source: ModelInfo
@@ -55,7 +55,7 @@ class ConversionRequest:
 
 @dataclass(frozen=True, slots=True)
 class ConversionProgress:
-    """How far a conversion is: `fraction` from 0 to 1 of the whole, and what it does now."""
+    """Progress of a conversion: `fraction` of the whole from 0 to 1; `doing` is the activity."""
 
     fraction: float
     step: int
@@ -74,10 +74,11 @@ async def convert(
 ) -> Path:
     """Run a conversion and return the folder it made, `request.target`.
 
-    While `pause` is on, no step begins and the one that runs is stopped.  `on_memory` is told what
-    the processes hold.  Cancelling the task ends them and removes what they wrote.  Raises
-    RequestError (an existing target, unknown options), UnsupportedCapability, ModelFileMissing,
-    BrokenModel, Unavailable (no space, a changed source), ImpetusError with the reason otherwise.
+    While `pause` is on, no step starts and the running one is stopped.  `on_memory` gets the
+    memory of the child processes in bytes.  Cancelling the task kills them and removes their
+    files.  Raises RequestError (an existing target, unknown options), UnsupportedCapability,
+    ModelFileMissing, BrokenModel, Unavailable (no disk space, a changed source), else
+    ImpetusError with the reason.
     """
     quantization = _checked(request)
     route = plan(request.source.format, request.target_format, quantization)
@@ -99,35 +100,47 @@ async def convert(
         )
         return await asyncio.to_thread(partial.publish, result)
     except OSError as error:
-        raise Unavailable(f"The result could not be written ({error.strerror}).") from error
+        raise Unavailable(
+            f"The converted model could not be written ({error.strerror}). Check the free "
+            "disk space and the permissions of the folder, then convert again."
+        ) from error
     finally:
         # Shielded: a second cancellation must not leave files behind.
         await asyncio.shield(asyncio.to_thread(partial.remove))
 
 
 def _checked(request: ConversionRequest) -> str:
-    """Return the quantization.  Raises RequestError for anything that cannot be done."""
+    """Return the quantization to use.  Raises RequestError for invalid options."""
     quantization = check(request.source, request.target_format, request.quantization)
     if request.group_size not in MLX_GROUP_SIZES:
         raise RequestError(
-            f"group_size is {request.group_size}; MLX knows 32, 64 and 128.", param="group_size"
+            f"group_size is {request.group_size}; MLX supports 32, 64 and 128.", param="group_size"
         )
     if request.exporter not in _EXPORTERS:
         raise RequestError(
-            f"exporter is {request.exporter!r}; it is one of {', '.join(_EXPORTERS)}.",
+            f"exporter is {request.exporter!r}; it must be one of {', '.join(_EXPORTERS)}.",
             param="exporter",
         )
     if request.context_tokens is not None and not 1 <= request.context_tokens <= 2**20:
-        raise RequestError("context_tokens is from 1 to 1,048,576.", param="context_tokens")
+        raise RequestError(
+            f"context_tokens is {request.context_tokens:,}; it must be from 1 to 1,048,576.",
+            param="context_tokens",
+        )
     if not 1 <= request.threads <= 256:
-        raise RequestError("threads is from 1 to 256.", param="threads")
+        raise RequestError(
+            f"threads is {request.threads}; it must be from 1 to 256.", param="threads"
+        )
     if not request.source.files:
         raise RequestError(f"{request.source.name} has no files to convert.", param="model")
     name = request.target.name
     if not name or name.startswith(".") or not name.isprintable():
-        raise RequestError(f"{name!r} is no name for a model's folder.", param="target")
+        raise RequestError(
+            f"{name!r} is not a valid folder name: it must not be empty, start with a dot or "
+            "contain control characters.",
+            param="target",
+        )
     if os.path.lexists(request.target):
-        raise RequestError(f"{name!r} exists already; choose another name.", param="target")
+        raise RequestError(f"{name!r} already exists; choose another name.", param="target")
     return quantization
 
 
@@ -154,7 +167,7 @@ async def _run_steps(
     pause: PauseSwitch,
     on_memory: OnMemory | None,
 ) -> Path:
-    """Run all steps, each on the one before; return the last one's folder."""
+    """Run all steps, each on the result of the one before; return the last folder."""
     files, output = request.source.files, partial.folder
     steps = len(route) - 1
     for step in range(steps):
@@ -184,7 +197,7 @@ async def _run_steps(
 
         await pause.wait_until_off()
         await _run_step(job, report, pause, on_memory)
-        # What only this step needed must not take room while the next one runs.
+        # Files that only this step needed must not take disk space during the next one.
         await asyncio.to_thread(partial.discard, work, *files if step else ())
         files = tuple(sorted(path for path in output.rglob("*") if path.is_file()))
     return output
@@ -196,9 +209,11 @@ async def _run_step(
     pause: PauseSwitch,
     on_memory: OnMemory | None,
 ) -> None:
-    """Do one step in a process of its own and wait for it.  Raises what it reports."""
+    """Run one step in a child process.  Raises the error that the child reports."""
     if missing := [file.name for file in job.files if not file.is_file()]:
-        raise ModelFileMissing(f"{job.name}: the file {missing[0]} is gone.", param="model")
+        raise ModelFileMissing(
+            f"{job.name}: the file {missing[0]} no longer exists.", param="model"
+        )
     child = AsyncChild(
         [sys.executable, "-P", "-m", "catalog.convert.child"], _environment(job), job.work
     )
@@ -219,9 +234,9 @@ async def _run_step(
 async def _follow(
     child: AsyncChild, job: Job, report: Callable[[float, str], None]
 ) -> tuple[int, bool, ImpetusError | None]:
-    """Pass progress on until the process ends.
+    """Report progress until the child exits.
 
-    Return its exit code, whether it reported that it was done, and the error it reported.
+    Return its exit code, whether it reported completion, and the error it reported.
     """
     error: ImpetusError | None = None
     is_done = False
@@ -241,16 +256,16 @@ async def _follow(
             False,
             ImpetusError(
                 f"The conversion of {job.name} from {job.source_format} to {job.target_format} was "
-                "stopped: its process sent a line over 64 KiB."
+                "stopped: its process sent a line over 64 KiB, which is a bug. Please report it."
             ),
         )
     return await child.wait(), is_done, error
 
 
 def _death(job: Job, code: int, stderr_tail: str) -> str:
-    """Say how a process ended that gave no reason itself."""
+    """Return the error message for a child that exited without reporting an error."""
     hint = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
-    output = f" The end of its output: {stderr_tail}" if stderr_tail else ""
+    output = f" The last lines of its output: {stderr_tail}" if stderr_tail else ""
     return (
         f"The conversion of {job.name} from {job.source_format} to {job.target_format} "
         f"{describe_exit(code)}{hint}.{output}"
@@ -258,7 +273,7 @@ def _death(job: Job, code: int, stderr_tail: str) -> str:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """Return the step's environment: no keys, no network, temporary files in its own folder."""
+    """Return the child's environment: no secrets, no downloads, temporary files in its folder."""
     threads = str(job.threads)
     return kept_environment(*_KEPT_VARIABLES) | {
         "PYTHONPATH": str(_CODE_FOLDER),

@@ -1,4 +1,4 @@
-"""Which format a file has, by its content: every backend is asked."""
+"""Identifies the format of a model file by asking every backend."""
 
 import logging
 from collections.abc import Iterable
@@ -14,16 +14,16 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class HasBuiltInModels(Protocol):
-    """A backend with models that need no files."""
+    """A backend with built-in models, which have no files."""
 
     def built_in(self) -> tuple[ModelInfo, ...]:
-        """Return those models."""
+        """Return the built-in models."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A file of a known format that cannot be used, with the reason."""
+    """A file of a known format that cannot be used; `reason` says why."""
 
     format: str
     reason: str
@@ -31,7 +31,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """A file that no backend claims, with what each said."""
+    """A file that no backend recognizes, with each backend's reason."""
 
     reasons: tuple[str, ...]
 
@@ -42,7 +42,8 @@ Outcome: TypeAlias = ModelInfo | Refused | Unknown
 def examine(path: Path, backends: Iterable[Backend]) -> Outcome:
     """Ask every backend about `path`; blocks while headers are read.
 
-    A model that two formats claim is refused, and so is one whose only claim is broken.
+    A file that several formats recognize is refused, and so is one that is damaged in the only
+    format that recognizes it.
     """
     claims: list[ModelInfo] = []
     refusals: list[Refused] = []
@@ -55,16 +56,25 @@ def examine(path: Path, backends: Iterable[Backend]) -> Outcome:
         except BrokenModel as problem:
             refusals.append(Refused(backend.name, problem.message))
         except MemoryError:
-            refusals.append(Refused(backend.name, "Its identification needs too much memory."))
+            refusals.append(
+                Refused(
+                    backend.name, "Identifying the file took too much memory; it may be damaged."
+                )
+            )
         except Exception:
-            # A plug-in's fault must not hide the models of the other formats.
-            logger.exception("format %s failed on a file", backend.name, extra={"file": str(path)})
+            # A bug in a plug-in must not hide the models of other formats.
+            logger.exception(
+                "the backend %s failed to identify a file", backend.name, extra={"file": str(path)}
+            )
             others.append(f"{backend.name}: its identification failed")
     if len(claims) == 1:
         return claims[0]
     if claims:
         names = " and ".join(info.format for info in claims)
-        return Refused(claims[0].format, f"The file {path.name!r} is claimed by {names}.")
+        return Refused(
+            claims[0].format,
+            f"The formats {names} all recognize the file {path.name!r}; it is ambiguous.",
+        )
     return refusals[0] if refusals else Unknown(tuple(others))
 
 

@@ -1,4 +1,4 @@
-"""Inspection of model files in a process of its own: the gate before any engine."""
+"""Inspects model files in a limited child process, before any engine opens them."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from core.units import MIB
 
 FILE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
-# What the outcome of a file is called whose format is not known because its inspection died.
+# The format of a refused file whose inspection failed before the format was known.
 UNKNOWN_FORMAT = "unknown"
 
 _ANSWER_LIMIT_BYTES = 32 * MIB
-# How long a child that stopped answering may take to die of its own cause.
+# Time for a dying child to exit by itself, so that its exit status shows the cause.
 _DYING_S = 0.2
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL", "SYSTEMROOT")
 # Source: sandbox-exec(1) of macOS.
@@ -27,9 +27,9 @@ _MAC_SANDBOX = "(version 1)(allow default)(deny network*)(deny file-write*)"
 
 
 class Inspector:
-    """Asks a limited child process what files are; one thread at a time.
+    """Identifies files in a limited child process; one thread at a time.
 
-    The child starts with the first file, and anew after one that it did not survive.
+    The child starts with the first file, and again after a file that crashed it.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class Inspector:
         self._child: Child | None = None
 
     def examine(self, path: Path) -> Outcome:
-        """Return what `path` is; blocks for as long as that takes, 60 s at most.
+        """Return what `path` is; blocks up to 60 s, plus 60 s when the child has to start.
 
-        A file that its inspection does not survive is refused, with what was being read.
+        A file that crashes or hangs the inspection is refused, naming the check that ran.
         """
         request = json.dumps({"path": str(path)}).encode() + b"\n"
         stage = ""
@@ -62,16 +62,16 @@ class Inspector:
                 stage = str(answer["stage"])
         except TimeoutError:
             self.close()
-            return _refused(path, stage, f"took more than {self._file_limit_s:g} s")
+            return _refused(path, stage, f"took longer than {self._file_limit_s:g} s")
         except ChildEnded:
             self._child = None
             return _refused(path, stage, describe_exit(child.close(grace_s=_DYING_S)))
         except (AnswerTooLong, ValueError, KeyError, TypeError):
             self.close()
-            return _refused(path, stage, "gave no sense")
+            return _refused(path, stage, "sent a reply that could not be read")
 
     def close(self) -> None:
-        """End the child; twice is fine."""
+        """Kill the child; may be called twice."""
         child, self._child = self._child, None
         if child is not None:
             child.close()
@@ -92,7 +92,7 @@ def _command(formats: Sequence[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Return an environment without keys or proxies, and with one thread for every library."""
+    """Return an environment without secrets or proxies; libraries use one thread."""
     return {
         **kept_environment(*_KEPT_VARIABLES),
         "HOME": os.devnull,
@@ -113,5 +113,8 @@ def _outcome(answer: dict[str, Any]) -> Outcome:
 
 
 def _refused(path: Path, stage: str, cause: str) -> Refused:
-    what = stage or "starting the inspection"
-    return Refused(UNKNOWN_FORMAT, f"The file {path.name!r} is not used: {what} {cause}.")
+    what = stage or "the start of the inspection"
+    return Refused(
+        UNKNOWN_FORMAT,
+        f"The file {path.name!r} was skipped: {what} {cause}. It is tried again when it changes.",
+    )

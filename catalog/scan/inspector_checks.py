@@ -1,4 +1,4 @@
-"""What a model's files must withstand before any engine opens them: pure reading, no weights."""
+"""Checks tokenizers and safetensors headers before an engine opens them; reads no weights."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -15,10 +15,10 @@ _PROBE = "The sea, 1234 times: grüße 海 🎈\n\t if (x != y) { return a_b[0];
 
 
 def check_files(info: ModelInfo, on_stage: Callable[[str], None]) -> None:
-    """Read what engines will read, calling `on_stage` with what comes next.
+    """Read what engines will read; calls `on_stage` with the name of each check before it starts.
 
-    Raises BrokenModel.  A hostile file may take all processor time: call it in a process that
-    may die.
+    Raises BrokenModel.  A hostile file can hang or crash the process: call it in a limited child
+    process.
     """
     for path in info.files:
         if path.name == "tokenizer.json":
@@ -30,24 +30,26 @@ def check_files(info: ModelInfo, on_stage: Callable[[str], None]) -> None:
 
 
 def check_safetensors(path: Path) -> None:
-    """Let the reference reader check a file's header.  Raises BrokenModel."""
+    """Read a file's header with the safetensors library.  Raises BrokenModel."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="numpy") as file:
             file.keys()
     except SafetensorError as problem:
-        raise BrokenModel(f"{path.name} is damaged: {problem}", param="model") from problem
+        raise BrokenModel(
+            f"{path.name} is damaged, download it again: {problem}", param="model"
+        ) from problem
 
 
 def check_tokenizer(path: Path) -> None:
-    """Build the tokenizer and encode a text with it.  Raises BrokenModel."""
+    """Build the tokenizer and encode a test text.  Raises BrokenModel."""
     from tokenizers import Tokenizer
 
     if (size := path.stat().st_size) > _MAX_TOKENIZER_BYTES:
         raise BrokenModel(
-            f"{path.name} has {format_bytes(size)}; at most "
-            f"{format_bytes(_MAX_TOKENIZER_BYTES)} are read.",
+            f"{path.name} is {format_bytes(size)}; the limit is "
+            f"{format_bytes(_MAX_TOKENIZER_BYTES)}.",
             param="model",
         )
     try:
@@ -56,21 +58,25 @@ def check_tokenizer(path: Path) -> None:
     except (ValueError, RecursionError) as problem:
         raise BrokenModel(f"{path.name} is not valid JSON: {problem}", param="model") from problem
     if longest > _LONGEST_PATTERN:
-        raise BrokenModel(f"{path.name} has a pattern of {longest} characters.", param="model")
+        raise BrokenModel(
+            f"{path.name} has a regular expression of {longest} characters; the limit is "
+            f"{_LONGEST_PATTERN}.",
+            param="model",
+        )
     try:
         tokenizer = Tokenizer.from_str(text)
         ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
     except MemoryError:
         raise
     except BaseException as problem:
-        # The library's own panics derive from BaseException.
+        # The library's panics derive from BaseException.
         raise BrokenModel(f"{path.name} cannot be used: {problem}", param="model") from problem
     if not ids:
-        raise BrokenModel(f"{path.name} makes no tokens of a text.", param="model")
+        raise BrokenModel(f"{path.name} encodes a test text to no tokens.", param="model")
 
 
 def _patterns(value: Any) -> Iterator[str]:
-    """Yield every regular expression of a tokenizer's description."""
+    """Yield every regular expression in a tokenizer.json."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key == "Regex" and isinstance(item, str):

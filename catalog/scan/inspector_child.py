@@ -1,7 +1,8 @@
-"""Inspects model files on request; runs alone in a process with limits, which may die of them.
+"""The inspector's child process: inspects model files on request, under resource limits.
 
-Speaks JSON lines: `{"path": …}` in; out first `{"stage": …}` lines that say what begins, then one
-`{"info": …}`, `{"format": …, "refused": …}` or `{"unknown": […]}`.  The end of stdin ends it.
+Protocol, in JSON lines: a request is `{"path": …}`.  The reply is a `{"stage": …}` line before
+each check, then one `{"info": …}`, `{"format": …, "refused": …}` or `{"unknown": […]}`.  The
+process exits at the end of stdin.
 """
 
 import ctypes
@@ -27,25 +28,25 @@ _NEW_USER_AND_NETWORK = 0x10000000 | 0x40000000
 
 
 def limit_inspection() -> None:
-    """Bound memory, written files and new processes, and cut the network where that is possible.
+    """Limit memory, forbid written files and new processes, and cut off the network if possible.
 
-    Private memory is bounded rather than address space: weights are mapped, whatever their size.
+    Private memory is limited rather than address space, because weights of any size are mapped.
     """
     limit_process(data_bytes=MEMORY_BYTES, file_bytes=0, processes=0)
     if sys.platform == "linux":
-        # Source: unshare(2); a system that forbids it to users leaves the network open.
+        # Source: unshare(2); where the system forbids it to users the network stays reachable.
         ctypes.CDLL(ctypes.util.find_library("c")).unshare(_NEW_USER_AND_NETWORK)
 
 
 class InspectionServer:
-    """Answers one request after the other on two streams."""
+    """Answers inspection requests one after the other."""
 
     def __init__(self, backends: Sequence[Backend], out: IO[str]) -> None:
         self._backends = backends
         self._out = out
 
     def answer(self, path: Path) -> None:
-        """Inspect one file and say what it is."""
+        """Inspect one file and send the reply."""
         self._send_stage("its identification")
         outcome = examine(path, self._backends)
         if isinstance(outcome, ModelInfo):
@@ -58,7 +59,7 @@ class InspectionServer:
         except BrokenModel as problem:
             return Refused(info.format, problem.message)
         except MemoryError:
-            return Refused(info.format, "its inspection needs too much memory")
+            return Refused(info.format, "its inspection took too much memory")
         except Exception as problem:
             return Refused(info.format, f"its inspection failed: {type(problem).__name__}")
         return info
@@ -82,8 +83,8 @@ def _as_json(outcome: Outcome) -> Mapping[str, Any]:
 
 
 def main() -> None:
-    """Import what is needed, take on the limits, and answer until stdin ends."""
-    import tokenizers as _  # noqa: F401 - before the limits, which forbid its threads
+    """Import the backends, apply the limits, and answer requests until stdin ends."""
+    import tokenizers as _  # noqa: F401 - before the limits, which forbid new threads
 
     backends = list(backends_for(sys.argv[1:]).values())
     out = take_stdout()

@@ -1,4 +1,4 @@
-"""Which model a folder was converted from, as the conversion wrote it down."""
+"""Reads from provenance.json which model a folder was converted from."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,10 @@ _LONGEST_ID = 200
 
 
 def converted_from(weights: Path, root: Path) -> str:
-    """Return the id of the model that `weights` were made from; empty for any other file.
+    """Return the id of the model that `weights` was converted from; empty if it was not.
 
-    The note lies in the nearest folder above the file, below `root`, that has one.
+    Reads the nearest provenance.json in the folders from the file up to, but not including,
+    `root`.
     """
     folder = weights.parent
     while folder != root and folder.is_relative_to(root):

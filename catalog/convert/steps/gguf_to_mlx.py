@@ -1,4 +1,4 @@
-"""GGUF to MLX with the quantized blocks as they are, so that no precision is lost."""
+"""Converts GGUF to MLX with the quantized blocks unchanged, without loss of precision."""
 
 import re
 from collections import Counter
@@ -36,9 +36,9 @@ _NAME = re.compile(r"blk\.(\d+)\.(\w+)")
 
 
 def gguf_to_mlx(job: Job, report: Report) -> None:
-    """Write an MLX folder whose weights equal the GGUF file's exactly.
+    """Write an MLX folder whose weights are exactly equal to the GGUF file's.
 
-    Scales are kept in f32, which f16 casts into without loss.  Raises BrokenModel,
+    Scales are stored in f32, which represents f16 without loss.  Raises BrokenModel,
     UnsupportedCapability.
     """
     import mlx.core as mx
@@ -50,8 +50,8 @@ def gguf_to_mlx(job: Job, report: Report) -> None:
     types = set(header.elements_by_type) - MLX_BLOCKS
     if types:
         raise UnsupportedCapability(
-            f"MLX has no equal of the tensor types {', '.join(sorted(types))}; "
-            "choose a number of bits instead.",
+            f"MLX does not support the tensor types {', '.join(sorted(types))}; "
+            "choose a number of bits instead of original.",
             param="quantization",
         )
     write_tokenizer(source, job.output)
@@ -84,7 +84,7 @@ def gguf_to_mlx(job: Job, report: Report) -> None:
 
 
 def _mlx_name(key: str) -> str | None:
-    """Return the name in MLX, None for what MLX computes itself.  Raises BrokenModel."""
+    """Return the tensor's name in MLX; None if MLX computes it itself.  Raises BrokenModel."""
     base, _, kind = key.rpartition(".")
     match = _NAME.fullmatch(base)
     if base in _IGNORED:
@@ -93,11 +93,11 @@ def _mlx_name(key: str) -> str | None:
         return f"model.layers.{match[1]}.{_LAYER[match[2]]}.{kind}"
     if base in _TOP:
         return f"{_TOP[base]}.{kind}"
-    raise BrokenModel(f"The tensor {key!r} has no place in this architecture.", param="model")
+    raise BrokenModel(f"The tensor {key!r} is not part of this architecture.", param="model")
 
 
 def _unpermuted(rows: Any, heads: int) -> Any:
-    """Undo the order that GGUF gives the rows of llama's q and k; shape (rows, …)."""
+    """Undo GGUF's reordering of the rows of llama's q and k; shape (rows, …)."""
     shape = rows.shape
     if heads < 1 or shape[0] % (2 * heads):
         raise BrokenModel(f"{shape[0]} rows cannot be split into {heads} heads.", param="model")
@@ -106,7 +106,7 @@ def _unpermuted(rows: Any, heads: int) -> Any:
 
 
 def _quantization(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return mlx-lm's `quantization`: the commonest bits, and each layer that has others."""
+    """Return mlx-lm's `quantization`: the most common bits, and each layer that differs."""
     bits: dict[str, int] = {}
     for name, value in weights.items():
         if name.endswith(".scales"):

@@ -1,7 +1,7 @@
-"""Tokenizers across formats: how text is split before BPE, and the proof that two agree.
+"""Converts tokenizers between GGUF and Hugging Face, and checks that both give the same tokens.
 
-GGUF names the splitting (`tokenizer.ggml.pre`), Hugging Face spells it out.  A wrong one changes
-a few tokens in a thousand and nothing complains, so every conversion compares both tokenizers.
+GGUF names the pre-tokenizer (`tokenizer.ggml.pre`), Hugging Face has its regular expressions.  A
+wrong one silently changes a few tokens in a thousand, so every conversion compares the two.
 Source of the patterns: llama.cpp `llama-vocab.cpp`, llm_tokenizer_bpe.
 """
 
@@ -42,7 +42,7 @@ _ALIASES = {
     "llama4": "gpt-4o",
 }  # fmt: skip
 
-# What tokenizers get wrong: digits, blanks, case, contractions, scripts, emoji, code, markup.
+# Where tokenizers differ: digits, blanks, case, contractions, scripts, emoji, code, markup.
 PROBES = (
     "Hello world", " leading and  double   triple    blanks ", "tab\there\t\tand\n\n\nlines \n x",
     "\r\nwindows\r\nlines\r\n", "price 1234.50 USD on 2026-11-22, 0.5% of 1,000,000", "x=10**12",
@@ -63,12 +63,12 @@ PROBES = (
 
 
 def patterns_for(pre: str) -> tuple[str, ...] | None:
-    """Return the patterns of a `tokenizer.ggml.pre`, applied one after the other; None: unknown."""
+    """Return the patterns of a `tokenizer.ggml.pre`, in order of use; None if it is unknown."""
     return PATTERNS.get(_ALIASES.get(pre, pre))
 
 
 def pre_tokenizer(patterns: tuple[str, ...]) -> Any:
-    """Return the `tokenizers` pre-tokenizer that splits so and then spells bytes."""
+    """Return a `tokenizers` pre-tokenizer that applies the patterns, then encodes bytes."""
     from tokenizers import Regex, pre_tokenizers
 
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
@@ -77,16 +77,16 @@ def pre_tokenizer(patterns: tuple[str, ...]) -> Any:
 
 
 def pre_name(described: Mapping[str, Any] | None) -> str:
-    """Return the `tokenizer.ggml.pre` of a tokenizer.json's `pre_tokenizer`.
+    """Return the `tokenizer.ggml.pre` for a tokenizer.json's `pre_tokenizer`.
 
-    Raises UnsupportedCapability for one that GGUF has no name for here.
+    Raises UnsupportedCapability if its patterns are not in `PATTERNS`.
     """
     found = tuple(_patterns_in(described or {}))
     for name, patterns in PATTERNS.items():
         if found == patterns:
             return name
     raise UnsupportedCapability(
-        "The tokenizer splits text in a way that has no known name in GGUF.", param="target_format"
+        "The tokenizer's pre-tokenizer has no known equivalent in GGUF.", param="target_format"
     )
 
 
@@ -108,7 +108,7 @@ def _patterns_in(described: Mapping[str, Any]) -> Iterator[str]:
 
 
 class GgufVocabulary:
-    """A GGUF file's tokenizer alone, by llama.cpp."""
+    """The tokenizer of a GGUF file, without the weights, run by llama.cpp."""
 
     def __init__(self, path: Path) -> None:
         """Load the vocabulary; blocks for a fraction of a second.  Raises BrokenModel."""
@@ -119,12 +119,14 @@ class GgufVocabulary:
         params.vocab_only = True
         self._model = self._llama.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
-            reason = native_log.take_errors() or "llama.cpp gives no reason"
-            raise BrokenModel(f"The vocabulary cannot be loaded: {reason}", param="model")
+            reason = native_log.take_errors() or "llama.cpp gave no reason"
+            raise BrokenModel(
+                f"The vocabulary of {path.name} cannot be loaded: {reason}", param="model"
+            )
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
 
     def encode(self, text: str, *, with_special: bool) -> list[int]:
-        """Return the token ids, special tokens in the text recognised."""
+        """Return the token ids; special tokens in the text are recognized."""
         data = text.encode()
         room = len(data) + 8
         buffer = (self._llama.llama_token * room)()
@@ -134,7 +136,7 @@ class GgufVocabulary:
         return list(buffer[: max(count, 0)])
 
     def special(self, name: str) -> tuple[int, str] | None:
-        """Return id and text of the `bos` or `eos` token where the file says to add it."""
+        """Return id and text of the `bos` or `eos` token if the file says to add it, else None."""
         if not getattr(self._llama, f"llama_vocab_get_add_{name}")(self._vocabulary):
             return None
         token_id = int(getattr(self._llama, f"llama_vocab_{name}")(self._vocabulary))
@@ -143,7 +145,7 @@ class GgufVocabulary:
         return token_id, self._llama.llama_vocab_get_text(self._vocabulary, token_id).decode()
 
     def close(self) -> None:
-        """Free it; twice is fine."""
+        """Free the vocabulary; may be called twice."""
         if self._model:
             self._llama.llama_model_free(self._model)
             self._model = None
@@ -151,7 +153,7 @@ class GgufVocabulary:
 
 @contextmanager
 def gguf_vocabulary(path: Path) -> Iterator[GgufVocabulary]:
-    """Hold a GGUF file's vocabulary open.  Raises BrokenModel."""
+    """Open the tokenizer of a GGUF file, and close it at the end.  Raises BrokenModel."""
     vocabulary = GgufVocabulary(path)
     try:
         yield vocabulary
@@ -160,7 +162,7 @@ def gguf_vocabulary(path: Path) -> Iterator[GgufVocabulary]:
 
 
 def tokenizer_differences(tokenizer: Any, vocabulary: GgufVocabulary) -> list[str]:
-    """Return the probes that a `tokenizers.Tokenizer` and llama.cpp tokenize differently."""
+    """Return the probes for which a `tokenizers.Tokenizer` and llama.cpp give other tokens."""
     specials = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     probes = [*PROBES, *(f"before{text} after\n{text}" for text in specials[:8])]
     return [
@@ -173,9 +175,9 @@ def tokenizer_differences(tokenizer: Any, vocabulary: GgufVocabulary) -> list[st
 
 
 def match_gguf_tokenizer(tokenizer: Any, vocabulary: GgufVocabulary, pre: str) -> None:
-    """Make a tokenizer that was derived from a GGUF file split and frame text as the file says.
+    """Give a tokenizer the pre-tokenizer and the bos and eos tokens of its GGUF file.
 
-    Raises UnsupportedCapability when it still disagrees with llama.cpp.
+    Raises UnsupportedCapability if its tokens still differ from llama.cpp's.
     """
     from tokenizers import processors
 
@@ -192,22 +194,23 @@ def match_gguf_tokenizer(tokenizer: Any, vocabulary: GgufVocabulary, pre: str) -
     different = tokenizer_differences(tokenizer, vocabulary)
     if different:
         raise UnsupportedCapability(
-            f"The tokenizer ({pre or 'unnamed'}) cannot be converted faithfully: "
-            f"{len(different)} of {2 * len(PROBES)} texts differ, first {different[0]!r}.",
+            f"The tokenizer ({pre or 'unnamed'}) cannot be converted exactly: "
+            f"{len(different)} of {2 * len(PROBES)} test texts give other tokens, the first is "
+            f"{different[0]!r}.",
             param="target_format",
         )
 
 
 def check_same_tokens(tokenizer: Any, gguf: Path) -> None:
-    """Compare a tokenizer with the GGUF file that was written from it.
+    """Check that a tokenizer and the GGUF file written from it give the same tokens.
 
-    Raises UnsupportedCapability when they disagree.
+    Raises UnsupportedCapability if they do not.
     """
     with gguf_vocabulary(gguf) as vocabulary:
         different = tokenizer_differences(tokenizer, vocabulary)
     if different:
         raise UnsupportedCapability(
-            f"llama.cpp would tokenize {len(different)} of {2 * len(PROBES)} texts differently, "
-            f"first {different[0]!r}.",
+            f"The tokenizer cannot be converted exactly: llama.cpp gives other tokens for "
+            f"{len(different)} of {2 * len(PROBES)} test texts, the first is {different[0]!r}.",
             param="target_format",
         )

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as GGUF's writer needs it: numbers, vocabulary, chat template."""
+"""Reads a Hugging Face folder for the GGUF writer: numbers, vocabulary, chat template."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _MAX_TOKENS = 2**22
 
 @dataclass(frozen=True, slots=True)
 class HfSource:
-    """A folder's configurations, its tokenizer and where its tensors are."""
+    """A folder's configurations and tokenizer; `pre` is the `tokenizer.ggml.pre` in GGUF."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -24,26 +24,28 @@ class HfSource:
     pre: str
 
     def number(self, key: str, default: int | None = None) -> int:
-        """Return a whole number of the configuration.  Raises BrokenModel."""
+        """Return a positive integer from the configuration.  Raises BrokenModel."""
         value = self.config.get(key)
         value = default if value is None else value
         if type(value) is not int or not 0 < value < 2**31:
-            raise BrokenModel(f"config.json has no usable {key}.", param="model")
+            raise BrokenModel(
+                f"config.json has no valid {key} (a positive integer).", param="model"
+            )
         return value
 
     @property
     def heads(self) -> int:
-        """Number of query heads."""
+        """Number of query heads per layer."""
         return self.number("num_attention_heads")
 
     @property
     def kv_heads(self) -> int:
-        """Number of key and value heads."""
+        """Number of key and value heads per layer."""
         return self.number("num_key_value_heads", self.heads)
 
     @property
     def head_dim(self) -> int:
-        """Width of a head."""
+        """Dimensions of a head."""
         return self.number("head_dim", self.number("hidden_size") // self.heads)
 
 
@@ -52,14 +54,16 @@ def read_source(folder: Path) -> HfSource:
     config = read_json(folder / "config.json")
     if config.get("model_type") not in ARCHITECTURES:
         raise UnsupportedCapability(
-            f"The architecture {config.get('model_type')!r} cannot be written as GGUF.",
+            f"The architecture {config.get('model_type')!r} cannot be converted to GGUF; supported "
+            f"are {', '.join(ARCHITECTURES)}.",
             param="target_format",
         )
     tokenizer = read_json(folder / "tokenizer.json")
     model = tokenizer.get("model", {})
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise UnsupportedCapability(
-            "Only byte-level BPE tokenizers can be written as GGUF.", param="target_format"
+            "The tokenizer cannot be converted to GGUF; only byte-level BPE is supported.",
+            param="target_format",
         )
     described = folder / "tokenizer_config.json"
     return HfSource(
@@ -72,7 +76,7 @@ def read_source(folder: Path) -> HfSource:
 
 
 def add_vocabulary(writer: Any, model: HfSource) -> None:
-    """Give a GGUFWriter the tokenizer and the chat template.  Raises BrokenModel."""
+    """Add the tokenizer and the chat template to a GGUFWriter.  Raises BrokenModel."""
     import gguf
     from tokenizers import Tokenizer
 
@@ -81,7 +85,11 @@ def add_vocabulary(writer: Any, model: HfSource) -> None:
     size = model.number("vocab_size")
     largest = max([*described["vocab"].values(), *(token["id"] for token in added)], default=-1)
     if not largest < size <= _MAX_TOKENS:
-        raise BrokenModel(f"vocab_size {size} does not fit token {largest}.", param="model")
+        raise BrokenModel(
+            f"vocab_size is {size}, but the tokenizer has the token id {largest} "
+            f"(at most {_MAX_TOKENS:,} tokens are supported).",
+            param="model",
+        )
     texts = [f"[PAD{index}]" for index in range(size)]
     types = [int(gguf.TokenType.UNUSED)] * size
     for text, index in described["vocab"].items():

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors of the Llama family to a stateful Core ML package."""
+"""Converts Hugging Face safetensors of the Llama family to a stateful Core ML package."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ Progress: TypeAlias = Callable[[float, str], None]
 
 CONTEXT_KEY = "impetus.context_tokens"
 _PROBE = (1, 20, 300, 41, 7, 150, 9, 260)
-# In float16 the squares in a norm and the residual sum overflow; these keep float32.
+# In float16 the squares in norms and the residual sums overflow; these stay in float32.
 _WIDE = frozenset({"pow", "reduce_mean", "rsqrt", "add", "mul", "sub"})
 
 
@@ -35,13 +35,13 @@ def convert_to_coreml(
 ) -> None:
     """Write a folder `target` with an `.mlpackage`, its tokenizer and its configuration.
 
-    "mixed" computes in float16 but for what overflows there, "f16" everything in it.  The
-    package's first logits are compared with the model's own before anything stays.  Blocks for
-    about half a minute per 100 million parameters; `progress` gets a fraction and a word.
-    Raises RequestError (also where the precision does not hold), BrokenModel.
+    "mixed" computes in float16 except for operations that overflow, "f16" computes everything in
+    float16.  The package's logits are compared with the original's before it is kept.  Blocks for
+    about half a minute per 100 million parameters; `progress` gets a fraction and the activity.
+    Raises RequestError (also if the logits differ too much), BrokenModel.
     """
     if target.exists():
-        raise RequestError(f"{target.name} exists already.", param="target")
+        raise RequestError(f"{target.name!r} already exists; choose another name.", param="target")
     folder = read_folder(source)
     decoder = decoder_of(folder, context_tokens)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def _probe(vocabulary_size: int, context: int) -> Sequence[int]:
 
 
 def _reference_logits(source: Path) -> NDArray[np.float32]:
-    """Return the logits (q, vocabulary) that the model itself gives for the probe."""
+    """Return the original model's logits (q, vocabulary) for the probe."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -133,7 +133,7 @@ def _reference_logits(source: Path) -> NDArray[np.float32]:
 
 
 def _verify(package: Path, expected: NDArray[np.float32], precision: Precision) -> None:
-    """Run the probe in two steps, so that the cache is read back, in the package's own types."""
+    """Compare the package's logits; two steps test the cache.  Raises RequestError."""
     from backends.coreml.layout import causal_mask
     from backends.coreml.mil.interpreter import MilInterpreter
     from backends.coreml.spec import MANIFEST, read_spec
@@ -153,9 +153,9 @@ def _verify(package: Path, expected: NDArray[np.float32], precision: Precision) 
             found.append(model.predict(data, state)["logits"][0])
     problem = _difference(np.concatenate(found), expected[: len(probe)], precision)
     if problem:
-        hint = " Use the precision mixed or f32." if precision == "f16" else ""
+        hint = " Choose the quantization mixed or f32." if precision == "f16" else ""
         raise RequestError(
-            f"The converted model does not compute what the original does: {problem}.{hint}",
+            f"The converted model differs from the original: {problem}.{hint}",
             param="precision",
         )
 
@@ -163,10 +163,12 @@ def _verify(package: Path, expected: NDArray[np.float32], precision: Precision) 
 def _difference(
     found: NDArray[np.float32], expected: NDArray[np.float32], precision: Precision
 ) -> str:
-    """Return how the logits differ by more than the precision allows, empty where they do not."""
+    """Return how the logits differ beyond the tolerance of the precision; empty if not."""
     if not np.isfinite(found).all():
         return "its logits are not finite"
     scale = float(np.abs(expected).max())
     worst = float(np.abs(found - expected).max()) / max(scale, 1e-9)
     allowed = 1e-3 if precision == "f32" else 0.05
-    return f"its logits differ by {worst:.1%} of the largest" if worst > allowed else ""
+    if worst <= allowed:
+        return ""
+    return f"its logits differ by {worst:.1%} of the largest logit; the limit is {allowed:.1%}"

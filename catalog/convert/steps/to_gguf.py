@@ -1,4 +1,4 @@
-"""Hugging Face safetensors to GGUF, for llama's family, and GGUF from one quantization to another.
+"""Converts Hugging Face safetensors of llama's family to GGUF, and requantizes GGUF files.
 
 Source of the keys and the order of rows: llama.cpp `convert_hf_to_gguf.py`.
 """
@@ -23,12 +23,12 @@ _DIRECT = ("f32", "f16", "bf16")
 
 
 def file_type(quantization: str) -> int:
-    """Return the llama_ftype of a quantization's name."""
+    """Return the llama_ftype for the name of a quantization."""
     return _TYPE_IDS[quantization]
 
 
 def requantize(job: Job, report: Report) -> None:
-    """Write the GGUF file again with another quantization, in one file."""
+    """Write the GGUF model with another quantization, as one file."""
     report(0.0, "quantizing")
     source = single_file(job)
     target = job.output / f"{job.name}.gguf"
@@ -37,7 +37,7 @@ def requantize(job: Job, report: Report) -> None:
 
 
 def to_gguf(job: Job, report: Report) -> None:
-    """Write one GGUF file, quantized by llama.cpp where the job says so.
+    """Write one GGUF file; llama.cpp quantizes it if the job asks for that.
 
     Raises BrokenModel, UnsupportedCapability.
     """
@@ -114,13 +114,14 @@ def _add_hyperparameters(writer: Any, job: Job, model: HfSource, dtype: str) -> 
         writer.add_rope_scaling_factor(float(scaling["factor"]))
     elif kind not in ("default", "llama3"):
         raise UnsupportedCapability(
-            f"Rotary positions scaled by {kind!r} cannot be written as GGUF.",
+            f"The RoPE scaling {kind!r} cannot be converted to GGUF; supported are "
+            "linear and llama3.",
             param="target_format",
         )
 
 
 class _Layout:
-    """The tensors of a folder under GGUF's names, in one order for the header and the data."""
+    """The tensors of a folder with GGUF's names, in the same order for header and data."""
 
     def __init__(self, model: HfSource, architecture: str, dtype: str) -> None:
         import gguf
@@ -142,19 +143,19 @@ class _Layout:
             yield "rope_freqs.weight", factors
 
     def _entries(self) -> Iterator[tuple[Any, str, str]]:
-        """Yield open shard, name there, name in GGUF."""
+        """Yield the open shard, the tensor's name in it, and its name in GGUF."""
         from safetensors import safe_open
 
         for file in self._files:
             with safe_open(file, "pt") as shard:
                 for name in sorted(shard.keys()):
-                    # Some exporters store what each layer computes from the configuration.
+                    # Some exporters store these values, which are computed from the configuration.
                     if name.endswith("rotary_emb.inv_freq"):
                         continue
                     mapped = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
                     if mapped is None:
                         raise BrokenModel(
-                            f"The tensor {name!r} has no place in this architecture.",
+                            f"The tensor {name!r} is not part of this architecture.",
                             param="model",
                         )
                     if name == "lm_head.weight" and self._model.config.get("tie_word_embeddings"):
@@ -162,7 +163,7 @@ class _Layout:
                     yield shard, name, mapped
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        """Yield GGUF name, shape and element type."""
+        """Yield each tensor's GGUF name, shape and element type."""
         for name, data in self._extra():
             yield name, data.shape, "f32"
         for shard, name, mapped in self._entries():
@@ -170,7 +171,7 @@ class _Layout:
             yield mapped, shape, self._kind(shape)
 
     def data(self) -> Iterator[tuple[float, NDArray[Any]]]:
-        """Yield how much is done, from 0 to 1, and the next tensor as its bytes go out."""
+        """Yield the progress from 0 to 1 and the next tensor in its final element type."""
         import gguf
         import torch
 
@@ -195,7 +196,7 @@ class _Layout:
 
 
 def _permuted(rows: Any, heads: int) -> Any:
-    """Order the rows of llama's q and k as llama.cpp's rotary positions want them."""
+    """Reorder the rows of llama's q and k for llama.cpp's rotary positions."""
     shape = rows.shape
     if shape[0] % (2 * heads):
         raise BrokenModel(f"{shape[0]} rows cannot be split into {heads} heads.", param="model")
@@ -203,7 +204,7 @@ def _permuted(rows: Any, heads: int) -> Any:
 
 
 def rope_factors(config: Mapping[str, Any], head_dim: int) -> NDArray[np.float32] | None:
-    """Return what llama 3 divides its rotary frequencies by; shape (head_dim / 2,); else None."""
+    """Return the divisors of llama 3's rotary frequencies, shape (head_dim / 2,); else None."""
     scaling = config.get("rope_scaling") or {}
     if scaling.get("rope_type", scaling.get("type")) != "llama3":
         return None

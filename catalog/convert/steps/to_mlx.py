@@ -1,4 +1,4 @@
-"""Hugging Face safetensors to MLX, plain or quantized."""
+"""Converts Hugging Face safetensors to MLX, optionally quantized."""
 
 from typing import Any
 
@@ -7,28 +7,28 @@ from catalog.convert.job import Job, Report, copy_sidecars, link_source, write_j
 from catalog.convert.steps.from_gguf import DTYPES
 from core.errors import UnsupportedCapability
 
-# What the weights that stay unquantized are kept in.
+# The default dtype of the weights that stay unquantized.
 _QUANTIZED_DTYPE = "bfloat16"
 
 
 def to_mlx(job: Job, report: Report) -> None:
-    """Write an MLX folder; `job.quantization` is a dtype or a number of bits in groups.
+    """Write an MLX folder; `job.quantization` is a dtype or a number of bits.
 
-    Raises UnsupportedCapability for architectures that mlx-lm does not know.
+    Raises UnsupportedCapability for architectures that mlx-lm does not support.
     """
     import mlx.core as mx
     from mlx_lm.utils import load_model, quantize_model, save_model
 
     report(0.0, "reading the weights")
     source = link_source(job)
-    # mlx-lm takes any file of this pattern for weights, an index or not.
+    # mlx-lm reads only files named `model*.safetensors`, with or without an index.
     for number, shard in enumerate(sorted(source.glob("*.safetensors"))):
         if not shard.name.startswith("model"):
             shard.rename(source / f"model-{number}-{shard.name}")
     try:
         model, config = load_model(source, lazy=True)
     except ValueError as error:
-        raise UnsupportedCapability(f"MLX cannot take {job.name}: {error}") from error
+        raise UnsupportedCapability(f"MLX does not support {job.name}: {error}") from error
     bits = MLX_BITS.get(job.quantization)
     dtype = _kept_dtype(config) if bits else DTYPES[job.quantization]
     _cast(model, getattr(mx, dtype))
@@ -45,13 +45,13 @@ def to_mlx(job: Job, report: Report) -> None:
 
 
 def _kept_dtype(config: dict[str, Any]) -> str:
-    """Return the dtype of norms and scales beside quantized weights: the source's, if half."""
+    """Return the dtype of norms and scales beside quantized weights: the source's, if 16-bit."""
     dtype = config.get("dtype") or config.get("torch_dtype")
     return dtype if dtype in ("float16", "bfloat16") else _QUANTIZED_DTYPE
 
 
 def _cast(model: Any, dtype: Any) -> None:
-    """Change the dtype of all floating parameters that the model lets change."""
+    """Cast all floating-point parameters for which the model allows it."""
     import mlx.core as mx
     from mlx.utils import tree_map_with_path
 

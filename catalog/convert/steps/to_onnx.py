@@ -1,4 +1,4 @@
-"""Hugging Face safetensors to ONNX: by onnxruntime-genai's builder, or by PyTorch's exporter."""
+"""Converts Hugging Face safetensors to ONNX, with onnxruntime-genai or PyTorch's exporter."""
 
 import contextlib
 import runpy
@@ -17,7 +17,7 @@ def to_onnx(job: Job, report: Report) -> None:
     """Write a folder with model.onnx, its data, the configurations and the tokenizer.
 
     The exporter "auto" falls back from "genai" to "torch" for architectures that only PyTorch
-    knows, in f32.  Raises UnsupportedCapability.
+    supports, in f32.  Raises UnsupportedCapability.
     """
     source = link_source(job)
     if job.exporter in ("auto", "genai"):
@@ -32,7 +32,10 @@ def to_onnx(job: Job, report: Report) -> None:
             report(0.1, "tracing the model")
             export_by_tracing(source, job.output, job.threads)
     elif job.quantization != "f32":
-        raise UnsupportedCapability("PyTorch's exporter writes f32 only.", param="quantization")
+        raise UnsupportedCapability(
+            "PyTorch's exporter supports only f32; choose f32 or the exporter genai.",
+            param="quantization",
+        )
     else:
         report(0.0, "tracing the model")
         export_by_tracing(source, job.output, job.threads)
@@ -41,9 +44,9 @@ def to_onnx(job: Job, report: Report) -> None:
 
 
 def _build(job: Job, source: Path) -> None:
-    """Run the builder's own command line in this process, which does nothing else.
+    """Run the builder's command line in this process, which does nothing else.
 
-    Raises NotImplementedError for architectures it does not know.
+    Raises NotImplementedError for architectures that it does not support.
     """
     arguments = [
         "builder", "-i", str(source), "-o", str(job.output), "-e", "cpu",
@@ -58,11 +61,14 @@ def _build(job: Job, source: Path) -> None:
     finally:
         sys.argv = before
     if not (job.output / "model.onnx").is_file():
-        raise UnsupportedCapability("The builder ended without a model.", param="target_format")
+        raise UnsupportedCapability(
+            "onnxruntime-genai's builder did not write a model; try the exporter torch.",
+            param="target_format",
+        )
 
 
 def export_by_tracing(source: Path, output: Path, threads: int) -> None:
-    """Export with standard operators only: inputs, cache and positions as Optimum names them."""
+    """Export with standard operators; inputs, cache and positions have Optimum's names."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -109,7 +115,7 @@ def export_by_tracing(source: Path, output: Path, threads: int) -> None:
 
 
 def _with_flat_cache(model: Any) -> Any:
-    """Return a module that takes and gives the cache as tensors and builds its own mask."""
+    """Return a module that takes and returns the cache as tensors and builds its own mask."""
     import torch
     from transformers.cache_utils import DynamicCache
 

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints to safetensors; no code in a pickle is ever run."""
+"""Converts PyTorch checkpoints to safetensors; never runs code in a pickle."""
 
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -25,10 +25,10 @@ _SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's tensors by name, mapped from the file where it allows that.
+    """Return a checkpoint's tensors by name, memory-mapped if the file allows it.
 
     Raises BrokenModel for damaged files, for pickles of anything but tensors, and for compressed
-    archives, whose size in memory nothing bounds.
+    archives, whose size in memory is not bounded.
     """
     import torch
 
@@ -36,7 +36,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if is_archive:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise BrokenModel(f"{path.name} is a compressed archive.", param="model")
+                raise BrokenModel(
+                    f"{path.name} is a compressed archive; only uncompressed checkpoints are read.",
+                    param="model",
+                )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:
@@ -45,14 +48,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """Say why a checkpoint cannot be read, naming the code it would run."""
+    """Return why a checkpoint cannot be read; names the code that it would run."""
     import torch
 
     wanted: list[str] = []
     try:
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:
-        # The archive itself is damaged, so there is nothing to name.
+        # The archive itself is damaged.
         wanted = []
     if wanted:
         return f"{path.name} is refused: its pickle would run {', '.join(sorted(wanted)[:5])}."
@@ -60,14 +63,14 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _tensors(path: Path, loaded: object) -> dict[str, Any]:
-    """Return the tensors of a checkpoint without the wrappers that trainers put around them."""
+    """Return the tensors of a checkpoint, unwrapped from the dicts that trainers add."""
     import torch
 
     for wrapper in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping):
-        raise BrokenModel(f"{path.name} holds no state dict.", param="model")
+        raise BrokenModel(f"{path.name} does not contain a state dict.", param="model")
     tensors: dict[str, Any] = {}
     for key, value in loaded.items():
         if isinstance(key, str) and isinstance(value, torch.Tensor):
@@ -76,7 +79,7 @@ def _tensors(path: Path, loaded: object) -> dict[str, Any]:
                 name = name.removeprefix(prefix)
             tensors[name] = value
     if not tensors:
-        raise BrokenModel(f"{path.name} holds no tensors.", param="model")
+        raise BrokenModel(f"{path.name} does not contain any tensors.", param="model")
     return tensors
 
 
@@ -95,7 +98,7 @@ def _all_tensors(files: tuple[Path, ...], report: Report) -> Iterator[tuple[str,
 
 
 class ShardWriter:
-    """Writes tensors as numbered safetensors shards of bounded size, with an index for several."""
+    """Writes tensors as safetensors shards of bounded size, with an index if several."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -106,9 +109,9 @@ class ShardWriter:
         self._total_bytes = 0
 
     def add(self, name: str, tensor: Any) -> None:
-        """Take a tensor, writing a shard when it is full.  Raises BrokenModel for a name twice."""
+        """Add a tensor; writes a shard when it is full.  Raises BrokenModel for a repeated name."""
         if name in self._names:
-            raise BrokenModel(f"The tensor {name!r} occurs twice.", param="model")
+            raise BrokenModel(f"The weights contain the tensor {name!r} twice.", param="model")
         self._names.add(name)
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > _SHARD_BYTES:
@@ -127,7 +130,7 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def close(self) -> None:
-        """Write what is left and give the shards their final names."""
+        """Write the last shard and give all shards their final names."""
         if self._pending:
             self._flush()
         count = len(self._shards)
@@ -146,9 +149,9 @@ class ShardWriter:
 
 
 def to_safetensors(job: Job, report: Report) -> None:
-    """Write a folder with the same tensors as safetensors, cast when the job says so.
+    """Write a folder with the same tensors as safetensors, cast if the job asks for that.
 
-    A tied output layer is left out, as transformers does.  Raises BrokenModel.
+    A tied output layer is omitted, as in transformers.  Raises BrokenModel.
     """
     import torch
 

@@ -75,7 +75,7 @@ def test_an_embedding_model_is_for_embeddings() -> None:
     assert {found[name].level for name in ("continue", "open-webui")} == {"limited"}
     for client in ("cline", "claude-code", "roo", "llm"):
         assert found[client].level == "no"
-        assert "not for chat" in found[client].reasons[0]
+        assert "does not support chat" in found[client].reasons[0]
 
 
 def test_what_cannot_run_fits_nobody() -> None:

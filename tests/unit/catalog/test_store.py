@@ -204,7 +204,7 @@ def test_newer_schema_is_refused_and_stays(tmp_path: Path) -> None:
         connection.execute("CREATE TABLE future (x)")
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(ImpetusError, match="schema 99"):
+    with pytest.raises(ImpetusError, match="schema is 99"):
         CatalogStore(path)
     assert [file.name for file in tmp_path.glob("*corrupt*")] == []
     connection = sqlite3.connect(path)
@@ -218,7 +218,7 @@ def test_failing_migration_is_undone(tmp_path: Path) -> None:
         connection.execute("INSERT INTO nowhere VALUES (1)")
 
     connection = sqlite3.connect(tmp_path / "x.sqlite", isolation_level=None)
-    with pytest.raises(ImpetusError, match="schema 3 failed and was undone"):
+    with pytest.raises(ImpetusError, match="schema 3 failed and was rolled back"):
         migrate(connection, [*MIGRATIONS, m003_fails])
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     assert "models" in tables

@@ -71,7 +71,7 @@ def test_blocks_are_kept_only_where_mlx_has_the_same() -> None:
 @pytest.mark.parametrize(
     ("info", "target", "reason"),
     [
-        (replace(DECODER, quantization="int4"), "gguf", "quantized already"),
+        (replace(DECODER, quantization="int4"), "gguf", "already quantized"),
         (replace(DECODER, capabilities=frozenset({Capability.EMBEDDING})), "mlx", "generate text"),
         (replace(DECODER, architecture="mamba"), "gguf", "architecture"),
         (replace(GGUF, architecture="bert"), "safetensors", "architecture"),
@@ -103,5 +103,5 @@ def test_check_gives_the_default_and_refuses_unknown_quantizations() -> None:
     with pytest.raises(UnsupportedCapability, match="'9bit' is not one of") as caught:
         check(DECODER, "mlx", "9bit")
     assert caught.value.param == "quantization"
-    with pytest.raises(UnsupportedCapability, match="cannot be converted to"):
+    with pytest.raises(UnsupportedCapability, match="is not a target format"):
         check(DECODER, "zip", "")

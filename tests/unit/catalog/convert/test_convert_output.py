@@ -66,7 +66,7 @@ def test_publishing_refuses_a_name_taken_meanwhile(tmp_path: Path) -> None:
     result = partial.folder / "step-0"
     result.mkdir()
     (tmp_path / "made").mkdir()
-    with pytest.raises(RequestError, match="came into being"):
+    with pytest.raises(RequestError, match="created during the conversion"):
         partial.publish(result)
     partial.remove()
     partial.remove()
@@ -82,14 +82,14 @@ def test_publishing_never_replaces_what_came_after_the_check(
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "theirs").touch()
     monkeypatch.setattr("os.path.lexists", lambda _path: False)
-    with pytest.raises(RequestError, match="came into being"):
+    with pytest.raises(RequestError, match="created during the conversion"):
         partial.publish(result)
     partial.remove()
     assert (tmp_path / "made" / "theirs").exists()
 
 
 def test_an_unwritable_place_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="Nothing can be written"):
+    with pytest.raises(Unavailable, match="cannot be written to"):
         PartialOutput.create(tmp_path / "missing" / "made")
 
 

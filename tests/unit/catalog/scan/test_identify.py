@@ -67,7 +67,7 @@ def test_one_claim_wins_over_a_broken_one(tmp_path: Path) -> None:
 
 def test_two_claims_are_refused(tmp_path: Path) -> None:
     path = minimal_gguf(tmp_path / "a.gguf")
-    with pytest.raises(BrokenModel, match="claimed by gguf and claims"):
+    with pytest.raises(BrokenModel, match="formats gguf and claims all recognize"):
         identify(path, [GgufIdentification(), Claims()])
 
 

@@ -56,10 +56,10 @@ def test_llama3_scaling_is_that_of_transformers() -> None:
     [
         ({"model_type": "mamba"}, "mamba"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"partial_rotary_factor": 0.5}, "in part"),
+        ({"partial_rotary_factor": 0.5}, "partial rotary"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-        ({"max_position_embeddings": 64}, "between 1 and 64"),
-        ({"sliding_window": 100}, "between 1 and 100"),
+        ({"max_position_embeddings": 64}, "from 1 to 64"),
+        ({"sliding_window": 100}, "from 1 to 100"),
     ],
 )
 def test_decoder_refuses_what_it_would_compute_wrongly(
@@ -76,7 +76,7 @@ def test_decoder_refuses_impossible_numbers(value: object) -> None:
 
 
 def test_conversion_writes_over_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="exists already"):
+    with pytest.raises(RequestError, match="already exists"):
         convert_to_coreml(
             tmp_path, tmp_path, precision="f32", context_tokens=8, progress=lambda *_: None
         )
