@@ -1,7 +1,7 @@
-"""Starts limited child processes, exchanges messages with deadlines, and kills their whole group.
+"""Runs limited child processes: messages with deadlines, resource limits, killing the whole group.
 
-A parent uses `Child`, or `AsyncChild` on an event loop.  What a child does to itself, from
-`limit_process` on, stands at the end.  Importing this module must stay cheap: every child does.
+A parent uses `Child`, or `AsyncChild` on an event loop; the child itself uses the functions from
+`limit_process` on.  Every child imports this module, so it imports asyncio only where needed.
 """
 
 import contextlib
@@ -33,13 +33,14 @@ class ChildEnded(Exception):
 
 
 class AnswerTooLong(Exception):
-    """The child's answer is over its limit."""
+    """The child's answer is longer than the limit."""
 
 
 class Child:
-    """A child process in a session of its own, with timed and bounded reads and writes.
+    """A child process in its own session, with bounded reads and with deadlines.
 
-    One thread at a time, except for `kill`.  Deadlines are values of `time.monotonic()`.
+    For one thread at a time, except `kill`.  Deadlines are values of `time.monotonic()`.  A
+    descendant that starts its own session escapes `kill` and `close`.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Child:
         return self._tail.text()
 
     def write(self, data: bytes, deadline: float) -> None:
-        """Send `data`; blocks until all is in the pipe.  Raises TimeoutError, ChildEnded."""
+        """Send `data`; blocks until it is in the pipe.  Raises TimeoutError, ChildEnded."""
         rest = memoryview(data)
         while rest := self.write_some(rest):
             self._wait(self._stdin, select.POLLOUT, deadline)
@@ -97,14 +98,14 @@ class Child:
         return self._take(count)
 
     def read_line(self, deadline: float) -> bytes:
-        """Return the next line with its end.  Raises TimeoutError, ChildEnded, AnswerTooLong."""
+        """Return the next line, with its end.  Raises TimeoutError, ChildEnded, AnswerTooLong."""
         while not (line := self.take_line()):
             self._wait(self._stdout, select.POLLIN, deadline)
             self.read_some()
         return line
 
     def write_some(self, data: memoryview) -> memoryview:
-        """Send what fits into the pipe now; return the rest.  Raises ChildEnded."""
+        """Send what fits into the pipe without blocking; return the rest.  Raises ChildEnded."""
         try:
             while data:
                 data = data[os.write(self._stdin, data) :]
@@ -115,7 +116,7 @@ class Child:
         return data
 
     def read_some(self) -> None:
-        """Receive what is in the pipe now.  Raises ChildEnded."""
+        """Receive what is in the pipe without blocking.  Raises ChildEnded."""
         try:
             data = os.read(self._stdout, _READ_BYTES)
         except BlockingIOError:
@@ -125,7 +126,7 @@ class Child:
         self._pending += data
 
     def take_line(self) -> bytes:
-        """Return a line that was received, with its end, else nothing.  Raises AnswerTooLong."""
+        """Return the next received line with its newline; empty if none.  Raises AnswerTooLong."""
         end = self._pending.find(b"\n", self._searched) + 1
         if not end:
             self._searched = len(self._pending)
@@ -134,7 +135,7 @@ class Child:
         return self._take(end)
 
     def close_input(self) -> None:
-        """Close the child's stdin, by which a well-behaved child exits; twice is fine."""
+        """Close the child's stdin, so that it exits by itself; may be called twice."""
         assert self._process.stdin is not None
         self._process.stdin.close()
 
@@ -151,15 +152,15 @@ class Child:
     def close(self, grace_s: float = 0.0) -> int:
         """Kill the group, reap the child and close the pipes; return its exit code.
 
-        A child that is dying gets `grace_s` first, so that its own cause of death is reported.
-        Twice is fine.
+        A child that is exiting gets `grace_s` first, so that its exit code shows its own cause.
+        May be called twice.
         """
         if grace_s:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace_s)
         with self._lock:
             if not self._is_reaped:
-                # Also after the child's own exit: descendants keep the group and its number.
+                # Even after the child's exit: its descendants keep the group and the group's id.
                 kill_group(self._process.pid)
             code = self._process.wait()
             self._is_reaped = True
@@ -171,10 +172,10 @@ class Child:
         return code
 
     def read_stderr(self) -> bool:
-        """Keep the end of what is in stderr's pipe now; return whether more can come."""
+        """Read stderr without blocking, keeping the end; return whether it is still open."""
         if self._stderr is None:
             return False
-        # A child that writes without end must not keep its parent here.
+        # Bounded, because a child may write without end.
         for _ in range(16):
             try:
                 data = os.read(self._stderr, _READ_BYTES)
@@ -186,7 +187,7 @@ class Child:
         return True
 
     def descriptors(self) -> tuple[int, int, int | None]:
-        """Return the parent's ends of stdin, stdout and, where it is kept, stderr."""
+        """Return the parent's descriptors of stdin, stdout and, if kept, stderr."""
         return self._stdin, self._stdout, self._stderr
 
     def _take(self, count: int) -> bytes:
@@ -197,7 +198,7 @@ class Child:
         return taken
 
     def _wait(self, descriptor: int, event: int, deadline: float) -> None:
-        """Wait for the event, reading stderr meanwhile: a full pipe would block the child."""
+        """Wait for the event; also reads stderr, because a full pipe would block the child."""
         poll = select.poll()
         poll.register(descriptor, event)
         if self._stderr is not None:
@@ -209,13 +210,15 @@ class Child:
                 self._stderr = None
             if descriptor in found:
                 return
+            if time.monotonic() >= deadline:
+                break
         raise TimeoutError
 
 
 class AsyncChild:
-    """A `Child` for an event loop, with stderr kept; cancellation takes the place of deadlines.
+    """A `Child` for an event loop; callers cancel instead of passing deadlines.
 
-    Starting it blocks for a few milliseconds.  A line over 64 KiB is refused.
+    The constructor starts it, which blocks for a few milliseconds.  Lines are at most 64 KiB.
     """
 
     def __init__(
@@ -265,7 +268,7 @@ class AsyncChild:
         return await asyncio.to_thread(self._child.wait)
 
     async def close(self) -> None:
-        """Kill the group and reap the child.  Shield it from cancellation."""
+        """Kill the group and reap the child; must be shielded from cancellation."""
         import asyncio
 
         self._stop_reading_stderr()
@@ -297,7 +300,7 @@ def _set(event: "asyncio.Future[None]") -> None:
 
 
 class _Tail:
-    """The end of a stream of bytes, for people to read."""
+    """Keeps the end of a byte stream as text for messages."""
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -312,14 +315,14 @@ class _Tail:
 
 
 def kill_group(group: int) -> None:
-    """Send SIGKILL to a process group; one that has ended is ignored."""
-    # macOS refuses with EPERM where only a zombie is left.
+    """Send SIGKILL to a process group; does nothing if it has ended."""
+    # macOS raises EPERM if only a zombie is left.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
 
 def describe_exit(code: int) -> str:
-    """Return how a process died, as the end of a sentence about it."""
+    """Return how a process exited, as the predicate of a sentence about it."""
     if code == -signal.SIGXCPU:
         return "used too much processor time"
     if code >= 0:
@@ -331,7 +334,7 @@ def describe_exit(code: int) -> str:
 
 
 def kept_environment(*names: str) -> dict[str, str]:
-    """Return these variables of this process' environment, where they are set, and no others."""
+    """Return only these variables of this process' environment, if they are set."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
@@ -348,9 +351,9 @@ def limit_process(
     file_bytes: int | None = None,
     processes: int | None = None,
 ) -> None:
-    """Limit the calling process for good, where given; it also writes no core dumps.
+    """Set the given limits for the calling process, permanently; also disables core dumps.
 
-    `data_bytes` bounds private memory alone, so files of any size can be mapped.
+    `data_bytes` limits only private memory, so that files of any size can be mapped.
     """
     limits = (
         (resource.RLIMIT_AS, address_space_bytes),
@@ -361,20 +364,20 @@ def limit_process(
     )
     for kind, limit in limits:
         if limit is not None:
-            # macOS refuses limits on memory; the parent's deadline holds there.
+            # macOS refuses limits on memory; only the parent's deadline applies there.
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(kind, (limit, limit))
 
 
 def limit_cpu(seconds: int) -> None:
-    """Let the calling process use `seconds` more of processor time; SIGXCPU ends it then."""
+    """Limit the calling process to `seconds` more of CPU time; SIGXCPU then kills it."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime) + seconds + 1
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
 
 def take_stdout() -> IO[str]:
-    """Return the stream to the parent; what libraries print to stdout goes to stderr from now."""
+    """Return the stream to the parent; output of libraries to stdout now goes to stderr."""
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return stream
@@ -383,8 +386,8 @@ def take_stdout() -> IO[str]:
 def die_with_parent() -> None:
     """On Linux, let the kernel kill the calling process when its parent dies.
 
-    It does so even when the process is stopped, and already when the parent's thread that
-    started it ends.  Source: prctl(2), PR_SET_PDEATHSIG.
+    Works for stopped processes too.  The kernel also kills it when the thread that started it
+    exits, so start it in a long-lived one.  Source: prctl(2), PR_SET_PDEATHSIG.
     """
     if sys.platform == "linux":
         import ctypes
@@ -393,7 +396,7 @@ def die_with_parent() -> None:
 
 
 def die_with_input(source: IO[str]) -> None:
-    """Kill the calling process' group as soon as `source`, its parent's pipe, ends."""
+    """Kill the calling process' group when `source`, the pipe from its parent, ends."""
 
     def watch() -> None:
         source.read()

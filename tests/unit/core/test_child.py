@@ -205,6 +205,12 @@ def test_the_end_of_stderr_is_kept_however_much_there_is(start: Start) -> None:
     assert child.stderr_tail == "line 49997 / line 49998 / line 49999"
 
 
+def test_a_child_that_floods_stderr_meets_its_deadline(start: Start) -> None:
+    child = start("import sys\nwhile True: sys.stderr.write('x' * 100)", keeps_stderr=True)
+    with pytest.raises(TimeoutError):
+        child.read_line(soon(0.2))
+
+
 def test_a_child_that_closes_stderr_can_still_answer(start: Start) -> None:
     child = start("import os\nos.close(2)\nprint('done')", keeps_stderr=True)
     assert child.read_line(soon()) == b"done\n"
