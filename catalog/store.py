@@ -54,7 +54,7 @@ class CatalogStore:
             ) from error
 
     def close(self) -> None:
-        """Close the database; twice is fine."""
+        """Close the database; may be called twice."""
         with self._lock:
             self._connection.close()
 

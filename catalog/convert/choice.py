@@ -19,7 +19,7 @@ def least_lossy_conversion(info: ModelInfo, runnable: Collection[str]) -> tuple[
 
     For models whose format cannot run here.
     """
-    for conversion in _possible(info, runnable):
+    for conversion in _possible_conversions(info, runnable):
         if conversion.target_format == info.format:
             continue
         kept = (ORIGINAL, info.quantization, "f16")
@@ -35,7 +35,7 @@ def smaller_conversion(
 
     `fits` is called with the predicted description of the result.
     """
-    for conversion in _possible(info, runnable):
+    for conversion in _possible_conversions(info, runnable):
         for quantization, bits in _SMALLER.get(conversion.target_format, ()):
             result = _predicted_info(info, conversion.target_format, quantization, bits)
             is_smaller = 0 < result.size_bytes < info.size_bytes
@@ -60,7 +60,7 @@ def _predicted_info(
     )
 
 
-def _possible(info: ModelInfo, runnable: Collection[str]) -> list[Conversion]:
+def _possible_conversions(info: ModelInfo, runnable: Collection[str]) -> list[Conversion]:
     found = [
         conversion
         for conversion in conversions_from(info)

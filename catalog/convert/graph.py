@@ -137,7 +137,7 @@ def check(info: ModelInfo, target_format: str, quantization: str) -> str:
 
 def _conversion(info: ModelInfo, target: str) -> Conversion:
     choices = _choices(info, target)
-    return Conversion(target, choices, _reason(info, target, choices))
+    return Conversion(target, choices, _impossible_reason(info, target, choices))
 
 
 def _choices(info: ModelInfo, target: str) -> tuple[str, ...]:
@@ -154,7 +154,7 @@ def _choices(info: ModelInfo, target: str) -> tuple[str, ...]:
     return (ORIGINAL, *choices) if keeps_blocks else choices
 
 
-def _reason(info: ModelInfo, target: str, choices: tuple[str, ...]) -> str:
+def _impossible_reason(info: ModelInfo, target: str, choices: tuple[str, ...]) -> str:
     try:
         route = plan(info.format, target)
     except UnsupportedCapability as error:

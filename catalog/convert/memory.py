@@ -87,8 +87,8 @@ def process_tree_bytes(pid: int) -> int:
         root = psutil.Process(pid)
         for process in (root, *root.children(recursive=True)):
             info = process.memory_info()
-            is_told_apart = hasattr(info, "shared")
-            total += info.rss - info.shared if is_told_apart else process.memory_full_info().uss
+            has_shared = hasattr(info, "shared")
+            total += info.rss - info.shared if has_shared else process.memory_full_info().uss
     except (psutil.Error, OSError):
         return total
     return total

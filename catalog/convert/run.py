@@ -80,7 +80,7 @@ async def convert(
     ModelFileMissing, BrokenModel, Unavailable (no disk space, a changed source), else
     ImpetusError with the reason.
     """
-    quantization = _checked(request)
+    quantization = _checked_quantization(request)
     route = plan(request.source.format, request.target_format, quantization)
     before = await asyncio.to_thread(fingerprint, request.source.files)
     await asyncio.to_thread(
@@ -109,7 +109,7 @@ async def convert(
         await asyncio.shield(asyncio.to_thread(partial.remove))
 
 
-def _checked(request: ConversionRequest) -> str:
+def _checked_quantization(request: ConversionRequest) -> str:
     """Return the quantization to use.  Raises RequestError for invalid options."""
     quantization = check(request.source, request.target_format, request.quantization)
     if request.group_size not in MLX_GROUP_SIZES:
@@ -228,7 +228,7 @@ async def _run_step(
     if error is not None:
         raise error
     if code != 0 or not is_done:
-        raise ImpetusError(_death(job, code, child.stderr_tail))
+        raise ImpetusError(_exit_message(job, code, child.stderr_tail))
 
 
 async def _follow(
@@ -262,7 +262,7 @@ async def _follow(
     return await child.wait(), is_done, error
 
 
-def _death(job: Job, code: int, stderr_tail: str) -> str:
+def _exit_message(job: Job, code: int, stderr_tail: str) -> str:
     """Return the error message for a child that exited without reporting an error."""
     hint = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
     output = f" The last lines of its output: {stderr_tail}" if stderr_tail else ""

@@ -52,7 +52,7 @@ class Inspector:
         stage = ""
         limit_s = self._file_limit_s + (START_LIMIT_S if self._child is None else 0.0)
         deadline = time.monotonic() + limit_s
-        child = self._started()
+        child = self._running_child()
         try:
             child.write(request, deadline)
             while True:
@@ -76,7 +76,7 @@ class Inspector:
         if child is not None:
             child.close()
 
-    def _started(self) -> Child:
+    def _running_child(self) -> Child:
         if self._child is None:
             self._child = Child(
                 self._command, _environment(), answer_limit_bytes=_ANSWER_LIMIT_BYTES

@@ -50,10 +50,10 @@ class InspectionServer:
         self._send_stage("its identification")
         outcome = examine(path, self._backends)
         if isinstance(outcome, ModelInfo):
-            outcome = self._checked(outcome)
-        self._send(_as_json(outcome))
+            outcome = self._check_files(outcome)
+        self._send(_reply(outcome))
 
-    def _checked(self, info: ModelInfo) -> Outcome:
+    def _check_files(self, info: ModelInfo) -> Outcome:
         try:
             check_files(info, self._send_stage)
         except BrokenModel as problem:
@@ -72,7 +72,7 @@ class InspectionServer:
         self._out.flush()
 
 
-def _as_json(outcome: Outcome) -> Mapping[str, Any]:
+def _reply(outcome: Outcome) -> Mapping[str, Any]:
     match outcome:
         case ModelInfo() as info:
             return {"info": info_to_json(info)}

@@ -16,18 +16,18 @@ def converted_from(weights: Path, root: Path) -> str:
     """
     folder = weights.parent
     while folder != root and folder.is_relative_to(root):
-        note = folder / PROVENANCE
-        if note.is_file():
-            return _model_id(note)
+        provenance = folder / PROVENANCE
+        if provenance.is_file():
+            return _model_id(provenance)
         folder = folder.parent
     return ""
 
 
-def _model_id(note: Path) -> str:
+def _model_id(provenance: Path) -> str:
     try:
-        if note.stat().st_size > _MAX_BYTES:
+        if provenance.stat().st_size > _MAX_BYTES:
             return ""
-        model_id = json.loads(note.read_text("utf-8"))["parameters"]["model_id"]
+        model_id = json.loads(provenance.read_text("utf-8"))["parameters"]["model_id"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return ""
     return model_id[:_LONGEST_ID] if isinstance(model_id, str) else ""

@@ -97,9 +97,9 @@ def _find(starter: Starter) -> InstalledStarter | None:
         _log_absent(starter.distribution)
         return None
     fields = [field for field in ("License-Expression", "License") if field in described]
-    licence = described[fields[0]] if fields else ""
+    license_text = described[fields[0]] if fields else ""
     package = Package(starter.distribution, described["Version"])
-    return InstalledStarter(path, package, licence, starter.name)
+    return InstalledStarter(path, package, license_text, starter.name)
 
 
 @cache

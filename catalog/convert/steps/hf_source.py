@@ -65,12 +65,12 @@ def read_source(folder: Path) -> HfSource:
             "The tokenizer cannot be converted to GGUF; only byte-level BPE is supported.",
             param="target_format",
         )
-    described = folder / "tokenizer_config.json"
+    config_path = folder / "tokenizer_config.json"
     return HfSource(
         folder=folder,
         config=config,
         tokenizer=tokenizer,
-        tokenizer_config=read_json(described) if described.exists() else {},
+        tokenizer_config=read_json(config_path) if config_path.exists() else {},
         pre=pre_name(tokenizer.get("pre_tokenizer")),
     )
 
@@ -80,10 +80,10 @@ def add_vocabulary(writer: Any, model: HfSource) -> None:
     import gguf
     from tokenizers import Tokenizer
 
-    described = model.tokenizer["model"]
+    bpe = model.tokenizer["model"]
     added = model.tokenizer.get("added_tokens", [])
     size = model.number("vocab_size")
-    largest = max([*described["vocab"].values(), *(token["id"] for token in added)], default=-1)
+    largest = max([*bpe["vocab"].values(), *(token["id"] for token in added)], default=-1)
     if not largest < size <= _MAX_TOKENS:
         raise BrokenModel(
             f"vocab_size is {size}, but the tokenizer has the token id {largest} "
@@ -92,12 +92,12 @@ def add_vocabulary(writer: Any, model: HfSource) -> None:
         )
     texts = [f"[PAD{index}]" for index in range(size)]
     types = [int(gguf.TokenType.UNUSED)] * size
-    for text, index in described["vocab"].items():
+    for text, index in bpe["vocab"].items():
         texts[index], types[index] = text, int(gguf.TokenType.NORMAL)
     for token in added:
         kind = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
         texts[token["id"]], types[token["id"]] = token["content"], int(kind)
-    merges = described.get("merges", [])
+    merges = bpe.get("merges", [])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(model.pre)
     writer.add_token_list(texts)
@@ -116,8 +116,8 @@ def add_vocabulary(writer: Any, model: HfSource) -> None:
         if value in ids:
             add_id(ids[value])
     tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
-    frame = tokenizer.encode("").ids
-    writer.add_add_bos_token(bool(frame))
+    specials = tokenizer.encode("").ids
+    writer.add_add_bos_token(bool(specials))
     writer.add_add_space_prefix(False)
     template = _chat_template(model)
     if template:
