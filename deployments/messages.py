@@ -158,13 +158,18 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class ModelStates:
-    """What the router must know beside residency: the faults of models, by id, and the strain.
+    """What the scheduler publishes to routers: faults by model id, residency, thermal policy.
 
-    `keeps_cool`: a bare name is to mean its smallest variant.
+    `keeps_cool`: a bare name means its smallest variant.  `residencies` are the models that take
+    new requests, `loading` the ids of those being loaded.  `version` changes with the content;
+    -1 means that the scheduler does not know yet what is resident.
     """
 
     faults: Mapping[str, Fault] = field(default_factory=dict)
     keeps_cool: bool = False
+    residencies: tuple[Residency, ...] = ()
+    loading: tuple[str, ...] = ()
+    version: int = -1
 
 
 @dataclass(frozen=True, slots=True)

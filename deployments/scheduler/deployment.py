@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
@@ -33,6 +34,7 @@ from deployments.scheduler.formats import FormatClients
 from deployments.scheduler.ledger import Ledger
 from deployments.scheduler.load_plans import LoadPlanner
 from deployments.scheduler.nodes import NodeLedgers
+from deployments.scheduler.published_states import PublishedStates
 from deployments.scheduler.publisher import Publisher
 from deployments.scheduler.reservations import Reservations
 from deployments.scheduler.scanning import Scanner
@@ -46,6 +48,8 @@ from scheduler.state import HostState, KeepRules, Limits, LoadPlan
 from scheduler.thermal import Directive
 
 logger = logging.getLogger(__name__)
+
+_STATES_LIMIT_S = 10.0
 
 
 class SchedulerReplica:
@@ -72,13 +76,15 @@ class SchedulerReplica:
         self._store = CatalogStore(settings.catalog_file)
         self._format_clients = FormatClients(formats, self._backends, running)
         self._reservations, self._is_ready = Reservations(), asyncio.Event()
+        self._published = PublishedStates(self._model_states, lambda: self._faults.expires_in_s())
         self._ledger = self._make_ledger(self._budget_bytes)
         self._nodes = NodeLedgers(self._ledger, own_node_id(), self._make_ledger)
         self._scanner = Scanner(settings, self._store, self._backends)
         hold = partial(self._reservations.holding, self._ledger)
         rescan = self._scanner.scan
         self._conversions = Conversions(settings, self._backends, self._options, rescan, hold)
-        self._faults = Faults(FaultFile(settings.home / "faults.json", own_node_id()))
+        fault_file = FaultFile(settings.home / "faults.json", own_node_id())
+        self._faults = Faults(fault_file, on_change=self._published.notify)
         self._thermal = ThermalWatch(
             settings, formats, running=running, obey=self._obey, log=self._log
         )
@@ -97,6 +103,7 @@ class SchedulerReplica:
             self._reservations.closing(self._format_clients.close),
             self._format_clients.report,
             self._log,
+            self._published.notify,
         )
 
     async def _run(self) -> None:
@@ -133,10 +140,14 @@ class SchedulerReplica:
 
     async def residencies(self) -> tuple[list[Residency], list[str]]:
         """Return the resident models and the ids of those being loaded."""
+        await self._forget_stopped()
+        return self._nodes.residencies, self._nodes.loading
+
+    async def _forget_stopped(self) -> None:
+        """Take out the models whose idle processes Serve ended."""
         for residency in await self._format_clients.stopped(self._nodes.residencies):
             logger.info("%s ended with its idle process", residency.model_id)
             self._nodes.forget(residency)
-        return self._nodes.residencies, self._nodes.loading
 
     @returning_errors
     async def explain(self, model_id: str) -> None:
@@ -222,9 +233,30 @@ class SchedulerReplica:
         if record is not None:
             self._nodes.configure(model_id, self._planner.rules(record))
 
-    async def model_states(self) -> ModelStates:
-        """Return what is wrong with models, and whether the machine is to be kept cool."""
-        return ModelStates(self._faults.model_states(), self._thermal.directive.keeps_cool)
+    async def model_states(self, known_version: int = -1) -> ModelStates:
+        """Return the model states once their version is not `known_version`, or after 10 s.
+
+        A scheduler that has just started answers once it knows what is resident; after 10 s
+        without that it returns empty states of version -1.
+        """
+        end = time.monotonic() + _STATES_LIMIT_S
+        try:
+            async with asyncio.timeout(_STATES_LIMIT_S):
+                await self._is_ready.wait()
+                await self._forget_stopped()
+        except TimeoutError:
+            return self._published.current() if self._is_ready.is_set() else ModelStates()
+        except Exception:
+            logger.exception("cannot ask Serve which formats run")
+        return await self._published.wait(known_version, end - time.monotonic())
+
+    def _model_states(self) -> ModelStates:
+        return ModelStates(
+            self._faults.model_states(),
+            self._thermal.directive.keeps_cool,
+            tuple(self._nodes.residencies),
+            tuple(self._nodes.loading),
+        )
 
     async def decisions(self) -> list[Decision]:
         """Return the last decisions, the oldest first."""
@@ -296,6 +328,7 @@ class SchedulerReplica:
             action = "pause conversions" if directive.pauses_jobs else "let conversions go on"
             self._log.note("thermal", action, f"the machine is {self._thermal.state.label}")
         await self._nodes.strain(is_critical=directive.unloads_idle)
+        self._published.notify()
 
     def __del__(self) -> None:
         """Stop scan and conversions and close the catalog."""

@@ -74,10 +74,14 @@ class Faults:
     """What is wrong with models, by id.  Belongs to one event loop; `file` outlives the process."""
 
     def __init__(
-        self, file: FaultFile | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        file: FaultFile | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._file = file
         self._clock = clock
+        self._on_change = on_change
         self._records: dict[str, Record] = {} if file is None else file.read()
 
     def check(self, model_id: str, files: str) -> None:
@@ -143,6 +147,12 @@ class Faults:
             if record.is_quarantined or wait_s(record, now) > 0
         }
 
+    def expires_in_s(self) -> float | None:
+        """Return the seconds until the next back-off ends; None where there is none."""
+        now = self._clock()
+        waits = [wait_s(record, now) for record in self._records.values()]
+        return min((wait for wait in waits if wait > 0), default=None)
+
     def _keep(self, model_id: str, record: Record) -> None:
         self._records[model_id] = record
         self._write()
@@ -150,6 +160,7 @@ class Faults:
     def _write(self) -> None:
         if self._file is not None:
             self._file.write(self._records)
+        self._on_change()
 
     def _of(self, model_id: str, files: str) -> Record:
         record = self._records.get(model_id)

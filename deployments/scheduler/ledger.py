@@ -82,9 +82,17 @@ class Ledger:
     """
 
     def __init__(
-        self, state: HostState, open_: Opener, close: Closer, report: Reporter, log: DecisionLog
+        self,
+        state: HostState,
+        open_: Opener,
+        close: Closer,
+        report: Reporter,
+        log: DecisionLog,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_change` is called after every event, before control returns to the loop."""
         self._state = state
+        self._on_change = on_change
         self._open, self._close, self._report = open_, close, report
         self._residencies: dict[str, Residency] = {}
         self._waiting: dict[int, asyncio.Future[Residency]] = {}
@@ -242,6 +250,7 @@ class Ledger:
             self._note(event, action)
             self._perform(action)
         self._is_wanted.set()
+        self._on_change()
 
     def _note(self, event: Event, action: Action) -> None:
         # What happens for every request of a resident model would drown the rest.
