@@ -24,6 +24,7 @@ from deployments.messages import (
     Decision,
     ModelStates,
     Need,
+    NodeMemory,
     Residency,
     SchedulerSnapshot,
 )
@@ -33,7 +34,7 @@ from deployments.scheduler.faults import FaultFile, Faults
 from deployments.scheduler.formats import FormatClients
 from deployments.scheduler.ledger import Ledger
 from deployments.scheduler.load_plans import LoadPlanner
-from deployments.scheduler.nodes import NodeLedgers
+from deployments.scheduler.nodes import ledger_holding, ledger_of, residency_of
 from deployments.scheduler.published_states import PublishedStates
 from deployments.scheduler.publisher import Publisher
 from deployments.scheduler.reservations import Reservations
@@ -78,12 +79,13 @@ class SchedulerReplica:
         self._reservations, self._is_ready = Reservations(), asyncio.Event()
         self._published = PublishedStates(self._model_states, lambda: self._faults.expires_in_s())
         self._ledger = self._make_ledger(self._budget_bytes)
-        self._nodes = NodeLedgers(self._ledger, own_node_id(), self._make_ledger)
+        self._node_id = own_node_id()
+        self._ledgers = {self._node_id: self._ledger}
         self._scanner = Scanner(settings, self._store, self._backends)
         hold = partial(self._reservations.holding, self._ledger)
         rescan = self._scanner.scan
         self._conversions = Conversions(settings, self._backends, self._options, rescan, hold)
-        fault_file = FaultFile(settings.home / "faults.json", own_node_id())
+        fault_file = FaultFile(settings.home / "faults.json", self._node_id)
         self._faults = Faults(fault_file, on_change=self._published.notify)
         self._thermal = ThermalWatch(
             settings, formats, running=running, obey=self._obey, log=self._log
@@ -120,7 +122,7 @@ class SchedulerReplica:
         """Take over the models' settings, and what the replicas hold."""
         for record in await asyncio.to_thread(self._store.models):
             if record.settings != ModelSettings():
-                self._nodes.configure(record.id, self._planner.rules(record))
+                self._configure(record)
         for name in self._backends:
             held = await self._format_clients.held(name)
             node = await self._format_clients.node(name) if held else NO_NODE
@@ -128,7 +130,27 @@ class SchedulerReplica:
                 found = await asyncio.to_thread(self._store.get, residency.model_id)
                 if found is not None:
                     size = self._planner.size_bytes(found, residency)
-                    self._nodes.restore(residency, size, node)
+                    self._ledger_of(node).restore(residency, size)
+
+    def _ledger_of(self, node: NodeMemory) -> Ledger:
+        return ledger_of(self._ledgers, node, self._node_id, self._make_ledger)
+
+    def _residency(self, model_id: str) -> Residency | None:
+        return residency_of(self._ledgers, model_id)
+
+    def _residencies(self) -> list[Residency]:
+        return [one for ledger in self._ledgers.values() for one in ledger.residencies]
+
+    def _loading(self) -> list[str]:
+        return [model_id for ledger in self._ledgers.values() for model_id in ledger.loading]
+
+    def _configure(self, record: ModelRecord) -> None:
+        for ledger in self._ledgers.values():
+            ledger.configure(record.id, self._planner.rules(record))
+
+    async def _release(self, model_id: str, reason: str) -> bool:
+        ledger = ledger_holding(self._ledgers, model_id)
+        return ledger is not None and await ledger.release(model_id, reason)
 
     async def is_ready(self) -> bool:
         """Whether the first scan is done."""
@@ -141,13 +163,15 @@ class SchedulerReplica:
     async def residencies(self) -> tuple[list[Residency], list[str]]:
         """Return the resident models and the ids of those being loaded."""
         await self._forget_stopped()
-        return self._nodes.residencies, self._nodes.loading
+        return self._residencies(), self._loading()
 
     async def _forget_stopped(self) -> None:
         """Take out the models whose idle processes Serve ended."""
-        for residency in await self._format_clients.stopped(self._nodes.residencies):
+        for residency in await self._format_clients.stopped(self._residencies()):
             logger.info("%s ended with its idle process", residency.model_id)
-            self._nodes.forget(residency)
+            ledger = ledger_holding(self._ledgers, residency.model_id)
+            if ledger is not None:
+                ledger.forget(residency)
 
     @returning_errors
     async def explain(self, model_id: str) -> None:
@@ -184,32 +208,32 @@ class SchedulerReplica:
             await self._look_after_lost(model_id, need)
         plans: tuple[LoadPlan, ...] = ()
         priority, node = need.priority, NO_NODE
-        if self._nodes.residency(model_id) is None:
+        if self._residency(model_id) is None:
             if not need.is_resumed:
                 self._thermal.check_admits(model_id)
             record = await self._record(model_id)
             self._faults.check(model_id, record.fingerprint)
             node = await self._format_clients.node(record.info.format)
-            plans = await self._plans_for(record, self._nodes.of(node).state.budget_bytes)
+            plans = await self._plans_for(record, self._ledger_of(node).state.budget_bytes)
             priority = priority or record.settings.priority
-        return await self._nodes.acquire(
+        ledger = ledger_holding(self._ledgers, model_id) or self._ledger_of(node)
+        return await ledger.acquire(
             model_id,
             plans,
             self._settings.request_timeout_s,
             priority or "interactive",
             is_resumed=need.is_resumed,
-            node=node,
         )
 
     async def _look_after_lost(self, model_id: str, need: Need) -> None:
         """Find out why a caller did not find the model where it believed it to be."""
-        known = self._nodes.residency(model_id)
+        known = self._residency(model_id)
         if need.has_died:
             await self.process_died(model_id, need.lost_replica)
         elif known is not None and known.replica_id == need.lost_replica:
             await self._release_lost(known)
         # Perhaps its file is gone or another one now; what was unloaded here is not looked for.
-        if known is not None and self._nodes.residency(model_id) is None:
+        if known is not None and self._residency(model_id) is None:
             await self._scanner.scan()
 
     async def _plans_for(self, record: ModelRecord, budget_bytes: int) -> tuple[LoadPlan, ...]:
@@ -222,7 +246,7 @@ class SchedulerReplica:
 
     async def unload(self, model_id: str) -> bool:
         """Unload a model after its last request, a pinned one too; False: it is not resident."""
-        return await self._nodes.release(model_id, "its unloading was asked for")
+        return await self._release(model_id, "its unloading was asked for")
 
     async def settings_changed(self, model_id: str) -> None:
         """Apply what the catalog says of the model to the resident one, as far as it concerns us.
@@ -231,7 +255,7 @@ class SchedulerReplica:
         """
         record = await asyncio.to_thread(self._store.get, model_id)
         if record is not None:
-            self._nodes.configure(model_id, self._planner.rules(record))
+            self._configure(record)
 
     async def model_states(self, known_version: int = -1) -> ModelStates:
         """Return the model states once their version is not `known_version`, or after 10 s.
@@ -254,8 +278,8 @@ class SchedulerReplica:
         return ModelStates(
             self._faults.model_states(),
             self._thermal.directive.keeps_cool,
-            tuple(self._nodes.residencies),
-            tuple(self._nodes.loading),
+            tuple(self._residencies()),
+            tuple(self._loading()),
         )
 
     async def decisions(self) -> list[Decision]:
@@ -270,19 +294,20 @@ class SchedulerReplica:
         """Take out a model that a caller did not find, unless it is there again."""
         is_held = await self._format_clients.is_held(known)
         # Another caller may have had it loaded again meanwhile.
-        if self._nodes.residency(known.model_id) is known and not is_held:
-            await self._nodes.release(known.model_id, "its replica does not serve it any more")
+        if self._residency(known.model_id) is known and not is_held:
+            await self._release(known.model_id, "its replica does not serve it any more")
 
     async def process_died(self, model_id: str, replica_id: str) -> None:
         """Take note of a process that died while it ran a request for the model."""
-        known = self._nodes.residency(model_id)
+        known = self._residency(model_id)
         if known is not None and known.replica_id == replica_id:
             await self._release_lost(known)
         await self._note_death(model_id, replica_id)
 
     async def _note_death(self, model_id: str, process: str) -> None:
         """Remember that a process died that the model used; the third time it is put away."""
-        self._nodes.process_ended(process)
+        for ledger in self._ledgers.values():
+            ledger.process_ended(process)
         record = await asyncio.to_thread(self._store.get, model_id)
         words = await self._format_clients.stderr_tail(process)
         if record is not None and self._faults.note_death(
@@ -327,12 +352,14 @@ class SchedulerReplica:
             self._conversions.pause(is_on=directive.pauses_jobs)
             action = "pause conversions" if directive.pauses_jobs else "let conversions go on"
             self._log.note("thermal", action, f"the machine is {self._thermal.state.label}")
-        await self._nodes.strain(is_critical=directive.unloads_idle)
+        # The sensors are those of the scheduler's own machine.
+        await self._ledger.strain(is_critical=directive.unloads_idle)
         self._published.notify()
 
     def __del__(self) -> None:
         """Stop scan and conversions and close the catalog."""
         self._background.cancel()
         self._conversions.cancel()
-        self._nodes.cancel()
+        for ledger in self._ledgers.values():
+            ledger.cancel()
         self._store.close()

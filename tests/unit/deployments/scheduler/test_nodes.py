@@ -11,7 +11,7 @@ from deployments.decisions import DecisionLog
 from deployments.messages import NO_NODE, Freed, NodeMemory, Residency
 from deployments.scheduler.formats import Reported
 from deployments.scheduler.ledger import Ledger
-from deployments.scheduler.nodes import NodeLedgers
+from deployments.scheduler.nodes import Ledgers, ledger_holding, ledger_of, residency_of
 from scheduler.state import HostState, KeepRules, LoadPlan
 
 FAR = NodeMemory("far", 4 * GIB)
@@ -23,8 +23,16 @@ class Cluster:
 
     def __init__(self) -> None:
         self.made: list[int] = []
-        self.nodes = NodeLedgers(self.make(GIB), "here", self.make)
+        self.ledgers: Ledgers = {"here": self.make(GIB)}
         self.made.clear()
+
+    def of(self, node: NodeMemory) -> Ledger:
+        return ledger_of(self.ledgers, node, "here", self.make)
+
+    def holding(self, model_id: str) -> Ledger:
+        ledger = ledger_holding(self.ledgers, model_id)
+        assert ledger is not None
+        return ledger
 
     def make(self, budget_bytes: int) -> Ledger:
         self.made.append(budget_bytes)
@@ -50,13 +58,15 @@ class Cluster:
 async def cluster() -> AsyncIterator[Cluster]:
     cluster = Cluster()
     yield cluster
-    cluster.nodes.cancel()
+    for ledger in cluster.ledgers.values():
+        ledger.cancel()
 
 
 async def acquire(
     cluster: Cluster, model_id: str, plans: tuple[LoadPlan, ...], node: NodeMemory = NO_NODE
 ) -> Residency:
-    return await cluster.nodes.acquire(model_id, plans, 5.0, "interactive", node=node)
+    ledger = ledger_holding(cluster.ledgers, model_id) or cluster.of(node)
+    return await ledger.acquire(model_id, plans, 5.0, "interactive")
 
 
 async def test_what_is_too_large_here_fits_on_the_other_machine(cluster: Cluster) -> None:
@@ -65,24 +75,27 @@ async def test_what_is_too_large_here_fits_on_the_other_machine(cluster: Cluster
     found = await acquire(cluster, "large", LARGE, FAR)
     assert found.node_id == "far"
     assert cluster.made == [4 * GIB]
-    assert cluster.nodes.residency("large") == found
+    assert residency_of(cluster.ledgers, "large") == found
 
 
 async def test_models_of_one_machine_leave_the_others_budget_alone(cluster: Cluster) -> None:
     await acquire(cluster, "large", LARGE, FAR)
     await acquire(cluster, "small", SMALL)
-    assert cluster.nodes.of(NO_NODE).state.used_bytes == 600 * MIB
-    assert cluster.nodes.of(FAR).state.used_bytes == 3 * GIB
-    assert {one.model_id for one in cluster.nodes.residencies} == {"large", "small"}
-    assert cluster.nodes.loading == []
+    assert cluster.of(NO_NODE).state.used_bytes == 600 * MIB
+    assert cluster.of(FAR).state.used_bytes == 3 * GIB
+    ledgers = cluster.ledgers.values()
+    held = {one.model_id for ledger in ledgers for one in ledger.residencies}
+    assert held == {"large", "small"}
+    assert [ledger.loading for ledger in ledgers] == [[], []]
 
 
 async def test_a_resident_model_is_found_wherever_it_is(cluster: Cluster) -> None:
     first = await acquire(cluster, "large", LARGE, FAR)
     assert await acquire(cluster, "large", LARGE) == first
-    assert await cluster.nodes.release("large", "asked for")
-    assert cluster.nodes.residency("large") is None
-    assert not await cluster.nodes.release("large", "asked for")
+    holding = cluster.holding("large")
+    assert await holding.release("large", "asked for")
+    assert residency_of(cluster.ledgers, "large") is None
+    assert not await holding.release("large", "asked for")
 
 
 async def test_one_load_for_all_who_ask_meanwhile(cluster: Cluster) -> None:
@@ -91,23 +104,25 @@ async def test_one_load_for_all_who_ask_meanwhile(cluster: Cluster) -> None:
 
 
 async def test_rules_hold_on_machines_that_come_later(cluster: Cluster) -> None:
-    cluster.nodes.configure("large", KeepRules(is_pinned=True))
+    for ledger in cluster.ledgers.values():
+        ledger.configure("large", KeepRules(is_pinned=True))
     await acquire(cluster, "large", LARGE, FAR)
-    assert cluster.nodes.of(FAR).state.pinned_bytes == 3 * GIB
+    assert cluster.of(FAR).state.pinned_bytes == 3 * GIB
 
 
 async def test_a_new_scheduler_takes_in_what_each_machine_holds(cluster: Cluster) -> None:
     far = Residency("large", "gguf", "replica-far", "far", 2048, 0.0)
-    cluster.nodes.restore(far, 3 * GIB, FAR)
-    assert cluster.nodes.of(FAR).state.used_bytes == 3 * GIB
-    cluster.nodes.forget(far)
-    assert cluster.nodes.residencies == []
-    await cluster.nodes.refresh()
-    cluster.nodes.process_ended("replica-far")
+    cluster.of(FAR).restore(far, 3 * GIB)
+    assert cluster.of(FAR).state.used_bytes == 3 * GIB
+    holding = cluster.holding("large")
+    holding.forget(far)
+    assert [ledger.residencies for ledger in cluster.ledgers.values()] == [[], []]
+    await holding.refresh()
+    holding.process_ended("replica-far")
 
 
 async def test_strain_is_that_of_the_own_machine(cluster: Cluster) -> None:
     await acquire(cluster, "large", LARGE, FAR)
-    await cluster.nodes.strain(is_critical=True)
-    assert cluster.nodes.of(NO_NODE).state.is_critical
-    assert not cluster.nodes.of(FAR).state.is_critical
+    await cluster.of(NO_NODE).strain(is_critical=True)
+    assert cluster.of(NO_NODE).state.is_critical
+    assert not cluster.of(FAR).state.is_critical
