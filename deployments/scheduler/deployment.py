@@ -4,23 +4,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 
 from backends.registry import backends_for
 from catalog.models import ModelRecord, ModelSettings
 from catalog.store import CatalogStore
-from core.errors import (
-    BackendUnavailable,
-    ImpetusError,
-    InsufficientMemory,
-    ModelFileMissing,
-    ModelNotFound,
-)
 from core.settings import Settings
 from deployments.decisions import DecisionLog
 from deployments.messages import (
     ANY_NEED,
-    NO_NODE,
     Decision,
     ModelStates,
     Need,
@@ -34,7 +27,9 @@ from deployments.scheduler.faults import FaultFile, Faults
 from deployments.scheduler.formats import FormatClients
 from deployments.scheduler.ledger import Ledger
 from deployments.scheduler.load_plans import LoadPlanner
-from deployments.scheduler.nodes import ledger_holding, ledger_of, residency_of
+from deployments.scheduler.lookup import ModelLookup
+from deployments.scheduler.model_loader import ModelLoader
+from deployments.scheduler.nodes import Ledgers, ledger_holding, ledger_of, residency_of
 from deployments.scheduler.published_states import PublishedStates
 from deployments.scheduler.publisher import Publisher
 from deployments.scheduler.reservations import Reservations
@@ -42,7 +37,7 @@ from deployments.scheduler.scanning import Scanner
 from deployments.scheduler.snapshot import take_snapshot
 from deployments.scheduler.thermal import ThermalWatch
 from deployments.serve.broadcast import reaching_all
-from deployments.serve.handles import Handle, ReplicaDied, returning_errors
+from deployments.serve.handles import Handle, returning_errors
 from deployments.serve.logs import attach_logs
 from deployments.serve.status import own_node_id, running_deployments
 from scheduler.state import HostState, KeepRules, Limits, LoadPlan
@@ -78,15 +73,25 @@ class SchedulerReplica:
         self._format_clients = FormatClients(formats, self._backends, running)
         self._reservations, self._is_ready = Reservations(), asyncio.Event()
         self._published = PublishedStates(self._model_states, lambda: self._faults.expires_in_s())
-        self._ledger = self._make_ledger(self._budget_bytes)
-        self._node_id = own_node_id()
-        self._ledgers = {self._node_id: self._ledger}
         self._scanner = Scanner(settings, self._store, self._backends)
-        hold = partial(self._reservations.holding, self._ledger)
-        rescan = self._scanner.scan
-        self._conversions = Conversions(settings, self._backends, self._options, rescan, hold)
+        self._node_id = own_node_id()
         fault_file = FaultFile(settings.home / "faults.json", self._node_id)
         self._faults = Faults(fault_file, on_change=self._published.notify)
+        self._conversions = Conversions(
+            settings, self._backends, self._options, self._scanner.scan, self._hold_memory
+        )
+        self._lookup = ModelLookup(self._store, self._planner, self._conversions)
+        self._loader = ModelLoader(
+            self._lookup,
+            self._planner,
+            self._format_clients,
+            self._faults,
+            self._log,
+            self._scanner.scan,
+            self._process_ended,
+        )
+        self._ledger = self._make_ledger(self._budget_bytes)
+        self._ledgers: Ledgers = {self._node_id: self._ledger}
         self._thermal = ThermalWatch(
             settings, formats, running=running, obey=self._obey, log=self._log
         )
@@ -101,12 +106,17 @@ class SchedulerReplica:
         limits = Limits(waiting_per_model=self._settings.max_waiting)
         return Ledger(
             HostState(budget_bytes, defaults=defaults, limits=limits),
-            self._reservations.opening(partial(self._open, budget_bytes)),
+            self._reservations.opening(partial(self._loader.load, budget_bytes)),
             self._reservations.closing(self._format_clients.close),
             self._format_clients.report,
             self._log,
             self._published.notify,
         )
+
+    def _hold_memory(
+        self, name: str, needed_bytes: int, timeout_s: float
+    ) -> AbstractAsyncContextManager[Callable[[int], None]]:
+        return self._reservations.holding(self._ledger, name, needed_bytes, timeout_s)
 
     async def _run(self) -> None:
         """Scan now and at intervals; remember what the replicas already hold."""
@@ -120,17 +130,18 @@ class SchedulerReplica:
 
     async def _recover(self) -> None:
         """Take over the models' settings, and what the replicas hold."""
-        for record in await asyncio.to_thread(self._store.models):
+        for record in await self._lookup.records():
             if record.settings != ModelSettings():
                 self._configure(record)
         for name in self._backends:
             held = await self._format_clients.held(name)
-            node = await self._format_clients.node(name) if held else NO_NODE
+            if not held:
+                continue
+            ledger = self._ledger_of((await self._format_clients.report(held)).node_of(name))
             for residency in held:
-                found = await asyncio.to_thread(self._store.get, residency.model_id)
+                found = await self._lookup.find(residency.model_id)
                 if found is not None:
-                    size = self._planner.size_bytes(found, residency)
-                    self._ledger_of(node).restore(residency, size)
+                    ledger.restore(residency, self._planner.size_bytes(found, residency))
 
     def _ledger_of(self, node: NodeMemory) -> Ledger:
         return ledger_of(self._ledgers, node, self._node_id, self._make_ledger)
@@ -179,20 +190,7 @@ class SchedulerReplica:
 
         Returns where nothing is wrong with it.
         """
-        record = await asyncio.to_thread(self._store.get, model_id)
-        if record is None:
-            raise ModelNotFound.of(model_id, [])
-        try:
-            self._planner.check(record)
-            self._planner.estimate(record)
-        except (BackendUnavailable, InsufficientMemory) as problem:
-            others = await asyncio.to_thread(self._store.models)
-            told: ImpetusError = problem
-            if isinstance(problem, InsufficientMemory):
-                told = self._planner.with_smaller(record, problem, others)
-            if record.info.format not in self._backends:
-                raise
-            raise self._conversions.answer(record, told, others) from problem
+        await self._lookup.explain(model_id)
 
     @returning_errors
     async def ensure_loaded(self, model_id: str, need: Need = ANY_NEED) -> Residency:
@@ -207,16 +205,16 @@ class SchedulerReplica:
         if need.lost_replica:
             await self._look_after_lost(model_id, need)
         plans: tuple[LoadPlan, ...] = ()
-        priority, node = need.priority, NO_NODE
+        priority, ledger = need.priority, self._ledger
         if self._residency(model_id) is None:
             if not need.is_resumed:
                 self._thermal.check_admits(model_id)
-            record = await self._record(model_id)
+            record = await self._lookup.loadable(model_id)
             self._faults.check(model_id, record.fingerprint)
-            node = await self._format_clients.node(record.info.format)
-            plans = await self._plans_for(record, self._ledger_of(node).state.budget_bytes)
+            ledger = await self._ledger_for(record)
+            plans = await self._lookup.plans(record, ledger.state.budget_bytes)
             priority = priority or record.settings.priority
-        ledger = ledger_holding(self._ledgers, model_id) or self._ledger_of(node)
+        ledger = ledger_holding(self._ledgers, model_id) or ledger
         return await ledger.acquire(
             model_id,
             plans,
@@ -236,13 +234,19 @@ class SchedulerReplica:
         if known is not None and self._residency(model_id) is None:
             await self._scanner.scan()
 
-    async def _plans_for(self, record: ModelRecord, budget_bytes: int) -> tuple[LoadPlan, ...]:
-        """Return the ways to open the model.  Raises InsufficientMemory, naming a smaller one."""
-        try:
-            return self._planner.of(record, budget_bytes)
-        except InsufficientMemory as problem:
-            others = await asyncio.to_thread(self._store.models)
-            raise self._planner.with_smaller(record, problem, others) from problem
+    async def _ledger_for(self, record: ModelRecord) -> Ledger:
+        """Return the ledger of a load, with what the replicas say of their models right now.
+
+        This is the one question of a load; there is none where the model is being loaded already.
+        """
+        ledger = ledger_holding(self._ledgers, record.id)
+        if ledger is not None and ledger.state.is_loading(record.id):
+            return ledger
+        usage = await self._format_clients.report(self._residencies(), record.info.format)
+        ledger = ledger_holding(self._ledgers, record.id)
+        ledger = ledger or self._ledger_of(usage.node_of(record.info.format))
+        ledger.take_usage(usage)
+        return ledger
 
     async def unload(self, model_id: str) -> bool:
         """Unload a model after its last request, a pinned one too; False: it is not resident."""
@@ -253,7 +257,7 @@ class SchedulerReplica:
 
         Its context and sequences change with the next load.
         """
-        record = await asyncio.to_thread(self._store.get, model_id)
+        record = await self._lookup.find(model_id)
         if record is not None:
             self._configure(record)
 
@@ -302,49 +306,11 @@ class SchedulerReplica:
         known = self._residency(model_id)
         if known is not None and known.replica_id == replica_id:
             await self._release_lost(known)
-        await self._note_death(model_id, replica_id)
+        await self._loader.record_death(model_id, replica_id)
 
-    async def _note_death(self, model_id: str, process: str) -> None:
-        """Remember that a process died that the model used; the third time it is put away."""
+    def _process_ended(self, process: str) -> None:
         for ledger in self._ledgers.values():
             ledger.process_ended(process)
-        record = await asyncio.to_thread(self._store.get, model_id)
-        words = await self._format_clients.stderr_tail(process)
-        if record is not None and self._faults.note_death(
-            model_id, record.fingerprint, process, words
-        ):
-            reason = self._faults.model_states()[model_id].reason
-            self._log.note("process died", f"quarantine {model_id}", reason)
-
-    async def _record(self, model_id: str) -> ModelRecord:
-        record = await asyncio.to_thread(self._store.get, model_id)
-        if record is None:
-            raise ModelNotFound.of(model_id, [])
-        self._planner.check(record)
-        return record
-
-    async def _open(self, budget_bytes: int, model_id: str, plan: LoadPlan) -> Residency:
-        record = await self._record(model_id)
-        order = self._planner.order(record, plan, budget_bytes)
-        # Whose last words to look for, should it die of this.
-        processes = await self._format_clients.processes(record.info.format)
-        try:
-            residency = await self._format_clients.open(order)
-        except ModelFileMissing:
-            await self._scanner.scan()
-            raise
-        except ReplicaDied:
-            left = await self._format_clients.processes(record.info.format)
-            for process in {one.replica_id for one in processes} - {one.replica_id for one in left}:
-                await self._note_death(model_id, process)
-            raise
-        except InsufficientMemory:
-            raise
-        except Exception as problem:
-            self._faults.note_failure(model_id, record.fingerprint, problem)
-            raise
-        self._faults.note_load(model_id)
-        return residency
 
     async def _obey(self, directive: Directive) -> None:
         """Do what the machine's strain asks of all but the engines."""

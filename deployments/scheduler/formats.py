@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+import math
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from backends.base import Backend
 from core.errors import ImpetusError
@@ -24,8 +26,31 @@ logger = logging.getLogger(__name__)
 
 _REPORT_LIMIT_S = 2.0
 
-# What replicas said of models, None where the model's replica does not hold it; and of themselves.
-Reported = tuple[Sequence[tuple[Residency, ResidentReport | None]], Sequence[ProcessReport]]
+
+@dataclass(frozen=True, slots=True)
+class UsageReport:
+    """What the replicas of some formats said when they were asked once.
+
+    `asked_at`: monotonic seconds right before.  `models` has None for a model that its replica
+    does not hold any more.  `processes` are those that answered, by format; `ended` those that are
+    gone since, which keep nothing.
+    """
+
+    asked_at: float = -math.inf
+    models: Sequence[tuple[Residency, ResidentReport | None]] = ()
+    processes: Mapping[str, Sequence[ProcessReport]] = field(default_factory=dict)
+    ended: Sequence[ProcessReport] = ()
+
+    @property
+    def kept(self) -> tuple[tuple[str, int], ...]:
+        """Bytes that each process keeps beside its models, by the process' name."""
+        found = [*(one for each in self.processes.values() for one in each), *self.ended]
+        return tuple((process.replica_id, process.kept_bytes) for process in found)
+
+    def node_of(self, name: str) -> NodeMemory:
+        """Return the machine of a format's first process; NO_NODE where none answered."""
+        found = self.processes.get(name)
+        return found[0].node if found else NO_NODE
 
 
 class FormatClients:
@@ -41,7 +66,7 @@ class FormatClients:
         self._backends = backends
         self._running = running
         self._processes: dict[str, ProcessReport] = {}
-        self._of_format: dict[str, tuple[ProcessReport, ...]] = {}
+        self._of_format: dict[str, Sequence[ProcessReport]] = {}
         # Formats whose processes hold memory without models, as far as the ledger was told.
         self._keeping: set[str] = set()
         self._ended: list[ProcessReport] = []
@@ -61,17 +86,18 @@ class FormatClients:
             self._keeping.add(residency.format)
         return freed
 
-    async def processes(self, name: str) -> Sequence[ProcessReport]:
-        """Return the processes of a format; none where it does not run or answer in time."""
-        if await self._is_stopped(name):
-            return ()
-        answer = await self._ask(name)
-        return () if answer is None else answer.processes
+    def known_processes(self, name: str) -> frozenset[str]:
+        """Return the processes that a format had when it was last asked."""
+        return frozenset(process.replica_id for process in self._of_format.get(name, ()))
 
-    async def node(self, name: str) -> NodeMemory:
-        """Return the machine of a format's replica; unknown where it does not run or answer."""
-        known = await self.processes(name)
-        return known[0].node if known else NO_NODE
+    async def lost_processes(self, name: str, known: frozenset[str]) -> frozenset[str]:
+        """Ask a format for its processes; return those of `known` that are gone."""
+        processes: Sequence[ProcessReport] = ()
+        if not await self._stopped_among({name}):
+            answer = await self._ask(name)
+            processes = () if answer is None else answer.processes
+        self._record_processes(name, processes)
+        return known - {process.replica_id for process in processes}
 
     async def is_held(self, residency: Residency) -> bool:
         """Whether the replica still says that it holds the model; False where it says nothing."""
@@ -86,47 +112,59 @@ class FormatClients:
 
     async def held(self, name: str) -> list[Residency]:
         """Return what a format's replicas hold, nothing where it is scaled to zero."""
-        if await self._is_stopped(name):
+        if await self._stopped_among({name}):
             return []
         held: list[Residency] = await call(self._formats[name].residencies.remote())
         return held
 
-    async def _is_stopped(self, name: str) -> bool:
-        """Whether asking the format would start it."""
-        return self._backends[name].starts_on_demand and name not in await self._running()
+    async def report(self, known: Sequence[Residency], name: str = "") -> UsageReport:
+        """Ask once, and at the same time, the formats of these models and the format `name`.
 
-    async def report(self, known: Sequence[Residency]) -> Reported:
-        """Ask the replicas of these models, and those that keep memory without any.
-
-        Those that do not answer in time are left out.
+        Formats whose processes keep memory without any model are asked as well.  Those that do
+        not answer in time are left out; those that do not run are not started by this.
         """
-        stopped = await self.stopped(known)
-        asked = [residency for residency in known if residency not in stopped]
-        keeping = {name for name in self._keeping if not await self._is_stopped(name)}
-        names = sorted({residency.format for residency in asked} | keeping)
-        answers = await asyncio.gather(*(self._ask(name) for name in names))
+        asked_at = time.monotonic()
+        names = {one.format for one in known} | self._keeping | ({name} if name else set())
+        stopped = await self._stopped_among(names)
+        for one in stopped:
+            self._record_processes(one, ())
+        asked = sorted(names - stopped)
+        answers = await asyncio.gather(*(self._ask(one) for one in asked))
         found = {
-            name: answer for name, answer in zip(names, answers, strict=True) if answer is not None
+            one: answer for one, answer in zip(asked, answers, strict=True) if answer is not None
         }
-        models = {
-            name: {report.model_id: report for report in answer.residents}
-            for name, answer in found.items()
+        for one, answer in found.items():
+            self._record_processes(one, answer.processes)
+        reports = {
+            (one, report.model_id): report
+            for one, answer in found.items()
+            for report in answer.residents
         }
-        of_models = [
-            *((residency, None) for residency in stopped),
-            *(
-                (residency, models[residency.format].get(residency.model_id))
-                for residency in asked
-                if residency.format in models
-            ),
+        models = [
+            (residency, reports.get((residency.format, residency.model_id)))
+            for residency in known
+            if residency.format in found or residency.format in stopped
         ]
-        for name, answer in found.items():
-            if any(process.kept_bytes for process in answer.processes):
-                self._keeping.add(name)
-            else:
-                self._keeping.discard(name)
         ended, self._ended = self._ended, []
-        return of_models, [*(one for each in found.values() for one in each.processes), *ended]
+        processes = {one: answer.processes for one, answer in found.items()}
+        return UsageReport(asked_at, models, processes, ended)
+
+    async def _stopped_among(self, names: Collection[str]) -> set[str]:
+        """Return the formats that were scaled to zero: asking them would start them."""
+        on_demand = {name for name in names if self._backends[name].starts_on_demand}
+        return on_demand - await self._running() if on_demand else set()
+
+    def _record_processes(self, name: str, processes: Sequence[ProcessReport]) -> None:
+        """Remember a format's processes; those that are gone keep nothing any more."""
+        now = {process.replica_id for process in processes}
+        gone = [one for one in self._of_format.get(name, ()) if one.replica_id not in now]
+        self._ended += [replace(process, kept_bytes=0) for process in gone]
+        self._of_format[name] = processes
+        self._processes.update((process.replica_id, process) for process in processes)
+        if any(process.kept_bytes for process in processes):
+            self._keeping.add(name)
+        else:
+            self._keeping.discard(name)
 
     async def _ask(self, name: str) -> ReplicaReport | None:
         try:
@@ -135,22 +173,12 @@ class FormatClients:
         except (TimeoutError, ImpetusError) as problem:
             logger.warning("%s does not say what it does: %r", name, problem)
             return None
-        # Those that are gone keep nothing any more.
-        now = {process.replica_id for process in report.processes}
-        gone = [one for one in self._of_format.get(name, ()) if one.replica_id not in now]
-        self._of_format[name] = report.processes
-        for process in report.processes:
-            self._processes[process.replica_id] = process
-        self._ended += [replace(process, kept_bytes=0) for process in gone]
         return report
 
     async def stopped(self, known: Sequence[Residency]) -> list[Residency]:
         """Return what formats held that were scaled to zero meanwhile."""
-        on_demand = [one for one in known if self._backends[one.format].starts_on_demand]
-        if not on_demand:
-            return []
-        running = await self._running()
-        return [residency for residency in on_demand if residency.format not in running]
+        stopped = await self._stopped_among({one.format for one in known})
+        return [residency for residency in known if residency.format in stopped]
 
     async def stderr_tail(self, replica_id: str) -> str:
         """Return what a process that is gone wrote last; empty where nobody knows."""

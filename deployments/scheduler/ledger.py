@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from core.errors import EngineFailed, ImpetusError, InsufficientMemory, QueueFull, Unavailable
 from deployments.decisions import DecisionLog
 from deployments.messages import Freed, Residency
-from deployments.scheduler.formats import Reported
+from deployments.scheduler.formats import UsageReport
 from scheduler.events import (
     Action,
     Configured,
@@ -49,7 +50,7 @@ _STRAIN_POLL_S = 1.0
 Opener = Callable[[str, LoadPlan], Awaitable[Residency]]
 Closer = Callable[[Residency], Awaitable[Freed]]
 
-Reporter = Callable[[Sequence[Residency]], Awaitable[Reported]]
+Reporter = Callable[[Sequence[Residency]], Awaitable[UsageReport]]
 
 
 @dataclass(slots=True)
@@ -103,6 +104,7 @@ class Ledger:
         self._evicted: dict[str, list[str]] = {}
         self.tally = Tally()
         self._numbers = itertools.count()
+        self._usage_at = -math.inf
         self._is_wanted = asyncio.Event()
         self._watch = asyncio.ensure_future(self._run())
 
@@ -136,11 +138,10 @@ class Ledger:
     ) -> Residency:
         """Return where the model is resident, once it is.
 
-        Raises InsufficientMemory, QueueFull, Unavailable after `timeout_s`, and whatever opening
-        the model raised.
+        Call `take_usage` or `refresh` right before, where it is not resident.  Raises
+        InsufficientMemory, QueueFull, Unavailable after `timeout_s`, and whatever opening the
+        model raised.
         """
-        if model_id not in self._residencies:
-            await self.refresh()
         number = next(self._numbers)
         future: asyncio.Future[Residency] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
@@ -199,19 +200,21 @@ class Ledger:
         known = self.residencies
         if not (known or self._state.kept):
             return
-        # A use that is dated too early costs a moment's wait, one too late a model in use.
-        asked_at = time.monotonic()
-        models, processes = await self._report(known)
+        self.take_usage(await self._report(known))
+
+    def take_usage(self, usage: UsageReport) -> None:
+        """Take in how models are used; those of other machines are left out."""
+        self._usage_at = usage.asked_at
         uses: list[Use] = []
-        for residency, report in models:
+        for residency, report in usage.models:
             if report is None:
                 self.forget(residency)
             elif self._residencies.get(residency.model_id) is residency:
-                used_at = asked_at - report.idle_s
+                # Err early: too early only delays an eviction, too late could evict one in use.
+                used_at = usage.asked_at - report.idle_s
                 use = Use(report.model_id, report.in_flight, used_at, report.measured_bytes)
                 uses.append(use)
-        kept = tuple((process.replica_id, process.kept_bytes) for process in processes)
-        self._send(Used(tuple(uses), kept))
+        self._send(Used(tuple(uses), usage.kept))
 
     async def _run(self) -> None:
         """Follow the models' use while requests wait or a keep-alive runs."""
@@ -226,7 +229,8 @@ class Ledger:
                     await asyncio.wait_for(self._is_wanted.wait(), left_s)
                 continue
             try:
-                await self.refresh()
+                if time.monotonic() - self._usage_at > _WAITING_POLL_S:
+                    await self.refresh()
                 self._send(Tick())
             except Exception:
                 logger.exception("the models' use cannot be followed")

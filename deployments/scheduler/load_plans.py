@@ -44,6 +44,10 @@ class LoadPlanner:
         if not availability.is_available:
             raise BackendUnavailable(availability.reason)
 
+    def serves(self, record: ModelRecord) -> bool:
+        """Whether this server has the model's format switched on."""
+        return record.info.format in self._backends
+
     def estimate(self, record: ModelRecord) -> MemoryEstimate:
         """Return what the model holds at its best.  Raises InsufficientMemory."""
         return self._estimate(record, self._full(record))

@@ -65,6 +65,7 @@ class Reservations:
 
         try:
             plans = (LoadPlan(needed_bytes),)
+            await ledger.refresh()
             await ledger.acquire(job, plans, timeout_s, "batch")
             yield measured
         finally:

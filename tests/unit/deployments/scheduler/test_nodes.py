@@ -9,7 +9,7 @@ from core.errors import InsufficientMemory
 from core.units import GIB, MIB
 from deployments.decisions import DecisionLog
 from deployments.messages import NO_NODE, Freed, NodeMemory, Residency
-from deployments.scheduler.formats import Reported
+from deployments.scheduler.formats import UsageReport
 from deployments.scheduler.ledger import Ledger
 from deployments.scheduler.nodes import Ledgers, ledger_holding, ledger_of, residency_of
 from scheduler.state import HostState, KeepRules, LoadPlan
@@ -46,9 +46,9 @@ class Cluster:
             del residency
             return Freed()
 
-        async def report(known: object) -> Reported:
+        async def report(known: object) -> UsageReport:
             del known
-            return [], []
+            return UsageReport()
 
         state = HostState(budget_bytes)
         return Ledger(state, open_, close, report, DecisionLog())

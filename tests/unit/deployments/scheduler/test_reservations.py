@@ -9,7 +9,7 @@ from core.errors import InsufficientMemory, Unavailable
 from core.units import GIB, MIB
 from deployments.decisions import DecisionLog
 from deployments.messages import Freed, Residency
-from deployments.scheduler.formats import Reported
+from deployments.scheduler.formats import UsageReport
 from deployments.scheduler.ledger import Ledger
 from deployments.scheduler.reservations import Reservations
 from scheduler.state import HostState, LoadPlan
@@ -40,10 +40,10 @@ class Host:
         self.closed.append(residency.model_id)
         return Freed()
 
-    async def report(self, known: object) -> Reported:
+    async def report(self, known: object) -> UsageReport:
         assert isinstance(known, list)
         self.asked += [one.model_id for one in known]
-        return [], []
+        return UsageReport()
 
     async def want(self, model_id: str, needed_bytes: int) -> Residency:
         return await self.ledger.acquire(model_id, (LoadPlan(needed_bytes),), 20.0, "interactive")

@@ -1,0 +1,66 @@
+"""Looks up models for a load: their records, the ways to load them, why they cannot run."""
+
+import asyncio
+from collections.abc import Sequence
+
+from catalog.models import ModelRecord
+from catalog.store import CatalogStore
+from core.errors import BackendUnavailable, ImpetusError, InsufficientMemory, ModelNotFound
+from deployments.scheduler.conversions import Conversions
+from deployments.scheduler.load_plans import LoadPlanner
+from scheduler.state import LoadPlan
+
+
+class ModelLookup:
+    """Catalog records and their load plans.  SQLite is read on a thread; opens nothing."""
+
+    def __init__(self, store: CatalogStore, planner: LoadPlanner, conversions: Conversions) -> None:
+        self._store = store
+        self._planner = planner
+        self._conversions = conversions
+
+    async def records(self) -> Sequence[ModelRecord]:
+        """Return all models of the catalog."""
+        return await asyncio.to_thread(self._store.models)
+
+    async def find(self, model_id: str) -> ModelRecord | None:
+        """Return the model's record; None where the catalog does not have it."""
+        return await asyncio.to_thread(self._store.get, model_id)
+
+    async def loadable(self, model_id: str) -> ModelRecord:
+        """Return the record of a model that can be loaded.
+
+        Raises ModelNotFound, BrokenModel, ModelFileMissing and BackendUnavailable.
+        """
+        record = await self.find(model_id)
+        if record is None:
+            raise ModelNotFound.of(model_id, [])
+        self._planner.check(record)
+        return record
+
+    async def plans(self, record: ModelRecord, budget_bytes: int) -> tuple[LoadPlan, ...]:
+        """Return the ways to load the model.  Raises InsufficientMemory, naming a smaller one."""
+        try:
+            return self._planner.of(record, budget_bytes)
+        except InsufficientMemory as problem:
+            raise self._planner.with_smaller(record, problem, await self.records()) from problem
+
+    async def explain(self, model_id: str) -> None:
+        """Raise why a model cannot run here, starting the conversion that helps, if there is one.
+
+        Returns where the model can run.
+        """
+        record = await self.find(model_id)
+        if record is None:
+            raise ModelNotFound.of(model_id, [])
+        try:
+            self._planner.check(record)
+            self._planner.estimate(record)
+        except (BackendUnavailable, InsufficientMemory) as problem:
+            others = await self.records()
+            told: ImpetusError = problem
+            if isinstance(problem, InsufficientMemory):
+                told = self._planner.with_smaller(record, problem, others)
+            if not self._planner.serves(record):
+                raise
+            raise self._conversions.answer(record, told, others) from problem
