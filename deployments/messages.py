@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from backends.base import EngineLoad, EngineOptions, ModelInfo
+from backends.base import EngineOptions, ModelInfo
 from core.types import Priority
 from core.units import format_bytes
+from scheduler.state import LedgerEntry as LedgerEntry
+from scheduler.state import ModelUsage as ModelUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +53,6 @@ class Residency:
 
 
 @dataclass(frozen=True, slots=True)
-class ResidentReport:
-    """One resident model's state; `idle_s` is seconds since its last request ended.
-
-    `measured_bytes` is what it will hold at most by measurement, 0 where nobody measured.
-    """
-
-    model_id: str
-    idle_s: float
-    in_flight: int
-    load: EngineLoad
-    measured_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class NodeMemory:
     """A machine of the cluster, and the bytes that models may use there together."""
 
@@ -94,7 +82,7 @@ class ReplicaReport:
 
     format: str
     pid: int
-    residents: tuple[ResidentReport, ...]
+    residents: tuple[ModelUsage, ...]
     processes: tuple[ProcessReport, ...] = ()
 
 
@@ -173,18 +161,6 @@ class ModelStates:
 
 
 @dataclass(frozen=True, slots=True)
-class ResidentView:
-    """A model that holds memory; `idle_s` counts from its last request's end, 0 while it runs."""
-
-    model_id: str
-    format: str
-    size_bytes: int
-    in_flight: int
-    idle_s: float
-    is_kept: bool
-
-
-@dataclass(frozen=True, slots=True)
 class ThermalView:
     """The thermal state's name and number, and what throttling has cost."""
 
@@ -202,12 +178,13 @@ class SchedulerSnapshot:
     """The ledger, the queue, the thermal state, and counts since the scheduler's start.
 
     `promised_bytes` are part of `used_bytes`.  `waiting` counts requests by their class.
+    `taken_at`: monotonic seconds on the scheduler's machine, as the times of `residents` are.
     """
 
     budget_bytes: int = 0
     used_bytes: int = 0
     promised_bytes: int = 0
-    residents: tuple[ResidentView, ...] = ()
+    residents: tuple[LedgerEntry, ...] = ()
     loading: tuple[str, ...] = ()
     waiting: Mapping[str, int] = field(default_factory=dict)
     loads: int = 0
@@ -215,3 +192,4 @@ class SchedulerSnapshot:
     evictions: int = 0
     thermal: ThermalView = field(default_factory=ThermalView)
     pid: int = 0
+    taken_at: float = 0.0

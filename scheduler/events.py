@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from scheduler.state import HostState, KeepRules, LoadPlan, Priority
+from scheduler.state import HostState, KeepRules, LoadPlan, ModelUsage, Priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +30,15 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model is open in a process, or was found open; the load took `load_s` seconds.
+    """A model was loaded, or was found loaded; the load took `load_s` seconds.
 
-    `is_job`: it is a job that has begun, see `Resident`.
+    `is_job`: it is a job that has begun, see `LedgerEntry`.
     """
 
     model_id: str
     size_bytes: int
     load_s: float
-    process: str = ""
+    format: str = ""
     is_job: bool = False
 
 
@@ -63,23 +63,15 @@ class Unloaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
-    """One model's use: `measured_bytes` corrects the estimate unless it is 0."""
-
-    model_id: str
-    in_flight: int
-    used_at: float
-    measured_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Used:
-    """What the replicas say of their models, and what their processes hold beyond them.
+    """Replicas reported the usage of their models, and what their processes hold beyond them.
 
-    `kept` has (process, bytes) of every process that answered.
+    `asked_at` is the monotonic second before they were asked.  `measured_bytes` of a usage corrects
+    the estimate unless it is 0.  `kept` has (process, bytes) of every process that answered.
     """
 
-    uses: tuple[Use, ...]
+    usages: tuple[ModelUsage, ...]
+    asked_at: float
     kept: tuple[tuple[str, int], ...] = ()
 
 

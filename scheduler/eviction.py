@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
-from scheduler.state import Limits, Resident
+from scheduler.state import LedgerEntry, Limits
 
 _SHORTEST_LOAD_S = 0.05
 
 
-def regret(resident: Resident, now: float) -> float:
+def regret(resident: LedgerEntry, now: float) -> float:
     """Return what losing the model is likely to cost: seconds of reload a second of idleness.
 
     A keep-alive lowers it towards 0 at its end.
@@ -20,19 +20,19 @@ def regret(resident: Resident, now: float) -> float:
     return cost * max(0.0, left)
 
 
-def is_busy(resident: Resident, now: float, limits: Limits) -> bool:
+def is_busy(resident: LedgerEntry, now: float, limits: Limits) -> bool:
     """Whether requests run on the model or one was sent that has not been seen there yet."""
     if resident.in_flight:
         return True
     return resident.used_at <= resident.granted_at and now - resident.granted_at < limits.grant_s
 
 
-def hold_s(resident: Resident, limits: Limits) -> float:
+def hold_s(resident: LedgerEntry, limits: Limits) -> float:
     """Return how long others wait for the model's place while it goes on being used."""
     return min(limits.holds * resident.load_s, limits.longest_hold_s)
 
 
-def is_held(resident: Resident, waiting_since: float, now: float, limits: Limits) -> bool:
+def is_held(resident: LedgerEntry, waiting_since: float, now: float, limits: Limits) -> bool:
     """Whether the model keeps its place against a request that waits since `waiting_since`.
 
     So it does when it was used meanwhile, lately, and the wait does not outweigh its load yet:
@@ -44,8 +44,8 @@ def is_held(resident: Resident, waiting_since: float, now: float, limits: Limits
 
 
 def victims(
-    missing_bytes: int, candidates: Iterable[Resident], now: float
-) -> Sequence[Resident] | None:
+    missing_bytes: int, candidates: Iterable[LedgerEntry], now: float
+) -> Sequence[LedgerEntry] | None:
     """Return whom to unload to free `missing_bytes`; None when all candidates are too little.
 
     Chosen by the least regret for the bytes that count, then without those that the others
@@ -55,7 +55,7 @@ def victims(
         return ()
     # A model without memory frees nothing.
     able = [resident for resident in candidates if resident.size_bytes > 0]
-    chosen: list[Resident] = []
+    chosen: list[LedgerEntry] = []
     freed = 0
     while freed < missing_bytes:
         if not able:
@@ -79,7 +79,7 @@ def victims(
     return chosen
 
 
-def expired(residents: Iterable[Resident], now: float, limits: Limits) -> list[Resident]:
+def expired(residents: Iterable[LedgerEntry], now: float, limits: Limits) -> list[LedgerEntry]:
     """Return the idle models whose keep-alive is over."""
     return [
         resident

@@ -25,7 +25,7 @@ from scheduler.events import (
 from scheduler.eviction import expired, victims
 from scheduler.queue import groups, is_full, overdue, retry_after_s
 from scheduler.room import admit, candidates, close, possible
-from scheduler.state import HostState, Resident, Waiting
+from scheduler.state import HostState, LedgerEntry, Waiting
 
 
 def decide(state: HostState, event: Event, now: float) -> Outcome:
@@ -74,19 +74,20 @@ def _note(state: HostState, event: Event) -> HostState:
             return replace(state, kept=tuple(pair for pair in state.kept if pair[0] != process))
         case StrainChanged(is_critical):
             return replace(state, is_critical=is_critical)
-        case Used(uses, kept):
+        case Used(usages, asked_at, kept):
             state = _keeping(state, kept)
-            by_id = {use.model_id: use for use in uses}
+            by_id = {usage.model_id: usage for usage in usages}
             return replace(
                 state,
                 residents=tuple(
                     replace(
                         item,
-                        in_flight=use.in_flight,
-                        used_at=max(item.used_at, use.used_at),
-                        size_bytes=use.measured_bytes or item.size_bytes,
+                        in_flight=usage.in_flight,
+                        # Err early: too late could evict a model in use.
+                        used_at=max(item.used_at, asked_at - usage.idle_s),
+                        size_bytes=usage.measured_bytes or item.size_bytes,
                     )
-                    if (use := by_id.get(item.model_id))
+                    if (usage := by_id.get(item.model_id))
                     else item
                     for item in state.residents
                 ),
@@ -111,7 +112,7 @@ def _keeping(state: HostState, kept: tuple[tuple[str, int], ...]) -> HostState:
     return replace(state, kept=tuple(pair for pair in known.items() if pair[1] > 0))
 
 
-def _configured(state: HostState, resident: Resident) -> Resident:
+def _configured(state: HostState, resident: LedgerEntry) -> LedgerEntry:
     settings = state.settings_of(resident.model_id)
     return replace(resident, is_pinned=settings.is_pinned, keep_alive_s=settings.keep_alive_s)
 
@@ -140,13 +141,13 @@ def _want(state: HostState, event: Wanted, now: float) -> Outcome:
 def _take_in(state: HostState, event: Loaded, now: float) -> Outcome:
     """Make a model resident and send it everything that waits for it."""
     granted = [item for item in state.waiting if item.model_id == event.model_id]
-    resident = Resident(
+    resident = LedgerEntry(
         event.model_id,
         event.size_bytes,
         used_at=now,
         load_s=event.load_s,
         granted_at=now if granted else -math.inf,
-        process=event.process,
+        format=event.format,
         is_job=event.is_job,
     )
     others = tuple(item for item in state.residents if item.model_id != event.model_id)

@@ -7,7 +7,7 @@ from core.units import format_bytes
 from scheduler.events import Drain, Load, Outcome, Unload
 from scheduler.eviction import is_busy, is_held, victims
 from scheduler.queue import Group
-from scheduler.state import HostState, Loading, LoadPlan, Resident
+from scheduler.state import HostState, LedgerEntry, LoadPlan, PendingLoad
 
 
 def possible(state: HostState, plans: Sequence[LoadPlan]) -> list[LoadPlan]:
@@ -16,7 +16,7 @@ def possible(state: HostState, plans: Sequence[LoadPlan]) -> list[LoadPlan]:
     return [plan for plan in plans if plan.needed_bytes <= room]
 
 
-def candidates(state: HostState, waiting_since: float, now: float) -> list[Resident]:
+def candidates(state: HostState, waiting_since: float, now: float) -> list[LedgerEntry]:
     """Return the idle models that a request waiting since then may have unloaded."""
     limits = state.limits
     return [
@@ -29,7 +29,7 @@ def candidates(state: HostState, waiting_since: float, now: float) -> list[Resid
 
 
 def close(
-    state: HostState, models: Iterable[Resident], reason: str, now: float, for_model: str = ""
+    state: HostState, models: Iterable[LedgerEntry], reason: str, now: float, for_model: str = ""
 ) -> Outcome:
     """Free the models: at once those that are idle, the others after their last request."""
     chosen = list(models)
@@ -76,14 +76,14 @@ def _make_room(
     model_id: str,
     plan: LoadPlan,
     reserved: int,
-    candidates: Sequence[Resident],
+    candidates: Sequence[LedgerEntry],
     now: float,
 ) -> tuple[Outcome, int] | None:
     """Load where there is room, else unload for it; None where that is not enough."""
     missing = state.used_bytes + reserved + plan.needed_bytes - state.budget_bytes
     what = f"{model_id} needs {format_bytes(plan.needed_bytes)}"
     if missing <= 0:
-        loading = (*state.loading, Loading(model_id, plan))
+        loading = (*state.loading, PendingLoad(model_id, plan))
         return Outcome(replace(state, loading=loading), (Load(model_id, plan, what),)), 0
     chosen = victims(missing - state.leaving_bytes, candidates, now)
     if chosen is None:

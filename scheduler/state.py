@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from backends.base import EngineLoad
 from core.types import BATCH_DELAY_S
 from core.types import Priority as Priority
 
@@ -28,12 +29,12 @@ class KeepRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Resident:
-    """A model that holds memory; times are monotonic seconds.
+class LedgerEntry:
+    """What the ledger holds of a model in memory; times are monotonic seconds.
 
     `used_at` is its last request's end, `granted_at` when a request was last sent to it.
-    `is_closing`: it takes no more requests and will be freed after its last one.  `process` is
-    where it is.  `is_job`: no model, but work that frees its memory at its own end only.
+    `is_closing`: it takes no new requests and is freed after its last one.  `is_job`: not a model,
+    but a job that frees its memory only when it ends; it has no `format`.
     """
 
     model_id: str
@@ -45,7 +46,7 @@ class Resident:
     load_s: float = 0.0
     granted_at: float = -math.inf
     is_closing: bool = False
-    process: str = ""
+    format: str = ""
     is_job: bool = False
 
     @property
@@ -53,13 +54,36 @@ class Resident:
         """Whether its memory can be asked back, now or after its last request."""
         return not (self.is_pinned or self.is_closing or self.is_job)
 
+    @property
+    def has_keep_rule(self) -> bool:
+        """Whether the user decides how long it stays: it is pinned or has a keep-alive."""
+        return self.is_pinned or self.keep_alive_s is not None
+
+    def idle_s(self, now: float) -> float:
+        """Return the seconds since its last use; 0.0 while a request runs."""
+        return 0.0 if self.in_flight else max(now - max(self.used_at, self.granted_at), 0.0)
+
 
 @dataclass(frozen=True, slots=True)
-class Loading:
-    """A model that is being opened; its bytes are promised."""
+class PendingLoad:
+    """A model that is being loaded; its bytes are promised."""
 
     model_id: str
     plan: LoadPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ModelUsage:
+    """A replica's report of one loaded model; `idle_s` is seconds since its last request ended.
+
+    `measured_bytes` is the most it will hold by measurement, 0 where nothing was measured.
+    """
+
+    model_id: str
+    idle_s: float
+    in_flight: int
+    load: EngineLoad = field(default_factory=EngineLoad)
+    measured_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +131,8 @@ class HostState:
     """
 
     budget_bytes: int
-    residents: tuple[Resident, ...] = ()
-    loading: tuple[Loading, ...] = ()
+    residents: tuple[LedgerEntry, ...] = ()
+    loading: tuple[PendingLoad, ...] = ()
     waiting: tuple[Waiting, ...] = ()
     settings: tuple[tuple[str, KeepRules], ...] = ()
     defaults: KeepRules = field(default_factory=KeepRules)
@@ -141,7 +165,7 @@ class HostState:
             if resident.is_pinned and not resident.is_closing
         )
 
-    def resident(self, model_id: str) -> Resident | None:
+    def resident(self, model_id: str) -> LedgerEntry | None:
         """Return the model where it holds memory, closing or not."""
         return next((model for model in self.residents if model.model_id == model_id), None)
 
@@ -153,7 +177,7 @@ class HostState:
         """Return the model's settings, the defaults where it has none."""
         return dict(self.settings).get(model_id, self.defaults)
 
-    def with_residents(self, changed: Iterable[Resident]) -> "HostState":
+    def with_residents(self, changed: Iterable[LedgerEntry]) -> "HostState":
         """Return the state with these residents in the place of their former selves."""
         by_id = {item.model_id: item for item in changed}
         residents = tuple(by_id.get(item.model_id, item) for item in self.residents)

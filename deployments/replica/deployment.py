@@ -22,11 +22,11 @@ from deployments.messages import (
     FileMark,
     Freed,
     LoadRequest,
+    ModelUsage,
     NodeMemory,
     ProcessReport,
     ReplicaReport,
     Residency,
-    ResidentReport,
 )
 from deployments.options import machine_budget_bytes
 from deployments.replica.accelerator import SharedAccelerator
@@ -45,7 +45,7 @@ _FLUSH_POLL_S = 0.01
 
 
 @dataclass(slots=True, eq=False)
-class _Resident:
+class _OpenModel:
     engine: Engine
     order: LoadRequest
     marks: tuple[FileMark, ...]
@@ -68,7 +68,7 @@ class FormatReplica:
         self._format = format_name
         self._snapshots = open_snapshots(settings)
         self._backend = backends_for([format_name])[format_name]
-        self._residents: dict[str, _Resident] = {}
+        self._residents: dict[str, _OpenModel] = {}
         self._senders: dict[str, FrameSender] = {}
         self._changing = asyncio.Lock()
         self._limits = UNLIMITED
@@ -104,7 +104,7 @@ class FormatReplica:
                 engine.context_tokens,
                 time.monotonic() - started,
             )
-            self._residents[order.model_id] = _Resident(engine, order, marks, residency)
+            self._residents[order.model_id] = _OpenModel(engine, order, marks, residency)
             _limit(engine, self._limits)
             logger.info("loaded %s in %.2f s", order.model_id, residency.load_s)
             return residency
@@ -124,14 +124,14 @@ class FormatReplica:
         return None
 
     @staticmethod
-    async def _drain(resident: _Resident) -> None:
+    async def _drain(resident: _OpenModel) -> None:
         """Take no more requests and wait for those that run."""
         resident.is_draining = True
         while resident.in_flight and not resident.engine.is_failed:
             resident.idle.clear()
             await resident.idle.wait()
 
-    async def _close(self, resident: _Resident) -> Freed:
+    async def _close(self, resident: _OpenModel) -> Freed:
         model_id = resident.order.model_id
         del self._residents[model_id]
         engine = resident.engine
@@ -198,7 +198,7 @@ class FormatReplica:
             return await count_tokens(resident.engine, prompt)
 
     @contextmanager
-    def _lease(self, model_id: str) -> Iterator[_Resident]:
+    def _lease(self, model_id: str) -> Iterator[_OpenModel]:
         """Hold the model for one request.  Raises ModelNotResident.
 
         So it does when the model's file was deleted or replaced: the scheduler then looks at the
@@ -234,7 +234,7 @@ class FormatReplica:
             resident.was_active = bool(resident.in_flight)
         now = time.monotonic()
         residents = tuple(
-            ResidentReport(
+            ModelUsage(
                 model_id,
                 0.0 if resident.in_flight else now - resident.used_at,
                 resident.in_flight,
@@ -276,6 +276,6 @@ def _limit(engine: Engine, limits: EngineLimits) -> None:
         engine.set_limits(limits)
 
 
-def _is_usable(resident: _Resident) -> bool:
+def _is_usable(resident: _OpenModel) -> bool:
     is_sound = not resident.is_draining and not resident.engine.is_failed
     return is_sound and not has_changed(resident.marks)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from core.errors import ImpetusError
-from deployments.messages import ReplicaReport, ResidentReport, SchedulerSnapshot
+from deployments.messages import ModelUsage, ReplicaReport, SchedulerSnapshot
 from deployments.metrics import families
 from deployments.serve.handles import Handle, call, direct
 from deployments.serve.status import running_deployments
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 _LIMIT_S = 2.0
 
-_GAUGES: Mapping[str, tuple[str, Callable[[ResidentReport], float]]] = {
+_GAUGES: Mapping[str, tuple[str, Callable[[ModelUsage], float]]] = {
     "impetus_engine_running_sequences": (
         "Sequences being generated.",
         lambda report: report.load.running,
@@ -32,7 +32,7 @@ _GAUGES: Mapping[str, tuple[str, Callable[[ResidentReport], float]]] = {
     ),
     "impetus_engine_kv_tokens": ("KV cells.", lambda report: report.load.kv_tokens),
 }
-_COUNTERS: Mapping[str, tuple[str, Callable[[ResidentReport], float]]] = {
+_COUNTERS: Mapping[str, tuple[str, Callable[[ModelUsage], float]]] = {
     "impetus_engine_steps": ("Forward passes.", lambda report: report.load.steps),
     "impetus_engine_preemptions": (
         "Sequences that gave their KV cells back and were computed again.",

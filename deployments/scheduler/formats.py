@@ -13,11 +13,11 @@ from deployments.messages import (
     NO_NODE,
     Freed,
     LoadRequest,
+    ModelUsage,
     NodeMemory,
     ProcessReport,
     ReplicaReport,
     Residency,
-    ResidentReport,
 )
 from deployments.serve.handles import Handle, call
 from deployments.stderr_tail import read_stderr_tail
@@ -37,7 +37,7 @@ class UsageReport:
     """
 
     asked_at: float = -math.inf
-    models: Sequence[tuple[Residency, ResidentReport | None]] = ()
+    models: Sequence[tuple[Residency, ModelUsage | None]] = ()
     processes: Mapping[str, Sequence[ProcessReport]] = field(default_factory=dict)
     ended: Sequence[ProcessReport] = ()
 

@@ -30,12 +30,11 @@ from scheduler.events import (
     Unload,
     Unloaded,
     UnloadWanted,
-    Use,
     Used,
     Wanted,
 )
 from scheduler.policy import decide
-from scheduler.state import HostState, KeepRules, LoadPlan, Priority
+from scheduler.state import HostState, KeepRules, LoadPlan, ModelUsage, Priority
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +167,7 @@ class Ledger:
     def restore(self, residency: Residency, size_bytes: int) -> None:
         """Take in a model that a replica was found to hold."""
         self._residencies[residency.model_id] = residency
-        self._send(Loaded(residency.model_id, size_bytes, residency.load_s, residency.replica_id))
+        self._send(Loaded(residency.model_id, size_bytes, residency.load_s, residency.format))
 
     def forget(self, residency: Residency) -> None:
         """Take out a model whose process is gone."""
@@ -191,9 +190,9 @@ class Ledger:
         """Keep a model by these rules, now and whenever it is loaded."""
         self._send(Configured(model_id, rules))
 
-    def used(self, use: Use) -> None:
-        """Take in the use of what no replica reports."""
-        self._send(Used((use,)))
+    def record_usage(self, usage: ModelUsage) -> None:
+        """Take in the usage of what no replica reports."""
+        self._send(Used((usage,), time.monotonic()))
 
     async def refresh(self) -> None:
         """Ask the replicas how their models are used; one that is not there is forgotten."""
@@ -205,16 +204,13 @@ class Ledger:
     def take_usage(self, usage: UsageReport) -> None:
         """Take in how models are used; those of other machines are left out."""
         self._usage_at = usage.asked_at
-        uses: list[Use] = []
+        usages: list[ModelUsage] = []
         for residency, report in usage.models:
             if report is None:
                 self.forget(residency)
             elif self._residencies.get(residency.model_id) is residency:
-                # Err early: too early only delays an eviction, too late could evict one in use.
-                used_at = usage.asked_at - report.idle_s
-                use = Use(report.model_id, report.in_flight, used_at, report.measured_bytes)
-                uses.append(use)
-        self._send(Used(tuple(uses), usage.kept))
+                usages.append(report)
+        self._send(Used(tuple(usages), usage.asked_at, usage.kept))
 
     async def _run(self) -> None:
         """Follow the models' use while requests wait or a keep-alive runs."""
@@ -306,9 +302,8 @@ class Ledger:
         # Only those who waited for this load are told whom it cost.
         evicted = tuple(self._evicted.pop(model_id, ()))
         self._residencies[model_id] = replace(residency, evicted=evicted)
-        process = residency.replica_id
         size_bytes, load_s = plan.needed_bytes, residency.load_s
-        self._send(Loaded(model_id, size_bytes, load_s, process, residency.is_job))
+        self._send(Loaded(model_id, size_bytes, load_s, residency.format, residency.is_job))
         if model_id in self._residencies:
             self._residencies[model_id] = residency
 

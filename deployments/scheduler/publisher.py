@@ -86,12 +86,12 @@ class Publisher:
         uses = {}
         for name in self._on_demand:
             held = [item for item in snapshot.residents if item.format == name]
-            idle_s = min((item.idle_s for item in held), default=None)
+            idle_s = min((item.idle_s(snapshot.taken_at) for item in held), default=None)
             if idle_s is not None:
                 self._held_at[name] = max(self._held_at[name], now - idle_s)
             uses[name] = FormatUse(
                 now - self._held_at[name],
-                is_kept=any(item.is_kept for item in held),
+                is_kept=any(item.has_keep_rule for item in held),
                 # Which format is being loaded is not worth asking: a load takes seconds.
                 is_busy=any(item.in_flight for item in held) or bool(snapshot.loading),
             )

@@ -1,15 +1,13 @@
 """Memory for work that is no model: it waits, and is counted, in the ledger as a model is."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from core.errors import Unavailable
 from deployments.messages import Freed, Residency
 from deployments.scheduler.ledger import Closer, Ledger, Opener
-from scheduler.events import Use
-from scheduler.state import LoadPlan
+from scheduler.state import LoadPlan, ModelUsage
 
 # No model's id begins so: a colon is no part of one.
 _PREFIX = "job:"
@@ -61,7 +59,7 @@ class Reservations:
         def measured(held_bytes: int) -> None:
             nonlocal highest
             highest = max(highest, held_bytes)
-            ledger.used(Use(job, 0, time.monotonic(), highest))
+            ledger.record_usage(ModelUsage(job, 0.0, 0, measured_bytes=highest))
 
         try:
             plans = (LoadPlan(needed_bytes),)

@@ -4,7 +4,7 @@ import os
 import time
 from collections import Counter
 
-from deployments.messages import ResidentView, SchedulerSnapshot, ThermalView
+from deployments.messages import SchedulerSnapshot, ThermalView
 from deployments.scheduler.ledger import Ledger
 from deployments.scheduler.thermal import ThermalWatch
 
@@ -15,23 +15,12 @@ def take_snapshot(
     """Return what is known at `now`, in monotonic seconds; asks nobody and never blocks."""
     now = time.monotonic() if now is None else now
     state = ledger.state
-    formats = {one.model_id: one.format for one in ledger.residencies}
     waiting = Counter(request.priority for request in state.waiting)
     return SchedulerSnapshot(
         budget_bytes=state.budget_bytes,
         used_bytes=state.used_bytes,
         promised_bytes=sum(model.plan.needed_bytes for model in state.loading),
-        residents=tuple(
-            ResidentView(
-                item.model_id,
-                formats.get(item.model_id, ""),
-                item.size_bytes,
-                item.in_flight,
-                0.0 if item.in_flight else max(now - max(item.used_at, item.granted_at), 0.0),
-                item.is_pinned or item.keep_alive_s is not None,
-            )
-            for item in state.residents
-        ),
+        residents=state.residents,
         loading=tuple(model.model_id for model in state.loading),
         waiting={name: waiting[name] for name in ("interactive", "batch")},
         loads=ledger.tally.loads,
@@ -39,6 +28,7 @@ def take_snapshot(
         evictions=ledger.tally.evictions,
         thermal=_thermal(thermal),
         pid=os.getpid(),
+        taken_at=now,
     )
 
 

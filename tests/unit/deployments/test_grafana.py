@@ -9,7 +9,7 @@ import pytest
 
 from backends.base import EngineLoad
 from core.metrics import Metrics
-from deployments.messages import ReplicaReport, ResidentReport
+from deployments.messages import ModelUsage, ReplicaReport
 from tests.unit.deployments.handles import FakeHandle, answering
 from tests.unit.deployments.router.test_telemetry import SNAPSHOT, telemetry
 
@@ -53,7 +53,7 @@ def test_the_dashboard_has_grafanas_shape(dashboard: dict[str, Any]) -> None:
 async def test_every_metric_of_the_dashboard_is_exported(dashboard: dict[str, Any]) -> None:
     metrics = Metrics()
     load = EngineLoad(kv_tokens=1)
-    report = ReplicaReport("echo", 1, (ResidentReport("m", 0.0, 0, load),))
+    report = ReplicaReport("echo", 1, (ModelUsage("m", 0.0, 0, load),))
     handle: Any = FakeHandle(report=answering(report))
     scheduler: Any = FakeHandle(snapshot=answering(SNAPSHOT))
 

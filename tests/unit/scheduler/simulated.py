@@ -19,12 +19,11 @@ from scheduler.events import (
     Unload,
     Unloaded,
     UnloadWanted,
-    Use,
     Used,
     Wanted,
 )
 from scheduler.policy import decide
-from scheduler.state import HostState, KeepRules, Limits, LoadPlan, Priority
+from scheduler.state import HostState, KeepRules, Limits, LoadPlan, ModelUsage, Priority
 
 POLL_S = 0.1
 
@@ -128,12 +127,12 @@ class Machine:
             self._send(Left(number))
 
     def _report(self) -> None:
-        uses = tuple(
-            Use(model_id, held.in_flight, held.used_at)
+        usages = tuple(
+            ModelUsage(model_id, self.now - held.used_at, held.in_flight)
             for model_id, held in self.held.items()
             if not held.is_closing
         )
-        self._send(Used(uses))
+        self._send(Used(usages, self.now))
 
     def _send(self, event: Event) -> None:
         outcome = decide(self.state, event, self.now)

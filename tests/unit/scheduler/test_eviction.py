@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.eviction import expired, is_busy, is_held, victims
-from scheduler.state import Limits, Resident
+from scheduler.state import LedgerEntry, Limits
 
 LIMITS = Limits()
 
 
-def model(name: str, size: int, used_at: float = 0.0, load_s: float = 1.0) -> Resident:
-    return Resident(name, size, used_at, load_s=load_s)
+def model(name: str, size: int, used_at: float = 0.0, load_s: float = 1.0) -> LedgerEntry:
+    return LedgerEntry(name, size, used_at, load_s=load_s)
 
 
 def names(chosen: object) -> list[str]:
@@ -80,7 +80,7 @@ def test_only_idle_unpinned_models_expire() -> None:
 
 candidates = st.lists(
     st.builds(
-        Resident,
+        LedgerEntry,
         model_id=st.uuids().map(str),
         size_bytes=st.integers(0, 100),
         used_at=st.floats(0, 1000),
@@ -93,7 +93,7 @@ candidates = st.lists(
 
 @given(candidates=candidates, needed=st.integers(1, 900), now=st.floats(0, 2000))
 def test_victims_suffice_and_none_is_superfluous(
-    candidates: list[Resident], needed: int, now: float
+    candidates: list[LedgerEntry], needed: int, now: float
 ) -> None:
     chosen = victims(needed, candidates, now)
     if chosen is None:

@@ -20,16 +20,15 @@ from scheduler.events import (
     Unload,
     Unloaded,
     UnloadWanted,
-    Use,
     Used,
     Wanted,
 )
 from scheduler.policy import decide
-from scheduler.state import HostState, KeepRules, Limits, LoadPlan, Resident
+from scheduler.state import HostState, KeepRules, LedgerEntry, Limits, LoadPlan, ModelUsage
 
 
-def resident(name: str, size: int, used_at: float = 0.0, in_flight: int = 0) -> Resident:
-    return Resident(name, size, used_at, in_flight, load_s=1.0)
+def resident(name: str, size: int, used_at: float = 0.0, in_flight: int = 0) -> LedgerEntry:
+    return LedgerEntry(name, size, used_at, in_flight, load_s=1.0)
 
 
 def wanted(name: str, *sizes: int, number: int = 1, deadline: float = 1e6) -> Wanted:
@@ -94,7 +93,10 @@ def test_f7_a_busy_model_is_drained_only_after_the_patience() -> None:
 def test_a_model_in_use_keeps_its_place_until_its_load_is_paid_for() -> None:
     state = HostState(100, (resident("a", 80, in_flight=1),))
     outcome = feed(
-        state, (10.0, wanted("b", 60)), (11.0, Used((Use("a", 0, 10.9),))), (11.2, Tick())
+        state,
+        (10.0, wanted("b", 60)),
+        (11.0, Used((ModelUsage("a", 0.0, 0),), 10.9)),
+        (11.2, Tick()),
     )
     assert outcome.actions == ()
     # Nobody used it for as long as a load takes: it goes.
@@ -193,7 +195,7 @@ def test_rules_hold_for_models_that_are_loaded_later() -> None:
 
 def test_f6_a_measurement_over_the_budget_frees_idle_models() -> None:
     state = HostState(100, (resident("a", 40, in_flight=1), resident("b", 40)))
-    outcome = feed(state, (1.0, Used((Use("a", 1, 0.0, measured_bytes=70),))))
+    outcome = feed(state, (1.0, Used((ModelUsage("a", 0.0, 1, measured_bytes=70),), 0.0)))
     assert kinds(outcome.actions) == [("Unload", "b")]
     assert outcome.state.used_bytes == 110
 

@@ -16,19 +16,18 @@ from scheduler.events import (
     Tick,
     Unload,
     Unloaded,
-    Use,
     Used,
     Wanted,
 )
 from scheduler.policy import decide
-from scheduler.state import HostState, KeepRules, Limits, LoadPlan, Resident
+from scheduler.state import HostState, KeepRules, LedgerEntry, Limits, LoadPlan, ModelUsage
 from tests.unit.scheduler.test_policy import feed, kinds, resident, wanted
 
 CRITICAL, OVER = StrainChanged(True), StrainChanged(False)
 
 
 def test_f15_critical_strain_unloads_idle_models_but_no_busy_or_pinned_one() -> None:
-    pinned = Resident("pinned", 10, 0.0, is_pinned=True)
+    pinned = LedgerEntry("pinned", 10, 0.0, is_pinned=True)
     state = HostState(100, (resident("idle", 20), resident("busy", 20, in_flight=1), pinned))
     outcome = feed(state, (10.0, CRITICAL))
     assert kinds(outcome.actions) == [("Unload", "idle")]
@@ -37,7 +36,7 @@ def test_f15_critical_strain_unloads_idle_models_but_no_busy_or_pinned_one() -> 
 
 def test_f15_a_model_goes_after_its_last_request() -> None:
     state = HostState(100, (resident("a", 20, in_flight=1),))
-    idle = Used((Use("a", 0, 11.0),))
+    idle = Used((ModelUsage("a", 0.0, 0),), 11.0)
     outcome = feed(state, (10.0, CRITICAL), (12.0, idle), (12.0, Tick()))
     assert kinds(outcome.actions) == [("Unload", "a")]
 
@@ -70,7 +69,7 @@ def test_what_a_process_keeps_counts_until_it_ends() -> None:
 
 def test_what_came_back_later_is_free_again() -> None:
     state = HostState(100, kept=(("p", 30), ("q", 5)))
-    assert feed(state, (1.0, Used((), (("p", 0),)))).state.used_bytes == 5
+    assert feed(state, (1.0, Used((), 1.0, (("p", 0),)))).state.used_bytes == 5
 
 
 @settings(deadline=None, max_examples=200)

@@ -1,7 +1,7 @@
 """Order, bounds and advice of the queue."""
 
 from scheduler.queue import groups, is_full, overdue, retry_after_s
-from scheduler.state import HostState, Limits, Loading, LoadPlan, Priority, Resident, Waiting
+from scheduler.state import HostState, LedgerEntry, Limits, LoadPlan, PendingLoad, Priority, Waiting
 
 
 def waiting(
@@ -37,12 +37,12 @@ def test_each_model_has_its_own_bound() -> None:
 
 
 def test_the_advice_is_whole_seconds_and_grows_with_what_is_to_be_loaded() -> None:
-    held = (Resident("r", 10, 0.0, load_s=2.2), Resident("s", 10, 0.0, load_s=3.0))
+    held = (LedgerEntry("r", 10, 0.0, load_s=2.2), LedgerEntry("s", 10, 0.0, load_s=3.0))
     assert retry_after_s(HostState(100, held)) == 3
     busy = HostState(
         100,
         held,
-        (Loading("c", LoadPlan(10)),),
+        (PendingLoad("c", LoadPlan(10)),),
         (waiting(1, "a", 0.0), waiting(2, "b", 0.0), waiting(3, "a", 0.0)),
     )
     assert retry_after_s(busy) == 8

@@ -10,7 +10,7 @@ from core.errors import EngineFailed
 from core.metrics import Metrics
 from core.settings import Settings
 from deployments.decisions import KEPT_DECISIONS, DecisionLog
-from deployments.messages import ResidentView, SchedulerSnapshot, ThermalView
+from deployments.messages import LedgerEntry, SchedulerSnapshot, ThermalView
 from deployments.router import telemetry as telemetry_module
 from deployments.router.telemetry import ReplicaTelemetry
 from deployments.scheduler.ledger import Ledger
@@ -26,7 +26,7 @@ SNAPSHOT = SchedulerSnapshot(
     budget_bytes=1000,
     used_bytes=700,
     promised_bytes=300,
-    residents=(ResidentView("m", "echo", 400, 0, 5.0, is_kept=False),),
+    residents=(LedgerEntry("m", 400, -5.0, format="echo"),),
     loading=("n",),
     waiting={"interactive": 2, "batch": 1},
     loads=3,
@@ -136,11 +136,11 @@ async def test_a_snapshot_has_the_ledgers_numbers() -> None:
     found = take_snapshot(ledger, ThermalWatch(Settings(), {}), now)
     ledger.cancel()
     assert (found.budget_bytes, found.used_bytes, found.promised_bytes) == (1000, 600, 0)
-    assert [(one.model_id, one.is_kept) for one in found.residents] == [
+    assert [(one.model_id, one.has_keep_rule) for one in found.residents] == [
         ("kept", True),
         ("free", False),
     ]
-    assert found.residents[0].idle_s == pytest.approx(60.0)
+    assert found.residents[0].idle_s(found.taken_at) == pytest.approx(60.0)
     assert found.waiting == {"interactive": 0, "batch": 0}
 
 
@@ -180,7 +180,7 @@ class FakeMirror:
 
 
 def holding(idle_s: float, *, in_flight: int = 0, is_kept: bool = False) -> SchedulerSnapshot:
-    resident = ResidentView("echo", "echo", 0, in_flight, idle_s, is_kept)
+    resident = LedgerEntry("echo", 0, -idle_s, in_flight, is_pinned=is_kept, format="echo")
     return SchedulerSnapshot(budget_bytes=1 << 40, residents=(resident,))
 
 

@@ -15,10 +15,10 @@ from core.units import MIB
 from deployments.messages import (
     Freed,
     LoadRequest,
+    ModelUsage,
     ProcessReport,
     ReplicaReport,
     Residency,
-    ResidentReport,
 )
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.handles import ReplicaDied
@@ -71,7 +71,7 @@ class Replica:
 
     async def report(self) -> ReplicaReport:
         reports = [
-            ResidentReport(model_id, 0.0, self.in_flight, EngineLoad(), self.measured_bytes)
+            ModelUsage(model_id, 0.0, self.in_flight, EngineLoad(), self.measured_bytes)
             for model_id in self.held
         ]
         process = ProcessReport(self.name, self.kept_bytes, self.stderr_path)

@@ -11,10 +11,10 @@ from backends.base import EngineLoad
 from core.settings import Settings
 from deployments.messages import (
     Freed,
+    ModelUsage,
     ProcessReport,
     ReplicaReport,
     Residency,
-    ResidentReport,
     SchedulerSnapshot,
 )
 from deployments.router.targets import Targets
@@ -88,7 +88,7 @@ async def test_answers_of_all_replicas_are_one() -> None:
         ReplicaReport(
             "echo",
             pid,
-            (ResidentReport(name, 0.0, 1, EngineLoad()),),
+            (ModelUsage(name, 0.0, 1, EngineLoad()),),
             (ProcessReport(replica, 0, ""),),
         )
         for pid, name, replica in ((1, "m", "a"), (2, "n", "b"))
