@@ -17,7 +17,7 @@ class DecisionLog:
     def __init__(self, kept: int = KEPT_DECISIONS) -> None:
         self._decisions: deque[Decision] = deque(maxlen=kept)
 
-    def note(self, event: str, action: str, reason: str) -> None:
+    def record(self, event: str, action: str, reason: str) -> None:
         """Keep and log one decision: what happened, what is done about it, and why."""
         self._decisions.append(Decision(time.time(), event, action, reason))
         logger.info("%s: %s", action, reason)

@@ -87,7 +87,7 @@ class ReplicaReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Freed:
+class UnloadResult:
     """What an unload gave back, in bytes: `returned` of the `held`, and what the process keeps.
 
     `is_known`: the system says what a process holds.
@@ -108,7 +108,7 @@ class Freed:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class LoadContext:
     """Why a router wants a model in memory.
 
     `lost_replica` is where it believed the model to be and did not find it, `has_died` that this
@@ -123,7 +123,7 @@ class Need:
     priority: Priority | None = None
 
 
-ANY_NEED = Need()
+DEFAULT_CONTEXT = LoadContext()
 
 
 @dataclass(frozen=True, slots=True)

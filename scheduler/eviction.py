@@ -29,7 +29,7 @@ def is_busy(resident: LedgerEntry, now: float, limits: Limits) -> bool:
 
 def hold_s(resident: LedgerEntry, limits: Limits) -> float:
     """Return how long others wait for the model's place while it goes on being used."""
-    return min(limits.holds * resident.load_s, limits.longest_hold_s)
+    return min(limits.hold_factor * resident.load_s, limits.max_hold_s)
 
 
 def is_held(resident: LedgerEntry, waiting_since: float, now: float, limits: Limits) -> bool:

@@ -10,7 +10,7 @@ LONGEST_PAUSE_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class FaultRecord:
     """What went wrong with one model; times are monotonic seconds.
 
     `files` is the fingerprint of what failed: other files are another model.  `deaths` are the
@@ -31,12 +31,12 @@ class Record:
         return min(FIRST_PAUSE_S * 2.0 ** (self.failures - 1), LONGEST_PAUSE_S)
 
 
-def load_failed(record: Record, reason: str, now: float) -> Record:
+def load_failed(record: FaultRecord, reason: str, now: float) -> FaultRecord:
     """Return the record after another load failed."""
     return replace(record, failures=record.failures + 1, failed_at=now, reason=reason)
 
 
-def process_died(record: Record, process: str, reason: str, now: float) -> Record:
+def process_died(record: FaultRecord, process: str, reason: str, now: float) -> FaultRecord:
     """Return the record after a process died that the model used; each process counts once.
 
     DEATHS_TO_QUARANTINE of them within DEATH_WINDOW_S put the model into quarantine.
@@ -49,12 +49,12 @@ def process_died(record: Record, process: str, reason: str, now: float) -> Recor
     )
 
 
-def loaded(record: Record) -> Record:
+def loaded(record: FaultRecord) -> FaultRecord:
     """Return the record after a load that worked; deaths are not forgiven by that."""
     return replace(record, failures=0)
 
 
-def wait_s(record: Record, now: float) -> float:
+def wait_s(record: FaultRecord, now: float) -> float:
     """Return for how long no load is to be tried; 0.0 where it may be now."""
     if not record.failures:
         return 0.0

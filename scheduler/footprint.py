@@ -72,7 +72,7 @@ class FootprintBook:
         opened = max(held, floor_bytes)
         self._shares[model_id] = _Share(held, opened, later_bytes, estimated_bytes)
 
-    def note(self, now_bytes: int, active: Collection[str]) -> None:
+    def sample(self, now_bytes: int, active: Collection[str]) -> None:
         """Take in a reading; `active` are the models that ran since the last one."""
         self._settle(now_bytes, active)
 

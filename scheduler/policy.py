@@ -24,7 +24,7 @@ from scheduler.events import (
 )
 from scheduler.eviction import expired, victims
 from scheduler.queue import groups, is_full, overdue, retry_after_s
-from scheduler.room import admit, candidates, close, possible
+from scheduler.room import admit, candidates, close, fitting_plans
 from scheduler.state import HostState, LedgerEntry, Waiting
 
 
@@ -38,8 +38,8 @@ def decide(state: HostState, event: Event, now: float) -> Outcome:
     # Only then what is known of the models' use is fresh.
     if isinstance(event, Tick | StrainChanged):
         outcome = outcome.then(_unload_expired(outcome.state, now))
-        outcome = outcome.then(_offload(outcome.state, now))
-    for step in (_end_hopeless, _return_to_budget, _load_waiting):
+        outcome = outcome.then(_unload_under_strain(outcome.state, now))
+    for step in (_reject_hopeless, _return_to_budget, _load_waiting):
         outcome = outcome.then(step(outcome.state, now))
     return outcome
 
@@ -47,35 +47,35 @@ def decide(state: HostState, event: Event, now: float) -> Outcome:
 def _apply(state: HostState, event: Event, now: float) -> Outcome:
     match event:
         case Wanted():
-            return _want(state, event, now)
+            return _grant_or_queue(state, event, now)
         case Left(request_id):
             left = tuple(item for item in state.waiting if item.request_id != request_id)
             return Outcome(replace(state, waiting=left))
         case Loaded():
-            return _take_in(state, event, now)
+            return _finish_load(state, event, now)
         case LoadFailed():
-            return _fail(state, event)
+            return _fail_load(state, event)
         case UnloadWanted(model_id, reason):
             resident = state.resident(model_id)
             if resident is None or resident.is_closing:
                 return Outcome(state)
             return close(state, [resident], reason, now)
         case _:
-            return Outcome(_note(state, event))
+            return Outcome(_update(state, event))
 
 
-def _note(state: HostState, event: Event) -> HostState:
+def _update(state: HostState, event: Event) -> HostState:
     """Take over the facts of an event that asks for nothing by itself."""
     match event:
         case Unloaded(model_id, kept):
             left = tuple(item for item in state.residents if item.model_id != model_id)
-            return _keeping(replace(state, residents=left), kept)
+            return _with_kept(replace(state, residents=left), kept)
         case ProcessEnded(process):
             return replace(state, kept=tuple(pair for pair in state.kept if pair[0] != process))
         case StrainChanged(is_critical):
             return replace(state, is_critical=is_critical)
         case Used(usages, asked_at, kept):
-            state = _keeping(state, kept)
+            state = _with_kept(state, kept)
             by_id = {usage.model_id: usage for usage in usages}
             return replace(
                 state,
@@ -106,7 +106,7 @@ def _note(state: HostState, event: Event) -> HostState:
             return state
 
 
-def _keeping(state: HostState, kept: tuple[tuple[str, int], ...]) -> HostState:
+def _with_kept(state: HostState, kept: tuple[tuple[str, int], ...]) -> HostState:
     """Take over what these processes hold beside models; the others' is as it was."""
     known = dict(state.kept) | dict(kept)
     return replace(state, kept=tuple(pair for pair in known.items() if pair[1] > 0))
@@ -117,7 +117,7 @@ def _configured(state: HostState, resident: LedgerEntry) -> LedgerEntry:
     return replace(resident, is_pinned=settings.is_pinned, keep_alive_s=settings.keep_alive_s)
 
 
-def _want(state: HostState, event: Wanted, now: float) -> Outcome:
+def _grant_or_queue(state: HostState, event: Wanted, now: float) -> Outcome:
     resident = state.resident(event.model_id)
     if resident is not None and not resident.is_closing:
         state = state.with_residents([replace(resident, granted_at=now)])
@@ -138,7 +138,7 @@ def _want(state: HostState, event: Wanted, now: float) -> Outcome:
     return Outcome(replace(state, waiting=(*state.waiting, request)))
 
 
-def _take_in(state: HostState, event: Loaded, now: float) -> Outcome:
+def _finish_load(state: HostState, event: Loaded, now: float) -> Outcome:
     """Make a model resident and send it everything that waits for it."""
     granted = [item for item in state.waiting if item.model_id == event.model_id]
     resident = LedgerEntry(
@@ -162,7 +162,7 @@ def _take_in(state: HostState, event: Loaded, now: float) -> Outcome:
     return Outcome(state, grants)
 
 
-def _fail(state: HostState, event: LoadFailed) -> Outcome:
+def _fail_load(state: HostState, event: LoadFailed) -> Outcome:
     """End what waits for the model, unless it may be opened with less memory."""
     tried = next((item.plan for item in state.loading if item.model_id == event.model_id), None)
     waiting: list[Waiting] = []
@@ -181,7 +181,7 @@ def _fail(state: HostState, event: LoadFailed) -> Outcome:
     return Outcome(replace(state, loading=loading, waiting=tuple(waiting)), tuple(rejects))
 
 
-def _end_hopeless(state: HostState, now: float) -> Outcome:
+def _reject_hopeless(state: HostState, now: float) -> Outcome:
     """Refuse what waited too long or can never fit."""
     retry = retry_after_s(state)
     rejects: list[Reject] = []
@@ -195,7 +195,7 @@ def _end_hopeless(state: HostState, now: float) -> Outcome:
                 else f"{waited} for memory; {_usage(state)} and did not become free."
             )
             rejects.append(Reject(item.request_id, item.model_id, "timeout", reason, retry))
-        elif not (state.is_loading(item.model_id) or possible(state, item.plans)):
+        elif not (state.is_loading(item.model_id) or fitting_plans(state, item.plans)):
             least = min((plan.needed_bytes for plan in item.plans), default=0)
             reason = (
                 f"{item.model_id} needs {format_bytes(least)}; {_usage(state)}, "
@@ -220,7 +220,7 @@ def _kept(state: HostState) -> str:
     return f" and {format_bytes(state.kept_bytes)} by processes that did not give it back"
 
 
-def _offload(state: HostState, now: float) -> Outcome:
+def _unload_under_strain(state: HostState, now: float) -> Outcome:
     """Under critical strain, unload what is idle and not pinned."""
     if not state.is_critical:
         return Outcome(state)
@@ -238,7 +238,7 @@ def _unload_expired(state: HostState, now: float) -> Outcome:
 
 def _return_to_budget(state: HostState, now: float) -> Outcome:
     """Unload idle models when more is held than may be."""
-    over = state.used_bytes - state.leaving_bytes - state.budget_bytes
+    over = state.used_bytes - state.closing_bytes - state.budget_bytes
     if over <= 0:
         return Outcome(state)
     idle = candidates(state, now, now)

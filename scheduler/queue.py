@@ -8,7 +8,7 @@ from scheduler.state import HostState, LoadPlan, Waiting
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class WaitingGroup:
     """All requests that wait for one model.
 
     `since` is when the oldest came; `rank` orders groups, the smallest first.  `is_resumed`: an
@@ -30,14 +30,14 @@ def rank(request: Waiting, batch_delay_s: float) -> float:
     return request.since + (batch_delay_s if request.priority == "batch" else 0.0)
 
 
-def groups(state: HostState) -> list[Group]:
+def groups(state: HostState) -> list[WaitingGroup]:
     """Return the waiting requests by model, in the order in which models are to be loaded."""
     members: dict[str, list[Waiting]] = {}
     for request in state.waiting:
         members.setdefault(request.model_id, []).append(request)
     delay = state.limits.batch_delay_s
     found = [
-        Group(
+        WaitingGroup(
             model_id,
             requests[0].plans,
             min(request.since for request in requests),
@@ -62,10 +62,10 @@ def retry_after_s(state: HostState) -> int:
     """
     limits = state.limits
     times = [resident.load_s for resident in state.residents if resident.load_s > 0]
-    each = sum(times) / len(times) if times else limits.load_guess_s
+    each = sum(times) / len(times) if times else limits.default_load_s
     models = {request.model_id for request in state.waiting}
     models.update(model.model_id for model in state.loading)
-    return max(1, min(math.ceil(each * max(1, len(models))), limits.longest_retry_s))
+    return max(1, min(math.ceil(each * max(1, len(models))), limits.max_retry_s))
 
 
 def overdue(waiting: Sequence[Waiting], now: float) -> list[Waiting]:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from core.units import format_bytes
 from scheduler.events import Drain, Load, Outcome, Unload
 from scheduler.eviction import is_busy, is_held, victims
-from scheduler.queue import Group
+from scheduler.queue import WaitingGroup
 from scheduler.state import HostState, LedgerEntry, LoadPlan, PendingLoad
 
 
-def possible(state: HostState, plans: Sequence[LoadPlan]) -> list[LoadPlan]:
+def fitting_plans(state: HostState, plans: Sequence[LoadPlan]) -> list[LoadPlan]:
     """Return the plans that fit beside the pinned models and what processes keep."""
     room = state.budget_bytes - state.pinned_bytes - state.kept_bytes
     return [plan for plan in plans if plan.needed_bytes <= room]
@@ -42,7 +42,7 @@ def close(
     )
 
 
-def admit(state: HostState, group: Group, reserved: int, now: float) -> tuple[Outcome, int]:
+def admit(state: HostState, group: WaitingGroup, reserved: int, now: float) -> tuple[Outcome, int]:
     """Load a group's model or make room for it; also return the bytes to be kept free for it.
 
     1. It fits as it is, or once idle models are unloaded.
@@ -50,7 +50,7 @@ def admit(state: HostState, group: Group, reserved: int, now: float) -> tuple[Ou
     3. Still not: busy models are drained.
     4. Else it waits, after the patience with its bytes kept free.
     """
-    plans = possible(state, group.plans)
+    plans = fitting_plans(state, group.plans)
     idle = candidates(state, group.since, now)
     is_patient = now - group.since < state.limits.patience_s
     for plan in plans[:1] if is_patient else plans:  # (1) (2)
@@ -85,7 +85,7 @@ def _make_room(
     if missing <= 0:
         loading = (*state.loading, PendingLoad(model_id, plan))
         return Outcome(replace(state, loading=loading), (Load(model_id, plan, what),)), 0
-    chosen = victims(missing - state.leaving_bytes, candidates, now)
+    chosen = victims(missing - state.closing_bytes, candidates, now)
     if chosen is None:
         return None
     return close(state, chosen, what, now, model_id), plan.needed_bytes

@@ -55,7 +55,9 @@ class FormatUse:
     is_busy: bool = False
 
 
-def wanted(demand: Mapping[str, FormatDemand], directive: ScalingDirective) -> dict[str, int]:
+def desired_processes(
+    demand: Mapping[str, FormatDemand], directive: ScalingDirective
+) -> dict[str, int]:
     """Return the number of processes by format; one that is left out stays as it is.
 
     1. None runs and requests wait: the first one starts, unless no new work is taken.  Then it

@@ -108,18 +108,18 @@ class Limits:
 
     `waiting_per_model` bounds a model's queue.  A batch request is ordered as if it had come
     `batch_delay_s` later.  A used model keeps its place until a request for another has waited
-    `holds` times its load time, at most `longest_hold_s`; after `patience_s` it is drained even
+    `hold_factor` times its load time, at most `max_hold_s`; after `patience_s` it is drained even
     if it is never idle.  A request that was sent to a model is awaited there for `grant_s`.
     """
 
     waiting_per_model: int = 256
     batch_delay_s: float = BATCH_DELAY_S
-    holds: float = 4.0
-    longest_hold_s: float = 10.0
+    hold_factor: float = 4.0
+    max_hold_s: float = 10.0
     patience_s: float = 2.0
     grant_s: float = 1.0
-    load_guess_s: float = 5.0
-    longest_retry_s: int = 120
+    default_load_s: float = 5.0
+    max_retry_s: int = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class HostState:
         return held + self.kept_bytes + sum(model.plan.needed_bytes for model in self.loading)
 
     @property
-    def leaving_bytes(self) -> int:
+    def closing_bytes(self) -> int:
         """Bytes that will be free without any further action."""
         return sum(resident.size_bytes for resident in self.residents if resident.is_closing)
 

@@ -20,13 +20,13 @@ from core.settings import Settings
 from core.types import Embeddings, GenerationRequest, Priority, Prompt
 from deployments.messages import (
     FileMark,
-    Freed,
     LoadRequest,
     ModelUsage,
     NodeMemory,
     ProcessReport,
     ReplicaReport,
     Residency,
+    UnloadResult,
 )
 from deployments.options import machine_budget_bytes
 from deployments.replica.accelerator import SharedAccelerator
@@ -68,11 +68,11 @@ class FormatReplica:
         self._format = format_name
         self._snapshots = open_snapshots(settings)
         self._backend = backends_for([format_name])[format_name]
-        self._residents: dict[str, _OpenModel] = {}
+        self._models: dict[str, _OpenModel] = {}
         self._senders: dict[str, FrameSender] = {}
-        self._changing = asyncio.Lock()
+        self._load_lock = asyncio.Lock()
         self._limits = UNLIMITED
-        self._turns = SharedAccelerator(settings.home)
+        self._accelerator = SharedAccelerator(settings.home)
         self._memory = ModelMemory(self._backend)
         self._stderr_path = stderr_path()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
@@ -82,20 +82,20 @@ class FormatReplica:
     @returning_errors
     async def load_model(self, order: LoadRequest) -> Residency:
         """Open the model unless it is open; the weights are read on a thread."""
-        async with self._changing:
-            resident = self._residents.get(order.model_id)
-            if resident is not None:
-                if _is_usable(resident):
-                    return resident.residency
-                await self._drain(resident)
-                await self._close(resident)
+        async with self._load_lock:
+            model = self._models.get(order.model_id)
+            if model is not None:
+                if _is_usable(model):
+                    return model.residency
+                await self._drain(model)
+                await self._close(model)
             started = time.monotonic()
             marks = tuple(mark(path) for path in order.info.files)
             options = replace(order.options, snapshots=place_of(self._snapshots, order, marks))
-            engine = await self._memory.opening(
+            engine = await self._memory.measure_open(
                 order, lambda: self._backend.open(order.info, options)
             )
-            await self._turns.share(engine)
+            await self._accelerator.share(engine)
             residency = Residency(
                 order.model_id,
                 self._format,
@@ -104,53 +104,53 @@ class FormatReplica:
                 engine.context_tokens,
                 time.monotonic() - started,
             )
-            self._residents[order.model_id] = _OpenModel(engine, order, marks, residency)
+            self._models[order.model_id] = _OpenModel(engine, order, marks, residency)
             _limit(engine, self._limits)
             logger.info("loaded %s in %.2f s", order.model_id, residency.load_s)
             return residency
 
-    async def unload_model(self, model_id: str) -> Freed | None:
+    async def unload_model(self, model_id: str) -> UnloadResult | None:
         """Let the model's requests end, then free it; None when it was not here.
 
         New requests for it are told that it is not resident, so that they wait for a load.
         """
-        resident = self._residents.get(model_id)
-        if resident is None:
+        model = self._models.get(model_id)
+        if model is None:
             return None
-        await self._drain(resident)
-        async with self._changing:
-            if self._residents.get(model_id) is resident:
-                return await self._close(resident)
+        await self._drain(model)
+        async with self._load_lock:
+            if self._models.get(model_id) is model:
+                return await self._close(model)
         return None
 
     @staticmethod
-    async def _drain(resident: _OpenModel) -> None:
+    async def _drain(model: _OpenModel) -> None:
         """Take no more requests and wait for those that run."""
-        resident.is_draining = True
-        while resident.in_flight and not resident.engine.is_failed:
-            resident.idle.clear()
-            await resident.idle.wait()
+        model.is_draining = True
+        while model.in_flight and not model.engine.is_failed:
+            model.idle.clear()
+            await model.idle.wait()
 
-    async def _close(self, resident: _OpenModel) -> Freed:
-        model_id = resident.order.model_id
-        del self._residents[model_id]
-        engine = resident.engine
-        freed = await self._memory.closing(model_id, engine.close)
+    async def _close(self, model: _OpenModel) -> UnloadResult:
+        model_id = model.order.model_id
+        del self._models[model_id]
+        engine = model.engine
+        freed = await self._memory.measure_close(model_id, engine.close)
         logger.info("unloaded %s", model_id)
         return freed
 
     async def set_limits(self, limits: EngineLimits) -> None:
         """Make every resident model obey `limits`, and those that are loaded later."""
         self._limits = limits
-        for resident in self._residents.values():
-            _limit(resident.engine, limits)
+        for model in self._models.values():
+            _limit(model.engine, limits)
 
     @returning_errors
     async def generate(self, request: GenerationRequest, socket_path: str) -> None:
         """Run a request, its events going to the router's socket, one frame a step."""
         sender = await self._sender(socket_path)
-        with self._lease(request.model_id) as resident:
-            await self._run(resident.engine, request, sender)
+        with self._lease(request.model_id) as model:
+            await self._run(model.engine, request, sender)
             while not sender.flush():
                 await asyncio.sleep(_FLUSH_POLL_S)
 
@@ -171,9 +171,9 @@ class FormatReplica:
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
         """Run a request for a router on another node, yielding frames."""
-        with self._lease(request.model_id) as resident:
+        with self._lease(request.model_id) as model:
             sink = CoalescingSink(asyncio.get_running_loop())
-            work = asyncio.ensure_future(resident.engine.stream_to(request, sink))
+            work = asyncio.ensure_future(model.engine.stream_to(request, sink))
             work.add_done_callback(lambda _: sink.end())
             try:
                 async for frame in sink.frames():
@@ -188,14 +188,14 @@ class FormatReplica:
         self, model_id: str, inputs: Sequence[str | Sequence[int]], priority: Priority
     ) -> Embeddings:
         """Return one vector per input."""
-        with self._lease(model_id) as resident:
-            return await resident.engine.embed(inputs, priority)
+        with self._lease(model_id) as model:
+            return await model.engine.embed(inputs, priority)
 
     @returning_errors
     async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
         """Return how many tokens a prompt comes to for this model."""
-        with self._lease(model_id) as resident:
-            return await count_tokens(resident.engine, prompt)
+        with self._lease(model_id) as model:
+            return await count_tokens(model.engine, prompt)
 
     @contextmanager
     def _lease(self, model_id: str) -> Iterator[_OpenModel]:
@@ -204,18 +204,18 @@ class FormatReplica:
         So it does when the model's file was deleted or replaced: the scheduler then looks at the
         disk, while requests that run on the old file end in peace.
         """
-        resident = self._residents.get(model_id)
-        if resident is None or not _is_usable(resident):
+        model = self._models.get(model_id)
+        if model is None or not _is_usable(model):
             raise ModelNotResident(f"{model_id} is not resident here.")
-        resident.in_flight += 1
-        resident.was_active = True
+        model.in_flight += 1
+        model.was_active = True
         try:
-            yield resident
+            yield model
         finally:
-            resident.in_flight -= 1
-            resident.used_at = time.monotonic()
-            if not resident.in_flight:
-                resident.idle.set()
+            model.in_flight -= 1
+            model.used_at = time.monotonic()
+            if not model.in_flight:
+                model.idle.set()
 
     async def _sender(self, socket_path: str) -> FrameSender:
         sender = self._senders.get(socket_path)
@@ -229,19 +229,19 @@ class FormatReplica:
 
     async def report(self) -> ReplicaReport:
         """Return what this process holds and does."""
-        self._memory.look({name for name, one in self._residents.items() if one.was_active})
-        for resident in self._residents.values():
-            resident.was_active = bool(resident.in_flight)
+        self._memory.sample({name for name, one in self._models.items() if one.was_active})
+        for model in self._models.values():
+            model.was_active = bool(model.in_flight)
         now = time.monotonic()
         residents = tuple(
             ModelUsage(
                 model_id,
-                0.0 if resident.in_flight else now - resident.used_at,
-                resident.in_flight,
-                resident.engine.load(),
+                0.0 if model.in_flight else now - model.used_at,
+                model.in_flight,
+                model.engine.load(),
                 self._memory.measured_bytes(model_id),
             )
-            for model_id, resident in self._residents.items()
+            for model_id, model in self._models.items()
         )
         process = ProcessReport(
             self._replica_id, self._memory.kept_bytes, self._stderr_path, self._node
@@ -250,21 +250,21 @@ class FormatReplica:
 
     async def check_health(self) -> None:
         """Raise where an engine's step does not return: Serve then replaces this process."""
-        for model_id, resident in self._residents.items():
-            engine = resident.engine
+        for model_id, model in self._models.items():
+            engine = model.engine
             stalled_s = engine.stalled_s if isinstance(engine, Watched) else 0.0
-            if stalled_s > resident.order.step_limit_s:
+            if stalled_s > model.order.step_limit_s:
                 raise EngineFailed(f"A step of {model_id} has not returned for {stalled_s:.0f} s.")
 
     async def residencies(self) -> list[Residency]:
         """Return what is resident, for a scheduler that starts anew."""
-        return [resident.residency for resident in self._residents.values() if _is_usable(resident)]
+        return [model.residency for model in self._models.values() if _is_usable(model)]
 
     async def __del__(self) -> None:
         """Free every model; Serve awaits this at shutdown."""
-        for resident in list(self._residents.values()):
-            await resident.engine.close()
-        await self._turns.close()
+        for model in list(self._models.values()):
+            await model.engine.close()
+        await self._accelerator.close()
         if self._snapshots is not None:
             await asyncio.to_thread(self._snapshots.close)
         for sender in self._senders.values():
@@ -276,6 +276,6 @@ def _limit(engine: Engine, limits: EngineLimits) -> None:
         engine.set_limits(limits)
 
 
-def _is_usable(resident: _OpenModel) -> bool:
-    is_sound = not resident.is_draining and not resident.engine.is_failed
-    return is_sound and not has_changed(resident.marks)
+def _is_usable(model: _OpenModel) -> bool:
+    is_sound = not model.is_draining and not model.engine.is_failed
+    return is_sound and not has_changed(model.marks)

@@ -8,9 +8,9 @@ from typing import TypeVar
 from backends.abilities import Measured
 from backends.base import Backend, MemoryEstimate
 from core.errors import ImpetusError
-from deployments.messages import Freed, LoadRequest
+from deployments.messages import LoadRequest, UnloadResult
 from scheduler.footprint import FootprintBook
-from scheduler.sensors.process_memory import Meter, give_back, open_meter
+from scheduler.sensors.process_memory import Meter, open_meter, trim_heap
 
 Result = TypeVar("Result")
 
@@ -26,7 +26,7 @@ class ModelMemory:
         self._meter = meter or open_meter()
         self._book: FootprintBook | None = None
 
-    async def opening(self, order: LoadRequest, open_: Callable[[], Result]) -> Result:
+    async def measure_open(self, order: LoadRequest, open_: Callable[[], Result]) -> Result:
         """Run `open_` on a thread and note what it took."""
         backend = self._backend
         if isinstance(backend, Measured):
@@ -55,26 +55,28 @@ class ModelMemory:
         )
         return result
 
-    async def closing(self, model_id: str, close: Callable[[], Awaitable[None]]) -> Freed:
+    async def measure_close(
+        self, model_id: str, close: Callable[[], Awaitable[None]]
+    ) -> UnloadResult:
         """Await `close` and return what came back."""
         before = self._meter.read()
         await close()
         # Engines have cycles; what they held must not wait for the collector's own time.
         await asyncio.to_thread(gc.collect)
-        await asyncio.to_thread(give_back)
+        await asyncio.to_thread(trim_heap)
         after = self._meter.read()
         if before is None or after is None or self._book is None:
-            return Freed()
+            return UnloadResult()
         returned = self._book.closed(model_id, before, after)
-        return Freed(
+        return UnloadResult(
             returned.held_bytes, returned.returned_bytes, self._book.kept_bytes, is_known=True
         )
 
-    def look(self, active: Collection[str]) -> None:
+    def sample(self, active: Collection[str]) -> None:
         """Take a reading; `active` are the models that ran since the last one."""
         now = self._meter.read()
         if self._book is not None and now is not None:
-            self._book.note(now, active)
+            self._book.sample(now, active)
 
     def measured_bytes(self, model_id: str) -> int:
         """Return what a model will hold at most; 0 where nothing was measured."""

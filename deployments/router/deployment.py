@@ -15,7 +15,7 @@ from deployments.router.listener import Listener
 from deployments.router.management import SchedulerManagement
 from deployments.router.model_states import ModelStatesWatch
 from deployments.router.telemetry import ReplicaTelemetry
-from deployments.serve.broadcast import reaching_all
+from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, direct
 from deployments.serve.logs import attach_logs
 from deployments.transport.socket import FrameReceiver
@@ -44,7 +44,7 @@ class RouterReplica:
         dispatcher = self._dispatcher = HandleDispatcher(
             scheduler, formats, self._receiver, node_id, has_many=has_many, log=log
         )
-        everywhere = reaching_all(
+        everywhere = broadcast_handles(
             {name: direct(handle) for name, handle in formats.items()}, settings
         )
         telemetry = ReplicaTelemetry(everywhere, lambda: dispatcher.resident_formats, scheduler)

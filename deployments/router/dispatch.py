@@ -17,7 +17,7 @@ from core.types import (
     Prompt,
 )
 from deployments.decisions import DecisionLog
-from deployments.messages import Need, Residency
+from deployments.messages import LoadContext, Residency
 from deployments.router.attempts import RequestAttempts
 from deployments.router.targets import Targets
 from deployments.serve.handles import Handle, ReplicaDied, call, direct, unwrap
@@ -86,7 +86,7 @@ class HandleDispatcher:
         A replica that died, or does not hold the model any more, costs another attempt that the
         client does not see: the answer goes on after the tokens whose events were handed out.
         """
-        need, attempts = Need(priority=request.priority), RequestAttempts(request)
+        need, attempts = LoadContext(priority=request.priority), RequestAttempts(request)
 
         def pass_on(events: Sequence[GenerationEvent]) -> None:
             take([attempts.note(event) for event in events])
@@ -116,17 +116,17 @@ class HandleDispatcher:
             return
         if end.mismatches:
             kinds = ", ".join(sorted(set(end.mismatches)))
-            self._log.note("tool call", f"pass on {model_id}", f"calls do not fit: {kinds}")
+            self._log.record("tool call", f"pass on {model_id}", f"calls do not fit: {kinds}")
         cache, computed = end.cache, end.usage.prompt_tokens - end.usage.cached_tokens
         if cache is not None and cache.miss is not None and computed >= _NOTED_MISS_TOKENS:
             where = "" if cache.diverged_at is None else f" at token {cache.diverged_at}"
             reason = f"{computed} tokens were not reused: {cache.miss.replace('_', ' ')}{where}"
-            self._log.note("cache miss", f"compute the prompt for {model_id}", reason)
+            self._log.record("cache miss", f"compute the prompt for {model_id}", reason)
 
     def _note_lost(self, model_id: str, problem: ImpetusError) -> None:
         """Log a model that was not where it was believed to be; a death is a decision's cause."""
         if isinstance(problem, ReplicaDied):
-            self._log.note("replica died", f"resume {model_id}", problem.message)
+            self._log.record("replica died", f"resume {model_id}", problem.message)
         else:
             logger.info("%s is not where it was: %s", model_id, problem.message)
 
@@ -216,16 +216,16 @@ class HandleDispatcher:
     ) -> Embeddings:
         """Return one vector per input; a lost replica costs another attempt."""
         embeddings: Embeddings = await self._ask(
-            "embed", Need(priority=priority), model_id, inputs, priority
+            "embed", LoadContext(priority=priority), model_id, inputs, priority
         )
         return embeddings
 
     async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
         """Return how many tokens `prompt` comes to; a lost replica costs another attempt."""
-        count: int = await self._ask("count_tokens", Need(), model_id, prompt)
+        count: int = await self._ask("count_tokens", LoadContext(), model_id, prompt)
         return count
 
-    async def _ask(self, method: str, need: Need, model_id: str, *arguments: Any) -> Any:
+    async def _ask(self, method: str, need: LoadContext, model_id: str, *arguments: Any) -> Any:
         """Call a method of the replica that holds the model, loading the model first if need be."""
         for attempt in range(_MOST_ATTEMPTS):
             residency = await self._ensure(model_id, need)
@@ -240,7 +240,7 @@ class HandleDispatcher:
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
         raise AssertionError("unreachable")
 
-    async def _tell(self, model_id: str, need: Need) -> None:
+    async def _tell(self, model_id: str, need: LoadContext) -> None:
         """Let the scheduler know of a death that no further attempt will tell it of."""
         if not need.has_died:
             return
@@ -256,7 +256,7 @@ class HandleDispatcher:
         self._targets.forget(residency)
 
     async def _ensure(
-        self, model_id: str, need: Need, attempts: RequestAttempts | None = None
+        self, model_id: str, need: LoadContext, attempts: RequestAttempts | None = None
     ) -> Residency:
         known = self._residencies.get(model_id)
         if known is not None:
@@ -274,7 +274,9 @@ def _fail(end: "asyncio.Future[None]", problem: BaseException) -> None:
         end.set_exception(problem)
 
 
-def _after(problem: ImpetusError, residency: Residency, need: Need, *, is_resumed: bool) -> Need:
+def _after(
+    problem: ImpetusError, residency: Residency, need: LoadContext, *, is_resumed: bool
+) -> LoadContext:
     """Return what the next attempt asks for."""
     has_died = isinstance(problem, ReplicaDied)
     return replace(

@@ -14,7 +14,7 @@ from catalog.store import CatalogStore
 from core.errors import ImpetusError, ModelNotFound, Unavailable
 from core.settings import Settings
 from deployments.decisions import DecisionLog
-from deployments.messages import Decision, Need
+from deployments.messages import Decision, LoadContext
 from deployments.serve.handles import Handle, call, direct
 from router.services import DecisionView, SettingsView
 
@@ -65,7 +65,7 @@ class SchedulerManagement:
 
     async def load(self, model_id: str) -> None:
         """Return once the scheduler has the model in memory."""
-        await call(self._scheduler.ensure_loaded.remote(model_id, Need(is_retry=True)))
+        await call(self._scheduler.ensure_loaded.remote(model_id, LoadContext(is_retry=True)))
 
     async def unload(self, model_id: str) -> None:
         """Return once the scheduler has the model out of memory."""

@@ -25,8 +25,8 @@ _FIRST_GUESS_S = 30
 _LONGEST_RETRY_S = 120
 _MEMORY_WAIT_S = 600.0
 
-# Waits up to some seconds for memory, then holds it under a name: `Reservations.hold`.
-Hold: TypeAlias = Callable[[str, int, float], AbstractAsyncContextManager[OnMemory]]
+# Waits up to some seconds for memory, then holds it under a name: `Reservations.reserve`.
+ReserveMemory: TypeAlias = Callable[[str, int, float], AbstractAsyncContextManager[OnMemory]]
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class Conversions:
         backends: Mapping[str, Backend],
         options: EngineOptions,
         rescan: Callable[[], Awaitable[None]],
-        hold: Hold,
+        reserve_memory: ReserveMemory,
     ) -> None:
         self._folder = settings.home / "models"
         self._is_on = settings.auto_convert
@@ -57,11 +57,11 @@ class Conversions:
         self._backends = backends
         self._options = options
         self._rescan = rescan
-        self._hold = hold
+        self._reserve_memory = reserve_memory
         self._running: dict[str, _Conversion] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures: dict[str, tuple[float, str]] = {}
-        self._turn = asyncio.Lock()
+        self._one_at_a_time = asyncio.Lock()
         self._pause = PauseSwitch()
 
     @property
@@ -155,10 +155,10 @@ class Conversions:
             model_id=record.id,
         )
         try:
-            async with self._turn:
+            async with self._one_at_a_time:
                 await self._pause.wait_until_off()
                 conversion.doing = "waiting for memory"
-                async with self._hold(
+                async with self._reserve_memory(
                     f"conversion of {record.id}", _needed_bytes(request), _MEMORY_WAIT_S
                 ) as measured:
                     conversion.started_at = time.monotonic()

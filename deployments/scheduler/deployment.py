@@ -13,10 +13,10 @@ from catalog.store import CatalogStore
 from core.settings import Settings
 from deployments.decisions import DecisionLog
 from deployments.messages import (
-    ANY_NEED,
+    DEFAULT_CONTEXT,
     Decision,
+    LoadContext,
     ModelStates,
-    Need,
     NodeMemory,
     Residency,
     SchedulerSnapshot,
@@ -36,7 +36,7 @@ from deployments.scheduler.reservations import Reservations
 from deployments.scheduler.scanning import Scanner
 from deployments.scheduler.snapshot import take_snapshot
 from deployments.scheduler.thermal import ThermalWatch
-from deployments.serve.broadcast import reaching_all
+from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, returning_errors
 from deployments.serve.logs import attach_logs
 from deployments.serve.status import own_node_id, running_deployments
@@ -63,7 +63,7 @@ class SchedulerReplica:
     ) -> None:
         attach_logs()
         self._settings = settings
-        formats = reaching_all(formats, settings)
+        formats = broadcast_handles(formats, settings)
         self._backends = backends_for(list(formats))
         self._log = DecisionLog()
         self._budget_bytes = budget_bytes(settings)
@@ -78,7 +78,7 @@ class SchedulerReplica:
         fault_file = FaultFile(settings.home / "faults.json", self._node_id)
         self._faults = Faults(fault_file, on_change=self._published.notify)
         self._conversions = Conversions(
-            settings, self._backends, self._options, self._scanner.scan, self._hold_memory
+            settings, self._backends, self._options, self._scanner.scan, self._reserve_memory
         )
         self._lookup = ModelLookup(self._store, self._planner, self._conversions)
         self._loader = ModelLoader(
@@ -93,7 +93,7 @@ class SchedulerReplica:
         self._ledger = self._make_ledger(self._budget_bytes)
         self._ledgers: Ledgers = {self._node_id: self._ledger}
         self._thermal = ThermalWatch(
-            settings, formats, running=running, obey=self._obey, log=self._log
+            settings, formats, running=running, on_directive=self._apply_directive, log=self._log
         )
         self._snapshot = partial(take_snapshot, self._ledger, self._thermal)
         idle_s = settings.format_idle_s
@@ -106,17 +106,17 @@ class SchedulerReplica:
         limits = Limits(waiting_per_model=self._settings.max_waiting)
         return Ledger(
             HostState(budget_bytes, defaults=defaults, limits=limits),
-            self._reservations.opening(partial(self._loader.load, budget_bytes)),
-            self._reservations.closing(self._format_clients.close),
+            self._reservations.wrap_open(partial(self._loader.load, budget_bytes)),
+            self._reservations.wrap_close(self._format_clients.close),
             self._format_clients.report,
             self._log,
             self._published.notify,
         )
 
-    def _hold_memory(
+    def _reserve_memory(
         self, name: str, needed_bytes: int, timeout_s: float
     ) -> AbstractAsyncContextManager[Callable[[int], None]]:
-        return self._reservations.holding(self._ledger, name, needed_bytes, timeout_s)
+        return self._reservations.reserve(self._ledger, name, needed_bytes, timeout_s)
 
     async def _run(self) -> None:
         """Scan now and at intervals; remember what the replicas already hold."""
@@ -134,7 +134,7 @@ class SchedulerReplica:
             if record.settings != ModelSettings():
                 self._configure(record)
         for name in self._backends:
-            held = await self._format_clients.held(name)
+            held = await self._format_clients.residencies(name)
             if not held:
                 continue
             ledger = self._ledger_of((await self._format_clients.report(held)).node_of(name))
@@ -157,7 +157,7 @@ class SchedulerReplica:
 
     def _configure(self, record: ModelRecord) -> None:
         for ledger in self._ledgers.values():
-            ledger.configure(record.id, self._planner.rules(record))
+            ledger.configure(record.id, self._planner.keep_rules(record))
 
     async def _release(self, model_id: str, reason: str) -> bool:
         ledger = ledger_holding(self._ledgers, model_id)
@@ -193,7 +193,7 @@ class SchedulerReplica:
         await self._lookup.explain(model_id)
 
     @returning_errors
-    async def ensure_loaded(self, model_id: str, need: Need = ANY_NEED) -> Residency:
+    async def ensure_loaded(self, model_id: str, need: LoadContext = DEFAULT_CONTEXT) -> Residency:
         """Return where the model is resident, waiting for memory and loading it where needed.
 
         Raises ModelNotFound, ModelFileMissing, BrokenModel, BackendUnavailable, ModelFailed,
@@ -223,7 +223,7 @@ class SchedulerReplica:
             is_resumed=need.is_resumed,
         )
 
-    async def _look_after_lost(self, model_id: str, need: Need) -> None:
+    async def _look_after_lost(self, model_id: str, need: LoadContext) -> None:
         """Find out why a caller did not find the model where it believed it to be."""
         known = self._residency(model_id)
         if need.has_died:
@@ -280,7 +280,7 @@ class SchedulerReplica:
 
     def _model_states(self) -> ModelStates:
         return ModelStates(
-            self._faults.model_states(),
+            self._faults.current(),
             self._thermal.directive.keeps_cool,
             tuple(self._residencies()),
             tuple(self._loading()),
@@ -296,7 +296,7 @@ class SchedulerReplica:
 
     async def _release_lost(self, known: Residency) -> None:
         """Take out a model that a caller did not find, unless it is there again."""
-        is_held = await self._format_clients.is_held(known)
+        is_held = await self._format_clients.is_resident(known)
         # Another caller may have had it loaded again meanwhile.
         if self._residency(known.model_id) is known and not is_held:
             await self._release(known.model_id, "its replica does not serve it any more")
@@ -312,14 +312,14 @@ class SchedulerReplica:
         for ledger in self._ledgers.values():
             ledger.process_ended(process)
 
-    async def _obey(self, directive: Directive) -> None:
+    async def _apply_directive(self, directive: Directive) -> None:
         """Do what the machine's strain asks of all but the engines."""
         if self._conversions.is_paused != directive.pauses_jobs:
             self._conversions.pause(is_on=directive.pauses_jobs)
             action = "pause conversions" if directive.pauses_jobs else "let conversions go on"
-            self._log.note("thermal", action, f"the machine is {self._thermal.state.label}")
+            self._log.record("thermal", action, f"the machine is {self._thermal.state.label}")
         # The sensors are those of the scheduler's own machine.
-        await self._ledger.strain(is_critical=directive.unloads_idle)
+        await self._ledger.set_critical(is_critical=directive.unloads_idle)
         self._published.notify()
 
     def __del__(self) -> None:

@@ -15,7 +15,7 @@ from deployments.messages import Fault
 from scheduler.faults import (
     DEATH_WINDOW_S,
     DEATHS_TO_QUARANTINE,
-    Record,
+    FaultRecord,
     load_failed,
     loaded,
     process_died,
@@ -32,7 +32,7 @@ class _Kept:
     """What the file holds; `records` by model id."""
 
     session: str
-    records: Mapping[str, Record]
+    records: Mapping[str, FaultRecord]
 
 
 _KEPT = TypeAdapter(_Kept)
@@ -48,7 +48,7 @@ class FaultFile:
         self._path = path
         self._session = session
 
-    def read(self) -> dict[str, Record]:
+    def read(self) -> dict[str, FaultRecord]:
         """Return what this session kept, by model id; nothing where that cannot be read."""
         try:
             kept = _KEPT.validate_json(self._path.read_bytes())
@@ -59,7 +59,7 @@ class FaultFile:
             return {}
         return dict(kept.records) if kept.session == self._session else {}
 
-    def write(self, records: Mapping[str, Record]) -> None:
+    def write(self, records: Mapping[str, FaultRecord]) -> None:
         """Replace what is kept; blocks for a small file.  A failure is logged."""
         scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
@@ -82,7 +82,7 @@ class Faults:
         self._file = file
         self._clock = clock
         self._on_change = on_change
-        self._records: dict[str, Record] = {} if file is None else file.read()
+        self._records: dict[str, FaultRecord] = {} if file is None else file.read()
 
     def check(self, model_id: str, files: str) -> None:
         """Raise ModelQuarantined or ModelFailed where the model is not to be loaded now."""
@@ -105,13 +105,13 @@ class Faults:
                 retry_after_s=math.ceil(left_s),
             )
 
-    def note_failure(self, model_id: str, files: str, problem: BaseException) -> None:
+    def record_failure(self, model_id: str, files: str, problem: BaseException) -> None:
         """Remember a load that failed."""
         reason = problem.message if isinstance(problem, ImpetusError) else repr(problem)
         record = self._of(model_id, files)
         self._keep(model_id, load_failed(record, reason[:_LONGEST_REASON], self._clock()))
 
-    def note_death(self, model_id: str, files: str, process: str, stderr_tail: str) -> bool:
+    def record_death(self, model_id: str, files: str, process: str, stderr_tail: str) -> bool:
         """Remember that a process died that the model used; True when that is the last straw."""
         old = self._of(model_id, files)
         # Every request that ran there tells of it.
@@ -127,7 +127,7 @@ class Faults:
         self._keep(model_id, record)
         return record.is_quarantined and not old.is_quarantined
 
-    def note_load(self, model_id: str) -> None:
+    def record_load(self, model_id: str) -> None:
         """Remember a load that worked."""
         record = self._records.get(model_id)
         if record is not None and record.failures:
@@ -138,7 +138,7 @@ class Faults:
         if self._records.pop(model_id, None) is not None:
             self._write()
 
-    def model_states(self) -> dict[str, Fault]:
+    def current(self) -> dict[str, Fault]:
         """Return what is wrong with models now, by id."""
         now = self._clock()
         return {
@@ -153,7 +153,7 @@ class Faults:
         waits = [wait_s(record, now) for record in self._records.values()]
         return min((wait for wait in waits if wait > 0), default=None)
 
-    def _keep(self, model_id: str, record: Record) -> None:
+    def _keep(self, model_id: str, record: FaultRecord) -> None:
         self._records[model_id] = record
         self._write()
 
@@ -162,6 +162,6 @@ class Faults:
             self._file.write(self._records)
         self._on_change()
 
-    def _of(self, model_id: str, files: str) -> Record:
+    def _of(self, model_id: str, files: str) -> FaultRecord:
         record = self._records.get(model_id)
-        return record if record is not None and record.files == files else Record(files)
+        return record if record is not None and record.files == files else FaultRecord(files)

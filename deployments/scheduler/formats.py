@@ -11,13 +11,13 @@ from backends.base import Backend
 from core.errors import ImpetusError
 from deployments.messages import (
     NO_NODE,
-    Freed,
     LoadRequest,
     ModelUsage,
     NodeMemory,
     ProcessReport,
     ReplicaReport,
     Residency,
+    UnloadResult,
 )
 from deployments.serve.handles import Handle, call
 from deployments.stderr_tail import read_stderr_tail
@@ -66,9 +66,9 @@ class FormatClients:
         self._backends = backends
         self._running = running
         self._processes: dict[str, ProcessReport] = {}
-        self._of_format: dict[str, Sequence[ProcessReport]] = {}
+        self._processes_by_format: dict[str, Sequence[ProcessReport]] = {}
         # Formats whose processes hold memory without models, as far as the ledger was told.
-        self._keeping: set[str] = set()
+        self._keeping_memory: set[str] = set()
         self._ended: list[ProcessReport] = []
 
     async def open(self, order: LoadRequest) -> Residency:
@@ -76,19 +76,19 @@ class FormatClients:
         residency: Residency = await call(self._formats[order.info.format].load_model.remote(order))
         return residency
 
-    async def close(self, residency: Residency) -> Freed:
+    async def close(self, residency: Residency) -> UnloadResult:
         """Let the replica free the model after its last request."""
         unload = self._formats[residency.format].unload_model
-        freed: Freed | None = await call(unload.remote(residency.model_id))
+        freed: UnloadResult | None = await call(unload.remote(residency.model_id))
         if freed is None:
-            return Freed()
+            return UnloadResult()
         if freed.kept_bytes:
-            self._keeping.add(residency.format)
+            self._keeping_memory.add(residency.format)
         return freed
 
     def known_processes(self, name: str) -> frozenset[str]:
         """Return the processes that a format had when it was last asked."""
-        return frozenset(process.replica_id for process in self._of_format.get(name, ()))
+        return frozenset(process.replica_id for process in self._processes_by_format.get(name, ()))
 
     async def lost_processes(self, name: str, known: frozenset[str]) -> frozenset[str]:
         """Ask a format for its processes; return those of `known` that are gone."""
@@ -99,10 +99,10 @@ class FormatClients:
         self._record_processes(name, processes)
         return known - {process.replica_id for process in processes}
 
-    async def is_held(self, residency: Residency) -> bool:
+    async def is_resident(self, residency: Residency) -> bool:
         """Whether the replica still says that it holds the model; False where it says nothing."""
         try:
-            held = await self.held(residency.format)
+            held = await self.residencies(residency.format)
         except ImpetusError as problem:
             logger.warning("%s does not say what it holds: %s", residency.format, problem)
             return False
@@ -110,7 +110,7 @@ class FormatClients:
             (one.model_id, one.replica_id) for one in held
         }
 
-    async def held(self, name: str) -> list[Residency]:
+    async def residencies(self, name: str) -> list[Residency]:
         """Return what a format's replicas hold, nothing where it is scaled to zero."""
         if await self._stopped_among({name}):
             return []
@@ -124,7 +124,7 @@ class FormatClients:
         not answer in time are left out; those that do not run are not started by this.
         """
         asked_at = time.monotonic()
-        names = {one.format for one in known} | self._keeping | ({name} if name else set())
+        names = {one.format for one in known} | self._keeping_memory | ({name} if name else set())
         stopped = await self._stopped_among(names)
         for one in stopped:
             self._record_processes(one, ())
@@ -157,14 +157,14 @@ class FormatClients:
     def _record_processes(self, name: str, processes: Sequence[ProcessReport]) -> None:
         """Remember a format's processes; those that are gone keep nothing any more."""
         now = {process.replica_id for process in processes}
-        gone = [one for one in self._of_format.get(name, ()) if one.replica_id not in now]
+        gone = [one for one in self._processes_by_format.get(name, ()) if one.replica_id not in now]
         self._ended += [replace(process, kept_bytes=0) for process in gone]
-        self._of_format[name] = processes
+        self._processes_by_format[name] = processes
         self._processes.update((process.replica_id, process) for process in processes)
         if any(process.kept_bytes for process in processes):
-            self._keeping.add(name)
+            self._keeping_memory.add(name)
         else:
-            self._keeping.discard(name)
+            self._keeping_memory.discard(name)
 
     async def _ask(self, name: str) -> ReplicaReport | None:
         try:

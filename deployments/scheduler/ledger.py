@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from core.errors import EngineFailed, ImpetusError, InsufficientMemory, QueueFull, Unavailable
 from deployments.decisions import DecisionLog
-from deployments.messages import Freed, Residency
+from deployments.messages import Residency, UnloadResult
 from deployments.scheduler.formats import UsageReport
 from scheduler.events import (
     Action,
@@ -47,13 +47,13 @@ _LONGEST_POLL_S = 15.0
 _STRAIN_POLL_S = 1.0
 
 Opener = Callable[[str, LoadPlan], Awaitable[Residency]]
-Closer = Callable[[Residency], Awaitable[Freed]]
+Closer = Callable[[Residency], Awaitable[UnloadResult]]
 
 Reporter = Callable[[Sequence[Residency]], Awaitable[UsageReport]]
 
 
 @dataclass(slots=True)
-class Tally:
+class LoadCounts:
     """How often things happened since the start."""
 
     loads: int = 0
@@ -61,7 +61,7 @@ class Tally:
     evictions: int = 0
 
 
-def error_of(reject: Reject, failure: BaseException | None) -> BaseException:
+def error_for(reject: Reject, failure: BaseException | None) -> BaseException:
     """Return the error of a refused request; `failure` is what its model's load raised last."""
     retry = reject.retry_after_s
     match reject.kind:
@@ -97,14 +97,14 @@ class Ledger:
         self._residencies: dict[str, Residency] = {}
         self._waiting: dict[int, asyncio.Future[Residency]] = {}
         self._failures: dict[str, BaseException] = {}
-        self._closings: dict[str, asyncio.Task[None]] = {}
+        self._unloads: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._log = log
         self._evicted: dict[str, list[str]] = {}
-        self.tally = Tally()
-        self._numbers = itertools.count()
+        self.counts = LoadCounts()
+        self._request_ids = itertools.count()
         self._usage_at = -math.inf
-        self._is_wanted = asyncio.Event()
+        self._wake_up = asyncio.Event()
         self._watch = asyncio.ensure_future(self._run())
 
     @property
@@ -141,7 +141,7 @@ class Ledger:
         InsufficientMemory, QueueFull, Unavailable after `timeout_s`, and whatever opening the
         model raised.
         """
-        number = next(self._numbers)
+        number = next(self._request_ids)
         future: asyncio.Future[Residency] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         deadline = time.monotonic() + timeout_s
@@ -158,7 +158,7 @@ class Ledger:
         """Unload a model and wait until it is gone; False where it is not resident."""
         if model_id in self._residencies:
             self._send(UnloadWanted(model_id, reason))
-        closing = self._closings.get(model_id)
+        closing = self._unloads.get(model_id)
         if closing is None:
             return False
         await asyncio.shield(closing)
@@ -180,7 +180,7 @@ class Ledger:
         if any(name == process for name, _ in self._state.kept):
             self._send(ProcessEnded(process))
 
-    async def strain(self, *, is_critical: bool) -> None:
+    async def set_critical(self, *, is_critical: bool) -> None:
         """Let idle models go while the strain is critical, and load nothing for new requests."""
         if is_critical != self._state.is_critical:
             await self.refresh()
@@ -216,13 +216,13 @@ class Ledger:
         """Follow the models' use while requests wait or a keep-alive runs."""
         ticked_at = time.monotonic()
         while True:
-            self._is_wanted.clear()
+            self._wake_up.clear()
             poll_s = self._poll_s()
             left_s = None if poll_s is None else ticked_at + poll_s - time.monotonic()
             if left_s is None or left_s > 0:
                 # What happens meanwhile may shorten the interval.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._is_wanted.wait(), left_s)
+                    await asyncio.wait_for(self._wake_up.wait(), left_s)
                 continue
             try:
                 if time.monotonic() - self._usage_at > _WAITING_POLL_S:
@@ -247,17 +247,17 @@ class Ledger:
         outcome = decide(self._state, event, time.monotonic())
         self._state = outcome.state
         for action in outcome.actions:
-            self._note(event, action)
+            self._log_decision(event, action)
             self._perform(action)
-        self._is_wanted.set()
+        self._wake_up.set()
         self._on_change()
 
-    def _note(self, event: Event, action: Action) -> None:
+    def _log_decision(self, event: Event, action: Action) -> None:
         # What happens for every request of a resident model would drown the rest.
         if isinstance(action, Grant) and isinstance(event, Wanted):
             return
         what = f"{type(action).__name__.lower()} {action.model_id}"
-        self._log.note(type(event).__name__.lower(), what, action.reason)
+        self._log.record(type(event).__name__.lower(), what, action.reason)
 
     def _perform(self, action: Action) -> None:
         match action:
@@ -265,11 +265,11 @@ class Ledger:
                 self._start(self._load(model_id, plan))
             case Unload(model_id, _, for_model) | Drain(model_id, _, for_model):
                 if for_model:
-                    self.tally.evictions += 1
+                    self.counts.evictions += 1
                     self._evicted.setdefault(for_model, []).append(model_id)
                 # From now on a request for it waits until it was loaded again.
                 residency = self._residencies.pop(model_id, None)
-                self._closings[model_id] = self._start(self._unload(model_id, residency))
+                self._unloads[model_id] = self._start(self._unload(model_id, residency))
             case Grant(number, model_id):
                 future = self._waiting.pop(number, None)
                 if future is not None and not future.done():
@@ -277,7 +277,7 @@ class Ledger:
             case Reject(number):
                 future = self._waiting.pop(number, None)
                 if future is not None and not future.done():
-                    future.set_exception(error_of(action, self._failures.get(action.model_id)))
+                    future.set_exception(error_for(action, self._failures.get(action.model_id)))
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -295,10 +295,10 @@ class Ledger:
             is_memory = isinstance(problem, InsufficientMemory)
             self._send(LoadFailed(model_id, str(problem), is_memory))
             del self._failures[model_id]
-            self.tally.load_failures += 1
+            self.counts.load_failures += 1
             self._evicted.pop(model_id, None)
             return
-        self.tally.loads += not residency.is_job
+        self.counts.loads += not residency.is_job
         # Only those who waited for this load are told whom it cost.
         evicted = tuple(self._evicted.pop(model_id, ()))
         self._residencies[model_id] = replace(residency, evicted=evicted)
@@ -308,7 +308,7 @@ class Ledger:
             self._residencies[model_id] = residency
 
     async def _unload(self, model_id: str, residency: Residency | None) -> None:
-        freed = Freed()
+        freed = UnloadResult()
         try:
             if residency is not None:
                 freed = await self._close(residency)
@@ -316,13 +316,13 @@ class Ledger:
             # A replica that died holds nothing any more.
             logger.exception("unloading %s failed", model_id)
         finally:
-            self._closings.pop(model_id, None)
+            self._unloads.pop(model_id, None)
             kept = (
                 ((residency.replica_id, freed.kept_bytes),) if residency and freed.is_known else ()
             )
             self._send(Unloaded(model_id, kept))
             if freed.is_known:
-                self._log.note("unloaded", f"freed {model_id}", freed.summary)
+                self._log.record("unloaded", f"freed {model_id}", freed.summary)
 
     def cancel(self) -> None:
         """End what runs."""

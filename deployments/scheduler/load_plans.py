@@ -13,8 +13,8 @@ from deployments.messages import LoadRequest, Residency
 from scheduler.state import KeepRules, LoadPlan
 
 # A context is not lowered below this, nor are there more estimates of one model than this.
-_SMALLEST_CONTEXT = 2048
-_MOST_PLANS = 4
+_MIN_CONTEXT = 2048
+_MAX_PLANS = 4
 
 
 class LoadPlanner:
@@ -52,7 +52,7 @@ class LoadPlanner:
         """Return what the model holds at its best.  Raises InsufficientMemory."""
         return self._estimate(record, self._full(record))
 
-    def of(self, record: ModelRecord, budget_bytes: int) -> tuple[LoadPlan, ...]:
+    def plans(self, record: ModelRecord, budget_bytes: int) -> tuple[LoadPlan, ...]:
         """Return the ways to open the model, the largest first: one where its context is fixed.
 
         Raises InsufficientMemory where not even the smallest fits the budget.
@@ -63,7 +63,7 @@ class LoadPlanner:
         context = full.context_tokens // 2
         if options.context_tokens is not None:
             return tuple(plans)
-        while context >= _SMALLEST_CONTEXT and len(plans) < _MOST_PLANS:
+        while context >= _MIN_CONTEXT and len(plans) < _MAX_PLANS:
             try:
                 less = self._estimate(record, replace(options, context_tokens=context))
             except ImpetusError:
@@ -73,7 +73,7 @@ class LoadPlanner:
             context //= 2
         return tuple(plans)
 
-    def order(self, record: ModelRecord, plan: LoadPlan, budget_bytes: int) -> LoadRequest:
+    def load_request(self, record: ModelRecord, plan: LoadPlan, budget_bytes: int) -> LoadRequest:
         """Return what a replica is told to open the model as offered."""
         options = replace(self._full(record), memory_limit_bytes=budget_bytes)
         if plan.context_tokens is not None:
@@ -108,7 +108,7 @@ class LoadPlanner:
             return False
         return True
 
-    def rules(self, record: ModelRecord) -> KeepRules:
+    def keep_rules(self, record: ModelRecord) -> KeepRules:
         """Return how the model is kept: by its own settings, else by the server's."""
         keep_alive_s = record.settings.keep_alive_s
         if keep_alive_s is None:

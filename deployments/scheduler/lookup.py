@@ -41,7 +41,7 @@ class ModelLookup:
     async def plans(self, record: ModelRecord, budget_bytes: int) -> tuple[LoadPlan, ...]:
         """Return the ways to load the model.  Raises InsufficientMemory, naming a smaller one."""
         try:
-            return self._planner.of(record, budget_bytes)
+            return self._planner.plans(record, budget_bytes)
         except InsufficientMemory as problem:
             raise self._planner.with_smaller(record, problem, await self.records()) from problem
 

@@ -43,7 +43,7 @@ class ModelLoader:
         The catalog is read again, from SQLite: the load may have waited for memory.
         """
         record = await self._lookup.loadable(model_id)
-        order = self._planner.order(record, plan, budget_bytes)
+        order = self._planner.load_request(record, plan, budget_bytes)
         name = record.info.format
         # The load's facts were asked for right before it was decided, the processes among them.
         processes = self._clients.known_processes(name)
@@ -59,9 +59,9 @@ class ModelLoader:
         except InsufficientMemory:
             raise
         except Exception as problem:
-            self._faults.note_failure(model_id, record.fingerprint, problem)
+            self._faults.record_failure(model_id, record.fingerprint, problem)
             raise
-        self._faults.note_load(model_id)
+        self._faults.record_load(model_id)
         return residency
 
     async def record_death(self, model_id: str, process: str) -> None:
@@ -69,8 +69,8 @@ class ModelLoader:
         self._process_ended(process)
         record = await self._lookup.find(model_id)
         stderr_tail = await self._clients.stderr_tail(process)
-        if record is not None and self._faults.note_death(
+        if record is not None and self._faults.record_death(
             model_id, record.fingerprint, process, stderr_tail
         ):
-            reason = self._faults.model_states()[model_id].reason
-            self._log.note("process died", f"quarantine {model_id}", reason)
+            reason = self._faults.current()[model_id].reason
+            self._log.record("process died", f"quarantine {model_id}", reason)

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 PUBLISH_S = 2.0
 # How often idle models' replicas are asked, so that a process in use does not end.
-_LOOK_S = 60.0
+_REFRESH_S = 60.0
 
 
 class Publisher:
@@ -39,8 +39,8 @@ class Publisher:
         self._write = write
         self._clock = clock
         self._mirror = RayMirror()
-        self._held_at = dict.fromkeys(backends, clock())
-        self._looked_at = clock()
+        self._last_used_at = dict.fromkeys(backends, clock())
+        self._refreshed_at = clock()
         self._written: ScalingDirective | None = None
 
     async def run(self) -> None:
@@ -55,8 +55,8 @@ class Publisher:
     async def publish(self) -> None:
         """Publish once; writes the directive only where it changed."""
         snapshot = self._snapshot()
-        if self._is_time_to_look(snapshot):
-            self._looked_at = self._clock()
+        if self._is_refresh_due(snapshot):
+            self._refreshed_at = self._clock()
             await self._refresh()
             snapshot = self._snapshot()
         directive = self.directive(snapshot)
@@ -65,9 +65,9 @@ class Publisher:
             self._written = directive
         self._mirror.show(snapshot)
 
-    def _is_time_to_look(self, snapshot: SchedulerSnapshot) -> bool:
+    def _is_refresh_due(self, snapshot: SchedulerSnapshot) -> bool:
         is_held = any(item.format in self._on_demand for item in snapshot.residents)
-        return is_held and self._clock() - self._looked_at >= min(_LOOK_S, self._idle_s / 4)
+        return is_held and self._clock() - self._refreshed_at >= min(_REFRESH_S, self._idle_s / 4)
 
     def directive(self, snapshot: SchedulerSnapshot) -> ScalingDirective:
         """Return what the snapshot allows."""
@@ -88,9 +88,9 @@ class Publisher:
             held = [item for item in snapshot.residents if item.format == name]
             idle_s = min((item.idle_s(snapshot.taken_at) for item in held), default=None)
             if idle_s is not None:
-                self._held_at[name] = max(self._held_at[name], now - idle_s)
+                self._last_used_at[name] = max(self._last_used_at[name], now - idle_s)
             uses[name] = FormatUse(
-                now - self._held_at[name],
+                now - self._last_used_at[name],
                 is_kept=any(item.has_keep_rule for item in held),
                 # Which format is being loaded is not worth asking: a load takes seconds.
                 is_busy=any(item.in_flight for item in held) or bool(snapshot.loading),

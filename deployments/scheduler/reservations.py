@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from core.errors import Unavailable
-from deployments.messages import Freed, Residency
+from deployments.messages import Residency, UnloadResult
 from deployments.scheduler.ledger import Closer, Ledger, Opener
 from scheduler.state import LoadPlan, ModelUsage
 
@@ -23,7 +23,7 @@ class Reservations:
     def __init__(self) -> None:
         self._names: set[str] = set()
 
-    def opening(self, open_: Opener) -> Opener:
+    def wrap_open(self, open_: Opener) -> Opener:
         """Return `open_` for models, with jobs being open as soon as their memory is granted."""
 
         async def open_either(name: str, plan: LoadPlan) -> Residency:
@@ -35,16 +35,16 @@ class Reservations:
 
         return open_either
 
-    def closing(self, close: Closer) -> Closer:
+    def wrap_close(self, close: Closer) -> Closer:
         """Return `close` for models; a job's memory is free when it says so."""
 
-        async def close_either(residency: Residency) -> Freed:
-            return Freed() if residency.is_job else await close(residency)
+        async def close_either(residency: Residency) -> UnloadResult:
+            return UnloadResult() if residency.is_job else await close(residency)
 
         return close_either
 
     @asynccontextmanager
-    async def holding(
+    async def reserve(
         self, ledger: Ledger, name: str, needed_bytes: int, timeout_s: float
     ) -> AsyncIterator[Callable[[int], None]]:
         """Wait for the memory and hold it; yields whom to tell what is held by measurement.

@@ -24,13 +24,13 @@ class Scanner:
         self._settings = settings
         self._store = store
         self._backends = backends
-        self._turn = asyncio.Lock()
+        self._one_at_a_time = asyncio.Lock()
         self._began_at = 0.0
 
     async def scan(self) -> None:
         """Look at the folders; a scan that began after this call serves it as well."""
         asked_at = time.monotonic()
-        async with self._turn:
+        async with self._one_at_a_time:
             if self._began_at > asked_at:
                 return
             self._began_at = time.monotonic()

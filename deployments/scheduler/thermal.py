@@ -49,9 +49,9 @@ class ThermalReport:
 class ThermalWatch:
     """The state of the machine's strain, and its one way to the engines.
 
-    `obey` is told of the directive at every poll, for all that concerns no engine.  Used from one
-    event loop: a task runs `run`, others read the properties.  Engines that start
-    anew know no limits, so limits are repeated at every poll while there are any.
+    `on_directive` gets the directive at every poll, for everything that is not an engine.  Used
+    from one event loop: a task runs `run`, others read the properties.  Engines that restart have
+    no limits, so limits are sent again at every poll while there are any.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ThermalWatch:
         formats: Mapping[str, Handle],
         *,
         running: Callable[[], Awaitable[frozenset[str]]] = running_deployments,
-        obey: Callable[[Directive], Awaitable[None]] | None = None,
+        on_directive: Callable[[Directive], Awaitable[None]] | None = None,
         sensor: Sensor | None = None,
         clock: Callable[[], float] = time.monotonic,
         sensor_limit_s: float = _SENSOR_LIMIT_S,
@@ -69,16 +69,16 @@ class ThermalWatch:
         self._settings = settings
         self._formats = formats
         self._running = running
-        self._obey = obey
+        self._on_directive = on_directive
         self._reader = SensorReader(sensor or open_sensor(settings.thermal_file), sensor_limit_s)
         self._clock = clock
         self._strain: Strain | None = None
         self._directive = Directive()
         self._report = ThermalReport()
         self._polled_at: float | None = None
-        # Those that may obey old limits; at the start that is anybody.
+        # Those that may on_directive old limits; at the start that is anybody.
         self._limited = set(formats)
-        self._lamented: set[str] = set()
+        self._warned_sensors: set[str] = set()
         self._log = log or DecisionLog()
 
     @property
@@ -128,28 +128,28 @@ class ThermalWatch:
         """Read the sensors once and tell everyone what the state asks of them."""
         reading = await self._reader.read()
         self._warn_once(reading.problems)
-        self._note(reading, self._clock())
+        self._update(reading, self._clock())
         try:
-            await self._send(self._directive.limits)
+            await self._send_limits(self._directive.limits)
         finally:
-            if self._obey is not None:
-                await self._obey(self._directive)
+            if self._on_directive is not None:
+                await self._on_directive(self._directive)
 
     def _warn_once(self, problems: tuple[SensorProblem, ...]) -> None:
         """Log what is wrong with each sensor, once."""
         for problem in problems:
-            if problem.sensor not in self._lamented:
-                self._lamented.add(problem.sensor)
+            if problem.sensor not in self._warned_sensors:
+                self._warned_sensors.add(problem.sensor)
                 logger.info("unknown %s, no throttling by it: %s", problem.sensor, problem.message)
 
-    def _note(self, reading: Reading, now: float) -> None:
+    def _update(self, reading: Reading, now: float) -> None:
         known, old = self._strain, self._report
         self._strain = advance(known, reading.state, now)
         state = self._strain.state
         is_changed = known is not None and state != known.state
         if is_changed or (known is None and state > ThermalState.NOMINAL):
             logger.warning("thermal state: %s, was %s", state.label, old.state.label)
-            self._decide(state, reading)
+            self._log_change(state, reading)
         throttled_s = old.throttled_s
         if old.limits != UNLIMITED and self._polled_at is not None:
             throttled_s += now - self._polled_at
@@ -161,19 +161,19 @@ class ThermalWatch:
             state, reading, self._directive.limits, old.changes + is_changed, throttled_s
         )
 
-    def _decide(self, state: ThermalState, reading: Reading) -> None:
+    def _log_change(self, state: ThermalState, reading: Reading) -> None:
         """Say in the decisions what a new state asks of the engines, and whence it came."""
         limits = directive(
             state, self._settings.max_sequences, self._settings.prefill_chunk_tokens
         ).limits
-        self._log.note(
+        self._log.record(
             "thermal",
             "lift limits" if limits == UNLIMITED else "limit engines",
             f"the machine is {state.label} (heat {reading.thermal.label}, "
             f"memory {reading.memory.label})",
         )
 
-    async def _send(self, limits: EngineLimits) -> None:
+    async def _send_limits(self, limits: EngineLimits) -> None:
         """Tell the formats that run; one that cannot be told is told at the next poll."""
         if limits == UNLIMITED and not self._limited:
             return
@@ -185,14 +185,14 @@ class ThermalWatch:
             for name in self._formats
             if name in running and (limits != UNLIMITED or name in self._limited)
         ]
-        answers = await asyncio.gather(*(self._tell(name, limits) for name in told))
+        answers = await asyncio.gather(*(self._send_to(name, limits) for name in told))
         for name, is_told in zip(told, answers, strict=True):
             if is_told and limits == UNLIMITED:
                 self._limited.discard(name)
             else:
                 self._limited.add(name)
 
-    async def _tell(self, name: str, limits: EngineLimits) -> bool:
+    async def _send_to(self, name: str, limits: EngineLimits) -> bool:
         try:
             async with asyncio.timeout(_CALL_LIMIT_S):
                 await call(self._formats[name].set_limits.remote(limits))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from scheduler.scaling import FormatDemand, ScalingDirective, wanted
+from scheduler.scaling import FormatDemand, ScalingDirective, desired_processes
 
 logger = logging.getLogger(__name__)
 
@@ -52,17 +52,17 @@ class FormatPolicy:
         self._clock = clock
         self._directive = ScalingDirective()
         self._read_at = float("-inf")
-        self._lamented = ""
+        self._last_problem = ""
 
     def __call__(self, contexts: Mapping[Any, Any]) -> tuple[dict[Any, int], dict[Any, Any]]:
         """Return the numbers of replicas by deployment id, and no state."""
         try:
             demand = {key.name: _demand(context) for key, context in contexts.items()}
-            numbers = wanted(demand, self._fresh())
+            numbers = desired_processes(demand, self._fresh())
         except Exception as problem:
             # Serve would log this four times a second.
-            if repr(problem) != self._lamented:
-                self._lamented = repr(problem)
+            if repr(problem) != self._last_problem:
+                self._last_problem = repr(problem)
                 logger.exception("the number of replicas cannot be decided")
             return {}, {}
         return {key: numbers[key.name] for key in contexts if key.name in numbers}, {}

@@ -7,33 +7,33 @@ from typing import Any, TypeAlias
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from core.settings import Settings
-from deployments.messages import Freed, ReplicaReport, Residency
+from deployments.messages import ReplicaReport, Residency, UnloadResult
 from deployments.serve.handles import Handle, direct
 
 _POLL_S = 0.1
 Merge: TypeAlias = Callable[[Sequence[Any]], Any]
 
 
-def reaching_all(formats: Mapping[str, Handle], settings: Settings) -> Mapping[str, Any]:
+def broadcast_handles(formats: Mapping[str, Handle], settings: Settings) -> Mapping[str, Any]:
     """Return handles whose questions and orders reach every replica, for who owns the decisions.
 
     `load_model` goes to one; where there is one replica a format, they are the handles given.
     """
     if settings.max_replicas == 1:
         return formats
-    return {name: _EveryReplica(handle) for name, handle in formats.items()}
+    return {name: _BroadcastHandle(handle) for name, handle in formats.items()}
 
 
-class _EveryReplica:
+class _BroadcastHandle:
     """A format's handle whose answers are those of all its replicas as if they were one."""
 
     def __init__(self, handle: Handle) -> None:
         self._handle = direct(handle)
         self.load_model = self._handle.load_model
-        self.unload_model = _Broadcast(self._handle, "unload_model", _first)
+        self.unload_model = _Broadcast(self._handle, "unload_model", _first_result)
         self.set_limits = _Broadcast(self._handle, "set_limits", lambda _: None)
-        self.residencies = _Broadcast(self._handle, "residencies", _joined)
-        self.report = _Broadcast(self._handle, "report", _one_report)
+        self.residencies = _Broadcast(self._handle, "residencies", _concatenated)
+        self.report = _Broadcast(self._handle, "report", _merged_report)
 
 
 class _Broadcast:
@@ -44,9 +44,9 @@ class _Broadcast:
         self._method = method
         self._merge = merge
 
-    def remote(self, *arguments: Any) -> "_Answers":
+    def remote(self, *arguments: Any) -> "_BroadcastResponse":
         """Call every replica that runs now."""
-        return _Answers(self._ask(arguments))
+        return _BroadcastResponse(self._ask(arguments))
 
     async def _ask(self, arguments: tuple[Any, ...]) -> Any:
         while True:
@@ -58,7 +58,7 @@ class _Broadcast:
                 await asyncio.sleep(_POLL_S)
 
 
-class _Answers:
+class _BroadcastResponse:
     """What `remote` returns: awaitable and cancellable, as a handle's response is."""
 
     def __init__(self, work: Any) -> None:
@@ -72,16 +72,16 @@ class _Answers:
         self._task.cancel()
 
 
-def _joined(answers: Sequence[list[Residency]]) -> list[Residency]:
+def _concatenated(answers: Sequence[list[Residency]]) -> list[Residency]:
     return [residency for answer in answers for residency in answer]
 
 
-def _one_report(answers: Sequence[ReplicaReport]) -> ReplicaReport:
+def _merged_report(answers: Sequence[ReplicaReport]) -> ReplicaReport:
     residents = tuple(resident for answer in answers for resident in answer.residents)
     processes = tuple(process for answer in answers for process in answer.processes)
     return ReplicaReport(answers[0].format, answers[0].pid, residents, processes)
 
 
-def _first(answers: Sequence[Freed | None]) -> Freed | None:
+def _first_result(answers: Sequence[UnloadResult | None]) -> UnloadResult | None:
     """Return the answer of the replica that held the model, if one did."""
     return next((answer for answer in answers if answer is not None), None)

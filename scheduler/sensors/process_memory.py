@@ -77,7 +77,7 @@ def _own_rusage() -> bytes:
     return buffer.raw
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Ask the C library to return what it holds for later; blocks for milliseconds.
 
     Source: malloc_trim(3) of glibc, malloc_zone_pressure_relief of macOS' malloc/malloc.h.

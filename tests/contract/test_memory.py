@@ -10,7 +10,7 @@ import pytest
 from backends.base import EngineOptions
 from backends.gguf.backend import GgufBackend
 from core.units import MIB
-from deployments.messages import Freed, LoadRequest
+from deployments.messages import LoadRequest, UnloadResult
 from deployments.replica.memory import ModelMemory
 from tests.requests import request, run, text_of
 from tests.starter import starter_path
@@ -27,7 +27,7 @@ class Readings:
     file_bytes: int
     estimated_bytes: int
     measured_bytes: int
-    freed: Freed
+    freed: UnloadResult
 
 
 def test_what_a_model_holds_is_measured_and_comes_back() -> None:
@@ -50,13 +50,13 @@ async def _open_and_close() -> Readings:
     backend = GgufBackend()
     info = backend.identify(starter_path())
     memory = ModelMemory(backend)
-    engine = await memory.opening(
+    engine = await memory.measure_open(
         LoadRequest("m", info, OPTIONS), lambda: backend.open(info, OPTIONS)
     )
     await run(engine, request("Once upon a time", max_tokens=32))
-    memory.look({"m"})
+    memory.sample({"m"})
     measured = memory.measured_bytes("m")
-    freed = await memory.closing("m", engine.close)
+    freed = await memory.measure_close("m", engine.close)
     estimate = backend.estimate(info, OPTIONS)
     return Readings(info.size_bytes, estimate.total_bytes, measured, freed)
 

@@ -8,7 +8,7 @@ from scheduler.faults import (
     DEATH_WINDOW_S,
     DEATHS_TO_QUARANTINE,
     LONGEST_PAUSE_S,
-    Record,
+    FaultRecord,
     load_failed,
     loaded,
     process_died,
@@ -17,7 +17,7 @@ from scheduler.faults import (
 
 
 def test_f12_the_pause_doubles_with_every_failure_and_ends() -> None:
-    record, pauses = Record("files"), []
+    record, pauses = FaultRecord("files"), []
     for number in range(10):
         record = load_failed(record, "damaged", 1000.0 * number)
         pauses.append(wait_s(record, 1000.0 * number))
@@ -29,14 +29,14 @@ def test_f12_the_pause_doubles_with_every_failure_and_ends() -> None:
 
 @pytest.mark.parametrize(("last_at", "is_out"), [(299.0, True), (300.0, False)])
 def test_f11_three_deaths_count_only_within_five_minutes(last_at: float, is_out: bool) -> None:
-    record = Record("files")
+    record = FaultRecord("files")
     for name, at in (("a", 0.0), ("b", 1.0), ("c", last_at)):
         record = process_died(record, name, "died", at)
     assert record.is_quarantined is is_out
 
 
 def test_f11_a_load_that_works_forgives_failures_but_no_deaths() -> None:
-    record = process_died(Record("files"), "a", "died", 0.0)
+    record = process_died(FaultRecord("files"), "a", "died", 0.0)
     assert loaded(record).deaths == record.deaths
 
 
@@ -48,7 +48,7 @@ def test_f11_a_load_that_works_forgives_failures_but_no_deaths() -> None:
 def test_f11_quarantine_means_that_many_processes_within_the_window(
     deaths: list[tuple[str, float]],
 ) -> None:
-    record = Record("files")
+    record = FaultRecord("files")
     firsts: dict[str, float] = {}
     for name, at in deaths:
         for known in [one for one, first in firsts.items() if at - first >= DEATH_WINDOW_S]:

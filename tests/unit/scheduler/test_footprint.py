@@ -8,7 +8,7 @@ import pytest
 
 from core.units import MIB
 from scheduler.footprint import ALLOWANCE_BYTES, FootprintBook, Returned
-from scheduler.sensors.process_memory import LinuxMeter, MacMeter, NoMeter, give_back, open_meter
+from scheduler.sensors.process_memory import LinuxMeter, MacMeter, NoMeter, open_meter, trim_heap
 
 STATUS = """Name:\tpython
 VmRSS:\t  999999 kB
@@ -56,7 +56,7 @@ def test_this_machine_sees_memory_come_and_go() -> None:
     ctypes.memset(held, 1, 64 * MIB)
     during = meter.read()
     del held
-    give_back()
+    trim_heap()
     after = meter.read()
     assert before is not None
     assert during is not None
@@ -91,7 +91,7 @@ def test_only_what_is_really_held_is_more_than_the_estimate() -> None:
     one = book()
     opened(one, "a", 1000, 1500, later=400, estimate=600)
     assert one.measured_bytes("a") == 600
-    one.note(1900, {"a"})
+    one.sample(1900, {"a"})
     assert one.measured_bytes("a") == 900
 
 
@@ -99,9 +99,9 @@ def test_growth_belongs_to_the_models_that_ran() -> None:
     one = book()
     opened(one, "a", 1000, 1500)
     opened(one, "b", 1500, 2000)
-    one.note(2200, {"b"})
+    one.sample(2200, {"b"})
     assert (one.measured_bytes("a"), one.measured_bytes("b")) == (500, 700)
-    one.note(2400, {"a", "b"})
+    one.sample(2400, {"a", "b"})
     assert (one.measured_bytes("a"), one.measured_bytes("b")) == (600, 800)
 
 
@@ -117,7 +117,7 @@ def test_what_does_not_come_back_is_kept_by_the_process_beyond_the_allowance() -
     opened(one, "a", 0, size)
     assert one.closed("a", size, size - 100) == Returned(size, 100)
     assert one.kept_bytes == 200
-    one.note(50, set())
+    one.sample(50, set())
     assert one.kept_bytes == 0
 
 

@@ -214,7 +214,7 @@ def test_unloading_on_demand_lets_running_requests_end() -> None:
 
 
 def test_an_aged_request_keeps_later_ones_from_taking_its_room() -> None:
-    limits = Limits(holds=0.0)
+    limits = Limits(hold_factor=0.0)
     state = HostState(100, (resident("a", 40, in_flight=1), resident("p", 20)), limits=limits)
     state = replace(
         state, residents=(state.residents[0], replace(state.residents[1], is_pinned=True))

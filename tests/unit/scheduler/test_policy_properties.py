@@ -75,7 +75,7 @@ def test_f9_no_request_starves_beside_a_model_that_is_never_idle(
     machine.run(stream + others)
     # Each of at most four groups before it waits for patience or hold, a drain and a load.
     limits = Limits()
-    hold_s = max(limits.patience_s, limits.holds * 0.5)
+    hold_s = max(limits.patience_s, limits.hold_factor * 0.5)
     longest = 4 * (hold_s + run_s + 0.5 + limits.grant_s)
     assert max(machine.waits.values()) < longest
 

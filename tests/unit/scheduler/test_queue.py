@@ -47,7 +47,7 @@ def test_the_advice_is_whole_seconds_and_grows_with_what_is_to_be_loaded() -> No
     )
     assert retry_after_s(busy) == 8
     many = tuple(waiting(number, str(number), 0.0) for number in range(100))
-    assert retry_after_s(HostState(100, waiting=many)) == Limits().longest_retry_s
+    assert retry_after_s(HostState(100, waiting=many)) == Limits().max_retry_s
 
 
 def test_a_deadline_ends_at_its_second() -> None:

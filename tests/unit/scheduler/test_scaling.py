@@ -2,7 +2,13 @@
 
 import pytest
 
-from scheduler.scaling import FormatDemand, FormatUse, ScalingDirective, finished, wanted
+from scheduler.scaling import (
+    FormatDemand,
+    FormatUse,
+    ScalingDirective,
+    desired_processes,
+    finished,
+)
 
 CALM = ScalingDirective()
 HOT = ScalingDirective(admits=False)
@@ -33,7 +39,7 @@ def demand(requests: float, processes: int, least: int = 0, most: int = 1) -> Fo
     ],
 )
 def test_processes(one: FormatDemand, directive: ScalingDirective, expected: int | None) -> None:
-    assert wanted({"f": one}, directive).get("f") == expected
+    assert desired_processes({"f": one}, directive).get("f") == expected
 
 
 def test_a_format_ends_when_nobody_needs_it() -> None:

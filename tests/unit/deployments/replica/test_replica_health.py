@@ -13,7 +13,7 @@ from backends.engine.batching import BatchingEngine
 from core.errors import EngineFailed, TimedOut
 from core.settings import Settings
 from core.units import MIB
-from deployments.messages import Freed, LoadRequest
+from deployments.messages import LoadRequest, UnloadResult
 from deployments.replica.deployment import FormatReplica
 from deployments.replica.memory import ModelMemory
 from tests.requests import request, run
@@ -45,7 +45,7 @@ async def test_f3_a_step_that_does_not_return_fails_the_health_check(
 ) -> None:
     await replica.load_model(ORDER)
     await replica.check_health()
-    engine: Any = replica._residents["m"].engine
+    engine: Any = replica._models["m"].engine
     assert engine.stalled_s == 0.0
     engine._loop._watch._began_at = -1e9
     with pytest.raises(EngineFailed, match="A step of m has not returned"):
@@ -86,28 +86,28 @@ async def nothing() -> None:
 
 async def test_a_model_that_came_back_whole_is_accounted_for() -> None:
     memory = ModelMemory(EchoBackend(), Meter(100 * MIB, 140 * MIB, 140 * MIB, 101 * MIB))
-    assert await memory.opening(ORDER, lambda: "engine") == "engine"
+    assert await memory.measure_open(ORDER, lambda: "engine") == "engine"
     assert memory.measured_bytes("m") == 40 * MIB
-    freed = await memory.closing("m", nothing)
-    assert freed == Freed(40 * MIB, 39 * MIB, 0, is_known=True)
+    freed = await memory.measure_close("m", nothing)
+    assert freed == UnloadResult(40 * MIB, 39 * MIB, 0, is_known=True)
     assert freed.summary == "39.0 MiB of 40.0 MiB came back"
 
 
 async def test_what_does_not_come_back_is_told_as_kept() -> None:
     size = 600 * MIB
     memory = ModelMemory(EchoBackend(), Meter(0, size, size, size))
-    await memory.opening(ORDER, lambda: None)
-    freed = await memory.closing("m", nothing)
+    await memory.measure_open(ORDER, lambda: None)
+    freed = await memory.measure_close("m", nothing)
     assert freed.kept_bytes == memory.kept_bytes == size - 256 * MIB
     assert "its process keeps 344.0 MiB" in freed.summary
 
 
 async def test_a_system_that_says_nothing_leaves_the_estimates_alone() -> None:
     memory = ModelMemory(EchoBackend(), Meter(None))
-    await memory.opening(ORDER, lambda: None)
-    memory.look({"m"})
+    await memory.measure_open(ORDER, lambda: None)
+    memory.sample({"m"})
     assert (memory.measured_bytes("m"), memory.kept_bytes) == (0, 0)
-    assert await memory.closing("m", nothing) == Freed()
+    assert await memory.measure_close("m", nothing) == UnloadResult()
 
 
 async def test_reports_name_the_process_and_its_models(replica: FormatReplica) -> None:
@@ -116,4 +116,4 @@ async def test_reports_name_the_process_and_its_models(replica: FormatReplica) -
     assert [one.replica_id for one in report.processes] == ["replica"]
     assert [one.model_id for one in report.residents] == ["m"]
     assert await replica.unload_model("gone") is None
-    assert isinstance(await replica.unload_model("m"), Freed)
+    assert isinstance(await replica.unload_model("m"), UnloadResult)

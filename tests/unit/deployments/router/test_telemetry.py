@@ -112,7 +112,7 @@ def test_no_metric_is_exported_twice() -> None:
 def test_decisions_are_bounded_and_in_order() -> None:
     log = DecisionLog()
     for number in range(KEPT_DECISIONS + 10):
-        log.note("parser mismatch", f"ignore {number}", "because")
+        log.record("parser mismatch", f"ignore {number}", "because")
     decisions = log.last()
     assert len(decisions) == KEPT_DECISIONS
     assert [one.action for one in decisions[:2]] == ["ignore 10", "ignore 11"]

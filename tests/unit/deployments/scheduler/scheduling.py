@@ -13,12 +13,12 @@ from catalog.scan.identify import Outcome, examine
 from core.settings import Settings
 from core.units import MIB
 from deployments.messages import (
-    Freed,
     LoadRequest,
     ModelUsage,
     ProcessReport,
     ReplicaReport,
     Residency,
+    UnloadResult,
 )
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.handles import ReplicaDied
@@ -39,7 +39,7 @@ class Replica:
         self.kept_bytes = 0
         self.stderr_path = ""
         self.name = "replica"
-        self.freed = Freed()
+        self.freed = UnloadResult()
         self.failure: Exception | None = None
         self.limits: list[EngineLimits] = []
         self.gate = asyncio.Event()
@@ -62,7 +62,7 @@ class Replica:
         self.held.append(order.model_id)
         return Residency(order.model_id, order.info.format, "replica", "node", 2048, 0.1)
 
-    async def unload(self, model_id: str) -> Freed | None:
+    async def unload(self, model_id: str) -> UnloadResult | None:
         await self.gate.wait()
         if model_id not in self.held:
             return None

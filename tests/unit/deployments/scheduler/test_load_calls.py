@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from core.settings import Settings
-from deployments.messages import Freed, Residency
+from deployments.messages import Residency, UnloadResult
 from deployments.scheduler.deployment import SchedulerReplica
 from tests.unit.deployments.handles import FakeMethod
 from tests.unit.deployments.scheduler.scheduling import A, B, InProcess, Replica, started
@@ -74,7 +74,7 @@ async def test_a_load_in_a_format_that_starts_on_demand_asks_two_questions(
     await scheduler.model_states()
     still(scheduler)
     # Bytes that the process keeps make it worth asking although it holds no model.
-    replica.kept_bytes, replica.freed = 1, Freed(2, 1, 1, is_known=True)
+    replica.kept_bytes, replica.freed = 1, UnloadResult(2, 1, 1, is_known=True)
     for _ in range(2):
         await scheduler.ensure_loaded("echo@echo")
         await scheduler.unload("echo@echo")

@@ -8,7 +8,7 @@ import pytest
 from core.errors import InsufficientMemory
 from core.units import GIB, MIB
 from deployments.decisions import DecisionLog
-from deployments.messages import NO_NODE, Freed, NodeMemory, Residency
+from deployments.messages import NO_NODE, NodeMemory, Residency, UnloadResult
 from deployments.scheduler.formats import UsageReport
 from deployments.scheduler.ledger import Ledger
 from deployments.scheduler.nodes import Ledgers, ledger_holding, ledger_of, residency_of
@@ -42,9 +42,9 @@ class Cluster:
             del plan
             return Residency(model_id, "gguf", f"replica-{node}", node, 2048, 0.0)
 
-        async def close(residency: Residency) -> Freed:
+        async def close(residency: Residency) -> UnloadResult:
             del residency
-            return Freed()
+            return UnloadResult()
 
         async def report(known: object) -> UsageReport:
             del known
@@ -123,6 +123,6 @@ async def test_a_new_scheduler_takes_in_what_each_machine_holds(cluster: Cluster
 
 async def test_strain_is_that_of_the_own_machine(cluster: Cluster) -> None:
     await acquire(cluster, "large", LARGE, FAR)
-    await cluster.of(NO_NODE).strain(is_critical=True)
+    await cluster.of(NO_NODE).set_critical(is_critical=True)
     assert cluster.of(NO_NODE).state.is_critical
     assert not cluster.of(FAR).state.is_critical

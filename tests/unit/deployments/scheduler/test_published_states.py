@@ -11,7 +11,7 @@ import pytest
 
 from core.errors import BrokenModel
 from core.settings import Settings
-from deployments.messages import ModelStates, Need, Residency
+from deployments.messages import LoadContext, ModelStates, Residency
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.scheduler.published_states import PublishedStates
 from tests.unit.deployments.scheduler.scheduling import A, B, InProcess, Replica, started
@@ -159,7 +159,7 @@ async def test_faults_and_their_end_are_told(
     assert router.states.faults[A].reason == "damaged"
     call = await waiting(router)
     replica.failure = None
-    await scheduler.ensure_loaded(A, Need(is_retry=True))
+    await scheduler.ensure_loaded(A, LoadContext(is_retry=True))
     assert not (await call).faults
 
 

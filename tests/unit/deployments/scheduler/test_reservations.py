@@ -8,7 +8,7 @@ import pytest
 from core.errors import InsufficientMemory, Unavailable
 from core.units import GIB, MIB
 from deployments.decisions import DecisionLog
-from deployments.messages import Freed, Residency
+from deployments.messages import Residency, UnloadResult
 from deployments.scheduler.formats import UsageReport
 from deployments.scheduler.ledger import Ledger
 from deployments.scheduler.reservations import Reservations
@@ -26,8 +26,8 @@ class Host:
         self.asked: list[str] = []
         self.ledger = Ledger(
             HostState(GIB),
-            self.jobs.opening(self.open),
-            self.jobs.closing(self.close),
+            self.jobs.wrap_open(self.open),
+            self.jobs.wrap_close(self.close),
             self.report,
             DecisionLog(),
         )
@@ -36,9 +36,9 @@ class Host:
         del plan
         return Residency(model_id, "gguf", "replica", "node", 2048, 0.0)
 
-    async def close(self, residency: Residency) -> Freed:
+    async def close(self, residency: Residency) -> UnloadResult:
         self.closed.append(residency.model_id)
-        return Freed()
+        return UnloadResult()
 
     async def report(self, known: object) -> UsageReport:
         assert isinstance(known, list)
@@ -57,18 +57,18 @@ async def host() -> AsyncIterator[Host]:
 
 
 async def test_it_holds_memory_until_it_ends(host: Host) -> None:
-    async with host.jobs.holding(host.ledger, "x", HALF, 5.0):
+    async with host.jobs.reserve(host.ledger, "x", HALF, 5.0):
         assert host.ledger.state.used_bytes == HALF
         # It takes no requests, and no replica is asked about it.
         assert host.ledger.residencies == []
         await host.ledger.refresh()
         assert host.asked == []
     assert host.ledger.state.used_bytes == 0
-    assert host.ledger.tally.loads == 0
+    assert host.ledger.counts.loads == 0
 
 
 async def test_a_measurement_counts_beyond_what_was_foreseen(host: Host) -> None:
-    async with host.jobs.holding(host.ledger, "x", HALF, 5.0) as measured:
+    async with host.jobs.reserve(host.ledger, "x", HALF, 5.0) as measured:
         measured(SMALL)
         assert host.ledger.state.used_bytes == HALF
         measured(LARGE)
@@ -78,12 +78,12 @@ async def test_a_measurement_counts_beyond_what_was_foreseen(host: Host) -> None
 
 async def test_an_idle_model_gives_way(host: Host) -> None:
     await host.want("idle", HALF)
-    async with host.jobs.holding(host.ledger, "x", LARGE, 20.0):
+    async with host.jobs.reserve(host.ledger, "x", LARGE, 20.0):
         assert host.closed == ["idle"]
 
 
 async def test_a_model_waits_for_its_end(host: Host) -> None:
-    async with host.jobs.holding(host.ledger, "x", HALF, 5.0):
+    async with host.jobs.reserve(host.ledger, "x", HALF, 5.0):
         wanted = asyncio.ensure_future(host.want("m", LARGE))
         # Longer than the patience after which busy models are drained.
         await asyncio.sleep(host.ledger.state.limits.patience_s + 0.5)
@@ -95,25 +95,25 @@ async def test_a_model_waits_for_its_end(host: Host) -> None:
 
 async def test_it_is_refused_where_it_can_never_fit(host: Host) -> None:
     with pytest.raises(InsufficientMemory, match="job:x needs 2"):
-        async with host.jobs.holding(host.ledger, "x", 2 * GIB, 5.0):
+        async with host.jobs.reserve(host.ledger, "x", 2 * GIB, 5.0):
             pass
     assert host.ledger.state.used_bytes == 0
 
 
 async def test_it_waits_no_longer_than_it_said(host: Host) -> None:
-    async with host.jobs.holding(host.ledger, "x", HALF, 5.0):
+    async with host.jobs.reserve(host.ledger, "x", HALF, 5.0):
         with pytest.raises(Unavailable):
-            async with host.jobs.holding(host.ledger, "y", HALF, 0.2):
+            async with host.jobs.reserve(host.ledger, "y", HALF, 0.2):
                 pass
     assert host.ledger.state.used_bytes == 0
 
 
 async def test_one_that_left_while_it_waited_holds_nothing(host: Host) -> None:
     async def hold() -> None:
-        async with host.jobs.holding(host.ledger, "y", HALF, 60.0):
+        async with host.jobs.reserve(host.ledger, "y", HALF, 60.0):
             pass
 
-    async with host.jobs.holding(host.ledger, "x", HALF, 5.0):
+    async with host.jobs.reserve(host.ledger, "x", HALF, 5.0):
         waiting = asyncio.ensure_future(hold())
         await asyncio.sleep(0.05)
         waiting.cancel()

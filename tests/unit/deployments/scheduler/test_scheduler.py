@@ -15,7 +15,7 @@ from catalog.models import BuiltIn, ModelRecord, ModelSettings
 from core.errors import BrokenModel, InsufficientMemory, ModelNotFound, Unavailable
 from core.settings import Settings
 from core.units import MIB
-from deployments.messages import Need, Residency
+from deployments.messages import LoadContext, Residency
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.scheduler.load_plans import LoadPlanner
 from scheduler.state import LoadPlan
@@ -48,7 +48,7 @@ async def test_f7_requests_for_one_cold_model_load_it_once(
 
 async def test_a_lost_model_is_loaded_again(scheduler: SchedulerReplica, replica: Replica) -> None:
     await scheduler.ensure_loaded(A)
-    await scheduler.ensure_loaded(A, Need(lost_replica="replica"))
+    await scheduler.ensure_loaded(A, LoadContext(lost_replica="replica"))
     assert len(replica.handle.load_model.calls) == 2
 
 
@@ -66,7 +66,7 @@ async def test_a_model_asked_for_while_it_drains_is_loaded_after(
     other = asyncio.ensure_future(scheduler.ensure_loaded(B))
     while not replica.handle.unload_model.calls:
         await asyncio.sleep(0)
-    again = asyncio.ensure_future(scheduler.ensure_loaded(A, Need(lost_replica="replica")))
+    again = asyncio.ensure_future(scheduler.ensure_loaded(A, LoadContext(lost_replica="replica")))
     await asyncio.sleep(0)
     replica.gate.set()
     residencies: list[Any] = [await other, await again]
@@ -256,12 +256,12 @@ def test_a_lowered_context_is_offered_only_where_the_user_did_not_fix_it(tmp_pat
     info = ModelInfo("echo", "echo", "echo", "none", (), 0, 0, 16384, frozenset())
     record = ModelRecord("m", info, BuiltIn(), "mark", 0.0)
     plans = LoadPlanner(Settings(home=tmp_path), {"echo": Growing()}, EngineOptions())
-    found = plans.of(record, 70 * MIB)
+    found = plans.plans(record, 70 * MIB)
     assert found == (LoadPlan(16384), LoadPlan(8192, 8192), LoadPlan(6000, 4096))
-    assert plans.order(record, found[0], 70 * MIB).options.context_tokens is None
-    assert plans.order(record, found[2], 70 * MIB).options.context_tokens == 4096
+    assert plans.load_request(record, found[0], 70 * MIB).options.context_tokens is None
+    assert plans.load_request(record, found[2], 70 * MIB).options.context_tokens == 4096
     fixed = replace(record, settings=ModelSettings(context_length=8192))
-    assert plans.of(fixed, 70 * MIB) == (LoadPlan(8192),)
+    assert plans.plans(fixed, 70 * MIB) == (LoadPlan(8192),)
 
 
 async def test_f15_under_strain_nothing_new_is_loaded(tmp_path: Path, replica: Replica) -> None:

@@ -12,13 +12,13 @@ import pytest
 
 from core.errors import BrokenModel, ImpetusError, InsufficientMemory
 from core.units import GIB, MIB
-from deployments.messages import ANY_NEED, Freed, Need, Residency
+from deployments.messages import DEFAULT_CONTEXT, LoadContext, Residency, UnloadResult
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.handles import ReplicaDied
 from tests.gguf_files import llama_gguf
 from tests.unit.deployments.scheduler.scheduling import A, B, InProcess, Replica, started
 
-RETRY = Need(is_retry=True)
+RETRY = LoadContext(is_retry=True)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ async def scheduler(tmp_path: Path, replica: Replica) -> AsyncIterator[Scheduler
         yield scheduler
 
 
-async def refusal(scheduler: SchedulerReplica, need: Need = ANY_NEED) -> ImpetusError:
+async def refusal(scheduler: SchedulerReplica, need: LoadContext = DEFAULT_CONTEXT) -> ImpetusError:
     answer: Any = await scheduler.ensure_loaded(A, need)
     assert isinstance(answer, ImpetusError)
     return answer
@@ -90,7 +90,7 @@ async def test_f11_three_deaths_put_a_model_into_quarantine_until_it_is_loaded_b
     replica.stderr_path = str(log)
     await scheduler.ensure_loaded(A)
     for number in range(3):
-        died = Need(lost_replica=f"replica-{number}", has_died=True)
+        died = LoadContext(lost_replica=f"replica-{number}", has_died=True)
         scheduler._format_clients._processes[died.lost_replica] = (
             await replica.report()
         ).processes[0]
@@ -121,14 +121,16 @@ async def test_f7_a_lost_model_that_did_not_die_is_not_blamed(
     scheduler: SchedulerReplica,
 ) -> None:
     for _ in range(5):
-        assert isinstance(await scheduler.ensure_loaded(A, Need(lost_replica="replica")), Residency)
+        assert isinstance(
+            await scheduler.ensure_loaded(A, LoadContext(lost_replica="replica")), Residency
+        )
     assert not (await scheduler.model_states()).faults
 
 
 async def test_what_an_unload_gave_back_is_a_decision_with_both_numbers(
     scheduler: SchedulerReplica, replica: Replica
 ) -> None:
-    replica.freed = Freed(40 * MIB, 39 * MIB, 0, is_known=True)
+    replica.freed = UnloadResult(40 * MIB, 39 * MIB, 0, is_known=True)
     await scheduler.ensure_loaded(A)
     await scheduler.unload(A)
     last = (await scheduler.decisions())[-1]
@@ -140,7 +142,7 @@ async def test_what_an_unload_gave_back_is_a_decision_with_both_numbers(
 async def test_memory_that_does_not_come_back_stays_in_the_ledger_until_its_process_ends(
     scheduler: SchedulerReplica, replica: Replica
 ) -> None:
-    replica.freed = Freed(40 * MIB, 8 * MIB, 32 * MIB, is_known=True)
+    replica.freed = UnloadResult(40 * MIB, 8 * MIB, 32 * MIB, is_known=True)
     replica.kept_bytes = 32 * MIB
     await scheduler.ensure_loaded(A)
     await scheduler.unload(A)
@@ -148,8 +150,8 @@ async def test_memory_that_does_not_come_back_stays_in_the_ledger_until_its_proc
     refused: Any = await scheduler.ensure_loaded(B)
     assert isinstance(refused, InsufficientMemory)
     assert "32.0 MiB by processes that did not give it back" in refused.message
-    replica.name, replica.kept_bytes, replica.freed = "another", 0, Freed()
-    await scheduler.ensure_loaded(A, Need(lost_replica="replica", has_died=True))
+    replica.name, replica.kept_bytes, replica.freed = "another", 0, UnloadResult()
+    await scheduler.ensure_loaded(A, LoadContext(lost_replica="replica", has_died=True))
     assert isinstance(await scheduler.ensure_loaded(B), Residency)
 
 
@@ -157,7 +159,7 @@ async def test_memory_that_does_not_come_back_stays_in_the_ledger_until_its_proc
 async def test_memory_that_came_back_later_is_free_again(
     scheduler: SchedulerReplica, replica: Replica, is_new: bool
 ) -> None:
-    replica.freed = Freed(40 * MIB, 8 * MIB, 32 * MIB, is_known=True)
+    replica.freed = UnloadResult(40 * MIB, 8 * MIB, 32 * MIB, is_known=True)
     replica.kept_bytes = 32 * MIB
     await scheduler.ensure_loaded(A)
     await scheduler.unload(A)
@@ -221,7 +223,7 @@ async def test_f15_critical_strain_leaves_busy_models_and_begun_answers_alone(
         await heat(scheduler, tmp_path, "critical")
         assert replica.held == [A]
         replica.held.clear()
-        lost = Need(lost_replica="replica", is_resumed=True)
+        lost = LoadContext(lost_replica="replica", is_resumed=True)
         assert isinstance(await scheduler.ensure_loaded(A, lost), Residency)
 
 

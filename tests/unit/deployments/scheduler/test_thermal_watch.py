@@ -248,8 +248,8 @@ async def test_limits_reach_resident_models_and_those_loaded_later(replica: Form
     await replica.load_model(order("late"))
     for model_id in ("early", "late"):
         with pytest.raises(Unavailable, match="no new requests"):
-            await run(replica._residents[model_id].engine, request("hello"))
+            await run(replica._models[model_id].engine, request("hello"))
     await replica.set_limits(UNLIMITED)
     for model_id in ("early", "late"):
-        assert await run(replica._residents[model_id].engine, request("hello"))
+        assert await run(replica._models[model_id].engine, request("hello"))
         assert await replica.unload_model(model_id)

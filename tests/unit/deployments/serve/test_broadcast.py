@@ -10,17 +10,17 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from backends.base import EngineLoad
 from core.settings import Settings
 from deployments.messages import (
-    Freed,
     ModelUsage,
     ProcessReport,
     ReplicaReport,
     Residency,
     SchedulerSnapshot,
+    UnloadResult,
 )
 from deployments.router.targets import Targets
 from deployments.router.telemetry import ReplicaTelemetry
 from deployments.serve.affinity import ResidencyRouter
-from deployments.serve.broadcast import reaching_all
+from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import call
 from tests.unit.deployments.handles import FakeHandle, answering
 
@@ -57,13 +57,13 @@ class ManyHandle:
 
 def reached(handle: ManyHandle) -> Any:
     handles: Any = {"echo": handle}
-    return reaching_all(handles, Settings(max_replicas=2))["echo"]
+    return broadcast_handles(handles, Settings(max_replicas=2))["echo"]
 
 
 def test_one_replica_is_reached_by_the_handle_itself() -> None:
     handle: Any = ManyHandle()
     handles: dict[str, Any] = {"echo": handle}
-    assert reaching_all(handles, Settings()) is handles
+    assert broadcast_handles(handles, Settings()) is handles
     found: Any = Targets(handles, has_many=False).at(residency("m", "a"))
     assert found is handle
     assert handle.targets == []
@@ -93,7 +93,7 @@ async def test_answers_of_all_replicas_are_one() -> None:
         )
         for pid, name, replica in ((1, "m", "a"), (2, "n", "b"))
     ]
-    freed = Freed(returned_bytes=5, held_bytes=5)
+    freed = UnloadResult(returned_bytes=5, held_bytes=5)
     handle = ManyHandle([[a], [b]], reports, [None, freed], [None, None])
     every = reached(handle)
     assert await call(every.residencies.remote()) == [a, b]

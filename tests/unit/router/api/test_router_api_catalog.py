@@ -13,7 +13,7 @@ from core.errors import BackendUnavailable, ImpetusError, ModelNotFound
 from core.settings import Settings
 from core.units import GIB
 from deployments.decisions import DecisionLog
-from deployments.messages import Decision, ModelStates, Need, Residency
+from deployments.messages import Decision, LoadContext, ModelStates, Residency
 from deployments.router import management as management_module
 from deployments.router.catalog import CatalogView
 from deployments.router.management import SchedulerManagement
@@ -63,7 +63,7 @@ class Server:
     async def residencies(self) -> tuple[list[Residency], list[str]]:
         return self.resident, []
 
-    async def ensure_loaded(self, model_id: str, need: Need) -> Residency:
+    async def ensure_loaded(self, model_id: str, need: LoadContext) -> Residency:
         assert need.is_retry
         self.resident = [Residency(model_id, "gguf", "r", "n", 1024, 0.1)]
         return self.resident[0]
