@@ -1,4 +1,4 @@
-"""The composition root: `serve_config.yaml` names `build` as the application."""
+"""Builds the Ray Serve application (composition root; `serve_config.yaml` names `build`)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,10 +16,10 @@ from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.affinity import ResidencyRouter
 from deployments.serve.resources import reservation
 
-# The engine's own queue bounds the requests; Serve's limit is only the outer stop.
+# The engine's queue bounds the requests; Serve's limit is only a safety net.
 _MOST_ONGOING = 2048
 
-# The policy of `deployments.serve.autoscaling` decides; what it takes back has to hold for 10 s.
+# `deployments.serve.autoscaling` decides; a decrease has to hold for 10 s.
 _SCALING: Mapping[str, Any] = {
     "upscale_delay_s": 0,
     "downscale_delay_s": 10,
@@ -50,7 +50,7 @@ def _format(backend: Backend, settings: Settings, reserved: dict[str, Any]) -> A
 
 
 def format_options(backend: Backend, settings: Settings) -> dict[str, Any]:
-    """Return how many replicas a format has, and how requests find the right one."""
+    """Return a format's Serve options: number of replicas, and the router of its requests."""
     options: dict[str, Any] = {}
     if settings.max_replicas > 1:
         options["request_router_config"] = {
@@ -75,7 +75,7 @@ def _deployment(
         ray_actor_options={"num_cpus": 0, **(reserved or {})},
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=20.0,
-        # How soon a dead replica is noticed and replaced; Serve's default is 10 s.
+        # How soon a dead replica is detected and replaced; Serve's default is 10 s.
         health_check_period_s=2.0,
         # A process that hangs as a whole fails three of these in a row; the default is 30 s.
         health_check_timeout_s=10.0,

@@ -1,4 +1,4 @@
-"""What was decided and why: a bounded log in each process that decides."""
+"""Bounded in-memory log of decisions and their reasons, one per process."""
 
 import logging
 import time
@@ -12,16 +12,16 @@ KEPT_DECISIONS = 256
 
 
 class DecisionLog:
-    """The last 256 decisions of this process; whoever decides something notes it here."""
+    """The last 256 decisions of this process."""
 
     def __init__(self, kept: int = KEPT_DECISIONS) -> None:
         self._decisions: deque[Decision] = deque(maxlen=kept)
 
     def record(self, event: str, action: str, reason: str) -> None:
-        """Keep and log one decision: what happened, what is done about it, and why."""
+        """Record and log one decision: the event, the action and the reason."""
         self._decisions.append(Decision(time.time(), event, action, reason))
         logger.info("%s: %s", action, reason)
 
     def last(self) -> list[Decision]:
-        """Return the decisions, the oldest first."""
+        """Return the decisions, oldest first."""
         return list(self._decisions)

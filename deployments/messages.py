@@ -1,4 +1,4 @@
-"""What the deployments tell each other, as frozen dataclasses that cross by pickle."""
+"""Messages between the deployments' processes: frozen dataclasses, sent by pickle."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from scheduler.state import ModelUsage as ModelUsage
 
 @dataclass(frozen=True, slots=True)
 class FileMark:
-    """A file as it was when the catalog looked at it."""
+    """Identity of a file when it was opened."""
 
     path: str
     size_bytes: int
@@ -22,7 +22,7 @@ class FileMark:
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """Which model a replica shall open, and how; a step over `step_limit_s` counts as hung."""
+    """Which model a replica loads, and how; a step longer than `step_limit_s` counts as hung."""
 
     model_id: str
     info: ModelInfo
@@ -32,10 +32,10 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """A model in memory: where, with which context in tokens, and what the load took.
+    """Address of a loaded model: its replica and node, its context in tokens, its load time.
 
-    To those who waited for the load, `evicted` names the models that made room for it.  A job
-    (`deployments.scheduler.reservations`) has no format.
+    `evicted` names the models that made room for it, only in the answer to requests that waited
+    for the load.  A job (`deployments.scheduler.reservations`) has no format.
     """
 
     model_id: str
@@ -48,13 +48,13 @@ class Residency:
 
     @property
     def is_job(self) -> bool:
-        """Whether this is memory of a job, which takes no requests."""
+        """Whether this is a job's memory, which takes no requests."""
         return not self.format
 
 
 @dataclass(frozen=True, slots=True)
 class NodeMemory:
-    """A machine of the cluster, and the bytes that models may use there together."""
+    """A machine of the cluster, and the bytes that all models together may use there."""
 
     node_id: str = ""
     budget_bytes: int = 0
@@ -65,9 +65,9 @@ NO_NODE = NodeMemory()
 
 @dataclass(frozen=True, slots=True)
 class ProcessReport:
-    """One replica's process: `kept_bytes` it holds beside its models on `node`.
+    """One replica's process: `kept_bytes` is what it holds beside its models.
 
-    `stderr_path` is the file of its last words, empty where there is none.
+    `stderr_path` is its log file, empty if there is none.
     """
 
     replica_id: str
@@ -78,7 +78,7 @@ class ProcessReport:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """What a format's processes hold: `pid` is that of the first."""
+    """What a format's processes hold; `pid` is that of the first."""
 
     format: str
     pid: int
@@ -88,9 +88,9 @@ class ReplicaReport:
 
 @dataclass(frozen=True, slots=True)
 class UnloadResult:
-    """What an unload gave back, in bytes: `returned` of the `held`, and what the process keeps.
+    """What an unload freed, in bytes: `returned` of `held`, and what the process keeps.
 
-    `is_known`: the system says what a process holds.
+    `is_known`: the system tells what a process holds.
     """
 
     held_bytes: int = 0
@@ -100,7 +100,7 @@ class UnloadResult:
 
     @property
     def summary(self) -> str:
-        """Both numbers in words."""
+        """One line with the numbers, for the decision log."""
         text = f"{format_bytes(self.returned_bytes)} of {format_bytes(self.held_bytes)} came back"
         if self.kept_bytes:
             text += f"; its process keeps {format_bytes(self.kept_bytes)}, which stays counted"
@@ -109,11 +109,11 @@ class UnloadResult:
 
 @dataclass(frozen=True, slots=True)
 class LoadContext:
-    """Why a router wants a model in memory.
+    """Why a router asks for a model.
 
-    `lost_replica` is where it believed the model to be and did not find it, `has_died` that this
-    process is gone.  `is_resumed`: the answer has begun there.  `priority` None means the model's
-    own.  `is_retry`: a person wants it, whatever went wrong before.
+    `lost_replica`: the replica that should hold the model and does not; `has_died`: its process is
+    gone; `is_resumed`: the answer has begun there.  `priority` None means the model's own.
+    `is_retry`: a user asked explicitly; ignore earlier failures.
     """
 
     lost_replica: str = ""
@@ -138,7 +138,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a model is not loaded now; `is_quarantined`: not by a request at all."""
+    """Why a model is not loaded now; `is_quarantined`: only an explicit load tries it again."""
 
     is_quarantined: bool
     reason: str
@@ -162,7 +162,7 @@ class ModelStates:
 
 @dataclass(frozen=True, slots=True)
 class ThermalView:
-    """The thermal state's name and number, and what throttling has cost."""
+    """The thermal state's name and number, its limits, and the time spent throttled."""
 
     state: str = "unknown"
     level: int = -1

@@ -1,4 +1,4 @@
-"""Specifications of the metrics made of the scheduler's snapshot."""
+"""Prometheus metrics derived from the scheduler's snapshot."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Values = Sequence[tuple[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One metric: what it says, the label that tells its values apart (none: ""), the values."""
+    """One metric: its help text, its label (none: ""), and a function that reads its values."""
 
     help_text: str
     label: str
@@ -25,7 +25,7 @@ def _one(read: Callable[[SchedulerSnapshot], float]) -> Callable[[SchedulerSnaps
 
 GAUGES: Mapping[str, Spec] = {
     "impetus_memory_budget_bytes": Spec(
-        "Bytes that models may use together.", "", _one(lambda one: one.budget_bytes)
+        "Memory budget for all models, in bytes.", "", _one(lambda one: one.budget_bytes)
     ),
     "impetus_memory_used_bytes": Spec(
         "Bytes that models hold or are promised.", "", _one(lambda one: one.used_bytes)

@@ -1,4 +1,4 @@
-"""What the settings mean for engines on this machine."""
+"""Derives engine options and the memory budget from settings and this machine."""
 
 from backends.base import EngineOptions
 from backends.engine.threads import performance_cores
@@ -10,7 +10,7 @@ from scheduler.sensors.machine import gpu_memory_bytes, machine_memory_bytes, me
 
 
 def engine_options(settings: Settings, budget_bytes: int) -> EngineOptions:
-    """Return how engines are opened under these settings."""
+    """Return the engine options for these settings."""
     return EngineOptions(
         max_sequences=settings.max_sequences,
         max_waiting=settings.max_waiting,
@@ -23,7 +23,7 @@ def engine_options(settings: Settings, budget_bytes: int) -> EngineOptions:
 
 
 def budget_bytes(settings: Settings) -> int:
-    """Return what all models may use together, beside prefixes of models that are unloaded."""
+    """Return the memory budget for all models, without the RAM for prefixes of unloaded models."""
     if settings.memory_budget is not None:
         return settings.memory_budget
     found = machine_budget_bytes()
@@ -31,17 +31,17 @@ def budget_bytes(settings: Settings) -> int:
 
 
 def machine_budget_bytes() -> int:
-    """Return what models may use together on this machine, where no setting says."""
+    """Return the default memory budget for all models on this machine."""
     return memory_budget_bytes(machine_memory_bytes(), gpu_memory_bytes())
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise RequestError naming a setting that this machine or program cannot honour."""
+    """Raise RequestError naming a setting that does not work on this machine."""
     backends_for(settings.formats)
     asked, total = settings.memory_budget, machine_memory_bytes()
     if asked is not None and asked > total:
         raise RequestError(
-            f"memory_budget: {format_bytes(asked)} are more than the {format_bytes(total)} that "
-            "this machine has.",
+            f"memory_budget is {format_bytes(asked)}, but this machine has {format_bytes(total)}. "
+            "Lower it, or leave it unset.",
             param="memory_budget",
         )

@@ -1,4 +1,4 @@
-"""What a replica's process wrote to stderr before it died."""
+"""Reads the last lines that a dead process wrote to stderr."""
 
 import fcntl
 import logging
@@ -19,7 +19,7 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def stderr_path() -> str:
-    """Return the file that this process' stderr goes to; empty where it is none."""
+    """Return the file that this process's stderr goes to; empty if it is not a file."""
     try:
         if sys.platform == "darwin":
             found = fcntl.fcntl(2, _F_GETPATH, bytes(_MAX_PATH)).rstrip(b"\0").decode()
@@ -31,7 +31,7 @@ def stderr_path() -> str:
 
 
 def read_stderr_tail(path: str) -> str:
-    """Return the last lines of a file, joined by ` / `; empty where there is nothing to read."""
+    """Return the last lines of a file, joined by ` / `; empty if there are none."""
     if not path:
         return ""
     try:
@@ -40,13 +40,13 @@ def read_stderr_tail(path: str) -> str:
             file.seek(max(0, size - _MOST_BYTES))
             text = file.read(_MOST_BYTES).decode("utf-8", "replace")
     except OSError as problem:
-        logger.info("a dead process left no log: %s", problem)
+        logger.info("cannot read the log of a dead process: %s", problem)
         return ""
     lines = [_cleaned(line) for line in text.splitlines()]
     return " / ".join([line for line in lines if line][-_MOST_LINES:])
 
 
 def _cleaned(line: str) -> str:
-    """Return a line without escape sequences and what a terminal would act on."""
+    """Return a line without escape sequences and control characters."""
     shown = _ESCAPES.sub("", line).strip()
     return "".join(char for char in shown if char.isprintable())[:_LONGEST_LINE]

@@ -1,1 +1,1 @@
-"""Decisions about memory, pure and without a clock."""
+"""Memory scheduling decisions: pure functions, without clock or I/O."""

@@ -1,4 +1,4 @@
-"""What happens to the scheduler, and what it does about it."""
+"""Events that the scheduling policy reacts to, and the actions it returns."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -8,7 +8,7 @@ from scheduler.state import HostState, KeepRules, LoadPlan, ModelUsage, Priority
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A request needs a model; `deadline` is the monotonic second at which it gives up.
+    """A request needs a model; `deadline` is the monotonic second at which it times out.
 
     `is_resumed`: its answer has begun on a replica that was lost.
     """
@@ -23,7 +23,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A request that waited does so no more."""
+    """A waiting request was cancelled."""
 
     request_id: int
 
@@ -44,7 +44,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed:
-    """A model could not be opened; `is_memory`: for want of memory, so less may do."""
+    """A model could not be loaded; `is_memory`: out of memory, a smaller plan may fit."""
 
     model_id: str
     message: str
@@ -55,7 +55,7 @@ class LoadFailed:
 class Unloaded:
     """A model's memory is free: it was unloaded, or its process died.
 
-    `kept` is what its process holds all the same, as in `Used`.
+    `kept` is what its process still holds, as in `Used`.
     """
 
     model_id: str
@@ -77,14 +77,14 @@ class Used:
 
 @dataclass(frozen=True, slots=True)
 class ProcessEnded:
-    """A process is gone, with all that it kept."""
+    """A process is gone; it keeps no memory."""
 
     process: str
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadWanted:
-    """Somebody, not the policy, wants a model unloaded."""
+    """An unload was requested from outside the policy."""
 
     model_id: str
     reason: str
@@ -100,21 +100,21 @@ class Configured:
 
 @dataclass(frozen=True, slots=True)
 class StrainChanged:
-    """The machine came under critical strain from heat, power or memory, or is over it."""
+    """Critical strain from heat, power or memory pressure began or ended."""
 
     is_critical: bool
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetChanged:
-    """The machine can give more or less than before."""
+    """The memory budget changed."""
 
     budget_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time passed; the models' use was reported right before."""
+    """Time passed; the models' usage was reported right before."""
 
 
 Event: TypeAlias = (
@@ -137,7 +137,7 @@ RejectKind: TypeAlias = Literal["memory", "full", "timeout", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Open a model; its bytes are promised from now on."""
+    """Load a model; its bytes are promised from now on."""
 
     model_id: str
     plan: LoadPlan
@@ -146,7 +146,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Free an idle model; `for_model` is the one that needs its place, if that is why."""
+    """Unload an idle model; `for_model` is the model that needs its memory, if any."""
 
     model_id: str
     reason: str
@@ -155,7 +155,7 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Send a busy model no more requests and free it after the last; see `Unload`."""
+    """Send a busy model no new requests and unload it after its last one; see `Unload`."""
 
     model_id: str
     reason: str
@@ -164,7 +164,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The request's model is resident: it may go there."""
+    """The request's model is resident: send the request there."""
 
     request_id: int
     model_id: str
@@ -173,7 +173,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """The request ends with an error; `reason` is for the user and has the numbers."""
+    """The request fails; `reason` is shown to the user and contains the numbers."""
 
     request_id: int
     model_id: str
@@ -187,11 +187,11 @@ Action: TypeAlias = Load | Unload | Drain | Grant | Reject
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The state after an event, and what is to be done, in order."""
+    """The state after an event, and the actions to perform, in order."""
 
     state: HostState
     actions: tuple[Action, ...] = ()
 
     def then(self, following: "Outcome") -> "Outcome":
-        """Return `following`, with what was to be done before it."""
+        """Return `following` with this outcome's actions before its own."""
         return Outcome(following.state, (*self.actions, *following.actions))

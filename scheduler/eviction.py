@@ -1,4 +1,4 @@
-"""Which models make room."""
+"""Eviction: which idle models to unload to free memory."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,9 +8,9 @@ _SHORTEST_LOAD_S = 0.05
 
 
 def regret(resident: LedgerEntry, now: float) -> float:
-    """Return what losing the model is likely to cost: seconds of reload a second of idleness.
+    """Return the expected cost of evicting the model: reload seconds per second of idleness.
 
-    A keep-alive lowers it towards 0 at its end.
+    It falls to 0 as the keep-alive runs out.
     """
     idle_s = max(0.0, now - resident.used_at)
     cost = max(resident.load_s, _SHORTEST_LOAD_S) / (1.0 + idle_s)
@@ -21,22 +21,22 @@ def regret(resident: LedgerEntry, now: float) -> float:
 
 
 def is_busy(resident: LedgerEntry, now: float, limits: Limits) -> bool:
-    """Whether requests run on the model or one was sent that has not been seen there yet."""
+    """Whether requests run on the model, or one was granted that has not arrived there yet."""
     if resident.in_flight:
         return True
     return resident.used_at <= resident.granted_at and now - resident.granted_at < limits.grant_s
 
 
 def hold_s(resident: LedgerEntry, limits: Limits) -> float:
-    """Return how long others wait for the model's place while it goes on being used."""
+    """Return how long requests for other models wait while this model stays in use."""
     return min(limits.hold_factor * resident.load_s, limits.max_hold_s)
 
 
 def is_held(resident: LedgerEntry, waiting_since: float, now: float, limits: Limits) -> bool:
-    """Whether the model keeps its place against a request that waits since `waiting_since`.
+    """Whether the model is protected from a request that waits since `waiting_since`.
 
-    So it does when it was used meanwhile, lately, and the wait does not outweigh its load yet:
-    otherwise clients of two models would have them loaded in turn for every single request.
+    It is while it was used during the wait and recently, and the wait is short beside its load
+    time: otherwise two clients would make two models replace each other for every request.
     """
     was_used_meanwhile = resident.used_at > waiting_since
     is_lately = now - resident.used_at < max(resident.load_s, _SHORTEST_LOAD_S)
@@ -46,14 +46,14 @@ def is_held(resident: LedgerEntry, waiting_since: float, now: float, limits: Lim
 def victims(
     missing_bytes: int, candidates: Iterable[LedgerEntry], now: float
 ) -> Sequence[LedgerEntry] | None:
-    """Return whom to unload to free `missing_bytes`; None when all candidates are too little.
+    """Return the models to unload to free `missing_bytes`; None if all of them are not enough.
 
-    Chosen by the least regret for the bytes that count, then without those that the others
-    make superfluous, the dearest being spared first.
+    Picks the least regret per useful byte, then spares those that the others make superfluous,
+    the most regretted first.
     """
     if missing_bytes <= 0:
         return ()
-    # A model without memory frees nothing.
+    # A model of zero bytes frees nothing.
     able = [resident for resident in candidates if resident.size_bytes > 0]
     chosen: list[LedgerEntry] = []
     freed = 0
@@ -80,7 +80,7 @@ def victims(
 
 
 def expired(residents: Iterable[LedgerEntry], now: float, limits: Limits) -> list[LedgerEntry]:
-    """Return the idle models whose keep-alive is over."""
+    """Return the idle models whose keep-alive has run out."""
     return [
         resident
         for resident in residents

@@ -1,4 +1,4 @@
-"""Models that fail: how long one is left alone, and when it is put away.  Pure, `now` is given."""
+"""Back-off and quarantine for models that fail to load or crash (pure: `now` is an argument)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,11 +11,11 @@ LONGEST_PAUSE_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class FaultRecord:
-    """What went wrong with one model; times are monotonic seconds.
+    """Failures of one model; times are monotonic seconds.
 
-    `files` is the fingerprint of what failed: other files are another model.  `deaths` are the
-    ends of processes that the model used, by the process' name.  `failures` are loads that failed
-    in a row, the last at `failed_at`.
+    `files` is the fingerprint of the files that failed: other files count as another model.
+    `deaths` are the times at which processes died with the model, by process name.  `failures`
+    counts consecutive failed loads, the last at `failed_at`.
     """
 
     files: str
@@ -27,7 +27,7 @@ class FaultRecord:
 
     @property
     def pause_s(self) -> float:
-        """How long no load is tried after the last failure: twice as long after each."""
+        """Back-off after the last failure, in seconds; doubles with each failure."""
         return min(FIRST_PAUSE_S * 2.0 ** (self.failures - 1), LONGEST_PAUSE_S)
 
 
@@ -37,9 +37,9 @@ def load_failed(record: FaultRecord, reason: str, now: float) -> FaultRecord:
 
 
 def process_died(record: FaultRecord, process: str, reason: str, now: float) -> FaultRecord:
-    """Return the record after a process died that the model used; each process counts once.
+    """Return the record after a process died while it used the model; each process counts once.
 
-    DEATHS_TO_QUARANTINE of them within DEATH_WINDOW_S put the model into quarantine.
+    DEATHS_TO_QUARANTINE of them within DEATH_WINDOW_S quarantine the model.
     """
     deaths = {name: at for name, at in record.deaths.items() if now - at < DEATH_WINDOW_S}
     deaths.setdefault(process, now)
@@ -50,12 +50,12 @@ def process_died(record: FaultRecord, process: str, reason: str, now: float) -> 
 
 
 def loaded(record: FaultRecord) -> FaultRecord:
-    """Return the record after a load that worked; deaths are not forgiven by that."""
+    """Return the record after a successful load, which does not reset deaths."""
     return replace(record, failures=0)
 
 
 def wait_s(record: FaultRecord, now: float) -> float:
-    """Return for how long no load is to be tried; 0.0 where it may be now."""
+    """Return the seconds until a load may be tried again; 0.0 if it may be now."""
     if not record.failures:
         return 0.0
     return max(0.0, record.failed_at + record.pause_s - now)

@@ -1,4 +1,4 @@
-"""What to do about an event: pure, no clock, no I/O."""
+"""Scheduling policy: decides loads, evictions and grants after each event (no clock, no I/O)."""
 
 import math
 from dataclasses import replace
@@ -31,11 +31,11 @@ from scheduler.state import HostState, LedgerEntry, Waiting
 def decide(state: HostState, event: Event, now: float) -> Outcome:
     """Return the state after `event` and the actions; `now` is in monotonic seconds.
 
-    Every `Wanted` is ended by exactly one `Grant`, `Reject` or `Left`.  Bytes held and promised
-    pass the budget only when a measurement or the budget itself changed.
+    Every `Wanted` ends with exactly one `Grant`, `Reject` or `Left`.  Used bytes exceed the budget
+    only after a measurement or the budget itself changed.
     """
     outcome = _apply(state, event, now)
-    # Only then what is known of the models' use is fresh.
+    # The models' usage is fresh only after these events.
     if isinstance(event, Tick | StrainChanged):
         outcome = outcome.then(_unload_expired(outcome.state, now))
         outcome = outcome.then(_unload_under_strain(outcome.state, now))
@@ -65,7 +65,7 @@ def _apply(state: HostState, event: Event, now: float) -> Outcome:
 
 
 def _update(state: HostState, event: Event) -> HostState:
-    """Take over the facts of an event that asks for nothing by itself."""
+    """Apply an event that needs no action by itself."""
     match event:
         case Unloaded(model_id, kept):
             left = tuple(item for item in state.residents if item.model_id != model_id)
@@ -107,7 +107,7 @@ def _update(state: HostState, event: Event) -> HostState:
 
 
 def _with_kept(state: HostState, kept: tuple[tuple[str, int], ...]) -> HostState:
-    """Take over what these processes hold beside models; the others' is as it was."""
+    """Record what these processes hold beside their models; other processes stay unchanged."""
     known = dict(state.kept) | dict(kept)
     return replace(state, kept=tuple(pair for pair in known.items() if pair[1] > 0))
 
@@ -123,7 +123,8 @@ def _grant_or_queue(state: HostState, event: Wanted, now: float) -> Outcome:
         state = state.with_residents([replace(resident, granted_at=now)])
         return Outcome(state, (Grant(event.request_id, event.model_id, "it is resident"),))
     if is_full(state, event.model_id):
-        reason = f"{state.limits.waiting_per_model} requests wait for {event.model_id} already."
+        bound = state.limits.waiting_per_model
+        reason = f"{bound} requests already wait for {event.model_id}. Try again later."
         retry = retry_after_s(state)
         return Outcome(state, (Reject(event.request_id, event.model_id, "full", reason, retry),))
     request = Waiting(
@@ -139,7 +140,7 @@ def _grant_or_queue(state: HostState, event: Wanted, now: float) -> Outcome:
 
 
 def _finish_load(state: HostState, event: Loaded, now: float) -> Outcome:
-    """Make a model resident and send it everything that waits for it."""
+    """Make a model resident and grant all requests that wait for it."""
     granted = [item for item in state.waiting if item.model_id == event.model_id]
     resident = LedgerEntry(
         event.model_id,
@@ -163,7 +164,7 @@ def _finish_load(state: HostState, event: Loaded, now: float) -> Outcome:
 
 
 def _fail_load(state: HostState, event: LoadFailed) -> Outcome:
-    """End what waits for the model, unless it may be opened with less memory."""
+    """Reject the requests that wait for the model, unless a smaller plan is left."""
     tried = next((item.plan for item in state.loading if item.model_id == event.model_id), None)
     waiting: list[Waiting] = []
     rejects: list[Reject] = []
@@ -182,7 +183,7 @@ def _fail_load(state: HostState, event: LoadFailed) -> Outcome:
 
 
 def _reject_hopeless(state: HostState, now: float) -> Outcome:
-    """Refuse what waited too long or can never fit."""
+    """Reject requests that waited too long or can never fit."""
     retry = retry_after_s(state)
     rejects: list[Reject] = []
     late = {item.request_id for item in overdue(state.waiting, now)}
@@ -190,16 +191,19 @@ def _reject_hopeless(state: HostState, now: float) -> Outcome:
         if item.request_id in late:
             waited = f"{item.model_id} waited {now - item.since:.0f} s"
             reason = (
-                f"{waited} for the machine to recover from heat, low power or memory pressure."
+                f"{waited} for the machine to recover from heat, low power or memory pressure. "
+                "Try again later."
                 if state.is_critical
-                else f"{waited} for memory; {_usage(state)} and did not become free."
+                else f"{waited} for memory that did not become free: {_usage(state)}. "
+                "Try again later."
             )
             rejects.append(Reject(item.request_id, item.model_id, "timeout", reason, retry))
         elif not (state.is_loading(item.model_id) or fitting_plans(state, item.plans)):
             least = min((plan.needed_bytes for plan in item.plans), default=0)
             reason = (
                 f"{item.model_id} needs {format_bytes(least)}; {_usage(state)}, "
-                f"{format_bytes(state.pinned_bytes)} of it by pinned models{_kept(state)}."
+                f"{format_bytes(state.pinned_bytes)} of it by pinned models{_kept(state)}. "
+                "Choose a smaller model, unpin models or raise memory_budget."
             )
             rejects.append(Reject(item.request_id, item.model_id, "memory", reason))
     ended = {reject.request_id for reject in rejects}
@@ -209,19 +213,19 @@ def _reject_hopeless(state: HostState, now: float) -> Outcome:
 
 def _usage(state: HostState) -> str:
     return (
-        f"models may use {format_bytes(state.budget_bytes)} together and "
-        f"{format_bytes(state.used_bytes)} of that is in use"
+        f"of the {format_bytes(state.budget_bytes)} for all models, "
+        f"{format_bytes(state.used_bytes)} is in use"
     )
 
 
 def _kept(state: HostState) -> str:
     if not state.kept_bytes:
         return ""
-    return f" and {format_bytes(state.kept_bytes)} by processes that did not give it back"
+    return f" and {format_bytes(state.kept_bytes)} by processes that did not release it"
 
 
 def _unload_under_strain(state: HostState, now: float) -> Outcome:
-    """Under critical strain, unload what is idle and not pinned."""
+    """Under critical strain, unload idle models that are not pinned."""
     if not state.is_critical:
         return Outcome(state)
     reason = "the machine is under critical strain and it is idle"
@@ -237,26 +241,26 @@ def _unload_expired(state: HostState, now: float) -> Outcome:
 
 
 def _return_to_budget(state: HostState, now: float) -> Outcome:
-    """Unload idle models when more is held than may be."""
+    """Unload idle models while used bytes exceed the budget."""
     over = state.used_bytes - state.closing_bytes - state.budget_bytes
     if over <= 0:
         return Outcome(state)
     idle = candidates(state, now, now)
-    # What can be freed is, even where it is too little.
+    # Free what can be freed, even if that is not enough.
     chosen = victims(over, idle, now)
     reason = f"{_usage(state)}"
     return close(state, idle if chosen is None else chosen, reason, now)
 
 
 def _load_waiting(state: HostState, now: float) -> Outcome:
-    """Start the loads there is room for, and make room for others."""
+    """Start the loads that fit, and make room for the others."""
     outcome = Outcome(state)
     reserved = 0
     for group in groups(state):
         busy = outcome.state.resident(group.model_id) is not None
         if busy or outcome.state.is_loading(group.model_id):
             continue
-        # Under critical strain only answers that have begun are worth the heat of a load.
+        # Under critical strain only answers that have begun justify a load.
         if state.is_critical and not group.is_resumed:
             continue
         step, promised = admit(outcome.state, group, reserved, now)

@@ -1,4 +1,4 @@
-"""Who waits, in which order, and for how long yet."""
+"""Queue of waiting requests: order, bounds and retry estimates."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from scheduler.state import HostState, LoadPlan, Waiting
 class WaitingGroup:
     """All requests that wait for one model.
 
-    `since` is when the oldest came; `rank` orders groups, the smallest first.  `is_resumed`: an
-    answer that has begun is among them.
+    `since` is the arrival of the oldest; groups are ordered by `rank`, smallest first.
+    `is_resumed`: the answer of one of them has begun.
     """
 
     model_id: str
@@ -23,15 +23,15 @@ class WaitingGroup:
 
 
 def rank(request: Waiting, batch_delay_s: float) -> float:
-    """Return the request's place: its arrival, a batch request's put off.
+    """Return the sort key of a request: its arrival, delayed for a batch request.
 
-    It does not change with time, so that only finitely many later requests go before it.
+    It is constant, so only finitely many later requests can overtake it.
     """
     return request.since + (batch_delay_s if request.priority == "batch" else 0.0)
 
 
 def groups(state: HostState) -> list[WaitingGroup]:
-    """Return the waiting requests by model, in the order in which models are to be loaded."""
+    """Return the waiting requests grouped by model, in the order in which to load the models."""
     members: dict[str, list[Waiting]] = {}
     for request in state.waiting:
         members.setdefault(request.model_id, []).append(request)
@@ -50,15 +50,15 @@ def groups(state: HostState) -> list[WaitingGroup]:
 
 
 def is_full(state: HostState, model_id: str) -> bool:
-    """Whether no more requests may wait for the model."""
+    """Whether the model's queue is full."""
     count = sum(request.model_id == model_id for request in state.waiting)
     return count >= state.limits.waiting_per_model
 
 
 def retry_after_s(state: HostState) -> int:
-    """Return when another attempt is worth while: once what loads and waits has had its load.
+    """Return the Retry-After estimate: the time to load every model that loads or is waited for.
 
-    A load is taken to last as long as those of the resident models did on average.
+    Each load is estimated as the average load time of the resident models.
     """
     limits = state.limits
     times = [resident.load_s for resident in state.residents if resident.load_s > 0]
@@ -69,5 +69,5 @@ def retry_after_s(state: HostState) -> int:
 
 
 def overdue(waiting: Sequence[Waiting], now: float) -> list[Waiting]:
-    """Return the requests whose deadline has come."""
+    """Return the requests whose deadline has passed."""
     return [request for request in waiting if request.deadline <= now]

@@ -1,4 +1,4 @@
-"""How room is made for a model that requests wait for."""
+"""Makes room for a waiting model: evicts idle models, shrinks its context or drains busy models."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,13 +11,13 @@ from scheduler.state import HostState, LedgerEntry, LoadPlan, PendingLoad
 
 
 def fitting_plans(state: HostState, plans: Sequence[LoadPlan]) -> list[LoadPlan]:
-    """Return the plans that fit beside the pinned models and what processes keep."""
+    """Return the plans that fit beside pinned models and what processes keep."""
     room = state.budget_bytes - state.pinned_bytes - state.kept_bytes
     return [plan for plan in plans if plan.needed_bytes <= room]
 
 
 def candidates(state: HostState, waiting_since: float, now: float) -> list[LedgerEntry]:
-    """Return the idle models that a request waiting since then may have unloaded."""
+    """Return the idle models that a request waiting since `waiting_since` may evict."""
     limits = state.limits
     return [
         item
@@ -31,7 +31,7 @@ def candidates(state: HostState, waiting_since: float, now: float) -> list[Ledge
 def close(
     state: HostState, models: Iterable[LedgerEntry], reason: str, now: float, for_model: str = ""
 ) -> Outcome:
-    """Free the models: at once those that are idle, the others after their last request."""
+    """Unload the models: idle ones at once, the others after their last request."""
     chosen = list(models)
     actions = tuple(
         (Drain if is_busy(item, now, state.limits) else Unload)(item.model_id, reason, for_model)
@@ -43,12 +43,12 @@ def close(
 
 
 def admit(state: HostState, group: WaitingGroup, reserved: int, now: float) -> tuple[Outcome, int]:
-    """Load a group's model or make room for it; also return the bytes to be kept free for it.
+    """Load a group's model or make room for it; also return the bytes to reserve for it.
 
-    1. It fits as it is, or once idle models are unloaded.
-    2. After the patience: the same with a lowered context.
-    3. Still not: busy models are drained.
-    4. Else it waits, after the patience with its bytes kept free.
+    1. It fits, at once or after idle models are unloaded.
+    2. After `patience_s`: the same with a reduced context.
+    3. Then: busy models are drained.
+    4. Else it waits; after `patience_s` its bytes are reserved.
     """
     plans = fitting_plans(state, group.plans)
     idle = candidates(state, group.since, now)
@@ -79,7 +79,7 @@ def _make_room(
     candidates: Sequence[LedgerEntry],
     now: float,
 ) -> tuple[Outcome, int] | None:
-    """Load where there is room, else unload for it; None where that is not enough."""
+    """Load if there is room, else evict `candidates`; None if that does not free enough."""
     missing = state.used_bytes + reserved + plan.needed_bytes - state.budget_bytes
     what = f"{model_id} needs {format_bytes(plan.needed_bytes)}"
     if missing <= 0:

@@ -1,4 +1,4 @@
-"""How many processes each format has: pure, from what the scheduler allows and Serve counts."""
+"""Autoscaling decision: the number of processes per format (pure)."""
 
 import json
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class ScalingDirective:
-    """What the scheduler allows; the default allows starts alone.
+    """What the scheduler allows; the default allows only the first process of a format.
 
-    `admits`: whether a format without a process may get its first.  `growing` formats may have
-    one process more, as far as memory and heat go; `finished` ones are needed no more.
+    `admits`: whether a format without a process may start one.  `growing` formats may get one
+    more process as far as memory and heat allow; `finished` ones are no longer needed.
     """
 
     admits: bool = True
@@ -18,21 +18,21 @@ class ScalingDirective:
     finished: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """Return the text that `from_json` reads."""
+        """Serialize the directive to JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "ScalingDirective":
-        """Return the directive.  Raises ValueError or KeyError for other text."""
+        """Parse a directive.  Raises ValueError or KeyError for invalid text."""
         content = json.loads(text)
         return cls(bool(content["admits"]), tuple(content["growing"]), tuple(content["finished"]))
 
 
 @dataclass(frozen=True, slots=True)
 class FormatDemand:
-    """One format: requests that run or wait there, and its processes now, least and most.
+    """One format: its running and waiting requests, and its current, minimum and maximum processes.
 
-    `served` are the requests that one process is meant for.
+    `served` is the target number of requests per process.
     """
 
     requests: float
@@ -44,10 +44,10 @@ class FormatDemand:
 
 @dataclass(frozen=True, slots=True)
 class FormatUse:
-    """What the ledger knows of a format's models.
+    """Usage of a format's models, by the ledger.
 
-    `idle_s` is how long none was used or held; `is_kept`: one of them must not be lost,
-    `is_busy`: one runs a request or is being loaded.
+    `idle_s`: seconds since any of them was loaded or used.  `is_kept`: one of them is pinned or
+    has a keep-alive.  `is_busy`: one runs a request or is being loaded.
     """
 
     idle_s: float
@@ -58,13 +58,13 @@ class FormatUse:
 def desired_processes(
     demand: Mapping[str, FormatDemand], directive: ScalingDirective
 ) -> dict[str, int]:
-    """Return the number of processes by format; one that is left out stays as it is.
+    """Return the number of processes by format; a format that is left out stays unchanged.
 
-    1. None runs and requests wait: the first one starts, unless no new work is taken.  Then it
-       is left out, since Serve starts one for whatever number is named.
-    2. More requests than the processes are meant for: one more, where it may grow.
-    3. Nothing is asked of it and it is finished: the least.
-    4. Else as it is.
+    1. No process and waiting requests: start the first, unless no new work is admitted.  Then the
+       format is left out, since Serve would start one for any number.
+    2. More requests than the processes' target: one more, if it may grow.
+    3. No requests and finished: the minimum.
+    4. Else unchanged.
     """
     numbers: dict[str, int] = {}
     for name, one in demand.items():
@@ -83,7 +83,7 @@ def desired_processes(
 
 
 def finished(uses: Mapping[str, FormatUse], idle_s: float, *, unloads_idle: bool) -> list[str]:
-    """Return the formats whose processes may end: unused for `idle_s`, or at once under strain."""
+    """Return the formats whose processes may stop: unused for `idle_s`, or at once under strain."""
     return sorted(
         name
         for name, use in uses.items()

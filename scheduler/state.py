@@ -1,4 +1,4 @@
-"""What the scheduler knows, as values."""
+"""State of the scheduling policy as immutable values: ledger entries, waiting requests, limits."""
 
 import math
 from collections.abc import Iterable
@@ -11,9 +11,9 @@ from core.types import Priority as Priority
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """One way to open a model: the bytes it will hold.
+    """One way to load a model: the bytes it will hold.
 
-    `context_tokens` None means the context that the options grant, a number a lowered one.
+    `context_tokens` None is the context that the options grant; a number is a reduced one.
     """
 
     needed_bytes: int
@@ -22,7 +22,7 @@ class LoadPlan:
 
 @dataclass(frozen=True, slots=True)
 class KeepRules:
-    """What the user wants of a model; `keep_alive_s` None keeps it while there is room."""
+    """How the user wants a model kept; `keep_alive_s` None keeps it while there is room."""
 
     is_pinned: bool = False
     keep_alive_s: float | None = None
@@ -51,7 +51,7 @@ class LedgerEntry:
 
     @property
     def may_close(self) -> bool:
-        """Whether its memory can be asked back, now or after its last request."""
+        """Whether the scheduler may unload it, now or after its last request."""
         return not (self.is_pinned or self.is_closing or self.is_job)
 
     @property
@@ -90,7 +90,7 @@ class ModelUsage:
 class Waiting:
     """A request whose model is not resident; `plans` go from the largest to the smallest.
 
-    `is_resumed`: its answer has begun, so that it is served even under critical strain.
+    `is_resumed`: its answer has begun, so it is served even under critical strain.
     """
 
     request_id: int
@@ -106,10 +106,11 @@ class Waiting:
 class Limits:
     """The policy's constants, in seconds and requests.
 
-    `waiting_per_model` bounds a model's queue.  A batch request is ordered as if it had come
-    `batch_delay_s` later.  A used model keeps its place until a request for another has waited
+    `waiting_per_model` bounds a model's queue.  A batch request is ordered as if it had arrived
+    `batch_delay_s` later.  A model in use stays until a request for another has waited
     `hold_factor` times its load time, at most `max_hold_s`; after `patience_s` it is drained even
-    if it is never idle.  A request that was sent to a model is awaited there for `grant_s`.
+    if it is never idle.  After a grant, a model counts as busy for `grant_s` until its request is
+    seen there.
     """
 
     waiting_per_model: int = 256
@@ -124,10 +125,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """The ledger of one machine: what models may use together, who uses it, who waits.
+    """The ledger of one machine: its budget, the models that hold memory, the waiting requests.
 
-    `kept` are bytes that a process holds although its models are gone, by the process' name.
-    `is_critical`: under so much strain that idle models go and nothing new is loaded.
+    `kept` are bytes that a process holds although its models are gone, by process name.
+    `is_critical`: under critical strain idle models are unloaded and nothing new is loaded.
     """
 
     budget_bytes: int
@@ -142,18 +143,18 @@ class HostState:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that processes did not give back."""
+        """Bytes that processes hold beside their models."""
         return sum(count for _, count in self.kept)
 
     @property
     def used_bytes(self) -> int:
-        """Bytes held, kept and promised."""
+        """Bytes of loaded models, of processes beside them, and promised to loads."""
         held = sum(resident.size_bytes for resident in self.residents)
         return held + self.kept_bytes + sum(model.plan.needed_bytes for model in self.loading)
 
     @property
     def closing_bytes(self) -> int:
-        """Bytes that will be free without any further action."""
+        """Bytes of models that are being unloaded."""
         return sum(resident.size_bytes for resident in self.residents if resident.is_closing)
 
     @property
@@ -166,19 +167,19 @@ class HostState:
         )
 
     def resident(self, model_id: str) -> LedgerEntry | None:
-        """Return the model where it holds memory, closing or not."""
+        """Return the entry of a model that holds memory, closing or not; else None."""
         return next((model for model in self.residents if model.model_id == model_id), None)
 
     def is_loading(self, model_id: str) -> bool:
-        """Whether the model is being opened."""
+        """Whether the model is being loaded."""
         return any(model.model_id == model_id for model in self.loading)
 
     def settings_of(self, model_id: str) -> KeepRules:
-        """Return the model's settings, the defaults where it has none."""
+        """Return the model's settings, or the defaults."""
         return dict(self.settings).get(model_id, self.defaults)
 
     def with_residents(self, changed: Iterable[LedgerEntry]) -> "HostState":
-        """Return the state with these residents in the place of their former selves."""
+        """Return the state with these entries replaced."""
         by_id = {item.model_id: item for item in changed}
         residents = tuple(by_id.get(item.model_id, item) for item in self.residents)
         return replace(self, residents=residents)

@@ -1,11 +1,11 @@
-"""From what sensors say to what engines may do: pure, with `now` as an argument."""
+"""Thermal policy: from sensor readings to engine limits (pure: `now` is an argument)."""
 
 from dataclasses import dataclass
 from enum import IntEnum
 
 from backends.limits import UNLIMITED, EngineLimits
 
-# A short peak throttles nothing, and one cool moment does not end the throttling.
+# Hysteresis: a short peak does not throttle, one cool reading does not end throttling.
 RISE_S = 4.0
 FALL_S = 30.0
 
@@ -17,7 +17,7 @@ _CRITICAL_PAUSE_S = 0.1
 
 
 class ThermalState(IntEnum):
-    """How strained the machine is, in Apple's words; `UNKNOWN` is treated as no strain.
+    """The strain on the machine, in Apple's terms; `UNKNOWN` is treated as no strain.
 
     Source: NSProcessInfo.ThermalState, whose values are 0 to 3 in this order.
     """
@@ -30,13 +30,13 @@ class ThermalState(IntEnum):
 
     @property
     def label(self) -> str:
-        """The name as users and metrics see it."""
+        """The name shown to users and in metrics."""
         return self.name.lower()
 
 
 @dataclass(frozen=True, slots=True)
 class SensorProblem:
-    """Why a sensor says nothing."""
+    """Why a sensor gave no reading."""
 
     sensor: str
     message: str
@@ -44,9 +44,9 @@ class SensorProblem:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the sensors say now; UNKNOWN and None stand for what they do not say.
+    """One reading of all sensors; UNKNOWN and None mean no reading.
 
-    `battery` is the charge, 0 to 1, of a machine that runs on it; None on mains power too.
+    `battery` is the charge, 0 to 1, of a machine on battery; None on mains power too.
     """
 
     thermal: ThermalState = ThermalState.UNKNOWN
@@ -71,10 +71,10 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Strain:
-    """The state that holds, and for how long readings have been on one side of it.
+    """The current state, and since when readings have been on one side of it.
 
     `bound` is the reading nearest to `state` since `since` (monotonic seconds); None while
-    readings agree with the state.
+    readings equal the state.
     """
 
     state: ThermalState
@@ -83,10 +83,10 @@ class Strain:
 
 
 def advance(strain: Strain | None, seen: ThermalState, now: float) -> Strain:
-    """Return the strain after a reading; None is the time before the first, which holds at once.
+    """Return the strain after a reading; the first reading (`strain` None) applies at once.
 
-    The state rises once every reading of RISE_S was above it, to the lowest of them, and falls
-    once every reading of FALL_S was below it, to the highest of them.
+    The state rises after every reading of RISE_S was above it, to the lowest of them, and falls
+    after every reading of FALL_S was below it, to the highest of them.
     """
     if strain is None or seen == strain.state:
         return Strain(seen if strain is None else strain.state)
@@ -96,13 +96,13 @@ def advance(strain: Strain | None, seen: ThermalState, now: float) -> Strain:
     bound = min(strain.bound, seen) if is_rising else max(strain.bound, seen)
     if now - strain.since < (RISE_S if is_rising else FALL_S):
         return Strain(strain.state, bound, strain.since)
-    # What is still further away starts its own time at this reading.
+    # A reading further away starts its own time now.
     return Strain(bound) if seen == bound else Strain(bound, seen, now)
 
 
 @dataclass(frozen=True, slots=True)
 class Directive:
-    """What a state asks of everyone: engines obey `limits`, the scheduler the rest."""
+    """What a state requires: engines apply `limits`, the scheduler the rest."""
 
     limits: EngineLimits = UNLIMITED
     pauses_jobs: bool = False
@@ -111,17 +111,17 @@ class Directive:
 
     @property
     def admits(self) -> bool:
-        """Whether new requests are taken."""
+        """Whether new requests are admitted."""
         return self.limits.admits
 
 
 def directive(state: ThermalState, max_sequences: int, prefill_chunk_tokens: int) -> Directive:
-    """Return what `state` asks of engines opened with these two options.
+    """Return what `state` requires of engines opened with these two options.
 
     1. Unknown, nominal: nothing.
-    2. Fair: background jobs pause; interactive work is left alone.
+    2. Fair: background jobs pause; interactive requests are not limited.
     3. Serious: half the sequences, small prompt chunks, paced decoding, smaller variants.
-    4. Critical: what runs finishes, paced; nothing new starts; idle models are unloaded.
+    4. Critical: running requests finish, paced; nothing new starts; idle models are unloaded.
     """
     if state <= ThermalState.NOMINAL:  # (1)
         return Directive()

@@ -1,1 +1,1 @@
-"""The process that runs the models of one format."""
+"""Replica process: loads models of one format and runs requests on them."""

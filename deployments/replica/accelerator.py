@@ -1,4 +1,4 @@
-"""Turns on the machine's accelerator, between the processes of one application."""
+"""Shares the accelerator between the replica processes of one machine."""
 
 import asyncio
 import platform
@@ -10,14 +10,14 @@ from core.errors import ImpetusError
 
 
 def turn_file(home: Path) -> Path:
-    """Return the file that this machine's processes share; other machines may see the folder."""
+    """Return the lock file of this machine; the folder may be shared with other machines."""
     return home / "cache" / f"turns-{platform.node()}"
 
 
 class SharedAccelerator:
-    """This process's place in the order; taken when the first engine needs it.
+    """This process's registration for turns; made when the first engine needs it.
 
-    A process that is alone makes no system call for its turns.
+    A process that is the only one makes no system call per turn.
     """
 
     def __init__(self, home: Path) -> None:
@@ -25,9 +25,9 @@ class SharedAccelerator:
         self._lock: AcceleratorLock | None = None
 
     async def share(self, engine: Engine) -> None:
-        """Make a new engine take turns if it can.
+        """Make a new engine take turns, if it supports that.
 
-        Raises Unavailable, having closed the engine, where the file cannot be used.
+        Closes the engine and raises Unavailable if the lock file cannot be used.
         """
         if not isinstance(engine, SharesAccelerator):
             return
@@ -46,6 +46,6 @@ class SharedAccelerator:
         return self._lock
 
     async def close(self) -> None:
-        """Leave the order; call it once the engines are closed."""
+        """Release the registration; call it after the engines are closed."""
         if self._lock is not None:
             await asyncio.to_thread(self._lock.close)

@@ -1,4 +1,4 @@
-"""The deployment of one model format: its replicas hold the resident models."""
+"""Deployment of one model format: its replicas load models and run requests on them."""
 
 import asyncio
 import logging
@@ -58,9 +58,9 @@ class _OpenModel:
 
 
 class FormatReplica:
-    """Opens models of one format and runs requests on them.
+    """Loads models of one format and runs requests on them.
 
-    A model's requests are counted here; the scheduler asks for loads and unloads only.
+    Running requests are counted here; the scheduler only requests loads and unloads.
     """
 
     def __init__(self, format_name: str, settings: Settings) -> None:
@@ -81,7 +81,7 @@ class FormatReplica:
 
     @returning_errors
     async def load_model(self, order: LoadRequest) -> Residency:
-        """Open the model unless it is open; the weights are read on a thread."""
+        """Load the model unless it is loaded; the weights are read on a thread."""
         async with self._load_lock:
             model = self._models.get(order.model_id)
             if model is not None:
@@ -110,9 +110,9 @@ class FormatReplica:
             return residency
 
     async def unload_model(self, model_id: str) -> UnloadResult | None:
-        """Let the model's requests end, then free it; None when it was not here.
+        """Unload the model after its last request; None if it is not loaded here.
 
-        New requests for it are told that it is not resident, so that they wait for a load.
+        New requests get ModelNotResident, so they wait for another load.
         """
         model = self._models.get(model_id)
         if model is None:
@@ -125,7 +125,7 @@ class FormatReplica:
 
     @staticmethod
     async def _drain(model: _OpenModel) -> None:
-        """Take no more requests and wait for those that run."""
+        """Reject new requests and wait for running ones to finish."""
         model.is_draining = True
         while model.in_flight and not model.engine.is_failed:
             model.idle.clear()
@@ -140,14 +140,14 @@ class FormatReplica:
         return freed
 
     async def set_limits(self, limits: EngineLimits) -> None:
-        """Make every resident model obey `limits`, and those that are loaded later."""
+        """Apply `limits` to every loaded model, and to models that are loaded later."""
         self._limits = limits
         for model in self._models.values():
             _limit(model.engine, limits)
 
     @returning_errors
     async def generate(self, request: GenerationRequest, socket_path: str) -> None:
-        """Run a request, its events going to the router's socket, one frame a step."""
+        """Run a request; its events go to the router's socket, one frame per step."""
         sender = await self._sender(socket_path)
         with self._lease(request.model_id) as model:
             await self._run(model.engine, request, sender)
@@ -156,7 +156,7 @@ class FormatReplica:
 
     @staticmethod
     async def _run(engine: Engine, request: GenerationRequest, sender: FrameSender) -> None:
-        """Run the request for as long as its events can be sent."""
+        """Run the request; cancel it if its events cannot be sent."""
         loop = asyncio.get_running_loop()
         work = asyncio.ensure_future(engine.stream_to(request, sender))
         try:
@@ -170,7 +170,7 @@ class FormatReplica:
             await asyncio.gather(work, return_exceptions=True)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
-        """Run a request for a router on another node, yielding frames."""
+        """Run a request for a router on another node; yields frames."""
         with self._lease(request.model_id) as model:
             sink = CoalescingSink(asyncio.get_running_loop())
             work = asyncio.ensure_future(model.engine.stream_to(request, sink))
@@ -193,16 +193,16 @@ class FormatReplica:
 
     @returning_errors
     async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
-        """Return how many tokens a prompt comes to for this model."""
+        """Return the number of tokens of a prompt for this model."""
         with self._lease(model_id) as model:
             return await count_tokens(model.engine, prompt)
 
     @contextmanager
     def _lease(self, model_id: str) -> Iterator[_OpenModel]:
-        """Hold the model for one request.  Raises ModelNotResident.
+        """Count one request on the model.  Raises ModelNotResident.
 
-        So it does when the model's file was deleted or replaced: the scheduler then looks at the
-        disk, while requests that run on the old file end in peace.
+        Also raised when the model's file was deleted or replaced: the scheduler then scans the
+        folders; running requests finish on the old file.
         """
         model = self._models.get(model_id)
         if model is None or not _is_usable(model):
@@ -223,12 +223,12 @@ class FormatReplica:
             try:
                 sender = FrameSender(socket_path)
             except OSError as problem:
-                raise EngineFailed(f"The router's socket cannot be reached: {problem}") from problem
+                raise EngineFailed(f"Cannot connect to the router's socket: {problem}") from problem
             self._senders[socket_path] = sender
         return sender
 
     async def report(self) -> ReplicaReport:
-        """Return what this process holds and does."""
+        """Return the usage and memory of this process's models."""
         self._memory.sample({name for name, one in self._models.items() if one.was_active})
         for model in self._models.values():
             model.was_active = bool(model.in_flight)
@@ -249,7 +249,7 @@ class FormatReplica:
         return ReplicaReport(self._format, os.getpid(), residents, (process,))
 
     async def check_health(self) -> None:
-        """Raise where an engine's step does not return: Serve then replaces this process."""
+        """Raise EngineFailed if an engine's step hangs: Serve then replaces this process."""
         for model_id, model in self._models.items():
             engine = model.engine
             stalled_s = engine.stalled_s if isinstance(engine, Watched) else 0.0
@@ -257,11 +257,11 @@ class FormatReplica:
                 raise EngineFailed(f"A step of {model_id} has not returned for {stalled_s:.0f} s.")
 
     async def residencies(self) -> list[Residency]:
-        """Return what is resident, for a scheduler that starts anew."""
+        """Return the loaded models, for a scheduler that restarts."""
         return [model.residency for model in self._models.values() if _is_usable(model)]
 
     async def __del__(self) -> None:
-        """Free every model; Serve awaits this at shutdown."""
+        """Close every model; Serve awaits this at shutdown."""
         for model in list(self._models.values()):
             await model.engine.close()
         await self._accelerator.close()

@@ -1,4 +1,4 @@
-"""Whether a model's files are still those that were opened."""
+"""Detects whether a model's files were replaced or deleted since they were opened."""
 
 import os
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from deployments.messages import FileMark
 
 
 def mark(path: Path) -> FileMark:
-    """Return the file as it is now.  Raises ModelFileMissing."""
+    """Return the file's current identity.  Raises ModelFileMissing."""
     try:
         status = path.stat()
     except OSError as problem:
@@ -18,7 +18,7 @@ def mark(path: Path) -> FileMark:
 
 
 def has_changed(marks: Sequence[FileMark]) -> bool:
-    """Whether a file is gone or another than the one that was opened."""
+    """Whether a file was deleted or replaced."""
     for known in marks:
         try:
             status = os.stat(known.path)

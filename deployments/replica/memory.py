@@ -1,4 +1,4 @@
-"""What the models of this process really hold, from readings around their opening and closing."""
+"""Measures each model's memory from the process footprint before and after load and unload."""
 
 import asyncio
 import gc
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 class ModelMemory:
     """Measures one replica's models.  Used from its event loop; readings take microseconds.
 
-    Where the system does not say what a process holds, all is 0 and the estimates stand.
+    All values are 0, so the estimates stay in force, if the system has no such reading.
     """
 
     def __init__(self, backend: Backend, meter: Meter | None = None) -> None:
@@ -27,7 +27,7 @@ class ModelMemory:
         self._book: FootprintBook | None = None
 
     async def measure_open(self, order: LoadRequest, open_: Callable[[], Result]) -> Result:
-        """Run `open_` on a thread and note what it took."""
+        """Run `open_` on a thread and record how much memory it took."""
         backend = self._backend
         if isinstance(backend, Measured):
             await asyncio.to_thread(backend.preload, order.info, order.options)
@@ -58,10 +58,10 @@ class ModelMemory:
     async def measure_close(
         self, model_id: str, close: Callable[[], Awaitable[None]]
     ) -> UnloadResult:
-        """Await `close` and return what came back."""
+        """Await `close` and return how much memory was freed."""
         before = self._meter.read()
         await close()
-        # Engines have cycles; what they held must not wait for the collector's own time.
+        # Engines have reference cycles; collect them now instead of at some later time.
         await asyncio.to_thread(gc.collect)
         await asyncio.to_thread(trim_heap)
         after = self._meter.read()
@@ -79,10 +79,10 @@ class ModelMemory:
             self._book.sample(now, active)
 
     def measured_bytes(self, model_id: str) -> int:
-        """Return what a model will hold at most; 0 where nothing was measured."""
+        """Return the most a model will hold; 0 if not measured."""
         return 0 if self._book is None else self._book.measured_bytes(model_id)
 
     @property
     def kept_bytes(self) -> int:
-        """What the process holds beside its models."""
+        """Bytes the process holds beside its models."""
         return 0 if self._book is None else self._book.kept_bytes

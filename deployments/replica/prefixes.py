@@ -1,4 +1,4 @@
-"""Where a replica's engines keep computed prefixes over an unload and a restart."""
+"""Opens the store that keeps computed prefixes across unloads and restarts."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -10,7 +10,7 @@ from deployments.messages import FileMark, LoadRequest
 
 
 def open_snapshots(settings: Settings) -> Snapshots | None:
-    """Return the store of this process; None where both RAM and disk are switched off."""
+    """Return the store of this process; None if both RAM and disk are disabled."""
     if not settings.prefix_ram and not settings.prefix_disk:
         return None
     folder = PrefixFolder(settings.prefix_folder, Limits(settings.prefix_disk))
@@ -20,7 +20,7 @@ def open_snapshots(settings: Settings) -> Snapshots | None:
 def place_of(
     snapshots: Snapshots | None, order: LoadRequest, marks: Sequence[FileMark]
 ) -> SnapshotPlace | None:
-    """Return the model's place in the store: its name tells models apart, its files versions."""
+    """Return the model's place in the store: named after the model, versioned by its files."""
     if snapshots is None or not marks:
         return None
     name = sha256(f"{order.info.format}\n{marks[0].path}".encode()).hexdigest()[:32]

@@ -1,1 +1,1 @@
-"""The process that owns memory, loads and limits."""
+"""Scheduler process: memory ledger, loads and unloads, thermal limits, conversions."""

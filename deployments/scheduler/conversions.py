@@ -1,4 +1,4 @@
-"""Conversions that make a model usable here: started by a request, one at a time."""
+"""Converts models that cannot run here, one at a time, started by a request."""
 
 import asyncio
 import logging
@@ -19,19 +19,19 @@ from core.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# A conversion that failed is not tried again for this long, or until the server starts anew.
+# A failed conversion is not retried for this long, or until the server restarts.
 _FAILURE_KEPT_S = 600.0
 _FIRST_GUESS_S = 30
 _LONGEST_RETRY_S = 120
 _MEMORY_WAIT_S = 600.0
 
-# Waits up to some seconds for memory, then holds it under a name: `Reservations.reserve`.
+# (name, bytes, timeout in seconds): waits for memory, then reserves it: `Reservations.reserve`.
 ReserveMemory: TypeAlias = Callable[[str, int, float], AbstractAsyncContextManager[OnMemory]]
 
 
 @dataclass(slots=True)
 class _Conversion:
-    """One conversion that runs; `fraction` is 0 to 1."""
+    """One running conversion; `fraction` is 0 to 1."""
 
     target_format: str
     quantization: str
@@ -41,7 +41,7 @@ class _Conversion:
 
 
 class Conversions:
-    """Turns models that cannot run here into ones that can.  Belongs to one event loop."""
+    """Runs conversions and answers requests for their models.  Belongs to one event loop."""
 
     def __init__(
         self,
@@ -66,15 +66,15 @@ class Conversions:
 
     @property
     def is_paused(self) -> bool:
-        """Whether conversions are held up."""
+        """Whether conversions are paused."""
         return self._pause.is_on
 
     def pause(self, *, is_on: bool) -> None:
-        """Stop what runs where it is and start nothing, or let it go on."""
+        """Pause or resume the running conversion and those that wait."""
         self._pause.switch(is_on=is_on)
 
     def sweep(self) -> None:
-        """Remove what conversions of dead processes left; blocks while folders are listed."""
+        """Remove leftovers of conversions whose process died; blocks while folders are listed."""
         if self._folder.is_dir():
             inside = (path for path in self._folder.iterdir() if not path.is_symlink())
             for folder in [self._folder, *(path for path in inside if path.is_dir())]:
@@ -83,10 +83,10 @@ class Conversions:
     def answer(
         self, record: ModelRecord, problem: ImpetusError, others: Sequence[ModelRecord]
     ) -> ImpetusError:
-        """Return what a request for a model that cannot run here is told.
+        """Return the error for a request for a model that cannot run here.
 
-        Starts the conversion that helps, if there is one; `problem` is why it is needed.
-        `others` is the catalog: what it was converted to before cannot run either.
+        Starts the conversion that helps, if any; `problem` is why it is needed.  `others` is the
+        catalog: if it has converted versions, they cannot run here either.
         """
         results = [
             other.id
@@ -94,7 +94,9 @@ class Conversions:
             if isinstance(other.source, Converted) and other.source.model_id == record.id
         ]
         if results:
-            return _with_note(problem, f"Nor can what it was converted to: {', '.join(results)}.")
+            return _with_note(
+                problem, f"Its converted versions cannot run here either: {', '.join(results)}."
+            )
         running = self._running.get(record.id)
         if running is None:
             failed_at, reason = self._failures.get(record.id, (-_FAILURE_KEPT_S, ""))
@@ -108,7 +110,7 @@ class Conversions:
         doing = "paused until the machine has recovered" if self._pause.is_on else running.doing
         return Unavailable(
             f"{problem.message} It is being converted to {what} ({doing}, "
-            f"{running.fraction:.0%}); ask again later.",
+            f"{running.fraction:.0%}); try again later.",
             param="model",
             retry_after_s=_seconds_left(running),
         )
@@ -141,7 +143,7 @@ class Conversions:
         return conversion
 
     async def _run(self, record: ModelRecord, conversion: _Conversion) -> None:
-        def note(progress: ConversionProgress) -> None:
+        def on_progress(progress: ConversionProgress) -> None:
             conversion.fraction, conversion.doing = progress.fraction, progress.doing
 
         kind = f"{conversion.target_format}-{conversion.quantization}"
@@ -163,7 +165,7 @@ class Conversions:
                 ) as measured:
                     conversion.started_at = time.monotonic()
                     await asyncio.to_thread(target.parent.mkdir, parents=True, exist_ok=True)
-                    await convert(request, note, self._pause, measured)
+                    await convert(request, on_progress, self._pause, measured)
             logger.info("converted %s to %s", record.id, kind)
             await self._rescan()
         except ImpetusError as problem:
@@ -176,7 +178,7 @@ class Conversions:
             del self._running[record.id]
 
     def cancel(self) -> None:
-        """End what runs; a step's process ends with this one in any case."""
+        """Cancel the tasks; a step's process ends with this one in any case."""
         for task in self._tasks:
             task.cancel()
 

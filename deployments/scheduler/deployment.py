@@ -1,4 +1,4 @@
-"""The scheduler: the one owner of the memory ledger, loads and unloads."""
+"""Scheduler deployment: the single owner of the memory ledgers, loads and unloads."""
 
 import asyncio
 import logging
@@ -51,8 +51,8 @@ _STATES_LIMIT_S = 10.0
 class SchedulerReplica:
     """Decides with `scheduler.policy`, performs through the format deployments' handles.
 
-    All state changes happen on one event loop.  Its knowledge of what is resident is asked of
-    the replicas when it starts, so that its own death loses nothing.
+    All state changes happen on one event loop.  At start it asks the replicas what is resident,
+    so a crash of the scheduler loses nothing.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class SchedulerReplica:
         return self._reservations.reserve(self._ledger, name, needed_bytes, timeout_s)
 
     async def _run(self) -> None:
-        """Scan now and at intervals; remember what the replicas already hold."""
+        """Scan, recover what the replicas hold, then scan at intervals."""
         await asyncio.to_thread(self._conversions.sweep)
         await self._scanner.scan()
         await self._recover()
@@ -129,7 +129,7 @@ class SchedulerReplica:
             await self._scanner.scan()
 
     async def _recover(self) -> None:
-        """Take over the models' settings, and what the replicas hold."""
+        """Restore the models' settings, and the models that the replicas hold."""
         for record in await self._lookup.records():
             if record.settings != ModelSettings():
                 self._configure(record)
@@ -168,7 +168,7 @@ class SchedulerReplica:
         return self._is_ready.is_set()
 
     async def rescan(self) -> None:
-        """Scan the model folders now; calls that come together share one scan."""
+        """Scan the model folders now; concurrent calls share one scan."""
         await self._scanner.scan()
 
     async def residencies(self) -> tuple[list[Residency], list[str]]:
@@ -177,33 +177,33 @@ class SchedulerReplica:
         return self._residencies(), self._loading()
 
     async def _forget_stopped(self) -> None:
-        """Take out the models whose idle processes Serve ended."""
+        """Remove the models of formats that Serve scaled to zero."""
         for residency in await self._format_clients.stopped(self._residencies()):
-            logger.info("%s ended with its idle process", residency.model_id)
+            logger.info("%s was unloaded: its idle process was scaled down", residency.model_id)
             ledger = ledger_holding(self._ledgers, residency.model_id)
             if ledger is not None:
                 ledger.forget(residency)
 
     @returning_errors
     async def explain(self, model_id: str) -> None:
-        """Raise why a model cannot run here, starting the conversion that helps, if there is one.
+        """Raise why a model cannot run here, and start the conversion that helps, if any.
 
-        Returns where nothing is wrong with it.
+        Returns if the model can run.
         """
         await self._lookup.explain(model_id)
 
     @returning_errors
     async def ensure_loaded(self, model_id: str, need: LoadContext = DEFAULT_CONTEXT) -> Residency:
-        """Return where the model is resident, waiting for memory and loading it where needed.
+        """Return the model's residency; waits for memory and loads the model if needed.
 
         Raises ModelNotFound, ModelFileMissing, BrokenModel, BackendUnavailable, ModelFailed,
-        ModelQuarantined, InsufficientMemory, QueueFull, and Unavailable when the memory did not
-        become free within the request's time.
+        ModelQuarantined, InsufficientMemory, QueueFull, and Unavailable if the memory
+        does not become free in time.
         """
         if need.is_retry:
             self._faults.clear(model_id)
         if need.lost_replica:
-            await self._look_after_lost(model_id, need)
+            await self._check_lost(model_id, need)
         plans: tuple[LoadPlan, ...] = ()
         priority, ledger = need.priority, self._ledger
         if self._residency(model_id) is None:
@@ -223,21 +223,21 @@ class SchedulerReplica:
             is_resumed=need.is_resumed,
         )
 
-    async def _look_after_lost(self, model_id: str, need: LoadContext) -> None:
-        """Find out why a caller did not find the model where it believed it to be."""
+    async def _check_lost(self, model_id: str, need: LoadContext) -> None:
+        """Find out why a router did not find the model at its residency."""
         known = self._residency(model_id)
         if need.has_died:
             await self.process_died(model_id, need.lost_replica)
         elif known is not None and known.replica_id == need.lost_replica:
             await self._release_lost(known)
-        # Perhaps its file is gone or another one now; what was unloaded here is not looked for.
+        # Its file may be deleted or replaced; a model that was unloaded here needs no scan.
         if known is not None and self._residency(model_id) is None:
             await self._scanner.scan()
 
     async def _ledger_for(self, record: ModelRecord) -> Ledger:
-        """Return the ledger of a load, with what the replicas say of their models right now.
+        """Ask the replicas for their usage and return the ledger for a load.
 
-        This is the one question of a load; there is none where the model is being loaded already.
+        This is the only question of a load; none is asked if the model is already being loaded.
         """
         ledger = ledger_holding(self._ledgers, record.id)
         if ledger is not None and ledger.state.is_loading(record.id):
@@ -249,11 +249,11 @@ class SchedulerReplica:
         return ledger
 
     async def unload(self, model_id: str) -> bool:
-        """Unload a model after its last request, a pinned one too; False: it is not resident."""
-        return await self._release(model_id, "its unloading was asked for")
+        """Unload a model, even a pinned one, after its last request; False if not resident."""
+        return await self._release(model_id, "an unload was requested")
 
     async def settings_changed(self, model_id: str) -> None:
-        """Apply what the catalog says of the model to the resident one, as far as it concerns us.
+        """Apply a model's changed keep-alive and pin at once.
 
         Its context and sequences change with the next load.
         """
@@ -287,22 +287,22 @@ class SchedulerReplica:
         )
 
     async def decisions(self) -> list[Decision]:
-        """Return the last decisions, the oldest first."""
+        """Return the last decisions, oldest first."""
         return self._log.last()
 
     async def snapshot(self) -> SchedulerSnapshot:
-        """Return the ledger, the queue, the thermal state and the counts of this moment."""
+        """Return the current ledger, queue, thermal state and counts."""
         return self._snapshot()
 
     async def _release_lost(self, known: Residency) -> None:
-        """Take out a model that a caller did not find, unless it is there again."""
+        """Remove a model that a router did not find, unless its replica holds it."""
         is_held = await self._format_clients.is_resident(known)
-        # Another caller may have had it loaded again meanwhile.
+        # Another request may have loaded it again meanwhile.
         if self._residency(known.model_id) is known and not is_held:
-            await self._release(known.model_id, "its replica does not serve it any more")
+            await self._release(known.model_id, "its replica no longer serves it")
 
     async def process_died(self, model_id: str, replica_id: str) -> None:
-        """Take note of a process that died while it ran a request for the model."""
+        """Record a process that died while it ran a request for the model."""
         known = self._residency(model_id)
         if known is not None and known.replica_id == replica_id:
             await self._release_lost(known)
@@ -313,17 +313,17 @@ class SchedulerReplica:
             ledger.process_ended(process)
 
     async def _apply_directive(self, directive: Directive) -> None:
-        """Do what the machine's strain asks of all but the engines."""
+        """Apply the thermal directive to conversions and the ledger; engines get their limits."""
         if self._conversions.is_paused != directive.pauses_jobs:
             self._conversions.pause(is_on=directive.pauses_jobs)
             action = "pause conversions" if directive.pauses_jobs else "let conversions go on"
             self._log.record("thermal", action, f"the machine is {self._thermal.state.label}")
-        # The sensors are those of the scheduler's own machine.
+        # Sensors exist only for the scheduler's own machine.
         await self._ledger.set_critical(is_critical=directive.unloads_idle)
         self._published.notify()
 
     def __del__(self) -> None:
-        """Stop scan and conversions and close the catalog."""
+        """Cancel all tasks and close the catalog."""
         self._background.cancel()
         self._conversions.cancel()
         for ledger in self._ledgers.values():

@@ -1,4 +1,4 @@
-"""Models that could not be loaded or whose processes died: not tried again for every request."""
+"""Tracks models that fail to load or crash: back-off, quarantine, and a file that keeps them."""
 
 import logging
 import math
@@ -29,7 +29,7 @@ _LONGEST_REASON = 800
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What the file holds; `records` by model id."""
+    """Content of the file; `records` by model id."""
 
     session: str
     records: Mapping[str, FaultRecord]
@@ -39,9 +39,9 @@ _KEPT = TypeAdapter(_Kept)
 
 
 class FaultFile:
-    """Keeps the records of one session, replaced as a whole; those of another are not read.
+    """Stores the records of one session; the records of another session are not read.
 
-    A session does not outlive the system's start, so that its monotonic times stay true.
+    A session does not outlive a reboot, so its monotonic times stay valid.
     """
 
     def __init__(self, path: Path, session: str) -> None:
@@ -49,29 +49,31 @@ class FaultFile:
         self._session = session
 
     def read(self) -> dict[str, FaultRecord]:
-        """Return what this session kept, by model id; nothing where that cannot be read."""
+        """Return this session's records by model id; none if the file cannot be read."""
         try:
             kept = _KEPT.validate_json(self._path.read_bytes())
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as problem:
-            logger.warning("what is known of failing models cannot be read: %s", problem)
+            logger.warning(
+                "cannot read the records of failing models, starting without: %s", problem
+            )
             return {}
         return dict(kept.records) if kept.session == self._session else {}
 
     def write(self, records: Mapping[str, FaultRecord]) -> None:
-        """Replace what is kept; blocks for a small file.  A failure is logged."""
+        """Replace the file; blocks for a small file.  A failure is logged."""
         scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             scratch.write_bytes(_KEPT.dump_json(_Kept(self._session, records)))
             scratch.replace(self._path)
         except OSError as problem:
-            logger.warning("what is known of failing models cannot be kept: %s", problem)
+            logger.warning("cannot store the records of failing models: %s", problem)
             scratch.unlink(missing_ok=True)
 
 
 class Faults:
-    """What is wrong with models, by id.  Belongs to one event loop; `file` outlives the process."""
+    """Records of failing models by id.  Belongs to one event loop; `file` outlives the process."""
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class Faults:
         self._records: dict[str, FaultRecord] = {} if file is None else file.read()
 
     def check(self, model_id: str, files: str) -> None:
-        """Raise ModelQuarantined or ModelFailed where the model is not to be loaded now."""
+        """Raise ModelQuarantined or ModelFailed if the model must not be loaded now."""
         record = self._records.get(model_id)
         if record is None:
             return
@@ -106,40 +108,40 @@ class Faults:
             )
 
     def record_failure(self, model_id: str, files: str, problem: BaseException) -> None:
-        """Remember a load that failed."""
+        """Record a failed load."""
         reason = problem.message if isinstance(problem, ImpetusError) else repr(problem)
         record = self._of(model_id, files)
         self._keep(model_id, load_failed(record, reason[:_LONGEST_REASON], self._clock()))
 
     def record_death(self, model_id: str, files: str, process: str, stderr_tail: str) -> bool:
-        """Remember that a process died that the model used; True when that is the last straw."""
+        """Record a process that died with the model; True if this quarantines the model."""
         old = self._of(model_id, files)
-        # Every request that ran there tells of it.
+        # Every request that ran there reports the same death.
         if process in old.deaths:
             return False
         count = len(old.deaths.keys() | {process})
-        said = f" Its last words: {stderr_tail}" if stderr_tail else ""
+        log = f" Last log lines: {stderr_tail}" if stderr_tail else ""
         reason = (
             f"{min(count, DEATHS_TO_QUARANTINE)} processes died with it within "
-            f"{DEATH_WINDOW_S / 60:.0f} minutes.{said}"
+            f"{DEATH_WINDOW_S / 60:.0f} minutes.{log}"
         )
         record = process_died(old, process, reason[:_LONGEST_REASON], self._clock())
         self._keep(model_id, record)
         return record.is_quarantined and not old.is_quarantined
 
     def record_load(self, model_id: str) -> None:
-        """Remember a load that worked."""
+        """Record a successful load."""
         record = self._records.get(model_id)
         if record is not None and record.failures:
             self._keep(model_id, loaded(record))
 
     def clear(self, model_id: str) -> None:
-        """Forget all of a model: somebody wants it tried again."""
+        """Remove a model's record: an explicit load tries it again."""
         if self._records.pop(model_id, None) is not None:
             self._write()
 
     def current(self) -> dict[str, Fault]:
-        """Return what is wrong with models now, by id."""
+        """Return the models that are not loaded now, with the reason, by id."""
         now = self._clock()
         return {
             model_id: Fault(record.is_quarantined, record.reason)
@@ -148,7 +150,7 @@ class Faults:
         }
 
     def expires_in_s(self) -> float | None:
-        """Return the seconds until the next back-off ends; None where there is none."""
+        """Return the seconds until the next back-off ends; None if there is none."""
         now = self._clock()
         waits = [wait_s(record, now) for record in self._records.values()]
         return min((wait for wait in waits if wait > 0), default=None)

@@ -1,4 +1,4 @@
-"""The processes that hold models: asked what they do, and told apart from those that are gone."""
+"""Clients of the format deployments: load, unload, usage reports, detection of dead processes."""
 
 import asyncio
 import logging
@@ -29,11 +29,11 @@ _REPORT_LIMIT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class UsageReport:
-    """What the replicas of some formats said when they were asked once.
+    """The answers of some formats' replicas to one question.
 
-    `asked_at`: monotonic seconds right before.  `models` has None for a model that its replica
-    does not hold any more.  `processes` are those that answered, by format; `ended` those that are
-    gone since, which keep nothing.
+    `asked_at`: monotonic seconds right before.  `models` has None for a model that its replica no
+    longer holds.  `processes` are those that answered, by format; `ended` are gone since then and
+    keep nothing.
     """
 
     asked_at: float = -math.inf
@@ -43,18 +43,18 @@ class UsageReport:
 
     @property
     def kept(self) -> tuple[tuple[str, int], ...]:
-        """Bytes that each process keeps beside its models, by the process' name."""
+        """Bytes that each process keeps beside its models, by process name."""
         found = [*(one for each in self.processes.values() for one in each), *self.ended]
         return tuple((process.replica_id, process.kept_bytes) for process in found)
 
     def node_of(self, name: str) -> NodeMemory:
-        """Return the machine of a format's first process; NO_NODE where none answered."""
+        """Return the machine of a format's first process; NO_NODE if none answered."""
         found = self.processes.get(name)
         return found[0].node if found else NO_NODE
 
 
 class FormatClients:
-    """The format deployments as the scheduler sees them.  Belongs to one event loop."""
+    """Calls the format deployments' replicas.  Belongs to one event loop."""
 
     def __init__(
         self,
@@ -67,17 +67,17 @@ class FormatClients:
         self._running = running
         self._processes: dict[str, ProcessReport] = {}
         self._processes_by_format: dict[str, Sequence[ProcessReport]] = {}
-        # Formats whose processes hold memory without models, as far as the ledger was told.
+        # Formats whose processes keep memory beside their models.
         self._keeping_memory: set[str] = set()
         self._ended: list[ProcessReport] = []
 
     async def open(self, order: LoadRequest) -> Residency:
-        """Let a replica open the model.  Raises what the replica does, ReplicaDied too."""
+        """Load the model on a replica.  Raises the replica's errors and ReplicaDied."""
         residency: Residency = await call(self._formats[order.info.format].load_model.remote(order))
         return residency
 
     async def close(self, residency: Residency) -> UnloadResult:
-        """Let the replica free the model after its last request."""
+        """Unload the model after its last request."""
         unload = self._formats[residency.format].unload_model
         freed: UnloadResult | None = await call(unload.remote(residency.model_id))
         if freed is None:
@@ -87,7 +87,7 @@ class FormatClients:
         return freed
 
     def known_processes(self, name: str) -> frozenset[str]:
-        """Return the processes that a format had when it was last asked."""
+        """Return the processes of a format, as of the last answer."""
         return frozenset(process.replica_id for process in self._processes_by_format.get(name, ()))
 
     async def lost_processes(self, name: str, known: frozenset[str]) -> frozenset[str]:
@@ -100,28 +100,28 @@ class FormatClients:
         return known - {process.replica_id for process in processes}
 
     async def is_resident(self, residency: Residency) -> bool:
-        """Whether the replica still says that it holds the model; False where it says nothing."""
+        """Whether the replica confirms that it holds the model; False if it does not answer."""
         try:
             held = await self.residencies(residency.format)
         except ImpetusError as problem:
-            logger.warning("%s does not say what it holds: %s", residency.format, problem)
+            logger.warning("asking %s for its models failed: %s", residency.format, problem)
             return False
         return (residency.model_id, residency.replica_id) in {
             (one.model_id, one.replica_id) for one in held
         }
 
     async def residencies(self, name: str) -> list[Residency]:
-        """Return what a format's replicas hold, nothing where it is scaled to zero."""
+        """Return the models that a format's replicas hold; none if it is scaled to zero."""
         if await self._stopped_among({name}):
             return []
         held: list[Residency] = await call(self._formats[name].residencies.remote())
         return held
 
     async def report(self, known: Sequence[Residency], name: str = "") -> UsageReport:
-        """Ask once, and at the same time, the formats of these models and the format `name`.
+        """Ask the formats of these models and the format `name` for their usage, concurrently.
 
-        Formats whose processes keep memory without any model are asked as well.  Those that do
-        not answer in time are left out; those that do not run are not started by this.
+        Formats whose processes keep memory beside their models are asked as well.  Formats that
+        do not answer within 2 s are left out; formats scaled to zero are not started.
         """
         asked_at = time.monotonic()
         names = {one.format for one in known} | self._keeping_memory | ({name} if name else set())
@@ -150,12 +150,12 @@ class FormatClients:
         return UsageReport(asked_at, models, processes, ended)
 
     async def _stopped_among(self, names: Collection[str]) -> set[str]:
-        """Return the formats that were scaled to zero: asking them would start them."""
+        """Return the formats that are scaled to zero: a call would start them."""
         on_demand = {name for name in names if self._backends[name].starts_on_demand}
         return on_demand - await self._running() if on_demand else set()
 
     def _record_processes(self, name: str, processes: Sequence[ProcessReport]) -> None:
-        """Remember a format's processes; those that are gone keep nothing any more."""
+        """Record a format's processes; those that are gone keep nothing."""
         now = {process.replica_id for process in processes}
         gone = [one for one in self._processes_by_format.get(name, ()) if one.replica_id not in now]
         self._ended += [replace(process, kept_bytes=0) for process in gone]
@@ -171,17 +171,17 @@ class FormatClients:
             async with asyncio.timeout(_REPORT_LIMIT_S):
                 report: ReplicaReport = await call(self._formats[name].report.remote())
         except (TimeoutError, ImpetusError) as problem:
-            logger.warning("%s does not say what it does: %r", name, problem)
+            logger.warning("asking %s for its usage failed: %r", name, problem)
             return None
         return report
 
     async def stopped(self, known: Sequence[Residency]) -> list[Residency]:
-        """Return what formats held that were scaled to zero meanwhile."""
+        """Return the models of formats that were scaled to zero since."""
         stopped = await self._stopped_among({one.format for one in known})
         return [residency for residency in known if residency.format in stopped]
 
     async def stderr_tail(self, replica_id: str) -> str:
-        """Return what a process that is gone wrote last; empty where nobody knows."""
+        """Return the last stderr lines of a process that is gone; empty if unknown."""
         process = self._processes.pop(replica_id, None)
         return (
             ""

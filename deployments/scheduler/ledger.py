@@ -1,4 +1,4 @@
-"""The memory ledger of one machine: holds the policy's state and performs its actions."""
+"""Memory ledger of one machine: holds the policy's state and performs its actions."""
 
 import asyncio
 import itertools
@@ -38,12 +38,12 @@ from scheduler.state import HostState, KeepRules, LoadPlan, ModelUsage, Priority
 
 logger = logging.getLogger(__name__)
 
-# How often the replicas are asked about their models while requests wait for memory.
+# Poll interval of replicas' usage while requests wait for memory.
 _WAITING_POLL_S = 0.1
-# How often they are asked where only keep-alives run.
+# Poll interval while only keep-alives run.
 _SHORTEST_POLL_S = 0.5
 _LONGEST_POLL_S = 15.0
-# How often under critical strain, so that a model goes soon after its last request, and in a load.
+# Poll interval during a load, and under critical strain, to unload models soon after last use.
 _STRAIN_POLL_S = 1.0
 
 Opener = Callable[[str, LoadPlan], Awaitable[Residency]]
@@ -54,7 +54,7 @@ Reporter = Callable[[Sequence[Residency]], Awaitable[UsageReport]]
 
 @dataclass(slots=True)
 class LoadCounts:
-    """How often things happened since the start."""
+    """Counts of loads, failed loads and evictions since the start."""
 
     loads: int = 0
     load_failures: int = 0
@@ -62,7 +62,7 @@ class LoadCounts:
 
 
 def error_for(reject: Reject, failure: BaseException | None) -> BaseException:
-    """Return the error of a refused request; `failure` is what its model's load raised last."""
+    """Return the error of a rejected request; `failure` is what its model's load raised."""
     retry = reject.retry_after_s
     match reject.kind:
         case "memory":
@@ -76,7 +76,7 @@ def error_for(reject: Reject, failure: BaseException | None) -> BaseException:
 
 
 class Ledger:
-    """Decides with `scheduler.policy`; opens, closes and asks through the functions it is given.
+    """Decides with `scheduler.policy`; loads, unloads and asks through the given functions.
 
     All state changes happen on one event loop, between two awaits.
     """
@@ -114,16 +114,16 @@ class Ledger:
 
     @property
     def loading(self) -> list[str]:
-        """The ids of the models that are being opened."""
+        """The ids of the models that are being loaded."""
         return [model.model_id for model in self._state.loading]
 
     @property
     def state(self) -> HostState:
-        """What the policy knows."""
+        """The policy's state."""
         return self._state
 
     def residency(self, model_id: str) -> Residency | None:
-        """Return where the model takes requests."""
+        """Return where the model takes requests; None if it does not."""
         return self._residencies.get(model_id)
 
     async def acquire(
@@ -135,11 +135,10 @@ class Ledger:
         *,
         is_resumed: bool = False,
     ) -> Residency:
-        """Return where the model is resident, once it is.
+        """Wait until the model is resident; return where.
 
-        Call `take_usage` or `refresh` right before, where it is not resident.  Raises
-        InsufficientMemory, QueueFull, Unavailable after `timeout_s`, and whatever opening the
-        model raised.
+        Call `take_usage` or `refresh` right before if it is not resident.  Raises
+        InsufficientMemory, QueueFull, Unavailable after `timeout_s`, and what the load raised.
         """
         number = next(self._request_ids)
         future: asyncio.Future[Residency] = asyncio.get_running_loop().create_future()
@@ -155,7 +154,7 @@ class Ledger:
                 self._evicted.pop(model_id, None)
 
     async def release(self, model_id: str, reason: str) -> bool:
-        """Unload a model and wait until it is gone; False where it is not resident."""
+        """Unload a model and wait until its memory is free; False if it is not resident."""
         if model_id in self._residencies:
             self._send(UnloadWanted(model_id, reason))
         closing = self._unloads.get(model_id)
@@ -165,44 +164,44 @@ class Ledger:
         return True
 
     def restore(self, residency: Residency, size_bytes: int) -> None:
-        """Take in a model that a replica was found to hold."""
+        """Add a model that a replica already holds."""
         self._residencies[residency.model_id] = residency
         self._send(Loaded(residency.model_id, size_bytes, residency.load_s, residency.format))
 
     def forget(self, residency: Residency) -> None:
-        """Take out a model whose process is gone."""
+        """Remove a model whose process is gone."""
         if self._residencies.get(residency.model_id) is residency:
             del self._residencies[residency.model_id]
             self._send(Unloaded(residency.model_id))
 
     def process_ended(self, process: str) -> None:
-        """Take out a process, with all that it kept."""
+        """Remove a process and the memory that it kept."""
         if any(name == process for name, _ in self._state.kept):
             self._send(ProcessEnded(process))
 
     async def set_critical(self, *, is_critical: bool) -> None:
-        """Let idle models go while the strain is critical, and load nothing for new requests."""
+        """Enter or leave critical strain: idle models are unloaded, nothing new is loaded."""
         if is_critical != self._state.is_critical:
             await self.refresh()
             self._send(StrainChanged(is_critical))
 
     def configure(self, model_id: str, rules: KeepRules) -> None:
-        """Keep a model by these rules, now and whenever it is loaded."""
+        """Set a model's keep rules, for now and later loads."""
         self._send(Configured(model_id, rules))
 
     def record_usage(self, usage: ModelUsage) -> None:
-        """Take in the usage of what no replica reports."""
+        """Record the usage of an entry that no replica reports (a job)."""
         self._send(Used((usage,), time.monotonic()))
 
     async def refresh(self) -> None:
-        """Ask the replicas how their models are used; one that is not there is forgotten."""
+        """Ask the replicas for their models' usage; models that are gone are removed."""
         known = self.residencies
         if not (known or self._state.kept):
             return
         self.take_usage(await self._report(known))
 
     def take_usage(self, usage: UsageReport) -> None:
-        """Take in how models are used; those of other machines are left out."""
+        """Record a usage report; models of other machines are ignored."""
         self._usage_at = usage.asked_at
         usages: list[ModelUsage] = []
         for residency, report in usage.models:
@@ -213,14 +212,14 @@ class Ledger:
         self._send(Used(tuple(usages), usage.asked_at, usage.kept))
 
     async def _run(self) -> None:
-        """Follow the models' use while requests wait or a keep-alive runs."""
+        """Poll the models' usage while requests wait or a keep-alive runs."""
         ticked_at = time.monotonic()
         while True:
             self._wake_up.clear()
             poll_s = self._poll_s()
             left_s = None if poll_s is None else ticked_at + poll_s - time.monotonic()
             if left_s is None or left_s > 0:
-                # What happens meanwhile may shorten the interval.
+                # An event may shorten the interval.
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._wake_up.wait(), left_s)
                 continue
@@ -229,12 +228,12 @@ class Ledger:
                     await self.refresh()
                 self._send(Tick())
             except Exception:
-                logger.exception("the models' use cannot be followed")
+                logger.exception("polling the models' usage failed; it is tried again")
             ticked_at = time.monotonic()
 
     def _poll_s(self) -> float | None:
         if self._state.waiting:
-            # A load makes room for nobody else, so its own waiters need no news of the others.
+            # Requests that wait only for a load in progress need no usage of other models.
             is_short = any(not self._state.is_loading(one.model_id) for one in self._state.waiting)
             return _WAITING_POLL_S if is_short else _STRAIN_POLL_S
         ends = [item.keep_alive_s for item in self._state.residents if not item.is_closing]
@@ -253,7 +252,7 @@ class Ledger:
         self._on_change()
 
     def _log_decision(self, event: Event, action: Action) -> None:
-        # What happens for every request of a resident model would drown the rest.
+        # Not logged: it happens for every request to a resident model.
         if isinstance(action, Grant) and isinstance(event, Wanted):
             return
         what = f"{type(action).__name__.lower()} {action.model_id}"
@@ -267,7 +266,7 @@ class Ledger:
                 if for_model:
                     self.counts.evictions += 1
                     self._evicted.setdefault(for_model, []).append(model_id)
-                # From now on a request for it waits until it was loaded again.
+                # From now on a request for it waits until it is loaded again.
                 residency = self._residencies.pop(model_id, None)
                 self._unloads[model_id] = self._start(self._unload(model_id, residency))
             case Grant(number, model_id):
@@ -290,7 +289,7 @@ class Ledger:
             residency = await self._open(model_id, plan)
         except Exception as problem:
             if not isinstance(problem, ImpetusError):
-                logger.exception("opening %s failed", model_id)
+                logger.exception("loading %s failed", model_id)
             self._failures[model_id] = problem
             is_memory = isinstance(problem, InsufficientMemory)
             self._send(LoadFailed(model_id, str(problem), is_memory))
@@ -299,7 +298,7 @@ class Ledger:
             self._evicted.pop(model_id, None)
             return
         self.counts.loads += not residency.is_job
-        # Only those who waited for this load are told whom it cost.
+        # Only requests that waited for this load learn which models it evicted.
         evicted = tuple(self._evicted.pop(model_id, ()))
         self._residencies[model_id] = replace(residency, evicted=evicted)
         size_bytes, load_s = plan.needed_bytes, residency.load_s
@@ -313,7 +312,7 @@ class Ledger:
             if residency is not None:
                 freed = await self._close(residency)
         except Exception:
-            # A replica that died holds nothing any more.
+            # A dead replica holds no memory: continue as if it was unloaded.
             logger.exception("unloading %s failed", model_id)
         finally:
             self._unloads.pop(model_id, None)
@@ -325,6 +324,6 @@ class Ledger:
                 self._log.record("unloaded", f"freed {model_id}", freed.summary)
 
     def cancel(self) -> None:
-        """End what runs."""
+        """Cancel all tasks."""
         for task in (self._watch, *self._tasks):
             task.cancel()

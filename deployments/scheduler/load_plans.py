@@ -1,4 +1,4 @@
-"""What opening a model takes here: whether it can be, its memory, and how it is kept."""
+"""Plans loads: whether a model can be loaded here, with how much memory, and its keep rules."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,13 +12,13 @@ from core.units import format_bytes
 from deployments.messages import LoadRequest, Residency
 from scheduler.state import KeepRules, LoadPlan
 
-# A context is not lowered below this, nor are there more estimates of one model than this.
+# The context is not reduced below this; a model has at most this many plans.
 _MIN_CONTEXT = 2048
 _MAX_PLANS = 4
 
 
 class LoadPlanner:
-    """Estimates models by their metadata; opens nothing."""
+    """Estimates models by their metadata; loads nothing."""
 
     def __init__(
         self, settings: Settings, backends: Mapping[str, Backend], options: EngineOptions
@@ -28,7 +28,7 @@ class LoadPlanner:
         self._options = options
 
     def check(self, record: ModelRecord) -> None:
-        """Raise BrokenModel, ModelFileMissing or BackendUnavailable where it cannot be opened."""
+        """Raise BrokenModel, ModelFileMissing or BackendUnavailable if it cannot be loaded."""
         if record.state == "refused":
             raise BrokenModel(f"{record.id} was refused: {record.reason}", param="model")
         if record.state == "missing":
@@ -39,23 +39,25 @@ class LoadPlanner:
             )
         backend = self._backends.get(record.info.format)
         if backend is None:
-            raise BackendUnavailable(f"The format {record.info.format} is not served here.")
+            raise BackendUnavailable(
+                f"The format {record.info.format} is not enabled; see the setting `formats`."
+            )
         availability = backend.availability()
         if not availability.is_available:
             raise BackendUnavailable(availability.reason)
 
     def serves(self, record: ModelRecord) -> bool:
-        """Whether this server has the model's format switched on."""
+        """Whether the model's format is enabled."""
         return record.info.format in self._backends
 
     def estimate(self, record: ModelRecord) -> MemoryEstimate:
-        """Return what the model holds at its best.  Raises InsufficientMemory."""
+        """Return the memory of the model with its full context.  Raises InsufficientMemory."""
         return self._estimate(record, self._full(record))
 
     def plans(self, record: ModelRecord, budget_bytes: int) -> tuple[LoadPlan, ...]:
-        """Return the ways to open the model, the largest first: one where its context is fixed.
+        """Return the ways to load the model, largest first; one if the user fixed its context.
 
-        Raises InsufficientMemory where not even the smallest fits the budget.
+        Raises InsufficientMemory if not even the smallest fits the budget.
         """
         options = replace(self._full(record), memory_limit_bytes=budget_bytes)
         full = self._estimate(record, options)
@@ -74,14 +76,14 @@ class LoadPlanner:
         return tuple(plans)
 
     def load_request(self, record: ModelRecord, plan: LoadPlan, budget_bytes: int) -> LoadRequest:
-        """Return what a replica is told to open the model as offered."""
+        """Return the request to a replica that loads the model as planned."""
         options = replace(self._full(record), memory_limit_bytes=budget_bytes)
         if plan.context_tokens is not None:
             options = replace(options, context_tokens=plan.context_tokens)
         return LoadRequest(record.id, record.info, options, self._settings.step_limit_s)
 
     def size_bytes(self, record: ModelRecord, residency: Residency) -> int:
-        """Return what an open model holds, by its estimate with the context it was granted."""
+        """Return the estimated bytes of a loaded model with the context it was granted."""
         options = replace(self._full(record), context_tokens=residency.context_tokens or None)
         try:
             return self._estimate(record, options).total_bytes
@@ -91,7 +93,7 @@ class LoadPlanner:
     def with_smaller(
         self, record: ModelRecord, problem: ImpetusError, others: Sequence[ModelRecord]
     ) -> ImpetusError:
-        """Return the refusal of a model with the nearest smaller variant that could be loaded."""
+        """Return `problem`, naming the nearest smaller variant that can be loaded, if any."""
         smaller = nearest_smaller(record, others, self._fits)
         if smaller is None:
             return problem
@@ -109,7 +111,7 @@ class LoadPlanner:
         return True
 
     def keep_rules(self, record: ModelRecord) -> KeepRules:
-        """Return how the model is kept: by its own settings, else by the server's."""
+        """Return the model's keep rules: its own settings, else the server's."""
         keep_alive_s = record.settings.keep_alive_s
         if keep_alive_s is None:
             keep_alive_s = self._settings.keep_alive_s

@@ -1,4 +1,4 @@
-"""Tells Serve's controller and Ray's metrics, again and again, what the scheduler knows."""
+"""Periodically publishes the scheduler's state to Serve's autoscaler and Ray's metrics."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ from scheduler.scaling import FormatUse, ScalingDirective, finished
 logger = logging.getLogger(__name__)
 
 PUBLISH_S = 2.0
-# How often idle models' replicas are asked, so that a process in use does not end.
+# How often idle models' replicas are asked, so that a process in use is not stopped.
 _REFRESH_S = 60.0
 
 
@@ -49,11 +49,11 @@ class Publisher:
             try:
                 await self.publish()
             except Exception:
-                logger.exception("the scheduler's state cannot be published")
+                logger.exception("publishing the scheduler's state failed; it is tried again")
             await asyncio.sleep(PUBLISH_S)
 
     async def publish(self) -> None:
-        """Publish once; writes the directive only where it changed."""
+        """Publish once; writes the directive only if it changed."""
         snapshot = self._snapshot()
         if self._is_refresh_due(snapshot):
             self._refreshed_at = self._clock()
@@ -70,7 +70,7 @@ class Publisher:
         return is_held and self._clock() - self._refreshed_at >= min(_REFRESH_S, self._idle_s / 4)
 
     def directive(self, snapshot: SchedulerSnapshot) -> ScalingDirective:
-        """Return what the snapshot allows."""
+        """Return the scaling directive for a snapshot."""
         free = snapshot.budget_bytes - snapshot.used_bytes
         thermal = snapshot.thermal
         growing = [
@@ -92,7 +92,7 @@ class Publisher:
             uses[name] = FormatUse(
                 now - self._last_used_at[name],
                 is_kept=any(item.has_keep_rule for item in held),
-                # Which format is being loaded is not worth asking: a load takes seconds.
+                # A load of any format counts: loads take only seconds.
                 is_busy=any(item.in_flight for item in held) or bool(snapshot.loading),
             )
         return uses

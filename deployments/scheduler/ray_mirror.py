@@ -1,4 +1,4 @@
-"""Mirrors the scheduler's metrics into Ray's own metrics endpoint."""
+"""Mirrors the scheduler's metrics into Ray's metrics endpoint."""
 
 from ray.util import metrics as ray_metrics
 
@@ -7,7 +7,7 @@ from deployments.metrics import COUNTERS, GAUGES, Spec
 
 
 class RayMirror:
-    """The same metrics in Ray's registry, so that its dashboard and Prometheus endpoint show them.
+    """Keeps the metrics in Ray's registry, for its dashboard and Prometheus endpoint.
 
     Source: ray.util.metrics, which names them with the prefix `ray_` and sends them on a thread.
     """
@@ -25,10 +25,10 @@ class RayMirror:
         self._shown: dict[str, set[str]] = {name: set() for name in GAUGES}
 
     def show(self, snapshot: SchedulerSnapshot) -> None:
-        """Set every gauge, and add to every counter what is new."""
+        """Set every gauge, and increase every counter to its new value."""
         for name, spec in GAUGES.items():
             values = dict(spec.read(snapshot))
-            # A value that is not set again would be shown for ever.
+            # A label that is not set again would keep its last value forever.
             gone = dict.fromkeys(self._shown[name] - values.keys(), 0.0)
             self._shown[name] = set(values)
             for label, value in {**gone, **values}.items():

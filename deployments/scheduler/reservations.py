@@ -1,4 +1,4 @@
-"""Memory for work that is no model: it waits, and is counted, in the ledger as a model is."""
+"""Reserves memory for jobs such as conversions, in the same ledger as models."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -9,22 +9,22 @@ from deployments.messages import Residency, UnloadResult
 from deployments.scheduler.ledger import Closer, Ledger, Opener
 from scheduler.state import LoadPlan, ModelUsage
 
-# No model's id begins so: a colon is no part of one.
+# No model id starts with this: ids have no colon.
 _PREFIX = "job:"
 
 
 class Reservations:
-    """Work that holds memory until it ends by itself, such as conversions.  On one event loop.
+    """Jobs that hold memory until they end by themselves.  Belongs to one event loop.
 
-    To the policy a job is a model that nothing can close: it waits in the batch class, idle models
-    give way to it, and whoever needs more than is left beside it waits for its end.
+    To the policy a job is a model that cannot be evicted: it waits in the batch class, idle models
+    are evicted for it, and requests that need its memory wait for its end.
     """
 
     def __init__(self) -> None:
         self._names: set[str] = set()
 
     def wrap_open(self, open_: Opener) -> Opener:
-        """Return `open_` for models, with jobs being open as soon as their memory is granted."""
+        """Wrap `open_`: a job counts as loaded as soon as its memory is granted."""
 
         async def open_either(name: str, plan: LoadPlan) -> Residency:
             if not _is_job(name):
@@ -36,7 +36,7 @@ class Reservations:
         return open_either
 
     def wrap_close(self, close: Closer) -> Closer:
-        """Return `close` for models; a job's memory is free when it says so."""
+        """Wrap `close`: a job has nothing to unload."""
 
         async def close_either(residency: Residency) -> UnloadResult:
             return UnloadResult() if residency.is_job else await close(residency)
@@ -47,9 +47,9 @@ class Reservations:
     async def reserve(
         self, ledger: Ledger, name: str, needed_bytes: int, timeout_s: float
     ) -> AsyncIterator[Callable[[int], None]]:
-        """Wait for the memory and hold it; yields whom to tell what is held by measurement.
+        """Wait for the memory and reserve it; yields a callback for measured bytes.
 
-        A measurement counts only beyond what was foreseen: less may grow to that.  Raises
+        A measurement counts only above `needed_bytes`: less may still grow.  Raises
         InsufficientMemory, QueueFull, and Unavailable after `timeout_s`.
         """
         job = f"{_PREFIX}{name}"

@@ -1,4 +1,4 @@
-"""Looking at the model folders: one scan at a time, shared by all who ask for it meanwhile."""
+"""Scans the model folders: one scan at a time, shared by concurrent callers."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Scanner:
-    """Brings the catalog up to date.  Belongs to one event loop; files are read on a thread."""
+    """Updates the catalog.  Belongs to one event loop; files are read on a thread."""
 
     def __init__(
         self, settings: Settings, store: CatalogStore, backends: Mapping[str, Backend]
@@ -28,7 +28,7 @@ class Scanner:
         self._began_at = 0.0
 
     async def scan(self) -> None:
-        """Look at the folders; a scan that began after this call serves it as well."""
+        """Scan the folders; a scan that starts after this call serves it as well."""
         asked_at = time.monotonic()
         async with self._one_at_a_time:
             if self._began_at > asked_at:
@@ -37,7 +37,7 @@ class Scanner:
             try:
                 report = await asyncio.to_thread(self._scan)
             except Exception:
-                logger.exception("the scan of the model folders failed")
+                logger.exception("scanning the model folders failed; the catalog is unchanged")
                 return
             if report.has_changes:
                 logger.info("scan: %s", report)

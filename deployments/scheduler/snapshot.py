@@ -1,4 +1,4 @@
-"""What the scheduler knows at one moment, for metrics and for the autoscaling policy."""
+"""Takes snapshots of the scheduler's state for metrics and autoscaling."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from deployments.scheduler.thermal import ThermalWatch
 def take_snapshot(
     ledger: Ledger, thermal: ThermalWatch, now: float | None = None
 ) -> SchedulerSnapshot:
-    """Return what is known at `now`, in monotonic seconds; asks nobody and never blocks."""
+    """Return the state at `now`, in monotonic seconds; makes no calls and never blocks."""
     now = time.monotonic() if now is None else now
     state = ledger.state
     waiting = Counter(request.priority for request in state.waiting)

@@ -1,4 +1,4 @@
-"""Watches heat, memory pressure and power, and tells the engines how hard they may work."""
+"""Watches heat, memory pressure and power, and sends limits to the engines."""
 
 import asyncio
 import logging
@@ -34,7 +34,7 @@ _CALL_LIMIT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ThermalReport:
-    """What metrics show: the state that holds, the last reading, and what throttling cost.
+    """For metrics: the current state, the last reading and the time spent throttled.
 
     `throttled_s` are seconds under limits, `changes` the changes of state since the start.
     """
@@ -47,7 +47,7 @@ class ThermalReport:
 
 
 class ThermalWatch:
-    """The state of the machine's strain, and its one way to the engines.
+    """Polls the sensors and sends the resulting limits to all formats.
 
     `on_directive` gets the directive at every poll, for everything that is not an engine.  Used
     from one event loop: a task runs `run`, others read the properties.  Engines that restart have
@@ -76,38 +76,38 @@ class ThermalWatch:
         self._directive = Directive()
         self._report = ThermalReport()
         self._polled_at: float | None = None
-        # Those that may on_directive old limits; at the start that is anybody.
+        # Formats that may still apply old limits; at the start that is any of them.
         self._limited = set(formats)
         self._warned_sensors: set[str] = set()
         self._log = log or DecisionLog()
 
     @property
     def state(self) -> ThermalState:
-        """The state that holds."""
+        """The current state."""
         return self._report.state
 
     @property
     def directive(self) -> Directive:
-        """What the state asks of everyone."""
+        """The directive of the current state."""
         return self._directive
 
     @property
     def admits(self) -> bool:
-        """Whether new requests and loads are taken."""
+        """Whether new requests and loads are admitted."""
         return self._directive.admits
 
     def check_admits(self, model_id: str) -> None:
-        """Raise Unavailable where the machine is under too much strain for another load."""
+        """Raise Unavailable if the machine is under too much strain for another load."""
         if not self.admits:
             raise Unavailable(
                 f"{model_id} is not loaded: the machine is under too much strain "
-                f"({self.state.label}).",
+                f"({self.state.label}). Try again later.",
                 retry_after_s=self.retry_after_s,
             )
 
     @property
     def retry_after_s(self) -> int:
-        """Seconds after which a refused request may try again: the shortest recovery."""
+        """Seconds after which a rejected request may try again: the shortest recovery."""
         return int(FALL_S)
 
     @property
@@ -121,11 +121,11 @@ class ThermalWatch:
             try:
                 await self.poll()
             except Exception:
-                logger.exception("looking after the thermal state failed")
+                logger.exception("polling the thermal state failed; it is tried again")
             await asyncio.sleep(POLL_S)
 
     async def poll(self) -> None:
-        """Read the sensors once and tell everyone what the state asks of them."""
+        """Read the sensors once and apply the resulting directive."""
         reading = await self._reader.read()
         self._warn_once(reading.problems)
         self._update(reading, self._clock())
@@ -136,11 +136,11 @@ class ThermalWatch:
                 await self._on_directive(self._directive)
 
     def _warn_once(self, problems: tuple[SensorProblem, ...]) -> None:
-        """Log what is wrong with each sensor, once."""
+        """Log each sensor's problem once."""
         for problem in problems:
             if problem.sensor not in self._warned_sensors:
                 self._warned_sensors.add(problem.sensor)
-                logger.info("unknown %s, no throttling by it: %s", problem.sensor, problem.message)
+                logger.info("no throttling by %s: %s", problem.sensor, problem.message)
 
     def _update(self, reading: Reading, now: float) -> None:
         known, old = self._strain, self._report
@@ -162,7 +162,7 @@ class ThermalWatch:
         )
 
     def _log_change(self, state: ThermalState, reading: Reading) -> None:
-        """Say in the decisions what a new state asks of the engines, and whence it came."""
+        """Log what a new state requires of the engines, and its cause."""
         limits = directive(
             state, self._settings.max_sequences, self._settings.prefill_chunk_tokens
         ).limits
@@ -174,11 +174,11 @@ class ThermalWatch:
         )
 
     async def _send_limits(self, limits: EngineLimits) -> None:
-        """Tell the formats that run; one that cannot be told is told at the next poll."""
+        """Send the limits to the running formats; a failed call is repeated at the next poll."""
         if limits == UNLIMITED and not self._limited:
             return
         running = await self._running()
-        # An engine that starts after this knows no limits.
+        # An engine that starts later has no limits.
         self._limited &= running
         told = [
             name
@@ -197,13 +197,13 @@ class ThermalWatch:
             async with asyncio.timeout(_CALL_LIMIT_S):
                 await call(self._formats[name].set_limits.remote(limits))
         except Exception as problem:
-            logger.warning("the limits did not reach %s: %s", name, problem)
+            logger.warning("sending limits to %s failed, it is tried again: %s", name, problem)
             return False
         return True
 
 
 class SensorReader:
-    """Reads a sensor on a thread of its own; one that hangs costs that one thread."""
+    """Reads a sensor on its own thread; a sensor that hangs blocks only that thread."""
 
     def __init__(self, sensor: Sensor, limit_s: float) -> None:
         self._sensor = sensor
@@ -211,11 +211,11 @@ class SensorReader:
         self._pending: asyncio.Future[Reading] | None = None
 
     async def read(self) -> Reading:
-        """Return the sensor's reading; unknown where it fails or takes too long."""
+        """Return the sensor's reading; an unknown one if it fails or takes too long."""
         if self._pending is None:
             loop = asyncio.get_running_loop()
             self._pending = loop.create_future()
-            # A hung daemon thread does not keep the process from ending.
+            # A hung daemon thread does not keep the process from exiting.
             threading.Thread(
                 target=self._work, args=(loop, self._pending), name="impetus-sensor", daemon=True
             ).start()
@@ -234,7 +234,7 @@ class SensorReader:
         try:
             loop.call_soon_threadsafe(_settle, pending, reading)
         except RuntimeError:
-            logger.debug("the loop ended before the sensor answered")
+            logger.debug("the event loop closed before the sensor answered")
 
 
 def _settle(pending: "asyncio.Future[Reading]", reading: Reading) -> None:

@@ -1,18 +1,18 @@
-"""Serve's request router for formats with several replicas: a request goes where its model is."""
+"""Ray Serve request router that sends a request to the replica that holds its model."""
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 
 class ResidencyRouter(RequestRouter):
-    """Sends a request to the replica that its handle names in place of a multiplexed model.
+    """Sends a request to the replica that its handle names as its multiplexed model id.
 
-    What names none is a load: it goes to the replica that was given one longest ago.  A replica
-    that is gone is replaced by another one, which answers that the model is not resident there.
-    Runs in the process of the handle.  Source: Ray Serve 2.60, `RequestRouter.choose_replicas`.
+    A request that names none is a load: it goes to the least recently loaded replica.  If the
+    named replica is gone, another one gets the request and answers ModelNotResident.  Runs in the
+    process of the handle.  Source: Ray Serve 2.60, `RequestRouter.choose_replicas`.
     """
 
     def initialize_state(self, **kwargs: object) -> None:
-        """Begin without any load given."""
+        """Start without any load."""
         del kwargs
         self._loads = 0
         self._given: dict[ReplicaID, int] = {}
@@ -22,7 +22,7 @@ class ResidencyRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Return one rank that holds one replica; none where there is none."""
+        """Return one rank with one replica; no rank if there is no replica."""
         if not candidate_replicas:
             return []
         target = pending_request.metadata.multiplexed_model_id if pending_request else ""

@@ -1,7 +1,7 @@
-"""Serve's autoscaling of all formats: one policy for the application, in Serve's controller.
+"""Ray Serve autoscaling policy for all formats; runs in Serve's controller.
 
 `serve_config.yaml` names it.  Serve pickles this module by value and calls the policy in every
-control loop, so that it imports little, waits for nobody and lets nothing escape.
+control loop, so it imports little, never blocks and never raises.
 """
 
 import logging
@@ -18,10 +18,10 @@ _READ_INTERVAL_S = 1.0
 
 
 def write_directive(directive: ScalingDirective) -> None:
-    """Leave the directive where the policy finds it; blocks for one call to Ray's GCS.
+    """Store the directive for the policy; blocks for one call to Ray's GCS.
 
-    The internal key-value store is the one place that both the scheduler's process and Serve's
-    controller reach without a call between them, on whatever machine either runs.
+    Ray's internal key-value store is reachable from the scheduler and from Serve's controller on
+    any machine, without a call between the two.
     """
     from ray.experimental.internal_kv import _internal_kv_put
 
@@ -29,7 +29,7 @@ def write_directive(directive: ScalingDirective) -> None:
 
 
 def read_directive() -> ScalingDirective:
-    """Return what was written last; before that, the default."""
+    """Return the last stored directive; the default before the first."""
     from ray.experimental.internal_kv import _internal_kv_get
 
     text = _internal_kv_get(_DIRECTIVE_KEY)
@@ -37,10 +37,10 @@ def read_directive() -> ScalingDirective:
 
 
 class FormatPolicy:
-    """How many replicas each format's deployment has; see `scheduler.scaling`.
+    """Decides the number of replicas of each format's deployment; see `scheduler.scaling`.
 
-    Source: Ray Serve 2.60, `_apply_app_level_autoscaling_config`: what is returned still passes
-    each deployment's bounds and delays, and a deployment that is left out is not changed.
+    Source: Ray Serve 2.60, `_apply_app_level_autoscaling_config`: each
+    deployment's bounds and delays apply to the result, and a deployment left out is unchanged.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FormatPolicy:
             # Serve would log this four times a second.
             if repr(problem) != self._last_problem:
                 self._last_problem = repr(problem)
-                logger.exception("the number of replicas cannot be decided")
+                logger.exception("autoscaling failed; the numbers of replicas stay unchanged")
             return {}, {}
         return {key: numbers[key.name] for key in contexts if key.name in numbers}, {}
 

@@ -1,4 +1,4 @@
-"""Calls every replica of a format, and combines their answers."""
+"""Calls every replica of a format and merges the answers."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ Merge: TypeAlias = Callable[[Sequence[Any]], Any]
 
 
 def broadcast_handles(formats: Mapping[str, Handle], settings: Settings) -> Mapping[str, Any]:
-    """Return handles whose questions and orders reach every replica, for who owns the decisions.
+    """Return handles whose calls reach every replica, except `load_model`, which goes to one.
 
-    `load_model` goes to one; where there is one replica a format, they are the handles given.
+    With one replica per format these are the given handles.
     """
     if settings.max_replicas == 1:
         return formats
@@ -25,7 +25,7 @@ def broadcast_handles(formats: Mapping[str, Handle], settings: Settings) -> Mapp
 
 
 class _BroadcastHandle:
-    """A format's handle whose answers are those of all its replicas as if they were one."""
+    """A format's handle that answers for all its replicas as if they were one."""
 
     def __init__(self, handle: Handle) -> None:
         self._handle = direct(handle)
@@ -37,7 +37,7 @@ class _BroadcastHandle:
 
 
 class _Broadcast:
-    """One method of all replicas; has the shape of a handle's method."""
+    """One method of all replicas, with the interface of a handle's method."""
 
     def __init__(self, handle: Handle, method: str, merge: Merge) -> None:
         self._handle = handle
@@ -45,7 +45,7 @@ class _Broadcast:
         self._merge = merge
 
     def remote(self, *arguments: Any) -> "_BroadcastResponse":
-        """Call every replica that runs now."""
+        """Call every running replica."""
         return _BroadcastResponse(self._ask(arguments))
 
     async def _ask(self, arguments: tuple[Any, ...]) -> Any:
@@ -54,12 +54,12 @@ class _Broadcast:
                 calls = self._handle.broadcast(self._method, *arguments)
                 return self._merge(await calls.results_async())
             except DeploymentUnavailableError:
-                # A handle's own call would wait for the first replica as well.
+                # A handle's own call waits for the first replica as well.
                 await asyncio.sleep(_POLL_S)
 
 
 class _BroadcastResponse:
-    """What `remote` returns: awaitable and cancellable, as a handle's response is."""
+    """What `remote` returns: awaitable and cancellable, like a handle's response."""
 
     def __init__(self, work: Any) -> None:
         self._task = asyncio.ensure_future(work)
@@ -68,7 +68,7 @@ class _BroadcastResponse:
         return self._task.__await__()
 
     def cancel(self) -> None:
-        """Wait for the answers no longer."""
+        """Stop waiting for the answers."""
         self._task.cancel()
 
 
@@ -83,5 +83,5 @@ def _merged_report(answers: Sequence[ReplicaReport]) -> ReplicaReport:
 
 
 def _first_result(answers: Sequence[UnloadResult | None]) -> UnloadResult | None:
-    """Return the answer of the replica that held the model, if one did."""
+    """Return the answer of the replica that held the model; None if none did."""
     return next((answer for answer in answers if answer is not None), None)

@@ -1,4 +1,4 @@
-"""Handle calls: cancelled when their caller is, their errors turned into ours."""
+"""Calls through Serve handles: cancellation is forwarded, Ray's errors become ImpetusErrors."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -29,7 +29,7 @@ def direct(handle: Handle) -> Handle:
 async def call(response: Any) -> Any:
     """Await a handle call's response; cancel it on the replica when this task is cancelled.
 
-    Raises ImpetusError where the other side did or its process is gone.
+    Raises the ImpetusError of the other side, or ReplicaDied if its process is gone.
     """
     try:
         result = await response
@@ -51,7 +51,7 @@ class ReplicaDied(EngineFailed):
 
 
 def unwrap(problem: BaseException) -> BaseException:
-    """Return our error for what a handle call raised; what is not Ray's stays as it is."""
+    """Convert an error of a handle call to an ImpetusError; errors that are not Ray's are kept."""
     if isinstance(problem, ImpetusError) and not isinstance(problem, RayTaskError):
         return problem
     if isinstance(problem, RayTaskError):
@@ -71,8 +71,8 @@ def returning_errors(
 ) -> Callable[Parameters, Awaitable[Result | ImpetusError]]:
     """Let a replica's method return an ImpetusError instead of raising it.
 
-    Serve logs a raised one with its traceback as a fault of the replica; these are answers.
-    `calls.call` raises it again on the other side.
+    Serve logs a raised error with its traceback as a failure of the replica; these are expected
+    answers.  `call` raises it again on the other side.
     """
 
     @wraps(method)

@@ -1,4 +1,4 @@
-"""Our loggers, attached to Ray Serve's handlers in every replica."""
+"""Attaches the project's loggers to Ray Serve's log handlers."""
 
 import logging
 
@@ -6,7 +6,7 @@ PACKAGES = ("backends", "catalog", "core", "deployments", "router", "scheduler")
 
 
 def attach_logs() -> None:
-    """Send our packages' log lines where Serve's own go; once per process is enough."""
+    """Send our packages' log lines to Serve's handlers; call it once per process."""
     serve_logger = logging.getLogger("ray.serve")
     for package in PACKAGES:
         logger = logging.getLogger(package)

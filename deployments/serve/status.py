@@ -1,4 +1,4 @@
-"""Which deployments have a running replica, asked of Serve's controller."""
+"""Asks Serve's controller which deployments have a running replica."""
 
 import asyncio
 from typing import Any
@@ -10,25 +10,25 @@ _CONTROLLER, _NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 
 
 def own_node_id() -> str:
-    """Return the id of this process' machine in the cluster; empty outside of one."""
+    """Return the id of this process's node in the cluster; empty outside of a cluster."""
     return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
 
 
 async def running_deployments() -> frozenset[str]:
     """Return the names of the deployments that have a running replica now.
 
-    A call to a deployment without one would start it, so formats that scale to zero are asked
-    only after this.  Raises ValueError where Serve does not run.
+    A call to a deployment scaled to zero would start it; ask this first.  Raises ValueError if
+    Serve does not run.
 
     Source: what `serve.status()` reads.  That function checks the whole answer against its
-    schema, 75 ms of CPU a call where reading it takes 1.5; this is asked every few seconds.
+    schema, 75 ms of CPU per call instead of 1.5 ms; this is asked every few seconds.
     """
     controller = await asyncio.to_thread(ray.get_actor, _CONTROLLER, namespace=_NAMESPACE)
     return _running(await controller.get_serve_instance_details.remote())
 
 
 def _running(details: dict[str, Any]) -> frozenset[str]:
-    """Return the names from the answer, which has the schema of Serve's REST API."""
+    """Parse the names from the answer, which has the schema of Serve's REST API."""
     return frozenset(
         name
         for application in details["applications"].values()

@@ -1,1 +1,1 @@
-"""Starting and stopping the server."""
+"""Command line: starts and stops the server."""

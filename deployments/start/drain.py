@@ -1,4 +1,4 @@
-"""Telling a running server to take nothing new, and waiting for what runs."""
+"""Drains a running server: no new requests, wait for the running ones."""
 
 import json
 import time
@@ -13,16 +13,16 @@ _ANSWER_LIMIT_S = 2.0
 
 
 def local_url(settings: Settings) -> str:
-    """Return the server's root as this machine reaches it."""
+    """Return the server's root URL on this machine."""
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     host = f"[{host}]" if ":" in host else host
     return f"http://{host}:{settings.port}"
 
 
 def drain(settings: Settings, is_impatient: Callable[[], bool]) -> None:
-    """Return once no request runs, after the limit, or as soon as somebody is impatient.
+    """Block until no request runs, the limit is over, or `is_impatient()` is true.
 
-    Blocks.  A server that is gone has nothing to wait for; one that is slow to answer has.
+    A server that is gone counts as drained; one that is slow to answer does not.
     """
     end = time.monotonic() + settings.drain_limit_s
     while not is_impatient() and time.monotonic() < end:
@@ -33,9 +33,9 @@ def drain(settings: Settings, is_impatient: Callable[[], bool]) -> None:
 
 
 def _ask(settings: Settings) -> int:
-    """Tell the server to drain; return how many requests still run, 1 where it is too slow to say.
+    """Tell the server to drain; return the number of running requests.
 
-    0 where it refuses, is gone, or says nothing that makes sense.
+    1 if it does not answer in time; 0 if it refuses, is gone, or its answer is invalid.
     """
     headers = {"content-type": "application/json"}
     if settings.api_key is not None:

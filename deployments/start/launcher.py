@@ -1,4 +1,4 @@
-"""Starts the server in the foreground: `serve run` as a child, watched and cleaned up after."""
+"""Starts the server in the foreground: runs `serve run` as a child and stops its process tree."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ _SHOWN_LOG_LINES = 15
 
 
 class Launcher:
-    """One run of the server: start, wait until ready, wait for the end, leave no process."""
+    """One run of the server: start, wait until ready, wait for the end, leave no process behind."""
 
     def __init__(self, config: Path, settings: Settings) -> None:
         self._config = config
@@ -51,7 +51,7 @@ class Launcher:
         self._is_serving = False
 
     def run(self) -> int:
-        """Return the exit code; blocks until the server ends or a signal comes."""
+        """Run the server; return the exit code.  Blocks until it exits or a signal arrives."""
         check_exposure(self._settings)
         bind(self._settings.host, self._settings.port).close()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
@@ -69,7 +69,7 @@ class Launcher:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
-        # SIGCHLD only wakes the waiting loop, which then looks at the child.
+        # SIGCHLD only wakes the waiting loop, which then checks the child.
         if number != signal.SIGCHLD:
             self._stop_signal = number
             self._signals += 1
@@ -80,7 +80,7 @@ class Launcher:
         serve = Path(sys.executable).with_name("serve")
         command = [str(serve), "run", "--address", "local", str(self._config)]
         with self._log_path.open("wb") as log:
-            # A session of its own: the terminal's Ctrl-C reaches us alone.
+            # A separate session: the terminal's Ctrl-C reaches only this process.
             self._child = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -126,7 +126,7 @@ class Launcher:
         say("The server did not start. The end of its log:")
         for line in lines:
             say(f"  {line}")
-        say(f"All of it: {self._log_path}")
+        say(f"Full log: {self._log_path}")
 
     def _show_banner(self) -> None:
         base_url = self._settings.base_url
@@ -154,14 +154,14 @@ class Launcher:
             self._remember_descendants()
             code = self._child.poll()
             if code is not None:
-                say(f"The server ended by itself with code {code}; its log: {self._log_path}")
+                say(f"The server exited with code {code}. See its log: {self._log_path}")
                 return code or 1
             self._woken.wait(_WATCH_S)
             self._woken.clear()
         return 0
 
     def _remember_descendants(self) -> None:
-        """Note the process tree: at the end some of it may have lost its parent."""
+        """Record the process tree: at the end some of it may have lost its parent."""
         assert self._child is not None
         try:
             for process in psutil.Process(self._child.pid).children(recursive=True):
@@ -170,11 +170,11 @@ class Launcher:
             return
 
     def _stop(self) -> None:
-        """Ask the server to stop, wait, and end what is left of its process tree."""
+        """Stop the server, wait, and kill what is left of its process tree."""
         if self._child is None:
             return
         if self._child.poll() is None:
-            say("Stopping … (again to stop at once)")
+            say("Stopping … (Ctrl-C again to stop at once)")
             self._remember_descendants()
             if self._is_serving:
                 drain(self._settings, self._is_impatient)
@@ -190,11 +190,11 @@ class Launcher:
         psutil.wait_procs(left, timeout=5)
 
     def _is_impatient(self) -> bool:
-        """Whether a second signal came: then running requests are not waited for."""
+        """Whether a second signal arrived: then running requests are not waited for."""
         return self._signals > 1
 
     def _wait_for_child(self, limit_s: float) -> None:
-        """Wait until the server has ended, or for as long as anybody cares."""
+        """Wait until the server exits; kill it at the limit or if the user interrupts again."""
         assert self._child is not None
         end = time.monotonic() + limit_s
         while self._child.poll() is None:
@@ -208,20 +208,20 @@ class Launcher:
 
 def _signal(process: psutil.Process, number: int) -> None:
     try:
-        # psutil checks that the pid was not given to another process meanwhile.
+        # psutil checks that the pid was not reused by another process.
         process.send_signal(number)
     except psutil.NoSuchProcess:
         return
 
 
 def say(line: str) -> None:
-    """Print a line for the person at the terminal."""
+    """Print a line to the terminal."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """Return the child's environment: ours, then Ray's settings of scripts/env where unset."""
+    """Return the child's environment: ours, plus Ray's settings of scripts/env where unset."""
     values = dict(os.environ)
     for line in (ROOT / "scripts" / "env").read_text().splitlines():
         name, separator, value = line.partition("=")
@@ -234,7 +234,7 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def token_path(settings: Settings) -> Path:
-    """Return the file of Ray's token, made for this user alone where it does not exist."""
+    """Return the file of Ray's token; created with access for this user only if missing."""
     path = settings.home / "keys" / "ray_token"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
@@ -247,7 +247,7 @@ def token_path(settings: Settings) -> Path:
 
 
 def read_settings(config: Path) -> Settings:
-    """Return the settings that `build` will get.  Raises ImpetusError with the field's name."""
+    """Read the settings that `build` will get.  Raises ImpetusError naming the field."""
     try:
         content = yaml.safe_load(config.read_text())
         arguments = content["applications"][0].get("args") or {}
@@ -261,7 +261,7 @@ def read_settings(config: Path) -> Settings:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in problem.errors()
         )
-        raise ImpetusError(f"A setting is wrong: {faults}") from problem
+        raise ImpetusError(f"Invalid settings: {faults}") from problem
 
 
 def main() -> int:

@@ -1,1 +1,1 @@
-"""Readings of heat, power, memory pressure and process memory."""
+"""Sensors: heat, power, memory pressure and process memory."""

@@ -1,4 +1,4 @@
-"""Linux: thermal zones with their trip points, and memory pressure (PSI)."""
+"""Linux sensors: thermal zones with their trip points, and memory pressure (PSI)."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,26 +12,26 @@ _MOST_BYTES = 4096
 _MOST_ZONES = 256
 _MOST_TRIPS = 32
 
-# Zones that are off or have no driver report values far from any working machine's.
+# Zones that are off or have no driver report implausible temperatures.
 _LEAST_C, _MOST_C = 1.0, 150.0
 _FAIR_BELOW_PASSIVE_C = 10.0
 _CRITICAL_BELOW_CRITICAL_C = 5.0
 _SERIOUS_BELOW_CRITICAL_C = 15.0
 
-# Percent of ten seconds in which every task waited for memory.
+# Percent of ten seconds in which all tasks were stalled on memory.
 _FAIR_STALL, _CRITICAL_STALL = 20.0, 40.0
 _FULL_AVG10 = re.compile(r"^full avg10=(\d{1,3}\.\d{1,4}) ", re.MULTILINE)
 
 
 class LinuxSensor:
-    """The hottest zone, judged by its own trip points, and how much tasks wait for memory."""
+    """Reads the hottest zone, judged by its own trip points, and the memory stall."""
 
     def __init__(self, zones: Path = _ZONES, pressure: Path = _PRESSURE) -> None:
         self._zones = zones
         self._pressure = pressure
 
     def read(self) -> Reading:
-        """Return what zones and PSI say; power is not read here."""
+        """Read zones and PSI; power is not read."""
         problems: list[SensorProblem] = []
         states = [zone_state(*zone) for zone in self._read_zones()]
         thermal = max(states, default=ThermalState.UNKNOWN)
@@ -46,7 +46,7 @@ class LinuxSensor:
         return Reading(thermal, memory, problems=tuple(problems))
 
     def _read_zones(self) -> Iterable[tuple[float, Mapping[str, float]]]:
-        """Yield (°C, lowest °C of each kind of trip point) of every zone that can be read."""
+        """Yield (°C, lowest °C of each kind of trip point) of every readable zone."""
         for zone in sorted(self._zones.glob("thermal_zone*"))[:_MOST_ZONES]:
             temperature = _celsius(zone / "temp")
             if temperature is not None:
@@ -54,7 +54,7 @@ class LinuxSensor:
 
 
 def zone_state(temperature_c: float, trips_c: Mapping[str, float]) -> ThermalState:
-    """Return what one zone's temperature means beside its trip points, by their kind.
+    """Return the state of one zone from its temperature and its trip points by kind.
 
     `passive` is where the kernel starts to slow the processor, `hot` and `critical` where it
     warns and shuts down.  Source: the kernel's Documentation/driver-api/thermal/sysfs-api.rst.
@@ -75,7 +75,7 @@ def zone_state(temperature_c: float, trips_c: Mapping[str, float]) -> ThermalSta
 
 
 def pressure_state(text: str) -> ThermalState:
-    """Return what `/proc/pressure/memory` says.  Raises ValueError for other text.
+    """Parse `/proc/pressure/memory`.  Raises ValueError for other text.
 
     Source: the kernel's Documentation/accounting/psi.rst.
     """
@@ -101,7 +101,7 @@ def _trip_points(zone: Path) -> dict[str, float]:
 
 
 def _celsius(path: Path) -> float | None:
-    """Return a file's millidegrees as °C; None where it has none that make sense."""
+    """Return a file's millidegrees as °C; None if unreadable or implausible."""
     try:
         celsius = float(_text(path)) / 1000
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What the machine has and how it fares, read from the operating system."""
+"""Reads the machine's memory and opens its sensors (RAM, cgroup limit, GPU memory, heat)."""
 
 import sys
 from pathlib import Path
@@ -21,26 +21,28 @@ _SMALLEST_MARGIN_BYTES = 2 * GIB
 
 
 class Sensor(Protocol):
-    """Where heat, memory pressure and power are read."""
+    """Reads heat, memory pressure and power."""
 
     def read(self) -> Reading:
-        """Return what is known now; what is missing or makes no sense is in its `problems`.
+        """Return a reading; `problems` names what is missing or implausible.
 
-        Blocks while the system answers, so it is called on a thread of its own.
+        Blocks while the system answers; call it on its own thread.
         """
         ...
 
 
 class NoSensor:
-    """A system whose sensors are not known here."""
+    """Stands in on a system whose sensors are not supported."""
 
     def read(self) -> Reading:
-        """Return that nothing is known."""
-        return Reading(problems=(SensorProblem("thermal", f"none is known on {sys.platform}"),))
+        """Return an empty reading that says why."""
+        return Reading(
+            problems=(SensorProblem("thermal", f"no sensor is supported on {sys.platform}"),)
+        )
 
 
 def open_sensor(thermal_file: Path | None) -> Sensor:
-    """Return this machine's sensor, or the simulated one that reads `thermal_file`."""
+    """Return this machine's sensor, or a simulated one that reads `thermal_file`."""
     if thermal_file is not None:
         return FileSensor(thermal_file)
     if sys.platform == "darwin":
@@ -49,7 +51,7 @@ def open_sensor(thermal_file: Path | None) -> Sensor:
 
 
 def machine_memory_bytes(cgroup_limits: tuple[Path, ...] = _CGROUP_LIMITS) -> int:
-    """Return the RAM this process may use: the machine's, or its cgroup's where that is less."""
+    """Return the RAM this process may use: the machine's, or its cgroup limit if that is lower."""
     total = int(psutil.virtual_memory().total)
     if sys.platform != "linux":
         return total
@@ -65,9 +67,9 @@ def machine_memory_bytes(cgroup_limits: tuple[Path, ...] = _CGROUP_LIMITS) -> in
 
 
 def memory_budget_bytes(total_bytes: int, gpu_bytes: int | None = None) -> int:
-    """Return what models may use of `total_bytes`: the rest stays for the system and for us.
+    """Return the memory budget for models; the rest stays for the system and the server.
 
-    `gpu_bytes` is what a Mac's GPU may use of it; unknown, it is taken as three quarters.
+    `gpu_bytes` is what a Mac's GPU may use of it; None means three quarters.
     """
     share = int(total_bytes * (0.75 if sys.platform == "darwin" else 0.85))
     most = share if gpu_bytes is None else gpu_bytes
@@ -75,5 +77,5 @@ def memory_budget_bytes(total_bytes: int, gpu_bytes: int | None = None) -> int:
 
 
 def gpu_memory_bytes() -> int | None:
-    """Return what this machine's GPU may use of the unified memory; None where nothing says."""
+    """Return what this machine's GPU may use of unified memory; None if unknown."""
     return MacLimits().gpu_bytes() if sys.platform == "darwin" else None

@@ -1,4 +1,4 @@
-"""macOS: thermal and memory pressure levels, power source and low-power mode; without root."""
+"""macOS sensors: thermal and memory pressure, power source, low-power mode; needs no root."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ _PRESSURE_KEY = b"kern.memorystatus_vm_pressure_level"
 _LIBRARY = "/usr/lib/libSystem.B.dylib"
 _PMSET = "/usr/bin/pmset"
 _PMSET_LIMIT_S = 2.0
-# Starting a process costs more than the rest together, and power changes seldom.
+# Starting pmset costs more than all other readings, and power rarely changes.
 _POWER_INTERVAL_S = 20.0
 
 # Source: libkern/OSThermalNotification.h, the macOS values: nominal, moderate, heavy, trapping,
@@ -33,9 +33,9 @@ _CHARGE = re.compile(r"-InternalBattery-\d+[^\n]*?\s(\d{1,3})%;")
 
 
 class MacSensor:
-    """Each part on its own: one that fails is unknown and leaves the others as they are.
+    """Reads each part separately: one that fails is unknown and does not affect the others.
 
-    The readers are arguments so that what macOS answered can be replayed anywhere.
+    The readers are arguments so that recorded answers of macOS can be replayed on any system.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MacSensor:
         self._power_read_at: float | None = None
 
     def read(self) -> Reading:
-        """Return what the parts say; blocks for `pmset` now and then."""
+        """Read all parts; blocks for `pmset` every 20 s."""
         problems: list[SensorProblem] = []
         thermal = _level("thermal", self._thermal_level, _THERMAL_STATES, problems)
         memory = _level("memory pressure", self._pressure_level, _PRESSURE_STATES, problems)
@@ -85,7 +85,7 @@ class NotifyLevel:
         self._token: int | None = None
 
     def __call__(self) -> int:
-        """Return the key's state.  Raises OSError where the system does not give it."""
+        """Return the key's state.  Raises OSError if it cannot be read."""
         import ctypes
 
         library = ctypes.CDLL(_LIBRARY)
@@ -103,7 +103,7 @@ class NotifyLevel:
 
 
 def low_power_mode(text: str) -> bool | None:
-    """Return what `pmset -g` says of low-power mode; None where this Mac has none.
+    """Parse low-power mode from `pmset -g`; None if this Mac does not have it.
 
     Macs with a high-power mode write `powermode` instead: 0 automatic, 1 low, 2 high.
     Raises ValueError for text that is not pmset's.
@@ -115,7 +115,7 @@ def low_power_mode(text: str) -> bool | None:
 
 
 def battery(text: str) -> float | None:
-    """Return the charge, 0 to 1, that `pmset -g batt` shows; None on mains power.
+    """Parse the charge, 0 to 1, from `pmset -g batt`; None on mains power.
 
     Raises ValueError for text that is not pmset's.
     """
@@ -142,12 +142,12 @@ def _level(
         problems.append(SensorProblem(name, str(problem)))
         return ThermalState.UNKNOWN
     if level not in states:
-        problems.append(SensorProblem(name, f"the level {level} has no meaning here"))
+        problems.append(SensorProblem(name, f"the level {level} is not known"))
     return states.get(level, ThermalState.UNKNOWN)
 
 
 def _sysctl_int(key: bytes) -> int:
-    """Return a 32-bit sysctl value.  Raises OSError where there is none."""
+    """Return a 32-bit sysctl value.  Raises OSError if it does not exist."""
     import ctypes
 
     value = ctypes.c_int32()

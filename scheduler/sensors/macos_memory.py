@@ -1,4 +1,4 @@
-"""macOS: what Metal and the kernel let models keep in memory; without root."""
+"""macOS memory limits: what Metal and the kernel let the GPU use; needs no root."""
 
 import ctypes
 from collections.abc import Callable
@@ -14,9 +14,9 @@ _WIRED_LIMIT_KEY = b"iogpu.wired_limit_mb"
 
 
 class MacLimits:
-    """The two bounds of unified memory; one that cannot be read is unknown, None.
+    """The two limits of unified memory; a limit that cannot be read is None.
 
-    The readers are arguments so that what macOS answered can be replayed anywhere.
+    The readers are arguments so that recorded answers of macOS can be replayed on any system.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class MacLimits:
         self._wired_limit = wired_limit or (lambda: _sysctl(_WIRED_LIMIT_KEY))
 
     def gpu_bytes(self) -> int | None:
-        """Return what models may keep, by the user's wired limit, else as Metal recommends."""
+        """Return the user's wired limit, else what Metal recommends; None if unknown."""
         wired = self.wired_limit_bytes()
         if wired is not None:
             return wired
@@ -39,7 +39,7 @@ class MacLimits:
         return found if found > 0 else None
 
     def wired_limit_bytes(self) -> int | None:
-        """Return the limit that the user set; None where the system chooses."""
+        """Return the limit that the user set; None if the system chooses."""
         try:
             return parse_wired_limit(self._wired_limit())
         except (OSError, AttributeError, ValueError):
@@ -47,9 +47,9 @@ class MacLimits:
 
 
 def parse_wired_limit(value: bytes) -> int | None:
-    """Return the bytes of a sysctl's answer, an integer of 4 or 8 bytes; None for 0.
+    """Return the limit in bytes from a sysctl's answer, an integer of 4 or 8 bytes; None for 0.
 
-    Raises ValueError for what is none.
+    Raises ValueError for an invalid answer.
     """
     if len(value) not in (4, 8):
         raise ValueError(f"iogpu.wired_limit_mb has {len(value)} bytes")
@@ -60,7 +60,7 @@ def parse_wired_limit(value: bytes) -> int | None:
 
 
 def _sysctl(key: bytes) -> bytes:
-    """Return a sysctl's raw value.  Raises OSError where there is none."""
+    """Return a sysctl's raw value.  Raises OSError if it does not exist."""
     buffer = ctypes.create_string_buffer(8)
     size = ctypes.c_size_t(8)
     library = ctypes.CDLL(_LIBRARY, use_errno=True)
@@ -70,7 +70,7 @@ def _sysctl(key: bytes) -> bytes:
 
 
 def _metal_working_set_bytes() -> int:
-    """Return `recommendedMaxWorkingSetSize` of the default device; 0 where there is none.
+    """Return `recommendedMaxWorkingSetSize` of the default device; 0 without a device.
 
     Source: Metal's MTLDevice, through the Objective-C runtime's C interface.
     """

@@ -1,31 +1,40 @@
 """Reads a process's memory footprint on Linux and macOS, and returns freed memory to the system."""
 
 import ctypes
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from core.units import KIB
-from scheduler.footprint import _FOOTPRINT_OFFSET, _LINE, _RUSAGE_BYTES, _RUSAGE_INFO_V2, _STATUS
+
+_STATUS = Path("/proc/self/status")
+_LINE = re.compile(r"^(RssAnon|RssFile|VmSwap):\s+(\d{1,15}) kB$", re.MULTILINE)
+
+# Source: libproc.h, proc_pid_rusage; sys/resource.h, RUSAGE_INFO_V2 and struct rusage_info_v2,
+# whose ri_phys_footprint stands after a uuid of 16 bytes and seven 64-bit numbers.
+_RUSAGE_INFO_V2 = 2
+_RUSAGE_BYTES = 16 + 8 * 18
+_FOOTPRINT_OFFSET = 16 + 8 * 7
 
 
 class Meter(Protocol):
-    """Where a process' memory is read."""
+    """Reads the memory of this process."""
 
     def read(self) -> int | None:
-        """Return the bytes this process holds; None where the system does not say."""
+        """Return the bytes this process holds; None if the system does not tell."""
         ...
 
 
 class LinuxMeter:
-    """Anonymous, swapped and mapped file pages; not shared memory, which is Ray's object store."""
+    """Counts anonymous, swapped and mapped file pages; not shared memory (Ray's object store)."""
 
     def __init__(self, status: Path = _STATUS) -> None:
         self._status = status
 
     def read(self) -> int | None:
-        """Return what `/proc/self/status` adds up to.  Source: proc_pid_status(5)."""
+        """Return the sum from `/proc/self/status`.  Source: proc_pid_status(5)."""
         try:
             found = dict(_LINE.findall(self._status.read_text()))
         except OSError:
@@ -36,7 +45,7 @@ class LinuxMeter:
 
 
 class MacMeter:
-    """The physical footprint, as Activity Monitor shows it: Metal's buffers are part of it."""
+    """Reads the physical footprint, as Activity Monitor shows it, Metal's buffers included."""
 
     def __init__(self, rusage: Callable[[], bytes] | None = None) -> None:
         self._rusage = rusage or _own_rusage
@@ -52,10 +61,10 @@ class MacMeter:
 
 
 class NoMeter:
-    """A system whose figures are not known here."""
+    """Stands in on a system that is not supported."""
 
     def read(self) -> int | None:
-        """Return that nothing is known."""
+        """Return None."""
         return None
 
 
@@ -67,7 +76,7 @@ def open_meter() -> Meter:
 
 
 def _own_rusage() -> bytes:
-    """Return this process' rusage_info_v2.  Raises OSError."""
+    """Return this process's rusage_info_v2.  Raises OSError."""
     import os
 
     library = ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
@@ -78,7 +87,7 @@ def _own_rusage() -> bytes:
 
 
 def trim_heap() -> None:
-    """Ask the C library to return what it holds for later; blocks for milliseconds.
+    """Ask the C library to return free heap to the system; blocks for milliseconds.
 
     Source: malloc_trim(3) of glibc, malloc_zone_pressure_relief of macOS' malloc/malloc.h.
     """

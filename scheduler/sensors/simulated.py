@@ -1,4 +1,4 @@
-"""The simulated sensor: a file that holds a state's name, for demonstrations and tests."""
+"""Simulated sensor: reads a thermal state's name from a file, for demonstrations and tests."""
 
 import os
 import stat
@@ -11,13 +11,13 @@ _STATES = {state.label: state for state in ThermalState}
 
 
 class FileSensor:
-    """Says what the file says; it is read anew each time."""
+    """Reads the file anew each time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self) -> Reading:
-        """Return the state that the file names, in any case; other text is a problem."""
+        """Return the state that the file names, in upper or lower case; other text is a problem."""
         try:
             text = self._text().strip().lower()
         except OSError as problem:
@@ -32,7 +32,7 @@ class FileSensor:
         descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(0, "it is no regular file")
+                raise OSError(0, "it is not a regular file")
             return os.read(descriptor, _MOST_BYTES).decode("utf-8", "replace")
         finally:
             os.close(descriptor)

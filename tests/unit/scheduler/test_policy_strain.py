@@ -62,7 +62,7 @@ def test_what_a_process_keeps_counts_until_it_ends() -> None:
     assert outcome.state.used_bytes == 30
     refused = feed(outcome.state, (2.0, wanted("b", 80)))
     assert kinds(refused.actions) == [("Reject", "b")]
-    assert "30 B by processes that did not give it back" in refused.actions[0].reason
+    assert "30 B by processes that did not release it" in refused.actions[0].reason
     loaded = feed(outcome.state, (2.0, ProcessEnded("p")), (3.0, wanted("b", 80)))
     assert kinds(loaded.actions) == [("Load", "b")]
 

@@ -149,7 +149,7 @@ async def test_memory_that_does_not_come_back_stays_in_the_ledger_until_its_proc
     assert scheduler._ledger.state.used_bytes == 32 * MIB
     refused: Any = await scheduler.ensure_loaded(B)
     assert isinstance(refused, InsufficientMemory)
-    assert "32.0 MiB by processes that did not give it back" in refused.message
+    assert "32.0 MiB by processes that did not release it" in refused.message
     replica.name, replica.kept_bytes, replica.freed = "another", 0, UnloadResult()
     await scheduler.ensure_loaded(A, LoadContext(lost_replica="replica", has_died=True))
     assert isinstance(await scheduler.ensure_loaded(B), Residency)

@@ -76,7 +76,7 @@ def test_a_policy_that_fails_changes_nothing_and_says_so_once(
     policy = FormatPolicy(ScalingDirective)
     for _ in range(3):
         assert policy({Deployment("f"): "not a context"}) == ({}, {})
-    assert caplog.text.count("cannot be decided") == 1
+    assert caplog.text.count("autoscaling failed") == 1
 
 
 def test_the_policy_travels_by_value() -> None:
