@@ -47,7 +47,7 @@ _FLUSH_POLL_S = 0.01
 @dataclass(slots=True, eq=False)
 class _OpenModel:
     engine: Engine
-    order: LoadRequest
+    load_request: LoadRequest
     marks: tuple[FileMark, ...]
     residency: Residency
     in_flight: int = 0
@@ -80,33 +80,33 @@ class FormatReplica:
         self._node = NodeMemory(self._node_id, machine_budget_bytes())
 
     @returning_errors
-    async def load_model(self, order: LoadRequest) -> Residency:
+    async def load_model(self, request: LoadRequest) -> Residency:
         """Load the model unless it is loaded; the weights are read on a thread."""
         async with self._load_lock:
-            model = self._models.get(order.model_id)
+            model = self._models.get(request.model_id)
             if model is not None:
                 if _is_usable(model):
                     return model.residency
                 await self._drain(model)
                 await self._close(model)
             started = time.monotonic()
-            marks = tuple(mark(path) for path in order.info.files)
-            options = replace(order.options, snapshots=place_of(self._snapshots, order, marks))
+            marks = tuple(mark(path) for path in request.info.files)
+            options = replace(request.options, snapshots=place_of(self._snapshots, request, marks))
             engine = await self._memory.measure_open(
-                order, lambda: self._backend.open(order.info, options)
+                request, lambda: self._backend.open(request.info, options)
             )
             await self._accelerator.share(engine)
             residency = Residency(
-                order.model_id,
+                request.model_id,
                 self._format,
                 self._replica_id,
                 self._node_id,
                 engine.context_tokens,
                 time.monotonic() - started,
             )
-            self._models[order.model_id] = _OpenModel(engine, order, marks, residency)
+            self._models[request.model_id] = _OpenModel(engine, request, marks, residency)
             _limit(engine, self._limits)
-            logger.info("loaded %s in %.2f s", order.model_id, residency.load_s)
+            logger.info("loaded %s in %.2f s", request.model_id, residency.load_s)
             return residency
 
     async def unload_model(self, model_id: str) -> UnloadResult | None:
@@ -132,7 +132,7 @@ class FormatReplica:
             await model.idle.wait()
 
     async def _close(self, model: _OpenModel) -> UnloadResult:
-        model_id = model.order.model_id
+        model_id = model.load_request.model_id
         del self._models[model_id]
         engine = model.engine
         freed = await self._memory.measure_close(model_id, engine.close)
@@ -253,7 +253,7 @@ class FormatReplica:
         for model_id, model in self._models.items():
             engine = model.engine
             stalled_s = engine.stalled_s if isinstance(engine, Watched) else 0.0
-            if stalled_s > model.order.step_limit_s:
+            if stalled_s > model.load_request.step_limit_s:
                 raise EngineFailed(f"A step of {model_id} has not returned for {stalled_s:.0f} s.")
 
     async def residencies(self) -> list[Residency]:

@@ -26,11 +26,11 @@ class ModelMemory:
         self._meter = meter or open_meter()
         self._book: FootprintBook | None = None
 
-    async def measure_open(self, order: LoadRequest, open_: Callable[[], Result]) -> Result:
+    async def measure_open(self, request: LoadRequest, open_: Callable[[], Result]) -> Result:
         """Run `open_` on a thread and record how much memory it took."""
         backend = self._backend
         if isinstance(backend, Measured):
-            await asyncio.to_thread(backend.preload, order.info, order.options)
+            await asyncio.to_thread(backend.preload, request.info, request.options)
         before = self._meter.read()
         result = await asyncio.to_thread(open_)
         after = self._meter.read()
@@ -39,17 +39,17 @@ class ModelMemory:
         if self._book is None:
             self._book = FootprintBook(before)
         try:
-            estimate = backend.estimate(order.info, order.options)
+            estimate = backend.estimate(request.info, request.options)
         except ImpetusError:
-            estimate = MemoryEstimate(order.info.size_bytes, 0, 0, 0, 0)
+            estimate = MemoryEstimate(request.info.size_bytes, 0, 0, 0, 0)
         later = estimate.transient_bytes + estimate.prefix_bytes
         if not (isinstance(backend, Measured) and backend.reserves_kv):
             later += estimate.kv_bytes
         self._book.opened(
-            order.model_id,
+            request.model_id,
             before,
             after,
-            floor_bytes=order.info.size_bytes,
+            floor_bytes=request.info.size_bytes,
             later_bytes=later,
             estimated_bytes=estimate.total_bytes,
         )

@@ -18,12 +18,12 @@ def open_snapshots(settings: Settings) -> Snapshots | None:
 
 
 def place_of(
-    snapshots: Snapshots | None, order: LoadRequest, marks: Sequence[FileMark]
+    snapshots: Snapshots | None, request: LoadRequest, marks: Sequence[FileMark]
 ) -> SnapshotPlace | None:
     """Return the model's place in the store: named after the model, versioned by its files."""
     if snapshots is None or not marks:
         return None
-    name = sha256(f"{order.info.format}\n{marks[0].path}".encode()).hexdigest()[:32]
+    name = sha256(f"{request.info.format}\n{marks[0].path}".encode()).hexdigest()[:32]
     versions = "\n".join(
         f"{mark.path} {mark.size_bytes} {mark.modified_ns} {mark.inode}" for mark in marks
     )

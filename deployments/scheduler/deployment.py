@@ -193,21 +193,23 @@ class SchedulerReplica:
         await self._lookup.explain(model_id)
 
     @returning_errors
-    async def ensure_loaded(self, model_id: str, need: LoadContext = DEFAULT_CONTEXT) -> Residency:
+    async def ensure_loaded(
+        self, model_id: str, context: LoadContext = DEFAULT_CONTEXT
+    ) -> Residency:
         """Return the model's residency; waits for memory and loads the model if needed.
 
         Raises ModelNotFound, ModelFileMissing, BrokenModel, BackendUnavailable, ModelFailed,
         ModelQuarantined, InsufficientMemory, QueueFull, and Unavailable if the memory
         does not become free in time.
         """
-        if need.is_retry:
+        if context.is_retry:
             self._faults.clear(model_id)
-        if need.lost_replica:
-            await self._check_lost(model_id, need)
+        if context.lost_replica:
+            await self._check_lost(model_id, context)
         plans: tuple[LoadPlan, ...] = ()
-        priority, ledger = need.priority, self._ledger
+        priority, ledger = context.priority, self._ledger
         if self._residency(model_id) is None:
-            if not need.is_resumed:
+            if not context.is_resumed:
                 self._thermal.check_admits(model_id)
             record = await self._lookup.loadable(model_id)
             self._faults.check(model_id, record.fingerprint)
@@ -220,15 +222,15 @@ class SchedulerReplica:
             plans,
             self._settings.request_timeout_s,
             priority or "interactive",
-            is_resumed=need.is_resumed,
+            is_resumed=context.is_resumed,
         )
 
-    async def _check_lost(self, model_id: str, need: LoadContext) -> None:
+    async def _check_lost(self, model_id: str, context: LoadContext) -> None:
         """Find out why a router did not find the model at its residency."""
         known = self._residency(model_id)
-        if need.has_died:
-            await self.process_died(model_id, need.lost_replica)
-        elif known is not None and known.replica_id == need.lost_replica:
+        if context.has_died:
+            await self.process_died(model_id, context.lost_replica)
+        elif known is not None and known.replica_id == context.lost_replica:
             await self._release_lost(known)
         # Its file may be deleted or replaced; a model that was unloaded here needs no scan.
         if known is not None and self._residency(model_id) is None:

@@ -71,9 +71,10 @@ class FormatClients:
         self._keeping_memory: set[str] = set()
         self._ended: list[ProcessReport] = []
 
-    async def open(self, order: LoadRequest) -> Residency:
+    async def open(self, request: LoadRequest) -> Residency:
         """Load the model on a replica.  Raises the replica's errors and ReplicaDied."""
-        residency: Residency = await call(self._formats[order.info.format].load_model.remote(order))
+        handle = self._formats[request.info.format]
+        residency: Residency = await call(handle.load_model.remote(request))
         return residency
 
     async def close(self, residency: Residency) -> UnloadResult:

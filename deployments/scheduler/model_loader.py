@@ -43,12 +43,12 @@ class ModelLoader:
         The catalog is read again, from SQLite: the load may have waited for memory.
         """
         record = await self._lookup.loadable(model_id)
-        order = self._planner.load_request(record, plan, budget_bytes)
+        request = self._planner.load_request(record, plan, budget_bytes)
         name = record.info.format
         # The load's facts were asked for right before it was decided, the processes among them.
         processes = self._clients.known_processes(name)
         try:
-            residency = await self._clients.open(order)
+            residency = await self._clients.open(request)
         except ModelFileMissing:
             await self._rescan()
             raise
