@@ -300,7 +300,7 @@ class Ledger:
         self.counts.loads += not residency.is_job
         # Only requests that waited for this load learn which models it evicted.
         evicted = tuple(self._evicted.pop(model_id, ()))
-        self._residencies[model_id] = replace(residency, evicted=evicted)
+        self._residencies[model_id] = replace(residency, evicted=evicted) if evicted else residency
         size_bytes, load_s = plan.needed_bytes, residency.load_s
         self._send(Loaded(model_id, size_bytes, load_s, residency.format, residency.is_job))
         if model_id in self._residencies:
