@@ -20,9 +20,16 @@ from router.api.models import (
     unload_endpoint,
 )
 from router.context import IgnoredNames, Pacing, RouteContext
-from router.http.drain import Drain, DrainGuard
+from router.http.drain import Drain
 from router.http.errors import RequestBoundary, install_error_handlers
-from router.http.guards import BodyLimit, ContentTypeGuard, HeaderGuard, KeyGuard, OriginGuard
+from router.http.guards import (
+    BodyLimit,
+    ContentTypeGuard,
+    DrainGuard,
+    HeaderGuard,
+    KeyGuard,
+    OriginGuard,
+)
 from router.services import Management, Services
 from router.v1.chat.endpoint import chat_endpoint
 from router.v1.completions import completion_endpoint
@@ -58,7 +65,7 @@ def create_app(
         middleware=[
             Middleware(RequestBoundary, metrics),
             *(Middleware(guard, services.settings, metrics) for guard in guards),
-            Middleware(DrainGuard, drain, metrics),
+            Middleware(DrainGuard, services.settings, metrics, drain),
         ],
     )
     install_error_handlers(app, metrics)

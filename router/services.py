@@ -11,7 +11,7 @@ from core.types import Priority as Priority
 ModelState: TypeAlias = Literal[
     "resident", "loading", "available", "unavailable", "refused", "failed", "quarantined"
 ]
-EventTaker: TypeAlias = Callable[[Sequence[GenerationEvent]], None]
+EventCallback: TypeAlias = Callable[[Sequence[GenerationEvent]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +103,11 @@ class Catalog(Protocol):
 class Dispatcher(Protocol):
     """Runs requests on the engine that holds the model, loading it first where needed."""
 
-    async def generate(self, request: GenerationRequest, take: EventTaker) -> None:
-        """Run the request to its end, handing its events to `take`, `Finished` last.
+    async def generate(self, request: GenerationRequest, on_events: EventCallback) -> None:
+        """Run the request to its end, passing its events to `on_events`, `Finished` last.
 
-        `take` is called on the event loop as events come, and never after this has returned or
-        raised; it must not block.  Cancelling stops the work.
+        `on_events` is called on the event loop as events arrive, and never after this has returned
+        or raised; it must not block.  Cancelling stops the work.
         """
         ...
 

@@ -20,7 +20,7 @@ from core.types import (
     TextDelta,
     Usage,
 )
-from router.services import EventTaker, ModelView, Services
+from router.services import EventCallback, ModelView, Services
 
 ScriptItem: TypeAlias = GenerationEvent | Exception | asyncio.Event
 
@@ -93,7 +93,7 @@ class FakeDispatcher:
         self.began = asyncio.Event()
         self.idle = asyncio.Event()
 
-    async def generate(self, request: GenerationRequest, take: EventTaker) -> None:
+    async def generate(self, request: GenerationRequest, on_events: EventCallback) -> None:
         self._enter()
         self.requests.append(request)
         try:
@@ -104,7 +104,7 @@ class FakeDispatcher:
                     await item.wait()
                 else:
                     self.played += 1
-                    take([item])
+                    on_events([item])
         finally:
             self._leave()
 

@@ -1,30 +1,39 @@
-"""One request's way over one engine or several: what its client got, and what that took."""
+"""Tracks one request across engine attempts: what was sent to the client and how long it took."""
 
+import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from core.errors import ModelNotResident
 from core.types import Finished, GenerationEvent, GenerationRequest, PrefillProgress, Timing
 from deployments.messages import Residency
+from router.services import EventCallback
 
 
 class RequestAttempts:
-    """What is known of one request in the router; used from its one task."""
+    """Passes one request's events on and remembers what the next attempt needs to resume.
 
-    def __init__(self, request: GenerationRequest) -> None:
+    Belongs to one event loop.
+    """
+
+    def __init__(self, request: GenerationRequest, on_events: EventCallback) -> None:
+        """`on_events` gets the events of all attempts, as those of one."""
         self._request = request
+        self._on_events = on_events
         self._token_ids: list[int] = []
         self._events = 0
-        # The waits, and the work of engines that were lost; the last engine tells its own.
+        # Waits and the work of lost engines; the last engine reports its own.
         self._spent = Timing()
         self._began_at = 0.0
         self._first_at: float | None = None
-        self.end: Finished | None = None
+        self._done: asyncio.Future[None] | None = None
+        self.finished: Finished | None = None
 
-    def attempt(self, number: int) -> GenerationRequest:
-        """Return the request for what is left of the answer, with an id of this attempt's own.
+    def remaining_request(self, number: int) -> GenerationRequest:
+        """Return the request for the rest of the answer, with an id unique to attempt `number`.
 
-        Late events of an earlier attempt must not reach a later one.
+        The id keeps late events of an earlier attempt from reaching a later one.
         """
         request_id = f"{self._request.id}.{number}"
         if not self._events:
@@ -34,16 +43,16 @@ class RequestAttempts:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the client got a part of the answer."""
+        """Whether the client received a part of the answer."""
         return self._events > 0
 
     @property
-    def can_go_on(self) -> bool:
-        """Whether tokens stand for all text that was sent; an echoed prompt needs none."""
+    def can_resume(self) -> bool:
+        """Whether the token ids of all sent text are known; an echoed prompt has none."""
         return bool(self._token_ids) or self._events <= int(self._request.echo_prompt)
 
     def note_wait(self, waited_s: float, residency: Residency) -> None:
-        """Count a wait for the scheduler: the load, and before it the memory."""
+        """Count a wait for the scheduler: the load, and the wait for memory before it."""
         load_s = min(residency.load_s, waited_s)
         self._spent = replace(
             self._spent,
@@ -52,16 +61,22 @@ class RequestAttempts:
             evicted=(*self._spent.evicted, *residency.evicted),
         )
 
-    def begin(self) -> None:
-        """Note that an engine is given the request now."""
+    def begin(self, done: "asyncio.Future[None] | None" = None) -> None:
+        """Start timing an engine's work; `done` is resolved by its last event."""
+        self._done = done
         self._began_at = time.monotonic()
         self._first_at = None
 
-    def note(self, event: GenerationEvent) -> GenerationEvent:
-        """Take an event that goes to the client; return it, the last one with the whole timing."""
+    def on_events(self, events: Sequence[GenerationEvent]) -> None:
+        """Pass an engine's events on; the last one gets the timing of all attempts."""
+        self._on_events([self._note(event) for event in events])
+        if self.finished is not None and self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    def _note(self, event: GenerationEvent) -> GenerationEvent:
         if isinstance(event, Finished):
-            self.end = replace(event, timing=self._whole(event.timing))
-            return self.end
+            self.finished = replace(event, timing=self._total(event.timing))
+            return self.finished
         if not isinstance(event, PrefillProgress):
             self._events += 1
             self._token_ids.extend(event.token_ids)
@@ -70,7 +85,7 @@ class RequestAttempts:
         return event
 
     def note_lost(self, problem: Exception) -> None:
-        """Count the work of an engine that was lost; one without the model did none."""
+        """Count the work of an engine that was lost; one that lacked the model did none."""
         if isinstance(problem, ModelNotResident) and not self._events:
             return
         now = time.monotonic()
@@ -82,10 +97,10 @@ class RequestAttempts:
             decode_s=self._spent.decode_s + now - first_at,
             resumed=self._spent.resumed + 1,
         )
-        # The next engine may be lost before it is given anything.
+        # The next engine may be lost before it receives the request.
         self._began_at, self._first_at = 0.0, None
 
-    def _whole(self, last: Timing) -> Timing:
+    def _total(self, last: Timing) -> Timing:
         spent = self._spent
         return replace(
             spent,

@@ -11,7 +11,6 @@ from core.errors import EngineFailed, ImpetusError, ModelNotResident, TimedOut
 from core.types import (
     Embeddings,
     Finished,
-    GenerationEvent,
     GenerationRequest,
     Priority,
     Prompt,
@@ -23,7 +22,7 @@ from deployments.router.targets import Targets
 from deployments.serve.handles import Handle, ReplicaDied, call, direct, unwrap
 from deployments.transport.codec import LENGTH_BYTES, decode_body
 from deployments.transport.socket import FrameReceiver
-from router.services import EventTaker
+from router.services import EventCallback
 
 logger = logging.getLogger(__name__)
 
@@ -80,24 +79,21 @@ class HandleDispatcher:
             work.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
 
-    async def generate(self, request: GenerationRequest, take: EventTaker) -> None:
-        """Run the request, handing its events to `take`; see `router.services.Dispatcher`.
+    async def generate(self, request: GenerationRequest, on_events: EventCallback) -> None:
+        """Run the request, passing its events to `on_events`; see `router.services.Dispatcher`.
 
-        A replica that died, or does not hold the model any more, costs another attempt that the
-        client does not see: the answer goes on after the tokens whose events were handed out.
+        When a replica died or no longer holds the model, another attempt resumes the answer after
+        the tokens whose events were passed on; the client does not see this.
         """
-        need, attempts = LoadContext(priority=request.priority), RequestAttempts(request)
-
-        def pass_on(events: Sequence[GenerationEvent]) -> None:
-            take([attempts.note(event) for event in events])
-
+        need, attempts = LoadContext(priority=request.priority), RequestAttempts(request, on_events)
         for attempt in range(_MOST_ATTEMPTS):
             residency = None
             try:
                 residency = await self._ensure(request.model_id, need, attempts)
-                attempts.begin()
-                await self._attempt(attempts.attempt(attempt), residency, pass_on)
-                self._note_end(request.model_id, attempts.end)
+                is_local = residency.node_id == self._node_id
+                run = self._run_locally if is_local else self._run_remotely
+                await run(attempts.remaining_request(attempt), residency, attempts)
+                self._note_end(request.model_id, attempts.finished)
                 return
             except (ModelNotResident, ReplicaDied) as problem:
                 attempts.note_lost(problem)
@@ -105,7 +101,7 @@ class HandleDispatcher:
                 if residency is not None:
                     need = _after(problem, residency, need, is_resumed=attempts.has_begun)
                     self._forget(residency)
-                if attempt == _MOST_ATTEMPTS - 1 or not attempts.can_go_on:
+                if attempt == _MOST_ATTEMPTS - 1 or not attempts.can_resume:
                     await self._tell(request.model_id, need)
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
                 self._note_lost(request.model_id, problem)
@@ -130,27 +126,15 @@ class HandleDispatcher:
         else:
             logger.info("%s is not where it was: %s", model_id, problem.message)
 
-    async def _attempt(
-        self, request: GenerationRequest, residency: Residency, take: EventTaker
+    async def _run_locally(
+        self, request: GenerationRequest, residency: Residency, attempts: RequestAttempts
     ) -> None:
-        """Run by the socket, or by the handle where it is another machine."""
-        run = self._receive if residency.node_id == self._node_id else self._stream
-        await run(request, residency, take)
-
-    async def _receive(
-        self, request: GenerationRequest, residency: Residency, take: EventTaker
-    ) -> None:
-        """Run on this machine: events by the socket, the call only for its end."""
+        """Run on this machine: events come over the socket, the call only reports its end."""
         end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def pass_on(events: Sequence[GenerationEvent]) -> None:
-            take(events)
-            if isinstance(events[-1], Finished) and not end.done():
-                end.set_result(None)
-
-        self._receiver.open(request.id, pass_on)
+        attempts.begin(end)
+        self._receiver.subscribe(request.id, attempts.on_events)
         timer = self._end_in_time(request, end)
-        work = asyncio.ensure_future(self._run(request, residency, end))
+        work = asyncio.ensure_future(self._call(request, residency, end))
         self._calls.add(work)
         work.add_done_callback(self._calls.discard)
         is_finished = False
@@ -158,7 +142,7 @@ class HandleDispatcher:
             await end
             is_finished = True
         finally:
-            self._receiver.forget(request.id)
+            self._receiver.unsubscribe(request.id)
             if timer is not None:
                 timer.cancel()
             # A finished request's call returns by itself; any other is cancelled.
@@ -177,7 +161,7 @@ class HandleDispatcher:
         loop = asyncio.get_running_loop()
         return loop.call_later(request.deadline_s + _DEADLINE_GRACE_S, _fail, end, late)
 
-    async def _run(
+    async def _call(
         self, request: GenerationRequest, residency: Residency, end: "asyncio.Future[None]"
     ) -> None:
         handle = self._targets.at(residency)
@@ -190,16 +174,17 @@ class HandleDispatcher:
             lost = EngineFailed("The end of the answer was lost.")
             asyncio.get_running_loop().call_later(_LOST_EVENTS_S, _fail, end, lost)
 
-    async def _stream(
-        self, request: GenerationRequest, residency: Residency, take: EventTaker
+    async def _run_remotely(
+        self, request: GenerationRequest, residency: Residency, attempts: RequestAttempts
     ) -> None:
-        """Run on another machine: frames by the handle."""
+        """Run on another machine: event frames come over the handle."""
+        attempts.begin()
         handle = self._targets.at(residency).options(stream=True)
         frames: Any = handle.stream.remote(request)
         try:
             async for frame in frames:
                 for _, events in decode_body(frame[LENGTH_BYTES:]):
-                    take(events)
+                    attempts.on_events(events)
         except Exception as problem:
             ours = unwrap(problem)
             if ours is problem:

@@ -7,7 +7,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from deployments.transport.codec import (
     decode_length,
     encode_frame,
 )
-from router.services import EventTaker
+from router.services import EventCallback
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class FrameReceiver:
     """The router's end: one socket in a private folder, all replicas' frames."""
 
     def __init__(self) -> None:
-        self._takers: dict[str, EventTaker] = {}
+        self._callbacks: dict[str, EventCallback] = {}
         self._server: asyncio.Server | None = None
         self._folder: Path | None = None
         self._connections: set[_Connection] = set()
@@ -117,31 +117,18 @@ class FrameReceiver:
         if len(path.encode()) > _MOST_PATH_BYTES:
             raise ImpetusError(f"The path of the event socket is too long: {path}")
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: _Connection(self), path)
+        self._server = await loop.create_unix_server(
+            lambda: _Connection(self._callbacks, self._connections), path
+        )
         self.path = path
 
-    def open(self, request_id: str, take: EventTaker) -> None:
-        """Hand a request's events to `take`, on the event loop, as they come."""
-        self._takers[request_id] = take
+    def subscribe(self, request_id: str, on_events: EventCallback) -> None:
+        """Call `on_events`, on the event loop, with a request's events as they arrive."""
+        self._callbacks[request_id] = on_events
 
-    def forget(self, request_id: str) -> None:
-        """Take no more of a request's events; later ones are ignored."""
-        self._takers.pop(request_id, None)
-
-    def dispatch(self, body: bytes) -> None:
-        """Hand a frame's events to those that take them."""
-        for request_id, events in decode_body(body):
-            take = self._takers.get(request_id)
-            if take is not None:
-                take(events)
-
-    def attach(self, connection: "_Connection") -> None:
-        """Remember a replica's connection."""
-        self._connections.add(connection)
-
-    def detach(self, connection: "_Connection") -> None:
-        """Forget a replica's connection."""
-        self._connections.discard(connection)
+    def unsubscribe(self, request_id: str) -> None:
+        """Ignore a request's events from now on."""
+        self._callbacks.pop(request_id, None)
 
     async def stop(self) -> None:
         """Stop listening and remove the folder; twice is fine."""
@@ -156,16 +143,19 @@ class FrameReceiver:
 
 
 class _Connection(asyncio.Protocol):
-    """Cuts one replica's byte stream into frames."""
+    """Splits one replica's byte stream into frames and calls each request's callback."""
 
-    def __init__(self, receiver: FrameReceiver) -> None:
-        self._receiver = receiver
+    def __init__(
+        self, callbacks: Mapping[str, EventCallback], connections: "set[_Connection]"
+    ) -> None:
+        self._callbacks = callbacks
+        self._connections = connections
         self._buffer = bytearray()
         self._transport: asyncio.BaseTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
-        self._receiver.attach(self)
+        self._connections.add(self)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -176,7 +166,12 @@ class _Connection(asyncio.Protocol):
                 end = start + LENGTH_BYTES + length
                 if len(self._buffer) < end:
                     break
-                self._receiver.dispatch(bytes(self._buffer[start + LENGTH_BYTES : end]))
+                for request_id, events in decode_body(
+                    bytes(self._buffer[start + LENGTH_BYTES : end])
+                ):
+                    on_events = self._callbacks.get(request_id)
+                    if on_events is not None:
+                        on_events(events)
                 start = end
         except ValueError:
             logger.exception("a replica sent a broken frame")
@@ -186,7 +181,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
-        self._receiver.detach(self)
+        self._connections.discard(self)
 
     def close(self) -> None:
         """Close the connection."""

@@ -1,4 +1,4 @@
-"""The events of a request's generations beside its connection: whichever speaks first is heard."""
+"""Merges the events of concurrent generations with client-disconnect detection."""
 
 import asyncio
 import logging
@@ -10,8 +10,8 @@ from typing import TypeAlias, TypeVar
 from starlette.types import Receive
 
 from core.errors import EngineFailed
-from core.types import Finished, GenerationEvent
-from router.services import EventTaker
+from core.types import Finished, GenerationEvent, GenerationRequest
+from router.services import EventCallback
 
 _logger = logging.getLogger(__name__)
 
@@ -20,35 +20,39 @@ Result = TypeVar("Result")
 
 _MOST_UNREAD_EVENTS = 8192
 
-Run: TypeAlias = Callable[[EventTaker], Awaitable[None]]
-Shortcut: TypeAlias = Callable[[Sequence[TaggedEvent]], bool]
+Generate: TypeAlias = Callable[[GenerationRequest, EventCallback], Awaitable[None]]
+WriteNow: TypeAlias = Callable[[Sequence[TaggedEvent]], bool]
 
 
 class EventFeed:
-    """Runs generations concurrently and hands out what they said since the last look.
+    """Runs generations concurrently and buffers their events for one reader.
 
-    Use as `async with`: leaving it, for whatever reason, cancels every generation that has not
-    said its last event, and waits until all have ended.  A reader that falls 8,192 events behind
-    loses its request.
+    Use as `async with`: leaving it, for whatever reason, cancels every generation whose last event
+    has not arrived, and waits until all have ended.  A reader that falls 8,192 events behind loses
+    its request.
     """
 
-    def __init__(self, generations: Sequence[Run], receive: Receive) -> None:
-        self._generations = generations
+    def __init__(
+        self, generate: Generate, requests: Sequence[GenerationRequest], receive: Receive
+    ) -> None:
+        """`generate` runs a request, as `router.services.Dispatcher.generate` does."""
+        self._generate = generate
+        self._requests = requests
         self._receive = receive
         self._events: list[TaggedEvent] = []
-        self._unfinished = set(range(len(generations)))
+        self._unfinished = set(range(len(requests)))
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._runs: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
-        # Says events at once while nobody else does; False leaves them to `next`.
-        self.shortcut: Shortcut | None = None
+        # Writes events while the reader waits, without waking it; False leaves them to `next`.
+        self.write_now: WriteNow | None = None
         self.is_disconnected = False
 
     async def __aenter__(self) -> "EventFeed":
         self._runs = [
-            asyncio.create_task(self._run(index, run))
-            for index, run in enumerate(self._generations)
+            asyncio.create_task(self._run(index, request))
+            for index, request in enumerate(self._requests)
         ]
         self._watcher = asyncio.create_task(self._watch())
         return self
@@ -61,9 +65,9 @@ class EventFeed:
     ) -> None:
         del kind, error, trace
         watchers = [self._watcher] if self._watcher else []
-        # One that has said all has its own end to see to, and nothing to wait for.
-        speaking = [self._runs[index] for index in self._unfinished]
-        for task in (*speaking, *watchers):
+        # A finished generation returns by itself.
+        unfinished = [self._runs[index] for index in self._unfinished]
+        for task in (*unfinished, *watchers):
             task.cancel()
         for result in await asyncio.gather(*self._runs, *watchers, return_exceptions=True):
             if isinstance(result, Exception):
@@ -72,8 +76,8 @@ class EventFeed:
     async def next(self) -> list[TaggedEvent] | None:
         """Return the events since the last call, as (choice index, event).
 
-        An empty list means that `wake` was called; None that all is said, or that the client
-        left (`is_disconnected`).  Raises what a generation raised, after its events.
+        An empty list means that `wake` was called; None that all generations finished, or that the
+        client left (`is_disconnected`).  Raises what a generation raised, after its events.
         """
         if not (self._events or self._error or self.is_disconnected) and self._unfinished:
             self._waiter = asyncio.get_running_loop().create_future()
@@ -89,7 +93,7 @@ class EventFeed:
 
     @property
     def has_ended(self) -> bool:
-        """Whether `next` would say at once that all is said."""
+        """Whether `next` would return None without waiting."""
         return not (self._unfinished or self._events or self._error)
 
     def wake(self) -> None:
@@ -104,9 +108,9 @@ class EventFeed:
             run.cancel()
         self.wake()
 
-    async def _run(self, index: int, run: Run) -> None:
+    async def _run(self, index: int, request: GenerationRequest) -> None:
         try:
-            await run(partial(self._take, index))
+            await self._generate(request, partial(self._on_events, index))
             if index in self._unfinished:
                 raise EngineFailed("The engine ended the generation without a result.")
         except Exception as error:
@@ -116,9 +120,17 @@ class EventFeed:
             self._error = self._error or error
             self.wake()
 
-    def _take(self, index: int, events: Sequence[GenerationEvent]) -> None:
-        if self._is_awaited and self._has_been_said(index, events):
-            return
+    def _on_events(self, index: int, events: Sequence[GenerationEvent]) -> None:
+        # Only while `next` waits and nothing is buffered: events must not overtake each other.
+        is_next = self._waiter is not None and not self._waiter.done() and not self._events
+        write_now = self.write_now if is_next and events else None
+        if write_now is not None and not isinstance(events[-1], Finished):
+            try:
+                if write_now([(index, event) for event in events]):
+                    return
+            except Exception as error:
+                self.abort(error)
+                return
         for event in events:
             if isinstance(event, Finished):
                 if event.reason == "cancelled":
@@ -129,22 +141,6 @@ class EventFeed:
         if len(self._events) > _MOST_UNREAD_EVENTS:
             self.abort(EngineFailed("The client reads too slowly; the request was cancelled."))
         self.wake()
-
-    @property
-    def _is_awaited(self) -> bool:
-        """Whether `next` waits for the next event, so that nothing can be overtaken."""
-        is_waiting = self._waiter is not None and not self._waiter.done()
-        return is_waiting and not self._events
-
-    def _has_been_said(self, index: int, events: Sequence[GenerationEvent]) -> bool:
-        """Try the shortcut, but for the last events, which `next` has to return."""
-        if self.shortcut is None or not events or isinstance(events[-1], Finished):
-            return False
-        try:
-            return self.shortcut([(index, event) for event in events])
-        except Exception as error:
-            self.abort(error)
-            return True
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -1,10 +1,9 @@
-"""The event stream: events as they come, keep-alives while nothing does, errors, the end."""
+"""Streams server-sent events: text as it is generated, keep-alives during silence, errors."""
 
 import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -23,12 +22,12 @@ KEEP_ALIVE = ": keep-alive\n\n"
 
 
 def prefill_comment(event: PrefillProgress) -> str:
-    """Return the comment line that tells how much of a prompt is computed."""
+    """Return the comment line that reports prefill progress in tokens."""
     return f": prefill {event.done_tokens}/{event.total_tokens}\n\n"
 
 
 class StreamFormatter(ABC):
-    """Events → the SSE text of one API; used by one stream, called in the order of its methods."""
+    """Formats events as the SSE text of one API; one instance per stream, called in this order."""
 
     keep_alive = KEEP_ALIVE
 
@@ -36,7 +35,7 @@ class StreamFormatter(ABC):
         self._generation = generation
 
     def beginning(self, events: Sequence[TaggedEvent]) -> str:
-        """Return what precedes everything else; `events` are the first, to be said next."""
+        """Return the text before all other; `events` are the first, which `chunks` gets next."""
         del events
         return ""
 
@@ -46,15 +45,15 @@ class StreamFormatter(ABC):
 
     @abstractmethod
     def closing(self) -> str:
-        """Return what ends a stream that has said everything."""
+        """Return the end of a complete stream."""
 
     @abstractmethod
     def failing(self, error: ImpetusError, record: RequestRecord) -> str:
-        """Return what ends a stream that fails after its headers."""
+        """Return the end of a stream that fails after its headers."""
 
 
 class _KeepAlive:
-    """Wakes the feed when the stream was silent, and gives up on a client that does not read."""
+    """Writes the stream; wakes its reader after a silence, aborts if the client stops reading."""
 
     def __init__(self, feed: EventFeed, pacing: Pacing, send: Send) -> None:
         self._feed = feed
@@ -79,12 +78,12 @@ class _KeepAlive:
         self._is_writing = False
 
     def note_written(self) -> None:
-        """Begin a new silence."""
+        """Restart the silence timer."""
         self.is_due = False
         self._written_at = self._loop.time()
 
     def stop(self) -> None:
-        """End the ticking."""
+        """Cancel the timer."""
         self._timer.cancel()
 
     def _tick(self) -> None:
@@ -109,12 +108,16 @@ def _has_tokens(events: Sequence[TaggedEvent]) -> bool:
 
 
 class EventStream(Response):
-    """Streams a generation.
+    """Streams a generation as server-sent events; answers one request.
 
-    An error before the first token, or before `Pacing.header_wait_s`, is raised, to become an
-    HTTP status; a later one is said in the stream.  A client that leaves ends the
+    An error before the first token, or before `Pacing.header_wait_s`, is raised and becomes an
+    HTTP status; a later one is sent as the stream's last event.  A client that disconnects ends the
     generation at once.
     """
+
+    _feed: EventFeed
+    _keep_alive: _KeepAlive
+    _direct: DirectWriter | None = None
 
     def __init__(self, generation: Generation, formatter: StreamFormatter) -> None:
         super().__init__(
@@ -126,73 +129,72 @@ class EventStream(Response):
         self._formatter = formatter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream until the end, an error, or the client's leaving."""
-        async with EventFeed(self._generation.runs(), receive) as feed:
-            body_send = server_send(scope, send)
-            keep_alive = _KeepAlive(feed, self._generation.context.pacing, body_send)
-            if (writer := direct_writer(scope)) is not None:
-                feed.shortcut = partial(self._say_at_once, writer, keep_alive)
+        """Stream until the end, an error, or the client's disconnect."""
+        async with self._generation.run(receive) as self._feed:
+            pacing = self._generation.context.pacing
+            self._keep_alive = _KeepAlive(self._feed, pacing, server_send(scope, send))
+            self._direct = direct_writer(scope)
+            if self._direct is not None:
+                self._feed.write_now = self._write_now
             try:
-                await self._stream(feed, keep_alive, send, record_of(scope))
+                await self._stream(send, record_of(scope))
             finally:
-                keep_alive.stop()
+                self._keep_alive.stop()
 
-    async def _stream(
-        self, feed: EventFeed, keep_alive: _KeepAlive, send: Send, record: RequestRecord
-    ) -> None:
-        text = await self._beginning(feed, keep_alive)
+    async def _stream(self, send: Send, record: RequestRecord) -> None:
+        feed = self._feed
+        text = await self._first_text()
         if feed.is_disconnected:
             return
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             while True:
-                # The last events and what closes the stream go as one message.
+                # The last events and the end of the stream are sent as one message.
                 if text and not feed.has_ended:
-                    said, text = text, ""
-                    await keep_alive.write(said)
+                    unsent, text = text, ""
+                    await self._keep_alive.write(unsent)
                 events = await feed.next()
                 if events is None:
                     break
-                text += self._say(events, keep_alive)
+                text += self._text(events)
             if not feed.is_disconnected:
                 text += self._formatter.closing()
         except Exception as error:
-            text += self._in_stream_error(error, record)
+            text += self._error_text(error, record)
         if not feed.is_disconnected:
-            await keep_alive.write(text, more_body=False)
+            await self._keep_alive.write(text, more_body=False)
 
-    async def _beginning(self, feed: EventFeed, keep_alive: _KeepAlive) -> str:
+    async def _first_text(self) -> str:
         """Wait for the first token, or until it is time to send the headers without it."""
         first: list[TaggedEvent] = []
-        while (events := await feed.next()) is not None:
+        while (events := await self._feed.next()) is not None:
             first += events
             if _has_tokens(events):
                 self._generation.note_first_token()
                 break
-            if keep_alive.is_due:
+            if self._keep_alive.is_due:
                 break
         text = self._formatter.beginning(first) + self._formatter.chunks(first)
         return text or self._formatter.keep_alive
 
-    def _say(self, events: Sequence[TaggedEvent], keep_alive: _KeepAlive) -> str:
+    def _text(self, events: Sequence[TaggedEvent]) -> str:
         if not events:
-            return self._formatter.keep_alive if keep_alive.is_due else ""
+            return self._formatter.keep_alive if self._keep_alive.is_due else ""
         if self._generation.awaits_first_token and _has_tokens(events):
             self._generation.note_first_token()
         return self._formatter.chunks(events)
 
-    def _say_at_once(
-        self, writer: DirectWriter, keep_alive: _KeepAlive, events: Sequence[TaggedEvent]
-    ) -> bool:
-        """Write later tokens' text where that needs no waiting; return whether it was done."""
-        if self._generation.awaits_first_token or not writer.is_ready:
+    def _write_now(self, events: Sequence[TaggedEvent]) -> bool:
+        """Write tokens after the first if the socket accepts them; return whether it did."""
+        direct = self._direct
+        if direct is None or self._generation.awaits_first_token or not direct.is_ready:
             return False
         if text := self._formatter.chunks(events):
-            writer.write(text.encode("ascii"))
-            keep_alive.note_written()
+            direct.write(text.encode("ascii"))
+            self._keep_alive.note_written()
         return True
 
-    def _in_stream_error(self, error: Exception, record: RequestRecord) -> str:
+    def _error_text(self, error: Exception, record: RequestRecord) -> str:
         if isinstance(error, ImpetusError):
             known = error
         else:

@@ -1,9 +1,8 @@
-"""Running a request's generations, streamed or not, and counting what they cost."""
+"""Runs a request's generations, streamed or not, and records their usage and timing."""
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 from openai.types import CompletionUsage
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
@@ -19,7 +18,7 @@ from core.types import (
     Timing,
     Usage,
 )
-from router.answers.event_feed import EventFeed, Run
+from router.answers.event_feed import EventFeed
 from router.context import RouteContext
 from router.http.errors import CLIENT_CLOSED_REQUEST
 from router.services import ModelView
@@ -40,10 +39,9 @@ class Generation:
     _started_at: float = field(default_factory=time.monotonic)
     _first_token_at: float | None = None
 
-    def runs(self) -> list[Run]:
-        """Return the generations, none of them started."""
-        dispatcher = self.context.services.dispatcher
-        return [partial(dispatcher.generate, request) for request in self.requests]
+    def run(self, receive: Receive) -> EventFeed:
+        """Return the generations' events, which begin when it is entered."""
+        return EventFeed(self.context.services.dispatcher.generate, self.requests, receive)
 
     @property
     def awaits_first_token(self) -> bool:
@@ -131,7 +129,7 @@ class Generation:
     async def collect(self, receive: Receive) -> list[list[GenerationEvent]] | None:
         """Return every choice's events, or None when the client left before the end."""
         choices: list[list[GenerationEvent]] = [[] for _ in self.requests]
-        async with EventFeed(self.runs(), receive) as feed:
+        async with self.run(receive) as feed:
             while (batch := await feed.next()) is not None:
                 for index, event in batch:
                     if isinstance(event, PrefillProgress):

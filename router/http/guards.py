@@ -1,6 +1,7 @@
 """Who may talk to the server: guards over the raw request, before any handler runs.
 
-They run in this order: `HeaderGuard`, `OriginGuard`, `BodyLimit`, `KeyGuard`, `ContentTypeGuard`.
+They run in this order: `HeaderGuard`, `OriginGuard`, `BodyLimit`, `KeyGuard`, `ContentTypeGuard`,
+`DrainGuard`.
 """
 
 import hashlib
@@ -23,9 +24,12 @@ from core.errors import (
 from core.metrics import Metrics
 from core.settings import LOOPBACK_HOSTS, Settings
 from core.units import KIB, format_bytes
+from router.http.drain import Drain
 from router.http.errors import error_response
 
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz"})
+# Also answered while the server is stopping: these report how far it is.
+_DRAIN_PATHS = PUBLIC_PATHS | {"/metrics", "/api/drain"}
 MAX_HEADER_BYTES = 64 * KIB
 MAX_HEADERS = 100
 
@@ -285,3 +289,25 @@ class ContentTypeGuard(_Guard):
         if len(types) != 1 or any(value.strip().lower() != b"identity" for value in encodings):
             return False
         return types[0].partition(b";")[0].strip().lower() == b"application/json"
+
+
+class DrainGuard(_Guard):
+    """Counts running requests, and refuses new ones while the server is stopping."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, drain: Drain) -> None:
+        super().__init__(app, settings, metrics)
+        self._drain = drain
+
+    async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 503 and close the connection, so that the next request goes elsewhere."""
+        if scope["path"] in _DRAIN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        if self._drain.is_on:
+            await self.refusal(self._drain.refusal(), headers=_CLOSE)(scope, receive, send)
+            return
+        self._drain.in_flight += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._drain.in_flight -= 1

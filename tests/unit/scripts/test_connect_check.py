@@ -15,7 +15,7 @@ from core.types import (
     ToolCallDelta,
 )
 from router.app import create_app
-from router.services import EventTaker
+from router.services import EventCallback
 from scripts.connect_lib.check import Outcome, run_checks
 from scripts.connect_lib.server import Model, Target, choose, list_models
 from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, FakeDispatcher, finished, make_services
@@ -36,10 +36,10 @@ class Talker(FakeDispatcher):
         super().__init__()
         self.call = call
 
-    async def generate(self, request: GenerationRequest, take: EventTaker) -> None:
+    async def generate(self, request: GenerationRequest, on_events: EventCallback) -> None:
         is_forced = getattr(request.prompt, "tool_choice", "auto") == "required"
         self.script = self.call if is_forced else TEXT
-        await super().generate(request, take)
+        await super().generate(request, on_events)
 
 
 async def outcomes(

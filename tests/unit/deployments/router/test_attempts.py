@@ -42,35 +42,35 @@ def residency(load_s: float, *evicted: str) -> Residency:
 
 
 def timing_of(attempts: RequestAttempts, last: Timing) -> Timing:
-    event = attempts.note(Finished("stop", Usage(1, 1), last))
-    assert isinstance(event, Finished)
-    return event.timing
+    attempts.on_events([Finished("stop", Usage(1, 1), last)])
+    assert attempts.finished is not None
+    return attempts.finished.timing
 
 
 def test_a_resident_models_request_has_the_engines_own_timing() -> None:
-    attempts = RequestAttempts(REQUEST)
+    attempts = RequestAttempts(REQUEST, lambda _: None)
     attempts.begin()
     last = Timing(0.1, 0.2, 0.3, throttled_s=0.05)
     assert timing_of(attempts, last) == last
 
 
 def test_a_wait_is_split_into_memory_and_load() -> None:
-    attempts = RequestAttempts(REQUEST)
+    attempts = RequestAttempts(REQUEST, lambda _: None)
     attempts.note_wait(5.0, residency(2.0, "b", "c"))
     timing = timing_of(attempts, Timing(queued_s=1.0))
     assert (timing.queued_s, timing.load_s, timing.evicted) == (4.0, 2.0, ("b", "c"))
-    late = RequestAttempts(REQUEST)
+    late = RequestAttempts(REQUEST, lambda _: None)
     late.note_wait(0.5, residency(2.0))
     assert timing_of(late, Timing()).load_s == 0.5
 
 
 def test_a_lost_engines_work_counts(clock: Clock) -> None:
-    attempts = RequestAttempts(REQUEST)
+    attempts = RequestAttempts(REQUEST, lambda _: None)
     attempts.begin()
     clock.now += 1.0
-    attempts.note(PrefillProgress(1, 2))
+    attempts.on_events([PrefillProgress(1, 2)])
     clock.now += 1.0
-    attempts.note(TextDelta("a", (1,)))
+    attempts.on_events([TextDelta("a", (1,))])
     clock.now += 3.0
     attempts.note_lost(DIED)
     clock.now += 9.0
@@ -81,7 +81,7 @@ def test_a_lost_engines_work_counts(clock: Clock) -> None:
 
 
 def test_a_model_that_was_elsewhere_is_no_lost_engine(clock: Clock) -> None:
-    attempts = RequestAttempts(REQUEST)
+    attempts = RequestAttempts(REQUEST, lambda _: None)
     attempts.begin()
     clock.now += 1.0
     attempts.note_lost(ModelNotResident("not here"))
@@ -89,15 +89,18 @@ def test_a_model_that_was_elsewhere_is_no_lost_engine(clock: Clock) -> None:
 
 
 def test_a_load_that_died_is_counted_without_work() -> None:
-    attempts = RequestAttempts(REQUEST)
+    attempts = RequestAttempts(REQUEST, lambda _: None)
     attempts.note_lost(DIED)
     assert timing_of(attempts, Timing()) == Timing(resumed=1)
 
 
 def test_each_attempt_asks_for_what_is_left() -> None:
-    attempts = RequestAttempts(REQUEST)
-    assert attempts.attempt(0).id == "r.0"
-    assert not attempts.attempt(0).generated
-    attempts.note(TextDelta("a", (1, 2)))
-    assert (attempts.attempt(1).id, attempts.attempt(1).generated) == ("r.1", (1, 2))
-    assert attempts.can_go_on
+    attempts = RequestAttempts(REQUEST, lambda _: None)
+    assert attempts.remaining_request(0).id == "r.0"
+    assert not attempts.remaining_request(0).generated
+    attempts.on_events([TextDelta("a", (1, 2))])
+    assert (attempts.remaining_request(1).id, attempts.remaining_request(1).generated) == (
+        "r.1",
+        (1, 2),
+    )
+    assert attempts.can_resume

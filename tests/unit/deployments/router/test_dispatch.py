@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -262,7 +261,7 @@ async def test_a_call_outlives_a_reader_that_leaves_with_the_end(receiver: Frame
     replica, log = FakeHandle(generate=generate), DecisionLog()
     handles: Any = {"gguf": replica}
     subject = HandleDispatcher(loads("a"), handles, receiver, "node", log=log)  # type: ignore[arg-type]
-    async with EventFeed([partial(subject.generate, REQUEST)], stay_connected) as feed:
+    async with EventFeed(subject.generate, [REQUEST], stay_connected) as feed:
         while await feed.next() is not None:
             pass
     assert not replica.generate.responses[0].is_cancelled

@@ -30,9 +30,9 @@ class Taken:
     def __init__(self, receiver: FrameReceiver, request_id: str) -> None:
         self.events: list[GenerationEvent] = []
         self._has_end = asyncio.Event()
-        receiver.open(request_id, self._take)
+        receiver.subscribe(request_id, self._on_events)
 
-    def _take(self, events: Sequence[GenerationEvent]) -> None:
+    def _on_events(self, events: Sequence[GenerationEvent]) -> None:
         self.events.extend(events)
         if END in events:
             self._has_end.set()
@@ -70,7 +70,7 @@ async def test_events_reach_their_mailboxes_in_order(receiver: FrameReceiver) ->
 
 async def test_events_of_forgotten_requests_are_dropped(receiver: FrameReceiver) -> None:
     gone = Taken(receiver, "gone")
-    receiver.forget("gone")
+    receiver.unsubscribe("gone")
     taken = Taken(receiver, "here")
     sender = FrameSender(receiver.path)
     sender.deliver([("gone", [TextDelta("x")]), ("here", [END])])

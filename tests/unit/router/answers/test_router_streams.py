@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from functools import partial
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from router.answers import event_feed as feed_module
 from router.answers.event_feed import EventFeed
 from router.app import create_app
 from router.context import Pacing
-from router.services import EventTaker
+from router.services import EventCallback
 from tests.fakes import CHAT_MODEL, FakeDispatcher, finished, make_services
 from tests.live_server import client_of, connection, post_bytes, serving, sse_data
 
@@ -247,13 +246,13 @@ async def test_handler_that_is_cancelled_closes_the_generation() -> None:
 class EndlessDispatcher(FakeDispatcher):
     """Says large things without an end."""
 
-    async def generate(self, request: GenerationRequest, take: EventTaker) -> None:
+    async def generate(self, request: GenerationRequest, on_events: EventCallback) -> None:
         del request
         self._enter()
         try:
             while True:
                 self.played += 1
-                take([TextDelta("x" * 10_000)])
+                on_events([TextDelta("x" * 10_000)])
                 await asyncio.sleep(0)
         finally:
             self._leave()
@@ -277,8 +276,8 @@ async def test_feed_gives_up_a_reader_that_falls_behind(monkeypatch: pytest.Monk
     monkeypatch.setattr(feed_module, "_MOST_UNREAD_EVENTS", 10)
     gate = asyncio.Event()
     dispatcher = FakeDispatcher(*(TextDelta("x") for _ in range(11)), gate, finished())
-    run = partial(dispatcher.generate, GenerationRequest("r", CHAT_MODEL, TextPrompt("x")))
-    async with EventFeed([run], asyncio.Event().wait) as feed:  # type: ignore[arg-type]
+    request = GenerationRequest("r", CHAT_MODEL, TextPrompt("x"))
+    async with EventFeed(dispatcher.generate, [request], asyncio.Event().wait) as feed:  # type: ignore[arg-type]
         await asyncio.wait_for(dispatcher.idle.wait(), 5)
         events = await feed.next()
         assert events is not None

@@ -21,7 +21,7 @@ from core.types import (
 from router.answers import event_stream as sse
 from router.app import create_app
 from router.http.direct_writer import DirectWriter
-from router.services import EventTaker
+from router.services import EventCallback
 from router.v1.chunks import ChunkFormatter
 from tests.fakes import FakeDispatcher, finished, make_services
 from tests.live_server import connection, post_bytes, serving
@@ -54,26 +54,28 @@ class HandFed(FakeDispatcher):
 
     def __init__(self) -> None:
         super().__init__()
-        self.taker: asyncio.Future[EventTaker] = asyncio.get_running_loop().create_future()
+        self.on_events: asyncio.Future[EventCallback] = asyncio.get_running_loop().create_future()
         self._end = asyncio.Event()
 
-    async def generate(self, request: GenerationRequest, take: EventTaker) -> None:
+    async def generate(self, request: GenerationRequest, on_events: EventCallback) -> None:
         self.requests.append(request)
-        self.taker.set_result(take)
+        self.on_events.set_result(on_events)
         await self._end.wait()
 
-    def end(self, take: EventTaker, event: Finished) -> None:
-        take([event])
+    def end(self, on_events: EventCallback, event: Finished) -> None:
+        on_events([event])
         self._end.set()
 
 
 class Stream:
     """One client's stream, of a generation that is fed by hand."""
 
-    def __init__(self, dispatcher: HandFed, reader: asyncio.StreamReader, take: EventTaker) -> None:
+    def __init__(
+        self, dispatcher: HandFed, reader: asyncio.StreamReader, on_events: EventCallback
+    ) -> None:
         self._dispatcher = dispatcher
         self.reader = reader
-        self.take = take
+        self.on_events = on_events
 
     async def until(self, mark: bytes) -> None:
         text = b""
@@ -82,7 +84,7 @@ class Stream:
 
     async def rest(self) -> bytes:
         """End the generation and return all that was not read."""
-        self._dispatcher.end(self.take, finished())
+        self._dispatcher.end(self.on_events, finished())
         return await self.to_end()
 
     async def to_end(self) -> bytes:
@@ -100,8 +102,8 @@ async def streaming(path: str, body: dict[str, Any]) -> AsyncIterator[Stream]:
         connection(port) as (reader, writer),
     ):
         writer.write(post_bytes(path, {**body, "stream": True}))
-        take = await asyncio.wait_for(dispatcher.taker, 5)
-        yield Stream(dispatcher, reader, take)
+        on_events = await asyncio.wait_for(dispatcher.on_events, 5)
+        yield Stream(dispatcher, reader, on_events)
 
 
 @pytest.fixture
@@ -126,16 +128,16 @@ async def settle() -> None:
 
 async def begin(stream: Stream) -> None:
     """Send the first token and wait until the client has it."""
-    stream.take([TextDelta("first")])
+    stream.on_events([TextDelta("first")])
     await stream.until(b"first")
     await settle()
 
 
-async def test_a_token_is_written_before_take_returns(pieces: list[bytes]) -> None:
+async def test_a_token_is_written_before_the_callback_returns(pieces: list[bytes]) -> None:
     async with streaming("/v1/chat/completions", CHAT) as stream:
         await begin(stream)
         assert pieces == []
-        stream.take([TextDelta("b")])
+        stream.on_events([TextDelta("b")])
         assert len(pieces) == 1
         assert b'"content":"b"' in pieces[0]
         text = await stream.rest()
@@ -154,7 +156,7 @@ async def test_the_bytes_are_those_of_the_other_way(
             for event in EVENTS:
                 if path == "/v1/completions" and not isinstance(event, TextDelta):
                     continue
-                stream.take([event])
+                stream.on_events([event])
                 await settle()
             texts.append(_CHANGING.sub(b"", await stream.rest()))
         monkeypatch.setattr(sse, "direct_writer", Mock(return_value=None))
@@ -165,10 +167,10 @@ async def test_the_bytes_are_those_of_the_other_way(
 async def test_events_before_the_reader_waits_again_keep_their_order(pieces: list[bytes]) -> None:
     async with streaming("/v1/completions", {"model": "tiny", "prompt": "hi"}) as stream:
         for index in range(5):
-            stream.take([TextDelta(f"<{index}>")])
+            stream.on_events([TextDelta(f"<{index}>")])
         assert pieces == []
         await begin(stream)
-        stream.take([TextDelta("<5>"), TextDelta("<6>")])
+        stream.on_events([TextDelta("<5>"), TextDelta("<6>")])
         text = await stream.rest()
     assert len(pieces) == 1
     assert re.findall(rb"<(\d)>", text) == [b"5", b"6"]
@@ -180,7 +182,7 @@ async def test_a_client_that_does_not_read_gets_everything_in_order_later(
     async with streaming("/v1/chat/completions", CHAT) as stream:
         await begin(stream)
         for index in range(200):
-            stream.take([TextDelta(f"<{index}>" + "x" * 20_000)])
+            stream.on_events([TextDelta(f"<{index}>" + "x" * 20_000)])
         assert 0 < len(pieces) < 200
         text = await stream.rest()
     assert [int(number) for number in re.findall(rb"<(\d+)>", text)] == list(range(200))
@@ -192,7 +194,7 @@ async def test_a_failure_while_writing_is_said_in_the_stream(
     async with streaming("/v1/chat/completions", CHAT) as stream:
         await begin(stream)
         monkeypatch.setattr(ChunkFormatter, "chunks", Mock(side_effect=RuntimeError("no text")))
-        stream.take([TextDelta("b")])
+        stream.on_events([TextDelta("b")])
         text = await stream.to_end()
     assert b"internal_error" in text
     assert b"no text" not in text
