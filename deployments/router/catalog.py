@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from backends.base import Backend, EngineOptions, ModelInfo
@@ -38,13 +38,11 @@ class CatalogView:
         self,
         settings: Settings,
         scheduler: Handle,
-        resident_ids: Callable[[], frozenset[str]],
-        model_states: ModelStatesWatch | None = None,
+        model_states: ModelStatesWatch,
     ) -> None:
         self._store = CatalogStore(settings.catalog_file)
         self._scheduler = direct(scheduler)
-        self._resident_ids = resident_ids
-        self._model_states = model_states or ModelStatesWatch(scheduler)
+        self._model_states = model_states
         self._backends = backends_for(settings.formats)
         self._budget_bytes = budget_bytes(settings)
         self._options = engine_options(settings, self._budget_bytes)
@@ -83,7 +81,7 @@ class CatalogView:
         sound = [record for record in usable if record.id not in model_states.faults]
         record = best_variant(
             sound or usable or candidates,
-            self._resident_ids(),
+            frozenset(self._model_states.residencies),
             self._budget_bytes,
             keeps_cool=model_states.keeps_cool,
         )
@@ -126,16 +124,14 @@ class CatalogView:
 
     async def models(self) -> Sequence[ModelView]:
         """Return all models, those that cannot run with the reason."""
-        (residencies, loading), model_states = await asyncio.gather(
-            call(self._scheduler.residencies.remote()), self._model_states.refresh()
-        )
-        resident = {residency.model_id: residency for residency in residencies}
+        model_states = await self._model_states.refresh()
+        resident, loading = self._model_states.residencies, frozenset(model_states.loading)
         records = await asyncio.to_thread(self._store.models)
-        views = [self._view(record, resident, frozenset(loading)) for record in records]
+        views = [self._view(record, resident, loading) for record in records]
         return [_with_fault(view, model_states.faults.get(view.id)) for view in views]
 
     def _view(
-        self, record: ModelRecord, resident: dict[str, Residency], loading: frozenset[str]
+        self, record: ModelRecord, resident: Mapping[str, Residency], loading: frozenset[str]
     ) -> ModelView:
         info = record.info
         state, reason = self._state(record, resident, loading)
@@ -168,7 +164,7 @@ class CatalogView:
         )
 
     def _state(
-        self, record: ModelRecord, resident: dict[str, Residency], loading: frozenset[str]
+        self, record: ModelRecord, resident: Mapping[str, Residency], loading: frozenset[str]
     ) -> tuple[ModelState, str]:
         if record.state == "refused":
             return "refused", record.reason

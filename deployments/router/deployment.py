@@ -41,18 +41,16 @@ class RouterReplica:
         node_id = ray.get_runtime_context().get_node_id()
         log = DecisionLog()
         has_many = settings.max_replicas > 1
+        model_states = self._model_states = ModelStatesWatch(scheduler)
+        model_states.start()
         dispatcher = self._dispatcher = HandleDispatcher(
-            scheduler, formats, self._receiver, node_id, has_many=has_many, log=log
+            scheduler, formats, self._receiver, node_id, model_states, has_many=has_many, log=log
         )
         everywhere = broadcast_handles(
             {name: direct(handle) for name, handle in formats.items()}, settings
         )
-        telemetry = ReplicaTelemetry(everywhere, lambda: dispatcher.resident_formats, scheduler)
-        self._model_states = ModelStatesWatch(scheduler)
-        self._model_states.start()
-        self._catalog = CatalogView(
-            settings, scheduler, lambda: dispatcher.resident_ids, self._model_states
-        )
+        telemetry = ReplicaTelemetry(everywhere, lambda: model_states.resident_formats, scheduler)
+        self._catalog = CatalogView(settings, scheduler, model_states)
         self._management = SchedulerManagement(settings, scheduler, log)
         metrics = Metrics()
         metrics.registry.register(telemetry)

@@ -1,4 +1,4 @@
-"""The router's way to the engines: frames in, one unary handle call a request."""
+"""Dispatches requests to the replica that holds the model, loading the model first if needed."""
 
 import asyncio
 import logging
@@ -18,6 +18,7 @@ from core.types import (
 from deployments.decisions import DecisionLog
 from deployments.messages import LoadContext, Residency
 from deployments.router.attempts import RequestAttempts
+from deployments.router.model_states import ModelStatesWatch
 from deployments.router.targets import Targets
 from deployments.serve.handles import Handle, ReplicaDied, call, direct, unwrap
 from deployments.transport.codec import LENGTH_BYTES, decode_body
@@ -38,8 +39,8 @@ _DEADLINE_GRACE_S = 2.0
 class HandleDispatcher:
     """Runs requests on the replica that holds the model; implements `router.services.Dispatcher`.
 
-    Where a model is resident is remembered from the last load; a replica that knows better says
-    so, and the scheduler is asked only then.
+    The scheduler is asked only where the model states name no replica, or that replica replied
+    that it does not hold the model.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class HandleDispatcher:
         formats: Mapping[str, Handle],
         receiver: FrameReceiver,
         node_id: str,
+        model_states: ModelStatesWatch,
         *,
         has_many: bool = False,
         log: DecisionLog | None = None,
@@ -59,18 +61,8 @@ class HandleDispatcher:
         self._log = log or DecisionLog()
         self._receiver = receiver
         self._node_id = node_id
-        self._residencies: dict[str, Residency] = {}
+        self._model_states = model_states
         self._calls: set[asyncio.Task[None]] = set()
-
-    @property
-    def resident_ids(self) -> frozenset[str]:
-        """The models believed to be resident."""
-        return frozenset(self._residencies)
-
-    @property
-    def resident_formats(self) -> frozenset[str]:
-        """The formats of which some model is believed to be resident."""
-        return frozenset(residency.format for residency in self._residencies.values())
 
     async def close(self) -> None:
         """Cancel what runs and wait until it has ended."""
@@ -236,19 +228,18 @@ class HandleDispatcher:
             logger.warning("the scheduler was not told of a death: %r", problem)
 
     def _forget(self, residency: Residency) -> None:
-        if self._residencies.get(residency.model_id) is residency:
-            del self._residencies[residency.model_id]
+        self._model_states.note_lost(residency)
         self._targets.forget(residency)
 
     async def _ensure(
         self, model_id: str, need: LoadContext, attempts: RequestAttempts | None = None
     ) -> Residency:
-        known = self._residencies.get(model_id)
+        known = self._model_states.residencies.get(model_id)
         if known is not None:
             return known
         asked_at = time.monotonic()
         residency: Residency = await call(self._scheduler.ensure_loaded.remote(model_id, need))
-        self._residencies[model_id] = residency
+        self._model_states.note_loaded(residency)
         if attempts is not None:
             attempts.note_wait(time.monotonic() - asked_at, residency)
         return residency

@@ -1,52 +1,133 @@
-"""What the router knows of the scheduler's mind without asking for every request."""
+"""Caches the model states that the scheduler publishes: residency, faults, thermal policy."""
 
 import asyncio
 import logging
+from collections.abc import Mapping
+from itertools import count
 
 from core.errors import ImpetusError
-from deployments.messages import ModelStates
+from deployments.messages import ModelStates, Residency
 from deployments.serve.handles import Handle, call, direct
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 5.0
-_LIMIT_S = 2.0
+# The scheduler answers a long poll within 10 s; later than this it counts as unreachable.
+_POLL_LIMIT_S = 15.0
+_REFRESH_LIMIT_S = 2.0
+# Between two polls: changes that come together cost one call.
+_POLL_PAUSE_S = 0.05
+_FIRST_BACK_OFF_S = 0.5
+_LONGEST_BACK_OFF_S = 10.0
 
 
 class ModelStatesWatch:
-    """The last known model_states, asked for at intervals.  Belongs to one event loop.
+    """The last published model states, corrected by what this router learned since.
 
-    A scheduler that does not answer leaves it as it was.
+    One long poll is open at a time once started.  A scheduler that does not answer leaves the last
+    known states valid.  Belongs to one event loop.
     """
 
-    def __init__(self, scheduler: Handle, poll_s: float = _POLL_S) -> None:
+    def __init__(self, scheduler: Handle) -> None:
         self._scheduler = direct(scheduler)
-        self._poll_s = poll_s
         self.current = ModelStates()
+        self._residencies: dict[str, Residency] = {}
+        # Numbers the calls to the scheduler and the news from elsewhere in the order they happen.
+        self._order = count(1)
+        self._asked_last = 0
+        # Loads and losses that no answer to a later call has confirmed yet.
+        self._loaded: dict[str, int] = {}
+        self._lost: dict[str, tuple[int, Residency]] = {}
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def residencies(self) -> Mapping[str, Residency]:
+        """Where each resident model is, by model id."""
+        return self._residencies
+
+    @property
+    def resident_formats(self) -> frozenset[str]:
+        """The formats that hold a model."""
+        return frozenset(residency.format for residency in self._residencies.values())
+
+    def note_loaded(self, residency: Residency) -> None:
+        """Add what `ensure_loaded` returned; states asked for before this do not undo it."""
+        self._residencies[residency.model_id] = residency
+        self._loaded[residency.model_id] = next(self._order)
+        self._lost.pop(residency.model_id, None)
+
+    def note_lost(self, residency: Residency) -> None:
+        """Remove a residency that its replica denied or died with; states that name it are old."""
+        model_id = residency.model_id
+        self._lost[model_id] = (next(self._order), residency)
+        if _is_same_load(self._residencies.get(model_id), residency):
+            del self._residencies[model_id]
+            self._loaded.pop(model_id, None)
+
     def start(self) -> None:
-        """Begin to ask, on the running loop."""
+        """Start polling on the running loop."""
         self._task = asyncio.create_task(self._run())
 
     def stop(self) -> None:
-        """Ask no more."""
+        """Cancel the open poll and stop."""
         if self._task is not None:
             self._task.cancel()
 
     async def refresh(self) -> ModelStates:
-        """Ask now; return what is known then."""
-        try:
-            async with asyncio.timeout(_LIMIT_S):
-                self.current = await call(self._scheduler.model_states.remote())
-        except (TimeoutError, ImpetusError) as problem:
-            logger.info("the scheduler does not say how models stand: %r", problem)
+        """Ask the scheduler now, for 2 s at most; return the last known states."""
+        await self._ask(-1, _REFRESH_LIMIT_S)
         return self.current
 
     async def _run(self) -> None:
+        back_off_s = _FIRST_BACK_OFF_S
         while True:
-            await asyncio.sleep(self._poll_s)
+            # Loads that no answer confirmed yet are looked at without waiting for a change.
+            known_version = -1 if self._loaded else self.current.version
             try:
-                await self.refresh()
+                has_answered = await self._ask(known_version, _POLL_LIMIT_S)
             except Exception:
-                logger.exception("asking the scheduler how models stand failed")
+                logger.exception("polling the scheduler's model states failed")
+                has_answered = False
+            await asyncio.sleep(_POLL_PAUSE_S if has_answered else back_off_s)
+            back_off_s = (
+                _FIRST_BACK_OFF_S if has_answered else min(2 * back_off_s, _LONGEST_BACK_OFF_S)
+            )
+
+    async def _ask(self, known_version: int, limit_s: float) -> bool:
+        """Ask for states other than `known_version`; return whether the scheduler knew them."""
+        asked = next(self._order)
+        try:
+            async with asyncio.timeout(limit_s):
+                states: ModelStates = await call(self._scheduler.model_states.remote(known_version))
+        except (TimeoutError, ImpetusError) as problem:
+            logger.info("the scheduler did not answer with the model states: %r", problem)
+            return False
+        if states.version < 0:
+            return False
+        # Of two calls that overlap, the answer to the earlier one may arrive last.
+        if asked > self._asked_last or states.version > self.current.version:
+            self._asked_last = max(asked, self._asked_last)
+            self._apply(states, asked)
+        return True
+
+    def _apply(self, states: ModelStates, asked: int) -> None:
+        """Take over published states, except for what happened after they were asked for."""
+        residencies = {one.model_id: one for one in states.residencies if not one.is_job}
+        for model_id, loaded in list(self._loaded.items()):
+            if loaded > asked:
+                residencies[model_id] = self._residencies[model_id]
+            else:
+                del self._loaded[model_id]
+        for model_id, (lost, residency) in list(self._lost.items()):
+            if _is_same_load(residencies.get(model_id), residency):
+                del residencies[model_id]
+            elif lost < asked:
+                del self._lost[model_id]
+        self._residencies = residencies
+        self.current = states
+
+
+def _is_same_load(known: Residency | None, other: Residency) -> bool:
+    """Whether both are the same load; a later load in the same process took another time."""
+    return (
+        known is not None and known.replica_id == other.replica_id and known.load_s == other.load_s
+    )

@@ -36,23 +36,29 @@ class Scheduler:
         self.loading: list[str] = []
         self.on_rescan: Any = None
         self.problem: Exception | None = None
-        self.model_states = ModelStates()
+        self.faults: dict[str, Fault] = {}
+        self.keeps_cool = False
+        self.version = 0
         self.handle = FakeHandle(
             rescan=self.rescan,
-            residencies=self.resident,
             explain=self.explain,
-            model_states=self.stand,
+            model_states=self.model_states,
         )
 
     async def rescan(self) -> None:
         if self.on_rescan is not None:
             self.on_rescan()
 
-    async def resident(self) -> tuple[list[Residency], list[str]]:
-        return self.residencies, self.loading
-
-    async def stand(self) -> ModelStates:
-        return self.model_states
+    async def model_states(self, known_version: int) -> ModelStates:
+        assert known_version == -1
+        self.version += 1
+        return ModelStates(
+            self.faults,
+            self.keeps_cool,
+            tuple(self.residencies),
+            tuple(self.loading),
+            self.version,
+        )
 
     async def explain(self, model_id: str) -> Exception | None:
         del model_id
@@ -78,9 +84,7 @@ def view(tmp_path: Path, store: CatalogStore, scheduler: Scheduler) -> Iterator[
         home=tmp_path, formats=["gguf", "echo"], memory_budget=BUDGET, context_length=512
     )
     handle: Any = scheduler.handle
-    view = CatalogView(
-        settings, handle, lambda: frozenset({r.model_id for r in scheduler.residencies})
-    )
+    view = CatalogView(settings, handle, ModelStatesWatch(handle))
     yield view
     view.close()
 
@@ -116,6 +120,7 @@ async def test_a_bare_name_prefers_what_is_resident(
 ) -> None:
     write(store, found("m"), found("m", quantization="q8_0", size_bytes=2000))
     scheduler.residencies = [Residency("m@gguf-q4_0", "gguf", "r", "n", 256, 0.1)]
+    await view._model_states.refresh()
     assert (await view.resolve("m")).id == "m@gguf-q4_0"
     states = {model.id: (model.state, model.max_model_len) for model in await view.models()}
     assert states == {"m@gguf-q4_0": ("resident", 256), "m@gguf-q8_0": ("available", 512)}
@@ -126,11 +131,11 @@ async def test_f15_a_bare_name_means_the_smallest_variant_while_the_machine_keep
 ) -> None:
     write(store, found("m"), found("m", quantization="q8_0", size_bytes=2000))
     scheduler.residencies = [Residency("m@gguf-q8_0", "gguf", "r", "n", 256, 0.1)]
-    scheduler.model_states = ModelStates(keeps_cool=True)
+    scheduler.keeps_cool = True
     await view._model_states.refresh()
     assert (await view.resolve("m")).id == "m@gguf-q4_0"
     assert (await view.resolve("m@gguf-q8_0")).id == "m@gguf-q8_0"
-    scheduler.model_states = ModelStates()
+    scheduler.keeps_cool = False
     await view._model_states.refresh()
     assert (await view.resolve("m")).id == "m@gguf-q8_0"
 
@@ -139,9 +144,10 @@ async def test_f11_faults_are_shown_and_a_bare_name_avoids_them(
     view: CatalogView, store: CatalogStore, scheduler: Scheduler
 ) -> None:
     write(store, found("m"), found("m", quantization="q8_0", size_bytes=2000), found("n"))
-    scheduler.model_states = ModelStates(
-        {"m@gguf-q8_0": Fault(True, "it died"), "n@gguf-q4_0": Fault(False, "damaged")}
-    )
+    scheduler.faults = {
+        "m@gguf-q8_0": Fault(True, "it died"),
+        "n@gguf-q4_0": Fault(False, "damaged"),
+    }
     shown = {model.id: (model.state, model.reason) for model in await view.models()}
     assert shown["m@gguf-q8_0"] == ("quarantined", "it died")
     assert shown["n@gguf-q4_0"] == ("failed", "damaged")
@@ -154,7 +160,7 @@ async def test_a_scheduler_that_does_not_answer_leaves_what_was_known(
 ) -> None:
     handle: Any = scheduler.handle
     watch = ModelStatesWatch(handle)
-    scheduler.model_states = ModelStates(keeps_cool=True)
+    scheduler.keeps_cool = True
     await watch.refresh()
     handle.model_states = FakeHandle(fail=answering(Unavailable("away"))).fail
     assert (await watch.refresh()).keeps_cool

@@ -35,6 +35,7 @@ from core.types import (
 from deployments.decisions import DecisionLog
 from deployments.messages import Residency
 from deployments.router.dispatch import HandleDispatcher
+from deployments.router.model_states import ModelStatesWatch
 from deployments.serve.handles import ReplicaDied
 from deployments.transport.codec import encode_frame
 from deployments.transport.socket import FrameReceiver, FrameSender
@@ -70,10 +71,15 @@ async def receiver() -> AsyncIterator[FrameReceiver]:
 
 
 def dispatcher(
-    receiver: FrameReceiver, scheduler: FakeHandle, replica: FakeHandle
+    receiver: FrameReceiver,
+    scheduler: FakeHandle,
+    replica: FakeHandle,
+    log: DecisionLog | None = None,
 ) -> HandleDispatcher:
     handles: Any = {"gguf": replica}
-    return HandleDispatcher(scheduler, handles, receiver, "node")  # type: ignore[arg-type]
+    known: Any = scheduler
+    states = ModelStatesWatch(known)
+    return HandleDispatcher(known, handles, receiver, "node", states, log=log)
 
 
 def sending(*outcomes: Any) -> Any:
@@ -117,7 +123,7 @@ async def test_generate_yields_the_events_and_asks_the_scheduler_once(
     assert await collect(subject) == events
     await subject.close()
     assert lost(scheduler) == [""]
-    assert subject.resident_ids == {"m"}
+    assert set(subject._model_states.residencies) == {"m"}
 
 
 async def test_a_replica_without_the_model_costs_a_load_and_nothing_else(
@@ -259,8 +265,7 @@ async def test_a_call_outlives_a_reader_that_leaves_with_the_end(receiver: Frame
         raise AssertionError
 
     replica, log = FakeHandle(generate=generate), DecisionLog()
-    handles: Any = {"gguf": replica}
-    subject = HandleDispatcher(loads("a"), handles, receiver, "node", log=log)  # type: ignore[arg-type]
+    subject = dispatcher(receiver, loads("a"), replica, log)
     async with EventFeed(subject.generate, [REQUEST], stay_connected) as feed:
         while await feed.next() is not None:
             pass
@@ -355,9 +360,8 @@ async def test_an_answer_that_has_begun_is_asked_for_as_such(receiver: FrameRece
 async def test_what_is_amiss_with_an_answer_is_among_the_decisions(receiver: FrameReceiver) -> None:
     cache = CacheOutcome(miss="diverged", diverged_at=21)
     end = Finished("stop", Usage(1000, 1), mismatches=("schema", "schema"), cache=cache)
-    handles: Any = {"gguf": FakeHandle(generate=sending(([end], None)))}
-    log, scheduler = DecisionLog(), loads("a")
-    subject = HandleDispatcher(scheduler, handles, receiver, "node", log=log)  # type: ignore[arg-type]
+    log = DecisionLog()
+    subject = dispatcher(receiver, loads("a"), FakeHandle(generate=sending(([end], None))), log)
     await collect(subject)
     await subject.close()
     assert [(one.event, one.reason) for one in log.last()] == [

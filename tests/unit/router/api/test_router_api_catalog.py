@@ -17,6 +17,7 @@ from deployments.messages import Decision, LoadContext, ModelStates, Residency
 from deployments.router import management as management_module
 from deployments.router.catalog import CatalogView
 from deployments.router.management import SchedulerManagement
+from deployments.router.model_states import ModelStatesWatch
 from router.app import create_app
 from router.services import Services
 from tests.fakes import FakeDispatcher, FakeHealth, FakeTelemetry
@@ -41,17 +42,17 @@ class Server:
     def __init__(self, home: Path) -> None:
         settings = Settings(home=home, formats=["gguf"], memory_budget=GIB)
         self.resident: list[Residency] = []
+        self.version = 0
         self.handle: Any = FakeHandle(
-            residencies=self.residencies,
             rescan=answering(None),
             ensure_loaded=self.ensure_loaded,
             unload=self.unload,
             settings_changed=answering(None),
-            model_states=answering(ModelStates()),
+            model_states=self.model_states,
             decisions=answering([Decision(5.0, "wanted", "loaded", "it fits")]),
         )
         handle: Any = self.handle
-        self.view = CatalogView(settings, handle, frozenset)
+        self.view = CatalogView(settings, handle, ModelStatesWatch(handle))
         self.management = SchedulerManagement(settings, handle, DecisionLog())
         telemetry = FakeTelemetry()
         self.app = create_app(
@@ -60,8 +61,10 @@ class Server:
             )
         )
 
-    async def residencies(self) -> tuple[list[Residency], list[str]]:
-        return self.resident, []
+    async def model_states(self, known_version: int) -> ModelStates:
+        assert known_version == -1
+        self.version += 1
+        return ModelStates(residencies=tuple(self.resident), version=self.version)
 
     async def ensure_loaded(self, model_id: str, need: LoadContext) -> Residency:
         assert need.is_retry
