@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from itertools import count
 
 from core.errors import ImpetusError
@@ -30,7 +29,8 @@ class ModelStatesWatch:
     def __init__(self, scheduler: Handle) -> None:
         self._scheduler = direct(scheduler)
         self.current = ModelStates()
-        self._residencies: dict[str, Residency] = {}
+        # By model id; others only read it.  A plain attribute, since every request looks here.
+        self.residencies: dict[str, Residency] = {}
         # Numbers the calls to the scheduler and the news from elsewhere in the order they happen.
         self._order = count(1)
         self._asked_last = 0
@@ -40,18 +40,13 @@ class ModelStatesWatch:
         self._task: asyncio.Task[None] | None = None
 
     @property
-    def residencies(self) -> Mapping[str, Residency]:
-        """Where each resident model is, by model id."""
-        return self._residencies
-
-    @property
     def resident_formats(self) -> frozenset[str]:
         """The formats that hold a model."""
-        return frozenset(residency.format for residency in self._residencies.values())
+        return frozenset(residency.format for residency in self.residencies.values())
 
     def note_loaded(self, residency: Residency) -> None:
         """Add what `ensure_loaded` returned; states asked for before this do not undo it."""
-        self._residencies[residency.model_id] = residency
+        self.residencies[residency.model_id] = residency
         self._loaded[residency.model_id] = next(self._order)
         self._lost.pop(residency.model_id, None)
 
@@ -59,8 +54,8 @@ class ModelStatesWatch:
         """Remove a residency that its replica denied or died with; states that name it are old."""
         model_id = residency.model_id
         self._lost[model_id] = (next(self._order), residency)
-        if _is_same_load(self._residencies.get(model_id), residency):
-            del self._residencies[model_id]
+        if _is_same_load(self.residencies.get(model_id), residency):
+            del self.residencies[model_id]
             self._loaded.pop(model_id, None)
 
     def start(self) -> None:
@@ -114,7 +109,7 @@ class ModelStatesWatch:
         residencies = {one.model_id: one for one in states.residencies if not one.is_job}
         for model_id, loaded in list(self._loaded.items()):
             if loaded > asked:
-                residencies[model_id] = self._residencies[model_id]
+                residencies[model_id] = self.residencies[model_id]
             else:
                 del self._loaded[model_id]
         for model_id, (lost, residency) in list(self._lost.items()):
@@ -122,7 +117,7 @@ class ModelStatesWatch:
                 del residencies[model_id]
             elif lost < asked:
                 del self._lost[model_id]
-        self._residencies = residencies
+        self.residencies = residencies
         self.current = states
 
 
