@@ -76,21 +76,21 @@ def server_send(scope: MutableMapping[str, Any], send: Send) -> Send:
 class IgnoredNames:
     """Reports request fields that nobody here knows, each name once in the log."""
 
-    def __init__(self, metrics: Metrics, *, most_logged: int = 1000, most_shown: int = 20) -> None:
+    def __init__(self, metrics: Metrics, *, max_logged: int = 1000, max_shown: int = 20) -> None:
         self._metrics = metrics
         self._logged: set[str] = set()
-        self._most_logged = most_logged
-        self._most_shown = most_shown
+        self._max_logged = max_logged
+        self._max_shown = max_shown
 
     def report(self, names: Iterable[str]) -> dict[str, str]:
         """Return the response header that names the fields, or no header for none."""
         shown: dict[str, None] = {}
         for count, name in enumerate(names):
             self._metrics.ignored_parameters.inc()
-            if count < self._most_shown:
+            if count < self._max_shown:
                 shown[_UNSAFE.sub("_", name[:64]) or "_"] = None
         for name in shown:
-            if name not in self._logged and len(self._logged) < self._most_logged:
+            if name not in self._logged and len(self._logged) < self._max_logged:
                 self._logged.add(name)
                 _logger.info("ignored an unknown request field", extra={"field": name})
         return {"x-impetus-ignored": ", ".join(shown)} if shown else {}

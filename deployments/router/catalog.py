@@ -75,19 +75,19 @@ class CatalogView:
 
     def _choose(self, candidates: Sequence[ModelRecord]) -> tuple[ModelRecord, ModelView]:
         """Return the variant to use, one that can run here where there is any."""
-        views = {record.id: self._foreseen(record) for record in candidates}
+        views = {record.id: self._estimated_view(record) for record in candidates}
         usable = [record for record in candidates if views[record.id].state == "available"]
         model_states = self._model_states.current
-        sound = [record for record in usable if record.id not in model_states.faults]
+        healthy = [record for record in usable if record.id not in model_states.faults]
         record = best_variant(
-            sound or usable or candidates,
+            healthy or usable or candidates,
             frozenset(self._model_states.residencies),
             self._budget_bytes,
             keeps_cool=model_states.keeps_cool,
         )
         return record, views[record.id]
 
-    def _foreseen(self, record: ModelRecord) -> ModelView:
+    def _estimated_view(self, record: ModelRecord) -> ModelView:
         """Return what the model would be here; what cannot run now is looked at anew each time."""
         view = self._usable.get(record.id)
         if view is None:
@@ -139,7 +139,7 @@ class CatalogView:
         if record.id in resident:
             granted = resident[record.id].context_tokens
         elif state == "available":
-            state, reason, granted = self._foresee(record)
+            state, reason, granted = self._estimate(record)
         return ModelView(
             id=record.id,
             name=info.name,
@@ -180,7 +180,7 @@ class CatalogView:
             return "resident", ""
         return ("loading", "") if record.id in loading else ("available", "")
 
-    def _foresee(self, record: ModelRecord) -> tuple[ModelState, str, int]:
+    def _estimate(self, record: ModelRecord) -> tuple[ModelState, str, int]:
         """Return what opening the model would grant."""
         backend: Backend = self._backends[record.info.format]
         options: EngineOptions = record.settings.applied_to(self._options)

@@ -27,11 +27,11 @@ from router.services import EventCallback
 
 logger = logging.getLogger(__name__)
 
-_MOST_ATTEMPTS = 3
+_MAX_ATTEMPTS = 3
 # Shorter prompts are computed before anybody asks why.
 _NOTED_MISS_TOKENS = 512
 _LOST_EVENTS_S = 10.0
-_TELL_LIMIT_S = 5.0
+_REPORT_LIMIT_S = 5.0
 # The engine itself ends a request at its deadline, and says so by then.
 _DEADLINE_GRACE_S = 2.0
 
@@ -78,7 +78,7 @@ class HandleDispatcher:
         the tokens whose events were passed on; the client does not see this.
         """
         need, attempts = LoadContext(priority=request.priority), RequestAttempts(request, on_events)
-        for attempt in range(_MOST_ATTEMPTS):
+        for attempt in range(_MAX_ATTEMPTS):
             residency = None
             try:
                 residency = await self._ensure(request.model_id, need, attempts)
@@ -93,8 +93,8 @@ class HandleDispatcher:
                 if residency is not None:
                     need = _after(problem, residency, need, is_resumed=attempts.has_begun)
                     self._forget(residency)
-                if attempt == _MOST_ATTEMPTS - 1 or not attempts.can_resume:
-                    await self._tell(request.model_id, need)
+                if attempt == _MAX_ATTEMPTS - 1 or not attempts.can_resume:
+                    await self._report_death(request.model_id, need)
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
                 self._note_lost(request.model_id, problem)
 
@@ -204,7 +204,7 @@ class HandleDispatcher:
 
     async def _ask(self, method: str, need: LoadContext, model_id: str, *arguments: Any) -> Any:
         """Call a method of the replica that holds the model, loading the model first if need be."""
-        for attempt in range(_MOST_ATTEMPTS):
+        for attempt in range(_MAX_ATTEMPTS):
             residency = await self._ensure(model_id, need)
             handle = self._targets.at(residency)
             try:
@@ -212,17 +212,17 @@ class HandleDispatcher:
             except (ModelNotResident, ReplicaDied) as problem:
                 self._forget(residency)
                 need = _after(problem, residency, need, is_resumed=False)
-                if attempt == _MOST_ATTEMPTS - 1:
-                    await self._tell(model_id, need)
+                if attempt == _MAX_ATTEMPTS - 1:
+                    await self._report_death(model_id, need)
                     raise EngineFailed(problem.message, retry_after_s=2) from problem
         raise AssertionError("unreachable")
 
-    async def _tell(self, model_id: str, need: LoadContext) -> None:
+    async def _report_death(self, model_id: str, need: LoadContext) -> None:
         """Let the scheduler know of a death that no further attempt will tell it of."""
         if not need.has_died:
             return
         try:
-            async with asyncio.timeout(_TELL_LIMIT_S):
+            async with asyncio.timeout(_REPORT_LIMIT_S):
                 await call(self._scheduler.process_died.remote(model_id, need.lost_replica))
         except (TimeoutError, ImpetusError) as problem:
             logger.warning("the scheduler was not told of a death: %r", problem)

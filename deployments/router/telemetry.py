@@ -70,9 +70,11 @@ class ReplicaTelemetry:
 
         Who does not answer in 2 s is left out, Serve's controller included.
         """
-        self._snapshot, self._reports = await asyncio.gather(self._of_scheduler(), self._of_all())
+        self._snapshot, self._reports = await asyncio.gather(
+            self._scheduler_snapshot(), self._replica_reports()
+        )
 
-    async def _of_scheduler(self) -> SchedulerSnapshot | None:
+    async def _scheduler_snapshot(self) -> SchedulerSnapshot | None:
         try:
             async with asyncio.timeout(_LIMIT_S):
                 snapshot: SchedulerSnapshot = await call(self._scheduler.snapshot.remote())
@@ -81,7 +83,7 @@ class ReplicaTelemetry:
             return None
         return snapshot
 
-    async def _of_all(self) -> list[ReplicaReport]:
+    async def _replica_reports(self) -> list[ReplicaReport]:
         try:
             async with asyncio.timeout(_LIMIT_S):
                 running = await self._running()

@@ -23,7 +23,7 @@ from core.types import (
 _LENGTH = struct.Struct("<I")
 LENGTH_BYTES = _LENGTH.size
 # Larger frames than this can only be a fault of the sender.
-MOST_FRAME_BYTES = 64 * 1024 * 1024
+MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 _TEXT, _REASONING, _TOOL_CALL, _PREFILL, _FINISHED = range(5)
 
@@ -41,7 +41,7 @@ def encode_frame(batch: StepEvents) -> bytes:
 def decode_length(data: bytes | bytearray, offset: int) -> int:
     """Return the length of the body of the frame at `offset`.  Raises ValueError when absurd."""
     length: int = _LENGTH.unpack_from(data, offset)[0]
-    if length > MOST_FRAME_BYTES:
+    if length > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {length} bytes")
     return length
 

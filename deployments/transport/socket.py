@@ -24,8 +24,8 @@ from router.services import EventCallback
 logger = logging.getLogger(__name__)
 
 # macOS allows 104 bytes for a socket's path, its closing zero included.
-_MOST_PATH_BYTES = 100
-_MOST_UNSENT_BYTES = 16 * 1024 * 1024
+_MAX_PATH_BYTES = 100
+_MAX_UNSENT_BYTES = 16 * 1024 * 1024
 
 
 class FrameSender:
@@ -78,7 +78,7 @@ class FrameSender:
             pass
         except OSError as problem:
             self._break(f"the router is gone: {problem}")
-        if len(self._unsent) > _MOST_UNSENT_BYTES:
+        if len(self._unsent) > _MAX_UNSENT_BYTES:
             self._break("the router does not read")
 
     def _break(self, reason: str) -> None:
@@ -114,7 +114,7 @@ class FrameReceiver:
         # mkdtemp makes the folder with mode 0700.
         self._folder = Path(tempfile.mkdtemp(prefix="impetus-", dir=base))
         path = str(self._folder / "events")
-        if len(path.encode()) > _MOST_PATH_BYTES:
+        if len(path.encode()) > _MAX_PATH_BYTES:
             raise ImpetusError(f"The path of the event socket is too long: {path}")
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(

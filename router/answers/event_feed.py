@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 TaggedEvent: TypeAlias = tuple[int, GenerationEvent]
 Result = TypeVar("Result")
 
-_MOST_UNREAD_EVENTS = 8192
+_MAX_UNREAD_EVENTS = 8192
 
 Generate: TypeAlias = Callable[[GenerationRequest, EventCallback], Awaitable[None]]
 WriteNow: TypeAlias = Callable[[Sequence[TaggedEvent]], bool]
@@ -138,7 +138,7 @@ class EventFeed:
                     return
                 self._unfinished.discard(index)
             self._events.append((index, event))
-        if len(self._events) > _MOST_UNREAD_EVENTS:
+        if len(self._events) > _MAX_UNREAD_EVENTS:
             self.abort(EngineFailed("The client reads too slowly; the request was cancelled."))
         self.wake()
 

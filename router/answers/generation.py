@@ -141,6 +141,6 @@ class Generation:
             return None if feed.is_disconnected else choices
 
 
-def nobody_listens() -> Response:
+def client_closed_response() -> Response:
     """Return what is recorded, though never sent, for a client that left."""
     return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -47,7 +47,7 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class Grown:
+class Extended:
     """A part has new text."""
 
     part: Part
@@ -62,7 +62,7 @@ class Closed:
     part: Part
 
 
-PartStep: TypeAlias = Opened | Grown | Closed
+PartStep: TypeAlias = Opened | Extended | Closed
 
 
 class PartAssembler:
@@ -74,7 +74,7 @@ class PartAssembler:
 
     def __init__(self, *, keeps_empty: bool) -> None:
         self._keeps_empty = keeps_empty
-        self._held: list[TextDelta | ReasoningDelta] = []
+        self._pending: list[TextDelta | ReasoningDelta] = []
         self.parts: list[Part] = []
         self.current: Part | None = None
         self.finished: Finished | None = None
@@ -101,33 +101,33 @@ class PartAssembler:
 
     def _write(self, kind: PartKind, event: TextDelta | ReasoningDelta) -> list[PartStep]:
         if self.current is not None and self.current.kind == kind:
-            return self._grow(self.current, [event])
-        if self._held and type(self._held[0]) is not type(event):
-            self._held.clear()
-        self._held.append(event)
+            return self._extend(self.current, [event])
+        if self._pending and type(self._pending[0]) is not type(event):
+            self._pending.clear()
+        self._pending.append(event)
         if not event.text.strip():
             return []
         steps = self._open(Part(kind, len(self.parts)))
-        held, self._held = self._held, []
-        return [*steps, *self._grow(self.parts[-1], held)]
+        held, self._pending = self._pending, []
+        return [*steps, *self._extend(self.parts[-1], held)]
 
     def _call(self, event: ToolCallDelta) -> list[PartStep]:
         steps: list[PartStep] = []
-        self._held.clear()
+        self._pending.clear()
         if self.current is None or self.current.call != event.index:
             part = Part("call", len(self.parts), event.index, event.id or "", event.name or "")
             steps = self._open(part)
         if event.arguments:
             self.parts[-1].pieces.append(event.arguments)
-            steps.append(Grown(self.parts[-1], event.arguments))
+            steps.append(Extended(self.parts[-1], event.arguments))
         return steps
 
     def _end(self, event: Finished) -> list[PartStep]:
         self.finished = event
         if not self.parts and self._keeps_empty:
             steps = self._open(Part("text", 0))
-            texts = [held for held in self._held if isinstance(held, TextDelta)]
-            return [*steps, *self._grow(self.parts[0], texts), *self._close()]
+            texts = [held for held in self._pending if isinstance(held, TextDelta)]
+            return [*steps, *self._extend(self.parts[0], texts), *self._close()]
         return self._close()
 
     def _open(self, part: Part) -> list[PartStep]:
@@ -141,7 +141,7 @@ class PartAssembler:
         return [] if part is None else [Closed(part)]
 
     @staticmethod
-    def _grow(part: Part, events: Sequence[TextDelta | ReasoningDelta]) -> list[PartStep]:
+    def _extend(part: Part, events: Sequence[TextDelta | ReasoningDelta]) -> list[PartStep]:
         text = "".join(event.text for event in events)
         logprobs = [
             token for event in events if isinstance(event, TextDelta) for token in event.logprobs
@@ -150,4 +150,4 @@ class PartAssembler:
             return []
         part.pieces.append(text)
         part.logprobs += logprobs
-        return [Grown(part, text, logprobs)]
+        return [Extended(part, text, logprobs)]

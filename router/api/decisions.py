@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from router.services import Management
 
-MOST_DECISIONS = 1000
+MAX_DECISIONS = 1000
 
 
 def decisions_endpoint(management: Management) -> Callable[[], Awaitable[Response]]:
@@ -16,7 +16,7 @@ def decisions_endpoint(management: Management) -> Callable[[], Awaitable[Respons
 
     async def list_decisions() -> Response:
         decisions = sorted(await management.decisions(), key=lambda one: one.at, reverse=True)
-        shown = [asdict(decision) for decision in decisions[:MOST_DECISIONS]]
+        shown = [asdict(decision) for decision in decisions[:MAX_DECISIONS]]
         return Response(to_json({"decisions": shown}), media_type="application/json")
 
     return list_decisions

@@ -121,7 +121,7 @@ class HeaderGuard(_Guard):
         return self.refusal(error_403, headers=_CLOSE)
 
 
-def normal_origin(text: str) -> str:
+def normalize_origin(text: str) -> str:
     """Return an origin in the form browsers send; raises ValueError for anything else."""
     origin = text.strip().lower()
     if not origin.endswith("://"):
@@ -140,7 +140,7 @@ class OriginGuard(_Guard):
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         super().__init__(app, settings, metrics)
-        self._allowed = frozenset(normal_origin(origin) for origin in settings.allowed_origins)
+        self._allowed = frozenset(normalize_origin(origin) for origin in settings.allowed_origins)
 
     async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 403 before the handler, a preflight, or pass on with the CORS headers."""
@@ -179,7 +179,7 @@ class OriginGuard(_Guard):
 
     def _is_allowed(self, origin: str, scope: Scope) -> bool:
         try:
-            origin = normal_origin(origin)
+            origin = normalize_origin(origin)
         except ValueError:
             return False
         if origin in self._allowed:

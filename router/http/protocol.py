@@ -70,7 +70,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin the time in which a first request must begin."""
         super().connection_made(transport)
-        self._rest()
+        self._start_keep_alive_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the running application, which uvicorn forgets when requests are pipelined."""
@@ -87,14 +87,14 @@ class HttpProtocol(HttpToolsProtocol):
         rest = memoryview(data)
         try:
             while rest:
-                rest = self._feed(rest)
+                rest = self._parse(rest)
             self._after_read(len(data))
         except httptools.HttpParserError as problem:
             self._refuse(self._reason(problem))
         except RequestError as error:
             self._refuse(error)
 
-    def _feed(self, data: memoryview) -> memoryview:
+    def _parse(self, data: memoryview) -> memoryview:
         try:
             self.parser.feed_data(data)
             return data[:0]
@@ -107,7 +107,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.cycle.transport = _LingeringTransport(self.transport, self._linger)
         elif not self._is_in_head:
             if self.cycle is None or self.cycle.response_complete:
-                self._rest()
+                self._start_keep_alive_timer()
             return
         elif self._unparsed_bytes is None:
             # The read that begins a request may hold the end of another.
@@ -232,7 +232,7 @@ class HttpProtocol(HttpToolsProtocol):
         _logger.info("refused: %s", error.message, extra={"request_id": request_id})
         self._linger()
 
-    def _rest(self) -> None:
+    def _start_keep_alive_timer(self) -> None:
         if self.timeout_keep_alive_task is None and not self.transport.is_closing():
             late = self.timeout_keep_alive_handler
             self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, late)
@@ -245,7 +245,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self._unsent_bytes = unsent
-            self._rest()
+            self._start_keep_alive_timer()
 
     def _start_receipt_timer(self) -> None:
         self._receipt_timer = self.loop.call_later(self.receipt_limit_s, self._on_late_receipt)

@@ -8,14 +8,14 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from core.errors import RequestError
-from router.requests.fields import WireRequest
+from router.requests.fields import RequestBody
 
-RequestModel = TypeVar("RequestModel", bound=WireRequest)
+Body = TypeVar("Body", bound=RequestBody)
 
 _VALUE_LIMIT = 2_000_000
 
 
-async def read_request(request: Request, model: type[RequestModel]) -> RequestModel:
+async def read_request(request: Request, model: type[Body]) -> Body:
     """Read and validate the body.  Raises RequestError, UnsupportedParameter, BodyTooLarge."""
     try:
         body = await request.body()
@@ -24,7 +24,7 @@ async def read_request(request: Request, model: type[RequestModel]) -> RequestMo
     return parse_request(body, model)
 
 
-def parse_request(body: bytes, model: type[RequestModel]) -> RequestModel:
+def parse_request(body: bytes, model: type[Body]) -> Body:
     """Validate `body`.
 
     Strict JSON: no duplicate keys, lone surrogates, NaN, byte order mark, or nesting over 200.
@@ -44,7 +44,7 @@ def parse_request(body: bytes, model: type[RequestModel]) -> RequestModel:
     return validate_request(data, model)
 
 
-def validate_request(data: dict[str, Any], model: type[RequestModel]) -> RequestModel:
+def validate_request(data: dict[str, Any], model: type[Body]) -> Body:
     """Validate parsed JSON.  Raises as `parse_request` does."""
     try:
         parsed = model.model_validate(data)

@@ -43,7 +43,7 @@ ServiceTier: TypeAlias = Literal["auto", "default", "flex", "priority", "scale"]
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=MAX_INT32)]
 
 
-class WireModel(BaseModel):
+class RequestPart(BaseModel):
     """A strict part of a request: no conversions, no NaN; unknown fields are kept to be named."""
 
     model_config = ConfigDict(
@@ -56,12 +56,12 @@ class WireModel(BaseModel):
     )
 
 
-def unknown_fields(part: WireModel, prefix: str) -> set[str]:
+def unknown_fields(part: RequestPart, prefix: str) -> set[str]:
     """Return the names of a part's unknown fields as `messages.cache_control`."""
     return {f"{prefix}.{name}" for name in part.model_extra or ()}
 
 
-class WireRequest(WireModel):
+class RequestBody(RequestPart):
     """A whole request body.
 
     `unsupported` maps OpenAI's fields that nobody here honours to the values that mean "off";
@@ -165,13 +165,13 @@ def _children(item: JsonValue) -> list[JsonValue]:
     return item if isinstance(item, list) else []
 
 
-class StreamOptions(WireModel):
+class StreamOptions(RequestPart):
     """How a stream ends."""
 
     include_usage: bool | None = None
 
 
-class SamplingFields(WireRequest):
+class SamplingFields(RequestBody):
     """How the next token is chosen and what ends the answer."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

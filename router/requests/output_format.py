@@ -10,7 +10,7 @@ from core.types import ChoiceOutput, JsonOutput, Output, RegexOutput
 from router.requests.fields import (
     GenerationFields,
     JsonObject,
-    WireModel,
+    RequestPart,
     check_schema,
     unknown_fields,
 )
@@ -24,7 +24,7 @@ _Choice: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_CH
 _Choices: TypeAlias = Annotated[list[_Choice], Field(min_length=1, max_length=MAX_CHOICES)]
 
 
-class JsonSchema(WireModel):
+class JsonSchema(RequestPart):
     """The schema an answer must match; `name`, `description` and `strict` change nothing here."""
 
     name: str | None = None
@@ -33,7 +33,7 @@ class JsonSchema(WireModel):
     body: JsonObject | None = Field(default=None, alias="schema")
 
 
-class ResponseFormat(WireModel):
+class ResponseFormat(RequestPart):
     """What the answer's text must be."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -53,7 +53,7 @@ class ResponseFormat(WireModel):
         return JsonOutput(schema)
 
 
-class StructuredOutputs(WireModel):
+class StructuredOutputs(RequestPart):
     """vLLM's form of the same: exactly one of a JSON schema, a regex and a list of choices."""
 
     schema_: JsonObject | str | None = Field(default=None, alias="json")

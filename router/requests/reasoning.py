@@ -9,7 +9,7 @@ from pydantic import Field
 
 from core.errors import RequestError
 from core.types import Capability, ChatPrompt, JsonValue
-from router.requests.fields import MAX_INT32, AnyEffort, Effort, WireModel
+from router.requests.fields import MAX_INT32, AnyEffort, Effort, RequestPart
 from router.services import ModelView
 
 # The three degrees that chat templates know.
@@ -18,14 +18,14 @@ _DEGREES = {"minimal": "low", "xhigh": "high", "max": "high"}
 ReasoningTokens: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INT32)]
 
 
-class Reasoning(WireModel):
+class Reasoning(RequestPart):
     """OpenAI's and OpenRouter's `reasoning`: an effort, or a bound in tokens."""
 
     effort: Effort | None = None
     max_tokens: ReasoningTokens | None = None
 
 
-def one_effort(effort: Effort | None, reasoning: Reasoning | None) -> Effort | None:
+def merge_effort(effort: Effort | None, reasoning: Reasoning | None) -> Effort | None:
     """Return the effort that `reasoning_effort` or `reasoning` names.  Raises RequestError."""
     named = {effort, reasoning.effort if reasoning is not None else None} - {None}
     if len(named) > 1:
@@ -35,7 +35,7 @@ def one_effort(effort: Effort | None, reasoning: Reasoning | None) -> Effort | N
     return next(iter(named), None)
 
 
-def one_bound(budget: int | None, reasoning: Reasoning | None) -> int | None:
+def merge_budget(budget: int | None, reasoning: Reasoning | None) -> int | None:
     """Return the bound that `thinking_budget` or `reasoning` names.  Raises RequestError."""
     named = {budget, reasoning.max_tokens if reasoning is not None else None} - {None}
     if len(named) > 1:
@@ -80,13 +80,13 @@ def for_model(prompt: ChatPrompt, view: ModelView) -> ChatPrompt:
     return replace(prompt, reasoning_tokens=None)
 
 
-def sealed(reasoning: str) -> str:
+def encode_reasoning(reasoning: str) -> str:
     """Return reasoning as the opaque text that a client sends back without showing it."""
     return base64.b64encode(reasoning.encode()).decode("ascii")
 
 
-def unsealed(text: str) -> str | None:
-    """Return what `sealed` was given; None for a seal of another server."""
+def decode_reasoning(text: str) -> str | None:
+    """Return what `encode_reasoning` was given; None for a seal of another server."""
     try:
         return base64.b64decode(text, validate=True).decode()
     except (binascii.Error, ValueError):

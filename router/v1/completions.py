@@ -27,7 +27,7 @@ from core.types import (
     ToolCallDelta,
 )
 from router.answers.event_stream import EventStream
-from router.answers.generation import Generation, nobody_listens
+from router.answers.generation import Generation, client_closed_response
 from router.answers.logprobs import LegacyLogprobs
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
@@ -103,7 +103,7 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
             return EventStream(generation, CompletionChunks(generation, answer_id, body))
         choices = await generation.collect(request.receive)
         if choices is None:
-            return nobody_listens()
+            return client_closed_response()
         has_logprobs = body.logprobs is not None
         completion = {
             **_base(generation, answer_id),

@@ -16,12 +16,12 @@ from core.errors import EngineFailed
 from core.types import Capability, Embeddings
 from core.types import Usage as TokenUsage
 from router.answers.event_feed import unless_disconnected
-from router.answers.generation import nobody_listens
+from router.answers.generation import client_closed_response
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.fields import (
+    RequestBody,
     TokenCount,
-    WireRequest,
     parse_inputs,
     refuse_unless_off,
 )
@@ -40,7 +40,7 @@ def parse_embedding_input(value: object) -> tuple[str | tuple[int, ...], ...]:
     return inputs
 
 
-class EmbeddingRequest(WireRequest):
+class EmbeddingRequest(RequestBody):
     """Body of `POST /v1/embeddings`."""
 
     input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_embedding_input)]
@@ -59,7 +59,7 @@ def embedding_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[R
             context.services.dispatcher.embed(view.id, body.input, priority), request.receive
         )
         if embeddings is None:
-            return nobody_listens()
+            return client_closed_response()
         _check(embeddings, len(body.input))
         if body.dimensions is not None:
             dimension = embeddings.vectors.shape[1]

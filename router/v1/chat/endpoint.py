@@ -20,7 +20,7 @@ from core.types import (
     ToolCallDelta,
 )
 from router.answers.event_stream import EventStream
-from router.answers.generation import Generation, nobody_listens
+from router.answers.generation import Generation, client_closed_response
 from router.answers.logprobs import chat_logprobs
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
@@ -62,7 +62,7 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
             return EventStream(generation, ChatChunks(generation, answer_id, body))
         choices = await generation.collect(request.receive)
         if choices is None:
-            return nobody_listens()
+            return client_closed_response()
         return _completion(generation, answer_id, choices, has_logprobs=bool(body.logprobs))
 
     return create_chat_completion

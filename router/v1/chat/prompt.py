@@ -6,7 +6,7 @@ from typing import Literal
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.requests.fields import check_schema, refuse_unless_off
-from router.requests.reasoning import one_bound, one_effort
+from router.requests.reasoning import merge_budget, merge_effort
 from router.v1.chat.request import ChatRequest, ContentPart, Message, ToolDefinition
 
 
@@ -16,7 +16,7 @@ def to_chat_prompt(request: ChatRequest) -> ChatPrompt:
     Raises UnsupportedCapability for parts that are no text, RequestError, UnsupportedParameter.
     """
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
-    _refuse_twins(tools)
+    _check_unique_names(tools)
     choice = request.tool_choice or "auto"
     if choice == "required" and not tools:
         raise RequestError('tool_choice: "required" needs tools', param="tool_choice")
@@ -34,8 +34,8 @@ def to_chat_prompt(request: ChatRequest) -> ChatPrompt:
         tool_choice=choice,
         parallel_tool_calls=request.parallel_tool_calls,
         template_kwargs=dict(request.chat_template_kwargs),
-        reasoning_effort=one_effort(request.reasoning_effort, request.reasoning),
-        reasoning_tokens=one_bound(request.thinking_budget, request.reasoning),
+        reasoning_effort=merge_effort(request.reasoning_effort, request.reasoning),
+        reasoning_tokens=merge_budget(request.thinking_budget, request.reasoning),
     )
 
 
@@ -86,7 +86,7 @@ def _part_text(part: ContentPart, param: str) -> str:
     return text
 
 
-def _refuse_twins(tools: Sequence[Tool]) -> None:
+def _check_unique_names(tools: Sequence[Tool]) -> None:
     names: set[str] = set()
     for index, tool in enumerate(tools):
         if tool.name in names:

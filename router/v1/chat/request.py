@@ -13,8 +13,8 @@ from router.requests.fields import (
     OPENAI_HINTS,
     Effort,
     JsonObject,
+    RequestPart,
     TokenCount,
-    WireModel,
     unknown_fields,
 )
 from router.requests.output_format import OutputFields
@@ -30,14 +30,14 @@ _RESERVED_VARIABLES = frozenset(
 )
 
 
-class FunctionCall(WireModel):
+class FunctionCall(RequestPart):
     """The function of a tool call; `arguments` is JSON text."""
 
     name: str
     arguments: str
 
 
-class MessageToolCall(WireModel):
+class MessageToolCall(RequestPart):
     """A tool call that an earlier answer made."""
 
     id: str
@@ -45,7 +45,7 @@ class MessageToolCall(WireModel):
     function: FunctionCall
 
 
-class ContentPart(WireModel):
+class ContentPart(RequestPart):
     """A piece of a message's content."""
 
     type: str
@@ -53,7 +53,7 @@ class ContentPart(WireModel):
     refusal: str | None = None
 
 
-class Message(WireModel):
+class Message(RequestPart):
     """A chat message of any role."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -68,7 +68,7 @@ class Message(WireModel):
     audio: Any = None
 
 
-class Function(WireModel):
+class Function(RequestPart):
     """A function the model may call; `parameters` is a JSON schema."""
 
     name: str = Field(min_length=1, max_length=256)
@@ -77,7 +77,7 @@ class Function(WireModel):
     strict: bool | None = None
 
 
-class ToolDefinition(WireModel):
+class ToolDefinition(RequestPart):
     """A tool the model may call."""
 
     type: str = "function"

@@ -6,7 +6,7 @@ import jiter
 
 from core.types import Finished, JsonValue, Usage
 from router.answers.parts import Part
-from router.requests.reasoning import sealed
+from router.requests.reasoning import encode_reasoning
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 # Anthropic signs its reasoning; clients only keep the field and send it back.
@@ -54,7 +54,7 @@ def block(part: Part, *, hides_thinking: bool) -> dict[str, JsonValue]:
 
 def signature(part: Part, *, hides_thinking: bool) -> str:
     """Return what stands for a signature; hidden reasoning comes back in it."""
-    return sealed(part.text) if hides_thinking else SIGNATURE
+    return encode_reasoning(part.text) if hides_thinking else SIGNATURE
 
 
 def _input(arguments: str) -> JsonValue:

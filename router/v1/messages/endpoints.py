@@ -9,7 +9,7 @@ from starlette.responses import Response
 from core.types import Capability, GenerationRequest
 from router.answers.event_feed import unless_disconnected
 from router.answers.event_stream import EventStream
-from router.answers.generation import Generation, nobody_listens
+from router.answers.generation import Generation, client_closed_response
 from router.answers.parts import PartAssembler
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
@@ -47,7 +47,7 @@ def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Re
             return EventStream(generation, MessageEvents(generation, message_id, body))
         choices = await generation.collect(request.receive)
         if choices is None:
-            return nobody_listens()
+            return client_closed_response()
         assembler = PartAssembler(keeps_empty=False)
         parts = assembler.push_all(choices[0])
         assert assembler.finished is not None
@@ -76,7 +76,7 @@ def count_tokens_endpoint(context: RouteContext) -> Callable[[Request], Awaitabl
             context.services.dispatcher.count_tokens(view.id, prompt), request.receive
         )
         if count is None:
-            return nobody_listens()
+            return client_closed_response()
         return Response(
             to_json({"input_tokens": count}),
             media_type="application/json",

@@ -8,16 +8,16 @@ from typing import Literal
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.requests.fields import check_schema
-from router.requests.reasoning import unsealed, with_reasoning
+from router.requests.reasoning import decode_reasoning, with_reasoning
 from router.requests.tools import ToolChoice, check_tools
-from router.v1.messages import request as wire
+from router.v1.messages import request as messages_api
 
 # Claude Code begins its system prompt with lines that differ in every request, as
 # `x-anthropic-billing-header: …`; they are no part of the prompt and end the reuse of its prefix.
 _HEADER_LINES = re.compile(r"\A(?:[ \t]*x-anthropic-[a-z0-9-]+:[^\n]*(?:\n|\Z))+", re.IGNORECASE)
 
 
-def to_messages_prompt(request: wire.MessagesPromptRequest) -> ChatPrompt:
+def to_messages_prompt(request: messages_api.MessagesPromptRequest) -> ChatPrompt:
     """Return the request's prompt.
 
     Raises UnsupportedCapability for blocks that are no text, RequestError, UnsupportedParameter.
@@ -45,11 +45,11 @@ def to_messages_prompt(request: wire.MessagesPromptRequest) -> ChatPrompt:
     )
 
 
-def _is_on(thinking: wire.Thinking) -> bool:
+def _is_on(thinking: messages_api.Thinking) -> bool:
     return thinking.type == "enabled"
 
 
-def _system(system: str | Sequence[wire.Block] | None) -> Iterator[ChatMessage]:
+def _system(system: str | Sequence[messages_api.Block] | None) -> Iterator[ChatMessage]:
     """Yield the system message, if anything is left of it without the volatile lines."""
     if isinstance(system, str):
         texts = [system]
@@ -61,7 +61,7 @@ def _system(system: str | Sequence[wire.Block] | None) -> Iterator[ChatMessage]:
         yield ChatMessage("system", "\n".join(kept))
 
 
-def _messages(message: wire.Message, param: str) -> list[ChatMessage]:
+def _messages(message: messages_api.Message, param: str) -> list[ChatMessage]:
     content, role = message.content, message.role
     if isinstance(content, str):
         return [ChatMessage(role, content)]
@@ -72,7 +72,7 @@ def _messages(message: wire.Message, param: str) -> list[ChatMessage]:
 
 
 def _user(
-    role: Literal["user", "system"], blocks: Sequence[tuple[wire.Block, str]]
+    role: Literal["user", "system"], blocks: Sequence[tuple[messages_api.Block, str]]
 ) -> Iterator[ChatMessage]:
     """Yield a tool's message for each result, and one of the role for the texts between them."""
     texts: list[str] = []
@@ -88,7 +88,7 @@ def _user(
         yield ChatMessage(role, "\n".join(texts))
 
 
-def _tool_result(block: wire.Block, param: str) -> ChatMessage:
+def _tool_result(block: messages_api.Block, param: str) -> ChatMessage:
     if block.tool_use_id is None:
         raise RequestError(f"{param}.tool_use_id: required", param=f"{param}.tool_use_id")
     if isinstance(block.content, list):
@@ -102,7 +102,7 @@ def _tool_result(block: wire.Block, param: str) -> ChatMessage:
     return ChatMessage("tool", text, tool_call_id=block.tool_use_id)
 
 
-def _assistant(blocks: Sequence[tuple[wire.Block, str]]) -> ChatMessage:
+def _assistant(blocks: Sequence[tuple[messages_api.Block, str]]) -> ChatMessage:
     """Return one message; reasoning that another server has redacted cannot be read here."""
     texts: list[str] = []
     reasoning: list[str] = []
@@ -110,7 +110,7 @@ def _assistant(blocks: Sequence[tuple[wire.Block, str]]) -> ChatMessage:
     for block, param in blocks:
         match block.type:
             case "thinking":
-                reasoning.append(block.thinking or unsealed(block.signature or "") or "")
+                reasoning.append(block.thinking or decode_reasoning(block.signature or "") or "")
             case "redacted_thinking":
                 pass
             case "tool_use":
@@ -125,7 +125,7 @@ def _assistant(blocks: Sequence[tuple[wire.Block, str]]) -> ChatMessage:
     )
 
 
-def _tool_use(block: wire.Block, param: str) -> ToolCall:
+def _tool_use(block: messages_api.Block, param: str) -> ToolCall:
     for name in ("id", "name", "input"):
         if getattr(block, name) is None:
             raise RequestError(f"{param}.{name}: required", param=f"{param}.{name}")
@@ -133,7 +133,7 @@ def _tool_use(block: wire.Block, param: str) -> ToolCall:
     return ToolCall(block.id or "", block.name or "", arguments)
 
 
-def _text(block: wire.Block, param: str) -> str:
+def _text(block: messages_api.Block, param: str) -> str:
     if block.type != "text":
         raise UnsupportedCapability(
             f"{param}: blocks of type {block.type[:50]!r} are not supported here; send text.",
@@ -144,7 +144,7 @@ def _text(block: wire.Block, param: str) -> str:
     return block.text
 
 
-def _tool(tool: wire.Tool, param: str) -> Tool:
+def _tool(tool: messages_api.Tool, param: str) -> Tool:
     if tool.type not in (None, "custom"):
         raise UnsupportedParameter(
             f"{param}: tools of type {tool.type[:50]!r} are not supported.", param=f"{param}.type"
@@ -155,7 +155,7 @@ def _tool(tool: wire.Tool, param: str) -> Tool:
     return Tool(tool.name, tool.description or "", tool.input_schema)
 
 
-def _tool_choice(choice: wire.ToolChoice | None) -> ToolChoice:
+def _tool_choice(choice: messages_api.ToolChoice | None) -> ToolChoice:
     match choice and choice.type:
         case "any":
             return "required"

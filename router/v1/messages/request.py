@@ -15,9 +15,9 @@ from router.requests.fields import (
     MAX_TOOLS,
     AnyEffort,
     JsonObject,
+    RequestBody,
+    RequestPart,
     TokenCount,
-    WireModel,
-    WireRequest,
     check_schema,
     parse_stop,
     unknown_fields,
@@ -39,7 +39,7 @@ _HARMLESS_PARTS = frozenset(
 )
 
 
-class Block(WireModel):
+class Block(RequestPart):
     """A content block of any type; which fields it needs depends on the type."""
 
     type: str
@@ -58,14 +58,14 @@ class Block(WireModel):
 Blocks = Annotated[list[Block], Field(max_length=MAX_BLOCKS)]
 
 
-class Message(WireModel):
+class Message(RequestPart):
     """A turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: str | Blocks
 
 
-class Tool(WireModel):
+class Tool(RequestPart):
     """A tool the model may call; only those of the client's own, not Anthropic's."""
 
     name: str = Field(min_length=1, max_length=256)
@@ -74,7 +74,7 @@ class Tool(WireModel):
     input_schema: JsonObject | None = None
 
 
-class ToolChoice(WireModel):
+class ToolChoice(RequestPart):
     """Whether and which tool is to be called."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -82,7 +82,7 @@ class ToolChoice(WireModel):
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(WireModel):
+class Thinking(RequestPart):
     """Whether the model reasons, for how many tokens at most, and whether that is shown."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -90,21 +90,21 @@ class Thinking(WireModel):
     display: Literal["summarized", "omitted"] | None = None
 
 
-class OutputFormat(WireModel):
+class OutputFormat(RequestPart):
     """What the answer's text must be."""
 
     type: Literal["json_schema"]
     body: JsonObject = Field(alias="schema")
 
 
-class OutputConfig(WireModel):
+class OutputConfig(RequestPart):
     """How the answer is to be."""
 
     effort: AnyEffort | None = None
     format: OutputFormat | None = None
 
 
-class MessagesPromptRequest(WireRequest):
+class MessagesPromptRequest(RequestBody):
     """Body of `POST /v1/messages/count_tokens`, and what every request has in common with it."""
 
     unsupported: ClassVar = {
@@ -189,5 +189,5 @@ class MessagesRequest(MessagesPromptRequest):
 
     @property
     def hides_thinking(self) -> bool:
-        """Whether the reasoning goes out sealed instead of readable."""
+        """Whether the reasoning goes out encode_reasoning instead of readable."""
         return self.thinking is not None and self.thinking.display == "omitted"

@@ -8,7 +8,7 @@ from core.types import Finished, JsonValue, PrefillProgress, TextDelta, Usage
 from router.answers.event_feed import TaggedEvent
 from router.answers.event_stream import StreamFormatter, prefill_comment
 from router.answers.generation import Generation
-from router.answers.parts import Closed, Grown, Opened, Part, PartAssembler, PartStep
+from router.answers.parts import Closed, Extended, Opened, Part, PartAssembler, PartStep
 from router.context import RequestRecord
 from router.http.errors import anthropic_error_body
 from router.v1.messages import answer
@@ -59,7 +59,7 @@ class MessageEvents(StreamFormatter):
             else:
                 if isinstance(event, Finished):
                     self._generation.note_finished(index, event)
-                texts.extend(map(self._say, self._assembler.push(event)))
+                texts.extend(map(self._step_text, self._assembler.push(event)))
         return "".join(texts)
 
     def closing(self) -> str:
@@ -76,7 +76,7 @@ class MessageEvents(StreamFormatter):
         """Return the error as the last event."""
         return f"event: error\ndata: {anthropic_error_body(error, record).decode('ascii')}\n\n"
 
-    def _say(self, step: PartStep) -> str:
+    def _step_text(self, step: PartStep) -> str:
         index = step.part.index
         match step:
             case Opened(part):
@@ -86,7 +86,7 @@ class MessageEvents(StreamFormatter):
                 return _event(
                     {"type": "content_block_start", "index": index, "content_block": _empty(part)}
                 )
-            case Grown(part, text):
+            case Extended(part, text):
                 return self._delta(part, text)
             case Closed(part):
                 end = _event({"type": "content_block_stop", "index": index})

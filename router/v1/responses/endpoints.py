@@ -9,7 +9,7 @@ from core.errors import NotFound, PreviousResponseNotFound
 from core.types import Capability, ChatMessage, GenerationRequest
 from router.answers.event_feed import unless_disconnected
 from router.answers.event_stream import EventStream
-from router.answers.generation import Generation, nobody_listens
+from router.answers.generation import Generation, client_closed_response
 from router.answers.parts import PartAssembler
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
@@ -51,11 +51,11 @@ def responses_endpoint(
             return EventStream(generation, ResponseEvents(builder))
         choices = await generation.collect(request.receive)
         if choices is None:
-            return nobody_listens()
+            return client_closed_response()
         assembler = PartAssembler(keeps_empty=True)
         assembler.push_all(choices[0])
         return Response(
-            to_json(builder.done(assembler)),
+            to_json(builder.finished(assembler)),
             media_type="application/json",
             headers=generation.answer_headers(),
         )
@@ -77,7 +77,7 @@ def input_tokens_endpoint(
             context.services.dispatcher.count_tokens(view.id, prompt), request.receive
         )
         if count is None:
-            return nobody_listens()
+            return client_closed_response()
         return JSONResponse(
             {"object": "response.input_tokens", "input_tokens": count},
             headers=context.ignored.report(body.ignored_names()),

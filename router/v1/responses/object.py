@@ -11,7 +11,7 @@ from core.types import ChatMessage, Finished, JsonValue, Usage
 from router.answers.generation import Generation
 from router.answers.logprobs import chat_logprobs
 from router.answers.parts import Part, PartAssembler
-from router.requests.reasoning import sealed
+from router.requests.reasoning import encode_reasoning
 from router.v1.responses.prompt import answer_message
 from router.v1.responses.request import ResponsesRequest, TextFormat, Tool
 from router.v1.responses.store import ResponseStore
@@ -54,8 +54,8 @@ class ResponseBuilder:
             case "reasoning":
                 content = [] if is_empty else [self.content(part)]
                 item = {"type": "reasoning", **item, "summary": [], "content": content}
-                if self.body.seals_reasoning:
-                    item["encrypted_content"] = "" if is_empty else sealed(part.text)
+                if self.body.includes_encrypted_reasoning:
+                    item["encrypted_content"] = "" if is_empty else encode_reasoning(part.text)
                 return item
             case "call":
                 return {
@@ -76,7 +76,7 @@ class ResponseBuilder:
             content["logprobs"] = [] if is_empty else chat_logprobs(part.logprobs)["content"]
         return content
 
-    def begun(self) -> dict[str, JsonValue]:
+    def in_progress(self) -> dict[str, JsonValue]:
         """Return the response before its first item."""
         return {**self._base, "status": "in_progress", "output": [], "usage": None}
 
@@ -95,7 +95,7 @@ class ResponseBuilder:
             "usage": None,
         }
 
-    def done(self, assembler: PartAssembler) -> dict[str, JsonValue]:
+    def finished(self, assembler: PartAssembler) -> dict[str, JsonValue]:
         """Return the whole response, and store it unless the request forbids that."""
         finished, parts = assembler.finished, assembler.parts
         assert finished is not None

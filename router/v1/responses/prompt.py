@@ -7,15 +7,15 @@ from core.errors import RequestError, UnsupportedCapability, UnsupportedParamete
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.answers import parts as answer
 from router.requests.fields import MAX_MESSAGES, check_schema
-from router.requests.reasoning import unsealed, with_reasoning
+from router.requests.reasoning import decode_reasoning, with_reasoning
 from router.requests.tools import check_tools
-from router.v1.responses import request as wire
+from router.v1.responses import request as responses_api
 
 _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
 
 
 def to_responses_prompt(
-    request: wire.ResponsesRequest, conversation: Sequence[ChatMessage]
+    request: responses_api.ResponsesRequest, conversation: Sequence[ChatMessage]
 ) -> ChatPrompt:
     """Return the prompt of `conversation`, which has the request's input already.
 
@@ -39,7 +39,7 @@ def to_responses_prompt(
     return with_reasoning(prompt, effort=effort)
 
 
-def input_messages(request: wire.ResponsesRequest) -> list[ChatMessage]:
+def input_messages(request: responses_api.ResponsesRequest) -> list[ChatMessage]:
     """Return the request's own input; the items of one assistant's turn become one message.
 
     Raises UnsupportedCapability for items and parts that are no text, RequestError.
@@ -84,7 +84,7 @@ def answer_message(parts: Iterable[answer.Part]) -> ChatMessage:
     )
 
 
-def _add_message(messages: list[ChatMessage], item: wire.Item, param: str) -> None:
+def _add_message(messages: list[ChatMessage], item: responses_api.Item, param: str) -> None:
     role = _required(item.role, f"{param}.role")
     content = _joined(item.content, f"{param}.content")
     last = messages[-1] if messages else None
@@ -97,7 +97,7 @@ def _add_message(messages: list[ChatMessage], item: wire.Item, param: str) -> No
             messages.append(ChatMessage("system", content))
 
 
-def _add_call(messages: list[ChatMessage], item: wire.Item, param: str) -> None:
+def _add_call(messages: list[ChatMessage], item: responses_api.Item, param: str) -> None:
     call = ToolCall(
         _required(item.call_id, f"{param}.call_id"),
         _required(item.name, f"{param}.name"),
@@ -110,12 +110,12 @@ def _add_call(messages: list[ChatMessage], item: wire.Item, param: str) -> None:
         messages.append(ChatMessage("assistant", "", tool_calls=(call,)))
 
 
-def _add_reasoning(messages: list[ChatMessage], item: wire.Item, param: str) -> None:
+def _add_reasoning(messages: list[ChatMessage], item: responses_api.Item, param: str) -> None:
     """Add a message of reasoning alone, which what the assistant says next is added to."""
     text = _joined(item.content, f"{param}.content") if item.content else ""
     if not text and item.encrypted_content:
         # Another server's seal cannot be read; its reasoning is left out, as its summary would be.
-        text = unsealed(item.encrypted_content) or ""
+        text = decode_reasoning(item.encrypted_content) or ""
     if not text and item.summary:
         text = _joined(item.summary, f"{param}.summary")
     if text:
@@ -126,7 +126,7 @@ def _is_reasoning_alone(message: ChatMessage) -> bool:
     return message.role == "assistant" and not (message.content or message.tool_calls)
 
 
-def _joined(content: str | Sequence[wire.Part] | None, param: str) -> str:
+def _joined(content: str | Sequence[responses_api.Part] | None, param: str) -> str:
     if isinstance(content, str):
         return content
     if content is None:
@@ -134,7 +134,7 @@ def _joined(content: str | Sequence[wire.Part] | None, param: str) -> str:
     return "\n".join(_text(part, f"{param}[{index}]") for index, part in enumerate(content))
 
 
-def _text(part: wire.Part, param: str) -> str:
+def _text(part: responses_api.Part, param: str) -> str:
     if part.type not in _TEXTS and part.type != "refusal":
         raise UnsupportedCapability(
             f"{param}: parts of type {part.type[:50]!r} are not supported; send text.", param=param
@@ -149,7 +149,7 @@ def _required(value: str | None, param: str) -> str:
     return value
 
 
-def _tool(tool: wire.Tool, param: str) -> Tool:
+def _tool(tool: responses_api.Tool, param: str) -> Tool:
     if tool.type != "function":
         raise UnsupportedParameter(
             f"{param}: tools of type {tool.type[:50]!r} are not supported.", param=f"{param}.type"

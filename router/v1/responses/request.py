@@ -12,9 +12,9 @@ from router.requests.fields import (
     MAX_TOOLS,
     AnyEffort,
     JsonObject,
+    RequestPart,
     SamplingFields,
     TokenCount,
-    WireModel,
     check_schema,
     refuse_unless_off,
     unknown_fields,
@@ -23,11 +23,11 @@ from router.requests.tools import ToolChoice
 
 MAX_PARTS = 4096
 MAX_METADATA = 16
-_SEALED_REASONING = "reasoning.encrypted_content"
+_ENCRYPTED_REASONING = "reasoning.encrypted_content"
 _LOGPROBS = "message.output_text.logprobs"
 
 
-class Part(WireModel):
+class Part(RequestPart):
     """A piece of a message, of a tool's output or of reasoning."""
 
     type: str
@@ -38,7 +38,7 @@ class Part(WireModel):
 Parts = Annotated[list[Part], Field(max_length=MAX_PARTS)]
 
 
-class Item(WireModel):
+class Item(RequestPart):
     """An item of the conversation of any type; which fields it needs depends on the type."""
 
     type: str | None = None
@@ -55,7 +55,7 @@ class Item(WireModel):
     encrypted_content: str | None = None
 
 
-class Tool(WireModel):
+class Tool(RequestPart):
     """A tool the model may call."""
 
     type: str
@@ -65,7 +65,7 @@ class Tool(WireModel):
     strict: bool | None = None
 
 
-class TextFormat(WireModel):
+class TextFormat(RequestPart):
     """What the answer's text must be."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -75,14 +75,14 @@ class TextFormat(WireModel):
     body: JsonObject | None = Field(default=None, alias="schema")
 
 
-class Text(WireModel):
+class Text(RequestPart):
     """How the answer's text is to be."""
 
     format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class Reasoning(WireModel):
+class Reasoning(RequestPart):
     """How much the model reasons; its reasoning is given whole, never summed up."""
 
     effort: AnyEffort | None = None
@@ -92,7 +92,7 @@ class Reasoning(WireModel):
     mode: str | None = None
 
 
-class StreamOptions(WireModel):
+class StreamOptions(RequestPart):
     """Whether random padding hides the length of the deltas."""
 
     include_obfuscation: bool | None = None
@@ -176,7 +176,7 @@ class ResponsesRequest(SamplingFields):
         super().refuse_unsupported()
         refuse_unless_off("truncation", self.truncation, (None, "disabled"))
         for name in self.include or ():
-            if name not in (_SEALED_REASONING, _LOGPROBS):
+            if name not in (_ENCRYPTED_REASONING, _LOGPROBS):
                 raise UnsupportedParameter(
                     f"include: {name[:50]!r} is not supported.", param="include"
                 )
@@ -213,9 +213,9 @@ class ResponsesRequest(SamplingFields):
         return JsonOutput(form.body)
 
     @property
-    def seals_reasoning(self) -> bool:
+    def includes_encrypted_reasoning(self) -> bool:
         """Whether reasoning also comes as the text that only this server reads."""
-        return _SEALED_REASONING in (self.include or ())
+        return _ENCRYPTED_REASONING in (self.include or ())
 
     @property
     def logprob_count(self) -> int | None:

@@ -8,7 +8,7 @@ from core.types import Finished, JsonValue, PrefillProgress, TextDelta
 from router.answers.event_feed import TaggedEvent
 from router.answers.event_stream import StreamFormatter, prefill_comment
 from router.answers.logprobs import chat_logprobs
-from router.answers.parts import Closed, Grown, Opened, Part, PartAssembler, PartStep
+from router.answers.parts import Closed, Extended, Opened, Part, PartAssembler, PartStep
 from router.context import RequestRecord
 from router.v1.responses.object import ResponseBuilder, final_status
 
@@ -31,7 +31,7 @@ class ResponseEvents(StreamFormatter):
     def beginning(self, events: Sequence[TaggedEvent]) -> str:
         """Return the response before its first item."""
         del events
-        response: JsonValue = self._builder.begun()
+        response: JsonValue = self._builder.in_progress()
         names = ("response.created", "response.in_progress")
         return "".join(self._event(name, {"response": response}) for name in names)
 
@@ -57,12 +57,12 @@ class ResponseEvents(StreamFormatter):
                 if isinstance(event, Finished):
                     self._generation.note_finished(index, event)
                 for step in self._assembler.push(event):
-                    texts.extend(self._say(step))
+                    texts.extend(self._step_events(step))
         return "".join(texts)
 
     def closing(self) -> str:
         """Return the whole response, which is stored with this."""
-        response: JsonValue = self._builder.done(self._assembler)
+        response: JsonValue = self._builder.finished(self._assembler)
         return self._event(
             f"response.{final_status(self._assembler.finished)}", {"response": response}
         )
@@ -70,17 +70,17 @@ class ResponseEvents(StreamFormatter):
     def failing(self, error: ImpetusError, record: RequestRecord) -> str:
         """Return the error, and the response as failed."""
         del record
-        told = self._event(
+        error_event = self._event(
             "error", {"code": error.code, "message": error.message, "param": error.param}
         )
         response: JsonValue = self._builder.failed(self._assembler.parts, error)
-        return told + self._event("response.failed", {"response": response})
+        return error_event + self._event("response.failed", {"response": response})
 
-    def _say(self, step: PartStep) -> list[str]:
+    def _step_events(self, step: PartStep) -> list[str]:
         match step:
             case Opened(part):
                 return self._open(part)
-            case Grown(part, text, logprobs):
+            case Extended(part, text, logprobs):
                 fields: dict[str, JsonValue] = {**self._place(part), "delta": text}
                 if part.kind == "text":
                     fields["logprobs"] = (

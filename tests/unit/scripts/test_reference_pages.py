@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from core.errors import ImpetusError
-from router.requests.fields import WireRequest
+from router.requests.fields import RequestBody
 from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest
 from router.v1.embeddings import EmbeddingRequest
@@ -32,6 +32,6 @@ def test_reference_lists_every_error(kind: type[ImpetusError]) -> None:
     "request_type",
     [ChatRequest, CompletionRequest, EmbeddingRequest, MessagesRequest, ResponsesRequest],
 )
-def test_reference_names_every_field(request_type: type[WireRequest]) -> None:
+def test_reference_names_every_field(request_type: type[RequestBody]) -> None:
     names = {*request_type.model_fields, *request_type.unsupported}
     assert {name for name in names if f"`{name}`" not in REFERENCE} == set()

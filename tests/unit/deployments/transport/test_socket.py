@@ -97,7 +97,7 @@ async def test_sender_keeps_what_the_socket_does_not_take(receiver: FrameReceive
 async def test_sender_gives_up_on_a_router_that_never_reads(
     receiver: FrameReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frames, "_MOST_UNSENT_BYTES", 100_000)
+    monkeypatch.setattr(frames, "_MAX_UNSENT_BYTES", 100_000)
     sender = FrameSender(receiver.path)
     for _ in range(100):
         sender.deliver([("a", [TextDelta("x" * 10_000)])])

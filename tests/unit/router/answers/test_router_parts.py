@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.types import GenerationEvent, ReasoningDelta, TextDelta, ToolCallDelta
-from router.answers.parts import Closed, Grown, Opened, PartAssembler
+from router.answers.parts import Closed, Extended, Opened, PartAssembler
 from tests.fakes import finished
 
 ANSWERS = st.lists(
@@ -70,7 +70,7 @@ def test_steps_tell_each_part_once_and_in_turn(events: list[GenerationEvent]) ->
                     assert open_index is None
                     assert index == len(texts)
                     texts[index], open_index = "", index
-                case Grown(text=text):
+                case Extended(text=text):
                     assert open_index == index
                     texts[index] += text
                 case Closed():

@@ -273,7 +273,7 @@ async def test_client_that_never_reads_is_given_up_and_buffers_little_n15() -> N
 
 
 async def test_feed_gives_up_a_reader_that_falls_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_module, "_MOST_UNREAD_EVENTS", 10)
+    monkeypatch.setattr(feed_module, "_MAX_UNREAD_EVENTS", 10)
     gate = asyncio.Event()
     dispatcher = FakeDispatcher(*(TextDelta("x") for _ in range(11)), gate, finished())
     request = GenerationRequest("r", CHAT_MODEL, TextPrompt("x"))

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from core.errors import ImpetusError, InsufficientMemory
 from core.types import Capability
-from router.api.decisions import MOST_DECISIONS
+from router.api.decisions import MAX_DECISIONS
 from router.app import create_app
 from router.services import DecisionView, SettingsView
 from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, make_services, make_view
@@ -240,11 +240,11 @@ async def test_decisions_come_newest_first_and_bounded(
 ) -> None:
     management.log = [
         DecisionView(float(at), "load wanted", "load", f"reason {at}")
-        for at in range(MOST_DECISIONS + 5)
+        for at in range(MAX_DECISIONS + 5)
     ]
     decisions = (await ask("GET", "/api/decisions")).json()["decisions"]
-    assert len(decisions) == MOST_DECISIONS
-    newest = MOST_DECISIONS + 4
+    assert len(decisions) == MAX_DECISIONS
+    newest = MAX_DECISIONS + 4
     assert decisions[0] == {
         "at": float(newest),
         "event": "load wanted",

@@ -7,7 +7,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from router.app import create_app
-from router.http.guards import PUBLIC_PATHS, normal_origin
+from router.http.guards import PUBLIC_PATHS, normalize_origin
 from tests.fakes import CHAT_MODEL, FakeDispatcher, make_services
 from tests.live_server import client_of, error_of, exchange, serving
 
@@ -162,7 +162,7 @@ def test_allowed_origins_that_are_no_origins_are_refused_n6(origin: str) -> None
 
 
 def test_origin_keeps_an_empty_authority() -> None:
-    assert normal_origin("file://") == "file://"
+    assert normalize_origin("file://") == "file://"
 
 
 async def test_every_route_but_the_public_ones_asks_for_the_key_n7() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from core.errors import ImpetusError, RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, JsonOutput, SamplingParams, Tool, ToolCall
 from router.requests.body import parse_request
-from router.requests.fields import WireRequest
+from router.requests.fields import RequestBody
 from router.v1.chat.prompt import to_chat_prompt
 from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest
@@ -435,7 +435,7 @@ json_values = st.recursive(
 @pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, EmbeddingRequest])
 @given(st.data())
 def test_any_json_in_any_field_gives_a_request_or_one_of_our_errors(
-    model: type[WireRequest], data: st.DataObject
+    model: type[RequestBody], data: st.DataObject
 ) -> None:
     names = st.sampled_from(sorted(model.model_fields) + sorted(model.unsupported))
     base = {"model": "m", "messages": MESSAGES, "prompt": "x", "input": "x"}

@@ -257,12 +257,12 @@ async def test_reasoning_comes_sealed_when_asked_for(
     first = await client.responses.create(
         model="tiny", input="hi", store=False, include=["reasoning.encrypted_content"]
     )
-    sealed = first.output[0]
-    assert sealed.type == "reasoning"
+    encode_reasoning = first.output[0]
+    assert encode_reasoning.type == "reasoning"
     back: list[Any] = [
         {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "other"},
-        {"type": "reasoning", "id": sealed.id, "summary": [],
-         "encrypted_content": sealed.encrypted_content},
+        {"type": "reasoning", "id": encode_reasoning.id, "summary": [],
+         "encrypted_content": encode_reasoning.encrypted_content},
         {"role": "assistant", "content": "x"},
         {"role": "user", "content": "on"},
     ]  # fmt: skip
