@@ -6,18 +6,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from router.http.drain import Drain
-from router.requests.strict_body import StrictBody, read_strict
-
-
-class NoFields(StrictBody):
-    """The body of a request that takes no arguments."""
+from router.requests.strict_body import EmptyBody, read_strict
 
 
 def drain_endpoint(drain: Drain) -> Callable[[Request], Awaitable[Response]]:
     """Return the handler that begins to drain and tells how many requests still run."""
 
     async def begin_drain(request: Request) -> Response:
-        await read_strict(request, NoFields)
+        await read_strict(request, EmptyBody)
         drain.is_on = True
         return JSONResponse({"draining": True, "in_flight": drain.in_flight})
 

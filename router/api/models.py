@@ -12,7 +12,7 @@ from starlette.responses import Response
 from core.errors import RequestError
 from router.context import RouteContext, record_of
 from router.requests.fields import MAX_INT32
-from router.requests.strict_body import StrictBody, read_strict
+from router.requests.strict_body import EmptyBody, StrictBody, read_strict
 from router.services import Management, ModelView, Priority, SettingsView
 from router.v1.models import find_model, model_object
 
@@ -31,10 +31,6 @@ class SettingsPatch(StrictBody):
     max_sequences: Annotated[int, Field(ge=1, le=256)] | None = None
     kv_type: Annotated[str, Field(min_length=1, max_length=16)] | None = None
     tool_parser: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-
-
-class NoFields(StrictBody):
-    """The body of an action that takes no arguments."""
 
 
 def list_endpoint(context: RouteContext, management: Management) -> Endpoint:
@@ -95,7 +91,7 @@ def _action_endpoint(
     context: RouteContext, management: Management, act: Callable[[str], Awaitable[None]]
 ) -> Endpoint:
     async def act_on_model(request: Request) -> Response:
-        await read_strict(request, NoFields)
+        await read_strict(request, EmptyBody)
         view = await _named_model(context, request)
         await act(view.id)
         return await _show(management, await find_model(context, view.id))

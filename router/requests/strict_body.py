@@ -21,6 +21,10 @@ class StrictBody(BaseModel):
     )
 
 
+class EmptyBody(StrictBody):
+    """The body of a request that takes no arguments."""
+
+
 Body = TypeVar("Body", bound=StrictBody)
 
 
