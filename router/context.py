@@ -117,7 +117,7 @@ class RouteContext:
         if capability not in view.capabilities:
             able = ", ".join(sorted(view.capabilities)) or "nothing"
             raise UnsupportedCapability(
-                f"The model {view.id} cannot be used for {capability.value}; it is for: {able}.",
+                f"The model {view.id} cannot be used for {capability.value}; it supports: {able}.",
                 param="model",
             )
         return view

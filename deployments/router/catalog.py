@@ -64,7 +64,10 @@ class CatalogView:
         if record.state == "refused":
             raise BrokenModel(f"{record.id} was refused: {record.reason}", param="model")
         if record.state == "missing":
-            raise ModelFileMissing(f"The file of {record.id} is gone.", param="model")
+            raise ModelFileMissing(
+                f"The file of {record.id} is gone; put it back or choose another model.",
+                param="model",
+            )
         if view.state == "unavailable":
             converted = self._converted(record)
             if converted is not None:
@@ -172,7 +175,10 @@ class CatalogView:
             return "unavailable", "its file is gone"
         backend = self._backends.get(record.info.format)
         if backend is None:
-            return "unavailable", f"the format {record.info.format} is switched off"
+            return (
+                "unavailable",
+                f"the format {record.info.format} is switched off; IMPETUS_FORMATS can enable it",
+            )
         availability = backend.availability()
         if not availability.is_available:
             return "unavailable", availability.reason

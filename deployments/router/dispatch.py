@@ -163,7 +163,7 @@ class HandleDispatcher:
             _fail(end, problem)
         else:
             # The events were sent before the call returned; their loss must not be silent.
-            lost = EngineFailed("The end of the answer was lost.")
+            lost = EngineFailed("The end of the answer was lost; send the request again.")
             asyncio.get_running_loop().call_later(_LOST_EVENTS_S, _fail, end, lost)
 
     async def _run_remotely(

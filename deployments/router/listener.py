@@ -33,11 +33,11 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         return _listen(host, port)
     except UnicodeError as problem:
-        raise ImpetusError(f"Cannot listen on {host!r}: this is not a host's name.") from problem
+        raise ImpetusError(f"IMPETUS_HOST: {host!r} is not a valid host name.") from problem
     except OSError as problem:
         if problem.errno == errno.EADDRINUSE:
             raise PortInUse(
-                f"Port {port} on {host} is in use. Stop the program that holds it, or choose "
+                f"Port {port} on {host} is in use. Stop the program that uses it, or choose "
                 f"another port with IMPETUS_PORT."
             ) from problem
         raise ImpetusError(f"Cannot listen on {host}:{port}: {problem.strerror}.") from problem
@@ -60,7 +60,7 @@ def check_exposure(settings: Settings) -> None:
     """Raise ImpetusError where the listener would be open to other machines without a key."""
     if settings.is_public and settings.api_key is None:
         raise ImpetusError(
-            f"IMPETUS_HOST={settings.host} lets other machines in, but no API key is set. Set "
+            f"IMPETUS_HOST={settings.host} accepts other machines, but no API key is set. Set "
             "IMPETUS_API_KEY, or listen on 127.0.0.1, or put a proxy with a key in front."
         )
 

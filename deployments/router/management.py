@@ -80,7 +80,9 @@ class SchedulerManagement:
             async with asyncio.timeout(_NOTICE_TIMEOUT_S):
                 theirs: list[Decision] = await call(self._scheduler.decisions.remote())
         except (ImpetusError, TimeoutError) as problem:
-            raise Unavailable("The scheduler does not answer.", retry_after_s=5) from problem
+            raise Unavailable(
+                "The scheduler does not answer; try again.", retry_after_s=5
+            ) from problem
         return [
             DecisionView(one.at, one.event, one.action, one.reason)
             for one in (*theirs, *self._log.last())

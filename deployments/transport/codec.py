@@ -42,7 +42,7 @@ def decode_length(data: bytes | bytearray, offset: int) -> int:
     """Return the length of the body of the frame at `offset`.  Raises ValueError when absurd."""
     length: int = _LENGTH.unpack_from(data, offset)[0]
     if length > MAX_FRAME_BYTES:
-        raise ValueError(f"a frame of {length} bytes")
+        raise ValueError(f"a frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
     return length
 
 

@@ -115,7 +115,9 @@ class FrameReceiver:
         self._folder = Path(tempfile.mkdtemp(prefix="impetus-", dir=base))
         path = str(self._folder / "events")
         if len(path.encode()) > _MAX_PATH_BYTES:
-            raise ImpetusError(f"The path of the event socket is too long: {path}")
+            raise ImpetusError(
+                f"The path of the event socket exceeds {_MAX_PATH_BYTES} bytes: {path}"
+            )
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(
             lambda: _Connection(self._callbacks, self._connections), path

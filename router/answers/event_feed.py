@@ -112,7 +112,9 @@ class EventFeed:
         try:
             await self._generate(request, partial(self._on_events, index))
             if index in self._unfinished:
-                raise EngineFailed("The engine ended the generation without a result.")
+                raise EngineFailed(
+                    "The engine ended the generation without a result; send it again."
+                )
         except Exception as error:
             if index not in self._unfinished:
                 _logger.exception("a generation failed after its end")
@@ -134,12 +136,18 @@ class EventFeed:
         for event in events:
             if isinstance(event, Finished):
                 if event.reason == "cancelled":
-                    self.abort(EngineFailed("The generation was cancelled by the server."))
+                    self.abort(EngineFailed("The server cancelled the generation; send it again."))
                     return
                 self._unfinished.discard(index)
             self._events.append((index, event))
         if len(self._events) > _MAX_UNREAD_EVENTS:
-            self.abort(EngineFailed("The client reads too slowly; the request was cancelled."))
+            limit = f"{_MAX_UNREAD_EVENTS:,}"
+            self.abort(
+                EngineFailed(
+                    f"The client reads too slowly: over {limit} events were unread, so the request "
+                    "was cancelled."
+                )
+            )
         self.wake()
 
     async def _watch(self) -> None:

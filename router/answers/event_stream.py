@@ -90,7 +90,11 @@ class _KeepAlive:
         now = self._loop.time()
         silent_s = now - self._written_at
         if self._is_writing and silent_s >= self._pacing.write_timeout_s:
-            self._feed.abort(EngineFailed("The client did not read the stream."))
+            self._feed.abort(
+                EngineFailed(
+                    "The client stopped reading the stream, so the generation was cancelled."
+                )
+            )
             return
         # Half of the interval, since the last write may have come just after the last tick.
         if not self._is_writing and silent_s >= self._interval_s / 2:

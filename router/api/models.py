@@ -65,8 +65,8 @@ def change_endpoint(context: RouteContext, management: Management) -> Endpoint:
         asked = patch.context_length
         if asked is not None and 0 < view.context_length < asked:
             raise RequestError(
-                f"context_length: {view.id} was trained with {view.context_length} tokens; "
-                f"{asked} are too many.",
+                f"context_length: {asked} is more than the {view.context_length} tokens that "
+                f"{view.id} was trained with.",
                 param="context_length",
             )
         changes = patch.model_dump(exclude_unset=True)

@@ -117,9 +117,9 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
             raise error
         known: ImpetusError
         if error.status_code == 404:
-            known = NotFound(f"There is nothing at {request.scope['path'][:200]!r}.")
+            known = NotFound(f"There is no endpoint at {request.scope['path'][:200]!r}.")
         elif error.status_code == 405:
-            known = RequestError(f"The method {request.method[:20]} is not allowed here.")
+            known = RequestError(f"The method {request.method[:20]} is not allowed at this path.")
         else:
             known = RequestError(str(error.detail))
         metrics.errors.labels(known.code).inc()

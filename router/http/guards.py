@@ -116,7 +116,7 @@ class HeaderGuard(_Guard):
         if name in self._names:
             return None
         error_403 = PermissionDenied(
-            f"The Host {name!r} is not served here; IMPETUS_ALLOWED_HOSTS can allow it."
+            f"The Host {name!r} is not allowed; add it to IMPETUS_ALLOWED_HOSTS to allow it."
         )
         return self.refusal(error_403, headers=_CLOSE)
 
@@ -173,7 +173,8 @@ class OriginGuard(_Guard):
 
     def _foreign(self, origin: str) -> Response:
         error = PermissionDenied(
-            f"Pages of {origin!r} may not call this server; IMPETUS_ALLOWED_ORIGINS can allow it."
+            f"Pages from {origin!r} may not call this server; add the origin to "
+            "IMPETUS_ALLOWED_ORIGINS to allow it."
         )
         return self.refusal(error, headers={**_CLOSE, "vary": "Origin"})
 

@@ -161,14 +161,16 @@ class HttpProtocol(HttpToolsProtocol):
         if not self.url.startswith(b"/") and not httptools.parse_url(self.url).path:
             raise RequestError("The request is not valid HTTP: the address has no path.")
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise RequestError(f"More than {MAX_PIPELINED} requests wait on this connection.")
+            raise RequestError(
+                f"More than {MAX_PIPELINED} requests wait on this connection; read answers first."
+            )
         super().on_headers_complete()
         self._is_in_head, self._is_in_body = False, True
 
     def _check_framing(self) -> None:
         version = self.parser.get_http_version()
         if version not in ("1.1", "1.0"):
-            raise RequestError("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+            raise RequestError(f"HTTP/{version} is not supported; send HTTP/1.1.")
         for name, value in self.headers:
             is_coded = name == b"transfer-encoding"
             if is_coded and (version == "1.0" or value.strip().lower() != b"chunked"):
@@ -176,8 +178,8 @@ class HttpProtocol(HttpToolsProtocol):
             # After an upgrade the parser would read the body as the next request.
             if (is_coded or name == b"content-length") and self.parser.should_upgrade():
                 raise RequestError(
-                    "A request with a body cannot ask for another protocol: send it as plain "
-                    "HTTP/1.1, without the header Upgrade."
+                    "A request with a body cannot upgrade the connection; send it without the "
+                    "Upgrade header."
                 )
 
     def on_message_complete(self) -> None:
@@ -261,7 +263,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._start_receipt_timer()
         else:
             limit = f"{self.receipt_limit_s:g} s"
-            self._refuse(_RequestTimeout(f"The request did not arrive whole within {limit}."))
+            self._refuse(_RequestTimeout(f"The request did not arrive completely within {limit}."))
 
     def _linger(self) -> None:
         """Send the end, then drop what still comes until the client is done or time is up.

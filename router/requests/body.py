@@ -20,7 +20,7 @@ async def read_request(request: Request, model: type[Body]) -> Body:
     try:
         body = await request.body()
     except ClientDisconnect as error:
-        raise RequestError("The client left before its request was complete.") from error
+        raise RequestError("The client disconnected before its request was complete.") from error
     return parse_request(body, model)
 
 
@@ -33,7 +33,7 @@ def parse_request(body: bytes, model: type[Body]) -> Body:
     try:
         # The parser turns a tiny body of empty lists into gigabytes of objects otherwise.
         if sum(map(body.count, (b",", b"[", b"{"))) > _VALUE_LIMIT:
-            raise ValueError("too many values")
+            raise ValueError(f"more than {_VALUE_LIMIT:,} values")
         data = jiter.from_json(
             body, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys"
         )

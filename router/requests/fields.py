@@ -102,9 +102,9 @@ def parse_stop(value: object) -> tuple[str, ...]:
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError("must be a string or a list of strings")
     if len(stops) > MAX_STOPS:
-        raise ValueError(f"at most {MAX_STOPS} stop strings are accepted")
+        raise ValueError(f"has {len(stops)} stop strings; at most {MAX_STOPS} are accepted")
     if not all(1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARACTERS} characters")
+        raise ValueError(f"each stop string must have 1 to {MAX_STOP_CHARACTERS} characters")
     return tuple(stops)
 
 
@@ -153,7 +153,7 @@ def check_schema(schema: JsonValue, param: str) -> None:
                 f"{param}: nested deeper than {MAX_SCHEMA_DEPTH} levels", param=param
             )
         if any(isinstance(item, float) and not math.isfinite(item) for item in level):
-            raise RequestError(f"{param}: holds a number out of range", param=param)
+            raise RequestError(f"{param}: contains a number that is infinite or NaN", param=param)
         level = [child for item in level for child in _children(item)]
     if len(json.dumps(schema)) > MAX_SCHEMA_BYTES:
         raise RequestError(f"{param}: larger than {format_bytes(MAX_SCHEMA_BYTES)}", param=param)

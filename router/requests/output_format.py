@@ -86,7 +86,7 @@ class OutputFields(GenerationFields):
         if len(given) + (own is not None) > 1:
             raise RequestError(
                 f"{given[0][0]}: only one of response_format, structured_outputs and the guided_ "
-                "fields can bound an answer",
+                "fields can constrain an answer; send one",
                 param=given[0][0],
             )
         return _output(*given[0]) if given else own
@@ -113,7 +113,7 @@ def _parsed(text: str, name: str) -> dict[str, Any]:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{name}: is no JSON", param=name) from error
+        raise RequestError(f"{name}: is not valid JSON", param=name) from error
     if not isinstance(schema, dict):
         raise RequestError(f"{name}: must be a JSON schema, an object", param=name)
     return schema

@@ -36,7 +36,7 @@ async def read_strict(request: Request, model: type[Body]) -> Body:
     try:
         body = await request.body()
     except ClientDisconnect as error:
-        raise RequestError("The client left before its request was complete.") from error
+        raise RequestError("The client disconnected before its request was complete.") from error
     if len(body) > MAX_BODY_BYTES:
         raise BodyTooLarge(f"The body is larger than {format_bytes(MAX_BODY_BYTES)}.")
     try:

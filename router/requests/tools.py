@@ -15,15 +15,15 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
     for index, tool in enumerate(tools):
         if tool.name in names:
             param = f"tools[{index}].name"
-            raise RequestError(f"{param}: {tool.name[:100]!r} was named before", param=param)
+            raise RequestError(f"{param}: two tools have the name {tool.name[:100]!r}", param=param)
         names.add(tool.name)
     if choice == "required" and not tools:
         raise RequestError(
-            "tool_choice: a tool that must be called needs tools", param="tool_choice"
+            "tool_choice: a forced tool call needs at least one tool in tools", param="tool_choice"
         )
     if isinstance(choice, tuple) and choice[1] not in names:
         raise RequestError(
-            f"tool_choice: the tool {choice[1][:100]!r} is not among the tools",
+            f"tool_choice: the tool {choice[1][:100]!r} is not in tools",
             param="tool_choice",
         )
 
@@ -39,6 +39,7 @@ def parse_tool_choice(value: object) -> ToolChoice | None:
             return ("function", name)
         case {"type": "allowed_tools" | "custom" as kind}:
             raise UnsupportedParameter(
-                f"tool_choice of type {kind!r} is not supported.", param="tool_choice"
+                f"tool_choice of type {kind!r} is not supported; send type function.",
+                param="tool_choice",
             )
     raise ValueError('must be "none", "auto", "required" or {"type": "function", "function": …}')

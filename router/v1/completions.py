@@ -63,17 +63,19 @@ class CompletionRequest(OutputFields):
         super().refuse_unsupported()
         if self.best_of is not None:
             refuse_unless_off("best_of", self.best_of, (self.n or 1,))
-        if len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
+        count = len(self.prompt) * (self.n or 1)
+        if count > MAX_PROMPTS:
             raise RequestError(
-                f"prompt: at most {MAX_PROMPTS} sequences (prompts times n) are accepted",
+                f"prompt: {count} sequences (prompts times n) were requested; at most "
+                f"{MAX_PROMPTS} are accepted",
                 param="prompt",
             )
         if self.max_tokens == 0 and not self.echo:
-            raise RequestError("max_tokens: 0 is for echo: true only", param="max_tokens")
+            raise RequestError("max_tokens: 0 is only allowed with echo: true", param="max_tokens")
         if self.suffix and self.echo:
-            raise RequestError("suffix: not together with echo", param="suffix")
+            raise RequestError("suffix: cannot be combined with echo; send one", param="suffix")
         if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
-            raise RequestError("suffix: needs a prompt of text, not of tokens", param="suffix")
+            raise RequestError("suffix: needs the prompt as text, not as token ids", param="suffix")
 
     @property
     def token_limit(self) -> int:
@@ -90,7 +92,8 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
         view = await context.model(body.model, Capability.COMPLETION, record)
         if body.suffix and Capability.INFILL not in view.capabilities:
             raise UnsupportedParameter(
-                f"suffix: the model {view.id} has no tokens for filling in the middle.",
+                f"suffix: the model {view.id} has no tokens for filling in the middle; leave "
+                "suffix out or choose another model.",
                 param="suffix",
             )
         answer_id = f"cmpl-{record.suffix}"

@@ -34,7 +34,7 @@ def parse_embedding_input(value: object) -> tuple[str | tuple[int, ...], ...]:
     """Return the inputs of an embedding request; raises ValueError."""
     inputs = parse_inputs(value)
     if len(inputs) > MAX_EMBEDDING_INPUTS:
-        raise ValueError(f"at most {MAX_EMBEDDING_INPUTS} inputs are accepted")
+        raise ValueError(f"has {len(inputs)} inputs; at most {MAX_EMBEDDING_INPUTS} are accepted")
     if not all(inputs):
         raise ValueError("an input must not be empty")
     return inputs
@@ -79,7 +79,7 @@ def _check(embeddings: Embeddings, count: int) -> None:
     if vectors.ndim != 2 or len(vectors) != count:
         raise EngineFailed(f"The model returned {len(vectors)} vectors for {count} inputs.")
     if not np.isfinite(vectors).all():
-        raise EngineFailed("The model returned vectors that are not finite.")
+        raise EngineFailed("The model returned non-finite vectors (NaN or infinity).")
 
 
 def _body(embeddings: Embeddings, model_id: str, *, is_base64: bool) -> bytes:

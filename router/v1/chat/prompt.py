@@ -19,10 +19,12 @@ def to_chat_prompt(request: ChatRequest) -> ChatPrompt:
     _check_unique_names(tools)
     choice = request.tool_choice or "auto"
     if choice == "required" and not tools:
-        raise RequestError('tool_choice: "required" needs tools', param="tool_choice")
+        raise RequestError(
+            'tool_choice: "required" needs at least one tool in tools', param="tool_choice"
+        )
     if isinstance(choice, tuple) and choice[1] not in {tool.name for tool in tools}:
         raise RequestError(
-            f"tool_choice: the function {choice[1][:100]!r} is not among the tools",
+            f"tool_choice: the function {choice[1][:100]!r} is not in tools",
             param="tool_choice",
         )
     return ChatPrompt(
@@ -48,7 +50,7 @@ def _message(message: Message, param: str) -> ChatMessage:
         raise RequestError(f"{param}.tool_call_id: required", param=f"{param}.tool_call_id")
     if message.tool_calls and message.role != "assistant":
         raise RequestError(
-            f"{param}.tool_calls: only for the assistant", param=f"{param}.tool_calls"
+            f"{param}.tool_calls: only allowed with the role assistant", param=f"{param}.tool_calls"
         )
     role: Literal["system", "user", "assistant", "tool"] = (
         "system" if message.role == "developer" else message.role
@@ -91,14 +93,15 @@ def _check_unique_names(tools: Sequence[Tool]) -> None:
     for index, tool in enumerate(tools):
         if tool.name in names:
             param = f"tools[{index}].function.name"
-            raise RequestError(f"{param}: {tool.name[:100]!r} was named before", param=param)
+            raise RequestError(f"{param}: two tools have the name {tool.name[:100]!r}", param=param)
         names.add(tool.name)
 
 
 def _tool(tool: ToolDefinition, param: str) -> Tool:
     if tool.type != "function":
         raise UnsupportedParameter(
-            f"{param}: tools of type {tool.type[:50]!r} are not supported.", param=f"{param}.type"
+            f"{param}: tools of type {tool.type[:50]!r} are not supported; send type function.",
+            param=f"{param}.type",
         )
     if tool.function is None:
         raise RequestError(f"{param}.function: required", param=f"{param}.function")

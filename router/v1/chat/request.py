@@ -93,11 +93,13 @@ def parse_template_variables(value: object) -> dict[str, bool | int | float | st
     for name, item in value.items():
         if name in _RESERVED_VARIABLES:
             param = f"chat_template_kwargs.{name}"
-            raise UnsupportedParameter(f"{param} cannot be set by a request.", param=param)
+            raise UnsupportedParameter(
+                f"{param} cannot be set by a request; leave it out.", param=param
+            )
         if not _VARIABLE.fullmatch(name):
             raise ValueError("its names must be identifiers of at most 64 characters")
         if not isinstance(item, bool | int | float | str | None):
-            raise ValueError("its values must be scalars")
+            raise ValueError("its values must be strings, numbers, booleans or null")
     return value
 
 
@@ -141,7 +143,9 @@ class ChatRequest(OutputFields):
                 "max_tokens: differs from max_completion_tokens; send one", param="max_tokens"
             )
         if self.top_logprobs is not None and not self.logprobs:
-            raise RequestError("top_logprobs: needs logprobs: true", param="top_logprobs")
+            raise RequestError(
+                "top_logprobs: only allowed with logprobs: true", param="top_logprobs"
+            )
 
     def ignored_names(self) -> list[str]:
         """Also name the unknown fields of messages and `reasoning`."""

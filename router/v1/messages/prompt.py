@@ -147,7 +147,8 @@ def _text(block: messages_api.Block, param: str) -> str:
 def _tool(tool: messages_api.Tool, param: str) -> Tool:
     if tool.type not in (None, "custom"):
         raise UnsupportedParameter(
-            f"{param}: tools of type {tool.type[:50]!r} are not supported.", param=f"{param}.type"
+            f"{param}: tools of type {tool.type[:50]!r} are not supported; send type custom.",
+            param=f"{param}.type",
         )
     if tool.input_schema is None:
         raise RequestError(f"{param}.input_schema: required", param=f"{param}.input_schema")

@@ -129,14 +129,14 @@ class MessagesPromptRequest(RequestBody):
         super().refuse_unsupported()
         if self.messages[-1].role == "assistant":
             raise UnsupportedParameter(
-                "messages: the last message must not be the assistant's; an answer that goes on "
-                "from a given beginning is not supported.",
+                "messages: the last message must not be from the assistant; continuing a given "
+                "beginning (prefill) is not supported.",
                 param="messages",
             )
         thinking = self.thinking
         if thinking is not None and (thinking.type == "enabled") != bool(thinking.budget_tokens):
             raise RequestError(
-                "thinking.budget_tokens: needed with the type enabled, and only there",
+                "thinking.budget_tokens: required with type enabled, not allowed otherwise",
                 param="thinking.budget_tokens",
             )
 

@@ -23,7 +23,9 @@ def to_responses_prompt(
     """
     if len(conversation) > MAX_MESSAGES:
         raise RequestError(
-            f"input: with what came before it, over {MAX_MESSAGES} messages", param="input"
+            f"input: the conversation has {len(conversation)} messages with previous responses; "
+            f"at most {MAX_MESSAGES} are accepted",
+            param="input",
         )
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
     choice = request.tool_choice or "auto"
@@ -152,7 +154,8 @@ def _required(value: str | None, param: str) -> str:
 def _tool(tool: responses_api.Tool, param: str) -> Tool:
     if tool.type != "function":
         raise UnsupportedParameter(
-            f"{param}: tools of type {tool.type[:50]!r} are not supported.", param=f"{param}.type"
+            f"{param}: tools of type {tool.type[:50]!r} are not supported; send type function.",
+            param=f"{param}.type",
         )
     name = _required(tool.name, f"{param}.name")
     parameters = tool.parameters or {}

@@ -109,7 +109,8 @@ def parse_tool_choice(value: object) -> ToolChoice | None:
             return ("function", name)
         case {"type": str(kind)} if kind != "function":
             raise UnsupportedParameter(
-                f"tool_choice of type {kind[:50]!r} is not supported.", param="tool_choice"
+                f"tool_choice of type {kind[:50]!r} is not supported; send type function.",
+                param="tool_choice",
             )
     raise ValueError('must be "none", "auto", "required" or {"type": "function", "name": …}')
 
@@ -122,7 +123,9 @@ def parse_metadata(value: object) -> dict[str, str]:
         raise ValueError(f"must be an object of at most {MAX_METADATA} entries")
     for key, text in value.items():
         if len(key) > 64 or not isinstance(text, str) or len(text) > 512:
-            raise ValueError("its keys have at most 64 characters, its values are texts of 512")
+            raise ValueError(
+                "its keys have at most 64 characters, its values must be strings of at most 512"
+            )
     return value
 
 
@@ -178,7 +181,7 @@ class ResponsesRequest(SamplingFields):
         for name in self.include or ():
             if name not in (_ENCRYPTED_REASONING, _LOGPROBS):
                 raise UnsupportedParameter(
-                    f"include: {name[:50]!r} is not supported.", param="include"
+                    f"include: {name[:50]!r} is not supported; leave it out.", param="include"
                 )
         if self.text is not None:
             refuse_unless_off("text.verbosity", self.text.verbosity, (None, "medium"))

@@ -200,7 +200,7 @@ async def test_upgrade_with_a_body_is_refused_since_the_body_would_be_lost_n16()
     head = b"POST / HTTP/1.1\r\n" + HOST + ask + b"Content-Length: %d\r\n\r\n" % len(GET)
     async with serving(app) as port:
         _, answer = await exchange(port, head + GET)
-    assert "without the header Upgrade" in assert_refusal(answer, 400)
+    assert "without the Upgrade header" in assert_refusal(answer, 400)
     assert app.scopes == []
 
 
