@@ -50,8 +50,8 @@ def create_app(
 ) -> FastAPI:
     """Build the application.
 
-    `metrics` is given when somebody else adds to it too.  Raises ValueError for a setting of
-    allowed origins that is none.
+    `metrics` may hold collectors of other parts.  Raises ValueError if a setting of allowed origins
+    is not a valid origin.
     """
     metrics = metrics or Metrics()
     guards = (HeaderGuard, OriginGuard, BodyLimit, KeyGuard, ContentTypeGuard)
@@ -74,14 +74,14 @@ def create_app(
     if services.management is not None:
         _add_management_routes(app, context, services.management)
         _add_route(app, "/api/drain", drain_endpoint(drain), "POST")
-    # A wrong setting fails here and not at the first request.
+    # A wrong setting fails at start, not at the first request.
     app.build_middleware_stack()
     return app
 
 
 def _add_routes(app: FastAPI, context: RouteContext, drain: Drain) -> None:
     add = partial(_add_route, app)
-    # Routes are tried in this order, so what is asked most comes first.
+    # Routes are tried in this order: the most used come first.
     add("/v1/chat/completions", chat_endpoint(context), "POST")
     add("/v1/completions", completion_endpoint(context), "POST")
     add("/v1/messages", messages_endpoint(context), "POST")

@@ -1,4 +1,4 @@
-"""What every route is built over, and what one request remembers of itself."""
+"""Shared context of all routes, and the per-request record: request id and model."""
 
 import logging
 import re
@@ -23,11 +23,12 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 
 @dataclass(frozen=True, slots=True)
 class Pacing:
-    """Seconds that rule an event stream.
+    """Timing of an event stream, in seconds.
 
-    `header_wait_s`: how long the first event may decide on the HTTP status.  Until `calm_after_s`
-    silence is broken every `early_keep_alive_s`, then every `late_keep_alive_s`.
-    `write_timeout_s`: how long one write may block before the generation is cancelled.
+    `header_wait_s`: how long the headers wait for a first event, which may change the HTTP status.
+    A keep-alive is sent every `early_keep_alive_s` of silence until `calm_after_s`, then every
+    `late_keep_alive_s`.  `write_timeout_s`: how long one write may block before the generation is
+    cancelled.
     """
 
     header_wait_s: float = 1.0
@@ -39,19 +40,19 @@ class Pacing:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """A request's id, and the catalog id of its model as soon as that is known."""
+    """A request's id, and the catalog id of its model once that is resolved."""
 
     request_id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
     model_id: str = ""
 
     @property
     def suffix(self) -> str:
-        """The id without its prefix, for ids derived from it."""
+        """The id without its prefix, from which the ids of answers are built."""
         return self.request_id.removeprefix("req_")
 
 
 def record_of(scope: MutableMapping[str, Any]) -> RequestRecord:
-    """Return the request's record, made at the first call."""
+    """Return the request's record; the first call creates it."""
     record = scope.get(_RECORD_KEY)
     if not isinstance(record, RequestRecord):
         record = RequestRecord()
@@ -60,21 +61,21 @@ def record_of(scope: MutableMapping[str, Any]) -> RequestRecord:
 
 
 def keep_server_send(scope: MutableMapping[str, Any], send: Send) -> None:
-    """Remember the server's own `send`, before any middleware wraps it."""
+    """Store the server's own `send` before middleware wraps it."""
     scope[_SERVER_SEND_KEY] = send
 
 
 def server_send(scope: MutableMapping[str, Any], send: Send) -> Send:
-    """Return the server's own `send`, for body messages only: middleware changes the start alone.
+    """Return the server's own `send`, for body messages only: middleware changes headers alone.
 
-    Each wrapper costs a coroutine for every token.  Without a boundary it is `send` itself.
+    Each wrapper would cost a coroutine per token.  Returns `send` where none was stored.
     """
     kept: Send = scope.get(_SERVER_SEND_KEY, send)
     return kept
 
 
 class IgnoredNames:
-    """Reports request fields that nobody here knows, each name once in the log."""
+    """Reports unknown request fields: in a response header, and once per name in the log."""
 
     def __init__(self, metrics: Metrics, *, max_logged: int = 1000, max_shown: int = 20) -> None:
         self._metrics = metrics
@@ -83,7 +84,7 @@ class IgnoredNames:
         self._max_shown = max_shown
 
     def report(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the response header that names the fields, or no header for none."""
+        """Return the response header that names the fields; empty without any."""
         shown: dict[str, None] = {}
         for count, name in enumerate(names):
             self._metrics.ignored_parameters.inc()
@@ -98,7 +99,7 @@ class IgnoredNames:
 
 @dataclass(frozen=True, slots=True)
 class RouteContext:
-    """What the handlers share."""
+    """What all route handlers share."""
 
     services: Services
     metrics: Metrics
@@ -106,7 +107,7 @@ class RouteContext:
     pacing: Pacing
 
     async def model(self, name: str, capability: Capability, record: RequestRecord) -> ModelView:
-        """Return the model a request names, having checked that it can do what is asked.
+        """Return the model that a request names, checked for the requested capability.
 
         Raises UnsupportedCapability and what `Catalog.resolve` raises.
         """

@@ -1,4 +1,4 @@
-"""What the routes need from the rest, as Protocols, so that their tests need no Ray."""
+"""Interfaces (Protocols) between the HTTP routes and the rest; route tests need no Ray."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +26,10 @@ class FitView:
 class ModelView:
     """A catalog entry as the API shows it.
 
-    `context_length` is the trained one, `max_model_len` the one granted or foreseen, both in
-    tokens.  `reason` says why a model cannot be used.  `created_at` is unix seconds.  `runtime`
-    computes it here, chosen for `runtime_reason`.  `priority` is that of requests that name none.
-    `compatibility` is by client.
+    `context_length` is the trained context, `max_model_len` the granted or estimated one, both in
+    tokens.  `reason` says why a model cannot be used.  `created_at` is in Unix seconds.  `runtime`
+    is the library that runs the model here, `runtime_reason` why.  `priority` applies to requests
+    that name none.  `compatibility` is by client.
     """
 
     id: str
@@ -56,13 +56,12 @@ class ModelView:
 
 @dataclass(frozen=True, slots=True)
 class SettingsView:
-    """A model's own settings; None leaves the server's default.
+    """A model's own settings; None means the server's default.
 
-    `context_length` is an upper bound in tokens.  A model that was idle for `keep_alive_s` seconds
-    is unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name
-    none.  `max_sequences` are generated at the same time.  `kv_type` is what keys and values are
-    kept as.  `tool_parser` names the family of the model's tool calls where its chat template does
-    not tell.
+    `context_length` is an upper bound in tokens.  A model idle for `keep_alive_s` seconds is
+    unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name none.
+    `max_sequences` bounds concurrent sequences.  `kv_type` is the data type of the KV cache.
+    `tool_parser` names the tool-call format if the chat template does not reveal it.
     """
 
     context_length: int | None = None
@@ -76,7 +75,7 @@ class SettingsView:
 
 @dataclass(frozen=True, slots=True)
 class DecisionView:
-    """What the scheduler did about an event, and why; `at` is unix seconds."""
+    """What the scheduler did about an event, and why; `at` is in Unix seconds."""
 
     at: float
     event: str
@@ -85,7 +84,7 @@ class DecisionView:
 
 
 class Catalog(Protocol):
-    """Which models there are."""
+    """Lists and resolves models."""
 
     async def resolve(self, name: str) -> ModelView:
         """Return the model that an id or alias means.
@@ -101,7 +100,7 @@ class Catalog(Protocol):
 
 
 class Dispatcher(Protocol):
-    """Runs requests on the engine that holds the model, loading it first where needed."""
+    """Runs requests on the engine that holds the model, loading the model first if needed."""
 
     async def generate(self, request: GenerationRequest, on_events: EventCallback) -> None:
         """Run the request to its end, passing its events to `on_events`, `Finished` last.
@@ -121,15 +120,15 @@ class Dispatcher(Protocol):
         ...
 
     async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
-        """Return how many tokens `prompt` comes to, templates and tools included.
+        """Return the length of `prompt` in tokens, template and tools included.
 
-        Raises UnsupportedCapability for a model that cannot tell.
+        Raises UnsupportedCapability for an engine that cannot count tokens.
         """
         ...
 
 
 class Management(Protocol):
-    """What an administrator may ask of models; ids are the catalog's."""
+    """Administration of models; ids are those of the catalog."""
 
     async def settings_of(self, model_ids: Sequence[str]) -> Mapping[str, SettingsView]:
         """Return the settings of those models that the catalog knows."""
@@ -167,16 +166,16 @@ class Health(Protocol):
 
 
 class Telemetry(Protocol):
-    """Figures that live in other processes."""
+    """Metrics of other processes."""
 
     async def refresh(self) -> None:
-        """Fetch them, for the metrics that are shown next; never raises, never takes long."""
+        """Fetch them for the next scrape; never raises, and returns within seconds."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Everything the HTTP application is built over; without `management` there is no `/api/`."""
+    """Everything the HTTP application depends on; without `management` there is no `/api/`."""
 
     settings: Settings
     catalog: Catalog

@@ -1,4 +1,4 @@
-"""Tracks one request across engine attempts: what was sent to the client and how long it took."""
+"""Tracks one request across engine attempts: what was sent and how long it took."""
 
 import asyncio
 import time

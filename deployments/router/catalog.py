@@ -1,4 +1,4 @@
-"""The catalog as the router sees it: SQLite reads, and the scheduler's word on residency."""
+"""The router's catalog: resolves names from SQLite and the published model states."""
 
 import asyncio
 import logging
@@ -32,7 +32,7 @@ _RUNTIMES = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 
 
 class CatalogView:
-    """Implements `router.services.Catalog`; names are resolved without asking the scheduler."""
+    """Implements `router.services.Catalog`; resolves known names without a scheduler call."""
 
     def __init__(
         self,
@@ -48,11 +48,11 @@ class CatalogView:
         self._options = engine_options(settings, self._budget_bytes)
         self._version = -1
         self._resolved: dict[str, tuple[ModelRecord, ...]] = {}
-        # Estimates cost a millisecond each; they hold as long as the catalog stays as it is.
+        # Estimates take a millisecond each; they are valid until the catalog changes.
         self._usable: dict[str, ModelView] = {}
 
     async def resolve(self, name: str) -> ModelView:
-        """Return what `name` means; an unknown one makes the scheduler look at the disk first."""
+        """Return the model that `name` means; an unknown name triggers a folder scan first."""
         candidates = self._candidates(name)
         if not candidates:
             await call(self._scheduler.rescan.remote())
@@ -77,7 +77,7 @@ class CatalogView:
         return view
 
     def _choose(self, candidates: Sequence[ModelRecord]) -> tuple[ModelRecord, ModelView]:
-        """Return the variant to use, one that can run here where there is any."""
+        """Return the variant to use, preferring those that can run here."""
         views = {record.id: self._estimated_view(record) for record in candidates}
         usable = [record for record in candidates if views[record.id].state == "available"]
         model_states = self._model_states.current
@@ -91,7 +91,7 @@ class CatalogView:
         return record, views[record.id]
 
     def _estimated_view(self, record: ModelRecord) -> ModelView:
-        """Return what the model would be here; what cannot run now is looked at anew each time."""
+        """Return the model's view before a load; only views of usable models are cached."""
         view = self._usable.get(record.id)
         if view is None:
             view = self._view(record, {}, frozenset())
@@ -100,7 +100,7 @@ class CatalogView:
         return view
 
     def _converted(self, record: ModelRecord) -> ModelView | None:
-        """Return what the model was converted to, where that can run here."""
+        """Return the model's converted version, if one can run here."""
         results = [
             other
             for other in self._store.models()
@@ -120,13 +120,13 @@ class CatalogView:
         found = self._resolved.get(name)
         if found is None:
             found = tuple(self._store.resolve(name))
-            # Unknown names are not kept: they come from outside, without bound.
+            # Unknown names are not cached: clients can send any number of them.
             if found:
                 self._resolved[name] = found
         return found
 
     async def models(self) -> Sequence[ModelView]:
-        """Return all models, those that cannot run with the reason."""
+        """Return all models, with the reason for those that cannot run."""
         model_states = await self._model_states.refresh()
         resident, loading = self._model_states.residencies, frozenset(model_states.loading)
         records = await asyncio.to_thread(self._store.models)
@@ -187,7 +187,7 @@ class CatalogView:
         return ("loading", "") if record.id in loading else ("available", "")
 
     def _estimate(self, record: ModelRecord) -> tuple[ModelState, str, int]:
-        """Return what opening the model would grant."""
+        """Return the state, reason and context tokens that a load would give."""
         backend: Backend = self._backends[record.info.format]
         options: EngineOptions = record.settings.applied_to(self._options)
         try:
@@ -201,7 +201,7 @@ class CatalogView:
 
 
 def _with_fault(view: ModelView, fault: Fault | None) -> ModelView:
-    """Return the view of a model that could be used but for what happened to it lately."""
+    """Return the view with the model's fault, if it is otherwise available."""
     if fault is None or view.state != "available":
         return view
     state: ModelState = "quarantined" if fault.is_quarantined else "failed"
@@ -209,7 +209,7 @@ def _with_fault(view: ModelView, fault: Fault | None) -> ModelView:
 
 
 def _compatibility(info: ModelInfo, context_tokens: int, reason: str) -> dict[str, FitView]:
-    """Return what each client can do with the model; `reason` is why it cannot run, if so."""
+    """Return how well each client can use the model; `reason` says why it cannot run, if so."""
     traits = Traits(info.capabilities, context_tokens, info.parameters, reason)
     return {
         client: FitView(fit.level, fit.reasons) for client, fit in compatibility(traits).items()
@@ -217,20 +217,20 @@ def _compatibility(info: ModelInfo, context_tokens: int, reason: str) -> dict[st
 
 
 def _runtime(info: ModelInfo) -> str:
-    """Return what computes the model here, as its backend noted it."""
+    """Return the library that runs the model, as its backend recorded it."""
     noted = info.details.get("runtime") or info.details.get("runs_on")
     return str(noted) if noted else _RUNTIMES.get(info.format, info.format)
 
 
 class SchedulerHealth:
-    """Ready once the scheduler has scanned; implements `router.services.Health`."""
+    """Implements `router.services.Health`: ready once the scheduler has scanned."""
 
     def __init__(self, scheduler: Handle) -> None:
         self._scheduler = direct(scheduler)
         self._was_ready = False
 
     async def not_ready_because(self) -> str:
-        """Return why requests cannot be taken yet; asks the scheduler until it once was ready."""
+        """Return why requests cannot be served yet; asks the scheduler until it was ready once."""
         if not self._was_ready:
             try:
                 async with asyncio.timeout(2):

@@ -1,4 +1,4 @@
-"""The router's deployment: the HTTP application with its own listener, over Serve's handles."""
+"""The router's Serve deployment: runs the HTTP application on its own listener."""
 
 import logging
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class RouterReplica:
-    """Answers HTTP on the configured port, and through Serve's proxy where that is switched on."""
+    """Answers HTTP on the configured port, and through Serve's proxy if that is enabled."""
 
     # Serve awaits a constructor that is a coroutine.
     async def __init__(  # type: ignore[misc]

@@ -28,11 +28,11 @@ from router.services import EventCallback
 logger = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 3
-# Shorter prompts are computed before anybody asks why.
+# Cache misses of shorter prompts are not logged.
 _NOTED_MISS_TOKENS = 512
 _LOST_EVENTS_S = 10.0
 _REPORT_LIMIT_S = 5.0
-# The engine itself ends a request at its deadline, and says so by then.
+# The engine ends a request at its deadline; this is the extra time for its answer.
 _DEADLINE_GRACE_S = 2.0
 
 
@@ -54,7 +54,7 @@ class HandleDispatcher:
         has_many: bool = False,
         log: DecisionLog | None = None,
     ) -> None:
-        """`has_many`: formats may have several replicas, of which one holds the model."""
+        """`has_many`: formats may have several replicas, one of which holds the model."""
         self._scheduler = direct(scheduler)
         handles = {name: direct(handle) for name, handle in formats.items()}
         self._targets = Targets(handles, has_many=has_many)
@@ -65,7 +65,7 @@ class HandleDispatcher:
         self._calls: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        """Cancel what runs and wait until it has ended."""
+        """Cancel running calls and wait for them."""
         calls = list(self._calls)
         for work in calls:
             work.cancel()
@@ -89,7 +89,7 @@ class HandleDispatcher:
                 return
             except (ModelNotResident, ReplicaDied) as problem:
                 attempts.note_lost(problem)
-                # Without a residency, it is the load that a replica died of or during.
+                # Without a residency, the replica died during the load.
                 if residency is not None:
                     need = _after(problem, residency, need, is_resumed=attempts.has_begun)
                     self._forget(residency)
@@ -99,7 +99,7 @@ class HandleDispatcher:
                 self._note_lost(request.model_id, problem)
 
     def _note_end(self, model_id: str, end: Finished | None) -> None:
-        """Note what was amiss with an answer: calls that do not fit, a long prompt not reused."""
+        """Log tool calls that do not match their schema, and long prompts that were not reused."""
         if end is None:
             return
         if end.mismatches:
@@ -112,11 +112,11 @@ class HandleDispatcher:
             self._log.record("cache miss", f"compute the prompt for {model_id}", reason)
 
     def _note_lost(self, model_id: str, problem: ImpetusError) -> None:
-        """Log a model that was not where it was believed to be; a death is a decision's cause."""
+        """Log a model that its replica did not hold; a death is logged as a decision."""
         if isinstance(problem, ReplicaDied):
             self._log.record("replica died", f"resume {model_id}", problem.message)
         else:
-            logger.info("%s is not where it was: %s", model_id, problem.message)
+            logger.info("%s is no longer resident there: %s", model_id, problem.message)
 
     async def _run_locally(
         self, request: GenerationRequest, residency: Residency, attempts: RequestAttempts
@@ -137,7 +137,7 @@ class HandleDispatcher:
             self._receiver.unsubscribe(request.id)
             if timer is not None:
                 timer.cancel()
-            # A finished request's call returns by itself; any other is cancelled.
+            # The call of a finished request returns by itself; any other is cancelled.
             if not is_finished:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
@@ -146,7 +146,7 @@ class HandleDispatcher:
     def _end_in_time(
         request: GenerationRequest, end: "asyncio.Future[None]"
     ) -> asyncio.TimerHandle | None:
-        """End the request a little after its deadline, should its process hang as a whole."""
+        """Fail the request shortly after its deadline, in case its whole process hangs."""
         if request.deadline_s is None:
             return None
         late = TimedOut.after(request.deadline_s)
@@ -162,7 +162,7 @@ class HandleDispatcher:
         except Exception as problem:
             _fail(end, problem)
         else:
-            # The events were sent before the call returned; their loss must not be silent.
+            # Events are sent before the call returns; report it if the last one never arrives.
             lost = EngineFailed("The end of the answer was lost; send the request again.")
             asyncio.get_running_loop().call_later(_LOST_EVENTS_S, _fail, end, lost)
 
@@ -198,12 +198,12 @@ class HandleDispatcher:
         return embeddings
 
     async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
-        """Return how many tokens `prompt` comes to; a lost replica costs another attempt."""
+        """Return the length of `prompt` in tokens; a lost replica costs another attempt."""
         count: int = await self._ask("count_tokens", LoadContext(), model_id, prompt)
         return count
 
     async def _ask(self, method: str, need: LoadContext, model_id: str, *arguments: Any) -> Any:
-        """Call a method of the replica that holds the model, loading the model first if need be."""
+        """Call a method of the replica that holds the model, loading the model first if needed."""
         for attempt in range(_MAX_ATTEMPTS):
             residency = await self._ensure(model_id, need)
             handle = self._targets.at(residency)
@@ -218,14 +218,14 @@ class HandleDispatcher:
         raise AssertionError("unreachable")
 
     async def _report_death(self, model_id: str, need: LoadContext) -> None:
-        """Let the scheduler know of a death that no further attempt will tell it of."""
+        """Report a process's death to the scheduler when no further attempt will."""
         if not need.has_died:
             return
         try:
             async with asyncio.timeout(_REPORT_LIMIT_S):
                 await call(self._scheduler.process_died.remote(model_id, need.lost_replica))
         except (TimeoutError, ImpetusError) as problem:
-            logger.warning("the scheduler was not told of a death: %r", problem)
+            logger.warning("cannot report a process's death to the scheduler: %r", problem)
 
     def _forget(self, residency: Residency) -> None:
         self._model_states.note_lost(residency)
@@ -253,7 +253,7 @@ def _fail(end: "asyncio.Future[None]", problem: BaseException) -> None:
 def _after(
     problem: ImpetusError, residency: Residency, need: LoadContext, *, is_resumed: bool
 ) -> LoadContext:
-    """Return what the next attempt asks for."""
+    """Return the `LoadContext` of the next attempt."""
     has_died = isinstance(problem, ReplicaDied)
     return replace(
         need, lost_replica=residency.replica_id, has_died=has_died, is_resumed=is_resumed

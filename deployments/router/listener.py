@@ -1,4 +1,4 @@
-"""The router's own HTTP listener: one socket, one uvicorn server, in the replica's event loop."""
+"""The router's HTTP listener: one socket and one uvicorn server in the replica's event loop."""
 
 import asyncio
 import errno
@@ -23,13 +23,13 @@ _UNWIND_S = 1.0
 
 
 class PortInUse(ImpetusError):
-    """Somebody else listens on the port."""
+    """Another process listens on the port."""
 
     code = "port_in_use"
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket.  Raises PortInUse, or ImpetusError for a host that is not ours."""
+    """Return a listening socket.  Raises PortInUse, or ImpetusError for an unusable address."""
     try:
         return _listen(host, port)
     except UnicodeError as problem:
@@ -46,7 +46,7 @@ def bind(host: str, port: int) -> socket.socket:
 def _listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        # A restarted router must get the port back although old connections linger.
+        # A restarted router must get the port although old connections are in TIME_WAIT.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(_BACKLOG)
@@ -57,7 +57,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def check_exposure(settings: Settings) -> None:
-    """Raise ImpetusError where the listener would be open to other machines without a key."""
+    """Raise ImpetusError if other machines could connect without an API key."""
     if settings.is_public and settings.api_key is None:
         raise ImpetusError(
             f"IMPETUS_HOST={settings.host} accepts other machines, but no API key is set. Set "
@@ -69,10 +69,10 @@ class Listener:
     """Serves an ASGI application on the configured address until stopped."""
 
     def __init__(self, app: ASGIApp, settings: Settings, *, drain_s: int = _DRAIN_S) -> None:
-        """Take the port; clients wait until `start`.
+        """Bind the port; clients wait until `start`.
 
-        `drain_s` is how long running requests may go on after `stop`.  Raises PortInUse, or
-        ImpetusError for an address that is refused.
+        `drain_s` is the grace period for running requests after `stop`, in seconds.  Raises
+        PortInUse, or ImpetusError for an address that is refused.
         """
         check_exposure(settings)
         self._socket = bind(settings.host, settings.port)
@@ -94,12 +94,12 @@ class Listener:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to serve on the running loop."""
+        """Start serving on the running loop."""
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         self._task.add_done_callback(_log_failure)
 
     async def stop(self) -> None:
-        """Take no more connections, let running requests end within the limit, then close."""
+        """Stop accepting, let running requests finish within the grace period, then close."""
         self._server.stop()
         if self._task is not None:
             await asyncio.wait([self._task])
@@ -108,7 +108,7 @@ class Listener:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that leaves the process' signals alone."""
+    """A uvicorn server without signal handlers."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -116,11 +116,11 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Capture none: Ray owns the signals."""
+        """Install no handlers: Ray handles the signals."""
         yield
 
     async def main_loop(self) -> None:
-        """Wake once a second for the Date header, not ten times; `stop` ends the wait."""
+        """Tick once a second for the Date header instead of ten times; `stop` ends the wait."""
         await self.on_tick(0)
         while not self.should_exit:
             with suppress(TimeoutError):
@@ -128,12 +128,12 @@ class _Server(uvicorn.Server):
             await self.on_tick(0)
 
     def stop(self) -> None:
-        """Take no more connections; `serve` returns when the running requests ended."""
+        """Stop accepting; `serve` returns when the running requests have finished."""
         self.should_exit = True
         self._exit.set()
 
     async def abandon(self) -> None:
-        """Give requests that were cancelled a moment to unwind, then cut what is left."""
+        """Wait briefly for cancelled requests to unwind, then abort open connections."""
         if self.server_state.tasks:
             await asyncio.wait(list(self.server_state.tasks), timeout=_UNWIND_S)
         for connection in list(self.server_state.connections):

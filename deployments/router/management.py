@@ -1,4 +1,4 @@
-"""What an administrator changes: settings in the catalog, residency through the scheduler."""
+"""Management operations: settings in the catalog, loads and unloads through the scheduler."""
 
 import asyncio
 import logging
@@ -27,23 +27,23 @@ class SchedulerManagement:
     """Implements `router.services.Management`."""
 
     def __init__(self, settings: Settings, scheduler: Handle, log: DecisionLog) -> None:
-        """`log` holds what this process decided."""
+        """`log` contains the decisions of this process."""
         self._log = log
         self._store = CatalogStore(settings.catalog_file)
         self._backends = backends_for(settings.formats)
         self._scheduler = direct(scheduler)
 
     async def settings_of(self, model_ids: Sequence[str]) -> Mapping[str, SettingsView]:
-        """Return the settings of those models that the catalog knows."""
+        """Return the settings of those models that are in the catalog."""
         wanted = frozenset(model_ids)
         records = await asyncio.to_thread(self._store.models)
         return {record.id: _view(record.settings) for record in records if record.id in wanted}
 
     async def change_settings(self, model_id: str, changes: Mapping[str, Any]) -> SettingsView:
-        """Write the settings, then tell the scheduler, which applies them to what is resident.
+        """Store the settings, then notify the scheduler, which applies them to resident models.
 
-        They are kept even where the scheduler cannot be told: it reads them when it starts.
-        Raises RequestError for a tool parser that nobody knows.
+        They stay stored if the scheduler does not answer: it reads them when it starts.  Raises
+        RequestError for an unknown tool parser.
         """
         check_family(changes.get("tool_parser"))
         if (kv_type := changes.get("kv_type")) is not None:
@@ -53,11 +53,11 @@ class SchedulerManagement:
             async with asyncio.timeout(_NOTICE_TIMEOUT_S):
                 await call(self._scheduler.settings_changed.remote(model_id))
         except (ImpetusError, TimeoutError) as problem:
-            logger.warning("the scheduler was not told of %s's settings: %r", model_id, problem)
+            logger.warning("cannot notify the scheduler of settings of %s: %r", model_id, problem)
         return _view(settings)
 
     async def _check_kv_type(self, model_id: str, kv_type: str) -> None:
-        """Raise UnsupportedParameter where the model's format cannot use it, ModelNotFound."""
+        """Raise UnsupportedParameter if the model's format does not support it, ModelNotFound."""
         record = await asyncio.to_thread(self._store.get, model_id)
         if record is None:
             raise ModelNotFound.of(model_id, [])
@@ -74,7 +74,7 @@ class SchedulerManagement:
     async def decisions(self) -> Sequence[DecisionView]:
         """Return the last decisions of the scheduler and of this process.
 
-        Raises Unavailable where the scheduler does not answer.
+        Raises Unavailable if the scheduler does not answer within 5 s.
         """
         try:
             async with asyncio.timeout(_NOTICE_TIMEOUT_S):

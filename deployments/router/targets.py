@@ -9,17 +9,17 @@ from deployments.serve.handles import Handle
 class Targets:
     """Handles whose calls go to the replica that holds a model.
 
-    Where there is one replica a format, they are the formats' own handles.
+    With one replica per format, these are the formats' own handles.
     """
 
     def __init__(self, formats: Mapping[str, Handle], *, has_many: bool) -> None:
         self._formats = formats
         self._has_many = has_many
-        # Each configured handle has machinery of its own, so they are made once.
+        # A configured handle starts its own request router, so each is created once.
         self._handles: dict[tuple[str, str], Handle] = {}
 
     def at(self, residency: Residency) -> Handle:
-        """Return the handle to the replica of a residency; see `deployments.serve.affinity`."""
+        """Return the handle to a residency's replica; see `deployments.serve.affinity`."""
         handle = self._formats[residency.format]
         if not self._has_many:
             return handle

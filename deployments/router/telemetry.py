@@ -1,4 +1,4 @@
-"""What the replicas and the scheduler do, as metrics of the router."""
+"""Collects metrics of the replicas and the scheduler for the router's `/metrics`."""
 
 import asyncio
 import logging
@@ -46,9 +46,9 @@ _COUNTERS: Mapping[str, tuple[str, Callable[[ModelUsage], float]]] = {
 
 
 class ReplicaTelemetry:
-    """Implements `router.services.Telemetry`; a prometheus collector of what it fetched last.
+    """Implements `router.services.Telemetry`: a Prometheus collector of the last fetched reports.
 
-    Only formats that run and hold models are asked: asking would start a format scaled to zero.
+    Only running formats that hold models are asked: a call would start a format scaled to zero.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class ReplicaTelemetry:
         self._snapshot: SchedulerSnapshot | None = None
 
     async def refresh(self) -> None:
-        """Ask the scheduler and every format that holds a model, all at the same time.
+        """Ask the scheduler and every format that holds a model, concurrently.
 
-        Who does not answer in 2 s is left out, Serve's controller included.
+        Those that do not answer within 2 s are left out, Serve's controller included.
         """
         self._snapshot, self._reports = await asyncio.gather(
             self._scheduler_snapshot(), self._replica_reports()
@@ -79,7 +79,7 @@ class ReplicaTelemetry:
             async with asyncio.timeout(_LIMIT_S):
                 snapshot: SchedulerSnapshot = await call(self._scheduler.snapshot.remote())
         except (TimeoutError, ImpetusError) as problem:
-            logger.warning("no figures of the scheduler: %r", problem)
+            logger.warning("no metrics from the scheduler: %r", problem)
             return None
         return snapshot
 
@@ -88,7 +88,7 @@ class ReplicaTelemetry:
             async with asyncio.timeout(_LIMIT_S):
                 running = await self._running()
         except Exception as problem:
-            logger.warning("Serve does not say what runs: %r", problem)
+            logger.warning("cannot ask Serve which formats run: %r", problem)
             return []
         names = sorted(self._resident_formats() & running)
         reports = await asyncio.gather(*(self._report(name) for name in names))
@@ -99,7 +99,7 @@ class ReplicaTelemetry:
             async with asyncio.timeout(_LIMIT_S):
                 report: ReplicaReport = await call(self._formats[name].report.remote())
         except (TimeoutError, ImpetusError) as problem:
-            logger.warning("no figures of %s: %r", name, problem)
+            logger.warning("no metrics from %s: %r", name, problem)
             return None
         return report
 

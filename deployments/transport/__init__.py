@@ -1,1 +1,1 @@
-"""Events from a replica to the router."""
+"""Transports generation events from replicas to the router: codec, socket, handle stream."""

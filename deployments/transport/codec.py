@@ -1,4 +1,4 @@
-"""Generation events as msgpack: what travels from a replica to the router, one frame a step."""
+"""Encodes generation events as msgpack frames, one frame per engine step."""
 
 import struct
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from core.types import (
 
 _LENGTH = struct.Struct("<I")
 LENGTH_BYTES = _LENGTH.size
-# Larger frames than this can only be a fault of the sender.
+# A larger frame can only be a bug of the sender.
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 _TEXT, _REASONING, _TOOL_CALL, _PREFILL, _FINISHED = range(5)
@@ -39,7 +39,7 @@ def encode_frame(batch: StepEvents) -> bytes:
 
 
 def decode_length(data: bytes | bytearray, offset: int) -> int:
-    """Return the length of the body of the frame at `offset`.  Raises ValueError when absurd."""
+    """Return the body length of the frame at `offset`.  Raises ValueError over the maximum."""
     length: int = _LENGTH.unpack_from(data, offset)[0]
     if length > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {length} bytes exceeds {MAX_FRAME_BYTES}")
@@ -71,7 +71,7 @@ def _pack(event: GenerationEvent) -> tuple[Any, ...]:
                 usage.cached_tokens,
                 usage.reasoning_tokens,
             )
-            # The rest is known to the router alone.
+            # The router fills in the other times.
             times = (timing.queued_s, timing.prefill_s, timing.decode_s, timing.throttled_s)
             reuse = None if cache is None else astuple(cache)
             return (_FINISHED, reason, counts, times, stop, mismatches, reuse)
@@ -79,7 +79,7 @@ def _pack(event: GenerationEvent) -> tuple[Any, ...]:
 
 def _unpack(data: list[Any]) -> GenerationEvent:
     kind = data[0]
-    # By far the commonest, so it comes first and its logprobs are looked at only if there are any.
+    # The common case comes first; its logprobs are decoded only if there are any.
     if kind == _TEXT:
         return TextDelta(data[1], tuple(data[2]), _unpack_logprobs(data[3]) if data[3] else ())
     if kind == _REASONING:

@@ -1,4 +1,4 @@
-"""Events of a request from another node, sent together for a moment."""
+"""Coalesces a request's events into frames for a router on another node."""
 
 import asyncio
 import time
@@ -6,23 +6,23 @@ from collections.abc import AsyncGenerator
 
 from deployments.transport.codec import StepEvents, encode_frame
 
-# Events are sent together for this long, the first at once.
+# The first events are sent at once, later ones are collected this long.
 _COALESCE_S = 0.02
 
 
 class CoalescingSink:
-    """Collects events on an event loop and gives them out as frames."""
+    """Collects events on an event loop and yields them as frames."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._queue: asyncio.Queue[StepEvents | None] = asyncio.Queue()
 
     def deliver(self, batch: StepEvents) -> None:
-        """Take a step's events, from any thread."""
+        """Add a step's events.  Thread-safe."""
         self._loop.call_soon_threadsafe(self._queue.put_nowait, batch)
 
     def end(self) -> None:
-        """Say that nothing more comes."""
+        """End `frames` after the events added so far."""
         self._loop.call_soon(self._queue.put_nowait, None)
 
     async def frames(self) -> AsyncGenerator[bytes, None]:

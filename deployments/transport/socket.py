@@ -1,4 +1,4 @@
-"""The unix socket between replicas and the router: frames out, frames in."""
+"""Unix socket that carries event frames from replicas to the router."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ _MAX_UNSENT_BYTES = 16 * 1024 * 1024
 class FrameSender:
     """A replica's end: sends each step's events to one router.  Thread-safe, never blocks.
 
-    What the socket does not take at once is kept, up to 16 MiB, and goes first at the next step.
+    Bytes that the socket does not accept are buffered, up to 16 MiB, and sent with the next step.
     """
 
     def __init__(self, path: str) -> None:
@@ -46,7 +46,7 @@ class FrameSender:
 
     @contextmanager
     def watched(self, on_break: Callable[[], object]) -> Iterator[None]:
-        """Call `on_break`, from any thread, if the connection breaks meanwhile."""
+        """Call `on_break`, from any thread, if the connection breaks inside the context."""
         with self._lock:
             self._watchers.add(on_break)
         try:
@@ -64,7 +64,7 @@ class FrameSender:
                 self._send()
 
     def flush(self) -> bool:
-        """Send what was kept; return whether nothing is left."""
+        """Send buffered bytes; return whether the buffer is empty."""
         with self._lock:
             if self._unsent:
                 self._send()
@@ -77,7 +77,7 @@ class FrameSender:
         except BlockingIOError:
             pass
         except OSError as problem:
-            self._break(f"the router is gone: {problem}")
+            self._break(f"the router closed it: {problem}")
         if len(self._unsent) > _MAX_UNSENT_BYTES:
             self._break("the router does not read")
 
@@ -93,13 +93,13 @@ class FrameSender:
             on_break()
 
     def close(self) -> None:
-        """Close the socket; twice is fine."""
+        """Close the socket; idempotent."""
         with self._lock:
             self._shut()
 
 
 class FrameReceiver:
-    """The router's end: one socket in a private folder, all replicas' frames."""
+    """The router's end: one socket in a private folder receives all replicas' frames."""
 
     def __init__(self) -> None:
         self._callbacks: dict[str, EventCallback] = {}
@@ -109,7 +109,7 @@ class FrameReceiver:
         self.path = ""
 
     async def start(self) -> None:
-        """Listen.  Raises ImpetusError when no short path can be had."""
+        """Listen.  Raises ImpetusError if the socket's path is too long for the system."""
         base = "/tmp" if os.access("/tmp", os.W_OK) else None
         # mkdtemp makes the folder with mode 0700.
         self._folder = Path(tempfile.mkdtemp(prefix="impetus-", dir=base))
@@ -133,7 +133,7 @@ class FrameReceiver:
         self._callbacks.pop(request_id, None)
 
     async def stop(self) -> None:
-        """Stop listening and remove the folder; twice is fine."""
+        """Stop listening and remove the folder; idempotent."""
         for connection in list(self._connections):
             connection.close()
         if self._server is not None:

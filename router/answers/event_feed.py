@@ -77,7 +77,7 @@ class EventFeed:
         """Return the events since the last call, as (choice index, event).
 
         An empty list means that `wake` was called; None that all generations finished, or that the
-        client left (`is_disconnected`).  Raises what a generation raised, after its events.
+        client disconnected (`is_disconnected`).  Raises what a generation raised, after its events.
         """
         if not (self._events or self._error or self.is_disconnected) and self._unfinished:
             self._waiter = asyncio.get_running_loop().create_future()
@@ -158,7 +158,7 @@ class EventFeed:
 
 
 async def unless_disconnected(work: Awaitable[Result], receive: Receive) -> Result | None:
-    """Return the work's result, or None after cancelling it because the client left."""
+    """Return the result of `work`, or None after cancelling it because the client disconnected."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

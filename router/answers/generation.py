@@ -40,12 +40,12 @@ class Generation:
     _first_token_at: float | None = None
 
     def run(self, receive: Receive) -> EventFeed:
-        """Return the generations' events, which begin when it is entered."""
+        """Return the event feed of all requests; entering it starts them."""
         return EventFeed(self.context.services.dispatcher.generate, self.requests, receive)
 
     @property
     def awaits_first_token(self) -> bool:
-        """Whether no token was noted yet."""
+        """Whether no token has arrived yet."""
         return self._first_token_at is None
 
     def note_first_token(self) -> None:
@@ -94,7 +94,7 @@ class Generation:
         )
 
     def timing(self) -> dict[str, JsonValue]:
-        """Return milliseconds per phase, whom the request evicted, how often it was resumed.
+        """Return milliseconds per phase, evicted models, and how often the request was resumed.
 
         Of several choices, the longest of each phase; `throttled` is part of the other phases.
         """
@@ -127,7 +127,7 @@ class Generation:
         return {**self.headers, "x-impetus-timing": ", ".join(phases)}
 
     async def collect(self, receive: Receive) -> list[list[GenerationEvent]] | None:
-        """Return every choice's events, or None when the client left before the end."""
+        """Return every choice's events, or None if the client disconnected before the end."""
         choices: list[list[GenerationEvent]] = [[] for _ in self.requests]
         async with self.run(receive) as feed:
             while (batch := await feed.next()) is not None:
@@ -142,5 +142,5 @@ class Generation:
 
 
 def client_closed_response() -> Response:
-    """Return what is recorded, though never sent, for a client that left."""
+    """Return the response that is logged, not sent, when the client disconnected."""
     return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,16 +1,16 @@
-"""Token probabilities in OpenAI's two shapes: chat's list and the legacy columns."""
+"""Formats log probabilities for OpenAI's APIs: chat's list and the legacy columns."""
 
 import math
 from collections.abc import Sequence
 
 from core.types import JsonValue, TokenLogprob
 
-# What OpenAI sends for an impossible token; JSON has no infinity.
+# OpenAI's value for an impossible token; JSON has no infinity.
 _IMPOSSIBLE = -9999.0
 
 
 def token_text(token: TokenLogprob) -> str:
-    """Return a token's text; bytes that are part of a character become U+FFFD."""
+    """Return a token's text; incomplete UTF-8 becomes U+FFFD."""
     return token.data.decode("utf-8", errors="replace")
 
 

@@ -1,7 +1,7 @@
-"""Events → the parts of an answer in order: text, reasoning, tool calls.
+"""Assembles events into the parts of an answer in order: text, reasoning, tool calls.
 
-One state machine serves the streamed and the whole answers of the APIs that answer in parts, so the
-two cannot differ.
+Streamed and whole answers of the APIs that answer in parts use one state machine, so the two cannot
+differ.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,14 +41,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A part begins."""
+    """A new part started."""
 
     part: Part
 
 
 @dataclass(frozen=True, slots=True)
 class Extended:
-    """A part has new text."""
+    """Text was added to a part."""
 
     part: Part
     text: str
@@ -68,8 +68,8 @@ PartStep: TypeAlias = Opened | Extended | Closed
 class PartAssembler:
     """Collects one answer's parts.
 
-    White space that a text or reasoning would begin with waits for what follows, and is dropped
-    where nothing does.  With `keeps_empty`, an answer of nothing is one text.
+    Leading white space of a text or reasoning is held back until other text follows, and dropped
+    if none does.  With `keeps_empty`, an empty answer is one text.
     """
 
     def __init__(self, *, keeps_empty: bool) -> None:
@@ -80,7 +80,7 @@ class PartAssembler:
         self.finished: Finished | None = None
 
     def push(self, event: GenerationEvent) -> list[PartStep]:
-        """Return what `event` changes; `Finished` closes what is open."""
+        """Return the changes that `event` makes; `Finished` closes the open part."""
         match event:
             case TextDelta():
                 return self._write("text", event)

@@ -1,1 +1,1 @@
-"""The management API: what a model may use, what is in memory, and why."""
+"""The management API: model settings, loading and unloading, decisions, drain."""

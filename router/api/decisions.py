@@ -12,7 +12,7 @@ MAX_DECISIONS = 1000
 
 
 def decisions_endpoint(management: Management) -> Callable[[], Awaitable[Response]]:
-    """Return the handler; the newest 1,000 decisions come, the newest first."""
+    """Return the handler that lists the last 1,000 decisions, newest first."""
 
     async def list_decisions() -> Response:
         decisions = sorted(await management.decisions(), key=lambda one: one.at, reverse=True)

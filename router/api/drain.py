@@ -1,4 +1,4 @@
-"""`POST /api/drain`: stop taking requests and report how many still run."""
+"""`POST /api/drain`: stops accepting requests and reports how many still run."""
 
 from collections.abc import Awaitable, Callable
 
@@ -10,7 +10,7 @@ from router.requests.strict_body import EmptyBody, read_strict
 
 
 def drain_endpoint(drain: Drain) -> Callable[[Request], Awaitable[Response]]:
-    """Return the handler that begins to drain and tells how many requests still run."""
+    """Return the handler that starts draining and reports the running requests."""
 
     async def begin_drain(request: Request) -> Response:
         await read_strict(request, EmptyBody)

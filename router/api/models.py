@@ -22,7 +22,7 @@ _YEAR_S = 366 * 24 * 3600
 
 
 class SettingsPatch(StrictBody):
-    """What shall change: a field that is left out stays, null goes back to the default."""
+    """Changes of settings: an omitted field keeps its value, null resets it to the default."""
 
     context_length: Annotated[int, Field(ge=16, le=MAX_INT32)] | None = None
     keep_alive_s: Annotated[float, Field(ge=0, le=_YEAR_S)] | None = None
@@ -47,7 +47,7 @@ def list_endpoint(context: RouteContext, management: Management) -> Endpoint:
 
 
 def show_endpoint(context: RouteContext, management: Management) -> Endpoint:
-    """Return the handler of one model, also of one that cannot be used."""
+    """Return the handler of one model, usable or not."""
 
     async def show_model(request: Request) -> Response:
         view = await _named_model(context, request)

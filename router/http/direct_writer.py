@@ -1,4 +1,4 @@
-"""Pieces of a streamed body written at once: what ASGI's `send` costs a task for, every token."""
+"""Writes stream chunks straight to the transport; ASGI `send` costs a task switch per token."""
 
 from collections.abc import MutableMapping
 from typing import Any
@@ -9,7 +9,7 @@ _KEY = "impetus.direct"
 
 
 class DirectWriter:
-    """Writes to one request's connection without waiting; use on the event loop only."""
+    """Writes to one request's connection without blocking; use on the event loop only."""
 
     __slots__ = ("_cycle",)
 
@@ -18,7 +18,7 @@ class DirectWriter:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a piece may be written now: begun, not ended, and the client reads."""
+        """Whether a chunk may be written now: headers are sent, and the client still reads."""
         cycle = self._cycle
         return (
             bool(cycle.chunked_encoding)
@@ -27,17 +27,17 @@ class DirectWriter:
         )
 
     def write(self, body: bytes) -> None:
-        """Write a piece that is not empty, as one chunk of HTTP/1.1; `is_ready` must hold."""
+        """Write a non-empty `body` as one HTTP/1.1 chunk; `is_ready` must be true."""
         self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 def offer_direct_writer(cycle: RequestResponseCycle) -> None:
-    """Let the request's application find a writer."""
-    # ASGI lets servers add keys of their own.
+    """Make a writer available in the request's scope."""
+    # ASGI allows servers to add keys of their own.
     cycle.scope[_KEY] = DirectWriter(cycle)  # type: ignore[literal-required]
 
 
 def direct_writer(scope: MutableMapping[str, Any]) -> DirectWriter | None:
-    """Return the request's writer; None behind a server that is not ours."""
+    """Return the request's writer; None behind another server than `HttpProtocol`."""
     writer = scope.get(_KEY)
     return writer if isinstance(writer, DirectWriter) else None

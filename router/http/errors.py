@@ -1,4 +1,4 @@
-"""Every error in the envelope of its API, and the request id on every response."""
+"""Turns errors into the error envelope of each API; adds request ids and request metrics."""
 
 import json
 import logging
@@ -41,12 +41,12 @@ _ANTHROPIC_TYPES = {
 
 
 def error_body(error: ImpetusError) -> bytes:
-    """Return OpenAI's envelope as ASCII JSON, which can hold any text."""
+    """Return OpenAI's error envelope as ASCII JSON, which can hold any text."""
     return json.dumps(error.envelope(), separators=(",", ":")).encode("ascii")
 
 
 def anthropic_error_body(error: ImpetusError, record: RequestRecord) -> bytes:
-    """Return Anthropic's envelope as ASCII JSON."""
+    """Return Anthropic's error envelope as ASCII JSON."""
     message = error.message
     if isinstance(error, ContextLengthExceeded) and error.context_tokens:
         # Claude Code shortens a conversation when it reads exactly these words.
@@ -77,7 +77,7 @@ def error_response(
 
 
 class _ErrorResponse(Response):
-    """An error whose envelope is chosen when it is sent, by the path that was asked for."""
+    """An error response; the envelope depends on the request's path, so it is built when sent."""
 
     def __init__(self, error: ImpetusError, status: int, headers: Mapping[str, str]) -> None:
         super().__init__(
@@ -93,7 +93,7 @@ class _ErrorResponse(Response):
 
 
 def internal_error(record: RequestRecord) -> ImpetusError:
-    """Return what a user is told of a bug."""
+    """Return the error that a user sees for a bug."""
     return ImpetusError(f"internal error, request id {record.request_id}")
 
 
@@ -103,7 +103,7 @@ def _is_anthropic(scope: Scope) -> bool:
 
 
 def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Make every error that a route raises an envelope."""
+    """Answer every error that a route raises with an envelope."""
 
     async def on_impetus_error(request: Request, error: Exception) -> Response:
         del request
@@ -140,14 +140,14 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
 
 class RequestBoundary:
-    """Outermost middleware: request id, bugs as 500, and the request's metrics."""
+    """Outermost middleware: sets the request id, answers bugs with 500, counts requests."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application; a bug's traceback goes to the log only."""
+        """Run the application; the traceback of a bug is only logged."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return

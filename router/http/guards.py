@@ -1,4 +1,4 @@
-"""Who may talk to the server: guards over the raw request, before any handler runs.
+"""Access checks as ASGI middleware: headers, origin, body size, API key, content type, drain.
 
 They run in this order: `HeaderGuard`, `OriginGuard`, `BodyLimit`, `KeyGuard`, `ContentTypeGuard`,
 `DrainGuard`.
@@ -48,7 +48,7 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
 
 
 class _Guard:
-    """A pure ASGI middleware that may answer instead of the application."""
+    """ASGI middleware that may answer instead of the application."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app = app
@@ -56,7 +56,7 @@ class _Guard:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything that is not HTTP through."""
+        """Check HTTP requests; pass everything else on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         else:
@@ -79,9 +79,9 @@ class _Guard:
 
 
 class HeaderGuard(_Guard):
-    """Bounds the headers and admits only requests that are addressed to this server.
+    """Limits the headers and accepts only the Host names of this server.
 
-    A page of another site can make a browser send its own name here (DNS rebinding).
+    A foreign web page can make a browser connect here under its own name (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
@@ -122,7 +122,7 @@ class HeaderGuard(_Guard):
 
 
 def normalize_origin(text: str) -> str:
-    """Return an origin in the form browsers send; raises ValueError for anything else."""
+    """Return an origin in the form that browsers send.  Raises ValueError for anything else."""
     origin = text.strip().lower()
     if not origin.endswith("://"):
         origin = origin.rstrip("/")
@@ -136,7 +136,7 @@ def normalize_origin(text: str) -> str:
 
 
 class OriginGuard(_Guard):
-    """Keeps pages of other sites from driving the server, and answers CORS for allowed ones."""
+    """Refuses requests of foreign web pages, and answers CORS for allowed origins."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         super().__init__(app, settings, metrics)
@@ -210,7 +210,7 @@ def _preflight(origin: str, scope: Scope) -> Response:
 
 
 class BodyLimit(_Guard):
-    """Counts the body while it arrives and stops reading at the limit."""
+    """Counts the body as it arrives and stops reading at the limit."""
 
     async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 413 for a declared length, or make `receive` raise BodyTooLarge."""
@@ -239,7 +239,7 @@ class BodyLimit(_Guard):
 
 
 class KeyGuard(_Guard):
-    """Asks for the API key on every path but the public ones."""
+    """Requires the API key on every path except the public ones."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         super().__init__(app, settings, metrics)
@@ -271,7 +271,7 @@ def _digest(key: bytes) -> bytes:
 
 
 class ContentTypeGuard(_Guard):
-    """Takes JSON bodies only: what a page can send without a preflight is refused."""
+    """Accepts JSON bodies only: a web page can send other types without a CORS preflight."""
 
     async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 415 or pass on."""

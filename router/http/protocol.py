@@ -1,8 +1,8 @@
-"""HTTP/1.1 as it arrives: bounds on size and time before the application sees a request.
+"""HTTP/1.1 protocol with limits on size and time, enforced before the application sees a request.
 
-Builds on internals of uvicorn's httptools protocol, so it holds for the uvicorn version that
-`scripts/constraints.txt` pins; `tests/unit/router/http/test_router_protocol.py` fails where another
-version moves them.
+Uses internals of uvicorn's httptools protocol, so it works with the uvicorn version that
+`scripts/constraints.txt` pins; `tests/unit/router/http/test_router_protocol.py` fails if another
+version changes them.
 """
 
 import asyncio
@@ -47,16 +47,16 @@ class _HeadersTooLarge(RequestError):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One client connection, bounded in what it may send and how long that may take.
+    """One client connection with limits on what it may send and how long that may take.
 
     Limits: `MAX_HEADERS`, `MAX_HEADER_BYTES` (target and trailers included), `MAX_TARGET_BYTES`,
-    `MAX_PIPELINED` requests waiting for their turn, `receipt_limit_s` seconds from a request's
-    first byte to its last.  An answer may take any time.  What is refused gets OpenAI's error
-    envelope after the answers that are still due, then the connection ends.
+    `MAX_PIPELINED` requests waiting on the connection, `receipt_limit_s` seconds from a request's
+    first byte to its last.  An answer may take any time.  A refused request gets OpenAI's error
+    envelope after the pending answers, then the connection is closed.
     """
 
     receipt_limit_s: ClassVar[float] = 30.0
-    # Long enough for a client to see the answer while it is still sending.
+    # Long enough for a client that is still sending to read the answer.
     linger_s: ClassVar[float] = 2.0
     _is_in_head = _is_in_body = False
     _head_bytes = 0
@@ -68,19 +68,19 @@ class HttpProtocol(HttpToolsProtocol):
     _receipt_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin the time in which a first request must begin."""
+        """Start the keep-alive timer: the first request must begin before it fires."""
         super().connection_made(transport)
         self._start_keep_alive_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the running application, which uvicorn forgets when requests are pipelined."""
+        """Notify the running application; uvicorn does not when requests are pipelined."""
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._stop_receipt_timer()
         _disconnect(self._running)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; what follows a refused request is dropped."""
+        """Parse received bytes; those after a refused request are dropped."""
         if self._refused is not None or self._is_ending:
             return
         self._unset_keepalive_if_required()
@@ -99,7 +99,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
             return data[:0]
         except httptools.HttpParserUpgrade as upgrade:
-            # Nothing is upgraded here: the connection goes on with the next request.
+            # Upgrades are ignored: the connection continues with the next request.
             return data[upgrade.args[0] :]
 
     def _after_read(self, size: int) -> None:
@@ -110,10 +110,10 @@ class HttpProtocol(HttpToolsProtocol):
                 self._start_keep_alive_timer()
             return
         elif self._unparsed_bytes is None:
-            # The read that begins a request may hold the end of another.
+            # The read that begins a request may contain the end of another.
             self._unparsed_bytes = 0
         else:
-            # The parser keeps a header to itself until it is whole.
+            # The parser reports a header only once it is complete.
             self._unparsed_bytes += size
             if self._unparsed_bytes > MAX_HEADER_BYTES:
                 raise _HeadersTooLarge(_HEADERS_MESSAGE)
@@ -123,7 +123,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _reason(self, problem: Exception) -> ImpetusError:
         if not isinstance(problem, httptools.HttpParserCallbackError):
             return RequestError(f"The request is not valid HTTP: {problem}.")
-        # The parser keeps what a callback raised as the context.
+        # The parser stores the exception of a callback as the context.
         cause = problem.__context__
         if isinstance(cause, ImpetusError):
             return cause
@@ -133,14 +133,14 @@ class HttpProtocol(HttpToolsProtocol):
         return internal_error(record_of(dict(self.scope)))
 
     def on_message_begin(self) -> None:
-        """Begin to count."""
+        """Reset the header counters."""
         super().on_message_begin()
         self._is_in_head = True
         self._head_bytes = 0
         self._unparsed_bytes = None
 
     def on_url(self, url: bytes) -> None:
-        """Take a piece of the target; raises at the limit."""
+        """Count a piece of the target.  Raises at the limit."""
         super().on_url(url)
         self._head_bytes += len(url)
         if self._head_bytes > MAX_TARGET_BYTES:
@@ -148,7 +148,7 @@ class HttpProtocol(HttpToolsProtocol):
             raise _TargetTooLong(f"The request's address is longer than {limit}.")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; raises at the limits.  Trailers are dropped."""
+        """Store a header.  Raises at the limits.  Trailers are dropped."""
         self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > MAX_HEADER_BYTES or len(self.headers) >= MAX_HEADERS:
             raise _HeadersTooLarge(_HEADERS_MESSAGE)
@@ -156,7 +156,7 @@ class HttpProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Dispatch the request; raises for what must not reach the application."""
+        """Dispatch the request.  Raises for one that must not reach the application."""
         self._check_framing()
         if not self.url.startswith(b"/") and not httptools.parse_url(self.url).path:
             raise RequestError("The request is not valid HTTP: the address has no path.")
@@ -175,7 +175,7 @@ class HttpProtocol(HttpToolsProtocol):
             is_coded = name == b"transfer-encoding"
             if is_coded and (version == "1.0" or value.strip().lower() != b"chunked"):
                 raise RequestError("The request is not valid HTTP: invalid Transfer-Encoding.")
-            # After an upgrade the parser would read the body as the next request.
+            # After an upgrade the parser would parse the body as the next request.
             if (is_coded or name == b"content-length") and self.parser.should_upgrade():
                 raise RequestError(
                     "A request with a body cannot upgrade the connection; send it without the "
@@ -183,7 +183,7 @@ class HttpProtocol(HttpToolsProtocol):
                 )
 
     def on_message_complete(self) -> None:
-        """Let the answer take its time: the request is here."""
+        """Stop the receipt timer: the request is complete."""
         super().on_message_complete()
         self._is_in_body = False
         self._stop_receipt_timer()
@@ -195,7 +195,7 @@ class HttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
-        """Go on with the connection's next request, or with its end."""
+        """Start the connection's next request, or send a pending refusal."""
         if self._is_ending:
             return
         if self._refused is not None and not self.pipeline and not self.transport.is_closing():
@@ -204,7 +204,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def _refuse(self, error: ImpetusError) -> None:
-        """Answer with `error` when the answers before it are sent, and read no more."""
+        """Stop reading, and answer with `error` after the answers before it are sent."""
         self._refused = error
         self._stop_receipt_timer()
         broken = self.cycle if self._is_in_body else None
@@ -240,7 +240,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, late)
 
     def timeout_keep_alive_handler(self) -> None:
-        """End an idle connection, but not while its client still takes the last answer."""
+        """Close an idle connection, but not while its client still reads the last answer."""
         self.timeout_keep_alive_task = None
         unsent = self.transport.get_write_buffer_size()
         if unsent in (0, self._unsent_bytes):
@@ -259,16 +259,16 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _on_late_receipt(self) -> None:
         if self.flow.read_paused:
-            # It is us who do not read.
+            # This side has paused reading.
             self._start_receipt_timer()
         else:
             limit = f"{self.receipt_limit_s:g} s"
             self._refuse(_RequestTimeout(f"The request did not arrive completely within {limit}."))
 
     def _linger(self) -> None:
-        """Send the end, then drop what still comes until the client is done or time is up.
+        """Send EOF, then discard input until the client closes or `linger_s` passes.
 
-        A socket that is closed with unread bytes resets the connection, and the answer is lost.
+        Closing a socket with unread bytes resets the connection, and the answer would be lost.
         """
         self._is_ending = True
         if not self.transport.is_closing():
@@ -278,7 +278,7 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 class _LingeringTransport(asyncio.Transport):
-    """The transport of an answer that may end before its request has arrived."""
+    """Transport of an answer that may end before its request has been received."""
 
     def __init__(self, transport: asyncio.Transport, linger: Callable[[], None]) -> None:
         super().__init__()
@@ -296,7 +296,7 @@ class _LingeringTransport(asyncio.Transport):
 
 
 def _disconnect(cycle: RequestResponseCycle | None) -> None:
-    """Make the application of `cycle` see that nobody listens."""
+    """Make the application of `cycle` see a client disconnect."""
     if cycle is not None and not cycle.response_complete:
         cycle.disconnected = True
         cycle.message_event.set()

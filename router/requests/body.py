@@ -1,4 +1,4 @@
-"""A request's JSON body → its wire model, with every bad body as one clear error."""
+"""Parses and validates JSON request bodies into request models."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ def parse_request(body: bytes, model: type[Body]) -> Body:
     Raises RequestError naming the field, UnsupportedParameter, UnsupportedCapability.
     """
     try:
-        # The parser turns a tiny body of empty lists into gigabytes of objects otherwise.
+        # Otherwise a small body of empty lists could become gigabytes of objects.
         if sum(map(body.count, (b",", b"[", b"{"))) > _VALUE_LIMIT:
             raise ValueError(f"more than {_VALUE_LIMIT:,} values")
         data = jiter.from_json(
@@ -50,7 +50,7 @@ def validate_request(data: dict[str, Any], model: type[Body]) -> Body:
         parsed = model.model_validate(data)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False, include_context=False)
-        # Of a union's members, the one that came furthest is what was meant.
+        # Of a union's members, report the one that validated furthest.
         nearest = max(errors, key=lambda one: len(one["loc"]))
         param = _param(nearest["loc"])
         message = nearest["msg"].removeprefix("Value error, ")

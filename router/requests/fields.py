@@ -1,4 +1,4 @@
-"""What all OpenAI requests share: strictness, known fields, sampling and its limits."""
+"""Request fields that all APIs share: base models, limits, sampling, stop strings, schemas."""
 
 import json
 import math
@@ -44,7 +44,7 @@ TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=MAX_INT32)]
 
 
 class RequestPart(BaseModel):
-    """A strict part of a request: no conversions, no NaN; unknown fields are kept to be named."""
+    """Base of all request models: no conversions, no NaN; unknown fields are kept for reporting."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -62,9 +62,9 @@ def unknown_fields(part: RequestPart, prefix: str) -> set[str]:
 
 
 class RequestBody(RequestPart):
-    """A whole request body.
+    """Base of whole request bodies.
 
-    `unsupported` maps OpenAI's fields that nobody here honours to the values that mean "off";
+    `unsupported` maps the API's fields that are not supported here to the values that mean "off";
     `harmless` are fields that do not change the answer.
     """
 
@@ -75,13 +75,13 @@ class RequestBody(RequestPart):
     user: str | None = None
 
     def refuse_unsupported(self) -> None:
-        """Raise UnsupportedParameter for a known field that is asked for in vain."""
+        """Raise UnsupportedParameter for a known field that is not supported here."""
         for name, value in (self.model_extra or {}).items():
             if name in self.unsupported and value is not None:
                 refuse_unless_off(name, value, self.unsupported[name])
 
     def ignored_names(self) -> list[str]:
-        """Return the fields that nobody here knows, in the order they were sent."""
+        """Return the unknown fields, in the order they were sent."""
         known = self.unsupported.keys() | self.harmless
         return [name for name in self.model_extra or () if name not in known]
 
@@ -166,13 +166,13 @@ def _children(item: JsonValue) -> list[JsonValue]:
 
 
 class StreamOptions(RequestPart):
-    """How a stream ends."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class SamplingFields(RequestBody):
-    """How the next token is chosen and what ends the answer."""
+    """Sampling parameters and stop strings."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -1,4 +1,4 @@
-"""What a request demands of its answer's form: `response_format` and its extensions."""
+"""Structured outputs: `response_format`, `structured_outputs` and the `guided_` fields."""
 
 import json
 from typing import Annotated, Any, Literal, TypeAlias
@@ -34,7 +34,7 @@ class JsonSchema(RequestPart):
 
 
 class ResponseFormat(RequestPart):
-    """What the answer's text must be."""
+    """The required format of the answer's text."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -54,7 +54,7 @@ class ResponseFormat(RequestPart):
 
 
 class StructuredOutputs(RequestPart):
-    """vLLM's form of the same: exactly one of a JSON schema, a regex and a list of choices."""
+    """vLLM's form: exactly one of a JSON schema, a regex and a list of choices."""
 
     schema_: JsonObject | str | None = Field(default=None, alias="json")
     regex: _Regex | None = None
@@ -62,7 +62,7 @@ class StructuredOutputs(RequestPart):
 
 
 class OutputFields(GenerationFields):
-    """The fields that demand a form of the answer; at most one may be used."""
+    """The fields that constrain the answer's format; at most one may be used."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -71,7 +71,7 @@ class OutputFields(GenerationFields):
     guided_choice: _Choices | None = None
 
     def output(self) -> Output | None:
-        """Return what is demanded.  Raises RequestError for several demands or a bad schema."""
+        """Return the constraint.  Raises RequestError for several constraints or a bad schema."""
         structured = self.structured_outputs or StructuredOutputs()
         demands = {
             "structured_outputs.json": structured.schema_,

@@ -1,4 +1,4 @@
-"""The class of a request: what its header says, else its service tier, else its model."""
+"""Chooses a request's priority class: by header, else service tier, else the model's setting."""
 
 from starlette.requests import Request
 
@@ -11,7 +11,7 @@ HEADER = "x-impetus-priority"
 
 
 def request_priority(request: Request, tier: ServiceTier | None, view: ModelView) -> Priority:
-    """Return the class in which the request waits.
+    """Return the priority class in which the request is queued.
 
     OpenAI's `flex` is its cheaper and slower tier (Source: OpenAI API reference, `service_tier`).
     Raises RequestError for a header with another value, or for several that differ.

@@ -1,4 +1,4 @@
-"""Reasoning effort and budget: parses the fields of all APIs into the prompt's."""
+"""Reasoning effort and token budget: maps the fields of all APIs to the prompt's."""
 
 import base64
 import binascii
@@ -12,21 +12,21 @@ from core.types import Capability, ChatPrompt, JsonValue
 from router.requests.fields import MAX_INT32, AnyEffort, Effort, RequestPart
 from router.services import ModelView
 
-# The three degrees that chat templates know.
+# Chat templates know three levels: low, medium, high.
 _DEGREES = {"minimal": "low", "xhigh": "high", "max": "high"}
 
 ReasoningTokens: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INT32)]
 
 
 class Reasoning(RequestPart):
-    """OpenAI's and OpenRouter's `reasoning`: an effort, or a bound in tokens."""
+    """OpenAI's and OpenRouter's `reasoning`: an effort, or a budget in tokens."""
 
     effort: Effort | None = None
     max_tokens: ReasoningTokens | None = None
 
 
 def merge_effort(effort: Effort | None, reasoning: Reasoning | None) -> Effort | None:
-    """Return the effort that `reasoning_effort` or `reasoning` names.  Raises RequestError."""
+    """Return the effort of `reasoning_effort` or `reasoning`.  Raises RequestError."""
     named = {effort, reasoning.effort if reasoning is not None else None} - {None}
     if len(named) > 1:
         raise RequestError(
@@ -36,7 +36,7 @@ def merge_effort(effort: Effort | None, reasoning: Reasoning | None) -> Effort |
 
 
 def merge_budget(budget: int | None, reasoning: Reasoning | None) -> int | None:
-    """Return the bound that `thinking_budget` or `reasoning` names.  Raises RequestError."""
+    """Return the budget of `thinking_budget` or `reasoning`; raises RequestError if they differ."""
     named = {budget, reasoning.max_tokens if reasoning is not None else None} - {None}
     if len(named) > 1:
         raise RequestError(
@@ -53,10 +53,10 @@ def with_reasoning(
     effort: AnyEffort | None = None,
     budget_tokens: int | None = None,
 ) -> ChatPrompt:
-    """Return `prompt` with reasoning switched, weighed and bounded; None leaves it to the model.
+    """Return `prompt` with reasoning switch, effort and budget; None leaves it to the model.
 
-    Agents send these for every model, so they are hints to the chat template here: one that does
-    not know them is not changed.
+    Agents send these for every model, so they are only hints to the chat template: a template that
+    does not use them is unaffected.
     """
     variables: dict[str, JsonValue] = {}
     if is_on is None and effort is not None:
@@ -74,19 +74,19 @@ def with_reasoning(
 
 
 def for_model(prompt: ChatPrompt, view: ModelView) -> ChatPrompt:
-    """Return `prompt` as the model can take it: one that does not reason needs no bound for it."""
+    """Return `prompt` without a reasoning budget if the model does not reason."""
     if Capability.REASONING in view.capabilities:
         return prompt
     return replace(prompt, reasoning_tokens=None)
 
 
 def encode_reasoning(reasoning: str) -> str:
-    """Return reasoning as the opaque text that a client sends back without showing it."""
+    """Return reasoning as opaque base64 text that a client sends back without showing it."""
     return base64.b64encode(reasoning.encode()).decode("ascii")
 
 
 def decode_reasoning(text: str) -> str | None:
-    """Return what `encode_reasoning` was given; None for a seal of another server."""
+    """Return the reasoning that `encode_reasoning` encoded; None for text of another server."""
     try:
         return base64.b64decode(text, validate=True).decode()
     except (binascii.Error, ValueError):

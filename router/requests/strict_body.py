@@ -1,4 +1,4 @@
-"""A management request's JSON body → its strict model; unknown fields are errors."""
+"""Parses and validates JSON bodies of the management API; unknown fields are errors."""
 
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ _LONGEST_PARAM = 64
 
 
 class StrictBody(BaseModel):
-    """A whole body: no conversions, no NaN, no field that nobody knows."""
+    """Base of strict request bodies: no conversions, no NaN, no unknown fields."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, hide_input_in_errors=True

@@ -10,7 +10,7 @@ ToolChoice: TypeAlias = Literal["none", "auto", "required"] | tuple[Literal["fun
 
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
-    """Raise RequestError for two tools of one name, and for a choice that no tool answers."""
+    """Raise RequestError for duplicate tool names, and for a choice without a matching tool."""
     names: set[str] = set()
     for index, tool in enumerate(tools):
         if tool.name in names:

@@ -1,4 +1,4 @@
-"""Events → OpenAI's chunks: what chat completions and completions stream."""
+"""Formats the streamed chunks of OpenAI's chat completions and completions."""
 
 import json
 from abc import abstractmethod
@@ -20,7 +20,7 @@ _dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class ChunkFormatter(StreamFormatter):
-    """Events → SSE text.  The plain text delta, by far the commonest, is one concatenation."""
+    """Formats events as SSE text; a plain text delta, the common case, is one concatenation."""
 
     def __init__(
         self,
@@ -39,10 +39,10 @@ class ChunkFormatter(StreamFormatter):
 
     @abstractmethod
     def choices(self, index: int, event: GenerationEvent) -> Iterable[dict[str, JsonValue]]:
-        """Return the choice objects that say `event`; none for nothing to say."""
+        """Return the choice objects for `event`, possibly none."""
 
     def opening(self, index: int) -> Iterable[dict[str, JsonValue]]:
-        """Return the choice objects that come before a choice's first event."""
+        """Return the choice objects sent before a choice's first event."""
         del index
         return ()
 
@@ -58,7 +58,7 @@ class ChunkFormatter(StreamFormatter):
         return "".join(parts)
 
     def closing(self) -> str:
-        """Return the usage chunk, if asked for, and the end mark."""
+        """Return the usage chunk, if requested, and `[DONE]`."""
         if not self._includes_usage:
             return DONE
         usage = self._generation.usage().model_dump(mode="json", exclude_unset=True)
@@ -66,7 +66,7 @@ class ChunkFormatter(StreamFormatter):
         return f"data: {_dumps(last)}\n\n{DONE}"
 
     def failing(self, error: ImpetusError, record: RequestRecord) -> str:
-        """Return the envelope as data, and the end mark."""
+        """Return the error envelope as data, and `[DONE]`."""
         del record
         return f"data: {error_body(error).decode('ascii')}\n\n{DONE}"
 

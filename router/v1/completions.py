@@ -1,4 +1,4 @@
-"""`POST /v1/completions`."""
+"""`POST /v1/completions`: request, handler, whole answers and streamed chunks."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Annotated, ClassVar
@@ -79,7 +79,7 @@ class CompletionRequest(OutputFields):
 
     @property
     def token_limit(self) -> int:
-        """The most tokens to generate; OpenAI's default is 16."""
+        """The maximum of generated tokens; OpenAI's default is 16."""
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
 
@@ -168,7 +168,7 @@ def _base(generation: Generation, answer_id: str) -> dict[str, JsonValue]:
 
 
 def _text(event: GenerationEvent) -> tuple[str, Sequence[TokenLogprob]]:
-    """Return what an event adds to the text; a bare prompt has no reasoning apart from it."""
+    """Return the text that an event adds; completions include reasoning in the text."""
     match event:
         case TextDelta():
             return event.text, event.logprobs
@@ -203,7 +203,7 @@ def _choice(
 
 
 class CompletionChunks(ChunkFormatter):
-    """Events → streamed `text_completion`."""
+    """Formats events as streamed `text_completion`."""
 
     def __init__(self, generation: Generation, answer_id: str, body: CompletionRequest) -> None:
         super().__init__(

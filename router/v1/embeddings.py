@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`."""
+"""`POST /v1/embeddings`: request, handler and answer."""
 
 import base64
 from collections.abc import Awaitable, Callable
@@ -84,7 +84,7 @@ def _check(embeddings: Embeddings, count: int) -> None:
 
 def _body(embeddings: Embeddings, model_id: str, *, is_base64: bool) -> bytes:
     usage = Usage(prompt_tokens=embeddings.prompt_tokens, total_tokens=embeddings.prompt_tokens)
-    # Built by hand: openai's type has no base64, and checking each number costs more than the rest.
+    # Built by hand: openai's type has no base64, and validating each number is slow.
     return to_json(
         {
             "object": "list",

@@ -25,7 +25,7 @@ def models_endpoint(context: RouteContext) -> Callable[[], Awaitable[Response]]:
 
 
 def model_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
-    """Return the handler of one model, which also shows one that cannot be used."""
+    """Return the handler of one model, usable or not."""
 
     async def retrieve_model(request: Request) -> Response:
         view = await find_model(context, str(request.path_params["model_id"]))
@@ -37,7 +37,7 @@ def model_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respo
 
 
 async def find_model(context: RouteContext, name: str) -> ModelView:
-    """Return the model that an id or alias means, also one that cannot be used.
+    """Return the model that an id or alias names, usable or not.
 
     Raises ModelNotFound, and what `Catalog.resolve` raises for a bare name.
     """

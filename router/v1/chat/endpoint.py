@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`."""
+"""`POST /v1/chat/completions`: the handler, whole answers and streamed chunks."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
@@ -144,7 +144,7 @@ def _tool_call(deltas: Sequence[ToolCallDelta]) -> JsonValue:
 
 
 class ChatChunks(ChunkFormatter):
-    """Events → `chat.completion.chunk`."""
+    """Formats events as `chat.completion.chunk`."""
 
     def __init__(self, generation: Generation, answer_id: str, body: ChatRequest) -> None:
         base = ChatCompletionChunk(
@@ -162,7 +162,7 @@ class ChatChunks(ChunkFormatter):
         )
 
     def opening(self, index: int) -> Iterable[dict[str, JsonValue]]:
-        """Name the role before anything else."""
+        """Return the chunk that names the role."""
         return (_chunk_choice(index, {"role": "assistant", "content": "", "refusal": None}),)
 
     def choices(self, index: int, event: GenerationEvent) -> Iterable[dict[str, JsonValue]]:

@@ -1,4 +1,4 @@
-"""OpenAI's messages and tools → the prompt that a chat template renders."""
+"""Converts OpenAI's messages and tools into the prompt that a chat template renders."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -13,7 +13,7 @@ from router.v1.chat.request import ChatRequest, ContentPart, Message, ToolDefini
 def to_chat_prompt(request: ChatRequest) -> ChatPrompt:
     """Return the request's prompt.
 
-    Raises UnsupportedCapability for parts that are no text, RequestError, UnsupportedParameter.
+    Raises UnsupportedCapability for parts other than text, RequestError, UnsupportedParameter.
     """
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
     _check_unique_names(tools)

@@ -85,7 +85,7 @@ class ToolDefinition(RequestPart):
 
 
 def parse_template_variables(value: object) -> dict[str, bool | int | float | str | None]:
-    """Return the template's extra variables; raises ValueError, UnsupportedParameter."""
+    """Return the chat template's extra variables.  Raises ValueError, UnsupportedParameter."""
     if value is None:
         return {}
     if not isinstance(value, dict) or len(value) > MAX_TEMPLATE_VARIABLES:
@@ -156,7 +156,7 @@ class ChatRequest(OutputFields):
 
     @property
     def token_limit(self) -> int | None:
-        """The most tokens to generate, if the request says so."""
+        """The maximum of generated tokens, None without a limit."""
         return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
 
     @property

@@ -1,4 +1,4 @@
-"""Answers of Anthropic's Messages API: blocks, usage, and why the answer ended."""
+"""Builds answers of Anthropic's Messages API: content blocks, usage, stop reason."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from router.answers.parts import Part
 from router.requests.reasoning import encode_reasoning
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-# Anthropic signs its reasoning; clients only keep the field and send it back.
+# Anthropic signs its reasoning; clients only store the field and send it back.
 SIGNATURE = "unsigned"
 
 
@@ -53,14 +53,14 @@ def block(part: Part, *, hides_thinking: bool) -> dict[str, JsonValue]:
 
 
 def signature(part: Part, *, hides_thinking: bool) -> str:
-    """Return what stands for a signature; hidden reasoning comes back in it."""
+    """Return the signature field; it contains the encoded reasoning if that is hidden."""
     return encode_reasoning(part.text) if hides_thinking else SIGNATURE
 
 
 def _input(arguments: str) -> JsonValue:
-    """Return a call's arguments as an object; those that were cut off as far as they go.
+    """Return a call's arguments as an object; incomplete ones as far as they can be parsed.
 
-    Text that is no JSON object is kept as the one argument `arguments`, to be seen and refused.
+    Text that is not a JSON object becomes the single argument `arguments`, so the client sees it.
     """
     if not arguments.strip():
         return {}
@@ -75,7 +75,7 @@ def ending(finished: Finished | None, stop_sequences: Sequence[str]) -> dict[str
     """Return `stop_reason` and `stop_sequence`; both null before the end."""
     if finished is None:
         return {"stop_reason": None, "stop_sequence": None}
-    # A model without a template has stop strings of its own, which nobody asked for.
+    # A model without a template has its own stop strings, which the request did not contain.
     stop = finished.stop if finished.stop in stop_sequences else None
     is_stopped = stop is not None and finished.reason == "stop"
     return {
@@ -85,7 +85,7 @@ def ending(finished: Finished | None, stop_sequences: Sequence[str]) -> dict[str
 
 
 def usage(counts: Usage) -> dict[str, JsonValue]:
-    """Return the counts in Anthropic's sense: `input_tokens` are those that were computed."""
+    """Return the usage as Anthropic counts it: `input_tokens` excludes cached tokens."""
     return {
         "input_tokens": counts.prompt_tokens - counts.cached_tokens,
         "cache_creation_input_tokens": 0,

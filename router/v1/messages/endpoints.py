@@ -66,7 +66,7 @@ def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Re
 
 
 def count_tokens_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
-    """Return the handler that counts a prompt's tokens without answering it."""
+    """Return the handler that counts a prompt's tokens."""
 
     async def count_tokens(request: Request) -> Response:
         body = await read_request(request, MessagesPromptRequest)

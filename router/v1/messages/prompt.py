@@ -1,4 +1,4 @@
-"""Anthropic's messages and tools → the prompt that a chat template renders."""
+"""Converts Anthropic's messages and tools into the prompt that a chat template renders."""
 
 import json
 import re
@@ -12,15 +12,15 @@ from router.requests.reasoning import decode_reasoning, with_reasoning
 from router.requests.tools import ToolChoice, check_tools
 from router.v1.messages import request as messages_api
 
-# Claude Code begins its system prompt with lines that differ in every request, as
-# `x-anthropic-billing-header: …`; they are no part of the prompt and end the reuse of its prefix.
+# Claude Code begins its system prompt with lines that differ in every request, such as
+# `x-anthropic-billing-header: …`; they would prevent the reuse of the prompt's prefix.
 _HEADER_LINES = re.compile(r"\A(?:[ \t]*x-anthropic-[a-z0-9-]+:[^\n]*(?:\n|\Z))+", re.IGNORECASE)
 
 
 def to_messages_prompt(request: messages_api.MessagesPromptRequest) -> ChatPrompt:
     """Return the request's prompt.
 
-    Raises UnsupportedCapability for blocks that are no text, RequestError, UnsupportedParameter.
+    Raises UnsupportedCapability for blocks other than text, RequestError, UnsupportedParameter.
     """
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
     messages = list(_system(request.system))
@@ -50,7 +50,7 @@ def _is_on(thinking: messages_api.Thinking) -> bool:
 
 
 def _system(system: str | Sequence[messages_api.Block] | None) -> Iterator[ChatMessage]:
-    """Yield the system message, if anything is left of it without the volatile lines."""
+    """Yield the system message without the volatile lines, unless it is empty then."""
     if isinstance(system, str):
         texts = [system]
     else:
@@ -74,7 +74,7 @@ def _messages(message: messages_api.Message, param: str) -> list[ChatMessage]:
 def _user(
     role: Literal["user", "system"], blocks: Sequence[tuple[messages_api.Block, str]]
 ) -> Iterator[ChatMessage]:
-    """Yield a tool's message for each result, and one of the role for the texts between them."""
+    """Yield a tool message per result, and one of the role for the texts between results."""
     texts: list[str] = []
     for block, param in blocks:
         if block.type != "tool_result":
@@ -97,13 +97,13 @@ def _tool_result(block: messages_api.Block, param: str) -> ChatMessage:
     else:
         text = block.content or ""
     if block.is_error:
-        # Chat templates know no failed results, so the text has to say it.
+        # Chat templates have no field for failed results, so the text says it.
         text = f"Error: {text}"
     return ChatMessage("tool", text, tool_call_id=block.tool_use_id)
 
 
 def _assistant(blocks: Sequence[tuple[messages_api.Block, str]]) -> ChatMessage:
-    """Return one message; reasoning that another server has redacted cannot be read here."""
+    """Return one message; reasoning redacted by another server is unreadable and left out."""
     texts: list[str] = []
     reasoning: list[str] = []
     calls: list[ToolCall] = []

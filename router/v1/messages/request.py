@@ -1,4 +1,4 @@
-"""The requests of Anthropic's Messages API.
+"""Request bodies of Anthropic's Messages API.
 
 Source: Anthropic's API reference, and the types of its Python SDK.
 """
@@ -24,7 +24,7 @@ from router.requests.fields import (
 )
 
 MAX_BLOCKS = 4096
-# Fields of blocks and tools that change nothing here: prefixes are always reused, calls checked.
+# Fields of blocks and tools without effect: prefixes are always reused, calls always checked.
 _HARMLESS_PARTS = frozenset(
     {
         "allowed_callers",
@@ -40,7 +40,7 @@ _HARMLESS_PARTS = frozenset(
 
 
 class Block(RequestPart):
-    """A content block of any type; which fields it needs depends on the type."""
+    """A content block of any type; the required fields depend on the type."""
 
     type: str
     text: str | None = None
@@ -66,7 +66,7 @@ class Message(RequestPart):
 
 
 class Tool(RequestPart):
-    """A tool the model may call; only those of the client's own, not Anthropic's."""
+    """A tool the model may call: a client tool, not one of Anthropic's server tools."""
 
     name: str = Field(min_length=1, max_length=256)
     type: str | None = None
@@ -75,7 +75,7 @@ class Tool(RequestPart):
 
 
 class ToolChoice(RequestPart):
-    """Whether and which tool is to be called."""
+    """Whether a tool must be called, and which."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -83,7 +83,7 @@ class ToolChoice(RequestPart):
 
 
 class Thinking(RequestPart):
-    """Whether the model reasons, for how many tokens at most, and whether that is shown."""
+    """Whether the model reasons, its token budget, and whether reasoning is shown."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: TokenCount | None = None
@@ -91,21 +91,21 @@ class Thinking(RequestPart):
 
 
 class OutputFormat(RequestPart):
-    """What the answer's text must be."""
+    """The required format of the answer's text."""
 
     type: Literal["json_schema"]
     body: JsonObject = Field(alias="schema")
 
 
 class OutputConfig(RequestPart):
-    """How the answer is to be."""
+    """Effort and format of the answer."""
 
     effort: AnyEffort | None = None
     format: OutputFormat | None = None
 
 
 class MessagesPromptRequest(RequestBody):
-    """Body of `POST /v1/messages/count_tokens`, and what every request has in common with it."""
+    """Body of `POST /v1/messages/count_tokens`; base of all Messages requests."""
 
     unsupported: ClassVar = {
         "chat_template": (),
@@ -125,7 +125,7 @@ class MessagesPromptRequest(RequestBody):
     output_config: OutputConfig | None = None
 
     def refuse_unsupported(self) -> None:
-        """Also refuse a last message that the answer should go on from."""
+        """Also refuse a last message that the answer should continue (prefill)."""
         super().refuse_unsupported()
         if self.messages[-1].role == "assistant":
             raise UnsupportedParameter(
@@ -136,7 +136,7 @@ class MessagesPromptRequest(RequestBody):
         thinking = self.thinking
         if thinking is not None and (thinking.type == "enabled") != bool(thinking.budget_tokens):
             raise RequestError(
-                "thinking.budget_tokens: required with type enabled, not allowed otherwise",
+                "thinking.budget_tokens: required with type enabled and only allowed there",
                 param="thinking.budget_tokens",
             )
 
@@ -173,7 +173,7 @@ class MessagesRequest(MessagesPromptRequest):
     stream: bool | None = None
 
     def refuse_unsupported(self) -> None:
-        """Also refuse more reasoning than the whole answer may have."""
+        """Also refuse a reasoning budget that exceeds the whole answer's."""
         super().refuse_unsupported()
         budget = self.thinking.budget_tokens if self.thinking else None
         if budget is not None and budget >= self.max_tokens:
@@ -184,10 +184,10 @@ class MessagesRequest(MessagesPromptRequest):
 
     @property
     def sampling(self) -> SamplingParams:
-        """How tokens are chosen."""
+        """The sampling parameters."""
         return SamplingParams(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
 
     @property
     def hides_thinking(self) -> bool:
-        """Whether the reasoning goes out encode_reasoning instead of readable."""
+        """Whether reasoning is sent encoded instead of readable."""
         return self.thinking is not None and self.thinking.display == "omitted"

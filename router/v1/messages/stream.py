@@ -1,4 +1,4 @@
-"""Events → the typed event stream of Anthropic's Messages API."""
+"""Formats events as the typed event stream of Anthropic's Messages API."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class MessageEvents(StreamFormatter):
-    """`message_start`, the blocks one after another, `message_delta`, `message_stop`."""
+    """Emits `message_start`, the content blocks in order, `message_delta`, `message_stop`."""
 
     keep_alive = 'event: ping\ndata: {"type":"ping"}\n\n'
 
@@ -33,8 +33,8 @@ class MessageEvents(StreamFormatter):
     def beginning(self, events: Sequence[TaggedEvent]) -> str:
         """Return the message without content.
 
-        Its input tokens are those of the prompt where prefill told them already, else 0; those of
-        `message_delta` are exact.
+        Its input tokens are the prompt's if prefill has reported them, else 0; `message_delta` has
+        the exact number.
         """
         totals = [event.total_tokens for _, event in events if isinstance(event, PrefillProgress)]
         message = answer.message(
@@ -47,7 +47,7 @@ class MessageEvents(StreamFormatter):
         return _event({"type": "message_start", "message": message})
 
     def chunks(self, events: Sequence[TaggedEvent]) -> str:
-        """Return the SSE text of `events`; the commonest, more text, is one concatenation."""
+        """Return the SSE text of `events`; a text delta, the common case, is one concatenation."""
         texts: list[str] = []
         for index, event in events:
             part = self._assembler.current
@@ -63,7 +63,7 @@ class MessageEvents(StreamFormatter):
         return "".join(texts)
 
     def closing(self) -> str:
-        """Return why the answer ended, the usage, and the end."""
+        """Return the stop reason, the usage, and the end."""
         finished = self._assembler.finished
         assert finished is not None
         delta: JsonValue = answer.ending(finished, self._stop_sequences)
@@ -92,8 +92,8 @@ class MessageEvents(StreamFormatter):
                 end = _event({"type": "content_block_stop", "index": index})
                 if part.kind != "reasoning":
                     return end
-                seal = answer.signature(part, hides_thinking=self._hides_thinking)
-                return _delta(index, {"type": "signature_delta", "signature": seal}) + end
+                signature = answer.signature(part, hides_thinking=self._hides_thinking)
+                return _delta(index, {"type": "signature_delta", "signature": signature}) + end
 
     def _delta(self, part: Part, text: str) -> str:
         match part.kind:
@@ -108,7 +108,7 @@ class MessageEvents(StreamFormatter):
 
 
 def _empty(part: Part) -> JsonValue:
-    """Return the block as it starts, before its first delta."""
+    """Return the block before its first delta."""
     match part.kind:
         case "text":
             return {"type": "text", "text": ""}

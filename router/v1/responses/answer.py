@@ -1,4 +1,4 @@
-"""The Responses API's own object: an answer's items, its state and its usage."""
+"""Builds the Responses API's response object: items, status and usage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 
 @dataclass(slots=True)
 class ResponseBuilder:
-    """One answer in all its states; `conversation` is what it answers, without instructions."""
+    """Builds one response in each status; `conversation` is its input without instructions."""
 
     body: ResponsesRequest
     suffix: str
@@ -81,7 +81,7 @@ class ResponseBuilder:
         return {**self._base, "status": "in_progress", "output": [], "usage": None}
 
     def failed(self, parts: Sequence[Part], error: ImpetusError) -> dict[str, JsonValue]:
-        """Return the response as far as it came."""
+        """Return the failed response with its parts so far."""
         code = "server_error"
         if isinstance(error, QueueFull):
             code = "rate_limit_exceeded"
@@ -117,7 +117,7 @@ class ResponseBuilder:
         return response
 
     def _fixed(self) -> dict[str, JsonValue]:
-        """Return what no state changes: mostly the request's own fields."""
+        """Return the fields that do not depend on the status: mostly the request's own."""
         body = self.body
         choice = body.tool_choice or "auto"
         text_format = body.text.format if body.text else None
@@ -150,13 +150,13 @@ class ResponseBuilder:
 
 
 def final_status(finished: Finished | None) -> Status:
-    """Return what an answer is when it ends, and an item that ends before the answer does."""
+    """Return the final status of an answer, or of an item that ends before the answer."""
     is_cut = finished is not None and finished.reason == "length"
     return "incomplete" if is_cut else "completed"
 
 
 def to_json(response: dict[str, JsonValue]) -> bytes:
-    """Return a response as it is sent, having checked it against OpenAI's own type."""
+    """Return a response as JSON, validated by OpenAI's own type."""
     return ResponseObject.model_validate(response).model_dump_json(exclude_unset=True).encode()
 
 

@@ -1,4 +1,4 @@
-"""`POST /v1/responses`, and the answers that are stored."""
+"""`POST /v1/responses`, token counting, and stored responses."""
 
 from collections.abc import Awaitable, Callable
 
@@ -25,7 +25,7 @@ from router.v1.responses.stream import ResponseEvents
 def responses_endpoint(
     context: RouteContext, store: ResponseStore
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Return the handler that answers."""
+    """Return the handler that answers a conversation."""
 
     async def create_response(request: Request) -> Response:
         body = await read_request(request, ResponsesRequest)
@@ -66,7 +66,7 @@ def responses_endpoint(
 def input_tokens_endpoint(
     context: RouteContext, store: ResponseStore
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Return the handler that counts a prompt's tokens without answering it."""
+    """Return the handler that counts a prompt's tokens."""
 
     async def count_input_tokens(request: Request) -> Response:
         body = await read_request(request, ResponsesRequest)
@@ -101,7 +101,7 @@ def stored_response_endpoint(store: ResponseStore) -> Callable[[Request], Awaita
 
 
 def delete_response_endpoint(store: ResponseStore) -> Callable[[Request], Awaitable[Response]]:
-    """Return the handler that forgets a stored answer."""
+    """Return the handler that deletes a stored answer."""
 
     async def delete_response(request: Request) -> Response:
         response_id = str(request.path_params["response_id"])

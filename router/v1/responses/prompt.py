@@ -1,4 +1,4 @@
-"""The Responses API's items and tools → messages, and the prompt that a chat template renders."""
+"""Converts Responses items and tools into messages and the prompt of a chat template."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reason
 def to_responses_prompt(
     request: responses_api.ResponsesRequest, conversation: Sequence[ChatMessage]
 ) -> ChatPrompt:
-    """Return the prompt of `conversation`, which has the request's input already.
+    """Return the prompt of `conversation`, which includes the request's input.
 
     Raises RequestError, UnsupportedParameter.
     """
@@ -44,7 +44,7 @@ def to_responses_prompt(
 def input_messages(request: responses_api.ResponsesRequest) -> list[ChatMessage]:
     """Return the request's own input; the items of one assistant's turn become one message.
 
-    Raises UnsupportedCapability for items and parts that are no text, RequestError.
+    Raises UnsupportedCapability for items and parts other than text, RequestError.
     """
     if isinstance(request.input, str):
         return [ChatMessage("user", request.input)]
@@ -70,7 +70,7 @@ def input_messages(request: responses_api.ResponsesRequest) -> list[ChatMessage]
 
 
 def answer_message(parts: Iterable[answer.Part]) -> ChatMessage:
-    """Return an answer as the message that the next turn's prompt shows."""
+    """Return an answer as the message of the next turn's prompt."""
     texts = {"text": "", "reasoning": ""}
     calls = []
     for part in parts:
@@ -113,10 +113,10 @@ def _add_call(messages: list[ChatMessage], item: responses_api.Item, param: str)
 
 
 def _add_reasoning(messages: list[ChatMessage], item: responses_api.Item, param: str) -> None:
-    """Add a message of reasoning alone, which what the assistant says next is added to."""
+    """Add a message with reasoning only; the assistant's next item is merged into it."""
     text = _joined(item.content, f"{param}.content") if item.content else ""
     if not text and item.encrypted_content:
-        # Another server's seal cannot be read; its reasoning is left out, as its summary would be.
+        # Reasoning encrypted by another server is unreadable and left out.
         text = decode_reasoning(item.encrypted_content) or ""
     if not text and item.summary:
         text = _joined(item.summary, f"{param}.summary")

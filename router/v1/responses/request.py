@@ -1,4 +1,4 @@
-"""The request of OpenAI's Responses API."""
+"""Request body of OpenAI's Responses API."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -39,7 +39,7 @@ Parts = Annotated[list[Part], Field(max_length=MAX_PARTS)]
 
 
 class Item(RequestPart):
-    """An item of the conversation of any type; which fields it needs depends on the type."""
+    """A conversation item of any type; the required fields depend on the type."""
 
     type: str | None = None
     id: str | None = None
@@ -66,7 +66,7 @@ class Tool(RequestPart):
 
 
 class TextFormat(RequestPart):
-    """What the answer's text must be."""
+    """The required format of the answer's text."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -76,14 +76,14 @@ class TextFormat(RequestPart):
 
 
 class Text(RequestPart):
-    """How the answer's text is to be."""
+    """Format and verbosity of the answer's text."""
 
     format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class Reasoning(RequestPart):
-    """How much the model reasons; its reasoning is given whole, never summed up."""
+    """Reasoning effort; reasoning is returned whole, never summarized."""
 
     effort: AnyEffort | None = None
     summary: str | None = None
@@ -93,7 +93,7 @@ class Reasoning(RequestPart):
 
 
 class StreamOptions(RequestPart):
-    """Whether random padding hides the length of the deltas."""
+    """Stream options; padding against traffic analysis is not supported."""
 
     include_obfuscation: bool | None = None
 
@@ -116,7 +116,7 @@ def parse_tool_choice(value: object) -> ToolChoice | None:
 
 
 def parse_metadata(value: object) -> dict[str, str]:
-    """Return what the caller wants back with the answer; raises ValueError."""
+    """Return the metadata to echo with the answer.  Raises ValueError."""
     if value is None:
         return {}
     if not isinstance(value, dict) or len(value) > MAX_METADATA:
@@ -175,7 +175,7 @@ class ResponsesRequest(SamplingFields):
     truncation: str | None = None
 
     def refuse_unsupported(self) -> None:
-        """Also refuse what only OpenAI's own models and tools can do."""
+        """Also refuse features of OpenAI's own models and tools."""
         super().refuse_unsupported()
         refuse_unless_off("truncation", self.truncation, (None, "disabled"))
         for name in self.include or ():
@@ -217,7 +217,7 @@ class ResponsesRequest(SamplingFields):
 
     @property
     def includes_encrypted_reasoning(self) -> bool:
-        """Whether reasoning also comes as the text that only this server reads."""
+        """Whether the answer includes reasoning encoded for sending back (`encrypted_content`)."""
         return _ENCRYPTED_REASONING in (self.include or ())
 
     @property

@@ -1,4 +1,4 @@
-"""Answers of the Responses API that later requests may follow, in memory and bounded."""
+"""Stores responses in bounded memory for `previous_response_id`."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from core.types import ChatMessage
 
-# What Python's objects around a message's texts come to, roughly.
+# Rough overhead of the Python objects around a message's texts.
 _MESSAGE_BYTES = 256
 
 
@@ -19,10 +19,10 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """At most `max_count` answers of `max_bytes` together; the least recently used go first.
+    """LRU store of at most `max_count` answers with `max_bytes` in total.
 
-    Conversations that share messages share their memory, and a shared message counts once.  What
-    is larger than the whole store is not kept.  A restart forgets all.
+    Conversations that share messages share their memory, and a shared message counts once.  An
+    answer larger than the whole store is not stored.  A restart empties the store.
     """
 
     def __init__(self, *, max_count: int, max_bytes: int) -> None:
@@ -36,7 +36,7 @@ class ResponseStore:
         return len(self._responses)
 
     def put(self, response_id: str, body: bytes, conversation: Sequence[ChatMessage]) -> None:
-        """Keep an answer; what has to make room for it is forgotten."""
+        """Store an answer, evicting the least recently used ones."""
         stored = StoredResponse(body, tuple(conversation))
         if len(body) + sum(map(_size, conversation)) > self._max_bytes:
             return
@@ -47,14 +47,14 @@ class ResponseStore:
             self._count(oldest, -1)
 
     def get(self, response_id: str) -> StoredResponse | None:
-        """Return an answer and note that it was used."""
+        """Return an answer and mark it as recently used."""
         stored = self._responses.get(response_id)
         if stored is not None:
             self._responses.move_to_end(response_id)
         return stored
 
     def delete(self, response_id: str) -> bool:
-        """Forget an answer; answers that followed it keep their conversation.  False: unknown."""
+        """Delete an answer; its follow-ups keep their conversation.  Returns False if unknown."""
         stored = self._responses.pop(response_id, None)
         if stored is None:
             return False
@@ -84,5 +84,5 @@ def _size(message: ChatMessage) -> int:
         message.reasoning,
         *(text for call in calls for text in (call.id, call.name, call.arguments)),
     )
-    # Four bytes a character at most, whatever the text.
+    # At most four bytes per character.
     return _MESSAGE_BYTES * (1 + len(calls)) + 4 * sum(len(text) for text in texts if text)

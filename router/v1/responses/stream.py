@@ -1,4 +1,4 @@
-"""Events → the typed event stream of OpenAI's Responses API."""
+"""Formats events as the typed event stream of OpenAI's Responses API."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _dumps = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class ResponseEvents(StreamFormatter):
-    """The response, its items one after another with all their steps, the response again."""
+    """Emits the response, each item with all its steps, and the final response."""
 
     def __init__(self, builder: ResponseBuilder) -> None:
         super().__init__(builder.generation)
@@ -36,7 +36,7 @@ class ResponseEvents(StreamFormatter):
         return "".join(self._event(name, {"response": response}) for name in names)
 
     def chunks(self, events: Sequence[TaggedEvent]) -> str:
-        """Return the SSE text of `events`; the commonest, more text, is one concatenation."""
+        """Return the SSE text of `events`; a text delta, the common case, is one concatenation."""
         texts: list[str] = []
         for index, event in events:
             part = self._assembler.current
@@ -61,7 +61,7 @@ class ResponseEvents(StreamFormatter):
         return "".join(texts)
 
     def closing(self) -> str:
-        """Return the whole response, which is stored with this."""
+        """Return the final response; this also stores it."""
         response: JsonValue = self._builder.finished(self._assembler)
         return self._event(
             f"response.{final_status(self._assembler.finished)}", {"response": response}

@@ -239,7 +239,7 @@ async def test_whole_tool_input_is_an_object_whatever_the_model_wrote_i10(
         ({"tools": [TOOL, TOOL]}, "tools[1].name", "two tools"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens", "required"),
         ({"thinking": {"type": "enabled", "budget_tokens": 100}}, "thinking.budget_tokens", "less"),
-        ({"thinking": {"type": "disabled", "budget_tokens": 5}}, "thinking.budget_tokens", "otherwise"),
+        ({"thinking": {"type": "disabled", "budget_tokens": 5}}, "thinking.budget_tokens", "only"),
         ({"mcp_servers": [{"url": "http://x"}]}, "mcp_servers", "not supported"),
         ({"container": "c"}, "container", "not supported"),
         ({"speed": "fast"}, "speed", "not supported"),
