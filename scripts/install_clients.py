@@ -1,4 +1,4 @@
-"""Installs the agents of the end-to-end tests into the user's cache folder."""
+"""Installs the coding agents that the end-to-end tests use into the user's cache folder."""
 
 import fcntl
 import hashlib
@@ -23,7 +23,7 @@ class ClientsUnavailable(Exception):
 
 
 def clients_folder() -> Path:
-    """Return the folder whose `node_modules` holds the agents, installed once per lock file.
+    """Install the agents once per lock file; return the folder that has their `node_modules`.
 
     Blocks, for a minute the first time; a second caller waits for the first.  Raises
     ClientsUnavailable without Node.js, RuntimeError when npm fails.
@@ -40,20 +40,22 @@ def clients_folder() -> Path:
 
 
 def require_node() -> str:
-    """Return npm's path.  Raises ClientsUnavailable unless Node.js is there and new enough."""
+    """Return npm's path.  Raises ClientsUnavailable unless Node.js is new enough."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         raise ClientsUnavailable(f"Node.js {OLDEST_NODE} or newer with npm is not installed")
     done = subprocess.run([node, "--version"], capture_output=True, text=True, check=False)
     found = re.match(r"v(\d+)\.", done.stdout)
     if found is None or int(found[1]) < OLDEST_NODE:
-        said = done.stdout.strip() or f"code {done.returncode}"
-        raise ClientsUnavailable(f"Node.js {OLDEST_NODE} or newer is needed; node says {said}")
+        version = done.stdout.strip() or f"exit code {done.returncode}"
+        raise ClientsUnavailable(
+            f"Node.js {OLDEST_NODE} or newer is needed; node --version gives {version}"
+        )
     return npm
 
 
 def _key() -> str:
-    """Return a name for what the lock file installs on this kind of machine."""
+    """Return a digest of platform and lock file, which names the installation's folder."""
     digest = hashlib.sha256(f"{sys.platform} {platform.machine()}".encode())
     for name in MANIFEST_FILES:
         digest.update((MANIFEST / name).read_bytes())
@@ -61,13 +63,13 @@ def _key() -> str:
 
 
 def _install(npm: str, target: Path) -> None:
-    """Install into a folder beside `target`, which appears only when complete."""
+    """Install into a temporary folder and rename it to `target` when complete."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch) / "clients"
         folder.mkdir()
         for name in MANIFEST_FILES:
             shutil.copy(MANIFEST / name, folder)
-        # The agents' own install scripts are not needed, so none of them is run.
+        # The agents' own install scripts are not needed, so they are not run.
         command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
         try:
             done = subprocess.run(
@@ -79,18 +81,20 @@ def _install(npm: str, target: Path) -> None:
                 timeout=_INSTALL_LIMIT_S,
             )
         except subprocess.TimeoutExpired as late:
-            raise RuntimeError(f"npm ci took longer than {_INSTALL_LIMIT_S:g} s") from late
+            raise RuntimeError(
+                f"npm ci took longer than {_INSTALL_LIMIT_S:g} s; check the network, then retry"
+            ) from late
         if done.returncode != 0:
             raise RuntimeError(f"npm ci failed with code {done.returncode}:\n{done.stderr[-2000:]}")
         folder.rename(target)
 
 
 def main() -> int:
-    """Install and print the folder; without Node.js say so, which is no failure."""
+    """Install the agents and print their folder; a missing Node.js is reported, not a failure."""
     try:
         print(clients_folder())
     except ClientsUnavailable as reason:
-        print(f"The agents of the end-to-end tests are not installed: {reason}.")
+        print(f"The agents of the end-to-end tests were not installed: {reason}.")
     except RuntimeError as problem:
         sys.stderr.write(f"{problem}\n")
         return 1

@@ -1,7 +1,7 @@
-"""Sets a client up for this server.
+"""Configures a client for this server.
 
-Shows what would change; with --apply writes it, keeping a backup of each file.  Then tests the
-connection as the client would: the models, a stream, a tool call and its result.
+Shows what would change; --apply writes it and keeps a backup of each file.  Then tests the
+connection as the client would: model list, stream, tool call with its result.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from scripts.connect_lib.server import Model, Target, choose, list_models, norma
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 0 when all that was asked for worked, else 1."""
+    """Run the command line; return 0 if everything succeeded, else 1."""
     options = _parser().parse_args(arguments)
     client = CLIENTS[options.client]
     key = options.key or os.environ.get("IMPETUS_API_KEY", "")
@@ -46,14 +46,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("client", choices=sorted(CLIENTS))
-    parser.add_argument("--model", help="id or alias; else the one that fits the client best")
-    parser.add_argument("--base-url", help="the server's; else this project's own settings")
-    parser.add_argument("--key", help="the server's key; else IMPETUS_API_KEY")
+    parser.add_argument("--model", help="model id or alias (default: the best one for the client)")
+    parser.add_argument("--base-url", help="base URL of the server (default: from the settings)")
+    parser.add_argument("--key", help="API key of the server (default: IMPETUS_API_KEY)")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--apply", action="store_true", help="write, keeping backups")
-    action.add_argument("--undo", action="store_true", help="put the newest backups back")
+    action.add_argument("--apply", action="store_true", help="write the changes and keep backups")
+    action.add_argument("--undo", action="store_true", help="restore the newest backups")
     parser.add_argument(
-        "--force", action="store_true", help="with --undo: also where a file was changed since"
+        "--force", action="store_true", help="with --undo: restore even if a file was changed since"
     )
     return parser
 
@@ -62,7 +62,7 @@ def _own_url() -> str:
     try:
         return Settings().base_url
     except ValidationError as problem:
-        raise ConnectError(f"A setting is wrong: {problem}") from problem
+        raise ConnectError(f"A setting is invalid; correct it or unset it: {problem}") from problem
 
 
 def _set_up(client: Client, target: Target, model: Model, *, is_applied: bool) -> None:
@@ -79,7 +79,7 @@ def _set_up(client: Client, target: Target, model: Model, *, is_applied: bool) -
         print(f"\n{preview(edit, secrets)}")
     print()
     if not is_applied:
-        print("        Nothing was written; --apply does it.")
+        print("        Nothing was written; run again with --apply to write it.")
         return
     _write(changes)
     if client.hint:
@@ -87,7 +87,7 @@ def _set_up(client: Client, target: Target, model: Model, *, is_applied: bool) -
 
 
 def _write(changes: Sequence[Edit]) -> None:
-    """Write all files or none."""
+    """Write all files, or restore those already written if one fails."""
     written: list[Edit] = []
     try:
         for edit in changes:
@@ -97,17 +97,20 @@ def _write(changes: Sequence[Edit]) -> None:
     except ConnectError:
         for edit in written:
             undo(edit.path)
-            print(f"        put back: {edit.path}")
+            print(f"        restored: {edit.path}")
         raise
 
 
 def _undo(client: Client, *, is_forced: bool) -> int:
     paths = client.paths()
     if not paths:
-        raise ConnectError(f"{client.title} is set up by hand; there is nothing to undo.")
+        raise ConnectError(
+            f"Nothing to undo: scripts/connect writes no files for {client.title}; remove by hand "
+            "what you copied."
+        )
     backups = [(path, undo(path, is_forced=is_forced)) for path in paths]
     for path, backup in backups:
-        print(f"ok      put back: {path}" if backup else f"        no backup of {path}")
+        print(f"ok      restored: {path}" if backup else f"        no backup of {path}")
     return 0 if any(backup for _, backup in backups) else 1
 
 

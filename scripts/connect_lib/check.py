@@ -1,4 +1,4 @@
-"""Tries the connection as a client would: a stream, and a tool call answered with its result."""
+"""Tests the connection as a client would: a stream, and a tool call with its result."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ import httpx
 
 from scripts.connect_lib.server import Model, Target
 
-# A cold model is loaded first, and a large one takes its time.
+# Includes loading the model, which takes long for a large one.
 _TIMEOUT_S = 300.0
 _ANSWER_TOKENS = 64
 _SCHEMA = {
@@ -20,24 +20,24 @@ _SCHEMA = {
 }
 _NAME = "get_weather"
 _ABOUT = "Tells the weather of a city."
-_ASKED = {"role": "user", "content": "What is the weather in Paris?"}
+_QUESTION = {"role": "user", "content": "What is the weather in Paris?"}
 _RESULT = "Sunny, 21 degrees."
 
 
 class CheckFailed(Exception):
-    """What the server answered instead of what a client needs."""
+    """The server's answer lacks something that a client needs; the text names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One check: its name, and why it failed, if it did."""
+    """Result of one check; `problem` is empty if it passed."""
 
     name: str
     problem: str = ""
 
 
 def run_checks(wire: str, target: Target, model: Model) -> Iterator[Outcome]:
-    """Yield what passed and what did not, one after the other; blocks for each."""
+    """Run the checks one by one and yield each outcome; blocks during each check."""
     with httpx.Client(timeout=_TIMEOUT_S) as client:
         if not model.chats:
             yield _outcome("embedding", lambda: _embedding(client, target, model))
@@ -55,7 +55,7 @@ def _outcome(name: str, check: Callable[[], None]) -> Outcome:
     except (CheckFailed, httpx.HTTPError) as problem:
         return Outcome(name, str(problem) or type(problem).__name__)
     except (ValueError, KeyError, IndexError, TypeError) as problem:
-        return Outcome(name, f"an answer of another shape: {problem!r}")
+        return Outcome(name, f"unexpected format of the answer: {problem!r}")
     return Outcome(name)
 
 
@@ -63,7 +63,7 @@ def _embedding(client: httpx.Client, target: Target, model: Model) -> None:
     body = {"model": model.id, "input": ["hello"]}
     answer = _post(client, f"{target.base_url}/embeddings", target.headers, body)
     if not answer["data"][0]["embedding"]:
-        raise CheckFailed("the vector is empty")
+        raise CheckFailed("the embedding is empty")
 
 
 def _openai_stream(client: httpx.Client, target: Target, model: Model) -> None:
@@ -86,7 +86,7 @@ def _openai_tools(client: httpx.Client, target: Target, model: Model) -> None:
     function = {"name": _NAME, "description": _ABOUT, "parameters": _SCHEMA}
     body: dict[str, Any] = {
         "model": model.id,
-        "messages": [_ASKED],
+        "messages": [_QUESTION],
         "max_tokens": _ANSWER_TOKENS,
         "tools": [{"type": "function", "function": function}],
         "tool_choice": "required",
@@ -98,8 +98,8 @@ def _openai_tools(client: httpx.Client, target: Target, model: Model) -> None:
         raise CheckFailed("the model called no tool")
     _check_call(calls[0]["function"]["name"], json.loads(calls[0]["function"]["arguments"]))
     result = {"role": "tool", "tool_call_id": calls[0]["id"], "content": _RESULT}
-    said = {"role": "assistant", "content": message.get("content"), "tool_calls": calls[:1]}
-    body |= {"messages": [_ASKED, said, result], "tool_choice": "auto"}
+    call = {"role": "assistant", "content": message.get("content"), "tool_calls": calls[:1]}
+    body |= {"messages": [_QUESTION, call, result], "tool_choice": "auto"}
     if not _post(client, url, target.headers, body)["choices"][0]["finish_reason"]:
         raise CheckFailed("the answer to the tool's result has no finish_reason")
 
@@ -125,7 +125,7 @@ def _anthropic_stream(client: httpx.Client, target: Target, model: Model) -> Non
 def _anthropic_tools(client: httpx.Client, target: Target, model: Model) -> None:
     body: dict[str, Any] = {
         "model": model.id,
-        "messages": [_ASKED],
+        "messages": [_QUESTION],
         "max_tokens": _ANSWER_TOKENS,
         "tools": [{"name": _NAME, "description": _ABOUT, "input_schema": _SCHEMA}],
         "tool_choice": {"type": "any"},
@@ -137,8 +137,8 @@ def _anthropic_tools(client: httpx.Client, target: Target, model: Model) -> None
         raise CheckFailed("the model called no tool")
     _check_call(calls[0]["name"], calls[0]["input"])
     result = {"type": "tool_result", "tool_use_id": calls[0]["id"], "content": _RESULT}
-    said = {"role": "assistant", "content": calls[:1]}
-    body["messages"] = [_ASKED, said, {"role": "user", "content": [result]}]
+    call = {"role": "assistant", "content": calls[:1]}
+    body["messages"] = [_QUESTION, call, {"role": "user", "content": [result]}]
     body["tool_choice"] = {"type": "auto"}
     if not _post(client, url, headers, body)["stop_reason"]:
         raise CheckFailed("the answer to the tool's result has no stop_reason")
@@ -161,7 +161,7 @@ def _post(
 def _events(
     client: httpx.Client, url: str, headers: Mapping[str, str], body: Mapping[str, Any]
 ) -> list[str]:
-    """Return the data of all events of a stream."""
+    """Return the `data` fields of all events in a stream."""
     with client.stream("POST", url, headers=dict(headers), json=body) as answer:
         if answer.is_error:
             answer.read()
@@ -173,10 +173,10 @@ def _events(
 def _raise_status(answer: httpx.Response) -> None:
     if answer.is_error:
         try:
-            said = str(answer.json()["error"]["message"])
+            message = str(answer.json()["error"]["message"])
         except (ValueError, KeyError, TypeError):
-            said = answer.text[:200]
-        raise CheckFailed(f"HTTP {answer.status_code}: {said}")
+            message = answer.text[:200]
+        raise CheckFailed(f"HTTP {answer.status_code}: {message}")
 
 
 def _raise_error(chunks: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What each client's configuration is, and where it lies."""
+"""Configuration files and contents of each client that `scripts/connect` can set up."""
 
 import os
 import sys
@@ -15,15 +15,15 @@ from scripts.connect_lib.problems import ConnectError
 from scripts.connect_lib.server import Model, Target
 from scripts.connect_lib.texts import langchain_text, open_webui_text, openai_text
 
-# What Claude Code asks for at most in one answer, so that the prompt keeps its room.
+# Claude Code's answers may take this fraction (1/4) of the context; the prompt gets the rest.
 _ANSWER_SHARE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One client: the files that set it up, or a text to take over by hand.
+    """A client: the files that configure it, or a text for the user to copy.
 
-    `wire` is the API that it speaks; `hint` says what is left to do.
+    `wire` is the API that it uses; `hint` is the remaining step for the user.
     """
 
     title: str
@@ -160,7 +160,9 @@ def _llm_paths() -> Sequence[Path]:
 
 def _llm_edits(target: Target, model: Model) -> Sequence[Edit]:
     if not model.chats:
-        raise ConnectError(f"llm takes chat models here; {model.id} is none.")
+        raise ConnectError(
+            f"llm needs a chat model and {model.id} is not one; choose another with --model."
+        )
     models_path, keys_path = _llm_paths()
     entry = {
         "model_id": model.id,

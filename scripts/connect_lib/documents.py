@@ -1,4 +1,4 @@
-"""Configuration files as objects: changed in place, with everything else kept as it is."""
+"""Edits JSON and YAML configuration files, preserving comments, order and layout."""
 
 import copy
 import io
@@ -11,16 +11,17 @@ from ruamel.yaml.error import YAMLError
 
 from scripts.connect_lib.problems import ConnectError
 
-# How deep mappings and lists are indented, and where a list's dash stands.
+# Indentation of mappings and of lists, and the offset of a list's dash.
 _STYLES = ((2, 2, 0), (2, 4, 2), (4, 4, 2), (4, 4, 0), (4, 6, 4), (2, 3, 1))
 
 Change = Callable[[Any], None]
 
 
 def changed_json(text: str | None, change: Change) -> str:
-    """Return JSON `text` after `change`, in its own indentation.
+    """Return JSON `text` after `change`, with its indentation preserved.
 
-    Raises ConnectError for what is no plain JSON object, comments included: they would be lost.
+    Raises ConnectError unless it is a plain JSON object; comments are refused, since they would
+    be lost.
     """
     if text is None or not text.strip():
         data: Any = {}
@@ -30,10 +31,10 @@ def changed_json(text: str | None, change: Change) -> str:
         data = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as problem:
         raise ConnectError(
-            f"it is not plain JSON ({problem}); comments could not be kept"
+            f"it is not plain JSON ({problem}); remove its comments, or edit it by hand"
         ) from None
     if not isinstance(data, dict):
-        raise ConnectError("it holds no JSON object")
+        raise ConnectError("it is not a JSON object; edit it by hand")
     before = copy.deepcopy(data)
     _apply(change, data)
     if data == before:
@@ -43,9 +44,9 @@ def changed_json(text: str | None, change: Change) -> str:
 
 
 def changed_yaml(text: str | None, change: Change, *, is_list: bool = False) -> str:
-    """Return YAML `text` after `change`, with comments, order and quotes as they are.
+    """Return YAML `text` after `change`, with comments, order and quotes preserved.
 
-    Raises ConnectError where writing it again would change more than what is meant.
+    Raises ConnectError if rewriting the file would change anything else.
     """
     if text is None or not text.strip():
         data: Any = [] if is_list else {}
@@ -54,27 +55,29 @@ def changed_yaml(text: str | None, change: Change, *, is_list: bool = False) -> 
     writer = _faithful_writer(text)
     data = writer.load(text)
     if not isinstance(data, list if is_list else dict):
-        raise ConnectError(f"it holds no YAML {'list' if is_list else 'mapping'}")
+        raise ConnectError(f"it is not a YAML {'list' if is_list else 'mapping'}; edit it by hand")
     before = copy.deepcopy(data)
     _apply(change, data)
     if data == before:
         return text
     result = _dumped(writer, data)
     if writer.load(result) != data:
-        raise ConnectError("writing it again would change its meaning")
+        raise ConnectError("rewriting it would change its meaning; edit it by hand")
     return result
 
 
 def _apply(change: Change, data: Any) -> None:
-    """Change `data`; a part of another shape than the client's own is the file's fault."""
+    """Apply `change` to `data`.  Raises ConnectError if the file has an unexpected structure."""
     try:
         change(data)
     except (AttributeError, TypeError, KeyError, IndexError) as problem:
-        raise ConnectError(f"a part of it is not as the client writes it ({problem})") from problem
+        raise ConnectError(
+            f"its structure is not the one that the client writes ({problem}); edit it by hand"
+        ) from problem
 
 
 def _faithful_writer(text: str) -> YAML:
-    """Return a writer that writes what it read without a difference."""
+    """Return a YAML writer whose style reproduces `text` exactly.  Raises ConnectError."""
     try:
         for mapping, sequence, offset in _STYLES:
             writer = YAML()
@@ -85,8 +88,8 @@ def _faithful_writer(text: str) -> YAML:
                 return writer
     except (YAMLError, ValueError, RecursionError) as problem:
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise ConnectError(f"it is not valid YAML ({reason})") from None
-    raise ConnectError("its comments or layout could not be kept")
+        raise ConnectError(f"it is not valid YAML ({reason}); correct it first") from None
+    raise ConnectError("its comments or layout could not be preserved; edit it by hand")
 
 
 def _dumped(writer: YAML, data: Any) -> str:
@@ -98,7 +101,7 @@ def _dumped(writer: YAML, data: Any) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key appears twice")
     return found
 
 

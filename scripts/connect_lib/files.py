@@ -1,4 +1,4 @@
-"""Writing a configuration file with a backup, and taking it back."""
+"""Writes configuration files with backups, and restores them (`--apply` and `--undo`)."""
 
 import difflib
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from scripts.connect_lib.problems import ConnectError
 
 _MARK = ".impetus-"
-# A backup of a file that did not exist: taking it back deletes the file.
+# Suffix of the backup of a file that did not exist: restoring it deletes the file.
 _ABSENT = "absent"
 _KEPT = "bak"
 _SECRET = re.compile(
@@ -25,9 +25,9 @@ _VALUE = re.compile(r"(:\s*).+")
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One file as it is and as it shall be; `before` None where it does not exist.
+    """A file's text before and after a change; `before` is None if the file does not exist.
 
-    In a file that `holds_secrets` every value is one.
+    With `holds_secrets`, every value in the file is treated as a secret.
     """
 
     path: Path
@@ -37,24 +37,26 @@ class Edit:
 
     @property
     def changes_something(self) -> bool:
-        """Whether the file is not yet as it shall be."""
+        """Whether the file has to be written."""
         return self.before != self.after
 
 
 def read_text(path: Path) -> str | None:
-    """Return a file's text, None without a file.  Raises ConnectError."""
+    """Return a file's text, or None if it does not exist.  Raises ConnectError."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as problem:
-        raise ConnectError(f"{path} cannot be read: {problem}") from problem
+        raise ConnectError(
+            f"{path} cannot be read ({problem}); check its permissions."
+        ) from problem
 
 
 def planned(
     path: Path, change: Callable[[str | None], str], *, holds_secrets: bool = False
 ) -> Edit:
-    """Return what `change` makes of the file.  Raises ConnectError naming it."""
+    """Return the edit that `change` makes to the file.  Raises ConnectError naming the file."""
     before = read_text(path)
     try:
         return Edit(path, before, change(before), holds_secrets)
@@ -63,26 +65,26 @@ def planned(
 
 
 def preview(edit: Edit, secrets: Iterable[str]) -> str:
-    """Return the change as a unified diff, every secret in it hidden."""
+    """Return the change as a unified diff, with every secret replaced by `***`."""
     before, after = (edit.before or "").splitlines(), edit.after.splitlines()
     origin = str(edit.path) if edit.before is not None else "/dev/null"
     lines = difflib.unified_diff(before, after, origin, str(edit.path), n=2, lineterm="")
-    # The file may hold secrets of others, too: what stands behind the name of one goes.
+    # The file may also hold other secrets: values after names such as `token` are hidden.
     pattern = _VALUE if edit.holds_secrets else _SECRET
     return "\n".join(pattern.sub(r"\1***", hidden(line, secrets)) for line in lines)
 
 
 def hidden(text: str, secrets: Iterable[str]) -> str:
-    """Return `text` without `secrets`."""
+    """Return `text` with every secret replaced by `***`."""
     for secret in secrets:
         text = text.replace(secret, "***")
     return text
 
 
 def apply(edit: Edit) -> Path:
-    """Write the file at once and whole, and return its backup.
+    """Write the file atomically and return its backup.
 
-    Raises ConnectError, the file being as before.
+    Raises ConnectError; the file is then unchanged.
     """
     target = Path(os.path.realpath(edit.path))
     kind = _ABSENT if edit.before is None else _KEPT
@@ -94,18 +96,20 @@ def apply(edit: Edit) -> Path:
         _replace(backup, edit.before or "", 0o600)
         _replace(target, edit.after, mode)
     except OSError as problem:
-        raise ConnectError(f"{target} cannot be written: {problem.strerror}.") from problem
+        raise ConnectError(
+            f"{target} cannot be written ({problem.strerror}); check its permissions."
+        ) from problem
     return backup
 
 
 def undo(path: Path, *, is_forced: bool = False) -> Path | None:
-    """Put back what the newest backup holds and return that backup; None without one.
+    """Restore the newest backup and return it; None if there is none.
 
-    Raises ConnectError when the file was changed since; with `is_forced` what it holds now is
-    kept beside it instead.
+    Raises ConnectError if the file was changed after the backup; with `is_forced` its current
+    text is kept beside it as `NAME.undone` instead.
     """
     target = Path(os.path.realpath(path))
-    # Names sort by time; the digest after it decides nothing.
+    # Names sort by their time stamp; the digest comes after it.
     backups = sorted(target.parent.glob(f"{target.name}{_MARK}*"))
     if not backups:
         return None
@@ -114,8 +118,8 @@ def undo(path: Path, *, is_forced: bool = False) -> Path | None:
     is_changed = current is None or backup.stem.rpartition("-")[2] != _digest(current)
     if is_changed and not is_forced:
         raise ConnectError(
-            f"{target} was changed since; what was there before is in {backup}. "
-            f"--undo --force puts it back all the same."
+            f"{target} was changed since the backup {backup}. Run again with --undo --force to "
+            f"restore it; the current text is then kept as {target.name}.undone."
         )
     try:
         if current is not None and is_changed:
@@ -127,7 +131,9 @@ def undo(path: Path, *, is_forced: bool = False) -> Path | None:
             _replace(target, backup.read_text(encoding="utf-8"), mode)
         backup.unlink()
     except OSError as problem:
-        raise ConnectError(f"{target} cannot be written: {problem.strerror}.") from problem
+        raise ConnectError(
+            f"{target} cannot be written ({problem.strerror}); check its permissions."
+        ) from problem
     return backup
 
 

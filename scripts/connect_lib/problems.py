@@ -1,5 +1,5 @@
-"""What ends the script with a message, nothing having been changed."""
+"""The error that ends `scripts/connect` with a message; no file was changed."""
 
 
 class ConnectError(Exception):
-    """A message for the person at the terminal."""
+    """A message for the user: what was wrong and what to do next."""

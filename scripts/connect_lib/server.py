@@ -1,4 +1,4 @@
-"""The server as clients see it: its models, and the one to use."""
+"""Reads the server's model list and selects the model for a client."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,30 +15,30 @@ _TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the server is: `base_url` ends in `/v1`; `key` empty where none is asked for."""
+    """The server's address and key: `base_url` ends in `/v1`; `key` is empty if none is needed."""
 
     base_url: str
     key: str = ""
 
     @property
     def root(self) -> str:
-        """The address without `/v1`, as Anthropic's clients take it."""
+        """The address without `/v1`, which Anthropic's clients expect."""
         return self.base_url.removesuffix("/v1")
 
     @property
     def shown_key(self) -> str:
-        """A key for clients that insist on one."""
+        """The key, or a placeholder for clients that require one."""
         return self.key or NO_KEY
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """How OpenAI's clients say the key."""
+        """The authorization header that OpenAI's clients send."""
         return {"Authorization": f"Bearer {self.shown_key}"}
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a client's configuration says of a model."""
+    """The properties of a model that a client's configuration needs."""
 
     id: str
     context_tokens: int
@@ -48,55 +48,67 @@ class Model:
 
     @property
     def chats(self) -> bool:
-        """Whether it answers conversations."""
+        """Whether the model can chat."""
         return "chat" in self.capabilities
 
 
 def normal_url(text: str) -> str:
-    """Return the base URL with its `/v1`.  Raises ConnectError for what is no HTTP address."""
+    """Return the base URL ending in `/v1`.  Raises ConnectError unless it is an HTTP address."""
     try:
         url = httpx.URL(text)
     except httpx.InvalidURL as problem:
-        raise ConnectError(f"{text!r} is no address: {problem}.") from problem
+        raise ConnectError(
+            f"{text!r} is not a valid address ({problem}); use one like http://127.0.0.1:8000/v1."
+        ) from problem
     if url.scheme not in ("http", "https") or not url.host:
-        raise ConnectError(f"{text!r} is no address; one looks like http://127.0.0.1:8000/v1.")
+        raise ConnectError(
+            f"{text!r} is not a valid address; use one like http://127.0.0.1:8000/v1."
+        )
     trimmed = text.rstrip("/")
     return trimmed if trimmed.endswith("/v1") else f"{trimmed}/v1"
 
 
 def list_models(target: Target) -> Sequence[Mapping[str, Any]]:
-    """Return the entries of `/v1/models`.  Raises ConnectError with what to do."""
+    """Return the entries of `/v1/models`.  Raises ConnectError."""
     url = f"{target.base_url}/models"
     try:
         answer = httpx.get(url, headers=dict(target.headers), timeout=_TIMEOUT_S)
     except httpx.HTTPError as problem:
         raise ConnectError(
-            f"{url} does not answer ({problem}). Start the server, or name another --base-url."
+            f"{url} does not respond ({problem}). Start the server with scripts/serve, or pass "
+            "another --base-url."
         ) from problem
     if answer.status_code == 401:
-        raise ConnectError("The server wants a key: set IMPETUS_API_KEY or give --key.")
+        raise ConnectError("The server requires an API key: set IMPETUS_API_KEY or pass --key.")
     try:
         entries = answer.raise_for_status().json()["data"]
     except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as problem:
-        raise ConnectError(f"{url} does not list models ({problem}).") from problem
+        raise ConnectError(
+            f"{url} did not return a model list ({problem}); check --base-url."
+        ) from problem
     return [entry for entry in entries if isinstance(entry, dict) and "id" in entry]
 
 
 def choose(entries: Sequence[Mapping[str, Any]], client: str, wanted: str | None) -> Model:
-    """Return the model that `wanted` names, under that name, else the one that fits best.
+    """Return the model named `wanted`, under that name, or else the best one for `client`.
 
-    Raises ConnectError where there is none, with the reason.
+    Raises ConnectError with the reason if there is none.
     """
     if wanted is not None:
         for entry in entries:
             if wanted == entry["id"] or wanted in entry.get("aliases", ()):
                 return replace(_model(entry, client), id=wanted)
         known = ", ".join(sorted(str(entry["id"]) for entry in entries))
-        raise ConnectError(f"The server has no model {wanted!r}; it has: {known or 'none'}.")
+        raise ConnectError(
+            f"The server has no model {wanted!r}; pass one of these to --model: {known or 'none'}."
+        )
     usable = [entry for entry in entries if _rank(entry, client)[0] > 0]
     if not usable:
-        raise ConnectError(f"The server has no model that {client} can use; see /v1/models.")
-    # Echo fits everything and answers nothing: it is taken where there is nothing else.
+        raise ConnectError(
+            f"The server has no model that {client} can use; `compatibility` in /v1/models has the "
+            "reasons."
+        )
+    # Echo is compatible with every client but useless to it: the last choice.
     best = max(usable, key=lambda entry: (entry.get("format") != "echo", _rank(entry, client)))
     return _model(best, client)
 
@@ -110,7 +122,7 @@ def _rank(entry: Mapping[str, Any], client: str) -> tuple[int, bool, int, int]:
 
 def _fit(entry: Mapping[str, Any], client: str) -> Mapping[str, Any]:
     fits = entry.get("compatibility", {})
-    # Another server says nothing of clients.
+    # Other servers have no `compatibility` field.
     fit: Mapping[str, Any] = fits.get(client, {"level": "ok", "reasons": []})
     return fit
 

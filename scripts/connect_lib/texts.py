@@ -1,10 +1,10 @@
-"""What is taken over by hand: environment lines and a snippet, never with a key in them."""
+"""Setup text to copy for clients without a configuration file; it never contains a key."""
 
 from scripts.connect_lib.server import NO_KEY, Model, Target
 
 
 def open_webui_text(target: Target, model: Model) -> str:
-    """Return Open WebUI's environment."""
+    """Return the environment variables of Open WebUI."""
     del model
     return (
         f"export OPENAI_API_BASE_URL={target.base_url}\n"
@@ -14,7 +14,7 @@ def open_webui_text(target: Target, model: Model) -> str:
 
 
 def openai_text(target: Target, model: Model) -> str:
-    """Return the environment that OpenAI's SDKs for Python and Node read."""
+    """Return the environment variables that OpenAI's SDKs for Python and Node.js read."""
     return (
         f"export OPENAI_BASE_URL={target.base_url}\n"
         f"export OPENAI_API_KEY={_key(target)}\n"
@@ -23,13 +23,13 @@ def openai_text(target: Target, model: Model) -> str:
 
 
 def langchain_text(target: Target, model: Model) -> str:
-    """Return a snippet for langchain-openai."""
+    """Return a code snippet for langchain-openai."""
     key = 'os.environ["IMPETUS_API_KEY"]' if target.key else f'"{NO_KEY}"'
     head = "import os\n\n" if target.key else ""
     if not model.chats:
         return (
             f"{head}from langchain_openai import OpenAIEmbeddings\n\n"
-            "# The texts go as they are: other models' token ids mean nothing here.\n"
+            "# Send texts, not token ids: other models' token ids are meaningless here.\n"
             f'model = OpenAIEmbeddings(model="{model.id}", base_url="{target.base_url}",\n'
             f"                         api_key={key}, check_embedding_ctx_length=False)\n"
             'print(len(model.embed_query("hello")))'

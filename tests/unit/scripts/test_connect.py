@@ -166,14 +166,14 @@ def test_cline_is_configured_as_its_own_command_does(home: Path, entries: Any) -
 @pytest.mark.parametrize(
     ("client", "text", "reason"),
     [
-        ("claude-code", '{"a": 1, // mine\n "b": 2}', "comments could not be kept"),
-        ("claude-code", '{"a": 1, "a": 2}', "a key stands twice"),
-        ("claude-code", "[]", "no JSON object"),
-        ("claude-code", '{"env": "x"}', "not as the client writes it"),
+        ("claude-code", '{"a": 1, // mine\n "b": 2}', "remove its comments"),
+        ("claude-code", '{"a": 1, "a": 2}', "a key appears twice"),
+        ("claude-code", "[]", "not a JSON object"),
+        ("claude-code", '{"env": "x"}', "not the one that the client writes"),
         ("continue", "models: [", "not valid YAML"),
-        ("continue", "a:   1\nmodels: []  # kept\n\n", "layout could not be kept"),
-        ("continue", "- 1\n", "no YAML mapping"),
-        ("llm", "a: 1\n", "no YAML list"),
+        ("continue", "a:   1\nmodels: []  # kept\n\n", "layout could not be preserved"),
+        ("continue", "- 1\n", "not a YAML mapping"),
+        ("llm", "a: 1\n", "not a YAML list"),
     ],
 )
 def test_what_cannot_be_merged_is_left_alone(
@@ -305,7 +305,7 @@ def test_the_model_that_fits_best_is_chosen() -> None:
 )
 def test_addresses_are_completed(given: str, wanted: str) -> None:
     assert normal_url(given) == wanted
-    with pytest.raises(ConnectError, match="no address"):
+    with pytest.raises(ConnectError, match="not a valid address"):
         normal_url("127.0.0.1:8000")
 
 

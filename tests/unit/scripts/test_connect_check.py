@@ -78,7 +78,7 @@ async def test_an_embedding_model_is_asked_for_a_vector() -> None:
     [
         (TEXT, "called no tool"),
         ((ToolCallDelta(0, "c", "other", "{}"), finished("tool_calls")), "does not match"),
-        ((ToolCallDelta(0, "c", "get_weather", "{"), finished("length")), "another shape"),
+        ((ToolCallDelta(0, "c", "get_weather", "{"), finished("length")), "unexpected format"),
     ],
 )
 async def test_a_wrong_call_is_told(call: Sequence[GenerationEvent], problem: str) -> None:
