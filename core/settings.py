@@ -158,8 +158,7 @@ class Settings(BaseSettings):
     keep_alive_s: Seconds | None = Field(
         default=None,
         ge=0,
-        description="Seconds after which an idle model is unloaded; unset: only when another model "
-        "needs its memory.",
+        description="Seconds after which an idle model is unloaded; unset: only to free memory.",
     )
 
     format_idle_s: float = Field(
