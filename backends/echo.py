@@ -14,7 +14,7 @@ from backends.base import (
     ModelInfo,
 )
 from backends.engine.batching import BatchingEngine
-from backends.grammar.constraint import Constraint, GrammarPlace
+from backends.grammar.constraint import Constraint, RestartableMask
 from backends.prompt.chat_format import ChatFormat
 from backends.prompt.prepare import Preparer
 from backends.stepper import SequenceSpec, StepOutput
@@ -42,7 +42,7 @@ class ByteTokenizer:
         """Return the byte itself."""
         return bytes((token_id,)) if token_id < END_TOKEN else b""
 
-    def mask(self, constraint: Constraint) -> GrammarPlace:
+    def mask(self, constraint: Constraint) -> RestartableMask:
         """Refuse grammars: the answer is fixed.  Raises UnsupportedParameter."""
         raise UnsupportedParameter(
             f"The echo model does not support {constraint.param}.", param=constraint.param

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from backends.base import EngineLoad
-from backends.grammar.constraint import Constraint, GrammarPlace, TokenMask
+from backends.grammar.constraint import Constraint, RestartableMask, TokenMask
 from backends.prefixes.reuse import Reuse
 from core.types import (
     SamplingParams,
@@ -90,7 +90,7 @@ class Tokenizer(Protocol):
         """Whether `mask` is supported."""
         ...
 
-    def mask(self, constraint: Constraint) -> GrammarPlace:
+    def mask(self, constraint: Constraint) -> RestartableMask:
         """Compile a grammar for this vocabulary.  Raises RequestError, UnsupportedParameter."""
         ...
 

@@ -1,4 +1,4 @@
-"""Tokens to events: detokenizing, stop strings, limits and the hand-over to the output parser."""
+"""Turns tokens into events: detokenization, stop strings, length limits and output parsing."""
 
 import codecs
 from collections.abc import Callable, Sequence
@@ -18,10 +18,9 @@ from core.types import (
 
 
 class Detokenizer:
-    """Turns token ids into text, never emitting a broken character.
+    """Incremental detokenizer that never emits part of a UTF-8 character.
 
-    Bytes that are certainly invalid become U+FFFD at once, an unfinished character at the end
-    becomes one U+FFFD.
+    Invalid bytes become U+FFFD at once; an incomplete character at the end becomes one U+FFFD.
     """
 
     __slots__ = ("_pending", "_token_bytes")
@@ -31,7 +30,7 @@ class Detokenizer:
         self._pending = b""
 
     def push(self, token_id: int) -> str:
-        """Return the text that is complete with this token."""
+        """Return the text that this token completes."""
         data = self._token_bytes(token_id)
         if self._pending:
             data = self._pending + data
@@ -40,16 +39,16 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """Return what an unfinished character at the end comes to."""
+        """Return the replacement of an incomplete character at the end, if any."""
         text, _ = codecs.utf_8_decode(self._pending, "replace", True)
         self._pending = b""
         return text
 
 
 class StopMatcher:
-    """Cuts text at the stop string that is complete first, however the text is split.
+    """Truncates streamed text at the first complete stop string.
 
-    Text is held back only while it may still become a stop string.
+    Text is held back only while it may become a stop string.
     """
 
     __slots__ = ("_characters", "_held", "_longest", "_stop", "is_matched", "matched")
@@ -63,7 +62,7 @@ class StopMatcher:
         self.matched = ""
 
     def push(self, text: str) -> str:
-        """Return the text that is certainly no part of a stop string."""
+        """Return the text that cannot be part of a stop string."""
         if self.is_matched:
             return ""
         text = self._held + text
@@ -83,7 +82,7 @@ class StopMatcher:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """Return the held text, which can no longer become a stop string."""
+        """Return the text held back; the text ends here."""
         held, self._held = self._held, ""
         return held
 
@@ -98,12 +97,12 @@ class StopMatcher:
 
 
 class TextAssembler:
-    """Turns one sequence's step outputs into events; serves streaming and not streaming alike.
+    """Turns one sequence's step outputs into events, for streamed and complete answers.
 
-    Every generated token's id, an end token's too, is carried by exactly one event: tokens whose
-    text is withheld travel with the next event, and those left at the end with an empty
-    TextDelta.  Logprobs travel with TextDeltas only, and an end token has none.
-    Stop strings are looked for in the raw text, reasoning and tool calls included.
+    Each generated token's id, including an end token's, is in exactly one event: ids of tokens
+    whose text is held back are in the next event, remaining ones at the end in an empty TextDelta.
+    Only TextDeltas have logprobs; an end token has none.
+    Stop strings are matched in the raw text, including reasoning and tool calls.
     """
 
     __slots__ = (
@@ -141,21 +140,21 @@ class TextAssembler:
 
     @property
     def mismatches(self) -> tuple[MismatchKind, ...]:
-        """What was wrong with the answer's tool calls."""
+        """Problems with the answer's tool calls."""
         return () if self._parser is None else tuple(self._parser.mismatches)
 
     @property
     def reason(self) -> FinishReason | None:
-        """Why the sequence has ended, or None while it goes on."""
+        """Why the sequence ended, or None while it continues."""
         return self._reason
 
     @property
     def matched_stop(self) -> str | None:
-        """The stop string that ended the text, if one did."""
+        """The stop string that ended the text, if any."""
         return (self._stop.matched or None) if self._stop is not None else None
 
     def push(self, output: StepOutput) -> list[GenerationEvent]:
-        """Return the events of one step; nothing for prefill, nor once `reason` is set."""
+        """Return the events of one step; none during prefill or once `reason` is set."""
         token_id = output.token_id
         if token_id is None or self._reason is not None:
             return []
@@ -180,22 +179,22 @@ class TextAssembler:
             pieces += self._end("stop")
         elif self._count >= self._max_tokens:
             pieces += self._end("length")
-        return self._carry(pieces)
+        return self._with_ids(pieces)
 
     def replay(self, token_ids: Sequence[int]) -> None:
-        """Take an answer's first tokens, whose events were sent already.
+        """Process the first tokens of a resumed answer, whose events were already sent.
 
-        They must end with a token whose id an event carried: all that was certain by then was
-        sent, and what was held back is held back again.
+        They must end with the last token id of an event: text that was held back at that point is
+        then held back again.
         """
         for token_id in token_ids:
             self.push(StepOutput(0, token_id))
 
     def finish(self, reason: FinishReason) -> list[GenerationEvent]:
-        """End the sequence from outside, as at the context's end; return what was held back."""
+        """End the sequence for an external reason, as a full context; return pending events."""
         if self._reason is not None:
             return []
-        return self._carry(self._end(reason))
+        return self._with_ids(self._end(reason))
 
     def _split(self, text: str) -> list[Piece]:
         if self._stop is not None:
@@ -207,9 +206,9 @@ class TextAssembler:
             return []
         if self._parser is None:
             return [TextDelta(text)]
-        return self._noted(self._parser.push(text))
+        return self._recorded(self._parser.push(text))
 
-    def _noted(self, pieces: list[Piece]) -> list[Piece]:
+    def _recorded(self, pieces: list[Piece]) -> list[Piece]:
         self._has_calls = self._has_calls or any(isinstance(p, ToolCallDelta) for p in pieces)
         return pieces
 
@@ -227,12 +226,12 @@ class TextAssembler:
             if self._stop is not None:
                 pieces += self._parse(self._stop.flush())
         if self._parser is not None:
-            pieces += self._noted(self._parser.flush())
+            pieces += self._recorded(self._parser.flush())
         self._reason = "tool_calls" if reason == "stop" and self._has_calls else reason
         return pieces
 
-    def _carry(self, pieces: list[Piece]) -> list[GenerationEvent]:
-        """Hand the ids of all tokens since the last event to one of `pieces`."""
+    def _with_ids(self, pieces: list[Piece]) -> list[GenerationEvent]:
+        """Attach the ids of all tokens since the last event to one of `pieces`."""
         if not pieces:
             if self._reason is None or not self._ids:
                 return []

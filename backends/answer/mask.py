@@ -1,4 +1,4 @@
-"""What bounds an answer beside its one grammar: calls once they began, and a reasoning budget."""
+"""Token mask of an answer: combines its grammar, tool-call grammars and a reasoning budget."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.answer.reasoning import ReasoningTags
-from backends.grammar.constraint import GrammarPlace, OpeningCall
+from backends.grammar.constraint import BareCallGrammar, RestartableMask
 from backends.stepper import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningPlan:
-    """How an answer's reasoning is told apart; `is_open` where the prompt has begun it.
+    """How reasoning is delimited; `is_open` if the prompt already opened it.
 
-    After `budget` tokens of reasoning its end is forced; None leaves it free.
+    After `budget` reasoning tokens the closing tag is forced; None means no limit.
     """
 
     tags: ReasoningTags
@@ -23,8 +23,8 @@ class ReasoningPlan:
     budget: int | None = None
 
 
-class _Reasoning:
-    """Where an answer stands: before, in or after its reasoning."""
+class _ReasoningTracker:
+    """Tracks whether an answer is before, in or after its reasoning."""
 
     def __init__(self, plan: ReasoningPlan, forced: Sequence[int]) -> None:
         self._open, self._close = plan.tags.open.encode(), plan.tags.close.encode()
@@ -37,13 +37,13 @@ class _Reasoning:
         self.is_over = False
 
     def accept(self, data: bytes) -> bytes:
-        """Take a token's bytes; return those that are after the reasoning."""
+        """Process a token's bytes; return those after the reasoning."""
         if not self._is_inside:
             return self._begin(data)
         self._count += 1
         self._text = (self._text + data)[-len(self._close) - len(data) :]
         _, found, rest = self._text.partition(self._close)
-        # A forced end is over with its last token, though it may hold more than the closing tag.
+        # A forced end is complete at its last token; it may contain more than the closing tag.
         is_forced = len(self._forced) < self._forced_count
         self.is_over = not self._forced if is_forced else bool(found)
         return rest if self.is_over else b""
@@ -61,46 +61,46 @@ class _Reasoning:
 
     @property
     def forced(self) -> list[int]:
-        """The tokens that must come now, if the budget is used up."""
+        """The tokens that must come next once the budget is used up."""
         is_due = self._budget is not None and self._is_inside and self._count >= self._budget
         return self._forced if is_due and not self.is_over else []
 
-    def note(self, token_id: int) -> None:
-        """Count a token of the forced end."""
+    def advance_forced(self, token_id: int) -> None:
+        """Advance the forced end if `token_id` is its next token."""
         if self.forced and self._forced[0] == token_id:
             self._forced.pop(0)
 
 
 class AnswerMask:
-    """Combines a grammar of the whole answer, grammars of begun calls, and a reasoning budget.
+    """Combines a grammar of the whole answer, tool-call grammars and a reasoning budget.
 
-    Implements `backends.base.TokenMask`.  `triggered` are the grammars of what follows a text:
-    nothing is masked before it is there, nor after the grammar is satisfied.  Text that a token
-    brings beside the trigger and that the grammar refuses leaves that call free.  `opening` is the
-    grammar of an answer that begins as a call without such a text, and what tells that it does.
+    Implements `backends.grammar.constraint.TokenMask`.  `triggered` are grammars that apply after
+    a text: nothing is masked before that text or after the grammar is satisfied.  If the rest of
+    the token that completes the text violates the grammar, that call is unconstrained.
+    `bare_call` applies if the answer starts as a call without such a text.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         *,
-        whole: GrammarPlace | None = None,
-        triggered: Sequence[tuple[str, GrammarPlace]] = (),
-        opening: tuple[OpeningCall, GrammarPlace] | None = None,
+        whole: RestartableMask | None = None,
+        triggered: Sequence[tuple[str, RestartableMask]] = (),
+        bare_call: tuple[BareCallGrammar, RestartableMask] | None = None,
         reasoning: ReasoningPlan | None = None,
     ) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._whole = whole
-        self._triggered = [(text.encode(), place) for text, place in triggered]
+        self._triggered = [(text.encode(), mask) for text, mask in triggered]
         self._longest = max((len(text) for text, _ in self._triggered), default=0)
-        self._opening = opening
+        self._bare_call = bare_call
         self._head = b""
-        self._reasoning: _Reasoning | None = None
+        self._reasoning: _ReasoningTracker | None = None
         if reasoning is not None:
             end = reasoning.tags.forced or reasoning.tags.close
             forced = tokenizer.encode(end, add_bos=False, parse_special=True)
-            self._reasoning = _Reasoning(reasoning, forced)
-        self._current: GrammarPlace | None = None
+            self._reasoning = _ReasoningTracker(reasoning, forced)
+        self._current: RestartableMask | None = None
         self._tail = b""
 
     @property
@@ -112,11 +112,11 @@ class AnswerMask:
 
     @property
     def problem(self) -> str:
-        """Why the whole answer is not bounded as it was to be; empty while it is."""
+        """Why the answer's grammar could not be enforced; empty if it was."""
         return self._whole.problem if self._whole is not None else ""
 
     def apply(self, logits: NDArray[np.float32]) -> None:
-        """Set the logits of the tokens that may not come next to -inf, in place."""
+        """Set the logits of disallowed tokens to -inf, in place."""
         forced = self._reasoning.forced if self._reasoning is not None else []
         if forced:
             logits[: forced[0]] = -np.inf
@@ -127,12 +127,12 @@ class AnswerMask:
             self._current.apply(logits)
 
     def accept(self, token_id: int) -> None:
-        """Move on past the chosen token."""
+        """Advance by the chosen token."""
         if self._whole is not None:
             self._whole.accept(token_id)
         data = self._token_bytes(token_id)
         if self._reasoning is not None and not self._reasoning.is_over:
-            self._reasoning.note(token_id)
+            self._reasoning.advance_forced(token_id)
             data = self._reasoning.accept(data)
             if not self._reasoning.is_over:
                 return
@@ -141,26 +141,28 @@ class AnswerMask:
             if self._current.is_finished:
                 self._current, self._tail = None, b""
             return
-        if self._opening is not None:
-            self._watch_opening(*self._opening, data)
+        if self._bare_call is not None:
+            self._match_bare_call(*self._bare_call, data)
         if self._triggered and self._current is None:
-            self._watch(data)
+            self._match_trigger(data)
 
-    def _watch_opening(self, opening: OpeningCall, place: GrammarPlace, data: bytes) -> None:
+    def _match_bare_call(
+        self, grammar: BareCallGrammar, mask: RestartableMask, data: bytes
+    ) -> None:
         self._head += data
-        found = opening.begin.match(self._head)
+        found = grammar.pattern.match(self._head)
         if found is not None and found.lastindex is not None:
-            begun = self._head[found.start(found.lastindex) :]
-            self._current = place if place.restart(begun) else None
-        if found is not None or len(self._head) > opening.longest:
-            self._opening = None
+            call = self._head[found.start(found.lastindex) :]
+            self._current = mask if mask.restart(call) else None
+        if found is not None or len(self._head) > grammar.max_bytes:
+            self._bare_call = None
 
-    def _watch(self, data: bytes) -> None:
+    def _match_trigger(self, data: bytes) -> None:
         self._tail += data
-        for text, place in self._triggered:
+        for text, mask in self._triggered:
             _, found, rest = self._tail.partition(text)
             if found:
-                self._current = place if place.restart(rest) else None
-                self._opening, self._tail = None, b""
+                self._current = mask if mask.restart(rest) else None
+                self._bare_call, self._tail = None, b""
                 return
         self._tail = self._tail[-self._longest :]

@@ -14,22 +14,22 @@ Piece: TypeAlias = TextDelta | ReasoningDelta | ToolCallDelta
 
 
 class OutputParser(Protocol):
-    """Splits a model's raw text into answer, reasoning and tool calls; pieces carry no ids."""
+    """Splits a model's raw text into answer, reasoning and tool calls; pieces have no token ids."""
 
     @property
     def is_done(self) -> bool:
-        """Whether generation has to end here, as after the one tool call that is allowed."""
+        """Whether generation has to end here, as after the only allowed tool call."""
         ...
 
     @property
     def mismatches(self) -> Sequence[MismatchKind]:
-        """What was wrong with the tool calls so far."""
+        """Problems with the tool calls so far."""
         ...
 
     def push(self, text: str) -> list[Piece]:
-        """Take the next text; return what is certain by now."""
+        """Parse the next text; return the pieces that are certain by now."""
         ...
 
     def flush(self) -> list[Piece]:
-        """Return what was held back; the text ends here."""
+        """End the text; return the pieces that were held back."""
         ...

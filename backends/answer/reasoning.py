@@ -1,4 +1,4 @@
-"""Separates a model's reasoning from its answer, and asks its template for more or less of it."""
+"""Separates reasoning from the answer, and maps reasoning effort to template variables."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ _COMMON = ("low", "medium", "high")
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """What begins and ends a model's reasoning; `forced` ends it where a budget does."""
+    """The tags around a model's reasoning; `forced` is the text that ends it at a budget."""
 
     open: str
     close: str
@@ -44,15 +44,15 @@ _KNOWN = (
 
 
 def reasoning_tags(template: str) -> ReasoningTags | None:
-    """Return the tags that a chat template shows, or None for a model that does not reason."""
+    """Return the reasoning tags in a chat template, or None for a model that does not reason."""
     for tags in _KNOWN:
         if tags.open in template or tags.close in template:
             return tags
     return None
 
 
-def split_held(text: str, marker: str) -> tuple[str, str]:
-    """Split off the end of `text` that may be spaces, and the start of `marker`, yet to come."""
+def split_partial_marker(text: str, marker: str) -> tuple[str, str]:
+    """Split off the end of `text`: trailing spaces and a possible start of `marker`."""
     for length in range(min(len(marker) - 1, len(text)), 0, -1):
         if text.endswith(marker[:length]):
             break
@@ -63,10 +63,10 @@ def split_held(text: str, marker: str) -> tuple[str, str]:
 
 
 class ReasoningParser:
-    """Takes what the tags enclose at the answer's start for reasoning; the rest goes to `inner`.
+    """Parses reasoning between tags at the start of the answer; passes the rest to `inner`.
 
-    `is_open` says that the prompt ends with the opening tag.  Unclosed reasoning stays
-    reasoning.  Space around both tags is dropped.
+    `is_open`: the prompt already ends with the opening tag.  Unclosed reasoning stays reasoning.
+    Whitespace around both tags is dropped.
     """
 
     def __init__(
@@ -86,18 +86,18 @@ class ReasoningParser:
 
     @property
     def mismatches(self) -> Sequence[MismatchKind]:
-        """What was wrong with the inner parser's calls so far."""
+        """Problems with the inner parser's calls so far."""
         return () if self._inner is None else self._inner.mismatches
 
     def push(self, text: str) -> list[Piece]:
-        """Take the next text; return what is certain by now."""
+        """Parse the next text; return the pieces that are certain by now."""
         pieces: list[Piece] = []
         while text:
             text = self._state(text, pieces)
         return pieces
 
     def flush(self) -> list[Piece]:
-        """Return what was held back; the text ends here."""
+        """End the text; return the pieces that were held back."""
         pieces: list[Piece] = []
         held, self._held = self._held, ""
         if self._state == self._think:
@@ -130,7 +130,7 @@ class ReasoningParser:
             thought = before.rstrip()
             self._state, self._is_after = self._start, True
         else:
-            thought, self._held = split_held(text, self._tags.close)
+            thought, self._held = split_partial_marker(text, self._tags.close)
         if thought:
             self._is_fresh = False
             pieces.append(ReasoningDelta(thought))
@@ -145,11 +145,11 @@ class ReasoningParser:
 
 
 def effort_variables(template: str, effort: str | None) -> Mapping[str, JsonValue]:
-    """Return the template's variables for `effort`, none for None.
+    """Return the template variables for `effort`; none for None.
 
-    A template that reads `reasoning_effort` gets it, `none` and other uncommon words only where
-    it names them; one that only switches reasoning on and off understands `none` alone.  Raises
-    UnsupportedParameter for everything else.
+    A template that reads `reasoning_effort` gets it; `none` and other uncommon levels only if the
+    template names them.  A template that can only switch reasoning on and off supports `none`
+    alone.  Raises UnsupportedParameter for everything else.
     """
     if effort is None:
         return {}
@@ -164,10 +164,13 @@ def effort_variables(template: str, effort: str | None) -> Mapping[str, JsonValu
 
 def _reason(template: str, effort: str) -> str:
     if _EFFORT.search(template):
-        return f"This model's chat template knows no reasoning_effort {effort!r}."
+        return (
+            f"This model's chat template does not support reasoning_effort {effort!r}; use low, "
+            "medium or high, or leave it out."
+        )
     if any(pattern.search(template) for pattern in _SWITCHES.values()):
         return (
-            "This model's chat template switches reasoning on and off only: send "
-            'reasoning_effort "none", or bound it with reasoning.max_tokens.'
+            "This model's chat template can only switch reasoning on and off: send "
+            'reasoning_effort "none", or limit it with reasoning.max_tokens.'
         )
-    return "This model's chat template knows no reasoning_effort."
+    return "This model's chat template does not support reasoning_effort; leave it out."

@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from backends.prompt.messages import with_written_tools
+from backends.prompt.messages import with_tools_in_text
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, JsonValue
 
@@ -71,7 +71,7 @@ def read_conversation(prompt: ChatPrompt) -> Conversation:
     tools = () if prompt.tool_choice == "none" else prompt.tools
     instructions: list[str] = []
     turns: list[Turn] = []
-    for message in with_written_tools(prompt.messages, tools):
+    for message in with_tools_in_text(prompt.messages, tools):
         _check(message)
         if message.role == "system":
             instructions.append(message.content)

@@ -247,7 +247,7 @@ class EngineLoop:
         events: list[GenerationEvent] = []
         if not request.completion_tokens:
             request.first_token_at = now
-            events.extend(request.prepared.take_opening())
+            events.extend(request.prepared.take_initial_events())
         request.completion_tokens += 1
         events.extend(assembler.push(output))
         if assembler.reason is not None:

@@ -98,7 +98,7 @@ class EngineRequest:
         """Finish a request for 0 new tokens: it gets its own prompt at most."""
         self.added_at = self.first_token_at = now
         finished = self.finish("length", now)
-        self.sink.deliver([(self.generation.id, [*self.prepared.take_opening(), finished])])
+        self.sink.deliver([(self.generation.id, [*self.prepared.take_initial_events(), finished])])
         return finished
 
     def outcome(self, reason: FinishReason, now: float) -> Finished | EngineFailed:

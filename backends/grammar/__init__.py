@@ -1,1 +1,1 @@
-"""Grammars that bound which tokens may come next."""
+"""Constrained decoding: grammars that restrict the next token."""

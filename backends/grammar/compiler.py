@@ -1,4 +1,4 @@
-"""Constrained decoding for every token-level format, with llguidance."""
+"""Compiles grammars (JSON schema, regex, choices, tool calls) into token masks with llguidance."""
 
 import hashlib
 import json
@@ -17,37 +17,37 @@ from core.errors import RequestError, UnsupportedParameter
 from core.types import ChoiceOutput, JsonOutput, JsonValue, Output, RegexOutput
 from core.units import KIB, MIB
 
-# Weak models loop on free whitespace, so JSON is written compactly.
+# Small models can loop on optional whitespace, so JSON is compact.
 _JSON_STYLE: Mapping[str, JsonValue] = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
 }
-_GAP = r"[ \n\t]{0,24}"
-# What a model began by itself goes on in its own style; bounded, as endless space would be.
+_WHITESPACE = r"[ \n\t]{0,24}"
+# For JSON that the model started itself: free style, but bounded whitespace.
 _LENIENT_STYLE: Mapping[str, JsonValue] = {
-    "whitespace_pattern": _GAP,
+    "whitespace_pattern": _WHITESPACE,
     "item_separator": ",",
     "key_separator": ":",
     "lenient": True,
 }
-_MOST_GRAMMAR_BYTES = 512 * KIB
-_CACHED_GRAMMARS = 64
-_CACHED_BYTES = 4 * MIB
-# What is added to eight logits for a byte of the mask: nothing where allowed, else -inf.
+_MAX_GRAMMAR_BYTES = 512 * KIB
+_MAX_CACHED_GRAMMARS = 64
+_MAX_CACHED_BYTES = 4 * MIB
+# For each byte of a mask, the addends of eight logits: 0 if allowed, else -inf.
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _ADDENDS = np.where(_BITS == 0, -np.inf, 0.0).astype(np.float32)
 _QUOTED_LINE = re.compile(r"\s*\d+ \|")
 
 
-def _in_short(problem: str) -> str:
-    """Return llguidance's message without the grammar that it quotes."""
+def _short_message(problem: str) -> str:
+    """Return llguidance's message without the quoted grammar, at most 500 characters."""
     kept = [line for line in problem.splitlines() if not _QUOTED_LINE.match(line)]
     return " ".join(" ".join(kept).split())[:500]
 
 
-def styled(schema: Mapping[str, JsonValue], *, is_lenient: bool = False) -> str:
-    """Return `schema` for llguidance; `is_lenient` leaves keywords out that it does not know."""
+def schema_text(schema: Mapping[str, JsonValue], *, is_lenient: bool = False) -> str:
+    """Return `schema` as llguidance's JSON text; `is_lenient` ignores unsupported keywords."""
     style = _JSON_STYLE
     if is_lenient:
         schema, style = without_lookaround(schema), _LENIENT_STYLE
@@ -55,7 +55,7 @@ def styled(schema: Mapping[str, JsonValue], *, is_lenient: bool = False) -> str:
 
 
 class GrammarText:
-    """Builds a grammar in llguidance's Lark dialect, rule by rule."""
+    """Builds a grammar in llguidance's Lark dialect."""
 
     def __init__(self, *, is_lenient: bool = False) -> None:
         self.is_lenient = is_lenient
@@ -65,39 +65,39 @@ class GrammarText:
 
     @staticmethod
     def quoted(text: str) -> str:
-        """Return `text` as a literal."""
+        """Return `text` as a quoted literal."""
         return json.dumps(text, ensure_ascii=False)
 
     def reserve(self) -> str:
-        """Return a fresh rule name."""
+        """Return a new rule name; give it a body with `define`."""
         self._count += 1
         return f"rule{self._count}"
 
     def define(self, name: str, body: str) -> None:
-        """Give a reserved rule its body."""
+        """Define the body of a reserved rule."""
         self._rules.append(f"{name}: {body}")
 
     def rule(self, body: str) -> str:
-        """Return the name of a new rule."""
+        """Define a new rule and return its name."""
         name = self.reserve()
         self.define(name, body)
         return name
 
     def json(self, schema: Mapping[str, JsonValue]) -> str:
-        """Return a rule of JSON that is valid for `schema`."""
-        return self.rule(f"%json {styled(schema, is_lenient=self.is_lenient)}")
+        """Return a rule that matches JSON valid for `schema`."""
+        return self.rule(f"%json {schema_text(schema, is_lenient=self.is_lenient)}")
 
     @property
     def gap(self) -> str:
-        """A little space between the parts of what a model writes as it likes."""
-        return f"/{_GAP}/"
+        """Optional, bounded whitespace between parts of text in free style."""
+        return f"/{_WHITESPACE}/"
 
     def marker(self, text: str) -> str:
-        """Return a rule of a text that may be a control token of the vocabulary."""
+        """Return a rule that matches `text`, which may be a control token of the vocabulary."""
         return f"marker{self._index(text)}"
 
     def until(self, text: str) -> str:
-        """Return a rule of anything up to such a text, which belongs to it."""
+        """Return a rule that matches anything up to and including such a text."""
         return f"until{self._index(text)}"
 
     def _index(self, text: str) -> int:
@@ -106,20 +106,20 @@ class GrammarText:
         return self._markers.index(text)
 
     def constraint(self, answer: str, param: str, *, reasoning: str | None = None) -> Constraint:
-        """Return the grammar of `answer`, after reasoning that ends with `reasoning` if any."""
-        # Lazily up to the closing tag: the answer begins right after it.
+        """Return the grammar of `answer`, optionally after reasoning that ends with `reasoning`."""
+        # Lazy up to the closing tag: the answer starts right after it.
         start = f"{self.until(reasoning)} answer" if reasoning is not None else "answer"
         lines = [f"start: {start}", f"answer: {answer}", *self._rules]
         return Constraint("\n".join(lines) + "\n", param, tuple(self._markers))
 
 
 def output_constraint(
-    output: Output, *, opening: Sequence[str] = (), reasoning: str | None = None
+    output: Output, *, lead: Sequence[str] = (), reasoning: str | None = None
 ) -> Constraint:
-    """Return what makes the answer what was asked for; a regex is in Rust's syntax.
+    """Return the grammar that constrains the answer to `output`; a regex is in Rust's syntax.
 
-    `opening` are texts, perhaps control tokens, that the model has to write before its answer;
-    `reasoning` is the text that ends its reasoning, which then may go first.
+    `lead` are texts, possibly control tokens, that the model has to write before its answer;
+    `reasoning` is the text that ends its reasoning, which may then precede them.
     """
     text = GrammarText()
     match output:
@@ -132,12 +132,12 @@ def output_constraint(
             param = "response_format"
             check_enforceable(dict(schema or {}), param)
             answer = text.json(schema or {"type": "object"})
-    lead = " ".join(map(text.marker, opening))
-    return text.constraint(f"{lead} ({answer})", param, reasoning=reasoning)
+    markers = " ".join(map(text.marker, lead))
+    return text.constraint(f"{markers} ({answer})", param, reasoning=reasoning)
 
 
 class _Scratch:
-    """Memory for one mask at a time: masks are applied on the engine's thread only."""
+    """Buffers for one mask at a time: masks are applied on the engine's thread only."""
 
     def __init__(self, vocabulary_size: int) -> None:
         self.words = np.zeros((vocabulary_size + 31) // 32, np.int32)
@@ -146,14 +146,14 @@ class _Scratch:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary and keeps the last ones.  Thread-safe.
+    """Compiles grammars for one vocabulary and caches the latest.  Thread-safe.
 
-    At most 64 grammars of together 4 MiB of text are kept.  llguidance's own limits bound the
-    time and memory of each; it gives the interpreter free while it compiles.
+    At most 64 grammars with 4 MiB of text in total are cached.  llguidance's own limits bound the
+    time and memory of each; it releases the GIL while it compiles.
     """
 
     def __init__(self, tokenizer: LLTokenizer, one_token: Callable[[str], int | None]) -> None:
-        """Keep `tokenizer`; `one_token` returns the id of the token of that text, if there is."""
+        """`one_token` returns the id of the single token of a text, or None."""
         self._tokenizer = tokenizer
         self._one_token = one_token
         self._scratch = _Scratch(tokenizer.vocab_size)
@@ -163,21 +163,21 @@ class GrammarCompiler:
 
     @property
     def kept(self) -> tuple[int, int]:
-        """How many grammars are kept, and their bytes of text."""
+        """Number of cached grammars, and the bytes of their text."""
         return len(self._kept), self._kept_bytes
 
     def mask(self, constraint: Constraint) -> "GrammarMask":
-        """Return a place at the grammar's start.
+        """Compile a grammar; return the mask of a new sequence at its start.
 
-        Raises RequestError for a grammar that is too large, UnsupportedParameter for what cannot
-        be enforced.
+        Raises RequestError if the grammar is too large, UnsupportedParameter if it cannot be
+        enforced.
         """
         text = constraint.grammar + self._marker_rules(constraint)
         size = len(text.encode("utf-8", "surrogatepass"))
-        if size > _MOST_GRAMMAR_BYTES:
+        if size > _MAX_GRAMMAR_BYTES:
             raise RequestError(
-                f"The {constraint.param} make a grammar of {size} bytes; at most "
-                f"{_MOST_GRAMMAR_BYTES} are accepted.",
+                f"The grammar for {constraint.param} has {size} bytes, but at most "
+                f"{_MAX_GRAMMAR_BYTES} are allowed. Send a smaller schema or fewer tools.",
                 param=constraint.param,
             )
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
@@ -196,12 +196,14 @@ class GrammarCompiler:
             self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0, limits=limits
         )
         if not matcher.is_error():
-            # Some limits, and grammars without any text, show at the first step only.
+            # Some limits, and grammars that match no text, are only detected at the first step.
             matcher.compute_bitmask()
         problem = matcher.get_error()
         if problem:
             raise UnsupportedParameter(
-                f"The {param} cannot be enforced: {_in_short(problem)}", param=param
+                f"The {param} cannot be enforced: {_short_message(problem).rstrip('.')}. "
+                "Simplify it, or leave that part out.",
+                param=param,
             )
         return matcher
 
@@ -211,7 +213,7 @@ class GrammarCompiler:
                 return
             self._kept[key] = (matcher, size)
             self._kept_bytes += size
-            while len(self._kept) > _CACHED_GRAMMARS or self._kept_bytes > _CACHED_BYTES:
+            while len(self._kept) > _MAX_CACHED_GRAMMARS or self._kept_bytes > _MAX_CACHED_BYTES:
                 _, (_, dropped) = self._kept.popitem(last=False)
                 self._kept_bytes -= dropped
 
@@ -219,7 +221,7 @@ class GrammarCompiler:
         lines = []
         for index, text in enumerate(constraint.markers):
             token_id = self._one_token(text)
-            # llguidance matches text with plain tokens only, a control token by its id alone.
+            # llguidance matches text with plain tokens only, and control tokens by id only.
             if token_id is None or not self._tokenizer.is_special_token(token_id):
                 quoted = GrammarText.quoted(text)
                 lines.append(f"marker{index}: {quoted}")
@@ -231,7 +233,7 @@ class GrammarCompiler:
 
 
 class GrammarMask:
-    """One sequence's place in its grammar; implements `backends.base.TokenMask`."""
+    """Token mask of one sequence's grammar; implements `constraint.RestartableMask`."""
 
     is_active = True
 
@@ -241,7 +243,7 @@ class GrammarMask:
         self._scratch = scratch
 
     def apply(self, logits: NDArray[np.float32]) -> None:
-        """Set the logits of the tokens that may not come next to -inf, in place."""
+        """Set the logits of disallowed tokens to -inf, in place."""
         scratch = self._scratch
         self._matcher.unsafe_compute_mask_ptr(scratch.address, scratch.words.nbytes)
         np.take(_ADDENDS, scratch.words.view(np.uint8), axis=0, out=scratch.addends, mode="clip")
@@ -251,18 +253,18 @@ class GrammarMask:
         logits[len(addends) :] = -np.inf
 
     def accept(self, token_id: int) -> None:
-        """Move on past the chosen token."""
+        """Advance by the chosen token."""
         self._matcher.consume_token(token_id)
 
     def restart(self, data: bytes) -> bool:
-        """Go back to the grammar's start and past `data`; return whether it allows that."""
+        """Restart the grammar and advance by `data`; return whether it accepts that."""
         self._matcher.reset()
         return not data or self._matcher.consume_tokens(self._tokenizer.tokenize_bytes(data))
 
     @property
     def problem(self) -> str:
-        """Why the grammar cannot be followed any more; empty while it can."""
-        return _in_short(self._matcher.get_error())
+        """Why the grammar can no longer be enforced; empty if it can."""
+        return _short_message(self._matcher.get_error())
 
     @property
     def is_finished(self) -> bool:

@@ -1,4 +1,4 @@
-"""What bounds a sequence's next token: a grammar, and a sequence's place in it."""
+"""Types of constrained decoding: grammars, and the per-sequence token masks they produce."""
 
 import re
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What the answer must match, in llguidance's Lark; `param` is what asked for it.
+    """A grammar in llguidance's Lark dialect; `param` is the request field that asked for it.
 
-    The rules `marker<i>` and `until<i>` of `markers` are the vocabulary's to add: a marker is a
-    control token in one and plain text in another.
+    The compiler adds the rules `marker<i>` and `until<i>` of `markers`, since a marker may be a
+    control token in one vocabulary and plain text in another.
     """
 
     grammar: str
@@ -22,24 +22,24 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
-class OpeningCall:
-    """A call that an answer may begin with, unmarked.
+class BareCallGrammar:
+    """Grammar of an unmarked tool call at the start of an answer.
 
-    `begin` matches the answer's first bytes as soon as it is one, at most `longest` of them; the
-    group that took part begins what `constraint` is of.
+    `pattern` matches the first bytes of the answer, at most `max_bytes`, as soon as they are such
+    a call; `constraint` applies from the start of the matched group.
     """
 
-    begin: "re.Pattern[bytes]"
+    pattern: "re.Pattern[bytes]"
     constraint: Constraint
-    longest: int
+    max_bytes: int
 
 
 class TokenMask(Protocol):
-    """One sequence's place in its grammar; used from the engine's thread only."""
+    """Allowed next tokens of one sequence; used from the engine's thread only."""
 
     @property
     def problem(self) -> str:
-        """Why the answer is not bounded as it was to be; empty while it is."""
+        """Why the constraint could not be enforced; empty if it was."""
         ...
 
     @property
@@ -48,19 +48,19 @@ class TokenMask(Protocol):
         ...
 
     def apply(self, logits: NDArray[np.float32]) -> None:
-        """Set the logits of tokens that may not come next to -inf; shape (vocabulary,)."""
+        """Set the logits of disallowed tokens to -inf, in place; shape (vocabulary,)."""
         ...
 
     def accept(self, token_id: int) -> None:
-        """Move on past the chosen token."""
+        """Advance by the chosen token."""
         ...
 
 
-class GrammarPlace(TokenMask, Protocol):
-    """A place in one grammar, which may be left and gone through again."""
+class RestartableMask(TokenMask, Protocol):
+    """Token mask of one grammar that can be applied again from its start."""
 
     def restart(self, data: bytes) -> bool:
-        """Go back to the grammar's start and past `data`; return whether it allows that."""
+        """Restart the grammar and advance by `data`; return whether it accepts that."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""What of a JSON schema a grammar can hold: refused before llguidance sees it, or left out."""
+"""Rejects or removes parts of JSON schemas that a grammar cannot enforce."""
 
 import re
 from collections.abc import Mapping
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from core.errors import RequestError
 from core.types import JsonValue
 
-# The time to compile grows with the square of their number: 500 take half a second.
-_MOST_OPTIONAL = 500
+# Compile time grows with the square of their number: 500 take half a second.
+_MAX_OPTIONAL = 500
 # Escapes and character classes hold no quantifiers.
 _NO_QUANTIFIER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _DOUBLE_REPEAT = re.compile(r"(?:[*+?]|\{\d+(?:,\d*)?\})[*+]")
-# Look-around, word borders and references back; escaped backslashes are taken out before.
+# Look-around, word boundaries and back-references; escaped backslashes are removed before.
 _LOOKAROUND = re.compile(r"\(\?<?[=!]|\\[1-9bB]|\\k<")
 
 
 def check_enforceable(schema: JsonValue, param: str) -> None:
-    """Raise RequestError for what llguidance would take long for, or take in another sense."""
+    """Raise RequestError for schemas that llguidance compiles too slowly or misinterprets."""
     left = [schema]
     while left:
         item = left.pop()
@@ -32,31 +32,32 @@ def check_enforceable(schema: JsonValue, param: str) -> None:
 
 def _check_properties(schema: Mapping[str, JsonValue], param: str) -> None:
     properties, required = schema.get("properties"), schema.get("required")
-    if not isinstance(properties, dict) or len(properties) <= _MOST_OPTIONAL:
+    if not isinstance(properties, dict) or len(properties) <= _MAX_OPTIONAL:
         return
     needed = {one for one in required if isinstance(one, str)} if isinstance(required, list) else ()
-    if len(properties.keys() - needed) > _MOST_OPTIONAL:
+    if len(properties.keys() - needed) > _MAX_OPTIONAL:
         raise RequestError(
-            f"The {param} cannot be enforced: an object has more than {_MOST_OPTIONAL} "
-            "properties that are not required.",
+            f"The {param} cannot be enforced: an object has more than {_MAX_OPTIONAL} "
+            "optional properties. Mark more as required, or send fewer.",
             param=param,
         )
 
 
 def check_pattern(pattern: str, param: str) -> None:
-    """Raise RequestError for a regex with one repetition right after another, as in `a**`.
+    """Raise RequestError for a regex with consecutive repetition operators, as in `a**`.
 
-    Rust's syntax takes it, that of JSON Schema does not, and what is meant cannot be known.
+    Rust's syntax accepts them, JSON Schema's does not, so the intended meaning is ambiguous.
     """
     if _DOUBLE_REPEAT.search(_NO_QUANTIFIER.sub("x", pattern)):
         raise RequestError(
-            f"The {param} cannot be enforced: the regex {pattern[:100]!r} repeats a repetition.",
+            f"The {param} cannot be enforced: the regex {pattern[:100]!r} has consecutive "
+            "repetition operators, as in a**. Remove one of them.",
             param=param,
         )
 
 
 def without_lookaround(schema: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return `schema` without the patterns that no automaton can follow."""
+    """Return `schema` without patterns that use look-around or back-references."""
     return {name: _kept(value) for name, value in schema.items() if not _looks_around(name, value)}
 
 

@@ -1,1 +1,1 @@
-"""From messages to prompt tokens: chat templates and their limits."""
+"""Builds prompt tokens from chat messages: templates, normalization and limits."""

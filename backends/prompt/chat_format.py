@@ -1,4 +1,4 @@
-"""What a chat model needs around its tokens: prompt, output parser and grammar."""
+"""Chat conventions of a model: prompt rendering, output parser and grammar from its template."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,16 +7,16 @@ from backends.answer.mask import ReasoningPlan
 from backends.answer.parser import OutputParser
 from backends.answer.reasoning import HARMONY, ReasoningParser, effort_variables, reasoning_tags
 from backends.grammar.compiler import output_constraint
-from backends.grammar.constraint import Constraint, OpeningCall
+from backends.grammar.constraint import BareCallGrammar, Constraint
 from backends.prompt.messages import (
-    folded,
     plain_text,
     template_message,
     template_tool,
-    with_written_tools,
+    with_folded_system,
+    with_tools_in_text,
 )
 from backends.prompt.templates import TemplateRefused, TemplateRenderer
-from backends.tool_calls.bare_call_grammar import opening_call
+from backends.tool_calls.bare_call_grammar import bare_call_grammar
 from backends.tool_calls.families import DEFAULT, FAMILIES, check_family, family_of
 from backends.tool_calls.grammar import call_constraint, triggered_calls
 from backends.tool_calls.harmony import FINAL
@@ -40,18 +40,18 @@ _RESERVED = frozenset(
     ]
 )
 _TOOLS = re.compile(r"\btools\b")
-_ITERATED_CONTENT = re.compile(r"\bin\s+\w+(?:\.content\b|\[\s*['\"]content['\"]\s*\])")
-_NEEDLE = "needle"
+_CONTENT_LOOP = re.compile(r"\bin\s+\w+(?:\.content\b|\[\s*['\"]content['\"]\s*\])")
+_PROBE = "needle"
 
 
 class ChatFormat:
     """One model's chat conventions, read from its template; thread-safe.
 
     Without a template the prompt is plain text, `System: …`, a blank line, then `User: …` and
-    `Assistant: …` lines, and `stop` ends the answer before the model speaks for the user.
+    `Assistant: …` lines, and `stop` ends the answer before the model continues as the user.
 
-    A template that does not know `tools` gets tools, calls and results written into the
-    messages in the Hermes form (`messages.with_written_tools`).
+    For a template that does not support `tools`, tools, calls and results are written into the
+    messages in the Hermes form (`messages.with_tools_in_text`).
     """
 
     def __init__(
@@ -62,59 +62,60 @@ class ChatFormat:
         *,
         tool_parser: str | None = None,
     ) -> None:
-        """Read the template; `tool_parser` names the family of tool calls in its place.
+        """Read the template; `tool_parser` overrides the tool-call family that it suggests.
 
-        Raises RequestError for a family that nobody knows.
+        Raises RequestError for an unknown family.
         """
         self._renderer = TemplateRenderer(template) if template else None
         self._bos_token = bos_token
         self._eos_token = eos_token
         text = template or ""
-        self._knows_tools = _TOOLS.search(text) is not None
+        self._supports_tools = _TOOLS.search(text) is not None
         self._template = text
         check_family(tool_parser)
-        own = family_of(text) if self._knows_tools else DEFAULT
+        own = family_of(text) if self._supports_tools else DEFAULT
         self.family = own if tool_parser is None else FAMILIES[tool_parser]
         self._tags = HARMONY if self.family.name == "harmony" else reasoning_tags(text)
         # These models write the first call without a marker.
-        self._calls_bare = self.family.name == "llama3_json" or (
+        self._starts_calls_bare = self.family.name == "llama3_json" or (
             self.family.is_pythonic and self.family.tool_call_start not in text
         )
-        self._wants_parts: bool | None = None if _ITERATED_CONTENT.search(text) else False
+        self._uses_content_parts: bool | None = None if _CONTENT_LOOP.search(text) else False
         self.stop: tuple[str, ...] = () if template else ("\nUser:",)
 
     @property
     def markers(self) -> tuple[bytes, ...]:
-        """The texts that the parsers look for; some vocabularies hide them as control tokens."""
+        """The texts that the parsers search for; some vocabularies have them as control tokens."""
         reasoning = (self._tags.open, self._tags.close) if self._tags is not None else ()
         return tuple(text.encode() for text in (*reasoning, *self.family.markers))
 
     def render(self, prompt: ChatPrompt) -> str:
-        """Return the prompt's text, up to where the answer begins.
+        """Return the prompt's text up to the start of the answer.
 
-        Blocks, rarely up to some seconds.  Messages that the template itself refuses are tried
-        once more with system messages folded into the user's.  Raises RequestError with the
-        template's own words, and BrokenModel as `TemplateRenderer.render` does.
+        Blocks, rarely up to some seconds.  If the template itself rejects the messages, retries
+        once with system messages merged into the user's.  Raises RequestError with the template's
+        message, and BrokenModel as `TemplateRenderer.render` does.
         """
         reserved = sorted(_RESERVED & prompt.template_kwargs.keys())
         if reserved:
             raise RequestError(
-                f"chat_template_kwargs cannot set {reserved[0]}.", param="chat_template_kwargs"
+                f"chat_template_kwargs cannot set {reserved[0]}, which the server sets itself.",
+                param="chat_template_kwargs",
             )
         extra = {
             **effort_variables(self._template, prompt.reasoning_effort),
             **prompt.template_kwargs,
         }
-        tools = _offered(prompt)
+        tools = _visible_tools(prompt)
         messages = prompt.messages
-        if not self._knows_tools:
-            messages, tools = with_written_tools(messages, tools), ()
+        if not self._supports_tools:
+            messages, tools = with_tools_in_text(messages, tools), ()
         if self._renderer is None:
             return plain_text(messages)
         try:
             return self._render(self._renderer, messages, tools, extra)
         except TemplateRefused as refusal:
-            again = folded(messages)
+            again = with_folded_system(messages)
             if again == messages:
                 raise
             try:
@@ -123,11 +124,11 @@ class ChatFormat:
                 raise refusal from None
 
     def parser(self, prompt: ChatPrompt, rendered: str) -> OutputParser | None:
-        """Return what splits the answer to `prompt`, or None where all of it is plain text.
+        """Return the parser of the answer to `prompt`, or None if all of it is plain text.
 
-        `rendered` tells whether the template opened the reasoning already.
+        `rendered` shows whether the template already opened the reasoning.
         """
-        tools = _callable(prompt)
+        tools = _callable_tools(prompt)
         inner: OutputParser | None = None
         if tools or self.family.main is not None:
             inner = self.family.parser(tools, is_parallel=prompt.parallel_tool_calls is not False)
@@ -138,57 +139,57 @@ class ChatFormat:
     def constraint(
         self, prompt: ChatPrompt, output: Output | None = None, rendered: str | None = None
     ) -> Constraint | None:
-        """Return the grammar of the answer, or None where it is free.
+        """Return the grammar of the answer, or None if it is unconstrained.
 
-        A forced tool choice allows exactly one call in the family's form, or several where any
-        function must be called and parallel calls were asked for; `output` allows what was asked
-        for alone.  Reasoning that the prompt has opened goes before either.  Renders
-        `prompt` if `rendered` is not given.  Raises RequestError, also as `render` does.
+        A forced tool choice allows exactly one call in the family's form, or several if
+        tool_choice is required and parallel calls were requested; `output` allows only that
+        format.  Reasoning that the prompt has opened precedes either.  Renders `prompt` if
+        `rendered` is not given.  Raises RequestError, also as `render` does.
         """
         is_forced = prompt.tool_choice not in ("none", "auto")
         if not is_forced and output is None:
             return None
         if is_forced and output is not None:
             raise RequestError(
-                "response_format cannot be combined with a forced tool_choice.",
+                "response_format cannot be combined with a forced tool_choice; send one of them.",
                 param="response_format",
             )
-        tools = _callable(prompt)
+        tools = _callable_tools(prompt)
         rendered = self.render(prompt) if rendered is None else rendered
         is_open = self._is_open(rendered)
         reasoning = self._tags.close if is_open and self._tags is not None else None
         if output is not None:
-            opening = FINAL if self.family.name == "harmony" else ()
-            return output_constraint(output, opening=opening, reasoning=reasoning)
+            lead = FINAL if self.family.name == "harmony" else ()
+            return output_constraint(output, lead=lead, reasoning=reasoning)
         return call_constraint(
             self.family,
             tools,
-            is_bare=self._calls_bare,
-            is_many=prompt.tool_choice == "required" and prompt.parallel_tool_calls is True,
+            is_bare=self._starts_calls_bare,
+            allows_several=prompt.tool_choice == "required" and prompt.parallel_tool_calls is True,
             reasoning=reasoning,
         )
 
     def triggered(self, prompt: ChatPrompt) -> Mapping[str, Constraint]:
-        """Return what must follow the texts that begin a call, where calling is free."""
+        """Return the grammars that apply after the texts that start a call, with `auto` tools."""
         if prompt.tool_choice != "auto" or not prompt.tools:
             return {}
         return triggered_calls(self.family, prompt.tools)
 
-    def opening(self, prompt: ChatPrompt) -> OpeningCall | None:
-        """Return what must follow where the answer begins as a call, if calling is free."""
+    def bare_call(self, prompt: ChatPrompt) -> BareCallGrammar | None:
+        """Return the grammar of an answer that starts as an unmarked call, with `auto` tools."""
         if prompt.tool_choice != "auto":
             return None
-        return opening_call(self.family, prompt.tools)
+        return bare_call_grammar(self.family, prompt.tools)
 
     def reasoning(self, prompt: ChatPrompt, rendered: str) -> ReasoningPlan | None:
-        """Return how the answer's reasoning is told apart, if the model reasons.
+        """Return how the answer's reasoning is delimited, if the model reasons.
 
-        Raises UnsupportedParameter for a bound where it does not.
+        Raises UnsupportedParameter for a reasoning limit if it does not.
         """
         if self._tags is None:
             if prompt.reasoning_tokens is not None:
                 raise UnsupportedParameter(
-                    "This model's chat template marks no reasoning that could be bounded.",
+                    "This model's chat template has no reasoning to limit; leave the field out.",
                     param="reasoning.max_tokens",
                 )
             return None
@@ -198,7 +199,7 @@ class ChatFormat:
         return self._tags is not None and rendered.rstrip().endswith(self._tags.open)
 
     def close(self) -> None:
-        """Stop the template's process; twice is fine."""
+        """Stop the template's process; idempotent."""
         if self._renderer is not None:
             self._renderer.close()
 
@@ -209,9 +210,9 @@ class ChatFormat:
         tools: Sequence[Tool],
         extra: Mapping[str, JsonValue],
     ) -> str:
-        if self._wants_parts is None:
-            self._wants_parts = self._finds_parts(renderer)
-        as_parts = self._wants_parts
+        if self._uses_content_parts is None:
+            self._uses_content_parts = self._needs_content_parts(renderer)
+        as_parts = self._uses_content_parts
         return renderer.render(
             {
                 **extra,
@@ -229,28 +230,34 @@ class ChatFormat:
             "eos_token": self._eos_token,
         }
 
-    def _finds_parts(self, renderer: TemplateRenderer) -> bool:
-        """Return whether the template loses content that is text and no list of parts."""
-        message: JsonValue = {"role": "user", "content": _NEEDLE}
+    def _needs_content_parts(self, renderer: TemplateRenderer) -> bool:
+        """Return whether the template drops content that is a string instead of a list of parts."""
+        message: JsonValue = {"role": "user", "content": _PROBE}
         try:
             text = renderer.render({**self._constants(), "messages": [message], "tools": None})
         except TemplateRefused:
             return False
-        return _NEEDLE not in text
+        return _PROBE not in text
 
 
-def _offered(prompt: ChatPrompt) -> tuple[Tool, ...]:
+def _visible_tools(prompt: ChatPrompt) -> tuple[Tool, ...]:
     return () if prompt.tool_choice == "none" else prompt.tools
 
 
-def _callable(prompt: ChatPrompt) -> tuple[Tool, ...]:
-    """Return the tools that the answer may call.  Raises RequestError for a choice of none."""
+def _callable_tools(prompt: ChatPrompt) -> tuple[Tool, ...]:
+    """Return the tools that the answer may call.  Raises RequestError if the choice is invalid."""
     if prompt.tool_choice == "required" and not prompt.tools:
-        raise RequestError("tool_choice is required, but there are no tools.", param="tool_choice")
+        raise RequestError(
+            "tool_choice is required, but the request has no tools; add tools or send auto.",
+            param="tool_choice",
+        )
     if not isinstance(prompt.tool_choice, tuple):
-        return _offered(prompt)
+        return _visible_tools(prompt)
     name = prompt.tool_choice[1]
     chosen = tuple(tool for tool in prompt.tools if tool.name == name)
     if not chosen:
-        raise RequestError(f"tool_choice names {name!r}, which is no tool.", param="tool_choice")
+        raise RequestError(
+            f"tool_choice names {name[:100]!r}, which is not one of the tools; add it to tools.",
+            param="tool_choice",
+        )
     return chosen[:1]

@@ -1,4 +1,4 @@
-"""Filling in the middle: a prompt of what stands before and behind the gap, in a model's tokens."""
+"""Builds fill-in-the-middle prompts from prefix and suffix, with a model's infill tokens."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from backends.stepper import Tokenizer
 from core.types import InfillPrompt
 
-# Names of a family's tokens: before the prefix, before the suffix, before the middle.
-# Source: llama.cpp's llama-vocab.cpp; Mistral's tokenizers, whose code models want the suffix first
-# and nothing between the prefix and the middle.
+# Token names by family: before the prefix, before the suffix, before the middle.
+# Sources: llama.cpp's llama-vocab.cpp; Mistral's tokenizers, whose code models expect the suffix
+# first and nothing between the prefix and the middle.
 _FAMILIES = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
@@ -24,14 +24,14 @@ INFILL_NAMES = frozenset(name for family in _FAMILIES for name in family if name
 
 @dataclass(frozen=True, slots=True)
 class InfillTokens:
-    """The ids of a model's own tokens; without one for the middle the suffix comes first."""
+    """Ids of a model's infill tokens; if `middle` is None the suffix comes first."""
 
     prefix: int
     suffix: int
     middle: int | None
 
     def token_ids(self, prompt: InfillPrompt, tokenizer: Tokenizer) -> list[int]:
-        """Return the prompt; what its texts spell is never read as a special token."""
+        """Return the prompt's token ids; special tokens within its texts are not parsed."""
         start = tokenizer.encode("", add_bos=True, parse_special=False)
         before = tokenizer.encode(prompt.prefix, add_bos=False, parse_special=False)
         behind = tokenizer.encode(prompt.suffix, add_bos=False, parse_special=False)
@@ -41,7 +41,7 @@ class InfillTokens:
 
 
 def find_infill(id_of: Callable[[str], int | None]) -> InfillTokens | None:
-    """Return the tokens of the first family that a vocabulary has, asked by token name."""
+    """Return the infill tokens of the first family in a vocabulary, or None."""
     for names in _FAMILIES:
         prefix, suffix = id_of(names[0]), id_of(names[1])
         middle = id_of(names[2]) if names[2] else None
@@ -51,7 +51,7 @@ def find_infill(id_of: Callable[[str], int | None]) -> InfillTokens | None:
 
 
 def infill_details(tokens: InfillTokens | None) -> dict[str, int]:
-    """Return the ids as they are kept in `ModelInfo.details`."""
+    """Return the ids as stored in `ModelInfo.details`."""
     if tokens is None:
         return {}
     ids = {"infill_prefix": tokens.prefix, "infill_suffix": tokens.suffix}
@@ -59,7 +59,7 @@ def infill_details(tokens: InfillTokens | None) -> dict[str, int]:
 
 
 def read_infill(details: Mapping[str, int | float | str | bool]) -> InfillTokens | None:
-    """Return what `infill_details` kept."""
+    """Return the tokens that `infill_details` stored, or None."""
     prefix, suffix = details.get("infill_prefix"), details.get("infill_suffix")
     if not isinstance(prefix, int) or not isinstance(suffix, int):
         return None

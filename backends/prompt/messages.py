@@ -1,4 +1,4 @@
-"""Chat messages in the shapes that templates want, and as plain text where there is no template."""
+"""Converts chat messages into the structures that templates read, and into plain text."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _PLAIN_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "t
 
 
 def template_message(message: ChatMessage, *, as_parts: bool) -> dict[str, JsonValue]:
-    """Return `message` as Hugging Face's chat templates read it; arguments are objects."""
+    """Return `message` in the structure of Hugging Face chat templates; arguments are objects."""
     content: JsonValue = message.content
     if as_parts:
         content = [{"type": "text", "text": message.content}]
@@ -36,7 +36,7 @@ def template_message(message: ChatMessage, *, as_parts: bool) -> dict[str, JsonV
 
 
 def template_tool(tool: Tool) -> dict[str, JsonValue]:
-    """Return `tool` as chat templates read it."""
+    """Return `tool` in the structure of chat templates."""
     return {
         "type": "function",
         "function": {
@@ -47,14 +47,13 @@ def template_tool(tool: Tool) -> dict[str, JsonValue]:
     }
 
 
-def with_written_tools(
+def with_tools_in_text(
     messages: Sequence[ChatMessage], tools: Sequence[Tool]
 ) -> tuple[ChatMessage, ...]:
-    """Write tools, calls and results into the messages, for templates that know none of them.
+    """Write tools, calls and results into the messages, for templates that support none of them.
 
-    The form is that of the Hermes models: the tools as a JSON list within <tools> at the end
-    of the system message, calls within <tool_call>, results within <tool_response> as the
-    user's message.
+    Uses the format of the Hermes models: the tools as a JSON list within <tools> at the end of
+    the system message, calls within <tool_call>, results within <tool_response> as a user message.
     """
     result: list[ChatMessage] = []
     is_response = False
@@ -65,7 +64,7 @@ def with_written_tools(
                 text = f"{result.pop().content}\n{text}"
             result.append(ChatMessage("user", text))
         elif message.tool_calls:
-            written = [_written_call(call.name, call.arguments) for call in message.tool_calls]
+            written = [_call_text(call.name, call.arguments) for call in message.tool_calls]
             text = "\n".join(part for part in (message.content, *written) if part)
             result.append(replace(message, content=text, tool_calls=()))
         else:
@@ -74,8 +73,8 @@ def with_written_tools(
     return _with_system_part(result, _tools_text(tools)) if tools else tuple(result)
 
 
-def folded(messages: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
-    """Put system messages into the user message that follows, and join equal neighbours."""
+def with_folded_system(messages: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
+    """Merge system messages into the next user message, and join messages of the same role."""
     result: list[ChatMessage] = []
     system: list[str] = []
     for message in messages:
@@ -96,7 +95,7 @@ def folded(messages: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
 
 
 def plain_text(messages: Sequence[ChatMessage]) -> str:
-    """Return a conversation for a model without a template: `User: …` and `Assistant: …` lines."""
+    """Return a conversation as `User: …` and `Assistant: …` lines, for a model without template."""
     lines = [
         f"{_PLAIN_NAMES[message.role]}: {message.content}\n"
         + ("\n" if message.role == "system" else "")
@@ -106,7 +105,7 @@ def plain_text(messages: Sequence[ChatMessage]) -> str:
 
 
 def _arguments(text: str) -> JsonValue:
-    """Return a call's arguments as the object they spell; text that spells none stays text."""
+    """Parse a call's arguments as JSON; invalid JSON stays text."""
     if not text.strip():
         return {}
     try:
@@ -116,7 +115,7 @@ def _arguments(text: str) -> JsonValue:
     return value
 
 
-def _written_call(name: str, arguments: str) -> str:
+def _call_text(name: str, arguments: str) -> str:
     call = {"name": name, "arguments": _arguments(arguments)}
     return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 

@@ -1,4 +1,4 @@
-"""From a request to what a stepper needs: prompt tokens, grammar, and the text assembler."""
+"""Prepares a request for the stepper: prompt tokens, token mask and text assembler."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,10 +7,10 @@ from backends.answer.assembler import TextAssembler
 from backends.answer.mask import AnswerMask, ReasoningPlan
 from backends.base import ModelInfo
 from backends.grammar.compiler import output_constraint
-from backends.grammar.constraint import Constraint, OpeningCall, TokenMask
+from backends.grammar.constraint import BareCallGrammar, Constraint, TokenMask
 from backends.prompt.chat_format import ChatFormat, OutputParser
 from backends.prompt.infill import InfillTokens
-from backends.prompt.normalize import stable
+from backends.prompt.normalize import normalize_prompt
 from backends.stepper import Tokenizer
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
 from core.types import (
@@ -29,9 +29,10 @@ from core.types import (
 
 @dataclass(slots=True)
 class Prepared:
-    """A request ready to run; `max_tokens` are still to come and fit the context.
+    """A request ready to run; `max_tokens` remain to be generated and fit the context.
 
-    The last `generated` tokens of `prompt` are of the answer; assembler and mask know them.
+    The last `generated` tokens of `prompt` belong to a resumed answer; assembler and mask have
+    processed them.  `initial_events` are sent before the first token, such as an echoed prompt.
     """
 
     prompt: tuple[int, ...]
@@ -40,30 +41,30 @@ class Prepared:
     assembler: TextAssembler
     mask: TokenMask | None = None
     generated: int = 0
-    opening: list[GenerationEvent] = field(default_factory=list)
+    initial_events: list[GenerationEvent] = field(default_factory=list)
     token_bytes: Callable[[int], bytes] = lambda _: b""
 
-    def take_opening(self) -> list[GenerationEvent]:
-        """Return the events that come before the first token, once."""
-        opening, self.opening = self.opening, []
-        return opening
+    def take_initial_events(self) -> list[GenerationEvent]:
+        """Return `initial_events` on the first call, then nothing."""
+        events, self.initial_events = self.initial_events, []
+        return events
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
-    """A prompt as text or token ids, with what reads the answer."""
+class _Tokenized:
+    """A tokenized prompt, with the parser and grammars of its answer."""
 
     token_ids: list[int]
     parser: OutputParser | None = None
     stop: tuple[str, ...] = ()
     constraint: Constraint | None = None
     triggered: Mapping[str, Constraint] = field(default_factory=dict)
-    opening: OpeningCall | None = None
+    bare_call: BareCallGrammar | None = None
     reasoning: ReasoningPlan | None = None
 
 
 class Preparer:
-    """Prepares requests of one model; may block for a template's 2 s.  Thread-safe."""
+    """Prepares requests of one model; may block up to 2 s for a template.  Thread-safe."""
 
     def __init__(
         self,
@@ -87,11 +88,11 @@ class Preparer:
         self._stable_prompts = stable_prompts
 
     def prepare(self, request: GenerationRequest) -> Prepared:
-        """Render, tokenize and check.  Raises RequestError, ContextLengthExceeded, BrokenModel."""
-        text = self._read(request)
+        """Render, tokenize, validate.  Raises RequestError, ContextLengthExceeded, BrokenModel."""
+        text = self._tokenized(request)
         count = len(text.token_ids)
         if not count:
-            raise RequestError("The prompt is empty.", param="prompt")
+            raise RequestError("The prompt is empty; send some text.", param="prompt")
         room = self.context_tokens - count
         if room < 1:
             raise ContextLengthExceeded.of(count, self.context_tokens)
@@ -107,38 +108,39 @@ class Preparer:
                 parser=text.parser,
             ),
             mask=self._mask(text),
-            opening=self._opening(request, text.token_ids),
+            initial_events=self._echo_events(request, text.token_ids),
             token_bytes=self._tokenizer.token_bytes,
         )
         if request.generated:
-            self._resume(prepared, self._checked(request.generated))
+            self._resume(prepared, self._checked_ids(request.generated))
         return prepared
 
-    def _mask(self, text: _Text) -> TokenMask | None:
-        """Compile what bounds the answer; the grammar of begun calls only where it can be."""
+    def _mask(self, text: _Tokenized) -> TokenMask | None:
+        """Compile the answer's token mask; tool-call grammars only if the tokenizer supports it."""
         tokenizer = self._tokenizer
         whole = tokenizer.mask(text.constraint) if text.constraint is not None else None
-        triggered, opening = [], None
+        triggered, bare_call = [], None
         if whole is None and tokenizer.can_constrain:
             triggered = [(start, tokenizer.mask(one)) for start, one in text.triggered.items()]
-            if text.opening is not None:
-                opening = (text.opening, tokenizer.mask(text.opening.constraint))
+            if text.bare_call is not None:
+                bare_call = (text.bare_call, tokenizer.mask(text.bare_call.constraint))
         has_budget = text.reasoning is not None and text.reasoning.budget is not None
-        if not triggered and opening is None and not has_budget:
+        if not triggered and bare_call is None and not has_budget:
             return whole
         return AnswerMask(
             tokenizer,
             whole=whole,
             triggered=triggered,
-            opening=opening,
+            bare_call=bare_call,
             reasoning=text.reasoning,
         )
 
     @staticmethod
     def _resume(prepared: Prepared, generated: Sequence[int]) -> None:
-        """Bring assembler and mask to where they stood after the `generated` tokens.
+        """Advance assembler and mask by the `generated` tokens of a resumed answer.
 
-        Where nothing may follow them, `max_tokens` is 0 and what was held back opens the answer.
+        If the answer is already complete, `max_tokens` is 0 and text that was held back is in
+        `initial_events`.
         """
         assembler = prepared.assembler
         assembler.replay(generated)
@@ -147,71 +149,72 @@ class Preparer:
         prepared.max_tokens -= len(generated)
         if prepared.max_tokens <= 0 or assembler.reason is not None:
             prepared.max_tokens = 0
-            prepared.opening += assembler.finish("length")
+            prepared.initial_events += assembler.finish("length")
         elif prepared.mask is not None:
             for token_id in generated:
                 prepared.mask.accept(token_id)
 
     def count(self, prompt: Prompt) -> int:
-        """Return how many tokens `prompt` comes to; raises as `prepare`, but not for its length."""
+        """Return the number of prompt tokens; raises as `prepare` does, but not for the length."""
         if isinstance(prompt, ChatPrompt):
             return len(self._chat_ids(self._render(prompt)))
         return len(self._plain_ids(prompt))
 
-    def _read(self, request: GenerationRequest) -> _Text:
+    def _tokenized(self, request: GenerationRequest) -> _Tokenized:
         if isinstance(request.prompt, ChatPrompt):
-            return self._read_chat(request.prompt, request.output)
+            return self._tokenized_chat(request.prompt, request.output)
         constraint = None
         if request.output is not None:
             constraint = output_constraint(request.output)
-        return _Text(self._plain_ids(request.prompt), constraint=constraint)
+        return _Tokenized(self._plain_ids(request.prompt), constraint=constraint)
 
     def _plain_ids(self, prompt: TextPrompt | TokenPrompt | InfillPrompt) -> list[int]:
         match prompt:
             case TextPrompt(text):
                 return self._tokenizer.encode(text, add_bos=True, parse_special=True)
             case TokenPrompt(token_ids):
-                return self._checked(token_ids)
+                return self._checked_ids(token_ids)
             case InfillPrompt():
                 if self._infill is None:
                     raise UnsupportedParameter(
-                        f"The model {self._info.name} has no tokens for filling in the middle.",
+                        f"The model {self._info.name} has no fill-in-the-middle tokens; use "
+                        "one with the capability infill, or leave suffix out.",
                         param="suffix",
                     )
                 return self._infill.token_ids(prompt, self._tokenizer)
 
     def _chat_ids(self, rendered: str) -> list[int]:
-        # Many templates write the token themselves; the tokenizer adds it again otherwise.
+        # Many templates write the BOS token themselves; the tokenizer would add it again.
         text = rendered.removeprefix(self._bos_text) if self._bos_text else rendered
         return self._tokenizer.encode(text, add_bos=True, parse_special=True)
 
     def _render(self, prompt: ChatPrompt) -> str:
-        return self._chat.render(stable(prompt) if self._stable_prompts else prompt)
+        return self._chat.render(normalize_prompt(prompt) if self._stable_prompts else prompt)
 
-    def _read_chat(self, prompt: ChatPrompt, output: Output | None) -> _Text:
+    def _tokenized_chat(self, prompt: ChatPrompt, output: Output | None) -> _Tokenized:
         rendered = self._render(prompt)
-        return _Text(
+        return _Tokenized(
             self._chat_ids(rendered),
             self._chat.parser(prompt, rendered),
             self._chat.stop,
             self._chat.constraint(prompt, output, rendered),
             self._chat.triggered(prompt),
-            self._chat.opening(prompt),
+            self._chat.bare_call(prompt),
             self._chat.reasoning(prompt, rendered),
         )
 
-    def _checked(self, token_ids: Sequence[int]) -> list[int]:
+    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
         size = self._tokenizer.vocabulary_size
         for token_id in token_ids:
             if not 0 <= token_id < size:
                 raise RequestError(
-                    f"Token id {token_id} is outside the vocabulary of {size} tokens.",
+                    f"Token id {token_id} is outside the vocabulary; ids are 0 to {size - 1}.",
                     param="prompt",
                 )
         return list(token_ids)
 
     def _with_defaults(self, sampling: SamplingParams) -> SamplingParams:
-        """Fill what the request leaves open from the model's own recommendation."""
+        """Fill unset sampling parameters from the model's own recommendation."""
         chosen: Mapping[str, float | int | None] = {
             name: getattr(sampling, name)
             if getattr(sampling, name) is not None
@@ -220,16 +223,20 @@ class Preparer:
         }
         return replace(sampling, **chosen)  # type: ignore[arg-type]
 
-    def _opening(self, request: GenerationRequest, token_ids: list[int]) -> list[GenerationEvent]:
+    def _echo_events(
+        self, request: GenerationRequest, token_ids: list[int]
+    ) -> list[GenerationEvent]:
         if not request.echo_prompt:
             return []
         if request.sampling.top_logprobs is not None:
-            raise UnsupportedParameter("echo cannot be combined with logprobs.", param="echo")
+            raise UnsupportedParameter(
+                "echo cannot be combined with logprobs; leave one of them out.", param="echo"
+            )
         if isinstance(request.prompt, TextPrompt):
             return [TextDelta(request.prompt.text)]
         data = b"".join(self._tokenizer.token_bytes(token_id) for token_id in token_ids)
         return [TextDelta(data.decode("utf-8", "replace"))]
 
     def close(self) -> None:
-        """Stop the template's process; twice is fine."""
+        """Stop the template's process; idempotent."""
         self._chat.close()

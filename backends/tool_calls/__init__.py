@@ -1,1 +1,1 @@
-"""Tool calls in the forms that the model families write them: reading, checking, forcing."""
+"""Parses, validates and constrains tool calls in the formats of each model family."""

@@ -1,8 +1,8 @@
-"""Answers that are nothing but calls, without the markers of a family."""
+"""Parses answers that consist only of tool calls, without a family's markers."""
 
 from backends.tool_calls.collector import CallCollector
 from backends.tool_calls.cursor import Cursor, Malformed, Steps
-from backends.tool_calls.json_call import CallReader
+from backends.tool_calls.json_call import JsonCallReader
 from backends.tool_calls.json_scanner import MalformedJson
 from backends.tool_calls.literal_forms import read_python_list
 from backends.tool_calls.parser import Main, Section, prose_with_calls
@@ -12,10 +12,10 @@ _FENCE = "```"
 
 
 def answer_with_calls(starts: tuple[str, ...], section: Section, *, is_pythonic: bool) -> Main:
-    """Return a reader of a whole answer: one bare call, or prose with marked calls.
+    """Return a reader of a whole answer: one bare call, or text with marked calls.
 
-    A bare call is one JSON object, perhaps in a code fence, or with `is_pythonic` a list in
-    Python's syntax.  It is held back until the answer's end shows that nothing else follows.
+    A bare call is one JSON object, optionally in a code fence, or with `is_pythonic` a list in
+    Python syntax.  It is held back until the end of the answer, since nothing else may follow.
     """
     prose = prose_with_calls(starts, section)
     openers = tuple(opener for opener in _JSON_OPENERS if opener not in starts)
@@ -41,7 +41,7 @@ def _object(cursor: Cursor, collector: CallCollector, openers: tuple[str, ...]) 
         yield from cursor.spaces()
     if not cursor.rest.startswith("{"):
         raise Malformed
-    reader = CallReader(collector.names)
+    reader = JsonCallReader(collector.names)
     while not reader.is_complete:
         if not cursor.rest and not (yield from cursor.more()):
             raise Malformed

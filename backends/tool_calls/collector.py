@@ -1,4 +1,4 @@
-"""Where readers put what they find in an answer: text, reasoning, and calls of declared tools."""
+"""Collects the parsed pieces of an answer: text, reasoning and calls of declared tools."""
 
 import json
 import secrets
@@ -10,24 +10,24 @@ from backends.tool_calls.cursor import Malformed
 from core.types import MismatchKind, ReasoningDelta, TextDelta, Tool, ToolCallDelta
 
 _ID_CHARACTERS = string.ascii_letters + string.digits
-_LONGEST_ID = 128
+_MAX_ID_CHARACTERS = 128
 
 Check = Callable[[str, str], bool]
 
 
 def new_call_id() -> str:
-    """Return a fresh id of a tool call: `call_` and 24 random letters and digits."""
+    """Return a new tool call id: `call_` and 24 random letters and digits."""
     return "call_" + "".join(secrets.choice(_ID_CHARACTERS) for _ in range(24))
 
 
-class Enough(Exception):
-    """The one call that is allowed is complete."""
+class AnswerComplete(Exception):
+    """Raised when the only allowed call is complete."""
 
 
 class CallCollector:
-    """Collects one answer's pieces; `check` tells whether a call's arguments fit its schema.
+    """Collects one answer's pieces; `check` validates a call's arguments against its schema.
 
-    What does not fit is passed on and noted in `mismatches`.
+    Calls that fail validation are still emitted and recorded in `mismatches`.
     """
 
     def __init__(self, tools: Sequence[Tool], *, is_parallel: bool, check: Check) -> None:
@@ -45,21 +45,21 @@ class CallCollector:
 
     @property
     def is_in_call(self) -> bool:
-        """Whether a call, that of `open_name`, has begun and is not complete."""
+        """Whether a call, of `open_name`, has begun and is not complete."""
         return bool(self.open_name)
 
     def take(self) -> list[Piece]:
-        """Return what was added since the last time."""
+        """Return the pieces added since the last call."""
         pieces, self._pieces = self._pieces, []
         return pieces
 
     def text(self, text: str) -> None:
-        """Add to the answer's text."""
+        """Append to the answer's text."""
         if text:
             self._pieces.append(TextDelta(text))
 
     def reasoning(self, text: str) -> None:
-        """Add to the reasoning."""
+        """Append to the reasoning."""
         if text:
             self._pieces.append(ReasoningDelta(text))
 
@@ -68,7 +68,7 @@ class CallCollector:
         if name not in self.names:
             self.mismatches.append("undeclared")
             raise Malformed
-        if not call_id or call_id in self._ids or len(call_id) > _LONGEST_ID:
+        if not call_id or call_id in self._ids or len(call_id) > _MAX_ID_CHARACTERS:
             call_id = new_call_id()
         self._ids.add(call_id)
         self._pieces.append(ToolCallDelta(self.count, call_id, name))
@@ -76,13 +76,13 @@ class CallCollector:
         self.open_name = name
 
     def arguments(self, text: str) -> None:
-        """Add to the JSON text of the call's arguments."""
+        """Append to the JSON text of the call's arguments."""
         if text:
             self._arguments.append(text)
             self._pieces.append(ToolCallDelta(self.count - 1, arguments=text))
 
     def finish(self) -> None:
-        """End the call; one without arguments gets an empty object.  Raises Enough."""
+        """End the call; missing arguments become an empty object.  Raises AnswerComplete."""
         if not self._arguments:
             self.arguments("{}")
         if not self._check(self.open_name, "".join(self._arguments)):
@@ -90,16 +90,16 @@ class CallCollector:
         self._end()
         if not self._is_parallel:
             self.is_done = True
-            raise Enough
+            raise AnswerComplete
 
     def abandon(self) -> None:
-        """Leave the call unfinished, if there is one."""
+        """Leave the open call, if any, unfinished."""
         if self.open_name:
             self.mismatches.append("malformed")
         self._end()
 
     def call(self, name: str, arguments: Mapping[str, object]) -> None:
-        """Add a whole call.  Raises Malformed, Enough."""
+        """Add a complete call.  Raises Malformed, AnswerComplete."""
         try:
             text = compact(arguments)
         except ValueError as problem:
@@ -114,11 +114,11 @@ class CallCollector:
 
 
 def compact(value: object) -> str:
-    """Return `value` as JSON without spaces.  Raises ValueError for infinite numbers."""
+    """Return `value` as compact JSON.  Raises ValueError for NaN and infinite numbers."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     try:
         text.encode()
     except UnicodeEncodeError:
-        # Half a surrogate pair can be escaped only.
+        # A lone surrogate can only be written as an escape.
         text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text

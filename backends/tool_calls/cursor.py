@@ -1,4 +1,4 @@
-"""An answer's text as it arrives, for readers that are written as if it were all there."""
+"""Cursor over streamed text, for parsers written as generators that wait for more input."""
 
 from collections.abc import Generator
 from typing import TypeAlias, TypeVar
@@ -9,7 +9,7 @@ Steps: TypeAlias = Generator[None, None, Result]
 
 
 class Malformed(Exception):
-    """The text is no call in the family's form; `pending` was read already and is still text."""
+    """The text is not a call in the family's form; `pending` was read but belongs to the text."""
 
     def __init__(self, pending: str = "") -> None:
         super().__init__(pending)
@@ -21,10 +21,10 @@ class Unfinished(Malformed):
 
 
 class Cursor:
-    """A place in a growing text.
+    """A read position in a growing text.
 
-    The methods that return `Steps` are generators: they yield where they need more text, and
-    what they return does not depend on how the text was cut.
+    Methods that return `Steps` are generators: they yield when they need more text, and their
+    result does not depend on how the text was split.
     """
 
     __slots__ = ("_at", "_mark", "_text", "is_ended")
@@ -36,36 +36,36 @@ class Cursor:
         self.is_ended = False
 
     def feed(self, text: str) -> None:
-        """Take the next text."""
+        """Append the next text."""
         self._text = self._text[self._mark :] + text
         self._at -= self._mark
         self._mark = 0
 
     @property
     def rest(self) -> str:
-        """What is here and not yet read."""
+        """The available text that is not read yet."""
         return self._text[self._at :]
 
     @property
     def since_mark(self) -> str:
-        """What was read since `mark`."""
+        """The text read since `mark`."""
         return self._text[self._mark : self._at]
 
     def mark(self, back: int = 0) -> None:
-        """Keep what is read from here on, or from `back` characters before."""
+        """Keep the text from here on, or from `back` characters before."""
         self._mark = self._at - back
 
     def advance(self, count: int) -> None:
-        """Count so many characters as read."""
+        """Move `count` characters ahead."""
         self._at += count
 
     def unread(self, text: str) -> None:
-        """Put `text` before what is not yet read."""
+        """Insert `text` before the unread text."""
         self._text = text + self._text[self._at :]
         self._at = self._mark = 0
 
     def more(self) -> Steps[bool]:
-        """Wait for more text; return False when there is none."""
+        """Wait for more text; return False at the end of the text."""
         known = len(self._text) - self._at
         while len(self._text) - self._at == known:
             if self.is_ended:
@@ -74,7 +74,7 @@ class Cursor:
         return True
 
     def spaces(self) -> Steps[None]:
-        """Skip spaces and line breaks."""
+        """Skip whitespace."""
         while True:
             rest = self.rest
             kept = rest.lstrip()
@@ -83,7 +83,7 @@ class Cursor:
                 return
 
     def accept(self, *literals: str) -> Steps[str]:
-        """Skip the one of `literals` that comes next and return it, or return nothing."""
+        """Skip and return the longest of `literals` that comes next, or an empty string."""
         while True:
             rest = self.rest
             may_come = any(one != rest and one.startswith(rest) for one in literals)
@@ -94,14 +94,14 @@ class Cursor:
             return found
 
     def expect(self, *literals: str) -> Steps[str]:
-        """Skip the one of `literals` that comes next and return it.  Raises Malformed."""
+        """Skip and return the one of `literals` that comes next.  Raises Malformed if none does."""
         found = yield from self.accept(*literals)
         if not found:
             raise Malformed
         return found
 
     def until(self, *enders: str, most: int) -> Steps[tuple[str, str]]:
-        """Return the text before the first of `enders`, and that one; both are read then.
+        """Read the text up to the first of `enders`; return that text and the ender.
 
         Raises Malformed if none comes within `most` characters, Unfinished at the text's end.
         """
@@ -122,13 +122,13 @@ class Cursor:
                 raise Unfinished
 
     def _may_be_longer(self, rest: str, at: int, enders: tuple[str, ...]) -> bool:
-        """Whether a longer ender than the one at `at` may still come there."""
+        """Whether more text could turn the ender at `at` into a longer one."""
         tail = rest[at:]
         return not self.is_ended and any(one != tail and one.startswith(tail) for one in enders)
 
 
-def held_length(text: str, markers: tuple[str, ...]) -> int:
-    """Return how much of the end of `text` may be the beginning of one of `markers`."""
+def partial_marker_length(text: str, markers: tuple[str, ...]) -> int:
+    """Return how many characters at the end of `text` may start one of `markers`."""
     longest = max(map(len, markers), default=0)
     for length in range(min(longest - 1, len(text)), 0, -1):
         suffix = text[-length:]

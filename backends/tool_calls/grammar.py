@@ -1,4 +1,4 @@
-"""Grammars that make a model write calls in its family's form, with valid arguments."""
+"""Builds grammars that constrain a model to tool calls in its family's format."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,14 +26,14 @@ def call_constraint(
     tools: Sequence[Tool],
     *,
     is_bare: bool = False,
-    is_many: bool = False,
+    allows_several: bool = False,
     reasoning: str | None = None,
 ) -> Constraint:
-    """Return what makes the answer one call of one of `tools`, in the form of `family`.
+    """Return the grammar of an answer that is a call of one of `tools`, in the form of `family`.
 
-    `is_bare`: without the family's outer markers.  `is_many`: more calls may follow, where the
-    form has several in one answer.  `reasoning` is the text that ends the model's reasoning,
-    which then goes first.
+    `is_bare`: without the family's outer markers.  `allows_several`: more calls may follow, if the
+    form supports several in one answer.  `reasoning` is the text that ends the model's reasoning,
+    which then precedes the call.
     """
     _check(tools)
     text = GrammarText()
@@ -42,39 +42,40 @@ def call_constraint(
         answer = f"{start} {_harmony(text, tools, False)}"
     elif is_bare:
         is_list = family.is_pythonic
-        answer = python_list(text, tools, is_many) if is_list else json_call(text, tools)
+        answer = python_list(text, tools, allows_several) if is_list else json_call(text, tools)
     else:
-        body = call_body(family)(text, tools, is_many)
+        body = call_body(family)(text, tools, allows_several)
         answer = f"{text.marker(family.tool_call_start)} {body}"
-        if is_many and (between := _BETWEEN.get(family.name)) is not None:
+        if allows_several and (between := _SEPARATORS.get(family.name)) is not None:
             one = text.rule(answer)
             answer = f"{one} ({text.quoted(between)} {one})*" if between else f"{one}+"
     return text.constraint(answer, "tools", reasoning=reasoning)
 
 
 def triggered_calls(family: ToolFamily, tools: Sequence[Tool]) -> dict[str, Constraint]:
-    """Return what must follow each text that surely begins a call.
+    """Return, for each text that always starts a call, the grammar of what follows it.
 
-    Keywords that llguidance does not know are left out.
-
-    Several calls may follow where the family encloses them together.
+    Keywords that llguidance does not support are ignored.  Several calls may follow if the family
+    encloses them together.
     """
     _check(tools)
-    made: dict[str, Constraint] = {}
-    if family.is_word:
-        return made
+    grammars: dict[str, Constraint] = {}
+    if family.is_start_ambiguous:
+        return grammars
     if family.name == "harmony":
         for start in ("<|channel|>commentary to=functions.", "assistant to=functions."):
             text = GrammarText(is_lenient=True)
-            made[start] = text.constraint(_harmony(text, tools, True), "tools")
-        return made
+            grammars[start] = text.constraint(_harmony(text, tools, True), "tools")
+        return grammars
     text = GrammarText(is_lenient=True)
-    made[family.tool_call_start] = text.constraint(call_body(family)(text, tools, True), "tools")
-    return made
+    grammars[family.tool_call_start] = text.constraint(
+        call_body(family)(text, tools, True), "tools"
+    )
+    return grammars
 
 
 def call_body(family: ToolFamily) -> Body:
-    """Return what makes the grammar of all that follows the family's first marker."""
+    """Return the builder of the grammar of everything after the family's first marker."""
     return _BODIES.get(family.name, _json_call)
 
 
@@ -91,7 +92,7 @@ def _object(
     arguments_key: str = "arguments",
     before: str = "",
 ) -> str:
-    """Return the rule of one JSON object with a name and its arguments."""
+    """Return the rule of a call as one JSON object with a name and its arguments."""
     choices = []
     if text.is_lenient:
         return any_of(text, [_lenient_object(text, tool, name_key, before) for tool in tools])
@@ -102,7 +103,7 @@ def _object(
 
 
 def _lenient_object(text: GrammarText, tool: Tool, name_key: str, before: str) -> str:
-    """Return a call's object as models write it: with space, perhaps an id, under either key."""
+    """Return a call's object as models write it: with whitespace, an optional id, either key."""
     gap = text.gap
     comma, colon = f'{gap} "," {gap}', f'{gap} ":" {gap}'
     identity = "/[A-Za-z0-9_-]{0,40}/"
@@ -121,49 +122,51 @@ def _arguments(text: GrammarText, tool: Tool) -> str:
 
 
 def json_call(text: GrammarText, tools: Sequence[Tool]) -> str:
-    """Return the rule of one call as bare JSON."""
+    """Return the rule of one call as JSON without markers."""
     return _object(text, tools, arguments_key="parameters")
 
 
-def _json_call(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
-    del is_many
+def _json_call(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
+    del allows_several
     gap = text.gap if text.is_lenient else text.quoted("\n")
     return f"{gap} {_object(text, tools)} {gap} {text.marker('</tool_call>')}"
 
 
 def _json_list(closing: str, before: str = "") -> Body:
-    def body(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+    def body(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
         end = f" {text.marker(closing)}" if closing else ""
         lead = f"{text.quoted(before)}? " if before else ""
-        return f"{lead}{list_of(text, _object(text, tools), is_many=is_many)}{end}"
+        return f"{lead}{list_of(text, _object(text, tools), allows_several=allows_several)}{end}"
 
     return body
 
 
 def _action_list(closing: str, before: str, identity: str) -> Body:
-    def body(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+    def body(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
         one = _object(
             text, tools, name_key="tool_name", arguments_key="parameters", before=identity
         )
         lead = f"{text.quoted(before)}? " if before else ""
         gap = f" {text.quoted(before)}?" if before else ""
-        return f"{lead}{list_of(text, one, is_many=is_many)}{gap} {text.marker(closing)}"
+        return (
+            f"{lead}{list_of(text, one, allows_several=allows_several)}{gap} {text.marker(closing)}"
+        )
 
     return body
 
 
-def _python_tag(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
-    del is_many
+def _python_tag(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
+    del allows_several
     return json_call(text, tools)
 
 
-def _mistral(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
-    del is_many
+def _mistral(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
+    del allows_several
     marker = text.marker("[ARGS]")
     return any_of(text, [f"{text.quoted(t.name)} {marker} {_arguments(text, t)}" for t in tools])
 
 
-def _kimi(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+def _kimi(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
     begin, middle = text.marker("<|tool_call_begin|>"), text.marker("<|tool_call_argument_begin|>")
     end, last = text.marker("<|tool_call_end|>"), text.marker("<|tool_calls_section_end|>")
     names = [
@@ -171,11 +174,11 @@ def _kimi(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
         for tool in tools
     ]
     one = f"{begin} {any_of(text, names)} {end}"
-    return f"({one}){'+' if is_many else ''} {last}"
+    return f"({one}){'+' if allows_several else ''} {last}"
 
 
 def _deepseek(prefix: str, opening: str, closing: str) -> Body:
-    def body(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+    def body(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
         begin, middle = text.marker("<｜tool▁call▁begin｜>"), text.marker("<｜tool▁sep｜>")
         end, last = text.marker("<｜tool▁call▁end｜>"), text.marker("<｜tool▁calls▁end｜>")
         before = f"{text.quoted(prefix)} {middle}" if prefix else ""
@@ -188,14 +191,14 @@ def _deepseek(prefix: str, opening: str, closing: str) -> Body:
                 f"{before} {text.quoted(name)} {after} {_arguments(text, tool)} {close}".strip()
             )
         one = f"{begin} {any_of(text, calls)} {end}"
-        more = f" ({text.quoted(chr(10))}? {one})*" if is_many else ""
+        more = f" ({text.quoted(chr(10))}? {one})*" if allows_several else ""
         return f"{one}{more} {last}"
 
     return body
 
 
-def _harmony(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
-    del is_many
+def _harmony(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
+    del allows_several
     message = text.marker(harmony.MESSAGE)
     gap = f'" " {text.marker(harmony.CONSTRAIN)} "json"'
     if text.is_lenient:
@@ -207,8 +210,8 @@ def _harmony(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
     return any_of(text, calls)
 
 
-# What the templates of families write between calls that have both their markers each.
-_BETWEEN: Mapping[str, str] = {
+# Separators that templates write between calls if each call has its own markers.
+_SEPARATORS: Mapping[str, str] = {
     "hermes": "\n",
     "qwen3_coder": "\n",
     "glm4": "\n",

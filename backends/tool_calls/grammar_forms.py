@@ -1,4 +1,4 @@
-"""The grammars of the forms that are not JSON: tags, Python's syntax, Gemma's notation."""
+"""Grammars of tool-call formats other than JSON: tags, Python syntax, Gemma's notation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
@@ -8,33 +8,33 @@ from backends.tool_calls.schemas import types_of
 from backends.tool_calls.tagged_forms import MINIMAX, TagForm
 from core.types import JsonValue, Tool
 
-# Makes the text of a rule for what follows a call's first marker; the flag allows several calls.
+# Builds the rule for the text after a call's first marker; the flag allows several calls.
 Body: TypeAlias = Callable[[GrammarText, Sequence[Tool], bool], str]
 
 
 def any_of(text: GrammarText, choices: Sequence[str]) -> str:
-    """Return a rule of one of several."""
+    """Return a rule that matches one of `choices`."""
     return text.rule(" | ".join(choices))
 
 
-def list_of(text: GrammarText, one: str, *, is_many: bool) -> str:
-    """Return the text of a JSON or Python list of calls."""
+def list_of(text: GrammarText, one: str, *, allows_several: bool) -> str:
+    """Return the rule text of a JSON or Python list of calls."""
     if text.is_lenient:
         return f'"[" {text.gap} {one} ({text.gap} "," {text.gap} {one})* {text.gap} "]"'
-    more = f" ({text.quoted(', ')} {one})*" if is_many else ""
+    more = f" ({text.quoted(', ')} {one})*" if allows_several else ""
     return f"{text.quoted('[')} {one}{more} {text.quoted(']')}"
 
 
 def tagged(form: TagForm, between: str) -> Body:
-    """Return the body of a tag form; `between` is written after each of its lines."""
+    """Return the rule builder of a tag format; `between` is written after each of its lines."""
 
-    def body(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+    def body(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
         calls = [_tagged_call(text, form, tool, between) for tool in tools]
         one = any_of(text, calls)
         lead = text.quoted("\n") if form.name_open else ""
         if not form.end:
             return one
-        count = "+" if is_many and form is MINIMAX else ""
+        count = "+" if allows_several and form is MINIMAX else ""
         return f"({lead} {one}){count} {text.quoted(chr(10))} {text.marker(form.end)}"
 
     return body
@@ -75,9 +75,10 @@ def _tagged_value(text: GrammarText, form: TagForm, tool: Tool, key: str, schema
     return f"{text.quoted(lead)} {text.json(inner)} {tail}"
 
 
-def python_list(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
+def python_list(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
+    """Return the rule text of a list of calls in Python syntax."""
     one = any_of(text, [_python_call(text, tool) for tool in tools])
-    return list_of(text, one, is_many=is_many)
+    return list_of(text, one, allows_several=allows_several)
 
 
 def _python_call(text: GrammarText, tool: Tool) -> str:
@@ -86,7 +87,7 @@ def _python_call(text: GrammarText, tool: Tool) -> str:
     entries = list(properties.items()) if isinstance(properties, dict) else []
     needed = [e for e in entries if isinstance(required, list) and e[0] in required]
     optional = [e for e in entries if e not in needed]
-    # Required ones first, so that every optional one has a comma before it.
+    # Required ones come first, so every optional one has a comma before it.
     parts = [_python_argument(text, tool, key, schema) for key, schema in needed]
     joined = f" {text.quoted(', ')} ".join(parts)
     for index, (key, schema) in enumerate(optional):
@@ -109,17 +110,19 @@ def _python_argument(text: GrammarText, tool: Tool, key: str, schema: JsonValue)
 
 
 def python_section(closing: str) -> Body:
-    """Return the body of a Python list and what closes it."""
+    """Return the rule builder of a Python list and its closing marker."""
 
-    def body(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
-        return f"{python_list(text, tools, is_many)} {text.marker(closing)}"
+    def body(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
+        return f"{python_list(text, tools, allows_several)} {text.marker(closing)}"
 
     return body
 
 
 def gemma(quote: str, end: str) -> Body:
-    def body(text: GrammarText, tools: Sequence[Tool], is_many: bool) -> str:
-        del is_many
+    """Return the rule builder of a call in Gemma's notation, `call:name{key:value, …}`."""
+
+    def body(text: GrammarText, tools: Sequence[Tool], allows_several: bool) -> str:
+        del allows_several
         calls = []
         for tool in tools:
             value = _gemma_object(text, quote, tool.parameters, tool)
@@ -156,9 +159,9 @@ def _gemma_value(text: GrammarText, quote: str, schema: JsonValue, tool: Tool) -
     if types == {"string"}:
         values = schema.get("enum") if isinstance(schema, dict) else None
         if isinstance(values, list):
-            mark = text.marker(quote)
+            delimiter = text.marker(quote)
             inner = " | ".join(text.quoted(str(one)) for one in values)
-            return f"{mark} ({inner}) {mark}"
+            return f"{delimiter} ({inner}) {delimiter}"
         return f"{text.marker(quote)} {text.until(quote)}"
     if types <= {"integer", "number", "boolean", "null"} and types:
         return text.json(dict(schema) if isinstance(schema, dict) else {})
@@ -171,7 +174,7 @@ def _gemma_value(text: GrammarText, quote: str, schema: JsonValue, tool: Tool) -
 
 
 def _gemma_any(text: GrammarText, quote: str) -> str:
-    """Return a rule of any value in Gemma's notation."""
+    """Return a rule that matches any value in Gemma's notation."""
     name = text.reserve()
     scalar = text.json({"type": ["number", "boolean", "null"]})
     word = "/[A-Za-z_][A-Za-z0-9_]*/"

@@ -1,4 +1,4 @@
-"""The reader of gpt-oss's harmony format, in which channels part reasoning, calls and answer.
+"""Parses gpt-oss's harmony format, which separates reasoning, calls and answer by channel.
 
 Source: OpenAI, "OpenAI harmony response format".
 """
@@ -6,31 +6,31 @@ Source: OpenAI, "OpenAI harmony response format".
 import re
 
 from backends.tool_calls.collector import CallCollector
-from backends.tool_calls.cursor import Cursor, Malformed, Steps, held_length
+from backends.tool_calls.cursor import Cursor, Malformed, Steps, partial_marker_length
 from backends.tool_calls.json_forms import read_arguments
 
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 CALL, RETURN, CONSTRAIN = "<|call|>", "<|return|>", "<|constrain|>"
-# What comes before an answer that is not preceded by reasoning.
+# Markers that precede an answer without reasoning.
 FINAL = (CHANNEL, "final", MESSAGE)
 MARKERS = (START, CHANNEL, MESSAGE, END, CALL, RETURN, CONSTRAIN)
 
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
-_LONGEST_HEADER = 1024
+_MAX_HEADER_CHARACTERS = 1024
 _ENDS = (END, CALL, RETURN, START)
 
 
 def read_harmony(cursor: Cursor, collector: CallCollector) -> Steps[None]:
-    """Read messages; the first header goes on where the prompt's `<|start|>assistant` ends."""
+    """Read messages; the first header continues the prompt's `<|start|>assistant`."""
     header = ""
     while True:
         try:
-            text, mark = yield from cursor.until(MESSAGE, END, most=_LONGEST_HEADER)
+            text, ender = yield from cursor.until(MESSAGE, END, most=_MAX_HEADER_CHARACTERS)
         except Malformed:
-            # No message at all: the model left its format, and its words are the answer.
-            yield from _flow(cursor, collector, "final")
+            # No message header: the model left the format, so all its text is the answer.
+            yield from _pass_text(cursor, collector, "final")
             return
-        if mark == MESSAGE:
+        if ender == MESSAGE:
             header = text
             yield from _message(cursor, collector, header)
         cursor.mark()
@@ -54,15 +54,15 @@ def _message(cursor: Cursor, collector: CallCollector, header: str) -> Steps[Non
         except Malformed as problem:
             collector.abandon()
             cursor.unread(problem.pending)
-        yield from _flow(cursor, collector, "final")
+        yield from _pass_text(cursor, collector, "final")
         return
     if name:
         collector.mismatches.append("undeclared")
-    yield from _flow(cursor, collector, channel[0] if channel else "final")
+    yield from _pass_text(cursor, collector, channel[0] if channel else "final")
 
 
-def _flow(cursor: Cursor, collector: CallCollector, channel: str) -> Steps[None]:
-    """Pass a message's text on up to its end."""
+def _pass_text(cursor: Cursor, collector: CallCollector, channel: str) -> Steps[None]:
+    """Emit a message's text up to its end, as it arrives."""
     emit = collector.reasoning if channel == "analysis" else collector.text
     while True:
         text = cursor.rest
@@ -71,7 +71,7 @@ def _flow(cursor: Cursor, collector: CallCollector, channel: str) -> Steps[None]
             emit(text[: found[0]])
             cursor.advance(found[0] + len(found[1]))
             return
-        kept = text[: len(text) - held_length(text, _ENDS)]
+        kept = text[: len(text) - partial_marker_length(text, _ENDS)]
         emit(kept)
         cursor.advance(len(kept))
         cursor.mark()

@@ -1,4 +1,4 @@
-"""An incremental reader of one tool call written as a JSON object."""
+"""Incremental parser of one tool call written as a JSON object."""
 
 import json
 
@@ -9,11 +9,11 @@ _NAME_KEYS = ("name", "tool_name")
 _CALL_KEYS = frozenset({*_NAME_KEYS, "type", "id", "tool_call_id", *_ARGUMENT_KEYS})
 
 
-class CallReader:
-    """Reads one call, `{"name": …, "arguments": {…}}`, as its text grows.
+class JsonCallReader:
+    """Parses one call, `{"name": …, "arguments": {…}}`, as its text arrives.
 
-    The name may be called `tool_name`, the arguments `parameters`.  `take` takes the compact JSON
-    text of the arguments.
+    `tool_name` is also accepted for `name`, and `parameters` for `arguments`.  `take` returns the
+    compact JSON text of the arguments.
     """
 
     def __init__(self, names: frozenset[str]) -> None:
@@ -32,9 +32,9 @@ class CallReader:
         return self._scanner.is_complete
 
     def push(self, text: str) -> None:
-        """Read on; `position` then says how much of `text` belongs to the call.
+        """Parse `text`; `position` is then how much of it belongs to the call.
 
-        Raises MalformedJson for what is no call of a declared function.
+        Raises MalformedJson if it is not a call of a declared function.
         """
         self.position = 0
         while self.position < len(text) and not self._scanner.is_complete:
@@ -47,11 +47,11 @@ class CallReader:
 
     @property
     def pending(self) -> str:
-        """What the reader has taken but not yet understood, as half a number."""
+        """Text that was consumed but is incomplete, such as half a number."""
         return self._scanner.pending
 
     def take(self) -> str:
-        """Return the arguments' new text; empty until the name is known."""
+        """Return the new text of the arguments; empty until the name is known."""
         if self.name is None:
             return ""
         taken, self._arguments = self._arguments, ""
@@ -92,7 +92,7 @@ class CallReader:
 
 
 def _unquoted(text: str) -> str:
-    """Return arguments written as a JSON text within a string, or as null, as an object."""
+    """Decode arguments written as JSON within a string, or as null, into an object's text."""
     value = json.loads(text)
     if value is None:
         return "{}"
@@ -106,12 +106,12 @@ def _unquoted(text: str) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-class ObjectReader:
-    """Reads one JSON object as its text grows and rewrites it compactly."""
+class JsonObjectReader:
+    """Parses one JSON object as its text arrives and rewrites it compactly."""
 
     def __init__(self) -> None:
         self._scanner = JsonScanner()
-        # The scanner rewrites a member's value, so the object is read as one.
+        # The scanner rewrites members' values, so the object is wrapped as one.
         opening, at = '{"object":', 0
         while at < len(opening):
             at, _ = self._scanner.read(opening, at)
@@ -121,7 +121,7 @@ class ObjectReader:
         self.is_complete = False
 
     def push(self, text: str) -> None:
-        """Read on; `position` then says how much of `text` belongs to it.  Raises MalformedJson."""
+        """Parse `text`; `position` is then how much of it was used.  Raises MalformedJson."""
         self.position = 0
         while self.position < len(text) and not self.is_complete:
             self.position, piece = self._scanner.read(text, self.position)
@@ -133,7 +133,7 @@ class ObjectReader:
 
     @property
     def pending(self) -> str:
-        """What was read but not yet understood, as half a number."""
+        """Text that was consumed but is incomplete, such as half a number."""
         return self._scanner.pending
 
     def take(self) -> str:

@@ -1,17 +1,17 @@
-"""Readers of calls whose arguments are JSON."""
+"""Parsers of tool-call formats with JSON arguments."""
 
 from backends.tool_calls.collector import CallCollector
 from backends.tool_calls.cursor import Cursor, Malformed, Steps
-from backends.tool_calls.json_call import CallReader, ObjectReader
+from backends.tool_calls.json_call import JsonCallReader, JsonObjectReader
 from backends.tool_calls.json_scanner import MalformedJson
 from backends.tool_calls.parser import Section
 
-LONGEST_NAME = 512
+MAX_NAME_CHARACTERS = 512
 
 
 def read_call(cursor: Cursor, collector: CallCollector) -> Steps[None]:
-    """Read one object with a name and arguments, which stream as they grow.  Raises Malformed."""
-    reader = CallReader(collector.names)
+    """Read one object with a name and arguments, emitted as they arrive.  Raises Malformed."""
+    reader = JsonCallReader(collector.names)
     while not reader.is_complete:
         if not cursor.rest and not (yield from cursor.more()):
             if not collector.is_in_call:
@@ -34,7 +34,7 @@ def read_call(cursor: Cursor, collector: CallCollector) -> Steps[None]:
             collector.begin(reader.name)
         if collector.is_in_call:
             collector.arguments(reader.take())
-            # What was passed on need not be kept.
+            # Text that was emitted need not be kept.
             cursor.mark()
         if is_broken:
             raise Malformed(reader.pending)
@@ -42,8 +42,8 @@ def read_call(cursor: Cursor, collector: CallCollector) -> Steps[None]:
 
 
 def read_arguments(cursor: Cursor, collector: CallCollector) -> Steps[None]:
-    """Read the begun call's arguments, one object, and end the call.  Raises Malformed."""
-    reader = ObjectReader()
+    """Read the open call's arguments, one object, and end the call.  Raises Malformed."""
+    reader = JsonObjectReader()
     while not reader.is_complete:
         if not cursor.rest and not (yield from cursor.more()):
             collector.arguments(reader.pending)
@@ -76,13 +76,13 @@ def read_calls(cursor: Cursor, collector: CallCollector) -> Steps[None]:
             return
         cursor.mark()
         yield from cursor.spaces()
-        mark = yield from cursor.accept(",", "]")
-        if mark != ",":
+        separator = yield from cursor.accept(",", "]")
+        if separator != ",":
             return
 
 
 def tagged_json(*closing: str) -> Section:
-    """Return a section of one call or a list of them; `closing` may follow and is dropped."""
+    """Return a reader of one call or a list of calls; `closing` may follow and is dropped."""
 
     def section(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
         del start
@@ -95,7 +95,7 @@ def tagged_json(*closing: str) -> Section:
 
 
 def python_tag(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
-    """Read Llama's calls, which semicolons separate."""
+    """Read Llama's calls, separated by semicolons."""
     del start
     while True:
         yield from cursor.spaces()
@@ -107,7 +107,7 @@ def python_tag(cursor: Cursor, collector: CallCollector, start: str) -> Steps[No
 
 
 def mistral(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
-    """Read `name[ARGS]{…}`, perhaps with a `[CALL_ID]`, or a list of JSON calls."""
+    """Read `name[ARGS]{…}`, optionally with a `[CALL_ID]`, or a list of JSON calls."""
     del start
     yield from cursor.spaces()
     if not cursor.rest:
@@ -115,27 +115,27 @@ def mistral(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]
     if cursor.rest[:1] in ("[", "{", ""):
         yield from read_calls(cursor, collector)
         return
-    name, ender = yield from cursor.until("[ARGS]", "[CALL_ID]", most=LONGEST_NAME)
+    name, ender = yield from cursor.until("[ARGS]", "[CALL_ID]", most=MAX_NAME_CHARACTERS)
     call_id = ""
     if ender == "[CALL_ID]":
-        call_id, _ = yield from cursor.until("[ARGS]", most=LONGEST_NAME)
+        call_id, _ = yield from cursor.until("[ARGS]", most=MAX_NAME_CHARACTERS)
     collector.begin(name.strip(), call_id)
     yield from cursor.spaces()
     yield from read_arguments(cursor, collector)
 
 
 def kimi(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
-    """Read calls whose id `functions.<name>:<number>` holds the name."""
+    """Read calls whose id, `functions.<name>:<number>`, contains the name."""
     del start
     has_called = False
     while True:
         yield from cursor.spaces()
-        mark = yield from cursor.accept("<|tool_call_begin|>", "<|tool_calls_section_end|>")
-        if mark != "<|tool_call_begin|>":
-            if not mark and not has_called:
+        marker = yield from cursor.accept("<|tool_call_begin|>", "<|tool_calls_section_end|>")
+        if marker != "<|tool_call_begin|>":
+            if not marker and not has_called:
                 raise Malformed
             return
-        text, _ = yield from cursor.until("<|tool_call_argument_begin|>", most=LONGEST_NAME)
+        text, _ = yield from cursor.until("<|tool_call_argument_begin|>", most=MAX_NAME_CHARACTERS)
         call_id = text.strip()
         collector.begin(call_id.removeprefix("functions.").rpartition(":")[0] or call_id, call_id)
         yield from cursor.spaces()
@@ -162,15 +162,15 @@ def deepseek(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None
     has_called = False
     while True:
         yield from cursor.spaces()
-        mark = yield from cursor.accept(_DEEPSEEK["open"], _DEEPSEEK["end"])
-        if mark != _DEEPSEEK["open"]:
-            if not mark and not has_called:
+        marker = yield from cursor.accept(_DEEPSEEK["open"], _DEEPSEEK["end"])
+        if marker != _DEEPSEEK["open"]:
+            if not marker and not has_called:
                 raise Malformed
             return
-        name, _ = yield from cursor.until(_DEEPSEEK["separator"], most=LONGEST_NAME)
+        name, _ = yield from cursor.until(_DEEPSEEK["separator"], most=MAX_NAME_CHARACTERS)
         is_fenced = name.strip() == "function"
         if is_fenced:
-            name, _ = yield from cursor.until("\n", most=LONGEST_NAME)
+            name, _ = yield from cursor.until("\n", most=MAX_NAME_CHARACTERS)
             yield from cursor.spaces()
             yield from cursor.expect("```json")
         collector.begin(name.strip())

@@ -1,4 +1,4 @@
-"""An incremental reader of one JSON object, for tool calls that arrive in pieces."""
+"""Incremental scanner of one JSON object, for tool calls that arrive in chunks."""
 
 import json
 import re
@@ -19,14 +19,14 @@ _DEPTH = 200
 
 
 class MalformedJson(Exception):
-    """The text is not, or not any more, one JSON object of the expected kind."""
+    """The text is not a valid JSON object of the expected kind."""
 
 
 class JsonScanner:
-    """Checks one JSON object as its text grows and rewrites its members' values compactly.
+    """Validates one JSON object as its text arrives and rewrites its members' values compactly.
 
-    Raw control characters within strings are escaped instead of refused, as small models write
-    line breaks so.
+    Raw control characters within strings are escaped, not rejected: small models write line
+    breaks that way.
     """
 
     def __init__(self) -> None:
@@ -42,18 +42,18 @@ class JsonScanner:
 
     @property
     def is_value_complete(self) -> bool:
-        """Whether the value of the object's own member `key` has ended."""
+        """Whether the value of the top-level member `key` has ended."""
         return len(self._open) == 1 and self._expected == "next" and not self._in_string
 
     @property
     def pending(self) -> str:
-        """The beginning of a number, word or escape whose end is yet to come."""
+        """The start of a number, word or escape sequence that is not complete yet."""
         return self._scalar + self._escape
 
     def read(self, text: str, position: int) -> tuple[int, str]:
-        """Read a little of `text`; return the new position and what it adds to `key`'s value.
+        """Read part of `text`; return the new position and the text added to `key`'s value.
 
-        A number may end only where the next character shows it, which then is not consumed.
+        A number ends only at the next character, which is then not consumed.
         Raises MalformedJson.
         """
         if self._in_string:
@@ -66,29 +66,29 @@ class JsonScanner:
         spaces = _SPACES.match(text, position)
         if spaces is not None:
             return spaces.end(), ""
-        return position + 1, self._read_mark(text[position])
+        return position + 1, self._read_punctuation(text[position])
 
     def _read_string(self, text: str, position: int) -> tuple[int, str]:
         if self._escape:
             escape = self._escape + text[position]
             if _ESCAPE.fullmatch(escape):
                 self._escape = ""
-                return position + 1, self._said(escape)
+                return position + 1, self._value_text(escape)
             if not _ESCAPE_BEGINNING.fullmatch(escape):
                 raise MalformedJson
             self._escape = escape
             return position + 1, ""
         plain = _PLAIN.match(text, position)
         if plain is not None:
-            return plain.end(), self._said(plain[0])
+            return plain.end(), self._value_text(plain[0])
         character = text[position]
         if character == "\\":
             self._escape = character
             return position + 1, ""
         if character != '"':
-            return position + 1, self._said(json.dumps(character)[1:-1])
+            return position + 1, self._value_text(json.dumps(character)[1:-1])
         self._in_string = False
-        piece = self._said('"')
+        piece = self._value_text('"')
         if self._is_key:
             self._is_key = False
             self._expected = "colon"
@@ -112,22 +112,22 @@ class JsonScanner:
             raise MalformedJson
         self._scalar = ""
         self._expected = "next"
-        return self._said(scalar)
+        return self._value_text(scalar)
 
-    def _read_mark(self, mark: str) -> str:
-        if mark == '"':
+    def _read_punctuation(self, character: str) -> str:
+        if character == '"':
             return self._begin_string()
-        if mark in "{[":
-            return self._begin_container(mark)
-        if mark in "}]":
-            return self._end_container(mark)
-        if mark == ":" and self._expected == "colon":
+        if character in "{[":
+            return self._begin_container(character)
+        if character in "}]":
+            return self._end_container(character)
+        if character == ":" and self._expected == "colon":
             self._expected = "value"
             if len(self._open) == 1:
                 self.key = str(json.loads(self._key_text))
                 return ""
             return ":"
-        if mark == "," and self._expected == "next":
+        if character == "," and self._expected == "next":
             self._expected = "key" if self._open[-1] == "{" else "value"
             if len(self._open) == 1:
                 self.key = None
@@ -142,21 +142,21 @@ class JsonScanner:
         self._is_key = self._expected in ("key", "key or end")
         if self._is_key and len(self._open) == 1:
             self._key_text = ""
-        return self._said('"')
+        return self._value_text('"')
 
-    def _begin_container(self, mark: str) -> str:
+    def _begin_container(self, character: str) -> str:
         is_first = not self._open
-        if self._expected not in ("value", "value or end") or (is_first and mark == "["):
+        if self._expected not in ("value", "value or end") or (is_first and character == "["):
             raise MalformedJson
         if len(self._open) >= _DEPTH:
             raise MalformedJson
-        self._open.append(mark)
-        self._expected = "key or end" if mark == "{" else "value or end"
-        return "" if is_first else mark
+        self._open.append(character)
+        self._expected = "key or end" if character == "{" else "value or end"
+        return "" if is_first else character
 
-    def _end_container(self, mark: str) -> str:
-        may_end = ("next", "key or end") if mark == "}" else ("next", "value or end")
-        if self._expected not in may_end or _CLOSERS[self._open[-1]] != mark:
+    def _end_container(self, character: str) -> str:
+        may_end = ("next", "key or end") if character == "}" else ("next", "value or end")
+        if self._expected not in may_end or _CLOSERS[self._open[-1]] != character:
             raise MalformedJson
         self._open.pop()
         self._expected = "next"
@@ -164,10 +164,10 @@ class JsonScanner:
             self.is_complete = True
             self.key = None
             return ""
-        return mark
+        return character
 
-    def _said(self, piece: str) -> str:
-        """Return `piece` if it belongs to a value; keep it if to a key of the object itself."""
+    def _value_text(self, piece: str) -> str:
+        """Return `piece` if it belongs to a value; collect it if it belongs to a top-level key."""
         if self._is_key and len(self._open) == 1:
             self._key_text += piece
             return ""

@@ -1,4 +1,4 @@
-"""Readers of calls written like Python's or in Gemma's notation."""
+"""Parsers of tool calls in Python syntax and in Gemma's notation."""
 
 import ast
 import json
@@ -8,12 +8,12 @@ from typing import TypeAlias
 
 from backends.tool_calls.collector import CallCollector
 from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished
-from backends.tool_calls.json_forms import LONGEST_NAME
+from backends.tool_calls.json_forms import MAX_NAME_CHARACTERS
 from backends.tool_calls.parser import Section
 from core.types import JsonValue
 
-_MOST = 256 * 1024
-_DEEPEST = 64
+_MAX_CHARACTERS = 256 * 1024
+_MAX_DEPTH = 64
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]{1,300})?(?:[eE][-+]?[0-9]{1,3})?")
 _NAMES: Mapping[str, JsonValue] = {"true": True, "false": False, "null": None}
 
@@ -21,7 +21,7 @@ Call: TypeAlias = tuple[str, dict[str, JsonValue]]
 
 
 def pythonic(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
-    """Read `[name(key=value, …), …]`; the calls come out once the list is closed."""
+    """Read `[name(key=value, …), …]`; the calls are emitted once the list is closed."""
     del start
     yield from cursor.spaces()
     calls = yield from read_python_list(cursor, collector)
@@ -33,13 +33,13 @@ def pythonic(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None
 
 
 def read_python_list(cursor: Cursor, collector: CallCollector) -> Steps[list[Call]]:
-    """Return the calls of a list whose functions are all declared.  Raises Malformed."""
+    """Return the calls of a list.  Raises Malformed unless all functions are declared."""
     yield from cursor.expect("[")
     opening = tuple(f"{name}(" for name in collector.names)
     yield from cursor.spaces()
-    # A list of anything else is known for what it is at once.
+    # Rejects a list of anything else at its first characters.
     name = yield from cursor.expect(*opening)
-    text = yield from _bracketed(cursor, f"[{name}")
+    text = yield from _read_brackets(cursor, f"[{name}")
     calls = python_calls(text)
     if any(name not in collector.names for name, _ in calls):
         collector.mismatches.append("undeclared")
@@ -47,10 +47,10 @@ def read_python_list(cursor: Cursor, collector: CallCollector) -> Steps[list[Cal
     return calls
 
 
-def _bracketed(cursor: Cursor, opening: str) -> Steps[str]:
-    """Return `opening`, which opens two brackets, and the text that closes both.
+def _read_brackets(cursor: Cursor, opening: str) -> Steps[str]:
+    """Return `opening`, which opens two brackets, and the text up to the end of both.
 
-    Raises Malformed.
+    Raises Malformed if it is too long, Unfinished if the text ends before.
     """
     read, brackets = [opening], _Brackets(2)
     while True:
@@ -60,14 +60,14 @@ def _bracketed(cursor: Cursor, opening: str) -> Steps[str]:
         cursor.advance(len(read[-1]))
         if brackets.depth == 0:
             return "".join(read)
-        if sum(map(len, read)) > _MOST:
+        if sum(map(len, read)) > _MAX_CHARACTERS:
             raise Malformed
         if not (yield from cursor.more()):
             raise Unfinished
 
 
 class _Brackets:
-    """Follows brackets outside of quoted texts until they are closed."""
+    """Tracks bracket depth outside quoted strings."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
@@ -75,7 +75,7 @@ class _Brackets:
         self._is_escaped = False
 
     def end(self, text: str) -> int:
-        """Return how much of `text` belongs to what the brackets enclose, their end included."""
+        """Return how many characters of `text` are inside the brackets, with their end."""
         for at, character in enumerate(text):
             if self._quote:
                 self._in_quote(character)
@@ -97,7 +97,7 @@ class _Brackets:
 
 
 def python_calls(text: str) -> list[Call]:
-    """Return the calls of a list in Python's syntax.  Raises Malformed."""
+    """Parse a list of calls in Python syntax.  Raises Malformed."""
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
@@ -137,21 +137,21 @@ def _python_value(node: ast.expr) -> JsonValue:
 
 
 def gemma(quote: str, end: str) -> Section:
-    """Return a section that reads `call:name{key:value, …}` with `quote` around texts."""
+    """Return a reader of `call:name{key:value, …}` with `quote` around strings."""
 
     def section(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
         del start
         yield from cursor.spaces()
         yield from cursor.expect("call:")
-        name, _ = yield from cursor.until("{", most=LONGEST_NAME)
-        text, _ = yield from cursor.until(end, most=_MOST)
+        name, _ = yield from cursor.until("{", most=MAX_NAME_CHARACTERS)
+        text, _ = yield from cursor.until(end, most=_MAX_CHARACTERS)
         collector.call(name.strip(), _GemmaText("{" + text.rstrip(), quote).object())
 
     return section
 
 
 class _GemmaText:
-    """Reads one value in Gemma's notation: bare keys and texts within a special quote."""
+    """Parses one value in Gemma's notation: bare keys, and strings in a special quote."""
 
     def __init__(self, text: str, quote: str) -> None:
         self._text = text
@@ -160,7 +160,7 @@ class _GemmaText:
         self._depth = 0
 
     def object(self) -> dict[str, JsonValue]:
-        """Return the whole text's object.  Raises Malformed."""
+        """Parse the whole text as an object.  Raises Malformed."""
         value = self._value()
         if not isinstance(value, dict) or self._at != len(self._text):
             raise Malformed
@@ -185,7 +185,7 @@ class _GemmaText:
         if self._skip(self._quote):
             return self._quoted()
         self._depth += 1
-        if self._depth > _DEEPEST:
+        if self._depth > _MAX_DEPTH:
             raise Malformed
         value = self._container()
         self._depth -= 1

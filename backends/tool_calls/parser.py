@@ -1,10 +1,10 @@
-"""The one incremental parser of answers that may hold tool calls."""
+"""Incremental parser of answers that may contain tool calls."""
 
 from collections.abc import Callable, Sequence
 
 from backends.answer.parser import Piece
-from backends.tool_calls.collector import CallCollector, Enough
-from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished, held_length
+from backends.tool_calls.collector import AnswerComplete, CallCollector
+from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished, partial_marker_length
 from core.types import MismatchKind
 
 Section = Callable[[Cursor, CallCollector, str], Steps[None]]
@@ -12,7 +12,7 @@ Main = Callable[[Cursor, CallCollector], Steps[None]]
 
 
 class CallParser:
-    """Runs a reader over a streamed answer; implements `backends.answer.parser.OutputParser`."""
+    """Runs a generator-based reader over a stream; implements `answer.parser.OutputParser`."""
 
     def __init__(self, main: Main, collector: CallCollector) -> None:
         self._cursor = Cursor()
@@ -22,23 +22,23 @@ class CallParser:
 
     @property
     def is_done(self) -> bool:
-        """Whether the one call that is allowed is complete."""
+        """Whether the only allowed call is complete."""
         return self._collector.is_done
 
     @property
     def mismatches(self) -> Sequence[MismatchKind]:
-        """What was wrong with the calls so far."""
+        """Problems with the calls so far."""
         return self._collector.mismatches
 
     def push(self, text: str) -> list[Piece]:
-        """Take the next text; return what is certain by now."""
+        """Parse the next text; return the pieces that are certain by now."""
         if text and not self._is_over:
             self._cursor.feed(text)
             self._run()
         return self._collector.take()
 
     def flush(self) -> list[Piece]:
-        """Return what was held back; the text ends here."""
+        """End the text; return the pieces that were held back."""
         self._cursor.is_ended = True
         if not self._is_over:
             self._run()
@@ -47,16 +47,16 @@ class CallParser:
     def _run(self) -> None:
         try:
             next(self._steps)
-        except (StopIteration, Enough):
+        except (StopIteration, AnswerComplete):
             self._is_over = True
 
 
 def prose_with_calls(starts: tuple[str, ...], section: Section) -> Main:
-    """Return a reader of prose in which `section` reads what follows one of `starts`.
+    """Return a reader of text in which `section` reads the call after one of `starts`.
 
-    What is no well-formed call of a declared function comes out as the text it is; if a call
-    breaks after its arguments began, they stay unfinished and the rest comes out as text.
-    Space around calls is dropped.
+    Anything that is not a well-formed call of a declared function is emitted as text.  If a call
+    becomes malformed after its arguments began, they stay unfinished and the rest is text.
+    Whitespace around calls is dropped.
     """
 
     def read(cursor: Cursor, collector: CallCollector) -> Steps[None]:
@@ -64,7 +64,7 @@ def prose_with_calls(starts: tuple[str, ...], section: Section) -> Main:
             start, gap = yield from _prose(cursor, collector, starts)
             if not start:
                 return
-            # The space before it is dropped only if a call follows.
+            # Whitespace before the marker is dropped only if a call follows.
             cursor.mark(back=gap + len(start))
             try:
                 yield from section(cursor, collector, start)
@@ -85,9 +85,9 @@ def prose_with_calls(starts: tuple[str, ...], section: Section) -> Main:
 def _prose(
     cursor: Cursor, collector: CallCollector, starts: tuple[str, ...]
 ) -> Steps[tuple[str, int]]:
-    """Pass text on up to the next of `starts`, which is read; return nothing at the text's end.
+    """Emit text up to the next of `starts`; return that marker, or "" at the end of the text.
 
-    Also returns how many spaces before it were read and not passed on.
+    Also returns the number of whitespace characters before the marker, which were not emitted.
     """
     while True:
         text = cursor.rest
@@ -97,7 +97,7 @@ def _prose(
             collector.text(before)
             cursor.advance(found[0] + len(found[1]))
             return found[1], found[0] - len(before)
-        kept = text[: len(text) - held_length(text, starts)].rstrip()
+        kept = text[: len(text) - partial_marker_length(text, starts)].rstrip()
         collector.text(kept)
         cursor.advance(len(kept))
         cursor.mark()

@@ -1,4 +1,4 @@
-"""What a tool's JSON schema says of its arguments: types for text forms, and whether they fit."""
+"""Uses a tool's JSON schema to convert and validate the arguments of its calls."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,13 +8,13 @@ from typing import Any
 from core.types import JsonValue, Tool
 
 _LITERALS: Mapping[str, JsonValue] = {"True": True, "False": False, "None": None}
-_MOST_REFERENCES = 2000
-_DEEPEST = 16
+_MAX_REFERENCES = 2000
+_MAX_DEPTH = 16
 
 
 def types_of(schema: JsonValue, root: Mapping[str, JsonValue], depth: int = 0) -> frozenset[str]:
-    """Return the JSON types that a schema names; none where it does not say."""
-    if not isinstance(schema, dict) or depth > _DEEPEST:
+    """Return the JSON types that a schema allows; empty if it does not say."""
+    if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         return frozenset()
     named = schema.get("type")
     if isinstance(named, str):
@@ -62,10 +62,10 @@ def _type_name(value: JsonValue) -> str:
 
 
 def from_text(text: str, types: frozenset[str]) -> JsonValue:
-    """Return the value that `text` stands for, where a form writes every value as text.
+    """Convert an argument that a form writes as text into a JSON value.
 
-    Text becomes a number, word, list or object only where `types` allow it, or say nothing;
-    what fits none of them stays text.
+    Text becomes a number, boolean, null, list or object only if `types` allows it or is empty;
+    otherwise it stays text.
     """
     if types == {"string"}:
         return text
@@ -74,7 +74,7 @@ def from_text(text: str, types: frozenset[str]) -> JsonValue:
         value = _LITERALS[stripped]
     else:
         try:
-            value = json.loads(stripped, parse_constant=_refused)
+            value = json.loads(stripped, parse_constant=_reject_constant)
         except (ValueError, RecursionError):
             return text
     if not types:
@@ -88,15 +88,15 @@ def from_text(text: str, types: frozenset[str]) -> JsonValue:
     return text
 
 
-def _refused(name: str) -> JsonValue:
+def _reject_constant(name: str) -> JsonValue:
     raise ValueError(name)
 
 
-def fitting(tools: Sequence[Tool]) -> Callable[[str, str], bool]:
-    """Return a check of a call's name and the JSON text of its arguments against its schema.
+def argument_checker(tools: Sequence[Tool]) -> Callable[[str, str], bool]:
+    """Return a function that validates a call's arguments (JSON text) against its tool's schema.
 
-    Blocks for well under a millisecond once warm.  What cannot be checked fits: patterns, which
-    may take for ever, references to elsewhere, and schemas that refer to themselves too often.
+    Takes well under a millisecond once warm.  Accepts what it cannot check: patterns, whose time
+    is unbounded, references to other documents, and schemas that recurse too deeply.
     """
     schemas = {tool.name: tool.parameters for tool in tools}
     validators: dict[str, Any] = {}
@@ -117,26 +117,26 @@ def fitting(tools: Sequence[Tool]) -> Callable[[str, str], bool]:
     return fits
 
 
-class _TooMuch(Exception):
-    """The schema refers to itself too often to be checked."""
+class _TooManyReferences(Exception):
+    """The schema recurses too often to be checked."""
 
 
 def _is_valid(validator: Any, value: JsonValue) -> bool:
     from jsonschema.exceptions import UndefinedTypeCheck, UnknownType
     from referencing.exceptions import Unresolvable
 
-    validator.format_checker.left = _MOST_REFERENCES
+    validator.format_checker.left = _MAX_REFERENCES
     try:
         return bool(validator.is_valid(value))
-    except (_TooMuch, RecursionError, Unresolvable, UnknownType, UndefinedTypeCheck):
+    except (_TooManyReferences, RecursionError, Unresolvable, UnknownType, UndefinedTypeCheck):
         return True
     except (TypeError, ValueError, AttributeError, KeyError):
-        # The library trusts a schema's form, and a request's may have any.
+        # The library assumes a valid schema, but a request's may be anything.
         return True
 
 
 @cache
-def _kind() -> Any:
+def _validator_class() -> Any:
     from jsonschema import Draft202012Validator, validators
 
     inner = dict(Draft202012Validator.VALIDATORS)
@@ -147,15 +147,15 @@ def _kind() -> Any:
     def reference(validator: Any, target: Any, instance: Any, schema: Any) -> Any:
         validator.format_checker.left -= 1
         if validator.format_checker.left < 0:
-            raise _TooMuch
+            raise _TooManyReferences
         yield from follow(validator, target, instance, schema) or ()
 
     inner["$ref"] = reference
     return validators.create(Draft202012Validator.META_SCHEMA, inner)
 
 
-class _Allowance:
-    """How many references one check may still follow; travels where the formats would."""
+class _ReferenceBudget:
+    """References that one check may still follow; passed in place of a format checker."""
 
     left = 0
 
@@ -163,5 +163,5 @@ class _Allowance:
 def _validator(schema: Mapping[str, JsonValue]) -> Any:
     from referencing import Registry
 
-    # An empty registry: nothing is ever fetched.
-    return _kind()(dict(schema), registry=Registry(), format_checker=_Allowance())
+    # The empty registry prevents fetching remote schemas.
+    return _validator_class()(dict(schema), registry=Registry(), format_checker=_ReferenceBudget())

@@ -1,24 +1,24 @@
-"""Readers of calls whose arguments are text between tags: Qwen3-coder, GLM, MiniMax."""
+"""Parsers of tool calls with arguments between tags: Qwen3-Coder, GLM, MiniMax, LongCat."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from backends.tool_calls.collector import CallCollector, compact
-from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished, held_length
-from backends.tool_calls.json_forms import LONGEST_NAME
+from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished, partial_marker_length
+from backends.tool_calls.json_forms import MAX_NAME_CHARACTERS
 from backends.tool_calls.schemas import from_text, types_of
 from core.types import JsonValue
 
-_LONGEST_VALUE = 4 * 2**20
+_MAX_VALUE_CHARACTERS = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class TagForm:
-    """How a family writes a call and its parameters.
+    """The tags of a family's calls and parameters.
 
-    After `name_open` comes the name up to one of `name_close`; the parameters follow, then `close`.
-    `is_padded`: a line break before and one after a value do not belong to it.
+    The name is between `name_open` and one of `name_close`; the parameters follow, then `close`.
+    `is_padded`: one line break before and one after a value are not part of it.
     """
 
     name_open: str
@@ -51,22 +51,22 @@ LONGCAT = TagForm(
 
 
 class TagReader:
-    """Reads calls in one form; each is complete at its `close`."""
+    """Parses calls in one tag format; each call ends with `close`."""
 
     def __init__(self, form: TagForm) -> None:
         self._form = form
 
     def __call__(self, cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
-        """Read the calls up to the section's end, which may be missing."""
+        """Read calls up to the section's end, which may be missing."""
         form = self._form
         is_open = start == form.name_open or not form.name_open
         has_called = False
         while True:
             if not is_open:
                 yield from cursor.spaces()
-                mark = yield from cursor.accept(form.name_open, form.end)
-                if mark != form.name_open:
-                    if not mark and not has_called:
+                tag = yield from cursor.accept(form.name_open, form.end)
+                if tag != form.name_open:
+                    if not tag and not has_called:
                         raise Malformed
                     return
             is_open = False
@@ -79,29 +79,29 @@ class TagReader:
     def _call(self, cursor: Cursor, collector: CallCollector) -> Steps[None]:
         form = self._form
         yield from cursor.spaces()
-        name, ender = yield from cursor.until(*form.name_close, most=LONGEST_NAME)
+        name, ender = yield from cursor.until(*form.name_close, most=MAX_NAME_CHARACTERS)
         collector.begin(name.strip())
         schemas = self._schemas(collector, name.strip())
         keys: set[str] = set()
-        mark = ender if ender in (form.key_open, form.close) else ""
+        tag = ender if ender in (form.key_open, form.close) else ""
         while True:
-            if not mark:
+            if not tag:
                 yield from cursor.spaces()
-                mark = yield from cursor.accept(form.key_open, form.close)
-            if mark == form.close:
+                tag = yield from cursor.accept(form.key_open, form.close)
+            if tag == form.close:
                 collector.arguments("}" if keys else "{}")
                 collector.finish()
                 return
-            if not mark:
+            if not tag:
                 if not cursor.rest:
                     return
                 raise Malformed
-            key, _ = yield from cursor.until(form.key_close, most=LONGEST_NAME)
+            key, _ = yield from cursor.until(form.key_close, most=MAX_NAME_CHARACTERS)
             if key in keys:
                 raise Malformed(f"{form.key_open}{key}{form.key_close}")
             yield from self._value(cursor, collector, key, schemas, is_first=not keys)
             keys.add(key)
-            mark = ""
+            tag = ""
 
     @staticmethod
     def _schemas(collector: CallCollector, name: str) -> Mapping[str, JsonValue]:
@@ -129,17 +129,17 @@ class TagReader:
             yield from self._text_value(cursor, collector)
             collector.arguments('"')
             return
-        text, _ = yield from cursor.until(form.value_close, most=_LONGEST_VALUE)
+        text, _ = yield from cursor.until(form.value_close, most=_MAX_VALUE_CHARACTERS)
         if form.is_padded:
             text = text.removeprefix("\n").removesuffix("\n")
         collector.arguments(opening + compact(from_text(text, types)))
 
     def _text_value(self, cursor: Cursor, collector: CallCollector) -> Steps[None]:
-        """Pass a string's text on as it grows, escaped."""
+        """Emit a string value, escaped, as it arrives."""
         form = self._form
         if form.is_padded:
             yield from cursor.accept("\n")
-        # What may be the padding or the end is held back.
+        # Text that may be the padding or the closing tag is held back.
         closings = (form.value_close, f"\n{form.value_close}")
         while True:
             text = cursor.rest
@@ -150,7 +150,7 @@ class TagReader:
                 collector.arguments(json.dumps(value, ensure_ascii=False)[1:-1])
                 cursor.advance(at + len(form.value_close))
                 return
-            kept = text[: len(text) - held_length(text, closings)]
+            kept = text[: len(text) - partial_marker_length(text, closings)]
             collector.arguments(json.dumps(kept, ensure_ascii=False)[1:-1])
             cursor.advance(len(kept))
             cursor.mark()

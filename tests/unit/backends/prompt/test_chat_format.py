@@ -381,7 +381,7 @@ def test_constraint_of_bare_calls_compiles(chat: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "is_parallel", "is_many"),
+    ("choice", "is_parallel", "allows_several"),
     [
         ("required", True, True),
         ("required", None, False),
@@ -390,11 +390,11 @@ def test_constraint_of_bare_calls_compiles(chat: Make) -> None:
     ],
 )
 def test_constraint_allows_several_calls_only_where_they_were_asked_for(
-    chat: Make, choice: Any, is_parallel: bool | None, is_many: bool
+    chat: Make, choice: Any, is_parallel: bool | None, allows_several: bool
 ) -> None:
     prompt = say("hi", tools=[TIME], tool_choice=choice, parallel_tool_calls=is_parallel)
     form = chat(WITH_TOOLS)
-    expected = call_constraint(form.family, [TIME], is_many=is_many)
+    expected = call_constraint(form.family, [TIME], allows_several=allows_several)
     assert form.constraint(prompt, None, "") == expected
 
 

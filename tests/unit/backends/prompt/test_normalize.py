@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from backends.echo import ByteTokenizer, echo_info
 from backends.prompt.chat_format import ChatFormat
-from backends.prompt.normalize import stable
+from backends.prompt.normalize import normalize_prompt
 from backends.prompt.prepare import Preparer
 from core.types import ChatMessage, ChatPrompt, JsonValue, Tool
 from tests.requests import request
@@ -61,20 +61,20 @@ def variants(draw: st.DrawFn) -> tuple[Tool, ...]:
 def test_any_order_of_tools_and_keys_is_one_text(
     one: tuple[Tool, ...], other: tuple[Tool, ...]
 ) -> None:
-    first, second = stable(prompt(*one)), stable(prompt(*other))
+    first, second = normalize_prompt(prompt(*one)), normalize_prompt(prompt(*other))
     assert written(first.tools) == written(second.tools)
     assert {tool.name: tool for tool in first.tools} == {tool.name: tool for tool in one}
 
 
 def test_properties_come_as_required_lists_them() -> None:
-    (tool,) = stable(prompt(Tool("write", "", SCHEMA))).tools
+    (tool,) = normalize_prompt(prompt(Tool("write", "", SCHEMA))).tools
     properties = tool.parameters["properties"]
     assert isinstance(properties, dict)
     assert list(properties) == ["path", "mode", "default", "limit"]
 
 
 def test_lists_and_given_values_keep_their_order() -> None:
-    (tool,) = stable(prompt(Tool("write", "", SCHEMA))).tools
+    (tool,) = normalize_prompt(prompt(Tool("write", "", SCHEMA))).tools
     assert '["write", "append"]' in written((tool,))
     assert '{"b": 1, "a": 2}' in written((tool,))
 
@@ -83,27 +83,30 @@ def test_odd_schemas_are_left_as_they_mean() -> None:
     odd: Mapping[str, JsonValue] = {
         "required": [["x"], 3, "a"], "properties": {"b": True, "a": None}, "type": ["object"],
     }  # fmt: skip
-    (tool,) = stable(prompt(Tool("t", "", odd))).tools
+    (tool,) = normalize_prompt(prompt(Tool("t", "", odd))).tools
     assert tool.parameters == odd
     deep: dict[str, JsonValue] = {"type": "string"}
     for _ in range(3000):
         deep = {"items": deep}
-    (tool,) = stable(prompt(Tool("t", "", deep))).tools
+    (tool,) = normalize_prompt(prompt(Tool("t", "", deep))).tools
     assert tool.parameters is deep
 
 
 def test_billing_headers_of_system_prompts_are_left_out() -> None:
     header = "x-anthropic-billing-header: cc_version=2.1; cch=00af3;\n"
-    one, other = stable(prompt(system=header + "You are an agent.")), stable(prompt())
+    one, other = (
+        normalize_prompt(prompt(system=header + "You are an agent.")),
+        normalize_prompt(prompt()),
+    )
     assert one == other
 
 
 def test_other_text_and_other_roles_stay() -> None:
     dated = "You are an agent. Today is 2026-11-27.\nx-anthropic-billing-header: 1"
-    assert stable(prompt(system=dated)) == prompt(system=dated)
+    assert normalize_prompt(prompt(system=dated)) == prompt(system=dated)
     header = "x-anthropic-billing-header: what is this?"
     asked = ChatPrompt((ChatMessage("user", header),))
-    assert stable(asked) == asked
+    assert normalize_prompt(asked) == asked
 
 
 def test_the_order_of_messages_and_choices_stays() -> None:
@@ -112,7 +115,7 @@ def test_the_order_of_messages_and_choices_stays() -> None:
         tool_choice="required",
         template_kwargs={"b": 1, "a": 2},
     )
-    assert stable(asked) == asked
+    assert normalize_prompt(asked) == asked
 
 
 @pytest.mark.parametrize("is_on", [True, False])

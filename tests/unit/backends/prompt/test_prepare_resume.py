@@ -124,7 +124,7 @@ def test_the_tokens_are_computed_with_the_prompt_and_leave_less_to_generate() ->
     prepared = continued(b"abc")
     assert bytes(prepared.prompt) == b"helloabc"
     assert (prepared.generated, prepared.max_tokens) == (3, 7)
-    assert prepared.take_opening() == []
+    assert prepared.take_initial_events() == []
 
 
 async def test_a_continuation_that_a_smaller_context_cannot_hold_ends_with_length() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from backends.answer.reasoning import effort_variables
 from backends.prompt.chat_format import ChatFormat
-from backends.tool_calls.schemas import fitting, from_text, types_of
+from backends.tool_calls.schemas import argument_checker, from_text, types_of
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool
 
@@ -39,7 +39,7 @@ SCHEMA: dict[str, Any] = {
     ids=lambda value: str(value)[:30],
 )
 def test_arguments_are_checked(text: str, is_fitting: bool) -> None:
-    assert fitting([Tool("f", "", SCHEMA)])("f", text) is is_fitting
+    assert argument_checker([Tool("f", "", SCHEMA)])("f", text) is is_fitting
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_arguments_are_checked(text: str, is_fitting: bool) -> None:
     ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_i9_what_cannot_be_checked_passes(schema: dict[str, Any]) -> None:
-    assert fitting([Tool("f", "", schema)])("f", '{"a": 1}')
+    assert argument_checker([Tool("f", "", schema)])("f", '{"a": 1}')
 
 
 @pytest.mark.parametrize(

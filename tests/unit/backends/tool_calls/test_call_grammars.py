@@ -13,10 +13,10 @@ from backends.answer.reasoning import HARMONY, THINK
 from backends.grammar.constraint import TokenMask
 from backends.hf.tokenizer import HfTokenizer
 from backends.prompt.chat_format import ChatFormat
-from backends.tool_calls.bare_call_grammar import opening_call
+from backends.tool_calls.bare_call_grammar import bare_call_grammar
 from backends.tool_calls.families import FAMILIES
 from backends.tool_calls.grammar import call_constraint, triggered_calls
-from backends.tool_calls.schemas import fitting
+from backends.tool_calls.schemas import argument_checker
 from core.errors import RequestError
 from core.types import ChatMessage, ChatPrompt, ChoiceOutput, Tool, ToolCallDelta
 from tests.tool_forms import TOOLS, Answer, written
@@ -129,7 +129,7 @@ def test_a_forced_call_is_one_valid_call(family: str, is_bare: bool, vocabulary:
     for seed in range(6):
         text = walk(read.mask(constraint), read, seed)
         ((name, arguments),) = calls_in(family, text, tools)
-        assert fitting(tools)(name, arguments), text
+        assert argument_checker(tools)(name, arguments), text
 
 
 ONE_CALL_FORMS = {"harmony", "llama3_json"}
@@ -138,12 +138,12 @@ ONE_CALL_FORMS = {"harmony", "llama3_json"}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calls_that_must_come_may_be_several(family: str, vocabulary: Any) -> None:
     read, tools = vocabulary(family), (PICK, EMPTY)
-    constraint = call_constraint(FAMILIES[family], tools, is_many=True)
+    constraint = call_constraint(FAMILIES[family], tools, allows_several=True)
     most = 0
     for seed in range(6):
         text, passed = go_on(read.mask(constraint), read, random.Random(seed), steps=300)
         calls = calls_in(family, text, tools)
-        assert all(fitting(tools)(*call) for call in calls), text
+        assert all(argument_checker(tools)(*call) for call in calls), text
         assert len(calls) >= 1 + passed
         most = max(most, len(calls))
     assert (most == 1) == (family in ONE_CALL_FORMS)
@@ -151,7 +151,7 @@ def test_calls_that_must_come_may_be_several(family: str, vocabulary: Any) -> No
 
 def test_bare_calls_that_must_come_may_be_several_in_a_list(vocabulary: Any) -> None:
     read, tools = vocabulary("pythonic"), (PICK, EMPTY)
-    constraint = call_constraint(FAMILIES["pythonic"], tools, is_bare=True, is_many=True)
+    constraint = call_constraint(FAMILIES["pythonic"], tools, is_bare=True, allows_several=True)
     texts = [
         go_on(read.mask(constraint), read, random.Random(seed), steps=300)[0] for seed in range(6)
     ]
@@ -178,7 +178,7 @@ def begun(family: str, read: HfTokenizer, tools: tuple[Tool, ...]) -> AnswerMask
     return AnswerMask(read, triggered=triggered)
 
 
-MARKED = [name for name, family in FAMILIES.items() if not family.is_word]
+MARKED = [name for name, family in FAMILIES.items() if not family.is_start_ambiguous]
 
 
 @pytest.mark.parametrize("family", MARKED)
@@ -207,7 +207,7 @@ def test_a_begun_call_is_valid_and_the_rest_is_free(family: str, vocabulary: Any
         assert not mask.is_active
         calls = calls_in(family, text + data.decode(), (PICK,))
         assert calls, text + data.decode()
-        assert all(fitting((PICK,))(*call) for call in calls), text + data.decode()
+        assert all(argument_checker((PICK,))(*call) for call in calls), text + data.decode()
 
 
 def test_a_word_begins_no_call() -> None:
@@ -216,9 +216,9 @@ def test_a_word_begins_no_call() -> None:
 
 
 def opened(family: str, read: HfTokenizer, plan: ReasoningPlan | None = None) -> AnswerMask:
-    opening = opening_call(FAMILIES[family], (PICK, EMPTY))
-    assert opening is not None
-    return AnswerMask(read, opening=(opening, read.mask(opening.constraint)), reasoning=plan)
+    grammar = bare_call_grammar(FAMILIES[family], (PICK, EMPTY))
+    assert grammar is not None
+    return AnswerMask(read, bare_call=(grammar, read.mask(grammar.constraint)), reasoning=plan)
 
 
 def push(mask: AnswerMask, read: HfTokenizer, text: str) -> None:
@@ -243,7 +243,7 @@ def test_an_answer_that_begins_as_a_call_is_a_valid_one(
 ) -> None:
     read = vocabulary(family)
     is_meant = (start == "python") is FAMILIES[family].is_pythonic
-    is_meant = is_meant and (start != "word" or FAMILIES[family].is_word)
+    is_meant = is_meant and (start != "word" or FAMILIES[family].is_start_ambiguous)
     for seed in range(3):
         mask = opened(family, read)
         push(mask, read, BARE_STARTS[start])
@@ -259,7 +259,7 @@ def test_an_answer_that_begins_as_a_call_is_a_valid_one(
         text = BARE_STARTS[start] + data.decode()
         calls = calls_in(family, text, (PICK, EMPTY))
         assert calls, text
-        assert all(fitting((PICK, EMPTY))(*call) for call in calls), text
+        assert all(argument_checker((PICK, EMPTY))(*call) for call in calls), text
 
 
 FREE_STARTS = (
@@ -290,8 +290,8 @@ def test_a_call_after_the_reasoning_begins_the_answer(vocabulary: Any) -> None:
 
 
 def test_harmony_has_no_bare_calls() -> None:
-    assert opening_call(FAMILIES["harmony"], TOOLS) is None
-    assert opening_call(FAMILIES["hermes"], ()) is None
+    assert bare_call_grammar(FAMILIES["harmony"], TOOLS) is None
+    assert bare_call_grammar(FAMILIES["hermes"], ()) is None
 
 
 @pytest.mark.parametrize("style", [{"separators": (",", ":")}, {"indent": 2}, {}], ids=str)

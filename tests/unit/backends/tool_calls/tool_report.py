@@ -68,7 +68,7 @@ class ToolReport:
         """Write the page."""
         families = [
             f"| `{family.name}` | {_code(family.tool_call_start)} | "
-            + " or ".join(" and ".join(map(_code, group)) for group in family.needles)
+            + " or ".join(" and ".join(map(_code, group)) for group in family.template_markers)
             + " |"
             for family in FAMILIES.values()
         ]
