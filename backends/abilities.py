@@ -7,27 +7,28 @@ from backends.base import Backend, Engine, EngineOptions, ModelInfo
 from core.errors import UnsupportedCapability, UnsupportedParameter
 from core.types import Prompt
 
-# Every name that some format knows; the wire refuses all others.
+# The names that any format supports; requests with other names are rejected.
 KV_TYPES = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 @runtime_checkable
 class TokenCounting(Protocol):
-    """An engine that knows how long a prompt is without running it."""
+    """An engine that can count a prompt's tokens without running it."""
 
     async def count_tokens(self, prompt: Prompt) -> int:
-        """Return the prompt's tokens, the chat template's and the tools' included.
+        """Return the number of prompt tokens, including those of chat template and tools.
 
-        Raises what `Engine.generate` raises for a prompt, but not for its length.
+        Raises as `Engine.generate` does for a prompt, except for its length.
         """
         ...
 
 
 async def count_tokens(engine: Engine, prompt: Prompt) -> int:
-    """Return the prompt's tokens; raises UnsupportedCapability for an engine that cannot tell."""
+    """Return the number of prompt tokens.  Raises UnsupportedCapability if not supported."""
     if not isinstance(engine, TokenCounting):
         raise UnsupportedCapability(
-            f"The model {engine.info.name} ({engine.info.format}) cannot count tokens.",
+            f"The model {engine.info.name} ({engine.info.format}) cannot count tokens; use a "
+            "model of another format.",
             param="model",
         )
     return await engine.count_tokens(prompt)
@@ -35,12 +36,12 @@ async def count_tokens(engine: Engine, prompt: Prompt) -> int:
 
 @runtime_checkable
 class Measured(Protocol):
-    """A backend with a runtime to import; `reserves_kv`: an open model holds all its KV cells."""
+    """A backend whose memory is measured; `reserves_kv`: all KV cells are allocated at open."""
 
     reserves_kv: ClassVar[bool]
 
     def preload(self, info: ModelInfo, options: EngineOptions) -> None:
-        """Import the runtime that `info` needs, which is no model's memory.
+        """Import the runtime that `info` needs, so its memory is not attributed to a model.
 
         Blocks; call it on a loader thread.
         """
@@ -49,22 +50,22 @@ class Measured(Protocol):
 
 @runtime_checkable
 class KvTyped(Protocol):
-    """A backend with a choice of KV types."""
+    """A backend that supports several KV cache types."""
 
     def kv_types(self, info: ModelInfo) -> Mapping[str, float]:
-        """Return the types that this model's cells can have, with their bytes per element."""
+        """Return the KV cache types that this model supports, with their bytes per element."""
         ...
 
 
 def check_kv_type(backend: Backend | None, info: ModelInfo, kv_type: str) -> None:
-    """Raise UnsupportedParameter where the model cannot keep keys and values as `kv_type`."""
+    """Raise UnsupportedParameter if the model does not support the KV cache type `kv_type`."""
     known: Mapping[str, float] = {}
     if isinstance(backend, KvTyped):
         known = backend.kv_types(info)
     if kv_type in known:
         return
-    able = f"it can use {', '.join(known)}" if known else "there is no choice for it"
+    hint = f"use one of {', '.join(known)}" if known else "leave kv_type out"
     raise UnsupportedParameter(
-        f"kv_type: {info.name} ({info.format}) cannot keep keys and values as {kv_type}; {able}.",
+        f"{info.name} ({info.format}) does not support the kv_type {kv_type}; {hint}.",
         param="kv_type",
     )

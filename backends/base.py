@@ -1,4 +1,4 @@
-"""The interface that every model format implements."""
+"""The interfaces that every model format implements: `Backend` and `Engine`."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from core.units import MIB
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """Whether a backend can run on this machine; `reason` says why not."""
+    """Whether a backend can run on this machine; `reason` tells the user why not."""
 
     is_available: bool
     reason: str = ""
@@ -31,10 +31,10 @@ class Availability:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a backend learned from a model's files without loading them.
+    """A model's metadata, read from its files without loading them.
 
-    `files` are absolute, the one to open first; `context_length` is the trained one in tokens.
-    `details` is the backend's own, JSON-able.
+    `files` are absolute paths, with the one to open first; `context_length` is the trained length
+    in tokens.  `details` is for the backend's own use, JSON-serializable.
     """
 
     format: str
@@ -53,13 +53,13 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How to open a model.
+    """Options for opening a model.
 
-    `context_tokens` None means the trained length; `kv_tokens` and `kv_type` None let the backend
-    choose the KV cells all sequences share.  `memory_limit_bytes` bounds what `estimate` grants.
-    `prefix_bytes` of RAM keep prefixes outside the cells; `warm_tokens` stay in them meanwhile;
-    `snapshots` outlive the engine.  For `stable_prompts` see `backends.prompt.normalize`.
-    `tool_parser` names the family of tool calls, where the chat template does not tell.
+    `context_tokens` None means the trained length; with `kv_tokens` and `kv_type` None the backend
+    chooses the KV cells that all sequences share.  `memory_limit_bytes` limits what `estimate`
+    grants.  `prefix_bytes` is RAM for prefixes outside the KV cells; up to `warm_tokens` also stay
+    in the cells.  `snapshots` stores prefixes beyond the engine's lifetime.  `stable_prompts`: see
+    `backends.prompt.normalize`.  `tool_parser` overrides the tool-call family of the template.
     """
 
     max_sequences: int = 16
@@ -77,7 +77,7 @@ class EngineOptions:
     stable_prompts: bool = True
 
     def granted(self, estimate: "MemoryEstimate") -> "EngineOptions":
-        """Return these options with the context and cache that `estimate` found room for."""
+        """Return these options with the context and cache sizes of `estimate`."""
         return replace(
             self,
             context_tokens=estimate.context_tokens,
@@ -89,9 +89,9 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes a model will hold once open, with the context that fits them.
+    """Memory that a model needs once open, with the context that fits into it.
 
-    `prefix_bytes` and `warm_tokens` are what `EngineOptions` calls so.
+    `prefix_bytes` and `warm_tokens`: see `EngineOptions`.
     """
 
     weights_bytes: int
@@ -104,13 +104,13 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """Everything together."""
+        """The sum of all parts."""
         return self.weights_bytes + self.kv_bytes + self.transient_bytes + self.prefix_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What an engine is doing now; all counts are of this moment."""
+    """An engine's current load; all counts are instantaneous."""
 
     running: int = 0
     waiting: int = 0
@@ -122,15 +122,15 @@ class EngineLoad:
 
 
 class EventSink(Protocol):
-    """Where an engine puts events: called from the engine's thread, once per step; never blocks."""
+    """Receiver of an engine's events; called on the engine's thread once per step, never blocks."""
 
     def deliver(self, batch: Seq[tuple[str, Seq[GenerationEvent]]]) -> None:
-        """Take the step's events as (request id, events) pairs."""
+        """Deliver a step's events as (request id, events) pairs."""
         ...
 
 
 class Engine(ABC):
-    """One resident model.  Opened on a loader thread, then used from one event loop."""
+    """One model in memory.  Opened on a loader thread, then used from one event loop."""
 
     info: ModelInfo
     context_tokens: int
@@ -138,20 +138,20 @@ class Engine(ABC):
 
     @property
     def is_failed(self) -> bool:
-        """Whether the engine is of no more use and must be opened again."""
+        """Whether the engine is unusable and must be opened again."""
         return False
 
     @abstractmethod
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
-        """Yield events; the last is always `Finished`.
+        """Run a request and yield its events; the last is always `Finished`.
 
-        Closing the generator aborts the sequence and frees its KV cache within one step.  Raises
-        before the first event ContextLengthExceeded, RequestError, QueueFull, BrokenModel; after
-        it EngineFailed only.
+        Closing the generator aborts the sequence and frees its KV cache within one step.  Before
+        the first event, raises ContextLengthExceeded, RequestError, QueueFull, BrokenModel; after
+        it only EngineFailed.
         """
 
     async def stream_to(self, request: GenerationRequest, sink: EventSink) -> Finished:
-        """Run `request`, its events going to `sink`; return the last one.
+        """Run `request` and deliver its events to `sink`; return the last one.
 
         Cancelling the task aborts the sequence.  Raises as `generate` does.
         """
@@ -168,24 +168,28 @@ class Engine(ABC):
     async def embed(
         self, inputs: Seq[str | Seq[int]], priority: Priority = "interactive"
     ) -> Embeddings:
-        """Return a vector per text or token ids, in order.  Raises ContextLengthExceeded."""
+        """Return one vector per text or token ids, in order.  Raises ContextLengthExceeded."""
         del inputs, priority
-        what = f"The model {self.info.name} ({self.info.format}) cannot embed."
-        raise UnsupportedCapability(what, param="model")
+        raise UnsupportedCapability(
+            f"The model {self.info.name} ({self.info.format}) cannot compute embeddings; use "
+            "one with the capability embedding in /v1/models.",
+            param="model",
+        )
 
     @abstractmethod
     def load(self) -> EngineLoad:
-        """Return the counts of this moment; never blocks."""
+        """Return the current load; never blocks."""
 
     @abstractmethod
     async def close(self) -> None:
-        """End all requests with EngineFailed and give the memory back; twice is fine."""
+        """End all requests with EngineFailed and free the memory; idempotent."""
 
 
 class Backend(ABC):
-    """How one format's models are opened; stateless.  `starts_on_demand`: no idle process.
+    """Opens the models of one format; stateless.
 
-    `process_bytes` is what a process with its runtime holds besides its models, by measurement.
+    `starts_on_demand`: the format's process runs only while it is needed.  `process_bytes` is the
+    measured memory of a process with the runtime, without models.
     """
 
     name: ClassVar[str]
@@ -194,22 +198,22 @@ class Backend(ABC):
 
     @abstractmethod
     def availability(self) -> Availability:
-        """Say whether the runtime can run here; imports nothing heavy."""
+        """Return whether the runtime can run here; imports no heavy packages."""
 
     @abstractmethod
     def identify(self, path: Path) -> ModelInfo:
-        """Read a model's metadata; loads nothing and calls no native code.
+        """Read a model's metadata without loading it or calling native code.
 
-        Raises NotThisFormat, or BrokenModel when the files are of this format but damaged.
+        Raises NotThisFormat, or BrokenModel if the files are of this format but damaged.
         """
 
     @abstractmethod
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
-        """Return the bytes `open` would hold, with the context lowered to fit the limit.
+        """Return the memory that `open` would use, with the context reduced to fit the limit.
 
-        Raises InsufficientMemory with the numbers when nothing useful fits.
+        Raises InsufficientMemory with the numbers if no useful context fits.
         """
 
     @abstractmethod
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
-        """Load; blocks.  Raises BrokenModel, InsufficientMemory, BackendUnavailable."""
+        """Load the model; blocks.  Raises BrokenModel, InsufficientMemory, BackendUnavailable."""

@@ -1,4 +1,4 @@
-"""Every prometheus metric of the server: names, units and labels in one place."""
+"""Prometheus metrics of requests and answers: names, units and labels."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -13,9 +13,9 @@ _TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.
 
 
 class Metrics:
-    """The metrics of one application, in a registry of its own.
+    """The metrics of one application, in their own registry.
 
-    Labels take values from closed sets only: route templates, catalog ids, status and error codes.
+    Label values come from closed sets only: route templates, catalog ids, status and error codes.
     """
 
     def __init__(self) -> None:
@@ -39,13 +39,13 @@ class Metrics:
         )
         self.request_duration = self._histogram(
             "impetus_request_duration_seconds",
-            "From the request's headers to the end of its answer.",
+            "Seconds from the request's headers to the end of its answer.",
             "endpoint",
             _REQUEST_BUCKETS_S,
         )
         self.time_to_first_token = self._histogram(
             "impetus_time_to_first_token_seconds",
-            "From the start of a generation to its first token.",
+            "Seconds from the start of a generation to its first token.",
             "model",
             _WAIT_BUCKETS_S,
         )
@@ -57,28 +57,29 @@ class Metrics:
         )
         self.tool_call_mismatches = Counter(
             "impetus_tool_call_mismatches",
-            "Tool calls that were passed on though something was wrong with them, by kind.",
+            "Tool calls sent although they were invalid or incomplete, by kind.",
             ["model", "kind"],
             registry=self.registry,
         )
         self.prompt_tokens = self._tokens("prompt", "Prompt tokens.")
-        self.cached_tokens = self._tokens("cached", "Prompt tokens not computed again.")
+        self.cached_tokens = self._tokens("cached", "Prompt tokens reused instead of computed.")
         self.reused_prefixes = self._by_source(
-            "impetus_reused_prefixes", "Prompts of which a part was found computed, by source."
+            "impetus_reused_prefixes", "Prompts that reused a computed prefix, by source."
         )
         self.reused_tokens = self._by_source(
-            "impetus_reused_prefix_tokens", "Prompt tokens found computed, by source."
+            "impetus_reused_prefix_tokens",
+            "Prompt tokens reused from a computed prefix, by source.",
         )
         self.completion_tokens = self._tokens("completion", "Generated tokens.")
         self.resumptions = Counter(
             "impetus_resumptions",
-            "Engines that were lost under answers which went on with another one.",
+            "Answers resumed on another engine after one was lost.",
             ["model"],
             registry=self.registry,
         )
         self.request_throttled = Counter(
             "impetus_request_throttled_seconds",
-            "Seconds that throttling cost finished requests.",
+            "Seconds that finished requests lost to throttling.",
             ["model"],
             registry=self.registry,
         )
@@ -95,7 +96,7 @@ class Metrics:
         return Counter(name, help_text, ["model", "source"], registry=self.registry)
 
     def count_reuse(self, model_id: str, cache: CacheOutcome) -> None:
-        """Add what a finished request found computed in KV cells, in RAM and on disk."""
+        """Count the tokens that a finished request reused from KV cells, RAM and disk."""
         sources = {
             "cells": cache.cells_tokens, "ram": cache.ram_tokens, "disk": cache.disk_tokens,
         }  # fmt: skip
@@ -105,18 +106,18 @@ class Metrics:
                 self.reused_tokens.labels(model_id, source).inc(tokens)
 
     def count_usage(self, model_id: str, usage: Usage) -> None:
-        """Add a finished request's tokens to the model's counters."""
+        """Count a finished request's tokens."""
         self.prompt_tokens.labels(model_id).inc(usage.prompt_tokens)
         self.cached_tokens.labels(model_id).inc(usage.cached_tokens)
         self.completion_tokens.labels(model_id).inc(usage.completion_tokens)
 
     def count_timing(self, model_id: str, timing: Timing) -> None:
-        """Add what a finished request lost to throttling and to engines that died."""
+        """Count a finished request's throttled seconds and resumptions."""
         if timing.resumed:
             self.resumptions.labels(model_id).inc(timing.resumed)
         if timing.throttled_s:
             self.request_throttled.labels(model_id).inc(timing.throttled_s)
 
     def render(self) -> bytes:
-        """Return all metrics in prometheus' text format, `CONTENT_TYPE`."""
+        """Return all metrics in Prometheus text format, `CONTENT_TYPE`."""
         return generate_latest(self.registry)

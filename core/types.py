@@ -1,6 +1,6 @@
-"""The nouns that requests, engines and the router share.
+"""Data types shared by requests, engines and the router: prompts, sampling, events, usage.
 
-All are frozen dataclasses: they cross Ray's process borders by pickle and are never changed.
+All are frozen dataclasses: they are pickled between Ray's processes and never modified.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, J
 
 
 class Capability(StrEnum):
-    """What a model can be asked for."""
+    """A kind of request that a model supports."""
 
     CHAT = "chat"
     COMPLETION = "completion"
@@ -27,7 +27,7 @@ class Capability(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call of a tool, as an assistant message holds it; `arguments` is JSON text."""
+    """A tool call in an assistant message; `arguments` is JSON text."""
 
     id: str
     name: str
@@ -36,7 +36,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message; `content` is plain text, content parts are joined before."""
+    """A chat message; `content` is plain text, with content parts already joined."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
@@ -57,11 +57,11 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages and tools, to be rendered by the model's own chat template.
+    """Messages and tools, to be rendered by the model's chat template.
 
-    `tool_choice` may be the one function to call.  `parallel_tool_calls`: None where the client
-    does not say; free answers may then hold several calls, forced ones one.  `template_kwargs` are
-    further variables of the template; `reasoning_tokens` bounds the reasoning.
+    `tool_choice` may name the function to call.  `parallel_tool_calls` is None if the client does
+    not say: an unconstrained answer may then contain several calls, a forced one only one.
+    `template_kwargs` are extra template variables; `reasoning_tokens` limits the reasoning.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -75,21 +75,21 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """Text to be continued, with no template around it."""
+    """Text to continue, without a chat template."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPrompt:
-    """Token ids of the model's own vocabulary to be continued."""
+    """Token ids of the model's vocabulary to continue."""
 
     token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class InfillPrompt:
-    """Text with a gap, to be filled by a model that has tokens for this."""
+    """Text before and after a gap, for models with fill-in-the-middle tokens."""
 
     prefix: str
     suffix: str
@@ -100,11 +100,11 @@ Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt | InfillPrompt
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen; None means the model's own or the server's default.
+    """Sampling parameters; None means the model's own value or the server's default.
 
-    `repetition_penalty` 1.0 is off and counts the prompt; presence and frequency penalties
-    count generated tokens only.  `top_logprobs` None: no logprobs; n: the chosen token's and
-    the n likeliest.
+    `repetition_penalty` 1.0 is off; it includes the prompt, whereas presence and frequency
+    penalties count generated tokens only.  `top_logprobs` None: no logprobs; n: those of the
+    chosen token and the n most likely ones.
     """
 
     temperature: float | None = None
@@ -126,14 +126,14 @@ class JsonOutput:
     schema: Mapping[str, JsonValue] | None = None
 
 
-# Every queue orders a batch request as if it had come that many seconds later.
+# Every queue orders a batch request as if it had arrived this many seconds later.
 Priority: TypeAlias = Literal["interactive", "batch"]
 BATCH_DELAY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class RegexOutput:
-    """The answer must match `pattern` as a whole; `param` is the field that asked for it."""
+    """The whole answer must match `pattern`; `param` is the request field that asked for it."""
 
     pattern: str
     param: str
@@ -141,7 +141,7 @@ class RegexOutput:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceOutput:
-    """The answer must be one of `choices`; `param` is the field that asked for it."""
+    """The answer must be one of `choices`; `param` is the request field that asked for it."""
 
     choices: tuple[str, ...]
     param: str
@@ -152,12 +152,12 @@ Output: TypeAlias = JsonOutput | RegexOutput | ChoiceOutput
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to generate; `max_tokens` None means up to the context's end.
+    """One sequence to generate; `max_tokens` None means up to the end of the context.
 
-    `deadline_s` counts from the engine's receipt; the request ends with `EngineFailed` then.
-    `generated` are the tokens of the answer whose events another engine has sent already, up to
-    one of those events: this engine goes on after them, sends nothing twice, and counts them in
-    `max_tokens` and the usage.
+    `deadline_s` counts from receipt by the engine; after it the request ends with `TimedOut`.
+    `generated` are the tokens of a resumed answer whose events another engine already sent, up to
+    and including one of those events: this engine continues after them, sends nothing twice, and
+    counts them in `max_tokens` and the usage.
     """
 
     id: str
@@ -175,7 +175,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's natural-log probability; `data` is its bytes, perhaps part of a character."""
+    """A token's natural-log probability; `data` is its bytes, possibly part of a character."""
 
     token_id: int
     data: bytes
@@ -185,7 +185,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Exact token counts; `cached_tokens` are prompt tokens that were not computed again."""
+    """Exact token counts; `cached_tokens` are prompt tokens that were reused, not computed."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -198,11 +198,12 @@ MissReason: TypeAlias = Literal["no_snapshot", "other_model_version", "evicted",
 
 @dataclass(frozen=True, slots=True)
 class CacheOutcome:
-    """Where a prompt's cached tokens came from, and why the token after them was computed.
+    """Sources of a prompt's cached tokens, and why the token after them was computed.
 
-    `cells_tokens` were in the engine's own cache, the others in RAM or on disk.  `miss` None:
-    nothing was missing.  `diverged_at` is the first token that differs from the nearest known
-    prompt, `before_text` what both have before it, then the text of either.
+    `cells_tokens` were in the engine's own cache, the others in RAM or on disk.  `miss` is None if
+    nothing was missing.  `diverged_at` is the index of the first token that differs from the
+    nearest known prompt; `before_text` is the common text before it, `known_text` and `asked_text`
+    the texts after it.
     """
 
     cells_tokens: int = 0
@@ -217,10 +218,10 @@ class CacheOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of a request: waiting for memory or a slot, loading the model, prompt, answer.
+    """Seconds per phase: waiting for memory or a slot, model load, prompt, answer.
 
-    `throttled_s` are those of them that heat, low power or memory pressure cost.  `evicted` names
-    the models that were unloaded for it; `resumed` counts the engines that were lost meanwhile.
+    `throttled_s` is the part lost to heat, low power or memory pressure.  `evicted` names the
+    models unloaded for the request; `resumed` counts the engines lost during it.
     """
 
     queued_s: float = 0.0
@@ -234,7 +235,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """How much of the prompt is computed."""
+    """Progress of the prompt computation."""
 
     done_tokens: int
     total_tokens: int
@@ -242,7 +243,7 @@ class PrefillProgress:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text of the answer, with the ids of the tokens it came from."""
+    """New text of the answer, with the ids of its tokens."""
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -251,7 +252,7 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:
-    """New text of the model's reasoning, kept apart from the answer."""
+    """New text of the model's reasoning, separate from the answer."""
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -259,7 +260,7 @@ class ReasoningDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of a tool call: `id` and `name` come once, `arguments` is JSON text to append."""
+    """Part of a tool call: `id` and `name` are sent once, `arguments` is JSON text to append."""
 
     index: int
     id: str | None = None
@@ -275,10 +276,10 @@ FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of every generation that did not raise; `stop` is the stop string met.
+    """The last event of every generation that did not raise; `stop` is the matched stop string.
 
-    `mismatches` says what was wrong with tool calls that were passed on as they are: arguments
-    that do not fit the tool's schema, a call that broke off, a function nobody declared.
+    `mismatches` lists problems of tool calls that were sent unchanged: arguments that violate the
+    tool's schema, an incomplete call, an undeclared function.
     """
 
     reason: FinishReason
