@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.prefixes.block_file import BLOCK_TOKENS
-from backends.prefixes.disk import Limits, PrefixFolder
+from backends.prefixes.disk import DiskLimits, PrefixFolder
 from backends.prefixes.match import token_array
 from backends.prefixes.store import SnapshotPlace, Snapshots
 from core.units import GIB, MIB
@@ -18,7 +18,7 @@ def folder_at(path: Path, size_bytes: int = 64 * MIB, **options: Any) -> PrefixF
     """Return a folder with so much room on a disk that is nearly empty."""
     options.setdefault("free_bytes", lambda _: 1000 * GIB)
     daily = options.pop("daily_bytes", None)
-    return PrefixFolder(path, Limits(size_bytes, daily_bytes=daily), **options)
+    return PrefixFolder(path, DiskLimits(size_bytes, daily_bytes=daily), **options)
 
 
 def store_at(path: Path, *, ram_bytes: int = 0, **options: Any) -> Snapshots:

@@ -1,1 +1,1 @@
-"""Computed prompt prefixes: matching them, and keeping them in RAM and on disk."""
+"""Computed prompt prefixes: matching prompts, and storing their state in RAM and on disk."""

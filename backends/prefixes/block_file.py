@@ -1,4 +1,4 @@
-"""One block of a computed prefix as a file: whose it is, its token ids, and the runtime's bytes."""
+"""File format of one prefix block: fingerprint, token ids, and the runtime's state bytes."""
 
 import os
 import struct
@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-# Tokens of a block: what can be found, copied, written and dropped by itself.
+# Tokens per block, the unit of lookup, copying, writing and eviction.
 BLOCK_TOKENS = 128
 KEY_BYTES = 16
 FINGERPRINT_BYTES = 32
-# The parent of a first block.
+# Parent key of the first block of a prompt.
 ROOT = bytes(KEY_BYTES)
 SUFFIX = ".block"
 
@@ -29,12 +29,12 @@ _HEAD_BYTES = _HEAD.size + BLOCK_TOKENS * _TOKEN_BYTES + _CHECKSUM.size
 
 
 class DamagedBlock(Exception):
-    """A file that holds no whole block."""
+    """The file is not a complete, intact block."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockHead:
-    """What a block is, without its state; `number` counts from the prompt's beginning."""
+    """A block's metadata, without its state; `number` is its index within the prompt."""
 
     fingerprint: bytes
     parent: bytes
@@ -45,41 +45,41 @@ class BlockHead:
 
     @property
     def key(self) -> bytes:
-        """What the block is found by."""
-        return chained(self.parent, self.tokens)
+        """The key of the block in the index, and its file name."""
+        return block_key(self.parent, self.tokens)
 
 
-def chained(parent: bytes, tokens: "array[int]") -> bytes:
-    """Return the key of the block of `tokens` that follows on `parent`."""
+def block_key(parent: bytes, tokens: "array[int]") -> bytes:
+    """Return the key of the block with `tokens` that follows the block `parent`."""
     return blake2b(parent + tokens.tobytes(), digest_size=KEY_BYTES).digest()
 
 
 def block_keys(tokens: "array[int]") -> list[bytes]:
-    """Return the keys of all whole blocks of a prompt, each depending on all before it."""
+    """Return the keys of all full blocks of a prompt; each depends on all blocks before it."""
     keys, parent = [], ROOT
     for end in range(BLOCK_TOKENS, len(tokens) + 1, BLOCK_TOKENS):
-        parent = chained(parent, tokens[end - BLOCK_TOKENS : end])
+        parent = block_key(parent, tokens[end - BLOCK_TOKENS : end])
         keys.append(parent)
     return keys
 
 
-def head_of(
+def block_head(
     fingerprint: bytes, parent: bytes, number: int, tokens: "array[int]", state: NDArray[np.uint8]
 ) -> BlockHead:
-    """Return the head of a block with this state; reads all of it once for its checksum."""
+    """Return the head of a block with this state; reads the whole state for its checksum."""
     return BlockHead(fingerprint, parent, number, tokens, state.nbytes, zlib.crc32(state.data))
 
 
 def file_bytes(head: BlockHead) -> int:
-    """Return how large the block's file is."""
+    """Return the size of the block's file in bytes."""
     return _HEAD_BYTES + head.state_bytes
 
 
 def write_block(path: Path, head: BlockHead, state: NDArray[np.uint8]) -> None:
-    """Write a block so that `path` is whole or not there, whenever the process is killed.
+    """Write a block atomically: `path` is complete or absent, even if the process is killed.
 
-    After a loss of power it may be short or empty, which its length and checksums show; so it is
-    not forced to the disk.  Raises OSError.
+    Does not call fsync: after a power loss the file may be short or empty, which its length and
+    checksums detect.  Raises OSError.
     """
     fixed = _HEAD.pack(
         _MAGIC,
@@ -110,19 +110,19 @@ def _write_all(file: int, parts: Sequence[bytes | memoryview]) -> None:
 
 
 def scratch_path(path: Path) -> Path:
-    """Return where this process writes `path` before it gets its name."""
+    """Return the temporary file of this process that is renamed to `path`."""
     return path.with_suffix(f".{os.getpid()}.tmp")
 
 
 def writer_of(scratch: Path) -> int | None:
-    """Return the process that writes a scratch file; None for a name that is none of ours."""
+    """Return the process id in a temporary file's name; None for any other name."""
     _, _, rest = scratch.name.partition(".")
     number, _, kind = rest.partition(".")
     return int(number) if kind == "tmp" and number.isdecimal() else None
 
 
 def read_head(path: Path) -> BlockHead:
-    """Read a block without its state.  Raises DamagedBlock, OSError."""
+    """Read a block's head without its state.  Raises DamagedBlock, OSError."""
     with path.open("rb") as file:
         front = file.read(_HEAD_BYTES)
         size = os.fstat(file.fileno()).st_size
@@ -135,7 +135,7 @@ def read_head(path: Path) -> BlockHead:
         front
     )
     if magic != _MAGIC or count != BLOCK_TOKENS:
-        raise DamagedBlock(f"{path.name} is of another version")
+        raise DamagedBlock(f"{path.name} has another format version")
     if size != _HEAD_BYTES + state_bytes:
         raise DamagedBlock(f"{path.name} has {size} bytes, not {_HEAD_BYTES + state_bytes}")
     tokens = array("i", front[_HEAD.size : -_CHECKSUM.size])
@@ -143,7 +143,7 @@ def read_head(path: Path) -> BlockHead:
 
 
 def read_state(path: Path, head: BlockHead) -> NDArray[np.uint8]:
-    """Read the state of the block that `head` describes.  Raises DamagedBlock, OSError."""
+    """Read and verify the state of the block with this head.  Raises DamagedBlock, OSError."""
     with path.open("rb") as file:
         file.seek(_HEAD_BYTES)
         state = np.fromfile(file, np.uint8)

@@ -1,4 +1,4 @@
-"""Blocks of computed prefixes on disk, in one folder that all processes of a server share."""
+"""Prefix blocks on disk, in one folder shared by all processes of a server."""
 
 import fcntl
 import json
@@ -31,7 +31,7 @@ from core.units import GIB
 logger = logging.getLogger(__name__)
 
 FLOOR_BYTES = 2 * GIB
-# One day may write the whole allowance so many times, so that no loop wears a disk out.
+# Daily write limit in multiples of the size limit; protects the disk from wear.
 DAILY_FILLS = 4
 _DAY_S = 86_400
 _STATE = "state.json"
@@ -39,22 +39,22 @@ _LOCK = "lock"
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Bytes: of all files, that stay free on the disk, and that are written in one day."""
+class DiskLimits:
+    """Limits in bytes: of all files, of free disk space, and of writes per day."""
 
     size_bytes: int
     floor_bytes: int = FLOOR_BYTES
     daily_bytes: int | None = None
 
     @property
-    def most_daily_bytes(self) -> int:
-        """What one day may write."""
+    def max_daily_bytes(self) -> int:
+        """Maximum bytes written per day."""
         return self.size_bytes * DAILY_FILLS if self.daily_bytes is None else self.daily_bytes
 
 
 @dataclass(slots=True)
-class Written:
-    """What a write did: the files by the blocks' keys, and those that had to go for them."""
+class WriteResult:
+    """Result of a write: files by block key, and the files evicted for them."""
 
     paths: dict[bytes, Path] = field(default_factory=dict)
     dropped: set[Path] = field(default_factory=set)
@@ -62,7 +62,7 @@ class Written:
 
 @dataclass(slots=True)
 class _State:
-    """What the processes share: the day, its written bytes, and each process's RAM."""
+    """State shared by the processes: the day, its written bytes, and each process's RAM."""
 
     day: int = 0
     written_bytes: int = 0
@@ -70,16 +70,16 @@ class _State:
 
 
 class PrefixFolder:
-    """Files below `path`, one folder for each model; only their owner may read them.
+    """Block files below `path`, one folder per model, readable by their owner only.
 
-    The least recently used go first, their modification time being that of the last use.  Thread-
-    safe; everything blocks on the disk, so no engine's thread calls it.
+    Evicts the least recently used blocks; a file's modification time is its last use.
+    Thread-safe; all methods block on the disk, so engine threads must not call them.
     """
 
     def __init__(
         self,
         path: Path,
-        limits: Limits,
+        limits: DiskLimits,
         *,
         now: Callable[[], float] = time.time,
         free_bytes: Callable[[Path], int] | None = None,
@@ -90,22 +90,22 @@ class PrefixFolder:
         self._free_bytes = free_bytes or (lambda place: shutil.disk_usage(place).free)
 
     def scan(self, model: str, fingerprint: bytes) -> tuple[dict[Path, BlockHead], int]:
-        """Return the model's blocks, and how many of other versions of it were dropped.
+        """Return the model's blocks, and how many blocks of other versions were deleted.
 
-        Damaged files and what killed processes left half-written are dropped as well; so it is for
-        the thread that writes.
+        Also deletes damaged files and temporary files of killed processes, so call it on the
+        writer thread.
         """
         found: dict[Path, BlockHead] = {}
         others = 0
         folder = self._path / model
         for path in sorted(folder.glob("*")) if folder.is_dir() else ():
             if path.suffix != SUFFIX:
-                _sweep(path)
+                _delete_stale(path)
                 continue
             try:
                 head = read_head(path)
             except (DamagedBlock, OSError) as problem:
-                logger.warning("a computed prefix is dropped: %s", problem)
+                logger.warning("deleting a damaged prefix block: %s", problem)
                 _unlink(path)
                 continue
             if head.fingerprint == fingerprint and head.key.hex() == path.stem:
@@ -115,12 +115,14 @@ class PrefixFolder:
                 _unlink(path)
         return found, others
 
-    def write(self, model: str, blocks: Sequence[tuple[BlockHead, NDArray[np.uint8]]]) -> Written:
-        """Write blocks, dropping old ones for them; those that no limit allows are left out.
+    def write(
+        self, model: str, blocks: Sequence[tuple[BlockHead, NDArray[np.uint8]]]
+    ) -> WriteResult:
+        """Write blocks, evicting old ones if needed; blocks that exceed a limit are skipped.
 
-        Raises OSError where the folder cannot be used.
+        Raises OSError if the folder cannot be used.
         """
-        result = Written()
+        result = WriteResult()
         with self._locked() as state:
             files = self._files()
             total = sum(size for _, size, _ in files)
@@ -148,34 +150,34 @@ class PrefixFolder:
         day = int(self._now() // _DAY_S)
         if state.day != day:
             state.day, state.written_bytes = day, 0
-        return state.written_bytes + size <= self._limits.most_daily_bytes
+        return state.written_bytes + size <= self._limits.max_daily_bytes
 
     def _is_full(self, size: int) -> bool:
         return self._free_bytes(self._path) - size < self._limits.floor_bytes
 
     def read(self, path: Path, head: BlockHead) -> NDArray[np.uint8] | None:
-        """Return a block's state; None where it is gone, too large, or damaged, which drops it."""
+        """Return a block's state; None if it is missing, too large, or damaged (then deleted)."""
         try:
             return read_state(path, head)
         except (FileNotFoundError, MemoryError):
             return None
         except (DamagedBlock, OSError) as problem:
-            logger.warning("a computed prefix is dropped: %s", problem)
+            logger.warning("deleting a damaged prefix block: %s", problem)
             _unlink(path)
             return None
 
     def touch(self, paths: Sequence[Path]) -> None:
-        """Note that a chain of blocks is used, the first block being the last to go."""
+        """Mark a chain of blocks as used; its first block will be evicted last."""
         moment = int(self._now() * 1e9)
         for index, path in enumerate(paths):
-            # Another process may have dropped it.
+            # Another process may have deleted it.
             with suppress(OSError):
                 os.utime(path, ns=(moment - index, moment - index))
 
     def claim_ram(self, wanted_bytes: int, limit_bytes: int) -> int:
-        """Take so much of the RAM that all processes may use together; return what is granted.
+        """Reserve RAM from the limit that all processes share; return the granted bytes.
 
-        What this process had before is replaced.  Raises OSError.
+        Replaces this process's earlier reservation.  Raises OSError.
         """
         mine = str(os.getpid())
         with self._locked() as state:
@@ -189,7 +191,7 @@ class PrefixFolder:
         return granted
 
     def _files(self) -> list[tuple[int, int, Path]]:
-        """Return (time of last use, bytes, path) of all blocks."""
+        """Return (time of last use in ns, size in bytes, path) of all blocks."""
         found = []
         for path in self._path.glob(f"*/*{SUFFIX}"):
             with suppress(FileNotFoundError):
@@ -199,7 +201,7 @@ class PrefixFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[_State]:
-        """Hold the folder alone, with what the processes share, which is kept at the end."""
+        """Lock the folder, yield the shared state, and save it at the end."""
         _make_private(self._path)
         with _open_private(self._path / _LOCK, "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -207,7 +209,7 @@ class PrefixFolder:
             try:
                 yield state
             finally:
-                self._keep_state(state)
+                self._save_state(state)
 
     def _read_state(self) -> _State:
         try:
@@ -217,10 +219,10 @@ class PrefixFolder:
         except FileNotFoundError:
             return _State()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-            logger.warning("the state of the prefix folder is lost: %r", problem)
+            logger.warning("the prefix folder's state is unreadable and is reset: %r", problem)
             return _State()
 
-    def _keep_state(self, state: _State) -> None:
+    def _save_state(self, state: _State) -> None:
         text = json.dumps({
             "day": state.day, "written_bytes": state.written_bytes, "ram_bytes": state.ram_bytes,
         })  # fmt: skip
@@ -231,7 +233,7 @@ class PrefixFolder:
 
 
 def _make_private(folder: Path) -> None:
-    """Have a folder that only its owner can enter."""
+    """Create the folder, or restrict an existing one, with mode 0700."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_mode & 0o077:
         folder.chmod(0o700)
@@ -241,8 +243,8 @@ def _open_private(path: Path, mode: str) -> IO[str]:
     return open(path, mode, encoding="utf-8", opener=lambda name, how: os.open(name, how, 0o600))
 
 
-def _sweep(path: Path) -> None:
-    """Drop a half-written file whose writer is dead, or was this process's number before."""
+def _delete_stale(path: Path) -> None:
+    """Delete a temporary file whose writer is dead, or had the process id that is now ours."""
     writer = writer_of(path)
     if writer == os.getpid() or (writer is not None and not psutil.pid_exists(writer)):
         _unlink(path)

@@ -1,4 +1,4 @@
-"""Which blocks of a model's prefixes exist: the longest chain for a prompt, and why it ends."""
+"""In-memory index of a model's prefix blocks: finds the longest chain for a prompt."""
 
 from array import array
 from collections import OrderedDict
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from backends.prefixes.block_file import BLOCK_TOKENS, ROOT, BlockHead, block_keys
 from backends.prefixes.match import common_prefix
 
-# So many keys of dropped blocks are remembered, to tell that a prefix was there once.
-_MOST_FORGOTTEN = 65_536
+# Keys of dropped blocks to remember, to report an evicted prefix as such.
+_MAX_DROPPED_KEYS = 65_536
 
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """The state of `tokens` after all that stands before them; in RAM, on disk, or both."""
+    """The state of `tokens` given all tokens before them; in RAM, on disk, or both."""
 
     key: bytes
     parent: bytes
@@ -30,12 +30,12 @@ class Block:
 
 
 class BlockIndex:
-    """The blocks of one version of one model; its owner guards it with a lock."""
+    """The blocks of one version of one model; the caller holds the lock."""
 
     def __init__(self) -> None:
         self._blocks: dict[bytes, Block] = {}
         self._children: dict[bytes, list[Block]] = {}
-        self._forgotten: OrderedDict[bytes, None] = OrderedDict()
+        self._dropped: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -45,7 +45,7 @@ class BlockIndex:
         return list(self._blocks.values())
 
     def chain(self, tokens: "array[int]") -> list[Block]:
-        """Return the blocks that hold the beginning of `tokens`, every token compared."""
+        """Return the longest chain of blocks at the start of `tokens`; compares every token."""
         found: list[Block] = []
         for number, key in enumerate(block_keys(tokens)):
             block = self._blocks.get(key)
@@ -56,35 +56,35 @@ class BlockIndex:
         return found
 
     def add(self, block: Block) -> bool:
-        """Take a block in; False where it is known already."""
+        """Add a block; return False if it is already known."""
         if block.key in self._blocks:
             return False
         self._blocks[block.key] = block
         self._children.setdefault(block.parent, []).append(block)
-        self._forgotten.pop(block.key, None)
+        self._dropped.pop(block.key, None)
         return True
 
     def drop(self, block: Block) -> None:
-        """Forget a block that is nowhere any more, but not that it was there."""
+        """Remove a block that is neither in RAM nor on disk, and remember its key."""
         if self._blocks.get(block.key) is not block:
             return
         del self._blocks[block.key]
         self._children[block.parent].remove(block)
         if not self._children[block.parent]:
             del self._children[block.parent]
-        self._forgotten[block.key] = None
-        while len(self._forgotten) > _MOST_FORGOTTEN:
-            self._forgotten.popitem(last=False)
+        self._dropped[block.key] = None
+        while len(self._dropped) > _MAX_DROPPED_KEYS:
+            self._dropped.popitem(last=False)
 
     def was_dropped(self, tokens: "array[int]", count: int) -> bool:
-        """Whether the block after the first `count` of this prompt was there once."""
+        """Whether the block after the first `count` of this prompt existed earlier."""
         keys = block_keys(tokens[: (count + 1) * BLOCK_TOKENS])
-        return len(keys) > count and keys[count] in self._forgotten
+        return len(keys) > count and keys[count] in self._dropped
 
     def nearest(self, tokens: "array[int]", count: int) -> tuple[int, "array[int]"]:
-        """Return how many tokens some known prompt shares, and its tokens from there on.
+        """Return the longest common prefix with a known prompt in tokens, and how that continues.
 
-        `count` blocks are known to be shared, so only those that follow on them are compared.
+        The first `count` blocks are known to match, so only their successors are compared.
         """
         start = count * BLOCK_TOKENS
         keys = block_keys(tokens[:start])

@@ -1,4 +1,4 @@
-"""Which computed prefixes exist in a KV cache, and the longest one a prompt shares."""
+"""Finds the longest computed prefix of a prompt among sequences in the KV cache."""
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def common_prefix(left: "array[int]", right: "array[int]") -> int:
-    """Return how many leading tokens two sequences share."""
+    """Return the length of the common prefix of two token sequences."""
     length = min(len(left), len(right))
     if length == 0:
         return 0
@@ -19,12 +19,12 @@ def common_prefix(left: "array[int]", right: "array[int]") -> int:
 
 
 def token_array(token_ids: Sequence[int]) -> "array[int]":
-    """Return token ids as int32."""
+    """Return token ids as an int32 array."""
     return array("i", token_ids)
 
 
 class HasTokens(Protocol):
-    """Something computed for a sequence of tokens."""
+    """An entry computed for a sequence of tokens."""
 
     tokens: "array[int]"
 
@@ -35,9 +35,9 @@ Entry = TypeVar("Entry", bound=HasTokens)
 def longest_prefix(
     entries: Iterable[Entry], prompt: "array[int]", whole_beyond: int
 ) -> tuple[Entry | None, int]:
-    """Return the entry that shares most with `prompt`, and how many tokens.
+    """Return the entry with the longest common prefix with `prompt`, and its length in tokens.
 
-    An entry of more than `whole_beyond` tokens counts only where all of them are shared.
+    An entry of more than `whole_beyond` tokens counts only if all of its tokens match.
     """
     best, best_length = None, 0
     for entry in entries:
@@ -51,7 +51,7 @@ def longest_prefix(
 
 @dataclass(slots=True, eq=False)
 class Retained:
-    """A finished sequence whose KV cells stay until somebody needs them."""
+    """A finished sequence whose KV cells are kept until they are needed."""
 
     slot: int
     tokens: "array[int]"
@@ -60,27 +60,27 @@ class Retained:
 
 @dataclass(slots=True)
 class RetainedPrefixes:
-    """The finished sequences' prefixes, dropped least-recently-used."""
+    """Prefixes of finished sequences in the KV cache, evicted least recently used first."""
 
     entries: dict[int, Retained] = field(default_factory=dict)
 
     def keep(self, slot: int, tokens: "array[int]", step: int) -> Retained:
-        """Remember what `slot` holds."""
+        """Register the tokens in the KV cells of `slot`."""
         entry = self.entries[slot] = Retained(slot, tokens, step)
         return entry
 
     def longest(self, prompt: "array[int]", *, whole_beyond: int) -> tuple[Retained | None, int]:
-        """Return the entry that shares most with `prompt`; see `longest_prefix`."""
+        """Return the entry with the longest common prefix; see `longest_prefix`."""
         return longest_prefix(self.entries.values(), prompt, whole_beyond)
 
     def forget(self, slot: int) -> None:
-        """Drop the entry of `slot`."""
+        """Remove the entry of `slot`."""
         del self.entries[slot]
 
     def oldest(
         self, *, but: int | None = None, spared: Callable[[Retained], bool] = lambda _: False
     ) -> Retained | None:
-        """Return the least recently used entry, neither that of slot `but` nor a `spared` one."""
+        """Return the least recently used entry, except that of slot `but` and `spared` ones."""
         candidates = [
             entry for entry in self.entries.values() if entry.slot != but and not spared(entry)
         ]

@@ -1,4 +1,4 @@
-"""Prefixes whose KV cells were given back: their state in RAM, least recently used out first."""
+"""RAM store for the state of prefixes evicted from the KV cells, with LRU eviction."""
 
 from array import array
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 from backends.prefixes.match import common_prefix, longest_prefix
 
-# Computing fewer tokens than this again is cheaper than copying their state twice.
+# Recomputing fewer tokens is cheaper than copying their state out and back.
 SMALLEST_PREFIX = 32
 
 
 @dataclass(slots=True, eq=False)
 class Snapshot:
-    """The state after `tokens`, as the runtime wrote it: uint8, one dimension."""
+    """The runtime's state after `tokens`: uint8, one dimension."""
 
     tokens: "array[int]"
     state: NDArray[np.uint8]
@@ -22,7 +22,7 @@ class Snapshot:
 
 
 class PrefixStore:
-    """At most `limit_bytes` of snapshots; used from the engine's thread only."""
+    """Stores at most `limit_bytes` of prefix states; used from the engine's thread only."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -30,25 +30,25 @@ class PrefixStore:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes held."""
+        """Bytes stored."""
         return sum(snapshot.state.nbytes for snapshot in self._snapshots)
 
     def tokens(self) -> list["array[int]"]:
-        """Return the tokens of all snapshots."""
+        """Return the tokens of all prefixes."""
         return [snapshot.tokens for snapshot in self._snapshots]
 
     def has_room_for(self, size_bytes: int) -> bool:
-        """Whether a snapshot of this size could be kept at all."""
+        """Whether a prefix of this size can be stored at all."""
         return size_bytes <= self._limit_bytes
 
     def covers(self, tokens: "array[int]") -> bool:
-        """Whether some snapshot begins with all of `tokens`."""
+        """Whether a stored prefix starts with all of `tokens`."""
         return any(
             common_prefix(snapshot.tokens, tokens) == len(tokens) for snapshot in self._snapshots
         )
 
     def put(self, snapshot: Snapshot) -> None:
-        """Keep a snapshot; those that it continues, and the oldest over the limit, go."""
+        """Store a prefix; drop those that it extends, and the oldest ones over the limit."""
         self._snapshots = [
             other
             for other in self._snapshots
@@ -60,9 +60,9 @@ class PrefixStore:
             self._snapshots.remove(oldest)
 
     def longest(self, prompt: "array[int]", *, whole_beyond: int) -> tuple[Snapshot | None, int]:
-        """Return the snapshot that shares most with `prompt`; see `longest_prefix`."""
+        """Return the stored prefix with the longest match; see `longest_prefix`."""
         return longest_prefix(self._snapshots, prompt, whole_beyond)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all prefixes."""
         self._snapshots.clear()

@@ -1,4 +1,4 @@
-"""What of a prompt was found computed, from where, and why the token after it was not."""
+"""Prefix reuse statistics: cached tokens by source, and why the next token was computed."""
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from backends.prefixes.match import common_prefix
 from core.types import CacheOutcome, MissReason
 
-# Tokens of text that show where two prompts part.
+# Tokens of text shown before and after the point where two prompts diverge.
 _SHOWN_TOKENS = 8
 
 
 @dataclass(slots=True)
 class Reuse:
-    """One sequence's cached tokens by source; `cells` are those in the engine's own cache.
+    """One sequence's cached tokens by source; `cells` counts those in the engine's own cache.
 
-    `miss` says why the token after them was computed; `diverged_at` where the nearest known
-    prompt parts from this one, and `known` are its tokens there.
+    `miss` is why the token after them was computed.  `diverged_at` is where the nearest known
+    prompt diverges from this one, and `known` are that prompt's tokens there.
     """
 
     cells: int = 0
@@ -32,13 +32,16 @@ class Reuse:
         return self.cells + self.ram + self.disk
 
     def only_cells(self, tokens: int) -> None:
-        """Let all cached tokens be from the engine's own cache."""
+        """Attribute all cached tokens to the engine's own cache."""
         self.cells, self.ram, self.disk = tokens, 0, 0
 
     def outcome(
         self, prompt: Sequence[int], cached: int, text_of: Callable[[int], bytes]
     ) -> CacheOutcome:
-        """Return it in words; `cached` is at most the prompt's length, `text_of` a token's text."""
+        """Return the outcome with texts; `text_of` returns a token's bytes.
+
+        `cached` tokens are at most the prompt's length.
+        """
         cells = min(self.cells, cached)
         ram = min(self.ram, cached - cells)
         place = self.diverged_at
@@ -62,14 +65,14 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class Nearest:
-    """The known prompt that shares most with another: how much, and how it goes on."""
+    """The known prompt with the longest common prefix: its length, and how the prompt continues."""
 
     shared: int = 0
     known: "array[int]" = field(default_factory=lambda: array("i"))
 
 
 def nearest(prompt: "array[int]", known: Iterable["array[int]"]) -> Nearest:
-    """Return which of these sequences shares most with `prompt`, one that ends there first."""
+    """Return the longest common prefix of `prompt` with `known`, preferring one that ends there."""
     best = Nearest()
     for tokens in known:
         shared = common_prefix(tokens, prompt)
@@ -81,12 +84,10 @@ def nearest(prompt: "array[int]", known: Iterable["array[int]"]) -> Nearest:
 def explain(
     reuse: Reuse, planned: int, prompt: "array[int]", found: Nearest, absent: MissReason
 ) -> None:
-    """Note why no more than `planned` tokens of `prompt` are taken from what is known.
+    """Record in `reuse` why only `planned` tokens of `prompt` are reused.
 
-    `absent` is the reason where no known prompt begins alike.
-
-    Nothing is missing where all but the last token is cached, or a known prompt ends where
-    this one goes on.
+    `absent` is the reason if no known prompt has a common prefix.  Nothing is missing if all but
+    the last token is cached, or if a known prompt ends where this one continues.
     """
     reuse.miss, reuse.diverged_at, reuse.known = None, None, ()
     if planned >= len(prompt) - 1:
@@ -97,5 +98,5 @@ def explain(
         reuse.miss, reuse.diverged_at = "diverged", found.shared
         reuse.known = tuple(found.known[:_SHOWN_TOKENS])
     elif planned + 1 < found.shared:
-        # It is known, but in a form that cannot be continued here.
+        # The tokens are known, but their state cannot be continued here.
         reuse.miss = absent

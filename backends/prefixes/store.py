@@ -1,7 +1,7 @@
-"""Computed prefixes that outlive their engine: blocks of tokens in RAM and on disk.
+"""Store of computed prefixes that outlive their engine: blocks in RAM and on disk.
 
-A prefix is a chain of blocks of `BLOCK_TOKENS` tokens.  Conversations that begin alike share
-their first blocks, a longer one finds the shorter, and each turn adds only its own blocks.
+A prefix is a chain of blocks of `BLOCK_TOKENS` tokens.  Conversations with a common beginning
+share their first blocks, and each turn of a conversation adds only its own blocks.
 """
 
 import logging
@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.prefixes.block_file import BLOCK_TOKENS, ROOT, block_keys, head_of
+from backends.prefixes.block_file import BLOCK_TOKENS, ROOT, block_head, block_keys
 from backends.prefixes.disk import PrefixFolder
 from backends.prefixes.index import Block, BlockIndex
 from core.types import MissReason
@@ -27,40 +27,40 @@ logger = logging.getLogger(__name__)
 
 State: TypeAlias = NDArray[np.uint8]
 
-# How long a lookup waits for the list of a model's files, which is read while it is opened.
+# How long a lookup waits for the scan of the model's files, which runs while it is opened.
 _SCAN_LIMIT_S = 2.0
-# Bytes that wait to be written; more are not copied out of an engine meanwhile.
-_MOST_WAITING_BYTES = 64 * MIB
+# Limit of bytes waiting to be written; above it nothing is copied out of engines.
+_MAX_WAITING_BYTES = 64 * MIB
 _BATCH = 8
 
 
 class Snapshots:
-    """The blocks of all models of one process: `ram_bytes` of them in RAM, others in `folder`.
+    """The blocks of all models of one process: up to `ram_bytes` in RAM, others in `folder`.
 
-    The RAM is shared with other processes of the same folder.  Files are written and listed on
-    one thread and read on another; no caller waits for them.
+    The RAM limit is shared with other processes that use the same folder.  Files are written and
+    listed on one thread and read on another, so callers do not block on the disk.
     """
 
     def __init__(self, folder: PrefixFolder, ram_bytes: int) -> None:
         self.folder = folder
         self.lock = threading.Lock()
         self._limit_bytes = ram_bytes
-        self._held: OrderedDict[Block, ModelSnapshots] = OrderedDict()
-        self._held_bytes = 0
+        self._in_ram: OrderedDict[Block, ModelSnapshots] = OrderedDict()
+        self._ram_bytes = 0
         self._waiting: deque[tuple[ModelSnapshots, Block]] = deque()
         self._waiting_bytes = 0
-        self._room = threading.Condition(self.lock)
+        self._room_freed = threading.Condition(self.lock)
         self._models: dict[str, ModelSnapshots] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="impetus-prefix-w")
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="impetus-prefix-r")
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes of blocks in RAM, those that wait to be written not counted."""
-        return self._held_bytes
+    def ram_bytes(self) -> int:
+        """Bytes of blocks in RAM, without those waiting to be written."""
+        return self._ram_bytes
 
     def of(self, model: str, fingerprint: bytes) -> "ModelSnapshots":
-        """Return the model's blocks; those of another version of it are dropped."""
+        """Return the model's blocks; blocks of another version of the model are dropped."""
         with self.lock:
             known = self._models.get(model)
             if known is not None and known.fingerprint == fingerprint:
@@ -73,15 +73,15 @@ class Snapshots:
         return found
 
     def _forget(self, model: "ModelSnapshots") -> None:
-        for block in [block for block, owner in self._held.items() if owner is model]:
-            del self._held[block]
-            self._held_bytes -= block.size_bytes
+        for block in [block for block, owner in self._in_ram.items() if owner is model]:
+            del self._in_ram[block]
+            self._ram_bytes -= block.size_bytes
 
     def _scan(self, model: "ModelSnapshots") -> None:
         try:
             files, others = self.folder.scan(model.name, model.fingerprint)
         except OSError as problem:
-            logger.warning("computed prefixes cannot be listed: %s", problem)
+            logger.warning("prefix blocks on disk cannot be listed and are not used: %s", problem)
             return
         with self.lock:
             model.had_others |= others > 0
@@ -94,38 +94,38 @@ class Snapshots:
                 )  # fmt: skip
 
     def put(self, model: "ModelSnapshots", block: Block) -> None:
-        """Take a block with its state, which is kept and written later.  The lock is held."""
+        """Queue a block with its state for RAM and disk.  The caller holds the lock."""
         self._waiting.append((model, block))
         self._waiting_bytes += block.size_bytes
         self._writer.submit(self._store)
 
     def has_room(self) -> bool:
-        """Whether more blocks may be put: the writing keeps up."""
-        return self._waiting_bytes < _MOST_WAITING_BYTES
+        """Whether more blocks may be queued for writing."""
+        return self._waiting_bytes < _MAX_WAITING_BYTES
 
     def wait_for_room(self, timeout_s: float) -> None:
-        """Block until there is room, at most so long."""
-        with self._room:
-            self._room.wait_for(self.has_room, timeout_s)
+        """Block until there is room, or until the timeout."""
+        with self._room_freed:
+            self._room_freed.wait_for(self.has_room, timeout_s)
 
     def flush(self, timeout_s: float) -> bool:
-        """Block until all that was put is written, at most so long; False when it is not."""
-        with self._room:
-            return self._room.wait_for(lambda: not self._waiting_bytes, timeout_s)
+        """Block until all queued blocks are written; return False at the timeout."""
+        with self._room_freed:
+            return self._room_freed.wait_for(lambda: not self._waiting_bytes, timeout_s)
 
     def touch(self, blocks: Sequence[Block]) -> None:
-        """Note that a chain is used: its first block will be the last to go."""
+        """Mark a chain of blocks as used; its first block will be evicted last."""
         with self.lock:
             for block in reversed(blocks):
-                if block in self._held:
-                    self._held.move_to_end(block)
+                if block in self._in_ram:
+                    self._in_ram.move_to_end(block)
         self._writer.submit(self._touch_files, list(blocks))
 
     def _touch_files(self, blocks: Sequence[Block]) -> None:
         self.folder.touch([block.path for block in blocks if block.path is not None])
 
     def _store(self) -> None:
-        """Write some of what waits, all of one model, and keep it in RAM as far as allowed."""
+        """Write a batch of queued blocks of one model, and keep them in RAM within the limit."""
         with self.lock:
             if not self._waiting:
                 return
@@ -136,19 +136,19 @@ class Snapshots:
             try:
                 work(model, batch)
             except OSError as problem:
-                logger.warning("computed prefixes cannot be kept: %s", problem)
-        with self._room:
+                logger.warning("prefix blocks cannot be stored: %s", problem)
+        with self._room_freed:
             self._waiting_bytes -= sum(block.size_bytes for block in batch)
             for block in batch:
-                if block not in self._held:
+                if block not in self._in_ram:
                     block.state = None
-                self._settle(model, block)
-            self._room.notify_all()
+                self._drop_if_lost(model, block)
+            self._room_freed.notify_all()
 
     def _write(self, model: "ModelSnapshots", batch: Sequence[Block]) -> None:
         for block in batch:
             assert block.state is not None
-            block.head = head_of(
+            block.head = block_head(
                 model.fingerprint, block.parent, block.number, block.tokens, block.state
             )
         written = self.folder.write(
@@ -163,31 +163,31 @@ class Snapshots:
                 for block in other.index.blocks():
                     if block.path in written.dropped:
                         block.path = None
-                        self._settle(other, block)
+                        self._drop_if_lost(other, block)
 
     def _keep(self, model: "ModelSnapshots", batch: Sequence[Block]) -> None:
         if not self._limit_bytes:
             return
-        wanted = self._held_bytes + sum(block.size_bytes for block in batch)
+        wanted = self._ram_bytes + sum(block.size_bytes for block in batch)
         granted = self.folder.claim_ram(min(wanted, self._limit_bytes), self._limit_bytes)
         with self.lock:
             for block in batch:
-                self._held[block] = model
-                self._held_bytes += block.size_bytes
-            while self._held_bytes > granted:
-                oldest, owner = self._held.popitem(last=False)
-                self._held_bytes -= oldest.size_bytes
+                self._in_ram[block] = model
+                self._ram_bytes += block.size_bytes
+            while self._ram_bytes > granted:
+                oldest, owner = self._in_ram.popitem(last=False)
+                self._ram_bytes -= oldest.size_bytes
                 oldest.state = None
-                self._settle(owner, oldest)
+                self._drop_if_lost(owner, oldest)
 
     @staticmethod
-    def _settle(model: "ModelSnapshots", block: Block) -> None:
-        """Drop a block from the index that is nowhere any more."""
+    def _drop_if_lost(model: "ModelSnapshots", block: Block) -> None:
+        """Drop a block from the index if it is neither in RAM nor on disk."""
         if block.state is None and block.path is None:
             model.index.drop(block)
 
     def read(self, model: "ModelSnapshots", block: Block) -> tuple[State, bool] | None:
-        """Return a block's state and whether it was in RAM; None where it is lost.  Blocks."""
+        """Return a block's state and whether it was in RAM; None if it is lost.  Blocks."""
         with self.lock:
             state, path, head = block.state, block.path, block.head
         if state is not None:
@@ -197,12 +197,12 @@ class Snapshots:
         if state is None:
             with self.lock:
                 block.path = None
-                self._settle(model, block)
+                self._drop_if_lost(model, block)
             return None
         return state, False
 
     def close(self) -> None:
-        """Finish what waits and end the threads; twice is fine."""
+        """Write all queued blocks and stop the threads; idempotent."""
         self._writer.shutdown()
         self.reader.shutdown(cancel_futures=True)
 
@@ -219,18 +219,18 @@ class ModelSnapshots:
         self.scanned: Future[None] | None = None
 
     def chain(self, tokens: "array[int]") -> list[Block]:
-        """Return the blocks of the longest known beginning of `tokens`."""
+        """Return the longest chain of known blocks at the start of `tokens`."""
         if self.scanned is not None and not self.scanned.done():
             wait_for(self.scanned, _SCAN_LIMIT_S)
         with self.store.lock:
             return self.index.chain(tokens)
 
     def missing(self, tokens: "array[int]") -> list[int]:
-        """Return the numbers of the whole blocks of `tokens` that are not known."""
+        """Return the numbers of the full blocks of `tokens` that are not stored."""
         return list(range(len(self.chain(tokens)), len(tokens) // BLOCK_TOKENS))
 
     def put(self, tokens: "array[int]", number: int, state: State) -> None:
-        """Take the state of block `number` of `tokens`, which is not copied."""
+        """Store the state of block `number` of `tokens`; keeps a reference, not a copy."""
         end = (number + 1) * BLOCK_TOKENS
         keys = block_keys(tokens[:end])
         block = Block(
@@ -246,37 +246,37 @@ class ModelSnapshots:
                 self.store.put(self, block)
 
     def touch(self, tokens: "array[int]") -> None:
-        """Note that the known beginning of `tokens` is used."""
+        """Mark the stored blocks at the start of `tokens` as used."""
         self.store.touch(self.chain(tokens))
 
     def why_absent(self, tokens: "array[int]", count: int) -> MissReason:
-        """Return why the block after the first `count` of this prompt is not known."""
+        """Return why the block after the first `count` of this prompt is not stored."""
         with self.store.lock:
             if self.index.was_dropped(tokens, count):
                 return "evicted"
             return "other_model_version" if self.had_others else "no_snapshot"
 
     def nearest(self, tokens: "array[int]", count: int) -> tuple[int, "array[int]"]:
-        """Return what some known prompt shares beyond `count` blocks; see `BlockIndex.nearest`."""
+        """Return the nearest known prompt beyond `count` blocks; see `BlockIndex.nearest`."""
         with self.store.lock:
             return self.index.nearest(tokens, count)
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotPlace:
-    """Where an engine finds the blocks of its model; `marks` tell the model's files apart."""
+    """The store as seen by one model; `marks` identify the version of its files."""
 
     store: Snapshots
     model: str
     marks: str
 
     def open(self, layout: str) -> ModelSnapshots:
-        """Return the blocks that fit a runtime whose versions and cache `layout` describes."""
+        """Return the blocks for a runtime whose versions and cache shape `layout` describes."""
         return self.store.of(self.model, sha256(f"{self.marks}\n{layout}".encode()).digest())
 
 
 def wait_for(future: "Future[None]", timeout_s: float) -> None:
-    """Wait for a future at most so long, whatever becomes of it."""
+    """Wait for a future to end, or for the timeout; ignores its result."""
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())
     done.wait(timeout_s)

@@ -1,4 +1,4 @@
-"""Blocks on their way between an engine and the store: a few between two steps."""
+"""Copies prefix blocks between an engine and the store, a few between two steps."""
 
 import logging
 import time
@@ -14,13 +14,13 @@ from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Nearest, Reuse, explain, nearest
 from backends.prefixes.store import ModelSnapshots, SnapshotPlace, State
 
-# Beside running sequences, the pause between two copies and the time restoring takes of a step.
+# While sequences run: the pause between two copies, and the time per step for restoring.
 _PAUSE_S = 0.05
 _STEP_S = 0.02
 _READ_AHEAD = 3
 _CLOSING_S = 2.0
-# Shorter prompts are computed again in less time than is worth a file.
-LEAST_TOKENS = 2 * BLOCK_TOKENS
+# Recomputing shorter prompts is cheaper than storing them.
+MIN_STORED_TOKENS = 2 * BLOCK_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ Owner = TypeVar("Owner", bound=Hashable)
 
 
 class Restore:
-    """A prompt's blocks, in order, read on the store's thread; used on the engine's."""
+    """Reads a prompt's blocks in order on the store's thread, for use on the engine's thread."""
 
     def __init__(self, snapshots: ModelSnapshots, blocks: Sequence[Block]) -> None:
         self._snapshots = snapshots
@@ -38,13 +38,13 @@ class Restore:
 
     @property
     def is_over(self) -> bool:
-        """Whether no more blocks come."""
+        """Whether no more blocks will arrive."""
         return not self._reading
 
     def receive(self, reuse: Reuse, apply: Callable[[State], bool]) -> None:
-        """Hand the blocks that have arrived to `apply`, for a part of a step's time.
+        """Pass arrived blocks to `apply`, for at most a part of a step's time.
 
-        A block that is lost, or that `apply` refuses, is the end.
+        Ends the restore at a block that is lost or that `apply` rejects.
         """
         end = time.monotonic() + _STEP_S
         while self._reading and self._reading[0].done():
@@ -68,12 +68,12 @@ class Restore:
             self._reading.append(store.reader.submit(store.read, self._snapshots, block))
 
     def wait(self, timeout_s: float) -> None:
-        """Block until the next block has arrived, at most so long."""
+        """Block until the next block has arrived, or until the timeout."""
         if self._reading:
             wait([self._reading[0]], timeout_s)
 
     def cancel(self) -> None:
-        """Take no more."""
+        """Stop reading."""
         for future in self._reading:
             future.cancel()
         self._reading.clear()
@@ -81,16 +81,16 @@ class Restore:
 
 
 class SnapshotFlow(Generic[Owner]):
-    """One engine's side of the store: what is found there, and what is still to be copied there.
+    """Connects one engine to the store: looks up, restores and copies prefix blocks.
 
-    `copy` returns the state of block `number` of what `owner` computed; it is called between two
-    steps, on the engine's thread.  Without a place nothing is ever found.
+    `copy` returns the state of block `number` of the sequence that `owner` computed; it is called
+    between two steps, on the engine's thread.  With `place` None nothing is found or stored.
     """
 
     def __init__(
         self, place: SnapshotPlace | None, layout: str | None, copy: Callable[[Owner, int], State]
     ) -> None:
-        """`layout` None says that the engine's cache cannot be taken apart."""
+        """`layout` None means that the engine's cache cannot be split into blocks."""
         self._snapshots = place.open(layout) if place is not None and layout is not None else None
         self._copy = copy
         self._queue: deque[tuple[Owner, array[int], int]] = deque()
@@ -98,18 +98,18 @@ class SnapshotFlow(Generic[Owner]):
         self._copied_at = 0.0
 
     def known(self, prompt: "array[int]") -> list[Block]:
-        """Return the blocks of the beginning of `prompt`."""
+        """Return the stored blocks at the start of `prompt`."""
         return self._snapshots.chain(prompt) if self._snapshots is not None else []
 
     def restore(self, prompt: "array[int]", blocks: Sequence[Block]) -> Restore:
-        """Begin to read these blocks of `prompt`."""
+        """Start reading these blocks of `prompt`."""
         assert self._snapshots is not None
         self._snapshots.touch(prompt)
         return Restore(self._snapshots, blocks)
 
     def keep(self, owner: Owner, tokens: "array[int]") -> None:
-        """Have the unknown blocks of what `owner` computed copied out, as time allows."""
-        if self._snapshots is None or len(tokens) < LEAST_TOKENS:
+        """Queue the blocks that `owner` computed and that are not stored yet for copying."""
+        if self._snapshots is None or len(tokens) < MIN_STORED_TOKENS:
             return
         missing = self._snapshots.missing(tokens)
         if not missing:
@@ -119,21 +119,21 @@ class SnapshotFlow(Generic[Owner]):
         self._owners[owner] = self._owners.get(owner, 0) + len(missing)
 
     def needs(self, owner: Owner) -> bool:
-        """Whether something of `owner` is still to be copied."""
+        """Whether blocks of `owner` are still to be copied."""
         return owner in self._owners
 
     def forget(self, owner: Owner) -> None:
-        """Copy no more of `owner`: what it computed is no longer there."""
+        """Cancel copying blocks of `owner`, whose state is gone."""
         if self._owners.pop(owner, 0):
             self._queue = deque(item for item in self._queue if item[0] != owner)
 
     @property
     def has_chores(self) -> bool:
-        """Whether something is to be copied."""
+        """Whether blocks are to be copied."""
         return bool(self._queue)
 
     def do_chore(self) -> None:
-        """Copy one block; waits a moment where the disk does not keep up."""
+        """Copy one block; waits briefly if the disk does not keep up."""
         if self._snapshots is None or not self._queue:
             return
         if not self._snapshots.store.has_room():
@@ -146,8 +146,8 @@ class SnapshotFlow(Generic[Owner]):
         try:
             state = self._copy(owner, number)
         except (ArithmeticError, MemoryError, RuntimeError, ValueError) as problem:
-            # What a runtime cannot give is no reason to fail those that it computes for.
-            logger.warning("a computed prefix cannot be copied: %r", problem)
+            # A failed copy must not fail the requests that are running.
+            logger.warning("a prefix block cannot be copied out of the engine: %r", problem)
             self.forget(owner)
             return
         self._snapshots.put(tokens, number, state)
@@ -155,7 +155,7 @@ class SnapshotFlow(Generic[Owner]):
             self._snapshots.touch(tokens)
 
     def tend(self) -> None:
-        """Do a chore after a step, if the last one is some time ago."""
+        """Copy one block after a step, if the last copy was some time ago."""
         if not self._queue or time.monotonic() - self._copied_at < _PAUSE_S:
             return
         if self._snapshots is not None and self._snapshots.store.has_room():
@@ -163,7 +163,7 @@ class SnapshotFlow(Generic[Owner]):
         self._copied_at = time.monotonic()
 
     def finish(self) -> None:
-        """Copy what is left, at most for some seconds, and write it: the engine closes."""
+        """Copy and write the remaining blocks before the engine closes, for at most 2 s."""
         end = time.monotonic() + _CLOSING_S
         while self._queue and time.monotonic() < end:
             self.do_chore()
@@ -173,7 +173,7 @@ class SnapshotFlow(Generic[Owner]):
             self._snapshots.store.flush(max(end - time.monotonic(), _STEP_S))
 
     def explained(self, planned: int, prompt: "array[int]", known: Sequence["array[int]"]) -> Reuse:
-        """Return why only `planned` tokens of `prompt` are reused, `known` being in the engine."""
+        """Return why only `planned` tokens of `prompt` are reused; `known` is in the engine."""
         found, reuse = nearest(prompt, known), Reuse()
         if self._snapshots is None:
             explain(reuse, planned, prompt, found, "no_snapshot")
@@ -187,12 +187,12 @@ class SnapshotFlow(Generic[Owner]):
 
 
 def is_worth_it(blocks: Sequence[Block], others: int) -> bool:
-    """Whether restoring these blocks saves more than what is at hand otherwise, in tokens."""
+    """Whether restoring these blocks saves more than reusing `others` tokens."""
     return len(blocks) * BLOCK_TOKENS >= others + SMALLEST_PREFIX
 
 
 def await_first(incoming: Sequence[Restore | None]) -> None:
-    """Wait a moment for a block of the first that has one to come, there being nothing else."""
+    """Wait briefly for the next block of the first restore, when no sequence can run."""
     for each in incoming:
         if each is not None:
             each.wait(_STEP_S)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from hashlib import sha256
 
-from backends.prefixes.disk import Limits, PrefixFolder
+from backends.prefixes.disk import DiskLimits, PrefixFolder
 from backends.prefixes.store import SnapshotPlace, Snapshots
 from core.settings import Settings
 from deployments.messages import FileMark, LoadRequest
@@ -13,7 +13,7 @@ def open_snapshots(settings: Settings) -> Snapshots | None:
     """Return the store of this process; None if both RAM and disk are disabled."""
     if not settings.prefix_ram and not settings.prefix_disk:
         return None
-    folder = PrefixFolder(settings.prefix_folder, Limits(settings.prefix_disk))
+    folder = PrefixFolder(settings.prefix_folder, DiskLimits(settings.prefix_disk))
     return Snapshots(folder, settings.prefix_ram)
 
 

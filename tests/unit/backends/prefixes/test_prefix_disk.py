@@ -12,9 +12,9 @@ from backends.prefixes.block_file import (
     BLOCK_TOKENS,
     ROOT,
     BlockHead,
+    block_head,
     block_keys,
     file_bytes,
-    head_of,
     read_state,
     scratch_path,
     write_block,
@@ -29,7 +29,7 @@ SIZE = file_bytes(BlockHead(FINGERPRINT, ROOT, 0, prompt_of(1), 1000, 0))
 
 
 def head(seed: int, fingerprint: bytes = FINGERPRINT) -> BlockHead:
-    return head_of(fingerprint, ROOT, 0, prompt_of(1, seed), state_of(seed))
+    return block_head(fingerprint, ROOT, 0, prompt_of(1, seed), state_of(seed))
 
 
 def put(folder: PrefixFolder, seed: int, fingerprint: bytes = FINGERPRINT) -> Path | None:

@@ -109,7 +109,7 @@ def test_ram_holds_what_it_may_and_no_more(tmp_path: Path) -> None:
     model = place_in(store).open("layout")
     put(model, prompt_of(2, 1))
     put(model, prompt_of(2, 2))
-    assert store.held_bytes == 3000
+    assert store.ram_bytes == 3000
     # The older prompt lost its last block first.
     assert found(model, prompt_of(2, 1)) == BLOCK_TOKENS
     assert found(model, prompt_of(2, 2)) == 2 * BLOCK_TOKENS
@@ -123,7 +123,7 @@ def test_ram_survives_another_opening_but_not_another_version(tmp_path: Path) ->
     put(place_in(store).open("layout"), prompt_of(2))
     assert found(place_in(store).open("layout"), prompt_of(2)) == 2 * BLOCK_TOKENS
     place_in(store, "second version").open("layout")
-    assert store.held_bytes == 0
+    assert store.ram_bytes == 0
     store.close()
 
 
@@ -183,7 +183,7 @@ def test_many_threads_put_and_read_at_once(tmp_path: Path) -> None:
         thread.join()
     assert problems == []
     assert store.flush(10)
-    assert store.held_bytes <= 20_000
+    assert store.ram_bytes <= 20_000
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*.block")) <= 40_000
     store.close()
 
