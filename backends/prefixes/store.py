@@ -264,15 +264,15 @@ class ModelSnapshots:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotPlace:
-    """The store as seen by one model; `marks` identify the version of its files."""
+    """The store as seen by one model; `file_versions` identifies the version of its files."""
 
     store: Snapshots
     model: str
-    marks: str
+    file_versions: str
 
     def open(self, layout: str) -> ModelSnapshots:
         """Return the blocks for a runtime whose versions and cache shape `layout` describes."""
-        return self.store.of(self.model, sha256(f"{self.marks}\n{layout}".encode()).digest())
+        return self.store.of(self.model, sha256(f"{self.file_versions}\n{layout}".encode()).digest())
 
 
 def wait_for(future: "Future[None]", timeout_s: float) -> None:

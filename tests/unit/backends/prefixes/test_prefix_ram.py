@@ -1,4 +1,4 @@
-"""Snapshots of prefixes in RAM: bounded by bytes, the least recently used out first."""
+"""The RAM store of prefixes: bounded by bytes, the least recently used out first."""
 
 import numpy as np
 
