@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from backends.prefixes.store import SnapshotPlace
+from backends.prefixes.store import ModelPrefixStore
 from core.errors import UnsupportedCapability
 from core.types import (
     Capability,
@@ -58,8 +58,8 @@ class EngineOptions:
     `context_tokens` None means the trained length; with `kv_tokens` and `kv_type` None the backend
     chooses the KV cells that all sequences share.  `memory_limit_bytes` limits what `estimate`
     grants.  `prefix_bytes` is RAM for prefixes outside the KV cells; up to `warm_tokens` also stay
-    in the cells.  `snapshots` stores prefixes beyond the engine's lifetime.  `stable_prompts`: see
-    `backends.prompt.normalize`.  `tool_parser` overrides the tool-call family of the template.
+    in the cells.  `prefix_store` keeps prefixes beyond the engine's lifetime.  `stable_prompts`:
+    see `backends.prompt.normalize`.  `tool_parser` overrides the tool-call family of the template.
     """
 
     max_sequences: int = 16
@@ -73,7 +73,7 @@ class EngineOptions:
     prefix_bytes: int = 0
     warm_tokens: int = 1 << 30
     tool_parser: str | None = None
-    snapshots: SnapshotPlace | None = field(default=None, compare=False)
+    prefix_store: ModelPrefixStore | None = field(default=None, compare=False)
     stable_prompts: bool = True
 
     def granted(self, estimate: "MemoryEstimate") -> "EngineOptions":

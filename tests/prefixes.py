@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.disk import DiskLimits, PrefixFolder
 from backends.prefixes.match import token_array
-from backends.prefixes.store import SnapshotPlace, Snapshots
+from backends.prefixes.store import BlockStore, ModelPrefixStore
 from core.units import GIB, MIB
 
 
@@ -21,14 +21,14 @@ def folder_at(path: Path, size_bytes: int = 64 * MIB, **options: Any) -> PrefixF
     return PrefixFolder(path, DiskLimits(size_bytes, daily_bytes=daily), **options)
 
 
-def store_at(path: Path, *, ram_bytes: int = 0, **options: Any) -> Snapshots:
+def store_at(path: Path, *, ram_bytes: int = 0, **options: Any) -> BlockStore:
     """Return a store over such a folder."""
-    return Snapshots(folder_at(path, **options), ram_bytes)
+    return BlockStore(folder_at(path, **options), ram_bytes)
 
 
-def place_in(store: Snapshots, marks: str = "first version") -> SnapshotPlace:
+def place_in(store: BlockStore, marks: str = "first version") -> ModelPrefixStore:
     """Return a model's place in the store."""
-    return SnapshotPlace(store, "model", marks)
+    return ModelPrefixStore(store, "model", marks)
 
 
 def prompt_of(blocks: int, seed: int = 0, more: int = 0) -> "array[int]":

@@ -15,7 +15,7 @@ from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.match import longest_prefix, token_array
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.store import State
-from backends.prefixes.transfer import SnapshotFlow, await_first, is_worth_it
+from backends.prefixes.transfer import PrefixTransfer, is_worth_restoring, wait_for_first_block
 from backends.stepper import SequenceSpec, StepOutput
 
 
@@ -39,8 +39,8 @@ class RowStepper(BaseStepper):
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
         portable = model if isinstance(model, PortableRows) else None
         self._portable = portable
-        self._flow = SnapshotFlow[KeptRow](
-            options.snapshots, portable.layout if portable else None, self._block
+        self._flow = PrefixTransfer[KeptRow](
+            options.prefix_store, portable.layout if portable else None, self._block
         )
 
     def add(self, spec: SequenceSpec) -> None:
@@ -73,7 +73,7 @@ class RowStepper(BaseStepper):
             self._make_room()
             chunks = self._chunks()
         if not chunks:
-            await_first([row.incoming for row in self._book.running])
+            wait_for_first_block([row.incoming for row in self._book.running])
             return []
         inputs = [RowInput(row.slot, row.tokens[row.past : row.past + n]) for row, n in chunks]
         started = time.monotonic()
@@ -106,7 +106,7 @@ class RowStepper(BaseStepper):
         if length < SMALLEST_PREFIX:
             kept, length = None, 0
         blocks = self._flow.known(row.tokens[:limit])
-        use_blocks = is_worth_it(blocks, max(length, potential))
+        use_blocks = is_worth_restoring(blocks, max(length, potential))
         planned = len(blocks) * BLOCK_TOKENS if use_blocks else max(length, potential)
         known = [*(each.tokens for each in self._kept), *self._book.running_tokens()]
         reuse = self._flow.explained(planned, row.tokens, known)

@@ -10,7 +10,7 @@ from backends.engine.sampling import RowSampler
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Reuse
 from backends.prefixes.store import State
-from backends.prefixes.transfer import Restore, SnapshotFlow
+from backends.prefixes.transfer import PrefixTransfer, Restore
 from backends.stepper import SequenceSpec, StepOutput
 from core.types import TokenLogprob
 
@@ -132,7 +132,7 @@ class BaseStepper:
     """Base of all steppers: applies prefill limits and copies blocks while idle."""
 
     _planner: PrefillPlanner
-    _flow: SnapshotFlow[Any]
+    _flow: PrefixTransfer[Any]
 
     def limit_prefill(self, chunk_tokens: int | None) -> None:
         """Limit the prompt tokens of a step; see `backends.limits.PrefillLimited`."""

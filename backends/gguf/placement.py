@@ -9,7 +9,7 @@ from backends.prefixes.match import Retained
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Reuse
 from backends.prefixes.store import State
-from backends.prefixes.transfer import SnapshotFlow, is_worth_it
+from backends.prefixes.transfer import PrefixTransfer, is_worth_restoring
 
 
 class Placement:
@@ -20,7 +20,7 @@ class Placement:
         book: RowBook[GgufRow],
         slots: KvSlots,
         blocks: CellBlocks,
-        flow: SnapshotFlow[Retained],
+        flow: PrefixTransfer[Retained],
         *,
         can_share_running: bool,
     ) -> None:
@@ -35,7 +35,7 @@ class Placement:
 
         1. Cells of a finished row that are all shared: take over its slot.
         2. Cells of a finished or running row: share them.
-        3. A snapshot in RAM, if it is longer: copy it into cells.
+        3. A prefix in RAM, if it is longer: copy it into cells.
         4. Stored blocks of a former engine, if they are longer: restore them step by step.
         """
         limit = len(row.tokens) - 1
@@ -43,21 +43,21 @@ class Placement:
         entry, kept = self._slots.longest(prompt)
         leader, potential = self._book.best_leader(row) if self._can_share_running else (None, 0)
         computed = min(potential, leader.past) if leader is not None else 0
-        snapshot, stored = self._slots.longest_stored(prompt)
+        prefix, stored = self._slots.longest_stored(prompt)
         stored_blocks = self._flow.known(prompt)
         likely = max(kept, potential, stored)
-        use_blocks = is_worth_it(stored_blocks, likely)
-        use_snapshot = not use_blocks and stored >= max(kept, computed) + SMALLEST_PREFIX
+        use_blocks = is_worth_restoring(stored_blocks, likely)
+        use_ram_prefix = not use_blocks and stored >= max(kept, computed) + SMALLEST_PREFIX
         reuse = self._explained(row, len(stored_blocks) * BLOCK_TOKENS if use_blocks else likely)
         is_whole = entry is not None and kept == len(entry.tokens) >= computed
-        if entry is not None and is_whole and not (use_snapshot or use_blocks):  # (1)
+        if entry is not None and is_whole and not (use_ram_prefix or use_blocks):  # (1)
             row.slot, row.past = self._slots.take_over(entry), kept
         elif not self._take_slot(row, but=entry):
             return False
         elif use_blocks:  # (4)
             row.incoming = self._flow.restore(prompt, stored_blocks)
-        elif use_snapshot and snapshot is not None:  # (3)
-            row.past = stored if self._slots.restore(snapshot, row.slot, stored, step) else 0
+        elif use_ram_prefix and prefix is not None:  # (3)
+            row.past = stored if self._slots.restore(prefix, row.slot, stored, step) else 0
         elif entry is not None and kept >= computed and self._slots.is_retained(entry):  # (2)
             entry.used_at_step = step
             self._share(row, entry.slot, kept)
@@ -66,7 +66,7 @@ class Placement:
         if leader is not None and not use_blocks:
             row.wait_for(leader, potential)
         row.reuse = row.reuse if row.is_reuse_final else reuse
-        row.note_reuse(**{"ram" if use_snapshot else "cells": row.past})
+        row.note_reuse(**{"ram" if use_ram_prefix else "cells": row.past})
         return True
 
     def _explained(self, row: GgufRow, planned: int) -> Reuse:

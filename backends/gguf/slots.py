@@ -10,8 +10,8 @@ from backends.base import EngineOptions
 from backends.gguf.blocks import as_bytes
 from backends.gguf.model import GgufModel, library
 from backends.prefixes.match import Retained, RetainedPrefixes
-from backends.prefixes.ram import SMALLEST_PREFIX, PrefixStore, Snapshot
-from backends.prefixes.transfer import SnapshotFlow
+from backends.prefixes.ram import SMALLEST_PREFIX, RamPrefix, RamPrefixStore
+from backends.prefixes.transfer import PrefixTransfer
 
 # At most so many prefixes move to RAM in one step, to keep running streams smooth.
 _MAX_MOVES = 4
@@ -29,9 +29,9 @@ class KvSlots:
         self,
         context: Any,
         count: int,
-        store: PrefixStore,
+        store: RamPrefixStore,
         model: GgufModel,
-        flow: SnapshotFlow[Retained],
+        flow: PrefixTransfer[Retained],
     ) -> None:
         self._llama = library()
         self._context = context
@@ -57,13 +57,13 @@ class KvSlots:
         """Return the retained prefix that shares most with `prompt`, and the shared length."""
         return self._retained.longest(prompt, whole_beyond=self._whole_beyond)
 
-    def longest_stored(self, prompt: "array[int]") -> tuple[Snapshot | None, int]:
+    def longest_stored(self, prompt: "array[int]") -> tuple[RamPrefix | None, int]:
         """Return the snapshot in RAM that shares most with `prompt`, and the shared length."""
         return self._store.longest(prompt, whole_beyond=self._whole_beyond)
 
-    def restore(self, snapshot: Snapshot, target: int, count: int, step: int) -> bool:
-        """Copy the snapshot's first `count` tokens into the empty slot `target`; False: no room."""
-        state = snapshot.state
+    def restore(self, prefix: RamPrefix, target: int, count: int, step: int) -> bool:
+        """Copy the prefix's first `count` tokens into the empty slot `target`; False: no room."""
+        state = prefix.state
         started = time.thread_time()
         read = self._llama.llama_state_seq_set_data(
             self._context, as_bytes(state), state.nbytes, target
@@ -72,9 +72,9 @@ class KvSlots:
         if not read:
             self._llama.llama_memory_seq_rm(self._memory, target, -1, -1)
             return False
-        if count < len(snapshot.tokens):
+        if count < len(prefix.tokens):
             self._llama.llama_memory_seq_rm(self._memory, target, count, -1)
-        snapshot.used_at_step = step
+        prefix.used_at_step = step
         return True
 
     def take_over(self, entry: Retained) -> int:
@@ -152,7 +152,7 @@ class KvSlots:
         )
         self.native_cpu_s += time.thread_time() - started
         if written == size:
-            self._store.put(Snapshot(entry.tokens, state, entry.used_at_step))
+            self._store.put(RamPrefix(entry.tokens, state, entry.used_at_step))
 
 
 def count_slots(model: GgufModel, options: EngineOptions) -> int:

@@ -14,8 +14,8 @@ from backends.gguf.rows import GgufRow
 from backends.gguf.sampling import SequenceSampler
 from backends.gguf.slots import KvSlots, count_slots
 from backends.prefixes.match import Retained, token_array
-from backends.prefixes.ram import PrefixStore
-from backends.prefixes.transfer import SnapshotFlow, await_first
+from backends.prefixes.ram import RamPrefixStore
+from backends.prefixes.transfer import PrefixTransfer, wait_for_first_block
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import EngineFailed
 
@@ -29,7 +29,7 @@ class GgufStepper(BaseStepper):
     A new row reuses the longest computed prefix of any running or finished row.  When the cells
     run out, finished rows move to RAM first; then the youngest running row is preempted: it
     loses its cells, waits, and is computed again.  Blocks of finished rows are copied to
-    `options.snapshots` between steps, and restored from there if no cells hold a prompt.
+    `options.prefix_store` between steps, and restored from there if no cells hold a prompt.
     """
 
     def __init__(self, model: GgufModel, options: EngineOptions) -> None:
@@ -42,11 +42,11 @@ class GgufStepper(BaseStepper):
         self._context_tokens = options.context_tokens
         slot_count = count_slots(model, options)
         self._context = open_context(model, options, slot_count)
-        self._store = PrefixStore(options.prefix_bytes)
+        self._store = RamPrefixStore(options.prefix_bytes)
         # The last sequence id is reserved for copying blocks.
         blocks = self._blocks = CellBlocks(self._context, slot_count - 1)
-        self._flow = SnapshotFlow[Retained](
-            options.snapshots,
+        self._flow = PrefixTransfer[Retained](
+            options.prefix_store,
             block_layout(model, options.context_tokens),
             lambda entry, number: blocks.copy(entry.slot, number),
         )
@@ -96,7 +96,7 @@ class GgufStepper(BaseStepper):
             self._make_room()
             self._fill_batch()
         if not self._batch.count:
-            await_first([row.incoming for row in self._book.running])
+            wait_for_first_block([row.incoming for row in self._book.running])
             return []
         self._book.steps += 1
         outputs = self._collect()

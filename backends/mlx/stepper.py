@@ -20,7 +20,7 @@ from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.match import token_array
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.store import State
-from backends.prefixes.transfer import SnapshotFlow, await_first, is_worth_it
+from backends.prefixes.transfer import PrefixTransfer, is_worth_restoring, wait_for_first_block
 from backends.stepper import SequenceSpec, StepOutput
 
 
@@ -42,8 +42,8 @@ class MlxStepper(BaseStepper):
         self._batch = MlxBatch(model.model, options.max_sequences, options.prefill_chunk_tokens)
         self._prefixes = MlxPrefixes(options.prefix_bytes)
         self._blocks = LayerBlocks(model)
-        self._flow = SnapshotFlow[KeptLayers](
-            options.snapshots,
+        self._flow = PrefixTransfer[KeptLayers](
+            options.prefix_store,
             self._blocks.layout,
             lambda kept, number: self._blocks.copy(kept.layers, number),
         )
@@ -88,7 +88,7 @@ class MlxStepper(BaseStepper):
                 break
         self._book.native_cpu_s += self._model.clock.seconds() - started
         if not self._batch.has_work:
-            await_first([row.incoming for row in self._book.waiting])
+            wait_for_first_block([row.incoming for row in self._book.waiting])
         self._flow.tend()
         return outputs
 
@@ -175,7 +175,7 @@ class MlxStepper(BaseStepper):
         if not row.was_restored:
             row.was_restored = True
             blocks = self._flow.known(row.tokens[:-1])
-            if is_worth_it(blocks, others):
+            if is_worth_restoring(blocks, others):
                 row.incoming = self._flow.restore(row.tokens[:-1], blocks)
         return row.receive(self._take_block)
 

@@ -13,7 +13,7 @@ SMALLEST_PREFIX = 32
 
 
 @dataclass(slots=True, eq=False)
-class Snapshot:
+class RamPrefix:
     """The runtime's state after `tokens`: uint8, one dimension."""
 
     tokens: "array[int]"
@@ -21,21 +21,21 @@ class Snapshot:
     used_at_step: int
 
 
-class PrefixStore:
+class RamPrefixStore:
     """Stores at most `limit_bytes` of prefix states; used from the engine's thread only."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._snapshots: list[Snapshot] = []
+        self._prefixes: list[RamPrefix] = []
 
     @property
     def size_bytes(self) -> int:
         """Bytes stored."""
-        return sum(snapshot.state.nbytes for snapshot in self._snapshots)
+        return sum(prefix.state.nbytes for prefix in self._prefixes)
 
     def tokens(self) -> list["array[int]"]:
         """Return the tokens of all prefixes."""
-        return [snapshot.tokens for snapshot in self._snapshots]
+        return [prefix.tokens for prefix in self._prefixes]
 
     def has_room_for(self, size_bytes: int) -> bool:
         """Whether a prefix of this size can be stored at all."""
@@ -43,26 +43,24 @@ class PrefixStore:
 
     def covers(self, tokens: "array[int]") -> bool:
         """Whether a stored prefix starts with all of `tokens`."""
-        return any(
-            common_prefix(snapshot.tokens, tokens) == len(tokens) for snapshot in self._snapshots
-        )
+        return any(common_prefix(prefix.tokens, tokens) == len(tokens) for prefix in self._prefixes)
 
-    def put(self, snapshot: Snapshot) -> None:
+    def put(self, prefix: RamPrefix) -> None:
         """Store a prefix; drop those that it extends, and the oldest ones over the limit."""
-        self._snapshots = [
+        self._prefixes = [
             other
-            for other in self._snapshots
-            if common_prefix(other.tokens, snapshot.tokens) < len(other.tokens)
+            for other in self._prefixes
+            if common_prefix(other.tokens, prefix.tokens) < len(other.tokens)
         ]
-        self._snapshots.append(snapshot)
+        self._prefixes.append(prefix)
         while self.size_bytes > self._limit_bytes:
-            oldest = min(self._snapshots, key=lambda other: other.used_at_step)
-            self._snapshots.remove(oldest)
+            oldest = min(self._prefixes, key=lambda other: other.used_at_step)
+            self._prefixes.remove(oldest)
 
-    def longest(self, prompt: "array[int]", *, whole_beyond: int) -> tuple[Snapshot | None, int]:
+    def longest(self, prompt: "array[int]", *, whole_beyond: int) -> tuple[RamPrefix | None, int]:
         """Return the stored prefix with the longest match; see `longest_prefix`."""
-        return longest_prefix(self._snapshots, prompt, whole_beyond)
+        return longest_prefix(self._prefixes, prompt, whole_beyond)
 
     def clear(self) -> None:
         """Drop all prefixes."""
-        self._snapshots.clear()
+        self._prefixes.clear()

@@ -34,7 +34,7 @@ _MAX_WAITING_BYTES = 64 * MIB
 _BATCH = 8
 
 
-class Snapshots:
+class BlockStore:
     """The blocks of all models of one process: up to `ram_bytes` in RAM, others in `folder`.
 
     The RAM limit is shared with other processes that use the same folder.  Files are written and
@@ -45,12 +45,12 @@ class Snapshots:
         self.folder = folder
         self.lock = threading.Lock()
         self._limit_bytes = ram_bytes
-        self._in_ram: OrderedDict[Block, ModelSnapshots] = OrderedDict()
+        self._in_ram: OrderedDict[Block, ModelBlocks] = OrderedDict()
         self._ram_bytes = 0
-        self._waiting: deque[tuple[ModelSnapshots, Block]] = deque()
+        self._waiting: deque[tuple[ModelBlocks, Block]] = deque()
         self._waiting_bytes = 0
         self._room_freed = threading.Condition(self.lock)
-        self._models: dict[str, ModelSnapshots] = {}
+        self._models: dict[str, ModelBlocks] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="impetus-prefix-w")
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="impetus-prefix-r")
 
@@ -59,7 +59,7 @@ class Snapshots:
         """Bytes of blocks in RAM, without those waiting to be written."""
         return self._ram_bytes
 
-    def of(self, model: str, fingerprint: bytes) -> "ModelSnapshots":
+    def of(self, model: str, fingerprint: bytes) -> "ModelBlocks":
         """Return the model's blocks; blocks of another version of the model are dropped."""
         with self.lock:
             known = self._models.get(model)
@@ -67,17 +67,17 @@ class Snapshots:
                 return known
             if known is not None:
                 self._forget(known)
-            found = self._models[model] = ModelSnapshots(self, model, fingerprint)
+            found = self._models[model] = ModelBlocks(self, model, fingerprint)
             found.had_others = known is not None
         found.scanned = self._writer.submit(self._scan, found)
         return found
 
-    def _forget(self, model: "ModelSnapshots") -> None:
+    def _forget(self, model: "ModelBlocks") -> None:
         for block in [block for block, owner in self._in_ram.items() if owner is model]:
             del self._in_ram[block]
             self._ram_bytes -= block.size_bytes
 
-    def _scan(self, model: "ModelSnapshots") -> None:
+    def _scan(self, model: "ModelBlocks") -> None:
         try:
             files, others = self.folder.scan(model.name, model.fingerprint)
         except OSError as problem:
@@ -93,7 +93,7 @@ class Snapshots:
                     )
                 )  # fmt: skip
 
-    def put(self, model: "ModelSnapshots", block: Block) -> None:
+    def put(self, model: "ModelBlocks", block: Block) -> None:
         """Queue a block with its state for RAM and disk.  The caller holds the lock."""
         self._waiting.append((model, block))
         self._waiting_bytes += block.size_bytes
@@ -145,7 +145,7 @@ class Snapshots:
                 self._drop_if_lost(model, block)
             self._room_freed.notify_all()
 
-    def _write(self, model: "ModelSnapshots", batch: Sequence[Block]) -> None:
+    def _write(self, model: "ModelBlocks", batch: Sequence[Block]) -> None:
         for block in batch:
             assert block.state is not None
             block.head = block_head(
@@ -165,7 +165,7 @@ class Snapshots:
                         block.path = None
                         self._drop_if_lost(other, block)
 
-    def _keep(self, model: "ModelSnapshots", batch: Sequence[Block]) -> None:
+    def _keep(self, model: "ModelBlocks", batch: Sequence[Block]) -> None:
         if not self._limit_bytes:
             return
         wanted = self._ram_bytes + sum(block.size_bytes for block in batch)
@@ -181,12 +181,12 @@ class Snapshots:
                 self._drop_if_lost(owner, oldest)
 
     @staticmethod
-    def _drop_if_lost(model: "ModelSnapshots", block: Block) -> None:
+    def _drop_if_lost(model: "ModelBlocks", block: Block) -> None:
         """Drop a block from the index if it is neither in RAM nor on disk."""
         if block.state is None and block.path is None:
             model.index.drop(block)
 
-    def read(self, model: "ModelSnapshots", block: Block) -> tuple[State, bool] | None:
+    def read(self, model: "ModelBlocks", block: Block) -> tuple[State, bool] | None:
         """Return a block's state and whether it was in RAM; None if it is lost.  Blocks."""
         with self.lock:
             state, path, head = block.state, block.path, block.head
@@ -207,10 +207,10 @@ class Snapshots:
         self.reader.shutdown(cancel_futures=True)
 
 
-class ModelSnapshots:
+class ModelBlocks:
     """The blocks of one version of one model; thread-safe."""
 
-    def __init__(self, store: Snapshots, name: str, fingerprint: bytes) -> None:
+    def __init__(self, store: BlockStore, name: str, fingerprint: bytes) -> None:
         self.store = store
         self.name = name
         self.fingerprint = fingerprint
@@ -263,16 +263,18 @@ class ModelSnapshots:
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotPlace:
+class ModelPrefixStore:
     """The store as seen by one model; `file_versions` identifies the version of its files."""
 
-    store: Snapshots
+    store: BlockStore
     model: str
     file_versions: str
 
-    def open(self, layout: str) -> ModelSnapshots:
+    def open(self, layout: str) -> ModelBlocks:
         """Return the blocks for a runtime whose versions and cache shape `layout` describes."""
-        return self.store.of(self.model, sha256(f"{self.file_versions}\n{layout}".encode()).digest())
+        return self.store.of(
+            self.model, sha256(f"{self.file_versions}\n{layout}".encode()).digest()
+        )
 
 
 def wait_for(future: "Future[None]", timeout_s: float) -> None:

@@ -12,7 +12,7 @@ from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.index import Block
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Nearest, Reuse, explain, nearest
-from backends.prefixes.store import ModelSnapshots, SnapshotPlace, State
+from backends.prefixes.store import ModelBlocks, ModelPrefixStore, State
 
 # While sequences run: the pause between two copies, and the time per step for restoring.
 _PAUSE_S = 0.05
@@ -30,8 +30,8 @@ Owner = TypeVar("Owner", bound=Hashable)
 class Restore:
     """Reads a prompt's blocks in order on the store's thread, for use on the engine's thread."""
 
-    def __init__(self, snapshots: ModelSnapshots, blocks: Sequence[Block]) -> None:
-        self._snapshots = snapshots
+    def __init__(self, model_blocks: ModelBlocks, blocks: Sequence[Block]) -> None:
+        self._model_blocks = model_blocks
         self._left = deque(blocks)
         self._reading: deque[Future[tuple[State, bool] | None]] = deque()
         self._read_ahead()
@@ -62,10 +62,10 @@ class Restore:
                 return
 
     def _read_ahead(self) -> None:
-        store = self._snapshots.store
+        store = self._model_blocks.store
         while self._left and len(self._reading) < _READ_AHEAD:
             block = self._left.popleft()
-            self._reading.append(store.reader.submit(store.read, self._snapshots, block))
+            self._reading.append(store.reader.submit(store.read, self._model_blocks, block))
 
     def wait(self, timeout_s: float) -> None:
         """Block until the next block has arrived, or until the timeout."""
@@ -80,18 +80,23 @@ class Restore:
         self._left.clear()
 
 
-class SnapshotFlow(Generic[Owner]):
+class PrefixTransfer(Generic[Owner]):
     """Connects one engine to the store: looks up, restores and copies prefix blocks.
 
     `copy` returns the state of block `number` of the sequence that `owner` computed; it is called
-    between two steps, on the engine's thread.  With `place` None nothing is found or stored.
+    between two steps, on the engine's thread.  With `store` None nothing is found or stored.
     """
 
     def __init__(
-        self, place: SnapshotPlace | None, layout: str | None, copy: Callable[[Owner, int], State]
+        self,
+        store: ModelPrefixStore | None,
+        layout: str | None,
+        copy: Callable[[Owner, int], State],
     ) -> None:
         """`layout` None means that the engine's cache cannot be split into blocks."""
-        self._snapshots = place.open(layout) if place is not None and layout is not None else None
+        self._model_blocks = (
+            store.open(layout) if store is not None and layout is not None else None
+        )
         self._copy = copy
         self._queue: deque[tuple[Owner, array[int], int]] = deque()
         self._owners: dict[Owner, int] = {}
@@ -99,21 +104,21 @@ class SnapshotFlow(Generic[Owner]):
 
     def known(self, prompt: "array[int]") -> list[Block]:
         """Return the stored blocks at the start of `prompt`."""
-        return self._snapshots.chain(prompt) if self._snapshots is not None else []
+        return self._model_blocks.chain(prompt) if self._model_blocks is not None else []
 
     def restore(self, prompt: "array[int]", blocks: Sequence[Block]) -> Restore:
         """Start reading these blocks of `prompt`."""
-        assert self._snapshots is not None
-        self._snapshots.touch(prompt)
-        return Restore(self._snapshots, blocks)
+        assert self._model_blocks is not None
+        self._model_blocks.touch(prompt)
+        return Restore(self._model_blocks, blocks)
 
     def keep(self, owner: Owner, tokens: "array[int]") -> None:
         """Queue the blocks that `owner` computed and that are not stored yet for copying."""
-        if self._snapshots is None or len(tokens) < MIN_STORED_TOKENS:
+        if self._model_blocks is None or len(tokens) < MIN_STORED_TOKENS:
             return
-        missing = self._snapshots.missing(tokens)
+        missing = self._model_blocks.missing(tokens)
         if not missing:
-            self._snapshots.touch(tokens)
+            self._model_blocks.touch(tokens)
             return
         self._queue.extend((owner, tokens, number) for number in missing)
         self._owners[owner] = self._owners.get(owner, 0) + len(missing)
@@ -134,10 +139,10 @@ class SnapshotFlow(Generic[Owner]):
 
     def do_chore(self) -> None:
         """Copy one block; waits briefly if the disk does not keep up."""
-        if self._snapshots is None or not self._queue:
+        if self._model_blocks is None or not self._queue:
             return
-        if not self._snapshots.store.has_room():
-            self._snapshots.store.wait_for_room(_PAUSE_S)
+        if not self._model_blocks.store.has_room():
+            self._model_blocks.store.wait_for_room(_PAUSE_S)
             return
         owner, tokens, number = self._queue.popleft()
         self._owners[owner] -= 1
@@ -150,15 +155,15 @@ class SnapshotFlow(Generic[Owner]):
             logger.warning("a prefix block cannot be copied out of the engine: %r", problem)
             self.forget(owner)
             return
-        self._snapshots.put(tokens, number, state)
+        self._model_blocks.put(tokens, number, state)
         if owner not in self._owners:
-            self._snapshots.touch(tokens)
+            self._model_blocks.touch(tokens)
 
     def tend(self) -> None:
         """Copy one block after a step, if the last copy was some time ago."""
         if not self._queue or time.monotonic() - self._copied_at < _PAUSE_S:
             return
-        if self._snapshots is not None and self._snapshots.store.has_room():
+        if self._model_blocks is not None and self._model_blocks.store.has_room():
             self.do_chore()
         self._copied_at = time.monotonic()
 
@@ -169,29 +174,29 @@ class SnapshotFlow(Generic[Owner]):
             self.do_chore()
         self._queue.clear()
         self._owners.clear()
-        if self._snapshots is not None:
-            self._snapshots.store.flush(max(end - time.monotonic(), _STEP_S))
+        if self._model_blocks is not None:
+            self._model_blocks.store.flush(max(end - time.monotonic(), _STEP_S))
 
     def explained(self, planned: int, prompt: "array[int]", known: Sequence["array[int]"]) -> Reuse:
         """Return why only `planned` tokens of `prompt` are reused; `known` is in the engine."""
         found, reuse = nearest(prompt, known), Reuse()
-        if self._snapshots is None:
+        if self._model_blocks is None:
             explain(reuse, planned, prompt, found, "no_snapshot")
             return reuse
-        count = len(self._snapshots.chain(prompt))
-        shared, rest = self._snapshots.nearest(prompt, count)
+        count = len(self._model_blocks.chain(prompt))
+        shared, rest = self._model_blocks.nearest(prompt, count)
         if shared > found.shared:
             found = Nearest(shared, rest)
-        explain(reuse, planned, prompt, found, self._snapshots.why_absent(prompt, count))
+        explain(reuse, planned, prompt, found, self._model_blocks.why_absent(prompt, count))
         return reuse
 
 
-def is_worth_it(blocks: Sequence[Block], others: int) -> bool:
+def is_worth_restoring(blocks: Sequence[Block], others: int) -> bool:
     """Whether restoring these blocks saves more than reusing `others` tokens."""
     return len(blocks) * BLOCK_TOKENS >= others + SMALLEST_PREFIX
 
 
-def await_first(incoming: Sequence[Restore | None]) -> None:
+def wait_for_first_block(incoming: Sequence[Restore | None]) -> None:
     """Wait briefly for the next block of the first restore, when no sequence can run."""
     for each in incoming:
         if each is not None:

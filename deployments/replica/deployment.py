@@ -32,7 +32,7 @@ from deployments.options import machine_budget_bytes
 from deployments.replica.accelerator import SharedAccelerator
 from deployments.replica.file_marks import has_changed, mark
 from deployments.replica.memory import ModelMemory
-from deployments.replica.prefixes import open_snapshots, place_of
+from deployments.replica.prefixes import open_block_store, prefix_store_of
 from deployments.serve.handles import returning_errors
 from deployments.serve.logs import attach_logs
 from deployments.stderr_tail import stderr_path
@@ -66,7 +66,7 @@ class FormatReplica:
     def __init__(self, format_name: str, settings: Settings) -> None:
         attach_logs()
         self._format = format_name
-        self._snapshots = open_snapshots(settings)
+        self._block_store = open_block_store(settings)
         self._backend = backends_for([format_name])[format_name]
         self._models: dict[str, _OpenModel] = {}
         self._senders: dict[str, FrameSender] = {}
@@ -91,7 +91,9 @@ class FormatReplica:
                 await self._close(model)
             started = time.monotonic()
             marks = tuple(mark(path) for path in request.info.files)
-            options = replace(request.options, snapshots=place_of(self._snapshots, request, marks))
+            options = replace(
+                request.options, prefix_store=prefix_store_of(self._block_store, request, marks)
+            )
             engine = await self._memory.measure_open(
                 request, lambda: self._backend.open(request.info, options)
             )
@@ -265,8 +267,8 @@ class FormatReplica:
         for model in list(self._models.values()):
             await model.engine.close()
         await self._accelerator.close()
-        if self._snapshots is not None:
-            await asyncio.to_thread(self._snapshots.close)
+        if self._block_store is not None:
+            await asyncio.to_thread(self._block_store.close)
         for sender in self._senders.values():
             sender.close()
 

@@ -14,7 +14,7 @@ import pytest
 from backends.base import Engine, EngineOptions
 from backends.gguf.backend import GgufBackend
 from backends.prefixes.block_file import BLOCK_TOKENS
-from backends.prefixes.store import Snapshots
+from backends.prefixes.store import BlockStore
 from core.types import PrefillProgress
 from tests.gguf_files import gemma2_gguf, llama_gguf
 from tests.golden import golden
@@ -45,13 +45,13 @@ async def test_a_reopened_model_goes_on_with_the_same_text(variant: str, tmp_pat
     await plain.close()
 
     store = store_at(tmp_path, size_bytes=1 << 30)
-    first = open_variant(variant, replace(OPTIONS, snapshots=place_in(store)))
+    first = open_variant(variant, replace(OPTIONS, prefix_store=place_in(store)))
     assert end_of(await run(first, asked)).usage.cached_tokens == 0
     await first.close()
     store.close()
 
     store = store_at(tmp_path, size_bytes=1 << 30)
-    again = open_variant(variant, replace(OPTIONS, snapshots=place_in(store)))
+    again = open_variant(variant, replace(OPTIONS, prefix_store=place_in(store)))
     events = await run(again, asked)
     end = end_of(events)
     assert end.usage.cached_tokens == end.usage.prompt_tokens // BLOCK_TOKENS * BLOCK_TOKENS > 0
@@ -65,9 +65,9 @@ async def test_a_reopened_model_goes_on_with_the_same_text(variant: str, tmp_pat
     store.close()
 
 
-def open_tiny(path: Path, store: Snapshots | None, **options: Any) -> Engine:
+def open_tiny(path: Path, store: BlockStore | None, **options: Any) -> Engine:
     backend = GgufBackend()
-    chosen = replace(OPTIONS, snapshots=None if store is None else place_in(store))
+    chosen = replace(OPTIONS, prefix_store=None if store is None else place_in(store))
     return backend.open(backend.identify(path), replace(chosen, **options))
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from backends.base import EngineOptions
 from backends.engine.row_stepper import RowStepper
 from backends.prefixes.block_file import BLOCK_TOKENS
-from backends.prefixes.store import Snapshots
+from backends.prefixes.store import BlockStore
 from backends.stepper import StepOutput
 from tests.prefixes import place_in, store_at
 from tests.unit.backends.engine.test_row_stepper import (
@@ -43,18 +43,18 @@ class PortableModel(FakeModel):
         return True
 
 
-def stepper(model: FakeModel, store: Snapshots | None, *, kv_tokens: int = 8192) -> RowStepper:
+def stepper(model: FakeModel, store: BlockStore | None, *, kv_tokens: int = 8192) -> RowStepper:
     options = EngineOptions(
         max_sequences=4,
         prefill_chunk_tokens=64,
         kv_tokens=kv_tokens,
         context_tokens=4096,
-        snapshots=None if store is None else place_in(store),
+        prefix_store=None if store is None else place_in(store),
     )
     return RowStepper(model, Pieces(), options)
 
 
-def answer(model: FakeModel, store: Snapshots, prompt: Sequence[int]) -> tuple[list[int], int]:
+def answer(model: FakeModel, store: BlockStore, prompt: Sequence[int]) -> tuple[list[int], int]:
     """Answer one prompt with an engine that is closed then; return its tokens, and the cached."""
     chosen = stepper(model, store)
     run = Run(chosen)

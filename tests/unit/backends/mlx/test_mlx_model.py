@@ -296,7 +296,7 @@ def test_a_prompt_is_restored_by_another_engine(tiny: Path, tmp_path: Path, ram_
     asked = [spec(1, [n * 7 % 39 + 1 for n in range(300)])]
     results = []
     for _ in range(2):
-        steps = stepper(tiny, prefix_bytes=1 << 22, snapshots=place_in(store))
+        steps = stepper(tiny, prefix_bytes=1 << 22, prefix_store=place_in(store))
         steps.add(asked[0])
         results.append(finish(steps, asked)[1])
         steps.close()

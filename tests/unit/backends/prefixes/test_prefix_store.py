@@ -10,20 +10,20 @@ import pytest
 
 from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.reuse import Reuse
-from backends.prefixes.store import ModelSnapshots, Snapshots, State
-from backends.prefixes.transfer import SnapshotFlow
+from backends.prefixes.store import BlockStore, ModelBlocks, State
+from backends.prefixes.transfer import PrefixTransfer
 from tests.prefixes import folder_at, place_in, prompt_of, state_of, store_at
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Snapshots]:
+def store(tmp_path: Path) -> Iterator[BlockStore]:
     """Disk alone."""
     store = store_at(tmp_path)
     yield store
     store.close()
 
 
-def put(model: ModelSnapshots, tokens: "array[int]") -> None:
+def put(model: ModelBlocks, tokens: "array[int]") -> None:
     """Put all blocks of a prompt and wait until they are stored."""
     for number in model.missing(tokens):
         model.put(tokens, number, state_of(number))
@@ -31,9 +31,9 @@ def put(model: ModelSnapshots, tokens: "array[int]") -> None:
     model.touch(tokens)
 
 
-def found(model: ModelSnapshots, tokens: "array[int]") -> int:
+def found(model: ModelBlocks, tokens: "array[int]") -> int:
     """Return how many tokens of the prompt can be restored, having read all of them."""
-    flow = SnapshotFlow[int](place_in(model.store), "layout", lambda *_: state_of(0))
+    flow = PrefixTransfer[int](place_in(model.store), "layout", lambda *_: state_of(0))
     states: list[State] = []
 
     def take(state: State) -> bool:
@@ -49,14 +49,14 @@ def found(model: ModelSnapshots, tokens: "array[int]") -> int:
     return len(states) * BLOCK_TOKENS
 
 
-def test_a_longer_conversation_finds_the_shorter(store: Snapshots) -> None:
+def test_a_longer_conversation_finds_the_shorter(store: BlockStore) -> None:
     model = place_in(store).open("layout")
     put(model, prompt_of(3))
     assert found(model, prompt_of(5)) == 3 * BLOCK_TOKENS
     assert model.missing(prompt_of(5)) == [3, 4]
 
 
-def test_prompts_that_begin_alike_share_blocks(store: Snapshots) -> None:
+def test_prompts_that_begin_alike_share_blocks(store: BlockStore) -> None:
     model = place_in(store).open("layout")
     one = prompt_of(4)
     put(model, one)
@@ -153,7 +153,7 @@ def test_a_damaged_block_ends_the_restore(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    store = Snapshots(folder_at(tmp_path / "file" / "prefixes"), 10_000)
+    store = BlockStore(folder_at(tmp_path / "file" / "prefixes"), 10_000)
     model = place_in(store).open("layout")
     model.put(prompt_of(1), 0, state_of(0))
     assert store.flush(10)
@@ -192,14 +192,14 @@ class Owner:
     """Something computed whose blocks are copied out."""
 
 
-def test_chores_copy_what_is_missing_once(store: Snapshots) -> None:
+def test_chores_copy_what_is_missing_once(store: BlockStore) -> None:
     copied: list[int] = []
 
     def copy(_: Owner, number: int) -> State:
         copied.append(number)
         return state_of(number)
 
-    flow = SnapshotFlow[Owner](place_in(store), "layout", copy)
+    flow = PrefixTransfer[Owner](place_in(store), "layout", copy)
     owner, tokens = Owner(), prompt_of(3, more=17)
     flow.keep(owner, tokens)
     assert flow.needs(owner)
@@ -214,26 +214,26 @@ def test_chores_copy_what_is_missing_once(store: Snapshots) -> None:
     assert not flow.has_chores
 
 
-def test_short_prompts_are_not_kept(store: Snapshots) -> None:
-    flow = SnapshotFlow[Owner](place_in(store), "layout", lambda *_: state_of(0))
+def test_short_prompts_are_not_kept(store: BlockStore) -> None:
+    flow = PrefixTransfer[Owner](place_in(store), "layout", lambda *_: state_of(0))
     flow.keep(Owner(), prompt_of(1, more=100))
     assert not flow.has_chores
 
 
-def test_what_a_runtime_cannot_copy_is_forgotten(store: Snapshots) -> None:
+def test_what_a_runtime_cannot_copy_is_forgotten(store: BlockStore) -> None:
     def copy(_: Owner, number: int) -> State:
         if number == 1:
             raise RuntimeError("no such cells")
         return state_of(number)
 
-    flow = SnapshotFlow[Owner](place_in(store), "layout", copy)
+    flow = PrefixTransfer[Owner](place_in(store), "layout", copy)
     flow.keep(Owner(), prompt_of(4))
     flow.finish()
     assert len(flow.known(prompt_of(4))) == 1
 
 
 def test_without_a_place_nothing_is_kept_or_found() -> None:
-    flow = SnapshotFlow[Owner](None, "layout", lambda *_: state_of(0))
+    flow = PrefixTransfer[Owner](None, "layout", lambda *_: state_of(0))
     flow.keep(Owner(), prompt_of(2))
     assert not flow.has_chores
     assert flow.known(prompt_of(2)) == []
@@ -241,13 +241,13 @@ def test_without_a_place_nothing_is_kept_or_found() -> None:
     assert reuse.miss == "no_snapshot"
 
 
-def test_a_miss_names_the_first_token_that_differs(store: Snapshots) -> None:
+def test_a_miss_names_the_first_token_that_differs(store: BlockStore) -> None:
     model = place_in(store).open("layout")
     known = prompt_of(3)
     put(model, known)
     asked = known[:]
     asked[300] = known[300] + 1
-    flow = SnapshotFlow[Owner](place_in(store), "layout", lambda *_: state_of(0))
+    flow = PrefixTransfer[Owner](place_in(store), "layout", lambda *_: state_of(0))
     reuse = flow.explained(2 * BLOCK_TOKENS, asked, [])
     assert (reuse.miss, reuse.diverged_at) == ("diverged", 300)
     assert reuse.known[0] == known[300]
@@ -257,8 +257,8 @@ def test_a_miss_names_the_first_token_that_differs(store: Snapshots) -> None:
     assert outcome.before_text.encode() == bytes(known[292:300].tolist())
 
 
-def test_a_prompt_that_goes_on_misses_nothing(store: Snapshots) -> None:
-    flow = SnapshotFlow[Owner](place_in(store), "layout", lambda *_: state_of(0))
+def test_a_prompt_that_goes_on_misses_nothing(store: BlockStore) -> None:
+    flow = PrefixTransfer[Owner](place_in(store), "layout", lambda *_: state_of(0))
     asked = prompt_of(2, more=5)
     assert flow.explained(300, asked, [asked[:300], prompt_of(1, 4)]).miss is None
     assert flow.explained(len(asked) - 1, asked, [asked]).miss is None

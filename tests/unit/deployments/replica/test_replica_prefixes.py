@@ -11,7 +11,7 @@ from core.settings import Settings
 from core.units import GIB
 from deployments.messages import FileMark, LoadRequest
 from deployments.options import budget_bytes
-from deployments.replica.prefixes import open_snapshots, place_of
+from deployments.replica.prefixes import open_block_store, prefix_store_of
 from tests.prefixes import prompt_of, state_of
 
 ORDER = LoadRequest("model", echo_info(), EngineOptions())
@@ -23,15 +23,15 @@ def settings(home: Path, *, ram: int = 0, disk: int = 1 << 20) -> Settings:
 
 
 def test_nothing_is_kept_where_both_are_switched_off(tmp_path: Path) -> None:
-    assert open_snapshots(settings(tmp_path, disk=0)) is None
-    assert place_of(None, ORDER, [MARK]) is None
+    assert open_block_store(settings(tmp_path, disk=0)) is None
+    assert prefix_store_of(None, ORDER, [MARK]) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_files_are_below_the_home(tmp_path: Path) -> None:
-    store = open_snapshots(settings(tmp_path))
+    store = open_block_store(settings(tmp_path))
     assert store is not None
-    place = place_of(store, ORDER, [MARK])
+    place = prefix_store_of(store, ORDER, [MARK])
     assert place is not None
     place.open("layout").put(prompt_of(1), 0, state_of(0))
     store.close()
@@ -50,8 +50,8 @@ def test_files_are_below_the_home(tmp_path: Path) -> None:
     ],
 )
 def test_a_changed_file_is_another_version(tmp_path: Path, mark: FileMark, is_same: bool) -> None:
-    store = open_snapshots(settings(tmp_path))
-    first, second = place_of(store, ORDER, [MARK]), place_of(store, ORDER, [mark])
+    store = open_block_store(settings(tmp_path))
+    first, second = prefix_store_of(store, ORDER, [MARK]), prefix_store_of(store, ORDER, [mark])
     assert store is not None
     assert first is not None
     assert second is not None
@@ -66,8 +66,8 @@ def test_a_changed_file_is_another_version(tmp_path: Path, mark: FileMark, is_sa
 
 
 def test_a_model_without_files_keeps_nothing(tmp_path: Path) -> None:
-    store = open_snapshots(settings(tmp_path))
-    assert place_of(store, ORDER, []) is None
+    store = open_block_store(settings(tmp_path))
+    assert prefix_store_of(store, ORDER, []) is None
     assert store is not None
     store.close()
 
