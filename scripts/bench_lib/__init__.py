@@ -1,1 +1,1 @@
-"""Measures the server beside other servers and bare runtimes on the same models and threads."""
+"""Benchmarks the server against other servers and bare runtimes, with equal models and threads."""

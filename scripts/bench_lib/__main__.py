@@ -1,4 +1,4 @@
-"""The benchmark's command line."""
+"""Command line of the benchmark, `scripts/bench`."""
 
 import argparse
 import os
@@ -20,13 +20,13 @@ PROMPT_TOKENS = 100
 
 
 def main() -> int:
-    """Run the sections; the code is 0 unless one cannot run or `--strict` meets a miss."""
+    """Run the sections; return 1 if one cannot run or, with `--strict`, a target is missed."""
     parser = _parser()
     options = parser.parse_args()
     choices = _choices(parser, options)
-    # Without this a SIGTERM would leave the servers running.
+    # Otherwise SIGTERM would leave the servers running.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    # Once: before a later section it would be that of the one before.
+    # Read once: before a later section it would include the load of the earlier one.
     load_average = machine.load_average()
     sys.stderr.write(f"load average: {load_average}\n")
     new = [
@@ -58,23 +58,35 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         type=_sections,
         default=SECTIONS,
-        help=f"some of {','.join(SECTIONS)}; the others stay as they were measured",
+        help=f"some of {','.join(SECTIONS)}; the others keep their last results",
     )
-    parser.add_argument("--side", choices=("ours", "peer"), help="run one of the two alone")
+    parser.add_argument(
+        "--side", choices=("ours", "peer"), help="run only our server or only the peer"
+    )
     parser.add_argument("--model", type=Path, help="GGUF file, alone of its kind in its folder")
     parser.add_argument(
-        "--golden", type=Path, help="folder of models in the other formats; built when not given"
+        "--golden", type=Path, help="folder of models in the other formats (default: build them)"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--context", type=int, default=8192, help="tokens all sequences share")
-    parser.add_argument("--streams", type=_counts, default="1,4,8,16", help="of GGUF")
-    parser.add_argument("--rounds", type=int, default=5, help="at most; fewer where time is up")
-    parser.add_argument("--tokens", type=int, help="longest answer of a stream")
-    parser.add_argument("--agent-rounds", type=int, default=3, help="at most")
-    parser.add_argument("--agent-tokens", type=int, default=5000, help="first turn's prompt")
-    parser.add_argument("--idle-s", type=float, default=5.0, help="seconds at rest to measure")
+    parser.add_argument(
+        "--context", type=int, default=8192, help="context tokens, shared by all sequences"
+    )
+    parser.add_argument(
+        "--streams", type=_counts, default="1,4,8,16", help="concurrent streams of the GGUF section"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="maximum rounds; fewer if time runs out"
+    )
+    parser.add_argument("--tokens", type=int, help="maximum tokens per answer")
+    parser.add_argument("--agent-rounds", type=int, default=3, help="maximum rounds")
+    parser.add_argument(
+        "--agent-tokens", type=int, default=5000, help="prompt tokens of the agent's first turn"
+    )
+    parser.add_argument(
+        "--idle-s", type=float, default=5.0, help="seconds to measure the idle server"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks.md")
-    parser.add_argument("--strict", action="store_true", help="fail when a target is missed")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
     return parser
 
 
@@ -82,14 +94,16 @@ def _sections(text: str) -> tuple[str, ...]:
     names = text.split(",")
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no such section: {', '.join(unknown)}")
+        raise argparse.ArgumentTypeError(
+            f"no such section: {', '.join(unknown)}; use {', '.join(SECTIONS)}"
+        )
     return tuple(name for name in SECTIONS if name in names)
 
 
 def _counts(text: str) -> tuple[int, ...]:
     values = tuple(int(part) for part in text.split(","))
     if min(values) < 1:
-        raise argparse.ArgumentTypeError("stream counts start at 1")
+        raise argparse.ArgumentTypeError("stream counts must be at least 1")
     return values
 
 
@@ -99,7 +113,7 @@ def _choices(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ch
         parser.error("the starter model is not installed; name one with --model")
     model = model.resolve()
     if not model.is_file():
-        parser.error(f"no such file: {model}")
+        parser.error(f"no such file: {model}; name a GGUF file with --model")
     choices = Choices(
         gguf=model,
         golden=options.golden,
@@ -119,14 +133,14 @@ def _choices(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Ch
         parser.error("threads, rounds, tokens and idle seconds must be positive")
     needed = max(choices.streams) * (choices.gguf_tokens + PROMPT_TOKENS)
     if needed > choices.context:
-        parser.error(f"the streams need about {needed} tokens of context; see --context")
+        parser.error(f"the streams need about {needed} tokens of context; raise --context")
     if choices.agent_rounds and choices.agent_tokens + 4 * AGENT_ANSWER_TOKENS > choices.context:
-        parser.error("the agent's conversation does not fit the context; see --agent-tokens")
+        parser.error("the agent's conversation exceeds the context; reduce --agent-tokens")
     return choices
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that an interruption leaves the old one."""
+    """Replace a file atomically; an interruption leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
     scratch.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""An agent's long conversation: every turn's first token, and after an eviction and a restart."""
+"""Benchmarks a long agent conversation: first token per turn, after an unload and a restart."""
 
 import tempfile
 import urllib.request
@@ -21,14 +21,14 @@ from scripts.bench_lib.servers import OURS, BenchError, Load, Server, running_ou
 TURNS = 10
 ANSWER_TOKENS = 16
 MAX_RETURN_SHARE = 0.05
-# Of the context, left for two further turns and because a text's tokens are foreseen by its length.
+# Share of the context: leaves room for two more turns and for the error of the token estimate.
 LONGEST_SHARE = 15 / 16
 _UNLOAD_S = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One answer's time to its first token in seconds, and its prompt's tokens."""
+    """Time to first token in seconds, and prompt tokens of one turn."""
 
     first_token_s: float
     prompt_tokens: int
@@ -37,7 +37,7 @@ class Turn:
 
 @dataclass(slots=True)
 class Conversation:
-    """What one server did, turn by turn; the longest prompt and its returns are ours alone."""
+    """Results of one server by turn; the longest prompt and its repeats are of ours only."""
 
     turns: list[Turn] = field(default_factory=list)
     longest: Turn | None = None
@@ -46,7 +46,7 @@ class Conversation:
 
     @property
     def later_s(self) -> float:
-        """The median time to the first token from the second turn on."""
+        """Median time to the first token from the second turn on."""
         return median(turn.first_token_s for turn in self.turns[1:])
 
 
@@ -57,7 +57,7 @@ class Talk:
         self._body = first_turn(system_text, ANSWER_TOKENS)
 
     def ask(self, server: Server) -> Turn:
-        """Send what there is, and add the answer and the next question.  Raises BenchError."""
+        """Send the conversation, append the answer and the next question.  Raises BenchError."""
         record: StreamRecord = post(server, [self._body])[0]
         if record.error or not record.arrivals:
             raise BenchError(f"{server.name}: {record.error or 'the answer had no text'}")
@@ -70,7 +70,7 @@ class Talk:
 def measure_agent(
     load: Load, run_id: str, agent_tokens: int, *, with_ours: bool, with_peer: bool
 ) -> dict[str, Conversation]:
-    """Hold the conversation with both servers, one turn of each after the other."""
+    """Run the conversation on both servers, alternating turn by turn."""
     found: dict[str, Conversation] = {}
     with tempfile.TemporaryDirectory(dir="/tmp") as home:
         start = _starter(load, Path(home))
@@ -119,11 +119,11 @@ def _unload(server: Server) -> None:
         with urllib.request.urlopen(request, timeout=_UNLOAD_S):
             return
     except OSError as problem:
-        raise BenchError(f"{server.model} cannot be unloaded: {problem}") from problem
+        raise BenchError(f"{server.model} could not be unloaded: {problem}") from problem
 
 
 def _text(server: Server, run_id: str, agent_tokens: int) -> str:
-    """Return instructions of so many tokens that no cache has seen."""
+    """Return a system text of `agent_tokens` tokens that is in no cache."""
     short = agent_system_text(f"{run_id} short", CALIBRATION_CHARACTERS)
     long = agent_system_text(f"{run_id} long", 2 * CALIBRATION_CHARACTERS)
     tokens = count_prompt_tokens(server, long) - count_prompt_tokens(server, short)
@@ -132,7 +132,7 @@ def _text(server: Server, run_id: str, agent_tokens: int) -> str:
 
 
 def agent_verdicts(found: dict[str, Conversation]) -> list[Verdict]:
-    """Compare with the targets; what was not measured says so."""
+    """Compare with the targets; missing measurements are marked as such."""
     ours = found.get(OURS)
     if ours is None:
         return []

@@ -1,4 +1,4 @@
-"""A load generator: raw sockets, several streams at once, its own process.
+"""Load generator for concurrent streams on raw sockets, run as its own process.
 
 Reads one job as JSON from standard input and writes one list of stream records as JSON.
 All times are seconds of the monotonic clock.
@@ -17,7 +17,7 @@ CONNECT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Bodies to post at the same moment, one stream each; answers must end in `timeout_s`."""
+    """Request bodies to post at the same moment, one stream each, with a timeout."""
 
     host: str
     port: int
@@ -27,7 +27,7 @@ class Job:
 
 @dataclass(slots=True)
 class StreamRecord:
-    """What one stream did; `arrivals` are the moments its pieces of text came."""
+    """Record of one stream; `arrivals` are the times at which its pieces of text arrived."""
 
     sent_at: float = 0.0
     ended_at: float = 0.0
@@ -41,7 +41,7 @@ class StreamRecord:
 
 
 class PlainBody:
-    """Takes the bytes of a body that ends with the connection; returns whole events."""
+    """Parses server-sent events from a body that ends with the connection."""
 
     def __init__(self) -> None:
         self._text = b""
@@ -57,12 +57,12 @@ class PlainBody:
                     yield line[6:]
 
     def end(self) -> None:
-        """Take the connection's end, which is the body's."""
+        """Handle the end of the connection, which ends the body."""
         self.is_complete = True
 
 
 class ChunkedBody:
-    """Takes the bytes of a chunked HTTP body and returns whole server-sent events."""
+    """Parses server-sent events from a chunked HTTP body."""
 
     def __init__(self) -> None:
         self._raw = b""
@@ -86,12 +86,12 @@ class ChunkedBody:
         yield from self._events.feed(text)
 
     def end(self) -> None:
-        """Take the connection's end.  Raises ValueError: the last chunk has not come."""
+        """Handle the end of the connection.  Raises ValueError: the last chunk is missing."""
         raise ValueError("the connection closed in the middle of the answer")
 
 
 async def run_job(job: Job) -> list[StreamRecord]:
-    """Post all bodies together over connections that are open before the clock starts."""
+    """Post all bodies at once over connections opened before the clock starts."""
     connections = [
         await asyncio.wait_for(asyncio.open_connection(job.host, job.port), CONNECT_TIMEOUT_S)
         for _ in job.bodies
@@ -117,7 +117,7 @@ async def _stream(
         record.error = f"{type(error).__name__}: {error}"
     finally:
         writer.close()
-    # Parsing waits until the stream is over, so that it cannot delay the next arrival.
+    # Parsed after the stream has ended, so parsing does not delay arrivals.
     for arrived_at, line in lines:
         _note(record, arrived_at, line)
     if not record.error and record.completion_tokens == 0:

@@ -1,4 +1,4 @@
-"""One format's streams against a peer of its own: interleaved rounds within a time."""
+"""Benchmarks one format's streams against its peer, in interleaved rounds within a time limit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """Something that generates, and the numbers of streams it is measured with."""
+    """A server or loop to measure, and the stream counts to measure it with."""
 
     name: str
     counts: tuple[int, ...]
@@ -23,7 +23,7 @@ class Contestant:
 
 @dataclass(frozen=True, slots=True)
 class ContestPlan:
-    """What to run; `tokens` per answer, `rounds` at most and as many as fit `budget_s`."""
+    """The plan: `tokens` per answer, at most `rounds` rounds, as many as fit `budget_s`."""
 
     run_id: str
     rounds: int
@@ -34,7 +34,7 @@ class ContestPlan:
 def run_contest(plan: ContestPlan, contestants: Sequence[Contestant]) -> dict[str, Results]:
     """Run the plan; one contestant generates at a time, in alternating order.
 
-    Raises BenchError when one cannot answer its first request, which loads the model.
+    Raises BenchError if one cannot answer its first request, which loads the model.
     """
     results = {each.name: Results() for each in contestants}
     for each in contestants:

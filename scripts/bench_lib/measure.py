@@ -1,4 +1,4 @@
-"""Runs one load on one server and turns the records into figures."""
+"""Runs one load on one server and computes figures from the records."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ from scripts.bench_lib.servers import ROOT, BenchError, Server, gateway_snapshot
 class StreamsResult:
     """Figures of one run of several streams; seconds, tokens per second, µs per token.
 
-    `window_rate` counts only while every stream generates; None where they never all did.
+    `window_rate` counts only the time in which all streams generate; None if there is none.
     """
 
     total_rate: float
@@ -46,13 +46,13 @@ class AgentResult:
 
     @property
     def computed_share(self) -> float:
-        """What the second turn computed, as a share of the first turn's prompt."""
+        """Tokens computed in the second turn, as a share of the first turn's prompt."""
         return (self.prompt_tokens[1] - self.cached_tokens[1]) / self.prompt_tokens[0]
 
 
 @dataclass(frozen=True, slots=True)
 class IdleResult:
-    """Memory of the process tree, and its CPU use while nothing is asked of it."""
+    """Memory of the process tree, and its CPU use while idle."""
 
     pss_bytes: int | None
     cpu_share: float | None
@@ -61,7 +61,7 @@ class IdleResult:
 def post(
     server: Server, bodies: Sequence[dict[str, Any]], timeout_s: float = 600.0
 ) -> list[StreamRecord]:
-    """Run all bodies at once from a client process of their own."""
+    """Run all bodies at once from a separate client process."""
     job = Job(
         "127.0.0.1",
         server.port,
@@ -77,13 +77,13 @@ def post(
         check=False,
     )
     if done.returncode != 0:
-        *_, reason = ["no reason given", *done.stderr.strip().splitlines()]
+        *_, reason = ["no error output", *done.stderr.strip().splitlines()]
         raise BenchError(f"the client failed against {server.name}: {reason}")
     return [StreamRecord(**record) for record in json.loads(done.stdout)]
 
 
 def run_streams(server: Server, bodies: Sequence[dict[str, Any]]) -> StreamsResult:
-    """Measure all bodies at once, with the CPU time that passed meanwhile."""
+    """Measure all bodies at once, with the CPU time used."""
     before, tree_before = gateway_snapshot(server), _tree_cpu_s(server)
     records = post(server, bodies)
     tree_after, after = _tree_cpu_s(server), gateway_snapshot(server)
@@ -101,7 +101,7 @@ def streams_result(
     ray_s: float | None = None,
     tree_s: float | None = None,
 ) -> StreamsResult:
-    """Return the figures of streams that ran together; the CPU times are seconds."""
+    """Return the figures of concurrent streams; CPU times are in seconds."""
     good = [record for record in records if not record.error and record.arrivals]
     failed = tuple(record.error or "no text" for record in records if record not in good)
     if not good:
@@ -130,7 +130,7 @@ def streams_result(
 
 
 def run_bare(loop: BareLoop, body: dict[str, Any]) -> StreamsResult:
-    """Measure one request to a bare loop, with the CPU time that passed meanwhile."""
+    """Measure one request to a bare loop, with the CPU time used."""
     before = tree_cpu_s(loop.child.process.pid) if is_supported() else None
     record = loop.run(body)
     after = tree_cpu_s(loop.child.process.pid) if is_supported() else None
@@ -143,7 +143,7 @@ def _window_rate(records: Sequence[StreamRecord]) -> float | None:
     end = min(record.arrivals[-1] for record in records)
     if end <= start:
         return None
-    # A piece of text may hold several tokens; a stream's pieces are weighed alike.
+    # A piece of text may contain several tokens; all pieces of a stream count equally.
     tokens = sum(
         sum(start < moment <= end for moment in record.arrivals)
         * (record.completion_tokens / len(record.arrivals))
@@ -165,12 +165,12 @@ def run_agent(server: Server, system_text: str, max_tokens: int) -> AgentResult:
 
 
 def count_prompt_tokens(server: Server, system_text: str) -> int:
-    """Return how many tokens a conversation with this system text has."""
+    """Return the prompt tokens of a conversation with this system text."""
     return _only(server, first_turn(system_text, 2)).prompt_tokens
 
 
 def run_idle(server: Server, seconds: float) -> IdleResult:
-    """Measure a server at rest for `seconds`; blocks that long."""
+    """Measure an idle server for `seconds`; blocks that long."""
     if not is_supported():
         return IdleResult(None, None)
     before = tree_cpu_s(server.pid)

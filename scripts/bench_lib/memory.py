@@ -1,4 +1,4 @@
-"""What a format's estimate promises beside what its process holds once that is filled."""
+"""Compares each format's memory estimate with the measured memory of its filled process."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,24 +27,24 @@ LEAST_RATIO = 0.8
 GREATEST_RATIO = 1.2
 STREAMS = 8
 CONTEXT_TOKENS = 1024
-# Given by hand, so that the estimate here and the server's own are bounded alike.
+# Set explicitly, so the estimate here and the server's own have the same limit.
 BUDGET_BYTES = 6 * GIB
 ANSWER_TOKENS = 24
-# Room for the chat template and for characters per token that differ along the text.
+# Margin for the chat template and for varying characters per token.
 SPARE_TOKENS = 24
 CALIBRATION_CHARACTERS = 1000
 WAVE_LIMIT_S = 90.0
 MOST_WAVES = 3
 READING_PAUSE_S = 0.25
-# A format that holds no weights: its process is what every other's was before its load.
+# A format without weights: its process equals the others' before a load.
 EMPTY_FORMAT = "echo"
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryResult:
-    """One format's estimate, its process when filled, and a process that holds no model.
+    """One format's estimate, its filled process, and a process without a model.
 
-    `peak_bytes` is the greatest PSS while the streams ran; None where nothing can be read.
+    `peak_bytes` is the maximum PSS while the streams ran; None if it cannot be read.
     """
 
     format: str
@@ -57,14 +57,14 @@ class MemoryResult:
 
     @property
     def measured_bytes(self) -> int | None:
-        """What the model takes in its process: PSS, less that of a process without a model."""
+        """The model's memory: PSS of its process less that of a process without a model."""
         if self.filled is None or self.empty is None:
             return None
         return self.filled.pss_bytes - self.empty.pss_bytes
 
     @property
     def ratio(self) -> float | None:
-        """Measured by promised."""
+        """Measured memory divided by the estimate."""
         measured = self.measured_bytes
         return None if measured is None else measured / self.estimate.total_bytes
 
@@ -80,7 +80,7 @@ def measure_memory(load: Load, run_id: str) -> MemoryResult:
     settings = {
         "IMPETUS_FORMATS": f"{load.format},{EMPTY_FORMAT}",
         "IMPETUS_MEMORY_BUDGET": str(BUDGET_BYTES),
-        # What outlives a model is bounded by a setting of its own, beside the estimate.
+        # Prefixes outside the engine have their own limits and are not in the estimate.
         "IMPETUS_PREFIX_RAM": "0",
         "IMPETUS_PREFIX_DISK": "0",
     }
@@ -95,14 +95,14 @@ def measure_memory(load: Load, run_id: str) -> MemoryResult:
 
 
 def memory_load(format: str, model: Path, threads: int) -> Load:
-    """Return how the server is started for one format."""
+    """Return the server's load for one format."""
     return Load(model, threads, CONTEXT_TOKENS, STREAMS, format)
 
 
 def estimate_of(load: Load) -> MemoryEstimate:
-    """Return what the server's own estimate is under `load`.  Raises BenchError."""
+    """Return the server's own estimate under `load`.  Raises BenchError."""
     backend = backends_for([load.format])[load.format]
-    # Built without the environment, which the server is started without too.
+    # Built without the environment, as the server is started.
     settings = Settings.model_construct(
         context_length=load.context, max_sequences=load.sequences, threads=load.threads
     )
@@ -126,7 +126,7 @@ def _fill(server: Server, load: Load, estimate: MemoryEstimate, run_id: str) -> 
     pids = process_ids(server)
     pid, empty_pid = pids.get(load.format), pids.get(EMPTY_FORMAT)
     if pid is None or empty_pid is None:
-        raise BenchError(f"the processes of {load.format} and {EMPTY_FORMAT} cannot be found")
+        raise BenchError(f"the processes of {load.format} and {EMPTY_FORMAT} were not found")
     tokens = prompt_tokens(estimate)
     done = 0
     problems: list[str] = []
@@ -156,20 +156,20 @@ def _fill(server: Server, load: Load, estimate: MemoryEstimate, run_id: str) -> 
 
 
 def prompt_tokens(estimate: MemoryEstimate) -> int:
-    """Return how long each prompt must be for all streams together to fill the KV tokens."""
+    """Return the prompt length with which all streams together fill the KV tokens."""
     share = min(estimate.kv_tokens // STREAMS, estimate.context_tokens)
     return max(share - ANSWER_TOKENS - SPARE_TOKENS, 1)
 
 
 def waves(estimate: MemoryEstimate) -> int:
-    """Return how often to fill the KV tokens, so that kept prefixes fill what is for them."""
+    """Return how often to fill the KV tokens until the memory for prefixes is full too."""
     if not estimate.kv_bytes:
         return 1
     return min(1 + -(-estimate.prefix_bytes // estimate.kv_bytes), MOST_WAVES)
 
 
 def _calibrate(server: Server, run_id: str) -> float:
-    """Load the model and the empty one; return how many characters make a token."""
+    """Load the model and the empty format; return the characters per token."""
     body = first_turn(agent_system_text(f"{run_id} first", CALIBRATION_CHARACTERS), 2)
     empty = replace(server, format=EMPTY_FORMAT)
     for each in (replace(empty, model=model_id(empty)), server):
@@ -181,7 +181,7 @@ def _calibrate(server: Server, run_id: str) -> float:
 
 @contextmanager
 def _watching(pid: int) -> Iterator[list[int]]:
-    """Read the PSS of a process again and again until the block ends."""
+    """Sample the PSS of a process until the block ends."""
     found: list[int] = []
     ended = threading.Event()
 
@@ -202,7 +202,7 @@ def _watching(pid: int) -> Iterator[list[int]]:
 
 
 def memory_verdicts(results: Sequence[MemoryResult], formats: Sequence[str]) -> list[Verdict]:
-    """Compare what was measured with the estimates; a format without a result is not measured."""
+    """Compare the measurements with the estimates; formats without a result are not measured."""
     known = {result.format: result for result in results}
     return [_verdict(format, known.get(format)) for format in formats]
 
@@ -221,7 +221,7 @@ def _ratio_text(result: MemoryResult) -> str:
 
 
 def memory_rows(results: Sequence[MemoryResult]) -> list[tuple[str, ...]]:
-    """Return the table's rows, without its head."""
+    """Return the table's rows, without the header."""
     rows = []
     for result in results:
         estimate, filled, empty = result.estimate, result.filled, result.empty

@@ -1,6 +1,6 @@
 """CPU time and memory of processes and threads, from Linux's /proc.
 
-Elsewhere `is_supported` is false and the callers measure nothing: no figure is estimated.
+On other systems `is_supported` is false and callers measure nothing.
 """
 
 import os
@@ -14,12 +14,12 @@ ENGINE_THREAD_NAME = "impetus-engine"
 
 
 def is_supported() -> bool:
-    """Whether this machine has the /proc files that the figures come from."""
+    """Whether this machine has the /proc files that are read here."""
     return (PROC / "self" / "smaps_rollup").exists()
 
 
 def tree(pid: int) -> list[int]:
-    """Return `pid` and all its descendants that still live."""
+    """Return `pid` and all its living descendants."""
     try:
         root = psutil.Process(pid)
         return [pid, *(child.pid for child in root.children(recursive=True))]
@@ -28,7 +28,7 @@ def tree(pid: int) -> list[int]:
 
 
 def process_cpu_s(pid: int) -> float:
-    """Return the CPU seconds of a process, its ended threads and ended children included.
+    """Return the CPU seconds of a process, including ended threads and children.
 
     Source: proc(5), /proc/pid/stat fields 14 to 17, in clock ticks.
     """
@@ -48,7 +48,7 @@ def tree_cpu_s(pid: int) -> float:
 
 
 def tree_pss_bytes(pid: int) -> int:
-    """Return the memory of a process tree, every shared page divided among its users."""
+    """Return the memory of a process tree (PSS: shared pages are divided among their users)."""
     total = 0
     for member in tree(pid):
         try:
@@ -68,7 +68,7 @@ class ProcessMemory:
 
 
 def process_memory(pid: int) -> ProcessMemory:
-    """Return the memory of one process, mapped files included.  Raises OSError when it is gone.
+    """Return the memory of one process, including mapped files.  Raises OSError if it has ended.
 
     Source: proc(5), /proc/pid/smaps_rollup, in KiB.
     """
@@ -120,7 +120,7 @@ class GatewaySnapshot:
 
 
 def gateway_cpu_s(before: GatewaySnapshot, after: GatewaySnapshot, again: GatewaySnapshot) -> float:
-    """Return what the work between the first two snapshots took that is not the runtime's.
+    """Return the CPU seconds between the first two snapshots, without the runtime's part.
 
     `again` follows `after` at once: between two snapshots the server is asked once for its own
     figures, and what that takes is no part of the work.
@@ -129,9 +129,9 @@ def gateway_cpu_s(before: GatewaySnapshot, after: GatewaySnapshot, again: Gatewa
 
 
 def _without_runtime(before: GatewaySnapshot, after: GatewaySnapshot) -> float:
-    """Return the CPU seconds between two snapshots that are not the runtime's.
+    """Return the CPU seconds between two snapshots, without the runtime's threads.
 
-    A worker thread that ended in between is not subtracted: what is unclear counts as ours.
+    A worker thread that ended in between is not subtracted: unattributed time counts as ours.
     """
     workers = sum(
         seconds - before.worker_cpu_s.get(thread, 0.0)

@@ -1,4 +1,4 @@
-"""Prompts that no prefix cache has seen, equal for both servers in one round."""
+"""Generates prompts that are in no prefix cache and equal for both servers of a round."""
 
 from hashlib import blake2s
 from typing import Any
@@ -13,7 +13,7 @@ TOOLS = ("read_file", "write_file", "list_folder", "search_text", "run_command",
 
 
 def stream_bodies(run: str, count: int, max_tokens: int) -> list[dict[str, Any]]:
-    """Return one request per stream; `run` makes their first words unlike any other run's."""
+    """Return one request per stream; `run` makes their first words unique."""
     return [
         _body(
             [
@@ -31,9 +31,9 @@ def stream_bodies(run: str, count: int, max_tokens: int) -> list[dict[str, Any]]
 
 
 def constrained(body: dict[str, Any]) -> dict[str, Any]:
-    """Return `body` with its answer bound to a JSON schema that no short answer satisfies.
+    """Return `body` with its answer constrained to a JSON schema that needs a long answer.
 
-    Its first word is another, so that the free answer's prompt does not help.
+    Its first word differs, so the prefix of the unconstrained prompt is not reused.
     """
     first, *others = body["messages"]
     word, colon, rest = first["content"].partition(":")
@@ -55,12 +55,12 @@ def constrained(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def short_body(run: str) -> dict[str, Any]:
-    """Return a request whose prompt is so short that what it adds is not lost in its prefill."""
+    """Return a request with a short prompt, so the server's overhead is visible next to prefill."""
     return _body([{"role": "user", "content": f"{_word(run, 0)}?"}], max_tokens=4)
 
 
 def _word(run: str, index: int) -> str:
-    """Return a first word that no other prompt has."""
+    """Return a first word that is unique to this prompt."""
     return blake2s(f"{run} {index}".encode()).hexdigest()[:10]
 
 
@@ -96,7 +96,7 @@ def first_turn(system_text: str, max_tokens: int) -> dict[str, Any]:
 
 
 def second_turn(first: dict[str, Any], answer: str) -> dict[str, Any]:
-    """Return the request that follows on `first` and its answer."""
+    """Return the request that follows `first` and its answer."""
     messages = [
         *first["messages"],
         {"role": "assistant", "content": answer},
@@ -106,7 +106,7 @@ def second_turn(first: dict[str, Any], answer: str) -> dict[str, Any]:
 
 
 def next_turn(body: dict[str, Any], answer: str) -> dict[str, Any]:
-    """Return the request that goes on after `answer`, with a question that each turn counts on."""
+    """Return the request that follows `answer`, with a numbered question."""
     number = len(body["messages"]) // 2 + 1
     messages = [
         *body["messages"],

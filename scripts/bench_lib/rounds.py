@@ -1,4 +1,4 @@
-"""The order of everything: interleaved rounds, so that the machine's moods hit both alike."""
+"""Runs interleaved rounds, so changes of the machine's speed affect both servers equally."""
 
 import sys
 import time
@@ -28,7 +28,7 @@ AGENT_ANSWER_TOKENS = 64
 class Plan:
     """What to run; token counts are per request.
 
-    `rounds` is the most: a further one starts only when it fits `budget_s`.
+    `rounds` is the maximum: another round starts only if it fits `budget_s`.
     """
 
     run_id: str
@@ -54,14 +54,14 @@ class Results:
     problems: list[str] = field(default_factory=list)
 
     def rounds_of(self, count: int) -> list[StreamsResult]:
-        """Return what was measured with so many streams, which may be nothing."""
+        """Return the results with this number of streams; may be empty."""
         return self.streams.get(count, [])
 
 
 def rounds_within(
     rounds: int, budget_s: float, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[int]:
-    """Yield round numbers: 0 in any case, and more while the longest so far would fit again."""
+    """Yield round numbers: always 0, and more while the longest round so far fits the time left."""
     began = clock()
     longest_s = 0.0
     for number in range(rounds):
@@ -124,7 +124,7 @@ def _run_round(
 
 
 def _agent_characters(plan: Plan, server: Server) -> int:
-    """Return how long the agent's text must be to have the planned number of tokens."""
+    """Return the length of the agent's text in characters for the planned number of tokens."""
     short = agent_system_text(f"{plan.run_id} short", CALIBRATION_CHARACTERS)
     long = agent_system_text(f"{plan.run_id} long", 2 * CALIBRATION_CHARACTERS)
     tokens = count_prompt_tokens(server, long) - count_prompt_tokens(server, short)
@@ -132,5 +132,5 @@ def _agent_characters(plan: Plan, server: Server) -> int:
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal how far it is."""
+    """Print progress to the terminal."""
     print(text, file=sys.stderr, flush=True)

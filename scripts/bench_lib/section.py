@@ -1,4 +1,4 @@
-"""One part of the benchmark: what is chosen for it, and what it has to show."""
+"""A section of the benchmark: its options and its results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from scripts.bench_lib.report.figures import Verdict
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The command line: which models, how much of each, and which side."""
+    """The command line's options."""
 
     gguf: Path
     golden: Path | None
@@ -28,7 +28,7 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One chapter of the page; `setup` are pairs of what and value."""
+    """One section of the page; `setup` are (name, value) pairs."""
 
     title: str
     parts: Sequence[str] = ()
@@ -40,10 +40,10 @@ class Section:
 
 @dataclass(slots=True)
 class Facts:
-    """What the peers say of themselves, collected while they start."""
+    """Facts that the peers report about themselves at start."""
 
     pairs: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, name: str, version: str, more: str = "") -> None:
-        """Note what a peer says of itself."""
+        """Record the facts that a peer reports."""
         self.pairs.append((f"{name} (peer)", f"{version}: {more}" if more else version))

@@ -1,4 +1,4 @@
-"""The parts of the benchmark that can be chosen: what each runs and what it has to show."""
+"""The sections of the benchmark: what each runs and reports."""
 
 import secrets
 import sys
@@ -45,17 +45,17 @@ from scripts.bench_lib.turns import measure_turns, turns_table, turns_verdict
 SECTIONS = (
     "turns", "mlx", "onnx", "pytorch", "gguf", "neighbour", "agent", "grammar", "memory",
 )  # fmt: skip
-# Without a GPU the peer computes 0.4 tokens a second from packed weights: an hour for one table.
+# Without a GPU the peer takes an hour for one table with packed weights (0.4 tokens/s).
 MLX_KINDS = ("mlx-f32", "mlx-4bit") if sys.platform == "darwin" else ("mlx-f32",)
 BOUND = f"{OURS}, bound by a schema"
 CONTEXT_TOKENS = 1024
 STREAMS = (1, 4, 8)
-# Seconds that a section's rounds may take; starts and stops come on top.
+# Time limit of a section's rounds in seconds, without starts and stops.
 BUDGET_S: Mapping[str, float] = {
     "gguf": 400, "neighbour": 120, "agent": 80, "mlx-f32": 200, "mlx-4bit": 70, "onnx": 60,
     "pytorch": 120, "grammar": 90,
 }  # fmt: skip
-# Without a GPU, or without a core of its own, a peer computes some tokens a second.
+# Without a GPU or a free core, a peer generates only a few tokens per second.
 SLOW_TOKENS = 24
 MEMORY_MODELS = (
     ("mlx", "mlx-f32"),
@@ -67,7 +67,7 @@ MEMORY_MODELS = (
 
 
 def run_section(name: str, choices: Choices) -> list[Section]:
-    """Run one section; what cannot run gives a section that says so."""
+    """Run one section; if it cannot run, return a section with the reason."""
     makers: Mapping[str, Sequence[tuple[str, Callable[[Choices], Section]]]] = {
         "gguf": [("GGUF", _gguf)],
         "neighbour": [("GGUF beside a busy process", _neighbour)],
@@ -126,7 +126,7 @@ def _gguf(choices: Choices) -> Section:
 
 
 def _grammar(choices: Choices) -> Section:
-    """Compare answers bound by a JSON schema with free ones, on one server of ours."""
+    """Compare schema-constrained with unconstrained answers, on our server."""
     counts = (1, max(STREAMS))
     load = Load(choices.gguf, choices.threads, choices.context, max(STREAMS))
     with running_ours(load) as server:
@@ -150,7 +150,9 @@ def _agent(choices: Choices) -> Section:
     load = Load(choices.gguf, choices.threads, choices.context, 4)
     needed = choices.agent_tokens + (TURNS + 2) * (ANSWER_TOKENS + 32)
     if needed > choices.context:
-        raise BenchError(f"the conversation needs about {needed} tokens of context; see --context")
+        raise BenchError(
+            f"the conversation needs about {needed} tokens of context; raise --context"
+        )
     found = measure_agent(
         load,
         secrets.token_hex(4),
@@ -170,7 +172,7 @@ def _mlx(kind: str, choices: Choices) -> Section:
 
 
 def _neighbour(choices: Choices) -> Section:
-    """Compare with llama.cpp's server while another process computes all the time."""
+    """Compare with llama.cpp's server while another process keeps one core busy."""
     load = Load(choices.gguf, choices.threads, choices.context, max(STREAMS))
     plan = _plan("neighbour", min(choices.gguf_tokens, SLOW_TOKENS), choices)
     with busy_process():
@@ -184,7 +186,7 @@ def _against(
     choices: Choices,
     title: str,
 ) -> Section:
-    """Compare our server with another one, both being up all the time."""
+    """Compare our server with another one; both stay up."""
     facts = Facts()
     with ExitStack() as stack:
         contestants = []

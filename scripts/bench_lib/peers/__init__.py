@@ -1,1 +1,1 @@
-"""What the server is measured against: other servers, bare loops, a busy neighbour."""
+"""Benchmark peers: other servers, bare loops, and a busy neighbour process."""

@@ -1,4 +1,4 @@
-"""A runtime without a server: greedy decoding in a plain loop, one sequence at a time.
+"""Bare runtime loops: greedy decoding without a server, one sequence at a time.
 
 A child process.  It prints one JSON line when the model is loaded; then every line of standard
 input is a job, `{"messages": …, "max_tokens": …}`, answered with one stream record as JSON.  It
@@ -24,12 +24,12 @@ class Loop(Protocol):
     """One loaded model."""
 
     def run(self, ids: Sequence[int], count: int, take: Callable[[int], None]) -> None:
-        """Generate up to `count` tokens after `ids`, giving each to `take` when it is known."""
+        """Generate up to `count` tokens after `ids`; calls `take` with each token."""
         ...
 
 
 class OnnxLoop:
-    """onnxruntime's session with its defaults; keys and values stay in its own memory."""
+    """onnxruntime session with default options; keys and values stay in its memory."""
 
     def __init__(self, folder: Path, threads: int, end_ids: frozenset[int]) -> None:
         import onnxruntime
@@ -77,7 +77,7 @@ class OnnxLoop:
 
         _, heads, _, width = self._inputs[name].shape
         dtype = np.float16 if "float16" in self._inputs[name].type else np.float32
-        # The genai builder names this dimension instead of giving it.
+        # The genai builder gives this dimension a name, not a value.
         size = width if isinstance(width, int) else self._head_size
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, 0, size), dtype))
 
@@ -106,7 +106,7 @@ class TorchLoop:
         ).eval()
 
     def run(self, ids: Sequence[int], count: int, take: Callable[[int], None]) -> None:
-        """Generate; the streamer's first call brings the prompt back."""
+        """Generate; the streamer's first call returns the prompt."""
         import torch
 
         given = torch.tensor([list(ids)])
@@ -121,24 +121,24 @@ class TorchLoop:
 
 
 class _Streamer:
-    """What `generate` hands its tokens to.  Source: transformers' BaseStreamer."""
+    """Receives the tokens of `generate`.  Source: transformers' BaseStreamer."""
 
     def __init__(self, take: Callable[[int], None]) -> None:
         self._take = take
         self._is_prompt = True
 
     def put(self, value: Any) -> None:
-        """Take the prompt, then one token at a time."""
+        """Receive the prompt, then one token at a time."""
         if not self._is_prompt:
             self._take(int(value.reshape(-1)[0]))
         self._is_prompt = False
 
     def end(self) -> None:
-        """Take the end."""
+        """Called at the end."""
 
 
 def record_run(loop: Loop, ids: Sequence[int], count: int) -> StreamRecord:
-    """Run `loop` and note when each token came."""
+    """Run `loop` and record when each token arrived."""
     record = StreamRecord(prompt_tokens=len(ids))
     record.sent_at = time.monotonic()
     loop.run(ids, count, lambda _: record.arrivals.append(time.monotonic()))
@@ -148,7 +148,7 @@ def record_run(loop: Loop, ids: Sequence[int], count: int) -> StreamRecord:
 
 
 def _head_size(folder: Path) -> int:
-    """Return the width of one attention head, from the configuration beside the graph."""
+    """Return the size of an attention head, from the config.json next to the graph."""
     path = folder / "config.json"
     if not path.is_file():
         decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]

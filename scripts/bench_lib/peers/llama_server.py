@@ -11,7 +11,7 @@ from importlib import metadata
 
 
 def main() -> None:
-    """Load the model, serve it on a free loopback port and wait for the parent to go."""
+    """Load the model and serve it on a free loopback port until the parent exits."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, required=True)
@@ -43,7 +43,7 @@ def main() -> None:
     sys.stdout.write(json.dumps(facts) + "\n")
     sys.stdout.flush()
     sys.stdin.read()
-    # The native threads of the server do not end by themselves.
+    # The server's native threads do not end on their own.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""mlx_lm.server as a child process, with the BLAS that Impetus lends MLX on Linux.
+"""mlx_lm.server as a child process, with the BLAS that Impetus uses for MLX on Linux.
 
 Prints one JSON line before it loads the model and ends when standard input closes.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def lend_blas() -> str:
-    """Load PyTorch's BLAS in front of the one in MLX's wheel for Linux; say what serves."""
+    """Load PyTorch's BLAS before the one in MLX's Linux wheel; return which one is used."""
     spec = importlib.util.find_spec("torch") if sys.platform == "linux" else None
     for place in (spec.submodule_search_locations or ()) if spec else ():
         library = Path(place) / "lib" / "libtorch_cpu.so"
@@ -26,7 +26,7 @@ def lend_blas() -> str:
 
 
 def main() -> None:
-    """Serve the model with mlx_lm.server's defaults until the parent goes."""
+    """Serve the model with mlx_lm.server's defaults until the parent exits."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--port", required=True)

@@ -1,4 +1,4 @@
-"""A process that computes beside the servers, as a compiler would."""
+"""A process that keeps a core busy next to the servers, as a compiler would."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """Keep one core busy with a process of this one's priority until left."""
+    """Keep one core busy with a process of the same priority until the block ends."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield

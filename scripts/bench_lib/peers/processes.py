@@ -1,4 +1,4 @@
-"""Starts and stops what our server is measured against: other servers, and bare loops."""
+"""Starts and stops the benchmark's peers: other servers and bare loops."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ _PACKAGES = {"onnx": "onnxruntime", "pytorch": "transformers"}
 
 @dataclass(frozen=True, slots=True)
 class _Child:
-    """A child that has said its first line."""
+    """A child process that has printed its first line."""
 
     process: subprocess.Popen[bytes]
     facts: Mapping[str, str]
@@ -37,14 +37,14 @@ class _Child:
 
 @dataclass(frozen=True, slots=True)
 class BareLoop:
-    """A runtime in a child process that generates for one request at a time."""
+    """A runtime in a child process that serves one request at a time."""
 
     name: str
     version: str
     child: _Child
 
     def run(self, body: Mapping[str, Any]) -> StreamRecord:
-        """Generate; blocks.  Raises BenchError when the child ended."""
+        """Generate; blocks.  Raises BenchError if the child ended."""
         process = self.child.process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -62,7 +62,7 @@ class BareLoop:
 
 @contextmanager
 def running_peer(load: Load) -> Iterator[Server]:
-    """Run llama.cpp's server; it has loaded the model when this yields."""
+    """Run llama.cpp's server; yields when it has loaded the model."""
     arguments = ["--context", str(load.context), "--sequences", str(load.sequences)]
     with _running("scripts.bench_lib.peers.llama_server", load, arguments) as child:
         port = int(child.facts["url"].rpartition(":")[2])
@@ -74,9 +74,9 @@ def running_peer(load: Load) -> Iterator[Server]:
 
 @contextmanager
 def running_mlx_server(load: Load) -> Iterator[Server]:
-    """Run mlx_lm.server with its defaults; it loads the model at the first request.
+    """Run mlx_lm.server with its defaults; it loads the model on the first request.
 
-    Its list of models is never asked for: without a hub cache it breaks the connection.
+    Its model list is not requested: without a hub cache it closes the connection.
     """
     port = free_port()
     with _running("scripts.bench_lib.peers.mlx_server", load, ["--port", str(port)]) as child:
@@ -90,7 +90,7 @@ def running_mlx_server(load: Load) -> Iterator[Server]:
 
 @contextmanager
 def running_bare(load: Load) -> Iterator[BareLoop]:
-    """Run a loop over the format's runtime; it has loaded the model when this yields."""
+    """Run a bare loop over the format's runtime; yields when it has loaded the model."""
     with _running("scripts.bench_lib.peers.bare", load, ["--runtime", load.format]) as child:
         yield BareLoop(f"bare {_PACKAGES[load.format]}", child.facts["version"], child)
 
@@ -104,8 +104,8 @@ def _running(module: str, load: Load, arguments: Sequence[str]) -> Iterator[_Chi
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "peer.log"
         with log.open("w") as out:
-            # Our launcher has a session of its own, which Linux may schedule as one group: so
-            # must the peer, or other work on the machine would slow the peer alone.
+            # Our launcher has its own session, which Linux may schedule as one group: the peer
+            # needs one too, or other work on the machine would slow down only the peer.
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -122,7 +122,7 @@ def _running(module: str, load: Load, arguments: Sequence[str]) -> Iterator[_Chi
                 raise BenchError(f"{module} did not start:\n{tail(log)}")
             yield _Child(process, json.loads(line), log)
         finally:
-            # What a child that ended did not read cannot be written any more.
+            # A child that ended no longer reads its input.
             with suppress(BrokenPipeError):
                 process.stdin.close()
             stop(process)

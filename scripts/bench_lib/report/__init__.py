@@ -1,1 +1,1 @@
-"""Figures and the pages made of them."""
+"""Statistics, and the pages and plots that show them."""

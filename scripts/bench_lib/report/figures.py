@@ -1,4 +1,4 @@
-"""Medians with their spread, ratios per pair of rounds, and verdicts against the targets."""
+"""Medians with spread, ratios per pair of rounds, and verdicts against targets."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,9 +8,9 @@ from scripts.bench_lib.measure import StreamsResult
 from scripts.bench_lib.rounds import Results
 
 MIN_RATE_RATIO = 0.95
-# Answers bound by a grammar against free ones.
+# Grammar-constrained against unconstrained answers.
 MIN_GRAMMAR_RATIO = 0.9
-# Eight streams together, against one stream of a bare loop.
+# Eight concurrent streams against one stream of a bare loop.
 MIN_SCALING = 3.0
 SCALED_STREAMS = 8
 MAX_ADDED_FIRST_TOKEN_MS = 5.0
@@ -23,7 +23,7 @@ Figure = Callable[[StreamsResult], float | None]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of some rounds with the least and the greatest."""
+    """Median, minimum and maximum over the rounds."""
 
     median: float
     low: float
@@ -37,7 +37,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One target: what was measured, and whether it was reached; None when it was not measured."""
+    """A target, its measurement, and whether it was reached; None if not measured."""
 
     name: str
     target: str
@@ -51,7 +51,7 @@ class Verdict:
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
-    """Return the spread of what was measured, or None when nothing was."""
+    """Return the spread of the values, or None if there are none."""
     known = [value for value in values if value is not None]
     return Spread(median(known), min(known), max(known)) if known else None
 
@@ -59,22 +59,22 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 def ratios(
     ours: Sequence[StreamsResult], peer: Sequence[StreamsResult], figure: Figure
 ) -> Spread | None:
-    """Return ours/peer round by round, so that both halves of a pair saw the same machine.
+    """Return the ratios ours/peer by round, so both values of a pair saw the same machine.
 
-    A round in which a stream of the peer failed compares nothing and is left out.
+    Rounds in which a stream of the peer failed are left out.
     """
     pairs = [(figure(a), figure(b)) for a, b in zip(ours, peer, strict=True) if not b.failed]
     return spread([a / b if a is not None and b else None for a, b in pairs])
 
 
 def added_first_token_ms(ours: Results, peer: Results) -> Spread | None:
-    """Return how much later our first token comes, request by request, by round, in ms."""
+    """Return by round how much later our first token arrives than the peer's, in ms."""
     rounds = zip(ours.first_token_s, peer.first_token_s, strict=True)
     return spread([median(1000 * (a - b) for a, b in zip(*pair, strict=True)) for pair in rounds])
 
 
 def verdicts(ours: Results, peer: Results | None, label: str = "") -> list[Verdict]:
-    """Compare the medians with the targets; a ratio needs the peer."""
+    """Compare the medians with the targets; ratios need the peer."""
     found: list[Verdict] = []
     if peer is not None:
         found += rate_verdicts(ours, peer, label)
@@ -88,7 +88,7 @@ def verdicts(ours: Results, peer: Results | None, label: str = "") -> list[Verdi
 def rate_verdicts(
     ours: Results, peer: Results, label: str, least: float = MIN_RATE_RATIO
 ) -> list[Verdict]:
-    """Compare tokens per second with the peer's, for every number of streams both ran."""
+    """Compare tokens per second with the peer's, for each number of streams that both ran."""
     return [
         _ratio_verdict(
             f"{label}tokens/s, {count} {'stream' if count == 1 else 'streams'}, ours / peer",
@@ -101,7 +101,7 @@ def rate_verdicts(
 
 
 def scaling_verdict(ours: Results, peer: Results, label: str) -> Verdict:
-    """Compare ours at many streams with the peer's one."""
+    """Compare ours at many streams with the peer at one."""
     return _ratio_verdict(
         f"{label}tokens/s, ours at {SCALED_STREAMS} streams / peer at 1",
         MIN_SCALING,

@@ -1,4 +1,4 @@
-"""The last figures of every section, so that one can be measured again by itself."""
+"""Stores the last figures of every section, so sections can be measured separately."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from scripts.bench_lib.section import Section
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A section as it was measured: `name` on the command line, when, how often, by what."""
+    """A measured section: its name on the command line, date, rounds, load and Python."""
 
     name: str
     measured_at: str
@@ -23,16 +23,16 @@ class Kept:
 
     @property
     def parts(self) -> list[str]:
-        """The chapter's text, which says when it was measured."""
+        """The section's text, with the date of the measurement."""
         how = f"at most {self.most_rounds} rounds; load average before: {self.load_average}"
         how += f"; Python {self.python}" if self.python else ""
         return [f"Measured {self.measured_at}; {how}.\n", *self.section.parts]
 
 
 def merged(known: Sequence[Kept], new: Sequence[Kept], order: Sequence[str]) -> list[Kept]:
-    """Return all sections in order, the new in the place of the known ones of their names.
+    """Return all sections in order; new ones replace known ones of the same name.
 
-    One that could not be measured takes no other's place.
+    A section that could not be measured does not replace another.
     """
     renewed = {kept.name for kept in new if not kept.section.is_failed}
     last = [kept for kept in known if kept.name not in renewed]
@@ -42,7 +42,7 @@ def merged(known: Sequence[Kept], new: Sequence[Kept], order: Sequence[str]) -> 
 
 
 def read_kept(path: Path, order: Sequence[str]) -> list[Kept]:
-    """Return what `kept_text` gave; sections that there are no more are left out."""
+    """Read the sections that `kept_text` wrote; skips sections that no longer exist."""
     if not path.is_file():
         return []
     entries = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What the figures were measured on: machine, operating system and versions."""
+"""Describes the machine: processor, operating system and package versions."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def describe() -> list[tuple[str, str]]:
-    """Return (what, value) pairs for the report."""
+    """Return (name, value) pairs for the report."""
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     return [
         ("processor", _processor()),
@@ -34,18 +34,18 @@ def describe() -> list[tuple[str, str]]:
 
 
 def python() -> str:
-    """Return the interpreter's version, and when and with what it was built."""
+    """Return the interpreter's version, build date and compiler."""
     _, built = platform.python_build()
     return f"{platform.python_version()} ({built}, {platform.python_compiler()})"
 
 
 def date() -> str:
-    """Return the time of now, to the minute."""
+    """Return the current time, to the minute."""
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def load_average() -> str:
-    """Return the 1-minute load, and whether it says that the machine is busy with other work."""
+    """Return the 1-minute load average, with a note if the machine is busy with other work."""
     load = os.getloadavg()[0]
     is_busy = load > BUSY_SHARE * (os.cpu_count() or 1)
     return f"{load:.2f}" + (", busy: the figures are not to be relied on" if is_busy else "")

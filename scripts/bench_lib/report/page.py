@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md."""
+"""Renders docs/benchmarks.md."""
 
 from collections.abc import Mapping, Sequence
 
@@ -83,7 +83,7 @@ def render(
     problems: Sequence[str],
     setup: Sequence[tuple[str, str]],
 ) -> str:
-    """Return the page; a chapter is a title and blocks of text."""
+    """Return the page; a chapter is a title and its text blocks."""
     parts = ["# Benchmarks\n", "Written by `scripts/bench`; do not edit.\n"]
     if verdicts:
         rows = [(v.name, v.target, v.measured, v.word) for v in verdicts]
@@ -99,7 +99,7 @@ def render(
 
 
 def gguf_parts(results: Mapping[str, Results]) -> list[str]:
-    """Return the chapter on llama.cpp; one server alone gives tables without ratios."""
+    """Return the chapter on llama.cpp; without a peer its tables have no ratios."""
     parts = streams_parts(results)
     return parts + _first_token(results) + _agent(results) + _idle(results)
 
@@ -120,7 +120,7 @@ def table(head: Row, rows: Sequence[Row]) -> str:
 
 
 def _streams_table(count: int, results: Mapping[str, Results]) -> str:
-    """Compare those that ran so many streams; figures that none of them has are left out."""
+    """Compare all that ran this number of streams; figures that none has are left out."""
     runs = {name: result.rounds_of(count) for name, result in results.items()}
     runs = {name: rounds for name, rounds in runs.items() if rounds}
     rows = []
@@ -138,7 +138,7 @@ def _streams_table(count: int, results: Mapping[str, Results]) -> str:
 
 
 def _counts(count: int, results: Mapping[str, Results]) -> str:
-    """Say how many tokens each side had, because unequal work would make ratios worthless."""
+    """Return the tokens of each side: ratios are only valid for equal work."""
     texts = [
         f"{name} {sum(r.tokens for r in result.rounds_of(count))} tokens generated from "
         f"{sum(r.prompt_tokens for r in result.rounds_of(count))} prompt tokens in "

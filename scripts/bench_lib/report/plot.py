@@ -1,4 +1,4 @@
-"""Small line charts over a common time axis, one above the other, as SVG text."""
+"""Renders stacked line charts with a common time axis as SVG."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line; `is_step`: a value holds until the next."""
+    """One line; `is_step`: a value lasts until the next."""
 
     name: str
     points: Points
@@ -24,7 +24,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One chart: what its values are, its lines, and what stands at its marks, if not numbers."""
+    """One chart: title, lines, and labels of its axis marks if they are not numbers."""
 
     title: str
     lines: Sequence[Line]
@@ -33,7 +33,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A stretch of time that is shaded in all charts."""
+    """A time span that is shaded in all charts."""
 
     start: float
     end: float
@@ -41,7 +41,7 @@ class Band:
 
 
 def draw(title: str, charts: Sequence[Chart], bands: Sequence[Band], end_s: float) -> str:
-    """Return the picture; times run from 0 to `end_s` seconds."""
+    """Return the SVG; times run from 0 to `end_s` seconds."""
     height = TOP + len(charts) * (HEIGHT + GAP) + BOTTOM - GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
@@ -102,7 +102,7 @@ def _path(line: Line, y: "object", end_s: float) -> str:
 
 
 def _ticks(greatest: float) -> list[tuple[float, str]]:
-    """Return three or so round values from 0 up, in a unit that suits them."""
+    """Return about three round values from 0 up, and a suitable unit."""
     scale, unit = next(
         (pair for pair in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if greatest >= 10 * pair[0]),
         (1.0, ""),
