@@ -39,7 +39,7 @@ class RowStepper(BaseStepper):
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
         portable = model if isinstance(model, PortableRows) else None
         self._portable = portable
-        self._flow = PrefixTransfer[KeptRow](
+        self._transfer = PrefixTransfer[KeptRow](
             options.prefix_store, portable.layout if portable else None, self._block
         )
 
@@ -59,7 +59,7 @@ class RowStepper(BaseStepper):
         if row.past >= SMALLEST_PREFIX:
             kept = KeptRow(slot, row.tokens[: row.past], self._book.steps)
             self._kept.append(kept)
-            self._flow.keep(kept, kept.tokens)
+            self._transfer.queue(kept, kept.tokens)
         else:
             self._model.close_row(slot)
 
@@ -81,7 +81,7 @@ class RowStepper(BaseStepper):
         self._book.steps += 1
         outputs = [self._collect(row, n, logits[i]) for i, (row, n) in enumerate(chunks)]
         self._planner.observe(sum(n for _, n in chunks), time.monotonic() - started)
-        self._flow.tend()
+        self._transfer.copy_if_due()
         return outputs
 
     def _used(self) -> int:
@@ -105,13 +105,13 @@ class RowStepper(BaseStepper):
         computed = min(potential, leader.past) if leader is not None else 0
         if length < SMALLEST_PREFIX:
             kept, length = None, 0
-        blocks = self._flow.known(row.tokens[:limit])
+        blocks = self._transfer.find(row.tokens[:limit])
         use_blocks = is_worth_restoring(blocks, max(length, potential))
         planned = len(blocks) * BLOCK_TOKENS if use_blocks else max(length, potential)
         known = [*(each.tokens for each in self._kept), *self._book.running_tokens()]
-        reuse = self._flow.explained(planned, row.tokens, known)
+        reuse = self._transfer.explain_reuse(planned, row.tokens, known)
         if use_blocks:
-            row.incoming = self._flow.restore(row.tokens[:limit], blocks)  # (3)
+            row.incoming = self._transfer.restore(row.tokens[:limit], blocks)  # (3)
         elif kept is not None and length >= computed:
             is_whole = length == len(kept.tokens)
             if is_whole or not self._copy(row, kept.slot, length):
@@ -132,7 +132,7 @@ class RowStepper(BaseStepper):
     def _take_over(self, row: ModelRow, kept: KeptRow, length: int) -> None:
         self._kept.remove(kept)
         # The row that continues it is kept whole when it ends.
-        self._flow.forget(kept)
+        self._transfer.discard(kept)
         if length == len(kept.tokens) or self._model.truncate(kept.slot, length):
             row.slot, row.past = kept.slot, length
         else:
@@ -161,7 +161,7 @@ class RowStepper(BaseStepper):
 
     def _drop(self, kept: KeptRow) -> None:
         self._kept.remove(kept)
-        self._flow.forget(kept)
+        self._transfer.discard(kept)
         self._model.close_row(kept.slot)
 
     def _share(self, row: ModelRow, source: int, count: int) -> None:
@@ -223,5 +223,5 @@ class RowStepper(BaseStepper):
 
     def close(self) -> None:
         """Free everything; idempotent."""
-        self._flow.finish()
+        self._transfer.finish()
         self._model.close()

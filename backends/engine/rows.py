@@ -132,7 +132,7 @@ class BaseStepper:
     """Base of all steppers: applies prefill limits and copies blocks while idle."""
 
     _planner: PrefillPlanner
-    _flow: PrefixTransfer[Any]
+    _transfer: PrefixTransfer[Any]
 
     def limit_prefill(self, chunk_tokens: int | None) -> None:
         """Limit the prompt tokens of a step; see `backends.limits.PrefillLimited`."""
@@ -141,8 +141,8 @@ class BaseStepper:
     @property
     def has_chores(self) -> bool:
         """See `backends.stepper.HasChores`."""
-        return self._flow.has_chores
+        return self._transfer.has_chores
 
     def do_chore(self) -> None:
         """Copy one block of a finished sequence to the prefix store."""
-        self._flow.do_chore()
+        self._transfer.do_chore()

@@ -20,14 +20,14 @@ class Placement:
         book: RowBook[GgufRow],
         slots: KvSlots,
         blocks: CellBlocks,
-        flow: PrefixTransfer[Retained],
+        transfer: PrefixTransfer[Retained],
         *,
         can_share_running: bool,
     ) -> None:
         self._book = book
         self._slots = slots
         self._blocks = blocks
-        self._flow = flow
+        self._transfer = transfer
         self._can_share_running = can_share_running
 
     def place(self, row: GgufRow, step: int) -> bool:
@@ -44,7 +44,7 @@ class Placement:
         leader, potential = self._book.best_leader(row) if self._can_share_running else (None, 0)
         computed = min(potential, leader.past) if leader is not None else 0
         prefix, stored = self._slots.longest_stored(prompt)
-        stored_blocks = self._flow.known(prompt)
+        stored_blocks = self._transfer.find(prompt)
         likely = max(kept, potential, stored)
         use_blocks = is_worth_restoring(stored_blocks, likely)
         use_ram_prefix = not use_blocks and stored >= max(kept, computed) + SMALLEST_PREFIX
@@ -55,7 +55,7 @@ class Placement:
         elif not self._take_slot(row, but=entry):
             return False
         elif use_blocks:  # (4)
-            row.incoming = self._flow.restore(prompt, stored_blocks)
+            row.incoming = self._transfer.restore(prompt, stored_blocks)
         elif use_ram_prefix and prefix is not None:  # (3)
             row.past = stored if self._slots.restore(prefix, row.slot, stored, step) else 0
         elif entry is not None and kept >= computed and self._slots.is_retained(entry):  # (2)
@@ -72,7 +72,7 @@ class Placement:
     def _explained(self, row: GgufRow, planned: int) -> Reuse:
         """Return the `Reuse` with the reason why only `planned` prompt tokens are reused."""
         known = [*self._slots.known(), *self._book.running_tokens()]
-        return self._flow.explained(planned, row.tokens, known)
+        return self._transfer.explain_reuse(planned, row.tokens, known)
 
     def _take_slot(self, row: GgufRow, *, but: Retained | None) -> bool:
         slot = self._slots.take(but=but)

@@ -22,7 +22,7 @@ class KvSlots:
 
     Retained cells still cost time: attention reads every used cell of the unified cache.  So
     retained prefixes move to RAM, and back when a prompt continues one.  Blocks of them are also
-    copied to `flow`, which outlives the context.
+    copied to `transfer`, which outlives the context.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class KvSlots:
         count: int,
         store: RamPrefixStore,
         model: GgufModel,
-        flow: PrefixTransfer[Retained],
+        transfer: PrefixTransfer[Retained],
     ) -> None:
         self._llama = library()
         self._context = context
@@ -39,7 +39,7 @@ class KvSlots:
         self._free = list(range(count))
         self._retained = RetainedPrefixes()
         self._store = store
-        self._flow = flow
+        self._transfer = transfer
         self._whole_beyond = model.whole_beyond
         self.native_cpu_s = 0.0
 
@@ -80,7 +80,7 @@ class KvSlots:
     def take_over(self, entry: Retained) -> int:
         """Return the entry's slot with its cells; the entry is no longer retained."""
         # The row that continues the cells has all of them kept when it ends.
-        self._flow.forget(entry)
+        self._transfer.discard(entry)
         self._retained.forget(entry.slot)
         return entry.slot
 
@@ -106,7 +106,7 @@ class KvSlots:
     def keep(self, slot: int, tokens: "array[int]", step: int) -> None:
         """Retain the slot with its tokens, or free it if there are none."""
         if tokens:
-            self._flow.keep(self._retained.keep(slot, tokens, step), tokens)
+            self._transfer.queue(self._retained.keep(slot, tokens, step), tokens)
         else:
             self._free.append(slot)
 
@@ -128,14 +128,14 @@ class KvSlots:
         for _ in range(_MAX_MOVES):
             if self.retained_tokens <= warm_tokens:
                 return
-            oldest = self._retained.oldest(spared=self._flow.needs)
+            oldest = self._retained.oldest(spared=self._transfer.is_queued)
             if oldest is None:
                 return
             self._drop(oldest)
 
     def _drop(self, entry: Retained) -> None:
         self._save(entry)
-        self._flow.forget(entry)
+        self._transfer.discard(entry)
         self._retained.forget(entry.slot)
         self.release(entry.slot)
 

@@ -45,12 +45,12 @@ class GgufStepper(BaseStepper):
         self._store = RamPrefixStore(options.prefix_bytes)
         # The last sequence id is reserved for copying blocks.
         blocks = self._blocks = CellBlocks(self._context, slot_count - 1)
-        self._flow = PrefixTransfer[Retained](
+        self._transfer = PrefixTransfer[Retained](
             options.prefix_store,
             block_layout(model, options.context_tokens),
             lambda entry, number: blocks.copy(entry.slot, number),
         )
-        self._slots = KvSlots(self._context, slot_count - 1, self._store, model, self._flow)
+        self._slots = KvSlots(self._context, slot_count - 1, self._store, model, self._transfer)
         self._warm_tokens = options.warm_tokens
         self._batch = Batch(options.prefill_chunk_tokens + options.max_sequences)
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
@@ -59,7 +59,7 @@ class GgufStepper(BaseStepper):
             self._book,
             self._slots,
             blocks,
-            self._flow,
+            self._transfer,
             # A sliding window overwrites the cells that could have been shared.
             can_share_running=model.whole_beyond > options.context_tokens,
         )
@@ -101,7 +101,7 @@ class GgufStepper(BaseStepper):
         self._book.steps += 1
         outputs = self._collect()
         self._slots.cool_down(self._warm_tokens)
-        self._flow.tend()
+        self._transfer.copy_if_due()
         self._planner.observe(self._batch.count, time.monotonic() - wall)
         return outputs
 
@@ -167,7 +167,7 @@ class GgufStepper(BaseStepper):
             row.sampler.close()
         self._store.clear()
         if self._context:
-            self._flow.finish()
+            self._transfer.finish()
             self._llama.llama_free(self._context)
             self._context = None
         self._model.close()

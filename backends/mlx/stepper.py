@@ -42,7 +42,7 @@ class MlxStepper(BaseStepper):
         self._batch = MlxBatch(model.model, options.max_sequences, options.prefill_chunk_tokens)
         self._prefixes = MlxPrefixes(options.prefix_bytes)
         self._blocks = LayerBlocks(model)
-        self._flow = PrefixTransfer[KeptLayers](
+        self._transfer = PrefixTransfer[KeptLayers](
             options.prefix_store,
             self._blocks.layout,
             lambda kept, number: self._blocks.copy(kept.layers, number),
@@ -68,7 +68,7 @@ class MlxStepper(BaseStepper):
             layers, tokens = self._batch.layers(row.slot)
             kept = self._prefixes.put(token_array(tokens), layers)
             if kept is not None:
-                self._flow.keep(kept, kept.tokens)
+                self._transfer.queue(kept, kept.tokens)
         self._close_slot(row)
 
     def _close_slot(self, row: MlxRow) -> None:
@@ -89,7 +89,7 @@ class MlxStepper(BaseStepper):
         self._book.native_cpu_s += self._model.clock.seconds() - started
         if not self._batch.has_work:
             wait_for_first_block([row.incoming for row in self._book.waiting])
-        self._flow.tend()
+        self._transfer.copy_if_due()
         return outputs
 
     def _compute(self) -> list[StepOutput]:
@@ -174,9 +174,9 @@ class MlxStepper(BaseStepper):
         """Return whether a restore of the row's prompt still runs; start it the first time."""
         if not row.was_restored:
             row.was_restored = True
-            blocks = self._flow.known(row.tokens[:-1])
+            blocks = self._transfer.find(row.tokens[:-1])
             if is_worth_restoring(blocks, others):
-                row.incoming = self._flow.restore(row.tokens[:-1], blocks)
+                row.incoming = self._transfer.restore(row.tokens[:-1], blocks)
         return row.receive(self._take_block)
 
     def _take_block(self, row: MlxRow, state: State) -> bool:
@@ -189,7 +189,7 @@ class MlxStepper(BaseStepper):
         if row.is_reuse_final:
             return
         others = [*self._prefixes.tokens(), *self._book.running_tokens()]
-        reuse = self._flow.explained(known, row.tokens, others)
+        reuse = self._transfer.explain_reuse(known, row.tokens, others)
         if is_restored:
             reuse.ram, reuse.disk = row.reuse.ram, row.reuse.disk
         else:
@@ -214,7 +214,7 @@ class MlxStepper(BaseStepper):
 
     def close(self) -> None:
         """Free the caches and the weights; idempotent."""
-        self._flow.finish()
+        self._transfer.finish()
         self._batch.close()
         self._prefixes.clear()
         self._book.clear()

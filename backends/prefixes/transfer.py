@@ -102,7 +102,7 @@ class PrefixTransfer(Generic[Owner]):
         self._owners: dict[Owner, int] = {}
         self._copied_at = 0.0
 
-    def known(self, prompt: "array[int]") -> list[Block]:
+    def find(self, prompt: "array[int]") -> list[Block]:
         """Return the stored blocks at the start of `prompt`."""
         return self._model_blocks.chain(prompt) if self._model_blocks is not None else []
 
@@ -112,7 +112,7 @@ class PrefixTransfer(Generic[Owner]):
         self._model_blocks.touch(prompt)
         return Restore(self._model_blocks, blocks)
 
-    def keep(self, owner: Owner, tokens: "array[int]") -> None:
+    def queue(self, owner: Owner, tokens: "array[int]") -> None:
         """Queue the blocks that `owner` computed and that are not stored yet for copying."""
         if self._model_blocks is None or len(tokens) < MIN_STORED_TOKENS:
             return
@@ -123,11 +123,11 @@ class PrefixTransfer(Generic[Owner]):
         self._queue.extend((owner, tokens, number) for number in missing)
         self._owners[owner] = self._owners.get(owner, 0) + len(missing)
 
-    def needs(self, owner: Owner) -> bool:
+    def is_queued(self, owner: Owner) -> bool:
         """Whether blocks of `owner` are still to be copied."""
         return owner in self._owners
 
-    def forget(self, owner: Owner) -> None:
+    def discard(self, owner: Owner) -> None:
         """Cancel copying blocks of `owner`, whose state is gone."""
         if self._owners.pop(owner, 0):
             self._queue = deque(item for item in self._queue if item[0] != owner)
@@ -153,13 +153,13 @@ class PrefixTransfer(Generic[Owner]):
         except (ArithmeticError, MemoryError, RuntimeError, ValueError) as problem:
             # A failed copy must not fail the requests that are running.
             logger.warning("a prefix block cannot be copied out of the engine: %r", problem)
-            self.forget(owner)
+            self.discard(owner)
             return
         self._model_blocks.put(tokens, number, state)
         if owner not in self._owners:
             self._model_blocks.touch(tokens)
 
-    def tend(self) -> None:
+    def copy_if_due(self) -> None:
         """Copy one block after a step, if the last copy was some time ago."""
         if not self._queue or time.monotonic() - self._copied_at < _PAUSE_S:
             return
@@ -177,7 +177,9 @@ class PrefixTransfer(Generic[Owner]):
         if self._model_blocks is not None:
             self._model_blocks.store.flush(max(end - time.monotonic(), _STEP_S))
 
-    def explained(self, planned: int, prompt: "array[int]", known: Sequence["array[int]"]) -> Reuse:
+    def explain_reuse(
+        self, planned: int, prompt: "array[int]", known: Sequence["array[int]"]
+    ) -> Reuse:
         """Return why only `planned` tokens of `prompt` are reused; `known` is in the engine."""
         found, reuse = nearest(prompt, known), Reuse()
         if self._model_blocks is None:

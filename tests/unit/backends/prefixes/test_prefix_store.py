@@ -33,14 +33,14 @@ def put(model: ModelBlocks, tokens: "array[int]") -> None:
 
 def found(model: ModelBlocks, tokens: "array[int]") -> int:
     """Return how many tokens of the prompt can be restored, having read all of them."""
-    flow = PrefixTransfer[int](place_in(model.store), "layout", lambda *_: state_of(0))
+    transfer = PrefixTransfer[int](place_in(model.store), "layout", lambda *_: state_of(0))
     states: list[State] = []
 
     def take(state: State) -> bool:
         states.append(state)
         return True
 
-    restore = flow.restore(tokens, model.chain(tokens))
+    restore = transfer.restore(tokens, model.chain(tokens))
     while not restore.is_over:
         restore.wait(5)
         restore.receive(Reuse(), take)
@@ -199,25 +199,25 @@ def test_chores_copy_what_is_missing_once(store: BlockStore) -> None:
         copied.append(number)
         return state_of(number)
 
-    flow = PrefixTransfer[Owner](place_in(store), "layout", copy)
+    transfer = PrefixTransfer[Owner](place_in(store), "layout", copy)
     owner, tokens = Owner(), prompt_of(3, more=17)
-    flow.keep(owner, tokens)
-    assert flow.needs(owner)
-    flow.do_chore()
-    flow.forget(owner)
-    assert not flow.has_chores
-    flow.keep(Owner(), tokens)
-    flow.finish()
+    transfer.queue(owner, tokens)
+    assert transfer.is_queued(owner)
+    transfer.do_chore()
+    transfer.discard(owner)
+    assert not transfer.has_chores
+    transfer.queue(Owner(), tokens)
+    transfer.finish()
     assert copied == [0, 1, 2]
-    assert len(flow.known(tokens)) == 3
-    flow.keep(Owner(), tokens)
-    assert not flow.has_chores
+    assert len(transfer.find(tokens)) == 3
+    transfer.queue(Owner(), tokens)
+    assert not transfer.has_chores
 
 
 def test_short_prompts_are_not_kept(store: BlockStore) -> None:
-    flow = PrefixTransfer[Owner](place_in(store), "layout", lambda *_: state_of(0))
-    flow.keep(Owner(), prompt_of(1, more=100))
-    assert not flow.has_chores
+    transfer = PrefixTransfer[Owner](place_in(store), "layout", lambda *_: state_of(0))
+    transfer.queue(Owner(), prompt_of(1, more=100))
+    assert not transfer.has_chores
 
 
 def test_what_a_runtime_cannot_copy_is_forgotten(store: BlockStore) -> None:
@@ -226,18 +226,18 @@ def test_what_a_runtime_cannot_copy_is_forgotten(store: BlockStore) -> None:
             raise RuntimeError("no such cells")
         return state_of(number)
 
-    flow = PrefixTransfer[Owner](place_in(store), "layout", copy)
-    flow.keep(Owner(), prompt_of(4))
-    flow.finish()
-    assert len(flow.known(prompt_of(4))) == 1
+    transfer = PrefixTransfer[Owner](place_in(store), "layout", copy)
+    transfer.queue(Owner(), prompt_of(4))
+    transfer.finish()
+    assert len(transfer.find(prompt_of(4))) == 1
 
 
 def test_without_a_place_nothing_is_kept_or_found() -> None:
-    flow = PrefixTransfer[Owner](None, "layout", lambda *_: state_of(0))
-    flow.keep(Owner(), prompt_of(2))
-    assert not flow.has_chores
-    assert flow.known(prompt_of(2)) == []
-    reuse = flow.explained(0, prompt_of(2), [])
+    transfer = PrefixTransfer[Owner](None, "layout", lambda *_: state_of(0))
+    transfer.queue(Owner(), prompt_of(2))
+    assert not transfer.has_chores
+    assert transfer.find(prompt_of(2)) == []
+    reuse = transfer.explain_reuse(0, prompt_of(2), [])
     assert reuse.miss == "no_snapshot"
 
 
@@ -247,8 +247,8 @@ def test_a_miss_names_the_first_token_that_differs(store: BlockStore) -> None:
     put(model, known)
     asked = known[:]
     asked[300] = known[300] + 1
-    flow = PrefixTransfer[Owner](place_in(store), "layout", lambda *_: state_of(0))
-    reuse = flow.explained(2 * BLOCK_TOKENS, asked, [])
+    transfer = PrefixTransfer[Owner](place_in(store), "layout", lambda *_: state_of(0))
+    reuse = transfer.explain_reuse(2 * BLOCK_TOKENS, asked, [])
     assert (reuse.miss, reuse.diverged_at) == ("diverged", 300)
     assert reuse.known[0] == known[300]
     outcome = reuse.outcome(asked.tolist(), 0, lambda token: bytes((token,)))
@@ -258,7 +258,7 @@ def test_a_miss_names_the_first_token_that_differs(store: BlockStore) -> None:
 
 
 def test_a_prompt_that_goes_on_misses_nothing(store: BlockStore) -> None:
-    flow = PrefixTransfer[Owner](place_in(store), "layout", lambda *_: state_of(0))
+    transfer = PrefixTransfer[Owner](place_in(store), "layout", lambda *_: state_of(0))
     asked = prompt_of(2, more=5)
-    assert flow.explained(300, asked, [asked[:300], prompt_of(1, 4)]).miss is None
-    assert flow.explained(len(asked) - 1, asked, [asked]).miss is None
+    assert transfer.explain_reuse(300, asked, [asked[:300], prompt_of(1, 4)]).miss is None
+    assert transfer.explain_reuse(len(asked) - 1, asked, [asked]).miss is None
