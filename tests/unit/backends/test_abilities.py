@@ -1,4 +1,4 @@
-"""What keys and values may be kept as, and what that takes."""
+"""Tests of KV cache types: which a model supports, and their memory."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The error tree: every class keeps its promise and survives pickling."""
+"""Tests of the error classes: documented, picklable, with complete messages."""
 
 import pickle
 

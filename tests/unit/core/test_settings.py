@@ -1,4 +1,4 @@
-"""Settings: the environment wins, and what is wrong is named."""
+"""Tests of settings: precedence of the environment, defaults and validation."""
 
 import os
 from pathlib import Path

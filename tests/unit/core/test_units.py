@@ -1,4 +1,4 @@
-"""Byte counts in words."""
+"""Tests of parsing and formatting byte counts."""
 
 import pytest
 

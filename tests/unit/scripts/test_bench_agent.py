@@ -1,4 +1,4 @@
-"""The agent conversation's figures."""
+"""Tests of the figures of the benchmark's agent conversation."""
 
 from scripts.bench_lib.agent import TURNS, Conversation, Turn, agent_parts, agent_verdicts
 from scripts.bench_lib.prompts import first_turn, next_turn

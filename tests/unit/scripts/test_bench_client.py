@@ -1,4 +1,4 @@
-"""The load generator against a small server on loopback."""
+"""Tests of the load generator against a small server on loopback."""
 
 import asyncio
 import json

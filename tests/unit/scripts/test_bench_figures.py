@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic: what is counted, and that losing shows."""
+"""Tests of the benchmark's arithmetic and verdicts."""
 
 from dataclasses import replace
 from pathlib import Path

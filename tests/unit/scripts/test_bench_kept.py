@@ -1,4 +1,4 @@
-"""Sections of the benchmark that are measured again by themselves."""
+"""Tests of stored benchmark sections that are measured separately."""
 
 from dataclasses import replace
 from pathlib import Path

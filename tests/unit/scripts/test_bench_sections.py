@@ -1,4 +1,4 @@
-"""The benchmark's sections: contests in rounds, the bare loops' records, and memory."""
+"""Tests of the benchmark's sections: contests, bare loops, and memory."""
 
 import argparse
 from collections.abc import Callable, Sequence

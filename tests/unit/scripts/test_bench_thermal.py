@@ -1,4 +1,4 @@
-"""The thermal run's record and its picture."""
+"""Tests of the thermal benchmark's record and plot."""
 
 from typing import Any
 from xml.etree import ElementTree

@@ -1,4 +1,4 @@
-"""Setting clients up: what is merged, kept, hidden, written and put back."""
+"""Tests of `scripts/connect`: merging, hiding secrets, writing and restoring."""
 
 import json
 from collections.abc import Mapping

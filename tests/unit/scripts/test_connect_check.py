@@ -1,4 +1,4 @@
-"""The connection test against the real API over fakes."""
+"""Tests of the connection checks against the real API with fake engines."""
 
 import asyncio
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What `scripts/connect` needs is installed by `scripts/setup` without extras."""
+"""Tests that `scripts/setup` installs what `scripts/connect` imports."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""The generated configuration page."""
+"""Tests of the generated configuration page."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The hand-written pages name what the code has."""
+"""Tests that the API reference lists every error and request field."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The set-up: which Python, which flags, and what it says when something is missing."""
+"""Tests of the installation: choice of Python, compile flags, and error messages."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Tokens become text whole, stop strings never leak, and every id is carried once."""
+"""Tests of the text assembler: whole characters, stop strings, each token id in one event."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

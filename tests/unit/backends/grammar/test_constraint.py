@@ -1,4 +1,4 @@
-"""Grammars that bound an answer: what they allow, what is refused, and what is kept of them."""
+"""Tests of the grammar compiler: allowed answers, rejected grammars, and the cache."""
 
 import json
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Blocks on disk: bounds, the order they go in, and files that are not what they should be."""
+"""Tests of prefix blocks on disk: limits, eviction order, and damaged or foreign files."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The longest shared prefix, and who is dropped first."""
+"""Tests of the longest common prefix, and of the eviction order of retained sequences."""
 
 from itertools import takewhile
 

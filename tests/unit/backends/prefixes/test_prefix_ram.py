@@ -1,4 +1,4 @@
-"""The RAM store of prefixes: bounded by bytes, the least recently used out first."""
+"""Tests of the RAM store of prefixes: byte limit and LRU eviction."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The store of prefixes: what is found, from where, and why something is not."""
+"""Tests of the prefix block store and transfer: lookup, sources, limits, miss reasons."""
 
 import threading
 from array import array

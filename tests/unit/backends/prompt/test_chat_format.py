@@ -1,4 +1,4 @@
-"""Prompts as the templates want them, answers split however they arrive, and forced grammars."""
+"""Tests of chat formats: rendered prompts, parsed answers, and forced grammars."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Filling in the middle: which tokens a model has for it, and the prompts made of them."""
+"""Tests of fill-in-the-middle tokens and prompts."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Prompts that mean the same are the same text; what differs in meaning stays apart."""
+"""Tests of prompt normalization: equal content, equal text; other differences remain."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""An answer that another engine began is continued: nothing twice, nothing lost, all counted."""
+"""Tests of resumed answers: nothing is sent twice or lost, and all tokens are counted."""
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The report of the tool-call conformance tests."""
+"""Adds the option `--tool-report` to the tool-call conformance tests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Arguments against schemas, text against types, and reasoning asked for in a template's words."""
+"""Tests of argument validation, conversion of text arguments, and reasoning effort."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Forced calls, and calls once begun, in every family's own form and valid for their schema."""
+"""Tests of grammars for forced, triggered and bare tool calls in every family."""
 
 import json
 import random

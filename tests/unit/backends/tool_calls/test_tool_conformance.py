@@ -1,4 +1,4 @@
-"""Every family's calls, as its template writes them, are read whole and however they are cut."""
+"""Conformance tests: the calls of each family's template are parsed, however split."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

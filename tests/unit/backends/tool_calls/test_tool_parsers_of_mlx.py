@@ -1,4 +1,4 @@
-"""Our parsers understand a family's calls as mlx-lm's do, where it has one."""
+"""Compares our tool-call parsers with mlx-lm's, for families that it supports."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Tool calls through a whole engine, one byte a token."""
+"""Tests of tool calls through a whole engine, one byte per token."""
 
 import json
 from collections.abc import AsyncIterator
