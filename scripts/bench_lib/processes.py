@@ -82,8 +82,8 @@ def process_memory(pid: int) -> ProcessMemory:
 def main_thread_cpu_s(pid: int) -> float:
     """Return the CPU seconds of a process's first thread.
 
-    In a replica that thread runs nothing of ours, only Ray's loop that takes calls and looks for
-    signals every 10 ms.  Source: /proc/pid/task/tid/schedstat, first field, in nanoseconds.
+    In a replica that thread runs only Ray's loop, which receives calls and checks for signals every
+    10 ms.  Source: /proc/pid/task/tid/schedstat, first field, in nanoseconds.
     """
     return int((PROC / str(pid) / "task" / str(pid) / "schedstat").read_text().split()[0]) / 1e9
 
@@ -91,8 +91,8 @@ def main_thread_cpu_s(pid: int) -> float:
 def engine_worker_cpu_s(pid: int) -> dict[int, float]:
     """Return the CPU seconds of the runtime's own worker threads, by thread id.
 
-    They inherit their name from the engine's thread, which is the oldest of them and is left
-    out: what it spends inside the runtime, the server counts itself.
+    They inherit their name from the engine's thread, which is the oldest and is left out: the
+    server counts its time in the runtime itself.
     Source: /proc/pid/task/tid/schedstat, first field, in nanoseconds.
     """
     found: dict[int, float] = {}
@@ -122,8 +122,8 @@ class GatewaySnapshot:
 def gateway_cpu_s(before: GatewaySnapshot, after: GatewaySnapshot, again: GatewaySnapshot) -> float:
     """Return the CPU seconds between the first two snapshots, without the runtime's part.
 
-    `again` follows `after` at once: between two snapshots the server is asked once for its own
-    figures, and what that takes is no part of the work.
+    `again` follows `after` at once: each snapshot requests the server's own figures, and the time
+    of that request is subtracted.
     """
     return _without_runtime(before, after) - _without_runtime(after, again)
 
