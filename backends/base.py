@@ -121,7 +121,7 @@ class EngineLoad:
     native_cpu_s: float = 0.0
 
 
-class EventSink(Protocol):
+class EventReceiver(Protocol):
     """Receiver of an engine's events; called on the engine's thread once per step, never blocks."""
 
     def deliver(self, batch: Seq[tuple[str, Seq[GenerationEvent]]]) -> None:
@@ -150,15 +150,15 @@ class Engine(ABC):
         it only EngineFailed.
         """
 
-    async def stream_to(self, request: GenerationRequest, sink: EventSink) -> Finished:
-        """Run `request` and deliver its events to `sink`; return the last one.
+    async def stream_to(self, request: GenerationRequest, receiver: EventReceiver) -> Finished:
+        """Run `request` and deliver its events to `receiver`; return the last one.
 
         Cancelling the task aborts the sequence.  Raises as `generate` does.
         """
         events = self.generate(request)
         try:
             async for event in events:
-                sink.deliver([(request.id, [event])])
+                receiver.deliver([(request.id, [event])])
                 if isinstance(event, Finished):
                     return event
         finally:

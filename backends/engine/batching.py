@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from backends.base import Engine, EngineLoad, EventSink, ModelInfo
+from backends.base import Engine, EngineLoad, EventReceiver, ModelInfo
 from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.loop import EngineLoop
 from backends.engine.request import EngineRequest, events_of
@@ -55,8 +55,8 @@ class BatchingEngine(Engine):
         """Yield the request's events; see `Engine.generate`."""
         return events_of(self.stream_to, request)
 
-    async def stream_to(self, request: GenerationRequest, sink: EventSink) -> Finished:
-        """Run the request with its events going to `sink`; see `Engine.stream_to`."""
+    async def stream_to(self, request: GenerationRequest, receiver: EventReceiver) -> Finished:
+        """Run the request with its events going to `receiver`; see `Engine.stream_to`."""
         self._loop.check_open()
         self._loop.limits.check_admits(is_resumed=bool(request.generated))
         # A resumed request was admitted before.
@@ -64,11 +64,11 @@ class BatchingEngine(Engine):
             raise self._loop.pace.refusal(self._max_waiting, self.max_sequences, self.info.name)
         try:
             async with asyncio.timeout(request.deadline_s):
-                return await self._run(request, sink)
+                return await self._run(request, receiver)
         except TimeoutError as problem:
             raise TimedOut.after(request.deadline_s) from problem
 
-    async def _run(self, generation: GenerationRequest, sink: EventSink) -> Finished:
+    async def _run(self, generation: GenerationRequest, receiver: EventReceiver) -> Finished:
         submitted_at = time.monotonic()
         event_loop = asyncio.get_running_loop()
         self._preparing += 1
@@ -78,7 +78,7 @@ class BatchingEngine(Engine):
         finally:
             self._preparing -= 1
         done: asyncio.Future[Finished] = event_loop.create_future()
-        request = EngineRequest(generation, prepared, sink, event_loop, done, submitted_at)
+        request = EngineRequest(generation, prepared, receiver, event_loop, done, submitted_at)
         if not prepared.max_tokens:
             return request.finish_at_once(time.monotonic())
         self._loop.submit(request)

@@ -229,7 +229,7 @@ class EngineLoop:
             request = self._running[output.sequence_id]
             batch = self._advance(request, output, now)
             if batch:
-                _, entries = events.setdefault(id(request.sink), (request.sink, []))
+                _, entries = events.setdefault(id(request.receiver), (request.receiver, []))
                 entries.append((request.generation.id, batch))
         self._watch.end()
         self._pacer.note_step()
@@ -262,8 +262,8 @@ class EngineLoop:
 
     def _deliver(self, events: StepEvents) -> None:
         """Deliver the step's events before the results: a result never overtakes its text."""
-        for sink, entries in events.values():
-            sink.deliver(entries)
+        for receiver, entries in events.values():
+            receiver.deliver(entries)
         for request, outcome in self._ended:
             request.resolve(outcome)
         self._ended.clear()

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from backends.base import EventSink
+from backends.base import EventReceiver
 from backends.prefixes.reuse import Reuse
 from backends.prompt.prepare import Prepared
 from backends.stepper import SequenceSpec
@@ -22,8 +22,8 @@ from core.types import (
 
 logger = logging.getLogger(__name__)
 
-# The events of one step for each sink, by the sink's id(): (request id, events) pairs.
-StepEvents = dict[int, tuple[EventSink, list[tuple[str, Sequence[GenerationEvent]]]]]
+# The events of one step for each receiver, by the receiver's id(): (request id, events) pairs.
+StepEvents = dict[int, tuple[EventReceiver, list[tuple[str, Sequence[GenerationEvent]]]]]
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +36,7 @@ class EngineRequest:
 
     generation: GenerationRequest
     prepared: Prepared
-    sink: EventSink
+    receiver: EventReceiver
     loop: asyncio.AbstractEventLoop
     done: "asyncio.Future[Finished]"
     submitted_at: float
@@ -98,7 +98,9 @@ class EngineRequest:
         """Finish a request for 0 new tokens: it gets its own prompt at most."""
         self.added_at = self.first_token_at = now
         finished = self.finish("length", now)
-        self.sink.deliver([(self.generation.id, [*self.prepared.take_initial_events(), finished])])
+        self.receiver.deliver(
+            [(self.generation.id, [*self.prepared.take_initial_events(), finished])]
+        )
         return finished
 
     def outcome(self, reason: FinishReason, now: float) -> Finished | EngineFailed:
@@ -157,20 +159,20 @@ class QueueSink:
         self._queue = queue
 
     def deliver(self, batch: Sequence[tuple[str, Sequence[GenerationEvent]]]) -> None:
-        """Queue the events; see `EventSink`."""
+        """Queue the events; see `EventReceiver`."""
         for _, events in batch:
             for event in events:
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
 
 async def events_of(
-    stream_to: Callable[[GenerationRequest, EventSink], Awaitable[Finished]],
+    stream_to: Callable[[GenerationRequest, EventReceiver], Awaitable[Finished]],
     request: GenerationRequest,
 ) -> AsyncGenerator[GenerationEvent, None]:
     """Yield the events of `stream_to` up to the last one; closing the generator cancels it."""
     queue: asyncio.Queue[GenerationEvent | None] = asyncio.Queue()
-    sink = QueueSink(asyncio.get_running_loop(), queue)
-    work = asyncio.ensure_future(stream_to(request, sink))
+    receiver = QueueSink(asyncio.get_running_loop(), queue)
+    work = asyncio.ensure_future(stream_to(request, receiver))
     work.add_done_callback(lambda _: queue.put_nowait(None))
     try:
         while (event := await queue.get()) is not None:

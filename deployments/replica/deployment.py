@@ -36,7 +36,7 @@ from deployments.replica.prefixes import open_block_store, prefix_store_of
 from deployments.serve.handles import returning_errors
 from deployments.serve.logs import attach_logs
 from deployments.stderr_tail import stderr_path
-from deployments.transport.handle_stream import CoalescingSink
+from deployments.transport.handle_stream import CoalescingReceiver
 from deployments.transport.socket import FrameSender
 
 logger = logging.getLogger(__name__)
@@ -174,11 +174,11 @@ class FormatReplica:
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
         """Run a request for a router on another node; yields frames."""
         with self._lease(request.model_id) as model:
-            sink = CoalescingSink(asyncio.get_running_loop())
-            work = asyncio.ensure_future(model.engine.stream_to(request, sink))
-            work.add_done_callback(lambda _: sink.end())
+            receiver = CoalescingReceiver(asyncio.get_running_loop())
+            work = asyncio.ensure_future(model.engine.stream_to(request, receiver))
+            work.add_done_callback(lambda _: receiver.end())
             try:
-                async for frame in sink.frames():
+                async for frame in receiver.frames():
                     yield frame
                 work.result()
             finally:

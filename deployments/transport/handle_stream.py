@@ -10,7 +10,7 @@ from deployments.transport.codec import StepEvents, encode_frame
 _COALESCE_S = 0.02
 
 
-class CoalescingSink:
+class CoalescingReceiver:
     """Collects events on an event loop and yields them as frames."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -56,7 +56,7 @@ class FrameSender:
                 self._watchers.discard(on_break)
 
     def deliver(self, batch: StepEvents) -> None:
-        """Send one frame; implements `backends.base.EventSink`."""
+        """Send one frame; implements `backends.base.EventReceiver`."""
         frame = encode_frame(batch)
         with self._lock:
             if not self.is_broken:

@@ -23,7 +23,7 @@ def open_engine(backend: str) -> Engine:
     return GgufBackend().open(GgufBackend().identify(starter_path()), OPTIONS)
 
 
-class HeldSink:
+class HeldReceiver:
     """Takes the first events and then holds the engine's thread until it is let go."""
 
     def __init__(self) -> None:
@@ -42,15 +42,15 @@ class HeldSink:
 
 @pytest.mark.parametrize("backend", ["echo", "gguf"])
 async def test_close_fails_running_and_waiting_requests(backend: str) -> None:
-    engine, sink = open_engine(backend), HeldSink()
+    engine, receiver = open_engine(backend), HeldReceiver()
     work = [
-        asyncio.ensure_future(engine.stream_to(request("x" * 400, max_tokens=400), sink))
+        asyncio.ensure_future(engine.stream_to(request("x" * 400, max_tokens=400), receiver))
         for _ in range(4)
     ]
-    await sink.has_events.wait()
+    await receiver.has_events.wait()
     closing = asyncio.ensure_future(engine.close())
     await asyncio.sleep(0)
-    sink.let_go()
+    receiver.let_go()
     await closing
     for result in await asyncio.gather(*work, return_exceptions=True):
         assert isinstance(result, EngineFailed)
