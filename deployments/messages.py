@@ -161,18 +161,6 @@ class ModelStates:
 
 
 @dataclass(frozen=True, slots=True)
-class ResidentView:
-    """A model that holds memory; `idle_s` counts from its last request's end, 0 while it runs."""
-
-    model_id: str
-    format: str
-    size_bytes: int
-    in_flight: int
-    idle_s: float
-    is_kept: bool
-
-
-@dataclass(frozen=True, slots=True)
 class ThermalView:
     """The thermal state's name and number, its limits, and the time spent throttled."""
 

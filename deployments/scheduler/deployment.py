@@ -171,11 +171,6 @@ class SchedulerReplica:
         """Scan the model folders now; concurrent calls share one scan."""
         await self._scanner.scan()
 
-    async def residencies(self) -> tuple[list[Residency], list[str]]:
-        """Return the resident models and the ids of those being loaded."""
-        await self._forget_stopped()
-        return self._residencies(), self._loading()
-
     async def _forget_stopped(self) -> None:
         """Remove the models of formats that Serve scaled to zero."""
         for residency in await self._format_clients.stopped(self._residencies()):

@@ -98,10 +98,11 @@ async def test_what_an_idle_process_held_is_forgotten_without_starting_it(
     while not await scheduler.is_ready():
         await asyncio.sleep(0.005)
     await scheduler.ensure_loaded("echo@echo")
-    assert len((await scheduler.residencies())[0]) == 1
+    assert len((await scheduler.model_states()).residencies) == 1
     asked = len(replica.handle.report.calls)
     running.clear()
-    assert await scheduler.residencies() == ([], [])
+    states = await scheduler.model_states()
+    assert (states.residencies, states.loading) == ((), ())
     await scheduler.ensure_loaded("echo@echo")
     assert len(replica.handle.load_model.calls) == 2
     assert len(replica.handle.report.calls) == asked
@@ -160,7 +161,8 @@ async def test_an_idle_model_is_unloaded_when_its_keep_alive_is_over(
             await asyncio.sleep(0.01)
         while scheduler._ledger.state.residents:
             await asyncio.sleep(0.01)
-        assert await scheduler.residencies() == ([], [])
+        states = await scheduler.model_states()
+        assert (states.residencies, states.loading) == ((), ())
 
 
 async def test_models_are_loaded_and_unloaded_on_demand(
@@ -208,7 +210,7 @@ async def test_f4_a_scheduler_that_starts_anew_knows_what_is_resident(
     replica.held.append(A)
     async with started(tmp_path, replica) as first:
         # The catalog knows the model from the scan right before.
-        assert [one.model_id for one in (await first.residencies())[0]] == [A]
+        assert [one.model_id for one in (await first.model_states()).residencies] == [A]
         size = first._ledger.state.used_bytes
         assert size > MIB
         await first.ensure_loaded(B)
