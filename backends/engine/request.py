@@ -149,7 +149,7 @@ class Inbox:
         self.cancelled.clear()
 
 
-class QueueSink:
+class QueueReceiver:
     """Puts one request's events into a queue of its event loop."""
 
     def __init__(
@@ -171,7 +171,7 @@ async def events_of(
 ) -> AsyncGenerator[GenerationEvent, None]:
     """Yield the events of `stream_to` up to the last one; closing the generator cancels it."""
     queue: asyncio.Queue[GenerationEvent | None] = asyncio.Queue()
-    receiver = QueueSink(asyncio.get_running_loop(), queue)
+    receiver = QueueReceiver(asyncio.get_running_loop(), queue)
     work = asyncio.ensure_future(stream_to(request, receiver))
     work.add_done_callback(lambda _: queue.put_nowait(None))
     try:

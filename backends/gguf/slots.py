@@ -58,7 +58,7 @@ class KvSlots:
         return self._retained.longest(prompt, whole_beyond=self._whole_beyond)
 
     def longest_stored(self, prompt: "array[int]") -> tuple[RamPrefix | None, int]:
-        """Return the snapshot in RAM that shares most with `prompt`, and the shared length."""
+        """Return the prefix in RAM that shares most with `prompt`, and the shared length."""
         return self._store.longest(prompt, whole_beyond=self._whole_beyond)
 
     def restore(self, prefix: RamPrefix, target: int, count: int, step: int) -> bool:
