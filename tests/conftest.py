@@ -1,15 +1,62 @@
 """Settings of all tiers."""
 
 import gc
+from pathlib import PurePosixPath
+from typing import Any
 
+import pytest
 from hypothesis import settings
 
 # A machine under load is slow, and slowness is no failure.
 settings.register_profile("impetus", deadline=None)
 settings.load_profile("impetus")
 
+# Files whose tests share a server, by what they share.
+_SERVERS = {
+    **dict.fromkeys(
+        ("agent_apis", "chat", "faults", "formats", "resume", "scheduler_down", "turn_sharing"),
+        "shared server",
+    ),
+    **dict.fromkeys(("auto_convert", "faults_drain", "lifecycle", "scaling"), "own servers"),
+}
+# Files of the contract whose tests share the engine of a variant, and those that share nothing.
+_BY_VARIANT = ("backend", "grammar", "resume", "tokens")
+_ALONE = ("close", "conversion", "gguf_kinds", "memory", "snapshots")
+
 
 def pytest_collection_finish() -> None:
     """Leave what was imported out of garbage collections: closing an engine makes a whole one."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give tests that share something to one process, instead of whole files."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
+
+    scheduling = LoadFileScheduling(config, log)
+    # xdist_group would be the public way; pytest-xdist 3.8 ignores it under pytest 9.2.
+    scheduling._split_scope = sharing
+    return scheduling
+
+
+def sharing(nodeid: str) -> str:
+    """Return the name of what a test shares with others; by default that is its file."""
+    file, _, test = nodeid.partition("::")
+    path = PurePosixPath(file)
+    tier, name = path.parent.name, path.stem.removeprefix("test_")
+    if tier == "integration":
+        return _SERVERS.get(name, file)
+    if tier == "contract" and name in _ALONE:
+        return nodeid
+    if tier == "contract" and name in _BY_VARIANT:
+        from tests.models import GOLDEN, VARIANTS
+
+        parameters = f"-{test.partition('[')[2].rpartition(']')[0]}-"
+        found = [each for each in (*VARIANTS, *GOLDEN) if f"-{each}-" in parameters]
+        # What has no variant uses the engine that test_gguf.py uses.
+        return max(found, key=len, default="tests/contract/test_gguf.py")
+    return file

@@ -34,7 +34,7 @@ def full_precision() -> Path:
     return golden("gguf-f32")
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="session", params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> str:
     """Each format with its real model, which is built before any event loop runs."""
     name = str(request.param)
@@ -43,7 +43,7 @@ def variant(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engine(variant: str) -> AsyncIterator[Engine]:
     """Each backend with its real model."""
     # A token of the echo model is a byte, so the same text needs more of them.
@@ -53,7 +53,7 @@ async def engine(variant: str) -> AsyncIterator[Engine]:
     await engine.close()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def gguf(full_precision: Path) -> AsyncIterator[Engine]:
     """The starter in full precision, so that token ids can be compared exactly."""
     del full_precision

@@ -23,7 +23,7 @@ class ContractReport:
         if report.when != "call" and report.outcome == "passed":
             return
         case, _, parameters = report.nodeid.rpartition("::")[2].partition("[")
-        name = parameters.rstrip("]")
+        name = parameters.partition("]")[0]
         found = [each for each in self._variants if name == each or name.startswith(f"{each}-")]
         found += [each for each in self._variants if name.endswith(f"-{each}")]
         if found:

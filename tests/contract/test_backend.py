@@ -11,7 +11,7 @@ from core.errors import ContextLengthExceeded, EngineFailed, RequestError
 from core.types import PrefillProgress, TextDelta, TextPrompt, TokenPrompt, Tool
 from tests.requests import assert_same_tokens, chat, end_of, request, run, text_of, token_ids_of
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 QUESTION = chat("Write a few sentences about the sea: grüße, 海, 🎈🎉 and so on.")
 

@@ -16,7 +16,7 @@ from core.types import GenerationRequest, JsonOutput, JsonValue, TextDelta, Tool
 from tests.requests import assert_same_tokens, chat, end_of, request, run, text_of, token_ids_of
 from tests.starter import starter_path
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 STORY = "Once upon a time there was a small harbour town by the grey sea, and in it "
 
@@ -27,7 +27,7 @@ async def open_starter(path: Path, **options: Any) -> Engine:
     return backend.open(backend.identify(path), chosen)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def crowded(full_precision: Path) -> AsyncIterator[Engine]:
     """Room for one and a half contexts, shared by up to eight sequences."""
     engine = await open_starter(full_precision, max_sequences=8, kv_tokens=768)

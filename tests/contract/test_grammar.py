@@ -20,10 +20,10 @@ from tests.models import VARIANTS
 from tests.requests import chat, end_of, request, run, text_of
 
 pytestmark = [
-    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.asyncio(loop_scope="session"),
     # The one possible answer of the echo model cannot be bounded.
     pytest.mark.parametrize(
-        "variant", [name for name in VARIANTS if name != "echo"], scope="module", indirect=True
+        "variant", [name for name in VARIANTS if name != "echo"], scope="session", indirect=True
     ),
 ]
 

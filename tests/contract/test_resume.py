@@ -11,7 +11,7 @@ from core.types import Finished, GenerationEvent, GenerationRequest, JsonOutput,
 from tests.models import FULL_PRECISION
 from tests.requests import chat, end_of, request, run, text_of, token_ids_of
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 QUESTION = chat("Write a few words about the sea: grüße, 海, 🎈🎉 and so on.")
 SCHEMA = JsonOutput(
@@ -66,7 +66,7 @@ def counts(end: Finished) -> tuple[str, int, int, int]:
     return end.reason, usage.prompt_tokens, usage.completion_tokens, usage.reasoning_tokens
 
 
-@pytest.mark.parametrize("variant", FULL_PRECISION, scope="module", indirect=True)
+@pytest.mark.parametrize("variant", FULL_PRECISION, scope="session", indirect=True)
 @pytest.mark.parametrize(
     "options",
     [{}, {"presence_penalty": 0.5, "frequency_penalty": 0.5}, {"repetition_penalty": 1.3}],

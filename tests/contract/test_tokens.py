@@ -8,10 +8,10 @@ from tests.golden import reference
 from tests.models import FULL_PRECISION
 from tests.requests import end_of, request, run, token_ids_of
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-@pytest.mark.parametrize("variant", FULL_PRECISION, scope="module", indirect=True)
+@pytest.mark.parametrize("variant", FULL_PRECISION, scope="session", indirect=True)
 @pytest.mark.parametrize("number", range(3))
 async def test_greedy_tokens_are_those_of_the_reference(engine: Engine, number: int) -> None:
     wanted = reference()

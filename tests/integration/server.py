@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 120.0
 STARTER = "smollm2-135m-instruct"
+# `httpx.get` reads the system's certificates at every call: 25 ms of CPU, which polling repeats.
+HTTP = httpx.Client(verify=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def free_port() -> int:
@@ -49,6 +52,11 @@ class Server:
     def url(self) -> str:
         """The server's root."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self.process is not None and self.process.poll() is None
 
     def start(self, *command: str, **settings: str) -> None:
         """Start and wait until ready; `settings` become IMPETUS_ variables."""
@@ -85,7 +93,7 @@ class Server:
                 output = process.stdout.read() if process.stdout else ""
                 raise AssertionError(f"the server ended with {process.returncode}:\n{output}")
             try:
-                return httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200
+                return HTTP.get(f"{self.url}/readyz", timeout=2).status_code == 200
             except httpx.TransportError:
                 return False
 
@@ -117,7 +125,7 @@ class Server:
     def metric(self, name: str, **labels: str) -> float | None:
         """Return a metric's value, or None where it is not shown."""
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
+        for line in HTTP.get(f"{self.url}/metrics", timeout=30).text.splitlines():
             head, _, value = line.rpartition(" ")
             if head.split("{")[0] == name and all(label in head for label in wanted):
                 return float(value)
@@ -133,3 +141,23 @@ class Server:
         """Return how many sequences the starter is generating."""
         value = self.metric("impetus_engine_running_sequences", model=f"{STARTER}@gguf-q4_1")
         return int(value or 0)
+
+
+@contextmanager
+def endless_stream(
+    server: Server, model: str, question: str, headers: Mapping[str, str] | None = None
+) -> Iterator[Iterator[str]]:
+    """Ask for an answer without an end; gives its lines after the first."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "stream": True,
+        "max_tokens": 4000,
+        "logit_bias": {"2": -100, "0": -100},
+    }
+    url = f"{server.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as answer:
+        # An iterator that is dropped closes its connection.
+        lines = answer.iter_lines()
+        next(lines)
+        yield lines

@@ -2,15 +2,18 @@
 
 import os
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from openai import APIError, NotFoundError, OpenAI, UnprocessableEntityError
 from openai.types.chat import ChatCompletionMessageParam
 
 from tests.gguf_files import llama_gguf
-from tests.integration.server import STARTER, Server, wait_until
+from tests.integration.server import ROOT, STARTER, Server, wait_until
 from tests.starter import starter_path
 
 LONG: list[ChatCompletionMessageParam] = [
@@ -170,3 +173,22 @@ def test_unsupported_parameters_are_refused_by_name(server: Server) -> None:
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "unsupported_parameter"
     assert answer.json()["error"]["param"] == "suffix"
+
+
+def test_models_run_at_the_priority_of_the_server(server: Server) -> None:
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=60)
+    assert answer.status_code == 200
+    own = psutil.Process().nice()
+    assert [psutil.Process(server.pid_of(part)).nice() for part in ("router", "gguf")] == [own, own]
+
+
+def test_f14_a_port_in_use_is_one_clear_line(server: Server) -> None:
+    command = [sys.executable, "-m", "deployments.start.launcher"]
+    environment = {"IMPETUS_PORT": str(server.port), "IMPETUS_HOME": str(server.home)}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert str(server.port) in result.stderr
+    assert "IMPETUS_PORT" in result.stderr

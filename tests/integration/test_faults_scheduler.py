@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from tests.gguf_files import llama_gguf
-from tests.integration.server import Server, wait_until
+from tests.integration.conftest import Servers
+from tests.integration.server import HTTP, Server, endless_stream, wait_until
 from tests.starter import starter_path
 
 NAMES = ("alpha", "beta", "gamma")
@@ -31,30 +32,31 @@ SOAK_S = float(os.environ.get("IMPETUS_SOAK_S", "45"))
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose budget holds two of the three models; `heat` sets its temperature."""
-    server = Server(tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("models"))
-    for name in NAMES:
-        shutil.copyfile(starter_path(), server.models / f"{name}-q4_1.gguf")
-    (server.home / "thermal").write_text("nominal")
-    try:
-        server.start(
-            MEMORY_BUDGET="800MiB",
-            CONTEXT_LENGTH="2048",
-            MAX_SEQUENCES="2",
-            MAX_WAITING=str(QUEUE),
-            THERMAL_FILE=str(server.home / "thermal"),
-            FORMATS="gguf,echo",
-        )
-        yield server
-        assert server.stop() == 0
-        assert server.survivors() == []
-    finally:
-        server.kill()
+def thermal_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that sets the server's temperature."""
+    path = tmp_path_factory.mktemp("sensors") / "thermal"
+    path.write_text("nominal")
+    return path
 
 
-def heat(server: Server, state: str) -> None:
-    (server.home / "thermal").write_text(state)
+@pytest.fixture
+def small(servers: Servers, thermal_file: Path) -> Server:
+    """A server whose budget holds two of the three models."""
+
+    def prepare(server: Server) -> None:
+        for name in NAMES:
+            shutil.copyfile(starter_path(), server.models / f"{name}-q4_1.gguf")
+
+    return servers.get(
+        prepare=prepare,
+        MEMORY_BUDGET="800MiB",
+        CONTEXT_LENGTH="2048",
+        MAX_SEQUENCES="2",
+        MAX_WAITING=str(QUEUE),
+        THERMAL_FILE=str(thermal_file),
+        FORMATS="gguf,echo",
+        DRAIN_LIMIT_S="1",
+    )
 
 
 def body(model: str, **fields: Any) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def body(model: str, **fields: Any) -> dict[str, Any]:
 
 def ask(server: Server, model: str, **fields: Any) -> httpx.Response:
     url = f"{server.url}/v1/chat/completions"
-    return httpx.post(url, json=body(model, **fields), timeout=120)
+    return HTTP.post(url, json=body(model, **fields), timeout=120)
 
 
 def error(answer: httpx.Response) -> dict[str, Any]:
@@ -73,17 +75,17 @@ def error(answer: httpx.Response) -> dict[str, Any]:
 
 
 def states(server: Server) -> dict[str, str]:
-    models = httpx.get(f"{server.url}/v1/models", timeout=30).json()["data"]
+    models = HTTP.get(f"{server.url}/v1/models", timeout=30).json()["data"]
     return {model["name"]: model["state"] for model in models}
 
 
 def reason(server: Server, model: str) -> str:
-    answer = httpx.get(f"{server.url}/v1/models/{IDS[model]}", timeout=30)
+    answer = HTTP.get(f"{server.url}/v1/models/{IDS[model]}", timeout=30)
     return str(answer.json()["reason"])
 
 
 def decisions(server: Server) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = httpx.get(f"{server.url}/api/decisions", timeout=30).json()[
+    found: list[dict[str, Any]] = HTTP.get(f"{server.url}/api/decisions", timeout=30).json()[
         "decisions"
     ]
     return found
@@ -144,7 +146,7 @@ async def test_f7_three_models_with_room_for_two_serve_the_agents_trace(
 
 def test_f7_memory_came_back_after_every_unload(small: Server) -> None:
     ask(small, "alpha")
-    httpx.post(f"{small.url}/api/models/{IDS['alpha']}/unload", json={}, timeout=60)
+    HTTP.post(f"{small.url}/api/models/{IDS['alpha']}/unload", json={}, timeout=60)
     freed = [one for one in decisions(small) if one["action"] == f"freed {IDS['alpha']}"]
     assert freed
     assert "came back" in freed[0]["reason"]
@@ -182,7 +184,7 @@ async def test_f9_exactly_the_surplus_is_refused_and_the_rest_is_served(small: S
 
 async def test_f17_health_and_metrics_answer_under_load_and_wake_nothing(small: Server) -> None:
     for name in NAMES:
-        httpx.post(f"{small.url}/api/models/{IDS[name]}/unload", json={}, timeout=60)
+        HTTP.post(f"{small.url}/api/models/{IDS[name]}/unload", json={}, timeout=60)
     async with httpx.AsyncClient(timeout=10) as client:
         for path in ("/healthz", "/readyz", "/metrics", "/v1/models"):
             assert (await client.get(f"{small.url}{path}")).status_code == 200
@@ -197,13 +199,13 @@ async def test_f17_health_and_metrics_answer_under_load_and_wake_nothing(small: 
 
 def test_f16_a_keep_alive_of_nothing_loses_no_request(small: Server) -> None:
     path = f"{small.url}/api/models/{IDS['beta']}"
-    assert httpx.patch(path, json={"keep_alive_s": 0}, timeout=30).status_code == 200
+    assert HTTP.patch(path, json={"keep_alive_s": 0}, timeout=30).status_code == 200
     try:
         answers = [ask(small, "beta") for _ in range(20)]
         assert [answer.status_code for answer in answers] == [200] * 20
         wait_until(lambda: states(small)["beta"] == "available", "the model is unloaded")
     finally:
-        httpx.patch(path, json={"keep_alive_s": None}, timeout=30)
+        HTTP.patch(path, json={"keep_alive_s": None}, timeout=30)
 
 
 def test_f5_what_can_never_fit_beside_a_pinned_model_is_refused_with_the_numbers(
@@ -211,7 +213,7 @@ def test_f5_what_can_never_fit_beside_a_pinned_model_is_refused_with_the_numbers
 ) -> None:
     for name in ("alpha", "beta"):
         path = f"{small.url}/api/models/{IDS[name]}"
-        assert httpx.patch(path, json={"pin": True}, timeout=30).status_code == 200
+        assert HTTP.patch(path, json={"pin": True}, timeout=30).status_code == 200
         assert ask(small, name).status_code == 200
     try:
         refused = ask(small, "gamma")
@@ -221,20 +223,20 @@ def test_f5_what_can_never_fit_beside_a_pinned_model_is_refused_with_the_numbers
     finally:
         for name in ("alpha", "beta"):
             path = f"{small.url}/api/models/{IDS[name]}"
-            httpx.patch(path, json={"pin": None}, timeout=30)
+            HTTP.patch(path, json={"pin": None}, timeout=30)
 
 
 def test_kv_types_are_a_setting_of_the_model(small: Server) -> None:
     path = f"{small.url}/api/models/{IDS['gamma']}"
-    assert httpx.patch(path, json={"kv_type": "q8_0"}, timeout=30).status_code == 200
+    assert HTTP.patch(path, json={"kv_type": "q8_0"}, timeout=30).status_code == 200
     try:
         assert ask(small, "gamma").status_code == 200
     finally:
-        httpx.patch(path, json={"kv_type": None}, timeout=30)
-        httpx.post(f"{path}/unload", json={}, timeout=60)
-    refused = httpx.patch(path, json={"kv_type": "q3_k"}, timeout=30)
+        HTTP.patch(path, json={"kv_type": None}, timeout=30)
+        HTTP.post(f"{path}/unload", json={}, timeout=60)
+    refused = HTTP.patch(path, json={"kv_type": "q3_k"}, timeout=30)
     assert (refused.status_code, error(refused)["param"]) == (400, "kv_type")
-    echo = httpx.patch(f"{small.url}/api/models/echo@echo", json={"kv_type": "f16"}, timeout=30)
+    echo = HTTP.patch(f"{small.url}/api/models/echo@echo", json={"kv_type": "f16"}, timeout=30)
     assert (echo.status_code, error(echo)["param"]) == (400, "kv_type")
 
 
@@ -282,7 +284,7 @@ def test_f11_a_crash_loop_puts_the_model_into_quarantine_until_it_is_loaded_by_h
     assert states(small)["gamma"] == "quarantined"
     assert "processes died" in reason(small, "gamma")
     assert ask(small, "alpha").status_code == 200
-    loaded = httpx.post(f"{small.url}/api/models/{IDS['gamma']}/load", json={}, timeout=60)
+    loaded = HTTP.post(f"{small.url}/api/models/{IDS['gamma']}/load", json={}, timeout=60)
     assert loaded.status_code == 200
     assert ask(small, "gamma").status_code == 200
 
@@ -309,7 +311,7 @@ def test_f2_a_process_that_dies_before_the_first_token_costs_no_answer(small: Se
         text = "".join(stream.iter_lines())
     assert '"error"' not in text
     assert "[DONE]" in text
-    httpx.post(f"{small.url}/api/models/{IDS['alpha']}/load", json={}, timeout=60)
+    HTTP.post(f"{small.url}/api/models/{IDS['alpha']}/load", json={}, timeout=60)
 
 
 def test_f3_a_process_that_hangs_is_replaced_and_others_answer_meanwhile(small: Server) -> None:
@@ -321,7 +323,7 @@ def test_f3_a_process_that_hangs_is_replaced_and_others_answer_meanwhile(small: 
         "POST", url, json=body("alpha", stream=True), timeout=httpx.Timeout(150)
     ) as stream:
         assert ask(small, "echo").status_code == 200
-        assert httpx.get(f"{small.url}/healthz", timeout=10).status_code == 200
+        assert HTTP.get(f"{small.url}/healthz", timeout=10).status_code == 200
         text = "".join(stream.iter_lines())
     assert "[DONE]" in text
     assert '"error"' not in text
@@ -329,14 +331,14 @@ def test_f3_a_process_that_hangs_is_replaced_and_others_answer_meanwhile(small: 
     assert small.pid_of("gguf") != old
 
 
-def test_f15_heat_unloads_refuses_and_goes_away_again(small: Server) -> None:
+def test_f15_heat_unloads_refuses_and_goes_away_again(small: Server, thermal_file: Path) -> None:
     assert ask(small, "alpha").status_code == 200
-    heat(small, "critical")
+    thermal_file.write_text("critical")
     wait_until(lambda: "resident" not in states(small).values(), "idle models are unloaded")
     refused = ask(small, "alpha")
     assert (refused.status_code, error(refused)["code"]) == (503, "unavailable")
     assert int(refused.headers["retry-after"]) > 0
-    heat(small, "nominal")
+    thermal_file.write_text("nominal")
     wait_until(lambda: ask(small, "alpha").status_code == 200, "it is served again", 90.0)
     actions = [one["action"] for one in decisions(small)]
     assert "pause conversions" in actions
@@ -363,7 +365,7 @@ def test_f4_a_scheduler_that_dies_knows_again_what_is_resident(small: Server) ->
 
 
 def _resident(server: Server) -> set[str]:
-    answer = httpx.get(f"{server.url}/v1/models", timeout=60)
+    answer = HTTP.get(f"{server.url}/v1/models", timeout=60)
     if answer.status_code != 200:
         return set()
     return {model["name"] for model in answer.json()["data"] if model["state"] == "resident"}
@@ -371,7 +373,7 @@ def _resident(server: Server) -> set[str]:
 
 def _is_up(server: Server) -> bool:
     try:
-        return httpx.get(f"{server.url}/readyz", timeout=2).status_code == 200
+        return HTTP.get(f"{server.url}/readyz", timeout=2).status_code == 200
     except httpx.TransportError:
         return False
 
@@ -453,3 +455,9 @@ def _working(server: Server) -> int:
             command = " ".join(process.cmdline())
             count += "ServeReplica" in command or "template_worker" in command
     return count
+
+
+def test_f10_a_hangup_during_a_stream_leaves_no_process(small: Server) -> None:
+    with endless_stream(small, "alpha", "Write a long story."):
+        assert small.stop(signal.SIGHUP) == 0
+    assert small.survivors() == []

@@ -1,7 +1,6 @@
 """One model in every format through the API: only the model's name changes."""
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from openai import APIStatusError, InternalServerError, OpenAI
+from openai import InternalServerError, OpenAI
 
 from tests.gguf_files import minilm_gguf
 from tests.golden import golden
@@ -137,39 +136,3 @@ def test_a_format_that_is_not_for_this_system_says_so(
     assert caught.value.status_code == 503
     assert caught.value.code == "backend_unavailable"
     assert "macOS 26" in caught.value.message
-
-
-def test_a_model_over_the_memory_is_converted_when_asked_for(other_server: Server) -> None:
-    place("hf-f32", other_server.models)
-    other_server.start(
-        MEMORY_BUDGET="600MiB",
-        CONTEXT_LENGTH="256",
-        FORMATS="gguf,safetensors,mlx",
-        MAX_SEQUENCES="2",
-    )
-    model = f"{NAME}@safetensors-f32"
-    refusals: list[APIStatusError] = []
-    with OpenAI(base_url=f"{other_server.url}/v1", api_key="x", max_retries=0) as client:
-        deadline = time.monotonic() + 240
-        answer = None
-        while answer is None and time.monotonic() < deadline:
-            try:
-                answer = client.chat.completions.create(
-                    model=model, messages=QUESTION, max_tokens=4, temperature=0, timeout=120
-                )
-            except APIStatusError as problem:
-                refusals.append(problem)
-                time.sleep(1)
-        entries = {entry.id: entry.model_dump() for entry in client.models.list()}
-    assert refusals
-    for refusal in refusals:
-        assert refusal.status_code == 503
-        assert "is being converted to" in refusal.message
-        assert int(refusal.response.headers["retry-after"]) >= 1
-    assert answer is not None
-    assert answer.choices[0].message.content
-    assert answer.model != model
-    assert entries[answer.model]["converted_from"] == model
-    assert entries[model]["state"] == "unavailable"
-    assert other_server.stop() == 0
-    assert other_server.survivors() == []

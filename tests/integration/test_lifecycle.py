@@ -1,17 +1,16 @@
-"""Starting, stopping, memory: each test has a server of its own."""
+"""Starting, stopping, memory: on servers with settings of their own."""
 
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
-from tests.integration.server import ROOT, STARTER, Server
-from tests.starter import starter_path
+from tests.integration.server import ROOT, STARTER, Server, endless_stream
+
+KEY = {"authorization": "Bearer sesame"}
 
 
 def chat(server: Server, model: str, **options: object) -> httpx.Response:
@@ -27,41 +26,16 @@ def test_serve_run_by_hand_works_and_leaves_no_process(other_server: Server) -> 
     assert other_server.survivors() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_f10_a_signal_during_a_stream_leaves_no_process(other_server: Server, number: int) -> None:
-    other_server.start(DRAIN_LIMIT_S="1")
-    body = {
-        "model": STARTER,
-        "messages": [{"role": "user", "content": "Write a long story."}],
-        "stream": True,
-        "max_tokens": 4000,
-        "logit_bias": {"2": -100, "0": -100},
-    }
-    with httpx.stream(
-        "POST", f"{other_server.url}/v1/chat/completions", json=body, timeout=60
-    ) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        assert other_server.stop(number) == 0
-    assert other_server.survivors() == []
-
-
-def test_models_run_at_the_priority_of_the_server(server: Server) -> None:
-    assert chat(server, STARTER).status_code == 200
-    own = psutil.Process().nice()
-    assert [psutil.Process(server.pid_of(part)).nice() for part in ("router", "gguf")] == [own, own]
-
-
-def test_f14_a_port_in_use_is_one_clear_line(server: Server) -> None:
-    command = [sys.executable, "-m", "deployments.start.launcher"]
-    environment = {"IMPETUS_PORT": str(server.port), "IMPETUS_HOME": str(server.home)}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert str(server.port) in result.stderr
-    assert "IMPETUS_PORT" in result.stderr
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_f10_a_signal_during_a_stream_leaves_no_process(
+    limited: Server, number: signal.Signals
+) -> None:
+    # Prefixes of whole blocks are computed, and not written.
+    story = "Write a long story. Nobody may touch a file of it before the first step. " * 20
+    with endless_stream(limited, STARTER, story, KEY):
+        assert limited.stop(number) == 0
+    assert limited.survivors() == []
+    assert not (limited.home / "cache" / "prefixes").exists()
 
 
 def test_a_public_address_without_a_key_is_refused(tmp_path: Path) -> None:
@@ -80,15 +54,9 @@ def test_a_public_address_without_a_key_is_refused(tmp_path: Path) -> None:
 
 
 def test_f5_the_budget_evicts_the_idle_model_and_refuses_the_impossible(
-    other_server: Server,
+    limited: Server,
 ) -> None:
-    shutil.copyfile(starter_path(), other_server.models / "copy-q4_1.gguf")
-    other_server.start(
-        MEMORY_BUDGET="350MiB", CONTEXT_LENGTH="1024", MAX_SEQUENCES="2", API_KEY="sesame"
-    )
-    with httpx.Client(
-        base_url=other_server.url, headers={"authorization": "Bearer sesame"}, timeout=60
-    ) as client:
+    with httpx.Client(base_url=limited.url, headers=KEY, timeout=60) as client:
 
         def ask(model: str) -> httpx.Response:
             messages = [{"role": "user", "content": "hi"}]
@@ -105,14 +73,11 @@ def test_f5_the_budget_evicts_the_idle_model_and_refuses_the_impossible(
         assert resident() == {"copy"}
         assert ask(STARTER).status_code == 200
         assert resident() == {STARTER}
-    assert chat(other_server, STARTER).status_code == 401
-    assert other_server.stop() == 0
+    assert chat(limited, STARTER).status_code == 401
 
 
-def test_a_model_larger_than_the_budget_is_refused_with_the_numbers(other_server: Server) -> None:
-    other_server.start(MEMORY_BUDGET="64MiB")
-    answer = chat(other_server, STARTER)
+def test_a_model_larger_than_the_budget_is_refused_with_the_numbers(narrow: Server) -> None:
+    answer = chat(narrow, STARTER)
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] in ("insufficient_memory", "backend_unavailable")
     assert "64.0 MiB" in answer.json()["error"]["message"]
-    assert other_server.stop() == 0

@@ -57,11 +57,3 @@ def test_the_second_turn_is_cached_after_an_unload_and_a_restart(other_server: S
     assert cached(usage) >= whole
     assert server.stop() == 0
     assert {path.stat().st_mode & 0o777 for path in files(server)} == {0o600}
-
-
-def test_nothing_is_written_where_that_is_switched_off(other_server: Server) -> None:
-    server = other_server
-    server.start(PREFIX_DISK="0", PREFIX_RAM="0")
-    ask(server, ("user", "What is rule 3?"))
-    assert server.stop() == 0
-    assert not (server.home / "cache" / "prefixes").exists()
