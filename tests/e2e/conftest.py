@@ -9,6 +9,7 @@ from typing import TypeAlias
 import httpx
 import pytest
 
+from backends.engine.threads import performance_cores
 from scripts.install import ROOT
 from scripts.install_clients import ClientsUnavailable, clients_folder
 from tests.e2e.agents import Cline, Continue
@@ -50,7 +51,8 @@ def server(
         patch.setenv("PYTHONPATH", path)
         patch.setenv(PLANS_VARIABLE, str(plans_file))
         try:
-            server.start(FORMATS="gguf,scripted-gguf")
+            # An agent waits while its prompt is computed, so that every core is free for that.
+            server.start(FORMATS="gguf,scripted-gguf", THREADS=str(performance_cores()))
             yield server
             assert server.stop() == 0
             assert server.survivors() == []
