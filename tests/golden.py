@@ -154,7 +154,7 @@ def _cache(extra: str = "") -> Path:
 
 def _folder(kind: str) -> Path:
     """Return where a kind stands; Core ML's sources change no other's."""
-    return _cache("catalog/*coreml*.py" if kind == "coreml" else "") / kind
+    return _cache("catalog/convert/steps/*coreml*.py" if kind == "coreml" else "") / kind
 
 
 @contextmanager
