@@ -32,7 +32,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("home")
     server = Server(home, tmp_path_factory.mktemp("models"))
     try:
-        server.start()
+        # A file that comes back is found by the next scan.
+        server.start(SCAN_INTERVAL_S="15")
         yield server
         assert server.stop() == 0
         assert server.survivors() == []
