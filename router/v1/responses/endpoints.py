@@ -15,7 +15,7 @@ from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.fields import refuse_unless_off
 from router.requests.priority import request_priority
-from router.v1.responses.answer import ResponseBuilder, to_json
+from router.v1.responses.object import ResponseBuilder, to_json
 from router.v1.responses.prompt import input_messages, to_responses_prompt
 from router.v1.responses.request import ResponsesRequest
 from router.v1.responses.store import ResponseStore

@@ -10,7 +10,7 @@ from router.answers.event_stream import StreamFormatter, prefill_comment
 from router.answers.logprobs import chat_logprobs
 from router.answers.parts import Closed, Extended, Opened, Part, PartAssembler, PartStep
 from router.context import RequestRecord
-from router.v1.responses.answer import ResponseBuilder, final_status
+from router.v1.responses.object import ResponseBuilder, final_status
 
 _NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
 
