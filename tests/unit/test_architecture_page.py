@@ -31,3 +31,12 @@ def test_the_lives_of_a_request_and_of_a_load_are_numbered_lists_of_files() -> N
         assert steps == [str(number + 1) for number in range(len(steps))]
         assert len(steps) >= 6
         assert len(re.findall(r"`[\w/]+\.py`", section)) >= len(steps)
+
+
+def test_the_glossary_names_classes_that_exist() -> None:
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    glossary = page.split("## Glossary\n")[1].split("\n## ")[0]
+    names = set(re.findall(r"`([A-Z]\w+)`", glossary))
+    sources = [path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    assert len(names) >= 10
+    assert sorted(n for n in names if not any(f"class {n}" in text for text in sources)) == []
