@@ -1,1 +1,1 @@
-"""One file per model format behind one interface."""
+"""Model formats behind one interface: a folder for each format, and folders that all share."""

@@ -1,1 +1,1 @@
-"""The OpenAI API."""
+"""The OpenAI API, and Anthropic's Messages."""
