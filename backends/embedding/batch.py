@@ -1,7 +1,6 @@
 """Chooses which inputs of the queued embedding requests are computed in one batch."""
 
 import asyncio
-import logging
 import math
 from bisect import bisect_right
 from collections import deque
@@ -13,10 +12,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.engine.request import resolve_future
 from core.errors import ImpetusError
 from core.types import Embeddings
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +71,7 @@ class QueuedRequest:
     def resolve(self, outcome: Embeddings | ImpetusError) -> None:
         """Hand the result or the error to the waiting task; callable from any thread."""
         self.is_over = True
-
-        def settle() -> None:
-            if self.done.done():
-                return
-            if isinstance(outcome, Embeddings):
-                self.done.set_result(outcome)
-            else:
-                self.done.set_exception(outcome)
-
-        try:
-            self.loop.call_soon_threadsafe(settle)
-        except RuntimeError:
-            logger.debug("the event loop of an embedding request is closed")
+        resolve_future(self.loop, self.done, outcome)
 
 
 Batch: TypeAlias = list[tuple[QueuedRequest, int]]

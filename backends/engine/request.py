@@ -5,6 +5,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from backends.base import EventReceiver
 from backends.prefixes.reuse import Reuse
@@ -22,8 +23,32 @@ from core.types import (
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 # The events of one step for each receiver, by the receiver's id(): (request id, events) pairs.
 StepEvents = dict[int, tuple[EventReceiver, list[tuple[str, Sequence[GenerationEvent]]]]]
+
+
+def resolve_future(
+    loop: asyncio.AbstractEventLoop, done: "asyncio.Future[Result]", outcome: Result | ImpetusError
+) -> None:
+    """Give a result or an error to the task that waits for `done`; thread-safe.
+
+    A future that is done already is left alone, and so is one whose event loop is closed.
+    """
+
+    def resolve() -> None:
+        if done.done():
+            return
+        if isinstance(outcome, ImpetusError):
+            done.set_exception(outcome)
+        else:
+            done.set_result(outcome)
+
+    try:
+        loop.call_soon_threadsafe(resolve)
+    except RuntimeError:
+        logger.debug("the event loop of a finished request is closed")
 
 
 @dataclass(slots=True, eq=False)
@@ -115,19 +140,7 @@ class EngineRequest:
 
     def resolve(self, outcome: Finished | ImpetusError) -> None:
         """Give the result to the waiting task; thread-safe."""
-
-        def settle() -> None:
-            if self.done.done():
-                return
-            if isinstance(outcome, Finished):
-                self.done.set_result(outcome)
-            else:
-                self.done.set_exception(outcome)
-
-        try:
-            self.loop.call_soon_threadsafe(settle)
-        except RuntimeError:
-            logger.debug("the event loop of request %s is closed", self.generation.id)
+        resolve_future(self.loop, self.done, outcome)
 
 
 @dataclass(slots=True)
