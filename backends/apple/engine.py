@@ -66,6 +66,8 @@ class AppleEngine(Engine):
         self._waiting, self._pace = 0, Pace()
         self._snapshots = 0
         self._running: dict[AppleSession, asyncio.Queue[SessionEvent]] = {}
+        # Their requests are over, their threads not yet.
+        self._ending: set[AppleSession] = set()
         self._is_closed = False
         self._limits = UNLIMITED
 
@@ -94,6 +96,7 @@ class AppleEngine(Engine):
         finally:
             self._running.pop(session, None)
             session.cancel()
+            self._ending = {one for one in (*self._ending, session) if one.is_alive}
             self._slots.release()
 
     async def _acquire_slot(self, request: GenerationRequest) -> None:
@@ -136,16 +139,18 @@ class AppleEngine(Engine):
         return EngineLoad(running=len(self._running), waiting=self._waiting, steps=self._snapshots)
 
     async def close(self) -> None:
-        """End all requests with EngineFailed; twice is fine."""
+        """End all requests with EngineFailed, and wait for their threads; twice is fine."""
         self._is_closed = True
-        sessions = list(self._running)
+        sessions = [*self._running, *self._ending]
         for session, queue in list(self._running.items()):
             error = EngineFailed(f"The model {self.info.name} was unloaded.")
             queue.put_nowait(Failed(error))
             session.cancel()
         loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + _JOIN_S
         for session in sessions:
-            if not await loop.run_in_executor(None, session.join, _JOIN_S):
+            left_s = max(deadline - time.monotonic(), 0.0)
+            if not await loop.run_in_executor(None, session.join, left_s):
                 logger.warning(
                     "a session of Apple's model did not end within %g s; its thread is abandoned",
                     _JOIN_S,

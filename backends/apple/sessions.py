@@ -140,10 +140,15 @@ class AppleSession:
             except RuntimeError:
                 logger.debug("the session has ended already")
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs; it outlives the last event by a moment."""
+        return self._thread.is_alive()
+
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread; return whether it has ended."""
         self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return not self.is_alive
 
     def _run(self) -> None:
         name_this_thread("impetus-apple")

@@ -17,6 +17,7 @@ import pytest_asyncio
 
 from backends.apple.backend import AppleFoundationBackend, apple_info
 from backends.apple.engine import AppleEngine
+from backends.apple.sessions import AppleSession
 from backends.base import Engine, EngineOptions
 from core.errors import (
     BackendUnavailable,
@@ -236,6 +237,26 @@ async def test_nothing_is_left_behind(engine: Engine, model: Model) -> None:
     await engine.close()
     gc.collect()
     assert model.living("session") == model.living("stream") == model.living("task") == 0
+
+
+async def test_closing_waits_for_a_thread_whose_request_is_over(
+    engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    run_session = AppleSession._run
+
+    def run_and_linger(session: AppleSession) -> None:
+        run_session(session)
+        release.wait(5)
+
+    monkeypatch.setattr(AppleSession, "_run", run_and_linger)
+    await run(engine, request(chat("Hi")))
+    closing = asyncio.ensure_future(engine.close())
+    assert (await asyncio.wait({closing}, timeout=0.1))[0] == set()
+    release.set()
+    await closing
+    assert "impetus-apple" not in {thread.name for thread in threading.enumerate()}
+    assert model.living("session") == 0
 
 
 async def test_more_requests_than_sessions_wait_and_finish(engine: Engine, model: Model) -> None:
