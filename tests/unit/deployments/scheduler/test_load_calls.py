@@ -11,14 +11,12 @@ from core.settings import Settings
 from deployments.messages import Residency, UnloadResult
 from deployments.scheduler.deployment import SchedulerReplica
 from tests.unit.deployments.handles import FakeMethod
-from tests.unit.deployments.scheduler.scheduling import A, B, InProcess, Replica, started
+from tests.unit.deployments.scheduler.scheduling import A, B, Replica, started
 
 _METHODS = ("load_model", "unload_model", "report", "residencies")
 
 
-@pytest.fixture(autouse=True)
-def inspection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.scheduler.scanning.Inspector", InProcess)
+pytestmark = pytest.mark.usefixtures("inspection")
 
 
 def calls_of(replica: Replica) -> Counter[str]:

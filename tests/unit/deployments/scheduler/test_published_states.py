@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,9 @@ from core.settings import Settings
 from deployments.messages import LoadContext, ModelStates, Residency
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.scheduler.published_states import PublishedStates
-from tests.unit.deployments.scheduler.scheduling import A, B, InProcess, Replica, started
+from tests.unit.deployments.scheduler.scheduling import A, B, Replica, started
 
-
-@pytest.fixture(autouse=True)
-def inspection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.scheduler.scanning.Inspector", InProcess)
-
-
-@pytest.fixture
-def replica() -> Replica:
-    return Replica()
-
-
-@pytest.fixture
-async def scheduler(tmp_path: Path, replica: Replica) -> AsyncIterator[SchedulerReplica]:
-    async with started(tmp_path, replica) as scheduler:
-        yield scheduler
+pytestmark = pytest.mark.usefixtures("inspection")
 
 
 class Router:

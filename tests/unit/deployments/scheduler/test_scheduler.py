@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,9 @@ from deployments.messages import LoadContext, Residency
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.scheduler.load_plans import LoadPlanner
 from scheduler.state import LoadPlan
-from tests.unit.deployments.scheduler.scheduling import A, B, InProcess, Replica, started
+from tests.unit.deployments.scheduler.scheduling import A, B, Replica, started
 
-
-@pytest.fixture(autouse=True)
-def inspection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.scheduler.scanning.Inspector", InProcess)
-
-
-@pytest.fixture
-def replica() -> Replica:
-    return Replica()
-
-
-@pytest.fixture
-async def scheduler(tmp_path: Path, replica: Replica) -> AsyncIterator[SchedulerReplica]:
-    async with started(tmp_path, replica) as scheduler:
-        yield scheduler
+pytestmark = pytest.mark.usefixtures("inspection")
 
 
 async def test_f7_requests_for_one_cold_model_load_it_once(

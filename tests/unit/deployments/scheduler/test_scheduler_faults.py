@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,25 +16,12 @@ from deployments.messages import DEFAULT_CONTEXT, LoadContext, Residency, Unload
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.handles import ReplicaDied
 from tests.gguf_files import llama_gguf
-from tests.unit.deployments.scheduler.scheduling import A, B, InProcess, Replica, started
+from tests.unit.deployments.scheduler.scheduling import A, B, Replica, started
 
 RETRY = LoadContext(is_retry=True)
 
 
-@pytest.fixture(autouse=True)
-def inspection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.scheduler.scanning.Inspector", InProcess)
-
-
-@pytest.fixture
-def replica() -> Replica:
-    return Replica()
-
-
-@pytest.fixture
-async def scheduler(tmp_path: Path, replica: Replica) -> AsyncIterator[SchedulerReplica]:
-    async with started(tmp_path, replica) as scheduler:
-        yield scheduler
+pytestmark = pytest.mark.usefixtures("inspection")
 
 
 async def refusal(scheduler: SchedulerReplica, need: LoadContext = DEFAULT_CONTEXT) -> ImpetusError:
