@@ -78,12 +78,13 @@ class ProcessReport:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """What a format's processes hold; `pid` is that of the first."""
+    """What a format's processes hold; `pid` is that of the first, `tasks` are those of its loop."""
 
     format: str
     pid: int
     residents: tuple[ModelUsage, ...]
     processes: tuple[ProcessReport, ...] = ()
+    tasks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,4 +193,5 @@ class SchedulerSnapshot:
     evictions: int = 0
     thermal: ThermalView = field(default_factory=ThermalView)
     pid: int = 0
+    tasks: int = 0
     taken_at: float = 0.0

@@ -248,7 +248,9 @@ class FormatReplica:
         process = ProcessReport(
             self._replica_id, self._memory.kept_bytes, self._stderr_path, self._node
         )
-        return ReplicaReport(self._format, os.getpid(), residents, (process,))
+        return ReplicaReport(
+            self._format, os.getpid(), residents, (process,), tasks=len(asyncio.all_tasks())
+        )
 
     async def check_health(self) -> None:
         """Raise EngineFailed if an engine's step hangs: Serve then replaces this process."""

@@ -31,6 +31,10 @@ _GAUGES: Mapping[str, tuple[str, Callable[[ModelUsage], float]]] = {
         lambda report: report.load.kv_used_tokens,
     ),
     "impetus_engine_kv_tokens": ("KV cells.", lambda report: report.load.kv_tokens),
+    "impetus_model_measured_bytes": (
+        "Bytes that a model holds by the measurement of its process; 0 if not measured.",
+        lambda report: report.measured_bytes,
+    ),
 }
 _COUNTERS: Mapping[str, tuple[str, Callable[[ModelUsage], float]]] = {
     "impetus_engine_steps": ("Forward passes.", lambda report: report.load.steps),
@@ -64,12 +68,14 @@ class ReplicaTelemetry:
         self._running = running
         self._reports: list[ReplicaReport] = []
         self._snapshot: SchedulerSnapshot | None = None
+        self._tasks = 0
 
     async def refresh(self) -> None:
         """Ask the scheduler and every format that holds a model, concurrently.
 
         Those that do not answer within 2 s are left out, Serve's controller included.
         """
+        self._tasks = len(asyncio.all_tasks())
         self._snapshot, self._reports = await asyncio.gather(
             self._scheduler_snapshot(), self._replica_reports()
         )
@@ -103,17 +109,29 @@ class ReplicaTelemetry:
             return None
         return report
 
+    def _processes(self) -> Iterator[tuple[str, int, int]]:
+        """Yield name, process id and number of tasks of each part that answered."""
+        yield "router", os.getpid(), self._tasks
+        for report in self._reports:
+            yield report.format, report.pid, report.tasks
+        if self._snapshot is not None:
+            yield "scheduler", self._snapshot.pid, self._snapshot.tasks
+
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
         pids = GaugeMetricFamily(
             "impetus_process_pid", "Process id of a part of the server.", labels=["process"]
         )
-        pids.add_metric(["router"], os.getpid())
-        for report in self._reports:
-            pids.add_metric([report.format], report.pid)
-        if self._snapshot is not None:
-            pids.add_metric(["scheduler"], self._snapshot.pid)
+        tasks = GaugeMetricFamily(
+            "impetus_process_tasks",
+            "Tasks of the event loop of a part of the server.",
+            labels=["process"],
+        )
+        for process, pid, count in self._processes():
+            pids.add_metric([process], pid)
+            tasks.add_metric([process], count)
         yield pids
+        yield tasks
         is_up = self._snapshot is not None
         yield GaugeMetricFamily(
             "impetus_scheduler_up", "Whether the scheduler answered in time.", value=float(is_up)

@@ -289,7 +289,7 @@ class SchedulerReplica:
 
     async def snapshot(self) -> SchedulerSnapshot:
         """Return the current ledger, queue, thermal state and counts."""
-        return self._snapshot()
+        return self._snapshot(tasks=len(asyncio.all_tasks()))
 
     async def _release_lost(self, known: Residency) -> None:
         """Remove a model that a router did not find, unless its replica holds it."""

@@ -10,9 +10,12 @@ from deployments.scheduler.thermal import ThermalWatch
 
 
 def take_snapshot(
-    ledger: Ledger, thermal: ThermalWatch, now: float | None = None
+    ledger: Ledger, thermal: ThermalWatch, now: float | None = None, *, tasks: int = 0
 ) -> SchedulerSnapshot:
-    """Return the state at `now`, in monotonic seconds; makes no calls and never blocks."""
+    """Return the state at `now`, in monotonic seconds; makes no calls and never blocks.
+
+    `tasks` is the number of tasks of the scheduler's event loop.
+    """
     now = time.monotonic() if now is None else now
     state = ledger.state
     waiting = Counter(request.priority for request in state.waiting)
@@ -28,6 +31,7 @@ def take_snapshot(
         evictions=ledger.counts.evictions,
         thermal=_thermal(thermal),
         pid=os.getpid(),
+        tasks=tasks,
         taken_at=now,
     )
 

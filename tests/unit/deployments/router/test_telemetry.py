@@ -100,6 +100,7 @@ async def test_metrics_come_without_the_scheduler_and_the_controller(
     assert "impetus_scheduler_up 0.0" in text
     assert "impetus_memory_budget_bytes" not in text
     assert 'impetus_process_pid{process="router"}' in text
+    assert 'impetus_process_tasks{process="router"}' in text
 
 
 def test_no_metric_is_exported_twice() -> None:
@@ -133,9 +134,10 @@ async def test_a_snapshot_has_the_ledgers_numbers() -> None:
     for model_id in ("kept", "free"):
         ledger._send(Loaded(model_id, 300, 0.1))
     now = ledger.state.residents[0].used_at + 60.0
-    found = take_snapshot(ledger, ThermalWatch(Settings(), {}), now)
+    found = take_snapshot(ledger, ThermalWatch(Settings(), {}), now, tasks=7)
     ledger.cancel()
     assert (found.budget_bytes, found.used_bytes, found.promised_bytes) == (1000, 600, 0)
+    assert found.tasks == 7
     assert [(one.model_id, one.has_keep_rule) for one in found.residents] == [
         ("kept", True),
         ("free", False),
