@@ -1,0 +1,1 @@
+"""Soak test of the whole server: load, hostile requests and killed processes for a long time."""

@@ -1,0 +1,110 @@
+"""Measures how long an innocent stream pauses while a pathological request is handled."""
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+
+import httpx
+
+from scripts.soak_lib.requests import PATHOLOGICAL, Sent
+from scripts.soak_lib.server import SoakError
+
+MOST = 3.0
+_FIRST_TOKENS = 5
+_CALM_TOKENS = 40
+_LATER_TOKENS = 10
+_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Gaps between an innocent stream's events, in seconds.
+
+    `median_s` before a request of this kind was sent; `longest_s` from then on until it was
+    answered with `status`, 0 without an answer in time.
+    """
+
+    kind: str
+    median_s: float
+    longest_s: float
+    status: int
+
+    @property
+    def ratio(self) -> float:
+        """The longest gap in median steps."""
+        return self.longest_s / self.median_s
+
+
+def gap_of(kind: str, arrivals: Sequence[float], sent_at: int, until: float, status: int) -> Gap:
+    """Return the gaps of a stream whose events arrived at `arrivals`.
+
+    The other request was sent after `sent_at` of them; the wait for the next one lasted `until`
+    (monotonic seconds).  Raises SoakError if too few arrived before it.
+    """
+    if sent_at <= _FIRST_TOKENS + 1:
+        raise SoakError(f"The stream ended after {len(arrivals)} tokens, before “{kind}” was sent.")
+    # The first gaps hold the stream's own start.
+    calm = [after - before for before, after in pairwise(arrivals[_FIRST_TOKENS:sent_at])]
+    later = [after - before for before, after in pairwise([*arrivals[sent_at - 1 :], until])]
+    return Gap(kind, statistics.median(calm), max(later), status)
+
+
+async def measure_gaps(url: str, model: str, seed: int) -> list[Gap]:
+    """Run one innocent stream for each kind of pathological request to the same model."""
+    chance = random.Random(seed)
+    found = []
+    async with httpx.AsyncClient(base_url=url, timeout=_LIMIT_S, trust_env=False) as client:
+        for make in PATHOLOGICAL:
+            found.append(await _measure(client, make(chance, model), model))
+    return found
+
+
+async def _measure(client: httpx.AsyncClient, sent: Sent, model: str) -> Gap:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Write a long story."}],
+        "max_tokens": 800,
+        "stream": True,
+        "temperature": 0,
+        "logit_bias": {"2": -100, "0": -100},
+    }
+    arrivals: list[float] = []
+    answer: asyncio.Task[int] | None = None
+    sent_at = 0
+    until = 0.0
+    with suppress(TimeoutError, httpx.HTTPError):
+        async with asyncio.timeout(_LIMIT_S):
+            async for at in _arrivals(client, body):
+                arrivals.append(at)
+                if answer is None and len(arrivals) > _CALM_TOKENS:
+                    sent_at = len(arrivals)
+                    answer = asyncio.create_task(_status(client, sent))
+                is_over = answer is not None and answer.done()
+                if is_over and len(arrivals) > sent_at + _LATER_TOKENS:
+                    until = at
+                    break
+    status = 0 if answer is None else await answer
+    # A stream that ends or fails before the other request is answered waits until then.
+    return gap_of(sent.kind, arrivals, sent_at, until or time.monotonic(), status)
+
+
+async def _arrivals(client: httpx.AsyncClient, body: Mapping[str, object]) -> AsyncIterator[float]:
+    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
+                yield time.monotonic()
+
+
+async def _status(client: httpx.AsyncClient, sent: Sent) -> int:
+    headers = {"content-type": "application/json"}
+    try:
+        answer = await client.post(sent.path, content=sent.body, headers=headers)
+    except httpx.HTTPError:
+        return 0
+    return answer.status_code
