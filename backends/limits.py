@@ -1,7 +1,9 @@
-"""Runtime limits of engines (sequences, prefill chunk, pauses), and detection of hung steps."""
+"""Runtime limits of engines (sequences, prefill chunk, pauses), and detection of hung work."""
 
 import math
 import time
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -30,38 +32,53 @@ class Limitable(Protocol):
 
 @runtime_checkable
 class Watched(Protocol):
-    """An engine that reports how long its current step has lasted."""
+    """An engine that reports how long its current work has lasted."""
 
     @property
     def stalled_s(self) -> float:
-        """Seconds since the current step began; 0.0 if none is running.  Thread-safe."""
+        """Seconds that the oldest running activity has lasted; 0.0 if none runs.  Thread-safe.
+
+        Activities are steps, preparations of requests, embedding batches, and the rest of what
+        the engine's threads do: adding and removing sequences, chores, opening and closing.
+        """
         ...
 
 
 class StepWatch:
-    """Measures a step's duration, from `begin` to `end` or as a context manager."""
+    """Measures how long the oldest of an engine's running activities has lasted.
+
+    An activity is a step, a chore, the preparation of a request, an embedding batch: anything
+    that must end by itself.  Several may run at once on several threads.  Thread-safe without a
+    lock: each operation is one operation of a dict.
+    """
 
     def __init__(self) -> None:
-        self._began_at = math.inf
+        self._began_at: dict[Hashable, float] = {}
 
-    def __enter__(self) -> None:
-        self.begin()
+    def begin(self, activity: Hashable = "step") -> None:
+        """Start measuring an activity, or start again if it is already measured."""
+        self._began_at[activity] = time.monotonic()
 
-    def __exit__(self, *_: object) -> None:
-        self.end()
+    def end(self, activity: Hashable = "step") -> None:
+        """Stop measuring an activity; does nothing if it is not measured."""
+        self._began_at.pop(activity, None)
 
-    def begin(self) -> None:
-        """Start measuring."""
-        self._began_at = time.monotonic()
-
-    def end(self) -> None:
-        """Stop measuring."""
-        self._began_at = math.inf
+    @contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """Measure the activity inside the context; others of this name may run at the same time."""
+        activity = (name, object())
+        self.begin(activity)
+        try:
+            yield
+        finally:
+            self.end(activity)
 
     @property
     def lasted_s(self) -> float:
-        """Seconds since the current step began; 0.0 if none is running."""
-        return max(0.0, time.monotonic() - self._began_at)
+        """Seconds that the oldest activity has lasted; 0.0 if none is running."""
+        # The copy is made in one operation: other threads change the dict meanwhile.
+        began_at = min(self._began_at.copy().values(), default=math.inf)
+        return max(0.0, time.monotonic() - began_at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,7 +237,7 @@ class EmbeddingEngine(Engine):
             return
         started = time.thread_time()
         try:
-            with self._take_turn(), self._watch:
+            with self._take_turn(), self._watch.running("batch"):
                 vectors = self._encode(
                     model, [request.token_lists[index] for request, index in batch]
                 )

@@ -1,0 +1,102 @@
+"""The watch over an engine's activities: the oldest one counts, whatever thread it runs on."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from backends.limits import StepWatch
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("backends.limits.time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+def test_nothing_runs_at_first(clock: Clock) -> None:
+    watch = StepWatch()
+    clock.now += 5
+    assert watch.lasted_s == 0.0
+    watch.end()
+    assert watch.lasted_s == 0.0
+
+
+def test_the_oldest_activity_counts(clock: Clock) -> None:
+    watch = StepWatch()
+    watch.begin("prepare")
+    clock.now += 3
+    watch.begin()
+    clock.now += 2
+    assert watch.lasted_s == 5.0
+    watch.end("prepare")
+    assert watch.lasted_s == 2.0
+    watch.end()
+    assert watch.lasted_s == 0.0
+
+
+def test_an_activity_that_begins_again_is_new(clock: Clock) -> None:
+    watch = StepWatch()
+    watch.begin()
+    clock.now += 3
+    watch.begin()
+    clock.now += 1
+    assert watch.lasted_s == 1.0
+
+
+def test_activities_of_one_name_are_measured_apart(clock: Clock) -> None:
+    watch = StepWatch()
+    with watch.running("prepare"):
+        clock.now += 2
+        with watch.running("prepare"):
+            clock.now += 1
+            assert watch.lasted_s == 3.0
+        assert watch.lasted_s == 3.0
+    assert watch.lasted_s == 0.0
+
+
+def test_an_activity_that_raises_has_ended(clock: Clock) -> None:
+    watch = StepWatch()
+    with pytest.raises(ValueError, match="broken"), watch.running("batch"):
+        raise ValueError("broken")
+    clock.now += 9
+    assert watch.lasted_s == 0.0
+
+
+def test_threads_may_read_while_others_begin_and_end() -> None:
+    watch = StepWatch()
+    is_over = threading.Event()
+    problems: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            while not is_over.is_set():
+                assert watch.lasted_s >= 0.0
+        except BaseException as problem:
+            problems.append(problem)
+
+    def work(name: str) -> None:
+        for _ in range(2000):
+            with watch.running(name):
+                watch.begin(name)
+                watch.end(name)
+
+    reader = threading.Thread(target=read)
+    workers = [threading.Thread(target=work, args=(f"worker {n}",)) for n in range(3)]
+    for thread in (reader, *workers):
+        thread.start()
+    for thread in workers:
+        thread.join()
+    is_over.set()
+    reader.join()
+    assert not problems
+    assert watch.lasted_s == 0.0
