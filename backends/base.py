@@ -125,7 +125,11 @@ class EventReceiver(Protocol):
     """Receiver of an engine's events; called on the engine's thread once per step, never blocks."""
 
     def deliver(self, batch: Seq[tuple[str, Seq[GenerationEvent]]]) -> None:
-        """Deliver a step's events as (request id, events) pairs."""
+        """Deliver a step's events as (request id, events) pairs.
+
+        If it raises, nothing of `batch` was delivered: the engine then delivers the requests one by
+        one, and ends those whose events raise again.
+        """
         ...
 
 
@@ -147,7 +151,7 @@ class Engine(ABC):
 
         Closing the generator aborts the sequence and frees its KV cache within one step.  Before
         the first event, raises ContextLengthExceeded, RequestError, QueueFull, BrokenModel; after
-        it only EngineFailed.
+        it RequestFailed if this request alone failed, else EngineFailed.
         """
 
     async def stream_to(self, request: GenerationRequest, receiver: EventReceiver) -> Finished:

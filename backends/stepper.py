@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 from backends.base import EngineLoad
 from backends.grammar.constraint import Constraint, RestartableMask, TokenMask
 from backends.prefixes.reuse import Reuse
+from core.errors import ImpetusError
 from core.types import (
     SamplingParams,
     TokenLogprob,
@@ -30,10 +31,11 @@ class SequenceSpec:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step did for one sequence: a new token, or progress on its prompt.
+    """What one step did for one sequence: a new token, progress on its prompt, or its failure.
 
     `token_id` None means prefill only.  `prefilled` prompt tokens are computed so far, `cached`
-    of them were reused.  `is_end` marks an end-of-generation token, which is not text.
+    of them were reused.  `is_end` marks an end-of-generation token, which is not text.  With
+    `problem` the sequence alone has failed and is removed; the rest of the output has no meaning.
     """
 
     sequence_id: int
@@ -43,6 +45,7 @@ class StepOutput:
     prefilled: int = 0
     cached: int = 0
     reuse: Reuse | None = None
+    problem: ImpetusError | None = None
 
 
 class Stepper(Protocol):
@@ -51,7 +54,10 @@ class Stepper(Protocol):
     max_sequences: int
 
     def add(self, spec: SequenceSpec) -> None:
-        """Accept a sequence; it runs from the next step on.  Raises RequestError."""
+        """Accept a sequence; it runs from the next step on.
+
+        Raises RequestError, or anything: then the sequence is not accepted.
+        """
         ...
 
     def remove(self, sequence_id: int) -> None:
@@ -61,7 +67,8 @@ class Stepper(Protocol):
     def step(self) -> list[StepOutput]:
         """Do one forward pass: at most one token for each running sequence.
 
-        Raises EngineFailed.
+        What fails for one sequence alone is that output's `problem`.  Raises only if the pass
+        failed as a whole; then the stepper is not usable any more.
         """
         ...
 

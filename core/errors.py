@@ -14,6 +14,8 @@ ImpetusError                    500 server_error            internal_error
 │ └ ModelFileMissing                model_file_missing
 ├ BrokenModel                   422 invalid_request_error   broken_model
 ├ QueueFull                     429 rate_limit_error        queue_full
+├ RequestFailed                 500 server_error            request_failed
+│ └ NonFiniteOutput                 non_finite_output
 └ Unavailable                   503 server_error            unavailable
   ├ InsufficientMemory              insufficient_memory
   ├ Draining                        draining
@@ -29,6 +31,9 @@ Instances are pickled between processes, so their state is in `args` and `__dict
 """
 
 from typing import ClassVar
+
+# Of the text of an unexpected exception, which may quote a whole prompt.
+_SHOWN_CHARACTERS = 200
 
 
 class ImpetusError(Exception):
@@ -183,6 +188,39 @@ class QueueFull(ImpetusError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+
+
+class RequestFailed(ImpetusError):
+    """The engine could not complete this request; the model and its other requests go on."""
+
+    code = "request_failed"
+
+    @classmethod
+    def during(cls, activity: str, problem: BaseException) -> "RequestFailed":
+        """Build the error of a request during whose `activity` something unexpected was raised."""
+        lines = str(problem).strip().splitlines()
+        reason = f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
+        return cls(
+            f"The request failed during {activity} ({reason[:_SHOWN_CHARACTERS]}). Other requests "
+            "are not affected. Send it again; if it fails again, the server's log has the details."
+        )
+
+
+class NonFiniteOutput(RequestFailed):
+    """The model computed NaN or infinity: its file is damaged, or its precision overflows."""
+
+    code = "non_finite_output"
+
+    @classmethod
+    def of(cls, what: str, name: str = "") -> "NonFiniteOutput":
+        """Build the error; `what` was not finite, such as "logits", in the model `name`."""
+        model = f"The model {name}" if name else "The model"
+        return cls(
+            f"{model} computed {what} that are not numbers (NaN or infinity): its file is damaged, "
+            "or the input overflows its precision. Download or convert the model again; if that "
+            "does not help, use another quantization, such as bf16 instead of f16.",
+            param="model",
+        )
 
 
 class Unavailable(ImpetusError):

@@ -8,14 +8,16 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
-from backends.base import EngineLoad
+from backends.base import EngineLoad, EventReceiver
 from backends.engine.accelerator_lock import AcceleratorLock
+from backends.engine.failures import request_error
+from backends.engine.guarded_stepper import GuardedStepper
 from backends.engine.pacing import Pacer
-from backends.engine.request import EngineRequest, Inbox, StepEvents
+from backends.engine.request import EngineRequest, Entries, Inbox, StepEvents
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace, WaitingQueue
 from backends.limits import EngineLimits, StepWatch
-from backends.stepper import StepOutput, Stepper, do_chore, has_chores
+from backends.stepper import StepOutput, Stepper
 from core.errors import EngineFailed, ImpetusError
 from core.types import Finished, GenerationEvent, PrefillProgress
 
@@ -27,8 +29,10 @@ THREAD_NAME = "impetus-engine"
 class EngineLoop:
     """A thread that creates, steps and closes one Stepper; every method is thread-safe.
 
-    Other threads put commands into the inbox; the thread applies them between two steps.  A
-    step that raises ends the thread: all requests fail, and no new ones are accepted.
+    Other threads put commands into the inbox; the thread applies them between two steps.
+    Whatever fails for one request ends that request alone.  A step that raises ends the thread:
+    all requests fail, and no new ones are accepted.  Each submitted request is resolved exactly
+    once, unless it was cancelled before.
     """
 
     def __init__(
@@ -47,14 +51,14 @@ class EngineLoop:
         self._inbox = Inbox()
         self._waiting = WaitingQueue()
         self._running: dict[int, EngineRequest] = {}
-        self._ended: list[tuple[EngineRequest, Finished | EngineFailed]] = []
+        self._ended: list[tuple[EngineRequest, Finished | ImpetusError]] = []
         self._last_id = 0
         self._failure: EngineFailed | None = None
         self._pacer = Pacer()
-        self._watch = StepWatch()
+        self.watch = StepWatch()
         self._counters = EngineLoad()
         self._hold_accelerator: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._stepper: Stepper
+        self._stepper: GuardedStepper
         self.pace = Pace()
         self._thread = self._start(open_stepper)
 
@@ -64,7 +68,7 @@ class EngineLoop:
         def run() -> None:
             name_this_thread(THREAD_NAME)
             try:
-                self._stepper = open_stepper()
+                self._stepper = GuardedStepper(open_stepper(), self._model_name)
             except BaseException as problem:
                 opened.set_exception(problem)
                 return
@@ -93,8 +97,8 @@ class EngineLoop:
 
     @property
     def stalled_s(self) -> float:
-        """Seconds that the current step has lasted; a failed engine steps no more."""
-        return 0.0 if self.is_failed else self._watch.lasted_s
+        """Seconds that the oldest activity has lasted, on this thread or on others."""
+        return self.watch.lasted_s
 
     def check_open(self) -> None:
         """Raise EngineFailed when no request is accepted any more."""
@@ -145,26 +149,44 @@ class EngineLoop:
         reason = f"The model {self._model_name} was unloaded."
         try:
             while self._apply_commands():
-                self._deliver(self._step())
+                self._finish_step(self._step())
+                self.watch.end()
         except BaseException as problem:
             logger.exception("engine of %s failed", self._model_name)
-            reason = f"The engine of {self._model_name} failed: {problem}"
+            reason = f"The engine of {self._model_name} failed: {str(problem)[:500]}"
             self._failure = EngineFailed(reason)
         finally:
-            for request in self._take_all():
-                request.resolve(EngineFailed(reason))
-            self._before_close()
+            self.watch.begin()
+            self._resolve_all(reason)
+            try:
+                self._before_close()
+            except BaseException:
+                logger.exception(
+                    "%s: the preparation of requests cannot be ended", self._model_name
+                )
             self._stepper.close()
+            self.watch.end()
 
-    def _take_all(self) -> list[EngineRequest]:
-        """Accept no more requests; return those that are left."""
+    def _resolve_all(self, reason: str) -> None:
+        """Accept no more requests; resolve those that are left."""
         with self._wake:
             self._inbox.is_closing = True
             left = [*self._running.values(), *self._waiting, *self._inbox.submitted]
             self._running.clear()
             self._waiting.clear()
             self._inbox.submitted.clear()
-        return left
+        for request in left:
+            request.resolve(EngineFailed(reason))
+        for request, outcome in self._ended:
+            # The last events of a finished request were not delivered.
+            is_error = isinstance(outcome, ImpetusError)
+            request.resolve(outcome if is_error else EngineFailed(reason))
+        self._ended.clear()
+
+    def _resolve_ended(self) -> None:
+        for request, outcome in self._ended:
+            request.resolve(outcome)
+        self._ended.clear()
 
     def _apply_commands(self) -> bool:
         """Apply what other threads asked for; wait for it while idle; False when closing."""
@@ -178,10 +200,12 @@ class EngineLoop:
             self._waiting.extend(self._inbox.submitted)
             cancelled = list(self._inbox.cancelled)
             self._inbox.clear()
+        self.watch.begin()
         for request in cancelled:
             self._drop(request)
-        self._pacer.apply_to(self._stepper)
+        self._stepper.apply_limits(self._pacer)
         self._start_waiting()
+        self._resolve_ended()
         return True
 
     def _idle_s(self) -> float | None:
@@ -189,7 +213,7 @@ class EngineLoop:
         can_run = self._running or (self._waiting and self._most_running())
         if can_run:
             return self._pacer.pause_left_s()
-        return 0 if has_chores(self._stepper) else None
+        return 0 if self._stepper.has_chores else None
 
     def _most_running(self) -> int:
         return self._pacer.limits.sequences(self._stepper.max_sequences)
@@ -206,32 +230,39 @@ class EngineLoop:
             request = self._waiting.popleft()
             request.added_at = time.monotonic()
             request.throttled_s += self._pacer.limited_s() - self._pacer.paused_s
+            self._running[request.id] = request
             try:
                 self._stepper.add(request.spec())
-            except ImpetusError as problem:
-                request.resolve(problem)
-                continue
-            self._running[request.id] = request
+            except BaseException as problem:
+                self._fail(request, problem, "its start")
         has_room = len(self._running) < self._stepper.max_sequences
         self._pacer.set_limited(bool(self._waiting) and has_room)
 
     def _step(self) -> StepEvents:
         # A command may have ended the pause before the next step is due.
         if not self._running or self._pacer.pause_left_s():
-            do_chore(self._stepper)
+            self._stepper.do_chore()
             return {}
-        events: StepEvents = {}
+        # While another engine holds the accelerator, this one does not hang.
+        self.watch.end()
         with self._hold_accelerator():
-            self._watch.begin()
+            self.watch.begin()
             outputs = self._stepper.step()
         now = time.monotonic() if outputs else 0.0
+        events: StepEvents = {}
         for output in outputs:
-            request = self._running[output.sequence_id]
-            batch = self._advance(request, output, now)
+            request = self._running.get(output.sequence_id)
+            if request is None:
+                self._stepper.remove(output.sequence_id)
+                continue
+            try:
+                batch = self._advance(request, output, now)
+            except BaseException as problem:
+                self._fail(request, problem, "the processing of its answer")
+                continue
             if batch:
                 _, entries = events.setdefault(id(request.receiver), (request.receiver, []))
                 entries.append((request.generation.id, batch))
-        self._watch.end()
         self._pacer.note_step()
         self._counters = self._stepper.counters()
         return events
@@ -239,7 +270,12 @@ class EngineLoop:
     def _advance(
         self, request: EngineRequest, output: StepOutput, now: float
     ) -> list[GenerationEvent]:
-        """Turn one output into events; end the sequence when it is complete."""
+        """Turn one output into events; end the sequence when it is complete.
+
+        Raises the output's problem, and whatever the request's own objects raise.
+        """
+        if output.problem is not None:
+            raise output.problem
         request.cached_tokens, request.reuse = output.cached, output.reuse
         assembler = request.prepared.assembler
         if output.token_id is None:
@@ -255,15 +291,49 @@ class EngineLoop:
             outcome = request.outcome(assembler.reason, now)
             self.pace.note(now - request.added_at)
             events += [outcome] if isinstance(outcome, Finished) else []
-            del self._running[request.id]
-            self._stepper.remove(request.id)
-            self._ended.append((request, outcome))
+            self._end(request, outcome)
         return events
 
-    def _deliver(self, events: StepEvents) -> None:
+    def _end(self, request: EngineRequest, outcome: Finished | ImpetusError) -> None:
+        """Free a running request's sequence; it is resolved after its last events."""
+        del self._running[request.id]
+        self._ended.append((request, outcome))
+        self._stepper.remove(request.id)
+
+    def _fail(self, request: EngineRequest, problem: BaseException, activity: str) -> None:
+        """End a running request, and no other one, with an error."""
+        self._end(request, request_error(problem, activity, request.generation.id))
+
+    def _finish_step(self, events: StepEvents) -> None:
         """Deliver the step's events before the results: a result never overtakes its text."""
         for receiver, entries in events.values():
-            receiver.deliver(entries)
-        for request, outcome in self._ended:
-            request.resolve(outcome)
-        self._ended.clear()
+            try:
+                receiver.deliver(entries)
+            except BaseException as problem:
+                self._deliver_one_by_one(receiver, entries, problem)
+        self._resolve_ended()
+
+    def _deliver_one_by_one(
+        self, receiver: EventReceiver, entries: Entries, problem: BaseException
+    ) -> None:
+        """Deliver a batch that a receiver refused; fail the requests whose events it refuses."""
+        for entry in entries:
+            if len(entries) > 1:
+                try:
+                    receiver.deliver([entry])
+                    continue
+                except BaseException as refusal:
+                    problem = refusal
+            self._fail_delivery(receiver, entry[0], problem)
+
+    def _fail_delivery(
+        self, receiver: EventReceiver, generation_id: str, problem: BaseException
+    ) -> None:
+        activity = "the delivery of its events"
+        for request in list(self._running.values()):
+            if request.receiver is receiver and request.generation.id == generation_id:
+                self._fail(request, problem, activity)
+        for index, (request, outcome) in enumerate(self._ended):
+            is_same = request.receiver is receiver and request.generation.id == generation_id
+            if is_same and not isinstance(outcome, ImpetusError):
+                self._ended[index] = (request, request_error(problem, activity, generation_id))

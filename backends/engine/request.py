@@ -5,13 +5,14 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from backends.base import EventReceiver
+from backends.engine.failures import request_error
 from backends.prefixes.reuse import Reuse
 from backends.prompt.prepare import Prepared
 from backends.stepper import SequenceSpec
-from core.errors import EngineFailed, ImpetusError
+from core.errors import ImpetusError, RequestFailed
 from core.types import (
     Finished,
     FinishReason,
@@ -25,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# The events of one step for each receiver, by the receiver's id(): (request id, events) pairs.
-StepEvents = dict[int, tuple[EventReceiver, list[tuple[str, Sequence[GenerationEvent]]]]]
+# (request id, events) pairs, and those of one step for each receiver, by the receiver's id().
+Entries: TypeAlias = list[tuple[str, Sequence[GenerationEvent]]]
+StepEvents: TypeAlias = dict[int, tuple[EventReceiver, Entries]]
 
 
 def resolve_future(
@@ -120,19 +122,25 @@ class EngineRequest:
         )
 
     def finish_at_once(self, now: float) -> Finished:
-        """Finish a request for 0 new tokens: it gets its own prompt at most."""
+        """Finish a request for 0 new tokens: it gets its own prompt at most.
+
+        Raises RequestFailed if its events cannot be delivered.
+        """
         self.added_at = self.first_token_at = now
-        finished = self.finish("length", now)
-        self.receiver.deliver(
-            [(self.generation.id, [*self.prepared.take_initial_events(), finished])]
-        )
+        try:
+            finished = self.finish("length", now)
+            self.receiver.deliver(
+                [(self.generation.id, [*self.prepared.take_initial_events(), finished])]
+            )
+        except Exception as problem:
+            raise request_error(problem, "the delivery of its end", self.generation.id) from problem
         return finished
 
-    def outcome(self, reason: FinishReason, now: float) -> Finished | EngineFailed:
-        """Return the last event, or EngineFailed if the grammar could not be enforced."""
+    def outcome(self, reason: FinishReason, now: float) -> Finished | RequestFailed:
+        """Return the last event, or RequestFailed if the grammar could not be enforced."""
         mask = self.prepared.mask
         if mask is not None and mask.problem:
-            return EngineFailed(
+            return RequestFailed(
                 f"The answer's grammar could not be enforced to the end: {mask.problem}. "
                 "Simplify the JSON schema or grammar."
             )
@@ -172,10 +180,13 @@ class QueueReceiver:
         self._queue = queue
 
     def deliver(self, batch: Sequence[tuple[str, Sequence[GenerationEvent]]]) -> None:
-        """Queue the events; see `EventReceiver`."""
-        for _, events in batch:
-            for event in events:
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+        """Queue the events; drops them if the event loop is closed.  See `EventReceiver`."""
+        try:
+            for _, events in batch:
+                for event in events:
+                    self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+        except RuntimeError:
+            logger.debug("the event loop of a request is closed")
 
 
 async def events_of(

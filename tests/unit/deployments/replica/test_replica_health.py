@@ -47,10 +47,10 @@ async def test_f3_a_step_that_does_not_return_fails_the_health_check(
     await replica.check_health()
     engine: Any = replica._models["m"].engine
     assert engine.stalled_s == 0.0
-    engine._loop._watch._began_at["step"] = -1e9
+    engine._loop.watch._began_at["step"] = -1e9
     with pytest.raises(EngineFailed, match="A step of m has not returned"):
         await replica.check_health()
-    engine._loop._watch.end("step")
+    engine._loop.watch.end("step")
     await replica.unload_model("m")
 
 

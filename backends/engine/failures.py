@@ -1,0 +1,18 @@
+"""Turns whatever a request's processing raises into the error that ends that request alone."""
+
+import logging
+
+from core.errors import ImpetusError, RequestFailed
+
+logger = logging.getLogger(__name__)
+
+
+def request_error(problem: BaseException, activity: str, request: object) -> ImpetusError:
+    """Return the error of a request during whose `activity` `problem` was raised.
+
+    An unexpected exception is logged with its traceback; `request` names it there.
+    """
+    if isinstance(problem, ImpetusError):
+        return problem
+    logger.error("request %s failed during %s", request, activity, exc_info=problem)
+    return RequestFailed.during(activity, problem)
