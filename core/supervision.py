@@ -27,7 +27,8 @@ class RestartPolicy:
 
     The delay doubles from `first_delay_s` to `longest_delay_s`.  A part that fails `most_failures`
     times in a row counts as failing; a run of at least `settled_s` starts the count again.  A part
-    that has not called `beat` for `silence_s` is cancelled and restarted; None: it never is.
+    that has not called `beat` for `silence_s` is cancelled and restarted; None: it never is.  The
+    process can do without a part that is not vital: it is restarted and counted, no more.
     """
 
     first_delay_s: float = 0.5
@@ -35,6 +36,7 @@ class RestartPolicy:
     most_failures: int = 5
     settled_s: float = 10.0
     silence_s: float | None = None
+    is_vital: bool = True
 
     def delay_s(self, failures: int) -> float:
         """Return the delay after this many failures in a row."""
@@ -62,8 +64,9 @@ class _Part:
     status: PartStatus = "running"
     failures: int = 0
     in_a_row: int = 0
-    started_at: float = 0.0
+    has_attempts: bool = False
     reason: str = ""
+    supervisor: "Supervisor | None" = None
     task: "asyncio.Task[None] | None" = None
     timeout: asyncio.Timeout | None = None
     logged: "dict[str, _Logged]" = field(default_factory=dict)
@@ -86,6 +89,34 @@ def beat() -> None:
     # A timeout that fired cannot be moved.
     if not part.timeout.expired():
         part.timeout.reschedule(asyncio.get_running_loop().time() + part.policy.silence_s)
+
+
+async def attempt(work: Work, *, is_vital: bool = True) -> bool:
+    """Run `work` once for the current part; return whether it worked.
+
+    For parts that repeat something: what it raises is logged and counted, and does not end the
+    part.  Failures in a row make the part failing, unless it can do without (`is_vital` False).
+    """
+    part = _current.get()
+    if part is not None:
+        part.has_attempts = True
+    try:
+        await work()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as problem:
+        if _is_cancelled():
+            raise
+        if part is None or part.supervisor is None:
+            logger.error("a background task failed; it is tried again", exc_info=problem)
+        else:
+            part.supervisor.record_attempt(part, problem, is_vital=is_vital)
+        return False
+    finally:
+        beat()
+    if part is not None:
+        part.in_a_row, part.status, part.reason = 0, "running", ""
+    return True
 
 
 async def call_in_thread(name: str, function: Callable[[], Result]) -> Result:
@@ -216,7 +247,7 @@ class Supervisor:
     def _add(
         self, name: str, work: Work, policy: RestartPolicy | None, *, may_return: bool
     ) -> "asyncio.Task[None]":
-        part = _Part(name, policy or self._policy)
+        part = _Part(name, policy or self._policy, supervisor=self)
         self._parts.append(part)
         part.task = asyncio.get_running_loop().create_task(
             self._run(part, work, may_return=may_return), name=name
@@ -233,7 +264,7 @@ class Supervisor:
 
     async def _attempt(self, part: _Part, work: Work, *, may_return: bool) -> bool:
         """Run `work` once; return whether it has to be started again."""
-        part.started_at = self._clock()
+        part.has_attempts = False
         if part.in_a_row < part.policy.most_failures:
             part.status = "running"
         settled = asyncio.get_running_loop().call_later(part.policy.settled_s, self._settle, part)
@@ -257,15 +288,29 @@ class Supervisor:
 
     @staticmethod
     def _settle(part: _Part) -> None:
+        if part.has_attempts:
+            return
         part.in_a_row = 0
         part.status, part.reason = "running", ""
 
-    def _record(self, part: _Part, problem: BaseException) -> None:
+    def record_attempt(self, part: _Part, problem: BaseException, *, is_vital: bool) -> None:
+        """Count a failure that did not end the part; see `attempt`."""
+        self._count(part, problem)
+        if is_vital and part.policy.is_vital and part.in_a_row >= part.policy.most_failures:
+            part.status = "failing"
+        self._log(part, problem, "it is tried again")
+
+    @staticmethod
+    def _count(part: _Part, problem: BaseException) -> None:
         part.failures += 1
         part.in_a_row += 1
         part.reason = _describe(problem)
-        is_failing = part.in_a_row >= part.policy.most_failures
-        part.status = "failing" if is_failing else "restarting"
+
+    def _record(self, part: _Part, problem: BaseException) -> None:
+        self._count(part, problem)
+        if part.policy.is_vital:
+            is_failing = part.in_a_row >= part.policy.most_failures
+            part.status = "failing" if is_failing else "restarting"
         delay_s = part.policy.delay_s(part.in_a_row)
         self._log(part, problem, f"it is restarted in {delay_s:g} s")
 

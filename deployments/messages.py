@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from backends.base import EngineOptions, ModelInfo
+from core.supervision import PartView as PartView
 from core.types import Priority
 from core.units import format_bytes
 from scheduler.state import LedgerEntry as LedgerEntry
@@ -180,6 +181,7 @@ class SchedulerSnapshot:
 
     `promised_bytes` are part of `used_bytes`.  `waiting` counts requests by their class.
     `taken_at`: monotonic seconds on the scheduler's machine, as the times of `residents` are.
+    `parts` are the background tasks of its process.
     """
 
     budget_bytes: int = 0
@@ -195,3 +197,4 @@ class SchedulerSnapshot:
     pid: int = 0
     tasks: int = 0
     taken_at: float = 0.0
+    parts: tuple[PartView, ...] = ()

@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from core.errors import ImpetusError
+from core.supervision import PartView
 from deployments.messages import ModelUsage, ReplicaReport, SchedulerSnapshot
 from deployments.metrics import families
 from deployments.serve.handles import Handle, call, direct
@@ -61,7 +63,10 @@ class ReplicaTelemetry:
         resident_formats: Callable[[], frozenset[str]],
         scheduler: Handle,
         running: Callable[[], Awaitable[frozenset[str]]] = running_deployments,
+        own_parts: Callable[[], Sequence[PartView]] = tuple,
     ) -> None:
+        """`own_parts` returns the background tasks of this process."""
+        self._own_parts = own_parts
         self._formats = formats
         self._resident_formats = resident_formats
         self._scheduler = direct(scheduler)
@@ -136,6 +141,7 @@ class ReplicaTelemetry:
         yield GaugeMetricFamily(
             "impetus_scheduler_up", "Whether the scheduler answered in time.", value=float(is_up)
         )
+        yield from self._part_families()
         if self._snapshot is not None:
             yield from families(self._snapshot)
         for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
@@ -145,3 +151,34 @@ class ReplicaTelemetry:
                     for resident in report.residents:
                         family.add_metric([resident.model_id], read(resident))
                 yield family
+
+    def _part_families(self) -> Iterator[Metric]:
+        """Yield which background tasks run, and how often each failed."""
+        labels = ["process", "part"]
+        is_up = GaugeMetricFamily(
+            "impetus_part_up", "Whether a background task of a process runs.", labels=labels
+        )
+        failures = CounterMetricFamily(
+            "impetus_part_failures",
+            "Failures of a background task, which was then restarted or tried again.",
+            labels=labels,
+        )
+        theirs = () if self._snapshot is None else self._snapshot.parts
+        for process, parts in (("router", self._own_parts()), ("scheduler", theirs)):
+            for part in _by_name(parts):
+                is_up.add_metric([process, part.name], float(part.status == "running"))
+                failures.add_metric([process, part.name], part.failures)
+        yield is_up
+        yield failures
+
+
+def _by_name(parts: Sequence[PartView]) -> Iterator[PartView]:
+    """Yield one view for each name; of several parts with one name the worst state is shown."""
+    merged: dict[str, PartView] = {}
+    for part in parts:
+        known = merged.get(part.name)
+        if known is not None:
+            status = part.status if known.status == "running" else known.status
+            part = replace(part, status=status, failures=part.failures + known.failures)
+        merged[part.name] = part
+    yield from merged.values()

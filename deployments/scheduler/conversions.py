@@ -16,6 +16,7 @@ from catalog.convert.run import ConversionProgress, ConversionRequest, convert, 
 from catalog.models import Converted, ModelRecord
 from core.errors import BackendUnavailable, ImpetusError, InsufficientMemory, Unavailable
 from core.settings import Settings
+from core.supervision import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Conversions:
         self._rescan = rescan
         self._reserve_memory = reserve_memory
         self._running: dict[str, _Conversion] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._supervisor = Supervisor()
         self._failures: dict[str, tuple[float, str]] = {}
         self._one_at_a_time = asyncio.Lock()
         self._pause = PauseSwitch()
@@ -137,9 +138,7 @@ class Conversions:
     def _start(self, record: ModelRecord, target_format: str, quantization: str) -> _Conversion:
         conversion = _Conversion(target_format, quantization, time.monotonic())
         self._running[record.id] = conversion
-        task = asyncio.ensure_future(self._run(record, conversion))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._supervisor.run_once(f"conversion of {record.id}", self._run(record, conversion))
         return conversion
 
     async def _run(self, record: ModelRecord, conversion: _Conversion) -> None:
@@ -179,8 +178,7 @@ class Conversions:
 
     def cancel(self) -> None:
         """Cancel the tasks; a step's process ends with this one in any case."""
-        for task in self._tasks:
-            task.cancel()
+        self._supervisor.cancel()
 
 
 def _needed_bytes(request: ConversionRequest) -> int:

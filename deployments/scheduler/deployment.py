@@ -5,12 +5,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from functools import partial
 
 from backends.registry import backends_for
 from catalog.models import ModelRecord, ModelSettings
 from catalog.store import CatalogStore
 from core.settings import Settings
+from core.supervision import Supervisor
 from deployments.decisions import DecisionLog
 from deployments.messages import (
     DEFAULT_CONTEXT,
@@ -32,6 +34,7 @@ from deployments.scheduler.model_loader import ModelLoader
 from deployments.scheduler.nodes import Ledgers, ledger_holding, ledger_of, residency_of
 from deployments.scheduler.published_states import PublishedStates
 from deployments.scheduler.publisher import Publisher
+from deployments.scheduler.recovery import Recovery
 from deployments.scheduler.reservations import Reservations
 from deployments.scheduler.scanning import Scanner
 from deployments.scheduler.snapshot import take_snapshot
@@ -71,9 +74,9 @@ class SchedulerReplica:
         self._planner = LoadPlanner(settings, self._backends, self._options)
         self._store = CatalogStore(settings.catalog_file)
         self._format_clients = FormatClients(formats, self._backends, running)
-        self._reservations, self._is_ready = Reservations(), asyncio.Event()
+        self._reservations, self._supervisor = Reservations(), Supervisor()
         self._published = PublishedStates(self._model_states, lambda: self._faults.expires_in_s())
-        self._scanner = Scanner(settings, self._store, self._backends)
+        self._scanner = Scanner(settings, self._store, self._backends, self._supervisor)
         self._node_id = own_node_id()
         fault_file = FaultFile(settings.home / "faults.json", self._node_id)
         self._faults = Faults(fault_file, on_change=self._published.notify)
@@ -98,7 +101,22 @@ class SchedulerReplica:
         self._snapshot = partial(take_snapshot, self._ledger, self._thermal)
         idle_s = settings.format_idle_s
         publisher = Publisher(self._backends, self._snapshot, self._ledger.refresh, idle_s)
-        self._background = asyncio.gather(self._run(), self._thermal.run(), publisher.run())
+        self._recovery = Recovery(
+            self._scanner,
+            self._lookup,
+            self._planner,
+            self._format_clients,
+            self._ledger_of,
+            self._residency,
+        )
+        keep_running = self._supervisor.keep_running
+        self._background = asyncio.gather(
+            keep_running("folder scans", self._scanner.run),
+            keep_running("thermal watch", self._thermal.run),
+            keep_running("publisher", publisher.run),
+            *self._recovery.start(self._supervisor, list(self._backends), self._prepare),
+            return_exceptions=True,
+        )
 
     def _make_ledger(self, budget_bytes: int) -> Ledger:
         """Return the ledger of one machine."""
@@ -111,6 +129,7 @@ class SchedulerReplica:
             self._format_clients.report,
             self._log,
             self._published.notify,
+            self._supervisor,
         )
 
     def _reserve_memory(
@@ -118,30 +137,15 @@ class SchedulerReplica:
     ) -> AbstractAsyncContextManager[Callable[[int], None]]:
         return self._reservations.reserve(self._ledger, name, needed_bytes, timeout_s)
 
-    async def _run(self) -> None:
-        """Scan, recover what the replicas hold, then scan at intervals."""
-        await asyncio.to_thread(self._conversions.sweep)
-        await self._scanner.scan()
-        await self._recover()
-        self._is_ready.set()
-        while True:
-            await asyncio.sleep(self._settings.scan_interval_s)
-            await self._scanner.scan()
-
-    async def _recover(self) -> None:
-        """Restore the models' settings, and the models that the replicas hold."""
+    async def _prepare(self) -> None:
+        """Remove leftovers of conversions and restore the models' settings."""
+        try:
+            await asyncio.to_thread(self._conversions.sweep)
+        except OSError:
+            logger.exception("leftovers of conversions cannot be removed")
         for record in await self._lookup.records():
             if record.settings != ModelSettings():
                 self._configure(record)
-        for name in self._backends:
-            held = await self._format_clients.residencies(name)
-            if not held:
-                continue
-            ledger = self._ledger_of((await self._format_clients.report(held)).node_of(name))
-            for residency in held:
-                found = await self._lookup.find(residency.model_id)
-                if found is not None:
-                    ledger.restore(residency, self._planner.size_bytes(found, residency))
 
     def _ledger_of(self, node: NodeMemory) -> Ledger:
         return ledger_of(self._ledgers, node, self._node_id, self._make_ledger)
@@ -164,12 +168,26 @@ class SchedulerReplica:
         return ledger is not None and await ledger.release(model_id, reason)
 
     async def is_ready(self) -> bool:
-        """Whether the first scan is done."""
-        return self._is_ready.is_set()
+        """Whether the first scan is done and the formats' processes have answered."""
+        return self._recovery.is_done.is_set()
 
-    async def rescan(self) -> None:
-        """Scan the model folders now; concurrent calls share one scan."""
-        await self._scanner.scan()
+    async def not_ready_because(self) -> str:
+        """Return why requests cannot be served now; empty if they can."""
+        if not self._scanner.has_scanned:
+            if self._scanner.problem:
+                return f"The model folders could not be scanned: {self._scanner.problem}"
+            return "The model folders are being scanned."
+        if not self._recovery.is_done.is_set():
+            return f"Waiting for the processes of {', '.join(self._recovery.missing())}."
+        return " ".join(self._supervisor.problems())
+
+    async def check_health(self) -> None:
+        """Raise Unavailable if a background task keeps failing: Serve replaces this process."""
+        self._supervisor.check_health()
+
+    async def rescan(self, urgent: str = "") -> None:
+        """Scan for an unknown name, at most every 10 s; see `Scanner.rescan`."""
+        await self._scanner.rescan(urgent)
 
     async def _forget_stopped(self) -> None:
         """Remove the models of formats that Serve scaled to zero."""
@@ -267,10 +285,10 @@ class SchedulerReplica:
         end = time.monotonic() + _STATES_LIMIT_S
         try:
             async with asyncio.timeout(_STATES_LIMIT_S):
-                await self._is_ready.wait()
+                await self._recovery.is_done.wait()
                 await self._forget_stopped()
         except TimeoutError:
-            return self._published.current() if self._is_ready.is_set() else ModelStates()
+            return self._published.current() if await self.is_ready() else ModelStates()
         except Exception:
             logger.exception("cannot ask Serve which formats run")
         return await self._published.wait(known_version, end - time.monotonic())
@@ -289,7 +307,8 @@ class SchedulerReplica:
 
     async def snapshot(self) -> SchedulerSnapshot:
         """Return the current ledger, queue, thermal state and counts."""
-        return self._snapshot(tasks=len(asyncio.all_tasks()))
+        taken = self._snapshot(tasks=len(asyncio.all_tasks()))
+        return replace(taken, parts=tuple(self._supervisor.parts()))
 
     async def _release_lost(self, known: Residency) -> None:
         """Remove a model that a router did not find, unless its replica holds it."""
@@ -321,7 +340,7 @@ class SchedulerReplica:
 
     def __del__(self) -> None:
         """Cancel all tasks and close the catalog."""
-        self._background.cancel()
+        self._supervisor.cancel()
         self._conversions.cancel()
         for ledger in self._ledgers.values():
             ledger.cancel()

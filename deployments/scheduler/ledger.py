@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from core.errors import EngineFailed, ImpetusError, InsufficientMemory, QueueFull, Unavailable
+from core.supervision import Supervisor, attempt
 from deployments.decisions import DecisionLog
 from deployments.messages import Residency, UnloadResult
 from deployments.scheduler.formats import UsageReport
@@ -89,6 +90,7 @@ class Ledger:
         report: Reporter,
         log: DecisionLog,
         on_change: Callable[[], None] = lambda: None,
+        supervisor: Supervisor | None = None,
     ) -> None:
         """`on_change` is called after every event, before control returns to the loop."""
         self._state = state
@@ -98,6 +100,7 @@ class Ledger:
         self._waiting: dict[int, asyncio.Future[Residency]] = {}
         self._failures: dict[str, BaseException] = {}
         self._unloads: dict[str, asyncio.Task[None]] = {}
+        self._supervisor = supervisor or Supervisor()
         self._tasks: set[asyncio.Task[None]] = set()
         self._log = log
         self._evicted: dict[str, list[str]] = {}
@@ -105,7 +108,7 @@ class Ledger:
         self._request_ids = itertools.count()
         self._usage_at = -math.inf
         self._wake_up = asyncio.Event()
-        self._watch = asyncio.ensure_future(self._run())
+        self._watch = self._supervisor.keep_running("memory ledger", self._run)
 
     @property
     def residencies(self) -> list[Residency]:
@@ -223,13 +226,13 @@ class Ledger:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._wake_up.wait(), left_s)
                 continue
-            try:
-                if time.monotonic() - self._usage_at > _WAITING_POLL_S:
-                    await self.refresh()
-                self._send(Tick())
-            except Exception:
-                logger.exception("polling the models' usage failed; it is tried again")
+            await attempt(self._poll)
             ticked_at = time.monotonic()
+
+    async def _poll(self) -> None:
+        if time.monotonic() - self._usage_at > _WAITING_POLL_S:
+            await self.refresh()
+        self._send(Tick())
 
     def _poll_s(self) -> float | None:
         if self._state.waiting:
@@ -261,14 +264,16 @@ class Ledger:
     def _perform(self, action: Action) -> None:
         match action:
             case Load(model_id, plan):
-                self._start(self._load(model_id, plan))
+                self._start(f"load of {model_id}", self._load(model_id, plan))
             case Unload(model_id, _, for_model) | Drain(model_id, _, for_model):
                 if for_model:
                     self.counts.evictions += 1
                     self._evicted.setdefault(for_model, []).append(model_id)
                 # From now on a request for it waits until it is loaded again.
                 residency = self._residencies.pop(model_id, None)
-                self._unloads[model_id] = self._start(self._unload(model_id, residency))
+                self._unloads[model_id] = self._start(
+                    f"unload of {model_id}", self._unload(model_id, residency)
+                )
             case Grant(number, model_id):
                 future = self._waiting.pop(number, None)
                 if future is not None and not future.done():
@@ -278,8 +283,8 @@ class Ledger:
                 if future is not None and not future.done():
                     future.set_exception(error_for(action, self._failures.get(action.model_id)))
 
-    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
+    def _start(self, name: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = self._supervisor.run_once(name, work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

@@ -1,17 +1,15 @@
 """Periodically publishes the scheduler's state to Serve's autoscaler and Ray's metrics."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from backends.base import Backend
+from core.supervision import attempt
 from deployments.messages import SchedulerSnapshot
 from deployments.scheduler.ray_mirror import RayMirror
 from deployments.serve.autoscaling import write_directive
 from scheduler.scaling import FormatUse, ScalingDirective, finished
-
-logger = logging.getLogger(__name__)
 
 PUBLISH_S = 2.0
 # How often idle models' replicas are asked, so that a process in use is not stopped.
@@ -46,10 +44,7 @@ class Publisher:
     async def run(self) -> None:
         """Publish until cancelled."""
         while True:
-            try:
-                await self.publish()
-            except Exception:
-                logger.exception("publishing the scheduler's state failed; it is tried again")
+            await attempt(self.publish)
             await asyncio.sleep(PUBLISH_S)
 
     async def publish(self) -> None:

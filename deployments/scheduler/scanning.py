@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from backends.base import Backend
 from catalog.models import ScanReport
@@ -11,36 +11,118 @@ from catalog.scan.inspector import Inspector
 from catalog.scan.scan import scan
 from catalog.store import CatalogStore
 from core.settings import Settings
+from core.supervision import Supervisor, attempt, call_in_thread
 
 logger = logging.getLogger(__name__)
 
+# A request for an unknown name starts a scan at most this often.
+RESCAN_INTERVAL_S = 10.0
+# The first pause after a failed scan; it doubles up to the setting's interval.
+_RETRY_S = 2.0
+
 
 class Scanner:
-    """Updates the catalog.  Belongs to one event loop; files are read on a thread."""
+    """Updates the catalog.  Belongs to one event loop; files are read on a thread of its own.
+
+    A scan goes on when its caller is cancelled, so two never run at once.
+    """
 
     def __init__(
-        self, settings: Settings, store: CatalogStore, backends: Mapping[str, Backend]
+        self,
+        settings: Settings,
+        store: CatalogStore,
+        backends: Mapping[str, Backend],
+        supervisor: Supervisor,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._store = store
         self._backends = backends
-        self._one_at_a_time = asyncio.Lock()
+        self._supervisor = supervisor
+        self._clock = clock
+        self._task: asyncio.Task[None] | None = None
         self._began_at = 0.0
+        self._next_rescan_at = 0.0
+        self._failures = 0
+        self._first_scan = asyncio.Event()
+        self._urgent: set[str] = set()
+        self.problem = ""
+
+    @property
+    def has_scanned(self) -> bool:
+        """Whether a scan has succeeded since the start."""
+        return self._first_scan.is_set()
+
+    async def run(self) -> None:
+        """Scan at intervals until cancelled; a scan that fails is repeated sooner."""
+        while True:
+            # Without scans what is in the catalog is still served.
+            await attempt(self._scan_or_raise, is_vital=False)
+            await asyncio.sleep(self._pause_s())
+
+    async def wait_first(self) -> None:
+        """Return once a scan has succeeded."""
+        await self._first_scan.wait()
 
     async def scan(self) -> None:
-        """Scan the folders; a scan that starts after this call serves it as well."""
-        asked_at = time.monotonic()
-        async with self._one_at_a_time:
-            if self._began_at > asked_at:
+        """Scan the folders; a scan that starts after this call serves it as well.
+
+        Never raises: `problem` says why the last scan failed, if it did.
+        """
+        asked_at = self._clock()
+        while True:
+            running = self._task
+            if running is None or running.done():
+                running = self._task = self._supervisor.run_once("folder scan", self._scan_once())
+                self._began_at = self._clock()
+            is_new_enough = self._began_at >= asked_at
+            await asyncio.wait({running})
+            if is_new_enough:
                 return
-            self._began_at = time.monotonic()
-            try:
-                report = await asyncio.to_thread(self._scan)
-            except Exception:
+
+    async def rescan(self, urgent: str = "") -> None:
+        """Scan for a name that the catalog does not know; shares a scan that runs.
+
+        Starts one at most every 10 s and returns at once in between.  `urgent` is the path of a
+        file whose inspection failed: the next scan inspects it, whenever that was.
+        """
+        if urgent:
+            self._urgent.add(urgent)
+        if self._task is not None and not self._task.done():
+            await asyncio.wait({self._task})
+            return
+        if self._clock() < self._next_rescan_at:
+            return
+        self._next_rescan_at = self._clock() + RESCAN_INTERVAL_S
+        try:
+            await self.scan()
+        finally:
+            self._next_rescan_at = self._clock() + RESCAN_INTERVAL_S
+
+    async def _scan_or_raise(self) -> None:
+        await self.scan()
+        if self.problem:
+            raise RuntimeError(f"scanning the model folders failed: {self.problem}")
+
+    async def _scan_once(self) -> None:
+        try:
+            report = await call_in_thread("impetus-scan", self._scan)
+        except Exception as problem:
+            self._failures += 1
+            self.problem = str(problem) or type(problem).__name__
+            if self._failures == 1:
                 logger.exception("scanning the model folders failed; the catalog is unchanged")
-                return
-            if report.has_changes:
-                logger.info("scan: %s", report)
+            return
+        self._failures, self.problem = 0, ""
+        self._first_scan.set()
+        if report.has_changes:
+            logger.info("scan: %s", report)
+
+    def _pause_s(self) -> float:
+        interval_s = self._settings.scan_interval_s
+        if not self._failures:
+            return interval_s
+        return float(min(interval_s, _RETRY_S * 2.0 ** min(self._failures - 1, 30)))
 
     def _scan(self) -> ScanReport:
         inspector = Inspector(list(self._backends))

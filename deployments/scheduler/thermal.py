@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from backends.limits import UNLIMITED, EngineLimits
 from core.errors import Unavailable
 from core.settings import Settings
+from core.supervision import attempt
 from deployments.decisions import DecisionLog
 from deployments.serve.handles import Handle, call
 from deployments.serve.status import running_deployments
@@ -118,10 +119,7 @@ class ThermalWatch:
     async def run(self) -> None:
         """Poll until cancelled."""
         while True:
-            try:
-                await self.poll()
-            except Exception:
-                logger.exception("polling the thermal state failed; it is tried again")
+            await attempt(self.poll)
             await asyncio.sleep(POLL_S)
 
     async def poll(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from core.errors import Unavailable
-from core.supervision import RestartPolicy, Supervisor, beat, call_in_thread
+from core.supervision import RestartPolicy, Supervisor, attempt, beat, call_in_thread
 from tests.waiting import wait_until
 
 FAST = RestartPolicy(first_delay_s=0.001, longest_delay_s=0.002, most_failures=3)
@@ -185,3 +185,52 @@ async def test_a_call_on_its_own_thread_returns_raises_and_can_be_left() -> None
         await asyncio.wait_for(call_in_thread("thread", hang), 0.01)
     gate.set()
     await wait_until(left.is_set, "the thread ends")
+
+
+@pytest.mark.parametrize("is_vital", [True, False])
+async def test_attempts_that_fail_do_not_end_the_part(
+    supervisor: Supervisor, *, is_vital: bool
+) -> None:
+    results: list[bool] = []
+    is_broken = True
+
+    async def step() -> None:
+        if is_broken:
+            raise asyncio.CancelledError
+
+    async def loop() -> None:
+        while True:
+            results.append(await attempt(step, is_vital=is_vital))
+            await asyncio.sleep(0.001)
+
+    supervisor.keep_running("poll", loop)
+    await wait_until(lambda: len(results) >= 3, "it is tried again")
+    assert not any(results)
+    # Whether a part that fails is a fault of the process depends on the part.
+    assert bool(supervisor.problems()) is is_vital
+    assert supervisor.parts()[0].failures >= 3
+    is_broken = False
+    await wait_until(lambda: results[-1], "it works again")
+    supervisor.check_health()
+    assert supervisor.problems() == []
+
+
+async def test_an_attempt_outside_a_part_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails() -> None:
+        raise ValueError("no part")
+
+    assert not await attempt(fails)
+    assert "no part" in caplog.text
+
+
+async def test_a_part_that_is_not_vital_is_restarted_and_counted_only(
+    supervisor: Supervisor,
+) -> None:
+    work = Work(OSError("away"), is_endless=True)
+    policy = RestartPolicy(0.001, 0.001, most_failures=1, is_vital=False)
+    supervisor.keep_running("recovery", work, policy)
+    await wait_until(lambda: work.runs > 3, "it is restarted")
+    supervisor.check_health()
+    assert supervisor.problems() == []
+    assert supervisor.parts()[0].failures >= 3
+    assert "away" in supervisor.parts()[0].reason

@@ -1,6 +1,7 @@
 """What /metrics shows of other processes, and that it answers when they do not."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from core.errors import EngineFailed
 from core.metrics import Metrics
 from core.settings import Settings
+from core.supervision import PartView
 from deployments.decisions import KEPT_DECISIONS, DecisionLog
 from deployments.messages import LedgerEntry, SchedulerSnapshot, ThermalView
 from deployments.router import telemetry as telemetry_module
@@ -225,3 +227,26 @@ async def test_formats_grow_only_with_memory_and_without_strain(
     count = len(published.written)
     await published.after(1.0, SchedulerSnapshot(1 << 40, thermal=hot))
     assert len(published.written) == count
+
+
+async def test_background_tasks_of_both_processes_are_shown() -> None:
+    theirs = (
+        PartView("publisher", "failing", 7, "OSError: no space left"),
+        PartView("memory ledger", "running", 1),
+        PartView("memory ledger", "restarting", 2),
+    )
+    snapshot = replace(SNAPSHOT, parts=theirs)
+    subject = telemetry(
+        FakeHandle(snapshot=answering(snapshot)),
+        own_parts=lambda: [PartView("listener", "running")],
+    )
+    await subject.refresh()
+    lines = shown(subject).splitlines()
+    for line in (
+        'impetus_part_up{part="listener",process="router"} 1.0',
+        'impetus_part_up{part="publisher",process="scheduler"} 0.0',
+        'impetus_part_failures_total{part="publisher",process="scheduler"} 7.0',
+        'impetus_part_up{part="memory ledger",process="scheduler"} 0.0',
+        'impetus_part_failures_total{part="memory ledger",process="scheduler"} 3.0',
+    ):
+        assert line in lines
