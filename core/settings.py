@@ -1,19 +1,43 @@
 """Server settings, read from `IMPETUS_…` environment variables and `serve_config.yaml`."""
 
+import difflib
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from platformdirs import user_data_path
-from pydantic import AllowInfNan, BeforeValidator, Field, SecretStr, field_validator
+from pydantic import (
+    AfterValidator,
+    AllowInfNan,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from core.errors import RequestError
 from core.units import parse_bytes
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+_PREFIX = "IMPETUS_"
+# Larger waits overflow the timers of threads and event loops.
+_MOST_SECONDS = 1e9
+_MOST_INTEGER = 2**63 - 1
+
+
+def _check_seconds(value: float) -> float:
+    if value > _MOST_SECONDS:
+        raise ValueError(f"must be at most {_MOST_SECONDS:g} seconds")
+    return value
+
 
 ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
-Seconds = Annotated[float, AllowInfNan(False)]
+Seconds = Annotated[float, AllowInfNan(False), AfterValidator(_check_seconds)]
 
 
 def _split_paths(value: Any) -> Any:
@@ -32,7 +56,7 @@ class Settings(BaseSettings):
     """The server's settings; environment variables override the configuration file."""
 
     model_config = SettingsConfigDict(
-        env_prefix="IMPETUS_", extra="forbid", frozen=True, hide_input_in_errors=True
+        env_prefix=_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True
     )
 
     home: Path = Field(
@@ -69,6 +93,7 @@ class Settings(BaseSettings):
     context_length: int | None = Field(
         default=None,
         ge=16,
+        le=2**31 - 1,
         description="Maximum context of every model, in tokens; unset: the model's own.",
     )
     max_sequences: int = Field(
@@ -80,6 +105,7 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         default=256,
         ge=1,
+        le=1_000_000,
         description="Maximum waiting requests per model; further ones get 429 queue_full.",
     )
     threads: int | None = Field(
@@ -132,6 +158,7 @@ class Settings(BaseSettings):
     stored_responses: int = Field(
         default=1000,
         ge=0,
+        le=1_000_000,
         description="Maximum /v1/responses answers kept in memory for previous_response_id; 0 "
         "keeps none.",
     )
@@ -161,7 +188,7 @@ class Settings(BaseSettings):
         description="Seconds after which an idle model is unloaded; unset: only to free memory.",
     )
 
-    format_idle_s: float = Field(
+    format_idle_s: Seconds = Field(
         default=300.0,
         gt=0,
         description="Seconds after which an on-demand format's process exits if none of its models "
@@ -174,6 +201,43 @@ class Settings(BaseSettings):
         description="Maximum processes per format; more than one only helps on a multi-machine Ray "
         "cluster.",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _value_is_plausible(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reject `true` as a number, integers that no machine word holds, and empty paths."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if annotation in (Path, Path | None) and (
+            not isinstance(value, str | Path | None) or value == ""
+        ):
+            raise ValueError("must be the path of a file or folder")
+        if isinstance(value, bool) and annotation is not bool:
+            raise ValueError(f"must not be {str(value).lower()}")
+        if isinstance(value, int) and abs(value) > _MOST_INTEGER:
+            raise ValueError("the number is too large")
+        return value
+
+    @field_validator("host")
+    @classmethod
+    def _host_is_named(cls, value: str) -> str:
+        if not value.strip() or "\0" in value:
+            raise ValueError("must be an address or a host name, such as 127.0.0.1")
+        return value.strip()
+
+    @field_validator("formats")
+    @classmethod
+    def _formats_are_named(cls, value: list[str]) -> list[str]:
+        if not value:
+            raise ValueError("must name at least one format, such as gguf")
+        return value
+
+    @field_validator("home", "thermal_file", "models_path")
+    @classmethod
+    def _paths_are_complete(cls, value: Any) -> Any:
+        """Replace a leading `~` by the user's folder; a relative path counts from the start."""
+        if isinstance(value, list):
+            return [_complete(path) for path in value]
+        return None if value is None else _complete(value)
 
     @field_validator("api_key")
     @classmethod
@@ -216,3 +280,54 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Give environment variables precedence over the configuration file's args."""
         return env_settings, init_settings
+
+
+def _complete(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("must be the path of a file or folder")
+    try:
+        return path.expanduser().absolute()
+    except (RuntimeError, OSError) as problem:
+        raise ValueError(
+            f"the folder of the user in {str(path)!r} is unknown; write the whole path"
+        ) from problem
+
+
+def load_settings(arguments: object) -> Settings:
+    """Return the settings for the configuration file's `args` and this process' environment.
+
+    Raises RequestError with one sentence that names every setting that is invalid.
+    """
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
+        raise RequestError("args must be a list of `name: value` lines, such as `port: 8000`.")
+    try:
+        return Settings.model_validate(dict(arguments))
+    except ValidationError as problem:
+        faults = " ".join(dict.fromkeys(map(_describe, problem.errors())))
+        first = str(next(iter(problem.errors()))["loc"][0])
+        raise RequestError(f"Invalid settings: {faults}", param=first) from None
+
+
+def unknown_variables() -> Iterator[str]:
+    """Yield a sentence for each IMPETUS_ variable of the environment that is not a setting."""
+    known = [f"{_PREFIX}{name.upper()}" for name in Settings.model_fields]
+    for name in sorted(os.environ):
+        if name.upper().startswith(_PREFIX) and name.upper() not in known:
+            yield f"{name} is not a setting and has no effect{_nearest(name.upper(), known)}"
+
+
+def _describe(fault: ErrorDetails) -> str:
+    name = ".".join(map(str, fault["loc"]))
+    setting = str(fault["loc"][0])
+    if fault["type"] == "extra_forbidden":
+        return f"{name} is not a setting{_nearest(setting, list(Settings.model_fields))}"
+    variable = f"{_PREFIX}{setting.upper()}"
+    source = f" ({variable})" if variable in os.environ else ""
+    return f"{name}{source}: {fault['msg'].removeprefix('Value error, ')}."
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    found = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {found[0]}?" if found else "."

@@ -6,10 +6,13 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application, Deployment
+from ray.serve.exceptions import RayServeException
 
 from backends.base import Backend
 from backends.registry import backends_for
-from core.settings import Settings
+from core.errors import ImpetusError
+from core.settings import Settings, load_settings
+from deployments.options import check_settings
 from deployments.replica.deployment import FormatReplica
 from deployments.router.deployment import RouterReplica
 from deployments.scheduler.deployment import SchedulerReplica
@@ -29,8 +32,20 @@ _SCALING: Mapping[str, Any] = {
 }
 
 
-def build(settings: Settings) -> Application:
-    """Bind one deployment per format, the scheduler over them, and the router over all."""
+def build(arguments: dict[str, Any]) -> Application:
+    """Bind one deployment per format, the scheduler over them, and the router over all.
+
+    Raises RayServeException with a sentence if the server must not start: Ray Serve shows the
+    message of that class alone, and a traceback with any other.
+    """
+    try:
+        return _build(load_settings(arguments))
+    except ImpetusError as problem:
+        raise RayServeException(problem.message) from None
+
+
+def _build(settings: Settings) -> Application:
+    check_settings(settings)
     backends = backends_for(settings.formats)
     cluster = ray.cluster_resources()  # type: ignore[no-untyped-call]
     sizes = [backend.process_bytes for backend in backends.values()]

@@ -17,10 +17,9 @@ from types import FrameType
 
 import psutil
 import yaml
-from pydantic import ValidationError
 
 from core.errors import ImpetusError
-from core.settings import Settings
+from core.settings import Settings, load_settings
 from core.units import MIB
 from deployments.options import check_settings
 from deployments.router.listener import bind, check_exposure
@@ -247,21 +246,34 @@ def token_path(settings: Settings) -> Path:
 
 
 def read_settings(config: Path) -> Settings:
-    """Read the settings that `build` will get.  Raises ImpetusError naming the field."""
+    """Read the settings that `build` will get.  Raises ImpetusError naming the file or field."""
     try:
-        content = yaml.safe_load(config.read_text())
-        arguments = content["applications"][0].get("args") or {}
-    except (OSError, yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as problem:
-        raise ImpetusError(f"{config} cannot be read: {problem}") from problem
-    try:
-        settings = Settings(**arguments)
-        check_settings(settings)
-        return settings
-    except ValidationError as problem:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in problem.errors()
-        )
-        raise ImpetusError(f"Invalid settings: {faults}") from problem
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        application = content["applications"][0]
+        arguments = application.get("args")
+    except OSError as problem:
+        raise ImpetusError(
+            f"The configuration file {config} cannot be read: {problem.strerror}. Check its path "
+            "and its permissions."
+        ) from problem
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as problem:
+        raise ImpetusError(
+            f"The configuration file {config} is not valid YAML: {_place_of(problem)}."
+        ) from problem
+    except (LookupError, TypeError, AttributeError) as problem:
+        raise ImpetusError(
+            f"The configuration file {config} has no application; start from the "
+            "serve_config.yaml of this project."
+        ) from problem
+    settings = load_settings(arguments)
+    check_settings(settings)
+    return settings
+
+
+def _place_of(problem: Exception) -> str:
+    mark = getattr(problem, "problem_mark", None)
+    cause = getattr(problem, "problem", None) or "it is not UTF-8 text of a plausible depth"
+    return f"{cause}, line {mark.line + 1}" if mark else str(cause)
 
 
 def main() -> int:

@@ -1,12 +1,14 @@
 """Tests of settings: precedence of the environment, defaults and validation."""
 
+import math
 import os
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from core.settings import Settings
+from core.errors import RequestError
+from core.settings import Settings, load_settings, unknown_variables
 from core.units import GIB
 
 
@@ -76,3 +78,94 @@ def test_arguments_of_the_application_builder_are_validated(
 
 def test_the_key_is_not_shown() -> None:
     assert "sesame" not in repr(Settings(api_key="sesame"))
+
+
+def test_a_leading_tilde_is_the_users_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/users/ada")
+    monkeypatch.setenv("IMPETUS_MODELS_PATH", f"~/a{os.pathsep}/b")
+    settings = load_settings({"home": "~/data", "thermal_file": "~/heat"})
+    assert settings.home == Path("/users/ada/data")
+    assert settings.thermal_file == Path("/users/ada/heat")
+    assert settings.models_path == [Path("/users/ada/a"), Path("/b")]
+
+
+def test_a_relative_path_does_not_depend_on_a_later_change_of_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_settings({"home": "data", "models_path": ["."]}) == Settings(
+        home=tmp_path / "data", models_path=[tmp_path]
+    )
+
+
+# A value of every type that YAML can give, and of every size.
+WRONG_VALUES = (
+    *(1.5, float("nan"), float("inf"), -1e300, 10**30, -(10**30), True, [], [1], [[]], {"a": 1}),
+    *("", " ", "x", "nan", "1e400", "9" * 5000, "a\0b", b"\xff", "~nosuchuser/x", None),
+)
+
+
+@pytest.mark.parametrize("name", sorted(Settings.model_fields))
+def test_any_value_is_taken_or_refused_by_name(name: str) -> None:
+    taken, refusals = [], []
+    for value in WRONG_VALUES:
+        try:
+            taken.append(getattr(load_settings({name: value}), name))
+        except RequestError as problem:
+            refusals.append(problem)
+    assert len(refusals) > 5
+    assert {problem.param for problem in refusals} == {name}
+    for problem in refusals:
+        assert problem.message.startswith(f"Invalid settings: {name}")
+        assert "\n" not in problem.message
+    assert all(not isinstance(one, float) or math.isfinite(one) for one in taken)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("memory_budget", value) for value in (1.5, float("nan"), True, [1], 0, -1, 10**30)),
+        *(("port", value) for value in (True, None, 1.5, float("inf"), "x", "9" * 5000, [8000])),
+        *(("request_timeout_s", value) for value in (True, 1e300, float("nan"), "1e300", -1)),
+        *(("home", value) for value in ("", 3, [], "a\0b", "~nosuchuser/x")),
+        *(("formats", value) for value in ([], "", ",", 3, [3])),
+        *(("host", value) for value in ("", " ", None, 1)),
+        *(("format_idle_s", value) for value in (float("inf"), float("nan"))),
+        *(("max_waiting", value) for value in (10**12, 0)),
+        ("context_length", 2**31),
+        ("starters", "maybe"),
+        ("models_path", 3),
+    ],
+)
+def test_a_wrong_value_is_refused(name: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"Invalid settings: {name}"):
+        load_settings({name: value})
+
+
+@pytest.mark.parametrize("arguments", [[1], "x", 3, {1: 2}, {None: 1}])
+def test_arguments_that_are_not_names_and_values_are_refused(arguments: object) -> None:
+    with pytest.raises(RequestError, match="args"):
+        load_settings(arguments)
+
+
+def test_the_refusal_names_the_variable_and_the_nearest_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("IMPETUS_THREADS", "two")
+    with pytest.raises(RequestError) as caught:
+        load_settings({"prot": 8000})
+    assert "threads (IMPETUS_THREADS): Input should be a valid integer" in caught.value.message
+    assert "prot is not a setting; did you mean port?" in caught.value.message
+
+
+def test_a_key_is_not_repeated_in_a_refusal() -> None:
+    with pytest.raises(RequestError) as caught:
+        load_settings({"api_key": "schlüssel"})
+    assert "schlüssel" not in caught.value.message
+
+
+def test_variables_that_are_not_settings_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMPETUS_PROT", "8001")
+    monkeypatch.setenv("IMPETUS_PORT", "8001")
+    (line,) = unknown_variables()
+    assert line == "IMPETUS_PROT is not a setting and has no effect; did you mean IMPETUS_PORT?"

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from core.errors import ImpetusError
 from core.settings import Settings
-from deployments.start.launcher import ROOT, environment, main, read_settings, token_path
+from deployments.app import build
+from deployments.start.launcher import ROOT, Launcher, environment, main, read_settings, token_path
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +44,56 @@ def test_wrong_settings_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read_settings(write_config(tmp_path / "b.yaml", "{}"))
 
 
-@pytest.mark.parametrize("text", ["", "applications: []", "[]", "a: [", "applications: 3"])
+@pytest.mark.parametrize(
+    "text", ["", "applications: []", "[]", "a: [", "applications: 3", "[" * 5000, "a: \0", "- *b"]
+)
 def test_f13_a_broken_configuration_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(ImpetusError, match=r"broken\.yaml"):
         read_settings(path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("{memory_budget: 1.5e+10}", "{memory_budget: .nan}", "{memory_budget: yes}"),
+        *("{port: [8000]}", "{prot: 1}", "[1]", "text", "{1: 2}", "{format_idle_s: .inf}"),
+    ],
+)
+def test_any_arguments_give_settings_or_one_sentence(
+    tmp_path: Path,
+    arguments: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path / "a.yaml", arguments)
+    monkeypatch.setattr("sys.argv", ["scripts/serve", str(config)])
+    monkeypatch.setattr(Launcher, "run", lambda _: 0)
+    code = main()
+    error = capsys.readouterr().err
+    assert code == (0 if "1.5e+10" in arguments else 1)
+    assert error.count("\n") == code
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "latin-1"])
+def test_an_unreadable_configuration_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "config.yaml"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "latin-1":
+        path.write_bytes("applications: [{name: für}]".encode("latin-1"))
+    with pytest.raises(ImpetusError, match=r"config\.yaml"):
+        read_settings(path)
+
+
+def test_the_builder_shows_a_sentence_and_no_traceback_of_wrong_arguments() -> None:
+    # Ray Serve shows only the message of this class.
+    for arguments in ({"memory_budget": float("nan")}, {"prot": 1}, {"formats": ["ggml"]}):
+        with pytest.raises(RayServeException, match=r"memory_budget|prot|ggml") as caught:
+            build(arguments)
+        assert caught.value.__cause__ is None
 
 
 def test_the_childs_environment_has_rays_settings_unless_the_user_set_them(
