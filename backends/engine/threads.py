@@ -2,11 +2,12 @@
 
 import ctypes
 import ctypes.util
-import os
 import subprocess
 import sys
 
 import psutil
+
+from core.cpus import usable_cpus
 
 _PR_SET_NAME = 15
 
@@ -36,6 +37,4 @@ def performance_cores() -> int:
         )
         if answer.returncode == 0 and answer.stdout.strip().isdigit():
             return int(answer.stdout)
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    physical = psutil.cpu_count(logical=False) or 1
-    return max(1, min(physical, allowed) if allowed else physical)
+    return min(psutil.cpu_count(logical=False) or 1, usable_cpus())
