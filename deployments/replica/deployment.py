@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 import ray
 from ray import serve
@@ -15,7 +16,7 @@ from backends.abilities import count_tokens
 from backends.base import Engine
 from backends.limits import UNLIMITED, EngineLimits, Limitable, Watched
 from backends.registry import backends_for
-from core.errors import EngineFailed, ModelNotResident
+from core.errors import EngineFailed, ImpetusError, ModelNotResident
 from core.settings import Settings
 from core.types import Embeddings, GenerationRequest, Priority, Prompt
 from deployments.messages import (
@@ -46,6 +47,9 @@ _FLUSH_POLL_S = 0.01
 
 @dataclass(slots=True, eq=False)
 class _OpenModel:
+    """One load of a model; `key` differs from those of its other loads in this process."""
+
+    key: str
     engine: Engine
     load_request: LoadRequest
     marks: tuple[FileMark, ...]
@@ -55,6 +59,7 @@ class _OpenModel:
     was_active: bool = False
     is_draining: bool = False
     idle: asyncio.Event = field(default_factory=asyncio.Event)
+    closing: asyncio.Task[UnloadResult] | None = None
 
 
 class FormatReplica:
@@ -68,9 +73,13 @@ class FormatReplica:
         self._format = format_name
         self._block_store = open_block_store(settings)
         self._backend = backends_for([format_name])[format_name]
+        # The loads that take requests, by model id; and all, with those that only finish theirs.
         self._models: dict[str, _OpenModel] = {}
+        self._loads: dict[str, _OpenModel] = {}
         self._senders: dict[str, FrameSender] = {}
         self._load_lock = asyncio.Lock()
+        self._load_numbers = count(1)
+        self._closing: set[asyncio.Task[UnloadResult]] = set()
         self._limits = UNLIMITED
         self._accelerator = SharedAccelerator(settings.home)
         self._memory = ModelMemory(self._backend)
@@ -81,23 +90,34 @@ class FormatReplica:
 
     @returning_errors
     async def load_model(self, request: LoadRequest) -> Residency:
-        """Load the model unless it is loaded; the weights are read on a thread."""
+        """Load the model unless it is loaded; the weights are read on a thread.
+
+        A load whose file was replaced goes on with its requests and is closed after them; nobody
+        waits for that here.  A load whose caller leaves is completed: its thread cannot be stopped.
+        """
+        return await asyncio.shield(asyncio.ensure_future(self._load(request)))
+
+    async def _load(self, request: LoadRequest) -> Residency:
         async with self._load_lock:
             model = self._models.get(request.model_id)
             if model is not None:
                 if _is_usable(model):
                     return model.residency
-                await self._drain(model)
-                await self._close(model)
+                self._close_when_idle(model)
             started = time.monotonic()
             marks = tuple(mark(path) for path in request.info.files)
             options = replace(
                 request.options, prefix_store=prefix_store_of(self._block_store, request, marks)
             )
+            key = f"{request.model_id}#{next(self._load_numbers)}"
             engine = await self._memory.measure_open(
-                request, lambda: self._backend.open(request.info, options)
+                request, lambda: self._backend.open(request.info, options), key
             )
-            await self._accelerator.share(engine)
+            try:
+                await self._accelerator.share(engine)
+            except ImpetusError:
+                await self._memory.measure_close(key, engine.close)
+                raise
             residency = Residency(
                 request.model_id,
                 self._format,
@@ -106,7 +126,8 @@ class FormatReplica:
                 engine.context_tokens,
                 time.monotonic() - started,
             )
-            self._models[request.model_id] = _OpenModel(engine, request, marks, residency)
+            model = _OpenModel(key, engine, request, marks, residency)
+            self._models[request.model_id] = self._loads[key] = model
             _limit(engine, self._limits)
             logger.info("loaded %s in %.2f s", request.model_id, residency.load_s)
             return residency
@@ -119,39 +140,41 @@ class FormatReplica:
         model = self._models.get(model_id)
         if model is None:
             return None
-        await self._drain(model)
-        async with self._load_lock:
-            if self._models.get(model_id) is model:
-                return await self._close(model)
-        return None
+        return await asyncio.shield(self._close_when_idle(model))
 
-    @staticmethod
-    async def _drain(model: _OpenModel) -> None:
-        """Reject new requests and wait for running ones to finish."""
+    def _close_when_idle(self, model: _OpenModel) -> "asyncio.Task[UnloadResult]":
+        """Reject new requests, and close the model after its last one, on a task of its own."""
         model.is_draining = True
+        if model.closing is None:
+            model.closing = asyncio.ensure_future(self._drain_and_close(model))
+            self._closing.add(model.closing)
+            model.closing.add_done_callback(self._closing.discard)
+        return model.closing
+
+    async def _drain_and_close(self, model: _OpenModel) -> UnloadResult:
         while model.in_flight and not model.engine.is_failed:
             model.idle.clear()
             await model.idle.wait()
-
-    async def _close(self, model: _OpenModel) -> UnloadResult:
-        model_id = model.load_request.model_id
-        del self._models[model_id]
-        engine = model.engine
-        freed = await self._memory.measure_close(model_id, engine.close)
+        async with self._load_lock:
+            model_id = model.load_request.model_id
+            if self._models.get(model_id) is model:
+                del self._models[model_id]
+            del self._loads[model.key]
+            freed = await self._memory.measure_close(model.key, model.engine.close)
         logger.info("unloaded %s", model_id)
         return freed
 
     async def set_limits(self, limits: EngineLimits) -> None:
         """Apply `limits` to every loaded model, and to models that are loaded later."""
         self._limits = limits
-        for model in self._models.values():
+        for model in self._loads.values():
             _limit(model.engine, limits)
 
     @returning_errors
     async def generate(self, request: GenerationRequest, socket_path: str) -> None:
         """Run a request; its events go to the router's socket, one frame per step."""
-        sender = await self._sender(socket_path)
         with self._lease(request.model_id) as model:
+            sender = self._sender(socket_path)
             await self._run(model.engine, request, sender)
             while not sender.flush():
                 await asyncio.sleep(_FLUSH_POLL_S)
@@ -219,7 +242,7 @@ class FormatReplica:
             if not model.in_flight:
                 model.idle.set()
 
-    async def _sender(self, socket_path: str) -> FrameSender:
+    def _sender(self, socket_path: str) -> FrameSender:
         sender = self._senders.get(socket_path)
         if sender is None or sender.is_broken:
             try:
@@ -231,7 +254,7 @@ class FormatReplica:
 
     async def report(self) -> ReplicaReport:
         """Return the usage and memory of this process's models."""
-        self._memory.sample({name for name, one in self._models.items() if one.was_active})
+        self._memory.sample({one.key for one in self._models.values() if one.was_active})
         for model in self._models.values():
             model.was_active = bool(model.in_flight)
         now = time.monotonic()
@@ -241,7 +264,7 @@ class FormatReplica:
                 0.0 if model.in_flight else now - model.used_at,
                 model.in_flight,
                 model.engine.load(),
-                self._memory.measured_bytes(model_id),
+                self._memory.measured_bytes(model.key),
             )
             for model_id, model in self._models.items()
         )
@@ -254,8 +277,8 @@ class FormatReplica:
 
     async def check_health(self) -> None:
         """Raise EngineFailed if an engine's step hangs: Serve then replaces this process."""
-        for model_id, model in self._models.items():
-            engine = model.engine
+        for model in self._loads.values():
+            engine, model_id = model.engine, model.load_request.model_id
             stalled_s = engine.stalled_s if isinstance(engine, Watched) else 0.0
             if stalled_s > model.load_request.step_limit_s:
                 raise EngineFailed(f"A step of {model_id} has not returned for {stalled_s:.0f} s.")
@@ -266,7 +289,7 @@ class FormatReplica:
 
     async def __del__(self) -> None:
         """Close every model; Serve awaits this at shutdown."""
-        for model in list(self._models.values()):
+        for model in list(self._loads.values()):
             await model.engine.close()
         await self._accelerator.close()
         if self._block_store is not None:

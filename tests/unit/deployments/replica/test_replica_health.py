@@ -1,8 +1,6 @@
 """A replica's own watch over its engines, and what its models really hold."""
 
 import asyncio
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +9,6 @@ from backends.base import EngineOptions
 from backends.echo import EchoBackend, echo_info
 from backends.engine.batching import BatchingEngine
 from core.errors import EngineFailed, TimedOut
-from core.settings import Settings
 from core.units import MIB
 from deployments.messages import LoadRequest, UnloadResult
 from deployments.replica.deployment import FormatReplica
@@ -20,24 +17,6 @@ from tests.requests import request, run
 from tests.unit.backends.engine.test_batching import FakeStepper, open_engine, until
 
 ORDER = LoadRequest("m", echo_info(), EngineOptions(), step_limit_s=60.0)
-
-
-class UnservedReplica(FormatReplica):
-    """Serve awaits the coroutine that `__del__` is; the interpreter cannot."""
-
-    def __del__(self) -> None:  # type: ignore[override]
-        pass
-
-
-@pytest.fixture
-def replica(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FormatReplica:
-    context: Any = SimpleNamespace(
-        replica_id=SimpleNamespace(unique_id="replica"), get_node_id=lambda: "node"
-    )
-    monkeypatch.setattr("deployments.replica.deployment.attach_logs", lambda: None)
-    monkeypatch.setattr("deployments.replica.deployment.serve.get_replica_context", lambda: context)
-    monkeypatch.setattr("deployments.replica.deployment.ray.get_runtime_context", lambda: context)
-    return UnservedReplica("echo", Settings(home=tmp_path, prefix_ram=0, prefix_disk=0))
 
 
 async def test_f3_a_step_that_does_not_return_fails_the_health_check(
