@@ -17,6 +17,7 @@ from deployments.replica.deployment import FormatReplica
 from deployments.router.deployment import RouterReplica
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.affinity import ResidencyRouter
+from deployments.serve.message_size import runtime_env_options
 from deployments.serve.resources import reservation
 
 # The engine's queue bounds the requests; Serve's limit is only a safety net.
@@ -53,14 +54,16 @@ def _build(settings: Settings) -> Application:
         name: _format(backend, settings, reservation(backend.process_bytes, cluster, sizes))
         for name, backend in backends.items()
     }
-    scheduler = _deployment(SchedulerReplica, "scheduler").bind(settings, formats)
-    router = _deployment(serve.ingress()(RouterReplica), "router")
+    common = runtime_env_options(settings)
+    scheduler = _deployment(SchedulerReplica, "scheduler", common).bind(settings, formats)
+    router = _deployment(serve.ingress()(RouterReplica), "router", common)
     return router.bind(settings, scheduler, formats)
 
 
 def _format(backend: Backend, settings: Settings, reserved: dict[str, Any]) -> Application:
     options = format_options(backend, settings)
-    deployment = _deployment(FormatReplica, backend.name, reserved, **options)
+    actor_options = {**reserved, **runtime_env_options(settings)}
+    deployment = _deployment(FormatReplica, backend.name, actor_options, **options)
     return deployment.bind(backend.name, settings)
 
 
@@ -82,12 +85,12 @@ def format_options(backend: Backend, settings: Settings) -> dict[str, Any]:
 
 
 def _deployment(
-    cls: Any, name: str, reserved: Mapping[str, Any] | None = None, **options: Any
+    cls: Any, name: str, actor_options: Mapping[str, Any], **options: Any
 ) -> Deployment:
     decorate: Callable[[Any], Deployment] = serve.deployment(
         name=name,
         max_ongoing_requests=_MOST_ONGOING,
-        ray_actor_options={"num_cpus": 0, **(reserved or {})},
+        ray_actor_options={"num_cpus": 0, **actor_options},
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=20.0,
         # How soon a dead replica is detected and replaced; Serve's default is 10 s.

@@ -10,6 +10,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from core.errors import EngineFailed, ImpetusError, QueueFull, Unavailable
+from deployments.serve.message_size import size_error
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -63,7 +64,7 @@ def unwrap(problem: BaseException) -> BaseException:
         return QueueFull("Too many requests wait for this model.", retry_after_s=2)
     if isinstance(problem, DeploymentUnavailableError):
         return Unavailable("This model's format cannot be served now.", retry_after_s=5)
-    return problem
+    return size_error(str(problem)) or problem
 
 
 def returning_errors(

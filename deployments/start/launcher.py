@@ -23,6 +23,7 @@ from core.settings import Settings, load_settings
 from core.units import MIB
 from deployments.options import check_settings
 from deployments.router.listener import bind, check_exposure
+from deployments.serve import message_size
 from deployments.serve.resources import UNIFIED_MEMORY
 from deployments.start.drain import drain, local_url
 from scheduler.sensors.machine import machine_memory_bytes
@@ -222,6 +223,8 @@ def say(line: str) -> None:
 def environment(settings: Settings) -> dict[str, str]:
     """Return the child's environment: ours, plus Ray's settings of scripts/env where unset."""
     values = dict(os.environ)
+    # scripts/env has the default; a larger `max_body` raises it.
+    values.setdefault(message_size.VARIABLE, str(message_size.message_limit(settings)))
     for line in (ROOT / "scripts" / "env").read_text().splitlines():
         name, separator, value = line.partition("=")
         if separator and not line.startswith("#"):
