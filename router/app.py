@@ -20,6 +20,7 @@ from router.api.models import (
     unload_endpoint,
 )
 from router.context import IgnoredNames, Pacing, RouteContext
+from router.http.access import Access, AccessGuard, access_of
 from router.http.drain import Drain
 from router.http.errors import RequestBoundary, install_error_handlers
 from router.http.guards import (
@@ -27,7 +28,6 @@ from router.http.guards import (
     ContentTypeGuard,
     DrainGuard,
     HeaderGuard,
-    KeyGuard,
     OriginGuard,
 )
 from router.services import Management, Services
@@ -54,7 +54,7 @@ def create_app(
     is not a valid origin.
     """
     metrics = metrics or Metrics()
-    guards = (HeaderGuard, OriginGuard, BodyLimit, KeyGuard, ContentTypeGuard)
+    guarded = (services.settings, metrics)
     drain = Drain()
     app = FastAPI(
         title="Impetus",
@@ -64,23 +64,26 @@ def create_app(
         redirect_slashes=False,
         middleware=[
             Middleware(RequestBoundary, metrics),
-            *(Middleware(guard, services.settings, metrics) for guard in guards),
-            Middleware(DrainGuard, services.settings, metrics, drain),
+            *(Middleware(guard, *guarded) for guard in (HeaderGuard, OriginGuard, BodyLimit)),
+            Middleware(AccessGuard, *guarded, services.management_token),
+            Middleware(ContentTypeGuard, *guarded),
+            Middleware(DrainGuard, *guarded, drain),
         ],
     )
     install_error_handlers(app, metrics)
     context = RouteContext(services, metrics, IgnoredNames(metrics), pacing or Pacing())
-    _add_routes(app, context, drain)
+    _add_inference_routes(app, context)
+    _add_public_routes(app, context, drain)
     if services.management is not None:
         _add_management_routes(app, context, services.management)
-        _add_route(app, "/api/drain", drain_endpoint(drain), "POST")
+        _add_route(app, Access.MANAGEMENT, "/api/drain", drain_endpoint(drain), "POST")
     # A wrong setting fails at start, not at the first request.
     app.build_middleware_stack()
     return app
 
 
-def _add_routes(app: FastAPI, context: RouteContext, drain: Drain) -> None:
-    add = partial(_add_route, app)
+def _add_inference_routes(app: FastAPI, context: RouteContext) -> None:
+    add = partial(_add_route, app, Access.INFERENCE)
     # Routes are tried in this order: the most used come first.
     add("/v1/chat/completions", chat_endpoint(context), "POST")
     add("/v1/completions", completion_endpoint(context), "POST")
@@ -95,16 +98,20 @@ def _add_routes(app: FastAPI, context: RouteContext, drain: Drain) -> None:
     add("/v1/responses/input_tokens", input_tokens_endpoint(context, store), "POST")
     add("/v1/responses/{response_id}", stored_response_endpoint(store))
     add("/v1/responses/{response_id}", delete_response_endpoint(store), "DELETE")
-    add("/", _root_endpoint(context))
-    add("/healthz", _healthz)
-    add("/readyz", _readyz_endpoint(context, drain))
-    add("/metrics", _metrics_endpoint(context))
     add("/v1/models", models_endpoint(context))
     add("/v1/models/{model_id:path}", model_endpoint(context))
+    add("/", _root_endpoint(context))
+    add("/metrics", _metrics_endpoint(context))
+
+
+def _add_public_routes(app: FastAPI, context: RouteContext, drain: Drain) -> None:
+    add = partial(_add_route, app, Access.PUBLIC)
+    add("/healthz", _healthz)
+    add("/readyz", _readyz_endpoint(context, drain))
 
 
 def _add_management_routes(app: FastAPI, context: RouteContext, management: Management) -> None:
-    add = partial(_add_route, app)
+    add = partial(_add_route, app, Access.MANAGEMENT)
     one_model = "/api/models/{model_id:path}"
     add("/api/models", list_endpoint(context, management))
     add(f"{one_model}/load", load_endpoint(context, management), "POST")
@@ -115,9 +122,19 @@ def _add_management_routes(app: FastAPI, context: RouteContext, management: Mana
 
 
 def _add_route(
-    app: FastAPI, path: str, endpoint: Callable[..., Awaitable[Response]], method: str = "GET"
+    app: FastAPI,
+    access: Access,
+    path: str,
+    endpoint: Callable[..., Awaitable[Response]],
+    method: str = "GET",
 ) -> None:
-    app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    """Add a route; its tag is its access class.  GET also answers HEAD."""
+    if access_of(path) is not access:
+        raise ValueError(f"{path} would be guarded as {access_of(path)}, not as {access}")
+    add = partial(app.add_api_route, path, endpoint, response_model=None, tags=[access.value])
+    add(methods=[method])
+    if method == "GET":
+        add(methods=["HEAD"], include_in_schema=False)
 
 
 def _version() -> str:

@@ -175,7 +175,10 @@ class Telemetry(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Everything the HTTP application depends on; without `management` there is no `/api/`."""
+    """Everything the HTTP application depends on; without `management` there is no `/api/`.
+
+    `management_token` lets a web page use `/api/`; with an empty one no page can.
+    """
 
     settings: Settings
     catalog: Catalog
@@ -183,3 +186,4 @@ class Services:
     health: Health
     telemetry: Telemetry
     management: Management | None = None
+    management_token: str = field(default="", repr=False)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import ray
 from starlette.types import ASGIApp
 
+from core.errors import ImpetusError
+from core.keys import MANAGEMENT_TOKEN, read_key
 from core.metrics import Metrics
 from core.settings import Settings
 from deployments.decisions import DecisionLog
@@ -61,6 +63,7 @@ class RouterReplica:
             SchedulerHealth(scheduler),
             telemetry,
             self._management,
+            _management_token(settings),
         )
         self._app = create_app(services, metrics=metrics)
         self._listener = Listener(self._app, settings)
@@ -83,3 +86,12 @@ class RouterReplica:
         if hasattr(self, "_management"):
             self._management.close()
         await self._receiver.stop()
+
+
+def _management_token(settings: Settings) -> str:
+    """Return the management token; empty, so that no token is accepted, if it cannot be kept."""
+    try:
+        return read_key(settings.home, MANAGEMENT_TOKEN)
+    except ImpetusError as problem:
+        logger.error("web pages cannot manage models: %s", problem.message)
+        return ""

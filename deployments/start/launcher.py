@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import psutil
 import yaml
 
 from core.errors import ImpetusError
+from core.keys import MANAGEMENT_TOKEN, key_file, read_key
 from core.settings import Settings, load_settings
 from core.units import MIB
 from deployments.options import check_settings
@@ -142,6 +142,10 @@ class Launcher:
         if match:
             say(f"  Ray dashboard  http://{match[1]} (token: {token_path(self._settings)})")
         say(f"  Logs           {self._log_path}")
+        say(f"  Management     X-Impetus-Token: {read_key(self._settings.home, MANAGEMENT_TOKEN)}")
+        say(
+            "                 (needed only by web pages that call /api/, and instead of an API key)"
+        )
         say("")
         say(f"  curl {base_url}/chat/completions -H 'Content-Type: application/json'{key} \\")
         say(f"    -d '{body}'")
@@ -237,15 +241,7 @@ def environment(settings: Settings) -> dict[str, str]:
 
 def token_path(settings: Settings) -> Path:
     """Return the file of Ray's token; created with access for this user only if missing."""
-    path = settings.home / "keys" / "ray_token"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    return path
+    return key_file(settings.home, "ray_token")
 
 
 def read_settings(config: Path) -> Settings:

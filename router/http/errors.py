@@ -11,6 +11,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import (
@@ -119,7 +120,15 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         if error.status_code == 404:
             known = NotFound(f"There is no endpoint at {request.scope['path'][:200]!r}.")
         elif error.status_code == 405:
-            known = RequestError(f"The method {request.method[:20]} is not allowed at this path.")
+            allow = {"allow": ", ".join(allowed_methods(app, request.scope))}
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=allow)
+            known = RequestError(
+                f"The method {request.method[:20]!r} is not allowed at this path; send "
+                f"{allow['allow']}."
+            )
+            metrics.errors.labels(known.code).inc()
+            return error_response(known, status=405, headers=allow)
         else:
             known = RequestError(str(error.detail))
         metrics.errors.labels(known.code).inc()
@@ -137,6 +146,15 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(ImpetusError, on_impetus_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
+
+
+def allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
+    """Return the methods that the routes at the request's path answer."""
+    methods = {"OPTIONS"}
+    for route in app.routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            methods |= set(getattr(route, "methods", None) or ())
+    return sorted(methods)
 
 
 class RequestBoundary:

@@ -1,11 +1,9 @@
-"""Access checks as ASGI middleware: headers, origin, body size, API key, content type, drain.
+"""Checks of requests as ASGI middleware: headers, origin, body size, content type, drain.
 
-They run in this order: `HeaderGuard`, `OriginGuard`, `BodyLimit`, `KeyGuard`, `ContentTypeGuard`,
-`DrainGuard`.
+They run in this order: `HeaderGuard`, `OriginGuard`, `BodyLimit`, `router.http.access.AccessGuard`,
+`ContentTypeGuard`, `DrainGuard`.
 """
 
-import hashlib
-import hmac
 import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
@@ -15,7 +13,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import (
-    AuthenticationError,
     BodyTooLarge,
     ImpetusError,
     PermissionDenied,
@@ -39,7 +36,7 @@ _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{1
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]{0,30}://[^\s/?#@\\,]{0,260}")
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9-]+(?:\s*,\s*[A-Za-z0-9-]+){0,99}")
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
-_CLOSE = {"connection": "close"}
+CLOSE = {"connection": "close"}
 
 
 def header_values(scope: Scope, name: bytes) -> list[bytes]:
@@ -47,7 +44,7 @@ def header_values(scope: Scope, name: bytes) -> list[bytes]:
     return [value for key, value in scope["headers"] if key.lower() == name]
 
 
-class _Guard:
+class Guard:
     """ASGI middleware that may answer instead of the application."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
@@ -78,7 +75,7 @@ class _Guard:
         return error_response(error, status=status, headers=headers)
 
 
-class HeaderGuard(_Guard):
+class HeaderGuard(Guard):
     """Limits the headers and accepts only the Host names of this server.
 
     A foreign web page can make a browser connect here under its own name (DNS rebinding).
@@ -104,21 +101,21 @@ class HeaderGuard(_Guard):
             f"The request has {len(headers)} headers and {format_bytes(size)} of address and "
             f"headers; at most {MAX_HEADERS} and {format_bytes(MAX_HEADER_BYTES)} are accepted."
         )
-        return self.refusal(error, status=431, headers=_CLOSE)
+        return self.refusal(error, status=431, headers=CLOSE)
 
     def _check_host(self, scope: Scope) -> Response | None:
         hosts = header_values(scope, b"host")
         match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if match is None:
             error = RequestError("The request needs exactly one well-formed Host header.")
-            return self.refusal(error, headers=_CLOSE)
+            return self.refusal(error, headers=CLOSE)
         name = match[1].decode("ascii").lower().strip("[]")
         if name in self._names:
             return None
         error_403 = PermissionDenied(
             f"The Host {name!r} is not allowed; add it to IMPETUS_ALLOWED_HOSTS to allow it."
         )
-        return self.refusal(error_403, headers=_CLOSE)
+        return self.refusal(error_403, headers=CLOSE)
 
 
 def normalize_origin(text: str) -> str:
@@ -135,7 +132,7 @@ def normalize_origin(text: str) -> str:
     return origin
 
 
-class OriginGuard(_Guard):
+class OriginGuard(Guard):
     """Refuses requests of foreign web pages, and answers CORS for allowed origins."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
@@ -176,7 +173,7 @@ class OriginGuard(_Guard):
             f"Pages from {origin!r} may not call this server; add the origin to "
             "IMPETUS_ALLOWED_ORIGINS to allow it."
         )
-        return self.refusal(error, headers={**_CLOSE, "vary": "Origin"})
+        return self.refusal(error, headers={**CLOSE, "vary": "Origin"})
 
     def _is_allowed(self, origin: str, scope: Scope) -> bool:
         try:
@@ -209,7 +206,7 @@ def _preflight(origin: str, scope: Scope) -> Response:
     return Response(status_code=204, headers=headers)
 
 
-class BodyLimit(_Guard):
+class BodyLimit(Guard):
     """Counts the body as it arrives and stops reading at the limit."""
 
     async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -218,7 +215,7 @@ class BodyLimit(_Guard):
         error = BodyTooLarge(f"The request body is larger than {format_bytes(limit)}.")
         declared = header_values(scope, b"content-length")
         if any(value.isdigit() and int(value[:20]) > limit for value in declared):
-            await self.refusal(error, headers=_CLOSE)(scope, receive, send)
+            await self.refusal(error, headers=CLOSE)(scope, receive, send)
             return
         received = 0
 
@@ -238,39 +235,7 @@ class BodyLimit(_Guard):
         await self._app(scope, counted_receive, send_closing)
 
 
-class KeyGuard(_Guard):
-    """Requires the API key on every path except the public ones."""
-
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        super().__init__(app, settings, metrics)
-        key = settings.api_key
-        self._digest = None if key is None else _digest(key.get_secret_value().encode("ascii"))
-
-    async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401 or pass on; decides on `scope["path"]` alone, never on the Host."""
-        if self._digest is None or scope["path"] in PUBLIC_PATHS or self._has_key(scope):
-            await self._app(scope, receive, send)
-            return
-        error = AuthenticationError(
-            "The API key is missing or wrong; send it as `Authorization: Bearer KEY`."
-        )
-        await self.refusal(error, headers=_CLOSE)(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        keys = header_values(scope, b"x-api-key")
-        for value in header_values(scope, b"authorization"):
-            scheme, _, key = value.partition(b" ")
-            if scheme.lower() == b"bearer":
-                keys.append(key.strip())
-        expected = self._digest or b""
-        return any(hmac.compare_digest(_digest(key), expected) for key in keys)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
-class ContentTypeGuard(_Guard):
+class ContentTypeGuard(Guard):
     """Accepts JSON bodies only: a web page can send other types without a CORS preflight."""
 
     async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -280,7 +245,7 @@ class ContentTypeGuard(_Guard):
                 "The body must be JSON: send `Content-Type: application/json` and no "
                 "Content-Encoding."
             )
-            await self.refusal(error, status=415, headers=_CLOSE)(scope, receive, send)
+            await self.refusal(error, status=415, headers=CLOSE)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -292,7 +257,7 @@ class ContentTypeGuard(_Guard):
         return types[0].partition(b";")[0].strip().lower() == b"application/json"
 
 
-class DrainGuard(_Guard):
+class DrainGuard(Guard):
     """Counts running requests, and refuses new ones while the server is stopping."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, drain: Drain) -> None:
@@ -305,7 +270,7 @@ class DrainGuard(_Guard):
             await self._app(scope, receive, send)
             return
         if self._drain.is_on:
-            await self.refusal(self._drain.refusal(), headers=_CLOSE)(scope, receive, send)
+            await self.refusal(self._drain.refusal(), headers=CLOSE)(scope, receive, send)
             return
         self._drain.in_flight += 1
         try:

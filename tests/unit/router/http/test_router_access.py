@@ -1,0 +1,193 @@
+"""Access classes: every route has one, and no web page manages anything without the token."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import Response
+
+from core.keys import MANAGEMENT_TOKEN, read_key
+from router.app import create_app
+from router.http.access import Access, access_of
+from tests.fakes import CHAT_MODEL, make_services
+from tests.live_server import client_of, error_of
+from tests.unit.router.api.test_router_api import FakeManagement
+
+TOKEN = "canary-token-5678"
+KEY = "canary-key-1234"
+# FastAPI's own route; the only one that is not registered with a class.
+UNTAGGED = {"/openapi.json"}
+PAGES = [
+    {"origin": "file://"},
+    {"origin": "vscode-webview://1a2b3c"},
+    {"origin": "app://obsidian.md"},
+    {"origin": "tauri://localhost"},
+    {"origin": "http://localhost:5173"},
+    {"origin": "http://localhost:8000"},
+    {"origin": "https://chat.example.org"},
+    {"origin": "https://evil.com"},
+    {"origin": "null"},
+    {"sec-fetch-site": "same-origin"},
+    {"sec-fetch-site": "none", "sec-fetch-mode": "navigate"},
+    {"sec-fetch-dest": "iframe"},
+    {"referer": "http://localhost:8000/"},
+]
+CREDENTIALS = [{"authorization": f"Bearer {TOKEN}"}, {"x-impetus-token": TOKEN}]
+
+
+def make_app(management: Any = None, **settings: Any) -> FastAPI:
+    services = make_services(allowed_origins=["https://chat.example.org"], **settings)
+    management = management or FakeManagement()
+    return create_app(replace(services, management=management, management_token=TOKEN))
+
+
+def unclassified(app: FastAPI) -> list[str]:
+    """Return the paths of routes whose class is missing, or is not what the guard applies."""
+    classes = {access.value for access in Access}
+    wrong = []
+    for route in app.routes:
+        path = str(getattr(route, "path", route))
+        tags = set(route.tags) if isinstance(route, APIRoute) else set()
+        if path not in UNTAGGED and (
+            len(tags & classes) != 1 or tags & classes != {access_of(path).value}
+        ):
+            wrong.append(path)
+    return wrong
+
+
+def management_calls(app: FastAPI) -> list[tuple[str, str]]:
+    return [
+        (method, route.path.replace("{model_id:path}", CHAT_MODEL))
+        for route in app.routes
+        if isinstance(route, APIRoute) and Access.MANAGEMENT.value in route.tags
+        for method in sorted(route.methods or ())
+    ]
+
+
+def test_every_route_has_an_access_class_n7() -> None:
+    app = make_app()
+    assert unclassified(app) == []
+    assert ("POST", "/api/drain") in management_calls(app)
+
+    async def endpoint(request: Request) -> Response:
+        del request
+        return Response()
+
+    app.add_api_route("/v1/new", endpoint, methods=["POST"])
+    app.add_api_route("/manage", endpoint, methods=["POST"], tags=["management"])
+    app.add_route("/old", endpoint)
+    assert unclassified(app) == ["/v1/new", "/manage", "/old"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+async def test_no_page_manages_without_the_token_n5(page: dict[str, str]) -> None:
+    management = FakeManagement()
+    app = make_app(management)
+    async with client_of(app, **page) as http:
+        for method, path in management_calls(app):
+            answer = await send(http, method, path)
+            assert answer.status_code == 403, path
+            if method != "HEAD":
+                assert error_of(answer)["code"] == "permission_denied"
+            wrong = await send(http, method, path, {"x-impetus-token": TOKEN[:-1]})
+            assert wrong.status_code == 403, path
+    assert management.calls == []
+    async with client_of(app) as http:
+        chat = {"model": CHAT_MODEL, "messages": [{"role": "user", "content": "still running"}]}
+        assert (await http.post("/v1/chat/completions", json=chat)).status_code == 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize("credential", CREDENTIALS, ids=str)
+async def test_pages_of_allowed_origins_manage_with_the_token(
+    page: dict[str, str], credential: dict[str, str]
+) -> None:
+    app = make_app()
+    is_foreign = page.get("origin") in ("https://evil.com", "null")
+    async with client_of(app, **page, **credential) as http:
+        for method, path in management_calls(app):
+            answer = await send(http, method, path)
+            assert answer.status_code == (403 if is_foreign else 200), (path, answer.text)
+
+
+async def test_other_clients_manage_without_a_token_unless_a_key_is_set() -> None:
+    app = make_app()
+    async with client_of(app, authorization="Bearer dummy") as http:
+        for method, path in management_calls(app):
+            assert (await send(http, method, path)).status_code == 200, path
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"authorization": "Bearer wrong"}, 401),
+        ({"x-impetus-token": KEY}, 401),
+        ({"authorization": f"Bearer {KEY}"}, 200),
+        ({"x-api-key": KEY}, 200),
+        ({"authorization": f"Bearer {TOKEN}"}, 200),
+        ({"x-impetus-token": TOKEN}, 200),
+        ({"origin": "http://localhost:5173"}, 401),
+        ({"origin": "http://localhost:5173", "x-api-key": KEY}, 200),
+    ],
+)
+async def test_with_a_key_management_needs_the_key_or_the_token(
+    headers: dict[str, str], status: int
+) -> None:
+    app = make_app(api_key=KEY)
+    async with client_of(app, **headers) as http:
+        for method, path in management_calls(app):
+            assert (await send(http, method, path)).status_code == status, path
+
+
+async def test_the_token_opens_management_only() -> None:
+    async with client_of(make_app(api_key=KEY), **CREDENTIALS[0]) as http:
+        assert (await http.get("/v1/models")).status_code == 401
+        assert (await http.get("/healthz")).status_code == 200
+
+
+async def test_without_a_token_no_page_gets_in() -> None:
+    services = replace(make_services(), management=FakeManagement())
+    async with client_of(create_app(services), origin="file://") as http:
+        for value in ("", "x"):
+            answer = await http.post("/api/drain", json={}, headers={"x-impetus-token": value})
+            assert answer.status_code == 403
+
+
+async def test_inference_from_editors_needs_no_token() -> None:
+    chat = {"model": CHAT_MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    for origin in ("vscode-webview://1a2b3c", "file://", "http://localhost:5173"):
+        async with client_of(make_app(), origin=origin) as http:
+            assert (await http.post("/v1/chat/completions", json=chat)).status_code == 200
+
+
+async def test_path_tricks_reach_no_management_route_n10() -> None:
+    management = FakeManagement()
+    tricks = ["//api/drain", "/API/drain", "/v1/../api/drain", "/api;/drain", "/api/drain/"]
+    async with client_of(make_app(management), origin="file://") as http:
+        for path in tricks:
+            answer = await http.post(path, json={})
+            assert answer.status_code in (403, 404), path
+        assert (await http.get("/readyz")).status_code == 200
+
+
+def test_the_token_is_not_shown(tmp_path: Any) -> None:
+    token = read_key(tmp_path, MANAGEMENT_TOKEN)
+    services = replace(make_services(home=tmp_path), management_token=token)
+    assert token not in repr(services)
+
+
+async def send(
+    http: httpx.AsyncClient, method: str, path: str, headers: dict[str, str] | None = None
+) -> httpx.Response:
+    """Send an empty JSON body where the method may change something."""
+    if method in ("GET", "HEAD"):
+        return await http.request(method, path, headers=headers)
+    content = json.dumps({}).encode()
+    own = {"content-type": "application/json", **(headers or {})}
+    return await http.request(method, path, content=content, headers=own)
