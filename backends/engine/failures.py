@@ -7,12 +7,12 @@ from core.errors import ImpetusError, RequestFailed
 logger = logging.getLogger(__name__)
 
 
-def request_error(problem: BaseException, activity: str, request: object) -> ImpetusError:
+def request_error(problem: BaseException, activity: str, who: str) -> ImpetusError:
     """Return the error of a request during whose `activity` `problem` was raised.
 
-    An unexpected exception is logged with its traceback; `request` names it there.
+    An unexpected exception is logged with its traceback; `who` names the request there.
     """
     if isinstance(problem, ImpetusError):
         return problem
-    logger.error("request %s failed during %s", request, activity, exc_info=problem)
+    logger.error("%s failed during %s", who, activity, exc_info=problem)
     return RequestFailed.during(activity, problem)

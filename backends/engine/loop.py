@@ -302,7 +302,7 @@ class EngineLoop:
 
     def _fail(self, request: EngineRequest, problem: BaseException, activity: str) -> None:
         """End a running request, and no other one, with an error."""
-        self._end(request, request_error(problem, activity, request.generation.id))
+        self._end(request, request_error(problem, activity, request.label))
 
     def _finish_step(self, events: StepEvents) -> None:
         """Deliver the step's events before the results: a result never overtakes its text."""
@@ -336,4 +336,4 @@ class EngineLoop:
         for index, (request, outcome) in enumerate(self._ended):
             is_same = request.receiver is receiver and request.generation.id == generation_id
             if is_same and not isinstance(outcome, ImpetusError):
-                self._ended[index] = (request, request_error(problem, activity, generation_id))
+                self._ended[index] = (request, request_error(problem, activity, request.label))

@@ -75,6 +75,11 @@ class EngineRequest:
     throttled_s: float = 0.0
     reuse: Reuse | None = None
 
+    @property
+    def label(self) -> str:
+        """Its name in the log."""
+        return f"request {self.generation.id}"
+
     def spec(self) -> SequenceSpec:
         """Return the sequence for the stepper."""
         prepared = self.prepared
@@ -133,7 +138,7 @@ class EngineRequest:
                 [(self.generation.id, [*self.prepared.take_initial_events(), finished])]
             )
         except Exception as problem:
-            raise request_error(problem, "the delivery of its end", self.generation.id) from problem
+            raise request_error(problem, "the delivery of its end", self.label) from problem
         return finished
 
     def outcome(self, reason: FinishReason, now: float) -> Finished | RequestFailed:

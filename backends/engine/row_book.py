@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 from backends.base import EngineLoad
 from backends.engine.rows import Row
 from backends.prefixes.match import common_prefix
-from core.errors import EngineFailed
+from core.errors import RequestFailed
 
 RowT = TypeVar("RowT", bound=Row)
 
@@ -61,24 +61,28 @@ class RowBook(Generic[RowT]):
         if row is None:
             return None
         row.stop_restoring()
-        if row.slot < 0:
-            self.waiting.remove(row)
-        else:
+        # A row that failed while it was placed may have a slot, but does not run yet.
+        if row in self.running:
             self.running.remove(row)
             self._is_crowded = False
+        else:
+            self.waiting.remove(row)
         return row
+
+    def too_long(self) -> RequestFailed | None:
+        """Return the error of the only running row when it needs more room; None if others run."""
+        if len(self.running) > 1:
+            return None
+        return RequestFailed(
+            f"The sequence does not fit the KV cache of {self.kv_tokens} tokens. Shorten the "
+            "prompt or max_tokens, or load the model with a larger context."
+        )
 
     def preempt(self) -> RowT:
         """Let the youngest running row wait before all others, to be computed again.
 
-        Its slot is the caller's now.  Raises EngineFailed when no other row runs: then one
-        sequence alone is too long for the KV cache.
+        Its slot is the caller's now.  At least two rows must run: see `too_long`.
         """
-        if len(self.running) < 2:
-            raise EngineFailed(
-                f"One sequence does not fit the KV cache of {self.kv_tokens} tokens. Shorten the "
-                "prompt or max_tokens, or load the model with a larger context."
-            )
         row = self.running.pop()
         row.stop_restoring()
         row.past, row.leader = 0, None

@@ -63,26 +63,46 @@ class RowStepper(BaseStepper):
         else:
             self._model.close_row(slot)
 
+    def _discard(self, row: ModelRow) -> None:
+        self._book.remove(row.spec.id)
+        if row.slot >= 0:
+            self._model.close_row(row.release_slot())
+
     def step(self) -> list[StepOutput]:
-        """Do one forward pass.  Raises EngineFailed when the runtime fails."""
-        for row in self._book.admissible():
-            self._place(row)
-            self._book.start(row)
-        chunks = self._chunks()
+        """Do one forward pass; what fails for one row is in its output.
+
+        Raises EngineFailed when the runtime fails.
+        """
+        outputs: list[StepOutput] = []
+        self._admit(outputs)
+        chunks = self._chunks(outputs)
         while self._used() + sum(count for _, count in chunks) > self._book.kv_tokens:
-            self._make_room()
-            chunks = self._chunks()
+            self._make_room(outputs)
+            chunks = self._chunks(outputs)
         if not chunks:
-            wait_for_first_block([row.incoming for row in self._book.running])
-            return []
+            if not outputs:
+                wait_for_first_block([row.incoming for row in self._book.running])
+            return outputs
         inputs = [RowInput(row.slot, row.tokens[row.past : row.past + n]) for row, n in chunks]
         started = time.monotonic()
         logits = self._model.extend(inputs)
         self._book.steps += 1
-        outputs = [self._collect(row, n, logits[i]) for i, (row, n) in enumerate(chunks)]
+        for index, (row, count) in enumerate(chunks):
+            try:
+                outputs.append(self._collect(row, count, logits[index]))
+            except BaseException as problem:
+                outputs.append(self._failed(row, problem, "the sampling of its next token"))
         self._planner.observe(sum(n for _, n in chunks), time.monotonic() - started)
-        self._transfer.copy_if_due()
+        self._copy_blocks()
         return outputs
+
+    def _admit(self, outputs: list[StepOutput]) -> None:
+        for row in self._book.admissible():
+            try:
+                self._place(row)
+                self._book.start(row)
+            except BaseException as problem:
+                outputs.append(self._failed(row, problem, "its start"))
 
     def _used(self) -> int:
         return self._book.past_tokens + sum(len(kept.tokens) for kept in self._kept)
@@ -189,24 +209,29 @@ class RowStepper(BaseStepper):
         row.past += BLOCK_TOKENS * is_read
         return is_read
 
-    def _chunks(self) -> list[tuple[ModelRow, int]]:
+    def _chunks(self, outputs: list[StepOutput]) -> list[tuple[ModelRow, int]]:
         """Return how many tokens each row computes in this step, decoding rows first."""
         decoding = [row for row in self._book.running if row.pending == 1]
-        prefilling = [
-            row
-            for row in self._book.running
-            if row.pending > 1
-            and not row.receive(self._append)
-            and not row.follow(self._share, least_pending=2)
-        ]
+        prefilling: list[ModelRow] = []
+        for row in [row for row in self._book.running if row.pending > 1]:
+            try:
+                if self._is_ready(row):
+                    prefilling.append(row)
+            except BaseException as problem:
+                outputs.append(self._failed(row, problem, "the reuse of a computed prefix"))
         counts = self._planner.plan([row.pending for row in prefilling], len(decoding))
         chunks = [(row, 1) for row in decoding]
         return chunks + [(row, n) for row, n in zip(prefilling, counts, strict=True) if n]
 
-    def _make_room(self) -> None:
+    def _is_ready(self, row: ModelRow) -> bool:
+        return not (row.receive(self._append) or row.follow(self._share, least_pending=2))
+
+    def _make_room(self, outputs: list[StepOutput]) -> None:
         """Evict the least recently used finished row, or preempt the youngest running one."""
         if self._kept:
             self._drop_oldest()
+        elif (problem := self._book.too_long()) is not None:
+            outputs.append(self._failed(self._book.running[-1], problem, "its next step"))
         else:
             self._model.close_row(self._book.preempt().release_slot())
 

@@ -1,10 +1,13 @@
 """The rows of a stepper: one sequence's tokens, computed length, slot and prefix restore."""
 
+import logging
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from backends.engine.failures import request_error
 from backends.engine.prefill import PrefillPlanner
 from backends.engine.sampling import RowSampler
 from backends.prefixes.ram import SMALLEST_PREFIX
@@ -13,6 +16,8 @@ from backends.prefixes.store import State
 from backends.prefixes.transfer import PrefixTransfer, Restore
 from backends.stepper import SequenceSpec, StepOutput
 from core.types import TokenLogprob
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -128,11 +133,34 @@ class KeptRow:
     used_at_step: int
 
 
-class BaseStepper:
-    """Base of all steppers: applies prefill limits and copies blocks while idle."""
+class BaseStepper(ABC):
+    """Base of all steppers: limits prefill, copies blocks while idle, and ends rows that fail."""
 
     _planner: PrefillPlanner
     _transfer: PrefixTransfer[Any]
+
+    @abstractmethod
+    def _discard(self, row: Any) -> None:
+        """Forget a row and free its KV cache, which is not kept for reuse."""
+
+    def _failed(self, row: Row, problem: BaseException, activity: str) -> StepOutput:
+        """Discard a row that failed; return the output that ends its request alone.
+
+        Its cache is not kept: it may be what was wrong, such as NaN.
+        """
+        error = request_error(problem, activity, f"sequence {row.spec.id}")
+        try:
+            self._discard(row)
+        except BaseException:
+            logger.exception("the cache of a failed sequence cannot be freed")
+        return StepOutput(row.spec.id, None, problem=error)
+
+    def _copy_blocks(self) -> None:
+        """Copy one block after a step, if that is due; no request depends on it."""
+        try:
+            self._transfer.copy_if_due()
+        except Exception:
+            logger.exception("a prefix block cannot be copied")
 
     def limit_prefill(self, chunk_tokens: int | None) -> None:
         """Limit the prompt tokens of a step; see `backends.limits.PrefillLimited`."""

@@ -8,8 +8,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.grammar.constraint import TokenMask
 from backends.stepper import SequenceSpec
-from core.errors import EngineFailed, RequestError
+from core.errors import NonFiniteOutput, RequestError, RequestFailed
 from core.types import SamplingParams, TokenLogprob
 
 # The defaults of llama.cpp's tools, for values that neither the request nor the model sets.
@@ -20,6 +21,9 @@ DEFAULT_MIN_P = 0.05
 
 # Without top-k, this many of the likeliest tokens are sorted first; more only if needed.
 _FIRST_SORTED = 256
+# Differences of logits, divided by less, would overflow.
+_SMALLEST_TEMPERATURE = 1e-30
+_LARGEST = float(np.finfo(np.float32).max)
 
 Number = TypeVar("Number", int, float)
 
@@ -27,6 +31,25 @@ Number = TypeVar("Number", int, float)
 def or_default(value: Number | None, default: Number) -> Number:
     """Return `value`, or `default` where it is None."""
     return default if value is None else value
+
+
+def check_finite(logits: NDArray[np.float32]) -> None:
+    """Raise NonFiniteOutput if a model computed NaN or infinity; takes microseconds.
+
+    Call it before anything is masked: a masked logit is -inf.
+    """
+    if not np.isfinite(logits).all():
+        raise NonFiniteOutput.of("logits")
+
+
+def no_token_left(mask: TokenMask | None) -> RequestFailed:
+    """Return the error of a sequence all of whose next tokens are excluded."""
+    problem = mask.problem if mask is not None else ""
+    reason = problem.rstrip(".") or "the answer's grammar and logit_bias together exclude them all"
+    return RequestFailed(
+        f"No token may come next: {reason}. Simplify the JSON schema or grammar, or remove entries "
+        "of logit_bias."
+    )
 
 
 def token_logprob(
@@ -73,7 +96,8 @@ class RowSampler:
         self._params = params
         self._piece = piece
         self._mask = spec.mask
-        self._temperature = or_default(params.temperature, DEFAULT_TEMPERATURE)
+        temperature = or_default(params.temperature, DEFAULT_TEMPERATURE)
+        self._temperature = max(temperature, _SMALLEST_TEMPERATURE) if temperature else 0.0
         self._random: np.random.Generator | None = None
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         # OpenAI documents -100 as a ban and 100 as exclusive selection.
@@ -105,8 +129,9 @@ class RowSampler:
     def sample(self, logits: NDArray[np.float32]) -> tuple[int, TokenLogprob | None]:
         """Sample from `logits`, shape (vocabulary,), which may be changed in place.
 
-        Raises EngineFailed for logits that are not finite.
+        Raises NonFiniteOutput, RequestFailed if no token is allowed, and what the mask raises.
         """
+        check_finite(logits)
         if self._changes_nothing:
             return self._choose(logits), None
         top = self._params.top_logprobs
@@ -133,9 +158,11 @@ class RowSampler:
             logits[self._bias_ids] += self._bias
         if self._seen:
             ids = np.fromiter(self._seen, np.int64, len(self._seen))
-            values = logits[ids]
-            penalty = np.float32(params.repetition_penalty)
-            logits[ids] = np.where(values > 0, values / penalty, values * penalty)
+            # A tiny penalty would overflow float32.
+            values = logits[ids].astype(np.float64)
+            penalty = params.repetition_penalty
+            shaped = np.where(values > 0, values / penalty, values * penalty)
+            logits[ids] = np.clip(shaped, -_LARGEST, _LARGEST, where=values > -np.inf, out=shaped)
         if self._generated:
             ids = np.fromiter(self._generated.keys(), np.int64, len(self._generated))
             counts = np.fromiter(self._generated.values(), np.float32, len(self._generated))
@@ -143,11 +170,8 @@ class RowSampler:
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
         best = int(logits.argmax())
-        # argmax returns the index of a NaN if there is one.
-        if not np.isfinite(logits[best]):
-            raise EngineFailed(
-                "The model produced non-finite logits (NaN or infinity); try another quantization."
-            )
+        if logits[best] == -np.inf:
+            raise no_token_left(self._mask)
         if self._temperature == 0.0:
             return best
         ids, values = self._candidates(logits, logits[best])

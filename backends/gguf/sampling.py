@@ -10,6 +10,8 @@ from backends.engine.sampling import (
     DEFAULT_TEMPERATURE,
     DEFAULT_TOP_K,
     DEFAULT_TOP_P,
+    check_finite,
+    no_token_left,
     or_default,
     token_logprob,
 )
@@ -17,6 +19,9 @@ from backends.gguf.model import GgufModel, library
 from backends.stepper import SequenceSpec
 from core.errors import RequestError
 from core.types import SamplingParams, TokenLogprob
+
+# llama.cpp divides by temperature and penalty in float32, where less may overflow to infinity.
+_SMALLEST_DIVISOR = 1e-4
 
 
 class SequenceSampler:
@@ -31,6 +36,7 @@ class SequenceSampler:
         self._model = model
         self._top_logprobs = spec.sampling.top_logprobs
         self._mask = spec.mask
+        self._banned: list[int] = []
         self._chain = self._llama.llama_sampler_chain_init(
             self._llama.llama_sampler_chain_default_params()
         )
@@ -46,9 +52,8 @@ class SequenceSampler:
         if params.logit_bias:
             self._add_logit_bias(params)
         if params.repetition_penalty != 1.0:
-            penalty = llama.llama_sampler_init_penalties(
-                size, context_tokens, params.repetition_penalty, 0.0, 0.0
-            )
+            repeat = max(params.repetition_penalty, _SMALLEST_DIVISOR)
+            penalty = llama.llama_sampler_init_penalties(size, context_tokens, repeat, 0.0, 0.0)
             self._add_penalty(penalty, prompt)
         if params.frequency_penalty or params.presence_penalty:
             penalty = llama.llama_sampler_init_penalties(
@@ -65,7 +70,7 @@ class SequenceSampler:
             self._add(llama.llama_sampler_init_top_p(top_p, 1))
         if (min_p := or_default(params.min_p, DEFAULT_MIN_P)) > 0.0:
             self._add(llama.llama_sampler_init_min_p(min_p, 1))
-        self._add(llama.llama_sampler_init_temp(temperature))
+        self._add(llama.llama_sampler_init_temp(max(temperature, _SMALLEST_DIVISOR)))
         self._add(llama.llama_sampler_init_dist(_seed(params.seed)))
 
     def _add(self, sampler: Any) -> None:
@@ -86,24 +91,31 @@ class SequenceSampler:
                     f"logit_bias names token {token_id}, but the vocabulary has {size} tokens.",
                     param="logit_bias",
                 )
+            entry.token, entry.bias = token_id, bias
             # OpenAI documents -100 as a ban and 100 as exclusive selection.
-            entry.token, entry.bias = token_id, (-np.inf if bias <= -100 else bias)
+            if bias <= -100:
+                self._banned.append(token_id)
         self._add(self._llama.llama_sampler_init_logit_bias(size, len(biases), biases))
 
     def sample(self, context: Any, index: int) -> tuple[int, TokenLogprob | None]:
-        """Sample the token after the batch's token `index`; with log-probability if requested."""
-        mask = self._mask if self._mask is not None and self._mask.is_active else None
-        if mask is None and self._top_logprobs is None:
-            token_id = int(self._llama.llama_sampler_sample(self._chain, context, index))
-            if self._mask is not None:
-                self._mask.accept(token_id)
-            return token_id, None
+        """Sample the token after the batch's token `index`; with log-probability if requested.
+
+        Raises NonFiniteOutput, RequestFailed if no token is allowed, and what the mask raises.
+        """
         pointer = self._llama.llama_get_logits_ith(context, index)
         logits = np.ctypeslib.as_array(pointer, (self._model.vocabulary_size,))
+        # llama.cpp's samplers take some token from NaN, and may sort it out of bounds.
+        check_finite(logits)
         # Log-probabilities are those of the model: masking and sampling change the logits.
         original = logits.copy() if self._top_logprobs is not None else logits
-        if mask is not None:
-            mask.apply(logits)
+        is_masked = self._mask is not None and self._mask.is_active
+        if self._mask is not None and is_masked:
+            self._mask.apply(logits)
+        if self._banned:
+            logits[self._banned] = -np.inf
+        # llama.cpp would choose a token even when none is left.
+        if (is_masked or self._banned) and logits.max() == -np.inf:
+            raise no_token_left(self._mask)
         token_id = int(self._llama.llama_sampler_sample(self._chain, context, index))
         if self._mask is not None:
             self._mask.accept(token_id)

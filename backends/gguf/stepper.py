@@ -78,10 +78,20 @@ class GgufStepper(BaseStepper):
         if row.slot >= 0:
             self._slots.keep(row.release_slot(), row.tokens[: row.past], self._book.steps)
 
+    def _discard(self, row: GgufRow) -> None:
+        self._book.remove(row.spec.id)
+        row.sampler.close()
+        if row.slot >= 0:
+            self._slots.release(row.release_slot())
+
     def step(self) -> list[StepOutput]:
-        """Do one forward pass.  Raises EngineFailed when llama.cpp fails."""
-        self._admit()
-        self._fill_batch()
+        """Do one forward pass; what fails for one row is in its output.
+
+        Raises EngineFailed when llama.cpp fails.
+        """
+        outputs: list[StepOutput] = []
+        self._admit(outputs)
+        self._fill_batch(outputs)
         while self._batch.count:
             started, wall = time.thread_time(), time.monotonic()
             code = self._llama.llama_decode(self._context, self._batch.native)
@@ -93,35 +103,43 @@ class GgufStepper(BaseStepper):
                     f"llama.cpp could not compute a step (llama_decode returned {code}): "
                     f"{native_log.take_errors() or 'no reason given'}"
                 )
-            self._make_room()
-            self._fill_batch()
+            self._make_room(outputs)
+            self._fill_batch(outputs)
         if not self._batch.count:
-            wait_for_first_block([row.incoming for row in self._book.running])
-            return []
+            if not outputs:
+                wait_for_first_block([row.incoming for row in self._book.running])
+            return outputs
         self._book.steps += 1
-        outputs = self._collect()
+        self._collect(outputs)
         self._slots.cool_down(self._warm_tokens)
-        self._transfer.copy_if_due()
+        self._copy_blocks()
         self._planner.observe(self._batch.count, time.monotonic() - wall)
         return outputs
 
-    def _admit(self) -> None:
+    def _admit(self, outputs: list[StepOutput]) -> None:
         for row in self._book.admissible():
-            if not self._placement.place(row, self._book.steps):
-                return
-            self._book.start(row)
+            try:
+                if not self._placement.place(row, self._book.steps):
+                    return
+                self._book.start(row)
+            except BaseException as problem:
+                outputs.append(self._failed(row, problem, "its start"))
 
-    def _fill_batch(self) -> None:
+    def _fill_batch(self, outputs: list[StepOutput]) -> None:
         """Fill the batch with one token of each decoding row and with the prompt chunks."""
         self._batch.clear()
         prefilling = []
-        for row in self._book.running:
+        for row in list(self._book.running):
             row.output, row.batched = -1, 0
             if row.pending == 1:
                 row.batched = 1
                 row.output = self._batch.add(row.slot, row.past, row.tokens[-1:], logits=True)
-            elif self._placement.is_ready(row):
-                prefilling.append(row)
+                continue
+            try:
+                if self._placement.is_ready(row):
+                    prefilling.append(row)
+            except BaseException as problem:
+                outputs.append(self._failed(row, problem, "the reuse of a computed prefix"))
         chunks = self._planner.plan([row.pending for row in prefilling], self._batch.count)
         for row, chunk in zip(prefilling, chunks, strict=True):
             if chunk:
@@ -133,26 +151,30 @@ class GgufStepper(BaseStepper):
         index = self._batch.add(row.slot, row.past, tokens, logits=is_last)
         row.batched, row.output = chunk, index if is_last else -1
 
-    def _make_room(self) -> None:
+    def _make_room(self, outputs: list[StepOutput]) -> None:
         """Move the least recently used finished row to RAM, or preempt the youngest running one."""
-        if not self._slots.drop_oldest():
+        if self._slots.drop_oldest():
+            return
+        problem = self._book.too_long()
+        if problem is not None:
+            outputs.append(self._failed(self._book.running[-1], problem, "its next step"))
+        else:
             self._slots.release(self._book.preempt().release_slot())
 
-    def _collect(self) -> list[StepOutput]:
-        outputs = []
-        for row in self._book.running:
-            if not row.batched:
-                continue
+    def _collect(self, outputs: list[StepOutput]) -> None:
+        for row in [row for row in self._book.running if row.batched]:
             row.past += row.batched
             if row.output < 0:
                 outputs.append(row.progress())
                 continue
             started = time.thread_time()
-            token_id, logprob = row.sampler.sample(self._context, row.output)
+            try:
+                token_id, logprob = row.sampler.sample(self._context, row.output)
+                is_end = self._model.is_end(token_id)
+                outputs.append(row.add_token(token_id, logprob, is_end=is_end))
+            except BaseException as problem:
+                outputs.append(self._failed(row, problem, "the sampling of its next token"))
             self._book.native_cpu_s += time.thread_time() - started
-            is_end = self._model.is_end(token_id)
-            outputs.append(row.add_token(token_id, logprob, is_end=is_end))
-        return outputs
 
     def counters(self) -> EngineLoad:
         """Return the stepper's own counts."""

@@ -12,19 +12,23 @@ from core.types import TokenLogprob
 
 # The stepper ends sequences; the generator never does.
 ENDLESS = 1 << 60
+# Stands for the token of a greedy row whose logits are not all finite; no vocabulary has it.
+NOT_FINITE = 0xFFFF_FFFF
 
 
 class RowChoice:
     """Samples one row's tokens on the CPU, from the model's logits.
 
-    mlx-lm computes one token ahead, so a sampled token waits here until it is output.
+    mlx-lm computes one token ahead, so a sampled token waits here until it is output, and so does
+    what its sampling raised.
     """
 
     def __init__(self, sampler: RowSampler, is_end: Callable[[int], bool]) -> None:
         self._sampler = sampler
         self._is_end = is_end
-        self._chosen: deque[tuple[int, TokenLogprob | None]] = deque()
+        self._chosen: deque[tuple[int, TokenLogprob | None] | BaseException] = deque()
         self._last = -1
+        self._has_failed = False
 
     def process(self, _: Any, logits: Any) -> Any:
         """Sample from logits of shape (1, vocabulary); an mlx-lm logits processor."""
@@ -37,28 +41,46 @@ class RowChoice:
         """Return the token that `process` sampled; an mlx-lm sampler."""
         import mlx.core as mx
 
-        return mx.array([self._last], mx.uint32)
+        return mx.array([max(self._last, 0)], mx.uint32)
 
     def choose(self, logits: Any) -> int:
-        """Sample a token; after an end token, return that again."""
-        if self._last < 0 or not self._is_end(self._last):
-            self._last, logprob = self._sampler.sample(logits)
-            self._chosen.append((self._last, logprob))
-        return self._last
+        """Sample a token; after an end token or a failure, return some token of the vocabulary.
+
+        Raises nothing: the other rows of the batch are computed with this one.
+        """
+        if not self._has_failed and (self._last < 0 or not self._is_end(self._last)):
+            try:
+                self._last, logprob = self._sampler.sample(logits)
+                self._chosen.append((self._last, logprob))
+            except BaseException as problem:
+                self._has_failed = True
+                self._chosen.append(problem)
+        return max(self._last, 0)
 
     def take(self) -> TokenLogprob | None:
-        """Return the log-probability of the next token to output."""
-        return self._chosen.popleft()[1]
+        """Return the log-probability of the next token to output; raises what its sampling did."""
+        return self._next()[1]
 
     def take_waiting(self) -> tuple[int, TokenLogprob | None] | None:
-        """Return the token that was sampled but not output yet, if there is one."""
-        return self._chosen.popleft() if self._chosen else None
+        """Return the token that was sampled but not output yet, if there is one.
+
+        Raises what its sampling did.
+        """
+        return self._next() if self._chosen else None
+
+    def _next(self) -> tuple[int, TokenLogprob | None]:
+        found = self._chosen.popleft()
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
 
-def _greedy(logprobs: Any) -> Any:
+def _greedy(logits: Any) -> Any:
+    """Return the likeliest token of each row, or NOT_FINITE; of log-probabilities the same."""
     import mlx.core as mx
 
-    return mx.argmax(logprobs, axis=-1)
+    tokens = mx.argmax(logits, axis=-1)
+    return mx.where(mx.isfinite(logits).all(axis=-1), tokens, mx.array(NOT_FINITE, mx.uint32))
 
 
 @cache
@@ -78,7 +100,9 @@ def _lean_batch() -> Any:
             self._current_tokens, self._current_logprobs = inputs, none
             if self._is_last():
                 return inputs.tolist(), none
-            logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+            # NOT_FINITE has no embedding: its row is computed from any token, until it is removed.
+            known = mx.where(inputs == NOT_FINITE, mx.array(0, inputs.dtype), inputs)
+            logits = self.model(known[:, None], cache=self.prompt_cache)[:, -1, :]
             self._next_tokens = self._chosen(logits)
             self._next_logprobs = list(none)
             mx.async_eval(self._next_tokens)  # type: ignore[no-untyped-call]
@@ -97,7 +121,7 @@ def _lean_batch() -> Any:
         def _chosen(self, logits: Any) -> Any:
             own = [index for index, each in enumerate(self.logits_processors) if each]
             if not own:
-                return mx.argmax(logits, axis=-1)
+                return _greedy(logits)
             rows = np.array(logits[mx.array(own)].astype(mx.float32))
             ids = [
                 self.logits_processors[index][0].__self__.choose(row)
@@ -105,7 +129,7 @@ def _lean_batch() -> Any:
             ]
             if len(own) == len(self.uids):
                 return mx.array(ids, mx.uint32)
-            tokens = mx.argmax(logits, axis=-1)
+            tokens = _greedy(logits)
             tokens[mx.array(own)] = mx.array(ids, tokens.dtype)
             return tokens
 

@@ -11,7 +11,7 @@ from backends.engine.row_book import RowBook
 from backends.engine.row_model import Pieces
 from backends.engine.rows import BaseStepper
 from backends.engine.sampling import RowSampler
-from backends.mlx.batch import MlxBatch, RowChoice
+from backends.mlx.batch import NOT_FINITE, MlxBatch, RowChoice
 from backends.mlx.blocks import LayerBlocks
 from backends.mlx.model import MlxModel
 from backends.mlx.prefixes import KeptLayers, MlxPrefixes, cut
@@ -22,6 +22,7 @@ from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.store import State
 from backends.prefixes.transfer import PrefixTransfer, is_worth_restoring, wait_for_first_block
 from backends.stepper import SequenceSpec, StepOutput
+from core.errors import NonFiniteOutput
 
 
 class MlxStepper(BaseStepper):
@@ -64,12 +65,20 @@ class MlxStepper(BaseStepper):
         row = self._book.remove(sequence_id)
         if row is None or row.slot < 0:
             return
-        if self._prefixes.is_on and row.computed >= SMALLEST_PREFIX:
-            layers, tokens = self._batch.layers(row.slot)
-            kept = self._prefixes.put(token_array(tokens), layers)
-            if kept is not None:
-                self._transfer.queue(kept, kept.tokens)
-        self._close_slot(row)
+        try:
+            if self._prefixes.is_on and row.computed >= SMALLEST_PREFIX:
+                layers, tokens = self._batch.layers(row.slot)
+                kept = self._prefixes.put(token_array(tokens), layers)
+                if kept is not None:
+                    self._transfer.queue(kept, kept.tokens)
+        finally:
+            # Otherwise the batch would compute it for ever.
+            self._close_slot(row)
+
+    def _discard(self, row: MlxRow) -> None:
+        self._book.remove(row.spec.id)
+        if row.slot >= 0:
+            self._close_slot(row)
 
     def _close_slot(self, row: MlxRow) -> None:
         uid = row.release_slot()
@@ -81,15 +90,15 @@ class MlxStepper(BaseStepper):
         """Do one forward pass, or two if the first one completes a prompt without a token."""
         started = self._model.clock.seconds()
         outputs = self._make_room()
-        self._admit()
+        self._admit(outputs)
         while self._batch.has_work:
             outputs += self._compute()
             if outputs:
                 break
         self._book.native_cpu_s += self._model.clock.seconds() - started
-        if not self._batch.has_work:
+        if not (self._batch.has_work or outputs):
             wait_for_first_block([row.incoming for row in self._book.waiting])
-        self._transfer.copy_if_due()
+        self._copy_blocks()
         return outputs
 
     def _compute(self) -> list[StepOutput]:
@@ -112,8 +121,13 @@ class MlxStepper(BaseStepper):
 
     def _token(self, row: MlxRow, token_id: int) -> StepOutput:
         row.is_decoding = True
-        logprob = row.choice.take() if row.choice else None
-        return row.add_token(token_id, logprob, is_end=self._pieces.is_end(token_id))
+        try:
+            logprob = row.choice.take() if row.choice else None
+            if token_id == NOT_FINITE:
+                raise NonFiniteOutput.of("logits")
+            return row.add_token(token_id, logprob, is_end=self._pieces.is_end(token_id))
+        except BaseException as problem:
+            return self._failed(row, problem, "the sampling of its next token")
 
     def _padded(self, rows: list[MlxRow]) -> int:
         """Return the KV tokens of these rows after one more step: all padded to the longest."""
@@ -125,20 +139,26 @@ class MlxStepper(BaseStepper):
         while len(book.running) > 1 and self._padded(book.running) > book.kv_tokens:
             row = book.preempt()
             self._close_slot(row)
-            ahead = row.choice.take_waiting() if row.choice else None
-            if ahead is not None:
-                token_id, logprob = ahead
-                is_end = self._pieces.is_end(token_id)
-                outputs.append(row.add_token(token_id, logprob, is_end=is_end))
+            try:
+                ahead = row.choice.take_waiting() if row.choice else None
+                if ahead is not None:
+                    token_id, logprob = ahead
+                    is_end = self._pieces.is_end(token_id)
+                    outputs.append(row.add_token(token_id, logprob, is_end=is_end))
+            except BaseException as problem:
+                outputs.append(self._failed(row, problem, "the sampling of its next token"))
         return outputs
 
-    def _admit(self) -> None:
+    def _admit(self, outputs: list[StepOutput]) -> None:
         book = self._book
         for row in book.admissible():
             if book.running and self._padded([*book.running, row]) > book.kv_tokens:
                 return
-            if self._place(row):
-                book.start(row)
+            try:
+                if self._place(row):
+                    book.start(row)
+            except BaseException as problem:
+                outputs.append(self._failed(row, problem, "its start"))
 
     def _place(self, row: MlxRow) -> bool:
         """Give `row` a slot with the longest cached prefix; False while that is not ready yet.

@@ -13,7 +13,6 @@ from backends.engine.rows import Row
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Reuse
 from backends.stepper import SequenceSpec
-from core.errors import EngineFailed
 from core.types import SamplingParams
 
 
@@ -114,10 +113,25 @@ def test_after_a_preemption_rows_start_when_none_runs() -> None:
 def test_a_single_row_is_never_preempted() -> None:
     book = book_of(1)
     start_all(book)
-    with pytest.raises(EngineFailed, match="does not fit the KV cache of 100 tokens"):
-        book.preempt()
+    problem = book.too_long()
+    assert problem is not None
+    assert "does not fit the KV cache of 100 tokens" in problem.message
     assert ids(book.running) == [1]
     assert book.load(0).preemptions == 0
+
+
+def test_a_row_among_others_is_not_too_long() -> None:
+    book = book_of(2)
+    start_all(book)
+    assert book.too_long() is None
+
+
+def test_a_row_that_failed_while_it_was_placed_is_removed() -> None:
+    book = book_of(1)
+    (row,) = book.waiting
+    row.slot = 3
+    assert book.remove(row.spec.id) is row
+    assert not book.waiting
 
 
 def test_preempting_and_removing_cancel_a_restore() -> None:

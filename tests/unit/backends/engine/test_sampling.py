@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from backends.engine.sampling import RowSampler
 from backends.grammar.constraint import TokenMask
 from backends.stepper import SequenceSpec
-from core.errors import EngineFailed, RequestError
+from core.errors import NonFiniteOutput, RequestError, RequestFailed
 from core.types import SamplingParams
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.125, 0.0625, 0.0625], np.float32))
@@ -174,10 +174,49 @@ def test_ids_outside_the_vocabulary_are_refused(token_id: int) -> None:
         sampler(prompt=(token_id,))
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_are_an_error(broken: float, temperature: float) -> None:
     logits = LOGITS.copy()
     logits[3] = broken
-    with pytest.raises(EngineFailed, match="finite"):
+    with pytest.raises(NonFiniteOutput, match="NaN or infinity"):
         sampler(temperature=temperature, **OPEN).sample(logits)
+
+
+@pytest.mark.parametrize("params", [{"logprobs": 0}, {"bias": 3}, {"penalty": 3}])
+def test_logits_that_are_no_numbers_are_an_error_whatever_changes_them(
+    params: dict[str, int],
+) -> None:
+    logits = LOGITS.copy()
+    logits[3] = math.nan
+    shaped: dict[str, Any] = {
+        "top_logprobs": params.get("logprobs"),
+        "logit_bias": {params["bias"]: -100.0} if "bias" in params else {},
+        "repetition_penalty": 2.0 if "penalty" in params else 1.0,
+    }
+    with pytest.raises(NonFiniteOutput):
+        sampler((params.get("penalty", 0),), temperature=0.0, **shaped).sample(logits)
+
+
+def test_a_mask_and_a_ban_that_leave_no_token_are_an_error() -> None:
+    class OnlyThree:
+        is_active = True
+        problem = ""
+
+        def apply(self, logits: NDArray[np.float32]) -> None:
+            logits[:3] = logits[4:] = -np.inf
+
+        def accept(self, token_id: int) -> None:
+            del token_id
+
+    chosen = sampler(mask=OnlyThree(), logit_bias={3: -100.0}, temperature=0.0)
+    with pytest.raises(RequestFailed, match="No token may come next") as caught:
+        chosen.sample(LOGITS.copy())
+    assert not isinstance(caught.value, NonFiniteOutput)
+
+
+def test_a_tiny_penalty_and_temperature_overflow_nothing() -> None:
+    chosen = sampler((0, 1), repetition_penalty=1e-44, temperature=1e-300, seed=1, **OPEN)
+    assert chosen.sample(np.arange(1, 6, dtype=np.float32))[0] in (0, 1)
+    chosen = sampler((0,), repetition_penalty=1e-44, temperature=0.0)
+    assert chosen.sample(LOGITS.copy())[0] in range(5)
