@@ -61,6 +61,7 @@ class QueuedRequest:
     vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     is_over: bool = False
     begun_at: float = math.inf
+    request_id: str = ""
 
     def result(self) -> Embeddings:
         """Return the vectors in the order of the inputs."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from backends.base import Engine, EngineLoad, ModelInfo
 from backends.embedding.batch import BatchLimits, QueuedRequest, next_batch
 from backends.engine.accelerator_lock import AcceleratorLock
+from backends.engine.activity import NO_ACTIVITY, REQUEST_ID, Activity
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace
 from backends.limits import UNLIMITED, EngineLimits, StepWatch
@@ -91,6 +92,7 @@ class EmbeddingEngine(Engine):
         self._counters = EngineLoad()
         self._watch, self._pace = StepWatch(), Pace()
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._activity: Activity = NO_ACTIVITY
         opened: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(open_model, opened), name=THREAD_NAME, daemon=True
@@ -117,7 +119,9 @@ class EmbeddingEngine(Engine):
         self._limits.check_admits(is_resumed=False)
         loop = asyncio.get_running_loop()
         due_at = time.monotonic() + (BATCH_DELAY_S if priority == "batch" else 0.0)
-        request = QueuedRequest(inputs, loop, loop.create_future(), due_at)
+        request = QueuedRequest(
+            inputs, loop, loop.create_future(), due_at, request_id=REQUEST_ID.get()
+        )
         with self._wake:
             if self._is_closing:
                 raise self._unloaded()
@@ -147,6 +151,10 @@ class EmbeddingEngine(Engine):
     def share_accelerator(self, lock: AcceleratorLock) -> None:
         """Hold `lock` during each batch; see `SharesAccelerator`."""
         self._take_turn = lock.hold
+
+    def record_activity(self, activity: Activity) -> None:
+        """Report tokenizing and batches to `activity`; see `RecordsActivity`."""
+        self._activity = activity
 
     async def close(self) -> None:
         """Fail the queued requests, free the model after the running batch, join the thread."""
@@ -197,7 +205,8 @@ class EmbeddingEngine(Engine):
             for text in request.inputs:
                 if request.is_over or self._is_closing:
                     break
-                ids = self._tokens(model, text)
+                with self._activity.working(request.request_id):
+                    ids = self._tokens(model, text)
                 request.left.append((len(ids), len(request.token_lists)))
                 request.token_lists.append(ids)
         except ImpetusError as problem:
@@ -237,7 +246,8 @@ class EmbeddingEngine(Engine):
             return
         started = time.thread_time()
         try:
-            with self._take_turn(), self._watch.running("batch"):
+            requests = dict.fromkeys(request.request_id for request, _ in batch)
+            with self._take_turn(), self._watch.running("batch"), self._activity.working(*requests):
                 vectors = self._encode(
                     model, [request.token_lists[index] for request, index in batch]
                 )

@@ -4,13 +4,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from backends.base import Engine, EngineLoad, EventReceiver, ModelInfo
 from backends.engine.accelerator_lock import AcceleratorLock
+from backends.engine.activity import NO_ACTIVITY, REQUEST_ID, Activity
 from backends.engine.loop import EngineLoop
 from backends.engine.request import EngineRequest, events_of
 from backends.limits import EngineLimits
-from backends.prompt.prepare import Preparer
+from backends.prompt.prepare import Prepared, Preparer
 from backends.stepper import Stepper
 from core.errors import TimedOut
 from core.types import Finished, GenerationEvent, GenerationRequest, Prompt
@@ -37,6 +39,7 @@ class BatchingEngine(Engine):
         self._preparer = preparer
         self._max_waiting = max_waiting
         self._preparing = 0
+        self._activity: Activity = NO_ACTIVITY
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="impetus-prepare")
         try:
             self._loop = EngineLoop(info.name, open_stepper, self._stop_preparing)
@@ -73,8 +76,7 @@ class BatchingEngine(Engine):
         event_loop = asyncio.get_running_loop()
         self._preparing += 1
         try:
-            prepare = self._preparer.prepare
-            prepared = await event_loop.run_in_executor(self._pool, prepare, generation)
+            prepared = await event_loop.run_in_executor(self._pool, self._prepare, generation)
         finally:
             self._preparing -= 1
         done: asyncio.Future[Finished] = event_loop.create_future()
@@ -88,11 +90,20 @@ class BatchingEngine(Engine):
             if not done.done() or done.cancelled():
                 self._loop.cancel(request)
 
+    def _prepare(self, generation: GenerationRequest) -> Prepared:
+        with self._activity.working(generation.id):
+            return self._preparer.prepare(generation)
+
     async def count_tokens(self, prompt: Prompt) -> int:
         """Return the prompt's length; see `TokenCounting`."""
         self._loop.check_open()
         event_loop = asyncio.get_running_loop()
-        return await event_loop.run_in_executor(self._pool, self._preparer.count, prompt)
+        count = partial(self._count, REQUEST_ID.get(), prompt)
+        return await event_loop.run_in_executor(self._pool, count)
+
+    def _count(self, request_id: str, prompt: Prompt) -> int:
+        with self._activity.working(request_id):
+            return self._preparer.count(prompt)
 
     def set_limits(self, limits: EngineLimits) -> None:
         """Obey `limits` from the next step on; running sequences go on.  Thread-safe."""
@@ -101,6 +112,11 @@ class BatchingEngine(Engine):
     def share_accelerator(self, lock: AcceleratorLock) -> None:
         """See `SharesAccelerator`."""
         self._loop.share_accelerator(lock)
+
+    def record_activity(self, activity: Activity) -> None:
+        """See `RecordsActivity`."""
+        self._activity = activity
+        self._loop.record_activity(activity)
 
     def load(self) -> EngineLoad:
         """Return the current counts; requests that are being prepared count as waiting."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from backends.base import EngineLoad, EventReceiver
 from backends.engine.accelerator_lock import AcceleratorLock
+from backends.engine.activity import NO_ACTIVITY, Activity
 from backends.engine.failures import request_error
 from backends.engine.guarded_stepper import GuardedStepper
 from backends.engine.pacing import Pacer
@@ -58,6 +59,7 @@ class EngineLoop:
         self.watch = StepWatch()
         self._counters = EngineLoad()
         self._hold_accelerator: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._activity: Activity = NO_ACTIVITY
         self._stepper: GuardedStepper
         self.pace = Pace()
         self._thread = self._start(open_stepper)
@@ -131,6 +133,10 @@ class EngineLoop:
     def share_accelerator(self, lock: AcceleratorLock) -> None:
         """Hold `lock` during each step; set it before the first request."""
         self._hold_accelerator = lock.hold
+
+    def record_activity(self, activity: Activity) -> None:
+        """Report steps and prefills to `activity`; set it before the first request."""
+        self._activity = activity
 
     def load(self, preparing: int) -> EngineLoad:
         """Return the current counts; `preparing` requests wait as well."""
@@ -219,6 +225,7 @@ class EngineLoop:
         return self._pacer.limits.sequences(self._stepper.max_sequences)
 
     def _drop(self, request: EngineRequest) -> None:
+        self._activity.end_prefill(request.generation.id)
         if self._running.pop(request.id, None) is not None:
             self._stepper.remove(request.id)
         else:
@@ -232,7 +239,9 @@ class EngineLoop:
             request.throttled_s += self._pacer.limited_s() - self._pacer.paused_s
             self._running[request.id] = request
             try:
-                self._stepper.add(request.spec())
+                with self._activity.working(request.generation.id):
+                    self._stepper.add(request.spec())
+                self._activity.begin_prefill(request.generation.id)
             except BaseException as problem:
                 self._fail(request, problem, "its start")
         has_room = len(self._running) < self._stepper.max_sequences
@@ -247,7 +256,8 @@ class EngineLoop:
         self.watch.end()
         with self._hold_accelerator():
             self.watch.begin()
-            outputs = self._stepper.step()
+            with self._activity.step:
+                outputs = self._stepper.step()
         now = time.monotonic() if outputs else 0.0
         events: StepEvents = {}
         for output in outputs:
@@ -283,6 +293,7 @@ class EngineLoop:
         events: list[GenerationEvent] = []
         if not request.completion_tokens:
             request.first_token_at = now
+            self._activity.end_prefill(request.generation.id)
             events.extend(request.prepared.take_initial_events())
         request.completion_tokens += 1
         events.extend(assembler.push(output))
