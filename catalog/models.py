@@ -98,6 +98,12 @@ class ModelRecord:
         """The key that identifies the entry across scans."""
         return record_key(self.info)
 
+    @property
+    def signatures(self) -> tuple[str, ...]:
+        """The signature that each of `info.files` had; see `catalog.scan.changes`."""
+        _, _, joined = self.fingerprint.partition(":")
+        return tuple(joined.split(",")) if joined else ()
+
 
 @dataclass(frozen=True, slots=True)
 class ScannedModel:

@@ -16,6 +16,7 @@ ImpetusError                    500 server_error            internal_error
 ├ QueueFull                     429 rate_limit_error        queue_full
 ├ RequestFailed                 500 server_error            request_failed
 │ └ NonFiniteOutput                 non_finite_output
+├ CrashingRequest               500 server_error            request_crashed_engine
 └ Unavailable                   503 server_error            unavailable
   ├ InsufficientMemory              insufficient_memory
   ├ Draining                        draining
@@ -23,6 +24,7 @@ ImpetusError                    500 server_error            internal_error
   ├ ModelQuarantined                model_quarantined
   ├ EngineFailed                    engine_failed
   │ └ TimedOut                  504 timed_out
+  ├ ModelFileChanged                model_file_changed
   ├ BackendUnavailable              backend_unavailable
   └ ModelNotResident                model_not_resident (internal: the router loads the model)
 
@@ -37,8 +39,12 @@ _SHOWN_CHARACTERS = 200
 
 
 class ImpetusError(Exception):
-    """Base class of all API errors; `message` tells the user what is wrong and what to do next."""
+    """Base class of all API errors; `message` tells the user what is wrong and what to do next.
 
+    `may_retry` False tells client libraries not to send the same request again by themselves.
+    """
+
+    may_retry: ClassVar[bool] = True
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
@@ -223,6 +229,13 @@ class NonFiniteOutput(RequestFailed):
         )
 
 
+class CrashingRequest(ImpetusError):
+    """The model's process died twice while it prepared or prefilled this request."""
+
+    code = "request_crashed_engine"
+    may_retry = False
+
+
 class Unavailable(ImpetusError):
     """Temporarily unavailable; the same request may succeed later."""
 
@@ -273,6 +286,12 @@ class ModelQuarantined(Unavailable):
     """The model's processes crashed repeatedly; it stays blocked until loaded explicitly."""
 
     code = "model_quarantined"
+
+
+class ModelFileChanged(Unavailable):
+    """The model's file is not the one that was inspected; it is being inspected again."""
+
+    code = "model_file_changed"
 
 
 class BackendUnavailable(Unavailable):

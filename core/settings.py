@@ -131,6 +131,12 @@ class Settings(BaseSettings):
         description="Seconds after which an engine step counts as hung and its process is "
         "replaced.",
     )
+    load_limit_s: Seconds = Field(
+        default=120.0,
+        ge=1,
+        description="Seconds after which the load of a model counts as hung and its process is "
+        "replaced, plus one second for every 10 MiB of the model's files.",
+    )
     drain_limit_s: Seconds = Field(
         default=30.0,
         ge=0,

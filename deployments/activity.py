@@ -14,7 +14,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import blake2b
@@ -227,7 +227,7 @@ class ModelActivity:
         self._place = place
         self._suspects: set[int] = set()
         self._prefills: dict[int, int] = {}
-        self.step = file.step_flag(place)
+        self.step: AbstractContextManager[object] = file.step_flag(place)
 
     @contextmanager
     def loading(self) -> Iterator[None]:

@@ -23,12 +23,18 @@ class FileMark:
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """Which model a replica loads, and how; a step longer than `step_limit_s` counts as hung."""
+    """Which model a replica loads, and how.
+
+    A step longer than `step_limit_s` counts as hung, and so does a load longer than `load_limit_s`.
+    `signatures` are those of the files when they were inspected; see `catalog.scan.changes`.
+    """
 
     model_id: str
     info: ModelInfo
     options: EngineOptions
     step_limit_s: float = 120.0
+    load_limit_s: float = 600.0
+    signatures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,21 @@ class Residency:
     def is_job(self) -> bool:
         """Whether this is a job's memory, which takes no requests."""
         return not self.format
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt to run a request, meant for the model's load in one replica.
+
+    `is_suspect`: a process died while it computed an earlier attempt of the request.
+    """
+
+    request_id: str = ""
+    replica_id: str = ""
+    is_suspect: bool = False
+
+
+ANY_REPLICA = Attempt()
 
 
 @dataclass(frozen=True, slots=True)

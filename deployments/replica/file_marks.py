@@ -4,8 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.errors import ModelFileMissing
-from deployments.messages import FileMark
+from catalog.scan.changes import describe_changes
+from core.errors import ModelFileChanged, ModelFileMissing
+from deployments.messages import FileMark, LoadRequest
 
 
 def mark(path: Path) -> FileMark:
@@ -28,3 +29,20 @@ def has_changed(marks: Sequence[FileMark]) -> bool:
         if now != (known.size_bytes, known.modified_ns, known.inode):
             return True
     return False
+
+
+def check_unchanged(request: LoadRequest) -> None:
+    """Raise ModelFileChanged unless the files are those that were inspected."""
+    if describe_changes(request.info.files, request.signatures):
+        raise changed_error(request)
+
+
+def changed_error(request: LoadRequest) -> ModelFileChanged:
+    """Return the error of a model whose files changed since they were inspected."""
+    change = describe_changes(request.info.files, request.signatures) or "a file changed on disk"
+    return ModelFileChanged(
+        f"{request.model_id} cannot be loaded now: {change}. It is being inspected again; send the "
+        "request again.",
+        param="model",
+        retry_after_s=1,
+    )

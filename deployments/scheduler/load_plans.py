@@ -8,13 +8,15 @@ from catalog.models import ModelRecord
 from catalog.variants import nearest_smaller
 from core.errors import BackendUnavailable, BrokenModel, ImpetusError, ModelFileMissing
 from core.settings import Settings
-from core.units import format_bytes
+from core.units import MIB, format_bytes
 from deployments.messages import LoadRequest, Residency
 from scheduler.state import KeepRules, LoadPlan
 
 # The context is not reduced below this; a model has at most this many plans.
 _MIN_CONTEXT = 2048
 _MAX_PLANS = 4
+# Bytes a second of the slowest load that counts as progress: an old hard disk, with conversion.
+_SLOWEST_LOAD = 10 * MIB
 
 
 class LoadPlanner:
@@ -80,7 +82,14 @@ class LoadPlanner:
         options = replace(self._full(record), memory_limit_bytes=budget_bytes)
         if plan.context_tokens is not None:
             options = replace(options, context_tokens=plan.context_tokens)
-        return LoadRequest(record.id, record.info, options, self._settings.step_limit_s)
+        return LoadRequest(
+            record.id,
+            record.info,
+            options,
+            self._settings.step_limit_s,
+            self._settings.load_limit_s + record.info.size_bytes / _SLOWEST_LOAD,
+            record.signatures,
+        )
 
     def size_bytes(self, record: ModelRecord, residency: Residency) -> int:
         """Return the estimated bytes of a loaded model with the context it was granted."""

@@ -72,6 +72,9 @@ def error_response(
     all_headers = dict(headers or {})
     if error.retry_after_s is not None:
         all_headers["retry-after"] = str(error.retry_after_s)
+    if not error.may_retry:
+        # Source: OpenAI's and Anthropic's client libraries, which retry every 5xx otherwise.
+        all_headers["x-should-retry"] = "false"
     if error.status == 401:
         all_headers["www-authenticate"] = "Bearer"
     return _ErrorResponse(error, error.status if status is None else status, all_headers)

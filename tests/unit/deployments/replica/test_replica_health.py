@@ -24,7 +24,7 @@ async def test_f3_a_step_that_does_not_return_fails_the_health_check(
 ) -> None:
     await replica.load_model(ORDER)
     await replica.check_health()
-    engine: Any = replica._models["m"].engine
+    engine: Any = replica._loads._models["m"].engine
     assert engine.stalled_s == 0.0
     engine._loop.watch._began_at["step"] = -1e9
     with pytest.raises(EngineFailed, match="A step of m has not returned"):

@@ -12,9 +12,18 @@ import pytest
 
 from backends.base import Engine, EngineOptions, ModelInfo
 from backends.echo import EchoBackend, echo_info
-from core.errors import ModelNotResident, Unavailable
+from catalog.scan.walk import file_signature
+from core.errors import (
+    BrokenModel,
+    EngineFailed,
+    ModelFileChanged,
+    ModelFileMissing,
+    ModelNotResident,
+    Unavailable,
+)
 from core.types import GenerationRequest, TextPrompt
-from deployments.messages import LoadRequest
+from deployments.activity import activity_path, cause_of, read_activity
+from deployments.messages import Attempt, LoadRequest
 from deployments.replica.deployment import FormatReplica
 from deployments.replica.memory import ModelMemory
 from tests.unit.backends.engine.test_batching import FakeStepper, open_engine, until
@@ -65,12 +74,12 @@ async def test_a_replaced_file_holds_up_no_load_and_ends_no_stream(
     assert not steppers[0].is_closed
     steppers[0].gate.set()
     await old
-    await until(lambda: steppers[0].is_closed)
-    assert len(replica._loads) == 2
+    await until(lambda: len(replica._loads._loads) == 2)
+    assert steppers[0].is_closed
     assert [one.model_id for one in await replica.residencies()] == ["a", "b"]
     for name in ("a", "b"):
         await replica.unload_model(name)
-    assert replica._loads == {}
+    assert replica._loads._loads == {}
 
 
 async def test_an_unload_during_a_drain_waits_for_the_load_it_was_asked_for(
@@ -83,7 +92,7 @@ async def test_an_unload_during_a_drain_waits_for_the_load_it_was_asked_for(
     old = asyncio.ensure_future(drain(replica, "a"))
     await until(steppers[0].stepping.is_set)
     unload = asyncio.ensure_future(replica.unload_model("a"))
-    await until(lambda: replica._loads["a#1"].is_draining)
+    await until(lambda: replica._loads._loads["a#1"].is_draining)
     await replica.load_model(load_request("a", path))
     steppers[0].gate.set()
     await asyncio.gather(old, unload)
@@ -105,12 +114,130 @@ async def test_a_load_whose_caller_left_is_completed(
 
     monkeypatch.setattr(EchoBackend, "open", slowly)
     load = asyncio.ensure_future(replica.load_model(load_request("m")))
-    await until(replica._load_lock.locked)
+    await until(replica._loads._lock.locked)
     load.cancel()
     await asyncio.wait([load])
     may_open.set()
-    await until(lambda: bool(replica._models))
+    await until(lambda: bool(replica._loads._models))
     await replica.unload_model("m")
+
+
+async def test_a_load_that_does_not_return_fails_the_health_check(
+    replica: FormatReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_open, opened = threading.Event(), EchoBackend.open
+
+    def hang(backend: EchoBackend, info: ModelInfo, options: EngineOptions) -> Engine:
+        may_open.wait(30)
+        return opened(backend, info, options)
+
+    monkeypatch.setattr(EchoBackend, "open", hang)
+    patient, hasty = load_request("a"), replace(load_request("b"), load_limit_s=0.0)
+    first = asyncio.ensure_future(replica.load_model(patient))
+    await until(lambda: replica._loads._work is not None)
+    # The wait for another load is not part of a load's time.
+    second = asyncio.ensure_future(replica.load_model(hasty))
+    await asyncio.sleep(0)
+    await replica.check_health()
+    may_open.set()
+    await first
+    may_open.clear()
+    await until(lambda: replica._loads._work is not None)
+    with pytest.raises(EngineFailed, match="The load of b has not returned"):
+        await replica.check_health()
+    may_open.set()
+    await second
+    await replica.check_health()
+    for name in ("a", "b"):
+        await replica.unload_model(name)
+
+
+def inspected(path: Path) -> LoadRequest:
+    return replace(load_request("m", path), signatures=(file_signature(path),))
+
+
+async def test_a_file_that_was_truncated_since_its_inspection_is_not_opened(
+    replica: FormatReplica, tmp_path: Path, steppers: list[FakeStepper]
+) -> None:
+    path = tmp_path / "m.bin"
+    path.write_bytes(bytes(2048))
+    request = inspected(path)
+    os.truncate(path, 100)
+    problem: Any = await replica.load_model(request)
+    assert isinstance(problem, ModelFileChanged)
+    assert f"{path} changed on disk: it was truncated from 2.0 KiB (2,048" in problem.message
+    assert "100 bytes" in problem.message
+    assert (problem.status, problem.retry_after_s) == (503, 1)
+    assert not steppers
+    path.unlink()
+    assert isinstance(await replica.load_model(request), ModelFileMissing)
+
+
+async def test_a_file_that_changes_while_it_is_opened_is_named_as_the_cause(
+    replica: FormatReplica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.bin"
+    path.write_bytes(bytes(2048))
+    request = inspected(path)
+
+    def fail(backend: EchoBackend, info: ModelInfo, options: EngineOptions) -> Engine:
+        del backend, info, options
+        os.truncate(path, 100)
+        raise BrokenModel("tensor data is not within the file bounds")
+
+    monkeypatch.setattr(EchoBackend, "open", fail)
+    problem: Any = await replica.load_model(request)
+    assert isinstance(problem, ModelFileChanged)
+    assert "truncated from 2.0 KiB" in problem.message
+    # Nothing of the failed load is left in the record of this process's work.
+    assert len(replica._activity._free_models) == 128
+    # A file that did not change is at fault itself.
+    monkeypatch.setattr(os, "truncate", lambda *_: None)
+    request = inspected(path)
+    assert isinstance(await replica.load_model(request), BrokenModel)
+
+
+async def test_requests_are_recorded_while_they_are_in_flight(
+    replica: FormatReplica, steppers: list[FakeStepper], tmp_path: Path
+) -> None:
+    await replica.load_model(load_request("m"))
+    steppers[0].gate.clear()
+    request = GenerationRequest("r.1", "m", TextPrompt("hi"), max_tokens=2)
+
+    async def serve() -> None:
+        async for _ in replica.stream(request, Attempt("r.1", "replica", is_suspect=True)):
+            pass
+
+    work = asyncio.ensure_future(serve())
+    await until(steppers[0].stepping.is_set)
+    record = activity_path(tmp_path, "replica")
+    assert record.parent == tmp_path / "run"
+    (tmp_path / "copy").write_bytes(record.read_bytes())
+    works = read_activity(tmp_path / "copy")
+    assert works is not None
+    assert cause_of(works).models == {"m"}
+    assert cause_of(works).names("r.1")
+    assert all(work.is_suspect for work in works)
+    steppers[0].gate.set()
+    await work
+    (tmp_path / "copy").write_bytes(record.read_bytes())
+    assert read_activity(tmp_path / "copy") == ()
+    await replica.unload_model("m")
+
+
+async def test_requests_for_another_process_are_denied(
+    replica: FormatReplica, steppers: list[FakeStepper]
+) -> None:
+    await replica.load_model(load_request("m"))
+    prompt = TextPrompt("hi")
+    gone, here = Attempt("r", "died"), Attempt("r", "replica")
+    assert isinstance(await replica.count_tokens("m", prompt, gone), ModelNotResident)
+    assert isinstance(await replica.embed("m", ["x"], "batch", gone), ModelNotResident)
+    assert await replica.count_tokens("m", prompt, here) == 2
+    # Nor does an unload that is meant for a dead process end what was loaded since.
+    assert await replica.unload_model("m", "died") is None
+    assert not steppers[0].is_closed
+    assert await replica.unload_model("m", "replica") is not None
 
 
 async def test_a_failed_registration_leaves_nothing_open(
@@ -123,8 +250,8 @@ async def test_a_failed_registration_leaves_nothing_open(
     monkeypatch.setattr(replica._accelerator, "share", refuse)
     assert isinstance(await replica.load_model(load_request("m")), Unavailable)
     assert steppers[0].is_closed
-    assert replica._loads == {}
-    assert replica._memory.measured_bytes("m#1") == 0
+    assert replica._loads._loads == {}
+    assert replica._loads.memory.measured_bytes("m#1") == 0
 
 
 async def test_a_model_that_is_not_here_is_denied_before_the_socket_is_tried(

@@ -62,7 +62,8 @@ class Replica:
         self.held.append(order.model_id)
         return Residency(order.model_id, order.info.format, "replica", "node", 2048, 0.1)
 
-    async def unload(self, model_id: str) -> UnloadResult | None:
+    async def unload(self, model_id: str, replica_id: str) -> UnloadResult | None:
+        del replica_id
         await self.gate.wait()
         if model_id not in self.held:
             return None

@@ -232,6 +232,7 @@ def replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FormatReplica:
     context: Any = SimpleNamespace(
         replica_id=SimpleNamespace(unique_id="replica"), get_node_id=lambda: "node"
     )
+    monkeypatch.setattr("deployments.activity._SHARED_MEMORY", tmp_path / "none")
     monkeypatch.setattr("deployments.replica.deployment.attach_logs", lambda: None)
     monkeypatch.setattr("deployments.replica.deployment.serve.get_replica_context", lambda: context)
     monkeypatch.setattr("deployments.replica.deployment.ray.get_runtime_context", lambda: context)
@@ -248,8 +249,8 @@ async def test_limits_reach_resident_models_and_those_loaded_later(replica: Form
     await replica.load_model(order("late"))
     for model_id in ("early", "late"):
         with pytest.raises(Unavailable, match="no new requests"):
-            await run(replica._models[model_id].engine, request("hello"))
+            await run(replica._loads._models[model_id].engine, request("hello"))
     await replica.set_limits(UNLIMITED)
     for model_id in ("early", "late"):
-        assert await run(replica._models[model_id].engine, request("hello"))
+        assert await run(replica._loads._models[model_id].engine, request("hello"))
         assert await replica.unload_model(model_id)

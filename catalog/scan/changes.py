@@ -1,0 +1,38 @@
+"""Describes how a model's files differ from what was read of them before."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from catalog.scan.walk import file_signature
+from core.units import format_bytes
+
+
+def describe_changes(files: Sequence[Path], signatures: Sequence[str]) -> str:
+    """Return what happened to the first file whose signature is another one; empty if none."""
+    for path, known in zip(files, signatures, strict=False):
+        try:
+            now = file_signature(path)
+        except OSError as problem:
+            return f"the file {path} cannot be read any more ({problem.strerror})"
+        if now != known:
+            return describe_change(path, size_of(known), size_of(now))
+    return ""
+
+
+def describe_change(path: Path, known_bytes: int, bytes_now: int) -> str:
+    """Return what happened to a file, with its sizes before and now."""
+    what = f"the file {path} changed on disk"
+    if known_bytes == bytes_now:
+        return f"{what}; its size is the same, {_size(bytes_now)}"
+    verb = "was truncated" if bytes_now < known_bytes else "grew"
+    return f"{what}: it {verb} from {_size(known_bytes)} to {_size(bytes_now)}"
+
+
+def size_of(known: str) -> int:
+    """Return the bytes of a file from its signature; 0 if that cannot be read."""
+    size, _, _ = known.partition("-")
+    return int(size) if size.isdecimal() else 0
+
+
+def _size(count: int) -> str:
+    return f"{format_bytes(count)} ({count:,} bytes)"
