@@ -1,0 +1,143 @@
+"""Atomic file writes, safe opening of files that others may have replaced, and disk errors."""
+
+import errno
+import fcntl
+import os
+import stat
+import sys
+import tempfile
+from contextlib import suppress
+from io import BufferedReader
+from pathlib import Path
+
+_ZEROS = bytes(1 << 16)
+# The process or the machine is short of something for the moment; the file itself is fine.
+_SHORTAGES = frozenset({
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ENOBUFS,
+})  # fmt: skip
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would exceed the limit of file sizes",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the disk reported an error",
+    errno.EACCES: "permission was denied",
+    errno.EPERM: "permission was denied",
+    errno.EMFILE: "this process has too many open files",
+    errno.ENFILE: "the machine has too many open files",
+}
+
+
+class NotARegularFile(OSError):
+    """The path is a folder, a link, a pipe or a device."""
+
+
+def is_shortage(problem: OSError) -> bool:
+    """Whether the error says nothing of the file: too many open files, too little memory."""
+    return problem.errno in _SHORTAGES
+
+
+def why(problem: OSError) -> str:
+    """Return what went wrong on disk, in words that a user understands."""
+    known = _REASONS.get(problem.errno or 0)
+    text = problem.strerror or str(problem) or type(problem).__name__
+    return f"{known} ({text})" if known else text
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading; never waits for a pipe's writer, never follows a link.
+
+    Raises NotARegularFile, OSError.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as problem:
+        if problem.errno in (errno.ELOOP, errno.ENXIO, errno.EOPNOTSUPP):
+            raise NotARegularFile(problem.errno, "it is not a regular file", str(path)) from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotARegularFile(errno.EINVAL, "it is not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def write_atomically(
+    path: Path,
+    *parts: bytes | memoryview,
+    mode: int = 0o600,
+    scratch: Path | None = None,
+    is_durable: bool = True,
+) -> None:
+    """Write `parts` to a temporary file beside `path`, and rename it to `path`; blocks.
+
+    `path` is complete or unchanged, whatever happens.  `is_durable` also survives a power loss.
+    The temporary file is `scratch`, whose former content is lost, or has a name of its own.
+    Raises OSError; the temporary file is removed then.
+    """
+    if scratch is None:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        scratch = Path(name)
+    else:
+        with suppress(FileNotFoundError):
+            scratch.unlink()
+        descriptor = os.open(
+            scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode
+        )
+    try:
+        try:
+            os.fchmod(descriptor, mode)
+            _write_all(descriptor, parts)
+            if is_durable:
+                flush_to_disk(descriptor)
+        finally:
+            os.close(descriptor)
+        scratch.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            scratch.unlink()
+        raise
+    if is_durable:
+        _flush_folder(path.parent)
+
+
+def _write_all(descriptor: int, parts: tuple[bytes | memoryview, ...]) -> None:
+    for part in parts:
+        left = memoryview(part).cast("B")
+        while left:
+            left = left[os.write(descriptor, left) :]
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """Write a file's data to the disk itself; macOS's fsync stops at the disk's cache."""
+    if sys.platform == "darwin":
+        with suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    # Some file systems do not support this, and the rename itself has succeeded.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Give the file at least `size` bytes that are reserved on the disk, keeping its content.
+
+    A write through a mapping of a sparse file ends the process when the disk is full.
+    Raises OSError, with ENOSPC if there is no room.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    length = os.fstat(descriptor).st_size
+    while length < size:
+        length += os.pwrite(descriptor, _ZEROS[: size - length], length)
