@@ -193,7 +193,10 @@ class Usage:
     reasoning_tokens: int = 0
 
 
-MissReason: TypeAlias = Literal["no_snapshot", "other_model_version", "evicted", "diverged"]
+# `damaged`: the stored block could not be read or was refused; `no_room`: the engine had no room.
+MissReason: TypeAlias = Literal[
+    "no_snapshot", "other_model_version", "evicted", "damaged", "no_room", "diverged"
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,12 @@ from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.match import longest_prefix, token_array
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.store import State
-from backends.prefixes.transfer import PrefixTransfer, is_worth_restoring, wait_for_first_block
+from backends.prefixes.transfer import (
+    Applied,
+    PrefixTransfer,
+    is_worth_restoring,
+    wait_for_first_block,
+)
 from backends.stepper import SequenceSpec, StepOutput
 
 
@@ -199,15 +204,16 @@ class RowStepper(BaseStepper):
         assert self._portable is not None
         return self._portable.read_tokens(kept.slot, number * BLOCK_TOKENS, BLOCK_TOKENS)
 
-    def _append(self, row: ModelRow, state: State) -> bool:
+    def _append(self, row: ModelRow, state: State) -> Applied:
         while self._used() + BLOCK_TOKENS > self._book.kv_tokens:
             if not self._kept:
-                return False
+                return "no_room"
             self._drop_oldest()
         assert self._portable is not None
-        is_read = self._portable.append_tokens(row.slot, BLOCK_TOKENS, state)
-        row.past += BLOCK_TOKENS * is_read
-        return is_read
+        if not self._portable.append_tokens(row.slot, BLOCK_TOKENS, state):
+            return "refused"
+        row.past += BLOCK_TOKENS
+        return "applied"
 
     def _chunks(self, outputs: list[StepOutput]) -> list[tuple[ModelRow, int]]:
         """Return how many tokens each row computes in this step, decoding rows first."""

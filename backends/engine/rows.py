@@ -13,7 +13,7 @@ from backends.engine.sampling import RowSampler
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Reuse
 from backends.prefixes.store import State
-from backends.prefixes.transfer import PrefixTransfer, Restore
+from backends.prefixes.transfer import Applied, PrefixTransfer, Restore
 from backends.stepper import SequenceSpec, StepOutput
 from core.types import TokenLogprob
 
@@ -54,10 +54,10 @@ class Row:
         slot, self.slot = self.slot, -1
         return slot
 
-    def receive(self, load: Callable[[Self, State], bool]) -> bool:
-        """Hand restored blocks to `load`; return whether more of them are to come.
+    def receive(self, load: Callable[[Self, State], Applied]) -> bool:
+        """Hand restored blocks to `load`, which adds them to the row's cache.
 
-        `load` adds a block to the row's cache, or returns False to end the restore.
+        Return whether more of them are to come.
         """
         if self.incoming is None:
             return False

@@ -112,6 +112,12 @@ class GgufModel:
             return 0
         return int(self._llama.llama_model_n_swa(self.handle)) or 1 << 30
 
+    def metadata(self, key: str) -> str:
+        """Return a value of the file's metadata as text; empty if there is none."""
+        buffer = ctypes.create_string_buffer(_MAX_PIECE_BYTES)
+        size = self._llama.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if size >= 0 else ""
+
     @property
     def adds_bos(self) -> bool:
         """Whether prompts start with a beginning-of-sequence token."""
@@ -223,6 +229,14 @@ class GgufModel:
             self.handle = None
 
 
+def flash_attention(options: EngineOptions) -> str:
+    """Return `enabled`, or `auto` where llama.cpp decides by the device.
+
+    Values are stored transposed without it, and only it reads quantized values.
+    """
+    return "auto" if options.kv_type is None else "enabled"
+
+
 def open_context(model: GgufModel, options: EngineOptions, slot_count: int) -> Any:
     """Return a llama.cpp context with `options.kv_tokens` cells for `slot_count` sequence ids.
 
@@ -241,8 +255,9 @@ def open_context(model: GgufModel, options: EngineOptions, slot_count: int) -> A
     params.no_perf = True
     if options.kv_type is not None:
         params.type_k = params.type_v = getattr(llama, f"GGML_TYPE_{options.kv_type.upper()}")
-        # Only flash attention reads quantized values.
-        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.flash_attn_type = getattr(
+        llama, f"LLAMA_FLASH_ATTN_TYPE_{flash_attention(options).upper()}"
+    )
     context = llama.llama_init_from_model(model.handle, params)
     if not context:
         reason = native_log.take_errors() or "llama.cpp gave no reason"

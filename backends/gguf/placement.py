@@ -9,7 +9,7 @@ from backends.prefixes.match import Retained
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Reuse
 from backends.prefixes.store import State
-from backends.prefixes.transfer import PrefixTransfer, is_worth_restoring
+from backends.prefixes.transfer import Applied, PrefixTransfer, is_worth_restoring
 
 
 class Placement:
@@ -23,12 +23,15 @@ class Placement:
         transfer: PrefixTransfer[Retained],
         *,
         can_share_running: bool,
+        cells: int,
     ) -> None:
+        """`cells` is the size of the context's KV cache in tokens."""
         self._book = book
         self._slots = slots
         self._blocks = blocks
         self._transfer = transfer
         self._can_share_running = can_share_running
+        self._cells = cells
 
     def place(self, row: GgufRow, step: int) -> bool:
         """Give `row` a slot with the longest cached prefix; False if no slot is free.
@@ -94,9 +97,18 @@ class Placement:
             self._share(row, source_slot, count)
             row.note_reuse(cells=count)
 
-    def _load(self, row: GgufRow, state: State) -> bool:
+    def _load(self, row: GgufRow, state: State) -> Applied:
         while not self._blocks.restore(row.slot, state):
+            lacks_room = self._blocks.lacks_room
+            # Retained prefixes give way to a block that lacks room, not to one that is refused.
+            if not (self._may_lack_room() if lacks_room is None else lacks_room):
+                return "refused"
             if not self._slots.drop_oldest():
-                return False
+                return "no_room"
         row.past += BLOCK_TOKENS
-        return True
+        return "applied"
+
+    def _may_lack_room(self) -> bool:
+        """Whether a block may not fit: shared cells are counted for each of their users."""
+        used = self._book.past_tokens + self._slots.retained_tokens
+        return used + BLOCK_TOKENS > self._cells

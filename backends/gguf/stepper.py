@@ -47,7 +47,7 @@ class GgufStepper(BaseStepper):
         blocks = self._blocks = CellBlocks(self._context, slot_count - 1)
         self._transfer = PrefixTransfer[Retained](
             options.prefix_store,
-            block_layout(model, options.context_tokens),
+            block_layout(model, options),
             lambda entry, number: blocks.copy(entry.slot, number),
         )
         self._slots = KvSlots(self._context, slot_count - 1, self._store, model, self._transfer)
@@ -62,6 +62,7 @@ class GgufStepper(BaseStepper):
             self._transfer,
             # A sliding window overwrites the cells that could have been shared.
             can_share_running=model.whole_beyond > options.context_tokens,
+            cells=options.kv_tokens,
         )
 
     def add(self, spec: SequenceSpec) -> None:

@@ -20,7 +20,12 @@ from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.match import token_array
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.store import State
-from backends.prefixes.transfer import PrefixTransfer, is_worth_restoring, wait_for_first_block
+from backends.prefixes.transfer import (
+    Applied,
+    PrefixTransfer,
+    is_worth_restoring,
+    wait_for_first_block,
+)
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import NonFiniteOutput
 
@@ -199,11 +204,11 @@ class MlxStepper(BaseStepper):
                 row.incoming = self._transfer.restore(row.tokens[:-1], blocks)
         return row.receive(self._take_block)
 
-    def _take_block(self, row: MlxRow, state: State) -> bool:
+    def _take_block(self, row: MlxRow, state: State) -> Applied:
         if not self._blocks.fits(state):
-            return False
+            return "refused"
         row.blocks.append(state)
-        return True
+        return "applied"
 
     def _note_reuse(self, row: MlxRow, known: int, *, is_restored: bool) -> None:
         if row.is_reuse_final:

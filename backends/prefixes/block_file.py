@@ -4,18 +4,22 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.files import NotARegularFile, open_regular, write_atomically
+
 # Tokens per block, the unit of lookup, copying, writing and eviction.
 BLOCK_TOKENS = 128
 KEY_BYTES = 16
 FINGERPRINT_BYTES = 32
+# First part of a fingerprint: the version of the model's files; the rest is the cache's layout.
+VERSION_BYTES = 16
 # Parent key of the first block of a prompt.
 ROOT = bytes(KEY_BYTES)
 SUFFIX = ".block"
@@ -48,6 +52,15 @@ class BlockHead:
         """The key of the block in the index, and its file name."""
         return block_key(self.parent, self.tokens)
 
+    def is_same_block(self, other: "BlockHead") -> bool:
+        """Whether both are the same block; their states may differ by rounding."""
+        return (
+            self.fingerprint == other.fingerprint
+            and self.parent == other.parent
+            and self.tokens == other.tokens
+            and self.state_bytes == other.state_bytes
+        )
+
 
 def block_key(parent: bytes, tokens: "array[int]") -> bytes:
     """Return the key of the block with `tokens` that follows the block `parent`."""
@@ -76,10 +89,10 @@ def file_bytes(head: BlockHead) -> int:
 
 
 def write_block(path: Path, head: BlockHead, state: NDArray[np.uint8]) -> None:
-    """Write a block atomically: `path` is complete or absent, even if the process is killed.
+    """Write a block atomically: `path` is complete or unchanged, even if the process is killed.
 
     Does not call fsync: after a power loss the file may be short or empty, which its length and
-    checksums detect.  Raises OSError.
+    checksums detect.  Raises OSError; no temporary file is left then.
     """
     fixed = _HEAD.pack(
         _MAGIC,
@@ -91,22 +104,8 @@ def write_block(path: Path, head: BlockHead, state: NDArray[np.uint8]) -> None:
         head.state_checksum,
     )
     front = fixed + head.tokens.tobytes()
-    scratch = scratch_path(path)
-    file = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        with os.fdopen(file, "wb", buffering=0) as out:
-            _write_all(out.fileno(), [front, _CHECKSUM.pack(zlib.crc32(front)), state.data])
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
-def _write_all(file: int, parts: Sequence[bytes | memoryview]) -> None:
-    for part in parts:
-        left = memoryview(part).cast("B")
-        while left:
-            left = left[os.write(file, left) :]
+    parts = (front, _CHECKSUM.pack(zlib.crc32(front)), state.data)
+    write_atomically(path, *parts, scratch=scratch_path(path), is_durable=False)
 
 
 def scratch_path(path: Path) -> Path:
@@ -121,11 +120,29 @@ def writer_of(scratch: Path) -> int | None:
     return int(number) if kind == "tmp" and number.isdecimal() else None
 
 
-def read_head(path: Path) -> BlockHead:
-    """Read a block's head without its state.  Raises DamagedBlock, OSError."""
-    with path.open("rb") as file:
-        front = file.read(_HEAD_BYTES)
-        size = os.fstat(file.fileno()).st_size
+def read_head(path: Path, limit_bytes: int | None = None) -> BlockHead:
+    """Read a block's head without its state.
+
+    Raises DamagedBlock, also for what is not a regular file or is larger than `limit_bytes`, and
+    OSError.
+    """
+    with _open(path) as file:
+        head = _read_head(file, path)
+    if limit_bytes is not None and file_bytes(head) > limit_bytes:
+        raise DamagedBlock(f"{path.name} has {file_bytes(head)} bytes; the limit is {limit_bytes}")
+    return head
+
+
+def _open(path: Path) -> BufferedReader:
+    try:
+        return open_regular(path)
+    except NotARegularFile as problem:
+        raise DamagedBlock(str(problem)) from problem
+
+
+def _read_head(file: BufferedReader, path: Path) -> BlockHead:
+    front = file.read(_HEAD_BYTES)
+    size = os.fstat(file.fileno()).st_size
     if len(front) < _HEAD_BYTES:
         raise DamagedBlock(f"{path.name} is too short")
     (checksum,) = _CHECKSUM.unpack_from(front, _HEAD_BYTES - _CHECKSUM.size)
@@ -143,10 +160,17 @@ def read_head(path: Path) -> BlockHead:
 
 
 def read_state(path: Path, head: BlockHead) -> NDArray[np.uint8]:
-    """Read and verify the state of the block with this head.  Raises DamagedBlock, OSError."""
-    with path.open("rb") as file:
-        file.seek(_HEAD_BYTES)
-        state = np.fromfile(file, np.uint8)
-    if state.nbytes != head.state_bytes or zlib.crc32(state.data) != head.state_checksum:
+    """Read and verify the state of the block with this head.
+
+    Another process may have written the block again, with other rounding.
+    Raises DamagedBlock, OSError, MemoryError.
+    """
+    with _open(path) as file:
+        current = _read_head(file, path)
+        if not current.is_same_block(head):
+            raise DamagedBlock(f"{path.name} is another block than it was")
+        state = np.empty(current.state_bytes, np.uint8)
+        count = file.readinto(state.data)
+    if count != state.nbytes or zlib.crc32(state.data) != current.state_checksum:
         raise DamagedBlock(f"the state in {path.name} is damaged")
     return state

@@ -2,6 +2,7 @@
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from numpy.typing import NDArray
 
 from backends.prefixes.block_file import BLOCK_TOKENS, ROOT, BlockHead, block_keys
 from backends.prefixes.match import common_prefix
+from core.types import MissReason
 
-# Keys of dropped blocks to remember, to report an evicted prefix as such.
+# Keys of absent blocks to remember, to report why they are absent.
 _MAX_DROPPED_KEYS = 65_536
 
 
@@ -35,7 +37,7 @@ class BlockIndex:
     def __init__(self) -> None:
         self._blocks: dict[bytes, Block] = {}
         self._children: dict[bytes, list[Block]] = {}
-        self._dropped: OrderedDict[bytes, None] = OrderedDict()
+        self._dropped: OrderedDict[bytes, MissReason] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -43,6 +45,14 @@ class BlockIndex:
     def blocks(self) -> list[Block]:
         """Return all blocks."""
         return list(self._blocks.values())
+
+    def keys(self) -> list[bytes]:
+        """Return the keys of all blocks, and of those that are remembered as absent."""
+        return [*self._blocks, *self._dropped]
+
+    def has(self, block: Block) -> bool:
+        """Whether this very block is known."""
+        return self._blocks.get(block.key) is block
 
     def chain(self, tokens: "array[int]") -> list[Block]:
         """Return the longest chain of blocks at the start of `tokens`; compares every token."""
@@ -64,22 +74,29 @@ class BlockIndex:
         self._dropped.pop(block.key, None)
         return True
 
-    def drop(self, block: Block) -> None:
-        """Remove a block that is neither in RAM nor on disk, and remember its key."""
+    def drop(self, block: Block, reason: MissReason = "evicted") -> None:
+        """Remove a block, and remember why."""
         if self._blocks.get(block.key) is not block:
             return
         del self._blocks[block.key]
         self._children[block.parent].remove(block)
         if not self._children[block.parent]:
             del self._children[block.parent]
-        self._dropped[block.key] = None
+        self.note_absent([block.key], reason)
+
+    def note_absent(self, keys: Iterable[bytes], reason: MissReason) -> None:
+        """Remember why blocks with these keys are not stored."""
+        for key in keys:
+            self._dropped[key] = reason
         while len(self._dropped) > _MAX_DROPPED_KEYS:
             self._dropped.popitem(last=False)
 
-    def was_dropped(self, tokens: "array[int]", count: int) -> bool:
-        """Whether the block after the first `count` of this prompt existed earlier."""
-        keys = block_keys(tokens[: (count + 1) * BLOCK_TOKENS])
-        return len(keys) > count and keys[count] in self._dropped
+    def why_absent(self, tokens: "array[int]", number: int) -> MissReason:
+        """Return why block `number` of this prompt is not stored."""
+        keys = block_keys(tokens[: (number + 1) * BLOCK_TOKENS])
+        if len(keys) <= number:
+            return "no_snapshot"
+        return self._dropped.get(keys[number], "no_snapshot")
 
     def nearest(self, tokens: "array[int]", count: int) -> tuple[int, "array[int]"]:
         """Return the longest common prefix with a known prompt in tokens, and how that continues.

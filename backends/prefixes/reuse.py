@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.match import common_prefix
 from core.types import CacheOutcome, MissReason
 
@@ -86,13 +87,15 @@ def explain(
 ) -> None:
     """Record in `reuse` why only `planned` tokens of `prompt` are reused.
 
-    `absent` is the reason if no known prompt has a common prefix.  Nothing is missing if all but
-    the last token is cached, or if a known prompt ends where this one continues.
+    `absent` is why the state after `planned` tokens is not stored.  Nothing is missing if all
+    but the last token is cached, or if a known prompt ends where this one continues.
     """
     reuse.miss, reuse.diverged_at, reuse.known = None, None, ()
     if planned >= len(prompt) - 1:
         return
-    if not found.shared or absent == "evicted":
+    # Tokens that are known, but whose state cannot be continued, did not diverge.
+    is_elsewhere = planned + BLOCK_TOKENS <= found.shared
+    if not found.shared or absent != "no_snapshot" or is_elsewhere:
         reuse.miss = absent
     elif found.known and found.shared < len(prompt):
         reuse.miss, reuse.diverged_at = "diverged", found.shared

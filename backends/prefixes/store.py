@@ -8,17 +8,24 @@ import logging
 import threading
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.prefixes.block_file import BLOCK_TOKENS, ROOT, block_head, block_keys
-from backends.prefixes.disk import PrefixFolder
+from backends.prefixes.block_file import (
+    BLOCK_TOKENS,
+    FINGERPRINT_BYTES,
+    ROOT,
+    VERSION_BYTES,
+    block_head,
+    block_keys,
+)
+from backends.prefixes.disk import PrefixFolder, drop_file
 from backends.prefixes.index import Block, BlockIndex
 from core.types import MissReason
 from core.units import MIB
@@ -60,21 +67,40 @@ class BlockStore:
         return self._ram_bytes
 
     def of(self, model: str, fingerprint: bytes) -> "ModelBlocks":
-        """Return the model's blocks; blocks of another version of the model are dropped."""
+        """Return the blocks of `<model>-<layout>`.
+
+        Blocks of another version of the model's files are dropped, those of another layout kept.
+        """
+        family = model.partition("-")[0]
         with self.lock:
             known = self._models.get(model)
             if known is not None and known.fingerprint == fingerprint:
                 return known
-            if known is not None:
-                self._forget(known)
-            found = self._models[model] = ModelBlocks(self, model, fingerprint)
-            found.had_others = known is not None
-        found.scanned = self._writer.submit(self._scan, found)
+            found = ModelBlocks(self, model, fingerprint)
+            for name, other in list(self._models.items()):
+                if name.partition("-")[0] != family:
+                    continue
+                found.index.note_absent(other.index.keys(), "other_model_version")
+                if name == model or not other.has_version_of(fingerprint):
+                    self._forget(self._models.pop(name))
+            self._models[model] = found
+        found.scanned = self.submit(self._scan, found)
         return found
+
+    def submit(self, work: Callable[..., object], *values: Any) -> Future[object] | None:
+        """Run `work` on the writer's thread; None if the store is closed or threads lack."""
+        try:
+            return self._writer.submit(work, *values)
+        except RuntimeError as problem:
+            logger.warning("prefix blocks are not kept: %s", problem)
+            return None
 
     def _forget(self, model: "ModelBlocks") -> None:
         for block in [block for block, owner in self._in_ram.items() if owner is model]:
-            del self._in_ram[block]
+            self._remove_from_ram(block)
+
+    def _remove_from_ram(self, block: Block) -> None:
+        if self._in_ram.pop(block, None) is not None:
             self._ram_bytes -= block.size_bytes
 
     def _scan(self, model: "ModelBlocks") -> None:
@@ -84,7 +110,7 @@ class BlockStore:
             logger.warning("prefix blocks on disk cannot be listed and are not used: %s", problem)
             return
         with self.lock:
-            model.had_others |= others > 0
+            model.index.note_absent(others, "other_model_version")
             for path, head in files.items():
                 model.index.add(
                     Block(
@@ -97,7 +123,11 @@ class BlockStore:
         """Queue a block with its state for RAM and disk.  The caller holds the lock."""
         self._waiting.append((model, block))
         self._waiting_bytes += block.size_bytes
-        self._writer.submit(self._store)
+        if self.submit(self._store) is None:
+            self._waiting.pop()
+            self._waiting_bytes -= block.size_bytes
+            block.state = None
+            self._drop_if_lost(model, block)
 
     def has_room(self) -> bool:
         """Whether more blocks may be queued for writing."""
@@ -119,7 +149,7 @@ class BlockStore:
             for block in reversed(blocks):
                 if block in self._in_ram:
                     self._in_ram.move_to_end(block)
-        self._writer.submit(self._touch_files, list(blocks))
+        self.submit(self._touch_files, list(blocks))
 
     def _touch_files(self, blocks: Sequence[Block]) -> None:
         self.folder.touch([block.path for block in blocks if block.path is not None])
@@ -135,8 +165,9 @@ class BlockStore:
         for work in (self._write, self._keep):
             try:
                 work(model, batch)
-            except OSError as problem:
-                logger.warning("prefix blocks cannot be stored: %s", problem)
+            except Exception:
+                # Whatever it is, the blocks that wait must be counted down, or nothing is stored.
+                logger.warning("prefix blocks cannot be stored", exc_info=True)
         with self._room_freed:
             self._waiting_bytes -= sum(block.size_bytes for block in batch)
             for block in batch:
@@ -146,17 +177,23 @@ class BlockStore:
             self._room_freed.notify_all()
 
     def _write(self, model: "ModelBlocks", batch: Sequence[Block]) -> None:
+        pairs = []
         for block in batch:
-            assert block.state is not None
+            # It was dropped while it waited.
+            if (state := block.state) is None:
+                continue
             block.head = block_head(
-                model.fingerprint, block.parent, block.number, block.tokens, block.state
+                model.fingerprint, block.parent, block.number, block.tokens, state
             )
-        written = self.folder.write(
-            model.name, [(b.head, b.state) for b in batch if b.head and b.state is not None]
-        )
+            pairs.append((block.head, state))
+        written = self.folder.write(model.name, pairs)
         with self.lock:
             for block in batch:
-                block.path = written.paths.get(block.key)
+                path = written.paths.get(block.key)
+                if path is not None and not model.index.has(block):
+                    self.submit(drop_file, path)
+                    path = None
+                block.path = path
             if not written.dropped:
                 return
             for other in self._models.values():
@@ -172,8 +209,9 @@ class BlockStore:
         granted = self.folder.claim_ram(min(wanted, self._limit_bytes), self._limit_bytes)
         with self.lock:
             for block in batch:
-                self._in_ram[block] = model
-                self._ram_bytes += block.size_bytes
+                if block.state is not None and model.index.has(block):
+                    self._in_ram[block] = model
+                    self._ram_bytes += block.size_bytes
             while self._ram_bytes > granted:
                 oldest, owner = self._in_ram.popitem(last=False)
                 self._ram_bytes -= oldest.size_bytes
@@ -181,25 +219,41 @@ class BlockStore:
                 self._drop_if_lost(owner, oldest)
 
     @staticmethod
-    def _drop_if_lost(model: "ModelBlocks", block: Block) -> None:
+    def _drop_if_lost(model: "ModelBlocks", block: Block, reason: MissReason = "evicted") -> None:
         """Drop a block from the index if it is neither in RAM nor on disk."""
         if block.state is None and block.path is None:
-            model.index.drop(block)
+            model.index.drop(block, reason)
 
-    def read(self, model: "ModelBlocks", block: Block) -> tuple[State, bool] | None:
-        """Return a block's state and whether it was in RAM; None if it is lost.  Blocks."""
+    def drop(self, model: "ModelBlocks", blocks: Sequence[Block]) -> None:
+        """Drop blocks that a runtime refused, with their files; they can be stored again."""
+        with self.lock:
+            paths = [block.path for block in blocks if block.path is not None]
+            for block in blocks:
+                self._remove_from_ram(block)
+                block.state = block.path = None
+                model.index.drop(block, "damaged")
+        for path in paths:
+            self.submit(drop_file, path)
+
+    def read(self, model: "ModelBlocks", block: Block) -> tuple[State, bool] | MissReason:
+        """Return a block's state and whether it was in RAM, or why it is lost.  Blocks."""
         with self.lock:
             state, path, head = block.state, block.path, block.head
         if state is not None:
             return state, True
-        if path is not None and head is not None:
-            state = self.folder.read(path, head)
-        if state is None:
+        if path is None or head is None:
+            reason: MissReason = "evicted"
+        else:
+            found = self.folder.read(path, head)
+            if not isinstance(found, str):
+                return found, False
+            reason = found
+        # For want of memory it cannot be read now, but it is there.
+        if reason != "no_room":
             with self.lock:
                 block.path = None
-                self._drop_if_lost(model, block)
-            return None
-        return state, False
+                self._drop_if_lost(model, block, reason)
+        return reason
 
     def close(self) -> None:
         """Write all queued blocks and stop the threads; idempotent."""
@@ -215,8 +269,11 @@ class ModelBlocks:
         self.name = name
         self.fingerprint = fingerprint
         self.index = BlockIndex()
-        self.had_others = False
-        self.scanned: Future[None] | None = None
+        self.scanned: Future[object] | None = None
+
+    def has_version_of(self, fingerprint: bytes) -> bool:
+        """Whether these blocks belong to the same version of the model's files."""
+        return self.fingerprint[:VERSION_BYTES] == fingerprint[:VERSION_BYTES]
 
     def chain(self, tokens: "array[int]") -> list[Block]:
         """Return the longest chain of known blocks at the start of `tokens`."""
@@ -249,12 +306,14 @@ class ModelBlocks:
         """Mark the stored blocks at the start of `tokens` as used."""
         self.store.touch(self.chain(tokens))
 
-    def why_absent(self, tokens: "array[int]", count: int) -> MissReason:
-        """Return why the block after the first `count` of this prompt is not stored."""
+    def drop(self, blocks: Sequence[Block]) -> None:
+        """Drop blocks that the runtime refused; see `BlockStore.drop`."""
+        self.store.drop(self, blocks)
+
+    def why_absent(self, tokens: "array[int]", number: int) -> MissReason:
+        """Return why block `number` of this prompt is not stored."""
         with self.store.lock:
-            if self.index.was_dropped(tokens, count):
-                return "evicted"
-            return "other_model_version" if self.had_others else "no_snapshot"
+            return self.index.why_absent(tokens, number)
 
     def nearest(self, tokens: "array[int]", count: int) -> tuple[int, "array[int]"]:
         """Return the nearest known prompt beyond `count` blocks; see `BlockIndex.nearest`."""
@@ -272,12 +331,12 @@ class ModelPrefixStore:
 
     def open(self, layout: str) -> ModelBlocks:
         """Return the blocks for a runtime whose versions and cache shape `layout` describes."""
-        return self.store.of(
-            self.model, sha256(f"{self.file_versions}\n{layout}".encode()).digest()
-        )
+        version, shape = (sha256(text.encode()).digest() for text in (self.file_versions, layout))
+        fingerprint = version[:VERSION_BYTES] + shape[: FINGERPRINT_BYTES - VERSION_BYTES]
+        return self.store.of(f"{self.model}-{shape.hex()[:16]}", fingerprint)
 
 
-def wait_for(future: "Future[None]", timeout_s: float) -> None:
+def wait_for(future: "Future[object]", timeout_s: float) -> None:
     """Wait for a future to end, or for the timeout; ignores its result."""
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())

@@ -5,14 +5,15 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, wait
-from typing import Generic, TypeVar
+from concurrent.futures import CancelledError, Future, wait
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.index import Block
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Nearest, Reuse, explain, nearest
 from backends.prefixes.store import ModelBlocks, ModelPrefixStore, State
+from core.types import MissReason
 
 # While sequences run: the pause between two copies, and the time per step for restoring.
 _PAUSE_S = 0.05
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 Owner = TypeVar("Owner", bound=Hashable)
 
+# What became of a block that was handed to an engine: `refused` ones are dropped from the store.
+Applied: TypeAlias = Literal["applied", "no_room", "refused"]
+
 
 class Restore:
     """Reads a prompt's blocks in order on the store's thread, for use on the engine's thread."""
@@ -33,7 +37,7 @@ class Restore:
     def __init__(self, model_blocks: ModelBlocks, blocks: Sequence[Block]) -> None:
         self._model_blocks = model_blocks
         self._left = deque(blocks)
-        self._reading: deque[Future[tuple[State, bool] | None]] = deque()
+        self._reading: deque[tuple[Block, Future[tuple[State, bool] | MissReason]]] = deque()
         self._read_ahead()
 
     @property
@@ -41,17 +45,27 @@ class Restore:
         """Whether no more blocks will arrive."""
         return not self._reading
 
-    def receive(self, reuse: Reuse, apply: Callable[[State], bool]) -> None:
+    def receive(self, reuse: Reuse, apply: Callable[[State], Applied]) -> None:
         """Pass arrived blocks to `apply`, for at most a part of a step's time.
 
-        Ends the restore at a block that is lost or that `apply` rejects.
+        Ends the restore at a block that is lost or not applied.  Refused blocks are dropped with
+        those after them, which have the same layout, so that they are computed and stored again.
         """
         end = time.monotonic() + _STEP_S
-        while self._reading and self._reading[0].done():
-            found = self._reading.popleft().result()
-            if found is None or not apply(found[0]):
+        while self._reading and self._reading[0][1].done():
+            block, future = self._reading.popleft()
+            found = _result(future)
+            if isinstance(found, str):
                 self.cancel()
-                reuse.miss = "evicted"
+                reuse.miss = found
+                return
+            outcome = _applied(apply, found[0])
+            if outcome != "applied":
+                rest = [block, *(each for each, _ in self._reading), *self._left]
+                self.cancel()
+                if outcome == "refused":
+                    self._model_blocks.drop(rest)
+                reuse.miss = "damaged" if outcome == "refused" else outcome
                 return
             if found[1]:
                 reuse.ram += BLOCK_TOKENS
@@ -65,19 +79,46 @@ class Restore:
         store = self._model_blocks.store
         while self._left and len(self._reading) < _READ_AHEAD:
             block = self._left.popleft()
-            self._reading.append(store.reader.submit(store.read, self._model_blocks, block))
+            try:
+                future = store.reader.submit(store.read, self._model_blocks, block)
+            except RuntimeError as problem:
+                logger.warning("prefix blocks are not restored: %s", problem)
+                self._left.clear()
+                return
+            self._reading.append((block, future))
 
     def wait(self, timeout_s: float) -> None:
         """Block until the next block has arrived, or until the timeout."""
         if self._reading:
-            wait([self._reading[0]], timeout_s)
+            wait([self._reading[0][1]], timeout_s)
 
     def cancel(self) -> None:
         """Stop reading."""
-        for future in self._reading:
+        for _, future in self._reading:
             future.cancel()
         self._reading.clear()
         self._left.clear()
+
+
+def _result(future: Future[tuple[State, bool] | MissReason]) -> tuple[State, bool] | MissReason:
+    """Return what was read; a failure of the reader costs the block, not the engine."""
+    try:
+        return future.result()
+    except CancelledError:
+        return "no_snapshot"
+    except Exception:
+        logger.warning("a prefix block cannot be read", exc_info=True)
+        return "damaged"
+
+
+def _applied(apply: Callable[[State], Applied], state: State) -> Applied:
+    try:
+        return apply(state)
+    except MemoryError:
+        return "no_room"
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as problem:
+        logger.warning("a prefix block cannot be restored: %r", problem)
+        return "refused"
 
 
 class PrefixTransfer(Generic[Owner]):
@@ -189,7 +230,8 @@ class PrefixTransfer(Generic[Owner]):
         shared, rest = self._model_blocks.nearest(prompt, count)
         if shared > found.shared:
             found = Nearest(shared, rest)
-        explain(reuse, planned, prompt, found, self._model_blocks.why_absent(prompt, count))
+        number = max(count, planned // BLOCK_TOKENS)
+        explain(reuse, planned, prompt, found, self._model_blocks.why_absent(prompt, number))
         return reuse
 
 

@@ -126,7 +126,8 @@ class PackedRows(_TorchRows):
     @property
     def layout(self) -> str:
         """What the bytes of `read_tokens` depend on besides the model's files."""
-        return f"torch {version('torch')}, transformers {version('transformers')}, {self._dtype}"
+        libraries = f"torch {version('torch')}, transformers {version('transformers')}"
+        return f"{libraries}, {self._dtype}, windows {list(self._windows)}"
 
     def read_tokens(self, row: int, start: int, count: int) -> NDArray[np.uint8]:
         """Return a copy of the keys and values of `count` tokens, as a flat array."""

@@ -13,6 +13,7 @@ import pytest
 
 from backends.base import Engine, EngineOptions
 from backends.gguf.backend import GgufBackend
+from backends.gguf.slots import KvSlots
 from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.store import BlockStore
 from core.types import PrefillProgress
@@ -184,3 +185,54 @@ async def test_a_short_request_passes_a_long_prompt(tmp_path: Path) -> None:
     assert not long_is_done
     await work
     await engine.close()
+
+
+@pytest.mark.parametrize("first", [None, "f32"])
+async def test_blocks_belong_to_the_kv_type_that_they_were_computed_with(
+    first: str | None, tmp_path: Path
+) -> None:
+    """Each type finds its own blocks and never those of the other, which drop nothing either."""
+    path = llama_gguf(tmp_path / "tiny.gguf")
+    store = store_at(tmp_path / "prefixes")
+    second = "f32" if first is None else None
+    texts: dict[str | None, list[int]] = {}
+    for round_number, kv_type in enumerate([first, second, first, second]):
+        engine = open_tiny(path, store, kv_type=kv_type)
+        events = await run(engine, request("a b c " * 150, max_tokens=12))
+        end = end_of(events)
+        assert end.cache is not None
+        if round_number < 2:
+            texts[kv_type] = token_ids_of(events)
+            reason = "other_model_version" if round_number else "no_snapshot"
+            assert (end.usage.cached_tokens, end.cache.miss) == (0, reason)
+        else:
+            assert (end.cache.disk_tokens > 0, end.cache.miss) == (True, None)
+            assert token_ids_of(events) == texts[kv_type]
+        await engine.close()
+    store.close()
+
+
+async def test_a_block_that_llama_refuses_is_written_again_and_drops_no_other_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the layout had not told the types apart: llama.cpp itself refuses the bytes."""
+    path = llama_gguf(tmp_path / "tiny.gguf")
+    store = store_at(tmp_path / "prefixes")
+    dropped: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("backends.gguf.stepper.block_layout", lambda *_: "one for all")
+        for kv_type in (None, "f32"):
+            engine = open_tiny(path, store, kv_type=kv_type)
+            if kv_type is not None:
+                await run(engine, request("d e f " * 150, max_tokens=4))
+                patch.setattr(KvSlots, "drop_oldest", lambda _: dropped.append(1))
+            end = end_of(await run(engine, request("a b c " * 150, max_tokens=4)))
+            await engine.close()
+        assert end.cache is not None
+        assert (end.usage.cached_tokens, end.cache.miss, dropped) == (0, "damaged", [])
+        engine = open_tiny(path, store, kv_type="f32")
+        end = end_of(await run(engine, request("a b c " * 150, max_tokens=4)))
+        assert end.cache is not None
+        assert (end.cache.disk_tokens > 0, end.cache.miss) == (True, None)
+        await engine.close()
+    store.close()

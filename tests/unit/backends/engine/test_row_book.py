@@ -12,6 +12,7 @@ from backends.engine.row_book import RowBook
 from backends.engine.rows import Row
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Reuse
+from backends.prefixes.transfer import Applied
 from backends.stepper import SequenceSpec
 from core.types import SamplingParams
 
@@ -49,9 +50,9 @@ class FakeRestore:
     def is_over(self) -> bool:
         return not self.left
 
-    def receive(self, reuse: Reuse, apply: Callable[[Any], bool]) -> None:
+    def receive(self, reuse: Reuse, apply: Callable[[Any], Applied]) -> None:
         self.left -= 1
-        assert apply("block")
+        assert apply("block") == "applied"
         reuse.disk += 1
 
     def cancel(self) -> None:
@@ -268,10 +269,10 @@ def test_a_leader_before_its_last_token(least_pending: int, waits: bool) -> None
 def test_blocks_are_received_until_the_restore_is_over() -> None:
     row, blocks = row_of(1), list[Any]()
 
-    def load(to: Row, state: Any) -> bool:
+    def load(to: Row, state: Any) -> Applied:
         assert to is row
         blocks.append(state)
-        return True
+        return "applied"
 
     assert not row.receive(load)
     row.incoming = FakeRestore(2)  # type: ignore[assignment]
@@ -289,7 +290,7 @@ def test_reuse_is_final_after_the_first_token() -> None:
     assert (output.token_id, output.is_end, output.cached, output.prefilled) == (7, True, 2, 3)
     assert list(row.tokens) == [1, 2, 3, 7]
     row.incoming = FakeRestore(1)  # type: ignore[assignment]
-    row.receive(lambda *_: True)
+    row.receive(lambda *_: "applied")
     assert row.reuse.total == 2
 
 

@@ -1,5 +1,6 @@
 """A row stepper whose rows outlive it, and fairness between long and short prompts."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,13 +75,33 @@ def test_a_prompt_is_not_computed_again_after_its_engine_closed(tmp_path: Path) 
     store.close()
 
 
-def test_a_restore_that_breaks_is_computed(tmp_path: Path) -> None:
+def written_bytes(folder: Path) -> int:
+    """Return how many bytes of blocks were written today."""
+    return int(json.loads((folder / "state.json").read_text())["written_bytes"])
+
+
+def test_blocks_that_are_refused_are_computed_and_stored_again(tmp_path: Path) -> None:
     store = store_at(tmp_path)
     prompt = prompt_of(LONG)
     answer(PortableModel(4), store, prompt)
     broken = PortableModel(4)
     broken.broken = True
+    before = written_bytes(tmp_path)
     assert answer(broken, store, prompt) == (expected(prompt, 8), 0)
+    assert written_bytes(tmp_path) == 2 * before
+    assert answer(PortableModel(4), store, prompt) == (expected(prompt, 8), 3 * BLOCK_TOKENS)
+    store.close()
+
+
+def test_a_block_that_breaks_the_runtime_ends_the_restore_only(tmp_path: Path) -> None:
+    class Raising(PortableModel):
+        def append_tokens(self, row: int, count: int, state: NDArray[np.uint8]) -> bool:
+            raise ValueError(f"{state.nbytes} bytes are not {count} tokens of row {row}")
+
+    store = store_at(tmp_path)
+    prompt = prompt_of(LONG)
+    answer(PortableModel(4), store, prompt)
+    assert answer(Raising(4), store, prompt) == (expected(prompt, 8), 0)
     store.close()
 
 

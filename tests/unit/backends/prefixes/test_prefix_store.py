@@ -1,5 +1,6 @@
 """Tests of the prefix block store and transfer: lookup, sources, limits, miss reasons."""
 
+import errno
 import threading
 from array import array
 from collections.abc import Iterator
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from backends.prefixes.block_file import BLOCK_TOKENS
-from backends.prefixes.reuse import Reuse
+from backends.prefixes.reuse import Reuse, explain, nearest
 from backends.prefixes.store import BlockStore, ModelBlocks, State
-from backends.prefixes.transfer import PrefixTransfer
+from backends.prefixes.transfer import Applied, PrefixTransfer, Restore
+from core.types import MissReason
 from tests.prefixes import folder_at, place_in, prompt_of, state_of, store_at
 
 
@@ -31,14 +33,14 @@ def put(model: ModelBlocks, tokens: "array[int]") -> None:
     model.touch(tokens)
 
 
-def found(model: ModelBlocks, tokens: "array[int]") -> int:
+def found(model: ModelBlocks, tokens: "array[int]", layout: str = "layout") -> int:
     """Return how many tokens of the prompt can be restored, having read all of them."""
-    transfer = PrefixTransfer[int](place_in(model.store), "layout", lambda *_: state_of(0))
+    transfer = PrefixTransfer[int](place_in(model.store), layout, lambda *_: state_of(0))
     states: list[State] = []
 
-    def take(state: State) -> bool:
+    def take(state: State) -> Applied:
         states.append(state)
-        return True
+        return "applied"
 
     restore = transfer.restore(tokens, model.chain(tokens))
     while not restore.is_over:
@@ -85,6 +87,110 @@ def test_another_version_finds_nothing_and_says_so(tmp_path: Path, change: str) 
     assert model.chain(prompt_of(2)) == []
     assert model.why_absent(prompt_of(2), 0) == "other_model_version"
     second.close()
+
+
+def test_layouts_of_one_version_are_kept_apart(tmp_path: Path) -> None:
+    """A model is opened with other KV types as memory allows, and then as before."""
+    store = store_at(tmp_path, ram_bytes=10_000)
+    put(place_in(store).open("f16"), prompt_of(2))
+    quantized = place_in(store).open("q8_0")
+    assert found(quantized, prompt_of(2), "q8_0") == 0
+    assert quantized.why_absent(prompt_of(2), 0) == "other_model_version"
+    assert quantized.why_absent(prompt_of(2, 9), 0) == "no_snapshot"
+    put(quantized, prompt_of(2))
+    store.close()
+    again = store_at(tmp_path)
+    for layout in ("f16", "q8_0"):
+        assert found(place_in(again).open(layout), prompt_of(2), layout) == 2 * BLOCK_TOKENS
+    # Another version of the file ends them all.
+    place_in(again, "second version").open("f16").chain(prompt_of(2))
+    again.close()
+    assert list(tmp_path.glob("*/*.block")) == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "left"),
+    [("refused", "damaged", 1), ("no_room", "no_room", 4), ("applied", None, 4)],
+)
+def test_blocks_that_are_refused_are_dropped_with_those_after_them(
+    store: BlockStore, outcome: Applied, reason: str | None, left: int
+) -> None:
+    model, tokens = place_in(store).open("layout"), prompt_of(4)
+    put(model, tokens)
+    outcomes: Iterator[Applied] = iter(["applied", outcome, outcome, outcome])
+    reuse = Reuse()
+    restore = Restore(model, model.chain(tokens))
+    while not restore.is_over:
+        restore.wait(5)
+        restore.receive(reuse, lambda _: next(outcomes))
+    assert reuse.miss == reason
+    assert len(model.chain(tokens)) == left
+    if reason is not None:
+        assert reuse.disk == BLOCK_TOKENS
+    if outcome == "refused":
+        assert model.why_absent(tokens, 1) == "damaged"
+        put(model, tokens)
+        assert len(model.chain(tokens)) == 4
+        assert found(model, tokens) == 4 * BLOCK_TOKENS
+
+
+def test_a_refused_block_is_also_dropped_from_ram_and_from_what_waits(tmp_path: Path) -> None:
+    store = store_at(tmp_path, ram_bytes=10_000)
+    model, tokens = place_in(store).open("layout"), prompt_of(3)
+    put(model, tokens)
+    model.drop(model.chain(tokens))
+    assert store.ram_bytes == 0
+    for number in range(3):
+        model.put(tokens, number, state_of(number))
+    model.drop(model.chain(tokens))
+    assert store.flush(10)
+    store.close()
+    assert store.ram_bytes == 0
+    assert model.chain(tokens) == []
+    assert list(tmp_path.glob("*/*.block")) == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason", "is_kept"),
+    [
+        (FileNotFoundError(errno.ENOENT, "gone"), "evicted", False),
+        (OSError(errno.EIO, "broken"), "damaged", False),
+        (OSError(errno.EMFILE, "too many"), "no_room", True),
+        (MemoryError(), "no_room", True),
+        (AssertionError("of the reader"), "damaged", True),
+    ],
+)
+def test_the_reason_of_a_block_that_cannot_be_read(
+    store: BlockStore,
+    monkeypatch: pytest.MonkeyPatch,
+    problem: Exception,
+    reason: str,
+    is_kept: bool,
+) -> None:
+    def fail(*_: object) -> State:
+        raise problem
+
+    model, tokens = place_in(store).open("layout"), prompt_of(2)
+    put(model, tokens)
+    monkeypatch.setattr("backends.prefixes.disk.read_state", fail)
+    reuse = Reuse()
+    restore = Restore(model, model.chain(tokens))
+    while not restore.is_over:
+        restore.wait(5)
+        restore.receive(reuse, lambda _: "applied")
+    assert reuse.miss == reason
+    assert (len(model.chain(tokens)) == 2) == is_kept
+
+
+def test_a_store_that_is_closed_serves_no_blocks_and_raises_nothing(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    model, tokens = place_in(store).open("layout"), prompt_of(2)
+    put(model, tokens)
+    store.close()
+    assert found(model, tokens) == 0
+    model.put(prompt_of(2, 5), 0, state_of(0))
+    assert store.flush(0)
+    assert model.chain(prompt_of(2, 5)) == []
 
 
 def test_tokens_are_compared_and_not_only_their_keys(
@@ -255,6 +361,48 @@ def test_a_miss_names_the_first_token_that_differs(store: BlockStore) -> None:
     assert outcome.known_text.encode()[0] == known[300]
     assert outcome.asked_text.encode()[0] == asked[300]
     assert outcome.before_text.encode() == bytes(known[292:300].tolist())
+
+
+@pytest.mark.parametrize(
+    ("planned", "shared", "absent", "reason"),
+    [
+        (0, 300, "no_snapshot", "no_snapshot"),
+        (256, 300, "no_snapshot", "diverged"),
+        (300, 300, "no_snapshot", "diverged"),
+        (256, 300, "evicted", "evicted"),
+        (256, 300, "damaged", "damaged"),
+        (0, 0, "other_model_version", "other_model_version"),
+        (400, 300, "evicted", None),
+    ],
+)
+def test_the_reason_is_that_of_the_first_token_that_was_computed(
+    planned: int, shared: int, absent: MissReason, reason: MissReason | None
+) -> None:
+    """Tokens that are known but have no usable state did not diverge."""
+    prompt = prompt_of(3, more=17)
+    known = prompt_of(3, more=17)
+    if shared < len(known):
+        known[shared] += 1
+    reuse = Reuse()
+    explain(reuse, planned, prompt, nearest(prompt, [known]), absent)
+    assert reuse.miss == reason
+    assert (reuse.diverged_at == shared) == (reason == "diverged")
+
+
+def test_what_was_evicted_elsewhere_is_not_the_reason(tmp_path: Path) -> None:
+    """The engine's own cells reach beyond the evicted block, up to where the prompts differ."""
+    store = store_at(tmp_path)
+    model, known = place_in(store).open("layout"), prompt_of(4)
+    put(model, known)
+    with store.lock:
+        model.index.drop(model.index.chain(known)[1], "evicted")
+    asked = known[:]
+    asked[300] += 1
+    transfer = PrefixTransfer[Owner](place_in(store), "layout", lambda *_: state_of(0))
+    reuse = transfer.explain_reuse(300, asked, [known])
+    assert (reuse.miss, reuse.diverged_at) == ("diverged", 300)
+    assert transfer.explain_reuse(128, known, []).miss == "evicted"
+    store.close()
 
 
 def test_a_prompt_that_goes_on_misses_nothing(store: BlockStore) -> None:
