@@ -1,12 +1,16 @@
 """Shares the accelerator between the replica processes of one machine."""
 
 import asyncio
+import logging
 import platform
 from pathlib import Path
 
 from backends.base import Engine
 from backends.engine.accelerator_lock import AcceleratorLock, SharesAccelerator
 from core.errors import ImpetusError
+from core.files import why
+
+logger = logging.getLogger(__name__)
 
 
 def turn_file(home: Path) -> Path:
@@ -15,10 +19,7 @@ def turn_file(home: Path) -> Path:
 
 
 class SharedAccelerator:
-    """This process's registration for turns; made when the first engine needs it.
-
-    A process that is the only one makes no system call per turn.
-    """
+    """This process's registration for turns; made when the first engine needs it."""
 
     def __init__(self, home: Path) -> None:
         self._path = turn_file(home)
@@ -27,15 +28,17 @@ class SharedAccelerator:
     async def share(self, engine: Engine) -> None:
         """Make a new engine take turns, if it supports that.
 
-        Closes the engine and raises Unavailable if the lock file cannot be used.
+        If the lock file cannot be used (read-only or full disk, a process that hangs), the engine
+        runs without turns, which costs speed only; the next engine tries again.
         """
         if not isinstance(engine, SharesAccelerator):
             return
         try:
             lock = await asyncio.to_thread(self._registered)
-        except ImpetusError:
-            await engine.close()
-            raise
+        except (ImpetusError, OSError) as problem:
+            reason = why(problem) if isinstance(problem, OSError) else problem
+            logger.warning("the engine does not take turns at the accelerator: %s", reason)
+            return
         engine.share_accelerator(lock)
 
     def _registered(self) -> AcceleratorLock:

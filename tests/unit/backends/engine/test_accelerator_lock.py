@@ -1,8 +1,10 @@
 """The lock between processes, seen from one of them; the other obeys commands on its stdin."""
 
+import errno
 import fcntl
 import os
-import select
+import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -130,7 +132,9 @@ def comes_in_order(lock: AcceleratorLock, other: Other) -> bool:
     with lock.hold():
         other.tell("enter")
         assert other.process.stdout is not None
-        is_waiting = not select.select([other.process.stdout], [], [], 0.1)[0]
+        with selectors.DefaultSelector() as selector:
+            selector.register(other.process.stdout, selectors.EVENT_READ)
+            is_waiting = not selector.select(0.1)
     other.hear()
     other.do("leave")
     return is_waiting
@@ -299,3 +303,121 @@ def test_a_failed_step_releases_the_lock(path: Path, lock: AcceleratorLock) -> N
             raise ValueError("broken")
         other.do("enter")
         other.do("leave")
+
+
+def damage(path: Path, how: str) -> None:
+    """In another process: closing the file in this one would drop its locks."""
+    code = {
+        "empty": "os.truncate(path, 0)",
+        "short": "os.truncate(path, 40)",
+        "zeros": "os.pwrite(os.open(path, os.O_WRONLY), bytes(2000), 0)",
+        "noise": "os.pwrite(os.open(path, os.O_WRONLY), os.urandom(2000), 0)",
+        "deleted": "os.unlink(path)",
+        "replaced": "open(path + '.new', 'w').close(); os.rename(path + '.new', path)",
+    }[how]
+    subprocess.run(
+        [sys.executable, "-c", f"import os, sys; path = sys.argv[1]; {code}", str(path)], check=True
+    )
+
+
+DAMAGES = ["empty", "short", "zeros", "noise", "deleted", "replaced"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_file_that_is_damaged_under_us_costs_no_step(
+    path: Path, lock: AcceleratorLock, how: str
+) -> None:
+    """Nothing hangs, nobody dies, and turns are taken again."""
+    with other_process(path) as other:
+        other.do("enter")
+        damage(path, how)
+        other.do("leave")
+        for _ in range(600):
+            with lock.hold():
+                pass
+        for _ in range(300):
+            other.do("enter")
+            other.do("leave")
+        wait_until(lambda: comes_in_order(lock, other))
+    assert lock.process_count() == 1
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_file_that_is_damaged_while_it_is_held(path: Path, how: str) -> None:
+    lock = AcceleratorLock(path, timeout_s=1)
+    lock.register()
+    with other_process(path) as other:
+        other.do("enter")
+        waiting = Holder(lock)
+        damage(path, how)
+        with lock.hold():
+            pass
+        other.do("leave")
+        waiting.leave()
+    lock.close()
+
+
+def test_a_stopped_holder_is_passed_by_and_its_death_restores_the_order(path: Path) -> None:
+    lock = AcceleratorLock(path, timeout_s=0.2)
+    lock.register()
+    with other_process(path) as other, other_process(path) as third:
+        other.do("enter")
+        other.process.send_signal(signal.SIGSTOP)
+        for _ in range(3):
+            Holder(lock).leave()
+        other.kill()
+        wait_until(lambda: comes_in_order(lock, third))
+    lock.close()
+
+
+def test_descriptors_are_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = len(os.listdir("/dev/fd"))
+    for _ in range(5):
+        lock = AcceleratorLock(path)
+        lock.register()
+        lock.close()
+        lock.close()
+    path.unlink()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("backends.engine.accelerator_lock.allocate", full)
+    with pytest.raises(Unavailable, match="the disk is full"):
+        AcceleratorLock(path)
+    assert len(os.listdir("/dev/fd")) == opened
+
+
+def test_a_holder_that_hangs_leaves_no_descriptor_once_it_goes_on(path: Path) -> None:
+    opened = len(os.listdir("/dev/fd"))
+    lock = AcceleratorLock(path, timeout_s=0.2)
+    lock.register()
+    with other_process(path) as other:
+        other.do("enter")
+        with lock.hold():
+            pass
+        lock.close()
+    wait_until(lambda: len(os.listdir("/dev/fd")) == opened)
+
+
+def test_a_file_that_can_no_longer_be_written_costs_no_step(
+    path: Path, lock: AcceleratorLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with other_process(path) as other:
+        for name in ("pwrite", "pread"):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, fail)
+                for _ in range(3):
+                    with lock.hold():
+                        pass
+        wait_until(lambda: comes_in_order(lock, other))
+
+
+def test_the_file_takes_its_room_at_once(path: Path) -> None:
+    lock = AcceleratorLock(path)
+    status = path.stat()
+    assert status.st_blocks * 512 >= status.st_size > 1000
+    lock.close()

@@ -1,12 +1,13 @@
 """A format's process enters the order of turns with its first engine, and leaves it at its end."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backends.engine.accelerator_lock import AcceleratorLock
-from core.errors import Unavailable
 from deployments.replica.accelerator import SharedAccelerator, turn_file
 
 
@@ -46,10 +47,35 @@ async def test_an_engine_without_steps_needs_no_place(tmp_path: Path) -> None:
     assert not turn_file(tmp_path).exists()
 
 
-async def test_an_engine_is_closed_where_the_file_cannot_be_used(tmp_path: Path) -> None:
+async def test_without_a_usable_file_engines_run_without_turns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     turn_file(tmp_path).mkdir(parents=True)
+    turns = SharedAccelerator(tmp_path)
     engine: Any = Taking()
-    with pytest.raises(Unavailable, match="cannot be used"):
-        await SharedAccelerator(tmp_path).share(engine)
-    assert engine.is_closed
+    await turns.share(engine)
+    assert not engine.is_closed
     assert not engine.locks
+    assert "does not take turns" in caplog.text
+    # The next engine tries again.
+    turn_file(tmp_path).rmdir()
+    await turns.share(engine)
+    assert engine.locks
+    await turns.close()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EMFILE])
+async def test_a_disk_that_refuses_the_file_costs_turns_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    engine: Any = Taking()
+    opened = len(os.listdir("/dev/fd"))
+    for name in ("pathlib.Path.mkdir", "backends.engine.accelerator_lock.allocate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, refuse)
+            await SharedAccelerator(tmp_path).share(engine)
+    assert not engine.locks
+    assert len(os.listdir("/dev/fd")) == opened
