@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from core.errors import RequestError
 from router.context import RouteContext, record_of
-from router.requests.fields import MAX_INT32
+from router.requests.limits import MAX_INT32
 from router.requests.strict_body import EmptyBody, StrictBody, read_strict
 from router.services import Management, ModelView, Priority, SettingsView
 from router.v1.models import find_model, model_object

@@ -22,7 +22,9 @@ from core.errors import (
     RequestError,
 )
 from core.metrics import Metrics
+from core.text import escaped
 from router.context import RequestRecord, keep_server_send, record_of
+from router.requests.limits import MAX_ERROR_CHARACTERS
 
 _logger = logging.getLogger(__name__)
 
@@ -43,12 +45,27 @@ _ANTHROPIC_TYPES = {
 
 def error_body(error: ImpetusError) -> bytes:
     """Return OpenAI's error envelope as ASCII JSON, which can hold any text."""
-    return json.dumps(error.envelope(), separators=(",", ":")).encode("ascii")
+    envelope = error.envelope()
+    envelope["error"]["message"] = shown_message(error)
+    return json.dumps(envelope, separators=(",", ":")).encode("ascii")
+
+
+def shown_message(error: ImpetusError) -> str:
+    """Return the error's message for a client: bounded, and without invisible characters.
+
+    Messages may quote names of files and texts of libraries, which nobody has checked.
+    """
+    message = error.message
+    if len(message) <= MAX_ERROR_CHARACTERS and message.isprintable():
+        return message
+    lines = message[:MAX_ERROR_CHARACTERS].split("\n")
+    shown = "\n".join(escaped(line, MAX_ERROR_CHARACTERS) for line in lines)
+    return f"{shown}…" if len(message) > MAX_ERROR_CHARACTERS else shown
 
 
 def anthropic_error_body(error: ImpetusError, record: RequestRecord) -> bytes:
     """Return Anthropic's error envelope as ASCII JSON."""
-    message = error.message
+    message = shown_message(error)
     if isinstance(error, ContextLengthExceeded) and error.context_tokens:
         # Claude Code shortens a conversation when it reads exactly these words.
         message = (

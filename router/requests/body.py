@@ -1,27 +1,84 @@
-"""Parses and validates JSON request bodies into request models."""
+"""Reads, parses and validates JSON request bodies; large ones away from the event loop."""
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, TypeVar
 
-import jiter
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from core.errors import RequestError
+from core.errors import RequestError, Unavailable
+from core.text import escaped
+from core.units import MIB, format_bytes
 from router.requests.fields import RequestBody
+from router.requests.json_pieces import SMALL_BYTES, is_small, parse_json
 
 Body = TypeVar("Body", bound=RequestBody)
+Converted = TypeVar("Converted")
 
-_VALUE_LIMIT = 2_000_000
+# Bytes of large bodies that are received or parsed at the same time, by all requests together.
+_MAX_BUFFERED = 256 * MIB
 
 
-async def read_request(request: Request, model: type[Body]) -> Body:
-    """Read and validate the body.  Raises RequestError, UnsupportedParameter, BodyTooLarge."""
+class _Buffered:
+    """Counts the bytes of large bodies between their arrival and the end of their parsing."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def check(self, own: int) -> None:
+        """Raise Unavailable if the bodies of other requests leave no room for this one."""
+        if self.total > _MAX_BUFFERED and self.total > own:
+            raise Unavailable(
+                f"Requests with more than {format_bytes(_MAX_BUFFERED)} in total are being read; "
+                "send it again.",
+                retry_after_s=1,
+            )
+
+
+buffered = _Buffered()
+
+
+@lru_cache(maxsize=1)
+def _parser_thread() -> ThreadPoolExecutor:
+    # One thread: more would only compete for the same lock, and delay the event loop.
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="json")
+
+
+async def read_request(
+    request: Request, model: type[Body], convert: Callable[[Body], Converted]
+) -> tuple[Body, Converted]:
+    """Read and validate the body; return it, and what `convert` makes of it.
+
+    A large body is parsed, validated and converted by a thread, so that streams of other requests
+    go on.  Raises RequestError, UnsupportedParameter, BodyTooLarge, what `convert` raises, and
+    Unavailable if other requests' bodies fill the buffers.
+    """
+
+    def parse() -> tuple[Body, Converted]:
+        parsed = parse_request(b"".join(chunks), model)
+        return parsed, convert(parsed)
+
+    chunks: list[bytes] = []
+    counted = 0
     try:
-        body = await request.body()
+        async for chunk in request.stream():
+            chunks.append(chunk)
+            size = counted + len(chunk)
+            buffered.total += size - counted
+            counted = size
+            if counted > SMALL_BYTES:
+                buffered.check(counted)
+        if counted <= SMALL_BYTES and is_small(b"".join(chunks)):
+            return parse()
+        return await asyncio.get_running_loop().run_in_executor(_parser_thread(), parse)
     except ClientDisconnect as error:
         raise RequestError("The client disconnected before its request was complete.") from error
-    return parse_request(body, model)
+    finally:
+        chunks.clear()
+        buffered.total -= counted
 
 
 def parse_request(body: bytes, model: type[Body]) -> Body:
@@ -30,22 +87,12 @@ def parse_request(body: bytes, model: type[Body]) -> Body:
     Strict JSON: no duplicate keys, lone surrogates, NaN, byte order mark, or nesting over 200.
     Raises RequestError naming the field, UnsupportedParameter, UnsupportedCapability.
     """
-    try:
-        # Otherwise a small body of empty lists could become gigabytes of objects.
-        if sum(map(body.count, (b",", b"[", b"{"))) > _VALUE_LIMIT:
-            raise ValueError(f"more than {_VALUE_LIMIT:,} values")
-        data = jiter.from_json(
-            body, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys"
-        )
-    except ValueError as error:
-        raise RequestError(f"The body is not valid JSON: {str(error)[:200]}.") from error
-    if not isinstance(data, dict):
-        raise RequestError("The body must be a JSON object.")
-    return validate_request(data, model)
+    return validate_request(parse_json(body), model)
 
 
 def validate_request(data: dict[str, Any], model: type[Body]) -> Body:
     """Validate parsed JSON.  Raises as `parse_request` does."""
+    model.check_counts(data)
     try:
         parsed = model.model_validate(data)
     except ValidationError as error:
@@ -53,7 +100,7 @@ def validate_request(data: dict[str, Any], model: type[Body]) -> Body:
         # Of a union's members, report the one that validated furthest.
         nearest = max(errors, key=lambda one: len(one["loc"]))
         param = _param(nearest["loc"])
-        message = nearest["msg"].removeprefix("Value error, ")
+        message = escaped(nearest["msg"].removeprefix("Value error, "))
         raise RequestError(f"{param}: {message}" if param else message, param=param) from error
     parsed.refuse_unsupported()
     return parsed
@@ -66,5 +113,6 @@ def _param(location: Iterable[int | str]) -> str | None:
         if isinstance(part, int):
             param += f"[{part}]"
         elif part not in ("str", "int") and "[" not in part:
-            param += f".{part[:64]}" if param else part[:64]
-    return param or None
+            shown = escaped(part, 64)
+            param += f".{shown}" if param else shown
+    return escaped(param) or None

@@ -2,20 +2,29 @@
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonValue, SamplingParams
-from core.units import KIB, format_bytes
+from core.units import format_bytes
+from router.requests.limits import (
+    MAX_FIELDS_PER_OBJECT,
+    MAX_INT32,
+    MAX_LIST_LENGTHS,
+    MAX_LOGIT_BIASES,
+    MAX_N,
+    MAX_SCHEMA_BYTES,
+    MAX_SCHEMA_DEPTH,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+)
 
 AnyEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
-MAX_MESSAGES = 2048
-MAX_TOOLS = 128
 OPENAI_HINTS = frozenset(
     {
         "metadata",
@@ -27,20 +36,24 @@ OPENAI_HINTS = frozenset(
     }
 )
 
-MAX_N = 8
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_LOGPROBS = 20
-MAX_LOGIT_BIASES = 1024
-MAX_SCHEMA_BYTES = 256 * KIB
-MAX_SCHEMA_DEPTH = 32
-MAX_INT32 = 2**31 - 1
 SEED_MODULUS = 2**64
 
 JsonObject: TypeAlias = dict[str, Any]
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
 ServiceTier: TypeAlias = Literal["auto", "default", "flex", "priority", "scale"]
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=MAX_INT32)]
+
+
+Part = TypeVar("Part")
+
+
+def _let_others_run(value: object) -> object:
+    """Return `value`; between two items Python can switch to the event loop's thread."""
+    return value
+
+
+# A list whose validation stops at its first invalid item.
+Items = Annotated[list[Annotated[Part, BeforeValidator(_let_others_run)]], Field(fail_fast=True)]
 
 
 class RequestPart(BaseModel):
@@ -74,6 +87,23 @@ class RequestBody(RequestPart):
     model: str = Field(min_length=1)
     user: str | None = None
 
+    @classmethod
+    def check_counts(cls, data: dict[str, Any]) -> None:
+        """Raise RequestError for too many messages, parts, tools or fields, before validation."""
+        todo: list[tuple[str, dict[str, Any]]] = [("", data)]
+        while todo:
+            prefix, part = todo.pop()
+            if len(part) > MAX_FIELDS_PER_OBJECT:
+                raise _too_many(prefix.rstrip("."), len(part), "fields", MAX_FIELDS_PER_OBJECT)
+            for name, limit in MAX_LIST_LENGTHS.items():
+                items = part.get(name)
+                if not isinstance(items, list) or not items or isinstance(items[0], int):
+                    continue
+                param = prefix + name
+                if len(items) > limit:
+                    raise _too_many(param, len(items), "items", limit)
+                todo += _objects(items, param)
+
     def refuse_unsupported(self) -> None:
         """Raise UnsupportedParameter for a known field that is not supported here."""
         for name, value in (self.model_extra or {}).items():
@@ -84,6 +114,19 @@ class RequestBody(RequestPart):
         """Return the unknown fields, in the order they were sent."""
         known = self.unsupported.keys() | self.harmless
         return [name for name in self.model_extra or () if name not in known]
+
+
+def _objects(items: list[Any], param: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index, item in enumerate(items):
+        if isinstance(item, dict):
+            yield f"{param}[{index}].", item
+
+
+def _too_many(param: str, count: int, what: str, limit: int) -> RequestError:
+    subject = f"{param}: has" if param else "The body has"
+    return RequestError(
+        f"{subject} {count:,} {what}; at most {limit:,} are accepted", param=param or None
+    )
 
 
 def refuse_unless_off(name: str, value: JsonValue, off: tuple[JsonValue, ...]) -> None:
@@ -145,18 +188,42 @@ def _is_tokens(items: list[Any]) -> bool:
 def check_schema(schema: JsonValue, param: str) -> None:
     """Raise RequestError for a schema that is too deep, too large or not JSON."""
     level: list[JsonValue] = [schema]
-    depth = 0
+    depth = size = 0
     while level:
         depth += 1
         if depth > MAX_SCHEMA_DEPTH + 1:
             raise RequestError(
                 f"{param}: nested deeper than {MAX_SCHEMA_DEPTH} levels", param=param
             )
-        if any(isinstance(item, float) and not math.isfinite(item) for item in level):
-            raise RequestError(f"{param}: contains a number that is infinite or NaN", param=param)
-        level = [child for item in level for child in _children(item)]
-    if len(json.dumps(schema)) > MAX_SCHEMA_BYTES:
-        raise RequestError(f"{param}: larger than {format_bytes(MAX_SCHEMA_BYTES)}", param=param)
+        children: list[JsonValue] = []
+        for item in level:
+            size += _own_bytes(item, param)
+            if size > MAX_SCHEMA_BYTES:
+                raise RequestError(
+                    f"{param}: larger than {format_bytes(MAX_SCHEMA_BYTES)}", param=param
+                )
+            children += _children(item)
+        level = children
+
+
+def _own_bytes(item: JsonValue, param: str) -> int:
+    """Return about how many bytes `item` takes as JSON, without what it contains."""
+    match item:
+        case str():
+            return len(item) + 2 if item.isascii() else len(item.encode()) + 2
+        case float():
+            if not math.isfinite(item):
+                raise RequestError(
+                    f"{param}: contains a number that is infinite or NaN", param=param
+                )
+            return len(repr(item))
+        case dict():
+            return 2 + sum(len(name) + 5 for name in item)
+        case list():
+            return 2 + 2 * len(item)
+        case int():
+            return item.bit_length() * 3 // 10 + 2
+    return 4
 
 
 def _children(item: JsonValue) -> list[JsonValue]:

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from core.errors import RequestError
 from core.types import Capability, ChatPrompt, JsonValue
-from router.requests.fields import MAX_INT32, AnyEffort, Effort, RequestPart
+from router.requests.fields import AnyEffort, Effort, RequestPart
+from router.requests.limits import MAX_INT32
 from router.services import ModelView
 
 # Chat templates know three levels: low, medium, high.

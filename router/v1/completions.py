@@ -16,6 +16,7 @@ from core.types import (
     GenerationRequest,
     InfillPrompt,
     JsonValue,
+    Output,
     PrefillProgress,
     Priority,
     Prompt,
@@ -31,13 +32,8 @@ from router.answers.generation import Generation, client_closed_response
 from router.answers.logprobs import LegacyLogprobs
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
-from router.requests.fields import (
-    MAX_INT32,
-    MAX_LOGPROBS,
-    OPENAI_HINTS,
-    parse_inputs,
-    refuse_unless_off,
-)
+from router.requests.fields import OPENAI_HINTS, parse_inputs, refuse_unless_off
+from router.requests.limits import MAX_INT32, MAX_LOGPROBS
 from router.requests.output_format import OutputFields
 from router.requests.priority import request_priority
 from router.v1.chunks import ChunkFormatter
@@ -87,7 +83,7 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
     """Return the handler."""
 
     async def create_completion(request: Request) -> Response:
-        body = await read_request(request, CompletionRequest)
+        body, (output, ignored) = await read_request(request, CompletionRequest, _converted)
         record = record_of(request.scope)
         view = await context.model(body.model, Capability.COMPLETION, record)
         if body.suffix and Capability.INFILL not in view.capabilities:
@@ -99,8 +95,8 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
         answer_id = f"cmpl-{record.suffix}"
         priority = request_priority(request, body.service_tier, view)
         limit_s = context.services.settings.request_timeout_s
-        requests = _requests(body, answer_id, view.id, limit_s, priority)
-        headers = context.ignored.report(body.ignored_names())
+        requests = _requests(body, output, answer_id, view.id, limit_s, priority)
+        headers = context.ignored.report(ignored)
         generation = Generation(context, view, requests, body.n or 1, headers)
         if body.stream:
             return EventStream(generation, CompletionChunks(generation, answer_id, body))
@@ -125,12 +121,20 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
     return create_completion
 
 
+def _converted(body: CompletionRequest) -> tuple[Output | None, list[str]]:
+    return body.output(), body.ignored_names()
+
+
 def _requests(
-    body: CompletionRequest, answer_id: str, model_id: str, deadline_s: float, priority: Priority
+    body: CompletionRequest,
+    output: Output | None,
+    answer_id: str,
+    model_id: str,
+    deadline_s: float,
+    priority: Priority,
 ) -> tuple[GenerationRequest, ...]:
     n = body.n or 1
     count = n * len(body.prompt)
-    output = body.output()
     return tuple(
         GenerationRequest(
             id=answer_id if count == 1 else f"{answer_id}-{number * n + index}",

@@ -52,7 +52,7 @@ def embedding_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[R
     """Return the handler."""
 
     async def create_embeddings(request: Request) -> Response:
-        body = await read_request(request, EmbeddingRequest)
+        body, ignored = await read_request(request, EmbeddingRequest, RequestBody.ignored_names)
         view = await context.model(body.model, Capability.EMBEDDING, record_of(request.scope))
         priority = request_priority(request, None, view)
         embeddings = await unless_disconnected(
@@ -68,7 +68,7 @@ def embedding_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[R
         return Response(
             _body(embeddings, view.id, is_base64=body.encoding_format == "base64"),
             media_type="application/json",
-            headers=context.ignored.report(body.ignored_names()),
+            headers=context.ignored.report(ignored),
         )
 
     return create_embeddings

@@ -9,10 +9,12 @@ from starlette.responses import Response
 
 from core.types import (
     Capability,
+    ChatPrompt,
     Finished,
     GenerationEvent,
     GenerationRequest,
     JsonValue,
+    Output,
     PrefillProgress,
     ReasoningDelta,
     TextDelta,
@@ -34,10 +36,8 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
     """Return the handler."""
 
     async def create_chat_completion(request: Request) -> Response:
-        body = await read_request(request, ChatRequest)
+        body, (prompt, output, ignored) = await read_request(request, ChatRequest, _converted)
         record = record_of(request.scope)
-        prompt = to_chat_prompt(body)
-        output = body.output()
         view = await context.model(body.model, Capability.CHAT, record)
         priority = request_priority(request, body.service_tier, view)
         answer_id = f"chatcmpl-{record.suffix}"
@@ -56,7 +56,7 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
             )
             for index in range(n)
         )
-        headers = context.ignored.report(body.ignored_names())
+        headers = context.ignored.report(ignored)
         generation = Generation(context, view, requests, n, headers)
         if body.stream:
             return EventStream(generation, ChatChunks(generation, answer_id, body))
@@ -66,6 +66,10 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
         return _completion(generation, answer_id, choices, has_logprobs=bool(body.logprobs))
 
     return create_chat_completion
+
+
+def _converted(body: ChatRequest) -> tuple[ChatPrompt, Output | None, list[str]]:
+    return to_chat_prompt(body), body.output(), body.ignored_names()
 
 
 def _completion(

@@ -7,16 +7,15 @@ from pydantic import Field, PlainValidator
 
 from core.errors import RequestError, UnsupportedParameter
 from router.requests.fields import (
-    MAX_LOGPROBS,
-    MAX_MESSAGES,
-    MAX_TOOLS,
     OPENAI_HINTS,
     Effort,
+    Items,
     JsonObject,
     RequestPart,
     TokenCount,
     unknown_fields,
 )
+from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS, MAX_TOOLS
 from router.requests.output_format import OutputFields
 from router.requests.reasoning import Reasoning, ReasoningTokens
 from router.requests.tools import ToolChoice, parse_tool_choice
@@ -57,12 +56,12 @@ class Message(RequestPart):
     """A chat message of any role."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[Items[ContentPart], Field(max_length=MAX_PARTS)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: str | None = None
-    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[Items[MessageToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
     tool_call_id: str | None = None
     function_call: Any = None
     audio: Any = None
@@ -119,12 +118,12 @@ class ChatRequest(OutputFields):
     }
     harmless: ClassVar = OPENAI_HINTS
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Items[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Annotated[ToolChoice | None, PlainValidator(parse_tool_choice)] = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None

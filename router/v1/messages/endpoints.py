@@ -6,7 +6,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from core.types import Capability, GenerationRequest
+from core.types import Capability, ChatPrompt, GenerationRequest, JsonOutput
 from router.answers.event_feed import unless_disconnected
 from router.answers.event_stream import EventStream
 from router.answers.generation import Generation, client_closed_response
@@ -25,9 +25,8 @@ def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Re
     """Return the handler that answers a conversation."""
 
     async def create_message(request: Request) -> Response:
-        body = await read_request(request, MessagesRequest)
+        body, (prompt, output, ignored) = await read_request(request, MessagesRequest, _converted)
         record = record_of(request.scope)
-        prompt, output = to_messages_prompt(body), body.output
         view = await context.model(body.model, Capability.CHAT, record)
         message_id = f"msg_{record.suffix}"
         generation_request = GenerationRequest(
@@ -41,7 +40,7 @@ def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Re
             deadline_s=context.services.settings.request_timeout_s,
             priority=request_priority(request, None, view),
         )
-        headers = context.ignored.report(body.ignored_names())
+        headers = context.ignored.report(ignored)
         generation = Generation(context, view, (generation_request,), 1, headers)
         if body.stream:
             return EventStream(generation, MessageEvents(generation, message_id, body))
@@ -65,12 +64,17 @@ def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Re
     return create_message
 
 
+def _converted(
+    body: MessagesPromptRequest,
+) -> tuple[ChatPrompt, JsonOutput | None, list[str]]:
+    return to_messages_prompt(body), body.output, body.ignored_names()
+
+
 def count_tokens_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
     """Return the handler that counts a prompt's tokens."""
 
     async def count_tokens(request: Request) -> Response:
-        body = await read_request(request, MessagesPromptRequest)
-        prompt = to_messages_prompt(body)
+        body, (prompt, _, ignored) = await read_request(request, MessagesPromptRequest, _converted)
         view = await context.model(body.model, Capability.CHAT, record_of(request.scope))
         count = await unless_disconnected(
             context.services.dispatcher.count_tokens(view.id, prompt), request.receive
@@ -80,7 +84,7 @@ def count_tokens_endpoint(context: RouteContext) -> Callable[[Request], Awaitabl
         return Response(
             to_json({"input_tokens": count}),
             media_type="application/json",
-            headers=context.ignored.report(body.ignored_names()),
+            headers=context.ignored.report(ignored),
         )
 
     return count_tokens

@@ -10,10 +10,8 @@ from pydantic import Field, PlainValidator
 from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonOutput, SamplingParams
 from router.requests.fields import (
-    MAX_INT32,
-    MAX_MESSAGES,
-    MAX_TOOLS,
     AnyEffort,
+    Items,
     JsonObject,
     RequestBody,
     RequestPart,
@@ -22,8 +20,8 @@ from router.requests.fields import (
     parse_stop,
     unknown_fields,
 )
+from router.requests.limits import MAX_INT32, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 
-MAX_BLOCKS = 4096
 # Fields of blocks and tools without effect: prefixes are always reused, calls always checked.
 _HARMLESS_PARTS = frozenset(
     {
@@ -48,14 +46,14 @@ class Block(RequestPart):
     name: str | None = None
     input: JsonObject | None = None
     tool_use_id: str | None = None
-    content: "str | list[Block] | None" = None
+    content: "str | Items[Block] | None" = None
     is_error: bool | None = None
     thinking: str | None = None
     signature: str | None = None
     data: str | None = None
 
 
-Blocks = Annotated[list[Block], Field(max_length=MAX_BLOCKS)]
+Blocks = Annotated[Items[Block], Field(max_length=MAX_PARTS)]
 
 
 class Message(RequestPart):
@@ -117,9 +115,9 @@ class MessagesPromptRequest(RequestBody):
     }
     harmless: ClassVar = frozenset({"cache_control", "inference_geo", "metadata", "service_tier"})
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: str | Blocks | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

@@ -1,12 +1,13 @@
 """`POST /v1/responses`, token counting, and stored responses."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from core.errors import NotFound, PreviousResponseNotFound
-from core.types import Capability, ChatMessage, GenerationRequest
+from core.types import Capability, ChatMessage, ChatPrompt, GenerationRequest, JsonOutput
 from router.answers.event_feed import unless_disconnected
 from router.answers.event_stream import EventStream
 from router.answers.generation import Generation, client_closed_response
@@ -26,12 +27,12 @@ def responses_endpoint(
     context: RouteContext, store: ResponseStore
 ) -> Callable[[Request], Awaitable[Response]]:
     """Return the handler that answers a conversation."""
+    convert = partial(_converted, store)
 
     async def create_response(request: Request) -> Response:
-        body = await read_request(request, ResponsesRequest)
+        body, converted = await read_request(request, ResponsesRequest, convert)
+        conversation, prompt, output, ignored = converted
         record = record_of(request.scope)
-        conversation = (*_earlier(store, body.previous_response_id), *input_messages(body))
-        prompt, output = to_responses_prompt(body, conversation), body.output
         view = await context.model(body.model, Capability.CHAT, record)
         generation_request = GenerationRequest(
             id=f"resp_{record.suffix}",
@@ -44,7 +45,7 @@ def responses_endpoint(
             deadline_s=context.services.settings.request_timeout_s,
             priority=request_priority(request, body.service_tier, view),
         )
-        headers = context.ignored.report(body.ignored_names())
+        headers = context.ignored.report(ignored)
         generation = Generation(context, view, (generation_request,), 1, headers)
         builder = ResponseBuilder(body, record.suffix, generation, conversation, store)
         if body.stream:
@@ -63,15 +64,22 @@ def responses_endpoint(
     return create_response
 
 
+def _converted(
+    store: ResponseStore, body: ResponsesRequest
+) -> tuple[tuple[ChatMessage, ...], ChatPrompt, JsonOutput | None, list[str]]:
+    conversation = (*_earlier(store, body.previous_response_id), *input_messages(body))
+    prompt = to_responses_prompt(body, conversation)
+    return conversation, prompt, body.output, body.ignored_names()
+
+
 def input_tokens_endpoint(
     context: RouteContext, store: ResponseStore
 ) -> Callable[[Request], Awaitable[Response]]:
     """Return the handler that counts a prompt's tokens."""
+    convert = partial(_converted, store)
 
     async def count_input_tokens(request: Request) -> Response:
-        body = await read_request(request, ResponsesRequest)
-        conversation = (*_earlier(store, body.previous_response_id), *input_messages(body))
-        prompt = to_responses_prompt(body, conversation)
+        body, (_, prompt, _, ignored) = await read_request(request, ResponsesRequest, convert)
         view = await context.model(body.model, Capability.CHAT, record_of(request.scope))
         count = await unless_disconnected(
             context.services.dispatcher.count_tokens(view.id, prompt), request.receive
@@ -80,7 +88,7 @@ def input_tokens_endpoint(
             return client_closed_response()
         return JSONResponse(
             {"object": "response.input_tokens", "input_tokens": count},
-            headers=context.ignored.report(body.ignored_names()),
+            headers=context.ignored.report(ignored),
         )
 
     return count_input_tokens

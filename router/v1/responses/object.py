@@ -11,6 +11,7 @@ from core.types import ChatMessage, Finished, JsonValue, Usage
 from router.answers.generation import Generation
 from router.answers.logprobs import chat_logprobs
 from router.answers.parts import Part, PartAssembler
+from router.http.errors import shown_message
 from router.requests.reasoning import encode_reasoning
 from router.v1.responses.prompt import answer_message
 from router.v1.responses.request import ResponsesRequest, TextFormat, Tool
@@ -90,7 +91,7 @@ class ResponseBuilder:
         return {
             **self._base,
             "status": "failed",
-            "error": {"code": code, "message": error.message},
+            "error": {"code": code, "message": shown_message(error)},
             "output": [self.item(part, "incomplete") for part in parts],
             "usage": None,
         }

@@ -6,7 +6,8 @@ from dataclasses import replace
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.answers import parts as answer
-from router.requests.fields import MAX_MESSAGES, check_schema
+from router.requests.fields import check_schema
+from router.requests.limits import MAX_MESSAGES
 from router.requests.reasoning import decode_reasoning, with_reasoning
 from router.requests.tools import check_tools
 from router.v1.responses import request as responses_api

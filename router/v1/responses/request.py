@@ -7,10 +7,8 @@ from pydantic import Field, PlainValidator
 from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonOutput
 from router.requests.fields import (
-    MAX_LOGPROBS,
-    MAX_MESSAGES,
-    MAX_TOOLS,
     AnyEffort,
+    Items,
     JsonObject,
     RequestPart,
     SamplingFields,
@@ -19,9 +17,9 @@ from router.requests.fields import (
     refuse_unless_off,
     unknown_fields,
 )
+from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from router.requests.tools import ToolChoice
 
-MAX_PARTS = 4096
 MAX_METADATA = 16
 _ENCRYPTED_REASONING = "reasoning.encrypted_content"
 _LOGPROBS = "message.output_text.logprobs"
@@ -35,7 +33,7 @@ class Part(RequestPart):
     refusal: str | None = None
 
 
-Parts = Annotated[list[Part], Field(max_length=MAX_PARTS)]
+Parts = Annotated[Items[Part], Field(max_length=MAX_PARTS)]
 
 
 class Item(RequestPart):
@@ -155,7 +153,7 @@ class ResponsesRequest(SamplingFields):
         }
     )
 
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[Items[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: TokenCount | None = None
@@ -170,7 +168,7 @@ class ResponsesRequest(SamplingFields):
     stream_options: StreamOptions | None = None
     text: Text | None = None
     tool_choice: Annotated[ToolChoice | None, PlainValidator(parse_tool_choice)] = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     truncation: str | None = None
 

@@ -1,5 +1,6 @@
 """Stores responses in bounded memory for `previous_response_id`."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class ResponseStore:
     """LRU store of at most `max_count` answers with `max_bytes` in total.
 
     Conversations that share messages share their memory, and a shared message counts once.  An
-    answer larger than the whole store is not stored.  A restart empties the store.
+    answer larger than the whole store is not stored.  A restart empties the store.  Thread-safe.
     """
 
     def __init__(self, *, max_count: int, max_bytes: int) -> None:
@@ -31,6 +32,8 @@ class ResponseStore:
         self._responses: OrderedDict[str, StoredResponse] = OrderedDict()
         self._uses: dict[int, int] = {}
         self.used_bytes = 0
+        # Large requests are converted by a thread, which looks conversations up.
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._responses)
@@ -40,26 +43,29 @@ class ResponseStore:
         stored = StoredResponse(body, tuple(conversation))
         if len(body) + sum(map(_size, conversation)) > self._max_bytes:
             return
-        self._responses[response_id] = stored
-        self._count(stored, 1)
-        while len(self._responses) > self._max_count or self.used_bytes > self._max_bytes:
-            _, oldest = self._responses.popitem(last=False)
-            self._count(oldest, -1)
+        with self._lock:
+            self._responses[response_id] = stored
+            self._count(stored, 1)
+            while len(self._responses) > self._max_count or self.used_bytes > self._max_bytes:
+                _, oldest = self._responses.popitem(last=False)
+                self._count(oldest, -1)
 
     def get(self, response_id: str) -> StoredResponse | None:
         """Return an answer and mark it as recently used."""
-        stored = self._responses.get(response_id)
-        if stored is not None:
-            self._responses.move_to_end(response_id)
-        return stored
+        with self._lock:
+            stored = self._responses.get(response_id)
+            if stored is not None:
+                self._responses.move_to_end(response_id)
+            return stored
 
     def delete(self, response_id: str) -> bool:
         """Delete an answer; its follow-ups keep their conversation.  Returns False if unknown."""
-        stored = self._responses.pop(response_id, None)
-        if stored is None:
-            return False
-        self._count(stored, -1)
-        return True
+        with self._lock:
+            stored = self._responses.pop(response_id, None)
+            if stored is None:
+                return False
+            self._count(stored, -1)
+            return True
 
     def _count(self, stored: StoredResponse, change: int) -> None:
         self.used_bytes += change * len(stored.body)

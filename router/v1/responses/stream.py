@@ -10,6 +10,7 @@ from router.answers.event_stream import StreamFormatter, prefill_comment
 from router.answers.logprobs import chat_logprobs
 from router.answers.parts import Closed, Extended, Opened, Part, PartAssembler, PartStep
 from router.context import RequestRecord
+from router.http.errors import shown_message
 from router.v1.responses.object import ResponseBuilder, final_status
 
 _NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
@@ -71,7 +72,7 @@ class ResponseEvents(StreamFormatter):
         """Return the error, and the response as failed."""
         del record
         error_event = self._event(
-            "error", {"code": error.code, "message": error.message, "param": error.param}
+            "error", {"code": error.code, "message": shown_message(error), "param": error.param}
         )
         response: JsonValue = self._builder.failed(self._assembler.parts, error)
         return error_event + self._event("response.failed", {"response": response})

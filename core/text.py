@@ -1,0 +1,19 @@
+"""Makes text of unknown origin safe to show in messages, logs and headers."""
+
+_SHOWN_CHARACTERS = 200
+
+
+def escaped(text: str, limit: int = _SHOWN_CHARACTERS) -> str:
+    r"""Return `text` with invisible characters as escapes, cut after `limit` characters.
+
+    Escaped are control characters, line breaks, characters that change the direction of text such
+    as U+202E (as `\u202e`), lone surrogates, and all else that `str.isprintable` denies.
+    """
+    cut = text[:limit]
+    if not cut.isprintable():
+        cut = "".join(one if one.isprintable() else _escape(one) for one in cut)
+    return f"{cut}…" if len(text) > limit else cut
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
