@@ -7,11 +7,13 @@ version changes them.
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import ClassVar
 
 import httptools
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -31,6 +33,11 @@ _HEADERS_MESSAGE = (
     f"The request has more than {MAX_HEADERS} headers or more than "
     f"{format_bytes(MAX_HEADER_BYTES)} of address and headers."
 )
+
+
+_ABSOLUTE_TARGET = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
+# More than any answer has; uvicorn subtracts what is sent.
+_UNKNOWN_LENGTH = 1 << 62
 
 
 class _RequestTimeout(RequestError):
@@ -158,6 +165,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Dispatch the request.  Raises for one that must not reach the application."""
         self._check_framing()
+        self._adopt_target_host()
         if not self.url.startswith(b"/") and not httptools.parse_url(self.url).path:
             raise RequestError("The request is not valid HTTP: the address has no path.")
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -166,6 +174,17 @@ class HttpProtocol(HttpToolsProtocol):
             )
         super().on_headers_complete()
         self._is_in_head, self._is_in_body = False, True
+
+    def _adopt_target_host(self) -> None:
+        """Let the host of an absolute target replace the Host header, which guards then check.
+
+        Source: RFC 9112, 3.2.2.
+        """
+        match = _ABSOLUTE_TARGET.match(self.url)
+        places = [place for place, (name, _) in enumerate(self.headers) if name == b"host"]
+        # Requests with no Host header, or with several, are refused later.
+        if match is not None and len(places) == 1:
+            self.headers[places[0]] = (b"host", match[1])
 
     def _check_framing(self) -> None:
         version = self.parser.get_http_version()
@@ -192,6 +211,9 @@ class HttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
         offer_direct_writer(cycle)
+        if cycle.scope["http_version"] == "1.0":
+            cycle.waiting_for_100_continue = False
+            app = _without_chunks(cycle, app)
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
@@ -293,6 +315,27 @@ class _LingeringTransport(asyncio.Transport):
 
     def close(self) -> None:
         self._linger()
+
+
+def _without_chunks(cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:
+    """Return `app` for an HTTP/1.0 client: a body of unknown length ends with the connection."""
+
+    async def plain_app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def plain_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                names = {name.lower() for name, _ in message.get("headers", ())}
+                if b"content-length" not in names and scope["method"] != "HEAD":
+                    cycle.chunked_encoding = False
+                    cycle.expected_content_length = _UNKNOWN_LENGTH
+            elif cycle.expected_content_length > _UNKNOWN_LENGTH // 2 and not message.get(
+                "more_body", False
+            ):
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, plain_send)  # type: ignore[arg-type]
+
+    return plain_app  # type: ignore[return-value]
 
 
 def _disconnect(cycle: RequestResponseCycle | None) -> None:

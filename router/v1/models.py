@@ -9,7 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from core.errors import ModelNotFound
+from core.text import escaped
 from router.context import NAME_LIMIT, RouteContext
+from router.requests.limits import MAX_ERROR_CHARACTERS
 from router.services import ModelView
 
 
@@ -62,21 +64,21 @@ def _model(view: ModelView) -> Model:
             "object": "model",
             "created": view.created_at,
             "owned_by": "local",
-            "name": view.name,
+            "name": escaped(view.name),
             "context_length": view.context_length,
             "max_model_len": view.max_model_len,
             "format": view.format,
-            "architecture": view.architecture,
-            "quantization": view.quantization,
+            "architecture": escaped(view.architecture),
+            "quantization": escaped(view.quantization),
             "parameters": view.parameters,
             "size_bytes": view.size_bytes,
             "capabilities": sorted(view.capabilities),
             "state": view.state,
-            "reason": view.reason,
+            "reason": escaped(view.reason, MAX_ERROR_CHARACTERS),
             "aliases": list(view.aliases),
-            "license": view.license,
+            "license": escaped(view.license),
             "runtime": view.runtime,
-            "runtime_reason": view.runtime_reason,
+            "runtime_reason": escaped(view.runtime_reason, MAX_ERROR_CHARACTERS),
             "converted_from": view.converted_from,
             "compatibility": {
                 client: {"level": fit.level, "reasons": list(fit.reasons)}

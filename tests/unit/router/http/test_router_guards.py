@@ -67,11 +67,33 @@ async def test_host_that_is_malformed_missing_or_double_is_refused_n4() -> None:
                 assert b'"code":"invalid_request"' in answer
 
 
-async def test_absolute_target_does_not_change_who_is_asked_for_a_key_n4() -> None:
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        (b"http://localhost/healthz", 200),
+        (b"HTTP://LOCALHOST:8000/healthz", 200),
+        (b"http://[::1]:8000/healthz", 200),
+        (b"http://localhost:8000/v1/models", 401),
+        (b"http://localhost/healthz/../v1/models", 401),
+        (b"http://localhost?x=/healthz", 400),
+        (b"http://evil.com/healthz", 403),
+        (b"http://evil.com/healthz/../v1/models", 403),
+        (b"https://127.0.0.1.nip.io:8000/healthz", 403),
+        (b"http://evil.com:80@127.0.0.1/healthz", 400),
+        (b"http://localhost@evil.com/healthz", 400),
+        (b"http://localhost:99999999/healthz", 400),
+        (b"http:///healthz", 400),
+        (b"ftp://evil.com/v1/models", 401),
+    ],
+)
+async def test_the_host_of_an_absolute_target_counts_n4(target: bytes, status: int) -> None:
     async with serving(create_app(make_services(api_key=KEY))) as port:
-        target = b"GET http://evil.com/healthz/../v1/models HTTP/1.1\r\n"
-        status, _ = await exchange(port, target + b"Host: localhost\r\n\r\n")
-    assert status == 401
+        request = b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        assert (await exchange(port, request))[0] == status
+        # The Host header must still be there, and only once.
+        for hosts in (b"", b"Host: localhost\r\nHost: localhost\r\n"):
+            request = b"GET " + target + b" HTTP/1.1\r\n" + hosts + b"\r\n"
+            assert (await exchange(port, request))[0] == 400
 
 
 @pytest.mark.parametrize(
