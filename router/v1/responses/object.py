@@ -172,7 +172,13 @@ def _tool(tool: Tool) -> dict[str, JsonValue]:
 
 
 def _format(text_format: TextFormat) -> JsonValue:
-    dumped: dict[str, JsonValue] = text_format.model_dump(by_alias=True, exclude_none=True)
+    """Return the format as OpenAI's type allows it, which knows no unknown fields."""
+    dumped: dict[str, JsonValue] = text_format.model_dump(
+        by_alias=True, exclude_none=True, exclude=set(text_format.model_extra or ())
+    )
+    if text_format.type == "json_schema":
+        # OpenAI requires a name; requests here need none.
+        dumped.setdefault("name", "schema")
     return dumped
 
 
