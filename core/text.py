@@ -1,4 +1,4 @@
-"""Makes text of unknown origin safe to show in messages, logs and headers."""
+"""Makes text of unknown origin safe: to show in messages, logs and headers, and to encode."""
 
 _SHOWN_CHARACTERS = 200
 
@@ -17,3 +17,14 @@ def escaped(text: str, limit: int = _SHOWN_CHARACTERS) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def well_formed(text: str) -> str:
+    """Return `text` with each lone surrogate replaced by U+FFFD and each pair joined."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

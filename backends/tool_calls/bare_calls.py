@@ -39,17 +39,18 @@ def _object(cursor: Cursor, collector: CallCollector, openers: tuple[str, ...]) 
     for opener in openers:
         yield from cursor.accept(opener)
         yield from cursor.spaces()
-    if not cursor.rest.startswith("{"):
+    if cursor.peek(1) != "{":
         raise Malformed
     reader = JsonCallReader(collector.names)
     while not reader.is_complete:
-        if not cursor.rest and not (yield from cursor.more()):
+        if not cursor.available and not (yield from cursor.more()):
             raise Malformed
+        text, start = cursor.window
         try:
-            reader.push(cursor.rest)
+            reader.push(text, start)
         except MalformedJson as problem:
             raise Malformed from problem
-        cursor.advance(reader.position)
+        cursor.advance(reader.position - start)
     yield from _end(cursor)
     assert reader.name is not None
     collector.begin(reader.name)
@@ -63,7 +64,7 @@ def _end(cursor: Cursor) -> Steps[None]:
     for _ in _FENCE:
         yield from cursor.accept("`")
     yield from cursor.spaces()
-    if cursor.rest:
+    if cursor.available:
         raise Malformed
 
 
@@ -71,7 +72,7 @@ def _list(cursor: Cursor, collector: CallCollector) -> Steps[None]:
     yield from cursor.spaces()
     calls = yield from read_python_list(cursor, collector)
     yield from cursor.spaces()
-    if cursor.rest:
+    if cursor.available:
         raise Malformed
     for name, arguments in calls:
         collector.call(name, arguments)

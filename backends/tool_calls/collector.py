@@ -1,12 +1,12 @@
 """Collects the parsed pieces of an answer: text, reasoning and calls of declared tools."""
 
-import json
 import secrets
 import string
 from collections.abc import Callable, Mapping, Sequence
 
 from backends.answer.parser import Piece
 from backends.tool_calls.cursor import Malformed
+from backends.tool_calls.json_values import compact
 from core.types import MismatchKind, ReasoningDelta, TextDelta, Tool, ToolCallDelta
 
 _ID_CHARACTERS = string.ascii_letters + string.digits
@@ -111,14 +111,3 @@ class CallCollector:
     def _end(self) -> None:
         self.open_name = ""
         self._arguments.clear()
-
-
-def compact(value: object) -> str:
-    """Return `value` as compact JSON.  Raises ValueError for NaN and infinite numbers."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # A lone surrogate can only be written as an escape.
-        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text

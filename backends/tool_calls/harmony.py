@@ -6,7 +6,7 @@ Source: OpenAI, "OpenAI harmony response format".
 import re
 
 from backends.tool_calls.collector import CallCollector
-from backends.tool_calls.cursor import Cursor, Malformed, Steps, partial_marker_length
+from backends.tool_calls.cursor import Cursor, Malformed, Steps
 from backends.tool_calls.json_forms import read_arguments
 
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
@@ -22,20 +22,23 @@ _ENDS = (END, CALL, RETURN, START)
 
 def read_harmony(cursor: Cursor, collector: CallCollector) -> Steps[None]:
     """Read messages; the first header continues the prompt's `<|start|>assistant`."""
-    header = ""
     while True:
+        cursor.mark()
         try:
             text, ender = yield from cursor.until(MESSAGE, END, most=_MAX_HEADER_CHARACTERS)
         except Malformed:
             # No message header: the model left the format, so all its text is the answer.
+            collector.text(cursor.since_mark)
+            cursor.mark()
             yield from _pass_text(cursor, collector, "final")
-            return
-        if ender == MESSAGE:
-            header = text
-            yield from _message(cursor, collector, header)
+        else:
+            if ender == MESSAGE:
+                yield from _message(cursor, collector, text)
+            elif not any(marker in text for marker in MARKERS):
+                collector.text(text)
         cursor.mark()
         yield from cursor.spaces()
-        if not cursor.rest and not (yield from cursor.more()):
+        if not cursor.available and not (yield from cursor.more()):
             return
 
 
@@ -65,17 +68,12 @@ def _pass_text(cursor: Cursor, collector: CallCollector, channel: str) -> Steps[
     """Emit a message's text up to its end, as it arrives."""
     emit = collector.reasoning if channel == "analysis" else collector.text
     while True:
-        text = cursor.rest
-        found = min(((at, one) for one in _ENDS if (at := text.find(one)) >= 0), default=None)
-        if found is not None:
-            emit(text[: found[0]])
-            cursor.advance(found[0] + len(found[1]))
+        ahead, end = cursor.find(*_ENDS)
+        emit(cursor.take(ahead if end else cursor.available - cursor.partial(_ENDS)))
+        if end:
+            cursor.advance(len(end))
             return
-        kept = text[: len(text) - partial_marker_length(text, _ENDS)]
-        emit(kept)
-        cursor.advance(len(kept))
         cursor.mark()
         if not (yield from cursor.more()):
-            emit(cursor.rest)
-            cursor.advance(len(cursor.rest))
+            emit(cursor.take(cursor.available))
             return

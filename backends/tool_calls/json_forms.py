@@ -13,17 +13,18 @@ def read_call(cursor: Cursor, collector: CallCollector) -> Steps[None]:
     """Read one object with a name and arguments, emitted as they arrive.  Raises Malformed."""
     reader = JsonCallReader(collector.names)
     while not reader.is_complete:
-        if not cursor.rest and not (yield from cursor.more()):
+        if not cursor.available and not (yield from cursor.more()):
             if not collector.is_in_call:
                 raise Malformed
             collector.arguments(reader.pending)
             return
         is_broken = False
+        text, start = cursor.window
         try:
-            reader.push(cursor.rest)
+            reader.push(text, start)
         except MalformedJson:
             is_broken = True
-        cursor.advance(reader.position)
+        cursor.advance(reader.position - start)
         if reader.is_undeclared:
             collector.mismatches.append("undeclared")
         if (
@@ -45,16 +46,17 @@ def read_arguments(cursor: Cursor, collector: CallCollector) -> Steps[None]:
     """Read the open call's arguments, one object, and end the call.  Raises Malformed."""
     reader = JsonObjectReader()
     while not reader.is_complete:
-        if not cursor.rest and not (yield from cursor.more()):
+        if not cursor.available and not (yield from cursor.more()):
             collector.arguments(reader.pending)
             return
+        text, start = cursor.window
         try:
-            reader.push(cursor.rest)
+            reader.push(text, start)
         except MalformedJson as problem:
-            cursor.advance(reader.position)
+            cursor.advance(reader.position - start)
             collector.arguments(reader.take())
             raise Malformed(reader.pending) from problem
-        cursor.advance(reader.position)
+        cursor.advance(reader.position - start)
         cursor.mark()
         collector.arguments(reader.take())
     collector.finish()
@@ -110,9 +112,9 @@ def mistral(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]
     """Read `name[ARGS]{…}`, optionally with a `[CALL_ID]`, or a list of JSON calls."""
     del start
     yield from cursor.spaces()
-    if not cursor.rest:
+    if not cursor.available:
         yield from cursor.more()
-    if cursor.rest[:1] in ("[", "{", ""):
+    if cursor.peek(1) in ("[", "{", ""):
         yield from read_calls(cursor, collector)
         return
     name, ender = yield from cursor.until("[ARGS]", "[CALL_ID]", most=MAX_NAME_CHARACTERS)

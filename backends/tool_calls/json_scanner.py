@@ -13,6 +13,9 @@ _SCALAR = re.compile(r"[-+.0-9A-Za-z]+")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
 _ESCAPE_BEGINNING = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
+_HIGH, _LOW = re.compile(r"\\u[dD][89abAB]"), re.compile(r"\\u[dD][c-fC-F]")
+# Strict JSON parsers refuse a lone surrogate, even as an escape.
+_REPLACEMENT = r"\ufffd"
 _CLOSERS = {"{": "}", "[": "]"}
 _SCALAR_CHARACTERS = 400
 _DEPTH = 200
@@ -26,7 +29,7 @@ class JsonScanner:
     """Validates one JSON object as its text arrives and rewrites its members' values compactly.
 
     Raw control characters within strings are escaped, not rejected: small models write line
-    breaks that way.
+    breaks that way.  Lone surrogates are replaced.
     """
 
     def __init__(self) -> None:
@@ -36,7 +39,8 @@ class JsonScanner:
         self._is_key = False
         self._escape = ""
         self._scalar = ""
-        self._key_text = ""
+        self._high_surrogate = ""
+        self._key_texts: list[str] = []
         self.key: str | None = None
         self.is_complete = False
 
@@ -48,7 +52,7 @@ class JsonScanner:
     @property
     def pending(self) -> str:
         """The start of a number, word or escape sequence that is not complete yet."""
-        return self._scalar + self._escape
+        return self._scalar + self._high_surrogate + self._escape
 
     def read(self, text: str, position: int) -> tuple[int, str]:
         """Read part of `text`; return the new position and the text added to `key`'s value.
@@ -73,18 +77,21 @@ class JsonScanner:
             escape = self._escape + text[position]
             if _ESCAPE.fullmatch(escape):
                 self._escape = ""
-                return position + 1, self._value_text(escape)
+                return position + 1, self._value_text(self._paired(escape))
             if not _ESCAPE_BEGINNING.fullmatch(escape):
                 raise MalformedJson
             self._escape = escape
             return position + 1, ""
-        plain = _PLAIN.match(text, position)
-        if plain is not None:
-            return plain.end(), self._value_text(plain[0])
         character = text[position]
         if character == "\\":
             self._escape = character
             return position + 1, ""
+        if self._high_surrogate:
+            self._high_surrogate = ""
+            return position, self._value_text(_REPLACEMENT)
+        plain = _PLAIN.match(text, position)
+        if plain is not None:
+            return plain.end(), self._value_text(plain[0])
         if character != '"':
             return position + 1, self._value_text(json.dumps(character)[1:-1])
         self._in_string = False
@@ -95,6 +102,17 @@ class JsonScanner:
         else:
             self._expected = "next"
         return position + 1, piece
+
+    def _paired(self, escape: str) -> str:
+        """Return `escape` with the surrogate before it; a lone surrogate is replaced."""
+        held, self._high_surrogate = self._high_surrogate, ""
+        lone = _REPLACEMENT if held else ""
+        if _HIGH.match(escape):
+            self._high_surrogate = escape
+            return lone
+        if _LOW.match(escape):
+            return held + escape if held else _REPLACEMENT
+        return lone + escape
 
     def _read_scalar(self, run: str, end: int, length: int) -> tuple[int, str]:
         if self._expected not in ("value", "value or end") or not self._open:
@@ -124,7 +142,7 @@ class JsonScanner:
         if character == ":" and self._expected == "colon":
             self._expected = "value"
             if len(self._open) == 1:
-                self.key = str(json.loads(self._key_text))
+                self.key = str(json.loads("".join(self._key_texts)))
                 return ""
             return ":"
         if character == "," and self._expected == "next":
@@ -141,7 +159,7 @@ class JsonScanner:
         self._in_string = True
         self._is_key = self._expected in ("key", "key or end")
         if self._is_key and len(self._open) == 1:
-            self._key_text = ""
+            self._key_texts.clear()
         return self._value_text('"')
 
     def _begin_container(self, character: str) -> str:
@@ -169,6 +187,6 @@ class JsonScanner:
     def _value_text(self, piece: str) -> str:
         """Return `piece` if it belongs to a value; collect it if it belongs to a top-level key."""
         if self._is_key and len(self._open) == 1:
-            self._key_text += piece
+            self._key_texts.append(piece)
             return ""
         return piece

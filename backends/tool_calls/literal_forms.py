@@ -1,23 +1,22 @@
 """Parsers of tool calls in Python syntax and in Gemma's notation."""
 
-import ast
 import json
 import re
 from collections.abc import Mapping
-from typing import TypeAlias
 
 from backends.tool_calls.collector import CallCollector
 from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished
 from backends.tool_calls.json_forms import MAX_NAME_CHARACTERS
 from backends.tool_calls.parser import Section
+from backends.tool_calls.python_literals import Call, python_calls
 from core.types import JsonValue
 
 _MAX_CHARACTERS = 256 * 1024
 _MAX_DEPTH = 64
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]{1,300})?(?:[eE][-+]?[0-9]{1,3})?")
+_SPECIAL = re.compile(r"[\"'\[\](){}]")
+_IN_QUOTE = {quote: re.compile(rf"[\\{quote}]") for quote in "\"'"}
 _NAMES: Mapping[str, JsonValue] = {"true": True, "false": False, "null": None}
-
-Call: TypeAlias = tuple[str, dict[str, JsonValue]]
 
 
 def pythonic(cursor: Cursor, collector: CallCollector, start: str) -> Steps[None]:
@@ -52,15 +51,14 @@ def _read_brackets(cursor: Cursor, opening: str) -> Steps[str]:
 
     Raises Malformed if it is too long, Unfinished if the text ends before.
     """
-    read, brackets = [opening], _Brackets(2)
+    read, left, brackets = [opening], _MAX_CHARACTERS, _Brackets(2)
     while True:
-        rest = cursor.rest
-        end = brackets.end(rest)
-        read.append(rest[:end])
-        cursor.advance(len(read[-1]))
+        text, start = cursor.window
+        read.append(cursor.take(brackets.end(text, start, start + left) - start))
+        left -= len(read[-1])
         if brackets.depth == 0:
             return "".join(read)
-        if sum(map(len, read)) > _MAX_CHARACTERS:
+        if not left:
             raise Malformed
         if not (yield from cursor.more()):
             raise Unfinished
@@ -74,66 +72,32 @@ class _Brackets:
         self._quote = ""
         self._is_escaped = False
 
-    def end(self, text: str) -> int:
-        """Return how many characters of `text` are inside the brackets, with their end."""
-        for at, character in enumerate(text):
-            if self._quote:
-                self._in_quote(character)
-            elif character in "\"'":
-                self._quote = character
-            else:
-                self.depth += (character in "[({") - (character in "])}")
+    def end(self, text: str, start: int, stop: int) -> int:
+        """Return where in `text` the brackets end, or `stop` or its end if they do not."""
+        stop = min(stop, len(text))
+        while start < stop:
+            if self._is_escaped:
+                self._is_escaped = False
+                start += 1
+                continue
+            pattern = _IN_QUOTE[self._quote] if self._quote else _SPECIAL
+            found = pattern.search(text, start, stop)
+            if found is None:
+                break
+            self._take(found[0])
+            start = found.end()
             if not self.depth:
-                return at + 1
-        return len(text)
+                return start
+        return stop
 
-    def _in_quote(self, character: str) -> None:
-        if self._is_escaped:
-            self._is_escaped = False
-        elif character == "\\":
-            self._is_escaped = True
-        elif character == self._quote:
-            self._quote = ""
-
-
-def python_calls(text: str) -> list[Call]:
-    """Parse a list of calls in Python syntax.  Raises Malformed."""
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
-        raise Malformed from problem
-    if not isinstance(tree, ast.List) or not tree.elts:
-        raise Malformed
-    return [_python_call(node) for node in tree.elts]
-
-
-def _python_call(node: ast.expr) -> Call:
-    if not isinstance(node, ast.Call) or node.args:
-        raise Malformed
-    arguments: dict[str, JsonValue] = {}
-    for keyword in node.keywords:
-        if keyword.arg is None or keyword.arg in arguments:
-            raise Malformed
-        arguments[keyword.arg] = _python_value(keyword.value)
-    return ast.unparse(node.func), arguments
-
-
-def _python_value(node: ast.expr) -> JsonValue:
-    match node:
-        case ast.Constant(value=None | bool() | int() | float() | str() as value):
-            return value
-        case ast.Name(id="true" | "false" | "null" as name):
-            return _NAMES[name]
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return -value
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_python_value(item) for item in items]
-        case ast.Dict(keys=keys, values=values):
-            read = [(key.value if isinstance(key, ast.Constant) else None) for key in keys]
-            if not all(isinstance(key, str) for key in read):
-                raise Malformed
-            return dict(zip(map(str, read), map(_python_value, values), strict=True))
-    raise Malformed
+    def _take(self, character: str) -> None:
+        if self._quote:
+            self._is_escaped = character == "\\"
+            self._quote = self._quote if self._is_escaped else ""
+        elif character in "\"'":
+            self._quote = character
+        else:
+            self.depth += 1 if character in "[({" else -1
 
 
 def gemma(quote: str, end: str) -> Section:
@@ -144,7 +108,9 @@ def gemma(quote: str, end: str) -> Section:
         yield from cursor.spaces()
         yield from cursor.expect("call:")
         name, _ = yield from cursor.until("{", most=MAX_NAME_CHARACTERS)
-        text, _ = yield from cursor.until(end, most=_MAX_CHARACTERS)
+        text, is_complete = yield from cursor.read_until(end, most=_MAX_CHARACTERS)
+        if not is_complete:
+            raise Malformed if cursor.available else Unfinished
         collector.call(name.strip(), _GemmaText("{" + text.rstrip(), quote).object())
 
     return section

@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from backends.tool_calls.collector import CallCollector, compact
-from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished, partial_marker_length
+from backends.tool_calls.collector import CallCollector
+from backends.tool_calls.cursor import Cursor, Malformed, Steps, Unfinished
 from backends.tool_calls.json_forms import MAX_NAME_CHARACTERS
+from backends.tool_calls.json_values import compact
 from backends.tool_calls.schemas import from_text, types_of
 from core.types import JsonValue
 
@@ -81,10 +82,11 @@ class TagReader:
         yield from cursor.spaces()
         name, ender = yield from cursor.until(*form.name_close, most=MAX_NAME_CHARACTERS)
         collector.begin(name.strip())
-        schemas = self._schemas(collector, name.strip())
         keys: set[str] = set()
         tag = ender if ender in (form.key_open, form.close) else ""
         while True:
+            # All before the tag was emitted; what follows is text if it is malformed.
+            cursor.mark(back=len(tag))
             if not tag:
                 yield from cursor.spaces()
                 tag = yield from cursor.accept(form.key_open, form.close)
@@ -92,47 +94,51 @@ class TagReader:
                 collector.arguments("}" if keys else "{}")
                 collector.finish()
                 return
-            if not tag:
-                if not cursor.rest:
-                    return
-                raise Malformed
-            key, _ = yield from cursor.until(form.key_close, most=MAX_NAME_CHARACTERS)
-            if key in keys:
-                raise Malformed(f"{form.key_open}{key}{form.key_close}")
-            yield from self._value(cursor, collector, key, schemas, is_first=not keys)
-            keys.add(key)
+            if not (tag or cursor.available):
+                return
+            try:
+                if not tag:
+                    raise Malformed
+                yield from self._parameter(cursor, collector, keys)
+            except Unfinished:
+                raise
+            except Malformed as problem:
+                raise Malformed(cursor.since_mark) from problem
             tag = ""
 
-    @staticmethod
-    def _schemas(collector: CallCollector, name: str) -> Mapping[str, JsonValue]:
-        properties = collector.tools[name].parameters.get("properties")
-        return properties if isinstance(properties, dict) else {}
-
-    def _value(
-        self,
-        cursor: Cursor,
-        collector: CallCollector,
-        key: str,
-        schemas: Mapping[str, JsonValue],
-        *,
-        is_first: bool,
-    ) -> Steps[None]:
+    def _parameter(self, cursor: Cursor, collector: CallCollector, keys: set[str]) -> Steps[None]:
+        """Read a parameter after the tag that opens its key, and add the key to `keys`."""
         form = self._form
+        key, _ = yield from cursor.until(form.key_close, most=MAX_NAME_CHARACTERS)
+        if key in keys:
+            raise Malformed
         if form.value_open:
             yield from cursor.spaces()
             yield from cursor.expect(form.value_open)
-        opening = f"{'{' if is_first else ','}{compact(key)}:"
+        opening = f"{',' if keys else '{'}{compact(key)}:"
+        keys.add(key)
         root = collector.tools[collector.open_name].parameters
-        types = types_of(schemas.get(key), root)
+        types = types_of(self._schemas(root).get(key), root)
         if types == {"string"}:
             collector.arguments(opening + '"')
             yield from self._text_value(cursor, collector)
             collector.arguments('"')
             return
-        text, _ = yield from cursor.until(form.value_close, most=_MAX_VALUE_CHARACTERS)
+        text, is_complete = yield from cursor.read_until(
+            form.value_close, most=_MAX_VALUE_CHARACTERS
+        )
+        if not is_complete:
+            collector.arguments(opening + text)
+            cursor.mark()
+            raise Malformed if cursor.available else Unfinished
         if form.is_padded:
             text = text.removeprefix("\n").removesuffix("\n")
         collector.arguments(opening + compact(from_text(text, types)))
+
+    @staticmethod
+    def _schemas(root: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+        properties = root.get("properties")
+        return properties if isinstance(properties, dict) else {}
 
     def _text_value(self, cursor: Cursor, collector: CallCollector) -> Steps[None]:
         """Emit a string value, escaped, as it arrives."""
@@ -142,19 +148,17 @@ class TagReader:
         # Text that may be the padding or the closing tag is held back.
         closings = (form.value_close, f"\n{form.value_close}")
         while True:
-            text = cursor.rest
-            at = text.find(form.value_close)
-            if at >= 0:
-                value = text[:at]
+            ahead, _ = cursor.find(form.value_close)
+            if ahead >= 0:
+                value = cursor.take(ahead)
                 value = value.removesuffix("\n") if form.is_padded else value
                 collector.arguments(json.dumps(value, ensure_ascii=False)[1:-1])
-                cursor.advance(at + len(form.value_close))
+                cursor.advance(len(form.value_close))
                 return
-            kept = text[: len(text) - partial_marker_length(text, closings)]
+            kept = cursor.take(cursor.available - cursor.partial(closings))
             collector.arguments(json.dumps(kept, ensure_ascii=False)[1:-1])
-            cursor.advance(len(kept))
             cursor.mark()
             if not (yield from cursor.more()):
-                collector.arguments(json.dumps(cursor.rest, ensure_ascii=False)[1:-1])
-                cursor.advance(len(cursor.rest))
+                rest = cursor.take(cursor.available)
+                collector.arguments(json.dumps(rest, ensure_ascii=False)[1:-1])
                 raise Unfinished
