@@ -91,6 +91,20 @@ class RowBook(Generic[RowT]):
         self._preemptions += 1
         return row
 
+    def restart_all(self) -> list[RowT]:
+        """Let all running rows wait before all others, to be computed again; return them.
+
+        Their slots are the caller's now.
+        """
+        rows = list(self.running)
+        for row in rows:
+            row.stop_restoring()
+            row.past, row.leader = 0, None
+        self.running.clear()
+        self.waiting[:0] = rows
+        self._preemptions += len(rows)
+        return rows
+
     def best_leader(self, row: RowT) -> tuple[RowT | None, int]:
         """Return the running row that shares the longest prefix with `row`, and its length.
 

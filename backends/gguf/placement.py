@@ -72,6 +72,13 @@ class Placement:
         row.note_reuse(**{"ram" if use_ram_prefix else "cells": row.past})
         return True
 
+    def place_alone(self, row: GgufRow) -> None:
+        """Give `row` an empty slot, with nothing reused; no other row may run."""
+        if not self._take_slot(row, but=None):
+            raise AssertionError("no slot is free although no row runs")
+        row.past = 0
+        row.note_reuse()
+
     def _explained(self, row: GgufRow, planned: int) -> Reuse:
         """Return the `Reuse` with the reason why only `planned` prompt tokens are reused."""
         known = [*self._slots.known(), *self._book.running_tokens()]

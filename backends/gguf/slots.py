@@ -115,6 +115,15 @@ class KvSlots:
         self._llama.llama_memory_seq_rm(self._memory, slot, -1, -1)
         self._free.append(slot)
 
+    def clear(self) -> None:
+        """Forget all retained prefixes, those in RAM too, and zero all cells."""
+        for entry in list(self._retained.entries.values()):
+            self._transfer.discard(entry)
+            self._retained.forget(entry.slot)
+            self._free.append(entry.slot)
+        self._store.clear()
+        self._llama.llama_memory_clear(self._memory, True)
+
     def drop_oldest(self) -> bool:
         """Move the least recently used retained prefix to RAM; False if there is none."""
         oldest = self._retained.oldest()

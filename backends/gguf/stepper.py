@@ -1,6 +1,7 @@
 """Continuous batching over llama.cpp's low-level API: the Stepper of GGUF models."""
 
 import time
+from collections.abc import Iterable
 
 from backends.base import EngineLoad, EngineOptions
 from backends.engine.prefill import PrefillPlanner
@@ -17,7 +18,7 @@ from backends.prefixes.match import Retained, token_array
 from backends.prefixes.ram import RamPrefixStore
 from backends.prefixes.transfer import PrefixTransfer, wait_for_first_block
 from backends.stepper import SequenceSpec, StepOutput
-from core.errors import EngineFailed
+from core.errors import EngineFailed, NonFiniteOutput
 
 _NO_SLOT = 1
 
@@ -30,6 +31,10 @@ class GgufStepper(BaseStepper):
     run out, finished rows move to RAM first; then the youngest running row is preempted: it
     loses its cells, waits, and is computed again.  Blocks of finished rows are copied to
     `options.prefix_store` between steps, and restored from there if no cells hold a prompt.
+
+    Attention may read the cells of all rows, with a weight of zero; NaN times zero is NaN.  So
+    after a step with logits that are not finite, the cells are cleared and each suspect row is
+    computed alone: those that give NaN again have failed, the others go on.
     """
 
     def __init__(self, model: GgufModel, options: EngineOptions) -> None:
@@ -55,6 +60,8 @@ class GgufStepper(BaseStepper):
         self._batch = Batch(options.prefill_chunk_tokens + options.max_sequences)
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
         self._book = RowBook[GgufRow](options.max_sequences, options.kv_tokens)
+        # The first of them is computed now, with no other row in the cells.
+        self._suspects: list[GgufRow] = []
         self._placement = Placement(
             self._book,
             self._slots,
@@ -76,7 +83,12 @@ class GgufStepper(BaseStepper):
         if row is None:
             return
         row.sampler.close()
-        if row.slot >= 0:
+        if row.slot < 0:
+            self._trust(row)
+        elif self._suspects:
+            self._slots.release(row.release_slot())
+            self._trust(row)
+        else:
             self._slots.keep(row.release_slot(), row.tokens[: row.past], self._book.steps)
 
     def _discard(self, row: GgufRow) -> None:
@@ -84,6 +96,7 @@ class GgufStepper(BaseStepper):
         row.sampler.close()
         if row.slot >= 0:
             self._slots.release(row.release_slot())
+        self._trust(row)
 
     def step(self) -> list[StepOutput]:
         """Do one forward pass; what fails for one row is in its output.
@@ -118,13 +131,37 @@ class GgufStepper(BaseStepper):
         return outputs
 
     def _admit(self, outputs: list[StepOutput]) -> None:
-        for row in self._book.admissible():
+        for row in self._admissible():
             try:
-                if not self._placement.place(row, self._book.steps):
+                if self._suspects:
+                    self._placement.place_alone(row)
+                elif not self._placement.place(row, self._book.steps):
                     return
                 self._book.start(row)
             except BaseException as problem:
                 outputs.append(self._failed(row, problem, "its start"))
+
+    def _admissible(self) -> Iterable[GgufRow]:
+        if not self._suspects:
+            return self._book.admissible()
+        return () if self._book.running else self._suspects[:1]
+
+    def _suspect(self, rows: Iterable[GgufRow]) -> None:
+        """Compute these rows alone, one after the other, and then all others again."""
+        # The youngest first: it is the likeliest, for the others have had good steps.
+        self._suspects = list(rows)[::-1]
+        self._clear()
+
+    def _trust(self, row: GgufRow) -> None:
+        """Suspect a row no more, as it has failed, has ended, or gave a token alone."""
+        if row in self._suspects:
+            self._suspects.remove(row)
+            self._clear()
+
+    def _clear(self) -> None:
+        for row in self._book.restart_all():
+            self._slots.release(row.release_slot())
+        self._slots.clear()
 
     def _fill_batch(self, outputs: list[StepOutput]) -> None:
         """Fill the batch with one token of each decoding row and with the prompt chunks."""
@@ -163,19 +200,32 @@ class GgufStepper(BaseStepper):
             self._slots.release(self._book.preempt().release_slot())
 
     def _collect(self, outputs: list[StepOutput]) -> None:
-        for row in [row for row in self._book.running if row.batched]:
+        batched = [row for row in self._book.running if row.batched]
+        not_finite: list[GgufRow] = []
+        started = time.thread_time()
+        for row in batched:
             row.past += row.batched
             if row.output < 0:
                 outputs.append(row.progress())
                 continue
-            started = time.thread_time()
             try:
-                token_id, logprob = row.sampler.sample(self._context, row.output)
-                is_end = self._model.is_end(token_id)
-                outputs.append(row.add_token(token_id, logprob, is_end=is_end))
+                outputs.append(self._sample(row))
+            except NonFiniteOutput as problem:
+                if self._suspects:
+                    outputs.append(self._failed(row, problem, "its computation"))
+                else:
+                    not_finite.append(row)
             except BaseException as problem:
                 outputs.append(self._failed(row, problem, "the sampling of its next token"))
-            self._book.native_cpu_s += time.thread_time() - started
+            else:
+                self._trust(row)
+        self._book.native_cpu_s += time.thread_time() - started
+        if not_finite:
+            self._suspect(row for row in batched if row in not_finite or row.output < 0)
+
+    def _sample(self, row: GgufRow) -> StepOutput:
+        token_id, logprob = row.sampler.sample(self._context, row.output)
+        return row.add_token(token_id, logprob, is_end=self._model.is_end(token_id))
 
     def counters(self) -> EngineLoad:
         """Return the stepper's own counts."""
