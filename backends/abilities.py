@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Protocol, runtime_checkable
 
 from backends.base import Backend, Engine, EngineOptions, ModelInfo
+from backends.limits import deadline
 from core.errors import UnsupportedCapability, UnsupportedParameter
 from core.types import Prompt
 
@@ -23,15 +24,19 @@ class TokenCounting(Protocol):
         ...
 
 
-async def count_tokens(engine: Engine, prompt: Prompt) -> int:
-    """Return the number of prompt tokens.  Raises UnsupportedCapability if not supported."""
+async def count_tokens(engine: Engine, prompt: Prompt, deadline_s: float | None = None) -> int:
+    """Return the number of prompt tokens.
+
+    Raises UnsupportedCapability if not supported, TimedOut after `deadline_s` seconds.
+    """
     if not isinstance(engine, TokenCounting):
         raise UnsupportedCapability(
             f"The model {engine.info.name} ({engine.info.format}) cannot count tokens; use a "
             "model of another format.",
             param="model",
         )
-    return await engine.count_tokens(prompt)
+    async with deadline(deadline_s, "messages"):
+        return await engine.count_tokens(prompt)
 
 
 @runtime_checkable

@@ -170,10 +170,17 @@ class Engine(ABC):
         raise asyncio.CancelledError
 
     async def embed(
-        self, inputs: Seq[str | Seq[int]], priority: Priority = "interactive"
+        self,
+        inputs: Seq[str | Seq[int]],
+        priority: Priority = "interactive",
+        deadline_s: float | None = None,
     ) -> Embeddings:
-        """Return one vector per text or token ids, in order.  Raises ContextLengthExceeded."""
-        del inputs, priority
+        """Return one vector per text or token ids, in order.
+
+        Cancelling ends the work within one batch, and so does the deadline, in seconds from now.
+        Raises ContextLengthExceeded, TimedOut.
+        """
+        del inputs, priority, deadline_s
         raise UnsupportedCapability(
             f"The model {self.info.name} ({self.info.format}) cannot compute embeddings; use "
             "one with the capability embedding in /v1/models.",

@@ -1,13 +1,14 @@
 """Runtime limits of engines (sequences, prefill chunk, pauses), and detection of hung work."""
 
+import asyncio
 import math
 import time
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Hashable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from core.errors import Unavailable
+from core.errors import TimedOut, Unavailable
 
 _RETRY_AFTER_S = 30
 
@@ -42,6 +43,21 @@ class Watched(Protocol):
         the engine's threads do: adding and removing sequences, chores, opening and closing.
         """
         ...
+
+
+@asynccontextmanager
+async def deadline(limit_s: float | None, what: str = "tokens") -> AsyncGenerator[None, None]:
+    """Cancel the body after `limit_s` seconds and raise TimedOut; None: never.
+
+    A TimeoutError that the body raises itself is passed on.
+    """
+    try:
+        async with asyncio.timeout(limit_s) as timeout:
+            yield
+    except TimeoutError as problem:
+        if not timeout.expired():
+            raise
+        raise TimedOut.after(limit_s, what) from problem
 
 
 class StepWatch:

@@ -262,11 +262,11 @@ class TimedOut(EngineFailed):
     code = "timed_out"
 
     @classmethod
-    def after(cls, limit_s: float | None) -> "TimedOut":
-        """Build the error of a request whose deadline was `limit_s` seconds."""
+    def after(cls, limit_s: float | None, what: str = "tokens") -> "TimedOut":
+        """Build the error of a request for `what` whose deadline was `limit_s` seconds."""
         return cls(
             f"The request took longer than its limit of {limit_s or 0:g} s. Ask for fewer "
-            "tokens, or raise IMPETUS_REQUEST_TIMEOUT_S and restart the server."
+            f"{what}, or raise IMPETUS_REQUEST_TIMEOUT_S and restart the server."
         )
 
 

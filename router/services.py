@@ -115,14 +115,18 @@ class Dispatcher(Protocol):
         model_id: str,
         inputs: Sequence[str | Sequence[int]],
         priority: Priority = "interactive",
+        deadline_s: float | None = None,
     ) -> Embeddings:
-        """Return one vector per input, in order."""
+        """Return one vector per input, in order; raises TimedOut after `deadline_s` seconds."""
         ...
 
-    async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
+    async def count_tokens(
+        self, model_id: str, prompt: Prompt, deadline_s: float | None = None
+    ) -> int:
         """Return the length of `prompt` in tokens, template and tools included.
 
-        Raises UnsupportedCapability for an engine that cannot count tokens.
+        Raises UnsupportedCapability for an engine that cannot count tokens, and TimedOut after
+        `deadline_s` seconds.
         """
         ...
 

@@ -84,6 +84,7 @@ class FakeDispatcher:
         self.requests: list[GenerationRequest] = []
         self.embedded: list[Sequence[str | Sequence[int]]] = []
         self.priorities: list[Priority] = []
+        self.deadlines: list[float | None] = []
         self.vectors: Any = None
         self.counted: list[Prompt] = []
         self.count_error: Exception | None = None
@@ -113,9 +114,11 @@ class FakeDispatcher:
         model_id: str,
         inputs: Sequence[str | Sequence[int]],
         priority: Priority = "interactive",
+        deadline_s: float | None = None,
     ) -> Embeddings:
         del model_id
         self.priorities.append(priority)
+        self.deadlines.append(deadline_s)
         self._enter()
         self.embedded.append(inputs)
         try:
@@ -128,8 +131,11 @@ class FakeDispatcher:
             vectors = [[index, 0.5, -1.25] for index in range(len(inputs))]
         return Embeddings(np.asarray(vectors, dtype=np.float32), prompt_tokens=5)
 
-    async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
+    async def count_tokens(
+        self, model_id: str, prompt: Prompt, deadline_s: float | None = None
+    ) -> int:
         del model_id
+        self.deadlines.append(deadline_s)
         self.counted.append(prompt)
         if self.count_error is not None:
             raise self.count_error

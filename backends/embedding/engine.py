@@ -20,7 +20,7 @@ from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.activity import NO_ACTIVITY, REQUEST_ID, Activity
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace
-from backends.limits import UNLIMITED, EngineLimits, StepWatch
+from backends.limits import UNLIMITED, EngineLimits, StepWatch, deadline
 from core.errors import (
     ContextLengthExceeded,
     EngineFailed,
@@ -109,12 +109,14 @@ class EmbeddingEngine(Engine):
         yield  # pragma: no cover - makes this an async generator
 
     async def embed(
-        self, inputs: Sequence[str | Sequence[int]], priority: Priority = "interactive"
+        self,
+        inputs: Sequence[str | Sequence[int]],
+        priority: Priority = "interactive",
+        deadline_s: float | None = None,
     ) -> Embeddings:
         """Return vectors in order; see `Engine.embed`.
 
-        Cancelling drops the inputs that are not computed yet.  Raises RequestError, QueueFull,
-        EngineFailed, Unavailable.
+        Raises RequestError, QueueFull, TimedOut, RequestFailed, EngineFailed, Unavailable.
         """
         self._limits.check_admits(is_resumed=False)
         loop = asyncio.get_running_loop()
@@ -130,8 +132,10 @@ class EmbeddingEngine(Engine):
             self._submitted.append(request)
             self._wake.notify()
         try:
-            return await request.done
+            async with deadline(deadline_s, "inputs"):
+                return await request.done
         finally:
+            # The engine's thread drops it before its next batch.
             request.is_over = True
 
     def set_limits(self, limits: EngineLimits) -> None:

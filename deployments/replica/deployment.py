@@ -134,19 +134,24 @@ class FormatReplica:
         model_id: str,
         inputs: Sequence[str | Sequence[int]],
         priority: Priority,
+        deadline_s: float | None = None,
         attempt: Attempt = ANY_REPLICA,
     ) -> Embeddings:
         """Return one vector per input."""
         with self._loads.lease(model_id, attempt) as engine:
-            return await engine.embed(inputs, priority)
+            return await engine.embed(inputs, priority, deadline_s)
 
     @returning_errors
     async def count_tokens(
-        self, model_id: str, prompt: Prompt, attempt: Attempt = ANY_REPLICA
+        self,
+        model_id: str,
+        prompt: Prompt,
+        deadline_s: float | None = None,
+        attempt: Attempt = ANY_REPLICA,
     ) -> int:
         """Return the number of tokens of a prompt for this model."""
         with self._loads.lease(model_id, attempt) as engine:
-            return await count_tokens(engine, prompt)
+            return await count_tokens(engine, prompt, deadline_s)
 
     def _sender(self, socket_path: str) -> FrameSender:
         sender = self._senders.get(socket_path)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from backends.limits import deadline
 from core.errors import EngineFailed, ImpetusError, ModelNotResident, TimedOut
 from core.types import (
     Embeddings,
@@ -190,16 +191,23 @@ class HandleDispatcher:
         model_id: str,
         inputs: Sequence[str | Sequence[int]],
         priority: Priority = "interactive",
+        deadline_s: float | None = None,
     ) -> Embeddings:
         """Return one vector per input; a lost replica costs another attempt."""
-        embeddings: Embeddings = await self._ask(
-            "embed", LoadContext(priority=priority), model_id, inputs, priority
-        )
+        async with deadline(_latest(deadline_s), "inputs"):
+            embeddings: Embeddings = await self._ask(
+                "embed", LoadContext(priority=priority), model_id, inputs, priority, deadline_s
+            )
         return embeddings
 
-    async def count_tokens(self, model_id: str, prompt: Prompt) -> int:
+    async def count_tokens(
+        self, model_id: str, prompt: Prompt, deadline_s: float | None = None
+    ) -> int:
         """Return the length of `prompt` in tokens; a lost replica costs another attempt."""
-        count: int = await self._ask("count_tokens", LoadContext(), model_id, prompt)
+        async with deadline(_latest(deadline_s), "messages"):
+            count: int = await self._ask(
+                "count_tokens", LoadContext(), model_id, prompt, deadline_s
+            )
         return count
 
     async def _ask(self, method: str, need: LoadContext, model_id: str, *arguments: Any) -> Any:
@@ -243,6 +251,11 @@ class HandleDispatcher:
         if attempts is not None:
             attempts.note_wait(time.monotonic() - asked_at, residency)
         return residency
+
+
+def _latest(deadline_s: float | None) -> float | None:
+    """Return when a call ends here, in case its whole process hangs; the engine ends it before."""
+    return None if deadline_s is None else deadline_s + _DEADLINE_GRACE_S
 
 
 def _fail(end: "asyncio.Future[None]", problem: BaseException) -> None:

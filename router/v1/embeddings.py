@@ -55,8 +55,10 @@ def embedding_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[R
         body, ignored = await read_request(request, EmbeddingRequest, RequestBody.ignored_names)
         view = await context.model(body.model, Capability.EMBEDDING, record_of(request.scope))
         priority = request_priority(request, None, view)
+        deadline_s = context.services.settings.request_timeout_s
         embeddings = await unless_disconnected(
-            context.services.dispatcher.embed(view.id, body.input, priority), request.receive
+            context.services.dispatcher.embed(view.id, body.input, priority, deadline_s),
+            request.receive,
         )
         if embeddings is None:
             return client_closed_response()

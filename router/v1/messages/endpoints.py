@@ -76,8 +76,9 @@ def count_tokens_endpoint(context: RouteContext) -> Callable[[Request], Awaitabl
     async def count_tokens(request: Request) -> Response:
         body, (prompt, _, ignored) = await read_request(request, MessagesPromptRequest, _converted)
         view = await context.model(body.model, Capability.CHAT, record_of(request.scope))
+        deadline_s = context.services.settings.request_timeout_s
         count = await unless_disconnected(
-            context.services.dispatcher.count_tokens(view.id, prompt), request.receive
+            context.services.dispatcher.count_tokens(view.id, prompt, deadline_s), request.receive
         )
         if count is None:
             return client_closed_response()

@@ -81,8 +81,9 @@ def input_tokens_endpoint(
     async def count_input_tokens(request: Request) -> Response:
         body, (_, prompt, _, ignored) = await read_request(request, ResponsesRequest, convert)
         view = await context.model(body.model, Capability.CHAT, record_of(request.scope))
+        deadline_s = context.services.settings.request_timeout_s
         count = await unless_disconnected(
-            context.services.dispatcher.count_tokens(view.id, prompt), request.receive
+            context.services.dispatcher.count_tokens(view.id, prompt, deadline_s), request.receive
         )
         if count is None:
             return client_closed_response()

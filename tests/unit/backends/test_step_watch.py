@@ -1,11 +1,13 @@
 """The watch over an engine's activities: the oldest one counts, whatever thread it runs on."""
 
+import asyncio
 import threading
 from types import SimpleNamespace
 
 import pytest
 
-from backends.limits import StepWatch
+from backends.limits import StepWatch, deadline
+from core.errors import TimedOut
 
 
 class Clock:
@@ -100,3 +102,20 @@ def test_threads_may_read_while_others_begin_and_end() -> None:
     reader.join()
     assert not problems
     assert watch.lasted_s == 0.0
+
+
+async def test_a_deadline_ends_its_body() -> None:
+    with pytest.raises(TimedOut, match=r"its limit of 0.01 s. Ask for fewer inputs"):
+        async with deadline(0.01, "inputs"):
+            await asyncio.Event().wait()
+
+
+async def test_without_a_deadline_the_body_ends_by_itself() -> None:
+    async with deadline(None):
+        await asyncio.sleep(0)
+
+
+async def test_a_timeout_of_the_body_is_not_the_deadline() -> None:
+    with pytest.raises(TimeoutError, match="the template"):
+        async with deadline(60.0):
+            raise TimeoutError("the template")

@@ -21,6 +21,7 @@ from core.errors import (
     InsufficientMemory,
     QueueFull,
     RequestError,
+    TimedOut,
     Unavailable,
     UnsupportedCapability,
 )
@@ -115,6 +116,19 @@ async def test_a_batch_that_does_not_return_is_told(
     await held
     while engine.stalled_s:
         await asyncio.sleep(0.001)
+
+
+async def test_a_request_ends_at_its_deadline_and_computes_no_further_batch(
+    engine: EmbeddingEngine, encoder: Encoder
+) -> None:
+    held = await held_task(engine, encoder, ["a"])
+    with pytest.raises(TimedOut) as caught:
+        await engine.embed(["b", "c", "d", "e", "f", "g", "h", "i", "j"], deadline_s=0.01)
+    assert (caught.value.status, caught.value.code) == (504, "timed_out")
+    encoder.free.set()
+    await held
+    await engine.embed(["k"])
+    assert encoder.batches == [[encoder.tokenize("a")], [encoder.tokenize("k")]]
 
 
 async def held_task(

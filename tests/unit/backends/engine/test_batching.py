@@ -19,6 +19,7 @@ from core.errors import (
     EngineFailed,
     QueueFull,
     RequestError,
+    TimedOut,
     UnsupportedCapability,
     UnsupportedParameter,
 )
@@ -106,6 +107,19 @@ async def test_tokens_are_counted_until_the_engine_closes(stepper: FakeStepper) 
     await engine.close()
     with pytest.raises(EngineFailed, match="unloaded"):
         await engine.count_tokens(TextPrompt("abc"))
+
+
+async def test_counting_tokens_ends_at_its_deadline(
+    stepper: FakeStepper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(Preparer, "count", lambda *_: gate.wait() and 0)
+    engine = open_engine(stepper)
+    with pytest.raises(TimedOut) as caught:
+        await count_tokens(engine, TextPrompt("abc"), deadline_s=0.01)
+    assert (caught.value.status, caught.value.code) == (504, "timed_out")
+    gate.set()
+    await engine.close()
 
 
 async def test_engine_that_cannot_count_says_so() -> None:

@@ -231,9 +231,9 @@ async def test_requests_for_another_process_are_denied(
     await replica.load_model(load_request("m"))
     prompt = TextPrompt("hi")
     gone, here = Attempt("r", "died"), Attempt("r", "replica")
-    assert isinstance(await replica.count_tokens("m", prompt, gone), ModelNotResident)
-    assert isinstance(await replica.embed("m", ["x"], "batch", gone), ModelNotResident)
-    assert await replica.count_tokens("m", prompt, here) == 2
+    assert isinstance(await replica.count_tokens("m", prompt, None, gone), ModelNotResident)
+    assert isinstance(await replica.embed("m", ["x"], "batch", None, gone), ModelNotResident)
+    assert await replica.count_tokens("m", prompt, None, here) == 2
     # Nor does an unload that is meant for a dead process end what was loaded since.
     assert await replica.unload_model("m", "died") is None
     assert not steppers[0].is_closed

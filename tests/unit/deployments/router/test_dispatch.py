@@ -311,13 +311,29 @@ async def test_tokens_are_counted_where_the_model_is(receiver: FrameReceiver) ->
     replica = FakeHandle(count_tokens=answering(NOT_RESIDENT, 17))
     subject = dispatcher(receiver, loads("a", "b"), replica)
     assert await subject.count_tokens("m", TextPrompt("hi")) == 17
-    assert replica.count_tokens.calls[-1] == ("m", TextPrompt("hi"))
+    assert replica.count_tokens.calls[-1] == ("m", TextPrompt("hi"), None)
 
 
 async def test_embed_gives_up_after_three_attempts(receiver: FrameReceiver) -> None:
     replica = FakeHandle(embed=answering(NOT_RESIDENT))
     with pytest.raises(EngineFailed):
         await dispatcher(receiver, loads("a"), replica).embed("m", ["x"])
+
+
+@pytest.mark.parametrize("method", ["embed", "count_tokens"])
+async def test_f3_a_call_that_hangs_ends_after_its_deadline(
+    receiver: FrameReceiver, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    async def hang(*arguments: Any) -> None:
+        assert arguments[-1] == 0.02
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("deployments.router.dispatch._DEADLINE_GRACE_S", 0.0)
+    subject = dispatcher(receiver, loads("a"), FakeHandle(**{method: hang}))
+    asked: Any = ["x"] if method == "embed" else TextPrompt("hi")
+    with pytest.raises(TimedOut) as caught:
+        await getattr(subject, method)("m", asked, deadline_s=0.02)
+    assert caught.value.status == 504
 
 
 async def test_f3_a_process_that_hangs_as_a_whole_ends_the_request_after_its_deadline(

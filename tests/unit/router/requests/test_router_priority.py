@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from core.settings import Settings
 from core.types import Priority
 from router.app import create_app
 from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, FakeDispatcher, make_services, make_view
@@ -78,3 +79,4 @@ async def test_embeddings_have_a_class_too() -> None:
         )
     assert answer.status_code == 200
     assert dispatcher.priorities == ["batch"]
+    assert dispatcher.deadlines == [Settings().request_timeout_s]

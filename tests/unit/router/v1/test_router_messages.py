@@ -324,6 +324,7 @@ async def test_count_of_a_model_that_cannot_count_is_an_error() -> None:
         400,
         "invalid_request_error",
     )
+    assert dispatcher.deadlines == [make_services().settings.request_timeout_s]
 
 
 async def test_stream_pings_and_tells_prefill_before_the_first_token_s2() -> None:
