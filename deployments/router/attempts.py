@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from core.errors import ModelNotResident
@@ -17,8 +17,17 @@ class RequestAttempts:
     Belongs to one event loop.
     """
 
-    def __init__(self, request: GenerationRequest, on_events: EventCallback) -> None:
-        """`on_events` gets the events of all attempts, as those of one."""
+    def __init__(
+        self,
+        request: GenerationRequest,
+        on_events: EventCallback,
+        on_answer: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_events` gets the events of all attempts, as those of one.
+
+        `on_answer` is called with the first event of each attempt that is part of the answer.
+        """
+        self._on_answer = on_answer
         self._request = request
         self._on_events = on_events
         self._token_ids: list[int] = []
@@ -30,12 +39,8 @@ class RequestAttempts:
         self._done: asyncio.Future[None] | None = None
         self.finished: Finished | None = None
 
-    def remaining_request(self, number: int) -> GenerationRequest:
-        """Return the request for the rest of the answer, with an id unique to attempt `number`.
-
-        The id keeps late events of an earlier attempt from reaching a later one.
-        """
-        request_id = f"{self._request.id}.{number}"
+    def remaining_request(self, request_id: str) -> GenerationRequest:
+        """Return the request for the rest of the answer, with the id of the attempt."""
         if not self._events:
             return replace(self._request, id=request_id)
         generated = tuple(self._token_ids)
@@ -82,6 +87,7 @@ class RequestAttempts:
             self._token_ids.extend(event.token_ids)
             if self._first_at is None:
                 self._first_at = time.monotonic()
+                self._on_answer()
         return event
 
     def note_lost(self, problem: Exception) -> None:

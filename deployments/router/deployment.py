@@ -10,6 +10,7 @@ from core.errors import ImpetusError
 from core.keys import MANAGEMENT_TOKEN, read_key
 from core.metrics import Metrics
 from core.settings import Settings
+from deployments.activity import DeathRecords
 from deployments.decisions import DecisionLog
 from deployments.router.catalog import CatalogView, SchedulerHealth
 from deployments.router.dispatch import HandleDispatcher
@@ -46,7 +47,14 @@ class RouterReplica:
         model_states = self._model_states = ModelStatesWatch(scheduler)
         model_states.start()
         dispatcher = self._dispatcher = HandleDispatcher(
-            scheduler, formats, self._receiver, node_id, model_states, has_many=has_many, log=log
+            scheduler,
+            formats,
+            self._receiver,
+            node_id,
+            model_states,
+            DeathRecords(settings.home),
+            has_many=has_many,
+            log=log,
         )
         everywhere = broadcast_handles(
             {name: direct(handle) for name, handle in formats.items()}, settings

@@ -4,11 +4,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 from backends.limits import deadline
-from core.errors import EngineFailed, ImpetusError, ModelNotResident, TimedOut
+from core.errors import EngineFailed, ModelNotResident, TimedOut
 from core.types import (
     Embeddings,
     Finished,
@@ -16,10 +16,12 @@ from core.types import (
     Priority,
     Prompt,
 )
+from deployments.activity import DeathRecords
 from deployments.decisions import DecisionLog
-from deployments.messages import LoadContext, Residency
+from deployments.messages import Attempt, LoadContext, Residency
 from deployments.router.attempts import RequestAttempts
 from deployments.router.model_states import ModelStatesWatch
+from deployments.router.recovery import Recovery
 from deployments.router.targets import Targets
 from deployments.serve.handles import Handle, ReplicaDied, call, direct, unwrap
 from deployments.transport.codec import LENGTH_BYTES, decode_body
@@ -28,11 +30,9 @@ from router.services import EventCallback
 
 logger = logging.getLogger(__name__)
 
-_MAX_ATTEMPTS = 3
 # Cache misses of shorter prompts are not logged.
 _NOTED_MISS_TOKENS = 512
 _LOST_EVENTS_S = 10.0
-_REPORT_LIMIT_S = 5.0
 # The engine ends a request at its deadline; this is the extra time for its answer.
 _DEADLINE_GRACE_S = 2.0
 
@@ -51,6 +51,7 @@ class HandleDispatcher:
         receiver: FrameReceiver,
         node_id: str,
         model_states: ModelStatesWatch,
+        deaths: DeathRecords,
         *,
         has_many: bool = False,
         log: DecisionLog | None = None,
@@ -60,6 +61,7 @@ class HandleDispatcher:
         handles = {name: direct(handle) for name, handle in formats.items()}
         self._targets = Targets(handles, has_many=has_many)
         self._log = log or DecisionLog()
+        self._recovery = Recovery(self._scheduler, model_states, self._targets, deaths, self._log)
         self._receiver = receiver
         self._node_id = node_id
         self._model_states = model_states
@@ -76,28 +78,32 @@ class HandleDispatcher:
         """Run the request, passing its events to `on_events`; see `router.services.Dispatcher`.
 
         When a replica died or no longer holds the model, another attempt resumes the answer after
-        the tokens whose events were passed on; the client does not see this.
+        the tokens whose events were passed on; the client does not see this.  A request of which
+        the process may have died is sent once more.  Raises CrashingRequest after that.
         """
-        need, attempts = LoadContext(priority=request.priority), RequestAttempts(request, on_events)
-        for attempt in range(_MAX_ATTEMPTS):
+        recovery = self._recovery.begin(
+            request.model_id, request.id, LoadContext(priority=request.priority)
+        )
+        attempts = RequestAttempts(request, on_events, recovery.note_answer)
+        while True:
             residency = None
             try:
-                residency = await self._ensure(request.model_id, need, attempts)
-                is_local = residency.node_id == self._node_id
-                run = self._run_locally if is_local else self._run_remotely
-                await run(attempts.remaining_request(attempt), residency, attempts)
+                async with recovery.turn():
+                    residency = await self._ensure(request.model_id, recovery.context, attempts)
+                    is_local = residency.node_id == self._node_id
+                    run = self._run_locally if is_local else self._run_remotely
+                    remaining = attempts.remaining_request(recovery.attempt_id)
+                    await run(remaining, residency, attempts, recovery.attempt(residency))
                 self._note_end(request.model_id, attempts.finished)
                 return
             except (ModelNotResident, ReplicaDied) as problem:
                 attempts.note_lost(problem)
-                # Without a residency, the replica died during the load.
-                if residency is not None:
-                    need = _after(problem, residency, need, is_resumed=attempts.has_begun)
-                    self._forget(residency)
-                if attempt == _MAX_ATTEMPTS - 1 or not attempts.can_resume:
-                    await self._report_death(request.model_id, need)
-                    raise EngineFailed(problem.message, retry_after_s=2) from problem
-                self._note_lost(request.model_id, problem)
+                await recovery.recover(
+                    problem,
+                    residency,
+                    has_begun=attempts.has_begun,
+                    can_resume=attempts.can_resume,
+                )
 
     def _note_end(self, model_id: str, end: Finished | None) -> None:
         """Log tool calls that do not match their schema, and long prompts that were not reused."""
@@ -112,22 +118,19 @@ class HandleDispatcher:
             reason = f"{computed} tokens were not reused: {cache.miss.replace('_', ' ')}{where}"
             self._log.record("cache miss", f"compute the prompt for {model_id}", reason)
 
-    def _note_lost(self, model_id: str, problem: ImpetusError) -> None:
-        """Log a model that its replica did not hold; a death is logged as a decision."""
-        if isinstance(problem, ReplicaDied):
-            self._log.record("replica died", f"resume {model_id}", problem.message)
-        else:
-            logger.info("%s is no longer resident there: %s", model_id, problem.message)
-
     async def _run_locally(
-        self, request: GenerationRequest, residency: Residency, attempts: RequestAttempts
+        self,
+        request: GenerationRequest,
+        residency: Residency,
+        attempts: RequestAttempts,
+        attempt: Attempt,
     ) -> None:
         """Run on this machine: events come over the socket, the call only reports its end."""
         end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         attempts.begin(end)
         self._receiver.subscribe(request.id, attempts.on_events)
         timer = self._end_in_time(request, end)
-        work = asyncio.ensure_future(self._call(request, residency, end))
+        work = asyncio.ensure_future(self._call(request, residency, attempt, end))
         self._calls.add(work)
         work.add_done_callback(self._calls.discard)
         is_finished = False
@@ -155,11 +158,15 @@ class HandleDispatcher:
         return loop.call_later(request.deadline_s + _DEADLINE_GRACE_S, _fail, end, late)
 
     async def _call(
-        self, request: GenerationRequest, residency: Residency, end: "asyncio.Future[None]"
+        self,
+        request: GenerationRequest,
+        residency: Residency,
+        attempt: Attempt,
+        end: "asyncio.Future[None]",
     ) -> None:
         handle = self._targets.at(residency)
         try:
-            await call(handle.generate.remote(request, self._receiver.path))
+            await call(handle.generate.remote(request, self._receiver.path, attempt))
         except Exception as problem:
             _fail(end, problem)
         else:
@@ -168,12 +175,16 @@ class HandleDispatcher:
             asyncio.get_running_loop().call_later(_LOST_EVENTS_S, _fail, end, lost)
 
     async def _run_remotely(
-        self, request: GenerationRequest, residency: Residency, attempts: RequestAttempts
+        self,
+        request: GenerationRequest,
+        residency: Residency,
+        attempts: RequestAttempts,
+        attempt: Attempt,
     ) -> None:
         """Run on another machine: event frames come over the handle."""
         attempts.begin()
         handle = self._targets.at(residency).options(stream=True)
-        frames: Any = handle.stream.remote(request)
+        frames: Any = handle.stream.remote(request, attempt)
         try:
             async for frame in frames:
                 for _, events in decode_body(frame[LENGTH_BYTES:]):
@@ -212,32 +223,17 @@ class HandleDispatcher:
 
     async def _ask(self, method: str, need: LoadContext, model_id: str, *arguments: Any) -> Any:
         """Call a method of the replica that holds the model, loading the model first if needed."""
-        for attempt in range(_MAX_ATTEMPTS):
-            residency = await self._ensure(model_id, need)
-            handle = self._targets.at(residency)
+        recovery = self._recovery.begin(model_id, uuid4().hex, need)
+        while True:
+            residency = None
             try:
-                return await call(getattr(handle, method).remote(model_id, *arguments))
+                async with recovery.turn():
+                    residency = await self._ensure(model_id, recovery.context)
+                    remote = getattr(self._targets.at(residency), method).remote
+                    attempt = recovery.attempt(residency)
+                    return await call(remote(model_id, *arguments, attempt))
             except (ModelNotResident, ReplicaDied) as problem:
-                self._forget(residency)
-                need = _after(problem, residency, need, is_resumed=False)
-                if attempt == _MAX_ATTEMPTS - 1:
-                    await self._report_death(model_id, need)
-                    raise EngineFailed(problem.message, retry_after_s=2) from problem
-        raise AssertionError("unreachable")
-
-    async def _report_death(self, model_id: str, need: LoadContext) -> None:
-        """Report a process's death to the scheduler when no further attempt will."""
-        if not need.has_died:
-            return
-        try:
-            async with asyncio.timeout(_REPORT_LIMIT_S):
-                await call(self._scheduler.process_died.remote(model_id, need.lost_replica))
-        except (TimeoutError, ImpetusError) as problem:
-            logger.warning("cannot report a process's death to the scheduler: %r", problem)
-
-    def _forget(self, residency: Residency) -> None:
-        self._model_states.note_lost(residency)
-        self._targets.forget(residency)
+                await recovery.recover(problem, residency)
 
     async def _ensure(
         self, model_id: str, need: LoadContext, attempts: RequestAttempts | None = None
@@ -261,13 +257,3 @@ def _latest(deadline_s: float | None) -> float | None:
 def _fail(end: "asyncio.Future[None]", problem: BaseException) -> None:
     if not end.done():
         end.set_exception(problem)
-
-
-def _after(
-    problem: ImpetusError, residency: Residency, need: LoadContext, *, is_resumed: bool
-) -> LoadContext:
-    """Return the `LoadContext` of the next attempt."""
-    has_died = isinstance(problem, ReplicaDied)
-    return replace(
-        need, lost_replica=residency.replica_id, has_died=has_died, is_resumed=is_resumed
-    )

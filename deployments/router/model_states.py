@@ -58,6 +58,13 @@ class ModelStatesWatch:
             del self.residencies[model_id]
             self._loaded.pop(model_id, None)
 
+    def note_died(self, residency: Residency) -> list[Residency]:
+        """Remove all residencies of the process that held `residency`; return them."""
+        lost = [one for one in self.residencies.values() if one.replica_id == residency.replica_id]
+        for one in lost:
+            self.note_lost(one)
+        return [*lost, residency]
+
     def start(self) -> None:
         """Start polling on the running loop."""
         self._task = asyncio.create_task(self._run())

@@ -96,10 +96,10 @@ def test_a_load_that_died_is_counted_without_work() -> None:
 
 def test_each_attempt_asks_for_what_is_left() -> None:
     attempts = RequestAttempts(REQUEST, lambda _: None)
-    assert attempts.remaining_request(0).id == "r.0"
-    assert not attempts.remaining_request(0).generated
+    assert attempts.remaining_request("r.0").id == "r.0"
+    assert not attempts.remaining_request("r.0").generated
     attempts.on_events([TextDelta("a", (1, 2))])
-    assert (attempts.remaining_request(1).id, attempts.remaining_request(1).generated) == (
+    assert (attempts.remaining_request("r.1").id, attempts.remaining_request("r.1").generated) == (
         "r.1",
         (1, 2),
     )

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 
 from core.errors import (
     ContextLengthExceeded,
+    CrashingRequest,
     EngineFailed,
     InsufficientMemory,
     ModelNotResident,
@@ -32,8 +33,9 @@ from core.types import (
     ToolCallDelta,
     Usage,
 )
+from deployments.activity import DeathCause
 from deployments.decisions import DecisionLog
-from deployments.messages import Residency
+from deployments.messages import Attempt, Residency
 from deployments.router.dispatch import HandleDispatcher
 from deployments.router.model_states import ModelStatesWatch
 from deployments.serve.handles import ReplicaDied
@@ -70,23 +72,36 @@ async def receiver() -> AsyncIterator[FrameReceiver]:
     await receiver.stop()
 
 
+class Deaths:
+    """What processes died of, by replica; those that are not named left no record."""
+
+    def __init__(self, **causes: DeathCause) -> None:
+        self._causes = causes
+
+    async def cause(self, replica_id: str) -> DeathCause | None:
+        return self._causes.get(replica_id)
+
+
 def dispatcher(
     receiver: FrameReceiver,
     scheduler: FakeHandle,
     replica: FakeHandle,
     log: DecisionLog | None = None,
+    deaths: "Deaths | None" = None,
 ) -> HandleDispatcher:
     handles: Any = {"gguf": replica}
     known: Any = scheduler
     states = ModelStatesWatch(known)
-    return HandleDispatcher(known, handles, receiver, "node", states, log=log)
+    records: Any = deaths or Deaths()
+    return HandleDispatcher(known, handles, receiver, "node", states, records, log=log)
 
 
 def sending(*outcomes: Any) -> Any:
     """Return a replica's `generate`: each call sends its events, then raises its error if any."""
     left = list(outcomes)
 
-    async def generate(request: GenerationRequest, path: str) -> None:
+    async def generate(request: GenerationRequest, path: str, attempt: Attempt) -> None:
+        assert attempt.request_id == request.id
         events, problem = left.pop(0)
         with closing(FrameSender(path)) as sender:
             for event in events:
@@ -213,13 +228,13 @@ async def test_a_replica_that_dies_while_it_loads_costs_another_attempt(
     assert lost(scheduler) == ["", "a", "a"]
 
 
-async def test_a_replica_that_keeps_dying_fails_after_three_attempts(
+async def test_a_request_without_any_answer_is_sent_twice_where_nothing_tells_the_cause(
     receiver: FrameReceiver,
 ) -> None:
     replica = FakeHandle(generate=sending(*[([], RayActorError())] * 3))
-    with pytest.raises(EngineFailed, match="died"):
+    with pytest.raises(CrashingRequest, match="died twice"):
         await collect(dispatcher(receiver, loads("a", "b", "c"), replica))
-    assert len(replica.generate.calls) == 3
+    assert len(replica.generate.calls) == 2
 
 
 async def test_errors_that_travel_as_values_are_raised(receiver: FrameReceiver) -> None:
@@ -236,7 +251,7 @@ async def test_a_refused_load_reaches_the_client(receiver: FrameReceiver) -> Non
 
 
 async def test_cancelling_the_request_cancels_the_call(receiver: FrameReceiver) -> None:
-    async def generate(request: GenerationRequest, path: str) -> None:
+    async def generate(request: GenerationRequest, path: str, _: Attempt) -> None:
         with closing(FrameSender(path)) as sender:
             sender.deliver([(request.id, [TextDelta("x")])])
             await asyncio.Event().wait()
@@ -254,7 +269,7 @@ async def test_cancelling_the_request_cancels_the_call(receiver: FrameReceiver) 
 async def test_a_call_outlives_a_reader_that_leaves_with_the_end(receiver: FrameReceiver) -> None:
     may_return = asyncio.Event()
 
-    async def generate(request: GenerationRequest, path: str) -> None:
+    async def generate(request: GenerationRequest, path: str, _: Attempt) -> None:
         with closing(FrameSender(path)) as sender:
             sender.deliver([(request.id, [TextDelta("x", (1,))])])
             sender.deliver([(request.id, [replace(END, mismatches=("schema",))])])
@@ -293,7 +308,7 @@ class FakeFrames:
 async def test_a_replica_on_another_node_streams_by_its_handle(receiver: FrameReceiver) -> None:
     far = Residency("m", "gguf", "a", "another node", 2048, 0.1)
     frames = FakeFrames(TextDelta("x", (1,)), END)
-    stream = SimpleNamespace(remote=lambda _request: frames)
+    stream = SimpleNamespace(remote=lambda _request, _attempt: frames)
     replica: Any = SimpleNamespace(stream=stream, options=lambda **_: replica)
     scheduler = FakeHandle(ensure_loaded=answering(far))
     assert await collect(dispatcher(receiver, scheduler, replica)) == [TextDelta("x", (1,)), END]
@@ -311,7 +326,9 @@ async def test_tokens_are_counted_where_the_model_is(receiver: FrameReceiver) ->
     replica = FakeHandle(count_tokens=answering(NOT_RESIDENT, 17))
     subject = dispatcher(receiver, loads("a", "b"), replica)
     assert await subject.count_tokens("m", TextPrompt("hi")) == 17
-    assert replica.count_tokens.calls[-1] == ("m", TextPrompt("hi"), None)
+    model_id, prompt, deadline_s, attempt = replica.count_tokens.calls[-1]
+    assert (model_id, prompt, deadline_s) == ("m", TextPrompt("hi"), None)
+    assert attempt.replica_id == "b"
 
 
 async def test_embed_gives_up_after_three_attempts(receiver: FrameReceiver) -> None:
@@ -339,8 +356,7 @@ async def test_f3_a_call_that_hangs_ends_after_its_deadline(
 async def test_f3_a_process_that_hangs_as_a_whole_ends_the_request_after_its_deadline(
     receiver: FrameReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def hang(request: GenerationRequest, path: str) -> None:
-        del request, path
+    async def hang(*_: object) -> None:
         await asyncio.Event().wait()
 
     monkeypatch.setattr("deployments.router.dispatch._DEADLINE_GRACE_S", 0.0)
@@ -351,8 +367,8 @@ async def test_f3_a_process_that_hangs_as_a_whole_ends_the_request_after_its_dea
 
 async def test_f11_the_scheduler_is_told_of_every_death(receiver: FrameReceiver) -> None:
     scheduler = loads("a", "b", "c")
-    died = RayActorError()
-    replica = FakeHandle(generate=sending(([], died), ([], died), ([], died)))
+    dying = ([TextDelta("x", (1,))], RayActorError())
+    replica = FakeHandle(generate=sending(dying, dying, dying))
     with pytest.raises(EngineFailed):
         await collect(dispatcher(receiver, scheduler, replica))
     needs = [need for _, need in scheduler.ensure_loaded.calls]

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.errors import EngineFailed, Unavailable
 from core.types import Embeddings
+from deployments.activity import DeathRecords
 from deployments.messages import ModelStates, Residency
 from deployments.router import model_states as model_states_module
 from deployments.router.dispatch import HandleDispatcher
@@ -250,7 +252,8 @@ def embedding(
     replica = FakeHandle(embed=answering(*outcomes))
     handles: Any = {"gguf": replica, "onnx": replica}
     known: Any = scheduler
-    return HandleDispatcher(known, handles, FrameReceiver(), "node", states), replica
+    deaths = DeathRecords(Path("/nonexistent"))
+    return HandleDispatcher(known, handles, FrameReceiver(), "node", states, deaths), replica
 
 
 async def test_a_request_to_a_published_model_does_not_call_the_scheduler(
