@@ -108,6 +108,18 @@ class Tokenizer(Protocol):
 
 
 @runtime_checkable
+class BoundsTokens(Protocol):
+    """A tokenizer that tells early that a text is too long.  Thread-safe."""
+
+    def fewest_tokens(self, text: str, limit: int) -> int:
+        """Return a lower bound of the tokens of `text`; stops as soon as it exceeds `limit`.
+
+        Blocks for as long as about `limit` tokens take.  Raises RequestError.
+        """
+        ...
+
+
+@runtime_checkable
 class HasChores(Protocol):
     """A stepper with background work for idle time; called on the engine's thread."""
 

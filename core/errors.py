@@ -98,9 +98,17 @@ class ContextLengthExceeded(RequestError):
 
     @classmethod
     def of(
-        cls, prompt_tokens: int, context_tokens: int, max_tokens: int = 0
+        cls,
+        prompt_tokens: int,
+        context_tokens: int,
+        max_tokens: int = 0,
+        *,
+        is_least: bool = False,
     ) -> "ContextLengthExceeded":
-        """Build the error with both numbers, in OpenAI's wording, which clients match on."""
+        """Build the error with both numbers, in OpenAI's wording, which clients match on.
+
+        `is_least`: the prompt has at least `prompt_tokens`, and was not counted further.
+        """
         if max_tokens:
             error = cls(
                 f"This model's maximum context length is {context_tokens} tokens. However, you "
@@ -112,7 +120,8 @@ class ContextLengthExceeded(RequestError):
         else:
             error = cls(
                 f"This model's maximum context length is {context_tokens} tokens. However, your "
-                f"messages resulted in {prompt_tokens} tokens. Please reduce the length of the "
+                f"messages resulted in {'at least ' if is_least else ''}{prompt_tokens} tokens. "
+                "Please reduce the length of the "
                 "messages.",
                 param="messages",
             )

@@ -149,6 +149,33 @@ def _byte_pairs(size: int) -> Metadata:
     }
 
 
+def vocabulary_gguf(
+    path: Path, pre_tokenizer: str, *, kind: str = "bytes", has_bytes: bool = True
+) -> Path:
+    """Write a model without weights, for `vocab_only`.
+
+    `kind` is "bytes" for byte pairs or "sentencepiece"; the latter may have no byte tokens.
+    """
+    if kind == "bytes":
+        vocabulary = _byte_pairs(1000)
+        # Pairs of equal characters, so that tokens depend on where a run is cut.
+        merges = vocabulary["tokenizer.ggml.merges"]
+        names = vocabulary["tokenizer.ggml.tokens"]
+        for number, unit in enumerate(("1", "Ġ", "!")):
+            merges += [f"{unit} {unit}", f"{unit * 2} {unit}"]
+            names[700 + 2 * number : 702 + 2 * number] = [unit * 2, unit * 3]
+    else:
+        vocabulary = _sentencepiece()
+        if not has_bytes:
+            for key in ("tokens", "scores", "token_type"):
+                vocabulary[f"tokenizer.ggml.{key}"] = [
+                    *vocabulary[f"tokenizer.ggml.{key}"][:3],
+                    *vocabulary[f"tokenizer.ggml.{key}"][259:],
+                ]
+    vocabulary["tokenizer.ggml.pre"] = pre_tokenizer
+    return _save(path, "llama", _shape("llama", 2048, 32, 64) | vocabulary, {})
+
+
 def _shape(architecture: str, context: int, embedding: int, feed_forward: int) -> Metadata:
     return {
         "general.name": f"Tiny {architecture}",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.base import EngineOptions
+from backends.gguf.tokenization import GgufTokenization
 from backends.grammar.compiler import GrammarCompiler, GrammarMask
 from backends.grammar.constraint import Constraint
 from core.errors import BrokenModel, InsufficientMemory
@@ -82,6 +83,7 @@ class GgufModel:
             )
         self.vocabulary = self._llama.llama_model_get_vocab(self.handle)
         self._size = int(self._llama.llama_vocab_n_tokens(self.vocabulary))
+        self._text = GgufTokenization(self._llama, self.handle, self._all_pieces)
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}
         self._grammar_lock = threading.Lock()
@@ -124,19 +126,15 @@ class GgufModel:
         return bool(self._llama.llama_vocab_get_add_bos(self.vocabulary))
 
     def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
-        """Return the token ids of `text`; `parse_special` recognizes names of special tokens."""
-        data = text.encode("utf-8")
-        room = len(data) + 8
-        buffer = (self._llama.llama_token * room)()
-        count = self._llama.llama_tokenize(
-            self.vocabulary, data, len(data), buffer, room, add_bos, parse_special
-        )
-        if count < 0:
-            buffer = (self._llama.llama_token * -count)()
-            count = self._llama.llama_tokenize(
-                self.vocabulary, data, len(data), buffer, -count, add_bos, parse_special
-            )
-        return list(buffer[:count])
+        """Return the token ids of `text`; `parse_special` recognizes names of special tokens.
+
+        Raises RequestError for text that is not valid Unicode or not in the vocabulary.
+        """
+        return self._text.encode(text, add_special=add_bos, parse_special=parse_special)
+
+    def fewest_tokens(self, text: str, limit: int) -> int:
+        """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
+        return self._text.fewest_tokens(text, limit)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token adds to the text; control tokens add none."""
@@ -156,6 +154,9 @@ class GgufModel:
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
+
+    def _all_pieces(self) -> list[bytes]:
+        return [self.piece(token_id, special=True) for token_id in range(self._size)]
 
     def show(self, *token_texts: bytes) -> None:
         """Make the control tokens of these names appear in the text.

@@ -1,7 +1,9 @@
 """Tokenizer of a Hugging Face folder, over the `tokenizers` library."""
 
+import json
 import threading
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from backends.grammar.constraint import Constraint
 from backends.hf.config import HfFolder, read_folder
 from backends.hf.header import broken, read_optional_json, read_text
 from backends.hf.pieces import piece_reader
+from backends.hf.token_lengths import longest_token
+from backends.token_bounds import fewest_tokens
 from core.errors import (
     BrokenModel,
     ContextLengthExceeded,
@@ -95,6 +99,19 @@ class HfTokenizer:
         if max_tokens is not None and len(ids) > max_tokens:
             raise ContextLengthExceeded.of(len(ids), max_tokens)
         return ids
+
+    def fewest_tokens(self, text: str, limit: int) -> int:
+        """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
+
+        def count(piece: str) -> int:
+            return len(_encode(self._tokenizer, piece, add_special_tokens=False))
+
+        return fewest_tokens(text, limit, lambda: self._longest, count)
+
+    @cached_property
+    def _longest(self) -> int | None:
+        pieces = (self.piece(token_id, special=True) for token_id in range(self._size))
+        return longest_token(json.loads(self._tokenizer.to_str()), pieces)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token adds to the text; none for control tokens unless shown."""
@@ -279,12 +296,23 @@ def _convert_older_files(folder: Path) -> str:
 
 def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
     try:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Only the methods for batches release the GIL; this one computes no offsets either.
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
     except (TypeError, UnicodeError) as error:
         raise RequestError(
             "The text is not valid Unicode: it has an unpaired surrogate.", param="prompt"
         ) from error
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            # A panic of the library, as for a regex that gives up on this text.
+            raise RequestError(
+                "The model's tokenizer cannot encode this text: its pattern gave up on it "
+                f"({str(error)[:200]}). Shorten long runs of one kind of character.",
+                param="prompt",
+            ) from error
         # The library has no narrower type, as for a vocabulary without its unknown token.
         raise BrokenModel(
             f"The model's tokenizer cannot encode the text: {str(error)[:300]}", param="model"

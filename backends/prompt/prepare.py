@@ -11,7 +11,7 @@ from backends.grammar.constraint import BareCallGrammar, Constraint, TokenMask
 from backends.prompt.chat_format import ChatFormat, OutputParser
 from backends.prompt.infill import InfillTokens
 from backends.prompt.normalize import normalize_prompt
-from backends.stepper import Tokenizer
+from backends.stepper import BoundsTokens, Tokenizer
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
 from core.types import (
     ChatPrompt,
@@ -25,6 +25,8 @@ from core.types import (
     TextPrompt,
     TokenPrompt,
 )
+
+_MAX_COUNTED_TOKENS = 2**18
 
 
 @dataclass(slots=True)
@@ -155,10 +157,14 @@ class Preparer:
                 prepared.mask.accept(token_id)
 
     def count(self, prompt: Prompt) -> int:
-        """Return the number of prompt tokens; raises as `prepare` does, but not for the length."""
+        """Return the number of prompt tokens; raises as `prepare` does.
+
+        A prompt longer than the context is counted too, up to 262,144 tokens.
+        """
+        limit = max(self.context_tokens, _MAX_COUNTED_TOKENS)
         if isinstance(prompt, ChatPrompt):
-            return len(self._chat_ids(self._render(prompt)))
-        return len(self._plain_ids(prompt))
+            return len(self._chat_ids(self._render(prompt), limit))
+        return len(self._plain_ids(prompt, limit))
 
     def _tokenized(self, request: GenerationRequest) -> _Tokenized:
         if isinstance(request.prompt, ChatPrompt):
@@ -166,12 +172,14 @@ class Preparer:
         constraint = None
         if request.output is not None:
             constraint = output_constraint(request.output)
-        return _Tokenized(self._plain_ids(request.prompt), constraint=constraint)
+        return _Tokenized(
+            self._plain_ids(request.prompt, self.context_tokens), constraint=constraint
+        )
 
-    def _plain_ids(self, prompt: TextPrompt | TokenPrompt | InfillPrompt) -> list[int]:
+    def _plain_ids(self, prompt: TextPrompt | TokenPrompt | InfillPrompt, limit: int) -> list[int]:
         match prompt:
             case TextPrompt(text):
-                return self._tokenizer.encode(text, add_bos=True, parse_special=True)
+                return self._encoded(text, limit)
             case TokenPrompt(token_ids):
                 return self._checked_ids(token_ids)
             case InfillPrompt():
@@ -181,12 +189,25 @@ class Preparer:
                         "one with the capability infill, or leave suffix out.",
                         param="suffix",
                     )
+                self._check_length(prompt.prefix, limit)
+                self._check_length(prompt.suffix, limit)
                 return self._infill.token_ids(prompt, self._tokenizer)
 
-    def _chat_ids(self, rendered: str) -> list[int]:
+    def _chat_ids(self, rendered: str, limit: int) -> list[int]:
         # Many templates write the BOS token themselves; the tokenizer would add it again.
         text = rendered.removeprefix(self._bos_text) if self._bos_text else rendered
+        return self._encoded(text, limit)
+
+    def _encoded(self, text: str, limit: int) -> list[int]:
+        """Tokenize a prompt, unless it certainly has more than `limit` tokens."""
+        self._check_length(text, limit)
         return self._tokenizer.encode(text, add_bos=True, parse_special=True)
+
+    def _check_length(self, text: str, limit: int) -> None:
+        if isinstance(self._tokenizer, BoundsTokens):
+            fewest = self._tokenizer.fewest_tokens(text, limit)
+            if fewest > limit:
+                raise ContextLengthExceeded.of(fewest, self.context_tokens, is_least=True)
 
     def _render(self, prompt: ChatPrompt) -> str:
         return self._chat.render(normalize_prompt(prompt) if self._stable_prompts else prompt)
@@ -194,7 +215,7 @@ class Preparer:
     def _tokenized_chat(self, prompt: ChatPrompt, output: Output | None) -> _Tokenized:
         rendered = self._render(prompt)
         return _Tokenized(
-            self._chat_ids(rendered),
+            self._chat_ids(rendered, self.context_tokens),
             self._chat.parser(prompt, rendered),
             self._chat.stop,
             self._chat.constraint(prompt, output, rendered),

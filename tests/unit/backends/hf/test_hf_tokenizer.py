@@ -456,3 +456,48 @@ def test_the_starters_tokenizer_agrees_with_llama_cpp(tmp_path: Path) -> None:
 def alphabet_of(chars: dict[int, str]) -> set[str]:
     """Return the characters that stand for all 256 bytes."""
     return {chars[byte] for byte in range(256)}
+
+
+def test_a_pattern_that_gives_up_on_a_text_refuses_the_request(tmp_path: Path) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    source = tiny()
+    # Exponential: the library panics when its limit of retries is reached.
+    source.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer = HfTokenizer(saved(tmp_path, source))
+    with pytest.raises(RequestError, match="gave up"):
+        tokenizer.encode("a" * 60 + "b", add_bos=True, parse_special=True)
+    assert tokenizer.encode("fine", add_bos=False, parse_special=True)
+
+
+def test_encoding_a_long_text_lets_other_threads_run(tmp_path: Path) -> None:
+    tokenizer = HfTokenizer(saved(tmp_path, tiny()))
+    turns = 0
+    is_over = threading.Event()
+
+    def count() -> None:
+        nonlocal turns
+        while not is_over.wait(0.001):
+            turns += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    before = turns
+    tokenizer.encode("a" * 2_000_000, add_bos=True, parse_special=True)
+    after = turns
+    is_over.set()
+    thread.join()
+    # A call that keeps the GIL allows a few.
+    assert after - before > 30
+
+
+@pytest.mark.parametrize("make", [tiny, sentencepiece_like])
+def test_a_text_that_cannot_fit_is_bounded_from_below(tmp_path: Path, make: Any) -> None:
+    tokenizer = HfTokenizer(saved(tmp_path, make()))
+    assert tokenizer.fewest_tokens("the sea is blue " * 30, 100) == 0
+    for text in ("a" * 100_000, "hello " * 50_000, "中" * 50_000, "\u1112\u1161\u11ab" * 50_000):
+        bound = tokenizer.fewest_tokens(text, 100)
+        assert 100 < bound <= len(tokenizer.encode(text, add_bos=False, parse_special=True))

@@ -1,0 +1,136 @@
+"""Tokenizes text with llama.cpp: any text of any length, without overflowing the stack."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from backends.gguf.pieces import PIECE_CHARACTERS, STACK_BYTES_PER_CHARACTER, text_pieces
+from backends.token_bounds import fewest_tokens
+from core.errors import RequestError
+from core.stack import call_with_stack
+from core.units import MIB
+
+# Text up to this length is safe on any thread: it takes 2 MiB of stack at most.
+_DIRECT_CHARACTERS = 2048
+_STACK_BYTES = PIECE_CHARACTERS * STACK_BYTES_PER_CHARACTER + 8 * MIB
+
+
+class GgufTokenization:
+    """Tokenizes text with one model's vocabulary.  Thread-safe; blocks without the GIL."""
+
+    def __init__(self, llama: Any, handle: Any, read_pieces: Callable[[], list[bytes]]) -> None:
+        """`read_pieces` returns the bytes of all tokens by id, control tokens with their names."""
+        self._llama = llama
+        self._vocabulary = llama.llama_model_get_vocab(handle)
+        self._kind = llama.llama_vocab_type(self._vocabulary)
+        self._pre_tokenizer = self._read_pre_tokenizer(handle)
+        self._read_pieces = read_pieces
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Return the token ids of `text`; `add_special` adds those that begin and end a text.
+
+        Raises RequestError for text that is not valid Unicode or not in the vocabulary.
+        """
+        self._check(text)
+        if len(text) <= _DIRECT_CHARACTERS:
+            return self._checked(self._tokenize(text, add_special, parse_special))
+        is_cut = self._kind == self._llama.LLAMA_VOCAB_TYPE_BPE
+
+        def work() -> list[int]:
+            if not is_cut:
+                return self._tokenize(text, add_special, parse_special)
+            ids = []
+            for piece in text_pieces(text, self._pre_tokenizer):
+                ids += self._tokenize(piece, False, parse_special)
+            around = self._tokenize("", True, parse_special) if add_special else []
+            begin = int(self._llama.llama_vocab_get_add_bos(self._vocabulary)) if around else 0
+            return [*around[:begin], *ids, *around[begin:]]
+
+        return self._checked(call_with_stack(_STACK_BYTES, work))
+
+    def fewest_tokens(self, text: str, limit: int) -> int:
+        """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
+        self._check(text)
+
+        def count(piece: str) -> int:
+            return len(self._tokenize(piece, False, True))
+
+        return call_with_stack(
+            _STACK_BYTES, lambda: fewest_tokens(text, limit, lambda: self._longest, count)
+        )
+
+    def _tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        data = text.encode()
+        room = len(data) + 8
+        while True:
+            buffer = (self._llama.llama_token * room)()
+            count = self._llama.llama_tokenize(
+                self._vocabulary, data, len(data), buffer, room, add_special, parse_special
+            )
+            if count >= 0:
+                return list(buffer[:count])
+            room = -count
+
+    def _check(self, text: str) -> None:
+        """Raise RequestError for text on which llama.cpp would end the process."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                "The text is not valid Unicode: it has an unpaired surrogate.", param="prompt"
+            ) from error
+        if self._kind == self._llama.LLAMA_VOCAB_TYPE_SPM and not self._has_all_bytes:
+            unknown = next((each for each in set(text) if not self._is_known(each)), None)
+            if unknown is not None:
+                raise self._unknown(repr(unknown))
+
+    def _is_known(self, character: str) -> bool:
+        data = character.encode()
+        return data in self._piece_set or all(bytes([each]) in self._piece_set for each in data)
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if ids and min(ids) < 0:
+            raise self._unknown("some characters of the text")
+        return ids
+
+    @staticmethod
+    def _unknown(what: str) -> RequestError:
+        return RequestError(
+            f"The model's vocabulary has no token for {what}, and none for single bytes. "
+            "Remove it, or use another model.",
+            param="prompt",
+        )
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        return self._read_pieces()
+
+    @cached_property
+    def _piece_set(self) -> frozenset[bytes]:
+        return frozenset(self._pieces)
+
+    @cached_property
+    def _has_all_bytes(self) -> bool:
+        return all(bytes([each]) in self._piece_set for each in range(256))
+
+    @cached_property
+    def _longest(self) -> int | None:
+        """Most bytes that a token stands for; None if some tokens stand for any number."""
+        llama = self._llama
+        kinds = (llama.LLAMA_VOCAB_TYPE_SPM, llama.LLAMA_VOCAB_TYPE_BPE)
+        # Other kinds replace unknown words of any length, and normalizers of theirs drop text.
+        if self._kind not in kinds or not self._has_all_bytes:
+            return None
+        strips = llama.LLAMA_TOKEN_ATTR_LSTRIP | llama.LLAMA_TOKEN_ATTR_RSTRIP
+        for token_id in range(len(self._pieces)):
+            if llama.llama_vocab_get_attr(self._vocabulary, token_id) & strips:
+                return None
+        return max(map(len, self._pieces))
+
+    def _read_pre_tokenizer(self, handle: Any) -> str:
+        import ctypes
+
+        buffer = ctypes.create_string_buffer(128)
+        key = b"tokenizer.ggml.pre"
+        count = self._llama.llama_model_meta_val_str(handle, key, buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if count >= 0 else ""

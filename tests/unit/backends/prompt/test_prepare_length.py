@@ -1,0 +1,41 @@
+"""Tests of prompts that are refused before they are tokenized."""
+
+import pytest
+
+from backends.echo import ByteTokenizer, echo_info
+from backends.prompt.chat_format import ChatFormat
+from backends.prompt.prepare import Preparer
+from core.errors import ContextLengthExceeded
+from core.types import ChatMessage, ChatPrompt, GenerationRequest, Prompt, TextPrompt
+
+
+class BoundingTokenizer(ByteTokenizer):
+    """Knows a bound, and refuses to encode what is over it."""
+
+    def fewest_tokens(self, text: str, limit: int) -> int:
+        return len(text) if len(text) > limit else 0
+
+    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        assert len(text) <= 300_000
+        return super().encode(text, add_bos=add_bos, parse_special=parse_special)
+
+
+PREPARER = Preparer(echo_info(), BoundingTokenizer(), ChatFormat(None, "", ""), context_tokens=256)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [TextPrompt("a" * 8_000_000), ChatPrompt((ChatMessage("user", "a" * 8_000_000),))],
+    ids=["text", "chat"],
+)
+def test_a_prompt_that_cannot_fit_is_refused_with_both_numbers(prompt: Prompt) -> None:
+    with pytest.raises(ContextLengthExceeded, match="256 tokens.*at least 8000") as caught:
+        PREPARER.prepare(GenerationRequest("r", "echo", prompt))
+    assert caught.value.context_tokens == 256
+    assert caught.value.prompt_tokens >= 8_000_000
+
+
+def test_token_counts_go_beyond_the_context_but_have_a_limit() -> None:
+    assert PREPARER.count(TextPrompt("a" * 10_000)) == 10_000
+    with pytest.raises(ContextLengthExceeded, match="at least"):
+        PREPARER.count(TextPrompt("a" * 8_000_000))

@@ -1,0 +1,36 @@
+"""Tests of calls on a thread with a large stack."""
+
+import threading
+
+import pytest
+
+from core.errors import Unavailable
+from core.stack import call_with_stack
+from core.units import MIB
+
+
+def test_the_result_and_any_exception_reach_the_caller() -> None:
+    class Panic(BaseException):
+        pass
+
+    def panic() -> None:
+        raise Panic
+
+    assert call_with_stack(16 * MIB, lambda: 7) == 7
+    with pytest.raises(Panic):
+        call_with_stack(16 * MIB, panic)
+
+
+def test_threads_that_start_later_keep_the_usual_stack() -> None:
+    usual = threading.stack_size()
+    assert call_with_stack(64 * MIB, threading.stack_size) in (usual, 64 * MIB)
+    assert threading.stack_size() == usual
+
+
+def test_a_machine_without_threads_left_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(Unavailable, match="no memory or threads"):
+        call_with_stack(16 * MIB, lambda: 7)
