@@ -12,11 +12,12 @@ from backends.base import Backend
 from backends.registry import backends_for
 from core.errors import ImpetusError
 from core.settings import Settings, load_settings
-from deployments.options import check_settings
+from deployments.options import check_home, check_settings
 from deployments.replica.deployment import FormatReplica
 from deployments.router.deployment import RouterReplica
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.affinity import ResidencyRouter
+from deployments.serve.authentication import check_authentication
 from deployments.serve.message_size import runtime_env_options
 from deployments.serve.resources import reservation
 
@@ -47,6 +48,8 @@ def build(arguments: dict[str, Any]) -> Application:
 
 def _build(settings: Settings) -> Application:
     check_settings(settings)
+    check_home(settings)
+    check_authentication()
     backends = backends_for(settings.formats)
     cluster = ray.cluster_resources()  # type: ignore[no-untyped-call]
     sizes = [backend.process_bytes for backend in backends.values()]

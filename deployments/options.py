@@ -1,9 +1,12 @@
 """Derives engine options and the memory budget from settings and this machine."""
 
+import os
+import tempfile
+
 from backends.base import EngineOptions
 from backends.engine.threads import performance_cores
 from backends.registry import backends_for
-from core.errors import RequestError
+from core.errors import ImpetusError, RequestError
 from core.settings import Settings
 from core.units import format_bytes
 from scheduler.sensors.machine import gpu_memory_bytes, machine_memory_bytes, memory_budget_bytes
@@ -45,3 +48,20 @@ def check_settings(settings: Settings) -> None:
             "Lower it, or leave it unset.",
             param="memory_budget",
         )
+
+
+def check_home(settings: Settings) -> None:
+    """Create the data folder.  Raises ImpetusError if nothing can be written there."""
+    home = settings.home
+    try:
+        for folder in (home, home / "logs", home / "keys"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"x")
+    except OSError as problem:
+        is_file = isinstance(problem, FileExistsError | NotADirectoryError)
+        cause = "a part of the path is a file" if is_file else os.strerror(problem.errno or 0)
+        raise ImpetusError(
+            f"The data folder {home} cannot be used: {cause}. Set IMPETUS_HOME to a folder that "
+            "you can write to."
+        ) from problem

@@ -31,7 +31,7 @@ from deployments.replica.accelerator import SharedAccelerator
 from deployments.replica.loads import Address, ModelLoads
 from deployments.replica.prefixes import open_block_store
 from deployments.serve.handles import returning_errors
-from deployments.serve.logs import attach_logs
+from deployments.serve.worker import prepare_worker
 from deployments.stderr_tail import stderr_path
 from deployments.transport.handle_stream import CoalescingReceiver
 from deployments.transport.socket import FrameSender
@@ -48,7 +48,7 @@ class FormatReplica:
     """
 
     def __init__(self, format_name: str, settings: Settings) -> None:
-        attach_logs()
+        prepare_worker()
         self._format = format_name
         self._block_store = open_block_store(settings)
         backend = backends_for([format_name])[format_name]

@@ -20,7 +20,7 @@ from deployments.router.model_states import ModelStatesWatch
 from deployments.router.telemetry import ReplicaTelemetry
 from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, direct
-from deployments.serve.logs import attach_logs
+from deployments.serve.worker import prepare_worker
 from deployments.transport.socket import FrameReceiver
 from router.app import create_app
 from router.services import Services
@@ -38,7 +38,7 @@ class RouterReplica:
         scheduler: Handle,
         formats: Mapping[str, Handle],
     ) -> None:
-        attach_logs()
+        prepare_worker()
         self._receiver = FrameReceiver()
         await self._receiver.start()
         node_id = ray.get_runtime_context().get_node_id()

@@ -41,8 +41,8 @@ from deployments.scheduler.snapshot import take_snapshot
 from deployments.scheduler.thermal import ThermalWatch
 from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, returning_errors
-from deployments.serve.logs import attach_logs
 from deployments.serve.status import own_node_id, running_deployments
+from deployments.serve.worker import prepare_worker
 from scheduler.state import HostState, KeepRules, Limits, LoadPlan
 from scheduler.thermal import Directive
 
@@ -64,7 +64,7 @@ class SchedulerReplica:
         formats: Mapping[str, Handle],
         running: Callable[[], Awaitable[frozenset[str]]] = running_deployments,
     ) -> None:
-        attach_logs()
+        prepare_worker()
         self._settings = settings
         formats = broadcast_handles(formats, settings)
         self._backends = backends_for(list(formats))

@@ -23,7 +23,7 @@ def replica(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FormatR
     context: Any = SimpleNamespace(
         replica_id=SimpleNamespace(unique_id="replica"), get_node_id=lambda: "node"
     )
-    monkeypatch.setattr("deployments.replica.deployment.attach_logs", lambda: None)
+    monkeypatch.setattr("deployments.replica.deployment.prepare_worker", lambda: None)
     monkeypatch.setattr("deployments.replica.deployment.serve.get_replica_context", lambda: context)
     monkeypatch.setattr("deployments.replica.deployment.ray.get_runtime_context", lambda: context)
     monkeypatch.setattr("deployments.activity._SHARED_MEMORY", tmp_path / "none")

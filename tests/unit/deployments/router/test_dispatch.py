@@ -342,7 +342,7 @@ async def test_f3_a_call_that_hangs_ends_after_its_deadline(
     receiver: FrameReceiver, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     async def hang(*arguments: Any) -> None:
-        assert arguments[-1] == 0.02
+        assert arguments[-2] == 0.02
         await asyncio.Event().wait()
 
     monkeypatch.setattr("deployments.router.dispatch._DEADLINE_GRACE_S", 0.0)

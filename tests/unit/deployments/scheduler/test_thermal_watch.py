@@ -233,7 +233,7 @@ def replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FormatReplica:
         replica_id=SimpleNamespace(unique_id="replica"), get_node_id=lambda: "node"
     )
     monkeypatch.setattr("deployments.activity._SHARED_MEMORY", tmp_path / "none")
-    monkeypatch.setattr("deployments.replica.deployment.attach_logs", lambda: None)
+    monkeypatch.setattr("deployments.replica.deployment.prepare_worker", lambda: None)
     monkeypatch.setattr("deployments.replica.deployment.serve.get_replica_context", lambda: context)
     monkeypatch.setattr("deployments.replica.deployment.ray.get_runtime_context", lambda: context)
     return UnservedReplica("echo", Settings(home=tmp_path, prefix_ram=0, prefix_disk=0))

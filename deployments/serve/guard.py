@@ -1,0 +1,117 @@
+"""Guards a server from outside: a small process that ends the others when the main one dies.
+
+`python -m deployments.serve.guard ROOT SERVER_ID KIND`; ROOT is the process id of `serve run`.
+`owned`: standard input is a pipe from the launcher, whose end means that it died.  KIND `by_hand`:
+the guard also ends the server, with a message, when a part dies that nobody restarts.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from deployments.serve.processes import (
+    SERVER_ID,
+    Members,
+    descendants,
+    end_processes,
+    is_alive,
+    processes_of,
+    wait_for_ends,
+)
+
+_ROOT_FOLDER = Path(__file__).resolve().parents[2]
+_POLL_S = 1.0
+# How long the rest may need after an ordinary end of the main process.
+_AFTER_ROOT_S = 5.0
+_GRACE_S = 3.0
+_ROUNDS = 3
+
+
+def start_guard(root: int, server_id: str, *, owned: bool = False) -> subprocess.Popen[bytes]:
+    """Start a guard for the process `root`; if `owned`, keep its `stdin` open.
+
+    The guard is in a session of its own: neither Ctrl-C nor Ray's reaper reaches it.
+    """
+    kind = "owned" if owned else "by_hand"
+    environment = {name: value for name, value in os.environ.items() if name != SERVER_ID}
+    return subprocess.Popen(
+        [sys.executable, "-m", "deployments.serve.guard", str(root), server_id, kind],
+        cwd=_ROOT_FOLDER,
+        env=environment,
+        stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def main(root: int, server_id: str, *, is_owned: bool) -> int:
+    """Wait for the end of the server, then end its processes.  Returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        process = psutil.Process(root)
+    except psutil.NoSuchProcess:
+        return _end(server_id, [])
+    known: dict[int, psutil.Process] = {}
+
+    def children() -> list[psutil.Process]:
+        found = descendants(process)
+        known.update((one.pid, one) for one in found)
+        return found
+
+    cause = _watch(process, Members(children), is_owned=is_owned)
+    if cause:
+        _say(f"{cause} ended; the server cannot continue without it and stops. Start it again.")
+    if cause or is_owned:
+        children()
+        return _end(server_id, [process, *known.values()])
+    wait_for_ends(known.values(), _AFTER_ROOT_S)
+    return _end(server_id, list(known.values()))
+
+
+def _watch(process: psutil.Process, members: Members, *, is_owned: bool) -> str:
+    """Block until the server or its owner has ended; return the name of a member that did."""
+    poll = select.poll()
+    if is_owned:
+        poll.register(0, select.POLLIN)
+    while is_alive(process):
+        if poll.poll(_POLL_S * 1000):
+            return ""
+        if not is_owned:
+            members.look()
+            # At an ordinary stop they end shortly before the main process.
+            if members.ended() and _outlives(process, members):
+                return members.ended()
+    return ""
+
+
+def _outlives(process: psutil.Process, members: Members) -> bool:
+    """Return whether the main process still runs a while after a member ended."""
+    return bool(wait_for_ends([process], _AFTER_ROOT_S)) and bool(members.ended())
+
+
+def _end(server_id: str, known: list[psutil.Process]) -> int:
+    """End the known processes and all that carry the server's id, until none is left."""
+    for _ in range(_ROUNDS):
+        found = {process.pid: process for process in (*known, *processes_of(server_id))}
+        left = [one for one in found.values() if one.pid != os.getpid() and is_alive(one)]
+        if not left:
+            return 0
+        end_processes(left, _GRACE_S)
+    return 1
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):
+        sys.stderr.write(f"impetus: {line}\n")
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], is_owned=sys.argv[3] == "owned"))

@@ -1,0 +1,188 @@
+"""Tests of finding and ending a server's processes, and of the guard that does it from outside."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deployments.serve import guard as guard_module
+from deployments.serve.guard import start_guard
+from deployments.serve.processes import (
+    SERVER_ID,
+    Members,
+    end_processes,
+    is_alive,
+    new_server_id,
+    owner_of,
+    processes_of,
+)
+
+LIMIT_S = 30.0
+SLEEP = "import time; print(1, flush=True); time.sleep(600)"
+IGNORE = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" + SLEEP
+# Starts a child in a session of its own, as Ray starts its processes.
+NESTED = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {SLEEP!r}], start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def start(stack: ExitStack, code: str, server_id: str = "", *words: str) -> psutil.Popen:
+    """Start a process and return it once it has printed a line."""
+    environment = {**os.environ, **({SERVER_ID: server_id} if server_id else {})}
+    process = psutil.Popen(
+        [sys.executable, "-c", code, *words], env=environment, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.line = process.stdout.readline()
+    stack.callback(_end, process)
+    return process
+
+
+def _end(process: "psutil.Popen | subprocess.Popen[bytes]") -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def test_a_servers_id_names_its_owner() -> None:
+    assert owner_of(new_server_id(4711)) == 4711
+    assert new_server_id(1) != new_server_id(1)
+    assert [owner_of(text) for text in ("", "x-1", "-5", "12")] == [0, 0, 0, 12]
+
+
+def test_only_the_processes_with_the_id_are_found(stack: ExitStack) -> None:
+    server_id, other_id = new_server_id(os.getpid()), new_server_id(os.getpid())
+    process = start(stack, NESTED, server_id)
+    start(stack, SLEEP, other_id)
+    start(stack, SLEEP)
+    child = int(process.line)
+    assert {found.pid for found in processes_of(server_id)} == {process.pid, child}
+    end_processes(processes_of(server_id), 1.0)
+    assert processes_of(server_id) == []
+    assert len(processes_of(other_id)) == 1
+
+
+def test_what_ignores_sigterm_is_killed(stack: ExitStack) -> None:
+    processes = [start(stack, IGNORE), start(stack, SLEEP)]
+    end_processes(processes, 0.1)
+    assert [process.wait() for process in processes] == [-signal.SIGKILL, -signal.SIGTERM]
+
+
+def fake_ray(stack: ExitStack) -> dict[str, psutil.Popen]:
+    """Start processes whose command lines look like those of Ray's."""
+    marks = ("/ray/gcs/gcs_server", "/ray/raylet/raylet", "/dashboard/agent.py")
+    marks += ("/runtime_env/agent/main.py", "/dashboard/dashboard.py")
+    return {mark: start(stack, SLEEP, "", mark) for mark in marks}
+
+
+def test_members_are_found_once_and_missed_when_they_end(stack: ExitStack) -> None:
+    processes = fake_ray(stack)
+    shown = [processes["/ray/gcs/gcs_server"]]
+    members = Members(lambda: shown)
+    members.look()
+    assert not members.is_complete
+    assert members.ended() == ""
+    shown.extend(processes.values())
+    members.look()
+    assert members.is_complete
+    # Serve works without the dashboard.
+    processes["/dashboard/dashboard.py"].kill()
+    processes["/dashboard/dashboard.py"].wait()
+    assert members.ended() == ""
+    # A zombie has ended too.
+    raylet = processes["/ray/raylet/raylet"]
+    raylet.kill()
+    os.waitid(os.P_PID, raylet.pid, os.WEXITED | os.WNOWAIT)
+    assert members.ended() == f"Ray's node manager (raylet), process {raylet.pid}"
+
+
+@pytest.mark.parametrize("code", [SLEEP, IGNORE])
+def test_the_guard_ends_the_server_when_its_owner_is_killed(stack: ExitStack, code: str) -> None:
+    server_id = new_server_id(os.getpid())
+    root = start(stack, code)
+    orphan = start(stack, NESTED, server_id)
+    guard = start_guard(root.pid, server_id, owned=True)
+    stack.callback(_end, guard)
+    assert guard.stdin is not None
+    assert is_alive(root)
+    guard.stdin.close()
+    assert guard.wait(LIMIT_S) == 0
+    assert [is_alive(process) for process in (root, orphan)] == [False, False]
+    assert processes_of(server_id) == []
+
+
+def test_a_guard_by_hand_ends_what_the_root_leaves_behind(stack: ExitStack) -> None:
+    server_id = new_server_id(os.getpid())
+    root = start(stack, SLEEP)
+    left = start(stack, IGNORE, server_id)
+    guard = start_guard(root.pid, server_id)
+    stack.callback(_end, guard)
+    assert is_alive(left)
+    root.kill()
+    root.wait()
+    assert guard.wait(LIMIT_S) == 0
+    assert left.wait(LIMIT_S) == -signal.SIGKILL
+
+
+def test_a_guard_by_hand_notices_that_the_raylet_ended(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard_module, "_POLL_S", 0.01)
+    monkeypatch.setattr(guard_module, "_AFTER_ROOT_S", 0.05)
+    root = start(stack, SLEEP)
+    processes = fake_ray(stack)
+    members = Members(lambda: list(processes.values()))
+    members.look()
+    raylet = processes["/ray/raylet/raylet"]
+    raylet.kill()
+    raylet.wait()
+    cause = guard_module._watch(root, members, is_owned=False)
+    assert cause == f"Ray's node manager (raylet), process {raylet.pid}"
+    # At an ordinary stop the main process ends right after its parts.
+    root.kill()
+    root.wait()
+    assert guard_module._watch(root, members, is_owned=False) == ""
+
+
+def test_a_guard_leaves_a_running_server_alone(stack: ExitStack) -> None:
+    root = start(stack, SLEEP)
+    guard = start_guard(root.pid, new_server_id(os.getpid()), owned=True)
+    stack.callback(_end, guard)
+    assert guard.stdin is not None
+    with pytest.raises(subprocess.TimeoutExpired):
+        guard.wait(1.5)
+    assert is_alive(root)
+    guard.stdin.close()
+    guard.wait(LIMIT_S)
+
+
+def test_the_guard_is_started_from_the_project(tmp_path: Path, stack: ExitStack) -> None:
+    root = start(stack, SLEEP)
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        guard = start_guard(root.pid, "1-a", owned=True)
+    finally:
+        os.chdir(before)
+    stack.callback(_end, guard)
+    assert guard.stdin is not None
+    guard.stdin.close()
+    assert guard.wait(LIMIT_S) == 0
