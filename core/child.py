@@ -27,6 +27,10 @@ _STDERR_LINES = 3
 _STDERR_SHOWN = 500
 _PR_SET_PDEATHSIG = 1
 
+# Every process of a server has this variable; its value names the server, so that whoever ends the
+# server finds them all.  `deployments.serve.processes` sets and reads it.
+SERVER_ID = "IMPETUS_SERVER_ID"
+
 
 class ChildEnded(Exception):
     """The child exited, or closed the pipe in use."""
@@ -58,7 +62,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE if keeps_stderr else subprocess.DEVNULL,
-            env=dict(environment),
+            env={**environment, **kept_environment(SERVER_ID)},
             cwd=folder,
             start_new_session=True,
         )

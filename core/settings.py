@@ -20,11 +20,13 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from core.child import SERVER_ID
 from core.errors import RequestError
 from core.units import parse_bytes
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _PREFIX = "IMPETUS_"
+_INTERNAL = (SERVER_ID,)
 # Larger waits overflow the timers of threads and event loops.
 _MOST_SECONDS = 1e9
 _MOST_INTEGER = 2**63 - 1
@@ -320,7 +322,7 @@ def unknown_variables() -> Iterator[str]:
     """Yield a sentence for each IMPETUS_ variable of the environment that is not a setting."""
     known = [f"{_PREFIX}{name.upper()}" for name in Settings.model_fields]
     for name in sorted(os.environ):
-        if name.upper().startswith(_PREFIX) and name.upper() not in known:
+        if name.upper().startswith(_PREFIX) and name.upper() not in (*known, *_INTERNAL):
             yield f"{name} is not a setting and has no effect{_nearest(name.upper(), known)}"
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from core.child import SERVER_ID
 from deployments.serve.processes import (
-    SERVER_ID,
     Members,
     descendants,
     end_processes,

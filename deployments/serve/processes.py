@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import psutil
 
-# Every process of a server inherits it; its value names the server.
-SERVER_ID = "IMPETUS_SERVER_ID"
+from core.child import SERVER_ID
 
 # What the command lines of Ray's processes contain.  Serve restarts replicas and its controller;
 # nobody restarts these, and without them no process could be started any more.

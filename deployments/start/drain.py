@@ -7,16 +7,10 @@ import urllib.request
 from collections.abc import Callable
 
 from core.settings import Settings
+from deployments.start.readiness import local_url, open_direct
 
 _POLL_S = 0.1
 _ANSWER_LIMIT_S = 2.0
-
-
-def local_url(settings: Settings) -> str:
-    """Return the server's root URL on this machine."""
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    host = f"[{host}]" if ":" in host else host
-    return f"http://{host}:{settings.port}"
 
 
 def drain(settings: Settings, is_impatient: Callable[[], bool]) -> None:
@@ -44,7 +38,7 @@ def _ask(settings: Settings) -> int:
         f"{local_url(settings)}/api/drain", b"{}", headers, method="POST"
     )
     try:
-        with urllib.request.urlopen(request, timeout=_ANSWER_LIMIT_S) as answer:
+        with open_direct(request, _ANSWER_LIMIT_S) as answer:
             return int(json.load(answer)["in_flight"])
     except urllib.error.URLError as problem:
         return int(isinstance(problem.reason, TimeoutError))

@@ -1,7 +1,6 @@
 """Starts the server in the foreground: runs `serve run` as a child and stops its process tree."""
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -9,31 +8,38 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import psutil
-import yaml
 
+from core.child import SERVER_ID
 from core.errors import ImpetusError
-from core.keys import MANAGEMENT_TOKEN, key_file, read_key
-from core.settings import Settings, load_settings
-from core.units import MIB
-from deployments.options import check_settings
-from deployments.router.listener import bind, check_exposure
-from deployments.serve import message_size
-from deployments.serve.resources import UNIFIED_MEMORY
-from deployments.start.drain import drain, local_url
-from scheduler.sensors.machine import machine_memory_bytes
+from core.keys import MANAGEMENT_TOKEN, read_key
+from core.settings import Settings, unknown_variables
+from deployments.serve.guard import start_guard
+from deployments.serve.processes import (
+    Members,
+    descendants,
+    end_processes,
+    new_server_id,
+    processes_of,
+    wait_for_ends,
+)
+from deployments.start.checks import prepare_start
+from deployments.start.drain import drain
+from deployments.start.environment import ROOT, environment, token_path
+from deployments.start.log_file import LogFile
+from deployments.start.readiness import Readiness, ReadinessWatch, ask_readiness
 
-ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT_S = 180.0
 _STOP_LIMIT_S = 30.0
 _POLL_S = 0.2
-_WATCH_S = 5.0
-_SHOWN_LOG_LINES = 15
+_WATCH_S = 1.0
+# Every so many rounds of watching: the process tree and the size of the log.
+_ROUNDS_BETWEEN_SCANS = 5
+_BROKEN_GRACE_S = 3.0
 
 
 class Launcher:
@@ -42,30 +48,42 @@ class Launcher:
     def __init__(self, config: Path, settings: Settings) -> None:
         self._config = config
         self._settings = settings
-        self._log_path = settings.home / "logs" / "serve.log"
+        self._log = LogFile(settings.home / "logs" / "serve.log")
+        self._server_id = new_server_id(os.getpid())
         self._child: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._descendants: dict[int, psutil.Process] = {}
+        self._members = Members(lambda: list(self._descendants.values()))
         self._stop_signal = 0
         self._signals = 0
         self._woken = threading.Event()
         self._is_serving = False
+        self._is_broken = False
 
     def run(self) -> int:
         """Run the server; return the exit code.  Blocks until it exits or a signal arrives."""
-        check_exposure(self._settings)
-        bind(self._settings.host, self._settings.port).close()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, self._on_signal)
-        say(f"Starting on {self._settings.base_url} …")
+            # `nohup` ignores SIGHUP so that the server outlives its terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+        code = 1
         try:
+            say(f"Starting on {self._settings.base_url} …")
             self._start()
-            if not self._wait_until_ready():
-                return 0 if self._stop_signal else 1
-            self._is_serving = True
-            self._show_banner()
-            return self._wait_for_end()
+            if self._wait_until_ready():
+                self._is_serving = True
+                self._show_banner()
+                code = self._wait_for_end()
+            elif self._stop_signal:
+                code = 0
+        except BrokenPipeError:
+            # Nobody reads this output any more; the shell's other commands end in the same way.
+            _silence()
         finally:
             self._stop()
+        if code == 0:
+            self._log.close_in_order()
+        return code
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -76,26 +94,32 @@ class Launcher:
         self._woken.set()
 
     def _start(self) -> None:
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
         serve = Path(sys.executable).with_name("serve")
-        command = [str(serve), "run", "--address", "local", str(self._config)]
-        with self._log_path.open("wb") as log:
+        command = [sys.executable, str(serve), "run", "--address", "local", str(self._config)]
+        with self._log.open() as log:
             # A separate session: the terminal's Ctrl-C reaches only this process.
             self._child = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=environment(self._settings),
+                env={**environment(self._settings), SERVER_ID: self._server_id},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._keep_guard()
+
+    def _keep_guard(self) -> None:
+        """Start the process that ends the server if this one is killed; again if that one is."""
+        assert self._child is not None
+        if self._guard is None or self._guard.poll() is not None:
+            self._guard = start_guard(self._child.pid, self._server_id, owned=True)
 
     def _wait_until_ready(self) -> bool:
         limit = time.monotonic() + _START_LIMIT_S
         while not self._stop_signal:
             self._remember_descendants()
-            if self._is_ready():
+            if ask_readiness(self._settings) is Readiness.READY:
                 return True
             if self._has_failed() or time.monotonic() > limit:
                 self._show_failure()
@@ -103,34 +127,24 @@ class Launcher:
             time.sleep(_POLL_S)
         return False
 
-    def _is_ready(self) -> bool:
-        try:
-            url = f"{local_url(self._settings)}/readyz"
-            with urllib.request.urlopen(url, timeout=2) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            return False
-
     def _has_failed(self) -> bool:
         assert self._child is not None
-        return self._child.poll() is not None or "DEPLOY_FAILED" in self._log_text()
-
-    def _log_text(self) -> str:
-        try:
-            return self._log_path.read_text(errors="replace")
-        except OSError:
-            return ""
+        return (
+            self._child.poll() is not None
+            or "DEPLOY_FAILED" in self._log.text()
+            or bool(self._members.ended())
+        )
 
     def _show_failure(self) -> None:
-        lines = self._log_text().splitlines()[-_SHOWN_LOG_LINES:]
+        self._is_broken = bool(self._members.ended())
         say("The server did not start. The end of its log:")
-        for line in lines:
+        for line in self._log.last_lines():
             say(f"  {line}")
-        say(f"Full log: {self._log_path}")
+        say(f"Full log: {self._log.path}")
 
     def _show_banner(self) -> None:
         base_url = self._settings.base_url
-        match = re.search(r"dashboard at[^\n]*?(\d[\d.]+:\d+)", self._log_text())
+        match = re.search(r"dashboard at[^\n]*?(\d[\d.]+:\d+)", self._log.text())
         key = ' -H "Authorization: Bearer $IMPETUS_API_KEY"' if self._settings.api_key else ""
         body = (
             '{"model": "smollm2-135m-instruct", '
@@ -141,7 +155,7 @@ class Launcher:
         say(f"  Models         {base_url}/models")
         if match:
             say(f"  Ray dashboard  http://{match[1]} (token: {token_path(self._settings)})")
-        say(f"  Logs           {self._log_path}")
+        say(f"  Logs           {self._log.path}")
         say(f"  Management     X-Impetus-Token: {read_key(self._settings.home, MANAGEMENT_TOKEN)}")
         say(
             "                 (needed only by web pages that call /api/, and instead of an API key)"
@@ -153,45 +167,76 @@ class Launcher:
         say("Ctrl-C stops the server.")
 
     def _wait_for_end(self) -> int:
+        """Return the exit code: 0 after a signal, else not 0.  Blocks."""
         assert self._child is not None
+        readiness = ReadinessWatch(self._settings, self._woken.set)
+        rounds = 0
         while not self._stop_signal:
-            self._remember_descendants()
+            if rounds % _ROUNDS_BETWEEN_SCANS == 0:
+                self._remember_descendants()
+                self._log.bound()
+            rounds += 1
             code = self._child.poll()
             if code is not None:
-                say(f"The server exited with code {code}. See its log: {self._log_path}")
+                say(f"The server exited with code {code}. See its log: {self._log.path}")
+                self._is_broken = True
                 return code or 1
+            if cause := self._broken_because(readiness):
+                self._is_broken = True
+                say(f"{cause}; the server stops. See its log: {self._log.path}")
+                return 1
+            self._keep_guard()
             self._woken.wait(_WATCH_S)
             self._woken.clear()
+        readiness.stop()
         return 0
+
+    def _broken_because(self, readiness: ReadinessWatch) -> str:
+        if ended := self._members.ended():
+            return f"{ended} ended, and the server cannot continue without it"
+        return readiness.verdict
 
     def _remember_descendants(self) -> None:
         """Record the process tree: at the end some of it may have lost its parent."""
         assert self._child is not None
-        try:
-            for process in psutil.Process(self._child.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            for process in descendants(psutil.Process(self._child.pid)):
                 self._descendants.setdefault(process.pid, process)
-        except psutil.NoSuchProcess:
-            return
+        self._members.look()
 
     def _stop(self) -> None:
         """Stop the server, wait, and kill what is left of its process tree."""
         if self._child is None:
             return
         if self._child.poll() is None:
-            say("Stopping … (Ctrl-C again to stop at once)")
+            if not self._is_broken:
+                _say_if_heard("Stopping … (Ctrl-C again to stop at once)")
             self._remember_descendants()
-            if self._is_serving:
+            if self._is_serving and not self._is_broken:
                 drain(self._settings, self._is_impatient)
-            self._child.send_signal(signal.SIGINT)
-            self._wait_for_child(_STOP_LIMIT_S)
-        patience_s = 0.5 if self._is_impatient() else 5.0
-        _, left = psutil.wait_procs(list(self._descendants.values()), timeout=patience_s)
-        for process in left:
-            _signal(process, signal.SIGTERM)
-        _, left = psutil.wait_procs(left, timeout=patience_s)
-        for process in left:
-            _signal(process, signal.SIGKILL)
-        psutil.wait_procs(left, timeout=5)
+            # Serve's own shutdown waits in vain for parts that have died.
+            if self._is_broken:
+                self._child.terminate()
+            else:
+                self._child.send_signal(signal.SIGINT)
+            self._wait_for_child(_BROKEN_GRACE_S if self._is_broken else _STOP_LIMIT_S)
+        patience_s = 0.5 if self._is_impatient() else _BROKEN_GRACE_S if self._is_broken else 5.0
+        wait_for_ends(self._descendants.values(), patience_s)
+        for _ in range(2):
+            left = {process.pid: process for process in processes_of(self._server_id)}
+            left.update(self._descendants)
+            end_processes(wait_for_ends(left.values(), 0), patience_s)
+        self._end_guard()
+
+    def _end_guard(self) -> None:
+        """Close the guard's pipe: it ends what is left, and itself."""
+        if self._guard is None:
+            return
+        assert self._guard.stdin is not None
+        with suppress(OSError):
+            self._guard.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._guard.wait(timeout=20)
 
     def _is_impatient(self) -> bool:
         """Whether a second signal arrived: then running requests are not waited for."""
@@ -210,85 +255,55 @@ class Launcher:
             self._woken.clear()
 
 
-def _signal(process: psutil.Process, number: int) -> None:
-    try:
-        # psutil checks that the pid was not reused by another process.
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
-
-
 def say(line: str) -> None:
-    """Print a line to the terminal."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    """Print a line to the terminal.  Raises BrokenPipeError if nobody can read it any more.
 
-
-def environment(settings: Settings) -> dict[str, str]:
-    """Return the child's environment: ours, plus Ray's settings of scripts/env where unset."""
-    values = dict(os.environ)
-    # scripts/env has the default; a larger `max_body` raises it.
-    values.setdefault(message_size.VARIABLE, str(message_size.message_limit(settings)))
-    for line in (ROOT / "scripts" / "env").read_text().splitlines():
-        name, separator, value = line.partition("=")
-        if separator and not line.startswith("#"):
-            values.setdefault(name.strip(), value.strip())
-    values.setdefault("RAY_AUTH_TOKEN_PATH", str(token_path(settings)))
-    memory = {UNIFIED_MEMORY: machine_memory_bytes() // MIB}
-    values.setdefault("RAY_OVERRIDE_RESOURCES", json.dumps(memory))
-    return values
-
-
-def token_path(settings: Settings) -> Path:
-    """Return the file of Ray's token; created with access for this user only if missing."""
-    return key_file(settings.home, "ray_token")
-
-
-def read_settings(config: Path) -> Settings:
-    """Read the settings that `build` will get.  Raises ImpetusError naming the file or field."""
+    Does nothing without a standard output, as in a service.
+    """
+    if sys.stdout is None:
+        return
     try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
-        application = content["applications"][0]
-        arguments = application.get("args")
-    except OSError as problem:
-        raise ImpetusError(
-            f"The configuration file {config} cannot be read: {problem.strerror}. Check its path "
-            "and its permissions."
-        ) from problem
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as problem:
-        raise ImpetusError(
-            f"The configuration file {config} is not valid YAML: {_place_of(problem)}."
-        ) from problem
-    except (LookupError, TypeError, AttributeError) as problem:
-        raise ImpetusError(
-            f"The configuration file {config} has no application; start from the "
-            "serve_config.yaml of this project."
-        ) from problem
-    settings = load_settings(arguments)
-    check_settings(settings)
-    return settings
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    except (OSError, ValueError) as problem:
+        raise BrokenPipeError from problem
 
 
-def _place_of(problem: Exception) -> str:
-    mark = getattr(problem, "problem_mark", None)
-    cause = getattr(problem, "problem", None) or "it is not UTF-8 text of a plausible depth"
-    return f"{cause}, line {mark.line + 1}" if mark else str(cause)
+def _say_if_heard(line: str) -> None:
+    try:
+        say(line)
+    except BrokenPipeError:
+        _silence()
+
+
+def _silence() -> None:
+    """Let later output, also Python's own at exit, go nowhere."""
+    with suppress(OSError, ValueError):
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, 1)
+        os.close(descriptor)
 
 
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="scripts/serve", description=__doc__)
     parser.add_argument("config", nargs="?", type=Path, default=ROOT / "serve_config.yaml")
-    config = parser.parse_args().config.resolve()
+    config = parser.parse_args().config.absolute()
     try:
-        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") not in ("", "0"):
-            raise ImpetusError(
-                "RAY_SERVE_ENABLE_HA_PROXY is set; it would listen on every interface. Unset it."
-            )
-        return Launcher(config, read_settings(config)).run()
+        for line in unknown_variables():
+            _warn(line)
+        return Launcher(config, prepare_start(config)).run()
     except ImpetusError as problem:
-        sys.stderr.write(f"impetus: {problem.message}\n")
-        return 1
+        _warn(problem.message)
+    except OSError as problem:
+        _warn(f"The server cannot be started: {problem.strerror or problem}.")
+    return 1
+
+
+def _warn(line: str) -> None:
+    if sys.stderr is not None:
+        with suppress(OSError):
+            sys.stderr.write(f"impetus: {line}\n")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 import ast
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -94,6 +96,33 @@ def test_serve_still_reads_the_settings_of_scripts_env() -> None:
     source = Path(constants.__file__).read_text()
     assert len(names) >= 3
     assert [name for name in names if f'"{name}"' not in source] == []
+
+
+def test_ray_still_takes_loopback_as_its_node_address() -> None:
+    from ray._private import ray_constants
+
+    assert ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR == "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    code = "import ray; print(ray.util.get_node_ip_address())"
+    environment = {**os.environ, ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "127.0.0.1\n"
+
+
+def test_serves_replica_still_binds_by_the_function_that_is_replaced() -> None:
+    replica: Any = importlib.import_module("ray.serve._private.replica")
+    assert callable(replica.add_port_to_grpc_server)
+    started = inspect.getsource(replica.Replica._on_initialized)
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in started
+    initialize = inspect.getsource(replica.Replica.initialize)
+    assert initialize.index("initialize_callable") < initialize.index("_on_initialized")
+
+
+def test_ray_still_says_whether_it_wants_a_token() -> None:
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    assert isinstance(is_token_auth_enabled(), bool)
 
 
 def test_mlx_lm_still_has_the_generator_that_batches_build_on() -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from core.child import (
+    SERVER_ID,
     AnswerTooLong,
     AsyncChild,
     Child,
@@ -317,3 +318,12 @@ async def test_async_child_that_never_reads_can_be_cancelled(tmp_path: Path) -> 
         await asyncio.wait_for(child.write(b"x" * 10_000_000), 0.1)
     await child.close()
     assert_gone(child.pid)
+
+
+def test_a_child_carries_the_servers_id_and_nothing_else_of_the_environment(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SERVER_ID, "1-ab")
+    monkeypatch.setenv("SECRET", "sesame")
+    child = start(f"import os; print(os.environ.get('{SERVER_ID}'), os.environ.get('SECRET'))")
+    assert child.read_line(soon()) == b"1-ab None\n"

@@ -99,7 +99,7 @@ def test_a_relative_path_does_not_depend_on_a_later_change_of_folder(
 
 
 # A value of every type that YAML can give, and of every size.
-WRONG_VALUES = (
+WRONG_VALUES: tuple[object, ...] = (
     *(1.5, float("nan"), float("inf"), -1e300, 10**30, -(10**30), True, [], [1], [[]], {"a": 1}),
     *("", " ", "x", "nan", "1e400", "9" * 5000, "a\0b", b"\xff", "~nosuchuser/x", None),
 )
@@ -107,35 +107,38 @@ WRONG_VALUES = (
 
 @pytest.mark.parametrize("name", sorted(Settings.model_fields))
 def test_any_value_is_taken_or_refused_by_name(name: str) -> None:
-    taken, refusals = [], []
+    taken: list[object] = []
+    refusals: list[RequestError] = []
     for value in WRONG_VALUES:
         try:
             taken.append(getattr(load_settings({name: value}), name))
         except RequestError as problem:
             refusals.append(problem)
     assert len(refusals) > 5
-    assert {problem.param for problem in refusals} == {name}
-    for problem in refusals:
-        assert problem.message.startswith(f"Invalid settings: {name}")
-        assert "\n" not in problem.message
+    assert {refusal.param for refusal in refusals} == {name}
+    for refusal in refusals:
+        assert refusal.message.startswith(f"Invalid settings: {name}")
+        assert "\n" not in refusal.message
     assert all(not isinstance(one, float) or math.isfinite(one) for one in taken)
 
 
+REFUSED: dict[str, tuple[object, ...]] = {
+    "memory_budget": (1.5, float("nan"), True, [1], 0, -1, 10**30),
+    "port": (True, None, 1.5, float("inf"), "x", "9" * 5000, [8000]),
+    "request_timeout_s": (True, 1e300, float("nan"), "1e300", -1),
+    "home": ("", 3, [], "a\0b", "~nosuchuser/x"),
+    "formats": ([], "", ",", 3, [3]),
+    "host": ("", " ", None, 1),
+    "format_idle_s": (float("inf"), float("nan")),
+    "max_waiting": (10**12, 0),
+    "context_length": (2**31,),
+    "starters": ("maybe",),
+    "models_path": (3,),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("memory_budget", value) for value in (1.5, float("nan"), True, [1], 0, -1, 10**30)),
-        *(("port", value) for value in (True, None, 1.5, float("inf"), "x", "9" * 5000, [8000])),
-        *(("request_timeout_s", value) for value in (True, 1e300, float("nan"), "1e300", -1)),
-        *(("home", value) for value in ("", 3, [], "a\0b", "~nosuchuser/x")),
-        *(("formats", value) for value in ([], "", ",", 3, [3])),
-        *(("host", value) for value in ("", " ", None, 1)),
-        *(("format_idle_s", value) for value in (float("inf"), float("nan"))),
-        *(("max_waiting", value) for value in (10**12, 0)),
-        ("context_length", 2**31),
-        ("starters", "maybe"),
-        ("models_path", 3),
-    ],
+    ("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values]
 )
 def test_a_wrong_value_is_refused(name: str, value: object) -> None:
     with pytest.raises(RequestError, match=f"Invalid settings: {name}"):

@@ -18,7 +18,7 @@ from deployments.serve import autoscaling
 from deployments.serve.affinity import ResidencyRouter
 from deployments.serve.autoscaling import FormatPolicy
 from deployments.serve.resources import reservation
-from deployments.start.launcher import ROOT
+from deployments.start.environment import ROOT
 from scheduler.scaling import ScalingDirective
 
 

@@ -14,7 +14,7 @@ from core.units import MIB
 from deployments.serve import message_size
 from deployments.serve.handles import call, unwrap
 from deployments.serve.message_size import message_limit, runtime_env_options
-from deployments.start.launcher import ROOT, environment
+from deployments.start.environment import ROOT, environment
 
 LIMIT = 1000
 

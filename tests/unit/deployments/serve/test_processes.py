@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from core.child import SERVER_ID
 from deployments.serve import guard as guard_module
 from deployments.serve.guard import start_guard
 from deployments.serve.processes import (
-    SERVER_ID,
     Members,
     end_processes,
     is_alive,
@@ -33,6 +33,7 @@ child = subprocess.Popen([sys.executable, "-c", {SLEEP!r}], start_new_session=Tr
 print(child.pid, flush=True)
 time.sleep(600)
 """
+first_line: dict[int, bytes] = {}
 
 
 @pytest.fixture
@@ -42,13 +43,13 @@ def stack() -> Iterator[ExitStack]:
 
 
 def start(stack: ExitStack, code: str, server_id: str = "", *words: str) -> psutil.Popen:
-    """Start a process and return it once it has printed a line."""
+    """Start a process and return it once it has printed a line; see `first_line`."""
     environment = {**os.environ, **({SERVER_ID: server_id} if server_id else {})}
     process = psutil.Popen(
         [sys.executable, "-c", code, *words], env=environment, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
-    process.line = process.stdout.readline()
+    first_line[process.pid] = process.stdout.readline()
     stack.callback(_end, process)
     return process
 
@@ -73,7 +74,7 @@ def test_only_the_processes_with_the_id_are_found(stack: ExitStack) -> None:
     process = start(stack, NESTED, server_id)
     start(stack, SLEEP, other_id)
     start(stack, SLEEP)
-    child = int(process.line)
+    child = int(first_line[process.pid])
     assert {found.pid for found in processes_of(server_id)} == {process.pid, child}
     end_processes(processes_of(server_id), 1.0)
     assert processes_of(server_id) == []
@@ -88,8 +89,10 @@ def test_what_ignores_sigterm_is_killed(stack: ExitStack) -> None:
 
 def fake_ray(stack: ExitStack) -> dict[str, psutil.Popen]:
     """Start processes whose command lines look like those of Ray's."""
-    marks = ("/ray/gcs/gcs_server", "/ray/raylet/raylet", "/dashboard/agent.py")
-    marks += ("/runtime_env/agent/main.py", "/dashboard/dashboard.py")
+    marks = [
+        *("/ray/gcs/gcs_server", "/ray/raylet/raylet", "/dashboard/agent.py"),
+        *("/runtime_env/agent/main.py", "/dashboard/dashboard.py"),
+    ]
     return {mark: start(stack, SLEEP, "", mark) for mark in marks}
 
 

@@ -1,13 +1,15 @@
 """Tests of the preparation of a deployment's process."""
 
+import importlib
 from typing import Any
 
 import pytest
-from ray.serve._private import replica
 
 from core.errors import ImpetusError
 from deployments.serve.authentication import check_authentication
 from deployments.serve.worker import keep_on_loopback
+
+replica: Any = importlib.import_module("ray.serve._private.replica")
 
 
 @pytest.fixture

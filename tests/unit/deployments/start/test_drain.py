@@ -12,7 +12,8 @@ from urllib.request import Request
 import pytest
 
 from core.settings import Settings
-from deployments.start.drain import drain, local_url
+from deployments.start.drain import drain
+from deployments.start.readiness import local_url
 
 
 @contextmanager
@@ -73,11 +74,11 @@ def test_f10_a_server_that_is_slow_to_answer_is_waited_for(monkeypatch: pytest.M
         ConnectionResetError(),
     ]
 
-    def urlopen(request: Request, timeout: float) -> None:
-        del request, timeout
+    def open_direct(request: Request, limit_s: float) -> None:
+        del request, limit_s
         raise outcomes.pop(0)
 
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr("deployments.start.drain.open_direct", open_direct)
     drain(Settings(drain_limit_s=30), lambda: False)
     assert outcomes == []
 

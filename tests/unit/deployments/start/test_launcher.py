@@ -1,7 +1,8 @@
 """What the launcher reads and prepares before anything starts."""
 
+import errno
 import os
-import stat
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from ray.serve.schema import ServeDeploySchema
 from core.errors import ImpetusError
 from core.settings import Settings
 from deployments.app import build
-from deployments.start.launcher import ROOT, Launcher, environment, main, read_settings, token_path
+from deployments.options import check_home
+from deployments.start.checks import prepare_start, read_settings
+from deployments.start.environment import ROOT
+from deployments.start.launcher import Launcher, main
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +24,12 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("IMPETUS_", "RAY_")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def no_cleaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.start.checks.end_former_servers", lambda **_: None)
+    monkeypatch.setattr("deployments.start.checks.remove_former_folders", lambda: None)
 
 
 def write_config(path: Path, args: str) -> Path:
@@ -68,6 +78,8 @@ def test_any_arguments_give_settings_or_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = write_config(tmp_path / "a.yaml", arguments)
+    monkeypatch.setenv("IMPETUS_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("deployments.start.checks.check_port", lambda _: None)
     monkeypatch.setattr("sys.argv", ["scripts/serve", str(config)])
     monkeypatch.setattr(Launcher, "run", lambda _: 0)
     code = main()
@@ -96,27 +108,6 @@ def test_the_builder_shows_a_sentence_and_no_traceback_of_wrong_arguments() -> N
         assert caught.value.__cause__ is None
 
 
-def test_the_childs_environment_has_rays_settings_unless_the_user_set_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "1")
-    values = environment(Settings(home=tmp_path))
-    assert values["RAY_AUTH_MODE"] == "token"
-    assert values["RAY_USAGE_STATS_ENABLED"] == "0"
-    assert values["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "1"
-    assert Path(values["RAY_AUTH_TOKEN_PATH"]).is_relative_to(tmp_path)
-
-
-def test_rays_token_is_made_once_and_for_this_user_alone(tmp_path: Path) -> None:
-    settings = Settings(home=tmp_path)
-    path = token_path(settings)
-    token = path.read_text()
-    assert len(token) == 64
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert token_path(settings).read_text() == token
-
-
 def test_a_listener_on_every_interface_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,3 +131,49 @@ def test_f13_what_cannot_be_is_refused_at_the_start_with_its_name(
 ) -> None:
     with pytest.raises(ImpetusError, match=field):
         read_settings(write_config(tmp_path / "a.yaml", arguments))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("kind", ["home is a file", "part of home is a file", "logs is a file"])
+def test_a_data_folder_that_cannot_be_used_is_refused_in_one_sentence(
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    home = tmp_path / "file" if "home" in kind else tmp_path
+    (tmp_path / ("file" if "home" in kind else "logs")).write_text("x")
+    monkeypatch.setenv("IMPETUS_HOME", str(home / "below" if "part" in kind else home))
+    monkeypatch.setenv("IMPETUS_PORT", str(free_port()))
+    monkeypatch.setattr("sys.argv", ["scripts/serve"])
+    assert main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"impetus: The data folder {home}")
+    assert "a part of the path is a file" in error
+    assert "IMPETUS_HOME" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_data_folder_without_write_access_is_refused(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("deployments.options.tempfile.TemporaryFile", refuse)
+    with pytest.raises(ImpetusError, match=os.strerror(number)):
+        check_home(Settings(home=tmp_path))
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        config = write_config(tmp_path / "a.yaml", f"{{port: {port}, home: {tmp_path}}}")
+        with pytest.raises(ImpetusError, match=f"Port {port}"):
+            prepare_start(config)

@@ -1,0 +1,63 @@
+"""Runs inside `serve run` before Ray starts: checks the start and guards the processes.
+
+`scripts/env` names `prepare_driver` as Ray's hook for runtime environments, which `ray.init` calls
+first.  So a `serve run` by hand is checked and guarded as one by `scripts/serve` is.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from core.child import SERVER_ID, die_with_parent
+from core.errors import ImpetusError
+from deployments.serve.guard import start_guard
+from deployments.serve.processes import new_server_id, owner_of
+
+_IMPORT_PATH = "deployments.app:"
+
+
+def prepare_driver(runtime_env: Any) -> Any:
+    """Prepare this process if it is `serve run` of this project; return `runtime_env` unchanged.
+
+    Raises SystemExit with a message if the server must not start.
+    """
+    config = _config_of(sys.argv)
+    if config is None:
+        return runtime_env
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # A background job of a shell inherits that, and could never be stopped.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    launcher = owner_of(os.environ.get(SERVER_ID, ""))
+    if launcher == os.getppid():
+        die_with_parent()
+        if os.getppid() != launcher:
+            sys.exit("impetus: the launcher has ended")
+    else:
+        _start_by_hand(config)
+    return runtime_env
+
+
+def _start_by_hand(config: Path) -> None:
+    from deployments.start.checks import prepare_start
+    from deployments.start.environment import complete
+
+    try:
+        settings = prepare_start(config)
+    except ImpetusError as problem:
+        sys.exit(f"impetus: {problem.message}")
+    complete(os.environ, settings)
+    os.environ[SERVER_ID] = new_server_id(os.getpid())
+    start_guard(os.getpid(), os.environ[SERVER_ID])
+
+
+def _config_of(arguments: list[str]) -> Path | None:
+    """Return the configuration file in the command line of `serve run`; None if it is another."""
+    if Path(arguments[0]).name != "serve" or "run" not in arguments[1:3]:
+        return None
+    for argument in reversed(arguments[2:]):
+        path = Path(argument)
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return path if _IMPORT_PATH in path.read_text(errors="replace") else None
+    return None

@@ -1,0 +1,84 @@
+"""Prepares the environment of Ray's processes: loopback, its own token, no proxy in between."""
+
+import json
+import os
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from core.cpus import usable_cpus
+from core.errors import ImpetusError
+from core.keys import key_file
+from core.settings import Settings
+from core.units import MIB
+from deployments.serve import message_size
+from deployments.serve.resources import UNIFIED_MEMORY
+from scheduler.sensors.machine import machine_memory_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Whatever the user's environment says: these keep other machines and other Ray clusters out.
+_FORCED = ("RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+# Of another Ray process, or of the user's own cluster.
+_DROPPED = ("RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RAYLET_PID", "RAY_NODE_ID")
+# Would open listeners on every interface, or more of them.
+_REFUSED = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS")
+_NO_PROXY = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def check_ray_environment(environment: Mapping[str, str]) -> None:
+    """Raise ImpetusError if a variable of Ray's would make the server listen for others."""
+    for name in _REFUSED:
+        if environment.get(name, "0").lower() not in ("", "0", "false"):
+            raise ImpetusError(f"{name} is set; it would listen on every interface. Unset it.")
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Return the server's environment: ours, plus Ray's settings of scripts/env where unset."""
+    values = dict(os.environ)
+    complete(values, settings)
+    return values
+
+
+def complete(values: MutableMapping[str, str], settings: Settings) -> None:
+    """Add to `values` what the server's processes need; see `environment`."""
+    # scripts/env has the default; a larger `max_body` raises it.
+    values.setdefault(message_size.VARIABLE, str(message_size.message_limit(settings)))
+    for name, value in ray_settings().items():
+        if name in _FORCED:
+            values[name] = value
+        else:
+            values.setdefault(name, value)
+    for name in _DROPPED:
+        values.pop(name, None)
+    values["RAY_AUTH_TOKEN_PATH"] = str(token_path(settings))
+    resources = {"CPU": usable_cpus(), UNIFIED_MEMORY: machine_memory_bytes() // MIB}
+    values.setdefault("RAY_OVERRIDE_RESOURCES", json.dumps(resources))
+    bypass_proxies(values, settings.host)
+
+
+def ray_settings() -> dict[str, str]:
+    """Return the variables of scripts/env."""
+    lines = (ROOT / "scripts" / "env").read_text().splitlines()
+    pairs = (line.partition("=") for line in lines if not line.startswith("#"))
+    return {name.strip(): value.strip() for name, separator, value in pairs if separator}
+
+
+def bypass_proxies(values: MutableMapping[str, str], host: str = "") -> None:
+    """Let connections to this machine bypass the proxies that `values` may name.
+
+    Python's clients read `no_proxy`, others `NO_PROXY`, gRPC `no_grpc_proxy` before `no_proxy`.
+    """
+    kept = [values.get(name, "") for name in ("no_proxy", "NO_PROXY")]
+    names = [name.strip() for text in kept for name in text.split(",")]
+    everything = dict.fromkeys(name for name in (*names, *_LOOPBACK, host) if name)
+    for name in _NO_PROXY:
+        values[name] = ",".join(everything)
+
+
+def token_path(settings: Settings) -> Path:
+    """Return the file of Ray's token; created with access for this user only if missing.
+
+    Raises ImpetusError if the file cannot be created.
+    """
+    return key_file(settings.home, "ray_token")

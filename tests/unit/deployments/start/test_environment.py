@@ -1,0 +1,120 @@
+"""What the server's processes inherit, whatever the user's environment says."""
+
+import json
+import os
+import stat
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from core.errors import ImpetusError
+from core.settings import Settings
+from deployments.start.environment import (
+    bypass_proxies,
+    check_ray_environment,
+    environment,
+    ray_settings,
+    token_path,
+)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("IMPETUS_", "RAY_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+def test_the_childs_environment_has_rays_settings_unless_the_user_set_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "1")
+    values = environment(Settings(home=tmp_path))
+    assert values["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert values["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "1"
+    assert set(ray_settings()) <= set(values)
+
+
+def test_what_keeps_others_out_does_not_depend_on_the_users_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_TOKEN": "guessed",
+        "RAY_AUTH_TOKEN_PATH": "/tmp/shared",
+        "RAY_ADDRESS": "10.0.0.1:6379",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    values = environment(Settings(home=tmp_path))
+    assert values["RAY_AUTH_MODE"] == "token"
+    assert "RAY_AUTH_TOKEN" not in values
+    assert Path(values["RAY_AUTH_TOKEN_PATH"]).is_relative_to(tmp_path)
+    assert values["RAY_ADDRESS"] == "local"
+    assert values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+
+
+def test_rays_cpus_are_those_that_may_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.start.environment.usable_cpus", lambda: 3)
+    resources = json.loads(environment(Settings(home=tmp_path))["RAY_OVERRIDE_RESOURCES"])
+    assert resources["CPU"] == 3
+    assert resources["unified_memory"] > 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, "127.0.0.1,localhost,::1"),
+        ({"no_proxy": "a.example"}, "a.example,127.0.0.1,localhost,::1"),
+        ({"NO_PROXY": "b, a", "no_proxy": "a"}, "a,b,127.0.0.1,localhost,::1"),
+        ({"no_proxy": "localhost"}, "localhost,127.0.0.1,::1"),
+    ],
+)
+def test_this_machine_is_never_asked_through_a_proxy(
+    before: dict[str, str], after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"http_proxy": "http://127.0.0.1:9", **before}
+    bypass_proxies(values)
+    assert {values[name] for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy")} == {after}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    assert urllib.request.proxy_bypass("127.0.0.1:8000")
+    assert not urllib.request.proxy_bypass("example.com")
+
+
+def test_the_servers_own_address_bypasses_proxies() -> None:
+    values: dict[str, str] = {}
+    bypass_proxies(values, "192.168.1.5")
+    assert values["no_proxy"].endswith(",192.168.1.5")
+
+
+@pytest.mark.parametrize("name", ["RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS"])
+def test_a_listener_on_every_interface_is_refused(name: str) -> None:
+    with pytest.raises(ImpetusError, match=name):
+        check_ray_environment({name: "1"})
+    for value in ("", "0", "false"):
+        check_ray_environment({name: value})
+
+
+def test_rays_token_is_made_once_and_for_this_user_alone(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    path = token_path(settings)
+    token = path.read_text()
+    assert len(token) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert token_path(settings) == path
+    assert path.read_text() == token
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_empty_or_open_token_file_is_mended(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    path = token_path(settings)
+    path.write_text("")
+    path.chmod(0o644)
+    assert len(token_path(settings).read_text()) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
