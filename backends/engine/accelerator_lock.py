@@ -123,8 +123,8 @@ class AcceleratorLock:
             with suppress(OSError):
                 allocate(self._file, _SIZE)
             self._words[0], self._words[_NEXT_TICKET] = _MAGIC, 1
-            for place in range(MAX_PROCESSES):
-                self._words[_UNLOCKED_STEPS + place] = 0
+            for index in range(_UNLOCKED_STEPS, _UNLOCKED_STEPS + MAX_PROCESSES):
+                self._words[index] = 0
         free = (i for i in range(MAX_PROCESSES) if i not in others)
         place = next((i for i in free if self._lock(_PLACES + i)), None)
         if place is not None:
@@ -142,7 +142,8 @@ class AcceleratorLock:
             self._path,
             reason,
         )
-        place, self._place = self._place, None
+        place = self._place
+        self._place = None
         if self._lock_registry():
             try:
                 self._take_place()
