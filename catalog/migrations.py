@@ -1,33 +1,47 @@
 """Opens the catalog database, migrates its schema, and moves a damaged file aside."""
 
+import errno
 import fcntl
 import logging
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+from catalog.database_errors import BUSY_MS, damage, is_damage
 from core.errors import ImpetusError
 
 logger = logging.getLogger(__name__)
 
 Migration: TypeAlias = Callable[[sqlite3.Connection], None]
 
-_BUSY_MS = 5000
-_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+# How long to wait for another process that opens the catalog at the same time.
+_OPENING_S = 10.0
+_POLL_S = 0.02
+_MAX_ASIDE = 5
+_SCHEMA = (
+    "SELECT key, id, base_id, name, state, reason, fingerprint, added_at, source, info, settings "
+    "FROM models LIMIT 0",
+    "SELECT alias, model_id FROM aliases LIMIT 0",
+)
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a damaged database and its journals to the next free `.corrupt-<n>`; return it."""
+    """Rename a damaged database and its journals to the next free `.corrupt-<n>`; return it.
+
+    At most 5 are kept: the last one is replaced.
+    """
     number = 1
-    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
+    while number < _MAX_ASIDE and path.with_name(f"{path.name}.corrupt-{number}").exists():
         number += 1
+    aside = path.with_name(f"{path.name}.corrupt-{number}")
     for suffix in ("", "-wal", "-shm"):
         part = path.with_name(path.name + suffix)
         if part.exists():
-            part.rename(aside.with_name(aside.name + suffix))
+            part.replace(aside.with_name(aside.name + suffix))
     return aside
 
 
@@ -119,9 +133,23 @@ def open_catalog(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock that keeps other processes from opening or migrating the catalog."""
+    """Hold a lock that keeps other processes from opening or migrating the catalog.
+
+    Raises OSError, also when another process holds it for more than 10 s.
+    """
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        deadline = time.monotonic() + _OPENING_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BlockingIOError(
+                        errno.EAGAIN,
+                        f"another process has kept it locked for {_OPENING_S:.0f} s; stop it",
+                    ) from None
+                time.sleep(_POLL_S)
         yield
 
 
@@ -129,32 +157,50 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         return _connect(path)
     except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode & 0xFF not in _DAMAGED:
+        if not is_damage(error):
             raise
         aside = move_aside(path)
-        logger.error("the catalog is damaged (%s); it was moved to %s", error, aside)
+        logger.error(
+            "the catalog is damaged (%s); it was moved to %s. A new one is filled from the model "
+            "folders; aliases and settings of models have to be set again.",
+            error,
+            aside,
+        )
         return _connect(path)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(
-        path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False
+        path, timeout=BUSY_MS / 1000, isolation_level=None, check_same_thread=False
     )
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
         connection.execute("PRAGMA foreign_keys = ON")
         if sys.platform == "darwin":
             connection.execute("PRAGMA fullfsync = 1")
             connection.execute("PRAGMA checkpoint_fullfsync = 1")
         verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
-            damage = sqlite3.DatabaseError(verdict)
-            damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-            raise damage
+            raise damage(verdict)
         migrate(connection)
+        _check_schema(connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _check_schema(connection: sqlite3.Connection) -> None:
+    """Raise DatabaseError if the tables are not those that the schema's number promises."""
+    try:
+        for statement in _SCHEMA:
+            connection.execute(statement)
+        counter = connection.execute("SELECT count FROM changes").fetchone()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+            raise
+        raise damage(str(error)) from error
+    if counter is None or not isinstance(counter[0], int):
+        raise damage("its change counter is missing")

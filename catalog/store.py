@@ -1,15 +1,19 @@
 """Stores models, aliases and settings in SQLite; all SQL except the migrations is here."""
 
 import json
+import logging
+import os
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from catalog.database_errors import cause, failure, is_damage
 from catalog.encoding import info_from_json, info_to_json, source_from_json, source_to_json
 from catalog.migrations import open_catalog
 from catalog.models import (
@@ -23,6 +27,8 @@ from catalog.models import (
 from catalog.names import model_id, unique_id
 from core.errors import ImpetusError, ModelNotFound, NotFound, RequestError
 
+logger = logging.getLogger(__name__)
+
 _LONGEST_NAME = 200
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
 _STATES: dict[str, RecordState] = {"ok": "ok", "refused": "refused", "missing": "missing"}
@@ -31,6 +37,8 @@ _RECORDS = """
            (SELECT json_group_array(alias) FROM aliases WHERE model_id = models.id)
     FROM models
 """
+# How often a file that was damaged or replaced is opened again.
+_REOPEN_S = 5.0
 _Row = tuple[str, str, str, str, float, str, str, str, str]
 
 
@@ -38,36 +46,59 @@ class CatalogStore:
     """The catalog database.  Every call blocks briefly; thread-safe.
 
     Several processes may open the same file; writers wait up to 5 s for each other.  A damaged
-    file is moved aside and replaced by an empty catalog.  Raises ImpetusError when the file
-    cannot be opened or written, or has a newer schema.
+    file is moved aside and replaced by an empty catalog, and one that was deleted is made anew,
+    also while it is open.  Raises ImpetusError when the file cannot be opened or has a newer
+    schema, CatalogNotWritten when it cannot be written for now.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.RLock()
+        self._is_closed = False
+        self._next_reopen_at = 0.0
         try:
             self._connection = open_catalog(path)
         except (OSError, sqlite3.Error) as error:
             raise ImpetusError(
-                f"The catalog {path} cannot be opened ({error}). Check that its folder exists and "
-                "that you may write to it."
+                f"The catalog {path} cannot be opened: {cause(error)}. Check that its folder "
+                "exists and that you may write to it."
             ) from error
+        self._identity = _identity(path)
 
     def close(self) -> None:
         """Close the database; may be called twice."""
         with self._lock:
+            self._is_closed = True
             self._connection.close()
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
+            if _identity(self._path) != self._identity:
+                self._reopen("its file was deleted or replaced")
             try:
                 yield self._connection
             except sqlite3.Error as error:
-                raise ImpetusError(
-                    f"The catalog {self._path} could not be read or written ({error}). Check the "
-                    "free disk space and that no other program holds the file."
-                ) from error
+                if is_damage(error):
+                    self._reopen(cause(error))
+                raise failure(self._path, error) from error
+
+    def _reopen(self, reason: str) -> None:
+        """Open the file at the path anew, at most every 5 s; a damaged one is moved aside."""
+        if self._is_closed or time.monotonic() < self._next_reopen_at:
+            return
+        self._next_reopen_at = time.monotonic() + _REOPEN_S
+        try:
+            connection = open_catalog(self._path)
+        except (ImpetusError, OSError, sqlite3.Error) as error:
+            # What is open may still be read.
+            logger.error("the catalog cannot be opened again (%s): %s", reason, cause(error))
+            return
+        logger.warning("the catalog was opened again: %s", reason)
+        with suppress(sqlite3.Error):
+            self._connection.close()
+        self._connection = connection
+        self._identity = _identity(self._path)
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -79,8 +110,16 @@ class CatalogStore:
                 connection.execute("UPDATE changes SET count = count + 1")
                 connection.execute("COMMIT")
             finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+                self._roll_back(connection)
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        """End a transaction that was not committed; a connection that cannot is replaced."""
+        if not connection.in_transaction:
+            return
+        with suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        if connection.in_transaction:
+            self._reopen("a transaction could not be rolled back")
 
     def data_version(self) -> int:
         """Return the change counter, which every write by any process increments; cheap."""
@@ -88,18 +127,21 @@ class CatalogStore:
             return int(connection.execute("SELECT count FROM changes").fetchone()[0])
 
     def models(self) -> list[ModelRecord]:
-        """Return all models ordered by id, including refused and missing ones."""
+        """Return all models ordered by id, including refused and missing ones.
+
+        Damaged rows are left out; the next scan writes them again.
+        """
         with self._reading() as connection:
             rows = connection.execute(_RECORDS + " ORDER BY models.id").fetchall()
-        return [_record(row) for row in rows]
+        return _records(rows)
 
     def get(self, model_id: str) -> ModelRecord | None:
         """Return the model with exactly this id."""
         if not _is_valid_name(model_id):
             return None
         with self._reading() as connection:
-            row = connection.execute(_RECORDS + " WHERE models.id = ?", (model_id,)).fetchone()
-        return None if row is None else _record(row)
+            rows = connection.execute(_RECORDS + " WHERE models.id = ?", (model_id,)).fetchall()
+        return next(iter(_records(rows)), None)
 
     def resolve(self, name: str) -> list[ModelRecord]:
         """Return the models that `name` can refer to, ignoring case; empty for an unknown name.
@@ -118,7 +160,7 @@ class CatalogStore:
             with self._reading() as connection:
                 rows = connection.execute(_RECORDS + condition, (wanted,)).fetchall()
             if rows:
-                return [_record(row) for row in rows]
+                return _records(rows)
         return []
 
     def aliases(self) -> dict[str, str]:
@@ -256,9 +298,20 @@ def _moved_from(
     )
     wanted = json.loads(info_to_json(item.info)) | {"files": None}
     for old_id, old_base, info in rows.fetchall():
-        if json.loads(info) | {"files": None} == wanted:
-            return old_id, old_base
+        with suppress(ValueError, TypeError):
+            if json.loads(info) | {"files": None} == wanted:
+                return old_id, old_base
     return None
+
+
+def _records(rows: Sequence[_Row]) -> list[ModelRecord]:
+    found = []
+    for row in rows:
+        try:
+            found.append(_record(row))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
+            logger.warning("the catalog's entry of %.200r is damaged: %r", row[0], problem)
+    return found
 
 
 def _record(row: _Row) -> ModelRecord:
@@ -277,4 +330,18 @@ def _record(row: _Row) -> ModelRecord:
 
 
 def _settings(text: str) -> ModelSettings:
-    return ModelSettings(**json.loads(text))
+    """Return the settings of a row; damaged ones are as if they had not been set."""
+    try:
+        return ModelSettings(**json.loads(text))
+    except (TypeError, ValueError) as problem:
+        logger.warning("damaged settings of a model are not used: %r", problem)
+        return ModelSettings()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return the file's device and inode; None if it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -18,6 +18,7 @@ ImpetusError                    500 server_error            internal_error
 │ └ NonFiniteOutput                 non_finite_output
 ├ CrashingRequest               500 server_error            request_crashed_engine
 └ Unavailable                   503 server_error            unavailable
+  ├ CatalogNotWritten               catalog_not_written
   ├ InsufficientMemory              insufficient_memory
   ├ Draining                        draining
   ├ ModelFailed                     model_failed
@@ -250,6 +251,12 @@ class Unavailable(ImpetusError):
 
     status = 503
     code = "unavailable"
+
+
+class CatalogNotWritten(Unavailable):
+    """The catalog cannot be written at the moment; what it holds can still be read."""
+
+    code = "catalog_not_written"
 
 
 class InsufficientMemory(Unavailable):

@@ -10,6 +10,7 @@ from catalog.models import ScanReport
 from catalog.scan.inspector import Inspector
 from catalog.scan.scan import scan
 from catalog.store import CatalogStore
+from core.errors import CatalogNotWritten, ImpetusError
 from core.settings import Settings
 from core.supervision import Supervisor, attempt, call_in_thread
 
@@ -111,7 +112,14 @@ class Scanner:
             self._failures += 1
             self.problem = str(problem) or type(problem).__name__
             if self._failures == 1:
-                logger.exception("scanning the model folders failed; the catalog is unchanged")
+                logger.error(
+                    "scanning the model folders failed; the catalog is unchanged: %s",
+                    self.problem,
+                    exc_info=not isinstance(problem, ImpetusError),
+                )
+            if isinstance(problem, CatalogNotWritten):
+                # What it holds already is served meanwhile.
+                self._first_scan.set()
             return
         self._failures, self.problem = 0, ""
         self._first_scan.set()

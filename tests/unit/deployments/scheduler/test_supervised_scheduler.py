@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from catalog.models import ScanReport
 from catalog.scan.scan import scan as real_scan
-from core.errors import ImpetusError, Unavailable
+from catalog.store import CatalogStore
+from core.errors import CatalogNotWritten, ImpetusError, Unavailable
 from core.settings import Settings
 from core.supervision import RestartPolicy, Supervisor
 from core.units import MIB
@@ -228,3 +230,25 @@ async def test_errors_of_the_catalog_do_not_end_scanning(
     await until_ready(scheduler)
     assert caplog.text.count("Traceback") <= 2
     assert isinstance(await scheduler.ensure_loaded(A), Residency)
+
+
+async def test_a_catalog_that_cannot_be_written_is_served_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, start: Callable[[], SchedulerReplica]
+) -> None:
+    """A full disk at the start: ready with what is known, and written once there is room."""
+    is_full = True
+    real = CatalogStore.record_scan
+
+    def record(*arguments: Any, **options: Any) -> ScanReport:
+        if is_full:
+            raise CatalogNotWritten("the disk is full")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(CatalogStore, "record_scan", record)
+    scheduler = start()
+    await until_ready(scheduler)
+    assert await scheduler.not_ready_because() == ""
+    assert scheduler._scanner.problem == "the disk is full"
+    is_full = False
+    await wait_until(lambda: not scheduler._scanner.problem, "the catalog is written")
+    assert len(scheduler._store.models()) == 1
