@@ -1,14 +1,13 @@
 """Creates secret tokens as files that only their owner can read."""
 
-import contextlib
 import fcntl
 import os
 import re
 import secrets
-import tempfile
 from pathlib import Path
 
 from core.errors import ImpetusError
+from core.files import write_atomically
 
 MANAGEMENT_TOKEN = "management_token"
 _TOKEN = re.compile(r"[0-9a-f]{64}")
@@ -59,21 +58,6 @@ def _create(path: Path) -> None:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         if not _is_valid(path):
-            _write(path)
+            write_atomically(path, secrets.token_hex(32).encode())
     finally:
         os.close(folder)
-
-
-def _write(path: Path) -> None:
-    # mkstemp creates with mode 0600.
-    descriptor, draft = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
-        raise

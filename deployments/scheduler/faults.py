@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from core.errors import ImpetusError, ModelFailed, ModelQuarantined
+from core.files import why, write_atomically
 from deployments.messages import Fault
 from scheduler.faults import (
     DEATH_WINDOW_S,
@@ -63,13 +63,11 @@ class FaultFile:
 
     def write(self, records: Mapping[str, FaultRecord]) -> None:
         """Replace the file; blocks for a small file.  A failure is logged."""
-        scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            scratch.write_bytes(_KEPT.dump_json(_Kept(self._session, records)))
-            scratch.replace(self._path)
+            content = _KEPT.dump_json(_Kept(self._session, records))
+            write_atomically(self._path, content, is_durable=False)
         except OSError as problem:
-            logger.warning("cannot store the records of failing models: %s", problem)
-            scratch.unlink(missing_ok=True)
+            logger.warning("cannot store the records of failing models: %s", why(problem))
 
 
 class Faults:

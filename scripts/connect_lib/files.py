@@ -4,12 +4,12 @@ import difflib
 import hashlib
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.files import write_atomically
 from scripts.connect_lib.problems import ConnectError
 
 _MARK = ".impetus-"
@@ -138,15 +138,7 @@ def undo(path: Path, *, is_forced: bool = False) -> Path | None:
 
 
 def _replace(path: Path, text: str, mode: int) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, mode)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_atomically(path, text.encode(), mode=mode)
 
 
 def _digest(text: str) -> str:
