@@ -207,6 +207,8 @@ class PrefixFolder:
                     files.total -= freed
             if not self._fits(files, size):
                 continue
+            if not path.parent.is_dir():
+                drop_file(path.parent)
             _make_private(path.parent)
             write_block(path, head, data)
             state.written_bytes += size
@@ -321,6 +323,7 @@ class PrefixFolder:
     def _locked(self, *, must_save: bool = False) -> Iterator[_State]:
         """Lock the folder, yield the shared state, and save it at the end.  Raises OSError."""
         _make_private(self._path)
+        self._drop_unless_file(_LOCK)
         with _open_private(self._path / _LOCK) as lock:
             _lock(lock)
             state = self._read_state()
@@ -332,6 +335,12 @@ class PrefixFolder:
                 except OSError:
                     if must_save:
                         raise
+
+    def _drop_unless_file(self, name: str) -> None:
+        """Delete a folder, link or pipe that has the name of one of the folder's own files."""
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG((self._path / name).lstat().st_mode):
+                drop_file(self._path / name)
 
     def _read_state(self) -> _State:
         try:
@@ -350,6 +359,8 @@ class PrefixFolder:
             "day": state.day, "written_bytes": state.written_bytes, "ram_bytes": state.ram_bytes,
         })  # fmt: skip
         scratch = self._path / f"{_STATE}.tmp"
+        for name in (_STATE, scratch.name):
+            self._drop_unless_file(name)
         write_atomically(self._path / _STATE, text.encode(), scratch=scratch, is_durable=False)
 
 
