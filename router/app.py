@@ -1,10 +1,11 @@
 """The HTTP application: routes, middleware and error handlers over `Services`."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 
@@ -13,6 +14,7 @@ from core.metrics import CONTENT_TYPE, Metrics
 from router.api.decisions import decisions_endpoint
 from router.api.drain import drain_endpoint
 from router.api.models import (
+    SettingsPatch,
     change_endpoint,
     list_endpoint,
     load_endpoint,
@@ -30,11 +32,15 @@ from router.http.guards import (
     HeaderGuard,
     OriginGuard,
 )
+from router.openapi import describe_routes
+from router.requests.strict_body import EmptyBody
 from router.services import Management, Services
 from router.v1.chat.endpoint import chat_endpoint
-from router.v1.completions import completion_endpoint
-from router.v1.embeddings import embedding_endpoint
+from router.v1.chat.request import ChatRequest
+from router.v1.completions import CompletionRequest, completion_endpoint
+from router.v1.embeddings import EmbeddingRequest, embedding_endpoint
 from router.v1.messages.endpoints import count_tokens_endpoint, messages_endpoint
+from router.v1.messages.request import MessagesPromptRequest, MessagesRequest
 from router.v1.models import model_endpoint, models_endpoint
 from router.v1.responses.endpoints import (
     delete_response_endpoint,
@@ -42,7 +48,22 @@ from router.v1.responses.endpoints import (
     responses_endpoint,
     stored_response_endpoint,
 )
+from router.v1.responses.request import ResponsesRequest
 from router.v1.responses.store import ResponseStore
+
+_BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
+    ("POST", "/v1/chat/completions"): ChatRequest,
+    ("POST", "/v1/completions"): CompletionRequest,
+    ("POST", "/v1/embeddings"): EmbeddingRequest,
+    ("POST", "/v1/messages"): MessagesRequest,
+    ("POST", "/v1/messages/count_tokens"): MessagesPromptRequest,
+    ("POST", "/v1/responses"): ResponsesRequest,
+    ("POST", "/v1/responses/input_tokens"): ResponsesRequest,
+    ("PATCH", "/api/models/{model_id:path}"): SettingsPatch,
+    ("POST", "/api/models/{model_id:path}/load"): EmptyBody,
+    ("POST", "/api/models/{model_id:path}/unload"): EmptyBody,
+    ("POST", "/api/drain"): EmptyBody,
+}
 
 
 def create_app(
@@ -77,6 +98,7 @@ def create_app(
     if services.management is not None:
         _add_management_routes(app, context, services.management)
         _add_route(app, Access.MANAGEMENT, "/api/drain", drain_endpoint(drain), "POST")
+    describe_routes(app, _BODIES)
     # A wrong setting fails at start, not at the first request.
     app.build_middleware_stack()
     return app

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import httpx
@@ -139,7 +140,8 @@ BODIES["/api/drain"] = {"force": [1]}
 
 # What takes the place of a value, as JSON text that need not be valid.
 HOSTILE: list[bytes] = [
-    b"null", b"true", b"0", b"-1", b"1.5", b"1e999", b"-1e999", b"NaN", b"Infinity", b"-0", b"1e-999",
+    b"null", b"true", b"0", b"-1", b"1.5", b"1e999", b"-1e999", b"NaN", b"Infinity", b"-0",
+    b"1e-999",
     b"9" * 30, b"9" * 400, b"9" * 5000, b"1" * 100_000, b"0." + b"3" * 100_000, b"1e" + b"9" * 2000,
     b'""', b'"x"', b'"' + b"x" * 300_000 + b'"', b'"\\ud83d"', b'"\\udc00\\ud800"', b'"\\u0000"',
     b'"\x00"', b'"\xff\xfe"', b'"\xc0\xaf"', b'"\xed\xa0\x80"', b'"\xf0\x9f"', b'"\\x"', b'"\n"',
@@ -153,7 +155,8 @@ HOSTILE: list[bytes] = [
 ]  # fmt: skip
 
 WHOLE: list[bytes] = [
-    b"", b" ", b"\x00", b"null", b"[]", b"1", b'"x"', b"{", b"}", b"{}", b"[" * 100_000, b"\xff" * 9,
+    b"", b" ", b"\x00", b"null", b"[]", b"1", b'"x"', b"{", b"}", b"{}", b"[" * 100_000,
+    b"\xff" * 9,
     b"{}{}", b"{},", b"\xef\xbb\xbf{}", b'{"model":"m"', b'{"model"}', b"{" * 100_000, b"{}\x00",
     '{"model":"m"}'.encode("utf-16"), '{"model":"m"}'.encode("utf-32"), b'{"a":1' + b" " * 200_000,
     b'{"model":"' + b"x" * 500_000 + b'"}', b"\\" * 100_000, b'"' * 100_001, b"," * 100_000,
@@ -192,6 +195,15 @@ def replaced(value: Any, path: tuple[Any, ...], change: Callable[[Any], bytes]) 
     return text.replace(json.dumps(mark).encode(), change(old))
 
 
+def constant(new: bytes, old: Any) -> bytes:
+    del old
+    return new
+
+
+def repeated(count: int, old: Any) -> bytes:
+    return json.dumps([old] * count).encode()
+
+
 def hostile_bodies(path: str, random_: random.Random) -> Iterator[bytes]:
     body = BODIES[path]
     yield from WHOLE
@@ -201,7 +213,7 @@ def hostile_bodies(path: str, random_: random.Random) -> Iterator[bytes]:
         kind = random_.randrange(8)
         if kind < 5:
             hostile = random_.choice(HOSTILE)
-            yield replaced(body, spot, lambda old, new=hostile: new)  # type: ignore[misc]
+            yield replaced(body, spot, partial(constant, hostile))
         elif kind == 5:
             # A field of the same name again, or an unknown one.
             name = random_.choice([*body, "unknown", "\u202e", "x" * 5000, ""])
@@ -210,7 +222,7 @@ def hostile_bodies(path: str, random_: random.Random) -> Iterator[bytes]:
         elif kind == 6:
             # Many of the same.
             count = random_.choice([3, 130, 5000])
-            yield replaced(body, spot, lambda old, n=count: json.dumps([old] * n).encode())  # type: ignore[misc]
+            yield replaced(body, spot, partial(repeated, count))
         else:
             # Bytes changed, removed and inserted anywhere.
             text_bytes = bytearray(json.dumps(body).encode())

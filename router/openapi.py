@@ -1,0 +1,113 @@
+"""The OpenAPI description: request bodies, error envelopes and access classes of all routes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from router.http.access import Access
+
+_SCHEMAS = "#/components/schemas/{model}"
+_TEXT = {"type": "string"}
+_ERRORS: Mapping[str, Any] = {
+    "Error": {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["message", "type", "param", "code"],
+                "properties": {
+                    "message": _TEXT,
+                    "type": _TEXT,
+                    "param": {"type": ["string", "null"]},
+                    "code": _TEXT,
+                },
+            }
+        },
+    },
+    "AnthropicError": {
+        "type": "object",
+        "required": ["type", "error", "request_id"],
+        "properties": {
+            "type": {"const": "error"},
+            "error": {
+                "type": "object",
+                "required": ["type", "message"],
+                "properties": {"type": _TEXT, "message": _TEXT},
+            },
+            "request_id": _TEXT,
+        },
+    },
+}
+_SECURITY: Mapping[str, Any] = {
+    "apiKey": {"type": "http", "scheme": "bearer", "description": "IMPETUS_API_KEY, if it is set"},
+    "managementToken": {"type": "apiKey", "in": "header", "name": "X-Impetus-Token"},
+}
+
+
+def describe_routes(app: FastAPI, bodies: Mapping[tuple[str, str], type[BaseModel]]) -> None:
+    """Make `app.openapi` describe the JSON bodies, by (method, path), and the errors.
+
+    The description is built when it is first asked for.
+    """
+
+    def build() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _description(app, bodies)
+        return app.openapi_schema
+
+    app.openapi = build  # type: ignore[method-assign]
+
+
+def _description(app: FastAPI, bodies: Mapping[tuple[str, str], type[BaseModel]]) -> dict[str, Any]:
+    described = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    models = list(dict.fromkeys(bodies.values()))
+    # Models of different APIs have the same names; pydantic then adds their modules.
+    places, definitions = models_json_schema(
+        [(model, "validation") for model in models], ref_template=_SCHEMAS
+    )
+    described["components"] = {
+        "schemas": {**definitions.get("$defs", {}), **_ERRORS},
+        "securitySchemes": dict(_SECURITY),
+    }
+    for route in app.routes:
+        if not isinstance(route, APIRoute) or not route.include_in_schema:
+            continue
+        for method in route.methods or ():
+            operation = described["paths"][route.path_format][method.lower()]
+            _complete(operation, route)
+            body = bodies.get((method, route.path))
+            if body is not None:
+                _add_body(operation, body, places[body, "validation"])
+    return described
+
+
+def _add_body(operation: dict[str, Any], body: type[BaseModel], schema: dict[str, Any]) -> None:
+    operation["requestBody"] = {
+        "required": True,
+        "content": {"application/json": {"schema": schema}},
+    }
+    if "stream" in body.model_fields:
+        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
+
+
+def _complete(operation: dict[str, Any], route: APIRoute) -> None:
+    """Add the errors, the parameters of the path, and the access to an operation."""
+    name = "AnthropicError" if route.path.startswith("/v1/messages") else "Error"
+    operation["responses"]["default"] = {
+        "description": "An error",
+        "content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model=name)}}},
+    }
+    operation["parameters"] = [
+        {"name": one, "in": "path", "required": True, "schema": _TEXT}
+        for one in route.param_convertors
+    ]
+    if Access.MANAGEMENT.value in route.tags:
+        operation["security"] = [{}, {"apiKey": []}, {"managementToken": []}]
+    elif Access.INFERENCE.value in route.tags:
+        operation["security"] = [{}, {"apiKey": []}]

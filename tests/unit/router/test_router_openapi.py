@@ -1,0 +1,74 @@
+"""The OpenAPI description: complete, valid references, and true to what the routes do."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from router.app import create_app
+from tests.fakes import make_services
+from tests.live_server import client_of
+from tests.unit.router.api.test_router_api import FakeManagement
+
+
+@pytest.fixture(scope="module")
+def app() -> FastAPI:
+    return create_app(replace(make_services(), management=FakeManagement()))
+
+
+@pytest.fixture(scope="module")
+def described(app: FastAPI) -> dict[str, Any]:
+    return app.openapi()
+
+
+def references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        for inner in value.values():
+            yield from references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from references(inner)
+
+
+def test_every_route_that_reads_a_body_describes_it(
+    app: FastAPI, described: dict[str, Any]
+) -> None:
+    operations = [
+        (method, route.path_format, described["paths"][route.path_format][method.lower()])
+        for route in app.routes
+        if isinstance(route, APIRoute) and route.include_in_schema
+        for method in route.methods or ()
+    ]
+    assert len(operations) > 15
+    for method, path, operation in operations:
+        assert ("requestBody" in operation) == (method in ("POST", "PATCH")), path
+        assert operation["tags"], path
+        assert "default" in operation["responses"], path
+        names = {one["name"] for one in operation["parameters"]}
+        assert names == {part[1:-1] for part in path.split("/") if part.startswith("{")}, path
+
+
+def test_references_lead_somewhere(described: dict[str, Any]) -> None:
+    schemas = described["components"]["schemas"]
+    found = set(references(described))
+    assert len(found) > 20
+    assert {name.rpartition("/")[2] for name in found} <= set(schemas)
+    chat = described["paths"]["/v1/chat/completions"]["post"]
+    body = chat["requestBody"]["content"]["application/json"]["schema"]
+    fields = schemas[body["$ref"].rpartition("/")[2]]["properties"]
+    assert {"messages", "model", "tools", "temperature", "stop"} <= set(fields)
+    assert "text/event-stream" in chat["responses"]["200"]["content"]
+    messages = described["paths"]["/v1/messages"]["post"]["responses"]["default"]
+    assert "AnthropicError" in json.dumps(messages)
+
+
+async def test_it_is_served(app: FastAPI, described: dict[str, Any]) -> None:
+    async with client_of(app) as http:
+        response = await http.get("/openapi.json")
+    assert response.json() == json.loads(json.dumps(described))
