@@ -63,6 +63,11 @@ class QueuedRequest:
     begun_at: float = math.inf
     request_id: str = ""
 
+    @property
+    def label(self) -> str:
+        """Its name in the log."""
+        return f"embedding request {self.request_id or 'without an id'}"
+
     def result(self) -> Embeddings:
         """Return the vectors in the order of the inputs."""
         rows = [self.vectors[index] for index in range(len(self.token_lists))]

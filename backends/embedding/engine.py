@@ -9,61 +9,34 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from backends.base import Engine, EngineLoad, ModelInfo
-from backends.embedding.batch import BatchLimits, QueuedRequest, next_batch
+from backends.embedding.batch import Batch, BatchLimits, QueuedRequest, next_batch
+from backends.embedding.model import EmbeddingModel, encode, input_tokens
 from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.activity import NO_ACTIVITY, REQUEST_ID, Activity
+from backends.engine.failures import request_error
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace
 from backends.limits import UNLIMITED, EngineLimits, StepWatch, deadline
-from core.errors import (
-    ContextLengthExceeded,
-    EngineFailed,
-    ImpetusError,
-    RequestError,
-    UnsupportedCapability,
-)
+from core.errors import EngineFailed, ImpetusError, NonFiniteOutput, UnsupportedCapability
 from core.types import BATCH_DELAY_S, Embeddings, GenerationEvent, GenerationRequest, Priority
 
 logger = logging.getLogger(__name__)
 
 THREAD_NAME = "impetus-engine"
-
-
-class EmbeddingModel(Protocol):
-    """A loaded embedding model; opened, used and closed on one thread."""
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of token ids; requests with others are refused."""
-        ...
-
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text` with the model's special tokens, not truncated."""
-        ...
-
-    def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Return one vector per list, float32 (len(token_lists), dimension); blocks.
-
-        They are pooled and normalised as the model wants it.  Lists differ in length and are not
-        empty; together they fit the `BatchLimits` of the engine.
-        """
-        ...
-
-    def close(self) -> None:
-        """Free the weights; called once."""
-        ...
+# The longest that tokenizing keeps the next batch of others waiting, but for one input.
+_TOKENIZING_S = 0.1
 
 
 class EmbeddingEngine(Engine):
     """One resident embedding model on a thread of its own.
 
-    Requests take turns in opening a batch, so a long one delays a short one by one batch.
+    Requests take turns in opening a batch, so a long one delays a short one by one batch.  They
+    take turns in being tokenized as well, between batches.  What fails for one request ends it
+    alone; each accepted request is resolved, or was cancelled or timed out before.
     """
 
     def __init__(
@@ -86,8 +59,11 @@ class EmbeddingEngine(Engine):
         self._max_waiting = max_waiting
         self._wake = threading.Condition()
         self._submitted: deque[QueuedRequest] = deque()
+        # Those that are not tokenized yet, and those that are.
+        self._untokenized: deque[QueuedRequest] = deque()
         self._queue: deque[QueuedRequest] = deque()
         self._is_closing = False
+        self._failure: EngineFailed | None = None
         self._limits = UNLIMITED
         self._counters = EngineLoad()
         self._watch, self._pace = StepWatch(), Pace()
@@ -126,8 +102,8 @@ class EmbeddingEngine(Engine):
         )
         with self._wake:
             if self._is_closing:
-                raise self._unloaded()
-            if len(self._submitted) + len(self._queue) > self._max_waiting:
+                raise self._ended()
+            if self._waiting > self._max_waiting:
                 raise self._pace.refusal(self._max_waiting, 1, self.info.name)
             self._submitted.append(request)
             self._wake.notify()
@@ -144,12 +120,21 @@ class EmbeddingEngine(Engine):
 
     def load(self) -> EngineLoad:
         """Return the counts of this moment; a step is a batch."""
-        waiting = len(self._submitted) + len(self._queue)
+        waiting = self._waiting
         return replace(self._counters, running=min(waiting, 1), waiting=max(waiting - 1, 0))
 
     @property
+    def _waiting(self) -> int:
+        return len(self._submitted) + len(self._untokenized) + len(self._queue)
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether the engine's thread ended although nobody closed the engine."""
+        return self._failure is not None
+
+    @property
     def stalled_s(self) -> float:
-        """Seconds since the running batch began; see `backends.limits.Watched`."""
+        """Seconds since the running batch, tokenizing or closing began; see `Watched`."""
         return self._watch.lasted_s
 
     def share_accelerator(self, lock: AcceleratorLock) -> None:
@@ -167,7 +152,10 @@ class EmbeddingEngine(Engine):
             self._wake.notify()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
-    def _unloaded(self) -> EngineFailed:
+    def _ended(self) -> EngineFailed:
+        """Return the error of requests that come too late."""
+        if self._failure is not None:
+            return EngineFailed(self._failure.message)
         return EngineFailed(f"The model {self.info.name} was unloaded.")
 
     def _run(self, open_model: Callable[[], EmbeddingModel], opened: "Future[None]") -> None:
@@ -179,67 +167,70 @@ class EmbeddingEngine(Engine):
             return
         opened.set_result(None)
         try:
-            while self._accept(model):
+            while self._accept():
+                self._tokenize_some(model)
                 self._step(model)
+        except BaseException as problem:
+            logger.exception("engine of %s failed", self.info.name)
+            reason = f"The engine of {self.info.name} failed: {str(problem)[:500]}"
+            self._failure = EngineFailed(reason)
         finally:
-            with self._wake:
-                self._is_closing = True
-                unfinished = [*self._queue, *self._submitted]
-                self._queue.clear()
-                self._submitted.clear()
-            for request in unfinished:
-                request.resolve(self._unloaded())
-            model.close()
+            self._shut_down(model)
 
-    def _accept(self, model: EmbeddingModel) -> bool:
-        """Tokenize new requests; block while there is nothing to do; False when closing."""
-        while True:
-            with self._wake:
-                while not (self._is_closing or self._submitted or self._queue):
-                    self._wake.wait()
-                if self._is_closing:
-                    return False
-                if not self._submitted:
-                    return True
-                self._queue.append(request := self._submitted.popleft())
-            self._prepare(model, request)
-
-    def _prepare(self, model: EmbeddingModel, request: QueuedRequest) -> None:
+    def _shut_down(self, model: EmbeddingModel) -> None:
+        with self._wake:
+            self._is_closing = True
+            unfinished = [*self._queue, *self._untokenized, *self._submitted]
+            for queue in (self._queue, self._untokenized, self._submitted):
+                queue.clear()
+        for request in unfinished:
+            request.resolve(self._ended())
         try:
-            for text in request.inputs:
+            with self._watch.running("close"):
+                model.close()
+        except BaseException:
+            logger.exception("%s: the model cannot be closed", self.info.name)
+
+    def _accept(self) -> bool:
+        """Take what was submitted; block while there is nothing to do; False when closing."""
+        with self._wake:
+            while not (self._is_closing or self._waiting):
+                self._wake.wait()
+            self._untokenized.extend(self._submitted)
+            self._submitted.clear()
+            return not self._is_closing
+
+    def _tokenize_some(self, model: EmbeddingModel) -> None:
+        """Tokenize inputs of one request after the other, for a part of a second at most."""
+        end = time.monotonic() + _TOKENIZING_S
+        while self._untokenized and not self._is_closing:
+            request = self._untokenized.popleft()
+            try:
+                self._tokenize_until(end, model, request)
+            except BaseException as problem:
+                self._end(request, request_error(problem, "tokenization", request.label))
+                continue
+            if request.is_over:
+                continue
+            if len(request.token_lists) < len(request.inputs):
+                self._untokenized.append(request)
+                return
+            request.left.sort()
+            self._queue.append(request)
+            self._end_if_done(request)
+            if time.monotonic() >= end:
+                return
+
+    def _tokenize_until(self, end: float, model: EmbeddingModel, request: QueuedRequest) -> None:
+        with self._watch.running("tokenize"), self._activity.working(request.request_id):
+            for text in request.inputs[len(request.token_lists) :]:
                 if request.is_over or self._is_closing:
-                    break
-                with self._activity.working(request.request_id):
-                    ids = self._tokens(model, text)
+                    return
+                ids = input_tokens(model, text, self.context_tokens)
                 request.left.append((len(ids), len(request.token_lists)))
                 request.token_lists.append(ids)
-        except ImpetusError as problem:
-            self._end(request, problem)
-        except Exception as problem:
-            logger.exception("the tokenizer of %s failed", self.info.name)
-            self._end(request, EngineFailed(f"The tokenizer of {self.info.name} failed: {problem}"))
-        else:
-            request.left.sort()
-            self._end_if_done(request)
-
-    def _tokens(self, model: EmbeddingModel, text: str | Sequence[int]) -> list[int]:
-        if isinstance(text, str):
-            # For an empty text, a tokenizer would still return its special tokens.
-            ids = model.tokenize(text) if text else []
-        else:
-            ids = list(text)
-            unknown = next((each for each in ids if not 0 <= each < model.vocabulary_size), None)
-            if unknown is not None:
-                raise RequestError(
-                    f"The token id {unknown} is not in the model's vocabulary of "
-                    f"{model.vocabulary_size} tokens; send text, or ids of this model's tokenizer.",
-                    param="input",
-                )
-        if not ids:
-            raise RequestError("An input is empty; remove it.", param="input")
-        if len(ids) > self.context_tokens:
-            raise ContextLengthExceeded.of(len(ids), self.context_tokens)
-        return ids
+                if time.monotonic() >= end:
+                    return
 
     def _step(self, model: EmbeddingModel) -> None:
         """Compute one batch."""
@@ -248,46 +239,42 @@ class EmbeddingEngine(Engine):
         batch = next_batch(self._queue, self._batch_limits, time.monotonic())
         if not batch:
             return
+        requests = list(dict.fromkeys(request for request, _ in batch))
+        problems = self._compute(model, batch)
+        if problems and len(requests) > 1:
+            # One input may spoil a whole batch, so the requests that failed are computed apart.
+            suspects, problems = problems, {}
+            for request in [request for request in suspects if not request.is_over]:
+                problems |= self._compute(model, [item for item in batch if item[0] is request])
+        for request, problem in problems.items():
+            self._end(request, request_error(problem, "its computation", request.label))
+        for request in requests:
+            self._end_if_done(request)
+        self._limits.rest()
+
+    def _compute(self, model: EmbeddingModel, batch: Batch) -> dict[QueuedRequest, BaseException]:
+        """Compute a batch and note its vectors; return the requests that failed, and why."""
+        requests = dict.fromkeys(request for request, _ in batch)
+        ids = dict.fromkeys(request.request_id for request in requests)
+        token_lists = [request.token_lists[index] for request, index in batch]
         started = time.thread_time()
         try:
-            requests = dict.fromkeys(request.request_id for request, _ in batch)
-            with self._take_turn(), self._watch.running("batch"), self._activity.working(*requests):
-                vectors = self._encode(
-                    model, [request.token_lists[index] for request, index in batch]
-                )
-        except Exception as problem:
-            if not isinstance(problem, ImpetusError):
-                logger.exception("a batch of %s failed", self.info.name)
-                problem = EngineFailed(f"The engine of {self.info.name} failed: {problem}")
-            for request in {request for request, _ in batch}:
-                self._end(request, problem)
-            return
+            with self._take_turn(), self._watch.running("batch"), self._activity.working(*ids):
+                vectors = encode(model, token_lists, self.info.name)
+        except BaseException as problem:
+            return dict.fromkeys(requests, problem)
         finally:
             self._counters = replace(
                 self._counters,
                 steps=self._counters.steps + 1,
                 native_cpu_s=self._counters.native_cpu_s + time.thread_time() - started,
             )
+        problems: dict[QueuedRequest, BaseException] = {}
         for (request, index), vector in zip(batch, vectors, strict=True):
-            if not np.isfinite(vector).all():
-                message = (
-                    f"The model {self.info.name} computed a non-finite vector (NaN or infinity); "
-                    "try another quantization."
-                )
-                self._end(request, EngineFailed(message))
             request.vectors[index] = vector
-        for request in {request for request, _ in batch}:
-            self._end_if_done(request)
-        self._limits.rest()
-
-    def _encode(self, model: EmbeddingModel, token_lists: list[list[int]]) -> NDArray[np.float32]:
-        vectors = np.asarray(model.encode(token_lists), np.float32)
-        if vectors.ndim != 2 or len(vectors) != len(token_lists):
-            raise EngineFailed(
-                f"The model {self.info.name} computed vectors of shape {vectors.shape} for "
-                f"{len(token_lists)} inputs."
-            )
-        return vectors
+            if not np.isfinite(vector).all():
+                problems[request] = NonFiniteOutput.of("vectors", self.info.name)
+        return problems
 
     def _end_if_done(self, request: QueuedRequest) -> None:
         if not request.is_over and len(request.vectors) == len(request.inputs):

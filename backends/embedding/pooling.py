@@ -92,9 +92,12 @@ def pool(
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Normalise `vectors` (b, d) to unit length; zeros stay zeros."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(lengths == 0, 1, lengths), np.float32)
+    """Normalise `vectors` (b, d) to unit length; zeros stay zeros, NaN and infinity give NaN."""
+    # Squares of large float32 values overflow it.
+    exact = np.asarray(vectors, np.float64)
+    lengths = np.linalg.norm(exact, axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(exact / np.where(lengths == 0, 1, lengths), np.float32)
 
 
 def _mean(values: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:

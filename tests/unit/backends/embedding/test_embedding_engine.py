@@ -19,8 +19,10 @@ from core.errors import (
     ContextLengthExceeded,
     EngineFailed,
     InsufficientMemory,
+    NonFiniteOutput,
     QueueFull,
     RequestError,
+    RequestFailed,
     TimedOut,
     Unavailable,
     UnsupportedCapability,
@@ -293,9 +295,9 @@ async def test_vector_that_is_not_finite_fails_its_own_request(
         await asyncio.sleep(0)
     encoder.free.set()
     _, bad, good = await asyncio.gather(first, *others, return_exceptions=True)
-    assert len(encoder.batches) == 2
-    assert isinstance(bad, EngineFailed)
-    assert "non-finite" in bad.message
+    assert [len(batch) for batch in encoder.batches] == [1, 2, 1]
+    assert isinstance(bad, NonFiniteOutput)
+    assert (bad.status, bad.code) == (500, "non_finite_output")
     assert isinstance(good, Embeddings)
 
 
@@ -314,7 +316,7 @@ async def test_engine_goes_on_after_a_batch_that_failed(
         raise ValueError(f"cannot do {len(vectors)}")
 
     encoder.answer = fail
-    with pytest.raises(EngineFailed, match="cannot do 1"):
+    with pytest.raises(RequestFailed, match="cannot do 1"):
         await engine.embed(["a"])
     encoder.answer = lambda v: v
     assert (await engine.embed(["a"])).vectors.tolist() == expected(encoder, ["a"])
@@ -327,7 +329,7 @@ async def test_tokenizer_that_fails_fails_its_request(encoder: Encoder) -> None:
 
     encoder.tokenize = tokenize  # type: ignore[method-assign]
     engine = open_engine(encoder)
-    with pytest.raises(EngineFailed, match="tokenizer"):
+    with pytest.raises(RequestFailed, match="tokenization"):
         await engine.embed(["a"])
     assert (await engine.embed([[3]])).prompt_tokens == 1
     await engine.close()
