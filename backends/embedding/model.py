@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.stepper import BoundsTokens
 from core.errors import ContextLengthExceeded, EngineFailed, RequestError
 
 
@@ -37,8 +38,14 @@ class EmbeddingModel(Protocol):
 def input_tokens(
     model: EmbeddingModel, text: str | Sequence[int], context_tokens: int
 ) -> list[int]:
-    """Return the tokens of one input.  Raises RequestError, ContextLengthExceeded."""
+    """Return the tokens of one input.  Raises RequestError, ContextLengthExceeded.
+
+    A long text is refused without tokenizing all of it, by a model that `BoundsTokens`.
+    """
     if isinstance(text, str):
+        fewest = model.fewest_tokens(text, context_tokens) if isinstance(model, BoundsTokens) else 0
+        if fewest > context_tokens:
+            raise ContextLengthExceeded.of(fewest, context_tokens, is_least=True)
         # For an empty text, a tokenizer would still return its special tokens.
         ids = model.tokenize(text) if text else []
     else:

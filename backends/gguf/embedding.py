@@ -70,6 +70,10 @@ class GgufEmbeddingModel:
         """Return the ids of `text` with the model's special tokens."""
         return self._model.encode(text, add_bos=True, parse_special=False)
 
+    def fewest_tokens(self, text: str, limit: int) -> int:
+        """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
+        return self._model.fewest_tokens(text, limit)
+
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return unit vectors (len(token_lists), dimension).  Raises EngineFailed."""
         self._batch.clear()

@@ -204,6 +204,10 @@ class OnnxEmbeddingModel:
         """Return the ids of `text` with the model's special tokens."""
         return self._tokenizer.encode_for_embedding(text)
 
+    def fewest_tokens(self, text: str, limit: int) -> int:
+        """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
+        return self._tokenizer.fewest_tokens(text, limit)
+
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return the pooled vectors (len(token_lists), dimension).  Raises EngineFailed."""
         lengths = np.array([len(ids) for ids in token_lists])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.pooling import unit
-from core.errors import EngineFailed, NonFiniteOutput, RequestFailed
+from core.errors import ContextLengthExceeded, EngineFailed, NonFiniteOutput, RequestFailed
 from core.types import Embeddings
 from tests.unit.backends.embedding.test_embedding_engine import Encoder, held_task, open_engine
 from tests.unit.backends.engine.faulty import Panic, until
@@ -136,6 +136,20 @@ async def test_a_client_that_leaves_has_no_more_inputs_tokenized(
     encoder.may_tokenize.set()
     await engine.embed(["a"])
     assert encoder.tokenized == ["m0", "a"]
+
+
+async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
+    class Bounding(FaultyEncoder):
+        def fewest_tokens(self, text: str, limit: int) -> int:
+            return 0 if len(text) <= limit else limit + 5
+
+    encoder = Bounding()
+    engine = open_engine(encoder)
+    with pytest.raises(ContextLengthExceeded, match="at least 17 tokens"):
+        await engine.embed(["a" * 13])
+    assert encoder.tokenized == []
+    await engine.embed(["a" * 10])
+    await engine.close()
 
 
 async def test_tokenizing_that_hangs_is_told(
