@@ -32,6 +32,20 @@ class PassingTime(threading.Condition):
         return timeout is None
 
 
+class RestingTime(threading.Condition):
+    """Lets time pass instead of a pause, and waits for commands as usual."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if timeout is None:
+            return super().wait()
+        self._clock.now += timeout
+        return False
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
@@ -81,7 +95,13 @@ async def throttled(limits: EngineLimits) -> float:
     return timing.throttled_s
 
 
-async def test_a_request_knows_what_pauses_cost_it() -> None:
+async def test_a_request_knows_what_pauses_cost_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert await throttled(UNLIMITED) == 0
+    clock = Clock()
+    for module in ("pacing", "loop", "batching"):
+        fake = SimpleNamespace(monotonic=clock.monotonic)
+        monkeypatch.setattr(f"backends.engine.{module}.time", fake)
+    threads = SimpleNamespace(Condition=lambda: RestingTime(clock), Thread=threading.Thread)
+    monkeypatch.setattr("backends.engine.loop.threading", threads)
     # The pauses before the second and the third token.
-    assert await throttled(EngineLimits(decode_pause_s=0.01)) >= 0.019
+    assert await throttled(EngineLimits(decode_pause_s=0.5)) == pytest.approx(1.0)
