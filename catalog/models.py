@@ -71,6 +71,12 @@ class ModelSettings:
         )
 
 
+def signatures_of(fingerprint: str) -> tuple[str, ...]:
+    """Return the signatures of the files that a fingerprint was made of."""
+    _, _, joined = fingerprint.partition(":")
+    return tuple(joined.split(",")) if joined else ()
+
+
 def record_key(info: ModelInfo) -> str:
     """Return the key that identifies a model across scans: the path of its first file."""
     return str(info.files[0]) if info.files else f"{info.format}:{info.name}"
@@ -100,9 +106,8 @@ class ModelRecord:
 
     @property
     def signatures(self) -> tuple[str, ...]:
-        """The signature that each of `info.files` had; see `catalog.scan.changes`."""
-        _, _, joined = self.fingerprint.partition(":")
-        return tuple(joined.split(",")) if joined else ()
+        """The signature that each of `info.files` had; see `catalog.changes`."""
+        return signatures_of(self.fingerprint)
 
 
 @dataclass(frozen=True, slots=True)

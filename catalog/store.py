@@ -13,6 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from backends.base import ModelInfo
+from catalog.changes import describe_changes
 from catalog.database_errors import cause, failure, is_damage
 from catalog.encoding import info_from_json, info_to_json, source_from_json, source_to_json
 from catalog.migrations import open_catalog
@@ -23,6 +25,7 @@ from catalog.models import (
     ScannedModel,
     ScanReport,
     record_key,
+    signatures_of,
 )
 from catalog.names import model_id, unique_id
 from core.errors import ImpetusError, ModelNotFound, NotFound, RequestError
@@ -256,7 +259,7 @@ def _is_valid_name(name: str) -> bool:
 
 def _write(connection: sqlite3.Connection, item: ScannedModel, now: float) -> tuple[str, str]:
     """Insert or update one model; return the report's list it belongs to, and its id."""
-    info = item.info
+    info, reason = item.info, item.reason
     key, base = record_key(info), model_id(info.name, info.format, info.quantization)
     row = connection.execute("SELECT id, base_id FROM models WHERE key = ?", (key,)).fetchone()
     is_new = row is None
@@ -264,12 +267,16 @@ def _write(connection: sqlite3.Connection, item: ScannedModel, now: float) -> tu
         row = _moved_from(connection, item, base)
         is_new = row is None
     old_id, old_base = row or (None, None)
+    if item.state == "refused" and old_id is not None and old_base is not None:
+        # Nothing is known of a damaged file: who asks for the model gets the reason.
+        base = old_base
+        info, reason = _damaged(connection, item, old_id)
     new_id = old_id
     if old_id is None or old_base != base:
         taken = connection.execute("SELECT id FROM models WHERE id IS NOT ?", (old_id,))
         new_id = unique_id(base, {taken_id for (taken_id,) in taken})
     values = (
-        key, new_id, base, info.name, item.state, item.reason, item.fingerprint,
+        key, new_id, base, info.name, item.state, reason, item.fingerprint,
         source_to_json(item.source), info_to_json(info),
     )  # fmt: skip
     if is_new:
@@ -286,6 +293,18 @@ def _write(connection: sqlite3.Connection, item: ScannedModel, now: float) -> tu
         )
     kind = "refused" if item.state == "refused" else "added" if is_new else "changed"
     return kind, str(new_id)
+
+
+def _damaged(
+    connection: sqlite3.Connection, item: ScannedModel, old_id: str
+) -> tuple[ModelInfo, str]:
+    """Return the info and reason of a known model that is refused now: named as it was."""
+    name, fingerprint, info = connection.execute(
+        "SELECT name, fingerprint, info FROM models WHERE id = ?", (old_id,)
+    ).fetchone()
+    known = info_from_json(info)
+    change = describe_changes(known.files, signatures_of(fingerprint))
+    return replace(item.info, name=name), f"{change}; {item.reason}" if change else item.reason
 
 
 def _moved_from(

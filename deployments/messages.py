@@ -26,7 +26,7 @@ class LoadRequest:
     """Which model a replica loads, and how.
 
     A step longer than `step_limit_s` counts as hung, and so does a load longer than `load_limit_s`.
-    `signatures` are those of the files when they were inspected; see `catalog.scan.changes`.
+    `signatures` are those of the files when they were inspected; see `catalog.changes`.
     """
 
     model_id: str

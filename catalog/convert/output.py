@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 
 from backends.base import ModelInfo
+from catalog.changes import file_signature
 from catalog.convert.job import write_json
-from catalog.scan.walk import file_signature
 from core.errors import ModelFileMissing, RequestError, Unavailable
 from core.types import JsonValue
 from core.units import MIB, format_bytes

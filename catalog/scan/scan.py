@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import assert_never
 
 from backends.base import Backend, ModelInfo
+from catalog.changes import file_signature
 from catalog.models import (
     BuiltIn,
     Converted,
@@ -24,7 +25,7 @@ from catalog.names import bare_name
 from catalog.scan.identify import HasBuiltInModels, Outcome, Refused, Unknown, examine
 from catalog.scan.provenance import converted_from
 from catalog.scan.starters import STARTERS, InstalledStarter, installed_starter
-from catalog.scan.walk import file_signature, walk
+from catalog.scan.walk import walk
 from catalog.store import CatalogStore
 from core.settings import Settings
 

@@ -29,12 +29,6 @@ class WalkResult:
     skipped: list[str] = field(default_factory=list)
 
 
-def file_signature(path: Path) -> str:
-    """Return size, modification time and inode as text, to detect changes.  Raises OSError."""
-    status = path.stat()
-    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
-
-
 def walk(roots: Sequence[Path]) -> WalkResult:
     """Collect the regular files under `roots`; blocks while folders are listed.
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from catalog.scan.changes import describe_changes
+from catalog.changes import describe_changes
 from core.errors import ModelFileChanged, ModelFileMissing
 from deployments.messages import FileMark, LoadRequest
 

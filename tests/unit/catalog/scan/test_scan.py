@@ -288,3 +288,34 @@ def test_built_in_model_is_an_entry(library: Library) -> None:
     assert library.store.models()[0].source == BuiltIn()
     library.backend = GgufIdentification()
     assert library.scan().missing == ("echo@echo",)
+
+
+def test_a_damaged_file_keeps_its_names_and_says_what_happened(library: Library) -> None:
+    path = minimal_gguf(library.models / "Phi-2.Q4_0.gguf")
+    library.scan()
+    (model,) = library.store.models()
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert library.scan().refused == (model.id,)
+    (refused,) = library.store.models()
+    assert (refused.id, refused.info.name, refused.state) == (model.id, "phi-2", "refused")
+    assert library.store.resolve("phi-2") == [refused]
+    assert f"{path} changed on disk: it was truncated from" in refused.reason
+    assert f"({len(content):,} bytes)" in refused.reason
+    assert f"({len(content) // 2:,} bytes)" in refused.reason
+    path.write_bytes(content)
+    library.scan()
+    (repaired,) = library.store.models()
+    assert (repaired.id, repaired.state, repaired.reason) == (model.id, "ok", "")
+    assert repaired.info == model.info
+
+
+def test_a_file_that_was_never_sound_has_the_reason_only(library: Library) -> None:
+    path = minimal_gguf(library.models / "bad.gguf")
+    content = path.read_bytes()
+    for length in (200, 190):
+        path.write_bytes(content[:length])
+        library.scan()
+    (refused,) = library.store.models()
+    assert refused.id == "bad@gguf"
+    assert refused.state == "refused"

@@ -12,7 +12,7 @@ import pytest
 
 from backends.base import Engine, EngineOptions, ModelInfo
 from backends.echo import EchoBackend, echo_info
-from catalog.scan.walk import file_signature
+from catalog.changes import file_signature
 from core.errors import (
     BrokenModel,
     EngineFailed,

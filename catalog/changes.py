@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from catalog.scan.walk import file_signature
 from core.units import format_bytes
+
+
+def file_signature(path: Path) -> str:
+    """Return size, modification time and inode as text, to detect changes.  Raises OSError."""
+    status = path.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
 
 
 def describe_changes(files: Sequence[Path], signatures: Sequence[str]) -> str:
