@@ -13,6 +13,7 @@ from catalog.models import ModelRecord, ModelSettings
 from catalog.store import CatalogStore
 from core.settings import Settings
 from core.supervision import Supervisor
+from deployments.activity import DeathRecords
 from deployments.decisions import DecisionLog
 from deployments.messages import (
     DEFAULT_CONTEXT,
@@ -25,6 +26,7 @@ from deployments.messages import (
 )
 from deployments.options import budget_bytes, engine_options
 from deployments.scheduler.conversions import Conversions
+from deployments.scheduler.deaths import ProcessDeaths
 from deployments.scheduler.faults import FaultFile, Faults
 from deployments.scheduler.formats import FormatClients
 from deployments.scheduler.ledger import Ledger
@@ -41,7 +43,7 @@ from deployments.scheduler.snapshot import take_snapshot
 from deployments.scheduler.thermal import ThermalWatch
 from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, returning_errors
-from deployments.serve.status import own_node_id, running_deployments
+from deployments.serve.status import existing_replicas, own_node_id, running_deployments
 from deployments.serve.worker import prepare_worker
 from scheduler.state import HostState, KeepRules, Limits, LoadPlan
 from scheduler.thermal import Directive
@@ -63,6 +65,7 @@ class SchedulerReplica:
         settings: Settings,
         formats: Mapping[str, Handle],
         running: Callable[[], Awaitable[frozenset[str]]] = running_deployments,
+        replicas: Callable[[], Awaitable[frozenset[str] | None]] = existing_replicas,
     ) -> None:
         prepare_worker()
         self._settings = settings
@@ -84,14 +87,23 @@ class SchedulerReplica:
             settings, self._backends, self._options, self._scanner.scan, self._reserve_memory
         )
         self._lookup = ModelLookup(self._store, self._planner, self._conversions)
+        self._deaths = ProcessDeaths(
+            DeathRecords(settings.home),
+            lambda: self._ledgers.values(),
+            self._release_lost,
+            self._lookup,
+            self._format_clients,
+            self._faults,
+            self._log,
+            replicas,
+        )
         self._loader = ModelLoader(
             self._lookup,
             self._planner,
             self._format_clients,
             self._faults,
-            self._log,
             self._scanner.scan,
-            self._process_ended,
+            self._deaths.died,
         )
         self._ledger = self._make_ledger(self._budget_bytes)
         self._ledgers: Ledgers = {self._node_id: self._ledger}
@@ -190,12 +202,13 @@ class SchedulerReplica:
         await self._scanner.rescan(urgent)
 
     async def _forget_stopped(self) -> None:
-        """Remove the models of formats that Serve scaled to zero."""
+        """Remove the models of processes that are gone: scaled to zero, or dead while idle."""
         for residency in await self._format_clients.stopped(self._residencies()):
             logger.info("%s was unloaded: its idle process was scaled down", residency.model_id)
             ledger = ledger_holding(self._ledgers, residency.model_id)
             if ledger is not None:
                 ledger.forget(residency)
+        await self._deaths.forget_gone()
 
     @returning_errors
     async def explain(self, model_id: str) -> None:
@@ -318,15 +331,8 @@ class SchedulerReplica:
             await self._release(known.model_id, "its replica no longer serves it")
 
     async def process_died(self, model_id: str, replica_id: str) -> None:
-        """Record a process that died while it ran a request for the model."""
-        known = self._residency(model_id)
-        if known is not None and known.replica_id == replica_id:
-            await self._release_lost(known)
-        await self._loader.record_death(model_id, replica_id)
-
-    def _process_ended(self, process: str) -> None:
-        for ledger in self._ledgers.values():
-            ledger.process_ended(process)
+        """Forget a process that died while it ran a request for the model; see `ProcessDeaths`."""
+        await self._deaths.died(model_id, replica_id)
 
     async def _apply_directive(self, directive: Directive) -> None:
         """Apply the thermal directive to conversions and the ledger; engines get their limits."""

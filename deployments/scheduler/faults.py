@@ -111,17 +111,23 @@ class Faults:
         record = self._of(model_id, files)
         self._keep(model_id, load_failed(record, reason[:_LONGEST_REASON], self._clock()))
 
-    def record_death(self, model_id: str, files: str, process: str, stderr_tail: str) -> bool:
-        """Record a process that died with the model; True if this quarantines the model."""
+    def record_death(
+        self, model_id: str, files: str, process: str, stderr_tail: str, change: str = ""
+    ) -> bool:
+        """Record a process that died computing the model; True if this quarantines the model.
+
+        `change` says what happened to the model's file since it was inspected, if anything.
+        """
         old = self._of(model_id, files)
         # Every request that ran there reports the same death.
         if process in old.deaths:
             return False
         count = len(old.deaths.keys() | {process})
         log = f" Last log lines: {stderr_tail}" if stderr_tail else ""
+        changed = f" Before the last death {change}." if change else ""
         reason = (
-            f"{min(count, DEATHS_TO_QUARANTINE)} processes died with it within "
-            f"{DEATH_WINDOW_S / 60:.0f} minutes.{log}"
+            f"{min(count, DEATHS_TO_QUARANTINE)} processes died while they computed it within "
+            f"{DEATH_WINDOW_S / 60:.0f} minutes.{changed}{log}"
         )
         record = process_died(old, process, reason[:_LONGEST_REASON], self._clock())
         self._keep(model_id, record)

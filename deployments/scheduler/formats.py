@@ -25,6 +25,7 @@ from deployments.stderr_tail import read_stderr_tail
 logger = logging.getLogger(__name__)
 
 _REPORT_LIMIT_S = 2.0
+_KEPT_ENDED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +144,15 @@ class FormatClients:
             for one, answer in found.items()
             for report in answer.residents
         }
+        alive = {one.replica_id for answer in found.values() for one in answer.processes}
         models = [
-            (residency, reports.get((residency.format, residency.model_id)))
+            (
+                residency,
+                # Another process may have loaded the model since.
+                reports.get((residency.format, residency.model_id))
+                if residency.replica_id in alive
+                else None,
+            )
             for residency in known
             if residency.format in found or residency.format in stopped
         ]
@@ -164,10 +172,18 @@ class FormatClients:
         self._ended += [replace(process, kept_bytes=0) for process in gone]
         self._processes_by_format[name] = processes
         self._processes.update((process.replica_id, process) for process in processes)
+        # Those that are gone are kept a while for their last lines on stderr.
+        ended = [one for one in self._processes if one not in self._running_processes()]
+        for one in ended[:-_KEPT_ENDED]:
+            del self._processes[one]
         if any(process.kept_bytes for process in processes):
             self._keeping_memory.add(name)
         else:
             self._keeping_memory.discard(name)
+
+    def _running_processes(self) -> set[str]:
+        known = self._processes_by_format.values()
+        return {process.replica_id for each in known for process in each}
 
     async def _ask(self, name: str) -> ReplicaReport | None:
         try:

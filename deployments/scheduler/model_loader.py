@@ -1,9 +1,8 @@
-"""Loads models on replicas, and records loads that fail and processes that die of them."""
+"""Loads models on replicas, and records loads that fail."""
 
 from collections.abc import Awaitable, Callable
 
-from core.errors import InsufficientMemory, ModelFileMissing
-from deployments.decisions import DecisionLog
+from core.errors import InsufficientMemory, ModelFileChanged, ModelFileMissing
 from deployments.messages import Residency
 from deployments.scheduler.faults import Faults
 from deployments.scheduler.formats import FormatClients
@@ -16,7 +15,7 @@ from scheduler.state import LoadPlan
 class ModelLoader:
     """Performs what the policy decided.  Belongs to one event loop.
 
-    `rescan` scans the model folders, `process_ended` tells the ledgers of a process that is gone.
+    `rescan` scans the model folders, `process_died` takes a process that ended during a load.
     """
 
     def __init__(
@@ -25,17 +24,15 @@ class ModelLoader:
         planner: LoadPlanner,
         clients: FormatClients,
         faults: Faults,
-        log: DecisionLog,
         rescan: Callable[[], Awaitable[None]],
-        process_ended: Callable[[str], None],
+        process_died: Callable[[str, str], Awaitable[None]],
     ) -> None:
         self._lookup = lookup
         self._planner = planner
         self._clients = clients
         self._faults = faults
-        self._log = log
         self._rescan = rescan
-        self._process_ended = process_ended
+        self._process_died = process_died
 
     async def load(self, budget_bytes: int, model_id: str, plan: LoadPlan) -> Residency:
         """Let a replica load the model as planned.  Raises what the replica does.
@@ -49,12 +46,14 @@ class ModelLoader:
         processes = self._clients.known_processes(name)
         try:
             residency = await self._clients.open(request)
-        except ModelFileMissing:
+        except (ModelFileMissing, ModelFileChanged):
             await self._rescan()
+            # A file that is refused now says why; one that is sound is loaded by the next request.
+            await self._lookup.loadable(model_id)
             raise
         except ReplicaDied:
             for process in await self._clients.lost_processes(name, processes):
-                await self.record_death(model_id, process)
+                await self._process_died(model_id, process)
             raise
         except InsufficientMemory:
             raise
@@ -63,14 +62,3 @@ class ModelLoader:
             raise
         self._faults.record_load(model_id)
         return residency
-
-    async def record_death(self, model_id: str, process: str) -> None:
-        """Record a process that died while it used the model; the third quarantines the model."""
-        self._process_ended(process)
-        record = await self._lookup.find(model_id)
-        stderr_tail = await self._clients.stderr_tail(process)
-        if record is not None and self._faults.record_death(
-            model_id, record.fingerprint, process, stderr_tail
-        ):
-            reason = self._faults.current()[model_id].reason
-            self._log.record("process died", f"quarantine {model_id}", reason)

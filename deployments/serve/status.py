@@ -1,4 +1,4 @@
-"""Asks Serve's controller which deployments have a running replica."""
+"""Asks Serve's controller which deployments have a running replica, and which replicas exist."""
 
 import asyncio
 from typing import Any
@@ -23,8 +23,27 @@ async def running_deployments() -> frozenset[str]:
     Source: what `serve.status()` reads.  That function checks the whole answer against its
     schema, 75 ms of CPU per call instead of 1.5 ms; this is asked every few seconds.
     """
+    return _running(await _details())
+
+
+async def existing_replicas() -> frozenset[str] | None:
+    """Return the ids of all replicas that exist, in whatever state.  Raises as the above."""
+    return _replicas(await _details())
+
+
+async def _details() -> dict[str, Any]:
     controller = await asyncio.to_thread(ray.get_actor, _CONTROLLER, namespace=_NAMESPACE)
-    return _running(await controller.get_serve_instance_details.remote())
+    details: dict[str, Any] = await controller.get_serve_instance_details.remote()
+    return details
+
+
+def _replicas(details: dict[str, Any]) -> frozenset[str]:
+    return frozenset(
+        replica["replica_id"]
+        for application in details["applications"].values()
+        for deployment in application["deployments"].values()
+        for replica in deployment["replicas"]
+    )
 
 
 def _running(details: dict[str, Any]) -> frozenset[str]:

@@ -12,6 +12,7 @@ from backends.registry import backends_for
 from catalog.scan.identify import Outcome, examine
 from core.settings import Settings
 from core.units import MIB
+from deployments.activity import DeathCause
 from deployments.messages import (
     LoadRequest,
     ModelUsage,
@@ -39,6 +40,8 @@ class Replica:
         self.kept_bytes = 0
         self.stderr_path = ""
         self.name = "replica"
+        self.listed: frozenset[str] | None = None
+        self.causes: dict[str, DeathCause] = {}
         self.freed = UnloadResult()
         self.failure: Exception | None = None
         self.limits: list[EngineLimits] = []
@@ -60,7 +63,7 @@ class Replica:
         if self.failure is not None:
             raise self.failure
         self.held.append(order.model_id)
-        return Residency(order.model_id, order.info.format, "replica", "node", 2048, 0.1)
+        return Residency(order.model_id, order.info.format, self.name, "node", 2048, 0.1)
 
     async def unload(self, model_id: str, replica_id: str) -> UnloadResult | None:
         del replica_id
@@ -80,6 +83,14 @@ class Replica:
 
     async def residencies(self) -> list[Residency]:
         return self.found
+
+    async def cause(self, replica_id: str) -> DeathCause | None:
+        """Return what a process left in its record."""
+        return self.causes.get(replica_id)
+
+    async def existing(self) -> frozenset[str] | None:
+        """Return what Serve lists."""
+        return self.listed
 
     async def set_limits(self, limits: EngineLimits) -> None:
         self.limits.append(limits)
@@ -113,9 +124,11 @@ async def started(
         home=home, starters=False, formats=["gguf"], memory_budget=70 * MIB, threads=1, **options
     )
     handles: Any = {"gguf": replica.handle}
-    scheduler = SchedulerReplica(settings, handles, gguf_runs)
+    scheduler = SchedulerReplica(settings, handles, gguf_runs, replica.existing)
     while not await scheduler.is_ready():
         await asyncio.sleep(0.005)
+    records: Any = replica
+    scheduler._deaths._records = records
     try:
         yield scheduler
     finally:

@@ -68,7 +68,7 @@ async def test_a_load_in_a_format_that_starts_on_demand_asks_two_questions(
     (tmp_path / "models").mkdir()
     settings = Settings(home=tmp_path, starters=False, formats=["echo"], threads=1)
     handles: Any = {"echo": replica.handle}
-    scheduler = SchedulerReplica(settings, handles, running)
+    scheduler = SchedulerReplica(settings, handles, running, replica.existing)
     await scheduler.model_states()
     still(scheduler)
     # Bytes that the process keeps make it worth asking although it holds no model.

@@ -122,7 +122,7 @@ async def test_an_idle_process_that_ended_is_found_by_the_next_call(
         return frozenset(running)
 
     handles: Any = {"echo": replica.handle}
-    scheduler = SchedulerReplica(settings, handles, deployments)
+    scheduler = SchedulerReplica(settings, handles, deployments, replica.existing)
     await scheduler.model_states()
     await scheduler.ensure_loaded("echo@echo")
     states = await scheduler.model_states()
@@ -184,7 +184,8 @@ async def test_a_restarted_scheduler_waits_until_it_knows_and_repeats_no_version
     residency: Any = await scheduler.ensure_loaded(A)
     await router.until({A})
     replica.found.append(residency)
-    again = SchedulerReplica(scheduler._settings, {"gguf": replica.handle}, _gguf_runs)  # type: ignore[dict-item]
+    handles: Any = {"gguf": replica.handle}
+    again = SchedulerReplica(scheduler._settings, handles, _gguf_runs, replica.existing)
     router.scheduler = again
     known = router.states
     states = await router.next()

@@ -79,7 +79,7 @@ async def test_what_an_idle_process_held_is_forgotten_without_starting_it(
         return frozenset(running)
 
     handles: Any = {"echo": replica.handle}
-    scheduler = SchedulerReplica(settings, handles, deployments)
+    scheduler = SchedulerReplica(settings, handles, deployments, replica.existing)
     while not await scheduler.is_ready():
         await asyncio.sleep(0.005)
     await scheduler.ensure_loaded("echo@echo")

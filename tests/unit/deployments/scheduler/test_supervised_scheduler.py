@@ -92,7 +92,9 @@ async def start(tmp_path: Path, replica: Replica) -> AsyncIterator[Callable[[], 
 
     def begin(**handles: Any) -> SchedulerReplica:
         formats: Any = {"gguf": replica.handle, **handles}
-        started.append(SchedulerReplica(settings_of(tmp_path), formats, gguf_runs))
+        started.append(
+            SchedulerReplica(settings_of(tmp_path), formats, gguf_runs, replica.existing)
+        )
         return started[-1]
 
     yield begin
