@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from core.errors import EngineFailed, Unavailable
+from core.errors import CrashingRequest, Unavailable
 from core.types import Embeddings
 from deployments.activity import DeathRecords
 from deployments.messages import ModelStates, Residency
@@ -288,6 +288,6 @@ async def test_a_request_after_a_published_eviction_asks_for_a_load_first(
 async def test_a_death_takes_the_model_out_at_once(states: ModelStatesWatch) -> None:
     loads = FakeHandle(ensure_loaded=answering(M), process_died=answering(None))
     subject, _ = embedding(states, loads, ReplicaDied("died"))
-    with pytest.raises(EngineFailed):
+    with pytest.raises(CrashingRequest):
         await subject.embed("m", ["x"])
     assert not states.residencies

@@ -36,9 +36,23 @@ async def test_only_what_has_a_running_replica_runs(
     assert await liveness.running_deployments() == expected
 
 
+async def test_replicas_exist_in_any_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer() -> dict[str, Any]:
+        found = details("RUNNING", "STOPPING", "STARTING")
+        replicas = found["applications"]["impetus"]["deployments"]["gguf"]["replicas"]
+        for number, replica in enumerate(replicas):
+            replica["replica_id"] = f"r{number}"
+        return found
+
+    controller = SimpleNamespace(get_serve_instance_details=SimpleNamespace(remote=answer))
+    monkeypatch.setattr(ray, "get_actor", lambda *_, **__: controller)
+    assert await liveness.existing_replicas() == {"r0", "r1", "r2"}
+
+
 def test_the_fields_read_are_those_of_serves_own_schema() -> None:
     applications = ServeInstanceDetails.model_fields["applications"].annotation
     (_, application) = applications.__args__  # type: ignore[union-attr]
     (_, deployment) = application.model_fields["deployments"].annotation.__args__
     (replica,) = deployment.model_fields["replicas"].annotation.__args__
     assert replica.model_fields["state"].annotation("RUNNING") == "RUNNING"
+    assert replica.model_fields["replica_id"].annotation is str
