@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -128,7 +129,7 @@ class HandleDispatcher:
         """Run on this machine: events come over the socket, the call only reports its end."""
         end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         attempts.begin(end)
-        self._receiver.subscribe(request.id, attempts.on_events)
+        self._receiver.subscribe(request.id, attempts.on_events, partial(_fail, end))
         timer = self._end_in_time(request, end)
         work = asyncio.ensure_future(self._call(request, residency, attempt, end))
         self._calls.add(work)
@@ -187,8 +188,10 @@ class HandleDispatcher:
         frames: Any = handle.stream.remote(request, attempt)
         try:
             async for frame in frames:
-                for _, events in decode_body(frame[LENGTH_BYTES:]):
-                    attempts.on_events(events)
+                for _, arrival in decode_body(frame[LENGTH_BYTES:]):
+                    if isinstance(arrival, EngineFailed):
+                        raise arrival
+                    attempts.on_events(arrival)
         except Exception as problem:
             ours = unwrap(problem)
             if ours is problem:

@@ -1,12 +1,15 @@
 """Encodes generation events as msgpack frames, one frame per engine step."""
 
+import logging
 import struct
 from collections.abc import Sequence
 from dataclasses import astuple
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgpack
+import numpy as np
 
+from core.errors import EngineFailed
 from core.types import (
     CacheOutcome,
     Finished,
@@ -20,22 +23,39 @@ from core.types import (
     Usage,
 )
 
+logger = logging.getLogger(__name__)
+
 _LENGTH = struct.Struct("<I")
 LENGTH_BYTES = _LENGTH.size
-# A larger frame can only be a bug of the sender.
+# A larger frame can only be a bug of the sender, which splits what is larger.
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
-_TEXT, _REASONING, _TOOL_CALL, _PREFILL, _FINISHED = range(5)
+_TEXT, _REASONING, _TOOL_CALL, _PREFILL, _FINISHED, _LOST = range(6)
+_BIG_INTEGER = 1
 
 StepEvents = Sequence[tuple[str, Sequence[GenerationEvent]]]
+# What arrived for one request: events, or why the next ones are lost.
+Arrival: TypeAlias = "list[GenerationEvent] | EngineFailed"
 
 
 def encode_frame(batch: StepEvents) -> bytes:
-    """Return one frame: a little-endian uint32 length, then msgpack."""
-    body: bytes = msgpack.packb(
-        [(request_id, [_pack(event) for event in events]) for request_id, events in batch]
-    )
-    return _LENGTH.pack(len(body)) + body
+    """Return one frame: a little-endian uint32 length, then msgpack.
+
+    Raises an exception of any kind for events that cannot be encoded, or exceed the maximum.
+    """
+    return _framed([(request_id, list(map(_pack, events))) for request_id, events in batch])
+
+
+def encode_frames(batch: StepEvents) -> list[bytes]:
+    """Return the frames of a step, one as a rule; never raises.
+
+    A request whose events cannot be encoded gets an error in their place.  A frame over the maximum
+    is split.
+    """
+    try:
+        return [encode_frame(batch)]
+    except Exception:
+        return [frame for request_id, events in batch for frame in _frames_of(request_id, events)]
 
 
 def decode_length(data: bytes | bytearray, offset: int) -> int:
@@ -46,12 +66,83 @@ def decode_length(data: bytes | bytearray, offset: int) -> int:
     return length
 
 
-def decode_body(body: bytes | bytearray | memoryview) -> list[tuple[str, list[GenerationEvent]]]:
-    """Return the (request id, events) pairs of a frame's body."""
-    return [
-        (request_id, [_unpack(event) for event in events])
-        for request_id, events in msgpack.unpackb(body)
-    ]
+def decode_body(body: bytes | bytearray | memoryview) -> list[tuple[str, Arrival]]:
+    """Return what a frame's body has for each request id; see `Arrival`.
+
+    Events that cannot be decoded are lost for their request only.  Raises ValueError if the body as
+    a whole cannot be decoded.
+    """
+    arrivals: list[tuple[str, Arrival]] = []
+    try:
+        for request_id, events in _unpacked(body):
+            if not isinstance(request_id, str):
+                raise ValueError("a request id is not text")
+            try:
+                arrivals.append((request_id, [_unpack(event) for event in events]))
+            except Exception as problem:
+                arrivals.append((request_id, _lost(request_id, problem)))
+    except Exception as problem:
+        raise ValueError(f"a frame cannot be decoded: {problem}") from problem
+    return arrivals
+
+
+def _lost(request_id: str, problem: Exception) -> EngineFailed:
+    if not isinstance(problem, _SenderLost):
+        logger.error("events of %s cannot be decoded", request_id, exc_info=problem)
+    return EngineFailed(
+        "A part of the answer was lost between the engine and the router; send the request again."
+    )
+
+
+class _SenderLost(Exception):
+    """The sender could not encode the events."""
+
+
+def _frames_of(request_id: str, events: Sequence[GenerationEvent]) -> list[bytes]:
+    """Return one frame for each event of a request, up to one that cannot be encoded."""
+    frames: list[bytes] = []
+    for event in events:
+        try:
+            frames.append(encode_frame([(request_id, [event])]))
+        except Exception:
+            logger.exception("an event of %s cannot be encoded", request_id)
+            frames.append(_framed([(request_id, [(_LOST,)])]))
+            break
+    return frames
+
+
+def _framed(requests: list[tuple[str, list[tuple[Any, ...]]]]) -> bytes:
+    try:
+        body: bytes = msgpack.packb(requests, default=_pack_other)
+    except UnicodeEncodeError:
+        # Only texts with lone surrogates, which UTF-8 cannot represent, get here.
+        body = msgpack.packb(requests, default=_pack_other, unicode_errors="surrogatepass")
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {len(body)} bytes exceeds {MAX_FRAME_BYTES}")
+    return _LENGTH.pack(len(body)) + body
+
+
+def _unpacked(body: bytes | bytearray | memoryview) -> Any:
+    try:
+        return msgpack.unpackb(body, ext_hook=_unpack_other)
+    except UnicodeDecodeError:
+        return msgpack.unpackb(body, ext_hook=_unpack_other, unicode_errors="surrogatepass")
+
+
+def _pack_other(value: object) -> Any:
+    """Return what stands for a value that msgpack does not know.  Raises TypeError."""
+    if isinstance(value, int):
+        size = value.bit_length() // 8 + 1
+        return msgpack.ExtType(_BIG_INTEGER, value.to_bytes(size, "little", signed=True))
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"cannot encode a {type(value).__name__}")
+
+
+def _unpack_other(code: int, data: bytes) -> int:
+    if code != _BIG_INTEGER:
+        raise ValueError(f"unknown extension {code}")
+    return int.from_bytes(data, "little", signed=True)
 
 
 def _pack(event: GenerationEvent) -> tuple[Any, ...]:
@@ -75,6 +166,7 @@ def _pack(event: GenerationEvent) -> tuple[Any, ...]:
             times = (timing.queued_s, timing.prefill_s, timing.decode_s, timing.throttled_s)
             reuse = None if cache is None else astuple(cache)
             return (_FINISHED, reason, counts, times, stop, mismatches, reuse)
+    raise TypeError(f"cannot encode a {type(event).__name__}")
 
 
 def _unpack(data: list[Any]) -> GenerationEvent:
@@ -93,6 +185,8 @@ def _unpack(data: list[Any]) -> GenerationEvent:
         timing = Timing(queued_s, prefill_s, decode_s, throttled_s=throttled_s)
         cache = CacheOutcome(*data[6]) if data[6] else None
         return Finished(data[1], Usage(*data[2]), timing, data[4], tuple(data[5]), cache)
+    if kind == _LOST:
+        raise _SenderLost
     raise ValueError(f"unknown event {kind}")
 
 

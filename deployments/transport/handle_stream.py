@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
-from deployments.transport.codec import StepEvents, encode_frame
+from deployments.transport.codec import StepEvents, encode_frames
 
 # The first events are sent at once, later ones are collected this long.
 _COALESCE_S = 0.02
@@ -18,8 +19,10 @@ class CoalescingReceiver:
         self._queue: asyncio.Queue[StepEvents | None] = asyncio.Queue()
 
     def deliver(self, batch: StepEvents) -> None:
-        """Add a step's events.  Thread-safe."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, batch)
+        """Add a step's events.  Thread-safe; never raises."""
+        # The loop may be closed at the process's end, when nobody reads any more.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, batch)
 
     def end(self) -> None:
         """End `frames` after the events added so far."""
@@ -40,6 +43,7 @@ class CoalescingReceiver:
                     break
                 batches.extend(more)
             sent_at = time.monotonic()
-            yield encode_frame(batches)
+            for frame in encode_frames(batches):
+                yield frame
             if is_last:
                 return

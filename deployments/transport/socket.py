@@ -7,31 +7,41 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from core.errors import ImpetusError
+from core.errors import EngineFailed, ImpetusError
 from deployments.transport.codec import (
     LENGTH_BYTES,
+    Arrival,
     StepEvents,
     decode_body,
     decode_length,
-    encode_frame,
+    encode_frames,
 )
 from router.services import EventCallback
 
 logger = logging.getLogger(__name__)
 
+ErrorCallback: TypeAlias = Callable[[Exception], None]
+
 # macOS allows 104 bytes for a socket's path, its closing zero included.
 _MAX_PATH_BYTES = 100
-_MAX_UNSENT_BYTES = 16 * 1024 * 1024
+_MAX_UNSENT_BYTES = 256 * 1024 * 1024
+# A router that is merely busy with large answers is given time.
+_MAX_STALLED_BYTES = 16 * 1024 * 1024
+_STALL_S = 10.0
 
 
 class FrameSender:
     """A replica's end: sends each step's events to one router.  Thread-safe, never blocks.
 
-    Bytes that the socket does not accept are buffered, up to 16 MiB, and sent with the next step.
+    Bytes that the socket does not accept are buffered and sent with the next step.  The connection
+    breaks when 16 MiB are buffered and none was accepted for 10 s, or at 256 MiB.
     """
 
     def __init__(self, path: str) -> None:
@@ -42,6 +52,7 @@ class FrameSender:
         self._socket.connect(path)
         self._socket.setblocking(False)
         self._watchers: set[Callable[[], object]] = set()
+        self._stalled_at: float | None = None
         self.is_broken = False
 
     @contextmanager
@@ -56,12 +67,14 @@ class FrameSender:
                 self._watchers.discard(on_break)
 
     def deliver(self, batch: StepEvents) -> None:
-        """Send one frame; implements `backends.base.EventReceiver`."""
-        frame = encode_frame(batch)
+        """Send a step's events; implements `backends.base.EventReceiver` and never raises."""
+        frames = encode_frames(batch)
         with self._lock:
-            if not self.is_broken:
+            if self.is_broken:
+                return
+            for frame in frames:
                 self._unsent += frame
-                self._send()
+            self._send()
 
     def flush(self) -> bool:
         """Send buffered bytes; return whether the buffer is empty."""
@@ -73,12 +86,20 @@ class FrameSender:
     def _send(self) -> None:
         try:
             sent = self._socket.send(self._unsent)
-            del self._unsent[:sent]
         except BlockingIOError:
-            pass
+            sent = 0
         except OSError as problem:
             self._break(f"the router closed it: {problem}")
-        if len(self._unsent) > _MAX_UNSENT_BYTES:
+            return
+        del self._unsent[:sent]
+        if not self._unsent:
+            self._stalled_at = None
+            return
+        if sent or self._stalled_at is None:
+            self._stalled_at = time.monotonic()
+        unsent, stalled_s = len(self._unsent), time.monotonic() - self._stalled_at
+        is_stalled = unsent > _MAX_STALLED_BYTES and stalled_s > _STALL_S
+        if is_stalled or unsent > _MAX_UNSENT_BYTES:
             self._break("the router does not read")
 
     def _break(self, reason: str) -> None:
@@ -90,7 +111,10 @@ class FrameSender:
         self._unsent.clear()
         self._socket.close()
         for on_break in self._watchers:
-            on_break()
+            try:
+                on_break()
+            except Exception:
+                logger.exception("cannot report a broken connection")
 
     def close(self) -> None:
         """Close the socket; idempotent."""
@@ -98,11 +122,20 @@ class FrameSender:
             self._shut()
 
 
+@dataclass(slots=True, eq=False)
+class _Subscription:
+    """Where one request's events go; `source` is the connection that brought the last ones."""
+
+    on_events: EventCallback
+    on_error: ErrorCallback | None
+    source: "_Connection | None" = None
+
+
 class FrameReceiver:
     """The router's end: one socket in a private folder receives all replicas' frames."""
 
     def __init__(self) -> None:
-        self._callbacks: dict[str, EventCallback] = {}
+        self._subscriptions: dict[str, _Subscription] = {}
         self._server: asyncio.Server | None = None
         self._folder: Path | None = None
         self._connections: set[_Connection] = set()
@@ -118,22 +151,52 @@ class FrameReceiver:
             raise ImpetusError(
                 f"The path of the event socket exceeds {_MAX_PATH_BYTES} bytes: {path}"
             )
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(
-            lambda: _Connection(self._callbacks, self._connections), path
-        )
+        await self._listen(path)
         self.path = path
 
-    def subscribe(self, request_id: str, on_events: EventCallback) -> None:
-        """Call `on_events`, on the event loop, with a request's events as they arrive."""
-        self._callbacks[request_id] = on_events
+    async def _listen(self, path: str) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(
+            lambda: _Connection(self._subscriptions, self._connections), path
+        )
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether a replica can connect: the server runs and its socket is in the file system."""
+        is_serving = self._server is not None and self._server.is_serving()
+        return is_serving and os.path.exists(self.path)
+
+    async def ensure_listening(self) -> None:
+        """Listen again at the same path if listening ended, or the socket's file was removed.
+
+        Connections that exist go on.  Raises OSError.
+        """
+        if not self.path or self.is_listening:
+            return
+        logger.error("the event socket %s is gone; it is made again", self.path)
+        if self._server is not None:
+            self._server.close()
+        path = Path(self.path)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.unlink(missing_ok=True)
+        await self._listen(self.path)
+
+    def subscribe(
+        self, request_id: str, on_events: EventCallback, on_error: ErrorCallback | None = None
+    ) -> None:
+        """Call `on_events`, on the event loop, with a request's events as they arrive.
+
+        `on_error` is called instead, at most once, if some are lost: nothing arrives after it.
+        """
+        self._subscriptions[request_id] = _Subscription(on_events, on_error)
 
     def unsubscribe(self, request_id: str) -> None:
         """Ignore a request's events from now on."""
-        self._callbacks.pop(request_id, None)
+        self._subscriptions.pop(request_id, None)
 
     async def stop(self) -> None:
         """Stop listening and remove the folder; idempotent."""
+        self.path = ""
         for connection in list(self._connections):
             connection.close()
         if self._server is not None:
@@ -145,21 +208,28 @@ class FrameReceiver:
 
 
 class _Connection(asyncio.Protocol):
-    """Splits one replica's byte stream into frames and calls each request's callback."""
+    """Splits one replica's byte stream into frames and calls each request's callback.
+
+    What goes wrong for one request ends that one.  A stream that is no sequence of frames ends the
+    requests that it carried, and the connection.
+    """
 
     def __init__(
-        self, callbacks: Mapping[str, EventCallback], connections: "set[_Connection]"
+        self, subscriptions: dict[str, _Subscription], connections: "set[_Connection]"
     ) -> None:
-        self._callbacks = callbacks
+        self._subscriptions = subscriptions
         self._connections = connections
         self._buffer = bytearray()
         self._transport: asyncio.BaseTransport | None = None
+        self._is_broken = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
         self._connections.add(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_broken:
+            return
         self._buffer += data
         start = 0
         try:
@@ -168,21 +238,57 @@ class _Connection(asyncio.Protocol):
                 end = start + LENGTH_BYTES + length
                 if len(self._buffer) < end:
                     break
-                for request_id, events in decode_body(
-                    bytes(self._buffer[start + LENGTH_BYTES : end])
-                ):
-                    on_events = self._callbacks.get(request_id)
-                    if on_events is not None:
-                        on_events(events)
+                arrivals = decode_body(bytes(self._buffer[start + LENGTH_BYTES : end]))
                 start = end
-        except ValueError:
-            logger.exception("a replica sent a broken frame")
-            self.close()
+                for request_id, arrival in arrivals:
+                    self._deliver(request_id, arrival)
+        except Exception as problem:
+            self._break(problem)
             return
         del self._buffer[:start]
 
+    def _deliver(self, request_id: str, arrival: Arrival) -> None:
+        subscription = self._subscriptions.get(request_id)
+        if subscription is None:
+            return
+        subscription.source = self
+        if isinstance(arrival, EngineFailed):
+            self._fail(request_id, arrival)
+            return
+        try:
+            subscription.on_events(arrival)
+        except Exception as problem:
+            logger.exception("the events of %s cannot be handled", request_id)
+            self._fail(request_id, problem)
+
+    def _fail(self, request_id: str, problem: Exception) -> None:
+        """End one request's events with `problem`."""
+        subscription = self._subscriptions.pop(request_id, None)
+        if subscription is None or subscription.on_error is None:
+            return
+        try:
+            subscription.on_error(problem)
+        except Exception:
+            logger.exception("the failure of %s cannot be reported", request_id)
+
+    def _break(self, problem: Exception) -> None:
+        """End the connection and its requests, since it cannot tell whose events are lost."""
+        logger.error("a replica sent a broken frame", exc_info=problem)
+        self._is_broken = True
+        self._buffer.clear()
+        lost = EngineFailed(
+            "The connection between the engine and the router broke; send the request again."
+        )
+        carried = [name for name, one in self._subscriptions.items() if one.source is self]
+        for request_id in carried:
+            self._fail(request_id, lost)
+        self.close()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        del exc
+        if self._buffer and not self._is_broken:
+            # The replica died or gave up; its call reports that, and may resume the request.
+            logger.warning("a replica's connection ended within a frame: %s", exc or "closed")
+        self._buffer.clear()
         self._connections.discard(self)
 
     def close(self) -> None:
