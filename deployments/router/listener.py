@@ -2,24 +2,26 @@
 
 import asyncio
 import errno
-import logging
 import socket
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from core.errors import ImpetusError
+from core.errors import ImpetusError, Unavailable
 from core.settings import Settings
+from core.supervision import Supervisor
+from deployments.transport.acceptor import Acceptor
 from router.http.protocol import HttpProtocol
-
-_logger = logging.getLogger(__name__)
 
 _BACKLOG = 512
 _KEEP_ALIVE_S = 75
 _DRAIN_S = 5
 _UNWIND_S = 1.0
+_PROBE_LIMIT_S = 2.0
+_PROBE = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 class PortInUse(ImpetusError):
@@ -76,6 +78,7 @@ class Listener:
         """
         check_exposure(settings)
         self._socket = bind(settings.host, settings.port)
+        self._settings = settings
         config = uvicorn.Config(
             app,
             loop="none",
@@ -91,28 +94,112 @@ class Listener:
             timeout_graceful_shutdown=drain_s,
         )
         self._server = _Server(config)
-        self._task: asyncio.Task[None] | None = None
+        self._acceptor = Acceptor(
+            "HTTP listener", self._bind, self._server.new_connection, self._socket
+        )
+        self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self) -> None:
-        """Start serving on the running loop."""
-        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-        self._task.add_done_callback(_log_failure)
+    def _bind(self) -> socket.socket:
+        return bind(self._settings.host, self._settings.port)
+
+    def start(self, supervisor: Supervisor | None = None) -> None:
+        """Start serving on the running loop.
+
+        A listening socket that is lost is bound again by the supervisor; open connections go on.
+        """
+        supervisor = supervisor or Supervisor()
+        self._server.prepare()
+        self._tasks = [
+            supervisor.run_until_done("HTTP server", self._server.serve),
+            supervisor.keep_running("HTTP listener", self._acceptor.run),
+        ]
 
     async def stop(self) -> None:
         """Stop accepting, let running requests finish within the grace period, then close."""
+        await self._acceptor.stop()
         self._server.stop()
-        if self._task is not None:
-            await asyncio.wait([self._task])
-        self._socket.close()
+        if self._tasks:
+            serving, accepting = self._tasks
+            accepting.cancel()
+            await asyncio.wait([serving, accepting])
         await self._server.abandon()
+
+    @property
+    def problem(self) -> str:
+        """Why no connection would be accepted, as a sentence; empty if one would."""
+        reason = self._acceptor.problem
+        return f"The HTTP listener does not work: {reason}." if reason else ""
+
+    async def check_answers(self, limit_s: float = _PROBE_LIMIT_S) -> None:
+        """Raise Unavailable if a client on this machine would get no answer.
+
+        Sends a request to itself, unless another client was accepted lately.  Exhausted
+        descriptors count as an answer: they are no fault of the listener and pass.
+        """
+        if reason := self.problem:
+            raise Unavailable(reason)
+        is_fresh = time.monotonic() - self._acceptor.accepted_at < limit_s
+        if is_fresh or self._acceptor.is_paused:
+            return
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._ask_itself()
+        except TimeoutError as problem:
+            if not self._acceptor.is_paused:
+                raise Unavailable(
+                    f"The HTTP listener did not answer its own request within {limit_s:g} s."
+                ) from problem
+        except OSError as problem:
+            if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                return
+            raise Unavailable(
+                f"The HTTP listener did not answer its own request: {problem.strerror or problem}."
+            ) from problem
+
+    async def _ask_itself(self) -> None:
+        host, port = _reachable(self._acceptor.address)
+        reader, writer = await asyncio.open_connection(host, port)
+        try:
+            writer.write(_PROBE)
+            if not (await reader.read(16)).startswith(b"HTTP/1."):
+                raise ConnectionResetError(errno.ECONNRESET, "the connection was closed")
+        finally:
+            writer.transport.abort()
+
+
+def _reachable(address: tuple[str, int]) -> tuple[str, int]:
+    """Return the address under which this machine reaches a socket bound to `address`."""
+    host, port = address[:2]
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server without signal handlers."""
+    """A uvicorn server without signal handlers and without sockets: `Acceptor` has the socket.
+
+    Source: uvicorn 0.54, `Server._serve`: startup, main_loop, shutdown.
+    """
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._exit = asyncio.Event()
+        self.servers: list[asyncio.base_events.Server] = []
+
+    def prepare(self) -> None:
+        """Load the application, so that connections can be accepted."""
+        if not self.config.loaded:
+            self.config.load()
+        self.lifespan = self.config.lifespan_class(self.config)
+
+    def new_connection(self) -> asyncio.Protocol:
+        """Return the protocol of a new connection."""
+        return HttpProtocol(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on nothing."""
+        del sockets
+        self.started = True
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -138,8 +225,3 @@ class _Server(uvicorn.Server):
             await asyncio.wait(list(self.server_state.tasks), timeout=_UNWIND_S)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (problem := task.exception()) is not None:
-        _logger.error("the HTTP listener failed", exc_info=problem)

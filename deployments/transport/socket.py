@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from core.errors import EngineFailed, ImpetusError
+from core.supervision import Supervisor
+from deployments.transport.acceptor import Acceptor, SocketLost
 from deployments.transport.codec import (
     LENGTH_BYTES,
     Arrival,
@@ -31,6 +33,8 @@ ErrorCallback: TypeAlias = Callable[[Exception], None]
 
 # macOS allows 104 bytes for a socket's path, its closing zero included.
 _MAX_PATH_BYTES = 100
+_BACKLOG = 128
+_CHECK_S = 1.0
 _MAX_UNSENT_BYTES = 256 * 1024 * 1024
 # A router that is merely busy with large answers is given time.
 _MAX_STALLED_BYTES = 16 * 1024 * 1024
@@ -132,17 +136,46 @@ class _Subscription:
 
 
 class FrameReceiver:
-    """The router's end: one socket in a private folder receives all replicas' frames."""
+    """The router's end: one socket in a private folder receives all replicas' frames.
+
+    The folder is made anew if someone removes it; `path` then changes, and replicas connect to it
+    with their next request.
+    """
 
     def __init__(self) -> None:
         self._subscriptions: dict[str, _Subscription] = {}
-        self._server: asyncio.Server | None = None
         self._folder: Path | None = None
         self._connections: set[_Connection] = set()
+        self._acceptor: Acceptor | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.path = ""
 
-    async def start(self) -> None:
+    async def start(self, supervisor: Supervisor | None = None) -> None:
         """Listen.  Raises ImpetusError if the socket's path is too long for the system."""
+        supervisor = supervisor or Supervisor()
+        self._acceptor = Acceptor(
+            "event socket",
+            self._listen,
+            lambda: _Connection(self._subscriptions, self._connections),
+            self._listen(),
+        )
+        self._tasks = [supervisor.keep_running("event socket", self._run)]
+
+    @property
+    def problem(self) -> str:
+        """Why no replica could connect, as a sentence; empty if they can."""
+        if self._acceptor is None:
+            return "The event socket does not listen."
+        reason = self._acceptor.problem or self._path_problem()
+        return f"The event socket does not work: {reason}." if reason else ""
+
+    def _path_problem(self) -> str:
+        # Programs that clean /tmp remove old sockets.
+        return "" if os.path.exists(self.path) else f"{self.path} was removed"
+
+    def _listen(self) -> socket.socket:
+        """Return a listening socket in a new private folder."""
+        self._remove_folder()
         base = "/tmp" if os.access("/tmp", os.W_OK) else None
         # mkdtemp makes the folder with mode 0700.
         self._folder = Path(tempfile.mkdtemp(prefix="impetus-", dir=base))
@@ -151,35 +184,29 @@ class FrameReceiver:
             raise ImpetusError(
                 f"The path of the event socket exceeds {_MAX_PATH_BYTES} bytes: {path}"
             )
-        await self._listen(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(path)
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
         self.path = path
+        return listener
 
-    async def _listen(self, path: str) -> None:
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(
-            lambda: _Connection(self._subscriptions, self._connections), path
-        )
-
-    @property
-    def is_listening(self) -> bool:
-        """Whether a replica can connect: the server runs and its socket is in the file system."""
-        is_serving = self._server is not None and self._server.is_serving()
-        return is_serving and os.path.exists(self.path)
-
-    async def ensure_listening(self) -> None:
-        """Listen again at the same path if listening ended, or the socket's file was removed.
-
-        Connections that exist go on.  Raises OSError.
-        """
-        if not self.path or self.is_listening:
-            return
-        logger.error("the event socket %s is gone; it is made again", self.path)
-        if self._server is not None:
-            self._server.close()
-        path = Path(self.path)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        path.unlink(missing_ok=True)
-        await self._listen(self.path)
+    async def _run(self) -> None:
+        """Accept until cancelled.  Raises SocketLost if replicas cannot connect any more."""
+        assert self._acceptor is not None
+        accepting = asyncio.ensure_future(self._acceptor.run())
+        try:
+            while not accepting.done():
+                await asyncio.wait({accepting}, timeout=_CHECK_S)
+                if reason := self._path_problem():
+                    raise SocketLost(reason)
+            await accepting
+        finally:
+            accepting.cancel()
+            await asyncio.gather(accepting, return_exceptions=True)
 
     def subscribe(
         self, request_id: str, on_events: EventCallback, on_error: ErrorCallback | None = None
@@ -196,15 +223,20 @@ class FrameReceiver:
 
     async def stop(self) -> None:
         """Stop listening and remove the folder; idempotent."""
-        self.path = ""
+        if self._acceptor is not None:
+            await self._acceptor.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
         for connection in list(self._connections):
             connection.close()
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Connection(asyncio.Protocol):

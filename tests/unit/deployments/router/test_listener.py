@@ -1,6 +1,7 @@
 """The listener: which addresses it takes, what it refuses, and how it ends."""
 
 import asyncio
+import errno
 import signal
 import socket
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from core.errors import ImpetusError
+from core.errors import ImpetusError, Unavailable
 from core.settings import Settings
+from core.supervision import RestartPolicy, Supervisor
 from deployments.router.listener import Listener, PortInUse, bind, check_exposure
 from router.http.protocol import MAX_TARGET_BYTES
 from tests.live_server import connection, exchange
+from tests.waiting import wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -181,3 +184,107 @@ async def test_signals_are_left_alone() -> None:
         during = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     await listener.stop()
     assert during == before
+
+
+async def test_a_lost_socket_is_bound_again_and_streams_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deployments.transport.acceptor._CHECK_S", 0.01)
+    settings = settings_of()
+    app = App()
+    listener = Listener(app, settings)
+    supervisor = Supervisor(RestartPolicy(first_delay_s=0.001))
+    listener.start(supervisor)
+    async with connection(settings.port) as (reader, writer):
+        writer.write(GET)
+        await asyncio.wait_for(app.began.wait(), 5)
+        await listener.check_answers()
+        listener._socket.close()
+        assert "does not work" in listener.problem
+        with pytest.raises(Unavailable, match="does not work"):
+            await listener.check_answers()
+        await wait_until(lambda: not listener.problem, "it listens again")
+        assert await accepts(settings.port)
+        app.gate.set()
+        await asyncio.wait_for(reader.readuntil(b"end"), 5)
+    await listener.check_answers()
+    await listener.stop()
+    assert not await accepts(settings.port)
+    await supervisor.stop()
+
+
+async def test_a_deaf_listener_fails_the_health_check() -> None:
+    settings = settings_of()
+    app = App()
+    app.gate.set()
+    listener = Listener(app, settings)
+    listener.start()
+    await wait_until(lambda: not listener.problem, "it listens")
+    await listener.check_answers()
+    assert listener._acceptor.accepted == 1
+    # The socket listens and the task lives, but nobody accepts: only a request shows that.
+    listener._acceptor.accepted_at = float("-inf")
+    listener._acceptor._stop_reading()
+    assert listener.problem == ""
+    with pytest.raises(Unavailable, match=r"own request within 0\.05 s"):
+        await listener.check_answers(0.05)
+    await listener.stop()
+
+
+@pytest.mark.parametrize("answer", [b"", b"nonsense"])
+async def test_a_listener_that_closes_connections_fails_the_health_check(
+    answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closes(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.WriteTransport)
+            transport.write(answer)
+            transport.close()
+
+    settings = settings_of()
+    listener = Listener(App(), settings)
+    monkeypatch.setattr(listener._acceptor, "_protocol", Closes)
+    listener.start()
+    await wait_until(lambda: not listener.problem, "it listens")
+    with pytest.raises(Unavailable, match="own request"):
+        await listener.check_answers()
+    await listener.stop()
+
+
+async def test_a_busy_listener_is_not_asked_and_exhausted_descriptors_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = settings_of()
+    app = App()
+    app.gate.set()
+    listener = Listener(app, settings)
+    listener.start()
+    assert await accepts(settings.port)
+    await wait_until(lambda: listener._acceptor.accepted == 1, "the client is accepted")
+    await listener.check_answers(30.0)
+    assert listener._acceptor.accepted == 1
+
+    async def exhausted(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    listener._acceptor.accepted_at = float("-inf")
+    monkeypatch.setattr(asyncio, "open_connection", exhausted)
+    await listener.check_answers()
+    await listener.stop()
+
+
+@pytest.mark.parametrize(
+    ("host", "key"), [("0.0.0.0", "secret"), ("::1", None), ("localhost", None)]
+)
+async def test_it_reaches_itself_on_every_address(host: str, key: str | None) -> None:
+    app = App()
+    app.gate.set()
+    try:
+        listener = Listener(app, settings_of(host=host, api_key=key))
+    except ImpetusError:
+        pytest.skip("this machine has no such address")
+    listener.start()
+    await wait_until(lambda: not listener.problem, "it listens")
+    await listener.check_answers()
+    assert listener._acceptor.accepted == 1
+    await listener.stop()

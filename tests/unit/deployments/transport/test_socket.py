@@ -6,15 +6,18 @@ import shutil
 import stat
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core.errors import EngineFailed
+from core.supervision import RestartPolicy, Supervisor
 from core.types import Finished, GenerationEvent, TextDelta, Usage
 from deployments.transport import socket as frames
 from deployments.transport.codec import decode_body, encode_frame
 from deployments.transport.handle_stream import CoalescingReceiver
 from deployments.transport.socket import FrameReceiver, FrameSender
+from tests.waiting import wait_until
 
 END = Finished("stop", Usage(1, 1))
 
@@ -276,35 +279,6 @@ async def test_a_watcher_that_raises_does_not_hurt_the_sender(receiver: FrameRec
     assert seen == ["broken"]
 
 
-async def test_a_socket_whose_file_was_removed_is_made_again(receiver: FrameReceiver) -> None:
-    early, late = Taken(receiver, "a"), Taken(receiver, "b")
-    first = FrameSender(receiver.path)
-    await until_read(receiver)
-    assert receiver.is_listening
-    Path(receiver.path).unlink()
-    assert not receiver.is_listening
-    await receiver.ensure_listening()
-    await receiver.ensure_listening()
-    assert receiver.is_listening
-    second = FrameSender(receiver.path)
-    second.deliver([("b", [END])])
-    first.deliver([("a", [END])])
-    assert await late.to_end() == await early.to_end() == [END]
-    shutil.rmtree(Path(receiver.path).parent)
-    await receiver.ensure_listening()
-    FrameSender(receiver.path).close()
-    first.close()
-    second.close()
-
-
-async def test_a_receiver_that_was_stopped_stays_so() -> None:
-    receiver = FrameReceiver()
-    await receiver.start()
-    await receiver.stop()
-    await receiver.ensure_listening()
-    assert not receiver.is_listening
-
-
 async def test_frames_for_another_node_survive_a_bad_event_and_a_closed_loop() -> None:
     receiver = CoalescingReceiver(asyncio.get_running_loop())
     receiver.deliver([("a", [TextDelta("x"), object()])])  # type: ignore[list-item]
@@ -315,3 +289,32 @@ async def test_frames_for_another_node_survive_a_bad_event_and_a_closed_loop() -
     loop = asyncio.new_event_loop()
     loop.close()
     CoalescingReceiver(loop).deliver([("a", [END])])
+
+
+async def test_a_folder_that_was_removed_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.transport.socket._CHECK_S", 0.01)
+    supervisor = Supervisor(RestartPolicy(first_delay_s=0.001))
+    receiver = FrameReceiver()
+    assert "does not listen" in receiver.problem
+    await receiver.start(supervisor)
+    await wait_until(lambda: not receiver.problem, "it listens")
+    events: list[Any] = []
+    receiver.subscribe("a", events.extend)
+    old, before = FrameSender(receiver.path), receiver.path
+    old.deliver([("a", [END])])
+    await wait_until(lambda: events, "the first replica is heard")
+    shutil.rmtree(Path(before).parent)
+    assert "was removed" in receiver.problem
+    await wait_until(lambda: not receiver.problem, "it listens again")
+    assert receiver.path != before
+    new = FrameSender(receiver.path)
+    # A replica that was connected is still heard, a new one as well.
+    for sender in (old, new):
+        events.clear()
+        sender.deliver([("a", [END])])
+        await wait_until(lambda: events, "the replica is heard")
+        sender.close()
+    assert supervisor.parts()[0].failures == 1
+    await receiver.stop()
+    assert not Path(receiver.path).parent.exists()
+    await supervisor.stop()
