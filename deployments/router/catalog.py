@@ -195,6 +195,11 @@ class CatalogView:
         except ImpetusError as problem:
             return "unavailable", problem.message, 0
 
+    def problem(self) -> str:
+        """Return nothing if the catalog can be read.  Raises ImpetusError if it cannot."""
+        self._store.data_version()
+        return ""
+
     def close(self) -> None:
         """Close the database."""
         self._store.close()
@@ -220,21 +225,3 @@ def _runtime(info: ModelInfo) -> str:
     """Return the library that runs the model, as its backend recorded it."""
     noted = info.details.get("runtime") or info.details.get("runs_on")
     return str(noted) if noted else _RUNTIMES.get(info.format, info.format)
-
-
-class SchedulerHealth:
-    """Implements `router.services.Health`: ready once the scheduler has scanned."""
-
-    def __init__(self, scheduler: Handle) -> None:
-        self._scheduler = direct(scheduler)
-        self._was_ready = False
-
-    async def not_ready_because(self) -> str:
-        """Return why requests cannot be served yet; asks the scheduler until it was ready once."""
-        if not self._was_ready:
-            try:
-                async with asyncio.timeout(2):
-                    self._was_ready = await call(self._scheduler.is_ready.remote())
-            except TimeoutError:
-                return "The scheduler does not answer yet."
-        return "" if self._was_ready else "The model folders are being scanned."

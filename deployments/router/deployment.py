@@ -10,13 +10,15 @@ from core.errors import ImpetusError
 from core.keys import MANAGEMENT_TOKEN, read_key
 from core.metrics import Metrics
 from core.settings import Settings
+from core.supervision import Supervisor
 from deployments.activity import DeathRecords
 from deployments.decisions import DecisionLog
-from deployments.router.catalog import CatalogView, SchedulerHealth
+from deployments.router.catalog import CatalogView
 from deployments.router.dispatch import HandleDispatcher
 from deployments.router.listener import Listener
 from deployments.router.management import SchedulerManagement
 from deployments.router.model_states import ModelStatesWatch
+from deployments.router.readiness import Readiness
 from deployments.router.telemetry import ReplicaTelemetry
 from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, direct
@@ -39,13 +41,14 @@ class RouterReplica:
         formats: Mapping[str, Handle],
     ) -> None:
         prepare_worker()
+        self._supervisor = Supervisor()
         self._receiver = FrameReceiver()
-        await self._receiver.start()
+        await self._receiver.start(self._supervisor)
         node_id = ray.get_runtime_context().get_node_id()
         log = DecisionLog()
         has_many = settings.max_replicas > 1
         model_states = self._model_states = ModelStatesWatch(scheduler)
-        model_states.start()
+        model_states.start(self._supervisor)
         dispatcher = self._dispatcher = HandleDispatcher(
             scheduler,
             formats,
@@ -59,7 +62,12 @@ class RouterReplica:
         everywhere = broadcast_handles(
             {name: direct(handle) for name, handle in formats.items()}, settings
         )
-        telemetry = ReplicaTelemetry(everywhere, lambda: model_states.resident_formats, scheduler)
+        telemetry = ReplicaTelemetry(
+            everywhere,
+            lambda: model_states.resident_formats,
+            scheduler,
+            own_parts=self._supervisor.parts,
+        )
         self._catalog = CatalogView(settings, scheduler, model_states)
         self._management = SchedulerManagement(settings, scheduler, log)
         metrics = Metrics()
@@ -68,19 +76,33 @@ class RouterReplica:
             settings,
             self._catalog,
             dispatcher,
-            SchedulerHealth(scheduler),
+            Readiness(
+                scheduler,
+                [
+                    lambda: " ".join(self._supervisor.problems()),
+                    lambda: self._receiver.problem,
+                    lambda: self._listener.problem,
+                    self._catalog.problem,
+                    model_states.problem,
+                ],
+            ),
             telemetry,
             self._management,
             _management_token(settings),
         )
         self._app = create_app(services, metrics=metrics)
         self._listener = Listener(self._app, settings)
-        self._listener.start()
+        self._listener.start(self._supervisor)
         logger.info("listening on %s", settings.base_url)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application for Serve's proxy; see `serve.ingress`."""
         return self._app
+
+    async def check_health(self) -> None:
+        """Raise Unavailable if clients would get no answer: Serve then replaces this process."""
+        self._supervisor.check_health()
+        await self._listener.check_answers()
 
     async def __del__(self) -> None:
         """Stop listening; Serve awaits this at shutdown."""
@@ -94,6 +116,7 @@ class RouterReplica:
         if hasattr(self, "_management"):
             self._management.close()
         await self._receiver.stop()
+        await self._supervisor.stop()
 
 
 def _management_token(settings: Settings) -> str:

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import time
 from itertools import count
 
 from core.errors import ImpetusError
+from core.supervision import Supervisor
 from deployments.messages import ModelStates, Residency
 from deployments.serve.handles import Handle, call, direct
 
@@ -17,6 +19,8 @@ _REFRESH_LIMIT_S = 2.0
 _POLL_PAUSE_S = 0.05
 _FIRST_BACK_OFF_S = 0.5
 _LONGEST_BACK_OFF_S = 10.0
+# Two long polls and the longest pause fit into it.
+_FRESH_S = 40.0
 
 
 class ModelStatesWatch:
@@ -38,6 +42,7 @@ class ModelStatesWatch:
         self._loaded: dict[str, int] = {}
         self._lost: dict[str, tuple[int, Residency]] = {}
         self._task: asyncio.Task[None] | None = None
+        self._answered_at: float | None = None
 
     @property
     def resident_formats(self) -> frozenset[str]:
@@ -65,9 +70,19 @@ class ModelStatesWatch:
             self.note_lost(one)
         return [*lost, residency]
 
-    def start(self) -> None:
+    def start(self, supervisor: Supervisor | None = None) -> None:
         """Start polling on the running loop."""
-        self._task = asyncio.create_task(self._run())
+        supervisor = supervisor or Supervisor()
+        self._task = supervisor.keep_running("model states", self._run)
+
+    def problem(self) -> str:
+        """Return why the known states may be outdated; empty while the scheduler answers."""
+        if self._answered_at is None:
+            return "The scheduler has not published the model states yet."
+        age_s = time.monotonic() - self._answered_at
+        if age_s > _FRESH_S:
+            return f"The scheduler has not published the model states for {age_s:.0f} s."
+        return ""
 
     def stop(self) -> None:
         """Cancel the open poll and stop."""
@@ -105,6 +120,7 @@ class ModelStatesWatch:
             return False
         if states.version < 0:
             return False
+        self._answered_at = time.monotonic()
         # Of two calls that overlap, the answer to the earlier one may arrive last.
         if asked > self._asked_last or states.version > self.current.version:
             self._asked_last = max(asked, self._asked_last)
