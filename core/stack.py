@@ -1,5 +1,6 @@
 """Runs a function on a thread with a large stack: for native code that recurses over its input."""
 
+import contextvars
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -20,10 +21,11 @@ def call_with_stack(stack_bytes: int, work: Callable[[], Result]) -> Result:
     """
     results: list[Result] = []
     problems: list[BaseException] = []
+    context = contextvars.copy_context()
 
     def run() -> None:
         try:
-            results.append(work())
+            results.append(context.run(work))
         except BaseException as problem:
             problems.append(problem)
 

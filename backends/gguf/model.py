@@ -84,6 +84,7 @@ class GgufModel:
         self.vocabulary = self._llama.llama_model_get_vocab(self.handle)
         self._size = int(self._llama.llama_vocab_n_tokens(self.vocabulary))
         self._text = GgufTokenization(self._llama, self.handle, self._all_pieces)
+        self._tokenize = self._text.native_callback()
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}
         self._grammar_lock = threading.Lock()
@@ -204,7 +205,7 @@ class GgufModel:
         return LLTokenizer.from_llamacpp(  # type: ignore[attr-defined]
             tokens=tokens,
             vocab_ptr=self.vocabulary,
-            tokenize_fptr=ctypes.cast(self._llama.llama_tokenize, ctypes.c_void_p).value,
+            tokenize_fptr=ctypes.cast(self._tokenize, ctypes.c_void_p).value,
             eos_token=ends or None,
         )
 

@@ -1,5 +1,7 @@
 """Tokenizes text with llama.cpp: any text of any length, without overflowing the stack."""
 
+import ctypes
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -9,6 +11,8 @@ from backends.token_bounds import fewest_tokens
 from core.errors import RequestError
 from core.stack import call_with_stack
 from core.units import MIB
+
+logger = logging.getLogger(__name__)
 
 # Text up to this length is safe on any thread: it takes 2 MiB of stack at most.
 _DIRECT_CHARACTERS = 2048
@@ -71,6 +75,36 @@ class GgufTokenization:
                 return list(buffer[:count])
             room = -count
 
+    def native_callback(self) -> Any:
+        """Return a C function like llama_tokenize that is safe for any text; keep a reference.
+
+        llguidance tokenizes the text that a grammar forces, which may be long.
+        """
+        llama = self._llama
+        declared = ctypes.CFUNCTYPE(
+            ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
+            ctypes.c_int32, ctypes.c_bool, ctypes.c_bool,
+        )  # fmt: skip
+        native = declared(ctypes.cast(llama.llama_tokenize, ctypes.c_void_p).value or 0)
+
+        def tokenize(
+            vocabulary: int, data: int, size: int, out: int, room: int, special: bool, parse: bool
+        ) -> int:
+            if size <= _DIRECT_CHARACTERS:
+                return int(native(vocabulary, data, size, out, room, special, parse))
+            text = ctypes.string_at(data, size).decode("utf-8", "replace")
+            try:
+                ids = self.encode(text, add_special=special, parse_special=parse)
+            except Exception:
+                logger.exception("text that a grammar forces cannot be tokenized")
+                return 0
+            if len(ids) > room:
+                return -len(ids)
+            ctypes.memmove(out, (llama.llama_token * len(ids))(*ids), 4 * len(ids))
+            return len(ids)
+
+        return declared(tokenize)
+
     def _check(self, text: str) -> None:
         """Raise RequestError for text on which llama.cpp would end the process."""
         try:
@@ -128,8 +162,6 @@ class GgufTokenization:
         return max(map(len, self._pieces))
 
     def _read_pre_tokenizer(self, handle: Any) -> str:
-        import ctypes
-
         buffer = ctypes.create_string_buffer(128)
         key = b"tokenizer.ggml.pre"
         count = self._llama.llama_model_meta_val_str(handle, key, buffer, len(buffer))

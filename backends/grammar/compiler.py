@@ -2,20 +2,28 @@
 
 import hashlib
 import json
+import logging
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
 from backends.grammar.constraint import Constraint
+from backends.grammar.cost import check_literals, is_cheap_pattern, is_cheap_schema
 from backends.grammar.schema_limits import check_enforceable, check_pattern, without_lookaround
+from backends.grammar.trial import GrammarTrial, Verdict
+from backends.grammar.trial_worker import STACK_BYTES, parser_limits
 from core.errors import RequestError, UnsupportedParameter
+from core.stack import call_with_stack
 from core.types import ChoiceOutput, JsonOutput, JsonValue, Output, RegexOutput
 from core.units import KIB, MIB
+
+logger = logging.getLogger(__name__)
 
 # Small models can loop on optional whitespace, so JSON is compact.
 _JSON_STYLE: Mapping[str, JsonValue] = {
@@ -32,8 +40,19 @@ _LENIENT_STYLE: Mapping[str, JsonValue] = {
     "lenient": True,
 }
 _MAX_GRAMMAR_BYTES = 512 * KIB
+_MAX_CHEAP_CHARACTERS = 128 * KIB
 _MAX_CACHED_GRAMMARS = 64
-_MAX_CACHED_BYTES = 4 * MIB
+_MAX_CACHED_BYTES = 128 * MIB
+_MAX_VERDICTS = 1024
+# Measured: a compiled grammar takes up to 300 times its text; its automaton grows with its use.
+_BYTES_PER_CHARACTER = 300
+_BYTES_PER_GRAMMAR = MIB
+_STACK_BYTES = 2 * STACK_BYTES
+# A step of a mask with this fuel takes up to 40 ms; a state of the automaton takes 1 to 2 KiB.
+_LIMITS: Mapping[str, int] = {"step_lexer_fuel": 40_000, "max_lexer_states": 50_000}
+# Slow masks stop the streams of all requests, so only this much of them is allowed.
+_SLOW_MASK_S = 0.1
+_MAX_SLOW_S = 0.5
 # For each byte of a mask, the addends of eight logits: 0 if allowed, else -inf.
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _ADDENDS = np.where(_BITS == 0, -np.inf, 0.0).astype(np.float32)
@@ -62,6 +81,7 @@ class GrammarText:
         self._rules: list[str] = []
         self._markers: list[str] = []
         self._count = 0
+        self._is_cheap = True
 
     @staticmethod
     def quoted(text: str) -> str:
@@ -85,7 +105,13 @@ class GrammarText:
 
     def json(self, schema: Mapping[str, JsonValue]) -> str:
         """Return a rule that matches JSON valid for `schema`."""
+        self._is_cheap = self._is_cheap and is_cheap_schema(dict(schema))
         return self.rule(f"%json {schema_text(schema, is_lenient=self.is_lenient)}")
+
+    def pattern(self, pattern: str) -> str:
+        """Return a rule that matches a regex in Rust's syntax."""
+        self._is_cheap = self._is_cheap and is_cheap_pattern(pattern)
+        return self.rule(f"/{regex_to_lark(pattern)}/")
 
     @property
     def gap(self) -> str:
@@ -110,7 +136,9 @@ class GrammarText:
         # Lazy up to the closing tag: the answer starts right after it.
         start = f"{self.until(reasoning)} answer" if reasoning is not None else "answer"
         lines = [f"start: {start}", f"answer: {answer}", *self._rules]
-        return Constraint("\n".join(lines) + "\n", param, tuple(self._markers))
+        grammar = "\n".join(lines) + "\n"
+        is_cheap = self._is_cheap and len(grammar) <= _MAX_CHEAP_CHARACTERS
+        return Constraint(grammar, param, tuple(self._markers), is_cheap)
 
 
 def output_constraint(
@@ -125,8 +153,9 @@ def output_constraint(
     match output:
         case RegexOutput(pattern, param):
             check_pattern(pattern, param)
-            answer = f"/{regex_to_lark(pattern)}/"
+            answer = text.pattern(pattern)
         case ChoiceOutput(choices, param):
+            check_literals({"enum": list(choices)}, param)
             answer = " | ".join(map(text.quoted, choices))
         case JsonOutput(schema):
             param = "response_format"
@@ -148,8 +177,8 @@ class _Scratch:
 class GrammarCompiler:
     """Compiles grammars for one vocabulary and caches the latest.  Thread-safe.
 
-    At most 64 grammars with 4 MiB of text in total are cached.  llguidance's own limits bound the
-    time and memory of each; it releases the GIL while it compiles.
+    At most 64 grammars are cached, with 128 MiB together.  A grammar that is not certainly cheap
+    is tried in a limited child process first.
     """
 
     def __init__(self, tokenizer: LLTokenizer, one_token: Callable[[str], int | None]) -> None:
@@ -157,20 +186,22 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._one_token = one_token
         self._scratch = _Scratch(tokenizer.vocab_size)
+        self._trial = GrammarTrial(tokenizer, _LIMITS)
         self._lock = threading.Lock()
         self._kept: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
         self._kept_bytes = 0
+        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
 
     @property
     def kept(self) -> tuple[int, int]:
-        """Number of cached grammars, and the bytes of their text."""
+        """Number of cached grammars, and the bytes that they take."""
         return len(self._kept), self._kept_bytes
 
     def mask(self, constraint: Constraint) -> "GrammarMask":
         """Compile a grammar; return the mask of a new sequence at its start.
 
-        Raises RequestError if the grammar is too large, UnsupportedParameter if it cannot be
-        enforced.
+        Blocks, for a costly grammar up to 15 s.  Raises RequestError if the grammar is too large,
+        UnsupportedParameter if it cannot be enforced, and Cancelled.
         """
         text = constraint.grammar + self._marker_rules(constraint)
         size = len(text.encode("utf-8", "surrogatepass"))
@@ -185,34 +216,62 @@ class GrammarCompiler:
             found = self._kept.get(key)
             if found is not None:
                 self._kept.move_to_end(key)
-        matcher = found[0] if found is not None else self._compiled(text, constraint.param)
-        if found is None:
-            self._keep(key, matcher, size)
+        if found is not None:
+            return GrammarMask(self._tokenizer, found[0].deep_copy(), self._scratch)
+        taken_bytes = _BYTES_PER_GRAMMAR + _BYTES_PER_CHARACTER * size
+        if not constraint.is_cheap:
+            verdict = self._tried(key, text)
+            if verdict.refusal:
+                raise _refused(verdict.refusal, constraint.param)
+            taken_bytes = max(taken_bytes, verdict.grown_bytes)
+        matcher = self._compiled(text, constraint.param)
+        self._keep(key, matcher, taken_bytes)
         return GrammarMask(self._tokenizer, matcher.deep_copy(), self._scratch)
 
+    def _tried(self, key: bytes, text: str) -> Verdict:
+        """Return the verdict of a trial, which is remembered."""
+        with self._lock:
+            known = self._verdicts.get(key)
+        if known is None:
+            known = self._trial.run(text)
+            with self._lock:
+                self._verdicts[key] = known
+                while len(self._verdicts) > _MAX_VERDICTS:
+                    self._verdicts.popitem(last=False)
+        return known
+
     def _compiled(self, text: str, param: str) -> LLMatcher:
-        limits = LLParserLimits(verbose_errors=False)
-        matcher = LLMatcher(
-            self._tokenizer, LLMatcher.grammar_from_lark(text), log_level=0, limits=limits
-        )
-        if not matcher.is_error():
-            # Some limits, and grammars that match no text, are only detected at the first step.
-            matcher.compute_bitmask()
-        problem = matcher.get_error()
-        if problem:
-            raise UnsupportedParameter(
-                f"The {param} cannot be enforced: {_short_message(problem).rstrip('.')}. "
-                "Simplify it, or leave that part out.",
-                param=param,
-            )
+        # llguidance recurses over nested schemas and chains of references.
+        matcher, problem = call_with_stack(_STACK_BYTES, lambda: self._compile(text))
+        if matcher is None or problem:
+            raise _refused(problem, param)
         return matcher
 
-    def _keep(self, key: bytes, matcher: LLMatcher, size: int) -> None:
+    def _compile(self, text: str) -> tuple[LLMatcher | None, str]:
+        """Return the compiled grammar, and why it cannot be used."""
+        try:
+            matcher = LLMatcher(
+                self._tokenizer,
+                LLMatcher.grammar_from_lark(text),
+                log_level=0,
+                limits=parser_limits(_LIMITS),
+            )
+            if not matcher.is_error():
+                # Some limits, and grammars that match no text, are only detected at the first step.
+                matcher.compute_bitmask()
+            return matcher, matcher.get_error()
+        except BaseException as problem:
+            if isinstance(problem, Exception | KeyboardInterrupt | SystemExit):
+                raise
+            # A panic of the library.
+            return None, f"the grammar library failed: {str(problem)[:200]}"
+
+    def _keep(self, key: bytes, matcher: LLMatcher, taken_bytes: int) -> None:
         with self._lock:
             if key in self._kept:
                 return
-            self._kept[key] = (matcher, size)
-            self._kept_bytes += size
+            self._kept[key] = (matcher, taken_bytes)
+            self._kept_bytes += taken_bytes
             while len(self._kept) > _MAX_CACHED_GRAMMARS or self._kept_bytes > _MAX_CACHED_BYTES:
                 _, (_, dropped) = self._kept.popitem(last=False)
                 self._kept_bytes -= dropped
@@ -232,8 +291,20 @@ class GrammarCompiler:
         return "\n".join(lines) + "\n"
 
 
+def _refused(problem: str, param: str) -> UnsupportedParameter:
+    return UnsupportedParameter(
+        f"The {param} cannot be enforced: {_short_message(problem).rstrip('.')}. "
+        "Simplify it, or leave that part out.",
+        param=param,
+    )
+
+
 class GrammarMask:
-    """Token mask of one sequence's grammar; implements `constraint.RestartableMask`."""
+    """Token mask of one sequence's grammar; implements `constraint.RestartableMask`.
+
+    A grammar whose masks are slow, or that makes the library fail, is given up: from then on only
+    the end of the answer is allowed, and `problem` tells why.
+    """
 
     is_active = True
 
@@ -241,11 +312,27 @@ class GrammarMask:
         self._tokenizer = tokenizer
         self._matcher = matcher
         self._scratch = scratch
+        self._failure = ""
+        self._slow_s = 0.0
+        # Processor time takes a system call, so it is used only once a mask was slow.
+        self._clock = time.perf_counter
 
     def apply(self, logits: NDArray[np.float32]) -> None:
         """Set the logits of disallowed tokens to -inf, in place."""
+        if self._failure:
+            self._allow_end(logits)
+            return
         scratch = self._scratch
-        self._matcher.unsafe_compute_mask_ptr(scratch.address, scratch.words.nbytes)
+        started = self._clock()
+        try:
+            self._matcher.unsafe_compute_mask_ptr(scratch.address, scratch.words.nbytes)
+        except BaseException as problem:
+            self._give_up(problem)
+            self._allow_end(logits)
+            return
+        taken_s = self._clock() - started
+        if taken_s > _SLOW_MASK_S:
+            self._note_slow(taken_s)
         np.take(_ADDENDS, scratch.words.view(np.uint8), axis=0, out=scratch.addends, mode="clip")
         addends = scratch.addends.ravel()
         known = logits[: len(addends)]
@@ -254,19 +341,51 @@ class GrammarMask:
 
     def accept(self, token_id: int) -> None:
         """Advance by the chosen token."""
-        self._matcher.consume_token(token_id)
+        if self._failure:
+            return
+        try:
+            self._matcher.consume_token(token_id)
+        except BaseException as problem:
+            self._give_up(problem)
 
     def restart(self, data: bytes) -> bool:
         """Restart the grammar and advance by `data`; return whether it accepts that."""
-        self._matcher.reset()
-        return not data or self._matcher.consume_tokens(self._tokenizer.tokenize_bytes(data))
+        if self._failure:
+            return False
+        try:
+            self._matcher.reset()
+            return not data or self._matcher.consume_tokens(self._tokenizer.tokenize_bytes(data))
+        except BaseException as problem:
+            self._give_up(problem)
+            return False
 
     @property
     def problem(self) -> str:
         """Why the grammar can no longer be enforced; empty if it can."""
-        return _short_message(self._matcher.get_error())
+        return self._failure or _short_message(self._matcher.get_error())
 
     @property
     def is_finished(self) -> bool:
         """Whether the grammar is satisfied."""
-        return self._matcher.is_accepting() or self._matcher.is_stopped()
+        return bool(self._failure) or self._matcher.is_accepting() or self._matcher.is_stopped()
+
+    def _note_slow(self, taken_s: float) -> None:
+        if self._clock is time.perf_counter:
+            self._clock = time.thread_time
+            return
+        self._slow_s += taken_s
+        if self._slow_s > _MAX_SLOW_S:
+            self._failure = f"its tokens take too long to determine, the last one {taken_s:.2f} s"
+
+    def _give_up(self, problem: BaseException) -> None:
+        """Fail this request only; panics of the library are no Exception."""
+        if isinstance(problem, KeyboardInterrupt | SystemExit):
+            raise problem
+        logger.error("the grammar library failed", exc_info=problem)
+        self._failure = f"the grammar library failed: {str(problem)[:200]}"
+
+    def _allow_end(self, logits: NDArray[np.float32]) -> None:
+        allowed = [each for each in self._tokenizer.eos_tokens if each < len(logits)]
+        kept = logits[allowed].copy()
+        logits[:] = -np.inf
+        logits[allowed] = kept

@@ -13,12 +13,14 @@ class Constraint:
     """A grammar in llguidance's Lark dialect; `param` is the request field that asked for it.
 
     The compiler adds the rules `marker<i>` and `until<i>` of `markers`, since a marker may be a
-    control token in one vocabulary and plain text in another.
+    control token in one vocabulary and plain text in another.  A grammar that is not `is_cheap`
+    is tried in a limited child process before it is compiled.
     """
 
     grammar: str
     param: str
     markers: tuple[str, ...] = ()
+    is_cheap: bool = True
 
 
 @dataclass(frozen=True, slots=True)

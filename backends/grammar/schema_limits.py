@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+from backends.grammar.cost import check_literals
 from core.errors import RequestError
 from core.types import JsonValue
 
@@ -17,6 +18,7 @@ _LOOKAROUND = re.compile(r"\(\?<?[=!]|\\[1-9bB]|\\k<")
 
 def check_enforceable(schema: JsonValue, param: str) -> None:
     """Raise RequestError for schemas that llguidance compiles too slowly or misinterprets."""
+    check_literals(schema, param)
     left = [schema]
     while left:
         item = left.pop()

@@ -1,13 +1,16 @@
 """Tests of llama.cpp's tokenizers with text that would overflow the stack or take minutes."""
 
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from backends.gguf import pieces
 from backends.gguf.model import GgufModel, library
+from backends.grammar.constraint import Constraint
 from core.errors import RequestError
 from tests.gguf_files import vocabulary_gguf
 
@@ -91,6 +94,16 @@ def test_a_run_longer_than_a_piece_keeps_every_byte(open_vocabulary: Any) -> Non
     assert b"".join(map(model.token_bytes, ids)).decode() == text
 
 
+def test_a_grammar_that_forces_a_long_run_does_not_end_the_process(open_vocabulary: Any) -> None:
+    model = open_vocabulary("deepseek-llm")
+    mask = model.mask(Constraint(f'start: "{"a" * 60_000}"\n', "p"))
+    for _ in range(3):
+        logits = np.zeros(model.vocabulary_size, np.float32)
+        mask.apply(logits)
+        assert model.token_bytes(int(logits.argmax())) == b"a"
+        mask.accept(int(logits.argmax()))
+
+
 @pytest.mark.parametrize("pre_tokenizer", ["deepseek-llm", "superbpe"])
 def test_runs_for_which_a_regex_takes_quadratic_time_are_cut(
     open_vocabulary: Any, pre_tokenizer: str
@@ -119,7 +132,7 @@ def test_cutting_changes_no_tokens(
     begin = [] if not model.adds_bos else whole[:1]
     assert "".join(cut) == text
     if all(len(piece) < 40 for piece in cut):
-        assert [*begin, *sum(each, [])] == whole
+        assert [*begin, *chain(*each)] == whole
 
 
 def test_digits_are_grouped_alike_when_a_run_is_cut(open_vocabulary: Any) -> None:
@@ -131,7 +144,7 @@ def test_digits_are_grouped_alike_when_a_run_is_cut(open_vocabulary: Any) -> Non
     cut = list(pieces.text_pieces(text, "superbpe"))
     each = [model.encode(piece, add_bos=False, parse_special=True) for piece in cut]
     assert len(cut) > 2
-    assert sum(each, []) == list(buffer[:count])
+    assert list(chain(*each)) == list(buffer[:count])
 
 
 def test_unpaired_surrogates_are_refused(open_vocabulary: Any) -> None:

@@ -29,7 +29,7 @@ PREPARER = Preparer(echo_info(), BoundingTokenizer(), ChatFormat(None, "", ""), 
     ids=["text", "chat"],
 )
 def test_a_prompt_that_cannot_fit_is_refused_with_both_numbers(prompt: Prompt) -> None:
-    with pytest.raises(ContextLengthExceeded, match="256 tokens.*at least 8000") as caught:
+    with pytest.raises(ContextLengthExceeded, match=r"256 tokens.*at least 8000") as caught:
         PREPARER.prepare(GenerationRequest("r", "echo", prompt))
     assert caught.value.context_tokens == 256
     assert caught.value.prompt_tokens >= 8_000_000

@@ -1,0 +1,132 @@
+"""Tells from a schema or regex whether its grammar is certainly cheap to compile."""
+
+import math
+import re
+from decimal import Decimal
+from typing import Any
+
+from core.errors import RequestError
+from core.types import JsonValue
+
+_MAX_NODES = 2000
+_MAX_DEPTH = 48
+_MAX_REFERENCES = 100
+_MAX_CHOICES = 64
+_MAX_OPTIONAL = 100
+_MAX_TEXT = 64 * 1024
+_MAX_PATTERN = 512
+# llguidance builds about one state for each remainder of a number.
+_MAX_REMAINDERS = 10_000
+_MAX_LITERAL = 4096
+_REPEAT = re.compile(r"\{\d{4,}|\{\d*,\d{4,}")
+
+
+def check_literals(schema: JsonValue, param: str) -> None:
+    """Raise RequestError for a const or enum whose text is too long to be forced."""
+    left = [schema]
+    while left:
+        item = left.pop()
+        if isinstance(item, list):
+            left += item
+        elif isinstance(item, dict):
+            left += item.values()
+            options = item.get("enum")
+            for text in [item.get("const"), *(options if isinstance(options, list) else ())]:
+                if isinstance(text, str) and len(text) > _MAX_LITERAL:
+                    raise RequestError(
+                        f"The {param} cannot be enforced: a const or enum value has {len(text)} "
+                        f"characters, but at most {_MAX_LITERAL} are allowed. Shorten it.",
+                        param=param,
+                    )
+
+
+def is_cheap_pattern(pattern: str) -> bool:
+    """Return whether a regex certainly compiles fast."""
+    return len(pattern) <= _MAX_PATTERN and not _REPEAT.search(pattern)
+
+
+def is_cheap_schema(schema: JsonValue) -> bool:
+    """Return whether the grammar of a JSON schema certainly compiles fast and needs little memory.
+
+    False says only that nobody knows: alternatives that are combined, chains of references, and
+    divisors whose product counts can each take minutes, gigabytes, or the stack.
+    """
+    return _Measure().is_cheap(schema)
+
+
+class _Measure:
+    """Sums what makes a schema costly."""
+
+    def __init__(self) -> None:
+        self._nodes = 0
+        self._references = 0
+        self._choices = 0
+        self._text = 0
+        self._divisors: set[Decimal] = set()
+
+    def is_cheap(self, schema: JsonValue) -> bool:
+        level: list[Any] = [schema]
+        for _ in range(_MAX_DEPTH):
+            below: list[Any] = []
+            for item in level:
+                self._nodes += 1
+                if self._nodes > _MAX_NODES:
+                    return False
+                if isinstance(item, str):
+                    self._text += len(item)
+                elif isinstance(item, list):
+                    below += item
+                elif isinstance(item, dict):
+                    below += item.values()
+                    if not self._is_cheap_object(item):
+                        return False
+            if not below:
+                return self._remainders() <= _MAX_REMAINDERS and self._text <= _MAX_TEXT
+            level = below
+        return False
+
+    def _is_cheap_object(self, item: dict[str, Any]) -> bool:
+        self._text += sum(map(len, item))
+        self._references += "$ref" in item
+        for key in ("anyOf", "oneOf"):
+            self._choices += len(item[key]) if isinstance(item.get(key), list) else 0
+        both, pattern = item.get("allOf"), item.get("pattern")
+        divisor = _divisor(item.get("multipleOf"))
+        if divisor is not None:
+            self._divisors.add(divisor)
+        return (
+            self._references <= _MAX_REFERENCES
+            and self._choices <= _MAX_CHOICES
+            and not (isinstance(both, list) and len(both) > 1)
+            and not (isinstance(pattern, str) and not is_cheap_pattern(pattern))
+            and not _size(item.get("patternProperties")) > 1
+            and _optional(item) <= _MAX_OPTIONAL
+        )
+
+    def _remainders(self) -> int:
+        """Return the least common multiple of all divisors, in units of their last digit."""
+        if not self._divisors:
+            return 1
+        if any(abs(each.adjusted()) > 20 for each in self._divisors):
+            return _MAX_REMAINDERS + 1
+        places = max(max(0, -int(each.as_tuple().exponent)) for each in self._divisors)
+        return math.lcm(*(int(each.scaleb(places)) for each in self._divisors))
+
+
+def _divisor(value: object) -> Decimal | None:
+    """Return a number's decimal value as its JSON shows it; None for anything else."""
+    if isinstance(value, float) and math.isfinite(value) and value:
+        return abs(Decimal(repr(value)))
+    if isinstance(value, int) and not isinstance(value, bool) and value:
+        return abs(Decimal(value))
+    return None
+
+
+def _size(value: object) -> int:
+    return len(value) if isinstance(value, dict) else 0
+
+
+def _optional(item: dict[str, Any]) -> int:
+    required = item.get("required")
+    needed = len(required) if isinstance(required, list) else 0
+    return _size(item.get("properties")) - needed

@@ -1,0 +1,134 @@
+"""Tries a costly grammar in a limited child process before this process compiles it."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llguidance import LLTokenizer
+
+from backends.cancellation import check_cancelled
+from core.child import AnswerTooLong, Child, ChildEnded
+from core.errors import Unavailable
+from core.units import GIB, MIB, format_bytes
+
+LIMIT_S = 15.0
+CPU_LIMIT_S = 4
+COMPILE_LIMIT_S = 2.5
+MASK_LIMIT_S = 0.1
+GROWTH_LIMIT_BYTES = 192 * MIB
+_MEMORY_LIMIT_BYTES = GIB
+_ANSWER_LIMIT_BYTES = MIB
+_POLL_S = 0.2
+_CODE_FOLDER = Path(__file__).resolve().parents[2]
+_WORKER = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from backends.grammar.trial_worker import main; main()"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a trial found: why the grammar is refused, empty if allowed, and the bytes it takes."""
+
+    refusal: str
+    grown_bytes: int = 0
+
+
+class GrammarTrial:
+    """Tries grammars for one vocabulary.  Thread-safe; each trial has a process of its own."""
+
+    def __init__(self, tokenizer: LLTokenizer, limits: Mapping[str, int]) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._vocabulary: tuple[list[int], list[int], bytes] | None = None
+
+    def run(self, grammar: str) -> Verdict:
+        """Return what compiling `grammar` takes, or why it is refused.
+
+        Blocks up to 15 s, usually for half a second.  Raises Unavailable if the child does not
+        start or the machine is too busy, and Cancelled.
+        """
+        lengths, special, data = self._read_vocabulary()
+        request = {
+            "grammar": grammar,
+            "lengths": lengths,
+            "special": special,
+            "ends": list(self._tokenizer.eos_tokens),
+            "limits": dict(self._limits),
+            "memory_bytes": _MEMORY_LIMIT_BYTES,
+            "cpu_s": CPU_LIMIT_S,
+        }
+        payload = json.dumps(request).encode("ascii") + b"\n" + data
+        child = Child(
+            [sys.executable, "-I", "-c", _WORKER, str(_CODE_FOLDER)],
+            {},
+            answer_limit_bytes=_ANSWER_LIMIT_BYTES,
+            keeps_stderr=True,
+        )
+        try:
+            return _verdict(json.loads(_exchange(child, payload)))
+        except TimeoutError:
+            return Verdict(f"compiling it takes longer than {LIMIT_S:g} s")
+        except (ChildEnded, AnswerTooLong):
+            code = child.close(grace_s=1.0)
+            # A positive code is Python's: MemoryError, or a broken installation.
+            if code > 0 and "MemoryError" not in child.stderr_tail:
+                raise Unavailable(
+                    "The process that tries grammars failed. Check the server's log and free "
+                    "memory, then try again."
+                ) from None
+            return Verdict(
+                "compiling it takes more than the limit of processor time, memory or stack "
+                f"({CPU_LIMIT_S} s, {format_bytes(_MEMORY_LIMIT_BYTES)})"
+            )
+        finally:
+            child.close()
+
+    def _read_vocabulary(self) -> tuple[list[int], list[int], bytes]:
+        with self._lock:
+            if self._vocabulary is None:
+                ids = range(self._tokenizer.vocab_size)
+                tokens = [self._tokenizer.decode_bytes([each]) for each in ids]
+                special = [each for each in ids if self._tokenizer.is_special_token(each)]
+                self._vocabulary = list(map(len, tokens)), special, b"".join(tokens)
+            return self._vocabulary
+
+
+def _exchange(child: Child, payload: bytes) -> bytes:
+    """Send the request and return the answer; looks for a cancellation meanwhile."""
+    deadline = time.monotonic() + LIMIT_S
+    child.write(payload, deadline)
+    while True:
+        check_cancelled()
+        try:
+            return child.read_line(min(deadline, time.monotonic() + _POLL_S))
+        except TimeoutError:
+            if time.monotonic() >= deadline:
+                raise
+
+
+def _verdict(report: dict[str, float | str]) -> Verdict:
+    if report["error"]:
+        return Verdict(str(report["error"]))
+    grown_bytes = int(report["grown_bytes"])
+    if float(report["compile_s"]) > COMPILE_LIMIT_S:
+        return Verdict(
+            f"compiling it takes {report['compile_s']:.1f} s, and at most {COMPILE_LIMIT_S:g} s "
+            "are allowed"
+        )
+    if float(report["mask_s"]) > MASK_LIMIT_S:
+        return Verdict(
+            f"one token of the answer takes {report['mask_s']:.2f} s, and at most "
+            f"{MASK_LIMIT_S:g} s are allowed"
+        )
+    if grown_bytes > GROWTH_LIMIT_BYTES:
+        return Verdict(
+            f"it takes {format_bytes(grown_bytes)}, and at most "
+            f"{format_bytes(GROWTH_LIMIT_BYTES)} are allowed"
+        )
+    return Verdict("", grown_bytes)

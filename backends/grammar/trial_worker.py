@@ -1,0 +1,144 @@
+"""Child process that compiles one grammar under limits and reports what that took.
+
+Input: a line of JSON with `grammar`, `lengths` (bytes of each token), `special` (token ids),
+`ends` (token ids) and limits; then the bytes of all tokens.  Output: a line of JSON, see `Report`.
+"""
+
+import json
+import random
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from core.child import die_with_input, die_with_parent, limit_cpu, limit_process, take_stdout
+from core.units import MIB
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits
+
+# Half of what the compiler in the engine's process has: what fits here fits there.
+STACK_BYTES = 32 * MIB
+_WALKED_TOKENS = 12
+_LONGEST = 16
+
+
+class Report(TypedDict):
+    """The result of a trial: llguidance's error if there is one, and what the grammar took."""
+
+    error: str
+    compile_s: float
+    mask_s: float
+    grown_bytes: int
+
+
+class _Vocabulary:
+    """What llguidance wants to know of a tokenizer."""
+
+    def __init__(self, request: dict[str, Any], data: bytes) -> None:
+        self.tokens = []
+        start = 0
+        for length in request["lengths"]:
+            self.tokens.append(data[start : start + length])
+            start += length
+        self.special_token_ids = request["special"]
+        self.eos_token_id = request["ends"][0]
+        self.bos_token_id = None
+
+        self._ids = {token: index for index, token in reversed(list(enumerate(self.tokens)))}
+        for index in self.special_token_ids:
+            self._ids.pop(self.tokens[index], None)
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """Return the tokens of text that the grammar forces, longest first."""
+        data = text.encode() if isinstance(text, str) else text
+        ids = []
+        start = 0
+        while start < len(data):
+            ends = range(min(start + _LONGEST, len(data)), start, -1)
+            end = next((each for each in ends if data[start:each] in self._ids), start + 1)
+            ids += [self._ids[data[start:end]]] if data[start:end] in self._ids else []
+            start = end
+        return ids
+
+
+def main() -> None:
+    """Answer one request."""
+    die_with_parent()
+    request = json.loads(sys.stdin.buffer.readline())
+    data = sys.stdin.buffer.read(sum(request["lengths"]))
+    stream = take_stdout()
+    die_with_input(sys.stdin)
+    limit_process(data_bytes=request["memory_bytes"], file_bytes=0)
+    limit_cpu(request["cpu_s"])
+    report = _on_stack(lambda: _try(request, _Vocabulary(request, data)))
+    stream.write(json.dumps(report) + "\n")
+    stream.flush()
+
+
+def _on_stack(work: Callable[[], Report]) -> Report:
+    reports: list[Report] = []
+    threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=lambda: reports.append(work()))
+    thread.start()
+    thread.join()
+    return reports[0]
+
+
+def _try(request: dict[str, Any], vocabulary: _Vocabulary) -> Report:
+    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+    tokenizer = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=request["ends"])
+    before, started = _peak_bytes(), time.thread_time()
+    matcher = LLMatcher(
+        tokenizer,
+        LLMatcher.grammar_from_lark(request["grammar"]),
+        log_level=0,
+        limits=parser_limits(request["limits"]),
+    )
+    compiled = time.thread_time()
+    mask_s = 0.0
+    # Any way through the grammar: states further on may be costlier than the first.
+    choose = random.Random(0)
+    for _ in range(_WALKED_TOKENS):
+        if matcher.is_error() or matcher.is_stopped():
+            break
+        at = time.thread_time()
+        allowed = _ids(matcher.compute_bitmask())
+        mask_s = max(mask_s, time.thread_time() - at)
+        few = [choose.choice(allowed) for _ in range(4)] if allowed else [request["ends"][0]]
+        matcher.consume_token(max(few, key=lambda each: len(vocabulary.tokens[each])))
+    return Report(
+        error=matcher.get_error(),
+        compile_s=compiled - started,
+        mask_s=mask_s,
+        grown_bytes=_peak_bytes() - before,
+    )
+
+
+def parser_limits(limits: Mapping[str, int]) -> "LLParserLimits":
+    """Return llguidance's limits with these; the others keep their defaults."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        verbose_errors=False,
+        step_lexer_fuel=limits["step_lexer_fuel"],
+        max_lexer_states=limits["max_lexer_states"],
+    )
+
+
+def _ids(mask: bytes) -> list[int]:
+    return [
+        8 * index + bit
+        for index, byte in enumerate(mask)
+        if byte
+        for bit in range(8)
+        if byte >> bit & 1
+    ]
+
+
+def _peak_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

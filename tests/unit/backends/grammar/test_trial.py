@@ -1,0 +1,195 @@
+"""Tests of grammars that are too costly: they are refused in a child, and nothing else suffers."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from backends.cancellation import Cancelled, cancelled_by
+from backends.grammar.compiler import output_constraint
+from backends.grammar.cost import is_cheap_pattern, is_cheap_schema
+from backends.hf.tokenizer import HfTokenizer
+from core.errors import RequestError, UnsupportedParameter
+from core.types import ChoiceOutput, JsonOutput, JsonValue, RegexOutput
+from tests.unit.backends.grammar.test_constraint import fits
+from tests.unit.backends.grammar.test_constraint import read as read
+
+
+def chain(length: int, link: str = "direct") -> dict[str, JsonValue]:
+    """Return a schema that is a chain of references."""
+    definitions: dict[str, JsonValue] = {f"d{length}": {"type": "string"}}
+    for index in range(length):
+        after: dict[str, JsonValue] = {"$ref": f"#/$defs/d{index + 1}"}
+        if link != "direct":
+            definitions[f"d{index}"] = {link: [after, after]}
+            continue
+        definitions[f"d{index}"] = {
+            "type": "object", "properties": {"x": after}, "required": ["x"]
+        }  # fmt: skip
+    return {"$ref": "#/$defs/d0", "$defs": definitions}
+
+
+def optional(count: int) -> dict[str, JsonValue]:
+    return {"type": "object", "properties": {f"a{i}": {"type": "string"} for i in range(count)}}
+
+
+def nested(depth: int) -> dict[str, JsonValue]:
+    schema: dict[str, JsonValue] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+REFUSED: dict[str, dict[str, JsonValue]] = {
+    "a large divisor": {"type": "integer", "multipleOf": 99_400_891},
+    "divisors that are combined": {
+        "allOf": [{"type": "integer", "multipleOf": 9973}, {"type": "integer", "multipleOf": 9967}]
+    },
+    "many divisors": {
+        "type": "object",
+        "properties": {f"a{i}": {"type": "integer", "multipleOf": 90_000 + i} for i in range(300)},
+    },
+    "a chain of references": chain(5000),
+    "alternatives that are combined": {
+        "allOf": [
+            {"anyOf": [{"type": "object", "properties": {f"{k}{j}": {}}, "required": [f"{k}{j}"]}
+                       for j in range(2)]}
+            for k in range(20)
+        ]
+    },
+    "5000 alternatives": {
+        "anyOf": [
+            {"type": "object", "properties": {f"k{i}": {"type": "string"}}, "required": [f"k{i}"]}
+            for i in range(5000)
+        ]
+    },
+    "deep nesting": nested(900),
+}  # fmt: skip
+ALLOWED: dict[str, dict[str, JsonValue]] = {
+    "a divisor": {"type": "integer", "multipleOf": 30_011},
+    "cents": {"type": "number", "multipleOf": 0.01, "minimum": 0},
+    "many alternatives": {"anyOf": [{"const": f"v{index}"} for index in range(500)]},
+    "references": chain(150),
+    "a large enum": {"enum": [f"value{index}" for index in range(3000)]},
+    "bounds": {"type": "array", "items": {"type": "integer"}, "minItems": 9000, "maxItems": 90_000},
+    "a long text": {"type": "string", "minLength": 90_000, "maxLength": 100_000},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_schemas_that_would_take_minutes_gigabytes_or_the_stack_are_refused(
+    read: HfTokenizer, name: str
+) -> None:
+    for _ in range(2):
+        with pytest.raises(UnsupportedParameter, match="cannot be enforced"):
+            read.mask(output_constraint(JsonOutput(REFUSED[name])))
+    assert fits(read, JsonOutput({"const": 1}), "1")
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_large_schemas_that_are_affordable_are_not_refused(read: HfTokenizer, name: str) -> None:
+    assert not read.mask(output_constraint(JsonOutput(ALLOWED[name]))).problem
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        REFUSED["a large divisor"], REFUSED["divisors that are combined"], chain(200),
+        chain(5, "allOf"), nested(60), optional(150), {"type": "string", "pattern": "a{5000}"},
+        {"enum": ["x" * 100] * 700}, {"multipleOf": 1e-300}, {"multipleOf": 1e300},
+        {"properties": {"a": {"multipleOf": 97}, "b": {"multipleOf": 89}, "c": {"multipleOf": 83}}},
+    ],
+)  # fmt: skip
+def test_what_may_be_costly_is_tried_first(schema: dict[str, JsonValue]) -> None:
+    assert not is_cheap_schema(schema)
+    assert not output_constraint(JsonOutput(schema)).is_cheap
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {}, {"type": "object", "properties": {"a": {"type": "string"}}}, {"multipleOf": 0.01},
+        {"anyOf": [{"type": "string"}, {"type": "null"}]}, {"multipleOf": True}, {"allOf": [{}]},
+        {"multipleOf": float("nan")}, {"anyOf": 3, "properties": 4, "required": 5}, optional(40),
+    ],
+)  # fmt: skip
+def test_usual_schemas_need_no_trial(schema: dict[str, JsonValue]) -> None:
+    assert is_cheap_schema(schema)
+
+
+def test_regexes_with_large_repetitions_are_tried_first() -> None:
+    assert is_cheap_pattern(r"[a-z]{1,500}\d+")
+    assert not is_cheap_pattern("(a{1,1000}){1,1000}")
+    assert not is_cheap_pattern("a" * 600)
+    assert not output_constraint(RegexOutput("a{1000}", "p")).is_cheap
+
+
+def test_literals_that_would_force_too_much_text_are_refused() -> None:
+    for output in (
+        JsonOutput({"const": "a" * 100_000}),
+        JsonOutput({"properties": {"x": {"enum": ["b", "a" * 5000]}}}),
+        ChoiceOutput(("a" * 5000, "b"), "guided_choice"),
+    ):
+        with pytest.raises(RequestError, match="at most 4096 are allowed"):
+            output_constraint(output)
+
+
+def test_a_trial_ends_when_its_request_is_cancelled(read: HfTokenizer) -> None:
+    gone = threading.Event()
+    problems: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with cancelled_by(gone):
+                read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": 10**9})))
+        except BaseException as problem:
+            problems.append(problem)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    gone.set()
+    thread.join(60)
+    assert isinstance(problems[0], Cancelled)
+
+
+class _Panic(BaseException):
+    """Stands for pyo3_runtime.PanicException."""
+
+
+class _Broken:
+    """A matcher of a library that panics."""
+
+    def __getattr__(self, name: str) -> Any:
+        def fail(*_: object) -> None:
+            raise _Panic(name)
+
+        return fail
+
+
+def test_a_panic_of_the_library_fails_its_own_request(read: HfTokenizer) -> None:
+    import numpy as np
+
+    mask = read.mask(output_constraint(JsonOutput({"const": 1})))
+    mask._matcher = _Broken()  # type: ignore[assignment]
+    mask.accept(1)
+    assert "the grammar library failed" in mask.problem
+    logits = np.zeros(read.vocabulary_size, np.float32)
+    mask.apply(logits)
+    assert {int(each) for each in np.flatnonzero(np.isfinite(logits))} <= read.end_ids
+    assert not mask.restart(b"1")
+    assert mask.is_finished
+
+
+def test_a_grammar_with_slow_tokens_is_given_up(
+    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    monkeypatch.setattr("backends.grammar.compiler._SLOW_MASK_S", -1.0)
+    monkeypatch.setattr("backends.grammar.compiler._MAX_SLOW_S", -1.0)
+    mask = read.mask(output_constraint(JsonOutput({"type": "string"})))
+    logits = np.zeros(read.vocabulary_size, np.float32)
+    mask.apply(logits.copy())
+    assert not mask.problem
+    mask.apply(logits.copy())
+    assert "too long" in mask.problem
