@@ -3,26 +3,28 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from typing import TypeVar
 
 from backends.base import Engine, EngineLoad, EventReceiver, ModelInfo
 from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.activity import NO_ACTIVITY, REQUEST_ID, Activity
 from backends.engine.loop import EngineLoop
+from backends.engine.preparation import PreparationThreads
 from backends.engine.request import EngineRequest, events_of
-from backends.limits import EngineLimits
+from backends.limits import EngineLimits, StepWatch
 from backends.prompt.prepare import Prepared, Preparer
 from backends.stepper import Stepper
 from core.errors import TimedOut
 from core.types import Finished, GenerationEvent, GenerationRequest, Prompt
+
+Result = TypeVar("Result")
 
 
 class BatchingEngine(Engine):
     """Runs requests of one event loop on an `EngineLoop`.
 
     The stepper is created and used on a thread of its own; requests are prepared (template,
-    tokens, grammar) on another, so the event loop never runs model code.
+    tokens, grammar) on others, so the event loop never runs model code.
     """
 
     def __init__(
@@ -40,19 +42,19 @@ class BatchingEngine(Engine):
         self._max_waiting = max_waiting
         self._preparing = 0
         self._activity: Activity = NO_ACTIVITY
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="impetus-prepare")
+        self._watch = StepWatch()
+        self._threads = PreparationThreads(self._watch)
         try:
             self._loop = EngineLoop(info.name, open_stepper, self._stop_preparing)
         except BaseException:
-            self._pool.shutdown(wait=False)
-            preparer.close()
+            self._stop_preparing()
             raise
         self.max_sequences = self._loop.max_sequences
 
     def _stop_preparing(self) -> None:
-        """Wait for the request that is being prepared: it uses the stepper's vocabulary."""
-        self._pool.shutdown(wait=True)
+        """Wait for the requests that are being prepared: they use the stepper's vocabulary."""
         self._preparer.close()
+        self._threads.close()
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Yield the request's events; see `Engine.generate`."""
@@ -74,11 +76,7 @@ class BatchingEngine(Engine):
     async def _run(self, generation: GenerationRequest, receiver: EventReceiver) -> Finished:
         submitted_at = time.monotonic()
         event_loop = asyncio.get_running_loop()
-        self._preparing += 1
-        try:
-            prepared = await event_loop.run_in_executor(self._pool, self._prepare, generation)
-        finally:
-            self._preparing -= 1
+        prepared = await self._in_turn(lambda: self._prepare(generation))
         done: asyncio.Future[Finished] = event_loop.create_future()
         request = EngineRequest(generation, prepared, receiver, event_loop, done, submitted_at)
         if not prepared.max_tokens:
@@ -94,12 +92,21 @@ class BatchingEngine(Engine):
         with self._activity.working(generation.id):
             return self._preparer.prepare(generation)
 
+    async def _in_turn(self, work: Callable[[], Result]) -> Result:
+        """Do `work` on a thread for preparation; it is skipped or stopped if the caller leaves."""
+        job = self._threads.submit(work)
+        self._preparing += 1
+        try:
+            return await asyncio.wrap_future(job.done)
+        finally:
+            job.cancel()
+            self._preparing -= 1
+
     async def count_tokens(self, prompt: Prompt) -> int:
         """Return the prompt's length; see `TokenCounting`."""
         self._loop.check_open()
-        event_loop = asyncio.get_running_loop()
-        count = partial(self._count, REQUEST_ID.get(), prompt)
-        return await event_loop.run_in_executor(self._pool, count)
+        request_id = REQUEST_ID.get()
+        return await self._in_turn(lambda: self._count(request_id, prompt))
 
     def _count(self, request_id: str, prompt: Prompt) -> int:
         with self._activity.working(request_id):
@@ -133,5 +140,5 @@ class BatchingEngine(Engine):
 
     @property
     def stalled_s(self) -> float:
-        """Seconds that the current step has lasted; see `backends.limits.Watched`."""
-        return self._loop.stalled_s
+        """Seconds that the oldest step or preparation has lasted; see `backends.limits.Watched`."""
+        return 0.0 if self.is_failed else max(self._loop.stalled_s, self._watch.lasted_s)
