@@ -9,8 +9,9 @@ from core.types import JsonValue
 
 # Compile time grows with the square of their number: 500 take half a second.
 _MAX_OPTIONAL = 500
-# Escapes and character classes hold no quantifiers.
-_NO_QUANTIFIER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+# Escapes and character classes hold no quantifiers.  A class that is not closed ends with the text:
+# looking for its end from every bracket would take quadratic time.
+_NO_QUANTIFIER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]?", re.DOTALL)
 _DOUBLE_REPEAT = re.compile(r"(?:[*+?]|\{\d+(?:,\d*)?\})[*+]")
 # Look-around, word boundaries and back-references; escaped backslashes are removed before.
 _LOOKAROUND = re.compile(r"\(\?<?[=!]|\\[1-9bB]|\\k<")

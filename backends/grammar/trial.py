@@ -64,12 +64,18 @@ class GrammarTrial:
             "cpu_s": CPU_LIMIT_S,
         }
         payload = json.dumps(request).encode("ascii") + b"\n" + data
-        child = Child(
-            [sys.executable, "-I", "-c", _WORKER, str(_CODE_FOLDER)],
-            {},
-            answer_limit_bytes=_ANSWER_LIMIT_BYTES,
-            keeps_stderr=True,
-        )
+        try:
+            child = Child(
+                [sys.executable, "-I", "-c", _WORKER, str(_CODE_FOLDER)],
+                {},
+                answer_limit_bytes=_ANSWER_LIMIT_BYTES,
+                keeps_stderr=True,
+            )
+        except OSError as error:
+            raise Unavailable(
+                "The process that tries grammars did not start. Check the machine's limits of "
+                "memory and processes, then try again."
+            ) from error
         try:
             return _verdict(json.loads(_exchange(child, payload)))
         except TimeoutError:

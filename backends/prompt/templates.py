@@ -17,6 +17,7 @@ RENDER_LIMIT_S = 2.0
 START_LIMIT_S = 30.0
 OUTPUT_LIMIT_BYTES = 8 * MIB
 MEMORY_LIMIT_BYTES = GIB
+MAX_WORKERS = 4
 
 _CODE_FOLDER = Path(__file__).resolve().parents[2]
 # -I ignores the user's site and PYTHONPATH, so the code's folder is passed as an argument.
@@ -24,6 +25,7 @@ _WORKER = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from backends.prompt.template_worker import main; main()"
 )
+_COMMAND = [sys.executable, "-I", "-c", _WORKER, str(_CODE_FOLDER)]
 _LENGTH = struct.Struct(">I")
 # JSON escapes a character with at most six bytes for each of its UTF-8 bytes.
 _FRAME_LIMIT_BYTES = 6 * OUTPUT_LIMIT_BYTES + 1024
@@ -35,16 +37,19 @@ class TemplateRefused(RequestError):
 
 
 class TemplateRenderer:
-    """Renders one model's chat template; thread-safe, one render at a time.
+    """Renders one model's chat template; thread-safe, up to four renders at a time.
 
-    The worker process starts with the first render, and again after it was killed.  The first
-    render takes about a tenth of a second, later ones well under a millisecond.
+    A worker process starts with the first render, after one was killed, and while the others are
+    busy: a slow render delays no other one.  Only one idle worker is kept.  The first render takes
+    about a tenth of a second, later ones well under a millisecond.
     """
 
     def __init__(self, template: str) -> None:
         self._template = template
         self._lock = threading.Lock()
-        self._worker: Child | None = None
+        self._slots = threading.BoundedSemaphore(MAX_WORKERS)
+        self._idle: list[Child] = []
+        self._busy: set[Child] = set()
         self._broken = ""
         self._is_closed = False
 
@@ -59,7 +64,7 @@ class TemplateRenderer:
             payload = json.dumps(variables).encode("ascii")
         except RecursionError as error:
             raise RequestError("The messages or tools are nested too deeply.") from error
-        with self._lock:
+        with self._slots:
             answer = self._request(payload)
         kind = answer.get("error")
         if kind is None:
@@ -74,76 +79,116 @@ class TemplateRenderer:
         raise _broken(answer["message"] or "its output is over the limit of 8 MiB")
 
     def close(self) -> None:
-        """Kill the worker, also during a render; may be called twice."""
-        self._is_closed = True
-        worker = self._worker
-        if worker is not None:
-            worker.kill()
+        """Kill the workers, also during a render, and wait for it; may be called twice."""
         with self._lock:
-            self._drop_worker()
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+            for worker in self._busy:
+                worker.kill()
+        for worker in idle:
+            worker.close()
+        # The renders that were running close their workers.
+        for _ in range(MAX_WORKERS):
+            self._slots.acquire()
+        for _ in range(MAX_WORKERS):
+            self._slots.release()
 
     def _request(self, payload: bytes) -> dict[str, str]:
         """Exchange one frame, with a new worker if the old one has died."""
         for is_last in (False, True):
+            worker = self._take_worker()
             try:
-                answer = _exchange(self._running_worker(), payload, RENDER_LIMIT_S)
+                answer = _exchange(worker, payload, RENDER_LIMIT_S)
             except TimeoutError as error:
-                self._drop_worker()
+                self._drop(worker)
                 raise _broken(f"it took longer than {RENDER_LIMIT_S:g} s") from error
             except _NO_ANSWER as error:
-                self._drop_worker()
+                self._drop(worker)
                 self._raise_if_closed()
                 if is_last:
                     raise _broken("it crashed the process that rendered it") from error
+            except BaseException:
+                self._drop(worker)
+                raise
             else:
                 break
         if answer.get("error") == "memory":
-            self._drop_worker()
+            self._drop(worker)
+        else:
+            self._give_back(worker)
         return answer
 
-    def _running_worker(self) -> Child:
+    def _take_worker(self) -> Child:
         """Return a worker that has compiled the template; a compile error is remembered."""
-        self._raise_if_closed()
-        if self._broken:
-            raise _broken(self._broken)
-        if self._worker is not None:
-            return self._worker
-        # No environment: a template that escapes its sandbox finds no keys there.
-        worker = self._worker = Child(
-            [sys.executable, "-I", "-c", _WORKER, str(_CODE_FOLDER)],
-            {},
-            answer_limit_bytes=_FRAME_LIMIT_BYTES,
-        )
+        with self._lock:
+            self._raise_if_closed()
+            if self._broken:
+                raise _broken(self._broken)
+            is_new = not self._idle
+            worker = _start_worker() if is_new else self._idle.pop()
+            self._busy.add(worker)
+        if is_new:
+            try:
+                self._compile(worker)
+            except BaseException:
+                self._drop(worker)
+                raise
+        return worker
+
+    def _compile(self, worker: Child) -> None:
         try:
             _exchange(worker, None, START_LIMIT_S)
         except (TimeoutError, *_NO_ANSWER) as error:
-            self._drop_worker()
             self._raise_if_closed()
-            raise EngineFailed(
-                "The process that renders chat templates did not start. Check the server's log and "
-                "free memory, then try again."
-            ) from error
+            raise _not_started() from error
         start = {
             "template": self._template,
             "memory_bytes": MEMORY_LIMIT_BYTES,
             "output_bytes": OUTPUT_LIMIT_BYTES,
             "self_limit_s": 5 * int(RENDER_LIMIT_S),
         }
-        answer = _exchange(worker, json.dumps(start).encode("ascii"), RENDER_LIMIT_S)
+        try:
+            answer = _exchange(worker, json.dumps(start).encode("ascii"), RENDER_LIMIT_S)
+        except TimeoutError as error:
+            raise _broken(f"it took longer than {RENDER_LIMIT_S:g} s") from error
+        except _NO_ANSWER as error:
+            self._raise_if_closed()
+            raise _broken("it crashed the process that compiled it") from error
         self._broken = answer.get("message", "")
         if self._broken:
-            self._drop_worker()
             raise _broken(self._broken)
-        return worker
 
-    def _drop_worker(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+    def _give_back(self, worker: Child) -> None:
+        with self._lock:
+            if not (self._is_closed or self._idle):
+                self._busy.discard(worker)
+                self._idle.append(worker)
+                return
+        self._drop(worker)
+
+    def _drop(self, worker: Child) -> None:
+        with self._lock:
+            self._busy.discard(worker)
+        worker.close()
 
     def _raise_if_closed(self) -> None:
         if self._is_closed:
             raise EngineFailed("The model is being unloaded.")
+
+
+def _start_worker() -> Child:
+    try:
+        # No environment: a template that escapes its sandbox finds no keys there.
+        return Child(_COMMAND, {}, answer_limit_bytes=_FRAME_LIMIT_BYTES)
+    except OSError as error:
+        raise _not_started() from error
+
+
+def _not_started() -> EngineFailed:
+    return EngineFailed(
+        "The process that renders chat templates did not start. Check the server's log and free "
+        "memory, then try again."
+    )
 
 
 def _exchange(worker: Child, payload: bytes | None, limit_s: float) -> dict[str, str]:

@@ -8,8 +8,9 @@ import pytest
 from backends.cancellation import Cancelled, cancelled_by
 from backends.grammar.compiler import output_constraint
 from backends.grammar.cost import is_cheap_pattern, is_cheap_schema
+from backends.grammar.schema_limits import check_pattern
 from backends.hf.tokenizer import HfTokenizer
-from core.errors import RequestError, UnsupportedParameter
+from core.errors import RequestError, Unavailable, UnsupportedParameter
 from core.types import ChoiceOutput, JsonOutput, JsonValue, RegexOutput
 from tests.unit.backends.grammar.test_constraint import fits
 from tests.unit.backends.grammar.test_constraint import read as read
@@ -193,3 +194,36 @@ def test_a_grammar_with_slow_tokens_is_given_up(
     assert not mask.problem
     mask.apply(logits.copy())
     assert "too long" in mask.problem
+
+
+def test_regexes_are_checked_in_linear_time() -> None:
+    for pattern in (
+        "[" * 200_000,
+        "[^]" * 100_000,
+        "[\\" * 100_000,
+        "{1" * 100_000,
+        "(?" * 100_000,
+    ):
+        for _ in range(5):
+            check_pattern(pattern, "p")
+        assert not is_cheap_pattern(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["a**", "a{2}+", "[a]+*", "[^]]**"])
+def test_repeated_repetitions_are_refused(pattern: str) -> None:
+    with pytest.raises(RequestError, match="consecutive repetition"):
+        check_pattern(pattern, "p")
+
+
+def test_a_child_that_cannot_be_started_is_no_fault_of_the_grammar(
+    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    wanted = output_constraint(JsonOutput({"type": "integer", "multipleOf": 10_007}))
+    with monkeypatch.context() as patch:
+        patch.setattr("backends.grammar.trial.Child", refuse)
+        with pytest.raises(Unavailable, match="did not start"):
+            read.mask(wanted)
+    assert not read.mask(wanted).problem

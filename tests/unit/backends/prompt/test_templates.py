@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from backends.prompt import templates
-from backends.prompt.templates import TemplateRefused, TemplateRenderer
+from backends.prompt.templates import MAX_WORKERS, TemplateRefused, TemplateRenderer
 from core.errors import BrokenModel, EngineFailed, RequestError
 from core.types import JsonValue
 
@@ -41,8 +41,8 @@ def user(content: JsonValue, **more: JsonValue) -> dict[str, JsonValue]:
 
 
 def worker_id(renderer: TemplateRenderer) -> int:
-    assert renderer._worker is not None
-    return renderer._worker.pid
+    (worker,) = renderer._idle
+    return worker.pid
 
 
 def test_template_renders_variables(make: Renderers) -> None:
@@ -200,9 +200,9 @@ def test_renderer_close_ends_a_hanging_render(
 def test_worker_ends_with_its_parents_pipe(make: Renderers) -> None:
     renderer = make(ECHO)
     renderer.render(user("a"))
-    assert renderer._worker is not None
-    renderer._worker.close_input()
-    assert renderer._worker.wait(20) == 0
+    (worker,) = renderer._idle
+    worker.close_input()
+    assert worker.wait(20) == 0
 
 
 def test_worker_sees_no_environment(make: Renderers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,3 +213,43 @@ def test_worker_sees_no_environment(make: Renderers, monkeypatch: pytest.MonkeyP
     if not environment.exists():
         pytest.skip("needs /proc")
     assert b"secret-canary" not in environment.read_bytes()
+
+
+def test_a_slow_render_delays_no_other_one(
+    make: Renderers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "RENDER_LIMIT_S", 60.0)
+    renderer = make("{% if bad %}{{ (7 + messages|length) ** 99999999 }}{% endif %}ok")
+    renderer.render(user("a", bad=False))
+    with ThreadPoolExecutor(MAX_WORKERS) as pool:
+        slow = [pool.submit(renderer.render, user("a", bad=True)) for _ in range(MAX_WORKERS - 1)]
+        while len(renderer._busy) < MAX_WORKERS - 1:
+            assert not any(each.done() for each in slow)
+        for _ in range(5):
+            assert renderer.render(user("a", bad=False)) == "ok"
+        assert not any(each.done() for each in slow)
+        renderer.close()
+        for each in slow:
+            assert isinstance(each.exception(60), EngineFailed)
+
+
+def test_only_one_idle_worker_is_kept(make: Renderers) -> None:
+    renderer = make(ECHO)
+    with ThreadPoolExecutor(MAX_WORKERS) as pool:
+        list(pool.map(lambda _: renderer.render(user("x" * 100_000)), range(20)))
+    assert not renderer._busy
+    assert len(renderer._idle) == 1
+
+
+def test_a_worker_that_cannot_be_started_is_no_fault_of_the_model(
+    make: Renderers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    renderer = make(ECHO)
+    with monkeypatch.context() as patch:
+        patch.setattr(templates, "Child", refuse)
+        with pytest.raises(EngineFailed, match="did not start"):
+            renderer.render(user("a"))
+    assert renderer.render(user("a")) == "<user>a"
