@@ -8,6 +8,7 @@ from pathlib import Path
 from core.cpus import usable_cpus
 from core.errors import ImpetusError
 from core.keys import key_file
+from core.proxies import bypass_proxies
 from core.settings import Settings
 from core.units import MIB
 from deployments.serve import message_size
@@ -22,8 +23,6 @@ _FORCED = ("RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
 _DROPPED = ("RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RAYLET_PID", "RAY_NODE_ID")
 # Would open listeners on every interface, or more of them.
 _REFUSED = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS")
-_NO_PROXY = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def check_ray_environment(environment: Mapping[str, str]) -> None:
@@ -62,18 +61,6 @@ def ray_settings() -> dict[str, str]:
     lines = (ROOT / "scripts" / "env").read_text().splitlines()
     pairs = (line.partition("=") for line in lines if not line.startswith("#"))
     return {name.strip(): value.strip() for name, separator, value in pairs if separator}
-
-
-def bypass_proxies(values: MutableMapping[str, str], host: str = "") -> None:
-    """Let connections to this machine bypass the proxies that `values` may name.
-
-    Python's clients read `no_proxy`, others `NO_PROXY`, gRPC `no_grpc_proxy` before `no_proxy`.
-    """
-    kept = [values.get(name, "") for name in ("no_proxy", "NO_PROXY")]
-    names = [name.strip() for text in kept for name in text.split(",")]
-    everything = dict.fromkeys(name for name in (*names, *_LOOPBACK, host) if name)
-    for name in _NO_PROXY:
-        values[name] = ",".join(everything)
 
 
 def token_path(settings: Settings) -> Path:

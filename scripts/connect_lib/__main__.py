@@ -9,9 +9,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pydantic import ValidationError
-
-from core.settings import Settings
+from core.errors import RequestError
+from core.proxies import bypass_proxies
+from core.settings import load_settings
 from scripts.connect_lib.check import run_checks
 from scripts.connect_lib.clients import CLIENTS, Client
 from scripts.connect_lib.files import Edit, apply, hidden, preview, undo
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 if everything succeeded, else 1."""
     options = _parser().parse_args(arguments)
     client = CLIENTS[options.client]
+    bypass_proxies(os.environ)
     key = options.key or os.environ.get("IMPETUS_API_KEY", "")
     try:
         if options.undo:
@@ -60,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _own_url() -> str:
     try:
-        return Settings().base_url
-    except ValidationError as problem:
-        raise ConnectError(f"A setting is invalid; correct it or unset it: {problem}") from problem
+        return load_settings({}).base_url
+    except RequestError as problem:
+        raise ConnectError(problem.message) from problem
 
 
 def _set_up(client: Client, target: Target, model: Model, *, is_applied: bool) -> None:
