@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 
 from core.child import SERVER_ID
+from deployments.serve.members import Members
 from deployments.serve.processes import (
-    Members,
     descendants,
     end_processes,
     is_alive,

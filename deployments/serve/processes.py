@@ -4,25 +4,14 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import psutil
 
 from core.child import SERVER_ID
 
-# What the command lines of Ray's processes contain.  Serve restarts replicas and its controller;
-# nobody restarts these, and without them no process could be started any more.
-_MEMBERS: Mapping[str, str] = {
-    "gcs/gcs_server": "Ray's control service (gcs_server)",
-    "raylet/raylet": "Ray's node manager (raylet)",
-    "ray::DashboardAgent": "Ray's dashboard agent",
-    "dashboard/agent.py": "Ray's dashboard agent",
-    "ray::RuntimeEnvAgent": "Ray's runtime environment agent",
-    "runtime_env/agent/main.py": "Ray's runtime environment agent",
-}
 _KILL_LIMIT_S = 5.0
 _POLL_S = 0.05
-_MEMBER_COUNT = len(set(_MEMBERS.values()))
 
 
 def new_server_id(owner: int) -> str:
@@ -34,6 +23,15 @@ def owner_of(server_id: str) -> int:
     """Return the owner's process id; 0 if the value is not a server's."""
     owner = server_id.partition("-")[0]
     return int(owner) if owner.isdecimal() else 0
+
+
+def has_owner(process: psutil.Process, server_id: str) -> bool:
+    """Return whether the owner of this process' server still runs."""
+    try:
+        # A younger process has got the id of the owner, which has ended.
+        return psutil.Process(owner_of(server_id)).create_time() <= process.create_time()
+    except psutil.Error:
+        return False
 
 
 def own_processes() -> Iterator[tuple[psutil.Process, str]]:
@@ -101,44 +99,3 @@ def send(process: psutil.Process, number: int) -> None:
         process.send_signal(number)
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return
-
-
-class Members:
-    """The processes of Ray that nobody restarts; without one of them the server must end."""
-
-    def __init__(self, children: Callable[[], Iterable[psutil.Process]]) -> None:
-        """`children` returns the current process tree of the server."""
-        self._children = children
-        self._found: dict[str, psutil.Process] = {}
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every kind of member has been seen."""
-        return len(self._found) == _MEMBER_COUNT
-
-    def look(self) -> None:
-        """Look for members that have not been seen yet; does nothing once all are known."""
-        if self.is_complete:
-            return
-        for process in self._children():
-            name = _member_name(process)
-            if name and name not in self._found:
-                self._found[name] = process
-
-    def ended(self) -> str:
-        """Return the names of members that have ended, for a sentence; empty while all run."""
-        gone = [
-            f"{name}, process {process.pid}"
-            for name, process in self._found.items()
-            if not is_alive(process)
-        ]
-        return ", ".join(gone)
-
-
-def _member_name(process: psutil.Process) -> str:
-    try:
-        # Only the beginning: the raylet's own arguments contain the agents' command lines.
-        words = " ".join(process.cmdline()[:4])
-    except (psutil.Error, OSError):
-        return ""
-    return next((name for mark, name in _MEMBERS.items() if mark in words), "")

@@ -19,8 +19,8 @@ from core.errors import ImpetusError
 from core.keys import MANAGEMENT_TOKEN, read_key
 from core.settings import Settings, unknown_variables
 from deployments.serve.guard import start_guard
+from deployments.serve.members import Helpers, Members
 from deployments.serve.processes import (
-    Members,
     descendants,
     end_processes,
     new_server_id,
@@ -54,6 +54,7 @@ class Launcher:
         self._guard: subprocess.Popen[bytes] | None = None
         self._descendants: dict[int, psutil.Process] = {}
         self._members = Members(lambda: list(self._descendants.values()))
+        self._helpers = Helpers(lambda: list(self._descendants.values()), self._log.path)
         self._stop_signal = 0
         self._signals = 0
         self._woken = threading.Event()
@@ -186,6 +187,8 @@ class Launcher:
                 say(f"{cause}; the server stops. See its log: {self._log.path}")
                 return 1
             self._keep_guard()
+            for name in self._helpers.restart():
+                say(f"{name} ended and was started again.")
             self._woken.wait(_WATCH_S)
             self._woken.clear()
         readiness.stop()
@@ -203,6 +206,7 @@ class Launcher:
             for process in descendants(psutil.Process(self._child.pid)):
                 self._descendants.setdefault(process.pid, process)
         self._members.look()
+        self._helpers.look()
 
     def _stop(self) -> None:
         """Stop the server, wait, and kill what is left of its process tree."""
@@ -226,6 +230,7 @@ class Launcher:
             left = {process.pid: process for process in processes_of(self._server_id)}
             left.update(self._descendants)
             end_processes(wait_for_ends(left.values(), 0), patience_s)
+        self._helpers.close()
         self._end_guard()
 
     def _end_guard(self) -> None:

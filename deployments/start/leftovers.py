@@ -11,8 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from core.parent import is_running
-from deployments.serve.processes import end_processes, own_processes, owner_of, wait_for_ends
+from deployments.serve.processes import end_processes, has_owner, own_processes, wait_for_ends
 
 _TMP = Path("/tmp")
 _SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_(\d+)")
@@ -28,16 +27,11 @@ def end_former_servers(*, are_stragglers: bool = False) -> None:
 
     With `are_stragglers`, also wait for replicas that have lost their raylet, and end them.
     """
-    left = [process for process, server_id in own_processes() if not _has_owner(server_id)]
+    left = [one for one, server_id in own_processes() if not has_owner(one, server_id)]
     if are_stragglers:
         orphans = list(_orphans())
         left += wait_for_ends(orphans, _STRAGGLER_S)
     end_processes(left, _GRACE_S)
-
-
-def _has_owner(server_id: str) -> bool:
-    owner = owner_of(server_id)
-    return owner > 0 and is_running(owner)
 
 
 def _orphans() -> Iterator[psutil.Process]:
@@ -71,10 +65,21 @@ def _ended_sessions(ray_folder: Path) -> Iterator[Path]:
     """Yield the folders of Ray sessions that served this project and whose driver has ended."""
     for folder in _own_folders(ray_folder, "session_*"):
         match = _SESSION.fullmatch(folder.name)
-        if match is None or is_running(int(match[1])):
+        if match is None or _is_driven(folder, int(match[1])):
             continue
         if any((folder / "logs" / "serve").glob("*impetus*")):
             yield folder
+
+
+def _is_driven(folder: Path, pid: int) -> bool:
+    """Return whether the driver that made the session, or perhaps has, still runs."""
+    try:
+        # A process younger than the folder's last change has got the driver's id.
+        return psutil.Process(pid).create_time() <= folder.stat().st_mtime
+    except (psutil.NoSuchProcess, OSError):
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 def _own_folders(parent: Path, pattern: str) -> Iterator[Path]:

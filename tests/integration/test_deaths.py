@@ -92,7 +92,7 @@ def test_nothing_is_left_of_a_killed_launcher_and_the_next_start_works_at_once(
     started = time.monotonic()
     other_server.start(**ECHO)
     measured("next start", time.monotonic() - started)
-    assert [process for process in tree if process.is_running()] == []
+    assert [process for process in tree if is_alive(process)] == []
     # Now the launcher is killed while it is stopped, so that it cannot notice anything.
     launcher = psutil.Process(other_server.process.pid)
     launcher.suspend()

@@ -14,9 +14,10 @@ import pytest
 from core.child import SERVER_ID
 from deployments.serve import guard as guard_module
 from deployments.serve.guard import start_guard
+from deployments.serve.members import Helpers, Members
 from deployments.serve.processes import (
-    Members,
     end_processes,
+    has_owner,
     is_alive,
     new_server_id,
     owner_of,
@@ -189,3 +190,39 @@ def test_the_guard_is_started_from_the_project(tmp_path: Path, stack: ExitStack)
     assert guard.stdin is not None
     guard.stdin.close()
     assert guard.wait(LIMIT_S) == 0
+
+
+def test_a_helper_that_ends_is_started_again_with_growing_pauses(
+    stack: ExitStack, tmp_path: Path
+) -> None:
+    now = [100.0]
+    first = start(stack, SLEEP, "1-ab", "/dashboard/dashboard.py")
+    shown = [psutil.Process(first.pid)]
+    helpers = Helpers(lambda: shown, tmp_path / "log", lambda: now[0])
+    stack.callback(helpers.close)
+    helpers.look()
+    now[0] += 1000
+    assert helpers.restart() == []
+    running: psutil.Process = first
+    for pause_s in (0, 10, 20):
+        running.kill()
+        running.wait()
+        if pause_s:
+            now[0] += pause_s - 1
+            assert helpers.restart() == []
+            now[0] += 2
+        assert helpers.restart() == ["Ray's dashboard"]
+        (running,) = processes_of("1-ab")
+        assert running.cmdline()[-1] == "/dashboard/dashboard.py"
+        assert helpers.restart() == []
+
+
+def test_a_process_with_the_id_of_a_former_owner_is_not_the_owner(stack: ExitStack) -> None:
+    old = start(stack, SLEEP)
+    young = start(stack, SLEEP)
+    assert has_owner(young, f"{old.pid}-ab")
+    assert not has_owner(old, f"{young.pid}-ab")
+    old.kill()
+    old.wait()
+    assert not has_owner(young, f"{old.pid}-ab")
+    assert not has_owner(young, "nonsense")
