@@ -18,6 +18,7 @@ from deployments.router.deployment import RouterReplica
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.affinity import ResidencyRouter
 from deployments.serve.authentication import check_authentication
+from deployments.serve.guard import guard_unguarded
 from deployments.serve.message_size import runtime_env_options
 from deployments.serve.resources import reservation
 
@@ -50,6 +51,7 @@ def _build(settings: Settings) -> Application:
     check_settings(settings)
     check_home(settings)
     check_authentication()
+    guard_unguarded()
     backends = backends_for(settings.formats)
     cluster = ray.cluster_resources()  # type: ignore[no-untyped-call]
     sizes = [backend.process_bytes for backend in backends.values()]

@@ -5,11 +5,13 @@
 the guard also ends the server, with a message, when a part dies that nobody restarts.
 """
 
+import itertools
 import os
 import select
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,12 +23,15 @@ from deployments.serve.processes import (
     descendants,
     end_processes,
     is_alive,
+    new_server_id,
     processes_of,
     wait_for_ends,
 )
 
 _ROOT_FOLDER = Path(__file__).resolve().parents[2]
+_MODULE = "deployments.serve.guard"
 _POLL_S = 1.0
+_ROUNDS_BETWEEN_SCANS = 10
 # How long the rest may need after an ordinary end of the main process.
 _AFTER_ROOT_S = 5.0
 _GRACE_S = 3.0
@@ -41,13 +46,45 @@ def start_guard(root: int, server_id: str, *, owned: bool = False) -> subprocess
     kind = "owned" if owned else "by_hand"
     environment = {name: value for name, value in os.environ.items() if name != SERVER_ID}
     return subprocess.Popen(
-        [sys.executable, "-m", "deployments.serve.guard", str(root), server_id, kind],
+        [sys.executable, "-m", _MODULE, str(root), server_id, kind],
         cwd=_ROOT_FOLDER,
         env=environment,
         stdin=subprocess.PIPE if owned else subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
+
+
+def guard_unguarded() -> None:
+    """Start a guard for the `serve run` whose Ray cluster this process belongs to, if it has none.
+
+    Called where `serve run` did not run `deployments.start.driver`.  Does nothing in a cluster that
+    `ray start` made, which has no such process.
+    """
+    if SERVER_ID in os.environ:
+        return
+    try:
+        raylet = psutil.Process(os.getppid())
+        driver = raylet.parent()
+        if driver is None or "raylet" not in raylet.name() or not _is_serve_run(driver):
+            return
+        command = ["-m", _MODULE, str(driver.pid)]
+        if not any(_has_words(process, command) for process in psutil.process_iter()):
+            start_guard(driver.pid, new_server_id(driver.pid))
+    except (psutil.Error, OSError):
+        return
+
+
+def _is_serve_run(process: psutil.Process) -> bool:
+    words = process.cmdline()
+    return "run" in words and any(Path(word).name == "serve" for word in words[:3])
+
+
+def _has_words(process: psutil.Process, words: list[str]) -> bool:
+    with suppress(psutil.Error, OSError):
+        command = process.cmdline()
+        return command[1 : 1 + len(words)] == words
+    return False
 
 
 def main(root: int, server_id: str, *, is_owned: bool) -> int:
@@ -65,7 +102,7 @@ def main(root: int, server_id: str, *, is_owned: bool) -> int:
         known.update((one.pid, one) for one in found)
         return found
 
-    cause = _watch(process, Members(children), is_owned=is_owned)
+    cause = _watch(process, Members(children), is_owned=is_owned, scan=children)
     if cause:
         _say(f"{cause} ended; the server cannot continue without it and stops. Start it again.")
     if cause or is_owned:
@@ -75,16 +112,27 @@ def main(root: int, server_id: str, *, is_owned: bool) -> int:
     return _end(server_id, list(known.values()))
 
 
-def _watch(process: psutil.Process, members: Members, *, is_owned: bool) -> str:
-    """Block until the server or its owner has ended; return the name of a member that did."""
+def _watch(
+    process: psutil.Process,
+    members: Members,
+    *,
+    is_owned: bool,
+    scan: Callable[[], object] = lambda: None,
+) -> str:
+    """Block until the server or its owner has ended; return the name of a member that did.
+
+    Without an owner, `scan` is called every ten seconds.
+    """
     poll = select.poll()
     if is_owned:
         poll.register(0, select.POLLIN)
-    while is_alive(process):
-        if poll.poll(_POLL_S * 1000):
+    for number in itertools.count():
+        if not is_alive(process) or poll.poll(_POLL_S * 1000):
             return ""
         if not is_owned:
             members.look()
+            if number % _ROUNDS_BETWEEN_SCANS == 0:
+                scan()
             # At an ordinary stop they end shortly before the main process.
             if members.ended() and _outlives(process, members):
                 return members.ended()

@@ -12,6 +12,7 @@ from typing import Any
 
 from core.child import SERVER_ID, die_with_parent
 from core.errors import ImpetusError
+from core.settings import unknown_variables
 from deployments.serve.guard import start_guard
 from deployments.serve.processes import new_server_id, owner_of
 
@@ -24,7 +25,7 @@ def prepare_driver(runtime_env: Any) -> Any:
     Raises SystemExit with a message if the server must not start.
     """
     config = _config_of(sys.argv)
-    if config is None:
+    if config is None or _joins_a_cluster(sys.argv):
         return runtime_env
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         # A background job of a shell inherits that, and could never be stopped.
@@ -47,9 +48,20 @@ def _start_by_hand(config: Path) -> None:
         settings = prepare_start(config)
     except ImpetusError as problem:
         sys.exit(f"impetus: {problem.message}")
+    for line in unknown_variables():
+        sys.stderr.write(f"impetus: {line}\n")
     complete(os.environ, settings)
     os.environ[SERVER_ID] = new_server_id(os.getpid())
     start_guard(os.getpid(), os.environ[SERVER_ID])
+
+
+def _joins_a_cluster(arguments: list[str]) -> bool:
+    """Return whether the command line names a cluster of the user's own."""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, separator, value = word.partition("=")
+        if name in ("--address", "-a"):
+            return (value if separator else following) != "local"
+    return False
 
 
 def _config_of(arguments: list[str]) -> Path | None:

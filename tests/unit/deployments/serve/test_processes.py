@@ -166,6 +166,48 @@ def test_a_guard_by_hand_notices_that_the_raylet_ended(
     assert guard_module._watch(root, members, is_owned=False) == ""
 
 
+# As in a Ray cluster: `serve run` starts a raylet, the raylet a worker, which calls the function.
+RAYLET = """
+import os, subprocess, sys, time
+code = "from deployments.serve.guard import guard_unguarded as guard; guard(); guard(); print(1)"
+subprocess.run([os.environ["PYTHON"], "-c", code], check=True)
+time.sleep(600)
+"""
+SERVE_RUN = """
+import os, subprocess, sys, time
+subprocess.Popen([sys.argv[2], "-c", sys.argv[3]])
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+def test_an_unguarded_serve_run_gets_one_guard_from_within_its_cluster(
+    stack: ExitStack, tmp_path: Path, is_guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raylet = tmp_path / "raylet"
+    raylet.symlink_to(sys.executable)
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[4]))
+    script = tmp_path / "serve"
+    script.write_text(SERVE_RUN)
+    environment = {**os.environ, **({SERVER_ID: "1-ab"} if is_guarded else {})}
+    root = psutil.Popen(
+        [sys.executable, str(script), "run", str(raylet), RAYLET],
+        env=environment,
+        stdout=subprocess.PIPE,
+    )
+    stack.callback(_end, root)
+    assert root.stdout is not None
+    assert root.stdout.readline() == b"1\n"
+    guards = [
+        process
+        for process in psutil.process_iter()
+        if guard_module._has_words(process, ["-m", "deployments.serve.guard", str(root.pid)])
+    ]
+    assert len(guards) == (0 if is_guarded else 1)
+    end_processes([*root.children(recursive=True), *guards], 0.0)
+
+
 def test_a_guard_leaves_a_running_server_alone(stack: ExitStack) -> None:
     root = start(stack, SLEEP)
     guard = start_guard(root.pid, new_server_id(os.getpid()), owned=True)

@@ -96,6 +96,17 @@ def test_other_applications_are_left_alone(
     assert guards == []
 
 
+@pytest.mark.parametrize("words", [["--address", "auto"], ["--address=10.0.0.1:6379"], ["-a", ""]])
+def test_a_cluster_of_the_users_own_is_joined_as_asked(
+    guards: list[int], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command_line(monkeypatch, *words, str(ROOT / "serve_config.yaml"))
+    before = dict(os.environ)
+    prepare_driver({})
+    assert dict(os.environ) == before
+    assert guards == []
+
+
 def test_under_the_launcher_the_process_dies_with_it(
     guards: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
