@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from backends.abilities import count_tokens
 from backends.cancellation import check_cancelled
 from backends.echo import ByteTokenizer, echo_info
 from backends.engine.batching import BatchingEngine
@@ -262,10 +263,9 @@ async def test_preparing_obeys_the_deadline(engine: BatchingEngine, gate: thread
 
 
 async def test_counting_tokens_has_a_deadline(
-    engine: BatchingEngine, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+    engine: BatchingEngine, gate: threading.Event
 ) -> None:
-    monkeypatch.setattr("backends.engine.batching._COUNT_LIMIT_S", 0.05)
     with pytest.raises(TimedOut, match=r"0\.05 s"):
-        await engine.count_tokens(TextPrompt("a"))
+        await count_tokens(engine, TextPrompt("a"), 0.05)
     gate.set()
     await engine.close()
