@@ -1,8 +1,10 @@
 """Reads, parses and validates JSON request bodies; large ones away from the event loop."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -47,19 +49,53 @@ def _parser_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="json")
 
 
+# Fields that may hold most of a body's objects.
+_LISTS = ("messages", "input", "prompt", "tools")
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause the cyclic garbage collector, which would stop all threads to find none in JSON."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _empty(values: Iterable[object]) -> None:
+    """Free the items of lists one by one; all at once would hold Python's global lock for long."""
+    for value in values:
+        while isinstance(value, list) and value:
+            value.pop()
+
+
 async def read_request(
     request: Request, model: type[Body], convert: Callable[[Body], Converted]
 ) -> tuple[Body, Converted]:
     """Read and validate the body; return it, and what `convert` makes of it.
 
     A large body is parsed, validated and converted by a thread, so that streams of other requests
-    go on.  Raises RequestError, UnsupportedParameter, BodyTooLarge, what `convert` raises, and
+    go on; its messages or input are empty afterwards, so `convert` must take what it needs.
+     Raises RequestError, UnsupportedParameter, BodyTooLarge, what `convert` raises, and
     Unavailable if other requests' bodies fill the buffers.
     """
 
     def parse() -> tuple[Body, Converted]:
         parsed = parse_request(b"".join(chunks), model)
         return parsed, convert(parsed)
+
+    def parse_large() -> tuple[Body, Converted]:
+        with _collector_paused():
+            data = parse_json(b"".join(chunks))
+            parsed = validate_request(data, model)
+            _empty(data.get(name) for name in _LISTS)
+            converted = convert(parsed)
+            _empty(getattr(parsed, name, None) for name in ("messages", "input"))
+            return parsed, converted
 
     chunks: list[bytes] = []
     counted = 0
@@ -73,7 +109,7 @@ async def read_request(
                 buffered.check(counted)
         if counted <= SMALL_BYTES and is_small(b"".join(chunks)):
             return parse()
-        return await asyncio.get_running_loop().run_in_executor(_parser_thread(), parse)
+        return await asyncio.get_running_loop().run_in_executor(_parser_thread(), parse_large)
     except ClientDisconnect as error:
         raise RequestError("The client disconnected before its request was complete.") from error
     finally:
