@@ -91,6 +91,17 @@ class UnloadWanted:
 
 
 @dataclass(frozen=True, slots=True)
+class Replaced:
+    """A loaded model serves no new requests, as its file was replaced; its requests finish.
+
+    Its entry is `old_id` from now on, so that the model can be loaded again beside it.
+    """
+
+    model_id: str
+    old_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Configured:
     """A model's settings changed."""
 
@@ -126,6 +137,7 @@ Event: TypeAlias = (
     | Used
     | ProcessEnded
     | UnloadWanted
+    | Replaced
     | Configured
     | StrainChanged
     | BudgetChanged

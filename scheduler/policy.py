@@ -15,6 +15,7 @@ from scheduler.events import (
     Outcome,
     ProcessEnded,
     Reject,
+    Replaced,
     StrainChanged,
     Tick,
     Unloaded,
@@ -70,6 +71,16 @@ def _update(state: HostState, event: Event) -> HostState:
         case Unloaded(model_id, kept):
             left = tuple(item for item in state.residents if item.model_id != model_id)
             return _with_kept(replace(state, residents=left), kept)
+        case Replaced(model_id, old_id):
+            return replace(
+                state,
+                residents=tuple(
+                    replace(item, model_id=old_id, is_closing=True)
+                    if item.model_id == model_id
+                    else item
+                    for item in state.residents
+                ),
+            )
         case ProcessEnded(process):
             return replace(state, kept=tuple(pair for pair in state.kept if pair[0] != process))
         case StrainChanged(is_critical):

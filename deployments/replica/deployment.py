@@ -72,15 +72,15 @@ class FormatReplica:
         """Load the model unless it is loaded; see `ModelLoads.load`."""
         return await self._loads.load(request)
 
-    async def unload_model(self, model_id: str, replica_id: str = "") -> UnloadResult | None:
+    async def unload_model(
+        self, model_id: str, residency: Residency | None = None
+    ) -> UnloadResult | None:
         """Unload the model after its last request; None if it is not loaded here.
 
-        New requests get ModelNotResident, so they wait for another load.  `replica_id` names the
-        process that is meant: this one may have loaded the model anew after that one died.
+        New requests get ModelNotResident, so they wait for another load.  `residency` is the load
+        that is meant: after the death of its process, or a change of its file, there is another.
         """
-        if replica_id not in ("", self._replica_id):
-            return None
-        return await self._loads.unload(model_id)
+        return await self._loads.unload(model_id, residency)
 
     async def set_limits(self, limits: EngineLimits) -> None:
         """Apply `limits` to every loaded model, and to models that are loaded later."""

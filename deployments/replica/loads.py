@@ -174,9 +174,17 @@ class ModelLoads:
         finally:
             self._work = None
 
-    async def unload(self, model_id: str) -> UnloadResult | None:
-        """Unload the model after its last request; None if it is not loaded here."""
+    async def unload(
+        self, model_id: str, residency: Residency | None = None
+    ) -> UnloadResult | None:
+        """Unload the model after its last request; None if it is not loaded here.
+
+        `residency` names one of its loads; without it, it is the one that takes requests.
+        """
         model = self._models.get(model_id)
+        if residency is not None:
+            loads = self._loads.values()
+            model = next((one for one in loads if _is_same_load(one.residency, residency)), None)
         if model is None:
             return None
         return await asyncio.shield(self._close_when_idle(model))
@@ -284,3 +292,12 @@ class ModelLoads:
 def _limit(engine: Engine, limits: EngineLimits) -> None:
     if isinstance(engine, Limitable):
         engine.set_limits(limits)
+
+
+def _is_same_load(one: Residency, other: Residency) -> bool:
+    """Whether both are one load; a later one of the model took another time."""
+    return (one.model_id, one.replica_id, one.load_s) == (
+        other.model_id,
+        other.replica_id,
+        other.load_s,
+    )

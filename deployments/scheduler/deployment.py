@@ -327,8 +327,9 @@ class SchedulerReplica:
         """Remove a model that a router did not find, unless its replica holds it."""
         is_held = await self._format_clients.is_resident(known)
         # Another request may have loaded it again meanwhile.
-        if self._residency(known.model_id) is known and not is_held:
-            await self._release(known.model_id, "its replica no longer serves it")
+        ledger = ledger_holding(self._ledgers, known.model_id)
+        if not is_held and ledger is not None:
+            ledger.retire(known, "its replica no longer serves it: it is gone, or the file changed")
 
     async def process_died(self, model_id: str, replica_id: str) -> None:
         """Forget a process that died while it ran a request for the model; see `ProcessDeaths`."""

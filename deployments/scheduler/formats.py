@@ -81,9 +81,8 @@ class FormatClients:
     async def close(self, residency: Residency) -> UnloadResult:
         """Unload the model after its last request."""
         unload = self._formats[residency.format].unload_model
-        freed: UnloadResult | None = await call(
-            unload.remote(residency.model_id, residency.replica_id)
-        )
+        # The process may be gone, or have loaded the model again since.
+        freed: UnloadResult | None = await call(unload.remote(residency.model_id, residency))
         if freed is None:
             return UnloadResult()
         if freed.kept_bytes:

@@ -26,6 +26,7 @@ from scheduler.events import (
     LoadFailed,
     ProcessEnded,
     Reject,
+    Replaced,
     StrainChanged,
     Tick,
     Unload,
@@ -106,6 +107,7 @@ class Ledger:
         self._evicted: dict[str, list[str]] = {}
         self.counts = LoadCounts()
         self._request_ids = itertools.count()
+        self._retired = itertools.count(1)
         self._usage_at = -math.inf
         self._wake_up = asyncio.Event()
         self._watch = self._supervisor.keep_running("memory ledger", self._run)
@@ -165,6 +167,17 @@ class Ledger:
             return False
         await asyncio.shield(closing)
         return True
+
+    def retire(self, residency: Residency, reason: str) -> None:
+        """Free a model's name for another load; its old memory is free after its last request."""
+        model_id = residency.model_id
+        if self._residencies.get(model_id) is not residency:
+            return
+        del self._residencies[model_id]
+        old_id = f"{model_id} (replaced {next(self._retired)})"
+        self._unloads[old_id] = self._start(f"unload of {old_id}", self._unload(old_id, residency))
+        self._log.record("replaced", f"drain {model_id}", reason)
+        self._send(Replaced(model_id, old_id))
 
     def restore(self, residency: Residency, size_bytes: int) -> None:
         """Add a model that a replica already holds."""

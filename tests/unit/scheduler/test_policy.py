@@ -16,6 +16,7 @@ from scheduler.events import (
     LoadFailed,
     Outcome,
     Reject,
+    Replaced,
     Tick,
     Unload,
     Unloaded,
@@ -223,3 +224,31 @@ def test_an_aged_request_keeps_later_ones_from_taking_its_room() -> None:
     assert kinds(outcome.actions) == [("Drain", "a")]
     outcome = feed(outcome.state, (5.0, Unloaded("a")))
     assert kinds(outcome.actions) == [("Load", "big")]
+
+
+def test_a_replaced_model_is_loaded_beside_its_old_requests() -> None:
+    outcome = feed(
+        HostState(100, (resident("a", 40, in_flight=1),)),
+        (10.0, Replaced("a", "a (replaced 1)")),
+        (11.0, wanted("a", 50)),
+        (12.0, Loaded("a", 50, 1.0)),
+        (13.0, Unloaded("a (replaced 1)")),
+    )
+    assert kinds(outcome.actions) == [("Load", "a"), ("Grant", "a")]
+    assert [item.model_id for item in outcome.state.residents] == ["a"]
+
+
+def test_a_replaced_model_waits_for_its_old_memory_and_evicts_nothing_for_it() -> None:
+    state = HostState(100, (resident("a", 60, in_flight=1), resident("b", 30, used_at=9.0)))
+    outcome = feed(state, (10.0, Replaced("a", "a (replaced 1)")), (11.0, wanted("a", 60)))
+    assert kinds(outcome.actions) == []
+    outcome = feed(outcome.state, (12.0, Unloaded("a (replaced 1)")))
+    assert kinds(outcome.actions) == [("Load", "a")]
+
+
+def test_the_old_entry_of_a_replaced_model_is_neither_pinned_nor_evicted() -> None:
+    pinned = replace(resident("a", 60), is_pinned=True)
+    outcome = feed(HostState(100, (pinned,)), (10.0, Replaced("a", "old")), (11.0, wanted("b", 90)))
+    # It is freed by itself: the request waits and is not refused.
+    assert kinds(outcome.actions) == []
+    assert [item.model_id for item in outcome.state.waiting] == ["b"]

@@ -65,8 +65,8 @@ class Replica:
         self.held.append(order.model_id)
         return Residency(order.model_id, order.info.format, self.name, "node", 2048, 0.1)
 
-    async def unload(self, model_id: str, replica_id: str) -> UnloadResult | None:
-        del replica_id
+    async def unload(self, model_id: str, residency: Residency) -> UnloadResult | None:
+        assert residency.model_id == model_id
         await self.gate.wait()
         if model_id not in self.held:
             return None
