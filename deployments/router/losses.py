@@ -10,18 +10,19 @@ from deployments.activity import DeathCause
 class Loss(Enum):
     """How a request lost its replica.
 
-    `MISSING`: the replica lives without the model.  Else its process died: of this request, while
-    it computed the request's model, or while it computed another model.
+    `MISSING`: the replica lives without the model.  Else its process died: of loading the model, of
+    this request, while it computed the request's model, or while it computed another model.
     """
 
     MISSING = "missing"
+    LOAD = "load"
     OWN = "own"
     MODEL = "model"
     BYSTANDER = "bystander"
 
 
 # The loss that ends a request.  A bystander is bounded only against an endless crash loop.
-_LIMITS = {Loss.MISSING: 3, Loss.OWN: 2, Loss.MODEL: 3, Loss.BYSTANDER: 10}
+_LIMITS = {Loss.MISSING: 3, Loss.LOAD: 2, Loss.OWN: 2, Loss.MODEL: 3, Loss.BYSTANDER: 10}
 
 
 def loss_of(cause: DeathCause | None, model_id: str, request_id: str, *, has_begun: bool) -> Loss:
@@ -63,5 +64,10 @@ class Losses:
                 "request is not sent again. Change it: leave out unusually long words, a grammar "
                 "or a schema, or shorten the prompt. The server's log has the last lines of the "
                 "process."
+            )
+        if loss is Loss.LOAD:
+            return EngineFailed(
+                f"The process died twice while it loaded {self.model_id}. The model's `reason` in "
+                "/v1/models and the server's log tell more; try another quantization or format."
             )
         return EngineFailed(problem.message, retry_after_s=2)

@@ -50,8 +50,8 @@ class Recovery:
         if not isinstance(problem, ReplicaDied):
             return Loss.MISSING
         if residency is None:
-            # It died during the load, for which the scheduler finds the cause.
-            return Loss.MODEL
+            # It died during the load, for which the scheduler found the cause.
+            return Loss.BYSTANDER if problem.is_bystander else Loss.LOAD
         cause = await self._deaths.cause(residency.replica_id)
         return loss_of(cause, residency.model_id, request_id, has_begun=has_begun)
 

@@ -58,15 +58,17 @@ class ProcessDeaths:
         self._examined: dict[str, asyncio.Task[_Death]] = {}
         self._checked_at = 0.0
 
-    async def died(self, model_id: str, process: str) -> None:
+    async def died(self, model_id: str, process: str) -> bool:
         """Forget a process, and charge its death to the models that it was computing.
 
         `model_id` had a request or a load there; it is charged where nothing is known of the work.
+        Returns whether it is charged.
         """
         death = await self._examine(process)
         charged = {model_id} if death.cause is None else death.cause.models
         for one in sorted(charged):
             await self._charge(one, process, death.stderr_tail)
+        return model_id in charged
 
     async def forget_gone(self) -> None:
         """Forget the processes of loaded models that Serve no longer lists."""

@@ -15,7 +15,8 @@ from scheduler.state import LoadPlan
 class ModelLoader:
     """Performs what the policy decided.  Belongs to one event loop.
 
-    `rescan` scans the model folders, `process_died` takes a process that ended during a load.
+    `rescan` scans the model folders, `process_died` takes a process that ended during
+    a load, and returns whether the loaded model is charged with that.
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class ModelLoader:
         clients: FormatClients,
         faults: Faults,
         rescan: Callable[[], Awaitable[None]],
-        process_died: Callable[[str, str], Awaitable[None]],
+        process_died: Callable[[str, str], Awaitable[bool]],
     ) -> None:
         self._lookup = lookup
         self._planner = planner
@@ -51,9 +52,10 @@ class ModelLoader:
             # A file that is refused now says why; one that is sound is loaded by the next request.
             await self._lookup.loadable(model_id)
             raise
-        except ReplicaDied:
-            for process in await self._clients.lost_processes(name, processes):
-                await self._process_died(model_id, process)
+        except ReplicaDied as problem:
+            lost = await self._clients.lost_processes(name, processes)
+            charged = [await self._process_died(model_id, process) for process in lost]
+            problem.is_bystander = bool(charged) and not any(charged)
             raise
         except InsufficientMemory:
             raise

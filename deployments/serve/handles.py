@@ -48,7 +48,12 @@ async def call(response: Any) -> Any:
 
 
 class ReplicaDied(EngineFailed):
-    """The process that ran the request is gone; another attempt may find a new one."""
+    """The process that ran the request is gone; another attempt may find a new one.
+
+    `is_bystander`: it died during a load, but of something else.
+    """
+
+    is_bystander = False
 
 
 def unwrap(problem: BaseException) -> BaseException:

@@ -41,6 +41,8 @@ def test_the_record_says_whose_death_it_was(
         ([Loss.OWN, Loss.MODEL, Loss.BYSTANDER, Loss.MISSING, Loss.OWN], CrashingRequest),
         ([Loss.MODEL] * 2, None),
         ([Loss.MODEL] * 3, EngineFailed),
+        ([Loss.LOAD], None),
+        ([Loss.LOAD, Loss.BYSTANDER, Loss.LOAD], EngineFailed),
         ([Loss.MISSING] * 2, None),
         ([Loss.MISSING] * 3, EngineFailed),
         # Another model's crash loop ends in its quarantine, long before this.

@@ -1,6 +1,7 @@
 """Requests whose process died: the cause is sent once more and alone, the others go on."""
 
 import asyncio
+import pickle
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -217,15 +218,24 @@ async def test_embeddings_and_token_counts_follow_the_same_rules(
     assert await run(dispatcher(receiver, loads(*names), replica, deaths=others)) is result
 
 
-async def test_a_process_that_dies_while_its_model_is_loaded_is_the_models_affair(
+async def test_a_model_whose_load_ends_its_process_is_loaded_twice(
     receiver: FrameReceiver,
 ) -> None:
     scheduler = FakeHandle(ensure_loaded=answering(ReplicaDied("died")))
-    replica = FakeHandle(generate=sending())
-    with pytest.raises(EngineFailed, match="died") as caught:
-        await collect(dispatcher(receiver, scheduler, replica))
-    assert not isinstance(caught.value, CrashingRequest)
-    assert len(scheduler.ensure_loaded.calls) == 3
+    with pytest.raises(EngineFailed, match="died twice while it loaded m"):
+        await collect(dispatcher(receiver, scheduler, FakeHandle()))
+    assert len(scheduler.ensure_loaded.calls) == 2
+
+
+async def test_a_load_that_died_of_something_else_is_tried_again(receiver: FrameReceiver) -> None:
+    problem = ReplicaDied("died")
+    problem.is_bystander = True
+    copy = pickle.loads(pickle.dumps(problem))
+    scheduler = FakeHandle(ensure_loaded=answering(*[copy] * 5, residency("a")))
+    replica = FakeHandle(generate=sending(([END], None)))
+    subject = dispatcher(receiver, scheduler, replica)
+    assert await collect(subject) == [END]
+    await subject.close()
 
 
 async def test_a_death_drops_every_belief_about_its_process(receiver: FrameReceiver) -> None:

@@ -100,6 +100,56 @@ async def test_a_death_during_a_load_is_charged_to_the_model_being_loaded(
     assert set(await faults(roomy)) == {A}
 
 
+@pytest.mark.parametrize("cause", [ONLY_A, DeathCause(frozenset({B})), None])
+async def test_a_load_is_told_whether_its_process_died_of_it(
+    roomy: SchedulerReplica, replica: Replica, cause: DeathCause | None
+) -> None:
+    await roomy.unload(A)
+    if cause is not None:
+        replica.causes[replica.name] = cause
+    replica.failure = ReplicaDied("The process died.")
+    problem: Any = await roomy.ensure_loaded(A)
+    assert isinstance(problem, ReplicaDied)
+    assert problem.is_bystander == (cause is not None and A not in cause.models)
+
+
+async def test_a_replaced_file_is_loaded_beside_its_old_requests(
+    roomy: SchedulerReplica, replica: Replica, tmp_path: Path
+) -> None:
+    (old,) = [one for one in roomy._ledger.residencies if one.model_id == A]
+    used = roomy._ledger.state.used_bytes
+    llama_gguf(tmp_path / "models" / "a-F32.gguf", seed=5)
+    # The old load still has a request, so its unload takes a while.
+    replica.gate.clear()
+    new = await roomy.ensure_loaded(A, LoadContext(lost_replica=replica.name))
+    assert isinstance(new, Residency)
+    assert new is not old
+    assert roomy._ledger.state.used_bytes > used
+    (unload,) = replica.handle.unload_model.calls
+    assert unload == (A, old)
+    replica.gate.set()
+    while roomy._ledger.state.used_bytes > used:
+        await asyncio.sleep(0.001)
+    assert {one.model_id for one in roomy._ledger.residencies} == {A, B}
+    assert f"drain {A}" in [one.action for one in await roomy.decisions()]
+
+
+async def test_a_replaced_file_waits_for_its_old_requests_where_memory_is_short(
+    tmp_path: Path, replica: Replica
+) -> None:
+    async with started(tmp_path, replica) as scheduler:
+        await scheduler.ensure_loaded(A)
+        replica.gate.clear()
+        lost = LoadContext(lost_replica=replica.name)
+        new = asyncio.ensure_future(scheduler.ensure_loaded(A, lost))
+        while not scheduler._ledger.state.waiting:
+            await asyncio.sleep(0.001)
+        assert len(replica.handle.load_model.calls) == 1
+        replica.gate.set()
+        assert isinstance(await new, Residency)
+        assert len(replica.handle.load_model.calls) == 2
+
+
 async def test_one_report_of_a_death_removes_all_that_the_process_held(
     roomy: SchedulerReplica, replica: Replica
 ) -> None:
