@@ -1,0 +1,154 @@
+"""One request, one load or one idle death ends a process: nothing else is hurt, and it is known."""
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.integration import fragile
+from tests.integration.server import HTTP, ROOT, Server, wait_until
+
+ids = {name: f"{name}@{fragile.FORMAT}" for name in fragile.MODELS}
+# About three seconds, and more where the process is replaced meanwhile.
+LONG = "All streams go on. " * 40
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server in whose environment the fragile format is an installed plug-in."""
+    plugins = tmp_path_factory.mktemp("plugins")
+    fragile.write_distribution(plugins)
+    server = Server(tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("models"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(plugins), str(ROOT)]))
+        try:
+            server.start(
+                FORMATS=f"{fragile.FORMAT},echo",
+                STARTERS="false",
+                STEP_LIMIT_S="5",
+                LOAD_LIMIT_S="5",
+                DRAIN_LIMIT_S="1",
+            )
+            yield server
+            assert server.stop() == 0
+            assert server.survivors() == []
+        finally:
+            server.kill()
+
+
+def ask(server: Server, model: str, text: str) -> httpx.Response:
+    messages = [{"role": "user", "content": text}]
+    body = {"model": ids[model], "messages": messages}
+    return HTTP.post(f"{server.url}/v1/chat/completions", json=body, timeout=180)
+
+
+def answer_of(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def states(server: Server) -> dict[str, str]:
+    models = HTTP.get(f"{server.url}/v1/models", timeout=30).json()["data"]
+    return {model["id"]: model["state"] for model in models}
+
+
+def pid_of(server: Server) -> int:
+    return server.pid_of(fragile.FORMAT)
+
+
+def reset(server: Server) -> None:
+    """An explicit load forgets earlier deaths."""
+    for name in ("fragile", "innocent"):
+        path = f"{server.url}/api/models/{ids[name]}/load"
+        assert HTTP.post(path, json={}, timeout=120).status_code == 200
+
+
+@pytest.mark.parametrize("word", [fragile.KILL_PREPARE, fragile.KILL_PREFILL])
+def test_a_killer_request_ends_two_processes_and_bystanders_stream_on(
+    server: Server, word: str
+) -> None:
+    reset(server)
+    with ThreadPoolExecutor(4) as pool:
+        bystanders = [pool.submit(ask, server, name, LONG) for name in ("fragile", "innocent")]
+        wait_until(lambda: _running(server) == 2, "both stream")
+        before = pid_of(server)
+        killed = ask(server, "fragile", f"please {word} now")
+        assert killed.status_code == 500
+        assert killed.json()["error"]["code"] == "request_crashed_engine"
+        assert killed.headers["x-should-retry"] == "false"
+        assert "retry-after" not in killed.headers
+        assert [answer_of(each.result()) for each in bystanders] == [LONG, LONG]
+    assert pid_of(server) != before
+    # Two deaths quarantine nothing, and the innocent model is charged with none.
+    assert answer_of(ask(server, "fragile", "hello")) == "hello"
+    assert answer_of(ask(server, "innocent", "hello")) == "hello"
+    # A third one quarantines the model whose requests kill.
+    again = ask(server, "fragile", f"please {word} now")
+    assert again.status_code in (500, 503)
+    assert answer_of(ask(server, "innocent", "hello")) == "hello"
+    assert states(server)[ids["fragile"]] == "quarantined"
+    assert states(server)[ids["innocent"]] != "quarantined"
+
+
+def _running(server: Server) -> int:
+    names = (server.metric("impetus_engine_running_sequences", model=ids[name]) for name in ids)
+    return int(sum(value or 0 for value in names))
+
+
+def test_a_kill_from_outside_charges_the_model_that_decoded_and_its_stream_goes_on(
+    server: Server,
+) -> None:
+    reset(server)
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(ask, server, "innocent", LONG)
+        wait_until(lambda: _running(server) == 1, "it streams")
+        os.kill(pid_of(server), signal.SIGKILL)
+        assert answer_of(stream.result()) == LONG
+    assert states(server)[ids["innocent"]] == "resident"
+
+
+def test_a_process_that_dies_idle_is_forgotten_without_a_request(server: Server) -> None:
+    reset(server)
+    assert states(server)[ids["innocent"]] == "resident"
+    os.kill(pid_of(server), signal.SIGKILL)
+    wait_until(lambda: "resident" not in states(server).values(), "nothing is believed", 60)
+    assert answer_of(ask(server, "innocent", "hello")) == "hello"
+    assert states(server)[ids["innocent"]] == "resident"
+
+
+def test_a_load_that_ends_its_process_charges_the_loaded_model_only(server: Server) -> None:
+    reset(server)
+    with ThreadPoolExecutor(1) as pool:
+        bystander = pool.submit(ask, server, "innocent", LONG)
+        wait_until(lambda: _running(server) == 1, "it streams")
+        refused = ask(server, "unloadable", "hello")
+        assert refused.status_code == 503
+        assert "died twice while it loaded" in refused.text
+        assert answer_of(bystander.result()) == LONG
+    ask(server, "unloadable", "hello")
+    assert states(server)[ids["unloadable"]] == "quarantined"
+    assert "processes died" in _reason(server, "unloadable")
+    assert states(server)[ids["innocent"]] != "quarantined"
+    assert answer_of(ask(server, "fragile", "hello")) == "hello"
+
+
+def _reason(server: Server, model: str) -> str:
+    found: dict[str, Any] = HTTP.get(f"{server.url}/v1/models/{ids[model]}", timeout=30).json()
+    return str(found["reason"])
+
+
+def test_a_load_that_hangs_is_ended_and_other_models_are_loaded(server: Server) -> None:
+    reset(server)
+    with ThreadPoolExecutor(2) as pool:
+        bystander = pool.submit(ask, server, "innocent", LONG)
+        wait_until(lambda: _running(server) == 1, "it streams")
+        hanging = pool.submit(ask, server, "hanging", "hello")
+        wait_until(lambda: states(server)[ids["hanging"]] == "loading", "it is being loaded")
+        assert answer_of(bystander.result()) == LONG
+        refused = hanging.result()
+        assert refused.status_code == 503
+    assert answer_of(ask(server, "innocent", "hello")) == "hello"
