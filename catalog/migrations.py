@@ -83,7 +83,23 @@ def m002_settings(connection: sqlite3.Connection) -> None:
     connection.execute("ALTER TABLE models ADD COLUMN settings TEXT NOT NULL DEFAULT '{}'")
 
 
-MIGRATIONS: tuple[Migration, ...] = (m001_models, m002_settings)
+def m003_inspections(connection: sqlite3.Connection) -> None:
+    """Create the table of files that are no models or could not be inspected yet."""
+    connection.execute(
+        """
+        CREATE TABLE inspections (
+            path TEXT PRIMARY KEY,
+            signature TEXT NOT NULL,
+            verdict TEXT NOT NULL CHECK (verdict IN ('unknown', 'uninspected')),
+            reason TEXT NOT NULL,
+            attempts INTEGER NOT NULL,
+            retry_at REAL NOT NULL
+        ) STRICT
+        """
+    )
+
+
+MIGRATIONS: tuple[Migration, ...] = (m001_models, m002_settings, m003_inspections)
 
 
 def migrate(connection: sqlite3.Connection, migrations: Sequence[Migration] = MIGRATIONS) -> None:

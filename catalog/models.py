@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 from backends.base import EngineOptions, ModelInfo
 from core.types import Priority as Priority
 
-RecordState: TypeAlias = Literal["ok", "refused", "missing"]
+RecordState: TypeAlias = Literal["ok", "refused", "missing", "uninspected"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,7 @@ class ModelRecord:
     """A catalog entry; `info.name` is the bare name, `added_at` is in Unix seconds.
 
     The `info` of a refused entry has only format, file and size; `reason` says why it is not ok.
+    An entry is uninspected if its file changed and could not be inspected since.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Stores models, aliases and settings in SQLite; all SQL except the migrations is here."""
+"""Stores models, aliases and settings in SQLite, and what scans note of files."""
 
 import json
 import logging
@@ -17,6 +17,7 @@ from backends.base import ModelInfo
 from catalog.changes import describe_changes
 from catalog.database_errors import cause, failure, is_damage
 from catalog.encoding import info_from_json, info_to_json, source_from_json, source_to_json
+from catalog.inspections import Inspection, read_inspections, write_inspections
 from catalog.migrations import open_catalog
 from catalog.models import (
     ModelRecord,
@@ -34,11 +35,18 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 200
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
-_STATES: dict[str, RecordState] = {"ok": "ok", "refused": "refused", "missing": "missing"}
+_STATES: dict[str, RecordState] = {
+    "ok": "ok", "refused": "refused", "missing": "missing", "uninspected": "uninspected",
+}  # fmt: skip
 _RECORDS = """
-    SELECT models.id, info, source, fingerprint, added_at, state, reason, settings,
+    SELECT models.id, info, source, fingerprint, added_at,
+           CASE WHEN failed.path IS NULL THEN state ELSE 'uninspected' END,
+           CASE WHEN failed.path IS NULL THEN models.reason ELSE failed.reason END,
+           settings,
            (SELECT json_group_array(alias) FROM aliases WHERE model_id = models.id)
     FROM models
+    LEFT JOIN inspections AS failed
+         ON failed.path = models.key AND failed.verdict = 'uninspected' AND state != 'missing'
 """
 # How often a file that was damaged or replaced is opened again.
 _REOPEN_S = 5.0
@@ -166,6 +174,11 @@ class CatalogStore:
                 return _records(rows)
         return []
 
+    def inspections(self) -> dict[str, Inspection]:
+        """Return the files that are no models or could not be inspected yet, by path."""
+        with self._reading() as connection:
+            return read_inspections(connection)
+
     def aliases(self) -> dict[str, str]:
         """Return every alias with its model's id."""
         with self._reading() as connection:
@@ -227,16 +240,20 @@ class CatalogStore:
         forgotten: Sequence[str],
         *,
         now: float,
+        inspections: Sequence[Inspection] = (),
+        inspected: Sequence[str] = (),
     ) -> ScanReport:
         """Write the result of a scan in one transaction; does nothing if there are no changes.
 
         `missing` are keys whose files no longer exist, `forgotten` keys of files that are now
-        part of another model.  A model keeps its id, also when its files move.
+        part of another model.  A model keeps its id, also when its files move.  `inspections` are
+        new notes on files, `inspected` the paths whose notes no longer hold.
         """
-        if not (found or missing or forgotten):
+        if not (found or missing or forgotten or inspections or inspected):
             return ScanReport()
         lists: dict[str, list[str]] = {"added": [], "changed": [], "refused": [], "missing": []}
         with self._writing() as connection:
+            write_inspections(connection, inspections, inspected)
             for key in forgotten:
                 connection.execute("DELETE FROM models WHERE key = ?", (key,))
             for key in missing:

@@ -228,7 +228,7 @@ def _tokenizer_start(folder: HfFolder) -> str:
     try:
         with (folder.path / "tokenizer.json").open("rb") as file:
             start = file.read(_ADDED_TOKENS_BYTES)
-    except OSError:
+    except FileNotFoundError:
         return ""
     return start.partition(b'"vocab"')[0].decode("utf-8", "replace")
 

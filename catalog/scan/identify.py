@@ -1,5 +1,6 @@
 """Identifies the format of a model file by asking every backend."""
 
+import errno
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from backends.base import Backend, ModelInfo
-from core.errors import BrokenModel, NotThisFormat
+from core.errors import BrokenModel, NotThisFormat, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -36,24 +37,62 @@ class Unknown:
     reasons: tuple[str, ...]
 
 
-Outcome: TypeAlias = ModelInfo | Refused | Unknown
+@dataclass(frozen=True, slots=True)
+class Uninspected:
+    """A file whose inspection failed; `reason` says nothing about its content."""
+
+    reason: str
+
+
+Outcome: TypeAlias = ModelInfo | Refused | Unknown | Uninspected
+
+# What a file's content or place can cause; all other errors of the system pass.
+_ABOUT_CONTENT = frozenset(
+    (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EINVAL,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EFBIG,
+        errno.EOVERFLOW,
+    )
+)
+
+
+def passing_reason(problem: BaseException | None) -> str:
+    """Return the system's error behind an exception if it may pass by itself, else nothing.
+
+    Permissions, exhausted descriptors or memory, and disks that fail say nothing about content.
+    """
+    seen: set[int] = set()
+    while problem is not None and id(problem) not in seen:
+        seen.add(id(problem))
+        if isinstance(problem, OSError) and problem.errno not in (None, *_ABOUT_CONTENT):
+            return problem.strerror or type(problem).__name__
+        problem = problem.__cause__ or problem.__context__
+    return ""
 
 
 def examine(path: Path, backends: Iterable[Backend]) -> Outcome:
     """Ask every backend about `path`; blocks while headers are read.
 
     A file that several formats recognize is refused, and so is one that is damaged in the only
-    format that recognizes it.
+    format that recognizes it.  One that cannot be read for now is uninspected.
     """
     claims: list[ModelInfo] = []
     refusals: list[Refused] = []
     others: list[str] = []
+    failures: list[str] = []
     for backend in backends:
         try:
             claims.append(backend.identify(path))
         except NotThisFormat as reason:
+            failures.append(passing_reason(reason))
             others.append(f"{backend.name}: {reason}")
         except BrokenModel as problem:
+            failures.append(passing_reason(problem))
             refusals.append(Refused(backend.name, problem.message))
         except MemoryError:
             refusals.append(
@@ -61,12 +100,17 @@ def examine(path: Path, backends: Iterable[Backend]) -> Outcome:
                     backend.name, "Identifying the file took too much memory; it may be damaged."
                 )
             )
-        except Exception:
+        except Exception as problem:
+            failures.append(passing_reason(problem))
             # A bug in a plug-in must not hide the models of other formats.
             logger.exception(
                 "the backend %s failed to identify a file", backend.name, extra={"file": str(path)}
             )
             others.append(f"{backend.name}: its identification failed")
+    failure = next((reason for reason in failures if reason), "")
+    if failure:
+        # Another format might have recognized it as well.
+        return Uninspected(f"it could not be read ({failure})")
     if len(claims) == 1:
         return claims[0]
     if claims:
@@ -79,11 +123,16 @@ def examine(path: Path, backends: Iterable[Backend]) -> Outcome:
 
 
 def identify(path: Path, backends: Iterable[Backend]) -> ModelInfo:
-    """Return what `path` is.  Raises BrokenModel, or NotThisFormat with every backend's reason."""
+    """Return what `path` is.
+
+    Raises BrokenModel, Unavailable, or NotThisFormat with every backend's reason.
+    """
     match examine(path, backends):
         case ModelInfo() as info:
             return info
         case Refused(reason=reason):
             raise BrokenModel(reason, param="model")
+        case Uninspected(reason=reason):
+            raise Unavailable(f"{path.name!r} was not inspected: {reason}.", param="model")
         case Unknown(reasons=reasons):
             raise NotThisFormat("; ".join(reasons) or "no backend was asked")

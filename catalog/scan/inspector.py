@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from catalog.encoding import info_from_json
-from catalog.scan.identify import Outcome, Refused, Unknown
+from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown
 from core.child import AnswerTooLong, Child, ChildEnded, describe_exit, kept_environment
 from core.units import MIB
 
@@ -21,6 +22,16 @@ UNKNOWN_FORMAT = "unknown"
 _ANSWER_LIMIT_BYTES = 32 * MIB
 # Time for a dying child to exit by itself, so that its exit status shows the cause.
 _DYING_S = 0.2
+# Exits that the content of a file causes; the processor time of a check is limited.
+_CRASHES = (
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGABRT,
+    signal.SIGILL,
+    signal.SIGFPE,
+    signal.SIGSYS,
+    signal.SIGXCPU,
+)
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL", "SYSTEMROOT")
 # Source: sandbox-exec(1) of macOS.
 _MAC_SANDBOX = "(version 1)(allow default)(deny network*)(deny file-write*)"
@@ -46,29 +57,50 @@ class Inspector:
     def examine(self, path: Path) -> Outcome:
         """Return what `path` is; blocks up to 60 s, plus 60 s when the child has to start.
 
-        A file that crashes or hangs the inspection is refused, naming the check that ran.
+        A file whose checks crash the child twice, the second time one of its own, is refused,
+        naming the check.  A child that does not start, is killed, hangs or sends nonsense says
+        nothing about the file: it is uninspected.
         """
+        is_fresh = self._child is None
+        outcome, is_crash = self._ask(path)
+        if is_crash and not is_fresh:
+            # Files before it may have damaged the child.
+            outcome, is_crash = self._ask(path)
+        return outcome
+
+    def _ask(self, path: Path) -> tuple[Outcome, bool]:
+        """Ask the child once; return the outcome, and whether a check crashed the child."""
         request = json.dumps({"path": str(path)}).encode() + b"\n"
         stage = ""
         limit_s = self._file_limit_s + (START_LIMIT_S if self._child is None else 0.0)
         deadline = time.monotonic() + limit_s
-        child = self._running_child()
+        try:
+            child = self._running_child()
+        except (OSError, RuntimeError) as problem:
+            cause = getattr(problem, "strerror", None) or problem
+            return Uninspected(f"the process that inspects files did not start ({cause})"), False
         try:
             child.write(request, deadline)
             while True:
                 answer = json.loads(child.read_line(deadline))
                 if "stage" not in answer:
-                    return _outcome(answer)
+                    return _outcome(answer), False
                 stage = str(answer["stage"])
         except TimeoutError:
             self.close()
-            return _refused(path, stage, f"took longer than {self._file_limit_s:g} s")
+            return _uninspected(path, stage, f"took longer than {self._file_limit_s:g} s"), False
         except ChildEnded:
             self._child = None
-            return _refused(path, stage, describe_exit(child.close(grace_s=_DYING_S)))
+            code = child.close(grace_s=_DYING_S)
+            if stage and -code in _CRASHES:
+                return _refused(path, stage, describe_exit(code)), True
+            return _uninspected(path, stage, describe_exit(code)), False
         except (AnswerTooLong, ValueError, KeyError, TypeError):
             self.close()
-            return _refused(path, stage, "sent a reply that could not be read")
+            return _uninspected(path, stage, "sent a reply that could not be read"), False
+        except OSError as problem:
+            self.close()
+            return _uninspected(path, stage, f"could not be followed ({problem.strerror})"), False
 
     def close(self) -> None:
         """Kill the child; may be called twice."""
@@ -107,14 +139,17 @@ def _environment() -> dict[str, str]:
 def _outcome(answer: dict[str, Any]) -> Outcome:
     if "info" in answer:
         return info_from_json(answer["info"])
+    if "uninspected" in answer:
+        return Uninspected(str(answer["uninspected"]))
     if "refused" in answer:
         return Refused(str(answer["format"]), str(answer["refused"]))
     return Unknown(tuple(map(str, answer["unknown"])))
 
 
 def _refused(path: Path, stage: str, cause: str) -> Refused:
+    return Refused(UNKNOWN_FORMAT, f"The file {path.name!r} was skipped: {stage} {cause}.")
+
+
+def _uninspected(path: Path, stage: str, cause: str) -> Uninspected:
     what = stage or "the start of the inspection"
-    return Refused(
-        UNKNOWN_FORMAT,
-        f"The file {path.name!r} was skipped: {what} {cause}. It is tried again when it changes.",
-    )
+    return Uninspected(f"the inspection of {path.name!r} failed: {what} {cause}")

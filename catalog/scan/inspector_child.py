@@ -1,7 +1,8 @@
 """The inspector's child process: inspects model files on request, under resource limits.
 
 Protocol, in JSON lines: a request is `{"path": …}`.  The reply is a `{"stage": …}` line before
-each check, then one `{"info": …}`, `{"format": …, "refused": …}` or `{"unknown": […]}`.  The
+each check, then one `{"info": …}`, `{"format": …, "refused": …}`, `{"unknown": […]}` or
+`{"uninspected": …}`.  The
 process exits at the end of stdin.
 """
 
@@ -16,7 +17,14 @@ from typing import IO, Any
 from backends.base import Backend, ModelInfo
 from backends.registry import backends_for
 from catalog.encoding import info_to_json
-from catalog.scan.identify import Outcome, Refused, Unknown, examine
+from catalog.scan.identify import (
+    Outcome,
+    Refused,
+    Uninspected,
+    Unknown,
+    examine,
+    passing_reason,
+)
 from catalog.scan.inspector_checks import check_files
 from core.child import limit_cpu, limit_process, take_stdout
 from core.errors import BrokenModel
@@ -57,10 +65,13 @@ class InspectionServer:
         try:
             check_files(info, self._send_stage)
         except BrokenModel as problem:
-            return Refused(info.format, problem.message)
+            failure = passing_reason(problem)
+            return _unread(failure) if failure else Refused(info.format, problem.message)
         except MemoryError:
             return Refused(info.format, "its inspection took too much memory")
         except Exception as problem:
+            if failure := passing_reason(problem):
+                return _unread(failure)
             return Refused(info.format, f"its inspection failed: {type(problem).__name__}")
         return info
 
@@ -72,6 +83,10 @@ class InspectionServer:
         self._out.flush()
 
 
+def _unread(failure: str) -> Uninspected:
+    return Uninspected(f"it could not be read ({failure})")
+
+
 def _reply(outcome: Outcome) -> Mapping[str, Any]:
     match outcome:
         case ModelInfo() as info:
@@ -80,6 +95,8 @@ def _reply(outcome: Outcome) -> Mapping[str, Any]:
             return {"format": format, "refused": reason[:2000]}
         case Unknown(reasons):
             return {"unknown": [reason[:500] for reason in reasons]}
+        case Uninspected(reason):
+            return {"uninspected": reason[:500]}
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,17 +22,23 @@ from catalog.models import (
     record_key,
 )
 from catalog.names import bare_name
-from catalog.scan.identify import HasBuiltInModels, Outcome, Refused, Unknown, examine
+from catalog.scan.identify import (
+    HasBuiltInModels,
+    Outcome,
+    Refused,
+    Uninspected,
+    Unknown,
+    examine,
+    passing_reason,
+)
+from catalog.scan.notes import READER_VERSION, InspectionNotes
 from catalog.scan.provenance import converted_from
 from catalog.scan.starters import STARTERS, InstalledStarter, installed_starter
-from catalog.scan.walk import walk
+from catalog.scan.walk import WalkResult, walk
 from catalog.store import CatalogStore
 from core.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-# Part of every fingerprint; incrementing it makes the next scan read all files again.
-_READER_VERSION = 3
 
 
 def scan(
@@ -42,16 +48,20 @@ def scan(
     *,
     identify_file: Callable[[Path], Outcome] | None = None,
     clock: Callable[[], float] = time.time,
+    urgent: Collection[str] = (),
 ) -> ScanReport:
     """Scan every model folder and store the changes; blocks, for seconds on a large disk.
 
     `identify_file` identifies a file; by default the backends do so in this process.
 
-    Unchanged files are not opened.  Damaged files stay in the catalog with the reason and are
-    read again when they or their folder change; deleted files stay as missing.
+    Unchanged files are not opened, whether they are models or not.  Damaged files stay in the
+    catalog with the reason and are read again when they or their folder change; deleted files stay
+    as missing.  A file whose inspection failed is inspected again after a minute, later after up
+    to an hour, and at once if its path is among `urgent`.
     """
     identify_file = identify_file or (lambda path: examine(path, backends))
-    run = _ScanRun({record.key: record for record in store.models()}, identify_file)
+    notes = InspectionNotes(store.inspections(), backends, clock(), urgent)
+    run = _ScanRun({record.key: record for record in store.models()}, notes, identify_file)
     found = walk([settings.home / "models", *settings.models_path])
     for candidate in found.candidates:
         run.add_file(candidate.path, Local(str(candidate.root)))
@@ -65,7 +75,15 @@ def scan(
                 run.add_built_in(info)
     for line in found.skipped:
         _log_skipped(line)
-    report = store.record_scan(run.found, run.missing(), run.forgotten(), now=clock())
+    run.keep_unread(found)
+    report = store.record_scan(
+        run.found,
+        run.missing(),
+        run.forgotten(),
+        now=clock(),
+        inspections=notes.changed(),
+        inspected=notes.outdated(),
+    )
     return replace(report, skipped=tuple(found.skipped))
 
 
@@ -74,6 +92,7 @@ class _ScanRun:
     """The state of one scan: the known records by key, and what was found."""
 
     known: dict[str, ModelRecord]
+    notes: InspectionNotes
     identify_file: Callable[[Path], Outcome]
     found: list[ScannedModel] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
@@ -83,22 +102,44 @@ class _ScanRun:
         """Add one file to the scan; opens it only if it is new or changed."""
         if os.path.realpath(path) in self.claimed:
             return
-        record = self.known.get(str(path))
+        key = str(path)
+        record = self.known.get(key)
         try:
             if record is not None and _is_current(record, starter):
                 self._claim(record.info)
                 return
             before = file_signature(path)
+            noted = self.notes.holding(path, before)
+            if noted is not None:
+                if noted.verdict == "uninspected":
+                    self.seen.add(key)
+                return
             outcome = self.identify_file(path)
             if file_signature(path) != before:
                 # It is being written: keep the known record until the next scan.
-                self.seen.add(str(path))
+                self.seen.add(key)
                 return
-            if isinstance(outcome, Unknown):
-                return
-            self._add_outcome(outcome, path, source, starter)
+            match outcome:
+                case Unknown():
+                    self.notes.note_unknown(path, before)
+                case Uninspected(reason):
+                    self.notes.note_failure(path, before, reason)
+                    self.seen.add(key)
+                    _log_skipped(f"{path}: {reason}; it will be tried again")
+                case _:
+                    self._add_outcome(outcome, path, source, starter)
         except OSError as error:
+            if passing_reason(error):
+                self.seen.add(key)
+                self.notes.keep(key)
             _log_skipped(f"{path}: cannot be read ({error.strerror})")
+
+    def keep_unread(self, found: WalkResult) -> None:
+        """Leave the records of files alone that exist and cannot be read for now."""
+        for key in self.known:
+            if key not in self.seen and found.unread and found.is_unread(Path(key)):
+                self.seen.add(key)
+                self.notes.keep(key)
 
     def _add_outcome(
         self,
@@ -131,7 +172,7 @@ class _ScanRun:
         record = self.known.get(key)
         self.seen.add(key)
         if record is None or record.info != info or record.state != "ok":
-            self.found.append(ScannedModel(info, BuiltIn(), f"{_READER_VERSION}:"))
+            self.found.append(ScannedModel(info, BuiltIn(), f"{READER_VERSION}:"))
 
     def _claim(self, info: ModelInfo) -> None:
         self.seen.add(record_key(info))
@@ -183,7 +224,7 @@ def _fingerprint(info: ModelInfo, *, is_refused: bool) -> str:
     signatures = [file_signature(file) for file in info.files]
     if is_refused:
         signatures.append(str(info.files[0].parent.stat().st_mtime_ns))
-    return f"{_READER_VERSION}:" + ",".join(signatures)
+    return f"{READER_VERSION}:" + ",".join(signatures)
 
 
 def _is_current(record: ModelRecord, starter: InstalledStarter | None) -> bool:

@@ -7,9 +7,11 @@ from pathlib import Path
 from stat import S_ISREG
 
 from catalog.names import is_descriptive
+from catalog.scan.identify import passing_reason
 
 MAX_DEPTH = 8
 MAX_FILES = 10_000
+_UNREADABLE = "cannot be read"
 _PARTIAL = (".part", ".partial", ".incomplete", ".tmp", ".download", ".crdownload")
 
 
@@ -23,10 +25,18 @@ class Candidate:
 
 @dataclass(slots=True)
 class WalkResult:
-    """Candidates ordered by path; `skipped` lists paths with the reason."""
+    """Candidates ordered by path; `skipped` lists paths with the reason.
+
+    `unread` are the files and folders among them that exist and cannot be read for now.
+    """
 
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    unread: list[Path] = field(default_factory=list)
+
+    def is_unread(self, path: Path) -> bool:
+        """Whether a file may be there although it was not found."""
+        return any(path == one or path.is_relative_to(one) for one in self.unread)
 
 
 def walk(roots: Sequence[Path]) -> WalkResult:
@@ -39,10 +49,7 @@ def walk(roots: Sequence[Path]) -> WalkResult:
     found = WalkResult()
     resolved = list(dict.fromkeys(Path(os.path.realpath(root)) for root in roots))
     entries = [
-        (entry, root)
-        for root in resolved
-        if root.is_dir()
-        for entry in _entries(root, found.skipped)
+        (entry, root) for root in resolved if root.is_dir() for entry in _entries(root, found)
     ]
     # Of several names for one file the first is used.
     entries.sort(key=lambda item: _descriptive_first(item[0]))
@@ -54,6 +61,8 @@ def walk(roots: Sequence[Path]) -> WalkResult:
             found.candidates.append(Candidate(path, root))
         elif reason:
             found.skipped.append(f"{_printable(path)}: {reason}")
+            if reason.startswith(_UNREADABLE):
+                found.unread.append(path)
     found.candidates.sort(key=lambda candidate: candidate.path)
     return found
 
@@ -62,8 +71,9 @@ def _descriptive_first(entry: "os.DirEntry[str]") -> tuple[bool, bool, str]:
     return not is_descriptive(entry.name), entry.is_symlink(), entry.path
 
 
-def _entries(root: Path, skipped: list[str]) -> Iterator["os.DirEntry[str]"]:
+def _entries(root: Path, found: WalkResult) -> Iterator["os.DirEntry[str]"]:
     """Yield the entries of a root and its subfolders, except the folders themselves."""
+    skipped = found.skipped
     folders = [(root, 1)]
     count = 0
     while folders:
@@ -73,6 +83,8 @@ def _entries(root: Path, skipped: list[str]) -> Iterator["os.DirEntry[str]"]:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
             skipped.append(f"{_printable(folder)}: cannot be listed ({error.strerror})")
+            if passing_reason(error):
+                found.unread.append(folder)
             continue
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower().endswith(_PARTIAL):
@@ -99,7 +111,7 @@ def _exclusion_reason(
     try:
         status = entry.stat()
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return f"{_UNREADABLE} ({error.strerror})" if passing_reason(error) else "does not exist"
     if not S_ISREG(status.st_mode):
         return "" if entry.is_symlink() and entry.is_dir() else "not a regular file"
     if entry.is_symlink():
@@ -111,7 +123,7 @@ def _exclusion_reason(
     if not _is_utf8(entry.path):
         return "its name is not UTF-8"
     if not os.access(entry.path, os.R_OK):
-        return "cannot be read (no permission)"
+        return f"{_UNREADABLE} (no permission)"
     seen.add((status.st_dev, status.st_ino))
     return None
 

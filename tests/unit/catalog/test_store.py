@@ -213,17 +213,17 @@ def test_newer_schema_is_refused_and_stays(tmp_path: Path) -> None:
 
 
 def test_failing_migration_is_undone(tmp_path: Path) -> None:
-    def m003_fails(connection: sqlite3.Connection) -> None:
+    def m004_fails(connection: sqlite3.Connection) -> None:
         connection.execute("CREATE TABLE half (x)")
         connection.execute("INSERT INTO nowhere VALUES (1)")
 
     connection = sqlite3.connect(tmp_path / "x.sqlite", isolation_level=None)
-    with pytest.raises(ImpetusError, match="schema 3 failed and was rolled back"):
-        migrate(connection, [*MIGRATIONS, m003_fails])
+    with pytest.raises(ImpetusError, match="schema 4 failed and was rolled back"):
+        migrate(connection, [*MIGRATIONS, m004_fails])
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     assert "models" in tables
     assert "half" not in tables
-    assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+    assert connection.execute("PRAGMA user_version").fetchone() == (3,)
     connection.close()
 
 

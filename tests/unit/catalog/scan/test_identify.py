@@ -1,12 +1,15 @@
 """Tests of asking the backends what a file is."""
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from backends.base import Backend, ModelInfo
-from catalog.scan.identify import Refused, Unknown, examine, identify
-from core.errors import BrokenModel, NotThisFormat
+from catalog.scan.identify import Refused, Uninspected, Unknown, examine, identify
+from core.errors import BrokenModel, NotThisFormat, Unavailable
 from tests.gguf_raw import minimal_gguf
 from tests.unit.catalog.builders import make_info
 from tests.unit.catalog.library import GgufIdentification
@@ -77,3 +80,52 @@ def test_failing_plug_in_hides_nothing(tmp_path: Path, caplog: pytest.LogCapture
     assert identify(path, backends).format == "gguf"
     assert "ZeroDivisionError" in caplog.text
     assert isinstance(examine(path, [Breaks()]), Unknown)
+
+
+def failing(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def raises_plainly(number: int) -> None:
+    raise failing(number)
+
+
+def raises_broken(number: int) -> None:
+    raise BrokenModel("reading it failed") from failing(number)
+
+
+def raises_other_format(number: int) -> None:
+    try:
+        raise failing(number)
+    except OSError:
+        raise NotThisFormat("no header") from None
+
+
+@pytest.mark.parametrize("raising", [raises_plainly, raises_broken, raises_other_format])
+@pytest.mark.parametrize("name", ["EIO", "EACCES", "EMFILE", "ENFILE", "ENOMEM", "ESTALE", "ENXIO"])
+def test_an_error_that_may_pass_is_no_verdict(
+    name: str, raising: Callable[[int], None], tmp_path: Path
+) -> None:
+    class Fails(GgufIdentification):
+        name = "fails"
+
+        def identify(self, path: Path) -> ModelInfo:
+            raising(getattr(errno, name))
+            raise AssertionError(path)
+
+    path = minimal_gguf(tmp_path / "a.gguf")
+    for backends in ([Fails()], [Fails(), GgufIdentification()], [Fails(), Claims()]):
+        outcome = examine(path, backends)
+        assert isinstance(outcome, Uninspected)
+        assert os.strerror(getattr(errno, name)) in outcome.reason
+    with pytest.raises(Unavailable):
+        identify(path, [Fails()])
+
+
+@pytest.mark.parametrize("name", ["ENOENT", "EISDIR", "EINVAL", "ENOTDIR"])
+def test_an_error_that_the_content_causes_is_a_verdict(name: str, tmp_path: Path) -> None:
+    class Fails(GgufIdentification):
+        def identify(self, path: Path) -> ModelInfo:
+            raise BrokenModel(path.name) from failing(getattr(errno, name))
+
+    assert isinstance(examine(tmp_path / "a.gguf", [Fails()]), Refused)

@@ -1,46 +1,145 @@
-"""The inspector refuses a file whose child process misbehaves, and goes on with a new one."""
+"""The inspector: crashes of a file are its verdict, troubles of the system are not."""
 
+import errno
 import os
+import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from catalog.scan import inspector
-from catalog.scan.identify import Refused, Unknown
+from catalog.scan.identify import Refused, Uninspected, Unknown
 from catalog.scan.inspector import Inspector
 
 ANSWER = """
-import json, sys
+import json, os, signal, sys, time
 for line in sys.stdin:
-    if "bad" in json.loads(line)["path"]:
+    path = json.loads(line)["path"]
+    if "early" in path:
+        {bad}
+    print(json.dumps({{"stage": "its identification"}}), flush=True)
+    if "bad" in path:
         {bad}
     print('{{"unknown": ["fine"]}}', flush=True)
 """
 
 
+def inspector_of(bad: str, limit_s: float = 30.0) -> Inspector:
+    code = ANSWER.format(bad=bad)
+    return Inspector([], command=[sys.executable, "-c", code], file_limit_s=limit_s)
+
+
+def killed_by(name: str) -> str:
+    return f"os.kill(os.getpid(), signal.{name})"
+
+
 @pytest.mark.parametrize(
     ("bad", "cause"),
     [
-        ("import time; time.sleep(600)", "took longer than 0.3 s"),
+        ("time.sleep(600)", "took longer than 0.3 s"),
         ("print('no JSON', flush=True)", "could not be read"),
         ("print('[]', flush=True)", "could not be read"),
         ("print('x' * 40_000_000, flush=True)", "could not be read"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        (killed_by("SIGKILL"), "SIGKILL"),
+        (killed_by("SIGTERM"), "SIGTERM"),
         ("raise SystemExit(3)", "code 3"),
+        ("""print('{"uninspected": "no descriptors"}', flush=True)""", "no descriptors"),
     ],
 )
-def test_a_misbehaving_child_is_replaced(bad: str, cause: str) -> None:
-    limit_s = 0.3 if "0.3" in cause else 30.0
-    code = ANSWER.format(bad=bad)
-    checked = Inspector([], command=[sys.executable, "-c", code], file_limit_s=limit_s)
+def test_a_passing_trouble_says_nothing_about_the_file(bad: str, cause: str) -> None:
+    checked = inspector_of(bad, 0.3 if "0.3" in cause else 30.0)
     assert checked.examine(Path("/good")) == Unknown(("fine",))
     outcome = checked.examine(Path("/bad"))
-    assert isinstance(outcome, Refused)
+    assert isinstance(outcome, Uninspected)
     assert cause in outcome.reason
     assert checked.examine(Path("/good")) == Unknown(("fine",))
     checked.close()
     checked.close()
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGILL", "SIGBUS", "SIGFPE", "SIGXCPU"])
+def test_a_file_that_crashes_a_child_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
+    count = f"open({str(tmp_path / 'crashes')!r}, 'a').write('x')"
+    checked = inspector_of(f"{count}; {killed_by(name)}")
+    assert checked.examine(Path("/good")) == Unknown(("fine",))
+    outcome = checked.examine(Path("/bad"))
+    assert isinstance(outcome, Refused)
+    assert "its identification" in outcome.reason
+    # The first crash may have been caused by the files before it.
+    assert (tmp_path / "crashes").read_text() == "xx"
+    assert checked.examine(Path("/good")) == Unknown(("fine",))
+    checked.close()
+
+
+def test_a_file_that_crashes_only_a_used_child_is_inspected(tmp_path: Path) -> None:
+    mark = str(tmp_path / "crashed")
+    once = f"os.path.exists({mark!r}) or (open({mark!r}, 'w'), {killed_by('SIGSEGV')})"
+    checked = inspector_of(once)
+    assert checked.examine(Path("/good")) == Unknown(("fine",))
+    assert checked.examine(Path("/bad")) == Unknown(("fine",))
+    checked.close()
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGILL", "SIGXCPU"])
+def test_a_crash_before_the_file_was_opened_is_not_its_fault(name: str) -> None:
+    checked = inspector_of(killed_by(name))
+    outcome = checked.examine(Path("/early"))
+    checked.close()
+    assert isinstance(outcome, Uninspected)
+    assert "the start of the inspection" in outcome.reason
+
+
+def no_memory(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def no_descriptors(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def no_process(*_: Any, **__: Any) -> Any:
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+def no_thread(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("failure", [no_memory, no_descriptors, no_process, no_thread])
+def test_a_child_that_cannot_start_says_nothing_about_the_file(
+    failure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = inspector_of("pass")
+    with monkeypatch.context() as context:
+        context.setattr("core.child.subprocess.Popen", failure)
+        outcome = checked.examine(Path("/good"))
+    assert isinstance(outcome, Uninspected)
+    assert "did not start" in outcome.reason
+    assert checked.examine(Path("/good")) == Unknown(("fine",))
+    checked.close()
+
+
+def test_a_program_that_is_gone_says_nothing_about_the_file() -> None:
+    checked = Inspector([], command=["/nowhere/python"])
+    assert isinstance(checked.examine(Path("/good")), Uninspected)
+
+
+def test_descriptors_over_1023_are_used_like_others() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip("the system allows too few descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        checked = inspector_of("pass")
+        assert checked.examine(Path("/good")) == Unknown(("fine",))
+        checked.close()
+    finally:
+        for each in held:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_child_that_never_reads_meets_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +148,7 @@ def test_a_child_that_never_reads_meets_the_deadline(monkeypatch: pytest.MonkeyP
     stuck = Inspector([], command=command, file_limit_s=0.3)
     outcome = stuck.examine(Path("x" * 1_000_000))
     stuck.close()
-    assert isinstance(outcome, Refused)
+    assert isinstance(outcome, Uninspected)
     assert "took longer than 0.3 s" in outcome.reason
 
 

@@ -77,8 +77,8 @@ def test_scan_again_opens_no_starter(library: Library) -> None:
     library.backend, library.starters = ByName(), True
     library.scan()
     assert not library.scan().has_changes
-    # The chat model is nobody's here, so it is asked about each time.
-    assert library.backend.asked == [SMOLLM.file]
+    # The chat model is nobody's here, which is remembered.
+    assert library.backend.asked == []
 
 
 def test_model_without_its_tokenizer_is_absent(

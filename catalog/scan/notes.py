@@ -1,0 +1,92 @@
+"""The notes of a scan on files that are no models, or whose inspection failed."""
+
+import hashlib
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backends.base import Backend
+from catalog.inspections import Inspection, failed_again
+
+# Part of every fingerprint; incrementing it makes the next scan read all files again.
+READER_VERSION = 3
+# Formats judge these files without a look at the files beside them.
+_STANDALONE = frozenset(
+    (".md", ".txt", ".json", ".jinja", ".py", ".yaml", ".yml", ".html", ".pdf", ".png", ".jpg")
+)
+# The manifest of a Core ML package is judged by what the package contains.
+_NOT_STANDALONE = "Manifest.json"
+
+
+@dataclass(slots=True)
+class InspectionNotes:
+    """The notes that one scan found in the catalog, and those that it makes.
+
+    A note holds for one reader version, one set of formats and one state of the file; for files
+    that may be part of a model also for one state of their folder, because a missing part may
+    have been added.  `now` is in Unix seconds.
+    """
+
+    known: Mapping[str, Inspection]
+    backends: Sequence[Backend]
+    now: float
+    urgent: Collection[str] = ()
+    current: dict[str, Inspection] = field(default_factory=dict)
+    _folders: dict[Path, str] = field(default_factory=dict)
+
+    def holding(self, path: Path, signature: str) -> Inspection | None:
+        """Return the note that makes an inspection needless, and keep it; None if there is none."""
+        noted = self.known.get(str(path))
+        if noted is None or noted.signature != self._signature(path, signature):
+            return None
+        if noted.is_due(self.now) or (noted.verdict == "uninspected" and str(path) in self.urgent):
+            return None
+        self.current[noted.path] = noted
+        return noted
+
+    def note_unknown(self, path: Path, signature: str) -> None:
+        """Note that no format recognizes the file."""
+        key = str(path)
+        self.current[key] = Inspection(key, self._signature(path, signature), "unknown")
+
+    def note_failure(self, path: Path, signature: str, reason: str) -> None:
+        """Note that the inspection failed for a reason that says nothing about the content."""
+        key = str(path)
+        full = self._signature(path, signature)
+        self.current[key] = failed_again(key, full, reason, self.known.get(key), self.now)
+
+    def keep(self, key: str) -> None:
+        """Keep the note on a file that cannot be read for now, if there is one."""
+        if key in self.known:
+            self.current[key] = self.known[key]
+
+    def changed(self) -> list[Inspection]:
+        """Return the notes to write."""
+        return [one for key, one in self.current.items() if self.known.get(key) != one]
+
+    def outdated(self) -> list[str]:
+        """Return the paths of notes to delete."""
+        return [key for key in self.known if key not in self.current]
+
+    def _signature(self, path: Path, signature: str) -> str:
+        formats = ",".join(sorted(backend.name for backend in self.backends))
+        parts = [str(READER_VERSION), formats, signature]
+        if path.suffix.lower() not in _STANDALONE or path.name == _NOT_STANDALONE:
+            parts.append(self._folder(path.parent))
+        return ":".join(parts)
+
+    def _folder(self, folder: Path) -> str:
+        """Return a digest of the names, sizes and times of a folder's files."""
+        found = self._folders.get(folder)
+        if found is None:
+            with os.scandir(folder) as listing:
+                entries = sorted(
+                    (entry.name, status.st_size if entry.is_file() else 0, status.st_mtime_ns)
+                    for entry in listing
+                    if not entry.name.startswith(".")
+                    for status in [entry.stat(follow_symlinks=False)]
+                )
+            found = hashlib.sha256(repr(entries).encode("utf-8", "surrogateescape")).hexdigest()
+            self._folders[folder] = found
+        return found
