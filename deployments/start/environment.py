@@ -50,6 +50,8 @@ def complete(values: MutableMapping[str, str], settings: Settings) -> None:
             values.setdefault(name, value)
     for name in _DROPPED:
         values.pop(name, None)
+    # Absolute: the workers' current folder is another.
+    values["IMPETUS_HOME"] = str(settings.home)
     values["RAY_AUTH_TOKEN_PATH"] = str(token_path(settings))
     resources = {"CPU": usable_cpus(), UNIFIED_MEMORY: machine_memory_bytes() // MIB}
     values.setdefault("RAY_OVERRIDE_RESOURCES", json.dumps(resources))

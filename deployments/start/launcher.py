@@ -122,8 +122,11 @@ class Launcher:
             self._remember_descendants()
             if ask_readiness(self._settings) is Readiness.READY:
                 return True
-            if self._has_failed() or time.monotonic() > limit:
-                self._show_failure()
+            if self._has_failed():
+                self._show_failure("The server did not start.")
+                return False
+            if time.monotonic() > limit:
+                self._show_failure(f"The server was not ready within {_START_LIMIT_S:.0f} s.")
                 return False
             time.sleep(_POLL_S)
         return False
@@ -136,9 +139,10 @@ class Launcher:
             or bool(self._members.ended())
         )
 
-    def _show_failure(self) -> None:
-        self._is_broken = bool(self._members.ended())
-        say("The server did not start. The end of its log:")
+    def _show_failure(self, what: str) -> None:
+        ended = self._members.ended()
+        self._is_broken = bool(ended)
+        say(f"{what} {ended + ' ended. ' if ended else ''}The end of its log:")
         for line in self._log.last_lines():
             say(f"  {line}")
         say(f"Full log: {self._log.path}")

@@ -53,6 +53,14 @@ def test_what_keeps_others_out_does_not_depend_on_the_users_environment(
     assert values["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
 
 
+def test_a_relative_data_folder_is_the_same_for_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IMPETUS_HOME", "data")
+    assert environment(Settings())["IMPETUS_HOME"] == str(tmp_path / "data")
+
+
 def test_rays_cpus_are_those_that_may_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
