@@ -11,11 +11,11 @@ from starlette.types import Receive
 
 from core.errors import EngineFailed
 from core.types import Finished, GenerationEvent, GenerationRequest
+from router.answers.valid_events import TaggedEvent, valid_events
 from router.services import EventCallback
 
 _logger = logging.getLogger(__name__)
 
-TaggedEvent: TypeAlias = tuple[int, GenerationEvent]
 Result = TypeVar("Result")
 
 _MAX_UNREAD_EVENTS = 8192
@@ -123,24 +123,34 @@ class EventFeed:
             self.wake()
 
     def _on_events(self, index: int, events: Sequence[GenerationEvent]) -> None:
+        if index not in self._unfinished:
+            # Nothing follows a generation's end.
+            return
+        try:
+            tagged = valid_events(index, events)
+        except Exception as error:
+            self.abort(error)
+            return
         # Only while `next` waits and nothing is buffered: events must not overtake each other.
         is_next = self._waiter is not None and not self._waiter.done() and not self._events
-        write_now = self.write_now if is_next and events else None
-        if write_now is not None and not isinstance(events[-1], Finished):
+        write_now = self.write_now if is_next and tagged else None
+        if write_now is not None and not isinstance(tagged[-1][1], Finished):
             try:
-                if write_now([(index, event) for event in events]):
+                if write_now(tagged):
                     return
             except Exception as error:
                 self.abort(error)
                 return
-        for event in events:
-            if isinstance(event, Finished):
-                if event.reason == "cancelled":
-                    self.abort(EngineFailed("The server cancelled the generation; send it again."))
-                    return
-                self._unfinished.discard(index)
-            self._events.append((index, event))
-        if len(self._events) > _MAX_UNREAD_EVENTS:
+        # One large batch, as of many calls at once, is no slowness.
+        is_behind = len(self._events) >= _MAX_UNREAD_EVENTS
+        last = tagged[-1][1] if tagged else None
+        if isinstance(last, Finished):
+            if last.reason == "cancelled":
+                self.abort(EngineFailed("The server cancelled the generation; send it again."))
+                return
+            self._unfinished.discard(index)
+        self._events += tagged
+        if is_behind:
             limit = f"{_MAX_UNREAD_EVENTS:,}"
             self.abort(
                 EngineFailed(

@@ -10,11 +10,12 @@ from starlette.types import Receive, Scope, Send
 
 from core.errors import EngineFailed, ImpetusError
 from core.types import PrefillProgress
-from router.answers.event_feed import EventFeed, TaggedEvent
+from router.answers.event_feed import EventFeed
 from router.answers.generation import Generation
+from router.answers.valid_events import TaggedEvent
 from router.context import Pacing, RequestRecord, record_of, server_send
 from router.http.direct_writer import DirectWriter, direct_writer
-from router.http.errors import internal_error
+from router.http.errors import error_body, internal_error
 
 _logger = logging.getLogger(__name__)
 
@@ -205,4 +206,9 @@ class EventStream(Response):
             _logger.error("internal error", exc_info=error, extra={"request_id": record.request_id})
             known = internal_error(record)
         self._generation.context.metrics.errors.labels(known.code).inc()
-        return self._formatter.failing(known, record)
+        try:
+            return self._formatter.failing(known, record)
+        except Exception:
+            # A stream must end, even if a part of the answer cannot be formatted.
+            _logger.exception("cannot format an error", extra={"request_id": record.request_id})
+            return f"event: error\ndata: {error_body(known).decode('ascii')}\n\n"

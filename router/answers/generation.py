@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 from openai.types import CompletionUsage
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
@@ -22,6 +23,8 @@ from router.answers.event_feed import EventFeed
 from router.context import RouteContext
 from router.http.errors import CLIENT_CLOSED_REQUEST
 from router.services import ModelView
+
+_DESCRIPTION = " !#$&'()*+,-./:;<=>?@[]^_`{|}~"
 
 
 @dataclass(slots=True)
@@ -99,17 +102,17 @@ class Generation:
         Of several choices, the longest of each phase; `throttled` is part of the other phases.
         """
         seconds = {
-            "queued": max(timing.queued_s for timing in self._timings),
-            "load": max(timing.load_s for timing in self._timings),
-            "prefill": max(timing.prefill_s for timing in self._timings),
-            "decode": max(timing.decode_s for timing in self._timings),
-            "throttled": max(timing.throttled_s for timing in self._timings),
+            "queued": max((timing.queued_s for timing in self._timings), default=0),
+            "load": max((timing.load_s for timing in self._timings), default=0),
+            "prefill": max((timing.prefill_s for timing in self._timings), default=0),
+            "decode": max((timing.decode_s for timing in self._timings), default=0),
+            "throttled": max((timing.throttled_s for timing in self._timings), default=0),
         }
         evicted = dict.fromkeys(name for timing in self._timings for name in timing.evicted)
         return {
             **{name: round(value * 1000, 3) for name, value in seconds.items()},
             "evicted": list(evicted),
-            "resumed": max(timing.resumed for timing in self._timings),
+            "resumed": max((timing.resumed for timing in self._timings), default=0),
         }
 
     def answer_headers(self) -> dict[str, str]:
@@ -119,11 +122,12 @@ class Generation:
         """
         phases = []
         for name, value in self.timing().items():
-            if isinstance(value, float):
+            if isinstance(value, float | int) and name != "resumed":
                 phases.append(f"{name};dur={value:.3f}")
             elif value:
                 shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-                phases.append(f'{name};desc="{shown}"')
+                # A model's name may have any characters, a header may not.
+                phases.append(f'{name};desc="{quote(str(shown), safe=_DESCRIPTION)}"')
         return {**self.headers, "x-impetus-timing": ", ".join(phases)}
 
     async def collect(self, receive: Receive) -> list[list[GenerationEvent]] | None:

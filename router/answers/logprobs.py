@@ -11,17 +11,19 @@ _IMPOSSIBLE = -9999.0
 
 def token_text(token: TokenLogprob) -> str:
     """Return a token's text; incomplete UTF-8 becomes U+FFFD."""
-    return token.data.decode("utf-8", errors="replace")
+    return (token.data or b"").decode("utf-8", errors="replace")
 
 
-def _finite(logprob: float) -> float:
-    return max(logprob, _IMPOSSIBLE) if math.isfinite(logprob) else _IMPOSSIBLE
+def _finite(logprob: float | None) -> float:
+    if logprob is None or not math.isfinite(logprob):
+        return _IMPOSSIBLE
+    return max(logprob, _IMPOSSIBLE)
 
 
 def _entry(token: TokenLogprob) -> dict[str, JsonValue]:
     return {
         "token": token_text(token),
-        "bytes": list(token.data),
+        "bytes": list(token.data or b""),
         "logprob": _finite(token.logprob),
     }
 
@@ -29,7 +31,8 @@ def _entry(token: TokenLogprob) -> dict[str, JsonValue]:
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, JsonValue]:
     """Return chat's `logprobs` object."""
     content: list[JsonValue] = [
-        {**_entry(token), "top_logprobs": [_entry(top) for top in token.top]} for token in tokens
+        {**_entry(token), "top_logprobs": [_entry(top) for top in token.top or ()]}
+        for token in tokens
     ]
     return {"content": content, "refusal": None}
 
@@ -54,7 +57,7 @@ class LegacyLogprobs:
         for token in tokens:
             token_words = token_text(token)
             alternatives: dict[str, JsonValue] = {}
-            for alternative in token.top:
+            for alternative in token.top or ():
                 alternatives.setdefault(token_text(alternative), _finite(alternative.logprob))
             columns["tokens"].append(token_words)
             columns["token_logprobs"].append(_finite(token.logprob))

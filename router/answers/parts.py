@@ -75,6 +75,7 @@ class PartAssembler:
     def __init__(self, *, keeps_empty: bool) -> None:
         self._keeps_empty = keeps_empty
         self._pending: list[TextDelta | ReasoningDelta] = []
+        self._calls: set[int] = set()
         self.parts: list[Part] = []
         self.current: Part | None = None
         self.finished: Finished | None = None
@@ -115,6 +116,10 @@ class PartAssembler:
         steps: list[PartStep] = []
         self._pending.clear()
         if self.current is None or self.current.call != event.index:
+            if event.index in self._calls:
+                # Closed parts were sent; no parser goes back to an earlier call.
+                return steps
+            self._calls.add(event.index)
             part = Part("call", len(self.parts), event.index, event.id or "", event.name or "")
             steps = self._open(part)
         if event.arguments:

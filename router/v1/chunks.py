@@ -7,9 +7,9 @@ from typing import Any
 
 from core.errors import ImpetusError
 from core.types import Finished, GenerationEvent, JsonValue, PrefillProgress, TextDelta
-from router.answers.event_feed import TaggedEvent
 from router.answers.event_stream import StreamFormatter, prefill_comment
 from router.answers.generation import Generation
+from router.answers.valid_events import TaggedEvent
 from router.context import RequestRecord
 from router.http.errors import error_body
 

@@ -172,16 +172,21 @@ def _base(generation: Generation, answer_id: str) -> dict[str, JsonValue]:
 
 
 def _text(event: GenerationEvent) -> tuple[str, Sequence[TokenLogprob]]:
-    """Return the text that an event adds; completions include reasoning in the text."""
+    """Return the text that an event adds; completions include reasoning and calls in the text."""
     match event:
         case TextDelta():
             return event.text, event.logprobs
         case ReasoningDelta():
             return event.text, ()
         case ToolCallDelta():
-            raise TypeError("a completion cannot call tools")
+            return event.arguments, ()
         case PrefillProgress() | Finished():
             return "", ()
+
+
+def _reason(event: Finished) -> str:
+    """Return why a completion ended; the API has no tool calls."""
+    return "length" if event.reason == "length" else "stop"
 
 
 def _choice(
@@ -197,7 +202,7 @@ def _choice(
         for name, column in columns.columns(new_text, new_logprobs).items():
             logprobs.setdefault(name, []).extend(column)
         if isinstance(event, Finished):
-            reason = event.reason
+            reason = _reason(event)
     return {
         "index": index,
         "text": "".join(text),
@@ -227,7 +232,7 @@ class CompletionChunks(ChunkFormatter):
             "index": index,
             "text": text,
             "logprobs": None,
-            "finish_reason": event.reason if isinstance(event, Finished) else None,
+            "finish_reason": _reason(event) if isinstance(event, Finished) else None,
         }
         columns = self._columns.setdefault(index, LegacyLogprobs()).columns(text, logprobs)
         if logprobs:

@@ -121,7 +121,7 @@ def _choice(
     content = "".join(text)
     message: dict[str, JsonValue] = {
         "role": "assistant",
-        "content": None if calls and not content.strip() else content,
+        "content": None if calls and not content else content,
         "refusal": None,
     }
     if reasoning:

@@ -1,5 +1,6 @@
 """Builds answers of Anthropic's Messages API: content blocks, usage, stop reason."""
 
+import json
 from collections.abc import Sequence
 
 import jiter
@@ -65,7 +66,11 @@ def _input(arguments: str) -> JsonValue:
     if not arguments.strip():
         return {}
     try:
-        value: JsonValue = jiter.from_json(arguments.encode(), partial_mode="trailing-strings")
+        value: JsonValue = jiter.from_json(
+            arguments.encode(), partial_mode="trailing-strings", allow_inf_nan=False
+        )
+        # A number such as 1e999 is read as infinite, which JSON cannot hold.
+        json.dumps(value, allow_nan=False)
     except ValueError:
         value = None
     return value if isinstance(value, dict) else {"arguments": arguments}

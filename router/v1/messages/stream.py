@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from core.errors import ImpetusError
 from core.types import Finished, JsonValue, PrefillProgress, TextDelta, Usage
-from router.answers.event_feed import TaggedEvent
 from router.answers.event_stream import StreamFormatter, prefill_comment
 from router.answers.generation import Generation
 from router.answers.parts import Closed, Extended, Opened, Part, PartAssembler, PartStep
+from router.answers.valid_events import TaggedEvent
 from router.context import RequestRecord
 from router.http.errors import anthropic_error_body
 from router.v1.messages import answer

@@ -72,17 +72,17 @@ def input_messages(request: responses_api.ResponsesRequest) -> list[ChatMessage]
 
 def answer_message(parts: Iterable[answer.Part]) -> ChatMessage:
     """Return an answer as the message of the next turn's prompt."""
-    texts = {"text": "", "reasoning": ""}
+    texts: dict[str, list[str]] = {"text": [], "reasoning": []}
     calls = []
     for part in parts:
         if part.kind == "call":
             calls.append(ToolCall(part.call_id, part.name, part.text))
         else:
-            texts[part.kind] += part.text
+            texts[part.kind].append(part.text)
     return ChatMessage(
         "assistant",
-        texts["text"],
-        reasoning=texts["reasoning"] or None,
+        "".join(texts["text"]),
+        reasoning="".join(texts["reasoning"]) or None,
         tool_calls=tuple(calls),
     )
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from core.errors import ImpetusError
 from core.types import Finished, JsonValue, PrefillProgress, TextDelta
-from router.answers.event_feed import TaggedEvent
 from router.answers.event_stream import StreamFormatter, prefill_comment
 from router.answers.logprobs import chat_logprobs
 from router.answers.parts import Closed, Extended, Opened, Part, PartAssembler, PartStep
+from router.answers.valid_events import TaggedEvent
 from router.context import RequestRecord
 from router.http.errors import shown_message
 from router.v1.responses.object import ResponseBuilder, final_status
