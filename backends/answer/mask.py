@@ -31,6 +31,7 @@ class _ReasoningTracker:
         self._budget = plan.budget
         self._forced = list(forced)
         self._forced_count = len(self._forced)
+        self._before: list[bytes] = []
         self._text = b""
         self._count = 0
         self._is_inside = plan.is_open
@@ -51,12 +52,14 @@ class _ReasoningTracker:
     def _begin(self, data: bytes) -> bytes:
         self._text += data
         text = self._text.lstrip()
+        self._before.append(self._text[: len(self._text) - len(text)])
+        self._text = text
         if text.startswith(self._open):
             self._is_inside = True
             self._text = text[len(self._open) :]
         elif not self._open.startswith(text):
             self.is_over = True
-            return self._text
+            return b"".join(self._before) + text
         return b""
 
     @property

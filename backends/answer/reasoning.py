@@ -51,15 +51,12 @@ def reasoning_tags(template: str) -> ReasoningTags | None:
     return None
 
 
-def split_partial_marker(text: str, marker: str) -> tuple[str, str]:
-    """Split off the end of `text`: trailing spaces and a possible start of `marker`."""
+def _partial_length(text: str, marker: str) -> int:
+    """Return how many characters at the end of `text` may start `marker`."""
     for length in range(min(len(marker) - 1, len(text)), 0, -1):
         if text.endswith(marker[:length]):
-            break
-    else:
-        length = 0
-    kept = text[: len(text) - length].rstrip()
-    return kept, text[len(kept) :]
+            return length
+    return 0
 
 
 class ReasoningParser:
@@ -74,6 +71,8 @@ class ReasoningParser:
     ) -> None:
         self._inner = inner
         self._tags = tags
+        # Whitespace, dropped if a tag follows, and what may be the beginning of the tag.
+        self._spaces: list[str] = []
         self._held = ""
         self._is_after = False
         self._is_fresh = True
@@ -99,7 +98,7 @@ class ReasoningParser:
     def flush(self) -> list[Piece]:
         """End the text; return the pieces that were held back."""
         pieces: list[Piece] = []
-        held, self._held = self._held, ""
+        held, self._held = self._taken_spaces() + self._held, ""
         if self._state == self._think:
             if held.strip():
                 pieces.append(ReasoningDelta(held))
@@ -109,31 +108,43 @@ class ReasoningParser:
             pieces += self._inner.flush()
         return pieces
 
+    def _taken_spaces(self) -> str:
+        spaces = "".join(self._spaces)
+        self._spaces.clear()
+        return spaces
+
     def _start(self, text: str, pieces: list[Piece]) -> str:
-        text, self._held = self._held + text, ""
-        begin = text.lstrip()
+        begin = self._held + text if self._held else text.lstrip()
+        if not self._held:
+            self._spaces.append(text[: len(text) - len(begin)])
+        self._held = ""
         if begin.startswith(self._tags.open):
+            self._spaces.clear()
             self._state, self._is_fresh = self._think, True
             return begin[len(self._tags.open) :]
         if self._tags.open.startswith(begin):
-            self._held = text
+            self._held = begin
             return ""
+        spaces = self._taken_spaces()
         self._state = self._answer
-        return self._answer(begin if self._is_after else text, pieces)
+        return self._answer(begin if self._is_after else spaces + begin, pieces)
 
     def _think(self, text: str, pieces: list[Piece]) -> str:
         text, self._held = self._held + text, ""
         if self._is_fresh:
             text = text.lstrip()
         before, tag, after = text.partition(self._tags.close)
-        if tag:
-            thought = before.rstrip()
-            self._state, self._is_after = self._start, True
-        else:
-            thought, self._held = split_partial_marker(text, self._tags.close)
+        if not tag:
+            length = len(text) - _partial_length(text, self._tags.close)
+            before, self._held = text[:length], text[length:]
+        thought = before.rstrip()
         if thought:
             self._is_fresh = False
-            pieces.append(ReasoningDelta(thought))
+            pieces.append(ReasoningDelta(self._taken_spaces() + thought))
+        self._spaces.append(before[len(thought) :])
+        if tag:
+            self._spaces.clear()
+            self._state, self._is_after = self._start, True
         return after
 
     def _answer(self, text: str, pieces: list[Piece]) -> str:
