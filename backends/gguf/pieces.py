@@ -1,4 +1,4 @@
-"""Cuts long text for llama.cpp's byte-pair tokenizers, whose regexes recurse per character."""
+"""Cuts text into pieces on which llama.cpp's tokenizers neither crash nor take quadratic time."""
 
 import re
 from collections.abc import Iterator
@@ -10,13 +10,15 @@ PIECE_CHARACTERS = 128 * 1024
 # Matches of these pre-tokenizers span the spaces between words, or every blank.
 _JOINS_WORDS = frozenset(["exaone-moe", "gemma4", "sarvam-moe", "superbpe"])
 _JOINS_LINES = frozenset(["superbpe"])
-# A multiple of three, for digits that are grouped in threes.
-_RUN_AT_ONCE = 120
-# Runs for which a pre-tokenizer's regex takes time with the square of their length.
-_SLOW_RUNS = {
-    "deepseek-llm": re.compile(r"\s{121,}"),
-    "superbpe": re.compile(r"\d{121,}"),
+# Runs that are cut, and into what length: for two pre-tokenizers the time of a regex grows with the
+# square of a run (digits are grouped in threes); "whitespace" aborts at two blanks in a row.
+_CUT_RUNS = {
+    "deepseek-llm": (re.compile(r"\s{121,}"), 120),
+    "superbpe": (re.compile(r"\d{121,}"), 120),
+    "whitespace": (re.compile(r"\s{2,}"), 1),
 }
+ABORTS_AT_BLANKS = frozenset(["whitespace"])
+_UNKNOWN_AT_ONCE = 4096
 
 
 def text_pieces(text: str, pre_tokenizer: str) -> Iterator[str]:
@@ -52,14 +54,32 @@ def _is_letter(character: str) -> bool:
 
 
 def _short_runs(text: str, pre_tokenizer: str) -> Iterator[str]:
-    """Yield `text` in pieces without the runs that the pre-tokenizer is too slow for."""
-    pattern = _SLOW_RUNS.get(pre_tokenizer)
+    """Yield `text` in pieces without the runs that the pre-tokenizer cannot take."""
+    if pre_tokenizer not in _CUT_RUNS:
+        yield text
+        return
+    pattern, length = _CUT_RUNS[pre_tokenizer]
     start = 0
-    for run in pattern.finditer(text) if pattern is not None else ():
+    for run in pattern.finditer(text):
         # From the end: digits are grouped in threes from there.
-        first = run.start() + (run.end() - run.start()) % _RUN_AT_ONCE
-        for cut in range(first, run.end(), _RUN_AT_ONCE):
+        first = run.start() + (run.end() - run.start()) % length
+        for cut in range(first, run.end(), length):
             if cut > start:
                 yield text[start:cut]
                 start = cut
+    yield text[start:]
+
+
+def cut_before_unknown(text: str, unknown: str) -> Iterator[str]:
+    """Yield pieces of `text` with about 4,096 of the `unknown` characters; they begin with one.
+
+    llama.cpp's SentencePiece tokenizer takes time with the square of their number.  They are part
+    of no token, so nothing is merged over them, and a cut there changes no tokens.
+    """
+    start = count = 0
+    for found in re.finditer(f"[{re.escape(unknown)}]", text) if unknown else ():
+        count += 1
+        if count > _UNKNOWN_AT_ONCE:
+            yield text[start : found.start()]
+            start, count = found.start(), 1
     yield text[start:]

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from backends.gguf.pieces import PIECE_CHARACTERS, STACK_BYTES_PER_CHARACTER, text_pieces
+from backends.cancellation import check_cancelled
+from backends.gguf.pieces import (
+    ABORTS_AT_BLANKS,
+    PIECE_CHARACTERS,
+    STACK_BYTES_PER_CHARACTER,
+    cut_before_unknown,
+    text_pieces,
+)
 from backends.token_bounds import fewest_tokens
 from core.errors import RequestError
 from core.stack import call_with_stack
@@ -16,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Text up to this length is safe on any thread: it takes 2 MiB of stack at most.
 _DIRECT_CHARACTERS = 2048
+# Longer text takes about a second or more; other work goes first.
+_BACKGROUND_CHARACTERS = 512 * 1024
 _STACK_BYTES = PIECE_CHARACTERS * STACK_BYTES_PER_CHARACTER + 8 * MIB
 
 
@@ -36,31 +45,76 @@ class GgufTokenization:
         Raises RequestError for text that is not valid Unicode or not in the vocabulary.
         """
         self._check(text)
-        if len(text) <= _DIRECT_CHARACTERS:
+        if self._is_safe(len(text)):
             return self._checked(self._tokenize(text, add_special, parse_special))
-        is_cut = self._kind == self._llama.LLAMA_VOCAB_TYPE_BPE
+        work = {
+            self._llama.LLAMA_VOCAB_TYPE_BPE: self._byte_pairs,
+            self._llama.LLAMA_VOCAB_TYPE_SPM: self._sentence_pieces,
+        }.get(self._kind, self._tokenize)
+        is_long = len(text) > _BACKGROUND_CHARACTERS
+        return self._checked(
+            call_with_stack(
+                _STACK_BYTES,
+                lambda: work(text, add_special, parse_special),
+                is_background=is_long,
+            )
+        )
 
-        def work() -> list[int]:
-            if not is_cut:
-                return self._tokenize(text, add_special, parse_special)
-            ids = []
-            for piece in text_pieces(text, self._pre_tokenizer):
-                ids += self._tokenize(piece, False, parse_special)
-            around = self._tokenize("", True, parse_special) if add_special else []
-            begin = int(self._llama.llama_vocab_get_add_bos(self._vocabulary)) if around else 0
-            return [*around[:begin], *ids, *around[begin:]]
+    def _is_safe(self, length: int) -> bool:
+        """Whether text of this length can be tokenized at once, on any thread."""
+        return length <= _DIRECT_CHARACTERS and self._pre_tokenizer not in ABORTS_AT_BLANKS
 
-        return self._checked(call_with_stack(_STACK_BYTES, work))
+    def _byte_pairs(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        ids = []
+        for piece in text_pieces(text, self._pre_tokenizer):
+            check_cancelled()
+            ids += self._tokenize(piece, False, parse_special)
+        around = self._tokenize("", True, parse_special) if add_special else []
+        begin = int(self._llama.llama_vocab_get_add_bos(self._vocabulary)) if around else 0
+        return [*around[:begin], *ids, *around[begin:]]
+
+    def _sentence_pieces(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        """Tokenize in pieces that begin with unknown characters."""
+        unknown = "".join(each for each in set(text) if self._is_unknown(each))
+        first, *pieces = cut_before_unknown(text, unknown)
+        if not pieces:
+            return self._tokenize(text, add_special, parse_special)
+        around = self._tokenize("", True, parse_special) if add_special else []
+        begin = int(self._llama.llama_vocab_get_add_bos(self._vocabulary)) if around else 0
+        ids = [*around[:begin], *self._tokenize(first, False, parse_special)]
+        for piece in pieces:
+            check_cancelled()
+            # An unknown character is its bytes; what precedes them is the mark of a word.
+            own = len(self._tokenize(piece[0], False, parse_special)) - len(piece[0].encode())
+            ids += self._tokenize(piece, False, parse_special)[own:]
+        return [*ids, *around[begin:]]
+
+    def _is_unknown(self, character: str) -> bool:
+        """Whether no token contains the character, so that it is written as bytes."""
+        return character != " " and character not in self._characters
+
+    @cached_property
+    def _characters(self) -> frozenset[str]:
+        """The characters that some token contains."""
+        return frozenset().union(*(piece.decode("utf-8", "ignore") for piece in self._pieces))
 
     def fewest_tokens(self, text: str, limit: int) -> int:
         """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
         self._check(text)
 
         def count(piece: str) -> int:
-            return len(self._tokenize(piece, False, True))
+            check_cancelled()
+            pieces = [piece]
+            if self._kind == self._llama.LLAMA_VOCAB_TYPE_BPE:
+                pieces = list(text_pieces(piece, self._pre_tokenizer))
+            return sum(len(self._tokenize(each, False, True)) for each in pieces)
 
+        if len(text) <= limit:
+            return 0
         return call_with_stack(
-            _STACK_BYTES, lambda: fewest_tokens(text, limit, lambda: self._longest, count)
+            _STACK_BYTES,
+            lambda: fewest_tokens(text, limit, lambda: self._longest, count),
+            is_background=len(text) > _BACKGROUND_CHARACTERS,
         )
 
     def _tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
@@ -90,7 +144,7 @@ class GgufTokenization:
         def tokenize(
             vocabulary: int, data: int, size: int, out: int, room: int, special: bool, parse: bool
         ) -> int:
-            if size <= _DIRECT_CHARACTERS:
+            if self._is_safe(size):
                 return int(native(vocabulary, data, size, out, room, special, parse))
             text = ctypes.string_at(data, size).decode("utf-8", "replace")
             try:

@@ -1,5 +1,6 @@
 """Tests of llama.cpp's tokenizers with text that would overflow the stack or take minutes."""
 
+import random
 from itertools import chain
 from typing import Any
 
@@ -28,6 +29,11 @@ RUNS = {
     "letters": "a", "capitals": "AB", "blanks": " ", "lines": "\n", "digits": "1", "signs": "!",
     "Han": "中", "emoji": "😀", "accents": "e\u0301", "Hangul": "가",
 }  # fmt: skip
+ODD = [
+    "a", "B", "1", " ", "  ", "\n", "\n\n", "\r\n", "\t", "中", "é", "e\u0301", "\u0301", "😀",
+    "\0", "\x01", "\x7f", "\u200b", "\ufeff", "▁", "<", "|", ">", "'s", "<|im_end|>", "<0x0A>",
+    "\U0010ffff", "\ue000", "\uffff", "ʰ", "١", "ß", "İ", "．", "\u3000", "\u2028", "\x85", "{", "\\",
+]  # fmt: skip
 WORDS = st.sampled_from(
     [
         "once",
@@ -145,6 +151,37 @@ def test_digits_are_grouped_alike_when_a_run_is_cut(open_vocabulary: Any) -> Non
     each = [model.encode(piece, add_bos=False, parse_special=True) for piece in cut]
     assert len(cut) > 2
     assert list(chain(*each)) == list(buffer[:count])
+
+
+def test_blanks_in_a_row_do_not_abort_the_process(open_vocabulary: Any) -> None:
+    model = open_vocabulary("whitespace")
+    for text in ("a  b", "a\n\nb", " \t \u3000 ", "a \r\n" * 2000, "  "):
+        model.encode(text, add_bos=True, parse_special=True)
+        model.fewest_tokens(text * 100, 10)
+    assert model.encode("once  once", add_bos=False, parse_special=True)
+
+
+def test_unknown_characters_take_sentencepiece_no_quadratic_time(
+    open_vocabulary: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_vocabulary("default", kind="sentencepiece")
+    # Uncut, this takes over a minute.
+    assert len(model.encode("中" * 400_000, add_bos=True, parse_special=True)) == 1_200_002
+    monkeypatch.setattr(pieces, "_UNKNOWN_AT_ONCE", 3)
+    text = "once 中文 upon\n\na 中\ntime 🎈🎈  once\n" * 60
+    assert len(list(pieces.cut_before_unknown(text, "中文🎈\n"))) > 20
+    cut = model.encode(text, add_bos=True, parse_special=True)
+    monkeypatch.setattr(pieces, "_UNKNOWN_AT_ONCE", 1 << 30)
+    assert cut == model.encode(text, add_bos=True, parse_special=True)
+
+
+@pytest.mark.parametrize("pre_tokenizer", [*RECURSIVE, *OTHERS, "whitespace", "laguna", "minicpm5"])
+def test_no_text_ends_the_process(open_vocabulary: Any, pre_tokenizer: str) -> None:
+    model = open_vocabulary(pre_tokenizer)
+    choose = random.Random(1)
+    for _ in range(150):
+        text = "".join(choose.choice(ODD) for _ in range(choose.randint(0, 40)))
+        model.encode(text, add_bos=True, parse_special=choose.random() < 0.5)
 
 
 def test_unpaired_surrogates_are_refused(open_vocabulary: Any) -> None:

@@ -1,5 +1,7 @@
 """Tests of calls on a thread with a large stack."""
 
+import os
+import sys
 import threading
 
 import pytest
@@ -34,3 +36,13 @@ def test_a_machine_without_threads_left_is_unavailable(monkeypatch: pytest.Monke
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(Unavailable, match="no memory or threads"):
         call_with_stack(16 * MIB, lambda: 7)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the priority of a Linux thread")
+def test_work_in_the_background_has_a_lower_priority_and_only_its_thread() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    usual = priority()
+    assert call_with_stack(16 * MIB, priority, is_background=True) >= min(usual + 1, 10)
+    assert call_with_stack(16 * MIB, priority) == priority() == usual
