@@ -160,7 +160,9 @@ class FormatReplica:
                 sender = FrameSender(socket_path)
             except OSError as problem:
                 raise EngineFailed(f"Cannot connect to the router's socket: {problem}") from problem
-            self._senders[socket_path] = sender
+            # Routers that are gone leave broken ones.
+            kept = {path: one for path, one in self._senders.items() if not one.is_broken}
+            self._senders = {**kept, socket_path: sender}
         return sender
 
     async def report(self) -> ReplicaReport:

@@ -86,8 +86,7 @@ class ProcessDeaths:
         if existing is None:
             return
         for process in known.keys() - existing:
-            logger.warning("the process of %s is gone: %s", known[process].model_id, process)
-            self._drop(process)
+            logger.warning("Serve no longer lists %s of %s", process, known[process].model_id)
             await self._examine(process)
 
     async def _examine(self, process: str) -> _Death:

@@ -1,6 +1,7 @@
 """One request, one load or one idle death ends a process: nothing else is hurt, and it is known."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,8 @@ import httpx
 import pytest
 
 from tests.integration import fragile
-from tests.integration.server import HTTP, ROOT, Server, wait_until
+from tests.integration.server import HTTP, ROOT, Server, endless_stream, wait_until
+from tests.starter import starter_path
 
 ids = {name: f"{name}@{fragile.FORMAT}" for name in fragile.MODELS}
 # About three seconds, and more where the process is replaced meanwhile.
@@ -152,3 +154,37 @@ def test_a_load_that_hangs_is_ended_and_other_models_are_loaded(server: Server) 
         refused = hanging.result()
         assert refused.status_code == 503
     assert answer_of(ask(server, "innocent", "hello")) == "hello"
+
+
+def test_a_file_truncated_under_its_engine_ends_only_its_own_requests(
+    other_server: Server,
+) -> None:
+    """Its pages are gone, so the next step faults in native code."""
+    paths = [other_server.models / f"{name}-q4_1.gguf" for name in ("doomed", "whole")]
+    for path in paths:
+        shutil.copyfile(starter_path(), path)
+    size = paths[0].stat().st_size
+    other_server.start(FORMATS="gguf,echo", MAX_SEQUENCES="2", CONTEXT_LENGTH="1024")
+    try:
+        with (
+            endless_stream(other_server, "doomed", "Tell me about ships.") as doomed,
+            endless_stream(other_server, "whole", "Tell me about ships.") as whole,
+        ):
+            os.truncate(paths[0], size // 2)
+            end = next((line for line in doomed if '"error"' in line), "")
+            assert "broken_model" in end
+            assert "it was truncated from" in end
+            assert f"({size:,} bytes)" in end
+            # The other stream goes on in the next process.
+            for _ in range(20):
+                assert '"error"' not in next(whole)
+        url = f"{other_server.url}/v1/chat/completions"
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        refused = HTTP.post(url, json={**body, "model": "doomed@gguf-q4_1"}, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "broken_model")
+        assert HTTP.post(url, json={**body, "model": "whole"}, timeout=60).status_code == 200
+        models = HTTP.get(f"{other_server.url}/v1/models", timeout=30).json()["data"]
+        found = {model["id"]: model["state"] for model in models}
+        assert (found["doomed@gguf-q4_1"], found["whole@gguf-q4_1"]) == ("refused", "resident")
+    finally:
+        other_server.stop()

@@ -1,6 +1,7 @@
 """What a process was computing is known after it was killed, and whom that charges."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -256,3 +257,18 @@ def test_the_one_that_was_computed_is_charged(
     works: list[Work], models: str, requests: tuple[int, ...]
 ) -> None:
     assert cause_of(works) == DeathCause(frozenset(models.split()), frozenset(requests))
+
+
+def test_a_full_disk_costs_the_record_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is written before it is mapped: a hole in it would fault at the first store."""
+
+    def full(file: int, content: bytes) -> int:
+        del file, content
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    record = ActivityFile(path)
+    monkeypatch.undo()
+    with record.open_model("m").working("r"):
+        assert not path.exists()
+    record.close()

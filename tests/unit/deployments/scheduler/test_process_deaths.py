@@ -196,6 +196,24 @@ async def test_models_of_a_process_that_died_idle_are_forgotten_without_any_requ
     assert await faults(roomy) == {}
 
 
+async def test_a_process_that_serve_forgot_but_that_lives_keeps_its_models(
+    roomy: SchedulerReplica, replica: Replica
+) -> None:
+    """Serve's controller may have restarted."""
+    held = (await roomy.model_states()).residencies
+    replica.found[:] = held
+    replica.listed = frozenset()
+    roomy._deaths._checked_at = 0.0
+    assert (await roomy.model_states()).residencies == held
+    # It is gone, and left no record: what asks for its models finds none.
+    replica.found.clear()
+    replica.held.clear()
+    roomy._deaths._checked_at = 0.0
+    assert (await roomy.model_states()).residencies == ()
+    while roomy._ledger.state.residents:
+        await asyncio.sleep(0.001)
+
+
 async def test_a_usage_report_of_another_process_confirms_nothing(
     roomy: SchedulerReplica, replica: Replica
 ) -> None:

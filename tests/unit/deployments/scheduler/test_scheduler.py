@@ -13,7 +13,7 @@ from backends.echo import EchoBackend
 from catalog.models import BuiltIn, ModelRecord, ModelSettings
 from core.errors import BrokenModel, InsufficientMemory, ModelNotFound, Unavailable
 from core.settings import Settings
-from core.units import MIB
+from core.units import GIB, MIB
 from deployments.messages import LoadContext, Residency
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.scheduler.load_plans import LoadPlanner
@@ -249,6 +249,17 @@ def test_a_lowered_context_is_offered_only_where_the_user_did_not_fix_it(tmp_pat
     assert plans.load_request(record, found[2], 70 * MIB).options.context_tokens == 4096
     fixed = replace(record, settings=ModelSettings(context_length=8192))
     assert plans.plans(fixed, 70 * MIB) == (LoadPlan(8192),)
+
+
+def test_a_large_model_may_take_longer_to_load(tmp_path: Path) -> None:
+    info = ModelInfo("echo", "echo", "echo", "none", (), 10 * GIB, 0, 16384, frozenset())
+    record = ModelRecord("m", info, BuiltIn(), "1:7-8-9,10-11-12", 0.0)
+    plans = LoadPlanner(
+        Settings(home=tmp_path, load_limit_s=60), {"echo": Growing()}, EngineOptions()
+    )
+    request = plans.load_request(record, LoadPlan(16384), 70 * MIB)
+    assert request.load_limit_s == 60 + 1024
+    assert request.signatures == ("7-8-9", "10-11-12")
 
 
 async def test_f15_under_strain_nothing_new_is_loaded(tmp_path: Path, replica: Replica) -> None:
