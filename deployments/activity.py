@@ -76,10 +76,14 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class DeathCause:
-    """Which models and requests were computed when a process died; both empty if it was idle."""
+    """Which models and requests were computed when a process died; both empty if it was idle.
+
+    `is_confirmed`: an earlier process died while it computed the same request.
+    """
 
     models: frozenset[str] = frozenset()
     requests: frozenset[int] = frozenset()
+    is_confirmed: bool = False
 
     def names(self, request_id: str) -> bool:
         """Whether the process may have died of this request."""
@@ -105,7 +109,7 @@ def cause_of(works: Sequence[Work]) -> DeathCause:
         works,
     )
     chosen = next((rank for rank in ranks if rank), ())
-    return DeathCause(frozenset(work.model_id for work in chosen), requests)
+    return DeathCause(frozenset(work.model_id for work in chosen), requests, bool(suspects))
 
 
 def request_key(request_id: str) -> int:

@@ -1,6 +1,6 @@
 """Back-off and quarantine for models that fail to load or crash (pure: `now` is an argument)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 DEATHS_TO_QUARANTINE = 3
@@ -47,6 +47,13 @@ def process_died(record: FaultRecord, process: str, reason: str, now: float) -> 
     return replace(
         record, deaths=deaths, reason=reason, is_quarantined=record.is_quarantined or is_looping
     )
+
+
+def without_deaths(record: FaultRecord, processes: Collection[str]) -> FaultRecord:
+    """Return the record without the deaths of processes of which another model was the cause."""
+    deaths = {name: at for name, at in record.deaths.items() if name not in processes}
+    is_looping = len(deaths) >= DEATHS_TO_QUARANTINE
+    return replace(record, deaths=deaths, is_quarantined=record.is_quarantined and is_looping)
 
 
 def loaded(record: FaultRecord) -> FaultRecord:

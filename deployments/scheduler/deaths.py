@@ -68,6 +68,8 @@ class ProcessDeaths:
         charged = {model_id} if death.cause is None else death.cause.models
         for one in sorted(charged):
             await self._charge(one, process, death.stderr_tail)
+        if death.cause is not None and death.cause.is_confirmed:
+            self._faults.confirm_deaths(charged)
         return model_id in charged
 
     async def forget_gone(self) -> None:

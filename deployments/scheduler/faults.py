@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from scheduler.faults import (
     loaded,
     process_died,
     wait_s,
+    without_deaths,
 )
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,14 @@ class Faults:
         record = process_died(old, process, reason[:_LONGEST_REASON], self._clock())
         self._keep(model_id, record)
         return record.is_quarantined and not old.is_quarantined
+
+    def confirm_deaths(self, model_ids: Collection[str]) -> None:
+        """Withdraw from all other models the deaths that these models are charged with as well."""
+        records = self._records
+        causes = {name for one in model_ids if one in records for name in records[one].deaths}
+        for model_id, record in list(records.items()):
+            if model_id not in model_ids and causes & record.deaths.keys():
+                self._keep(model_id, without_deaths(record, causes))
 
     def record_load(self, model_id: str) -> None:
         """Record a successful load."""

@@ -256,7 +256,10 @@ WAITING_C = Work("two", Doing.PREFILL, C, is_suspect=True)
 def test_the_one_that_was_computed_is_charged(
     works: list[Work], models: str, requests: tuple[int, ...]
 ) -> None:
-    assert cause_of(works) == DeathCause(frozenset(models.split()), frozenset(requests))
+    is_confirmed = requests == (C,)
+    assert cause_of(works) == DeathCause(
+        frozenset(models.split()), frozenset(requests), is_confirmed
+    )
 
 
 def test_a_full_disk_costs_the_record_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

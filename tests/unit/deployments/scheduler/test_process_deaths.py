@@ -69,6 +69,20 @@ async def test_a_bystander_that_reports_deaths_is_not_charged(
     assert f"quarantine {A}" in [one.action for one in await roomy.decisions()]
 
 
+async def test_a_confirmed_cause_clears_the_models_that_were_charged_beside_it(
+    roomy: SchedulerReplica, replica: Replica
+) -> None:
+    """The first death of each request is not told apart from other work at that moment."""
+    both = DeathCause(frozenset({A, B}))
+    for number in range(3):
+        await roomy.process_died(B, die(replica, both, number).lost_replica)
+    assert set(await faults(roomy)) == {A, B}
+    confirmed = DeathCause(frozenset({A}), frozenset({1}), is_confirmed=True)
+    await roomy.process_died(A, die(replica, confirmed, 3).lost_replica)
+    assert set(await faults(roomy)) == {A}
+    assert isinstance(await roomy.ensure_loaded(B), Residency)
+
+
 async def test_a_process_that_dies_idle_charges_nobody(
     roomy: SchedulerReplica, replica: Replica
 ) -> None:
