@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 Verdict: TypeAlias = Literal["unknown", "uninspected"]
 
+VERDICTS: tuple[Verdict, ...] = ("unknown", "uninspected")
 _FIRST_RETRY_S = 60.0
 _LONGEST_RETRY_S = 3600.0
 
@@ -46,10 +47,14 @@ def failed_again(
     return Inspection(path, signature, "uninspected", reason, attempts, now + delay_s)
 
 
-def read_inspections(connection: sqlite3.Connection) -> dict[str, Inspection]:
-    """Return all notes by path."""
+def read_inspections(
+    connection: sqlite3.Connection, verdicts: Sequence[Verdict] = VERDICTS
+) -> dict[str, Inspection]:
+    """Return the notes with these verdicts by path."""
     rows = connection.execute(
-        "SELECT path, signature, verdict, reason, attempts, retry_at FROM inspections"
+        "SELECT path, signature, verdict, reason, attempts, retry_at FROM inspections "
+        f"WHERE verdict IN ({', '.join('?' * len(verdicts))})",
+        tuple(verdicts),
     )
     return {row[0]: Inspection(*row) for row in rows}
 

@@ -179,6 +179,11 @@ class CatalogStore:
         with self._reading() as connection:
             return read_inspections(connection)
 
+    def uninspected(self) -> Sequence[Inspection]:
+        """Return the files that could not be inspected yet."""
+        with self._reading() as connection:
+            return tuple(read_inspections(connection, ("uninspected",)).values())
+
     def aliases(self) -> dict[str, str]:
         """Return every alias with its model's id."""
         with self._reading() as connection:

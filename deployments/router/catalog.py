@@ -4,12 +4,14 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from backends.base import Backend, EngineOptions, ModelInfo
 from backends.registry import backends_for
 from catalog.compatibility import Traits, compatibility
+from catalog.inspections import Inspection
 from catalog.models import Converted, ModelRecord
-from catalog.names import nearest_names
+from catalog.names import bare_name, nearest_names
 from catalog.store import CatalogStore
 from catalog.variants import best_variant
 from core.errors import (
@@ -18,6 +20,7 @@ from core.errors import (
     ImpetusError,
     ModelFileMissing,
     ModelNotFound,
+    Unavailable,
 )
 from core.settings import Settings
 from deployments.messages import Fault, Residency
@@ -28,6 +31,9 @@ from router.services import FitView, ModelState, ModelView
 
 logger = logging.getLogger(__name__)
 
+_LOOKED_AT_AGAIN = ("missing", "uninspected")
+_SCAN_LIMIT_S = 10.0
+_RETRY_S = 10
 _RUNTIMES = {"gguf": "llama.cpp", "onnx": "onnxruntime"}
 
 
@@ -48,19 +54,24 @@ class CatalogView:
         self._options = engine_options(settings, self._budget_bytes)
         self._version = -1
         self._resolved: dict[str, tuple[ModelRecord, ...]] = {}
+        # For suggestions; None: not read since the catalog changed.
+        self._ids: list[str] | None = None
         # Estimates take a millisecond each; they are valid until the catalog changes.
         self._usable: dict[str, ModelView] = {}
 
     async def resolve(self, name: str) -> ModelView:
-        """Return the model that `name` means; an unknown name triggers a folder scan first."""
-        candidates = self._candidates(name)
-        if not candidates:
-            await call(self._scheduler.rescan.remote())
-            candidates = self._candidates(name)
-        if not candidates:
-            known = [record.id for record in self._store.models()]
-            raise ModelNotFound.of(name, nearest_names(name, known))
-        record, view = self._choose(candidates)
+        """Return the model that `name` means.
+
+        For an unknown name and a file that is missing or was not inspected, the folders are
+        scanned first, at most every 10 s.
+        """
+        chosen = self._chosen(name)
+        if chosen is None or chosen[0].state in _LOOKED_AT_AGAIN:
+            await self._look_again(name, chosen[0] if chosen else None)
+            chosen = self._chosen(name)
+        if chosen is None:
+            raise await self._unknown(name)
+        record, view = chosen
         if record.state == "refused":
             raise BrokenModel(f"{record.id} was refused: {record.reason}", param="model")
         if record.state == "missing":
@@ -68,6 +79,8 @@ class CatalogView:
                 f"The file of {record.id} is gone; put it back or choose another model.",
                 param="model",
             )
+        if record.state == "uninspected":
+            raise _uninspected(record.id, record.reason)
         if view.state == "unavailable":
             converted = self._converted(record)
             if converted is not None:
@@ -75,6 +88,51 @@ class CatalogView:
             await call(self._scheduler.explain.remote(record.id))
             raise BackendUnavailable(f"{record.id} cannot run here: {view.reason}", param="model")
         return view
+
+    def _chosen(self, name: str) -> tuple[ModelRecord, ModelView] | None:
+        candidates = self._candidates(name)
+        return self._choose(candidates) if candidates else None
+
+    async def _look_again(self, name: str, record: ModelRecord | None) -> None:
+        """Have the scheduler scan.  Raises Unavailable after 10 s if the model is not known."""
+        if record is not None:
+            urgent = record.key if record.state == "uninspected" else ""
+        else:
+            found = await self._uninspected_file(name)
+            urgent = found.path if found is not None else ""
+        try:
+            async with asyncio.timeout(_SCAN_LIMIT_S):
+                await call(self._scheduler.rescan.remote(urgent))
+        except TimeoutError as problem:
+            if self._chosen(name) is None:
+                raise Unavailable(
+                    f"The model {name[:100]!r} is not in the catalog, and the model folders are "
+                    "still being scanned. Try again later.",
+                    param="model",
+                    retry_after_s=_RETRY_S,
+                ) from problem
+        except ImpetusError as problem:
+            if record is None:
+                raise
+            logger.info("the model folders are not scanned for %s: %s", record.id, problem)
+
+    async def _unknown(self, name: str) -> ImpetusError:
+        """Return the error for a name that the catalog does not know."""
+        found = await self._uninspected_file(name)
+        if found is not None:
+            return _uninspected(Path(found.path).name, found.reason)
+        if self._ids is None:
+            self._ids = [record.id for record in await asyncio.to_thread(self._store.models)]
+        return ModelNotFound.of(name, await asyncio.to_thread(nearest_names, name, self._ids))
+
+    async def _uninspected_file(self, name: str) -> Inspection | None:
+        """Return the file that may be the model `name` and was not inspected yet, if any."""
+        wanted = name.lower()
+        for found in await asyncio.to_thread(self._store.uninspected):
+            path = Path(found.path)
+            if wanted == path.name.lower() or wanted.partition("@")[0] == bare_name(path.parts, ""):
+                return found
+        return None
 
     def _choose(self, candidates: Sequence[ModelRecord]) -> tuple[ModelRecord, ModelView]:
         """Return the variant to use, preferring those that can run here."""
@@ -117,6 +175,7 @@ class CatalogView:
             self._version = version
             self._resolved.clear()
             self._usable.clear()
+            self._ids = None
         found = self._resolved.get(name)
         if found is None:
             found = tuple(self._store.resolve(name))
@@ -173,6 +232,8 @@ class CatalogView:
             return "refused", record.reason
         if record.state == "missing":
             return "unavailable", "its file is gone"
+        if record.state == "uninspected":
+            return "unavailable", record.reason
         backend = self._backends.get(record.info.format)
         if backend is None:
             return (
@@ -203,6 +264,14 @@ class CatalogView:
     def close(self) -> None:
         """Close the database."""
         self._store.close()
+
+
+def _uninspected(name: str, reason: str) -> Unavailable:
+    return Unavailable(
+        f"{name} cannot be used yet: {reason}. Its file is inspected again; try again later.",
+        param="model",
+        retry_after_s=_RETRY_S,
+    )
 
 
 def _with_fault(view: ModelView, fault: Fault | None) -> ModelView:

@@ -86,7 +86,9 @@ class SchedulerReplica:
         self._conversions = Conversions(
             settings, self._backends, self._options, self._scanner.scan, self._reserve_memory
         )
-        self._lookup = ModelLookup(self._store, self._planner, self._conversions)
+        self._lookup = ModelLookup(
+            self._store, self._planner, self._conversions, self._scanner.rescan
+        )
         self._deaths = ProcessDeaths(
             DeathRecords(settings.home),
             lambda: self._ledgers.values(),

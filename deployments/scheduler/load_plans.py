@@ -6,7 +6,13 @@ from dataclasses import replace
 from backends.base import Backend, EngineOptions, MemoryEstimate
 from catalog.models import ModelRecord
 from catalog.variants import nearest_smaller
-from core.errors import BackendUnavailable, BrokenModel, ImpetusError, ModelFileMissing
+from core.errors import (
+    BackendUnavailable,
+    BrokenModel,
+    ImpetusError,
+    ModelFileMissing,
+    Unavailable,
+)
 from core.settings import Settings
 from core.units import MIB, format_bytes
 from deployments.messages import LoadRequest, Residency
@@ -15,6 +21,7 @@ from scheduler.state import KeepRules, LoadPlan
 # The context is not reduced below this; a model has at most this many plans.
 _MIN_CONTEXT = 2048
 _MAX_PLANS = 4
+_INSPECTION_RETRY_S = 10
 # Bytes a second of the slowest load that counts as progress: an old hard disk, with conversion.
 _SLOWEST_LOAD = 10 * MIB
 
@@ -30,7 +37,7 @@ class LoadPlanner:
         self._options = options
 
     def check(self, record: ModelRecord) -> None:
-        """Raise BrokenModel, ModelFileMissing or BackendUnavailable if it cannot be loaded."""
+        """Raise BrokenModel, ModelFileMissing or Unavailable if it cannot be loaded."""
         if record.state == "refused":
             raise BrokenModel(f"{record.id} was refused: {record.reason}", param="model")
         if record.state == "missing":
@@ -38,6 +45,13 @@ class LoadPlanner:
                 f"The file of {record.id} is gone: {record.info.files[0]}. Put it back, or choose "
                 "another model.",
                 param="model",
+            )
+        if record.state == "uninspected":
+            raise Unavailable(
+                f"{record.id} cannot be loaded yet: {record.reason}. Its file is inspected again; "
+                "try again later.",
+                param="model",
+                retry_after_s=_INSPECTION_RETRY_S,
             )
         backend = self._backends.get(record.info.format)
         if backend is None:

@@ -1,7 +1,7 @@
 """Looks up models for a load: their records, the ways to load them, why they cannot run."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from catalog.models import ModelRecord
 from catalog.store import CatalogStore
@@ -14,7 +14,15 @@ from scheduler.state import LoadPlan
 class ModelLookup:
     """Catalog records and their load plans.  SQLite is read on a thread; opens nothing."""
 
-    def __init__(self, store: CatalogStore, planner: LoadPlanner, conversions: Conversions) -> None:
+    def __init__(
+        self,
+        store: CatalogStore,
+        planner: LoadPlanner,
+        conversions: Conversions,
+        inspect_again: Callable[[str], Awaitable[None]],
+    ) -> None:
+        """`inspect_again` inspects the file at a path whose inspection failed the last time."""
+        self._inspect_again = inspect_again
         self._store = store
         self._planner = planner
         self._conversions = conversions
@@ -30,9 +38,13 @@ class ModelLookup:
     async def loadable(self, model_id: str) -> ModelRecord:
         """Return the record of a model that can be loaded.
 
-        Raises ModelNotFound, BrokenModel, ModelFileMissing and BackendUnavailable.
+        Inspects its file first if that failed the last time.  Raises ModelNotFound, BrokenModel,
+        ModelFileMissing and Unavailable.
         """
         record = await self.find(model_id)
+        if record is not None and record.state == "uninspected":
+            await self._inspect_again(record.key)
+            record = await self.find(model_id)
         if record is None:
             raise ModelNotFound.of(model_id, [])
         self._planner.check(record)

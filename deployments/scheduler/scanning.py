@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from backends.base import Backend
 from catalog.models import ScanReport
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 # A request for an unknown name starts a scan at most this often.
 RESCAN_INTERVAL_S = 10.0
+_MOST_URGENT = 100
 # The first pause after a failed scan; it doubles up to the setting's interval.
 _RETRY_S = 2.0
 
@@ -87,7 +88,7 @@ class Scanner:
         Starts one at most every 10 s and returns at once in between.  `urgent` is the path of a
         file whose inspection failed: the next scan inspects it, whenever that was.
         """
-        if urgent:
+        if urgent and len(self._urgent) < _MOST_URGENT:
             self._urgent.add(urgent)
         if self._task is not None and not self._task.done():
             await asyncio.wait({self._task})
@@ -106,9 +107,11 @@ class Scanner:
             raise RuntimeError(f"scanning the model folders failed: {self.problem}")
 
     async def _scan_once(self) -> None:
+        urgent, self._urgent = frozenset(self._urgent), set()
         try:
-            report = await call_in_thread("impetus-scan", self._scan)
+            report = await call_in_thread("impetus-scan", lambda: self._scan(urgent))
         except Exception as problem:
+            self._urgent |= urgent
             self._failures += 1
             self.problem = str(problem) or type(problem).__name__
             if self._failures == 1:
@@ -132,10 +135,16 @@ class Scanner:
             return interval_s
         return float(min(interval_s, _RETRY_S * 2.0 ** min(self._failures - 1, 30)))
 
-    def _scan(self) -> ScanReport:
+    def _scan(self, urgent: Collection[str]) -> ScanReport:
         inspector = Inspector(list(self._backends))
         try:
             backends = list(self._backends.values())
-            return scan(self._settings, self._store, backends, identify_file=inspector.examine)
+            return scan(
+                self._settings,
+                self._store,
+                backends,
+                identify_file=inspector.examine,
+                urgent=urgent,
+            )
         finally:
             inspector.close()

@@ -1,17 +1,20 @@
 """What a name means to the router: variants, states, and what was converted."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Awaitable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from catalog.inspections import Inspection
 from catalog.models import Converted, Local, ScannedModel
 from catalog.store import CatalogStore
 from core.errors import (
     BackendUnavailable,
     BrokenModel,
+    EngineFailed,
     ModelFileMissing,
     ModelNotFound,
     Unavailable,
@@ -19,6 +22,7 @@ from core.errors import (
 from core.settings import Settings
 from core.units import GIB
 from deployments.messages import Fault, ModelStates, Residency
+from deployments.router import catalog as catalog_module
 from deployments.router.catalog import CatalogView
 from deployments.router.model_states import ModelStatesWatch
 from tests.unit.catalog.builders import make_info
@@ -35,6 +39,7 @@ class Scheduler:
         self.residencies: list[Residency] = []
         self.loading: list[str] = []
         self.on_rescan: Any = None
+        self.urgent: list[str] = []
         self.problem: Exception | None = None
         self.faults: dict[str, Fault] = {}
         self.keeps_cool = False
@@ -45,9 +50,12 @@ class Scheduler:
             model_states=self.model_states,
         )
 
-    async def rescan(self) -> None:
+    async def rescan(self, urgent: str = "") -> None:
+        self.urgent.append(urgent)
         if self.on_rescan is not None:
-            self.on_rescan()
+            result = self.on_rescan()
+            if isinstance(result, Awaitable):
+                await result
 
     async def model_states(self, known_version: int) -> ModelStates:
         assert known_version == -1
@@ -247,3 +255,100 @@ async def test_the_runtime_and_its_reason_are_shown(view: CatalogView, store: Ca
     write(store, found("m", format="safetensors", **noted))
     (model,) = await view.models()
     assert (model.runtime, model.runtime_reason) == ("mlx", "MLX knows the architecture")
+
+
+def note(store: CatalogStore, path: str, reason: str) -> None:
+    """Note that a file could not be inspected."""
+    failed = Inspection(path, "1", "uninspected", reason, 1, 1e12)
+    store.record_scan((), (), (), now=1.0, inspections=[failed])
+
+
+async def test_a_model_that_was_not_inspected_is_inspected_for_its_request(
+    view: CatalogView, store: CatalogStore, scheduler: Scheduler
+) -> None:
+    write(store, found("m"))
+    key = store.models()[0].key
+    note(store, key, "it took longer than 60 s")
+    (shown,) = await view.models()
+    assert (shown.state, shown.reason) == ("unavailable", "it took longer than 60 s")
+    with pytest.raises(Unavailable, match=r"m@gguf-q4_0 .* longer than 60 s") as caught:
+        await view.resolve("m")
+    assert caught.value.retry_after_s
+    assert scheduler.urgent == [key]
+    scheduler.on_rescan = lambda: store.record_scan((), (), (), now=1.0, inspected=[key])
+    assert (await view.resolve("m")).id == "m@gguf-q4_0"
+
+
+@pytest.mark.parametrize("name", ["tiny-lm", "tiny-lm@gguf-q4_0", "Tiny-LM-Q4_0.gguf"])
+async def test_a_new_file_that_was_not_inspected_is_told_by_its_name(
+    name: str, view: CatalogView, store: CatalogStore, scheduler: Scheduler
+) -> None:
+    path = "/m/Tiny-LM-Q4_0.gguf"
+    note(store, path, "the process that inspects files did not start (Too many open files)")
+    with pytest.raises(Unavailable, match="Too many open files") as caught:
+        await view.resolve(name)
+    assert caught.value.status == 503
+    assert scheduler.urgent == [path]
+    with pytest.raises(ModelNotFound):
+        await view.resolve("another")
+
+
+async def test_a_model_whose_file_is_back_is_found_by_its_request(
+    view: CatalogView, store: CatalogStore, scheduler: Scheduler
+) -> None:
+    write(store, found("m"))
+    write(store, missing=("/m/m-gguf-q4_0",))
+    scheduler.on_rescan = lambda: write(store, found("m"))
+    assert (await view.resolve("m")).id == "m@gguf-q4_0"
+
+
+async def test_a_missing_model_is_told_without_the_scheduler(
+    view: CatalogView, store: CatalogStore, scheduler: Scheduler
+) -> None:
+    write(store, found("m"))
+    write(store, missing=("/m/m-gguf-q4_0",))
+
+    def die() -> None:
+        raise EngineFailed("The scheduler died.")
+
+    scheduler.on_rescan = die
+    with pytest.raises(ModelFileMissing):
+        await view.resolve("m")
+    with pytest.raises(EngineFailed):
+        await view.resolve("unknown")
+
+
+async def test_a_scan_that_takes_long_is_not_waited_for(
+    view: CatalogView,
+    store: CatalogStore,
+    scheduler: Scheduler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(catalog_module, "_SCAN_LIMIT_S", 0.01)
+    write(store, found("m"))
+    scheduler.on_rescan = lambda: asyncio.Event().wait()
+    with pytest.raises(Unavailable, match="still being scanned"):
+        await view.resolve("unknown")
+    assert (await view.resolve("m")).id == "m@gguf-q4_0"
+
+
+async def test_many_unknown_names_read_the_catalog_once(
+    view: CatalogView, store: CatalogStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(store, found("m"))
+    reads: list[int] = []
+    models = view._store.models
+
+    def counted() -> Any:
+        reads.append(1)
+        return models()
+
+    monkeypatch.setattr(view._store, "models", counted)
+    for number in range(20):
+        with pytest.raises(ModelNotFound):
+            await view.resolve(f"unknown-{number}")
+    assert len(reads) == 1
+    write(store, found("n"))
+    with pytest.raises(ModelNotFound, match="n@gguf-q4_0"):
+        await view.resolve("n@gguf-q4_1")
+    assert len(reads) == 2

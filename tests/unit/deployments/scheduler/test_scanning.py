@@ -1,0 +1,215 @@
+"""The scanner: one scan at a time, few for unknown names, and none that a caller can break."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.models import ScanReport
+from catalog.scan.identify import Outcome, Uninspected, examine
+from catalog.store import CatalogStore
+from core.errors import Unavailable
+from core.settings import Settings
+from core.supervision import Supervisor
+from deployments.messages import Residency
+from deployments.scheduler import scanning
+from deployments.scheduler.scanning import RESCAN_INTERVAL_S, Scanner
+from tests.gguf_files import llama_gguf
+from tests.unit.deployments.scheduler.scheduling import A, InProcess, Replica, started
+from tests.waiting import wait_until
+
+
+class Scans:
+    """Stands in for the scan of the folders; blocks while the gate is closed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.running = 0
+        self.most = 0
+        self.urgent: list[set[str]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.problem: Exception | None = None
+
+    def scan(self, *_: Any, urgent: Collection[str], **__: Any) -> ScanReport:
+        self.count += 1
+        self.urgent.append(set(urgent))
+        self.running += 1
+        self.most = max(self.most, self.running)
+        self.gate.wait(30)
+        self.running -= 1
+        if self.problem is not None:
+            raise self.problem
+        return ScanReport()
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> Scans:
+    scans = Scans()
+    monkeypatch.setattr(scanning, "scan", scans.scan)
+    return scans
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def scanner(tmp_path: Path, clock: Clock) -> AsyncIterator[Scanner]:
+    store = CatalogStore(tmp_path / "catalog.sqlite")
+    supervisor = Supervisor()
+    yield Scanner(Settings(home=tmp_path), store, {}, supervisor, clock)
+    await supervisor.stop()
+    store.close()
+
+
+async def test_unknown_names_scan_once_in_ten_seconds(
+    scanner: Scanner, scans: Scans, clock: Clock
+) -> None:
+    await asyncio.gather(*(scanner.rescan() for _ in range(50)))
+    for _ in range(50):
+        await scanner.rescan()
+    assert scans.count == 1
+    clock.now += RESCAN_INTERVAL_S - 1
+    await scanner.rescan()
+    assert scans.count == 1
+    clock.now += 1
+    await scanner.rescan()
+    assert scans.count == 2
+
+
+async def test_unknown_names_wait_for_the_scan_that_runs(scanner: Scanner, scans: Scans) -> None:
+    scans.gate.clear()
+    first = asyncio.ensure_future(scanner.rescan())
+    await wait_until(lambda: scans.running, "the scan runs")
+    others = [asyncio.ensure_future(scanner.rescan()) for _ in range(10)]
+    await asyncio.sleep(0)
+    assert not any(each.done() for each in others)
+    scans.gate.set()
+    await asyncio.gather(first, *others)
+    assert scans.count == 1
+
+
+async def test_the_pause_begins_when_a_long_scan_ends(
+    scanner: Scanner, scans: Scans, clock: Clock
+) -> None:
+    scans.gate.clear()
+    first = asyncio.ensure_future(scanner.rescan())
+    await wait_until(lambda: scans.running, "the scan runs")
+    clock.now += 60
+    scans.gate.set()
+    await first
+    await scanner.rescan()
+    assert scans.count == 1
+
+
+async def test_scans_that_something_else_needs_are_not_limited(
+    scanner: Scanner, scans: Scans
+) -> None:
+    await scanner.rescan()
+    await scanner.scan()
+    await scanner.scan()
+    assert scans.count == 3
+
+
+async def test_a_caller_that_leaves_does_not_start_a_second_scan_beside_the_first(
+    scanner: Scanner, scans: Scans
+) -> None:
+    scans.gate.clear()
+    leaving = asyncio.ensure_future(scanner.scan())
+    await wait_until(lambda: scans.running, "the scan runs")
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    later = asyncio.ensure_future(scanner.rescan())
+    await asyncio.sleep(0)
+    scans.gate.set()
+    await later
+    assert (scans.count, scans.most) == (1, 1)
+
+
+async def test_a_scan_that_began_before_a_question_does_not_answer_it(
+    scanner: Scanner, scans: Scans, clock: Clock
+) -> None:
+    scans.gate.clear()
+    first = asyncio.ensure_future(scanner.scan())
+    await wait_until(lambda: scans.running, "the scan runs")
+    clock.now += 1
+    second, third = (asyncio.ensure_future(scanner.scan()) for _ in range(2))
+    await asyncio.sleep(0)
+    scans.gate.set()
+    await asyncio.gather(first, second, third)
+    assert (scans.count, scans.most) == (2, 1)
+
+
+async def test_a_file_that_a_request_waits_for_is_inspected_by_the_next_scan(
+    scanner: Scanner, scans: Scans
+) -> None:
+    scans.problem = OSError("disk")
+    await scanner.rescan("/m/a.gguf")
+    await scanner.rescan("/m/b.gguf")
+    assert scans.urgent == [{"/m/a.gguf"}]
+    scans.problem = None
+    await scanner.scan()
+    await scanner.scan()
+    assert scans.urgent == [{"/m/a.gguf"}, {"/m/a.gguf", "/m/b.gguf"}, set()]
+
+
+async def test_a_hung_scan_hangs_nobody_else(
+    scanner: Scanner, scans: Scans, tmp_path: Path
+) -> None:
+    scans.gate.clear()
+    hung = asyncio.ensure_future(scanner.scan())
+    await wait_until(lambda: scans.running, "the scan hangs")
+    # The pool of threads is free: the scan has a thread of its own.
+    assert await asyncio.wait_for(asyncio.to_thread(tmp_path.exists), 20)
+    scans.gate.set()
+    await hung
+
+
+class Inspector(InProcess):
+    """Fails to inspect while a test says so."""
+
+    is_failing = True
+
+    def examine(self, path: Path) -> Outcome:
+        if self.is_failing:
+            return Uninspected("the process that inspects files did not start (no memory)")
+        return examine(path, self._backends)
+
+
+@pytest.fixture
+def inspector(monkeypatch: pytest.MonkeyPatch) -> type[Inspector]:
+    monkeypatch.setattr("deployments.scheduler.scanning.Inspector", Inspector)
+    monkeypatch.setattr(Inspector, "is_failing", False)
+    return Inspector
+
+
+async def test_a_load_inspects_a_file_whose_inspection_failed(
+    tmp_path: Path, inspector: type[Inspector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica()
+    async with started(tmp_path, replica) as scheduler:
+        inspector.is_failing = True
+        llama_gguf(tmp_path / "models" / "a-F32.gguf", seed=7)
+        await scheduler._scanner.scan()
+        answer: Any = await scheduler.ensure_loaded(A)
+        assert isinstance(answer, Unavailable)
+        assert "no memory" in answer.message
+        assert answer.retry_after_s
+        inspector.is_failing = False
+        monkeypatch.setattr(scheduler._scanner, "_next_rescan_at", 0.0)
+        assert isinstance(await scheduler.ensure_loaded(A), Residency)
