@@ -2,7 +2,10 @@
 
 import errno
 import os
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from deployments.app import build
 from deployments.options import check_home
 from deployments.start.checks import prepare_start, read_settings
 from deployments.start.environment import ROOT
-from deployments.start.launcher import Launcher, main
+from deployments.start.launcher import Launcher, main, say
 
 
 @pytest.fixture(autouse=True)
@@ -177,3 +180,44 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         config = write_config(tmp_path / "a.yaml", f"{{port: {port}, home: {tmp_path}}}")
         with pytest.raises(ImpetusError, match=f"Port {port}"):
             prepare_start(config)
+
+
+@pytest.fixture
+def restored_signals() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("restored_signals")
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_nohup_is_respected(
+    tmp_path: Path, handler: signal.Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal.signal(signal.SIGHUP, handler)
+
+    def fail(_: Launcher) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Launcher, "_start", fail)
+    monkeypatch.setattr("deployments.start.launcher._silence", lambda: None)
+    assert Launcher(tmp_path / "config.yaml", Settings(home=tmp_path)).run() == 1
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert ignored == (handler is signal.SIG_IGN)
+
+
+def test_output_that_nobody_reads_is_reported_and_none_is_no_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr("sys.stdout", broken)
+        with pytest.raises(BrokenPipeError):
+            say("hello")
+        monkeypatch.setattr("sys.stdout", None)
+        say("hello")
+        with suppress(BrokenPipeError):
+            broken.close()
