@@ -30,6 +30,16 @@ def check_ray_environment(environment: Mapping[str, str]) -> None:
     for name in _REFUSED:
         if environment.get(name, "0").lower() not in ("", "0", "false"):
             raise ImpetusError(f"{name} is set; it would listen on every interface. Unset it.")
+    if resources := environment.get("RAY_OVERRIDE_RESOURCES"):
+        try:
+            is_valid = isinstance(json.loads(resources), dict)
+        except ValueError:
+            is_valid = False
+        if not is_valid:
+            raise ImpetusError(
+                "RAY_OVERRIDE_RESOURCES is not a JSON object with numbers, such as "
+                '{"CPU": 4}. Correct it or unset it.'
+            )
 
 
 def environment(settings: Settings) -> dict[str, str]:

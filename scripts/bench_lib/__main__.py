@@ -1,12 +1,12 @@
 """Command line of the benchmark, `scripts/bench`."""
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.cpus import usable_cpus
 from scripts.bench_lib.report import machine
 from scripts.bench_lib.report.kept import Kept, kept_text, merged, read_kept
 from scripts.bench_lib.report.page import render
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--golden", type=Path, help="folder of models in the other formats (default: build them)"
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument(
         "--context", type=int, default=8192, help="context tokens, shared by all sequences"
     )

@@ -88,6 +88,13 @@ def test_a_listener_on_every_interface_is_refused(name: str) -> None:
         check_ray_environment({name: value})
 
 
+@pytest.mark.parametrize("text", ["CPU=4", "[4]", "4", "{"])
+def test_resources_that_ray_could_not_read_are_refused(text: str) -> None:
+    with pytest.raises(ImpetusError, match="RAY_OVERRIDE_RESOURCES"):
+        check_ray_environment({"RAY_OVERRIDE_RESOURCES": text})
+    check_ray_environment({"RAY_OVERRIDE_RESOURCES": '{"CPU": 4}'})
+
+
 def test_rays_token_is_made_once_and_for_this_user_alone(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     path = token_path(settings)

@@ -4,13 +4,15 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from core.child import SERVER_ID
-from deployments.serve.processes import new_server_id
+from deployments.serve.processes import end_processes, new_server_id
 from deployments.start.leftovers import end_former_servers, remove_former_folders
 
 
@@ -126,3 +128,52 @@ def test_processes_of_a_server_without_an_owner_are_ended(dead_pid: int) -> None
         for process in (orphan, live):
             process.kill()
             process.wait()
+
+
+def test_a_replica_that_lost_its_raylet_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.start.leftovers._STRAGGLER_S", 0.0)
+    name = "ray::ServeReplica:impetus:router"
+    command = "exec -a %s sleep 600"
+    orphan = subprocess.Popen(["bash", "-c", command % name])
+    other = subprocess.Popen(["bash", "-c", command % "ray::ServeReplica:other:router"])
+    # As under a raylet: the parent is a process of that name.
+    raylet = tmp_path / "raylet"
+    raylet.symlink_to(sys.executable)
+    code = (
+        "import subprocess, sys, time; subprocess.Popen(['bash', '-c', sys.argv[1]]);"
+        "print(1, flush=True); time.sleep(600)"
+    )
+    owner = psutil.Popen(
+        [str(raylet), "-c", code, command % name], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert owner.stdout is not None
+    owner.stdout.readline()
+    try:
+        wait_until(lambda: is_named(orphan.pid, name))
+        wait_until(lambda: any(is_named(child.pid, name) for child in owner.children()))
+        end_former_servers()
+        assert orphan.poll() is None
+        end_former_servers(are_stragglers=True)
+        assert orphan.wait(30) != 0
+        assert other.poll() is None
+        assert len(owner.children()) == 1
+    finally:
+        end_processes([*owner.children(), owner], 0.0)
+        for process in (orphan, other):
+            process.kill()
+            process.wait()
+        owner.wait()
+        owner.stdout.close()
+
+
+def is_named(pid: int, name: str) -> bool:
+    return psutil.Process(pid).cmdline()[:1] == [name]
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 30.0) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
