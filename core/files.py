@@ -15,6 +15,11 @@ _ZEROS = bytes(1 << 16)
 _SHORTAGES = frozenset({
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ENOBUFS,
 })  # fmt: skip
+_PASSING = _SHORTAGES | {
+    errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENODEV, errno.ENOSPC, errno.EPERM, errno.EROFS,
+    errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -35,6 +40,18 @@ class NotARegularFile(OSError):
 def is_shortage(problem: OSError) -> bool:
     """Whether the error says nothing of the file: too many open files, too little memory."""
     return problem.errno in _SHORTAGES
+
+
+def passing_cause(problem: BaseException) -> OSError | None:
+    """Return the system's error behind an exception, if it says nothing of the file's content."""
+    seen: set[int] = set()
+    cause: BaseException | None = problem
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, OSError) and cause.errno in _PASSING:
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def why(problem: OSError) -> str:
@@ -136,8 +153,13 @@ def allocate(descriptor: int, size: int) -> None:
     Raises OSError, with ENOSPC if there is no room.
     """
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-        return
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as problem:
+            if problem.errno not in _UNSUPPORTED:
+                raise
+        else:
+            return
     length = os.fstat(descriptor).st_size
     while length < size:
         length += os.pwrite(descriptor, _ZEROS[: size - length], length)

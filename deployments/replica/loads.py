@@ -12,7 +12,8 @@ from backends.base import Backend, Engine
 from backends.engine.activity import REQUEST_ID, RecordsActivity
 from backends.limits import UNLIMITED, EngineLimits, Limitable, Watched
 from backends.prefixes.store import BlockStore
-from core.errors import EngineFailed, ModelNotResident
+from core.errors import BrokenModel, EngineFailed, ModelNotResident, Unavailable
+from core.files import passing_cause, why
 from deployments.activity import ActivityFile, ModelActivity
 from deployments.messages import (
     Attempt,
@@ -138,6 +139,12 @@ class ModelLoads:
             activity.close()
             if isinstance(problem, Exception) and has_changed(marks):
                 raise changed_error(request) from problem
+            if isinstance(problem, BrokenModel) and (cause := passing_cause(problem)):
+                raise Unavailable(
+                    f"{request.model_id} could not be loaded: {why(cause)}. The file itself may be "
+                    "intact; the load is tried again.",
+                    param="model",
+                ) from problem
             raise
         if isinstance(engine, RecordsActivity):
             engine.record_activity(activity)

@@ -16,6 +16,7 @@ from core.files import (
     allocate,
     is_shortage,
     open_regular,
+    passing_cause,
     why,
     write_atomically,
 )
@@ -114,10 +115,16 @@ def test_allocated_files_are_not_sparse_and_keep_their_content(tmp_path: Path) -
         assert path.stat().st_blocks * 512 >= 1 << 17
 
 
+@pytest.mark.parametrize("is_there", [False, True])
 def test_without_posix_fallocate_zeros_are_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
 ) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "the file system does not support it")
+
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    if is_there:
+        monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
     with (tmp_path / "file").open("wb+") as file:
         file.write(b"abc")
         file.flush()
@@ -143,6 +150,25 @@ def test_no_room_for_an_allocation_is_an_error_and_no_signal(tmp_path: Path) -> 
     )
     assert (done.returncode, done.stdout) == (0, f"{errno.EFBIG}\n")
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4096
+
+
+def test_the_systems_error_is_found_behind_others() -> None:
+    def chained(cause: Exception) -> Exception:
+        try:
+            try:
+                raise cause
+            except Exception as problem:
+                raise ValueError("cannot be parsed") from problem
+        except ValueError as problem:
+            return problem
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert passing_cause(chained(full)) is full
+    assert passing_cause(chained(OSError(errno.ENOENT, ""))) is None
+    assert passing_cause(chained(OSError("no number"))) is None
+    assert passing_cause(ValueError()) is None
+    full.__cause__ = full
+    assert passing_cause(full) is full
 
 
 def test_errors_are_told_in_words() -> None:

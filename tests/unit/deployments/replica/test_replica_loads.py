@@ -1,6 +1,7 @@
 """Loads of a replica: a replaced file and a caller that leaves hold up nobody."""
 
 import asyncio
+import errno
 import gc
 import os
 import threading
@@ -299,3 +300,32 @@ async def test_engines_are_not_exempt_from_collection(monkeypatch: pytest.Monkey
     assert events == ["freeze", "open", "open"]
     await memory.measure_close("b", close)
     assert events[3:] == ["freeze"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), Unavailable),
+        (OSError(errno.ENOSPC, "No space left on device"), Unavailable),
+        (OSError(errno.EIO, "Input/output error"), Unavailable),
+        (OSError(errno.EINVAL, "Invalid argument"), BrokenModel),
+        (ValueError("no such tensor"), BrokenModel),
+    ],
+)
+async def test_a_trouble_of_the_disk_is_not_the_models_fault(
+    replica: FormatReplica, monkeypatch: pytest.MonkeyPatch, cause: Exception, expected: type
+) -> None:
+    def fails(*_: Any) -> Engine:
+        try:
+            raise cause
+        except (OSError, ValueError) as problem:
+            raise BrokenModel("The model cannot be loaded.", param="model") from problem
+
+    opened = EchoBackend.open
+    monkeypatch.setattr(EchoBackend, "open", fails)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        await replica._loads.load(load_request("a"))
+    assert type(caught.value) is expected
+    monkeypatch.setattr(EchoBackend, "open", opened)
+    await replica.load_model(load_request("a"))
+    await replica.unload_model("a")
