@@ -58,11 +58,13 @@ class HttpProtocol(HttpToolsProtocol):
 
     Limits: `MAX_HEADERS`, `MAX_HEADER_BYTES` (target and trailers included), `MAX_TARGET_BYTES`,
     `MAX_PIPELINED` requests waiting on the connection, `receipt_limit_s` seconds from a request's
-    first byte to its last.  An answer may take any time.  A refused request gets OpenAI's error
+    first byte to its last.  An answer may take any time, but a client that reads nothing of it for
+    `write_limit_s` seconds is disconnected.  A refused request gets OpenAI's error
     envelope after the pending answers, then the connection is closed.
     """
 
     receipt_limit_s: ClassVar[float] = 30.0
+    write_limit_s: ClassVar[float] = 60.0
     # Long enough for a client that is still sending to read the answer.
     linger_s: ClassVar[float] = 2.0
     _is_in_head = _is_in_body = False
@@ -73,6 +75,7 @@ class HttpProtocol(HttpToolsProtocol):
     _refused: ImpetusError | None = None
     _is_ending = False
     _receipt_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the keep-alive timer: the first request must begin before it fires."""
@@ -84,6 +87,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._stop_receipt_timer()
+        self._stop_write_timer()
         _disconnect(self._running)
 
     def data_received(self, data: bytes) -> None:
@@ -270,6 +274,31 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self._unsent_bytes = unsent
             self._start_keep_alive_timer()
+
+    def pause_writing(self) -> None:
+        """Wait for a client that reads slower than it is sent to; one that stops reading is cut."""
+        super().pause_writing()
+        self._await_progress()
+
+    def resume_writing(self) -> None:
+        """Go on: the client has read most of what it was sent."""
+        super().resume_writing()
+        self._stop_write_timer()
+
+    def _await_progress(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self.write_limit_s, self._check_progress, unsent)
+
+    def _check_progress(self, unsent_before: int) -> None:
+        if self.transport.get_write_buffer_size() < unsent_before:
+            self._await_progress()
+        else:
+            self.transport.abort()
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _start_receipt_timer(self) -> None:
         self._receipt_timer = self.loop.call_later(self.receipt_limit_s, self._on_late_receipt)

@@ -1,7 +1,8 @@
 """`POST /v1/embeddings`: request, handler and answer."""
 
+import asyncio
 import base64
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from openai.types.create_embedding_response import Usage
 from pydantic import PlainValidator
 from pydantic_core import to_json
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from core.errors import EngineFailed
 from core.types import Capability, Embeddings
@@ -28,6 +29,9 @@ from router.requests.fields import (
 from router.requests.priority import request_priority
 
 MAX_EMBEDDING_INPUTS = 2048
+# Larger answers are streamed, so that they never are in memory as a whole.
+_MAX_COLLECTED_BYTES = 1 << 20
+_PART_BYTES = 1 << 16
 
 
 def parse_embedding_input(value: object) -> tuple[str | tuple[int, ...], ...]:
@@ -67,11 +71,12 @@ def embedding_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[R
             dimension = embeddings.vectors.shape[1]
             refuse_unless_off("dimensions", body.dimensions, (dimension,))
         context.metrics.count_usage(view.id, TokenUsage(embeddings.prompt_tokens, 0))
-        return Response(
-            _body(embeddings, view.id, is_base64=body.encoding_format == "base64"),
-            media_type="application/json",
-            headers=context.ignored.report(ignored),
-        )
+        parts = _parts(embeddings, view.id, is_base64=body.encoding_format == "base64")
+        headers = context.ignored.report(ignored)
+        if embeddings.vectors.nbytes > _MAX_COLLECTED_BYTES:
+            return StreamingResponse(parts, headers=headers, media_type="application/json")
+        content = b"".join([part async for part in parts])
+        return Response(content, headers=headers, media_type="application/json")
 
     return create_embeddings
 
@@ -84,24 +89,23 @@ def _check(embeddings: Embeddings, count: int) -> None:
         raise EngineFailed("The model returned non-finite vectors (NaN or infinity).")
 
 
-def _body(embeddings: Embeddings, model_id: str, *, is_base64: bool) -> bytes:
+async def _parts(
+    embeddings: Embeddings, model_id: str, *, is_base64: bool
+) -> AsyncGenerator[bytes, None]:
+    """Yield the answer in parts; between two vectors other requests get their turn."""
     usage = Usage(prompt_tokens=embeddings.prompt_tokens, total_tokens=embeddings.prompt_tokens)
+    part = bytearray(b'{"object":"list","data":[')
     # Built by hand: openai's type has no base64, and validating each number is slow.
-    return to_json(
-        {
-            "object": "list",
-            "data": [
-                {
-                    "object": "embedding",
-                    "index": index,
-                    "embedding": _base64(vector) if is_base64 else vector.tolist(),
-                }
-                for index, vector in enumerate(embeddings.vectors)
-            ],
-            "model": model_id,
-            "usage": usage.model_dump(),
-        }
-    )
+    for index, vector in enumerate(embeddings.vectors):
+        value = _base64(vector) if is_base64 else vector.tolist()
+        part += b"," if index else b""
+        part += to_json({"object": "embedding", "index": index, "embedding": value})
+        if len(part) > _PART_BYTES:
+            yield bytes(part)
+            part.clear()
+        await asyncio.sleep(0)
+    rest = to_json({"model": model_id, "usage": usage.model_dump()})
+    yield bytes(part) + b"]," + rest[1:]
 
 
 def _base64(vector: NDArray[np.float32]) -> str:

@@ -6,8 +6,11 @@ from typing import ClassVar
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from router.app import create_app
 from router.http.protocol import HttpProtocol
-from tests.live_server import connection, count_to_end_or_reset, serving, until
+from tests.fakes import make_services
+from tests.live_server import connection, count_to_end_or_reset, post_bytes, serving, until
+from tests.unit.router.answers.test_router_streams import CHAT, EndlessDispatcher
 
 
 class Remembered(HttpProtocol):
@@ -42,3 +45,68 @@ async def test_client_that_stops_taking_its_answer_is_cut(takes_some: bool) -> N
                 taken += len(await reader.readexactly(1_000_000))
         taken += await count_to_end_or_reset(reader)
     assert (taken >= 12_000_000) is takes_some
+
+
+class Hasty(HttpProtocol):
+    write_limit_s = 0.2
+
+
+class Endless:
+    """Streams for ever, and says when it was ended."""
+
+    def __init__(self) -> None:
+        self.began = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope
+        watcher = asyncio.ensure_future(self._watch(receive))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not watcher.done():
+            await send({"type": "http.response.body", "body": b"a" * 100_000, "more_body": True})
+            self.began.set()
+        self.ended.set()
+
+    @staticmethod
+    async def _watch(receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+async def test_client_that_reads_nothing_of_a_stream_is_cut_n15(version: bytes) -> None:
+    app = Endless()
+    async with serving(app, protocol=Hasty) as port:
+        tasks = len(asyncio.all_tasks())
+        async with connection(port) as (_, writer):
+            writer.write(b"GET / HTTP/" + version + b"\r\nHost: localhost\r\n\r\n")
+            await asyncio.wait_for(app.began.wait(), 10)
+            await asyncio.wait_for(app.ended.wait(), 30)
+        async with asyncio.timeout(30):
+            while len(asyncio.all_tasks()) > tasks:
+                await asyncio.sleep(0)
+
+
+async def test_client_that_reads_slowly_is_not_cut_n15() -> None:
+    app = Endless()
+    async with serving(app, protocol=Hasty) as port, connection(port) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        # Longer than the limit, with some progress within each.
+        loop = asyncio.get_running_loop()
+        end = loop.time() + 5 * Hasty.write_limit_s
+        while loop.time() < end:
+            await reader.readexactly(100_000)
+        assert not app.ended.is_set()
+
+
+async def test_a_stream_that_is_not_read_leaves_no_task_n15() -> None:
+    dispatcher = EndlessDispatcher()
+    async with serving(create_app(make_services(dispatcher)), protocol=Hasty) as port:
+        tasks = len(asyncio.all_tasks())
+        async with connection(port) as (_, writer):
+            writer.write(post_bytes("/v1/chat/completions", {**CHAT, "stream": True}))
+            await asyncio.wait_for(dispatcher.began.wait(), 10)
+            await asyncio.wait_for(dispatcher.idle.wait(), 30)
+        async with asyncio.timeout(30):
+            while len(asyncio.all_tasks()) > tasks:
+                await asyncio.sleep(0)
