@@ -19,7 +19,8 @@ TOOLS = (Tool("f"),)
 PIECES = (
     b" ", b"\n", b"\t \n", b"a", b"</", b"<", b"think", b">", b"\xf0\x9f", b"\x98\x80", b"\xff",
     b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\x00", b"STOP", b"ST", b"OP", b"\xc3", b"\xa9", b"f",
-    b"x" * 50,    b'<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>', b'{"name":"f"}', b"[f(a=1)]",
+    b"x" * 50,
+    b'<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>', b'{"name":"f"}', b"[f(a=1)]",
     "😀".encode(), "\U0010ffff".encode(), b"\xf4\x90\x80\x80", b"\xc0\x80",
 )  # fmt: skip
 

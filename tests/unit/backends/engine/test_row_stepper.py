@@ -12,7 +12,7 @@ from backends.base import EngineOptions
 from backends.engine.row_model import RowInput
 from backends.engine.row_stepper import RowStepper
 from backends.stepper import SequenceSpec, StepOutput
-from core.errors import EngineFailed, RequestError
+from core.errors import RequestError, RequestFailed
 from core.types import SamplingParams
 
 VOCABULARY = 97
@@ -241,8 +241,9 @@ def test_kept_rows_give_way_to_running_ones() -> None:
 def test_one_sequence_over_the_cache_is_an_error() -> None:
     run = Run(stepper(FakeModel(2), kv_tokens=50))
     run.add(1, prompt_of(60))
-    with pytest.raises(EngineFailed, match="50 tokens"):
-        run.finish()
+    problem = next(one.problem for one in run.step() if one.problem)
+    assert isinstance(problem, RequestFailed)
+    assert "50 tokens" in problem.message
 
 
 def test_remove_frees_and_is_idempotent() -> None:
