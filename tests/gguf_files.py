@@ -5,7 +5,7 @@ The end token's logit is always 0, so greedy text does not end by itself: bias t
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +19,7 @@ from tests.gguf_raw import write_gguf as write_gguf
 
 Weights: TypeAlias = "dict[str, NDArray[Any]]"
 Metadata: TypeAlias = "dict[str, Any]"
+Change: TypeAlias = Callable[[Weights], None]
 
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
@@ -219,10 +220,11 @@ def llama_gguf(
     chat_template: str | None = LLAMA_TEMPLATE,
     seed: int = 1,
     infill: tuple[int, int, int] | None = None,
+    change: Change | None = None,
 ) -> Path:
     """Write a llama model with a SentencePiece vocabulary, context 2,048; None: no template.
 
-    `infill` are the tokens before prefix, suffix and middle.
+    `infill` are the tokens before prefix, suffix and middle.  `change` may change the weights.
     """
     random, vocabulary = _Random(seed), _sentencepiece()
     metadata = _shape("llama", 2048, 64, 128) | vocabulary
@@ -238,6 +240,8 @@ def llama_gguf(
         weights |= _attention(random, block, 64, 32) | _feed_forward(random, block, 64, 128)
     weights["output_norm.weight"] = random.vector(64, 1.0)
     weights["output.weight"] = random.vocabulary(size, 64, 0.4, end=2)
+    if change is not None:
+        change(weights)
     return _save(path, "llama", metadata, weights)
 
 
@@ -365,7 +369,7 @@ def _word_pieces(entries: Sequence[str]) -> Metadata:
     }
 
 
-def bert_gguf(path: Path, *, seed: int = 5) -> Path:
+def bert_gguf(path: Path, *, seed: int = 5, change: Change | None = None) -> Path:
     """Write an embedding model with a WordPiece vocabulary, mean pooling, context 512."""
     random = _Random(seed)
     letters = [chr(code) for code in range(33, 127)]
@@ -390,6 +394,8 @@ def bert_gguf(path: Path, *, seed: int = 5) -> Path:
             weights[f"{block}.{name}.bias"] = random.vector(64)
     metadata = _bert_shape(512, 64, 128, 2, 4) | _word_pieces(entries)
     metadata["general.name"] = "Tiny bert"
+    if change is not None:
+        change(weights)
     return _save(path, "bert", metadata, weights)
 
 

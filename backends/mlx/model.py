@@ -21,7 +21,7 @@ from typing import Any
 
 from backends.hf.folder import HfFolder
 from backends.hf.header import read_json
-from core.errors import BrokenModel, InsufficientMemory
+from core.errors import BrokenModel, InsufficientMemory, NonFiniteOutput
 from core.units import MIB
 
 _TYPE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -213,10 +213,10 @@ class MlxModel:
             folder,
             lambda: _load(config, weights, is_dense=is_dense, is_embedder=folder.is_embedder),
         )
-        self.vocabulary_size = _guarded(folder, self._compute_one_token)
+        self.vocabulary_size = _guarded(folder, lambda: self._compute_one_token(folder.path.name))
         self.clock.settle()
 
-    def _compute_one_token(self) -> int:
+    def _compute_one_token(self, name: str) -> int:
         """Detect mismatched shapes and non-finite weights; return the vocabulary size."""
         import mlx.core as mx
         from mlx_lm.generate import generation_stream
@@ -229,7 +229,7 @@ class MlxModel:
         with mx.stream(generation_stream):
             logits = self.model(mx.array([[0]]), cache=kinds)[0, -1].astype(mx.float32)
             if not mx.isfinite(logits).all().item():
-                raise ValueError("it produces non-finite logits (NaN or infinity)")
+                raise BrokenModel(NonFiniteOutput.of("logits", name).message, param="model")
         arrays = [a for each in kinds for a in (each.keys, each.values)] if self.can_cut else []
         # One row's (heads, width) of keys and values, layer by layer.
         self.cache_shapes = tuple((int(a.shape[1]), int(a.shape[3])) for a in arrays)
