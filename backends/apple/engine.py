@@ -11,6 +11,7 @@ from backends.answer.parser import Piece
 from backends.apple.request import read_session_request
 from backends.apple.sessions import AppleSession, Ended, Failed, ForcedCall, SessionEvent, Snapshot
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
+from backends.engine.failures import request_error
 from backends.engine.slot_gate import SlotGate
 from backends.engine.waiting import Pace
 from backends.limits import UNLIMITED, EngineLimits
@@ -19,6 +20,7 @@ from backends.tool_calls.collector import new_call_id
 from core.errors import (
     EngineFailed,
     ImpetusError,
+    RequestFailed,
     TimedOut,
 )
 from core.types import (
@@ -78,26 +80,39 @@ class AppleEngine(Engine):
         run = _RunningRequest(request, self._chat, time.monotonic())
         await self._acquire_slot(request)
         queue: asyncio.Queue[SessionEvent] = asyncio.Queue()
-        session = AppleSession(
-            self._model, self.context_tokens, run.session_request, _event_sender(queue)
-        )
+        session: AppleSession | None = None
         try:
             self._check_open()
-            self._running[session] = queue
             run.started_at = time.monotonic()
-            session.start()
+            session = self._start(run, queue)
             while not run.is_over:
-                for event in run.convert(await self._next(queue, run)):
+                for event in run.events(await self._next(queue, run)):
                     yield event
                 if run.is_cut:
                     session.stop()
                 self._snapshots += 1
             self._pace.note(time.monotonic() - run.started_at)
         finally:
-            self._running.pop(session, None)
-            session.cancel()
-            self._ending = {one for one in (*self._ending, session) if one.is_alive}
+            if session is not None:
+                self._end(session)
             self._slots.release()
+
+    def _start(self, run: "_RunningRequest", queue: "asyncio.Queue[SessionEvent]") -> AppleSession:
+        """Start the request's session.  Raises RequestFailed if the system has no thread left."""
+        try:
+            session = AppleSession(
+                self._model, self.context_tokens, run.session_request, _event_sender(queue)
+            )
+            session.start()
+        except Exception as problem:
+            raise request_error(problem, "the start of its session", run.label) from problem
+        self._running[session] = queue
+        return session
+
+    def _end(self, session: AppleSession) -> None:
+        self._running.pop(session, None)
+        _cancel(session)
+        self._ending = {one for one in (*self._ending, session) if one.is_alive}
 
     async def _acquire_slot(self, request: GenerationRequest) -> None:
         if self._waiting >= self._max_waiting:
@@ -145,7 +160,7 @@ class AppleEngine(Engine):
         for session, queue in list(self._running.items()):
             error = EngineFailed(f"The model {self.info.name} was unloaded.")
             queue.put_nowait(Failed(error))
-            session.cancel()
+            _cancel(session)
         loop = asyncio.get_running_loop()
         deadline = time.monotonic() + _JOIN_S
         for session in sessions:
@@ -177,6 +192,11 @@ class _RunningRequest:
         self.is_over = False
 
     @property
+    def label(self) -> str:
+        """Its name in the log."""
+        return f"request {self.request.id}"
+
+    @property
     def is_cut(self) -> bool:
         """Whether the answer ends here, though the model would continue."""
         return self._answer.is_cut
@@ -187,8 +207,17 @@ class _RunningRequest:
             return float("inf")
         return max(self._submitted_at + self.request.deadline_s - now, 0.0)
 
-    def convert(self, event: SessionEvent) -> list[GenerationEvent]:
-        """Return the generation events for `event`.  Raises the error of a failed session."""
+    def events(self, event: SessionEvent) -> list[GenerationEvent]:
+        """Return the generation events for `event`.
+
+        Raises the error of a failed session, and RequestFailed if the answer cannot be read.
+        """
+        try:
+            return self._convert(event)
+        except Exception as problem:
+            raise request_error(problem, "the processing of its answer", self.label) from problem
+
+    def _convert(self, event: SessionEvent) -> list[GenerationEvent]:
         match event:
             case Snapshot(text):
                 self._first_at = self._first_at or time.monotonic()
@@ -211,8 +240,8 @@ class _RunningRequest:
         return list(pieces)
 
     def _after_first_text(self, error: ImpetusError) -> ImpetusError:
-        """After the first text, convert every error to EngineFailed."""
-        if not self._first_at or isinstance(error, EngineFailed):
+        """After the first text, convert every error to EngineFailed or RequestFailed."""
+        if not self._first_at or isinstance(error, EngineFailed | RequestFailed):
             return error
         return EngineFailed(error.message)
 
@@ -276,6 +305,13 @@ class _Answer:
         if not text:
             return []
         return [TextDelta(text)] if self._parser is None else self._parser.push(text)
+
+
+def _cancel(session: AppleSession) -> None:
+    try:
+        session.cancel()
+    except Exception:
+        logger.exception("a session of Apple's model cannot be cancelled")
 
 
 def _timed_out(request: GenerationRequest) -> EngineFailed:

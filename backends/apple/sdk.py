@@ -85,7 +85,7 @@ async def open_transcript(transcript: Mapping[str, JsonValue], model: Any) -> tu
     return session, history
 
 
-def translate_error(problem: Exception, param: str) -> ImpetusError:
+def translate_error(problem: BaseException, param: str) -> ImpetusError:
     """Translate an error of the SDK; `param` is the field that requested guided generation.
 
     Guardrails and refusals are errors of the request: a retry would be refused again.

@@ -19,6 +19,7 @@ from backends.apple.sdk import (
     translate_error,
 )
 from backends.apple.transcript import Conversation, call_schema, transcript
+from backends.engine.failures import request_error
 from backends.engine.threads import name_this_thread
 from core.errors import ContextLengthExceeded, EngineFailed, ImpetusError
 from core.types import JsonValue
@@ -156,8 +157,8 @@ class AppleSession:
             asyncio.run(self._main())
         except asyncio.CancelledError:
             self._on_event(Failed(EngineFailed("The session was cancelled.")))
-        except Exception as problem:
-            self._on_event(Failed(self._translate(problem)))
+        except BaseException as problem:
+            self._on_event(Failed(self._error_of(problem)))
         finally:
             with self._lock:
                 self._loop = self._task = None
@@ -270,7 +271,14 @@ class AppleSession:
         size = len((value if text is None else text).encode())
         return -(-size // _BYTES_PER_TOKEN)
 
-    def _translate(self, problem: Exception) -> ImpetusError:
+    def _error_of(self, problem: BaseException) -> ImpetusError:
+        """Return the error that the request gets; raises nothing, or it would never end."""
+        try:
+            return self._translate(problem)
+        except BaseException as other:
+            return request_error(other, "the session of Apple's model", "a request")
+
+    def _translate(self, problem: BaseException) -> ImpetusError:
         if isinstance(problem, ImpetusError):
             return problem
         if isinstance(problem, import_sdk().ExceededContextWindowSizeError):

@@ -26,6 +26,7 @@ from core.errors import (
     ImpetusError,
     QueueFull,
     RequestError,
+    RequestFailed,
     UnsupportedCapability,
     UnsupportedParameter,
 )
@@ -493,3 +494,49 @@ async def test_real_model_answers() -> None:
     assert text_of(events)
     assert 0 < end_of(events).usage.completion_tokens <= 20
     await engine.close()
+
+
+async def test_an_answer_that_cannot_be_read_fails_its_request_alone(
+    engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_to_push(_: object, text: str) -> list[Any]:
+        raise RecursionError(text)
+
+    model.answer = say("Hello", " there")
+    with monkeypatch.context() as patch:
+        patch.setattr("backends.apple.engine.StopMatcher.push", fail_to_push)
+        with pytest.raises(RequestFailed, match="RecursionError"):
+            await run(engine, request(chat("hi")))
+    assert text_of(await run(engine, request(chat("hi")))) == "Hello there"
+    assert engine.load().running == 0
+
+
+@pytest.mark.parametrize("method", ["__init__", "start", "cancel"])
+async def test_a_session_that_fails_keeps_no_slot(
+    engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def fail_at_once(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    model.answer = say("Hello")
+    with monkeypatch.context() as patch:
+        patch.setattr(AppleSession, method, fail_at_once)
+        for _ in range(OPTIONS.max_sequences + 1):
+            (result,) = await asyncio.gather(
+                run(engine, request(chat("hi"))), return_exceptions=True
+            )
+            assert isinstance(result, RequestFailed) == (method != "cancel")
+    assert text_of(await run(engine, request(chat("hi")))) == "Hello"
+    assert engine.load().running == 0
+
+
+async def test_an_error_that_cannot_be_translated_ends_its_request(
+    engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_to_translate(*_: object) -> ImpetusError:
+        raise KeyError("unknown")
+
+    monkeypatch.setattr("backends.apple.sessions.translate_error", fail_to_translate)
+    model.answer = fail(3)
+    with pytest.raises(RequestFailed, match="KeyError"):
+        await run(engine, request(chat("hi")))
