@@ -1,6 +1,11 @@
-"""Makes text of unknown origin safe: to show in messages, logs and headers, and to encode."""
+"""Makes text of unknown origin safe: to show in messages, logs and headers, to encode, to parse."""
 
+import re
+
+# Python's own limit would depend on how deep its caller is.
+MAX_JSON_DEPTH = 200
 _SHOWN_CHARACTERS = 200
+_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
 def escaped(text: str, limit: int = _SHOWN_CHARACTERS) -> str:
@@ -28,3 +33,16 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
+
+
+def is_nested_deeper(text: str, limit: int = MAX_JSON_DEPTH) -> bool:
+    """Return whether the JSON text has over `limit` levels; takes linear time, never raises."""
+    if text.count("[") + text.count("{") <= limit:
+        return False
+    depth = 0
+    for found in _STRUCTURE.finditer(text):
+        first = text[found.start()]
+        depth += (first in "[{") - (first in "]}")
+        if depth > limit:
+            return True
+    return False

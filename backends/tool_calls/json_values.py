@@ -2,24 +2,19 @@
 
 import json
 import math
-import re
 
-from core.text import well_formed
+from core.text import MAX_JSON_DEPTH, is_nested_deeper, well_formed
 from core.types import JsonValue
-
-# Python's own limit would depend on how deep its caller is.
-MAX_DEPTH = 200
-_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 
 
 def parse_json(text: str) -> JsonValue:
     """Return the value of `text`.
 
-    Raises ValueError for invalid JSON, nesting over `MAX_DEPTH`, and numbers that are not finite or
-    have thousands of digits.
+    Raises ValueError for invalid JSON, nesting over `MAX_JSON_DEPTH`, and numbers that are not
+    finite or have thousands of digits.
     """
-    if _is_deeper(text, MAX_DEPTH):
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    if is_nested_deeper(text):
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     value: JsonValue = json.loads(text, parse_constant=_reject, parse_float=_finite)
     return value
 
@@ -32,18 +27,6 @@ def compact(value: object) -> str:
     return well_formed(
         json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     )
-
-
-def _is_deeper(text: str, limit: int) -> bool:
-    if text.count("[") + text.count("{") <= limit:
-        return False
-    depth = 0
-    for found in _STRUCTURE.finditer(text):
-        first = text[found.start()]
-        depth += (first in "[{") - (first in "]}")
-        if depth > limit:
-            return True
-    return False
 
 
 def _reject(name: str) -> JsonValue:

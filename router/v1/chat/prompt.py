@@ -7,6 +7,7 @@ from core.errors import RequestError, UnsupportedCapability, UnsupportedParamete
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.requests.fields import check_schema, refuse_unless_off
 from router.requests.reasoning import merge_budget, merge_effort
+from router.v1.arguments import check_arguments
 from router.v1.chat.request import ChatRequest, ContentPart, Message, ToolDefinition
 
 
@@ -61,8 +62,14 @@ def _message(message: Message, param: str) -> ChatMessage:
         name=message.name,
         reasoning=message.reasoning_content or message.reasoning,
         tool_calls=tuple(
-            ToolCall(call.id, call.function.name, call.function.arguments)
-            for call in message.tool_calls or ()
+            ToolCall(
+                call.id,
+                call.function.name,
+                check_arguments(
+                    call.function.arguments, f"{param}.tool_calls[{index}].function.arguments"
+                ),
+            )
+            for index, call in enumerate(message.tool_calls or ())
         ),
         tool_call_id=message.tool_call_id,
     )

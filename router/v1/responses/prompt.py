@@ -10,6 +10,7 @@ from router.requests.fields import check_schema
 from router.requests.limits import MAX_MESSAGES
 from router.requests.reasoning import decode_reasoning, with_reasoning
 from router.requests.tools import check_tools
+from router.v1.arguments import check_arguments
 from router.v1.responses import request as responses_api
 
 _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
@@ -104,7 +105,7 @@ def _add_call(messages: list[ChatMessage], item: responses_api.Item, param: str)
     call = ToolCall(
         _required(item.call_id, f"{param}.call_id"),
         _required(item.name, f"{param}.name"),
-        _required(item.arguments, f"{param}.arguments"),
+        check_arguments(_required(item.arguments, f"{param}.arguments"), f"{param}.arguments"),
     )
     if messages and messages[-1].role == "assistant":
         last = messages[-1]
