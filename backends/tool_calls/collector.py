@@ -11,6 +11,7 @@ from core.types import MismatchKind, ReasoningDelta, TextDelta, Tool, ToolCallDe
 
 _ID_CHARACTERS = string.ascii_letters + string.digits
 _MAX_ID_CHARACTERS = 128
+_MAX_MISMATCHES = 100
 
 Check = Callable[[str, str], bool]
 
@@ -48,6 +49,11 @@ class CallCollector:
         """Whether a call, of `open_name`, has begun and is not complete."""
         return bool(self.open_name)
 
+    def note_mismatch(self, kind: MismatchKind) -> None:
+        """Record a problem with a call; of very many, only the first are kept."""
+        if len(self.mismatches) < _MAX_MISMATCHES:
+            self.mismatches.append(kind)
+
     def take(self) -> list[Piece]:
         """Return the pieces added since the last call."""
         pieces, self._pieces = self._pieces, []
@@ -66,7 +72,7 @@ class CallCollector:
     def begin(self, name: str, call_id: str = "") -> None:
         """Begin a call; `call_id` is the model's own, if any.  Raises Malformed if undeclared."""
         if name not in self.names:
-            self.mismatches.append("undeclared")
+            self.note_mismatch("undeclared")
             raise Malformed
         if not call_id or call_id in self._ids or len(call_id) > _MAX_ID_CHARACTERS:
             call_id = new_call_id()
@@ -86,7 +92,7 @@ class CallCollector:
         if not self._arguments:
             self.arguments("{}")
         if not self._check(self.open_name, "".join(self._arguments)):
-            self.mismatches.append("schema")
+            self.note_mismatch("schema")
         self._end()
         if not self._is_parallel:
             self.is_done = True
@@ -95,7 +101,7 @@ class CallCollector:
     def abandon(self) -> None:
         """Leave the open call, if any, unfinished."""
         if self.open_name:
-            self.mismatches.append("malformed")
+            self.note_mismatch("malformed")
         self._end()
 
     def call(self, name: str, arguments: Mapping[str, object]) -> None:

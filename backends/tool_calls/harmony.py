@@ -60,7 +60,7 @@ def _message(cursor: Cursor, collector: CallCollector, header: str) -> Steps[Non
         yield from _pass_text(cursor, collector, "final")
         return
     if name:
-        collector.mismatches.append("undeclared")
+        collector.note_mismatch("undeclared")
     yield from _pass_text(cursor, collector, channel[0] if channel else "final")
 
 

@@ -26,7 +26,7 @@ def read_call(cursor: Cursor, collector: CallCollector) -> Steps[None]:
             is_broken = True
         cursor.advance(reader.position - start)
         if reader.is_undeclared:
-            collector.mismatches.append("undeclared")
+            collector.note_mismatch("undeclared")
         if (
             not collector.is_in_call
             and reader.name

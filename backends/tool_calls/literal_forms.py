@@ -41,7 +41,7 @@ def read_python_list(cursor: Cursor, collector: CallCollector) -> Steps[list[Cal
     text = yield from _read_brackets(cursor, f"[{name}")
     calls = python_calls(text)
     if any(name not in collector.names for name, _ in calls):
-        collector.mismatches.append("undeclared")
+        collector.note_mismatch("undeclared")
         raise Malformed
     return calls
 

@@ -25,8 +25,12 @@ from core.types import (
 )
 from router.app import create_app
 from router.services import EventCallback
+from router.v1.chat.endpoint import ChatChunks
+from router.v1.completions import CompletionChunks
+from router.v1.messages.stream import MessageEvents
+from router.v1.responses.stream import ResponseEvents
 from tests.fakes import FakeDispatcher, finished, make_services
-from tests.live_server import client_of
+from tests.live_server import client_of, connection, post_bytes, serving
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 CHAT: dict[str, Any] = {"model": "tiny", "messages": MESSAGES}
@@ -366,3 +370,68 @@ def test_arguments_of_any_kind_are_sent(api: str, arguments: str, runner: Any) -
     status, text = runner(api, script, is_streamed=True)
     assert status == 200
     CHECKS[api](events_of(text), whole)
+
+
+END_MARKS = {
+    "/v1/chat/completions": "data: [DONE]\n\n",
+    "/v1/completions": "data: [DONE]\n\n",
+    "/v1/messages": '"request_id":"',
+    "/v1/responses": "event: response.failed\n",
+}
+
+
+@pytest.mark.parametrize("api", ["chat", "completions", "messages", "responses"])
+@pytest.mark.parametrize("place", ["chunks", "closing", "failing", "first"])
+async def test_a_bug_in_a_formatter_ends_the_stream_with_an_error(
+    api: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a real connection, where tokens after the first are written directly."""
+    formatter = {
+        "chat": ChatChunks, "completions": CompletionChunks,
+        "messages": MessageEvents, "responses": ResponseEvents,
+    }[api]  # fmt: skip
+    calls = 0
+
+    def fail(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if place == "chunks" and calls < 3:
+            return original(*arguments)
+        raise KeyError("bug")
+
+    name = {"first": "chunks"}.get(place, place)
+    original: Any = getattr(formatter, name)
+    monkeypatch.setattr(formatter, name, fail)
+    gate = asyncio.Event()
+    events: list[Any] = [TextDelta("a"), TextDelta("b"), TextDelta("c"), TextDelta("d")]
+    script = [*events, EngineFailed("gone")] if place == "failing" else [*events, finished()]
+    dispatcher = FakeDispatcher(*script[:1], gate, *script[1:])
+    path, body, _ = APIS[api]
+    async with (
+        serving(create_app(make_services(dispatcher))) as port,
+        connection(port) as (reader, writer),
+    ):
+        writer.write(post_bytes(path, {**body, "stream": True, "logprobs": None}))
+        async with asyncio.timeout(30):
+            await dispatcher.began.wait()
+            if place == "first":
+                gate.set()
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert b" 500 " in head.split(b"\r\n")[0]
+                return
+            data = b""
+            while b'"a"' not in data:
+                data += await reader.read(65536)
+            gate.set()
+            # The chunk of length zero: the body is complete, not cut.
+            while not data.endswith(b"\r\n0\r\n\r\n"):
+                more = await reader.read(65536)
+                assert more, data
+                data += more
+    text = data.decode()
+    assert "error" in text
+    if place != "failing":
+        assert "internal error, request id" in text
+        assert END_MARKS[path] in text
+    else:
+        assert "gone" in text
