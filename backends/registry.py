@@ -1,22 +1,42 @@
 """Finds every backend, the built-in formats and those of installed plug-ins, once per process."""
 
 import functools
+import importlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import MappingProxyType
 
 import pluggy
 
-from backends.base import Backend
-from core.errors import RequestError
+from backends.base import (
+    Availability,
+    Backend,
+    Engine,
+    EngineOptions,
+    MemoryEstimate,
+    ModelInfo,
+)
+from core.errors import BackendUnavailable, RequestError, Unavailable
 from core.plugins import GROUP, describe_failure, hookimpl, plugin_manager, probe
 
 logger = logging.getLogger(__name__)
 
 _BUILT_IN = "built-in formats"
 _NOT_USED = "plug-in %s is not used: %s"
+_LONGEST_REASON = 500
+_BUILT_IN_CLASSES = {
+    "gguf": ("backends.gguf.backend", "GgufBackend"),
+    "mlx": ("backends.mlx.backend", "MlxBackend"),
+    "safetensors": ("backends.safetensors", "SafetensorsBackend"),
+    "pytorch": ("backends.pytorch.backend", "PytorchBackend"),
+    "onnx": ("backends.onnx.backend", "OnnxBackend"),
+    "coreml": ("backends.coreml.backend", "CoremlBackend"),
+    "apple-foundation": ("backends.apple.backend", "AppleFoundationBackend"),
+    "echo": ("backends.echo", "EchoBackend"),
+}
 _lock = threading.Lock()
 
 
@@ -31,24 +51,42 @@ class BuiltInFormats:
 
     @hookimpl
     def register_backends(self, register: Callable[[Backend], None]) -> None:
-        """Register the built-in formats."""
-        from backends.apple.backend import AppleFoundationBackend
-        from backends.coreml.backend import CoremlBackend
-        from backends.echo import EchoBackend
-        from backends.gguf.backend import GgufBackend
-        from backends.mlx.backend import MlxBackend
-        from backends.onnx.backend import OnnxBackend
-        from backends.pytorch.backend import PytorchBackend
-        from backends.safetensors import SafetensorsBackend
+        """Register the built-in formats; one whose module fails is registered as unavailable."""
+        for name, (module, kind) in _BUILT_IN_CLASSES.items():
+            try:
+                made = getattr(importlib.import_module(module), kind)
+                register(made(self._find_backend) if name == "safetensors" else made())
+            except Exception as error:
+                reason = f"its code could not be loaded: {type(error).__name__}: {error}"
+                logger.exception("the format %s cannot be used: %s", name, reason)
+                register(FailedBackend(name, reason[:_LONGEST_REASON]))
 
-        register(GgufBackend())
-        register(MlxBackend())
-        register(SafetensorsBackend(self._find_backend))
-        register(PytorchBackend())
-        register(OnnxBackend())
-        register(CoremlBackend())
-        register(AppleFoundationBackend())
-        register(EchoBackend())
+
+class FailedBackend(Backend):
+    """Takes the place of a format whose code could not be loaded: the other formats are served."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name  # type: ignore[misc]
+        self._reason = reason
+
+    def availability(self) -> Availability:
+        """Return the reason."""
+        return Availability(False, self._reason)
+
+    def identify(self, path: Path) -> ModelInfo:
+        """Raise Unavailable: nobody can tell whether the file is of this format."""
+        del path
+        raise Unavailable(f"the format {self.name} cannot be asked, {self._reason}", param="model")
+
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        """Raise BackendUnavailable with the reason."""
+        del options
+        raise BackendUnavailable(f"{info.name} cannot run here: {self._reason}", param="model")
+
+    def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
+        """Raise BackendUnavailable with the reason."""
+        del options
+        raise BackendUnavailable(f"{info.name} cannot run here: {self._reason}", param="model")
 
 
 def load_backends() -> Mapping[str, Backend]:

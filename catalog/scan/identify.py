@@ -3,7 +3,7 @@
 import errno
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -75,51 +75,71 @@ def passing_reason(problem: BaseException | None) -> str:
     return ""
 
 
+@dataclass(slots=True)
+class _Answers:
+    """What the backends said of one file; `failure` is an error that may pass."""
+
+    claims: list[ModelInfo] = field(default_factory=list)
+    refusals: list[Refused] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    unasked: list[str] = field(default_factory=list)
+    failure: str = ""
+
+    def ask(self, backend: Backend, path: Path) -> None:
+        try:
+            self.claims.append(backend.identify(path))
+        except Unavailable as problem:
+            self.unasked.append(problem.message)
+        except MemoryError:
+            self.refusals.append(
+                Refused(
+                    backend.name, "Identifying the file took too much memory; it may be damaged."
+                )
+            )
+        except Exception as problem:
+            self.failure = self.failure or passing_reason(problem)
+            self._add(backend, path, problem)
+
+    def _add(self, backend: Backend, path: Path, problem: Exception) -> None:
+        match problem:
+            case NotThisFormat():
+                self.others.append(f"{backend.name}: {problem}")
+            case BrokenModel():
+                self.refusals.append(Refused(backend.name, problem.message))
+            case _:
+                # A bug in a plug-in must not hide the models of other formats.
+                logger.error(
+                    "the backend %s failed to identify a file",
+                    backend.name,
+                    exc_info=problem,
+                    extra={"file": str(path)},
+                )
+                self.others.append(f"{backend.name}: its identification failed")
+
+
 def examine(path: Path, backends: Iterable[Backend]) -> Outcome:
     """Ask every backend about `path`; blocks while headers are read.
 
     A file that several formats recognize is refused, and so is one that is damaged in the only
     format that recognizes it.  One that cannot be read for now is uninspected.
     """
-    claims: list[ModelInfo] = []
-    refusals: list[Refused] = []
-    others: list[str] = []
-    failures: list[str] = []
+    answers = _Answers()
     for backend in backends:
-        try:
-            claims.append(backend.identify(path))
-        except NotThisFormat as reason:
-            failures.append(passing_reason(reason))
-            others.append(f"{backend.name}: {reason}")
-        except BrokenModel as problem:
-            failures.append(passing_reason(problem))
-            refusals.append(Refused(backend.name, problem.message))
-        except MemoryError:
-            refusals.append(
-                Refused(
-                    backend.name, "Identifying the file took too much memory; it may be damaged."
-                )
-            )
-        except Exception as problem:
-            failures.append(passing_reason(problem))
-            # A bug in a plug-in must not hide the models of other formats.
-            logger.exception(
-                "the backend %s failed to identify a file", backend.name, extra={"file": str(path)}
-            )
-            others.append(f"{backend.name}: its identification failed")
-    failure = next((reason for reason in failures if reason), "")
-    if failure:
+        answers.ask(backend, path)
+    if answers.failure:
         # Another format might have recognized it as well.
-        return Uninspected(f"it could not be read ({failure})")
-    if len(claims) == 1:
-        return claims[0]
-    if claims:
-        names = " and ".join(info.format for info in claims)
+        return Uninspected(f"it could not be read ({answers.failure})")
+    if len(answers.claims) == 1:
+        return answers.claims[0]
+    if answers.claims:
+        names = " and ".join(info.format for info in answers.claims)
         return Refused(
-            claims[0].format,
+            answers.claims[0].format,
             f"The formats {names} all recognize the file {path.name!r}; it is ambiguous.",
         )
-    return refusals[0] if refusals else Unknown(tuple(others))
+    if answers.refusals:
+        return answers.refusals[0]
+    return Uninspected(answers.unasked[0]) if answers.unasked else Unknown(tuple(answers.others))
 
 
 def identify(path: Path, backends: Iterable[Backend]) -> ModelInfo:

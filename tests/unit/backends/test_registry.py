@@ -1,6 +1,7 @@
 """Formats are found once, and a bad plug-in harms neither the process nor the others."""
 
 import logging
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,13 @@ from pathlib import Path
 import pytest
 
 from backends import registry
+from backends.base import EngineOptions, ModelInfo
+from backends.echo import echo_info
 from backends.registry import backends_for, load_backends
+from catalog.scan.identify import Uninspected, examine
 from core import plugins
-from core.errors import RequestError
+from core.errors import BackendUnavailable, RequestError
+from tests.gguf_raw import minimal_gguf
 
 Install = Callable[..., None]
 
@@ -148,3 +153,41 @@ def test_a_format_that_is_registered_twice_keeps_the_first(
         found = load_backends()
     assert type(found["echo"]).__name__ == "EchoBackend"
     assert "format echo is registered twice" in caplog.text
+
+
+@pytest.fixture
+def broken_onnx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the import of the ONNX backend fail."""
+    # None makes an import of the module raise ImportError.
+    monkeypatch.setitem(sys.modules, "backends.onnx.backend", None)
+    registry._discover.cache_clear()
+    yield
+    registry._discover.cache_clear()
+
+
+@pytest.mark.usefixtures("broken_onnx")
+def test_a_format_whose_code_fails_does_not_end_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = load_backends()
+    assert set(found) == set(registry._BUILT_IN_CLASSES)
+    assert "the format onnx cannot be used" in caplog.text
+    onnx = backends_for(["gguf", "onnx"])["onnx"]
+    assert not onnx.availability().is_available
+    assert "could not be loaded" in onnx.availability().reason
+    for refuse in (onnx.estimate, onnx.open):
+        with pytest.raises(BackendUnavailable, match="could not be loaded"):
+            refuse(echo_info(), EngineOptions())
+    # The other formats still recognize their files; the rest is nobody's verdict.
+    backends = list(backends_for(["gguf", "onnx"]).values())
+    model = minimal_gguf(tmp_path / "a.gguf")
+    assert isinstance(examine(model, backends), ModelInfo)
+    (tmp_path / "b.onnx").write_bytes(b"ONNX")
+    assert isinstance(examine(tmp_path / "b.onnx", backends), Uninspected)
+
+
+def test_every_built_in_format_is_registered_under_its_name() -> None:
+    found = load_backends()
+    for name, (module, kind) in registry._BUILT_IN_CLASSES.items():
+        assert found[name].name == name
+        assert (type(found[name]).__module__, type(found[name]).__name__) == (module, kind)
