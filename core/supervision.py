@@ -119,6 +119,12 @@ async def attempt(work: Work, *, is_vital: bool = True) -> bool:
     return True
 
 
+def log_failure(task: "asyncio.Task[Any]") -> None:
+    """Log what a task raised; a done callback for tasks whose result may interest nobody."""
+    if not task.cancelled() and (problem := task.exception()) is not None:
+        logger.error("the task %s failed", task.get_name(), exc_info=problem)
+
+
 async def call_in_thread(name: str, function: Callable[[], Result]) -> Result:
     """Run `function` on a daemon thread of its own and return its result.
 

@@ -85,6 +85,13 @@ class AcceleratorLock:
         self._waiter = threading.Thread(target=self._serve, name="impetus-lock", daemon=True)
         self._waiter.start()
 
+    @property
+    def problem(self) -> str:
+        """Why no step can get a turn any more; empty if steps can."""
+        if self._is_closed or self._waiter.is_alive():
+            return ""
+        return "The thread that waits for the accelerator's lock has ended."
+
     def register(self) -> None:
         """Register this process as a user of the accelerator; idempotent.
 

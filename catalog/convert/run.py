@@ -26,6 +26,7 @@ from catalog.convert.output import sweep as sweep
 from catalog.convert.pause import PauseSwitch
 from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit, kept_environment
 from core.errors import ImpetusError, ModelFileMissing, RequestError, Unavailable
+from core.supervision import log_failure
 from core.types import JsonValue
 
 _CODE_FOLDER = Path(__file__).resolve().parents[2]
@@ -217,7 +218,10 @@ async def _run_step(
     child = AsyncChild(
         [sys.executable, "-P", "-m", "catalog.convert.child"], _environment(job), job.work
     )
-    watching = asyncio.create_task(watch_memory(child.pid, on_memory)) if on_memory else None
+    watching = None
+    if on_memory is not None:
+        watching = asyncio.create_task(watch_memory(child.pid, on_memory), name="conversion memory")
+        watching.add_done_callback(log_failure)
     try:
         with pause.controlling(child.pid):
             code, is_done, error = await _follow(child, job, report)

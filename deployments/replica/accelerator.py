@@ -48,6 +48,11 @@ class SharedAccelerator:
         self._lock.register()
         return self._lock
 
+    @property
+    def problem(self) -> str:
+        """Why engines of this process get no turns any more; empty if they do."""
+        return "" if self._lock is None else self._lock.problem
+
     async def close(self) -> None:
         """Release the registration; call it after the engines are closed."""
         if self._lock is not None:

@@ -176,8 +176,13 @@ class FormatReplica:
         )
 
     async def check_health(self) -> None:
-        """Raise EngineFailed if a load or an engine hangs: Serve then replaces this process."""
+        """Raise EngineFailed if a load, an engine or the accelerator's lock hangs.
+
+        Serve then replaces this process.
+        """
         self._loads.check_health()
+        if problem := self._accelerator.problem:
+            raise EngineFailed(problem)
 
     async def residencies(self) -> list[Residency]:
         """Return the loaded models, for a scheduler that restarts."""

@@ -14,6 +14,7 @@ from backends.limits import UNLIMITED, EngineLimits, Limitable, Watched
 from backends.prefixes.store import BlockStore
 from core.errors import BrokenModel, EngineFailed, ModelNotResident, Unavailable
 from core.files import passing_cause, why
+from core.supervision import log_failure
 from deployments.activity import ActivityFile, ModelActivity
 from deployments.messages import (
     Attempt,
@@ -203,6 +204,7 @@ class ModelLoads:
             model.closing = asyncio.ensure_future(self._drain_and_close(model))
             self._closing.add(model.closing)
             model.closing.add_done_callback(self._closing.discard)
+            model.closing.add_done_callback(log_failure)
         return model.closing
 
     async def _drain_and_close(self, model: OpenModel) -> UnloadResult:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from backends.limits import UNLIMITED, EngineLimits
 from core.errors import Unavailable
 from core.settings import Settings
-from core.supervision import attempt
+from core.supervision import attempt, call_in_thread
 from deployments.decisions import DecisionLog
 from deployments.serve.handles import Handle, call
 from deployments.serve.status import running_deployments
@@ -206,35 +205,29 @@ class SensorReader:
     def __init__(self, sensor: Sensor, limit_s: float) -> None:
         self._sensor = sensor
         self._limit_s = limit_s
-        self._pending: asyncio.Future[Reading] | None = None
+        self._pending: asyncio.Task[Reading] | None = None
 
     async def read(self) -> Reading:
         """Return the sensor's reading; an unknown one if it fails or takes too long."""
         if self._pending is None:
-            loop = asyncio.get_running_loop()
-            self._pending = loop.create_future()
-            # A hung daemon thread does not keep the process from exiting.
-            threading.Thread(
-                target=self._work, args=(loop, self._pending), name="impetus-sensor", daemon=True
-            ).start()
+            self._pending = asyncio.ensure_future(call_in_thread("impetus-sensor", self._work))
         done, _ = await asyncio.wait({self._pending}, timeout=self._limit_s)
         if not done:
-            problem = SensorProblem("sensor", f"no answer within {self._limit_s:g} s")
-            return Reading(problems=(problem,))
-        reading, self._pending = self._pending.result(), None
-        return reading
+            return _unknown(f"no answer within {self._limit_s:g} s")
+        finished, self._pending = self._pending, None
+        if finished.cancelled():
+            return _unknown("its reading was cancelled")
+        # A thread that cannot be started; the next poll tries it again.
+        problem = finished.exception()
+        return finished.result() if problem is None else _unknown(str(problem))
 
-    def _work(self, loop: asyncio.AbstractEventLoop, pending: "asyncio.Future[Reading]") -> None:
+    def _work(self) -> Reading:
         try:
-            reading = self._sensor.read()
-        except Exception as problem:
-            reading = Reading(problems=(SensorProblem("sensor", str(problem)),))
-        try:
-            loop.call_soon_threadsafe(_settle, pending, reading)
-        except RuntimeError:
-            logger.debug("the event loop closed before the sensor answered")
+            return self._sensor.read()
+        except BaseException as problem:
+            # Bindings of the system's libraries raise what is not an Exception.
+            return _unknown(str(problem) or type(problem).__name__)
 
 
-def _settle(pending: "asyncio.Future[Reading]", reading: Reading) -> None:
-    if not pending.done():
-        pending.set_result(reading)
+def _unknown(message: str) -> Reading:
+    return Reading(problems=(SensorProblem("sensor", message),))

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from core.errors import Unavailable
-from core.supervision import RestartPolicy, Supervisor, attempt, beat, call_in_thread
+from core.supervision import RestartPolicy, Supervisor, attempt, beat, call_in_thread, log_failure
 from tests.waiting import wait_until
 
 FAST = RestartPolicy(first_delay_s=0.001, longest_delay_s=0.002, most_failures=3)
@@ -234,3 +234,18 @@ async def test_a_part_that_is_not_vital_is_restarted_and_counted_only(
     assert supervisor.problems() == []
     assert supervisor.parts()[0].failures >= 3
     assert "away" in supervisor.parts()[0].reason
+
+
+async def test_a_task_that_nobody_awaits_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails() -> None:
+        raise ValueError("unseen")
+
+    task = asyncio.ensure_future(fails())
+    task.add_done_callback(log_failure)
+    await asyncio.wait({task})
+    await wait_until(lambda: "unseen" in caplog.text, "the failure is logged")
+    cancelled = asyncio.ensure_future(asyncio.Event().wait())
+    cancelled.add_done_callback(log_failure)
+    cancelled.cancel()
+    await asyncio.wait({cancelled})
+    assert caplog.text.count("the task") == 1

@@ -79,3 +79,18 @@ async def test_a_disk_that_refuses_the_file_costs_turns_only(
             await SharedAccelerator(tmp_path).share(engine)
     assert not engine.locks
     assert len(os.listdir("/dev/fd")) == opened
+
+
+async def test_a_lock_whose_thread_has_ended_is_told(tmp_path: Path) -> None:
+    turns = SharedAccelerator(tmp_path)
+    engine: Any = Taking()
+    assert turns.problem == ""
+    await turns.share(engine)
+    assert turns.problem == ""
+    lock = engine.locks[0]
+    # What ends the thread is a bug that nobody knows yet; here it is told to end.
+    lock._requests.put(None)
+    lock._waiter.join(30)
+    assert "has ended" in turns.problem
+    lock._is_closed = True
+    assert turns.problem == ""

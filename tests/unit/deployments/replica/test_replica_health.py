@@ -1,6 +1,7 @@
 """A replica's own watch over its engines, and what its models really hold."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,13 @@ async def test_f3_a_step_that_does_not_return_fails_the_health_check(
         await replica.check_health()
     engine._loop.watch.end("step")
     await replica.unload_model("m")
+
+
+async def test_a_lock_that_gives_no_turns_fails_the_health_check(replica: FormatReplica) -> None:
+    accelerator: Any = SimpleNamespace(problem="The thread has ended.")
+    replica._accelerator = accelerator
+    with pytest.raises(EngineFailed, match="thread has ended"):
+        await replica.check_health()
 
 
 async def test_f3_requests_of_a_hung_engine_end_at_their_deadline() -> None:

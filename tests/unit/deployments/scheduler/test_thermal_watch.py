@@ -200,6 +200,42 @@ async def test_a_sensor_that_raises_is_unknown() -> None:
     assert "no such device" in reading.problems[0].message
 
 
+class Panic(BaseException):
+    """What a binding of the system's libraries raises."""
+
+
+async def test_a_sensor_that_raises_anything_is_read_again() -> None:
+    class Panics:
+        reads = 0
+
+        def read(self) -> Reading:
+            self.reads += 1
+            if self.reads == 1:
+                raise Panic("no framework")
+            return Reading()
+
+    reader = SensorReader(Panics(), 10.0)
+    assert "no framework" in (await reader.read()).problems[0].message
+    assert not (await reader.read()).problems
+
+
+async def test_a_thread_that_cannot_start_is_started_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Calm:
+        def read(self) -> Reading:
+            return Reading()
+
+    def no_thread(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    reader = SensorReader(Calm(), 10.0)
+    with monkeypatch.context() as context:
+        context.setattr("core.supervision.threading.Thread", no_thread)
+        assert "can't start" in (await reader.read()).problems[0].message
+    assert not (await reader.read()).problems
+
+
 async def test_a_poll_that_fails_does_not_end_the_watch(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
