@@ -1,5 +1,6 @@
 """Formats are found once, and a bad plug-in harms neither the process nor the others."""
 
+import errno
 import logging
 import sys
 import textwrap
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from backends.echo import echo_info
 from backends.registry import backends_for, load_backends
 from catalog.scan.identify import Uninspected, examine
 from core import plugins
+from core.child import Child
 from core.errors import BackendUnavailable, RequestError
 from tests.gguf_raw import minimal_gguf
 
@@ -191,3 +194,31 @@ def test_every_built_in_format_is_registered_under_its_name() -> None:
     for name, (module, kind) in registry._BUILT_IN_CLASSES.items():
         assert found[name].name == name
         assert (type(found[name]).__module__, type(found[name]).__name__) == (module, kind)
+
+
+@pytest.mark.parametrize("trouble", ["no process", "killed"])
+def test_a_passing_trouble_of_a_probe_is_no_verdict(
+    install: Install, trouble: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mark = tmp_path / "killed"
+    killed = (
+        f"import os, signal; mark = {str(mark)!r}\n"
+        "if not os.path.exists(mark):\n"
+        "    open(mark, 'w').close()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    install(one=(killed if trouble == "killed" else "", ""), two=("", ""))
+    starts = 0
+    start = Child
+
+    def child(*arguments: Any, **options: Any) -> Any:
+        nonlocal starts
+        starts += 1
+        if trouble == "no process" and starts == 1:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(plugins, "Child", child)
+    assert {"one", "two"} <= set(load_backends())
+    # The one that was tested is not tested again.
+    assert starts == 3
