@@ -16,8 +16,9 @@ _SHORTAGES = frozenset({
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ENOBUFS,
 })  # fmt: skip
 _PASSING = _SHORTAGES | {
-    errno.EACCES, errno.EDQUOT, errno.EIO, errno.ENODEV, errno.ENOSPC, errno.EPERM, errno.EROFS,
-    errno.ESTALE, errno.ETIMEDOUT,
+    errno.EACCES, errno.EBUSY, errno.EDQUOT, errno.EHOSTDOWN, errno.EIO, errno.ENODEV,
+    errno.ENOSPC, errno.ENOTCONN, errno.ENXIO, errno.EPERM, errno.EROFS, errno.ESTALE,
+    errno.ETIMEDOUT,
 }  # fmt: skip
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _REASONS = {

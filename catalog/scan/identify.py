@@ -1,6 +1,5 @@
 """Identifies the format of a model file by asking every backend."""
 
-import errno
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from backends.base import Backend, ModelInfo
 from core.errors import BrokenModel, NotThisFormat, Unavailable
+from core.files import passing_cause, why
 
 logger = logging.getLogger(__name__)
 
@@ -46,33 +46,11 @@ class Uninspected:
 
 Outcome: TypeAlias = ModelInfo | Refused | Unknown | Uninspected
 
-# What a file's content or place can cause; all other errors of the system pass.
-_ABOUT_CONTENT = frozenset(
-    (
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.EINVAL,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.EFBIG,
-        errno.EOVERFLOW,
-    )
-)
 
-
-def passing_reason(problem: BaseException | None) -> str:
-    """Return the system's error behind an exception if it may pass by itself, else nothing.
-
-    Permissions, exhausted descriptors or memory, and disks that fail say nothing about content.
-    """
-    seen: set[int] = set()
-    while problem is not None and id(problem) not in seen:
-        seen.add(id(problem))
-        if isinstance(problem, OSError) and problem.errno not in (None, *_ABOUT_CONTENT):
-            return problem.strerror or type(problem).__name__
-        problem = problem.__cause__ or problem.__context__
-    return ""
+def passing_reason(problem: BaseException) -> str:
+    """Return the system's error behind an exception if it may pass by itself, else nothing."""
+    cause = passing_cause(problem)
+    return "" if cause is None else why(cause)
 
 
 @dataclass(slots=True)
