@@ -22,7 +22,7 @@ UNKNOWN_FORMAT = "unknown"
 _ANSWER_LIMIT_BYTES = 32 * MIB
 # Time for a dying child to exit by itself, so that its exit status shows the cause.
 _DYING_S = 0.2
-# Exits that the content of a file causes; the processor time of a check is limited.
+# Signals that the content of a file causes, as it causes exits with a code; the processor time of a check is limited.
 _CRASHES = (
     signal.SIGSEGV,
     signal.SIGBUS,
@@ -92,7 +92,7 @@ class Inspector:
         except ChildEnded:
             self._child = None
             code = child.close(grace_s=_DYING_S)
-            if stage and -code in _CRASHES:
+            if stage and (code > 0 or -code in _CRASHES):
                 return _refused(path, stage, describe_exit(code)), True
             return _uninspected(path, stage, describe_exit(code)), False
         except (AnswerTooLong, ValueError, KeyError, TypeError):
