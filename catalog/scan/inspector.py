@@ -22,7 +22,7 @@ UNKNOWN_FORMAT = "unknown"
 _ANSWER_LIMIT_BYTES = 32 * MIB
 # Time for a dying child to exit by itself, so that its exit status shows the cause.
 _DYING_S = 0.2
-# Signals that the content of a file causes, as it causes exits with a code; the processor time of a check is limited.
+# Signals that the content of a file causes, as it causes exits with a code.
 _CRASHES = (
     signal.SIGSEGV,
     signal.SIGBUS,
