@@ -15,6 +15,7 @@ from catalog.convert.pause import PauseSwitch
 from catalog.convert.run import ConversionProgress, ConversionRequest, convert, plan, sweep
 from catalog.models import Converted, ModelRecord
 from core.errors import BackendUnavailable, ImpetusError, InsufficientMemory, Unavailable
+from core.files import passing_cause
 from core.settings import Settings
 from core.supervision import Supervisor
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # A failed conversion is not retried for this long, or until the server restarts.
 _FAILURE_KEPT_S = 600.0
+# The same for a shortage of memory, disk space or processes, which may pass.
+_PASSING_KEPT_S = 30.0
 _FIRST_GUESS_S = 30
 _LONGEST_RETRY_S = 120
 _MEMORY_WAIT_S = 600.0
@@ -100,8 +103,8 @@ class Conversions:
             )
         running = self._running.get(record.id)
         if running is None:
-            failed_at, reason = self._failures.get(record.id, (-_FAILURE_KEPT_S, ""))
-            if time.monotonic() - failed_at < _FAILURE_KEPT_S:
+            until, reason = self._failures.get(record.id, (0.0, ""))
+            if time.monotonic() < until:
                 return _with_note(problem, f"Its conversion failed: {reason}")
             choice = self._choose(record, problem) if self._is_on else None
             if choice is None:
@@ -169,12 +172,18 @@ class Conversions:
             await self._rescan()
         except ImpetusError as problem:
             logger.warning("converting %s to %s failed: %s", record.id, kind, problem)
-            self._failures[record.id] = (time.monotonic(), problem.message)
+            self._note_failure(record.id, problem, problem.message)
         except Exception as problem:
             logger.exception("converting %s to %s failed", record.id, kind)
-            self._failures[record.id] = (time.monotonic(), str(problem)[:500])
+            self._note_failure(record.id, problem, str(problem)[:500])
         finally:
             del self._running[record.id]
+
+    def _note_failure(self, model_id: str, problem: Exception, reason: str) -> None:
+        """Note why and until when the model is not converted again."""
+        may_pass = isinstance(problem, Unavailable) or passing_cause(problem) is not None
+        kept_s = _PASSING_KEPT_S if may_pass else _FAILURE_KEPT_S
+        self._failures[model_id] = (time.monotonic() + kept_s, reason)
 
     def cancel(self) -> None:
         """Cancel the tasks; a step's process ends with this one in any case."""

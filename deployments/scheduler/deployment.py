@@ -192,7 +192,7 @@ class SchedulerReplica:
                 return f"The model folders could not be scanned: {self._scanner.problem}"
             return "The model folders are being scanned."
         if not self._recovery.is_done.is_set():
-            return f"Waiting for the processes of {', '.join(self._recovery.missing())}."
+            return self._recovery.problem(self._supervisor.parts())
         return " ".join(self._supervisor.problems())
 
     async def check_health(self) -> None:

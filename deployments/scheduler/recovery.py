@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 from catalog.models import ModelRecord
-from core.supervision import RestartPolicy, Supervisor
+from core.supervision import PartView, RestartPolicy, Supervisor
 from deployments.messages import NodeMemory, Residency
 from deployments.scheduler.formats import FormatClients
 from deployments.scheduler.ledger import Ledger
@@ -18,6 +18,7 @@ from deployments.scheduler.scanning import Scanner
 _ANSWER_LIMIT_S = 120.0
 # From then on the formats that answered are served without the others.
 _WAIT_S = 30.0
+_PART = "recovery of {}"
 # A format that cannot start is no fault of the scheduler's process.
 _POLICY = RestartPolicy(is_vital=False)
 
@@ -59,9 +60,7 @@ class Recovery:
         return [
             supervisor.run_until_done("start of the scheduler", partial(self._run, prepare)),
             *(
-                supervisor.run_until_done(
-                    f"recovery of {name}", partial(self._recover, name), _POLICY
-                )
+                supervisor.run_until_done(_PART.format(name), partial(self._recover, name), _POLICY)
                 for name in formats
             ),
         ]
@@ -69,6 +68,15 @@ class Recovery:
     def missing(self) -> Sequence[str]:
         """Return the formats that have not answered yet."""
         return [name for name, has_answered in self._answered.items() if not has_answered]
+
+    def problem(self, parts: Sequence[PartView]) -> str:
+        """Return which formats have not answered, with the reasons that `parts` have."""
+        reasons = {part.name: part.reason for part in parts}
+        waited = [
+            f"{name} ({reason})" if (reason := reasons.get(_PART.format(name))) else name
+            for name in self.missing()
+        ]
+        return f"Waiting for the processes of {', '.join(waited)}."
 
     async def _run(self, prepare: Callable[[], Awaitable[None]]) -> None:
         await self._scanner.wait_first()

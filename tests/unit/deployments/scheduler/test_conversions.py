@@ -1,6 +1,7 @@
 """A model that cannot run here is converted once, and whoever asks is told so."""
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from core.errors import (
 from core.settings import Settings
 from deployments.scheduler.conversions import Conversions
 from tests.unit.catalog.builders import make_info
+from tests.waiting import wait_until
 
 MISSING = BackendUnavailable("The format x cannot run here.")
 TOO_LARGE = InsufficientMemory("It needs 9 GiB.")
@@ -283,6 +285,41 @@ async def test_without_memory_it_is_refused_with_the_reason(
     told = chosen.answer(record(), MISSING, [])
     assert "conversion failed: It needs 9 GiB." in told.message
     assert converter.requests == []
+
+
+def chained(problem: OSError) -> ImpetusError:
+    error = ImpetusError("The step failed.")
+    error.__cause__ = problem
+    return error
+
+
+@pytest.mark.parametrize(
+    ("failure", "is_repeated"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (chained(OSError(errno.ENOSPC, "No space left on device")), True),
+        (Unavailable("The memory did not become free."), True),
+        (BrokenModel("It is damaged."), False),
+        (RuntimeError("a bug"), False),
+    ],
+)
+async def test_a_passing_trouble_is_tried_again_sooner(
+    tmp_path: Path,
+    converter: Converter,
+    failure: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_repeated: bool,
+) -> None:
+    monkeypatch.setattr("deployments.scheduler.conversions._PASSING_KEPT_S", -1.0)
+    chosen = conversions(tmp_path, Rescan())
+    converter.outcome = failure
+    converter.gate.set()
+    chosen.answer(record(), MISSING, [])
+    await wait_until(lambda: not chosen._running, "the conversion has failed")
+    chosen.answer(record(), MISSING, [])
+    await wait_until(lambda: not chosen._running, "the conversion has ended")
+    assert len(converter.requests) == (2 if is_repeated else 1)
 
 
 async def test_cancel_ends_what_runs(tmp_path: Path, converter: Converter) -> None:

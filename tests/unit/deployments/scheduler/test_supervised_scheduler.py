@@ -177,7 +177,7 @@ async def test_a_server_whose_only_format_is_dead_says_so_and_goes_on(
     scheduler = start()
     await wait_until(lambda: len(replica.handle.residencies.calls) > 5, "it is asked again")
     assert not await scheduler.is_ready()
-    assert "gguf" in await scheduler.not_ready_because()
+    assert "gguf (Unavailable: away)" in await scheduler.not_ready_because()
     # Another process of the scheduler would not help.
     await scheduler.check_health()
     is_dead = False
