@@ -26,14 +26,16 @@ class RestartPolicy:
     """How a part is restarted; all times in seconds.
 
     The delay doubles from `first_delay_s` to `longest_delay_s`.  A part that fails `most_failures`
-    times in a row counts as failing; a run of at least `settled_s` starts the count again.  A part
-    that has not called `beat` for `silence_s` is cancelled and restarted; None: it never is.  The
-    process can do without a part that is not vital: it is restarted and counted, no more.
+    times in a row, over at least `least_s`, counts as failing; a run of at least `settled_s` starts
+    the count again.  A part that has not called `beat` for `silence_s` is cancelled and restarted;
+    None: it never is.  The process can do without a part that is not vital: it is restarted and
+    counted, no more.
     """
 
     first_delay_s: float = 0.5
     longest_delay_s: float = 30.0
     most_failures: int = 5
+    least_s: float = 5.0
     settled_s: float = 10.0
     silence_s: float | None = None
     is_vital: bool = True
@@ -64,6 +66,7 @@ class _Part:
     status: PartStatus = "running"
     failures: int = 0
     in_a_row: int = 0
+    failing_since: float = 0.0
     has_attempts: bool = False
     reason: str = ""
     supervisor: "Supervisor | None" = None
@@ -169,7 +172,7 @@ class Supervisor:
     def __init__(
         self, policy: RestartPolicy = DEFAULT_POLICY, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._policy = policy
+        self.policy = policy
         self._clock = clock
         self._parts: list[_Part] = []
         self._watched: dict[str, Callable[[], str]] = {}
@@ -253,7 +256,7 @@ class Supervisor:
     def _add(
         self, name: str, work: Work, policy: RestartPolicy | None, *, may_return: bool
     ) -> "asyncio.Task[None]":
-        part = _Part(name, policy or self._policy, supervisor=self)
+        part = _Part(name, policy or self.policy, supervisor=self)
         self._parts.append(part)
         part.task = asyncio.get_running_loop().create_task(
             self._run(part, work, may_return=may_return), name=name
@@ -271,7 +274,7 @@ class Supervisor:
     async def _attempt(self, part: _Part, work: Work, *, may_return: bool) -> bool:
         """Run `work` once; return whether it has to be started again."""
         part.has_attempts = False
-        if part.in_a_row < part.policy.most_failures:
+        if part.status != "failing":
             part.status = "running"
         settled = asyncio.get_running_loop().call_later(part.policy.settled_s, self._settle, part)
         try:
@@ -302,21 +305,25 @@ class Supervisor:
     def record_attempt(self, part: _Part, problem: BaseException, *, is_vital: bool) -> None:
         """Count a failure that did not end the part; see `attempt`."""
         self._count(part, problem)
-        if is_vital and part.policy.is_vital and part.in_a_row >= part.policy.most_failures:
+        if is_vital and part.policy.is_vital and self._keeps_failing(part):
             part.status = "failing"
         self._log(part, problem, "it is tried again")
 
-    @staticmethod
-    def _count(part: _Part, problem: BaseException) -> None:
+    def _keeps_failing(self, part: _Part) -> bool:
+        has_failed_often = part.in_a_row >= part.policy.most_failures
+        return has_failed_often and self._clock() - part.failing_since >= part.policy.least_s
+
+    def _count(self, part: _Part, problem: BaseException) -> None:
         part.failures += 1
+        if not part.in_a_row:
+            part.failing_since = self._clock()
         part.in_a_row += 1
         part.reason = _describe(problem)
 
     def _record(self, part: _Part, problem: BaseException) -> None:
         self._count(part, problem)
         if part.policy.is_vital:
-            is_failing = part.in_a_row >= part.policy.most_failures
-            part.status = "failing" if is_failing else "restarting"
+            part.status = "failing" if self._keeps_failing(part) else "restarting"
         delay_s = part.policy.delay_s(part.in_a_row)
         self._log(part, problem, f"it is restarted in {delay_s:g} s")
 

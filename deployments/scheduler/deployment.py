@@ -51,6 +51,8 @@ from scheduler.thermal import Directive
 logger = logging.getLogger(__name__)
 
 _STATES_LIMIT_S = 10.0
+# What repeats every few seconds and is silent for longer hangs.
+_SILENCE_S = 60.0
 
 
 class SchedulerReplica:
@@ -124,10 +126,11 @@ class SchedulerReplica:
             self._residency,
         )
         keep_running = self._supervisor.keep_running
+        watched = replace(self._supervisor.policy, silence_s=_SILENCE_S)
         self._background = asyncio.gather(
             keep_running("folder scans", self._scanner.run),
-            keep_running("thermal watch", self._thermal.run),
-            keep_running("publisher", publisher.run),
+            keep_running("thermal watch", self._thermal.run, watched),
+            keep_running("publisher", publisher.run, watched),
             *self._recovery.start(self._supervisor, list(self._backends), self._prepare),
             return_exceptions=True,
         )

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from backends.base import Backend
-from core.supervision import attempt
+from core.supervision import attempt, call_in_thread
 from deployments.messages import SchedulerSnapshot
 from deployments.scheduler.ray_mirror import RayMirror
 from deployments.serve.autoscaling import write_directive
@@ -56,7 +56,7 @@ class Publisher:
             snapshot = self._snapshot()
         directive = self.directive(snapshot)
         if directive != self._written:
-            await asyncio.to_thread(self._write, directive)
+            await call_in_thread("impetus-directive", lambda: self._write(directive))
             self._written = directive
         self._mirror.show(snapshot)
 

@@ -4,9 +4,14 @@ import asyncio
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+
+from core.errors import Unavailable
+from core.supervision import call_in_thread
 
 # `ray.serve._private.constants`; Serve has no public name for them.
 _CONTROLLER, _NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
+_LIMIT_S = 5.0
 
 
 def own_node_id() -> str:
@@ -17,8 +22,8 @@ def own_node_id() -> str:
 async def running_deployments() -> frozenset[str]:
     """Return the names of the deployments that have a running replica now.
 
-    A call to a deployment scaled to zero would start it; ask this first.  Raises ValueError if
-    Serve does not run.
+    A call to a deployment scaled to zero would start it; ask this first.  Raises Unavailable if
+    Serve's controller does not answer within 5 s.
 
     Source: what `serve.status()` reads.  That function checks the whole answer against its
     schema, 75 ms of CPU per call instead of 1.5 ms; this is asked every few seconds.
@@ -32,9 +37,20 @@ async def existing_replicas() -> frozenset[str] | None:
 
 
 async def _details() -> dict[str, Any]:
-    controller = await asyncio.to_thread(ray.get_actor, _CONTROLLER, namespace=_NAMESPACE)
-    details: dict[str, Any] = await controller.get_serve_instance_details.remote()
+    try:
+        async with asyncio.timeout(_LIMIT_S):
+            # It blocks without a limit while Ray's GCS is away.
+            controller = await call_in_thread("impetus-controller", _controller)
+            details: dict[str, Any] = await controller.get_serve_instance_details.remote()
+    except (TimeoutError, ValueError, RayError) as problem:
+        raise Unavailable(
+            "Ray Serve's controller does not answer; try again later.", retry_after_s=5
+        ) from problem
     return details
+
+
+def _controller() -> Any:
+    return ray.get_actor(_CONTROLLER, namespace=_NAMESPACE)
 
 
 def _replicas(details: dict[str, Any]) -> frozenset[str]:

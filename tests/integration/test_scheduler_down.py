@@ -23,6 +23,10 @@ def test_a_resident_model_answers_without_the_scheduler(server: Server, client: 
         silent = httpx.get(f"{server.url}/api/decisions", timeout=30)
         assert silent.status_code == 503
         assert silent.json()["error"]["code"] == "unavailable"
+        unready = httpx.get(f"{server.url}/readyz", timeout=30)
+        assert unready.status_code == 503
+        assert "scheduler" in unready.json()["error"]["message"]
+        assert httpx.get(f"{server.url}/healthz", timeout=30).status_code == 200
     finally:
         os.kill(pid, signal.SIGKILL)
     assert ask(client)
@@ -32,3 +36,12 @@ def test_a_resident_model_answers_without_the_scheduler(server: Server, client: 
         lambda: bool(server.metric("impetus_model_resident_bytes", model=f"{STARTER}@gguf-q4_1")),
         "the new scheduler knows what is resident",
     )
+    wait_until(
+        lambda: httpx.get(f"{server.url}/readyz", timeout=30).status_code == 200,
+        "the server is ready again",
+    )
+    parts = ("folder scans", "memory ledger", "publisher", "thermal watch")
+    for part in parts:
+        assert server.metric("impetus_part_up", process="scheduler", part=part) == 1
+    for part in ("HTTP listener", "event socket", "model states"):
+        assert server.metric("impetus_part_up", process="router", part=part) == 1

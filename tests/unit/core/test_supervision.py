@@ -11,7 +11,7 @@ from core.errors import Unavailable
 from core.supervision import RestartPolicy, Supervisor, attempt, beat, call_in_thread, log_failure
 from tests.waiting import wait_until
 
-FAST = RestartPolicy(first_delay_s=0.001, longest_delay_s=0.002, most_failures=3)
+FAST = RestartPolicy(first_delay_s=0.001, longest_delay_s=0.002, most_failures=3, least_s=0.0)
 
 
 class Work:
@@ -70,7 +70,7 @@ async def test_a_part_that_always_raises_fails_the_health_check_and_is_still_tri
 
 
 async def test_a_part_that_works_again_for_a_while_is_healthy() -> None:
-    policy = RestartPolicy(0.001, 0.001, most_failures=2, settled_s=0.05)
+    policy = RestartPolicy(0.001, 0.001, most_failures=2, least_s=0.0, settled_s=0.05)
     supervisor = Supervisor(policy)
     work = Work(OSError("a"), OSError("b"))
     supervisor.keep_running("part", work)
@@ -249,3 +249,18 @@ async def test_a_task_that_nobody_awaits_is_logged(caplog: pytest.LogCaptureFixt
     cancelled.cancel()
     await asyncio.wait({cancelled})
     assert caplog.text.count("the task") == 1
+
+
+async def test_many_failures_in_a_short_time_are_not_failing_yet() -> None:
+    now = 0.0
+    policy = RestartPolicy(0.001, 0.001, most_failures=3, least_s=5.0)
+    supervisor = Supervisor(policy, clock=lambda: now)
+    work = Work(OSError("away"), is_endless=True)
+    supervisor.keep_running("part", work)
+    await wait_until(lambda: work.runs > 5, "it failed often")
+    supervisor.check_health()
+    now = 5.0
+    await wait_until(lambda: supervisor.parts()[0].status == "failing", "it keeps failing")
+    with pytest.raises(Unavailable):
+        supervisor.check_health()
+    await supervisor.stop()

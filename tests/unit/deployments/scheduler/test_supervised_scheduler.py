@@ -31,7 +31,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("inspection", "fast")
 
-FAST = RestartPolicy(first_delay_s=0.001, longest_delay_s=0.002, most_failures=3)
+FAST = RestartPolicy(first_delay_s=0.001, longest_delay_s=0.002, most_failures=3, least_s=0.0)
 TASKS: dict[str, tuple[type, str]] = {
     "publisher": (Publisher, "publish"),
     "thermal watch": (ThermalWatch, "poll"),

@@ -16,7 +16,7 @@ from deployments.transport import acceptor as acceptor_module
 from deployments.transport.acceptor import Acceptor, SocketLost
 from tests.waiting import wait_until
 
-FAST = RestartPolicy(first_delay_s=0.001, longest_delay_s=0.01)
+FAST = RestartPolicy(first_delay_s=0.001, longest_delay_s=0.01, least_s=0.0)
 
 
 class Greeter(asyncio.Protocol):
