@@ -49,7 +49,10 @@ def walk(roots: Sequence[Path]) -> WalkResult:
     found = WalkResult()
     resolved = list(dict.fromkeys(Path(os.path.realpath(root)) for root in roots))
     entries = [
-        (entry, root) for root in resolved if root.is_dir() for entry in _entries(root, found)
+        (entry, root)
+        for root in resolved
+        if _is_folder(root, found)
+        for entry in _entries(root, found)
     ]
     # Of several names for one file the first is used.
     entries.sort(key=lambda item: _descriptive_first(item[0]))
@@ -65,6 +68,16 @@ def walk(roots: Sequence[Path]) -> WalkResult:
                 found.unread.append(path)
     found.candidates.sort(key=lambda candidate: candidate.path)
     return found
+
+
+def _is_folder(path: Path, found: WalkResult) -> bool:
+    """Whether a folder can be listed; one on a disk that fails costs no other folder its models."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        found.skipped.append(f"{_printable(path)}: cannot be listed ({error.strerror})")
+        found.unread.append(path)
+        return False
 
 
 def _descriptive_first(entry: "os.DirEntry[str]") -> tuple[bool, bool, str]:
@@ -89,7 +102,7 @@ def _entries(root: Path, found: WalkResult) -> Iterator["os.DirEntry[str]"]:
         for entry in entries:
             if entry.name.startswith(".") or entry.name.lower().endswith(_PARTIAL):
                 continue
-            if entry.is_dir(follow_symlinks=False):
+            if _is_subfolder(entry):
                 if depth < MAX_DEPTH:
                     folders.append((Path(entry.path), depth + 1))
                 else:
@@ -102,6 +115,14 @@ def _entries(root: Path, found: WalkResult) -> Iterator["os.DirEntry[str]"]:
                 skipped.append(f"{_printable(root)}: only the first {MAX_FILES:,} files are read")
                 return
             yield entry
+
+
+def _is_subfolder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        # As a file it is skipped with the reason.
+        return False
 
 
 def _exclusion_reason(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from catalog.models import Converted
 from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown, examine
 from catalog.scan.scan import scan
 from catalog.store import CatalogStore
@@ -254,3 +255,66 @@ def test_a_verdict_about_content_is_kept(scans: Scans) -> None:
     assert isinstance(scans.identify(scans.library.models / "b.gguf"), Refused)
     (scans.library.models / "c.txt").write_text("x")
     assert isinstance(scans.identify(scans.library.models / "c.txt"), Unknown)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_disk_that_fails_costs_no_other_folder_its_models(
+    scans: Scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    other = tmp_path / "disk"
+    other.mkdir()
+    minimal_gguf(other / "b.gguf")
+    scans.library.extra = (other,)
+    scans.scan()
+    is_dir = Path.is_dir
+
+    def fail(path: Path) -> bool:
+        if path == other:
+            raise OSError(number, os.strerror(number))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", fail)
+    minimal_gguf(scans.library.models / "a.gguf")
+    scans.scan()
+    assert scans.states() == {"a@gguf-f32": ("ok", ""), "b@gguf-f32": ("ok", "")}
+
+
+def test_a_disk_that_is_not_mounted_costs_its_models_until_it_is_back(
+    scans: Scans, tmp_path: Path
+) -> None:
+    disk, away = tmp_path / "disk", tmp_path / "away"
+    disk.mkdir()
+    minimal_gguf(disk / "b.gguf")
+    scans.library.extra = (disk,)
+    scans.scan()
+    scans.library.store.set_alias("mine", "b@gguf-f32")
+    disk.rename(away)
+    scans.scan()
+    assert [state for state, _ in scans.states().values()] == ["missing"]
+    away.rename(disk)
+    scans.scan()
+    assert scans.library.store.resolve("mine")[0].state == "ok"
+
+
+def test_an_error_while_provenance_is_read_does_not_make_an_original(
+    scans: Scans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = scans.library.models / "converted"
+    folder.mkdir()
+    minimal_gguf(folder / "a.gguf")
+    (folder / "provenance.json").write_text('{"parameters": {"model_id": "m@safetensors"}}')
+    read_text = Path.read_text
+
+    def fail(path: Path, *arguments: str) -> str:
+        if path.name == "provenance.json":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return read_text(path, *arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "read_text", fail)
+        scans.scan()
+        assert scans.states() == {}
+    scans.scan()
+    assert scans.library.store.models()[0].source == Converted(
+        str(scans.library.models), "m@safetensors"
+    )
