@@ -15,8 +15,8 @@ from tests.integration.server import HTTP, ROOT, Server, endless_stream, wait_un
 from tests.starter import starter_path
 
 ids = {name: f"{name}@{fragile.FORMAT}" for name in fragile.MODELS}
-# About three seconds, and more where the process is replaced meanwhile.
-LONG = "All streams go on. " * 40
+# About five seconds, and more where the process is replaced meanwhile.
+LONG = "All streams go on. " * 25
 
 
 @pytest.fixture(scope="module")
