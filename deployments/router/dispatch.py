@@ -83,7 +83,10 @@ class HandleDispatcher:
         the process may have died is sent once more.  Raises CrashingRequest after that.
         """
         recovery = self._recovery.begin(
-            request.model_id, request.id, LoadContext(priority=request.priority)
+            request.model_id,
+            request.id,
+            LoadContext(priority=request.priority),
+            (request.prompt, request.output),
         )
         attempts = RequestAttempts(request, on_events, recovery.note_answer)
         while True:
@@ -226,7 +229,7 @@ class HandleDispatcher:
 
     async def _ask(self, method: str, need: LoadContext, model_id: str, *arguments: Any) -> Any:
         """Call a method of the replica that holds the model, loading the model first if needed."""
-        recovery = self._recovery.begin(model_id, uuid4().hex, need)
+        recovery = self._recovery.begin(model_id, uuid4().hex, need, (method, arguments[0]))
         while True:
             residency = None
             try:

@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from core.errors import EngineFailed, ImpetusError
+from core.errors import CrashingRequest, EngineFailed, ImpetusError
 from deployments.activity import DeathRecords
 from deployments.decisions import DecisionLog
 from deployments.messages import Attempt, LoadContext, Residency
+from deployments.router.crashing import CrashingRequests
 from deployments.router.losses import Loss, Losses, loss_of
 from deployments.router.model_states import ModelStatesWatch
 from deployments.router.suspects import SuspectTurns, Turn
@@ -38,10 +39,17 @@ class Recovery:
         self._deaths = deaths
         self._log = log
         self._turns = SuspectTurns()
+        self.crashing = CrashingRequests()
 
-    def begin(self, model_id: str, request_id: str, context: LoadContext) -> "RequestRecovery":
-        """Return the recovery of one request."""
-        return RequestRecovery(self, model_id, request_id, context)
+    def begin(
+        self, model_id: str, request_id: str, context: LoadContext, content: object
+    ) -> "RequestRecovery":
+        """Return the recovery of one request; `content` is what is computed for it.
+
+        Raises CrashingRequest if the same request ended the model's process before.
+        """
+        self.crashing.check(model_id, content)
+        return RequestRecovery(self, model_id, request_id, context, content)
 
     async def loss(
         self, problem: ImpetusError, residency: Residency | None, request_id: str, has_begun: bool
@@ -90,11 +98,17 @@ class RequestRecovery:
     """The attempts of one request: their ids, their turns, and the end of recovering."""
 
     def __init__(
-        self, shared: Recovery, model_id: str, request_id: str, context: LoadContext
+        self,
+        shared: Recovery,
+        model_id: str,
+        request_id: str,
+        context: LoadContext,
+        content: object,
     ) -> None:
         self._shared = shared
         self._model_id = model_id
         self._request_id = request_id
+        self._content = content
         self._losses = Losses(model_id)
         self._format = ""
         self._number = 0
@@ -151,6 +165,8 @@ class RequestRecovery:
             )
             self._shared.forget(residency, has_died=has_died)
         end = self._losses.note(loss, problem)
+        if isinstance(end, CrashingRequest):
+            self._shared.crashing.note(self._model_id, self._content)
         if end is None and not can_resume:
             end = EngineFailed(problem.message, retry_after_s=2)
         if end is not None:

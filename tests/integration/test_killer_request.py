@@ -88,9 +88,12 @@ def test_a_killer_request_ends_two_processes_and_bystanders_stream_on(
     # Two deaths quarantine nothing, and the innocent model is charged with none.
     assert answer_of(ask(server, "fragile", "hello")) == "hello"
     assert answer_of(ask(server, "innocent", "hello")) == "hello"
-    # A third one quarantines the model whose requests kill.
-    again = ask(server, "fragile", f"please {word} now")
-    assert again.status_code in (500, 503)
+    # A client that sends it again hurts nobody.
+    before = pid_of(server)
+    assert ask(server, "fragile", f"please {word} now").status_code == 500
+    assert pid_of(server) == before
+    # A third death quarantines the model whose requests kill.
+    assert ask(server, "fragile", f"please {word} again").status_code == 503
     assert answer_of(ask(server, "innocent", "hello")) == "hello"
     assert states(server)[ids["fragile"]] == "quarantined"
     assert states(server)[ids["innocent"]] != "quarantined"

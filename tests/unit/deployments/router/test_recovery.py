@@ -11,10 +11,18 @@ import pytest
 from ray.exceptions import RayActorError
 
 from core.errors import CrashingRequest, EngineFailed
-from core.types import Embeddings, GenerationRequest, PrefillProgress, TextDelta, TextPrompt
+from core.types import (
+    Embeddings,
+    GenerationRequest,
+    PrefillProgress,
+    SamplingParams,
+    TextDelta,
+    TextPrompt,
+)
 from deployments.activity import DeathCause, request_key
 from deployments.decisions import DecisionLog
 from deployments.messages import Attempt, LoadContext, Residency
+from deployments.router.crashing import CrashingRequests
 from deployments.router.dispatch import HandleDispatcher
 from deployments.router.model_states import ModelStatesWatch
 from deployments.router.targets import Targets
@@ -70,6 +78,47 @@ async def test_a_request_that_kills_its_process_is_sent_once_more_and_not_again(
     # The last death is told as well, since no further load tells of it.
     assert scheduler.process_died.calls == [("m", "b")]
     assert [one.action for one in log.last()] == ["send a request to m once more"]
+
+
+async def test_a_request_that_ended_two_processes_is_not_run_again_by_any_client(
+    receiver: FrameReceiver,
+) -> None:
+    replica = FakeHandle(generate=sending(([], DIED), ([], DIED), ([END], None), ([END], None)))
+    deaths = Deaths(a=caused_by("r.0"), b=caused_by("r.1"))
+    subject = dispatcher(receiver, successive("a", "b", "c"), replica, deaths=deaths)
+    with pytest.raises(CrashingRequest, match="so the request is not sent again"):
+        await collect(subject)
+    # Whatever its id, class or sampling.
+    again = replace(REQUEST, id="s", priority="batch", sampling=SamplingParams(seed=7))
+    with pytest.raises(CrashingRequest, match="refused for 5 minutes"):
+        await collect(subject, again)
+    assert len(replica.generate.calls) == 2
+    # Another text is run, and so is the same one on another model.
+    assert await collect(subject, replace(REQUEST, id="t", prompt=TextPrompt("ho"))) == [END]
+    states = subject._model_states
+    states.note_loaded(replace(residency("c"), model_id="other"))
+    assert await collect(subject, replace(REQUEST, id="u", model_id="other")) == [END]
+    await subject.close()
+
+
+def test_crashing_requests_are_forgotten_after_a_while_and_within_a_bound() -> None:
+    now = 100.0
+    known = CrashingRequests(lambda: now)
+    known.check("m", "text")
+    known.note("m", TextPrompt("\ud83d"))
+    known.check("m", TextPrompt("other"))
+    known.check("other", TextPrompt("\ud83d"))
+    now += 299
+    with pytest.raises(CrashingRequest, match="299 s ago"):
+        known.check("m", TextPrompt("\ud83d"))
+    now += 2
+    known.check("m", TextPrompt("\ud83d"))
+    for number in range(100):
+        known.note("m", number)
+    assert len(known._ended) == 64
+    known.check("m", 35)
+    with pytest.raises(CrashingRequest):
+        known.check("m", 36)
 
 
 async def test_a_bystander_goes_on_however_often_others_end_its_process(
