@@ -283,7 +283,8 @@ class ModelLoads:
             stalled_s = engine.stalled_s if isinstance(engine, Watched) else 0.0
             if stalled_s > request.step_limit_s:
                 raise EngineFailed(
-                    f"A step of {request.model_id} has not returned for {stalled_s:.0f} s."
+                    f"A step or preparation of {request.model_id} has not returned for "
+                    f"{stalled_s:.0f} s; its limit is {request.step_limit_s:.0f} s."
                 )
 
     def residencies(self) -> list[Residency]:

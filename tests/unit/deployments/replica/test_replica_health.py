@@ -28,7 +28,7 @@ async def test_f3_a_step_that_does_not_return_fails_the_health_check(
     engine: Any = replica._loads._models["m"].engine
     assert engine.stalled_s == 0.0
     engine._loop.watch._began_at["step"] = -1e9
-    with pytest.raises(EngineFailed, match="A step of m has not returned"):
+    with pytest.raises(EngineFailed, match="A step or preparation of m has not returned"):
         await replica.check_health()
     engine._loop.watch.end("step")
     await replica.unload_model("m")
