@@ -298,6 +298,7 @@ class DeathRecords:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._known: dict[str, DeathCause] = {}
+        self._reading: dict[str, asyncio.Task[DeathCause | None]] = {}
 
     async def cause(self, replica_id: str) -> DeathCause | None:
         """Return what a process died of; None if it lives, or its record cannot be read.
@@ -308,16 +309,24 @@ class DeathRecords:
         known = self._known.get(replica_id)
         if known is not None:
             return known
+        # All requests of a dead process ask at once.
+        reading = self._reading.get(replica_id)
+        if reading is None:
+            reading = self._reading[replica_id] = asyncio.ensure_future(self._read(replica_id))
+            reading.add_done_callback(lambda _: self._reading.pop(replica_id, None))
+        return await asyncio.shield(reading)
+
+    async def _read(self, replica_id: str) -> DeathCause | None:
         path = activity_path(self._home, replica_id)
         deadline = time.monotonic() + _DYING_S
         while (works := await asyncio.to_thread(read_activity, path)) is None:
             if time.monotonic() > deadline or not path.exists():
                 return None
             await asyncio.sleep(_DYING_POLL_S)
-        known = self._known[replica_id] = cause_of(works)
+        cause = self._known[replica_id] = cause_of(works)
         for old in list(self._known)[: -self._MOST]:
             self._known.pop(old, None)
-        return known
+        return cause
 
 
 def read_activity(path: Path) -> tuple[Work, ...] | None:

@@ -187,7 +187,7 @@ async def test_readers_get_the_cause_from_the_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activity, "_SHARED_MEMORY", tmp_path / "nowhere")
-    await check_cause(tmp_path)
+    await check_cause(tmp_path, monkeypatch)
     assert (tmp_path / "run").is_dir()
 
 
@@ -195,7 +195,7 @@ async def test_readers_get_the_cause_from_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activity, "_SHARED_MEMORY", tmp_path)
-    await check_cause(tmp_path)
+    await check_cause(tmp_path, monkeypatch)
     assert not (tmp_path / "run").exists()
     (folder,) = tmp_path.iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -204,7 +204,7 @@ async def test_readers_get_the_cause_from_memory(
     assert activity_path(tmp_path, "r").parent == tmp_path / "run"
 
 
-async def check_cause(home: Path) -> None:
+async def check_cause(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, records = activity_path(home, "r"), DeathRecords(home)
     assert await records.cause("r") is None
     command = [sys.executable, "-c", CHILD, str(path)]
@@ -212,10 +212,14 @@ async def check_cause(home: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"busy\n"
         assert await records.cause("r") is None
+        monkeypatch.setattr(activity, "_DYING_S", 30.0)
         asking = asyncio.ensure_future(records.cause("r"))
         await asyncio.sleep(0)
         process.kill()
+        others = await asyncio.gather(*(records.cause("r") for _ in range(5)))
         cause = await asking
+        assert others == [cause] * 5
+        assert records._reading == {}
     assert cause == await records.cause("r")
     assert cause is not None
     assert cause.models == {"two"}
