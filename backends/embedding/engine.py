@@ -13,11 +13,13 @@ from dataclasses import replace
 import numpy as np
 
 from backends.base import Engine, EngineLoad, ModelInfo
+from backends.cancellation import Cancelled
 from backends.embedding.batch import Batch, BatchLimits, QueuedRequest, next_batch
 from backends.embedding.model import EmbeddingModel, encode, input_tokens
 from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.activity import NO_ACTIVITY, REQUEST_ID, Activity
 from backends.engine.failures import request_error
+from backends.engine.preparation import Job, PreparationThreads
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace
 from backends.limits import UNLIMITED, EngineLimits, StepWatch, deadline
@@ -27,16 +29,14 @@ from core.types import BATCH_DELAY_S, Embeddings, GenerationEvent, GenerationReq
 logger = logging.getLogger(__name__)
 
 THREAD_NAME = "impetus-engine"
-# The longest that tokenizing keeps the next batch of others waiting, but for one input.
-_TOKENIZING_S = 0.1
 
 
 class EmbeddingEngine(Engine):
     """One resident embedding model on a thread of its own.
 
-    Requests take turns in opening a batch, so a long one delays a short one by one batch.  They
-    take turns in being tokenized as well, between batches.  What fails for one request ends it
-    alone; each accepted request is resolved, or was cancelled or timed out before.
+    Requests are tokenized on other threads.  They take turns in opening a batch, so a long one
+    delays a short one by one batch.  What fails for one request ends it alone; each accepted
+    request is resolved, or was cancelled or timed out before.
     """
 
     def __init__(
@@ -58,23 +58,24 @@ class EmbeddingEngine(Engine):
         self._batch_limits = batch_limits
         self._max_waiting = max_waiting
         self._wake = threading.Condition()
+        # Requests go from one to the next; the lock guards the first two.
+        self._tokenizing: set[QueuedRequest] = set()
         self._submitted: deque[QueuedRequest] = deque()
-        # Those that are not tokenized yet, and those that are.
-        self._untokenized: deque[QueuedRequest] = deque()
         self._queue: deque[QueuedRequest] = deque()
         self._is_closing = False
         self._failure: EngineFailed | None = None
         self._limits = UNLIMITED
         self._counters = EngineLoad()
         self._watch, self._pace = StepWatch(), Pace()
+        self._threads = PreparationThreads(self._watch)
         self._take_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self._activity: Activity = NO_ACTIVITY
-        opened: Future[None] = Future()
+        opened: Future[EmbeddingModel] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(open_model, opened), name=THREAD_NAME, daemon=True
         )
         self._thread.start()
-        opened.result()
+        self._model = opened.result()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         """Refuse: an embedding model generates no text."""
@@ -105,14 +106,16 @@ class EmbeddingEngine(Engine):
                 raise self._ended()
             if self._waiting > self._max_waiting:
                 raise self._pace.refusal(self._max_waiting, 1, self.info.name)
-            self._submitted.append(request)
-            self._wake.notify()
+            self._tokenizing.add(request)
+        job: Job[None] | None = None
         try:
+            job = self._threads.submit(lambda: self._tokenize(request))
             async with deadline(deadline_s, "inputs"):
                 return await request.done
         finally:
             # The engine's thread drops it before its next batch.
             request.is_over = True
+            self._forget(request, job)
 
     def set_limits(self, limits: EngineLimits) -> None:
         """Apply `limits`: pauses between batches, and whether new requests are admitted."""
@@ -125,7 +128,7 @@ class EmbeddingEngine(Engine):
 
     @property
     def _waiting(self) -> int:
-        return len(self._submitted) + len(self._untokenized) + len(self._queue)
+        return len(self._tokenizing) + len(self._submitted) + len(self._queue)
 
     @property
     def is_failed(self) -> bool:
@@ -158,17 +161,18 @@ class EmbeddingEngine(Engine):
             return EngineFailed(self._failure.message)
         return EngineFailed(f"The model {self.info.name} was unloaded.")
 
-    def _run(self, open_model: Callable[[], EmbeddingModel], opened: "Future[None]") -> None:
+    def _run(
+        self, open_model: Callable[[], EmbeddingModel], opened: "Future[EmbeddingModel]"
+    ) -> None:
         name_this_thread(THREAD_NAME)
         try:
             model = open_model()
         except BaseException as problem:
             opened.set_exception(problem)
             return
-        opened.set_result(None)
+        opened.set_result(model)
         try:
             while self._accept():
-                self._tokenize_some(model)
                 self._step(model)
         except BaseException as problem:
             logger.exception("engine of %s failed", self.info.name)
@@ -180,57 +184,59 @@ class EmbeddingEngine(Engine):
     def _shut_down(self, model: EmbeddingModel) -> None:
         with self._wake:
             self._is_closing = True
-            unfinished = [*self._queue, *self._untokenized, *self._submitted]
-            for queue in (self._queue, self._untokenized, self._submitted):
+            unfinished = [*self._queue, *self._submitted, *self._tokenizing]
+            for queue in (self._queue, self._submitted, self._tokenizing):
                 queue.clear()
         for request in unfinished:
             request.resolve(self._ended())
         try:
             with self._watch.running("close"):
+                # They use the model's vocabulary.
+                self._threads.close()
                 model.close()
         except BaseException:
             logger.exception("%s: the model cannot be closed", self.info.name)
 
     def _accept(self) -> bool:
-        """Take what was submitted; block while there is nothing to do; False when closing."""
+        """Take the tokenized requests; block while there is nothing to do; False when closing."""
         with self._wake:
-            while not (self._is_closing or self._waiting):
+            while not (self._is_closing or self._submitted or self._queue):
                 self._wake.wait()
-            self._untokenized.extend(self._submitted)
+            accepted = list(self._submitted)
             self._submitted.clear()
-            return not self._is_closing
-
-    def _tokenize_some(self, model: EmbeddingModel) -> None:
-        """Tokenize inputs of one request after the other, for a part of a second at most."""
-        end = time.monotonic() + _TOKENIZING_S
-        while self._untokenized and not self._is_closing:
-            request = self._untokenized.popleft()
-            try:
-                self._tokenize_until(end, model, request)
-            except BaseException as problem:
-                self._end(request, request_error(problem, "tokenization", request.label))
-                continue
-            if request.is_over:
-                continue
-            if len(request.token_lists) < len(request.inputs):
-                self._untokenized.append(request)
-                return
-            request.left.sort()
-            self._queue.append(request)
+            self._queue.extend(accepted)
+        for request in accepted:
             self._end_if_done(request)
-            if time.monotonic() >= end:
-                return
+        return not self._is_closing
 
-    def _tokenize_until(self, end: float, model: EmbeddingModel, request: QueuedRequest) -> None:
-        with self._watch.running("tokenize"), self._activity.working(request.request_id):
-            for text in request.inputs[len(request.token_lists) :]:
-                if request.is_over or self._is_closing:
-                    return
-                ids = input_tokens(model, text, self.context_tokens)
-                request.left.append((len(ids), len(request.token_lists)))
-                request.token_lists.append(ids)
-                if time.monotonic() >= end:
-                    return
+    def _tokenize(self, request: QueuedRequest) -> None:
+        """Tokenize the inputs and submit the request; runs on a thread for preparation."""
+        try:
+            with self._activity.working(request.request_id):
+                for text in request.inputs:
+                    if request.is_over:
+                        return
+                    ids = input_tokens(self._model, text, self.context_tokens)
+                    request.left.append((len(ids), len(request.token_lists)))
+                    request.token_lists.append(ids)
+            request.left.sort()
+        except Cancelled:
+            raise
+        except BaseException as problem:
+            request.resolve(request_error(problem, "tokenization", request.label))
+            return
+        with self._wake:
+            # It is not there any more if it has ended meanwhile.
+            if request in self._tokenizing:
+                self._tokenizing.remove(request)
+                self._submitted.append(request)
+                self._wake.notify()
+
+    def _forget(self, request: QueuedRequest, job: Job[None] | None) -> None:
+        if job is not None:
+            job.cancel()
+        with self._wake:
+            self._tokenizing.discard(request)
 
     def _step(self, model: EmbeddingModel) -> None:
         """Compute one batch."""

@@ -11,7 +11,10 @@ from core.errors import ContextLengthExceeded, EngineFailed, RequestError
 
 
 class EmbeddingModel(Protocol):
-    """A loaded embedding model; opened, used and closed on one thread."""
+    """A loaded embedding model; opened, used and closed on one thread.
+
+    Only `tokenize` and `vocabulary_size` are used on others, before `close`.
+    """
 
     @property
     def vocabulary_size(self) -> int:
@@ -19,7 +22,10 @@ class EmbeddingModel(Protocol):
         ...
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text` with the model's special tokens, not truncated."""
+        """Return the ids of `text` with the model's special tokens, not truncated.
+
+        Thread-safe.
+        """
         ...
 
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:

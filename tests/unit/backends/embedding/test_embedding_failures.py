@@ -28,11 +28,13 @@ class FaultyEncoder(Encoder):
         self.problem: BaseException | float | None = None
         self.tokenizing: BaseException | None = None
         self.tokenized: list[str] = []
+        self.slow = ""
         self.may_tokenize = threading.Event()
         self.may_tokenize.set()
 
     def tokenize(self, text: str) -> list[int]:
-        self.may_tokenize.wait()
+        if not self.slow or text == self.slow:
+            self.may_tokenize.wait()
         self.tokenized.append(text)
         if self.tokenizing is not None and text == BAD:
             raise self.tokenizing
@@ -65,7 +67,7 @@ async def together(engine: EmbeddingEngine, encoder: FaultyEncoder, *texts: str)
     """Return the results of requests that are computed in one batch."""
     first = await held_task(engine, encoder, ["z"])
     tasks = [asyncio.ensure_future(engine.embed([text])) for text in texts]
-    await until(lambda: engine.load().waiting == len(texts))
+    await until(lambda: len(engine._submitted) + sum(t.done() for t in tasks) == len(texts))
     encoder.free.set()
     await first
     return await asyncio.gather(*tasks, return_exceptions=True)
@@ -109,20 +111,35 @@ async def test_a_text_that_cannot_be_tokenized_fails_its_own_request(
     assert isinstance(after, Embeddings)
 
 
-async def test_many_inputs_are_tokenized_beside_the_batches_of_others(
-    engine: EmbeddingEngine, encoder: FaultyEncoder, monkeypatch: pytest.MonkeyPatch
+async def test_a_text_that_is_tokenized_slowly_delays_no_other_request(
+    engine: EmbeddingEngine, encoder: FaultyEncoder
 ) -> None:
-    monkeypatch.setattr("backends.embedding.engine._TOKENIZING_S", 0.0)
-    first = await held_task(engine, encoder, ["z"])
-    many = asyncio.ensure_future(engine.embed([f"m{index}" for index in range(60)]))
-    await until(lambda: engine.load().waiting == 1)
-    few = asyncio.ensure_future(engine.embed(["few"]))
+    encoder.slow = "slow"
+    encoder.may_tokenize.clear()
+    slow = [asyncio.ensure_future(engine.embed(["slow"])) for _ in range(3)]
     await until(lambda: engine.load().waiting == 2)
-    encoder.free.set()
-    await asyncio.gather(first, few)
-    assert len((await many).vectors) == 60
-    order = [[bytes(ids[1:-1]).decode() for ids in batch] for batch in encoder.batches]
-    assert order[1] == ["few"]
+    for text in ("a", "b", "c"):
+        assert len((await engine.embed([text])).vectors) == 1
+    assert not any(task.done() for task in slow)
+    encoder.may_tokenize.set()
+    await asyncio.gather(*slow)
+
+
+async def test_closing_waits_for_tokenizing_and_resolves_its_requests(
+    encoder: FaultyEncoder,
+) -> None:
+    engine = open_engine(encoder)
+    encoder.may_tokenize.clear()
+    tasks = [asyncio.ensure_future(engine.embed([text])) for text in ("a", "b")]
+    await until(lambda: engine.stalled_s > 0)
+    closing = asyncio.ensure_future(engine.close())
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [EngineFailed] * 2
+    assert not closing.done()
+    encoder.may_tokenize.set()
+    await closing
+    assert encoder.closed == 1
+    assert encoder.batches == []
 
 
 async def test_a_client_that_leaves_has_no_more_inputs_tokenized(
@@ -135,7 +152,7 @@ async def test_a_client_that_leaves_has_no_more_inputs_tokenized(
     await asyncio.gather(many, return_exceptions=True)
     encoder.may_tokenize.set()
     await engine.embed(["a"])
-    assert encoder.tokenized == ["m0", "a"]
+    assert sorted(encoder.tokenized) == ["a", "m0"]
 
 
 async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
@@ -171,7 +188,7 @@ async def test_when_the_thread_ends_every_request_is_resolved(
 
     first = await held_task(engine, encoder, ["z"])
     tasks = [asyncio.ensure_future(engine.embed([text])) for text in ("a", "b")]
-    await until(lambda: engine.load().waiting == 2)
+    await until(lambda: len(engine._submitted) == 2)
     monkeypatch.setattr("backends.embedding.engine.next_batch", fail)
     encoder.free.set()
     await first
@@ -180,7 +197,7 @@ async def test_when_the_thread_ends_every_request_is_resolved(
     assert engine.is_failed
     with pytest.raises(EngineFailed, match="gone"):
         await engine.embed(["c"])
-    assert encoder.closed == 1
+    await until(lambda: encoder.closed == 1)
 
 
 async def test_a_model_that_cannot_be_closed_ends_all_the_same(encoder: FaultyEncoder) -> None:
