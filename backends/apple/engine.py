@@ -104,6 +104,8 @@ class AppleEngine(Engine):
                 self._model, self.context_tokens, run.session_request, _event_sender(queue)
             )
             session.start()
+        except ImpetusError:
+            raise
         except Exception as problem:
             raise request_error(problem, "the start of its session", run.label) from problem
         self._running[session] = queue
@@ -214,6 +216,8 @@ class _RunningRequest:
         """
         try:
             return self._convert(event)
+        except ImpetusError:
+            raise
         except Exception as problem:
             raise request_error(problem, "the processing of its answer", self.label) from problem
 

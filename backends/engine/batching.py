@@ -8,13 +8,14 @@ from typing import TypeVar
 from backends.base import Engine, EngineLoad, EventReceiver, ModelInfo
 from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.activity import NO_ACTIVITY, REQUEST_ID, Activity
+from backends.engine.failures import request_error
 from backends.engine.loop import EngineLoop
 from backends.engine.preparation import PreparationThreads
 from backends.engine.request import EngineRequest, events_of
 from backends.limits import EngineLimits, StepWatch
 from backends.prompt.prepare import Prepared, Preparer
 from backends.stepper import Stepper
-from core.errors import TimedOut
+from core.errors import ImpetusError, TimedOut
 from core.types import Finished, GenerationEvent, GenerationRequest, Prompt
 
 Result = TypeVar("Result")
@@ -76,7 +77,7 @@ class BatchingEngine(Engine):
     async def _run(self, generation: GenerationRequest, receiver: EventReceiver) -> Finished:
         submitted_at = time.monotonic()
         event_loop = asyncio.get_running_loop()
-        prepared = await self._in_turn(lambda: self._prepare(generation))
+        prepared = await self._in_turn(lambda: self._prepare(generation), generation.id)
         done: asyncio.Future[Finished] = event_loop.create_future()
         request = EngineRequest(generation, prepared, receiver, event_loop, done, submitted_at)
         if not prepared.max_tokens:
@@ -92,12 +93,19 @@ class BatchingEngine(Engine):
         with self._activity.working(generation.id):
             return self._preparer.prepare(generation)
 
-    async def _in_turn(self, work: Callable[[], Result]) -> Result:
-        """Do `work` on a thread for preparation; it is skipped or stopped if the caller leaves."""
+    async def _in_turn(self, work: Callable[[], Result], request_id: str) -> Result:
+        """Do `work` on a thread for preparation; it is skipped or stopped if the caller leaves.
+
+        Raises RequestFailed for what `work` was not meant to raise.
+        """
         job = self._threads.submit(work)
         self._preparing += 1
         try:
             return await asyncio.wrap_future(job.done)
+        except ImpetusError:
+            raise
+        except Exception as problem:
+            raise request_error(problem, "its preparation", f"request {request_id}") from problem
         finally:
             job.cancel()
             self._preparing -= 1
@@ -106,7 +114,7 @@ class BatchingEngine(Engine):
         """Return the prompt's length; see `TokenCounting`."""
         self._loop.check_open()
         request_id = REQUEST_ID.get()
-        return await self._in_turn(lambda: self._count(request_id, prompt))
+        return await self._in_turn(lambda: self._count(request_id, prompt), request_id)
 
     def _count(self, request_id: str, prompt: Prompt) -> int:
         with self._activity.working(request_id):

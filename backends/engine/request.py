@@ -137,6 +137,8 @@ class EngineRequest:
             self.receiver.deliver(
                 [(self.generation.id, [*self.prepared.take_initial_events(), finished])]
             )
+        except ImpetusError:
+            raise
         except Exception as problem:
             raise request_error(problem, "the delivery of its end", self.label) from problem
         return finished

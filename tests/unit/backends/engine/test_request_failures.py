@@ -15,8 +15,9 @@ from backends.echo import echo_info
 from backends.engine.batching import BatchingEngine
 from backends.engine.loop import EngineLoop
 from backends.limits import EngineLimits
+from backends.prompt.prepare import Prepared
 from core.errors import EngineFailed, ImpetusError, RequestFailed
-from core.types import Finished
+from core.types import Finished, GenerationRequest
 from tests.requests import end_of, request, run, text_of
 from tests.unit.backends.engine.faulty import (
     FAULTS,
@@ -110,6 +111,25 @@ async def test_a_receiver_that_always_raises_fails_its_requests_only(
         with pytest.raises(RequestFailed, match="the socket is gone"):
             await one
     assert not engine.is_failed
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), TimeoutError("bug"), KeyError("bug")])
+async def test_a_preparation_that_raises_fails_its_request_alone(
+    engine: BatchingEngine, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = FaultyPreparer.prepare
+
+    def prepare(preparer: FaultyPreparer, wanted: GenerationRequest) -> Prepared:
+        if wanted.id == "bad":
+            raise error
+        return real(preparer, wanted)
+
+    monkeypatch.setattr(FaultyPreparer, "prepare", prepare)
+    good = asyncio.ensure_future(run(engine, request(INNOCENT, max_tokens=64)))
+    bad = replace(request("x", max_tokens=4, deadline_s=60.0), id="bad")
+    with pytest.raises(RequestFailed, match=r"its preparation \(\w+: .?bug"):
+        await run(engine, bad)
+    assert text_of(await good) == INNOCENT
 
 
 async def test_a_request_without_new_tokens_whose_end_cannot_be_delivered(
