@@ -18,7 +18,7 @@ from backends.grammar.constraint import Constraint, RestartableMask
 from backends.prompt.chat_format import ChatFormat
 from backends.prompt.prepare import Preparer
 from backends.stepper import SequenceSpec, StepOutput
-from core.errors import NotThisFormat, UnsupportedParameter
+from core.errors import NotThisFormat, RequestError, UnsupportedParameter
 from core.types import Capability, TokenLogprob
 from core.units import MIB
 
@@ -34,9 +34,19 @@ class ByteTokenizer:
     can_constrain = False
 
     def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
-        """Return the bytes of `text`; there are no special tokens to add or parse."""
+        """Return the bytes of `text`; there are no special tokens.  Raises RequestError."""
         del add_bos, parse_special
-        return list(text.encode())
+        try:
+            return list(text.encode())
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                "The text is not valid Unicode: it has an unpaired surrogate.", param="prompt"
+            ) from error
+
+    def fewest_tokens(self, text: str, limit: int) -> int:
+        """Return the number of tokens; see `backends.stepper.BoundsTokens`."""
+        del limit
+        return len(text.encode("utf-8", "surrogatepass"))
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the byte itself."""

@@ -322,5 +322,10 @@ class ModelNotResident(Unavailable):
     code = "model_not_resident"
 
 
+def is_panic(problem: BaseException) -> bool:
+    """Return whether a native library panicked: pyo3's PanicException is no Exception."""
+    return not isinstance(problem, Exception | KeyboardInterrupt | SystemExit | GeneratorExit)
+
+
 class NotThisFormat(Exception):
     """Raised by a backend for files of another format; never leaves format detection."""

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from backends.cancellation import Cancelled, cancelled_by
 from backends.engine.threads import name_this_thread
 from backends.limits import StepWatch
-from core.errors import EngineFailed, RequestError
+from core.errors import EngineFailed, RequestError, is_panic
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,10 @@ class Job(Generic[Result]):
             self.done.set_exception(EngineFailed("The request was cancelled."))
         except RecursionError:
             self.done.set_exception(RequestError("The request is nested too deeply."))
-        except Exception as problem:
-            self.done.set_exception(problem)
         except BaseException as problem:
-            # Native libraries panic with exceptions that are no Exception.
+            if not is_panic(problem):
+                self.done.set_exception(problem)
+                return
             logger.exception("a library failed while a request was prepared")
             self.done.set_exception(
                 RequestError(

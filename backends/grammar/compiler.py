@@ -18,7 +18,7 @@ from backends.grammar.cost import check_literals, is_cheap_pattern, is_cheap_sch
 from backends.grammar.schema_limits import check_enforceable, check_pattern, without_lookaround
 from backends.grammar.trial import GrammarTrial, Verdict
 from backends.grammar.trial_worker import STACK_BYTES, parser_limits
-from core.errors import RequestError, UnsupportedParameter
+from core.errors import RequestError, UnsupportedParameter, is_panic
 from core.stack import call_with_stack
 from core.types import ChoiceOutput, JsonOutput, JsonValue, Output, RegexOutput
 from core.units import KIB, MIB
@@ -261,9 +261,8 @@ class GrammarCompiler:
                 matcher.compute_bitmask()
             return matcher, matcher.get_error()
         except BaseException as problem:
-            if isinstance(problem, Exception | KeyboardInterrupt | SystemExit):
+            if not is_panic(problem):
                 raise
-            # A panic of the library.
             return None, f"the grammar library failed: {str(problem)[:200]}"
 
     def _keep(self, key: bytes, matcher: LLMatcher, taken_bytes: int) -> None:
@@ -378,8 +377,8 @@ class GrammarMask:
             self._failure = f"its tokens take too long to determine, the last one {taken_s:.2f} s"
 
     def _give_up(self, problem: BaseException) -> None:
-        """Fail this request only; panics of the library are no Exception."""
-        if isinstance(problem, KeyboardInterrupt | SystemExit):
+        """Fail this request only."""
+        if not (isinstance(problem, Exception) or is_panic(problem)):
             raise problem
         logger.error("the grammar library failed", exc_info=problem)
         self._failure = f"the grammar library failed: {str(problem)[:200]}"

@@ -20,6 +20,7 @@ from core.errors import (
     NotThisFormat,
     RequestError,
     UnsupportedParameter,
+    is_panic,
 )
 from core.units import MIB, format_bytes
 
@@ -160,7 +161,9 @@ class HfTokenizer:
         ends = sorted(self.end_ids, key=lambda token_id: (token_id != eos, token_id))
         try:
             return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._size, eos_token=ends or None)
-        except ValueError as error:
+        except BaseException as error:
+            if not (isinstance(error, ValueError) or is_panic(error)):
+                raise
             raise UnsupportedParameter(
                 f"The {constraint.param} cannot be enforced with this model's vocabulary: "
                 f"{str(error)[:200]}",
@@ -244,7 +247,9 @@ def _load(folder: HfFolder) -> Any:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         _add_listed(tokenizer, folder.tokenizer_config)
-    except Exception as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise broken(path, f"the tokenizers library cannot load it ({str(error)[:300]})") from error
     return tokenizer
 
@@ -303,16 +308,16 @@ def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]
         raise RequestError(
             "The text is not valid Unicode: it has an unpaired surrogate.", param="prompt"
         ) from error
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as error:
-        if not isinstance(error, Exception):
-            # A panic of the library, as for a regex that gives up on this text.
+        if is_panic(error):
+            # As for a regex that gives up on this text.
             raise RequestError(
                 "The model's tokenizer cannot encode this text: its pattern gave up on it "
                 f"({str(error)[:200]}). Shorten long runs of one kind of character.",
                 param="prompt",
             ) from error
+        if not isinstance(error, Exception):
+            raise
         # The library has no narrower type, as for a vocabulary without its unknown token.
         raise BrokenModel(
             f"The model's tokenizer cannot encode the text: {str(error)[:300]}", param="model"

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from core import errors
-from core.errors import ContextLengthExceeded, ImpetusError, ModelNotFound
+from core.errors import ContextLengthExceeded, ImpetusError, ModelNotFound, is_panic
 
 
 def tree(cls: type[ImpetusError]) -> list[type[ImpetusError]]:
@@ -45,3 +45,12 @@ def test_context_length_error_has_both_numbers() -> None:
 
 def test_model_not_found_cuts_long_names() -> None:
     assert len(ModelNotFound.of("x" * 10_000, []).message) < 300
+
+
+def test_only_exceptions_of_native_libraries_are_panics() -> None:
+    class PanicException(BaseException):
+        pass
+
+    assert is_panic(PanicException())
+    for problem in (ValueError(), KeyboardInterrupt(), SystemExit(), GeneratorExit()):
+        assert not is_panic(problem)

@@ -501,3 +501,20 @@ def test_a_text_that_cannot_fit_is_bounded_from_below(tmp_path: Path, make: Any)
     for text in ("a" * 100_000, "hello " * 50_000, "中" * 50_000, "\u1112\u1161\u11ab" * 50_000):
         bound = tokenizer.fewest_tokens(text, 100)
         assert 100 < bound <= len(tokenizer.encode(text, add_bos=False, parse_special=True))
+
+
+def test_a_library_that_panics_at_loading_is_a_broken_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """Stands for pyo3_runtime.PanicException."""
+
+    def panic(_: str) -> None:
+        raise Panic("called unwrap on a None value")
+
+    import tokenizers
+
+    folder = saved(tmp_path, tiny())
+    monkeypatch.setattr(tokenizers, "Tokenizer", type("Tokenizer", (), {"from_str": panic}))
+    with pytest.raises(BrokenModel, match="unwrap"):
+        HfTokenizer(folder)

@@ -4,9 +4,17 @@ import pytest
 
 from backends.echo import ByteTokenizer, echo_info
 from backends.prompt.chat_format import ChatFormat
+from backends.prompt.infill import InfillTokens
 from backends.prompt.prepare import Preparer
-from core.errors import ContextLengthExceeded
-from core.types import ChatMessage, ChatPrompt, GenerationRequest, Prompt, TextPrompt
+from core.errors import ContextLengthExceeded, RequestError
+from core.types import (
+    ChatMessage,
+    ChatPrompt,
+    GenerationRequest,
+    InfillPrompt,
+    Prompt,
+    TextPrompt,
+)
 
 
 class BoundingTokenizer(ByteTokenizer):
@@ -39,3 +47,16 @@ def test_token_counts_go_beyond_the_context_but_have_a_limit() -> None:
     assert PREPARER.count(TextPrompt("a" * 10_000)) == 10_000
     with pytest.raises(ContextLengthExceeded, match="at least"):
         PREPARER.count(TextPrompt("a" * 8_000_000))
+
+
+@pytest.mark.parametrize("prompt", [TextPrompt("a\ud800"), InfillPrompt("a\ud800", "")])
+def test_an_unpaired_surrogate_is_the_requests_fault(prompt: Prompt) -> None:
+    preparer = Preparer(
+        echo_info(),
+        ByteTokenizer(),
+        ChatFormat(None, "", ""),
+        context_tokens=256,
+        infill=InfillTokens(1, 2, 3),
+    )
+    with pytest.raises(RequestError, match="surrogate"):
+        preparer.prepare(GenerationRequest("r", "echo", prompt))
