@@ -162,9 +162,7 @@ class Launcher:
             say(f"  Ray dashboard  http://{match[1]} (token: {token_path(self._settings)})")
         say(f"  Logs           {self._log.path}")
         say(f"  Management     X-Impetus-Token: {read_key(self._settings.home, MANAGEMENT_TOKEN)}")
-        say(
-            "                 (needed only by web pages that call /api/, and instead of an API key)"
-        )
+        say("                 (for /api/: web pages need it; others may send it as a key)")
         say("")
         say(f"  curl {base_url}/chat/completions -H 'Content-Type: application/json'{key} \\")
         say(f"    -d '{body}'")

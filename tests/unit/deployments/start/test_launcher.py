@@ -14,6 +14,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from core.errors import ImpetusError
+from core.keys import MANAGEMENT_TOKEN, read_key
 from core.settings import Settings
 from deployments.app import build
 from deployments.options import check_home
@@ -221,3 +222,13 @@ def test_output_that_nobody_reads_is_reported_and_none_is_no_problem(
         say("hello")
         with suppress(BrokenPipeError):
             broken.close()
+
+
+def test_the_banner_shows_the_management_token_and_its_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(home=tmp_path)
+    Launcher(ROOT / "serve_config.yaml", settings)._show_banner()
+    shown = capsys.readouterr().out
+    assert f"X-Impetus-Token: {read_key(tmp_path, MANAGEMENT_TOKEN)}" in shown
+    assert "/api/" in shown
