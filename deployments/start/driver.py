@@ -13,6 +13,7 @@ from typing import Any
 from core.child import SERVER_ID, die_with_parent
 from core.errors import ImpetusError
 from core.settings import unknown_variables
+from deployments.serve.authentication import check_authentication
 from deployments.serve.guard import start_guard
 from deployments.serve.processes import new_server_id, owner_of
 
@@ -45,6 +46,8 @@ def _start_by_hand(config: Path) -> None:
     from deployments.start.environment import complete
 
     try:
+        # Ray has read the mode already, when it was imported.
+        check_authentication()
         settings = prepare_start(config)
     except ImpetusError as problem:
         sys.exit(f"impetus: {problem.message}")

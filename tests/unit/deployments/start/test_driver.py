@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from core.child import SERVER_ID
+from core.errors import ImpetusError
 from deployments.serve.processes import owner_of
 from deployments.start import driver
 from deployments.start.driver import prepare_driver
@@ -33,6 +34,7 @@ def guards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Process ids for which a guard was started."""
     started: list[int] = []
     monkeypatch.setattr(driver, "start_guard", lambda root, _: started.append(root))
+    monkeypatch.setattr(driver, "check_authentication", lambda: None)
     monkeypatch.setattr("deployments.start.checks.end_former_servers", lambda **_: None)
     monkeypatch.setattr("deployments.start.checks.remove_former_folders", lambda: None)
     monkeypatch.setattr("deployments.start.checks.check_port", lambda _: None)
@@ -80,6 +82,19 @@ def test_a_wrong_start_by_hand_ends_with_one_sentence(
     with pytest.raises(SystemExit) as caught:
         prepare_driver({})
     assert str(caught.value.code).startswith("impetus: Invalid settings: port: ")
+    assert guards == []
+
+
+def test_a_start_by_hand_without_tokens_is_refused(
+    guards: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise ImpetusError("no token")
+
+    command_line(monkeypatch, str(ROOT / "serve_config.yaml"))
+    monkeypatch.setattr(driver, "check_authentication", refuse)
+    with pytest.raises(SystemExit, match="impetus: no token"):
+        prepare_driver({})
     assert guards == []
 
 
