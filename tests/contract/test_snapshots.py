@@ -13,6 +13,9 @@ import pytest
 
 from backends.base import Engine, EngineOptions
 from backends.gguf.backend import GgufBackend
+from backends.gguf.batch import Batch
+from backends.gguf.blocks import CellBlocks
+from backends.gguf.model import GgufModel, library, open_context
 from backends.gguf.slots import KvSlots
 from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.store import BlockStore
@@ -236,3 +239,31 @@ async def test_a_block_that_llama_refuses_is_written_again_and_drops_no_other_pr
         assert (end.cache.disk_tokens > 0, end.cache.miss) == (True, None)
         await engine.close()
     store.close()
+
+
+def test_llama_still_tells_missing_cells_from_a_refusal(tmp_path: Path) -> None:
+    """Retained prefixes give way to a block that lacks room, not to one that is refused."""
+    path = llama_gguf(tmp_path / "tiny.gguf")
+
+    def blocks(kv_type: str | None) -> tuple[GgufModel, Any, CellBlocks]:
+        model = GgufModel(path)
+        context = open_context(model, replace(OPTIONS, kv_tokens=256, kv_type=kv_type), 4)
+        return model, context, CellBlocks(context, 3)
+
+    model, context, plain = blocks(None)
+    batch = Batch(BLOCK_TOKENS)
+    batch.add(0, 0, [5] * BLOCK_TOKENS, logits=False)
+    assert library().llama_decode(context, batch.native) == 0
+    state = plain.copy(0, 0)
+    assert plain.restore(1, state)
+    assert not plain.restore(2, state)
+    assert plain.lacks_room is True
+    other_model, other_context, other = blocks("f32")
+    assert not other.restore(0, state)
+    assert other.lacks_room is False
+    assert not other.restore(0, state[: state.nbytes // 2].copy())
+    assert other.lacks_room is not True
+    for each in (context, other_context):
+        library().llama_free(each)
+    model.close()
+    other_model.close()
