@@ -112,8 +112,12 @@ class PartialOutput:
             # Locked before it gets its name: `sweep` finds it locked or not at all.
             unlocked = folder / "unlocked"
             lock = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            unlocked.rename(folder / _LOCK)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                unlocked.rename(folder / _LOCK)
+            except OSError:
+                os.close(lock)
+                raise
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise Unavailable(

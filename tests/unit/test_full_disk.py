@@ -152,15 +152,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def outcome(folder: Path, how: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder), how],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    """Run the child, whose log is on the same disk."""
+    with (folder / "log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, str(folder), how],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    text = (folder / "log").read_text()
+    assert done.returncode == 0, text
+    assert "are written to" in text
     report: dict[str, Any] = json.loads(done.stdout)
     return report
 

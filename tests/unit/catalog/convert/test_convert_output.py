@@ -1,5 +1,6 @@
 """Where conversions write, and what is left of them."""
 
+import errno
 import json
 import os
 import subprocess
@@ -170,3 +171,17 @@ def test_a_source_that_changes_meanwhile_is_noticed(weights: Path, tmp_path: Pat
     with pytest.raises(ModelFileMissing):
         fingerprint([weights])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_neither_a_folder_nor_a_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = len(os.listdir("/dev/fd"))
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(Unavailable, match="No space"):
+        PartialOutput.create(tmp_path / "target")
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/dev/fd")) == opened
