@@ -47,7 +47,7 @@ def sharing(nodeid: str) -> str:
     """Return the name of what a test shares with others; by default that is its file."""
     file, _, test = nodeid.partition("::")
     path = PurePosixPath(file)
-    tier, name = path.parent.name, path.stem.removeprefix("test_")
+    tier, name = path.parts[1], path.stem.removeprefix("test_")
     if tier == "integration":
         return _SERVERS.get(name, file)
     if tier == "contract" and name in _ALONE:

@@ -12,7 +12,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 def test_files_that_are_named_exist() -> None:
     for name in conftest._SERVERS:
-        assert (TESTS / "integration" / f"test_{name}.py").is_file()
+        assert list((TESTS / "integration").rglob(f"test_{name}.py"))
     for name in (*conftest._BY_VARIANT, *conftest._ALONE):
         assert (TESTS / "contract" / f"test_{name}.py").is_file()
 
@@ -22,6 +22,7 @@ def test_files_that_are_named_exist() -> None:
     [
         ("tests/unit/core/test_units.py::test_a[gguf]", "tests/unit/core/test_units.py"),
         ("tests/integration/test_chat.py::test_a", "shared server"),
+        ("tests/integration/faults/test_faults.py::test_a", "shared server"),
         ("tests/integration/test_turns.py::test_a", "tests/integration/test_turns.py"),
         ("tests/contract/test_backend.py::test_a[gguf-f32]", "gguf-f32"),
         ("tests/contract/test_backend.py::test_a[gguf--1]", "gguf"),

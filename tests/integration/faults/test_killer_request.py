@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration import fragile
+from tests.integration.faults import fragile
 from tests.integration.server import HTTP, ROOT, Server, endless_stream, wait_until
 from tests.starter import starter_path
 

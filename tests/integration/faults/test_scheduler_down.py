@@ -6,8 +6,8 @@ import signal
 import httpx
 from openai import OpenAI
 
+from tests.integration.faults.test_faults import ask
 from tests.integration.server import STARTER, Server, wait_until
-from tests.integration.test_faults import ask
 
 
 def test_a_resident_model_answers_without_the_scheduler(server: Server, client: OpenAI) -> None:
