@@ -23,6 +23,7 @@ RESTARTED = {
 ENDING = {
     "raylet": "raylet/raylet",
     "GCS": "gcs_server",
+    "dashboard agent": "ray::DashboardAgent",
     "launcher": "deployments.start.launcher",
 }
 RECOVERY_LIMIT_S = 60.0
