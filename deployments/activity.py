@@ -21,6 +21,8 @@ from hashlib import blake2b
 from pathlib import Path
 from stat import S_ISDIR
 
+from core.files import open_regular
+
 logger = logging.getLogger(__name__)
 
 _MAGIC = b"IMPACT01"
@@ -40,7 +42,8 @@ _SHARED_MEMORY = Path("/dev/shm")
 # A record is kept this long after its process, for all that ask why their request was lost.
 _KEPT_S = 600.0
 _DYING_S, _DYING_POLL_S = 1.0, 0.02
-_ALIVE, _DEAD = 0o600, 0o400
+# Nobody may open it for writing: a mapped file that is truncated ends its process.
+_ALIVE, _DEAD = 0o500, 0o400
 
 
 class Doing(IntEnum):
@@ -332,7 +335,7 @@ class DeathRecords:
 def read_activity(path: Path) -> tuple[Work, ...] | None:
     """Return what a dead process was doing; None if it lives, or has no readable record."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if not _is_released(file.fileno()):
                 return None
             data = file.read(FILE_BYTES + 1)
@@ -357,12 +360,12 @@ def sweep(folder: Path) -> None:
     oldest = time.time() - _KEPT_S
     for path in folder.glob(f"{_PREFIX}*"):
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 status = os.fstat(file.fileno())
                 if not _is_released(file.fileno()):
                     continue
                 # Stores to mapped memory do not set the file's time.
-                if status.st_mode & 0o200:
+                if status.st_mode & _ALIVE & ~_DEAD:
                     path.chmod(_DEAD)
                     os.utime(path)
                 elif status.st_mtime < oldest:

@@ -279,3 +279,22 @@ def test_a_full_disk_costs_the_record_only(path: Path, monkeypatch: pytest.Monke
     with record.open_model("m").working("r"):
         assert not path.exists()
     record.close()
+
+
+def test_a_record_in_use_cannot_be_opened_for_writing(record: ActivityFile, path: Path) -> None:
+    """A mapped file that is truncated would end its process."""
+    entry = record.begin(0, Doing.SERVING, 7)
+    assert path.stat().st_mode & 0o222 == 0
+    record.end(entry)
+    if os.geteuid():
+        with pytest.raises(PermissionError):
+            os.truncate(path, 0)
+
+
+def test_what_is_no_file_holds_up_no_reader(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "activity-pipe")
+    (tmp_path / "activity-link").symlink_to("/dev/zero")
+    (tmp_path / "activity-folder").mkdir()
+    sweep(tmp_path)
+    for name in ("pipe", "link", "folder"):
+        assert read_activity(tmp_path / f"activity-{name}") is None
