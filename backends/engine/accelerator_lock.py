@@ -74,6 +74,7 @@ class AcceleratorLock:
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._unlocked_steps = 0
         self._had_others = False
+        self._must_register = False
         self._pid = os.getpid()
         self._is_closed = False
         self._path = path
@@ -151,14 +152,20 @@ class AcceleratorLock:
         )
         place = self._place
         self._place = None
+        self._must_register = True
+        self._try_to_register()
+        if place is not None and self._place != place:
+            self._unlock(_PLACES + place)
+
+    def _try_to_register(self) -> None:
+        """Take a place unless others use the registry; then the next check tries again."""
         if self._lock_registry():
             try:
                 self._take_place()
             finally:
                 self._unlock(_REGISTRY)
                 self._mutex.release()
-        if place is not None and self._place != place:
-            self._unlock(_PLACES + place)
+        self._must_register = self._place is None
 
     def _follow_replaced_file(self) -> None:
         """Use the file that is at `path` now, if the one in use was deleted."""
@@ -203,7 +210,9 @@ class AcceleratorLock:
         self._holds += 1
         if self._holds % _HOLDS_BETWEEN_CHECKS == 0 and not self._is_closed:
             self._follow_replaced_file()
-            if self._place is not None and self._lock_registry():
+            if self._must_register:
+                self._try_to_register()
+            elif self._place is not None and self._lock_registry():
                 self._sweep()
         is_alone = not self._had_others or not self._has_others()
         if is_alone:

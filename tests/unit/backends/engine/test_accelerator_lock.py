@@ -421,3 +421,20 @@ def test_the_file_takes_its_room_at_once(path: Path) -> None:
     status = path.stat()
     assert status.st_blocks * 512 >= status.st_size > 1000
     lock.close()
+
+
+def test_a_registry_in_use_delays_the_new_registration_only(
+    path: Path, lock: AcceleratorLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with other_process(path) as other:
+        damage(path, "zeros")
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "_lock_registry", lambda: False)
+            with lock.hold():
+                pass
+        for _ in range(300):
+            with lock.hold():
+                pass
+        other.do("enter")
+        other.do("leave")
+        wait_until(lambda: comes_in_order(lock, other))
