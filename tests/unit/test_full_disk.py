@@ -11,6 +11,16 @@ from typing import Any
 
 import pytest
 
+from backends.engine.accelerator_lock import AcceleratorLock
+from backends.prefixes.block_file import ROOT as ROOT_KEY
+from backends.prefixes.block_file import block_head
+from backends.prefixes.disk import DiskLimits, PrefixFolder
+from catalog.store import CatalogStore
+from core.errors import ImpetusError, Unavailable
+from deployments.scheduler.faults import FaultFile
+from scheduler.faults import FaultRecord
+from tests.prefixes import prompt_of, state_of
+
 ROOT = Path(__file__).parents[2]
 
 CHILD = """
@@ -190,3 +200,26 @@ def test_a_full_disk_ends_no_process_and_is_over_when_there_is_room(small_disk: 
 
 def test_a_limit_of_file_sizes_ends_no_process(tmp_path: Path) -> None:
     check(outcome(tmp_path, "limit"))
+
+
+def test_a_read_only_disk_is_told_and_what_is_on_it_is_read(small_disk: Path) -> None:
+    folder = PrefixFolder(small_disk / "prefixes", DiskLimits(1 << 26, floor_bytes=0))
+    head = block_head(b"f" * 32, ROOT_KEY, 0, prompt_of(1), state_of(1))
+    path = folder.write("model", [(head, state_of(1))]).paths[head.key]
+    CatalogStore(small_disk / "catalog.sqlite").close()
+    AcceleratorLock(small_disk / "turns").close()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    opened = len(os.listdir("/dev/fd"))
+    again = PrefixFolder(small_disk / "prefixes", DiskLimits(1 << 26, floor_bytes=0))
+    assert list(again.scan("model", b"f" * 32)[0]) == [path]
+    assert not isinstance(again.read(path, head), str)
+    again.touch([path])
+    assert again.write("model", [(head, state_of(1))]).paths == {}
+    assert not again.is_writable
+    assert again.claim_ram(10, 100) == 0
+    FaultFile(small_disk / "faults", "session").write({"model": FaultRecord("files")})
+    with pytest.raises(ImpetusError, match="read-only"):
+        CatalogStore(small_disk / "catalog.sqlite")
+    with pytest.raises(Unavailable, match="the file system is read-only"):
+        AcceleratorLock(small_disk / "turns")
+    assert len(os.listdir("/dev/fd")) == opened
