@@ -16,6 +16,7 @@ from catalog.convert.job import Job, Report, link_source
 from catalog.convert.steps.from_gguf import quantize_file, single_file
 from catalog.convert.steps.gguf_tokenizer import check_same_tokens
 from catalog.convert.steps.hf_source import ARCHITECTURES, HfSource, add_vocabulary, read_source
+from catalog.convert.steps.number_check import as_float16, check_finite
 from core.errors import BrokenModel, UnsupportedCapability
 
 _TYPE_IDS = {name: number for number, name in FILE_TYPES.items()}
@@ -39,7 +40,7 @@ def requantize(job: Job, report: Report) -> None:
 def to_gguf(job: Job, report: Report) -> None:
     """Write one GGUF file; llama.cpp quantizes it if the job asks for that.
 
-    Raises BrokenModel, UnsupportedCapability.
+    Raises BrokenModel, UnsupportedCapability, RequestError for weights that f16 cannot hold.
     """
     from tokenizers import Tokenizer
 
@@ -187,9 +188,10 @@ class _Layout:
             elif self._is_llama and name.endswith(("k_proj.weight", "k_proj.bias")):
                 values = _permuted(values, self._model.kv_heads)
             array = np.ascontiguousarray(values.numpy())
+            check_finite(name, array)
             kind = self._kind(array.shape)
             if kind == "f16":
-                array = array.astype(np.float16)
+                array = as_float16(name, array)
             elif kind == "bf16":
                 array = gguf.quants.quantize(array, gguf.GGMLQuantizationType.BF16)
             yield min(done / max(total, 1), 1.0), array
