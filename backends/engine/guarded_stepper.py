@@ -62,15 +62,17 @@ class GuardedStepper:
 
     def apply_limits(self, pacer: Pacer) -> None:
         """Apply the pacer's limits if they changed."""
-        self._try("limits", lambda: pacer.apply_to(self._stepper))
+        if not pacer.is_applied:
+            self._try("limits", lambda: pacer.apply_to(self._stepper))
 
     def counters(self) -> EngineLoad:
         """Return the stepper's counts, or the last known ones."""
-        self._try("counters", self._count)
+        if "counters" not in self._left_out:
+            try:
+                self._counters = self._stepper.counters()
+            except BaseException:
+                self._leave_out("counters")
         return self._counters
-
-    def _count(self) -> None:
-        self._counters = self._stepper.counters()
 
     def _try(self, work: str, action: Callable[[], object]) -> None:
         if work in self._left_out:

@@ -24,9 +24,14 @@ class Pacer:
 
     def apply_to(self, stepper: object) -> None:
         """Apply the limits to the stepper if they changed."""
-        if self._applied != self.limits:
-            self._applied = self.limits
+        before, self._applied = self._applied, self.limits
+        if before != self._applied:
             self._applied.apply_to(stepper)
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the limits were applied since they were set."""
+        return self._applied is self.limits
 
     def pause_left_s(self) -> float:
         """Return the seconds until the next step may start; 0 if it may start now."""
