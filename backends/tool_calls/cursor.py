@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Generator
+from functools import lru_cache
 from typing import TypeAlias, TypeVar
 
 Result = TypeVar("Result")
@@ -71,7 +72,8 @@ class Cursor:
     @property
     def since_mark(self) -> str:
         """The text read since `mark`."""
-        return "".join((*self._past, self._text[self._mark : self._at]))
+        text = self._text[self._mark : self._at]
+        return "".join((*self._past, text)) if self._past else text
 
     def mark(self, back: int = 0) -> None:
         """Keep the text from here on, or from `back` characters of the last read before."""
@@ -124,10 +126,7 @@ class Cursor:
 
     def partial(self, markers: tuple[str, ...]) -> int:
         """Return how many of the last available characters may start one of `markers`."""
-        longest = max(map(len, markers), default=0)
-        return partial_marker_length(
-            self._text[max(self._at, len(self._text) - longest) :], markers
-        )
+        return _partial_length(self._text, self._at, markers)
 
     def more(self) -> Steps[bool]:
         """Wait for more text; return False at the end of the text."""
@@ -217,11 +216,17 @@ class Cursor:
         return any(one != tail and one.startswith(tail) for one in enders)
 
 
-def partial_marker_length(text: str, markers: tuple[str, ...]) -> int:
-    """Return how many characters at the end of `text` may start one of `markers`."""
-    longest = max(map(len, markers), default=0)
-    for length in range(min(longest - 1, len(text)), 0, -1):
-        suffix = text[-length:]
-        if any(len(one) > length and one.startswith(suffix) for one in markers):
-            return length
+@lru_cache(maxsize=256)
+def _longest_and_firsts(markers: tuple[str, ...]) -> tuple[int, str]:
+    return max(map(len, markers), default=0), "".join({one[:1] for one in markers})
+
+
+def _partial_length(text: str, start: int, markers: tuple[str, ...]) -> int:
+    """Return how many characters at the end of `text`, from `start` on, may start a marker."""
+    longest, firsts = _longest_and_firsts(markers)
+    for at in range(max(start, len(text) - longest + 1), len(text)):
+        if text[at] in firsts:
+            tail = text[at:]
+            if any(len(one) > len(tail) and one.startswith(tail) for one in markers):
+                return len(tail)
     return 0

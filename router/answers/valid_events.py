@@ -41,8 +41,13 @@ def valid_events(index: int, events: Iterable[GenerationEvent]) -> list[TaggedEv
     valid: list[TaggedEvent] = []
     for event in events:
         # The common case first: it costs every token.
-        if type(event) is TextDelta and type(event.text) is str and event.text.isascii():
-            valid.append((index, event if type(event.logprobs) is tuple else _valid(event)))
+        if (
+            type(event) is TextDelta
+            and type(text := event.text) is str
+            and type(event.logprobs) is tuple
+            and (text.isascii() or well_formed(text) is text)
+        ):
+            valid.append((index, event))
             continue
         try:
             checked = _valid(event)

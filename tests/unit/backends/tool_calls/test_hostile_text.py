@@ -48,7 +48,7 @@ FRAGMENTS = (
 )  # fmt: skip
 
 quickly = settings(
-    max_examples=50,
+    max_examples=40,
     derandomize=True,
     deadline=None,
     database=None,
@@ -136,6 +136,24 @@ def test_text_that_is_no_call_is_not_lost(family: str) -> None:
         for marker in FAMILIES[family].markers:
             text, shown = text.replace(marker, ""), shown.replace(marker, "")
         assert sorted(shown.replace("[]", "").split()) == sorted(text.replace("[]", "").split())
+
+    check()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_without_markers_is_kept_exactly(family: str) -> None:
+    @quickly
+    @given(
+        st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), max_size=8).map("".join),
+        st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    )
+    def check(text: str, lengths: list[int]) -> None:
+        for marker in FAMILIES[family].markers:
+            text = text.replace(marker, "")
+        for chunks in ([text], cut(text, lengths)):
+            parser = FAMILIES[family].parser(())
+            result, _ = parse(parser, chunks)
+            assert result == ([("text", text)] if text else [])
 
     check()
 
