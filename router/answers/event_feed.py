@@ -45,6 +45,7 @@ class EventFeed:
         self._waiter: asyncio.Future[None] | None = None
         self._runs: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
+        self._is_closing = False
         # Writes events while the reader waits, without waking it; False leaves them to `next`.
         self.write_now: WriteNow | None = None
         self.is_disconnected = False
@@ -64,6 +65,7 @@ class EventFeed:
         trace: TracebackType | None,
     ) -> None:
         del kind, error, trace
+        self._is_closing = True
         watchers = [self._watcher] if self._watcher else []
         # A finished generation returns by itself.
         unfinished = [self._runs[index] for index in self._unfinished]
@@ -103,9 +105,12 @@ class EventFeed:
 
     def abort(self, error: Exception) -> None:
         """Cancel the generations at once; `next` raises `error`."""
-        self._error = self._error or error
+        self._fail(error)
         for run in self._runs:
             run.cancel()
+
+    def _fail(self, error: Exception) -> None:
+        self._error = self._error or error
         self.wake()
 
     async def _run(self, index: int, request: GenerationRequest) -> None:
@@ -115,12 +120,16 @@ class EventFeed:
                 raise EngineFailed(
                     "The engine ended the generation without a result; send it again."
                 )
+        except asyncio.CancelledError:
+            if not self._is_closing:
+                # Cancelled from within: the reader must not wait for an end that never comes.
+                self._fail(EngineFailed("The server cancelled the generation; send it again."))
+            raise
         except Exception as error:
             if index not in self._unfinished:
                 _logger.exception("a generation failed after its end")
                 return
-            self._error = self._error or error
-            self.wake()
+            self._fail(error)
 
     def _on_events(self, index: int, events: Sequence[GenerationEvent]) -> None:
         if index not in self._unfinished:
@@ -161,8 +170,12 @@ class EventFeed:
         self.wake()
 
     async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        try:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        except Exception:
+            # A server that cannot tell any more is as good as gone.
+            _logger.exception("cannot watch a client's connection")
         self.is_disconnected = True
         self.wake()
 

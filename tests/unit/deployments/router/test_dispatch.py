@@ -39,7 +39,7 @@ from deployments.messages import Attempt, Residency
 from deployments.router.dispatch import HandleDispatcher
 from deployments.router.model_states import ModelStatesWatch
 from deployments.serve.handles import ReplicaDied
-from deployments.transport.codec import encode_frame
+from deployments.transport.codec import encode_frame, encode_frames
 from deployments.transport.socket import FrameReceiver, FrameSender
 from router.answers.event_feed import EventFeed
 from tests.unit.deployments.handles import FakeHandle, answering
@@ -313,6 +313,26 @@ async def test_a_replica_on_another_node_streams_by_its_handle(receiver: FrameRe
     scheduler = FakeHandle(ensure_loaded=answering(far))
     assert await collect(dispatcher(receiver, scheduler, replica)) == [TextDelta("x", (1,)), END]
     assert frames.is_cancelled
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+async def test_an_event_that_is_lost_on_the_way_ends_its_request(
+    receiver: FrameReceiver, is_remote: bool
+) -> None:
+    bad: Any = object()
+    far = Residency("m", "gguf", "a", "another node", 2048, 0.1)
+    frames = FakeFrames(TextDelta("x", (1,)))
+    frames._frames += encode_frames([("r", [bad])])
+    stream = SimpleNamespace(remote=lambda _request, _attempt: frames)
+    replica: Any = SimpleNamespace(stream=stream, options=lambda **_: replica)
+    near = FakeHandle(generate=sending(([TextDelta("x", (1,)), bad], None)))
+    scheduler = FakeHandle(ensure_loaded=answering(far)) if is_remote else loads("a")
+    subject = dispatcher(receiver, scheduler, replica if is_remote else near)
+    events: list[GenerationEvent] = []
+    with pytest.raises(EngineFailed, match="part of the answer was lost"):
+        await subject.generate(REQUEST, events.extend)
+    assert events == [TextDelta("x", (1,))]
+    await subject.close()
 
 
 async def test_embed_tries_again_where_the_model_was_lost(receiver: FrameReceiver) -> None:

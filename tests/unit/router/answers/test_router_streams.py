@@ -286,6 +286,34 @@ async def test_feed_gives_up_a_reader_that_falls_behind(monkeypatch: pytest.Monk
             await feed.next()
 
 
+@pytest.mark.parametrize("is_begun", [True, False])
+async def test_a_generation_that_is_cancelled_from_within_ends(is_begun: bool) -> None:
+    async def generate(_: GenerationRequest, on_events: EventCallback) -> None:
+        if is_begun:
+            on_events([TextDelta("x")])
+        raise asyncio.CancelledError
+
+    request = GenerationRequest("r", CHAT_MODEL, TextPrompt("x"))
+    async with EventFeed(generate, [request], asyncio.Event().wait) as feed:  # type: ignore[arg-type]
+        async with asyncio.timeout(30):
+            if is_begun:
+                assert await feed.next() == [(0, TextDelta("x"))]
+            with pytest.raises(EngineFailed, match="cancelled"):
+                await feed.next()
+
+
+async def test_a_connection_that_cannot_be_watched_counts_as_gone() -> None:
+    async def receive() -> Any:
+        raise RuntimeError("bug")
+
+    dispatcher = FakeDispatcher(asyncio.Event())
+    request = GenerationRequest("r", CHAT_MODEL, TextPrompt("x"))
+    async with asyncio.timeout(30), EventFeed(dispatcher.generate, [request], receive) as feed:
+        assert await feed.next() is None
+        assert feed.is_disconnected
+    assert dispatcher.running == 0
+
+
 async def test_events_that_wait_together_leave_in_one_message() -> None:
     dispatcher = FakeDispatcher(*(TextDelta(str(index)) for index in range(100)), finished())
     app = create_app(make_services(dispatcher))
