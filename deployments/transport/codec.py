@@ -58,6 +58,11 @@ def encode_frames(batch: StepEvents) -> list[bytes]:
         return [frame for request_id, events in batch for frame in _frames_of(request_id, events)]
 
 
+def lost_frame(request_id: str) -> bytes:
+    """Return a frame that ends a request with an error: its next events are lost."""
+    return _framed([(request_id, [(_LOST,)])])
+
+
 def decode_length(data: bytes | bytearray, offset: int) -> int:
     """Return the body length of the frame at `offset`.  Raises ValueError over the maximum."""
     length: int = _LENGTH.unpack_from(data, offset)[0]
@@ -106,7 +111,7 @@ def _frames_of(request_id: str, events: Sequence[GenerationEvent]) -> list[bytes
             frames.append(encode_frame([(request_id, [event])]))
         except Exception:
             logger.exception("an event of %s cannot be encoded", request_id)
-            frames.append(_framed([(request_id, [(_LOST,)])]))
+            frames.append(lost_frame(request_id))
             break
     return frames
 

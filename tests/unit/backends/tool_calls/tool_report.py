@@ -24,10 +24,11 @@ generated if the form allows it: JSON, and strings between tags. Other values be
 syntax and Gemma's notation are sent once they are complete. Anything that is not a well-formed
 call of a declared function stays text. An answer that consists of one JSON call, bare or in a code
 fence, is a call in every family except `harmony`; in `pythonic` and `lfm2` so is a list in Python
-syntax. A call within reasoning stays reasoning. Values between tags are converted to numbers,
-booleans, null, lists and objects if the function's schema allows it. Calls that do not
-match the schema, are incomplete or name an undeclared function are counted in
-`impetus_tool_call_mismatches_total`, by model and kind.
+syntax. A call within reasoning stays reasoning. Arguments nested deeper than 200 levels (100 in
+Python syntax, 64 in Gemma's notation) are not a call; lone surrogates in them become U+FFFD. Values
+between tags are converted to numbers, booleans, null, lists and objects if the function's schema
+allows it. Calls that do not match the schema, are incomplete or name an undeclared function are
+counted in `impetus_tool_call_mismatches_total`, by model and kind.
 
 ## Constrained calls
 With `tool_choice` `required` or a named function the answer is one call in the family's form. With

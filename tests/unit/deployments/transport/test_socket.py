@@ -13,6 +13,7 @@ import pytest
 from core.errors import EngineFailed
 from core.supervision import RestartPolicy, Supervisor
 from core.types import Finished, GenerationEvent, TextDelta, Usage
+from deployments.transport import handle_stream
 from deployments.transport import socket as frames
 from deployments.transport.codec import decode_body, encode_frame
 from deployments.transport.handle_stream import CoalescingReceiver
@@ -318,3 +319,16 @@ async def test_a_folder_that_was_removed_is_made_anew(monkeypatch: pytest.Monkey
     await receiver.stop()
     assert not Path(receiver.path).parent.exists()
     await supervisor.stop()
+
+
+async def test_a_router_on_another_node_that_falls_behind_loses_its_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handle_stream, "_MAX_WAITING_STEPS", 5)
+    receiver = CoalescingReceiver(asyncio.get_running_loop())
+    for _ in range(20):
+        receiver.deliver([("a", [TextDelta("x")])])
+    await asyncio.sleep(0)
+    arrivals = [one async for frame in receiver.frames() for one in decode_body(frame[4:])]
+    assert arrivals[:-1] == [("a", [TextDelta("x")])] * 5
+    assert isinstance(arrivals[-1][1], EngineFailed)
