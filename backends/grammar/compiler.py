@@ -224,7 +224,7 @@ class GrammarCompiler:
             if verdict.refusal:
                 raise _refused(verdict.refusal, constraint.param)
             taken_bytes = max(taken_bytes, verdict.grown_bytes)
-        matcher = self._compiled(text, constraint.param)
+        matcher = self._compiled(text, constraint.param, is_background=not constraint.is_cheap)
         self._keep(key, matcher, taken_bytes)
         return GrammarMask(self._tokenizer, matcher.deep_copy(), self._scratch)
 
@@ -240,9 +240,11 @@ class GrammarCompiler:
                     self._verdicts.popitem(last=False)
         return known
 
-    def _compiled(self, text: str, param: str) -> LLMatcher:
+    def _compiled(self, text: str, param: str, *, is_background: bool = False) -> LLMatcher:
         # llguidance recurses over nested schemas and chains of references.
-        matcher, problem = call_with_stack(_STACK_BYTES, lambda: self._compile(text))
+        matcher, problem = call_with_stack(
+            _STACK_BYTES, lambda: self._compile(text), is_background=is_background
+        )
         if matcher is None or problem:
             raise _refused(problem, param)
         return matcher

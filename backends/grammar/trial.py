@@ -1,10 +1,11 @@
 """Tries a costly grammar in a limited child process before this process compiles it."""
 
+import contextlib
 import json
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +14,17 @@ from llguidance import LLTokenizer
 from backends.cancellation import check_cancelled
 from core.child import AnswerTooLong, Child, ChildEnded
 from core.errors import Unavailable
-from core.units import GIB, MIB, format_bytes
+from core.units import MIB, format_bytes
 
 LIMIT_S = 15.0
 CPU_LIMIT_S = 4
 COMPILE_LIMIT_S = 2.5
 MASK_LIMIT_S = 0.1
 GROWTH_LIMIT_BYTES = 192 * MIB
-_MEMORY_LIMIT_BYTES = GIB
+_MEMORY_LIMIT_BYTES = 640 * MIB
+# In this process: so many children run at once, and so many grammars wait for them.
+MAX_RUNNING = 2
+MAX_WAITING = 6
 _ANSWER_LIMIT_BYTES = MIB
 _POLL_S = 0.2
 _CODE_FOLDER = Path(__file__).resolve().parents[2]
@@ -38,6 +42,40 @@ class Verdict:
     grown_bytes: int = 0
 
 
+class _Queue:
+    """Bounds the trials of this process, so that costly grammars leave memory and threads free."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slots = threading.Semaphore(MAX_RUNNING)
+        self._count = 0
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for a slot and hold it.  Raises Unavailable if too many wait, and Cancelled."""
+        with self._lock:
+            if self._count >= MAX_RUNNING + MAX_WAITING:
+                raise Unavailable(
+                    f"{self._count} costly schemas or regexes are being checked at the moment. "
+                    "Try again in a few seconds.",
+                    retry_after_s=5,
+                )
+            self._count += 1
+        try:
+            while not self._slots.acquire(timeout=_POLL_S):
+                check_cancelled()
+            try:
+                yield
+            finally:
+                self._slots.release()
+        finally:
+            with self._lock:
+                self._count -= 1
+
+
+_queue = _Queue()
+
+
 class GrammarTrial:
     """Tries grammars for one vocabulary.  Thread-safe; each trial has a process of its own."""
 
@@ -50,9 +88,13 @@ class GrammarTrial:
     def run(self, grammar: str) -> Verdict:
         """Return what compiling `grammar` takes, or why it is refused.
 
-        Blocks up to 15 s, usually for half a second.  Raises Unavailable if the child does not
-        start or the machine is too busy, and Cancelled.
+        Blocks up to 15 s, usually for half a second, and before that for earlier trials.  Raises
+        Unavailable if the child does not start or too many grammars wait, and Cancelled.
         """
+        with _queue.turn():
+            return self._run(grammar)
+
+    def _run(self, grammar: str) -> Verdict:
         lengths, special, data = self._read_vocabulary()
         request = {
             "grammar": grammar,

@@ -5,6 +5,7 @@ Input: a line of JSON with `grammar`, `lengths` (bytes of each token), `special`
 """
 
 import json
+import os
 import random
 import resource
 import sys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Half of what the compiler in the engine's process has: what fits here fits there.
 STACK_BYTES = 32 * MIB
+_NICE = 10
 _WALKED_TOKENS = 12
 _LONGEST = 16
 
@@ -67,6 +69,7 @@ class _Vocabulary:
 def main() -> None:
     """Answer one request."""
     die_with_parent()
+    os.nice(_NICE)
     request = json.loads(sys.stdin.buffer.readline())
     data = sys.stdin.buffer.read(sum(request["lengths"]))
     stream = take_stdout()

@@ -138,8 +138,8 @@ class Quick(GrammarCompiler):
         del key, text
         return Verdict("")
 
-    def _compiled(self, text: str, param: str) -> LLMatcher:
-        del text, param
+    def _compiled(self, text: str, param: str, *, is_background: bool = False) -> LLMatcher:
+        del text, param, is_background
         self.compiled += 1
         return self._one
 

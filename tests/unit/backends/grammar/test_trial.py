@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from backends.cancellation import Cancelled, cancelled_by
+from backends.grammar import trial
 from backends.grammar.compiler import output_constraint
 from backends.grammar.cost import is_cheap_pattern, is_cheap_schema
 from backends.grammar.schema_limits import check_pattern
+from backends.grammar.trial import MAX_RUNNING, MAX_WAITING, GrammarTrial, Verdict
 from backends.hf.tokenizer import HfTokenizer
 from core.errors import RequestError, Unavailable, UnsupportedParameter
 from core.types import ChoiceOutput, JsonOutput, JsonValue, RegexOutput
@@ -227,3 +229,40 @@ def test_a_child_that_cannot_be_started_is_no_fault_of_the_grammar(
         with pytest.raises(Unavailable, match="did not start"):
             read.mask(wanted)
     assert not read.mask(wanted).problem
+
+
+def test_few_trials_run_at_once_and_few_wait(
+    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, running = threading.Event(), threading.Semaphore(0)
+
+    def hold(_: object, grammar: str) -> Verdict:
+        running.release()
+        assert release.wait(60)
+        return Verdict(f"as the test wants it: {len(grammar)}")
+
+    def work(divisor: int) -> None:
+        try:
+            read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": divisor})))
+        except (Unavailable, UnsupportedParameter) as problem:
+            problems.append(problem)
+
+    problems: list[Exception] = []
+    monkeypatch.setattr(GrammarTrial, "_run", hold)
+    count = MAX_RUNNING + MAX_WAITING
+    threads = [threading.Thread(target=work, args=(20_011 + each,)) for each in range(count)]
+    for thread in threads:
+        thread.start()
+    for _ in range(MAX_RUNNING):
+        assert running.acquire(timeout=60)
+    while trial._queue._count < count:
+        assert not problems
+    work(40_009)
+    assert isinstance(problems[0], Unavailable)
+    assert not running.acquire(blocking=False)
+    # What is cheap needs no trial.
+    assert fits(read, JsonOutput({"const": 1}), "1")
+    release.set()
+    for thread in threads:
+        thread.join(60)
+    assert len(problems) == count + 1
