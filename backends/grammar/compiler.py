@@ -14,7 +14,7 @@ from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
 from backends.grammar.constraint import Constraint
-from backends.grammar.cost import check_literals, is_cheap_pattern, is_cheap_schema
+from backends.grammar.cost import CostMeter, check_literals
 from backends.grammar.schema_limits import check_enforceable, check_pattern, without_lookaround
 from backends.grammar.trial import GrammarTrial, Verdict
 from backends.grammar.trial_worker import STACK_BYTES, parser_limits
@@ -81,7 +81,7 @@ class GrammarText:
         self._rules: list[str] = []
         self._markers: list[str] = []
         self._count = 0
-        self._is_cheap = True
+        self._cost = CostMeter()
 
     @staticmethod
     def quoted(text: str) -> str:
@@ -105,12 +105,12 @@ class GrammarText:
 
     def json(self, schema: Mapping[str, JsonValue]) -> str:
         """Return a rule that matches JSON valid for `schema`."""
-        self._is_cheap = self._is_cheap and is_cheap_schema(dict(schema))
+        self._cost.add_schema(dict(schema))
         return self.rule(f"%json {schema_text(schema, is_lenient=self.is_lenient)}")
 
     def pattern(self, pattern: str) -> str:
         """Return a rule that matches a regex in Rust's syntax."""
-        self._is_cheap = self._is_cheap and is_cheap_pattern(pattern)
+        self._cost.add_pattern(pattern)
         return self.rule(f"/{regex_to_lark(pattern)}/")
 
     @property
@@ -137,7 +137,7 @@ class GrammarText:
         start = f"{self.until(reasoning)} answer" if reasoning is not None else "answer"
         lines = [f"start: {start}", f"answer: {answer}", *self._rules]
         grammar = "\n".join(lines) + "\n"
-        is_cheap = self._is_cheap and len(grammar) <= _MAX_CHEAP_CHARACTERS
+        is_cheap = self._cost.is_cheap and len(grammar) <= _MAX_CHEAP_CHARACTERS
         return Constraint(grammar, param, tuple(self._markers), is_cheap)
 
 

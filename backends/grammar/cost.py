@@ -18,7 +18,11 @@ _MAX_PATTERN = 512
 # llguidance builds about one state for each remainder of a number.
 _MAX_REMAINDERS = 10_000
 _MAX_LITERAL = 4096
-_REPEAT = re.compile(r"\{\d{4,}|\{\d*,\d{4,}")
+# Of all schemas and regexes of one grammar together.
+_MAX_ALL_REMAINDERS = 20_000
+_MAX_ALL_REPETITIONS = 20_000
+_MAX_REPETITIONS = 1000
+_REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?")
 
 
 def check_literals(schema: JsonValue, param: str) -> None:
@@ -40,24 +44,44 @@ def check_literals(schema: JsonValue, param: str) -> None:
                     )
 
 
-def is_cheap_pattern(pattern: str) -> bool:
-    """Return whether a regex certainly compiles fast."""
-    return len(pattern) <= _MAX_PATTERN and not _REPEAT.search(pattern)
+class CostMeter:
+    """Adds up what may make one grammar costly.
 
-
-def is_cheap_schema(schema: JsonValue) -> bool:
-    """Return whether the grammar of a JSON schema certainly compiles fast and needs little memory.
-
-    False says only that nobody knows: alternatives that are combined, chains of references, and
-    divisors whose product counts can each take minutes, gigabytes, or the stack.
+    Not `is_cheap` says only that nobody knows: alternatives that are combined, chains of
+    references, and divisors whose product counts can take minutes, gigabytes, or the stack.
     """
-    return _Measure().is_cheap(schema)
+
+    def __init__(self) -> None:
+        self.is_cheap = True
+        self._remainders = 0
+        self._repetitions = 0
+
+    def add_schema(self, schema: JsonValue) -> None:
+        """Add a JSON schema."""
+        measure = _Measure()
+        self.is_cheap = self.is_cheap and measure.is_cheap(schema)
+        self._remainders += measure.remainders if self.is_cheap else 0
+        self._add_repetitions(measure.repetitions)
+
+    def add_pattern(self, pattern: str) -> None:
+        """Add a regex."""
+        repetitions = _repetitions(pattern)
+        is_short = len(pattern) <= _MAX_PATTERN and repetitions <= _MAX_REPETITIONS
+        self.is_cheap = self.is_cheap and is_short
+        self._add_repetitions(repetitions)
+
+    def _add_repetitions(self, repetitions: int) -> None:
+        self._repetitions += repetitions
+        if self._remainders > _MAX_ALL_REMAINDERS or self._repetitions > _MAX_ALL_REPETITIONS:
+            self.is_cheap = False
 
 
 class _Measure:
-    """Sums what makes a schema costly."""
+    """Sums what makes one schema costly."""
 
     def __init__(self) -> None:
+        self.remainders = 1
+        self.repetitions = 0
         self._nodes = 0
         self._references = 0
         self._choices = 0
@@ -81,7 +105,8 @@ class _Measure:
                     if not self._is_cheap_object(item):
                         return False
             if not below:
-                return self._remainders() <= _MAX_REMAINDERS and self._text <= _MAX_TEXT
+                self.remainders = self._common_multiple()
+                return self.remainders <= _MAX_REMAINDERS and self._text <= _MAX_TEXT
             level = below
         return False
 
@@ -94,16 +119,22 @@ class _Measure:
         divisor = _divisor(item.get("multipleOf"))
         if divisor is not None:
             self._divisors.add(divisor)
+        repetitions = 0
+        if isinstance(pattern, str):
+            if len(pattern) > _MAX_PATTERN:
+                return False
+            repetitions = _repetitions(pattern)
+            self.repetitions += repetitions
         return (
             self._references <= _MAX_REFERENCES
             and self._choices <= _MAX_CHOICES
             and not (isinstance(both, list) and len(both) > 1)
-            and not (isinstance(pattern, str) and not is_cheap_pattern(pattern))
+            and repetitions <= _MAX_REPETITIONS
             and not _size(item.get("patternProperties")) > 1
             and _optional(item) <= _MAX_OPTIONAL
         )
 
-    def _remainders(self) -> int:
+    def _common_multiple(self) -> int:
         """Return the least common multiple of all divisors, in units of their last digit."""
         if not self._divisors:
             return 1
@@ -111,6 +142,14 @@ class _Measure:
             return _MAX_REMAINDERS + 1
         places = max(max(0, -int(each.as_tuple().exponent)) for each in self._divisors)
         return math.lcm(*(int(each.scaleb(places)) for each in self._divisors))
+
+
+def _repetitions(pattern: str) -> int:
+    """Return the sum of the counts in a regex; more than allowed for numbers of many digits."""
+    counts = [count for found in _REPEAT.findall(pattern) for count in found if count]
+    if any(len(count) > 6 for count in counts):
+        return _MAX_ALL_REPETITIONS + 1
+    return sum(map(int, counts))
 
 
 def _divisor(value: object) -> Decimal | None:

@@ -8,7 +8,7 @@ import pytest
 from backends.cancellation import Cancelled, cancelled_by
 from backends.grammar import trial
 from backends.grammar.compiler import output_constraint
-from backends.grammar.cost import is_cheap_pattern, is_cheap_schema
+from backends.grammar.cost import CostMeter
 from backends.grammar.schema_limits import check_pattern
 from backends.grammar.trial import MAX_RUNNING, MAX_WAITING, GrammarTrial, Verdict
 from backends.hf.tokenizer import HfTokenizer
@@ -16,6 +16,20 @@ from core.errors import RequestError, Unavailable, UnsupportedParameter
 from core.types import ChoiceOutput, JsonOutput, JsonValue, RegexOutput
 from tests.unit.backends.grammar.test_constraint import fits
 from tests.unit.backends.grammar.test_constraint import read as read
+
+
+def is_cheap_schema(*schemas: Any) -> bool:
+    meter = CostMeter()
+    for schema in schemas:
+        meter.add_schema(schema)
+    return meter.is_cheap
+
+
+def is_cheap_pattern(*patterns: str) -> bool:
+    meter = CostMeter()
+    for pattern in patterns:
+        meter.add_pattern(pattern)
+    return meter.is_cheap
 
 
 def chain(length: int, link: str = "direct") -> dict[str, JsonValue]:
@@ -120,11 +134,19 @@ def test_usual_schemas_need_no_trial(schema: dict[str, JsonValue]) -> None:
     assert is_cheap_schema(schema)
 
 
+def test_costs_of_all_tools_add_up() -> None:
+    assert is_cheap_schema(*({"multipleOf": 0.01} for _ in range(100)))
+    assert not is_cheap_schema(*({"multipleOf": 9000 + index} for index in range(100)))
+    assert is_cheap_pattern(*["[a-z]{1,20}"] * 100)
+    assert not is_cheap_pattern(*["[a-z]{1,900}"] * 100)
+    assert not is_cheap_schema(*({"pattern": "[a-z]{1,900}"} for _ in range(100)))
+
+
 def test_regexes_with_large_repetitions_are_tried_first() -> None:
     assert is_cheap_pattern(r"[a-z]{1,500}\d+")
     assert not is_cheap_pattern("(a{1,1000}){1,1000}")
     assert not is_cheap_pattern("a" * 600)
-    assert not output_constraint(RegexOutput("a{1000}", "p")).is_cheap
+    assert not output_constraint(RegexOutput("a{1001}", "p")).is_cheap
 
 
 def test_literals_that_would_force_too_much_text_are_refused() -> None:
