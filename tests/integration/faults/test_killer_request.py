@@ -20,7 +20,7 @@ LONG = "All streams go on. " * 25
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server in whose environment the fragile format is an installed plug-in."""
     plugins = tmp_path_factory.mktemp("plugins")
     fragile.write_distribution(plugins)
@@ -71,32 +71,32 @@ def reset(server: Server) -> None:
 
 @pytest.mark.parametrize("word", [fragile.KILL_PREPARE, fragile.KILL_PREFILL])
 def test_a_killer_request_ends_two_processes_and_bystanders_stream_on(
-    server: Server, word: str
+    shared: Server, word: str
 ) -> None:
-    reset(server)
+    reset(shared)
     with ThreadPoolExecutor(4) as pool:
-        bystanders = [pool.submit(ask, server, name, LONG) for name in ("fragile", "innocent")]
-        wait_until(lambda: _running(server) == 2, "both stream")
-        before = pid_of(server)
-        killed = ask(server, "fragile", f"please {word} now")
+        bystanders = [pool.submit(ask, shared, name, LONG) for name in ("fragile", "innocent")]
+        wait_until(lambda: _running(shared) == 2, "both stream")
+        before = pid_of(shared)
+        killed = ask(shared, "fragile", f"please {word} now")
         assert killed.status_code == 500
         assert killed.json()["error"]["code"] == "request_crashed_engine"
         assert killed.headers["x-should-retry"] == "false"
         assert "retry-after" not in killed.headers
         assert [answer_of(each.result()) for each in bystanders] == [LONG, LONG]
-    assert pid_of(server) != before
+    assert pid_of(shared) != before
     # Two deaths quarantine nothing, and the innocent model is charged with none.
-    assert answer_of(ask(server, "fragile", "hello")) == "hello"
-    assert answer_of(ask(server, "innocent", "hello")) == "hello"
+    assert answer_of(ask(shared, "fragile", "hello")) == "hello"
+    assert answer_of(ask(shared, "innocent", "hello")) == "hello"
     # A client that sends it again hurts nobody.
-    before = pid_of(server)
-    assert ask(server, "fragile", f"please {word} now").status_code == 500
-    assert pid_of(server) == before
+    before = pid_of(shared)
+    assert ask(shared, "fragile", f"please {word} now").status_code == 500
+    assert pid_of(shared) == before
     # A third death quarantines the model whose requests kill.
-    assert ask(server, "fragile", f"please {word} again").status_code == 503
-    assert answer_of(ask(server, "innocent", "hello")) == "hello"
-    assert states(server)[ids["fragile"]] == "quarantined"
-    assert states(server)[ids["innocent"]] != "quarantined"
+    assert ask(shared, "fragile", f"please {word} again").status_code == 503
+    assert answer_of(ask(shared, "innocent", "hello")) == "hello"
+    assert states(shared)[ids["fragile"]] == "quarantined"
+    assert states(shared)[ids["innocent"]] != "quarantined"
 
 
 def _running(server: Server) -> int:
@@ -105,40 +105,40 @@ def _running(server: Server) -> int:
 
 
 def test_a_kill_from_outside_charges_the_model_that_decoded_and_its_stream_goes_on(
-    server: Server,
+    shared: Server,
 ) -> None:
-    reset(server)
+    reset(shared)
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(ask, server, "innocent", LONG)
-        wait_until(lambda: _running(server) == 1, "it streams")
-        os.kill(pid_of(server), signal.SIGKILL)
+        stream = pool.submit(ask, shared, "innocent", LONG)
+        wait_until(lambda: _running(shared) == 1, "it streams")
+        os.kill(pid_of(shared), signal.SIGKILL)
         assert answer_of(stream.result()) == LONG
-    assert states(server)[ids["innocent"]] == "resident"
+    assert states(shared)[ids["innocent"]] == "resident"
 
 
-def test_a_process_that_dies_idle_is_forgotten_without_a_request(server: Server) -> None:
-    reset(server)
-    assert states(server)[ids["innocent"]] == "resident"
-    os.kill(pid_of(server), signal.SIGKILL)
-    wait_until(lambda: "resident" not in states(server).values(), "nothing is believed", 60)
-    assert answer_of(ask(server, "innocent", "hello")) == "hello"
-    assert states(server)[ids["innocent"]] == "resident"
+def test_a_process_that_dies_idle_is_forgotten_without_a_request(shared: Server) -> None:
+    reset(shared)
+    assert states(shared)[ids["innocent"]] == "resident"
+    os.kill(pid_of(shared), signal.SIGKILL)
+    wait_until(lambda: "resident" not in states(shared).values(), "nothing is believed", 60)
+    assert answer_of(ask(shared, "innocent", "hello")) == "hello"
+    assert states(shared)[ids["innocent"]] == "resident"
 
 
-def test_a_load_that_ends_its_process_charges_the_loaded_model_only(server: Server) -> None:
-    reset(server)
+def test_a_load_that_ends_its_process_charges_the_loaded_model_only(shared: Server) -> None:
+    reset(shared)
     with ThreadPoolExecutor(1) as pool:
-        bystander = pool.submit(ask, server, "innocent", LONG)
-        wait_until(lambda: _running(server) == 1, "it streams")
-        refused = ask(server, "unloadable", "hello")
+        bystander = pool.submit(ask, shared, "innocent", LONG)
+        wait_until(lambda: _running(shared) == 1, "it streams")
+        refused = ask(shared, "unloadable", "hello")
         assert refused.status_code == 503
         assert "died twice while it loaded" in refused.text
         assert answer_of(bystander.result()) == LONG
-    ask(server, "unloadable", "hello")
-    assert states(server)[ids["unloadable"]] == "quarantined"
-    assert "processes died" in _reason(server, "unloadable")
-    assert states(server)[ids["innocent"]] != "quarantined"
-    assert answer_of(ask(server, "fragile", "hello")) == "hello"
+    ask(shared, "unloadable", "hello")
+    assert states(shared)[ids["unloadable"]] == "quarantined"
+    assert "processes died" in _reason(shared, "unloadable")
+    assert states(shared)[ids["innocent"]] != "quarantined"
+    assert answer_of(ask(shared, "fragile", "hello")) == "hello"
 
 
 def _reason(server: Server, model: str) -> str:
@@ -146,17 +146,17 @@ def _reason(server: Server, model: str) -> str:
     return str(found["reason"])
 
 
-def test_a_load_that_hangs_is_ended_and_other_models_are_loaded(server: Server) -> None:
-    reset(server)
+def test_a_load_that_hangs_is_ended_and_other_models_are_loaded(shared: Server) -> None:
+    reset(shared)
     with ThreadPoolExecutor(2) as pool:
-        bystander = pool.submit(ask, server, "innocent", LONG)
-        wait_until(lambda: _running(server) == 1, "it streams")
-        hanging = pool.submit(ask, server, "hanging", "hello")
-        wait_until(lambda: states(server)[ids["hanging"]] == "loading", "it is being loaded")
+        bystander = pool.submit(ask, shared, "innocent", LONG)
+        wait_until(lambda: _running(shared) == 1, "it streams")
+        hanging = pool.submit(ask, shared, "hanging", "hello")
+        wait_until(lambda: states(shared)[ids["hanging"]] == "loading", "it is being loaded")
         assert answer_of(bystander.result()) == LONG
         refused = hanging.result()
         assert refused.status_code == 503
-    assert answer_of(ask(server, "innocent", "hello")) == "hello"
+    assert answer_of(ask(shared, "innocent", "hello")) == "hello"
 
 
 def test_a_file_truncated_under_its_engine_ends_only_its_own_requests(
