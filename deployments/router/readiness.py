@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from core.errors import ImpetusError
+from deployments.router.model_states import ModelStatesWatch
 from deployments.serve.handles import Handle, call, direct
 
 logger = logging.getLogger(__name__)
@@ -19,17 +20,19 @@ class Readiness:
     """Implements `router.services.Health` by asking every part that a request needs.
 
     `checks` are local: each returns a sentence that says what is wrong, or nothing.  The scheduler
-    is asked last, because only it can take long: 2 s at most.
+    is asked last, because only it can take long: 2 s at most for each of two questions.
     """
 
     def __init__(
         self,
         scheduler: Handle,
         checks: Sequence[Callable[[], str]],
+        model_states: ModelStatesWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = direct(scheduler)
         self._checks = checks
+        self._model_states = model_states
         self._clock = clock
         self._lock = asyncio.Lock()
         self._asked_at = float("-inf")
@@ -39,7 +42,11 @@ class Readiness:
         """Return why a request would not be answered; empty if it would be."""
         async with self._lock:
             if self._clock() - self._asked_at >= _SHARED_S:
-                self._reason = self._local_reason() or await self._scheduler_reason()
+                self._reason = (
+                    self._local_reason()
+                    or await self._scheduler_reason()
+                    or await self._states_reason()
+                )
                 self._asked_at = self._clock()
             return self._reason
 
@@ -54,6 +61,15 @@ class Readiness:
                 logger.exception("a check of readiness failed")
                 return f"A check of readiness failed: {type(problem).__name__}."
         return ""
+
+    async def _states_reason(self) -> str:
+        """Return why the model states are outdated although the scheduler answers."""
+        states = self._model_states
+        if states is None or not states.problem():
+            return ""
+        # After a start the next poll may be seconds away.
+        await states.refresh()
+        return states.problem()
 
     async def _scheduler_reason(self) -> str:
         try:

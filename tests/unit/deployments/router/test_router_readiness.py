@@ -23,7 +23,7 @@ def readiness(answer: Any, *checks: Any, now: list[float] | None = None) -> Read
         return times[0]
 
     handle: Any = FakeHandle(not_ready_because=answer)
-    return Readiness(handle, checks, clock)
+    return Readiness(handle, checks, clock=clock)
 
 
 async def hang(*arguments: Any) -> Any:
@@ -78,7 +78,7 @@ async def test_a_local_part_that_does_not_work_is_told(check: Any, reason: str) 
 
 async def test_a_flood_of_questions_asks_the_scheduler_once() -> None:
     handle: Any = FakeHandle(not_ready_because=answering(""))
-    subject = Readiness(handle, (), lambda: 7.0)
+    subject = Readiness(handle, (), clock=lambda: 7.0)
     await asyncio.gather(*(subject.not_ready_because() for _ in range(100)))
     assert len(handle.not_ready_because.calls) == 1
 
@@ -93,3 +93,16 @@ async def test_model_states_are_outdated_when_the_scheduler_is_silent() -> None:
     watch._answered_at -= 60
     await watch.refresh()
     assert "for 60 s" in watch.problem()
+
+
+async def test_states_that_were_not_published_yet_are_asked_for() -> None:
+    asked = answering(ModelStates(), ModelStates(version=1))
+    handle: Any = FakeHandle(model_states=asked, not_ready_because=answering(""))
+    watch = ModelStatesWatch(handle)
+    times = iter(range(10, 1000, 10))
+    subject = Readiness(handle, (), watch, clock=lambda: float(next(times)))
+    # Version -1: the scheduler does not know yet what is resident.
+    assert "not published" in await subject.not_ready_because()
+    assert await subject.not_ready_because() == ""
+    assert await subject.not_ready_because() == ""
+    assert len(handle.model_states.calls) == 2
