@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from core.errors import ImpetusError
 from deployments.router.model_states import ModelStatesWatch
@@ -11,7 +12,9 @@ from deployments.serve.handles import Handle, call, direct
 
 logger = logging.getLogger(__name__)
 
-_ASK_LIMIT_S = 2.0
+# Both questions fit into the 2 s that the launcher waits for an answer.
+_ASK_LIMIT_S = 1.0
+_REFRESH_LIMIT_S = 0.5
 # Callers within this time share an answer, so that a flood of them costs one question.
 _SHARED_S = 0.5
 
@@ -20,7 +23,7 @@ class Readiness:
     """Implements `router.services.Health` by asking every part that a request needs.
 
     `checks` are local: each returns a sentence that says what is wrong, or nothing.  The scheduler
-    is asked last, because only it can take long: 2 s at most for each of two questions.
+    is asked last, because only it can take long: 1.5 s at most.
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class Readiness:
         if states is None or not states.problem():
             return ""
         # After a start the next poll may be seconds away.
-        await states.refresh()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_REFRESH_LIMIT_S):
+                await states.refresh()
         return states.problem()
 
     async def _scheduler_reason(self) -> str:

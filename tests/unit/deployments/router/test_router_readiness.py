@@ -10,6 +10,7 @@ from deployments.messages import ModelStates
 from deployments.router import readiness as readiness_module
 from deployments.router.model_states import ModelStatesWatch
 from deployments.router.readiness import Readiness
+from deployments.start import readiness as launcher_readiness
 from tests.unit.deployments.handles import FakeHandle, answering
 
 
@@ -106,3 +107,8 @@ async def test_states_that_were_not_published_yet_are_asked_for() -> None:
     assert await subject.not_ready_because() == ""
     assert await subject.not_ready_because() == ""
     assert len(handle.model_states.calls) == 2
+
+
+async def test_a_scheduler_that_hangs_is_told_within_the_launchers_patience() -> None:
+    limits = readiness_module._ASK_LIMIT_S + readiness_module._REFRESH_LIMIT_S
+    assert limits < launcher_readiness._ANSWER_LIMIT_S
