@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 
 from backends.base import Backend
 from catalog.models import ScanReport
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 # A request for an unknown name starts a scan at most this often.
 RESCAN_INTERVAL_S = 10.0
 _MOST_URGENT = 100
+# Requests wait no longer for a scan, which a disk may hold up for ever.
+_WAIT_LIMIT_S = 60.0
 # The first pause after a failed scan; it doubles up to the setting's interval.
 _RETRY_S = 2.0
 
@@ -66,11 +69,17 @@ class Scanner:
         """Return once a scan has succeeded."""
         await self._first_scan.wait()
 
-    async def scan(self) -> None:
+    async def scan(self, limit_s: float | None = _WAIT_LIMIT_S) -> None:
         """Scan the folders; a scan that starts after this call serves it as well.
 
-        Never raises: `problem` says why the last scan failed, if it did.
+        Returns after `limit_s` if a disk hangs.  Never raises: `problem` says why the last scan
+        failed, if it did.
         """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._newer_scan()
+
+    async def _newer_scan(self) -> None:
         asked_at = self._clock()
         while True:
             running = self._task
@@ -91,7 +100,7 @@ class Scanner:
         if urgent and len(self._urgent) < _MOST_URGENT:
             self._urgent.add(urgent)
         if self._task is not None and not self._task.done():
-            await asyncio.wait({self._task})
+            await asyncio.wait({self._task}, timeout=_WAIT_LIMIT_S)
             return
         if self._clock() < self._next_rescan_at:
             return
@@ -102,7 +111,8 @@ class Scanner:
             self._next_rescan_at = self._clock() + RESCAN_INTERVAL_S
 
     async def _scan_or_raise(self) -> None:
-        await self.scan()
+        # A scan of large folders may take long.
+        await self.scan(limit_s=None)
         if self.problem:
             raise RuntimeError(f"scanning the model folders failed: {self.problem}")
 

@@ -180,6 +180,20 @@ async def test_a_hung_scan_hangs_nobody_else(
     await hung
 
 
+async def test_a_hung_scan_is_not_waited_for_for_ever(
+    scanner: Scanner, scans: Scans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "_WAIT_LIMIT_S", 0.01)
+    scans.gate.clear()
+    await asyncio.wait_for(scanner.scan(0.01), 20)
+    await asyncio.wait_for(scanner.scan(0.01), 20)
+    await asyncio.wait_for(scanner.rescan(), 20)
+    assert (scans.count, scans.most) == (1, 1)
+    scans.gate.set()
+    await scanner.scan(None)
+    assert scans.most == 1
+
+
 class Inspector(InProcess):
     """Fails to inspect while a test says so."""
 
