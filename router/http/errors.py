@@ -136,23 +136,11 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def on_http_error(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             raise error
-        known: ImpetusError
-        if error.status_code == 404:
-            known = NotFound(f"There is no endpoint at {request.scope['path'][:200]!r}.")
-        elif error.status_code == 405:
-            allow = {"allow": ", ".join(allowed_methods(app, request.scope))}
-            if request.method == "OPTIONS":
-                return Response(status_code=204, headers=allow)
-            known = RequestError(
-                f"The method {request.method[:20]!r} is not allowed at this path; send "
-                f"{allow['allow']}."
-            )
-            metrics.errors.labels(known.code).inc()
-            return error_response(known, status=405, headers=allow)
-        else:
-            known = RequestError(str(error.detail))
+        if request.method == "OPTIONS" and (error.status_code == 405 or _asks_about_all(request)):
+            return Response(status_code=204, headers={"allow": _allowed_methods(app, request)})
+        known, headers = _http_error(app, request, error)
         metrics.errors.labels(known.code).inc()
-        return error_response(known, status=error.status_code, headers=error.headers)
+        return error_response(known, status=error.status_code, headers=headers)
 
     async def on_validation_error(request: Request, error: Exception) -> Response:
         del request
@@ -168,13 +156,32 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(RequestValidationError, on_validation_error)
 
 
-def allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
-    """Return the methods that the routes at the request's path answer."""
+def _http_error(
+    app: FastAPI, request: Request, error: HTTPException
+) -> tuple[ImpetusError, Mapping[str, str] | None]:
+    """Return the error and the headers of what the framework raised."""
+    if error.status_code == 404:
+        path = request.scope["path"]
+        return NotFound(f"There is no endpoint at {path[:200]!r}."), error.headers
+    if error.status_code == 405:
+        allowed, method = _allowed_methods(app, request), request.method[:20]
+        message = f"The method {method!r} is not allowed at this path; send {allowed}."
+        return RequestError(message), {"allow": allowed}
+    return RequestError(str(error.detail)), error.headers
+
+
+def _asks_about_all(request: Request) -> bool:
+    """Return whether the target is `*`, the server as a whole.  Source: RFC 9110, 9.3.7."""
+    return bool(request.scope["path"] == "*")
+
+
+def _allowed_methods(app: FastAPI, request: Request) -> str:
+    """Return the methods that the routes at the request's path answer, as `Allow` lists them."""
     methods = {"OPTIONS"}
     for route in app.routes:
-        if route.matches(scope)[0] is not Match.NONE:
+        if _asks_about_all(request) or route.matches(request.scope)[0] is not Match.NONE:
             methods |= set(getattr(route, "methods", None) or ())
-    return sorted(methods)
+    return ", ".join(sorted(methods))
 
 
 class RequestBoundary:

@@ -90,3 +90,12 @@ async def test_unknown_paths_are_shown_escaped() -> None:
     async with client_of(make_app()) as http:
         message = error_of(await http.get(path))["message"]
     assert message == r"There is no endpoint at '/\u202eevil\x1b[31m\r\nset-cookie:x'."
+
+
+async def test_options_of_the_whole_server_list_every_method() -> None:
+    async with serving(make_app()) as port:
+        head = b"Host: localhost\r\nConnection: close\r\n\r\n"
+        status, answer = await exchange(port, b"OPTIONS * HTTP/1.1\r\n" + head)
+        assert status == 204
+        assert b"allow: DELETE, GET, HEAD, OPTIONS, PATCH, POST\r\n" in answer
+        assert (await exchange(port, b"GET * HTTP/1.1\r\n" + head))[0] == 404

@@ -4,6 +4,7 @@ These tests also pin the internals of uvicorn and httptools that `router.http.pr
 """
 
 import asyncio
+import inspect
 import json
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -12,6 +13,7 @@ from contextlib import asynccontextmanager
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from router.app import create_app
@@ -123,11 +125,15 @@ def test_uvicorn_still_has_the_parts_that_the_protocol_builds_on() -> None:
     loop.close()
     parts = (
         "_start_asgi_task _unset_keepalive_if_required connections cycle flow headers loop "
-        "on_response_complete parser pipeline scope server_state timeout_keep_alive "
+        "on_response_complete parser pause_writing pipeline resume_writing scope server_state "
+        "timeout_keep_alive "
         "timeout_keep_alive_handler timeout_keep_alive_task transport"
     )
     missing = [name for name in parts.split() if not hasattr(protocol, name)]
     assert not missing, f"uvicorn's HttpToolsProtocol changed: {missing} are gone"
+    source = inspect.getsource(RequestResponseCycle)
+    for part in ("chunked_encoding", "expected_content_length", "waiting_for_100_continue"):
+        assert f"self.{part}" in source, f"uvicorn's RequestResponseCycle changed: no {part}"
 
 
 @pytest.mark.parametrize(
