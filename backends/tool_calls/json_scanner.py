@@ -9,7 +9,6 @@ _Expected: TypeAlias = Literal["value", "value or end", "key", "key or end", "co
 _SPACE = " \t\n\r"
 _SPACES = re.compile(r"[ \t\n\r]+")
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
-_SCALAR = re.compile(r"[-+.0-9A-Za-z]+")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
 _ESCAPE_BEGINNING = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
@@ -18,6 +17,8 @@ _HIGH, _LOW = re.compile(r"\\u[dD][89abAB]"), re.compile(r"\\u[dD][c-fC-F]")
 _REPLACEMENT = r"\ufffd"
 _CLOSERS = {"{": "}", "[": "]"}
 _SCALAR_CHARACTERS = 400
+# Bounded, since text that is refused here is searched again for the next call.
+_SCALAR = re.compile(rf"[-+.0-9A-Za-z]{{1,{_SCALAR_CHARACTERS + 1}}}")
 _DEPTH = 200
 
 

@@ -198,6 +198,7 @@ LONG = {
     "values": ("qwen3_coder", "<function=edit><parameter=any>"),
     "keys": ("glm4", "<tool_call>edit<arg_key>any</arg_key>"),
     "names": ("minimax_m2", '<minimax:tool_call><invoke name="'),
+    "words": ("phi4", "functoolsf"),
     "fences": ("deepseek_v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f"),
 }
 
