@@ -83,7 +83,7 @@ class GgufModel:
             )
         self.vocabulary = self._llama.llama_model_get_vocab(self.handle)
         self._size = int(self._llama.llama_vocab_n_tokens(self.vocabulary))
-        self._text = GgufTokenization(self._llama, self.handle, self._all_pieces)
+        self._text = GgufTokenization(self._llama, self.handle, self._special_piece)
         self._tokenize = self._text.native_callback()
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}
@@ -156,8 +156,8 @@ class GgufModel:
                 return buffer.raw[:count]
             size = -count
 
-    def _all_pieces(self) -> list[bytes]:
-        return [self.piece(token_id, special=True) for token_id in range(self._size)]
+    def _special_piece(self, token_id: int) -> bytes:
+        return self.piece(token_id, special=True)
 
     def show(self, *token_texts: bytes) -> None:
         """Make the control tokens of these names appear in the text.

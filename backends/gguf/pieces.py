@@ -1,7 +1,7 @@
 """Cuts text into pieces on which llama.cpp's tokenizers neither crash nor take quadratic time."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 # Measured with 77 pre-tokenizers: std::regex of libstdc++ takes up to 321 bytes of stack for each
 # character of a match; that of libc++ takes none.
@@ -19,6 +19,7 @@ _CUT_RUNS = {
 }
 ABORTS_AT_BLANKS = frozenset(["whitespace"])
 _UNKNOWN_AT_ONCE = 4096
+_SPECIALS_AT_ONCE = 500
 
 
 def text_pieces(text: str, pre_tokenizer: str) -> Iterator[str]:
@@ -70,16 +71,60 @@ def _short_runs(text: str, pre_tokenizer: str) -> Iterator[str]:
     yield text[start:]
 
 
-def cut_before_unknown(text: str, unknown: str) -> Iterator[str]:
+def cut_before_unknown(text: str, unknown: str, behind: Collection[str] = ()) -> Iterator[str]:
     """Yield pieces of `text` with about 4,096 of the `unknown` characters; they begin with one.
 
     llama.cpp's SentencePiece tokenizer takes time with the square of their number.  They are part
-    of no token, so nothing is merged over them, and a cut there changes no tokens.
+    of no token, so nothing is merged over them, and a cut there changes no tokens; except after a
+    special token, whose last character is one of `behind`.
     """
     start = count = 0
     for found in re.finditer(f"[{re.escape(unknown)}]", text) if unknown else ():
         count += 1
-        if count > _UNKNOWN_AT_ONCE:
-            yield text[start : found.start()]
-            start, count = found.start(), 1
+        at = found.start()
+        if count > _UNKNOWN_AT_ONCE and text[at - 1] not in behind:
+            yield text[start:at]
+            start, count = at, 1
     yield text[start:]
+
+
+class Specials:
+    """Finds special tokens in text.  Some vocabularies have thousands, so none is searched for."""
+
+    def __init__(self, texts: Collection[str]) -> None:
+        self._texts = frozenset(texts)
+        self._lengths = sorted({len(each) for each in texts}, reverse=True)
+        self._starts = "".join({each[0] for each in texts})
+        self.ends = frozenset(each[-1] for each in texts)
+
+    def are_many(self, text: str) -> bool:
+        """Whether `text` may have so many that it must be cut."""
+        return sum(map(text.count, self._starts)) > _SPECIALS_AT_ONCE
+
+    def find_ends(self, text: str) -> Iterator[int]:
+        """Yield where each special token in `text` ends; the longest one at a place counts."""
+        after = 0
+        for found in re.finditer(f"[{re.escape(self._starts)}]", text):
+            at = found.start()
+            ends = (
+                at + length for length in self._lengths if text[at : at + length] in self._texts
+            )
+            if at >= after and (end := next(ends, None)) is not None:
+                after = end
+                yield end
+
+
+def cut_after_specials(text: str, specials: Specials) -> Iterator[str]:
+    """Yield pieces of `text` with about 500 special tokens; all but the last end with one.
+
+    llama.cpp looks for special tokens in time that grows with the square of their number.  Text is
+    cut before no blank, which a special token may take with it.
+    """
+    start = count = 0
+    for end in specials.find_ends(text) if specials.are_many(text) else ():
+        count += 1
+        if count >= _SPECIALS_AT_ONCE and not text[end : end + 1].isspace():
+            yield text[start:end]
+            start, count = end, 0
+    if start < len(text) or not text:
+        yield text[start:]

@@ -2,7 +2,7 @@
 
 import ctypes
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,8 @@ from backends.gguf.pieces import (
     ABORTS_AT_BLANKS,
     PIECE_CHARACTERS,
     STACK_BYTES_PER_CHARACTER,
+    Specials,
+    cut_after_specials,
     cut_before_unknown,
     text_pieces,
 )
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Text up to this length is safe on any thread: it takes 2 MiB of stack at most.
 _DIRECT_CHARACTERS = 2048
+# Shorter text has too few special tokens and unknown characters for their quadratic time to matter.
+_UNCUT_CHARACTERS = 16 * 1024
 # Longer text takes about a second or more; other work goes first.
 _BACKGROUND_CHARACTERS = 512 * 1024
 _STACK_BYTES = PIECE_CHARACTERS * STACK_BYTES_PER_CHARACTER + 8 * MIB
@@ -31,13 +35,14 @@ _STACK_BYTES = PIECE_CHARACTERS * STACK_BYTES_PER_CHARACTER + 8 * MIB
 class GgufTokenization:
     """Tokenizes text with one model's vocabulary.  Thread-safe; blocks without the GIL."""
 
-    def __init__(self, llama: Any, handle: Any, read_pieces: Callable[[], list[bytes]]) -> None:
-        """`read_pieces` returns the bytes of all tokens by id, control tokens with their names."""
+    def __init__(self, llama: Any, handle: Any, read_piece: Callable[[int], bytes]) -> None:
+        """`read_piece` returns the bytes of a token, of control tokens their name."""
         self._llama = llama
         self._vocabulary = llama.llama_model_get_vocab(handle)
         self._kind = llama.llama_vocab_type(self._vocabulary)
         self._pre_tokenizer = self._read_pre_tokenizer(handle)
-        self._read_pieces = read_pieces
+        self._read_piece = read_piece
+        self._size = int(llama.llama_vocab_n_tokens(self._vocabulary))
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the token ids of `text`; `add_special` adds those that begin and end a text.
@@ -47,47 +52,57 @@ class GgufTokenization:
         self._check(text)
         if self._is_safe(len(text)):
             return self._checked(self._tokenize(text, add_special, parse_special))
-        work = {
-            self._llama.LLAMA_VOCAB_TYPE_BPE: self._byte_pairs,
-            self._llama.LLAMA_VOCAB_TYPE_SPM: self._sentence_pieces,
-        }.get(self._kind, self._tokenize)
-        is_long = len(text) > _BACKGROUND_CHARACTERS
         return self._checked(
             call_with_stack(
                 _STACK_BYTES,
-                lambda: work(text, add_special, parse_special),
-                is_background=is_long,
+                lambda: self._encode_long(text, add_special, parse_special),
+                is_background=len(text) > _BACKGROUND_CHARACTERS,
             )
         )
+
+    def _encode_long(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        # After a special token, text is tokenized as at the start of a text.
+        chunks = [text]
+        if len(text) > _UNCUT_CHARACTERS:
+            chunks = list(cut_after_specials(text, self._specials))
+        kinds = {
+            self._llama.LLAMA_VOCAB_TYPE_BPE: self._byte_pairs,
+            self._llama.LLAMA_VOCAB_TYPE_SPM: self._sentence_pieces,
+        }
+        if len(chunks) == 1 and self._kind not in kinds:
+            return self._tokenize(text, add_special, parse_special)
+        around = self._tokenize("", True, parse_special) if add_special else []
+        begin = 1 if len(around) > 1 else len(around) * self._adds_bos
+        ids = around[:begin]
+        for chunk in chunks:
+            for each in kinds.get(self._kind, self._whole)(chunk, parse_special):
+                check_cancelled()
+                ids += each
+        return [*ids, *around[begin:]]
 
     def _is_safe(self, length: int) -> bool:
         """Whether text of this length can be tokenized at once, on any thread."""
         return length <= _DIRECT_CHARACTERS and self._pre_tokenizer not in ABORTS_AT_BLANKS
 
-    def _byte_pairs(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
-        ids = []
-        for piece in text_pieces(text, self._pre_tokenizer):
-            check_cancelled()
-            ids += self._tokenize(piece, False, parse_special)
-        around = self._tokenize("", True, parse_special) if add_special else []
-        begin = int(self._llama.llama_vocab_get_add_bos(self._vocabulary)) if around else 0
-        return [*around[:begin], *ids, *around[begin:]]
+    def _whole(self, text: str, parse_special: bool) -> Iterator[list[int]]:
+        yield self._tokenize(text, False, parse_special)
 
-    def _sentence_pieces(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+    def _byte_pairs(self, text: str, parse_special: bool) -> Iterator[list[int]]:
+        for piece in text_pieces(text, self._pre_tokenizer):
+            yield self._tokenize(piece, False, parse_special)
+
+    def _sentence_pieces(self, text: str, parse_special: bool) -> Iterator[list[int]]:
         """Tokenize in pieces that begin with unknown characters."""
+        if len(text) <= _UNCUT_CHARACTERS:
+            yield self._tokenize(text, False, parse_special)
+            return
         unknown = "".join(each for each in set(text) if self._is_unknown(each))
-        first, *pieces = cut_before_unknown(text, unknown)
-        if not pieces:
-            return self._tokenize(text, add_special, parse_special)
-        around = self._tokenize("", True, parse_special) if add_special else []
-        begin = int(self._llama.llama_vocab_get_add_bos(self._vocabulary)) if around else 0
-        ids = [*around[:begin], *self._tokenize(first, False, parse_special)]
+        first, *pieces = cut_before_unknown(text, unknown, self._specials.ends)
+        yield self._tokenize(first, False, parse_special)
         for piece in pieces:
-            check_cancelled()
             # An unknown character is its bytes; what precedes them is the mark of a word.
             own = len(self._tokenize(piece[0], False, parse_special)) - len(piece[0].encode())
-            ids += self._tokenize(piece, False, parse_special)[own:]
-        return [*ids, *around[begin:]]
+            yield self._tokenize(piece, False, parse_special)[own:]
 
     def _is_unknown(self, character: str) -> bool:
         """Whether no token contains the character, so that it is written as bytes."""
@@ -104,10 +119,7 @@ class GgufTokenization:
 
         def count(piece: str) -> int:
             check_cancelled()
-            pieces = [piece]
-            if self._kind == self._llama.LLAMA_VOCAB_TYPE_BPE:
-                pieces = list(text_pieces(piece, self._pre_tokenizer))
-            return sum(len(self._tokenize(each, False, True)) for each in pieces)
+            return len(self._encode_long(piece, False, True))
 
         if len(text) <= limit:
             return 0
@@ -190,8 +202,29 @@ class GgufTokenization:
         )
 
     @cached_property
+    def _specials(self) -> Specials:
+        """The texts that are tokens of their own wherever they stand."""
+        llama = self._llama
+        wanted = (
+            llama.LLAMA_TOKEN_ATTR_CONTROL
+            | llama.LLAMA_TOKEN_ATTR_USER_DEFINED
+            | llama.LLAMA_TOKEN_ATTR_UNKNOWN
+        )
+        found = [
+            token_id
+            for token_id in range(self._size)
+            if llama.llama_vocab_get_attr(self._vocabulary, token_id) & wanted
+        ]
+        texts = (self._read_piece(each).decode("utf-8", "replace") for each in found)
+        return Specials({text for text in texts if text})
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        return bool(self._llama.llama_vocab_get_add_bos(self._vocabulary))
+
+    @cached_property
     def _pieces(self) -> list[bytes]:
-        return self._read_pieces()
+        return list(map(self._read_piece, range(self._size)))
 
     @cached_property
     def _piece_set(self) -> frozenset[bytes]:

@@ -167,10 +167,31 @@ def test_unknown_characters_take_sentencepiece_no_quadratic_time(
     model = open_vocabulary("default", kind="sentencepiece")
     # Uncut, this takes over a minute.
     assert len(model.encode("中" * 400_000, add_bos=True, parse_special=True)) == 1_200_002
+    monkeypatch.setattr("backends.gguf.tokenization._UNCUT_CHARACTERS", 0)
     monkeypatch.setattr(pieces, "_UNKNOWN_AT_ONCE", 3)
-    text = "once 中文 upon\n\na 中\ntime 🎈🎈  once\n" * 60
+    text = "once 中文 upon\n\na 中\ntime 🎈🎈  once\n" * 120
     assert len(list(pieces.cut_before_unknown(text, "中文🎈\n"))) > 20
     cut = model.encode(text, add_bos=True, parse_special=True)
+    monkeypatch.setattr(pieces, "_UNKNOWN_AT_ONCE", 1 << 30)
+    assert cut == model.encode(text, add_bos=True, parse_special=True)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_special_tokens_take_no_quadratic_time(
+    open_vocabulary: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = open_vocabulary("qwen2", kind=kind)
+    special = "</s>" if kind == "sentencepiece" else "<|im_end|>"
+    # Uncut, this takes minutes.
+    ids = model.encode(f"{special}once" * 50_000, add_bos=True, parse_special=True)
+    assert ids.count(model.encode(special, add_bos=False, parse_special=True)[0]) == 50_000
+    text = f"{special}once upon{special}{special} a 中 {special}\n\n time中{special}中 " * 120
+    monkeypatch.setattr("backends.gguf.tokenization._UNCUT_CHARACTERS", 0)
+    monkeypatch.setattr(pieces, "_SPECIALS_AT_ONCE", 3)
+    monkeypatch.setattr(pieces, "_UNKNOWN_AT_ONCE", 2)
+    assert len(list(pieces.cut_after_specials(text, pieces.Specials([special])))) > 20
+    cut = model.encode(text, add_bos=True, parse_special=True)
+    monkeypatch.setattr(pieces, "_SPECIALS_AT_ONCE", 1 << 30)
     monkeypatch.setattr(pieces, "_UNKNOWN_AT_ONCE", 1 << 30)
     assert cut == model.encode(text, add_bos=True, parse_special=True)
 
