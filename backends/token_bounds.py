@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from backends.cancellation import check_cancelled
+
 # Text with fewer bytes per allowed token is tokenized at once: it may well fit.
 _USUAL_BYTES = 6
 _PIECE_CHARACTERS = 32 * 1024
@@ -16,7 +18,7 @@ def fewest_tokens(
 
     `longest` returns the most bytes that a token stands for, None if that is unknown; `count`
     tokenizes a piece of text.  Takes time only for text with over 6 bytes per allowed token, and
-    then about as much as `limit` tokens take.
+    then about as much as `limit` tokens take.  Raises Cancelled.
     """
     size = len(text.encode("utf-8", "surrogatepass"))
     if size <= _USUAL_BYTES * limit:
@@ -27,6 +29,7 @@ def fewest_tokens(
     for start in range(0, len(text), _PIECE_CHARACTERS):
         if bound > limit:
             break
+        check_cancelled()
         counted += count(text[start : start + _PIECE_CHARACTERS])
         bound = max(bound, int(counted * _CERTAIN))
     return bound

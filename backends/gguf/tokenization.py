@@ -118,7 +118,6 @@ class GgufTokenization:
         self._check(text)
 
         def count(piece: str) -> int:
-            check_cancelled()
             return len(self._encode_long(piece, False, True))
 
         if len(text) <= limit:

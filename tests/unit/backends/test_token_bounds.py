@@ -1,8 +1,12 @@
 """Tests of lower bounds of a text's length in tokens."""
 
+import threading
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.cancellation import Cancelled, cancelled_by
 from backends.token_bounds import fewest_tokens
 
 
@@ -36,3 +40,15 @@ def test_the_bound_is_never_over_the_true_number(width: int, limit: int, size: i
 
     bound = fewest_tokens("a" * size, limit, lambda: None, count)
     assert bound <= max(count("a" * size), 0)
+
+
+def test_counting_stops_when_the_request_is_cancelled() -> None:
+    gone = threading.Event()
+
+    def count(_: str) -> int:
+        assert not gone.is_set()
+        gone.set()
+        return 0
+
+    with cancelled_by(gone), pytest.raises(Cancelled):
+        fewest_tokens("a" * 8_000_000, 1000, lambda: None, count)
