@@ -24,10 +24,14 @@ class HasBuiltInModels(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A file of a known format that cannot be used; `reason` says why."""
+    """A file of a known format that cannot be used; `reason` says why.
+
+    `took_memory`: reading it needed more memory than the process could get.
+    """
 
     format: str
     reason: str
+    took_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,9 @@ class _Answers:
         except MemoryError:
             self.refusals.append(
                 Refused(
-                    backend.name, "Identifying the file took too much memory; it may be damaged."
+                    backend.name,
+                    "Identifying the file took too much memory; it may be damaged.",
+                    took_memory=True,
                 )
             )
         except Exception as problem:

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from catalog.encoding import info_from_json
 from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown
+from catalog.scan.inspector_child import MEMORY_BYTES
 from core.child import AnswerTooLong, Child, ChildEnded, describe_exit, kept_environment
-from core.units import MIB
+from core.units import MIB, format_bytes
 
 FILE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
@@ -63,10 +66,24 @@ class Inspector:
         """
         is_fresh = self._child is None
         outcome, is_crash = self._ask(path)
-        if is_crash and not is_fresh:
-            # Files before it may have damaged the child.
+        took_memory = isinstance(outcome, Refused) and outcome.took_memory
+        if (is_crash or took_memory) and not is_fresh:
+            # Files before it may have damaged the child, or left no memory.
+            self.close()
             outcome, is_crash = self._ask(path)
+        if isinstance(outcome, Refused) and outcome.took_memory:
+            return self._judged(path, outcome)
         return outcome
+
+    @staticmethod
+    def _judged(path: Path, outcome: Refused) -> Outcome:
+        """Return the verdict on a file that took too much memory, if the machine had enough."""
+        free_bytes = psutil.virtual_memory().available
+        if free_bytes >= MEMORY_BYTES:
+            return outcome
+        return Uninspected(
+            f"the inspection of {path.name!r} got no memory: {format_bytes(free_bytes)} are free"
+        )
 
     def _ask(self, path: Path) -> tuple[Outcome, bool]:
         """Ask the child once; return the outcome, and whether a check crashed the child."""
@@ -142,7 +159,8 @@ def _outcome(answer: dict[str, Any]) -> Outcome:
     if "uninspected" in answer:
         return Uninspected(str(answer["uninspected"]))
     if "refused" in answer:
-        return Refused(str(answer["format"]), str(answer["refused"]))
+        took_memory = bool(answer.get("memory", False))
+        return Refused(str(answer["format"]), str(answer["refused"]), took_memory)
     return Unknown(tuple(map(str, answer["unknown"])))
 
 

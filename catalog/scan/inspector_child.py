@@ -68,7 +68,7 @@ class InspectionServer:
             failure = passing_reason(problem)
             return _unread(failure) if failure else Refused(info.format, problem.message)
         except MemoryError:
-            return Refused(info.format, "its inspection took too much memory")
+            return Refused(info.format, "its inspection took too much memory", took_memory=True)
         except Exception as problem:
             if failure := passing_reason(problem):
                 return _unread(failure)
@@ -91,8 +91,8 @@ def _reply(outcome: Outcome) -> Mapping[str, Any]:
     match outcome:
         case ModelInfo() as info:
             return {"info": info_to_json(info)}
-        case Refused(format, reason):
-            return {"format": format, "refused": reason[:2000]}
+        case Refused(format, reason, took_memory):
+            return {"format": format, "refused": reason[:2000], "memory": took_memory}
         case Unknown(reasons):
             return {"unknown": [reason[:500] for reason in reasons]}
         case Uninspected(reason):

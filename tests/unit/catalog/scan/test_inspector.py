@@ -5,13 +5,16 @@ import os
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from catalog.scan import inspector
 from catalog.scan.identify import Refused, Uninspected, Unknown
 from catalog.scan.inspector import Inspector
+from core.units import GIB
 
 ANSWER = """
 import json, os, signal, sys, time
@@ -91,6 +94,34 @@ def test_a_crash_before_the_file_was_opened_is_not_its_fault(crash: str) -> None
     checked.close()
     assert isinstance(outcome, Uninspected)
     assert "the start of the inspection" in outcome.reason
+
+
+ANSWER_MEMORY = '{"format": "gguf", "refused": "too much memory", "memory": true}'
+REFUSED = f"print({ANSWER_MEMORY!r}, flush=True); continue"
+
+
+@pytest.mark.parametrize(("free_bytes", "kind"), [(3 * GIB, Refused), (GIB, Uninspected)])
+def test_a_file_that_takes_too_much_memory_is_refused_unless_the_machine_has_none(
+    free_bytes: int, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SimpleNamespace(available=free_bytes)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    checked = inspector_of(REFUSED)
+    assert isinstance(checked.examine(Path("/bad")), kind)
+    checked.close()
+
+
+def test_memory_that_other_files_took_is_not_the_files_fault(tmp_path: Path) -> None:
+    mark = str(tmp_path / "first")
+    block = [
+        f"if not os.path.exists({mark!r}):",
+        f"    open({mark!r}, 'w').close()",
+        f"    {REFUSED}",
+    ]
+    checked = inspector_of(("\n" + " " * 8).join(block))
+    assert checked.examine(Path("/good")) == Unknown(("fine",))
+    assert checked.examine(Path("/bad")) == Unknown(("fine",))
+    checked.close()
 
 
 def no_memory(*_: Any, **__: Any) -> Any:
