@@ -1,8 +1,8 @@
 """Guards a server from outside: a small process that ends the others when the main one dies.
 
-`python -m deployments.serve.guard ROOT SERVER_ID KIND`; ROOT is the process id of `serve run`.
-`owned`: standard input is a pipe from the launcher, whose end means that it died.  KIND `by_hand`:
-the guard also ends the server, with a message, when a part dies that nobody restarts.
+`python -m deployments.serve.guard ROOT SERVER_ID KIND`; ROOT is the process id of `serve run`.  If
+KIND is `owned`, standard input is a pipe from the launcher, whose end means that it died.  If it is
+`by_hand`, the guard also ends the server, with a message, when a part dies that nobody restarts.
 """
 
 import itertools
@@ -31,7 +31,8 @@ from deployments.serve.processes import (
 _ROOT_FOLDER = Path(__file__).resolve().parents[2]
 _MODULE = "deployments.serve.guard"
 _POLL_S = 1.0
-_ROUNDS_BETWEEN_SCANS = 10
+_ROUNDS_BETWEEN_SCANS = 5
+_STARTING_ROUNDS = 30
 # How long the rest may need after an ordinary end of the main process.
 _AFTER_ROOT_S = 5.0
 _GRACE_S = 3.0
@@ -102,7 +103,8 @@ def main(root: int, server_id: str, *, is_owned: bool) -> int:
         known.update((one.pid, one) for one in found)
         return found
 
-    cause = _watch(process, Members(children), is_owned=is_owned, scan=children)
+    owner = 0 if is_owned else None
+    cause = _watch(process, Members(known.values), children, owner=owner)
     if cause:
         _say(f"{cause} ended; the server cannot continue without it and stops. Start it again.")
     if cause or is_owned:
@@ -115,24 +117,25 @@ def main(root: int, server_id: str, *, is_owned: bool) -> int:
 def _watch(
     process: psutil.Process,
     members: Members,
+    scan: Callable[[], object],
     *,
-    is_owned: bool,
-    scan: Callable[[], object] = lambda: None,
+    owner: int | None = None,
 ) -> str:
     """Block until the server or its owner has ended; return the name of a member that did.
 
-    Without an owner, `scan` is called every ten seconds.
+    `scan` is called every few seconds to record the process tree: Ray's titles overwrite the
+    environment by which a process could be found later.  `owner` is a pipe from the owner.
     """
     poll = select.poll()
-    if is_owned:
-        poll.register(0, select.POLLIN)
+    if owner is not None:
+        poll.register(owner, select.POLLIN)
     for number in itertools.count():
         if not is_alive(process) or poll.poll(_POLL_S * 1000):
             return ""
-        if not is_owned:
+        if number % _ROUNDS_BETWEEN_SCANS == 0 or number < _STARTING_ROUNDS:
+            scan()
+        if owner is None:
             members.look()
-            if number % _ROUNDS_BETWEEN_SCANS == 0:
-                scan()
             # At an ordinary stop they end shortly before the main process.
             if members.ended() and _outlives(process, members):
                 return members.ended()

@@ -37,6 +37,7 @@ def has_owner(process: psutil.Process, server_id: str) -> bool:
 def own_processes() -> Iterator[tuple[psutil.Process, str]]:
     """Yield this user's other processes that belong to a server, with the server's id.
 
+    Those with a title of Ray's are missing, as the title overwrites their environment.
     Reads the environment of every process of this user, about 50 µs each.
     """
     for process in psutil.process_iter():

@@ -158,12 +158,30 @@ def test_a_guard_by_hand_notices_that_the_raylet_ended(
     raylet = processes["/ray/raylet/raylet"]
     raylet.kill()
     raylet.wait()
-    cause = guard_module._watch(root, members, is_owned=False)
+    cause = guard_module._watch(root, members, lambda: None)
     assert cause == f"Ray's node manager (raylet), process {raylet.pid}"
     # At an ordinary stop the main process ends right after its parts.
     root.kill()
     root.wait()
-    assert guard_module._watch(root, members, is_owned=False) == ""
+    assert guard_module._watch(root, members, lambda: None) == ""
+
+
+def test_the_guard_knows_the_process_tree_before_its_owner_dies(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard_module, "_POLL_S", 0.01)
+    root = start(stack, SLEEP)
+    reader, writer = os.pipe()
+    stack.callback(os.close, reader)
+    scans: list[int] = []
+
+    def scan() -> None:
+        scans.append(1)
+        if len(scans) == 3:
+            os.close(writer)
+
+    assert guard_module._watch(root, Members(list), scan, owner=reader) == ""
+    assert len(scans) == 3
 
 
 # As in a Ray cluster: `serve run` starts a raylet, the raylet a worker, which calls the function.
