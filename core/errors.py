@@ -226,6 +226,7 @@ class NonFiniteOutput(RequestFailed):
     """The model computed NaN or infinity: its file is damaged, or its precision overflows."""
 
     code = "non_finite_output"
+    may_retry = False
 
     @classmethod
     def of(cls, what: str, name: str = "") -> "NonFiniteOutput":

@@ -11,13 +11,15 @@ from pathlib import Path
 from core.child import AnswerTooLong, Child, ChildEnded
 from core.errors import BrokenModel, EngineFailed, RequestError
 from core.types import JsonValue
-from core.units import GIB, MIB
+from core.units import GIB, KIB, MIB, format_bytes
 
 RENDER_LIMIT_S = 2.0
 START_LIMIT_S = 30.0
 OUTPUT_LIMIT_BYTES = 8 * MIB
 MEMORY_LIMIT_BYTES = GIB
 MAX_WORKERS = 4
+# A slow render of more than this says nothing about the template.
+_LONG_PROMPT_BYTES = 256 * KIB
 
 _CODE_FOLDER = Path(__file__).resolve().parents[2]
 # -I ignores the user's site and PYTHONPATH, so the code's folder is passed as an argument.
@@ -57,8 +59,8 @@ class TemplateRenderer:
         """Return the text of the template with `variables`; blocks up to about two seconds.
 
         Raises TemplateRefused if the template calls `raise_exception`, BrokenModel if it fails,
-        hangs or its output is too large, RequestError for variables that cannot be rendered,
-        and EngineFailed after `close`.
+        hangs or its output is too large, RequestError for variables that cannot be rendered or
+        are too long, and EngineFailed after `close`.
         """
         try:
             payload = json.dumps(variables).encode("ascii")
@@ -101,7 +103,7 @@ class TemplateRenderer:
                 answer = _exchange(worker, payload, RENDER_LIMIT_S)
             except TimeoutError as error:
                 self._drop(worker)
-                raise _broken(f"it took longer than {RENDER_LIMIT_S:g} s") from error
+                raise _too_slow(len(payload)) from error
             except _NO_ANSWER as error:
                 self._drop(worker)
                 self._raise_if_closed()
@@ -202,6 +204,17 @@ def _exchange(worker: Child, payload: bytes | None, limit_s: float) -> dict[str,
     (length,) = _LENGTH.unpack(worker.read(_LENGTH.size, deadline))
     answer: dict[str, str] = json.loads(worker.read(length, deadline))
     return answer
+
+
+def _too_slow(payload_bytes: int) -> BrokenModel | RequestError:
+    """Return the error of a render that hit its limit, which may be due to a long prompt."""
+    if payload_bytes <= _LONG_PROMPT_BYTES:
+        return _broken(f"it took longer than {RENDER_LIMIT_S:g} s")
+    return RequestError(
+        f"Rendering the prompt of {format_bytes(payload_bytes)} took longer than "
+        f"{RENDER_LIMIT_S:g} s. Send shorter messages.",
+        param="messages",
+    )
 
 
 def _broken(reason: str) -> BrokenModel:

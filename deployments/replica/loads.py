@@ -215,10 +215,12 @@ class ModelLoads:
             request = model.load_request
             if self._models.get(request.model_id) is model:
                 del self._models[request.model_id]
-            with self._timed(f"The unload of {request.model_id}", request.load_limit_s):
-                freed = await self.memory.measure_close(model.key, model.engine.close)
-            del self._loads[model.key]
-            model.activity.close()
+            try:
+                with self._timed(f"The unload of {request.model_id}", request.load_limit_s):
+                    freed = await self.memory.measure_close(model.key, model.engine.close)
+            finally:
+                del self._loads[model.key]
+                model.activity.close()
         logger.info("unloaded %s", request.model_id)
         return freed
 

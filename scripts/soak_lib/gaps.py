@@ -6,9 +6,11 @@ import random
 import statistics
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing import get_context
 
 import httpx
 
@@ -59,13 +61,18 @@ async def measure_gaps(url: str, model: str, seed: int) -> list[Gap]:
     """Run one innocent stream for each kind of pathological request to the same model."""
     chance = random.Random(seed)
     found = []
-    async with httpx.AsyncClient(base_url=url, timeout=_LIMIT_S, trust_env=False) as client:
-        for make in PATHOLOGICAL:
-            found.append(await _measure(client, make(chance, model), model))
+    # In this process, sending a large body would delay the reading of the stream.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as senders:
+        senders.submit(abs, 0).result()
+        async with httpx.AsyncClient(base_url=url, timeout=_LIMIT_S, trust_env=False) as client:
+            for make in PATHOLOGICAL:
+                found.append(await _measure(client, senders, make(chance, model), model))
     return found
 
 
-async def _measure(client: httpx.AsyncClient, sent: Sent, model: str) -> Gap:
+async def _measure(
+    client: httpx.AsyncClient, senders: ProcessPoolExecutor, sent: Sent, model: str
+) -> Gap:
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "Write a long story."}],
@@ -75,7 +82,8 @@ async def _measure(client: httpx.AsyncClient, sent: Sent, model: str) -> Gap:
         "logit_bias": {"2": -100, "0": -100},
     }
     arrivals: list[float] = []
-    answer: asyncio.Task[int] | None = None
+    answer: asyncio.Future[int] | None = None
+    url = str(client.base_url).rstrip("/")
     sent_at = 0
     until = 0.0
     with suppress(TimeoutError, httpx.HTTPError):
@@ -84,7 +92,7 @@ async def _measure(client: httpx.AsyncClient, sent: Sent, model: str) -> Gap:
                 arrivals.append(at)
                 if answer is None and len(arrivals) > _CALM_TOKENS:
                     sent_at = len(arrivals)
-                    answer = asyncio.create_task(_status(client, sent))
+                    answer = asyncio.wrap_future(senders.submit(_status, url, sent))
                 is_over = answer is not None and answer.done()
                 if is_over and len(arrivals) > sent_at + _LATER_TOKENS:
                     until = at
@@ -101,10 +109,16 @@ async def _arrivals(client: httpx.AsyncClient, body: Mapping[str, object]) -> As
                 yield time.monotonic()
 
 
-async def _status(client: httpx.AsyncClient, sent: Sent) -> int:
+def _status(url: str, sent: Sent) -> int:
+    """Return the answer's status, 0 without one in time; runs in a process of its own."""
     headers = {"content-type": "application/json"}
     try:
-        answer = await client.post(sent.path, content=sent.body, headers=headers)
+        return httpx.post(
+            f"{url}{sent.path}",
+            content=sent.body,
+            headers=headers,
+            timeout=_LIMIT_S,
+            trust_env=False,
+        ).status_code
     except httpx.HTTPError:
         return 0
-    return answer.status_code
