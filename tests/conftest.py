@@ -14,7 +14,16 @@ settings.load_profile("impetus")
 # Files whose tests share a server, by what they share.
 _SERVERS = {
     **dict.fromkeys(
-        ("agent_apis", "chat", "faults", "formats", "resume", "scheduler_down", "turn_sharing"),
+        (
+            "agent_apis",
+            "chat",
+            "faults",
+            "formats",
+            "parts_down",
+            "resume",
+            "scheduler_down",
+            "turn_sharing",
+        ),
         "shared server",
     ),
     **dict.fromkeys(("auto_convert", "faults_drain", "lifecycle", "scaling"), "own servers"),

@@ -37,6 +37,12 @@ class Records:
     kills: list[Kill] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
 
+    def note(self, outcome: Outcome) -> None:
+        """Keep an outcome; one that may turn out to be a fault is shown at once."""
+        self.outcomes.append(outcome)
+        if not outcome.is_right and outcome.status != 429:
+            say(f"{outcome.kind}: {outcome.status} {outcome.code} {outcome.message}")
+
 
 def main() -> int:
     """Run the soak test; return 1 if something went wrong."""
@@ -171,7 +177,7 @@ async def _drive(
     pause.end()
     clients = [
         asyncio.create_task(
-            run_client(number, server.url, models, pause, records.outcomes.append, options.seed)
+            run_client(number, server.url, models, pause, records.note, options.seed)
         )
         for number in range(options.clients)
     ]
