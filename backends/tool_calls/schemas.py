@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 from backends.tool_calls.json_values import parse_json
+from core.errors import is_panic
 from core.types import JsonValue, Tool
 
 _LITERALS: Mapping[str, JsonValue] = {"True": True, "False": False, "None": None}
@@ -139,8 +140,10 @@ def argument_checker(tools: Sequence[Tool]) -> Callable[[str, str], bool]:
                 validators[name] = _validator(schemas[name])
             validator = validators[name].evolve(format_checker=budget)
             return bool(validator.is_valid(value))
-        except Exception:
+        except BaseException as problem:
             # The library assumes a valid schema, but a request's may be anything.
+            if not (isinstance(problem, Exception) or is_panic(problem)):
+                raise
             return True
         finally:
             left -= (budget.granted - max(budget.left, 0)) * cost

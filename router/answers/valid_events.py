@@ -30,6 +30,8 @@ _REASONS = frozenset(get_args(FinishReason))
 _MISMATCHES = frozenset(get_args(MismatchKind))
 # The largest integer that every JSON parser reads exactly.
 _MAX_COUNT = 2**53 - 1
+# Formatters multiply times; a year is longer than any request.
+_MAX_SECONDS = 3.2e7
 
 
 def valid_events(index: int, events: Iterable[GenerationEvent]) -> list[TaggedEvent]:
@@ -128,7 +130,7 @@ def _count(value: int) -> int:
 
 
 def _seconds(value: float) -> float:
-    return max(value, 0.0) if math.isfinite(value) else 0.0
+    return min(max(value, 0.0), _MAX_SECONDS) if math.isfinite(value) else 0.0
 
 
 def _text_or_none(text: str | None) -> str | None:

@@ -226,6 +226,8 @@ class CompletionChunks(ChunkFormatter):
     def choices(self, index: int, event: GenerationEvent) -> Iterable[dict[str, JsonValue]]:
         """Return at most one choice."""
         text, logprobs = _text(event)
+        if not self._has_logprobs:
+            logprobs = ()
         if not (text or logprobs or isinstance(event, Finished)):
             return ()
         choice: dict[str, JsonValue] = {

@@ -172,10 +172,13 @@ class ChatChunks(ChunkFormatter):
     def choices(self, index: int, event: GenerationEvent) -> Iterable[dict[str, JsonValue]]:
         """Return at most one choice."""
         match event:
-            case TextDelta() if event.text or event.logprobs:
+            case TextDelta():
+                logprobs = event.logprobs if self._has_logprobs else ()
+                if not (event.text or logprobs):
+                    return ()
                 choice = _chunk_choice(index, {"content": event.text})
-                if event.logprobs:
-                    choice["logprobs"] = chat_logprobs(event.logprobs)
+                if logprobs:
+                    choice["logprobs"] = chat_logprobs(logprobs)
                 return (choice,)
             case ReasoningDelta() if event.text:
                 return (_chunk_choice(index, {"reasoning_content": event.text}),)
