@@ -186,10 +186,23 @@ class Acceptor:
 def _problem_of(listener: socket.socket, address: object) -> str:
     """Return why a socket does not listen on `address`; empty if it does."""
     try:
-        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        if not _listens(listener):
             return "its socket does not listen any more"
         if listener.getsockname() != address:
             return "its socket was replaced by another"
     except OSError as problem:
         return f"its socket is gone ({problem.strerror})"
     return ""
+
+
+def _listens(listener: socket.socket) -> bool:
+    """Return whether the socket listens; True where the system cannot tell.
+
+    macOS has no such option for reading (XNU, `sogetoptlock`): `accept` fails there with EINVAL.
+    """
+    try:
+        return bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError as problem:
+        if problem.errno == errno.ENOPROTOOPT:
+            return True
+        raise
