@@ -277,8 +277,10 @@ class ModelBlocks:
 
     def chain(self, tokens: "array[int]") -> list[Block]:
         """Return the longest chain of known blocks at the start of `tokens`."""
-        if self.scanned is not None and not self.scanned.done():
-            wait_for(self.scanned, _SCAN_LIMIT_S)
+        # Only the first lookup waits: a disk that hangs must not delay every request.
+        scanned, self.scanned = self.scanned, None
+        if scanned is not None and not scanned.done():
+            wait_for(scanned, _SCAN_LIMIT_S)
         with self.store.lock:
             return self.index.chain(tokens)
 

@@ -118,7 +118,13 @@ def _applied(apply: Callable[[State], Applied], state: State) -> Applied:
         return "no_room"
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as problem:
         logger.warning("a prefix block cannot be restored: %r", problem)
-        return "refused"
+        return "no_room" if _lacks_memory(problem) else "refused"
+
+
+def _lacks_memory(problem: Exception) -> bool:
+    """Return whether it is a runtime's own error for memory: PyTorch and MLX raise RuntimeError."""
+    text = str(problem).lower()
+    return isinstance(problem, RuntimeError) and ("memory" in text or "alloc" in text)
 
 
 class PrefixTransfer(Generic[Owner]):
