@@ -87,7 +87,7 @@ def m003_inspections(connection: sqlite3.Connection) -> None:
     """Create the table of files that are no models or could not be inspected yet."""
     connection.execute(
         """
-        CREATE TABLE inspections (
+        CREATE TABLE IF NOT EXISTS inspections (
             path TEXT PRIMARY KEY,
             signature TEXT NOT NULL,
             verdict TEXT NOT NULL CHECK (verdict IN ('unknown', 'uninspected')),
@@ -201,6 +201,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         if verdict != "ok":
             raise damage(verdict)
         migrate(connection)
+        # Only notes: a table that was lost is made anew instead of giving up the catalog.
+        m003_inspections(connection)
         _check_schema(connection)
     except BaseException:
         connection.close()

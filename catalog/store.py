@@ -324,8 +324,10 @@ def _damaged(
     name, fingerprint, info = connection.execute(
         "SELECT name, fingerprint, info FROM models WHERE id = ?", (old_id,)
     ).fetchone()
-    known = info_from_json(info)
-    change = describe_changes(known.files, signatures_of(fingerprint))
+    change = ""
+    # A damaged row must not stop the scan that mends it.
+    with suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        change = describe_changes(info_from_json(info).files, signatures_of(fingerprint))
     return replace(item.info, name=name), f"{change}; {item.reason}" if change else item.reason
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from backends.base import Backend
 from catalog.inspections import Inspection, failed_again
+from catalog.scan.walk import PARTIAL
 
 # Part of every fingerprint; incrementing it makes the next scan read all files again.
 READER_VERSION = 3
@@ -84,7 +85,7 @@ class InspectionNotes:
                 entries = sorted(
                     (entry.name, status.st_size if entry.is_file() else 0, status.st_mtime_ns)
                     for entry in listing
-                    if not entry.name.startswith(".")
+                    if not entry.name.startswith(".") and not entry.name.lower().endswith(PARTIAL)
                     for status in [entry.stat(follow_symlinks=False)]
                 )
             found = hashlib.sha256(repr(entries).encode("utf-8", "surrogateescape")).hexdigest()

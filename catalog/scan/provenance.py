@@ -31,7 +31,8 @@ def _model_id(provenance: Path) -> str:
             return ""
         model_id = json.loads(provenance.read_text("utf-8"))["parameters"]["model_id"]
     except OSError as error:
-        if passing_cause(error):
+        # Access that is denied to this file alone is not likely to pass.
+        if passing_cause(error) and not isinstance(error, PermissionError):
             # Else the model would count as an original until its file changes.
             raise
         return ""

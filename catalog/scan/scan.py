@@ -129,10 +129,17 @@ class _ScanRun:
                 case _:
                     self._add_outcome(outcome, path, source, starter)
         except OSError as error:
-            if passing_reason(error):
+            if reason := passing_reason(error):
                 self.seen.add(key)
-                self.notes.keep(key)
+                self._note_unread(path, reason)
             _log_skipped(f"{path}: cannot be read ({error.strerror})")
+
+    def _note_unread(self, path: Path, reason: str) -> None:
+        """Note that a file, or what belongs to it, cannot be read for now."""
+        try:
+            self.notes.note_failure(path, file_signature(path), reason)
+        except OSError:
+            self.notes.keep(str(path))
 
     def keep_unread(self, found: WalkResult) -> None:
         """Leave the records of files alone that exist and cannot be read for now."""

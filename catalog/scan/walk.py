@@ -12,7 +12,7 @@ from catalog.scan.identify import passing_reason
 MAX_DEPTH = 8
 MAX_FILES = 10_000
 _UNREADABLE = "cannot be read"
-_PARTIAL = (".part", ".partial", ".incomplete", ".tmp", ".download", ".crdownload")
+PARTIAL = (".part", ".partial", ".incomplete", ".tmp", ".download", ".crdownload")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _entries(root: Path, found: WalkResult) -> Iterator["os.DirEntry[str]"]:
                 found.unread.append(folder)
             continue
         for entry in entries:
-            if entry.name.startswith(".") or entry.name.lower().endswith(_PARTIAL):
+            if entry.name.startswith(".") or entry.name.lower().endswith(PARTIAL):
                 continue
             if _is_subfolder(entry):
                 if depth < MAX_DEPTH:
