@@ -51,6 +51,13 @@ def valid_events(index: int, events: Iterable[GenerationEvent]) -> list[TaggedEv
         ):
             valid.append((index, event))
             continue
+        if (
+            type(event) is ReasoningDelta
+            and type(text := event.text) is str
+            and (text.isascii() or well_formed(text) is text)
+        ):
+            valid.append((index, event))
+            continue
         try:
             checked = _valid(event)
         except (TypeError, ValueError, AttributeError, OverflowError) as problem:

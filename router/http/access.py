@@ -11,9 +11,9 @@ from core.metrics import Metrics
 from core.settings import Settings
 from router.http.guards import CLOSE, PUBLIC_PATHS, Guard, header_values
 
-# A browser sends one of these with every request that can change anything.
-_BROWSER_HEADERS = (b"origin", b"referer")
-_BROWSER_PREFIX = b"sec-fetch-"
+# A browser sends one of these with every request that can change anything.  `sec-fetch-mode` is
+# not among them: the fetch of Node.js sends it as well.
+_BROWSER_HEADERS = (b"origin", b"referer", b"sec-fetch-site", b"sec-fetch-dest")
 
 
 class Access(Enum):
@@ -39,10 +39,7 @@ def access_of(path: str) -> Access:
 
 def is_from_browser(scope: Scope) -> bool:
     """Return whether a web page, an editor's web view or a browser's address bar sent it."""
-    return any(
-        name.lower() in _BROWSER_HEADERS or name.lower().startswith(_BROWSER_PREFIX)
-        for name, _ in scope["headers"]
-    )
+    return any(name.lower() in _BROWSER_HEADERS for name, _ in scope["headers"])
 
 
 class AccessGuard(Guard):

@@ -105,6 +105,10 @@ class HeaderGuard(Guard):
 
     def _check_host(self, scope: Scope) -> Response | None:
         hosts = header_values(scope, b"host")
+        # HTTP/1.0 has no such header, and health checks use it; browsers send neither.
+        is_old = scope.get("http_version") == "1.0" and not header_values(scope, b"origin")
+        if is_old and not hosts:
+            return None
         match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if match is None:
             error = RequestError("The request needs exactly one well-formed Host header.")

@@ -20,7 +20,7 @@ MAX_ITEM_CONTAINERS = 16_384
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 4096
-MAX_TOOLS = 128
+MAX_TOOLS = 512
 MAX_TOOL_CALLS = 128
 MAX_FIELDS_PER_OBJECT = 1024
 # Lists that all APIs count before they validate them, wherever a message or tool has them.

@@ -129,7 +129,12 @@ def _tool_use(block: messages_api.Block, param: str) -> ToolCall:
     for name in ("id", "name", "input"):
         if getattr(block, name) is None:
             raise RequestError(f"{param}.{name}: required", param=f"{param}.{name}")
-    arguments = json.dumps(block.input, ensure_ascii=False)
+    try:
+        arguments = json.dumps(block.input, ensure_ascii=False, allow_nan=False)
+    except ValueError as problem:
+        raise RequestError(
+            f"{param}.input: contains a number that is infinite", param=f"{param}.input"
+        ) from problem
     return ToolCall(block.id or "", block.name or "", arguments)
 
 
