@@ -85,13 +85,15 @@ class CellBlocks:
         `lacks_room` then tells which of the two llama.cpp logged, None if it logged nothing.
         """
         started = time.thread_time()
+        # Lines of an earlier call, such as a batch that found no cells, say nothing of this one.
+        native_log.take_own_errors()
         read = self._llama.llama_state_seq_set_data(
             self._context, as_bytes(state), state.nbytes, self._scratch
         )
         if read:
             self._llama.llama_memory_seq_cp(self._memory, self._scratch, slot, -1, -1)
         else:
-            errors = native_log.take_errors()
+            errors = native_log.take_own_errors()
             self.lacks_room = any(each in errors for each in _NO_ROOM_IN_LOG) if errors else None
         self._clear()
         self.native_cpu_s += time.thread_time() - started

@@ -24,7 +24,7 @@ class _NativeLog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._errors: list[str] = []
+        self._errors: list[tuple[int, str]] = []
         self._callback: Any = None
 
     def install(self, llama_cpp: Any) -> None:
@@ -40,12 +40,20 @@ class _NativeLog:
             logger.debug("llama.cpp: %s", line)
         if level == 4 and line:
             with self._lock:
-                self._errors = [*self._errors[-4:], line]
+                self._errors = [*self._errors[-4:], (threading.get_ident(), line)]
 
     def take_errors(self) -> str:
         """Return the last error lines and forget them."""
         with self._lock:
             lines, self._errors = self._errors, []
+        return "; ".join(line for _, line in lines)
+
+    def take_own_errors(self) -> str:
+        """Return the last error lines of calls on this thread and forget them."""
+        own = threading.get_ident()
+        with self._lock:
+            lines = [line for thread, line in self._errors if thread == own]
+            self._errors = [each for each in self._errors if each[0] != own]
         return "; ".join(lines)
 
 
