@@ -16,6 +16,10 @@ def test_a_named_test_exists(file: str, name: str) -> None:
     assert f"def {name}(" in source if name else "def test_" in source
 
 
+def test_no_figure_is_left_out() -> None:
+    assert not re.findall(r"\b[A-Z]{4,}_[A-Z]+\b", PAGE.replace("IMPETUS_MAX_BODY", ""))
+
+
 def test_every_promise_of_a_table_has_a_test() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("| ") and "---" not in line]
     unproved = [row for row in rows if ".py" not in row and "| tests |" not in row]
