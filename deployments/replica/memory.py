@@ -38,6 +38,8 @@ class ModelMemory:
         if isinstance(backend, Measured):
             await asyncio.to_thread(backend.preload, request.info, request.options)
         if not self._open:
+            # An engine that was unloaded must be gone before: what is frozen is never collected.
+            await asyncio.to_thread(gc.collect)
             _freeze()
         before = self._meter.read()
         result = await asyncio.to_thread(open_)
@@ -71,8 +73,6 @@ class ModelMemory:
         self._open.discard(key)
         # Engines have reference cycles; collect them now instead of at some later time.
         await asyncio.to_thread(gc.collect)
-        if not self._open:
-            _freeze()
         await asyncio.to_thread(trim_heap)
         after = self._meter.read()
         if before is None or after is None or self._book is None:

@@ -5,6 +5,7 @@ import errno
 import gc
 import os
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,10 +278,10 @@ async def test_an_unload_collects_only_what_came_with_models(
         """Close nothing."""
 
     memory, collected = ModelMemory(EchoBackend()), []
-    monkeypatch.setattr(gc, "collect", lambda: collected.append(len(gc.get_objects())))
     imported = [[number] for number in range(10_000)]
     for key in ("a", "b"):
         await memory.measure_open(load_request("m"), list, key)
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(len(gc.get_objects())))
     for key in ("a", "b"):
         await memory.measure_close(key, close)
     assert len(collected) == 2
@@ -293,13 +294,40 @@ async def test_engines_are_not_exempt_from_collection(monkeypatch: pytest.Monkey
 
     events: list[str] = []
     monkeypatch.setattr(gc, "freeze", lambda: events.append("freeze"))
+    monkeypatch.setattr(gc, "collect", lambda: events.append("collect"))
     memory = ModelMemory(EchoBackend())
     for key in ("a", "b"):
         await memory.measure_open(load_request("m"), lambda: events.append("open"), key)
-    await memory.measure_close("a", close)
-    assert events == ["freeze", "open", "open"]
-    await memory.measure_close("b", close)
-    assert events[3:] == ["freeze"]
+    assert events == ["collect", "freeze", "open", "open"]
+    for key in ("a", "b"):
+        await memory.measure_close(key, close)
+    # The caller still holds the engine when it is closed, so nothing is frozen then.
+    assert events[4:] == ["collect", "collect"]
+
+
+async def test_unloaded_engines_are_collected(
+    replica: FormatReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines: list[weakref.ref[Engine]] = []
+    opened = EchoBackend.open
+
+    def open_(backend: EchoBackend, info: ModelInfo, options: EngineOptions) -> Engine:
+        engine: Any = opened(backend, info, options)
+        # As real engines, it is part of a cycle.
+        engine.itself = engine
+        engines.append(weakref.ref(engine))
+        return engine
+
+    monkeypatch.setattr(EchoBackend, "open", open_)
+    for _ in range(8):
+        await replica.load_model(load_request("a"))
+        await replica.unload_model("a")
+    # The event loop drops its last references in its next steps.
+    for _ in range(3):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert len(engines) == 8
+    assert [engine() for engine in engines] == [None] * 8
 
 
 @pytest.mark.parametrize(
