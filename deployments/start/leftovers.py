@@ -62,10 +62,15 @@ def remove_former_folders(tmp: Path = _TMP) -> None:
 
 
 def _ended_sessions(ray_folder: Path) -> Iterator[Path]:
-    """Yield the folders of Ray sessions that served this project and whose driver has ended."""
+    """Yield the folders of Ray sessions that served this project and have ended.
+
+    The driver of a `ray start` cluster ends at once, so its raylet tells whether it lives.
+    """
     for folder in _own_folders(ray_folder, "session_*"):
         match = _SESSION.fullmatch(folder.name)
         if match is None or _is_driven(folder, int(match[1])):
+            continue
+        if any(_listens(path) for path in (folder / "sockets").glob("raylet*")):
             continue
         if any((folder / "logs" / "serve").glob("*impetus*")):
             yield folder
@@ -101,12 +106,18 @@ def _is_abandoned(folder: Path) -> bool:
     if age_s < _FRESH_S:
         # Its owner may be about to listen.
         return False
+    return not _listens(path)
+
+
+def _listens(path: Path) -> bool:
+    """Return whether a process listens on the Unix socket, or perhaps does."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.settimeout(1.0)
             probe.connect(str(path))
         except ConnectionRefusedError:
-            return True
-        except OSError:
             return False
-    return False
+        except OSError:
+            # The connection may be slow, or the path too long for an address.
+            return True
+    return True

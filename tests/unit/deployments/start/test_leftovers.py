@@ -81,6 +81,23 @@ def test_only_ended_sessions_of_this_project_are_removed_and_the_last_is_kept(
     assert [path.exists() for path in kept] == [True, True, True]
 
 
+@pytest.mark.parametrize("listens", [True, False])
+def test_the_session_of_a_living_cluster_is_kept_although_its_starter_has_ended(
+    tmp: Path, dead_pid: int, monkeypatch: pytest.MonkeyPatch, listens: bool
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    first = session(tmp, 1, dead_pid)
+    (first / "sockets").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(first / "sockets" / "raylet"))
+        if listens:
+            server.listen()
+            sockets.append(server.dup())
+    session(tmp, 2, dead_pid)
+    remove_former_folders(tmp)
+    assert first.exists() == listens
+
+
 def test_socket_folders_without_a_listener_are_removed(tmp: Path) -> None:
     dead = socket_folder(tmp, "impetus-dead", listens=False)
     kept = [
