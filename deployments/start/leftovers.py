@@ -16,6 +16,7 @@ from deployments.serve.processes import end_processes, has_owner, own_processes,
 _TMP = Path("/tmp")
 _SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d+_(\d+)")
 _REPLICA = "ray::ServeReplica:impetus:"
+_MLX = "impetus-mlx-"
 _GRACE_S = 3.0
 _STRAGGLER_S = 7.0
 _ABANDONED_S = 86400.0
@@ -98,11 +99,18 @@ def _own_folders(parent: Path, pattern: str) -> Iterator[Path]:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Return whether nobody listens on the folder's socket; without one, whether a day passed."""
+    """Return whether nobody listens on the folder's socket; without one, whether a day passed.
+
+    A folder with other content than this project's may be the user's own.
+    """
     path = folder / "events"
-    age_s = time.time() - folder.stat().st_mtime
-    if not path.exists():
-        return age_s > _ABANDONED_S
+    try:
+        age_s = time.time() - folder.stat().st_mtime
+        if not path.is_socket():
+            is_ours = folder.name.startswith(_MLX) or not any(folder.iterdir())
+            return is_ours and age_s > _ABANDONED_S
+    except OSError:
+        return False
     if age_s < _FRESH_S:
         # Its owner may be about to listen.
         return False

@@ -115,6 +115,19 @@ def test_socket_folders_without_a_listener_are_removed(tmp: Path) -> None:
     assert all(path.exists() for path in kept)
 
 
+@pytest.mark.parametrize("content", ["README.md", "events"])
+def test_a_folder_of_the_users_own_is_kept_however_old(tmp: Path, content: str) -> None:
+    own, empty = tmp / "impetus-worktree", tmp / "impetus-empty"
+    own.mkdir()
+    empty.mkdir()
+    (own / content).write_text("x")
+    for folder in (own, empty):
+        os.utime(folder, (1, 1))
+    remove_former_folders(tmp)
+    assert (own / content).exists()
+    assert not empty.exists()
+
+
 def test_a_link_to_another_folder_is_not_followed(tmp: Path) -> None:
     target = tmp / "precious"
     target.mkdir()
