@@ -32,7 +32,8 @@ def prepare_driver(runtime_env: Any) -> Any:
         # A background job of a shell inherits that, and could never be stopped.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     launcher = owner_of(os.environ.get(SERVER_ID, ""))
-    if launcher == os.getppid():
+    # Without a launcher it is 0, as is the parent of a container's first process.
+    if launcher and launcher == os.getppid():
         die_with_parent()
         if os.getppid() != launcher:
             sys.exit("impetus: the launcher has ended")

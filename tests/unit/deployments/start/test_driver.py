@@ -122,6 +122,18 @@ def test_a_cluster_of_the_users_own_is_joined_as_asked(
     assert guards == []
 
 
+def test_a_first_process_of_a_container_is_a_start_by_hand(
+    guards: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command_line(monkeypatch, str(ROOT / "serve_config.yaml"))
+    monkeypatch.setattr(os, "getppid", lambda: 0)
+    deaths: list[int] = []
+    monkeypatch.setattr(driver, "die_with_parent", lambda: deaths.append(1))
+    prepare_driver({})
+    assert deaths == []
+    assert guards == [os.getpid()]
+
+
 def test_under_the_launcher_the_process_dies_with_it(
     guards: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
