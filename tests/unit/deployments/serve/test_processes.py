@@ -13,6 +13,7 @@ import pytest
 
 from core.child import SERVER_ID
 from deployments.serve import guard as guard_module
+from deployments.serve import processes as processes_module
 from deployments.serve.guard import start_guard
 from deployments.serve.members import Helpers, Members
 from deployments.serve.processes import (
@@ -80,6 +81,28 @@ def test_only_the_processes_with_the_id_are_found(stack: ExitStack) -> None:
     end_processes(processes_of(server_id), 1.0)
     assert processes_of(server_id) == []
     assert len(processes_of(other_id)) == 1
+
+
+def test_processes_of_another_container_are_not_this_servers(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server_id = new_server_id(os.getpid())
+    inner, outer = start(stack, SLEEP, server_id), start(stack, SLEEP, server_id)
+    monkeypatch.setattr(
+        processes_module, "_pid_namespace", lambda pid: 2 if pid == inner.pid else 1
+    )
+    assert [found.pid for found in processes_of(server_id)] == [outer.pid]
+
+
+def test_a_system_without_pid_namespaces_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = processes_module._pid_namespace(os.getpid())
+    assert own == processes_module._pid_namespace(os.getppid())
+
+    def refuse(path: str) -> os.stat_result:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("os.stat", refuse)
+    assert processes_module._pid_namespace(os.getpid()) == 0
 
 
 def test_what_ignores_sigterm_is_killed(stack: ExitStack) -> None:
