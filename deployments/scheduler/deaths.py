@@ -104,6 +104,9 @@ class ProcessDeaths:
         # A process that was only out of reach may die later.
         if death.cause is None:
             self._examined.pop(process, None)
+        else:
+            # A recovery may have restored what the process held before it died.
+            self._drop(process)
         for old in list(self._examined)[:-_KEPT_DEATHS]:
             del self._examined[old]
         return death

@@ -180,6 +180,21 @@ async def test_one_report_of_a_death_removes_all_that_the_process_held(
     assert not replica.handle.unload_model.calls
 
 
+async def test_a_model_that_is_restored_after_its_process_was_examined_is_forgotten_too(
+    roomy: SchedulerReplica, replica: Replica
+) -> None:
+    held = (await roomy.model_states()).residencies
+    lost = die(replica, ONLY_A)
+    await roomy.process_died(A, lost.lost_replica)
+    for residency in held:
+        roomy._ledger.restore(residency, 1)
+    assert roomy._ledger.residencies
+    loaded = await roomy.ensure_loaded(A, lost)
+    assert isinstance(loaded, Residency)
+    assert loaded.replica_id == replica.name
+    assert roomy._ledger.residencies == [loaded]
+
+
 async def test_a_process_that_is_out_of_reach_keeps_what_it_confirms(
     roomy: SchedulerReplica, replica: Replica
 ) -> None:
