@@ -248,7 +248,13 @@ class HandleDispatcher:
         if known is not None:
             return known
         asked_at = time.monotonic()
-        residency: Residency = await call(self._scheduler.ensure_loaded.remote(model_id, need))
+        try:
+            residency: Residency = await call(self._scheduler.ensure_loaded.remote(model_id, need))
+        except ReplicaDied as problem:
+            # The scheduler returns the death of a model's process; a cause means its own death.
+            if problem.__cause__ is not None:
+                problem.is_bystander = True
+            raise
         self._model_states.note_loaded(residency)
         if attempts is not None:
             attempts.note_wait(time.monotonic() - asked_at, residency)

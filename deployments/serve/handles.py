@@ -50,7 +50,7 @@ async def call(response: Any) -> Any:
 class ReplicaDied(EngineFailed):
     """The process that ran the request is gone; another attempt may find a new one.
 
-    `is_bystander`: it died during a load, but of something else.
+    `is_bystander`: it died during a load, but of something else, or it was the scheduler's.
     """
 
     is_bystander = False

@@ -287,6 +287,14 @@ async def test_a_load_that_died_of_something_else_is_tried_again(receiver: Frame
     await subject.close()
 
 
+async def test_the_schedulers_own_death_is_no_death_of_the_model(receiver: FrameReceiver) -> None:
+    scheduler = FakeHandle(ensure_loaded=answering(DIED, DIED, DIED, residency("a")))
+    replica = FakeHandle(generate=sending(([END], None)))
+    subject = dispatcher(receiver, scheduler, replica)
+    assert await collect(subject) == [END]
+    await subject.close()
+
+
 async def test_a_death_drops_every_belief_about_its_process(receiver: FrameReceiver) -> None:
     other = replace(residency("a"), model_id="other")
     elsewhere = replace(residency("far"), model_id="elsewhere")
