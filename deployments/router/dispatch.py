@@ -92,6 +92,8 @@ class HandleDispatcher:
         while True:
             residency = None
             try:
+                # A load or a wait for memory must not hold up the other suspects.
+                await self._ensure(request.model_id, recovery.context, attempts)
                 async with recovery.turn():
                     residency = await self._ensure(request.model_id, recovery.context, attempts)
                     is_local = residency.node_id == self._node_id
@@ -233,6 +235,7 @@ class HandleDispatcher:
         while True:
             residency = None
             try:
+                await self._ensure(model_id, recovery.context)
                 async with recovery.turn():
                     residency = await self._ensure(model_id, recovery.context)
                     remote = getattr(self._targets.at(residency), method).remote

@@ -208,6 +208,45 @@ async def test_a_suspect_whose_answer_has_begun_lets_the_next_one_run(
     await subject.close()
 
 
+@pytest.mark.parametrize("method", ["generate", "count_tokens"])
+async def test_a_suspect_whose_model_is_loaded_holds_up_no_other(
+    receiver: FrameReceiver, method: str
+) -> None:
+    is_loaded = asyncio.Event()
+
+    async def ensure_loaded(model_id: str, context: LoadContext) -> Residency:
+        if context.has_died and model_id == "slow":
+            await is_loaded.wait()
+        found = residency("b" if context.has_died else "a")
+        return replace(found, model_id=model_id)
+
+    async def answer(*arguments: Any) -> Any:
+        if not arguments[-1].is_suspect:
+            raise DIED
+        if method == "count_tokens":
+            return 17
+        raise EngineFailed("enough")
+
+    scheduler = FakeHandle(ensure_loaded=ensure_loaded, process_died=answering(None))
+    subject = dispatcher(receiver, scheduler, FakeHandle(**{method: answer}))
+
+    async def run(model_id: str) -> Any:
+        if method == "count_tokens":
+            return await subject.count_tokens(model_id, TextPrompt("x"))
+        with pytest.raises(EngineFailed, match="enough"):
+            await collect(subject, replace(REQUEST, id=model_id, model_id=model_id))
+        return 17
+
+    slow = asyncio.ensure_future(run("slow"))
+    await until(lambda: len(scheduler.ensure_loaded.calls) == 2)
+    async with asyncio.timeout(30):
+        assert await run("quick") == 17
+    assert not slow.done()
+    is_loaded.set()
+    assert await slow == 17
+    await subject.close()
+
+
 async def test_a_suspect_that_is_cancelled_gives_its_turn_away(receiver: FrameReceiver) -> None:
     async def generate(request: GenerationRequest, path: str, attempt: Attempt) -> None:
         del path
