@@ -11,6 +11,7 @@ from functools import partial
 from backends.registry import backends_for
 from catalog.models import ModelRecord, ModelSettings
 from catalog.store import CatalogStore
+from core.errors import Unavailable
 from core.settings import Settings
 from core.supervision import Supervisor
 from deployments.activity import DeathRecords
@@ -231,8 +232,10 @@ class SchedulerReplica:
 
         Raises ModelNotFound, ModelFileMissing, BrokenModel, BackendUnavailable, ModelFailed,
         ModelQuarantined, InsufficientMemory, QueueFull, and Unavailable if the memory
-        does not become free in time.
+        does not become free in time.  After a start it waits until it knows what is resident.
         """
+        if context.lost_replica or self._residency(model_id) is None:
+            await self._wait_until_asked()
         if context.is_retry:
             self._faults.clear(model_id)
         if context.lost_replica:
@@ -255,6 +258,15 @@ class SchedulerReplica:
             priority or "interactive",
             is_resumed=context.is_resumed,
         )
+
+    async def _wait_until_asked(self) -> None:
+        """Wait until the formats said what they hold; raise Unavailable after a request's time."""
+        try:
+            async with asyncio.timeout(self._settings.request_timeout_s):
+                await self._recovery.has_asked.wait()
+        except TimeoutError:
+            problem = self._recovery.problem(self._supervisor.parts())
+            raise Unavailable(problem, retry_after_s=5) from None
 
     async def _check_lost(self, model_id: str, context: LoadContext) -> None:
         """Find out why a router did not find the model at its residency."""

@@ -27,7 +27,8 @@ class Recovery:
     """Asks each format what it holds, repeatedly until it answers.  Belongs to one event loop.
 
     `is_done` is set once the folders are scanned and the formats have answered; after 30 s those
-    that have answered suffice.
+    that have answered suffice.  `has_asked` is set as soon as all have answered, or with `is_done`:
+    before, a load might exceed the budget.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Recovery:
         self._answered: dict[str, bool] = {}
         self._change = asyncio.Event()
         self.is_done = asyncio.Event()
+        self.has_asked = asyncio.Event()
 
     def start(
         self,
@@ -92,6 +94,7 @@ class Recovery:
                 await asyncio.wait_for(self._change.wait(), left_s if has_some else None)
             except TimeoutError:
                 break
+        self.has_asked.set()
         self.is_done.set()
 
     async def _recover(self, name: str) -> None:
@@ -107,6 +110,8 @@ class Recovery:
                 if found is not None and self._residency(residency.model_id) is None:
                     ledger.restore(residency, self._planner.size_bytes(found, residency))
         self._answered[name] = True
+        if not self.missing():
+            self.has_asked.set()
         self._change.set()
 
     async def _records(self, held: Sequence[Residency]) -> Mapping[str, ModelRecord]:

@@ -17,7 +17,7 @@ from core.errors import CatalogNotWritten, ImpetusError, Unavailable
 from core.settings import Settings
 from core.supervision import RestartPolicy, Supervisor
 from core.units import MIB
-from deployments.messages import Residency
+from deployments.messages import LoadContext, Residency
 from deployments.scheduler import recovery, scanning
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.scheduler.ledger import Ledger
@@ -26,7 +26,7 @@ from deployments.scheduler.scanning import Scanner
 from deployments.scheduler.thermal import ThermalWatch
 from tests.gguf_files import llama_gguf
 from tests.unit.deployments.handles import FakeMethod
-from tests.unit.deployments.scheduler.scheduling import A, Replica, gguf_runs
+from tests.unit.deployments.scheduler.scheduling import A, B, Replica, gguf_runs
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("inspection", "fast")
@@ -183,6 +183,49 @@ async def test_a_server_whose_only_format_is_dead_says_so_and_goes_on(
     is_dead = False
     await until_ready(scheduler)
     assert await scheduler.not_ready_because() == ""
+
+
+async def test_nothing_is_loaded_before_it_is_known_what_is_resident(
+    start: Callable[[], SchedulerReplica], replica: Replica, tmp_path: Path
+) -> None:
+    may_answer = asyncio.Event()
+
+    async def residencies() -> list[Residency]:
+        await may_answer.wait()
+        return [Residency(B, "gguf", replica.name, "node", 2048, 0.1)]
+
+    # The budget has room for one of them.
+    llama_gguf(tmp_path / "models" / "b-F32.gguf")
+    replica.held.append(B)
+    setattr(replica.handle, "residencies", FakeMethod(residencies))  # noqa: B010
+    scheduler = start()
+    await wait_until(lambda: scheduler._scanner.has_scanned, "the folders are scanned")
+    loading = asyncio.ensure_future(scheduler.ensure_loaded(A))
+    lost = LoadContext(lost_replica="gone", has_died=True)
+    resuming = asyncio.ensure_future(scheduler.ensure_loaded(A, lost))
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert replica.handle.load_model.calls == []
+    may_answer.set()
+    assert isinstance(await loading, Residency)
+    assert isinstance(await resuming, Residency)
+    assert replica.held == [A]
+
+
+async def test_a_request_that_waited_in_vain_for_a_dead_format_is_told_so(
+    start: Callable[..., SchedulerReplica], replica: Replica
+) -> None:
+    async def residencies() -> list[Residency]:
+        raise Unavailable("away")
+
+    setattr(replica.handle, "residencies", FakeMethod(residencies))  # noqa: B010
+    scheduler = start()
+    scheduler._settings = scheduler._settings.model_copy(update={"request_timeout_s": 0.5})
+    await wait_until(lambda: len(replica.handle.residencies.calls) > 2, "it is asked again")
+    refused: Any = await scheduler.ensure_loaded(A)
+    assert isinstance(refused, Unavailable)
+    assert "gguf (Unavailable: away)" in refused.message
+    assert replica.handle.load_model.calls == []
 
 
 async def test_one_dead_format_does_not_keep_the_others(
