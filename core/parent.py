@@ -14,19 +14,22 @@ _POLL_S = 1.0
 def wait_for_exit(pid: int) -> None:
     """Block until the process `pid` has exited; it need not be a child of this one.
 
-    Uses no CPU while it waits: a pidfd on Linux, a kqueue on macOS.  Anything else is asked once a
-    second.  Sources: pidfd_open(2), kqueue(2) EVFILT_PROC.
+    Uses no CPU while it waits: a pidfd on Linux, a kqueue on macOS; a zombie has exited there.
+    Where both are refused it asks once a second.  Sources: pidfd_open(2), kqueue(2) EVFILT_PROC.
     """
-    with contextlib.suppress(ProcessLookupError):
-        try:
-            if hasattr(os, "pidfd_open"):
-                _wait_for_pidfd(pid)
-            elif hasattr(select, "kqueue"):
-                _wait_for_kqueue(pid)
-        except PermissionError:
-            pass
-        while is_running(pid):
-            time.sleep(_POLL_S)
+    try:
+        if hasattr(os, "pidfd_open"):
+            _wait_for_pidfd(pid)
+            return
+        if hasattr(select, "kqueue"):
+            _wait_for_kqueue(pid)
+            return
+    except ProcessLookupError:
+        return
+    except PermissionError:
+        pass
+    while is_running(pid):
+        time.sleep(_POLL_S)
 
 
 def is_running(pid: int) -> bool:
@@ -59,7 +62,10 @@ def _wait_for_kqueue(pid: int) -> None:
             flags=select.KQ_EV_ADD | select.KQ_EV_ONESHOT,  # type: ignore[attr-defined,unused-ignore]
             fflags=select.KQ_NOTE_EXIT,  # type: ignore[attr-defined,unused-ignore]
         )
-        queue.control([event], 1, None)
+        (found,) = queue.control([event], 1, None)
+        # With room for an event, an error is one as well.
+        if found.flags & select.KQ_EV_ERROR:  # type: ignore[attr-defined,unused-ignore]
+            raise OSError(found.data, os.strerror(found.data))
     finally:
         queue.close()
 

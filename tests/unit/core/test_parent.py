@@ -1,11 +1,14 @@
 """Tests of waiting for other processes and of ending with the parent."""
 
+import errno
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -45,6 +48,38 @@ def test_a_process_that_has_exited_before_is_not_waited_for() -> None:
     process.kill()
     process.wait()
     wait_for_exit(process.pid)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waitid without reaping is Linux's")
+def test_a_zombie_has_exited() -> None:
+    process = sleeper()
+    waiter = threading.Thread(target=wait_for_exit, args=(process.pid,), daemon=True)
+    waiter.start()
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    waiter.join(LIMIT_S)
+    is_waiting = waiter.is_alive()
+    process.wait()
+    assert not is_waiting
+
+
+@pytest.mark.parametrize("number", [0, errno.ESRCH, errno.EACCES])
+def test_a_kqueue_tells_of_the_exit_or_of_an_error(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = SimpleNamespace(flags=0x4000 if number else 0, data=number)
+    queue = SimpleNamespace(control=lambda *_: [event], close=lambda: None)
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    monkeypatch.setattr(select, "kqueue", lambda: queue, raising=False)
+    monkeypatch.setattr(select, "kevent", lambda *_, **__: event, raising=False)
+    for name in ("FILTER_PROC", "EV_ADD", "EV_ONESHOT", "NOTE_EXIT"):
+        monkeypatch.setattr(select, f"KQ_{name}", 1, raising=False)
+    monkeypatch.setattr(select, "KQ_EV_ERROR", 0x4000, raising=False)
+    asked: list[int] = []
+    monkeypatch.setattr(parent, "is_running", lambda pid: bool(asked.append(pid)))
+    wait_for_exit(4711)
+    # Only where the system refuses to tell is the process asked.
+    assert asked == ([4711] if number == errno.EACCES else [])
 
 
 CHILD = """
