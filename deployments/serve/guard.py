@@ -25,6 +25,7 @@ from deployments.serve.processes import (
     is_alive,
     new_server_id,
     processes_of,
+    remember,
     wait_for_ends,
 )
 
@@ -100,7 +101,7 @@ def main(root: int, server_id: str, *, is_owned: bool) -> int:
 
     def children() -> list[psutil.Process]:
         found = descendants(process)
-        known.update((one.pid, one) for one in found)
+        remember(known, found)
         return found
 
     owner = 0 if is_owned else None

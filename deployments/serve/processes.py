@@ -79,6 +79,13 @@ def descendants(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
+def remember(known: dict[int, psutil.Process], found: Iterable[psutil.Process]) -> None:
+    """Update the processes `known` by id: those that ended leave, as their ids are used again."""
+    for pid in [pid for pid, process in known.items() if not is_alive(process)]:
+        del known[pid]
+    known.update((process.pid, process) for process in found)
+
+
 def is_alive(process: psutil.Process) -> bool:
     """Return whether exactly this process still runs, and is not a zombie."""
     try:

@@ -25,6 +25,7 @@ from deployments.serve.processes import (
     end_processes,
     new_server_id,
     processes_of,
+    remember,
     wait_for_ends,
 )
 from deployments.start.checks import prepare_start
@@ -205,8 +206,7 @@ class Launcher:
         """Record the process tree: at the end some of it may have lost its parent."""
         assert self._child is not None
         with suppress(psutil.NoSuchProcess):
-            for process in descendants(psutil.Process(self._child.pid)):
-                self._descendants.setdefault(process.pid, process)
+            remember(self._descendants, descendants(psutil.Process(self._child.pid)))
         self._members.look()
         self._helpers.look()
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -23,6 +25,7 @@ from deployments.serve.processes import (
     new_server_id,
     owner_of,
     processes_of,
+    remember,
 )
 
 LIMIT_S = 30.0
@@ -109,6 +112,19 @@ def test_what_ignores_sigterm_is_killed(stack: ExitStack) -> None:
     processes = [start(stack, IGNORE), start(stack, SLEEP)]
     end_processes(processes, 0.1)
     assert [process.wait() for process in processes] == [-signal.SIGKILL, -signal.SIGTERM]
+
+
+def test_processes_that_ended_are_not_remembered(stack: ExitStack) -> None:
+    ended, reused, living = (start(stack, SLEEP) for _ in range(3))
+    processes = [psutil.Process(one.pid) for one in (ended, reused, living)]
+    known = {one.pid: one for one in processes}
+    for process in (ended, reused):
+        process.kill()
+        process.wait()
+    # The system has given the id of one that ended to another process.
+    another: Any = SimpleNamespace(pid=reused.pid, is_running=lambda: True)
+    remember(known, [another])
+    assert known == {reused.pid: another, living.pid: processes[2]}
 
 
 def fake_ray(stack: ExitStack) -> dict[str, psutil.Popen]:
