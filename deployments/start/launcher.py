@@ -6,10 +6,11 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 import psutil
@@ -58,7 +59,8 @@ class Launcher:
         self._helpers = Helpers(lambda: list(self._descendants.values()), self._log.path)
         self._stop_signal = 0
         self._signals = 0
-        self._woken = threading.Event()
+        # A handler of signals may interrupt the wait for it, for which only this class is safe.
+        self._woken: SimpleQueue[None] = SimpleQueue()
         self._is_serving = False
         self._is_broken = False
 
@@ -93,7 +95,14 @@ class Launcher:
         if number != signal.SIGCHLD:
             self._stop_signal = number
             self._signals += 1
-        self._woken.set()
+        self._woken.put(None)
+
+    def _pause(self, limit_s: float) -> None:
+        """Wait until a signal arrives or the readiness changes, at most `limit_s`."""
+        with suppress(Empty):
+            self._woken.get(timeout=limit_s)
+            while True:
+                self._woken.get_nowait()
 
     def _start(self) -> None:
         serve = Path(sys.executable).with_name("serve")
@@ -173,7 +182,7 @@ class Launcher:
     def _wait_for_end(self) -> int:
         """Return the exit code: 0 after a signal, else not 0.  Blocks."""
         assert self._child is not None
-        readiness = ReadinessWatch(self._settings, self._woken.set)
+        readiness = ReadinessWatch(self._settings, partial(self._woken.put, None))
         rounds = 0
         while not self._stop_signal:
             if rounds % _ROUNDS_BETWEEN_SCANS == 0:
@@ -192,8 +201,7 @@ class Launcher:
             self._keep_guard()
             for name in self._helpers.restart():
                 say(f"{name} ended and was started again.")
-            self._woken.wait(_WATCH_S)
-            self._woken.clear()
+            self._pause(_WATCH_S)
         readiness.stop()
         return 0
 
@@ -258,8 +266,7 @@ class Launcher:
                 self._child.kill()
                 self._child.wait()
                 return
-            self._woken.wait(_POLL_S)
-            self._woken.clear()
+            self._pause(_POLL_S)
 
 
 def say(line: str) -> None:

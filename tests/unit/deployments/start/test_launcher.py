@@ -4,6 +4,8 @@ import errno
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -207,6 +209,34 @@ def test_nohup_is_respected(
     assert Launcher(tmp_path / "config.yaml", Settings(home=tmp_path)).run() == 1
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     assert ignored == (handler is signal.SIG_IGN)
+
+
+SIGNALS = """
+import signal, sys, time
+from pathlib import Path
+from core.settings import Settings
+from deployments.start.launcher import Launcher
+
+launcher = Launcher(Path("config.yaml"), Settings(home=Path(sys.argv[1])))
+signal.signal(signal.SIGALRM, launcher._on_signal)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    launcher._pause(0.001)
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(launcher._signals)
+"""
+
+
+def test_signals_that_interrupt_the_wait_for_them_block_nothing(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", SIGNALS, str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert int(ended.stdout) > 10
 
 
 def test_output_that_nobody_reads_is_reported_and_none_is_no_problem(
