@@ -82,7 +82,7 @@ class HandleDispatcher:
         the tokens whose events were passed on; the client does not see this.  A request of which
         the process may have died is sent once more.  Raises CrashingRequest after that.
         """
-        recovery = self._recovery.begin(
+        recovery = await self._recovery.begin(
             request.model_id,
             request.id,
             LoadContext(priority=request.priority),
@@ -231,7 +231,7 @@ class HandleDispatcher:
 
     async def _ask(self, method: str, need: LoadContext, model_id: str, *arguments: Any) -> Any:
         """Call a method of the replica that holds the model, loading the model first if needed."""
-        recovery = self._recovery.begin(model_id, uuid4().hex, need, (method, arguments[0]))
+        recovery = await self._recovery.begin(model_id, uuid4().hex, need, (method, arguments[0]))
         while True:
             residency = None
             try:

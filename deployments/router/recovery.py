@@ -41,14 +41,14 @@ class Recovery:
         self._turns = SuspectTurns()
         self.crashing = CrashingRequests()
 
-    def begin(
+    async def begin(
         self, model_id: str, request_id: str, context: LoadContext, content: object
     ) -> "RequestRecovery":
         """Return the recovery of one request; `content` is what is computed for it.
 
         Raises CrashingRequest if the same request ended the model's process before.
         """
-        self.crashing.check(model_id, content)
+        await self.crashing.check(model_id, content)
         return RequestRecovery(self, model_id, request_id, context, content)
 
     async def loss(
@@ -166,7 +166,7 @@ class RequestRecovery:
             self._shared.forget(residency, has_died=has_died)
         end = self._losses.note(loss, problem)
         if isinstance(end, CrashingRequest):
-            self._shared.crashing.note(self._model_id, self._content)
+            await self._shared.crashing.note(self._model_id, self._content)
         if end is None and not can_resume:
             end = EngineFailed(problem.message, retry_after_s=2)
         if end is not None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import threading
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -101,24 +102,40 @@ async def test_a_request_that_ended_two_processes_is_not_run_again_by_any_client
     await subject.close()
 
 
-def test_crashing_requests_are_forgotten_after_a_while_and_within_a_bound() -> None:
+async def test_crashing_requests_are_forgotten_after_a_while_and_within_a_bound() -> None:
     now = 100.0
     known = CrashingRequests(lambda: now)
-    known.check("m", "text")
-    known.note("m", TextPrompt("\ud83d"))
-    known.check("m", TextPrompt("other"))
-    known.check("other", TextPrompt("\ud83d"))
+    await known.check("m", "text")
+    await known.note("m", TextPrompt("\ud83d"))
+    await known.check("m", TextPrompt("other"))
+    await known.check("other", TextPrompt("\ud83d"))
     now += 299
     with pytest.raises(CrashingRequest, match="299 s ago"):
-        known.check("m", TextPrompt("\ud83d"))
+        await known.check("m", TextPrompt("\ud83d"))
     now += 2
-    known.check("m", TextPrompt("\ud83d"))
+    await known.check("m", TextPrompt("\ud83d"))
     for number in range(100):
-        known.note("m", number)
+        await known.note("m", number)
     assert len(known._ended) == 64
-    known.check("m", 35)
+    await known.check("m", 35)
     with pytest.raises(CrashingRequest):
-        known.check("m", 36)
+        await known.check("m", 36)
+
+
+async def test_long_prompts_are_hashed_beside_the_event_loop() -> None:
+    threads: list[int] = []
+
+    class Content:
+        def __repr__(self) -> str:
+            threads.append(threading.get_ident())
+            return "text"
+
+    known = CrashingRequests()
+    await known.note("m", Content())
+    with pytest.raises(CrashingRequest):
+        await known.check("m", Content())
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
 
 
 async def test_a_bystander_goes_on_however_often_others_end_its_process(
