@@ -165,8 +165,7 @@ class Supervisor:
     """Runs the parts of one process on one event loop.
 
     `keep_running` restarts a part whenever it ends, `run_until_done` until it returns, `run_once`
-    never.  `watch` adds a part that runs elsewhere.  `problems` tells what does not run now,
-    `check_health` raises for what keeps failing.
+    never.  `problems` tells what does not run now, `check_health` raises for what keeps failing.
     """
 
     def __init__(
@@ -175,7 +174,6 @@ class Supervisor:
         self.policy = policy
         self._clock = clock
         self._parts: list[_Part] = []
-        self._watched: dict[str, Callable[[], str]] = {}
         self._once: set[asyncio.Task[Any]] = set()
         self._once_failures = _Part("single tasks", policy, status="ended")
 
@@ -204,10 +202,6 @@ class Supervisor:
         task.add_done_callback(self._on_once_done)
         return task
 
-    def watch(self, name: str, problem: Callable[[], str]) -> None:
-        """Add a part that runs elsewhere; `problem` returns why it does not work, or nothing."""
-        self._watched[name] = problem
-
     def parts(self) -> Sequence[PartView]:
         """Return the state of every part."""
         supervised = [
@@ -215,7 +209,7 @@ class Supervisor:
         ]
         once = self._once_failures
         single = [PartView(once.name, once.status, once.failures, once.reason)]
-        return [*supervised, *(self._watched_views()), *(single if once.failures else ())]
+        return [*supervised, *(single if once.failures else ())]
 
     def problems(self) -> list[str]:
         """Return a sentence for each part that does not run at the moment."""
@@ -245,13 +239,6 @@ class Supervisor:
 
     def _tasks(self) -> "list[asyncio.Task[Any]]":
         return [*(one.task for one in self._parts if one.task is not None), *self._once]
-
-    def _watched_views(self) -> list[PartView]:
-        views = []
-        for name, problem in self._watched.items():
-            reason = problem()
-            views.append(PartView(name, "failing" if reason else "running", 0, reason))
-        return views
 
     def _add(
         self, name: str, work: Work, policy: RestartPolicy | None, *, may_return: bool

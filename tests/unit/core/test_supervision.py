@@ -156,16 +156,6 @@ async def test_the_same_problem_is_logged_with_its_traceback_once(
     await supervisor.stop()
 
 
-async def test_what_runs_elsewhere_is_watched(supervisor: Supervisor) -> None:
-    reason = ""
-    supervisor.watch("thread", lambda: reason)
-    supervisor.check_health()
-    reason = "it has ended"
-    with pytest.raises(Unavailable, match="thread: it has ended"):
-        supervisor.check_health()
-    supervisor._watched.clear()
-
-
 def test_delays_grow_up_to_the_longest() -> None:
     delays = [RestartPolicy().delay_s(failures) for failures in (1, 2, 3, 7, 10_000)]
     assert delays == [0.5, 1.0, 2.0, 30.0, 30.0]
