@@ -149,6 +149,38 @@ async def test_real_exhaustion_of_descriptors_passes() -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
+class SilentSocket(socket.socket):
+    """Refuses to tell whether it listens, as macOS does, or fails with another error."""
+
+    number = errno.ENOPROTOOPT
+    asked = 0
+
+    def getsockopt(self, *arguments: Any) -> Any:
+        if arguments[:2] == (socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            self.asked += 1
+            raise OSError(self.number, os.strerror(self.number))
+        return super().getsockopt(*arguments)
+
+
+@on_both_loops
+async def test_a_system_that_cannot_tell_whether_a_socket_listens_loses_none() -> None:
+    listener = SilentSocket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(8)
+    subject = Acceptor("listener", listen, Greeter, listener)
+    task = asyncio.ensure_future(subject.run())
+    assert await greeted(listener.getsockname()[1])
+    assert subject.problem == ""
+    before = listener.asked
+    await wait_until(lambda: listener.asked > before + 2, "the socket is checked again")
+    assert not task.done()
+    assert await greeted(listener.getsockname()[1])
+    listener.number = errno.EBADF
+    assert "its socket is gone" in subject.problem
+    with pytest.raises(SocketLost):
+        await asyncio.wait_for(task, 20)
+
+
 def close_descriptor(listener: socket.socket) -> None:
     os.close(listener.fileno())
 
