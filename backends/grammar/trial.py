@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import sys
 import threading
 import time
@@ -40,6 +41,12 @@ class Verdict:
 
     refusal: str
     grown_bytes: int = 0
+
+
+_OVER_LIMITS = Verdict(
+    "compiling it takes more than the limit of processor time, memory or stack "
+    f"({CPU_LIMIT_S} s, {format_bytes(_MEMORY_LIMIT_BYTES)})"
+)
 
 
 class _Queue:
@@ -89,7 +96,8 @@ class GrammarTrial:
         """Return what compiling `grammar` takes, or why it is refused.
 
         Blocks up to 15 s, usually for half a second, and before that for earlier trials.  Raises
-        Unavailable if the child does not start or too many grammars wait, and Cancelled.
+        Unavailable if the child does not start, gets no processor time or is killed from outside,
+        or if too many grammars wait; and Cancelled.
         """
         with _queue.turn():
             return self._run(grammar)
@@ -121,19 +129,16 @@ class GrammarTrial:
         try:
             return _verdict(json.loads(_exchange(child, payload)))
         except TimeoutError:
-            return Verdict(f"compiling it takes longer than {LIMIT_S:g} s")
-        except (ChildEnded, AnswerTooLong):
-            code = child.close(grace_s=1.0)
-            # A positive code is Python's: MemoryError, or a broken installation.
-            if code > 0 and "MemoryError" not in child.stderr_tail:
-                raise Unavailable(
-                    "The process that tries grammars failed. Check the server's log and free "
-                    "memory, then try again."
-                ) from None
-            return Verdict(
-                "compiling it takes more than the limit of processor time, memory or stack "
-                f"({CPU_LIMIT_S} s, {format_bytes(_MEMORY_LIMIT_BYTES)})"
-            )
+            # The limit of processor time is far lower: the child did not get to run.
+            raise Unavailable(
+                "The machine is too busy to check the schema or regex. Try again in a few seconds.",
+                retry_after_s=5,
+            ) from None
+        except AnswerTooLong:
+            return Verdict("the message about it is too long")
+        except ChildEnded:
+            _check_exit(child.close(grace_s=1.0), child.stderr_tail)
+            return _OVER_LIMITS
         finally:
             child.close()
 
@@ -145,6 +150,23 @@ class GrammarTrial:
                 special = [each for each in ids if self._tokenizer.is_special_token(each)]
                 self._vocabulary = list(map(len, tokens)), special, b"".join(tokens)
             return self._vocabulary
+
+
+def _check_exit(code: int, stderr_tail: str) -> None:
+    """Raise Unavailable if the grammar is not the cause of the child's end."""
+    # A positive code is Python's: MemoryError, or a broken installation.
+    if code > 0 and "MemoryError" not in stderr_tail:
+        raise Unavailable(
+            "The process that tries grammars failed. Check the server's log and free memory, then "
+            "try again."
+        )
+    # None of the child's own limits sends this signal: the machine is short of memory.
+    if code == -signal.SIGKILL:
+        raise Unavailable(
+            "The process that tries grammars was killed, probably for want of memory. Try again in "
+            "a few seconds.",
+            retry_after_s=5,
+        )
 
 
 def _exchange(child: Child, payload: bytes) -> bytes:

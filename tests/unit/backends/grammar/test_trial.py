@@ -253,6 +253,46 @@ def test_a_child_that_cannot_be_started_is_no_fault_of_the_grammar(
     assert not read.mask(wanted).problem
 
 
+@pytest.mark.parametrize(
+    ("worker", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was killed"),
+        ("import time; time.sleep(60)", "too busy"),
+    ],
+)
+def test_a_child_that_is_killed_or_gets_no_time_is_no_fault_of_the_grammar(
+    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch, worker: str, message: str
+) -> None:
+    divisor = 10_009 + len(message)
+    wanted = output_constraint(JsonOutput({"type": "integer", "multipleOf": divisor}))
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "_WORKER", worker)
+        if message == "too busy":
+            patch.setattr(trial, "LIMIT_S", 0.3)
+        with pytest.raises(Unavailable, match=message) as caught:
+            read.mask(wanted)
+    assert caught.value.retry_after_s == 5
+    assert not read.mask(wanted).problem
+
+
+@pytest.mark.parametrize(
+    "worker",
+    [
+        "import os, signal; os.kill(os.getpid(), signal.SIGXCPU)",
+        "import os; os.abort()",
+        "raise MemoryError",
+        "print('x' * 3_000_000)",
+    ],
+)
+def test_a_child_that_reaches_its_own_limits_refuses_the_grammar(
+    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch, worker: str
+) -> None:
+    monkeypatch.setattr(trial, "_WORKER", worker)
+    monkeypatch.setattr(GrammarTrial, "_read_vocabulary", lambda _: ([], [], b""))
+    with pytest.raises(UnsupportedParameter, match="cannot be enforced"):
+        read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": 10_037})))
+
+
 def test_few_trials_run_at_once_and_few_wait(
     read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
