@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Hashable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -84,9 +85,11 @@ class StepWatch:
         """Measure the activity inside the context; others of this name may run at the same time."""
         activity = (name, object())
         self.begin(activity)
+        token = _running.set((self, activity))
         try:
             yield
         finally:
+            _running.reset(token)
             self.end(activity)
 
     @property
@@ -95,6 +98,28 @@ class StepWatch:
         # The copy is made in one operation: other threads change the dict meanwhile.
         began_at = min(self._began_at.copy().values(), default=math.inf)
         return max(0.0, time.monotonic() - began_at)
+
+
+_running: ContextVar[tuple[StepWatch, Hashable] | None] = ContextVar("activity", default=None)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Do not measure the caller's running activity inside the context.
+
+    For waiting until others, which are measured themselves, are done.  Afterwards it is measured
+    from zero.
+    """
+    found = _running.get()
+    if found is None:
+        yield
+        return
+    watch, activity = found
+    watch.end(activity)
+    try:
+        yield
+    finally:
+        watch.begin(activity)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from llguidance import LLTokenizer
 
 from backends.cancellation import check_cancelled
+from backends.limits import unwatched
 from core.child import AnswerTooLong, Child, ChildEnded
 from core.errors import Unavailable
 from core.units import MIB, format_bytes
@@ -69,8 +70,9 @@ class _Queue:
                 )
             self._count += 1
         try:
-            while not self._slots.acquire(timeout=_POLL_S):
-                check_cancelled()
+            with unwatched():
+                while not self._slots.acquire(timeout=_POLL_S):
+                    check_cancelled()
             try:
                 yield
             finally:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from backends.limits import StepWatch, deadline
+from backends.limits import StepWatch, deadline, unwatched
 from core.errors import TimedOut
 
 
@@ -119,3 +119,17 @@ async def test_a_timeout_of_the_body_is_not_the_deadline() -> None:
     with pytest.raises(TimeoutError, match="the template"):
         async with deadline(60.0):
             raise TimeoutError("the template")
+
+
+def test_an_activity_that_waits_for_others_is_not_measured(clock: Clock) -> None:
+    watch = StepWatch()
+    with watch.running("prepare"):
+        clock.now += 3
+        with unwatched():
+            clock.now += 100
+            assert watch.lasted_s == 0.0
+        clock.now += 1
+        assert watch.lasted_s == 1.0
+    assert watch.lasted_s == 0.0
+    with unwatched():
+        assert watch.lasted_s == 0.0

@@ -1,6 +1,9 @@
 """Tests of grammars that are too costly: they are refused in a child, and nothing else suffers."""
 
+import contextlib
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +15,18 @@ from backends.grammar.cost import CostMeter
 from backends.grammar.schema_limits import check_pattern
 from backends.grammar.trial import MAX_RUNNING, MAX_WAITING, GrammarTrial, Verdict
 from backends.hf.tokenizer import HfTokenizer
+from backends.limits import StepWatch
 from core.errors import RequestError, Unavailable, UnsupportedParameter
 from core.types import ChoiceOutput, JsonOutput, JsonValue, RegexOutput
 from tests.unit.backends.grammar.test_constraint import fits
 from tests.unit.backends.grammar.test_constraint import read as read
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def is_cheap_schema(*schemas: Any) -> bool:
@@ -328,3 +339,35 @@ def test_few_trials_run_at_once_and_few_wait(
     for thread in threads:
         thread.join(60)
     assert len(problems) == count + 1
+
+
+def test_waiting_for_a_turn_does_not_count_as_hung(
+    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, running = threading.Event(), threading.Semaphore(0)
+
+    def hold(_: object, grammar: str) -> Verdict:
+        running.release()
+        assert release.wait(60)
+        return Verdict(f"as the test wants it: {len(grammar)}")
+
+    def work(watch: StepWatch, divisor: int) -> None:
+        with watch.running("prepare"), contextlib.suppress(UnsupportedParameter):
+            read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": divisor})))
+
+    monkeypatch.setattr(GrammarTrial, "_run", hold)
+    watches = [StepWatch() for _ in range(MAX_RUNNING + 1)]
+    threads = [
+        threading.Thread(target=work, args=(watch, 50_021 + index))
+        for index, watch in enumerate(watches)
+    ]
+    for thread in threads[:MAX_RUNNING]:
+        thread.start()
+        assert running.acquire(timeout=60)
+    threads[-1].start()
+    wait_until(lambda: trial._queue._count == len(threads) and not watches[-1].lasted_s)
+    assert all(watch.lasted_s for watch in watches[:-1])
+    release.set()
+    for thread in threads:
+        thread.join(60)
+    assert running.acquire(timeout=60)
