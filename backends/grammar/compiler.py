@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from backends.grammar.constraint import Constraint
 from backends.grammar.cost import CostMeter, check_literals
 from backends.grammar.schema_limits import check_enforceable, check_pattern, without_lookaround
-from backends.grammar.trial import GrammarTrial, Verdict
+from backends.grammar.trial import GrammarTrial
 from backends.grammar.trial_worker import STACK_BYTES, parser_limits
+from backends.grammar.verdicts import Verdicts
 from core.errors import RequestError, UnsupportedParameter, is_panic
 from core.stack import call_with_stack
 from core.types import ChoiceOutput, JsonOutput, JsonValue, Output, RegexOutput
@@ -43,7 +44,6 @@ _MAX_GRAMMAR_BYTES = 512 * KIB
 _MAX_CHEAP_CHARACTERS = 128 * KIB
 _MAX_CACHED_GRAMMARS = 64
 _MAX_CACHED_BYTES = 128 * MIB
-_MAX_VERDICTS = 1024
 # Measured: a compiled grammar takes up to 300 times its text; its automaton grows with its use.
 _BYTES_PER_CHARACTER = 300
 _BYTES_PER_GRAMMAR = MIB
@@ -190,7 +190,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._kept: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
         self._kept_bytes = 0
-        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._verdicts = Verdicts()
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -220,25 +220,13 @@ class GrammarCompiler:
             return GrammarMask(self._tokenizer, found[0].deep_copy(), self._scratch)
         taken_bytes = _BYTES_PER_GRAMMAR + _BYTES_PER_CHARACTER * size
         if not constraint.is_cheap:
-            verdict = self._tried(key, text)
+            verdict = self._verdicts.get(key, lambda: self._trial.run(text))
             if verdict.refusal:
                 raise _refused(verdict.refusal, constraint.param)
             taken_bytes = max(taken_bytes, verdict.grown_bytes)
         matcher = self._compiled(text, constraint.param, is_background=not constraint.is_cheap)
         self._keep(key, matcher, taken_bytes)
         return GrammarMask(self._tokenizer, matcher.deep_copy(), self._scratch)
-
-    def _tried(self, key: bytes, text: str) -> Verdict:
-        """Return the verdict of a trial, which is remembered."""
-        with self._lock:
-            known = self._verdicts.get(key)
-        if known is None:
-            known = self._trial.run(text)
-            with self._lock:
-                self._verdicts[key] = known
-                while len(self._verdicts) > _MAX_VERDICTS:
-                    self._verdicts.popitem(last=False)
-        return known
 
     def _compiled(self, text: str, param: str, *, is_background: bool = False) -> LLMatcher:
         # llguidance recurses over nested schemas and chains of references.
