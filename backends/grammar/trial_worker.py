@@ -9,12 +9,13 @@ import os
 import random
 import resource
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from core.child import die_with_input, die_with_parent, limit_cpu, limit_process, take_stdout
+from core.errors import is_panic
+from core.stack import call_with_stack
 from core.units import MIB
 
 if TYPE_CHECKING:
@@ -76,18 +77,24 @@ def main() -> None:
     die_with_input(sys.stdin)
     limit_process(data_bytes=request["memory_bytes"], file_bytes=0)
     limit_cpu(request["cpu_s"])
-    report = _on_stack(lambda: _try(request, _Vocabulary(request, data)))
+    report = _report(request, _Vocabulary(request, data))
     stream.write(json.dumps(report) + "\n")
     stream.flush()
 
 
-def _on_stack(work: Callable[[], Report]) -> Report:
-    reports: list[Report] = []
-    threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=lambda: reports.append(work()))
-    thread.start()
-    thread.join()
-    return reports[0]
+def _report(request: dict[str, Any], vocabulary: _Vocabulary) -> Report:
+    """Return the result of the trial, also if the library panics."""
+    try:
+        return call_with_stack(STACK_BYTES, lambda: _try(request, vocabulary))
+    except BaseException as problem:
+        if not is_panic(problem):
+            raise
+        return Report(
+            error=f"the grammar library failed: {str(problem)[:200]}",
+            compile_s=0.0,
+            mask_s=0.0,
+            grown_bytes=0,
+        )
 
 
 def _try(request: dict[str, Any], vocabulary: _Vocabulary) -> Report:

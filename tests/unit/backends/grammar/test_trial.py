@@ -304,6 +304,29 @@ def test_a_child_that_reaches_its_own_limits_refuses_the_grammar(
         read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": 10_037})))
 
 
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [("MemoryError", "processor time, memory or stack"), ("Panic('oh')", "library failed: oh")],
+)
+def test_whatever_the_library_raises_in_the_child_refuses_the_grammar(
+    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch, problem: str, message: str
+) -> None:
+    worker = (
+        "import sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from backends.grammar import trial_worker\n"
+        "class Panic(BaseException): pass\n"
+        "def fail(*_):\n"
+        f"    raise {problem}\n"
+        "trial_worker._try = fail\n"
+        "trial_worker.main()\n"
+    )
+    monkeypatch.setattr(trial, "_WORKER", worker)
+    divisor = 10_061 + len(message)
+    with pytest.raises(UnsupportedParameter, match=message):
+        read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": divisor})))
+
+
 def test_few_trials_run_at_once_and_few_wait(
     read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
