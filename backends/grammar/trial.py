@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from llguidance import LLTokenizer
 
 from backends.cancellation import check_cancelled
@@ -48,6 +49,10 @@ _OVER_LIMITS = Verdict(
     "compiling it takes more than the limit of processor time, memory or stack "
     f"({CPU_LIMIT_S} s, {format_bytes(_MEMORY_LIMIT_BYTES)})"
 )
+
+
+class _OverMemory(Exception):
+    """The child takes more memory than it may."""
 
 
 class _Queue:
@@ -136,6 +141,8 @@ class GrammarTrial:
                 "The machine is too busy to check the schema or regex. Try again in a few seconds.",
                 retry_after_s=5,
             ) from None
+        except _OverMemory:
+            return _OVER_LIMITS
         except AnswerTooLong:
             return Verdict("the message about it is too long")
         except ChildEnded:
@@ -182,6 +189,14 @@ def _exchange(child: Child, payload: bytes) -> bytes:
         except TimeoutError:
             if time.monotonic() >= deadline:
                 raise
+            _check_memory(child.pid)
+
+
+def _check_memory(process_id: int) -> None:
+    """Raise _OverMemory if the child takes too much: macOS has no limit for it."""
+    with contextlib.suppress(psutil.Error):
+        if psutil.Process(process_id).memory_info().rss > _MEMORY_LIMIT_BYTES:
+            raise _OverMemory
 
 
 def _verdict(report: dict[str, float | str]) -> Verdict:

@@ -327,6 +327,19 @@ def test_whatever_the_library_raises_in_the_child_refuses_the_grammar(
         read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": divisor})))
 
 
+def test_a_child_that_takes_too_much_memory_is_ended_where_the_system_has_no_limit(
+    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This worker sets no limits, as if the system had none.
+    monkeypatch.setattr(
+        trial, "_WORKER", "import sys, time; sys.stdin.buffer.read(1); time.sleep(60)"
+    )
+    monkeypatch.setattr(trial, "_MEMORY_LIMIT_BYTES", 2**20)
+    monkeypatch.setattr(GrammarTrial, "_read_vocabulary", lambda _: ([], [], b""))
+    with pytest.raises(UnsupportedParameter, match="memory or stack"):
+        read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": 10_069})))
+
+
 def test_few_trials_run_at_once_and_few_wait(
     read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
