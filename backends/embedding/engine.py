@@ -110,6 +110,7 @@ class EmbeddingEngine(Engine):
         job: Job[None] | None = None
         try:
             job = self._threads.submit(lambda: self._tokenize(request))
+            job.done.add_done_callback(lambda done: _end_unprepared(request, done))
             async with deadline(deadline_s, "inputs"):
                 return await request.done
         finally:
@@ -292,3 +293,10 @@ class EmbeddingEngine(Engine):
         if request in self._queue:
             self._queue.remove(request)
         request.resolve(outcome)
+
+
+def _end_unprepared(request: QueuedRequest, done: "Future[None]") -> None:
+    """End a request whose tokenization failed, also before it began: no thread was left for it."""
+    problem = None if done.cancelled() else done.exception()
+    if problem is not None:
+        request.resolve(request_error(problem, "tokenization", request.label))

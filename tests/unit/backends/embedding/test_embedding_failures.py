@@ -111,6 +111,19 @@ async def test_a_text_that_cannot_be_tokenized_fails_its_own_request(
     assert isinstance(after, Embeddings)
 
 
+async def test_a_request_for_which_no_thread_starts_fails(
+    engine: EmbeddingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(EngineFailed, match="No thread could be started"):
+            await asyncio.wait_for(engine.embed(["a"]), 30)
+    assert len((await engine.embed(["a"])).vectors) == 1
+
+
 async def test_a_text_that_is_tokenized_slowly_delays_no_other_request(
     engine: EmbeddingEngine, encoder: FaultyEncoder
 ) -> None:
