@@ -3,6 +3,8 @@
 import re
 from collections.abc import Collection, Iterator
 
+from backends.cancellation import check_cancelled
+
 # Measured with 77 pre-tokenizers: std::regex of libstdc++ takes up to 321 bytes of stack for each
 # character of a match; that of libc++ takes none.
 STACK_BYTES_PER_CHARACTER = 1024
@@ -20,6 +22,7 @@ _CUT_RUNS = {
 ABORTS_AT_BLANKS = frozenset(["whitespace"])
 _UNKNOWN_AT_ONCE = 4096
 _SPECIALS_AT_ONCE = 500
+_HEAD_CHARACTERS = 4
 
 
 def text_pieces(text: str, pre_tokenizer: str) -> Iterator[str]:
@@ -95,6 +98,7 @@ class Specials:
         self._texts = frozenset(texts)
         self._lengths = sorted({len(each) for each in texts}, reverse=True)
         self._starts = "".join({each[0] for each in texts})
+        self._heads = _head_pattern(self._texts)
         self.ends = frozenset(each[-1] for each in texts)
 
     def are_many(self, text: str) -> bool:
@@ -102,16 +106,30 @@ class Specials:
         return sum(map(text.count, self._starts)) > _SPECIALS_AT_ONCE
 
     def find_ends(self, text: str) -> Iterator[int]:
-        """Yield where each special token in `text` ends; the longest one at a place counts."""
+        """Yield where each special token in `text` ends; the longest one at a place counts.
+
+        Raises Cancelled.
+        """
         after = 0
-        for found in re.finditer(f"[{re.escape(self._starts)}]", text):
+        for found in self._heads.finditer(text):
+            check_cancelled()
             at = found.start()
-            ends = (
-                at + length for length in self._lengths if text[at : at + length] in self._texts
-            )
+            # At the end of the text, what is cut out may be shorter than the length.
+            parts = (text[at : at + length] for length in self._lengths)
+            ends = (at + len(part) for part in parts if part in self._texts)
             if at >= after and (end := next(ends, None)) is not None:
                 after = end
                 yield end
+
+
+def _head_pattern(texts: Collection[str]) -> re.Pattern[str]:
+    """Return a pattern of the places where one of `texts` may start: four characters are looked at.
+
+    One of the first character alone would find nearly every place of a text of only `<`.
+    """
+    starts = re.escape("".join(sorted({each[0] for each in texts})))
+    rests = "|".join(map(re.escape, sorted({each[1:_HEAD_CHARACTERS] for each in texts})))
+    return re.compile(f"[{starts}](?={rests})" if starts else "(?!)")
 
 
 def cut_after_specials(text: str, specials: Specials) -> Iterator[str]:
