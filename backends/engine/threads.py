@@ -1,7 +1,7 @@
 """Names the calling thread for ps and top, and counts the performance cores."""
 
+import contextlib
 import ctypes
-import ctypes.util
 import subprocess
 import sys
 
@@ -13,16 +13,19 @@ _PR_SET_NAME = 15
 
 
 def name_this_thread(name: str) -> None:
-    """Name the calling thread as ps and top show it; at most 15 bytes are kept.
+    """Name the calling thread as ps and top show it; at most 15 bytes are kept.  Never raises.
 
     Source: prctl(2) on Linux, pthread_setname_np(3) on macOS.
     """
-    encoded = name.encode()[:15]
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
-    if sys.platform == "darwin":
-        libc.pthread_setname_np(encoded)
-    elif sys.platform == "linux":
-        libc.prctl(_PR_SET_NAME, encoded, 0, 0, 0)
+    # A thread without a name does its work all the same.
+    with contextlib.suppress(Exception):
+        encoded = name.encode()[:15]
+        # The process itself: to look for the library would start other processes.
+        libc = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            libc.pthread_setname_np(encoded)
+        elif sys.platform == "linux":
+            libc.prctl(_PR_SET_NAME, encoded, 0, 0, 0)
 
 
 def performance_cores() -> int:

@@ -1,13 +1,17 @@
 """Thread names and core counts as the operating system tells them."""
 
+import ctypes
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from backends.engine.preparation import PreparationThreads
 from backends.engine.threads import name_this_thread, performance_cores
+from backends.limits import StepWatch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -23,6 +27,34 @@ def test_a_thread_gets_its_name_cut_to_what_the_system_keeps() -> None:
     thread.start()
     thread.join()
     assert seen == ["impetus-engine-"]
+
+
+def test_naming_a_thread_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+
+    def refuse(*arguments: object, **_: object) -> None:
+        started.append(arguments)
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    name_this_thread(threading.current_thread().name)
+    assert not started
+
+
+def test_naming_a_thread_never_raises() -> None:
+    name_this_thread("\ud800")
+
+
+def test_work_is_done_on_a_thread_that_cannot_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    threads = PreparationThreads(StepWatch())
+    try:
+        assert threads.submit(lambda: 7).done.result(60) == 7
+    finally:
+        threads.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity here")
