@@ -1,13 +1,15 @@
 """Renders chat templates in an isolated child process, because a model file may be hostile."""
 
+import contextlib
 import json
 import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from backends.cancellation import check_cancelled
 from core.child import AnswerTooLong, Child, ChildEnded
 from core.errors import BrokenModel, EngineFailed, RequestError
 from core.types import JsonValue
@@ -18,6 +20,7 @@ START_LIMIT_S = 30.0
 OUTPUT_LIMIT_BYTES = 8 * MIB
 MEMORY_LIMIT_BYTES = GIB
 MAX_WORKERS = 4
+_POLL_S = 0.2
 # A slow render of more than this says nothing about the template.
 _LONG_PROMPT_BYTES = 256 * KIB
 
@@ -60,13 +63,13 @@ class TemplateRenderer:
 
         Raises TemplateRefused if the template calls `raise_exception`, BrokenModel if it fails,
         hangs or its output is too large, RequestError for variables that cannot be rendered or
-        are too long, and EngineFailed after `close`.
+        are too long, EngineFailed after `close`, and Cancelled while it waits for other renders.
         """
         try:
             payload = json.dumps(variables).encode("ascii")
         except RecursionError as error:
             raise RequestError("The messages or tools are nested too deeply.") from error
-        with self._slots:
+        with self._slot():
             answer = self._request(payload)
         kind = answer.get("error")
         if kind is None:
@@ -93,6 +96,17 @@ class TemplateRenderer:
         for _ in range(MAX_WORKERS):
             self._slots.acquire()
         for _ in range(MAX_WORKERS):
+            self._slots.release()
+
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[None]:
+        """Wait until few enough renders run.  Raises Cancelled."""
+        while not self._slots.acquire(timeout=_POLL_S):
+            check_cancelled()
+        try:
+            check_cancelled()
+            yield
+        finally:
             self._slots.release()
 
     def _request(self, payload: bytes) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from backends.cancellation import Cancelled, cancelled_by
 from backends.prompt import templates
 from backends.prompt.templates import MAX_WORKERS, TemplateRefused, TemplateRenderer
 from core.errors import BrokenModel, EngineFailed, RequestError
@@ -265,3 +266,37 @@ def test_a_worker_that_cannot_be_started_is_no_fault_of_the_model(
         with pytest.raises(EngineFailed, match="did not start"):
             renderer.render(user("a"))
     assert renderer.render(user("a")) == "<user>a"
+
+
+def test_template_waiting_for_other_renders_ends_with_its_request(make: Renderers) -> None:
+    renderer, gone = make(ECHO), threading.Event()
+
+    def render() -> str:
+        with cancelled_by(gone):
+            return renderer.render(user("a"))
+
+    for _ in range(MAX_WORKERS):
+        renderer._slots.acquire()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(render)
+            assert not waiting.done()
+            gone.set()
+            try:
+                assert isinstance(waiting.exception(30), Cancelled)
+            finally:
+                renderer._slots.release()
+    finally:
+        for _ in range(MAX_WORKERS - 1):
+            renderer._slots.release()
+    assert renderer.render(user("b")) == "<user>b"
+
+
+def test_template_of_a_cancelled_request_is_not_rendered(make: Renderers) -> None:
+    renderer, gone = make(ECHO), threading.Event()
+    gone.set()
+    for _ in range(MAX_WORKERS + 1):
+        with cancelled_by(gone), pytest.raises(Cancelled):
+            renderer.render(user("a"))
+    assert not renderer._idle
+    assert renderer.render(user("b")) == "<user>b"
