@@ -257,7 +257,8 @@ class GrammarCompiler:
 
     def _keep(self, key: bytes, matcher: LLMatcher, taken_bytes: int) -> None:
         with self._lock:
-            if key in self._kept:
+            # One that exceeds the whole cache would only drop all others.
+            if key in self._kept or taken_bytes > _MAX_CACHED_BYTES:
                 return
             self._kept[key] = (matcher, taken_bytes)
             self._kept_bytes += taken_bytes

@@ -168,6 +168,18 @@ def test_i6_large_grammars_make_room_for_each_other(read: HfTokenizer) -> None:
     assert 1 < quick.kept[0] < 40
 
 
+def test_i6_a_grammar_larger_than_the_cache_drops_no_others(read: HfTokenizer) -> None:
+    quick = Quick(read)
+    quick.mask(output_constraint(JsonOutput({"const": 1})))
+    before = quick.kept
+    values: list[JsonValue] = [f"{'x' * 1000}{index}" for index in range(480)]
+    for _ in range(2):
+        quick.mask(output_constraint(JsonOutput({"enum": values})))
+        assert quick.kept == before
+    quick.mask(output_constraint(JsonOutput({"const": 1})))
+    assert quick.compiled == 3
+
+
 def test_an_equal_grammar_is_compiled_once_and_used_apart(read: HfTokenizer) -> None:
     first = read.mask(output_constraint(ChoiceOutput(("ab",), "p")))
     first.accept(read.encode("a", add_bos=False, parse_special=False)[0])
