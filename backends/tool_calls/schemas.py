@@ -10,8 +10,8 @@ from core.types import JsonValue, Tool
 
 _LITERALS: Mapping[str, JsonValue] = {"True": True, "False": False, "None": None}
 _MAX_SCHEMAS = 200
-# About 0.2 s for one call, 2 s for all calls of an answer.
-_STEPS_OF_CALL, _STEPS_OF_ANSWER = 10_000, 100_000
+# About 40 ms for one call, 0.4 s for all calls of an answer: meanwhile no other answer goes on.
+_STEPS_OF_CALL, _STEPS_OF_ANSWER = 2_000, 20_000
 _STEP_CHARACTERS = 16 * 1024
 _MAX_DEPTH = 16
 

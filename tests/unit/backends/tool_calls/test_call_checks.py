@@ -1,5 +1,6 @@
 """Tests of argument validation, conversion of text arguments, and reasoning effort."""
 
+import json
 from typing import Any
 
 import pytest
@@ -58,6 +59,30 @@ def test_arguments_are_checked(text: str, is_fitting: bool) -> None:
 )
 def test_i9_what_cannot_be_checked_passes(schema: dict[str, Any]) -> None:
     assert argument_checker([Tool("f", "", schema)])("f", '{"a": 1}')
+
+
+def many(count: int, last: int | str) -> str:
+    """Return arguments whose check takes about `count` steps."""
+    return json.dumps({"x": [1] * count + [last]})
+
+
+def test_what_takes_many_steps_to_check_passes() -> None:
+    schema: dict[str, Any] = {"properties": {"x": {"items": {"type": "integer"}}}}
+    fits = argument_checker([Tool("f", "", schema)])
+    assert not fits("f", many(1500, "a"))
+    assert fits("f", many(2500, "a"))
+    assert not fits("f", many(1500, "a"))
+
+
+def test_the_calls_of_one_answer_share_steps() -> None:
+    schema: dict[str, Any] = {"properties": {"x": {"items": {"type": "integer"}}}}
+    fits = argument_checker([Tool("f", "", schema)])
+    for _ in range(12):
+        assert not fits("f", many(1500, "a"))
+    for _ in range(3):
+        assert fits("f", many(1500, 1))
+    assert fits("f", many(1500, "a"))
+    assert not argument_checker([Tool("f", "", schema)])("f", many(1500, "a"))
 
 
 @pytest.mark.parametrize(
