@@ -22,7 +22,8 @@ from backends.engine.failures import request_error
 from backends.engine.preparation import Job, PreparationThreads
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace
-from backends.limits import UNLIMITED, EngineLimits, StepWatch, deadline
+from backends.limits import UNLIMITED, EngineLimits, deadline
+from backends.watch import StepWatch
 from core.errors import EngineFailed, ImpetusError, NonFiniteOutput, UnsupportedCapability
 from core.types import BATCH_DELAY_S, Embeddings, GenerationEvent, GenerationRequest, Priority
 

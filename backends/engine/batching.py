@@ -12,9 +12,10 @@ from backends.engine.failures import request_error
 from backends.engine.loop import EngineLoop
 from backends.engine.preparation import PreparationThreads
 from backends.engine.request import EngineRequest, events_of
-from backends.limits import EngineLimits, StepWatch
+from backends.limits import EngineLimits
 from backends.prompt.prepare import Prepared, Preparer
 from backends.stepper import Stepper
+from backends.watch import StepWatch
 from core.errors import ImpetusError, TimedOut
 from core.types import Finished, GenerationEvent, GenerationRequest, Prompt
 

@@ -17,8 +17,9 @@ from backends.engine.pacing import Pacer
 from backends.engine.request import EngineRequest, Entries, Inbox, StepEvents
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace, WaitingQueue
-from backends.limits import EngineLimits, StepWatch
+from backends.limits import EngineLimits
 from backends.stepper import StepOutput, Stepper
+from backends.watch import StepWatch
 from core.errors import EngineFailed, ImpetusError
 from core.types import Finished, GenerationEvent, PrefillProgress
 

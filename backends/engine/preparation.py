@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from backends.cancellation import Cancelled, cancelled_by
 from backends.engine.threads import name_this_thread
-from backends.limits import StepWatch
+from backends.watch import StepWatch
 from core.errors import EngineFailed, RequestError, is_panic
 
 logger = logging.getLogger(__name__)

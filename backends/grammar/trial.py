@@ -14,7 +14,7 @@ import psutil
 from llguidance import LLTokenizer
 
 from backends.cancellation import check_cancelled
-from backends.limits import unwatched
+from backends.watch import unwatched
 from core.child import AnswerTooLong, Child, ChildEnded
 from core.errors import Unavailable
 from core.units import MIB, format_bytes

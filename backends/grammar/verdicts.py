@@ -8,7 +8,7 @@ from concurrent.futures import Future, wait
 
 from backends.cancellation import Cancelled, check_cancelled
 from backends.grammar.trial import Verdict
-from backends.limits import unwatched
+from backends.watch import unwatched
 
 _MAX_VERDICTS = 1024
 _POLL_S = 0.2

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from backends.limits import StepWatch, deadline, unwatched
+from backends.limits import deadline
+from backends.watch import StepWatch, unwatched
 from core.errors import TimedOut
 
 
@@ -21,7 +22,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("backends.limits.time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr("backends.watch.time", SimpleNamespace(monotonic=clock.monotonic))
     return clock
 
 

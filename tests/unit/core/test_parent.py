@@ -76,7 +76,12 @@ def test_a_kqueue_tells_of_the_exit_or_of_an_error(
         monkeypatch.setattr(select, f"KQ_{name}", 1, raising=False)
     monkeypatch.setattr(select, "KQ_EV_ERROR", 0x4000, raising=False)
     asked: list[int] = []
-    monkeypatch.setattr(parent, "is_running", lambda pid: bool(asked.append(pid)))
+
+    def is_running(pid: int) -> bool:
+        asked.append(pid)
+        return False
+
+    monkeypatch.setattr(parent, "is_running", is_running)
     wait_for_exit(4711)
     # Only where the system refuses to tell is the process asked.
     assert asked == ([4711] if number == errno.EACCES else [])

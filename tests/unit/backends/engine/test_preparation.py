@@ -11,9 +11,9 @@ from backends.cancellation import check_cancelled
 from backends.echo import ByteTokenizer, echo_info
 from backends.engine.batching import BatchingEngine
 from backends.engine.preparation import MAX_RUNNING, PreparationThreads
-from backends.limits import StepWatch
 from backends.prompt.chat_format import ChatFormat
 from backends.prompt.prepare import Prepared, Preparer
+from backends.watch import StepWatch
 from core.errors import EngineFailed, RequestError, TimedOut
 from core.types import GenerationRequest, Prompt, TextPrompt
 from tests.requests import request, run, text_of

@@ -11,7 +11,7 @@ import pytest
 
 from backends.engine.preparation import PreparationThreads
 from backends.engine.threads import name_this_thread, performance_cores
-from backends.limits import StepWatch
+from backends.watch import StepWatch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -15,7 +15,7 @@ from backends.grammar.cost import CostMeter
 from backends.grammar.schema_limits import check_pattern
 from backends.grammar.trial import MAX_RUNNING, MAX_WAITING, GrammarTrial, Verdict
 from backends.hf.tokenizer import HfTokenizer
-from backends.limits import StepWatch
+from backends.watch import StepWatch
 from core.errors import RequestError, Unavailable, UnsupportedParameter
 from core.types import ChoiceOutput, JsonOutput, JsonValue, RegexOutput
 from tests.unit.backends.grammar.test_constraint import fits

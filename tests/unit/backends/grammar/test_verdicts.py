@@ -10,7 +10,7 @@ import pytest
 from backends.cancellation import Cancelled, cancelled_by
 from backends.grammar.trial import Verdict
 from backends.grammar.verdicts import Verdicts
-from backends.limits import StepWatch
+from backends.watch import StepWatch
 from core.errors import Unavailable
 
 _LIMIT_S = 60

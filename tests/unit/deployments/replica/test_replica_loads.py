@@ -312,9 +312,9 @@ async def test_unloaded_engines_are_collected(
     opened = EchoBackend.open
 
     def open_(backend: EchoBackend, info: ModelInfo, options: EngineOptions) -> Engine:
-        engine: Any = opened(backend, info, options)
+        engine = opened(backend, info, options)
         # As real engines, it is part of a cycle.
-        engine.itself = engine
+        engine.__dict__["itself"] = engine
         engines.append(weakref.ref(engine))
         return engine
 
