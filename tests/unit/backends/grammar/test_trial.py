@@ -104,6 +104,12 @@ ALLOWED: dict[str, dict[str, JsonValue]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child of low priority may get little processor time beside other tests."""
+    monkeypatch.setattr("backends.grammar.trial.LIMIT_S", 200.0)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_schemas_that_would_take_minutes_gigabytes_or_the_stack_are_refused(
     read: HfTokenizer, name: str
