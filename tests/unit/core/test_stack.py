@@ -23,9 +23,21 @@ def test_the_result_and_any_exception_reach_the_caller() -> None:
         call_with_stack(16 * MIB, panic)
 
 
-def test_threads_that_start_later_keep_the_usual_stack() -> None:
+def test_the_thread_has_the_large_stack_and_later_ones_the_usual(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     usual = threading.stack_size()
-    assert call_with_stack(64 * MIB, threading.stack_size) in (usual, 64 * MIB)
+    sizes: list[int] = []
+    start = threading.Thread.start
+
+    def record(thread: threading.Thread) -> None:
+        sizes.append(threading.stack_size())
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", record)
+    assert call_with_stack(64 * MIB, lambda: 7) == 7
+    threading.Thread(target=lambda: None).start()
+    assert sizes == [64 * MIB, usual]
     assert threading.stack_size() == usual
 
 
