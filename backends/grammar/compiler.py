@@ -200,8 +200,9 @@ class GrammarCompiler:
     def mask(self, constraint: Constraint) -> "GrammarMask":
         """Compile a grammar; return the mask of a new sequence at its start.
 
-        Blocks, for a costly grammar up to 15 s.  Raises RequestError if the grammar is too large,
-        UnsupportedParameter if it cannot be enforced, and Cancelled.
+        Blocks, for a costly grammar up to 30 s.  Raises RequestError if the grammar is too large,
+        UnsupportedParameter if it cannot be enforced, Unavailable if the machine is too busy
+        to find that out, and Cancelled.
         """
         text = constraint.grammar + self._marker_rules(constraint)
         size = len(text.encode("utf-8", "surrogatepass"))

@@ -346,6 +346,18 @@ def test_a_child_that_takes_too_much_memory_is_ended_where_the_system_has_no_lim
         read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": 10_069})))
 
 
+def test_a_child_that_has_used_its_processor_time_at_the_deadline_refuses_the_grammar(
+    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This worker has no limit of its own.
+    monkeypatch.setattr(trial, "_WORKER", "import sys; sys.stdin.buffer.read(1)\nwhile True: pass")
+    monkeypatch.setattr(trial, "CPU_LIMIT_S", 0.01)
+    monkeypatch.setattr(trial, "LIMIT_S", 2.0)
+    monkeypatch.setattr(GrammarTrial, "_read_vocabulary", lambda _: ([], [], b""))
+    with pytest.raises(UnsupportedParameter, match="processor time"):
+        read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": 60_013})))
+
+
 def test_few_trials_run_at_once_and_few_wait(
     read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
