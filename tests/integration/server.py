@@ -79,6 +79,8 @@ class Server:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # Whoever runs the tests may ignore hangups, as `nohup` does.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         self.wait_until_ready()
         self.tree = psutil.Process(self.process.pid).children(recursive=True)

@@ -134,8 +134,12 @@ def test_a_load_that_ends_its_process_charges_the_loaded_model_only(shared: Serv
         assert refused.status_code == 503
         assert "died twice while it loaded" in refused.text
         assert answer_of(bystander.result()) == LONG
-    ask(shared, "unloadable", "hello")
-    assert states(shared)[ids["unloadable"]] == "quarantined"
+
+    def is_quarantined() -> bool:
+        ask(shared, "unloadable", "hello")
+        return states(shared)[ids["unloadable"]] == "quarantined"
+
+    wait_until(is_quarantined, "a third death puts it into quarantine", 60)
     assert "processes died" in _reason(shared, "unloadable")
     assert states(shared)[ids["innocent"]] != "quarantined"
     assert answer_of(ask(shared, "fragile", "hello")) == "hello"
