@@ -280,7 +280,7 @@ async def test_template_of_the_client_is_refused_i7(fields: dict[str, Any]) -> N
         ({"messages": [{"role": "user", "content": "x"}] * 2049}, "messages"),
         ({"messages": user(*[{"type": "text", "text": "x"}] * 4097)}, "messages[0].content"),
         ({"system": [{"type": "text", "text": "x"}] * 4097}, "system"),
-        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": [TOOL] * 513}, "tools"),
         ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
         ({"temperature": 1e999}, ""),
     ],

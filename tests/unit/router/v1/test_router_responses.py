@@ -42,7 +42,7 @@ for _ in range(40):
         ({"tools": [{"type": "function"}]}, "invalid_request", "tools[0].name"),
         ({"tools": [{**TOOL, "parameters": DEEP}]}, "invalid_request", "tools[0].parameters"),
         ({"tools": [TOOL, TOOL]}, "invalid_request", "tools[1].name"),
-        ({"tools": [TOOL] * 129}, "invalid_request", "tools"),
+        ({"tools": [TOOL] * 513}, "invalid_request", "tools"),
         ({"tool_choice": "required"}, "invalid_request", "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "b"}}, "invalid_request", "tool_choice"),
         ({"tool_choice": {"type": "mcp"}}, "unsupported_parameter", "tool_choice"),
