@@ -111,7 +111,7 @@ def _many_messages(chance: random.Random, model: str) -> Sent:
 
 
 def _deep(chance: random.Random, model: str) -> Sent:
-    depth = chance.choice((200, 20_000))
+    depth = chance.choice((250, 20_000))
     tail = b',"metadata":' + b"[" * depth + b"]" * depth + b"}"
     body = _json(_chat(chance, model))[:-1] + tail
     return Sent("deep", _CHAT, body, right=frozenset({400}))
