@@ -14,8 +14,13 @@ from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
 from backends.grammar.constraint import Constraint
-from backends.grammar.cost import CostMeter, check_literals
-from backends.grammar.schema_limits import check_enforceable, check_pattern, without_lookaround
+from backends.grammar.cost import CostMeter
+from backends.grammar.schema_limits import (
+    check_enforceable,
+    check_literals,
+    check_pattern,
+    without_lookaround,
+)
 from backends.grammar.trial import GrammarTrial
 from backends.grammar.trial_worker import STACK_BYTES, parser_limits
 from backends.grammar.verdicts import Verdicts

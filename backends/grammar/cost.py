@@ -5,7 +5,6 @@ import re
 from decimal import Decimal
 from typing import Any
 
-from core.errors import RequestError
 from core.types import JsonValue
 
 _MAX_NODES = 2000
@@ -17,31 +16,11 @@ _MAX_TEXT = 64 * 1024
 _MAX_PATTERN = 512
 # llguidance builds about one state for each remainder of a number.
 _MAX_REMAINDERS = 10_000
-_MAX_LITERAL = 4096
 # Of all schemas and regexes of one grammar together.
 _MAX_ALL_REMAINDERS = 20_000
 _MAX_ALL_REPETITIONS = 20_000
 _MAX_REPETITIONS = 1000
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?")
-
-
-def check_literals(schema: JsonValue, param: str) -> None:
-    """Raise RequestError for a const or enum whose text is too long to be forced."""
-    left = [schema]
-    while left:
-        item = left.pop()
-        if isinstance(item, list):
-            left += item
-        elif isinstance(item, dict):
-            left += item.values()
-            options = item.get("enum")
-            for text in [item.get("const"), *(options if isinstance(options, list) else ())]:
-                if isinstance(text, str) and len(text) > _MAX_LITERAL:
-                    raise RequestError(
-                        f"The {param} cannot be enforced: a const or enum value has {len(text)} "
-                        f"characters, but at most {_MAX_LITERAL} are allowed. Shorten it.",
-                        param=param,
-                    )
 
 
 class CostMeter:

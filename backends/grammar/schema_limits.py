@@ -1,14 +1,15 @@
 """Rejects or removes parts of JSON schemas that a grammar cannot enforce."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from backends.grammar.cost import check_literals
 from core.errors import RequestError
 from core.types import JsonValue
 
 # Compile time grows with the square of their number: 500 take half a second.
 _MAX_OPTIONAL = 500
+# Longest text of a const or enum, in characters.
+_MAX_LITERAL = 4096
 # Escapes and character classes hold no quantifiers.  A class that is not closed ends with the text:
 # looking for its end from every bracket would take quadratic time.
 _NO_QUANTIFIER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]?", re.DOTALL)
@@ -20,6 +21,28 @@ _LOOKAROUND = re.compile(r"\(\?<?[=!]|\\[1-9bB]|\\k<")
 def check_enforceable(schema: JsonValue, param: str) -> None:
     """Raise RequestError for schemas that llguidance compiles too slowly or misinterprets."""
     check_literals(schema, param)
+    for item in _objects(schema):
+        pattern = item.get("pattern")
+        if isinstance(pattern, str):
+            check_pattern(pattern, param)
+        _check_properties(item, param)
+
+
+def check_literals(schema: JsonValue, param: str) -> None:
+    """Raise RequestError for a const or enum whose text is too long to be forced."""
+    for item in _objects(schema):
+        options = item.get("enum")
+        for text in [item.get("const"), *(options if isinstance(options, list) else ())]:
+            if isinstance(text, str) and len(text) > _MAX_LITERAL:
+                raise RequestError(
+                    f"The {param} cannot be enforced: a const or enum value has {len(text)} "
+                    f"characters, but at most {_MAX_LITERAL} are allowed. Shorten it.",
+                    param=param,
+                )
+
+
+def _objects(schema: JsonValue) -> Iterator[Mapping[str, JsonValue]]:
+    """Yield every object inside the schema, itself included, whatever its depth."""
     left = [schema]
     while left:
         item = left.pop()
@@ -27,10 +50,7 @@ def check_enforceable(schema: JsonValue, param: str) -> None:
             left += item
         elif isinstance(item, dict):
             left += item.values()
-            pattern = item.get("pattern")
-            if isinstance(pattern, str):
-                check_pattern(pattern, param)
-            _check_properties(item, param)
+            yield item
 
 
 def _check_properties(schema: Mapping[str, JsonValue], param: str) -> None:
