@@ -14,10 +14,11 @@ from pathlib import Path
 
 import httpx
 
+from core.cpus import usable_cpus
 from scripts.bench_lib.servers import free_port
 from scripts.bench_lib.starter import starter_model
 from scripts.soak_lib.clients import Outcome, Pause, run_client
-from scripts.soak_lib.gaps import MOST, measure_gaps
+from scripts.soak_lib.gaps import CONTROL, MOST, measure_gaps
 from scripts.soak_lib.kills import Kill, kill_one, kinds
 from scripts.soak_lib.samples import Sample, take_sample, trends
 from scripts.soak_lib.server import Metrics, Server, SoakError, read_metrics, running
@@ -109,6 +110,8 @@ def _soak(folder: Path, options: argparse.Namespace, chosen: Sequence[str]) -> V
 def _gaps(server: Server, model: str, seed: int) -> Verdict:
     """Return the longest gaps of an innocent stream beside each kind of pathological request."""
     verdict = Verdict()
+    # One processor is left for what handles the other requests; else every one delays a step.
+    server.settings = {**server.settings, "IMPETUS_THREADS": str(max(1, usable_cpus() - 1))}
     with running(server):
         for gap in asyncio.run(measure_gaps(server.url, model, seed)):
             line = (
@@ -116,7 +119,7 @@ def _gaps(server: Server, model: str, seed: int) -> Verdict:
                 f"{gap.ratio:.1f} times the median step"
             )
             verdict.lines.append(line)
-            if gap.ratio > MOST:
+            if gap.ratio > MOST and gap.kind != CONTROL:
                 verdict.faults.append(line)
     return verdict
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 
@@ -18,10 +19,12 @@ from scripts.soak_lib.requests import PATHOLOGICAL, Sent
 from scripts.soak_lib.server import SoakError
 
 MOST = 3.0
+CONTROL = "nothing"
 _FIRST_TOKENS = 5
 _CALM_TOKENS = 40
 _LATER_TOKENS = 10
 _LIMIT_S = 120.0
+_CONTROL_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +61,23 @@ def gap_of(kind: str, arrivals: Sequence[float], sent_at: int, until: float, sta
 
 
 async def measure_gaps(url: str, model: str, seed: int) -> list[Gap]:
-    """Run one innocent stream for each kind of pathological request to the same model."""
+    """Run one innocent stream for each kind of pathological request to the same model.
+
+    The first gap, of `CONTROL`, is that of a stream with nothing beside it.
+    """
     chance = random.Random(seed)
-    found = []
+    every = [None, *(make(chance, model) for make in PATHOLOGICAL)]
     # In this process, sending a large body would delay the reading of the stream.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as senders:
-        senders.submit(abs, 0).result()
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=_open_client, initargs=(url,)) as sender:
+        # The process imports its modules now, not beside a stream.
+        sender.submit(_rest, 0.0).result()
         async with httpx.AsyncClient(base_url=url, timeout=_LIMIT_S, trust_env=False) as client:
-            for make in PATHOLOGICAL:
-                found.append(await _measure(client, senders, make(chance, model), model))
-    return found
+            return [await _measure(client, sender, sent, model) for sent in every]
 
 
 async def _measure(
-    client: httpx.AsyncClient, senders: ProcessPoolExecutor, sent: Sent, model: str
+    client: httpx.AsyncClient, sender: ProcessPoolExecutor, sent: Sent | None, model: str
 ) -> Gap:
     body = {
         "model": model,
@@ -83,7 +89,6 @@ async def _measure(
     }
     arrivals: list[float] = []
     answer: asyncio.Future[int] | None = None
-    url = str(client.base_url).rstrip("/")
     sent_at = 0
     until = 0.0
     with suppress(TimeoutError, httpx.HTTPError):
@@ -92,14 +97,16 @@ async def _measure(
                 arrivals.append(at)
                 if answer is None and len(arrivals) > _CALM_TOKENS:
                     sent_at = len(arrivals)
-                    answer = asyncio.wrap_future(senders.submit(_status, url, sent))
+                    work = partial(_rest, _CONTROL_S) if sent is None else partial(_status, sent)
+                    answer = asyncio.wrap_future(sender.submit(work))
                 is_over = answer is not None and answer.done()
                 if is_over and len(arrivals) > sent_at + _LATER_TOKENS:
                     until = at
                     break
     status = 0 if answer is None else await answer
     # A stream that ends or fails before the other request is answered waits until then.
-    return gap_of(sent.kind, arrivals, sent_at, until or time.monotonic(), status)
+    kind = CONTROL if sent is None else sent.kind
+    return gap_of(kind, arrivals, sent_at, until or time.monotonic(), status)
 
 
 async def _arrivals(client: httpx.AsyncClient, body: Mapping[str, object]) -> AsyncIterator[float]:
@@ -109,16 +116,25 @@ async def _arrivals(client: httpx.AsyncClient, body: Mapping[str, object]) -> As
                 yield time.monotonic()
 
 
-def _status(url: str, sent: Sent) -> int:
-    """Return the answer's status, 0 without one in time; runs in a process of its own."""
+_client: httpx.Client | None = None
+
+
+def _open_client(url: str) -> None:
+    """Open the client of the sender's process: that alone takes some 30 ms of processor time."""
+    global _client
+    _client = httpx.Client(base_url=url, timeout=_LIMIT_S, trust_env=False)
+
+
+def _rest(seconds: float) -> int:
+    time.sleep(seconds)
+    return 0
+
+
+def _status(sent: Sent) -> int:
+    """Return the answer's status, 0 without one in time; runs in the sender's process."""
+    assert _client is not None
     headers = {"content-type": "application/json"}
     try:
-        return httpx.post(
-            f"{url}{sent.path}",
-            content=sent.body,
-            headers=headers,
-            timeout=_LIMIT_S,
-            trust_env=False,
-        ).status_code
+        return _client.post(sent.path, content=sent.body, headers=headers).status_code
     except httpx.HTTPError:
         return 0
