@@ -58,6 +58,14 @@ class Residency:
         """Whether this is a job's memory, which takes no requests."""
         return not self.format
 
+    def is_same_load(self, other: "Residency") -> bool:
+        """Whether both are one load; a later one in the same process took another time."""
+        return (self.model_id, self.replica_id, self.load_s) == (
+            other.model_id,
+            other.replica_id,
+            other.load_s,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:

@@ -192,7 +192,7 @@ class ModelLoads:
         model = self._models.get(model_id)
         if residency is not None:
             loads = self._loads.values()
-            model = next((one for one in loads if _is_same_load(one.residency, residency)), None)
+            model = next((one for one in loads if one.residency.is_same_load(residency)), None)
         if model is None:
             return None
         return await asyncio.shield(self._close_when_idle(model))
@@ -304,12 +304,3 @@ class ModelLoads:
 def _limit(engine: Engine, limits: EngineLimits) -> None:
     if isinstance(engine, Limitable):
         engine.set_limits(limits)
-
-
-def _is_same_load(one: Residency, other: Residency) -> bool:
-    """Whether both are one load; a later one of the model took another time."""
-    return (one.model_id, one.replica_id, one.load_s) == (
-        other.model_id,
-        other.replica_id,
-        other.load_s,
-    )

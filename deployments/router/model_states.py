@@ -59,7 +59,8 @@ class ModelStatesWatch:
         """Remove a residency that its replica denied or died with; states that name it are old."""
         model_id = residency.model_id
         self._lost[model_id] = (next(self._order), residency)
-        if _is_same_load(self.residencies.get(model_id), residency):
+        known = self.residencies.get(model_id)
+        if known is not None and known.is_same_load(residency):
             del self.residencies[model_id]
             self._loaded.pop(model_id, None)
 
@@ -136,16 +137,10 @@ class ModelStatesWatch:
             else:
                 del self._loaded[model_id]
         for model_id, (lost, residency) in list(self._lost.items()):
-            if _is_same_load(residencies.get(model_id), residency):
+            published = residencies.get(model_id)
+            if published is not None and published.is_same_load(residency):
                 del residencies[model_id]
             elif lost < asked:
                 del self._lost[model_id]
         self.residencies = residencies
         self.current = states
-
-
-def _is_same_load(known: Residency | None, other: Residency) -> bool:
-    """Whether both are the same load; a later load in the same process took another time."""
-    return (
-        known is not None and known.replica_id == other.replica_id and known.load_s == other.load_s
-    )
