@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from core.errors import ImpetusError, Unavailable
 from core.settings import Settings
 from core.supervision import Supervisor
-from deployments.transport.acceptor import Acceptor
+from deployments.transport.acceptor import EXHAUSTED, Acceptor
 from router.http.protocol import HttpProtocol
 
 _BACKLOG = 512
@@ -150,7 +150,7 @@ class Listener:
                     f"The HTTP listener did not answer its own request within {limit_s:g} s."
                 ) from problem
         except OSError as problem:
-            if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            if problem.errno in EXHAUSTED:
                 return
             raise Unavailable(
                 f"The HTTP listener did not answer its own request: {problem.strerror or problem}."

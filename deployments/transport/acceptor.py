@@ -22,7 +22,8 @@ _LOG_INTERVAL_S = 60.0
 # Other events of the loop get their turn after this many connections.
 _MOST_AT_ONCE = 64
 _LOST = (errno.EBADF, errno.ENOTSOCK, errno.EINVAL, errno.EOPNOTSUPP)
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# Errors of a process or system without descriptors or memory for another connection.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class SocketLost(OSError):
@@ -134,7 +135,7 @@ class Acceptor:
                 self._lost.set_exception(SocketLost(problem.errno, problem.strerror))
             self._stop_reading()
             return False
-        if problem.errno in _EXHAUSTED:
+        if problem.errno in EXHAUSTED:
             now = time.monotonic()
             if now - self._logged_at >= _LOG_INTERVAL_S:
                 self._logged_at = now
