@@ -74,12 +74,9 @@ class Attempt:
     `is_suspect`: a process died while it computed an earlier attempt of the request.
     """
 
-    request_id: str = ""
-    replica_id: str = ""
+    request_id: str
+    replica_id: str
     is_suspect: bool = False
-
-
-ANY_REPLICA = Attempt()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from core.settings import Settings
 from core.types import Embeddings, GenerationRequest, Priority, Prompt
 from deployments.activity import ActivityFile, activity_path
 from deployments.messages import (
-    ANY_REPLICA,
     Attempt,
     LoadRequest,
     NodeMemory,
@@ -88,7 +87,7 @@ class FormatReplica:
 
     @returning_errors
     async def generate(
-        self, request: GenerationRequest, socket_path: str, attempt: Attempt = ANY_REPLICA
+        self, request: GenerationRequest, socket_path: str, attempt: Attempt
     ) -> None:
         """Run a request; its events go to the router's socket, one frame per step."""
         with self._loads.lease(request.model_id, attempt) as engine:
@@ -113,7 +112,7 @@ class FormatReplica:
             await asyncio.gather(work, return_exceptions=True)
 
     async def stream(
-        self, request: GenerationRequest, attempt: Attempt = ANY_REPLICA
+        self, request: GenerationRequest, attempt: Attempt
     ) -> AsyncGenerator[bytes, None]:
         """Run a request for a router on another node; yields frames."""
         with self._loads.lease(request.model_id, attempt) as engine:
@@ -134,8 +133,8 @@ class FormatReplica:
         model_id: str,
         inputs: Sequence[str | Sequence[int]],
         priority: Priority,
-        deadline_s: float | None = None,
-        attempt: Attempt = ANY_REPLICA,
+        deadline_s: float | None,
+        attempt: Attempt,
     ) -> Embeddings:
         """Return one vector per input."""
         with self._loads.lease(model_id, attempt) as engine:
@@ -146,8 +145,8 @@ class FormatReplica:
         self,
         model_id: str,
         prompt: Prompt,
-        deadline_s: float | None = None,
-        attempt: Attempt = ANY_REPLICA,
+        deadline_s: float | None,
+        attempt: Attempt,
     ) -> int:
         """Return the number of tokens of a prompt for this model."""
         with self._loads.lease(model_id, attempt) as engine:

@@ -233,7 +233,7 @@ class ModelLoads:
         requests finish on the old file.
         """
         model = self._models.get(model_id)
-        is_meant = attempt.replica_id in ("", self._address.replica_id)
+        is_meant = attempt.replica_id == self._address.replica_id
         if model is None or not is_meant or not model.is_usable:
             raise ModelNotResident(f"{model_id} is not resident here.")
         model.in_flight += 1

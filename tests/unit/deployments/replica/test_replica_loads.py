@@ -37,7 +37,8 @@ def load_request(model_id: str, path: Path | None = None) -> LoadRequest:
 
 
 async def drain(replica: FormatReplica, model_id: str) -> None:
-    async for _ in replica.stream(GenerationRequest("r", model_id, TextPrompt("hi"), max_tokens=2)):
+    request = GenerationRequest("r", model_id, TextPrompt("hi"), max_tokens=2)
+    async for _ in replica.stream(request, Attempt("r", "replica")):
         pass
 
 
@@ -267,7 +268,7 @@ async def test_a_model_that_is_not_here_is_denied_before_the_socket_is_tried(
     replica: FormatReplica,
 ) -> None:
     request = GenerationRequest("r", "m", TextPrompt("hi"))
-    answer: Any = await replica.generate(request, "/nonexistent/socket")
+    answer: Any = await replica.generate(request, "/nonexistent/socket", Attempt("r", "replica"))
     assert isinstance(answer, ModelNotResident)
 
 
