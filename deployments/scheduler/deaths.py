@@ -33,7 +33,7 @@ class ProcessDeaths:
     """Belongs to one event loop.
 
     `release` removes a model that its replica no longer serves, after asking the replica.
-    `replicas` returns the ids of the replicas that exist; None if that is unknown.
+    `replicas` returns the ids of the replicas that exist.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ProcessDeaths:
         clients: FormatClients,
         faults: Faults,
         log: DecisionLog,
-        replicas: Callable[[], Awaitable[frozenset[str] | None]],
+        replicas: Callable[[], Awaitable[frozenset[str]]],
     ) -> None:
         self._records = records
         self._ledgers = ledgers
@@ -73,7 +73,10 @@ class ProcessDeaths:
         return model_id in charged
 
     async def forget_gone(self) -> None:
-        """Forget the processes of loaded models that Serve no longer lists."""
+        """Forget the processes of loaded models that Serve no longer lists.
+
+        Raises what `replicas` does.
+        """
         now = time.monotonic()
         known = {
             one.replica_id: one
@@ -85,8 +88,6 @@ class ProcessDeaths:
             return
         self._checked_at = now
         existing = await self._replicas()
-        if existing is None:
-            return
         for process in known.keys() - existing:
             logger.warning("Serve no longer lists %s of %s", process, known[process].model_id)
             await self._examine(process)

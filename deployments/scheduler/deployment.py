@@ -68,7 +68,7 @@ class SchedulerReplica:
         settings: Settings,
         formats: Mapping[str, Handle],
         running: Callable[[], Awaitable[frozenset[str]]] = running_deployments,
-        replicas: Callable[[], Awaitable[frozenset[str] | None]] = existing_replicas,
+        replicas: Callable[[], Awaitable[frozenset[str]]] = existing_replicas,
     ) -> None:
         prepare_worker()
         self._settings = settings

@@ -31,7 +31,7 @@ async def running_deployments() -> frozenset[str]:
     return _running(await _details())
 
 
-async def existing_replicas() -> frozenset[str] | None:
+async def existing_replicas() -> frozenset[str]:
     """Return the ids of all replicas that exist, in whatever state.  Raises as the above."""
     return _replicas(await _details())
 

@@ -10,6 +10,7 @@ from backends.base import EngineLoad
 from backends.limits import EngineLimits
 from backends.registry import backends_for
 from catalog.scan.identify import Outcome, examine
+from core.errors import Unavailable
 from core.settings import Settings
 from core.units import MIB
 from deployments.activity import DeathCause
@@ -88,8 +89,10 @@ class Replica:
         """Return what a process left in its record."""
         return self.causes.get(replica_id)
 
-    async def existing(self) -> frozenset[str] | None:
+    async def existing(self) -> frozenset[str]:
         """Return what Serve lists."""
+        if self.listed is None:
+            raise Unavailable("Serve's controller does not answer.")
         return self.listed
 
     async def set_limits(self, limits: EngineLimits) -> None:
