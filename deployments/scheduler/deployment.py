@@ -146,8 +146,8 @@ class SchedulerReplica:
             self._reservations.wrap_close(self._format_clients.close),
             self._format_clients.report,
             self._log,
-            self._published.notify,
             self._supervisor,
+            self._published.notify,
         )
 
     def _reserve_memory(
@@ -366,6 +366,4 @@ class SchedulerReplica:
         """Cancel all tasks and close the catalog."""
         self._supervisor.cancel()
         self._conversions.cancel()
-        for ledger in self._ledgers.values():
-            ledger.cancel()
         self._store.close()

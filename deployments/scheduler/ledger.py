@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -80,7 +80,8 @@ def error_for(reject: Reject, failure: BaseException | None) -> BaseException:
 class Ledger:
     """Decides with `scheduler.policy`; loads, unloads and asks through the given functions.
 
-    All state changes happen on one event loop, between two awaits.
+    All state changes happen on one event loop, between two awaits.  `supervisor` runs the tasks,
+    and cancels them.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class Ledger:
         close: Closer,
         report: Reporter,
         log: DecisionLog,
+        supervisor: Supervisor,
         on_change: Callable[[], None] = lambda: None,
-        supervisor: Supervisor | None = None,
     ) -> None:
         """`on_change` is called after every event, before control returns to the loop."""
         self._state = state
@@ -101,8 +102,7 @@ class Ledger:
         self._waiting: dict[int, asyncio.Future[Residency]] = {}
         self._failures: dict[str, BaseException] = {}
         self._unloads: dict[str, asyncio.Task[None]] = {}
-        self._supervisor = supervisor or Supervisor()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._supervisor = supervisor
         self._log = log
         self._evicted: dict[str, list[str]] = {}
         self.counts = LoadCounts()
@@ -110,7 +110,7 @@ class Ledger:
         self._retired = itertools.count(1)
         self._usage_at = -math.inf
         self._wake_up = asyncio.Event()
-        self._watch = self._supervisor.keep_running("memory ledger", self._run)
+        self._watch = supervisor.keep_running("memory ledger", self._run)
 
     @property
     def residencies(self) -> list[Residency]:
@@ -175,7 +175,7 @@ class Ledger:
             return
         del self._residencies[model_id]
         old_id = f"{model_id} (replaced {next(self._retired)})"
-        self._unloads[old_id] = self._start(f"unload of {old_id}", self._unload(old_id, residency))
+        self._start_unload(old_id, residency)
         self._log.record("replaced", f"drain {model_id}", reason)
         self._send(Replaced(model_id, old_id))
 
@@ -277,16 +277,14 @@ class Ledger:
     def _perform(self, action: Action) -> None:
         match action:
             case Load(model_id, plan):
-                self._start(f"load of {model_id}", self._load(model_id, plan))
+                self._supervisor.run_once(f"load of {model_id}", self._load(model_id, plan))
             case Unload(model_id, _, for_model) | Drain(model_id, _, for_model):
                 if for_model:
                     self.counts.evictions += 1
                     self._evicted.setdefault(for_model, []).append(model_id)
                 # From now on a request for it waits until it is loaded again.
                 residency = self._residencies.pop(model_id, None)
-                self._unloads[model_id] = self._start(
-                    f"unload of {model_id}", self._unload(model_id, residency)
-                )
+                self._start_unload(model_id, residency)
             case Grant(number, model_id):
                 future = self._waiting.pop(number, None)
                 if future is not None and not future.done():
@@ -296,11 +294,9 @@ class Ledger:
                 if future is not None and not future.done():
                     future.set_exception(error_for(action, self._failures.get(action.model_id)))
 
-    def _start(self, name: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        task = self._supervisor.run_once(name, work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+    def _start_unload(self, model_id: str, residency: Residency | None) -> None:
+        work = self._unload(model_id, residency)
+        self._unloads[model_id] = self._supervisor.run_once(f"unload of {model_id}", work)
 
     async def _load(self, model_id: str, plan: LoadPlan) -> None:
         try:
@@ -340,8 +336,3 @@ class Ledger:
             self._send(Unloaded(model_id, kept))
             if freed.is_known:
                 self._log.record("unloaded", f"freed {model_id}", freed.summary)
-
-    def cancel(self) -> None:
-        """Cancel all tasks."""
-        for task in (self._watch, *self._tasks):
-            task.cancel()

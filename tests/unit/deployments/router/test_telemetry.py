@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from core.errors import EngineFailed
 from core.metrics import Metrics
 from core.settings import Settings
-from core.supervision import PartView
+from core.supervision import PartView, Supervisor
 from deployments.decisions import KEPT_DECISIONS, DecisionLog
 from deployments.messages import LedgerEntry, SchedulerSnapshot, ThermalView
 from deployments.router import telemetry as telemetry_module
@@ -131,13 +131,14 @@ class Nobody:
 
 async def test_a_snapshot_has_the_ledgers_numbers() -> None:
     nobody: Any = Nobody()
-    ledger = Ledger(HostState(1000), nobody, nobody, nobody, DecisionLog())
+    supervisor = Supervisor()
+    ledger = Ledger(HostState(1000), nobody, nobody, nobody, DecisionLog(), supervisor)
     ledger._send(Configured("kept", KeepRules(is_pinned=True)))
     for model_id in ("kept", "free"):
         ledger._send(Loaded(model_id, 300, 0.1))
     now = ledger.state.residents[0].used_at + 60.0
     found = take_snapshot(ledger, ThermalWatch(Settings(), {}), now, tasks=7)
-    ledger.cancel()
+    supervisor.cancel()
     assert (found.budget_bytes, found.used_bytes, found.promised_bytes) == (1000, 600, 0)
     assert found.tasks == 7
     assert [(one.model_id, one.has_keep_rule) for one in found.residents] == [

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from core.errors import InsufficientMemory
+from core.supervision import Supervisor
 from core.units import GIB, MIB
 from deployments.decisions import DecisionLog
 from deployments.messages import NO_NODE, NodeMemory, Residency, UnloadResult
@@ -23,6 +24,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.made: list[int] = []
+        self.supervisor = Supervisor()
         self.ledgers: Ledgers = {"here": self.make(GIB)}
         self.made.clear()
 
@@ -51,15 +53,14 @@ class Cluster:
             return UsageReport()
 
         state = HostState(budget_bytes)
-        return Ledger(state, open_, close, report, DecisionLog())
+        return Ledger(state, open_, close, report, DecisionLog(), self.supervisor)
 
 
 @pytest.fixture
 async def cluster() -> AsyncIterator[Cluster]:
     cluster = Cluster()
     yield cluster
-    for ledger in cluster.ledgers.values():
-        ledger.cancel()
+    cluster.supervisor.cancel()
 
 
 async def acquire(

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from core.errors import InsufficientMemory, Unavailable
+from core.supervision import Supervisor
 from core.units import GIB, MIB
 from deployments.decisions import DecisionLog
 from deployments.messages import Residency, UnloadResult
@@ -24,12 +25,14 @@ class Host:
         self.jobs = Reservations()
         self.closed: list[str] = []
         self.asked: list[str] = []
+        self.supervisor = Supervisor()
         self.ledger = Ledger(
             HostState(GIB),
             self.jobs.wrap_open(self.open),
             self.jobs.wrap_close(self.close),
             self.report,
             DecisionLog(),
+            self.supervisor,
         )
 
     async def open(self, model_id: str, plan: LoadPlan) -> Residency:
@@ -53,7 +56,7 @@ class Host:
 async def host() -> AsyncIterator[Host]:
     host = Host()
     yield host
-    host.ledger.cancel()
+    host.supervisor.cancel()
 
 
 async def test_it_holds_memory_until_it_ends(host: Host) -> None:
