@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Callable
 
 from core.settings import Settings
-from deployments.start.readiness import local_url, open_direct
+from deployments.start.readiness import BAD_ANSWER, local_url, open_direct
 
 _POLL_S = 0.1
 _ANSWER_LIMIT_S = 2.0
@@ -44,5 +44,5 @@ def _ask(settings: Settings) -> int:
         return int(isinstance(problem.reason, TimeoutError))
     except TimeoutError:
         return 1
-    except (OSError, ValueError, KeyError):
+    except BAD_ANSWER:
         return 0

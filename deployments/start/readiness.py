@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from enum import Enum
+from http.client import HTTPException
 from typing import Any
 
 from core.settings import Settings
@@ -17,6 +18,9 @@ _SILENCE_LIMIT_S = 60.0
 _UNREADY_LIMIT_S = 180.0
 _LEAST_FAILURES = 6
 _DRAINING = "draining"
+
+# What is raised where a server dies while it answers, or the answer is not that of this project.
+BAD_ANSWER = (OSError, HTTPException, ValueError, LookupError, TypeError)
 
 # The system's and the environment's proxies cannot reach this machine's loopback.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -51,8 +55,6 @@ def ask_readiness(settings: Settings) -> Readiness:
             return Readiness.READY if answer.status == 200 else Readiness.UNREADY
     except urllib.error.HTTPError as problem:
         return Readiness.DRAINING if _code(problem) == _DRAINING else Readiness.UNREADY
-    except (OSError, ValueError):
-        return Readiness.SILENT
     except Exception:
         # http.client has exceptions of its own for an answer that is not HTTP.
         return Readiness.SILENT
@@ -62,7 +64,7 @@ def _code(problem: urllib.error.HTTPError) -> str:
     try:
         with problem:
             return str(json.load(problem)["error"]["code"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except BAD_ANSWER:
         return ""
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from core.settings import Settings
 from deployments.start import readiness
+from deployments.start.drain import drain
 from deployments.start.readiness import (
     Readiness,
     ReadinessHistory,
@@ -112,8 +113,9 @@ def test_the_answer_is_read(
         assert ask_readiness(settings) is answer
 
 
-@pytest.mark.parametrize("reply", [b"", b"SSH-2.0-x\r\n", b"HTTP/1.1 abc\r\n\r\n"])
-def test_what_is_not_http_counts_as_silence(reply: bytes) -> None:
+@contextmanager
+def replying(reply: bytes) -> Iterator[Settings]:
+    """Serve these bytes once, then close the connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -124,8 +126,35 @@ def test_what_is_not_http_counts_as_silence(reply: bytes) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        assert ask_readiness(Settings(port=server.getsockname()[1])) is SILENT
+        yield Settings(port=server.getsockname()[1], drain_limit_s=30)
         thread.join()
+
+
+NOT_HTTP = (b"", b"SSH-2.0-x\r\n", b"HTTP/1.1 abc\r\n\r\n")
+
+
+@pytest.mark.parametrize("reply", NOT_HTTP)
+def test_what_is_not_http_counts_as_silence(reply: bytes) -> None:
+    with replying(reply) as settings:
+        assert ask_readiness(settings) is SILENT
+
+
+def test_an_answer_that_breaks_off_has_no_code() -> None:
+    with replying(b"HTTP/1.1 503 x\r\ncontent-length: 99\r\n\r\n{") as settings:
+        assert ask_readiness(settings) is UNREADY
+
+
+@pytest.mark.parametrize("length", [2, 99])
+def test_a_server_whose_answer_breaks_off_is_not_drained(length: int) -> None:
+    reply = f"HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n[]"
+    with replying(reply.encode()) as settings:
+        drain(settings, lambda: False)
+
+
+@pytest.mark.parametrize("reply", NOT_HTTP)
+def test_what_is_not_http_is_not_drained(reply: bytes) -> None:
+    with replying(reply) as settings:
+        drain(settings, lambda: False)
 
 
 def test_the_watch_reports_once_and_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
