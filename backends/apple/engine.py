@@ -11,7 +11,7 @@ from backends.answer.parser import Piece
 from backends.apple.request import read_session_request
 from backends.apple.sessions import AppleSession, Ended, Failed, ForcedCall, SessionEvent, Snapshot
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
-from backends.engine.failures import request_error
+from backends.engine.failures import failing_alone
 from backends.engine.slot_gate import SlotGate
 from backends.engine.waiting import Pace
 from backends.limits import UNLIMITED, EngineLimits
@@ -99,15 +99,11 @@ class AppleEngine(Engine):
 
     def _start(self, run: "_RunningRequest", queue: "asyncio.Queue[SessionEvent]") -> AppleSession:
         """Start the request's session.  Raises RequestFailed if the system has no thread left."""
-        try:
+        with failing_alone("the start of its session", run.label):
             session = AppleSession(
                 self._model, self.context_tokens, run.session_request, _event_sender(queue)
             )
             session.start()
-        except ImpetusError:
-            raise
-        except Exception as problem:
-            raise request_error(problem, "the start of its session", run.label) from problem
         self._running[session] = queue
         return session
 
@@ -214,12 +210,8 @@ class _RunningRequest:
 
         Raises the error of a failed session, and RequestFailed if the answer cannot be read.
         """
-        try:
+        with failing_alone("the processing of its answer", self.label):
             return self._convert(event)
-        except ImpetusError:
-            raise
-        except Exception as problem:
-            raise request_error(problem, "the processing of its answer", self.label) from problem
 
     def _convert(self, event: SessionEvent) -> list[GenerationEvent]:
         match event:

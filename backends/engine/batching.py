@@ -8,7 +8,7 @@ from typing import TypeVar
 from backends.base import Engine, EngineLoad, EventReceiver, ModelInfo
 from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.activity import NO_ACTIVITY, REQUEST_ID, Activity
-from backends.engine.failures import request_error
+from backends.engine.failures import failing_alone
 from backends.engine.loop import EngineLoop
 from backends.engine.preparation import PreparationThreads
 from backends.engine.request import EngineRequest, events_of
@@ -16,7 +16,7 @@ from backends.limits import EngineLimits
 from backends.prompt.prepare import Prepared, Preparer
 from backends.stepper import Stepper
 from backends.watch import StepWatch
-from core.errors import ImpetusError, TimedOut
+from core.errors import TimedOut
 from core.types import Finished, GenerationEvent, GenerationRequest, Prompt
 
 Result = TypeVar("Result")
@@ -102,11 +102,8 @@ class BatchingEngine(Engine):
         job = self._threads.submit(work)
         self._preparing += 1
         try:
-            return await asyncio.wrap_future(job.done)
-        except ImpetusError:
-            raise
-        except Exception as problem:
-            raise request_error(problem, "its preparation", f"request {request_id}") from problem
+            with failing_alone("its preparation", f"request {request_id}"):
+                return await asyncio.wrap_future(job.done)
         finally:
             job.cancel()
             self._preparing -= 1

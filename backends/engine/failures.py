@@ -1,6 +1,8 @@
 """Turns whatever a request's processing raises into the error that ends that request alone."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from core.errors import ImpetusError, RequestFailed
 
@@ -16,3 +18,14 @@ def request_error(problem: BaseException, activity: str, who: str) -> ImpetusErr
         return problem
     logger.error("%s failed during %s", who, activity, exc_info=problem)
     return RequestFailed.during(activity, problem)
+
+
+@contextmanager
+def failing_alone(activity: str, who: str) -> Iterator[None]:
+    """Raise RequestFailed for an unexpected exception in the body; see `request_error`."""
+    try:
+        yield
+    except ImpetusError:
+        raise
+    except Exception as problem:
+        raise request_error(problem, activity, who) from problem

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 from backends.base import EventReceiver
-from backends.engine.failures import request_error
+from backends.engine.failures import failing_alone
 from backends.prefixes.reuse import Reuse
 from backends.prompt.prepare import Prepared
 from backends.stepper import SequenceSpec
@@ -132,15 +132,11 @@ class EngineRequest:
         Raises RequestFailed if its events cannot be delivered.
         """
         self.added_at = self.first_token_at = now
-        try:
+        with failing_alone("the delivery of its end", self.label):
             finished = self.finish("length", now)
             self.receiver.deliver(
                 [(self.generation.id, [*self.prepared.take_initial_events(), finished])]
             )
-        except ImpetusError:
-            raise
-        except Exception as problem:
-            raise request_error(problem, "the delivery of its end", self.label) from problem
         return finished
 
     def outcome(self, reason: FinishReason, now: float) -> Finished | RequestFailed:
