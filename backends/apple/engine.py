@@ -14,7 +14,7 @@ from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
 from backends.engine.failures import failing_alone
 from backends.engine.slot_gate import SlotGate
 from backends.engine.waiting import Pace
-from backends.limits import UNLIMITED, EngineLimits
+from backends.limits import UNLIMITED, EngineLimits, deadline
 from backends.prompt.chat_format import ChatFormat, OutputParser
 from backends.tool_calls.collector import new_call_id
 from core.errors import (
@@ -117,10 +117,8 @@ class AppleEngine(Engine):
             raise self._pace.refusal(self._max_waiting, self.max_sequences, self.info.name)
         self._waiting += 1
         try:
-            async with asyncio.timeout(request.deadline_s):
+            async with deadline(request.deadline_s):
                 await self._slots.acquire(request.priority)
-        except TimeoutError as problem:
-            raise _timed_out(request) from problem
         finally:
             self._waiting -= 1
 
@@ -134,7 +132,7 @@ class AppleEngine(Engine):
                 return await queue.get()
         except TimeoutError as problem:
             if left <= self._idle_timeout_s:
-                raise _timed_out(run.request) from problem
+                raise TimedOut.after(run.request.deadline_s) from problem
             raise EngineFailed(
                 f"Nothing came from Apple's model for {self._idle_timeout_s:g} s; try again."
             ) from problem
@@ -160,9 +158,9 @@ class AppleEngine(Engine):
             queue.put_nowait(Failed(error))
             _cancel(session)
         loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + _JOIN_S
+        ends_at = time.monotonic() + _JOIN_S
         for session in sessions:
-            left_s = max(deadline - time.monotonic(), 0.0)
+            left_s = max(ends_at - time.monotonic(), 0.0)
             if not await loop.run_in_executor(None, session.join, left_s):
                 logger.warning(
                     "a session of Apple's model did not end within %g s; its thread is abandoned",
@@ -308,10 +306,6 @@ def _cancel(session: AppleSession) -> None:
         session.cancel()
     except Exception:
         logger.exception("a session of Apple's model cannot be cancelled")
-
-
-def _timed_out(request: GenerationRequest) -> EngineFailed:
-    return TimedOut.after(request.deadline_s)
 
 
 def _event_sender(queue: "asyncio.Queue[SessionEvent]") -> Any:

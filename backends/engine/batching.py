@@ -12,11 +12,10 @@ from backends.engine.failures import failing_alone
 from backends.engine.loop import EngineLoop
 from backends.engine.preparation import PreparationThreads
 from backends.engine.request import EngineRequest, events_of
-from backends.limits import EngineLimits
+from backends.limits import EngineLimits, deadline
 from backends.prompt.prepare import Prepared, Preparer
 from backends.stepper import Stepper
 from backends.watch import StepWatch
-from core.errors import TimedOut
 from core.types import Finished, GenerationEvent, GenerationRequest, Prompt
 
 Result = TypeVar("Result")
@@ -69,11 +68,8 @@ class BatchingEngine(Engine):
         # A resumed request was admitted before.
         if not request.generated and self.load().waiting >= self._max_waiting:
             raise self._loop.pace.refusal(self._max_waiting, self.max_sequences, self.info.name)
-        try:
-            async with asyncio.timeout(request.deadline_s):
-                return await self._run(request, receiver)
-        except TimeoutError as problem:
-            raise TimedOut.after(request.deadline_s) from problem
+        async with deadline(request.deadline_s):
+            return await self._run(request, receiver)
 
     async def _run(self, generation: GenerationRequest, receiver: EventReceiver) -> Finished:
         submitted_at = time.monotonic()

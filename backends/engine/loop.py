@@ -100,7 +100,7 @@ class EngineLoop:
 
     @property
     def stalled_s(self) -> float:
-        """Seconds that the oldest activity has lasted, on this thread or on others."""
+        """Seconds that what the thread does now has lasted; 0.0 while it waits."""
         return self.watch.lasted_s
 
     def check_open(self) -> None:
