@@ -91,7 +91,12 @@ class GgufModel:
             )
         self.vocabulary = self._llama.llama_model_get_vocab(self.handle)
         self._size = int(self._llama.llama_vocab_n_tokens(self.vocabulary))
-        self._text = GgufTokenization(self._llama, self.handle, self._special_piece)
+        self._text = GgufTokenization(
+            self._llama,
+            self.vocabulary,
+            self.metadata("tokenizer.ggml.pre"),
+            self._special_piece,
+        )
         self._tokenize = self._text.native_callback()
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}

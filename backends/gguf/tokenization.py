@@ -35,12 +35,14 @@ _STACK_BYTES = PIECE_CHARACTERS * STACK_BYTES_PER_CHARACTER + 8 * MIB
 class GgufTokenization:
     """Tokenizes text with one model's vocabulary.  Thread-safe; blocks without the GIL."""
 
-    def __init__(self, llama: Any, handle: Any, read_piece: Callable[[int], bytes]) -> None:
+    def __init__(
+        self, llama: Any, vocabulary: Any, pre_tokenizer: str, read_piece: Callable[[int], bytes]
+    ) -> None:
         """`read_piece` returns the bytes of a token, of control tokens their name."""
         self._llama = llama
-        self._vocabulary = llama.llama_model_get_vocab(handle)
+        self._vocabulary = vocabulary
         self._kind = llama.llama_vocab_type(self._vocabulary)
-        self._pre_tokenizer = self._read_pre_tokenizer(handle)
+        self._pre_tokenizer = pre_tokenizer
         self._read_piece = read_piece
         self._size = int(llama.llama_vocab_n_tokens(self._vocabulary))
 
@@ -246,9 +248,3 @@ class GgufTokenization:
             if llama.llama_vocab_get_attr(self._vocabulary, token_id) & strips:
                 return None
         return max(map(len, self._pieces))
-
-    def _read_pre_tokenizer(self, handle: Any) -> str:
-        buffer = ctypes.create_string_buffer(128)
-        key = b"tokenizer.ggml.pre"
-        count = self._llama.llama_model_meta_val_str(handle, key, buffer, len(buffer))
-        return buffer.value.decode("utf-8", "replace") if count >= 0 else ""
