@@ -11,6 +11,11 @@ _PIECE_CHARACTERS = 32 * 1024
 _CERTAIN = 0.8
 
 
+def may_fit(text: str, limit: int) -> bool:
+    """Return whether `text` has so few bytes that it may well fit; its bound is then 0."""
+    return len(text.encode("utf-8", "surrogatepass")) <= _USUAL_BYTES * limit
+
+
 def fewest_tokens(
     text: str, limit: int, longest: Callable[[], int | None], count: Callable[[str], int]
 ) -> int:
@@ -20,9 +25,9 @@ def fewest_tokens(
     tokenizes a piece of text.  Takes time only for text with over 6 bytes per allowed token, and
     then about as much as `limit` tokens take.  Raises Cancelled.
     """
-    size = len(text.encode("utf-8", "surrogatepass"))
-    if size <= _USUAL_BYTES * limit:
+    if may_fit(text, limit):
         return 0
+    size = len(text.encode("utf-8", "surrogatepass"))
     most_bytes = longest()
     bound = -(-size // most_bytes) if most_bytes else 0
     counted = 0

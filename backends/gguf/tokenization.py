@@ -16,7 +16,7 @@ from backends.gguf.pieces import (
     cut_before_unknown,
     text_pieces,
 )
-from backends.token_bounds import fewest_tokens
+from backends.token_bounds import fewest_tokens, may_fit
 from core.errors import RequestError
 from core.stack import call_with_stack
 from core.units import MIB
@@ -118,12 +118,13 @@ class GgufTokenization:
     def fewest_tokens(self, text: str, limit: int) -> int:
         """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
         self._check(text)
+        # Most prompts: no thread with a large stack is started for them.
+        if may_fit(text, limit):
+            return 0
 
         def count(piece: str) -> int:
             return len(self._encode_long(piece, False, True))
 
-        if len(text) <= limit:
-            return 0
         return call_with_stack(
             _STACK_BYTES,
             lambda: fewest_tokens(text, limit, lambda: self._longest, count),
