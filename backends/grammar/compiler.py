@@ -53,8 +53,6 @@ _MAX_CACHED_BYTES = 128 * MIB
 _BYTES_PER_CHARACTER = 300
 _BYTES_PER_GRAMMAR = MIB
 _STACK_BYTES = 2 * STACK_BYTES
-# A step of a mask with this fuel takes up to 40 ms; a state of the automaton takes 1 to 2 KiB.
-_LIMITS: Mapping[str, int] = {"step_lexer_fuel": 40_000, "max_lexer_states": 50_000}
 # Slow masks stop the streams of all requests, so only this much of them is allowed.
 _SLOW_MASK_S = 0.1
 _MAX_SLOW_S = 0.5
@@ -191,7 +189,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._one_token = one_token
         self._scratch = _Scratch(tokenizer.vocab_size)
-        self._trial = GrammarTrial(tokenizer, _LIMITS)
+        self._trial = GrammarTrial(tokenizer)
         self._lock = threading.Lock()
         self._kept: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
         self._kept_bytes = 0
@@ -250,7 +248,7 @@ class GrammarCompiler:
                 self._tokenizer,
                 LLMatcher.grammar_from_lark(text),
                 log_level=0,
-                limits=parser_limits(_LIMITS),
+                limits=parser_limits(),
             )
             if not matcher.is_error():
                 # Some limits, and grammars that match no text, are only detected at the first step.

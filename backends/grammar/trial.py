@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,9 +94,8 @@ _queue = _Queue()
 class GrammarTrial:
     """Tries grammars for one vocabulary.  Thread-safe; each trial has a process of its own."""
 
-    def __init__(self, tokenizer: LLTokenizer, limits: Mapping[str, int]) -> None:
+    def __init__(self, tokenizer: LLTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._limits = limits
         self._lock = threading.Lock()
         self._vocabulary: tuple[list[int], list[int], bytes] | None = None
 
@@ -117,7 +116,6 @@ class GrammarTrial:
             "lengths": lengths,
             "special": special,
             "ends": list(self._tokenizer.eos_tokens),
-            "limits": dict(self._limits),
             "memory_bytes": _MEMORY_LIMIT_BYTES,
             "cpu_s": CPU_LIMIT_S,
         }

@@ -10,7 +10,6 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from core.child import die_with_input, die_with_parent, limit_cpu, limit_process, take_stdout
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 # Half of what the compiler in the engine's process has: what fits here fits there.
 STACK_BYTES = 32 * MIB
+# A step of a mask with this fuel takes up to 40 ms; a state of the automaton takes 1 to 2 KiB.
+_STEP_FUEL, _MAX_STATES = 40_000, 50_000
 _NICE = 10
 _WALKED_TOKENS = 12
 _LONGEST = 16
@@ -106,7 +107,7 @@ def _try(request: dict[str, Any], vocabulary: _Vocabulary) -> Report:
         tokenizer,
         LLMatcher.grammar_from_lark(request["grammar"]),
         log_level=0,
-        limits=parser_limits(request["limits"]),
+        limits=parser_limits(),
     )
     compiled = time.thread_time()
     mask_s = 0.0
@@ -128,14 +129,14 @@ def _try(request: dict[str, Any], vocabulary: _Vocabulary) -> Report:
     )
 
 
-def parser_limits(limits: Mapping[str, int]) -> "LLParserLimits":
-    """Return llguidance's limits with these; the others keep their defaults."""
+def parser_limits() -> "LLParserLimits":
+    """Return llguidance's limits, the same in a trial as in the engine's process."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
         verbose_errors=False,
-        step_lexer_fuel=limits["step_lexer_fuel"],
-        max_lexer_states=limits["max_lexer_states"],
+        step_lexer_fuel=_STEP_FUEL,
+        max_lexer_states=_MAX_STATES,
     )
 
 

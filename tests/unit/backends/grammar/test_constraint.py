@@ -141,7 +141,7 @@ class Quick(GrammarCompiler):
         super().__init__(read._compiler._tokenizer, lambda _: None)
         self.compiled = 0
         self._one = super()._compiled("start: /a/\n", "p")
-        self._trial = NoTrial(self._tokenizer, {})
+        self._trial = NoTrial(self._tokenizer)
 
     def _compiled(self, text: str, param: str, *, is_background: bool = False) -> LLMatcher:
         del text, param, is_background
