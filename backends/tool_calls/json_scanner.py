@@ -4,6 +4,8 @@ import json
 import re
 from typing import Literal, TypeAlias
 
+from core.text import MAX_JSON_DEPTH
+
 _Expected: TypeAlias = Literal["value", "value or end", "key", "key or end", "colon", "next"]
 
 _SPACE = " \t\n\r"
@@ -19,7 +21,6 @@ _CLOSERS = {"{": "}", "[": "]"}
 _SCALAR_CHARACTERS = 400
 # Bounded, since text that is refused here is searched again for the next call.
 _SCALAR = re.compile(rf"[-+.0-9A-Za-z]{{1,{_SCALAR_CHARACTERS + 1}}}")
-_DEPTH = 200
 
 
 class MalformedJson(Exception):
@@ -167,7 +168,7 @@ class JsonScanner:
         is_first = not self._open
         if self._expected not in ("value", "value or end") or (is_first and character == "["):
             raise MalformedJson
-        if len(self._open) >= _DEPTH:
+        if len(self._open) >= MAX_JSON_DEPTH:
             raise MalformedJson
         self._open.append(character)
         self._expected = "key or end" if character == "{" else "value or end"
