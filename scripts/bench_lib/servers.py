@@ -84,29 +84,15 @@ def running_ours(load: Load, settings: Mapping[str, str] | None = None) -> Itera
     """
     port = free_port()
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("IMPETUS_")}
-        environment = {
-            **kept,
-            "IMPETUS_HOME": folder,
-            "IMPETUS_PORT": str(port),
+        log = Path(folder) / "launch.log"
+        variables = {
             "IMPETUS_THREADS": str(load.threads),
             "IMPETUS_CONTEXT_LENGTH": str(load.context),
             "IMPETUS_MAX_SEQUENCES": str(load.sequences),
-            "IMPETUS_MODELS_PATH": str(load.folder),
             "IMPETUS_FORMATS": load.format,
-            "IMPETUS_STARTERS": "false",
-            "IMPETUS_AUTO_CONVERT": "false",
             **(settings or {}),
         }
-        log = Path(folder) / "launch.log"
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "deployments.start.launcher"],
-                cwd=ROOT,
-                env=environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
+        process = launch(Path(folder), load.folder, port, variables, log)
         server = Server(OURS, port, "", process.pid, is_ours=True, format=load.format)
         try:
             wait_until_ready(server, process, log, "/readyz")
@@ -118,6 +104,34 @@ def running_ours(load: Load, settings: Mapping[str, str] | None = None) -> Itera
             raise BenchError(f"{error}\nIt no longer responds:\n{end}") from error
         finally:
             stop(process)
+
+
+def launch(
+    home: Path, models: Path, port: int, settings: Mapping[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """Start our server with the models of one folder; its output is appended to `log`.
+
+    `settings` are more settings, by environment variable.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("IMPETUS_")}
+    environment = {
+        **kept,
+        "IMPETUS_HOME": str(home),
+        "IMPETUS_PORT": str(port),
+        "IMPETUS_MODELS_PATH": str(models),
+        "IMPETUS_STARTERS": "false",
+        "IMPETUS_AUTO_CONVERT": "false",
+        **settings,
+    }
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "deployments.start.launcher"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def _answers(server: Server) -> bool:

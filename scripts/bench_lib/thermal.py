@@ -33,7 +33,6 @@ LASTING_S = (24.0, 25.0, 53.0, 18.0)
 STREAMS = 8
 TRIAL_TOKENS = 32
 SAMPLE_S = 1.0
-MIB = 1 << 20
 STATES = ("nominal", "fair", "serious", "critical")
 COLORS = {"serious": "#fef3c7", "critical": "#fee2e2"}
 

@@ -78,10 +78,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _soak(folder: Path, options: argparse.Namespace, chosen: Sequence[str]) -> Verdict:
-    server = Server(folder / "home", folder / "models", free_port(), {})
-    server.home.mkdir()
-    server.models.mkdir()
-    _place_models(options.model, server.models)
     settings = {
         "IMPETUS_FORMATS": "gguf",
         "IMPETUS_CONTEXT_LENGTH": _CONTEXT,
@@ -89,7 +85,10 @@ def _soak(folder: Path, options: argparse.Namespace, chosen: Sequence[str]) -> V
         "IMPETUS_PREFIX_RAM": "64MiB",
         "IMPETUS_PREFIX_DISK": "128MiB",
     }
-    server.settings = settings
+    server = Server(folder / "home", folder / "models", free_port(), settings)
+    server.home.mkdir()
+    server.models.mkdir()
+    _place_models(options.model, server.models)
     with running(server):
         models, budget = asyncio.run(_budget_for_all_but_one(server))
     say(f"models: {', '.join(models)}; memory budget {budget >> 20} MiB")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MIB = 1 << 20
+from core.units import MIB
+
 _CHAT = "/v1/chat/completions"
 _WORDS = ("river", "engine", "number", "window", "letter", "garden", "metal", "story", "winter")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 
+from core.units import MIB
 from scripts.bench_lib.processes import is_supported, tree_pss_bytes
 from scripts.soak_lib.server import Metrics, Server
 
-MIB = 1 << 20
 _TEMPORARY = Path("/tmp")
 # Growth that does not count: of each figure, beside a share of its first value.
 _SLACK = {

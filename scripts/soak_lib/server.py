@@ -1,9 +1,7 @@
 """Runs the server of a soak test in folders of its own and starts it again after it ended."""
 
-import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +11,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from scripts.bench_lib.servers import METRIC, ROOT, stop, tail
+from scripts.bench_lib.servers import METRIC, START_TIMEOUT_S, launch, stop, tail
 
-START_LIMIT_S = 240.0
 END_LIMIT_S = 30.0
 _POLL_S = 0.2
 
@@ -45,34 +42,15 @@ class Server:
         """What the launcher prints."""
         return self.home / "launch.log"
 
-    def start(self) -> float:
-        """Start and wait until ready; return the seconds this took.  Raises SoakError."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("IMPETUS_")}
-        environment = {
-            **inherited,
-            "IMPETUS_HOME": str(self.home),
-            "IMPETUS_PORT": str(self.port),
-            "IMPETUS_MODELS_PATH": str(self.models),
-            "IMPETUS_STARTERS": "false",
-            "IMPETUS_AUTO_CONVERT": "false",
-            **self.settings,
-        }
+    def start(self) -> None:
+        """Start and wait until ready.  Raises SoakError."""
         started = time.monotonic()
-        with self.launch_log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "deployments.start.launcher"],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        self.process = launch(self.home, self.models, self.port, self.settings, self.launch_log)
         while not self.is_ready():
-            if self.process.poll() is not None or time.monotonic() - started > START_LIMIT_S:
+            if self.process.poll() is not None or time.monotonic() - started > START_TIMEOUT_S:
                 raise SoakError(f"The server did not start:\n{tail(self.launch_log)}")
             time.sleep(_POLL_S)
         self.note_members()
-        return time.monotonic() - started
 
     def is_ready(self) -> bool:
         """Whether /readyz returns 200."""

@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from core.units import MIB
 from scripts.soak_lib.clients import Outcome
 from scripts.soak_lib.kills import Kill
-from scripts.soak_lib.samples import MIB, Trend
+from scripts.soak_lib.samples import Trend
 
 # Refusals that tell a client to wait: right answers under load.
 _WAIT = frozenset({"queue_full", "rate_limit_error", "overloaded_error"})

@@ -9,12 +9,13 @@ from dataclasses import replace
 import httpx
 import pytest
 
+from core.units import MIB
 from scripts.soak_lib import clients as clients_module
 from scripts.soak_lib.clients import Outcome, Pause, run_client
 from scripts.soak_lib.gaps import gap_of
 from scripts.soak_lib.kills import Kill, kinds
 from scripts.soak_lib.requests import PATHOLOGICAL, Sent, next_request
-from scripts.soak_lib.samples import MIB, Sample, trends
+from scripts.soak_lib.samples import Sample, trends
 from scripts.soak_lib.server import Metrics, SoakError
 from scripts.soak_lib.verdict import Accounts, is_explained, judge
 
