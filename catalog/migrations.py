@@ -1,11 +1,8 @@
 """Opens the catalog database, migrates its schema, and moves a damaged file aside."""
 
-import errno
-import fcntl
 import logging
 import sqlite3
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import TypeAlias
 
 from catalog.database_errors import BUSY_MS, damage, is_damage
 from core.errors import ImpetusError
+from core.files import lock_file
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +18,6 @@ Migration: TypeAlias = Callable[[sqlite3.Connection], None]
 
 # How long to wait for another process that opens the catalog at the same time.
 _OPENING_S = 10.0
-_POLL_S = 0.02
 _MAX_ASIDE = 5
 _SCHEMA = (
     "SELECT key, id, base_id, name, state, reason, fingerprint, added_at, source, info, settings "
@@ -154,18 +151,7 @@ def _exclusive(path: Path) -> Iterator[None]:
     Raises OSError, also when another process holds it for more than 10 s.
     """
     with path.open("a") as file:
-        deadline = time.monotonic() + _OPENING_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise BlockingIOError(
-                        errno.EAGAIN,
-                        f"another process has kept it locked for {_OPENING_S:.0f} s; stop it",
-                    ) from None
-                time.sleep(_POLL_S)
+        lock_file(file, _OPENING_S)
         yield
 
 

@@ -1,4 +1,4 @@
-"""Atomic file writes, safe opening of files that others may have replaced, and disk errors."""
+"""Atomic file writes, locks, safe opening of files that others may have replaced, disk errors."""
 
 import errno
 import fcntl
@@ -6,11 +6,14 @@ import os
 import stat
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
+from typing import IO, Any
 
 _ZEROS = bytes(1 << 16)
+_LOCK_POLL_S = 0.01
 # The process or the machine is short of something for the moment; the file itself is fine.
 _SHORTAGES = frozenset({
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ENOBUFS,
@@ -80,6 +83,25 @@ def open_regular(path: Path) -> BufferedReader:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def lock_file(file: IO[Any], limit_s: float) -> None:
+    """Lock an open file until it is closed; waits while another process holds the lock.
+
+    Raises BlockingIOError after `limit_s`: a process that hangs must not hang the others.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BlockingIOError(
+                    errno.EAGAIN, f"another process has kept it locked for {limit_s:.0f} s; stop it"
+                ) from None
+            time.sleep(_LOCK_POLL_S)
+        else:
+            return
 
 
 def write_atomically(

@@ -1,7 +1,5 @@
 """Prefix blocks on disk, in one folder shared by all processes of a server."""
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -29,7 +27,7 @@ from backends.prefixes.block_file import (
     write_block,
     writer_of,
 )
-from core.files import is_shortage, open_regular, why, write_atomically
+from core.files import is_shortage, lock_file, open_regular, why, write_atomically
 from core.types import MissReason
 from core.units import GIB
 
@@ -45,7 +43,6 @@ _STATE = "state.json"
 _LOCK = "lock"
 # A process that hangs while it holds the lock must not hang the others.
 _LOCK_WAIT_S = 5.0
-_LOCK_POLL_S = 0.01
 # A later modification time is wrong: the clock was set back, or the file is foreign.
 _CLOCK_TOLERANCE_NS = 60 * 10**9
 
@@ -325,7 +322,7 @@ class PrefixFolder:
         _make_private(self._path)
         self._drop_unless_file(_LOCK)
         with _open_private(self._path / _LOCK) as lock:
-            _lock(lock)
+            lock_file(lock, _LOCK_WAIT_S)
             state = self._read_state()
             try:
                 yield state
@@ -374,22 +371,6 @@ def _make_private(folder: Path) -> None:
 def _open_private(path: Path) -> IO[bytes]:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, 0o600), "rb+", buffering=0)
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Lock the file; raises BlockingIOError if another process holds it for too long."""
-    deadline = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise BlockingIOError(
-                    errno.EAGAIN, f"another process has locked it for {_LOCK_WAIT_S:.0f} s"
-                ) from None
-            time.sleep(_LOCK_POLL_S)
-        else:
-            return
 
 
 def _delete_stale(path: Path) -> bool:
