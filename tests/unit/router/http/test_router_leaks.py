@@ -14,6 +14,7 @@ from core.types import TextDelta
 from router.app import create_app
 from tests.fakes import CHAT_MODEL, FakeDispatcher, finished, make_services
 from tests.live_server import connection, serving, until
+from tests.waiting import wait_until
 
 CHAT: dict[str, Any] = {"model": CHAT_MODEL, "messages": [{"role": "user", "content": "hi"}]}
 TIMES = 25
@@ -31,12 +32,6 @@ def post(stream: bool) -> bytes:
 def open_descriptors() -> int:
     # /dev/fd exists on Linux and on macOS.
     return len(os.listdir("/dev/fd"))
-
-
-async def until_true(condition: Any) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0)
 
 
 def reset(writer: asyncio.StreamWriter) -> None:
@@ -65,8 +60,8 @@ async def test_a_client_that_leaves_while_it_waits_leaves_nothing(stream: bool, 
                     await asyncio.wait_for(dispatcher.idle.wait(), 10)
             await asyncio.wait_for(dispatcher.idle.wait(), 10)
             assert len(dispatcher.requests) == number + 1
-        await until_true(lambda: len(asyncio.all_tasks()) <= tasks)
-        await until_true(lambda: open_descriptors() <= descriptors)
+        await wait_until(lambda: len(asyncio.all_tasks()) <= tasks, "tasks are left")
+        await wait_until(lambda: open_descriptors() <= descriptors, "descriptors are left")
     assert dispatcher.running == 0
 
 
@@ -81,8 +76,8 @@ async def test_a_request_that_breaks_off_leaves_nothing(cut_at: int) -> None:
                 await writer.drain()
                 if number % 2:
                     reset(writer)
-        await until_true(lambda: len(asyncio.all_tasks()) <= tasks)
-        await until_true(lambda: open_descriptors() <= descriptors)
+        await wait_until(lambda: len(asyncio.all_tasks()) <= tasks, "tasks are left")
+        await wait_until(lambda: open_descriptors() <= descriptors, "descriptors are left")
     assert dispatcher.requests == []
 
 
@@ -96,8 +91,8 @@ async def test_a_client_that_leaves_in_the_stream_leaves_nothing() -> None:
                 writer.write(post(stream=True))
                 await until(reader, b"first")
             await asyncio.wait_for(dispatcher.idle.wait(), 10)
-        await until_true(lambda: len(asyncio.all_tasks()) <= tasks)
-        await until_true(lambda: open_descriptors() <= descriptors)
+        await wait_until(lambda: len(asyncio.all_tasks()) <= tasks, "tasks are left")
+        await wait_until(lambda: open_descriptors() <= descriptors, "descriptors are left")
 
 
 async def test_names_in_log_lines_stay_on_one_line_n17(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ from router.http.protocol import HttpProtocol
 from tests.fakes import make_services
 from tests.live_server import connection, count_to_end_or_reset, post_bytes, serving, until
 from tests.unit.router.answers.test_router_streams import CHAT, EndlessDispatcher
+from tests.waiting import wait_until
 
 
 class Remembered(HttpProtocol):
@@ -82,9 +83,7 @@ async def test_client_that_reads_nothing_of_a_stream_is_cut_n15(version: bytes) 
             writer.write(b"GET / HTTP/" + version + b"\r\nHost: localhost\r\n\r\n")
             await asyncio.wait_for(app.began.wait(), 10)
             await asyncio.wait_for(app.ended.wait(), 30)
-        async with asyncio.timeout(30):
-            while len(asyncio.all_tasks()) > tasks:
-                await asyncio.sleep(0)
+        await wait_until(lambda: len(asyncio.all_tasks()) <= tasks, "tasks are left")
 
 
 async def test_client_that_reads_slowly_is_not_cut_n15() -> None:
@@ -107,6 +106,4 @@ async def test_a_stream_that_is_not_read_leaves_no_task_n15() -> None:
             writer.write(post_bytes("/v1/chat/completions", {**CHAT, "stream": True}))
             await asyncio.wait_for(dispatcher.began.wait(), 10)
             await asyncio.wait_for(dispatcher.idle.wait(), 30)
-        async with asyncio.timeout(30):
-            while len(asyncio.all_tasks()) > tasks:
-                await asyncio.sleep(0)
+        await wait_until(lambda: len(asyncio.all_tasks()) <= tasks, "tasks are left")

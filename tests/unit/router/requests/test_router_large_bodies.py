@@ -14,6 +14,7 @@ from router.requests.body import buffered
 from router.requests.json_pieces import parse_json
 from tests.fakes import CHAT_MODEL, FakeDispatcher, make_services
 from tests.live_server import client_of, connection, error_of, serving
+from tests.waiting import wait_until
 
 HEADERS = {"content-type": "application/json"}
 SMALL = {"model": CHAT_MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -101,11 +102,8 @@ async def test_an_upload_that_breaks_off_leaves_nothing(is_half_close: bool) -> 
                 if is_half_close:
                     writer.write_eof()
                     await asyncio.wait_for(reader.read(), 10)
-        await until_true(lambda: buffered.total == 0 and len(asyncio.all_tasks()) <= before)
+        await wait_until(
+            lambda: buffered.total == 0 and len(asyncio.all_tasks()) <= before,
+            "bytes or tasks are left",
+        )
     assert dispatcher.requests == []
-
-
-async def until_true(condition: Any) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0)
