@@ -80,7 +80,7 @@ async def read_request(
 
     A large body is parsed, validated and converted by a thread, so that streams of other requests
     go on; its messages or input are empty afterwards, so `convert` must take what it needs.
-     Raises RequestError, UnsupportedParameter, BodyTooLarge, what `convert` raises, and
+    Raises RequestError, UnsupportedParameter, BodyTooLarge, what `convert` raises, and
     Unavailable if other requests' bodies fill the buffers.
     """
 
