@@ -52,6 +52,9 @@ class ByteTokenizer:
         """Return the byte itself."""
         return bytes((token_id,)) if token_id < END_TOKEN else b""
 
+    def read_vocabulary(self) -> None:
+        """Do nothing: there is none."""
+
     def mask(self, constraint: Constraint) -> RestartableMask:
         """Refuse grammars: the answer is fixed.  Raises UnsupportedParameter."""
         raise UnsupportedParameter(

@@ -101,6 +101,13 @@ class Tokenizer(Protocol):
         """Compile a grammar for this vocabulary.  Raises RequestError, UnsupportedParameter."""
         ...
 
+    def read_vocabulary(self) -> None:
+        """Read now what grammars and long texts need, so that none of them delays others.
+
+        Blocks for up to a second; called once, on any thread.
+        """
+        ...
+
     @property
     def vocabulary_size(self) -> int:
         """Number of token ids."""

@@ -45,6 +45,8 @@ class BatchingEngine(Engine):
         self._activity: Activity = NO_ACTIVITY
         self._watch = StepWatch()
         self._threads = PreparationThreads(self._watch)
+        # Beside the loading of the weights, and before the first grammar, which would delay others.
+        self._threads.submit(preparer.read_vocabulary)
         try:
             self._loop = EngineLoop(info.name, open_stepper, self._stop_preparing)
         except BaseException:

@@ -11,6 +11,7 @@ from backends.base import EngineOptions
 from backends.gguf.tokenization import GgufTokenization
 from backends.grammar.compiler import GrammarCompiler, GrammarMask
 from backends.grammar.constraint import Constraint
+from backends.grammar.vocabulary import Vocabulary
 from core.errors import BrokenModel, InsufficientMemory
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,6 @@ class GgufModel:
             self.metadata("tokenizer.ggml.pre"),
             self._special_piece,
         )
-        self._tokenize = self._text.native_callback()
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}
         self._grammar_lock = threading.Lock()
@@ -193,34 +193,29 @@ class GgufModel:
     can_constrain = True
 
     def mask(self, constraint: Constraint) -> GrammarMask:
-        """Compile a grammar; the first call also reads the vocabulary, for some 100 ms."""
+        """Compile a grammar; the first call also reads the vocabulary, for some 200 ms."""
+        return self._grammars().mask(constraint)
+
+    def read_vocabulary(self) -> None:
+        """See `backends.stepper.Tokenizer`."""
+        self._text.read_vocabulary()
+        self._grammars()
+
+    def _grammars(self) -> GrammarCompiler:
         with self._grammar_lock:
             if self._compiler is None:
-                self._compiler = GrammarCompiler(self._read_vocabulary(), self._one_token)
-        return self._compiler.mask(constraint)
+                tokens = self._text.pieces
+                ids = range(self._size)
+                special = [each for each in ids if self._is_special(each, tokens[each])]
+                ends = list(filter(self.is_end, ids))
+                vocabulary = Vocabulary(tokens, special, ends)
+                self._compiler = GrammarCompiler(vocabulary, self._one_token)
+            return self._compiler
 
     def _one_token(self, text: str) -> int | None:
         ids = self.encode(text, add_bos=False, parse_special=True)
         is_one = len(ids) == 1 and self.piece(ids[0], special=True) == text.encode()
         return ids[0] if is_one else None
-
-    def _read_vocabulary(self) -> Any:
-        """Return llguidance's view of the vocabulary; special tokens are marked with 0xFF."""
-        from llguidance import LLTokenizer
-
-        tokens, ends = [], []
-        for token_id in range(self._size):
-            piece = self.piece(token_id, special=True)
-            tokens.append(b"\xff" + piece if self._is_special(token_id, piece) else piece)
-            if self.is_end(token_id):
-                ends.append(token_id)
-        # The package's type stubs omit this constructor.
-        return LLTokenizer.from_llamacpp(  # type: ignore[attr-defined]
-            tokens=tokens,
-            vocab_ptr=self.vocabulary,
-            tokenize_fptr=ctypes.cast(self._tokenize, ctypes.c_void_p).value,
-            eos_token=ends or None,
-        )
 
     def _is_special(self, token_id: int, piece: bytes) -> bool:
         attributes = self._llama.llama_vocab_get_attr(self.vocabulary, token_id)

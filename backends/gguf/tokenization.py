@@ -1,7 +1,5 @@
 """Tokenizes text with llama.cpp: any text of any length, without overflowing the stack."""
 
-import ctypes
-import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -20,8 +18,6 @@ from backends.token_bounds import fewest_tokens, may_fit
 from core.errors import RequestError
 from core.stack import call_with_stack
 from core.units import MIB
-
-logger = logging.getLogger(__name__)
 
 # Text up to this length is safe on any thread: it takes 2 MiB of stack at most.
 _DIRECT_CHARACTERS = 2048
@@ -98,7 +94,7 @@ class GgufTokenization:
         if len(text) <= _UNCUT_CHARACTERS:
             yield self._tokenize(text, False, parse_special)
             return
-        unknown = "".join(each for each in set(text) if self._is_unknown(each))
+        unknown = "".join(each for each in _characters(text) if self._is_unknown(each))
         first, *pieces = cut_before_unknown(text, unknown, self._specials.ends)
         yield self._tokenize(first, False, parse_special)
         for piece in pieces:
@@ -113,7 +109,11 @@ class GgufTokenization:
     @cached_property
     def _characters(self) -> frozenset[str]:
         """The characters that some token contains."""
-        return frozenset().union(*(piece.decode("utf-8", "ignore") for piece in self._pieces))
+        return frozenset().union(*(piece.decode("utf-8", "ignore") for piece in self.pieces))
+
+    def read_vocabulary(self) -> None:
+        """Read now what long texts need to know of the vocabulary; takes some 100 ms."""
+        _ = self._specials, self._longest, self._has_all_bytes
 
     def fewest_tokens(self, text: str, limit: int) -> int:
         """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
@@ -143,46 +143,17 @@ class GgufTokenization:
                 return list(buffer[:count])
             room = -count
 
-    def native_callback(self) -> Any:
-        """Return a C function like llama_tokenize that is safe for any text; keep a reference.
-
-        llguidance tokenizes the text that a grammar forces, which may be long.
-        """
-        llama = self._llama
-        declared = ctypes.CFUNCTYPE(
-            ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
-            ctypes.c_int32, ctypes.c_bool, ctypes.c_bool,
-        )  # fmt: skip
-        native = declared(ctypes.cast(llama.llama_tokenize, ctypes.c_void_p).value or 0)
-
-        def tokenize(
-            vocabulary: int, data: int, size: int, out: int, room: int, special: bool, parse: bool
-        ) -> int:
-            if self._is_safe(size):
-                return int(native(vocabulary, data, size, out, room, special, parse))
-            text = ctypes.string_at(data, size).decode("utf-8", "replace")
-            try:
-                ids = self.encode(text, add_special=special, parse_special=parse)
-            except Exception:
-                logger.exception("text that a grammar forces cannot be tokenized")
-                return 0
-            if len(ids) > room:
-                return -len(ids)
-            ctypes.memmove(out, (llama.llama_token * len(ids))(*ids), 4 * len(ids))
-            return len(ids)
-
-        return declared(tokenize)
-
     def _check(self, text: str) -> None:
         """Raise RequestError for text on which llama.cpp would end the process."""
         try:
-            text.encode()
+            if not text.isascii():
+                text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
                 "The text is not valid Unicode: it has an unpaired surrogate.", param="prompt"
             ) from error
         if self._kind == self._llama.LLAMA_VOCAB_TYPE_SPM and not self._has_all_bytes:
-            unknown = next((each for each in set(text) if not self._is_known(each)), None)
+            unknown = next((each for each in _characters(text) if not self._is_known(each)), None)
             if unknown is not None:
                 raise self._unknown(repr(unknown))
 
@@ -225,12 +196,13 @@ class GgufTokenization:
         return bool(self._llama.llama_vocab_get_add_bos(self._vocabulary))
 
     @cached_property
-    def _pieces(self) -> list[bytes]:
+    def pieces(self) -> list[bytes]:
+        """The bytes of each token, of control tokens their name."""
         return list(map(self._read_piece, range(self._size)))
 
     @cached_property
     def _piece_set(self) -> frozenset[bytes]:
-        return frozenset(self._pieces)
+        return frozenset(self.pieces)
 
     @cached_property
     def _has_all_bytes(self) -> bool:
@@ -245,7 +217,15 @@ class GgufTokenization:
         if self._kind not in kinds or not self._has_all_bytes:
             return None
         strips = llama.LLAMA_TOKEN_ATTR_LSTRIP | llama.LLAMA_TOKEN_ATTR_RSTRIP
-        for token_id in range(len(self._pieces)):
+        for token_id in range(len(self.pieces)):
             if llama.llama_vocab_get_attr(self._vocabulary, token_id) & strips:
                 return None
-        return max(map(len, self._pieces))
+        return max(map(len, self.pieces))
+
+
+def _characters(text: str) -> set[str]:
+    """Return the characters of `text`; a set of a long text at once would hold the global lock."""
+    found: set[str] = set()
+    for start in range(0, len(text), _UNCUT_CHARACTERS):
+        found.update(text[start : start + _UNCUT_CHARACTERS])
+    return found

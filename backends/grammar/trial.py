@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from llguidance import LLTokenizer
 
 from backends.cancellation import check_cancelled
+from backends.grammar.vocabulary import Vocabulary
 from backends.watch import unwatched
 from core.child import AnswerTooLong, Child, ChildEnded
 from core.errors import Unavailable
@@ -94,10 +94,8 @@ _queue = _Queue()
 class GrammarTrial:
     """Tries grammars for one vocabulary.  Thread-safe; each trial has a process of its own."""
 
-    def __init__(self, tokenizer: LLTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._lock = threading.Lock()
-        self._vocabulary: tuple[list[int], list[int], bytes] | None = None
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
 
     def run(self, grammar: str) -> Verdict:
         """Return what compiling `grammar` takes, or why it is refused.
@@ -110,16 +108,7 @@ class GrammarTrial:
             return self._run(grammar)
 
     def _run(self, grammar: str) -> Verdict:
-        lengths, special, data = self._read_vocabulary()
-        request = {
-            "grammar": grammar,
-            "lengths": lengths,
-            "special": special,
-            "ends": list(self._tokenizer.eos_tokens),
-            "memory_bytes": _MEMORY_LIMIT_BYTES,
-            "cpu_s": CPU_LIMIT_S,
-        }
-        payload = json.dumps(request).encode("ascii") + b"\n" + data
+        payload = self._payload(grammar)
         try:
             child = Child(
                 [sys.executable, "-I", "-c", _WORKER, str(_CODE_FOLDER)],
@@ -151,14 +140,17 @@ class GrammarTrial:
         finally:
             child.close()
 
-    def _read_vocabulary(self) -> tuple[list[int], list[int], bytes]:
-        with self._lock:
-            if self._vocabulary is None:
-                ids = range(self._tokenizer.vocab_size)
-                tokens = [self._tokenizer.decode_bytes([each]) for each in ids]
-                special = [each for each in ids if self._tokenizer.is_special_token(each)]
-                self._vocabulary = list(map(len, tokens)), special, b"".join(tokens)
-            return self._vocabulary
+    def _payload(self, grammar: str) -> bytes:
+        tokens = self._vocabulary.tokens
+        request = {
+            "grammar": grammar,
+            "lengths": list(map(len, tokens)),
+            "special": list(self._vocabulary.special),
+            "ends": list(self._vocabulary.ends),
+            "memory_bytes": _MEMORY_LIMIT_BYTES,
+            "cpu_s": CPU_LIMIT_S,
+        }
+        return json.dumps(request).encode("ascii") + b"\n" + b"".join(tokens)
 
 
 def _check_exit(code: int, stderr_tail: str) -> None:

@@ -10,8 +10,10 @@ import random
 import resource
 import sys
 import time
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from backends.grammar.vocabulary import Vocabulary
 from core.child import die_with_input, die_with_parent, limit_cpu, limit_process, take_stdout
 from core.errors import is_panic
 from core.stack import call_with_stack
@@ -26,7 +28,6 @@ STACK_BYTES = 32 * MIB
 _STEP_FUEL, _MAX_STATES = 40_000, 50_000
 _NICE = 10
 _WALKED_TOKENS = 12
-_LONGEST = 16
 
 
 class Report(TypedDict):
@@ -36,36 +37,6 @@ class Report(TypedDict):
     compile_s: float
     mask_s: float
     grown_bytes: int
-
-
-class _Vocabulary:
-    """What llguidance wants to know of a tokenizer."""
-
-    def __init__(self, request: dict[str, Any], data: bytes) -> None:
-        self.tokens = []
-        start = 0
-        for length in request["lengths"]:
-            self.tokens.append(data[start : start + length])
-            start += length
-        self.special_token_ids = request["special"]
-        self.eos_token_id = request["ends"][0]
-        self.bos_token_id = None
-
-        self._ids = {token: index for index, token in reversed(list(enumerate(self.tokens)))}
-        for index in self.special_token_ids:
-            self._ids.pop(self.tokens[index], None)
-
-    def __call__(self, text: bytes | str) -> list[int]:
-        """Return the tokens of text that the grammar forces, longest first."""
-        data = text.encode() if isinstance(text, str) else text
-        ids = []
-        start = 0
-        while start < len(data):
-            ends = range(min(start + _LONGEST, len(data)), start, -1)
-            end = next((each for each in ends if data[start:each] in self._ids), start + 1)
-            ids += [self._ids[data[start:end]]] if data[start:end] in self._ids else []
-            start = end
-        return ids
 
 
 def main() -> None:
@@ -78,12 +49,18 @@ def main() -> None:
     die_with_input(sys.stdin)
     limit_process(data_bytes=request["memory_bytes"], file_bytes=0)
     limit_cpu(request["cpu_s"])
-    report = _report(request, _Vocabulary(request, data))
+    report = _report(request, _vocabulary(request, data))
     stream.write(json.dumps(report) + "\n")
     stream.flush()
 
 
-def _report(request: dict[str, Any], vocabulary: _Vocabulary) -> Report:
+def _vocabulary(request: dict[str, Any], data: bytes) -> Vocabulary:
+    ends = list(accumulate(request["lengths"]))
+    tokens = [data[start:end] for start, end in pairwise([0, *ends])]
+    return Vocabulary(tokens, request["special"], request["ends"])
+
+
+def _report(request: dict[str, Any], vocabulary: Vocabulary) -> Report:
     """Return the result of the trial, also if the library panics."""
     try:
         return call_with_stack(STACK_BYTES, lambda: _try(request, vocabulary))
@@ -98,10 +75,10 @@ def _report(request: dict[str, Any], vocabulary: _Vocabulary) -> Report:
         )
 
 
-def _try(request: dict[str, Any], vocabulary: _Vocabulary) -> Report:
-    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+def _try(request: dict[str, Any], vocabulary: Vocabulary) -> Report:
+    from llguidance import LLMatcher
 
-    tokenizer = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=request["ends"])
+    tokenizer = vocabulary.tokenizer()
     before, started = _peak_bytes(), time.thread_time()
     matcher = LLMatcher(
         tokenizer,
@@ -119,7 +96,7 @@ def _try(request: dict[str, Any], vocabulary: _Vocabulary) -> Report:
         at = time.thread_time()
         allowed = _ids(matcher.compute_bitmask())
         mask_s = max(mask_s, time.thread_time() - at)
-        few = [choose.choice(allowed) for _ in range(4)] if allowed else [request["ends"][0]]
+        few = [choose.choice(allowed) for _ in range(4)] if allowed else [vocabulary.eos_token_id]
         matcher.consume_token(max(few, key=lambda each: len(vocabulary.tokens[each])))
     return Report(
         error=matcher.get_error(),

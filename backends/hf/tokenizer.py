@@ -9,6 +9,7 @@ from typing import Any
 
 from backends.grammar.compiler import GrammarCompiler, GrammarMask
 from backends.grammar.constraint import Constraint
+from backends.grammar.vocabulary import Vocabulary
 from backends.hf.config import HfFolder, read_folder
 from backends.hf.header import broken, read_optional_json, read_text
 from backends.hf.pieces import piece_reader
@@ -19,7 +20,6 @@ from core.errors import (
     ContextLengthExceeded,
     NotThisFormat,
     RequestError,
-    UnsupportedParameter,
     is_panic,
 )
 from core.units import MIB, format_bytes
@@ -148,27 +148,21 @@ class HfTokenizer:
 
     def mask(self, constraint: Constraint) -> GrammarMask:
         """Compile a grammar; the first call also reads the vocabulary, which takes up to 1 s."""
+        return self._grammars().mask(constraint)
+
+    def read_vocabulary(self) -> None:
+        """See `backends.stepper.Tokenizer`."""
+        _ = self._grammars(), self._longest
+
+    def _grammars(self) -> GrammarCompiler:
         with self._lock:
             if self._compiler is None:
-                vocabulary = self._read_vocabulary(constraint)
+                tokens = [self.piece(each, special=True) for each in range(self._size)]
+                eos = self._tokenizer.token_to_id(self.eos_text) if self.eos_text else None
+                ends = sorted(self.end_ids, key=lambda token_id: (token_id != eos, token_id))
+                vocabulary = Vocabulary(tokens, sorted(self._special), ends)
                 self._compiler = GrammarCompiler(vocabulary, self._tokenizer.token_to_id)
-        return self._compiler.mask(constraint)
-
-    def _read_vocabulary(self, constraint: Constraint) -> Any:
-        from llguidance import LLTokenizer
-
-        eos = self._tokenizer.token_to_id(self.eos_text) if self.eos_text else None
-        ends = sorted(self.end_ids, key=lambda token_id: (token_id != eos, token_id))
-        try:
-            return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._size, eos_token=ends or None)
-        except BaseException as error:
-            if not (isinstance(error, ValueError) or is_panic(error)):
-                raise
-            raise UnsupportedParameter(
-                f"The {constraint.param} cannot be enforced with this model's vocabulary: "
-                f"{str(error)[:200]}",
-                param=constraint.param,
-            ) from error
+            return self._compiler
 
     def _plain_tokenizer(self) -> Any:
         """Return a second instance that encodes special tokens as plain text."""

@@ -156,6 +156,10 @@ class Preparer:
             for token_id in generated:
                 prepared.mask.accept(token_id)
 
+    def read_vocabulary(self) -> None:
+        """See `backends.stepper.Tokenizer`."""
+        self._tokenizer.read_vocabulary()
+
     def count(self, prompt: Prompt) -> int:
         """Return the number of prompt tokens; raises as `prepare` does.
 

@@ -194,9 +194,9 @@ def test_llama_cpp_still_has_the_fields_that_are_set() -> None:
 
 
 def test_llguidance_still_has_the_calls_that_grammars_use() -> None:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+    from llguidance import LLMatcher, LLParserLimits, TokenizerWrapper, regex_to_lark
 
     assert callable(regex_to_lark)
     assert LLParserLimits(verbose_errors=False)
     assert callable(LLMatcher.grammar_from_lark)
-    assert callable(LLTokenizer.from_llamacpp)  # type: ignore[attr-defined]
+    assert callable(TokenizerWrapper)

@@ -93,6 +93,42 @@ async def test_the_stepper_lives_on_one_thread_of_its_own(stepper: FakeStepper) 
     assert stepper.is_closed
 
 
+class SlowVocabulary(ByteTokenizer):
+    """Records when its vocabulary is read, which lasts until the test says so."""
+
+    def __init__(self) -> None:
+        self.reading = threading.Event()
+        self.may_end = threading.Event()
+        self.has_ended = False
+
+    def read_vocabulary(self) -> None:
+        self.reading.set()
+        self.may_end.wait()
+        self.has_ended = True
+
+
+async def test_the_vocabulary_is_read_beside_the_opening_and_before_a_grammar(
+    stepper: FakeStepper,
+) -> None:
+    tokenizer = SlowVocabulary()
+    preparer = Preparer(echo_info(), tokenizer, ChatFormat(None, "", ""), context_tokens=256)
+
+    def open_stepper() -> FakeStepper:
+        assert tokenizer.reading.wait(30)
+        return stepper
+
+    engine = BatchingEngine(echo_info(), preparer, open_stepper, max_waiting=8)
+    assert text_of(await run(engine, request("a", max_tokens=2))) == "xx"
+    assert not tokenizer.has_ended
+    closing = asyncio.create_task(engine.close())
+    await asyncio.sleep(0.05)
+    assert not stepper.is_closed
+    tokenizer.may_end.set()
+    await closing
+    assert tokenizer.has_ended
+    assert stepper.is_closed
+
+
 async def test_no_more_sequences_run_than_the_stepper_takes(stepper: FakeStepper) -> None:
     engine = open_engine(stepper)
     answers = await asyncio.gather(*(run(engine, request("a", max_tokens=3)) for _ in range(6)))

@@ -138,10 +138,11 @@ class Quick(GrammarCompiler):
     def __init__(self, read: HfTokenizer) -> None:
         read.mask(output_constraint(JsonOutput()))
         assert read._compiler is not None
-        super().__init__(read._compiler._tokenizer, lambda _: None)
+        vocabulary = read._compiler._trial._vocabulary
+        super().__init__(vocabulary, lambda _: None)
         self.compiled = 0
         self._one = super()._compiled("start: /a/\n", "p")
-        self._trial = NoTrial(self._tokenizer)
+        self._trial = NoTrial(vocabulary)
 
     def _compiled(self, text: str, param: str, *, is_background: bool = False) -> LLMatcher:
         del text, param, is_background

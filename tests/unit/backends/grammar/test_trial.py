@@ -305,7 +305,7 @@ def test_a_child_that_reaches_its_own_limits_refuses_the_grammar(
     read: HfTokenizer, monkeypatch: pytest.MonkeyPatch, worker: str
 ) -> None:
     monkeypatch.setattr(trial, "_WORKER", worker)
-    monkeypatch.setattr(GrammarTrial, "_read_vocabulary", lambda _: ([], [], b""))
+    monkeypatch.setattr(GrammarTrial, "_payload", lambda *_: b"\n")
     with pytest.raises(UnsupportedParameter, match="cannot be enforced"):
         read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": 10_037})))
 
@@ -341,7 +341,7 @@ def test_a_child_that_takes_too_much_memory_is_ended_where_the_system_has_no_lim
         trial, "_WORKER", "import sys, time; sys.stdin.buffer.read(1); time.sleep(60)"
     )
     monkeypatch.setattr(trial, "_MEMORY_LIMIT_BYTES", 2**20)
-    monkeypatch.setattr(GrammarTrial, "_read_vocabulary", lambda _: ([], [], b""))
+    monkeypatch.setattr(GrammarTrial, "_payload", lambda *_: b"\n")
     with pytest.raises(UnsupportedParameter, match="memory or stack"):
         read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": 10_069})))
 
@@ -353,7 +353,7 @@ def test_a_child_that_has_used_its_processor_time_at_the_deadline_refuses_the_gr
     monkeypatch.setattr(trial, "_WORKER", "import sys; sys.stdin.buffer.read(1)\nwhile True: pass")
     monkeypatch.setattr(trial, "CPU_LIMIT_S", 0.01)
     monkeypatch.setattr(trial, "LIMIT_S", 2.0)
-    monkeypatch.setattr(GrammarTrial, "_read_vocabulary", lambda _: ([], [], b""))
+    monkeypatch.setattr(GrammarTrial, "_payload", lambda *_: b"\n")
     with pytest.raises(UnsupportedParameter, match="processor time"):
         read.mask(output_constraint(JsonOutput({"type": "integer", "multipleOf": 60_013})))
 
