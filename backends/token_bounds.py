@@ -13,7 +13,7 @@ _CERTAIN = 0.8
 
 def may_fit(text: str, limit: int) -> bool:
     """Return whether `text` has so few bytes that it may well fit; its bound is then 0."""
-    return len(text.encode("utf-8", "surrogatepass")) <= _USUAL_BYTES * limit
+    return _size_bytes(text) <= _USUAL_BYTES * limit
 
 
 def fewest_tokens(
@@ -27,7 +27,7 @@ def fewest_tokens(
     """
     if may_fit(text, limit):
         return 0
-    size = len(text.encode("utf-8", "surrogatepass"))
+    size = _size_bytes(text)
     most_bytes = longest()
     bound = -(-size // most_bytes) if most_bytes else 0
     counted = 0
@@ -38,3 +38,7 @@ def fewest_tokens(
         counted += count(text[start : start + _PIECE_CHARACTERS])
         bound = max(bound, int(counted * _CERTAIN))
     return bound
+
+
+def _size_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))

@@ -195,7 +195,8 @@ class Child:
         return self._stdin, self._stdout, self._stderr
 
     def _take(self, count: int) -> bytes:
-        taken = bytes(self._pending[:count])
+        with memoryview(self._pending) as pending:
+            taken = bytes(pending[:count])
         del self._pending[:count]
         if count:
             self._searched = 0

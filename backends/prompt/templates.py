@@ -239,7 +239,8 @@ def _broken(reason: str) -> BrokenModel:
 
 def _require_unicode(text: str) -> str:
     try:
-        text.encode("utf-8")
+        if not text.isascii():
+            text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(
             "The messages contain text that is not valid Unicode (half of a surrogate pair).",
