@@ -167,7 +167,7 @@ class Preparer:
         """
         limit = max(self.context_tokens, _MAX_COUNTED_TOKENS)
         if isinstance(prompt, ChatPrompt):
-            return len(self._chat_ids(self._render(prompt), limit))
+            return len(self._chat_ids(self._render(prompt, limit), limit))
         return len(self._plain_ids(prompt, limit))
 
     def _tokenized(self, request: GenerationRequest) -> _Tokenized:
@@ -213,11 +213,14 @@ class Preparer:
             if fewest > limit:
                 raise ContextLengthExceeded.of(fewest, self.context_tokens, is_least=True)
 
-    def _render(self, prompt: ChatPrompt) -> str:
+    def _render(self, prompt: ChatPrompt, limit: int) -> str:
+        # A text that cannot fit is not copied to the template's process and back.
+        asked = (each.content for each in reversed(prompt.messages) if each.role == "user")
+        self._check_length(next(asked, "").strip(), limit)
         return self._chat.render(normalize_prompt(prompt) if self._stable_prompts else prompt)
 
     def _tokenized_chat(self, prompt: ChatPrompt, output: Output | None) -> _Tokenized:
-        rendered = self._render(prompt)
+        rendered = self._render(prompt, self.context_tokens)
         return _Tokenized(
             self._chat_ids(rendered, self.context_tokens),
             self._chat.parser(prompt, rendered),

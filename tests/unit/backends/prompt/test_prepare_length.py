@@ -60,3 +60,41 @@ def test_an_unpaired_surrogate_is_the_requests_fault(prompt: Prompt) -> None:
     )
     with pytest.raises(RequestError, match="surrogate"):
         preparer.prepare(GenerationRequest("r", "echo", prompt))
+
+
+def chat_preparer(template: str) -> Preparer:
+    return Preparer(
+        echo_info(), BoundingTokenizer(), ChatFormat(template, "", ""), context_tokens=256
+    )
+
+
+def test_a_last_question_that_cannot_fit_is_not_rendered() -> None:
+    preparer = chat_preparer("{{ raise_exception('it was rendered') }}")
+    asked = (
+        ChatMessage("user", "a" * 8_000_000),
+        ChatMessage("assistant", "", reasoning="short"),
+        ChatMessage("tool", "short", tool_call_id="1"),
+    )
+    for act in (
+        lambda: preparer.prepare(GenerationRequest("r", "echo", ChatPrompt(asked))),
+        lambda: preparer.count(ChatPrompt(asked)),
+    ):
+        with pytest.raises(ContextLengthExceeded, match="at least 8000"):
+            act()
+    preparer.close()
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        (ChatMessage("user", "a" * 9_000), ChatMessage("user", "b")),
+        (ChatMessage("user", " " * 9_000 + "b"),),
+        (ChatMessage("assistant", "a" * 9_000), ChatMessage("user", "b")),
+    ],
+    ids=["an earlier question", "blanks", "an earlier answer"],
+)
+def test_what_a_template_drops_need_not_fit(messages: tuple[ChatMessage, ...]) -> None:
+    preparer = chat_preparer("{{ messages[-1].content | trim }}")
+    prepared = preparer.prepare(GenerationRequest("r", "echo", ChatPrompt(messages)))
+    assert bytes(prepared.prompt) == b"b"
+    preparer.close()
