@@ -15,7 +15,7 @@ from core.errors import RequestError, Unavailable
 from core.text import escaped
 from core.units import MIB, format_bytes
 from router.requests.fields import RequestBody
-from router.requests.json_pieces import SMALL_BYTES, is_small, parse_json
+from router.requests.json_pieces import SMALL_BYTES, free, is_small, parse_json
 
 Body = TypeVar("Body", bound=RequestBody)
 Converted = TypeVar("Converted")
@@ -66,13 +66,6 @@ def _collector_paused() -> Iterator[None]:
         gc.enable()
 
 
-def _empty(values: Iterable[object]) -> None:
-    """Free the items of lists one by one; all at once would hold Python's global lock for long."""
-    for value in values:
-        while isinstance(value, list) and value:
-            value.pop()
-
-
 async def read_request(
     request: Request, model: type[Body], convert: Callable[[Body], Converted]
 ) -> tuple[Body, Converted]:
@@ -91,11 +84,14 @@ async def read_request(
     def parse_large() -> tuple[Body, Converted]:
         with _collector_paused():
             data = parse_json(b"".join(chunks))
-            parsed = validate_request(data, model)
-            _empty(data.get(name) for name in _LISTS)
-            converted = convert(parsed)
-            _empty(getattr(parsed, name, None) for name in ("messages", "input"))
-            return parsed, converted
+            try:
+                parsed = validate_request(data, model)
+            finally:
+                free(data.get(name) for name in _LISTS)
+            try:
+                return parsed, convert(parsed)
+            finally:
+                free(getattr(parsed, name, None) for name in ("messages", "input"))
 
     chunks: list[bytes] = []
     counted = 0

@@ -20,6 +20,7 @@ from router.requests.limits import (
     MAX_SCHEMA_DEPTH,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
+    too_many,
 )
 
 AnyEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -94,14 +95,14 @@ class RequestBody(RequestPart):
         while todo:
             prefix, part = todo.pop()
             if len(part) > MAX_FIELDS_PER_OBJECT:
-                raise _too_many(prefix.rstrip("."), len(part), "fields", MAX_FIELDS_PER_OBJECT)
+                raise too_many(prefix.rstrip("."), len(part), "fields", MAX_FIELDS_PER_OBJECT)
             for name, limit in MAX_LIST_LENGTHS.items():
                 items = part.get(name)
                 if not isinstance(items, list) or not items or isinstance(items[0], int):
                     continue
                 param = prefix + name
                 if len(items) > limit:
-                    raise _too_many(param, len(items), "items", limit)
+                    raise too_many(param, len(items), "items", limit)
                 todo += _objects(items, param)
 
     def refuse_unsupported(self) -> None:
@@ -120,13 +121,6 @@ def _objects(items: list[Any], param: str) -> Iterator[tuple[str, dict[str, Any]
     for index, item in enumerate(items):
         if isinstance(item, dict):
             yield f"{param}[{index}].", item
-
-
-def _too_many(param: str, count: int, what: str, limit: int) -> RequestError:
-    subject = f"{param}: has" if param else "The body has"
-    return RequestError(
-        f"{subject} {count:,} {what}; at most {limit:,} are accepted", param=param or None
-    )
 
 
 def refuse_unless_off(name: str, value: JsonValue, off: tuple[JsonValue, ...]) -> None:

@@ -1,7 +1,7 @@
 """Parses large JSON bodies in pieces, so that no piece holds Python's global lock for long."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,13 @@ from router.requests.json_scan import (
     has_long_digits,
     scan,
 )
-from router.requests.limits import MAX_ITEM_CONTAINERS, MAX_ITEM_FIELDS, MAX_ITEM_VALUES
+from router.requests.limits import (
+    MAX_ITEM_CONTAINERS,
+    MAX_ITEM_FIELDS,
+    MAX_ITEM_VALUES,
+    MAX_LIST_LENGTHS,
+    too_many,
+)
 
 # Smaller bodies are parsed whole, and on the event loop.
 SMALL_BYTES = 64 * 1024
@@ -88,10 +94,21 @@ def _parse_large(body: bytes, marks: Marks) -> Any:
     data = _parse(b"".join(rest))
     if not isinstance(data, dict):
         return data
-    for name, value in data.items():
-        if isinstance(value, str) and value.startswith(nonce):
-            data[name] = _parse_array(body, marks, arrays[int(value[len(nonce) :])], name)
+    try:
+        for name, value in data.items():
+            if isinstance(value, str) and value.startswith(nonce):
+                data[name] = _parse_array(body, marks, arrays[int(value[len(nonce) :])], name)
+    except RequestError:
+        free(data.values())
+        raise
     return data
+
+
+def free(values: Iterable[object]) -> None:
+    """Free the items of lists one by one; all at once would hold Python's global lock for long."""
+    for value in values:
+        while isinstance(value, list) and value:
+            value.pop()
 
 
 def _outer_arrays(body: bytes, marks: Marks) -> Iterator[_Array]:
@@ -122,21 +139,48 @@ def _parse_array(body: bytes, marks: Marks, array: _Array, name: str) -> list[An
     ends = np.concatenate((array.commas, [array.end]))
     firsts = np.searchsorted(marks.positions, starts)
     lasts = np.searchsorted(marks.positions, ends)
+    _check_length(body, array, len(starts), name)
     _check_items(marks, firsts, lasts, name)
+    pieces = _cuts(starts, ends, firsts, lasts)
     parsed: list[Any] = []
+    try:
+        for first, last in pieces:
+            where = f" in {_shown(name)}[{first}] to [{last - 1}]"
+            piece = _parse(b"[" + body[starts[first] : ends[last - 1]] + b"]", where)
+            if len(piece) != last - first:
+                raise RequestError(
+                    f"The body is not valid JSON: {_shown(name)} has an empty element."
+                )
+            parsed += piece
+    except RequestError:
+        free((parsed,))
+        raise
+    return parsed
+
+
+def _check_length(body: bytes, array: _Array, length: int, name: str) -> None:
+    """Refuse a list with too many items before they are parsed; token ids have no such limit."""
+    limit = MAX_LIST_LENGTHS.get(name, length)
+    first = body[array.start : array.start + 64].lstrip()[:1]
+    if length > limit and not first.isdigit():
+        raise too_many(name, length, "items", limit)
+
+
+def _cuts(
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    firsts: NDArray[np.int64],
+    lasts: NDArray[np.int64],
+) -> Iterator[tuple[int, int]]:
+    """Yield the first element of each piece of an array, and the first one behind it."""
     first = 0
     while first < len(starts):
         # As many elements as fit into a piece, at least one.
         by_bytes = np.searchsorted(ends, starts[first] + _PIECE_BYTES, side="right")
         by_marks = np.searchsorted(lasts, firsts[first] + _PIECE_MARKS, side="right")
         last = max(int(min(by_bytes, by_marks)), first + 1)
-        where = f" in {_shown(name)}[{first}] to [{last - 1}]"
-        piece = _parse(b"[" + body[starts[first] : ends[last - 1]] + b"]", where)
-        if len(piece) != last - first:
-            raise RequestError(f"The body is not valid JSON: {_shown(name)} has an empty element.")
-        parsed += piece
+        yield first, last
         first = last
-    return parsed
 
 
 def _check_items(

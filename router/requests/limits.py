@@ -4,6 +4,7 @@ The limits of counts keep one request from stopping the router's event loop: wha
 counted before anything is parsed, parsed before anything is validated.
 """
 
+from core.errors import RequestError
 from core.units import KIB
 
 # Of a whole body.
@@ -44,3 +45,11 @@ MAX_SCHEMA_BYTES = 256 * KIB
 MAX_SCHEMA_DEPTH = 32
 MAX_INT32 = 2**31 - 1
 MAX_ERROR_CHARACTERS = 2048
+
+
+def too_many(param: str, count: int, what: str, limit: int) -> RequestError:
+    """Return the error of a field, or without `param` of a body, with more parts than `limit`."""
+    subject = f"{param}: has" if param else "The body has"
+    return RequestError(
+        f"{subject} {count:,} {what}; at most {limit:,} are accepted", param=param or None
+    )

@@ -122,3 +122,48 @@ def test_an_error_in_a_piece_names_the_place_and_stays_short() -> None:
         parse_json(body)
     assert r"a\u202e[" in raised.value.message
     assert len(raised.value.message) < 300
+
+
+@pytest.mark.parametrize("name", ["messages", "input", "tools", "output"])
+def test_a_list_that_is_too_long_is_refused_before_it_is_parsed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+
+    def parse(text: bytes, where: str = "") -> Any:
+        del where
+        parsed.append(len(text))
+        return jiter.from_json(text)
+
+    monkeypatch.setattr(json_pieces, "_parse", parse)
+    body = json.dumps({"model": "m", name: [{"role": "user"}] * 60_000}).encode()
+    with pytest.raises(RequestError, match=f"{name}: has 60,000 items; at most") as caught:
+        parse_json(body)
+    assert caught.value.param == name
+    assert sum(parsed) < 100
+
+
+@pytest.mark.parametrize("name", ["input", "prompt", "others"])
+def test_token_ids_and_unknown_lists_may_be_longer(name: str) -> None:
+    body = json.dumps({name: list(range(60_000))}).encode()
+    assert len(parse_json(body)[name]) == 60_000
+
+
+def test_what_was_parsed_before_an_error_is_freed_piece_by_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    freed: list[list[Any]] = []
+    original = json_pieces.free
+
+    def free(values: Any) -> None:
+        kept = [value for value in values if isinstance(value, list)]
+        freed.extend(kept)
+        assert any(kept)
+        original(kept)
+
+    monkeypatch.setattr(json_pieces, "free", free)
+    good = b",".join([b'{"a":1}'] * 20_000)
+    with pytest.raises(RequestError, match="not valid JSON"):
+        parse_json(b'{"first":[' + good + b'],"second":[' + good + b",{]]}")
+    assert len(freed) >= 2
+    assert not any(freed)
