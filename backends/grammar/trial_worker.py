@@ -5,7 +5,6 @@ Input: a line of JSON with `grammar`, `lengths` (bytes of each token), `special`
 """
 
 import json
-import os
 import random
 import resource
 import sys
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 STACK_BYTES = 32 * MIB
 # A step of a mask with this fuel takes up to 40 ms; a state of the automaton takes 1 to 2 KiB.
 _STEP_FUEL, _MAX_STATES = 40_000, 50_000
-_NICE = 10
 _WALKED_TOKENS = 12
 
 
@@ -42,7 +40,6 @@ class Report(TypedDict):
 def main() -> None:
     """Answer one request."""
     die_with_parent()
-    os.nice(_NICE)
     request = json.loads(sys.stdin.buffer.readline())
     data = sys.stdin.buffer.read(sum(request["lengths"]))
     stream = take_stdout()
