@@ -26,6 +26,7 @@ _STDERR_BYTES = 8192
 _STDERR_LINES = 3
 _STDERR_SHOWN = 500
 _PR_SET_PDEATHSIG = 1
+_NICE = 10
 
 # Every process of a server has this variable; its value names the server, so that whoever ends the
 # server finds them all.  `deployments.serve.processes` sets and reads it.
@@ -386,6 +387,14 @@ def take_stdout() -> IO[str]:
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return stream
+
+
+def give_way() -> None:
+    """Let processes that compute answers go first, from now on."""
+    os.nice(_NICE)
+    # Linux weighs whole sessions against each other, and niceness only within one (sched(7)).
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(_NICE), "ascii")
 
 
 def die_with_parent() -> None:

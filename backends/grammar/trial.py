@@ -32,9 +32,9 @@ MAX_WAITING = 6
 _ANSWER_LIMIT_BYTES = MIB
 _POLL_S = 0.2
 _CODE_FOLDER = Path(__file__).resolve().parents[2]
-# Its imports, too, give way to threads that compute answers.
+# Its imports give way as well.
 _WORKER = (
-    "import os, sys; os.nice(10); sys.path.insert(0, sys.argv[1]); "
+    "import sys; sys.path.insert(0, sys.argv[1]); from core.child import give_way; give_way(); "
     "from backends.grammar.trial_worker import main; main()"
 )
 

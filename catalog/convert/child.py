@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from catalog.convert.job import Job
-from core.child import die_with_input, die_with_parent, take_stdout
+from core.child import die_with_input, die_with_parent, give_way, take_stdout
 from core.errors import (
     BrokenModel,
     ImpetusError,
@@ -120,6 +120,7 @@ def main() -> None:
     """Run the job that stdin describes."""
     # A paused process cannot notice the end of stdin, so the kernel kills it.
     die_with_parent()
+    give_way()
     pipe = take_stdout()
 
     def send(message: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from catalog.scan.identify import (
     passing_reason,
 )
 from catalog.scan.inspector_checks import check_files
-from core.child import limit_cpu, limit_process, take_stdout
+from core.child import give_way, limit_cpu, limit_process, take_stdout
 from core.errors import BrokenModel
 from core.units import GIB
 
@@ -101,6 +101,7 @@ def _reply(outcome: Outcome) -> Mapping[str, Any]:
 
 def main() -> None:
     """Import the backends, apply the limits, and answer requests until stdin ends."""
+    give_way()
     import tokenizers as _  # noqa: F401 - before the limits, which forbid new threads
 
     backends = list(backends_for(sys.argv[1:]).values())

@@ -98,6 +98,23 @@ def test_the_child_leads_a_session_without_environment(
     assert kept_environment("KEPT", "NOT_SET") == {"KEPT": "1"}
 
 
+def test_a_child_that_gives_way_does_so_within_its_session_and_as_a_session(start: Start) -> None:
+    code = """
+        from core.child import give_way
+        from pathlib import Path
+        import os
+        before = os.nice(0)
+        give_way()
+        group = Path("/proc/self/autogroup")
+        has_group = os.access(group, os.W_OK) and group.read_text()
+        print(os.nice(0) - before, group.read_text().split()[-1] if has_group else 10)
+    """
+    gained, of_session = start(code).read_line(soon()).split()
+    assert int(of_session) == 10
+    # A process that is nice already cannot become nicer than 19.
+    assert int(gained) == min(10, 19 - os.nice(0))
+
+
 def test_a_child_that_hangs_meets_its_deadline_and_is_killed(start: Start) -> None:
     child = start("import time\nprint('up', flush=True)\ntime.sleep(600)")
     child.read_line(soon())
