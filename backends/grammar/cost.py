@@ -95,7 +95,7 @@ class _Measure:
         for key in ("anyOf", "oneOf"):
             self._choices += len(item[key]) if isinstance(item.get(key), list) else 0
         both, pattern = item.get("allOf"), item.get("pattern")
-        divisor = _divisor(item.get("multipleOf"))
+        divisor = divisor_of(item.get("multipleOf"))
         if divisor is not None:
             self._divisors.add(divisor)
         repetitions = 0
@@ -131,12 +131,12 @@ def _repetitions(pattern: str) -> int:
     return sum(map(int, counts))
 
 
-def _divisor(value: object) -> Decimal | None:
+def divisor_of(value: object) -> Decimal | None:
     """Return a number's decimal value as its JSON shows it; None for anything else."""
     if isinstance(value, float) and math.isfinite(value) and value:
-        return abs(Decimal(repr(value)))
+        return Decimal(repr(value)).copy_abs()
     if isinstance(value, int) and not isinstance(value, bool) and value:
-        return abs(Decimal(value))
+        return Decimal(value).copy_abs()
     return None
 
 

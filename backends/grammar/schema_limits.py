@@ -3,11 +3,14 @@
 import re
 from collections.abc import Iterator, Mapping
 
+from backends.grammar.cost import divisor_of
 from core.errors import RequestError
 from core.types import JsonValue
 
 # Compile time grows with the square of their number: 500 take half a second.
 _MAX_OPTIONAL = 500
+# llguidance builds one state for each remainder; 300,000 take some 4 seconds.
+_MAX_REMAINDERS = 500_000
 # Longest text of a const or enum, in characters.
 _MAX_LITERAL = 4096
 # Escapes and character classes hold no quantifiers.  A class that is not closed ends with the text:
@@ -25,6 +28,7 @@ def check_enforceable(schema: JsonValue, param: str) -> None:
         pattern = item.get("pattern")
         if isinstance(pattern, str):
             check_pattern(pattern, param)
+        _check_divisor(item, param)
         _check_properties(item, param)
 
 
@@ -51,6 +55,23 @@ def _objects(schema: JsonValue) -> Iterator[Mapping[str, JsonValue]]:
         elif isinstance(item, dict):
             left += item.values()
             yield item
+
+
+def _check_divisor(schema: Mapping[str, JsonValue], param: str) -> None:
+    divisor = divisor_of(schema.get("multipleOf"))
+    if divisor is None:
+        return
+    # What divides a power of ten depends on the last digits alone, which takes few states.
+    remainders = int("".join(map(str, divisor.as_tuple().digits)))
+    for factor in (2, 5):
+        while remainders and remainders % factor == 0:
+            remainders //= factor
+    if remainders > _MAX_REMAINDERS:
+        raise RequestError(
+            f"The {param} cannot be enforced: multipleOf {str(schema['multipleOf'])[:40]} takes "
+            f"over {_MAX_REMAINDERS:,} states. Leave it out, or use a smaller or rounder number.",
+            param=param,
+        )
 
 
 def _check_properties(schema: Mapping[str, JsonValue], param: str) -> None:

@@ -96,7 +96,10 @@ class GrammarTrial:
     """Tries grammars for one vocabulary.  Thread-safe; each trial has a process of its own."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
+        self._ends = list(vocabulary.ends)
+        special, lengths = list(vocabulary.special), list(map(len, vocabulary.tokens))
+        head = json.dumps({"special": special, "lengths": lengths}).encode("ascii")
+        self._vocabulary = head + b"\n" + b"".join(vocabulary.tokens)
 
     def run(self, grammar: str) -> Verdict:
         """Return what compiling `grammar` takes, or why it is refused.
@@ -142,16 +145,13 @@ class GrammarTrial:
             child.close()
 
     def _payload(self, grammar: str) -> bytes:
-        tokens = self._vocabulary.tokens
         request = {
             "grammar": grammar,
-            "lengths": list(map(len, tokens)),
-            "special": list(self._vocabulary.special),
-            "ends": list(self._vocabulary.ends),
+            "ends": self._ends,
             "memory_bytes": _MEMORY_LIMIT_BYTES,
             "cpu_s": CPU_LIMIT_S,
         }
-        return json.dumps(request).encode("ascii") + b"\n" + b"".join(tokens)
+        return json.dumps(request).encode("ascii") + b"\n" + self._vocabulary
 
 
 def _check_exit(code: int, stderr_tail: str) -> None:

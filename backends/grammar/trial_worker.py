@@ -1,7 +1,8 @@
 """Child process that compiles one grammar under limits and reports what that took.
 
-Input: a line of JSON with `grammar`, `lengths` (bytes of each token), `special` (token ids),
-`ends` (token ids) and limits; then the bytes of all tokens.  Output: a line of JSON, see `Report`.
+Input: a line of JSON with `grammar`, `ends` (token ids) and limits; another one with `special`
+(token ids) and `lengths` (bytes of each token); then the bytes of all tokens.  Output: a line of
+JSON, see `Report`.
 """
 
 import json
@@ -41,6 +42,7 @@ def main() -> None:
     """Answer one request."""
     die_with_parent()
     request = json.loads(sys.stdin.buffer.readline())
+    request |= json.loads(sys.stdin.buffer.readline())
     data = sys.stdin.buffer.read(sum(request["lengths"]))
     stream = take_stdout()
     die_with_input(sys.stdin)

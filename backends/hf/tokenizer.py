@@ -157,12 +157,15 @@ class HfTokenizer:
     def _grammars(self) -> GrammarCompiler:
         with self._lock:
             if self._compiler is None:
-                tokens = [self.piece(each, special=True) for each in range(self._size)]
-                eos = self._tokenizer.token_to_id(self.eos_text) if self.eos_text else None
-                ends = sorted(self.end_ids, key=lambda token_id: (token_id != eos, token_id))
-                vocabulary = Vocabulary(tokens, sorted(self._special), ends)
+                vocabulary = self._read_vocabulary()
                 self._compiler = GrammarCompiler(vocabulary, self._tokenizer.token_to_id)
             return self._compiler
+
+    def _read_vocabulary(self) -> Vocabulary:
+        tokens = [self.piece(each, special=True) for each in range(self._size)]
+        eos = self._tokenizer.token_to_id(self.eos_text) if self.eos_text else None
+        ends = sorted(self.end_ids, key=lambda token_id: (token_id != eos, token_id))
+        return Vocabulary(tokens, sorted(self._special), ends)
 
     def _plain_tokenizer(self) -> Any:
         """Return a second instance that encodes special tokens as plain text."""

@@ -138,7 +138,7 @@ class Quick(GrammarCompiler):
     def __init__(self, read: HfTokenizer) -> None:
         read.mask(output_constraint(JsonOutput()))
         assert read._compiler is not None
-        vocabulary = read._compiler._trial._vocabulary
+        vocabulary = read._read_vocabulary()
         super().__init__(vocabulary, lambda _: None)
         self.compiled = 0
         self._one = super()._compiled("start: /a/\n", "p")
