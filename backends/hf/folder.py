@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from backends.base import ModelInfo
 from backends.hf.config import HfFolder, read_folder, weight_files
 from backends.hf.header import SafetensorsHeader, TensorEntry, broken, safetensors_header
+from backends.hf.kinds import other_kind, refusal
 from backends.prompt.infill import INFILL_NAMES, find_infill
 from core.types import Capability
 from core.units import KIB
@@ -142,6 +143,8 @@ def folder_info(
     models, and for invalid numbers in config.json.
     """
     config = folder.path / "config.json"
+    if kind := other_kind(folder.config):
+        raise broken(config, refusal(kind))
     if folder.config.get("is_encoder_decoder") is True and not folder.is_encoder:
         raise broken(
             config, "encoder-decoder models are not supported; use a decoder or an embedding model"
@@ -187,7 +190,7 @@ def _one_line(text: str) -> str:
 
 def _name(folder: Path) -> str:
     """Return the repository's name for a Hugging Face cache, else the folder's name."""
-    for part in reversed(folder.parts[-3:]):
+    for part in reversed(folder.parts[-5:]):
         match = _CACHED.fullmatch(part)
         if match is not None:
             return _one_line(match[1])

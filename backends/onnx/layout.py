@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from backends.onnx.graph import GraphValue, OnnxGraph
+from backends.onnx.purpose import other_purpose
 from core.errors import BrokenModel
 
 # Input names in exports of optimum, transformers.js, torch.onnx scripts and the genai builder.
@@ -86,10 +87,12 @@ def read_layout(graph: OnnxGraph, config: Mapping[str, object]) -> DecoderLayout
     allowed = _DECODER_INPUTS if past else _ENCODER_INPUTS
     for value in graph.inputs:
         if value.name not in allowed and value not in past:
-            raise unsupported(graph, f"its input {value.name[:100]!r} is unknown")
+            purpose = other_purpose(graph)
+            unknown = f"its input {value.name[:100]!r} is unknown"
+            raise unsupported(graph, f"{unknown}: {purpose}" if purpose else unknown)
     ids = graph.input("input_ids")
     if ids is None:
-        raise unsupported(graph, "it has no input 'input_ids'")
+        raise unsupported(graph, other_purpose(graph) or "it has no input 'input_ids'")
     dtypes = {value.name: _input_dtype(graph, value) for value in graph.inputs if value not in past}
     if past:
         return _decoder(graph, past, dtypes, config)
