@@ -6,7 +6,9 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from catalog.names import bare_name, model_id, nearest_names, slug, unique_id
+from catalog.names import bare_name, model_id, nearest_names, slug, tag_name, unique_id
+
+CACHE = "/h/models--org--Tiny-LM/snapshots/" + "c0" * 20
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,27 @@ from catalog.names import bare_name, model_id, nearest_names, slug, unique_id
         ),
         ("/m/Mistral7B-Int4.mlpackage/Manifest.json", "", "mistral7b"),
         ("/m/mlx-4bit/smollm2-135m/model.safetensors", "", "smollm2-135m"),
+        # A Hugging Face cache: the repository names the model, whatever its files are called.
+        (f"{CACHE}/model.safetensors", "", "tiny-lm"),
+        (f"{CACHE}/pytorch_model-00001-of-00002.bin", "", "tiny-lm"),
+        (f"{CACHE}/consolidated.00.pth", "", "tiny-lm"),
+        (f"{CACHE}/Fancy-Weights.safetensors", "", "tiny-lm"),
+        (f"{CACHE}/model.safetensors", "some title", "tiny-lm"),
+        (f"{CACHE}/onnx/model_qint8_avx512_vnni.onnx", "", "tiny-lm"),
+        (f"{CACHE}/1.5b/model.safetensors", "", "tiny-lm-1.5b"),
+        (f"{CACHE}/Tiny-LM-chat.Q4_0.gguf", "", "tiny-lm-chat"),
+        (f"{CACHE}/ggml-model-q4_0.gguf", "Made By Someone", "tiny-lm"),
+        ("/h/models--gpt2/snapshots/" + "a" * 40 + "/model.safetensors", "", "gpt2"),
+        # Training output: the run names the model.
+        ("/m/my-run/checkpoint-500/model.safetensors", "checkpoint-500", "my-run-checkpoint-500"),
+        ("/models/checkpoint-500/model.safetensors", "checkpoint-500", "checkpoint-500"),
+        # Variants of exporters.
+        ("/m/All-MiniLM/onnx/model_O3.onnx", "", "all-minilm"),
+        ("/m/All-MiniLM/onnx/model_qint8_arm64.onnx", "", "all-minilm"),
+        ("/m/gpt2/onnx/decoder_model_merged_int8.onnx", "", "gpt2"),
+        ("/m/gpt2/onnx/decoder_with_past_model.onnx", "", "gpt2"),
+        ("/m/tiny/adapter_model.safetensors", "", "tiny"),
+        ("/m/phi-2/phi-2.gguf", "", "phi-2"),
         ("/模型.gguf", "", "model"),
         ("/m/Café.gguf", "", "cafe"),
         ("/m/-rf.gguf", "", "rf"),
@@ -55,6 +78,20 @@ def test_bare_name_is_the_same_for_both_unicode_forms() -> None:
 
 def test_bare_name_of_a_very_long_file_is_short() -> None:
     assert len(bare_name(["x" * 250 + ".gguf"], "")) == 96
+
+
+@pytest.mark.parametrize(
+    ("name", "bare"),
+    [
+        ("llama3.2:1b", "llama3.2-1b"),
+        ("Llama3:latest", "llama3"),
+        ("llama3:", "llama3"),
+        ("qwen2.5:7b-instruct-q4_K_M", "qwen2.5-7b-instruct"),
+        ("plain", "plain"),
+    ],
+)
+def test_an_ollama_tag_is_the_name_that_its_model_has_here(name: str, bare: str) -> None:
+    assert tag_name(name) == bare
 
 
 @pytest.mark.parametrize("text", ["a/../b", "a\u202eb", "a;DROP TABLE x", "\ud800x", "A B", "％"])
