@@ -10,6 +10,8 @@ Verdict: TypeAlias = Literal["unknown", "uninspected"]
 VERDICTS: tuple[Verdict, ...] = ("unknown", "uninspected")
 _FIRST_RETRY_S = 60.0
 _LONGEST_RETRY_S = 3600.0
+# A model whose files did not change for as long is complete, or will stay as it is.
+QUIET_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,7 @@ class Inspection:
 
     It holds while `signature` stays the same.  "unknown": no format recognizes the file.
     "uninspected": it failed `attempts` times for `reason`, which says nothing about the content;
-    it is tried again at `retry_at`, in Unix seconds.
+    it is tried again at `retry_at`, in Unix seconds.  With no attempts it is still being written.
     """
 
     path: str
@@ -45,6 +47,16 @@ def failed_again(
         attempts = before.attempts + 1
     delay_s = min(_FIRST_RETRY_S * 2.0 ** min(attempts - 1, 30), _LONGEST_RETRY_S)
     return Inspection(path, signature, "uninspected", reason, attempts, now + delay_s)
+
+
+def arriving(path: str, signature: str, reason: str, now: float) -> Inspection:
+    """Return the note of a file that is still being written; it is read when it is quiet."""
+    return Inspection(path, signature, "uninspected", reason, 0, now + QUIET_S)
+
+
+def is_arriving(inspection: Inspection) -> bool:
+    """Whether the file was not inspected because it was still being written."""
+    return inspection.verdict == "uninspected" and not inspection.attempts
 
 
 def read_inspections(

@@ -9,6 +9,10 @@ from core.types import Priority as Priority
 RecordState: TypeAlias = Literal["ok", "refused", "missing", "uninspected"]
 
 
+# The detail of a model with more bare names than one, which it lists with commas between them.
+OTHER_NAMES = "other_names"
+
+
 @dataclass(frozen=True, slots=True)
 class Local:
     """Files in a scanned model folder."""
@@ -82,6 +86,13 @@ def record_key(info: ModelInfo) -> str:
     return str(info.files[0]) if info.files else f"{info.format}:{info.name}"
 
 
+def revised_path(key: str) -> str:
+    """Return a key without its revision in a Hugging Face cache; empty if it is not in one."""
+    before, found, after = key.partition("/snapshots/")
+    _, _, inner = after.partition("/")
+    return f"{before}{found}{inner}" if found and inner else ""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
     """A catalog entry; `info.name` is the bare name, `added_at` is in Unix seconds.
@@ -128,13 +139,17 @@ class ScannedModel:
 
 @dataclass(frozen=True, slots=True)
 class ScanReport:
-    """The ids of the models that a scan changed; `skipped` lists paths with the reason."""
+    """The ids of the models that a scan changed; `skipped` lists paths with the reason.
+
+    `next_look_s` is when to scan again for models whose files are being written, in seconds.
+    """
 
     added: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    next_look_s: float | None = None
 
     @property
     def has_changes(self) -> bool:

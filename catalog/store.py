@@ -20,15 +20,17 @@ from catalog.encoding import info_from_json, info_to_json, source_from_json, sou
 from catalog.inspections import Inspection, read_inspections, write_inspections
 from catalog.migrations import open_catalog
 from catalog.models import (
+    OTHER_NAMES,
     ModelRecord,
     ModelSettings,
     RecordState,
     ScannedModel,
     ScanReport,
     record_key,
+    revised_path,
     signatures_of,
 )
-from catalog.names import model_id, unique_id
+from catalog.names import model_id, tag_name, unique_id
 from core.errors import ImpetusError, ModelNotFound, NotFound, RequestError
 
 logger = logging.getLogger(__name__)
@@ -48,8 +50,13 @@ _RECORDS = """
     LEFT JOIN inspections AS failed
          ON failed.path = models.key AND failed.verdict = 'uninspected' AND state != 'missing'
 """
+_OTHER_NAMES = f"""
+    WHERE instr(',' || json_extract(info, '$.details.{OTHER_NAMES}') || ',', ?) ORDER BY models.id
+"""
 # How often a file that was damaged or replaced is opened again.
 _REOPEN_S = 5.0
+# Sorts after every character of an id.
+_AFTER_ALL = "~"
 _Row = tuple[str, str, str, str, float, str, str, str, str]
 
 
@@ -158,18 +165,22 @@ class CatalogStore:
         """Return the models that `name` can refer to, ignoring case; empty for an unknown name.
 
         (1) An id is that model.  (2) Next comes a user's alias.  (3) A bare name is all
-        variants of the model.
+        variants of the model.  (4) An Ollama tag, such as `llama3.2:1b`, is the bare name made of
+        it, or (5) another bare name of a model.
         """
         if not _is_valid_name(name):
             return []
         wanted = name.lower()
-        for condition in (
-            " WHERE models.id = ?",  # (1)
-            " WHERE models.id = (SELECT model_id FROM aliases WHERE alias = ?)",  # (2)
-            " WHERE name = ? ORDER BY models.id",  # (3)
+        tag = tag_name(wanted) if ":" in wanted else wanted
+        for condition, value in (
+            (" WHERE models.id = ?", wanted),  # (1)
+            (" WHERE models.id = (SELECT model_id FROM aliases WHERE alias = ?)", wanted),  # (2)
+            (" WHERE name = ? ORDER BY models.id", wanted),  # (3)
+            (" WHERE name = ? ORDER BY models.id", tag),  # (4)
+            (_OTHER_NAMES, f",{tag},"),  # (5)
         ):
             with self._reading() as connection:
-                rows = connection.execute(_RECORDS + condition, (wanted,)).fetchall()
+                rows = connection.execute(_RECORDS + condition, (value,)).fetchall()
             if rows:
                 return _records(rows)
         return []
@@ -271,7 +282,8 @@ class CatalogStore:
             for item in found:
                 kind, written_id = _write(connection, item, now)
                 lists[kind].append(written_id)
-        return ScanReport(**{kind: tuple(sorted(ids)) for kind, ids in lists.items()})
+        ids = {kind: tuple(sorted(found_ids)) for kind, found_ids in lists.items()}
+        return ScanReport(ids["added"], ids["changed"], ids["refused"], ids["missing"])
 
 
 def _is_valid_name(name: str) -> bool:
@@ -284,18 +296,25 @@ def _write(connection: sqlite3.Connection, item: ScannedModel, now: float) -> tu
     info, reason = item.info, item.reason
     key, base = record_key(info), model_id(info.name, info.format, info.quantization)
     row = connection.execute("SELECT id, base_id FROM models WHERE key = ?", (key,)).fetchone()
+    if row is None or (item.state == "ok" and _was_refused(connection, row[0])):
+        moved = _moved_from(connection, item, base)
+        if row is not None and moved is not None:
+            # While it was incomplete it was refused under an id of its own.
+            connection.execute("DELETE FROM models WHERE key = ?", (key,))
+        row = moved or row
     is_new = row is None
-    if is_new:
-        row = _moved_from(connection, item, base)
-        is_new = row is None
     old_id, old_base = row or (None, None)
-    if item.state == "refused" and old_id is not None and old_base is not None:
+    if item.state == "refused" and old_id is not None and not _was_refused(connection, old_id):
         # Nothing is known of a damaged file: who asks for the model gets the reason.
-        base = old_base
+        base = str(old_base)
         info, reason = _damaged(connection, item, old_id)
     new_id = old_id
     if old_id is None or old_base != base:
-        taken = connection.execute("SELECT id FROM models WHERE id IS NOT ?", (old_id,))
+        # Only ids that begin with it can equal it, or be numbered after it.
+        taken = connection.execute(
+            "SELECT id FROM models WHERE id >= ? AND id < ? AND id IS NOT ?",
+            (base, base + _AFTER_ALL, old_id),
+        )
         new_id = unique_id(base, {taken_id for (taken_id,) in taken})
     values = (
         key, new_id, base, info.name, item.state, reason, item.fingerprint,
@@ -317,6 +336,15 @@ def _write(connection: sqlite3.Connection, item: ScannedModel, now: float) -> tu
     return kind, str(new_id)
 
 
+def _was_refused(connection: sqlite3.Connection, old_id: str) -> bool:
+    """Whether nothing was ever known of a model but why it is refused."""
+    (info,) = connection.execute("SELECT info FROM models WHERE id = ?", (old_id,)).fetchone()
+    with suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        known = info_from_json(info)
+        return not (known.architecture or known.quantization or known.parameters)
+    return True
+
+
 def _damaged(
     connection: sqlite3.Connection, item: ScannedModel, old_id: str
 ) -> tuple[ModelInfo, str]:
@@ -334,10 +362,22 @@ def _damaged(
 def _moved_from(
     connection: sqlite3.Connection, item: ScannedModel, base: str
 ) -> tuple[str, str] | None:
-    """Return id and base id of the missing model that differs from `item` only in its path."""
+    """Return id and base id of the missing model that `item` was before.
+
+    It differs only in its path, or is an earlier revision in the same cached repository.
+    """
+    place = revised_path(record_key(item.info))
+    for old_key, old_id, old_base in connection.execute(
+        "SELECT key, id, base_id FROM models WHERE state = 'missing' AND key LIKE '%/snapshots/%'"
+        if place
+        else "SELECT key, id, base_id FROM models WHERE 0"
+    ):
+        if revised_path(old_key) == place:
+            return old_id, old_base
     rows = connection.execute(
-        "SELECT id, base_id, info FROM models WHERE base_id = ? AND state = 'missing' ORDER BY id",
-        (base,),
+        "SELECT id, base_id, info FROM models WHERE name = ? AND base_id = ? AND state = 'missing'"
+        " ORDER BY id",
+        (item.info.name, base),
     )
     wanted = json.loads(info_to_json(item.info)) | {"files": None}
     for old_id, old_base, info in rows.fetchall():

@@ -1,12 +1,15 @@
 """Identifies the format of a model file by asking every backend."""
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from backends.base import Backend, ModelInfo
+from backends.hf.kinds import refusal
+from catalog.scan.other_formats import describe, is_lfs_pointer, kind_around
+from catalog.scan.packages import Packages, natural_format
 from core.errors import BrokenModel, NotThisFormat, Unavailable
 from core.files import passing_cause, why
 
@@ -26,12 +29,14 @@ class HasBuiltInModels(Protocol):
 class Refused:
     """A file of a known format that cannot be used; `reason` says why.
 
-    `took_memory`: reading it needed more memory than the process could get.
+    `took_memory`: reading it needed more memory than the process could get.  `is_guess`: no
+    backend recognizes it; what it is was told from its name and its start.
     """
 
     format: str
     reason: str
     took_memory: bool = False
+    is_guess: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +110,18 @@ def examine(path: Path, backends: Iterable[Backend]) -> Outcome:
     """Ask every backend about `path`; blocks while headers are read.
 
     A file that several formats recognize is refused, and so is one that is damaged in the only
-    format that recognizes it.  One that cannot be read for now is uninspected.
+    format that recognizes it, or that looks like a model of a format that is not served.  One
+    that cannot be read for now is uninspected.
     """
+    backends = tuple(backends)
+    outcome = _asked(path, backends)
+    if not isinstance(outcome, Unknown):
+        return outcome
+    return _guessed(path, [backend.name for backend in backends]) or outcome
+
+
+def _asked(path: Path, backends: Iterable[Backend]) -> Outcome:
+    """Return what the backends say of `path`."""
     answers = _Answers()
     for backend in backends:
         answers.ask(backend, path)
@@ -122,8 +137,45 @@ def examine(path: Path, backends: Iterable[Backend]) -> Outcome:
             f"The formats {names} all recognize the file {path.name!r}; it is ambiguous.",
         )
     if answers.refusals:
-        return answers.refusals[0]
-    return Uninspected(answers.unasked[0]) if answers.unasked else Unknown(tuple(answers.others))
+        return _explained(path, answers.refusals)
+    if answers.unasked:
+        return Uninspected(answers.unasked[0])
+    return Unknown(tuple(answers.others))
+
+
+def _explained(path: Path, refusals: list[Refused]) -> Refused:
+    """Return the refusal of the format that the file's name promises, or what the model is for."""
+    promised = natural_format(path)
+    first = next((one for one in refusals if one.format == promised), refusals[0])
+    if first.took_memory or first.format == "gguf":
+        return first
+    if is_lfs_pointer(path):
+        reason = f"{path.name} is a Git LFS pointer; its content was not downloaded."
+        return Refused(promised or first.format, reason)
+    return replace(first, reason=_other_purpose(path) or first.reason)
+
+
+def _guessed(path: Path, asked: Collection[str]) -> Refused | None:
+    """Return why a file is refused that no backend recognizes; None if it is not a model.
+
+    Of the models of a format that is switched off nothing is said.
+    """
+    promised = natural_format(path)
+    described = None if promised and promised not in asked else describe(path)
+    if described is None:
+        return None
+    format, reason = described
+    purpose = _other_purpose(path) if format != "gguf" else ""
+    return Refused(format, purpose or reason, is_guess=True)
+
+
+def _other_purpose(path: Path) -> str:
+    """Return the reason for refusing a model that is not for text; empty if it may be."""
+    package = Packages().of(path, Path(path.anchor))
+    kind = kind_around(path, package if package.is_dir() else path.parent)
+    if not kind:
+        return ""
+    return f"The model of {path.name} cannot be used: {refusal(kind)}."
 
 
 def identify(path: Path, backends: Iterable[Backend]) -> ModelInfo:
@@ -131,7 +183,7 @@ def identify(path: Path, backends: Iterable[Backend]) -> ModelInfo:
 
     Raises BrokenModel, Unavailable, or NotThisFormat with every backend's reason.
     """
-    match examine(path, backends):
+    match _asked(path, backends):
         case ModelInfo() as info:
             return info
         case Refused(reason=reason):

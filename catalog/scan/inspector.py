@@ -14,12 +14,13 @@ import psutil
 from catalog.encoding import info_from_json
 from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown
 from catalog.scan.inspector_child import MEMORY_BYTES
+from catalog.scan.packages import natural_format
 from core.child import AnswerTooLong, Child, ChildEnded, describe_exit, kept_environment
 from core.units import MIB, format_bytes
 
 FILE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
-# The format of a refused file whose inspection failed before the format was known.
+# The format of a refused file whose inspection failed and whose name promises no format.
 UNKNOWN_FORMAT = "unknown"
 
 _ANSWER_LIMIT_BYTES = 32 * MIB
@@ -159,13 +160,18 @@ def _outcome(answer: dict[str, Any]) -> Outcome:
     if "uninspected" in answer:
         return Uninspected(str(answer["uninspected"]))
     if "refused" in answer:
-        took_memory = bool(answer.get("memory", False))
-        return Refused(str(answer["format"]), str(answer["refused"]), took_memory)
+        return Refused(
+            str(answer["format"]),
+            str(answer["refused"]),
+            took_memory=bool(answer.get("memory", False)),
+            is_guess=bool(answer.get("guess", False)),
+        )
     return Unknown(tuple(map(str, answer["unknown"])))
 
 
 def _refused(path: Path, stage: str, cause: str) -> Refused:
-    return Refused(UNKNOWN_FORMAT, f"The file {path.name!r} was skipped: {stage} {cause}.")
+    format = natural_format(path) or UNKNOWN_FORMAT
+    return Refused(format, f"The file {path.name!r} was skipped: {stage} {cause}.")
 
 
 def _uninspected(path: Path, stage: str, cause: str) -> Uninspected:

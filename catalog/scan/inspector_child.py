@@ -91,8 +91,13 @@ def _reply(outcome: Outcome) -> Mapping[str, Any]:
     match outcome:
         case ModelInfo() as info:
             return {"info": info_to_json(info)}
-        case Refused(format, reason, took_memory):
-            return {"format": format, "refused": reason[:2000], "memory": took_memory}
+        case Refused(format, reason, took_memory, is_guess):
+            return {
+                "format": format,
+                "refused": reason[:2000],
+                "memory": took_memory,
+                "guess": is_guess,
+            }
         case Unknown(reasons):
             return {"unknown": [reason[:500] for reason in reasons]}
         case Uninspected(reason):

@@ -1,17 +1,15 @@
 """The notes of a scan on files that are no models, or whose inspection failed."""
 
-import hashlib
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from backends.base import Backend
-from catalog.inspections import Inspection, failed_again
-from catalog.scan.walk import PARTIAL
+from catalog.inspections import Inspection, arriving, failed_again, is_arriving
+from catalog.scan.surroundings import Surroundings
 
 # Part of every fingerprint; incrementing it makes the next scan read all files again.
-READER_VERSION = 3
+READER_VERSION = 4
 # Formats judge these files without a look at the files beside them.
 _STANDALONE = frozenset(
     (".md", ".txt", ".json", ".jinja", ".py", ".yaml", ".yml", ".html", ".pdf", ".png", ".jpg")
@@ -34,7 +32,12 @@ class InspectionNotes:
     now: float
     urgent: Collection[str] = ()
     current: dict[str, Inspection] = field(default_factory=dict)
-    _folders: dict[Path, str] = field(default_factory=dict)
+    around: Surroundings = field(default_factory=Surroundings)
+
+    @property
+    def formats(self) -> str:
+        """The names of the formats that are asked about files."""
+        return ",".join(sorted(backend.name for backend in self.backends))
 
     def holding(self, path: Path, signature: str) -> Inspection | None:
         """Return the note that makes an inspection needless, and keep it; None if there is none."""
@@ -57,6 +60,21 @@ class InspectionNotes:
         full = self._signature(path, signature)
         self.current[key] = failed_again(key, full, reason, self.known.get(key), self.now)
 
+    def note_arriving(self, path: Path, signature: str, reason: str) -> None:
+        """Note that the file, or what belongs to it, is still being written."""
+        key = str(path)
+        self.current[key] = arriving(key, self._signature(path, signature), reason, self.now)
+
+    def arriving(self, path: Path) -> Inspection | None:
+        """Return the note that the file was still being written at the last scan, if there is."""
+        noted = self.known.get(str(path))
+        return noted if noted is not None and is_arriving(noted) else None
+
+    def next_look_s(self) -> float | None:
+        """Return the seconds until the first file that is arriving is looked at; None: no file."""
+        due = [one.retry_at for one in self.current.values() if is_arriving(one)]
+        return max(min(due) - self.now, 0.0) if due else None
+
     def keep(self, key: str) -> None:
         """Keep the note on a file that cannot be read for now, if there is one."""
         if key in self.known:
@@ -71,23 +89,7 @@ class InspectionNotes:
         return [key for key in self.known if key not in self.current]
 
     def _signature(self, path: Path, signature: str) -> str:
-        formats = ",".join(sorted(backend.name for backend in self.backends))
-        parts = [str(READER_VERSION), formats, signature]
+        parts = [str(READER_VERSION), self.formats, signature]
         if path.suffix.lower() not in _STANDALONE or path.name == _NOT_STANDALONE:
-            parts.append(self._folder(path.parent))
+            parts.append(self.around.folder(path.parent))
         return ":".join(parts)
-
-    def _folder(self, folder: Path) -> str:
-        """Return a digest of the names, sizes and times of a folder's files."""
-        found = self._folders.get(folder)
-        if found is None:
-            with os.scandir(folder) as listing:
-                entries = sorted(
-                    (entry.name, status.st_size if entry.is_file() else 0, status.st_mtime_ns)
-                    for entry in listing
-                    if not entry.name.startswith(".") and not entry.name.lower().endswith(PARTIAL)
-                    for status in [entry.stat(follow_symlinks=False)]
-                )
-            found = hashlib.sha256(repr(entries).encode("utf-8", "surrogateescape")).hexdigest()
-            self._folders[folder] = found
-        return found

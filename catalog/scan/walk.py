@@ -7,20 +7,33 @@ from pathlib import Path
 from stat import S_ISREG
 
 from catalog.names import is_descriptive
+from catalog.scan import hub_cache, ollama
 from catalog.scan.identify import passing_reason
 
 MAX_DEPTH = 8
 MAX_FILES = 10_000
 _UNREADABLE = "cannot be read"
-PARTIAL = (".part", ".partial", ".incomplete", ".tmp", ".download", ".crdownload")
+_OUTSIDE = "a link to a file outside the model folders"
+_DANGLING = "a link whose target does not exist"
+PARTIAL = (
+    ".part", ".partial", ".incomplete", ".tmp", ".temp", ".download", ".crdownload", ".aria2",
+    ".opdownload", ".!ut", ".!qb", ".bt!", ".filepart",
+)  # fmt: skip
+_OLLAMA_PARTIAL = "-partial"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A regular file that may be a model, and the model folder that contains it."""
+    """A file that may be a model, and the model folder that contains it.
+
+    `names` are the model's names in the store of another program, none if the path tells it.
+    `refusal` says why the file is not opened at all, empty for a regular file.
+    """
 
     path: Path
     root: Path
+    names: tuple[str, ...] = ()
+    refusal: str = ""
 
 
 @dataclass(slots=True)
@@ -28,44 +41,65 @@ class WalkResult:
     """Candidates ordered by path; `skipped` lists paths with the reason.
 
     `unread` are the files and folders among them that exist and cannot be read for now.
+    `partial` are the folders with unfinished downloads, with the names of those.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     unread: list[Path] = field(default_factory=list)
+    partial: dict[Path, list[str]] = field(default_factory=dict)
 
     def is_unread(self, path: Path) -> bool:
         """Whether a file may be there although it was not found."""
         return any(path == one or path.is_relative_to(one) for one in self.unread)
+
+    def skip(self, path: "Path | str", reason: str) -> None:
+        """Add a path that is left out."""
+        self.skipped.append(f"{_printable(Path(path))}: {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A folder's entry with the names that its store gives it.
+
+    Of several entries for one file only the first of each `scope` is used: cached revisions of a
+    model may share a part of their weights.
+    """
+
+    entry: "os.DirEntry[str]"
+    names: tuple[str, ...] = ()
+    scope: str = ""
 
 
 def walk(roots: Sequence[Path]) -> WalkResult:
     """Collect the regular files under `roots`; blocks while folders are listed.
 
     A link to a file is followed if its target is inside a root.  Of several names for one file
-    the most descriptive is used: the Hugging Face cache links names to hashes.  Linked folders
-    and hidden or partial files are ignored.
+    the most descriptive is used.  In a Hugging Face cache the links of the current revision stand
+    for the blobs, in an Ollama store the manifests name them.  Linked folders and hidden or
+    partial files are ignored.
     """
     found = WalkResult()
     resolved = list(dict.fromkeys(Path(os.path.realpath(root)) for root in roots))
+    walker = _Walker(resolved, found)
     entries = [
-        (entry, root)
-        for root in resolved
-        if _is_folder(root, found)
-        for entry in _entries(root, found)
+        (item, root) for root in resolved if _is_folder(root, found) for item in walker.files(root)
     ]
     # Of several names for one file the first is used.
     entries.sort(key=lambda item: _descriptive_first(item[0]))
-    seen: set[tuple[int, int]] = set()
-    for entry, root in entries:
-        path = Path(entry.path)
-        reason = _exclusion_reason(entry, resolved, seen)
+    homes = [*resolved, *(home for root in resolved for home in hub_cache.link_homes(root))]
+    seen: set[tuple[int, int, str]] = set()
+    for item, root in entries:
+        path = Path(item.entry.path)
+        reason = _exclusion_reason(item, homes, seen)
         if reason is None:
-            found.candidates.append(Candidate(path, root))
+            found.candidates.append(Candidate(path, root, item.names))
         elif reason:
-            found.skipped.append(f"{_printable(path)}: {reason}")
+            found.skip(path, reason)
             if reason.startswith(_UNREADABLE):
                 found.unread.append(path)
+            elif reason in (_OUTSIDE, _DANGLING):
+                found.candidates.append(Candidate(path, root, item.names, reason))
     found.candidates.sort(key=lambda candidate: candidate.path)
     return found
 
@@ -75,46 +109,102 @@ def _is_folder(path: Path, found: WalkResult) -> bool:
     try:
         return path.is_dir()
     except OSError as error:
-        found.skipped.append(f"{_printable(path)}: cannot be listed ({error.strerror})")
+        found.skip(path, f"cannot be listed ({error.strerror})")
         found.unread.append(path)
         return False
 
 
-def _descriptive_first(entry: "os.DirEntry[str]") -> tuple[bool, bool, str]:
-    return not is_descriptive(entry.name), entry.is_symlink(), entry.path
+def _descriptive_first(item: _Found) -> tuple[bool, bool, str]:
+    entry = item.entry
+    return not (item.names or is_descriptive(entry.name)), entry.is_symlink(), entry.path
 
 
-def _entries(root: Path, found: WalkResult) -> Iterator["os.DirEntry[str]"]:
-    """Yield the entries of a root and its subfolders, except the folders themselves."""
-    skipped = found.skipped
-    folders = [(root, 1)]
-    count = 0
-    while folders:
-        folder, depth = folders.pop()
+class _Walker:
+    """Yields the files of model folders; knows the stores of other programs."""
+
+    def __init__(self, roots: Sequence[Path], found: WalkResult) -> None:
+        self._roots = roots
+        self._found = found
+
+    def files(self, root: Path) -> Iterator[_Found]:
+        """Yield the entries of a root and its subfolders, except the folders themselves."""
+        for count, item in enumerate(self._files(root, 1), start=1):
+            if count > MAX_FILES:
+                self._found.skip(root, f"only the first {MAX_FILES:,} files are read")
+                return
+            yield item
+
+    def _files(self, root: Path, depth: int) -> Iterator[_Found]:
+        folders = [(root, depth)]
+        while folders:
+            folder, depth = folders.pop()
+            if hub_cache.is_blob_store(folder):
+                continue
+            if hub_cache.is_repository(folder):
+                yield from self._repository(folder, depth)
+            elif ollama.is_store(folder):
+                yield from self._ollama_store(folder)
+            else:
+                for entry in self._listing(folder):
+                    if not _is_subfolder(entry):
+                        yield _Found(entry)
+                    elif depth < MAX_DEPTH:
+                        folders.append((Path(entry.path), depth + 1))
+                    else:
+                        self._found.skip(entry.path, f"nested deeper than {MAX_DEPTH} folders")
+
+    def _listing(self, folder: Path) -> list["os.DirEntry[str]"]:
+        """Return the entries of a folder that are neither hidden nor partial, in order."""
         try:
             with os.scandir(folder) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
-            skipped.append(f"{_printable(folder)}: cannot be listed ({error.strerror})")
+            self._found.skip(folder, f"cannot be listed ({error.strerror})")
             if passing_reason(error):
-                found.unread.append(folder)
-            continue
+                self._found.unread.append(folder)
+            return []
+        kept = []
         for entry in entries:
-            if entry.name.startswith(".") or entry.name.lower().endswith(PARTIAL):
-                continue
-            if _is_subfolder(entry):
-                if depth < MAX_DEPTH:
-                    folders.append((Path(entry.path), depth + 1))
-                else:
-                    skipped.append(
-                        f"{_printable(Path(entry.path))}: nested deeper than {MAX_DEPTH} folders"
-                    )
-                continue
-            count += 1
-            if count > MAX_FILES:
-                skipped.append(f"{_printable(root)}: only the first {MAX_FILES:,} files are read")
-                return
-            yield entry
+            if is_partial(entry.name):
+                self._found.partial.setdefault(folder, []).append(entry.name)
+            elif not entry.name.startswith("."):
+                kept.append(entry)
+        return kept
+
+    def _repository(self, folder: Path, depth: int) -> Iterator[_Found]:
+        """Yield the files of a cached repository's current revision, and older weights."""
+        if not hub_cache.is_model_repository(folder):
+            self._found.skip(folder, "a dataset or space, not a model")
+            return
+        chosen = hub_cache.revisions(folder)
+        if chosen.left_out:
+            self._found.skip(folder, f"{chosen.left_out:,} older revisions are not read")
+        # Only to notice unfinished downloads: the links stand for the blobs.
+        self._listing(folder / "blobs")
+        revisions = hub_cache.RevisionFilter()
+        for snapshot in chosen.folders:
+            for item in self._files(snapshot, depth + 2):
+                relative = Path(item.entry.path).relative_to(snapshot)
+                if revisions.keep(relative, item.entry):
+                    is_single = revisions.is_current and hub_cache.is_single_file(relative)
+                    yield _Found(item.entry, scope="" if is_single else str(snapshot))
+            revisions.end_revision()
+
+    def _ollama_store(self, folder: Path) -> Iterator[_Found]:
+        """Yield the blobs of an Ollama store that may be models, with the names of their tags."""
+        store = ollama.read_store(folder)
+        for path, (name, reason) in store.refused.items():
+            root = next(root for root in self._roots if path.is_relative_to(root))
+            self._found.candidates.append(Candidate(path, root, (name,), reason))
+        for entry in self._listing(folder / "blobs"):
+            if entry.name not in store.texts and not _is_subfolder(entry):
+                yield _Found(entry, store.names.get(entry.name, ()))
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file name is that of an unfinished download."""
+    lower = name.lower()
+    return lower.endswith(PARTIAL) or (lower.startswith("sha256-") and _OLLAMA_PARTIAL in lower)
 
 
 def _is_subfolder(entry: "os.DirEntry[str]") -> bool:
@@ -126,26 +216,32 @@ def _is_subfolder(entry: "os.DirEntry[str]") -> bool:
 
 
 def _exclusion_reason(
-    entry: "os.DirEntry[str]", roots: Sequence[Path], seen: set[tuple[int, int]]
+    item: _Found, homes: Sequence[Path], seen: set[tuple[int, int, str]]
 ) -> str | None:
     """Return why a file is excluded, empty if not worth reporting; None if it is a candidate."""
+    entry = item.entry
     try:
         status = entry.stat()
     except OSError as error:
-        return f"{_UNREADABLE} ({error.strerror})" if passing_reason(error) else "does not exist"
+        if passing_reason(error):
+            return f"{_UNREADABLE} ({error.strerror})"
+        return _DANGLING if entry.is_symlink() else "does not exist"
+    target = Path(os.path.realpath(entry.path)) if entry.is_symlink() else None
+    is_inside = target is None or any(target.is_relative_to(home) for home in homes)
     if not S_ISREG(status.st_mode):
-        return "" if entry.is_symlink() and entry.is_dir() else "not a regular file"
-    if entry.is_symlink():
-        target = Path(os.path.realpath(entry.path))
-        if not any(target.is_relative_to(root) for root in roots):
-            return "a link to a file outside the model folders"
-    if (status.st_dev, status.st_ino) in seen:
+        if target is not None and entry.is_dir():
+            return "" if is_inside else "a link to a folder outside the model folders"
+        return "not a regular file"
+    if not is_inside:
+        return _OUTSIDE
+    identity = status.st_dev, status.st_ino, item.scope
+    if identity in seen:
         return "" if status.st_nlink == 1 else "the same file under another name"
     if not _is_utf8(entry.path):
         return "its name is not UTF-8"
     if not os.access(entry.path, os.R_OK):
         return f"{_UNREADABLE} (no permission)"
-    seen.add((status.st_dev, status.st_ino))
+    seen.add(identity)
     return None
 
 

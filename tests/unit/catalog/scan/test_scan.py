@@ -37,8 +37,9 @@ def test_models_are_found_by_content_in_all_folders(library: Library, tmp_path: 
 
     report = library.scan()
 
-    assert library.ids() == ["phi-2@gguf-f32", "qwen@gguf-f32"]
+    assert library.ids() == ["phi-2@gguf-f32", "qwen@gguf-f32", "readme@gguf"]
     assert report.added == ("phi-2@gguf-f32", "qwen@gguf-f32")
+    assert report.refused == ("readme@gguf",)
     assert report.has_changes
     assert library.store.models()[0].info.name == "phi-2"
 
@@ -189,7 +190,7 @@ def test_hub_cache_links_name_the_model(library: Library) -> None:
     assert library.store.models()[0].info.files == (link,)
 
 
-def test_links_out_of_the_folders_are_skipped(library: Library, tmp_path: Path) -> None:
+def test_links_out_of_the_folders_are_refused_unopened(library: Library, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     minimal_gguf(outside / "secret.gguf")
@@ -198,9 +199,21 @@ def test_links_out_of_the_folders_are_skipped(library: Library, tmp_path: Path) 
     (library.models / "loop").symlink_to(library.models)
     (library.models / "dead.gguf").symlink_to(outside / "none")
     report = library.scan()
-    assert library.ids() == []
-    wanted = "a.gguf: a link to a file outside the model folders"
+    assert library.backend.asked == []
+    reasons = {record.id: record.reason for record in library.store.models()}
+    assert sorted(reasons) == ["a@gguf", "dead@gguf"]
+    assert "a link to a file outside the model folders" in reasons["a@gguf"]
+    assert "a link whose target does not exist" in reasons["dead@gguf"]
+    wanted = "folder: a link to a folder outside the model folders"
     assert any(wanted in line for line in report.skipped)
+    assert not library.scan().has_changes
+    # The file itself in place of the link is a model like any other.
+    (library.models / "a.gguf").unlink()
+    minimal_gguf(library.models / "a.gguf")
+    (library.models / "dead.gguf").unlink()
+    library.scan()
+    states = {record.id: record.state for record in library.store.models()}
+    assert states == {"a@gguf-f32": "ok", "dead@gguf": "missing"}
 
 
 def test_pipes_are_skipped_without_waiting(library: Library) -> None:

@@ -95,10 +95,11 @@ def test_a_changed_file_is_looked_at_again(scans: Scans, notes: list[Path], chan
 
 
 def test_a_file_that_becomes_a_model_is_found(scans: Scans) -> None:
-    path = scans.library.models / "late.gguf"
+    path = scans.library.models / "late"
     path.write_text("not yet")
     scans.scan()
     assert scans.library.ids() == []
+    path = path.rename(path.with_suffix(".gguf"))
     minimal_gguf(path)
     assert scans.scan() == ["late.gguf"]
     assert scans.library.ids() == ["late@gguf-f32"]

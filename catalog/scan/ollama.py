@@ -1,0 +1,164 @@
+"""Names the blobs of an Ollama store by the manifests that refer to them.
+
+A store has `manifests/<host>/<owner>/<model>/<tag>`, JSON files that list layers by digest, and
+`blobs/sha256-<digest>`.  Source: Ollama's server/manifest.go and its media types.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from backends.hf.header import read_json
+from core.errors import BrokenModel
+
+_MAX_MANIFESTS = 5000
+_MAX_DEPTH = 6
+_MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+_MAX_LAYERS = 20_000
+_DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
+_BLOB = re.compile(r"sha256-[0-9a-f]{64}")
+_MEDIA_TYPE = "application/vnd.ollama.image."
+# Layers that are GGUF files; the others are texts and settings.
+_FILES = ("model", "projector", "adapter")
+_DEFAULT_TAG = "latest"
+
+
+@dataclass(frozen=True, slots=True)
+class OllamaStore:
+    """What the manifests say: the names of each blob, and manifests that cannot be served.
+
+    `refused` has the model's name and the reason by manifest.  `texts` are blobs that are not
+    models: templates, licenses, parameters and configurations.
+    """
+
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    texts: frozenset[str] = frozenset()
+    refused: Mapping[Path, tuple[str, str]] = field(default_factory=dict)
+
+
+def is_store(folder: Path) -> bool:
+    """Whether `folder` has the two parts of an Ollama store."""
+    if not (folder / "manifests").is_dir() or not (folder / "blobs").is_dir():
+        return False
+    try:
+        with os.scandir(folder / "blobs") as listing:
+            return any(_BLOB.match(entry.name) for entry in listing)
+    except OSError:
+        return False
+
+
+def read_store(folder: Path) -> OllamaStore:
+    """Read the manifests of a store; blocks while up to 5,000 small files are read."""
+    names: dict[str, list[str]] = {}
+    texts: set[str] = set()
+    refused: dict[Path, tuple[str, str]] = {}
+    manifests = islice(_manifests(folder / "manifests", 1), _MAX_MANIFESTS)
+    for manifest in sorted(manifests, key=_latest_last):
+        name = _model_name(manifest)
+        try:
+            layers = _sorted_layers(_layers(manifest))
+            reason = layers.problem(folder / "blobs")
+        except BrokenModel as problem:
+            refused[manifest] = name, problem.message
+            continue
+        except OSError:
+            continue
+        texts |= layers.texts
+        if reason:
+            refused[manifest] = name, reason
+            continue
+        for blob, kind in layers.files.items():
+            names.setdefault(blob, []).append(name if kind == "model" else f"{name}-{kind}")
+    return OllamaStore(
+        {blob: tuple(found) for blob, found in names.items()},
+        frozenset(texts - names.keys()),
+        refused,
+    )
+
+
+def _manifests(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        with os.scandir(folder) as listing:
+            entries = list(listing)
+    except OSError:
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            if depth < _MAX_DEPTH:
+                yield from _manifests(Path(entry.path), depth + 1)
+        elif entry.is_file(follow_symlinks=False):
+            yield Path(entry.path)
+
+
+def _latest_last(manifest: Path) -> tuple[bool, int, str]:
+    """Sort key: of several tags of one blob the first that says more than "latest" names it."""
+    return manifest.name == _DEFAULT_TAG, len(manifest.name), str(manifest)
+
+
+def _model_name(manifest: Path) -> str:
+    """Return model and tag as one name; the tag "latest" says nothing and is left out."""
+    model, tag = manifest.parent.name, manifest.name
+    return model if tag == _DEFAULT_TAG else f"{model}-{tag}"
+
+
+def _layers(manifest: Path) -> list[dict[str, Any]]:
+    content = read_json(manifest, _MAX_MANIFEST_BYTES)
+    layers = content.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(one, dict) for one in layers):
+        raise BrokenModel("Its manifest has no layers; pull the model again.", param="model")
+    if len(layers) > _MAX_LAYERS:
+        raise BrokenModel(
+            f"Its manifest has {len(layers):,} layers, more than {_MAX_LAYERS:,}.", param="model"
+        )
+    config = content.get("config")
+    return [*layers, config] if isinstance(config, dict) else layers
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """A manifest's blobs: GGUF files with their kind, texts, and the number of single tensors."""
+
+    files: Mapping[str, str]
+    texts: frozenset[str]
+    tensors: int
+
+    def problem(self, blobs: Path) -> str:
+        """Return why the model cannot be served, empty if it can."""
+        if self.tensors:
+            return (
+                f"Ollama stores this model tensor by tensor ({self.tensors:,} files), which only "
+                "Ollama reads; pull a GGUF version of it, or download its safetensors."
+            )
+        for blob in self.files:
+            if not (blobs / blob).is_file():
+                return f"Its file {blob[:19]}… is missing in Ollama's blobs; pull the model again."
+        return "" if self.files else "Its manifest names no weights; pull the model again."
+
+
+def _sorted_layers(layers: list[dict[str, Any]]) -> _Layers:
+    """Sort a manifest's layers.  Raises BrokenModel for a digest that is none."""
+    files: dict[str, str] = {}
+    texts: set[str] = set()
+    tensors = 0
+    for layer in layers:
+        match = _DIGEST.fullmatch(str(layer.get("digest")))
+        if match is None:
+            raise BrokenModel(
+                f"Its manifest has the invalid digest {str(layer.get('digest'))[:80]!r}; pull the "
+                "model again.",
+                param="model",
+            )
+        blob = f"sha256-{match[1]}"
+        kind = str(layer.get("mediaType")).removeprefix(_MEDIA_TYPE).partition(";")[0]
+        if kind in _FILES:
+            files[blob] = kind
+        else:
+            texts.add(blob)
+            tensors += kind == "tensor"
+    return _Layers(files, frozenset(texts), tensors)
