@@ -1,6 +1,8 @@
 """Data types of the catalog: model records, their sources and settings, and scan results."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from backends.base import EngineOptions, ModelInfo
@@ -76,8 +78,11 @@ class ModelSettings:
 
 
 def signatures_of(fingerprint: str) -> tuple[str, ...]:
-    """Return the signatures of the files that a fingerprint was made of."""
-    _, _, joined = fingerprint.partition(":")
+    """Return the signatures of the files that a fingerprint was made of.
+
+    After them and a `|` comes what was around the files.
+    """
+    _, _, joined = fingerprint.partition("|")[0].partition(":")
     return tuple(joined.split(",")) if joined else ()
 
 
@@ -142,6 +147,7 @@ class ScanReport:
     """The ids of the models that a scan changed; `skipped` lists paths with the reason.
 
     `next_look_s` is when to scan again for models whose files are being written, in seconds.
+    `folders` are the folders that were listed, with their modification times in ns.
     """
 
     added: tuple[str, ...] = ()
@@ -150,6 +156,7 @@ class ScanReport:
     missing: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     next_look_s: float | None = None
+    folders: Mapping[Path, int] = field(default_factory=dict, repr=False)
 
     @property
     def has_changes(self) -> bool:

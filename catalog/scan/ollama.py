@@ -32,12 +32,13 @@ class OllamaStore:
     """What the manifests say: the names of each blob, and manifests that cannot be served.
 
     `refused` has the model's name and the reason by manifest.  `texts` are blobs that are not
-    models: templates, licenses, parameters and configurations.
+    models: templates, licenses, parameters and configurations.  `folders` have the manifests.
     """
 
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     texts: frozenset[str] = frozenset()
     refused: Mapping[Path, tuple[str, str]] = field(default_factory=dict)
+    folders: frozenset[Path] = frozenset()
 
 
 def is_store(folder: Path) -> bool:
@@ -56,7 +57,7 @@ def read_store(folder: Path) -> OllamaStore:
     names: dict[str, list[str]] = {}
     texts: set[str] = set()
     refused: dict[Path, tuple[str, str]] = {}
-    manifests = islice(_manifests(folder / "manifests", 1), _MAX_MANIFESTS)
+    manifests = list(islice(_manifests(folder / "manifests", 1), _MAX_MANIFESTS))
     for manifest in sorted(manifests, key=_latest_last):
         name = _model_name(manifest)
         try:
@@ -77,6 +78,7 @@ def read_store(folder: Path) -> OllamaStore:
         {blob: tuple(found) for blob, found in names.items()},
         frozenset(texts - names.keys()),
         refused,
+        frozenset(place for one in manifests for place in list(one.parents)[:3]),
     )
 
 

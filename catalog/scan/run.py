@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import assert_never
 
 from backends.base import ModelInfo
-from catalog.changes import file_signature
+from catalog.changes import file_signature, size_of
 from catalog.models import (
     OTHER_NAMES,
     BuiltIn,
@@ -215,12 +215,20 @@ class ScanRun:
                 self._note_part(one)
                 continue
             told.add(format)
-            reason = "" if one.candidate.refusal else self._arrivals().sign(path, package)
+            is_certain = one.candidate.refusal or self._was_truncated(path)
+            reason = "" if is_certain else self._arrivals().sign(path, package)
             if reason:
                 self.notes.note_arriving(path, one.before, reason)
                 self.seen.add(str(path))
             else:
                 self._refuse(one, package)
+
+    def _was_truncated(self, path: Path) -> bool:
+        """Whether the file of a model that was served is shorter now: nobody is adding to it."""
+        record = self.known.get(str(path))
+        if record is None or record.state != "ok" or not record.signatures:
+            return False
+        return _size(path) < size_of(record.signatures[0])
 
     def _note_part(self, refusal: _Refusal) -> None:
         """Note a file that another file of its package already stands for."""
@@ -296,8 +304,8 @@ class ScanRun:
         around = self.notes.around.digest(info.files, info.format, package)
         # A format that is switched on later may recognize what is refused now.
         formats = self.notes.formats if package is not None else ""
-        signatures = [*model_signature(info.files), around, formats.replace(",", "+")]
-        return f"{READER_VERSION}:" + ",".join(signatures)
+        signatures = ",".join(model_signature(info.files))
+        return f"{READER_VERSION}:{signatures}|{around}|{formats}"
 
     def _is_current(
         self, record: ModelRecord, candidate: Candidate, starter: InstalledStarter | None

@@ -63,4 +63,9 @@ def scan(
         inspections=notes.changed(),
         inspected=notes.outdated(),
     )
-    return replace(report, skipped=tuple(found.skipped), next_look_s=notes.next_look_s())
+    return replace(
+        report,
+        skipped=tuple(found.skipped),
+        next_look_s=notes.next_look_s(),
+        folders=found.folders,
+    )

@@ -1,7 +1,7 @@
 """Lists the candidate model files in the model folders, with bounds on depth and number."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
@@ -41,17 +41,23 @@ class WalkResult:
     """Candidates ordered by path; `skipped` lists paths with the reason.
 
     `unread` are the files and folders among them that exist and cannot be read for now.
-    `partial` are the folders with unfinished downloads, with the names of those.
+    `partial` are the folders with unfinished downloads, with the names of those.  `folders` are
+    those that were listed, with their modification times in ns.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     unread: list[Path] = field(default_factory=list)
     partial: dict[Path, list[str]] = field(default_factory=dict)
+    folders: dict[Path, int] = field(default_factory=dict)
 
     def is_unread(self, path: Path) -> bool:
         """Whether a file may be there although it was not found."""
         return any(path == one or path.is_relative_to(one) for one in self.unread)
+
+    def note_folder(self, path: Path) -> None:
+        """Note a folder before it is listed: a file that comes later changes its time."""
+        self.folders[path] = modified_ns(path)
 
     def skip(self, path: "Path | str", reason: str) -> None:
         """Add a path that is left out."""
@@ -82,6 +88,8 @@ def walk(roots: Sequence[Path]) -> WalkResult:
     found = WalkResult()
     resolved = list(dict.fromkeys(Path(os.path.realpath(root)) for root in roots))
     walker = _Walker(resolved, found)
+    for root in resolved:
+        found.note_folder(root)
     entries = [
         (item, root) for root in resolved if _is_folder(root, found) for item in walker.files(root)
     ]
@@ -155,6 +163,7 @@ class _Walker:
 
     def _listing(self, folder: Path) -> list["os.DirEntry[str]"]:
         """Return the entries of a folder that are neither hidden nor partial, in order."""
+        self._found.note_folder(folder)
         try:
             with os.scandir(folder) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
@@ -176,6 +185,8 @@ class _Walker:
         if not hub_cache.is_model_repository(folder):
             self._found.skip(folder, "a dataset or space, not a model")
             return
+        for name in ("snapshots", "refs"):
+            self._found.note_folder(folder / name)
         chosen = hub_cache.revisions(folder)
         if chosen.left_out:
             self._found.skip(folder, f"{chosen.left_out:,} older revisions are not read")
@@ -193,12 +204,27 @@ class _Walker:
     def _ollama_store(self, folder: Path) -> Iterator[_Found]:
         """Yield the blobs of an Ollama store that may be models, with the names of their tags."""
         store = ollama.read_store(folder)
+        for path in store.folders:
+            self._found.note_folder(path)
         for path, (name, reason) in store.refused.items():
             root = next(root for root in self._roots if path.is_relative_to(root))
             self._found.candidates.append(Candidate(path, root, (name,), reason))
         for entry in self._listing(folder / "blobs"):
             if entry.name not in store.texts and not _is_subfolder(entry):
                 yield _Found(entry, store.names.get(entry.name, ()))
+
+
+def has_changed(folders: Mapping[Path, int]) -> bool:
+    """Whether a file was added to one of the listed folders, or removed; blocks briefly."""
+    return any(modified_ns(path) != known for path, known in folders.items())
+
+
+def modified_ns(folder: Path) -> int:
+    """Return a folder's modification time in ns, 0 if it is not there."""
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def is_partial(name: str) -> bool:

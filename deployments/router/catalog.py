@@ -12,6 +12,7 @@ from catalog.compatibility import Traits, compatibility
 from catalog.inspections import Inspection
 from catalog.models import Converted, ModelRecord
 from catalog.names import bare_name, nearest_names
+from catalog.scan.unlisted import unlisted_records
 from catalog.store import CatalogStore
 from catalog.variants import best_variant
 from core.errors import (
@@ -63,7 +64,7 @@ class CatalogView:
         """Return the model that `name` means.
 
         For an unknown name and a file that is missing or was not inspected, the folders are
-        scanned first, at most every 10 s.
+        scanned first, at most every 10 s unless files were added.
         """
         chosen = self._chosen(name)
         if chosen is None or chosen[0].state in _LOOKED_AT_AGAIN:
@@ -185,12 +186,16 @@ class CatalogView:
         return found
 
     async def models(self) -> Sequence[ModelView]:
-        """Return all models, with the reason for those that cannot run."""
+        """Return all models, with the reason for those that cannot run or are arriving."""
         model_states = await self._model_states.refresh()
         resident, loading = self._model_states.residencies, frozenset(model_states.loading)
-        records = await asyncio.to_thread(self._store.models)
+        records = await asyncio.to_thread(self._records)
         views = [self._view(record, resident, loading) for record in records]
         return [_with_fault(view, model_states.faults.get(view.id)) for view in views]
+
+    def _records(self) -> list[ModelRecord]:
+        records = self._store.models()
+        return records + unlisted_records(self._store.uninspected(), records)
 
     def _view(
         self, record: ModelRecord, resident: Mapping[str, Residency], loading: frozenset[str]

@@ -204,7 +204,7 @@ class SchedulerReplica:
         self._supervisor.check_health()
 
     async def rescan(self, urgent: str = "") -> None:
-        """Scan for an unknown name, at most every 10 s; see `Scanner.rescan`."""
+        """Scan for an unknown name, with pauses in between; see `Scanner.rescan`."""
         await self._scanner.rescan(urgent)
 
     async def _forget_stopped(self) -> None:

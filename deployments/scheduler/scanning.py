@@ -10,6 +10,7 @@ from backends.base import Backend
 from catalog.models import ScanReport
 from catalog.scan.inspector import Inspector
 from catalog.scan.scan import scan
+from catalog.scan.walk import has_changed
 from catalog.store import CatalogStore
 from core.errors import CatalogNotWritten, ImpetusError
 from core.settings import Settings
@@ -17,11 +18,17 @@ from core.supervision import Supervisor, attempt, call_in_thread
 
 logger = logging.getLogger(__name__)
 
-# A request for an unknown name starts a scan at most this often.
+# A request for an unknown name starts a scan at most this often, unless files were added.
 RESCAN_INTERVAL_S = 10.0
+# The pause between two scans for added files.
+ADDED_INTERVAL_S = 1.0
 _MOST_URGENT = 100
 # Requests wait no longer for a scan, which a disk may hold up for ever.
 _WAIT_LIMIT_S = 60.0
+# A scan for files that are arriving comes a little after they can be quiet.
+_QUIET_MARGIN_S = 0.1
+# How long a request waits for the times of the folders, which a disk may hold up for ever.
+_LOOK_LIMIT_S = 2.0
 # The first pause after a failed scan; it doubles up to the setting's interval.
 _RETRY_S = 2.0
 
@@ -48,7 +55,12 @@ class Scanner:
         self._task: asyncio.Task[None] | None = None
         self._began_at = 0.0
         self._next_rescan_at = 0.0
+        self._ended_at = 0.0
         self._failures = 0
+        self._report = ScanReport()
+        self._woken = asyncio.Event()
+        self._look: asyncio.Task[None] | None = None
+        self._has_added = False
         self._first_scan = asyncio.Event()
         self._urgent: set[str] = set()
         self.problem = ""
@@ -63,7 +75,19 @@ class Scanner:
         while True:
             # Without scans what is in the catalog is still served.
             await attempt(self._scan_or_raise, is_vital=False)
-            await asyncio.sleep(self._pause_s())
+            while await self._is_woken(self._pause_s()):
+                # Another scan found files that are arriving: the pause begins again.
+                pass
+
+    async def _is_woken(self, pause_s: float) -> bool:
+        """Wait for `pause_s`; return True if a scan found files that are arriving meanwhile."""
+        self._woken.clear()
+        try:
+            async with asyncio.timeout(pause_s):
+                await self._woken.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def wait_first(self) -> None:
         """Return once a scan has succeeded."""
@@ -94,8 +118,9 @@ class Scanner:
     async def rescan(self, urgent: str = "") -> None:
         """Scan for a name that the catalog does not know; shares a scan that runs.
 
-        Starts one at most every 10 s and returns at once in between.  `urgent` is the path of a
-        file whose inspection failed: the next scan inspects it, whenever that was.
+        Starts one at most every 10 s; in between only if files were added to the folders, then
+        at most every second, and else returns at once.  `urgent` is the path of a file whose
+        inspection failed: the next scan inspects it, whenever that was.
         """
         if urgent and len(self._urgent) < _MOST_URGENT:
             self._urgent.add(urgent)
@@ -103,12 +128,32 @@ class Scanner:
             await asyncio.wait({self._task}, timeout=_WAIT_LIMIT_S)
             return
         if self._clock() < self._next_rescan_at:
+            await self._scan_added()
             return
         self._next_rescan_at = self._clock() + RESCAN_INTERVAL_S
         try:
             await self.scan()
         finally:
             self._next_rescan_at = self._clock() + RESCAN_INTERVAL_S
+
+    async def _scan_added(self) -> None:
+        """Scan if files were added to the folders since the last scan."""
+        folders = self._report.folders
+        if self._look is None or self._look.done():
+            self._look = self._supervisor.run_once("folder look", self._look_for_added())
+        await asyncio.wait({self._look}, timeout=_LOOK_LIMIT_S)
+        if not self._has_added:
+            return
+        pause_s = self._ended_at + ADDED_INTERVAL_S - self._clock()
+        if pause_s > 0:
+            await asyncio.sleep(min(pause_s, ADDED_INTERVAL_S))
+        if self._report.folders is folders:
+            await self.scan()
+
+    async def _look_for_added(self) -> None:
+        folders = self._report.folders
+        self._has_added = False
+        self._has_added = await call_in_thread("impetus-look", lambda: has_changed(folders))
 
     async def _scan_or_raise(self) -> None:
         # A scan of large folders may take long.
@@ -135,6 +180,9 @@ class Scanner:
                 self._first_scan.set()
             return
         self._failures, self.problem = 0, ""
+        self._report, self._ended_at = report, self._clock()
+        if report.next_look_s is not None:
+            self._woken.set()
         self._first_scan.set()
         if report.has_changes:
             logger.info("scan: %s", report)
@@ -142,7 +190,8 @@ class Scanner:
     def _pause_s(self) -> float:
         interval_s = self._settings.scan_interval_s
         if not self._failures:
-            return interval_s
+            soon_s = self._report.next_look_s
+            return interval_s if soon_s is None else min(interval_s, soon_s + _QUIET_MARGIN_S)
         return float(min(interval_s, _RETRY_S * 2.0 ** min(self._failures - 1, 30)))
 
     def _scan(self, urgent: Collection[str]) -> ScanReport:

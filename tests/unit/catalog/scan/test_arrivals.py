@@ -134,7 +134,7 @@ def test_a_known_model_that_is_overwritten_is_arriving_and_keeps_its_entry(shelf
     whole = path.read_bytes()
     shelf.scan()
     shelf.store.set_alias("mine", "tiny@gguf-f32")
-    path.write_bytes(whole[:-50])
+    path.write_bytes(b"GGUF" + bytes(2 * len(whole)))
     shelf.touch(path)
     shelf.scan()
     assert shelf.states() == {"tiny@gguf-f32": "uninspected"}
@@ -144,6 +144,16 @@ def test_a_known_model_that_is_overwritten_is_arriving_and_keeps_its_entry(shelf
     shelf.scan(later_s=QUIET_S + 1)
     assert shelf.states() == {"tiny@gguf-f32": "ok"}
     assert len(shelf.store.resolve("mine")) == 1
+
+
+def test_a_known_model_that_was_truncated_is_refused_at_once(shelf: Shelf) -> None:
+    path = minimal_gguf(shelf.models / "tiny.gguf")
+    shelf.scan()
+    path.write_bytes(path.read_bytes()[:-50])
+    shelf.touch(path)
+    shelf.scan()
+    assert shelf.states() == {"tiny@gguf-f32": "refused"}
+    assert "was truncated" in shelf.reason("tiny@gguf-f32")
 
 
 def test_files_from_the_future_do_not_wait_for_it(shelf: Shelf) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from catalog.inspections import Inspection
+from catalog.inspections import Inspection, arriving
 from catalog.models import Converted, Local, ScannedModel
 from catalog.store import CatalogStore
 from core.errors import (
@@ -277,6 +277,31 @@ async def test_a_model_that_was_not_inspected_is_inspected_for_its_request(
     assert scheduler.urgent == [key]
     scheduler.on_rescan = lambda: store.record_scan((), (), (), now=1.0, inspected=[key])
     assert (await view.resolve("m")).id == "m@gguf-q4_0"
+
+
+async def test_models_that_are_arriving_are_listed_with_the_reason(
+    view: CatalogView, store: CatalogStore
+) -> None:
+    write(store, found("m"))
+    notes = [
+        arriving("/m/new/model.safetensors", "1", "model.safetensors is arriving", 1e12),
+        arriving("/m/other/new.safetensors", "1", "new.safetensors is arriving", 1e12),
+        Inspection("/m/slow.onnx", "1", "uninspected", "it took longer than 60 s", 1, 1e12),
+        Inspection("/m/README.md", "1", "uninspected", "it took longer than 60 s", 1, 1e12),
+        arriving(store.models()[0].key, "1", "m is arriving", 1e12),
+    ]
+    store.record_scan((), (), (), now=1.0, inspections=notes)
+    shown = {one.id: (one.state, one.reason) for one in await view.models()}
+    assert shown == {
+        "m@gguf-q4_0": ("unavailable", "m is arriving"),
+        "new@safetensors": ("unavailable", "model.safetensors is arriving"),
+        "new@safetensors-2": ("unavailable", "new.safetensors is arriving"),
+        "slow@onnx": ("unavailable", "it took longer than 60 s"),
+    }
+    for name in ("new", "new@safetensors", "new.safetensors"):
+        with pytest.raises(Unavailable, match="is arriving") as caught:
+            await view.resolve(name)
+        assert caught.value.retry_after_s
 
 
 @pytest.mark.parametrize("name", ["tiny-lm", "tiny-lm@gguf-q4_0", "Tiny-LM-Q4_0.gguf"])

@@ -1,6 +1,7 @@
 """The scanner: one scan at a time, few for unknown names, and none that a caller can break."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 
 from catalog.models import ScanReport
 from catalog.scan.identify import Outcome, Uninspected, examine
+from catalog.scan.walk import modified_ns
 from catalog.store import CatalogStore
 from core.errors import Unavailable
 from core.settings import Settings
 from core.supervision import Supervisor
 from deployments.messages import Residency
 from deployments.scheduler import scanning
-from deployments.scheduler.scanning import RESCAN_INTERVAL_S, Scanner
+from deployments.scheduler.scanning import ADDED_INTERVAL_S, RESCAN_INTERVAL_S, Scanner
 from tests.gguf_files import llama_gguf
 from tests.unit.deployments.scheduler.scheduling import A, InProcess, Replica, started
 from tests.waiting import wait_until
@@ -33,6 +35,8 @@ class Scans:
         self.gate = threading.Event()
         self.gate.set()
         self.problem: Exception | None = None
+        self.folders: list[Path] = []
+        self.next_look_s: float | None = None
 
     def scan(self, *_: Any, urgent: Collection[str], **__: Any) -> ScanReport:
         self.count += 1
@@ -43,7 +47,8 @@ class Scans:
         self.running -= 1
         if self.problem is not None:
             raise self.problem
-        return ScanReport()
+        folders = {path: modified_ns(path) for path in self.folders}
+        return ScanReport(next_look_s=self.next_look_s, folders=folders)
 
 
 @pytest.fixture
@@ -90,6 +95,65 @@ async def test_unknown_names_scan_once_in_ten_seconds(
     clock.now += 1
     await scanner.rescan()
     assert scans.count == 2
+
+
+async def test_an_unknown_name_scans_again_when_a_file_was_added(
+    scanner: Scanner, scans: Scans, clock: Clock, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    scans.folders = [folder, tmp_path / "none"]
+    await scanner.rescan()
+    clock.now += ADDED_INTERVAL_S
+    await scanner.rescan()
+    assert scans.count == 1
+    (folder / "new.gguf").write_text("x")
+    os.utime(folder, (5, 5))
+    await asyncio.gather(*(scanner.rescan() for _ in range(20)))
+    assert scans.count == 2
+    # Nothing else was added.
+    for _ in range(20):
+        await scanner.rescan()
+    assert scans.count == 2
+    (tmp_path / "none").mkdir()
+    clock.now += ADDED_INTERVAL_S
+    await scanner.rescan()
+    assert scans.count == 3
+
+
+async def test_a_disk_that_hangs_holds_one_look_and_no_request(
+    scanner: Scanner, scans: Scans, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gate, looks = threading.Event(), []
+
+    def hang(folders: Any) -> bool:
+        looks.append(folders)
+        gate.wait(30)
+        return False
+
+    monkeypatch.setattr(scanning, "has_changed", hang)
+    monkeypatch.setattr(scanning, "_LOOK_LIMIT_S", 0.01)
+    scans.folders = [tmp_path]
+    await scanner.rescan()
+    await asyncio.wait_for(asyncio.gather(*(scanner.rescan() for _ in range(20))), 20)
+    assert (scans.count, len(looks)) == (1, 1)
+    gate.set()
+
+
+async def test_files_that_are_arriving_are_looked_at_soon(scanner: Scanner, scans: Scans) -> None:
+    scans.next_look_s = 0.0
+    running = asyncio.ensure_future(scanner.run())
+    # The interval between scans is a minute.
+    await wait_until(lambda: scans.count >= 3, "arriving files are looked at again")
+    scans.next_look_s = None
+    await wait_until(lambda: scanner._report.next_look_s is None, "nothing is arriving")
+    count = scans.count
+    # A request's scan finds new arrivals; the loop looks at them without its minute.
+    scans.next_look_s = 0.0
+    await scanner.scan()
+    await wait_until(lambda: scans.count >= count + 3, "new arrivals are looked at again")
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_unknown_names_wait_for_the_scan_that_runs(scanner: Scanner, scans: Scans) -> None:
