@@ -24,6 +24,9 @@ from backends.prompt.infill import read_infill
 from backends.prompt.prepare import Preparer
 from core.types import Capability, SamplingParams
 
+_MAX_TEMPERATURE = 100.0
+_MAX_TOP_K = 2**31 - 1
+
 
 class GgufBackend(Backend):
     """Runs GGUF files that llama.cpp can load."""
@@ -81,7 +84,7 @@ def _open_generator(info: ModelInfo, model: GgufModel, options: EngineOptions) -
         chat,
         context_tokens=options.context_tokens,
         bos_text=bos if model.adds_bos else "",
-        defaults=_recommended_sampling(info),
+        defaults=recommended_sampling(info),
         infill=read_infill(info.details),
         stable_prompts=options.stable_prompts,
     )
@@ -93,18 +96,23 @@ def _open_generator(info: ModelInfo, model: GgufModel, options: EngineOptions) -
     )
 
 
-def _recommended_sampling(info: ModelInfo) -> SamplingParams:
-    """Return the sampling parameters that the file's `general.sampling.*` keys recommend."""
+def recommended_sampling(info: ModelInfo) -> SamplingParams:
+    """Return the sampling parameters that the file's `general.sampling.*` keys recommend.
+
+    Invalid values are ignored.
+    """
     details = info.details
 
-    def number(key: str) -> float | None:
-        value = details.get(f"general.sampling.{key}")
-        return float(value) if isinstance(value, int | float) else None
+    def number(key: str, high: float) -> float | None:
+        value = details.get(f"sampling_{key}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return float(value) if 0 <= value <= high else None
 
-    top_k = number("top_k")
+    top_k = number("top_k", _MAX_TOP_K)
     return SamplingParams(
-        temperature=number("temp"),
-        top_p=number("top_p"),
+        temperature=number("temp", _MAX_TEMPERATURE),
+        top_p=number("top_p", 1.0) or None,
         top_k=None if top_k is None else int(top_k),
-        min_p=number("min_p"),
+        min_p=number("min_p", 1.0),
     )
