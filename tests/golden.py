@@ -37,8 +37,10 @@ _TOKENS = 32
 _UNUSED_S = 3 * 24 * 3600
 # The sources that decide what is written; the others decide how it is run.
 _SOURCES = (
-    "job", "steps/from_gguf", "steps/gguf_tokenizer", "steps/to_safetensors", "steps/gguf_to_mlx",
-    "steps/to_mlx", "steps/to_gguf", "steps/hf_source", "steps/to_onnx",
+    "job", "sidecars", "tensor_file", "steps/dtypes", "steps/from_gguf", "steps/gguf_config",
+    "steps/gguf_tokenizer", "steps/gguf_to_mlx", "steps/hf_defaults", "steps/hf_source",
+    "steps/number_check", "steps/rotary", "steps/to_gguf", "steps/to_mlx", "steps/to_onnx",
+    "steps/to_safetensors", "steps/torch_files",
 )  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".npz", ".gguf", ".onnx")
 

@@ -33,7 +33,7 @@ _OLDER_FILES = (
 )  # fmt: skip
 # Source: llama.cpp's llama-vocab.cpp, so that both end a generation at the same tokens; the
 # padding, repository and file tokens of code completion end it too.
-_END_NAMES = (
+END_NAMES = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<turn|>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]",
     "[EOS]", "<eos>", "</s>", "<|end_of_text|>", "<end_of_utterance>", "<|tool_response>",
@@ -212,7 +212,7 @@ class HfTokenizer:
         for config in (self._folder.generation_config, self._folder.config):
             ends |= {i for i in _token_ids(config.get("eos_token_id")) if i < self._size}
         names = {content.decode(): token_id for token_id, content in self._added.items()}
-        turns = set(_END_NAMES)
+        turns = set(END_NAMES)
         if all(name in names for name in _ANSWER_ENDS):
             turns.remove(_MESSAGE_END)
         ends |= {token_id for name, token_id in names.items() if name in turns}

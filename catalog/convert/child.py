@@ -1,7 +1,7 @@
 """Child process that runs one step of a conversion: `python -m catalog.convert.child`.
 
 Reads the job as one line of JSON from stdin.  Writes progress to stdout as lines of JSON,
-`{"fraction": …, "doing": …}`; the last line is `{"done": true}` or
+`{"fraction": …, "doing": …}`; the last line is `{"done": true, "peak_bytes": …}` or
 `{"error": code, "message": …}`.  Output of libraries goes to stderr.  The process kills itself
 at the end of stdin, because its parent has died.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from catalog.convert.job import Job
+from catalog.convert.memory import peak_bytes
 from core.child import die_with_input, die_with_parent, give_way, take_stdout
 from core.errors import (
     BrokenModel,
@@ -43,19 +44,26 @@ _FULL_DISK = "The disk is full; free some space, then convert again."
 
 def to_coreml(job: Job, report: Callable[[float, str], None]) -> None:
     """Write a folder with a Core ML package named after the job, and its tokenizer."""
+    from backends.hf.config import read_folder
     from catalog.convert.job import link_source
+    from catalog.convert.sidecars import copy_sidecars
+    from catalog.convert.steps.coreml_decoder import longest_context
+    from catalog.convert.steps.hf_defaults import complete_config
     from catalog.convert.steps.to_coreml import Precision, convert_to_coreml
 
-    made = job.work / job.name
+    source, made = link_source(job), job.work / job.name
+    complete_config(source)
+    longest = longest_context(read_folder(source))
     convert_to_coreml(
-        link_source(job),
+        source,
         made,
         precision=cast(Precision, job.quantization),
-        context_tokens=job.context_tokens or DEFAULT_COREML_CONTEXT,
+        context_tokens=job.context_tokens or min(DEFAULT_COREML_CONTEXT, longest),
         progress=report,
     )
     # The converter refuses an existing target, and the output folder already exists.
     made.rename(job.output)
+    copy_sidecars(job.folder, job.output)
 
 
 def run_step(job: Job, report: Callable[[float, str], None]) -> None:
@@ -65,6 +73,12 @@ def run_step(job: Job, report: Callable[[float, str], None]) -> None:
         getattr(importlib.import_module(module), name)(job, report)
     except ImpetusError:
         raise
+    except SystemExit as error:
+        # Some modules of libraries end the process when they are imported.
+        raise UnsupportedCapability(
+            f"A library that converts {job.name} from {job.source_format} to {job.target_format} "
+            f"gave up ({error.code}); it does not support this model."
+        ) from error
     except MemoryError:
         raise InsufficientMemory(
             "The conversion ran out of memory. Unload models or choose a smaller one, then convert "
@@ -142,7 +156,7 @@ def main() -> None:
         pipe.close()
         # Threads of libraries must not delay the exit.
         os._exit(1)
-    send({"done": True})
+    send({"done": True, "peak_bytes": peak_bytes()})
     pipe.close()
     os._exit(0)
 

@@ -1,12 +1,15 @@
 """The graph of conversions between formats: steps, required packages, quantizations."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 
 from backends.base import ModelInfo
+from catalog.convert.steps.coreml_decoder import FAMILY as COREML_FAMILY
+from catalog.convert.steps.gguf_config import ARCHITECTURES as GGUF_FAMILY
+from catalog.convert.support import LLAMA_FAMILY, ONNX_TRACED, step_reason
 from core.errors import UnsupportedCapability
 from core.types import Capability
 
@@ -16,15 +19,6 @@ MLX_BITS = {f"{bits}bit": bits for bits in (4, 8, 6, 5, 3, 2)}
 MLX_GROUP_SIZES = (32, 64, 128)
 # Tensor types that MLX stores in the same blocks as GGUF (Source: mlx/io/gguf.cpp).
 MLX_BLOCKS = frozenset({"f32", "f16", "q4_0", "q4_1", "q8_0"})
-
-# Source: transformers 5.23 GGUF_SUPPORTED_ARCHITECTURES, those with a causal head.
-GGUF_READABLE = frozenset({
-    "llama", "mistral", "qwen2", "qwen2_moe", "qwen2moe", "qwen3", "qwen3_moe", "qwen3moe",
-    "gpt_oss", "gpt-oss", "lfm2", "falcon", "phi3", "bloom", "stablelm", "gpt2", "starcoder2",
-    "mamba", "nemotron", "gemma2", "gemma3", "gemma4", "deci", "minimax-m2",
-})  # fmt: skip
-# Architectures with llama's tensors; Hugging Face and GGUF use the same name for each.
-LLAMA_FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "safetensors": FULL_PRECISION,
@@ -38,28 +32,28 @@ TARGETS = tuple(_CHOICES)
 
 @dataclass(frozen=True, slots=True)
 class _Edge:
-    """One step: the packages it imports, and the architectures it supports (empty: all)."""
+    """One step: the packages it imports, and its rough list of architectures (empty: all).
+
+    What else decides is in `catalog.convert.support`.
+    """
 
     packages: tuple[str, ...]
-    architectures: frozenset[str] = frozenset()
+    architectures: Collection[str] = ()
 
 
+_GGUF_PACKAGES = ("torch", "transformers", "gguf", "llama_cpp")
 _EDGES: Mapping[tuple[str, str], _Edge] = {
     ("pytorch", "safetensors"): _Edge(("torch", "safetensors")),
-    ("gguf", "safetensors"): _Edge(
-        ("torch", "transformers", "gguf", "accelerate", "llama_cpp"), GGUF_READABLE
-    ),
+    ("gguf", "safetensors"): _Edge(_GGUF_PACKAGES, GGUF_FAMILY),
     ("gguf", "gguf"): _Edge(("llama_cpp",)),
     ("safetensors", "safetensors"): _Edge(("torch", "safetensors")),
-    ("safetensors", "mlx"): _Edge(("mlx", "mlx_lm")),
-    ("safetensors", "gguf"): _Edge(("torch", "gguf", "tokenizers", "llama_cpp"), LLAMA_FAMILY),
-    ("safetensors", "onnx"): _Edge(("torch", "transformers", "onnx")),
-    ("safetensors", "coreml"): _Edge(("torch", "coremltools"), LLAMA_FAMILY),
+    ("safetensors", "mlx"): _Edge(("mlx", "mlx_lm", "transformers")),
+    ("safetensors", "gguf"): _Edge((*_GGUF_PACKAGES, "tokenizers"), LLAMA_FAMILY),
+    ("safetensors", "onnx"): _Edge(("torch", "transformers", "onnx"), ONNX_TRACED),
+    ("safetensors", "coreml"): _Edge(("torch", "transformers", "coremltools"), COREML_FAMILY),
 }
 # Keeps the blocks of a quantized file, so it cannot be part of a longer route.
-_BLOCKS_EDGE = _Edge(
-    ("mlx", "transformers", "gguf", "llama_cpp"), frozenset({"llama", "qwen2", "qwen3"})
-)
+_BLOCKS_EDGE = _Edge(("mlx", "transformers", "gguf", "llama_cpp"), GGUF_FAMILY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +101,7 @@ def plan(source_format: str, target_format: str, quantization: str = "") -> tupl
 def conversions_from(info: ModelInfo) -> tuple[Conversion, ...]:
     """Return the conversion to each target format, with the reason if it is not possible.
 
-    Opens no files and imports no runtime.
+    Reads the model's configuration, imports no runtime; blocks for some 50 ms the first time.
     """
     return tuple(_conversion(info, target) for target in TARGETS)
 
@@ -141,17 +135,23 @@ def _conversion(info: ModelInfo, target: str) -> Conversion:
 
 
 def _choices(info: ModelInfo, target: str) -> tuple[str, ...]:
+    """Return the quantizations that the last step supports for the model, the default first."""
     choices = _CHOICES[target]
+    if target == "onnx" and info.format != "gguf" and not _last_step_reason(info, target, ""):
+        choices = tuple(each for each in choices if not _last_step_reason(info, target, each))
     if target == "safetensors" and info.format != "gguf":
         return (ORIGINAL, *choices)
     keeps_blocks = (
         info.format == "gguf"
         and target == "mlx"
         and info.quantization in MLX_BLOCKS
-        and info.architecture in _BLOCKS_EDGE.architectures
-        and len(info.files) == 1
+        and not _edge_reason(info, ("gguf", "mlx"), _BLOCKS_EDGE)
     )
     return (ORIGINAL, *choices) if keeps_blocks else choices
+
+
+def _last_step_reason(info: ModelInfo, target: str, quantization: str) -> str:
+    return step_reason(info, "safetensors", target, quantization)
 
 
 def _impossible_reason(info: ModelInfo, target: str, choices: tuple[str, ...]) -> str:
@@ -160,22 +160,23 @@ def _impossible_reason(info: ModelInfo, target: str, choices: tuple[str, ...]) -
     except UnsupportedCapability as error:
         return error.message.removesuffix(".")
     is_folder = info.format in ("safetensors", "pytorch")
-    if is_folder and info.quantization not in (*FULL_PRECISION, "mixed", ""):
+    if is_folder and info.quantization not in (*FULL_PRECISION, "f64", "mixed", ""):
         return f"its weights are already quantized ({info.quantization})"
     has_head = Capability.COMPLETION in info.capabilities
     if not has_head and route[-1] != "safetensors" and route != ("gguf", "gguf"):
         return "only models that generate text can be converted to it"
-    edges = [_EDGES[pair] for pair in pairwise(route)]
-    reasons = [reason for edge in edges if (reason := _edge_reason(info, edge))]
-    if reasons and ORIGINAL in choices and not _edge_reason(info, _BLOCKS_EDGE):
+    reasons = [
+        reason for pair in pairwise(route) if (reason := _edge_reason(info, pair, _EDGES[pair]))
+    ]
+    if reasons and ORIGINAL in choices and target == "mlx":
         return ""
     return reasons[0] if reasons else ""
 
 
-def _edge_reason(info: ModelInfo, edge: _Edge) -> str:
+def _edge_reason(info: ModelInfo, pair: tuple[str, str], edge: _Edge) -> str:
     if edge.architectures and info.architecture not in edge.architectures:
         return f"the conversion does not support the architecture {info.architecture!r}"
     missing = [name for name in edge.packages if find_spec(name) is None]
     if missing:
         return f"it needs the packages {', '.join(missing)}; install the extra `torch`"
-    return ""
+    return step_reason(info, *pair)

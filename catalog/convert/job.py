@@ -15,9 +15,9 @@ Report: TypeAlias = Callable[[float, str], None]
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf")
 _MAX_JSON_BYTES = 64 * MIB
-_MAX_SIDECAR_BYTES = 256 * MIB
 # Keys by which a model folder names Python code to run.
 _CODE_KEYS = ("auto_map", "model_file", "custom_pipelines")
+_ROPE_KEYS = ("rope_theta", "partial_rotary_factor")
 _REWRITTEN = ("config.json", "tokenizer_config.json")
 
 
@@ -41,6 +41,11 @@ class Job:
     context_tokens: int = 0
     threads: int = 1
 
+    @property
+    def folder(self) -> Path:
+        """The model's own folder: the uppermost one with files of it."""
+        return min((file.parent for file in self.files), key=lambda path: len(path.parts))
+
     def to_json(self) -> str:
         """Return the job as one line of JSON."""
         fields = asdict(self)
@@ -54,6 +59,11 @@ class Job:
         fields = json.loads(line)
         fields["files"] = tuple(Path(file) for file in fields["files"])
         return Job(**fields | {"output": Path(fields["output"]), "work": Path(fields["work"])})
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's message, at most 300 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,17 +104,22 @@ def with_legacy_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict):
         return config
     lifted = dict(config)
+
+    def lift(key: str, value: object) -> None:
+        # A null says no more than a missing key.
+        if lifted.get(key) is None and value is not None:
+            lifted[key] = value
+
     local = rope.get("sliding_attention")
-    if isinstance(local, dict) and "rope_theta" in local:
-        lifted.setdefault("rope_local_base_freq", local["rope_theta"])
+    if isinstance(local, dict):
+        lift("rope_local_base_freq", local.get("rope_theta"))
     full = rope.get("full_attention", rope)
     if not isinstance(full, dict):
         return config
-    if "rope_theta" in full:
-        lifted.setdefault("rope_theta", full["rope_theta"])
-    if full.get("rope_type", "default") != "default":
-        scaling = {key: value for key, value in full.items() if key != "rope_theta"}
-        lifted.setdefault("rope_scaling", scaling)
+    for key in _ROPE_KEYS:
+        lift(key, full.get(key))
+    if full.get("rope_type", full.get("type", "default")) != "default":
+        lift("rope_scaling", {key: v for key, v in full.items() if key not in _ROPE_KEYS})
     return lifted
 
 
@@ -115,35 +130,53 @@ def link_source(job: Job) -> Path:
     """
     folder = job.work / "source"
     folder.mkdir()
-    root = job.files[0].parent
     for file in job.files:
-        if file.parent != root:
+        if not file.is_relative_to(job.folder) or file.suffix == ".py":
             continue
-        if file.name in _REWRITTEN:
+        target = folder / file.relative_to(job.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.name in _REWRITTEN and file.parent == job.folder:
             config = {k: v for k, v in read_json(file).items() if k not in _CODE_KEYS}
-            write_json(folder / file.name, with_legacy_rope_keys(config))
-        elif file.suffix != ".py":
-            os.symlink(file.resolve(strict=True), folder / file.name)
+            is_model = file.name == "config.json"
+            write_json(target, with_legacy_rope_keys(config) if is_model else config)
+        else:
+            os.symlink(file.resolve(strict=True), target)
     return folder
+
+
+def write_config(job: Job, dtype: str | None) -> None:
+    """Write the source's config.json with the weights' new `dtype`; unchanged bytes if None.
+
+    Keys that name code to run are removed.  Raises BrokenModel.
+    """
+    source, target = job.folder / "config.json", job.output / "config.json"
+    config = read_json(source)
+    kept = {key: value for key, value in config.items() if key not in _CODE_KEYS}
+    if dtype is None and kept == config:
+        shutil.copyfile(source, target)
+        return
+    if dtype is not None:
+        set_dtype(kept, dtype)
+    write_json(target, kept)
+
+
+def set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Set the dtype of the weights in a configuration, and in those nested in it."""
+    config["dtype"] = config["torch_dtype"] = dtype
+    for value in config.values():
+        if isinstance(value, dict):
+            for key in {"dtype", "torch_dtype"} & value.keys():
+                value[key] = dtype
 
 
 def weight_files(job: Job, suffixes: tuple[str, ...] = WEIGHTS) -> tuple[Path, ...]:
     """Return the job's weights.  Raises BrokenModel when there are none."""
-    files = tuple(file for file in job.files if file.suffix in suffixes)
+    files = tuple(
+        file for file in job.files if file.suffix in suffixes and file.parent == job.folder
+    )
     if not files:
         raise BrokenModel(
             f"{job.name} has no weights; expected a file of type {', '.join(suffixes)}.",
             param="model",
         )
     return files
-
-
-def copy_sidecars(source: Path, output: Path) -> None:
-    """Copy the files beside the weights (configurations, tokenizer) that `output` lacks."""
-    for file in sorted(source.iterdir()):
-        target = output / file.name
-        is_weights = file.suffix in WEIGHTS or file.name.endswith(".index.json")
-        if is_weights or target.exists() or not file.is_file():
-            continue
-        if file.stat().st_size <= _MAX_SIDECAR_BYTES:
-            shutil.copyfile(file, target)

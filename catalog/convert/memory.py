@@ -1,9 +1,12 @@
 """Estimates a conversion's memory in advance, and measures it while it runs."""
 
 import asyncio
+import resource
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TypeAlias
 
 import psutil
@@ -92,6 +95,19 @@ def process_tree_bytes(pid: int) -> int:
     except (psutil.Error, OSError):
         return total
     return total
+
+
+def peak_bytes() -> int:
+    """Return the highest resident memory of this process in bytes, mapped files included."""
+    try:
+        # The other counter includes what the parent held when this process was started.
+        for line in Path("/proc/self/status").read_text("ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 async def watch_memory(pid: int, on_memory: OnMemory) -> None:

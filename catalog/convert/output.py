@@ -204,23 +204,32 @@ def _is_abandoned(path: Path, owner: int) -> bool:
     return True
 
 
-def write_provenance(
-    result: Path,
-    source: ModelInfo,
-    before: Sequence[SourceFile],
-    parameters: Mapping[str, JsonValue],
-) -> None:
-    """Write provenance.json: the source, parameters, tool versions and time of the conversion.
-
-    Raises Unavailable if the source changed during the conversion.
-    """
+def require_unchanged(before: Sequence[SourceFile], cause: Exception | None = None) -> None:
+    """Raise Unavailable, with its cause, if a source file changed during the conversion."""
     for file in before:
         try:
             is_same = file_signature(file.path) == file.file_signature
         except OSError:
             is_same = False
         if not is_same:
-            raise Unavailable(f"{file.path.name} changed during the conversion; convert again.")
+            raise Unavailable(
+                f"{file.path.name} changed during the conversion; convert again."
+            ) from cause
+
+
+def write_provenance(
+    result: Path,
+    source: ModelInfo,
+    before: Sequence[SourceFile],
+    parameters: Mapping[str, JsonValue],
+    peak_bytes: int = 0,
+) -> None:
+    """Write provenance.json: the source, parameters, tool versions and time of the conversion.
+
+    `peak_bytes` is the highest memory of a step.  Raises Unavailable if the source changed during
+    the conversion.
+    """
+    require_unchanged(before)
     files = [
         {"path": str(file.path), "size_bytes": file.size_bytes, "sha256_8mib": file.sha256}
         for file in before
@@ -238,6 +247,7 @@ def write_provenance(
                 "files": files,
             },
             "parameters": dict(parameters),
+            "peak_memory_bytes": peak_bytes,
             "tools": _tool_versions(),
         },
     )

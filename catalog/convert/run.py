@@ -15,13 +15,19 @@ from pathlib import Path
 
 from backends.base import ModelInfo
 from catalog.convert.child import error_from_code, read_message
-from catalog.convert.graph import MLX_GROUP_SIZES, ORIGINAL, check
+from catalog.convert.graph import FULL_PRECISION, MLX_GROUP_SIZES, ORIGINAL, check
 from catalog.convert.graph import Conversion as Conversion
 from catalog.convert.graph import conversions_from as conversions_from
 from catalog.convert.graph import plan as plan
 from catalog.convert.job import Job
 from catalog.convert.memory import OnMemory, watch_memory
-from catalog.convert.output import PartialOutput, fingerprint, require_space, write_provenance
+from catalog.convert.output import (
+    PartialOutput,
+    fingerprint,
+    require_space,
+    require_unchanged,
+    write_provenance,
+)
 from catalog.convert.output import sweep as sweep
 from catalog.convert.pause import PauseSwitch
 from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit, kept_environment
@@ -89,15 +95,22 @@ async def convert(
     )
     partial = await asyncio.to_thread(PartialOutput.create, request.target)
     try:
-        result = await _run_steps(
-            request, quantization, route, partial, on_progress, pause or PauseSwitch(), on_memory
-        )
+        try:
+            result, peak_bytes = await _run_steps(
+                request, quantization, route, partial, on_progress, pause or PauseSwitch(),
+                on_memory,
+            )  # fmt: skip
+        except ImpetusError as error:
+            # A source that changes meanwhile fails in many ways; this is the reason for all.
+            await asyncio.to_thread(require_unchanged, before, error)
+            raise
         await asyncio.to_thread(
             write_provenance,
             result,
             request.source,
             before,
             _parameters(request, quantization, route),
+            peak_bytes,
         )
         return await asyncio.to_thread(partial.publish, result)
     except OSError as error:
@@ -167,9 +180,12 @@ async def _run_steps(
     on_progress: OnProgress | None,
     pause: PauseSwitch,
     on_memory: OnMemory | None,
-) -> Path:
-    """Run all steps, each on the result of the one before; return the last folder."""
-    files, output = request.source.files, partial.folder
+) -> tuple[Path, int]:
+    """Run all steps, each on the result of the one before.
+
+    Return the last folder, and the highest memory of a step in bytes.
+    """
+    files, output, peak_bytes = request.source.files, partial.folder, 0
     steps = len(route) - 1
     for step in range(steps):
         is_last = step == steps - 1
@@ -184,7 +200,7 @@ async def _run_steps(
             output=output,
             work=work,
             name=request.target.name,
-            quantization=quantization if is_last else "f32" if start == "gguf" else ORIGINAL,
+            quantization=quantization if is_last else _intermediate(start, route, quantization),
             group_size=request.group_size,
             exporter=request.exporter,
             context_tokens=request.context_tokens or 0,
@@ -197,11 +213,23 @@ async def _run_steps(
                 on_progress(ConversionProgress(done, step + 1, steps, doing))
 
         await pause.wait_until_off()
-        await _run_step(job, report, pause, on_memory)
+        peak_bytes = max(peak_bytes, await _run_step(job, report, pause, on_memory))
         # Files that only this step needed must not take disk space during the next one.
         await asyncio.to_thread(partial.discard, work, *files if step else ())
         files = tuple(sorted(path for path in output.rglob("*") if path.is_file()))
-    return output
+    return output, peak_bytes
+
+
+def _intermediate(start: str, route: tuple[str, ...], quantization: str) -> str:
+    """Return the quantization between two steps, which must not lose precision.
+
+    MLX computes in 16 bits beside quantized weights, so nothing more has to be stored for it.
+    """
+    if start != "gguf":
+        return ORIGINAL
+    if route[-1] != "mlx":
+        return "f32"
+    return quantization if quantization in FULL_PRECISION else "bf16"
 
 
 async def _run_step(
@@ -209,8 +237,11 @@ async def _run_step(
     report: Callable[[float, str], None],
     pause: PauseSwitch,
     on_memory: OnMemory | None,
-) -> None:
-    """Run one step in a child process.  Raises the error that the child reports."""
+) -> int:
+    """Run one step in a child process; return the highest memory that it reports, in bytes.
+
+    Raises the error that the child reports.
+    """
     if missing := [file.name for file in job.files if not file.is_file()]:
         raise ModelFileMissing(
             f"{job.name}: the file {missing[0]} no longer exists.", param="model"
@@ -224,32 +255,35 @@ async def _run_step(
         watching.add_done_callback(log_failure)
     try:
         with pause.controlling(child.pid):
-            code, is_done, error = await _follow(child, job, report)
+            code, peak_bytes, error = await _follow(child, job, report)
     finally:
         if watching is not None:
             watching.cancel()
         await asyncio.shield(child.close())
     if error is not None:
         raise error
-    if code != 0 or not is_done:
+    if code != 0 or peak_bytes is None:
         raise ImpetusError(_exit_message(job, code, child.stderr_tail))
+    return peak_bytes
 
 
 async def _follow(
     child: AsyncChild, job: Job, report: Callable[[float, str], None]
-) -> tuple[int, bool, ImpetusError | None]:
+) -> tuple[int, int | None, ImpetusError | None]:
     """Report progress until the child exits.
 
-    Return its exit code, whether it reported completion, and the error it reported.
+    Return its exit code, its highest memory in bytes (None if it did not report completion), and
+    the error it reported.
     """
     error: ImpetusError | None = None
-    is_done = False
+    peak_bytes: int | None = None
     with contextlib.suppress(ChildEnded):
         await child.write(job.to_json().encode() + b"\n")
     try:
         async for line in child.lines():
             message = read_message(line)
-            is_done = is_done or bool(message.get("done"))
+            if message.get("done"):
+                peak_bytes = int(message.get("peak_bytes", 0))
             if "error" in message:
                 error = error_from_code(str(message["error"]), str(message.get("message", "")))
             elif "fraction" in message:
@@ -257,13 +291,13 @@ async def _follow(
     except AnswerTooLong:
         return (
             0,
-            False,
+            None,
             ImpetusError(
                 f"The conversion of {job.name} from {job.source_format} to {job.target_format} was "
                 "stopped: its process sent a line over 64 KiB, which is a bug. Please report it."
             ),
         )
-    return await child.wait(), is_done, error
+    return await child.wait(), peak_bytes, error
 
 
 def _exit_message(job: Job, code: int, stderr_tail: str) -> str:

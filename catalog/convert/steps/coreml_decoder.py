@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from backends.hf.folder import HfFolder, weight_files
+from catalog.convert.steps.rotary import attention_window
 from core.errors import BrokenModel, RequestError
 
 Tensors: TypeAlias = dict[str, Any]
 
-_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+FAMILY = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _MAX_CONTEXT = 1 << 17
 _LAYER = "model.layers.{}."
 _MATRICES = (
@@ -38,16 +39,13 @@ def decoder_of(folder: HfFolder, context_tokens: int) -> Decoder:
     """Return the decoder's shape.  Raises RequestError for unsupported models."""
     config = folder.config
     kind = str(config.get("model_type", ""))
-    if kind not in _FAMILY:
-        raise _unsupported(f"the model type {kind[:50]!r}; supported are {', '.join(_FAMILY)}")
+    if kind not in FAMILY:
+        raise _unsupported(f"the model type {kind[:50]!r}; supported are {', '.join(FAMILY)}")
     if config.get("hidden_act", "silu") != "silu":
         raise _unsupported(f"the activation {str(config['hidden_act'])[:50]!r}")
     if config.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise _unsupported("partial rotary embeddings")
-    longest = min(_positive_int(config, "max_position_embeddings", 2048), _MAX_CONTEXT)
-    window = config.get("sliding_window")
-    if isinstance(window, int) and config.get("use_sliding_window") is not False:
-        longest = min(longest, window)
+    longest = longest_context(folder)
     if not 1 <= context_tokens <= longest:
         raise RequestError(
             f"context_tokens is {context_tokens}; for this model it must be from 1 to {longest}.",
@@ -56,8 +54,6 @@ def decoder_of(folder: HfFolder, context_tokens: int) -> Decoder:
     heads = _positive_int(config, "num_attention_heads")
     size = _positive_int(config, "head_dim", _positive_int(config, "hidden_size") // heads)
     layers = _positive_int(config, "num_hidden_layers")
-    rotary = config.get("no_rope_layers") if kind == "smollm3" else None
-    chosen = rotary if isinstance(rotary, list) and len(rotary) == layers else [1] * layers
     return Decoder(
         layers=layers,
         heads=heads,
@@ -66,8 +62,26 @@ def decoder_of(folder: HfFolder, context_tokens: int) -> Decoder:
         context=context_tokens,
         epsilon=float(config.get("rms_norm_eps", 1e-6)),
         frequencies=_frequencies(config, size),
-        rotary=tuple(map(bool, chosen)),
+        rotary=_rotary_layers(config, layers),
     )
+
+
+def longest_context(folder: HfFolder) -> int:
+    """Return the longest context in tokens: the graph attends to all of it, without a window."""
+    config = folder.config
+    longest = min(_positive_int(config, "max_position_embeddings", 2048), _MAX_CONTEXT)
+    return min(longest, attention_window(config) or longest)
+
+
+def _rotary_layers(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
+    """Return which layers have rotary positions (Source: transformers, SmolLM3Config)."""
+    if config.get("model_type") != "smollm3":
+        return (True,) * layers
+    listed = config.get("no_rope_layers")
+    if isinstance(listed, list) and len(listed) == layers:
+        return tuple(map(bool, listed))
+    interval = _positive_int(config, "no_rope_layer_interval", 4)
+    return tuple((index + 1) % interval != 0 for index in range(layers))
 
 
 def _unsupported(what: str) -> RequestError:

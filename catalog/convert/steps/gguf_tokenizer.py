@@ -5,13 +5,20 @@ wrong one silently changes a few tokens in a thousand, so every conversion compa
 Source of the patterns: llama.cpp `llama-vocab.cpp`, llm_tokenizer_bpe.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from core.errors import BrokenModel, UnsupportedCapability
 
+if TYPE_CHECKING:
+    from backends.hf.tokenizer import HfTokenizer
+
+# (text, whether to add the tokens before a prompt) to token ids.
+Encode: TypeAlias = Callable[[str, bool], list[int]]
+
+_MAX_SPECIALS = 64
 _DIGIT = r"\p{N}"
 _GPT2 = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -144,6 +151,12 @@ class GgufVocabulary:
             return None
         return token_id, self._llama.llama_vocab_get_text(self._vocabulary, token_id).decode()
 
+    def end_ids(self) -> tuple[int, ...]:
+        """Return the ids of all tokens that end a generation in llama.cpp, in order."""
+        count = self._llama.llama_vocab_n_tokens(self._vocabulary)
+        is_end = self._llama.llama_vocab_is_eog
+        return tuple(each for each in range(count) if is_end(self._vocabulary, each))
+
     def close(self) -> None:
         """Free the vocabulary; may be called twice."""
         if self._model:
@@ -161,16 +174,16 @@ def gguf_vocabulary(path: Path) -> Iterator[GgufVocabulary]:
         vocabulary.close()
 
 
-def tokenizer_differences(tokenizer: Any, vocabulary: GgufVocabulary) -> list[str]:
-    """Return the probes for which a `tokenizers.Tokenizer` and llama.cpp give other tokens."""
-    specials = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    probes = [*PROBES, *(f"before{text} after\n{text}" for text in specials[:8])]
+def tokenizer_differences(
+    encode: Encode, specials: Sequence[str], vocabulary: GgufVocabulary
+) -> list[str]:
+    """Return the probes for which `encode` and llama.cpp give other tokens."""
+    probes = [*PROBES, *(f"before{text} after\n{text}" for text in specials[:_MAX_SPECIALS])]
     return [
         probe
         for probe in probes
         for with_special in (False, True)
-        if tokenizer.encode(probe, add_special_tokens=with_special).ids
-        != vocabulary.encode(probe, with_special=with_special)
+        if encode(probe, with_special) != vocabulary.encode(probe, with_special=with_special)
     ]
 
 
@@ -191,7 +204,12 @@ def match_gguf_tokenizer(tokenizer: Any, vocabulary: GgufVocabulary, pre: str) -
         pair=[part for part in (*frame, "$B:0") if part],
         special_tokens=[(text, token_id) for token_id, text in filter(None, (bos, eos))],
     )
-    different = tokenizer_differences(tokenizer, vocabulary)
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    different = tokenizer_differences(
+        lambda text, with_special: tokenizer.encode(text, add_special_tokens=with_special).ids,
+        added,
+        vocabulary,
+    )
     if different:
         raise UnsupportedCapability(
             f"The tokenizer ({pre or 'unnamed'}) cannot be converted exactly: "
@@ -201,16 +219,27 @@ def match_gguf_tokenizer(tokenizer: Any, vocabulary: GgufVocabulary, pre: str) -
         )
 
 
-def check_same_tokens(tokenizer: Any, gguf: Path) -> None:
-    """Check that a tokenizer and the GGUF file written from it give the same tokens.
+def check_same_tokens(tokenizer: "HfTokenizer", specials: Sequence[str], gguf: Path) -> None:
+    """Check that the GGUF file written from a tokenizer gives the same tokens and end tokens.
 
-    Raises UnsupportedCapability if they do not.
+    Raises UnsupportedCapability if it does not.
     """
+
+    def encode(text: str, with_special: bool) -> list[int]:
+        return tokenizer.encode(text, add_bos=with_special, parse_special=True)
+
     with gguf_vocabulary(gguf) as vocabulary:
-        different = tokenizer_differences(tokenizer, vocabulary)
+        different = tokenizer_differences(encode, specials, vocabulary)
+        lost = sorted(tokenizer.end_ids - set(vocabulary.end_ids()))
     if different:
         raise UnsupportedCapability(
             f"The tokenizer cannot be converted exactly: llama.cpp gives other tokens for "
             f"{len(different)} of {2 * len(PROBES)} test texts, the first is {different[0]!r}.",
+            param="target_format",
+        )
+    if lost:
+        raise UnsupportedCapability(
+            f"The tokenizer cannot be converted exactly: its token {lost[0]} ends an answer, but "
+            "not in llama.cpp.",
             param="target_format",
         )

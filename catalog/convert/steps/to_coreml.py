@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.hf.folder import HfFolder, read_folder, tokenizer_files
+from backends.hf.folder import HfFolder, read_folder
 from catalog.convert.steps.coreml_decoder import (
     Decoder,
     Tensors,
@@ -33,7 +33,7 @@ _WIDE = frozenset({"pow", "reduce_mean", "rsqrt", "add", "mul", "sub"})
 def convert_to_coreml(
     source: Path, target: Path, *, precision: Precision, context_tokens: int, progress: Progress
 ) -> None:
-    """Write a folder `target` with an `.mlpackage`, its tokenizer and its configuration.
+    """Write a folder `target` with an `.mlpackage` and its configuration.
 
     "mixed" computes in float16 except for operations that overflow, "f16" computes everything in
     float16.  The package's logits are compared with the original's before it is kept.  Blocks for
@@ -59,12 +59,7 @@ def convert_to_coreml(
         del weights
         progress(0.9, "verifying")
         _verify(package, expected, precision)
-        for file in (*tokenizer_files(source), source / "config.json"):
-            shutil.copyfile(file, unfinished / file.name)
-        if (source / "generation_config.json").is_file():
-            shutil.copyfile(
-                source / "generation_config.json", unfinished / "generation_config.json"
-            )
+        shutil.copyfile(source / "config.json", unfinished / "config.json")
         os.rename(unfinished, target)
     progress(1.0, "done")
 

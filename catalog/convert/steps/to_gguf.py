@@ -4,20 +4,31 @@ Source of the keys and the order of rows: llama.cpp `convert_hf_to_gguf.py`.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backends.gguf.layout import FILE_TYPES
-from catalog.convert.job import Job, Report, link_source
+from catalog.convert.job import Job, Report, link_source, weight_files
 from catalog.convert.steps.from_gguf import quantize_file, single_file
+from catalog.convert.steps.gguf_config import ROPE_FREQS
 from catalog.convert.steps.gguf_tokenizer import check_same_tokens
-from catalog.convert.steps.hf_source import ARCHITECTURES, HfSource, add_vocabulary, read_source
+from catalog.convert.steps.hf_source import (
+    ARCHITECTURES,
+    HfSource,
+    add_settings,
+    add_vocabulary,
+    read_source,
+)
 from catalog.convert.steps.number_check import as_float16, check_finite
-from core.errors import BrokenModel, UnsupportedCapability
+from catalog.convert.steps.rotary import llama3_factors, rope_kind, rope_scaling
+from catalog.convert.steps.torch_files import listed_tensors, tensor_rows
+from core.errors import BrokenModel
 
 _TYPE_IDS = {name: number for number, name in FILE_TYPES.items()}
 _DIRECT = ("f32", "f16", "bf16")
@@ -42,50 +53,56 @@ def to_gguf(job: Job, report: Report) -> None:
 
     Raises BrokenModel, UnsupportedCapability, RequestError for weights that f16 cannot hold.
     """
-    from tokenizers import Tokenizer
-
-    source = link_source(job)
-    model = read_source(source)
+    model = read_source(link_source(job), job.folder)
     target = job.output / f"{job.name}.gguf"
     is_direct = job.quantization in _DIRECT
     plain = target if is_direct else job.work / "plain.gguf"
     dtype = job.quantization if is_direct else "f32"
-    _write(job, model, plain, dtype, report)
-    report(0.7, "comparing the tokenizers")
-    check_same_tokens(Tokenizer.from_file(str(source / "tokenizer.json")), plain)
+    layout = _Layout(model, weight_files(job, (".safetensors",)), dtype)
+    # A file without weights tells whether the tokenizer can be converted at all.
+    report(0.0, "comparing the tokenizers")
+    trial = job.work / "tokenizer.gguf"
+    _write(job, model, trial, dtype, None, report)
+    added = [token["content"] for token in model.tokenizer_json.get("added_tokens", ())]
+    check_same_tokens(model.tokenizer, added, trial)
+    _write(job, model, plain, dtype, layout, report)
     if not is_direct:
         report(0.75, "quantizing")
         quantize_file(plain, target, file_type=file_type(job.quantization), threads=job.threads)
     report(1.0, "done")
 
 
-def _write(job: Job, model: HfSource, target: Path, dtype: str, report: Report) -> None:
+def _write(
+    job: Job, model: HfSource, target: Path, dtype: str, layout: "_Layout | None", report: Report
+) -> None:
+    """Write a GGUF file; only its metadata if `layout` is None."""
     import gguf
 
-    architecture = ARCHITECTURES[model.config["model_type"]]
-    writer = gguf.GGUFWriter(target, architecture)
+    writer = gguf.GGUFWriter(target, ARCHITECTURES[model.config["model_type"]])
     try:
         _add_hyperparameters(writer, job, model, dtype)
         add_vocabulary(writer, model)
-        layout = _Layout(model, architecture, dtype)
-        for name, shape, kind in layout.shapes():
-            count = math.prod(shape)
-            numpy_type = np.dtype(np.float32 if kind == "f32" else np.float16)
-            raw = gguf.GGMLQuantizationType.BF16 if kind == "bf16" else None
-            raw_shape = (*shape[:-1], shape[-1] * 2) if kind == "bf16" else shape
+        add_settings(writer, model)
+        for tensor in layout.tensors if layout is not None else ():
+            element = np.dtype(np.float32 if tensor.kind == "f32" else np.float16)
+            is_bf16 = tensor.kind == "bf16"
+            # gguf-py takes bfloat16 as bytes.
+            shape = (*tensor.shape[:-1], tensor.shape[-1] * 2) if is_bf16 else tensor.shape
             writer.add_tensor_info(
-                name,
-                raw_shape,
-                np.dtype(np.uint8) if kind == "bf16" else numpy_type,
-                count * (4 if kind == "f32" else 2),
-                raw_dtype=raw,
+                tensor.gguf_name,
+                shape,
+                np.dtype(np.uint8) if is_bf16 else element,
+                tensor.nbytes,
+                raw_dtype=gguf.GGMLQuantizationType.BF16 if is_bf16 else None,
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, data in layout.data():
-            report(0.7 * done, "writing the weights")
-            writer.write_tensor_data(data)
+        written, total = 0, sum(each.nbytes for each in layout.tensors) if layout else 0
+        for tensor in layout.tensors if layout is not None else ():
+            report(0.7 * written / total, "writing the weights")
+            writer.write_tensor_data(tensor)
+            written += tensor.nbytes
     finally:
         writer.close()
 
@@ -94,7 +111,7 @@ def _add_hyperparameters(writer: Any, job: Job, model: HfSource, dtype: str) -> 
     config = model.config
     writer.add_name(job.name)
     writer.add_block_count(model.number("num_hidden_layers"))
-    writer.add_context_length(model.number("max_position_embeddings"))
+    writer.add_context_length(model.context)
     writer.add_embedding_length(model.number("hidden_size"))
     writer.add_feed_forward_length(model.number("intermediate_size"))
     writer.add_head_count(model.heads)
@@ -106,115 +123,133 @@ def _add_hyperparameters(writer: Any, job: Job, model: HfSource, dtype: str) -> 
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
     writer.add_file_type(file_type(dtype))
-    scaling = config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "linear":
+    if rope_kind(config) == "linear":
         import gguf
 
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(scaling["factor"]))
-    elif kind not in ("default", "llama3"):
-        raise UnsupportedCapability(
-            f"The RoPE scaling {kind!r} cannot be converted to GGUF; supported are "
-            "linear and llama3.",
-            param="target_format",
-        )
+        writer.add_rope_scaling_factor(float(rope_scaling(config)["factor"]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor that gguf-py writes as it writes an array, but in pieces.
+
+    `kind` is its element type in the file; `compute` yields its values as float32.
+    """
+
+    name: str
+    gguf_name: str
+    shape: tuple[int, ...]
+    kind: str
+    compute: Callable[[], Iterator[NDArray[np.float32]]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * (4 if self.kind == "f32" else 2)
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the values.  Raises BrokenModel, RequestError for what f16 cannot hold."""
+        import gguf
+
+        for values in self.compute():
+            check_finite(self.name, values)
+            array: NDArray[Any] = values
+            if self.kind == "f16":
+                array = as_float16(self.name, values)
+            elif self.kind == "bf16":
+                array = gguf.quants.quantize(values, gguf.GGMLQuantizationType.BF16)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class _Layout:
-    """The tensors of a folder with GGUF's names, in the same order for header and data."""
+    """The tensors of a folder with GGUF's names.  Raises BrokenModel, UnsupportedCapability."""
 
-    def __init__(self, model: HfSource, architecture: str, dtype: str) -> None:
+    def __init__(self, model: HfSource, files: Sequence[Path], dtype: str) -> None:
         import gguf
 
         self._model = model
-        self._dtype = dtype
+        architecture = ARCHITECTURES[model.config["model_type"]]
         self._is_llama = architecture == "llama"
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
         layers = model.number("num_hidden_layers")
-        self._names = gguf.get_tensor_name_map(kinds[architecture], layers)
-        self._files = sorted(model.folder.glob("*.safetensors"))
+        names = gguf.get_tensor_name_map(kinds[architecture], layers)
+        found: dict[str, _Tensor] = {}
+        if rope_kind(model.config) == "llama3":
+            factors = llama3_factors(
+                rope_scaling(model.config),
+                float(model.config.get("rope_theta", 10_000.0)),
+                model.head_dim,
+            )
+            found[ROPE_FREQS] = _Tensor(
+                ROPE_FREQS, ROPE_FREQS, factors.shape, "f32", lambda: iter((factors,))
+            )
+        for file in files:
+            for name, _, shape in listed_tensors(file):
+                if self._is_omitted(name):
+                    continue
+                mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
+                if mapped is None or mapped in found:
+                    raise BrokenModel(
+                        f"The tensor {name!r} is not part of this architecture, or occurs twice.",
+                        param="model",
+                    )
+                kind = dtype if len(shape) > 1 else "f32"
+                found[mapped] = _Tensor(
+                    name, mapped, shape, kind, partial(self._values, file, name, shape)
+                )
+        self.tensors = tuple(found.values())
+        self._check_complete({tensor.name: tensor.shape for tensor in self.tensors})
 
-    def _kind(self, shape: tuple[int, ...]) -> str:
-        return self._dtype if len(shape) > 1 else "f32"
+    def _is_omitted(self, name: str) -> bool:
+        """Whether a tensor is computed anew; some exporters store the rotary frequencies."""
+        is_tied = self._model.config.get("tie_word_embeddings") is True
+        return name.endswith("rotary_emb.inv_freq") or (is_tied and name == "lm_head.weight")
 
-    def _extra(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        factors = rope_factors(self._model.config, self._model.head_dim)
-        if factors is not None:
-            yield "rope_freqs.weight", factors
+    def _check_complete(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that no weight is missing: llama.cpp would notice, or use another one."""
+        kind = self._model.config["model_type"]
+        parts = [
+            *(f"self_attn.{each}_proj" for each in "qkvo"),
+            *(f"mlp.{each}_proj" for each in ("gate", "up", "down")),
+            *("input_layernorm", "post_attention_layernorm"),
+            *(f"self_attn.{each}_norm" for each in ("qk" if kind == "qwen3" else "")),
+        ]
+        needed = ["model.embed_tokens.weight", "model.norm.weight"]
+        if self._model.config.get("tie_word_embeddings") is not True:
+            needed.append("lm_head.weight")
+        for layer in range(self._model.number("num_hidden_layers")):
+            needed += [f"model.layers.{layer}.{part}.weight" for part in parts]
+        missing = next((name for name in needed if name not in shapes), None)
+        if missing is not None:
+            raise BrokenModel(f"The weights lack the tensor {missing}.", param="model")
+        rows = shapes["model.embed_tokens.weight"][0]
+        if rows != self._model.number("vocab_size"):
+            raise BrokenModel(
+                f"vocab_size is {self._model.number('vocab_size')}, but the embeddings have "
+                f"{rows} rows.",
+                param="model",
+            )
 
-    def _entries(self) -> Iterator[tuple[Any, str, str]]:
-        """Yield the open shard, the tensor's name in it, and its name in GGUF."""
-        from safetensors import safe_open
-
-        for file in self._files:
-            with safe_open(file, "pt") as shard:
-                for name in sorted(shard.keys()):
-                    # Some exporters store these values, which are computed from the configuration.
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue
-                    mapped = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
-                    if mapped is None:
-                        raise BrokenModel(
-                            f"The tensor {name!r} is not part of this architecture.",
-                            param="model",
-                        )
-                    if name == "lm_head.weight" and self._model.config.get("tie_word_embeddings"):
-                        continue
-                    yield shard, name, mapped
-
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        """Yield each tensor's GGUF name, shape and element type."""
-        for name, data in self._extra():
-            yield name, data.shape, "f32"
-        for shard, name, mapped in self._entries():
-            shape = tuple(shard.get_slice(name).get_shape())
-            yield mapped, shape, self._kind(shape)
-
-    def data(self) -> Iterator[tuple[float, NDArray[Any]]]:
-        """Yield the progress from 0 to 1 and the next tensor in its final element type."""
-        import gguf
+    def _values(
+        self, file: Path, name: str, shape: tuple[int, ...]
+    ) -> Iterator[NDArray[np.float32]]:
         import torch
 
-        total = sum(file.stat().st_size for file in self._files)
-        done = 0
-        for _, factors in self._extra():
-            yield 0.0, factors
-        for shard, name, _ in self._entries():
-            values = shard.get_tensor(name).to(torch.float32)
-            done += values.numel() * 4
-            if self._is_llama and name.endswith(("q_proj.weight", "q_proj.bias")):
-                values = _permuted(values, self._model.heads)
-            elif self._is_llama and name.endswith(("k_proj.weight", "k_proj.bias")):
-                values = _permuted(values, self._model.kv_heads)
-            array = np.ascontiguousarray(values.numpy())
-            check_finite(name, array)
-            kind = self._kind(array.shape)
-            if kind == "f16":
-                array = as_float16(name, array)
-            elif kind == "bf16":
-                array = gguf.quants.quantize(array, gguf.GGMLQuantizationType.BF16)
-            yield min(done / max(total, 1), 1.0), array
+        heads = 0
+        if self._is_llama and name.endswith(("q_proj.weight", "q_proj.bias")):
+            heads = self._model.heads
+        elif self._is_llama and name.endswith(("k_proj.weight", "k_proj.bias")):
+            heads = self._model.kv_heads
+        if heads and shape[0] % (2 * heads):
+            raise BrokenModel(f"{shape[0]} rows cannot be split into {heads} heads.", param="model")
+        rows = shape[0] // heads if heads else 1
+        for piece in tensor_rows(file, name, shape, multiple=rows):
+            values = piece.to(torch.float32).numpy()
+            yield np.ascontiguousarray(_permuted(values, rows) if heads else values)
 
 
-def _permuted(rows: Any, heads: int) -> Any:
-    """Reorder the rows of llama's q and k for llama.cpp's rotary positions."""
-    shape = rows.shape
-    if shape[0] % (2 * heads):
-        raise BrokenModel(f"{shape[0]} rows cannot be split into {heads} heads.", param="model")
-    return rows.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
-
-
-def rope_factors(config: Mapping[str, Any], head_dim: int) -> NDArray[np.float32] | None:
-    """Return the divisors of llama 3's rotary frequencies, shape (head_dim / 2,); else None."""
-    scaling = config.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type")) != "llama3":
-        return None
-    base = float(config.get("rope_theta", 10_000.0))
-    factor = float(scaling["factor"])
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    trained = float(scaling["original_max_position_embeddings"])
-    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    wavelengths = 2 * math.pi * base**exponents
-    smooth = np.clip((trained / wavelengths - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
+def _permuted(values: NDArray[Any], rows: int) -> NDArray[Any]:
+    """Reorder the rows of Llama's heads for llama.cpp's rotary positions; shape (rows, …)."""
+    halves = values.reshape(-1, 2, rows // 2, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)

@@ -3,10 +3,23 @@
 import contextlib
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from catalog.convert.job import Job, Report, copy_sidecars, link_source
+from backends.hf.config import read_folder
+from catalog.convert.job import (
+    Job,
+    Report,
+    first_line,
+    link_source,
+    read_json,
+    write_json,
+)
+from catalog.convert.sidecars import copy_sidecars
+from catalog.convert.steps.hf_defaults import complete_config
+from catalog.convert.steps.rotary import limit_to_window
+from catalog.convert.support import ONNX_BUILT, onnx_reason
 from core.errors import UnsupportedCapability
 
 _PRECISIONS = {"f32": "fp32", "int4": "int4", "int8": "int8"}
@@ -16,31 +29,64 @@ _OPSET = 18
 def to_onnx(job: Job, report: Report) -> None:
     """Write a folder with model.onnx, its data, the configurations and the tokenizer.
 
-    The exporter "auto" falls back from "genai" to "torch" for architectures that only PyTorch
-    supports, in f32.  Raises UnsupportedCapability.
+    The exporter "auto" takes "genai" for the architectures that it writes correctly, else "torch",
+    which writes f32 only.  Raises UnsupportedCapability.
     """
     source = link_source(job)
-    if job.exporter in ("auto", "genai"):
+    exporter = _exporter(job, read_folder(source).config)
+    if exporter == "genai":
         report(0.0, "building the graph")
         try:
             _build(job, source)
         except NotImplementedError as error:
-            if job.exporter == "genai" or job.quantization != "f32":
-                raise UnsupportedCapability(
-                    f"{job.name} cannot be converted to ONNX in {job.quantization}: {error}"
-                ) from error
-            report(0.1, "tracing the model")
-            export_by_tracing(source, job.output, job.threads)
-    elif job.quantization != "f32":
+            raise UnsupportedCapability(
+                f"{job.name} cannot be converted to ONNX in {job.quantization}: "
+                f"{first_line(error)}",
+                param="target_format",
+            ) from error
+    else:
+        report(0.0, "tracing the model")
+        export_by_tracing(source, job.output, job.threads)
+    _write_configs(source, job.output)
+    copy_sidecars(job.folder, job.output)
+    report(1.0, "done")
+
+
+def _exporter(job: Job, config: Mapping[str, Any]) -> str:
+    """Return the exporter to use, "genai" or "torch".  Raises UnsupportedCapability."""
+    if reason := onnx_reason(config, job.quantization):
+        raise UnsupportedCapability(
+            f"{job.name} cannot be converted to ONNX: {reason}.", param="target_format"
+        )
+    is_built = config.get("model_type") in ONNX_BUILT
+    exporter = job.exporter if job.exporter != "auto" else "genai" if is_built else "torch"
+    if exporter == "torch" and job.quantization != "f32":
         raise UnsupportedCapability(
             "PyTorch's exporter supports only f32; choose f32 or the exporter genai.",
             param="quantization",
         )
-    else:
-        report(0.0, "tracing the model")
-        export_by_tracing(source, job.output, job.threads)
-    copy_sidecars(source, job.output)
-    report(1.0, "done")
+    if exporter == "genai" and not is_built:
+        raise UnsupportedCapability(
+            f"onnxruntime-genai does not write the architecture {config.get('model_type')!r} "
+            "correctly; choose the exporter torch.",
+            param="exporter",
+        )
+    return exporter
+
+
+def _write_configs(source: Path, output: Path) -> None:
+    """Write config.json; in it and in the builder's own file, the context ends at a window."""
+    config = complete_config(source)
+    limit_to_window(config)
+    write_json(output / "config.json", config)
+    path, longest = output / "genai_config.json", config.get("max_position_embeddings")
+    if path.is_file() and type(longest) is int:
+        genai = read_json(path)
+        for part, key in (("model", "context_length"), ("search", "max_length")):
+            section = genai.get(part)
+            if isinstance(section, dict) and type(section.get(key)) is int:
+                section[key] = min(section[key], longest)
+        write_json(path, genai)
 
 
 def _build(job: Job, source: Path) -> None:
