@@ -12,7 +12,6 @@ from typing import TypeAlias
 import psutil
 
 from backends.base import ModelInfo
-from catalog.convert.graph import MLX_BITS, ORIGINAL
 from core.units import MIB
 
 # Called with the memory of the running step's processes, in bytes.
@@ -23,60 +22,65 @@ _WATCH_INTERVAL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class _StepMemory:
-    """Peak memory of a step: a base for its packages, plus shares per source byte and parameter.
+    """Peak memory of a step in bytes: a base for its packages, plus what grows with the model.
 
-    `parameter_bytes` None means 1.1 times the bytes per weight of the target, plus 0.5.
+    `largest_bytes` counts per element of the largest tensor, `token_bytes` per token of the
+    vocabulary.
     """
 
     base_bytes: int
-    per_source_byte: float
-    parameter_bytes: float | None
+    per_source_byte: float = 0.0
+    parameter_bytes: float = 0.0
+    largest_bytes: float = 0.0
+    token_bytes: int = 0
 
 
-# Measured on Linux with models of 46 and 170 million parameters in f32, rounded up, without mapped
-# files.  ONNX in f32 is measured with PyTorch's exporter, which needs more than the builder.
+# Measured on Linux with models of 46 to 170 million parameters, rounded up, without mapped files.
+# Weights are written in pieces, so that most steps depend on the largest tensor at most; exporters
+# of others load the whole model.  A checkpoint that is no archive is loaded as a whole, too.
+# ONNX in f32 is measured with PyTorch's exporter, which needs more than the builder.
 _STEPS: Mapping[tuple[str, str], _StepMemory] = {
-    ("pytorch", "safetensors"): _StepMemory(200 * MIB, 1.0, 0.1),
-    ("safetensors", "safetensors"): _StepMemory(200 * MIB, 0.0, 4.2),
-    ("gguf", "safetensors"): _StepMemory(450 * MIB, 0.0, 4.5),
-    ("gguf", "gguf"): _StepMemory(200 * MIB, 0.0, 0.5),
-    ("gguf", "mlx"): _StepMemory(450 * MIB, 1.2, 0.1),
-    ("safetensors", "mlx"): _StepMemory(350 * MIB, 0.0, None),
-    ("safetensors", "gguf"): _StepMemory(250 * MIB, 0.0, 0.5),
-    ("safetensors", "onnx"): _StepMemory(500 * MIB, 0.0, 6.0),
-    ("safetensors", "coreml"): _StepMemory(1300 * MIB, 0.0, 2.5),
+    ("pytorch", "safetensors"): _StepMemory(300 * MIB, per_source_byte=1.0),
+    ("safetensors", "safetensors"): _StepMemory(300 * MIB),
+    ("gguf", "safetensors"): _StepMemory(380 * MIB, token_bytes=1300),
+    ("gguf", "gguf"): _StepMemory(100 * MIB, largest_bytes=6.0),
+    ("gguf", "mlx"): _StepMemory(380 * MIB, token_bytes=1300),
+    ("safetensors", "mlx"): _StepMemory(380 * MIB, largest_bytes=6.0),
+    ("safetensors", "gguf"): _StepMemory(380 * MIB, largest_bytes=6.0, token_bytes=1300),
+    ("safetensors", "onnx"): _StepMemory(500 * MIB, parameter_bytes=6.0),
+    ("safetensors", "coreml"): _StepMemory(1300 * MIB, parameter_bytes=2.5),
 }
-_QUANTIZED_ONNX = _StepMemory(500 * MIB, 0.0, 5.5)
-_WIDTHS = {"f32": 4.0, "bf16": 2.0, "f16": 2.0}
+_QUANTIZED_ONNX = _StepMemory(500 * MIB, parameter_bytes=5.5)
 _F32_BYTES = 4
 
 
 def needed_bytes(source: ModelInfo, route: tuple[str, ...], quantization: str) -> int:
     """Return the estimated peak memory in bytes of a conversion along the formats of `route`."""
     needed, size = 0, source.size_bytes
-    last = len(route) - 2
-    for number, pair in enumerate(pairwise(route)):
+    largest, tokens = _largest_tensor(source), _detail(source, "vocabulary_size")
+    for pair in pairwise(route):
         step = _STEPS[pair]
         if pair[1] == "onnx" and quantization != "f32":
             step = _QUANTIZED_ONNX
-        each = step.parameter_bytes
-        if each is None:
-            each = (
-                1.1 * _bytes_per_weight(quantization if number == last else ORIGINAL, source) + 0.5
-            )
-        used = step.per_source_byte * size + each * source.parameters
+        used = step.per_source_byte * size + step.parameter_bytes * source.parameters
+        used += step.largest_bytes * largest + step.token_bytes * tokens
         needed = max(needed, step.base_bytes + int(used))
-        # Weights from GGUF continue as f32, all others in their own type.
+        # Weights from GGUF continue as f32 at most, all others in their own type.
         size = source.parameters * _F32_BYTES if route[0] == "gguf" else size
     return needed
 
 
-def _bytes_per_weight(quantization: str, source: ModelInfo) -> float:
-    """Return the bytes per weight in MLX, including the scales of each group."""
-    bits = MLX_BITS.get(quantization)
-    if bits is not None:
-        return bits / 8 + 0.0625
-    return _WIDTHS.get(quantization, source.size_bytes / max(source.parameters, 1))
+def _largest_tensor(source: ModelInfo) -> int:
+    """Return the elements of the embeddings, or of one layer's experts in one tensor."""
+    width = _detail(source, "n_embd")
+    experts = _detail(source, "expert_count") * _detail(source, "n_ff")
+    largest = width * max(_detail(source, "vocabulary_size"), experts)
+    return min(largest, source.parameters) or source.parameters
+
+
+def _detail(source: ModelInfo, name: str) -> int:
+    value = source.details.get(name, 0)
+    return value if type(value) is int else 0
 
 
 def process_tree_bytes(pid: int) -> int:

@@ -27,7 +27,7 @@ from catalog.convert.steps.hf_source import (
 )
 from catalog.convert.steps.number_check import as_float16, check_finite
 from catalog.convert.steps.rotary import llama3_factors, rope_kind, rope_scaling
-from catalog.convert.steps.torch_files import listed_tensors, tensor_rows
+from catalog.convert.steps.torch_files import close_files, listed_tensors, tensor_rows
 from core.errors import BrokenModel
 
 _TYPE_IDS = {name: number for number, name in FILE_TYPES.items()}
@@ -66,6 +66,7 @@ def to_gguf(job: Job, report: Report) -> None:
     added = [token["content"] for token in model.tokenizer_json.get("added_tokens", ())]
     check_same_tokens(model.tokenizer, added, trial)
     _write(job, model, plain, dtype, layout, report)
+    close_files()
     if not is_direct:
         report(0.75, "quantizing")
         quantize_file(plain, target, file_type=file_type(job.quantization), threads=job.threads)

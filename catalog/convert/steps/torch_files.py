@@ -87,6 +87,11 @@ def _opened(path: Path) -> Any:
     return safe_open(path, "pt") if path.suffix == ".safetensors" else load_checkpoint(path)
 
 
+def close_files() -> None:
+    """Close the file that is still open."""
+    _opened.cache_clear()
+
+
 def listed_tensors(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yield the name, safetensors dtype and shape of each tensor in a file."""
     import torch
