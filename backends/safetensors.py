@@ -15,10 +15,13 @@ from backends.base import (
     MemoryEstimate,
     ModelInfo,
 )
-from backends.hf.checks import check_folder, transformers_knows
-from backends.hf.config import HfFolder, read_folder, weight_files
+from backends.hf.adapters import refuse_adapter
+from backends.hf.checks import check_embedder, check_folder, transformers_knows
+from backends.hf.config import HfFolder, read_folder, variant_files, weight_files
 from backends.hf.folder import folder_info, is_mlx, quantization_of
 from backends.hf.header import SafetensorsHeader, broken, safetensors_header
+from backends.hf.names import model_names
+from backends.hf.packed import weight_layout
 from backends.pytorch.loading import (
     estimate_torch,
     import_torch,
@@ -26,12 +29,13 @@ from backends.pytorch.loading import (
     open_torch,
     torch_availability,
 )
-from backends.pytorch.weights import refuse_quantized
 from core.errors import BackendUnavailable, NotThisFormat
 from core.types import Capability
 from core.units import MIB
 
 _SUFFIX = ".safetensors"
+# Methods of quantization that mlx-lm reads exactly, with the architecture.
+_MLX_READS = frozenset({("mxfp4", "gpt_oss")})
 
 
 @runtime_checkable
@@ -71,11 +75,13 @@ class SafetensorsBackend(Backend):
         path = path.absolute()
         if path.suffix != _SUFFIX:
             raise NotThisFormat(f"{path.name} is not a safetensors file")
+        refuse_adapter(path)
         first = safetensors_header(path)
         folder = read_folder(path.parent)
         if not folder.config.get("model_type"):
             raise NotThisFormat(f"{path.name} is a part of another model")
         files = weight_files(folder.path, "safetensors")
+        files = files if path in files else variant_files(path)
         if path not in files:
             raise NotThisFormat(f"{path.name} is not among the folder's weights")
         headers = [first if file == path else _shard(file) for file in files]
@@ -102,22 +108,29 @@ class SafetensorsBackend(Backend):
         return mlx.open(info, options) if mlx else open_torch(info, options)
 
     def _info(self, folder: HfFolder, headers: list[SafetensorsHeader]) -> ModelInfo:
+        stored = {name: entry for each in headers for name, entry in each.tensors.items()}
+        names = model_names(headers[0].path, stored)
+        tensors = {new: stored[old] for old, new in names.items()}
+        layout = weight_layout(folder, tensors)
+        check_embedder(folder, layout, names)
         bytes_by_dtype: Counter[str] = Counter()
-        for header in headers:
-            bytes_by_dtype += header.bytes_by_dtype
+        for entry in tensors.values():
+            bytes_by_dtype[entry.dtype] += entry.nbytes
         info = folder_info(
             self.name,
             folder,
             tuple(header.path for header in headers),
-            parameters=sum(entry.elements for each in headers for entry in each.tensors.values()),
+            parameters=layout.packed_parameters
+            + sum(tensors[name].elements for name in layout.plain),
             weights_bytes=sum(bytes_by_dtype.values()),
-            quantization=quantization_of(folder, bytes_by_dtype),
+            quantization=layout.quantization or quantization_of(folder, bytes_by_dtype),
         )
-        runtime, reason = _choose_runtime(folder, info, self._mlx())
+        runtime, reason = _choose_runtime(folder, info, self._mlx(), layout.method)
         check_folder(folder, is_known=runtime == "mlx" or transformers_knows(folder.model_type))
         if runtime == "pytorch":
-            refuse_quantized(folder)
             info = limit_context_for_torch(info, folder)
+        elif layout.method:
+            info = replace(info, details={**info.details, "mlx_bits": 4, "mlx_group_size": 32})
         chosen = {"runs_on": runtime, "runs_on_reason": reason}
         return replace(info, details={**info.details, **chosen})
 
@@ -144,7 +157,9 @@ def _shard(path: Path) -> SafetensorsHeader:
         raise broken(path, "it is not a safetensors file, though the index names it") from None
 
 
-def _choose_runtime(folder: HfFolder, info: ModelInfo, mlx: Backend | None) -> tuple[str, str]:
+def _choose_runtime(
+    folder: HfFolder, info: ModelInfo, mlx: Backend | None, method: str
+) -> tuple[str, str]:
     """Return the runtime, "mlx" or "pytorch", and why; the same rule on every platform."""
     if Capability.EMBEDDING in info.capabilities:
         return "pytorch", "embedding models run on sentence-transformers"
@@ -155,6 +170,8 @@ def _choose_runtime(folder: HfFolder, info: ModelInfo, mlx: Backend | None) -> t
         return "pytorch", f"MLX cannot run here: {available.reason}"
     # A nested configuration is loaded by its outer type.
     model_type = str(folder.config.get("wrapper_model_type") or folder.config["model_type"])
+    if method and (method, model_type) not in _MLX_READS:
+        return "pytorch", f"its {info.quantization} weights are dequantized, which MLX does not do"
     if cast(_MlxBackend, mlx).supports(model_type):
         return "mlx", "MLX supports the architecture"
     return "pytorch", f"MLX does not support the architecture {model_type[:60]}"

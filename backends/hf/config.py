@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from backends.hf.adapters import adapter_error
 from backends.hf.header import broken, read_bytes, read_json, read_optional_json, read_text
 from core.errors import NotThisFormat
 from core.units import KIB, MIB
@@ -15,6 +16,11 @@ _MAX_TEMPLATE_BYTES = MIB
 _MAX_CARD_BYTES = 64 * KIB
 _MAX_INDEX_BYTES = 64 * MIB
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(?:safetensors|bin)", re.DOTALL)
+# Source: `variant` of transformers' and diffusers' `save_pretrained`.
+_VARIANT = re.compile(
+    r"(?P<stem>(?:model|pytorch_model)\.(?!index)[A-Za-z0-9_]{1,32})"
+    r"(?:-\d{5}-of-(?P<count>\d{5}))?\.(?P<kind>safetensors|bin)"
+)
 _DEFAULT_STEM = {"safetensors": "model", "bin": "pytorch_model"}
 _NOT_WEIGHTS = re.compile(
     r"(adapter|optimizer|scheduler|training_args|rng_state|openvino|consolidated)"
@@ -94,8 +100,7 @@ def read_folder(path: Path) -> HfFolder:
         config = read_json(path / "config.json")
     except FileNotFoundError:
         if (path / "adapter_config.json").is_file():
-            reason = "it is an adapter, which is not a model by itself"
-            raise broken(path / "adapter_config.json", reason) from None
+            raise adapter_error(path / "adapter_config.json") from None
         raise NotThisFormat(f"{path.name} has no config.json") from None
     tokenizer_config = read_optional_json(path / "tokenizer_config.json")
     return HfFolder(
@@ -192,11 +197,15 @@ def weight_files(folder: Path, kind: Literal["safetensors", "bin"]) -> tuple[Pat
     if not weights:
         adapters = [path for path in found if path.name.startswith("adapter")]
         if adapters:
-            raise broken(adapters[0], "it is an adapter, which is not a model by itself")
+            raise adapter_error(adapters[0])
         # Some models are published in this layout only.
         weights = [path for path in found if path.name.startswith("consolidated")]
     usual = [path for path in weights if path.name.startswith(_DEFAULT_STEM[kind])]
     weights = usual or weights
+    # Variants are other versions of the same weights: they are used if nothing else is there.
+    weights = [path for path in weights if not _VARIANT.fullmatch(path.name)] or list(
+        variant_files(weights[0]) if weights else ()
+    )
     single = folder / f"{_DEFAULT_STEM[kind]}.{kind}"
     if single in weights:
         return (single,)
@@ -205,6 +214,20 @@ def weight_files(folder: Path, kind: Literal["safetensors", "bin"]) -> tuple[Pat
         return tuple(weights)
     stem, match = sorted(shards.items())[0]
     return _shards(folder, stem, int(match[3]), kind)
+
+
+def variant_files(path: Path) -> tuple[Path, ...]:
+    """Return the files of the variant that `path` belongs to, such as `model.fp16.safetensors`.
+
+    A variant holds the same weights in another type; empty for other names.  Raises BrokenModel
+    for an incomplete set of shards.
+    """
+    match = _VARIANT.fullmatch(path.name)
+    if match is None:
+        return ()
+    if match["count"] is None:
+        return (path,)
+    return _shards(path.parent, match["stem"], int(match["count"]), match["kind"])
 
 
 def _shards(folder: Path, stem: str, count: int, kind: str) -> tuple[Path, ...]:

@@ -12,6 +12,7 @@ from backends.base import (
     ModelInfo,
 )
 from backends.hf.config import read_folder
+from backends.pytorch.file import pytorch_info
 from backends.pytorch.loading import (
     estimate_torch,
     import_torch,
@@ -19,7 +20,6 @@ from backends.pytorch.loading import (
     open_torch,
     torch_availability,
 )
-from backends.pytorch.weights import pytorch_info
 from core.units import MIB
 
 

@@ -15,9 +15,10 @@ from backends.hf.folder import read_folder
 from backends.hf.header import broken
 from backends.hf.memory import estimate_transformer
 from backends.hf.tokenizer import HfTokenizer
+from backends.pytorch.dequantize import dequantize
 from backends.pytorch.embedding import device, open_embedder
 from backends.pytorch.packing import open_rows
-from backends.pytorch.weights import SUFFIXES, load_tensors, refuse_quantized
+from backends.pytorch.weights import SUFFIXES, load_tensors
 from backends.stepper import Stepper
 from core.errors import BackendUnavailable, InsufficientMemory
 from core.types import Capability
@@ -26,9 +27,12 @@ from core.units import MIB
 # Measured: PyTorch and transformers after import, with their buffers for a step.
 _BASE_BYTES = 320 * MIB
 _ELEMENT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
+_PLAIN = ("f64", "f32", "f16", "bf16")
+_DECLARED = {"float16": "f16", "bfloat16": "bf16"}
 _SPARE_ROWS = 16
 # RoPE types whose frequencies change beyond the original context, to which it is limited.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
+_NESTED = ("text_config", "llm_config", "language_config")
 _WEIGHTS = SUFFIXES | {".safetensors"}
 
 
@@ -55,16 +59,23 @@ def limit_context_for_torch(info: ModelInfo, folder: HfFolder) -> ModelInfo:
     return replace(info, context_length=original)
 
 
-def run_dtype(quantization: str) -> str:
-    """Return the type to compute in: bf16, f16 on Metal only, else f32."""
-    if quantization == "bf16" or (quantization == "f16" and sys.platform == "darwin"):
-        return quantization
+def run_dtype(info: ModelInfo) -> str:
+    """Return the type to compute in: bf16, f16 on Metal only, else f32.
+
+    Quantized weights are dequantized to the type that config.json declares on Metal, and
+    elsewhere to f32, which keeps their exact values.
+    """
+    kind = info.quantization
+    if kind not in _PLAIN and sys.platform == "darwin":
+        kind = _DECLARED.get(str(info.details.get("torch_dtype")), "f32")
+    if kind == "bf16" or (kind == "f16" and sys.platform == "darwin"):
+        return kind
     return "f32"
 
 
 def estimate_torch(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
     """Return the bytes an engine holds; see `Backend.estimate`."""
-    element_bytes = _ELEMENT_BYTES[run_dtype(info.quantization)]
+    element_bytes = _ELEMENT_BYTES[run_dtype(info)]
     return estimate_transformer(
         info,
         options,
@@ -82,7 +93,6 @@ def open_torch(info: ModelInfo, options: EngineOptions) -> Engine:
     granted = estimate_torch(info, options)
     options = options.granted(granted)
     folder = read_folder(info.files[0].parent)
-    refuse_quantized(folder)
     if Capability.EMBEDDING in info.capabilities:
         return open_embedder(info, folder, options, torch_dtype(info))
     tokenizer = HfTokenizer(folder.path)
@@ -116,7 +126,7 @@ def torch_dtype(info: ModelInfo) -> Any:
     import torch
 
     names = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-    return names[run_dtype(info.quantization)]
+    return names[run_dtype(info)]
 
 
 def import_torch() -> None:
@@ -151,7 +161,8 @@ def load_model(info: ModelInfo, folder: HfFolder) -> Any:
     except (ValueError, OSError, TypeError, AttributeError, ImportError) as problem:
         raise broken(config_path, _first_line(problem)) from problem
     try:
-        tensors = load_tensors(weights_of(info))
+        tensors = dequantize(folder, load_tensors(weights_of(info)), torch_dtype(info))
+        _forget_quantization(config)
         model, report = _with_weights(model_class, config, tensors, torch_dtype(info))
     except (MemoryError, torch.OutOfMemoryError) as problem:
         raise InsufficientMemory(
@@ -164,6 +175,14 @@ def load_model(info: ModelInfo, folder: HfFolder) -> Any:
         names = ", ".join(sorted(report["missing_keys"])[:3])
         raise broken(info.files[0], f"{len(report['missing_keys'])} weights are missing: {names}")
     return model.to(device()).eval()
+
+
+def _forget_quantization(config: Any) -> None:
+    """Take the quantization out of a configuration, whose weights are dequantized."""
+    for level in (config, *(getattr(config, key, None) for key in _NESTED)):
+        for key in ("quantization_config", "compression_config"):
+            if getattr(level, key, None) is not None:
+                delattr(level, key)
 
 
 def _with_weights(model_class: Any, config: Any, tensors: Mapping[str, Any], dtype: Any) -> Any:

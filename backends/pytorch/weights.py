@@ -2,16 +2,13 @@
 
 import re
 import zipfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from backends.base import ModelInfo
-from backends.hf.checks import check_folder, transformers_knows
-from backends.hf.folder import HfFolder, folder_info, quantization_of, read_folder, weight_files
 from backends.hf.header import broken
+from backends.hf.names import model_names
 from backends.pytorch.unpickle import (
     MAX_PICKLE_BYTES,
     PickledTensor,
@@ -19,7 +16,7 @@ from backends.pytorch.unpickle import (
     UnsafePickle,
     read_pickle,
 )
-from core.errors import BrokenModel, NotThisFormat
+from core.errors import NotThisFormat
 from core.units import MIB
 
 SUFFIXES = frozenset({".bin", ".pt", ".pth"})
@@ -28,12 +25,11 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _LFS_POINTER = b"version https://git-lfs"
 _MAX_DIRECTORY_BYTES = 64 * MIB
-_NOT_WEIGHTS = re.compile(
-    r"(adapter|optimizer|scheduler|scaler|training_args|rng_state|random_states|openvino)"
-)
-# Keys under which training scripts put the state dict.
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
-_SAFETENSORS_NAMES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "f64": "F64", "i8": "I8"}
+# Keys under which training scripts put the state dict; averaged copies only if there is no other.
+_WRAPPERS = (
+    "state_dict", "model", "model_state_dict", "model_state", "module", "net", "network",
+    "weights", "params", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,90 +162,23 @@ def _tensors(value: Any) -> dict[str, PickledTensor]:
     }
 
 
-def pytorch_info(path: Path) -> ModelInfo:
-    """Describe the model that `path` holds or is a shard of; see `Backend.identify`."""
-    path = path.absolute()
-    if _NOT_WEIGHTS.match(path.name):
-        raise NotThisFormat(f"{path.name} holds training state, not weights")
-    first = read_torch_file(path)
-    try:
-        folder = read_folder(path.parent)
-    except NotThisFormat:
-        raise broken(
-            path,
-            "it has only weights; put the model's config.json and tokenizer.json beside it",
-        ) from None
-    if not folder.config.get("model_type"):
-        raise NotThisFormat(f"{path.name} is part of another model")
-    paths = _all_shards(folder, path)
-    files = [first if each == path else _shard(each) for each in paths]
-    return torch_info(folder, files)
-
-
-def _all_shards(folder: HfFolder, path: Path) -> tuple[Path, ...]:
-    """Return all shards of the model of `path`; only itself for a single state dict."""
-    if not path.name.startswith("pytorch_model"):
-        return (path,)
-    shards = weight_files(folder.path, "bin")
-    if path not in shards:
-        raise NotThisFormat(f"{path.name} is not among the folder's weights")
-    return shards
-
-
-def _shard(path: Path) -> TorchFile:
+def read_shard(path: Path) -> TorchFile:
+    """Read a weight file that must be one.  Raises BrokenModel."""
     try:
         return read_torch_file(path)
     except NotThisFormat:
         raise broken(path, "it is not a PyTorch file, though the index lists it") from None
 
 
-def torch_info(folder: HfFolder, files: Sequence[TorchFile]) -> ModelInfo:
-    """Describe the model of these weight files in `folder`.  Raises BrokenModel."""
-    bytes_by_dtype: Counter[str] = Counter()
-    parameters = 0
-    for file in files:
-        viewed: Counter[Storage] = Counter()
-        for tensor in file.tensors.values():
-            viewed[tensor.storage] += tensor.elements
-        for storage, elements in viewed.items():
-            # Tied weights view the same storage and count once.
-            own = min(elements, storage.elements)
-            name = _SAFETENSORS_NAMES.get(storage.dtype, storage.dtype.upper())
-            bytes_by_dtype[name] += own * storage.element_bytes
-            parameters += own
-    refuse_quantized(folder)
-    check_folder(folder, is_known=transformers_knows(folder.model_type))
-    return folder_info(
-        "pytorch",
-        folder,
-        tuple(file.path for file in files),
-        parameters=parameters,
-        weights_bytes=sum(bytes_by_dtype.values()),
-        quantization=quantization_of(folder, bytes_by_dtype),
-    )
-
-
-def refuse_quantized(folder: HfFolder) -> None:
-    """Raise BrokenModel for weights that need another library to dequantize."""
-    config = folder.config.get("quantization_config")
-    if config:
-        method = config.get("quant_method") if isinstance(config, dict) else None
-        raise BrokenModel(
-            f"The model's weights are quantized ({str(method)[:40]}) for another runtime; use the "
-            "unquantized ones, or MLX or GGUF.",
-            param="model",
-        )
-
-
 def load_tensors(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return all tensors of these files, memory-mapped if the layout allows it.
+    """Return the weights in these files by the model's names, memory-mapped where possible.
 
     `paths` are all safetensors or all PyTorch files.  Raises BrokenModel.
     """
     tensors: dict[str, Any] = {}
     for path in paths:
         tensors |= _torch_tensors(path) if path.suffix in SUFFIXES else _safetensors(path)
-    return tensors
+    return {new: tensors[old] for old, new in model_names(paths[0], tensors).items()}
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -267,7 +196,7 @@ def _torch_tensors(path: Path) -> dict[str, Any]:
 
     import torch
 
-    file = _shard(path)
+    file = read_shard(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=file.is_zip)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as problem:

@@ -149,7 +149,7 @@ def test_what_is_no_model_is_another_format(folder: Path) -> None:
     backend = installed()
     write(folder / "model.safetensors", PLAIN)
     with pytest.raises(NotThisFormat):
-        backend.identify(write(folder / "adapter_model.safetensors", PLAIN))
+        backend.identify(write(folder / "optimizer.safetensors", PLAIN))
     with pytest.raises(NotThisFormat):
         backend.identify(folder / "config.json")
     (folder / "config.json").write_text(json.dumps({"in_features": 8}))

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from backends.pytorch.backend import PytorchBackend
-from backends.pytorch.weights import load_tensors, pytorch_info, read_torch_file
+from backends.pytorch.file import pytorch_info
+from backends.pytorch.weights import load_tensors, read_torch_file
 from core.errors import BrokenModel, NotThisFormat
 from core.types import Capability
 
@@ -174,7 +175,7 @@ def test_a_part_of_a_larger_model_is_no_model(folder: Path) -> None:
         pytorch_info(save(folder / "pytorch_model.bin", weights()))
 
 
-def test_quantized_weights_of_another_runtime_are_refused(folder: Path) -> None:
+def test_dense_weights_that_are_declared_as_quantized_are_refused(folder: Path) -> None:
     config = {**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(BrokenModel, match="gptq"):

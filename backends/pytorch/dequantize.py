@@ -1,0 +1,342 @@
+"""Turns quantized weights into the floating-point weights that they stand for, with PyTorch.
+
+Sources of the formulas: the reference implementations of AutoGPTQ, AutoAWQ, bitsandbytes,
+compressed-tensors and ModelOpt, and the OCP Microscaling Formats specification.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from backends.hf.folder import HfFolder
+from backends.hf.header import broken
+from backends.hf.packed import PackedWeight, weight_layout
+
+# Weights that are computed at once, in float32, besides the result.
+_CHUNK_ELEMENTS = 1 << 22
+_MAX_STATE_BYTES = 4096
+# AutoAWQ's order of the eight values in a word.
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_DTYPE_NAMES = {
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float16": "F16",
+    "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int8": "I8", "uint8": "U8",
+    "int32": "I32", "uint32": "U32", "int64": "I64",
+}  # fmt: skip
+
+# Returns the rows from the first to before the second, as float32.
+_Rows: TypeAlias = Callable[[int, int], Any]
+
+
+class _Stored:
+    """A tensor as `backends.hf.packed` describes it."""
+
+    def __init__(self, tensor: Any) -> None:
+        name = str(tensor.dtype).removeprefix("torch.")
+        self.dtype = _DTYPE_NAMES.get(name, name)
+        self.shape = tuple(tensor.shape)
+
+
+def dequantize(folder: HfFolder, tensors: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """Return the model's weights; quantized ones become `dtype`, others stay as they are.
+
+    Takes the tensors out of `tensors`, so that each packed one is freed as soon as it is not
+    needed.  Besides the result, a few temporaries take at most 32 MiB each.
+    Raises BrokenModel.
+    """
+    layout = weight_layout(folder, {name: _Stored(each) for name, each in tensors.items()})
+    found = {name: tensors[name] for name in layout.plain}
+    for packed in layout.packed:
+        parts = {role: tensors.pop(name) for role, name in packed.parts.items()}
+        try:
+            found[packed.name] = _weight(packed, parts, dtype)
+        except (ValueError, IndexError, KeyError, TypeError, RuntimeError) as problem:
+            raise broken(
+                folder.path / "config.json",
+                f"the quantized weight {packed.name[:80]!r} cannot be read ({problem}); download "
+                "the weights again",
+            ) from problem
+    tensors.clear()
+    return found
+
+
+def _weight(packed: PackedWeight, parts: Mapping[str, Any], dtype: Any) -> Any:
+    import torch
+
+    if packed.kind == "mxfp4":
+        return _experts(packed, parts, dtype)
+    shape, rows = packed.shape, _READERS[packed.kind]
+    if packed.kind == "bnb4":
+        shape = _bnb_state(parts["state"], packed)["shape"]
+    result = torch.empty(shape, dtype=dtype)
+    if len(shape) > 2:
+        flat = result.reshape(-1, *shape[-2:])
+        for index, matrix in enumerate(flat):
+            inner = {role: _expert(part, index, shape) for role, part in parts.items()}
+            _fill(matrix, rows(packed, inner))
+    else:
+        _fill(result, rows(packed, parts))
+    return result
+
+
+def _expert(part: Any, index: int, shape: tuple[int, ...]) -> Any:
+    """Return the part of one matrix of several; a scale for all of them stays as it is."""
+    count = math.prod(shape[:-2])
+    if part.numel() == 1:
+        return part
+    return part.reshape(count, *part.shape[len(shape) - 2 :])[index]
+
+
+def _fill(result: Any, rows: _Rows) -> None:
+    """Compute a matrix, or a vector of weights, by chunks."""
+    count = result.shape[0]
+    step = max(_CHUNK_ELEMENTS // max(result[0].numel(), 1) // 8 * 8, 8)
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        result[first:last] = rows(first, last)
+
+
+def _gptq(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
+    scales = parts["scales"].float()
+    zeros = _bits(parts["zeros"].t(), packed.bits).t()
+    if packed.adds_one:
+        zeros = (zeros + 1) & ((1 << packed.bits) - 1)
+    group = _group_index(packed, parts, scales.shape[0])
+
+    def rows(first: int, last: int) -> Any:
+        values = _bits(parts["values"][:, first:last], packed.bits)
+        offset = zeros[:, first:last][group]
+        return ((values - offset).float() * scales[:, first:last][group]).t()
+
+    return rows
+
+
+def _awq(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
+    scales = parts["scales"].float()
+    group = _group_index(packed, parts, scales.shape[0])
+
+    def rows(first: int, last: int) -> Any:
+        words = slice(first // 8, -(-last // 8))
+        values = _awq_values(parts["values"][:, words])
+        zeros = _awq_values(parts["zeros"][:, words])[group] if "zeros" in parts else 8
+        found = (values - zeros).float() * scales[:, words.start * 8 : words.stop * 8][group]
+        return found[:, : last - first].t()
+
+    return rows
+
+
+def _awq_values(words: Any) -> Any:
+    import torch
+
+    shifts = torch.tensor([4 * place for place in _AWQ_ORDER], dtype=torch.int32)
+    return ((words.to(torch.int32)[..., None] >> shifts) & 15).flatten(-2)
+
+
+def _int32(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
+    stored = [int(each) for each in parts["state"]]
+    if stored != list(packed.shape):
+        raise ValueError(f"its weight_shape is {stored}, not {list(packed.shape)}")
+    middle = 1 << (packed.bits - 1)
+    scales = parts["scales"].float()
+    zeros = None
+    if "zeros" in parts:
+        zeros = _padded_bits(parts["zeros"], packed.bits)[: scales.shape[0]] - middle
+    group = _group_index(packed, parts, scales.shape[1])
+
+    def rows(first: int, last: int) -> Any:
+        values = _padded_bits(parts["values"][first:last].t(), packed.bits)[: packed.shape[1]]
+        own = slice(first, last) if scales.shape[0] > 1 else slice(None)
+        found = values.t() - middle
+        if zeros is not None:
+            found = found - zeros[own][:, group]
+        return found.float() * scales[own][:, group]
+
+    return rows
+
+
+def _grid(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
+    import torch
+
+    values = parts["values"]
+    columns, (high, wide) = values.shape[-1], packed.block
+    grid = (-(-values.shape[-2] // high), -(-columns // wide))
+    scales = _scale(parts["scales"]).reshape(-1)
+    if packed.parts["scales"].endswith(".SCB"):
+        # bitsandbytes stores the largest absolute value of each row.
+        scales = scales / 127
+    scales = scales.expand(math.prod(grid)) if scales.numel() == 1 else scales
+    scales = scales.reshape(grid)
+    zeros = parts["zeros"].float().reshape(-1) if "zeros" in parts else None
+    if zeros is not None:
+        zeros = zeros.expand(math.prod(grid)) if zeros.numel() == 1 else zeros
+        zeros = zeros.reshape(grid)
+
+    def spread(table: Any, first: int, last: int) -> Any:
+        lines = table[torch.arange(first, last) // high]
+        return lines.repeat_interleave(wide, dim=1)[:, :columns]
+
+    def rows(first: int, last: int) -> Any:
+        found = values[first:last].float()
+        if zeros is not None:
+            found = found - spread(zeros, first, last)
+        return found * spread(scales, first, last)
+
+    return rows
+
+
+def _fp4(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
+    scales = _scale(parts["scales"])
+    if "factor" in parts:
+        scales = scales * parts["factor"].float().reshape(())
+    if "divisor" in parts:
+        scales = scales / parts["divisor"].float().reshape(())
+
+    def rows(first: int, last: int) -> Any:
+        values = _fp4_values(parts["values"][first:last])
+        return values * scales[first:last].repeat_interleave(packed.group_size, dim=1)
+
+    return rows
+
+
+def _experts(packed: PackedWeight, parts: Mapping[str, Any], dtype: Any) -> Any:
+    """Return GPT-OSS's experts (experts, columns, rows), from (experts, rows, groups, bytes)."""
+    import torch
+
+    scales = _scale(parts["scales"])
+    result = torch.empty(packed.shape, dtype=dtype)
+    for index, blocks in enumerate(parts["values"]):
+
+        def rows(first: int, last: int, blocks: Any = blocks, own: Any = scales[index]) -> Any:
+            return (_fp4_values(blocks[first:last]) * own[first:last, :, None]).flatten(-2)
+
+        _fill(result[index].t(), rows)
+    return result
+
+
+def _bnb4(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
+    """Return a reader of blocks of the flat weight, two values a byte, the first one high."""
+    import torch
+
+    state = _bnb_state(parts["state"], packed)
+    shape, size = state["shape"], state["blocksize"]
+    count = math.prod(shape)
+    scales = parts["scales"].reshape(-1)
+    if "nested_scales" in parts:
+        outer = parts["nested_scales"].float().reshape(-1)
+        inner = parts["nested_map"].float()[scales.to(torch.int64)]
+        which = torch.arange(inner.numel()) // state["nested_blocksize"]
+        scales = inner * outer[which] + state["nested_offset"]
+    scales = scales.float()
+    if scales.numel() != -(-count // size):
+        raise ValueError(f"it has {scales.numel()} scales for {count} weights in blocks of {size}")
+    table = parts["map"].float().reshape(-1)
+    if table.numel() != 16:
+        raise ValueError(f"its table has {table.numel()} values, not 16")
+    data = parts["values"].reshape(-1)
+    wide = count // shape[0]
+
+    def rows(first: int, last: int) -> Any:
+        start, end = first * wide, last * wide
+        pairs = data[start // 2 : -(-end // 2)].to(torch.int32)
+        values = table[torch.stack((pairs >> 4, pairs & 15), dim=-1)].reshape(-1)
+        values = values[start % 2 : start % 2 + end - start]
+        return (values * scales[torch.arange(start, end) // size]).reshape(-1, *shape[1:])
+
+    return rows
+
+
+def _bnb_state(state: Any, packed: PackedWeight) -> dict[str, Any]:
+    """Return the state that bitsandbytes stores as JSON in bytes.  Raises ValueError."""
+    if state.numel() > _MAX_STATE_BYTES:
+        raise ValueError("its quant_state is too long")
+    found = json.loads(bytes(state.tolist()))
+    if not isinstance(found, dict):
+        raise ValueError("its quant_state is not an object")
+    shape, size = found.get("shape"), found.get("blocksize")
+    nested = found.get("nested_blocksize") or 256
+    offset = found.get("nested_offset") or 0.0
+    is_sound = (
+        isinstance(shape, list)
+        and 1 <= len(shape) <= 4
+        and all(type(each) is int and each > 0 for each in (*shape, size, nested))
+        and isinstance(offset, float | int)
+        and math.prod(shape) in (packed.shape[0], packed.shape[0] - 1)
+    )
+    if not is_sound:
+        raise ValueError(f"its quant_state has shape {str(shape)[:60]}, blocksize {str(size)[:20]}")
+    return {
+        "shape": tuple(shape or ()),
+        "blocksize": size,
+        "nested_blocksize": nested,
+        "nested_offset": float(offset),
+    }
+
+
+def _bits(words: Any, bits: int) -> Any:
+    """Return the values in the 32-bit words of each column, as one stream of bits, int32."""
+    import torch
+
+    words = words.to(torch.int64) & 0xFFFFFFFF
+    if 32 % bits == 0:
+        shifts = torch.arange(0, 32, bits).reshape(1, -1, 1)
+        found = (words[:, None, :] >> shifts) & ((1 << bits) - 1)
+        return found.flatten(0, 1).to(torch.int32)
+    count = words.shape[0] * 32 // bits
+    place = torch.arange(count) * bits
+    index, shift = place // 32, (place % 32)[:, None]
+    after = torch.cat((words, torch.zeros_like(words[:1])))[index + 1]
+    found = (words[index] >> shift) | (after << (32 - shift))
+    return (found & ((1 << bits) - 1)).to(torch.int32)
+
+
+def _padded_bits(words: Any, bits: int) -> Any:
+    """Return the values in the words of each column; a word holds whole values only."""
+    import torch
+
+    shifts = (torch.arange(32 // bits) * bits).reshape(1, -1, 1)
+    words = words.to(torch.int64) & 0xFFFFFFFF
+    return ((words[:, None, :] >> shifts) & ((1 << bits) - 1)).flatten(0, 1).to(torch.int32)
+
+
+def _fp4_values(data: Any) -> Any:
+    """Return the 4-bit floats in bytes, low half first, as float32."""
+    import torch
+
+    table = torch.tensor([*_FP4, *(-each for each in _FP4)])
+    data = data.view(torch.uint8).to(torch.int32)
+    return table[torch.stack((data & 15, data >> 4), dim=-1)].flatten(-2)
+
+
+def _scale(scales: Any) -> Any:
+    """Return scales as float32; bytes are exponents of two."""
+    import torch
+
+    if scales.dtype == torch.uint8:
+        return torch.ldexp(torch.ones(scales.shape), scales.to(torch.int32) - 127)
+    return scales.float()
+
+
+def _group_index(packed: PackedWeight, parts: Mapping[str, Any], groups: int) -> Any:
+    """Return the group of each column.  Raises ValueError for one that does not exist."""
+    import torch
+
+    if "groups" not in parts:
+        columns = packed.shape[1]
+        return (torch.arange(columns) // packed.group_size).clamp(max=groups - 1)
+    found = parts["groups"].to(torch.int64)
+    low, high = int(found.min()), int(found.max())
+    if low < 0 or high >= groups:
+        raise ValueError(f"a column is in the group {low if low < 0 else high} of {groups}")
+    return found
+
+
+_READERS: Mapping[str, Callable[[PackedWeight, Mapping[str, Any]], _Rows]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "int32": _int32,
+    "grid": _grid,
+    "fp4": _fp4,
+    "bnb4": _bnb4,
+}

@@ -1,0 +1,120 @@
+"""Folders with quantized weights: named, counted, sized and placed truthfully."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends.base import EngineOptions, ModelInfo
+from backends.pytorch import loading
+from backends.pytorch.backend import PytorchBackend
+from backends.registry import load_backends
+from core.errors import BrokenModel
+from tests.quantized import METHODS, mxfp4_rows
+
+torch = pytest.importorskip("torch")
+save_file = pytest.importorskip("safetensors.torch").save_file
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "max_position_embeddings": 64,
+    "torch_dtype": "float16",
+}
+
+
+def folder_of(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """Write a configuration of the method `name`; return the stored tensors of one matrix."""
+    settings, make, _ = METHODS[name]
+    config = {**CONFIG, "quantization_config": settings, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    weight = make(np.random.default_rng(1), (96, 64))
+    base = "model.layers.0.mlp.up_proj"
+    stored: dict[str, Any] = {f"{base}.{key}": value for key, value in weight.stored.items()}
+    stored["model.embed_tokens.weight"] = torch.zeros(32, 64, dtype=torch.float16)
+    return stored
+
+
+def identify(folder: Path, stored: Mapping[str, Any], kind: str = "safetensors") -> ModelInfo:
+    """Save the weights as safetensors or as a pickle, and describe the model."""
+    if kind == "safetensors":
+        save_file(dict(stored), folder / "model.safetensors")
+        return load_backends()["safetensors"].identify(folder / "model.safetensors")
+    torch.save(dict(stored), folder / "pytorch_model.bin")
+    return PytorchBackend().identify(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_quantized_folder_is_named_and_counted(tmp_path: Path, name: str) -> None:
+    info = identify(tmp_path, folder_of(tmp_path, name))
+    assert info.quantization == METHODS[name][2]
+    assert info.parameters == 96 * 64 + 32 * 64
+    assert info.details["runs_on"] == "pytorch"
+    assert "dequantized" in str(info.details["runs_on_reason"])
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "bnb-nf4", "bnb-int8", "ct-int4"])
+def test_a_pickle_of_quantized_weights_is_the_same_model(tmp_path: Path, name: str) -> None:
+    info = identify(tmp_path, folder_of(tmp_path, name), "bin")
+    assert (info.quantization, info.parameters) == (METHODS[name][2], 96 * 64 + 32 * 64)
+
+
+@pytest.mark.parametrize(
+    ("platform", "declared", "element_bytes"),
+    [
+        ("linux", "float16", 4), ("linux", "bfloat16", 4), ("darwin", "float16", 2),
+        ("darwin", "bfloat16", 2), ("darwin", "float32", 4), ("darwin", None, 4),
+    ],
+)  # fmt: skip
+def test_the_estimate_is_that_of_the_dequantized_weights(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    platform: str,
+    declared: str | None,
+    element_bytes: int,
+) -> None:
+    info = identify(tmp_path, folder_of(tmp_path, "awq", torch_dtype=declared))
+    monkeypatch.setattr(sys, "platform", platform)
+    needed = loading.estimate_torch(info, EngineOptions()).weights_bytes
+    assert needed == info.parameters * element_bytes
+
+
+def test_quantized_embedding_models_are_refused(tmp_path: Path) -> None:
+    stored = folder_of(tmp_path, "awq", architectures=["LlamaModel"])
+    with pytest.raises(BrokenModel, match="embedding model with quantized weights"):
+        identify(tmp_path, stored)
+
+
+def test_a_method_that_cannot_be_read_is_named_before_the_pickle_that_it_made(
+    tmp_path: Path,
+) -> None:
+    stored = folder_of(tmp_path, "awq", quantization_config={"quant_method": "torchao"})
+    with pytest.raises(BrokenModel, match="TorchAO"):
+        identify(tmp_path, {**stored, "odd": torch.nn.Linear(1, 1)}, "bin")
+
+
+def test_gpt_oss_stays_packed_where_mlx_runs_it(tmp_path: Path) -> None:
+    config = {**CONFIG, "model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    weight = mxfp4_rows(np.random.default_rng(1), (2, 96, 64))
+    base = "model.layers.0.mlp.experts.gate_up_proj"
+    stored = {f"{base}{ending}": value for ending, value in weight.stored.items()}
+    backend = load_backends()["safetensors"]
+    info = identify(tmp_path, stored)
+    assert (info.quantization, info.parameters) == ("mxfp4", 2 * 96 * 64)
+    if load_backends()["mlx"].availability().is_available:
+        assert info.details["runs_on"] == "mlx"
+        assert info.details["mlx_bits"] == 4
+        assert backend.estimate(info, EngineOptions()).weights_bytes > 0
