@@ -123,7 +123,7 @@ def bnb4(
     }  # fmt: skip
     stored: dict[str, Any] = {
         "weight": _tensor((values[::2] << 4 | values[1::2]).astype(np.uint8)[:, None]),
-        "weight.quant_map": _tensor(NF4),
+        "weight.quant_map": _tensor(NF4.copy()),
     }
     if is_nested:
         nested = np.sort(generator.uniform(-1, 1, 256)).astype(np.float32)

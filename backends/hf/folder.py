@@ -98,6 +98,9 @@ def is_mlx(folder: HfFolder, header: SafetensorsHeader) -> bool:
 def _mlx_bits(folder: HfFolder) -> int | None:
     quantization = folder.config.get("quantization")
     bits = quantization.get("bits") if isinstance(quantization, dict) else None
+    if isinstance(quantization, dict) and bits is None:
+        # Source: the defaults of mlx.core.quantize.
+        bits = 8 if quantization.get("mode") == "mxfp8" else 4
     return bits if type(bits) is int and 1 <= bits <= 16 else None
 
 

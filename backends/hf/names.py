@@ -32,7 +32,7 @@ _NOT_WEIGHTS = re.compile(
     r"(n_averaged|v_head\..+|(criterion|loss|loss_fn|metrics?|(train|val|valid|test)_\w+)\..+)"
 )
 _ADAPTED = re.compile(
-    r"(.+\.)?(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)\..+"
+    r"(.+\.)?(lora_[ABab]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)(\..+)?"
 )
 # Source: the checkpoints of Meta's llama and of mistral-inference.
 _ORIGINAL = re.compile(r"(layers\.\d+\.attention\.w[qkvo]|tok_embeddings)\.weight")

@@ -1,8 +1,7 @@
 """Identifies an MLX model from its files, without importing MLX."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +20,8 @@ from backends.hf.folder import (
 from backends.hf.header import broken
 from backends.mlx.model import check_config, supports
 from backends.mlx.npz import read_npz
+from backends.mlx.quantization import mlx_weights
 from core.errors import NotThisFormat
-
-_SCALES = ".scales"
 
 
 class _Entry(Protocol):
@@ -91,19 +89,18 @@ def _info(folder: HfFolder, files: tuple[Path, ...], tensors: Mapping[str, _Entr
     dtypes: Counter[str] = Counter()
     for entry in tensors.values():
         dtypes[entry.dtype] += entry.nbytes
-    quantization = folder.config.get("quantization")
+    weights = mlx_weights(config, folder.config, tensors)
     details: dict[str, int | float | str | bool] = {}
-    if isinstance(quantization, dict):
-        details = {
-            f"mlx_{key}": _count(config, quantization, key) for key in ("bits", "group_size")
-        }
+    if weights.main is not None:
+        details = {"mlx_bits": weights.main.bits, "mlx_group_size": weights.main.group_size}
+        details |= {"mlx_keeps_packed": True} if weights.keeps_packed else {}
     info = folder_info(
         "mlx",
         folder,
         files,
-        parameters=_parameters(config, tensors, quantization),
+        parameters=weights.parameters,
         weights_bytes=sum(dtypes.values()),
-        quantization=quantization_of(folder, dtypes),
+        quantization=weights.label or quantization_of(folder, dtypes),
         details=details,
     )
     if int(info.details["n_layer"]) > len(tensors):
@@ -113,33 +110,3 @@ def _info(folder: HfFolder, files: tuple[Path, ...], tensors: Mapping[str, _Entr
             f"{len(tensors)} tensors",
         )
     return info
-
-
-def _count(config: Path, quantization: Mapping[str, Any], key: str) -> int:
-    value = quantization.get(key)
-    if type(value) is not int or not 1 <= value <= 1024:
-        raise broken(
-            config, f"its quantization has {key}={str(value)[:40]!r}, not an integer from 1 to 1024"
-        )
-    return value
-
-
-def _parameters(config: Path, tensors: Mapping[str, _Entry], quantization: Any) -> int:
-    """Return the number of parameters; quantized weights count unpacked."""
-    if not isinstance(quantization, dict):
-        return _elements(tensors.values())
-    total = 0
-    for name, entry in tensors.items():
-        base, _, part = name.rpartition(".")
-        scales = tensors.get(base + _SCALES)
-        if scales is None:
-            total += prod(entry.shape)
-        elif part == "weight" and entry.dtype == "U32":
-            special = quantization.get(base)
-            settings = special if isinstance(special, dict) else quantization
-            total += prod(scales.shape) * _count(config, {**quantization, **settings}, "group_size")
-    return total
-
-
-def _elements(entries: Iterable[_Entry]) -> int:
-    return sum(prod(entry.shape) for entry in entries)

@@ -27,6 +27,8 @@ def wants_dense(info: ModelInfo, options: EngineOptions) -> bool:
     """Whether to dequantize weights: on a CPU, dense products are many times faster."""
     if has_metal() or not is_quantized(info) or dense_bytes(info) > _LARGEST_DENSE_BYTES:
         return False
+    if info.details.get("mlx_keeps_packed"):
+        return False
     try:
         _estimate(info, options, dense_bytes(info))
     except InsufficientMemory:

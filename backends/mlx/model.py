@@ -21,6 +21,8 @@ from typing import Any
 
 from backends.hf.folder import HfFolder
 from backends.hf.header import read_json
+from backends.hf.names import model_names
+from backends.mlx.quantization import mlx_settings
 from core.errors import BrokenModel, InsufficientMemory, NonFiniteOutput
 from core.units import MIB
 
@@ -140,6 +142,9 @@ def _runtime_config(folder: HfFolder) -> dict[str, Any]:
             for key, value in lifted.items():
                 if level.get(key) is None:
                     level[key] = value
+    quantization = mlx_settings(config)
+    if quantization is not None:
+        config["quantization"] = quantization
     if folder.is_embedder:
         # Embedding models are saved without an output head.
         config["tie_word_embeddings"] = True
@@ -256,6 +261,7 @@ def _load(
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
         weights |= arrays
+    weights = {new: weights[old] for old, new in model_names(files[0], weights).items()}
     if is_embedder and not any(name.startswith("model.") for name in weights):
         weights = {f"model.{name}": array for name, array in weights.items()}
 

@@ -88,6 +88,7 @@ def test_what_only_training_needs_is_left_out() -> None:
         "model.layers.0.q_proj.base_layer.weight",
         "model.layers.0.q_proj.lora_B.default.weight",
         "lora_A.weight",
+        "model.layers.0.self_attn.q_proj.lora_a",
     ],
 )
 def test_an_unmerged_adapter_is_refused_with_what_to_do(name: str) -> None:
