@@ -198,7 +198,7 @@ class _Checks:
         # Words and groups leave a factor open, which the model's own sizes tell; without them a
         # part of the model's settings has to agree.
         near = [one for one in fitting if groups * one.group_size in self.widths]
-        near = near or [one for one in fitting if one == self.main]
+        near = [one for one in near or fitting if one == self.main] or near
         near = near or [one for one in fitting if one.group_size == self.main.group_size]
         near = near or [one for one in fitting if one.bits == self.main.bits]
         if not near:
