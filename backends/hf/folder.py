@@ -35,6 +35,12 @@ _ADDED_TOKENS_BYTES = 512 * KIB
 # The default of most transformers configurations that do not set the length.
 _DEFAULT_CONTEXT = 2048
 _CACHED = re.compile(r"models--(?:.+--)?([^/]+)")
+# Folders of one training run, which say nothing about the model.
+_CHECKPOINT = re.compile(
+    r"((checkpoint|ckpt|epoch|global_step|iter|step)[-_]?\d+)"
+    r"|((best|final|last|latest)([-_](checkpoint|model))?)|checkpoint",
+    re.IGNORECASE,
+)
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
@@ -197,6 +203,8 @@ def _name(folder: Path) -> str:
         match = _CACHED.fullmatch(part)
         if match is not None:
             return _one_line(match[1])
+    if _CHECKPOINT.fullmatch(folder.name):
+        return _one_line(f"{folder.parent.name}-{folder.name}")
     return _one_line(folder.parent.name if folder.name == "model" else folder.name)
 
 
