@@ -20,8 +20,7 @@ from backends.hf.checks import check_embedder, check_folder, transformers_knows
 from backends.hf.config import HfFolder, read_folder, variant_files, weight_files
 from backends.hf.folder import folder_info, is_mlx, quantization_of
 from backends.hf.header import SafetensorsHeader, broken, safetensors_header
-from backends.hf.names import model_names
-from backends.hf.packed import weight_layout
+from backends.hf.layout import stored_weights
 from backends.pytorch.loading import (
     estimate_torch,
     import_torch,
@@ -108,20 +107,17 @@ class SafetensorsBackend(Backend):
         return mlx.open(info, options) if mlx else open_torch(info, options)
 
     def _info(self, folder: HfFolder, headers: list[SafetensorsHeader]) -> ModelInfo:
-        stored = {name: entry for each in headers for name, entry in each.tensors.items()}
-        names = model_names(headers[0].path, stored)
-        tensors = {new: stored[old] for old, new in names.items()}
-        layout = weight_layout(folder, tensors)
-        check_embedder(folder, layout, names)
+        stored = stored_weights(folder, headers)
+        layout = stored.layout
+        check_embedder(folder, layout, stored.names)
         bytes_by_dtype: Counter[str] = Counter()
-        for entry in tensors.values():
+        for entry in stored.tensors.values():
             bytes_by_dtype[entry.dtype] += entry.nbytes
         info = folder_info(
             self.name,
             folder,
             tuple(header.path for header in headers),
-            parameters=layout.packed_parameters
-            + sum(tensors[name].elements for name in layout.plain),
+            parameters=stored.parameters,
             weights_bytes=sum(bytes_by_dtype.values()),
             quantization=layout.quantization or quantization_of(folder, bytes_by_dtype),
         )

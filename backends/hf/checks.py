@@ -7,7 +7,7 @@ from pathlib import Path
 
 from backends.hf.config import HfFolder
 from backends.hf.header import broken
-from backends.hf.packed import WeightLayout
+from backends.hf.layout import WeightLayout
 
 # Each of these is a complete vocabulary; vocab.json also needs merges.txt.
 _VOCABULARIES = (

@@ -8,7 +8,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from stat import S_ISREG
 from types import MappingProxyType
@@ -35,11 +35,15 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType({
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a safetensors file; `dtype` is the format's name, such as `BF16`."""
+    """One tensor of a safetensors file; `dtype` is the format's name, such as `BF16`.
+
+    `start` is the place of its data in the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int = field(default=0, compare=False)
 
     @property
     def elements(self) -> int:
@@ -161,8 +165,9 @@ def safetensors_header(path: Path) -> SafetensorsHeader:
         raise broken(path, "its __metadata__ is not an object with string values")
     tensors, ranges = {}, []
     for name, value in header.items():
-        tensors[name], begin = _entry(path, name, value)
-        ranges.append((begin, tensors[name].nbytes))
+        entry = _entry(path, name, value)
+        ranges.append((entry.start, entry.nbytes))
+        tensors[name] = replace(entry, start=_LENGTH.size + length + entry.start)
     _check_ranges(path, ranges, size - _LENGTH.size - length)
     return SafetensorsHeader(path, MappingProxyType(tensors), MappingProxyType(metadata))
 
@@ -197,8 +202,8 @@ def _header_length(path: Path) -> tuple[int, int]:
     return length, size
 
 
-def _entry(path: Path, name: str, value: object) -> tuple[TensorEntry, int]:
-    """Return a tensor's entry and its offset in bytes after the header."""
+def _entry(path: Path, name: str, value: object) -> TensorEntry:
+    """Return a tensor's entry; its `start` counts from the end of the header."""
     label = f"the tensor {name[:200]!r}"
     if not isinstance(value, dict):
         raise broken(path, f"the entry of {label} is not an object")
@@ -216,7 +221,7 @@ def _entry(path: Path, name: str, value: object) -> tuple[TensorEntry, int]:
         raise broken(
             path, f"{label} has {end - begin} bytes, which does not match its shape and dtype"
         )
-    return TensorEntry(dtype, shape, end - begin), begin
+    return TensorEntry(dtype, shape, end - begin, begin)
 
 
 def _sizes(value: object) -> tuple[int, ...] | None:

@@ -1,44 +1,26 @@
-"""Finds the quantized weights among the tensors of a Hugging Face folder, and checks their shapes.
+"""Finds quantized weights among tensors by their names, types and shapes, and checks these.
 
-A quantized matrix is stored as several tensors.  Here only names, types and shapes are compared;
-`backends.pytorch.dequantize` computes the values.  Sources: the layouts of AutoGPTQ, AutoAWQ,
-bitsandbytes, compressed-tensors, NVIDIA ModelOpt, and transformers' FP8 and MXFP4.
+A quantized matrix is stored as several tensors; `backends.pytorch.dequantize` computes its values.
+Sources: the layouts of AutoGPTQ, AutoAWQ, bitsandbytes, compressed-tensors, NVIDIA ModelOpt, and
+transformers' FP8 and MXFP4.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
-from backends.hf.config import HfFolder
+from backends.hf.bnb_state import MAX_STATE_BYTES, read_bnb_state
 from backends.hf.header import broken
-from backends.hf.quantization import (
-    Scheme,
-    declared_quantization,
-    quantization_beside,
-    read_scheme,
-)
+from backends.hf.quantization import Scheme
 from core.errors import BrokenModel
 
 Kind: TypeAlias = Literal["gptq", "awq", "int32", "grid", "fp4", "mxfp4", "bnb4"]
 
 _FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _SCALE_TYPES = _FLOAT8 | {"F16", "BF16", "F32", "F64", "F8_E8M0", "U8"}
-_INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _FP4_GROUPS = (16, 32)
-# Statistics of activations and of the KV cache, which weights do not need.
-_UNUSED = re.compile(
-    r".*\.(input_scale|output_scale|input_zero_point|output_zero_point|input_global_scale|"
-    r"activation_scale|input_amax|output_amax|[qkv]_scale|[qkv]_zero_point|weight_format|"
-    r"weight_observer\..*|.*_amax)"
-)
-# Endings that only packed weights have, and the tensor that must be beside each.
-_PACKED_ENDINGS = (
-    ".qweight", ".qzeros", ".weight_packed", ".weight_scale_inv", ".SCB", ".weight.absmax",
-    ".weight_scale", ".weight_scale_2",
-)  # fmt: skip
 
 
 class StoredTensor(Protocol):
@@ -56,8 +38,8 @@ class PackedWeight:
 
     `parts` maps roles to stored names: `values`, and as the kind needs `scales`, `zeros`,
     `groups` (the group of each column), `factor` or `divisor` (one for all scales), `state`.
-    A bnb4 weight's shape is in its state: here it is flat.  `group_size`: columns per scale;
-    `block`: rows and columns per scale of a grid.
+    A bnb4 weight's shape is in its state: without its content it is flat.  `group_size`: columns
+    per scale; `block`: rows and columns per scale of a grid.
     """
 
     name: str
@@ -70,98 +52,20 @@ class PackedWeight:
     adds_one: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class WeightLayout:
-    """How stored tensors become the model's weights; `plain` ones are used as they are.
+class PackedFinder:
+    """Collects the packed weights of one scheme; `read` returns the content of a small tensor."""
 
-    `quantization` is the name for `ModelInfo`, empty if nothing is quantized.
-    """
-
-    plain: tuple[str, ...]
-    packed: tuple[PackedWeight, ...] = ()
-    quantization: str = ""
-    method: str = ""
-
-    @property
-    def packed_parameters(self) -> int:
-        """Number of weights in the packed tensors."""
-        return sum(math.prod(each.shape) for each in self.packed)
-
-
-def weight_layout(folder: HfFolder, tensors: Mapping[str, StoredTensor]) -> WeightLayout:
-    """Return the layout of all of a model's `tensors`.
-
-    Raises BrokenModel for methods that cannot be read, and if the configuration and the tensors
-    contradict each other.
-    """
-    settings = declared_quantization(folder)
-    marked = _marked(tensors)
-    if settings is None:
-        if not marked:
-            _refuse_integers(folder, tensors, tensors)
-            return WeightLayout(tuple(tensors))
-        settings = quantization_beside(folder)
-    config = folder.path / "config.json"
-    if settings is None:
-        raise broken(
-            config,
-            f"it has no quantization_config, but the weights are quantized ({marked[0][:80]!r}); "
-            "download the model's config.json again",
-        )
-    scheme = read_scheme(folder, settings)
-    finder = _Finder(config, scheme, tensors)
-    packed = finder.find()
-    if not packed:
-        raise broken(
-            config,
-            f"its quantization_config says {scheme.label}, but no weight is stored in that form; "
-            "remove quantization_config if the weights are not quantized, or download them again",
-        )
-    used = {name for each in packed for name in each.parts.values()}
-    plain = tuple(name for name in tensors if name not in used and not _UNUSED.fullmatch(name))
-    rest = _marked(plain)
-    if rest:
-        raise broken(
-            config,
-            f"its quantization_config says {scheme.label}, but the tensor {rest[0][:80]!r} does "
-            "not belong to a weight of that form; download the weights again",
-        )
-    _refuse_integers(folder, tensors, plain)
-    return WeightLayout(plain, packed, scheme.label, scheme.method)
-
-
-def _refuse_integers(
-    folder: HfFolder, tensors: Mapping[str, StoredTensor], names: Iterable[str]
-) -> None:
-    """Raise BrokenModel if a matrix is made of integers that nothing scales."""
-    for name in names:
-        stored = tensors[name]
-        if name.endswith(".weight") and stored.dtype in _INTEGERS and len(stored.shape) > 1:
-            raise broken(
-                folder.path / "config.json",
-                f"the tensor {name[:80]!r} holds {stored.dtype} integers, and nothing says which "
-                "weights they stand for; download config.json and the weights again",
-            )
-
-
-def _marked(names: Iterable[str]) -> list[str]:
-    """Return the names that only packed weights have."""
-    known = set(names)
-    return [
-        name
-        for name in known
-        if name.endswith(_PACKED_ENDINGS)
-        or (name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in known)
-    ]
-
-
-class _Finder:
-    """Collects the packed weights of one scheme."""
-
-    def __init__(self, config: Path, scheme: Scheme, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(
+        self,
+        config: Path,
+        scheme: Scheme,
+        tensors: Mapping[str, StoredTensor],
+        read: Callable[[str], bytes] | None,
+    ) -> None:
         self._config = config
         self._scheme = scheme
         self._tensors = tensors
+        self._read = read
 
     def find(self) -> tuple[PackedWeight, ...]:
         """Return all packed weights.  Raises BrokenModel."""
@@ -250,7 +154,17 @@ class _Finder:
         self._agree(base, is_sound and self._scheme.bits == 4, "incomplete 4-bit values")
         assert stored is not None
         parts["state"] = states[0]
-        return PackedWeight(base, "bnb4", (2 * math.prod(stored.shape),), parts, 4)
+        count = 2 * math.prod(stored.shape)
+        return PackedWeight(base, "bnb4", self._bnb_shape(states[0], count), parts, 4)
+
+    def _bnb_shape(self, name: str, count: int) -> tuple[int, ...]:
+        if self._read is None:
+            return (count,)
+        self._agree(name, math.prod(self._tensors[name].shape) <= MAX_STATE_BYTES, "no short state")
+        try:
+            return read_bnb_state(self._read(name), count).shape
+        except ValueError as problem:
+            raise self._problem(f"{name[:80]!r}: {problem}") from problem
 
     def _compressed(self, name: str) -> PackedWeight | None:
         if not name.endswith(".weight_packed"):

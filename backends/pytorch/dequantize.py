@@ -4,18 +4,18 @@ Sources of the formulas: the reference implementations of AutoGPTQ, AutoAWQ, bit
 compressed-tensors and ModelOpt, and the OCP Microscaling Formats specification.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from backends.hf.bnb_state import MAX_STATE_BYTES, BnbState, read_bnb_state
 from backends.hf.folder import HfFolder
 from backends.hf.header import broken
-from backends.hf.packed import PackedWeight, weight_layout
+from backends.hf.layout import weight_layout
+from backends.hf.packed import PackedWeight
 
 # Weights that are computed at once, in float32, besides the result.
 _CHUNK_ELEMENTS = 1 << 22
-_MAX_STATE_BYTES = 4096
 # AutoAWQ's order of the eight values in a word.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -69,7 +69,7 @@ def _weight(packed: PackedWeight, parts: Mapping[str, Any], dtype: Any) -> Any:
         return _experts(packed, parts, dtype)
     shape, rows = packed.shape, _READERS[packed.kind]
     if packed.kind == "bnb4":
-        shape = _bnb_state(parts["state"], packed)["shape"]
+        shape = _bnb_state(parts).shape
     result = torch.empty(shape, dtype=dtype)
     if len(shape) > 2:
         flat = result.reshape(-1, *shape[-2:])
@@ -219,15 +219,16 @@ def _bnb4(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
     """Return a reader of blocks of the flat weight, two values a byte, the first one high."""
     import torch
 
-    state = _bnb_state(parts["state"], packed)
-    shape, size = state["shape"], state["blocksize"]
+    del packed
+    state = _bnb_state(parts)
+    shape, size = state.shape, state.block_size
     count = math.prod(shape)
     scales = parts["scales"].reshape(-1)
     if "nested_scales" in parts:
         outer = parts["nested_scales"].float().reshape(-1)
         inner = parts["nested_map"].float()[scales.to(torch.int64)]
-        which = torch.arange(inner.numel()) // state["nested_blocksize"]
-        scales = inner * outer[which] + state["nested_offset"]
+        which = torch.arange(inner.numel()) // state.nested_block_size
+        scales = inner * outer[which] + state.nested_offset
     scales = scales.float()
     if scales.numel() != -(-count // size):
         raise ValueError(f"it has {scales.numel()} scales for {count} weights in blocks of {size}")
@@ -247,31 +248,9 @@ def _bnb4(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
     return rows
 
 
-def _bnb_state(state: Any, packed: PackedWeight) -> dict[str, Any]:
-    """Return the state that bitsandbytes stores as JSON in bytes.  Raises ValueError."""
-    if state.numel() > _MAX_STATE_BYTES:
-        raise ValueError("its quant_state is too long")
-    found = json.loads(bytes(state.tolist()))
-    if not isinstance(found, dict):
-        raise ValueError("its quant_state is not an object")
-    shape, size = found.get("shape"), found.get("blocksize")
-    nested = found.get("nested_blocksize") or 256
-    offset = found.get("nested_offset") or 0.0
-    is_sound = (
-        isinstance(shape, list)
-        and 1 <= len(shape) <= 4
-        and all(type(each) is int and each > 0 for each in (*shape, size, nested))
-        and isinstance(offset, float | int)
-        and math.prod(shape) in (packed.shape[0], packed.shape[0] - 1)
-    )
-    if not is_sound:
-        raise ValueError(f"its quant_state has shape {str(shape)[:60]}, blocksize {str(size)[:20]}")
-    return {
-        "shape": tuple(shape or ()),
-        "blocksize": size,
-        "nested_blocksize": nested,
-        "nested_offset": float(offset),
-    }
+def _bnb_state(parts: Mapping[str, Any]) -> BnbState:
+    data = bytes(parts["state"].reshape(-1)[: MAX_STATE_BYTES + 1].tolist())
+    return read_bnb_state(data, 2 * parts["values"].numel())
 
 
 def _bits(words: Any, bits: int) -> Any:

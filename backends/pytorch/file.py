@@ -19,8 +19,8 @@ from backends.hf.folder import (
     weight_files,
 )
 from backends.hf.header import broken
+from backends.hf.layout import weight_layout
 from backends.hf.names import model_names
-from backends.hf.packed import weight_layout
 from backends.hf.quantization import refuse_unreadable
 from backends.pytorch.unpickle import PickledTensor, Storage
 from backends.pytorch.weights import SUFFIXES, TorchFile, read_shard, read_torch_file

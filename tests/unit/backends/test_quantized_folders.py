@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from backends.base import EngineOptions, ModelInfo
+from backends.hf.folder import read_folder, safetensors_header
+from backends.hf.layout import stored_weights
 from backends.pytorch import loading
 from backends.pytorch.backend import PytorchBackend
 from backends.registry import load_backends
@@ -118,3 +120,70 @@ def test_gpt_oss_stays_packed_where_mlx_runs_it(tmp_path: Path) -> None:
         assert info.details["runs_on"] == "mlx"
         assert info.details["mlx_bits"] == 4
         assert backend.estimate(info, EngineOptions()).weights_bytes > 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_shapes_are_those_of_the_model(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(folder_of(tmp_path, name), path)
+    stored = stored_weights(read_folder(tmp_path), [safetensors_header(path)])
+    assert stored.layout.dense_shapes(stored.tensors) == {
+        "model.embed_tokens.weight": (32, 64),
+        "model.layers.0.mlp.up_proj.weight": (96, 64),
+    }
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"", b"{", b"[]", b"{}", b"\xff\xfe\x00", b"[" * 3000, b" " * 5000,
+        b'{"shape": [96, 63], "blocksize": 64}', b'{"shape": [96, -64], "blocksize": 64}',
+        b'{"shape": [96, 64], "blocksize": 0}', b'{"shape": [1e3, 64], "blocksize": 64}',
+        b'{"shape": [96, 64], "blocksize": 64, "nested_offset": "x"}',
+    ],
+)  # fmt: skip
+def test_a_state_that_lies_is_refused_at_the_scan(tmp_path: Path, state: bytes) -> None:
+    stored = folder_of(tmp_path, "bnb-nf4")
+    key = next(name for name in stored if "quant_state" in name)
+    stored[key] = torch.tensor(list(state), dtype=torch.uint8)
+    with pytest.raises(BrokenModel, match="state"):
+        identify(tmp_path, stored)
+
+
+SETTINGS: tuple[Any, ...] = (
+    {"quant_method": "gptq", "bits": 4, "group_size": 1 << 62},
+    {"quant_method": "gptq", "bits": 4, "group_size": 16, "dynamic": {"(a+)+$": {"bits": 8}}},
+    {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm" * 10**5},
+    {"quant_method": "fp8", "weight_block_size": [1 << 62, 1 << 62]},
+    {"quant_method": "fp8", "weight_block_size": [[[]]]},
+    {"quant_method": "compressed-tensors", "format": ["pack-quantized"]},
+    {"quant_method": "compressed-tensors", "config_groups": {str(n): {} for n in range(10**4)}},
+    {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            str(n): {"weights": {"num_bits": n % 8 + 1, "group_size": n + 1}} for n in range(10**4)
+        },
+    },
+    {"quant_method": "modelopt", "quant_algo": {"a": 1}},
+    {"quant_method": "mxfp4"},
+    {"quant_method": "bitsandbytes", "load_in_4bit": [], "load_in_8bit": {}},
+    {"quant_method": None, "load_in_4bit": True},
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    "name", ["gptq", "awq", "fp8-blocks", "ct-int4", "bnb-nf4", "modelopt-nvfp4"]
+)
+def test_hostile_settings_are_refused_or_are_right(
+    tmp_path: Path, name: str, settings: Any
+) -> None:
+    stored = folder_of(tmp_path, name, quantization_config=settings)
+    found, message = 96 * 64 + 32 * 64, "config.json"
+    try:
+        found = identify(tmp_path, stored).parameters
+    except BrokenModel as problem:
+        message = problem.message
+    assert found == 96 * 64 + 32 * 64
+    assert "config.json" in message

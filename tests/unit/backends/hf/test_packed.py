@@ -10,7 +10,7 @@ import pytest
 
 from backends.hf.folder import read_folder
 from backends.hf.header import TensorEntry
-from backends.hf.packed import WeightLayout, weight_layout
+from backends.hf.layout import WeightLayout, weight_layout
 from core.errors import BrokenModel
 
 Entries = dict[str, TensorEntry]

@@ -1,0 +1,151 @@
+"""Says how the tensors in a Hugging Face folder become the model's weights."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from backends.hf.config import HfFolder
+from backends.hf.header import SafetensorsHeader, TensorEntry, broken, read_bytes
+from backends.hf.names import model_names
+from backends.hf.packed import PackedFinder, PackedWeight, StoredTensor
+from backends.hf.quantization import declared_quantization, quantization_beside, read_scheme
+
+_INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+# Statistics of activations and of the KV cache, which weights do not need.
+_UNUSED = re.compile(
+    r".*\.(input_scale|output_scale|input_zero_point|output_zero_point|input_global_scale|"
+    r"activation_scale|input_amax|output_amax|[qkv]_scale|[qkv]_zero_point|weight_format|"
+    r"weight_observer\..*|.*_amax)"
+)
+# Endings that only packed weights have, and the tensor that must be beside each.
+_PACKED_ENDINGS = (
+    ".qweight", ".qzeros", ".weight_packed", ".weight_scale_inv", ".SCB", ".weight.absmax",
+    ".weight_scale", ".weight_scale_2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLayout:
+    """How stored tensors become the model's weights; `plain` ones are used as they are.
+
+    `quantization` is the name for `ModelInfo`, empty if nothing is quantized.
+    """
+
+    plain: tuple[str, ...]
+    packed: tuple[PackedWeight, ...] = ()
+    quantization: str = ""
+    method: str = ""
+
+    def dense_shapes(self, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the model's weights by name, as they are once loaded."""
+        found = {name: tensors[name].shape for name in self.plain}
+        return found | {each.name: each.shape for each in self.packed}
+
+    @property
+    def packed_parameters(self) -> int:
+        """Number of weights in the packed tensors."""
+        return sum(math.prod(each.shape) for each in self.packed)
+
+
+def weight_layout(
+    folder: HfFolder,
+    tensors: Mapping[str, StoredTensor],
+    read: Callable[[str], bytes] | None = None,
+) -> WeightLayout:
+    """Return the layout of all of a model's `tensors`; `read` returns the content of a small one.
+
+    Raises BrokenModel for methods that cannot be read, and if the configuration and the tensors
+    contradict each other.
+    """
+    settings = declared_quantization(folder)
+    marked = _marked(tensors)
+    if settings is None:
+        if not marked:
+            _refuse_integers(folder, tensors, tensors)
+            return WeightLayout(tuple(tensors))
+        settings = quantization_beside(folder)
+    config = folder.path / "config.json"
+    if settings is None:
+        raise broken(
+            config,
+            f"it has no quantization_config, but the weights are quantized ({marked[0][:80]!r}); "
+            "download the model's config.json again",
+        )
+    scheme = read_scheme(folder, settings)
+    packed = PackedFinder(config, scheme, tensors, read).find()
+    if not packed:
+        raise broken(
+            config,
+            f"its quantization_config says {scheme.label}, but no weight is stored in that form; "
+            "remove quantization_config if the weights are not quantized, or download them again",
+        )
+    used = {name for each in packed for name in each.parts.values()}
+    plain = tuple(name for name in tensors if name not in used and not _UNUSED.fullmatch(name))
+    rest = _marked(plain)
+    if rest:
+        raise broken(
+            config,
+            f"its quantization_config says {scheme.label}, but the tensor {rest[0][:80]!r} does "
+            "not belong to a weight of that form; download the weights again",
+        )
+    _refuse_integers(folder, tensors, plain)
+    return WeightLayout(plain, packed, scheme.label, scheme.method)
+
+
+def _refuse_integers(
+    folder: HfFolder, tensors: Mapping[str, StoredTensor], names: Iterable[str]
+) -> None:
+    """Raise BrokenModel if a matrix is made of integers that nothing scales."""
+    for name in names:
+        stored = tensors[name]
+        if name.endswith(".weight") and stored.dtype in _INTEGERS and len(stored.shape) > 1:
+            raise broken(
+                folder.path / "config.json",
+                f"the tensor {name[:80]!r} holds {stored.dtype} integers, and nothing says which "
+                "weights they stand for; download config.json and the weights again",
+            )
+
+
+def _marked(names: Iterable[str]) -> list[str]:
+    """Return the names that only packed weights have."""
+    known = set(names)
+    return [
+        name
+        for name in known
+        if name.endswith(_PACKED_ENDINGS)
+        or (name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in known)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """The weights in safetensors files: their entries by the model's names, and their layout.
+
+    `names` maps the stored names to the model's.
+    """
+
+    tensors: Mapping[str, TensorEntry]
+    names: Mapping[str, str]
+    layout: WeightLayout
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, unpacked."""
+        plain = sum(self.tensors[name].elements for name in self.layout.plain)
+        return self.layout.packed_parameters + plain
+
+
+def stored_weights(folder: HfFolder, headers: Sequence[SafetensorsHeader]) -> StoredWeights:
+    """Describe the weights of a model's files; reads small tensors.  Raises BrokenModel."""
+    stored = {name: entry for each in headers for name, entry in each.tensors.items()}
+    paths = {name: each.path for each in headers for name in each.tensors}
+    names = model_names(headers[0].path, stored)
+    tensors = {new: stored[old] for old, new in names.items()}
+    places = {new: paths[old] for old, new in names.items()}
+
+    def read(name: str) -> bytes:
+        entry = tensors[name]
+        return read_bytes(places[name], entry.nbytes, start=entry.start, count=entry.nbytes)
+
+    return StoredWeights(tensors, names, weight_layout(folder, tensors, read))
