@@ -20,7 +20,7 @@ from backends.pytorch.embedding import device, open_embedder
 from backends.pytorch.packing import open_rows
 from backends.pytorch.weights import SUFFIXES, load_tensors
 from backends.stepper import Stepper
-from core.errors import BackendUnavailable, InsufficientMemory
+from core.errors import BackendUnavailable, ImpetusError, InsufficientMemory
 from core.types import Capability
 from core.units import MIB
 
@@ -152,14 +152,15 @@ def load_model(info: ModelInfo, folder: HfFolder) -> Any:
         config = AutoConfig.from_pretrained(
             str(folder.path), local_files_only=True, trust_remote_code=False
         )
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError as problem:
-        raise broken(
-            config_path,
-            f"transformers has no text generation for {folder.config.get('model_type')!r}",
-        ) from problem
-    except (ValueError, OSError, TypeError, AttributeError, ImportError) as problem:
-        raise broken(config_path, _first_line(problem)) from problem
+    except MemoryError:
+        raise
+    except Exception as problem:
+        # What a library raises for a configuration that makes no sense is not one of a few types.
+        raise broken(config_path, f"transformers cannot read it: {_words(problem)}") from problem
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = str(folder.config.get("model_type"))[:60]
+        raise broken(config_path, f"transformers has no text generation for {kind!r}")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         tensors = dequantize(folder, load_tensors(weights_of(info)), torch_dtype(info))
         _forget_quantization(config)
@@ -168,8 +169,10 @@ def load_model(info: ModelInfo, folder: HfFolder) -> Any:
         raise InsufficientMemory(
             f"The model {info.name} does not fit into memory: {problem}", param="model"
         ) from problem
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
-        reason = f"transformers cannot load it: {_first_line(problem)}"
+    except ImpetusError:
+        raise
+    except Exception as problem:
+        reason = f"transformers cannot load it: {_words(problem)}"
         raise broken(info.files[0], reason) from problem
     if report["missing_keys"]:
         names = ", ".join(sorted(report["missing_keys"])[:3])
@@ -207,5 +210,7 @@ def _with_weights(model_class: Any, config: Any, tensors: Mapping[str, Any], dty
         return load("eager")
 
 
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:300]
+def _words(problem: BaseException) -> str:
+    """Return an exception's first two lines as one; its type where it has no text."""
+    lines = [line.strip() for line in str(problem).strip().splitlines()[:2]]
+    return " ".join(lines)[:300] or type(problem).__name__
