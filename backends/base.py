@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from backends.prefixes.store import ModelPrefixStore
+from backends.trials import TrialOptions
 from core.errors import UnsupportedCapability
 from core.types import (
     Capability,
@@ -60,6 +61,7 @@ class EngineOptions:
     grants.  `prefix_bytes` is RAM for prefixes outside the KV cells; up to `warm_tokens` also stay
     in the cells.  `prefix_store` keeps prefixes beyond the engine's lifetime.  `stable_prompts`:
     see `backends.prompt.normalize`.  `tool_parser` overrides the tool-call family of the template.
+    `trial` is how the engine tries the model; None: with results of this process alone.
     """
 
     max_sequences: int = 16
@@ -74,6 +76,7 @@ class EngineOptions:
     warm_tokens: int = 1 << 30
     tool_parser: str | None = None
     prefix_store: ModelPrefixStore | None = field(default=None, compare=False)
+    trial: TrialOptions | None = field(default=None, compare=False)
     stable_prompts: bool = True
 
     def granted(self, estimate: "MemoryEstimate") -> "EngineOptions":
@@ -134,11 +137,15 @@ class EventReceiver(Protocol):
 
 
 class Engine(ABC):
-    """One model in memory.  Opened on a loader thread, then used from one event loop."""
+    """One model in memory.  Opened on a loader thread, then used from one event loop.
+
+    `limitations` tell the user, a sentence each, what it does otherwise than usual with this model.
+    """
 
     info: ModelInfo
     context_tokens: int
     max_sequences: int
+    limitations: tuple[str, ...] = ()
 
     @property
     def is_failed(self) -> bool:

@@ -140,6 +140,13 @@ class HasChores(Protocol):
         ...
 
 
+@runtime_checkable
+class HasLimitations(Protocol):
+    """A stepper that tells what it does otherwise than usual; see `Engine.limitations`."""
+
+    limitations: tuple[str, ...]
+
+
 def has_chores(stepper: Stepper) -> bool:
     """Return whether the stepper has background work to do now."""
     return isinstance(stepper, HasChores) and stepper.has_chores

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from backends.base import EngineLoad
 from backends.engine.pacing import Pacer
-from backends.stepper import SequenceSpec, StepOutput, Stepper, do_chore, has_chores
+from backends.stepper import HasLimitations, SequenceSpec, StepOutput, Stepper, do_chore, has_chores
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ class GuardedStepper:
         self._stuck: set[int] = set()
         self._counters = EngineLoad()
         self.max_sequences = stepper.max_sequences
+        self.limitations = stepper.limitations if isinstance(stepper, HasLimitations) else ()
 
     def add(self, spec: SequenceSpec) -> None:
         """Accept a sequence; raises what the stepper raises, which then has not accepted it."""

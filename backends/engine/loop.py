@@ -89,6 +89,11 @@ class EngineLoop:
         return self._stepper.max_sequences
 
     @property
+    def limitations(self) -> tuple[str, ...]:
+        """What the stepper does otherwise than usual, in sentences for the user."""
+        return self._stepper.limitations
+
+    @property
     def limits(self) -> EngineLimits:
         """The limits set last."""
         return self._pacer.limits

@@ -134,8 +134,12 @@ class KeptRow:
 
 
 class BaseStepper(ABC):
-    """Base of all steppers: limits prefill, copies blocks while idle, and ends rows that fail."""
+    """Base of all steppers: limits prefill, copies blocks while idle, and ends rows that fail.
 
+    `limitations` is what the trial of its model found; see `Engine`.
+    """
+
+    limitations: tuple[str, ...] = ()
     _planner: PrefillPlanner
     _transfer: PrefixTransfer[Any]
 
