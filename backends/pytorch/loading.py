@@ -9,6 +9,7 @@ from typing import Any
 
 from backends.base import Availability, Engine, EngineOptions, MemoryEstimate, ModelInfo
 from backends.engine.row_stepper import RowStepper
+from backends.engine.trial.results import trial_key, tried
 from backends.hf.config import HfFolder
 from backends.hf.engine import open_token_engine
 from backends.hf.folder import read_folder
@@ -17,9 +18,10 @@ from backends.hf.memory import estimate_transformer
 from backends.hf.tokenizer import HfTokenizer
 from backends.pytorch.dequantize import dequantize
 from backends.pytorch.embedding import device, open_embedder
-from backends.pytorch.packing import open_rows
+from backends.pytorch.packing import limitations, open_rows, try_rows
 from backends.pytorch.weights import SUFFIXES, load_tensors
 from backends.stepper import Stepper
+from backends.trials import TrialOptions
 from core.errors import BackendUnavailable, ImpetusError, InsufficientMemory
 from core.types import Capability
 from core.units import MIB
@@ -33,6 +35,7 @@ _SPARE_ROWS = 16
 # RoPE types whose frequencies change beyond the original context, to which it is limited.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 _NESTED = ("text_config", "llm_config", "language_config")
+_LIBRARIES = ("torch", "transformers")
 _WEIGHTS = SUFFIXES | {".safetensors"}
 
 
@@ -103,8 +106,17 @@ def open_torch(info: ModelInfo, options: EngineOptions) -> Engine:
 
         torch.set_num_threads(options.threads)
         model = load_model(info, folder)
-        rows = open_rows(model, max_rows=options.max_sequences + _SPARE_ROWS)
-        return RowStepper(rows, tokenizer, options)
+        trial = options.trial or TrialOptions()
+        result = tried(
+            info.name,
+            trial_key(info.files, _LIBRARIES, f"{model.dtype} {model.device}"),
+            trial,
+            lambda: try_rows(model, trial.hold, context_tokens=granted.context_tokens),
+        )
+        rows = open_rows(model, max_rows=options.max_sequences + _SPARE_ROWS, result=result)
+        stepper = RowStepper(rows, tokenizer, options)
+        stepper.limitations = limitations(info.name, result)
+        return stepper
 
     return open_token_engine(
         info,

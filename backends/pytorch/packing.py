@@ -1,52 +1,141 @@
-"""Chooses packed or separate rows for a transformers model, by configuration and a trial run."""
+"""Chooses packed, separate or uncached rows for a transformers model, by a trial run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.engine.row_model import RowInput, RowModel
+from backends.engine.row_model import RowModel
+from backends.engine.trial.checks import (
+    TOLERANCES,
+    WINDOW_NAMES,
+    TrialTerms,
+    affordable_tokens,
+    run_trial,
+)
+from backends.engine.trial.row_models import RowModelSubject, limited
 from backends.pytorch.attention import NAME, register_attention
 from backends.pytorch.linear import speed_up_linear_layers
-from backends.pytorch.rows import PackedRows, SeparateRows, layer_kinds
-from core.errors import EngineFailed
+from backends.pytorch.rows import PackedRows, SeparateRows, UncachedRows, layer_kinds
+from backends.trials import Reference, TrialResult, TrialRow, shortened, tell
+from core.errors import BrokenModel, EngineFailed
 
 logger = logging.getLogger(__name__)
 
+PACKED, SEPARATE, UNCACHED = "packed", "separate", "uncached"
+
 _PACKED_LAYERS = frozenset({"full_attention", "sliding_attention"})
-# Largest relative difference that rounding causes between both ways.
-_TOLERANCE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.1}
+_PROBLEMS = (
+    EngineFailed, RuntimeError, ValueError, TypeError, AttributeError, LookupError,
+    NotImplementedError, ArithmeticError, AssertionError,
+)  # fmt: skip
+
+Hold = Callable[[], AbstractContextManager[None]]
 
 
-def open_rows(model: Any, *, max_rows: int) -> RowModel:
-    """Return packed rows if they are correct for a loaded model, else separate rows.
+def open_rows(model: Any, *, max_rows: int, result: TrialResult | None = None) -> RowModel:
+    """Return the rows of a loaded model that a trial found right.
 
-    Packing needs a configuration that allows it and, for a few tokens, the same logits as the
-    model's own forward pass.
+    `result` is that of an earlier `try_rows` with the same model; else the trial is made now.
+    Raises BrokenModel.
     """
-    windows = _windows(model)
-    if windows is None:
-        return SeparateRows(model, max_rows)
-    own = getattr(model.config, "_attn_implementation", None) or "eager"
-    try:
-        wanted = _reference_logits(model, _check_tokens(model))
-        register_attention()
-        speed_up_linear_layers(model)
-        model.set_attn_implementation(NAME)
-        packed = PackedRows(model, windows, max_rows)
-        if _agree(wanted, _packed_logits(packed, _check_tokens(model)), str(model.dtype)):
-            packed.native_cpu_s = 0.0
-            return packed
-        reason = "different logits"
-    except (EngineFailed, RuntimeError, ValueError, TypeError, AttributeError) as problem:
-        reason = str(problem)
-    logger.warning(
-        "%s runs one row per forward pass: packing gave %s", type(model).__name__, reason
+    result = result or try_rows(model)
+    if result.choice == UNCACHED:
+        return UncachedRows(model, max_rows)
+    make = _packed if result.choice == PACKED else SeparateRows
+    return limited(make(model, max_rows), result)
+
+
+def try_rows(model: Any, hold: Hold = nullcontext, *, context_tokens: int = 1 << 30) -> TrialResult:
+    """Try the kinds of rows, the fastest first, against the model's own forward pass; blocks.
+
+    `choice` of the result is the first one that is right.  `hold` is held during each pass; no
+    row is longer than `context_tokens`.  Raises BrokenModel if the model cannot be run at all.
+    """
+    own = _attention_of(model)
+    reference = own_passes(model, hold)
+    terms = _terms(model, context_tokens)
+    reason = ""
+    for choice, make in ((PACKED, _packed), (SEPARATE, SeparateRows), (UNCACHED, UncachedRows)):
+        if choice == PACKED and _windows(model) is None:
+            continue
+        try:
+            found = run_trial(RowModelSubject(make(model, 8), hold), terms, reference)
+        except _PROBLEMS as problem:
+            found = TrialResult(False, reason=shortened(str(problem)))
+        finally:
+            if choice == PACKED:
+                model.set_attn_implementation(own)
+        reason = reason or found.reason
+        if _is_usable(choice, found):
+            return TrialResult(
+                True,
+                choice != UNCACHED or not reason,
+                found.has_batches,
+                found.has_chunks,
+                found.has_reuse,
+                reason,
+                choice,
+            )
+    raise BrokenModel(
+        f"{type(model).__name__} cannot be run by transformers here: {reason}.", param="model"
     )
-    model.set_attn_implementation(own)
-    return SeparateRows(model, max_rows)
+
+
+def limitations(model_name: str, result: TrialResult) -> tuple[str, ...]:
+    """Return what the user should know of the rows that `open_rows` returns, a sentence each."""
+    if result.choice == UNCACHED:
+        return (
+            f"{model_name} computes its whole text again for each token, which is slow: its KV "
+            f"cache gives other logits ({result.reason}).",
+        )
+    if result.choice == SEPARATE and result.reason and result.has_all:
+        return (
+            f"{model_name} computes requests one after the other, not together ({result.reason}).",
+        )
+    return tell(model_name, result)
+
+
+def _is_usable(choice: str, found: TrialResult) -> bool:
+    if choice == PACKED:
+        return found.is_right
+    if choice == SEPARATE:
+        return found.is_sound and found.has_cache
+    return found.is_sound
+
+
+def _packed(model: Any, max_rows: int) -> PackedRows:
+    windows = _windows(model)
+    assert windows is not None
+    register_attention()
+    speed_up_linear_layers(model)
+    model.set_attn_implementation(NAME)
+    return PackedRows(model, windows, max_rows)
+
+
+def _terms(model: Any, context_tokens: int) -> TrialTerms:
+    config = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None)
+    parameters = sum(each.numel() for each in model.parameters())
+    return TrialTerms(
+        TOLERANCES.get(str(model.dtype).removeprefix("torch."), 0.0),
+        window_sizes(model),
+        affordable_tokens(parameters),
+        min(context_tokens, longest if isinstance(longest, int) and longest > 0 else 1 << 30),
+    )
+
+
+def window_sizes(model: Any) -> tuple[int, ...]:
+    """Return the different sliding windows of a model's layers, in tokens."""
+    config = model.config.get_text_config(decoder=True)
+    _, arguments = layer_kinds(model)
+    noted = [options.get(name) for options in arguments for name in WINDOW_NAMES]
+    noted += [getattr(config, name, None) for name in WINDOW_NAMES]
+    return tuple(sorted({each for each in noted if type(each) is int and each > 0}))
 
 
 def _windows(model: Any) -> list[int | None] | None:
@@ -57,37 +146,52 @@ def _windows(model: Any) -> list[int | None] | None:
     return [options.get("sliding_window") for options in arguments]
 
 
-def _check_tokens(model: Any) -> list[list[int]]:
-    size = int(model.config.get_text_config(decoder=True).vocab_size)
-    return [
-        [(7 + 31 * index) % size for index in range(9)],
-        [(3 + index) % size for index in (1, 5)],
-    ]
+def own_passes(model: Any, hold: Hold) -> Reference | None:
+    """Return what computes rows by the model's own pass without a cache; None if it fails.
+
+    It uses the attention that the model has now, whatever it is given later.
+    """
+    own = _attention_of(model)
+    known = signature(model.forward).parameters
+    cuts = "logits_to_keep" in known
+
+    def compute(row: TrialRow) -> NDArray[np.float32]:
+        import torch
+
+        count = len(row.lengths)
+        options: dict[str, Any] = {"logits_to_keep": count} if cuts else {}
+        if "use_cache" in known:
+            options["use_cache"] = False
+        if "position_ids" in known:
+            # As transformers' `generate` does; some architectures would begin elsewhere.
+            options["position_ids"] = torch.arange(len(row.tokens), device=model.device)[None]
+        ids = torch.tensor([row.tokens], device=model.device)
+        with hold(), torch.inference_mode(), _attention(model, own):
+            logits = model(input_ids=ids, **options).logits[0, -count:]
+            found: NDArray[np.float32] = logits.float().cpu().numpy()
+        return found
+
+    try:
+        compute(TrialRow((1, 2), (0,)))
+    except _PROBLEMS as problem:
+        logger.debug("%s has no pass without a cache: %s", type(model).__name__, problem)
+        return None
+    return compute
 
 
-def _reference_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-    import torch
-
-    with torch.inference_mode():
-        found = [model(input_ids=torch.tensor([row], device=model.device)).logits for row in rows]
-    return [logits[0, -1].float().cpu().numpy() for logits in found]
+def _attention_of(model: Any) -> str:
+    return getattr(model.config, "_attn_implementation", None) or "eager"
 
 
-def _packed_logits(packed: PackedRows, rows: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-    """Compute the rows together in two steps, which also tests caches and positions."""
-    ids = [packed.open_row(len(row)) for row in rows]
-    packed.extend([RowInput(i, row[:-1]) for i, row in zip(ids, rows, strict=True)])
-    logits = packed.extend([RowInput(i, row[-1:]) for i, row in zip(ids, rows, strict=True)])
-    for i in ids:
-        packed.close_row(i)
-    return list(logits)
-
-
-def _agree(
-    wanted: Sequence[NDArray[np.float32]], found: Sequence[NDArray[np.float32]], dtype: str
-) -> bool:
-    tolerance = _TOLERANCE.get(dtype.removeprefix("torch."), 0.0)
-    return all(
-        bool(np.linalg.norm(one[: len(other)] - other) <= tolerance * np.linalg.norm(one))
-        for one, other in zip(wanted, found, strict=True)
-    )
+@contextmanager
+def _attention(model: Any, name: str) -> Iterator[None]:
+    """Run a model with another attention for a while."""
+    before = _attention_of(model)
+    if before == name:
+        yield
+        return
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,4 +1,4 @@
-"""Rows with their own KV caches over a transformers model, packed or one per forward pass."""
+"""Rows over a transformers model: packed, one per forward pass, or without a KV cache."""
 
 import copy
 import gc
@@ -36,6 +36,15 @@ class _TorchRows:
         import torch
 
         return torch.tensor(values, dtype=torch.long, device=self._model.device)
+
+    def _position_options(self, start: int, count: int) -> dict[str, Any]:
+        """Return positions as an argument, as transformers' `generate` gives them.
+
+        Some architectures begin at 0 without it, whatever their cache holds.
+        """
+        if "position_ids" not in self._parameters:
+            return {}
+        return {"position_ids": self._numbers(range(start, start + count))[None]}
 
     def _timed(self, compute: Callable[[], Any]) -> NDArray[np.float32]:
         """Return `compute()`, a tensor (rows, vocabulary), as float32.  Raises EngineFailed."""
@@ -188,8 +197,9 @@ class SeparateRows(_TorchRows):
             options["logits_to_keep"] = 1
         for start in range(0, len(each.tokens), width):
             tokens = self._numbers(each.tokens[start : start + width])[None]
+            options |= self._position_options(past, tokens.shape[1])
             logits = self._model(input_ids=tokens, **options).logits
-            past += width
+            past += tokens.shape[1]
             self._rows[each.row] = (cache, past)
         return logits[:, -1]
 
@@ -232,6 +242,62 @@ class SeparateRows(_TorchRows):
 
     def close(self) -> None:
         """Free the caches and the weights; twice is fine."""
+        self._rows.clear()
+        super().close()
+
+
+class UncachedRows(_TorchRows):
+    """One forward pass per row over its whole text, for models whose cache is wrong or missing."""
+
+    def __init__(self, model: Any, max_rows: int) -> None:
+        super().__init__(model, max_rows)
+        self._rows: dict[int, list[int]] = {}
+
+    def open_row(self, capacity: int) -> int:
+        """Return an empty row."""
+        del capacity
+        row = next(self._ids)
+        self._rows[row] = []
+        return row
+
+    def extend(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
+        """Append tokens to the rows one by one; return the logits after each row's last.
+
+        On failure the row that failed, and those after it, are unchanged.
+        """
+        return np.concatenate([self._append(each) for each in rows])
+
+    def _append(self, each: RowInput) -> NDArray[np.float32]:
+        text = [*self._rows[each.row], *each.tokens]
+        logits = self._timed(partial(self._run, text))
+        self._rows[each.row] = text
+        return logits
+
+    def _run(self, text: Sequence[int]) -> Any:
+        options = self._position_options(0, len(text))
+        if "use_cache" in self._parameters:
+            options["use_cache"] = False
+        if "logits_to_keep" in self._parameters:
+            options["logits_to_keep"] = 1
+        return self._model(input_ids=self._numbers(text)[None], **options).logits[:, -1]
+
+    def truncate(self, row: int, length: int) -> bool:
+        """Keep the first `length` tokens; always possible."""
+        del self._rows[row][length:]
+        return True
+
+    def copy_row(self, source: int, length: int, capacity: int) -> int:
+        """Return a new row with the first `length` tokens of another."""
+        row = self.open_row(capacity)
+        self._rows[row] = self._rows[source][:length]
+        return row
+
+    def close_row(self, row: int) -> None:
+        """Forget a row."""
+        self._rows.pop(row, None)
+
+    def close(self) -> None:
+        """Free the weights; twice is fine."""
         self._rows.clear()
         super().close()
 
