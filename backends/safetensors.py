@@ -1,5 +1,6 @@
 """Backend for Hugging Face folders with safetensors weights; runs on MLX, else on PyTorch."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,9 +29,13 @@ from backends.pytorch.loading import (
     open_torch,
     torch_availability,
 )
-from core.errors import BackendUnavailable, NotThisFormat
+from backends.pytorch.reference import is_small_enough, torch_reference
+from backends.trials import OtherRuntimeNeeded, TrialOptions
+from core.errors import BackendUnavailable, BrokenModel, NotThisFormat
 from core.types import Capability
 from core.units import MIB
+
+logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
 # Methods of quantization that mlx-lm reads exactly, with the architecture.
@@ -89,11 +94,11 @@ class SafetensorsBackend(Backend):
         return self._info(folder, headers)
 
     def preload(self, info: ModelInfo, options: EngineOptions) -> None:
-        """Import the runtime of `details["runs_on"]`."""
+        """Import the runtime of `details["runs_on"]`, and that which it is compared with."""
         mlx = self._runtime(info)
-        if mlx is None:
+        if mlx is None or (_can_use_torch(info) and is_small_enough(info)):
             import_torch()
-        elif isinstance(mlx, Measured):
+        if mlx is not None and isinstance(mlx, Measured):
             mlx.preload(info, options)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
@@ -102,9 +107,22 @@ class SafetensorsBackend(Backend):
         return mlx.estimate(info, options) if mlx else estimate_torch(info, options)
 
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
-        """Load the model; blocks while the weights are read."""
+        """Load the model; blocks while the weights are read.
+
+        A model that MLX cannot load, or computes wrongly, is opened on PyTorch instead.
+        """
         mlx = self._runtime(info)
-        return mlx.open(info, options) if mlx else open_torch(info, options)
+        if mlx is None:
+            return open_torch(info, options)
+        if not _can_use_torch(info):
+            return mlx.open(info, options)
+        try:
+            return mlx.open(info, replace(options, trial=_compared(info, options)))
+        except OtherRuntimeNeeded as problem:
+            reason = f"MLX computes it wrongly ({problem.reason})"
+        except BrokenModel as problem:
+            reason = problem.message
+        return _open_instead(info, options, reason)
 
     def _info(self, folder: HfFolder, headers: list[SafetensorsHeader]) -> ModelInfo:
         stored = stored_weights(folder, headers)
@@ -144,6 +162,32 @@ class SafetensorsBackend(Backend):
                 "The MLX backend is not installed; install the package mlx-lm.", param="model"
             )
         return mlx
+
+
+def _can_use_torch(info: ModelInfo) -> bool:
+    """Whether PyTorch can run a model in place of MLX."""
+    if Capability.EMBEDDING in info.capabilities or not torch_availability().is_available:
+        return False
+    return transformers_knows(read_folder(info.files[0].parent).model_type)
+
+
+def _compared(info: ModelInfo, options: EngineOptions) -> TrialOptions:
+    """Return how MLX tries a model that PyTorch can run: small ones are compared with it."""
+    trial = replace(options.trial or TrialOptions(), has_alternative=True)
+    if not is_small_enough(info):
+        return trial
+    return replace(trial, reference=lambda: torch_reference(info, trial.hold))
+
+
+def _open_instead(info: ModelInfo, options: EngineOptions, reason: str) -> Engine:
+    """Open a model on PyTorch because of what MLX computes."""
+    text = f"{info.name} runs on PyTorch: {reason.rstrip('.')}."
+    logger.warning("%s", text)
+    chosen = {"runs_on": "pytorch", "runs_on_reason": text}
+    info = limit_context_for_torch(info, read_folder(info.files[0].parent))
+    engine = open_torch(replace(info, details={**info.details, **chosen}), options)
+    engine.limitations = (text, *engine.limitations)
+    return engine
 
 
 def _shard(path: Path) -> SafetensorsHeader:

@@ -22,6 +22,8 @@ from backends.mlx.memory import estimate_mlx, wants_dense
 from backends.mlx.model import MlxModel, check_config, import_runtime
 from backends.mlx.model import supports as has_code_for
 from backends.mlx.stepper import MlxStepper
+from backends.mlx.trial import try_model
+from backends.trials import tell
 from core.errors import BackendUnavailable, BrokenModel
 from core.types import Capability
 from core.units import MIB
@@ -86,11 +88,18 @@ class MlxBackend(Backend):
         if Capability.EMBEDDING in info.capabilities:
             return open_embedder(info, folder, load, options)
         tokenizer = HfTokenizer(folder.path)
+
+        def open_stepper() -> MlxStepper:
+            model, result = try_model(info, folder.config, load, options, is_dense=is_dense)
+            stepper = MlxStepper(model, tokenizer, options, result)
+            stepper.limitations = tell(info.name, result)
+            return stepper
+
         return open_token_engine(
             info,
             folder,
             tokenizer,
-            lambda: MlxStepper(load(), tokenizer, options),
+            open_stepper,
             options,
             context_tokens=granted.context_tokens,
         )

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,6 +14,22 @@ from core.types import TokenLogprob
 ENDLESS = 1 << 60
 # Stands for the token of a greedy row whose logits are not all finite; no vocabulary has it.
 NOT_FINITE = 0xFFFF_FFFF
+
+
+class Chooses(Protocol):
+    """Chooses a row's tokens from its logits, as mlx-lm calls it."""
+
+    def process(self, tokens: Any, logits: Any, /) -> Any:
+        """Choose from logits of shape (1, vocabulary); an mlx-lm logits processor."""
+        ...
+
+    def sample(self, logprobs: Any, /) -> Any:
+        """Return the token that `process` chose; an mlx-lm sampler."""
+        ...
+
+    def choose(self, logits: Any) -> int:
+        """Return a token for logits of shape (vocabulary,)."""
+        ...
 
 
 class RowChoice:
@@ -159,7 +175,7 @@ class MlxBatch:
         self,
         tokens: Sequence[int],
         wanted: int,
-        choice: RowChoice | None,
+        choice: Chooses | None,
         prefix: Sequence[int] = (),
         layers: list[Any] | None = None,
     ) -> int:

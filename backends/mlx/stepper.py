@@ -11,7 +11,7 @@ from backends.engine.row_book import RowBook
 from backends.engine.row_model import Pieces
 from backends.engine.rows import BaseStepper
 from backends.engine.sampling import RowSampler
-from backends.mlx.batch import NOT_FINITE, MlxBatch, RowChoice
+from backends.mlx.batch import ENDLESS, NOT_FINITE, MlxBatch, RowChoice
 from backends.mlx.blocks import LayerBlocks
 from backends.mlx.model import MlxModel
 from backends.mlx.prefixes import KeptLayers, MlxPrefixes, cut
@@ -27,7 +27,10 @@ from backends.prefixes.transfer import (
     wait_for_first_block,
 )
 from backends.stepper import SequenceSpec, StepOutput
+from backends.trials import TrialResult
 from core.errors import NonFiniteOutput
+
+_RIGHT = TrialResult()
 
 
 class MlxStepper(BaseStepper):
@@ -39,22 +42,33 @@ class MlxStepper(BaseStepper):
     cache, waits, and is computed again.
     """
 
-    def __init__(self, model: MlxModel, pieces: Pieces, options: EngineOptions) -> None:
-        """Take ownership of `model`; `options` must have `kv_tokens` set."""
+    def __init__(
+        self,
+        model: MlxModel,
+        pieces: Pieces,
+        options: EngineOptions,
+        result: TrialResult = _RIGHT,
+    ) -> None:
+        """Take ownership of `model`; `options` must have `kv_tokens` set.
+
+        What `result` found wrong is not done: rows together, prompts in pieces, reuse of caches.
+        """
         assert options.kv_tokens is not None
         self._model = model
         self._pieces = pieces
-        self.max_sequences = options.max_sequences
-        self._batch = MlxBatch(model.model, options.max_sequences, options.prefill_chunk_tokens)
-        self._prefixes = MlxPrefixes(options.prefix_bytes)
+        self.max_sequences = options.max_sequences if result.has_batches else 1
+        self._is_whole = not result.has_chunks
+        self._can_reuse = result.has_reuse and result.has_chunks
+        self._batch = MlxBatch(model.model, self.max_sequences, options.prefill_chunk_tokens)
+        self._prefixes = MlxPrefixes(options.prefix_bytes if self._can_reuse else 0)
         self._blocks = LayerBlocks(model)
         self._transfer = PrefixTransfer[KeptLayers](
             options.prefix_store,
-            self._blocks.layout,
+            self._blocks.layout if self._can_reuse else None,
             lambda kept, number: self._blocks.copy(kept.layers, number),
         )
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
-        self._book = RowBook[MlxRow](options.max_sequences, options.kv_tokens)
+        self._book = RowBook[MlxRow](self.max_sequences, options.kv_tokens)
         self._by_uid: dict[int, MlxRow] = {}
 
     def add(self, spec: SequenceSpec) -> None:
@@ -111,7 +125,7 @@ class MlxStepper(BaseStepper):
         decoding = len(self._book.running) - len(prefilling)
         chunk = self._planner.budget(decoding, len(prefilling)) // max(len(prefilling), 1)
         wall = time.monotonic()
-        progress, tokens = self._batch.next(max(chunk, 1))
+        progress, tokens = self._batch.next(ENDLESS if self._is_whole else max(chunk, 1))
         self._book.steps += 1
         outputs = [self._token(self._by_uid[uid], token_id) for uid, token_id in tokens]
         computed = 0
@@ -223,7 +237,8 @@ class MlxStepper(BaseStepper):
 
     def _leader(self, row: MlxRow) -> tuple[MlxRow | None, int]:
         """Return the running row that shares the longest prefix, if caches can be cut."""
-        leader, shared = self._book.best_leader(row) if self._model.can_cut else (None, 0)
+        can_share = self._can_reuse and self._model.can_cut
+        leader, shared = self._book.best_leader(row) if can_share else (None, 0)
         return (leader, shared) if shared >= SMALLEST_PREFIX else (None, 0)
 
     def _shared(self, leader: MlxRow, length: int) -> Callable[[], list[Any]]:
