@@ -272,6 +272,11 @@ class Settings(BaseSettings):
         return self.home / "cache" / "prefixes"
 
     @property
+    def trial_folder(self) -> Path:
+        """Folder of what trials of models found."""
+        return self.home / "cache" / "trials"
+
+    @property
     def base_url(self) -> str:
         """The base URL that users enter in their client."""
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -42,7 +42,8 @@ class Residency:
     """Address of a loaded model: its replica and node, its context in tokens, its load time.
 
     `evicted` names the models that made room for it, only in the answer to requests that waited
-    for the load.  A job (`deployments.scheduler.reservations`) has no format.
+    for the load.  `runtime` is the library that runs it, empty where the format tells it, and
+    `limitations` are the engine's.  A job (`deployments.scheduler.reservations`) has no format.
     """
 
     model_id: str
@@ -52,6 +53,8 @@ class Residency:
     context_tokens: int
     load_s: float
     evicted: tuple[str, ...] = ()
+    runtime: str = ""
+    limitations: tuple[str, ...] = ()
 
     @property
     def is_job(self) -> bool:

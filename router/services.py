@@ -29,7 +29,8 @@ class ModelView:
     `context_length` is the trained context, `max_model_len` the granted or estimated one, both in
     tokens.  `reason` says why a model cannot be used.  `created_at` is in Unix seconds.  `runtime`
     is the library that runs the model here, `runtime_reason` why.  `priority` applies to requests
-    that name none.  `compatibility` is by client.
+    that name none.  `compatibility` is by client.  `limitations` tell what a loaded model does
+    otherwise than usual, a sentence each.
     """
 
     id: str
@@ -52,6 +53,7 @@ class ModelView:
     converted_from: str = ""
     priority: Priority = "interactive"
     compatibility: Mapping[str, FitView] = field(default_factory=dict)
+    limitations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

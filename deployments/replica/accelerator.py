@@ -3,6 +3,9 @@
 import asyncio
 import logging
 import platform
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from backends.base import Engine
@@ -24,6 +27,8 @@ class SharedAccelerator:
     def __init__(self, home: Path) -> None:
         self._path = turn_file(home)
         self._lock: AcceleratorLock | None = None
+        # Loads run on several threads.
+        self._registering = threading.Lock()
 
     async def share(self, engine: Engine) -> None:
         """Make a new engine take turns, if it supports that.
@@ -33,20 +38,38 @@ class SharedAccelerator:
         """
         if not isinstance(engine, SharesAccelerator):
             return
-        try:
-            lock = await asyncio.to_thread(self._registered)
-        except (ImpetusError, OSError) as problem:
-            reason = why(problem) if isinstance(problem, OSError) else problem
-            logger.warning("the engine does not take turns at the accelerator: %s", reason)
-            return
-        engine.share_accelerator(lock)
+        lock = await asyncio.to_thread(self._registered)
+        if lock is not None:
+            engine.share_accelerator(lock)
 
-    def _registered(self) -> AcceleratorLock:
-        if self._lock is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = AcceleratorLock(self._path)
-        self._lock.register()
-        return self._lock
+    def holder(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what takes a turn for one pass of a model that is being opened; blocks.
+
+        The process is registered with the first pass.
+        """
+        registered: list[AcceleratorLock | None] = []
+
+        def hold() -> AbstractContextManager[None]:
+            if not registered:
+                registered.append(self._registered())
+            lock = registered[0]
+            return nullcontext() if lock is None else lock.hold()
+
+        return hold
+
+    def _registered(self) -> AcceleratorLock | None:
+        """Return the lock with this process registered; None if its file cannot be used."""
+        with self._registering:
+            try:
+                if self._lock is None:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    self._lock = AcceleratorLock(self._path)
+                self._lock.register()
+            except (ImpetusError, OSError) as problem:
+                reason = why(problem) if isinstance(problem, OSError) else problem
+                logger.warning("the engine does not take turns at the accelerator: %s", reason)
+                return None
+            return self._lock
 
     @property
     def problem(self) -> str:

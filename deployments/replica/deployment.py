@@ -12,6 +12,7 @@ from backends.abilities import count_tokens
 from backends.base import Engine
 from backends.limits import EngineLimits
 from backends.registry import backends_for
+from backends.trials import TrialFolder
 from core.errors import EngineFailed
 from core.settings import Settings
 from core.types import Embeddings, GenerationRequest, Priority, Prompt
@@ -64,6 +65,7 @@ class FormatReplica:
             self._accelerator,
             self._activity,
             Address(format_name, self._replica_id, node_id),
+            TrialFolder(settings.trial_folder),
         )
 
     @returning_errors

@@ -12,6 +12,7 @@ from backends.base import Backend, Engine
 from backends.engine.activity import REQUEST_ID, RecordsActivity
 from backends.limits import UNLIMITED, EngineLimits, Limitable, Watched
 from backends.prefixes.store import BlockStore
+from backends.trials import TrialOptions, TrialStore
 from core.errors import BrokenModel, EngineFailed, ModelNotResident, Unavailable
 from core.files import passing_cause, why
 from core.supervision import log_failure
@@ -88,12 +89,14 @@ class ModelLoads:
         accelerator: SharedAccelerator,
         activity: ActivityFile,
         address: Address,
+        trials: TrialStore,
     ) -> None:
         self._backend = backend
         self._block_store = block_store
         self._accelerator = accelerator
         self._activity = activity
         self._address = address
+        self._trials = trials
         self.memory = ModelMemory(backend)
         # The loads that take requests, by model id; and all, with those that only finish theirs.
         self._models: dict[str, OpenModel] = {}
@@ -156,6 +159,8 @@ class ModelLoads:
             self._address.node_id,
             engine.context_tokens,
             time.monotonic() - started,
+            runtime=str(engine.info.details.get("runs_on", "")),
+            limitations=engine.limitations,
         )
         return OpenModel(key, engine, activity, request, marks, residency)
 
@@ -163,7 +168,8 @@ class ModelLoads:
         self, request: LoadRequest, marks: tuple[FileMark, ...], key: str
     ) -> Engine:
         store = prefix_store_of(self._block_store, request, marks)
-        options = replace(request.options, prefix_store=store)
+        trial = TrialOptions(self._trials, self._accelerator.holder())
+        options = replace(request.options, prefix_store=store, trial=trial)
         engine = await self.memory.measure_open(
             request, lambda: self._backend.open(request.info, options), key
         )

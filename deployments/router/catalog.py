@@ -202,9 +202,9 @@ class CatalogView:
     ) -> ModelView:
         info = record.info
         state, reason = self._state(record, resident, loading)
-        granted = 0
-        if record.id in resident:
-            granted = resident[record.id].context_tokens
+        granted, loaded = 0, resident.get(record.id)
+        if loaded is not None:
+            granted = loaded.context_tokens
         elif state == "available":
             state, reason, granted = self._estimate(record)
         return ModelView(
@@ -223,11 +223,12 @@ class CatalogView:
             aliases=record.aliases,
             license=info.license,
             created_at=int(record.added_at),
-            runtime=_runtime(info),
+            runtime=(loaded.runtime if loaded is not None else "") or _runtime(info),
             runtime_reason=str(info.details.get("runs_on_reason", "")),
             converted_from=record.source.model_id if isinstance(record.source, Converted) else "",
             priority=record.settings.priority or "interactive",
             compatibility=_compatibility(info, granted, reason),
+            limitations=loaded.limitations if loaded is not None else (),
         )
 
     def _state(

@@ -79,6 +79,7 @@ def _model(view: ModelView) -> Model:
             "license": escaped(view.license),
             "runtime": view.runtime,
             "runtime_reason": escaped(view.runtime_reason, MAX_ERROR_CHARACTERS),
+            "limitations": [escaped(text, MAX_ERROR_CHARACTERS) for text in view.limitations],
             "converted_from": view.converted_from,
             "compatibility": {
                 client: {"level": fit.level, "reasons": list(fit.reasons)}
