@@ -27,6 +27,8 @@ from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.pooling import Pooling, pool, read_pooling, unit
 from backends.engine.row_stepper import RowStepper
+from backends.engine.trial.checks import TrialTerms
+from backends.engine.trial.results import tried_rows
 from backends.hf.engine import open_token_engine
 from backends.hf.folder import HfFolder, folder_info, read_folder, tokenizer_files
 from backends.hf.tokenizer import HfTokenizer
@@ -107,7 +109,16 @@ class CoremlBackend(Backend):
 
         def open_stepper() -> RowStepper:
             runtime = open_runtime(spec, options.threads)
-            return RowStepper(CoremlRows(runtime, spec, layout, rows), tokenizer, options)
+            model, limitations = tried_rows(
+                info,
+                CoremlRows(runtime, spec, layout, rows),
+                TrialTerms.of(info, folder.config, granted.context_tokens),
+                options,
+                packages=("coremltools",),
+            )
+            stepper = RowStepper(model, tokenizer, options)
+            stepper.limitations = limitations
+            return stepper
 
         return open_token_engine(
             info, folder, tokenizer, open_stepper, options, context_tokens=granted.context_tokens

@@ -91,7 +91,7 @@ def _open_generator(info: ModelInfo, model: GgufModel, options: EngineOptions) -
     return BatchingEngine(
         info,
         preparer,
-        lambda: GgufStepper(model, options),
+        lambda: GgufStepper(info, model, options),
         max_waiting=options.max_waiting,
     )
 

@@ -30,9 +30,10 @@ class KvSlots:
         context: Any,
         count: int,
         store: RamPrefixStore,
-        model: GgufModel,
+        whole_beyond: int,
         transfer: PrefixTransfer[Retained],
     ) -> None:
+        """Sequences longer than `whole_beyond` tokens are continued at their end only."""
         self._llama = library()
         self._context = context
         self._memory = self._llama.llama_get_memory(context)
@@ -40,7 +41,7 @@ class KvSlots:
         self._retained = RetainedPrefixes()
         self._store = store
         self._transfer = transfer
-        self._whole_beyond = model.whole_beyond
+        self._whole_beyond = whole_beyond
         self.native_cpu_s = 0.0
 
     @property

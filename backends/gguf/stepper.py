@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable
 
-from backends.base import EngineLoad, EngineOptions
+from backends.base import EngineLoad, EngineOptions, ModelInfo
 from backends.engine.prefill import PrefillPlanner
 from backends.engine.row_book import RowBook
 from backends.engine.rows import BaseStepper
@@ -14,10 +14,12 @@ from backends.gguf.placement import Placement
 from backends.gguf.rows import GgufRow
 from backends.gguf.sampling import SequenceSampler
 from backends.gguf.slots import KvSlots, count_slots
+from backends.gguf.trial import try_context
 from backends.prefixes.match import Retained, token_array
 from backends.prefixes.ram import RamPrefixStore
 from backends.prefixes.transfer import PrefixTransfer, wait_for_first_block
 from backends.stepper import SequenceSpec, StepOutput
+from backends.trials import tell
 from core.errors import EngineFailed, NonFiniteOutput
 
 _NO_SLOT = 1
@@ -37,29 +39,41 @@ class GgufStepper(BaseStepper):
     computed alone: those that give NaN again have failed, the others go on.
     """
 
-    def __init__(self, model: GgufModel, options: EngineOptions) -> None:
-        """Create the context of `options.kv_tokens` cells.  Raises InsufficientMemory."""
+    def __init__(self, info: ModelInfo, model: GgufModel, options: EngineOptions) -> None:
+        """Create the context of `options.kv_tokens` cells, and try the model in it.
+
+        What the trial found wrong is not done.  Raises InsufficientMemory, BrokenModel.
+        """
         assert options.kv_tokens is not None
         assert options.context_tokens is not None
         self._llama = library()
         self._model = model
-        self.max_sequences = options.max_sequences
         self._context_tokens = options.context_tokens
         slot_count = count_slots(model, options)
         self._context = open_context(model, options, slot_count)
+        self._batch = Batch(options.prefill_chunk_tokens + options.max_sequences)
+        try:
+            result = try_context(info, model, self._context, self._batch, options)
+        except BaseException:
+            self._llama.llama_free(self._context)
+            raise
+        self.limitations = tell(info.name, result)
+        self.max_sequences = options.max_sequences if result.has_batches else 1
+        whole_beyond = model.whole_beyond if result.has_reuse else 0
         self._store = RamPrefixStore(options.prefix_bytes)
         # The last sequence id is reserved for copying blocks.
         blocks = self._blocks = CellBlocks(self._context, slot_count - 1)
         self._transfer = PrefixTransfer[Retained](
             options.prefix_store,
-            block_layout(model, options),
+            block_layout(model, options) if result.has_reuse else None,
             lambda entry, number: blocks.copy(entry.slot, number),
         )
-        self._slots = KvSlots(self._context, slot_count - 1, self._store, model, self._transfer)
+        self._slots = KvSlots(
+            self._context, slot_count - 1, self._store, whole_beyond, self._transfer
+        )
         self._warm_tokens = options.warm_tokens
-        self._batch = Batch(options.prefill_chunk_tokens + options.max_sequences)
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
-        self._book = RowBook[GgufRow](options.max_sequences, options.kv_tokens)
+        self._book = RowBook[GgufRow](self.max_sequences, options.kv_tokens)
         # The first of them is computed now, with no other row in the cells.
         self._suspects: list[GgufRow] = []
         self._placement = Placement(
@@ -68,7 +82,7 @@ class GgufStepper(BaseStepper):
             blocks,
             self._transfer,
             # A sliding window overwrites the cells that could have been shared.
-            can_share_running=model.whole_beyond > options.context_tokens,
+            can_share_running=whole_beyond > options.context_tokens,
             cells=options.kv_tokens,
         )
 

@@ -26,6 +26,8 @@ from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.pooling import Pooling, pool, read_pooling, unit
 from backends.engine.row_model import RowModel
 from backends.engine.row_stepper import RowStepper
+from backends.engine.trial.checks import TrialTerms
+from backends.engine.trial.results import tried_rows
 from backends.hf.engine import open_token_engine
 from backends.hf.memory import estimate_transformer
 from backends.hf.tokenizer import HfTokenizer
@@ -138,17 +140,26 @@ class _TokenizerWithEndIds:
 def _open_decoder(
     info: ModelInfo, model: OnnxModel, layout: DecoderLayout, options: EngineOptions
 ) -> Engine:
-    assert model.folder is not None
+    folder = model.folder
+    assert folder is not None
     assert options.context_tokens is not None
     tokenizer = HfTokenizer(model.root)
 
     def open_stepper() -> Stepper:
-        rows = open_rows(model, layout, options)
-        return RowStepper(rows, _TokenizerWithEndIds(tokenizer, model.end_ids), options)
+        rows, limitations = tried_rows(
+            info,
+            open_rows(model, layout, options),
+            TrialTerms.of(info, folder.config, options.context_tokens),
+            options,
+            packages=("onnxruntime",),
+        )
+        stepper = RowStepper(rows, _TokenizerWithEndIds(tokenizer, model.end_ids), options)
+        stepper.limitations = limitations
+        return stepper
 
     return open_token_engine(
         info,
-        model.folder,
+        folder,
         tokenizer,
         open_stepper,
         options,
