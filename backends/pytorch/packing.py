@@ -15,9 +15,9 @@ from backends.engine.trial.checks import (
     WINDOW_NAMES,
     TrialTerms,
     affordable_tokens,
-    run_trial,
 )
-from backends.engine.trial.row_models import RowModelSubject, limited
+from backends.engine.trial.results import try_model
+from backends.engine.trial.row_models import limited
 from backends.pytorch.attention import NAME, register_attention
 from backends.pytorch.linear import speed_up_linear_layers
 from backends.pytorch.rows import PackedRows, SeparateRows, UncachedRows, layer_kinds
@@ -64,7 +64,7 @@ def try_rows(model: Any, hold: Hold = nullcontext, *, context_tokens: int = 1 <<
         if choice == PACKED and _windows(model) is None:
             continue
         try:
-            found = run_trial(RowModelSubject(make(model, 8), hold), terms, reference)
+            found = try_model(make(model, 8), terms, hold, reference)
         except _PROBLEMS as problem:
             found = TrialResult(False, reason=shortened(str(problem)))
         finally:

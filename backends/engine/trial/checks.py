@@ -210,7 +210,8 @@ class _Comparison:
                 lambda: [subject.together([each], longest)[0] for each in rows],
             )
             has_chunks = self._is_right(
-                "a prompt in pieces", lambda: [subject.together(rows[:1], group.chunk)[0]]
+                "a prompt in pieces",
+                lambda: [subject.together([each], group.chunk)[0] for each in rows],
             )
             has_batches = self._is_right(
                 "rows together", lambda: subject.together(rows, longest)

@@ -4,6 +4,8 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +14,7 @@ from backends.base import EngineOptions, ModelInfo
 from backends.engine.row_model import RowModel
 from backends.engine.trial.checks import TrialTerms, run_trial
 from backends.engine.trial.row_models import RowModelSubject, limited
-from backends.trials import RamTrials, TrialOptions, TrialResult, tell
+from backends.trials import RamTrials, Reference, TrialOptions, TrialResult, tell
 from core.errors import BrokenModel
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,24 @@ def tried(
     return found
 
 
+def try_model(
+    model: RowModel,
+    terms: TrialTerms,
+    hold: Callable[[], AbstractContextManager[None]],
+    reference: Reference | None = None,
+) -> TrialResult:
+    """Try a model that computes rows, and again with the limits that `limited` then sets.
+
+    If these do not help, the result has no cache.
+    """
+    found = run_trial(RowModelSubject(model, hold), terms, reference)
+    rows = limited(model, found)
+    if rows is model or not (found.is_sound and found.has_cache):
+        return found
+    again = run_trial(RowModelSubject(rows, hold), terms, reference)
+    return found if again.is_right else replace(found, has_cache=False)
+
+
 def tried_rows(
     info: ModelInfo,
     model: RowModel,
@@ -63,7 +83,7 @@ def tried_rows(
             info.name,
             trial_key(info.files, packages, str(terms)),
             trial,
-            lambda: run_trial(RowModelSubject(model, trial.hold), terms),
+            lambda: try_model(model, terms, trial.hold),
         )
         if not result.is_sound:
             raise BrokenModel(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from backends.engine.row_model import RowInput
 from backends.engine.trial.checks import TrialTerms, affordable_tokens, difference, run_trial
-from backends.engine.trial.results import trial_key, tried
+from backends.engine.trial.results import trial_key, tried, try_model
 from backends.engine.trial.row_models import LimitedRows, RowModelSubject, limited
 from backends.trials import RamTrials, TrialFolder, TrialOptions, TrialResult, TrialRow, tell
 
@@ -60,6 +60,7 @@ class HistoryRows:
             raise RuntimeError("cannot be broadcast")
         is_wrong = (
             ("batch" in self.faults and count > 1)
+            or ("crosstalk" in self.faults and len(self.rows) > 1)
             or ("chunk" in self.faults and before and len(each.tokens) > 1)
             or ("cache" in self.faults and before)
             or ("beyond" in self.faults and past > self._window)
@@ -238,6 +239,11 @@ def test_a_difference_leaves_out_what_all_logits_have_in_common() -> None:
 
 
 class TestLimitedRows:
+    def test_limits_that_do_not_help_are_found(self) -> None:
+        assert try_model(HistoryRows("batch"), EXACT, nullcontext).has_cache
+        # It is wrong as soon as two rows are open, even if they are computed one by one.
+        assert not try_model(HistoryRows("crosstalk"), EXACT, nullcontext).has_cache
+
     def test_a_model_without_faults_is_not_wrapped(self) -> None:
         model = HistoryRows()
         assert limited(model, TrialResult()) is model
