@@ -224,7 +224,7 @@ class CatalogView:
             license=info.license,
             created_at=int(record.added_at),
             runtime=(loaded.runtime if loaded is not None else "") or _runtime(info),
-            runtime_reason=str(info.details.get("runs_on_reason", "")),
+            runtime_reason=_runtime_reason(info, loaded),
             converted_from=record.source.model_id if isinstance(record.source, Converted) else "",
             priority=record.settings.priority or "interactive",
             compatibility=_compatibility(info, granted, reason),
@@ -300,3 +300,10 @@ def _runtime(info: ModelInfo) -> str:
     """Return the library that runs the model, as its backend recorded it."""
     noted = info.details.get("runtime") or info.details.get("runs_on")
     return str(noted) if noted else _RUNTIMES.get(info.format, info.format)
+
+
+def _runtime_reason(info: ModelInfo, loaded: Residency | None) -> str:
+    """Return why the runtime was chosen, or why a loaded model has another one."""
+    if loaded is not None and loaded.limitations and loaded.runtime not in ("", _runtime(info)):
+        return loaded.limitations[0]
+    return str(info.details.get("runs_on_reason", ""))

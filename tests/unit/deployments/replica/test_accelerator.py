@@ -94,3 +94,27 @@ async def test_a_lock_whose_thread_has_ended_is_told(tmp_path: Path) -> None:
     assert "has ended" in turns.problem
     lock._is_closed = True
     assert turns.problem == ""
+
+
+async def test_a_model_that_is_opened_takes_turns_with_running_engines(tmp_path: Path) -> None:
+    running, opening = SharedAccelerator(tmp_path), SharedAccelerator(tmp_path)
+    engine: Any = Taking()
+    await running.share(engine)
+    hold = opening.holder()
+    assert engine.locks[0].process_count() == 1
+    with hold():
+        assert engine.locks[0].process_count() == 1
+    await opening.share(Taking())  # type: ignore[arg-type]
+    await opening.close()
+    await running.close()
+
+
+async def test_without_a_usable_file_a_model_is_tried_without_turns_and_once_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turn_file(tmp_path).mkdir(parents=True)
+    hold = SharedAccelerator(tmp_path).holder()
+    for _ in range(3):
+        with hold():
+            pass
+    assert caplog.text.count("does not take turns") == 1

@@ -14,6 +14,8 @@ import pytest
 
 from backends.base import Engine, EngineOptions, ModelInfo
 from backends.echo import EchoBackend, echo_info
+from backends.engine.trial.results import tried
+from backends.trials import TrialOptions, TrialResult, tell
 from catalog.changes import file_signature
 from core.errors import (
     BrokenModel,
@@ -25,7 +27,7 @@ from core.errors import (
 )
 from core.types import GenerationRequest, TextPrompt
 from deployments.activity import activity_path, cause_of, read_activity
-from deployments.messages import Attempt, LoadRequest
+from deployments.messages import Attempt, LoadRequest, Residency
 from deployments.replica.deployment import FormatReplica
 from deployments.replica.memory import ModelMemory
 from tests.unit.backends.engine.test_batching import FakeStepper, open_engine, until
@@ -358,3 +360,40 @@ async def test_a_trouble_of_the_disk_is_not_the_models_fault(
     monkeypatch.setattr(EchoBackend, "open", opened)
     await replica.load_model(load_request("a"))
     await replica.unload_model("a")
+
+
+async def test_a_trial_takes_turns_and_is_kept_and_its_findings_are_told(
+    replica: FormatReplica, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    held: list[int] = []
+
+    def open_(backend: EchoBackend, info: ModelInfo, options: EngineOptions) -> Engine:
+        del backend, info
+        assert options.trial is not None
+        for _ in range(2):
+            with options.trial.hold():
+                held.append(len(list((tmp_path / "cache").glob("turns-*"))))
+
+        def open_stepper() -> FakeStepper:
+            stepper = FakeStepper()
+            found = tried("m", "key", options.trial or TrialOptions(), wrong)
+            stepper.limitations = tell("m", found)  # type: ignore[attr-defined]
+            return stepper
+
+        return open_engine(open_stepper())
+
+    def wrong() -> TrialResult:
+        made.append(1)
+        return TrialResult(has_batches=False, reason="they differ")
+
+    made: list[int] = []
+    monkeypatch.setattr(EchoBackend, "open", open_)
+    for name in ("a", "b"):
+        residency = await replica.load_model(load_request(name))
+        assert isinstance(residency, Residency)
+        assert residency.limitations == tell("m", wrong())
+    assert held == [1] * 4
+    # Once for both loads, and once for each comparison above.
+    assert len(made) == 3
+    assert len(list((tmp_path / "cache" / "trials").iterdir())) == 1
+    await replica._accelerator.close()

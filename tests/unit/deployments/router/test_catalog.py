@@ -257,6 +257,21 @@ async def test_the_runtime_and_its_reason_are_shown(view: CatalogView, store: Ca
     assert (model.runtime, model.runtime_reason) == ("mlx", "MLX knows the architecture")
 
 
+async def test_what_the_trial_of_a_loaded_model_found_is_shown(
+    view: CatalogView, store: CatalogStore, scheduler: Scheduler
+) -> None:
+    noted = {"runs_on": "mlx", "runs_on_reason": "MLX knows the architecture"}
+    write(store, found("m", format="safetensors", **noted))
+    told = ("m runs on PyTorch: MLX computes it wrongly.",)
+    scheduler.residencies = [
+        Residency("m@safetensors-q4_0", "safetensors", "r", "n", 256, 0.1, (), "pytorch", told)
+    ]
+    await view._model_states.refresh()
+    (model,) = await view.models()
+    assert model.limitations == told
+    assert (model.runtime, model.runtime_reason) == ("pytorch", told[0])
+
+
 def note(store: CatalogStore, path: str, reason: str) -> None:
     """Note that a file could not be inspected."""
     failed = Inspection(path, "1", "uninspected", reason, 1, 1e12)
