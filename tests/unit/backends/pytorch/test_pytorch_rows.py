@@ -12,8 +12,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from backends.engine.row_model import PortableRows, RowInput, RowModel  # noqa: E402
-from backends.pytorch.packing import open_rows  # noqa: E402
-from backends.pytorch.rows import PackedRows, SeparateRows  # noqa: E402
+from backends.pytorch.packing import limitations, open_rows, try_rows  # noqa: E402
+from backends.pytorch.rows import PackedRows, SeparateRows, UncachedRows  # noqa: E402
+from backends.trials import TrialResult  # noqa: E402
+from core.errors import BrokenModel  # noqa: E402
 
 VOCABULARY = 64
 SIZES = {
@@ -29,19 +31,37 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# Architecture, what its configuration adds, and whether its rows share a pass.
-KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "llama": ("llama", {}, True),
-    "qwen2": ("qwen2", {}, True),
-    "phi3": ("phi3", {}, True),
-    "sliding": ("mistral", {"sliding_window": 4}, True),
-    "softcap": ("gemma2", {"sliding_window": 4, "query_pre_attn_scalar": 8}, True),
-    "mixed": ("gemma3_text", {"sliding_window": 4, "query_pre_attn_scalar": 8}, True),
-    "experts": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, True),
-    "sinks": ("gpt_oss", {"sliding_window": 4, "num_local_experts": 4}, True),
-    "alibi": ("bloom", {"n_head": 4, "n_layer": 2}, False),
-    "recurrent": ("mamba", {"state_size": 4}, False),
-    "hybrid": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, False),
+# Architecture, what its configuration adds, and the rows that are right for it.
+KINDS: dict[str, tuple[str, dict[str, Any], type[RowModel]]] = {
+    "llama": ("llama", {}, PackedRows),
+    "qwen2": ("qwen2", {}, PackedRows),
+    "phi3": ("phi3", {}, PackedRows),
+    "sliding": ("mistral", {"sliding_window": 4}, PackedRows),
+    "softcap": ("gemma2", {"sliding_window": 4, "query_pre_attn_scalar": 8}, PackedRows),
+    "mixed": ("gemma3_text", {"sliding_window": 4, "query_pre_attn_scalar": 8}, PackedRows),
+    "experts": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, PackedRows),
+    "sinks": ("gpt_oss", {"sliding_window": 4, "num_local_experts": 4}, PackedRows),
+    "alibi": ("bloom", {"n_head": 4, "n_layer": 2}, SeparateRows),
+    "recurrent": ("mamba", {"state_size": 4}, SeparateRows),
+    "hybrid": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, SeparateRows),
+    "own positions": (
+        "bamba",
+        {
+            "attn_layer_indices": [1, 3],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+        },
+        SeparateRows,
+    ),
+    "state in the model": ("recurrent_gemma", {"attention_window_size": 12}, UncachedRows),
+    "no cache": ("openai-gpt", {"n_embd": 32, "n_head": 4, "n_layer": 2}, UncachedRows),
+    "cache of its own": (
+        "minimax",
+        {"layer_types": ["linear_attention", "full_attention"] * 2, "num_local_experts": 4},
+        UncachedRows,
+    ),
 }
 PROMPTS = [[5, 9, 33, 17, 4, 8, 21, 60, 7, 3], [11, 12], [40, 6, 6, 40, 6]]
 
@@ -80,9 +100,9 @@ def assert_close(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> Non
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_rows_share_a_pass_where_attention_allows_it(kind: str) -> None:
+def test_each_architecture_has_the_fastest_rows_that_are_right(kind: str) -> None:
     rows = open_rows(tiny(kind), max_rows=8)
-    assert isinstance(rows, PackedRows if KINDS[kind][2] else SeparateRows)
+    assert isinstance(rows, KINDS[kind][2])
 
 
 def test_rows_of_different_lengths_compute_what_the_model_does(pair: tuple[Any, RowModel]) -> None:
@@ -173,11 +193,35 @@ def test_attention_of_another_kind_is_found_out_and_not_packed(
     assert_close(logits[0], own_logits(tiny("llama"), PROMPTS[0]))
 
 
+def test_a_model_that_is_not_packed_tells_why() -> None:
+    result = try_rows(tiny("own positions"))
+    assert limitations("m", result) == ()
+    (text,) = limitations("m", try_rows(tiny("no cache")))
+    assert "computes its whole text again for each token" in text
+    wrong = TrialResult(reason="the logits differ", choice="separate")
+    (text,) = limitations("m", wrong)
+    assert "one after the other" in text
+
+
+def test_a_model_that_cannot_be_run_is_refused_with_a_reason() -> None:
+    model = tiny("llama")
+    model.forward = lambda *_, **__: 1 / 0
+    with pytest.raises(BrokenModel, match="division by zero"):
+        try_rows(model)
+
+
+def test_a_known_result_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = try_rows(tiny("llama"))
+    monkeypatch.setattr("backends.pytorch.packing.try_rows", None)
+    rows = open_rows(tiny("llama"), max_rows=4, result=result)
+    assert isinstance(rows, PackedRows)
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_goes_on_in_another_process_from_its_bytes(kind: str, dtype: Any) -> None:
     rows, other = (open_rows(tiny(kind).to(dtype), max_rows=8) for _ in range(2))
-    assert isinstance(rows, PortableRows) == KINDS[kind][2]
+    assert isinstance(rows, PortableRows) == (KINDS[kind][2] is PackedRows)
     if not isinstance(rows, PortableRows):
         return
     assert isinstance(other, PortableRows)
