@@ -20,7 +20,7 @@ from backends.engine.waiting import Pace, WaitingQueue
 from backends.limits import EngineLimits
 from backends.stepper import StepOutput, Stepper
 from backends.watch import StepWatch
-from core.errors import EngineFailed, ImpetusError
+from core.errors import BrokenModel, EngineFailed, ImpetusError
 from core.types import Finished, GenerationEvent, PrefillProgress
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,15 @@ class EngineLoop:
             name_this_thread(THREAD_NAME)
             try:
                 self._stepper = GuardedStepper(open_stepper(), self._model_name)
+            except SystemExit as problem:
+                # Raised again on the loader's thread it would end this process.
+                refusal = BrokenModel(
+                    f"The model {self._model_name} cannot be loaded: the code of its architecture "
+                    f"ends the process that imports it (exit code {problem.code}).",
+                    param="model",
+                )
+                opened.set_exception(refusal)
+                return
             except BaseException as problem:
                 opened.set_exception(problem)
                 return

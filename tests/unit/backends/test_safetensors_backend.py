@@ -4,16 +4,18 @@ import importlib.util
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from backends.base import Availability, Backend, EngineOptions
+from backends.base import Availability, Backend, EngineOptions, ModelInfo
 from backends.mlx.backend import MlxBackend
 from backends.registry import load_backends
 from backends.safetensors import SafetensorsBackend
+from backends.trials import OtherRuntimeNeeded, TrialOptions
 from core.errors import (
     BackendUnavailable,
     BrokenModel,
@@ -132,6 +134,67 @@ def test_a_model_of_mlx_needs_mlx(folder: Path) -> None:
     assert backend.estimate(info, EngineOptions()).weights_bytes > 0
     with pytest.raises(BackendUnavailable, match="MLX"):
         backend_with(None).open(info, EngineOptions())
+
+
+class Opened:
+    """What stands for an engine."""
+
+    limitations: tuple[str, ...] = ("It is slow.",)
+
+    def __init__(self, info: ModelInfo) -> None:
+        self.info = info
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [OtherRuntimeNeeded("the logits differ by 40%"), BrokenModel("mlx-lm has no such layer.")],
+)
+def test_what_mlx_cannot_run_is_opened_on_pytorch_and_says_why(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    trials: list[TrialOptions | None] = []
+
+    def refuse(_: Any, __: ModelInfo, options: EngineOptions) -> Any:
+        trials.append(options.trial)
+        raise problem
+
+    monkeypatch.setattr(Mlx, "open", refuse)
+    monkeypatch.setattr("backends.safetensors.open_torch", lambda info, _: Opened(info))
+    backend = backend_with(Mlx())
+    info = backend.identify(write(folder / "model.safetensors", PLAIN))
+    engine: Any = backend.open(info, EngineOptions())
+    assert engine.info.details["runs_on"] == "pytorch"
+    assert str(problem).rstrip(".") in engine.limitations[0]
+    assert engine.limitations[1:] == Opened.limitations
+    assert trials[0] is not None
+    assert trials[0].has_alternative
+    assert trials[0].reference is not None
+
+
+def test_a_large_model_is_not_loaded_twice_for_its_trial(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: list[TrialOptions | None] = []
+    monkeypatch.setattr(Mlx, "open", lambda _, __, options: trials.append(options.trial))
+    backend = backend_with(Mlx())
+    info = backend.identify(write(folder / "model.safetensors", PLAIN))
+    backend.open(replace(info, parameters=10**9), EngineOptions())
+    assert trials[0] is not None
+    assert trials[0].reference is None
+
+
+def test_without_pytorch_mlx_has_no_alternative(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: list[TrialOptions | None] = []
+    monkeypatch.setattr(Mlx, "open", lambda _, __, options: trials.append(options.trial))
+    monkeypatch.setattr(
+        "backends.safetensors.torch_availability", lambda: Availability(False, "not installed")
+    )
+    backend = backend_with(Mlx())
+    info = backend.identify(write(folder / "model.safetensors", PLAIN))
+    backend.open(info, EngineOptions())
+    assert trials == [None]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The batching engine over a stepper that the test controls."""
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from backends.prompt.chat_format import ChatFormat
 from backends.prompt.prepare import Preparer
 from backends.stepper import SequenceSpec, StepOutput
 from core.errors import (
+    BrokenModel,
     EngineFailed,
     QueueFull,
     RequestError,
@@ -82,6 +84,26 @@ async def stepper() -> AsyncIterator[FakeStepper]:
     stepper = FakeStepper()
     yield stepper
     stepper.gate.set()
+
+
+async def test_a_runtime_that_ends_the_process_refuses_the_model_instead() -> None:
+    def open_stepper() -> FakeStepper:
+        sys.exit(3)
+
+    preparer = Preparer(echo_info(), ByteTokenizer(), ChatFormat(None, "", ""), context_tokens=256)
+    with pytest.raises(BrokenModel, match="exit code 3"):
+        BatchingEngine(echo_info(), preparer, open_stepper, max_waiting=8)
+
+
+async def test_an_engine_tells_the_limitations_of_its_stepper(stepper: FakeStepper) -> None:
+    plain = open_engine(stepper)
+    assert plain.limitations == ()
+    limited = FakeStepper()
+    limited.limitations = ("m is slow.",)  # type: ignore[attr-defined]
+    engine = open_engine(limited)
+    assert engine.limitations == ("m is slow.",)
+    await plain.close()
+    await engine.close()
 
 
 async def test_the_stepper_lives_on_one_thread_of_its_own(stepper: FakeStepper) -> None:
