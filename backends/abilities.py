@@ -62,6 +62,22 @@ class KvTyped(Protocol):
         ...
 
 
+def check_runtime(info: ModelInfo, runtime: str) -> None:
+    """Raise UnsupportedParameter if `runtime` cannot run the model; says why not."""
+    choice = info.choice
+    if choice is None:
+        raise UnsupportedParameter(
+            f"Models of the format {info.format} have one runtime; leave runtime out.",
+            param="runtime",
+        )
+    if runtime not in (choice.runtime, choice.alternative):
+        raise UnsupportedParameter(
+            f"{info.name} cannot run on {runtime}: {choice.alternative_reason or 'unknown'}. It "
+            f"runs on {choice.runtime}; leave runtime out.",
+            param="runtime",
+        )
+
+
 def check_kv_type(backend: Backend | None, info: ModelInfo, kv_type: str) -> None:
     """Raise UnsupportedParameter if the model does not support the KV cache type `kv_type`."""
     known: Mapping[str, float] = {}

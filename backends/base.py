@@ -31,11 +31,33 @@ class Availability:
 
 
 @dataclass(frozen=True, slots=True)
+class RuntimeChoice:
+    """The library that runs a model, and why, for formats that more than one can run.
+
+    `alternative` is the other runtime if it can run the model too, empty if it cannot;
+    `alternative_reason` says why it was not chosen.
+    """
+
+    runtime: str
+    reason: str
+    alternative: str = ""
+    alternative_reason: str = ""
+
+    def resolve(self, wanted: str | None) -> str:
+        """Return the runtime to use if a user's setting asks for `wanted`, None if there is none.
+
+        A runtime that cannot run the model is not used, even if it was set earlier.
+        """
+        return wanted if wanted and wanted == self.alternative else self.runtime
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model's metadata, read from its files without loading them.
 
     `files` are absolute paths, with the one to open first; `context_length` is the trained length
-    in tokens.  `details` is for the backend's own use, JSON-serializable.
+    in tokens, or less if the runtime of `choice` can use only less.  `details` is for the backend's
+    own use, JSON-serializable.
     """
 
     format: str
@@ -50,6 +72,7 @@ class ModelInfo:
     license: str = ""
     chat_template: str | None = None
     details: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+    choice: RuntimeChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +83,9 @@ class EngineOptions:
     chooses the KV cells that all sequences share.  `memory_limit_bytes` limits what `estimate`
     grants.  `prefix_bytes` is RAM for prefixes outside the KV cells; up to `warm_tokens` also stay
     in the cells.  `prefix_store` keeps prefixes beyond the engine's lifetime.  `stable_prompts`:
-    see `backends.prompt.normalize`.  `tool_parser` overrides the tool-call family of the template.
-    `trial` is how the engine tries the model; None: with results of this process alone.
+    see `backends.prompt.normalize`.  `tool_parser` overrides the tool-call family of the template,
+    `runtime` the runtime of `ModelInfo.choice`.  `trial` is how the engine tries the model; None:
+    with results of this process alone.
     """
 
     max_sequences: int = 16
@@ -75,6 +99,7 @@ class EngineOptions:
     prefix_bytes: int = 0
     warm_tokens: int = 1 << 30
     tool_parser: str | None = None
+    runtime: str | None = None
     prefix_store: ModelPrefixStore | None = field(default=None, compare=False)
     trial: TrialOptions | None = field(default=None, compare=False)
     stable_prompts: bool = True

@@ -15,6 +15,7 @@ from backends.base import (
     EngineOptions,
     MemoryEstimate,
     ModelInfo,
+    RuntimeChoice,
 )
 from backends.hf.adapters import refuse_adapter
 from backends.hf.checks import check_embedder, check_folder, transformers_knows
@@ -55,7 +56,7 @@ class SafetensorsBackend(Backend):
     """Folders of config.json and `*.safetensors`, except those that MLX made.
 
     `find_backend` returns another format's backend by name, None where it is not installed.
-    `ModelInfo.details` holds `runs_on`, "mlx" or "pytorch", and `runs_on_reason`.
+    `ModelInfo.choice` names the runtime, "mlx" or "pytorch"; `EngineOptions.runtime` overrides it.
     """
 
     name: ClassVar[str] = "safetensors"
@@ -94,27 +95,28 @@ class SafetensorsBackend(Backend):
         return self._info(folder, headers)
 
     def preload(self, info: ModelInfo, options: EngineOptions) -> None:
-        """Import the runtime of `details["runs_on"]`, and that which it is compared with."""
-        mlx = self._runtime(info)
-        if mlx is None or (_can_use_torch(info) and is_small_enough(info)):
+        """Import the model's runtime, and that which it is compared with."""
+        mlx = self._runtime(info, options)
+        if mlx is None or (_can_use_torch(info, options) and is_small_enough(info)):
             import_torch()
         if mlx is not None and isinstance(mlx, Measured):
             mlx.preload(info, options)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
-        """Return the bytes that the runtime of `details["runs_on"]` needs."""
-        mlx = self._runtime(info)
+        """Return the bytes that the model's runtime needs."""
+        mlx = self._runtime(info, options)
         return mlx.estimate(info, options) if mlx else estimate_torch(info, options)
 
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
         """Load the model; blocks while the weights are read.
 
-        A model that MLX cannot load, or computes wrongly, is opened on PyTorch instead.
+        A model that MLX cannot load, or computes wrongly, is opened on PyTorch instead, unless the
+        user has chosen MLX.
         """
-        mlx = self._runtime(info)
+        mlx = self._runtime(info, options)
         if mlx is None:
             return open_torch(info, options)
-        if not _can_use_torch(info):
+        if not _can_use_torch(info, options):
             return mlx.open(info, options)
         try:
             return mlx.open(info, replace(options, trial=_compared(info, options)))
@@ -139,22 +141,22 @@ class SafetensorsBackend(Backend):
             weights_bytes=sum(bytes_by_dtype.values()),
             quantization=layout.quantization or quantization_of(folder, bytes_by_dtype),
         )
-        runtime, reason = _choose_runtime(folder, info, self._mlx(), layout.method)
-        check_folder(folder, is_known=runtime == "mlx" or transformers_knows(folder.model_type))
-        if runtime == "pytorch":
+        choice = _choose_runtime(folder, info, self._mlx(), layout.method)
+        is_known = choice.runtime == "mlx" or transformers_knows(folder.model_type)
+        check_folder(folder, is_known=is_known)
+        if choice.runtime == "pytorch":
             info = limit_context_for_torch(info, folder)
         elif layout.method:
             info = replace(info, details={**info.details, "mlx_bits": 4, "mlx_group_size": 32})
-        chosen = {"runs_on": runtime, "runs_on_reason": reason}
-        return replace(info, details={**info.details, **chosen})
+        return replace(info, choice=choice)
 
     def _mlx(self) -> Backend | None:
         backend = self._find_backend("mlx")
         return backend if isinstance(backend, _MlxBackend) else None
 
-    def _runtime(self, info: ModelInfo) -> Backend | None:
+    def _runtime(self, info: ModelInfo, options: EngineOptions) -> Backend | None:
         """Return the MLX backend if `info` runs on it; None for PyTorch."""
-        if info.details.get("runs_on") != "mlx":
+        if info.choice is None or info.choice.resolve(options.runtime) != "mlx":
             return None
         mlx = self._mlx()
         if mlx is None:
@@ -164,8 +166,10 @@ class SafetensorsBackend(Backend):
         return mlx
 
 
-def _can_use_torch(info: ModelInfo) -> bool:
-    """Whether PyTorch can run a model in place of MLX."""
+def _can_use_torch(info: ModelInfo, options: EngineOptions) -> bool:
+    """Whether PyTorch can run a model in place of MLX, which the user did not choose."""
+    if options.runtime == "mlx":
+        return False
     if Capability.EMBEDDING in info.capabilities or not torch_availability().is_available:
         return False
     return transformers_knows(read_folder(info.files[0].parent).model_type)
@@ -183,9 +187,8 @@ def _open_instead(info: ModelInfo, options: EngineOptions, reason: str) -> Engin
     """Open a model on PyTorch because of what MLX computes."""
     text = f"{info.name} runs on PyTorch: {reason.rstrip('.')}."
     logger.warning("%s", text)
-    chosen = {"runs_on": "pytorch", "runs_on_reason": text}
     info = limit_context_for_torch(info, read_folder(info.files[0].parent))
-    engine = open_torch(replace(info, details={**info.details, **chosen}), options)
+    engine = open_torch(replace(info, choice=RuntimeChoice("pytorch", text)), options)
     engine.limitations = (text, *engine.limitations)
     return engine
 
@@ -199,19 +202,20 @@ def _shard(path: Path) -> SafetensorsHeader:
 
 def _choose_runtime(
     folder: HfFolder, info: ModelInfo, mlx: Backend | None, method: str
-) -> tuple[str, str]:
+) -> RuntimeChoice:
     """Return the runtime, "mlx" or "pytorch", and why; the same rule on every platform."""
     if Capability.EMBEDDING in info.capabilities:
-        return "pytorch", "embedding models run on sentence-transformers"
+        return RuntimeChoice("pytorch", "embedding models run on sentence-transformers")
     if mlx is None:
-        return "pytorch", "the MLX backend is not installed"
+        return RuntimeChoice("pytorch", "the MLX backend is not installed")
     available = mlx.availability()
     if not available.is_available:
-        return "pytorch", f"MLX cannot run here: {available.reason}"
+        return RuntimeChoice("pytorch", f"MLX cannot run here: {available.reason}")
     # A nested configuration is loaded by its outer type.
     model_type = str(folder.config.get("wrapper_model_type") or folder.config["model_type"])
     if method and (method, model_type) not in _MLX_READS:
-        return "pytorch", f"its {info.quantization} weights are dequantized, which MLX does not do"
+        reason = f"its {info.quantization} weights are dequantized, which MLX does not do"
+        return RuntimeChoice("pytorch", reason)
     if cast(_MlxBackend, mlx).supports(model_type):
-        return "mlx", "MLX supports the architecture"
-    return "pytorch", f"MLX does not support the architecture {model_type[:60]}"
+        return RuntimeChoice("mlx", "MLX supports the architecture")
+    return RuntimeChoice("pytorch", f"MLX does not support the architecture {model_type[:60]}")

@@ -1,10 +1,11 @@
 """Encodes and decodes model descriptions and sources as JSON for the catalog's rows."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import assert_never
 
-from backends.base import ModelInfo
+from backends.base import ModelInfo, RuntimeChoice
 from catalog.models import BuiltIn, Converted, Local, Package, Source
 from core.types import Capability
 
@@ -24,6 +25,7 @@ def info_to_json(info: ModelInfo) -> str:
         "license": info.license,
         "chat_template": info.chat_template,
         "details": dict(info.details),
+        "choice": None if info.choice is None else asdict(info.choice),
     }
     return json.dumps(fields, sort_keys=True)
 
@@ -33,6 +35,8 @@ def info_from_json(text: str) -> ModelInfo:
     fields = json.loads(text)
     fields["files"] = tuple(Path(file) for file in fields["files"])
     fields["capabilities"] = frozenset(Capability(name) for name in fields["capabilities"])
+    choice = fields.get("choice")
+    fields["choice"] = None if choice is None else RuntimeChoice(**choice)
     return ModelInfo(**fields)
 
 

@@ -54,7 +54,8 @@ class ModelSettings:
     unloaded; a model with `pin` is never evicted.  `priority` applies to requests without one.
     `max_sequences` bounds the sequences generated at the same time.  `kv_type` is the type of the
     KV cache, one of those that `backends.abilities` lists for the model.  `tool_parser` is the
-    tool call family of a model whose chat template does not show it.
+    tool call family of a model whose chat template does not show it.  `runtime` is the library that
+    runs a model which several can run.
     """
 
     context_length: int | None = None
@@ -64,6 +65,7 @@ class ModelSettings:
     max_sequences: int | None = None
     kv_type: str | None = None
     tool_parser: str | None = None
+    runtime: str | None = None
 
     def applied_to(self, options: EngineOptions) -> EngineOptions:
         """Return `options` with these settings; the lower of both context bounds applies."""
@@ -74,6 +76,7 @@ class ModelSettings:
             max_sequences=self.max_sequences or options.max_sequences,
             kv_type=self.kv_type or options.kv_type,
             tool_parser=self.tool_parser,
+            runtime=self.runtime,
         )
 
 

@@ -23,14 +23,28 @@ class FitView:
 
 
 @dataclass(frozen=True, slots=True)
+class RuntimeView:
+    """The runtime that the scan chose for a model, and what it found about the other one.
+
+    `alternative` is the runtime that a model's settings may name instead, empty if there is none.
+    """
+
+    runtime: str
+    reason: str
+    alternative: str
+    alternative_reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
     """A catalog entry as the API shows it.
 
     `context_length` is the trained context, `max_model_len` the granted or estimated one, both in
     tokens.  `reason` says why a model cannot be used.  `created_at` is in Unix seconds.  `runtime`
-    is the library that runs the model here, `runtime_reason` why.  `priority` applies to requests
-    that name none.  `compatibility` is by client.  `limitations` tell what a loaded model does
-    otherwise than usual, a sentence each.
+    is the library that runs the model here, `runtime_reason` why; `runtime_choice` is what the scan
+    found, None for formats with one runtime.  `priority` applies to requests that name none.
+    `compatibility` is by client.  `limitations` tell what a loaded model does otherwise than usual,
+    a sentence each.
     """
 
     id: str
@@ -50,6 +64,7 @@ class ModelView:
     created_at: int
     runtime: str = ""
     runtime_reason: str = ""
+    runtime_choice: RuntimeView | None = None
     converted_from: str = ""
     priority: Priority = "interactive"
     compatibility: Mapping[str, FitView] = field(default_factory=dict)
@@ -63,7 +78,8 @@ class SettingsView:
     `context_length` is an upper bound in tokens.  A model idle for `keep_alive_s` seconds is
     unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name none.
     `max_sequences` bounds concurrent sequences.  `kv_type` is the data type of the KV cache.
-    `tool_parser` names the tool-call format if the chat template does not reveal it.
+    `tool_parser` names the tool-call format if the chat template does not reveal it.  `runtime` is
+    the library that runs the model, if several can.
     """
 
     context_length: int | None = None
@@ -73,6 +89,7 @@ class SettingsView:
     max_sequences: int | None = None
     kv_type: str | None = None
     tool_parser: str | None = None
+    runtime: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

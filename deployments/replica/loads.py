@@ -152,6 +152,7 @@ class ModelLoads:
             raise
         if isinstance(engine, RecordsActivity):
             engine.record_activity(activity)
+        choice = engine.info.choice
         residency = Residency(
             request.model_id,
             self._address.format,
@@ -159,7 +160,7 @@ class ModelLoads:
             self._address.node_id,
             engine.context_tokens,
             time.monotonic() - started,
-            runtime=str(engine.info.details.get("runs_on", "")),
+            runtime="" if choice is None else choice.resolve(request.options.runtime),
             limitations=engine.limitations,
         )
         return OpenModel(key, engine, activity, request, marks, residency)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from backends.base import Backend, EngineOptions, ModelInfo
@@ -28,7 +28,7 @@ from deployments.messages import Fault, Residency
 from deployments.options import budget_bytes, engine_options
 from deployments.router.model_states import ModelStatesWatch
 from deployments.serve.handles import Handle, call, direct
-from router.services import FitView, ModelState, ModelView
+from router.services import FitView, ModelState, ModelView, RuntimeView
 
 logger = logging.getLogger(__name__)
 
@@ -223,8 +223,9 @@ class CatalogView:
             aliases=record.aliases,
             license=info.license,
             created_at=int(record.added_at),
-            runtime=(loaded.runtime if loaded is not None else "") or _runtime(info),
-            runtime_reason=_runtime_reason(info, loaded),
+            runtime=(loaded.runtime if loaded is not None else "") or _runtime(record),
+            runtime_reason=_runtime_reason(record, loaded),
+            runtime_choice=None if info.choice is None else RuntimeView(**asdict(info.choice)),
             converted_from=record.source.model_id if isinstance(record.source, Converted) else "",
             priority=record.settings.priority or "interactive",
             compatibility=_compatibility(info, granted, reason),
@@ -296,14 +297,21 @@ def _compatibility(info: ModelInfo, context_tokens: int, reason: str) -> dict[st
     }
 
 
-def _runtime(info: ModelInfo) -> str:
-    """Return the library that runs the model, as its backend recorded it."""
-    noted = info.details.get("runtime") or info.details.get("runs_on")
-    return str(noted) if noted else _RUNTIMES.get(info.format, info.format)
+def _runtime(record: ModelRecord) -> str:
+    """Return the library that runs the model: the user's choice, else the scan's."""
+    info = record.info
+    if info.choice is not None:
+        return info.choice.resolve(record.settings.runtime)
+    return str(info.details.get("runtime") or _RUNTIMES.get(info.format, info.format))
 
 
-def _runtime_reason(info: ModelInfo, loaded: Residency | None) -> str:
+def _runtime_reason(record: ModelRecord, loaded: Residency | None) -> str:
     """Return why the runtime was chosen, or why a loaded model has another one."""
-    if loaded is not None and loaded.limitations and loaded.runtime not in ("", _runtime(info)):
+    if loaded is not None and loaded.limitations and loaded.runtime not in ("", _runtime(record)):
         return loaded.limitations[0]
-    return str(info.details.get("runs_on_reason", ""))
+    choice = record.info.choice
+    if choice is None:
+        return ""
+    if choice.resolve(record.settings.runtime) != choice.runtime:
+        return f"the model's setting runtime asks for it; the scan chose {choice.runtime}"
+    return choice.reason

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from backends.abilities import check_kv_type
+from backends.abilities import check_kv_type, check_runtime
 from backends.registry import backends_for
 from backends.tool_calls.families import check_family
-from catalog.models import ModelSettings
+from catalog.models import ModelRecord, ModelSettings
 from catalog.store import CatalogStore
 from core.errors import ImpetusError, ModelNotFound, Unavailable
 from core.settings import Settings
@@ -43,11 +43,15 @@ class SchedulerManagement:
         """Store the settings, then notify the scheduler, which applies them to resident models.
 
         They stay stored if the scheduler does not answer: it reads them when it starts.  Raises
-        RequestError for an unknown tool parser.
+        RequestError for an unknown tool parser, UnsupportedParameter for a KV cache type or a
+        runtime that the model cannot use.
         """
         check_family(changes.get("tool_parser"))
         if (kv_type := changes.get("kv_type")) is not None:
-            await self._check_kv_type(model_id, kv_type)
+            record = await self._record(model_id)
+            check_kv_type(self._backends.get(record.info.format), record.info, kv_type)
+        if (runtime := changes.get("runtime")) is not None:
+            check_runtime((await self._record(model_id)).info, runtime)
         settings = await asyncio.to_thread(self._store.change_settings, model_id, changes)
         try:
             async with asyncio.timeout(_NOTICE_TIMEOUT_S):
@@ -56,12 +60,11 @@ class SchedulerManagement:
             logger.warning("cannot notify the scheduler of settings of %s: %r", model_id, problem)
         return _view(settings)
 
-    async def _check_kv_type(self, model_id: str, kv_type: str) -> None:
-        """Raise UnsupportedParameter if the model's format does not support it, ModelNotFound."""
+    async def _record(self, model_id: str) -> ModelRecord:
         record = await asyncio.to_thread(self._store.get, model_id)
         if record is None:
             raise ModelNotFound.of(model_id, [])
-        check_kv_type(self._backends.get(record.info.format), record.info, kv_type)
+        return record
 
     async def load(self, model_id: str) -> None:
         """Return once the scheduler has the model in memory."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 from pydantic_core import to_json
@@ -10,8 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from core.errors import RequestError
+from core.text import escaped
 from router.context import RouteContext, record_of
-from router.requests.limits import MAX_INT32
+from router.requests.limits import MAX_ERROR_CHARACTERS, MAX_INT32
 from router.requests.strict_body import EmptyBody, StrictBody, read_strict
 from router.services import Management, ModelView, Priority, SettingsView
 from router.v1.models import find_model, model_object
@@ -31,6 +32,7 @@ class SettingsPatch(StrictBody):
     max_sequences: Annotated[int, Field(ge=1, le=256)] | None = None
     kv_type: Annotated[str, Field(min_length=1, max_length=16)] | None = None
     tool_parser: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    runtime: Literal["mlx", "pytorch"] | None = None
 
 
 def list_endpoint(context: RouteContext, management: Management) -> Endpoint:
@@ -111,7 +113,13 @@ async def _show(management: Management, view: ModelView) -> Response:
 
 
 def _described(view: ModelView, settings: SettingsView | None) -> dict[str, Any]:
-    return {**model_object(view), "settings": asdict(settings or SettingsView())}
+    choice = view.runtime_choice
+    return {
+        **model_object(view),
+        "runtime_choice": choice
+        and {key: escaped(text, MAX_ERROR_CHARACTERS) for key, text in asdict(choice).items()},
+        "settings": asdict(settings or SettingsView()),
+    }
 
 
 def _answer(content: dict[str, Any]) -> Response:

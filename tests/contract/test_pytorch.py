@@ -14,7 +14,7 @@ import pytest_asyncio
 
 pytest.importorskip("torch")
 
-from backends.base import Engine, EngineOptions
+from backends.base import Engine, EngineOptions, RuntimeChoice
 from backends.pytorch.backend import PytorchBackend
 from backends.registry import load_backends
 from core.errors import (
@@ -39,7 +39,7 @@ def open_golden(kind: str, options: EngineOptions = OPTIONS) -> Engine:
     if kind == "hf-f32":
         backend = load_backends()["safetensors"]
         info = backend.identify(folder / "model.safetensors")
-        info = replace(info, details={**info.details, "runs_on": "pytorch"})
+        info = replace(info, choice=RuntimeChoice("pytorch", "for this test"))
         return backend.open(info, options)
     name = "model.pt" if kind == "pt" else "pytorch_model.bin"
     torch_backend = PytorchBackend()

@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from backends.base import EngineOptions
+from backends.base import EngineOptions, RuntimeChoice
 from backends.hf.folder import read_folder
 from backends.pytorch.loading import load_model
 from backends.registry import load_backends
@@ -71,11 +71,11 @@ async def tokens(path: Path, runs_on: str = "pytorch") -> tuple[list[int], str]:
     """Return 16 greedy tokens and the runtime that the scan chose."""
     backend = load_backends()["safetensors"]
     info = backend.identify(path)
-    chosen = str(info.details["runs_on"])
-    engine = backend.open(replace(info, details={**info.details, "runs_on": runs_on}), OPTIONS)
+    assert info.choice is not None
+    engine = backend.open(replace(info, choice=RuntimeChoice(runs_on, "")), OPTIONS)
     events = await run(engine, request(PROMPT, max_tokens=16))
     await engine.close()
-    return token_ids_of(events), chosen
+    return token_ids_of(events), info.choice.runtime
 
 
 def llama(name: str, vocabulary: int) -> tuple[dict[str, Any], Any, Any]:

@@ -62,8 +62,9 @@ def test_a_quantized_folder_is_named_and_counted(tmp_path: Path, name: str) -> N
     info = identify(tmp_path, folder_of(tmp_path, name))
     assert info.quantization == METHODS[name][2]
     assert info.parameters == 96 * 64 + 32 * 64
-    assert info.details["runs_on"] == "pytorch"
-    assert "dequantized" in str(info.details["runs_on_reason"])
+    assert info.choice is not None
+    assert info.choice.runtime == "pytorch"
+    assert "dequantized" in info.choice.reason
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "bnb-nf4", "bnb-int8", "ct-int4"])
@@ -117,7 +118,8 @@ def test_gpt_oss_stays_packed_where_mlx_runs_it(tmp_path: Path) -> None:
     info = identify(tmp_path, stored)
     assert (info.quantization, info.parameters) == ("mxfp4", 2 * 96 * 64)
     if load_backends()["mlx"].availability().is_available:
-        assert info.details["runs_on"] == "mlx"
+        assert info.choice is not None
+        assert info.choice.runtime == "mlx"
         assert info.details["mlx_bits"] == 4
         assert backend.estimate(info, EngineOptions()).weights_bytes > 0
 

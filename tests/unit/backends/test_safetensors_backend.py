@@ -124,8 +124,9 @@ def test_the_runtime_is_chosen_by_rule_and_says_why(
 ) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": model_type}))
     info = backend_with(mlx).identify(write(folder / "model.safetensors", PLAIN))
-    assert info.details["runs_on"] == runs_on
-    assert reason in str(info.details["runs_on_reason"])
+    assert info.choice is not None
+    assert info.choice.runtime == runs_on
+    assert reason in info.choice.reason
 
 
 def test_a_model_of_mlx_needs_mlx(folder: Path) -> None:
@@ -163,7 +164,7 @@ def test_what_mlx_cannot_run_is_opened_on_pytorch_and_says_why(
     backend = backend_with(Mlx())
     info = backend.identify(write(folder / "model.safetensors", PLAIN))
     engine: Any = backend.open(info, EngineOptions())
-    assert engine.info.details["runs_on"] == "pytorch"
+    assert engine.info.choice.runtime == "pytorch"
     assert str(problem).rstrip(".") in engine.limitations[0]
     assert engine.limitations[1:] == Opened.limitations
     assert trials[0] is not None
@@ -254,7 +255,8 @@ async def test_an_embedding_model_gives_what_sentence_transformers_gives() -> No
     backend = installed()
     info = backend.identify(mini() / "model.safetensors")
     assert info.capabilities == {Capability.EMBEDDING}
-    assert info.details["runs_on"] == "pytorch"
+    assert info.choice is not None
+    assert info.choice.runtime == "pytorch"
     engine = backend.open(info, EngineOptions())
     assert engine.context_tokens == 256
     found = await engine.embed(TEXTS)

@@ -22,6 +22,7 @@ ALL: dict[str, Any] = {
     "priority": "batch",
     "max_sequences": 3,
     "tool_parser": "mistral",
+    "runtime": "pytorch",
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from backends.base import RuntimeChoice
 from catalog.inspections import Inspection, arriving
 from catalog.models import Converted, Local, ScannedModel
 from catalog.store import CatalogStore
@@ -25,6 +26,7 @@ from deployments.messages import Fault, ModelStates, Residency
 from deployments.router import catalog as catalog_module
 from deployments.router.catalog import CatalogView
 from deployments.router.model_states import ModelStatesWatch
+from router.services import RuntimeView
 from tests.unit.catalog.builders import make_info
 from tests.unit.deployments.handles import FakeHandle, answering
 
@@ -251,17 +253,35 @@ async def test_each_client_learns_what_the_model_is_for(
 
 
 async def test_the_runtime_and_its_reason_are_shown(view: CatalogView, store: CatalogStore) -> None:
-    noted = {"runs_on": "mlx", "runs_on_reason": "MLX knows the architecture"}
-    write(store, found("m", format="safetensors", **noted))
+    choice = RuntimeChoice("mlx", "its tensors fit", "pytorch", "MLX is faster")
+    scanned = found("m", format="safetensors")
+    write(store, replace(scanned, info=replace(scanned.info, choice=choice)))
     (model,) = await view.models()
-    assert (model.runtime, model.runtime_reason) == ("mlx", "MLX knows the architecture")
+    assert (model.runtime, model.runtime_reason) == ("mlx", "its tensors fit")
+    assert model.runtime_choice == RuntimeView("mlx", "its tensors fit", "pytorch", "MLX is faster")
+    store.change_settings(model.id, {"runtime": "pytorch"})
+    (model,) = await view.models()
+    assert model.runtime == "pytorch"
+    assert "the scan chose mlx" in model.runtime_reason
+
+
+async def test_a_runtime_that_can_no_longer_run_the_model_is_not_shown(
+    view: CatalogView, store: CatalogStore
+) -> None:
+    scanned = found("m", format="safetensors")
+    choice = RuntimeChoice("pytorch", "MLX lacks a bias", "", "MLX lacks a bias")
+    write(store, replace(scanned, info=replace(scanned.info, choice=choice)))
+    store.change_settings(store.models()[0].id, {"runtime": "mlx"})
+    (model,) = await view.models()
+    assert (model.runtime, model.runtime_reason) == ("pytorch", "MLX lacks a bias")
 
 
 async def test_what_the_trial_of_a_loaded_model_found_is_shown(
     view: CatalogView, store: CatalogStore, scheduler: Scheduler
 ) -> None:
-    noted = {"runs_on": "mlx", "runs_on_reason": "MLX knows the architecture"}
-    write(store, found("m", format="safetensors", **noted))
+    scanned = found("m", format="safetensors")
+    choice = RuntimeChoice("mlx", "its tensors fit", "pytorch", "MLX is faster")
+    write(store, replace(scanned, info=replace(scanned.info, choice=choice)))
     told = ("m runs on PyTorch: MLX computes it wrongly.",)
     scheduler.residencies = [
         Residency("m@safetensors-q4_0", "safetensors", "r", "n", 256, 0.1, (), "pytorch", told)

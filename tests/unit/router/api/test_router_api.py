@@ -26,6 +26,7 @@ UNSET = {
     "max_sequences": None,
     "kv_type": None,
     "tool_parser": None,
+    "runtime": None,
 }
 WRITES = [("PATCH", ONE), ("POST", f"{ONE}/load"), ("POST", f"{ONE}/unload")]
 
@@ -151,6 +152,8 @@ async def test_change_of_nothing_changes_nothing(ask: Ask, management: FakeManag
         ("max_sequences", 0),
         ("max_sequences", 257),
         ("tool_parser", ""),
+        ("runtime", "tensorflow"),
+        ("runtime", True),
         ("max_sequences", {}),
         ("keep_alive", 5),
         ("state", "resident"),

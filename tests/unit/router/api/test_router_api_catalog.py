@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from backends.base import RuntimeChoice
 from catalog.store import CatalogStore
 from core.errors import BackendUnavailable, ImpetusError, ModelNotFound
 from core.settings import Settings
@@ -122,6 +124,29 @@ async def test_tool_parser_is_one_of_the_families(server: Server) -> None:
     assert "mistral" in error_of(refused)["message"]
     shown = await server.ask("GET", "/api/models/mine")
     assert shown.json()["settings"]["tool_parser"] == "mistral"
+
+
+async def test_runtime_is_one_that_the_scan_found(server: Server, tmp_path: Path) -> None:
+    store = CatalogStore(tmp_path / "catalog.sqlite")
+    two = RuntimeChoice("mlx", "its tensors fit", "pytorch", "MLX is faster")
+    one = RuntimeChoice("pytorch", "why", "", "MLX ignores its sliding window")
+    for path, choice in (("/m/two.safetensors", two), ("/m/one.safetensors", one)):
+        scanned = make_found(path, name=Path(path).stem)
+        write(store, replace(scanned, info=replace(scanned.info, choice=choice)))
+    store.close()
+    answer = await server.ask("PATCH", "/api/models/two@gguf-q4_0", {"runtime": "pytorch"})
+    assert answer.status_code == 200, answer.text
+    shown = (await server.ask("GET", "/api/models/two@gguf-q4_0")).json()
+    assert (shown["settings"]["runtime"], shown["runtime"]) == ("pytorch", "pytorch")
+    assert shown["runtime_choice"] == asdict(two)
+    listed = (await server.ask("GET", "/v1/models")).json()["data"]
+    assert not any("runtime_choice" in model for model in listed)
+    refused = await server.ask("PATCH", "/api/models/one@gguf-q4_0", {"runtime": "mlx"})
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "runtime")
+    assert "MLX ignores its sliding window" in error_of(refused)["message"]
+    refused = await server.ask("PATCH", "/api/models/mine", {"runtime": "mlx"})
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "runtime")
+    assert "one runtime" in error_of(refused)["message"]
 
 
 async def test_model_is_loaded_and_unloaded(server: Server) -> None:
