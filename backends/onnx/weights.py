@@ -128,7 +128,11 @@ def check_external(reader: ProtoReader, location: str, end: int) -> None:
     # Download caches link both the model and its weights to targets in one folder.
     homes = (folder.resolve(), reader.path.resolve().parent)
     if not any(target.resolve().is_relative_to(home) for home in homes):
-        raise reader.broken(f"its weights are outside of its folder, at {location[:100]!r}")
+        linked = " through a link; download the model into a plain folder, without links"
+        raise reader.broken(
+            f"its weights are outside of its folder, at {location[:100]!r}"
+            f"{linked if target.is_symlink() else ''}"
+        )
     missing = end - target.stat().st_size
     if missing > 0:
         raise reader.broken(

@@ -14,10 +14,11 @@ from typing import Any
 
 from backends.hf.header import read_json
 from core.errors import BrokenModel
+from core.units import MIB
 
 _MAX_MANIFESTS = 5000
 _MAX_DEPTH = 6
-_MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+_MAX_MANIFEST_BYTES = MIB
 _MAX_LAYERS = 20_000
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 _BLOB = re.compile(r"sha256-[0-9a-f]{64}")

@@ -31,7 +31,7 @@ _TRAINING_STATE = re.compile(
 # ONNX graphs that are halves of a model.
 _HALVES = re.compile(
     r"(decoder_model|decoder_with_past_model|encoder_model|embed_tokens|vision_encoder|"
-    r"audio_encoder|text_model|vision_model|encoder|decoder|unet|vae_\w+)([-._]\w+)*\.onnx"
+    r"audio_encoder|text_model|vision_model|encoder|decoder|unet|vae)(?:[-._][-.\w]*)?\.onnx"
 )
 _NATURAL_FORMATS = {
     ".gguf": "gguf", ".ggml": "gguf", ".safetensors": "safetensors", ".npz": "mlx",

@@ -33,6 +33,10 @@ from catalog.scan.walk import Candidate, WalkResult
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "Manifest.json"
+_LINK_OUT = (
+    "Its file {} is a link to a file outside the model folders; put the file itself here, or add "
+    "its folder to IMPETUS_MODELS_PATH."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +118,14 @@ class ScanRun:
             return
         match outcome:
             case ModelInfo() as info:
-                self._add_model(info, candidate, starter)
+                links = [file for file in info.files if self.walked.leads_outside(file)]
+                if links and starter is None:
+                    reason = _LINK_OUT.format(links[0].name)
+                    self._add_refused(_Refusal(candidate, Refused(info.format, reason), before))
+                else:
+                    self._add_model(info, candidate, starter)
             case Refused() as refused:
-                package = self._packages.of(path, candidate.root)
-                refusal = _Refusal(candidate, refused, before, starter)
-                self._refusals.setdefault(package, []).append(refusal)
+                self._add_refused(_Refusal(candidate, refused, before, starter))
             case Unknown():
                 self.notes.note_unknown(path, before)
             case Uninspected(reason):
@@ -127,6 +134,10 @@ class ScanRun:
                 log_skipped(f"{path}: {reason}; it will be tried again")
             case _:
                 assert_never(outcome)
+
+    def _add_refused(self, refusal: _Refusal) -> None:
+        package = self._packages.of(refusal.candidate.path, refusal.candidate.root)
+        self._refusals.setdefault(package, []).append(refusal)
 
     def _is_claimed(self, path: Path) -> bool:
         """Whether the file belongs to a model already; cached models may share their blobs."""
@@ -175,9 +186,7 @@ class ScanRun:
                 f"{path.name} is {reason}; put the file itself here, or add its folder to "
                 "IMPETUS_MODELS_PATH."
             )
-        package = self._packages.of(path, candidate.root)
-        refused = Refused(format, reason)
-        self._refusals.setdefault(package, []).append(_Refusal(candidate, refused, ""))
+        self._add_refused(_Refusal(candidate, Refused(format, reason), ""))
 
     def _add_model(
         self, info: ModelInfo, candidate: Candidate, starter: InstalledStarter | None

@@ -22,7 +22,8 @@ _DESCRIBING = re.compile(
 _MODULE = re.compile(r"\d+_\w+")
 # Formats that read nothing but their own files.
 _SINGLE = ("gguf",)
-_Entry = tuple[str, int, int]
+# Name, size, modification time in ns, and whether it is a link.
+_Entry = tuple[str, int, int, bool]
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Surroundings:
             stem = model_stem(path)
             times = [
                 modified
-                for name, _, modified in self.listing(path.parent)
+                for name, _, modified, _ in self.listing(path.parent)
                 if model_stem(path.with_name(name)) == stem
             ]
         else:
@@ -70,7 +71,7 @@ class Surroundings:
         return max(times, default=0)
 
     def listing(self, folder: Path) -> list[_Entry]:
-        """Return name, size and modification time in ns of the files and folders in `folder`."""
+        """Return the files and folders in `folder`, in order."""
         known = self._listings.get(folder)
         if known is None:
             with os.scandir(folder) as listing:
@@ -88,7 +89,7 @@ class Surroundings:
         first = files[0].parent
         if first.name == "onnx" or first.suffix.lower() == ".mlpackage":
             folders.append(first.parent)
-        modules = [first / name for name, _, _ in self.listing(first) if _MODULE.fullmatch(name)]
+        modules = [first / name for name, _, _, _ in self.listing(first) if _MODULE.fullmatch(name)]
         folders += [folder for folder in modules if folder.is_dir()]
         return list(dict.fromkeys(folders))
 
@@ -116,7 +117,8 @@ def _entries(listing: Iterable["os.DirEntry[str]"]) -> Iterator[_Entry]:
             status = entry.stat(follow_symlinks=False)
         # What happens inside of a subfolder changes no model around it.
         is_folder = S_ISDIR(status.st_mode)
-        yield entry.name, 0 if is_folder else status.st_size, 0 if is_folder else status.st_mtime_ns
+        size, modified = (0, 0) if is_folder else (status.st_size, status.st_mtime_ns)
+        yield entry.name, size, modified, entry.is_symlink()
 
 
 def _digest(entries: object) -> str:

@@ -42,7 +42,7 @@ class WalkResult:
 
     `unread` are the files and folders among them that exist and cannot be read for now.
     `partial` are the folders with unfinished downloads, with the names of those.  `folders` are
-    those that were listed, with their modification times in ns.
+    those that were listed, with their modification times in ns.  `homes` are where links may lead.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
@@ -50,10 +50,18 @@ class WalkResult:
     unread: list[Path] = field(default_factory=list)
     partial: dict[Path, list[str]] = field(default_factory=dict)
     folders: dict[Path, int] = field(default_factory=dict)
+    homes: tuple[Path, ...] = ()
 
     def is_unread(self, path: Path) -> bool:
         """Whether a file may be there although it was not found."""
         return any(path == one or path.is_relative_to(one) for one in self.unread)
+
+    def leads_outside(self, path: Path) -> bool:
+        """Whether a file is a link to one outside of the model folders."""
+        if not path.is_symlink():
+            return False
+        target = Path(os.path.realpath(path))
+        return not any(target.is_relative_to(home) for home in self.homes)
 
     def note_folder(self, path: Path) -> None:
         """Note a folder before it is listed: a file that comes later changes its time."""
@@ -95,7 +103,8 @@ def walk(roots: Sequence[Path]) -> WalkResult:
     ]
     # Of several names for one file the first is used.
     entries.sort(key=lambda item: _descriptive_first(item[0]))
-    homes = [*resolved, *(home for root in resolved for home in hub_cache.link_homes(root))]
+    links = [home for root in resolved for home in hub_cache.link_homes(root)]
+    homes = found.homes = (*resolved, *links)
     seen: set[tuple[int, int, str]] = set()
     for item, root in entries:
         path = Path(item.entry.path)

@@ -247,6 +247,28 @@ def test_a_link_out_of_the_cache_is_refused_unopened(shelf: Shelf, source: Path)
     assert source / "model.safetensors" not in shelf.looked
 
 
+@pytest.mark.parametrize(
+    "name", ["model-00002-of-00003.safetensors", "config.json", "tokenizer.json"]
+)
+def test_a_model_with_one_file_outside_is_refused(shelf: Shelf, tmp_path: Path, name: str) -> None:
+    folder = write_model(shelf.models / "nice-model")
+    (folder / "model.safetensors").unlink()
+    write_shards(folder)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (folder / name).rename(outside / name)
+    (folder / name).symlink_to(outside / name)
+    shelf.scan()
+    assert shelf.states() == {"nice-model@safetensors": "refused"}
+    assert f"{name} is a link to a file outside" in shelf.reason("nice-model@safetensors")
+    shelf.scan()
+    assert shelf.looked == []
+    (folder / name).unlink()
+    (outside / name).rename(folder / name)
+    shelf.scan()
+    assert shelf.states() == {NICE: "ok"}
+
+
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ".."])
 def test_an_index_that_leaves_the_snapshot_is_refused(
     shelf: Shelf, source: Path, name: str
