@@ -7,6 +7,11 @@ from catalog.models import ModelRecord
 # The order on Apple silicon; elsewhere any fixed order will do.
 _FASTEST = ("mlx", "gguf", "safetensors", "onnx", "pytorch", "coreml")
 
+# Formats whose quantized weights are unpacked while they load, to at least 16 bits each.
+_DEQUANTIZED = ("safetensors", "pytorch")
+_FLOATS = ("f16", "f32", "f64", "bf16", "mixed", "")
+_HALF_BYTES = 2
+
 
 def best_variant(
     candidates: Sequence[ModelRecord],
@@ -20,7 +25,7 @@ def best_variant(
     (1) Unusable variants are ignored unless there are no others; so are those on a slow
     reference runtime.  (2) With `keeps_cool` the smallest wins, because it moves the fewest bytes
     per token; on a tie a resident one.  (3) Else a resident one wins.  (4) Else the most precise
-    one whose files take at most half of the budget, leaving room for another model; on a tie the
+    one whose weights take at most half of the budget, leaving room for another model; on a tie the
     fastest format.  (5) Else the smallest.  Remaining ties are decided by id.  Raises ValueError
     without candidates.
     """
@@ -29,14 +34,14 @@ def best_variant(
     pool = [record for record in candidates if record.state == "ok"] or list(candidates)  # (1)
     pool = [record for record in pool if not _is_slow(record)] or pool
     if keeps_cool:  # (2)
-        return min(pool, key=lambda one: (one.info.size_bytes, one.id not in resident_ids, one.id))
+        return min(pool, key=lambda one: (_bytes(one), one.id not in resident_ids, one.id))
     resident = [record for record in pool if record.id in resident_ids]
     if resident:
         return min(resident, key=_best_first)  # (3)
-    fitting = [record for record in pool if record.info.size_bytes <= budget_bytes // 2]
+    fitting = [record for record in pool if _bytes(record) <= budget_bytes // 2]
     if fitting:
         return min(fitting, key=_best_first)  # (4)
-    return min(pool, key=lambda record: (record.info.size_bytes, record.id))  # (5)
+    return min(pool, key=lambda record: (_bytes(record), record.id))  # (5)
 
 
 def nearest_smaller(
@@ -48,11 +53,24 @@ def nearest_smaller(
         for other in others
         if other.info.name == record.info.name
         and other.state == "ok"
-        and other.info.size_bytes < record.info.size_bytes
+        and _bytes(other) < _bytes(record)
         and other.info.capabilities >= record.info.capabilities
         and fits(other)
     ]
-    return max(variants, key=lambda other: (other.info.size_bytes, other.id), default=None)
+    return max(variants, key=lambda other: (_bytes(other), other.id), default=None)
+
+
+def _bytes(record: ModelRecord) -> int:
+    """Return the bytes of weights in memory: those of the files, unless they are dequantized."""
+    info = record.info
+    is_dequantized = (
+        info.format in _DEQUANTIZED
+        and info.quantization not in _FLOATS
+        and "mlx_bits" not in info.details
+    )
+    return (
+        max(info.size_bytes, info.parameters * _HALF_BYTES) if is_dequantized else info.size_bytes
+    )
 
 
 def _is_slow(record: ModelRecord) -> bool:

@@ -77,3 +77,19 @@ def test_best_variant_is_a_slow_one_only_where_there_is_no_other() -> None:
     slow, small = variant("coreml", 400, runtime="reference"), variant("gguf", 50)
     assert best_variant([slow, small], {slow.id}, 1000) is small
     assert best_variant([slow], set(), 1000) is slow
+
+
+def test_weights_that_are_dequantized_count_with_what_they_take_in_memory() -> None:
+    """A file of 4 bits a weight is not small if its weights are unpacked to 16."""
+    packed = make_record("m@safetensors-awq-4bit", size_bytes=30)
+    packed = replace(
+        packed,
+        info=replace(
+            packed.info, format="safetensors", quantization="awq-4bit", parameters=60, details={}
+        ),
+    )
+    assert best_variant([packed, SMALL], set(), 1000, keeps_cool=True) is SMALL
+    assert best_variant([packed, SMALL], set(), 100) is SMALL
+    assert nearest_smaller(LARGE, [packed, GONE], lambda _: True) is None
+    stays = replace(packed, info=replace(packed.info, details={"mlx_bits": 4}))
+    assert best_variant([stays, SMALL], set(), 1000, keeps_cool=True) is stays
