@@ -6,14 +6,12 @@ processes at once.
 """
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from backends.base import ModelInfo
 from backends.gguf.file import gguf_info
 from catalog.convert.run import ConversionRequest, convert, sweep
 from core.types import Capability
+from tests.cache import cache_folder, locked
 from tests.starter import starter_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +33,6 @@ _PINNED = (
 )  # fmt: skip
 _PROMPTS = ("The sea is", "What is gravity?", "def add(a, b):")
 _TOKENS = 32
-_UNUSED_S = 3 * 24 * 3600
 # The sources that decide what is written; the others decide how it is run.
 _SOURCES = (
     "job", "sidecars", "tensor_file", "steps/dtypes", "steps/from_gguf", "steps/gguf_config",
@@ -86,7 +84,7 @@ def golden(kind: str) -> Path:
     A folder, but for "gguf-f32" the file in it.  Blocks, for up to two minutes the first time.
     """
     folder = _folder(kind)
-    with _locked(folder):
+    with locked(folder):
         if not folder.is_dir():
             _builder(kind)(folder)
     return next(folder.glob("*.gguf")) if kind == "gguf-f32" else folder
@@ -96,7 +94,7 @@ def reference() -> Reference:
     """Return the tokens that every full-precision conversion must give."""
     path = _cache() / "reference.json"
     source = golden("hf-f32")
-    with _locked(path):
+    with locked(path):
         if not path.is_file():
             # A process of its own: PyTorch's threads and memory do not stay in the tests'.
             command = [sys.executable, "-m", "tests.golden", str(source), str(path)]
@@ -143,28 +141,14 @@ def _cache(extra: str = "") -> Path:
         digest.update(f"{name}=={version(name)}\n".encode())
     with starter_path().open("rb") as stream:
         digest.update(hashlib.file_digest(stream, "sha256").digest())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "impetus" / "golden" / digest.hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
+    folder = cache_folder("golden", digest.hexdigest())
     sweep(folder)
-    for other in folder.parent.iterdir():
-        if time.time() - other.stat().st_mtime > _UNUSED_S:
-            shutil.rmtree(other, ignore_errors=True)
     return folder
 
 
 def _folder(kind: str) -> Path:
     """Return where a kind stands; Core ML's sources change no other's."""
     return _cache("catalog/convert/steps/*coreml*.py" if kind == "coreml" else "") / kind
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a path's lock over all processes; waits while another builds it."""
-    with path.with_name(f".{path.name}.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _builder(kind: str) -> Callable[[Path], None]:
