@@ -12,12 +12,16 @@ from backends.prefixes.store import ModelPrefixStore
 from backends.trials import TrialOptions
 from core.errors import UnsupportedCapability
 from core.types import (
+    DEFAULT_EMBEDDING,
     Capability,
+    EmbeddingParams,
     Embeddings,
     Finished,
     GenerationEvent,
     GenerationRequest,
     Priority,
+    Relevance,
+    RerankInputs,
 )
 from core.units import MIB
 
@@ -206,16 +210,36 @@ class Engine(ABC):
         inputs: Seq[str | Seq[int]],
         priority: Priority = "interactive",
         deadline_s: float | None = None,
+        params: EmbeddingParams = DEFAULT_EMBEDDING,
     ) -> Embeddings:
         """Return one vector per text or token ids, in order.
+
+        Cancelling ends the work within one batch, and so does the deadline, in seconds from now.
+        Raises ContextLengthExceeded, RequestError for params that the model does not have,
+        TimedOut.
+        """
+        del inputs, priority, deadline_s, params
+        raise UnsupportedCapability(
+            f"The model {self.info.name} ({self.info.format}) cannot compute embeddings; use "
+            "one with the capability embedding in /v1/models.",
+            param="model",
+        )
+
+    async def rerank(
+        self,
+        inputs: RerankInputs,
+        priority: Priority = "interactive",
+        deadline_s: float | None = None,
+    ) -> Relevance:
+        """Return one score per document, in order.
 
         Cancelling ends the work within one batch, and so does the deadline, in seconds from now.
         Raises ContextLengthExceeded, TimedOut.
         """
         del inputs, priority, deadline_s
         raise UnsupportedCapability(
-            f"The model {self.info.name} ({self.info.format}) cannot compute embeddings; use "
-            "one with the capability embedding in /v1/models.",
+            f"The model {self.info.name} ({self.info.format}) cannot rerank; use one with the "
+            "capability rerank in /v1/models.",
             param="model",
         )
 

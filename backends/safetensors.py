@@ -23,6 +23,7 @@ from backends.hf.config import HfFolder, read_folder, variant_files, weight_file
 from backends.hf.folder import folder_info, is_mlx, quantization_of
 from backends.hf.header import SafetensorsHeader, broken, safetensors_header
 from backends.hf.layout import stored_weights
+from backends.pytorch.embedding import check_settings
 from backends.pytorch.loading import (
     estimate_torch,
     import_torch,
@@ -145,6 +146,7 @@ class SafetensorsBackend(Backend):
         is_known = choice.runtime == "mlx" or transformers_knows(folder.model_type)
         check_folder(folder, is_known=is_known)
         if choice.runtime == "pytorch":
+            check_settings(info)
             info = limit_context_for_torch(info, folder)
         elif layout.method:
             info = replace(info, details={**info.details, "mlx_bits": 4, "mlx_group_size": 32})
@@ -170,7 +172,10 @@ def _can_use_torch(info: ModelInfo, options: EngineOptions) -> bool:
     """Whether PyTorch can run a model in place of MLX, which the user did not choose."""
     if options.runtime == "mlx":
         return False
-    if Capability.EMBEDDING in info.capabilities or not torch_availability().is_available:
+    if (
+        info.capabilities & {Capability.EMBEDDING, Capability.RERANK}
+        or not torch_availability().is_available
+    ):
         return False
     return transformers_knows(read_folder(info.files[0].parent).model_type)
 
@@ -204,8 +209,8 @@ def _choose_runtime(
     folder: HfFolder, info: ModelInfo, mlx: Backend | None, method: str
 ) -> RuntimeChoice:
     """Return the runtime, "mlx" or "pytorch", and why; the same rule on every platform."""
-    if Capability.EMBEDDING in info.capabilities:
-        return RuntimeChoice("pytorch", "embedding models run on sentence-transformers")
+    if info.capabilities & {Capability.EMBEDDING, Capability.RERANK}:
+        return RuntimeChoice("pytorch", "embedding and reranking models run on PyTorch")
     if mlx is None:
         return RuntimeChoice("pytorch", "the MLX backend is not installed")
     available = mlx.availability()

@@ -85,6 +85,9 @@ def _continue(traits: Traits) -> Iterator[_Finding]:
     if Capability.CHAT not in traits.capabilities and Capability.EMBEDDING in traits.capabilities:
         yield "limited", "for embeddings only"
         return
+    if Capability.RERANK in traits.capabilities:
+        yield "limited", "for reranking only"
+        return
     yield from _agent(_CONTINUE)(traits)
     if _INFILL not in traits.capabilities:
         yield "limited", "no autocompletion: the model has no fill-in-the-middle tokens"
@@ -93,6 +96,9 @@ def _continue(traits: Traits) -> Iterator[_Finding]:
 def _open_webui(traits: Traits) -> Iterator[_Finding]:
     if Capability.CHAT not in traits.capabilities and Capability.EMBEDDING in traits.capabilities:
         yield "limited", "for document embeddings only"
+        return
+    if Capability.RERANK in traits.capabilities:
+        yield "limited", "for reranking documents only"
         return
     yield from _chat_client(traits)
 
@@ -103,6 +109,8 @@ def _chat_client(traits: Traits) -> Iterator[_Finding]:
 
 
 def _library(traits: Traits) -> Iterator[_Finding]:
+    if Capability.RERANK in traits.capabilities:
+        yield "limited", "for reranking only, at /v1/rerank"
     if Capability.CHAT in traits.capabilities and Capability.TOOLS not in traits.capabilities:
         yield "limited", _TOOLS_IN_PROMPT
 

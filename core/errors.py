@@ -130,6 +130,24 @@ class ContextLengthExceeded(RequestError):
         error.context_tokens = context_tokens
         return error
 
+    @classmethod
+    def of_input(
+        cls, name: str, tokens: int, limit: int, *, is_least: bool = False
+    ) -> "ContextLengthExceeded":
+        """Build the error for one input of embeddings or reranking that may not be cut.
+
+        `name` is the field with its index; the first word before "[" is the error's `param`.
+        """
+        error = cls(
+            f"This model's maximum context length is {limit} tokens. However, {name} resulted in "
+            f"{'at least ' if is_least else ''}{tokens} tokens. Shorten it, or send "
+            "truncate: true to cut it.",
+            param=name.partition("[")[0],
+        )
+        error.prompt_tokens = tokens
+        error.context_tokens = limit
+        return error
+
 
 class PreviousResponseNotFound(RequestError):
     """`previous_response_id` names a response that is not stored."""

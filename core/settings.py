@@ -122,6 +122,11 @@ class Settings(BaseSettings):
         le=8192,
         description="Maximum prompt tokens per engine step.",
     )
+    truncate_inputs: bool = Field(
+        default=True,
+        description="Cut inputs of embeddings and reranking over the model's limit if the request "
+        "does not say; false refuses them with 400.",
+    )
     request_timeout_s: Seconds = Field(
         default=3600.0,
         gt=0,

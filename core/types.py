@@ -20,6 +20,7 @@ class Capability(StrEnum):
     CHAT = "chat"
     COMPLETION = "completion"
     EMBEDDING = "embedding"
+    RERANK = "rerank"
     TOOLS = "tools"
     REASONING = "reasoning"
     INFILL = "infill"
@@ -296,9 +297,58 @@ class Finished:
 GenerationEvent: TypeAlias = PrefillProgress | TextDelta | ReasoningDelta | ToolCallDelta | Finished
 
 
+# Which end of an input over the model's limit is cut: "default" is as the tokenizer is configured.
+Truncation: TypeAlias = Literal["none", "default", "start", "end"]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingParams:
+    """How the inputs of an embedding request are prepared, and the size of its vectors.
+
+    `truncate` "none" refuses inputs over the model's limit.  `prompt_name` is one of the model's
+    prompts, `input_type` a kind of text that it may have a prompt for, such as query or document.
+    `dimensions` None means the model's own.
+    """
+
+    truncate: Truncation = "default"
+    prompt_name: str | None = None
+    input_type: str | None = None
+    dimensions: int | None = None
+
+
+DEFAULT_EMBEDDING = EmbeddingParams()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Embeddings:
-    """Vectors in the order of the inputs: float32, shape (len(inputs), dimension)."""
+    """Vectors in the order of the inputs: float32, shape (len(inputs), dimension).
+
+    `truncated_tokens` were cut from inputs over the model's limit and are not in `prompt_tokens`.
+    """
 
     vectors: NDArray[np.float32]
     prompt_tokens: int
+    truncated_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RerankInputs:
+    """A query and the documents to score against it.
+
+    A pair over the model's limit is cut if `is_truncated`, else refused.  A document is cut to
+    `max_document_tokens` in any case.
+    """
+
+    query: str
+    documents: tuple[str, ...]
+    is_truncated: bool = True
+    max_document_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Relevance:
+    """Scores in the order of the documents, float32 (len(documents),); higher is more relevant."""
+
+    scores: NDArray[np.float32]
+    prompt_tokens: int
+    truncated_tokens: int = 0

@@ -42,6 +42,8 @@ from router.v1.embeddings import EmbeddingRequest, embedding_endpoint
 from router.v1.messages.endpoints import count_tokens_endpoint, messages_endpoint
 from router.v1.messages.request import MessagesPromptRequest, MessagesRequest
 from router.v1.models import model_endpoint, models_endpoint
+from router.v1.rerank import PATHS as RERANK_PATHS
+from router.v1.rerank import RerankRequest, rerank_endpoint
 from router.v1.responses.endpoints import (
     delete_response_endpoint,
     input_tokens_endpoint,
@@ -55,6 +57,7 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/v1/chat/completions"): ChatRequest,
     ("POST", "/v1/completions"): CompletionRequest,
     ("POST", "/v1/embeddings"): EmbeddingRequest,
+    **{("POST", path): RerankRequest for path in RERANK_PATHS},
     ("POST", "/v1/messages"): MessagesRequest,
     ("POST", "/v1/messages/count_tokens"): MessagesPromptRequest,
     ("POST", "/v1/responses"): ResponsesRequest,
@@ -111,6 +114,8 @@ def _add_inference_routes(app: FastAPI, context: RouteContext) -> None:
     add("/v1/completions", completion_endpoint(context), "POST")
     add("/v1/messages", messages_endpoint(context), "POST")
     add("/v1/embeddings", embedding_endpoint(context), "POST")
+    for path in RERANK_PATHS:
+        add(path, rerank_endpoint(context), "POST")
     add("/v1/messages/count_tokens", count_tokens_endpoint(context), "POST")
     settings = context.services.settings
     store = ResponseStore(

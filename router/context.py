@@ -18,6 +18,8 @@ _logger = logging.getLogger(__name__)
 _RECORD_KEY = "impetus.record"
 _SERVER_SEND_KEY = "impetus.send"
 NAME_LIMIT = 512
+# The states of models that can answer, in the order in which they are advised.
+_USABLE = ("resident", "loading", "available")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 
 
@@ -118,7 +120,17 @@ class RouteContext:
         if capability not in view.capabilities:
             able = ", ".join(sorted(view.capabilities)) or "nothing"
             raise UnsupportedCapability(
-                f"The model {view.id} cannot be used for {capability.value}; it supports: {able}.",
+                f"The model {view.id} cannot be used for {capability.value}; it supports: {able}. "
+                f"{await self._advice(capability)}",
                 param="model",
             )
         return view
+
+    async def _advice(self, capability: Capability) -> str:
+        """Name a model that has the capability, one that is loaded if possible."""
+        views = await self.services.catalog.models()
+        able = [view for view in views if capability in view.capabilities]
+        usable = [view for state in _USABLE for view in able if view.state == state]
+        if not usable:
+            return f"No model on this server can be used for {capability.value}."
+        return f"Use {usable[0].id} instead."

@@ -5,7 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 from core.settings import Settings
-from core.types import Capability, Embeddings, GenerationEvent, GenerationRequest, Prompt
+from core.types import (
+    DEFAULT_EMBEDDING,
+    Capability,
+    EmbeddingParams,
+    Embeddings,
+    GenerationEvent,
+    GenerationRequest,
+    Prompt,
+    Relevance,
+    RerankInputs,
+)
 from core.types import Priority as Priority
 
 ModelState: TypeAlias = Literal[
@@ -135,8 +145,26 @@ class Dispatcher(Protocol):
         inputs: Sequence[str | Sequence[int]],
         priority: Priority = "interactive",
         deadline_s: float | None = None,
+        params: EmbeddingParams = DEFAULT_EMBEDDING,
     ) -> Embeddings:
-        """Return one vector per input, in order; raises TimedOut after `deadline_s` seconds."""
+        """Return one vector per input, in order; raises TimedOut after `deadline_s` seconds.
+
+        Raises ContextLengthExceeded for an input that may not be cut, RequestError for `params`
+        that the model does not have.
+        """
+        ...
+
+    async def rerank(
+        self,
+        model_id: str,
+        inputs: RerankInputs,
+        priority: Priority = "interactive",
+        deadline_s: float | None = None,
+    ) -> Relevance:
+        """Return one score per document, in order; raises TimedOut after `deadline_s` seconds.
+
+        Raises ContextLengthExceeded for a pair that may not be cut.
+        """
         ...
 
     async def count_tokens(

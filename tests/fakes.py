@@ -9,7 +9,9 @@ import numpy as np
 from core.errors import ModelNotFound
 from core.settings import Settings
 from core.types import (
+    DEFAULT_EMBEDDING,
     Capability,
+    EmbeddingParams,
     Embeddings,
     Finished,
     FinishReason,
@@ -17,6 +19,8 @@ from core.types import (
     GenerationRequest,
     Priority,
     Prompt,
+    Relevance,
+    RerankInputs,
     TextDelta,
     Usage,
 )
@@ -26,6 +30,7 @@ ScriptItem: TypeAlias = GenerationEvent | Exception | asyncio.Event
 
 CHAT_MODEL = "tiny@gguf-q8_0"
 EMBEDDING_MODEL = "mini@gguf-f16"
+RERANK_MODEL = "ranker@gguf-f16"
 
 
 def make_view(model_id: str = CHAT_MODEL, **changes: Any) -> ModelView:
@@ -83,6 +88,8 @@ class FakeDispatcher:
         self.scripts: dict[str, Sequence[ScriptItem]] = {}
         self.requests: list[GenerationRequest] = []
         self.embedded: list[Sequence[str | Sequence[int]]] = []
+        self.params: list[EmbeddingParams] = []
+        self.reranked: list[RerankInputs] = []
         self.priorities: list[Priority] = []
         self.deadlines: list[float | None] = []
         self.vectors: Any = None
@@ -115,8 +122,10 @@ class FakeDispatcher:
         inputs: Sequence[str | Sequence[int]],
         priority: Priority = "interactive",
         deadline_s: float | None = None,
+        params: EmbeddingParams = DEFAULT_EMBEDDING,
     ) -> Embeddings:
         del model_id
+        self.params.append(params)
         self.priorities.append(priority)
         self.deadlines.append(deadline_s)
         self._enter()
@@ -130,6 +139,28 @@ class FakeDispatcher:
         if vectors is None:
             vectors = [[index, 0.5, -1.25] for index in range(len(inputs))]
         return Embeddings(np.asarray(vectors, dtype=np.float32), prompt_tokens=5)
+
+    async def rerank(
+        self,
+        model_id: str,
+        inputs: RerankInputs,
+        priority: Priority = "interactive",
+        deadline_s: float | None = None,
+    ) -> Relevance:
+        del model_id
+        self.reranked.append(inputs)
+        self.priorities.append(priority)
+        self.deadlines.append(deadline_s)
+        self._enter()
+        try:
+            if self.embed_gate is not None:
+                await self.embed_gate.wait()
+        finally:
+            self._leave()
+        scores = self.vectors
+        if scores is None:
+            scores = [len(text) / 100 for text in inputs.documents]
+        return Relevance(np.asarray(scores, np.float32), prompt_tokens=9, truncated_tokens=2)
 
     async def count_tokens(
         self, model_id: str, prompt: Prompt, deadline_s: float | None = None
@@ -179,11 +210,12 @@ def make_services(
     not_ready: str = "",
     **settings: Any,
 ) -> Services:
-    """Return services with a chat model and an embedding model."""
+    """Return services with a chat model, an embedding model and a reranking model."""
     embedder = make_view(EMBEDDING_MODEL, capabilities=frozenset({Capability.EMBEDDING}))
+    ranker = make_view(RERANK_MODEL, capabilities=frozenset({Capability.RERANK}))
     return Services(
         settings=Settings(**settings),
-        catalog=FakeCatalog(*(views or (make_view(), embedder))),
+        catalog=FakeCatalog(*(views or (make_view(), embedder, ranker))),
         dispatcher=dispatcher or FakeDispatcher(),
         health=FakeHealth(not_ready),
         telemetry=FakeTelemetry(),

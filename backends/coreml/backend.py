@@ -25,7 +25,10 @@ from backends.coreml.rows import CoremlRows, Runtime, open_runtime, run
 from backends.coreml.spec import ML_PROGRAM, CoremlSpec, broken, read_spec
 from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
-from backends.embedding.pooling import Pooling, pool, read_pooling, unit
+from backends.embedding.folder import read_settings
+from backends.embedding.head import VectorHead
+from backends.embedding.inputs import padded
+from backends.embedding.texts import TextInputs
 from backends.engine.row_stepper import RowStepper
 from backends.engine.trial.checks import TrialTerms
 from backends.engine.trial.results import tried_rows
@@ -197,7 +200,7 @@ def _capabilities(info: ModelInfo, layout: Layout) -> frozenset[Capability]:
     if layout.is_encoder:
         return frozenset({Capability.EMBEDDING})
     found = info.capabilities - {Capability.EMBEDDING}
-    return found | {Capability.CHAT, Capability.COMPLETION}
+    return (found - {Capability.RERANK}) | {Capability.CHAT, Capability.COMPLETION}
 
 
 def estimate_coreml(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
@@ -248,39 +251,36 @@ def _open_encoder(
     options: EngineOptions,
 ) -> Engine:
     assert options.context_tokens is not None
-    pooling = read_pooling(folder.path)
+    settings = read_settings(folder.path)
+    if settings.lower_case:
+        tokenizer.lower_texts()
+    head = VectorHead(settings)
 
     def open_model() -> CoremlEmbeddingModel:
-        return CoremlEmbeddingModel(open_runtime(spec, options.threads), layout, tokenizer, pooling)
+        return CoremlEmbeddingModel(open_runtime(spec, options.threads), layout, tokenizer, head)
 
     return EmbeddingEngine(
         info,
         open_model,
-        context_tokens=min(options.context_tokens, pooling.max_tokens or options.context_tokens),
+        context_tokens=min(options.context_tokens, settings.max_tokens or options.context_tokens),
         batch_limits=BatchLimits(max(options.prefill_chunk_tokens, 1)),
         max_waiting=options.max_waiting,
+        prompts=settings.prompts,
+        truncates=tokenizer.truncation_side,
+        is_unit=settings.is_unit,
     )
 
 
-class CoremlEmbeddingModel:
+class CoremlEmbeddingModel(TextInputs):
     """A text encoder that computes one row at a time; implements `EmbeddingModel`."""
 
     def __init__(
-        self, runtime: Runtime, layout: Layout, tokenizer: HfTokenizer, pooling: Pooling
+        self, runtime: Runtime, layout: Layout, tokenizer: HfTokenizer, head: VectorHead
     ) -> None:
+        super().__init__(tokenizer)
         self._runtime: Runtime | None = runtime
         self._layout = layout
-        self._tokenizer = tokenizer
-        self._pooling = pooling
-        self.vocabulary_size = tokenizer.vocabulary_size
-
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text` with the model's special tokens."""
-        return self._tokenizer.encode_for_embedding(text)
-
-    def fewest_tokens(self, text: str, limit: int) -> int:
-        """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
-        return self._tokenizer.fewest_tokens(text, limit)
+        self._head = head
 
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return the pooled vectors (len(token_lists), dimension).  Raises EngineFailed."""
@@ -289,22 +289,20 @@ class CoremlEmbeddingModel:
         for tokens in token_lists:
             inputs = token_inputs(self._layout, tokens, self._layout.padded_length(len(tokens)))
             outputs = run(self._runtime, inputs, None)
-            vectors.append(self._vector(outputs[self._layout.output], len(tokens)))
+            vectors.append(self._vector(outputs[self._layout.output], tokens))
         return np.stack(vectors)
 
-    def _vector(self, output: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    def _vector(self, output: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float32]:
         """Return one text's vector, pooled here unless the model pools itself."""
         output = np.asarray(output, np.float32)
         if output.ndim == 3:
-            mask = (np.arange(output.shape[1]) < count).astype(np.float32)[None]
-            return np.asarray(pool(output, mask, self._pooling)[0])
+            return np.asarray(self._head.pool(output[:, : len(tokens)], padded([tokens]))[0])
         if output.ndim > 3 or not output.size:
             raise EngineFailed(
                 f"The model's output {self._layout.output!r} has the shape {output.shape}; "
                 "expected (1, tokens, dimension) or (1, dimension)."
             )
-        vector = output.reshape(1, -1)
-        return np.asarray((unit(vector) if self._pooling.normalize else vector)[0])
+        return np.asarray(self._head.finish(output.reshape(1, -1))[0])
 
     def close(self) -> None:
         """Free the weights."""

@@ -4,7 +4,7 @@ import asyncio
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TypeAlias
@@ -12,6 +12,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.embedding.inputs import InputTokens
 from backends.engine.request import resolve_future
 from core.errors import ImpetusError
 from core.types import Embeddings
@@ -22,12 +23,14 @@ class BatchLimits:
     """How much fits into one batch; an input longer than `max_tokens` is computed alone.
 
     `max_tokens` bounds rows x longest row, because rows are padded; with `is_packed` it bounds
-    the sum of the rows' lengths.  `max_rows` None means any number of rows.
+    the sum of the rows' lengths.  `max_rows` None means any number of rows.  With
+    `equal_lengths` all rows are equally long, for models whose vectors depend on the padding.
     """
 
     max_tokens: int
     max_rows: int | None = None
     is_packed: bool = False
+    equal_lengths: bool = False
 
     def longest_next(self, longest: int, rows: int, tokens: int) -> int:
         """Return the length that the next row may have; 0 when the batch is full.
@@ -45,17 +48,19 @@ class BatchLimits:
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:
-    """One embedding request in the queue of its engine.
+    """One request for vectors or scores in the queue of its engine.
 
+    `tokens` gives the token ids of each of `inputs`; it is iterated once, on another thread.
     `left` holds (length, index) of the inputs that are not computed yet, the shortest first.
     Until `due_at`, on the monotonic clock, requests that are due go first.  `begun_at` is when
     its first batch began.
     """
 
-    inputs: Sequence[str | Sequence[int]]
+    inputs: Sequence[object]
     loop: asyncio.AbstractEventLoop
     done: "asyncio.Future[Embeddings]"
     due_at: float = 0.0
+    tokens: Iterable[InputTokens] = ()
     token_lists: list[list[int]] = field(default_factory=list)
     left: list[tuple[int, int]] = field(default_factory=list)
     vectors: dict[int, NDArray[np.float32]] = field(default_factory=dict)
@@ -72,7 +77,8 @@ class QueuedRequest:
         """Return the vectors in the order of the inputs."""
         rows = [self.vectors[index] for index in range(len(self.token_lists))]
         vectors = np.stack(rows) if rows else np.empty((0, 0), np.float32)
-        return Embeddings(vectors, sum(map(len, self.token_lists)))
+        cut = sum(ids.cut for ids in self.token_lists if isinstance(ids, InputTokens))
+        return Embeddings(vectors, sum(map(len, self.token_lists)), cut)
 
     def resolve(self, outcome: Embeddings | ImpetusError) -> None:
         """Hand the result or the error to the waiting task; callable from any thread."""
@@ -101,6 +107,8 @@ def next_batch(queue: deque[QueuedRequest], limits: BatchLimits, now: float) -> 
         while length := limits.longest_next(longest, len(batch) + len(taken), tokens):
             end = bisect_right(request.left, length, key=itemgetter(0))
             if not end:
+                break
+            if limits.equal_lengths and request.left[end - 1][0] != longest:
                 break
             length, index = request.left.pop(end - 1)
             taken.append(index)

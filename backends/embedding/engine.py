@@ -1,11 +1,11 @@
-"""The engine of embedding models in every format: batches the inputs of concurrent requests."""
+"""The engine of embedding and reranking models: batches the inputs of concurrent requests."""
 
 import asyncio
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,7 +15,12 @@ import numpy as np
 from backends.base import Engine, EngineLoad, ModelInfo
 from backends.cancellation import Cancelled
 from backends.embedding.batch import Batch, BatchLimits, QueuedRequest, next_batch
-from backends.embedding.model import EmbeddingModel, encode, input_tokens
+from backends.embedding.inputs import InputTokens
+from backends.embedding.model import EmbeddingModel, PairModel, encode, input_tokens
+from backends.embedding.pairs import pair_tokens
+from backends.embedding.pooling import unit
+from backends.embedding.prompts import Prompts
+from backends.embedding.trial import depends_on_padding
 from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.activity import NO_ACTIVITY, REQUEST_ID, Activity
 from backends.engine.failures import request_error
@@ -24,8 +29,26 @@ from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace
 from backends.limits import UNLIMITED, EngineLimits, deadline
 from backends.watch import StepWatch
-from core.errors import EngineFailed, ImpetusError, NonFiniteOutput, UnsupportedCapability
-from core.types import BATCH_DELAY_S, Embeddings, GenerationEvent, GenerationRequest, Priority
+from core.errors import (
+    EngineFailed,
+    ImpetusError,
+    NonFiniteOutput,
+    RequestError,
+    UnsupportedCapability,
+)
+from core.types import (
+    BATCH_DELAY_S,
+    DEFAULT_EMBEDDING,
+    Capability,
+    EmbeddingParams,
+    Embeddings,
+    GenerationEvent,
+    GenerationRequest,
+    Priority,
+    Relevance,
+    RerankInputs,
+    Truncation,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +56,7 @@ THREAD_NAME = "impetus-engine"
 
 
 class EmbeddingEngine(Engine):
-    """One resident embedding model on a thread of its own.
+    """One resident embedding or reranking model on a thread of its own.
 
     Requests are tokenized on other threads.  They take turns in opening a batch, so a long one
     delays a short one by one batch.  What fails for one request ends it alone; each accepted
@@ -48,15 +71,24 @@ class EmbeddingEngine(Engine):
         context_tokens: int,
         batch_limits: BatchLimits,
         max_waiting: int = 256,
+        prompts: Prompts | None = None,
+        truncates: Truncation = "end",
+        is_unit: bool = True,
+        tries_padding: bool = False,
     ) -> None:
         """Open the model on the engine's thread; blocks until it is loaded.
 
-        Raises what `open_model` raises.
+        `truncates` is the end at which inputs are cut that are too long, unless a request says
+        otherwise.  `is_unit`: the vectors have the length 1, also after `dimensions`.
+        `tries_padding`: compare a padded row with the same row alone first, and compute rows of
+        one length together if they differ.  Raises what `open_model` raises, and BrokenModel.
         """
         self.info = info
         self.context_tokens = context_tokens
         self.max_sequences = 1
         self._batch_limits = batch_limits
+        self._prompts = prompts or Prompts()
+        self._truncates, self._is_unit, self._tries_padding = truncates, is_unit, tries_padding
         self._max_waiting = max_waiting
         self._wake = threading.Condition()
         # Requests go from one to the next; the lock guards the first two.
@@ -79,11 +111,13 @@ class EmbeddingEngine(Engine):
         self._model = opened.result()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
-        """Refuse: an embedding model generates no text."""
-        raise UnsupportedCapability(
-            f"The model {request.model_id} makes embeddings, not text; use /v1/embeddings.",
-            param="model",
+        """Refuse: the model generates no text."""
+        use = (
+            "scores, not text; use /v1/rerank"
+            if self._reranks
+            else "embeddings, not text; use /v1/embeddings"
         )
+        raise UnsupportedCapability(f"The model {request.model_id} makes {use}.", param="model")
         yield  # pragma: no cover - makes this an async generator
 
     async def embed(
@@ -91,16 +125,88 @@ class EmbeddingEngine(Engine):
         inputs: Sequence[str | Sequence[int]],
         priority: Priority = "interactive",
         deadline_s: float | None = None,
+        params: EmbeddingParams = DEFAULT_EMBEDDING,
     ) -> Embeddings:
         """Return vectors in order; see `Engine.embed`.
 
         Raises RequestError, QueueFull, TimedOut, RequestFailed, EngineFailed, Unavailable.
         """
+        if self._reranks:
+            return await super().embed(inputs, priority, deadline_s, params)
+        prompt = self._prompts.choose(params)
+        tokens = self._input_tokens(inputs, prompt, params)
+        made = await self._run_request(inputs, tokens, priority, deadline_s)
+        return self._shortened(made, params.dimensions)
+
+    async def rerank(
+        self,
+        inputs: RerankInputs,
+        priority: Priority = "interactive",
+        deadline_s: float | None = None,
+    ) -> Relevance:
+        """Return scores in order; see `Engine.rerank`.
+
+        Raises RequestError, QueueFull, TimedOut, RequestFailed, EngineFailed, Unavailable.
+        """
+        model = self._model
+        if not (self._reranks and isinstance(model, PairModel)):
+            return await super().rerank(inputs, priority, deadline_s)
+        tokens = pair_tokens(model, inputs, self.context_tokens, self._truncates)
+        made = await self._run_request(inputs.documents, tokens, priority, deadline_s)
+        scores = made.vectors.reshape(len(inputs.documents), -1)[:, 0]
+        return Relevance(scores, made.prompt_tokens, made.truncated_tokens)
+
+    @property
+    def _reranks(self) -> bool:
+        return Capability.RERANK in self.info.capabilities
+
+    @property
+    def _outputs(self) -> str:
+        return "scores" if self._reranks else "vectors"
+
+    def _input_tokens(
+        self, inputs: Sequence[str | Sequence[int]], prompt: str, params: EmbeddingParams
+    ) -> Iterator[InputTokens]:
+        """Tokenize the inputs one by one, on the thread that asks for them."""
+        model = self._model
+        side = self._truncates if params.truncate == "default" else params.truncate
+        unpooled = 0
+        if prompt and not self._prompts.is_pooled:
+            unpooled = len(model.tokenize(prompt)) - len(model.special_tokens[1])
+        for index, text in enumerate(inputs):
+            name = f"input[{index}]"
+            ids = input_tokens(model, text, self.context_tokens, side, prompt=prompt, name=name)
+            # A row has at least one token to pool.
+            ids.unpooled = min(unpooled, len(ids) - 1) if isinstance(text, str) else 0
+            yield ids
+
+    def _shortened(self, made: Embeddings, dimensions: int | None) -> Embeddings:
+        """Return the first `dimensions` numbers of each vector, of length 1 where all are."""
+        if dimensions is None or not len(made.vectors):
+            return made
+        dimension = made.vectors.shape[1]
+        if dimensions > dimension:
+            raise RequestError(
+                f"dimensions is {dimensions}, but the vectors of {self.info.name} have "
+                f"{dimension} numbers; send 1 to {dimension}.",
+                param="dimensions",
+            )
+        vectors = made.vectors[:, :dimensions]
+        return replace(made, vectors=unit(vectors) if self._is_unit else vectors)
+
+    async def _run_request(
+        self,
+        inputs: Sequence[object],
+        tokens: Iterable[InputTokens],
+        priority: Priority,
+        deadline_s: float | None,
+    ) -> Embeddings:
+        """Queue a request and wait for its vectors."""
         self._limits.check_admits(is_resumed=False)
         loop = asyncio.get_running_loop()
         due_at = time.monotonic() + (BATCH_DELAY_S if priority == "batch" else 0.0)
         request = QueuedRequest(
-            inputs, loop, loop.create_future(), due_at, request_id=REQUEST_ID.get()
+            inputs, loop, loop.create_future(), due_at, tokens, request_id=REQUEST_ID.get()
         )
         with self._wake:
             if self._is_closing:
@@ -169,6 +275,9 @@ class EmbeddingEngine(Engine):
         name_this_thread(THREAD_NAME)
         try:
             model = open_model()
+            if self._tries_padding and depends_on_padding(model, self.context_tokens):
+                logger.info("%s: rows of different lengths are not padded", self.info.name)
+                self._batch_limits = replace(self._batch_limits, equal_lengths=True)
         except BaseException as problem:
             opened.set_exception(problem)
             return
@@ -215,10 +324,9 @@ class EmbeddingEngine(Engine):
         """Tokenize the inputs and submit the request; runs on a thread for preparation."""
         try:
             with self._activity.working(request.request_id):
-                for text in request.inputs:
+                for ids in request.tokens:
                     if request.is_over:
                         return
-                    ids = input_tokens(self._model, text, self.context_tokens)
                     request.left.append((len(ids), len(request.token_lists)))
                     request.token_lists.append(ids)
             request.left.sort()
@@ -281,7 +389,7 @@ class EmbeddingEngine(Engine):
         for (request, index), vector in zip(batch, vectors, strict=True):
             request.vectors[index] = vector
             if not np.isfinite(vector).all():
-                problems[request] = NonFiniteOutput.of("vectors", self.info.name)
+                problems[request] = NonFiniteOutput.of(self._outputs, self.info.name)
         return problems
 
     def _end_if_done(self, request: QueuedRequest) -> None:

@@ -1,24 +1,31 @@
-"""The interface of embedding models, and the check of what they are asked to embed."""
+"""The interfaces of embedding and reranking models, and the tokens of what they are asked for."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.embedding.inputs import InputTokens, PairTemplate, SpecialTokens, cut_tokens
 from backends.stepper import BoundsTokens
 from core.errors import ContextLengthExceeded, EngineFailed, RequestError
+from core.types import Truncation
 
 
 class EmbeddingModel(Protocol):
     """A loaded embedding model; opened, used and closed on one thread.
 
-    Only `tokenize` and `vocabulary_size` are used on others, before `close`.
+    Only `tokenize`, `special_tokens` and `vocabulary_size` are used on others, before `close`.
     """
 
     @property
     def vocabulary_size(self) -> int:
         """Number of token ids; requests with others are refused."""
+        ...
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """The special tokens that `tokenize` puts before and after a text."""
         ...
 
     def tokenize(self, text: str) -> list[int]:
@@ -32,7 +39,8 @@ class EmbeddingModel(Protocol):
         """Return one vector per list, float32 (len(token_lists), dimension); blocks.
 
         They are pooled and normalised as the model wants it.  Lists differ in length and are not
-        empty; together they fit the `BatchLimits` of the engine.
+        empty; together they fit the `BatchLimits` of the engine.  Those of a pair of texts, or
+        with tokens that are not pooled, are `InputTokens`.
         """
         ...
 
@@ -41,19 +49,42 @@ class EmbeddingModel(Protocol):
         ...
 
 
-def input_tokens(
-    model: EmbeddingModel, text: str | Sequence[int], context_tokens: int
-) -> list[int]:
-    """Return the tokens of one input.  Raises RequestError, ContextLengthExceeded.
+@runtime_checkable
+class PairModel(Protocol):
+    """The part of a reranking model that reads pairs; `encode` gives it vectors of one score."""
 
-    A long text is refused without tokenizing all of it, by a model that `BoundsTokens`.
+    @property
+    def pair_template(self) -> PairTemplate:
+        """The special tokens around a query and a document."""
+        ...
+
+    def tokenize_part(self, text: str) -> list[int]:
+        """Return the ids of `text` without special tokens around it; thread-safe."""
+        ...
+
+
+def input_tokens(
+    model: EmbeddingModel,
+    text: str | Sequence[int],
+    max_tokens: int,
+    truncate: Truncation = "none",
+    *,
+    prompt: str = "",
+    name: str = "input",
+) -> InputTokens:
+    """Return the tokens of one input, with `prompt` before a text.
+
+    Raises RequestError, and ContextLengthExceeded that calls the input `name` if it is longer than
+    `max_tokens` and may not be cut.  A long text is then refused without tokenizing all of it, by
+    a model that `BoundsTokens`.
     """
     if isinstance(text, str):
-        fewest = model.fewest_tokens(text, context_tokens) if isinstance(model, BoundsTokens) else 0
-        if fewest > context_tokens:
-            raise ContextLengthExceeded.of(fewest, context_tokens, is_least=True)
+        if truncate == "none" and isinstance(model, BoundsTokens):
+            fewest = model.fewest_tokens(text, max_tokens)
+            if fewest > max_tokens:
+                raise ContextLengthExceeded.of_input(name, fewest, max_tokens, is_least=True)
         # For an empty text, a tokenizer would still return its special tokens.
-        ids = model.tokenize(text) if text else []
+        ids = model.tokenize(prompt + text) if text else []
     else:
         ids = list(text)
         unknown = next((each for each in ids if not 0 <= each < model.vocabulary_size), None)
@@ -65,9 +96,9 @@ def input_tokens(
             )
     if not ids:
         raise RequestError("An input is empty; remove it.", param="input")
-    if len(ids) > context_tokens:
-        raise ContextLengthExceeded.of(len(ids), context_tokens)
-    return ids
+    if len(ids) > max_tokens and truncate == "none":
+        raise ContextLengthExceeded.of_input(name, len(ids), max_tokens)
+    return cut_tokens(ids, max_tokens, truncate, model.special_tokens)
 
 
 def encode(

@@ -61,7 +61,7 @@ class GgufBackend(Backend):
         """Load the model; blocks while the weights are read."""
         granted = self.estimate(info, options)
         options = options.granted(granted)
-        if Capability.EMBEDDING in info.capabilities:
+        if info.capabilities & {Capability.EMBEDDING, Capability.RERANK}:
             return open_embedder(info, options)
         model = GgufModel(info.files[0])
         try:

@@ -1,10 +1,12 @@
 """A llama.cpp token batch (llama_batch) whose arrays are filled through numpy."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from backends.gguf.model import library
 
@@ -56,6 +58,17 @@ class Batch:
         self.count = last
         self.native.n_tokens = last
         return last - 1
+
+    @contextmanager
+    def vectors(self, vectors: NDArray[np.float32]) -> Iterator[None]:
+        """Give llama.cpp these vectors (tokens, width) instead of the token ids."""
+        tokens = self.native.token
+        self.native.token = None
+        self.native.embd = self._as_pointer(vectors, ctypes.c_float)
+        try:
+            yield
+        finally:
+            self.native.token, self.native.embd = tokens, None
 
     def want_all(self) -> None:
         """Request an output for every token, as embedding contexts need it."""

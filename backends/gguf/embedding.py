@@ -1,6 +1,7 @@
-"""Embeddings from GGUF models with a pooling layer, computed by llama.cpp."""
+"""Vectors and relevance scores from GGUF models with a pooling layer, computed by llama.cpp."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ from numpy.typing import NDArray
 from backends.base import Engine, EngineOptions, ModelInfo
 from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
+from backends.embedding.inputs import PairTemplate, SpecialTokens, padded
 from backends.embedding.pooling import unit
+from backends.embedding.relevance import Relevance
 from backends.gguf.batch import Batch
+from backends.gguf.file import YES_NO_RERANKERS
 from backends.gguf.model import GgufModel, library, native_log
+from backends.gguf.segments import SegmentVectors, open_segments
 from core.errors import EngineFailed, InsufficientMemory
+from core.types import Capability
 
 _MAX_BATCH_ROWS = 32
 
@@ -21,9 +27,18 @@ _MAX_BATCH_ROWS = 32
 def open_embedder(info: ModelInfo, options: EngineOptions) -> Engine:
     """Load the model and return its engine; blocks.  Raises BrokenModel, InsufficientMemory."""
     context_tokens = min(options.context_tokens or info.context_length, info.context_length)
+
+    def open_model() -> GgufEmbeddingModel:
+        path, threads = info.files[0], options.threads
+        if Capability.RERANK not in info.capabilities:
+            return GgufEmbeddingModel(path, context_tokens, threads)
+        is_probability = info.architecture in YES_NO_RERANKERS
+        relevance = Relevance("Identity" if is_probability else "Sigmoid")
+        return GgufReranker(path, context_tokens, threads, relevance)
+
     return EmbeddingEngine(
         info,
-        lambda: GgufEmbeddingModel(info.files[0], context_tokens, options.threads),
+        open_model,
         context_tokens=context_tokens,
         batch_limits=BatchLimits(context_tokens, _MAX_BATCH_ROWS, is_packed=True),
         max_waiting=options.max_waiting,
@@ -66,6 +81,13 @@ class GgufEmbeddingModel:
         """Number of token ids."""
         return self._model.vocabulary_size
 
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """The special tokens before and after a text."""
+        ids = self._model.encode("", add_bos=True, parse_special=False)
+        count = min(int(self._model.adds_bos or len(ids) > 1), len(ids))
+        return tuple(ids[:count]), tuple(ids[count:])
+
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of `text` with the model's special tokens."""
         return self._model.encode(text, add_bos=True, parse_special=False)
@@ -76,23 +98,77 @@ class GgufEmbeddingModel:
 
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return unit vectors (len(token_lists), dimension).  Raises EngineFailed."""
+        return unit(self._compute(token_lists))
+
+    def _compute(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return what the pooling layer gives, one row per list."""
         self._batch.clear()
         for sequence, token_ids in enumerate(token_lists):
             self._batch.add(sequence, 0, token_ids, logits=True)
         self._batch.want_all()
+        self._decode(token_lists)
+        return np.stack([self._vector(sequence) for sequence in range(len(token_lists))])
+
+    def _decode(self, token_lists: Sequence[Sequence[int]]) -> None:
+        """Run the batch, which holds `token_lists`."""
+        del token_lists
         memory: Any = self._llama.llama_get_memory(self._context)
         if memory:
             self._llama.llama_memory_clear(memory, True)
         code = self._llama.llama_decode(self._context, self._batch.native)
         if code != 0:
             raise EngineFailed(f"llama_decode failed with {code}: {native_log.take_errors()}")
-        return unit(np.stack([self._vector(sequence) for sequence in range(len(token_lists))]))
 
     def _vector(self, sequence: int) -> NDArray[np.float32]:
         pointer = self._llama.llama_get_embeddings_seq(self._context, sequence)
-        return np.ctypeslib.as_array(pointer, (self._dimension,))
+        return np.ctypeslib.as_array(pointer, (self._dimension,)).copy()
 
     def close(self) -> None:
         """Free the context and the weights."""
         self._llama.llama_free(self._context)
         self._model.close()
+
+
+class GgufReranker(GgufEmbeddingModel):
+    """A model with rank pooling: its "vector" is a pair's score; implements `PairModel`."""
+
+    def __init__(self, path: Path, context_tokens: int, threads: int, relevance: Relevance) -> None:
+        super().__init__(path, context_tokens, threads)
+        # Of several outputs the first is the score.
+        self._dimension = 1
+        self._relevance = relevance
+        self._segments: SegmentVectors | None = open_segments(path)
+
+    @cached_property
+    def pair_template(self) -> PairTemplate:
+        """The special tokens around a query and a document.
+
+        Source: the pair templates of BERT's and RoBERTa's tokenizers; llama.cpp's server,
+        format_prompt_rerank.
+        """
+        before, after = self.special_tokens
+        separator = int(self._llama.llama_vocab_sep(self._model.vocabulary))
+        kind = self._llama.llama_vocab_type(self._model.vocabulary)
+        between = after
+        has_two = self._model.metadata("tokenizer.ggml.add_sep_token") != "false"
+        if kind != self._llama.LLAMA_VOCAB_TYPE_WPM and separator >= 0 and has_two:
+            between = (*after, separator)
+        return PairTemplate(before, between, after, second_type=1, after_types=(1,) * len(after))
+
+    def tokenize_part(self, text: str) -> list[int]:
+        """Return the ids of `text` without special tokens around it."""
+        return self._model.encode(text, add_bos=False, parse_special=False)
+
+    def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return scores (len(token_lists), 1).  Raises EngineFailed."""
+        return self._relevance.scores(self._compute(token_lists))
+
+    def _decode(self, token_lists: Sequence[Sequence[int]]) -> None:
+        if self._segments is None:
+            super()._decode(token_lists)
+            return
+        inputs = padded(token_lists)
+        is_token = inputs.mask.astype(bool)
+        vectors = self._segments.of(inputs.ids[is_token], inputs.types[is_token])
+        with self._batch.vectors(vectors):
+            super()._decode(token_lists)

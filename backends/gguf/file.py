@@ -20,6 +20,9 @@ _MAX_EXPERTS = 512
 _MAX_WIDTH = 2**24
 _MAX_TOKENS = 2**31 - 1
 _RANK_POOLING = 4
+_RANK_HEADS = ("cls.weight", "cls.output.weight")
+# llama.cpp returns the probabilities of yes and no for these (llama-graph.cpp, build_pooling).
+YES_NO_RERANKERS = frozenset({"qwen3", "qwen3vl"})
 
 # Source: llama.cpp's architectures with bidirectional attention and no language model head.
 ENCODERS = frozenset({
@@ -103,7 +106,7 @@ def gguf_info(path: Path) -> ModelInfo:
         size_bytes=sum(file.size_bytes for file in files),
         parameters=sum(file.parameters for file in files),
         context_length=context_length,
-        capabilities=_capabilities(first),
+        capabilities=_capabilities(files),
         license=_one_line(first.text("general.license")),
         chat_template=first.text("tokenizer.chat_template") or None,
         details=details,
@@ -164,7 +167,30 @@ def _quantization(files: list[GgufFile]) -> str:
     return elements.most_common(1)[0][0]
 
 
-def _capabilities(file: GgufFile) -> frozenset[Capability]:
+def _reranks(files: list[GgufFile]) -> bool:
+    """Whether the model scores pairs of texts.  Raises BrokenModel for other classifiers."""
+    file = files[0]
+    architecture = file.architecture
+    if file.number(f"{architecture}.pooling_type", 0, _RANK_POOLING) != _RANK_POOLING:
+        return False
+    if not any(name in each.places for each in files for name in _RANK_HEADS):
+        if architecture in ENCODERS:
+            raise broken(file.path, "it is to score texts, but has no classification head (cls)")
+        return False
+    labels = file.array_counts.get(f"{architecture}.classifier.output_labels", 1)
+    if labels > 1 and architecture not in YES_NO_RERANKERS:
+        raise broken(
+            file.path,
+            f"it is a classifier with {labels} labels; this server runs language, embedding and "
+            "reranking models",
+        )
+    return True
+
+
+def _capabilities(files: list[GgufFile]) -> frozenset[Capability]:
+    if _reranks(files):
+        return frozenset({Capability.RERANK})
+    file = files[0]
     architecture = file.architecture
     pooling = file.number(f"{architecture}.pooling_type", 0, _RANK_POOLING)
     is_encoder = architecture in ENCODERS

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from backends.gguf.layout import (
@@ -67,11 +67,26 @@ def _is_id(value: MetadataValue | None, tokens: Sequence[bytes]) -> bool:
     return type(value) is int and 0 <= value < len(tokens)
 
 
+# Tensors whose place in the file is kept: the head of a reranking model, and what its inputs are.
+_KEPT_TENSORS = frozenset({
+    "cls.weight", "cls.output.weight", "token_embd.weight", "token_types.weight",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """One tensor's type (`f16`, `q4_k`), its number of elements and its first byte in the file."""
+
+    type_name: str
+    elements: int
+    offset: int
+
+
 @dataclass(frozen=True, slots=True)
 class GgufFile:
     """The header of one GGUF file; of string arrays and long number arrays only the length.
 
-    `parameters` is the number of elements of all tensors.
+    `parameters` is the number of elements of all tensors; `places` has a few of them by name.
     """
 
     path: Path
@@ -86,6 +101,7 @@ class GgufFile:
     eos_token: str = ""
     has_think_token: bool = False
     infill: InfillTokens | None = None
+    places: Mapping[str, TensorPlace] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -137,7 +153,7 @@ def read_gguf(path: Path) -> GgufFile:
     with opened(path) as reader:
         tensor_count, metadata_count = _read_counts(reader)
         metadata = _read_metadata(reader, metadata_count)
-        parameters, tensor_bytes, by_type = _read_tensors(reader, tensor_count, metadata.values)
+        tensors = _read_tensors(reader, tensor_count, metadata.values)
         tokens = _read_tokens(reader, metadata)
     return GgufFile(
         path=path,
@@ -145,9 +161,10 @@ def read_gguf(path: Path) -> GgufFile:
         metadata=metadata.values,
         array_counts=metadata.counts,
         tensor_count=tensor_count,
-        parameters=parameters,
-        tensor_bytes=tensor_bytes,
-        elements_by_type=by_type,
+        parameters=tensors.by_type.total(),
+        tensor_bytes=tensors.total_bytes,
+        elements_by_type=tensors.by_type,
+        places=tensors.places,
         bos_token=_token(tokens, metadata.values.get("tokenizer.ggml.bos_token_id")),
         eos_token=_token(tokens, metadata.values.get("tokenizer.ggml.eos_token_id")),
         has_think_token=_THINK in tokens,
@@ -254,16 +271,25 @@ def _token(tokens: list[bytes], token_id: object) -> str:
     return tokens[token_id][:_LONGEST_TOKEN].decode("utf-8", "replace")
 
 
+@dataclass(slots=True)
+class _Tensors:
+    """Sums over the list of tensors: elements by type, bytes, and the places of a few."""
+
+    by_type: Counter[str] = field(default_factory=Counter)
+    total_bytes: int = 0
+    places: dict[str, TensorPlace] = field(default_factory=dict)
+
+
 def _read_tensors(
     reader: HeaderReader, count: int, metadata: Mapping[str, MetadataValue]
-) -> tuple[int, int, Counter[str]]:
-    """Return the number of elements, their bytes, and the elements by tensor type."""
+) -> _Tensors:
+    """Read the list of tensors and check that they lie in the file one after the other."""
     alignment = metadata.get(_ALIGNMENT, 32)
     if not (isinstance(alignment, int) and 8 <= alignment <= 4096 and alignment.bit_count() == 1):
         raise reader.broken(f"{_ALIGNMENT} is not a power of two from 8 to 4096")
     names: set[str] = set()
-    by_type: Counter[str] = Counter()
-    tensor_bytes, next_offset, end = 0, 0, 0
+    tensors = _Tensors()
+    next_offset, end = 0, 0
     for _ in range(count):
         name = reader.name(_MAX_TENSOR_NAME_BYTES, "a tensor's name")
         if name in names:
@@ -275,8 +301,10 @@ def _read_tensors(
             raise reader.broken(
                 f"tensor {name!r} is at offset {offset:,}, expected {next_offset:,}"
             )
-        by_type[type_name] += elements
-        tensor_bytes += size
+        tensors.by_type[type_name] += elements
+        tensors.total_bytes += size
+        if name in _KEPT_TENSORS:
+            tensors.places[name] = TensorPlace(type_name, elements, offset)
         end = offset + size
         next_offset = -(-end // alignment) * alignment
         if next_offset > _MAX_SIZE:
@@ -287,7 +315,9 @@ def _read_tensors(
         raise reader.broken(
             f"it is truncated: {missing:,} bytes of its tensors are missing; download it again"
         )
-    return by_type.total(), tensor_bytes, by_type
+    for name, place in tensors.places.items():
+        tensors.places[name] = replace(place, offset=data_start + place.offset)
+    return tensors
 
 
 def _read_shape(reader: HeaderReader, name: str) -> tuple[str, int, int]:

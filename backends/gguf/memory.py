@@ -84,7 +84,7 @@ def kv_element_bytes(info: ModelInfo) -> Mapping[str, float]:
     A head must consist of whole blocks of a quantized type (Source: llama_context's
     constructor).  Embedding models have no lasting KV cache.
     """
-    if Capability.EMBEDDING in info.capabilities:
+    if info.capabilities & {Capability.EMBEDDING, Capability.RERANK}:
         return {}
     shape = _shape(info.details)
     if shape.key_length % _KV_BLOCK == shape.value_length % _KV_BLOCK == 0:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from backends.hf.adapters import adapter_error
 from backends.hf.header import broken, read_bytes, read_json, read_optional_json, read_text
+from backends.sentence_files import has_modules
 from core.errors import NotThisFormat
 from core.units import KIB, MIB
 
@@ -78,7 +79,7 @@ class HfFolder:
     @property
     def is_embedder(self) -> bool:
         """Whether the model is meant for embeddings, be it an encoder or a decoder."""
-        if self.is_encoder or (self.path / "modules.json").is_file():
+        if self.is_encoder or has_modules(self.path):
             return True
         names = self.architectures
         is_headless = all(name.endswith("Model") for name in names)

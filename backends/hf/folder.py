@@ -9,8 +9,11 @@ from typing import Any, TypeAlias
 from backends.base import ModelInfo
 from backends.hf.config import HfFolder, read_folder, weight_files
 from backends.hf.header import SafetensorsHeader, TensorEntry, broken, safetensors_header
+from backends.hf.input_limit import input_limit, position_offset
 from backends.hf.kinds import other_kind, refusal
+from backends.hf.text_kinds import refuse_other_kinds, reranks
 from backends.prompt.infill import INFILL_NAMES, find_infill
+from backends.sentence_files import settings_files, settings_root
 from core.types import Capability
 from core.units import KIB
 
@@ -47,16 +50,7 @@ _TOKENIZER_FILES = (
     "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_OTHER_FILES = (
-    "config.json", "generation_config.json", "modules.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json", "1_Pooling/config.json",
-)  # fmt: skip
-# The position table of these starts after the padding token's id.
-_OFFSET_POSITIONS = frozenset({
-    "camembert", "data2vec-text", "ibert", "longformer", "mpnet", "roberta",
-    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-})  # fmt: skip
-_CLASSIFYING = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_OTHER_FILES = ("config.json", "generation_config.json")
 
 # Name in `ModelInfo.details`: the keys that configurations use for it.
 _NUMBERS = {
@@ -154,7 +148,8 @@ def folder_info(
     config = folder.path / "config.json"
     if kind := other_kind(folder.config):
         raise broken(config, refusal(kind))
-    if folder.config.get("is_encoder_decoder") is True and not folder.is_encoder:
+    refuse_other_kinds(folder)
+    if folder.config.get("is_encoder_decoder") is True and not folder.is_embedder:
         raise broken(
             config, "encoder-decoder models are not supported; use a decoder or an embedding model"
         )
@@ -166,6 +161,7 @@ def folder_info(
         (
             *weights,
             *_existing(folder.path, (*indexes, *_OTHER_FILES, *_TOKENIZER_FILES)),
+            *settings_files(folder.path),
         )
     )
     return ModelInfo(
@@ -205,12 +201,13 @@ def _name(folder: Path) -> str:
             return _one_line(match[1])
     if _CHECKPOINT.fullmatch(folder.name):
         return _one_line(f"{folder.parent.name}-{folder.name}")
-    return _one_line(folder.parent.name if folder.name == "model" else folder.name)
+    is_inner = folder.name == "model" or settings_root(folder) != folder
+    return _one_line(folder.parent.name if is_inner else folder.name)
 
 
 def _capabilities(folder: HfFolder) -> frozenset[Capability]:
-    if any(name.endswith(_CLASSIFYING) for name in folder.architectures):
-        return frozenset()
+    if reranks(folder):
+        return frozenset({Capability.RERANK})
     if folder.is_embedder:
         return frozenset({Capability.EMBEDDING})
     capabilities = {Capability.CHAT, Capability.COMPLETION}
@@ -297,11 +294,11 @@ def _number(folder: HfFolder, keys: tuple[str, ...], high: int) -> int | None:
 def _context_length(folder: HfFolder) -> int:
     """Return the trained context length in tokens."""
     length = _number(folder, _LENGTHS, _MAX_NUMBER) or _tokenizer_length(folder)
-    if folder.model_type in _OFFSET_POSITIONS:
-        padding = _number(folder, ("pad_token_id",), _MAX_NUMBER)
-        length -= (1 if padding is None else padding) + 1
+    length -= position_offset(folder)
     if length < 1:
         raise broken(folder.path / "config.json", f"its context length is {length} tokens")
+    if folder.is_embedder or reranks(folder):
+        length = input_limit(folder, length)
     return length
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-SERVED = "this server runs language and embedding models"
+SERVED = "this server runs language, embedding and reranking models"
 
 # The end of a class name in `architectures`, the first that matches.
 _HEADS = (

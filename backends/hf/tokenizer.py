@@ -5,7 +5,7 @@ import threading
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from backends.grammar.compiler import GrammarCompiler, GrammarMask
 from backends.grammar.constraint import Constraint
@@ -13,11 +13,11 @@ from backends.grammar.vocabulary import Vocabulary
 from backends.hf.config import HfFolder, read_folder
 from backends.hf.header import broken, read_optional_json, read_text
 from backends.hf.pieces import piece_reader
+from backends.hf.special_frame import SpecialFrame, lower_texts, read_frame
 from backends.hf.token_lengths import longest_token
 from backends.token_bounds import fewest_tokens
 from core.errors import (
     BrokenModel,
-    ContextLengthExceeded,
     NotThisFormat,
     RequestError,
     is_panic,
@@ -91,15 +91,32 @@ class HfTokenizer:
         ids = _encode(tokenizer, text, add_special_tokens=False)
         return [*self._prefix, *ids] if add_bos else ids
 
-    def encode_for_embedding(self, text: str, max_tokens: int | None = None) -> list[int]:
+    def encode_for_embedding(self, text: str) -> list[int]:
         """Return the token ids of `text` with the special tokens before and after it.
 
-        Nothing is truncated: raises ContextLengthExceeded over `max_tokens`, RequestError.
+        Nothing is truncated.  Raises RequestError.
         """
-        ids = _encode(self._tokenizer, text, add_special_tokens=True)
-        if max_tokens is not None and len(ids) > max_tokens:
-            raise ContextLengthExceeded.of(len(ids), max_tokens)
-        return ids
+        return _encode(self._tokenizer, text, add_special_tokens=True)
+
+    @cached_property
+    def special_frame(self) -> SpecialFrame:
+        """The special tokens around one text, and around a pair of texts."""
+        return read_frame(self._tokenizer)
+
+    @property
+    def truncation_side(self) -> Literal["start", "end"]:
+        """The end at which the tokenizer's configuration cuts texts that are too long."""
+        return "start" if self._folder.tokenizer_config.get("truncation_side") == "left" else "end"
+
+    @property
+    def has_types(self) -> bool:
+        """Whether its configuration lets models see which text of a pair a token belongs to."""
+        names = self._folder.tokenizer_config.get("model_input_names")
+        return not isinstance(names, list) or "token_type_ids" in names
+
+    def lower_texts(self) -> None:
+        """Make texts lower-case before they are tokenized; call it before any other use."""
+        lower_texts(self._tokenizer)
 
     def fewest_tokens(self, text: str, limit: int) -> int:
         """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""

@@ -8,7 +8,10 @@ from numpy.typing import NDArray
 from backends.base import Engine, EngineOptions, ModelInfo
 from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
-from backends.embedding.pooling import Pooling, pool, read_pooling
+from backends.embedding.folder import read_settings
+from backends.embedding.head import VectorHead
+from backends.embedding.inputs import padded
+from backends.embedding.texts import TextInputs
 from backends.hf.folder import HfFolder
 from backends.hf.tokenizer import HfTokenizer
 from backends.mlx.model import MlxModel
@@ -22,9 +25,12 @@ def open_embedder(
 
     Raises UnsupportedCapability if mlx-lm gives no access to the model's last hidden states.
     """
-    pooling = read_pooling(folder.path)
+    settings = read_settings(folder.path)
     tokenizer = HfTokenizer(folder.path)
-    context = min(options.context_tokens or info.context_length, pooling.max_tokens or 1 << 30)
+    if settings.lower_case:
+        tokenizer.lower_texts()
+    head = VectorHead(settings)
+    context = min(options.context_tokens or info.context_length, settings.max_tokens or 1 << 30)
 
     def open_model() -> MlxEmbeddingModel:
         model = load()
@@ -34,7 +40,7 @@ def open_embedder(
                 f"The model {info.name} cannot embed: mlx-lm gives no access to its hidden states.",
                 param="model",
             )
-        return MlxEmbeddingModel(model, tokenizer, pooling)
+        return MlxEmbeddingModel(model, tokenizer, head)
 
     return EmbeddingEngine(
         info,
@@ -42,25 +48,21 @@ def open_embedder(
         context_tokens=context,
         batch_limits=BatchLimits(max(options.prefill_chunk_tokens, context)),
         max_waiting=options.max_waiting,
+        prompts=settings.prompts,
+        truncates=tokenizer.truncation_side,
+        is_unit=settings.is_unit,
+        tries_padding=True,
     )
 
 
-class MlxEmbeddingModel:
+class MlxEmbeddingModel(TextInputs):
     """A decoder whose last hidden states are pooled; implements `EmbeddingModel`."""
 
-    def __init__(self, model: MlxModel, tokenizer: HfTokenizer, pooling: Pooling) -> None:
+    def __init__(self, model: MlxModel, tokenizer: HfTokenizer, head: VectorHead) -> None:
+        super().__init__(tokenizer)
         self._model = model
-        self._tokenizer = tokenizer
-        self._pooling = pooling
+        self._head = head
         self.vocabulary_size = min(tokenizer.vocabulary_size, model.vocabulary_size)
-
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text` with the model's special tokens."""
-        return self._tokenizer.encode_for_embedding(text)
-
-    def fewest_tokens(self, text: str, limit: int) -> int:
-        """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
-        return self._tokenizer.fewest_tokens(text, limit)
 
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return the pooled vectors (len(token_lists), dimension).
@@ -70,17 +72,12 @@ class MlxEmbeddingModel:
         import mlx.core as mx
         from mlx_lm.generate import generation_stream
 
-        longest = max(map(len, token_lists))
-        tokens = np.zeros((len(token_lists), longest), np.int32)
-        mask = np.zeros((len(token_lists), longest), np.float32)
-        for row, ids in enumerate(token_lists):
-            tokens[row, : len(ids)] = ids
-            mask[row, : len(ids)] = 1
+        inputs = padded(token_lists)
         with mx.stream(generation_stream):
             decoder = self._model.model.model
-            hidden = np.array(decoder(mx.array(tokens)).astype(mx.float32))
+            hidden = np.array(decoder(mx.array(inputs.ids)).astype(mx.float32))
         mx.clear_cache()
-        return pool(hidden, mask, self._pooling)
+        return self._head.pool(hidden, inputs)
 
     def close(self) -> None:
         """Free the weights."""

@@ -5,13 +5,11 @@ that its own builder wrote.
 """
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from backends.base import (
     Availability,
@@ -21,9 +19,6 @@ from backends.base import (
     MemoryEstimate,
     ModelInfo,
 )
-from backends.embedding.batch import BatchLimits
-from backends.embedding.engine import EmbeddingEngine
-from backends.embedding.pooling import Pooling, pool, read_pooling, unit
 from backends.engine.row_model import RowModel
 from backends.engine.row_stepper import RowStepper
 from backends.engine.trial.checks import TrialTerms
@@ -31,13 +26,13 @@ from backends.engine.trial.results import tried_rows
 from backends.hf.engine import open_token_engine
 from backends.hf.memory import estimate_transformer
 from backends.hf.tokenizer import HfTokenizer
+from backends.onnx.embedding import BATCH_TOKENS, open_encoder
 from backends.onnx.info import OnnxModel, onnx_info, read_model
 from backends.onnx.layout import DecoderLayout, EncoderLayout
 from backends.onnx.padded_rows import PaddedRows
 from backends.onnx.ragged_rows import RaggedRows
 from backends.onnx.session import DecoderSession, chunk_tokens, open_session
 from backends.stepper import Stepper
-from core.errors import EngineFailed
 from core.units import MIB
 
 _BASE_BYTES = 64 * MIB
@@ -45,7 +40,6 @@ _F32_BYTES = 4
 _DEFAULT_HEADS = 12
 # Attention in plain operators holds the scores, their softmax and one copy at the same time.
 _LIVE_SCORE_COPIES = 3
-_EMBEDDING_BATCH_TOKENS = 2048
 # Each running row may have a finished one beside it, whose prefix is reused.
 _ROWS_PER_SEQUENCE = 2
 
@@ -78,7 +72,7 @@ class OnnxBackend(Backend):
         weights_bytes = _number(info, "weights_bytes") or info.size_bytes
         if info.details.get("is_encoder"):
             # A text is computed in one piece, so a batch holds at least the longest one.
-            tokens = max(info.context_length, _EMBEDDING_BATCH_TOKENS)
+            tokens = max(info.context_length, BATCH_TOKENS)
             heads = _number(info, "n_head") or _DEFAULT_HEADS
             scores = tokens * info.context_length * heads * _F32_BYTES * _LIVE_SCORE_COPIES
             estimated = estimate_transformer(
@@ -112,7 +106,7 @@ class OnnxBackend(Backend):
         options = options.granted(granted)
         model = read_model(info.files[0])
         if isinstance(model.layout, EncoderLayout):
-            return _open_encoder(info, model, model.layout, options)
+            return open_encoder(info, model, model.layout, options)
         return _open_decoder(info, model, model.layout, options)
 
 
@@ -175,69 +169,3 @@ def open_rows(model: OnnxModel, layout: DecoderLayout, options: EngineOptions) -
     if layout.is_ragged:
         return RaggedRows(session, max_rows=max_rows, kv_tokens=options.kv_tokens)
     return PaddedRows(session, max_rows=max_rows)
-
-
-def _open_encoder(
-    info: ModelInfo, model: OnnxModel, layout: EncoderLayout, options: EngineOptions
-) -> Engine:
-    assert options.context_tokens is not None
-    root = Path(str(info.details.get("tokenizer_folder") or model.root))
-    tokenizer = HfTokenizer(root)
-    pooling = read_pooling(root)
-    context = min(options.context_tokens, pooling.max_tokens or options.context_tokens)
-
-    def open_model() -> OnnxEmbeddingModel:
-        session = open_session(model.graph.path, options.threads, for_encoder=True)
-        return OnnxEmbeddingModel(session, layout, tokenizer, pooling)
-
-    return EmbeddingEngine(
-        info,
-        open_model,
-        context_tokens=context,
-        batch_limits=BatchLimits(max(context, _EMBEDDING_BATCH_TOKENS)),
-        max_waiting=options.max_waiting,
-    )
-
-
-class OnnxEmbeddingModel:
-    """An encoder's onnxruntime session; implements `EmbeddingModel`."""
-
-    def __init__(
-        self, session: Any, layout: EncoderLayout, tokenizer: HfTokenizer, pooling: Pooling
-    ) -> None:
-        self._session: Any = session
-        self._layout = layout
-        self._tokenizer = tokenizer
-        self._pooling = pooling
-        self.vocabulary_size = tokenizer.vocabulary_size
-
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text` with the model's special tokens."""
-        return self._tokenizer.encode_for_embedding(text)
-
-    def fewest_tokens(self, text: str, limit: int) -> int:
-        """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
-        return self._tokenizer.fewest_tokens(text, limit)
-
-    def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Return the pooled vectors (len(token_lists), dimension).  Raises EngineFailed."""
-        lengths = np.array([len(ids) for ids in token_lists])
-        mask = np.arange(int(lengths.max()))[None, :] < lengths[:, None]
-        ids = np.zeros(mask.shape, np.int64)
-        for row, tokens in zip(ids, token_lists, strict=True):
-            row[: len(tokens)] = tokens
-        made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        feeds = {name: made[name].astype(dtype) for name, dtype in self._layout.dtypes.items()}
-        try:
-            (output,) = self._session.run([self._layout.output], feeds)
-        except Exception as problem:
-            reason = " ".join(str(problem).split())[:500]
-            raise EngineFailed(f"onnxruntime failed: {reason}") from problem
-        if not self._layout.is_pooled:
-            return pool(output, mask, self._pooling)
-        vectors = np.asarray(output, np.float32)
-        return unit(vectors) if self._pooling.normalize else vectors
-
-    def close(self) -> None:
-        """Free the weights."""
-        self._session = None

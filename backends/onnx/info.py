@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from backends.base import ModelInfo
-from backends.embedding.pooling import read_pooling
+from backends.embedding.folder import read_settings
 from backends.hf.folder import HfFolder, folder_info, read_folder
 from backends.hf.header import read_optional_json, read_text
 from backends.onnx.graph import OnnxGraph, read_graph
@@ -30,6 +30,8 @@ _DETAIL_NAMES = {
 # The context of encoders without configuration whose graph does not tell it.
 _DEFAULT_ENCODER_TOKENS = 512
 _MAX_TEMPLATE_BYTES = MIB
+# Source: file names of optimum's exports.
+_HALF = "encoder_model"
 _GENERATES = frozenset({Capability.CHAT, Capability.COMPLETION})
 
 
@@ -158,13 +160,21 @@ def _decoder_info(model: OnnxModel, layout: DecoderLayout) -> ModelInfo:
 
 def _encoder_info(model: OnnxModel, layout: EncoderLayout) -> ModelInfo:
     details: dict[str, int | float | str | bool] = {"is_encoder": True, "output": layout.output}
-    context = read_pooling(model.root).max_tokens
+    if model.graph.path.stem.startswith(_HALF):
+        raise unsupported(
+            model.graph,
+            "it is the encoder half of an encoder-decoder model; use a decoder or an embedding "
+            "model",
+        )
+    limits = (None if layout.is_scored else read_settings(model.root).max_tokens, layout.length)
+    context = min((limit for limit in limits if limit), default=None)
     if model.folder is None:
         info = _bare_encoder(model, layout, details)
     else:
         info = _graph_info(model, model.folder, details)
     length = min(info.context_length, context or info.context_length)
-    return replace(info, capabilities=frozenset({Capability.EMBEDDING}), context_length=length)
+    use = Capability.RERANK if layout.is_scored else Capability.EMBEDDING
+    return replace(info, capabilities=frozenset({use}), context_length=length)
 
 
 def _graph_info(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from backends.onnx.graph import GraphValue, OnnxGraph
 from backends.onnx.purpose import other_purpose
@@ -16,7 +17,9 @@ _DECODER_INPUTS = frozenset({
 })  # fmt: skip
 _ENCODER_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 # Pooled outputs, which are preferred to token vectors.
-_POOLED = ("sentence_embedding", "text_embeds")
+_POOLED = ("sentence_embedding",)
+# The vector of a text in the space of images.
+_CLIP = "text_embeds"
 _HIDDEN = ("last_hidden_state", "token_embeddings", "hidden_states")
 _INTEGERS = frozenset({"int64", "int32"})
 _FLOATS = frozenset({"float32", "float16"})
@@ -63,12 +66,19 @@ class DecoderLayout:
 
 @dataclass(frozen=True, slots=True)
 class EncoderLayout:
-    """An encoder; `is_pooled`: the output is one vector per text, else one per token."""
+    """An encoder; `is_pooled`: the output is one vector per text, else one per token.
+
+    `is_scored`: the output is the score of a pair of texts.  `length` is the only number of
+    tokens that the graph takes, 0 for any; `is_batchable`: it takes several rows.
+    """
 
     dtypes: Mapping[str, str]
     output: str
     is_pooled: bool
     dimension: int
+    is_scored: bool = False
+    length: int = 0
+    is_batchable: bool = True
 
 
 def unsupported(graph: OnnxGraph, reason: str) -> BrokenModel:
@@ -96,7 +106,7 @@ def read_layout(graph: OnnxGraph, config: Mapping[str, object]) -> DecoderLayout
     dtypes = {value.name: _input_dtype(graph, value) for value in graph.inputs if value not in past}
     if past:
         return _decoder(graph, past, dtypes, config)
-    return _encoder(graph, dtypes)
+    return _encoder(graph, dtypes, config)
 
 
 def _input_dtype(graph: OnnxGraph, value: GraphValue) -> str:
@@ -109,17 +119,43 @@ def _input_dtype(graph: OnnxGraph, value: GraphValue) -> str:
     return value.dtype
 
 
-def _encoder(graph: OnnxGraph, dtypes: Mapping[str, str]) -> EncoderLayout:
+def _encoder(
+    graph: OnnxGraph, dtypes: Mapping[str, str], config: Mapping[str, object]
+) -> EncoderLayout:
+    if graph.output(_CLIP) is not None:
+        raise unsupported(graph, "it is the text half of a model for texts and images (CLIP)")
+    batch, length = (*(graph.input("input_ids") or graph.inputs[0]).shape, None, None)[:2]
+    sizes: dict[str, Any] = {
+        "length": length if isinstance(length, int) and length > 0 else 0,
+        "is_batchable": not isinstance(batch, int),
+    }
     for name in (*_POOLED, *_HIDDEN):
         value = graph.output(name)
         rank = 2 if name in _POOLED else 3
         if value is not None and value.dtype in _FLOATS and len(value.shape) == rank:
             last = value.shape[-1]
             dimension = last if isinstance(last, int) and last > 0 else 0
-            return EncoderLayout(dtypes, name, name in _POOLED, dimension)
-    if graph.output("logits") is not None and "token_type_ids" not in dtypes:
+            return EncoderLayout(dtypes, name, name in _POOLED, dimension, **sizes)
+    logits = graph.output("logits")
+    if logits is not None and logits.dtype in _FLOATS and len(logits.shape) == 2:
+        labels = logits.shape[-1]
+        labels = labels if isinstance(labels, int) else _label_count(config)
+        if labels != 1:
+            raise unsupported(
+                graph,
+                f"it is a classifier with {labels or 'several'} labels; this server runs language, "
+                "embedding and reranking models",
+            )
+        return EncoderLayout(dtypes, logits.name, True, 1, is_scored=True, **sizes)
+    if logits is not None and "token_type_ids" not in dtypes:
         raise unsupported(graph, "it has no past key values; export the model with them")
     raise unsupported(graph, "it has no output of token vectors, such as 'last_hidden_state'")
+
+
+def _label_count(config: Mapping[str, object]) -> int:
+    """Return the number of labels of a classifier; 0 if its configuration does not say."""
+    labels = config.get("id2label")
+    return len(labels) if isinstance(labels, dict) else _number(config, "num_labels")
 
 
 def _decoder(

@@ -12,6 +12,7 @@ from backends.base import (
     ModelInfo,
 )
 from backends.hf.config import read_folder
+from backends.pytorch.embedding import check_settings
 from backends.pytorch.file import pytorch_info
 from backends.pytorch.loading import (
     estimate_torch,
@@ -43,6 +44,7 @@ class PytorchBackend(Backend):
     def identify(self, path: Path) -> ModelInfo:
         """Read the list of tensors with a restricted pickle reader, which runs no code."""
         info = pytorch_info(path)
+        check_settings(info)
         return limit_context_for_torch(info, read_folder(info.files[0].parent))
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:

@@ -1,11 +1,10 @@
-"""Embeddings from models on sentence-transformers."""
+"""Vectors and relevance scores from transformers models on PyTorch."""
 
 import gc
-import importlib.util
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,79 +12,108 @@ from numpy.typing import NDArray
 from backends.base import EngineOptions, ModelInfo
 from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
-from backends.embedding.pooling import Pooling, read_pooling, unit
+from backends.embedding.folder import EmbeddingSettings, read_settings
+from backends.embedding.head import VectorHead
+from backends.embedding.inputs import PaddedInputs, padded
+from backends.embedding.relevance import read_relevance
+from backends.embedding.texts import TextInputs
 from backends.hf.config import HfFolder
-from backends.hf.header import broken, read_json, read_text
 from backends.hf.tokenizer import HfTokenizer
-from core.errors import BackendUnavailable, EngineFailed
-from core.units import MIB
+from backends.pytorch.weights import load_tensors
+from core.errors import EngineFailed
+from core.types import Capability
+
+Task: TypeAlias = Literal["text generation", "embeddings", "reranking"]
 
 _MAX_BATCH_TOKENS = 8192
-_SETTINGS = ("sentence_bert_config.json", "config_sentence_transformers.json")
+# Source: transformers' FNet, which mixes all positions of a row and has no attention mask.
+_WITHOUT_MASK = frozenset({"fnet"})
 
 
-def device() -> str:
-    """Return the device that models run on: Metal if available, else the CPU."""
-    import torch
-
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def open_embedder(
-    info: ModelInfo, folder: HfFolder, options: EngineOptions, dtype: Any
+def open_encoder(
+    info: ModelInfo, folder: HfFolder, options: EngineOptions, load: Callable[[Task], Any]
 ) -> EmbeddingEngine:
-    """Load the model and open its engine; blocks.  Raises BrokenModel, BackendUnavailable."""
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise BackendUnavailable(
-            "sentence-transformers is not installed; run scripts/setup", param="model"
-        )
-    pooling = read_pooling(folder.path)
-    _check_modules(folder.path)
-    tokenizer = HfTokenizer(folder.path)
-    context = min(info.context_length, pooling.max_tokens or info.context_length)
-    context = min(context, options.context_tokens or context)
+    """Load an embedding or reranking model and open its engine; blocks.
 
-    def open_model() -> PytorchEmbeddingModel:
+    `load` returns the transformers model for a task.  Raises BrokenModel, InsufficientMemory.
+    """
+    reranks = Capability.RERANK in info.capabilities
+    settings = EmbeddingSettings() if reranks else read_settings(folder.path)
+    tokenizer = HfTokenizer(folder.path)
+    if settings.lower_case:
+        tokenizer.lower_texts()
+    context = min(info.context_length, options.context_tokens or info.context_length)
+
+    def open_model() -> TransformersEncoder:
         import torch
 
         # PyTorch keeps this setting per thread, so it is set on the engine's.
         torch.set_num_threads(options.threads)
-        return PytorchEmbeddingModel(_load(info, folder, dtype), tokenizer, pooling, info)
+        if reranks:
+            return TransformersReranker(load("reranking"), tokenizer, folder)
+        return TransformersEmbedder(load("embeddings"), tokenizer, folder, settings)
 
+    pad_id = folder.config.get("pad_token_id")
+    has_no_padding = reranks and not folder.is_encoder and type(pad_id) is not int
     return EmbeddingEngine(
         info,
         open_model,
         context_tokens=context,
         batch_limits=BatchLimits(
-            max(context, min(options.prefill_chunk_tokens * 4, _MAX_BATCH_TOKENS))
+            max(context, min(options.prefill_chunk_tokens * 4, _MAX_BATCH_TOKENS)),
+            max_rows=1 if has_no_padding else None,
+            equal_lengths=folder.model_type in _WITHOUT_MASK,
         ),
         max_waiting=options.max_waiting,
+        prompts=settings.prompts,
+        truncates=tokenizer.truncation_side,
+        is_unit=settings.is_unit,
+        tries_padding=not has_no_padding,
     )
 
 
-class PytorchEmbeddingModel:
-    """A SentenceTransformer without its tokenizer; implements `EmbeddingModel`."""
+def check_settings(info: ModelInfo) -> None:
+    """Raise BrokenModel for an embedding model with modules that are not supported; no weights."""
+    if Capability.EMBEDDING in info.capabilities:
+        read_settings(info.files[0].parent)
 
-    def __init__(
-        self, model: Any, tokenizer: HfTokenizer, pooling: Pooling, info: ModelInfo
-    ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._pooling = pooling
-        self.vocabulary_size = int(info.details["vocabulary_size"])
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text` with the model's special tokens."""
-        return self._tokenizer.encode_for_embedding(text)
+class TransformersEncoder(TextInputs, ABC):
+    """A transformers model that computes whole rows; implements `EmbeddingModel`."""
 
-    def fewest_tokens(self, text: str, limit: int) -> int:
-        """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
-        return self._tokenizer.fewest_tokens(text, limit)
+    def __init__(self, model: Any, tokenizer: HfTokenizer, folder: HfFolder) -> None:
+        super().__init__(tokenizer)
+        self._model: Any = model
+        # A tokenizer may have more ids than the model has vectors, and the other way round.
+        self.vocabulary_size = int(folder.config.get("vocab_size") or tokenizer.vocabulary_size)
+        pad_id = folder.config.get("pad_token_id")
+        is_token = isinstance(pad_id, int) and 0 <= pad_id < self.vocabulary_size
+        self._pad_id = int(pad_id or 0) if is_token else 0
+        types = folder.config.get("type_vocab_size")
+        self._has_types = (
+            tokenizer.has_types and type(types) is int and types > 1
+        ) and _accepts_types(model)
 
+    def _run(self, inputs: PaddedInputs) -> Any:
+        """Return the model's output for one batch.  Raises EngineFailed."""
+        import torch
+
+        features = {"input_ids": inputs.ids, "attention_mask": inputs.mask}
+        if self._has_types:
+            features["token_type_ids"] = inputs.types
+        tensors = {
+            name: torch.from_numpy(values).to(self._model.device)
+            for name, values in features.items()
+        }
+        try:
+            with torch.inference_mode():
+                return self._model(**tensors)
+        except (RuntimeError, ValueError, TypeError, IndexError) as problem:
+            raise EngineFailed(f"PyTorch failed: {problem}") from problem
+
+    @abstractmethod
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Return the pooled vectors (len(token_lists), dimension).  Raises EngineFailed."""
-        vectors = _encode(self._model, token_lists)
-        return unit(vectors) if self._pooling.normalize else vectors
+        """Return one vector per list.  Raises EngineFailed."""
 
     def close(self) -> None:
         """Free the weights."""
@@ -93,78 +121,39 @@ class PytorchEmbeddingModel:
         gc.collect()
 
 
-def _check_modules(folder: Path) -> None:
-    """Raise BrokenModel for modules outside the library or folder, and for class arguments."""
-    for name in _SETTINGS:
-        try:
-            config = read_json(folder / name)
-        except FileNotFoundError:
-            continue
-        for key, value in config.items():
-            if value and key.endswith(("_args", "_kwargs", "_path")):
-                raise broken(folder / name, f"its setting {key[:40]!r} is not supported")
-    listing = folder / "modules.json"
-    try:
-        modules = json.loads(read_text(listing, MIB))
-    except FileNotFoundError:
-        return
-    for module in modules:
-        kind, path = module["type"], module.get("path", "")
-        if not kind.startswith("sentence_transformers."):
-            raise broken(listing, f"the module {kind[:80]!r} is not part of sentence-transformers")
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise broken(listing, "a module has a path outside the folder")
+class TransformersEmbedder(TransformersEncoder):
+    """Pools the last hidden states as the folder's sentence-transformers files say."""
+
+    def __init__(
+        self, model: Any, tokenizer: HfTokenizer, folder: HfFolder, settings: EmbeddingSettings
+    ) -> None:
+        super().__init__(model, tokenizer, folder)
+        self._head = VectorHead(settings, _read_pickled)
+
+    def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the pooled vectors (len(token_lists), dimension).  Raises EngineFailed."""
+        inputs = padded(token_lists, self._pad_id)
+        hidden = self._run(inputs).last_hidden_state
+        return self._head.pool(hidden.float().cpu().numpy(), inputs)
 
 
-def _load(info: ModelInfo, folder: HfFolder, dtype: Any) -> Any:
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging as transformers_logging
+class TransformersReranker(TransformersEncoder):
+    """Gives a pair of texts the score of its classification head; implements `PairModel`."""
 
-    transformers_logging.disable_progress_bar()
+    def __init__(self, model: Any, tokenizer: HfTokenizer, folder: HfFolder) -> None:
+        super().__init__(model, tokenizer, folder)
+        self._relevance = read_relevance(folder.path, folder.config)
 
-    def load(attention: str) -> Any:
-        return SentenceTransformer(
-            str(folder.path),
-            device=device(),
-            local_files_only=True,
-            trust_remote_code=False,
-            model_kwargs={
-                "dtype": dtype,
-                "attn_implementation": attention,
-                "use_safetensors": info.files[0].suffix == ".safetensors",
-            },
-        )
-
-    try:
-        try:
-            # Set explicitly, so that no configuration can request a kernel from the network.
-            return load("sdpa").eval()
-        except ValueError as problem:
-            if "scaled_dot_product_attention" not in str(problem):
-                raise
-            return load("eager").eval()
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
-        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:300]
-        raise broken(info.files[0], f"sentence-transformers cannot load it: {reason}") from problem
+    def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the scores (len(token_lists), 1).  Raises EngineFailed."""
+        logits = self._run(padded(token_lists, self._pad_id)).logits
+        return self._relevance.scores(logits.float().cpu().numpy())
 
 
-def _encode(model: Any, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-    """Return the model's vectors, float32 (len(token_lists), dimension)."""
-    import torch
+def _accepts_types(model: Any) -> bool:
+    return "token_type_ids" in inspect.signature(model.forward).parameters
 
-    longest = max(map(len, token_lists))
-    ids = np.zeros((len(token_lists), longest), np.int64)
-    mask = np.zeros_like(ids)
-    for row, tokens in enumerate(token_lists):
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-    features = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-    features = {name: tensor.to(model.device) for name, tensor in features.items()}
-    try:
-        with torch.inference_mode():
-            vectors: NDArray[np.float32] = (
-                model(features)["sentence_embedding"].float().cpu().numpy()
-            )
-    except (RuntimeError, ValueError, TypeError) as problem:
-        raise EngineFailed(f"PyTorch failed: {problem}") from problem
-    return vectors
+
+def _read_pickled(path: Any) -> dict[str, NDArray[Any]]:
+    """Read a module's weights from a PyTorch file; runs no code from it."""
+    return {name: tensor.float().numpy() for name, tensor in load_tensors([path]).items()}

@@ -4,8 +4,9 @@ import importlib.util
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from backends.base import Availability, Engine, EngineOptions, MemoryEstimate, ModelInfo
 from backends.engine.row_stepper import RowStepper
@@ -17,7 +18,8 @@ from backends.hf.header import broken
 from backends.hf.memory import estimate_transformer
 from backends.hf.tokenizer import HfTokenizer
 from backends.pytorch.dequantize import dequantize
-from backends.pytorch.embedding import device, open_embedder
+from backends.pytorch.device import device
+from backends.pytorch.embedding import Task, open_encoder
 from backends.pytorch.packing import limitations, open_rows, try_rows
 from backends.pytorch.weights import SUFFIXES, load_tensors
 from backends.stepper import Stepper
@@ -96,8 +98,8 @@ def open_torch(info: ModelInfo, options: EngineOptions) -> Engine:
     granted = estimate_torch(info, options)
     options = options.granted(granted)
     folder = read_folder(info.files[0].parent)
-    if Capability.EMBEDDING in info.capabilities:
-        return open_embedder(info, folder, options, torch_dtype(info))
+    if info.capabilities & {Capability.EMBEDDING, Capability.RERANK}:
+        return open_encoder(info, folder, options, partial(load_model, info, folder))
     tokenizer = HfTokenizer(folder.path)
 
     def open_stepper() -> Stepper:
@@ -147,15 +149,14 @@ def import_torch() -> None:
     import transformers  # noqa: F401
 
 
-def load_model(info: ModelInfo, folder: HfFolder) -> Any:
-    """Load the transformers model with its weights; never uses the network.
+def load_model(info: ModelInfo, folder: HfFolder, task: Task = "text generation") -> Any:
+    """Load the transformers model for a task, with its weights; never uses the network.
 
     Weights stay memory-mapped if their type is the one computed in.
     Raises BrokenModel, InsufficientMemory.
     """
     import torch
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -169,10 +170,11 @@ def load_model(info: ModelInfo, folder: HfFolder) -> Any:
     except Exception as problem:
         # What a library raises for a configuration that makes no sense is not one of a few types.
         raise broken(config_path, f"transformers cannot read it: {_words(problem)}") from problem
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    classes = _classes(task, config)
+    if type(config) not in classes:
         kind = str(folder.config.get("model_type"))[:60]
-        raise broken(config_path, f"transformers has no text generation for {kind!r}")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        raise broken(config_path, f"transformers has no {task} for {kind!r}")
+    model_class = classes[type(config)]
     try:
         tensors = dequantize(folder, load_tensors(weights_of(info)), torch_dtype(info))
         _forget_quantization(config)
@@ -186,9 +188,12 @@ def load_model(info: ModelInfo, folder: HfFolder) -> Any:
     except Exception as problem:
         reason = f"transformers cannot load it: {_words(problem)}"
         raise broken(info.files[0], reason) from problem
-    if report["missing_keys"]:
-        names = ", ".join(sorted(report["missing_keys"])[:3])
-        raise broken(info.files[0], f"{len(report['missing_keys'])} weights are missing: {names}")
+    # The pooler of an encoder is not used: token vectors are pooled here.
+    unused = "pooler." if task == "embeddings" else "\0"
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(unused))
+    if missing:
+        names = ", ".join(missing[:3])
+        raise broken(info.files[0], f"{len(missing)} weights are missing: {names}")
     return model.to(device()).eval()
 
 
@@ -198,6 +203,21 @@ def _forget_quantization(config: Any) -> None:
         for key in ("quantization_config", "compression_config"):
             if getattr(level, key, None) is not None:
                 delattr(level, key)
+
+
+def _classes(task: Task, config: Any) -> Mapping[Any, Any]:
+    """Return transformers' classes for a task, by the type of their configuration."""
+    from transformers.models.auto import modeling_auto
+
+    if task == "text generation":
+        mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    elif task == "reranking":
+        mapping = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    elif getattr(config, "is_encoder_decoder", False):
+        mapping = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
+    else:
+        mapping = modeling_auto.MODEL_MAPPING
+    return cast("Mapping[Any, Any]", mapping)
 
 
 def _with_weights(model_class: Any, config: Any, tensors: Mapping[str, Any], dtype: Any) -> Any:

@@ -15,7 +15,15 @@ from backends.registry import backends_for
 from backends.trials import TrialFolder
 from core.errors import EngineFailed
 from core.settings import Settings
-from core.types import Embeddings, GenerationRequest, Priority, Prompt
+from core.types import (
+    EmbeddingParams,
+    Embeddings,
+    GenerationRequest,
+    Priority,
+    Prompt,
+    Relevance,
+    RerankInputs,
+)
 from deployments.activity import ActivityFile, activity_path
 from deployments.messages import (
     Attempt,
@@ -136,11 +144,25 @@ class FormatReplica:
         inputs: Sequence[str | Sequence[int]],
         priority: Priority,
         deadline_s: float | None,
+        params: EmbeddingParams,
         attempt: Attempt,
     ) -> Embeddings:
         """Return one vector per input."""
         with self._loads.lease(model_id, attempt) as engine:
-            return await engine.embed(inputs, priority, deadline_s)
+            return await engine.embed(inputs, priority, deadline_s, params)
+
+    @returning_errors
+    async def rerank(
+        self,
+        model_id: str,
+        inputs: RerankInputs,
+        priority: Priority,
+        deadline_s: float | None,
+        attempt: Attempt,
+    ) -> Relevance:
+        """Return one score per document."""
+        with self._loads.lease(model_id, attempt) as engine:
+            return await engine.rerank(inputs, priority, deadline_s)
 
     @returning_errors
     async def count_tokens(

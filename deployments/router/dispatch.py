@@ -11,11 +11,15 @@ from uuid import uuid4
 from backends.limits import deadline
 from core.errors import EngineFailed, ModelNotResident, TimedOut
 from core.types import (
+    DEFAULT_EMBEDDING,
+    EmbeddingParams,
     Embeddings,
     Finished,
     GenerationRequest,
     Priority,
     Prompt,
+    Relevance,
+    RerankInputs,
 )
 from deployments.activity import DeathRecords
 from deployments.decisions import DecisionLog
@@ -211,13 +215,30 @@ class HandleDispatcher:
         inputs: Sequence[str | Sequence[int]],
         priority: Priority = "interactive",
         deadline_s: float | None = None,
+        params: EmbeddingParams = DEFAULT_EMBEDDING,
     ) -> Embeddings:
         """Return one vector per input; a lost replica costs another attempt."""
+        need = LoadContext(priority=priority)
         async with deadline(_latest(deadline_s), "inputs"):
             embeddings: Embeddings = await self._ask(
-                "embed", LoadContext(priority=priority), model_id, inputs, priority, deadline_s
+                "embed", need, model_id, inputs, priority, deadline_s, params
             )
         return embeddings
+
+    async def rerank(
+        self,
+        model_id: str,
+        inputs: RerankInputs,
+        priority: Priority = "interactive",
+        deadline_s: float | None = None,
+    ) -> Relevance:
+        """Return one score per document; a lost replica costs another attempt."""
+        need = LoadContext(priority=priority)
+        async with deadline(_latest(deadline_s), "documents"):
+            relevance: Relevance = await self._ask(
+                "rerank", need, model_id, inputs, priority, deadline_s
+            )
+        return relevance
 
     async def count_tokens(
         self, model_id: str, prompt: Prompt, deadline_s: float | None = None

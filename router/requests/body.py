@@ -50,7 +50,7 @@ def _parser_thread() -> ThreadPoolExecutor:
 
 
 # Fields that may hold most of a body's objects.
-_LISTS = ("messages", "input", "prompt", "tools")
+_LISTS = ("messages", "input", "documents", "prompt", "tools")
 
 
 @contextmanager

@@ -23,11 +23,13 @@ MAX_MESSAGES = 2048
 MAX_PARTS = 4096
 MAX_TOOLS = 512
 MAX_TOOL_CALLS = 128
+MAX_DOCUMENTS = 2048
 MAX_FIELDS_PER_OBJECT = 1024
 # Lists that all APIs count before they validate them, wherever a message or tool has them.
 MAX_LIST_LENGTHS = {
     "messages": MAX_MESSAGES,
     "input": MAX_MESSAGES,
+    "documents": MAX_DOCUMENTS,
     "tools": MAX_TOOLS,
     "tool_calls": MAX_TOOL_CALLS,
     "content": MAX_PARTS,

@@ -2,19 +2,19 @@
 
 import asyncio
 import base64
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from openai.types.create_embedding_response import Usage
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from core.errors import EngineFailed
-from core.types import Capability, Embeddings
+from core.types import Capability, EmbeddingParams, Embeddings, Truncation
 from core.types import Usage as TokenUsage
 from router.answers.event_feed import unless_disconnected
 from router.answers.generation import client_closed_response
@@ -24,11 +24,12 @@ from router.requests.fields import (
     RequestBody,
     TokenCount,
     parse_inputs,
-    refuse_unless_off,
 )
 from router.requests.priority import request_priority
 
 MAX_EMBEDDING_INPUTS = 2048
+MAX_NAME_CHARACTERS = 64
+_SIDES: Mapping[str, Truncation] = {"none": "none", "start": "start", "end": "end"}
 # Larger answers are streamed, so that they never are in memory as a whole.
 _MAX_COLLECTED_BYTES = 1 << 20
 _PART_BYTES = 1 << 16
@@ -44,12 +45,39 @@ def parse_embedding_input(value: object) -> tuple[str | tuple[int, ...], ...]:
     return inputs
 
 
+def parse_truncate(value: object) -> Truncation | None:
+    """Return which end is cut, for a boolean or "NONE", "START", "END"; raises ValueError.
+
+    Source: the boolean is text-embeddings-inference's, the names are Cohere's and NVIDIA's.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return "default" if value else "none"
+    side = _SIDES.get(value.lower()) if isinstance(value, str) else None
+    if side is None:
+        raise ValueError('must be true, false, "NONE", "START" or "END"')
+    return side
+
+
 class EmbeddingRequest(RequestBody):
     """Body of `POST /v1/embeddings`."""
 
     input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_embedding_input)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: TokenCount | None = None
+    truncate: Annotated[Truncation | None, PlainValidator(parse_truncate)] = None
+    prompt_name: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = None
+    input_type: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = None
+
+    def params(self, *, truncates: bool) -> EmbeddingParams:
+        """Return how the inputs are prepared; `truncates` holds where the request does not say."""
+        return EmbeddingParams(
+            truncate=self.truncate or ("default" if truncates else "none"),
+            prompt_name=self.prompt_name,
+            input_type=self.input_type,
+            dimensions=self.dimensions,
+        )
 
 
 def embedding_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
@@ -60,16 +88,14 @@ def embedding_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[R
         view = await context.model(body.model, Capability.EMBEDDING, record_of(request.scope))
         priority = request_priority(request, None, view)
         deadline_s = context.services.settings.request_timeout_s
+        params = body.params(truncates=context.services.settings.truncate_inputs)
         embeddings = await unless_disconnected(
-            context.services.dispatcher.embed(view.id, body.input, priority, deadline_s),
+            context.services.dispatcher.embed(view.id, body.input, priority, deadline_s, params),
             request.receive,
         )
         if embeddings is None:
             return client_closed_response()
         _check(embeddings, len(body.input))
-        if body.dimensions is not None:
-            dimension = embeddings.vectors.shape[1]
-            refuse_unless_off("dimensions", body.dimensions, (dimension,))
         context.metrics.count_usage(view.id, TokenUsage(embeddings.prompt_tokens, 0))
         parts = _parts(embeddings, view.id, is_base64=body.encoding_format == "base64")
         headers = context.ignored.report(ignored)
@@ -93,7 +119,11 @@ async def _parts(
     embeddings: Embeddings, model_id: str, *, is_base64: bool
 ) -> AsyncGenerator[bytes, None]:
     """Yield the answer in parts; between two vectors other requests get their turn."""
-    usage = Usage(prompt_tokens=embeddings.prompt_tokens, total_tokens=embeddings.prompt_tokens)
+    usage = Usage(
+        prompt_tokens=embeddings.prompt_tokens,
+        total_tokens=embeddings.prompt_tokens,
+        truncated_tokens=embeddings.truncated_tokens,
+    )
     part = bytearray(b'{"object":"list","data":[')
     # Built by hand: openai's type has no base64, and validating each number is slow.
     for index, vector in enumerate(embeddings.vectors):

@@ -23,7 +23,7 @@ from core.errors import (
     NotThisFormat,
     RequestError,
 )
-from core.types import Capability
+from core.types import Capability, EmbeddingParams
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -266,7 +266,11 @@ async def test_an_embedding_model_gives_what_sentence_transformers_gives() -> No
     assert found.prompt_tokens == sum(len(model.tokenizer(text)["input_ids"]) for text in TEXTS)
     np.testing.assert_allclose((await engine.embed(TEXTS[:1])).vectors[0], wanted[0], atol=2e-5)
     with pytest.raises(ContextLengthExceeded):
-        await engine.embed(["word " * 300])
+        await engine.embed(["word " * 300], params=EmbeddingParams(truncate="none"))
+    long = await engine.embed(["word " * 300])
+    wanted = model.encode(["word " * 300], show_progress_bar=False)
+    np.testing.assert_allclose(long.vectors, wanted, atol=2e-5)
+    assert (long.prompt_tokens, long.truncated_tokens) == (256, 46)
     with pytest.raises(RequestError, match="vocabulary"):
         await engine.embed([[10**6]])
     await engine.close()

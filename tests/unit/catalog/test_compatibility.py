@@ -78,6 +78,14 @@ def test_an_embedding_model_is_for_embeddings() -> None:
         assert "does not support chat" in found[client].reasons[0]
 
 
+def test_a_reranking_model_is_for_reranking() -> None:
+    found = fits({"rerank"}, 512)
+    for client in ("openai", "langchain", "continue", "open-webui"):
+        assert found[client].level == "limited"
+        assert "for reranking" in found[client].reasons[0]
+    assert {found[client].level for client in ("cline", "claude-code", "roo", "llm")} == {"no"}
+
+
 def test_what_cannot_run_fits_nobody() -> None:
     found = fits(unusable_reason="the file is gone")
     assert set(found.values()) == {Fit("no", ("the file is gone",))}

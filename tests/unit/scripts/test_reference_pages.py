@@ -10,6 +10,7 @@ from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest
 from router.v1.embeddings import EmbeddingRequest
 from router.v1.messages.request import MessagesRequest
+from router.v1.rerank import RerankRequest
 from router.v1.responses.request import ResponsesRequest
 from scripts.install import ROOT
 
@@ -30,7 +31,14 @@ def test_reference_lists_every_error(kind: type[ImpetusError]) -> None:
 
 @pytest.mark.parametrize(
     "request_type",
-    [ChatRequest, CompletionRequest, EmbeddingRequest, MessagesRequest, ResponsesRequest],
+    [
+        ChatRequest,
+        CompletionRequest,
+        EmbeddingRequest,
+        MessagesRequest,
+        RerankRequest,
+        ResponsesRequest,
+    ],
 )
 def test_reference_names_every_field(request_type: type[RequestBody]) -> None:
     names = {*request_type.model_fields, *request_type.unsupported}

@@ -27,7 +27,7 @@ from core.errors import (
     Unavailable,
     UnsupportedCapability,
 )
-from core.types import Capability, Embeddings
+from core.types import Capability, EmbeddingParams, Embeddings
 from tests.requests import request, run
 
 INFO = ModelInfo(
@@ -47,6 +47,7 @@ class Encoder:
     """Gives each list (its sum, its length); remembers batches, and waits while it is held."""
 
     vocabulary_size = 256
+    special_tokens = ((1,), (2,))
 
     def __init__(self) -> None:
         self.batches: list[list[list[int]]] = []
@@ -270,10 +271,11 @@ async def test_empty_input_is_refused(engine: EmbeddingEngine, empty: str | list
 async def test_input_over_the_context_is_refused_with_both_numbers(
     engine: EmbeddingEngine, encoder: Encoder
 ) -> None:
-    with pytest.raises(ContextLengthExceeded, match=r"12 tokens.* 13 tokens"):
-        await engine.embed(["ok", "a" * 11])
+    whole = EmbeddingParams(truncate="none")
+    with pytest.raises(ContextLengthExceeded, match=r"12 tokens.* input\[1\] .* 13 tokens"):
+        await engine.embed(["ok", "a" * 11], params=whole)
     assert encoder.batches == []
-    assert (await engine.embed(["a" * 10])).prompt_tokens == 12
+    assert (await engine.embed(["a" * 10], params=whole)).prompt_tokens == 12
 
 
 async def test_one_request_that_is_refused_leaves_the_others_alone(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.pooling import unit
 from core.errors import ContextLengthExceeded, EngineFailed, NonFiniteOutput, RequestFailed
-from core.types import Embeddings
+from core.types import EmbeddingParams, Embeddings
 from tests.unit.backends.embedding.test_embedding_engine import Encoder, held_task, open_engine
 from tests.unit.backends.engine.faulty import Panic, until
 
@@ -176,7 +176,7 @@ async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> Non
     encoder = Bounding()
     engine = open_engine(encoder)
     with pytest.raises(ContextLengthExceeded, match="at least 17 tokens"):
-        await engine.embed(["a" * 13])
+        await engine.embed(["a" * 13], params=EmbeddingParams(truncate="none"))
     assert encoder.tokenized == []
     await engine.embed(["a" * 10])
     await engine.close()

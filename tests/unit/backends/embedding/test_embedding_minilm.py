@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
-from backends.embedding.pooling import Pooling, pool, read_pooling
+from backends.embedding.folder import EmbeddingSettings, read_settings
+from backends.embedding.pooling import Pooling, pool
 from catalog.scan.starters import STARTERS, installed_starter
 from tests.unit.catalog.builders import make_info
 
@@ -31,7 +32,7 @@ async def minilm() -> AsyncIterator[EmbeddingEngine]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    pooling = read_pooling(folder)
+    settings = read_settings(folder)
 
     def encode(lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         ids = np.zeros((len(lists), max(map(len, lists))), np.int64)
@@ -40,17 +41,18 @@ async def minilm() -> AsyncIterator[EmbeddingEngine]:
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        return pool(session.run(["last_hidden_state"], inputs)[0], mask, pooling)
+        return pool(session.run(["last_hidden_state"], inputs)[0], mask, settings.pooling)
 
     engine = EmbeddingEngine(
         make_info(format="onnx", context_length=512),
         lambda: SimpleNamespace(
             vocabulary_size=tokenizer.get_vocab_size(),
+            special_tokens=((101,), (102,)),
             tokenize=lambda text: tokenizer.encode(text).ids,
             encode=encode,
             close=lambda: None,
         ),
-        context_tokens=pooling.max_tokens or 512,
+        context_tokens=settings.max_tokens or 512,
         batch_limits=BatchLimits(512),
     )
     yield engine
@@ -60,7 +62,9 @@ async def minilm() -> AsyncIterator[EmbeddingEngine]:
 def test_starter_says_how_it_is_pooled() -> None:
     starter = installed_starter(STARTERS[1])
     assert starter is not None
-    assert read_pooling(starter.path.parent) == Pooling("mean", True, 256)
+    assert read_settings(starter.path.parent) == EmbeddingSettings(
+        Pooling("mean", True), max_tokens=256
+    )
 
 
 async def test_meanings_are_near(minilm: EmbeddingEngine) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.embedding.pooling import MODES, Pooling, pool, read_pooling
+from backends.embedding.folder import EmbeddingSettings, read_settings
+from backends.embedding.pooling import MODES, Pooling, pool
 from core.errors import BrokenModel
 
 HIDDEN = np.array([[[1, 2], [3, -4], [5, 6]], [[2, 0], [9, 9], [9, 9]]], np.float32)
@@ -69,15 +70,15 @@ def test_row_without_tokens_is_zero(mode: str) -> None:
 
 
 def test_folder_without_modules_means_mean_and_unit_vectors(tmp_path: Path) -> None:
-    assert read_pooling(tmp_path) == Pooling("mean", True, None)
+    assert read_settings(tmp_path) == EmbeddingSettings(Pooling("mean", True))
 
 
 def test_modules_say_what_is_done(tmp_path: Path) -> None:
     config = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
     write_folder(tmp_path, "Transformer", "Pooling", pooling=config, max_seq_length=256)
-    assert read_pooling(tmp_path) == Pooling("cls", False, 256)
+    assert read_settings(tmp_path) == EmbeddingSettings(Pooling("cls", False), max_tokens=256)
     write_folder(tmp_path, "Transformer", "Pooling", "Normalize")
-    assert read_pooling(tmp_path) == Pooling("cls", True, 256)
+    assert read_settings(tmp_path) == EmbeddingSettings(Pooling("cls", True), max_tokens=256)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_both_forms_of_the_config_are_read(
     tmp_path: Path, config: dict[str, Any], mode: str
 ) -> None:
     write_folder(tmp_path, "Transformer", "Pooling", pooling=config)
-    assert read_pooling(tmp_path).mode == mode
+    assert read_settings(tmp_path).pooling.mode == mode
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_both_forms_of_the_config_are_read(
 def test_damaged_pooling_is_refused(tmp_path: Path, config: Any) -> None:
     write_folder(tmp_path, "Transformer", "Pooling", pooling=config)
     with pytest.raises(BrokenModel):
-        read_pooling(tmp_path)
+        read_settings(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -123,17 +124,17 @@ def test_damaged_pooling_is_refused(tmp_path: Path, config: Any) -> None:
 def test_damaged_modules_are_refused(tmp_path: Path, modules: str) -> None:
     (tmp_path / "modules.json").write_text(modules)
     with pytest.raises(BrokenModel):
-        read_pooling(tmp_path)
+        read_settings(tmp_path)
 
 
 def test_module_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path, "Transformer", "Pooling", "Dense", pooling={})
-    with pytest.raises(BrokenModel, match="Dense"):
-        read_pooling(tmp_path)
+    write_folder(tmp_path, "Transformer", "Pooling", "LSTM", pooling={})
+    with pytest.raises(BrokenModel, match="LSTM"):
+        read_settings(tmp_path)
 
 
 @pytest.mark.parametrize("length", [0, "256", True, 1.5])
 def test_length_that_is_no_count_is_refused(tmp_path: Path, length: Any) -> None:
     write_folder(tmp_path, "Transformer", max_seq_length=length)
     with pytest.raises(BrokenModel, match="max_seq_length"):
-        read_pooling(tmp_path)
+        read_settings(tmp_path)

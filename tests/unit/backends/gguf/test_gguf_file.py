@@ -149,11 +149,29 @@ def test_capabilities_follow_the_metadata(
     assert gguf_info(path).capabilities == GENERATES | added
 
 
-def test_reranker_does_not_embed(tmp_path: Path) -> None:
-    more = {"general.architecture": "bert", "bert.pooling_type": 4, "bert.context_length": 512}
-    shape = {"bert.block_count": 1, "bert.embedding_length": 8, "bert.attention.head_count": 1}
-    path = minimal_gguf(tmp_path / "tiny.gguf", **more, **shape)
-    assert gguf_info(path).capabilities == frozenset()
+RANKER = {
+    "general.architecture": "bert", "bert.pooling_type": 4, "bert.context_length": 512,
+    "bert.block_count": 1, "bert.embedding_length": 8, "bert.attention.head_count": 1,
+}  # fmt: skip
+HEAD = RawTensor("cls.output.weight", (8, 1), 0, bytes(32))
+
+
+def test_a_reranker_has_a_head_and_one_label(tmp_path: Path) -> None:
+    path = with_tensor(tmp_path / "tiny.gguf", HEAD, **RANKER)
+    assert gguf_info(path).capabilities == {Capability.RERANK}
+    with pytest.raises(BrokenModel, match="no classification head"):
+        gguf_info(minimal_gguf(tmp_path / "headless.gguf", **RANKER))
+    labels = {"bert.classifier.output_labels": Array(STRING, ["no", "maybe", "yes"])}
+    with pytest.raises(BrokenModel, match="classifier with 3 labels"):
+        gguf_info(with_tensor(tmp_path / "classifier.gguf", HEAD, **RANKER, **labels))
+
+
+def test_the_place_of_a_tensor_is_its_first_byte(tmp_path: Path) -> None:
+    marked = RawTensor("cls.output.weight", (8, 1), 0, bytes(range(32)))
+    path = with_tensor(tmp_path / "tiny.gguf", marked, **RANKER)
+    place = read_gguf(path).places["cls.output.weight"]
+    assert (place.type_name, place.elements) == ("f32", 8)
+    assert path.read_bytes()[place.offset : place.offset + 32] == bytes(range(32))
 
 
 def test_per_layer_heads_and_recommended_sampling_become_scalars(tmp_path: Path) -> None:

@@ -113,7 +113,6 @@ def test_files_are_absolute_whatever_the_path(
         (["Qwen2Model"], "qwen2", False, EMBEDS),
         (["Qwen3ForCausalLM"], "qwen3", True, EMBEDS),
         (["T5EncoderModel"], "t5", True, EMBEDS),
-        (["BertForSequenceClassification"], "bert", False, frozenset()),
     ],
 )
 def test_capabilities_follow_the_head(

@@ -12,7 +12,7 @@ import pytest
 from backends.grammar.compiler import output_constraint
 from backends.hf.pieces import byte_alphabet
 from backends.hf.tokenizer import HfTokenizer
-from core.errors import BrokenModel, ContextLengthExceeded, RequestError, UnsupportedParameter
+from core.errors import BrokenModel, RequestError, UnsupportedParameter
 from core.types import JsonOutput
 
 TEXTS = [
@@ -215,7 +215,7 @@ def test_bos_comes_before_and_nothing_behind(tmp_path: Path) -> None:
     assert tokenizer.adds_bos
     assert (tokenizer.bos_text, tokenizer.eos_text) == (START, END)
     assert tokenizer.encode("hello", add_bos=True, parse_special=True) == [0, *bare]
-    assert tokenizer.encode_for_embedding("hello", None) == [0, *bare, 1]
+    assert tokenizer.encode_for_embedding("hello") == [0, *bare, 1]
 
 
 @pytest.mark.parametrize(
@@ -233,14 +233,6 @@ def test_an_explicit_add_bos_token_decides(
     read = opened(tmp_path, tokenizer, tokenizer_config=config)
     assert read.adds_bos is expected
     assert (read.encode("a", add_bos=True, parse_special=True)[0] == 0) is expected
-
-
-def test_a_length_over_the_limit_is_no_embedding(tmp_path: Path) -> None:
-    tokenizer = opened(tmp_path, tiny())
-    count = len(tokenizer.encode_for_embedding("hello sea", None))
-    assert len(tokenizer.encode_for_embedding("hello sea", count)) == count
-    with pytest.raises(ContextLengthExceeded, match=str(count)):
-        tokenizer.encode_for_embedding("hello sea", count - 1)
 
 
 def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.unit.catalog.scan.folders import (
 
 ZEROS = np.zeros((2, 2), np.float32)
 ZIP = b"PK\x03\x04" + bytes(60)
-SERVED = "this server runs language and embedding models"
+SERVED = "this server runs language, embedding and reranking models"
 
 
 def described(folder: Path, **config: object) -> Path:

@@ -25,7 +25,7 @@ from core.errors import (
     ModelNotResident,
     Unavailable,
 )
-from core.types import GenerationRequest, TextPrompt
+from core.types import EmbeddingParams, GenerationRequest, TextPrompt
 from deployments.activity import activity_path, cause_of, read_activity
 from deployments.messages import Attempt, LoadRequest, Residency
 from deployments.replica.deployment import FormatReplica
@@ -242,7 +242,9 @@ async def test_requests_for_another_process_are_denied(
     prompt = TextPrompt("hi")
     gone, here = Attempt("r", "died"), Attempt("r", "replica")
     assert isinstance(await replica.count_tokens("m", prompt, None, gone), ModelNotResident)
-    assert isinstance(await replica.embed("m", ["x"], "batch", None, gone), ModelNotResident)
+    assert isinstance(
+        await replica.embed("m", ["x"], "batch", None, EmbeddingParams(), gone), ModelNotResident
+    )
     assert await replica.count_tokens("m", prompt, None, here) == 2
     # Nor does an unload that is meant for another load end what was loaded since.
     (residency,) = await replica.residencies()

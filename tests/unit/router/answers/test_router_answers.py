@@ -184,7 +184,6 @@ async def test_embeddings_answer_floats_and_base64_in_input_order() -> None:
 @pytest.mark.parametrize(
     ("vectors", "fields", "status", "code"),
     [
-        (None, {"dimensions": 2}, 400, "unsupported_parameter"),
         ([[float("nan"), 1.0]], {}, 503, "engine_failed"),
         ([[1.0], [2.0]], {}, 503, "engine_failed"),
     ],

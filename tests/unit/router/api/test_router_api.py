@@ -13,7 +13,7 @@ from core.types import Capability
 from router.api.decisions import MAX_DECISIONS
 from router.app import create_app
 from router.services import DecisionView, SettingsView
-from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, make_services, make_view
+from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL, make_services, make_view
 from tests.live_server import client_of, error_of
 
 KEY = "canary-key-1234"
@@ -92,6 +92,7 @@ async def test_list_has_every_model_with_its_settings(ask: Ask, management: Fake
     assert [(model["id"], model["state"], model["settings"]) for model in models] == [
         (CHAT_MODEL, "available", UNSET),
         (EMBEDDING_MODEL, "available", {**UNSET, "pin": True}),
+        (RERANK_MODEL, "available", UNSET),
     ]
 
 

@@ -24,7 +24,7 @@ from router.requests.limits import (
     MAX_TOOLS,
     MAX_VALUES,
 )
-from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, FakeDispatcher, make_services
+from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL, FakeDispatcher, make_services
 from tests.live_server import client_of
 
 USER = {"role": "user", "content": "hi"}
@@ -37,6 +37,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/responses/input_tokens": {"model": CHAT_MODEL, "input": [USER]},
     "/v1/completions": {"model": CHAT_MODEL, "prompt": "hi"},
     "/v1/embeddings": {"model": EMBEDDING_MODEL, "input": ["hi"]},
+    "/v1/rerank": {"model": RERANK_MODEL, "query": "q", "documents": ["hi"]},
 }
 CONVERSATIONS = [path for path in BODIES if "messages" in BODIES[path] or "responses" in path]
 TEXT_TYPES = {"/v1/responses": "input_text", "/v1/responses/input_tokens": "input_text"}
@@ -185,7 +186,9 @@ async def test_schemas_of_tools_are_bounded_alike(app: FastAPI, path: str) -> No
 @pytest.mark.parametrize("path", BODIES)
 async def test_the_first_invalid_item_is_reported_alone(app: FastAPI, path: str) -> None:
     bad: dict[str, Any] = {"role": 7, "content": [{"type": 1, "x": "y" * 100}] * 50}
-    name = next(name for name in ("messages", "input", "prompt") if name in BODIES[path])
+    name = next(
+        name for name in ("messages", "input", "prompt", "documents") if name in BODIES[path]
+    )
     response = await post(app, path, encoded(path, **{name: [bad] * 1000}))
     assert response.status_code == 400
     assert message_of(response, path)

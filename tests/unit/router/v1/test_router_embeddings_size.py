@@ -32,7 +32,7 @@ async def test_vectors_arrive_exactly_whatever_their_number(encoding: str, input
     assert ("content-length" in response.headers) == (inputs < INPUTS)
     answer = json.loads(response.content)
     assert (answer["object"], answer["model"]) == ("list", EMBEDDING_MODEL)
-    assert answer["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
+    assert answer["usage"] == {"prompt_tokens": 5, "total_tokens": 5, "truncated_tokens": 0}
     assert [one["index"] for one in answer["data"]] == list(range(inputs))
     for one, vector in zip(answer["data"], dispatcher.vectors, strict=True):
         value = one["embedding"]

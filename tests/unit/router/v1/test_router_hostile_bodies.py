@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from router.app import create_app
-from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, FakeDispatcher, make_services
+from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL, FakeDispatcher, make_services
 from tests.live_server import client_of
 from tests.unit.router.api.test_router_api import FakeManagement
 
@@ -75,6 +75,15 @@ BODIES: dict[str, dict[str, Any]] = {
         "input": ["hi", "there"],
         "encoding_format": "base64",
         "dimensions": 3,
+        "truncate": False,
+        "input_type": "query",
+    },
+    "/v1/rerank": {
+        "model": RERANK_MODEL,
+        "query": {"text": "q"},
+        "documents": ["a", {"text": "b"}],
+        "top_n": 1,
+        "return_documents": True,
     },
     "/v1/responses": {
         "model": CHAT_MODEL,

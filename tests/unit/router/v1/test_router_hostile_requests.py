@@ -63,7 +63,13 @@ BODIES: dict[str, dict[str, Any]] = {
         "text": {"format": {"type": "json_schema", "name": "n", "schema": {}}},
         "include": ["reasoning.encrypted_content"], "previous_response_id": None,
     },
-    "/v1/embeddings": {"model": "mini", "input": ["a"], "dimensions": 3},
+    "/v1/embeddings": {
+        "model": "mini", "input": ["a"], "dimensions": 3, "truncate": "END", "prompt_name": "query",
+    },
+    "/v1/rerank": {
+        "model": "ranker", "query": "q", "documents": ["a", {"text": "b"}], "top_n": 1,
+        "return_documents": True, "truncate": True, "max_tokens_per_doc": 3,
+    },
 }  # fmt: skip
 BODIES["/v1/messages/count_tokens"] = {
     key: value

@@ -10,7 +10,14 @@ from core.errors import ContextLengthExceeded, EngineFailed, InsufficientMemory,
 from core.types import TextDelta, ToolCallDelta
 from router.app import create_app
 from router.context import Pacing
-from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, FakeDispatcher, finished, make_services
+from tests.fakes import (
+    CHAT_MODEL,
+    EMBEDDING_MODEL,
+    RERANK_MODEL,
+    FakeDispatcher,
+    finished,
+    make_services,
+)
 from tests.live_server import serving
 
 KEY = "key-1234"
@@ -97,7 +104,7 @@ async def test_sdk_embeds_by_its_base64_default(
 
 async def test_sdk_lists_and_retrieves_models(client: openai.AsyncOpenAI) -> None:
     models = [model async for model in client.models.list()]
-    assert [model.id for model in models] == [CHAT_MODEL, EMBEDDING_MODEL]
+    assert [model.id for model in models] == [CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL]
     assert (await client.models.retrieve(CHAT_MODEL)).owned_by == "local"
 
 
