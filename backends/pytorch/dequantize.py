@@ -103,26 +103,29 @@ def _gptq(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
     zeros = _bits(parts["zeros"].t(), packed.bits).t()
     if packed.adds_one:
         zeros = (zeros + 1) & ((1 << packed.bits) - 1)
-    group = _group_index(packed, parts, scales.shape[0])
+    group = _groups(packed, parts, scales.shape[0])
 
     def rows(first: int, last: int) -> Any:
-        values = _bits(parts["values"][:, first:last], packed.bits)
-        offset = zeros[:, first:last][group]
-        return ((values - offset).float() * scales[:, first:last][group]).t()
+        values = _bits(parts["values"][:, first:last], packed.bits).float()
+        return _scaled(values, zeros[:, first:last].float(), scales[:, first:last], group).t()
 
     return rows
 
 
 def _awq(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
+    import torch
+
     scales = parts["scales"].float()
-    group = _group_index(packed, parts, scales.shape[0])
+    group = _groups(packed, parts, scales.shape[0])
 
     def rows(first: int, last: int) -> Any:
         words = slice(first // 8, -(-last // 8))
-        values = _awq_values(parts["values"][:, words])
-        zeros = _awq_values(parts["zeros"][:, words])[group] if "zeros" in parts else 8
-        found = (values - zeros).float() * scales[:, words.start * 8 : words.stop * 8][group]
-        return found[:, : last - first].t()
+        columns = slice(words.start * 8, words.stop * 8)
+        values = _awq_values(parts["values"][:, words]).float()
+        zeros = torch.full((1, 1), 8.0).expand(scales.shape[0], values.shape[1])
+        if "zeros" in parts:
+            zeros = _awq_values(parts["zeros"][:, words]).float()
+        return _scaled(values, zeros, scales[:, columns], group)[:, : last - first].t()
 
     return rows
 
@@ -139,21 +142,29 @@ def _int32(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
     if stored != list(packed.shape):
         raise ValueError(f"its weight_shape is {stored}, not {list(packed.shape)}")
     middle = 1 << (packed.bits - 1)
-    scales = parts["scales"].float()
-    zeros = None
+    scales = parts["scales"].float().t()
+    zeros = scales.new_full(scales.shape, middle)
     if "zeros" in parts:
-        zeros = _padded_bits(parts["zeros"], packed.bits)[: scales.shape[0]] - middle
-    group = _group_index(packed, parts, scales.shape[1])
+        zeros = _padded_bits(parts["zeros"], packed.bits)[: scales.shape[1]].t().float()
+    group = _groups(packed, parts, scales.shape[0])
 
     def rows(first: int, last: int) -> Any:
         values = _padded_bits(parts["values"][first:last].t(), packed.bits)[: packed.shape[1]]
-        own = slice(first, last) if scales.shape[0] > 1 else slice(None)
-        found = values.t() - middle
-        if zeros is not None:
-            found = found - zeros[own][:, group]
-        return found.float() * scales[own][:, group]
+        own = slice(first, last) if scales.shape[1] > 1 else slice(None)
+        return _scaled(values.float(), zeros[:, own], scales[:, own], group).t()
 
     return rows
+
+
+def _scaled(values: Any, zeros: Any, scales: Any, group: Any) -> Any:
+    """Return (values - zeros) * scales; `values` (columns, rows), the others (groups, rows).
+
+    `group` is the size of groups in order, else the group of each column.  Changes `values`.
+    """
+    if isinstance(group, int):
+        found = values.view(scales.shape[0], group, -1)
+        return found.sub_(zeros[:, None]).mul_(scales[:, None]).flatten(0, 1)
+    return values.sub_(zeros[group]).mul_(scales[group])
 
 
 def _grid(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
@@ -173,15 +184,17 @@ def _grid(packed: PackedWeight, parts: Mapping[str, Any]) -> _Rows:
         zeros = zeros.expand(math.prod(grid)) if zeros.numel() == 1 else zeros
         zeros = zeros.reshape(grid)
 
-    def spread(table: Any, first: int, last: int) -> Any:
-        lines = table[torch.arange(first, last) // high]
-        return lines.repeat_interleave(wide, dim=1)[:, :columns]
-
     def rows(first: int, last: int) -> Any:
+        line = torch.arange(first, last) // high
         found = values[first:last].float()
-        if zeros is not None:
-            found = found - spread(zeros, first, last)
-        return found * spread(scales, first, last)
+        for table, change in ((zeros, torch.Tensor.sub_), (scales, torch.Tensor.mul_)):
+            if table is None:
+                continue
+            if columns % wide == 0:
+                change(found.view(last - first, -1, wide), table[line][..., None])
+            else:
+                change(found, table[line].repeat_interleave(wide, dim=1)[:, :columns])
+        return found
 
     return rows
 
@@ -257,11 +270,9 @@ def _bits(words: Any, bits: int) -> Any:
     """Return the values in the 32-bit words of each column, as one stream of bits, int32."""
     import torch
 
-    words = words.to(torch.int64) & 0xFFFFFFFF
     if 32 % bits == 0:
-        shifts = torch.arange(0, 32, bits).reshape(1, -1, 1)
-        found = (words[:, None, :] >> shifts) & ((1 << bits) - 1)
-        return found.flatten(0, 1).to(torch.int32)
+        return _padded_bits(words, bits)
+    words = words.to(torch.int64) & 0xFFFFFFFF
     count = words.shape[0] * 32 // bits
     place = torch.arange(count) * bits
     index, shift = place // 32, (place % 32)[:, None]
@@ -274,9 +285,9 @@ def _padded_bits(words: Any, bits: int) -> Any:
     """Return the values in the words of each column; a word holds whole values only."""
     import torch
 
-    shifts = (torch.arange(32 // bits) * bits).reshape(1, -1, 1)
-    words = words.to(torch.int64) & 0xFFFFFFFF
-    return ((words[:, None, :] >> shifts) & ((1 << bits) - 1)).flatten(0, 1).to(torch.int32)
+    shifts = (torch.arange(32 // bits, dtype=torch.int32) * bits).reshape(1, -1, 1)
+    words = words.to(torch.int32)[:, None, :]
+    return (words >> shifts).bitwise_and_((1 << bits) - 1).flatten(0, 1)
 
 
 def _fp4_values(data: Any) -> Any:
@@ -297,17 +308,21 @@ def _scale(scales: Any) -> Any:
     return scales.float()
 
 
-def _group_index(packed: PackedWeight, parts: Mapping[str, Any], groups: int) -> Any:
-    """Return the group of each column.  Raises ValueError for one that does not exist."""
+def _groups(packed: PackedWeight, parts: Mapping[str, Any], groups: int) -> Any:
+    """Return the size of equal groups in order, else the group of each column.
+
+    Raises ValueError for a group that does not exist.
+    """
     import torch
 
-    if "groups" not in parts:
-        columns = packed.shape[1]
-        return (torch.arange(columns) // packed.group_size).clamp(max=groups - 1)
-    found = parts["groups"].to(torch.int64)
+    columns, size = packed.shape[1], packed.group_size
+    ordered = (torch.arange(columns) // size).clamp(max=groups - 1)
+    found = parts["groups"].to(torch.int64) if "groups" in parts else ordered
     low, high = int(found.min()), int(found.max())
     if low < 0 or high >= groups:
         raise ValueError(f"a column is in the group {low if low < 0 else high} of {groups}")
+    if groups * size == columns and torch.equal(found, ordered):
+        return size
     return found
 
 
