@@ -1,6 +1,6 @@
 """Optional abilities of backends and engines: token counting, KV types, preloading a runtime."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar, Protocol, runtime_checkable
 
 from backends.base import Backend, Engine, EngineOptions, ModelInfo
@@ -59,6 +59,30 @@ class KvTyped(Protocol):
 
     def kv_types(self, info: ModelInfo) -> Mapping[str, float]:
         """Return the KV cache types that this model supports, with their bytes per element."""
+        ...
+
+
+@runtime_checkable
+class RuntimeChecked(Protocol):
+    """A backend that can find out by a model's files whether a runtime really loads it."""
+
+    def start_checks(self, avoid: Collection[str], on_runtime: Callable[[str], None]) -> None:
+        """Start what a limited process cannot start later, such as threads.
+
+        `avoid` and `on_runtime` are those of `check_runtimes`.
+        """
+        ...
+
+    def check_runtimes(
+        self, info: ModelInfo, avoid: Collection[str], on_runtime: Callable[[str], None]
+    ) -> ModelInfo:
+        """Return `info` with what runs it, as `choice`, and the parameters that are computed with.
+
+        Imports runtimes and runs their code on the model's configuration, which may end or block
+        the process: call it in a limited child.  `on_runtime` is called with the name of each
+        runtime before its code is used; those in `avoid` are not.  Raises BrokenModel if none can
+        load the model, MemoryError.
+        """
         ...
 
 

@@ -1,11 +1,12 @@
 """Backend for Hugging Face folders with safetensors weights; runs on MLX, else on PyTorch."""
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Protocol, cast, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from backends.abilities import Measured
 from backends.base import (
@@ -21,8 +22,9 @@ from backends.hf.adapters import refuse_adapter
 from backends.hf.checks import check_embedder, check_folder, transformers_knows
 from backends.hf.config import HfFolder, read_folder, variant_files, weight_files
 from backends.hf.folder import folder_info, is_mlx, quantization_of
-from backends.hf.header import SafetensorsHeader, broken, safetensors_header
-from backends.hf.layout import stored_weights
+from backends.hf.header import SafetensorsHeader, TensorEntry, broken, safetensors_header
+from backends.hf.layout import StoredWeights, WeightLayout, dense_tensors, stored_weights
+from backends.mlx.check import start_runtime
 from backends.pytorch.embedding import check_settings
 from backends.pytorch.loading import (
     estimate_torch,
@@ -32,6 +34,13 @@ from backends.pytorch.loading import (
     torch_availability,
 )
 from backends.pytorch.reference import is_small_enough, torch_reference
+from backends.runtime_check import (
+    EMBEDDING_REASON,
+    Excluded,
+    check_runtimes,
+    guess_runtime,
+    mlx_type,
+)
 from backends.trials import OtherRuntimeNeeded, TrialOptions
 from core.errors import BackendUnavailable, BrokenModel, NotThisFormat
 from core.types import Capability
@@ -40,13 +49,33 @@ from core.units import MIB
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
-# Methods of quantization that mlx-lm reads exactly, with the architecture.
-_MLX_READS = frozenset({("mxfp4", "gpt_oss")})
+_ENCODERS = frozenset({Capability.EMBEDDING, Capability.RERANK})
+_MLX_CONTEXT, _TORCH_CONTEXT = "mlx_context", "pytorch_context"
+_ENDED = "its code ended the process that checked it, or took too long"
+# Tables that older exporters stored beside the weights.
+_TABLES = re.compile(
+    r"(rotary_emb|rope|rotary_pos_emb)\.(inv_freq|freqs|cos_cached|sin_cached|cos|sin)$"
+    r"|\.(masked_bias|position_ids|embed_positions\.weights)$"
+)
+_MASK = re.compile(r"\.(attn|attention)\.bias$")
+_MASK_RANK = 4
 
 
 @runtime_checkable
 class _MlxBackend(Protocol):
-    """The part of the MLX backend that decides whether it can run a model."""
+    """The part of the MLX backend that this one uses."""
+
+    def availability(self) -> Availability:
+        """Whether MLX runs here."""
+        ...
+
+    def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
+        """Return the bytes that `info` needs on MLX."""
+        ...
+
+    def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
+        """Load the model on MLX."""
+        ...
 
     def supports(self, model_type: str) -> bool:
         """Whether it supports the architecture."""
@@ -105,7 +134,7 @@ class SafetensorsBackend(Backend):
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         """Return the bytes that the model's runtime needs."""
-        mlx = self._runtime(info, options)
+        info, mlx = self._limited(info, options), self._runtime(info, options)
         return mlx.estimate(info, options) if mlx else estimate_torch(info, options)
 
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
@@ -114,7 +143,7 @@ class SafetensorsBackend(Backend):
         A model that MLX cannot load, or computes wrongly, is opened on PyTorch instead, unless the
         user has chosen MLX.
         """
-        mlx = self._runtime(info, options)
+        info, mlx = self._limited(info, options), self._runtime(info, options)
         if mlx is None:
             return open_torch(info, options)
         if not _can_use_torch(info, options):
@@ -127,6 +156,39 @@ class SafetensorsBackend(Backend):
             reason = problem.message
         return _open_instead(info, options, reason)
 
+    def start_checks(self, avoid: Collection[str], on_runtime: Callable[[str], None]) -> None:
+        """Start MLX's thread; see `RuntimeChecked`."""
+        if not self._why_not_mlx() and "mlx" not in avoid:
+            on_runtime("mlx")
+            start_runtime()
+
+    def check_runtimes(
+        self, info: ModelInfo, avoid: Collection[str], on_runtime: Callable[[str], None]
+    ) -> ModelInfo:
+        """Return `info` with the runtime that loads its tensors; see `RuntimeChecked`."""
+        if info.capabilities & _ENCODERS:
+            return info
+        folder = read_folder(info.files[0].parent)
+        headers = [safetensors_header(path) for path in info.files if path.suffix == _SUFFIX]
+        stored = stored_weights(folder, headers)
+        checked = check_runtimes(
+            folder,
+            stored.shapes,
+            self._excluded(folder, stored.layout, avoid),
+            on_runtime,
+            dense=dense_tensors(stored.layout, stored.tensors),
+        )
+        details = {**info.details}
+        if checked.mlx_context is not None:
+            details[_MLX_CONTEXT] = checked.mlx_context
+        info = replace(
+            info,
+            choice=checked.choice,
+            parameters=checked.parameters or info.parameters,
+            details=details,
+        )
+        return _limited_context(info, folder)
+
     def _info(self, folder: HfFolder, headers: list[SafetensorsHeader]) -> ModelInfo:
         stored = stored_weights(folder, headers)
         layout = stored.layout
@@ -138,25 +200,44 @@ class SafetensorsBackend(Backend):
             self.name,
             folder,
             tuple(header.path for header in headers),
-            parameters=stored.parameters,
+            parameters=_parameters(stored),
             weights_bytes=sum(bytes_by_dtype.values()),
             quantization=layout.quantization or quantization_of(folder, bytes_by_dtype),
+            details={"mlx_bits": 4, "mlx_group_size": 32} if _stays_packed(folder, layout) else {},
         )
-        choice = _choose_runtime(folder, info, self._mlx(), layout.method)
+        if info.capabilities & _ENCODERS:
+            choice = RuntimeChoice("pytorch", EMBEDDING_REASON)
+        else:
+            choice = guess_runtime(folder, self._excluded(folder, layout, ()))
         is_known = choice.runtime == "mlx" or transformers_knows(folder.model_type)
         check_folder(folder, is_known=is_known)
         if choice.runtime == "pytorch":
             check_settings(info)
-            info = limit_context_for_torch(info, folder)
-        elif layout.method:
-            info = replace(info, details={**info.details, "mlx_bits": 4, "mlx_group_size": 32})
-        return replace(info, choice=choice)
+        return _limited_context(replace(info, choice=choice), folder)
 
-    def _mlx(self) -> Backend | None:
+    def _excluded(self, folder: HfFolder, layout: WeightLayout, avoid: Collection[str]) -> Excluded:
+        """Return why a runtime cannot run the model, as far as that needs no check of it."""
+        model_type = mlx_type(folder)
+        mlx, torch = self._why_not_mlx(), torch_availability().reason
+        backend = self._mlx()
+        if layout.method and not _stays_packed(folder, layout):
+            mlx = mlx or f"its {layout.quantization} weights are dequantized, which MLX does not do"
+        if not mlx and not (backend and backend.supports(model_type)):
+            mlx = f"MLX does not support the architecture {model_type[:60]}"
+        return Excluded(_ENDED if "mlx" in avoid else mlx, _ENDED if "pytorch" in avoid else torch)
+
+    def _why_not_mlx(self) -> str:
+        mlx = self._mlx()
+        if mlx is None:
+            return "the MLX backend is not installed"
+        available = mlx.availability()
+        return "" if available.is_available else f"MLX cannot run here: {available.reason}"
+
+    def _mlx(self) -> _MlxBackend | None:
         backend = self._find_backend("mlx")
         return backend if isinstance(backend, _MlxBackend) else None
 
-    def _runtime(self, info: ModelInfo, options: EngineOptions) -> Backend | None:
+    def _runtime(self, info: ModelInfo, options: EngineOptions) -> _MlxBackend | None:
         """Return the MLX backend if `info` runs on it; None for PyTorch."""
         if info.choice is None or info.choice.resolve(options.runtime) != "mlx":
             return None
@@ -167,17 +248,21 @@ class SafetensorsBackend(Backend):
             )
         return mlx
 
+    @staticmethod
+    def _limited(info: ModelInfo, options: EngineOptions) -> ModelInfo:
+        """Return `info` with the context that the runtime in use can take."""
+        runtime = "pytorch" if info.choice is None else info.choice.resolve(options.runtime)
+        limit = info.details.get(f"{runtime}_context")
+        if not isinstance(limit, int) or limit >= info.context_length:
+            return info
+        return replace(info, context_length=limit)
+
 
 def _can_use_torch(info: ModelInfo, options: EngineOptions) -> bool:
     """Whether PyTorch can run a model in place of MLX, which the user did not choose."""
     if options.runtime == "mlx":
         return False
-    if (
-        info.capabilities & {Capability.EMBEDDING, Capability.RERANK}
-        or not torch_availability().is_available
-    ):
-        return False
-    return transformers_knows(read_folder(info.files[0].parent).model_type)
+    return info.choice is not None and info.choice.alternative == "pytorch"
 
 
 def _compared(info: ModelInfo, options: EngineOptions) -> TrialOptions:
@@ -198,29 +283,36 @@ def _open_instead(info: ModelInfo, options: EngineOptions, reason: str) -> Engin
     return engine
 
 
+def _limited_context(info: ModelInfo, folder: HfFolder) -> ModelInfo:
+    """Note the context that each runtime can take, and show that of the chosen one."""
+    torch_context = limit_context_for_torch(info, folder).context_length
+    if torch_context < info.context_length:
+        info = replace(info, details={**info.details, _TORCH_CONTEXT: torch_context})
+    chosen = info.choice.runtime if info.choice else "pytorch"
+    limit = info.details.get(f"{chosen}_context")
+    return replace(info, context_length=limit) if isinstance(limit, int) else info
+
+
+def _stays_packed(folder: HfFolder, layout: WeightLayout) -> bool:
+    """Whether mlx-lm reads the quantized weights as they are, exactly."""
+    return layout.method == "mxfp4" and mlx_type(folder) == "gpt_oss"
+
+
+def _parameters(stored: StoredWeights) -> int:
+    """Return the number of weights, unpacked, without rotary tables and masks."""
+    plain = ((name, stored.tensors[name]) for name in stored.layout.plain)
+    return stored.layout.packed_parameters + sum(
+        entry.elements for name, entry in plain if not _is_buffer(name, entry)
+    )
+
+
+def _is_buffer(name: str, entry: TensorEntry) -> bool:
+    is_mask = len(entry.shape) == _MASK_RANK and _MASK.search(name)
+    return bool(is_mask or _TABLES.search(name))
+
+
 def _shard(path: Path) -> SafetensorsHeader:
     try:
         return safetensors_header(path)
     except NotThisFormat:
         raise broken(path, "it is not a safetensors file, though the index names it") from None
-
-
-def _choose_runtime(
-    folder: HfFolder, info: ModelInfo, mlx: Backend | None, method: str
-) -> RuntimeChoice:
-    """Return the runtime, "mlx" or "pytorch", and why; the same rule on every platform."""
-    if info.capabilities & {Capability.EMBEDDING, Capability.RERANK}:
-        return RuntimeChoice("pytorch", "embedding and reranking models run on PyTorch")
-    if mlx is None:
-        return RuntimeChoice("pytorch", "the MLX backend is not installed")
-    available = mlx.availability()
-    if not available.is_available:
-        return RuntimeChoice("pytorch", f"MLX cannot run here: {available.reason}")
-    # A nested configuration is loaded by its outer type.
-    model_type = str(folder.config.get("wrapper_model_type") or folder.config["model_type"])
-    if method and (method, model_type) not in _MLX_READS:
-        reason = f"its {info.quantization} weights are dequantized, which MLX does not do"
-        return RuntimeChoice("pytorch", reason)
-    if cast(_MlxBackend, mlx).supports(model_type):
-        return RuntimeChoice("mlx", "MLX supports the architecture")
-    return RuntimeChoice("pytorch", f"MLX does not support the architecture {model_type[:60]}")

@@ -106,7 +106,7 @@ def read_folder(path: Path) -> HfFolder:
     tokenizer_config = read_optional_json(path / "tokenizer_config.json")
     return HfFolder(
         path=path,
-        config=MappingProxyType(_flattened(config)),
+        config=MappingProxyType(flattened(config)),
         generation_config=MappingProxyType(read_optional_json(path / "generation_config.json")),
         tokenizer_config=MappingProxyType(tokenizer_config),
         chat_template=_chat_template(path, tokenizer_config),
@@ -114,7 +114,7 @@ def read_folder(path: Path) -> HfFolder:
     )
 
 
-def _flattened(config: dict[str, Any]) -> dict[str, Any]:
+def flattened(config: dict[str, Any]) -> dict[str, Any]:
     flat = dict(config)
     for key in _NESTED:
         inner = config.get(key)
@@ -128,6 +128,17 @@ def _flattened(config: dict[str, Any]) -> dict[str, Any]:
             break
     _lift_rope(flat)
     return flat
+
+
+def plain_floats(value: Any) -> Any:
+    """Return a copy with infinities and NaN as floats: transformers 5 writes `{"__float__": …}`."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: plain_floats(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [plain_floats(one) for one in value]
+    return value
 
 
 def _lift_rope(config: dict[str, Any]) -> None:

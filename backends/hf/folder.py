@@ -64,11 +64,12 @@ _NUMBERS = {
     "expert_count": ("num_local_experts", "num_experts", "n_routed_experts"),
     "expert_used_count": ("num_experts_per_tok",),
 }
+_LAYER_LISTS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 _LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _REQUIRED = ("n_layer", "n_embd", "vocabulary_size")
 _LENGTHS = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length",
-    "seq_length", "max_seq_length",
+    "seq_length", "max_seq_length", "context_length", "model_max_length",
 )  # fmt: skip
 _DTYPE_NAMES = {
     "F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f64", "I8": "int8", "U8": "int8",
@@ -249,6 +250,8 @@ def _numbers(folder: HfFolder) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, keys in _NUMBERS.items():
         value = _number(folder, keys, _MAX_LAYERS if name == "n_layer" else _MAX_NUMBER)
+        if value is None and name == "n_layer":
+            value = _listed_layers(folder)
         if not value and name in _REQUIRED:
             raise broken(
                 folder.path / "config.json", f"it has no {keys[0]}, so it is not a text model"
@@ -270,6 +273,14 @@ def _numbers(folder: HfFolder) -> dict[str, int]:
         parts = [_number(folder, (key,), _MAX_NUMBER) or 0 for key in _LATENT]
         found |= {"n_head_kv": heads, "head_dim": parts[0] + parts[1], "value_head_dim": parts[2]}
     return found
+
+
+def _listed_layers(folder: HfFolder) -> int | None:
+    """Return the number of layers of a configuration that only lists their kinds."""
+    kinds = next((folder.config[key] for key in _LAYER_LISTS if folder.config.get(key)), None)
+    if not isinstance(kinds, list | str) or len(kinds) > _MAX_LAYERS:
+        return None
+    return len(kinds)
 
 
 def _number(folder: HfFolder, keys: tuple[str, ...], high: int) -> int | None:

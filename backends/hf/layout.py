@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from backends.hf.config import HfFolder
+from backends.hf.fit import TensorShape
 from backends.hf.header import SafetensorsHeader, TensorEntry, broken, read_bytes
 from backends.hf.names import model_names
 from backends.hf.packed import PackedFinder, PackedWeight, StoredTensor
@@ -36,11 +37,6 @@ class WeightLayout:
     packed: tuple[PackedWeight, ...] = ()
     quantization: str = ""
     method: str = ""
-
-    def dense_shapes(self, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the model's weights by name, as they are once loaded."""
-        found = {name: tensors[name].shape for name in self.plain}
-        return found | {each.name: each.shape for each in self.packed}
 
     @property
     def packed_parameters(self) -> int:
@@ -118,6 +114,14 @@ def _marked(names: Iterable[str]) -> list[str]:
     ]
 
 
+def dense_tensors(
+    layout: WeightLayout, tensors: Mapping[str, StoredTensor]
+) -> dict[str, TensorShape]:
+    """Return the model's weights by name as they are once loaded: quantized ones as float32."""
+    found = {name: TensorShape(tensors[name].dtype, tensors[name].shape) for name in layout.plain}
+    return found | {each.name: TensorShape("F32", each.shape) for each in layout.packed}
+
+
 @dataclass(frozen=True, slots=True)
 class StoredWeights:
     """The weights in safetensors files: their entries by the model's names, and their layout.
@@ -130,10 +134,9 @@ class StoredWeights:
     layout: WeightLayout
 
     @property
-    def parameters(self) -> int:
-        """Number of weights, unpacked."""
-        plain = sum(self.tensors[name].elements for name in self.layout.plain)
-        return self.layout.packed_parameters + plain
+    def shapes(self) -> dict[str, TensorShape]:
+        """The stored tensors by the model's names."""
+        return {name: TensorShape(each.dtype, each.shape) for name, each in self.tensors.items()}
 
 
 def stored_weights(folder: HfFolder, headers: Sequence[SafetensorsHeader]) -> StoredWeights:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,10 +15,13 @@ from backends.base import (
     ModelInfo,
 )
 from backends.hf.engine import open_token_engine
+from backends.hf.fit import check_claims
 from backends.hf.folder import read_folder
+from backends.hf.header import broken
 from backends.hf.tokenizer import HfTokenizer
+from backends.mlx.check import check_mlx, start_runtime
 from backends.mlx.embedding import open_embedder
-from backends.mlx.file import mlx_info, runtime_type
+from backends.mlx.file import mlx_info, mlx_tensors, runtime_type
 from backends.mlx.memory import estimate_mlx, wants_dense
 from backends.mlx.model import MlxModel, check_config, import_runtime
 from backends.mlx.model import supports as has_code_for
@@ -56,6 +60,28 @@ class MlxBackend(Backend):
         """Import MLX and mlx-lm."""
         del info
         import_runtime(options.threads)
+
+    def start_checks(self, avoid: Collection[str], on_runtime: Callable[[str], None]) -> None:
+        """Start MLX's thread; see `RuntimeChecked`."""
+        if self.availability().is_available and "mlx" not in avoid:
+            on_runtime("mlx")
+            start_runtime()
+
+    def check_runtimes(
+        self, info: ModelInfo, avoid: Collection[str], on_runtime: Callable[[str], None]
+    ) -> ModelInfo:
+        """Return `info` if mlx-lm can load its tensors; see `RuntimeChecked`."""
+        if not self.availability().is_available:
+            return info
+        folder, tensors = read_folder(info.files[0].parent), mlx_tensors(info)
+        check_claims(folder, tensors)
+        reason = "its code ended the process that checked it, or took too long"
+        if self.name not in avoid:
+            on_runtime(self.name)
+            reason = check_mlx(folder, tensors).reason
+        if reason:
+            raise broken(folder.path / "config.json", reason)
+        return info
 
     def identify(self, path: Path) -> ModelInfo:
         """Read the headers of the weights and the configuration beside them."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from backends.base import ModelInfo
 from backends.hf.checks import check_folder
+from backends.hf.fit import TensorShape
 from backends.hf.folder import (
     HfFolder,
     folder_info,
@@ -18,6 +19,7 @@ from backends.hf.folder import (
     weight_files,
 )
 from backends.hf.header import broken
+from backends.hf.names import model_names
 from backends.mlx.model import check_config, supports
 from backends.mlx.npz import read_npz
 from backends.mlx.quantization import mlx_weights
@@ -59,6 +61,19 @@ def mlx_info(path: Path) -> ModelInfo:
     return _info(folder, files, tensors)
 
 
+def mlx_tensors(info: ModelInfo) -> dict[str, TensorShape]:
+    """Return the tensors of a described model by name.  Raises BrokenModel, NotThisFormat."""
+    found: dict[str, TensorShape] = {}
+    for path in info.files:
+        entries: Mapping[str, _Entry] = {}
+        if path.suffix == ".safetensors":
+            entries = safetensors_header(path).tensors
+        elif path.suffix == ".npz":
+            entries = read_npz(path)
+        found |= {name: TensorShape(each.dtype, each.shape) for name, each in entries.items()}
+    return {new: found[old] for old, new in model_names(info.files[0], found).items()}
+
+
 def _npz_info(path: Path) -> ModelInfo:
     tensors = read_npz(path)
     folder = read_folder(path.parent)
@@ -86,6 +101,7 @@ def _info(folder: HfFolder, files: tuple[Path, ...], tensors: Mapping[str, _Entr
     if not supports(model_type):
         raise broken(config, f"mlx-lm does not support the architecture {model_type[:60]!r}")
     check_folder(folder, is_known=True)
+    tensors = {new: tensors[old] for old, new in model_names(files[0], tensors).items()}
     dtypes: Counter[str] = Counter()
     for entry in tensors.values():
         dtypes[entry.dtype] += entry.nbytes

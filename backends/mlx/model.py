@@ -4,13 +4,11 @@ import ast
 import ctypes
 import gc
 import importlib.util
-import json
 import os
 import platform
 import re
 import resource
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from backends.hf.config import plain_floats
 from backends.hf.folder import HfFolder
 from backends.hf.header import read_json
 from backends.hf.names import model_names
@@ -34,6 +33,7 @@ _REPEATS = re.compile(r"(num_.*layers|n_layers?|num_.*experts|num_.*stages|.*num
 # Freed buffers that MLX keeps for reuse; part of the memory estimate.
 CACHE_BYTES = 256 * MIB
 _IMPORTING = threading.Lock()
+_BLANK_FOLDER = Path(__file__).with_name("blank")
 
 
 def has_metal() -> bool:
@@ -61,15 +61,18 @@ def _aliases() -> Mapping[str, str]:
 
 
 @cache
-def supports(model_type: str) -> bool:
-    """Whether mlx-lm supports this `model_type`; reads its source, does not import it."""
+def module_source(model_type: str) -> str:
+    """Return the text of mlx-lm's module for a `model_type`, empty if it has none."""
     package = _package()
     if package is None or not _TYPE.fullmatch(model_type):
-        return False
+        return ""
     module = package / "models" / f"{_aliases().get(model_type, model_type)}.py"
-    if not module.is_file():
-        return False
-    text = module.read_text("utf-8")
+    return module.read_text("utf-8") if module.is_file() else ""
+
+
+def supports(model_type: str) -> bool:
+    """Whether mlx-lm supports this `model_type`; reads its source, does not import it."""
+    text = module_source(model_type)
     return "class ModelArgs" in text and "class Model(" in text
 
 
@@ -130,13 +133,16 @@ def import_runtime(threads: int) -> None:
     mx.set_cache_limit(CACHE_BYTES)
 
 
-def _runtime_config(folder: HfFolder) -> dict[str, Any]:
-    """Return config.json with the rotary settings where mlx-lm's models look for them.
+def runtime_config(
+    raw: Mapping[str, Any], flat: Mapping[str, Any], *, is_embedder: bool
+) -> dict[str, Any]:
+    """Return the config.json `raw` with the rotary settings where mlx-lm's models look for them.
 
-    Most of them ignore `rope_parameters` of transformers 5, and then generate nonsense.
+    Most of them ignore `rope_parameters` of transformers 5, and then generate nonsense.  `flat` is
+    the same configuration as `HfFolder.config` has it.
     """
-    config = read_json(folder.path / "config.json")
-    lifted = {key: folder.config[key] for key in _LIFTED if folder.config.get(key) is not None}
+    config: dict[str, Any] = plain_floats(raw)
+    lifted = {key: flat[key] for key in _LIFTED if flat.get(key) is not None}
     for level in (config, *(config.get(key) for key in _NESTED)):
         if isinstance(level, dict):
             for key, value in lifted.items():
@@ -145,7 +151,7 @@ def _runtime_config(folder: HfFolder) -> dict[str, Any]:
     quantization = mlx_settings(config)
     if quantization is not None:
         config["quantization"] = quantization
-    if folder.is_embedder:
+    if is_embedder:
         # Embedding models are saved without an output head.
         config["tie_word_embeddings"] = True
     return config
@@ -212,12 +218,9 @@ class MlxModel:
         """
         import_runtime(threads)
         self.clock = CpuClock()
-        config = _runtime_config(folder)
-        check_config(config)
-        self.model = _guarded(
-            folder,
-            lambda: _load(config, weights, is_dense=is_dense, is_embedder=folder.is_embedder),
-        )
+        raw = read_json(folder.path / "config.json")
+        check_config(raw)
+        self.model = _guarded(folder, lambda: _load(folder, raw, weights, is_dense=is_dense))
         self.vocabulary_size = _guarded(folder, lambda: self._compute_one_token(folder.path.name))
         self.clock.settle()
 
@@ -251,33 +254,19 @@ class MlxModel:
 
 
 def _load(
-    config: dict[str, Any], files: tuple[Path, ...], *, is_dense: bool, is_embedder: bool
+    folder: HfFolder, raw: Mapping[str, Any], files: tuple[Path, ...], *, is_dense: bool
 ) -> Any:
     import mlx.core as mx
-    from mlx_lm.utils import _get_classes, dequantize_model, load_model
+    from mlx_lm.utils import dequantize_model
 
+    config = runtime_config(raw, folder.config, is_embedder=folder.is_embedder)
     weights: dict[str, Any] = {}
     for file in files:
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
         weights |= arrays
     weights = {new: weights[old] for old, new in model_names(files[0], weights).items()}
-    if is_embedder and not any(name.startswith("model.") for name in weights):
-        weights = {f"model.{name}": array for name, array in weights.items()}
-
-    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-        model_class, arguments = _get_classes(config)
-        return _loader(model_class, weights), arguments
-
-    # Only this configuration is read: no other weights, and no code beside them.
-    with tempfile.TemporaryDirectory(prefix="impetus-mlx-") as place:
-        (Path(place) / "config.json").write_text(json.dumps(config), "utf-8")
-        model, _ = load_model(
-            Path(place),
-            lazy=True,
-            strict=False,
-            get_model_classes=classes,
-        )
+    model = build_model(config, weights, is_embedder=folder.is_embedder)
     weights.clear()
     if is_dense:
         model = dequantize_model(model)
@@ -286,6 +275,43 @@ def _load(
         model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return model
+
+
+def build_model(config: dict[str, Any], weights: dict[str, Any], *, is_embedder: bool) -> Any:
+    """Return mlx-lm's model of `config` with these weights, by name; computes nothing yet.
+
+    Raises what mlx-lm raises, also for weights that do not match the model's parameters exactly.
+    """
+    from mlx_lm.utils import load_model
+
+    if is_embedder and not any(name.startswith("model.") for name in weights):
+        weights = {f"model.{name}": array for name, array in weights.items()}
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, arguments = _model_classes(config)
+        return _loader(model_class, weights), arguments
+
+    # The folder is blank: no other weights are read, and no code beside them.
+    model, _ = load_model(
+        _BLANK_FOLDER,
+        lazy=True,
+        strict=False,
+        model_config=config,
+        get_model_classes=classes,
+    )
+    return model
+
+
+def _model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Import the architecture's module.  Raises ImportError also for one that ends its process."""
+    from mlx_lm.utils import _get_classes
+
+    try:
+        return _get_classes(config)  # type: ignore[no-any-return]
+    except SystemExit as problem:
+        raise ImportError(
+            f"its code for {str(config.get('model_type'))[:60]!r} ends the process that imports it"
+        ) from problem
 
 
 def _guarded(folder: HfFolder, work: Callable[[], Any]) -> Any:

@@ -1,5 +1,7 @@
 """PyTorch backend: `pytorch_model*.bin` and state dicts with a config.json, on transformers."""
 
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,8 +14,11 @@ from backends.base import (
     ModelInfo,
 )
 from backends.hf.config import read_folder
+from backends.hf.fit import RuntimeFit, check_claims
+from backends.hf.header import broken
+from backends.pytorch.check import check_torch
 from backends.pytorch.embedding import check_settings
-from backends.pytorch.file import pytorch_info
+from backends.pytorch.file import pytorch_info, torch_tensors
 from backends.pytorch.loading import (
     estimate_torch,
     import_torch,
@@ -21,6 +26,7 @@ from backends.pytorch.loading import (
     open_torch,
     torch_availability,
 )
+from core.types import Capability
 from core.units import MIB
 
 
@@ -46,6 +52,26 @@ class PytorchBackend(Backend):
         info = pytorch_info(path)
         check_settings(info)
         return limit_context_for_torch(info, read_folder(info.files[0].parent))
+
+    def start_checks(self, avoid: Collection[str], on_runtime: Callable[[str], None]) -> None:
+        """Start nothing: PyTorch computes without threads in a limited process."""
+
+    def check_runtimes(
+        self, info: ModelInfo, avoid: Collection[str], on_runtime: Callable[[str], None]
+    ) -> ModelInfo:
+        """Return `info` if transformers can load its tensors; see `RuntimeChecked`."""
+        is_encoder = info.capabilities & {Capability.EMBEDDING, Capability.RERANK}
+        if is_encoder or not self.availability().is_available:
+            return info
+        folder, tensors = read_folder(info.files[0].parent), torch_tensors(info)
+        check_claims(folder, tensors)
+        fit = RuntimeFit("its code ended the process that checked it, or took too long")
+        if self.name not in avoid:
+            on_runtime(self.name)
+            fit = check_torch(folder, tensors)
+        if fit.reason:
+            raise broken(folder.path / "config.json", fit.reason)
+        return replace(info, parameters=fit.parameters)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         """Return weights, KV cache and buffers in bytes."""

@@ -10,6 +10,7 @@ from backends.base import ModelInfo
 from backends.hf.adapters import refuse_adapter
 from backends.hf.checks import check_embedder, check_folder, transformers_knows
 from backends.hf.config import variant_files
+from backends.hf.fit import TensorShape
 from backends.hf.folder import (
     HfFolder,
     TensorEntry,
@@ -19,11 +20,11 @@ from backends.hf.folder import (
     weight_files,
 )
 from backends.hf.header import broken
-from backends.hf.layout import weight_layout
+from backends.hf.layout import WeightLayout, dense_tensors, weight_layout
 from backends.hf.names import model_names
 from backends.hf.quantization import refuse_unreadable
 from backends.pytorch.unpickle import PickledTensor, Storage
-from backends.pytorch.weights import SUFFIXES, TorchFile, read_shard, read_torch_file
+from backends.pytorch.weights import SUFFIXES, TorchFile, read_shard, read_storage, read_torch_file
 from core.errors import BrokenModel, NotThisFormat
 
 _NOT_WEIGHTS = re.compile(
@@ -88,10 +89,8 @@ def _all_shards(folder: HfFolder, path: Path) -> tuple[Path, ...]:
 
 def torch_info(folder: HfFolder, files: Sequence[TorchFile]) -> ModelInfo:
     """Describe the model of these weight files in `folder`.  Raises BrokenModel."""
-    stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    stored, names, layout = _layout(folder, files)
     places = {name: index for index, file in enumerate(files) for name in file.tensors}
-    names = model_names(files[0].path, stored)
-    layout = weight_layout(folder, {new: _entry(stored[old]) for old, new in names.items()})
     check_embedder(folder, layout, names)
     plain = set(layout.plain)
     bytes_by_dtype: Counter[str] = Counter()
@@ -108,6 +107,33 @@ def torch_info(folder: HfFolder, files: Sequence[TorchFile]) -> ModelInfo:
         weights_bytes=sum(bytes_by_dtype.values()),
         quantization=layout.quantization or quantization_of(folder, bytes_by_dtype),
     )
+
+
+def torch_tensors(info: ModelInfo) -> dict[str, TensorShape]:
+    """Return the model's tensors by its own names, unpacked.  Raises BrokenModel."""
+    folder = read_folder(info.files[0].parent)
+    files = [read_shard(path) for path in info.files if path.suffix in SUFFIXES]
+    stored, names, layout = _layout(folder, files)
+    entries = {new: _entry(stored[old]) for old, new in names.items()}
+    return dense_tensors(layout, entries)
+
+
+def _layout(
+    folder: HfFolder, files: Sequence[TorchFile]
+) -> tuple[dict[str, PickledTensor], Mapping[str, str], WeightLayout]:
+    """Return the stored tensors, the names that the model gives them, and their layout."""
+    stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    places = {name: file for file in files for name in file.tensors}
+    names = model_names(files[0].path, stored)
+    inverse = {new: old for old, new in names.items()}
+
+    def read(name: str) -> bytes:
+        old = inverse[name]
+        return read_storage(places[old].path, stored[old].storage)
+
+    entries = {new: _entry(stored[old]) for old, new in names.items()}
+    can_read = all(file.is_zip for file in files)
+    return stored, names, weight_layout(folder, entries, read if can_read else None)
 
 
 def _entry(tensor: PickledTensor) -> TensorEntry:

@@ -17,7 +17,7 @@ from backends.hf.folder import read_folder
 from backends.hf.header import broken
 from backends.hf.memory import estimate_transformer
 from backends.hf.tokenizer import HfTokenizer
-from backends.pytorch.dequantize import dequantize
+from backends.pytorch.dequantize import dequantize, forget_quantization
 from backends.pytorch.device import device
 from backends.pytorch.embedding import Task, open_encoder
 from backends.pytorch.packing import limitations, open_rows, try_rows
@@ -36,7 +36,6 @@ _DECLARED = {"float16": "f16", "bfloat16": "bf16"}
 _SPARE_ROWS = 16
 # RoPE types whose frequencies change beyond the original context, to which it is limited.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
-_NESTED = ("text_config", "llm_config", "language_config")
 _LIBRARIES = ("torch", "transformers")
 _WEIGHTS = SUFFIXES | {".safetensors"}
 
@@ -177,7 +176,7 @@ def load_model(info: ModelInfo, folder: HfFolder, task: Task = "text generation"
     model_class = classes[type(config)]
     try:
         tensors = dequantize(folder, load_tensors(weights_of(info)), torch_dtype(info))
-        _forget_quantization(config)
+        forget_quantization(config)
         model, report = _with_weights(model_class, config, tensors, torch_dtype(info))
     except (MemoryError, torch.OutOfMemoryError) as problem:
         raise InsufficientMemory(
@@ -195,14 +194,6 @@ def load_model(info: ModelInfo, folder: HfFolder, task: Task = "text generation"
         names = ", ".join(missing[:3])
         raise broken(info.files[0], f"{len(missing)} weights are missing: {names}")
     return model.to(device()).eval()
-
-
-def _forget_quantization(config: Any) -> None:
-    """Take the quantization out of a configuration, whose weights are dequantized."""
-    for level in (config, *(getattr(config, key, None) for key in _NESTED)):
-        for key in ("quantization_config", "compression_config"):
-            if getattr(level, key, None) is not None:
-                delattr(level, key)
 
 
 def _classes(task: Task, config: Any) -> Mapping[Any, Any]:

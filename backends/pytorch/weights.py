@@ -162,6 +162,19 @@ def _tensors(value: Any) -> dict[str, PickledTensor]:
     }
 
 
+def read_storage(path: Path, storage: Storage) -> bytes:
+    """Return the content of a small storage in a zip archive.  Raises BrokenModel."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(_BoundedFile(file)) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            entry = archive.getinfo(f"{names[0].removesuffix('data.pkl')}data/{storage.key}")
+            if entry.file_size > _MAX_DIRECTORY_BYTES:
+                raise broken(path, f"the storage {storage.key[:40]!r} in it is too large")
+            return archive.read(entry)[: storage.elements * storage.element_bytes]
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, LookupError, OSError) as problem:
+        raise broken(path, f"its archive is damaged ({problem})") from problem
+
+
 def read_shard(path: Path) -> TorchFile:
     """Read a weight file that must be one.  Raises BrokenModel."""
     try:

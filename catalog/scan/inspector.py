@@ -13,7 +13,7 @@ import psutil
 
 from catalog.encoding import info_from_json
 from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown
-from catalog.scan.inspector_child import MEMORY_BYTES
+from catalog.scan.inspector_child import MEMORY_BYTES, WITHOUT
 from catalog.scan.packages import natural_format
 from core.child import AnswerTooLong, Child, ChildEnded, describe_exit, kept_environment
 from core.units import MIB, format_bytes
@@ -57,6 +57,9 @@ class Inspector:
         self._command = list(command) if command is not None else _command(formats)
         self._file_limit_s = file_limit_s
         self._child: Child | None = None
+        self._runtime = ""
+        # Runtimes whose start ended a child: the next ones do without.
+        self._without: set[str] = set()
 
     def examine(self, path: Path) -> Outcome:
         """Return what `path` is; blocks up to 60 s, plus 60 s when the child has to start.
@@ -66,7 +69,13 @@ class Inspector:
         nothing about the file: it is uninspected.
         """
         is_fresh = self._child is None
+        self._runtime, avoid = "", []
         outcome, is_crash = self._ask(path)
+        while is_crash and self._runtime and self._runtime not in avoid:
+            # The runtime's code ended the child, or took too long: another one may run the model.
+            avoid.append(self._runtime)
+            is_fresh = True
+            outcome, is_crash = self._ask(path, avoid)
         took_memory = isinstance(outcome, Refused) and outcome.took_memory
         if (is_crash or took_memory) and not is_fresh:
             # Files before it may have damaged the child, or left no memory.
@@ -86,10 +95,13 @@ class Inspector:
             f"the inspection of {path.name!r} got no memory: {format_bytes(free_bytes)} are free"
         )
 
-    def _ask(self, path: Path) -> tuple[Outcome, bool]:
-        """Ask the child once; return the outcome, and whether a check crashed the child."""
-        request = json.dumps({"path": str(path)}).encode() + b"\n"
-        stage = ""
+    def _ask(self, path: Path, avoid: Sequence[str] = ()) -> tuple[Outcome, bool]:
+        """Ask the child once; return the outcome, and whether a check crashed the child.
+
+        Notes the runtime whose code ran last.
+        """
+        request = json.dumps({"path": str(path), "avoid": list(avoid)}).encode() + b"\n"
+        stage, is_start = "", False
         limit_s = self._file_limit_s + (START_LIMIT_S if self._child is None else 0.0)
         deadline = time.monotonic() + limit_s
         try:
@@ -104,12 +116,16 @@ class Inspector:
                 if "stage" not in answer:
                     return _outcome(answer), False
                 stage = str(answer["stage"])
+                self._runtime = str(answer.get("runtime", ""))
+                is_start = bool(answer.get("start"))
         except TimeoutError:
             self.close()
             return _uninspected(path, stage, f"took longer than {self._file_limit_s:g} s"), False
         except ChildEnded:
             self._child = None
             code = child.close(grace_s=_DYING_S)
+            if is_start:
+                self._without.add(self._runtime)
             if stage and (code > 0 or -code in _CRASHES):
                 return _refused(path, stage, describe_exit(code)), True
             return _uninspected(path, stage, describe_exit(code)), False
@@ -128,8 +144,9 @@ class Inspector:
 
     def _running_child(self) -> Child:
         if self._child is None:
+            without = [WITHOUT + name for name in sorted(self._without)]
             self._child = Child(
-                self._command, _environment(), answer_limit_bytes=_ANSWER_LIMIT_BYTES
+                [*self._command, *without], _environment(), answer_limit_bytes=_ANSWER_LIMIT_BYTES
             )
         return self._child
 

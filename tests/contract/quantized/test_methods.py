@@ -14,10 +14,11 @@ pytest.importorskip("torch")
 
 import torch
 
-from backends.base import EngineOptions, RuntimeChoice
+from backends.base import EngineOptions
 from backends.hf.folder import read_folder
 from backends.pytorch.loading import load_model
 from backends.registry import load_backends
+from backends.safetensors import SafetensorsBackend
 from core.types import TokenPrompt
 from tests.golden import golden
 from tests.quantized import METHODS, mxfp4_rows
@@ -45,11 +46,13 @@ def dense(
 ) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """Return a configuration and random weights of a model that transformers builds."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     torch.manual_seed(3)
     config = AutoConfig.for_model(model_type, vocab_size=vocabulary, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    state = revert_weight_conversion(model, model.state_dict())
+    weights = {name: value.clone() for name, value in state.items()}
     architectures = [type(model).__name__]
     return {**config.to_dict(), "architectures": architectures, "dtype": "float16"}, weights
 
@@ -67,21 +70,23 @@ def save(folder: Path, tokenizer: Path, config: Mapping[str, Any], weights: Any)
     return folder / "model.safetensors"
 
 
-async def tokens(path: Path, runs_on: str = "pytorch") -> tuple[list[int], str]:
+async def tokens(path: Path, runtime: str = "pytorch") -> tuple[list[int], str]:
     """Return 16 greedy tokens and the runtime that the scan chose."""
-    backend = load_backends()["safetensors"]
-    info = backend.identify(path)
+    backend = SafetensorsBackend(load_backends().get)
+    info = backend.check_runtimes(backend.identify(path), (), lambda _: None)
     assert info.choice is not None
-    engine = backend.open(replace(info, choice=RuntimeChoice(runs_on, "")), OPTIONS)
+    engine = backend.open(info, replace(OPTIONS, runtime=runtime))
     events = await run(engine, request(PROMPT, max_tokens=16))
     await engine.close()
     return token_ids_of(events), info.choice.runtime
 
 
-def llama(name: str, vocabulary: int) -> tuple[dict[str, Any], Any, Any]:
+def quantized(
+    name: str, model_type: str, vocabulary: int, **sizes: Any
+) -> tuple[dict[str, Any], Any, Any]:
     """Return a configuration, quantized weights of the method `name`, and what they stand for."""
     settings, make, _ = METHODS[name]
-    config, plain = dense("llama", vocabulary, tie_word_embeddings=False, **LLAMA)
+    config, plain = dense(model_type, vocabulary, **sizes)
     generator = np.random.default_rng(5)
     packed: dict[str, Any] = {}
     for key, value in list(plain.items()):
@@ -96,30 +101,40 @@ def llama(name: str, vocabulary: int) -> tuple[dict[str, Any], Any, Any]:
     return {**config, "quantization_config": settings}, packed, plain
 
 
-@pytest.mark.parametrize("name", METHODS)
-async def test_every_method_computes_what_its_weights_stand_for(
-    tmp_path: Path, tokenizer: Path, name: str
+async def assert_same_logits(
+    place: Path, tokenizer: Path, config: Mapping[str, Any], packed: Any, plain: Any
 ) -> None:
-    config, packed, plain = llama(name, 512)
+    """Compare the logits of quantized weights with those of the weights that they stand for."""
     ids = torch.arange(40)[None]
     found: list[Any] = []
     for weights in (plain, packed):
-        path = save(tmp_path / str(len(found)), tokenizer, config, weights)
-        if weights is plain:
-            (path.parent / "config.json").write_text(
-                json.dumps({**config, "quantization_config": None})
-            )
-        info = load_backends()["safetensors"].identify(path)
+        settings = config["quantization_config"] if weights is packed else None
+        changed = {**config, "quantization_config": settings}
+        path = save(place / str(len(found)), tokenizer, changed, weights)
+        backend = SafetensorsBackend(load_backends().get)
+        info = backend.check_runtimes(backend.identify(path), (), lambda _: None)
+        assert info.choice is not None
+        assert weights is plain or info.choice.runtime == "pytorch"
+        assert info.parameters == sum(value.numel() for value in plain.values())
         with torch.inference_mode():
             found.append(load_model(info, read_folder(path.parent))(ids).logits)
     assert found[0].std() > 0.01
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", METHODS)
+async def test_every_method_computes_what_its_weights_stand_for(
+    tmp_path: Path, tokenizer: Path, name: str
+) -> None:
+    config, packed, plain = quantized(name, "llama", 512, tie_word_embeddings=False, **LLAMA)
+    await assert_same_logits(tmp_path, tokenizer, config, packed, plain)
+
+
 async def test_quantized_weights_answer_as_those_they_stand_for(
     tmp_path: Path, tokenizer: Path
 ) -> None:
-    config, packed, plain = llama("gptq-act-order", 49152)
+    sizes = {"tie_word_embeddings": False, **LLAMA}
+    config, packed, plain = quantized("gptq-act-order", "llama", 49152, **sizes)
     found, chosen = await tokens(save(tmp_path / "packed", tokenizer, config, packed))
     config = {**config, "quantization_config": None}
     whole, _ = await tokens(save(tmp_path / "dense", tokenizer, config, plain))
@@ -155,3 +170,16 @@ async def test_gpt_oss_answers_alike_packed_on_mlx_and_dequantized_on_pytorch(
     if load_backends()["mlx"].availability().is_available:
         assert chosen == "mlx"
         assert (await tokens(path, "mlx"))[0] == whole
+
+
+@pytest.mark.parametrize("name", ["awq", "fp8-blocks", "bnb-nf4"])
+async def test_experts_in_tensors_of_their_own_are_gathered(
+    tmp_path: Path, tokenizer: Path, name: str
+) -> None:
+    """Files hold one matrix for each expert; transformers computes with all in one tensor."""
+    config, packed, plain = quantized(
+        name, "qwen3_moe", 512, tie_word_embeddings=False, **LLAMA, moe_intermediate_size=64,
+        num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1, head_dim=16,
+    )  # fmt: skip
+    assert any("experts.3.up_proj" in key for key in plain)
+    await assert_same_logits(tmp_path, tokenizer, config, packed, plain)

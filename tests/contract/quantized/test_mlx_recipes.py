@@ -99,3 +99,15 @@ def test_a_recipe_computes_what_its_weights_stand_for(tmp_path: Path, name: str)
         np.testing.assert_allclose(
             logits(path, is_dense=is_dense), expected, rtol=1e-3, atol=1e-3 * expected.std()
         )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model._orig_mod."])
+def test_wrapped_names_are_the_models_names(tmp_path: Path, prefix: str) -> None:
+    import_runtime(1)
+    _, dense, count = recipe({"bits": 4, "group_size": 64})
+    expected = logits(write(tmp_path / "plain", CONFIG, dense), is_dense=False)
+    wrapped = {prefix + name: value for name, value in dense.items()}
+    averaged = {f"ema_model.{name}": value * 0 for name, value in dense.items()}
+    path = write(tmp_path / "wrapped", CONFIG, wrapped | averaged)
+    assert MlxBackend().identify(path).parameters == count
+    np.testing.assert_array_equal(logits(path, is_dense=False), expected)

@@ -109,7 +109,7 @@ def test_every_shard_is_the_same_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("mlx", "model_type", "runs_on", "reason"),
     [
-        (Mlx(), "llama", "mlx", "supports"),
+        (Mlx(), "llama", "mlx", "mlx-lm has code for it"),
         (Mlx(), "nonesuch", "pytorch", "nonesuch"),
         (Mlx("no Metal"), "llama", "pytorch", "no Metal"),
         (None, "llama", "pytorch", "not installed"),

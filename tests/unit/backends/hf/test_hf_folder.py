@@ -251,6 +251,25 @@ def test_a_missing_context_is_the_tokenizers_or_the_usual(
     assert info(tmp_path).context_length == expected
 
 
+@pytest.mark.parametrize("key", ["n_positions", "seq_length", "context_length", "model_max_length"])
+def test_the_context_is_read_from_the_key_that_the_architecture_uses(
+    tmp_path: Path, key: str
+) -> None:
+    folder = model(tmp_path, LLAMA | {"max_position_embeddings": None, key: 1536})
+    assert info(folder).context_length == 1536
+
+
+@pytest.mark.parametrize("kinds", [["mamba", "moe", "attention"], "M-*"])
+def test_layers_that_are_only_listed_are_counted(tmp_path: Path, kinds: Any) -> None:
+    key = "layers_block_type" if isinstance(kinds, list) else "hybrid_override_pattern"
+    assert (
+        info(model(tmp_path, LLAMA | {"num_hidden_layers": None, key: kinds})).details["n_layer"]
+        == 3
+    )
+    with pytest.raises(BrokenModel, match="num_hidden_layers"):
+        info(model(tmp_path, LLAMA | {"num_hidden_layers": None, key: kinds * 2000}))
+
+
 def test_positions_behind_the_padding_are_not_usable(tmp_path: Path) -> None:
     roberta = model(
         tmp_path, BERT, model_type="xlm-roberta", max_position_embeddings=514, pad_token_id=1

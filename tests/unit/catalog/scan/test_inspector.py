@@ -194,3 +194,46 @@ def test_the_childs_environment_holds_no_keys(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(outcome, Unknown)
     assert "HF_TOKEN" not in outcome.reasons
     assert ("PATH" in outcome.reasons) == ("PATH" in os.environ)
+
+
+RUNTIMES = """
+import json, os, signal, sys
+for line in sys.stdin:
+    request = json.loads(line)
+    print(json.dumps({{"stage": "its identification"}}), flush=True)
+    for name in ("pytorch", "mlx"):
+        if name not in request["avoid"]:
+            print(json.dumps({{"stage": "its check by " + name, "runtime": name}}), flush=True)
+            if name in {bad!r} and "bad" in request["path"]:
+                {crash}
+    print(json.dumps({{"unknown": request["avoid"]}}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("crash", [killed_by("SIGSEGV"), killed_by("SIGXCPU"), "os._exit(1)"])
+@pytest.mark.parametrize("bad", [("mlx",), ("pytorch",), ("pytorch", "mlx")])
+def test_a_runtime_that_ends_the_child_is_avoided(bad: tuple[str, ...], crash: str) -> None:
+    code = RUNTIMES.format(bad=bad, crash=crash)
+    checked = Inspector([], command=[sys.executable, "-c", code])
+    assert checked.examine(Path("/good")) == Unknown(())
+    assert checked.examine(Path("/bad")) == Unknown(bad)
+    assert checked.examine(Path("/good")) == Unknown(())
+    checked.close()
+
+
+STARTS = """
+import json, os, signal, sys
+if "--without=mlx" not in sys.argv:
+    stage = {"stage": "its check by mlx", "runtime": "mlx", "start": True}
+    print(json.dumps(stage), flush=True)
+    os.kill(os.getpid(), signal.SIGILL)
+for line in sys.stdin:
+    print(json.dumps({"unknown": sys.argv[1:]}), flush=True)
+"""
+
+
+def test_a_runtime_that_cannot_start_leaves_the_other_checks() -> None:
+    checked = Inspector([], command=[sys.executable, "-c", STARTS])
+    for _ in range(2):
+        assert checked.examine(Path("/good")) == Unknown(("--without=mlx",))
+        checked.close()

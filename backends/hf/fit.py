@@ -1,0 +1,77 @@
+"""What a runtime's check of a model folder found, and limits of sizes that a folder claims."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backends.hf.config import HfFolder
+from backends.hf.header import broken
+from backends.hf.shrink import LAYER_KEYS
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size", "padded_vocab_size")
+_MAX_REASON = 300
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShape:
+    """One stored tensor; `dtype` is named as in safetensors."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeFit:
+    """Whether a runtime can load a model: `reason` says why not, empty if it can.
+
+    `parameters` is the number of weights that it computes with, 0 if unknown.
+    """
+
+    reason: str = ""
+    parameters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Whether two runtimes computed the same from the same weights.
+
+    `error` is the largest relative error of a position's logits.  `within_window` is the one of the
+    positions up to the sliding window only.  `failure` says why the other runtime computed nothing,
+    `unknown` why they could not be compared.
+    """
+
+    error: float = 0.0
+    within_window: float = 0.0
+    failure: str = ""
+    unknown: str = ""
+
+
+class ComputeFailed(Exception):
+    """A runtime built a model and failed to compute with it."""
+
+
+def first_line(problem: BaseException) -> str:
+    """Return an exception's first line, at most 300 characters, else the name of its type."""
+    lines = str(problem).strip().splitlines()
+    return (lines[0] if lines else type(problem).__name__)[:_MAX_REASON]
+
+
+def check_claims(folder: HfFolder, tensors: Mapping[str, TensorShape]) -> None:
+    """Raise BrokenModel if config.json claims sizes that its tensors cannot have.
+
+    Building such a model could take any amount of time and memory.
+    """
+    longest = max((max(each.shape, default=0) for each in tensors.values()), default=0)
+    limits = {
+        **dict.fromkeys(LAYER_KEYS, len(tensors)),
+        **dict.fromkeys(_EXPERTS, max(len(tensors), longest)),
+        **dict.fromkeys(_WIDTHS, longest),
+    }
+    for key, limit in limits.items():
+        value = folder.config.get(key)
+        if type(value) is int and value > limit:
+            raise broken(
+                folder.path / "config.json",
+                f"it claims {key}={value}, but its weights have {len(tensors)} tensors, none of "
+                f"them longer than {longest}; download the folder's files from one source",
+            )
