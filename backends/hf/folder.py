@@ -64,8 +64,9 @@ _NUMBERS = {
     "expert_count": ("num_local_experts", "num_experts", "n_routed_experts"),
     "expert_used_count": ("num_experts_per_tok",),
 }
-_LAYER_LISTS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 _LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+# The kind of each layer, a list or a text of one letter a layer, where the number is not given.
+_LAYER_KINDS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 _REQUIRED = ("n_layer", "n_embd", "vocabulary_size")
 _LENGTHS = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length",
@@ -277,10 +278,11 @@ def _numbers(folder: HfFolder) -> dict[str, int]:
 
 def _listed_layers(folder: HfFolder) -> int | None:
     """Return the number of layers of a configuration that only lists their kinds."""
-    kinds = next((folder.config[key] for key in _LAYER_LISTS if folder.config.get(key)), None)
-    if not isinstance(kinds, list | str) or len(kinds) > _MAX_LAYERS:
-        return None
-    return len(kinds)
+    for key in _LAYER_KINDS:
+        value = folder.config.get(key)
+        if isinstance(value, list | str) and 0 < len(value) <= _MAX_LAYERS:
+            return len(value)
+    return None
 
 
 def _number(folder: HfFolder, keys: tuple[str, ...], high: int) -> int | None:

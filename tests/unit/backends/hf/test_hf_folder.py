@@ -219,6 +219,27 @@ def test_older_names_of_numbers_are_known(tmp_path: Path) -> None:
     assert (details["n_ff"], described.context_length) == (192, 1024)
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"layers_block_type": ["linear_attention", "full_attention", "moe"]},
+        {"layer_types": ["full_attention"] * 3},
+        {"hybrid_override_pattern": "M*-"},
+    ],
+)
+def test_layers_are_counted_where_only_their_kinds_are_listed(
+    tmp_path: Path, kinds: dict[str, Any]
+) -> None:
+    described = info(model(tmp_path, num_hidden_layers=None, **kinds))
+    assert described.details["n_layer"] == 3
+
+
+@pytest.mark.parametrize("kinds", [[], "", 3, ["full_attention"] * 5000, "M" * 5000, {"a": 1}])
+def test_lists_of_layers_that_make_no_sense_are_refused(tmp_path: Path, kinds: Any) -> None:
+    with pytest.raises(BrokenModel, match="no num_hidden_layers"):
+        info(model(tmp_path, num_hidden_layers=None, layer_types=kinds))
+
+
 def test_heads_of_unusual_attention(tmp_path: Path) -> None:
     falcon = info(model(tmp_path, num_key_value_heads=None, multi_query=True)).details
     assert falcon["n_head_kv"] == 1
