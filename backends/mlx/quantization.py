@@ -24,7 +24,7 @@ _AFFINE_GROUPS = (32, 64, 128)
 _SCALES = ".scales"
 _SIZES = (
     "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size",
-    "n_embd", "d_model", "ffn_hidden_size", "intermediate_size_mlp",
+    "n_embd", "d_model", "ffn_hidden_size", "intermediate_size_mlp", "q_lora_rank", "kv_lora_rank",
 )  # fmt: skip
 _FLOATS = ("F16", "BF16", "F32")
 
@@ -36,6 +36,10 @@ class Layout:
     mode: str
     bits: int
     group_size: int
+
+
+_AFFINE = tuple(Layout("affine", bits, size) for bits in _AFFINE_BITS for size in _AFFINE_GROUPS)
+_OTHERS = tuple(Layout(mode, *size) for mode, size in _DEFAULTS.items() if mode != "affine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,11 @@ def mlx_weights(
             "quantization from it if that is right, or download the weights again",
         )
     checks = _Checks(path, settings, main, tensors, _widths(config))
-    parameters = sum(checks.parameters(base) for base in packed)
+    layouts = {base: checks.layout(base) for base in sorted(packed)}
+    checks.check_main(layouts)
+    parameters = sum(
+        prod(tensors[base + _SCALES].shape) * layout.group_size for base, layout in layouts.items()
+    )
     parts = (".weight", _SCALES, ".biases", ".global_scale")
     stored = {base + part for base in packed for part in parts}
     rest = sum(prod(each.shape) for name, each in tensors.items() if name not in stored)
@@ -160,8 +168,8 @@ class _Checks:
     tensors: Mapping[str, StoredTensor]
     widths: frozenset[int]
 
-    def parameters(self, base: str) -> int:
-        """Return the number of weights of the module `base`.  Raises BrokenModel."""
+    def layout(self, base: str) -> Layout:
+        """Return the layout of the module `base`.  Raises BrokenModel."""
         words, scales = self.tensors[f"{base}.weight"], self.tensors[base + _SCALES]
         is_affine = scales.dtype != "U8"
         biases = self.tensors.get(f"{base}.biases")
@@ -176,34 +184,36 @@ class _Checks:
         )
         if not is_sound:
             raise self.wrong(base, "tensors that do not match each other")
-        layout = self.layout(base, words.shape[-1], scales.shape[-1], is_affine=is_affine)
-        return prod(scales.shape) * layout.group_size
-
-    def layout(self, base: str, words: int, groups: int, *, is_affine: bool) -> Layout:
-        """Return the layout of a matrix with `words` and `groups` in each row."""
+        fitting = [
+            each
+            for each in (_AFFINE if is_affine else _OTHERS)
+            if words.shape[-1] * 32 == scales.shape[-1] * each.group_size * each.bits
+        ]
         own = self.settings.get(base)
-        if isinstance(own, dict):
-            found = _layout(self.path, mlx_settings({"quantization": own}) or {})
-            is_right = _fits(found, words, groups) and (found.mode == "affine") == is_affine
-            if not is_right:
-                raise self.wrong(base, f"{_of(found)}, which its tensors do not have")
-            return found
         if own is False:
             raise self.wrong(base, "quantized tensors, and is set to have none")
-        others = [Layout(mode, *size) for mode, size in _DEFAULTS.items() if mode != "affine"]
-        affine = [Layout("affine", bits, size) for bits in _AFFINE_BITS for size in _AFFINE_GROUPS]
-        fitting = [each for each in (affine if is_affine else others) if _fits(each, words, groups)]
-        if own is True:
-            fitting = [each for each in fitting if each == self.main]
-        # Words and groups leave a factor open, which the model's own sizes tell; without them a
-        # part of the model's settings has to agree.
-        near = [one for one in fitting if groups * one.group_size in self.widths]
-        near = [one for one in near or fitting if one == self.main] or near
-        near = near or [one for one in fitting if one.group_size == self.main.group_size]
-        near = near or [one for one in fitting if one.bits == self.main.bits]
-        if not near:
-            raise self.wrong(base, f"{_of(self.main)}, which its tensors do not have")
-        return near[0]
+        if isinstance(own, dict) or own is True:
+            layout = self.main
+            if isinstance(own, dict):
+                layout = _layout(self.path, mlx_settings({"quantization": own}) or {})
+            fitting = [each for each in fitting if each == layout]
+        if not fitting:
+            raise self.wrong(base, "a layout that its tensors do not have")
+        # Words and groups leave a factor open, which the model's own sizes tell.
+        near = [one for one in fitting if scales.shape[-1] * one.group_size in self.widths]
+        near = near or fitting
+        return self.main if self.main in near else near[0]
+
+    def check_main(self, layouts: Mapping[str, Layout]) -> None:
+        """Raise BrokenModel if no layer has the model's layout, though some should.
+
+        Layers of another mode than the model's are known by their tensors alone.
+        """
+        shared = [base for base in layouts if not isinstance(self.settings.get(base), dict)]
+        shared = [base for base in shared if layouts[base].mode == self.main.mode]
+        if shared and not any(layouts[base] == self.main for base in shared):
+            main = f"{self.main.mode} with {self.main.bits} bits and group size"
+            raise self.wrong(shared[0], f"another layout than {main} {self.main.group_size}")
 
     def wrong(self, base: str, found: str) -> BrokenModel:
         return broken(
@@ -216,15 +226,8 @@ class _Checks:
 def _widths(config: Mapping[str, Any]) -> frozenset[int]:
     """Return the numbers of columns that the model's matrices have, as far as they are declared."""
     found = [config.get(key) for key in _SIZES]
-    heads, width = config.get("num_attention_heads"), config.get("head_dim")
-    if type(heads) is int and type(width) is int:
-        found.append(heads * width)
+    heads = config.get("num_attention_heads")
+    for width in (config.get("head_dim"), config.get("v_head_dim")):
+        if type(heads) is int and type(width) is int:
+            found.append(heads * width)
     return frozenset(each for each in found if type(each) is int)
-
-
-def _fits(layout: Layout, words: int, groups: int) -> bool:
-    return words * 32 == groups * layout.group_size * layout.bits
-
-
-def _of(layout: Layout) -> str:
-    return f"{layout.mode} with {layout.bits} bits and group size {layout.group_size}"

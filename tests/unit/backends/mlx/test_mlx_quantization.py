@@ -31,6 +31,7 @@ def packed(
 
 
 def weights(settings: Any, tensors: Mapping[str, TensorEntry], **config: Any) -> MlxWeights:
+    config = {"hidden_size": 256, **config}
     return mlx_weights(CONFIG, {"quantization": settings, **config}, tensors)
 
 
@@ -89,6 +90,12 @@ def test_the_models_sizes_tell_what_words_and_groups_leave_open() -> None:
     assert weights(settings, tensors, **sizes).parameters == 2 * 16 * 256
 
 
+def test_a_layer_of_another_mode_is_known_by_its_tensors() -> None:
+    settings = {"bits": 4, "group_size": 64, "head": {"bits": 4, "group_size": 64}}
+    tensors = packed("experts", 4, 32, mode="mxfp4") | packed("head", 4, 64)
+    assert weights(settings, tensors).parameters == 2 * 16 * 256
+
+
 def test_experts_count_all() -> None:
     tensors = {
         "a.weight": entry("U32", 8, 16, 32),
@@ -125,11 +132,12 @@ def test_older_settings_are_read_where_other_tools_have_theirs() -> None:
         ({"mode": "int4"}, packed("a", 4, 64), "mode 'int4'"),
         ({"mode": []}, packed("a", 4, 64), "mode"),
         ({"bits": 8, "group_size": 128}, packed("a", 3, 32), "8 bits and group size 128"),
-        ({"bits": 4, "a": {"bits": 8, "group_size": 64}}, packed("a", 4, 64), "8 bits"),
+        ({"bits": 8, "group_size": 64}, packed("a", 4, 64), "another layout than affine with 8"),
+        ({"bits": 4, "a": {"bits": 8, "group_size": 64}}, packed("a", 4, 64), "do not have"),
         ({"bits": 4, "a": {"bits": 4, "mode": "x"}}, packed("a", 4, 64), "mode 'x'"),
-        ({"bits": 4, "a": {"mode": "mxfp4"}}, packed("a", 4, 32), "mxfp4"),
+        ({"bits": 4, "a": {"mode": "mxfp4"}}, packed("a", 4, 32), "do not have"),
         ({"bits": 4, "a": False}, packed("a", 4, 64), "set to have none"),
-        ({"bits": 4, "a": True}, packed("a", 8, 64), "4 bits"),
+        ({"bits": 4, "a": True}, packed("a", 8, 64), "do not have"),
         ({"bits": 4}, packed("a", 4, 64) | {"a.biases": entry("F16", 1, 1)}, "do not match each"),
         ({"bits": 4}, packed("a", 4, 64) | {"a.scales": entry("F16", 16, 0)}, "do not match each"),
         ({"bits": 4}, packed("a", 4, 64) | {"a.weight": entry("F16", 16, 32)}, "do not match each"),
