@@ -454,3 +454,45 @@ def minilm_gguf(path: Path) -> Path:
         if target is not None:
             weights[target] = array.astype(np.float32)
     return _save(path, "bert", metadata, weights)
+
+
+_BERT_HEADS = {
+    "pooler.dense.weight": "cls.weight",
+    "pooler.dense.bias": "cls.bias",
+    "classifier.weight": "cls.output.weight",
+    "classifier.bias": "cls.output.bias",
+}
+
+
+def hf_bert_gguf(
+    folder: Path, path: Path, entries: Sequence[str], *, has_one_type: bool = False
+) -> Path:
+    """Write transformers' BERT in `folder` as float32: with its head if it scores, else pooled.
+
+    `has_one_type` keeps only the vector of the first segment.
+    """
+    from safetensors.numpy import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    metadata = _bert_shape(
+        config["max_position_embeddings"],
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+    )
+    metadata |= {"general.name": "bert"} | _word_pieces(entries)
+    tensors = load_file(folder / "model.safetensors")
+    weights: Weights = {}
+    for full_name, array in tensors.items():
+        name = full_name.removeprefix("bert.")
+        target = _minilm_tensor(name)
+        if "classifier.weight" in tensors:
+            metadata["bert.pooling_type"] = 4
+            target = target or _BERT_HEADS.get(name)
+        if target is not None:
+            weights[target] = array.astype(np.float32)
+    if has_one_type:
+        metadata["tokenizer.ggml.token_type_count"] = 1
+        weights["token_types.weight"] = weights["token_types.weight"][:1]
+    return _save(path, "bert", metadata, weights)

@@ -1,6 +1,6 @@
 """The special tokens that a tokenizer puts around a text and around a pair of texts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,30 @@ from core.errors import is_panic
 _PROBES = ("a", "A", "0", ".", "the")
 # Of a vocabulary without any of the probes.
 _MAX_TRIED_TOKENS = 64
+
+
+# Source: transformers 5.23, `model_input_names` of the tokenizers' classes.
+_TYPED_CLASSES = frozenset({
+    "Bert", "Canine", "ConvBert", "DPRContextEncoder", "DPRQuestionEncoder",
+    "Deberta", "DebertaV2", "Electra", "FNet", "LayoutLMv2", "Lxmert", "MarkupLM", "MobileBert",
+    "SqueezeBert",
+})  # fmt: skip
+# Model types whose tokenizer is one of these, where tokenizer_config.json names none.
+_TYPED_MODELS = frozenset({
+    "bert", "canine", "convbert", "deberta", "deberta-v2", "electra", "ernie", "fnet", "layoutlm",
+    "megatron-bert", "mobilebert", "nezha", "nomic_bert", "qdqbert", "squeezebert",
+})  # fmt: skip
+
+
+def gives_types(tokenizer_config: Mapping[str, Any], model_type: str) -> bool:
+    """Whether transformers' tokenizer gives models the segment of each token of a pair."""
+    names = tokenizer_config.get("model_input_names")
+    if isinstance(names, list):
+        return "token_type_ids" in names
+    kind = tokenizer_config.get("tokenizer_class")
+    if isinstance(kind, str):
+        return kind.removesuffix("Fast").removesuffix("Tokenizer") in _TYPED_CLASSES
+    return model_type in _TYPED_MODELS
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from backends.grammar.vocabulary import Vocabulary
 from backends.hf.config import HfFolder, read_folder
 from backends.hf.header import broken, read_optional_json, read_text
 from backends.hf.pieces import piece_reader
-from backends.hf.special_frame import SpecialFrame, lower_texts, read_frame
+from backends.hf.special_frame import SpecialFrame, gives_types, lower_texts, read_frame
 from backends.hf.token_lengths import longest_token
 from backends.token_bounds import fewest_tokens
 from core.errors import (
@@ -110,9 +110,8 @@ class HfTokenizer:
 
     @property
     def has_types(self) -> bool:
-        """Whether its configuration lets models see which text of a pair a token belongs to."""
-        names = self._folder.tokenizer_config.get("model_input_names")
-        return not isinstance(names, list) or "token_type_ids" in names
+        """Whether models are to see which text of a pair a token belongs to."""
+        return gives_types(self._folder.tokenizer_config, self._folder.model_type)
 
     def lower_texts(self) -> None:
         """Make texts lower-case before they are tokenized; call it before any other use."""

@@ -204,10 +204,12 @@ def _classes(task: Task, config: Any) -> Mapping[Any, Any]:
         mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     elif task == "reranking":
         mapping = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    elif getattr(config, "is_encoder_decoder", False):
-        mapping = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
     else:
         mapping = modeling_auto.MODEL_MAPPING
+        encoders = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
+        # T5's own class has a decoder too, which embeddings do without.
+        if type(config) in encoders and encoders[type(config)].__name__.endswith("EncoderModel"):
+            mapping = encoders
     return cast("Mapping[Any, Any]", mapping)
 
 
