@@ -20,10 +20,12 @@ MLX_GROUP_SIZES = (32, 64, 128)
 # Tensor types that MLX stores in the same blocks as GGUF (Source: mlx/io/gguf.cpp).
 MLX_BLOCKS = frozenset({"f32", "f16", "q4_0", "q4_1", "q8_0"})
 
+GGUF_QUANTIZED = ("q4_k_m", "q8_0", "q6_k", "q5_k_m", "q4_0", "q4_1", "q3_k_m", "q2_k")
+
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "safetensors": FULL_PRECISION,
     "mlx": (*MLX_BITS, *FULL_PRECISION),
-    "gguf": ("q4_k_m", "q8_0", "q6_k", "q5_k_m", "q4_0", "q4_1", "q3_k_m", "q2_k", *FULL_PRECISION),
+    "gguf": (*GGUF_QUANTIZED, *FULL_PRECISION),
     "onnx": ("int4", "int8", "f32"),
     "coreml": ("mixed", "f32", "f16"),
 }
@@ -147,7 +149,10 @@ def _choices(info: ModelInfo, target: str) -> tuple[str, ...]:
         and info.quantization in MLX_BLOCKS
         and not _edge_reason(info, ("gguf", "mlx"), _BLOCKS_EDGE)
     )
-    return (ORIGINAL, *choices) if keeps_blocks else choices
+    if not keeps_blocks:
+        return choices
+    # The other choices take another route.
+    return (ORIGINAL,) if _route_reason(info, plan("gguf", "mlx")) else (ORIGINAL, *choices)
 
 
 def _last_step_reason(info: ModelInfo, target: str, quantization: str) -> str:
@@ -165,12 +170,12 @@ def _impossible_reason(info: ModelInfo, target: str, choices: tuple[str, ...]) -
     has_head = Capability.COMPLETION in info.capabilities
     if not has_head and route[-1] != "safetensors" and route != ("gguf", "gguf"):
         return "only models that generate text can be converted to it"
-    reasons = [
-        reason for pair in pairwise(route) if (reason := _edge_reason(info, pair, _EDGES[pair]))
-    ]
-    if reasons and ORIGINAL in choices and target == "mlx":
-        return ""
-    return reasons[0] if reasons else ""
+    return "" if choices == (ORIGINAL,) else _route_reason(info, route)
+
+
+def _route_reason(info: ModelInfo, route: tuple[str, ...]) -> str:
+    reasons = (_edge_reason(info, pair, _EDGES[pair]) for pair in pairwise(route))
+    return next((reason for reason in reasons if reason), "")
 
 
 def _edge_reason(info: ModelInfo, pair: tuple[str, str], edge: _Edge) -> str:

@@ -141,6 +141,10 @@ def link_source(job: Job) -> Path:
             write_json(target, with_legacy_rope_keys(config) if is_model else config)
         else:
             os.symlink(file.resolve(strict=True), target)
+    card = job.folder / "README.md"
+    if card.is_file() and not (folder / card.name).exists():
+        # It names the license.
+        os.symlink(card.resolve(), folder / card.name)
     return folder
 
 

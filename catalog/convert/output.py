@@ -18,6 +18,7 @@ import psutil
 
 from backends.base import ModelInfo
 from catalog.changes import file_signature
+from catalog.convert.graph import GGUF_QUANTIZED
 from catalog.convert.job import write_json
 from core.errors import ModelFileMissing, RequestError, Unavailable
 from core.types import JsonValue
@@ -80,7 +81,9 @@ def require_space(source: ModelInfo, target: Path, quantization: str, steps: int
         )
     parameters = source.parameters or source.size_bytes // 2
     bits = _BITS.get(quantization, _WIDEST_QUANTIZED)
-    through_f32 = steps > 1 or (source.format, quantization) == ("safetensors", "q4_k_m")
+    # llama.cpp quantizes from a file in 32 bits.
+    is_for_gguf = source.format == "safetensors" and quantization in GGUF_QUANTIZED
+    through_f32 = steps > 1 or is_for_gguf
     needed = int(parameters * bits / 8) + _SPARE_BYTES
     needed += parameters * 4 if through_f32 else 0
     free = shutil.disk_usage(target.parent).free

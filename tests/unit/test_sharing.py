@@ -14,7 +14,7 @@ def test_files_that_are_named_exist() -> None:
     for name in conftest._SERVERS:
         assert list((TESTS / "integration").rglob(f"test_{name}.py"))
     for name in (*conftest._BY_VARIANT, *conftest._ALONE):
-        assert (TESTS / "contract" / f"test_{name}.py").is_file()
+        assert list((TESTS / "contract").rglob(f"test_{name}.py"))
 
 
 @pytest.mark.parametrize(

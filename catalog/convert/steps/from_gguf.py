@@ -1,6 +1,7 @@
 """Converts GGUF to Hugging Face: dequantizes the weights, rebuilds and checks the tokenizer."""
 
 import ctypes
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from catalog.convert.tensor_file import LazyTensor, rows_at_once, write_tensors
 from core.errors import BrokenModel, ImpetusError
 
 _TEMPLATE = "tokenizer.chat_template"
+_LONGEST_LICENSE = 200
 _TEMPLATE_NAME = re.compile(r"\w{1,60}")
 # Of generation_config.json: the name after `general.sampling`.
 SAMPLING = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
@@ -110,7 +112,7 @@ def quantize_file(source: Path, target: Path, *, file_type: int | None, threads:
 
 
 def write_tokenizer(source: GgufSource, output: Path) -> None:
-    """Write tokenizer.json, its configuration, the chat templates and generation settings.
+    """Write the tokenizer, chat templates, generation settings and a card with the license.
 
     Raises UnsupportedCapability if the tokens would differ from llama.cpp's.
     """
@@ -130,6 +132,7 @@ def write_tokenizer(source: GgufSource, output: Path) -> None:
     described["model_max_length"] = header.number(f"{header.architecture}.context_length", 0, 2**31)
     write_json(output / "tokenizer_config.json", described)
     _write_templates(header, output)
+    _write_card(header, output)
     write_json(output / "generation_config.json", _generation_config(header, ends))
 
 
@@ -144,6 +147,13 @@ def _write_templates(header: GgufFile, output: Path) -> None:
             folder = output / "additional_chat_templates"
             folder.mkdir(exist_ok=True)
             _write_text(folder / f"{name}.jinja", header.text(key))
+
+
+def _write_card(header: GgufFile, output: Path) -> None:
+    """Write a model card with the license that the GGUF file names, if any."""
+    if license_ := header.text("general.license"):
+        line = json.dumps(" ".join(license_.split())[:_LONGEST_LICENSE])
+        _write_text(output / "README.md", f"---\nlicense: {line}\n---\n")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -133,6 +133,11 @@ def test_space_is_checked_with_both_numbers(weights: Path, monkeypatch: pytest.M
     require_space(big, target, "f32", 1)
     with pytest.raises(Unavailable, match=r"8\.2 GiB .* 6\.0 GiB are free"):
         require_space(big, target, "f32", 2)
+    for quantization in ("q4_k_m", "q8_0", "q2_k"):
+        # The file that llama.cpp quantizes takes 4 GiB, the result up to 1.25 GiB.
+        monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage(5 * 2**30))
+        with pytest.raises(Unavailable, match=r"5\.5 GiB .* 5\.0 GiB are free"):
+            require_space(big, target, quantization, 1)
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage(2**30))
     with pytest.raises(Unavailable, match=r"1\.0 GiB are free"):
         require_space(big, target, "4bit", 1)

@@ -287,7 +287,7 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 from catalog.convert.run import convert
-from tests.contract.test_conversion import blocks
+from tests.contract.conversion.test_conversion import blocks
 from catalog.convert.pause import PauseSwitch
 pause = PauseSwitch()
 def begun(progress):

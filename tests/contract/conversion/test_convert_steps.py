@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 
 from backends.base import ModelInfo
+from catalog.convert.child import run_step
 from catalog.convert.job import Job, link_source, read_json, with_legacy_rope_keys
 from catalog.convert.run import ConversionProgress, ConversionRequest, convert
 from catalog.convert.steps.gguf_tokenizer import PATTERNS, patterns_for, pre_name, pre_tokenizer
 from catalog.convert.steps.rotary import llama3_factors
-from core.errors import BrokenModel, ModelFileMissing, RequestError, UnsupportedCapability
+from core.errors import (
+    BrokenModel,
+    ModelFileMissing,
+    RequestError,
+    Unavailable,
+    UnsupportedCapability,
+)
 from core.types import Capability
 
 CONFIG = {"model_type": "llama", "tie_word_embeddings": True, "auto_map": {"AutoModel": "evil.py"}}
@@ -262,3 +269,35 @@ def test_hugging_faces_own_spelling_of_smollm_is_recognised() -> None:
     with pytest.raises(UnsupportedCapability, match="no known equivalent"):
         pre_name({"type": "Whitespace"})
     assert patterns_for("never-heard-of") is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_disk_that_fills_up_half_way_is_told(source: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.ones(512, 1024)}, source / "model.safetensors")
+    work = tmp_path / "work"
+    (work / "out").mkdir(parents=True)
+    (work / "out" / "model.safetensors").symlink_to("/dev/full")
+    files = (source / "model.safetensors", source / "config.json")
+    started = Job("safetensors", "safetensors", files, work / "out", work, "tiny", "f16")
+    with pytest.raises(Unavailable, match="disk is full"):
+        run_step(started, lambda _fraction, _doing: None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+async def test_weights_that_half_precision_cannot_hold_are_refused(
+    source: Path, models: Path, value: float
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    weights = torch.ones(4, 4)
+    weights[2, 1] = value
+    save_file({"some.weight": weights}, source / "model.safetensors")
+    info = info_of(source, "safetensors", "model.safetensors")
+    request = ConversionRequest(info, "safetensors", models / "made", quantization="f16")
+    with pytest.raises((BrokenModel, RequestError), match=r"'some\.weight'"):
+        await convert(request)
+    assert list(models.iterdir()) == []
