@@ -68,8 +68,8 @@ def write_model(folder: Path, class_name: str, *, seed: int = 1, **settings: Any
 
     size = write_tokenizer(folder)
     kind = getattr(transformers, f"{class_name}ForCausalLM")
-    config = kind.config_class(**{**_SHAPE, "vocab_size": size, **settings})
-    config.bos_token_id, config.pad_token_id, config.eos_token_id = None, None, size - 2
+    ids = {"bos_token_id": None, "pad_token_id": None, "eos_token_id": size - 2}
+    config = kind.config_class(**{**_SHAPE, **ids, "vocab_size": size, **settings})
     torch.manual_seed(seed)
     model = kind(config).eval()
     with torch.no_grad():

@@ -19,7 +19,7 @@ from catalog.changes import file_signature
 from catalog.convert.steps.coreml_decoder import decoder_of, longest_context
 from catalog.convert.steps.gguf_config import unsupported_reason
 from catalog.convert.steps.gguf_tokenizer import patterns_for, pre_name
-from catalog.convert.steps.rotary import rope_kind
+from catalog.convert.steps.rotary import attention_window, rope_kind
 from core.errors import ImpetusError, UnsupportedCapability
 from core.units import MIB
 
@@ -34,6 +34,8 @@ ONNX_BUILT = frozenset({
 ONNX_TRACED = ONNX_BUILT | {
     "phi", "phi3", "smollm3", "olmo", "olmo2", "nemotron", "stablelm",
 }  # fmt: skip
+# Reasons for PyTorch that say nothing about the model (see `backends.safetensors`).
+_MLX_ABSENT = ("the MLX backend is not installed", "MLX cannot run here")
 _ONNX_ROPES = ("default", "llama3")
 _TOKENIZER_START_BYTES = 16 * MIB
 _SPM = "llama"
@@ -74,7 +76,7 @@ def step_reason(info: ModelInfo, start: str, end: str, quantization: str = "") -
         return ""
     folder = described.folder
     if end == "mlx":
-        return mlx_reason(folder.config)
+        return mlx_reason(folder.config) or _inspected_reason(info, folder.config)
     if end in ("gguf", "onnx", "coreml") and "wrapper_model_type" in folder.config:
         return "it is the language model of a larger model, which the conversion cannot take out"
     if end == "gguf":
@@ -120,6 +122,17 @@ def _gguf_source_reason(header: GgufFile, end: str) -> str:
     if kind != _SPM and patterns_for(pre or "default") is None:
         return f"its tokenizer ({kind[:40]} {pre[:40]}) has no known equivalent"
     return ""
+
+
+def _inspected_reason(info: ModelInfo, config: Mapping[str, Any]) -> str:
+    """Return why mlx-lm was found not to run the model when its folder was inspected."""
+    choice = info.choice
+    if choice is None or "mlx" in (choice.runtime, choice.alternative):
+        return ""
+    # The conversion limits the context to the window.
+    is_window = attention_window(config) is not None and "sliding" in choice.reason
+    is_absent = choice.reason.startswith(_MLX_ABSENT)
+    return "" if is_window or is_absent else choice.reason.removesuffix(".")
 
 
 def _after_gguf_reason(header: GgufFile, end: str) -> str:

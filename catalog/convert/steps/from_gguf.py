@@ -17,7 +17,11 @@ from backends.gguf.header import GgufFile, read_gguf
 from catalog.convert.job import Job, Report, read_json, write_json
 from catalog.convert.steps.dtypes import DTYPES, SAFETENSORS_DTYPES, raw_bytes
 from catalog.convert.steps.gguf_config import ROPE_FREQS, hf_config, hf_name, unpermuted_heads
-from catalog.convert.steps.gguf_tokenizer import gguf_vocabulary, match_gguf_tokenizer
+from catalog.convert.steps.gguf_tokenizer import (
+    gguf_vocabulary,
+    match_gguf_tokenizer,
+    use_llama_blanks,
+)
 from catalog.convert.steps.number_check import cast_checked
 from catalog.convert.tensor_file import LazyTensor, rows_at_once, write_tensors
 from core.errors import BrokenModel, ImpetusError
@@ -122,8 +126,13 @@ def write_tokenizer(source: GgufSource, output: Path) -> None:
     made = AutoTokenizer.from_pretrained(
         first.parent, gguf_file=first.name, local_files_only=True, trust_remote_code=False
     )
+    kind = header.text("tokenizer.ggml.model")
+    pre = header.text("tokenizer.ggml.pre") if kind == "gpt2" else ""
+    if kind == "llama":
+        has_prefix = header.metadata.get("tokenizer.ggml.add_space_prefix") is not False
+        use_llama_blanks(made.backend_tokenizer, has_prefix=has_prefix)
     with gguf_vocabulary(first) as vocabulary:
-        match_gguf_tokenizer(made.backend_tokenizer, vocabulary, header.text("tokenizer.ggml.pre"))
+        match_gguf_tokenizer(made.backend_tokenizer, vocabulary, pre)
         ends = vocabulary.end_ids()
     made.save_pretrained(output)
     described = read_json(output / "tokenizer_config.json")

@@ -187,10 +187,25 @@ def tokenizer_differences(
     ]
 
 
+def use_llama_blanks(tokenizer: Any, *, has_prefix: bool) -> None:
+    """Make a SentencePiece tokenizer treat blanks as llama.cpp does.
+
+    With `has_prefix` a blank comes before every text and every text after a special token, also
+    before one that begins with a blank (Source: llama.cpp `llama-vocab.cpp`, llm_tokenizer_spm).
+    """
+    from tokenizers import normalizers
+
+    blanks = [normalizers.Replace(" ", "▁")]
+    prefix = [normalizers.Prepend("▁")] if has_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, *blanks])
+    tokenizer.pre_tokenizer = None
+
+
 def match_gguf_tokenizer(tokenizer: Any, vocabulary: GgufVocabulary, pre: str) -> None:
     """Give a tokenizer the pre-tokenizer and the bos and eos tokens of its GGUF file.
 
-    Raises UnsupportedCapability if its tokens still differ from llama.cpp's.
+    `pre` is the file's pre-tokenizer, empty for SentencePiece, which has none: see
+    `use_llama_blanks`.  Raises UnsupportedCapability if its tokens still differ from llama.cpp's.
     """
     from tokenizers import processors
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from backends.base import ModelInfo
+from backends.base import ModelInfo, RuntimeChoice
 from catalog.convert.choice import least_lossy_conversion
 from catalog.convert.graph import check, conversions_from
 from catalog.convert.steps.rotary import attention_window
@@ -145,6 +145,32 @@ def test_only_the_start_of_a_tokenizer_is_read(tmp_path: Path) -> None:
     cut = start.index('"vocab": {"a"')
     info = described(tmp_path, {}, start[:cut] + '"vocab": {"a": 0, ' + "\x00" * 50)
     assert "no known equivalent" in step_reason(info, "safetensors", "gguf")
+
+
+@pytest.mark.parametrize(
+    ("choice", "config", "reason"),
+    [
+        (None, {}, ""),
+        (RuntimeChoice("mlx", "MLX supports the architecture"), {}, ""),
+        (RuntimeChoice("pytorch", "wanted", "mlx", "slower"), {}, ""),
+        (RuntimeChoice("pytorch", "MLX cannot run here: no wheel"), {}, ""),
+        (RuntimeChoice("pytorch", "the MLX backend is not installed"), {}, ""),
+        (RuntimeChoice("pytorch", "mlx-lm cannot load it: x."), {}, "mlx-lm cannot load it: x"),
+        (RuntimeChoice("pytorch", "MLX computes it wrongly (y)"), {}, "computes it wrongly"),
+        (
+            RuntimeChoice("pytorch", "mlx-lm ignores its sliding window of 48 tokens"),
+            {"sliding_window": 48},
+            "",
+        ),
+    ],
+)
+def test_what_mlx_was_found_not_to_run_is_not_converted_to_it(
+    tmp_path: Path, choice: RuntimeChoice | None, config: dict[str, Any], reason: str
+) -> None:
+    info = replace(described(tmp_path, config), choice=choice)
+    found = reasons(info)["mlx"]
+    assert reason in found
+    assert bool(found) == bool(reason)
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
