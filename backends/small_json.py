@@ -1,8 +1,10 @@
 """Reads small JSON files beside a model, with a size limit."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from core.errors import BrokenModel
@@ -21,9 +23,14 @@ def read_object(path: Path) -> Mapping[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON in a file, None if there is no file.  Raises BrokenModel."""
+    """Return the JSON in a file, None if there is no file; never waits for a pipe's writer.
+
+    Raises BrokenModel.
+    """
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BrokenModel(f"{path.name} is not a regular file.", param="model")
             data = file.read(_MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -39,3 +46,7 @@ def read_json(path: Path) -> Any:
         raise BrokenModel(
             f"{path.name} is not valid JSON; download it again.", param="model"
         ) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)

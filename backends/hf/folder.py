@@ -8,7 +8,13 @@ from typing import Any, TypeAlias
 
 from backends.base import ModelInfo
 from backends.hf.config import HfFolder, read_folder, weight_files
-from backends.hf.header import SafetensorsHeader, TensorEntry, broken, safetensors_header
+from backends.hf.header import (
+    SafetensorsHeader,
+    TensorEntry,
+    broken,
+    read_bytes,
+    safetensors_header,
+)
 from backends.hf.input_limit import input_limit, position_offset
 from backends.hf.kinds import other_kind, refusal
 from backends.hf.text_kinds import refuse_other_kinds, reranks
@@ -239,8 +245,9 @@ def _added_names(folder: HfFolder) -> frozenset[str]:
 def _tokenizer_start(folder: HfFolder) -> str:
     """Return the part of tokenizer.json before its vocabulary, which lists the added tokens."""
     try:
-        with (folder.path / "tokenizer.json").open("rb") as file:
-            start = file.read(_ADDED_TOKENS_BYTES)
+        start = read_bytes(
+            folder.path / "tokenizer.json", _ADDED_TOKENS_BYTES, count=_ADDED_TOKENS_BYTES
+        )
     except FileNotFoundError:
         return ""
     return start.partition(b'"vocab"')[0].decode("utf-8", "replace")

@@ -207,7 +207,12 @@ def test_a_template_that_arrives_later_changes_a_listed_model(shelf: Shelf) -> N
 def test_modules_that_arrive_later_make_an_embedding_model(shelf: Shelf) -> None:
     folder = write_model(shelf.models / "tiny")
     shelf.scan()
-    write_json(folder / "modules.json", [])
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"}
+        for path, kind in kinds.items()
+    ]
+    write_json(folder / "modules.json", modules)
     shelf.scan()
     record = shelf.store.get(TINY)
     assert record is not None

@@ -42,6 +42,8 @@ DESCRIPTIONS = (
     "config.json", "model_index.json", "adapter_config.json", "preprocessor_config.json",
     "tokenizer_config.json", "generation_config.json", "modules.json",
     "model.safetensors.index.json", "chat_template.jinja", "README.md", "provenance.json",
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "special_tokens_map.json", "genai_config.json",
 )  # fmt: skip
 
 
