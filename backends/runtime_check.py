@@ -30,6 +30,7 @@ from backends.mlx.check import check_mlx, compute_logits
 from backends.mlx.limits import unread_setting
 from backends.pytorch.check import check_torch, compute_reference
 from core.errors import BackendUnavailable
+from core.types import Capability
 
 # Rounding stays below a hundredth of this; a setting that one runtime ignores is far above.
 _TOLERANCE = 1e-3
@@ -38,7 +39,8 @@ _ALONE = 3
 _FEWEST_TOKENS = 32
 # With more, transformers takes seconds to assign them; such models are too large for it anyway.
 _MANY_TENSORS = 20_000
-EMBEDDING_REASON = "embedding and reranking models run on PyTorch"
+ENCODER_REASON = "embedding and reranking models run on PyTorch"
+GENERATING = frozenset({Capability.CHAT, Capability.COMPLETION})
 _AGREES = "mlx-lm loads its tensors and computes what transformers computes"
 _NOT_COMPARED = "its tensors fit mlx-lm's code; the results could not be compared"
 _FASTER = "MLX is preferred: it computes on Apple's GPU"

@@ -35,7 +35,8 @@ from backends.pytorch.loading import (
 )
 from backends.pytorch.reference import is_small_enough, torch_reference
 from backends.runtime_check import (
-    EMBEDDING_REASON,
+    ENCODER_REASON,
+    GENERATING,
     Excluded,
     check_runtimes,
     guess_runtime,
@@ -43,13 +44,11 @@ from backends.runtime_check import (
 )
 from backends.trials import OtherRuntimeNeeded, TrialOptions
 from core.errors import BackendUnavailable, BrokenModel, NotThisFormat
-from core.types import Capability
 from core.units import MIB
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
-_ENCODERS = frozenset({Capability.EMBEDDING, Capability.RERANK})
 _MLX_CONTEXT, _TORCH_CONTEXT = "mlx_context", "pytorch_context"
 _ENDED = "its code ended the process that checked it, or took too long"
 # Tables that older exporters stored beside the weights.
@@ -166,7 +165,7 @@ class SafetensorsBackend(Backend):
         self, info: ModelInfo, avoid: Collection[str], on_runtime: Callable[[str], None]
     ) -> ModelInfo:
         """Return `info` with the runtime that loads its tensors; see `RuntimeChecked`."""
-        if info.capabilities & _ENCODERS:
+        if not info.capabilities & GENERATING:
             return info
         folder = read_folder(info.files[0].parent)
         headers = [safetensors_header(path) for path in info.files if path.suffix == _SUFFIX]
@@ -205,8 +204,8 @@ class SafetensorsBackend(Backend):
             quantization=layout.quantization or quantization_of(folder, bytes_by_dtype),
             details={"mlx_bits": 4, "mlx_group_size": 32} if _stays_packed(folder, layout) else {},
         )
-        if info.capabilities & _ENCODERS:
-            choice = RuntimeChoice("pytorch", EMBEDDING_REASON)
+        if not info.capabilities & GENERATING:
+            choice = RuntimeChoice("pytorch", ENCODER_REASON)
         else:
             choice = guess_runtime(folder, self._excluded(folder, layout, ()))
         is_known = choice.runtime == "mlx" or transformers_knows(folder.model_type)

@@ -29,6 +29,8 @@ from backends.pytorch.loading import (
 from core.types import Capability
 from core.units import MIB
 
+_GENERATING = frozenset({Capability.CHAT, Capability.COMPLETION})
+
 
 class PytorchBackend(Backend):
     """Runs folders with `pytorch_model*.bin` or a state dict beside a config.json."""
@@ -60,8 +62,7 @@ class PytorchBackend(Backend):
         self, info: ModelInfo, avoid: Collection[str], on_runtime: Callable[[str], None]
     ) -> ModelInfo:
         """Return `info` if transformers can load its tensors; see `RuntimeChecked`."""
-        is_encoder = info.capabilities & {Capability.EMBEDDING, Capability.RERANK}
-        if is_encoder or not self.availability().is_available:
+        if not self.availability().is_available or not info.capabilities & _GENERATING:
             return info
         folder, tensors = read_folder(info.files[0].parent), torch_tensors(info)
         check_claims(folder, tensors)
