@@ -4,6 +4,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -150,10 +151,18 @@ class SafetensorsBackend(Backend):
         try:
             return mlx.open(info, replace(options, trial=_compared(info, options)))
         except OtherRuntimeNeeded as problem:
-            reason = f"MLX computes it wrongly ({problem.reason})"
+            try:
+                return _open_instead(info, options, f"MLX computes it wrongly ({problem.reason})")
+            except BrokenModel as refusal:
+                logger.warning("%s cannot run on PyTorch: %s", info.name, refusal.message)
+                return mlx.open(info, options)
         except BrokenModel as problem:
-            reason = problem.message
-        return _open_instead(info, options, reason)
+            if problem.__cause__ is None:
+                # The files are at fault, not mlx-lm.
+                raise
+            with suppress(BrokenModel):
+                return _open_instead(info, options, problem.message)
+            raise
 
     def start_checks(self, avoid: Collection[str], on_runtime: Callable[[str], None]) -> None:
         """Start MLX's thread; see `RuntimeChecked`."""

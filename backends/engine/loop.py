@@ -79,6 +79,7 @@ class EngineLoop:
                     f"ends the process that imports it (exit code {problem.code}).",
                     param="model",
                 )
+                refusal.__cause__ = problem
                 opened.set_exception(refusal)
                 return
             except BaseException as problem:

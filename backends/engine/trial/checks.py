@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any, Protocol
 
 import numpy as np
@@ -161,11 +162,12 @@ class _Tokens:
     """Gives tokens of a vocabulary that are the same at each run; the first ones are special."""
 
     def __init__(self, vocabulary: int, seed: int) -> None:
-        self._random = np.random.default_rng(7 + seed)
+        # The generators of numpy take megabytes that would count as the model's.
+        self._random = Random(7 + seed)
         self._low, self._high = vocabulary // 8, max(vocabulary, 1)
 
     def __call__(self, count: int) -> tuple[int, ...]:
-        return tuple(self._random.integers(self._low, self._high, count).tolist())
+        return tuple(self._random.randrange(self._low, self._high) for _ in range(count))
 
 
 class _Comparison:

@@ -146,9 +146,17 @@ class Opened:
         self.info = info
 
 
+def caused_by_mlx(problem: Exception) -> Exception:
+    problem.__cause__ = AttributeError("no such layer")
+    return problem
+
+
 @pytest.mark.parametrize(
     "problem",
-    [OtherRuntimeNeeded("the logits differ by 40%"), BrokenModel("mlx-lm has no such layer.")],
+    [
+        OtherRuntimeNeeded("the logits differ by 40%"),
+        caused_by_mlx(BrokenModel("mlx-lm has no such layer.")),
+    ],
 )
 def test_what_mlx_cannot_run_is_opened_on_pytorch_and_says_why(
     folder: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
@@ -170,6 +178,55 @@ def test_what_mlx_cannot_run_is_opened_on_pytorch_and_says_why(
     assert trials[0] is not None
     assert trials[0].has_alternative
     assert trials[0].reference is not None
+
+
+def test_what_neither_runtime_can_load_is_refused_in_the_words_of_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = iter([caused_by_mlx(BrokenModel("mlx-lm has no such layer.")), BrokenModel("nor")])
+
+    def refuse(*_: Any) -> Any:
+        raise next(refusals)
+
+    monkeypatch.setattr(Mlx, "open", refuse)
+    monkeypatch.setattr("backends.safetensors.open_torch", refuse)
+    backend = backend_with(Mlx())
+    info = backend.identify(write(folder / "model.safetensors", PLAIN))
+    with pytest.raises(BrokenModel, match="no such layer"):
+        backend.open(info, EngineOptions())
+    assert list(refusals) == []
+
+
+def test_a_wrong_model_that_pytorch_cannot_load_stays_on_mlx(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_(_: Any, info: ModelInfo, options: EngineOptions) -> Any:
+        if options.trial is not None and options.trial.has_alternative:
+            raise OtherRuntimeNeeded("the logits differ")
+        return Opened(info)
+
+    def refuse(*_: Any) -> Any:
+        raise BrokenModel("transformers does not know it")
+
+    monkeypatch.setattr(Mlx, "open", open_)
+    monkeypatch.setattr("backends.safetensors.open_torch", refuse)
+    backend = backend_with(Mlx())
+    info = backend.identify(write(folder / "model.safetensors", PLAIN))
+    assert isinstance(backend.open(info, EngineOptions()), Opened)
+
+
+def test_files_that_are_at_fault_are_not_tried_on_another_runtime(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise BrokenModel("The model computed NaN.")
+
+    monkeypatch.setattr(Mlx, "open", refuse)
+    monkeypatch.setattr("backends.safetensors.open_torch", None)
+    backend = backend_with(Mlx())
+    info = backend.identify(write(folder / "model.safetensors", PLAIN))
+    with pytest.raises(BrokenModel, match="NaN"):
+        backend.open(info, EngineOptions())
 
 
 def test_a_large_model_is_not_loaded_twice_for_its_trial(
