@@ -1,17 +1,27 @@
 """Other architectures and vocabularies than the starter's, as tiny models with random weights."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from backends.base import Engine, EngineOptions
+from backends.engine.row_model import RowInput
 from backends.gguf.backend import GgufBackend
+from backends.gguf.trial import ContextRows
 from backends.limits import Watched
-from core.errors import ContextLengthExceeded, QueueFull, RequestError, UnsupportedCapability
+from core.errors import (
+    BrokenModel,
+    ContextLengthExceeded,
+    EngineFailed,
+    QueueFull,
+    RequestError,
+    UnsupportedCapability,
+)
 from tests.gguf_files import (
     bert_gguf,
     gemma2_gguf,
@@ -57,6 +67,68 @@ async def test_kind_batches_shares_prefixes_and_cancels(kind: str, tmp_path: Pat
     together = await asyncio.gather(*(run(engine, prompt) for prompt in prompts))
     assert [token_ids_of(events) for events in together] == alone
     await engine.close()
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+async def test_kind_passes_the_trial_and_leaves_the_context_empty(
+    kind: str, tmp_path: Path
+) -> None:
+    engine = open_model(WRITERS[kind](tmp_path / f"{kind}.gguf"))
+    assert engine.limitations == ()
+    assert engine.max_sequences == OPTIONS.max_sequences
+    assert engine.load().kv_used_tokens == 0
+    first = await run(engine, request(WORDS, max_tokens=1))
+    assert end_of(first).usage.cached_tokens == 0
+    await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "limitation"),
+    [("copy_row", "does not reuse computed prompts"), ("extend", "one after the other")],
+)
+async def test_what_is_wrong_in_a_context_is_not_done(
+    fault: str, limitation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(ContextRows, fault)
+
+    def copy_row(rows: ContextRows, source: int, length: int, capacity: int) -> int | None:
+        # The last token is missing, but counts.
+        copied: int | None = original(rows, source, length - 1, capacity)
+        if copied is not None:
+            rows._lengths[copied] = length
+        return copied
+
+    def extend(rows: ContextRows, inputs: Sequence[RowInput]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = original(rows, inputs)
+        return logits if len(inputs) == 1 else -logits
+
+    monkeypatch.setattr(ContextRows, fault, {"copy_row": copy_row, "extend": extend}[fault])
+    path = llama_gguf(tmp_path / "llama.gguf")
+    engine = open_model(path)
+    assert [limitation in text for text in engine.limitations] == [True]
+    assert engine.max_sequences == (1 if fault == "extend" else OPTIONS.max_sequences)
+    later = request(WORDS * 4, max_tokens=4)
+    alone = token_ids_of(await run(engine, later))
+    again = await asyncio.gather(
+        *(run(engine, replace(later, id=f"later-{number}")) for number in range(3))
+    )
+    assert [token_ids_of(each) for each in again] == [alone] * 3
+    if fault == "copy_row":
+        # Part of another prompt is not reused; the same sequence going on is.
+        other = await run(engine, request(WORDS * 3 + "number 5", max_tokens=1))
+        assert end_of(other).usage.cached_tokens == 0
+    await engine.close()
+
+
+async def test_a_model_that_cannot_be_computed_is_refused_and_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise EngineFailed("llama_decode returned -3: no kernel")
+
+    monkeypatch.setattr(ContextRows, "compute", fail)
+    with pytest.raises(BrokenModel, match="no kernel"):
+        open_model(llama_gguf(tmp_path / "llama.gguf"))
 
 
 @pytest.mark.parametrize("kind", WRITERS)
