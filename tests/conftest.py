@@ -20,6 +20,7 @@ _SERVERS = {
             "faults",
             "formats",
             "parts_down",
+            "rerank",
             "resume",
             "scheduler_down",
             "turn_sharing",

@@ -14,10 +14,10 @@ from core.errors import EngineFailed
 
 
 @dataclass(frozen=True, slots=True)
-class Relevance:
+class ScoreActivation:
     """The activation function of a model with one label."""
 
-    activation: str = "Sigmoid"
+    name: str = "Sigmoid"
 
     def scores(self, logits: NDArray[Any]) -> NDArray[np.float32]:
         """Return the scores (b, 1) of logits (b, 1).  Raises EngineFailed for other shapes."""
@@ -28,10 +28,10 @@ class Relevance:
             raise EngineFailed(
                 f"The model gives {values.shape[-1]} labels for a text, not one score."
             )
-        return activate(self.activation, values)
+        return activate(self.name, values)
 
 
-def read_relevance(folder: Path, config: Mapping[str, Any]) -> Relevance:
+def read_activation(folder: Path, config: Mapping[str, Any]) -> ScoreActivation:
     """Return what the model's files say; the default is a sigmoid.
 
     Source: sentence-transformers 6.2, `CrossEncoder`: its own configuration, then config.json's
@@ -42,4 +42,4 @@ def read_relevance(folder: Path, config: Mapping[str, Any]) -> Relevance:
     section = config.get("sentence_transformers")
     newer = section.get("activation_fn") if isinstance(section, dict) else None
     older = config.get("sbert_ce_default_activation_function")
-    return Relevance(activation(own or newer or older, "Sigmoid"))
+    return ScoreActivation(activation(own or newer or older, "Sigmoid"))

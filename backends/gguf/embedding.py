@@ -13,7 +13,7 @@ from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.inputs import PairTemplate, SpecialTokens, padded
 from backends.embedding.pooling import unit
-from backends.embedding.relevance import Relevance
+from backends.embedding.relevance import ScoreActivation
 from backends.gguf.batch import Batch
 from backends.gguf.file import YES_NO_RERANKERS
 from backends.gguf.model import GgufModel, library, native_log
@@ -33,8 +33,8 @@ def open_embedder(info: ModelInfo, options: EngineOptions) -> Engine:
         if Capability.RERANK not in info.capabilities:
             return GgufEmbeddingModel(path, context_tokens, threads)
         is_probability = info.architecture in YES_NO_RERANKERS
-        relevance = Relevance("Identity" if is_probability else "Sigmoid")
-        return GgufReranker(path, context_tokens, threads, relevance)
+        activation = ScoreActivation("Identity" if is_probability else "Sigmoid")
+        return GgufReranker(path, context_tokens, threads, activation)
 
     return EmbeddingEngine(
         info,
@@ -132,11 +132,13 @@ class GgufEmbeddingModel:
 class GgufReranker(GgufEmbeddingModel):
     """A model with rank pooling: its "vector" is a pair's score; implements `PairModel`."""
 
-    def __init__(self, path: Path, context_tokens: int, threads: int, relevance: Relevance) -> None:
+    def __init__(
+        self, path: Path, context_tokens: int, threads: int, activation: ScoreActivation
+    ) -> None:
         super().__init__(path, context_tokens, threads)
         # Of several outputs the first is the score.
         self._dimension = 1
-        self._relevance = relevance
+        self._activation = activation
         self._segments: SegmentVectors | None = open_segments(path)
 
     @cached_property
@@ -161,7 +163,7 @@ class GgufReranker(GgufEmbeddingModel):
 
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return scores (len(token_lists), 1).  Raises EngineFailed."""
-        return self._relevance.scores(self._compute(token_lists))
+        return self._activation.scores(self._compute(token_lists))
 
     def _decode(self, token_lists: Sequence[Sequence[int]]) -> None:
         if self._segments is None:

@@ -14,7 +14,7 @@ from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.folder import EmbeddingSettings, read_settings
 from backends.embedding.head import VectorHead
 from backends.embedding.inputs import padded
-from backends.embedding.relevance import Relevance, read_relevance
+from backends.embedding.relevance import ScoreActivation, read_activation
 from backends.embedding.texts import TextInputs
 from backends.hf.tokenizer import HfTokenizer
 from backends.onnx.info import OnnxModel
@@ -39,12 +39,12 @@ def open_encoder(
     pad_id = config.get("pad_token_id")
     pad_id = pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0
     head = VectorHead(settings)
-    relevance = read_relevance(root, config)
+    activation = read_activation(root, config)
 
     def open_model() -> OnnxEncoder:
         session = open_session(model.graph.path, options.threads, for_encoder=True)
         if layout.is_scored:
-            return OnnxReranker(session, layout, tokenizer, pad_id, relevance)
+            return OnnxReranker(session, layout, tokenizer, pad_id, activation)
         return OnnxEmbedder(session, layout, tokenizer, pad_id, head)
 
     context = min(options.context_tokens, info.context_length)
@@ -131,12 +131,12 @@ class OnnxReranker(OnnxEncoder):
         layout: EncoderLayout,
         tokenizer: HfTokenizer,
         pad_id: int,
-        relevance: Relevance,
+        activation: ScoreActivation,
     ) -> None:
         super().__init__(session, layout, tokenizer, pad_id)
-        self._relevance = relevance
+        self._activation = activation
 
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return the scores (len(token_lists), 1).  Raises EngineFailed."""
         output, _ = self._run(token_lists)
-        return self._relevance.scores(output)
+        return self._activation.scores(output)

@@ -15,7 +15,7 @@ from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.folder import EmbeddingSettings, read_settings
 from backends.embedding.head import VectorHead
 from backends.embedding.inputs import PaddedInputs, padded
-from backends.embedding.relevance import read_relevance
+from backends.embedding.relevance import read_activation
 from backends.embedding.texts import TextInputs
 from backends.hf.config import HfFolder
 from backends.hf.tokenizer import HfTokenizer
@@ -142,12 +142,12 @@ class TransformersReranker(TransformersEncoder):
 
     def __init__(self, model: Any, tokenizer: HfTokenizer, folder: HfFolder) -> None:
         super().__init__(model, tokenizer, folder)
-        self._relevance = read_relevance(folder.path, folder.config)
+        self._activation = read_activation(folder.path, folder.config)
 
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return the scores (len(token_lists), 1).  Raises EngineFailed."""
         logits = self._run(padded(token_lists, self._pad_id)).logits
-        return self._relevance.scores(logits.float().cpu().numpy())
+        return self._activation.scores(logits.float().cpu().numpy())
 
 
 def _accepts_types(model: Any) -> bool:
