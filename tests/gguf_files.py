@@ -496,3 +496,49 @@ def hf_bert_gguf(
         metadata["tokenizer.ggml.token_type_count"] = 1
         weights["token_types.weight"] = weights["token_types.weight"][:1]
     return _save(path, "bert", metadata, weights)
+
+
+_QWEN3_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def qwen3_ranker_gguf(
+    path: Path, tensors: Weights, head: NDArray[np.float32], template: str = ""
+) -> Path:
+    """Write a reranker of transformers' Qwen3Model `tensors` (width 32) in float32.
+
+    `head` (2, 32) gives the logits of yes and no; `template` is the prompt, empty for none.
+    """
+    size = len(tensors["embed_tokens.weight"])
+    metadata = _shape("qwen3", 2048, 32, 64) | _byte_pairs(size)
+    metadata |= {
+        "qwen3.rope.freq_base": 10_000.0,
+        "qwen3.attention.key_length": 8,
+        "qwen3.attention.value_length": 8,
+        "qwen3.pooling_type": 4,
+        "qwen3.classifier.output_labels": ["yes", "no"],
+    }
+    if template:
+        metadata["tokenizer.chat_template.rerank"] = template
+    weights: Weights = {
+        "token_embd.weight": tensors["embed_tokens.weight"],
+        "output_norm.weight": tensors["norm.weight"],
+        "cls.output.weight": head,
+    }
+    for name, array in tensors.items():
+        if name.startswith("layers."):
+            _, block, rest = name.split(".", 2)
+            target = _QWEN3_NAMES[rest.removesuffix(".weight")]
+            weights[f"blk.{block}.{target}.weight"] = array
+    return _save(path, "qwen3", metadata, weights)

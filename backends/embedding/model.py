@@ -63,6 +63,15 @@ class PairModel(Protocol):
         ...
 
 
+@runtime_checkable
+class WholePairModel(Protocol):
+    """A reranking model whose prompt is tokenized as one text, as long as it fits."""
+
+    def tokenize_pair(self, query: str, document: str) -> list[int]:
+        """Return the ids of the whole prompt; thread-safe."""
+        ...
+
+
 def input_tokens(
     model: EmbeddingModel,
     text: str | Sequence[int],

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from backends.embedding.inputs import InputTokens
-from backends.embedding.model import PairModel
+from backends.embedding.model import PairModel, WholePairModel
 from backends.stepper import BoundsTokens
 from core.errors import ContextLengthExceeded
 from core.types import RerankInputs, Truncation
@@ -29,6 +29,11 @@ def pair_tokens(
             _check_length(model, text, name, room - len(query), max_tokens)
         document = model.tokenize_part(text)
         kept = document[: inputs.max_document_tokens]
+        if isinstance(model, WholePairModel) and len(kept) == len(document):
+            whole = model.tokenize_pair(inputs.query, text)
+            if len(whole) <= max_tokens:
+                yield InputTokens(whole)
+                continue
         length = len(query) + len(kept) + template.special_count
         if length > max_tokens and not inputs.is_truncated:
             raise ContextLengthExceeded.of_input(name, length, max_tokens)

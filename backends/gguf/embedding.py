@@ -16,7 +16,9 @@ from backends.embedding.pooling import unit
 from backends.embedding.relevance import ScoreActivation
 from backends.gguf.batch import Batch
 from backends.gguf.file import YES_NO_RERANKERS
+from backends.gguf.header import read_gguf
 from backends.gguf.model import GgufModel, library, native_log
+from backends.gguf.rank_prompt import TEMPLATE_KEY, RankPrompt, rank_prompt
 from backends.gguf.segments import SegmentVectors, open_segments
 from core.errors import EngineFailed, InsufficientMemory
 from core.types import Capability
@@ -32,9 +34,8 @@ def open_embedder(info: ModelInfo, options: EngineOptions) -> Engine:
         path, threads = info.files[0], options.threads
         if Capability.RERANK not in info.capabilities:
             return GgufEmbeddingModel(path, context_tokens, threads)
-        is_probability = info.architecture in YES_NO_RERANKERS
-        activation = ScoreActivation("Identity" if is_probability else "Sigmoid")
-        return GgufReranker(path, context_tokens, threads, activation)
+        kind = YesNoReranker if info.architecture in YES_NO_RERANKERS else GgufReranker
+        return kind(path, context_tokens, threads)
 
     return EmbeddingEngine(
         info,
@@ -132,14 +133,13 @@ class GgufEmbeddingModel:
 class GgufReranker(GgufEmbeddingModel):
     """A model with rank pooling: its "vector" is a pair's score; implements `PairModel`."""
 
-    def __init__(
-        self, path: Path, context_tokens: int, threads: int, activation: ScoreActivation
-    ) -> None:
+    _activation = ScoreActivation()
+
+    def __init__(self, path: Path, context_tokens: int, threads: int) -> None:
+        self._segments: SegmentVectors | None = open_segments(path)
         super().__init__(path, context_tokens, threads)
         # Of several outputs the first is the score.
         self._dimension = 1
-        self._activation = activation
-        self._segments: SegmentVectors | None = open_segments(path)
 
     @cached_property
     def pair_template(self) -> PairTemplate:
@@ -174,3 +174,33 @@ class GgufReranker(GgufEmbeddingModel):
         vectors = self._segments.of(inputs.ids[is_token], inputs.types[is_token])
         with self._batch.vectors(vectors):
             super()._decode(token_lists)
+
+
+class YesNoReranker(GgufReranker):
+    """A language model that is asked whether a document answers a query.
+
+    Its score is the probability of yes, which llama.cpp computes.
+    """
+
+    _activation = ScoreActivation("Identity")
+
+    def __init__(self, path: Path, context_tokens: int, threads: int) -> None:
+        self._prompt: RankPrompt = rank_prompt(read_gguf(path).text(TEMPLATE_KEY))
+        super().__init__(path, context_tokens, threads)
+
+    @cached_property
+    def pair_template(self) -> PairTemplate:
+        """The tokens of the prompt around a query and a document."""
+        before, after = self.special_tokens
+        first, between, last = map(
+            self._part, (self._prompt.before, self._prompt.between, self._prompt.after)
+        )
+        return PairTemplate((*before, *first), between, (*last, *after))
+
+    def _part(self, text: str) -> tuple[int, ...]:
+        return tuple(self._model.encode(text, add_bos=False, parse_special=True))
+
+    def tokenize_pair(self, query: str, document: str) -> list[int]:
+        """Return the ids of the whole prompt."""
+        text = self._prompt.render(query, document)
+        return self._model.encode(text, add_bos=True, parse_special=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from backends.gguf.header import GgufFile, TensorPlace, read_gguf
 from backends.gguf.layout import TENSOR_TYPES
+from core.errors import BrokenModel
 
 _BLOCKS = {name: (elements, size) for name, elements, size in TENSOR_TYPES.values()}
 
@@ -35,7 +36,10 @@ class SegmentVectors:
 
 
 def open_segments(path: Path) -> SegmentVectors | None:
-    """Return the token vectors of the model in `path`; None if it knows only one segment."""
+    """Return the token vectors of the model in `path`; None if it knows only one segment.
+
+    Raises BrokenModel for a type that the gguf package cannot read.
+    """
     file = read_gguf(path)
     table, kinds = file.places.get("token_embd.weight"), file.places.get("token_types.weight")
     width = file.number(f"{file.architecture}.embedding_length", 1, 2**24)
@@ -58,5 +62,12 @@ def _dequantized(rows: NDArray[np.uint8], type_name: str) -> NDArray[np.float32]
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    kind = GGMLQuantizationType[type_name.upper()]
-    return np.asarray(dequantize(np.ascontiguousarray(rows), kind), np.float32)
+    try:
+        kind = GGMLQuantizationType[type_name.upper()]
+        return np.asarray(dequantize(np.ascontiguousarray(rows), kind), np.float32)
+    except (KeyError, NotImplementedError, ValueError) as problem:
+        raise BrokenModel(
+            f"The token vectors of the reranking model are of the type {type_name}, which cannot "
+            "be read here; use another quantization.",
+            param="model",
+        ) from problem

@@ -1,12 +1,14 @@
 """Encoders in ONNX, Core ML and GGUF give the vectors and scores of PyTorch."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from backends.base import EngineOptions
 from backends.coreml.backend import CoremlBackend
+from backends.gguf.rank_prompt import rank_prompt
 from backends.registry import load_backends
 from core.errors import BrokenModel
 from core.types import EmbeddingParams, RerankInputs
@@ -35,7 +37,7 @@ from tests.encoder_models import (
     save_encoder,
     tokenizer,
 )
-from tests.gguf_files import hf_bert_gguf
+from tests.gguf_files import hf_bert_gguf, qwen3_ranker_gguf
 
 
 async def test_an_onnx_encoder_gives_the_vectors_of_pytorch(tmp_path: Path) -> None:
@@ -124,3 +126,45 @@ async def test_many_gguf_pairs_are_scored_alike(tmp_path: Path) -> None:
         alone = await engine.rerank(RerankInputs(PAIRS[0], documents[index : index + 1]))
         np.testing.assert_allclose(alone.scores[0], together.scores[index], atol=1e-4)
     await engine.close()
+
+
+@pytest.mark.parametrize("template", ["", "Q {query} D {document}:"])
+async def test_a_gguf_language_model_is_asked_with_its_own_prompt(
+    template: str, tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+
+    torch.manual_seed(4)
+    config = transformers.Qwen3Config(
+        vocab_size=1200, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
+        rope_theta=10_000.0,
+    )  # fmt: skip
+    model = transformers.Qwen3Model(config).eval()
+    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
+    head = torch.randn(2, 32)
+    engine = opened(
+        qwen3_ranker_gguf(tmp_path / "qwen3.gguf", tensors, head.numpy(), template),
+        context_tokens=256,
+    )
+    query, documents = "what word?", ("the water", "", "hello world. " * 100)
+    found = await engine.rerank(RerankInputs(query, documents))
+    own: Any = engine
+    prompt = rank_prompt(template)
+    for score, document in zip(found.scores[:2], documents[:2], strict=True):
+        text = prompt.render(query, document)
+        assert prompt.before in text
+        ids = own._model._model.encode(text, add_bos=True, parse_special=True)
+        with torch.no_grad():
+            last = model(torch.tensor([ids])).last_hidden_state[0, -1]
+            wanted = torch.softmax(head @ last, 0)[0]
+        assert score == pytest.approx(float(wanted), abs=2e-3)
+    assert found.truncated_tokens > 0
+    await engine.close()
+
+
+def test_a_prompt_without_both_texts_is_refused() -> None:
+    for template in ("{query}", "Is {document} about {query}?", "yes or no"):
+        with pytest.raises(BrokenModel, match="document"):
+            rank_prompt(template)
