@@ -220,6 +220,8 @@ class ScanRun:
             path = one.candidate.path
             format = one.refused.format if is_served else ""
             is_extra = is_served and (one.refused.is_guess or is_part(path))
+            # Such as the weights of a Dense module, which may be looked at before their model.
+            is_extra = is_extra or self._is_claimed(path)
             if is_extra or package in self._refused or format in told:
                 self._note_part(one)
                 continue
