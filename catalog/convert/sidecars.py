@@ -68,7 +68,7 @@ def copy_sidecars(source: Path, output: Path) -> None:
 
     Links are followed, as in a Hugging Face cache.
     """
-    _remove_tokenizer(output)
+    remove_tokenizer(output)
     for name, file in sidecar_files(source).items():
         target = output / name
         target.parent.mkdir(exist_ok=True)
@@ -76,9 +76,9 @@ def copy_sidecars(source: Path, output: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def _remove_tokenizer(output: Path) -> None:
-    """Remove tokenizer files that the source may not have: they would win over its own."""
-    for path in list(output.iterdir()):
+def remove_tokenizer(folder: Path) -> None:
+    """Remove all files of a tokenizer: those that the source does not have would win."""
+    for path in list(folder.iterdir()):
         if _TOKENIZER.fullmatch(path.name) or path.name == "generation_config.json":
             path.unlink()
         elif path.name == TEMPLATES_FOLDER:

@@ -74,16 +74,26 @@ def step_reason(info: ModelInfo, start: str, end: str, quantization: str = "") -
         return _after_gguf_reason(described.header, end)
     if described.folder is None or start != "safetensors":
         return ""
-    folder = described.folder
+    return _folder_reason(info, described.folder, end, quantization)
+
+
+def _folder_reason(info: ModelInfo, folder: HfFolder, end: str, quantization: str) -> str:
+    """Return why a folder of safetensors cannot be converted to the format `end`."""
     if end == "mlx":
         return mlx_reason(folder.config) or _inspected_reason(info, folder.config)
-    if end in ("gguf", "onnx", "coreml") and "wrapper_model_type" in folder.config:
+    if end not in ("gguf", "onnx", "coreml"):
+        return ""
+    if "wrapper_model_type" in folder.config:
         return "it is the language model of a larger model, which the conversion cannot take out"
-    if end == "gguf":
-        return gguf_reason(folder.config) or tokenizer_reason(_tokenizer_start(folder.path))
     if end == "onnx":
         return onnx_reason(folder.config, quantization)
-    return coreml_reason(folder) if end == "coreml" else ""
+    if end == "coreml":
+        return coreml_reason(folder)
+    if reason := gguf_reason(folder.config):
+        return reason
+    if not (folder.path / "tokenizer.json").is_file():
+        return "it has no tokenizer.json"
+    return tokenizer_reason(_tokenizer_start(folder.path))
 
 
 def _described(info: ModelInfo) -> _Described:

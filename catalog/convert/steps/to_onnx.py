@@ -16,7 +16,7 @@ from catalog.convert.job import (
     read_json,
     write_json,
 )
-from catalog.convert.sidecars import copy_sidecars
+from catalog.convert.sidecars import copy_sidecars, remove_tokenizer
 from catalog.convert.steps.hf_defaults import complete_config
 from catalog.convert.steps.rotary import limit_to_window
 from catalog.convert.support import ONNX_BUILT, onnx_reason
@@ -36,6 +36,7 @@ def to_onnx(job: Job, report: Report) -> None:
     exporter = _exporter(job, read_folder(source).config)
     if exporter == "genai":
         report(0.0, "building the graph")
+        make_loadable(source)
         try:
             _build(job, source)
         except NotImplementedError as error:
@@ -50,6 +51,22 @@ def to_onnx(job: Job, report: Report) -> None:
     _write_configs(source, job.output)
     copy_sidecars(job.folder, job.output)
     report(1.0, "done")
+
+
+def make_loadable(source: Path) -> None:
+    """Put a placeholder in place of a tokenizer that transformers cannot load.
+
+    The builder loads it after all weights are written, only to save it again.
+    """
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except Exception:
+        remove_tokenizer(source)
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(source / "tokenizer.json"))
+        write_json(source / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _exporter(job: Job, config: Mapping[str, Any]) -> str:

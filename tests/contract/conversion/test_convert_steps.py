@@ -16,6 +16,7 @@ from catalog.convert.job import Job, link_source, read_json, with_legacy_rope_ke
 from catalog.convert.run import ConversionProgress, ConversionRequest, convert
 from catalog.convert.steps.gguf_tokenizer import PATTERNS, patterns_for, pre_name, pre_tokenizer
 from catalog.convert.steps.rotary import llama3_factors
+from catalog.convert.steps.to_onnx import make_loadable
 from core.errors import (
     BrokenModel,
     ModelFileMissing,
@@ -301,3 +302,17 @@ async def test_weights_that_half_precision_cannot_hold_are_refused(
     with pytest.raises((BrokenModel, RequestError), match=r"'some\.weight'"):
         await convert(request)
     assert list(models.iterdir()) == []
+
+
+def test_a_tokenizer_that_transformers_cannot_load_does_not_stop_the_builder(
+    source: Path,
+) -> None:
+    from transformers import AutoTokenizer
+
+    config = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "tokenizer.json").write_text('{"model": {"type": "Made-up"}}')
+    (source / "merges.txt").write_text("x")
+    make_loadable(source)
+    assert AutoTokenizer.from_pretrained(source, local_files_only=True).vocab_size == 1
+    assert not (source / "merges.txt").exists()

@@ -134,6 +134,13 @@ def test_a_tokenizer_that_gguf_does_not_have_is_refused_at_once(
     assert reasons(info)["mlx"] == ""
 
 
+def test_a_folder_without_a_tokenizer_json_cannot_become_gguf(tmp_path: Path) -> None:
+    info = described(tmp_path, {})
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
+    assert reasons(info)["gguf"] == "it has no tokenizer.json"
+    assert reasons(info)["mlx"] == ""
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 7}', '{"a": ' + "[" * 100_000])
 def test_a_damaged_tokenizer_is_left_to_the_conversion(tmp_path: Path, text: str) -> None:
     assert step_reason(described(tmp_path, {}, text), "safetensors", "gguf") == ""
