@@ -11,11 +11,12 @@ from catalog.convert.job import read_json, with_legacy_rope_keys, write_json
 
 # Where configurations of multimodal models have the language model's.
 _NESTED = ("text_config", "llm_config", "language_config")
-# What is not about the model itself.
+# What is not about the model itself; the tokenizer and the generation settings name the tokens.
 _NOT_SETTINGS = frozenset({
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "return_dict",
     "output_attentions", "output_hidden_states", "use_cache", "problem_type",
-    "chunk_size_feed_forward", "is_encoder_decoder",
+    "chunk_size_feed_forward", "is_encoder_decoder", "bos_token_id", "eos_token_id",
+    "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id",
 })  # fmt: skip
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 
