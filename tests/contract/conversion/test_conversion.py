@@ -85,7 +85,8 @@ def onnx_greedy(folder: Path) -> Callable[[], Forward]:
     outputs = [item.name for item in session.get_outputs()]
     pasts = [name for name in inputs if name.startswith("past_key_values.")]
     # The builder leaves a head's width out of the graph's own shapes.
-    width = json.loads((folder / "config.json").read_text())["head_dim"]
+    config = json.loads((folder / "config.json").read_text())
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
     def start() -> Forward:
         past: dict[str, Any] = {
