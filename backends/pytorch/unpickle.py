@@ -26,13 +26,28 @@ _ELEMENT_BYTES = {
     "ByteStorage": ("u8", 1),
     "BoolStorage": ("bool", 1),
 }
+# Types without a storage class of their own: their storages are of bytes.
+_LATER_TYPES = {
+    "float8_e4m3fn": ("f8_e4m3", 1),
+    "float8_e5m2": ("f8_e5m2", 1),
+    "float8_e4m3fnuz": ("f8_e4m3fnuz", 1),
+    "float8_e5m2fnuz": ("f8_e5m2fnuz", 1),
+    "float8_e8m0fnu": ("f8_e8m0", 1),
+    "uint16": ("u16", 2),
+    "uint32": ("u32", 4),
+    "uint64": ("u64", 8),
+}
+_BYTES = "bytes"
+_UNTYPED = "torch.storage.UntypedStorage"
 _ORDERED_DICT = "collections.OrderedDict"
 _REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+_REBUILD_LATER_TENSOR = "torch._utils._rebuild_tensor_v3"
 _REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
 _SIZE = "torch.Size"
-ALLOWED = frozenset({_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, _SIZE}) | frozenset(
-    f"torch.{name}" for name in _ELEMENT_BYTES
-)
+ALLOWED = frozenset({
+    _ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_LATER_TENSOR, _REBUILD_PARAMETER, _SIZE, _UNTYPED,
+    *(f"torch.{name}" for name in (*_ELEMENT_BYTES, *_LATER_TYPES)),
+})  # fmt: skip
 
 
 class UnsafePickle(ValueError):
@@ -159,6 +174,8 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
     """Emulate a call of an allowed function over plain values."""
     if name == _REBUILD_TENSOR:
         return _tensor(arguments)
+    if name == _REBUILD_LATER_TENSOR:
+        return _later_tensor(arguments)
     if name == _REBUILD_PARAMETER and arguments and isinstance(arguments[0], PickledTensor):
         return arguments[0]
     if name == _ORDERED_DICT and arguments in ((), ([],)):
@@ -172,6 +189,8 @@ def _tensor(arguments: tuple[Any, ...]) -> PickledTensor:
     """Return the tensor that (storage, offset, size, stride, …) describes.  Raises UnsafePickle."""
     if len(arguments) not in (5, 6, 7) or not isinstance(arguments[0], Storage):
         raise UnsafePickle("a tensor in it has no storage")
+    if arguments[0].dtype == _BYTES:
+        raise UnsafePickle("a tensor in it has a storage without a type")
     storage, offset, shape, stride = arguments[:4]
     if not (isinstance(shape, tuple) and isinstance(stride, tuple)):
         raise UnsafePickle("a tensor in it has no shape")
@@ -189,6 +208,19 @@ def _tensor(arguments: tuple[Any, ...]) -> PickledTensor:
     return PickledTensor(storage.dtype, shape, storage)
 
 
+def _later_tensor(arguments: tuple[Any, ...]) -> PickledTensor:
+    """Return the tensor that (storage of bytes, …, type, …) describes.  Raises UnsafePickle."""
+    storage, kind = arguments[0] if arguments else None, arguments[6] if arguments[6:] else None
+    found = (
+        _LATER_TYPES.get(kind.name.removeprefix("torch.")) if isinstance(kind, _Global) else None
+    )
+    if len(arguments) > 8 or found is None or not isinstance(storage, Storage):
+        raise UnsafePickle("a tensor in it has no known type or no storage")
+    dtype, size = found
+    typed = Storage(storage.key, dtype, storage.elements // size, size)
+    return _tensor((typed, *arguments[1:6]))
+
+
 def _storage(identity: Any) -> Storage:
     """Return the storage of a persistent id: ("storage", type, key, device, elements, …)."""
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
@@ -202,6 +234,8 @@ def _storage(identity: Any) -> Storage:
         and identity[5:] in ((), (None,))
     )
     found = _ELEMENT_BYTES.get(kind.name.removeprefix("torch.")) if is_sane else None
+    if is_sane and kind.name == _UNTYPED:
+        found = (_BYTES, 1)
     if found is None:
         raise UnsafePickle("a storage in it has no known type or size")
     return Storage(key, found[0], elements, found[1])

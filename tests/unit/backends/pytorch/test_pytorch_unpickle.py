@@ -157,3 +157,42 @@ def test_every_cut_of_a_pickle_is_refused() -> None:
     for length in range(len(data)):
         with pytest.raises(UnsafePickle):
             read_pickle(data[:length])
+
+
+LATER = b"ctorch._utils\n_rebuild_tensor_v3\n"
+UNTYPED = b"ctorch.storage\nUntypedStorage\n"
+EMPTY = b"ccollections\nOrderedDict\n)R"
+
+
+def later_tensor(count: int, shape: bytes, kind: bytes, *, start: bytes = LATER) -> bytes:
+    """Return a pickle of a tensor over `count` bytes of storage."""
+    storage = b"(X\x07\x00\x00\x00storage" + UNTYPED + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK"
+    storage += bytes([count]) + b"tQ"
+    return (
+        b"\x80\x02" + start + b"(" + storage + b"K\x00K" + shape + b"\x85K\x01\x85\x89" + EMPTY
+        + b"ctorch\n" + kind + b"\n" + b"tR."
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "size"),
+    [(b"float8_e4m3fn", "f8_e4m3", 1), (b"float8_e8m0fnu", "f8_e8m0", 1), (b"uint32", "u32", 4)],
+)
+def test_types_without_a_storage_class_are_described(kind: bytes, dtype: str, size: int) -> None:
+    value, _ = read_pickle(later_tensor(8 * size, b"\x08", kind))
+    assert isinstance(value, PickledTensor)
+    assert (value.dtype, value.shape, value.nbytes) == (dtype, (8,), 8 * size)
+    with pytest.raises(UnsafePickle, match="invalid shape"):
+        read_pickle(later_tensor(8 * size - 1, b"\x08", kind))
+
+
+@pytest.mark.parametrize("kind", [b"FloatStorage", b"float4_e2m1fn_x2", b"Size"])
+def test_other_names_are_no_types(kind: bytes) -> None:
+    with pytest.raises(UnsafePickle, match=r"no known type|imports"):
+        read_pickle(later_tensor(8, b"\x08", kind))
+
+
+def test_a_storage_of_bytes_needs_a_type() -> None:
+    start = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    with pytest.raises(UnsafePickle, match=r"without a type"):
+        read_pickle(later_tensor(8, b"\x08", b"float8_e4m3fn", start=start))

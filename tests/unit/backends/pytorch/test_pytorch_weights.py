@@ -257,3 +257,12 @@ def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
     with pytest.raises(BrokenModel, match="nonesuch"):
         load_model(info, read_folder(folder))
     shutil.rmtree(folder)
+
+
+def test_float8_weights_are_read(folder: Path) -> None:
+    values = torch.arange(256.0).reshape(32, 8)
+    state = {"model.embed_tokens.weight": values.to(torch.float8_e4m3fn)}
+    info = pytorch_info(save(folder / "pytorch_model.bin", state))
+    assert (info.parameters, info.quantization) == (256, "fp8")
+    loaded = load_tensors([folder / "pytorch_model.bin"])["model.embed_tokens.weight"]
+    assert torch.equal(loaded.float(), values.to(torch.float8_e4m3fn).float())
