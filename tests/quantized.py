@@ -318,6 +318,9 @@ METHODS: Mapping[str, tuple[dict[str, Any], Maker, str]] = {
         lambda g, s: float8(g, s, block=(24, 40)), "fp8",
     ),
     "fp8-tensor": ({"quant_method": "fp8"}, lambda g, s: float8(g, s, block=None), "fp8"),
+    "fp8-mistral": (
+        {"quant_method": "fp8"}, lambda g, s: float8(g, s, block=None, name="qscale_weight"), "fp8",
+    ),
     "fbgemm-fp8": (
         {"quant_method": "fbgemm_fp8"},
         lambda g, s: float8(g, s, block=(1, s[1]), name="weight_scale"), "fp8",

@@ -16,7 +16,7 @@ _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 # Statistics of activations and of the KV cache, which weights do not need.
 _UNUSED = re.compile(
     r".*\.(input_scale|output_scale|input_zero_point|output_zero_point|input_global_scale|"
-    r"activation_scale|input_amax|output_amax|[qkv]_scale|[qkv]_zero_point|weight_format|"
+    r"activation_scale|qscale_act|input_amax|output_amax|[qkv]_scale|[qkv]_zero_point|weight_format|"
     r"weight_observer\..*|.*_amax)"
 )
 # Endings that only packed weights have, and the tensor that must be beside each.

@@ -206,7 +206,8 @@ class PackedFinder:
         is_integer = stored.dtype == "I8"
         if is_integer and name.endswith("_zero_point"):
             return None
-        names = (f"{name}_scale_inv", f"{name}_scale", f"{name.removesuffix('.weight')}.scale")
+        module = name.removesuffix(".weight")
+        names = (f"{name}_scale_inv", f"{name}_scale", f"{module}.scale", f"{module}.qscale_weight")
         scale = next((each for each in names if each in self._tensors and each != name), None)
         if scale is None:
             self._agree(name, not name.endswith(".weight"), "no scales")

@@ -178,6 +178,8 @@ def load_model(info: ModelInfo, folder: HfFolder, task: Task = "text generation"
         tensors = dequantize(folder, load_tensors(weights_of(info)), torch_dtype(info))
         forget_quantization(config)
         model, report = _with_weights(model_class, config, tensors, torch_dtype(info))
+        # Each weight is then freed as it moves to the device.
+        tensors.clear()
     except (MemoryError, torch.OutOfMemoryError) as problem:
         raise InsufficientMemory(
             f"The model {info.name} does not fit into memory: {problem}", param="model"
