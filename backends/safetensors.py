@@ -20,7 +20,7 @@ from backends.base import (
     RuntimeChoice,
 )
 from backends.hf.adapters import refuse_adapter
-from backends.hf.checks import check_embedder, check_folder, transformers_knows
+from backends.hf.checks import check_folder, transformers_knows
 from backends.hf.config import HfFolder, read_folder, variant_files, weight_files
 from backends.hf.folder import folder_info, is_mlx, quantization_of
 from backends.hf.header import SafetensorsHeader, TensorEntry, broken, safetensors_header
@@ -200,7 +200,6 @@ class SafetensorsBackend(Backend):
     def _info(self, folder: HfFolder, headers: list[SafetensorsHeader]) -> ModelInfo:
         stored = stored_weights(folder, headers)
         layout = stored.layout
-        check_embedder(folder, layout, stored.names)
         bytes_by_dtype: Counter[str] = Counter()
         for entry in stored.tensors.values():
             bytes_by_dtype[entry.dtype] += entry.nbytes

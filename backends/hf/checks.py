@@ -1,13 +1,11 @@
 """Checks that a Hugging Face folder has a tokenizer and needs no custom code."""
 
 import importlib.util
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from backends.hf.config import HfFolder
 from backends.hf.header import broken
-from backends.hf.layout import WeightLayout
 
 # Each of these is a complete vocabulary; vocab.json also needs merges.txt.
 _VOCABULARIES = (
@@ -37,29 +35,6 @@ def check_folder(folder: HfFolder, *, is_known: bool) -> None:
     if not _has_tokenizer(folder.path):
         raise broken(
             config, "there is no tokenizer.json (or tokenizer.model) beside it; download it too"
-        )
-
-
-def check_embedder(folder: HfFolder, layout: WeightLayout, names: Mapping[str, str]) -> None:
-    """Raise BrokenModel for an embedding model whose weights its library cannot read as stored.
-
-    `names` maps the stored names of the weights to the model's.
-    """
-    if not folder.is_embedder:
-        return
-    config = folder.path / "config.json"
-    if layout.method:
-        raise broken(
-            config,
-            f"it is an embedding model with quantized weights ({layout.quantization}), which are "
-            "read for language models only; use its unquantized weights",
-        )
-    renamed = next((old for old, new in names.items() if old != new), None)
-    if renamed is not None:
-        raise broken(
-            config,
-            f"its weights have the names of a trainer's wrapper ({renamed[:80]!r}), which are read "
-            "for language models only; save the model with save_pretrained",
         )
 
 

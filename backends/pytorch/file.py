@@ -8,7 +8,7 @@ from typing import Literal
 
 from backends.base import ModelInfo
 from backends.hf.adapters import refuse_adapter
-from backends.hf.checks import check_embedder, check_folder, transformers_knows
+from backends.hf.checks import check_folder, transformers_knows
 from backends.hf.config import variant_files
 from backends.hf.fit import TensorShape
 from backends.hf.folder import (
@@ -91,7 +91,6 @@ def torch_info(folder: HfFolder, files: Sequence[TorchFile]) -> ModelInfo:
     """Describe the model of these weight files in `folder`.  Raises BrokenModel."""
     stored, names, layout = _layout(folder, files)
     places = {name: index for index, file in enumerate(files) for name in file.tensors}
-    check_embedder(folder, layout, names)
     plain = set(layout.plain)
     bytes_by_dtype: Counter[str] = Counter()
     for storage, own in _own_elements(places, {old: stored[old] for old in names}):

@@ -17,6 +17,7 @@ from backends.pytorch import loading
 from backends.pytorch.backend import PytorchBackend
 from backends.registry import load_backends
 from core.errors import BrokenModel
+from core.types import Capability
 from tests.quantized import METHODS, mxfp4_rows
 
 torch = pytest.importorskip("torch")
@@ -93,10 +94,10 @@ def test_the_estimate_is_that_of_the_dequantized_weights(
     assert needed == info.parameters * element_bytes
 
 
-def test_quantized_embedding_models_are_refused(tmp_path: Path) -> None:
-    stored = folder_of(tmp_path, "awq", architectures=["LlamaModel"])
-    with pytest.raises(BrokenModel, match="embedding model with quantized weights"):
-        identify(tmp_path, stored)
+def test_embedding_models_may_be_quantized(tmp_path: Path) -> None:
+    info = identify(tmp_path, folder_of(tmp_path, "awq", architectures=["LlamaModel"]))
+    assert info.capabilities == {Capability.EMBEDDING}
+    assert (info.quantization, info.parameters) == ("awq-4bit", 96 * 64 + 32 * 64)
 
 
 def test_a_method_that_cannot_be_read_is_named_before_the_pickle_that_it_made(
