@@ -16,6 +16,7 @@ import torch
 
 from backends.base import EngineOptions
 from backends.hf.folder import read_folder
+from backends.pytorch.backend import PytorchBackend
 from backends.pytorch.loading import load_model
 from backends.registry import load_backends
 from backends.safetensors import SafetensorsBackend
@@ -102,7 +103,13 @@ def quantized(
 
 
 async def assert_same_logits(
-    place: Path, tokenizer: Path, config: Mapping[str, Any], packed: Any, plain: Any
+    place: Path,
+    tokenizer: Path,
+    config: Mapping[str, Any],
+    packed: Any,
+    plain: Any,
+    *,
+    is_pickle: bool = False,
 ) -> None:
     """Compare the logits of quantized weights with those of the weights that they stand for."""
     ids = torch.arange(40)[None]
@@ -111,10 +118,13 @@ async def assert_same_logits(
         settings = config["quantization_config"] if weights is packed else None
         changed = {**config, "quantization_config": settings}
         path = save(place / str(len(found)), tokenizer, changed, weights)
-        backend = SafetensorsBackend(load_backends().get)
+        backend: SafetensorsBackend | PytorchBackend = SafetensorsBackend(load_backends().get)
+        if is_pickle:
+            path.unlink()
+            path, backend = path.with_name("pytorch_model.bin"), PytorchBackend()
+            torch.save({"module": weights}, path)
         info = backend.check_runtimes(backend.identify(path), (), lambda _: None)
-        assert info.choice is not None
-        assert weights is plain or info.choice.runtime == "pytorch"
+        assert weights is plain or info.choice is None or info.choice.runtime == "pytorch"
         assert info.parameters == sum(value.numel() for value in plain.values())
         with torch.inference_mode():
             found.append(load_model(info, read_folder(path.parent))(ids).logits)
@@ -183,3 +193,11 @@ async def test_experts_in_tensors_of_their_own_are_gathered(
     )  # fmt: skip
     assert any("experts.3.up_proj" in key for key in plain)
     await assert_same_logits(tmp_path, tokenizer, config, packed, plain)
+
+
+@pytest.mark.parametrize("name", ["bnb-nf4", "gptq"])
+async def test_pickles_of_quantized_weights_compute_the_same(
+    tmp_path: Path, tokenizer: Path, name: str
+) -> None:
+    config, packed, plain = quantized(name, "llama", 512, tie_word_embeddings=False, **LLAMA)
+    await assert_same_logits(tmp_path, tokenizer, config, packed, plain, is_pickle=True)

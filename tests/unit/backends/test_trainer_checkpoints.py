@@ -9,6 +9,7 @@ import pytest
 
 from backends.base import ModelInfo
 from backends.hf.folder import read_folder
+from backends.pytorch.backend import PytorchBackend
 from backends.pytorch.loading import load_model
 from backends.registry import load_backends
 from catalog.scan.identify import Refused, Unknown, examine
@@ -122,6 +123,9 @@ def test_the_weights_of_a_checkpoint_are_the_models(folder: Path, name: str, kin
     info = described(save(folder / kind, value))
     assert info.parameters == COUNT
     assert info.details["weights_bytes"] == 4 * COUNT
+    if info.format == "pytorch":
+        checked = PytorchBackend().check_runtimes(info, (), lambda _: None)
+        assert checked.parameters == COUNT
     model = load_model(info, read_folder(folder))
     found = model.state_dict()
     for key, tensor in weights().items():
