@@ -1,5 +1,6 @@
-"""Generates docs/configuration.md from core/settings.py; `--check` only compares."""
+"""Generates docs/configuration.md and the architectures of docs/formats.md; `--check` compares."""
 
+import json
 import sys
 import types
 import typing
@@ -11,8 +12,12 @@ from pydantic.fields import FieldInfo
 
 from core.settings import ByteCount, Seconds, Settings
 from core.units import format_bytes
+from scripts.architecture_table import with_architectures
 
-CONFIGURATION = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+_DOCS = Path(__file__).resolve().parent.parent / "docs"
+CONFIGURATION = _DOCS / "configuration.md"
+FORMATS = _DOCS / "formats.md"
+ARCHITECTURES = _DOCS / "architectures.json"
 INTRODUCTION = """\
 # Configuration
 
@@ -46,14 +51,15 @@ def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--check"]):
         sys.stderr.write("usage: scripts/docs [--check]\n")
         return 2
-    text = configuration_page()
+    pages = {CONFIGURATION: configuration_page(), FORMATS: formats_page()}
     if not arguments:
-        CONFIGURATION.write_text(text)
+        for page, text in pages.items():
+            page.write_text(text)
         return 0
-    if CONFIGURATION.is_file() and CONFIGURATION.read_text() == text:
-        return 0
-    sys.stderr.write("docs/configuration.md is out of date: run scripts/docs\n")
-    return 1
+    old = [page for page, text in pages.items() if not page.is_file() or page.read_text() != text]
+    for page in old:
+        sys.stderr.write(f"docs/{page.name} is out of date: run scripts/docs\n")
+    return 1 if old else 0
 
 
 def configuration_page() -> str:
@@ -65,6 +71,11 @@ def configuration_page() -> str:
         for name, field in Settings.model_fields.items()
     ]
     return INTRODUCTION + "".join(rows) + RAY
+
+
+def formats_page() -> str:
+    """Return docs/formats.md with the table of architectures as the last run found them."""
+    return with_architectures(FORMATS.read_text(), json.loads(ARCHITECTURES.read_text()))
 
 
 def _type(field: FieldInfo) -> str:

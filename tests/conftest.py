@@ -31,7 +31,7 @@ _SERVERS = {
 }
 # Files of the contract whose tests share the engine of a variant, and those that share nothing.
 _BY_VARIANT = ("backend", "grammar", "resume", "tokens")
-_ALONE = ("close", "conversion", "gguf_kinds", "memory", "snapshots")
+_ALONE = ("close", "conversion", "gguf_kinds", "memory", "snapshots", "zoo")
 
 
 def pytest_collection_finish() -> None:

@@ -9,6 +9,7 @@ import pytest_asyncio
 
 from backends.base import Engine, EngineOptions
 from tests.contract.report import ContractReport
+from tests.contract.zoo.report import ZooReport
 from tests.golden import golden
 from tests.models import GOLDEN, VARIANTS, open_variant
 
@@ -16,16 +17,20 @@ OPTIONS = EngineOptions(max_sequences=8, threads=1, context_tokens=512, kv_token
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the report's file name."""
+    """Add the reports' file names."""
     parser.addoption("--contract-report", type=Path, help="write which backend passed which case")
+    parser.addoption("--zoo-report", type=Path, help="write which runtime each architecture uses")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Collect outcomes where a report is wanted."""
-    path = config.getoption("--contract-report", None)
     # With several processes the one that collects their reports writes.
-    if path is not None and not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        return
+    if (path := config.getoption("--contract-report", None)) is not None:
         config.pluginmanager.register(ContractReport(path, VARIANTS), "contract-report")
+    if (path := config.getoption("--zoo-report", None)) is not None:
+        config.pluginmanager.register(ZooReport(path), "zoo-report")
 
 
 @pytest.fixture(scope="session")

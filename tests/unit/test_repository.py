@@ -119,6 +119,10 @@ def test_repository_configuration_page_is_up_to_date() -> None:
     assert generate_docs.CONFIGURATION.read_text() == generate_docs.configuration_page()
 
 
+def test_repository_table_of_architectures_is_up_to_date() -> None:
+    assert generate_docs.FORMATS.read_text() == generate_docs.formats_page()
+
+
 def test_repository_constraints_pin_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]

@@ -30,6 +30,7 @@ def test_files_that_are_named_exist() -> None:
         ("tests/contract/test_resume.py::test_a[plain]", "tests/contract/test_gguf.py"),
         ("tests/contract/test_gguf.py::test_a", "tests/contract/test_gguf.py"),
         ("tests/contract/test_close.py::test_a[x]", "tests/contract/test_close.py::test_a[x]"),
+        ("tests/contract/zoo/test_zoo.py::test_a[x]", "tests/contract/zoo/test_zoo.py::test_a[x]"),
     ],
 )
 def test_what_a_test_shares(nodeid: str, shared: str) -> None:

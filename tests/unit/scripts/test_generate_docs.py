@@ -1,5 +1,6 @@
-"""Tests of the generated configuration page."""
+"""Tests of the generated pages."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,14 +27,18 @@ def test_configuration_page_does_not_depend_on_the_user(monkeypatch: pytest.Monk
 def test_check_fails_on_an_old_page_and_leaves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = tmp_path / "configuration.md"
-    monkeypatch.setattr(generate_docs, "CONFIGURATION", page)
-    assert generate_docs.main([]) == 0
-    assert generate_docs.main(["--check"]) == 0
-    page.write_text("old")
-    assert generate_docs.main(["--check"]) == 1
-    assert page.read_text() == "old"
-    assert "run scripts/docs" in capsys.readouterr().err
+    pages = {"CONFIGURATION": "configuration.md", "FORMATS": "formats.md"}
+    for constant, name in pages.items():
+        shutil.copy(getattr(generate_docs, constant), tmp_path / name)
+        monkeypatch.setattr(generate_docs, constant, tmp_path / name)
+    for name in pages.values():
+        assert generate_docs.main([]) == 0
+        assert generate_docs.main(["--check"]) == 0
+        page = tmp_path / name
+        page.write_text(old := page.read_text().replace("| --- |", "| -- |"))
+        assert generate_docs.main(["--check"]) == 1
+        assert page.read_text() == old
+        assert f"{name} is out of date: run scripts/docs" in capsys.readouterr().err
 
 
 def test_unknown_argument_is_refused() -> None:
