@@ -16,8 +16,8 @@ from backends.hf.header import (
     safetensors_header,
 )
 from backends.hf.input_limit import input_limit, position_offset
-from backends.hf.kinds import other_kind, refusal
-from backends.hf.text_kinds import refuse_other_kinds, reranks
+from backends.hf.kinds.other import other_kind, refusal
+from backends.hf.kinds.text import refuse_other_kinds, reranks
 from backends.prompt.infill import INFILL_NAMES, find_infill
 from backends.sentence_files import settings_files, settings_root
 from core.types import Capability

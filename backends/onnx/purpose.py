@@ -3,7 +3,7 @@
 Source: the input names of exports by optimum, PyTorch and the models' own repositories.
 """
 
-from backends.hf.kinds import SERVED
+from backends.hf.kinds.other import SERVED
 from backends.onnx.graph import OnnxGraph
 
 # All of these inputs together: what has them.

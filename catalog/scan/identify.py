@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from backends.base import Backend, ModelInfo
-from backends.hf.kinds import refusal
+from backends.hf.kinds.other import refusal
 from catalog.scan.other_formats import describe, is_lfs_pointer, kind_around
 from catalog.scan.packages import Packages, natural_format
 from core.errors import BrokenModel, NotThisFormat, Unavailable

@@ -12,7 +12,7 @@ from backends.hf.header import (
     read_optional_json,
     safetensors_header,
 )
-from backends.hf.kinds import SERVED, other_kind
+from backends.hf.kinds.other import SERVED, other_kind
 from catalog.scan.packages import is_training_state, natural_format
 from core.errors import ImpetusError, NotThisFormat
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from backends.hf.kinds import other_kind
+from backends.hf.kinds.other import other_kind
 
 
 @pytest.mark.parametrize(

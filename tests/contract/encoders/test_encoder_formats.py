@@ -12,7 +12,7 @@ from backends.gguf.rank_prompt import rank_prompt
 from backends.registry import load_backends
 from core.errors import BrokenModel
 from core.types import EmbeddingParams, RerankInputs
-from tests.contract.test_encoder_zoo import (
+from tests.contract.encoders.test_encoder_zoo import (
     LEAST_COSINE,
     NORMALIZE,
     check_scores,

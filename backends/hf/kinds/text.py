@@ -5,7 +5,7 @@ from typing import Any
 
 from backends.hf.config import GENERATING, HfFolder
 from backends.hf.header import broken
-from backends.hf.kinds import SERVED
+from backends.hf.kinds.other import SERVED
 from backends.sentence_files import has_modules
 from backends.small_json import read_json
 
