@@ -112,7 +112,11 @@ async def test_an_embedding_engine_holds_the_lock_for_each_batch() -> None:
         EmbeddingEngine(
             echo_info(),
             lambda: SimpleNamespace(
-                vocabulary_size=2, tokenize=tokenize, encode=encode, close=lambda: None
+                vocabulary_size=2,
+                special_tokens=((), ()),
+                tokenize=tokenize,
+                encode=encode,
+                close=lambda: None,
             ),
             context_tokens=8,
             batch_limits=BatchLimits(4),
