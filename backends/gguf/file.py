@@ -9,6 +9,7 @@ from backends.base import ModelInfo
 from backends.gguf.header import GgufFile as GgufFile
 from backends.gguf.header import read_gguf as read_gguf
 from backends.gguf.layout import FILE_TYPES, broken
+from backends.hf.kinds.other import refusal
 from backends.prompt.infill import infill_details
 from core.types import Capability
 
@@ -33,7 +34,23 @@ _PARTS = {
     "clip": "a multimodal projector (images or sound)",
     "mmproj": "a multimodal projector (images or sound)",
     "wavtokenizer-dec": "a vocoder",
+    "controlvector": "a control vector",
+    "imatrix": "an importance matrix for quantizing",
 }
+# `general.type` of files that llama.cpp's tools write, with what they are.
+_PART_TYPES = {
+    "adapter": "a LoRA adapter",
+    "mmproj": "a multimodal projector (images or sound)",
+    "imatrix": "an importance matrix for quantizing",
+    "controlvector": "a control vector",
+    "vocab": "a vocabulary without weights",
+}
+# Source: the architectures that ComfyUI-GGUF and stable-diffusion.cpp write.
+_IMAGE_GENERATORS = frozenset({
+    "flux", "sd1", "sd2", "sd3", "sdxl", "aura", "ltxv", "hyvid", "wan", "hidream", "cosmos",
+    "lumina2", "qwen_image", "chroma", "z_image", "pig", "hunyuan_video", "mochi", "omnigen2",
+})  # fmt: skip
+_SPEECH = frozenset({"whisper", "parakeet", "moonshine", "kokoro", "outetts-vocoder", "silero"})
 _UNSUPPORTED = {"t5": "encoder-decoder models are not supported"}
 
 # Name in `ModelInfo.details`: metadata key after the architecture.
@@ -137,12 +154,15 @@ def _read_set(path: Path) -> list[GgufFile]:
 
 def _check_is_model(file: GgufFile) -> None:
     architecture = file.architecture
-    if file.text("general.type") == "adapter":
-        raise broken(file.path, "it is a LoRA adapter, which is not a model by itself")
+    part = _PART_TYPES.get(file.text("general.type")) or _PARTS.get(architecture)
+    if part is not None:
+        raise broken(file.path, f"it is {part}, which is not a model by itself")
     if not architecture:
         raise broken(file.path, "it has no general.architecture")
-    if architecture in _PARTS:
-        raise broken(file.path, f"it is {_PARTS[architecture]}, which is not a model by itself")
+    if architecture in _IMAGE_GENERATORS:
+        raise broken(file.path, refusal(f"an image or video generator ({architecture})"))
+    if architecture in _SPEECH:
+        raise broken(file.path, refusal(f"a model of sound or speech ({architecture})"))
     if architecture in _UNSUPPORTED:
         raise broken(file.path, _UNSUPPORTED[architecture])
     if not file.vocabulary_size:

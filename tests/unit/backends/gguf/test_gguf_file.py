@@ -296,6 +296,11 @@ def test_bad_metadata_is_refused(tmp_path: Path, pair: tuple[str, Any], reason: 
     [
         ({"general.architecture": "clip"}, "not a model by itself"),
         ({"general.type": "adapter"}, "LoRA adapter"),
+        ({"general.type": "mmproj", "general.architecture": "new"}, "multimodal projector"),
+        ({"general.type": "imatrix", "general.architecture": ""}, "importance matrix"),
+        ({"general.architecture": "controlvector"}, "control vector"),
+        ({"general.architecture": "flux"}, r"image or video generator \(flux\); this server"),
+        ({"general.architecture": "whisper"}, "sound or speech"),
         ({"general.architecture": "t5"}, "encoder-decoder"),
         ({"general.architecture": "qwen3"}, "no qwen3.context_length"),
         ({"general.architecture": 7}, "no general.architecture"),
