@@ -1,13 +1,15 @@
 """What a runtime's check of a model folder found, and limits of sizes that a folder claims."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from backends.hf.config import HfFolder
 from backends.hf.header import broken
 from backends.hf.shrink import LAYER_KEYS
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_REPEATS = re.compile(r"(moe_)?(num|n)_.*(layers|experts|stages|blocks)|.*_layers_per_.*")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size", "padded_vocab_size")
 _MAX_REASON = 300
 
@@ -59,19 +61,27 @@ def first_line(problem: BaseException) -> str:
 def check_claims(folder: HfFolder, tensors: Mapping[str, TensorShape]) -> None:
     """Raise BrokenModel if config.json claims sizes that its tensors cannot have.
 
-    Building such a model could take any amount of time and memory.
+    Building such a model could take any amount of time and memory.  Nested configurations, such as
+    that of an image encoder, are checked as well.
     """
     longest = max((max(each.shape, default=0) for each in tensors.values()), default=0)
-    limits = {
-        **dict.fromkeys(LAYER_KEYS, len(tensors)),
-        **dict.fromkeys(_EXPERTS, max(len(tensors), longest)),
-        **dict.fromkeys(_WIDTHS, longest),
-    }
-    for key, limit in limits.items():
-        value = folder.config.get(key)
-        if type(value) is int and value > limit:
-            raise broken(
-                folder.path / "config.json",
-                f"it claims {key}={value}, but its weights have {len(tensors)} tensors, none of "
-                f"them longer than {longest}; download the folder's files from one source",
-            )
+    levels: list[Mapping[str, Any]] = [folder.config]
+    for level in levels:
+        levels += [value for value in level.values() if isinstance(value, Mapping)]
+        for key, value in level.items():
+            limit = _limit(key, len(tensors), longest)
+            if limit is not None and type(value) is int and value > limit:
+                raise broken(
+                    folder.path / "config.json",
+                    f"it claims {key}={value}, but its weights have {len(tensors)} tensors, none "
+                    f"longer than {longest}; download the folder's files from one source",
+                )
+
+
+def _limit(key: str, count: int, longest: int) -> int | None:
+    """Return the largest value of a setting with `count` tensors, the longest being `longest`."""
+    if key in LAYER_KEYS:
+        return count
+    if key in _WIDTHS:
+        return longest
+    return max(count, longest) if _REPEATS.fullmatch(key) else None

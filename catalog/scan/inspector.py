@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from core.units import MIB, format_bytes
 
 FILE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
+# The check of a model by its runtimes may take this many times the limit of a file.
+_RUNTIME_FACTOR = 4.0
 # The format of a refused file whose inspection failed and whose name promises no format.
 UNKNOWN_FORMAT = "unknown"
 
@@ -41,6 +44,18 @@ _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL", "SYSTE
 _MAC_SANDBOX = "(version 1)(allow default)(deny network*)(deny file-write*)"
 
 
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """What the child is doing: the check's name, and the runtime whose code it runs, if any.
+
+    `is_start`: the runtime is being started, for all files.
+    """
+
+    name: str = ""
+    runtime: str = ""
+    is_start: bool = False
+
+
 class Inspector:
     """Identifies files in a limited child process; one thread at a time.
 
@@ -57,23 +72,25 @@ class Inspector:
         self._command = list(command) if command is not None else _command(formats)
         self._file_limit_s = file_limit_s
         self._child: Child | None = None
-        self._runtime = ""
+        self._stage = _Stage()
         # Runtimes whose start ended a child: the next ones do without.
         self._without: set[str] = set()
 
     def examine(self, path: Path) -> Outcome:
         """Return what `path` is; blocks up to 60 s, plus 60 s when the child has to start.
 
+        The check of a model by its runtimes may take 180 s more, on a machine that is busy.
+
         A file whose checks crash the child twice, the second time one of its own, is refused,
         naming the check.  A child that does not start, is killed, hangs or sends nonsense says
         nothing about the file: it is uninspected.
         """
         is_fresh = self._child is None
-        self._runtime, avoid = "", []
+        avoid: list[str] = []
         outcome, is_crash = self._ask(path)
-        while is_crash and self._runtime and self._runtime not in avoid:
+        while is_crash and self._stage.runtime and self._stage.runtime not in avoid:
             # The runtime's code ended the child, or took too long: another one may run the model.
-            avoid.append(self._runtime)
+            avoid.append(self._stage.runtime)
             is_fresh = True
             outcome, is_crash = self._ask(path, avoid)
         took_memory = isinstance(outcome, Refused) and outcome.took_memory
@@ -101,40 +118,59 @@ class Inspector:
         Notes the runtime whose code ran last.
         """
         request = json.dumps({"path": str(path), "avoid": list(avoid)}).encode() + b"\n"
-        stage, is_start = "", False
-        limit_s = self._file_limit_s + (START_LIMIT_S if self._child is None else 0.0)
-        deadline = time.monotonic() + limit_s
+        self._stage = _Stage()
+        start_s = START_LIMIT_S if self._child is None else 0.0
         try:
             child = self._running_child()
         except (OSError, RuntimeError) as problem:
             cause = getattr(problem, "strerror", None) or problem
             return Uninspected(f"the process that inspects files did not start ({cause})"), False
         try:
-            child.write(request, deadline)
-            while True:
-                answer = json.loads(child.read_line(deadline))
-                if "stage" not in answer:
-                    return _outcome(answer), False
-                stage = str(answer["stage"])
-                self._runtime = str(answer.get("runtime", ""))
-                is_start = bool(answer.get("start"))
+            return _outcome(self._answer(child, request, start_s)), False
         except TimeoutError:
             self.close()
-            return _uninspected(path, stage, f"took longer than {self._file_limit_s:g} s"), False
+            return _uninspected(
+                path, self._stage.name, f"took longer than {self._limit_s:g} s"
+            ), False
         except ChildEnded:
             self._child = None
             code = child.close(grace_s=_DYING_S)
-            if is_start:
-                self._without.add(self._runtime)
-            if stage and (code > 0 or -code in _CRASHES):
-                return _refused(path, stage, describe_exit(code)), True
-            return _uninspected(path, stage, describe_exit(code)), False
+            return self._ended(path, code)
         except (AnswerTooLong, ValueError, KeyError, TypeError):
             self.close()
-            return _uninspected(path, stage, "sent a reply that could not be read"), False
+            cause = "sent a reply that could not be read"
+            return _uninspected(path, self._stage.name, cause), False
         except OSError as problem:
             self.close()
-            return _uninspected(path, stage, f"could not be followed ({problem.strerror})"), False
+            cause = f"could not be followed ({problem.strerror})"
+            return _uninspected(path, self._stage.name, cause), False
+
+    @property
+    def _limit_s(self) -> float:
+        """The time for one file; its check by runtimes gives way to all that computes answers."""
+        return self._file_limit_s * (_RUNTIME_FACTOR if self._stage.runtime else 1.0)
+
+    def _answer(self, child: Child, request: bytes, start_s: float) -> dict[str, Any]:
+        """Send a request and return the answer, noting each stage before it."""
+        started = time.monotonic()
+        child.write(request, started + start_s + self._limit_s)
+        while True:
+            line = json.loads(child.read_line(started + start_s + self._limit_s))
+            answer: dict[str, Any] = line
+            if "stage" not in answer:
+                return answer
+            self._stage = _Stage(
+                str(answer["stage"]), str(answer.get("runtime", "")), bool(answer.get("start"))
+            )
+
+    def _ended(self, path: Path, code: int) -> tuple[Outcome, bool]:
+        """Return the outcome of a child that ended itself with `code`."""
+        stage = self._stage
+        if stage.is_start:
+            self._without.add(stage.runtime)
+        if stage.name and (code > 0 or -code in _CRASHES):
+            return _refused(path, stage.name, describe_exit(code)), True
+        return _uninspected(path, stage.name, describe_exit(code)), False
 
     def close(self) -> None:
         """Kill the child; may be called twice."""

@@ -1,5 +1,6 @@
 """The scan's choice of a runtime, by the real libraries in the real inspection child."""
 
+import asyncio
 import json
 import struct
 from collections.abc import Callable, Iterator
@@ -13,9 +14,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from backends.base import ModelInfo
+from backends.base import EngineOptions, ModelInfo
+from backends.registry import load_backends
 from catalog.scan.identify import Outcome, Refused
 from catalog.scan.inspector import Inspector
+from core.types import TokenPrompt
+from tests.requests import request, run, token_ids_of
 
 VOCABULARY = 512
 SIZES: dict[str, Any] = {
@@ -24,6 +28,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 3,
 }  # fmt: skip
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+PROMPT = TokenPrompt(tuple(range(5, 60)))
 # Of one answer, whatever the file claims.
 MOST_CPU_S = 20.0
 MOST_BYTES = 2 * 2**30
@@ -86,6 +91,24 @@ def test_the_runtime_is_one_that_loads_the_model_and_computes_it_right(
     if "sliding window" in reason:
         assert (info.choice.alternative, info.details["mlx_context"]) == ("mlx", 48)
     assert info.context_length == 2048
+
+
+async def test_a_load_follows_the_choice_and_both_runtimes_give_the_same_text(scan: Scan) -> None:
+    info = scan("Llama", SIZES)
+    assert isinstance(info, ModelInfo), info
+    assert info.choice is not None
+    assert (info.choice.runtime, info.choice.alternative) == ("mlx", "pytorch")
+    backend = load_backends()["safetensors"]
+    tokens = []
+    for runtime in (None, "pytorch", "mlx"):
+        options = EngineOptions(max_sequences=2, context_tokens=256, runtime=runtime)
+        engine = await asyncio.to_thread(backend.open, info, options)
+        try:
+            tokens.append(token_ids_of(await run(engine, request(PROMPT, max_tokens=12))))
+        finally:
+            await engine.close()
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert len(tokens[0]) > 1
 
 
 def test_parameters_are_those_of_the_model(scan: Scan) -> None:
@@ -155,6 +178,7 @@ def test_a_model_that_generates_no_text_is_refused(scan: Scan) -> None:
         {"layer_types": ["full_attention"] * 10**6},
         {"num_key_value_heads": 0},
         {"num_attention_heads": 0},
+        {"vision_config": {"num_hidden_layers": 10**6, "hidden_size": 2**31 - 1}},
     ],
     ids=str,
 )

@@ -36,11 +36,19 @@ def test_sizes_that_the_tensors_have_pass() -> None:
         ("hidden_size", 2**31 - 1),
         ("d_model", 10**30),
         ("vocab_size", 513),
+        ("num_nextn_predict_layers", 1_000_000),
+        ("moe_num_experts", 1_000_000),
     ],
 )
 def test_a_claim_that_no_tensor_supports_is_refused_with_its_numbers(key: str, value: int) -> None:
     with pytest.raises(BrokenModel, match=f"{key}={value}"):
         check_claims(folder_of({**HONEST, key: value}), TENSORS)
+
+
+def test_claims_of_nested_configurations_are_checked() -> None:
+    config = {**HONEST, "vision_config": {"depths": [1], "deep": {"num_hidden_layers": 10**6}}}
+    with pytest.raises(BrokenModel, match="num_hidden_layers=1000000"):
+        check_claims(folder_of(config), TENSORS)
 
 
 @pytest.mark.parametrize("value", ["64", None, 1e300, [10**9], True])

@@ -237,3 +237,22 @@ def test_a_runtime_that_cannot_start_leaves_the_other_checks() -> None:
     for _ in range(2):
         assert checked.examine(Path("/good")) == Unknown(("--without=mlx",))
         checked.close()
+
+
+SLOW = """
+import json, sys, time
+for line in sys.stdin:
+    print(json.dumps({"stage": "its check by mlx", "runtime": "mlx"}), flush=True)
+    if "slow" in line:
+        time.sleep(600)
+    print(json.dumps({"unknown": []}), flush=True)
+"""
+
+
+def test_a_check_by_a_runtime_has_more_time() -> None:
+    checked = Inspector([], command=[sys.executable, "-c", SLOW], file_limit_s=0.3)
+    assert checked.examine(Path("/first")) == Unknown(())
+    outcome = checked.examine(Path("/slow"))
+    checked.close()
+    assert isinstance(outcome, Uninspected)
+    assert "its check by mlx took longer than 1.2 s" in outcome.reason
