@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 
 from backends.base import EngineOptions, ModelInfo
 from backends.engine.row_model import RowInput
-from backends.engine.trial.checks import QUANTIZED_TOLERANCE, Logits, TrialTerms, run_trial
+from backends.engine.trial.checks import (
+    QUANTIZED_TOLERANCE,
+    Logits,
+    TrialTerms,
+    rounded_length,
+    run_trial,
+)
 from backends.engine.trial.results import trial_key, tried
 from backends.engine.trial.row_models import RowModelSubject
 from backends.gguf.batch import Batch
@@ -172,5 +178,5 @@ def _terms(info: ModelInfo, model: GgufModel, options: EngineOptions) -> TrialTe
         if has_float_cache
         else QUANTIZED_TOLERANCE,
         windows=(window,) if 0 < window < info.context_length else (),
-        most_length=min(terms.most_length, options.kv_tokens // _ROWS),
+        most_length=min(terms.most_length, rounded_length(options.kv_tokens // _ROWS)),
     )

@@ -15,6 +15,7 @@ from backends.engine.trial.checks import (
     Logits,
     TrialTerms,
     affordable_tokens,
+    rounded_length,
     run_trial,
     sliding_windows,
 )
@@ -23,6 +24,7 @@ from backends.mlx.batch import ENDLESS, MlxBatch
 from backends.mlx.model import MlxModel
 from backends.mlx.prefixes import cut
 from backends.trials import OtherRuntimeNeeded, TrialOptions, TrialResult, TrialRow
+from core.errors import EngineFailed
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +129,8 @@ class MlxSubject:
                     break
                 with self._hold():
                     batch.next(chunk)
+            else:
+                raise EngineFailed("mlx-lm's batch does not go on")
             kept = batch.layers(uids[0]) if len(rows) == 1 else ([], [])
         finally:
             batch.close()
@@ -148,14 +152,16 @@ def try_model(
     """
     trial = options.trial or TrialOptions()
     against = "another runtime" if trial.reference else "itself"
-    key = trial_key(info.files, _LIBRARIES, f"mlx, dense {is_dense}, against {against}")
+    length = rounded_length(options.context_tokens or info.context_length)
+    settings = f"mlx, dense {is_dense}, against {against}, {length} tokens"
+    key = trial_key(info.files, _LIBRARIES, settings)
     known = known_result(key, trial)
     if known is not None:
         _check(known, trial)
     model = load()
     try:
         result = tried(
-            info.name, key, trial, lambda: _run_trial(info, config, model, options, trial)
+            info.name, key, trial, lambda: _run_trial(info, config, model, length, trial)
         )
         _check(result, trial)
     except BaseException:
@@ -174,10 +180,9 @@ def _run_trial(
     info: ModelInfo,
     config: Mapping[str, Any],
     model: MlxModel,
-    options: EngineOptions,
+    longest: int,
     trial: TrialOptions,
 ) -> TrialResult:
-    longest = min(options.context_tokens or info.context_length, info.context_length)
     terms = TrialTerms(
         _tolerance(model),
         sliding_windows(config),

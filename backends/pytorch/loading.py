@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from backends.base import Availability, Engine, EngineOptions, MemoryEstimate, ModelInfo
 from backends.engine.row_stepper import RowStepper
+from backends.engine.trial.checks import rounded_length
 from backends.engine.trial.results import trial_key, tried
 from backends.hf.config import HfFolder
 from backends.hf.engine import open_token_engine
@@ -108,11 +109,12 @@ def open_torch(info: ModelInfo, options: EngineOptions) -> Engine:
         torch.set_num_threads(options.threads)
         model = load_model(info, folder)
         trial = options.trial or TrialOptions()
+        length = rounded_length(granted.context_tokens)
         result = tried(
             info.name,
-            trial_key(info.files, _LIBRARIES, f"{model.dtype} {model.device}"),
+            trial_key(info.files, _LIBRARIES, f"{model.dtype} {model.device} {length}"),
             trial,
-            lambda: try_rows(model, trial.hold, context_tokens=granted.context_tokens),
+            lambda: try_rows(model, trial.hold, context_tokens=length),
         )
         rows = open_rows(model, max_rows=options.max_sequences + _SPARE_ROWS, result=result)
         stepper = RowStepper(rows, tokenizer, options)

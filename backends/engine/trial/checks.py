@@ -33,6 +33,7 @@ TOLERANCES = {
 }  # fmt: skip
 # Scales and kernels of quantized weights depend on the shape of the batch.
 QUANTIZED_TOLERANCE = 0.25
+_LEAST_SPREAD = 1e-4
 # Names in configurations for the tokens that a layer of local attention looks back at.
 WINDOW_NAMES = (
     "sliding_window", "sliding_window_size", "attention_chunk_size", "window_size",
@@ -94,8 +95,13 @@ class TrialTerms:
             TOLERANCES.get(info.quantization, QUANTIZED_TOLERANCE),
             sliding_windows(config),
             affordable_tokens(info.parameters),
-            min(context_tokens or info.context_length, info.context_length),
+            rounded_length(min(context_tokens or info.context_length, info.context_length)),
         )
+
+
+def rounded_length(tokens: int) -> int:
+    """Return a power of two, at most `tokens`: most loads of a model then have the same terms."""
+    return 1 << (max(tokens, 1).bit_length() - 1)
 
 
 def affordable_tokens(parameters: int) -> int:
@@ -164,7 +170,8 @@ class _Tokens:
     def __init__(self, vocabulary: int, seed: int) -> None:
         # The generators of numpy take megabytes that would count as the model's.
         self._random = Random(7 + seed)
-        self._low, self._high = vocabulary // 8, max(vocabulary, 1)
+        # Logits may have more entries than there are tokens.
+        self._low, self._high = vocabulary // 8, vocabulary // 2 + 1
 
     def __call__(self, count: int) -> tuple[int, ...]:
         return tuple(self._random.randrange(self._low, self._high) for _ in range(count))
@@ -280,10 +287,10 @@ def difference(wanted: Logits, found: Logits) -> float:
     What all logits of a token have in common is left out: it changes no probability.
     """
     size = min(wanted.shape[-1], found.shape[-1])
-    one, other = (
-        each[..., :size].astype(np.float64) - each[..., :size].mean(-1, keepdims=True)
-        for each in (wanted, found)
-    )
-    norms = np.maximum(np.linalg.norm(one, axis=-1), np.finfo(np.float32).tiny)
+    whole, second = (each[..., :size].astype(np.float64) for each in (wanted, found))
+    one, other = (each - each.mean(-1, keepdims=True) for each in (whole, second))
+    # Where all logits are nearly equal, only rounding is left of them.
+    least = np.maximum(_LEAST_SPREAD * np.linalg.norm(whole, axis=-1), np.finfo(np.float32).tiny)
+    norms = np.maximum(np.linalg.norm(one, axis=-1), least)
     differs = np.linalg.norm(one - other, axis=-1) / norms
     return float(np.nan_to_num(differs, nan=np.inf).max())

@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("mlx_lm")
 
-from backends.base import Engine, EngineOptions  # noqa: E402
+from backends.base import Engine, EngineOptions, RuntimeChoice  # noqa: E402
+from backends.mlx.backend import MlxBackend  # noqa: E402
 from backends.registry import load_backends  # noqa: E402
 from backends.trials import TrialFolder, TrialOptions  # noqa: E402
 from core.types import TokenPrompt  # noqa: E402
@@ -81,8 +82,11 @@ def write_model(folder: Path, kind: str) -> list[list[int]]:
 
 def open_model(folder: Path, trials: Path) -> Engine:
     """Open the model on MLX, whatever its scan would choose, unless MLX does not know it."""
-    backend = load_backends()["safetensors"]
+    backends = load_backends()
+    backend, mlx = backends["safetensors"], backends["mlx"]
     info = backend.identify(folder / "model.safetensors")
+    if isinstance(mlx, MlxBackend) and mlx.supports(info.architecture):
+        info = replace(info, choice=RuntimeChoice("mlx", "the test wants it", "pytorch"))
     options = EngineOptions(
         max_sequences=4,
         threads=1,
@@ -126,7 +130,8 @@ async def test_what_is_done_otherwise_is_told(
 ) -> None:
     kind, engine, _ = served
     _, _, runtime, rows = KINDS[kind]
-    assert engine.info.details["runs_on"] == runtime
+    assert engine.info.choice is not None
+    assert engine.info.choice.runtime == runtime
     assert engine.max_sequences == rows
     assert bool(engine.limitations) == (kind not in ("right", "unknown to MLX"))
 

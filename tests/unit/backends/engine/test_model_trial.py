@@ -11,7 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from backends.engine.row_model import RowInput
-from backends.engine.trial.checks import TrialTerms, affordable_tokens, difference, run_trial
+from backends.engine.trial.checks import (
+    TrialTerms,
+    affordable_tokens,
+    difference,
+    rounded_length,
+    run_trial,
+)
 from backends.engine.trial.results import trial_key, tried, try_model
 from backends.engine.trial.row_models import LimitedRows, RowModelSubject, limited
 from backends.trials import RamTrials, TrialFolder, TrialOptions, TrialResult, TrialRow, tell
@@ -236,6 +242,16 @@ def test_a_difference_leaves_out_what_all_logits_have_in_common() -> None:
     assert difference(one, one + 3) < 1e-6
     assert difference(one, one * 1.1) == pytest.approx(0.1, abs=1e-3)
     assert difference(one, np.full_like(one, np.nan)) == np.inf
+    # Of equal logits, only rounding is left.
+    equal = np.full((2, 50), 3.0, np.float32)
+    assert difference(equal, equal + np.float32(1e-6) * one) < 0.01
+    assert difference(np.zeros_like(one), np.zeros_like(one)) == 0.0
+
+
+def test_loads_with_nearly_the_same_context_have_the_same_terms() -> None:
+    assert [rounded_length(tokens) for tokens in (0, 1, 4095, 4096, 5000)] == [
+        1, 1, 2048, 4096, 4096,
+    ]  # fmt: skip
 
 
 class TestLimitedRows:
