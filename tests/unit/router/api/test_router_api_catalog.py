@@ -126,6 +126,14 @@ async def test_tool_parser_is_one_of_the_families(server: Server) -> None:
     assert shown.json()["settings"]["tool_parser"] == "mistral"
 
 
+async def test_what_a_trial_found_is_shown_of_a_loaded_model(server: Server) -> None:
+    assert (await server.ask("GET", "/api/models/mine")).json()["limitations"] == []
+    told = ("tiny computes requests one after the other, not together (they differ by 40%).",)
+    server.resident = [Residency(TINY, "gguf", "r", "n", 1024, 0.1, limitations=told)]
+    await server.view._model_states.refresh()
+    assert (await server.ask("GET", "/api/models/mine")).json()["limitations"] == list(told)
+
+
 async def test_runtime_is_one_that_the_scan_found(server: Server, tmp_path: Path) -> None:
     store = CatalogStore(tmp_path / "catalog.sqlite")
     two = RuntimeChoice("mlx", "its tensors fit", "pytorch", "MLX is faster")
