@@ -1,7 +1,6 @@
 """Says how the tensors in a Hugging Face folder become the model's weights."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,11 +13,11 @@ from backends.hf.quantization import declared_quantization, quantization_beside,
 
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 # Statistics of activations and of the KV cache, which weights do not need.
-_UNUSED = re.compile(
-    r".*\.(input_scale|output_scale|input_zero_point|output_zero_point|input_global_scale|"
-    r"activation_scale|qscale_act|input_amax|output_amax|[qkv]_scale|[qkv]_zero_point|weight_format|"
-    r"weight_observer\..*|.*_amax)"
-)
+_UNUSED = frozenset({
+    "activation_scale", "input_amax", "input_global_scale", "input_scale", "input_zero_point",
+    "k_scale", "k_zero_point", "output_amax", "output_scale", "output_zero_point", "q_scale",
+    "q_zero_point", "qscale_act", "v_scale", "v_zero_point", "weight_format",
+})  # fmt: skip
 # Endings that only packed weights have, and the tensor that must be beside each.
 _PACKED_ENDINGS = (
     ".qweight", ".qzeros", ".weight_packed", ".weight_scale_inv", ".SCB", ".weight.absmax",
@@ -77,7 +76,7 @@ def weight_layout(
             "remove quantization_config if the weights are not quantized, or download them again",
         )
     used = {name for each in packed for name in each.parts.values()}
-    plain = tuple(name for name in tensors if name not in used and not _UNUSED.fullmatch(name))
+    plain = tuple(name for name in tensors if name not in used and not _is_unused(name))
     rest = _marked(plain)
     if rest:
         raise broken(
@@ -87,6 +86,11 @@ def weight_layout(
         )
     _refuse_integers(folder, tensors, plain)
     return WeightLayout(plain, packed, scheme.label, scheme.method)
+
+
+def _is_unused(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return last in _UNUSED or last.endswith("_amax") or ".weight_observer." in name
 
 
 def _refuse_integers(

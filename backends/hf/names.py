@@ -25,17 +25,23 @@ _ROOTS = frozenset({
 })  # fmt: skip
 # Inside `model.`, other roots may also be names of a model's own parts.
 _ROOTS_IN_MODEL = frozenset({"gpt_neox", "lm_head", "model", "transformer.h"})
-_MAX_HOLDERS = 8
-_AVERAGES = re.compile(r"(ema|ema_model|model_ema|ema_network|averaged_model|avg_model)\.(.+)")
+_MAX_HOLDERS = 4
+_AVERAGES = tuple(
+    f"{name}."
+    for name in ("ema", "ema_model", "model_ema", "ema_network", "averaged_model", "avg_model")
+)
 # Of training only: counters, and the heads of reward models and metrics.
 _NOT_WEIGHTS = re.compile(
-    r"(n_averaged|v_head\..+|(criterion|loss|loss_fn|metrics?|(train|val|valid|test)_\w+)\..+)"
+    r"n_averaged$|v_head\..|(criterion|loss|loss_fn|metrics?|(train|val|valid|test)_\w{1,64})\.."
 )
-_ADAPTED = re.compile(
-    r"(.+\.)?(lora_[ABab]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)(\..+)?"
-)
+_MODULES = re.compile(r"\A(module\.)+(?=.)")
+_ADAPTED = frozenset({
+    "base_layer", "lora_A", "lora_B", "lora_a", "lora_b", "lora_embedding_A", "lora_embedding_B",
+    "lora_magnitude_vector",
+})  # fmt: skip
+_ADAPTED_HINTS = ("lora_", "base_layer")
 # Source: the checkpoints of Meta's llama and of mistral-inference.
-_ORIGINAL = re.compile(r"(layers\.\d+\.attention\.w[qkvo]|tok_embeddings)\.weight")
+_ORIGINAL = re.compile(r"(layers\.\d+\.attention\.w[qkvo]|tok_embeddings)\.weight$")
 
 
 def model_names(path: Path, stored: Collection[str]) -> Mapping[str, str]:
@@ -46,18 +52,18 @@ def model_names(path: Path, stored: Collection[str]) -> Mapping[str, str]:
     BrokenModel for unmerged adapters, and if two tensors have the same name.
     """
     names = {name: _unwrapped(name) for name in stored}
-    names = {old: new for old, new in names.items() if not _NOT_WEIGHTS.fullmatch(new)}
+    names = {old: new for old, new in names.items() if not _NOT_WEIGHTS.match(new)}
     names = _without_averages(names)
     for _ in range(_MAX_HOLDERS):
         names = _without_holder(names)
-    adapted = next((old for old, new in names.items() if _ADAPTED.fullmatch(new)), None)
+    adapted = next((old for old, new in names.items() if _is_adapted(new)), None)
     if adapted is not None:
         raise broken(
             path,
             f"an adapter (LoRA) is not merged into its weights ({adapted[:80]!r}); merge it, for "
             "example with PEFT's merge_and_unload, and save the model again",
         )
-    if any(_ORIGINAL.fullmatch(new) for new in names.values()):
+    if any(_ORIGINAL.match(new) for new in names.values()):
         raise broken(
             path,
             "its weights have the names of Meta's or Mistral's own code; use the model's Hugging "
@@ -77,19 +83,23 @@ def model_names(path: Path, stored: Collection[str]) -> Mapping[str, str]:
 
 def _unwrapped(name: str) -> str:
     """Return a name without the wrappers in it; `module` wraps at the start only."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
+    if any(wrapper in name for wrapper in _WRAPPERS):
+        name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return _MODULES.sub("", name, count=1)
+
+
+def _is_adapted(name: str) -> bool:
+    """Whether a name is of a part of an adapter, or of what one wraps."""
+    has_hint = any(hint in name for hint in _ADAPTED_HINTS)
+    return has_hint and any(part in _ADAPTED for part in name.split("."))
 
 
 def _without_averages(names: dict[str, str]) -> dict[str, str]:
     """Leave averaged copies out; if there are no other weights, they are the model."""
-    kept = {old: new for old, new in names.items() if not _AVERAGES.fullmatch(new)}
-    if kept:
+    kept = {old: new for old, new in names.items() if not new.startswith(_AVERAGES)}
+    if kept or not names:
         return kept
-    inner = {old: match[2] for old, new in names.items() if (match := _AVERAGES.fullmatch(new))}
-    return {old: _unwrapped(new) for old, new in inner.items()}
+    return {old: _unwrapped(new.partition(".")[2]) for old, new in names.items()}
 
 
 def _without_holder(names: dict[str, str]) -> dict[str, str]:
@@ -98,11 +108,10 @@ def _without_holder(names: dict[str, str]) -> dict[str, str]:
         prefix = f"{holder}."
         if not names or not all(name.startswith(prefix) for name in names.values()):
             continue
-        inner = {old: _unwrapped(new.removeprefix(prefix)) for old, new in names.items()}
-        roots = {name.partition(".")[0] for name in inner.values()}
-        roots |= {".".join(name.split(".", 2)[:2]) for name in inner.values()}
-        if roots & (_ROOTS_IN_MODEL if holder == "model" else _ROOTS):
-            return inner
+        roots = _ROOTS_IN_MODEL if holder == "model" else _ROOTS
+        starts = tuple(f"{prefix}{inner}{root}." for root in roots for inner in ("", "module."))
+        if any(name.startswith(starts) for name in names.values()):
+            return {old: _unwrapped(new.removeprefix(prefix)) for old, new in names.items()}
     return names
 
 

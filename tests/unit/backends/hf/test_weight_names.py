@@ -18,6 +18,7 @@ OTHERS = (
     ("model.language_model.layers.0.up.weight", "model.visual.patch.weight"),
     ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"),
     ("0.auto_model.layer.weight", "linear.weight"),
+    ("encoder.module.layer.weight", "model.module.ema.weight", "x.module.module.weight"),
 )
 
 
