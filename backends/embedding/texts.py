@@ -7,7 +7,7 @@ from backends.embedding.inputs import PairTemplate, SpecialTokens
 
 
 class Frame(Protocol):
-    """The special tokens around texts; see `backends.hf.special_frame`."""
+    """The special tokens around texts; see `backends.special_frame`."""
 
     @property
     def single(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -13,8 +13,8 @@ from backends.grammar.vocabulary import Vocabulary
 from backends.hf.config import HfFolder, read_folder
 from backends.hf.header import broken, read_optional_json, read_text
 from backends.hf.pieces import piece_reader
-from backends.hf.special_frame import SpecialFrame, gives_types, lower_texts, read_frame
 from backends.hf.token_lengths import longest_token
+from backends.special_frame import SpecialFrame, gives_types, lower_texts, read_frame
 from backends.token_bounds import fewest_tokens
 from core.errors import (
     BrokenModel,

@@ -47,7 +47,8 @@ def open_encoder(
             return OnnxReranker(session, layout, tokenizer, pad_id, activation)
         return OnnxEmbedder(session, layout, tokenizer, pad_id, head)
 
-    context = min(options.context_tokens, info.context_length)
+    # A graph alone does not say it; its tokenizer may come from another folder.
+    context = min(options.context_tokens, settings.max_tokens or options.context_tokens)
     return EmbeddingEngine(
         info,
         open_model,

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 from backends.base import ModelInfo
+from backends.small_json import read_object
 from catalog.models import Package
 
 logger = logging.getLogger(__name__)
@@ -40,11 +41,21 @@ class InstalledStarter:
     details: Mapping[str, int | float | str | bool] = field(default_factory=dict)
 
     def describe(self, info: ModelInfo) -> ModelInfo:
-        """Return `info` completed with what only the package knows: name, license, tokenizer."""
+        """Return `info` completed with what only the package knows: name, license, tokenizer.
+
+        The folder of the tokenizer also says how long an input may be.
+        """
+        folder = self.details.get("tokenizer_folder")
+        length = info.context_length
+        if isinstance(folder, str):
+            stated = read_object(Path(folder) / "sentence_bert_config.json").get("max_seq_length")
+            if isinstance(stated, int) and 0 < stated < length:
+                length = stated
         return replace(
             info,
             name=self.name or info.name,
             license=self.license or info.license,
+            context_length=length,
             details={**info.details, **self.details},
         )
 

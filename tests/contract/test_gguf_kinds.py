@@ -22,6 +22,7 @@ from core.errors import (
     RequestError,
     UnsupportedCapability,
 )
+from core.types import EmbeddingParams
 from tests.gguf_files import (
     bert_gguf,
     gemma2_gguf,
@@ -213,7 +214,8 @@ async def test_embedding_that_is_cancelled_computes_no_further_batches(tmp_path:
 async def test_embedding_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     engine = open_model(bert_gguf(tmp_path / "bert.gguf"))
     with pytest.raises(ContextLengthExceeded):
-        await engine.embed(["sea " * 5000])
+        await engine.embed(["sea " * 5000], params=EmbeddingParams(truncate="none"))
+    assert (await engine.embed(["sea " * 5000])).prompt_tokens == engine.context_tokens
     with pytest.raises(RequestError, match="vocabulary"):
         await engine.embed([[10**6]])
     with pytest.raises(RequestError, match="empty"):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from backends.base import Engine, EngineOptions
 from backends.onnx.backend import OnnxBackend
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedCapability
-from core.types import JsonOutput, TokenPrompt
+from core.types import EmbeddingParams, JsonOutput, TokenPrompt
 from tests.golden import golden, reference
 from tests.onnx_files import (
     CONFIG,
@@ -200,7 +200,7 @@ async def test_embedding_takes_token_ids_and_refuses_too_many(embedder: Engine) 
     np.testing.assert_allclose(made.vectors[0], made.vectors[1], atol=1e-6)
     assert made.prompt_tokens == 2 * len(ids)
     with pytest.raises(ContextLengthExceeded):
-        await embedder.embed(["cat " * 300])
+        await embedder.embed(["cat " * 300], params=EmbeddingParams(truncate="none"))
     with pytest.raises(RequestError, match="vocabulary"):
         await embedder.embed([[10**6]])
 

@@ -8,7 +8,7 @@ import pytest
 
 from backends.base import ModelInfo
 from backends.hf.folder import folder_info, read_folder
-from backends.hf.special_frame import gives_types
+from backends.special_frame import gives_types
 from core.errors import BrokenModel
 from core.types import Capability
 

@@ -69,6 +69,8 @@ def test_embedding_starters_have_one_name_and_one_tokenizer(library: Library) ->
         "tokenizer_folder": str(tensors.info.files[0].parent),
     }
     assert (tensors.info.files[0].parent / "tokenizer.json").is_file()
+    # The graph alone does not say how long an input may be, the tokenizer's folder does.
+    assert onnx.info.context_length == 256
     variants = library.store.resolve("all-MiniLM-L6-v2")
     assert best_variant(variants, (), 2**40) == tensors
 
