@@ -20,7 +20,7 @@ from backends.hf.folder import read_folder
 from backends.hf.header import broken
 from backends.hf.tokenizer import HfTokenizer
 from backends.mlx.check import check_mlx, start_runtime
-from backends.mlx.embedding import open_embedder
+from backends.mlx.embedding import check_encoder, open_embedder
 from backends.mlx.file import mlx_info, mlx_tensors, runtime_type
 from backends.mlx.memory import estimate_mlx, wants_dense
 from backends.mlx.model import MlxModel, check_config, import_runtime
@@ -85,7 +85,9 @@ class MlxBackend(Backend):
 
     def identify(self, path: Path) -> ModelInfo:
         """Read the headers of the weights and the configuration beside them."""
-        return mlx_info(path)
+        info = mlx_info(path)
+        check_encoder(info)
+        return info
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         """Return weights, KV cache and compute buffers in bytes, also for safetensors models."""

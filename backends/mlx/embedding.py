@@ -15,7 +15,8 @@ from backends.embedding.texts import TextInputs
 from backends.hf.folder import HfFolder
 from backends.hf.tokenizer import HfTokenizer
 from backends.mlx.model import MlxModel
-from core.errors import UnsupportedCapability
+from core.errors import BrokenModel, UnsupportedCapability
+from core.types import Capability
 
 
 def open_embedder(
@@ -53,6 +54,17 @@ def open_embedder(
         is_unit=settings.is_unit,
         tries_padding=True,
     )
+
+
+def check_encoder(info: ModelInfo) -> None:
+    """Raise BrokenModel for reranking models, and for embedding models with unknown modules."""
+    if Capability.RERANK in info.capabilities:
+        raise BrokenModel(
+            "MLX runs no reranking models; use the model's original weights (safetensors) or GGUF.",
+            param="model",
+        )
+    if Capability.EMBEDDING in info.capabilities:
+        read_settings(info.files[0].parent)
 
 
 class MlxEmbeddingModel(TextInputs):

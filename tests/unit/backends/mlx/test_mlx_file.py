@@ -102,6 +102,16 @@ def test_an_impossible_group_size_is_refused(tmp_path: Path, group_size: Any) ->
         MlxBackend().identify(write_model(tmp_path, config, PACKED))
 
 
+def test_rerankers_and_unknown_modules_are_refused_at_the_scan(tmp_path: Path) -> None:
+    config = {**CONFIG, "architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    with pytest.raises(BrokenModel, match="no reranking models"):
+        MlxBackend().identify(write_model(tmp_path, config))
+    modules = [{"path": "", "type": "sentence_transformers.models.LSTM"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(BrokenModel, match="LSTM"):
+        MlxBackend().identify(write_model(tmp_path, {**CONFIG, "architectures": ["LlamaModel"]}))
+
+
 def test_every_shard_gives_the_same_answer(tmp_path: Path) -> None:
     write_model(tmp_path).unlink()
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
