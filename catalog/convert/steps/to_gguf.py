@@ -60,7 +60,7 @@ def to_gguf(job: Job, report: Report) -> None:
     dtype = job.quantization if is_direct else "f32"
     layout = _Layout(model, weight_files(job, (".safetensors",)), dtype)
     # A file without weights tells whether the tokenizer can be converted at all.
-    report(0.0, "comparing the tokenizers")
+    report(0.01, "comparing the tokenizers")
     trial = job.work / "tokenizer.gguf"
     _write(job, model, trial, dtype, None, report)
     added = [token["content"] for token in model.tokenizer_json.get("added_tokens", ())]
@@ -101,7 +101,7 @@ def _write(
         writer.write_ti_data_to_file()
         written, total = 0, sum(each.nbytes for each in layout.tensors) if layout else 0
         for tensor in layout.tensors if layout is not None else ():
-            report(0.7 * written / total, "writing the weights")
+            report(0.05 + 0.65 * written / total, "writing the weights")
             writer.write_tensor_data(tensor)
             written += tensor.nbytes
     finally:
