@@ -45,8 +45,8 @@ _STEPS: Mapping[tuple[str, str], _StepMemory] = {
     ("gguf", "safetensors"): _StepMemory(380 * MIB, token_bytes=1300),
     ("gguf", "gguf"): _StepMemory(100 * MIB, largest_bytes=6.0),
     ("gguf", "mlx"): _StepMemory(380 * MIB, token_bytes=1300),
-    ("safetensors", "mlx"): _StepMemory(380 * MIB, largest_bytes=6.0),
-    ("safetensors", "gguf"): _StepMemory(380 * MIB, largest_bytes=6.0, token_bytes=1300),
+    ("safetensors", "mlx"): _StepMemory(260 * MIB, largest_bytes=7.0),
+    ("safetensors", "gguf"): _StepMemory(300 * MIB, largest_bytes=6.0, token_bytes=1300),
     ("safetensors", "onnx"): _StepMemory(500 * MIB, parameter_bytes=6.0),
     ("safetensors", "coreml"): _StepMemory(1300 * MIB, parameter_bytes=2.5),
 }
