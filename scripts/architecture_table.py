@@ -58,7 +58,8 @@ def _cell(outcome: Mapping[str, str] | None) -> str:
     if outcome["runtime"] == "refused":
         # The reason alone: the files' names and what else this server runs are known here.
         reason = _text(outcome["reason"])
-        return f"refused: {(reason.partition('cannot be used: ')[2] or reason).partition(';')[0]}"
+        reason = (reason.partition("cannot be used: ")[2] or reason).partition(";")[0]
+        return f"refused: {reason.rstrip('.')}"
     # What the model does otherwise, without what led to it.
     limits = re.split(r": | \(|\.$", _text(outcome.get("limits", "")))[0]
     return f"{_RUNTIMES[outcome['runtime']]}{'; ' if limits else ''}{limits}"

@@ -52,12 +52,14 @@ async def test_a_model_answers_as_transformers_does(
     record_property(PROPERTY, shown)
     if isinstance(outcome, Refused):
         _compare(request.config, shown, outcome)
-        assert REFUSED.get(name, "it is to be served") in outcome.reason
+        assert REFUSED.get((name, layout), "it is to be served") in outcome.reason
         return
     assert isinstance(outcome, ModelInfo)
-    assert name not in REFUSED
+    assert (name, layout) not in REFUSED
     # Small tables, such as those of routers, may count as parameters; rotary tables may not.
-    assert outcome.parameters == pytest.approx(model.parameters, rel=1e-3)
+    # mlx-lm leaves the weights out that see.
+    if "vision_config" not in ARCHITECTURES[name].settings:
+        assert outcome.parameters == pytest.approx(model.parameters, rel=1e-3)
     engine = _open(outcome)
     try:
         assert await problems_of(engine, model, FEW_WAYS if layout == "bin" else ALL_WAYS) == []
