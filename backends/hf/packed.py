@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
-from backends.hf.bnb_state import MAX_STATE_BYTES, read_bnb_state
 from backends.hf.header import broken
-from backends.hf.quantization import Scheme
+from backends.hf.quantization import MAX_STATE_BYTES, Scheme, read_bnb_state
 from core.errors import BrokenModel
 
 Kind: TypeAlias = Literal["gptq", "awq", "int32", "grid", "fp4", "mxfp4", "bnb4"]

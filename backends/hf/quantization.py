@@ -1,9 +1,12 @@
 """Reads how a Hugging Face folder's weights are quantized; refuses methods that cannot be read.
 
 Source: transformers' `quantization_config`, AutoGPTQ's `quantize_config.json`, AutoAWQ's
-`quant_config.json`, and NVIDIA ModelOpt's `hf_quant_config.json`.
+`quant_config.json`, NVIDIA ModelOpt's `hf_quant_config.json`, and the JSON of bitsandbytes'
+`QuantState.as_dict`, which lies beside each of its 4-bit weights.
 """
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,6 +15,7 @@ from typing import Any
 from backends.hf.config import HfFolder
 from backends.hf.header import broken, read_optional_json
 
+MAX_STATE_BYTES = 4096
 _UNREADABLE: Mapping[str, str] = MappingProxyType({
     "aqlm": "AQLM", "bitnet": "BitNet", "eetq": "EETQ", "exl2": "EXL2", "exl3": "EXL3",
     "fouroversix": "FourOverSix", "fp_quant": "FP-Quant", "gemma": "Gemma's own quantization",
@@ -260,3 +264,45 @@ class _Reader:
     def refused(self, method: str) -> Exception:
         reason = f"its weights are quantized with {method}, which no runtime here reads; {_ADVICE}"
         return broken(self.folder.path / "config.json", reason)
+
+
+@dataclass(frozen=True, slots=True)
+class BnbState:
+    """A 4-bit weight's shape, the weights per scale, and how the scales are quantized."""
+
+    shape: tuple[int, ...]
+    block_size: int
+    nested_block_size: int
+    nested_offset: float
+
+
+def read_bnb_state(data: bytes, count: int) -> BnbState:
+    """Return the state in `data`, of a weight of `count` values, or one less.
+
+    Raises ValueError if it is not one.
+    """
+    if len(data) > MAX_STATE_BYTES:
+        raise ValueError(f"its quant_state has {len(data)} bytes, over {MAX_STATE_BYTES}")
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as problem:
+        raise ValueError("its quant_state is not valid JSON") from problem
+    if not isinstance(found, dict):
+        raise ValueError("its quant_state is not an object")
+    shape, size = found.get("shape"), found.get("blocksize")
+    nested, offset = found.get("nested_blocksize"), found.get("nested_offset")
+    nested = 256 if nested is None else nested
+    offset = 0.0 if offset is None else offset
+    is_sound = (
+        isinstance(shape, list)
+        and 1 <= len(shape) <= 4
+        and all(type(each) is int and each > 0 for each in (*shape, size, nested))
+        and isinstance(offset, float | int)
+        and math.prod(shape) in (count, count - 1)
+    )
+    if not is_sound or not isinstance(shape, list) or not isinstance(size, int):
+        raise ValueError(
+            f"its quant_state has shape {str(shape)[:60]} and blocksize {str(size)[:20]} for "
+            f"{count} values"
+        )
+    return BnbState(tuple(shape), size, nested, float(offset))

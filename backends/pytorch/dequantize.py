@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from backends.hf.bnb_state import MAX_STATE_BYTES, BnbState, read_bnb_state
 from backends.hf.folder import HfFolder
 from backends.hf.header import broken
 from backends.hf.layout import weight_layout
 from backends.hf.packed import PackedWeight
+from backends.hf.quantization import MAX_STATE_BYTES, BnbState, read_bnb_state
 
 # Weights that are computed at once, in float32, besides the result.
 _CHUNK_ELEMENTS = 1 << 22

@@ -120,7 +120,7 @@ def _other_shape(stored: dict[str, Any]) -> None:
         ("bnb-nf4", _state('{"shape": [32, 64], "blocksize": 0}'), "blocksize 0"),
         ("bnb-nf4", _state('{"shape": [32, 64], "blocksize": 2}'), "scales for 2048"),
         ("bnb-nf4", _state('{"shape": [32, 64], "blocksize": 64, "nested_offset": "x"}'), "state"),
-        ("bnb-nf4", _state(" " * 5000), "at most 4096"),
+        ("bnb-nf4", _state(" " * 5000), "over 4096"),
         ("bnb-nf4", _short_scales, "scales for 2048"),
         ("bnb-nf4", _small_map, "3 values, not 16"),
     ],
