@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from backends.base import EngineOptions
 from backends.onnx.backend import OnnxBackend
 from backends.onnx.info import onnx_info, read_model
-from backends.onnx.layout import DecoderLayout, read_layout
+from backends.onnx.layout import DecoderLayout, EncoderLayout, read_layout
 from core.errors import BrokenModel, InsufficientMemory, NotThisFormat
 from core.types import Capability
 from tests.onnx_files import (
@@ -131,6 +132,7 @@ def test_a_damaged_genai_config_is_no_description(tmp_path: Path, text: str) -> 
         (lambda: encoder(inputs=("attention_mask",)), "no input 'input_ids'"),
         (lambda: encoder("logits"), "no past key values"),
         (lambda: encoder("scores"), "no output of token vectors"),
+        (lambda: encoder("text_embeds"), "CLIP"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path: Path, build: Any, reason: str) -> None:
@@ -193,6 +195,37 @@ def test_an_encoder_is_described(tmp_path: Path) -> None:
     assert info.details["is_encoder"] is True
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 40}')
     assert onnx_info(tmp_path / "model.onnx").context_length == 40
+
+
+async def test_an_encoder_of_one_shape_gets_one_padded_row(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model = encoder()
+    for value in model.graph.input:
+        for dimension, size in zip(value.type.tensor_type.shape.dim, (1, 16), strict=True):
+            dimension.dim_value = size
+    path = write_folder(tmp_path / "fixed", model, config=ENCODER_CONFIG)
+    layout = read_model(path).layout
+    assert isinstance(layout, EncoderLayout)
+    assert (layout.length, layout.is_batchable) == (16, False)
+    info = onnx_info(path)
+    assert info.context_length == 16
+    engine = OnnxBackend().open(info, EngineOptions(threads=1))
+    found = await engine.embed(["t3", "t3 t4", "t5 " * 40])
+    assert (found.prompt_tokens, found.truncated_tokens) == (1 + 2 + 16, 24)
+    free = write_folder(tmp_path / "free", encoder(), config=ENCODER_CONFIG)
+    other = OnnxBackend().open(onnx_info(free), EngineOptions(threads=1))
+    wanted = await other.embed(["t3", "t3 t4", "t5 " * 16])
+    np.testing.assert_allclose(found.vectors, wanted.vectors, atol=1e-5)
+    await engine.close()
+    await other.close()
+
+
+def test_the_half_of_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, encoder(), config=ENCODER_CONFIG)
+    for name in ("encoder_model.onnx", "encoder_model_quantized.onnx"):
+        half = write(tmp_path, encoder(), name=name)
+        with pytest.raises(BrokenModel, match="half of an encoder-decoder"):
+            onnx_info(half)
 
 
 def test_an_encoder_alone_is_described(tmp_path: Path) -> None:
