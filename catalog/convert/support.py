@@ -14,6 +14,7 @@ from typing import Any
 from backends.base import ModelInfo
 from backends.gguf.header import GgufFile, read_gguf
 from backends.hf.config import HfFolder, read_folder
+from backends.mlx.limits import unread_setting
 from backends.mlx.model import check_config, supports
 from catalog.changes import file_signature
 from catalog.convert.steps.coreml_decoder import decoder_of, longest_context
@@ -80,7 +81,7 @@ def step_reason(info: ModelInfo, start: str, end: str, quantization: str = "") -
 def _folder_reason(info: ModelInfo, folder: HfFolder, end: str, quantization: str) -> str:
     """Return why a folder of safetensors cannot be converted to the format `end`."""
     if end == "mlx":
-        return mlx_reason(folder.config) or _inspected_reason(info, folder.config)
+        return _mlx_folder_reason(info, folder.config)
     if end not in ("gguf", "onnx", "coreml"):
         return ""
     if "wrapper_model_type" in folder.config:
@@ -134,15 +135,18 @@ def _gguf_source_reason(header: GgufFile, end: str) -> str:
     return ""
 
 
-def _inspected_reason(info: ModelInfo, config: Mapping[str, Any]) -> str:
-    """Return why mlx-lm was found not to run the model when its folder was inspected."""
+def _mlx_folder_reason(info: ModelInfo, config: Mapping[str, Any]) -> str:
+    """Return why a folder cannot be converted to MLX: what its inspection found decides."""
     choice = info.choice
-    if choice is None or "mlx" in (choice.runtime, choice.alternative):
+    # MLX may be missing on this machine only.
+    if choice is None or choice.reason.startswith(_MLX_ABSENT):
+        return mlx_reason(config)
+    if "mlx" in (choice.runtime, choice.alternative):
         return ""
-    # The conversion limits the context to the window.
-    is_window = attention_window(config) is not None and "sliding" in choice.reason
-    is_absent = choice.reason.startswith(_MLX_ABSENT)
-    return "" if is_window or is_absent else choice.reason.removesuffix(".")
+    if "sliding" in choice.reason and attention_window(config) is not None:
+        # The conversion limits the context to the window.
+        return mlx_reason(config)
+    return choice.reason.removesuffix(".")
 
 
 def _after_gguf_reason(header: GgufFile, end: str) -> str:
@@ -239,7 +243,10 @@ def _skip(text: str, position: int, characters: str) -> int:
 
 
 def mlx_reason(config: Mapping[str, Any]) -> str:
-    """Return why mlx-lm cannot run a model; empty if it can."""
+    """Return why mlx-lm cannot run a model; empty if it can.
+
+    A window that it does not have is no reason, because the conversion limits the context to it.
+    """
     model_type = str(config.get("wrapper_model_type") or config.get("model_type") or "")
     if not supports(model_type):
         return f"mlx-lm does not support the architecture {model_type[:60]!r}"
@@ -247,7 +254,8 @@ def mlx_reason(config: Mapping[str, Any]) -> str:
         check_config(config)
     except ImpetusError as error:
         return error.message.removesuffix(".")
-    return ""
+    limited = {key: value for key, value in config.items() if key != "sliding_window"}
+    return unread_setting(model_type, limited)
 
 
 def onnx_reason(config: Mapping[str, Any], quantization: str) -> str:

@@ -180,6 +180,18 @@ def test_what_mlx_was_found_not_to_run_is_not_converted_to_it(
     assert bool(found) == bool(reason)
 
 
+@pytest.mark.parametrize("format", ["pytorch", "safetensors"])
+def test_settings_that_mlx_does_not_read_are_told(tmp_path: Path, format: str) -> None:
+    said = {"rope_scaling": {"rope_type": "never-heard-of", "factor": 2.0}}
+    info = replace(described(tmp_path, said), format=format)
+    assert "never-heard-of" in reasons(info)["mlx"]
+    # The same code gave the same text when the folder was inspected.
+    tried = replace(info, choice=RuntimeChoice("mlx", "compared with transformers"))
+    assert reasons(tried)["mlx"] == ""
+    window = replace(described(tmp_path, {"sliding_window": 48}), format=format)
+    assert reasons(window)["mlx"] == ""
+
+
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     info = described(tmp_path, {})
     assert reasons(info)["gguf"] == ""
