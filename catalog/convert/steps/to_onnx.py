@@ -37,6 +37,7 @@ def to_onnx(job: Job, report: Report) -> None:
     if exporter == "genai":
         report(0.0, "building the graph")
         make_loadable(source)
+        name_class(source)
         try:
             _build(job, source)
         except NotImplementedError as error:
@@ -67,6 +68,16 @@ def make_loadable(source: Path) -> None:
         remove_tokenizer(source)
         Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(source / "tokenizer.json"))
         write_json(source / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def name_class(source: Path) -> None:
+    """Add the class of a model to its config.json, by which the builder chooses its code."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_json(source / "config.json")
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    if not config.get("architectures") and isinstance(name, str):
+        write_json(source / "config.json", config | {"architectures": [name]})
 
 
 def _exporter(job: Job, config: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from catalog.convert.job import Job, link_source, read_json, with_legacy_rope_ke
 from catalog.convert.run import ConversionProgress, ConversionRequest, convert
 from catalog.convert.steps.gguf_tokenizer import PATTERNS, patterns_for, pre_name, pre_tokenizer
 from catalog.convert.steps.rotary import llama3_factors
-from catalog.convert.steps.to_onnx import make_loadable
+from catalog.convert.steps.to_onnx import make_loadable, name_class
 from core.errors import (
     BrokenModel,
     ModelFileMissing,
@@ -316,3 +316,19 @@ def test_a_tokenizer_that_transformers_cannot_load_does_not_stop_the_builder(
     make_loadable(source)
     assert AutoTokenizer.from_pretrained(source, local_files_only=True).vocab_size == 1
     assert not (source / "merges.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "qwen2"}, ["Qwen2ForCausalLM"]),
+        ({"model_type": "qwen2", "architectures": ["Other"]}, ["Other"]),
+        ({"model_type": "never-heard-of"}, None),
+    ],
+)
+def test_the_builder_is_told_the_class_of_a_model(
+    source: Path, config: dict[str, Any], expected: list[str] | None
+) -> None:
+    (source / "config.json").write_text(json.dumps(config))
+    name_class(source)
+    assert read_json(source / "config.json").get("architectures") == expected
