@@ -62,7 +62,23 @@ def check_torch(folder: HfFolder, tensors: Mapping[str, TensorShape]) -> Runtime
         return RuntimeFit(
             f"{len(missing)} tensors that transformers needs are missing: {names[:200]}"
         )
-    return RuntimeFit("", sum(parameter.numel() for parameter in model.parameters()))
+    return RuntimeFit("", sum(parameter.numel() for parameter in model.parameters()) - _tied(model))
+
+
+def _tied(model: Any) -> int:
+    """Return how many parameters are stored twice: without storage no two tensors are equal."""
+    try:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        # Models whose classes do not tell.
+        return 0
+    text = model.config.get_text_config(decoder=True)
+    if not getattr(text, "tie_word_embeddings", False):
+        return 0
+    head, embedding = getattr(head, "weight", None), getattr(embedding, "weight", None)
+    if head is None or embedding is None or head is embedding or head.shape != embedding.shape:
+        return 0
+    return int(head.numel())
 
 
 def compute_reference(raw: Mapping[str, Any], tokens: list[int]) -> Reference:

@@ -56,10 +56,10 @@ async def test_a_model_answers_as_transformers_does(
         return
     assert isinstance(outcome, ModelInfo)
     assert (name, layout) not in REFUSED
-    # Small tables, such as those of routers, may count as parameters; rotary tables may not.
+    # Small vectors, such as a tied bias or a router's, may count twice; tables and weights may not.
     # mlx-lm leaves the weights out that see.
     if "vision_config" not in ARCHITECTURES[name].settings:
-        assert outcome.parameters == pytest.approx(model.parameters, rel=1e-3)
+        assert outcome.parameters == pytest.approx(model.parameters, rel=5e-3)
     engine = _open(outcome)
     try:
         assert await problems_of(engine, model, FEW_WAYS if layout == "bin" else ALL_WAYS) == []
