@@ -21,14 +21,14 @@ from backends.pytorch.loading import load_model
 from backends.registry import load_backends
 from backends.safetensors import SafetensorsBackend
 from core.types import TokenPrompt
-from tests.golden import golden
+from tests.onnx_files import VOCABULARY, write_tokenizer
 from tests.quantized import METHODS, mxfp4_rows
 from tests.requests import request, run, token_ids_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 OPTIONS = EngineOptions(max_sequences=2, threads=1, context_tokens=64, kv_tokens=256)
-PROMPT = TokenPrompt(tuple(range(300, 340)))
+PROMPT = TokenPrompt(tuple(range(8, 48)))
 # Two key-value heads, so that no matrix is square.
 LLAMA = {
     "hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6,
@@ -37,9 +37,11 @@ LLAMA = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Path:
-    """The folder with the starter's tokenizer."""
-    return golden("hf-f32")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return folder
 
 
 def dense(
@@ -63,8 +65,7 @@ def save(folder: Path, tokenizer: Path, config: Mapping[str, Any], weights: Any)
     from safetensors.torch import save_file
 
     folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, folder)
+    shutil.copy(tokenizer / "tokenizer.json", folder)
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: value.contiguous() for name, value in weights.items()},
               folder / "model.safetensors")  # fmt: skip
@@ -144,7 +145,7 @@ async def test_quantized_weights_answer_as_those_they_stand_for(
     tmp_path: Path, tokenizer: Path
 ) -> None:
     sizes = {"tie_word_embeddings": False, **LLAMA}
-    config, packed, plain = quantized("gptq-act-order", "llama", 49152, **sizes)
+    config, packed, plain = quantized("gptq-act-order", "llama", VOCABULARY, **sizes)
     found, chosen = await tokens(save(tmp_path / "packed", tokenizer, config, packed))
     config = {**config, "quantization_config": None}
     whole, _ = await tokens(save(tmp_path / "dense", tokenizer, config, plain))
@@ -157,8 +158,9 @@ async def test_gpt_oss_answers_alike_packed_on_mlx_and_dequantized_on_pytorch(
     tmp_path: Path, tokenizer: Path
 ) -> None:
     config, plain = dense(
-        "gpt_oss", 49152, hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=32,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        "gpt_oss", VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        head_dim=32, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+        num_experts_per_tok=2,
         sliding_window=16, max_position_embeddings=128, layer_types=None,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip

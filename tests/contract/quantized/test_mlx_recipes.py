@@ -1,7 +1,6 @@
 """MLX's quantization modes and mixed recipes compute what their weights stand for."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ pytest.importorskip("mlx_lm")
 from backends.hf.folder import read_folder
 from backends.mlx.backend import MlxBackend
 from backends.mlx.model import MlxModel, import_runtime
-from tests.golden import golden
+from tests.onnx_files import write_tokenizer
 
 CONFIG: Mapping[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128,
@@ -45,7 +44,7 @@ def write(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Any]) -
     import mlx.core as mx
 
     folder.mkdir()
-    shutil.copy(golden("hf-f32") / "tokenizer.json", folder)
+    write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(
         str(folder / "model.safetensors"), dict(weights), metadata={"format": "mlx"}
