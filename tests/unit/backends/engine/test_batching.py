@@ -129,9 +129,7 @@ class SlowVocabulary(ByteTokenizer):
         self.has_ended = True
 
 
-async def test_the_vocabulary_is_read_beside_the_opening_and_before_a_grammar(
-    stepper: FakeStepper,
-) -> None:
+async def test_the_vocabulary_is_read_while_the_stepper_opens(stepper: FakeStepper) -> None:
     tokenizer = SlowVocabulary()
     preparer = Preparer(echo_info(), tokenizer, ChatFormat(None, "", ""), context_tokens=256)
 
@@ -139,16 +137,27 @@ async def test_the_vocabulary_is_read_beside_the_opening_and_before_a_grammar(
         assert tokenizer.reading.wait(30)
         return stepper
 
-    engine = BatchingEngine(echo_info(), preparer, open_stepper, max_waiting=8)
-    assert text_of(await run(engine, request("a", max_tokens=2))) == "xx"
-    assert not tokenizer.has_ended
-    closing = asyncio.create_task(engine.close())
-    await asyncio.sleep(0.05)
-    assert not stepper.is_closed
+    opening = asyncio.create_task(
+        asyncio.to_thread(BatchingEngine, echo_info(), preparer, open_stepper, max_waiting=8)
+    )
+    await asyncio.to_thread(tokenizer.reading.wait, 30)
+    assert not opening.done()
     tokenizer.may_end.set()
-    await closing
+    engine = await opening
     assert tokenizer.has_ended
-    assert stepper.is_closed
+    assert text_of(await run(engine, request("a", max_tokens=2))) == "xx"
+    await engine.close()
+
+
+async def test_a_vocabulary_that_cannot_be_read_costs_grammars_only(stepper: FakeStepper) -> None:
+    class Broken(ByteTokenizer):
+        def read_vocabulary(self) -> None:
+            raise ValueError("a token is no text")
+
+    preparer = Preparer(echo_info(), Broken(), ChatFormat(None, "", ""), context_tokens=256)
+    engine = BatchingEngine(echo_info(), preparer, lambda: stepper, max_waiting=8)
+    assert text_of(await run(engine, request("a", max_tokens=2))) == "xx"
+    await engine.close()
 
 
 async def test_no_more_sequences_run_than_the_stepper_takes(stepper: FakeStepper) -> None:
