@@ -25,7 +25,7 @@ _DIRECT_CHARACTERS = 2048
 _UNCUT_CHARACTERS = 16 * 1024
 # Longer text takes about a second or more; other work goes first.
 _BACKGROUND_CHARACTERS = 512 * 1024
-_PIECE_CHARACTERS = 16 * 1024
+_SET_CHARACTERS = 16 * 1024
 _STACK_BYTES = PIECE_CHARACTERS * STACK_BYTES_PER_CHARACTER + 8 * MIB
 
 
@@ -227,6 +227,6 @@ class GgufTokenization:
 def _characters(text: str) -> set[str]:
     """Return the characters of `text`; a set of a long text at once would hold the global lock."""
     found: set[str] = set()
-    for start in range(0, len(text), _PIECE_CHARACTERS):
-        found.update(text[start : start + _PIECE_CHARACTERS])
+    for start in range(0, len(text), _SET_CHARACTERS):
+        found.update(text[start : start + _SET_CHARACTERS])
     return found
