@@ -12,6 +12,7 @@ from backends.hf.shrink import LAYER_KEYS
 _REPEATS = re.compile(r"(moe_)?(num|n)_.*(layers|experts|stages|blocks)|.*_layers_per_.*")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size", "padded_vocab_size")
 _MAX_REASON = 300
+_MAX_UNUSED_EXPERTS = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,9 @@ def check_claims(folder: HfFolder, tensors: Mapping[str, TensorShape]) -> None:
         levels += [value for value in level.values() if isinstance(value, Mapping)]
         for key, value in level.items():
             limit = _limit(key, len(tensors), longest)
+            # Dense models of some architectures keep the default number of experts.
+            if limit is not None and "experts" in key and level.get("is_moe") is False:
+                limit = max(limit, _MAX_UNUSED_EXPERTS)
             if limit is not None and type(value) is int and value > limit:
                 raise broken(
                     folder.path / "config.json",

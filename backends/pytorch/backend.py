@@ -72,7 +72,8 @@ class PytorchBackend(Backend):
             fit = check_torch(folder, tensors)
         if fit.reason:
             raise broken(folder.path / "config.json", fit.reason)
-        return replace(info, parameters=fit.parameters)
+        # Files count shared weights once, but tables too; the model counts shared weights twice.
+        return replace(info, parameters=min(info.parameters, fit.parameters))
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
         """Return weights, KV cache and buffers in bytes."""

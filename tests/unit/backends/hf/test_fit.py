@@ -51,6 +51,14 @@ def test_claims_of_nested_configurations_are_checked() -> None:
         check_claims(folder_of(config), TENSORS)
 
 
+def test_a_dense_model_may_keep_the_default_number_of_experts() -> None:
+    dense = {**HONEST, "is_moe": False, "num_experts": 16_384}
+    check_claims(folder_of(dense), TENSORS)
+    for config in ({**dense, "is_moe": True}, {**dense, "num_experts": 1_000_000}):
+        with pytest.raises(BrokenModel, match="num_experts="):
+            check_claims(folder_of(config), TENSORS)
+
+
 @pytest.mark.parametrize("value", ["64", None, 1e300, [10**9], True])
 def test_a_claim_that_is_no_number_is_left_to_the_runtime(value: Any) -> None:
     check_claims(folder_of({**HONEST, "num_experts": value}), TENSORS)
