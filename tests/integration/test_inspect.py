@@ -29,7 +29,7 @@ def hostile(expression: str, *, limit_s: float = 30.0) -> Inspector:
     code = f"""
 import ctypes, os, socket, sys, time
 import catalog.scan.inspector_child as child
-def answer(self, path):
+def answer(self, path, avoid):
     self._send_stage("its identification")
     result = "fine"
     if path.name != "good":
