@@ -1,16 +1,18 @@
 """Rejects or removes parts of JSON schemas that a grammar cannot enforce."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 
 from backends.grammar.cost import divisor_of
-from core.errors import RequestError
+from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonValue
 
 # Compile time grows with the square of their number: 500 take half a second.
 _MAX_OPTIONAL = 500
 # llguidance builds one state for each remainder; 300,000 take some 4 seconds.
-_MAX_REMAINDERS = 500_000
+_MAX_STATES = 500_000
 # Longest text of a const or enum, in characters.
 _MAX_LITERAL = 4096
 # Escapes and character classes hold no quantifiers.  A class that is not closed ends with the text:
@@ -28,7 +30,7 @@ def check_enforceable(schema: JsonValue, param: str) -> None:
         pattern = item.get("pattern")
         if isinstance(pattern, str):
             check_pattern(pattern, param)
-        _check_divisor(item, param)
+        _check_divisors(item, param)
         _check_properties(item, param)
 
 
@@ -57,21 +59,35 @@ def _objects(schema: JsonValue) -> Iterator[Mapping[str, JsonValue]]:
             yield item
 
 
-def _check_divisor(schema: Mapping[str, JsonValue], param: str) -> None:
+def _check_divisors(schema: Mapping[str, JsonValue], param: str) -> None:
+    divisors = list(_divisors(schema))
+    if math.lcm(*map(_remainders, divisors)) > _MAX_STATES:
+        shown = " and ".join(f"{divisor:f}"[:40] for divisor in divisors[:3])
+        raise UnsupportedParameter(
+            f"The {param} cannot be enforced: multipleOf {shown} takes over {_MAX_STATES:,} "
+            "states. Leave it out, or use a smaller or rounder number.",
+            param=param,
+        )
+
+
+def _divisors(schema: Mapping[str, JsonValue]) -> Iterator[Decimal]:
+    """Yield the divisors that one number has to have: the schema's own and those in its allOf."""
     divisor = divisor_of(schema.get("multipleOf"))
-    if divisor is None:
-        return
-    # What divides a power of ten depends on the last digits alone, which takes few states.
+    if divisor is not None:
+        yield divisor
+    members = schema.get("allOf")
+    for member in members if isinstance(members, list) else ():
+        if isinstance(member, dict):
+            yield from _divisors(member)
+
+
+def _remainders(divisor: Decimal) -> int:
+    """Return the number of remainders that count: powers of 2 and 5 depend on few last digits."""
     remainders = int("".join(map(str, divisor.as_tuple().digits)))
     for factor in (2, 5):
         while remainders and remainders % factor == 0:
             remainders //= factor
-    if remainders > _MAX_REMAINDERS:
-        raise RequestError(
-            f"The {param} cannot be enforced: multipleOf {str(schema['multipleOf'])[:40]} takes "
-            f"over {_MAX_REMAINDERS:,} states. Leave it out, or use a smaller or rounder number.",
-            param=param,
-        )
+    return remainders
 
 
 def _check_properties(schema: Mapping[str, JsonValue], param: str) -> None:
