@@ -163,7 +163,7 @@ class Launcher:
         key = ' -H "Authorization: Bearer $IMPETUS_API_KEY"' if self._settings.api_key else ""
         body = (
             '{"model": "smollm2-135m-instruct", '
-            '"messages": [{"role": "user", "content": "Say hello."}]}'
+            '"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 64}'
         )
         say("")
         say(f"  Base URL       {base_url}")
