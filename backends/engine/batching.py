@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import wait
 from typing import TypeVar
 
 from backends.base import Engine, EngineLoad, EventReceiver, ModelInfo
@@ -47,14 +46,12 @@ class BatchingEngine(Engine):
         self._watch = StepWatch()
         self._threads = PreparationThreads(self._watch)
         # Beside the loading of the weights, and not with the first grammar, which delays others.
-        reading = self._threads.submit(preparer.read_vocabulary)
+        self._threads.submit(preparer.read_vocabulary)
         try:
             self._loop = EngineLoop(info.name, open_stepper, self._stop_preparing)
         except BaseException:
             self._stop_preparing()
             raise
-        # Else what it takes for a moment would be measured as the model's memory.
-        wait((reading.done,))
         self.max_sequences = self._loop.max_sequences
         self.limitations = self._loop.limitations
 

@@ -17,7 +17,7 @@ from core.errors import BrokenModel, InsufficientMemory
 logger = logging.getLogger(__name__)
 
 _LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
-_MAX_PIECE_BYTES = 512
+_METADATA_BYTES = 512
 
 
 class _NativeLog:
@@ -93,10 +93,7 @@ class GgufModel:
         self.vocabulary = self._llama.llama_model_get_vocab(self.handle)
         self._size = int(self._llama.llama_vocab_n_tokens(self.vocabulary))
         self._text = GgufTokenization(
-            self._llama,
-            self.vocabulary,
-            self.metadata("tokenizer.ggml.pre"),
-            self._special_piece,
+            self._llama, self.vocabulary, self.metadata("tokenizer.ggml.pre")
         )
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}
@@ -130,7 +127,7 @@ class GgufModel:
 
     def metadata(self, key: str) -> str:
         """Return a value of the file's metadata as text; empty if there is none."""
-        buffer = ctypes.create_string_buffer(_MAX_PIECE_BYTES)
+        buffer = ctypes.create_string_buffer(_METADATA_BYTES)
         size = self._llama.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace") if size >= 0 else ""
 
@@ -159,18 +156,7 @@ class GgufModel:
 
     def piece(self, token_id: int, *, special: bool) -> bytes:
         """Return a token's bytes; with `special`, control tokens give their name."""
-        size = _MAX_PIECE_BYTES
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            count = self._llama.llama_token_to_piece(
-                self.vocabulary, token_id, buffer, size, 0, special
-            )
-            if count >= 0:
-                return buffer.raw[:count]
-            size = -count
-
-    def _special_piece(self, token_id: int) -> bytes:
-        return self.piece(token_id, special=True)
+        return self._text.piece(token_id, special=special)
 
     def show(self, *token_texts: bytes) -> None:
         """Make the control tokens of these names appear in the text.
@@ -218,7 +204,7 @@ class GgufModel:
         return ids[0] if is_one else None
 
     def _is_special(self, token_id: int, piece: bytes) -> bool:
-        attributes = self._llama.llama_vocab_get_attr(self.vocabulary, token_id)
+        attributes = self._text.attributes[token_id]
         is_named = piece.startswith(b"<") and piece.endswith(b">")
         return bool(
             attributes & self._llama.LLAMA_TOKEN_ATTR_CONTROL

@@ -1,6 +1,7 @@
 """Tokenizes text with llama.cpp: any text of any length, without overflowing the stack."""
 
-from collections.abc import Callable, Iterator
+import ctypes
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -26,21 +27,19 @@ _UNCUT_CHARACTERS = 16 * 1024
 # Longer text takes about a second or more; other work goes first.
 _BACKGROUND_CHARACTERS = 512 * 1024
 _SET_CHARACTERS = 16 * 1024
+# More than most tokens have.
+_PIECE_BYTES = 512
 _STACK_BYTES = PIECE_CHARACTERS * STACK_BYTES_PER_CHARACTER + 8 * MIB
 
 
 class GgufTokenization:
     """Tokenizes text with one model's vocabulary.  Thread-safe; blocks without the GIL."""
 
-    def __init__(
-        self, llama: Any, vocabulary: Any, pre_tokenizer: str, read_piece: Callable[[int], bytes]
-    ) -> None:
-        """`read_piece` returns the bytes of a token, of control tokens their name."""
+    def __init__(self, llama: Any, vocabulary: Any, pre_tokenizer: str) -> None:
         self._llama = llama
         self._vocabulary = vocabulary
         self._kind = llama.llama_vocab_type(self._vocabulary)
         self._pre_tokenizer = pre_tokenizer
-        self._read_piece = read_piece
         self._size = int(llama.llama_vocab_n_tokens(self._vocabulary))
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -184,12 +183,8 @@ class GgufTokenization:
             | llama.LLAMA_TOKEN_ATTR_USER_DEFINED
             | llama.LLAMA_TOKEN_ATTR_UNKNOWN
         )
-        found = [
-            token_id
-            for token_id in range(self._size)
-            if llama.llama_vocab_get_attr(self._vocabulary, token_id) & wanted
-        ]
-        texts = (self._read_piece(each).decode("utf-8", "replace") for each in found)
+        found = (index for index, each in enumerate(self.attributes) if each & wanted)
+        texts = (self.piece(each, special=True).decode("utf-8", "replace") for each in found)
         return Specials({text for text in texts if text})
 
     @cached_property
@@ -199,7 +194,26 @@ class GgufTokenization:
     @cached_property
     def pieces(self) -> list[bytes]:
         """The bytes of each token, of control tokens their name."""
-        return list(map(self._read_piece, range(self._size)))
+        buffer = ctypes.create_string_buffer(_PIECE_BYTES)
+        return [self._read_piece(each, True, buffer) for each in range(self._size)]
+
+    @cached_property
+    def attributes(self) -> list[int]:
+        """The flags `LLAMA_TOKEN_ATTR_*` of each token."""
+        read = self._llama.llama_vocab_get_attr
+        return [read(self._vocabulary, each) for each in range(self._size)]
+
+    def piece(self, token_id: int, *, special: bool) -> bytes:
+        """Return a token's bytes; with `special`, control tokens give their name."""
+        return self._read_piece(token_id, special, ctypes.create_string_buffer(_PIECE_BYTES))
+
+    def _read_piece(self, token_id: int, special: bool, buffer: Any) -> bytes:
+        count = self._llama.llama_token_to_piece(
+            self._vocabulary, token_id, buffer, len(buffer), 0, special
+        )
+        if count < 0:
+            return self._read_piece(token_id, special, ctypes.create_string_buffer(-count))
+        return ctypes.string_at(buffer, count)
 
     @cached_property
     def _piece_set(self) -> frozenset[bytes]:
@@ -218,9 +232,8 @@ class GgufTokenization:
         if self._kind not in kinds or not self._has_all_bytes:
             return None
         strips = llama.LLAMA_TOKEN_ATTR_LSTRIP | llama.LLAMA_TOKEN_ATTR_RSTRIP
-        for token_id in range(len(self.pieces)):
-            if llama.llama_vocab_get_attr(self._vocabulary, token_id) & strips:
-                return None
+        if any(each & strips for each in self.attributes):
+            return None
         return max(map(len, self.pieces))
 
 

@@ -129,7 +129,9 @@ class SlowVocabulary(ByteTokenizer):
         self.has_ended = True
 
 
-async def test_the_vocabulary_is_read_while_the_stepper_opens(stepper: FakeStepper) -> None:
+async def test_the_vocabulary_is_read_beside_the_opening_and_delays_nothing(
+    stepper: FakeStepper,
+) -> None:
     tokenizer = SlowVocabulary()
     preparer = Preparer(echo_info(), tokenizer, ChatFormat(None, "", ""), context_tokens=256)
 
@@ -137,16 +139,16 @@ async def test_the_vocabulary_is_read_while_the_stepper_opens(stepper: FakeStepp
         assert tokenizer.reading.wait(30)
         return stepper
 
-    opening = asyncio.create_task(
-        asyncio.to_thread(BatchingEngine, echo_info(), preparer, open_stepper, max_waiting=8)
-    )
-    await asyncio.to_thread(tokenizer.reading.wait, 30)
-    assert not opening.done()
-    tokenizer.may_end.set()
-    engine = await opening
-    assert tokenizer.has_ended
+    engine = BatchingEngine(echo_info(), preparer, open_stepper, max_waiting=8)
     assert text_of(await run(engine, request("a", max_tokens=2))) == "xx"
-    await engine.close()
+    assert not tokenizer.has_ended
+    closing = asyncio.create_task(engine.close())
+    await asyncio.sleep(0.05)
+    assert not stepper.is_closed
+    tokenizer.may_end.set()
+    await closing
+    assert tokenizer.has_ended
+    assert stepper.is_closed
 
 
 async def test_a_vocabulary_that_cannot_be_read_costs_grammars_only(stepper: FakeStepper) -> None:
