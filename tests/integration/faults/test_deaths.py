@@ -49,6 +49,16 @@ def kill_and_wait(server: Server, victim: psutil.Process) -> float:
     return time.monotonic() - started
 
 
+def wait_for_banner(server: Server) -> None:
+    """Return when the launcher has printed its last line; it notices readiness after /readyz."""
+    assert server.process is not None
+    assert server.process.stdout is not None
+    for line in server.process.stdout:
+        if line.startswith("Ctrl-C stops"):
+            return
+    raise AssertionError("the launcher ended without its banner")
+
+
 def output(server: Server) -> str:
     assert server.process is not None
     assert server.process.stdout is not None
@@ -72,6 +82,7 @@ def test_the_server_ends_with_a_sentence_when_a_part_dies_that_nobody_restarts(
     other_server: Server, marks: tuple[str, ...], name: str, measured: Callable[[str, float], None]
 ) -> None:
     other_server.start(**ECHO)
+    wait_for_banner(other_server)
     measured(name, kill_and_wait(other_server, part(other_server, *marks)))
     assert other_server.process is not None
     assert other_server.process.wait(LIMIT_S) == 1
