@@ -16,7 +16,7 @@ from backends.embedding.pooling import unit
 from backends.embedding.relevance import ScoreActivation
 from backends.gguf.batch import Batch
 from backends.gguf.file import YES_NO_RERANKERS
-from backends.gguf.header import read_gguf
+from backends.gguf.header import GgufFile, read_gguf
 from backends.gguf.model import GgufModel, library, native_log
 from backends.gguf.rank_prompt import TEMPLATE_KEY, RankPrompt, rank_prompt
 from backends.gguf.segments import SegmentVectors, open_segments
@@ -35,7 +35,7 @@ def open_embedder(info: ModelInfo, options: EngineOptions) -> Engine:
         if Capability.RERANK not in info.capabilities:
             return GgufEmbeddingModel(path, context_tokens, threads)
         kind = YesNoReranker if info.architecture in YES_NO_RERANKERS else GgufReranker
-        return kind(path, context_tokens, threads)
+        return kind(read_gguf(path), context_tokens, threads)
 
     return EmbeddingEngine(
         info,
@@ -135,9 +135,10 @@ class GgufReranker(GgufEmbeddingModel):
 
     _activation = ScoreActivation()
 
-    def __init__(self, path: Path, context_tokens: int, threads: int) -> None:
-        self._segments: SegmentVectors | None = open_segments(path)
-        super().__init__(path, context_tokens, threads)
+    def __init__(self, file: GgufFile, context_tokens: int, threads: int) -> None:
+        """Load the model of `file`; blocks.  Raises BrokenModel, InsufficientMemory."""
+        self._segments: SegmentVectors | None = open_segments(file)
+        super().__init__(file.path, context_tokens, threads)
         # Of several outputs the first is the score.
         self._dimension = 1
 
@@ -184,9 +185,10 @@ class YesNoReranker(GgufReranker):
 
     _activation = ScoreActivation("Identity")
 
-    def __init__(self, path: Path, context_tokens: int, threads: int) -> None:
-        self._prompt: RankPrompt = rank_prompt(read_gguf(path).text(TEMPLATE_KEY))
-        super().__init__(path, context_tokens, threads)
+    def __init__(self, file: GgufFile, context_tokens: int, threads: int) -> None:
+        """Load the model of `file`; blocks.  Raises BrokenModel, InsufficientMemory."""
+        self._prompt: RankPrompt = rank_prompt(file.text(TEMPLATE_KEY))
+        super().__init__(file, context_tokens, threads)
 
     @cached_property
     def pair_template(self) -> PairTemplate:

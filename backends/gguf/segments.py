@@ -5,13 +5,12 @@ that were trained with two segments are given vectors instead of token ids.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.gguf.header import GgufFile, TensorPlace, read_gguf
+from backends.gguf.header import GgufFile, TensorPlace
 from backends.gguf.layout import TENSOR_TYPES
 from core.errors import BrokenModel
 
@@ -35,12 +34,11 @@ class SegmentVectors:
         return np.ascontiguousarray(vectors + types[:, None] * self.step, np.float32)
 
 
-def open_segments(path: Path) -> SegmentVectors | None:
-    """Return the token vectors of the model in `path`; None if it knows only one segment.
+def open_segments(file: GgufFile) -> SegmentVectors | None:
+    """Return the token vectors of the model in `file`; None if it knows only one segment.
 
     Raises BrokenModel for a type that the gguf package cannot read.
     """
-    file = read_gguf(path)
     table, kinds = file.places.get("token_embd.weight"), file.places.get("token_types.weight")
     width = file.number(f"{file.architecture}.embedding_length", 1, 2**24)
     if table is None or kinds is None or not width or kinds.elements < 2 * width:
