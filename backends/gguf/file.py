@@ -199,11 +199,7 @@ def _reranks(files: list[GgufFile]) -> bool:
         return False
     labels = file.array_counts.get(f"{architecture}.classifier.output_labels", 1)
     if labels > 1 and architecture not in YES_NO_RERANKERS:
-        raise broken(
-            file.path,
-            f"it is a classifier with {labels} labels; this server runs language, embedding and "
-            "reranking models",
-        )
+        raise broken(file.path, refusal(f"a classifier with {labels} labels"))
     return True
 
 

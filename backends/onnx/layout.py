@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from backends.hf.kinds.other import refusal
 from backends.onnx.graph import GraphValue, OnnxGraph
 from backends.onnx.purpose import other_purpose
 from core.errors import BrokenModel
@@ -141,11 +142,7 @@ def _encoder(
         labels = logits.shape[-1]
         labels = labels if isinstance(labels, int) else _label_count(config)
         if labels != 1:
-            raise unsupported(
-                graph,
-                f"it is a classifier with {labels or 'several'} labels; this server runs language, "
-                "embedding and reranking models",
-            )
+            raise unsupported(graph, refusal(f"a classifier with {labels or 'several'} labels"))
         return EncoderLayout(dtypes, logits.name, True, 1, is_scored=True, **sizes)
     if logits is not None and "token_type_ids" not in dtypes:
         raise unsupported(graph, "it has no past key values; export the model with them")

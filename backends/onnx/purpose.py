@@ -3,7 +3,7 @@
 Source: the input names of exports by optimum, PyTorch and the models' own repositories.
 """
 
-from backends.hf.kinds.other import SERVED
+from backends.hf.kinds.other import SERVED, refusal
 from backends.onnx.graph import OnnxGraph
 
 # All of these inputs together: what has them.
@@ -31,11 +31,11 @@ def other_purpose(graph: OnnxGraph) -> str:
     names = {value.name for value in graph.inputs}
     for required, words in _PURPOSES:
         if names.issuperset(required):
-            return f"it is {words}; {SERVED}"
+            return refusal(words)
     if names & _SOUNDS:
-        return f"it is a model of sound or speech; {SERVED}"
+        return refusal("a model of sound or speech")
     if names & _IMAGES:
-        return f"it is an image model; {SERVED}"
+        return refusal("an image model")
     if any(len(value.shape) == _IMAGE_RANK for value in graph.inputs):
         return f"it seems to be an image model; {SERVED}"
     return ""
