@@ -38,14 +38,12 @@ def open_encoder(
     config = model.folder.config if model.folder is not None else {}
     pad_id = config.get("pad_token_id")
     pad_id = pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0
-    head = VectorHead(settings)
-    activation = read_activation(root, config)
 
     def open_model() -> OnnxEncoder:
         session = open_session(model.graph.path, options.threads, for_encoder=True)
         if layout.is_scored:
-            return OnnxReranker(session, layout, tokenizer, pad_id, activation)
-        return OnnxEmbedder(session, layout, tokenizer, pad_id, head)
+            return OnnxReranker(session, layout, tokenizer, pad_id, read_activation(root, config))
+        return OnnxEmbedder(session, layout, tokenizer, pad_id, VectorHead(settings))
 
     # A graph alone does not say it; its tokenizer may come from another folder.
     context = min(options.context_tokens, settings.max_tokens or options.context_tokens)

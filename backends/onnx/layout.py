@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from backends.hf.kinds.other import refusal
 from backends.onnx.graph import GraphValue, OnnxGraph
@@ -107,7 +107,7 @@ def read_layout(graph: OnnxGraph, config: Mapping[str, object]) -> DecoderLayout
     dtypes = {value.name: _input_dtype(graph, value) for value in graph.inputs if value not in past}
     if past:
         return _decoder(graph, past, dtypes, config)
-    return _encoder(graph, dtypes, config)
+    return _encoder(graph, ids, dtypes, config)
 
 
 def _input_dtype(graph: OnnxGraph, value: GraphValue) -> str:
@@ -121,29 +121,34 @@ def _input_dtype(graph: OnnxGraph, value: GraphValue) -> str:
 
 
 def _encoder(
-    graph: OnnxGraph, dtypes: Mapping[str, str], config: Mapping[str, object]
+    graph: OnnxGraph,
+    ids: GraphValue,
+    dtypes: Mapping[str, str],
+    config: Mapping[str, object],
 ) -> EncoderLayout:
     if graph.output(_CLIP) is not None:
         raise unsupported(graph, "it is the text half of a model for texts and images (CLIP)")
-    batch, length = (*(graph.input("input_ids") or graph.inputs[0]).shape, None, None)[:2]
-    sizes: dict[str, Any] = {
-        "length": length if isinstance(length, int) and length > 0 else 0,
-        "is_batchable": not isinstance(batch, int),
-    }
+    batch, length = ids.shape
+    made = partial(
+        EncoderLayout,
+        dtypes,
+        length=length if isinstance(length, int) and length > 0 else 0,
+        is_batchable=not isinstance(batch, int),
+    )
     for name in (*_POOLED, *_HIDDEN):
         value = graph.output(name)
         rank = 2 if name in _POOLED else 3
         if value is not None and value.dtype in _FLOATS and len(value.shape) == rank:
             last = value.shape[-1]
             dimension = last if isinstance(last, int) and last > 0 else 0
-            return EncoderLayout(dtypes, name, name in _POOLED, dimension, **sizes)
+            return made(name, name in _POOLED, dimension)
     logits = graph.output("logits")
     if logits is not None and logits.dtype in _FLOATS and len(logits.shape) == 2:
         labels = logits.shape[-1]
         labels = labels if isinstance(labels, int) else _label_count(config)
         if labels != 1:
             raise unsupported(graph, refusal(f"a classifier with {labels or 'several'} labels"))
-        return EncoderLayout(dtypes, logits.name, True, 1, is_scored=True, **sizes)
+        return made(logits.name, True, 1, is_scored=True)
     if logits is not None and "token_type_ids" not in dtypes:
         raise unsupported(graph, "it has no past key values; export the model with them")
     raise unsupported(graph, "it has no output of token vectors, such as 'last_hidden_state'")
