@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from stat import S_ISDIR
 
@@ -26,11 +27,39 @@ _SINGLE = ("gguf",)
 _Entry = tuple[str, int, int, bool]
 
 
+class _Folder:
+    """What one folder held when it was listed; what is derived from it is computed once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with os.scandir(path) as listing:
+            self.entries = sorted(_entries(listing))
+
+    @cached_property
+    def describing(self) -> list[_Entry]:
+        """The files that describe a model."""
+        return [entry for entry in self.entries if _DESCRIBING.fullmatch(entry[0])]
+
+    @cached_property
+    def modules(self) -> list[Path]:
+        """The subfolders that belong to the model in this folder."""
+        found = [self._path / name for name, _, _, _ in self.entries if _MODULE.fullmatch(name)]
+        return [folder for folder in found if folder.is_dir()]
+
+    @cached_property
+    def by_stem(self) -> Mapping[Path, Sequence[_Entry]]:
+        """The files of each model that is told by its name, as shards are."""
+        found: dict[Path, list[_Entry]] = {}
+        for entry in self.entries:
+            found.setdefault(model_stem(self._path / entry[0]), []).append(entry)
+        return found
+
+
 @dataclass(slots=True)
 class Surroundings:
     """Looks at folders once per scan; raises OSError for those that cannot be listed."""
 
-    _listings: dict[Path, list[_Entry]] = field(default_factory=dict)
+    _known: dict[Path, _Folder] = field(default_factory=dict)
 
     def digest(self, files: Sequence[Path], format: str, package: Path | None) -> str:
         """Return a digest of what is around the model of `files`, empty if nothing matters.
@@ -38,18 +67,16 @@ class Surroundings:
         Around a model that is served it is what describes it.  `package` is that of a refused
         model: every file of it counts, because a missing part may have been added.
         """
+        first = files[0]
         is_folder = package is not None and package.is_dir()
-        stem = model_stem(files[0])
         if format in _SINGLE and not is_folder:
-            return self._shards(files[0]) if package is not None else ""
-        seen = [
-            (str(folder), entry)
-            for folder in self._folders(files)
-            for entry in self.listing(folder)
-            if is_folder
-            or _DESCRIBING.fullmatch(entry[0])
-            or (package is not None and model_stem(files[0].with_name(entry[0])) == stem)
-        ]
+            return _digest(self._parts(first)) if package is not None else ""
+        seen = []
+        for folder in self._folders(files):
+            entries = self.listing(folder) if is_folder else self._folder(folder).describing
+            if package is not None and folder == first.parent and not is_folder:
+                entries = sorted({*entries, *self._parts(first)})
+            seen += [(str(folder), entry) for entry in entries]
         return _digest(seen)
 
     def folder(self, folder: Path) -> str:
@@ -58,40 +85,34 @@ class Surroundings:
 
     def newest_ns(self, path: Path, package: Path) -> int:
         """Return the latest modification time, in ns, of the files of a package around `path`."""
-        if not package.is_dir():
-            stem = model_stem(path)
-            times = [
-                modified
-                for name, _, modified, _ in self.listing(path.parent)
-                if model_stem(path.with_name(name)) == stem
-            ]
-        else:
+        if package.is_dir():
             folders = dict.fromkeys((package, path.parent))
-            times = [entry[2] for folder in folders for entry in self.listing(folder)]
-        return max(times, default=0)
+            entries = [entry for folder in folders for entry in self.listing(folder)]
+        else:
+            entries = self._parts(path)
+        return max((modified for _, _, modified, _ in entries), default=0)
 
-    def listing(self, folder: Path) -> list[_Entry]:
+    def listing(self, folder: Path) -> Sequence[_Entry]:
         """Return the files and folders in `folder`, in order."""
-        known = self._listings.get(folder)
+        return self._folder(folder).entries
+
+    def _folder(self, path: Path) -> _Folder:
+        known = self._known.get(path)
         if known is None:
-            with os.scandir(folder) as listing:
-                known = self._listings[folder] = sorted(_entries(listing))
+            known = self._known[path] = _Folder(path)
         return known
 
-    def _shards(self, path: Path) -> str:
-        stem = model_stem(path)
-        entries = self.listing(path.parent)
-        return _digest([one for one in entries if model_stem(path.with_name(one[0])) == stem])
+    def _parts(self, path: Path) -> Sequence[_Entry]:
+        """Return the files beside `path` that are parts of its model by their names, and itself."""
+        return self._folder(path.parent).by_stem.get(model_stem(path), ())
 
     def _folders(self, files: Sequence[Path]) -> list[Path]:
         """Return the folders of the model's files, the one above the first, and its modules."""
-        folders = list(dict.fromkeys(file.parent for file in files))
         first = files[0].parent
+        folders = [file.parent for file in files]
         if first.name == "onnx" or first.suffix.lower() == ".mlpackage":
             folders.append(first.parent)
-        modules = [first / name for name, _, _, _ in self.listing(first) if _MODULE.fullmatch(name)]
-        folders += [folder for folder in modules if folder.is_dir()]
-        return list(dict.fromkeys(folders))
+        return list(dict.fromkeys((*folders, *self._folder(first).modules)))
 
 
 def model_signature(files: Iterable[Path]) -> list[str]:

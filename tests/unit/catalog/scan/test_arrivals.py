@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from catalog.inspections import QUIET_S
+from catalog.scan import surroundings
+from catalog.scan.packages import model_stem
 from core.types import Capability
 from tests.gguf_raw import minimal_gguf
 from tests.unit.catalog.scan.folders import (
@@ -259,3 +261,24 @@ def test_sixty_models_are_inspected_once(shelf: Shelf) -> None:
     shelf.scan(later_s=1e6)
     assert shelf.looked == []
     assert shelf.store.data_version() == version
+
+
+def test_many_refused_files_in_a_folder_are_compared_once(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(100):
+        (shelf.models / f"file-{number}x.gguf").write_bytes(b"GGUF" + bytes(3))
+        (shelf.models / f"file-{number}x.onnx").write_bytes(b"nonsense")
+    shelf.scan()
+    assert list(shelf.states().values()) == ["refused"] * 200
+    compared: list[Path] = []
+
+    def counted(path: Path) -> Path:
+        compared.append(path)
+        return model_stem(path)
+
+    monkeypatch.setattr(surroundings, "model_stem", counted)
+    shelf.scan()
+    assert shelf.looked == []
+    # Each file once as a file of its folder, and once for its own entry.
+    assert len(compared) == 400
