@@ -94,6 +94,21 @@ def record_key(info: ModelInfo) -> str:
     return str(info.files[0]) if info.files else f"{info.format}:{info.name}"
 
 
+def unread_info(format: str, name: str, path: Path, size_bytes: int = 0) -> ModelInfo:
+    """Return the description of a model of which nothing but its name and place is known."""
+    return ModelInfo(
+        format=format,
+        name=name,
+        architecture="",
+        quantization="",
+        files=(path,),
+        size_bytes=size_bytes,
+        parameters=0,
+        context_length=0,
+        capabilities=frozenset(),
+    )
+
+
 def revised_path(key: str) -> str:
     """Return a key without its revision in a Hugging Face cache; empty if it is not in one."""
     before, found, after = key.partition("/snapshots/")

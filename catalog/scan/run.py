@@ -19,6 +19,7 @@ from catalog.models import (
     ScannedModel,
     Source,
     record_key,
+    unread_info,
 )
 from catalog.names import bare_name
 from catalog.scan.arrivals import Arrivals
@@ -252,17 +253,8 @@ class ScanRun:
         candidate, refused = refusal.candidate, refusal.refused
         path = candidate.path
         parts = package.parts if package.is_dir() else path.parts
-        info = ModelInfo(
-            format=refused.format,
-            name=bare_name([f"{candidate.names[0]}.gguf"] if candidate.names else parts, ""),
-            architecture="",
-            quantization="",
-            files=(path,),
-            size_bytes=_size(path),
-            parameters=0,
-            context_length=0,
-            capabilities=frozenset(),
-        )
+        name = bare_name([f"{candidate.names[0]}.gguf"] if candidate.names else parts, "")
+        info = unread_info(refused.format, name, path, _size(path))
         source: Source = Local(str(candidate.root))
         if refusal.starter is not None:
             info, source = refusal.starter.describe(info), refusal.starter.package

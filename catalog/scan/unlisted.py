@@ -3,9 +3,8 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from backends.base import ModelInfo
 from catalog.inspections import Inspection, is_arriving
-from catalog.models import Local, ModelRecord
+from catalog.models import Local, ModelRecord, unread_info
 from catalog.names import bare_name, model_id, unique_id
 from catalog.scan.inspector import UNKNOWN_FORMAT
 from catalog.scan.packages import natural_format
@@ -23,23 +22,14 @@ def unlisted_records(
     found = []
     for one in uninspected:
         path = Path(one.path)
-        format = natural_format(path)
-        if one.path in known or not (format or is_arriving(one)):
+        promised = natural_format(path)
+        if one.path in known or not (promised or is_arriving(one)):
             continue
+        format = promised or UNKNOWN_FORMAT
         name = bare_name(path.parts, "")
-        record_id = unique_id(model_id(name, format or UNKNOWN_FORMAT, ""), taken)
+        record_id = unique_id(model_id(name, format, ""), taken)
         taken.add(record_id)
-        info = ModelInfo(
-            format=format or UNKNOWN_FORMAT,
-            name=name,
-            architecture="",
-            quantization="",
-            files=(path,),
-            size_bytes=0,
-            parameters=0,
-            context_length=0,
-            capabilities=frozenset(),
-        )
+        info = unread_info(format, name, path)
         found.append(
             ModelRecord(record_id, info, Local(""), "", 0.0, state="uninspected", reason=one.reason)
         )
