@@ -172,13 +172,15 @@ class CatalogStore:
             return []
         wanted = name.lower()
         tag = tag_name(wanted) if ":" in wanted else wanted
-        for condition, value in (
+        # Most names are no tags: (3) and (4) are then one question.
+        conditions = (
             (" WHERE models.id = ?", wanted),  # (1)
             (" WHERE models.id = (SELECT model_id FROM aliases WHERE alias = ?)", wanted),  # (2)
             (" WHERE name = ? ORDER BY models.id", wanted),  # (3)
             (" WHERE name = ? ORDER BY models.id", tag),  # (4)
             (_OTHER_NAMES, f",{tag},"),  # (5)
-        ):
+        )
+        for condition, value in dict.fromkeys(conditions):
             with self._reading() as connection:
                 rows = connection.execute(_RECORDS + condition, (value,)).fetchall()
             if rows:
@@ -366,14 +368,13 @@ def _moved_from(
 
     It differs only in its path, or is an earlier revision in the same cached repository.
     """
-    place = revised_path(record_key(item.info))
-    for old_key, old_id, old_base in connection.execute(
-        "SELECT key, id, base_id FROM models WHERE state = 'missing' AND key LIKE '%/snapshots/%'"
-        if place
-        else "SELECT key, id, base_id FROM models WHERE 0"
-    ):
-        if revised_path(old_key) == place:
-            return old_id, old_base
+    if place := revised_path(record_key(item.info)):
+        for old_key, old_id, old_base in connection.execute(
+            "SELECT key, id, base_id FROM models"
+            " WHERE state = 'missing' AND key LIKE '%/snapshots/%'"
+        ):
+            if revised_path(old_key) == place:
+                return old_id, old_base
     rows = connection.execute(
         "SELECT id, base_id, info FROM models WHERE name = ? AND base_id = ? AND state = 'missing'"
         " ORDER BY id",
