@@ -11,6 +11,7 @@ from pathlib import Path
 from backends.base import ModelInfo
 from backends.small_json import read_object
 from catalog.models import Package
+from core.errors import BrokenModel
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,13 @@ class Starter:
 
 @dataclass(frozen=True, slots=True)
 class InstalledStarter:
-    """A starter that is installed on this machine."""
+    """A starter that is installed on this machine; `max_tokens` is 0 if no limit is stated."""
 
     path: Path
     package: Package
     license: str
     name: str = ""
+    max_tokens: int = 0
     details: Mapping[str, int | float | str | bool] = field(default_factory=dict)
 
     def describe(self, info: ModelInfo) -> ModelInfo:
@@ -45,17 +47,11 @@ class InstalledStarter:
 
         The folder of the tokenizer also says how long an input may be.
         """
-        folder = self.details.get("tokenizer_folder")
-        length = info.context_length
-        if isinstance(folder, str):
-            stated = read_object(Path(folder) / "sentence_bert_config.json").get("max_seq_length")
-            if isinstance(stated, int) and 0 < stated < length:
-                length = stated
         return replace(
             info,
             name=self.name or info.name,
             license=self.license or info.license,
-            context_length=length,
+            context_length=min(info.context_length, self.max_tokens or info.context_length),
             details={**info.details, **self.details},
         )
 
@@ -91,7 +87,20 @@ def installed_starter(starter: Starter) -> InstalledStarter | None:
     tokenizer = _find(starter.tokenizer)
     if tokenizer is None:
         return None
-    return replace(found, details={"tokenizer_folder": str(tokenizer.path.parent)})
+    folder = tokenizer.path.parent
+    details = {"tokenizer_folder": str(folder)}
+    return replace(found, max_tokens=_max_tokens(folder), details=details)
+
+
+def _max_tokens(folder: Path) -> int:
+    """Return the longest input of a sentence-transformers model, 0 if it states none."""
+    try:
+        stated = read_object(folder / "sentence_bert_config.json").get("max_seq_length")
+    except BrokenModel as problem:
+        # Who opens the model is told again; the scan has other models to list.
+        _log_damaged(folder, problem.message)
+        return 0
+    return stated if type(stated) is int and stated > 0 else 0
 
 
 def _find(starter: Starter) -> InstalledStarter | None:
@@ -116,3 +125,8 @@ def _find(starter: Starter) -> InstalledStarter | None:
 @cache
 def _log_absent(distribution: str) -> None:
     logger.info("the starter model of %s is not installed", distribution)
+
+
+@cache
+def _log_damaged(folder: Path, reason: str) -> None:
+    logger.warning("the starter model in %s is damaged: %s", folder, reason)

@@ -5,14 +5,16 @@ import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from backends.base import ModelInfo
 from catalog.models import Package
+from catalog.scan import starters
 from catalog.scan.starters import STARTERS, Starter, installed_starter
 from catalog.variants import best_variant
-from core.errors import NotThisFormat
+from core.errors import BrokenModel, NotThisFormat
 from tests.unit.catalog.builders import make_info
 from tests.unit.catalog.library import GgufIdentification, Library
 
@@ -108,3 +110,22 @@ def test_starter_is_read_again_when_its_tokenizer_moved(
     assert library.scan().changed == ("all-minilm-l6-v2@onnx-q4_0",)
     record = next(r for r in library.store.models() if r.info.format == "onnx")
     assert record.info.details["tokenizer_folder"] == "/elsewhere"
+
+
+def test_a_damaged_limit_of_a_starter_costs_no_other_model_its_entry(
+    library: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(path: Path) -> NoReturn:
+        raise BrokenModel(f"{path.name} is not valid JSON.", param="model")
+
+    monkeypatch.setattr(starters, "read_object", broken)
+    (library.models / "mine.safetensors").write_bytes(b"x")
+    library.backend, library.starters = ByName(), True
+    for _ in range(2):
+        library.scan()
+    assert library.ids() == [
+        "all-minilm-l6-v2@onnx-q4_0",
+        "all-minilm-l6-v2@safetensors-q4_0",
+        "mine@safetensors-q4_0",
+    ]
+    assert caplog.text.count("sentence_bert_config.json is not valid JSON.") == 1
