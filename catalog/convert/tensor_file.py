@@ -43,9 +43,10 @@ class LazyTensor:
         return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
-def rows_at_once(shape: Sequence[int]) -> int:
-    """Return how many rows of a tensor make a piece: at least one."""
-    return max(1, PIECE_ELEMENTS // max(1, prod(shape[1:])))
+def rows_at_once(shape: Sequence[int], multiple: int = 1) -> int:
+    """Return how many rows of a tensor make a piece: at least one times `multiple`."""
+    rows = PIECE_ELEMENTS // max(1, prod(shape[1:]))
+    return max(1, rows // multiple) * multiple
 
 
 def write_tensors(

@@ -27,7 +27,12 @@ from catalog.convert.steps.hf_source import (
 )
 from catalog.convert.steps.number_check import as_float16, check_finite
 from catalog.convert.steps.rotary import llama3_factors, rope_kind, rope_scaling
-from catalog.convert.steps.torch_files import close_files, listed_tensors, tensor_rows
+from catalog.convert.steps.torch_files import (
+    StoredTensor,
+    close_files,
+    listed_tensors,
+    tensor_rows,
+)
 from core.errors import BrokenModel
 
 _TYPE_IDS = {name: number for number, name in FILE_TYPES.items()}
@@ -185,20 +190,18 @@ class _Layout:
             found[ROPE_FREQS] = _Tensor(
                 ROPE_FREQS, ROPE_FREQS, factors.shape, "f32", lambda: iter((factors,))
             )
-        for file in files:
-            for name, _, shape in listed_tensors(file):
-                if self._is_omitted(name):
-                    continue
-                mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
-                if mapped is None or mapped in found:
-                    raise BrokenModel(
-                        f"The tensor {name!r} is not part of this architecture, or occurs twice.",
-                        param="model",
-                    )
-                kind = dtype if len(shape) > 1 else "f32"
-                found[mapped] = _Tensor(
-                    name, mapped, shape, kind, partial(self._values, file, name, shape)
+        for stored in listed_tensors(files):
+            name = stored.name
+            if self._is_omitted(name):
+                continue
+            mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if mapped is None or mapped in found:
+                raise BrokenModel(
+                    f"The tensor {name!r} is not part of this architecture, or occurs twice.",
+                    param="model",
                 )
+            kind = dtype if len(stored.shape) > 1 else "f32"
+            found[mapped] = _Tensor(name, mapped, stored.shape, kind, partial(self._values, stored))
         self.tensors = tuple(found.values())
         self._check_complete({tensor.name: tensor.shape for tensor in self.tensors})
 
@@ -232,20 +235,20 @@ class _Layout:
                 param="model",
             )
 
-    def _values(
-        self, file: Path, name: str, shape: tuple[int, ...]
-    ) -> Iterator[NDArray[np.float32]]:
+    def _values(self, tensor: StoredTensor) -> Iterator[NDArray[np.float32]]:
         import torch
 
         heads = 0
-        if self._is_llama and name.endswith(("q_proj.weight", "q_proj.bias")):
+        if self._is_llama and tensor.name.endswith(("q_proj.weight", "q_proj.bias")):
             heads = self._model.heads
-        elif self._is_llama and name.endswith(("k_proj.weight", "k_proj.bias")):
+        elif self._is_llama and tensor.name.endswith(("k_proj.weight", "k_proj.bias")):
             heads = self._model.kv_heads
-        if heads and shape[0] % (2 * heads):
-            raise BrokenModel(f"{shape[0]} rows cannot be split into {heads} heads.", param="model")
-        rows = shape[0] // heads if heads else 1
-        for piece in tensor_rows(file, name, shape, multiple=rows):
+        if heads and tensor.shape[0] % (2 * heads):
+            raise BrokenModel(
+                f"{tensor.shape[0]} rows cannot be split into {heads} heads.", param="model"
+            )
+        rows = tensor.shape[0] // heads if heads else 1
+        for piece in tensor_rows(tensor, multiple=rows):
             values = piece.to(torch.float32).numpy()
             yield np.ascontiguousarray(_permuted(values, rows) if heads else values)
 

@@ -9,7 +9,12 @@ from catalog.convert.job import Job, Report, read_json, weight_files, write_conf
 from catalog.convert.sidecars import copy_sidecars
 from catalog.convert.steps.dtypes import DTYPES, SAFETENSORS_DTYPES, raw_bytes
 from catalog.convert.steps.number_check import cast_checked
-from catalog.convert.steps.torch_files import SUFFIXES, listed_tensors, tensor_rows
+from catalog.convert.steps.torch_files import (
+    SUFFIXES,
+    StoredTensor,
+    listed_tensors,
+    tensor_rows,
+)
 from catalog.convert.tensor_file import LazyTensor, write_tensors
 
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
@@ -26,19 +31,15 @@ def lazy_tensors(files: Sequence[Path], dtype: str | None) -> Iterator[LazyTenso
 
     wanted = None if dtype is None else getattr(torch, dtype)
     short = {name: key for key, name in SAFETENSORS_DTYPES.items()}
-    for file in files:
-        for name, stored, shape in listed_tensors(file):
-            casts = dtype is not None and stored in _FLOATING
-            target = short[dtype] if casts and dtype is not None else stored
+    for tensor in listed_tensors(files):
+        casts = dtype is not None and tensor.dtype in _FLOATING
+        target = short[dtype] if casts and dtype is not None else tensor.dtype
 
-            def pieces(
-                file: Path = file, name: str = name, shape: tuple[int, ...] = shape,
-                casts: bool = casts,
-            ) -> Iterator[Any]:  # fmt: skip
-                for rows in tensor_rows(file, name, shape):
-                    yield raw_bytes(cast_checked(name, rows, wanted) if casts else rows)
+        def pieces(tensor: StoredTensor = tensor, casts: bool = casts) -> Iterator[Any]:
+            for rows in tensor_rows(tensor):
+                yield raw_bytes(cast_checked(tensor.name, rows, wanted) if casts else rows)
 
-            yield LazyTensor(name, target, shape, pieces)
+        yield LazyTensor(tensor.name, target, tensor.shape, pieces)
 
 
 def _without_tied(tensors: list[LazyTensor]) -> list[LazyTensor]:

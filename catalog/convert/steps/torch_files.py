@@ -1,18 +1,34 @@
 """Reads the tensors of safetensors files and PyTorch checkpoints; never runs code in a pickle."""
 
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from backends.hf.names import model_names
+from backends.pytorch.weights import read_torch_file
+from catalog.convert.job import first_line
 from catalog.convert.steps.dtypes import SAFETENSORS_DTYPES
 from catalog.convert.tensor_file import rows_at_once
-from core.errors import BrokenModel
+from core.errors import BrokenModel, NotThisFormat
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-_PREFIXES = ("module.", "_orig_mod.")
 SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file, under the name `stored` there; `name` is the one that the model gives it.
+
+    `dtype` is the name in safetensors.
+    """
+
+    file: Path
+    stored: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -50,33 +66,17 @@ def _unreadable(path: Path, error: Exception) -> str:
         wanted = []
     if wanted:
         return f"{path.name} is refused: its pickle would run {', '.join(sorted(wanted)[:5])}."
-    return f"{path.name} cannot be read: {str(error).splitlines()[0][:300]}"
+    return f"{path.name} cannot be read: {first_line(error)}"
 
 
-def _plain_name(name: str) -> str:
-    """Return a tensor's name without what distributed training and compilation put before it."""
-    while name.startswith(_PREFIXES):
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
-    return name
-
-
-def _tensors(path: Path, loaded: object) -> dict[str, Any]:
-    """Return the tensors of a checkpoint, unwrapped from the dicts that trainers add."""
-    import torch
-
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping):
-        raise BrokenModel(f"{path.name} does not contain a state dict.", param="model")
-    tensors: dict[str, Any] = {}
-    for key, value in loaded.items():
-        if isinstance(key, str) and isinstance(value, torch.Tensor):
-            tensors[_plain_name(key)] = value
-    if not tensors:
-        raise BrokenModel(f"{path.name} does not contain any tensors.", param="model")
-    return tensors
+def _tensors(path: Path, loaded: Any) -> dict[str, Any]:
+    """Return the tensors of the state dict in a checkpoint, which is found as a scan finds it."""
+    try:
+        file = read_torch_file(path)
+    except NotThisFormat as error:
+        raise BrokenModel(f"{path.name} does not contain any tensors.", param="model") from error
+    values = loaded[file.wrapper] if file.wrapper else loaded
+    return {name: values[name] for name in file.tensors}
 
 
 @lru_cache(maxsize=1)
@@ -92,8 +92,20 @@ def close_files() -> None:
     _opened.cache_clear()
 
 
-def listed_tensors(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Yield the name, safetensors dtype and shape of each tensor in a file."""
+def listed_tensors(files: Sequence[Path]) -> Iterator[StoredTensor]:
+    """Yield the model's tensors in its weight files, without what belongs to training only.
+
+    Raises BrokenModel.
+    """
+    listed = [each for file in files for each in _file_tensors(file)]
+    names = model_names(files[0], [stored for _, stored, _, _ in listed])
+    for file, stored, dtype, shape in listed:
+        if stored in names:
+            yield StoredTensor(file, stored, names[stored], dtype, shape)
+
+
+def _file_tensors(file: Path) -> Iterator[tuple[Path, str, str, tuple[int, ...]]]:
+    """Yield each tensor in a file: the file, its name there, safetensors dtype and shape."""
     import torch
 
     dtypes = {getattr(torch, name): short for short, name in SAFETENSORS_DTYPES.items()}
@@ -101,7 +113,7 @@ def listed_tensors(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     for name in opened.keys():  # noqa: SIM118
         if file.suffix == ".safetensors":
             part = opened.get_slice(name)
-            yield name, part.get_dtype(), tuple(part.get_shape())
+            yield file, name, part.get_dtype(), tuple(part.get_shape())
             continue
         tensor = opened[name]
         if tensor.dtype not in dtypes:
@@ -109,19 +121,17 @@ def listed_tensors(file: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
                 f"The tensor {name!r} has the type {tensor.dtype}, which cannot be converted.",
                 param="model",
             )
-        yield name, dtypes[tensor.dtype], tuple(tensor.shape)
+        yield file, name, dtypes[tensor.dtype], tuple(tensor.shape)
 
 
-def tensor_rows(
-    file: Path, name: str, shape: tuple[int, ...], *, multiple: int = 1
-) -> Iterator[Any]:
+def tensor_rows(tensor: StoredTensor, *, multiple: int = 1) -> Iterator[Any]:
     """Yield a tensor in pieces of some rows, always a multiple of `multiple`."""
-    opened = _opened(file)
-    is_sliced = file.suffix == ".safetensors"
-    if not shape:
-        yield opened.get_tensor(name) if is_sliced else opened[name]
+    opened = _opened(tensor.file)
+    is_sliced = tensor.file.suffix == ".safetensors"
+    if not tensor.shape:
+        yield opened.get_tensor(tensor.stored) if is_sliced else opened[tensor.stored]
         return
-    whole = opened.get_slice(name) if is_sliced else opened[name].detach()
-    count = max(1, rows_at_once(shape) // multiple) * multiple
-    for start in range(0, shape[0], count):
+    whole = opened.get_slice(tensor.stored) if is_sliced else opened[tensor.stored].detach()
+    count = rows_at_once(tensor.shape, multiple)
+    for start in range(0, tensor.shape[0], count):
         yield whole[start : start + count]
