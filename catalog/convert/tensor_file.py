@@ -49,6 +49,16 @@ def rows_at_once(shape: Sequence[int], multiple: int = 1) -> int:
     return max(1, rows // multiple) * multiple
 
 
+def head_rows(shape: Sequence[int], heads: int) -> int:
+    """Return how many rows of a tensor each of its heads has; they are reordered in pairs.
+
+    Raises BrokenModel if they are no whole pairs.
+    """
+    if shape[0] % (2 * heads):
+        raise BrokenModel(f"{shape[0]} rows cannot be split into {heads} heads.", param="model")
+    return shape[0] // heads
+
+
 def write_tensors(
     folder: Path,
     tensors: Iterable[LazyTensor],

@@ -23,8 +23,8 @@ from catalog.convert.steps.gguf_tokenizer import (
     use_llama_blanks,
 )
 from catalog.convert.steps.number_check import cast_checked
-from catalog.convert.tensor_file import LazyTensor, rows_at_once, write_tensors
-from core.errors import BrokenModel, ImpetusError
+from catalog.convert.tensor_file import LazyTensor, head_rows, rows_at_once, write_tensors
+from core.errors import ImpetusError
 
 _TEMPLATE = "tokenizer.chat_template"
 _LONGEST_LICENSE = 200
@@ -240,12 +240,8 @@ def dequantized(tensor: Any, shape: tuple[int, ...], heads: int) -> Iterator[NDA
     """Yield a GGUF tensor in pieces of some rows; with `heads` in transformers' order of rows."""
     from gguf.quants import dequantize
 
-    count = rows_at_once(shape)
-    if heads:
-        rows = shape[0] // heads
-        if shape[0] % (2 * heads):
-            raise BrokenModel(f"{shape[0]} rows cannot be split into {heads} heads.", param="model")
-        count = max(1, count // rows) * rows
+    rows = head_rows(shape, heads) if heads else 1
+    count = rows_at_once(shape, rows)
     for start in range(0, shape[0], count):
         values = dequantize(np.array(tensor.data[start : start + count]), tensor.tensor_type)
         if heads:

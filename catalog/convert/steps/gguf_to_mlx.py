@@ -19,7 +19,7 @@ from catalog.convert.steps.from_gguf import (
     write_tokenizer,
 )
 from catalog.convert.steps.gguf_config import hf_config, hf_name, unpermuted_heads
-from catalog.convert.tensor_file import LazyTensor, rows_at_once, write_tensors
+from catalog.convert.tensor_file import LazyTensor, head_rows, rows_at_once, write_tensors
 from core.errors import UnsupportedCapability
 
 # The elements of a block in both formats (Source: ggml-common.h, mlx/io/gguf_quants.cpp).
@@ -116,9 +116,8 @@ def _rows_of_blocks(
     tensor: Any, shape: tuple[int, ...], heads: int, kind: _Blocks
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield the bytes of some rows, shape (rows, blocks of a row, bytes of a block)."""
-    count = rows_at_once(shape)
-    rows = shape[0] // heads if heads else 1
-    count = max(1, count // rows) * rows
+    rows = head_rows(shape, heads) if heads else 1
+    count = rows_at_once(shape, rows)
     for start in range(0, shape[0], count):
         data = np.array(tensor.data[start : start + count])
         blocks = data.reshape(len(data), -1, kind.block_bytes)

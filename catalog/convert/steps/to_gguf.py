@@ -33,6 +33,7 @@ from catalog.convert.steps.torch_files import (
     listed_tensors,
     tensor_rows,
 )
+from catalog.convert.tensor_file import head_rows
 from core.errors import BrokenModel
 
 _TYPE_IDS = {name: number for number, name in FILE_TYPES.items()}
@@ -243,11 +244,7 @@ class _Layout:
             heads = self._model.heads
         elif self._is_llama and tensor.name.endswith(("k_proj.weight", "k_proj.bias")):
             heads = self._model.kv_heads
-        if heads and tensor.shape[0] % (2 * heads):
-            raise BrokenModel(
-                f"{tensor.shape[0]} rows cannot be split into {heads} heads.", param="model"
-            )
-        rows = tensor.shape[0] // heads if heads else 1
+        rows = head_rows(tensor.shape, heads) if heads else 1
         for piece in tensor_rows(tensor, multiple=rows):
             values = piece.to(torch.float32).numpy()
             yield np.ascontiguousarray(_permuted(values, rows) if heads else values)

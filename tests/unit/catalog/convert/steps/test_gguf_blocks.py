@@ -65,7 +65,7 @@ def test_permuting_is_undone_head_by_head() -> None:
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q5_1", "Q8_0"])
 def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     tensor, expected = quantized(kind)
-    monkeypatch.setattr(from_gguf, "rows_at_once", lambda _shape: 3)
+    monkeypatch.setattr(from_gguf, "rows_at_once", lambda *_: 3)
     pieces = list(dequantized(tensor, (ROWS, COLUMNS), 0))
     assert [len(piece) for piece in pieces] == [3, 3, 2]
     assert np.array_equal(np.concatenate(pieces), expected)
@@ -73,8 +73,11 @@ def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch, kind: str) -> Non
 
 def test_rows_that_no_heads_fit_are_refused() -> None:
     tensor, _ = quantized("Q8_0")
-    with pytest.raises(BrokenModel, match="cannot be split into 3 heads"):
-        list(dequantized(tensor, (ROWS, COLUMNS), 3))
+    for heads in (3, ROWS, ROWS + 1):
+        with pytest.raises(BrokenModel, match=f"cannot be split into {heads} heads"):
+            list(dequantized(tensor, (ROWS, COLUMNS), heads))
+        with pytest.raises(BrokenModel, match=f"cannot be split into {heads} heads"):
+            mlx_values(tensor, "Q8_0", heads)
 
 
 def test_generation_settings_come_from_the_header() -> None:
