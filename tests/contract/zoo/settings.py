@@ -17,6 +17,15 @@ COMMON: Mapping[str, Any] = {
 }
 LLAMA: Mapping[str, Any] = {**COMMON, "num_key_value_heads": 2, "intermediate_size": 128}
 GPT2: Mapping[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
+BART: Mapping[str, Any] = {
+    "d_model": 64,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
 BERT: Mapping[str, Any] = {**COMMON, "intermediate_size": 128, "is_decoder": True}
 EXPERTS: Mapping[str, Any] = {
     "num_experts": 4,
