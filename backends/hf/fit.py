@@ -1,14 +1,23 @@
 """What a runtime's check of a model folder found, and limits of sizes that a folder claims."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from backends.hf.config import HfFolder
 from backends.hf.header import broken
 from backends.hf.shrink import LAYER_KEYS
+from core.errors import BackendUnavailable
 
+# safetensors' name: that of MLX and of PyTorch, for the types that both have.
+SHARED_DTYPES: Mapping[str, str] = MappingProxyType({
+    "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32",
+    "C64": "complex64",
+})  # fmt: skip
 _REPEATS = re.compile(r"(moe_)?(num|n)_.*(layers|experts|stages|blocks)|.*_layers_per_.*")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size", "padded_vocab_size")
 _MAX_REASON = 300
@@ -57,6 +66,19 @@ def first_line(problem: BaseException) -> str:
     """Return an exception's first line, at most 300 characters, else the name of its type."""
     lines = str(problem).strip().splitlines()
     return (lines[0] if lines else type(problem).__name__)[:_MAX_REASON]
+
+
+@contextmanager
+def importing(libraries: str) -> Iterator[None]:
+    """Raise BackendUnavailable for what an import in the body raises, except MemoryError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as problem:
+        raise BackendUnavailable(
+            f"{libraries} cannot be imported: {first_line(problem)}", param="model"
+        ) from problem
 
 
 def check_claims(folder: HfFolder, tensors: Mapping[str, TensorShape]) -> None:

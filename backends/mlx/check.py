@@ -11,17 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.hf.config import HfFolder, flattened
-from backends.hf.fit import ComputeFailed, RuntimeFit, TensorShape, first_line
+from backends.hf.fit import (
+    SHARED_DTYPES,
+    ComputeFailed,
+    RuntimeFit,
+    TensorShape,
+    first_line,
+    importing,
+)
 from backends.hf.header import read_json
 from backends.mlx.model import build_model, check_config, import_runtime, runtime_config
-from core.errors import BackendUnavailable, BrokenModel
+from core.errors import BrokenModel
 
 _LARGEST = 2**31 - 1
 _DTYPES = {
-    "BOOL": "bool_", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
-    "I32": "int32", "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16",
-    "F32": "float32", "C64": "complex64", "F8_E4M3": "uint8", "F8_E5M2": "uint8",
-    "F8_E8M0": "uint8",
+    **SHARED_DTYPES, "BOOL": "bool_", "F8_E4M3": "uint8", "F8_E5M2": "uint8", "F8_E8M0": "uint8",
 }  # fmt: skip
 _LISTED = re.compile(r"(Received|Missing) (\d+) parameters[^:]*:(.*)", re.DOTALL)
 
@@ -42,7 +46,8 @@ def check_mlx(folder: HfFolder, tensors: Mapping[str, TensorShape]) -> RuntimeFi
     Blocks for about a second the first time.  Raises MemoryError, BackendUnavailable if mlx-lm
     cannot be imported.
     """
-    _import()
+    with importing("mlx-lm"):
+        import_runtime(1)
     for name, each in tensors.items():
         if each.dtype not in _DTYPES:
             return RuntimeFit(f"MLX cannot read weights of type {each.dtype} ({name[:80]})")
@@ -62,17 +67,6 @@ def check_mlx(folder: HfFolder, tensors: Mapping[str, TensorShape]) -> RuntimeFi
         return RuntimeFit(problem.message)
     except (Exception, SystemExit) as problem:
         return RuntimeFit(f"mlx-lm cannot load it: {_told(problem)}")
-
-
-def _import() -> None:
-    try:
-        import_runtime(1)
-    except MemoryError:
-        raise
-    except (Exception, SystemExit) as problem:
-        raise BackendUnavailable(
-            f"mlx-lm cannot be imported: {first_line(problem)}", param="model"
-        ) from problem
 
 
 def compute_logits(

@@ -13,15 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.hf.config import HfFolder
-from backends.hf.fit import RuntimeFit, TensorShape, first_line
+from backends.hf.fit import SHARED_DTYPES, RuntimeFit, TensorShape, first_line, importing
 from backends.pytorch.dequantize import forget_quantization
-from core.errors import BackendUnavailable
 
 _DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
-    "I32": "int32", "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16",
-    "F32": "float32", "F64": "float64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "C64": "complex64",
+    **SHARED_DTYPES, "BOOL": "bool", "F64": "float64", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 _MOST_PARAMETERS = 40_000_000
 # Standard deviations that keep differences between implementations visible in the logits.
@@ -48,7 +45,9 @@ def check_torch(folder: HfFolder, tensors: Mapping[str, TensorShape]) -> Runtime
     Blocks for 1 to 3 s the first time.  Raises MemoryError, BackendUnavailable if PyTorch cannot be
     imported.
     """
-    _import()
+    with importing("PyTorch and transformers"):
+        import torch  # noqa: F401
+        from transformers.modeling_utils import PreTrainedModel  # noqa: F401
     try:
         model_class, config = _classes(folder)
         model, report = _load_placeholders(model_class, config, tensors)
@@ -103,18 +102,6 @@ def compute_reference(raw: Mapping[str, Any], tokens: list[int]) -> Reference:
         state = revert_weight_conversion(model, _untied(model.state_dict()))
     weights = {name: tensor.float().contiguous().numpy() for name, tensor in state.items()}
     return Reference(weights, logits.numpy())
-
-
-def _import() -> None:
-    try:
-        import torch  # noqa: F401
-        from transformers.modeling_utils import PreTrainedModel  # noqa: F401
-    except MemoryError:
-        raise
-    except (Exception, SystemExit) as problem:
-        raise BackendUnavailable(
-            f"PyTorch and transformers cannot be imported: {first_line(problem)}", param="model"
-        ) from problem
 
 
 def _classes(folder: HfFolder) -> tuple[Any, Any]:
