@@ -22,10 +22,10 @@ from backends.base import (
 from backends.hf.adapters import refuse_adapter
 from backends.hf.checks import check_folder, transformers_knows
 from backends.hf.config import HfFolder, read_folder, variant_files, weight_files
+from backends.hf.fit import ENDED
 from backends.hf.folder import folder_info, is_mlx, quantization_of
 from backends.hf.header import SafetensorsHeader, TensorEntry, broken, safetensors_header
 from backends.hf.layout import StoredWeights, WeightLayout, dense_tensors, stored_weights
-from backends.mlx.check import start_runtime
 from backends.pytorch.embedding import check_settings
 from backends.pytorch.loading import (
     estimate_torch,
@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
 _MLX_CONTEXT, _TORCH_CONTEXT = "mlx_context", "pytorch_context"
-_ENDED = "its code ended the process that checked it, or took too long"
 # Tables that older exporters stored beside the weights.
 _TABLES = re.compile(
     r"(rotary_emb|rope|rotary_pos_emb)\.(inv_freq|freqs|cos_cached|sin_cached|cos|sin)$"
@@ -79,6 +78,10 @@ class _MlxBackend(Protocol):
 
     def supports(self, model_type: str) -> bool:
         """Whether it supports the architecture."""
+        ...
+
+    def start_checks(self, avoid: Collection[str], on_runtime: Callable[[str], None]) -> None:
+        """Start MLX's thread, if MLX runs here; see `RuntimeChecked`."""
         ...
 
 
@@ -166,9 +169,9 @@ class SafetensorsBackend(Backend):
 
     def start_checks(self, avoid: Collection[str], on_runtime: Callable[[str], None]) -> None:
         """Start MLX's thread; see `RuntimeChecked`."""
-        if not self._why_not_mlx() and "mlx" not in avoid:
-            on_runtime("mlx")
-            start_runtime()
+        mlx = self._mlx()
+        if mlx is not None:
+            mlx.start_checks(avoid, on_runtime)
 
     def check_runtimes(
         self, info: ModelInfo, avoid: Collection[str], on_runtime: Callable[[str], None]
@@ -231,7 +234,7 @@ class SafetensorsBackend(Backend):
             mlx = mlx or f"its {layout.quantization} weights are dequantized, which MLX does not do"
         if not mlx and not (backend and backend.supports(model_type)):
             mlx = f"MLX does not support the architecture {model_type[:60]}"
-        return Excluded(_ENDED if "mlx" in avoid else mlx, _ENDED if "pytorch" in avoid else torch)
+        return Excluded(ENDED if "mlx" in avoid else mlx, ENDED if "pytorch" in avoid else torch)
 
     def _why_not_mlx(self) -> str:
         mlx = self._mlx()

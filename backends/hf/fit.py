@@ -1,7 +1,7 @@
 """What a runtime's check of a model folder found, and limits of sizes that a folder claims."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,6 +12,8 @@ from backends.hf.header import broken
 from backends.hf.shrink import LAYER_KEYS
 from core.errors import BackendUnavailable
 
+# Why a runtime is to be avoided.
+ENDED = "its code ended the process that checked it, or took too long"
 # safetensors' name: that of MLX and of PyTorch, for the types that both have.
 SHARED_DTYPES: Mapping[str, str] = MappingProxyType({
     "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -102,6 +104,30 @@ def check_claims(folder: HfFolder, tensors: Mapping[str, TensorShape]) -> None:
                     f"it claims {key}={value}, but its weights have {len(tensors)} tensors, none "
                     f"longer than {longest}; download the folder's files from one source",
                 )
+
+
+def check_only_runtime(
+    runtime: str,
+    folder: HfFolder,
+    tensors: Mapping[str, TensorShape],
+    check: Callable[[HfFolder, Mapping[str, TensorShape]], RuntimeFit],
+    *,
+    avoid: Collection[str],
+    on_runtime: Callable[[str], None],
+) -> RuntimeFit:
+    """Return what `check` found of the one runtime that a format has.
+
+    Raises BrokenModel if it cannot load the model, what `check_claims` and `check` raise.  `avoid`
+    and `on_runtime` are those of `RuntimeChecked`.
+    """
+    check_claims(folder, tensors)
+    fit = RuntimeFit(ENDED)
+    if runtime not in avoid:
+        on_runtime(runtime)
+        fit = check(folder, tensors)
+    if fit.reason:
+        raise broken(folder.path / "config.json", fit.reason)
+    return fit
 
 
 def _limit(key: str, count: int, longest: int) -> int | None:

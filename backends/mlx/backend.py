@@ -15,9 +15,8 @@ from backends.base import (
     ModelInfo,
 )
 from backends.hf.engine import open_token_engine
-from backends.hf.fit import check_claims
+from backends.hf.fit import check_only_runtime
 from backends.hf.folder import read_folder
-from backends.hf.header import broken
 from backends.hf.tokenizer import HfTokenizer
 from backends.mlx.check import check_mlx, start_runtime
 from backends.mlx.embedding import check_encoder, open_embedder
@@ -73,14 +72,14 @@ class MlxBackend(Backend):
         """Return `info` if mlx-lm can load its tensors; see `RuntimeChecked`."""
         if not self.availability().is_available:
             return info
-        folder, tensors = read_folder(info.files[0].parent), mlx_tensors(info)
-        check_claims(folder, tensors)
-        reason = "its code ended the process that checked it, or took too long"
-        if self.name not in avoid:
-            on_runtime(self.name)
-            reason = check_mlx(folder, tensors).reason
-        if reason:
-            raise broken(folder.path / "config.json", reason)
+        check_only_runtime(
+            self.name,
+            read_folder(info.files[0].parent),
+            mlx_tensors(info),
+            check_mlx,
+            avoid=avoid,
+            on_runtime=on_runtime,
+        )
         return info
 
     def identify(self, path: Path) -> ModelInfo:

@@ -14,8 +14,7 @@ from backends.base import (
     ModelInfo,
 )
 from backends.hf.config import read_folder
-from backends.hf.fit import RuntimeFit, check_claims
-from backends.hf.header import broken
+from backends.hf.fit import check_only_runtime
 from backends.pytorch.check import check_torch
 from backends.pytorch.embedding import check_settings
 from backends.pytorch.file import pytorch_info, torch_tensors
@@ -64,14 +63,14 @@ class PytorchBackend(Backend):
         """Return `info` if transformers can load its tensors; see `RuntimeChecked`."""
         if not self.availability().is_available or not info.capabilities & _GENERATING:
             return info
-        folder, tensors = read_folder(info.files[0].parent), torch_tensors(info)
-        check_claims(folder, tensors)
-        fit = RuntimeFit("its code ended the process that checked it, or took too long")
-        if self.name not in avoid:
-            on_runtime(self.name)
-            fit = check_torch(folder, tensors)
-        if fit.reason:
-            raise broken(folder.path / "config.json", fit.reason)
+        fit = check_only_runtime(
+            self.name,
+            read_folder(info.files[0].parent),
+            torch_tensors(info),
+            check_torch,
+            avoid=avoid,
+            on_runtime=on_runtime,
+        )
         # Files count shared weights once, but tables too; the model counts shared weights twice.
         return replace(info, parameters=min(info.parameters, fit.parameters))
 
