@@ -2,12 +2,13 @@
 
 import json
 import logging
+import operator
 import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -82,26 +83,23 @@ class TrialResult:
 
     def __and__(self, other: Self) -> "TrialResult":
         """Return what is right in both."""
-        return TrialResult(
-            self.is_sound and other.is_sound,
-            self.has_cache and other.has_cache,
-            self.has_batches and other.has_batches,
-            self.has_chunks and other.has_chunks,
-            self.has_reuse and other.has_reuse,
-            self.reason or other.reason,
-            self.choice or other.choice,
-        )
+        return self._joined(other, operator.and_)
 
     def __or__(self, other: Self) -> "TrialResult":
         """Return what is right in one of them: numbers that differ by chance do so only once."""
-        flags = (
-            self.is_sound or other.is_sound,
-            self.has_cache or other.has_cache,
-            self.has_batches or other.has_batches,
-            self.has_chunks or other.has_chunks,
-            self.has_reuse or other.has_reuse,
+        found = self._joined(other, operator.or_)
+        return replace(found, reason="") if found.has_all else found
+
+    def _joined(self, other: Self, join: Callable[[bool, bool], bool]) -> "TrialResult":
+        return TrialResult(
+            join(self.is_sound, other.is_sound),
+            join(self.has_cache, other.has_cache),
+            join(self.has_batches, other.has_batches),
+            join(self.has_chunks, other.has_chunks),
+            join(self.has_reuse, other.has_reuse),
+            self.reason or other.reason,
+            self.choice or other.choice,
         )
-        return TrialResult(*flags, "" if all(flags) else self.reason or other.reason, self.choice)
 
 
 class TrialStore(Protocol):

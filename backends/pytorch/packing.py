@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -72,15 +73,8 @@ def try_rows(model: Any, hold: Hold = nullcontext, *, context_tokens: int = 1 <<
                 model.set_attn_implementation(own)
         reason = reason or found.reason
         if _is_usable(choice, found):
-            return TrialResult(
-                True,
-                choice != UNCACHED or not reason,
-                found.has_batches,
-                found.has_chunks,
-                found.has_reuse,
-                reason,
-                choice,
-            )
+            has_cache = choice != UNCACHED or not reason
+            return replace(found, has_cache=has_cache, reason=reason, choice=choice)
     raise BrokenModel(
         f"{type(model).__name__} cannot be run by transformers here: {reason}.", param="model"
     )
