@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
@@ -24,7 +23,13 @@ from backends.hf.checks import check_folder, transformers_knows
 from backends.hf.config import HfFolder, read_folder, variant_files, weight_files
 from backends.hf.fit import ENDED
 from backends.hf.folder import folder_info, is_mlx, quantization_of
-from backends.hf.header import SafetensorsHeader, TensorEntry, broken, safetensors_header
+from backends.hf.header import (
+    SafetensorsHeader,
+    TensorEntry,
+    broken,
+    count_bytes,
+    safetensors_header,
+)
 from backends.hf.layout import StoredWeights, WeightLayout, dense_tensors, stored_weights
 from backends.pytorch.embedding import check_settings
 from backends.pytorch.loading import (
@@ -203,9 +208,7 @@ class SafetensorsBackend(Backend):
     def _info(self, folder: HfFolder, headers: list[SafetensorsHeader]) -> ModelInfo:
         stored = stored_weights(folder, headers)
         layout = stored.layout
-        bytes_by_dtype: Counter[str] = Counter()
-        for entry in stored.tensors.values():
-            bytes_by_dtype[entry.dtype] += entry.nbytes
+        bytes_by_dtype = count_bytes(stored.tensors.values())
         info = folder_info(
             self.name,
             folder,

@@ -7,12 +7,12 @@ import json
 import os
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from stat import S_ISREG
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from core.errors import BrokenModel, NotThisFormat
 from core.units import MIB, format_bytes
@@ -59,13 +59,22 @@ class SafetensorsHeader:
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
+
+class _Sized(Protocol):
+    """A tensor of any weight file; `dtype` is named as in safetensors."""
+
     @property
-    def bytes_by_dtype(self) -> Counter[str]:
-        """Total bytes of the tensors of each dtype."""
-        count: Counter[str] = Counter()
-        for entry in self.tensors.values():
-            count[entry.dtype] += entry.nbytes
-        return count
+    def dtype(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def count_bytes(tensors: Iterable[_Sized]) -> Counter[str]:
+    """Return the total bytes of the tensors of each dtype."""
+    count: Counter[str] = Counter()
+    for each in tensors:
+        count[each.dtype] += each.nbytes
+    return count
 
 
 def broken(path: Path, reason: str) -> BrokenModel:

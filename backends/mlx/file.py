@@ -1,6 +1,5 @@
 """Identifies an MLX model from its files, without importing MLX."""
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +17,7 @@ from backends.hf.folder import (
     tokenizer_files,
     weight_files,
 )
-from backends.hf.header import broken
+from backends.hf.header import broken, count_bytes
 from backends.hf.names import model_names
 from backends.mlx.model import check_config, supports
 from backends.mlx.npz import read_npz
@@ -102,9 +101,7 @@ def _info(folder: HfFolder, files: tuple[Path, ...], tensors: Mapping[str, _Entr
         raise broken(config, f"mlx-lm does not support the architecture {model_type[:60]!r}")
     check_folder(folder, is_known=True)
     tensors = {new: tensors[old] for old, new in model_names(files[0], tensors).items()}
-    dtypes: Counter[str] = Counter()
-    for entry in tensors.values():
-        dtypes[entry.dtype] += entry.nbytes
+    dtypes = count_bytes(tensors.values())
     weights = mlx_weights(config, folder.config, tensors)
     details: dict[str, int | float | str | bool] = {}
     if weights.main is not None:

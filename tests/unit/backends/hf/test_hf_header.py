@@ -15,6 +15,7 @@ from backends.hf.header import (
     MAX_CONFIG_BYTES,
     MAX_HEADER_BYTES,
     TensorEntry,
+    count_bytes,
     read_json,
     safetensors_header,
 )
@@ -45,7 +46,7 @@ def test_a_file_of_the_library_is_read(tmp_path: Path) -> None:
     }
     assert header.tensors["a.weight"].elements == 12
     assert dict(header.metadata) == {"format": "pt"}
-    assert dict(header.bytes_by_dtype) == {"F32": 48, "F16": 10}
+    assert dict(count_bytes(header.tensors.values())) == {"F32": 48, "F16": 10}
 
 
 def test_scalars_empty_tensors_and_padded_headers_are_fine(tmp_path: Path) -> None:
