@@ -82,18 +82,12 @@ def guess_runtime(folder: HfFolder, excluded: Excluded) -> RuntimeChoice:
     """Return the likely runtime by mlx-lm's source; imports no runtime."""
     reason = excluded.mlx
     if not reason and not excluded.pytorch:
-        reason = unread_setting(mlx_type(folder), folder.config)
+        reason = unread_setting(folder.outer_type, folder.config)
     if reason:
         return RuntimeChoice("pytorch", reason, "", reason)
     has_torch = not excluded.pytorch and transformers_knows(folder.model_type)
     alternative = "pytorch" if has_torch else ""
     return RuntimeChoice("mlx", "mlx-lm has code for it", alternative, excluded.pytorch or _FASTER)
-
-
-def mlx_type(folder: HfFolder) -> str:
-    """Return the model type that selects mlx-lm's code: the outer one of a nested config."""
-    value = folder.config.get("wrapper_model_type") or folder.config.get("model_type")
-    return value if isinstance(value, str) else ""
 
 
 def check_runtimes(
@@ -167,7 +161,7 @@ def _doubt(folder: HfFolder) -> Doubt:
     found = compare(folder)
     if not found.unknown:
         return _difference(folder, found)
-    unread = unread_setting(mlx_type(folder), folder.config)
+    unread = unread_setting(folder.outer_type, folder.config)
     return Doubt(unread, why_not_compared=_NOT_COMPARED)
 
 

@@ -21,7 +21,7 @@ from backends.base import (
 from backends.hf.adapters import refuse_adapter
 from backends.hf.checks import check_folder, transformers_knows
 from backends.hf.config import HfFolder, read_folder, variant_files, weight_files
-from backends.hf.fit import ENDED
+from backends.hf.fit import CHECK_ENDED
 from backends.hf.folder import folder_info, is_mlx, quantization_of
 from backends.hf.header import (
     SafetensorsHeader,
@@ -46,7 +46,6 @@ from backends.runtime_check import (
     Excluded,
     check_runtimes,
     guess_runtime,
-    mlx_type,
 )
 from backends.trials import OtherRuntimeNeeded, TrialOptions
 from core.errors import BackendUnavailable, BrokenModel, NotThisFormat
@@ -230,14 +229,14 @@ class SafetensorsBackend(Backend):
 
     def _excluded(self, folder: HfFolder, layout: WeightLayout, avoid: Collection[str]) -> Excluded:
         """Return why a runtime cannot run the model, as far as that needs no check of it."""
-        model_type = mlx_type(folder)
+        model_type = folder.outer_type
         mlx, torch = self._why_not_mlx(), torch_availability().reason
         backend = self._mlx()
         if layout.method and not _stays_packed(folder, layout):
             mlx = mlx or f"its {layout.quantization} weights are dequantized, which MLX does not do"
         if not mlx and not (backend and backend.supports(model_type)):
             mlx = f"MLX does not support the architecture {model_type[:60]}"
-        return Excluded(ENDED if "mlx" in avoid else mlx, ENDED if "pytorch" in avoid else torch)
+        return Excluded(CHECK_ENDED if "mlx" in avoid else mlx, CHECK_ENDED if "pytorch" in avoid else torch)
 
     def _why_not_mlx(self) -> str:
         mlx = self._mlx()
@@ -308,7 +307,7 @@ def _limited_context(info: ModelInfo, folder: HfFolder) -> ModelInfo:
 
 def _stays_packed(folder: HfFolder, layout: WeightLayout) -> bool:
     """Whether mlx-lm reads the quantized weights as they are, exactly."""
-    return layout.method == "mxfp4" and mlx_type(folder) == "gpt_oss"
+    return layout.method == "mxfp4" and folder.outer_type == "gpt_oss"
 
 
 def _parameters(stored: StoredWeights) -> int:

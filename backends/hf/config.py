@@ -26,7 +26,14 @@ _DEFAULT_STEM = {"safetensors": "model", "bin": "pytorch_model"}
 _NOT_WEIGHTS = re.compile(
     r"(adapter|optimizer|scheduler|training_args|rng_state|openvino|consolidated)"
 )
-_NESTED = ("text_config", "llm_config", "language_config")
+# Where configurations of multimodal models have the language model's.
+NESTED = ("text_config", "llm_config", "language_config")
+# The keys that configurations use for the same number.
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
+HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+KV_HEAD_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
+HEAD_WIDTH_KEYS = ("head_dim", "kv_channels", "d_kv")
 _LICENSE = re.compile(r"^license(_name)?:[ \t]*(?:\n[ \t]*-[ \t]*)?['\"]?([\w.+-]+)", re.MULTILINE)
 
 # Source: transformers' model types with bidirectional attention and no language-model head.
@@ -59,6 +66,12 @@ class HfFolder:
     def model_type(self) -> str:
         """The text model's `model_type` in transformers; empty if it is missing."""
         value = self.config.get("model_type")
+        return value if isinstance(value, str) else ""
+
+    @property
+    def outer_type(self) -> str:
+        """The `model_type` of the whole model, which selects mlx-lm's code."""
+        value = self.config.get("wrapper_model_type") or self.config.get("model_type")
         return value if isinstance(value, str) else ""
 
     @property
@@ -115,8 +128,9 @@ def read_folder(path: Path) -> HfFolder:
 
 
 def flattened(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy in the form of `HfFolder.config`."""
     flat = dict(config)
-    for key in _NESTED:
+    for key in NESTED:
         inner = config.get(key)
         if isinstance(inner, dict):
             del flat[key]

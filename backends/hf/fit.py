@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from backends.hf.config import HfFolder
+from backends.hf.config import LAYER_KEYS, HfFolder
 from backends.hf.header import broken
-from backends.hf.shrink import LAYER_KEYS
 from core.errors import BackendUnavailable
 
 # Why a runtime is to be avoided.
-ENDED = "its code ended the process that checked it, or took too long"
+CHECK_ENDED = "its code ended the process that checked it, or took too long"
 # safetensors' name: that of MLX and of PyTorch, for the types that both have.
 SHARED_DTYPES: Mapping[str, str] = MappingProxyType({
     "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
@@ -24,6 +23,8 @@ _REPEATS = re.compile(r"(moe_)?(num|n)_.*(layers|experts|stages|blocks)|.*_layer
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "vocab_size", "padded_vocab_size")
 _MAX_REASON = 300
 _MAX_UNUSED_EXPERTS = 2**16
+# The reason against a runtime that an earlier check did not survive.
+CHECK_ENDED = "its code ended the process that checked it, or took too long"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ def check_only_runtime(
     and `on_runtime` are those of `RuntimeChecked`.
     """
     check_claims(folder, tensors)
-    fit = RuntimeFit(ENDED)
+    fit = RuntimeFit(CHECK_ENDED)
     if runtime not in avoid:
         on_runtime(runtime)
         fit = check(folder, tensors)

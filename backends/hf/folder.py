@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from backends.base import ModelInfo
-from backends.hf.config import HfFolder, read_folder, weight_files
+from backends.hf.config import (
+    HEAD_KEYS,
+    HEAD_WIDTH_KEYS,
+    HIDDEN_KEYS,
+    KV_HEAD_KEYS,
+    LAYER_KEYS,
+    HfFolder,
+    read_folder,
+    weight_files,
+)
 from backends.hf.header import (
     SafetensorsHeader,
     TensorEntry,
@@ -60,11 +69,11 @@ _OTHER_FILES = ("config.json", "generation_config.json")
 
 # Name in `ModelInfo.details`: the keys that configurations use for it.
 _NUMBERS = {
-    "n_layer": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "n_embd": ("hidden_size", "n_embd", "d_model", "dim"),
+    "n_layer": LAYER_KEYS,
+    "n_embd": HIDDEN_KEYS,
     "vocabulary_size": ("vocab_size", "padded_vocab_size"),
-    "n_head": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "n_head_kv": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"),
+    "n_head": HEAD_KEYS,
+    "n_head_kv": KV_HEAD_KEYS,
     "n_ff": ("intermediate_size", "ffn_hidden_size", "n_inner", "d_ff", "hidden_dim"),
     "sliding_window": ("sliding_window",),
     "expert_count": ("num_local_experts", "num_experts", "n_routed_experts"),
@@ -273,7 +282,7 @@ def _numbers(folder: HfFolder) -> dict[str, int]:
         found.pop("sliding_window", None)
     if folder.config.get("multi_query") and not folder.config.get("new_decoder_architecture"):
         found["n_head_kv"] = 1
-    width = _number(folder, ("head_dim", "kv_channels", "d_kv"), _MAX_NUMBER)
+    width = _number(folder, HEAD_WIDTH_KEYS, _MAX_NUMBER)
     found["head_dim"] = width or (found["n_embd"] // heads if heads else 0)
     latent = _number(folder, ("kv_lora_rank",), _MAX_NUMBER)
     if latent:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from backends.hf.config import HEAD_KEYS, HEAD_WIDTH_KEYS, HIDDEN_KEYS, KV_HEAD_KEYS, LAYER_KEYS
+
 # Sliding windows become this long, so that a short prompt is longer.
 WINDOW_TOKENS = 12
 
@@ -21,12 +23,7 @@ _USED_EXPERTS = 2
 _LEAST_LAYERS = 4
 _MOST_LAYERS = 16
 
-LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
 _LINEAR_HEADS = ("linear_num_key_heads", "linear_num_value_heads")
-_HEAD_WIDTHS = ("head_dim", "kv_channels", "d_kv")
 _VOCABULARY_KEYS = re.compile(r"(padded_)?vocab_size.*")
 _TOKEN_KEYS = re.compile(r".*_token_(id|ids|index)")
 _INNER_KEYS = re.compile(r".*(intermediate|ffn|n_inner|d_ff|feed_forward|ff_dim|mlp_hidden).*")
@@ -57,7 +54,7 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     widths = _widths(small)
     layers = _layer_count(small)
-    hidden = _first(small, _HIDDEN)
+    hidden = _first(small, HIDDEN_KEYS)
     for key, value in small.items():
         if type(value) is int:
             small[key] = widths.get(key, _shrunk(key, value, hidden, widths))
@@ -80,20 +77,20 @@ def _key(config: Mapping[str, Any], keys: Iterable[str]) -> str:
 
 def _widths(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the new hidden size and numbers of heads, by key; empty if they are small enough."""
-    hidden, heads = _first(config, _HIDDEN), _first(config, _HEADS)
+    hidden, heads = _first(config, HIDDEN_KEYS), _first(config, HEAD_KEYS)
     if hidden <= _WIDE:
         return {}
     if not heads:
-        return {_key(config, _HIDDEN): _LATENT_WIDTH}
-    kv_heads = _first(config, _KV_HEADS) or heads
+        return {_key(config, HIDDEN_KEYS): _LATENT_WIDTH}
+    kv_heads = _first(config, KV_HEAD_KEYS) or heads
     if kv_heads > heads or heads % kv_heads:
         return {}
     few_kv = min(kv_heads, 2)
     few = few_kv * min(heads // kv_heads, 2)
-    head_width = _first(config, _HEAD_WIDTHS) or hidden // heads
+    head_width = _first(config, HEAD_WIDTH_KEYS) or hidden // heads
     width = _LATENT_WIDTH if config.get("kv_lora_rank") else few * head_width
-    found = {_key(config, _HIDDEN): width, _key(config, _HEADS): few}
-    if kv_key := _key(config, _KV_HEADS):
+    found = {_key(config, HIDDEN_KEYS): width, _key(config, HEAD_KEYS): few}
+    if kv_key := _key(config, KV_HEAD_KEYS):
         found[kv_key] = few_kv
     return found | _linear_heads(config)
 

@@ -20,7 +20,7 @@ from backends.hf.folder import read_folder
 from backends.hf.tokenizer import HfTokenizer
 from backends.mlx.check import check_mlx, start_runtime
 from backends.mlx.embedding import check_encoder, open_embedder
-from backends.mlx.file import mlx_info, mlx_tensors, runtime_type
+from backends.mlx.file import mlx_info, mlx_tensors
 from backends.mlx.memory import estimate_mlx, wants_dense
 from backends.mlx.model import MlxModel, check_config, import_runtime
 from backends.mlx.model import supports as has_code_for
@@ -102,7 +102,7 @@ class MlxBackend(Backend):
         options = options.granted(granted)
         folder = read_folder(info.files[0].parent)
         check_config(folder.config)
-        model_type = runtime_type(folder.config)
+        model_type = folder.outer_type
         if not has_code_for(model_type):
             raise BrokenModel(
                 f"mlx-lm does not support the architecture {model_type[:60]!r}.", param="model"

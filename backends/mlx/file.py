@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from backends.base import ModelInfo
 from backends.hf.checks import check_folder
@@ -87,18 +87,12 @@ def _npz_info(path: Path) -> ModelInfo:
     return _info(folder, files, found)
 
 
-def runtime_type(config: Mapping[str, Any]) -> str:
-    """Return the model type that selects mlx-lm's code: the outer one of a nested config."""
-    value = config.get("wrapper_model_type") or config.get("model_type")
-    return value if isinstance(value, str) else ""
-
-
 def _info(folder: HfFolder, files: tuple[Path, ...], tensors: Mapping[str, _Entry]) -> ModelInfo:
     config = folder.path / "config.json"
     check_config(folder.config)
-    model_type = runtime_type(folder.config)
-    if not supports(model_type):
-        raise broken(config, f"mlx-lm does not support the architecture {model_type[:60]!r}")
+    if not supports(folder.outer_type):
+        name = repr(folder.outer_type[:60])
+        raise broken(config, f"mlx-lm does not support the architecture {name}")
     check_folder(folder, is_known=True)
     tensors = {new: tensors[old] for old, new in model_names(files[0], tensors).items()}
     dtypes = count_bytes(tensors.values())

@@ -17,8 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from backends.hf.config import plain_floats
-from backends.hf.folder import HfFolder
+from backends.hf.config import NESTED, HfFolder, plain_floats
 from backends.hf.header import read_json
 from backends.hf.names import model_names
 from backends.mlx.quantization import mlx_settings
@@ -26,7 +25,6 @@ from core.errors import BrokenModel, InsufficientMemory, NonFiniteOutput
 from core.units import MIB
 
 _TYPE = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_NESTED = ("text_config", "llm_config", "language_config")
 _LIFTED = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 _MAX_REPEATS = 4096
 _REPEATS = re.compile(r"(num_.*layers|n_layers?|num_.*experts|num_.*stages|.*num_blocks)")
@@ -143,7 +141,7 @@ def runtime_config(
     """
     config: dict[str, Any] = plain_floats(raw)
     lifted = {key: flat[key] for key in _LIFTED if flat.get(key) is not None}
-    for level in (config, *(config.get(key) for key in _NESTED)):
+    for level in (config, *(config.get(key) for key in NESTED)):
         if isinstance(level, dict):
             for key, value in lifted.items():
                 if level.get(key) is None:

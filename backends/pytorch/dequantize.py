@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from backends.hf.folder import HfFolder
+from backends.hf.config import NESTED, HfFolder
 from backends.hf.header import broken
 from backends.hf.layout import weight_layout
 from backends.hf.packed import PackedWeight
@@ -18,7 +18,6 @@ from backends.hf.quantization import MAX_STATE_BYTES, BnbState, read_bnb_state
 _CHUNK_ELEMENTS = 1 << 22
 # AutoAWQ's order of the eight values in a word.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-_NESTED = ("text_config", "llm_config", "language_config")
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _DTYPE_NAMES = {
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
@@ -65,7 +64,7 @@ def dequantize(folder: HfFolder, tensors: dict[str, Any], dtype: Any) -> dict[st
 
 def forget_quantization(config: Any) -> None:
     """Take the quantization out of a configuration, whose weights are dequantized."""
-    for level in (config, *(getattr(config, key, None) for key in _NESTED)):
+    for level in (config, *(getattr(config, key, None) for key in NESTED)):
         for key in ("quantization_config", "compression_config"):
             if getattr(level, key, None) is not None:
                 delattr(level, key)

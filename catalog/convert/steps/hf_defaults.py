@@ -7,10 +7,9 @@ Qwen 3 have 128 dimensions where the file does not tell their width.
 from pathlib import Path
 from typing import Any
 
+from backends.hf.config import NESTED
 from catalog.convert.job import read_json, with_legacy_rope_keys, write_json
 
-# Where configurations of multimodal models have the language model's.
-_NESTED = ("text_config", "llm_config", "language_config")
 # What is not about the model itself; the tokenizer and the generation settings name the tokens.
 _NOT_SETTINGS = frozenset({
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "return_dict",
@@ -30,7 +29,7 @@ def complete_config(folder: Path) -> dict[str, Any]:
 
     path = folder / "config.json"
     config = read_json(path)
-    if any(isinstance(config.get(key), dict) for key in _NESTED):
+    if any(isinstance(config.get(key), dict) for key in NESTED):
         # The outer model's defaults are not those of the language model in it.
         return config
     try:
