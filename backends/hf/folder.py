@@ -162,14 +162,9 @@ def folder_info(
     `details` are added to the description's.  Raises BrokenModel for models that are not text
     models, and for invalid numbers in config.json.
     """
-    config = folder.path / "config.json"
     if kind := other_kind(folder.config):
-        raise broken(config, refusal(kind))
+        raise broken(folder.path / "config.json", refusal(kind))
     refuse_other_kinds(folder)
-    if folder.config.get("is_encoder_decoder") is True and not folder.is_embedder:
-        raise broken(
-            config, "encoder-decoder models are not supported; use a decoder or an embedding model"
-        )
     numbers = _numbers(folder)
     dtype = folder.config.get("dtype") or folder.config.get("torch_dtype")
     suffix = weights[0].suffix

@@ -70,6 +70,7 @@ _TYPES: Mapping[str, str] = {
     **dict.fromkeys(("clip_text_model", "siglip_text_model", "siglip2_text_model"),
                     "the text half of a model that compares images with texts"),
     "clap": "a model that compares sounds with texts",
+    "clap_text_model": "the text half of a model that compares sounds with texts",
     **dict.fromkeys((
         "autoformer", "informer", "patchtsmixer", "patchtst", "time_series_transformer", "timesfm",
         "timesfm2_5", "chronos",
@@ -89,11 +90,8 @@ def other_kind(config: Mapping[str, Any]) -> str:
     if isinstance(class_name, list) and class_name:
         class_name = class_name[-1]
     if isinstance(class_name, str) and class_name:
-        return (
-            f"a part of an image, video or audio generator ({_word(class_name)})"
-            if (not class_name.endswith("Pipeline"))
-            else f"an image, video or audio generator ({_word(class_name)})"
-        )
+        part = "" if class_name.endswith("Pipeline") else "a part of "
+        return f"{part}an image, video or audio generator ({_word(class_name)})"
     names = config.get("architectures")
     for name in names if isinstance(names, list) else ():
         if isinstance(name, str) and len(name) <= 200:

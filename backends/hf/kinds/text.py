@@ -5,7 +5,7 @@ from typing import Any
 
 from backends.hf.config import GENERATING, HfFolder
 from backends.hf.header import broken
-from backends.hf.kinds.other import SERVED
+from backends.hf.kinds.other import SERVED, refusal
 from backends.sentence_files import has_modules
 from backends.small_json import read_json
 
@@ -19,8 +19,8 @@ _OTHER_HEADS = {
 }
 # Source: transformers' configurations with a text and an image or a sound part.
 _OTHER_PARTS = {"vision_config": "images", "audio_config": "sound", "speech_config": "sound"}
-_PART_OF_CLIP = ("clip_text_model", "siglip_text_model", "siglip2_text_model", "clap_text_model")
 _IMAGE_PIPELINE = "model_index.json"
+_INSTEAD_OF_PAIRS = "use a decoder or an embedding model"
 
 
 def label_count(folder: HfFolder) -> int:
@@ -47,13 +47,16 @@ def refuse_other_kinds(folder: HfFolder) -> None:
     config = folder.path / "config.json"
     names = folder.architectures
     if is_scoring(folder) and not reranks(folder):
-        raise broken(config, f"it is a classifier with {label_count(folder)} labels; {SERVED}")
+        raise broken(config, refusal(f"a classifier with {label_count(folder)} labels"))
     for name in names:
         does = next((does for end, does in _OTHER_HEADS.items() if name.endswith(end)), None)
         if does is not None:
-            raise broken(config, f"it is a model that {does} ({name[:60]}); {SERVED}")
+            raise broken(config, refusal(f"a model that {does} ({name[:60]})"))
     if not any(name.endswith(GENERATING) for name in names):
         _refuse_halves(folder, config)
+    is_pair = folder.config.get("is_encoder_decoder") is True
+    if is_pair and not (folder.is_encoder or has_modules(folder.path)):
+        raise broken(config, f"encoder-decoder models are not supported; {_INSTEAD_OF_PAIRS}")
     if reranks(folder):
         _check_modules(folder.path, config)
 
@@ -64,15 +67,11 @@ def _refuse_halves(folder: HfFolder, config: Path) -> None:
     if part is not None:
         reason = f"it compares texts with {_OTHER_PARTS[part]} (such as CLIP)"
         raise broken(config, f"{reason}; {SERVED}")
-    if folder.model_type in _PART_OF_CLIP:
-        raise broken(config, f"it is the text half of a model for images or sound; {SERVED}")
     if (folder.path.parent / _IMAGE_PIPELINE).is_file():
-        raise broken(config, f"it is the text encoder of an image model; {SERVED}")
-    is_pair = folder.config.get("is_encoder_decoder") is True
-    is_half = any(name.endswith(("Encoder", "Decoder")) for name in folder.architectures)
-    if is_half or (is_pair and not (folder.is_encoder or has_modules(folder.path))):
+        raise broken(config, refusal("the text encoder of an image model"))
+    if any(name.endswith(("Encoder", "Decoder")) for name in folder.architectures):
         reason = "encoder-decoder models are not supported, nor are their halves"
-        raise broken(config, f"{reason}; use a decoder or an embedding model")
+        raise broken(config, f"{reason}; {_INSTEAD_OF_PAIRS}")
 
 
 def _check_modules(path: Path, config: Path) -> None:
