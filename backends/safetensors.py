@@ -214,7 +214,7 @@ class SafetensorsBackend(Backend):
             tuple(header.path for header in headers),
             parameters=_parameters(stored),
             weights_bytes=sum(bytes_by_dtype.values()),
-            quantization=layout.quantization or quantization_of(folder, bytes_by_dtype),
+            quantization=layout.quantization or quantization_of(bytes_by_dtype),
             details={"mlx_bits": 4, "mlx_group_size": 32} if _stays_packed(folder, layout) else {},
         )
         if not info.capabilities & GENERATING:

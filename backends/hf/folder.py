@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from backends.base import ModelInfo
 from backends.hf.config import (
@@ -59,7 +59,6 @@ _CHECKPOINT = re.compile(
     r"|((best|final|last|latest)([-_](checkpoint|model))?)|checkpoint",
     re.IGNORECASE,
 )
-_WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -104,7 +103,7 @@ def _existing(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
 
 def is_mlx(folder: HfFolder, header: SafetensorsHeader) -> bool:
     """Whether the weights are quantized in MLX's layout: uint32 words with `scales` tensors."""
-    says_so = _mlx_bits(folder) is not None or header.metadata.get("format") == "mlx"
+    says_so = _says_mlx(folder) or header.metadata.get("format") == "mlx"
     return says_so and any(
         entry.dtype == "U32" and f"{name.removesuffix('.weight')}.scales" in header.tensors
         for name, entry in header.tensors.items()
@@ -112,39 +111,22 @@ def is_mlx(folder: HfFolder, header: SafetensorsHeader) -> bool:
     )
 
 
-def _mlx_bits(folder: HfFolder) -> int | None:
+def _says_mlx(folder: HfFolder) -> bool:
+    """Whether the configuration has settings of MLX's quantization."""
     quantization = folder.config.get("quantization")
-    bits = quantization.get("bits") if isinstance(quantization, dict) else None
-    if isinstance(quantization, dict) and bits is None:
-        # Source: the defaults of mlx.core.quantize.
-        bits = 8 if quantization.get("mode") == "mxfp8" else 4
-    return bits if type(bits) is int and 1 <= bits <= 16 else None
+    if not isinstance(quantization, dict):
+        return False
+    bits = quantization.get("bits")
+    return bits is None or (type(bits) is int and 1 <= bits <= 16)
 
 
-def quantization_of(folder: HfFolder, bytes_by_dtype: Mapping[str, int]) -> str:
-    """Return the weights' quantization for `ModelInfo`, such as `4bit`, `gptq-4bit`, `bf16`.
+def quantization_of(bytes_by_dtype: Mapping[str, int]) -> str:
+    """Return the name, for `ModelInfo`, of weights that are not packed, such as `bf16`.
 
-    `bytes_by_dtype` has safetensors' dtype names; without a quantization in the configuration,
-    the dtype with the most bytes decides.
+    The dtype with the most bytes decides; `bytes_by_dtype` has safetensors' names.
     """
-    bits = _mlx_bits(folder)
-    if bits is not None:
-        mode = folder.config["quantization"].get("mode", "affine")
-        is_named = isinstance(mode, str) and mode != "affine" and _WORD.fullmatch(mode)
-        return mode if is_named else f"{bits}bit"
-    config = folder.config.get("quantization_config")
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    if isinstance(config, dict) and isinstance(method, str) and _WORD.fullmatch(method):
-        return _method_name(method.lower(), config)
     dtype = max(bytes_by_dtype.items(), key=lambda item: item[1], default=("", 0))[0]
     return _DTYPE_NAMES.get(dtype, dtype.lower())
-
-
-def _method_name(method: str, config: Mapping[str, Any]) -> str:
-    bits = config.get("bits")
-    if method.startswith("bitsandbytes"):
-        method, bits = "bnb", 4 if config.get("load_in_4bit") else 8
-    return f"{method}-{bits}bit" if type(bits) is int and 1 <= bits <= 16 else method
 
 
 def folder_info(

@@ -107,7 +107,7 @@ def _info(folder: HfFolder, files: tuple[Path, ...], tensors: Mapping[str, _Entr
         files,
         parameters=weights.parameters,
         weights_bytes=sum(dtypes.values()),
-        quantization=weights.label or quantization_of(folder, dtypes),
+        quantization=weights.label or quantization_of(dtypes),
         details=details,
     )
     if int(info.details["n_layer"]) > len(tensors):

@@ -104,7 +104,7 @@ def torch_info(folder: HfFolder, files: Sequence[TorchFile]) -> ModelInfo:
         tuple(file.path for file in files),
         parameters=parameters + layout.packed_parameters,
         weights_bytes=sum(bytes_by_dtype.values()),
-        quantization=layout.quantization or quantization_of(folder, bytes_by_dtype),
+        quantization=layout.quantization or quantization_of(bytes_by_dtype),
     )
 
 

@@ -94,6 +94,15 @@ def test_a_folder_is_described(folder: Path) -> None:
     assert info.capabilities == {Capability.CHAT, Capability.COMPLETION}
 
 
+@pytest.mark.parametrize("forgotten", [{"bits": 4, "group_size": 64}, {"mode": "mxfp4"}, {}])
+def test_plain_weights_beside_forgotten_settings_of_mlx_are_plain(
+    folder: Path, forgotten: dict[str, Any]
+) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization": forgotten}))
+    info = installed().identify(write(folder / "model.safetensors", PLAIN))
+    assert (info.quantization, info.parameters) == ("bf16", 264)
+
+
 def test_every_shard_is_the_same_model(folder: Path) -> None:
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     paths = [write(folder / name, {name: ("F32", [4], 16)}) for name in names]
