@@ -236,7 +236,9 @@ class SafetensorsBackend(Backend):
             mlx = mlx or f"its {layout.quantization} weights are dequantized, which MLX does not do"
         if not mlx and not (backend and backend.supports(model_type)):
             mlx = f"MLX does not support the architecture {model_type[:60]}"
-        return Excluded(CHECK_ENDED if "mlx" in avoid else mlx, CHECK_ENDED if "pytorch" in avoid else torch)
+        return Excluded(
+            CHECK_ENDED if "mlx" in avoid else mlx, CHECK_ENDED if "pytorch" in avoid else torch
+        )
 
     def _why_not_mlx(self) -> str:
         mlx = self._mlx()

@@ -85,6 +85,7 @@ class Surroundings:
 
     def newest_ns(self, path: Path, package: Path) -> int:
         """Return the latest modification time, in ns, of the files of a package around `path`."""
+        entries: Iterable[_Entry]
         if package.is_dir():
             folders = dict.fromkeys((package, path.parent))
             entries = [entry for folder in folders for entry in self.listing(folder)]
