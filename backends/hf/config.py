@@ -1,5 +1,6 @@
 """Reads a Hugging Face folder: config.json, chat template, license and weight file names."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from core.units import KIB, MIB
 _MAX_TEMPLATE_BYTES = MIB
 _MAX_CARD_BYTES = 64 * KIB
 _MAX_INDEX_BYTES = 64 * MIB
+# Each class name is looked up by transformers; models have one or two.
+_MAX_ARCHITECTURES = 100
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(?:safetensors|bin)", re.DOTALL)
 # Source: `variant` of transformers' and diffusers' `save_pretrained`.
 _VARIANT = re.compile(
@@ -116,6 +119,7 @@ def read_folder(path: Path) -> HfFolder:
         if (path / "adapter_config.json").is_file():
             raise adapter_error(path / "adapter_config.json") from None
         raise NotThisFormat(f"{path.name} has no config.json") from None
+    _check_values(path / "config.json", config)
     tokenizer_config = read_optional_json(path / "tokenizer_config.json")
     return HfFolder(
         path=path,
@@ -125,6 +129,22 @@ def read_folder(path: Path) -> HfFolder:
         chat_template=_chat_template(path, tokenizer_config),
         license=_license(path / "README.md"),
     )
+
+
+def _check_values(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise BrokenModel for values that no runtime can use, and that are costly to try."""
+    names = config.get("architectures")
+    if isinstance(names, list) and len(names) > _MAX_ARCHITECTURES:
+        raise broken(path, f"it names {len(names)} architectures, at most {_MAX_ARCHITECTURES}")
+    left: list[tuple[str, object]] = [("", config)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, Mapping):
+            left += value.items()
+        elif isinstance(value, list):
+            left += ((key, one) for one in value)
+        elif isinstance(value, float) and math.isnan(value):
+            raise broken(path, f"its {key[:100]} is not a number (NaN)")
 
 
 def flattened(config: dict[str, Any]) -> dict[str, Any]:

@@ -179,6 +179,9 @@ def test_other_folders_are_not_this_format(tmp_path: Path) -> None:
         ({"head_dim": -64}, "head_dim"),
         ({"max_position_embeddings": "long"}, "max_position_embeddings"),
         ({"max_position_embeddings": -1}, "max_position_embeddings"),
+        ({"rope_theta": float("nan")}, "its rope_theta is not a number"),
+        ({"rope_scaling": {"factors": [1.0, float("nan")]}}, "its factors is not a number"),
+        ({"architectures": ["X"] * 100_000}, "100000 architectures"),
     ],
 )
 def test_impossible_numbers_are_refused(
@@ -186,6 +189,10 @@ def test_impossible_numbers_are_refused(
 ) -> None:
     with pytest.raises(BrokenModel, match=problem):
         info(model(tmp_path, **changes))
+
+
+def test_a_limit_of_time_steps_may_be_infinite(tmp_path: Path) -> None:
+    assert info(model(tmp_path, time_step_limit=[0.0, float("inf")])).context_length
 
 
 @pytest.mark.parametrize("value", [None, 1, "x", [], {}, [[]], True, -1, float("nan")])
