@@ -23,6 +23,7 @@ from router.context import record_of
 from router.http.direct_writer import offer_direct_writer
 from router.http.errors import error_body, internal_error
 from router.http.guards import MAX_HEADER_BYTES, MAX_HEADERS
+from router.http.ignored_upgrade import body_parser, framing_head, has_body
 
 _logger = logging.getLogger(__name__)
 
@@ -110,7 +111,10 @@ class HttpProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
             return data[:0]
         except httptools.HttpParserUpgrade as upgrade:
-            # Upgrades are ignored: the connection continues with the next request.
+            # Upgrades are ignored: the body follows, else the next request.
+            if self._is_in_body:
+                self.parser = body_parser(self)
+                self.parser.feed_data(framing_head(self.headers))
             return data[upgrade.args[0] :]
 
     def _after_read(self, size: int) -> None:
@@ -194,19 +198,18 @@ class HttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if version not in ("1.1", "1.0"):
             raise RequestError(f"HTTP/{version} is not supported; send HTTP/1.1.")
+        if self.parser.get_method() == b"CONNECT":
+            raise RequestError("This server is no proxy: the method CONNECT is not supported.")
         for name, value in self.headers:
             is_coded = name == b"transfer-encoding"
             if is_coded and (version == "1.0" or value.strip().lower() != b"chunked"):
                 raise RequestError("The request is not valid HTTP: invalid Transfer-Encoding.")
-            # After an upgrade the parser would parse the body as the next request.
-            if (is_coded or name == b"content-length") and self.parser.should_upgrade():
-                raise RequestError(
-                    "A request with a body cannot upgrade the connection; send it without the "
-                    "Upgrade header."
-                )
 
     def on_message_complete(self) -> None:
         """Stop the receipt timer: the request is complete."""
+        # The parser ends the message here, although its body is still to come.
+        if self.parser.should_upgrade() and has_body(self.headers):
+            return
         super().on_message_complete()
         self._is_in_body = False
         self._stop_receipt_timer()

@@ -200,26 +200,6 @@ async def test_chunk_that_is_not_valid_ends_the_request_and_the_connection_n16(
     assert app.bodies == []
 
 
-async def test_upgrade_with_a_body_is_refused_since_the_body_would_be_lost_n16() -> None:
-    app = App()
-    ask = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\n"
-    head = b"POST / HTTP/1.1\r\n" + HOST + ask + b"Content-Length: %d\r\n\r\n" % len(GET)
-    async with serving(app) as port:
-        _, answer = await exchange(port, head + GET)
-    assert "without the Upgrade header" in assert_refusal(answer, 400)
-    assert app.scopes == []
-
-
-async def test_upgrade_without_a_body_is_answered_plainly_and_the_connection_goes_on() -> None:
-    app = App()
-    ask = b"GET /a HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-    async with serving(app) as port, connection(port) as (reader, writer):
-        writer.write(ask + GET)
-        assert (await until(reader, b"0\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
-        assert (await until(reader, b"0\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
-    assert [scope["path"] for scope in app.scopes] == ["/a", "/"]
-
-
 @pytest.mark.parametrize(
     ("pieces", "status"),
     [
