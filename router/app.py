@@ -134,7 +134,10 @@ def _add_inference_routes(app: FastAPI, context: RouteContext) -> None:
 def _add_public_routes(app: FastAPI, context: RouteContext, drain: Drain) -> None:
     add = partial(_add_route, app, Access.PUBLIC)
     add("/healthz", _healthz)
-    add("/readyz", _readyz_endpoint(context, drain))
+    add("/readyz", _readiness_endpoint(context, drain, "ready"))
+    # llama.cpp's names; /health is vLLM's as well.
+    for path in ("/health", "/v1/health"):
+        add(path, _readiness_endpoint(context, drain, "ok"))
 
 
 def _add_management_routes(app: FastAPI, context: RouteContext, management: Management) -> None:
@@ -189,16 +192,18 @@ async def _healthz() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-def _readyz_endpoint(context: RouteContext, drain: Drain) -> Callable[[], Awaitable[Response]]:
-    async def readyz() -> Response:
+def _readiness_endpoint(
+    context: RouteContext, drain: Drain, status: str
+) -> Callable[[], Awaitable[Response]]:
+    async def show_readiness() -> Response:
         if drain.is_on:
             raise drain.refusal()
         reason = await context.services.health.not_ready_because()
         if reason:
             raise Unavailable(reason, retry_after_s=1)
-        return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": status})
 
-    return readyz
+    return show_readiness
 
 
 def _metrics_endpoint(context: RouteContext) -> Callable[[], Awaitable[Response]]:

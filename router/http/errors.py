@@ -136,6 +136,8 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def on_http_error(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             raise error
+        if error.status_code == 405 and not _methods(app, request):
+            error = HTTPException(404)
         if request.method == "OPTIONS" and (error.status_code == 405 or _asks_about_all(request)):
             return Response(status_code=204, headers={"allow": _allowed_methods(app, request)})
         known, headers = _http_error(app, request, error)
@@ -177,11 +179,21 @@ def _asks_about_all(request: Request) -> bool:
 
 def _allowed_methods(app: FastAPI, request: Request) -> str:
     """Return the methods that the routes at the request's path answer, as `Allow` lists them."""
-    methods = {"OPTIONS"}
+    return ", ".join(sorted({"OPTIONS", *_methods(app, request)}))
+
+
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    """Return the methods of the routes at the request's path, none for an unknown sub-resource."""
+    methods: set[str] = set()
     for route in app.routes:
-        if _asks_about_all(request) or route.matches(request.scope)[0] is not Match.NONE:
+        match, found = route.matches(request.scope)
+        # A name may contain slashes only to be reported whole: no model's name has any.
+        is_there = match is not Match.NONE and not any(
+            "/" in str(value) for value in found.get("path_params", {}).values()
+        )
+        if is_there or _asks_about_all(request):
             methods |= set(getattr(route, "methods", None) or ())
-    return ", ".join(sorted(methods))
+    return methods
 
 
 class RequestBoundary:

@@ -24,7 +24,7 @@ from core.units import KIB, format_bytes
 from router.http.drain import Drain
 from router.http.errors import error_response
 
-PUBLIC_PATHS = frozenset({"/healthz", "/readyz"})
+PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/health", "/v1/health"})
 # Also answered while the server is stopping: these report how far it is.
 _DRAIN_PATHS = PUBLIC_PATHS | {"/metrics", "/api/drain"}
 MAX_HEADER_BYTES = 64 * KIB

@@ -127,7 +127,7 @@ def refuse_unless_off(name: str, value: JsonValue, off: tuple[JsonValue, ...]) -
     """Raise UnsupportedParameter unless `value` is one of the values that mean "off"."""
     if value in off:
         return
-    accepted = ", ".join(json.dumps(choice) for choice in (None, *off))
+    accepted = ", ".join(dict.fromkeys(json.dumps(choice) for choice in (None, *off)))
     raise UnsupportedParameter(
         f"{name} is not supported; leave it out or send one of: {accepted}.", param=name
     )

@@ -15,8 +15,14 @@ def make_app() -> FastAPI:
     return create_app(replace(make_services(), management=FakeManagement()))
 
 
-GETS = ["/", "/healthz", "/readyz", "/metrics", "/v1/models", f"/v1/models/{CHAT_MODEL}"]
-GETS += ["/api/models", f"/api/models/{CHAT_MODEL}", "/api/decisions"]
+GETS = ["/", "/healthz", "/readyz", "/health", "/v1/health", "/metrics"]
+GETS += ["/v1/models", f"/v1/models/{CHAT_MODEL}", "/api/models"]
+GETS += [f"/api/models/{CHAT_MODEL}", "/api/decisions"]
+
+UNKNOWN = ["/nope", "/v1", "/v1/", "/v1/nope", "/healthz/", "/%2e%2e/x", "/v1/health/x"]
+UNKNOWN += ["/v1/chat", "/v1/chat/completions/x", "/v1/completions/x", "/v1/embeddings/x"]
+UNKNOWN += ["/v1/responses/resp_1/nope", "/v1/responses/input_tokens/x"]
+UNKNOWN += ["/api/decisions/x", "/api/drain/x", "/api/nope"]
 
 
 @pytest.mark.parametrize("path", GETS)
@@ -62,7 +68,7 @@ async def test_options_and_wrong_methods_say_what_is_allowed(path: str, allow: s
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS", "DELETE"])
-@pytest.mark.parametrize("path", ["/nope", "/v1", "/v1/", "/v1/nope", "/healthz/", "/%2e%2e/x"])
+@pytest.mark.parametrize("path", UNKNOWN)
 async def test_unknown_paths_are_404_in_the_envelope(method: str, path: str) -> None:
     async with client_of(make_app()) as http:
         answer = await http.request(
@@ -74,6 +80,38 @@ async def test_unknown_paths_are_404_in_the_envelope(method: str, path: str) -> 
         assert answer.status_code == 404
         if method != "HEAD":
             assert error_of(answer)["code"] == "not_found"
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+@pytest.mark.parametrize(
+    "path", [f"/v1/models/{CHAT_MODEL}/nope", f"/api/models/{CHAT_MODEL}/nope", "/v1/models/a/b/c"]
+)
+async def test_what_no_model_has_is_404_for_every_method(method: str, path: str) -> None:
+    async with client_of(make_app()) as http:
+        headers = {"content-type": "application/json"}
+        answer = await http.request(method, path, content=b"{}", headers=headers)
+        if path.startswith("/api/") and method == "PATCH":
+            assert error_of(answer)["code"] == "model_not_found"
+        else:
+            assert error_of(answer)["code"] == "not_found"
+    assert answer.status_code == 404
+
+
+async def test_method_that_no_action_has_is_told_the_actions_own() -> None:
+    path = f"/api/models/{CHAT_MODEL}/load"
+    async with client_of(make_app()) as http:
+        wrong = await http.request("DELETE", path)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "OPTIONS, POST")
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/health"])
+async def test_health_needs_no_key_and_says_when_the_server_is_not_ready(path: str) -> None:
+    async with client_of(create_app(make_services(api_key="secret"))) as http:
+        well = await http.get(path)
+    async with client_of(create_app(make_services(not_ready="The scheduler is gone."))) as http:
+        ill = await http.get(path)
+    assert (well.status_code, well.json()) == (200, {"status": "ok"})
+    assert (ill.status_code, error_of(ill)["message"]) == (503, "The scheduler is gone.")
 
 
 async def test_errors_under_messages_have_anthropics_form() -> None:

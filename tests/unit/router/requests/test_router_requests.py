@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from core.errors import ImpetusError, RequestError, UnsupportedCapability, UnsupportedParameter
 from core.types import ChatMessage, JsonOutput, SamplingParams, Tool, ToolCall
 from router.requests.body import parse_request
-from router.requests.fields import RequestBody
+from router.requests.fields import RequestBody, refuse_unless_off
 from router.v1.chat.prompt import to_chat_prompt
 from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest
@@ -448,3 +448,25 @@ def test_any_json_in_any_field_gives_a_request_or_one_of_our_errors(
     except ImpetusError as error:
         status = error.status
     assert status in (200, 400)
+
+
+@pytest.mark.parametrize(
+    ("off", "accepted"),
+    [
+        ((), "null."),
+        ((None,), "null."),
+        ((None, False), "null, false."),
+        (([],), "null, []."),
+        ((False, 0, False), "null, false, 0."),
+    ],
+)
+def test_refused_field_names_each_accepted_value_once(off: tuple[Any, ...], accepted: str) -> None:
+    with pytest.raises(UnsupportedParameter) as refusal:
+        refuse_unless_off("messages[0].audio", {"id": "x"}, off)
+    assert refusal.value.message.endswith(f"leave it out or send one of: {accepted}")
+
+
+def test_refused_part_of_a_message_names_null_once() -> None:
+    with pytest.raises(UnsupportedParameter) as refusal:
+        to_chat_prompt(chat(messages=[{"role": "assistant", "audio": {"id": "x"}}]))
+    assert refusal.value.message.count("null") == 1
