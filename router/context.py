@@ -19,7 +19,7 @@ _RECORD_KEY = "impetus.record"
 _SERVER_SEND_KEY = "impetus.send"
 NAME_LIMIT = 512
 # The states of models that can answer, in the order in which they are advised.
-_USABLE = ("resident", "loading", "available")
+USABLE_STATES = ("resident", "loading", "available")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 
 
@@ -130,7 +130,7 @@ class RouteContext:
         """Name a model that has the capability, one that is loaded if possible."""
         views = await self.services.catalog.models()
         able = [view for view in views if capability in view.capabilities]
-        usable = [view for state in _USABLE for view in able if view.state == state]
+        usable = [view for state in USABLE_STATES for view in able if view.state == state]
         if not usable:
             return f"No model on this server can be used for {capability.value}."
         return f"Use {usable[0].id} instead."

@@ -10,17 +10,20 @@ from starlette.responses import Response
 
 from core.errors import ModelNotFound
 from core.text import escaped
-from router.context import NAME_LIMIT, RouteContext
+from router.context import NAME_LIMIT, USABLE_STATES, RouteContext
 from router.requests.limits import MAX_ERROR_CHARACTERS
 from router.services import ModelView
 
 
 def models_endpoint(context: RouteContext) -> Callable[[], Awaitable[Response]]:
-    """Return the handler of the list."""
+    """Return the handler of the list: models that a request would be served with.
+
+    Clients show it to their users as it is; `/api/models` has all models, with the reasons.
+    """
 
     async def list_models() -> Response:
         views = await context.services.catalog.models()
-        data = [model_object(view) for view in views]
+        data = [model_object(view) for view in views if view.state in USABLE_STATES]
         return Response(to_json({"object": "list", "data": data}), media_type="application/json")
 
     return list_models

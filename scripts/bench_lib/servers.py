@@ -212,9 +212,10 @@ def model_id(server: Server) -> str:
     found = [model for model in models if model.get("format") == server.format]
     if len(found) != 1:
         names = [model["id"] for model in models]
-        raise BenchError(f"expected exactly one {server.format} model; found {names}")
-    if found[0]["state"] in ("refused", "unavailable"):
-        raise BenchError(f"{found[0]['id']} cannot run here: {found[0]['reason']}")
+        raise BenchError(
+            f"expected exactly one {server.format} model that can run here; found {names}. "
+            "/api/models has the reasons."
+        )
     return str(found[0]["id"])
 
 

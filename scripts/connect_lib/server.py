@@ -100,7 +100,8 @@ def choose(entries: Sequence[Mapping[str, Any]], client: str, wanted: str | None
                 return replace(_model(entry, client), id=wanted)
         known = ", ".join(sorted(str(entry["id"]) for entry in entries))
         raise ConnectError(
-            f"The server has no model {wanted!r}; pass one of these to --model: {known or 'none'}."
+            f"The server has no model {wanted!r} that it can run; pass one of these to --model: "
+            f"{known or 'none'}. Those that cannot run are in /api/models, with the reasons."
         )
     usable = [entry for entry in entries if _rank(entry, client)[0] > 0]
     if not usable:

@@ -33,4 +33,4 @@ def test_a_model_over_the_memory_is_converted_when_asked_for(converting: Server)
     assert answer.choices[0].message.content
     assert answer.model != model
     assert entries[answer.model]["converted_from"] == model
-    assert entries[model]["state"] == "unavailable"
+    assert model not in entries

@@ -124,7 +124,7 @@ def test_a_classifier_is_listed_as_refused_with_the_reason(client: httpx.Client)
     def is_refused() -> bool:
         # What was written just now is looked at again when it is quiet.
         client.post("/v1/rerank", json={"model": "nobody", "query": "x", "documents": ["x"]})
-        listed = client.get("/v1/models").json()["data"]
+        listed = client.get("/api/models").json()["models"]
         entry = next(entry for entry in listed if entry["id"].startswith("classifier"))
         found.update(state=entry["state"], reason=entry["reason"])
         return found["state"] == "refused"

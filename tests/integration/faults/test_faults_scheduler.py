@@ -75,7 +75,7 @@ def error(answer: httpx.Response) -> dict[str, Any]:
 
 
 def states(server: Server) -> dict[str, str]:
-    models = HTTP.get(f"{server.url}/v1/models", timeout=30).json()["data"]
+    models = HTTP.get(f"{server.url}/api/models", timeout=30).json()["models"]
     return {model["name"]: model["state"] for model in models}
 
 

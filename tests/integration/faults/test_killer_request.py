@@ -54,7 +54,7 @@ def answer_of(response: httpx.Response) -> str:
 
 
 def states(server: Server) -> dict[str, str]:
-    models = HTTP.get(f"{server.url}/v1/models", timeout=30).json()["data"]
+    models = HTTP.get(f"{server.url}/api/models", timeout=30).json()["models"]
     return {model["id"]: model["state"] for model in models}
 
 
@@ -190,7 +190,7 @@ def test_a_file_truncated_under_its_engine_ends_only_its_own_requests(
         refused = HTTP.post(url, json={**body, "model": "doomed@gguf-q4_1"}, timeout=60)
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "broken_model")
         assert HTTP.post(url, json={**body, "model": "whole"}, timeout=60).status_code == 200
-        models = HTTP.get(f"{other_server.url}/v1/models", timeout=30).json()["data"]
+        models = HTTP.get(f"{other_server.url}/api/models", timeout=30).json()["models"]
         found = {model["id"]: model["state"] for model in models}
         assert (found["doomed@gguf-q4_1"], found["whole@gguf-q4_1"]) == ("refused", "resident")
     finally:

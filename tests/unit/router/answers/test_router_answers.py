@@ -42,6 +42,7 @@ from tests.fakes import (
     make_view,
 )
 from tests.live_server import client_of, error_of
+from tests.unit.router.api.test_router_api import FakeManagement
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "tiny", "prompt": "hi"}
@@ -259,10 +260,7 @@ async def test_models_are_listed_and_found_by_id_and_alias() -> None:
         refused = (await client.get("/v1/models/bad@gguf-q4")).json()
         missing = await client.get("/v1/models/org/nothing")
     assert listed["object"] == "list"
-    assert [Model.model_validate(model).id for model in listed["data"]] == [
-        CHAT_MODEL,
-        "bad@gguf-q4",
-    ]
+    assert [Model.model_validate(model).id for model in listed["data"]] == [CHAT_MODEL]
     assert by_id == by_alias == listed["data"][0]
     assert by_id["owned_by"] == "local"
     assert by_id["capabilities"] == ["chat", "completion"]
@@ -270,6 +268,18 @@ async def test_models_are_listed_and_found_by_id_and_alias() -> None:
     assert by_id["compatibility"] == {"cline": {"level": "limited", "reasons": ["too small"]}}
     assert (refused["state"], refused["reason"]) == ("refused", "damaged header")
     assert error_of(missing)["code"] == "model_not_found"
+
+
+async def test_list_has_the_models_that_a_request_would_be_served_with() -> None:
+    states = ("resident", "loading", "available", "unavailable", "refused", "failed", "quarantined")
+    views = [make_view(f"{state}@gguf-q4", state=state, aliases=()) for state in states]
+    app = create_app(replace(make_services(views=views), management=FakeManagement()))
+    async with client_of(app) as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+        managed = (await client.get("/api/models")).json()["models"]
+        each = [(await client.get(f"/v1/models/{view.id}")).json()["state"] for view in views]
+    assert [model["state"] for model in listed] == ["resident", "loading", "available"]
+    assert [model["state"] for model in managed] == each == list(states)
 
 
 @pytest.mark.parametrize("stream", [False, True])
