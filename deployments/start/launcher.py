@@ -33,9 +33,9 @@ from deployments.start.checks import prepare_start
 from deployments.start.drain import drain
 from deployments.start.environment import ROOT, environment, token_path
 from deployments.start.log_file import LogFile
+from deployments.start.progress import Signs, StartProgress, signs_of
 from deployments.start.readiness import Readiness, ReadinessWatch, ask_readiness
 
-_START_LIMIT_S = 180.0
 _STOP_LIMIT_S = 30.0
 _POLL_S = 0.2
 _WATCH_S = 1.0
@@ -127,19 +127,27 @@ class Launcher:
             self._guard = start_guard(self._child.pid, self._server_id, owned=True)
 
     def _wait_until_ready(self) -> bool:
-        limit = time.monotonic() + _START_LIMIT_S
+        progress = StartProgress()
         while not self._stop_signal:
             self._remember_descendants()
-            if ask_readiness(self._settings) is Readiness.READY:
+            answer = ask_readiness(self._settings)
+            if answer is Readiness.READY:
                 return True
             if self._has_failed():
                 self._show_failure("The server did not start.")
                 return False
-            if time.monotonic() > limit:
-                self._show_failure(f"The server was not ready within {_START_LIMIT_S:.0f} s.")
+            if progress.is_due() and (cause := progress.note(self._signs(answer))):
+                self._show_failure(cause)
                 return False
             time.sleep(_POLL_S)
         return False
+
+    def _signs(self, answer: Readiness) -> Signs:
+        assert self._child is not None
+        processes = list(self._descendants.values())
+        with suppress(psutil.NoSuchProcess):
+            processes.append(psutil.Process(self._child.pid))
+        return signs_of(processes, answer, self._log.text())
 
     def _has_failed(self) -> bool:
         assert self._child is not None
