@@ -15,12 +15,8 @@ from numpy.typing import NDArray
 
 from backends.grammar.constraint import Constraint
 from backends.grammar.cost import CostMeter
-from backends.grammar.schema_limits import (
-    check_enforceable,
-    check_literals,
-    check_pattern,
-    without_lookaround,
-)
+from backends.grammar.schema_limits import check_enforceable, check_literals, check_pattern
+from backends.grammar.schema_text import WHITESPACE, schema_text
 from backends.grammar.trial import GrammarTrial
 from backends.grammar.trial_worker import STACK_BYTES, parser_limits
 from backends.grammar.verdicts import Verdicts
@@ -32,20 +28,6 @@ from core.units import KIB, MIB
 
 logger = logging.getLogger(__name__)
 
-# Small models can loop on optional whitespace, so JSON is compact.
-_JSON_STYLE: Mapping[str, JsonValue] = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}
-_WHITESPACE = r"[ \n\t]{0,24}"
-# For JSON that the model started itself: free style, but bounded whitespace.
-_LENIENT_STYLE: Mapping[str, JsonValue] = {
-    "whitespace_pattern": _WHITESPACE,
-    "item_separator": ",",
-    "key_separator": ":",
-    "lenient": True,
-}
 _MAX_GRAMMAR_BYTES = 512 * KIB
 _MAX_CHEAP_CHARACTERS = 128 * KIB
 _MAX_CACHED_GRAMMARS = 64
@@ -67,14 +49,6 @@ def _short_message(problem: str) -> str:
     """Return llguidance's message without the quoted grammar, at most 500 characters."""
     kept = [line for line in problem.splitlines() if not _QUOTED_LINE.match(line)]
     return " ".join(" ".join(kept).split())[:500]
-
-
-def schema_text(schema: Mapping[str, JsonValue], *, is_lenient: bool = False) -> str:
-    """Return `schema` as llguidance's JSON text; `is_lenient` ignores unsupported keywords."""
-    style = _JSON_STYLE
-    if is_lenient:
-        schema, style = without_lookaround(schema), _LENIENT_STYLE
-    return json.dumps({**schema, "x-guidance": style}, ensure_ascii=False)
 
 
 class GrammarText:
@@ -120,7 +94,7 @@ class GrammarText:
     @property
     def gap(self) -> str:
         """Optional, bounded whitespace between parts of text in free style."""
-        return f"/{_WHITESPACE}/"
+        return f"/{WHITESPACE}/"
 
     def marker(self, text: str) -> str:
         """Return a rule that matches `text`, which may be a control token of the vocabulary."""
