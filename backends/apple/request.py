@@ -29,16 +29,13 @@ def read_session_request(request: GenerationRequest) -> tuple[SessionRequest, Ch
     if request.max_tokens is not None and request.max_tokens < 1:
         raise RequestError("max_tokens must be at least 1.", param="max_tokens")
     forced = _forced(prompt)
-    if forced and request.output is not None:
-        raise RequestError(
-            "response_format cannot be combined with a forced tool_choice; remove one of them.",
-            param="response_format",
-        )
+    # A forced call is the whole answer, so no text is left for a format to apply to.
+    output = None if forced else request.output
     session_request = SessionRequest(
         conversation=read_conversation(prompt),
         max_tokens=request.max_tokens,
         temperature=request.sampling.temperature,
-        schema=None if request.output is None else _output_schema(request.output),
+        schema=None if output is None else _output_schema(output),
         forced=forced,
         param="tools" if forced else "response_format",
     )

@@ -119,15 +119,11 @@ class GrammarText:
         return Constraint(grammar, param, tuple(self._markers), is_cheap)
 
 
-def output_constraint(
-    output: Output, *, lead: Sequence[str] = (), reasoning: str | None = None
-) -> Constraint:
-    """Return the grammar that constrains the answer to `output`; a regex is in Rust's syntax.
+def output_rule(text: GrammarText, output: Output) -> tuple[str, str]:
+    """Return the rule of an answer that matches `output`, and the request field that asked for it.
 
-    `lead` are texts, possibly control tokens, that the model has to write before its answer;
-    `reasoning` is the text that ends its reasoning, which may then precede them.
+    A regex is in Rust's syntax.  Raises RequestError.
     """
-    text = GrammarText()
     match output:
         case RegexOutput(pattern, param):
             check_pattern(pattern, param)
@@ -139,6 +135,19 @@ def output_constraint(
             param = "response_format"
             check_enforceable(dict(schema or {}), param)
             answer = text.json(schema or {"type": "object"})
+    return answer, param
+
+
+def output_constraint(
+    output: Output, *, lead: Sequence[str] = (), reasoning: str | None = None
+) -> Constraint:
+    """Return the grammar that constrains the answer to `output`.
+
+    `lead` are texts, possibly control tokens, that the model has to write before its answer;
+    `reasoning` is the text that ends its reasoning, which may then precede them.
+    """
+    text = GrammarText()
+    answer, param = output_rule(text, output)
     markers = " ".join(map(text.marker, lead))
     return text.constraint(f"{markers} ({answer})", param, reasoning=reasoning)
 

@@ -18,7 +18,7 @@ from backends.prompt.messages import (
 from backends.prompt.templates import TemplateRefused, TemplateRenderer
 from backends.tool_calls.bare_call_grammar import bare_call_grammar
 from backends.tool_calls.families import DEFAULT, FAMILIES, check_family, family_of
-from backends.tool_calls.grammar import call_constraint, triggered_calls
+from backends.tool_calls.grammar import call_constraint, output_or_calls, triggered_calls
 from backends.tool_calls.harmony import FINAL
 from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, JsonValue, Output, Tool
@@ -142,23 +142,28 @@ class ChatFormat:
         """Return the grammar of the answer, or None if it is unconstrained.
 
         A forced tool choice allows exactly one call in the family's form, or several if
-        tool_choice is required and parallel calls were requested; `output` allows only that
-        format.  Reasoning that the prompt has opened precedes either.  Renders `prompt` if
-        `rendered` is not given.  Raises RequestError, also as `render` does.
+        tool_choice is required and parallel calls were requested; `output`, which then does not
+        apply, allows only that format or, if there are tools, a call.  Reasoning that the prompt
+        has opened precedes either.  Renders `prompt` if `rendered` is not given.  Raises
+        RequestError, also as `render` does.
         """
         is_forced = prompt.tool_choice not in ("none", "auto")
         if not is_forced and output is None:
             return None
-        if is_forced and output is not None:
-            raise RequestError(
-                "response_format cannot be combined with a forced tool_choice; send one of them.",
-                param="response_format",
-            )
         tools = _callable_tools(prompt)
         rendered = self.render(prompt) if rendered is None else rendered
         is_open = self._is_open(rendered)
         reasoning = self._tags.close if is_open and self._tags is not None else None
-        if output is not None:
+        if output is not None and not is_forced:
+            if tools:
+                return output_or_calls(
+                    self.family,
+                    tools,
+                    output,
+                    is_bare=self._starts_calls_bare,
+                    allows_several=prompt.parallel_tool_calls is not False,
+                    reasoning=reasoning,
+                )
             lead = FINAL if self.family.name == "harmony" else ()
             return output_constraint(output, lead=lead, reasoning=reasoning)
         return call_constraint(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from backends.grammar.compiler import GrammarText
+from backends.grammar.compiler import GrammarText, output_rule
 from backends.grammar.constraint import Constraint
 from backends.grammar.schema_limits import check_enforceable
 from backends.tool_calls import harmony
@@ -18,7 +18,7 @@ from backends.tool_calls.grammar_forms import (
     tagged,
 )
 from backends.tool_calls.tagged_forms import GLM, LONGCAT, MINIMAX, QWEN_CODER
-from core.types import Tool
+from core.types import Output, Tool
 
 
 def call_constraint(
@@ -50,6 +50,42 @@ def call_constraint(
             one = text.rule(answer)
             answer = f"{one} ({text.quoted(between)} {one})*" if between else f"{one}+"
     return text.constraint(answer, "tools", reasoning=reasoning)
+
+
+def output_or_calls(
+    family: ToolFamily,
+    tools: Sequence[Tool],
+    output: Output,
+    *,
+    is_bare: bool = False,
+    allows_several: bool = True,
+    reasoning: str | None = None,
+) -> Constraint:
+    """Return the grammar of an answer that matches `output` or is a call of one of `tools`.
+
+    The model chooses, so calls are in free style as in `triggered_calls`.  `is_bare`: they may
+    also come without the family's outer markers.  Raises RequestError.
+    """
+    _check(tools)
+    text = GrammarText()
+    answer, param = output_rule(text, output)
+    text.is_lenient = True
+    if family.name == "harmony":
+        lead = " ".join(map(text.marker, harmony.FINAL))
+        start = f"{text.marker(harmony.CHANNEL)} {text.quoted('commentary to=functions.')}"
+        choices = [f"{lead} ({answer})", f"{start} {_harmony(text, tools, False)}"]
+        return text.constraint(any_of(text, choices), param, reasoning=reasoning)
+    call = f"{text.marker(family.tool_call_start)} {call_body(family)(text, tools, allows_several)}"
+    if allows_several and family.name in _SEPARATORS:
+        one = text.rule(call)
+        call = f"{one} ({text.gap} {one})*"
+    choices = [f"({answer})", call]
+    if is_bare:
+        is_list = family.is_pythonic
+        choices.append(
+            python_list(text, tools, allows_several) if is_list else json_call(text, tools)
+        )
+    return text.constraint(any_of(text, choices), param, reasoning=reasoning)
 
 
 def triggered_calls(family: ToolFamily, tools: Sequence[Tool]) -> dict[str, Constraint]:

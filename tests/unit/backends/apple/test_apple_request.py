@@ -133,11 +133,11 @@ def test_choice_of_a_tool_that_is_not_given_is_refused(choice: Any) -> None:
     assert caught.value.param == "tool_choice"
 
 
-def test_forced_call_and_schema_exclude_each_other() -> None:
+def test_a_forced_call_wins_over_the_schema() -> None:
     prompt = chat("Hi", tools=(Tool("clock"),), tool_choice="required")
-    with pytest.raises(RequestError) as caught:
-        read_session_request(request(prompt, output=JsonOutput(ARGUMENTS)))
-    assert caught.value.param == "response_format"
+    job, _ = read_session_request(request(prompt, output=JsonOutput(ARGUMENTS)))
+    assert job.schema is None
+    assert [tool.name for tool in job.forced] == ["clock"]
 
 
 def test_forced_tools_bring_their_schemas() -> None:

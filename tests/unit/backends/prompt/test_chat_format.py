@@ -411,6 +411,6 @@ def test_constraint_impossible_choice_is_refused(chat: Make, prompt: ChatPrompt)
     assert caught.value.param == "tool_choice"
 
 
-def test_constraint_refuses_json_output_beside_a_forced_call(chat: Make) -> None:
-    with pytest.raises(RequestError):
-        chat(CHATML).constraint(say("hi", tools=[TIME], tool_choice="required"), JsonOutput())
+def test_constraint_of_a_forced_call_ignores_the_format(chat: Make) -> None:
+    form, prompt = chat(CHATML), say("hi", tools=[TIME], tool_choice="required")
+    assert form.constraint(prompt, JsonOutput(), "") == form.constraint(prompt, None, "")
