@@ -16,6 +16,7 @@ from router.requests.body import read_request
 from router.requests.priority import request_priority
 from router.requests.reasoning import for_model
 from router.v1.messages import answer
+from router.v1.messages.blocks import BlockReader
 from router.v1.messages.prompt import to_messages_prompt
 from router.v1.messages.request import MessagesPromptRequest, MessagesRequest
 from router.v1.messages.stream import MessageEvents
@@ -67,7 +68,10 @@ def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Re
 def _converted(
     body: MessagesPromptRequest,
 ) -> tuple[ChatPrompt, JsonOutput | None, list[str]]:
-    return to_messages_prompt(body), body.output, body.ignored_names()
+    reader = BlockReader()
+    prompt = to_messages_prompt(body, reader)
+    noted = [f"messages.content.{kind}" for kind in sorted(reader.noted)]
+    return prompt, body.output, [*body.ignored_names(), *noted]
 
 
 def count_tokens_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:

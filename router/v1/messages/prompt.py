@@ -5,29 +5,36 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
+from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.requests.fields import check_schema
 from router.requests.reasoning import decode_reasoning, with_reasoning
 from router.requests.tools import ToolChoice, check_tools
 from router.v1.messages import request as messages_api
+from router.v1.messages.blocks import BlockReader
 
 # Claude Code begins its system prompt with lines that differ in every request, such as
 # `x-anthropic-billing-header: …`; they would prevent the reuse of the prompt's prefix.
 _HEADER_LINES = re.compile(r"\A(?:[ \t]*x-anthropic-[a-z0-9-]+:[^\n]*(?:\n|\Z))+", re.IGNORECASE)
 
 
-def to_messages_prompt(request: messages_api.MessagesPromptRequest) -> ChatPrompt:
-    """Return the request's prompt.
+def to_messages_prompt(
+    request: messages_api.MessagesPromptRequest, reader: BlockReader | None = None
+) -> ChatPrompt:
+    """Return the request's prompt; `reader` then knows which blocks became notes.
 
-    Raises UnsupportedCapability for blocks other than text, RequestError, UnsupportedParameter.
+    Raises UnsupportedCapability for unreadable blocks that the user sends now, and RequestError.
     """
-    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
-    messages = list(_system(request.system))
+    reader = reader or BlockReader()
+    tools = tuple(_tools(request.tools or ()))
+    messages = list(_system(request.system, reader))
+    roles = [message.role for message in request.messages]
+    asked = max((index for index, role in enumerate(roles) if role == "user"), default=0)
     for index, message in enumerate(request.messages):
-        messages += _messages(message, f"messages[{index}]")
+        messages += _messages(message, f"messages[{index}]", reader, is_asked=index == asked)
     choice = request.tool_choice
     tool_choice = _tool_choice(choice)
+    _refuse_forced(request.tools or (), tools, tool_choice)
     check_tools(tools, tool_choice)
     is_single = choice.disable_parallel_tool_use if choice else None
     prompt = ChatPrompt(
@@ -49,60 +56,73 @@ def _is_on(thinking: messages_api.Thinking) -> bool:
     return thinking.type == "enabled"
 
 
-def _system(system: str | Sequence[messages_api.Block] | None) -> Iterator[ChatMessage]:
+def _system(
+    system: str | Sequence[messages_api.Block] | None, reader: BlockReader
+) -> Iterator[ChatMessage]:
     """Yield the system message without the volatile lines, unless it is empty then."""
     if isinstance(system, str):
         texts = [system]
     else:
         blocks = enumerate(system or ())
-        texts = [_text(block, f"system[{index}]") for index, block in blocks]
+        texts = [reader.text(block, f"system[{index}]", is_asked=True) for index, block in blocks]
     kept = [text for text in (_HEADER_LINES.sub("", text) for text in texts) if text]
     if kept:
         yield ChatMessage("system", "\n".join(kept))
 
 
-def _messages(message: messages_api.Message, param: str) -> list[ChatMessage]:
+def _messages(
+    message: messages_api.Message, param: str, reader: BlockReader, *, is_asked: bool
+) -> list[ChatMessage]:
     content, role = message.content, message.role
     if isinstance(content, str):
         return [ChatMessage(role, content)]
     blocks = [(block, f"{param}.content[{index}]") for index, block in enumerate(content)]
     if role == "assistant":
-        return [_assistant(blocks)]
-    return list(_user(role, blocks))
+        return [_assistant(blocks, reader)]
+    return list(_user(role, blocks, reader, is_asked=is_asked))
 
 
 def _user(
-    role: Literal["user", "system"], blocks: Sequence[tuple[messages_api.Block, str]]
+    role: Literal["user", "system"],
+    blocks: Sequence[tuple[messages_api.Block, str]],
+    reader: BlockReader,
+    *,
+    is_asked: bool,
 ) -> Iterator[ChatMessage]:
     """Yield a tool message per result, and one of the role for the texts between results."""
     texts: list[str] = []
     for block, param in blocks:
         if block.type != "tool_result":
-            texts.append(_text(block, param))
+            texts.append(reader.text(block, param, is_asked=is_asked))
             continue
         if texts:
             yield ChatMessage(role, "\n".join(texts))
             texts.clear()
-        yield _tool_result(block, param)
+        yield _tool_result(block, param, reader)
     if texts or not blocks:
         yield ChatMessage(role, "\n".join(texts))
 
 
-def _tool_result(block: messages_api.Block, param: str) -> ChatMessage:
+def _tool_result(block: messages_api.Block, param: str, reader: BlockReader) -> ChatMessage:
     if block.tool_use_id is None:
         raise RequestError(f"{param}.tool_use_id: required", param=f"{param}.tool_use_id")
-    if isinstance(block.content, list):
-        parts = enumerate(block.content)
-        text = "\n".join(_text(part, f"{param}.content[{index}]") for index, part in parts)
+    if isinstance(block.content, str):
+        text = block.content
     else:
-        text = block.content or ""
+        parts = [block.content] if isinstance(block.content, messages_api.Block) else block.content
+        text = "\n".join(
+            reader.text(part, f"{param}.content[{index}]", is_asked=False)
+            for index, part in enumerate(parts or ())
+        )
     if block.is_error:
         # Chat templates have no field for failed results, so the text says it.
         text = f"Error: {text}"
     return ChatMessage("tool", text, tool_call_id=block.tool_use_id)
 
 
-def _assistant(blocks: Sequence[tuple[messages_api.Block, str]]) -> ChatMessage:
+def _assistant(
+    blocks: Sequence[tuple[messages_api.Block, str]], reader: BlockReader
+) -> ChatMessage:
     """Return one message; reasoning redacted by another server is unreadable and left out."""
     texts: list[str] = []
     reasoning: list[str] = []
@@ -111,12 +131,12 @@ def _assistant(blocks: Sequence[tuple[messages_api.Block, str]]) -> ChatMessage:
         match block.type:
             case "thinking":
                 reasoning.append(block.thinking or decode_reasoning(block.signature or "") or "")
-            case "redacted_thinking":
-                pass
             case "tool_use":
                 calls.append(_tool_use(block, param))
-            case _:
-                texts.append(_text(block, param))
+            case kind:
+                text = reader.text(block, param, is_asked=False)
+                if text or kind == "text":
+                    texts.append(text)
     return ChatMessage(
         "assistant",
         "\n".join(texts),
@@ -126,37 +146,62 @@ def _assistant(blocks: Sequence[tuple[messages_api.Block, str]]) -> ChatMessage:
 
 
 def _tool_use(block: messages_api.Block, param: str) -> ToolCall:
-    for name in ("id", "name", "input"):
+    for name in ("id", "name"):
         if getattr(block, name) is None:
             raise RequestError(f"{param}.{name}: required", param=f"{param}.{name}")
+    return ToolCall(block.id or "", block.name or "", _arguments(block.input))
+
+
+def _arguments(value: object) -> str:
+    """Return the JSON object of an earlier call's arguments, whatever a model wrote in its place.
+
+    Text that is not a JSON object becomes the single argument `arguments`, as in our own answers.
+    """
+    if isinstance(value, str):
+        try:
+            decoded = json.loads(value)
+        except (ValueError, RecursionError):
+            decoded = None
+        value = decoded if isinstance(decoded, dict) else {"arguments": value} if value else {}
+    elif value is None:
+        value = {}
+    elif not isinstance(value, dict):
+        value = {"arguments": value}
     try:
-        arguments = json.dumps(block.input, ensure_ascii=False, allow_nan=False)
-    except ValueError as problem:
-        raise RequestError(
-            f"{param}.input: contains a number that is infinite", param=f"{param}.input"
-        ) from problem
-    return ToolCall(block.id or "", block.name or "", arguments)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        # A number such as 1e999 is read as infinite, which JSON cannot hold.
+        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        return json.dumps(finite, ensure_ascii=False)
 
 
-def _text(block: messages_api.Block, param: str) -> str:
-    if block.type != "text":
-        raise UnsupportedCapability(
-            f"{param}: blocks of type {block.type[:50]!r} are not supported here; send text.",
-            param=param,
+def _tools(tools: Sequence[messages_api.Tool]) -> Iterator[Tool]:
+    """Yield the client's own tools; those that Anthropic runs or trained for are left out."""
+    for index, tool in enumerate(tools):
+        if not tool.is_of_anthropic:
+            yield _tool(tool, f"tools[{index}]")
+
+
+def _refuse_forced(
+    all_tools: Sequence[messages_api.Tool], tools: Sequence[Tool], choice: ToolChoice
+) -> None:
+    """Raise UnsupportedParameter for a forced call of a tool that was left out."""
+    left_out = [tool for tool in all_tools if tool.is_of_anthropic]
+    if isinstance(choice, tuple):
+        left_out = [tool for tool in left_out if tool.name == choice[1]]
+    if left_out and (isinstance(choice, tuple) or (choice == "required" and not tools)):
+        raise UnsupportedParameter(
+            f"tool_choice: tools of type {(left_out[0].type or '')[:50]!r} exist on Anthropic's "
+            "servers only, so a call cannot be forced here; send a tool with input_schema.",
+            param="tool_choice",
         )
-    if block.text is None:
-        raise RequestError(f"{param}.text: required", param=f"{param}.text")
-    return block.text
 
 
 def _tool(tool: messages_api.Tool, param: str) -> Tool:
-    if tool.type not in (None, "custom"):
-        raise UnsupportedParameter(
-            f"{param}: tools of type {tool.type[:50]!r} are not supported; send type custom.",
-            param=f"{param}.type",
-        )
     if tool.input_schema is None:
         raise RequestError(f"{param}.input_schema: required", param=f"{param}.input_schema")
+    if not tool.name:
+        raise RequestError(f"{param}.name: required", param=f"{param}.name")
     check_schema(tool.input_schema, f"{param}.input_schema")
     return Tool(tool.name, tool.description or "", tool.input_schema)
 

@@ -3,7 +3,7 @@
 Source: Anthropic's API reference, and the types of its Python SDK.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator
 
@@ -36,6 +36,9 @@ _HARMLESS_PARTS = frozenset(
     }
 )
 
+# Block types of which `Block` has all fields that matter; others are read whole.
+_KNOWN_FIELDS = frozenset({"text", "thinking", "tool_use", "tool_result"})
+
 
 class Block(RequestPart):
     """A content block of any type; the required fields depend on the type."""
@@ -44,9 +47,10 @@ class Block(RequestPart):
     text: str | None = None
     id: str | None = None
     name: str | None = None
-    input: JsonObject | None = None
+    # Earlier calls: a model may have written anything as its arguments.
+    input: Any = None
     tool_use_id: str | None = None
-    content: "str | Items[Block] | None" = None
+    content: "str | Items[Block] | Block | None" = None
     is_error: bool | None = None
     thinking: str | None = None
     signature: str | None = None
@@ -64,12 +68,17 @@ class Message(RequestPart):
 
 
 class Tool(RequestPart):
-    """A tool the model may call: a client tool, not one of Anthropic's server tools."""
+    """A tool the model may call; the client's own tools have a name and a schema."""
 
-    name: str = Field(min_length=1, max_length=256)
+    name: str | None = Field(default=None, min_length=1, max_length=256)
     type: str | None = None
     description: str | None = None
     input_schema: JsonObject | None = None
+
+    @property
+    def is_of_anthropic(self) -> bool:
+        """Whether Anthropic defines the tool, such as `web_search_20250305`."""
+        return self.type not in (None, "custom")
 
 
 class ToolChoice(RequestPart):
@@ -140,13 +149,17 @@ class MessagesPromptRequest(RequestBody):
 
     def ignored_names(self) -> list[str]:
         """Also name the unknown fields of messages, blocks and tools."""
-        inner = {
-            name for message in self.messages for name in unknown_fields(message, "messages")
-        } | {name for tool in self.tools or () for name in unknown_fields(tool, "tools")}
+        inner = {name for message in self.messages for name in unknown_fields(message, "messages")}
+        for tool in self.tools or ():
+            # A tool that is left out is named by its type, bounded as every name in the header.
+            inner |= (
+                {f"tools.{tool.type}"} if tool.is_of_anthropic else unknown_fields(tool, "tools")
+            )
         for message in self.messages:
             if not isinstance(message.content, str):
                 for block in message.content:
-                    inner |= unknown_fields(block, "messages.content")
+                    if block.type in _KNOWN_FIELDS:
+                        inner |= unknown_fields(block, "messages.content")
         shown = (name for name in inner if name.rpartition(".")[2] not in _HARMLESS_PARTS)
         return [*super().ignored_names(), *sorted(shown)]
 
