@@ -6,10 +6,12 @@ ImpetusError                    500 server_error            internal_error
 │ ├ UnsupportedCapability           unsupported_capability
 │ ├ ContextLengthExceeded           context_length_exceeded
 │ ├ PreviousResponseNotFound        previous_response_not_found
+│ ├ ThreadUnsupported               thread_unsupported_request
 │ └ BodyTooLarge                413 request_too_large
 ├ AuthenticationError           401 authentication_error    invalid_api_key
 ├ PermissionDenied              403 permission_error        permission_denied
 ├ NotFound                      404 invalid_request_error   not_found
+│ ├ ThreadNotFound                  thread_not_found
 │ ├ ModelNotFound                   model_not_found
 │ └ ModelFileMissing                model_file_missing
 ├ BrokenModel                   422 invalid_request_error   broken_model
@@ -155,6 +157,12 @@ class PreviousResponseNotFound(RequestError):
     code = "previous_response_not_found"
 
 
+class ThreadUnsupported(RequestError):
+    """`thread` asks to keep a conversation, but none are kept; named as Anthropic names it."""
+
+    code = "thread_unsupported_request"
+
+
 class BodyTooLarge(RequestError):
     """The request's body or headers exceed the size limit."""
 
@@ -184,6 +192,12 @@ class NotFound(ImpetusError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+
+
+class ThreadNotFound(NotFound):
+    """`thread.previous_message_id` names no kept conversation; named as Anthropic names it."""
+
+    code = "thread_not_found"
 
 
 class ModelNotFound(NotFound):

@@ -172,12 +172,12 @@ class Settings(BaseSettings):
         default=1000,
         ge=0,
         le=1_000_000,
-        description="Maximum /v1/responses answers kept in memory for previous_response_id; 0 "
-        "keeps none.",
+        description="Maximum /v1/responses answers kept in memory for previous_response_id, and "
+        "as many /v1/messages conversations for thread; 0 keeps none.",
     )
     stored_responses_bytes: ByteCount = Field(
         default=64 * 1024**2,
-        description="Maximum memory for stored responses and conversations.",
+        description="Maximum memory for stored responses, and again for conversations of thread.",
     )
     api_key: SecretStr | None = Field(
         default=None, description="API key that every request must send; unset: no key is needed."

@@ -41,6 +41,7 @@ from router.v1.completions import CompletionRequest, completion_endpoint
 from router.v1.embeddings import EmbeddingRequest, embedding_endpoint
 from router.v1.messages.endpoints import count_tokens_endpoint, messages_endpoint
 from router.v1.messages.request import MessagesPromptRequest, MessagesRequest
+from router.v1.messages.threads import ThreadStore
 from router.v1.models import model_endpoint, models_endpoint
 from router.v1.rerank import PATHS as RERANK_PATHS
 from router.v1.rerank import RerankRequest, rerank_endpoint
@@ -112,12 +113,15 @@ def _add_inference_routes(app: FastAPI, context: RouteContext) -> None:
     # Routes are tried in this order: the most used come first.
     add("/v1/chat/completions", chat_endpoint(context), "POST")
     add("/v1/completions", completion_endpoint(context), "POST")
-    add("/v1/messages", messages_endpoint(context), "POST")
+    settings = context.services.settings
+    threads = ThreadStore(
+        max_count=settings.stored_responses, max_bytes=settings.stored_responses_bytes
+    )
+    add("/v1/messages", messages_endpoint(context, threads), "POST")
     add("/v1/embeddings", embedding_endpoint(context), "POST")
     for path in RERANK_PATHS:
         add(path, rerank_endpoint(context), "POST")
-    add("/v1/messages/count_tokens", count_tokens_endpoint(context), "POST")
-    settings = context.services.settings
+    add("/v1/messages/count_tokens", count_tokens_endpoint(context, threads), "POST")
     store = ResponseStore(
         max_count=settings.stored_responses, max_bytes=settings.stored_responses_bytes
     )

@@ -20,9 +20,12 @@ from core.errors import (
     ImpetusError,
     NotFound,
     RequestError,
+    ThreadNotFound,
+    ThreadUnsupported,
 )
 from core.metrics import Metrics
 from core.text import escaped
+from core.types import JsonValue
 from router.context import RequestRecord, keep_server_send, record_of
 from router.requests.limits import MAX_ERROR_CHARACTERS
 
@@ -41,6 +44,8 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+# Codes from which Anthropic's SDK recovers.  Source: its `lib/threads/_thread_state.py`.
+_DETAILED_CODES = frozenset({ThreadNotFound.code, ThreadUnsupported.code})
 
 
 def error_body(error: ImpetusError) -> bytes:
@@ -74,9 +79,12 @@ def anthropic_error_body(error: ImpetusError, record: RequestRecord) -> bytes:
     kind = "api_error" if error.status >= 500 else "invalid_request_error"
     if not isinstance(error, EngineFailed):
         kind = _ANTHROPIC_TYPES.get(error.status, kind)
+    shown: dict[str, JsonValue] = {"type": kind, "message": message}
+    if error.code in _DETAILED_CODES:
+        shown["details"] = {"error_code": error.code}
     envelope = {
         "type": "error",
-        "error": {"type": kind, "message": message},
+        "error": shown,
         "request_id": record.request_id,
     }
     return json.dumps(envelope, separators=(",", ":")).encode("ascii")

@@ -1,6 +1,8 @@
 """`POST /v1/messages` and `POST /v1/messages/count_tokens`."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from pydantic_core import to_json
 from starlette.requests import Request
@@ -10,47 +12,70 @@ from core.types import Capability, ChatPrompt, GenerationRequest, JsonOutput
 from router.answers.event_feed import unless_disconnected
 from router.answers.event_stream import EventStream
 from router.answers.generation import Generation, client_closed_response
-from router.answers.parts import PartAssembler
+from router.answers.parts import Part, PartAssembler
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.priority import request_priority
 from router.requests.reasoning import for_model
 from router.v1.messages import answer
 from router.v1.messages.blocks import BlockReader
-from router.v1.messages.prompt import to_messages_prompt
+from router.v1.messages.prompt import thread_prompt, to_thread, with_answer
 from router.v1.messages.request import MessagesPromptRequest, MessagesRequest
 from router.v1.messages.stream import MessageEvents
+from router.v1.messages.threads import EMPTY, Thread, ThreadStore
 
 
-def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
+@dataclass(frozen=True, slots=True)
+class _Converted:
+    """What a request's body became; `thread` is the whole conversation so far."""
+
+    prompt: ChatPrompt
+    thread: Thread
+    output: JsonOutput | None
+    ignored: list[str]
+
+
+def messages_endpoint(
+    context: RouteContext, threads: ThreadStore
+) -> Callable[[Request], Awaitable[Response]]:
     """Return the handler that answers a conversation."""
+    convert = partial(_converted, threads)
 
     async def create_message(request: Request) -> Response:
-        body, (prompt, output, ignored) = await read_request(request, MessagesRequest, _converted)
+        body, converted = await read_request(request, MessagesRequest, convert)
         record = record_of(request.scope)
         view = await context.model(body.model, Capability.CHAT, record)
         message_id = f"msg_{record.suffix}"
         generation_request = GenerationRequest(
             id=message_id,
             model_id=view.id,
-            prompt=for_model(prompt, view),
+            prompt=for_model(converted.prompt, view),
             sampling=body.sampling,
             max_tokens=body.max_tokens,
             stop=body.stop_sequences,
-            output=output,
+            output=converted.output,
             deadline_s=context.services.settings.request_timeout_s,
             priority=request_priority(request, None, view),
         )
-        headers = context.ignored.report(ignored)
+
+        def keep(parts: Sequence[Part]) -> None:
+            """Keep the conversation with its answer, if the client asked for that."""
+            if body.thread is not None:
+                blocks = (answer.block(part, hides_thinking=False) for part in parts)
+                whole = with_answer(converted.thread, blocks)
+                threads.put(message_id, whole, body.previous_message_id)
+
+        headers = context.ignored.report(converted.ignored)
         generation = Generation(context, view, (generation_request,), 1, headers)
         if body.stream:
-            return EventStream(generation, MessageEvents(generation, message_id, body))
+            return EventStream(generation, MessageEvents(generation, message_id, body, keep))
         choices = await generation.collect(request.receive)
         if choices is None:
             return client_closed_response()
         assembler = PartAssembler(keeps_empty=False)
         parts = assembler.push_all(choices[0])
         assert assembler.finished is not None
+        keep(parts)
         message = answer.message(
             message_id,
             view.id,
@@ -65,31 +90,39 @@ def messages_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Re
     return create_message
 
 
-def _converted(
-    body: MessagesPromptRequest,
-) -> tuple[ChatPrompt, JsonOutput | None, list[str]]:
+def _converted(threads: ThreadStore, body: MessagesPromptRequest) -> _Converted:
+    earlier = EMPTY
+    if body.previous_message_id is not None:
+        earlier = threads.get(body.previous_message_id)
+    elif body.thread is not None:
+        threads.check_keeps()
     reader = BlockReader()
-    prompt = to_messages_prompt(body, reader)
+    thread = to_thread(body, reader, earlier)
     noted = [f"messages.content.{kind}" for kind in sorted(reader.noted)]
-    return prompt, body.output, [*body.ignored_names(), *noted]
+    ignored = [*body.ignored_names(), *noted]
+    return _Converted(thread_prompt(body, thread), thread, body.output, ignored)
 
 
-def count_tokens_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
+def count_tokens_endpoint(
+    context: RouteContext, threads: ThreadStore
+) -> Callable[[Request], Awaitable[Response]]:
     """Return the handler that counts a prompt's tokens."""
+    convert = partial(_converted, threads)
 
     async def count_tokens(request: Request) -> Response:
-        body, (prompt, _, ignored) = await read_request(request, MessagesPromptRequest, _converted)
+        body, converted = await read_request(request, MessagesPromptRequest, convert)
         view = await context.model(body.model, Capability.CHAT, record_of(request.scope))
         deadline_s = context.services.settings.request_timeout_s
         count = await unless_disconnected(
-            context.services.dispatcher.count_tokens(view.id, prompt, deadline_s), request.receive
+            context.services.dispatcher.count_tokens(view.id, converted.prompt, deadline_s),
+            request.receive,
         )
         if count is None:
             return client_closed_response()
         return Response(
             to_json({"input_tokens": count}),
             media_type="application/json",
-            headers=context.ignored.report(ignored),
+            headers=context.ignored.report(converted.ignored),
         )
 
     return count_tokens

@@ -2,16 +2,18 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from core.errors import RequestError, UnsupportedParameter
-from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
+from core.types import ChatMessage, ChatPrompt, JsonValue, Tool, ToolCall
 from router.requests.fields import check_schema
 from router.requests.reasoning import decode_reasoning, with_reasoning
 from router.requests.tools import ToolChoice, check_tools
 from router.v1.messages import request as messages_api
 from router.v1.messages.blocks import BlockReader
+from router.v1.messages.threads import EMPTY, Thread
 
 # Claude Code begins its system prompt with lines that differ in every request, such as
 # `x-anthropic-billing-header: …`; they would prevent the reuse of the prompt's prefix.
@@ -19,26 +21,46 @@ _HEADER_LINES = re.compile(r"\A(?:[ \t]*x-anthropic-[a-z0-9-]+:[^\n]*(?:\n|\Z))+
 
 
 def to_messages_prompt(
-    request: messages_api.MessagesPromptRequest, reader: BlockReader | None = None
+    request: messages_api.MessagesPromptRequest,
+    reader: BlockReader | None = None,
+    earlier: Thread = EMPTY,
 ) -> ChatPrompt:
     """Return the request's prompt; `reader` then knows which blocks became notes.
 
+    `earlier` is the kept conversation that the messages follow, with its system prompt and tools.
     Raises UnsupportedCapability for unreadable blocks that the user sends now, and RequestError.
     """
-    reader = reader or BlockReader()
-    tools = tuple(_tools(request.tools or ()))
-    messages = list(_system(request.system, reader))
+    return thread_prompt(request, to_thread(request, reader or BlockReader(), earlier))
+
+
+def to_thread(
+    request: messages_api.MessagesPromptRequest, reader: BlockReader, earlier: Thread
+) -> Thread:
+    """Return the whole conversation so far.  Raises as `to_messages_prompt` does."""
+    system = earlier.system
+    if request.system is not None:
+        system = tuple(_system(request.system, reader))
+    tools = earlier.tools
+    if request.tools is not None:
+        tools = tuple(_tools(request.tools))
+    messages = list(earlier.messages)
     roles = [message.role for message in request.messages]
     asked = max((index for index, role in enumerate(roles) if role == "user"), default=0)
     for index, message in enumerate(request.messages):
         messages += _messages(message, f"messages[{index}]", reader, is_asked=index == asked)
+    return Thread(system, tools, tuple(messages))
+
+
+def thread_prompt(request: messages_api.MessagesPromptRequest, thread: Thread) -> ChatPrompt:
+    """Return the prompt of a conversation.  Raises RequestError, UnsupportedParameter."""
+    tools = thread.tools
     choice = request.tool_choice
     tool_choice = _tool_choice(choice)
     _refuse_forced(request.tools or (), tools, tool_choice)
     check_tools(tools, tool_choice)
     is_single = choice.disable_parallel_tool_use if choice else None
     prompt = ChatPrompt(
-        messages=tuple(messages),
+        messages=(*thread.system, *thread.messages),
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=None if is_single is None else not is_single,
@@ -80,6 +102,12 @@ def _messages(
     if role == "assistant":
         return [_assistant(blocks, reader)]
     return list(_user(role, blocks, reader, is_asked=is_asked))
+
+
+def with_answer(thread: Thread, blocks: Iterable[JsonValue]) -> Thread:
+    """Return the conversation with an answer's blocks, as if the client had sent them back."""
+    parsed = [(messages_api.Block.model_validate(block), "content") for block in blocks]
+    return replace(thread, messages=(*thread.messages, _assistant(parsed, BlockReader())))
 
 
 def _user(

@@ -97,6 +97,13 @@ class Thinking(RequestPart):
     display: Literal["summarized", "omitted"] | None = None
 
 
+class ThreadField(RequestPart):
+    """Whether the server keeps the conversation, and which kept one the messages follow."""
+
+    type: Literal["create", "continue"]
+    previous_message_id: str | None = None
+
+
 class OutputFormat(RequestPart):
     """The required format of the answer's text."""
 
@@ -130,6 +137,12 @@ class MessagesPromptRequest(RequestBody):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    thread: ThreadField | None = None
+
+    @property
+    def previous_message_id(self) -> str | None:
+        """The answer whose kept conversation the messages follow."""
+        return self.thread.previous_message_id if self.thread else None
 
     def refuse_unsupported(self) -> None:
         """Also refuse a last message that the answer should continue (prefill)."""
@@ -139,6 +152,12 @@ class MessagesPromptRequest(RequestBody):
                 "messages: the last message must not be from the assistant; continuing a given "
                 "beginning (prefill) is not supported.",
                 param="messages",
+            )
+        thread = self.thread
+        if thread is not None and (thread.type == "continue") == (not thread.previous_message_id):
+            raise RequestError(
+                "thread.previous_message_id: required with type continue and only allowed there",
+                param="thread.previous_message_id",
             )
         thinking = self.thinking
         if thinking is not None and (thinking.type == "enabled") != bool(thinking.budget_tokens):

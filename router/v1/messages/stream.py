@@ -1,7 +1,7 @@
 """Formats events as the typed event stream of Anthropic's Messages API."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from core.errors import ImpetusError
 from core.types import Finished, JsonValue, PrefillProgress, TextDelta, Usage
@@ -22,8 +22,16 @@ class MessageEvents(StreamFormatter):
 
     keep_alive = 'event: ping\ndata: {"type":"ping"}\n\n'
 
-    def __init__(self, generation: Generation, message_id: str, body: MessagesRequest) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        message_id: str,
+        body: MessagesRequest,
+        keep: Callable[[Sequence[Part]], None],
+    ) -> None:
+        """`keep` is called with the parts of a complete answer."""
         super().__init__(generation)
+        self._keep = keep
         self._message_id = message_id
         self._stop_sequences = body.stop_sequences
         self._hides_thinking = body.hides_thinking
@@ -66,6 +74,7 @@ class MessageEvents(StreamFormatter):
         """Return the stop reason, the usage, and the end."""
         finished = self._assembler.finished
         assert finished is not None
+        self._keep(self._assembler.parts)
         delta: JsonValue = answer.ending(finished, self._stop_sequences)
         usage = answer.usage(finished.usage)
         return _event({"type": "message_delta", "delta": delta, "usage": usage}) + _event(

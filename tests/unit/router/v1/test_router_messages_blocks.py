@@ -144,7 +144,7 @@ def text(content: str) -> dict[str, Any]:
     return {"type": "text", "text": content}
 
 
-async def sent(messages: list[dict[str, Any]], **fields: Any) -> tuple[ChatPrompt, set[str]]:
+async def sent(messages: Any, **fields: Any) -> tuple[ChatPrompt, set[str]]:
     """Return the prompt that reached the engine, and the ignored names; all must be answered."""
     dispatcher = FakeDispatcher()
     async with client_of(create_app(make_services(dispatcher))) as client:
