@@ -20,7 +20,7 @@ _SERVER_SEND_KEY = "impetus.send"
 NAME_LIMIT = 512
 # The states of models that can answer, in the order in which they are advised.
 USABLE_STATES = ("resident", "loading", "available")
-_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
+_UNSAFE = re.compile(r"[^][A-Za-z0-9_.-]")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from core.errors import NotFound, PreviousResponseNotFound
-from core.types import Capability, ChatMessage, ChatPrompt, GenerationRequest, JsonOutput
+from core.types import Capability, ChatMessage, ChatPrompt, GenerationRequest
 from router.answers.event_feed import unless_disconnected
 from router.answers.event_stream import EventStream
 from router.answers.generation import Generation, client_closed_response
@@ -21,6 +21,7 @@ from router.v1.responses.prompt import input_messages, to_responses_prompt
 from router.v1.responses.request import ResponsesRequest
 from router.v1.responses.store import ResponseStore
 from router.v1.responses.stream import ResponseEvents
+from router.v1.responses.tools import OfferedTools, offer_tools
 
 
 def responses_endpoint(
@@ -31,7 +32,7 @@ def responses_endpoint(
 
     async def create_response(request: Request) -> Response:
         body, converted = await read_request(request, ResponsesRequest, convert)
-        conversation, prompt, output, ignored = converted
+        conversation, prompt, offered, ignored = converted
         record = record_of(request.scope)
         view = await context.model(body.model, Capability.CHAT, record)
         generation_request = GenerationRequest(
@@ -41,13 +42,13 @@ def responses_endpoint(
             sampling=body.sampling(top_logprobs=body.logprob_count),
             max_tokens=body.max_output_tokens,
             stop=body.stop,
-            output=output,
+            output=body.output,
             deadline_s=context.services.settings.request_timeout_s,
             priority=request_priority(request, body.service_tier, view),
         )
         headers = context.ignored.report(ignored)
         generation = Generation(context, view, (generation_request,), 1, headers)
-        builder = ResponseBuilder(body, record.suffix, generation, conversation, store)
+        builder = ResponseBuilder(body, record.suffix, generation, conversation, store, offered)
         if body.stream:
             return EventStream(generation, ResponseEvents(builder))
         choices = await generation.collect(request.receive)
@@ -66,10 +67,11 @@ def responses_endpoint(
 
 def _converted(
     store: ResponseStore, body: ResponsesRequest
-) -> tuple[tuple[ChatMessage, ...], ChatPrompt, JsonOutput | None, list[str]]:
+) -> tuple[tuple[ChatMessage, ...], ChatPrompt, OfferedTools, list[str]]:
+    offered = offer_tools(body)
     conversation = (*_earlier(store, body.previous_response_id), *input_messages(body))
-    prompt = to_responses_prompt(body, conversation)
-    return conversation, prompt, body.output, body.ignored_names()
+    prompt = to_responses_prompt(body, conversation, offered)
+    return conversation, prompt, offered, [*body.ignored_names(), *offered.ignored]
 
 
 def input_tokens_endpoint(

@@ -13,12 +13,15 @@ from router.answers.logprobs import chat_logprobs
 from router.answers.parts import Part, PartAssembler
 from router.http.errors import shown_message
 from router.requests.reasoning import encode_reasoning
+from router.v1.responses.custom_input import to_custom_input
 from router.v1.responses.prompt import answer_message
-from router.v1.responses.request import ResponsesRequest, TextFormat, Tool
+from router.v1.responses.request import OFFERED_TYPES, ResponsesRequest, TextFormat, Tool
 from router.v1.responses.store import ResponseStore
+from router.v1.responses.tools import OfferedTools
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
+_CUSTOM_PREFIX = "ctc"
 
 
 @dataclass(slots=True)
@@ -30,6 +33,7 @@ class ResponseBuilder:
     generation: Generation
     conversation: Sequence[ChatMessage]
     store: ResponseStore
+    offered: OfferedTools
     _base: dict[str, JsonValue] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,7 +46,12 @@ class ResponseBuilder:
 
     def item_id(self, part: Part) -> str:
         """Return the id of a part's item."""
-        return f"{_PREFIXES[part.kind]}_{self.suffix}_{part.index}"
+        prefix = _CUSTOM_PREFIX if self.is_custom(part) else _PREFIXES[part.kind]
+        return f"{prefix}_{self.suffix}_{part.index}"
+
+    def is_custom(self, part: Part) -> bool:
+        """Whether a part is the call of a custom tool, whose input is text."""
+        return part.kind == "call" and self.offered.origin(part.name).kind == "custom"
 
     def item(self, part: Part, status: Status) -> dict[str, JsonValue]:
         """Return a part as an output item; one in progress is still empty."""
@@ -59,13 +68,18 @@ class ResponseBuilder:
                     item["encrypted_content"] = "" if is_empty else encode_reasoning(part.text)
                 return item
             case "call":
-                return {
-                    "type": "function_call",
-                    **item,
-                    "call_id": part.call_id,
-                    "name": part.name,
-                    "arguments": "" if is_empty else part.text,
-                }
+                return {**item, **self._call(part, is_empty=is_empty)}
+
+    def _call(self, part: Part, *, is_empty: bool) -> dict[str, JsonValue]:
+        origin = self.offered.origin(part.name)
+        call: dict[str, JsonValue] = {"call_id": part.call_id, "name": origin.name}
+        if origin.namespace is not None:
+            call["namespace"] = origin.namespace
+        if origin.kind == "custom":
+            text = "" if is_empty else to_custom_input(part.text)
+            return {"type": "custom_tool_call", **call, "input": text}
+        arguments = "" if is_empty else part.text
+        return {"type": "function_call", **call, "arguments": arguments}
 
     def content(self, part: Part, *, is_empty: bool = False) -> dict[str, JsonValue]:
         """Return the content of a text or of reasoning."""
@@ -120,7 +134,6 @@ class ResponseBuilder:
     def _fixed(self) -> dict[str, JsonValue]:
         """Return the fields that do not depend on the status: mostly the request's own."""
         body = self.body
-        choice = body.tool_choice or "auto"
         text_format = body.text.format if body.text else None
         effort = body.reasoning.effort if body.reasoning else None
         return {
@@ -140,10 +153,8 @@ class ResponseBuilder:
             "store": body.store is not False,
             "temperature": body.temperature,
             "text": {"format": _format(text_format) if text_format else {"type": "text"}},
-            "tool_choice": {"type": "function", "name": choice[1]}
-            if isinstance(choice, tuple)
-            else choice,
-            "tools": [_tool(tool) for tool in body.tools or ()],
+            "tool_choice": body.tool_choice.sent if body.tool_choice else "auto",
+            "tools": [_tool(tool) for tool in body.tools or () if tool.type in OFFERED_TYPES],
             "top_p": body.top_p,
             "truncation": "disabled",
             "user": body.user,
@@ -158,13 +169,29 @@ def final_status(finished: Finished | None) -> Status:
 
 def to_json(response: dict[str, JsonValue]) -> bytes:
     """Return a response as JSON, validated by OpenAI's own type."""
-    return ResponseObject.model_validate(response).model_dump_json(exclude_unset=True).encode()
+    return (
+        ResponseObject.model_validate(response)
+        .model_dump_json(exclude_unset=True, by_alias=True)
+        .encode()
+    )
 
 
 def _tool(tool: Tool) -> dict[str, JsonValue]:
+    own: dict[str, JsonValue] = {"type": tool.type, "name": tool.name}
+    match tool.type:
+        case "namespace":
+            inner: list[JsonValue] = [
+                _tool(one) for one in tool.tools or () if one.type in ("function", "custom")
+            ]
+            return {**own, "description": tool.description or "", "tools": inner}
+        case "custom":
+            form = tool.format
+            shown: dict[str, JsonValue] = {"type": "text"}
+            if form is not None and form.type == "grammar":
+                shown = {"type": "grammar", "syntax": form.syntax, "definition": form.definition}
+            return {**own, "description": tool.description, "format": shown}
     return {
-        "type": tool.type,
-        "name": tool.name,
+        **own,
         "description": tool.description,
         "parameters": tool.parameters,
         "strict": tool.strict,

@@ -3,25 +3,27 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
-from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
+from core.errors import RequestError, UnsupportedCapability
+from core.types import ChatMessage, ChatPrompt, ToolCall
 from router.answers import parts as answer
-from router.requests.fields import check_schema
 from router.requests.limits import MAX_MESSAGES
 from router.requests.reasoning import decode_reasoning, with_reasoning
-from router.requests.tools import check_tools
 from router.v1.arguments import check_arguments
 from router.v1.responses import request as responses_api
+from router.v1.responses.custom_input import to_arguments
+from router.v1.responses.tools import OfferedTools, offered_name
 
 _TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
 
 
 def to_responses_prompt(
-    request: responses_api.ResponsesRequest, conversation: Sequence[ChatMessage]
+    request: responses_api.ResponsesRequest,
+    conversation: Sequence[ChatMessage],
+    offered: OfferedTools,
 ) -> ChatPrompt:
     """Return the prompt of `conversation`, which includes the request's input.
 
-    Raises RequestError, UnsupportedParameter.
+    Raises RequestError.
     """
     if len(conversation) > MAX_MESSAGES:
         raise RequestError(
@@ -29,14 +31,11 @@ def to_responses_prompt(
             f"at most {MAX_MESSAGES} are accepted",
             param="input",
         )
-    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
-    choice = request.tool_choice or "auto"
-    check_tools(tools, choice)
     system = [ChatMessage("system", request.instructions)] if request.instructions else []
     prompt = ChatPrompt(
         messages=(*system, *conversation),
-        tools=tools,
-        tool_choice=choice,
+        tools=offered.tools,
+        tool_choice=offered.choice,
         parallel_tool_calls=request.parallel_tool_calls,
     )
     effort = request.reasoning.effort if request.reasoning else None
@@ -57,8 +56,13 @@ def input_messages(request: responses_api.ResponsesRequest) -> list[ChatMessage]
             case "message":
                 _add_message(messages, item, param)
             case "function_call":
-                _add_call(messages, item, param)
-            case "function_call_output":
+                arguments = _required(item.arguments, f"{param}.arguments")
+                checked = check_arguments(arguments, f"{param}.arguments")
+                _add_call(messages, item, checked, param)
+            case "custom_tool_call":
+                text = _required(item.input, f"{param}.input")
+                _add_call(messages, item, to_arguments(text), param)
+            case "function_call_output" | "custom_tool_call_output":
                 output = _joined(item.output, f"{param}.output")
                 call_id = _required(item.call_id, f"{param}.call_id")
                 messages.append(ChatMessage("tool", output, tool_call_id=call_id))
@@ -101,12 +105,12 @@ def _add_message(messages: list[ChatMessage], item: responses_api.Item, param: s
             messages.append(ChatMessage("system", content))
 
 
-def _add_call(messages: list[ChatMessage], item: responses_api.Item, param: str) -> None:
-    call = ToolCall(
-        _required(item.call_id, f"{param}.call_id"),
-        _required(item.name, f"{param}.name"),
-        check_arguments(_required(item.arguments, f"{param}.arguments"), f"{param}.arguments"),
-    )
+def _add_call(
+    messages: list[ChatMessage], item: responses_api.Item, arguments: str, param: str
+) -> None:
+    call_id = _required(item.call_id, f"{param}.call_id")
+    name = offered_name(_required(item.name, f"{param}.name"), item.namespace)
+    call = ToolCall(call_id, name, arguments)
     if messages and messages[-1].role == "assistant":
         last = messages[-1]
         messages[-1] = replace(last, tool_calls=(*last.tool_calls, call))
@@ -151,15 +155,3 @@ def _required(value: str | None, param: str) -> str:
     if value is None:
         raise RequestError(f"{param}: required", param=param)
     return value
-
-
-def _tool(tool: responses_api.Tool, param: str) -> Tool:
-    if tool.type != "function":
-        raise UnsupportedParameter(
-            f"{param}: tools of type {tool.type[:50]!r} are not supported; send type function.",
-            param=f"{param}.type",
-        )
-    name = _required(tool.name, f"{param}.name")
-    parameters = tool.parameters or {}
-    check_schema(parameters, f"{param}.parameters")
-    return Tool(name, tool.description or "", parameters)

@@ -1,11 +1,12 @@
 """Request body of OpenAI's Responses API."""
 
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, model_validator
 
 from core.errors import RequestError, UnsupportedParameter
-from core.types import JsonOutput
+from core.types import JsonOutput, JsonValue
 from router.requests.fields import (
     AnyEffort,
     Items,
@@ -18,9 +19,9 @@ from router.requests.fields import (
     unknown_fields,
 )
 from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
-from router.requests.tools import ToolChoice
 
 MAX_METADATA = 16
+OFFERED_TYPES = frozenset({"function", "custom", "namespace"})
 _ENCRYPTED_REASONING = "reasoning.encrypted_content"
 _LOGPROBS = "message.output_text.logprobs"
 
@@ -47,20 +48,60 @@ class Item(RequestPart):
     content: str | Parts | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
+    input: str | None = None
     output: str | Parts | None = None
     summary: Parts | None = None
     encrypted_content: str | None = None
 
 
+class CustomFormat(RequestPart):
+    """The form of a custom tool's text: any, or what a grammar describes."""
+
+    type: Literal["text", "grammar"]
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
+
+
 class Tool(RequestPart):
-    """A tool the model may call."""
+    """A tool the model may call; a `namespace` has `tools` of its own."""
 
     type: str
     name: str | None = Field(default=None, min_length=1, max_length=256)
     description: str | None = None
     parameters: JsonObject | None = None
     strict: bool | None = None
+    format: CustomFormat | None = None
+    tools: Annotated[Items["Tool"], Field(max_length=MAX_TOOLS)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_details(cls, value: object) -> object:
+        """Leave out the fields of tools that cannot be offered, whatever their form."""
+        kind = value.get("type") if isinstance(value, dict) else None
+        return {"type": kind} if isinstance(kind, str) and kind not in OFFERED_TYPES else value
+
+
+class NamedTool(RequestPart):
+    """A tool in `tool_choice`."""
+
+    type: str
+    name: str = ""
+    namespace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """A mode, or the one tool `named`; `allowed` are the only tools that may be called.
+
+    `sent` is what the client sent, to be returned with the answer.
+    """
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    named: NamedTool | None = None
+    allowed: tuple[NamedTool, ...] | None = None
+    sent: Any = "auto"
 
 
 class TextFormat(RequestPart):
@@ -97,20 +138,47 @@ class StreamOptions(RequestPart):
 
 
 def parse_tool_choice(value: object) -> ToolChoice | None:
-    """Return the choice; raises ValueError, or UnsupportedParameter for other tools' choices."""
+    """Return the choice; raises ValueError."""
     match value:
         case None:
             return None
-        case "none" | "auto" | "required":
-            return value
-        case {"type": "function", "name": str(name)}:
-            return ("function", name)
-        case {"type": str(kind)} if kind != "function":
-            raise UnsupportedParameter(
-                f"tool_choice of type {kind[:50]!r} is not supported; send type function.",
-                param="tool_choice",
+        case "none" | "auto" | "required" as mode:
+            return ToolChoice(mode, sent=mode)
+        case {"type": "none" | "auto" | "required" as mode}:
+            return ToolChoice(mode, sent=mode)
+        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)}:
+            if len(tools) > MAX_TOOLS:
+                raise ValueError(f"has {len(tools)} tools; at most {MAX_TOOLS} are accepted")
+            allowed = tuple(_named_tool(tool) for tool in tools)
+            shown: list[JsonValue] = [_shown_tool(tool) for tool in allowed]
+            return ToolChoice(
+                mode,
+                allowed=allowed,
+                sent={"type": "allowed_tools", "mode": mode, "tools": shown},
             )
-    raise ValueError('must be "none", "auto", "required" or {"type": "function", "name": …}')
+        case {"type": str(kind)} if kind != "allowed_tools":
+            named = _named_tool(value)
+            if kind in ("function", "custom") and not named.name:
+                raise ValueError("needs the name of the tool")
+            return ToolChoice(named=named, sent=_shown_tool(named))
+    raise ValueError(
+        'must be "none", "auto", "required", {"type": "function", "name": …} or '
+        '{"type": "allowed_tools", "mode": …, "tools": […]}'
+    )
+
+
+def _named_tool(value: object) -> NamedTool:
+    match value:
+        case {"type": str(kind), **more}:
+            name, namespace = more.get("name"), more.get("namespace")
+            if isinstance(name, str | None) and isinstance(namespace, str | None):
+                return NamedTool(type=kind, name=name or "", namespace=namespace)
+    raise ValueError("its tools must be objects with a type, and a name if they have one")
+
+
+def _shown_tool(tool: NamedTool) -> dict[str, JsonValue]:
+    named: dict[str, JsonValue] = {"type": tool.type, "name": tool.name}
+    return named if tool.namespace is None else {**named, "namespace": tool.namespace}
 
 
 def parse_metadata(value: object) -> dict[str, str]:

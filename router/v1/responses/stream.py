@@ -11,6 +11,7 @@ from router.answers.parts import Closed, Extended, Opened, Part, PartAssembler, 
 from router.answers.valid_events import TaggedEvent
 from router.context import RequestRecord
 from router.http.errors import shown_message
+from router.v1.responses.custom_input import to_custom_input
 from router.v1.responses.object import ResponseBuilder, final_status
 
 _NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
@@ -81,6 +82,9 @@ class ResponseEvents(StreamFormatter):
         match step:
             case Opened(part):
                 return self._open(part)
+            case Extended(part) if self._builder.is_custom(part):
+                # Its text is known once the arguments around it are complete.
+                return []
             case Extended(part, text, logprobs):
                 fields: dict[str, JsonValue] = {**self._place(part), "delta": text}
                 if part.kind == "text":
@@ -107,10 +111,13 @@ class ResponseEvents(StreamFormatter):
 
     def _close(self, part: Part) -> list[str]:
         place = self._place(part)
+        if self._builder.is_custom(part):
+            return self._close_custom(part, place)
         fields: dict[str, JsonValue] = {**place, "text": part.text}
         content: dict[str, JsonValue] = {}
         if part.kind == "call":
-            fields = {**place, "name": part.name, "arguments": part.text}
+            name = self._builder.offered.origin(part.name).name
+            fields = {**place, "name": name, "arguments": part.text}
         else:
             content = self._builder.content(part)
         if part.kind == "text":
@@ -118,9 +125,22 @@ class ResponseEvents(StreamFormatter):
         events = [self._event(f"response.{_NAMES[part.kind]}.done", fields)]
         if content:
             events.append(self._event("response.content_part.done", {**place, "part": content}))
+        return [*events, self._item_done(part)]
+
+    def _close_custom(self, part: Part, place: dict[str, JsonValue]) -> list[str]:
+        text = to_custom_input(part.text)
+        name = "response.custom_tool_call_input"
+        events = [self._event(f"{name}.delta", {**place, "delta": text})] if text else []
+        return [
+            *events,
+            self._event(f"{name}.done", {**place, "input": text}),
+            self._item_done(part),
+        ]
+
+    def _item_done(self, part: Part) -> str:
         item: JsonValue = self._builder.item(part, final_status(self._assembler.finished))
         done = {"output_index": part.index, "item": item}
-        return [*events, self._event("response.output_item.done", done)]
+        return self._event("response.output_item.done", done)
 
     def _place(self, part: Part) -> dict[str, JsonValue]:
         place: dict[str, JsonValue] = {
