@@ -16,8 +16,9 @@ from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.fields import refuse_unless_off
 from router.requests.priority import request_priority
+from router.v1.responses.items import ItemReader
 from router.v1.responses.object import ResponseBuilder, to_json
-from router.v1.responses.prompt import input_messages, to_responses_prompt
+from router.v1.responses.prompt import to_responses_prompt
 from router.v1.responses.request import ResponsesRequest
 from router.v1.responses.store import ResponseStore
 from router.v1.responses.stream import ResponseEvents
@@ -69,9 +70,12 @@ def _converted(
     store: ResponseStore, body: ResponsesRequest
 ) -> tuple[tuple[ChatMessage, ...], ChatPrompt, OfferedTools, list[str]]:
     offered = offer_tools(body)
-    conversation = (*_earlier(store, body.previous_response_id), *input_messages(body))
+    reader = ItemReader()
+    earlier = _earlier(store, body.previous_response_id)
+    conversation = (*earlier, *reader.messages(body.input))
     prompt = to_responses_prompt(body, conversation, offered)
-    return conversation, prompt, offered, [*body.ignored_names(), *offered.ignored]
+    ignored = [*body.ignored_names(), *offered.ignored, *reader.ignored]
+    return conversation, prompt, offered, ignored
 
 
 def input_tokens_endpoint(

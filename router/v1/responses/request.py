@@ -1,9 +1,10 @@
 """Request body of OpenAI's Responses API."""
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonOutput, JsonValue
@@ -21,6 +22,17 @@ from router.requests.fields import (
 from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 
 MAX_METADATA = 16
+READ_TYPES = frozenset(
+    {
+        "message",
+        "function_call",
+        "function_call_output",
+        "custom_tool_call",
+        "custom_tool_call_output",
+        "reasoning",
+        "item_reference",
+    }
+)
 OFFERED_TYPES = frozenset({"function", "custom", "namespace"})
 _ENCRYPTED_REASONING = "reasoning.encrypted_content"
 _LOGPROBS = "message.output_text.logprobs"
@@ -37,8 +49,21 @@ class Part(RequestPart):
 Parts = Annotated[Items[Part], Field(max_length=MAX_PARTS)]
 
 
+def _text_of_other(value: object) -> object:
+    """Return what is neither text nor a list of parts, such as an object, as JSON."""
+    is_parts = isinstance(value, list) and all(
+        isinstance(part, dict) and isinstance(part.get("type"), str) for part in value
+    )
+    if value is None or isinstance(value, str) or is_parts:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
 class Item(RequestPart):
-    """A conversation item of any type; the required fields depend on the type."""
+    """A conversation item of any type; the required fields depend on the type.
+
+    An item of another type than `READ_TYPES` has no fields here but its `other_item`.
+    """
 
     type: str | None = None
     id: str | None = None
@@ -49,11 +74,20 @@ class Item(RequestPart):
     call_id: str | None = None
     name: str | None = None
     namespace: str | None = None
-    arguments: str | None = None
+    arguments: Annotated[str | None, BeforeValidator(_text_of_other)] = None
     input: str | None = None
-    output: str | Parts | None = None
+    output: Annotated[str | Parts | None, BeforeValidator(_text_of_other)] = None
     summary: Parts | None = None
     encrypted_content: str | None = None
+    other_item: JsonObject | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_type(cls, value: object) -> object:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(kind, str) or kind in READ_TYPES:
+            return value
+        return {"type": kind, "other_item": value}
 
 
 class CustomFormat(RequestPart):

@@ -1,0 +1,124 @@
+"""Converts the items of a request's input into messages."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from core.errors import RequestError
+from core.types import ChatMessage, ToolCall
+from router.requests.reasoning import decode_reasoning
+from router.v1.arguments import check_arguments
+from router.v1.responses import request as responses_api
+from router.v1.responses.custom_input import to_arguments
+from router.v1.responses.other_items import other_item_messages
+from router.v1.responses.parts import PartReader
+from router.v1.responses.tools import offered_name
+
+
+class ItemReader:
+    """Reads the items of one request; the items of one assistant's turn become one message.
+
+    `skipped` are the items that hold nothing a model could read.
+    """
+
+    def __init__(self) -> None:
+        self._parts = PartReader()
+        self._messages: list[ChatMessage] = []
+        self.skipped: list[str] = []
+
+    @property
+    def ignored(self) -> list[str]:
+        """The items that were skipped, and the types of parts that became notes."""
+        return [*self.skipped, *(f"input.content.{kind}" for kind in sorted(self._parts.noted))]
+
+    def messages(self, items: str | Sequence[responses_api.Item]) -> list[ChatMessage]:
+        """Return the input's messages.
+
+        Raises UnsupportedCapability for parts other than text in the user's last message, and
+        RequestError.
+        """
+        if isinstance(items, str):
+            return [ChatMessage("user", items)]
+        asked = max((index for index, item in enumerate(items) if item.role == "user"), default=-1)
+        for index, item in enumerate(items):
+            self._add(item, f"input[{index}]", is_asked=index == asked)
+        return self._messages
+
+    def _add(self, item: responses_api.Item, param: str, *, is_asked: bool) -> None:
+        match item.type or "message":
+            case "message":
+                self._add_message(item, param, is_asked=is_asked)
+            case "function_call":
+                arguments = check_arguments(item.arguments or "{}", f"{param}.arguments")
+                self._add_call(item, arguments, param)
+            case "custom_tool_call":
+                text = _required(item.input, f"{param}.input")
+                self._add_call(item, to_arguments(text), param)
+            case "function_call_output" | "custom_tool_call_output":
+                call_id = _required(item.call_id, f"{param}.call_id")
+                output = self._parts.joined(item.output, f"{param}.output")
+                self._messages.append(ChatMessage("tool", output, tool_call_id=call_id))
+            case "reasoning":
+                self._add_reasoning(item, param)
+            case _:
+                self._add_other(item, param)
+
+    def _add_message(self, item: responses_api.Item, param: str, *, is_asked: bool) -> None:
+        role = _required(item.role, f"{param}.role")
+        content = item.content
+        if content is None and role == "assistant":
+            content = ""
+        text = self._parts.joined(content, f"{param}.content", is_asked=is_asked)
+        last = self._messages[-1] if self._messages else None
+        match role:
+            case "assistant" if last is not None and _is_reasoning_alone(last):
+                self._messages[-1] = replace(last, content=text)
+            case "assistant" | "user" | "system":
+                self._messages.append(ChatMessage(role, text))
+            case _:
+                self._messages.append(ChatMessage("system", text))
+
+    def _add_call(self, item: responses_api.Item, arguments: str, param: str) -> None:
+        call_id = _required(item.call_id, f"{param}.call_id")
+        name = offered_name(_required(item.name, f"{param}.name"), item.namespace)
+        self._add_calls((ToolCall(call_id, name, arguments),))
+
+    def _add_calls(self, calls: tuple[ToolCall, ...]) -> None:
+        if self._messages and self._messages[-1].role == "assistant":
+            last = self._messages[-1]
+            self._messages[-1] = replace(last, tool_calls=(*last.tool_calls, *calls))
+        else:
+            self._messages.append(ChatMessage("assistant", "", tool_calls=calls))
+
+    def _add_reasoning(self, item: responses_api.Item, param: str) -> None:
+        """Add a message with reasoning only; the assistant's next item is merged into it."""
+        joined = self._parts.joined
+        text = joined(item.content, f"{param}.content") if item.content else ""
+        if not text and item.encrypted_content:
+            # Reasoning encrypted by another server is unreadable and left out.
+            text = decode_reasoning(item.encrypted_content) or ""
+        if not text and item.summary:
+            text = joined(item.summary, f"{param}.summary")
+        if text:
+            self._messages.append(ChatMessage("assistant", "", reasoning=text))
+
+    def _add_other(self, item: responses_api.Item, param: str) -> None:
+        messages = other_item_messages(item.other_item or {}, f"call_{len(self._messages)}")
+        if not messages:
+            self.skipped.append(param)
+        for message in messages:
+            for call in message.tool_calls:
+                check_arguments(call.arguments, param)
+            if message.tool_calls:
+                self._add_calls(message.tool_calls)
+            else:
+                self._messages.append(message)
+
+
+def _is_reasoning_alone(message: ChatMessage) -> bool:
+    return message.role == "assistant" and not (message.content or message.tool_calls)
+
+
+def _required(value: str | None, param: str) -> str:
+    if value is None:
+        raise RequestError(f"{param}: required", param=param)
+    return value
