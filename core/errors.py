@@ -7,6 +7,7 @@ ImpetusError                    500 server_error            internal_error
 │ ├ ContextLengthExceeded           context_length_exceeded
 │ ├ PreviousResponseNotFound        previous_response_not_found
 │ ├ ThreadUnsupported               thread_unsupported_request
+│ ├ TemplateRefused                 template_refused
 │ └ BodyTooLarge                413 request_too_large
 ├ AuthenticationError           401 authentication_error    invalid_api_key
 ├ PermissionDenied              403 permission_error        permission_denied
@@ -161,6 +162,12 @@ class ThreadUnsupported(RequestError):
     """`thread` asks to keep a conversation, but none are kept; named as Anthropic names it."""
 
     code = "thread_unsupported_request"
+
+
+class TemplateRefused(RequestError):
+    """The model's chat template does not accept these messages or tools."""
+
+    code = "template_refused"
 
 
 class BodyTooLarge(RequestError):

@@ -8,19 +8,19 @@ from backends.answer.parser import OutputParser
 from backends.answer.reasoning import HARMONY, ReasoningParser, effort_variables, reasoning_tags
 from backends.grammar.compiler import output_constraint
 from backends.grammar.constraint import BareCallGrammar, Constraint
+from backends.prompt.adaptation import render_adapted
 from backends.prompt.messages import (
     plain_text,
     template_message,
     template_tool,
-    with_folded_system,
     with_tools_in_text,
 )
-from backends.prompt.templates import TemplateRefused, TemplateRenderer
+from backends.prompt.templates import TemplateFailed, TemplateRenderer
 from backends.tool_calls.bare_call_grammar import bare_call_grammar
 from backends.tool_calls.families import DEFAULT, FAMILIES, check_family, family_of
 from backends.tool_calls.grammar import call_constraint, output_or_calls, triggered_calls
 from backends.tool_calls.harmony import FINAL
-from core.errors import RequestError, UnsupportedParameter
+from core.errors import RequestError, TemplateRefused, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, JsonValue, Output, Tool
 
 __all__ = ["ChatFormat", "OutputParser"]
@@ -92,9 +92,9 @@ class ChatFormat:
     def render(self, prompt: ChatPrompt) -> str:
         """Return the prompt's text up to the start of the answer.
 
-        Blocks, rarely up to some seconds.  If the template itself rejects the messages, retries
-        once with system messages merged into the user's.  Raises RequestError with the template's
-        message, and BrokenModel as `TemplateRenderer.render` does.
+        Blocks, rarely up to some seconds.  A conversation that the template does not accept is
+        adapted to it, see `render_adapted`.  Raises TemplateRefused with the template's message,
+        and RequestError and BrokenModel as `TemplateRenderer.render` does.
         """
         reserved = sorted(_RESERVED & prompt.template_kwargs.keys())
         if reserved:
@@ -112,16 +112,10 @@ class ChatFormat:
             messages, tools = with_tools_in_text(messages, tools), ()
         if self._renderer is None:
             return plain_text(messages)
-        try:
-            return self._render(self._renderer, messages, tools, extra)
-        except TemplateRefused as refusal:
-            again = with_folded_system(messages)
-            if again == messages:
-                raise
-            try:
-                return self._render(self._renderer, again, tools, extra)
-            except TemplateRefused:
-                raise refusal from None
+        renderer = self._renderer
+        return render_adapted(
+            lambda one: self._render(renderer, one.messages, one.tools, extra), messages, tools
+        )
 
     def parser(self, prompt: ChatPrompt, rendered: str) -> OutputParser | None:
         """Return the parser of the answer to `prompt`, or None if all of it is plain text.
@@ -240,7 +234,7 @@ class ChatFormat:
         message: JsonValue = {"role": "user", "content": _PROBE}
         try:
             text = renderer.render({**self._constants(), "messages": [message], "tools": None})
-        except TemplateRefused:
+        except (TemplateRefused, TemplateFailed):
             return False
         return _PROBE not in text
 

@@ -28,7 +28,7 @@ def template_message(message: ChatMessage, *, as_parts: bool) -> dict[str, JsonV
             {
                 "id": call.id,
                 "type": "function",
-                "function": {"name": call.name, "arguments": _arguments(call.arguments)},
+                "function": {"name": call.name, "arguments": call_arguments(call.arguments)},
             }
             for call in message.tool_calls
         ]
@@ -42,7 +42,8 @@ def template_tool(tool: Tool) -> dict[str, JsonValue]:
         "function": {
             "name": tool.name,
             "description": tool.description,
-            "parameters": dict(tool.parameters),
+            # Without parameters there is no schema; templates read the properties of one.
+            "parameters": dict(tool.parameters) or {"type": "object", "properties": {}},
         },
     }
 
@@ -104,10 +105,19 @@ def plain_text(messages: Sequence[ChatMessage]) -> str:
     return "".join(lines) + "Assistant:"
 
 
-def _arguments(text: str) -> JsonValue:
-    """Parse a call's arguments as JSON; invalid JSON stays text."""
-    if not text.strip():
+def call_arguments(text: str) -> JsonValue:
+    """Parse a call's arguments as JSON; invalid JSON stays text.
+
+    Nothing and null are no arguments; an object that was encoded twice is decoded twice.
+    """
+    value = _decoded(text)
+    if value is None or (isinstance(value, str) and not value.strip()):
         return {}
+    inner = _decoded(value) if isinstance(value, str) else None
+    return inner if isinstance(inner, dict) else value
+
+
+def _decoded(text: str) -> JsonValue:
     try:
         value: JsonValue = json.loads(text)
     except (ValueError, RecursionError):
@@ -116,7 +126,7 @@ def _arguments(text: str) -> JsonValue:
 
 
 def _call_text(name: str, arguments: str) -> str:
-    call = {"name": name, "arguments": _arguments(arguments)}
+    call = {"name": name, "arguments": call_arguments(arguments)}
     return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from backends.cancellation import check_cancelled
 from core.child import AnswerTooLong, Child, ChildEnded
-from core.errors import BrokenModel, EngineFailed, RequestError
+from core.errors import BrokenModel, EngineFailed, RequestError, TemplateRefused
 from core.types import JsonValue
 from core.units import GIB, KIB, MIB, format_bytes
 
@@ -37,8 +37,8 @@ _FRAME_LIMIT_BYTES = 6 * OUTPUT_LIMIT_BYTES + 1024
 _NO_ANSWER = (ChildEnded, AnswerTooLong)
 
 
-class TemplateRefused(RequestError):
-    """The template called `raise_exception`: it does not accept these messages."""
+class TemplateFailed(BrokenModel):
+    """The template raised an error of Python: it does not expect such messages, or is broken."""
 
 
 class TemplateRenderer:
@@ -61,9 +61,10 @@ class TemplateRenderer:
     def render(self, variables: Mapping[str, JsonValue]) -> str:
         """Return the text of the template with `variables`; blocks up to about two seconds.
 
-        Raises TemplateRefused if the template calls `raise_exception`, BrokenModel if it fails,
-        hangs or its output is too large, RequestError for variables that cannot be rendered or
-        are too long, EngineFailed after `close`, and Cancelled while it waits for other renders.
+        Raises TemplateRefused if the template calls `raise_exception`, TemplateFailed if it fails
+        otherwise, BrokenModel if it hangs or its output is too large, RequestError for variables
+        that cannot be rendered or are too long, EngineFailed after `close`, and Cancelled while it
+        waits for other renders.
         """
         try:
             payload = json.dumps(variables).encode("ascii")
@@ -75,12 +76,15 @@ class TemplateRenderer:
         if kind is None:
             return _require_unicode(answer["text"])
         if kind == "raised":
-            raise TemplateRefused(answer["message"], param="messages")
+            words = answer["message"] or "The model's chat template refuses these messages."
+            raise TemplateRefused(words, param="messages")
         if kind == "large" and 2 * len(payload) > OUTPUT_LIMIT_BYTES:
             raise RequestError(
                 "The rendered prompt is over the limit of 8 MiB; send shorter messages.",
                 param="messages",
             )
+        if kind == "broken":
+            raise TemplateFailed(_broken(answer["message"]).message)
         raise _broken(answer["message"] or "its output is over the limit of 8 MiB")
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from backends.answer.reasoning import ReasoningParser
 from backends.prompt.chat_format import ChatFormat
 from backends.tool_calls.families import FAMILIES
 from backends.tool_calls.grammar import call_constraint
-from core.errors import RequestError
+from core.errors import RequestError, TemplateRefused
 from core.types import (
     ChatMessage,
     ChatPrompt,
@@ -139,9 +139,10 @@ def test_render_folds_messages_that_the_template_refuses(chat: Make) -> None:
     assert chat(STRICT).render(prompt) == "[user]be brief\n\nhi\n\nmore[assistant]yes[user]end"
 
 
-def test_render_repeats_the_templates_own_words_when_folding_does_not_help(chat: Make) -> None:
-    with pytest.raises(RequestError, match="no system role"):
-        chat(STRICT).render(say("system: be brief", "assistant: yes"))
+def test_render_repeats_the_templates_own_words_when_nothing_helps(chat: Make) -> None:
+    refusing = STRICT + "{% if messages | length %}{{ raise_exception('no') }}{% endif %}"
+    with pytest.raises(TemplateRefused, match="no system role"):
+        chat(refusing).render(say("system: be brief", "hi"))
 
 
 def test_render_gives_parts_to_a_template_that_iterates_content(chat: Make) -> None:

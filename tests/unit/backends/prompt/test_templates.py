@@ -11,8 +11,8 @@ import pytest
 
 from backends.cancellation import Cancelled, cancelled_by
 from backends.prompt import templates
-from backends.prompt.templates import MAX_WORKERS, TemplateRefused, TemplateRenderer
-from core.errors import BrokenModel, EngineFailed, RequestError
+from backends.prompt.templates import MAX_WORKERS, TemplateRenderer
+from core.errors import BrokenModel, EngineFailed, RequestError, TemplateRefused
 from core.types import JsonValue
 
 ECHO = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
