@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from backends.base import Backend, Engine, EngineOptions, ModelInfo
 from backends.limits import deadline
 from core.errors import UnsupportedCapability, UnsupportedParameter
-from core.types import Prompt
+from core.types import Prompt, TokenizedPrompt, TokenizeOptions
 
 # The names that any format supports; requests with other names are rejected.
 KV_TYPES = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -23,20 +23,38 @@ class TokenCounting(Protocol):
         """
         ...
 
+    async def tokenize(self, prompt: Prompt, options: TokenizeOptions) -> TokenizedPrompt:
+        """Return the prompt's text and tokens.  Raises as `count_tokens` does."""
+        ...
+
 
 async def count_tokens(engine: Engine, prompt: Prompt, deadline_s: float | None = None) -> int:
     """Return the number of prompt tokens.
 
     Raises UnsupportedCapability if not supported, TimedOut after `deadline_s` seconds.
     """
-    if not isinstance(engine, TokenCounting):
-        raise UnsupportedCapability(
-            f"The model {engine.info.name} ({engine.info.format}) cannot count tokens; use a "
-            "model of another format.",
-            param="model",
-        )
+    counting = _counting(engine)
     async with deadline(deadline_s, "messages"):
-        return await engine.count_tokens(prompt)
+        return await counting.count_tokens(prompt)
+
+
+async def tokenize(
+    engine: Engine, prompt: Prompt, options: TokenizeOptions, deadline_s: float | None = None
+) -> TokenizedPrompt:
+    """Return the prompt's text and tokens.  Raises as `count_tokens` does."""
+    counting = _counting(engine)
+    async with deadline(deadline_s, "prompt"):
+        return await counting.tokenize(prompt, options)
+
+
+def _counting(engine: Engine) -> TokenCounting:
+    if isinstance(engine, TokenCounting):
+        return engine
+    raise UnsupportedCapability(
+        f"The model {engine.info.name} ({engine.info.format}) cannot count tokens; use a "
+        "model of another format.",
+        param="model",
+    )
 
 
 @runtime_checkable

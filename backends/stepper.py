@@ -127,6 +127,15 @@ class BoundsTokens(Protocol):
 
 
 @runtime_checkable
+class ShowsTokens(Protocol):
+    """A tokenizer that can also show control tokens.  Thread-safe."""
+
+    def piece(self, token_id: int, *, special: bool) -> bytes:
+        """Return a token's bytes; with `special` a control token's name."""
+        ...
+
+
+@runtime_checkable
 class HasChores(Protocol):
     """A stepper with background work for idle time; called on the engine's thread."""
 

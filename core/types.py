@@ -100,6 +100,27 @@ Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt | InfillPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class TokenizeOptions:
+    """How a text is tokenized by itself; a conversation is tokenized as for its answer.
+
+    `add_special`: with the tokens that the model expects around a text.  `parse_special`: the names
+    of control tokens become these tokens.
+    """
+
+    add_special: bool = True
+    parse_special: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """A prompt as its model reads it: the text, and each token's id and bytes, in order."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    pieces: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling parameters; None means the model's own value or the server's default.
 

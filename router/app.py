@@ -53,6 +53,14 @@ from router.v1.responses.endpoints import (
 )
 from router.v1.responses.request import ResponsesRequest
 from router.v1.responses.store import ResponseStore
+from router.v1.tokenize import (
+    DetokenizeRequest,
+    TemplateRequest,
+    TokenizeRequest,
+    detokenize_endpoint,
+    template_endpoint,
+    tokenize_endpoint,
+)
 
 _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/v1/chat/completions"): ChatRequest,
@@ -63,6 +71,9 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/v1/messages/count_tokens"): MessagesPromptRequest,
     ("POST", "/v1/responses"): ResponsesRequest,
     ("POST", "/v1/responses/input_tokens"): ResponsesRequest,
+    ("POST", "/tokenize"): TokenizeRequest,
+    ("POST", "/detokenize"): DetokenizeRequest,
+    ("POST", "/apply-template"): TemplateRequest,
     ("PATCH", "/api/models/{model_id:path}"): SettingsPatch,
     ("POST", "/api/models/{model_id:path}/load"): EmptyBody,
     ("POST", "/api/models/{model_id:path}/unload"): EmptyBody,
@@ -129,6 +140,9 @@ def _add_inference_routes(app: FastAPI, context: RouteContext) -> None:
     add("/v1/responses/input_tokens", input_tokens_endpoint(context, store), "POST")
     add("/v1/responses/{response_id}", stored_response_endpoint(store))
     add("/v1/responses/{response_id}", delete_response_endpoint(store), "DELETE")
+    add("/tokenize", tokenize_endpoint(context), "POST")
+    add("/detokenize", detokenize_endpoint(context), "POST")
+    add("/apply-template", template_endpoint(context), "POST")
     add("/v1/models", models_endpoint(context))
     add("/v1/models/{model_id:path}", model_endpoint(context))
     add("/", _root_endpoint(context))

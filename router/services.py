@@ -15,6 +15,8 @@ from core.types import (
     Prompt,
     Relevance,
     RerankInputs,
+    TokenizedPrompt,
+    TokenizeOptions,
 )
 from core.types import Priority as Priority
 
@@ -175,6 +177,16 @@ class Dispatcher(Protocol):
         Raises UnsupportedCapability for an engine that cannot count tokens, and TimedOut after
         `deadline_s` seconds.
         """
+        ...
+
+    async def tokenize(
+        self,
+        model_id: str,
+        prompt: Prompt,
+        options: TokenizeOptions,
+        deadline_s: float | None = None,
+    ) -> TokenizedPrompt:
+        """Return the prompt's text and tokens.  Raises as `count_tokens` does."""
         ...
 
 

@@ -11,6 +11,7 @@ from core.settings import Settings
 from core.types import (
     DEFAULT_EMBEDDING,
     Capability,
+    ChatPrompt,
     EmbeddingParams,
     Embeddings,
     Finished,
@@ -22,6 +23,10 @@ from core.types import (
     Relevance,
     RerankInputs,
     TextDelta,
+    TextPrompt,
+    TokenizedPrompt,
+    TokenizeOptions,
+    TokenPrompt,
     Usage,
 )
 from router.services import EventCallback, ModelView, Services
@@ -94,6 +99,7 @@ class FakeDispatcher:
         self.deadlines: list[float | None] = []
         self.vectors: Any = None
         self.counted: list[Prompt] = []
+        self.tokenized: list[tuple[str, Prompt, TokenizeOptions]] = []
         self.count_error: Exception | None = None
         self.embed_gate: asyncio.Event | None = None
         self.played = 0
@@ -171,6 +177,30 @@ class FakeDispatcher:
         if self.count_error is not None:
             raise self.count_error
         return 42
+
+    async def tokenize(
+        self,
+        model_id: str,
+        prompt: Prompt,
+        options: TokenizeOptions,
+        deadline_s: float | None = None,
+    ) -> TokenizedPrompt:
+        """Tokens are bytes; a conversation is the text of its messages, a line each."""
+        self.deadlines.append(deadline_s)
+        self.tokenized.append((model_id, prompt, options))
+        if self.count_error is not None:
+            raise self.count_error
+        match prompt:
+            case ChatPrompt():
+                data = "".join(f"{one.role}: {one.content}\n" for one in prompt.messages).encode()
+            case TextPrompt(text):
+                data = text.encode()
+            case TokenPrompt(token_ids):
+                data = bytes(token_ids)
+            case _:
+                raise AssertionError(prompt)
+        pieces = tuple(bytes([byte]) for byte in data)
+        return TokenizedPrompt(data.decode("utf-8", "replace"), tuple(data), pieces)
 
     def _enter(self) -> None:
         self.running += 1

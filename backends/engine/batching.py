@@ -16,7 +16,14 @@ from backends.limits import EngineLimits, deadline
 from backends.prompt.prepare import Prepared, Preparer
 from backends.stepper import Stepper
 from backends.watch import StepWatch
-from core.types import Finished, GenerationEvent, GenerationRequest, Prompt
+from core.types import (
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    Prompt,
+    TokenizedPrompt,
+    TokenizeOptions,
+)
 
 Result = TypeVar("Result")
 
@@ -112,6 +119,18 @@ class BatchingEngine(Engine):
         self._loop.check_open()
         request_id = REQUEST_ID.get()
         return await self._in_turn(lambda: self._count(request_id, prompt), request_id)
+
+    async def tokenize(self, prompt: Prompt, options: TokenizeOptions) -> TokenizedPrompt:
+        """Return the prompt's text and tokens; see `TokenCounting`."""
+        self._loop.check_open()
+        request_id = REQUEST_ID.get()
+        return await self._in_turn(lambda: self._tokenize(request_id, prompt, options), request_id)
+
+    def _tokenize(
+        self, request_id: str, prompt: Prompt, options: TokenizeOptions
+    ) -> TokenizedPrompt:
+        with self._activity.working(request_id):
+            return self._preparer.tokenize(prompt, options)
 
     def _count(self, request_id: str, prompt: Prompt) -> int:
         with self._activity.working(request_id):

@@ -11,7 +11,7 @@ from backends.grammar.constraint import BareCallGrammar, Constraint, TokenMask
 from backends.prompt.chat_format import ChatFormat, OutputParser
 from backends.prompt.infill import InfillTokens
 from backends.prompt.normalize import normalize_prompt
-from backends.stepper import BoundsTokens, Tokenizer
+from backends.stepper import BoundsTokens, ShowsTokens, Tokenizer
 from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
 from core.types import (
     ChatPrompt,
@@ -23,6 +23,8 @@ from core.types import (
     SamplingParams,
     TextDelta,
     TextPrompt,
+    TokenizedPrompt,
+    TokenizeOptions,
     TokenPrompt,
 )
 
@@ -169,6 +171,31 @@ class Preparer:
         if isinstance(prompt, ChatPrompt):
             return len(self._chat_ids(self._render(prompt, limit), limit))
         return len(self._plain_ids(prompt, limit))
+
+    def tokenize(self, prompt: Prompt, options: TokenizeOptions) -> TokenizedPrompt:
+        """Return the prompt's text and tokens; raises as `count` does."""
+        limit = max(self.context_tokens, _MAX_COUNTED_TOKENS)
+        text = None
+        if isinstance(prompt, ChatPrompt):
+            text = self._render(prompt, limit)
+            token_ids = self._chat_ids(text, limit)
+        elif isinstance(prompt, TextPrompt):
+            text = prompt.text
+            self._check_length(text, limit)
+            token_ids = self._tokenizer.encode(
+                text, add_bos=options.add_special, parse_special=options.parse_special
+            )
+        else:
+            token_ids = self._plain_ids(prompt, limit)
+        pieces = tuple(self._piece(token_id) for token_id in token_ids)
+        if text is None:
+            text = b"".join(pieces).decode("utf-8", "replace")
+        return TokenizedPrompt(text, tuple(token_ids), pieces)
+
+    def _piece(self, token_id: int) -> bytes:
+        if isinstance(self._tokenizer, ShowsTokens):
+            return self._tokenizer.piece(token_id, special=True)
+        return self._tokenizer.token_bytes(token_id)
 
     def _tokenized(self, request: GenerationRequest) -> _Tokenized:
         if isinstance(request.prompt, ChatPrompt):

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 import ray
 from ray import serve
 
-from backends.abilities import count_tokens
+from backends.abilities import count_tokens, tokenize
 from backends.base import Engine
 from backends.limits import EngineLimits
 from backends.registry import backends_for
@@ -23,6 +23,8 @@ from core.types import (
     Prompt,
     Relevance,
     RerankInputs,
+    TokenizedPrompt,
+    TokenizeOptions,
 )
 from deployments.activity import ActivityFile, activity_path
 from deployments.messages import (
@@ -175,6 +177,19 @@ class FormatReplica:
         """Return the number of tokens of a prompt for this model."""
         with self._loads.lease(model_id, attempt) as engine:
             return await count_tokens(engine, prompt, deadline_s)
+
+    @returning_errors
+    async def tokenize(
+        self,
+        model_id: str,
+        prompt: Prompt,
+        options: TokenizeOptions,
+        deadline_s: float | None,
+        attempt: Attempt,
+    ) -> TokenizedPrompt:
+        """Return a prompt's text and tokens for this model."""
+        with self._loads.lease(model_id, attempt) as engine:
+            return await tokenize(engine, prompt, options, deadline_s)
 
     def _sender(self, socket_path: str) -> FrameSender:
         sender = self._senders.get(socket_path)

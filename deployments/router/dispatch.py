@@ -20,6 +20,8 @@ from core.types import (
     Prompt,
     Relevance,
     RerankInputs,
+    TokenizedPrompt,
+    TokenizeOptions,
 )
 from deployments.activity import DeathRecords
 from deployments.decisions import DecisionLog
@@ -249,6 +251,20 @@ class HandleDispatcher:
                 "count_tokens", LoadContext(), model_id, prompt, deadline_s
             )
         return count
+
+    async def tokenize(
+        self,
+        model_id: str,
+        prompt: Prompt,
+        options: TokenizeOptions,
+        deadline_s: float | None = None,
+    ) -> TokenizedPrompt:
+        """Return a prompt's text and tokens; a lost replica costs another attempt."""
+        async with deadline(_latest(deadline_s), "prompt"):
+            tokenized: TokenizedPrompt = await self._ask(
+                "tokenize", LoadContext(), model_id, prompt, options, deadline_s
+            )
+        return tokenized
 
     async def _ask(self, method: str, need: LoadContext, model_id: str, *arguments: Any) -> Any:
         """Call a method of the replica that holds the model, loading the model first if needed."""

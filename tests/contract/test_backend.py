@@ -8,7 +8,7 @@ import pytest
 from backends.abilities import TokenCounting
 from backends.base import Engine
 from core.errors import ContextLengthExceeded, EngineFailed, RequestError
-from core.types import PrefillProgress, TextDelta, TextPrompt, TokenPrompt, Tool
+from core.types import PrefillProgress, TextDelta, TextPrompt, TokenizeOptions, TokenPrompt, Tool
 from tests.requests import assert_same_tokens, chat, end_of, request, run, text_of, token_ids_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -64,6 +64,12 @@ async def test_count_of_a_prompt_is_what_its_answer_uses(engine: Engine) -> None
     for prompt in (TextPrompt("The sea is"), chat("grüße 🎈"), chat("hi", tools=(tool,))):
         events = await run(engine, request(prompt, max_tokens=1))
         assert await engine.count_tokens(prompt) == end_of(events).usage.prompt_tokens
+        shown = await engine.tokenize(prompt, TokenizeOptions())
+        assert len(shown.token_ids) == len(shown.pieces) == end_of(events).usage.prompt_tokens
+        again = await engine.tokenize(TokenPrompt(shown.token_ids), TokenizeOptions())
+        last = "The sea is" if isinstance(prompt, TextPrompt) else prompt.messages[-1].content
+        assert last in shown.text
+        assert last in again.text
     too_long = TokenPrompt((65,) * (engine.context_tokens * 2))
     assert await engine.count_tokens(too_long) == engine.context_tokens * 2
 

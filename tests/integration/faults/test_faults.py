@@ -94,7 +94,7 @@ def answers(client: OpenAI, model: str) -> bool:
 
 
 def refused_models(client: OpenAI) -> list[dict[str, Any]]:
-    views = httpx.get(client.base_url.join("/api/models"), timeout=30).json()["models"]
+    views = httpx.get(str(client.base_url.join("/api/models")), timeout=30).json()["models"]
     return [view for view in views if view["state"] == "refused"]
 
 

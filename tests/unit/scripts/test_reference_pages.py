@@ -12,6 +12,7 @@ from router.v1.embeddings import EmbeddingRequest
 from router.v1.messages.request import MessagesRequest
 from router.v1.rerank import RerankRequest
 from router.v1.responses.request import ResponsesRequest
+from router.v1.tokenize import DetokenizeRequest, TokenizeRequest
 from scripts.install import ROOT
 
 REFERENCE = (ROOT / "docs" / "API_REFERENCE.md").read_text()
@@ -38,6 +39,8 @@ def test_reference_lists_every_error(kind: type[ImpetusError]) -> None:
         MessagesRequest,
         RerankRequest,
         ResponsesRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
     ],
 )
 def test_reference_names_every_field(request_type: type[RequestBody]) -> None:

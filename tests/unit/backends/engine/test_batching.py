@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from backends.abilities import count_tokens
+from backends.abilities import count_tokens, tokenize
 from backends.base import Engine, EngineLoad
 from backends.echo import END_TOKEN, ByteTokenizer, echo_info
 from backends.engine.batching import BatchingEngine
@@ -25,7 +25,16 @@ from core.errors import (
     UnsupportedCapability,
     UnsupportedParameter,
 )
-from core.types import CacheOutcome, GenerationEvent, GenerationRequest, JsonOutput, TextPrompt
+from core.types import (
+    CacheOutcome,
+    GenerationEvent,
+    GenerationRequest,
+    JsonOutput,
+    TextPrompt,
+    TokenizedPrompt,
+    TokenizeOptions,
+    TokenPrompt,
+)
 from tests.requests import chat, end_of, request, run, text_of
 
 
@@ -178,6 +187,25 @@ async def test_tokens_are_counted_until_the_engine_closes(stepper: FakeStepper) 
         await engine.count_tokens(TextPrompt("abc"))
 
 
+@pytest.mark.parametrize(
+    "prompt", [TextPrompt("aé"), TokenPrompt(tuple("aé".encode())), TokenPrompt((97, 195, 169))]
+)
+async def test_prompt_is_shown_as_the_model_reads_it(
+    stepper: FakeStepper, prompt: TextPrompt | TokenPrompt
+) -> None:
+    engine = open_engine(stepper)
+    found = await tokenize(engine, prompt, TokenizeOptions())
+    assert found == TokenizedPrompt("aé", (97, 195, 169), (b"a", b"\xc3", b"\xa9"))
+    assert len(found.token_ids) == await count_tokens(engine, prompt)
+    cut = await tokenize(engine, TokenPrompt((97, 195)), TokenizeOptions())
+    assert cut.text == "a\ufffd"
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        await tokenize(engine, TokenPrompt((2**31 - 1,)), TokenizeOptions())
+    await engine.close()
+    with pytest.raises(EngineFailed, match="unloaded"):
+        await tokenize(engine, prompt, TokenizeOptions())
+
+
 async def test_counting_tokens_ends_at_its_deadline(
     stepper: FakeStepper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +234,8 @@ async def test_engine_that_cannot_count_says_so() -> None:
 
     with pytest.raises(UnsupportedCapability, match="cannot count tokens"):
         await count_tokens(Wordless(), TextPrompt("abc"))
+    with pytest.raises(UnsupportedCapability, match="cannot count tokens"):
+        await tokenize(Wordless(), TextPrompt("abc"), TokenizeOptions())
 
 
 async def test_a_full_queue_refuses_at_once_with_retry_after() -> None:

@@ -25,7 +25,13 @@ from core.errors import (
     ModelNotResident,
     Unavailable,
 )
-from core.types import EmbeddingParams, GenerationRequest, TextPrompt
+from core.types import (
+    EmbeddingParams,
+    GenerationRequest,
+    TextPrompt,
+    TokenizedPrompt,
+    TokenizeOptions,
+)
 from deployments.activity import activity_path, cause_of, read_activity
 from deployments.messages import Attempt, LoadRequest, Residency
 from deployments.replica.deployment import FormatReplica
@@ -246,6 +252,10 @@ async def test_requests_for_another_process_are_denied(
         await replica.embed("m", ["x"], "batch", None, EmbeddingParams(), gone), ModelNotResident
     )
     assert await replica.count_tokens("m", prompt, None, here) == 2
+    options = TokenizeOptions()
+    assert isinstance(await replica.tokenize("m", prompt, options, None, gone), ModelNotResident)
+    found = await replica.tokenize("m", prompt, options, None, here)
+    assert found == TokenizedPrompt("hi", tuple(b"hi"), (b"h", b"i"))
     # Nor does an unload that is meant for another load end what was loaded since.
     (residency,) = await replica.residencies()
     for other in (replace(residency, replica_id="died"), replace(residency, load_s=-1.0)):

@@ -31,6 +31,8 @@ from core.types import (
     TextDelta,
     TextPrompt,
     Timing,
+    TokenizedPrompt,
+    TokenizeOptions,
     ToolCallDelta,
     Usage,
 )
@@ -352,13 +354,24 @@ async def test_tokens_are_counted_where_the_model_is(receiver: FrameReceiver) ->
     assert attempt.replica_id == "b"
 
 
+async def test_a_prompt_is_tokenized_where_the_model_is(receiver: FrameReceiver) -> None:
+    found = TokenizedPrompt("hi", (104, 105), (b"h", b"i"))
+    replica = FakeHandle(tokenize=answering(NOT_RESIDENT, found))
+    subject = dispatcher(receiver, loads("a", "b"), replica)
+    options = TokenizeOptions(add_special=False)
+    assert await subject.tokenize("m", TextPrompt("hi"), options) is found
+    *asked, attempt = replica.tokenize.calls[-1]
+    assert asked == ["m", TextPrompt("hi"), options, None]
+    assert attempt.replica_id == "b"
+
+
 async def test_embed_gives_up_after_three_attempts(receiver: FrameReceiver) -> None:
     replica = FakeHandle(embed=answering(NOT_RESIDENT))
     with pytest.raises(EngineFailed):
         await dispatcher(receiver, loads("a"), replica).embed("m", ["x"])
 
 
-@pytest.mark.parametrize("method", ["embed", "rerank", "count_tokens"])
+@pytest.mark.parametrize("method", ["embed", "rerank", "count_tokens", "tokenize"])
 async def test_f3_a_call_that_hangs_ends_after_its_deadline(
     receiver: FrameReceiver, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -369,8 +382,9 @@ async def test_f3_a_call_that_hangs_ends_after_its_deadline(
     monkeypatch.setattr("deployments.router.dispatch._DEADLINE_GRACE_S", 0.0)
     subject = dispatcher(receiver, loads("a"), FakeHandle(**{method: hang}))
     asked: Any = {"embed": ["x"], "rerank": RerankInputs("q", ("d",))}.get(method, TextPrompt("hi"))
+    options = [TokenizeOptions()] if method == "tokenize" else []
     with pytest.raises(TimedOut) as caught:
-        await getattr(subject, method)("m", asked, deadline_s=0.02)
+        await getattr(subject, method)("m", asked, *options, deadline_s=0.02)
     assert caught.value.status == 504
 
 

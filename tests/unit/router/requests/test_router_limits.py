@@ -38,6 +38,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": CHAT_MODEL, "prompt": "hi"},
     "/v1/embeddings": {"model": EMBEDDING_MODEL, "input": ["hi"]},
     "/v1/rerank": {"model": RERANK_MODEL, "query": "q", "documents": ["hi"]},
+    "/tokenize": {"model": CHAT_MODEL, "content": "hi"},
+    "/apply-template": CHAT,
+    "/detokenize": {"model": CHAT_MODEL, "tokens": [104, 105]},
 }
 CONVERSATIONS = [path for path in BODIES if "messages" in BODIES[path] or "responses" in path]
 TEXT_TYPES = {"/v1/responses": "input_text", "/v1/responses/input_tokens": "input_text"}
@@ -174,7 +177,7 @@ async def test_bodies_at_the_limits_are_answered(app: FastAPI, path: str) -> Non
 async def test_schemas_of_tools_are_bounded_alike(app: FastAPI, path: str) -> None:
     schema = {"type": "object", "description": "x" * MAX_SCHEMA_BYTES}
     tool: dict[str, Any] = {"name": "f", "input_schema": schema}
-    if path == "/v1/chat/completions":
+    if path in ("/v1/chat/completions", "/apply-template"):
         tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     elif "responses" in path:
         tool = {"type": "function", "name": "f", "parameters": schema}
@@ -186,9 +189,8 @@ async def test_schemas_of_tools_are_bounded_alike(app: FastAPI, path: str) -> No
 @pytest.mark.parametrize("path", BODIES)
 async def test_the_first_invalid_item_is_reported_alone(app: FastAPI, path: str) -> None:
     bad: dict[str, Any] = {"role": 7, "content": [{"type": 1, "x": "y" * 100}] * 50}
-    name = next(
-        name for name in ("messages", "input", "prompt", "documents") if name in BODIES[path]
-    )
+    names = ("messages", "input", "prompt", "documents", "content", "tokens")
+    name = next(name for name in names if name in BODIES[path])
     response = await post(app, path, encoded(path, **{name: [bad] * 1000}))
     assert response.status_code == 400
     assert message_of(response, path)

@@ -77,6 +77,9 @@ BODIES["/v1/messages/count_tokens"] = {
     if key not in ("max_tokens", "stop_sequences")
 }
 BODIES["/v1/responses/input_tokens"] = BODIES["/v1/responses"]
+BODIES["/apply-template"] = BODIES["/v1/chat/completions"]
+BODIES["/tokenize"] = {"model": "tiny", "content": "hi", "add_special": True}
+BODIES["/detokenize"] = {"model": "tiny", "tokens": [104, 105]}
 
 
 def nested(depth: int) -> Any:
