@@ -169,7 +169,15 @@ class ChoiceOutput:
     param: str
 
 
-Output: TypeAlias = JsonOutput | RegexOutput | ChoiceOutput
+@dataclass(frozen=True, slots=True)
+class GrammarOutput:
+    """The whole answer must match `grammar`, in GBNF or Lark; `param` is the request field."""
+
+    grammar: str
+    param: str
+
+
+Output: TypeAlias = JsonOutput | RegexOutput | ChoiceOutput | GrammarOutput
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,6 @@
 """Compiles grammars (JSON schema, regex, choices, tool calls) into token masks with llguidance."""
 
 import hashlib
-import json
 import logging
 import re
 import threading
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from backends.grammar.constraint import Constraint
 from backends.grammar.cost import CostMeter
+from backends.grammar.gbnf import grammar_rules, quoted
 from backends.grammar.schema_limits import check_enforceable, check_literals, check_pattern
 from backends.grammar.schema_text import WHITESPACE, schema_text
 from backends.grammar.trial import GrammarTrial
@@ -23,7 +23,7 @@ from backends.grammar.verdicts import Verdicts
 from backends.grammar.vocabulary import Vocabulary
 from core.errors import RequestError, UnsupportedParameter, is_panic
 from core.stack import call_with_stack
-from core.types import ChoiceOutput, JsonOutput, JsonValue, Output, RegexOutput
+from core.types import ChoiceOutput, GrammarOutput, JsonOutput, JsonValue, Output, RegexOutput
 from core.units import KIB, MIB
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class GrammarText:
     @staticmethod
     def quoted(text: str) -> str:
         """Return `text` as a quoted literal."""
-        return json.dumps(text, ensure_ascii=False)
+        return quoted(text)
 
     def reserve(self) -> str:
         """Return a new rule name; give it a body with `define`."""
@@ -85,6 +85,19 @@ class GrammarText:
         """Return a rule that matches JSON valid for `schema`."""
         self._cost.add_schema(dict(schema))
         return self.rule(f"%json {schema_text(schema, is_lenient=self.is_lenient)}")
+
+    def user_grammar(self, grammar: str, param: str) -> str:
+        """Return the rule of a user's grammar, GBNF or Lark.  Raises RequestError."""
+        self._cost.is_cheap = False
+
+        def define(name: str, body: str) -> str:
+            self.define(name, body)
+            return name
+
+        start, lines = grammar_rules(grammar, param, define)
+        if lines:
+            self._rules.append(lines)
+        return start
 
     def pattern(self, pattern: str) -> str:
         """Return a rule that matches a regex in Rust's syntax."""
@@ -131,6 +144,8 @@ def output_rule(text: GrammarText, output: Output) -> tuple[str, str]:
         case ChoiceOutput(choices, param):
             check_literals({"enum": list(choices)}, param)
             answer = " | ".join(map(text.quoted, choices))
+        case GrammarOutput(grammar, param):
+            answer = text.user_grammar(grammar, param)
         case JsonOutput(schema):
             param = "response_format"
             check_enforceable(dict(schema or {}), param)

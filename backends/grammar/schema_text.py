@@ -41,7 +41,7 @@ def schema_text(schema: Mapping[str, JsonValue], *, is_lenient: bool = False) ->
     style = _STYLE
     if is_lenient:
         schema, style = without_lookaround(schema), _LENIENT_STYLE
-    escapes = _SHORT_ESCAPES if _has_wide_pattern(schema) else _ALL_ESCAPES
+    escapes = _SHORT_ESCAPES if _has_wide_pattern(dict(schema)) else _ALL_ESCAPES
     return json.dumps({**schema, "x-guidance": {**style, **escapes}}, ensure_ascii=False)
 
 

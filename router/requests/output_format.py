@@ -1,25 +1,29 @@
-"""Structured outputs: `response_format`, `structured_outputs` and the `guided_` fields."""
+"""Structured outputs: `response_format`, and the fields that other servers have for the same."""
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
 from core.errors import RequestError
-from core.types import ChoiceOutput, JsonOutput, Output, RegexOutput
+from core.types import ChoiceOutput, GrammarOutput, JsonOutput, JsonValue, Output, RegexOutput
 from router.requests.fields import (
     GenerationFields,
     JsonObject,
     RequestPart,
     check_schema,
+    refuse_unless_off,
     unknown_fields,
 )
 
 MAX_CHOICES = 1024
 MAX_CHOICE_CHARACTERS = 4096
 MAX_REGEX_CHARACTERS = 16_384
+MAX_GRAMMAR_CHARACTERS = 65_536
 
 _Regex: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_REGEX_CHARACTERS)]
+_Grammar: TypeAlias = Annotated[str, Field(max_length=MAX_GRAMMAR_CHARACTERS)]
 _Choice: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_CHARACTERS)]
 _Choices: TypeAlias = Annotated[list[_Choice], Field(min_length=1, max_length=MAX_CHOICES)]
 
@@ -34,79 +38,167 @@ class JsonSchema(RequestPart):
 
 
 class ResponseFormat(RequestPart):
-    """The required format of the answer's text."""
+    """The required format of the answer's text.
+
+    The schema may stand in `json_schema` or, as llama.cpp's server documents it, in `schema`
+    itself, also for the type json_object.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    own_schema: JsonObject | None = Field(default=None, alias="schema")
 
     def output(self) -> JsonOutput | None:
         """Return the constraint.  Raises RequestError for a schema that is missing or too big."""
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return JsonOutput(None)
-        schema = self.json_schema.body if self.json_schema else None
-        param = "response_format.json_schema.schema"
+        nested = self.json_schema.body if self.json_schema else None
+        schema, param = self.own_schema, "response_format.schema"
         if schema is None:
-            raise RequestError(f"{param}: required for the type json_schema", param=param)
+            schema, param = nested, "response_format.json_schema.schema"
+        elif nested is not None:
+            raise RequestError(f"{param}: the schema is sent twice; send one", param=param)
+        if schema is None:
+            if self.type == "json_schema":
+                raise RequestError(f"{param}: required for the type json_schema", param=param)
+            return JsonOutput(None) if self.type == "json_object" else None
+        if self.type == "text":
+            raise RequestError(
+                f"{param}: the type text has no schema; send the type json_schema", param=param
+            )
         check_schema(schema, param)
         return JsonOutput(schema)
 
+    def ignored_names(self) -> set[str]:
+        """Return the names of unknown fields."""
+        unknown = unknown_fields(self, "response_format")
+        if self.json_schema is not None:
+            unknown |= unknown_fields(self.json_schema, "response_format.json_schema")
+        return unknown
+
 
 class StructuredOutputs(RequestPart):
-    """vLLM's form: exactly one of a JSON schema, a regex and a list of choices."""
+    """vLLM's form: exactly one of a JSON schema, any JSON object, a regex, choices, a grammar."""
 
     schema_: JsonObject | str | None = Field(default=None, alias="json")
+    json_object: bool | None = None
     regex: _Regex | None = None
     choice: _Choices | None = None
+    grammar: _Grammar | None = None
+
+
+# Constraints that are not supported, and the values that mean "off".
+_REFUSED: Mapping[str, tuple[JsonValue, ...]] = {
+    "structural_tag": (),
+    "guided_structural_tag": (),
+    "grammar_lazy": (False,),
+}
 
 
 class OutputFields(GenerationFields):
-    """The fields that constrain the answer's format; at most one may be used."""
+    """The fields that constrain the answer's format; at most one may be used.
+
+    `guided_` fields and `structured_outputs` are vLLM's names, `grammar` and `json_schema`
+    llama.cpp's, `json_schema`, `regex` and `ebnf` SGLang's.
+    """
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonObject | str | None = None
     guided_regex: _Regex | None = None
     guided_choice: _Choices | None = None
+    guided_grammar: _Grammar | None = None
+    grammar: str | JsonObject | None = None
+    json_schema: JsonObject | str | None = None
+    regex: _Regex | None = None
+    ebnf: _Grammar | None = None
 
     def output(self) -> Output | None:
         """Return the constraint.  Raises RequestError for several constraints or a bad schema."""
+        self._refuse_others()
         structured = self.structured_outputs or StructuredOutputs()
         demands = {
             "structured_outputs.json": structured.schema_,
+            "structured_outputs.json_object": structured.json_object or None,
             "structured_outputs.regex": structured.regex,
             "structured_outputs.choice": structured.choice,
+            "structured_outputs.grammar": structured.grammar or None,
             "guided_json": self.guided_json,
             "guided_regex": self.guided_regex,
             "guided_choice": self.guided_choice,
+            "guided_grammar": self.guided_grammar or None,
+            "grammar": self.grammar or None,
+            "json_schema": self.json_schema,
+            "regex": self.regex,
+            "ebnf": self.ebnf or None,
         }
         given = [(name, value) for name, value in demands.items() if value is not None]
         own = self.response_format.output() if self.response_format is not None else None
         if len(given) + (own is not None) > 1:
             raise RequestError(
-                f"{given[0][0]}: only one of response_format, structured_outputs and the guided_ "
-                "fields can constrain an answer; send one",
+                f"{given[0][0]}: only one of response_format, structured_outputs, the guided_ "
+                "fields, grammar, json_schema, regex and ebnf can constrain an answer; send one",
                 param=given[0][0],
             )
         return _output(*given[0]) if given else own
 
+    def _refuse_others(self) -> None:
+        """Raise UnsupportedParameter for a constraint that is not supported."""
+        parts: list[tuple[str, RequestPart]] = [("", self)]
+        if self.structured_outputs is not None:
+            parts.append(("structured_outputs.", self.structured_outputs))
+        for prefix, part in parts:
+            for name, value in (part.model_extra or {}).items():
+                if name in _REFUSED and value is not None:
+                    refuse_unless_off(prefix + name, value, _REFUSED[name])
+
     def ignored_names(self) -> list[str]:
-        """Also name the unknown fields of `structured_outputs`."""
-        if self.structured_outputs is None:
-            return super().ignored_names()
-        inner = unknown_fields(self.structured_outputs, "structured_outputs")
+        """Also name the unknown fields of `response_format` and `structured_outputs`."""
+        inner: set[str] = set()
+        if self.response_format is not None:
+            inner |= self.response_format.ignored_names()
+        if self.structured_outputs is not None:
+            inner |= unknown_fields(self.structured_outputs, "structured_outputs")
         return [*super().ignored_names(), *sorted(inner)]
 
 
 def _output(name: str, value: Any) -> Output:
+    if name == "grammar" and not isinstance(value, str):
+        return _typed_output(value, f"{name}.value")
     if name.endswith("regex"):
         return RegexOutput(value, name)
+    if name.endswith(("grammar", "ebnf")):
+        _check_length(value, MAX_GRAMMAR_CHARACTERS, name)
+        return GrammarOutput(value, name)
+    if name.endswith("json_object"):
+        return JsonOutput(None)
     if name.endswith("choice"):
         return ChoiceOutput(tuple(value), name)
     schema = _parsed(value, name) if isinstance(value, str) else value
     check_schema(schema, name)
     return JsonOutput(schema)
+
+
+def _typed_output(grammar: Mapping[str, Any], name: str) -> Output:
+    """Read the form of Text Generation Inference, `{"type": …, "value": …}`."""
+    match grammar:
+        case {"type": "regex", "value": str(pattern)} if pattern:
+            _check_length(pattern, MAX_REGEX_CHARACTERS, name)
+            return RegexOutput(pattern, name)
+        case {"type": "json" | "json_schema", "value": dict() | str() as value}:
+            schema = _parsed(value, name) if isinstance(value, str) else value
+            check_schema(schema, name)
+            return JsonOutput(schema)
+    raise RequestError(
+        "grammar: must be GBNF or Lark as text, or an object with the type json or regex and a "
+        "value; send one of these",
+        param="grammar",
+    )
+
+
+def _check_length(text: str, limit: int, name: str) -> None:
+    if len(text) > limit:
+        raise RequestError(
+            f"{name}: has {len(text)} characters; at most {limit} are accepted", param=name
+        )
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:

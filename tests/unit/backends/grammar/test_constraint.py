@@ -12,7 +12,7 @@ from backends.grammar.compiler import GrammarCompiler, output_constraint
 from backends.grammar.trial import GrammarTrial, Verdict
 from backends.hf.tokenizer import HfTokenizer
 from core.errors import RequestError, UnsupportedParameter
-from core.types import ChoiceOutput, JsonOutput, JsonValue, Output, RegexOutput
+from core.types import ChoiceOutput, GrammarOutput, JsonOutput, JsonValue, Output, RegexOutput
 
 END = "<|end_of_text|>"
 
@@ -60,6 +60,8 @@ def fits(read: HfTokenizer, output: Output, text: str) -> bool:
         (RegexOutput("^ja|nein$", "p"), "nein", "jan"),
         (RegexOutput("grün|é🎈", "p"), "é🎈", "e"),
         (ChoiceOutput(("yes", 'no "really"\n'), "p"), 'no "really"\n', "no"),
+        (ChoiceOutput(("a\x7fb", "c"), "p"), "a\x7fb", "ab"),
+        (GrammarOutput('root ::= "a" root | "b"', "p"), "aab", "aa"),
         (JsonOutput({"enum": [1, "a"]}), '"a"', "2"),
         (JsonOutput(), '{"a": 1}', "[1]"),
     ],

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from core.errors import ImpetusError, RequestError
-from core.types import ChoiceOutput, JsonOutput, MismatchKind, RegexOutput, TextDelta, ToolCallDelta
+from core.types import (
+    ChoiceOutput,
+    GrammarOutput,
+    JsonOutput,
+    MismatchKind,
+    RegexOutput,
+    TextDelta,
+    ToolCallDelta,
+)
 from router.app import create_app
 from router.requests.body import parse_request
 from router.v1.chat.prompt import to_chat_prompt
@@ -23,6 +31,9 @@ def chat(**fields: Any) -> ChatRequest:
     return parse_request(
         json.dumps({"model": "m", "messages": MESSAGES, **fields}).encode(), ChatRequest
     )
+
+
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"const": 1}}}
 
 
 def tool(name: str, **parameters: Any) -> dict[str, Any]:
@@ -43,6 +54,28 @@ def tool(name: str, **parameters: Any) -> dict[str, Any]:
             ChoiceOutput(("a",), "structured_outputs.choice"),
         ),
         ({"structured_outputs": {"json": {}}}, JsonOutput({})),
+        ({"structured_outputs": {"json_object": True}}, JsonOutput(None)),
+        ({"structured_outputs": {"json_object": False}}, None),
+        (
+            {"structured_outputs": {"grammar": "root ::= [a]"}},
+            GrammarOutput("root ::= [a]", "structured_outputs.grammar"),
+        ),
+        ({"guided_grammar": "start: X"}, GrammarOutput("start: X", "guided_grammar")),
+        ({"grammar": "root ::= [a]"}, GrammarOutput("root ::= [a]", "grammar")),
+        ({"grammar": ""}, None),
+        ({"ebnf": "root ::= [a]"}, GrammarOutput("root ::= [a]", "ebnf")),
+        ({"grammar": {"type": "json", "value": SCHEMA}}, JsonOutput(SCHEMA)),
+        ({"grammar": {"type": "regex", "value": "a"}}, RegexOutput("a", "grammar.value")),
+        ({"regex": "a+"}, RegexOutput("a+", "regex")),
+        ({"json_schema": SCHEMA}, JsonOutput(SCHEMA)),
+        ({"json_schema": json.dumps(SCHEMA)}, JsonOutput(SCHEMA)),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, JsonOutput(SCHEMA)),
+        ({"response_format": {"type": "json_schema", "schema": SCHEMA}}, JsonOutput(SCHEMA)),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"schema": SCHEMA}}},
+            JsonOutput(SCHEMA),
+        ),
+        ({"response_format": {"type": "json_object"}}, JsonOutput(None)),
         ({"structured_outputs": {}, "response_format": {"type": "text"}}, None),
     ],
     ids=str,
@@ -66,6 +99,31 @@ def test_demand_is_read_in_every_form(fields: dict[str, Any], output: object) ->
         ({"structured_outputs": {"json": {"enum": ["x" * 1_000_000]}}}, "structured_outputs.json"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.regex"),
+        ({"grammar": "root ::= [a]", "json_schema": {}}, "grammar"),
+        ({"grammar": "a" * 100_000}, "grammar"),
+        ({"grammar": {"type": "regex", "value": {}}}, "grammar"),
+        ({"grammar": {"type": "regex", "value": "a" * 20_000}}, "grammar.value"),
+        ({"grammar": {"type": "json", "value": "["}}, "grammar.value"),
+        ({"ebnf": "a" * 100_000}, "ebnf"),
+        ({"json_schema": "{"}, "json_schema"),
+        ({"structural_tag": {"format": {}}}, "structural_tag"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"grammar": "root ::= [a]", "grammar_lazy": True}, "grammar_lazy"),
+        ({"response_format": {"type": "text", "schema": SCHEMA}}, "response_format.schema"),
+        (
+            {"response_format": {"type": "json_object", "schema": {"enum": ["x" * 1_000_000]}}},
+            "response_format.schema",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "schema": SCHEMA,
+                    "json_schema": {"schema": {}},
+                }
+            },
+            "response_format.schema",
+        ),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -110,8 +168,17 @@ def test_reasoning_that_contradicts_itself_is_refused(fields: dict[str, Any], pa
 
 
 def test_unknown_inner_fields_are_named() -> None:
-    request = chat(reasoning={"exclude": True}, structured_outputs={"grammar": "x"})
-    assert set(request.ignored_names()) == {"reasoning.exclude", "structured_outputs.grammar"}
+    request = chat(
+        reasoning={"exclude": True},
+        structured_outputs={"regex": "x", "whitespace_pattern": " "},
+        response_format={"type": "text", "strict": True, "json_schema": {"title": "x"}},
+    )
+    assert set(request.ignored_names()) == {
+        "reasoning.exclude",
+        "structured_outputs.whitespace_pattern",
+        "response_format.strict",
+        "response_format.json_schema.title",
+    }
 
 
 def test_ten_thousand_tools_are_refused_i9() -> None:
