@@ -45,14 +45,15 @@ from router.v1.messages.threads import ThreadStore
 from router.v1.models import model_endpoint, models_endpoint
 from router.v1.rerank import PATHS as RERANK_PATHS
 from router.v1.rerank import RerankRequest, rerank_endpoint
-from router.v1.responses.endpoints import (
-    delete_response_endpoint,
-    input_tokens_endpoint,
-    responses_endpoint,
-    stored_response_endpoint,
-)
+from router.v1.responses.endpoints import input_tokens_endpoint, responses_endpoint
 from router.v1.responses.request import ResponsesRequest
 from router.v1.responses.store import ResponseStore
+from router.v1.responses.stored import (
+    cancel_response_endpoint,
+    delete_response_endpoint,
+    input_items_endpoint,
+    stored_response_endpoint,
+)
 from router.v1.tokenize import (
     DetokenizeRequest,
     TemplateRequest,
@@ -71,6 +72,7 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/v1/messages/count_tokens"): MessagesPromptRequest,
     ("POST", "/v1/responses"): ResponsesRequest,
     ("POST", "/v1/responses/input_tokens"): ResponsesRequest,
+    ("POST", "/v1/responses/{response_id}/cancel"): EmptyBody,
     ("POST", "/tokenize"): TokenizeRequest,
     ("POST", "/detokenize"): DetokenizeRequest,
     ("POST", "/apply-template"): TemplateRequest,
@@ -138,6 +140,8 @@ def _add_inference_routes(app: FastAPI, context: RouteContext) -> None:
     )
     add("/v1/responses", responses_endpoint(context, store), "POST")
     add("/v1/responses/input_tokens", input_tokens_endpoint(context, store), "POST")
+    add("/v1/responses/{response_id}/input_items", input_items_endpoint(store))
+    add("/v1/responses/{response_id}/cancel", cancel_response_endpoint(store), "POST")
     add("/v1/responses/{response_id}", stored_response_endpoint(store))
     add("/v1/responses/{response_id}", delete_response_endpoint(store), "DELETE")
     add("/tokenize", tokenize_endpoint(context), "POST")

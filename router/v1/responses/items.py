@@ -30,17 +30,16 @@ class ItemReader:
         """The items that were skipped, and the types of parts that became notes."""
         return [*self.skipped, *(f"input.content.{kind}" for kind in sorted(self._parts.noted))]
 
-    def messages(self, items: str | Sequence[responses_api.Item]) -> list[ChatMessage]:
-        """Return the input's messages.
+    def messages(self, items: Sequence[tuple[str, responses_api.Item]]) -> list[ChatMessage]:
+        """Return the messages of items, each given with its place in the request.
 
         Raises UnsupportedCapability for parts other than text in the user's last message, and
         RequestError.
         """
-        if isinstance(items, str):
-            return [ChatMessage("user", items)]
-        asked = max((index for index, item in enumerate(items) if item.role == "user"), default=-1)
-        for index, item in enumerate(items):
-            self._add(item, f"input[{index}]", is_asked=index == asked)
+        roles = [item.role for _, item in items]
+        asked = max((index for index, role in enumerate(roles) if role == "user"), default=-1)
+        for index, (param, item) in enumerate(items):
+            self._add(item, param, is_asked=index == asked)
         return self._messages
 
     def _add(self, item: responses_api.Item, param: str, *, is_asked: bool) -> None:

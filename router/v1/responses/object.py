@@ -1,5 +1,6 @@
 """Builds the Responses API's response object: items, status and usage."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,7 +17,7 @@ from router.requests.reasoning import encode_reasoning
 from router.v1.responses.custom_input import to_custom_input
 from router.v1.responses.prompt import answer_message
 from router.v1.responses.request import OFFERED_TYPES, ResponsesRequest, TextFormat, Tool
-from router.v1.responses.store import ResponseStore
+from router.v1.responses.store import ResponseStore, StoredItem
 from router.v1.responses.tools import OfferedTools
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -24,14 +25,22 @@ _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 _CUSTOM_PREFIX = "ctc"
 
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What precedes an answer, without instructions: as messages, and as items to be stored."""
+
+    messages: Sequence[ChatMessage]
+    items: Sequence[StoredItem]
+
+
 @dataclass(slots=True)
 class ResponseBuilder:
-    """Builds one response in each status; `conversation` is its input without instructions."""
+    """Builds one response in each status."""
 
     body: ResponsesRequest
     suffix: str
     generation: Generation
-    conversation: Sequence[ChatMessage]
+    conversation: Conversation
     store: ResponseStore
     offered: OfferedTools
     _base: dict[str, JsonValue] = field(init=False)
@@ -86,10 +95,11 @@ class ResponseBuilder:
         text = "" if is_empty else part.text
         if part.kind == "reasoning":
             return {"type": "reasoning_text", "text": text}
-        content: dict[str, JsonValue] = {"type": "output_text", "text": text, "annotations": []}
-        if self.body.logprob_count is not None:
-            content["logprobs"] = [] if is_empty else chat_logprobs(part.logprobs)["content"]
-        return content
+        logprobs: JsonValue = []
+        if self.body.logprob_count is not None and not is_empty:
+            logprobs = chat_logprobs(part.logprobs)["content"]
+        # OpenAI's description requires the list, also without logprobs.
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
     def in_progress(self) -> dict[str, JsonValue]:
         """Return the response before its first item."""
@@ -125,11 +135,21 @@ class ResponseBuilder:
         if status == "incomplete":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         if self.body.store is not False:
-            body = to_json(response)
-            self.store.put(
-                self.response_id, body, [*self.conversation, answer_message(assembler.parts)]
-            )
+            self._store(response, assembler.parts)
         return response
+
+    def _store(self, response: dict[str, JsonValue], parts: Sequence[Part]) -> None:
+        outputs = [
+            StoredItem(self.item_id(part), json.dumps(self.item(part, "completed")).encode())
+            for part in parts
+        ]
+        self.store.put(
+            self.response_id,
+            to_json(response),
+            [*self.conversation.messages, answer_message(parts)],
+            self.conversation.items,
+            outputs,
+        )
 
     def _fixed(self) -> dict[str, JsonValue]:
         """Return the fields that do not depend on the status: mostly the request's own."""

@@ -32,7 +32,7 @@ for _ in range(40):
          "unsupported_capability", "input[0].content[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]},
          "invalid_request", "input[0].content[0].text"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "invalid_request", "input"),
+
         ({"input": [{"type": "web_search_call"}]}, "invalid_request", "input"),
         ({"input": [{"type": "function_call", "name": "a", "arguments": "{}"}]},
          "invalid_request", "input[0].call_id"),

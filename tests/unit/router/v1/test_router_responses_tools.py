@@ -58,7 +58,7 @@ async def test_tools_of_codex_are_offered_or_named() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_calls_come_back_in_the_form_of_their_tool(stream: bool) -> None:
     text = 'a "b"\n\tü \U0001f600'
-    script = (
+    script: tuple[GenerationEvent, ...] = (
         ToolCallDelta(0, "c1", "agents__spawn", "{}"),
         ToolCallDelta(1, "c2", "apply_patch"),
         *(ToolCallDelta(1, arguments=char) for char in to_arguments(text)),
@@ -67,7 +67,7 @@ async def test_calls_come_back_in_the_form_of_their_tool(stream: bool) -> None:
         finished(),
     )
     response, _ = await posted({"tools": [AGENTS, MCP, PATCH], "stream": stream}, *script)
-    body = response.json() if not stream else None
+    body: Any = response.json() if not stream else None
     if stream:
         events = [
             json.loads(line.removeprefix("data: "))
