@@ -1,11 +1,10 @@
 """The body of `POST /v1/chat/completions`."""
 
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator
 
-from core.errors import RequestError, UnsupportedParameter
+from core.errors import RequestError
 from router.requests.fields import (
     OPENAI_HINTS,
     Effort,
@@ -18,15 +17,8 @@ from router.requests.fields import (
 from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS, MAX_TOOLS
 from router.requests.output_format import OutputFields
 from router.requests.reasoning import Reasoning, ReasoningTokens
+from router.requests.template_variables import TemplateVariables
 from router.requests.tools import ToolChoice, parse_tool_choice
-
-MAX_TEMPLATE_VARIABLES = 64
-
-
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-_RESERVED_VARIABLES = frozenset(
-    {"tokenize", "chat_template", "messages", "tools", "add_generation_prompt"}
-)
 
 
 class FunctionCall(RequestPart):
@@ -83,25 +75,6 @@ class ToolDefinition(RequestPart):
     function: Function | None = None
 
 
-def parse_template_variables(value: object) -> dict[str, bool | int | float | str | None]:
-    """Return the chat template's extra variables.  Raises ValueError, UnsupportedParameter."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or len(value) > MAX_TEMPLATE_VARIABLES:
-        raise ValueError(f"must be an object of at most {MAX_TEMPLATE_VARIABLES} entries")
-    for name, item in value.items():
-        if name in _RESERVED_VARIABLES:
-            param = f"chat_template_kwargs.{name}"
-            raise UnsupportedParameter(
-                f"{param} cannot be set by a request; leave it out.", param=param
-            )
-        if not _VARIABLE.fullmatch(name):
-            raise ValueError("its names must be identifiers of at most 64 characters")
-        if not isinstance(item, bool | int | float | str | None):
-            raise ValueError("its values must be strings, numbers, booleans or null")
-    return value
-
-
 class ChatRequest(OutputFields):
     """Body of `POST /v1/chat/completions`."""
 
@@ -129,9 +102,7 @@ class ChatRequest(OutputFields):
     reasoning_effort: Effort | None = None
     reasoning: Reasoning | None = None
     thinking_budget: ReasoningTokens | None = None
-    chat_template_kwargs: Annotated[
-        dict[str, bool | int | float | str | None], PlainValidator(parse_template_variables)
-    ] = Field(default_factory=dict)
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict)
 
     def refuse_unsupported(self) -> None:
         """Also refuse fields that contradict each other."""

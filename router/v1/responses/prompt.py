@@ -37,6 +37,7 @@ def to_responses_prompt(
         tools=offered.tools,
         tool_choice=offered.choice,
         parallel_tool_calls=request.parallel_tool_calls,
+        template_kwargs=dict(request.chat_template_kwargs),
     )
     effort = request.reasoning.effort if request.reasoning else None
     return with_reasoning(prompt, effort=effort)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
-from core.errors import RequestError, UnsupportedParameter
+from core.errors import RequestError
 from core.types import JsonOutput, JsonValue
 from router.requests.fields import (
     AnyEffort,
@@ -16,10 +16,10 @@ from router.requests.fields import (
     SamplingFields,
     TokenCount,
     check_schema,
-    refuse_unless_off,
     unknown_fields,
 )
 from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
+from router.requests.template_variables import TemplateVariables
 
 MAX_METADATA = 16
 READ_TYPES = frozenset(
@@ -36,6 +36,19 @@ READ_TYPES = frozenset(
 OFFERED_TYPES = frozenset({"function", "custom", "namespace"})
 _ENCRYPTED_REASONING = "reasoning.encrypted_content"
 _LOGPROBS = "message.output_text.logprobs"
+# Those beside the first two are about tools and parts that never occur in an answer here.
+_INCLUDED = frozenset(
+    {
+        _ENCRYPTED_REASONING,
+        _LOGPROBS,
+        "code_interpreter_call.outputs",
+        "computer_call_output.output.image_url",
+        "file_search_call.results",
+        "message.input_image.image_url",
+        "web_search_call.action.sources",
+        "web_search_call.results",
+    }
+)
 
 
 class Part(RequestPart):
@@ -149,10 +162,10 @@ class TextFormat(RequestPart):
 
 
 class Text(RequestPart):
-    """Format and verbosity of the answer's text."""
+    """Format of the answer's text; its verbosity is a hint that no model here takes."""
 
     format: TextFormat | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
+    verbosity: str | None = None
 
 
 class Reasoning(RequestPart):
@@ -166,7 +179,7 @@ class Reasoning(RequestPart):
 
 
 class StreamOptions(RequestPart):
-    """Stream options; padding against traffic analysis is not supported."""
+    """Stream options; padding against traffic analysis is a hint that is not followed."""
 
     include_obfuscation: bool | None = None
 
@@ -237,11 +250,9 @@ class ResponsesRequest(SamplingFields):
         "background": (False,),
         "background_options": (),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
         "context_management": ([],),
         "conversation": (),
         "image": (),
-        "max_tool_calls": (),
         "moderation": (),
         "prompt": (),
     }
@@ -259,6 +270,7 @@ class ResponsesRequest(SamplingFields):
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: TokenCount | None = None
+    max_tool_calls: TokenCount | None = None
     include: list[str] | None = None
     metadata: Annotated[dict[str, str], PlainValidator(parse_metadata)] = Field(
         default_factory=dict
@@ -273,34 +285,32 @@ class ResponsesRequest(SamplingFields):
     tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     truncation: str | None = None
-
-    def refuse_unsupported(self) -> None:
-        """Also refuse features of OpenAI's own models and tools."""
-        super().refuse_unsupported()
-        refuse_unless_off("truncation", self.truncation, (None, "disabled"))
-        for name in self.include or ():
-            if name not in (_ENCRYPTED_REASONING, _LOGPROBS):
-                raise UnsupportedParameter(
-                    f"include: {name[:50]!r} is not supported; leave it out.", param="include"
-                )
-        if self.text is not None:
-            refuse_unless_off("text.verbosity", self.text.verbosity, (None, "medium"))
-        if self.reasoning is not None:
-            reasoning = self.reasoning
-            refuse_unless_off("reasoning.summary", reasoning.summary, (None, "auto"))
-            summary = reasoning.generate_summary
-            refuse_unless_off("reasoning.generate_summary", summary, (None, "auto"))
-            refuse_unless_off("reasoning.context", reasoning.context, (None, "auto"))
-            refuse_unless_off("reasoning.mode", reasoning.mode, (None, "standard"))
-        if self.stream_options is not None:
-            param = "stream_options.include_obfuscation"
-            refuse_unless_off(param, self.stream_options.include_obfuscation, (None, False))
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict)
 
     def ignored_names(self) -> list[str]:
-        """Also name the items' unknown fields."""
+        """Also name hints that nothing here follows, and unknown fields further inside."""
         items = () if isinstance(self.input, str) else self.input
         inner = {name for item in items for name in unknown_fields(item, "input")}
-        return [*super().ignored_names(), *sorted(inner)]
+        for name in ("text", "reasoning", "stream_options"):
+            part = getattr(self, name)
+            inner |= unknown_fields(part, name) if part is not None else set()
+        return [*super().ignored_names(), *self._unfollowed(), *sorted(inner)]
+
+    def _unfollowed(self) -> list[str]:
+        text, reasoning = self.text or Text(), self.reasoning or Reasoning()
+        options = self.stream_options or StreamOptions()
+        hints: tuple[tuple[str, object, tuple[object, ...]], ...] = (
+            ("truncation", self.truncation, ("disabled",)),
+            ("text.verbosity", text.verbosity, ("medium",)),
+            ("reasoning.summary", reasoning.summary, ("auto", "none")),
+            ("reasoning.generate_summary", reasoning.generate_summary, ("auto", "none")),
+            ("reasoning.context", reasoning.context, ("auto",)),
+            ("reasoning.mode", reasoning.mode, ("standard",)),
+            ("stream_options.include_obfuscation", options.include_obfuscation, (False,)),
+        )
+        names = [name for name, value, off in hints if value is not None and value not in off]
+        unknown = [index for index, name in enumerate(self.include or ()) if name not in _INCLUDED]
+        return [*names, *(f"include[{index}]" for index in unknown)]
 
     @property
     def output(self) -> JsonOutput | None:
