@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jiter
 
-from core.types import Finished, JsonValue, Usage
+from core.types import Finished, GenerationEvent, JsonValue, PrefillProgress, Usage
 from router.answers.parts import Part
 from router.requests.reasoning import encode_reasoning
 
@@ -87,6 +88,17 @@ def ending(finished: Finished | None, stop_sequences: Sequence[str]) -> dict[str
         "stop_reason": "stop_sequence" if is_stopped else _REASONS[finished.reason],
         "stop_sequence": stop if is_stopped else None,
     }
+
+
+def warmed(event: GenerationEvent) -> GenerationEvent | None:
+    """Return what a request with `max_tokens` 0 gets of an event: no answer, and its end.
+
+    Engines compute a prompt only together with a token, which is left out here.
+    """
+    if not isinstance(event, Finished):
+        return event if isinstance(event, PrefillProgress) else None
+    usage = replace(event.usage, completion_tokens=0, reasoning_tokens=0)
+    return replace(event, reason="length", stop=None, usage=usage)
 
 
 def usage(counts: Usage) -> dict[str, JsonValue]:

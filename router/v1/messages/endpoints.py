@@ -51,7 +51,7 @@ def messages_endpoint(
             model_id=view.id,
             prompt=for_model(converted.prompt, view),
             sampling=body.sampling,
-            max_tokens=body.max_tokens,
+            max_tokens=max(body.max_tokens, 1),
             stop=body.stop_sequences,
             output=converted.output,
             deadline_s=context.services.settings.request_timeout_s,
@@ -73,7 +73,10 @@ def messages_endpoint(
         if choices is None:
             return client_closed_response()
         assembler = PartAssembler(keeps_empty=False)
-        parts = assembler.push_all(choices[0])
+        events = choices[0]
+        if body.only_warms:
+            events = [event for each in events if (event := answer.warmed(each)) is not None]
+        parts = assembler.push_all(events)
         assert assembler.finished is not None
         keep(parts)
         message = answer.message(

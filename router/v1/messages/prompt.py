@@ -105,8 +105,13 @@ def _messages(
 
 
 def with_answer(thread: Thread, blocks: Iterable[JsonValue]) -> Thread:
-    """Return the conversation with an answer's blocks, as if the client had sent them back."""
+    """Return the conversation with an answer's blocks, as if the client had sent them back.
+
+    An answer without blocks adds no message.
+    """
     parsed = [(messages_api.Block.model_validate(block), "content") for block in blocks]
+    if not parsed:
+        return thread
     return replace(thread, messages=(*thread.messages, _assistant(parsed, BlockReader())))
 
 

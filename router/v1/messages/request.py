@@ -92,9 +92,9 @@ class ToolChoice(RequestPart):
 class Thinking(RequestPart):
     """Whether the model reasons, its token budget, and whether reasoning is shown."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: TokenCount | None = None
-    display: Literal["summarized", "omitted"] | None = None
+    display: Literal["summarized", "omitted", "updates"] | None = None
 
 
 class ThreadField(RequestPart):
@@ -124,10 +124,8 @@ class MessagesPromptRequest(RequestBody):
     unsupported: ClassVar = {
         "chat_template": (),
         "chat_template_kwargs": ({},),
-        "container": (),
-        "mcp_servers": ([],),
+        "compaction": (),
         "prefill": (),
-        "speed": ("standard",),
     }
     harmless: ClassVar = frozenset({"cache_control", "inference_geo", "metadata", "service_tier"})
 
@@ -137,6 +135,7 @@ class MessagesPromptRequest(RequestBody):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
     thread: ThreadField | None = None
 
     @property
@@ -147,6 +146,12 @@ class MessagesPromptRequest(RequestBody):
     def refuse_unsupported(self) -> None:
         """Also refuse a last message that the answer should continue (prefill)."""
         super().refuse_unsupported()
+        in_config = self.output_config.format if self.output_config else None
+        if in_config and self.output_format and in_config != self.output_format:
+            raise RequestError(
+                "output_format: differs from output_config.format; send one of them",
+                param="output_format",
+            )
         if self.messages[-1].role == "assistant":
             raise UnsupportedParameter(
                 "messages: the last message must not be from the assistant; continuing a given "
@@ -185,17 +190,20 @@ class MessagesPromptRequest(RequestBody):
     @property
     def output(self) -> JsonOutput | None:
         """The constraint on the answer's text.  Raises RequestError for a schema too big."""
-        if self.output_config is None or self.output_config.format is None:
+        in_config = self.output_config.format if self.output_config else None
+        # The field's first name, under which older SDKs still send it.
+        given = in_config or self.output_format
+        if given is None:
             return None
-        schema = self.output_config.format.body
-        check_schema(schema, "output_config.format.schema")
+        schema = given.body
+        check_schema(schema, f"output_{'config.format' if in_config else 'format'}.schema")
         return JsonOutput(schema)
 
 
 class MessagesRequest(MessagesPromptRequest):
     """Body of `POST /v1/messages`."""
 
-    max_tokens: TokenCount
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
@@ -206,11 +214,16 @@ class MessagesRequest(MessagesPromptRequest):
         """Also refuse a reasoning budget that exceeds the whole answer's."""
         super().refuse_unsupported()
         budget = self.thinking.budget_tokens if self.thinking else None
-        if budget is not None and budget >= self.max_tokens:
+        if budget is not None and budget >= self.max_tokens and not self.only_warms:
             raise RequestError(
                 "thinking.budget_tokens: must be less than max_tokens",
                 param="thinking.budget_tokens",
             )
+
+    @property
+    def only_warms(self) -> bool:
+        """Whether the prompt is only to be computed, so that a later request can reuse it."""
+        return self.max_tokens == 0
 
     @property
     def sampling(self) -> SamplingParams:

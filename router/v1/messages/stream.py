@@ -32,6 +32,7 @@ class MessageEvents(StreamFormatter):
         """`keep` is called with the parts of a complete answer."""
         super().__init__(generation)
         self._keep = keep
+        self._only_warms = body.only_warms
         self._message_id = message_id
         self._stop_sequences = body.stop_sequences
         self._hides_thinking = body.hides_thinking
@@ -57,16 +58,19 @@ class MessageEvents(StreamFormatter):
     def chunks(self, events: Sequence[TaggedEvent]) -> str:
         """Return the SSE text of `events`; a text delta, the common case, is one concatenation."""
         texts: list[str] = []
-        for index, event in events:
+        for index, given in events:
+            event = answer.warmed(given) if self._only_warms else given
             part = self._assembler.current
             if type(event) is TextDelta and part is not None and part.kind == "text":
                 if event.text:
                     texts.append(f"{self._text_head}{_dumps(event.text)}}}}}\n\n")
+            elif event is None:
+                continue
             elif isinstance(event, PrefillProgress):
                 texts.append(prefill_comment(event))
             else:
-                if isinstance(event, Finished):
-                    self._generation.note_finished(index, event)
+                if isinstance(given, Finished):
+                    self._generation.note_finished(index, given)
                 texts.extend(map(self._step_text, self._assembler.push(event)))
         return "".join(texts)
 

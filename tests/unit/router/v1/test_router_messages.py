@@ -118,7 +118,8 @@ def test_tool_choice_has_its_meaning(choice: Any, expected: Any) -> None:
     [
         ({"thinking": {"type": "enabled", "budget_tokens": 50}}, ON, 50),
         ({"thinking": {"type": "disabled"}}, OFF, None),
-        ({"thinking": {"type": "adaptive"}}, {}, None),
+        ({"thinking": {"type": "adaptive", "display": "updates"}}, {}, None),
+        ({"thinking": {"type": "between_tools"}}, OFF, None),
         ({"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}, OFF, None),
         (
             {"output_config": {"effort": "max"}},
@@ -170,6 +171,39 @@ async def test_request_reaches_the_engine_whole() -> None:
     assert response.headers["x-impetus-timing"].startswith("queued;dur=")
 
 
+async def test_fields_for_servers_of_anthropic_only_are_ignored_and_named() -> None:
+    fields: dict[str, Any] = {
+        "container": "c",
+        "mcp_servers": [{"type": "url", "url": "http://x", "name": "x"}],
+        "speed": "fast",
+        "fallbacks": "default",
+    }
+    response = await post(FakeDispatcher(), **fields)
+    assert response.status_code == 200
+    assert response.headers["x-impetus-ignored"] == ", ".join(fields)
+
+
+async def test_format_is_bound_under_its_first_name_too() -> None:
+    dispatcher = FakeDispatcher()
+    schema = {"type": "object"}
+    await post(dispatcher, output_format={"type": "json_schema", "schema": schema})
+    assert dispatcher.requests[0].output == JsonOutput(schema)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_no_tokens_compute_the_prompt_and_answer_nothing(*, streams: bool) -> None:
+    dispatcher = FakeDispatcher(TextDelta("Hello"), Finished("stop", Usage(7, 1, 3), stop="END"))
+    response = await post(dispatcher, max_tokens=0, stream=streams, stop_sequences=["END"])
+    assert response.status_code == 200
+    assert dispatcher.requests[0].max_tokens == 1
+    assert "Hello" not in response.text
+    assert "content_block" not in response.text
+    assert '"stop_reason":"max_tokens","stop_sequence":null' in response.text
+    assert '"cache_read_input_tokens":3,"output_tokens":0' in response.text
+    if not streams:
+        assert response.json()["content"] == []
+
+
 @pytest.mark.parametrize(
     ("end", "expected"),
     [
@@ -214,7 +248,7 @@ async def test_whole_tool_input_is_an_object_whatever_the_model_wrote_i10(
     ("fields", "param", "kind"),
     [
         ({"max_tokens": None}, "max_tokens", "valid"),
-        ({"max_tokens": 0}, "max_tokens", "greater"),
+        ({"max_tokens": -1}, "max_tokens", "greater"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
          "messages", "last message"),
@@ -236,9 +270,10 @@ async def test_whole_tool_input_is_an_object_whatever_the_model_wrote_i10(
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens", "required"),
         ({"thinking": {"type": "enabled", "budget_tokens": 100}}, "thinking.budget_tokens", "less"),
         ({"thinking": {"type": "disabled", "budget_tokens": 5}}, "thinking.budget_tokens", "only"),
-        ({"mcp_servers": [{"url": "http://x"}]}, "mcp_servers", "not supported"),
-        ({"container": "c"}, "container", "not supported"),
-        ({"speed": "fast"}, "speed", "not supported"),
+        ({"compaction": {"type": "summarize"}}, "compaction", "not supported"),
+        ({"output_format": {"type": "json_schema", "schema": {}},
+          "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+         "output_format", "differs"),
         ({"stop_sequences": [""]}, "stop_sequences", "1 to 256"),
         ({"model": EMBEDDING_MODEL}, "", "cannot be used for chat"),
     ],
