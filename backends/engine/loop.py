@@ -310,6 +310,10 @@ class EngineLoop:
         if not request.completion_tokens:
             request.first_token_at = now
             self._activity.end_prefill(request.generation.id)
+            if not request.prepared.generated:
+                # Short prompts have no other progress that tells how many tokens they have.
+                count = len(request.prepared.prompt)
+                events.append(PrefillProgress(count, count))
             events.extend(request.prepared.take_initial_events())
         request.completion_tokens += 1
         events.extend(assembler.push(output))

@@ -23,7 +23,9 @@ KEEP_ALIVE = ": keep-alive\n\n"
 
 
 def prefill_comment(event: PrefillProgress) -> str:
-    """Return the comment line that reports prefill progress in tokens."""
+    """Return the comment line that reports prefill progress in tokens; empty at its end."""
+    if event.done_tokens == event.total_tokens:
+        return ""
     return f": prefill {event.done_tokens}/{event.total_tokens}\n\n"
 
 

@@ -30,6 +30,7 @@ from core.types import (
     GenerationEvent,
     GenerationRequest,
     JsonOutput,
+    PrefillProgress,
     TextPrompt,
     TokenizedPrompt,
     TokenizeOptions,
@@ -122,6 +123,19 @@ async def test_the_stepper_lives_on_one_thread_of_its_own(stepper: FakeStepper) 
     assert threading.get_ident() not in stepper.threads
     await engine.close()
     assert stepper.is_closed
+
+
+async def test_the_first_event_tells_the_tokens_of_a_short_prompt(stepper: FakeStepper) -> None:
+    engine = open_engine(stepper)
+    fresh = request("abc", max_tokens=3)
+    events = await run(engine, fresh)
+    count = end_of(events).usage.prompt_tokens
+    assert events[0] == PrefillProgress(count, count)
+    assert sum(isinstance(event, PrefillProgress) for event in events) == 1
+    # The client of a resumed answer knows it already.
+    events = await run(engine, replace(fresh, generated=(ord("x"),)))
+    assert not any(isinstance(event, PrefillProgress) for event in events)
+    await engine.close()
 
 
 class SlowVocabulary(ByteTokenizer):

@@ -378,3 +378,11 @@ async def test_stream_pings_and_tells_prefill_before_the_first_token_s2() -> Non
     assert {line.partition(" ")[0] for line in lines if line} == {"event:", "data:"}
     deltas = [line for line in lines if '"text_delta"' in line]
     assert json.loads(deltas[0].removeprefix("data: "))["delta"]["text"] == AWKWARD
+
+
+async def test_stream_starts_with_the_tokens_of_a_short_prompt() -> None:
+    script = (PrefillProgress(42, 42), TextDelta("x"), finished(prompt=42, cached=0))
+    response = await post(FakeDispatcher(*script), stream=True)
+    start = json.loads(response.text.partition("data: ")[2].partition("\n")[0])
+    assert start["message"]["usage"]["input_tokens"] == 42
+    assert ": prefill" not in response.text
