@@ -34,6 +34,7 @@ _logger = logging.getLogger(__name__)
 CLIENT_CLOSED_REQUEST = 499
 
 _ANTHROPIC_PATH = "/v1/messages"
+_MODELS_PATH = "/v1/models"
 # Source: Anthropic's API reference, "Errors".
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
@@ -115,7 +116,7 @@ class _ErrorResponse(Response):
         self._error = error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _is_anthropic(scope):
+        if is_anthropic(scope):
             self.body = anthropic_error_body(self._error, record_of(scope))
             self.headers["content-length"] = str(len(self.body))
         await super().__call__(scope, receive, send)
@@ -126,9 +127,18 @@ def internal_error(record: RequestRecord) -> ImpetusError:
     return ImpetusError(f"internal error, request id {record.request_id}")
 
 
-def _is_anthropic(scope: Scope) -> bool:
+def is_anthropic(scope: Scope) -> bool:
+    """Return whether a request is one of Anthropic's API.
+
+    It shares the paths of models with OpenAI's; there its clients are told by the header that all
+    of them must send.  Source: Anthropic's API reference, "Versions".
+    """
     path: str = scope["path"]
-    return path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/")
+    if path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/"):
+        return True
+    if path != _MODELS_PATH and not path.startswith(f"{_MODELS_PATH}/"):
+        return False
+    return any(name == b"anthropic-version" for name, _ in scope["headers"])
 
 
 def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
@@ -230,7 +240,7 @@ class RequestBoundary:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = record.request_id
-                if _is_anthropic(scope):
+                if is_anthropic(scope):
                     headers["request-id"] = record.request_id
             await send(message)
 

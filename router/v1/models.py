@@ -10,20 +10,29 @@ from starlette.responses import Response
 
 from core.errors import ModelNotFound
 from core.text import escaped
+from core.types import Capability
 from router.context import NAME_LIMIT, USABLE_STATES, RouteContext
+from router.http.errors import is_anthropic
 from router.requests.limits import MAX_ERROR_CHARACTERS
 from router.services import ModelView
+from router.v1.model_info import model_info, model_page
 
 
-def models_endpoint(context: RouteContext) -> Callable[[], Awaitable[Response]]:
+def models_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
     """Return the handler of the list: models that a request would be served with.
 
     Clients show it to their users as it is; `/api/models` has all models, with the reasons.
+    Anthropic's clients get its fields, and the models that chat.
     """
 
-    async def list_models() -> Response:
+    async def list_models(request: Request) -> Response:
         views = await context.services.catalog.models()
-        data = [model_object(view) for view in views if view.state in USABLE_STATES]
+        usable = [view for view in views if view.state in USABLE_STATES]
+        if is_anthropic(request.scope):
+            chatting = [view for view in usable if Capability.CHAT in view.capabilities]
+            page = model_page(chatting, request.query_params)
+            return Response(to_json(page), media_type="application/json")
+        data = [model_object(view) for view in usable]
         return Response(to_json({"object": "list", "data": data}), media_type="application/json")
 
     return list_models
@@ -34,6 +43,8 @@ def model_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respo
 
     async def retrieve_model(request: Request) -> Response:
         view = await find_model(context, str(request.path_params["model_id"]))
+        if is_anthropic(request.scope):
+            return Response(to_json(model_info(view)), media_type="application/json")
         return Response(
             _model(view).model_dump_json(exclude_unset=True), media_type="application/json"
         )
