@@ -1,13 +1,16 @@
 """Converts chat messages into the structures that templates read, and into plain text."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from core.text import is_nested_deeper, well_formed
 from core.types import ChatMessage, JsonValue, Tool
 
 TOOL_RESPONSE = "<tool_response>\n{}\n</tool_response>"
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PLAIN_NAMES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "User"}
 
 
@@ -106,9 +109,10 @@ def plain_text(messages: Sequence[ChatMessage]) -> str:
 
 
 def call_arguments(text: str) -> JsonValue:
-    """Parse a call's arguments as JSON; invalid JSON stays text.
+    """Parse a call's arguments as JSON; invalid JSON, and JSON of over 200 levels, stays text.
 
-    Nothing and null are no arguments; an object that was encoded twice is decoded twice.
+    Nothing and null are no arguments; an object that was encoded twice is decoded twice.  Lone
+    surrogates become U+FFFD.
     """
     value = _decoded(text)
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -118,8 +122,12 @@ def call_arguments(text: str) -> JsonValue:
 
 
 def _decoded(text: str) -> JsonValue:
+    if is_nested_deeper(text):
+        return text
     try:
         value: JsonValue = json.loads(text)
+        if _SURROGATE.search(text):
+            value = json.loads(well_formed(json.dumps(value, ensure_ascii=False)))
     except (ValueError, RecursionError):
         return text
     return value

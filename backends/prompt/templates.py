@@ -12,6 +12,7 @@ from pathlib import Path
 from backends.cancellation import check_cancelled
 from core.child import AnswerTooLong, Child, ChildEnded
 from core.errors import BrokenModel, EngineFailed, RequestError, TemplateRefused
+from core.text import well_formed
 from core.types import JsonValue
 from core.units import GIB, KIB, MIB, format_bytes
 
@@ -74,7 +75,7 @@ class TemplateRenderer:
             answer = self._request(payload)
         kind = answer.get("error")
         if kind is None:
-            return _require_unicode(answer["text"])
+            return well_formed(answer["text"])
         if kind == "raised":
             words = answer["message"] or "The model's chat template refuses these messages."
             raise TemplateRefused(words, param="messages")
@@ -239,15 +240,3 @@ def _broken(reason: str) -> BrokenModel:
     if reason.startswith("it took"):
         return BrokenModel(f"the model's chat template {reason.removeprefix('it ')}")
     return BrokenModel(f"the model's chat template failed: {reason}")
-
-
-def _require_unicode(text: str) -> str:
-    try:
-        if not text.isascii():
-            text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            "The messages contain text that is not valid Unicode (half of a surrogate pair).",
-            param="messages",
-        ) from error
-    return text

@@ -116,7 +116,8 @@ async def read_request(
 def parse_request(body: bytes, model: type[Body]) -> Body:
     """Validate `body`.
 
-    Strict JSON: no duplicate keys, lone surrogates, NaN, byte order mark, or nesting over 200.
+    Strict JSON: no duplicate keys, NaN, byte order mark, or nesting over 200.  Lone surrogates
+    become U+FFFD.
     Raises RequestError naming the field, UnsupportedParameter, UnsupportedCapability.
     """
     return validate_request(parse_json(body), model)

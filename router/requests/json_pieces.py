@@ -28,6 +28,7 @@ from router.requests.limits import (
     MAX_LIST_LENGTHS,
     too_many,
 )
+from router.requests.surrogates import without_lone_surrogates
 
 # Smaller bodies are parsed whole, and on the event loop.
 SMALL_BYTES = 64 * 1024
@@ -45,8 +46,8 @@ def is_small(body: bytes) -> bool:
 def parse_json(body: bytes) -> dict[str, Any]:
     """Parse a JSON object strictly.
 
-    No duplicate keys, lone surrogates, NaN, infinity or byte order mark.  Raises RequestError, also
-    for a body over a limit of `limits`.
+    No duplicate keys, NaN, infinity or byte order mark; lone surrogates become U+FFFD.  Raises
+    RequestError, also for a body over a limit of `limits`.
     """
     if is_small(body):
         if has_long_digits(body):
@@ -61,12 +62,21 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 def _parse(text: bytes, where: str = "") -> Any:
     try:
-        return jiter.from_json(
-            text, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys"
-        )
+        return _parse_strictly(text)
     except ValueError as error:
-        reason = str(error).partition(" at line")[0] + where if where else str(error)
-        raise RequestError(f"The body is not valid JSON: {escaped(reason, 200)}.") from error
+        problem = error
+    repaired = without_lone_surrogates(text)
+    if repaired != text:
+        try:
+            return _parse_strictly(repaired)
+        except ValueError as error:
+            problem = error
+    reason = str(problem).partition(" at line")[0] + where if where else str(problem)
+    raise RequestError(f"The body is not valid JSON: {escaped(reason, 200)}.") from problem
+
+
+def _parse_strictly(text: bytes) -> Any:
+    return jiter.from_json(text, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
 
 
 @dataclass(frozen=True, slots=True)

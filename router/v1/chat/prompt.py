@@ -7,7 +7,6 @@ from core.errors import RequestError, UnsupportedCapability, UnsupportedParamete
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.requests.fields import check_schema, refuse_unless_off
 from router.requests.reasoning import merge_budget, merge_effort
-from router.v1.arguments import check_arguments
 from router.v1.chat.request import ChatRequest, ContentPart, Message, ToolDefinition
 
 
@@ -65,11 +64,9 @@ def _message(message: Message, param: str) -> ChatMessage:
             ToolCall(
                 call.id,
                 call.function.name,
-                check_arguments(
-                    call.function.arguments, f"{param}.tool_calls[{index}].function.arguments"
-                ),
+                call.function.arguments,
             )
-            for index, call in enumerate(message.tool_calls or ())
+            for call in message.tool_calls or ()
         ),
         tool_call_id=message.tool_call_id,
     )

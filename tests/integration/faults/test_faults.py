@@ -124,13 +124,12 @@ CHAT = {"model": STARTER, "messages": [{"role": "user", "content": "hi"}], "max_
         (b"[" * 200_000, 400, "invalid_request"),
         (b'"text"', 400, "invalid_request"),
         (b'{"model": "x", "messages": "no"}', 400, "invalid_request"),
-        (b'{"model": "x", "messages": [{"role":"user","content":"\\ud83d"}]}', 400, None),
         (b'{"model": "x", "messages": [], "temperature": NaN}', 400, None),
         (b'{"model": "x", "messages": [], "max_tokens": -1}', 400, None),
         (b'{"model": "x", "messages": [], "max_tokens": 1e999}', 400, None),
         (b"x" * 50_000_000, 413, "request_too_large"),
     ],
-    ids=["malformed", "deep", "no-object", "types", "surrogate", "nan", "negative", "huge", "50MB"],
+    ids=["malformed", "deep", "no-object", "types", "nan", "negative", "huge", "50MB"],
 )
 def test_bad_bodies_get_the_envelope(
     server: Server, body: bytes, status: int, code: str | None

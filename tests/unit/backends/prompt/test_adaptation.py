@@ -153,6 +153,11 @@ def test_a_history_never_locks_a_session(
         ('["Rome"]', '<f arguments=["Rome"]>'),
         ('"Rome"', '<f arguments="Rome">'),
         ("17", "<f arguments=17>"),
+        ('{"city": "a\\ud800"}', "<f city=a\ufffd>"),
+        (json.dumps('{"city": "a\\ud800"}'), "<f city=a\ufffd>"),
+        ('{"city": "\\ud83d\\ude00"}', "<f city=\U0001f600>"),
+        ("[" * 500 + "]" * 500, "<f arguments=" + "[" * 500),
+        (json.dumps("[" * 500 + "]" * 500), "<f arguments=" + '"' + "[" * 500),
     ],
 )
 def test_arguments_are_an_object_for_a_template_that_walks_through_them(

@@ -75,7 +75,6 @@ def schema_of_depth(depth: int) -> dict[str, Any]:
         b'{"x":[' + b"[]," * 2_000_000 + b"[]]}",
         b'{"model":"m","model":"m","messages":[]}',
         b'{"model":"m","messages":[{"role":"user","role":"user","content":"x"}]}',
-        b'{"model":"m","messages":[{"role":"user","content":"\\ud83d"}]}',
         b'{"model":"m","messages":[{"role":"user","content":"\xc0\xaf"}]}',
         b'{"model":"m","messages":[{"role":"user","content":"x"}],"temperature":NaN}',
         b'{"model":"m","messages":[{"role":"user","content":"x"}],"temperature":Infinity}',
