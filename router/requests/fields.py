@@ -38,11 +38,33 @@ OPENAI_HINTS = frozenset(
 )
 
 SEED_MODULUS = 2**64
+# Larger floats have lost digits of the integer that was meant.
+_EXACT_FLOAT = 2**53
 
 JsonObject: TypeAlias = dict[str, Any]
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
-ServiceTier: TypeAlias = Literal["auto", "default", "flex", "priority", "scale"]
-TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=MAX_INT32)]
+# The tiers that choose a priority; any other name is ignored and reported.
+KNOWN_TIERS = frozenset({"auto", "default", "flex", "priority", "scale"})
+ServiceTier: TypeAlias = Annotated[str, Field(max_length=64)]
+
+
+def whole_number(value: object) -> object:
+    """Return a float without a fraction, such as 5.0, as an integer; anything else unchanged."""
+    if type(value) is float and value.is_integer() and abs(value) <= _EXACT_FLOAT:
+        return int(value)
+    return value
+
+
+def _limit_or_none(value: object) -> object:
+    """Return None for -1, which LM Studio and llama.cpp document as "no limit"."""
+    value = whole_number(value)
+    return None if type(value) is int and value == -1 else value
+
+
+WholeNumber = BeforeValidator(whole_number)
+NoLimit = BeforeValidator(_limit_or_none)
+TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=MAX_INT32), WholeNumber]
+TokenLimit: TypeAlias = Annotated[TokenCount | None, NoLimit]
 
 
 Part = TypeVar("Part")
@@ -236,10 +258,10 @@ class SamplingFields(RequestBody):
     """Sampling parameters and stop strings."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_INT32)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT32), WholeNumber] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=SEED_MODULUS)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=SEED_MODULUS), WholeNumber] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
@@ -248,6 +270,13 @@ class SamplingFields(RequestBody):
     )
     stop: Annotated[tuple[str, ...], PlainValidator(parse_stop)] = ()
     service_tier: ServiceTier | None = None
+
+    def ignored_names(self) -> list[str]:
+        """Also name a service tier that chooses nothing here."""
+        names = super().ignored_names()
+        if self.service_tier is not None and self.service_tier not in KNOWN_TIERS:
+            names.append("service_tier")
+        return names
 
     def sampling(self, *, top_logprobs: int | None, index: int = 0) -> SamplingParams:
         """Return the sampling of the choice `index`; choices after the first get other seeds."""
@@ -271,7 +300,7 @@ class SamplingFields(RequestBody):
 class GenerationFields(SamplingFields):
     """The fields that chat and completions have in common."""
 
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N), WholeNumber] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

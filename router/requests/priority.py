@@ -4,13 +4,13 @@ from starlette.requests import Request
 
 from core.errors import RequestError
 from core.types import Priority
-from router.requests.fields import ServiceTier
+from router.requests.fields import KNOWN_TIERS
 from router.services import ModelView
 
 HEADER = "x-impetus-priority"
 
 
-def request_priority(request: Request, tier: ServiceTier | None, view: ModelView) -> Priority:
+def request_priority(request: Request, tier: str | None, view: ModelView) -> Priority:
     """Return the priority class in which the request is queued.
 
     OpenAI's `flex` is its cheaper and slower tier (Source: OpenAI API reference, `service_tier`).
@@ -18,7 +18,7 @@ def request_priority(request: Request, tier: ServiceTier | None, view: ModelView
     """
     values = set(request.headers.getlist(HEADER))
     if not values:
-        if tier is None:
+        if tier not in KNOWN_TIERS:
             return view.priority
         return "batch" if tier == "flex" else "interactive"
     if values == {"batch"}:

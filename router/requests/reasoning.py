@@ -9,14 +9,14 @@ from pydantic import Field
 
 from core.errors import RequestError
 from core.types import Capability, ChatPrompt, JsonValue
-from router.requests.fields import AnyEffort, Effort, RequestPart
+from router.requests.fields import AnyEffort, Effort, RequestPart, WholeNumber
 from router.requests.limits import MAX_INT32
 from router.services import ModelView
 
 # Chat templates know three levels: low, medium, high.
 _DEGREES = {"minimal": "low", "xhigh": "high", "max": "high"}
 
-ReasoningTokens: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INT32)]
+ReasoningTokens: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INT32), WholeNumber]
 
 
 class Reasoning(RequestPart):

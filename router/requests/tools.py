@@ -35,7 +35,14 @@ def parse_tool_choice(value: object) -> ToolChoice | None:
             return None
         case "none" | "auto" | "required":
             return value
+        case {"type": "none" | "auto" | "required" as word}:
+            # Cursor and other clients send Anthropic's shape to every API.
+            return word
+        case {"type": "any"}:
+            return "required"
         case {"type": "function", "function": {"name": str(name)}}:
+            return ("function", name)
+        case {"type": "function" | "tool", "name": str(name)}:
             return ("function", name)
         case {"type": "allowed_tools" | "custom" as kind}:
             raise UnsupportedParameter(

@@ -32,7 +32,13 @@ from router.answers.generation import Generation, client_closed_response
 from router.answers.logprobs import LegacyLogprobs
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
-from router.requests.fields import OPENAI_HINTS, parse_inputs, refuse_unless_off
+from router.requests.fields import (
+    OPENAI_HINTS,
+    NoLimit,
+    WholeNumber,
+    parse_inputs,
+    refuse_unless_off,
+)
 from router.requests.limits import MAX_INT32, MAX_LOGPROBS
 from router.requests.output_format import OutputFields
 from router.requests.priority import request_priority
@@ -48,11 +54,13 @@ class CompletionRequest(OutputFields):
     harmless: ClassVar = OPENAI_HINTS
 
     prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_inputs)]
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
+    max_tokens: Annotated[
+        Annotated[int, Field(ge=0, le=MAX_INT32), WholeNumber] | None, NoLimit
+    ] = None
     suffix: str | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WholeNumber] | None = None
+    best_of: Annotated[int, WholeNumber] | None = None
 
     def refuse_unsupported(self) -> None:
         """Also refuse fields that contradict each other, and too many sequences."""

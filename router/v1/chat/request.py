@@ -11,7 +11,8 @@ from router.requests.fields import (
     Items,
     JsonObject,
     RequestPart,
-    TokenCount,
+    TokenLimit,
+    WholeNumber,
     unknown_fields,
 )
 from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS, MAX_TOOLS
@@ -86,16 +87,15 @@ class ChatRequest(OutputFields):
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
-        "verbosity": (),
         "web_search_options": (),
     }
     harmless: ClassVar = OPENAI_HINTS
 
     messages: Annotated[Items[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_tokens: TokenCount | None = None
-    max_completion_tokens: TokenCount | None = None
+    max_tokens: TokenLimit = None
+    max_completion_tokens: TokenLimit = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WholeNumber] | None = None
     tools: Annotated[Items[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Annotated[ToolChoice | None, PlainValidator(parse_tool_choice)] = None
     parallel_tool_calls: bool | None = None
@@ -112,7 +112,7 @@ class ChatRequest(OutputFields):
             raise RequestError(
                 "max_tokens: differs from max_completion_tokens; send one", param="max_tokens"
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError(
                 "top_logprobs: only allowed with logprobs: true", param="top_logprobs"
             )

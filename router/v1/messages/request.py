@@ -16,6 +16,7 @@ from router.requests.fields import (
     RequestBody,
     RequestPart,
     TokenCount,
+    WholeNumber,
     check_schema,
     parse_stop,
     unknown_fields,
@@ -205,8 +206,8 @@ class MessagesRequest(MessagesPromptRequest):
 
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MAX_INT32), WholeNumber] | None = None
     stop_sequences: Annotated[tuple[str, ...], PlainValidator(parse_stop)] = ()
     stream: bool | None = None
 

@@ -15,6 +15,8 @@ from router.requests.fields import (
     RequestPart,
     SamplingFields,
     TokenCount,
+    TokenLimit,
+    WholeNumber,
     check_schema,
     unknown_fields,
 )
@@ -269,7 +271,7 @@ class ResponsesRequest(SamplingFields):
     input: str | Annotated[Items[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: str | None = None
-    max_output_tokens: TokenCount | None = None
+    max_output_tokens: TokenLimit = None
     max_tool_calls: TokenCount | None = None
     include: list[str] | None = None
     metadata: Annotated[dict[str, str], PlainValidator(parse_metadata)] = Field(
@@ -283,7 +285,7 @@ class ResponsesRequest(SamplingFields):
     text: Text | None = None
     tool_choice: Annotated[ToolChoice | None, PlainValidator(parse_tool_choice)] = None
     tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WholeNumber] | None = None
     truncation: str | None = None
     chat_template_kwargs: TemplateVariables = Field(default_factory=dict)
 

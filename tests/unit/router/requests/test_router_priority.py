@@ -62,11 +62,11 @@ async def test_another_header_is_refused_by_its_name(value: str) -> None:
     assert error_of(answer)["param"] == HEADER
 
 
-async def test_another_tier_is_refused_by_its_name() -> None:
+async def test_another_tier_is_ignored_and_named() -> None:
     async with client_of(create_app(make_services())) as client:
         answer = await client.post("/v1/chat/completions", json={**CHAT, "service_tier": "gold"})
-    assert answer.status_code == 400
-    assert error_of(answer)["param"] == "service_tier"
+    assert answer.status_code == 200
+    assert answer.headers["x-impetus-ignored"] == "service_tier"
 
 
 async def test_embeddings_have_a_class_too() -> None:

@@ -312,7 +312,7 @@ async def test_template_of_the_client_is_refused_i7(fields: dict[str, Any]) -> N
         ({"messages": user(*[{"type": "text", "text": "x"}] * 4097)}, "messages[0].content"),
         ({"system": [{"type": "text", "text": "x"}] * 4097}, "system"),
         ({"tools": [TOOL] * 513}, "tools"),
-        ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
+        ({"stop_sequences": ["x"] * 65}, "stop_sequences"),
         ({"temperature": 1e999}, ""),
     ],
 )

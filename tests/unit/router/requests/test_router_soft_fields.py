@@ -1,0 +1,122 @@
+"""Values that clients send to every server: read as they are meant, or ignored and named."""
+
+import json
+from typing import Any
+
+import pytest
+
+from core.errors import RequestError
+from router.requests.body import parse_request
+from router.requests.fields import RequestBody
+from router.v1.chat.request import ChatRequest
+from router.v1.completions import CompletionRequest
+from router.v1.messages.request import MessagesRequest
+from router.v1.responses.request import ResponsesRequest
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+APIS: dict[str, tuple[type[RequestBody], dict[str, Any]]] = {
+    "chat": (ChatRequest, {"model": "m", "messages": MESSAGES}),
+    "completions": (CompletionRequest, {"model": "m", "prompt": "hi"}),
+    "responses": (ResponsesRequest, {"model": "m", "input": "hi"}),
+    "messages": (MessagesRequest, {"model": "m", "messages": MESSAGES, "max_tokens": 9}),
+}
+OPENAI = ("chat", "completions", "responses")
+LIMITS = {"chat": "max_tokens", "completions": "max_tokens", "responses": "max_output_tokens"}
+
+
+def read(api: str, **fields: Any) -> Any:
+    model, base = APIS[api]
+    return parse_request(json.dumps({**base, **fields}).encode(), model)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("value", [0, 0.0, 1, 1.0])
+def test_top_p_takes_both_ends_of_its_range(api: str, value: float) -> None:
+    assert read(api, top_p=value).top_p == value
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_top_p_outside_its_range_is_refused(api: str, value: float) -> None:
+    with pytest.raises(RequestError) as caught:
+        read(api, top_p=value)
+    assert caught.value.param == "top_p"
+
+
+@pytest.mark.parametrize("api", OPENAI)
+@pytest.mark.parametrize("value", [-1, -1.0])
+def test_limit_of_minus_one_is_no_limit(api: str, value: float) -> None:
+    name = LIMITS[api]
+    without = read(api)
+    body = read(api, **{name: value})
+    assert getattr(body, name) is None
+    assert body.ignored_names() == []
+    if api != "responses":
+        assert body.token_limit == without.token_limit
+
+
+@pytest.mark.parametrize("api", OPENAI)
+@pytest.mark.parametrize("value", [-2, -1.5, 5.5, 2**31, 1e300])
+def test_limit_that_means_nothing_is_refused(api: str, value: float) -> None:
+    with pytest.raises(RequestError) as caught:
+        read(api, **{LIMITS[api]: value})
+    assert caught.value.param == LIMITS[api]
+
+
+@pytest.mark.parametrize(
+    ("api", "name"),
+    [
+        ("chat", "max_tokens"), ("chat", "max_completion_tokens"), ("chat", "n"),
+        ("chat", "seed"), ("chat", "top_k"), ("chat", "top_logprobs"), ("chat", "thinking_budget"),
+        ("completions", "max_tokens"), ("completions", "n"), ("completions", "seed"),
+        ("completions", "logprobs"), ("responses", "max_output_tokens"),
+        ("responses", "top_logprobs"), ("messages", "max_tokens"), ("messages", "top_k"),
+    ],
+)  # fmt: skip
+def test_integer_may_be_written_with_a_point(api: str, name: str) -> None:
+    value = getattr(read(api, **{name: 5.0}, **({"logprobs": True} if api == "chat" else {})), name)
+    assert (value, type(value)) == (5, int)
+
+
+def test_float_that_has_lost_digits_is_no_integer() -> None:
+    with pytest.raises(RequestError):
+        read("chat", seed=2.0**60)
+
+
+@pytest.mark.parametrize("api", OPENAI)
+def test_service_tier_of_any_name_is_ignored_and_named(api: str) -> None:
+    assert read(api, service_tier="fastest").ignored_names() == ["service_tier"]
+    assert read(api, service_tier="flex").ignored_names() == []
+    with pytest.raises(RequestError):
+        read(api, service_tier="x" * 65)
+
+
+@pytest.mark.parametrize("api", OPENAI)
+def test_stops_are_bounded(api: str) -> None:
+    assert len(read(api, stop=[f"s{index}" for index in range(64)]).stop) == 64
+    with pytest.raises(RequestError):
+        read(api, stop=["x"] * 65)
+
+
+def test_verbosity_is_ignored_and_named() -> None:
+    assert read("chat", verbosity="low").ignored_names() == ["verbosity"]
+
+
+def test_no_alternatives_need_no_logprobs() -> None:
+    assert read("chat", top_logprobs=0).logprob_count is None
+    assert read("chat", top_logprobs=0, logprobs=True).logprob_count == 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        ({"type": "auto"}, "auto"),
+        ({"type": "none"}, "none"),
+        ({"type": "required"}, "required"),
+        ({"type": "any"}, "required"),
+        ({"type": "function", "name": "f"}, ("function", "f")),
+        ({"type": "tool", "name": "f"}, ("function", "f")),
+    ],
+)
+def test_tool_choice_is_read_in_the_other_apis_shapes(sent: Any, meant: Any) -> None:
+    assert read("chat", tool_choice=sent).tool_choice == meant
