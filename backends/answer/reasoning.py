@@ -5,16 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from backends.answer.parser import OutputParser, Piece
-from core.errors import UnsupportedParameter
 from core.types import JsonValue, MismatchKind, ReasoningDelta, TextDelta
 
-_PARAM = "reasoning_effort"
 _EFFORT = re.compile(r"\breasoning_effort\b")
 _SWITCHES = {
     "enable_thinking": re.compile(r"\benable_thinking\b"),
     "thinking": re.compile(r"\b(?:if|not|and|or)\s+thinking\b|\bthinking\s+is\s+defined\b"),
 }
 _COMMON = ("low", "medium", "high")
+_NEAREST = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,32 +155,21 @@ class ReasoningParser:
 
 
 def effort_variables(template: str, effort: str | None) -> Mapping[str, JsonValue]:
-    """Return the template variables for `effort`; none for None.
+    """Return the template variables for `effort`, which is a hint; none if the template has none.
 
-    A template that reads `reasoning_effort` gets it; `none` and other uncommon levels only if the
-    template names them.  A template that can only switch reasoning on and off supports `none`
-    alone.  Raises UnsupportedParameter for everything else.
+    A template that reads `reasoning_effort` gets it; levels that it does not name become the
+    nearest of low, medium and high.  A template that can only switch reasoning is switched.
     """
     if effort is None:
         return {}
+    reads_effort = _EFFORT.search(template) is not None
     is_named = re.search(rf"['\"]{re.escape(effort)}['\"]", template) is not None
-    if _EFFORT.search(template) and (effort in _COMMON or is_named):
+    if reads_effort and (effort in _COMMON or is_named):
         return {"reasoning_effort": effort}
     for name, pattern in _SWITCHES.items():
-        if pattern.search(template) and effort == "none":
-            return {name: False}
-    raise UnsupportedParameter(_reason(template, effort), param=_PARAM)
-
-
-def _reason(template: str, effort: str) -> str:
-    if _EFFORT.search(template):
-        return (
-            f"This model's chat template does not support reasoning_effort {effort!r}; use low, "
-            "medium or high, or leave it out."
-        )
-    if any(pattern.search(template) for pattern in _SWITCHES.values()):
-        return (
-            "This model's chat template can only switch reasoning on and off: send "
-            'reasoning_effort "none", or limit it with reasoning.max_tokens.'
-        )
-    return "This model's chat template does not support reasoning_effort; leave it out."
+        if pattern.search(template):
+            variables: dict[str, JsonValue] = {name: effort != "none"}
+            if reads_effort and effort in _NEAREST and effort != "none":
+                variables["reasoning_effort"] = _NEAREST[effort]
+            return variables
+    return {"reasoning_effort": _NEAREST[effort]} if reads_effort and effort in _NEAREST else {}

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, TypeAlias
 
@@ -75,10 +76,20 @@ def with_reasoning(
 
 
 def for_model(prompt: ChatPrompt, view: ModelView) -> ChatPrompt:
-    """Return `prompt` without a reasoning budget if the model does not reason."""
+    """Return `prompt` without reasoning effort and budget if the model does not reason."""
     if Capability.REASONING in view.capabilities:
         return prompt
-    return replace(prompt, reasoning_tokens=None)
+    return replace(prompt, reasoning_effort=None, reasoning_tokens=None)
+
+
+def unused_effort(view: ModelView, efforts: Mapping[str, str | None]) -> list[str]:
+    """Return the fields of `efforts` that change nothing for this model, to be named as ignored.
+
+    Without reasoning "none" is what happens anyway.
+    """
+    if Capability.REASONING in view.capabilities:
+        return []
+    return [name for name, effort in efforts.items() if effort not in (None, "none")]
 
 
 def encode_reasoning(reasoning: str) -> str:

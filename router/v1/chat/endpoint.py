@@ -27,6 +27,7 @@ from router.answers.logprobs import chat_logprobs
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.priority import request_priority
+from router.requests.reasoning import for_model, unused_effort
 from router.v1.chat.prompt import to_chat_prompt
 from router.v1.chat.request import ChatRequest
 from router.v1.chunks import ChunkFormatter
@@ -46,7 +47,7 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
             GenerationRequest(
                 id=answer_id if n == 1 else f"{answer_id}-{index}",
                 model_id=view.id,
-                prompt=prompt,
+                prompt=for_model(prompt, view),
                 sampling=body.sampling(top_logprobs=body.logprob_count, index=index),
                 max_tokens=body.token_limit,
                 stop=body.stop,
@@ -56,7 +57,7 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
             )
             for index in range(n)
         )
-        headers = context.ignored.report(ignored)
+        headers = context.ignored.report([*ignored, *unused_effort(view, body.efforts)])
         generation = Generation(context, view, requests, n, headers)
         if body.stream:
             return EventStream(generation, ChatChunks(generation, answer_id, body))

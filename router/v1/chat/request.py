@@ -125,6 +125,12 @@ class ChatRequest(OutputFields):
         return [*super().ignored_names(), *sorted(inner)]
 
     @property
+    def efforts(self) -> dict[str, str | None]:
+        """The fields that name an effort, by their names."""
+        effort = self.reasoning.effort if self.reasoning is not None else None
+        return {"reasoning_effort": self.reasoning_effort, "reasoning.effort": effort}
+
+    @property
     def token_limit(self) -> int | None:
         """The maximum of generated tokens, None without a limit."""
         return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens

@@ -16,7 +16,7 @@ from router.answers.parts import Part, PartAssembler
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.priority import request_priority
-from router.requests.reasoning import for_model
+from router.requests.reasoning import for_model, unused_effort
 from router.v1.messages import answer
 from router.v1.messages.blocks import BlockReader
 from router.v1.messages.prompt import thread_prompt, to_thread, with_answer
@@ -65,7 +65,9 @@ def messages_endpoint(
                 whole = with_answer(converted.thread, blocks)
                 threads.put(message_id, whole, body.previous_message_id)
 
-        headers = context.ignored.report(converted.ignored)
+        effort = body.output_config.effort if body.output_config else None
+        unused = unused_effort(view, {"output_config.effort": effort})
+        headers = context.ignored.report([*converted.ignored, *unused])
         generation = Generation(context, view, (generation_request,), 1, headers)
         if body.stream:
             return EventStream(generation, MessageEvents(generation, message_id, body, keep))

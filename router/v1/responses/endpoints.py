@@ -16,6 +16,7 @@ from router.answers.parts import PartAssembler
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.priority import request_priority
+from router.requests.reasoning import unused_effort
 from router.v1.responses.items import ItemReader
 from router.v1.responses.object import Conversation, ResponseBuilder, to_json
 from router.v1.responses.prompt import to_responses_prompt
@@ -47,7 +48,9 @@ def responses_endpoint(
             deadline_s=context.services.settings.request_timeout_s,
             priority=request_priority(request, body.service_tier, view),
         )
-        headers = context.ignored.report(converted.ignored)
+        effort = body.reasoning.effort if body.reasoning else None
+        unused = unused_effort(view, {"reasoning.effort": effort})
+        headers = context.ignored.report([*converted.ignored, *unused])
         generation = Generation(context, view, (generation_request,), 1, headers)
         builder = ResponseBuilder(
             body, record.suffix, generation, converted.conversation, store, converted.offered

@@ -152,18 +152,26 @@ def test_effort_becomes_the_templates_variable(
 
 
 @pytest.mark.parametrize(
-    ("template", "effort"),
+    ("template", "effort", "variables"),
     [
-        ("{{ x }}", "none"),
-        ("{{ enable_thinking }}", "high"),
-        ("{{ reasoning_effort }}", "xhigh"),
-        ("I was thinking", "none"),
+        ("{{ x }}", "none", {}),
+        ("{{ x }}", "high", {}),
+        ("I was thinking", "none", {}),
+        ("{{ enable_thinking }}", "high", {"enable_thinking": True}),
+        ("{{ reasoning_effort }}", "minimal", {"reasoning_effort": "low"}),
+        ("{{ reasoning_effort }}", "none", {"reasoning_effort": "low"}),
+        ("{{ reasoning_effort }}", "xhigh", {"reasoning_effort": "high"}),
+        (
+            "{{ reasoning_effort }}{{ enable_thinking }}",
+            "minimal",
+            {"enable_thinking": True, "reasoning_effort": "low"},
+        ),
     ],
 )
-def test_effort_that_the_template_does_not_know_is_refused(template: str, effort: str) -> None:
-    with pytest.raises(UnsupportedParameter) as caught:
-        effort_variables(template, effort)
-    assert caught.value.param == "reasoning_effort"
+def test_effort_that_the_template_does_not_know_is_a_hint(
+    template: str, effort: str, variables: dict[str, object]
+) -> None:
+    assert effort_variables(template, effort) == variables
 
 
 def asked(**more: Any) -> ChatPrompt:

@@ -6,12 +6,16 @@ from typing import Any
 import pytest
 
 from core.errors import RequestError
+from core.types import Capability, ChatPrompt
+from router.app import create_app
 from router.requests.body import parse_request
 from router.requests.fields import RequestBody
 from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest
 from router.v1.messages.request import MessagesRequest
 from router.v1.responses.request import ResponsesRequest
+from tests.fakes import CHAT_MODEL, FakeDispatcher, make_services, make_view
+from tests.live_server import client_of
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 APIS: dict[str, tuple[type[RequestBody], dict[str, Any]]] = {
@@ -120,3 +124,51 @@ def test_no_alternatives_need_no_logprobs() -> None:
 )
 def test_tool_choice_is_read_in_the_other_apis_shapes(sent: Any, meant: Any) -> None:
     assert read("chat", tool_choice=sent).tool_choice == meant
+
+
+EFFORTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "chat": ("/v1/chat/completions", {"reasoning_effort": "minimal"}, "reasoning_effort"),
+    "chat, OpenRouter's": (
+        "/v1/chat/completions",
+        {"reasoning": {"effort": "low"}},
+        "reasoning.effort",
+    ),
+    "responses": ("/v1/responses", {"reasoning": {"effort": "low"}}, "reasoning.effort"),
+    "messages": ("/v1/messages", {"output_config": {"effort": "low"}}, "output_config.effort"),
+}
+
+
+@pytest.mark.parametrize("form", EFFORTS)
+@pytest.mark.parametrize("reasons", [False, True])
+async def test_effort_is_named_as_ignored_by_a_model_that_does_not_reason(
+    form: str, reasons: bool
+) -> None:
+    path, fields, name = EFFORTS[form]
+    _, base = APIS[form.partition(",")[0]]
+    known = {Capability.CHAT, *([Capability.REASONING] if reasons else [])}
+    dispatcher = FakeDispatcher()
+    services = make_services(dispatcher, views=[make_view(capabilities=frozenset(known))])
+    async with client_of(create_app(services)) as client:
+        answer = await client.post(path, json={**base, **fields, "model": CHAT_MODEL})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers.get("x-impetus-ignored") == (None if reasons else name)
+    prompt = dispatcher.requests[0].prompt
+    assert isinstance(prompt, ChatPrompt)
+    if not reasons:
+        assert prompt.reasoning_effort is None
+    elif path.endswith("completions"):
+        assert prompt.reasoning_effort == "minimal" if form == "chat" else "low"
+
+
+@pytest.mark.parametrize("fields", [{"thinking_budget": 5}, {"reasoning": {"max_tokens": 5}}])
+async def test_budget_of_reasoning_is_kept_by_a_model_that_does_not_reason(
+    fields: dict[str, Any],
+) -> None:
+    dispatcher = FakeDispatcher()
+    body = {**APIS["chat"][1], **fields, "model": CHAT_MODEL}
+    async with client_of(create_app(make_services(dispatcher))) as client:
+        answer = await client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200
+    prompt = dispatcher.requests[0].prompt
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.reasoning_tokens is None
