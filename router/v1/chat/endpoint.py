@@ -28,6 +28,7 @@ from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.priority import request_priority
 from router.requests.reasoning import for_model, unused_effort
+from router.requests.unreadable import UnreadableParts
 from router.v1.chat.prompt import to_chat_prompt
 from router.v1.chat.request import ChatRequest
 from router.v1.chunks import ChunkFormatter
@@ -70,7 +71,9 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
 
 
 def _converted(body: ChatRequest) -> tuple[ChatPrompt, Output | None, list[str]]:
-    return to_chat_prompt(body), body.output(), body.ignored_names()
+    unreadable = UnreadableParts()
+    prompt = to_chat_prompt(body, unreadable)
+    return prompt, body.output(), [*body.ignored_names(), *sorted(unreadable.names)]
 
 
 def _completion(

@@ -1,20 +1,33 @@
 """Converts OpenAI's messages and tools into the prompt that a chat template renders."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
+from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
-from router.requests.fields import check_schema, refuse_unless_off
+from router.requests.fields import check_schema
 from router.requests.reasoning import merge_budget, merge_effort
-from router.v1.chat.request import ChatRequest, ContentPart, Message, ToolDefinition
+from router.requests.unreadable import UnreadableParts, last_question
+from router.v1.chat.request import (
+    ChatRequest,
+    ContentPart,
+    FunctionCall,
+    Message,
+    ToolDefinition,
+)
+
+_TEXTS = frozenset({"text", "input_text", "output_text", "refusal"})
 
 
-def to_chat_prompt(request: ChatRequest) -> ChatPrompt:
-    """Return the request's prompt.
+def to_chat_prompt(request: ChatRequest, unreadable: UnreadableParts | None = None) -> ChatPrompt:
+    """Return the request's prompt; `unreadable` then knows which parts became notes.
 
-    Raises UnsupportedCapability for parts other than text, RequestError, UnsupportedParameter.
+    Raises UnsupportedCapability for parts other than text in the user's last message, RequestError,
+    UnsupportedParameter.
     """
+    unreadable = unreadable or UnreadableParts()
+    asked = last_question(message.role for message in request.messages)
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
     _check_unique_names(tools)
     choice = request.tool_choice or "auto"
@@ -29,7 +42,7 @@ def to_chat_prompt(request: ChatRequest) -> ChatPrompt:
         )
     return ChatPrompt(
         messages=tuple(
-            _message(message, f"messages[{index}]")
+            _message(message, f"messages[{index}]", unreadable, is_asked=index == asked)
             for index, message in enumerate(request.messages)
         ),
         tools=tools,
@@ -41,13 +54,11 @@ def to_chat_prompt(request: ChatRequest) -> ChatPrompt:
     )
 
 
-def _message(message: Message, param: str) -> ChatMessage:
-    refuse_unless_off(f"{param}.function_call", message.function_call, (None,))
-    refuse_unless_off(f"{param}.audio", message.audio, (None,))
-    if message.content is None and message.role != "assistant":
+def _message(
+    message: Message, param: str, unreadable: UnreadableParts, *, is_asked: bool
+) -> ChatMessage:
+    if message.content is None and is_asked:
         raise RequestError(f"{param}.content: required", param=f"{param}.content")
-    if message.role == "tool" and message.tool_call_id is None:
-        raise RequestError(f"{param}.tool_call_id: required", param=f"{param}.tool_call_id")
     if message.tool_calls and message.role != "assistant":
         raise RequestError(
             f"{param}.tool_calls: only allowed with the role assistant", param=f"{param}.tool_calls"
@@ -55,41 +66,62 @@ def _message(message: Message, param: str) -> ChatMessage:
     role: Literal["system", "user", "assistant", "tool"] = (
         "system" if message.role == "developer" else message.role
     )
+    text = _text(message, f"{param}.content", unreadable, is_asked=is_asked)
+    if message.audio is not None:
+        note = unreadable.note("audio", f"{param}.audio", is_asked=is_asked)
+        text = text or note
     return ChatMessage(
         role=role,
-        content=_text(message, f"{param}.content"),
+        content=text,
         name=message.name,
         reasoning=message.reasoning_content or message.reasoning,
-        tool_calls=tuple(
-            ToolCall(
-                call.id,
-                call.function.name,
-                call.function.arguments,
-            )
-            for call in message.tool_calls or ()
-        ),
+        tool_calls=tuple(_calls(message, param)),
         tool_call_id=message.tool_call_id,
     )
 
 
-def _text(message: Message, param: str) -> str:
+def _calls(message: Message, param: str) -> Iterator[ToolCall]:
+    """Yield the earlier calls, also those in the older form of the API and of custom tools."""
+    if message.function_call is not None:
+        yield _call("", message.function_call)
+    for index, call in enumerate(message.tool_calls or ()):
+        if call.function is not None:
+            yield _call(call.id or "", call.function)
+        elif call.custom is not None:
+            arguments = json.dumps({"input": call.custom.input}, ensure_ascii=False)
+            yield ToolCall(call.id or "", call.custom.name, arguments)
+        else:
+            name = f"{param}.tool_calls[{index}].function"
+            raise RequestError(f"{name}: required", param=name)
+
+
+def _call(call_id: str, function: FunctionCall) -> ToolCall:
+    arguments = function.arguments
+    if not isinstance(arguments, str):
+        arguments = "" if arguments is None else json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(call_id, function.name, arguments)
+
+
+def _text(message: Message, param: str, unreadable: UnreadableParts, *, is_asked: bool) -> str:
     if message.content is None:
         return message.refusal or ""
     if isinstance(message.content, str):
         return message.content
-    parts = enumerate(message.content)
-    return "\n".join(_part_text(part, f"{param}[{index}]") for index, part in parts)
+    return "\n".join(
+        _part_text(part, f"{param}[{index}]", unreadable, is_asked=is_asked)
+        for index, part in enumerate(message.content)
+    )
 
 
-def _part_text(part: ContentPart, param: str) -> str:
-    if part.type not in ("text", "refusal"):
-        raise UnsupportedCapability(
-            f"Content parts of type {part.type[:50]!r} are not supported; send text.", param=param
-        )
-    text = part.text if part.type == "text" else part.refusal
-    if text is None:
+def _part_text(
+    part: ContentPart, param: str, unreadable: UnreadableParts, *, is_asked: bool
+) -> str:
+    if part.type not in _TEXTS:
+        return unreadable.note(part.type, param, is_asked=is_asked)
+    text = part.refusal if part.type == "refusal" else part.text
+    if text is None and is_asked:
         raise RequestError(f"{param}.{part.type}: required", param=f"{param}.{part.type}")
-    return text
+    return text or ""
 
 
 def _check_unique_names(tools: Sequence[Tool]) -> None:

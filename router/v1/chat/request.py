@@ -23,18 +23,26 @@ from router.requests.tools import ToolChoice, parse_tool_choice
 
 
 class FunctionCall(RequestPart):
-    """The function of a tool call; `arguments` is JSON text."""
+    """The function of a tool call; `arguments` is JSON text, but a history may hold anything."""
 
     name: str
-    arguments: str
+    arguments: Any = None
+
+
+class CustomCall(RequestPart):
+    """The custom tool of a call; `input` is plain text."""
+
+    name: str
+    input: str = ""
 
 
 class MessageToolCall(RequestPart):
-    """A tool call that an earlier answer made."""
+    """A tool call that an earlier answer made, by this model or another one."""
 
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
+    id: str | None = None
+    type: str = "function"
+    function: FunctionCall | None = None
+    custom: CustomCall | None = None
 
 
 class ContentPart(RequestPart):
@@ -56,7 +64,7 @@ class Message(RequestPart):
     refusal: str | None = None
     tool_calls: Annotated[Items[MessageToolCall], Field(max_length=MAX_TOOL_CALLS)] | None = None
     tool_call_id: str | None = None
-    function_call: Any = None
+    function_call: FunctionCall | None = None
     audio: Any = None
 
 

@@ -1,0 +1,115 @@
+"""What lies in a history of chat completions is read, noted or adapted, but never refused."""
+
+import json
+from typing import Any
+
+import pytest
+
+from core.types import ChatMessage, ChatPrompt, ToolCall
+from router.app import create_app
+from tests.fakes import FakeDispatcher, make_services
+from tests.live_server import client_of
+
+USER = {"role": "user", "content": "look"}
+CALL = {"id": "c", "type": "function", "function": {"name": "view", "arguments": "{}"}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+
+async def sent(*messages: dict[str, Any], **more: Any) -> tuple[Any, FakeDispatcher]:
+    dispatcher = FakeDispatcher()
+    async with client_of(create_app(make_services(dispatcher))) as client:
+        body = {"model": "tiny", "messages": messages, **more}
+        return await client.post("/v1/chat/completions", json=body), dispatcher
+
+
+async def read(*messages: dict[str, Any]) -> tuple[tuple[ChatMessage, ...], str]:
+    """Return the messages of the prompt, and the header of ignored names."""
+    response, dispatcher = await sent(*messages)
+    assert response.status_code == 200, response.text
+    prompt = dispatcher.requests[0].prompt
+    assert isinstance(prompt, ChatPrompt)
+    return prompt.messages, response.headers.get("x-impetus-ignored", "")
+
+
+@pytest.mark.parametrize(
+    ("part", "note"),
+    [
+        (IMAGE, "[an image, which this model cannot see]"),
+        ({"type": "input_audio", "input_audio": {}}, "[a sound, which this model cannot read]"),
+        ({"type": "file", "file": {"file_id": "f"}}, "[a file, which this model cannot read]"),
+        ({"type": "hologram"}, "[content of type hologram, which this model cannot read]"),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("place", ["earlier", "result", "system", "answer"])
+async def test_an_unreadable_part_of_a_history_becomes_a_note(
+    place: str, part: dict[str, Any], note: str
+) -> None:
+    content = [{"type": "text", "text": "before"}, part]
+    histories: dict[str, list[dict[str, Any]]] = {
+        "earlier": [{"role": "user", "content": content}, {"role": "assistant"}, USER],
+        "result": [USER, CALLING, {"role": "tool", "tool_call_id": "c", "content": content}],
+        "system": [{"role": "system", "content": content}, USER],
+        "answer": [USER, {"role": "assistant", "content": content}, USER],
+    }
+    messages, ignored = await read(*histories[place])
+    assert f"before\n{note}" in [message.content for message in messages]
+    assert ignored == f"messages.content.{part['type']}"
+
+
+@pytest.mark.parametrize(
+    "later", [[], [CALLING, {"role": "tool", "tool_call_id": "c", "content": "x"}]]
+)
+async def test_an_image_that_the_user_sends_now_is_refused(later: list[dict[str, Any]]) -> None:
+    response, dispatcher = await sent(USER, {"role": "user", "content": [IMAGE]}, *later)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "unsupported_capability")
+    assert error["param"] == "messages[1].content[0]"
+    assert "no model on this server" in error["message"]
+    assert not dispatcher.requests
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ({"a": 1}, '{"a": 1}'),
+        ([1], "[1]"),
+        (None, ""),
+        ("", ""),
+        ('{"a', '{"a'),
+        (json.dumps('{"a": 1}'), json.dumps('{"a": 1}')),
+    ],
+)
+async def test_arguments_of_any_kind_are_kept_as_text(arguments: Any, kept: str) -> None:
+    function = {"name": "view", "arguments": arguments}
+    calling = {"role": "assistant", "tool_calls": [{"id": "c", "function": function}]}
+    messages, _ = await read(USER, calling, {"role": "tool", "tool_call_id": "c", "content": "x"})
+    assert messages[1].tool_calls == (ToolCall("c", "view", kept),)
+
+
+async def test_calls_of_older_and_newer_clients_are_read() -> None:
+    messages, _ = await read(
+        USER,
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "tool", "content": None},
+        {"role": "assistant", "tool_calls": [
+            {"id": "c", "type": "custom", "custom": {"name": "patch", "input": "*** é"}}]},
+        {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "done"}]},
+        USER,
+    )  # fmt: skip
+    assert messages[1].tool_calls == (ToolCall("", "f", "{}"),)
+    assert messages[2] == ChatMessage("tool", "")
+    assert messages[3].tool_calls == (ToolCall("c", "patch", '{"input": "*** é"}'),)
+
+
+async def test_a_call_without_a_function_is_refused_by_name() -> None:
+    response, _ = await sent(USER, {"role": "assistant", "tool_calls": [{"id": "c"}]}, USER)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages[1].tool_calls[0].function"
+
+
+async def test_earlier_sound_becomes_a_note() -> None:
+    messages, ignored = await read(USER, {"role": "assistant", "audio": {"id": "a"}}, USER)
+    assert messages[1].content == "[a sound, which this model cannot read]"
+    assert ignored == "messages.content.audio"
