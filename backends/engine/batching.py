@@ -60,7 +60,7 @@ class BatchingEngine(Engine):
             self._stop_preparing()
             raise
         self.max_sequences = self._loop.max_sequences
-        self.limitations = self._loop.limitations
+        self.limitations = (*self._loop.limitations, *preparer.limitations())
 
     def _stop_preparing(self) -> None:
         """Wait for the requests that are being prepared: they use the stepper's vocabulary."""

@@ -4,10 +4,13 @@ import ctypes
 import logging
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from backends.base import EngineOptions
+from backends.control_tokens import PromptPart
+from backends.gguf.control_text import PartEncoder, added_texts
 from backends.gguf.tokenization import GgufTokenization
 from backends.grammar.compiler import GrammarCompiler, GrammarMask
 from backends.grammar.constraint import Constraint
@@ -97,6 +100,7 @@ class GgufModel:
         )
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}
+        self._part_encoders: dict[frozenset[str], PartEncoder] = {}
         self._grammar_lock = threading.Lock()
         self._compiler: GrammarCompiler | None = None
         self._keeps_state = bool(
@@ -142,6 +146,19 @@ class GgufModel:
         Raises RequestError for text that is not valid Unicode or not in the vocabulary.
         """
         return self._text.encode(text, add_special=add_bos, parse_special=parse_special)
+
+    def added_tokens(self) -> Mapping[str, bool]:
+        """See `backends.control_tokens.EncodesParts`."""
+        return added_texts(self._text)
+
+    def encode_parts(
+        self, parts: Sequence[PromptPart], names: frozenset[str], *, add_bos: bool
+    ) -> list[int]:
+        """See `backends.control_tokens.EncodesParts`."""
+        encoder = self._part_encoders.get(names)
+        if encoder is None:
+            encoder = self._part_encoders[names] = PartEncoder(self._text, names)
+        return encoder.encode(parts, add_bos=add_bos)
 
     def fewest_tokens(self, text: str, limit: int) -> int:
         """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""

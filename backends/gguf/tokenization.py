@@ -69,14 +69,20 @@ class GgufTokenization:
         }
         if len(chunks) == 1 and self._kind not in kinds:
             return self._tokenize(text, add_special, parse_special)
-        around = self._tokenize("", True, parse_special) if add_special else []
-        begin = 1 if len(around) > 1 else len(around) * self._adds_bos
-        ids = around[:begin]
+        before, after = self.around if add_special else ([], [])
+        ids = list(before)
         for chunk in chunks:
             for each in kinds.get(self._kind, self._whole)(chunk, parse_special):
                 check_cancelled()
                 ids += each
-        return [*ids, *around[begin:]]
+        return [*ids, *after]
+
+    @cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The tokens that begin and end a text."""
+        around = self._tokenize("", True, False)
+        begin = 1 if len(around) > 1 else len(around) * self._adds_bos
+        return around[:begin], around[begin:]
 
     def _is_safe(self, length: int) -> bool:
         """Whether text of this length can be tokenized at once, on any thread."""
@@ -177,6 +183,11 @@ class GgufTokenization:
     @cached_property
     def _specials(self) -> Specials:
         """The texts that are tokens of their own wherever they stand."""
+        return Specials(frozenset(self.added_ids))
+
+    @cached_property
+    def added_ids(self) -> dict[str, int]:
+        """The ids of the tokens that `_specials` are the texts of."""
         llama = self._llama
         wanted = (
             llama.LLAMA_TOKEN_ATTR_CONTROL
@@ -184,8 +195,29 @@ class GgufTokenization:
             | llama.LLAMA_TOKEN_ATTR_UNKNOWN
         )
         found = (index for index, each in enumerate(self.attributes) if each & wanted)
-        texts = (self.piece(each, special=True).decode("utf-8", "replace") for each in found)
-        return Specials({text for text in texts if text})
+        texts = (
+            (self.piece(each, special=True).decode("utf-8", "replace"), each) for each in found
+        )
+        return {text: token_id for text, token_id in texts if text}
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether llama.cpp finds the token in a text with `parse_special` only."""
+        llama = self._llama
+        kinds = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_UNKNOWN
+        return bool(self.attributes[token_id] & kinds)
+
+    def strips(self, token_id: int) -> tuple[bool, bool]:
+        """Return whether a special token takes the blanks before it, and those behind it."""
+        flags, llama = self.attributes[token_id], self._llama
+        return (
+            bool(flags & llama.LLAMA_TOKEN_ATTR_LSTRIP),
+            bool(flags & llama.LLAMA_TOKEN_ATTR_RSTRIP),
+        )
+
+    @property
+    def is_sentence_piece(self) -> bool:
+        """Whether a mark of a word may be put before a text."""
+        return bool(self._kind == self._llama.LLAMA_VOCAB_TYPE_SPM)
 
     @cached_property
     def _adds_bos(self) -> bool:

@@ -2,15 +2,17 @@
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from backends.control_tokens import PromptPart
 from backends.grammar.compiler import GrammarCompiler, GrammarMask
 from backends.grammar.constraint import Constraint
 from backends.grammar.vocabulary import Vocabulary
 from backends.hf.config import HfFolder, read_folder
+from backends.hf.control_text import PartEncoder
 from backends.hf.header import broken, read_optional_json, read_text
 from backends.hf.pieces import piece_reader
 from backends.hf.token_lengths import longest_token
@@ -65,6 +67,7 @@ class HfTokenizer:
         self._pieces: dict[int, bytes] = {}
         self._lock = threading.Lock()
         self._plain: Any = None
+        self._part_encoders: dict[frozenset[str], PartEncoder] = {}
         self._compiler: GrammarCompiler | None = None
         self.bos_text = self._special_text("bos")
         self.eos_text = self._special_text("eos")
@@ -89,6 +92,26 @@ class HfTokenizer:
         """
         tokenizer = self._tokenizer if parse_special else self._plain_tokenizer()
         ids = _encode(tokenizer, text, add_special_tokens=False)
+        return [*self._prefix, *ids] if add_bos else ids
+
+    def added_tokens(self) -> Mapping[str, bool]:
+        """See `backends.control_tokens.EncodesParts`."""
+        texts = ((i, text.decode()) for i, text in self._added.items())
+        return {text: i in self._special for i, text in texts if text}
+
+    def encode_parts(
+        self, parts: Sequence[PromptPart], names: frozenset[str], *, add_bos: bool
+    ) -> list[int]:
+        """See `backends.control_tokens.EncodesParts`."""
+        with self._lock:
+            encoder = self._part_encoders.get(names)
+            if encoder is None:
+                encoder = self._part_encoders[names] = PartEncoder(
+                    self._tokenizer,
+                    names,
+                    lambda tokenizer, text: _encode(tokenizer, text, add_special_tokens=False),
+                )
+        ids = encoder.encode(parts)
         return [*self._prefix, *ids] if add_bos else ids
 
     def encode_for_embedding(self, text: str) -> list[int]:

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from backends.answer.assembler import TextAssembler
 from backends.answer.mask import AnswerMask, ReasoningPlan
 from backends.base import ModelInfo
+from backends.control_tokens import EncodesParts
 from backends.grammar.compiler import output_constraint
 from backends.grammar.constraint import BareCallGrammar, Constraint, TokenMask
 from backends.prompt.chat_format import ChatFormat, OutputParser
+from backends.prompt.control_text import ControlNames, ControlText, Disguise
 from backends.prompt.infill import InfillTokens
 from backends.prompt.normalize import normalize_prompt
 from backends.stepper import BoundsTokens, ShowsTokens, Tokenizer
@@ -161,6 +164,7 @@ class Preparer:
     def read_vocabulary(self) -> None:
         """See `backends.stepper.Tokenizer`."""
         self._tokenizer.read_vocabulary()
+        _ = self._control_text
 
     def count(self, prompt: Prompt) -> int:
         """Return the number of prompt tokens; raises as `prepare` does.
@@ -169,7 +173,7 @@ class Preparer:
         """
         limit = max(self.context_tokens, _MAX_COUNTED_TOKENS)
         if isinstance(prompt, ChatPrompt):
-            return len(self._chat_ids(self._render(prompt, limit), limit))
+            return len(self._chat_ids(*self._render(prompt, limit), limit))
         return len(self._plain_ids(prompt, limit))
 
     def tokenize(self, prompt: Prompt, options: TokenizeOptions) -> TokenizedPrompt:
@@ -224,10 +228,24 @@ class Preparer:
                 self._check_length(prompt.suffix, limit)
                 return self._infill.token_ids(prompt, self._tokenizer)
 
-    def _chat_ids(self, rendered: str, limit: int) -> list[int]:
+    def _chat_ids(self, rendered: str, disguise: Disguise | None, limit: int) -> list[int]:
         # Many templates write the BOS token themselves; the tokenizer would add it again.
         text = rendered.removeprefix(self._bos_text) if self._bos_text else rendered
-        return self._encoded(text, limit)
+        if disguise is None or self._control_text is None:
+            return self._encoded(text, limit)
+        assert isinstance(self._tokenizer, EncodesParts)
+        self._check_length(disguise.text(text), limit)
+        names = self._control_text.names
+        return self._tokenizer.encode_parts(disguise.parts(text), names, add_bos=True)
+
+    @cached_property
+    def _control_text(self) -> ControlText | None:
+        """What keeps control tokens out of messages; None if the tokenizer cannot tell them."""
+        if not isinstance(self._tokenizer, EncodesParts):
+            return None
+        tokens = self._tokenizer.added_tokens()
+        template = self._info.chat_template or ""
+        return ControlText(ControlNames.of(tokens, self._chat.markers, template))
 
     def _encoded(self, text: str, limit: int) -> list[int]:
         """Tokenize a prompt, unless it certainly has more than `limit` tokens."""
@@ -240,16 +258,26 @@ class Preparer:
             if fewest > limit:
                 raise ContextLengthExceeded.of(fewest, self.context_tokens, is_least=True)
 
-    def _render(self, prompt: ChatPrompt, limit: int) -> str:
+    def _render(self, prompt: ChatPrompt, limit: int) -> tuple[str, Disguise | None]:
+        """Return the rendered prompt and how control tokens' names in its texts are disguised."""
         # A text that cannot fit is not copied to the template's process and back.
         asked = (each.content for each in reversed(prompt.messages) if each.role == "user")
         self._check_length(next(asked, "").strip(), limit)
-        return self._chat.render(normalize_prompt(prompt) if self._stable_prompts else prompt)
+        prompt = normalize_prompt(prompt) if self._stable_prompts else prompt
+        if self._control_text is None:
+            return self._chat.render(prompt), None
+        return self._control_text.render(prompt, self._chat.render)
+
+    def limitations(self) -> tuple[str, ...]:
+        """Return what the chat template makes impossible; renders it, which blocks as `prepare`."""
+        if self._control_text is None or not self._info.chat_template:
+            return ()
+        return self._control_text.limitations(self._chat.render)
 
     def _tokenized_chat(self, prompt: ChatPrompt, output: Output | None) -> _Tokenized:
-        rendered = self._render(prompt, self.context_tokens)
+        rendered, disguise = self._render(prompt, self.context_tokens)
         return _Tokenized(
-            self._chat_ids(rendered, self.context_tokens),
+            self._chat_ids(rendered, disguise, self.context_tokens),
             self._chat.parser(prompt, rendered),
             self._chat.stop,
             self._chat.constraint(prompt, output, rendered),
