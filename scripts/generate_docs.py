@@ -1,4 +1,4 @@
-"""Generates docs/configuration.md and the architectures of docs/formats.md; `--check` compares."""
+"""Generates docs/configuration.md and tables of other pages; `--check` compares."""
 
 import json
 import sys
@@ -13,10 +13,12 @@ from pydantic.fields import FieldInfo
 from core.settings import ByteCount, Seconds, Settings
 from core.units import format_bytes
 from scripts.architecture_table import with_architectures
+from scripts.fields_table import with_fields
 
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 CONFIGURATION = _DOCS / "configuration.md"
 FORMATS = _DOCS / "formats.md"
+REFERENCE = _DOCS / "API_REFERENCE.md"
 ARCHITECTURES = _DOCS / "architectures.json"
 INTRODUCTION = """\
 # Configuration
@@ -51,7 +53,11 @@ def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--check"]):
         sys.stderr.write("usage: scripts/docs [--check]\n")
         return 2
-    pages = {CONFIGURATION: configuration_page(), FORMATS: formats_page()}
+    pages = {
+        CONFIGURATION: configuration_page(),
+        FORMATS: formats_page(),
+        REFERENCE: reference_page(),
+    }
     if not arguments:
         for page, text in pages.items():
             page.write_text(text)
@@ -71,6 +77,11 @@ def configuration_page() -> str:
         for name, field in Settings.model_fields.items()
     ]
     return INTRODUCTION + "".join(rows) + RAY
+
+
+def reference_page() -> str:
+    """Return docs/API_REFERENCE.md with the table of fields as the request models have them."""
+    return with_fields(REFERENCE.read_text())
 
 
 def formats_page() -> str:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from core.errors import RequestError, UnsupportedParameter
 from core.types import JsonValue, SamplingParams
@@ -22,6 +22,7 @@ from router.requests.limits import (
     MAX_STOPS,
     too_many,
 )
+from router.requests.other_fields import ALREADY_SO, REFUSED
 
 AnyEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -106,6 +107,8 @@ class RequestBody(RequestPart):
 
     unsupported: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {}
     harmless: ClassVar[frozenset[str]] = frozenset()
+    # Whether the answer is generated, so that fields of generation mean something.
+    generates: ClassVar[bool] = True
 
     model: str = Field(min_length=1)
     user: str | None = None
@@ -130,13 +133,26 @@ class RequestBody(RequestPart):
     def refuse_unsupported(self) -> None:
         """Raise UnsupportedParameter for a known field that is not supported here."""
         for name, value in (self.model_extra or {}).items():
-            if name in self.unsupported and value is not None:
-                refuse_unless_off(name, value, self.unsupported[name])
+            off = self.off_values(name)
+            if off is not None and value is not None:
+                refuse_unless_off(name, value, off)
 
     def ignored_names(self) -> list[str]:
         """Return the unknown fields, in the order they were sent."""
-        known = self.unsupported.keys() | self.harmless
-        return [name for name in self.model_extra or () if name not in known]
+        return [
+            name
+            for name, value in (self.model_extra or {}).items()
+            if self.off_values(name) is None
+            and name not in self.harmless
+            and value not in ALREADY_SO.get(name, ())
+        ]
+
+    @classmethod
+    def off_values(cls, name: str) -> tuple[JsonValue, ...] | None:
+        """Return which values of an unread field mean "off"; None for a field not refused."""
+        if name in cls.unsupported:
+            return cls.unsupported[name]
+        return REFUSED.get(name) if cls.generates else None
 
 
 def _objects(items: list[Any], param: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -264,7 +280,9 @@ class SamplingFields(RequestBody):
     seed: Annotated[int, Field(ge=-(2**63), lt=SEED_MODULUS), WholeNumber] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = Field(
+        default=None, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
+    )
     logit_bias: Annotated[dict[int, float], PlainValidator(parse_logit_bias)] = Field(
         default_factory=dict
     )

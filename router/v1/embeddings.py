@@ -3,7 +3,7 @@
 import asyncio
 import base64
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,8 @@ def parse_truncate(value: object) -> Truncation | None:
 
 class EmbeddingRequest(RequestBody):
     """Body of `POST /v1/embeddings`."""
+
+    generates: ClassVar = False
 
     input: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_embedding_input)]
     encoding_format: Literal["float", "base64"] | None = None

@@ -57,6 +57,8 @@ def _text(value: object) -> str | None:
 class RerankRequest(RequestBody):
     """Body of `POST /v1/rerank`."""
 
+    generates: ClassVar = False
+
     unsupported: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {
         "rank_fields": (["text"],),
         "return_embeddings": (False,),

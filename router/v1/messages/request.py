@@ -204,7 +204,7 @@ class MessagesPromptRequest(RequestBody):
 class MessagesRequest(MessagesPromptRequest):
     """Body of `POST /v1/messages`."""
 
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32)]
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT32), WholeNumber]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=MAX_INT32), WholeNumber] | None = None

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import UnsupportedParameter
 from core.settings import Settings
-from scripts import generate_docs
+from router.requests.fields import RequestBody
+from scripts import fields_table, generate_docs
 
 
 def test_configuration_page_names_every_setting() -> None:
@@ -27,7 +29,11 @@ def test_configuration_page_does_not_depend_on_the_user(monkeypatch: pytest.Monk
 def test_check_fails_on_an_old_page_and_leaves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pages = {"CONFIGURATION": "configuration.md", "FORMATS": "formats.md"}
+    pages = {
+        "CONFIGURATION": "configuration.md",
+        "FORMATS": "formats.md",
+        "REFERENCE": "API_REFERENCE.md",
+    }
     for constant, name in pages.items():
         shutil.copy(getattr(generate_docs, constant), tmp_path / name)
         monkeypatch.setattr(generate_docs, constant, tmp_path / name)
@@ -43,3 +49,31 @@ def test_check_fails_on_an_old_page_and_leaves_it(
 
 def test_unknown_argument_is_refused() -> None:
     assert generate_docs.main(["--chekc"]) == 2
+
+
+def test_reference_has_the_fields_as_the_apis_treat_them_now() -> None:
+    assert generate_docs.reference_page() == generate_docs.REFERENCE.read_text()
+
+
+@pytest.mark.parametrize("api", fields_table.APIS)
+def test_every_api_treats_each_field_as_the_table_says(api: str) -> None:
+    model = fields_table.APIS[api]
+    required = {"model": "m", "messages": [], "prompt": ("x",), "input": "x", "max_tokens": 1}
+    for name in fields_table.all_fields():
+        body = model.model_construct(**required)
+        if name in model.model_fields:
+            assert fields_table.treatment(model, name) == "read"
+            continue
+        object.__setattr__(body, "__pydantic_extra__", {name: "on"})
+        try:
+            RequestBody.refuse_unsupported(body)
+        except UnsupportedParameter:
+            seen = "refused"
+        else:
+            seen = "ignored" if name in RequestBody.ignored_names(body) else "no effect"
+        assert fields_table.treatment(model, name) == seen, name
+
+
+def test_page_without_the_tables_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no lines"):
+        fields_table.with_fields("# API\n")

@@ -206,7 +206,7 @@ async def test_values_are_echoed_short_and_escaped(app: FastAPI) -> None:
         ("/v1/chat/completions", {"chat_template_kwargs": {evil: evil}}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": evil}]}]}),
         ("/v1/responses", {"previous_response_id": evil}),
-        ("/v1/responses", {"include": [evil]}),
+        ("/v1/responses", {"tool_choice": {"type": evil}}),
         ("/v1/messages", {"messages": [{"role": "user", "content": [{"type": evil}]}]}),
     ]
     for path, changes in fields:

@@ -465,7 +465,7 @@ def test_refused_field_names_each_accepted_value_once(off: tuple[Any, ...], acce
     assert refusal.value.message.endswith(f"leave it out or send one of: {accepted}")
 
 
-def test_refused_part_of_a_message_names_null_once() -> None:
+def test_a_refusal_names_null_once() -> None:
     with pytest.raises(UnsupportedParameter) as refusal:
-        to_chat_prompt(chat(messages=[{"role": "assistant", "audio": {"id": "x"}}]))
+        refuse_unless_off("modalities", ["audio"], (None, ["text"]))
     assert refusal.value.message.count("null") == 1

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from core.errors import RequestError
-from core.types import Capability, ChatPrompt
+from core.errors import RequestError, UnsupportedParameter
+from core.types import Capability, ChatPrompt, JsonOutput
 from router.app import create_app
 from router.requests.body import parse_request
 from router.requests.fields import RequestBody
+from router.requests.other_fields import HINTS, REFUSED
 from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest
 from router.v1.messages.request import MessagesRequest
@@ -172,3 +173,68 @@ async def test_budget_of_reasoning_is_kept_by_a_model_that_does_not_reason(
     prompt = dispatcher.requests[0].prompt
     assert isinstance(prompt, ChatPrompt)
     assert prompt.reasoning_tokens is None
+
+
+ON: dict[str, Any] = {
+    "add_generation_prompt": False, "skip_special_tokens": False, "n": 2, "min_tokens": 3,
+    "truncate_prompt_tokens": 5, "prompt_logprobs": 1, "json_schema": {"type": "object"},
+    "response_format": {"type": "json_object"}, "stop": ["x"], "stop_sequences": ["x"],
+    "structured_outputs": {"regex": "a"}, "documents": [{"text": "x"}], "guided_json": {},
+    "stop_token_ids": [2], "allowed_token_ids": [2], "bad_words": ["x"], "guided_choice": ["a"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("name", REFUSED)
+def test_field_that_changes_the_answer_is_read_or_refused_but_never_dropped(
+    api: str, name: str
+) -> None:
+    model, _ = APIS[api]
+    if name in model.model_fields:
+        return
+    text = name in ("ebnf", "grammar", "guided_grammar", "guided_regex", "regex")
+    with pytest.raises(UnsupportedParameter) as caught:
+        read(api, **{name: ON.get(name, "x" if text else True)})
+    assert caught.value.param == name
+    for off in (None, *REFUSED[name]):
+        assert name not in read(api, **{name: off}).ignored_names()
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("name", HINTS)
+def test_hint_is_ignored_and_named(api: str, name: str) -> None:
+    assert read(api, **{name: 0}).ignored_names() == [name]
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_what_happens_anyway_is_not_called_ignored(api: str) -> None:
+    assert read(api, cache_prompt=True).ignored_names() == []
+    assert read(api, cache_prompt=False).ignored_names() == ["cache_prompt"]
+
+
+@pytest.mark.parametrize("api", OPENAI)
+def test_repeat_penalty_is_llama_cpps_name_of_the_penalty(api: str) -> None:
+    body = read(api, repeat_penalty=1.5)
+    assert body.sampling(top_logprobs=None).repetition_penalty == 1.5
+    assert body.ignored_names() == []
+    with pytest.raises(RequestError) as caught:
+        read(api, repeat_penalty=0)
+    assert caught.value.param == "repeat_penalty"
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_schema_beside_the_type_is_enforced(kind: str) -> None:
+    schema = {"type": "object", "required": ["a"]}
+    for api in ("chat", "completions"):
+        body = read(api, response_format={"type": kind, "schema": schema})
+        assert body.output() == JsonOutput(schema)
+        twice = {"type": kind, "schema": schema, "json_schema": {"schema": {"type": "array"}}}
+        with pytest.raises(RequestError) as caught:
+            read(api, response_format=twice).output()
+        assert caught.value.param == "response_format.schema"
+
+
+def test_bound_inside_structured_outputs_is_refused() -> None:
+    with pytest.raises(UnsupportedParameter) as caught:
+        read("chat", structured_outputs={"structural_tag": "root ::= x"}).output()
+    assert caught.value.param == "structured_outputs.structural_tag"
