@@ -122,6 +122,12 @@ class Settings(BaseSettings):
         le=8192,
         description="Maximum prompt tokens per engine step.",
     )
+    default_model: str = Field(
+        default="",
+        max_length=512,
+        description="Id or alias of the model for requests that name none; empty: the only "
+        "loaded model that can answer them.",
+    )
     truncate_inputs: bool = Field(
         default=True,
         description="Cut inputs of embeddings and reranking over the model's limit if the request "

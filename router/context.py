@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import Send
 
-from core.errors import ModelNotFound, UnsupportedCapability
+from core.errors import ModelNotFound, RequestError, UnsupportedCapability
 from core.metrics import Metrics
 from core.types import Capability
 from router.services import ModelView, Services
@@ -111,10 +111,13 @@ class RouteContext:
     async def model(self, name: str, capability: Capability, record: RequestRecord) -> ModelView:
         """Return the model that a request names, checked for the requested capability.
 
-        Raises UnsupportedCapability and what `Catalog.resolve` raises.
+        Without a name it is the setting `default_model`, else the only loaded model that has the
+        capability.  Raises RequestError without either, UnsupportedCapability and what
+        `Catalog.resolve` raises.
         """
         if len(name) > NAME_LIMIT:
             raise ModelNotFound.of(name, [])
+        name = name or self.services.settings.default_model or await self._loaded(capability)
         view = await self.services.catalog.resolve(name)
         record.model_id = view.id
         if capability not in view.capabilities:
@@ -125,6 +128,20 @@ class RouteContext:
                 param="model",
             )
         return view
+
+    async def _loaded(self, capability: Capability) -> str:
+        """Return the only loaded model with the capability.  Raises RequestError."""
+        views = await self.services.catalog.models()
+        able = [view.id for view in views if capability in view.capabilities]
+        loaded = [view.id for view in views if view.id in able and view.state == "resident"]
+        if len(loaded) != 1:
+            raise RequestError(
+                f"model: required, as {len(loaded)} models that can be used for "
+                f"{capability.value} are loaded; name one of /v1/models, or set "
+                "IMPETUS_DEFAULT_MODEL.",
+                param="model",
+            )
+        return loaded[0]
 
     async def _advice(self, capability: Capability) -> str:
         """Name a model that has the capability, one that is loaded if possible."""

@@ -110,7 +110,8 @@ class RequestBody(RequestPart):
     # Whether the answer is generated, so that fields of generation mean something.
     generates: ClassVar[bool] = True
 
-    model: str = Field(min_length=1)
+    # Empty if the request names none; `RouteContext.model` then chooses.
+    model: str = Field(default="", min_length=1)
     user: str | None = None
 
     @classmethod
