@@ -15,8 +15,7 @@ from functools import cached_property
 
 from backends.answer.reasoning import reasoning_tags
 from backends.control_tokens import PromptPart
-from backends.prompt.templates import TemplateRefused
-from core.errors import BrokenModel, EngineFailed, RequestError
+from core.errors import BrokenModel, EngineFailed, RequestError, TemplateRefused
 from core.types import ChatMessage, ChatPrompt, JsonValue, Tool, ToolCall
 
 # Planes 15 and 16 are for private use; the last blocks of plane 16 are the least likely in text.

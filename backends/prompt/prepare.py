@@ -181,8 +181,9 @@ class Preparer:
         limit = max(self.context_tokens, _MAX_COUNTED_TOKENS)
         text = None
         if isinstance(prompt, ChatPrompt):
-            text = self._render(prompt, limit)
-            token_ids = self._chat_ids(text, limit)
+            rendered, disguise = self._render(prompt, limit)
+            token_ids = self._chat_ids(rendered, disguise, limit)
+            text = rendered if disguise is None else disguise.text(rendered)
         elif isinstance(prompt, TextPrompt):
             text = prompt.text
             self._check_length(text, limit)

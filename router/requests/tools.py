@@ -35,9 +35,13 @@ def parse_tool_choice(value: object) -> ToolChoice | None:
             return None
         case "none" | "auto" | "required":
             return value
-        case {"type": "none" | "auto" | "required" as word}:
-            # Cursor and other clients send Anthropic's shape to every API.
-            return word
+        # Cursor and other clients send Anthropic's shape to every API.
+        case {"type": "none"}:
+            return "none"
+        case {"type": "auto"}:
+            return "auto"
+        case {"type": "required"}:
+            return "required"
         case {"type": "any"}:
             return "required"
         case {"type": "function", "function": {"name": str(name)}}:

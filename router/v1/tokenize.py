@@ -40,8 +40,6 @@ class TemplateRequest(ChatRequest):
         "continue_final_message": (False,),
     }
 
-    model: str = Field(default="", min_length=1)
-
 
 class TokenizeRequest(TemplateRequest):
     """Body of `POST /tokenize`: a text as `content` (llama.cpp) or `prompt` (vLLM), or messages."""
@@ -169,26 +167,10 @@ async def _ask(
     """Return the model and what it makes of `prompt`, None if the client left."""
     is_plain = isinstance(prompt, TextPrompt | TokenPrompt)
     capability = Capability.COMPLETION if is_plain else Capability.CHAT
-    view = await context.model(
-        name or await _only_resident(context, capability), capability, record_of(request.scope)
-    )
+    view = await context.model(name, capability, record_of(request.scope))
     deadline_s = context.services.settings.request_timeout_s
     asked = context.services.dispatcher.tokenize(view.id, prompt, options, deadline_s)
     return view, await unless_disconnected(asked, request.receive)
-
-
-async def _only_resident(context: RouteContext, capability: Capability) -> str:
-    """Return the model that is meant where none is named, as clients of llama.cpp do."""
-    views = await context.services.catalog.models()
-    found = [v.id for v in views if v.state == "resident" and capability in v.capabilities]
-    if len(found) == 1:
-        return found[0]
-    loaded = f"{len(found)} models are loaded: {', '.join(found[:10])}" if found else "none is"
-    raise RequestError(
-        "model: required unless exactly one model is loaded that can be used for "
-        f"{capability.value}; {loaded}{'' if found else ' loaded'}.",
-        param="model",
-    )
 
 
 def _piece(piece: bytes) -> JsonValue:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,13 @@ def test_reference_has_the_fields_as_the_apis_treat_them_now() -> None:
 @pytest.mark.parametrize("api", fields_table.APIS)
 def test_every_api_treats_each_field_as_the_table_says(api: str) -> None:
     model = fields_table.APIS[api]
-    required = {"model": "m", "messages": [], "prompt": ("x",), "input": "x", "max_tokens": 1}
+    required: dict[str, Any] = {
+        "model": "m",
+        "messages": [],
+        "prompt": ("x",),
+        "input": "x",
+        "max_tokens": 1,
+    }
     for name in fields_table.all_fields():
         body = model.model_construct(**required)
         if name in model.model_fields:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from core.errors import RequestError, UnsupportedParameter
-from core.types import Capability, ChatPrompt, JsonOutput
+from core.types import Capability, ChatPrompt, JsonOutput, JsonValue
 from router.app import create_app
 from router.requests.body import parse_request
 from router.requests.fields import RequestBody
@@ -224,7 +224,7 @@ def test_repeat_penalty_is_llama_cpps_name_of_the_penalty(api: str) -> None:
 
 @pytest.mark.parametrize("kind", ["json_object", "json_schema"])
 def test_schema_beside_the_type_is_enforced(kind: str) -> None:
-    schema = {"type": "object", "required": ["a"]}
+    schema: dict[str, JsonValue] = {"type": "object", "required": ["a"]}
     for api in ("chat", "completions"):
         body = read(api, response_format={"type": kind, "schema": schema})
         assert body.output() == JsonOutput(schema)
