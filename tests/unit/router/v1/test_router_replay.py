@@ -19,7 +19,7 @@ IGNORED: Mapping[str, frozenset[str]] = {
     "cline": frozenset(),
     "continue": frozenset(),
     "roo": frozenset(),
-    "claude_code": frozenset({"context_management", "tools.defer_loading"}),
+    "claude_code": frozenset({"context_management", "output_config.effort", "tools.defer_loading"}),
 }
 OPENAI_CLIENTS = ("cline", "continue", "roo")
 CALL = (

@@ -114,8 +114,12 @@ async def test_scores_that_cannot_be_given_are_an_error(scores: Any) -> None:
     ],
 )
 async def test_a_model_of_another_kind_names_one_that_can(path: str, model: str, use: str) -> None:
-    body = {**BODY, "model": model, "input": "x", "messages": [{"role": "user", "content": "x"}]}
-    response = await post(path, body)
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/rerank": BODY,
+        "/v1/embeddings": {"input": "x"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    }
+    response = await post(path, {**bodies[path], "model": model})
     error = error_of(response)
     assert (response.status_code, error["code"]) == (400, "unsupported_capability")
     assert f"Use {use} instead." in error["message"]
