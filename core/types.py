@@ -63,6 +63,7 @@ class ChatPrompt:
     `tool_choice` may name the function to call.  `parallel_tool_calls` is None if the client does
     not say: an unconstrained answer may then contain several calls, a forced one only one.
     `template_kwargs` are extra template variables; `reasoning_tokens` limits the reasoning.
+    `continues_answer`: the answer continues the last message, which is the assistant's.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -72,6 +73,7 @@ class ChatPrompt:
     template_kwargs: Mapping[str, JsonValue] = field(default_factory=dict)
     reasoning_effort: str | None = None
     reasoning_tokens: int | None = None
+    continues_answer: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,11 @@ def read_session_request(request: GenerationRequest) -> tuple[SessionRequest, Ch
         raise UnsupportedCapability(
             "Apple's model answers chats only; use /v1/chat/completions.", param="model"
         )
+    if prompt.continues_answer:
+        raise UnsupportedParameter(
+            "messages: Apple's model cannot continue a begun answer; end with a user's message.",
+            param="messages",
+        )
     _check_sampling(request.sampling)
     _check_reasoning(prompt)
     if request.max_tokens is not None and request.max_tokens < 1:

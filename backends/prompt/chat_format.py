@@ -9,6 +9,13 @@ from backends.answer.reasoning import HARMONY, ReasoningParser, effort_variables
 from backends.grammar.compiler import output_constraint
 from backends.grammar.constraint import BareCallGrammar, Constraint
 from backends.prompt.adaptation import render_adapted
+from backends.prompt.continuation import (
+    begun_output,
+    begun_text,
+    continued,
+    is_reasoning,
+    with_mark,
+)
 from backends.prompt.messages import (
     plain_text,
     template_message,
@@ -106,8 +113,26 @@ class ChatFormat:
             **effort_variables(self._template, prompt.reasoning_effort),
             **prompt.template_kwargs,
         }
+        if not prompt.continues_answer:
+            return self._rendered(prompt, prompt.messages, extra)
+        if self.family.main is not None:
+            raise UnsupportedParameter(
+                "messages: this model's format of answers does not allow to continue a begun one; "
+                "end the conversation with a user's message.",
+                param="messages",
+            )
+        extra["add_generation_prompt"] = False
+        text = self._rendered(prompt, with_mark(prompt.messages), extra)
+        return continued(text, begun_text(prompt, self._tags))
+
+    def begun_output(self, prompt: ChatPrompt) -> str:
+        """Return the part of the begun answer that the format of `constraint` covers."""
+        return begun_output(begun_text(prompt, self._tags), self._tags)
+
+    def _rendered(
+        self, prompt: ChatPrompt, messages: tuple[ChatMessage, ...], extra: dict[str, JsonValue]
+    ) -> str:
         tools = _visible_tools(prompt)
-        messages = prompt.messages
         if not self._supports_tools:
             messages, tools = with_tools_in_text(messages, tools), ()
         if self._renderer is None:
@@ -128,7 +153,7 @@ class ChatFormat:
             inner = self.family.parser(tools, is_parallel=prompt.parallel_tool_calls is not False)
         if self._tags is None or self.family.main is not None:
             return inner
-        return ReasoningParser(inner, is_open=self._is_open(rendered), tags=self._tags)
+        return ReasoningParser(inner, is_open=self._is_open(prompt, rendered), tags=self._tags)
 
     def constraint(
         self, prompt: ChatPrompt, output: Output | None = None, rendered: str | None = None
@@ -146,7 +171,7 @@ class ChatFormat:
             return None
         tools = _callable_tools(prompt)
         rendered = self.render(prompt) if rendered is None else rendered
-        is_open = self._is_open(rendered)
+        is_open = self._is_open(prompt, rendered)
         reasoning = self._tags.close if is_open and self._tags is not None else None
         if output is not None and not is_forced:
             if tools:
@@ -176,7 +201,7 @@ class ChatFormat:
 
     def bare_call(self, prompt: ChatPrompt) -> BareCallGrammar | None:
         """Return the grammar of an answer that starts as an unmarked call, with `auto` tools."""
-        if prompt.tool_choice != "auto":
+        if prompt.tool_choice != "auto" or self.begun_output(prompt):
             return None
         return bare_call_grammar(self.family, prompt.tools)
 
@@ -192,10 +217,12 @@ class ChatFormat:
                     param="reasoning.max_tokens",
                 )
             return None
-        return ReasoningPlan(self._tags, self._is_open(rendered), prompt.reasoning_tokens)
+        return ReasoningPlan(self._tags, self._is_open(prompt, rendered), prompt.reasoning_tokens)
 
-    def _is_open(self, rendered: str) -> bool:
-        return self._tags is not None and rendered.rstrip().endswith(self._tags.open)
+    def _is_open(self, prompt: ChatPrompt, rendered: str) -> bool:
+        if self._tags is None:
+            return False
+        return is_reasoning(rendered, begun_text(prompt, self._tags), self._tags)
 
     def close(self) -> None:
         """Stop the template's process; idempotent."""
@@ -214,8 +241,8 @@ class ChatFormat:
         as_parts = self._uses_content_parts
         return renderer.render(
             {
-                **extra,
                 **self._constants(),
+                **extra,
                 "messages": [template_message(m, as_parts=as_parts) for m in messages],
                 "tools": [template_tool(tool) for tool in tools] or None,
             }

@@ -68,6 +68,7 @@ class _Tokenized:
     triggered: Mapping[str, Constraint] = field(default_factory=dict)
     bare_call: BareCallGrammar | None = None
     reasoning: ReasoningPlan | None = None
+    begun: str = ""
 
 
 class Preparer:
@@ -126,6 +127,12 @@ class Preparer:
         """Compile the answer's token mask; tool-call grammars only if the tokenizer supports it."""
         tokenizer = self._tokenizer
         whole = tokenizer.mask(text.constraint) if text.constraint is not None else None
+        if whole is not None and text.begun and not whole.restart(text.begun.encode()):
+            raise RequestError(
+                "messages: the begun answer does not match the format that the request asks for; "
+                "change one of them.",
+                param="messages",
+            )
         triggered, bare_call = [], None
         if whole is None and tokenizer.can_constrain:
             triggered = [(start, tokenizer.mask(one)) for start, one in text.triggered.items()]
@@ -285,6 +292,8 @@ class Preparer:
             self._chat.triggered(prompt),
             self._chat.bare_call(prompt),
             self._chat.reasoning(prompt, rendered),
+            # A forced call follows the begun text, a format includes it.
+            self._chat.begun_output(prompt) if prompt.tool_choice in ("none", "auto") else "",
         )
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:

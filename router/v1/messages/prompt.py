@@ -58,12 +58,16 @@ def thread_prompt(request: messages_api.MessagesPromptRequest, thread: Thread) -
     tool_choice = _tool_choice(choice)
     _refuse_forced(request.tools or (), tools, tool_choice)
     check_tools(tools, tool_choice)
+    messages = _without_blank_answer(thread.messages)
+    last = messages[-1] if messages else None
     is_single = choice.disable_parallel_tool_use if choice else None
     prompt = ChatPrompt(
-        messages=(*thread.system, *thread.messages),
+        messages=(*thread.system, *messages),
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=None if is_single is None else not is_single,
+        # Calls without results are not begun text; the model answers after them.
+        continues_answer=last is not None and last.role == "assistant" and not last.tool_calls,
     )
     thinking = request.thinking
     return with_reasoning(
@@ -112,7 +116,25 @@ def with_answer(thread: Thread, blocks: Iterable[JsonValue]) -> Thread:
     parsed = [(messages_api.Block.model_validate(block), "content") for block in blocks]
     if not parsed:
         return thread
-    return replace(thread, messages=(*thread.messages, _assistant(parsed, BlockReader())))
+    answer = _assistant(parsed, BlockReader())
+    earlier = _without_blank_answer(thread.messages)
+    if earlier and earlier[-1].role == "assistant" and not earlier[-1].tool_calls:
+        # The answer continued what the request began.
+        begun, earlier = earlier[-1], earlier[:-1]
+        reasoning = "".join(part for part in (begun.reasoning, answer.reasoning) if part)
+        answer = replace(
+            answer, content=begun.content + answer.content, reasoning=reasoning or None
+        )
+    return replace(thread, messages=(*earlier, answer))
+
+
+def _without_blank_answer(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+    """Return the messages without a last answer that begins nothing."""
+    last = messages[-1] if len(messages) > 1 else None
+    if last is None or last.role != "assistant":
+        return messages
+    is_blank = not (last.content.strip() or last.reasoning or last.tool_calls)
+    return messages[:-1] if is_blank else messages
 
 
 def _user(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator
 
-from core.errors import RequestError, UnsupportedParameter
+from core.errors import RequestError
 from core.types import JsonOutput, SamplingParams
 from router.requests.fields import (
     AnyEffort,
@@ -145,19 +145,13 @@ class MessagesPromptRequest(RequestBody):
         return self.thread.previous_message_id if self.thread else None
 
     def refuse_unsupported(self) -> None:
-        """Also refuse a last message that the answer should continue (prefill)."""
+        """Also refuse fields that do not fit each other."""
         super().refuse_unsupported()
         in_config = self.output_config.format if self.output_config else None
         if in_config and self.output_format and in_config != self.output_format:
             raise RequestError(
                 "output_format: differs from output_config.format; send one of them",
                 param="output_format",
-            )
-        if self.messages[-1].role == "assistant":
-            raise UnsupportedParameter(
-                "messages: the last message must not be from the assistant; continuing a given "
-                "beginning (prefill) is not supported.",
-                param="messages",
             )
         thread = self.thread
         if thread is not None and (thread.type == "continue") == (not thread.previous_message_id):

@@ -250,8 +250,6 @@ async def test_whole_tool_input_is_an_object_whatever_the_model_wrote_i10(
         ({"max_tokens": None}, "max_tokens", "valid"),
         ({"max_tokens": -1}, "max_tokens", "greater"),
         ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
-         "messages", "last message"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "user"),
         ({"messages": user({"type": "image", "source": {}})}, "messages[0].content[0]", "'image'"),
         ({"messages": user({"type": "document"})}, "messages[0].content[0]", "'document'"),
@@ -386,3 +384,19 @@ async def test_stream_starts_with_the_tokens_of_a_short_prompt() -> None:
     start = json.loads(response.text.partition("data: ")[2].partition("\n")[0])
     assert start["message"]["usage"]["input_tokens"] == 42
     assert ": prefill" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("last", "continues", "count"),
+    [
+        ("y", True, 2),
+        ([{"type": "text", "text": "y"}], True, 2),
+        ([{"type": "thinking", "thinking": "y", "signature": "s"}], True, 2),
+        ("", False, 1),
+        ([{"type": "tool_use", "id": "a", "name": "b", "input": {}}], False, 2),
+    ],
+)
+def test_last_message_of_the_assistant_is_continued(last: Any, continues: bool, count: int) -> None:
+    prompt = prompt_of(messages=[*BODY["messages"], {"role": "assistant", "content": last}])
+    assert (prompt.continues_answer, len(prompt.messages)) == (continues, count)
+    assert not prompt_of().continues_answer
