@@ -16,6 +16,7 @@ from core.types import (
     JsonValue,
     Prompt,
     TextPrompt,
+    TokenizeOptions,
     Tool,
     ToolCall,
 )
@@ -203,6 +204,18 @@ def test_a_text_of_all_private_use_characters_is_no_way_around(tokenizer: HfToke
 def test_completions_keep_parsing(tokenizer: HfTokenizer) -> None:
     prepared = Prepared(tokenizer, CHATML)
     assert prepared.ids(TextPrompt(END)) == [tokenizer.special_id(END)]
+
+
+@pytest.mark.parametrize("content", ["plain", f"a {END} b"])
+def test_a_tokenized_chat_shows_the_text_as_it_was_sent(
+    tokenizer: HfTokenizer, content: str
+) -> None:
+    prepared = Prepared(tokenizer, CHATML)
+    prompt = ChatPrompt((ChatMessage("user", content),))
+    told = prepared.preparer.tokenize(prompt, TokenizeOptions())
+    assert told.text == f"{START}user\n{content}{END}\n{START}assistant"
+    assert list(told.token_ids) == prepared.ids(prompt)
+    prepared.preparer.close()
 
 
 def test_a_text_without_names_is_encoded_at_once(
