@@ -135,9 +135,10 @@ class RouteContext:
         able = [view.id for view in views if capability in view.capabilities]
         loaded = [view.id for view in views if view.id in able and view.state == "resident"]
         if len(loaded) != 1:
+            named = f": {', '.join(loaded[:10])}" if loaded else ""
             raise RequestError(
                 f"model: required, as {len(loaded)} models that can be used for "
-                f"{capability.value} are loaded; name one of /v1/models, or set "
+                f"{capability.value} are loaded{named}. Name one of /v1/models, or set "
                 "IMPETUS_DEFAULT_MODEL.",
                 param="model",
             )

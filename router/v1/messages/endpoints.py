@@ -19,10 +19,10 @@ from router.requests.priority import request_priority
 from router.requests.reasoning import for_model, unused_effort
 from router.v1.messages import answer
 from router.v1.messages.blocks import BlockReader
-from router.v1.messages.prompt import thread_prompt, to_thread, with_answer
+from router.v1.messages.prompt import read_thread, thread_prompt, with_answer
 from router.v1.messages.request import MessagesPromptRequest, MessagesRequest
 from router.v1.messages.stream import MessageEvents
-from router.v1.messages.threads import EMPTY, Thread, ThreadStore
+from router.v1.messages.threads import EMPTY, KeptThread, ThreadStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class _Converted:
     """What a request's body became; `thread` is the whole conversation so far."""
 
     prompt: ChatPrompt
-    thread: Thread
+    thread: KeptThread
     output: JsonOutput | None
     ignored: list[str]
 
@@ -102,7 +102,7 @@ def _converted(threads: ThreadStore, body: MessagesPromptRequest) -> _Converted:
     elif body.thread is not None:
         threads.check_keeps()
     reader = BlockReader()
-    thread = to_thread(body, reader, earlier)
+    thread = read_thread(body, reader, earlier)
     noted = [f"messages.content.{kind}" for kind in sorted(reader.noted)]
     ignored = [*body.ignored_names(), *noted]
     return _Converted(thread_prompt(body, thread), thread, body.output, ignored)

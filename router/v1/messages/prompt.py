@@ -13,7 +13,7 @@ from router.requests.reasoning import decode_reasoning, with_reasoning
 from router.requests.tools import ToolChoice, check_tools
 from router.v1.messages import request as messages_api
 from router.v1.messages.blocks import BlockReader
-from router.v1.messages.threads import EMPTY, Thread
+from router.v1.messages.threads import EMPTY, KeptThread
 
 # Claude Code begins its system prompt with lines that differ in every request, such as
 # `x-anthropic-billing-header: …`; they would prevent the reuse of the prompt's prefix.
@@ -23,19 +23,19 @@ _HEADER_LINES = re.compile(r"\A(?:[ \t]*x-anthropic-[a-z0-9-]+:[^\n]*(?:\n|\Z))+
 def to_messages_prompt(
     request: messages_api.MessagesPromptRequest,
     reader: BlockReader | None = None,
-    earlier: Thread = EMPTY,
+    earlier: KeptThread = EMPTY,
 ) -> ChatPrompt:
     """Return the request's prompt; `reader` then knows which blocks became notes.
 
     `earlier` is the kept conversation that the messages follow, with its system prompt and tools.
     Raises UnsupportedCapability for unreadable blocks that the user sends now, and RequestError.
     """
-    return thread_prompt(request, to_thread(request, reader or BlockReader(), earlier))
+    return thread_prompt(request, read_thread(request, reader or BlockReader(), earlier))
 
 
-def to_thread(
-    request: messages_api.MessagesPromptRequest, reader: BlockReader, earlier: Thread
-) -> Thread:
+def read_thread(
+    request: messages_api.MessagesPromptRequest, reader: BlockReader, earlier: KeptThread
+) -> KeptThread:
     """Return the whole conversation so far.  Raises as `to_messages_prompt` does."""
     system = earlier.system
     if request.system is not None:
@@ -48,10 +48,10 @@ def to_thread(
     asked = max((index for index, role in enumerate(roles) if role == "user"), default=0)
     for index, message in enumerate(request.messages):
         messages += _messages(message, f"messages[{index}]", reader, is_asked=index == asked)
-    return Thread(system, tools, tuple(messages))
+    return KeptThread(system, tools, tuple(messages))
 
 
-def thread_prompt(request: messages_api.MessagesPromptRequest, thread: Thread) -> ChatPrompt:
+def thread_prompt(request: messages_api.MessagesPromptRequest, thread: KeptThread) -> ChatPrompt:
     """Return the prompt of a conversation.  Raises RequestError, UnsupportedParameter."""
     tools = thread.tools
     choice = request.tool_choice
@@ -108,7 +108,7 @@ def _messages(
     return list(_user(role, blocks, reader, is_asked=is_asked))
 
 
-def with_answer(thread: Thread, blocks: Iterable[JsonValue]) -> Thread:
+def with_answer(thread: KeptThread, blocks: Iterable[JsonValue]) -> KeptThread:
     """Return the conversation with an answer's blocks, as if the client had sent them back.
 
     An answer without blocks adds no message.

@@ -17,7 +17,7 @@ _OBJECT_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Thread:
+class KeptThread:
     """A conversation up to and including an answer, with what the client sends only once."""
 
     system: tuple[ChatMessage, ...] = ()
@@ -25,7 +25,7 @@ class Thread:
     messages: tuple[ChatMessage, ...] = ()
 
 
-EMPTY = Thread()
+EMPTY = KeptThread()
 
 
 class ThreadStore:
@@ -33,13 +33,13 @@ class ThreadStore:
 
     Each is kept under the id of its last answer.  One that was continued is kept too, so that the
     same turn can be sent again, but it is dropped first.  A conversation larger than the whole
-    store is not kept.  A restart empties the store.  Thread-safe.
+    store is not kept.  A restart empties the store.  KeptThread-safe.
     """
 
     def __init__(self, *, max_count: int, max_bytes: int) -> None:
         self._max_count = max_count
         self._max_bytes = max_bytes
-        self._threads: OrderedDict[str, tuple[Thread, int]] = OrderedDict()
+        self._threads: OrderedDict[str, tuple[KeptThread, int]] = OrderedDict()
         self.used_bytes = 0
         # Large requests are converted by a thread, which looks conversations up.
         self._lock = threading.Lock()
@@ -56,7 +56,7 @@ class ThreadStore:
                 param="thread",
             )
 
-    def put(self, message_id: str, thread: Thread, previous_id: str | None) -> None:
+    def put(self, message_id: str, thread: KeptThread, previous_id: str | None) -> None:
         """Keep the conversation that ends with the answer `message_id`, after `previous_id`."""
         size = _size(thread)
         if size > self._max_bytes:
@@ -70,7 +70,7 @@ class ThreadStore:
                 _, (_, dropped) = self._threads.popitem(last=False)
                 self.used_bytes -= dropped
 
-    def get(self, message_id: str) -> Thread:
+    def get(self, message_id: str) -> KeptThread:
         """Return a conversation and mark it as recently used.  Raises ThreadNotFound."""
         self.check_keeps()
         with self._lock:
@@ -84,7 +84,7 @@ class ThreadStore:
         )
 
 
-def _size(thread: Thread) -> int:
+def _size(thread: KeptThread) -> int:
     """Return about how many bytes a conversation takes, at most four per character."""
     texts: Iterable[str | None] = (
         text

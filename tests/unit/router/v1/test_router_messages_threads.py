@@ -10,7 +10,7 @@ from anthropic import beta_async_tool
 from core.errors import ThreadNotFound, ThreadUnsupported
 from core.types import ChatMessage, ChatPrompt, ReasoningDelta, TextDelta, ToolCall, ToolCallDelta
 from router.app import create_app
-from router.v1.messages.threads import Thread, ThreadStore
+from router.v1.messages.threads import KeptThread, ThreadStore
 from tests.fakes import FakeDispatcher, finished, make_services
 from tests.live_server import client_of, serving
 
@@ -182,8 +182,8 @@ async def test_sdk_tool_runner_has_the_conversation_in_every_turn(kept: int) -> 
     assert [tool.name for tool in second.tools] == ["weather"]
 
 
-def conversation(size: int) -> Thread:
-    return Thread(messages=(ChatMessage("user", "x" * size),))
+def conversation(size: int) -> KeptThread:
+    return KeptThread(messages=(ChatMessage("user", "x" * size),))
 
 
 def test_store_is_bounded_and_drops_continued_conversations_first() -> None:
@@ -216,6 +216,6 @@ def test_store_counts_everything_it_keeps() -> None:
         ChatMessage("tool", "", tool_call_id="x" * 1000),
     ):
         before = store.used_bytes
-        store.put(str(len(store)), Thread(messages=(message,)), None)
+        store.put(str(len(store)), KeptThread(messages=(message,)), None)
         sizes.append(store.used_bytes - before)
     assert min(sizes) >= 4000

@@ -117,7 +117,7 @@ async def test_model_may_be_left_out_only_if_one_is_meant(path: str) -> None:
     second = make_view("other@gguf-f16", state="resident", aliases=())
     two = await post(path, BODIES[path], views=[RESIDENT, second])
     assert one.status_code == 200
-    for answer, said in ((none, "none is loaded"), (two, f"2 models are loaded: {CHAT_MODEL}")):
+    for answer, said in ((none, "as 0 models"), (two, f"are loaded: {CHAT_MODEL}")):
         assert (answer.status_code, error_of(answer)["param"]) == (400, "model")
         assert said in error_of(answer)["message"]
 
