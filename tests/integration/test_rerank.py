@@ -18,23 +18,28 @@ from tests.encoder_models import (
     write_json,
 )
 from tests.gguf_files import hf_bert_gguf
+from tests.hub_repository import HubRepository
 from tests.integration.server import Server, wait_until
 
 RANKERS = ("ranker@safetensors-f32", "bert-ranker@gguf-f32")
 EMBEDDER = "embedder@safetensors-f32"
+REVISION = "a" * 40
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[httpx.Client]:
-    """A client of a server with two rerankers, an embedding model and a classifier."""
+def client(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of a server with two rerankers and a classifier, and a cached embedding model."""
     ranker = save_encoder(server.models / "ranker", RERANKERS["bert"])
     hf_bert_gguf(ranker, server.models / "bert-ranker-F32.gguf", VOCABULARY)
     save_encoder(server.models / "classifier", RERANKERS["bert"], num_labels=3)
-    embedder = save_encoder(server.models / "embedder", ENCODERS["bert"])
+    embedder = save_encoder(tmp_path_factory.mktemp("source"), ENCODERS["bert"])
     add_modules(
         embedder, pooling("mean_tokens"), ("Normalize", {}), prompts={"query": "the query: "}
     )
     write_json(embedder / "sentence_bert_config.json", {"max_seq_length": 16})
+    repository = HubRepository(server.models, "tests/embedder")
+    repository.add(REVISION, embedder)
+    repository.set_main(REVISION)
     with httpx.Client(base_url=server.url, timeout=120) as client:
 
         def are_listed() -> bool:

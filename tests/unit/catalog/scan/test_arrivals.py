@@ -10,8 +10,8 @@ from catalog.scan import surroundings
 from catalog.scan.packages import model_stem
 from core.types import Capability
 from tests.gguf_raw import minimal_gguf
+from tests.hub_repository import HubRepository
 from tests.unit.catalog.scan.folders import (
-    HubRepository,
     Shelf,
     write_json,
     write_model,

@@ -8,8 +8,8 @@ import pytest
 from catalog.scan import hub_cache
 from catalog.scan.hub_cache import MAX_REVISIONS
 from tests.gguf_raw import minimal_gguf
+from tests.hub_repository import HubRepository
 from tests.unit.catalog.scan.folders import (
-    HubRepository,
     Shelf,
     write_json,
     write_model,
