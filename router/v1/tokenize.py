@@ -1,7 +1,7 @@
 """`POST /tokenize`, `/detokenize` and `/apply-template`, in llama.cpp's and in vLLM's form."""
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 from pydantic_core import to_json
@@ -33,12 +33,6 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 class TemplateRequest(ChatRequest):
     """Body of `POST /apply-template`: a chat request, of which only the prompt counts."""
-
-    unsupported: ClassVar = {
-        **ChatRequest.unsupported,
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-    }
 
 
 class TokenizeRequest(TemplateRequest):

@@ -48,6 +48,7 @@ def to_chat_prompt(request: ChatRequest, unreadable: UnreadableParts | None = No
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=request.parallel_tool_calls,
+        continues_answer=bool(request.continue_final_message),
         template_kwargs=dict(request.chat_template_kwargs),
         reasoning_effort=merge_effort(request.reasoning_effort, request.reasoning),
         reasoning_tokens=merge_budget(request.thinking_budget, request.reasoning),

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator
 
-from core.errors import RequestError
+from core.errors import RequestError, UnsupportedParameter
 from router.requests.fields import (
     OPENAI_HINTS,
     Effort,
@@ -107,6 +107,8 @@ class ChatRequest(OutputFields):
     tools: Annotated[Items[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Annotated[ToolChoice | None, PlainValidator(parse_tool_choice)] = None
     parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     reasoning_effort: Effort | None = None
     reasoning: Reasoning | None = None
     thinking_budget: ReasoningTokens | None = None
@@ -120,9 +122,32 @@ class ChatRequest(OutputFields):
             raise RequestError(
                 "max_tokens: differs from max_completion_tokens; send one", param="max_tokens"
             )
+        self._check_continuation()
         if self.top_logprobs and not self.logprobs:
             raise RequestError(
                 "top_logprobs: only allowed with logprobs: true", param="top_logprobs"
+            )
+
+    def _check_continuation(self) -> None:
+        """Refuse a continuation of nothing, and an answer that neither begins nor continues."""
+        name = "continue_final_message"
+        if not self.continue_final_message:
+            if self.add_generation_prompt is False:
+                raise UnsupportedParameter(
+                    f"add_generation_prompt: false is only supported with {name}: true",
+                    param="add_generation_prompt",
+                )
+            return
+        if self.add_generation_prompt:
+            raise RequestError(
+                f"add_generation_prompt: contradicts {name}; send one of them",
+                param="add_generation_prompt",
+            )
+        last = self.messages[-1] if self.messages else None
+        if last is None or last.role != "assistant" or last.tool_calls:
+            raise RequestError(
+                f"{name}: the last message must have the role assistant, without tool calls",
+                param=name,
             )
 
     def ignored_names(self) -> list[str]:

@@ -113,3 +113,37 @@ async def test_earlier_sound_becomes_a_note() -> None:
     messages, ignored = await read(USER, {"role": "assistant", "audio": {"id": "a"}}, USER)
     assert messages[1].content == "[a sound, which this model cannot read]"
     assert ignored == "messages.content.audio"
+
+
+STARTED = {"role": "assistant", "content": "1, 2,"}
+
+
+async def test_the_last_answer_is_continued_where_it_is_asked_for() -> None:
+    response, dispatcher = await sent(
+        USER, STARTED, continue_final_message=True, add_generation_prompt=False
+    )
+    prompt = dispatcher.requests[0].prompt
+    assert response.status_code == 200
+    assert "x-impetus-ignored" not in response.headers
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.continues_answer
+
+
+@pytest.mark.parametrize(
+    ("messages", "fields", "param"),
+    [
+        ((USER,), {"continue_final_message": True}, "continue_final_message"),
+        ((USER, CALLING), {"continue_final_message": True}, "continue_final_message"),
+        ((USER, STARTED), {"add_generation_prompt": False}, "add_generation_prompt"),
+        (
+            (USER, STARTED),
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "add_generation_prompt",
+        ),
+    ],
+)
+async def test_what_cannot_be_continued_is_refused(
+    messages: tuple[dict[str, Any], ...], fields: dict[str, bool], param: str
+) -> None:
+    response, _ = await sent(*messages, **fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
