@@ -9,6 +9,7 @@ from core.errors import RequestError
 from core.types import JsonValue
 from router.requests.output_format import MAX_REGEX_CHARACTERS
 from router.v1.responses import request as responses_api
+from router.v1.responses.lark_regex import lark_regex
 
 _ARGUMENT = "input"
 MAX_GRAMMAR_CHARACTERS = 65_536
@@ -49,7 +50,10 @@ def custom_parameters(form: responses_api.CustomFormat | None, param: str) -> Cu
             _schema(_matching(form.definition)), f"The input matches the regex {form.definition}"
         )
     hint = f"The input is text of this Lark grammar:\n{form.definition}"
-    return CustomParameters(_schema({"type": "string"}), hint, is_exact=False)
+    regex = lark_regex(form.definition, MAX_REGEX_CHARACTERS)
+    if regex is None:
+        return CustomParameters(_schema({"type": "string"}), hint, is_exact=False)
+    return CustomParameters(_schema(_matching(regex)), hint)
 
 
 def to_arguments(text: str) -> str:
