@@ -104,7 +104,7 @@ def input_tokens(
                 param="input",
             )
     if not ids:
-        raise RequestError("An input is empty; remove it.", param="input")
+        raise RequestError(f"{name} is empty; remove it.", param="input")
     if len(ids) > max_tokens and truncate == "none":
         raise ContextLengthExceeded.of_input(name, len(ids), max_tokens)
     return cut_tokens(ids, max_tokens, truncate, model.special_tokens)

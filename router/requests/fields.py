@@ -209,7 +209,9 @@ def parse_inputs(value: object) -> tuple[str | tuple[int, ...], ...]:
             return tuple(value)
         if _is_tokens(value):
             return (tuple(value),)
-        if all(isinstance(item, list) and item and _is_tokens(item) for item in value):
+        if all(isinstance(item, list) and _is_tokens(item) for item in value):
+            if not all(value):
+                raise ValueError(f"the list at index {value.index([])} is empty; remove it")
             return tuple(tuple(item) for item in value)
     raise ValueError("must be a string, strings, token ids or lists of token ids, and not empty")
 

@@ -40,8 +40,9 @@ def parse_embedding_input(value: object) -> tuple[str | tuple[int, ...], ...]:
     inputs = parse_inputs(value)
     if len(inputs) > MAX_EMBEDDING_INPUTS:
         raise ValueError(f"has {len(inputs)} inputs; at most {MAX_EMBEDDING_INPUTS} are accepted")
-    if not all(inputs):
-        raise ValueError("an input must not be empty")
+    empty = next((index for index, each in enumerate(inputs) if not each), None)
+    if empty is not None:
+        raise ValueError(f"the input at index {empty} is empty; remove it")
     return inputs
 
 

@@ -17,6 +17,9 @@ from router.requests.limits import MAX_ERROR_CHARACTERS
 from router.services import ModelView
 from router.v1.model_info import model_info, model_page
 
+# Source: openai/codex, codex-rs, which sends it with its request for models.
+_CODEX_VERSION = "client_version"
+
 
 def models_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Response]]:
     """Return the handler of the list: models that a request would be served with.
@@ -32,8 +35,15 @@ def models_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Resp
             chatting = [view for view in usable if Capability.CHAT in view.capabilities]
             page = model_page(chatting, request.query_params)
             return Response(to_json(page), media_type="application/json")
-        data = [model_object(view) for view in usable]
-        return Response(to_json({"object": "list", "data": data}), media_type="application/json")
+        listed: dict[str, Any] = {
+            "object": "list",
+            "data": [model_object(view) for view in usable],
+        }
+        if _CODEX_VERSION in request.query_params:
+            # Codex fails without its own list.  What that must hold includes a system prompt,
+            # so it is empty: Codex then keeps its own, and the model that is configured.
+            listed["models"] = []
+        return Response(to_json(listed), media_type="application/json")
 
     return list_models
 

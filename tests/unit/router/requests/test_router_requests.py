@@ -469,3 +469,10 @@ def test_a_refusal_names_null_once() -> None:
     with pytest.raises(UnsupportedParameter) as refusal:
         refuse_unless_off("modalities", ["audio"], (None, ["text"]))
     assert refusal.value.message.count("null") == 1
+
+
+@pytest.mark.parametrize("inputs", [["a", "b", ""], [[1], [2], []]])
+def test_an_empty_input_of_a_batch_is_named(inputs: list[object]) -> None:
+    with pytest.raises(RequestError, match="index 2 is empty") as refusal:
+        parse_request(json.dumps({"model": "m", "input": inputs}).encode(), EmbeddingRequest)
+    assert refusal.value.param == "input"

@@ -100,3 +100,11 @@ async def test_other_clients_get_openai_fields_and_errors() -> None:
     assert EMBEDDING_MODEL in [model["id"] for model in listed["data"]]
     assert missing["error"]["code"] == "model_not_found"
     assert elsewhere["error"]["code"] == "not_found"
+
+
+async def test_codex_finds_a_list_of_its_own_that_leaves_its_settings_alone() -> None:
+    async with client_of(create_app(make_services(views=VIEWS))) as client:
+        codex = (await client.get("/v1/models", params={"client_version": "0.145.0"})).json()
+        plain = (await client.get("/v1/models")).json()
+    assert codex == {**plain, "models": []}
+    assert "models" not in plain
