@@ -12,7 +12,15 @@ import pytest_asyncio
 from backends.base import Engine, EngineOptions
 from backends.gguf.backend import GgufBackend
 from core.errors import RequestError, UnsupportedCapability, UnsupportedParameter
-from core.types import GenerationRequest, JsonOutput, JsonValue, TextDelta, Tool, ToolCallDelta
+from core.types import (
+    GenerationRequest,
+    JsonOutput,
+    JsonValue,
+    PrefillProgress,
+    TextDelta,
+    Tool,
+    ToolCallDelta,
+)
 from tests.requests import assert_same_tokens, chat, end_of, request, run, text_of, token_ids_of
 from tests.starter import starter_path
 
@@ -232,5 +240,6 @@ async def test_the_quantized_starter_streams_plain_text() -> None:
     engine = await open_starter(starter_path(), max_sequences=2, kv_tokens=1024)
     events = await run(engine, request(chat("Say hello."), max_tokens=10))
     assert text_of(events).strip()
-    assert all(isinstance(event, TextDelta) for event in events[:-1])
+    assert isinstance(events[0], PrefillProgress)
+    assert all(isinstance(event, TextDelta) for event in events[1:-1])
     await engine.close()
