@@ -1,5 +1,6 @@
 """A model that does not fit is converted to a smaller one, which then answers."""
 
+import re
 import time
 
 from openai import APIStatusError, OpenAI
@@ -24,10 +25,11 @@ def test_a_model_over_the_memory_is_converted_when_asked_for(converting: Server)
                 refusals.append(problem)
                 time.sleep(1)
         entries = {entry.id: entry.model_dump() for entry in client.models.list()}
-    assert refusals
+    assert any("is being converted to" in refusal.message for refusal in refusals)
     for refusal in refusals:
         assert refusal.status_code == 503
-        assert "is being converted to" in refusal.message
+        # On a busy machine the scan that finds the folder takes longer than a request waits.
+        assert re.search("is being converted to|still being scanned", refusal.message)
         assert int(refusal.response.headers["retry-after"]) >= 1
     assert answer is not None
     assert answer.choices[0].message.content
