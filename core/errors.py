@@ -218,7 +218,8 @@ class ModelNotFound(NotFound):
         shown = name if len(name) <= 100 else name[:100] + "…"
         hint = f" Did you mean {', '.join(nearest)}?" if nearest else ""
         return cls(
-            f"The model {shown!r} does not exist.{hint} GET /v1/models lists those that can be used.",
+            f"The model {shown!r} does not exist.{hint} GET /v1/models lists those that can be "
+            "used.",
             param="model",
         )
 
