@@ -132,8 +132,8 @@ class RouteContext:
     async def _loaded(self, capability: Capability) -> str:
         """Return the only loaded model with the capability.  Raises RequestError."""
         views = await self.services.catalog.models()
-        able = [view.id for view in views if capability in view.capabilities]
-        loaded = [view.id for view in views if view.id in able and view.state == "resident"]
+        able = (view for view in views if capability in view.capabilities)
+        loaded = [view.id for view in able if view.state == "resident"]
         if len(loaded) != 1:
             named = f": {', '.join(loaded[:10])}" if loaded else ""
             raise RequestError(

@@ -44,11 +44,6 @@ class PartEncoder:
         else:
             self._aliases = {}
 
-    @property
-    def tells_apart(self) -> bool:
-        """Whether names in texts stay text."""
-        return bool(self._aliases)
-
     def encode(self, parts: Sequence[PromptPart]) -> list[int]:
         """Return the ids of the joined parts, without tokens around them.  Raises RequestError."""
         texts = (

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from core.errors import RequestError
-from core.types import ChoiceOutput, GrammarOutput, JsonOutput, JsonValue, Output, RegexOutput
+from core.types import ChoiceOutput, GrammarOutput, JsonOutput, Output, RegexOutput
 from router.requests.fields import (
     GenerationFields,
     JsonObject,
@@ -16,6 +16,7 @@ from router.requests.fields import (
     refuse_unless_off,
     unknown_fields,
 )
+from router.requests.other_fields import REFUSED
 
 MAX_CHOICES = 1024
 MAX_CHOICE_CHARACTERS = 4096
@@ -85,14 +86,6 @@ class StructuredOutputs(RequestPart):
     grammar: _Grammar | None = None
 
 
-# Constraints that are not supported, and the values that mean "off".
-_REFUSED: Mapping[str, tuple[JsonValue, ...]] = {
-    "structural_tag": (),
-    "guided_structural_tag": (),
-    "grammar_lazy": (False,),
-}
-
-
 class OutputFields(GenerationFields):
     """The fields that constrain the answer's format; at most one may be used.
 
@@ -141,14 +134,11 @@ class OutputFields(GenerationFields):
         return _output(*given[0]) if given else own
 
     def _refuse_others(self) -> None:
-        """Raise UnsupportedParameter for a constraint that is not supported."""
-        parts: list[tuple[str, RequestPart]] = [("", self)]
-        if self.structured_outputs is not None:
-            parts.append(("structured_outputs.", self.structured_outputs))
-        for prefix, part in parts:
-            for name, value in (part.model_extra or {}).items():
-                if name in _REFUSED and value is not None:
-                    refuse_unless_off(prefix + name, value, _REFUSED[name])
+        """Raise UnsupportedParameter for what `structured_outputs` holds and is never enforced."""
+        inner = self.structured_outputs.model_extra if self.structured_outputs else None
+        for name, value in (inner or {}).items():
+            if name in REFUSED and value is not None:
+                refuse_unless_off(f"structured_outputs.{name}", value, REFUSED[name])
 
     def ignored_names(self) -> list[str]:
         """Also name the unknown fields of `response_format` and `structured_outputs`."""

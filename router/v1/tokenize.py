@@ -82,7 +82,6 @@ class TokenizeRequest(TemplateRequest):
 class DetokenizeRequest(RequestBody):
     """Body of `POST /detokenize`."""
 
-    model: str = Field(default="", min_length=1)
     tokens: Annotated[
         list[Annotated[int, Field(ge=0, le=MAX_INT32)]],
         Field(max_length=MAX_ITEM_VALUES, fail_fast=True),

@@ -33,7 +33,7 @@ class ThreadStore:
 
     Each is kept under the id of its last answer.  One that was continued is kept too, so that the
     same turn can be sent again, but it is dropped first.  A conversation larger than the whole
-    store is not kept.  A restart empties the store.  KeptThread-safe.
+    store is not kept.  A restart empties the store.  Thread-safe.
     """
 
     def __init__(self, *, max_count: int, max_bytes: int) -> None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 from core.errors import RequestError
 from core.types import JsonValue
-from router.requests.output_format import MAX_REGEX_CHARACTERS
+from router.requests.output_format import MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS
 from router.v1.responses import request as responses_api
 from router.v1.responses.lark_regex import lark_regex
 
 _ARGUMENT = "input"
-MAX_GRAMMAR_CHARACTERS = 65_536
 
 _BEGUN = re.compile(r'\s*\{\s*"' + _ARGUMENT + r'"\s*:\s*"')
 # A cut answer may end within an escape, which has at most 12 characters.

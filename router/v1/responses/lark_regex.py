@@ -59,9 +59,11 @@ def _rules(grammar: str) -> Mapping[str, str] | None:
     """Return the text of each rule; None if a statement is not known."""
     statements: list[str] = []
     for line in _COMMENT.sub("", grammar).splitlines():
-        if line.strip() and line[0].isspace() | line.lstrip().startswith("|") and statements:
+        if not line.strip():
+            continue
+        if statements and (line[0].isspace() or line.startswith("|")):
             statements[-1] += f"\n{line}"
-        elif line.strip():
+        else:
             statements.append(line)
     rules: dict[str, str] = {}
     for statement in statements:
