@@ -134,10 +134,17 @@ class Server:
         return None
 
     def pid_of(self, process: str) -> int:
-        """Return the process id of a part of the server."""
-        value = self.metric("impetus_process_pid", process=process)
-        assert value is not None
-        return int(value)
+        """Return the process id of a part of the server; one that is late is asked again."""
+        found: list[float] = []
+
+        def is_shown() -> bool:
+            value = self.metric("impetus_process_pid", process=process)
+            found.extend([] if value is None else [value])
+            return bool(found)
+
+        # A busy part that does not answer within 2 s is left out of one page of metrics.
+        wait_until(is_shown, f"the metrics show the process id of {process}")
+        return int(found[-1])
 
     def running_sequences(self) -> int:
         """Return how many sequences the starter is generating."""

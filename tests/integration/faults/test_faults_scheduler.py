@@ -428,7 +428,7 @@ async def test_f18_a_soak_of_cancels_kills_and_loads_leaves_nothing_behind(
 
         async def kill_once() -> None:
             await asyncio.sleep(SOAK_S / 3)
-            os.kill(small.pid_of("gguf"), signal.SIGKILL)
+            os.kill(await asyncio.to_thread(small.pid_of, "gguf"), signal.SIGKILL)
 
         await asyncio.gather(kill_once(), *(agent(number) for number in range(4)))
     assert unexplained == []
