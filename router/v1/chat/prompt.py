@@ -8,7 +8,13 @@ from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.requests.fields import check_schema
 from router.requests.reasoning import merge_budget, merge_effort
-from router.requests.unreadable import UnreadableParts, last_question
+from router.requests.unreadable import (
+    UnreadableParts,
+    document_text,
+    last_question,
+    text_of_data_url,
+    text_or_empty,
+)
 from router.v1.chat.request import (
     ChatRequest,
     ContentPart,
@@ -117,12 +123,16 @@ def _text(message: Message, param: str, unreadable: UnreadableParts, *, is_asked
 def _part_text(
     part: ContentPart, param: str, unreadable: UnreadableParts, *, is_asked: bool
 ) -> str:
-    if part.type not in _TEXTS:
-        return unreadable.note(part.type, param, is_asked=is_asked)
-    text = part.refusal if part.type == "refusal" else part.text
-    if text is None and is_asked:
-        raise RequestError(f"{param}.{part.type}: required", param=f"{param}.{part.type}")
-    return text or ""
+    if part.type in _TEXTS:
+        text = part.refusal if part.type == "refusal" else part.text
+        return text_or_empty(text, f"{param}.{part.type}", is_asked=is_asked)
+    file = (part.model_extra or {}).get("file")
+    fields = file if isinstance(file, dict) else {}
+    name = fields.get("filename")
+    text = text_of_data_url(fields.get("file_data"))
+    if text is not None:
+        return document_text(name, text)
+    return unreadable.note(part.type, param, is_asked=is_asked, title=name)
 
 
 def _check_unique_names(tools: Sequence[Tool]) -> None:

@@ -3,14 +3,16 @@
 Source: the block types of Anthropic's Python SDK, `types/beta/beta_content_block_param.py`.
 """
 
-import base64
-import binascii
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from core.errors import RequestError, UnsupportedCapability
-from core.text import escaped
+from router.requests.unreadable import (
+    UnreadableParts,
+    decoded_text,
+    document_text,
+    text_or_empty,
+)
 from router.v1.messages import request as messages_api
 
 # Blocks for Anthropic's servers only, without meaning for a model.
@@ -18,19 +20,14 @@ _OPAQUE = frozenset({"fallback", "mcp_tool_listing", "redacted_thinking"})
 _CALLS = frozenset({"server_tool_use", "mcp_tool_use"})
 _TEXT_FIELDS = ("title", "url", "text", "content", "stdout", "stderr", "tool_name", "error_code")
 _NESTED_FIELDS = ("tool_references", "lines")
-_NAMES = {"image": "an image", "document": "a document", "container_upload": "an uploaded file"}
 _SHOWN_CHARACTERS = 200
 
 
 class BlockReader:
-    """Reads the blocks of one request; `noted` are the names of the block types that became notes.
-
-    A block that the user sends now must be readable.  An unreadable one further back, or in a
-    tool's result, would end the session for good if it were refused, so a note takes its place.
-    """
+    """Reads the blocks of one request; `unreadable` knows those that became notes."""
 
     def __init__(self) -> None:
-        self.noted: set[str] = set()
+        self.unreadable = UnreadableParts()
 
     def text(self, block: messages_api.Block, param: str, *, is_asked: bool) -> str:
         """Return the block's text.
@@ -39,26 +36,23 @@ class BlockReader:
         then for what cannot be read, and RequestError for a text block without text.
         """
         if block.type == "text":
-            if block.text is None:
-                raise RequestError(f"{param}.text: required", param=f"{param}.text")
-            return block.text
+            return text_or_empty(block.text, f"{param}.text", is_asked=is_asked)
         if block.type in _OPAQUE:
             return ""
         fields = block.model_dump(exclude_unset=True)
         if block.type == "document":
             return self._document(fields, param, is_asked=is_asked)
         text = _block_text(block, fields)
-        return self._unreadable(block.type, param, is_asked=is_asked) if text is None else text
+        if text is None:
+            return self.unreadable.note(block.type, param, is_asked=is_asked)
+        return text
 
     def _document(self, fields: Mapping[str, Any], param: str, *, is_asked: bool) -> str:
-        source = fields.get("source")
-        text = self._source_text(source, param, is_asked=is_asked)
+        title = fields.get("title")
+        text = self._source_text(fields.get("source"), param, is_asked=is_asked)
         if text is None:
-            return self._unreadable("document", param, is_asked=is_asked, title=fields.get("title"))
-        title, context = fields.get("title"), fields.get("context")
-        heading = [f"Document: {title}"] if isinstance(title, str) and title else []
-        heading += [context] if isinstance(context, str) and context else []
-        return "\n".join([*heading, text])
+            return self.unreadable.note("document", param, is_asked=is_asked, title=title)
+        return document_text(title, text, fields.get("context"))
 
     def _source_text(self, source: object, param: str, *, is_asked: bool) -> str | None:
         """Return the text of a document's source; None for PDFs, addresses and files."""
@@ -68,10 +62,7 @@ class BlockReader:
             case "text", str(data), _:
                 return data
             case "base64", str(data), _ if str(source.get("media_type")).startswith("text/"):
-                try:
-                    return base64.b64decode(data).decode("utf-8", "replace")
-                except (binascii.Error, ValueError):
-                    return None
+                return decoded_text(data)
             case "content", _, str(content):
                 return content
             case "content", _, list(content):
@@ -86,22 +77,7 @@ class BlockReader:
         text = part.get("text")
         if isinstance(text, str):
             return text
-        return self._unreadable(str(part.get("type")), param, is_asked=is_asked)
-
-    def _unreadable(self, kind: str, param: str, *, is_asked: bool, title: object = None) -> str:
-        """Return a note in the block's place, or refuse it."""
-        kind = kind[:50]
-        if is_asked:
-            raise UnsupportedCapability(
-                f"{param}: blocks of type {kind!r} are not supported here: no model on this server "
-                "reads more than text. Leave the block out, or send its content as text.",
-                param=param,
-            )
-        self.noted.add(kind)
-        name = _NAMES.get(kind) or f"a block of type {escaped(kind)}"
-        if isinstance(title, str) and title:
-            name += f" named {_shown(title)}"
-        return f"[{name}, which this model cannot {'see' if kind == 'image' else 'read'}]"
+        return self.unreadable.note(str(part.get("type")), param, is_asked=is_asked)
 
 
 def _block_text(block: messages_api.Block, fields: Mapping[str, Any]) -> str | None:

@@ -103,8 +103,7 @@ def _converted(threads: ThreadStore, body: MessagesPromptRequest) -> _Converted:
         threads.check_keeps()
     reader = BlockReader()
     thread = read_thread(body, reader, earlier)
-    noted = [f"messages.content.{kind}" for kind in sorted(reader.noted)]
-    ignored = [*body.ignored_names(), *noted]
+    ignored = [*body.ignored_names(), *sorted(reader.unreadable.names)]
     return _Converted(thread_prompt(body, thread), thread, body.output, ignored)
 
 

@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Literal
 
 from core.errors import RequestError, UnsupportedParameter
+from core.text import is_nested_deeper
 from core.types import ChatMessage, ChatPrompt, JsonValue, Tool, ToolCall
 from router.requests.fields import check_schema
 from router.requests.reasoning import decode_reasoning, with_reasoning
 from router.requests.tools import ToolChoice, check_tools
+from router.requests.unreadable import last_question
 from router.v1.messages import request as messages_api
 from router.v1.messages.blocks import BlockReader
 from router.v1.messages.threads import EMPTY, KeptThread
@@ -44,8 +46,7 @@ def read_thread(
     if request.tools is not None:
         tools = tuple(_tools(request.tools))
     messages = list(earlier.messages)
-    roles = [message.role for message in request.messages]
-    asked = max((index for index, role in enumerate(roles) if role == "user"), default=0)
+    asked = last_question(message.role for message in request.messages)
     for index, message in enumerate(request.messages):
         messages += _messages(message, f"messages[{index}]", reader, is_asked=index == asked)
     return KeptThread(system, tools, tuple(messages))
@@ -90,7 +91,7 @@ def _system(
         texts = [system]
     else:
         blocks = enumerate(system or ())
-        texts = [reader.text(block, f"system[{index}]", is_asked=True) for index, block in blocks]
+        texts = [reader.text(block, f"system[{index}]", is_asked=False) for index, block in blocks]
     kept = [text for text in (_HEADER_LINES.sub("", text) for text in texts) if text]
     if kept:
         yield ChatMessage("system", "\n".join(kept))
@@ -214,7 +215,7 @@ def _arguments(value: object) -> str:
     """
     if isinstance(value, str):
         try:
-            decoded = json.loads(value)
+            decoded = None if is_nested_deeper(value) else json.loads(value)
         except (ValueError, RecursionError):
             decoded = None
         value = decoded if isinstance(decoded, dict) else {"arguments": value} if value else {}

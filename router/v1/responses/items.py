@@ -6,10 +6,10 @@ from dataclasses import replace
 from core.errors import RequestError
 from core.types import ChatMessage, ToolCall
 from router.requests.reasoning import decode_reasoning
-from router.v1.arguments import check_arguments
+from router.requests.unreadable import last_question
 from router.v1.responses import request as responses_api
 from router.v1.responses.custom_input import to_arguments
-from router.v1.responses.other_items import other_item_messages
+from router.v1.responses.other_items import OtherItem
 from router.v1.responses.parts import PartReader
 from router.v1.responses.tools import offered_name
 
@@ -28,7 +28,7 @@ class ItemReader:
     @property
     def ignored(self) -> list[str]:
         """The items that were skipped, and the types of parts that became notes."""
-        return [*self.skipped, *(f"input.content.{kind}" for kind in sorted(self._parts.noted))]
+        return [*self.skipped, *sorted(self._parts.unreadable.names)]
 
     def messages(self, items: Sequence[tuple[str, responses_api.Item]]) -> list[ChatMessage]:
         """Return the messages of items, each given with its place in the request.
@@ -36,8 +36,7 @@ class ItemReader:
         Raises UnsupportedCapability for parts other than text in the user's last message, and
         RequestError.
         """
-        roles = [item.role for _, item in items]
-        asked = max((index for index, role in enumerate(roles) if role == "user"), default=-1)
+        asked = last_question(item.role or "" for _, item in items)
         for index, (param, item) in enumerate(items):
             self._add(item, param, is_asked=index == asked)
         return self._messages
@@ -47,13 +46,14 @@ class ItemReader:
             case "message":
                 self._add_message(item, param, is_asked=is_asked)
             case "function_call":
-                arguments = check_arguments(item.arguments or "{}", f"{param}.arguments")
-                self._add_call(item, arguments, param)
+                self._add_call(item, item.arguments or "{}", param)
             case "custom_tool_call":
                 text = _required(item.input, f"{param}.input")
                 self._add_call(item, to_arguments(text), param)
             case "function_call_output" | "custom_tool_call_output":
                 call_id = _required(item.call_id, f"{param}.call_id")
+                if item.output is None:
+                    raise RequestError(f"{param}.output: required", param=f"{param}.output")
                 output = self._parts.joined(item.output, f"{param}.output")
                 self._messages.append(ChatMessage("tool", output, tool_call_id=call_id))
             case "reasoning":
@@ -101,12 +101,11 @@ class ItemReader:
             self._messages.append(ChatMessage("assistant", "", reasoning=text))
 
     def _add_other(self, item: responses_api.Item, param: str) -> None:
-        messages = other_item_messages(item.other_item or {}, f"call_{len(self._messages)}")
+        call_id = f"call_{len(self._messages)}"
+        messages = OtherItem(item.other_item or {}, param, self._parts.unreadable).messages(call_id)
         if not messages:
             self.skipped.append(param)
         for message in messages:
-            for call in message.tool_calls:
-                check_arguments(call.arguments, param)
             if message.tool_calls:
                 self._add_calls(message.tool_calls)
             else:

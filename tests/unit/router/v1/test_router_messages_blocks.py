@@ -97,7 +97,7 @@ NOTED = [
         "[an uploaded file, which this model cannot read]",
         "container_upload",
     ),
-    ({"type": "nova"}, "[a block of type nova, which this model cannot read]", "nova"),
+    ({"type": "nova"}, "[content of type nova, which this model cannot read]", "nova"),
 ]
 TEXTS = [
     (
@@ -199,7 +199,7 @@ async def test_unreadable_block_that_the_user_sends_now_is_refused(block: dict[s
             response = await client.post(path, json=body)
             error = response.json()["error"]
             assert (response.status_code, error["type"]) == (400, "invalid_request_error")
-            assert f"messages[0].content[1]: blocks of type '{block['type']}'" in error["message"]
+            assert f"messages[0].content[1]: content of type '{block['type']}'" in error["message"]
     assert dispatcher.requests == []
 
 
@@ -224,7 +224,7 @@ async def test_image_inside_a_document_is_noted_or_refused_as_any_other() -> Non
     prompt, ignored = await sent(history)
     assert prompt.messages[0].content == f"one\n{SEEN}"
     assert ignored == {"messages.content.image"}
-    with pytest.raises(AssertionError, match="blocks of type 'image'"):
+    with pytest.raises(AssertionError, match="content of type 'image'"):
         await sent(history[:1])
 
 

@@ -130,8 +130,8 @@ async def test_parts_without_text_become_notes_in_a_history_and_are_refused_now(
         ({"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,AA"},
          "[a file named a.pdf, which this model cannot read]"),
         ({"type": "input_file", "file_id": "f"}, "[a file, which this model cannot read]"),
-        ({"type": "input_audio"}, "[audio, which this model cannot read]"),
-        ({"type": "new_part"}, "[a part of type new_part, which this model cannot read]"),
+        ({"type": "input_audio"}, "[a sound, which this model cannot read]"),
+        ({"type": "new_part"}, "[content of type new_part, which this model cannot read]"),
         ({"type": "refusal", "refusal": "no"}, "no"),
     ],
 )  # fmt: skip
