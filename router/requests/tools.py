@@ -1,12 +1,23 @@
 """Tools and `tool_choice`: parsing and checks shared by all APIs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from core.errors import RequestError, UnsupportedParameter
 from core.types import Tool
+from router.requests.limits import MAX_TOOLS
 
-ToolChoice: TypeAlias = Literal["none", "auto", "required"] | tuple[Literal["function"], str]
+ChoiceMode: TypeAlias = Literal["none", "auto", "required"]
+ToolChoice: TypeAlias = ChoiceMode | tuple[Literal["function"], str]
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedTools:
+    """A choice among the functions `names` alone."""
+
+    mode: Literal["auto", "required"]
+    names: frozenset[str]
 
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
@@ -28,29 +39,66 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
         )
 
 
-def parse_tool_choice(value: object) -> ToolChoice | None:
-    """Return the choice; raises ValueError, or UnsupportedParameter for other tools' choices."""
-    match value:
-        case None:
-            return None
-        case "none" | "auto" | "required":
-            return value
-        # Cursor and other clients send Anthropic's shape to every API.
-        case {"type": "none"}:
-            return "none"
-        case {"type": "auto"}:
-            return "auto"
-        case {"type": "required"}:
-            return "required"
-        case {"type": "any"}:
-            return "required"
-        case {"type": "function", "function": {"name": str(name)}}:
-            return ("function", name)
-        case {"type": "function" | "tool", "name": str(name)}:
-            return ("function", name)
-        case {"type": "allowed_tools" | "custom" as kind}:
-            raise UnsupportedParameter(
-                f"tool_choice of type {kind!r} is not supported; send type function.",
-                param="tool_choice",
-            )
+def parse_tool_choice(value: object) -> ToolChoice | AllowedTools | None:
+    """Return chat's choice; raises ValueError, or UnsupportedParameter for other tools' choices."""
+    if value is None:
+        return None
+    if (mode := choice_mode(value)) is not None:
+        return mode
+    if (name := function_name(value)) is not None:
+        return ("function", name)
+    if (listed := allowed_tools(value)) is not None:
+        names = [function_name(tool) for tool in listed[1]]
+        return AllowedTools(listed[0], frozenset(name for name in names if name is not None))
+    if isinstance(value, dict) and value.get("type") == "custom":
+        raise UnsupportedParameter(
+            "tool_choice of type 'custom' is not supported; send type function.",
+            param="tool_choice",
+        )
     raise ValueError('must be "none", "auto", "required" or {"type": "function", "function": …}')
+
+
+def choice_mode(value: object) -> ChoiceMode | None:
+    """Return the mode that a word or an object of any API names; None for other choices.
+
+    Clients such as Cursor send Anthropic's shape to every API.
+    """
+    match value:
+        case "none" | "auto" | "required" as mode:
+            return mode
+        case {"type": "none" | "auto" | "required" as mode}:
+            return mode
+        case "any" | {"type": "any"}:
+            return "required"
+    return None
+
+
+def function_name(value: object) -> str | None:
+    """Return the name of a function as any API refers to one; None for other tools."""
+    match value:
+        case {"type": "function", "function": {"name": str(name)}}:
+            return name
+        case {"type": "function" | "tool", "name": str(name)}:
+            return name
+    return None
+
+
+def allowed_tools(value: object) -> tuple[Literal["auto", "required"], list[object]] | None:
+    """Return the mode and the references to tools of a choice of type `allowed_tools`.
+
+    Reads the shape of chat completions and that of the Responses API; None for other choices.
+    Raises ValueError for too many tools.
+    """
+    match value:
+        case {"type": "allowed_tools", "allowed_tools": dict(inner)}:
+            given = inner
+        case {"type": "allowed_tools", **inner}:
+            given = inner
+        case _:
+            return None
+    match given:
+        case {"mode": "auto" | "required" as mode, "tools": list(tools)}:
+            if len(tools) > MAX_TOOLS:
+                raise ValueError(f"has {len(tools)} tools; at most {MAX_TOOLS} are accepted")
+            return mode, tools
+    raise ValueError('needs mode, which is "auto" or "required", and tools, which is a list')

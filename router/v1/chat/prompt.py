@@ -8,6 +8,7 @@ from core.errors import RequestError, UnsupportedParameter
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
 from router.requests.fields import check_schema
 from router.requests.reasoning import merge_budget, merge_effort
+from router.requests.tools import AllowedTools
 from router.requests.unreadable import (
     UnreadableParts,
     document_text,
@@ -37,9 +38,13 @@ def to_chat_prompt(request: ChatRequest, unreadable: UnreadableParts | None = No
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
     _check_unique_names(tools)
     choice = request.tool_choice or "auto"
+    if isinstance(choice, AllowedTools):
+        tools = tuple(tool for tool in tools if tool.name in choice.names)
+        choice = choice.mode
     if choice == "required" and not tools:
         raise RequestError(
-            'tool_choice: "required" needs at least one tool in tools', param="tool_choice"
+            'tool_choice: "required" needs at least one tool that may be called in tools',
+            param="tool_choice",
         )
     if isinstance(choice, tuple) and choice[1] not in {tool.name for tool in tools}:
         raise RequestError(

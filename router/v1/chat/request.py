@@ -19,7 +19,7 @@ from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TO
 from router.requests.output_format import OutputFields
 from router.requests.reasoning import Reasoning, ReasoningTokens
 from router.requests.template_variables import TemplateVariables
-from router.requests.tools import ToolChoice, parse_tool_choice
+from router.requests.tools import AllowedTools, ToolChoice, parse_tool_choice
 
 
 class FunctionCall(RequestPart):
@@ -105,7 +105,9 @@ class ChatRequest(OutputFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WholeNumber] | None = None
     tools: Annotated[Items[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Annotated[ToolChoice | None, PlainValidator(parse_tool_choice)] = None
+    tool_choice: Annotated[ToolChoice | AllowedTools | None, PlainValidator(parse_tool_choice)] = (
+        None
+    )
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None

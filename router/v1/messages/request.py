@@ -5,7 +5,7 @@ Source: Anthropic's API reference, and the types of its Python SDK.
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, model_validator
 
 from core.errors import RequestError
 from core.types import JsonOutput, SamplingParams
@@ -22,6 +22,7 @@ from router.requests.fields import (
     unknown_fields,
 )
 from router.requests.limits import MAX_INT32, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
+from router.requests.tools import choice_mode, function_name
 
 # Fields of blocks and tools without effect: prefixes are always reused, calls always checked.
 _HARMLESS_PARTS = frozenset(
@@ -88,6 +89,18 @@ class ToolChoice(RequestPart):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_api(cls, value: object) -> object:
+        """Read the words and shapes of OpenAI's APIs too."""
+        more = value if isinstance(value, dict) else {}
+        if (mode := choice_mode(value)) is not None:
+            return {**more, "type": "any" if mode == "required" else mode}
+        if (name := function_name(value)) is not None:
+            rest = {key: inner for key, inner in more.items() if key != "function"}
+            return {**rest, "type": "tool", "name": name}
+        return value
 
 
 class Thinking(RequestPart):

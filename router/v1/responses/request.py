@@ -22,6 +22,7 @@ from router.requests.fields import (
 )
 from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
 from router.requests.template_variables import TemplateVariables
+from router.requests.tools import ChoiceMode, allowed_tools, choice_mode, function_name
 
 MAX_METADATA = 16
 READ_TYPES = frozenset(
@@ -147,7 +148,7 @@ class ToolChoice:
     `sent` is what the client sent, to be returned with the answer.
     """
 
-    mode: Literal["none", "auto", "required"] = "auto"
+    mode: ChoiceMode = "auto"
     named: NamedTool | None = None
     allowed: tuple[NamedTool, ...] | None = None
     sent: Any = "auto"
@@ -188,28 +189,20 @@ class StreamOptions(RequestPart):
 
 def parse_tool_choice(value: object) -> ToolChoice | None:
     """Return the choice; raises ValueError."""
-    match value:
-        case None:
-            return None
-        case "none" | "auto" | "required" as mode:
-            return ToolChoice(mode, sent=mode)
-        case {"type": "none" | "auto" | "required" as mode}:
-            return ToolChoice(mode, sent=mode)
-        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(tools)}:
-            if len(tools) > MAX_TOOLS:
-                raise ValueError(f"has {len(tools)} tools; at most {MAX_TOOLS} are accepted")
-            allowed = tuple(_named_tool(tool) for tool in tools)
-            shown: list[JsonValue] = [_shown_tool(tool) for tool in allowed]
-            return ToolChoice(
-                mode,
-                allowed=allowed,
-                sent={"type": "allowed_tools", "mode": mode, "tools": shown},
-            )
-        case {"type": str(kind)} if kind != "allowed_tools":
-            named = _named_tool(value)
-            if kind in ("function", "custom") and not named.name:
-                raise ValueError("needs the name of the tool")
-            return ToolChoice(named=named, sent=_shown_tool(named))
+    if value is None:
+        return None
+    if (mode := choice_mode(value)) is not None:
+        return ToolChoice(mode, sent=mode)
+    if (listed := allowed_tools(value)) is not None:
+        allowed = tuple(_named_tool(tool) for tool in listed[1])
+        shown: list[JsonValue] = [_shown_tool(tool) for tool in allowed]
+        sent = {"type": "allowed_tools", "mode": listed[0], "tools": shown}
+        return ToolChoice(listed[0], allowed=allowed, sent=sent)
+    if isinstance(value, dict) and isinstance(value.get("type"), str):
+        named = _named_tool(value)
+        if named.type in ("function", "tool", "custom") and not named.name:
+            raise ValueError("needs the name of the tool")
+        return ToolChoice(named=named, sent=_shown_tool(named))
     raise ValueError(
         'must be "none", "auto", "required", {"type": "function", "name": …} or '
         '{"type": "allowed_tools", "mode": …, "tools": […]}'
@@ -220,6 +213,10 @@ def _named_tool(value: object) -> NamedTool:
     match value:
         case {"type": str(kind), **more}:
             name, namespace = more.get("name"), more.get("namespace")
+            if (function := function_name(value)) is not None:
+                kind, name = "function", function
+            elif name is None and isinstance(custom := more.get("custom"), dict):
+                name = custom.get("name")
             if isinstance(name, str | None) and isinstance(namespace, str | None):
                 return NamedTool(type=kind, name=name or "", namespace=namespace)
     raise ValueError("its tools must be objects with a type, and a name if they have one")

@@ -193,7 +193,7 @@ def test_chat_field_over_its_limit_is_named(fields: dict[str, Any], param: str) 
         ({"web_search_options": {}}, "web_search_options"),
         ({"prediction": {"type": "content"}}, "prediction"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
-        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template"),
     ],
