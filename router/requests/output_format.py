@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -49,12 +49,19 @@ class ResponseFormat(RequestPart):
     json_schema: JsonSchema | None = None
     own_schema: JsonObject | None = Field(default=None, alias="schema")
 
-    def output(self) -> JsonOutput | None:
-        """Return the constraint.  Raises RequestError for a schema that is missing or too big."""
+    # Where the API documents the schema, which the error of a missing one names.
+    schema_path: ClassVar[str] = "json_schema.schema"
+
+    def output(self, place: str = "response_format") -> JsonOutput | None:
+        """Return the constraint of the format, which is the request's field `place`.
+
+        Raises RequestError for a schema that is missing, sent twice or too big.
+        """
         nested = self.json_schema.body if self.json_schema else None
-        schema, param = self.own_schema, "response_format.schema"
+        schema, param = self.own_schema, f"{place}.schema"
         if schema is None:
-            schema, param = nested, "response_format.json_schema.schema"
+            schema = nested
+            param = f"{place}.{self.schema_path if nested is None else 'json_schema.schema'}"
         elif nested is not None:
             raise RequestError(f"{param}: the schema is sent twice; send one", param=param)
         if schema is None:
@@ -68,12 +75,22 @@ class ResponseFormat(RequestPart):
         check_schema(schema, param)
         return JsonOutput(schema)
 
-    def ignored_names(self) -> set[str]:
+    def ignored_names(self, place: str = "response_format") -> set[str]:
         """Return the names of unknown fields."""
-        unknown = unknown_fields(self, "response_format")
+        unknown = unknown_fields(self, place)
         if self.json_schema is not None:
-            unknown |= unknown_fields(self.json_schema, "response_format.json_schema")
+            unknown |= unknown_fields(self.json_schema, f"{place}.json_schema")
         return unknown
+
+
+class FlatFormat(ResponseFormat):
+    """The format of the Responses and Messages APIs, which document the schema beside the type."""
+
+    schema_path: ClassVar[str] = "schema"
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
 
 
 class StructuredOutputs(RequestPart):

@@ -17,11 +17,11 @@ from router.requests.fields import (
     RequestPart,
     TokenCount,
     WholeNumber,
-    check_schema,
     parse_stop,
     unknown_fields,
 )
 from router.requests.limits import MAX_INT32, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
+from router.requests.output_format import FlatFormat
 from router.requests.tools import choice_mode, function_name
 
 # Fields of blocks and tools without effect: prefixes are always reused, calls always checked.
@@ -118,18 +118,11 @@ class ThreadField(RequestPart):
     previous_message_id: str | None = None
 
 
-class OutputFormat(RequestPart):
-    """The required format of the answer's text."""
-
-    type: Literal["json_schema"]
-    body: JsonObject = Field(alias="schema")
-
-
 class OutputConfig(RequestPart):
     """Effort and format of the answer."""
 
     effort: AnyEffort | None = None
-    format: OutputFormat | None = None
+    format: FlatFormat | None = None
 
 
 class MessagesPromptRequest(RequestBody):
@@ -149,7 +142,7 @@ class MessagesPromptRequest(RequestBody):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    output_format: OutputFormat | None = None
+    output_format: FlatFormat | None = None
     thread: ThreadField | None = None
 
     @property
@@ -192,6 +185,10 @@ class MessagesPromptRequest(RequestBody):
                 for block in message.content:
                     if block.type in _KNOWN_FIELDS:
                         inner |= unknown_fields(block, "messages.content")
+        if self.output_config is not None and self.output_config.format is not None:
+            inner |= self.output_config.format.ignored_names("output_config.format")
+        if self.output_format is not None:
+            inner |= self.output_format.ignored_names("output_format")
         shown = (name for name in inner if name.rpartition(".")[2] not in _HARMLESS_PARTS)
         return [*super().ignored_names(), *sorted(shown)]
 
@@ -203,9 +200,7 @@ class MessagesPromptRequest(RequestBody):
         given = in_config or self.output_format
         if given is None:
             return None
-        schema = given.body
-        check_schema(schema, f"output_{'config.format' if in_config else 'format'}.schema")
-        return JsonOutput(schema)
+        return given.output(f"output_{'config.format' if in_config else 'format'}")
 
 
 class MessagesRequest(MessagesPromptRequest):

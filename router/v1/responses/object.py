@@ -13,10 +13,11 @@ from router.answers.generation import Generation
 from router.answers.logprobs import chat_logprobs
 from router.answers.parts import Part, PartAssembler
 from router.http.errors import shown_message
+from router.requests.output_format import FlatFormat
 from router.requests.reasoning import encode_reasoning
 from router.v1.responses.custom_input import to_custom_input
 from router.v1.responses.prompt import answer_message
-from router.v1.responses.request import OFFERED_TYPES, ResponsesRequest, TextFormat, Tool
+from router.v1.responses.request import OFFERED_TYPES, ResponsesRequest, Tool
 from router.v1.responses.store import ResponseStore, StoredItem
 from router.v1.responses.tools import OfferedTools
 
@@ -219,15 +220,22 @@ def _tool(tool: Tool) -> dict[str, JsonValue]:
     }
 
 
-def _format(text_format: TextFormat) -> JsonValue:
+def _format(text_format: FlatFormat) -> JsonValue:
     """Return the format as OpenAI's type allows it, which knows no unknown fields."""
-    dumped: dict[str, JsonValue] = text_format.model_dump(
-        by_alias=True, exclude_none=True, exclude=set(text_format.model_extra or ())
-    )
-    if text_format.type == "json_schema":
+    if text_format.type != "json_schema":
+        return {"type": text_format.type}
+    nested = text_format.json_schema
+    named = text_format if nested is None else nested
+    schema = text_format.own_schema if nested is None else nested.body
+    echoed: dict[str, JsonValue] = {
+        "type": "json_schema",
         # OpenAI requires a name; requests here need none.
-        dumped.setdefault("name", "schema")
-    return dumped
+        "name": named.name or "schema",
+        "description": named.description,
+        "strict": named.strict,
+        "schema": text_format.own_schema if schema is None else schema,
+    }
+    return {name: value for name, value in echoed.items() if value is not None}
 
 
 def _usage(counts: Usage) -> JsonValue:

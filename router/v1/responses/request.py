@@ -6,7 +6,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
-from core.errors import RequestError
 from core.types import JsonOutput, JsonValue
 from router.requests.fields import (
     AnyEffort,
@@ -17,10 +16,10 @@ from router.requests.fields import (
     TokenCount,
     TokenLimit,
     WholeNumber,
-    check_schema,
     unknown_fields,
 )
 from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TOOLS
+from router.requests.output_format import FlatFormat
 from router.requests.template_variables import TemplateVariables
 from router.requests.tools import ChoiceMode, allowed_tools, choice_mode, function_name
 
@@ -154,20 +153,10 @@ class ToolChoice:
     sent: Any = "auto"
 
 
-class TextFormat(RequestPart):
-    """The required format of the answer's text."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    strict: bool | None = None
-    body: JsonObject | None = Field(default=None, alias="schema")
-
-
 class Text(RequestPart):
     """Format of the answer's text; its verbosity is a hint that no model here takes."""
 
-    format: TextFormat | None = None
+    format: FlatFormat | None = None
     verbosity: str | None = None
 
 
@@ -293,6 +282,8 @@ class ResponsesRequest(SamplingFields):
         for name in ("text", "reasoning", "stream_options"):
             part = getattr(self, name)
             inner |= unknown_fields(part, name) if part is not None else set()
+        if self.text is not None and self.text.format is not None:
+            inner |= self.text.format.ignored_names("text.format")
         return [*super().ignored_names(), *self._unfollowed(), *sorted(inner)]
 
     def _unfollowed(self) -> list[str]:
@@ -315,14 +306,7 @@ class ResponsesRequest(SamplingFields):
     def output(self) -> JsonOutput | None:
         """The constraint on the text.  Raises RequestError for a schema missing or too big."""
         form = self.text.format if self.text else None
-        if form is None or form.type == "text":
-            return None
-        if form.type == "json_object":
-            return JsonOutput(None)
-        if form.body is None:
-            raise RequestError("text.format.schema: required", param="text.format.schema")
-        check_schema(form.body, "text.format.schema")
-        return JsonOutput(form.body)
+        return form.output("text.format") if form is not None else None
 
     @property
     def includes_encrypted_reasoning(self) -> bool:
