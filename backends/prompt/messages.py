@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from core.text import is_nested_deeper, well_formed
 from core.types import ChatMessage, JsonValue, Tool
@@ -60,26 +61,26 @@ def with_tools_in_text(
     the system message, calls within <tool_call>, results within <tool_response> as a user message.
     """
     result: list[ChatMessage] = []
-    is_response = False
-    for message in messages:
-        if message.role == "tool":
-            text = TOOL_RESPONSE.format(message.content)
-            if is_response:
-                text = f"{result.pop().content}\n{text}"
-            result.append(ChatMessage("user", text))
-        elif message.tool_calls:
-            written = [_call_text(call.name, call.arguments) for call in message.tool_calls]
-            text = "\n".join(part for part in (message.content, *written) if part)
-            result.append(replace(message, content=text, tool_calls=()))
+    for is_response, group in groupby(messages, key=lambda message: message.role == "tool"):
+        if is_response:
+            texts = (TOOL_RESPONSE.format(message.content) for message in group)
+            result.append(ChatMessage("user", "\n".join(texts)))
         else:
-            result.append(message)
-        is_response = message.role == "tool"
+            result += map(_with_calls_in_text, group)
     return _with_system_part(result, _tools_text(tools)) if tools else tuple(result)
+
+
+def _with_calls_in_text(message: ChatMessage) -> ChatMessage:
+    if not message.tool_calls:
+        return message
+    written = [_call_text(call.name, call.arguments) for call in message.tool_calls]
+    text = "\n".join(part for part in (message.content, *written) if part)
+    return replace(message, content=text, tool_calls=())
 
 
 def with_folded_system(messages: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
     """Merge system messages into the next user message, and join messages of the same role."""
-    result: list[ChatMessage] = []
+    groups: list[list[ChatMessage]] = []
     system: list[str] = []
     for message in messages:
         if message.role == "system":
@@ -88,14 +89,20 @@ def with_folded_system(messages: Sequence[ChatMessage]) -> tuple[ChatMessage, ..
         if message.role == "user":
             message = replace(message, content="\n\n".join([*system, message.content]))
             system.clear()
-        if result and _can_join(result[-1], message):
-            joined = f"{result[-1].content}\n\n{message.content}"
-            result[-1] = replace(result[-1], content=joined)
+        if groups and _can_join(groups[-1][-1], message):
+            groups[-1].append(message)
         else:
-            result.append(message)
+            groups.append([message])
     if system:
-        result.append(ChatMessage("user", "\n\n".join(system)))
-    return tuple(result)
+        groups.append([ChatMessage("user", "\n\n".join(system))])
+    return tuple(_joined(group) for group in groups)
+
+
+def _joined(group: Sequence[ChatMessage]) -> ChatMessage:
+    """Return the first message with the texts of all."""
+    if len(group) == 1:
+        return group[0]
+    return replace(group[0], content="\n\n".join(message.content for message in group))
 
 
 def plain_text(messages: Sequence[ChatMessage]) -> str:

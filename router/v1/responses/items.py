@@ -23,6 +23,8 @@ class ItemReader:
     def __init__(self) -> None:
         self._parts = PartReader()
         self._messages: list[ChatMessage] = []
+        # By the index of their message: thousands of calls may join one turn.
+        self._calls: dict[int, list[ToolCall]] = {}
         self.skipped: list[str] = []
 
     @property
@@ -39,6 +41,8 @@ class ItemReader:
         asked = last_question(item.role or "" for _, item in items)
         for index, (param, item) in enumerate(items):
             self._add(item, param, is_asked=index == asked)
+        for index, calls in self._calls.items():
+            self._messages[index] = replace(self._messages[index], tool_calls=tuple(calls))
         return self._messages
 
     def _add(self, item: responses_api.Item, param: str, *, is_asked: bool) -> None:
@@ -69,12 +73,16 @@ class ItemReader:
         text = self._parts.joined(content, f"{param}.content", is_asked=is_asked)
         last = self._messages[-1] if self._messages else None
         match role:
-            case "assistant" if last is not None and _is_reasoning_alone(last):
+            case "assistant" if last is not None and self._is_reasoning_alone(last):
                 self._messages[-1] = replace(last, content=text)
             case "assistant" | "user" | "system":
                 self._messages.append(ChatMessage(role, text))
             case _:
                 self._messages.append(ChatMessage("system", text))
+
+    def _is_reasoning_alone(self, last: ChatMessage) -> bool:
+        has_calls = len(self._messages) - 1 in self._calls
+        return last.role == "assistant" and not (last.content or has_calls)
 
     def _add_call(self, item: responses_api.Item, arguments: str, param: str) -> None:
         call_id = _required(item.call_id, f"{param}.call_id")
@@ -82,11 +90,9 @@ class ItemReader:
         self._add_calls((ToolCall(call_id, name, arguments),))
 
     def _add_calls(self, calls: tuple[ToolCall, ...]) -> None:
-        if self._messages and self._messages[-1].role == "assistant":
-            last = self._messages[-1]
-            self._messages[-1] = replace(last, tool_calls=(*last.tool_calls, *calls))
-        else:
-            self._messages.append(ChatMessage("assistant", "", tool_calls=calls))
+        if not self._messages or self._messages[-1].role != "assistant":
+            self._messages.append(ChatMessage("assistant", ""))
+        self._calls.setdefault(len(self._messages) - 1, []).extend(calls)
 
     def _add_reasoning(self, item: responses_api.Item, param: str) -> None:
         """Add a message with reasoning only; the assistant's next item is merged into it."""
@@ -110,10 +116,6 @@ class ItemReader:
                 self._add_calls(message.tool_calls)
             else:
                 self._messages.append(message)
-
-
-def _is_reasoning_alone(message: ChatMessage) -> bool:
-    return message.role == "assistant" and not (message.content or message.tool_calls)
 
 
 def _required(value: str | None, param: str) -> str:

@@ -4,7 +4,7 @@ Namespaces are flattened, custom tools become functions with one text, and tools
 OpenAI's servers are left out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -83,7 +83,8 @@ def offer_tools(request: responses_api.ResponsesRequest) -> OfferedTools:
         if len(tools) > MAX_TOOLS:
             raise too_many("tools", len(tools), "tools with those of namespaces", MAX_TOOLS)
     choice = request.tool_choice or responses_api.ToolChoice()
-    allowed = [tool for tool in tools if _is_allowed(choice, origins[tool.name])]
+    is_allowed = _allowed(choice)
+    allowed = [tool for tool in tools if is_allowed(origins[tool.name])]
     resolved = _choice(choice, origins)
     if choice.mode == "required" and not allowed and request.tools:
         raise UnsupportedParameter(
@@ -130,14 +131,25 @@ def _tool(
     return Tool(name, description, parameters), True
 
 
-def _is_allowed(choice: responses_api.ToolChoice, origin: ToolOrigin) -> bool:
+def _allowed(choice: responses_api.ToolChoice) -> Callable[[ToolOrigin], bool]:
+    """Return what tells whether a tool may be called; it costs the same however many are named."""
     if choice.allowed is None:
-        return True
-    return any(
-        _matches(named, origin)
-        or (named.type == "namespace" and named.name == origin.namespace is not None)
-        for named in choice.allowed
-    )
+        return lambda _: True
+    named = {(one.type, one.namespace, one.name) for one in choice.allowed}
+
+    def is_allowed(origin: ToolOrigin) -> bool:
+        if origin.namespace is not None and ("namespace", None, origin.namespace) in named:
+            return True
+        whole = offered_name(origin.name, origin.namespace)
+        return not named.isdisjoint(
+            {
+                (origin.kind, origin.namespace, origin.name),
+                (origin.kind, None, origin.name),
+                (origin.kind, None, whole),
+            }
+        )
+
+    return is_allowed
 
 
 def _matches(named: responses_api.NamedTool, origin: ToolOrigin) -> bool:
