@@ -1,11 +1,13 @@
 """Makes text of unknown origin safe: to show in messages, logs and headers, to encode, to parse."""
 
 import re
+from itertools import accumulate
 
 # Python's own limit would depend on how deep its caller is.
 MAX_JSON_DEPTH = 200
 _SHOWN_CHARACTERS = 200
-_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+_NOT_STRUCTURE = re.compile(r'(?:"(?:[^"\\]++|\\.)*+"?|[^"\[\]{}]++)++', re.DOTALL)
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def escaped(text: str, limit: int = _SHOWN_CHARACTERS) -> str:
@@ -39,10 +41,6 @@ def is_nested_deeper(text: str, limit: int = MAX_JSON_DEPTH) -> bool:
     """Return whether the JSON text has over `limit` levels; takes linear time, never raises."""
     if text.count("[") + text.count("{") <= limit:
         return False
-    depth = 0
-    for found in _STRUCTURE.finditer(text):
-        first = text[found.start()]
-        depth += (first in "[{") - (first in "]}")
-        if depth > limit:
-            return True
-    return False
+    brackets = _NOT_STRUCTURE.sub("", text)
+    depths = accumulate(map(_STEPS.__getitem__, brackets))
+    return max(depths, default=0) > limit

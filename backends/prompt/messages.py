@@ -129,10 +129,11 @@ def call_arguments(text: str) -> JsonValue:
 
 
 def _decoded(text: str) -> JsonValue:
-    if is_nested_deeper(text):
-        return text
     try:
+        # Text that is not JSON fails at once; only what parses is worth measuring.
         value: JsonValue = json.loads(text)
+        if is_nested_deeper(text):
+            return text
         if _SURROGATE.search(text):
             value = json.loads(well_formed(json.dumps(value, ensure_ascii=False)))
     except (ValueError, RecursionError):

@@ -8,6 +8,7 @@ import pytest
 from backends.prompt import call_ids, messages
 from backends.prompt.call_ids import with_short_call_ids
 from backends.prompt.messages import with_folded_system, with_tools_in_text
+from core.text import is_nested_deeper
 from core.types import ChatMessage, ToolCall
 
 COUNT = 300
@@ -66,6 +67,45 @@ def test_groups_are_told_apart() -> None:
         "<tool_response>e</tool_response>",
     ]
     assert [message.content for message in with_folded_system(history)][2:4] == ["c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("text", "measured"),
+    [("[]" * 1000, 0), ("[" * 100_000, 0), ('{"a": ', 0), ("[" * 201 + "]" * 201, 1)],
+)
+def test_only_arguments_that_parse_are_measured(
+    text: str, measured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def counted(one: str) -> bool:
+        seen.append(one)
+        return is_nested_deeper(one)
+
+    monkeypatch.setattr(messages, "is_nested_deeper", counted)
+    assert messages.call_arguments(text) == text
+    # The text is decoded once more, in case it was encoded twice.
+    assert len(seen) == 2 * measured
+
+
+@pytest.mark.parametrize(
+    ("text", "is_deeper"),
+    [
+        ("[" * 200 + "]" * 200, False),
+        ("[" * 201 + "]" * 201, True),
+        ('{"a":' * 201, True),
+        ("[]" * 1000, False),
+        ('["' + "[" * 1000 + '"]', False),
+        ('["\\"' + "[" * 1000 + '"]', False),
+        ('"' + "[" * 1000, False),
+        ('"\\' + "[" * 1000, False),
+        ("]" * 50 + "[" * 250, False),
+        ("]" * 50 + "[" * 251, True),
+        ("", False),
+    ],
+)
+def test_depth_is_counted_outside_of_strings(text: str, is_deeper: bool) -> None:
+    assert is_nested_deeper(text) is is_deeper
 
 
 def test_ids_that_collide_after_rewriting_are_hashed_once_each(
