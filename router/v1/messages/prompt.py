@@ -215,7 +215,9 @@ def _arguments(value: object) -> str:
     """
     if isinstance(value, str):
         try:
-            decoded = None if is_nested_deeper(value) else json.loads(value)
+            decoded = json.loads(value)
+            if is_nested_deeper(value):
+                decoded = None
         except (ValueError, RecursionError):
             decoded = None
         value = decoded if isinstance(decoded, dict) else {"arguments": value} if value else {}
