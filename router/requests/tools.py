@@ -64,11 +64,11 @@ def choice_mode(value: object) -> ChoiceMode | None:
     Clients such as Cursor send Anthropic's shape to every API.
     """
     match value:
-        case "none" | "auto" | "required" as mode:
-            return mode
-        case {"type": "none" | "auto" | "required" as mode}:
-            return mode
-        case "any" | {"type": "any"}:
+        case "none" | {"type": "none"}:
+            return "none"
+        case "auto" | {"type": "auto"}:
+            return "auto"
+        case "required" | "any" | {"type": "required" | "any"}:
             return "required"
     return None
 
@@ -89,14 +89,9 @@ def allowed_tools(value: object) -> tuple[Literal["auto", "required"], list[obje
     Reads the shape of chat completions and that of the Responses API; None for other choices.
     Raises ValueError for too many tools.
     """
-    match value:
-        case {"type": "allowed_tools", "allowed_tools": dict(inner)}:
-            given = inner
-        case {"type": "allowed_tools", **inner}:
-            given = inner
-        case _:
-            return None
-    match given:
+    if not isinstance(value, dict) or value.get("type") != "allowed_tools":
+        return None
+    match value.get("allowed_tools", value):
         case {"mode": "auto" | "required" as mode, "tools": list(tools)}:
             if len(tools) > MAX_TOOLS:
                 raise ValueError(f"has {len(tools)} tools; at most {MAX_TOOLS} are accepted")
