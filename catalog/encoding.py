@@ -24,6 +24,7 @@ def info_to_json(info: ModelInfo) -> str:
         "capabilities": sorted(info.capabilities),
         "license": info.license,
         "chat_template": info.chat_template,
+        "tool_template": info.tool_template,
         "details": dict(info.details),
         "choice": None if info.choice is None else asdict(info.choice),
     }

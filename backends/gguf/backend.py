@@ -75,9 +75,14 @@ def _open_generator(info: ModelInfo, model: GgufModel, options: EngineOptions) -
     assert options.context_tokens is not None
     bos = model.special_text("bos")
     chat = ChatFormat(
-        info.chat_template, bos, model.special_text("eos"), tool_parser=options.tool_parser
+        info.chat_template,
+        bos,
+        model.special_text("eos"),
+        tool_parser=options.tool_parser,
+        tool_template=info.tool_template,
     )
-    model.show(*chat.markers)
+    for each in chat.formats:
+        model.show(*each.markers)
     preparer = Preparer(
         info,
         model,

@@ -6,11 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 from backends.base import ModelInfo
+from backends.gguf.header import TEMPLATE_KEY
 from backends.gguf.header import GgufFile as GgufFile
 from backends.gguf.header import read_gguf as read_gguf
 from backends.gguf.layout import FILE_TYPES, broken
 from backends.hf.kinds.other import refusal
 from backends.prompt.infill import infill_details
+from backends.prompt.named_templates import TOOL_USE, template_capabilities
 from core.types import Capability
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
@@ -125,7 +127,8 @@ def gguf_info(path: Path) -> ModelInfo:
         context_length=context_length,
         capabilities=_capabilities(files),
         license=_one_line(first.text("general.license")),
-        chat_template=first.text("tokenizer.chat_template") or None,
+        chat_template=first.text(TEMPLATE_KEY) or None,
+        tool_template=first.text(f"{TEMPLATE_KEY}.{TOOL_USE}") or None,
         details=details,
     )
 
@@ -216,10 +219,9 @@ def _capabilities(files: list[GgufFile]) -> frozenset[Capability]:
     if is_encoder or file.metadata.get(f"{architecture}.attention.causal") is False:
         return frozenset(capabilities)
     capabilities |= {Capability.CHAT, Capability.COMPLETION}
-    template = file.text("tokenizer.chat_template")
-    if re.search(r"\btools\b", template):
-        capabilities.add(Capability.TOOLS)
-    if "<think>" in template or file.has_think_token:
+    templates = (file.text(TEMPLATE_KEY), file.text(f"{TEMPLATE_KEY}.{TOOL_USE}"))
+    capabilities |= template_capabilities(templates)
+    if file.has_think_token:
         capabilities.add(Capability.REASONING)
     if file.infill is not None:
         capabilities.add(Capability.INFILL)

@@ -33,7 +33,7 @@ _MAX_KEY_BYTES = 65_535
 _MAX_TENSOR_NAME_BYTES = 63
 _TOKENS = "tokenizer.ggml.tokens"
 _ALIGNMENT = "general.alignment"
-_TEMPLATE = "tokenizer.chat_template"
+TEMPLATE_KEY = "tokenizer.chat_template"
 _LONGEST_TOKEN = 256
 _THINK = b"<think>"
 # Arrays that llama.cpp indexes by token id without checking their type and length.
@@ -210,7 +210,7 @@ def _read_metadata(reader: HeaderReader, count: int) -> _Metadata:
         if type_id == ARRAY:
             value = _read_array(reader, key, metadata)
         elif type_id == STRING:
-            value = reader.template() if key.startswith(_TEMPLATE) else reader.text()
+            value = reader.template() if key.startswith(TEMPLATE_KEY) else reader.text()
         elif key == _ALIGNMENT and type_id != UINT32:
             raise reader.broken(f"{_ALIGNMENT} has the wrong type {type_id}")
         else:

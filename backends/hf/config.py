@@ -9,12 +9,12 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from backends.hf.adapters import adapter_error
-from backends.hf.header import broken, read_bytes, read_json, read_optional_json, read_text
+from backends.hf.chat_templates import read_templates
+from backends.hf.header import broken, read_bytes, read_json, read_optional_json
 from backends.sentence_files import has_modules
 from core.errors import NotThisFormat
 from core.units import KIB, MIB
 
-_MAX_TEMPLATE_BYTES = MIB
 _MAX_CARD_BYTES = 64 * KIB
 _MAX_INDEX_BYTES = 64 * MIB
 # Each class name is looked up by transformers; models have one or two.
@@ -56,6 +56,7 @@ class HfFolder:
 
     `config` is the text decoder's, flattened: a nested `text_config` is merged into the top level
     (the outer type is kept as `wrapper_model_type`), as are `rope_theta` and `rope_scaling`.
+    `chat_template` is the default one, `tool_template` the one named `tool_use`.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class HfFolder:
     tokenizer_config: Mapping[str, Any]
     chat_template: str | None
     license: str
+    tool_template: str | None = None
 
     @property
     def model_type(self) -> str:
@@ -121,13 +123,15 @@ def read_folder(path: Path) -> HfFolder:
         raise NotThisFormat(f"{path.name} has no config.json") from None
     _check_values(path / "config.json", config)
     tokenizer_config = read_optional_json(path / "tokenizer_config.json")
+    templates = read_templates(path, tokenizer_config)
     return HfFolder(
         path=path,
         config=MappingProxyType(flattened(config)),
         generation_config=MappingProxyType(read_optional_json(path / "generation_config.json")),
         tokenizer_config=MappingProxyType(tokenizer_config),
-        chat_template=_chat_template(path, tokenizer_config),
+        chat_template=templates.default,
         license=_license(path / "README.md"),
+        tool_template=templates.tool_use,
     )
 
 
@@ -192,27 +196,6 @@ def _lift_rope(config: dict[str, Any]) -> None:
     if kind != "default" and config.get("rope_scaling") is None:
         left = ("rope_theta", "partial_rotary_factor")
         config["rope_scaling"] = {key: value for key, value in rope.items() if key not in left}
-
-
-def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """Return the template from its own file, else the tokenizer configuration's default one."""
-    try:
-        return read_text(path / "chat_template.jinja", _MAX_TEMPLATE_BYTES) or None
-    except FileNotFoundError:
-        pass
-    value = read_optional_json(path / "chat_template.json").get("chat_template")
-    value = tokenizer_config.get("chat_template") if value is None else value
-    if isinstance(value, list):
-        named = [entry for entry in value if isinstance(entry, dict)]
-        named.sort(key=lambda entry: entry.get("name") != "default")
-        value = named[0].get("template") if named else None
-    if not isinstance(value, str) or not value:
-        return None
-    if len(value) > _MAX_TEMPLATE_BYTES:
-        raise broken(
-            path / "tokenizer_config.json", "its chat template is larger than the limit of 1 MiB"
-        )
-    return value
 
 
 def _license(card: Path) -> str:

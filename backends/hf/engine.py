@@ -34,8 +34,10 @@ def open_token_engine(
         tokenizer.bos_text,
         tokenizer.eos_text,
         tool_parser=options.tool_parser,
+        tool_template=info.tool_template,
     )
-    tokenizer.show(*chat.markers)
+    for each in chat.formats:
+        tokenizer.show(*each.markers)
     preparer = Preparer(
         info,
         tokenizer,

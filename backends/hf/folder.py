@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from backends.base import ModelInfo
+from backends.hf.chat_templates import TOOL_USE_FILE
 from backends.hf.config import (
     HEAD_KEYS,
     HEAD_WIDTH_KEYS,
@@ -28,6 +29,7 @@ from backends.hf.input_limit import input_limit, position_offset
 from backends.hf.kinds.other import other_kind, refusal
 from backends.hf.kinds.text import refuse_other_kinds, reranks
 from backends.prompt.infill import INFILL_NAMES, find_infill
+from backends.prompt.named_templates import template_capabilities
 from backends.sentence_files import settings_files, settings_root
 from core.types import Capability
 from core.units import KIB
@@ -63,6 +65,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+    TOOL_USE_FILE,
 )  # fmt: skip
 _OTHER_FILES = ("config.json", "generation_config.json")
 
@@ -170,6 +173,7 @@ def folder_info(
         capabilities=_capabilities(folder),
         license=_one_line(folder.license),
         chat_template=folder.chat_template,
+        tool_template=folder.tool_template,
         details={
             **numbers,
             "weights_bytes": weights_bytes,
@@ -205,11 +209,7 @@ def _capabilities(folder: HfFolder) -> frozenset[Capability]:
     if folder.is_embedder:
         return frozenset({Capability.EMBEDDING})
     capabilities = {Capability.CHAT, Capability.COMPLETION}
-    template = folder.chat_template or ""
-    if re.search(r"\btools\b", template):
-        capabilities.add(Capability.TOOLS)
-    if "<think>" in template:
-        capabilities.add(Capability.REASONING)
+    capabilities |= template_capabilities((folder.chat_template, folder.tool_template))
     names = _added_names(folder)
     if find_infill(lambda name: 0 if name in names else None) is not None:
         capabilities.add(Capability.INFILL)

@@ -9,13 +9,13 @@ from typing import Any
 
 from backends.base import ModelInfo
 from backends.embedding.folder import read_settings
+from backends.hf.chat_templates import read_templates
 from backends.hf.folder import HfFolder, folder_info, read_folder
-from backends.hf.header import read_optional_json, read_text
+from backends.hf.header import read_optional_json
 from backends.onnx.graph import OnnxGraph, read_graph
 from backends.onnx.layout import DecoderLayout, EncoderLayout, read_layout, unsupported
 from core.errors import NotThisFormat
 from core.types import Capability
-from core.units import MIB
 
 _DESCRIPTIONS = ("config.json", "genai_config.json", "tokenizer.json")
 _PLAIN_STEM = re.compile(r"(decoder_model_merged|decoder_with_past_model|model)_?")
@@ -29,7 +29,6 @@ _DETAIL_NAMES = {
 }  # fmt: skip
 # The context of encoders without configuration whose graph does not tell it.
 _DEFAULT_ENCODER_TOKENS = 512
-_MAX_TEMPLATE_BYTES = MIB
 # Source: file names of optimum's exports.
 _HALF = "encoder_model"
 _GENERATES = frozenset({Capability.CHAT, Capability.COMPLETION})
@@ -116,22 +115,16 @@ def _genai_folder(root: Path, genai: Mapping[str, Any]) -> HfFolder:
     }
     search = genai.get("search")
     tokenizer_config = read_optional_json(root / "tokenizer_config.json")
+    templates = read_templates(root, tokenizer_config)
     return HfFolder(
         path=root,
         config=MappingProxyType({key: value for key, value in config.items() if value is not None}),
         generation_config=MappingProxyType(search if isinstance(search, dict) else {}),
         tokenizer_config=MappingProxyType(tokenizer_config),
-        chat_template=_template(root, tokenizer_config),
+        chat_template=templates.default,
         license="",
+        tool_template=templates.tool_use,
     )
-
-
-def _template(root: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    try:
-        return read_text(root / "chat_template.jinja", _MAX_TEMPLATE_BYTES) or None
-    except FileNotFoundError:
-        value = tokenizer_config.get("chat_template")
-        return value if isinstance(value, str) and 0 < len(value) <= _MAX_TEMPLATE_BYTES else None
 
 
 def _decoder_info(model: OnnxModel, layout: DecoderLayout) -> ModelInfo:

@@ -22,6 +22,7 @@ from backends.prompt.messages import (
     template_tool,
     with_tools_in_text,
 )
+from backends.prompt.named_templates import TOOLS
 from backends.prompt.templates import TemplateFailed, TemplateRenderer
 from backends.tool_calls.bare_call_grammar import bare_call_grammar
 from backends.tool_calls.families import DEFAULT, FAMILIES, check_family, family_of
@@ -46,7 +47,6 @@ _RESERVED = frozenset(
         "strftime_now",
     ]
 )
-_TOOLS = re.compile(r"\btools\b")
 _CONTENT_LOOP = re.compile(r"\bin\s+\w+(?:\.content\b|\[\s*['\"]content['\"]\s*\])")
 _PROBE = "needle"
 
@@ -59,7 +59,12 @@ class ChatFormat:
 
     For a template that does not support `tools`, tools, calls and results are written into the
     messages in the Hermes form (`messages.with_tools_in_text`).
+
+    A model may have a second template for conversations with tools; its conventions are another
+    ChatFormat, which `for_prompt` chooses.  All other methods apply this one's template.
     """
+
+    _no_tools: JsonValue = None
 
     def __init__(
         self,
@@ -68,17 +73,23 @@ class ChatFormat:
         eos_token: str,
         *,
         tool_parser: str | None = None,
+        tool_template: str | None = None,
     ) -> None:
-        """Read the template; `tool_parser` overrides the tool-call family that it suggests.
+        """Read the templates; `tool_parser` overrides the tool-call family that they suggest.
 
         Raises RequestError for an unknown family.
         """
+        self._for_tools = (
+            _ToolChatFormat(tool_template, bos_token, eos_token, tool_parser=tool_parser)
+            if tool_template
+            else None
+        )
         self._renderer = TemplateRenderer(template) if template else None
         self._bos_token = bos_token
         self._eos_token = eos_token
         text = template or ""
-        self._supports_tools = _TOOLS.search(text) is not None
-        self._template = text
+        self._supports_tools = TOOLS.search(text) is not None
+        self.template = text
         check_family(tool_parser)
         own = family_of(text) if self._supports_tools else DEFAULT
         self.family = own if tool_parser is None else FAMILIES[tool_parser]
@@ -89,6 +100,24 @@ class ChatFormat:
         )
         self._uses_content_parts: bool | None = None if _CONTENT_LOOP.search(text) else False
         self.stop: tuple[str, ...] = () if template else ("\nUser:",)
+
+    @property
+    def formats(self) -> tuple["ChatFormat", ...]:
+        """This format, and the one of the template for tools if there is one."""
+        return (self,) if self._for_tools is None else (self, self._for_tools)
+
+    def for_prompt(self, prompt: ChatPrompt) -> "ChatFormat":
+        """Return the format to render `prompt` with, and to parse its answer.
+
+        It is that of the template for tools, if there is one, when tools are offered or the
+        conversation has calls or results.
+        """
+        if self._for_tools is None:
+            return self
+        uses_tools = bool(_visible_tools(prompt)) or any(
+            message.tool_calls or message.role == "tool" for message in prompt.messages
+        )
+        return self._for_tools if uses_tools else self
 
     @property
     def markers(self) -> tuple[bytes, ...]:
@@ -110,7 +139,7 @@ class ChatFormat:
                 param="chat_template_kwargs",
             )
         extra = {
-            **effort_variables(self._template, prompt.reasoning_effort),
+            **effort_variables(self.template, prompt.reasoning_effort),
             **prompt.template_kwargs,
         }
         if not prompt.continues_answer:
@@ -225,9 +254,11 @@ class ChatFormat:
         return is_reasoning(rendered, begun_text(prompt, self._tags), self._tags)
 
     def close(self) -> None:
-        """Stop the template's process; idempotent."""
+        """Stop the templates' processes; idempotent."""
         if self._renderer is not None:
             self._renderer.close()
+        if self._for_tools is not None:
+            self._for_tools.close()
 
     def _render(
         self,
@@ -244,7 +275,7 @@ class ChatFormat:
                 **self._constants(),
                 **extra,
                 "messages": [template_message(m, as_parts=as_parts) for m in messages],
-                "tools": [template_tool(tool) for tool in tools] or None,
+                "tools": [template_tool(tool) for tool in tools] or self._no_tools,
             }
         )
 
@@ -260,10 +291,21 @@ class ChatFormat:
         """Return whether the template drops content that is a string instead of a list of parts."""
         message: JsonValue = {"role": "user", "content": _PROBE}
         try:
-            text = renderer.render({**self._constants(), "messages": [message], "tools": None})
+            text = renderer.render(
+                {**self._constants(), "messages": [message], "tools": self._no_tools}
+            )
         except (TemplateRefused, TemplateFailed):
             return False
         return _PROBE not in text
+
+
+class _ToolChatFormat(ChatFormat):
+    """The conventions of a template named `tool_use`, which may expect a list of tools.
+
+    The one of the Hermes models fails without.
+    """
+
+    _no_tools: JsonValue = []  # noqa: RUF012
 
 
 def _visible_tools(prompt: ChatPrompt) -> tuple[Tool, ...]:

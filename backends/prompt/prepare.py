@@ -15,7 +15,13 @@ from backends.prompt.control_text import ControlNames, ControlText, Disguise
 from backends.prompt.infill import InfillTokens
 from backends.prompt.normalize import normalize_prompt
 from backends.stepper import BoundsTokens, ShowsTokens, Tokenizer
-from core.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
+from core.errors import (
+    BrokenModel,
+    ContextLengthExceeded,
+    RequestError,
+    TemplateRefused,
+    UnsupportedParameter,
+)
 from core.types import (
     ChatPrompt,
     GenerationEvent,
@@ -69,6 +75,20 @@ class _Tokenized:
     bare_call: BareCallGrammar | None = None
     reasoning: ReasoningPlan | None = None
     begun: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A chat's prompt; which template wrote it, and how control tokens' names are disguised."""
+
+    chat: ChatFormat
+    text: str
+    disguise: Disguise | None = None
+
+    @property
+    def shown(self) -> str:
+        """The text with the names as they were."""
+        return self.text if self.disguise is None else self.disguise.text(self.text)
 
 
 class Preparer:
@@ -171,7 +191,7 @@ class Preparer:
     def read_vocabulary(self) -> None:
         """See `backends.stepper.Tokenizer`."""
         self._tokenizer.read_vocabulary()
-        _ = self._control_text
+        _ = self._control_texts
 
     def count(self, prompt: Prompt) -> int:
         """Return the number of prompt tokens; raises as `prepare` does.
@@ -180,7 +200,7 @@ class Preparer:
         """
         limit = max(self.context_tokens, _MAX_COUNTED_TOKENS)
         if isinstance(prompt, ChatPrompt):
-            return len(self._chat_ids(*self._render(prompt, limit), limit))
+            return len(self._chat_ids(self._render(prompt, limit), limit))
         return len(self._plain_ids(prompt, limit))
 
     def tokenize(self, prompt: Prompt, options: TokenizeOptions) -> TokenizedPrompt:
@@ -188,9 +208,9 @@ class Preparer:
         limit = max(self.context_tokens, _MAX_COUNTED_TOKENS)
         text = None
         if isinstance(prompt, ChatPrompt):
-            rendered, disguise = self._render(prompt, limit)
-            token_ids = self._chat_ids(rendered, disguise, limit)
-            text = rendered if disguise is None else disguise.text(rendered)
+            rendered = self._render(prompt, limit)
+            token_ids = self._chat_ids(rendered, limit)
+            text = rendered.shown
         elif isinstance(prompt, TextPrompt):
             text = prompt.text
             self._check_length(text, limit)
@@ -236,24 +256,27 @@ class Preparer:
                 self._check_length(prompt.suffix, limit)
                 return self._infill.token_ids(prompt, self._tokenizer)
 
-    def _chat_ids(self, rendered: str, disguise: Disguise | None, limit: int) -> list[int]:
+    def _chat_ids(self, rendered: _Rendered, limit: int) -> list[int]:
         # Many templates write the BOS token themselves; the tokenizer would add it again.
-        text = rendered.removeprefix(self._bos_text) if self._bos_text else rendered
-        if disguise is None or self._control_text is None:
+        text, disguise = rendered.text, rendered.disguise
+        text = text.removeprefix(self._bos_text) if self._bos_text else text
+        if disguise is None:
             return self._encoded(text, limit)
         assert isinstance(self._tokenizer, EncodesParts)
         self._check_length(disguise.text(text), limit)
-        names = self._control_text.names
+        names = self._control_texts[rendered.chat].names
         return self._tokenizer.encode_parts(disguise.parts(text), names, add_bos=True)
 
     @cached_property
-    def _control_text(self) -> ControlText | None:
-        """What keeps control tokens out of messages; None if the tokenizer cannot tell them."""
+    def _control_texts(self) -> Mapping[ChatFormat, ControlText]:
+        """What keeps control tokens out of messages; empty if the tokenizer cannot tell them."""
         if not isinstance(self._tokenizer, EncodesParts):
-            return None
+            return {}
         tokens = self._tokenizer.added_tokens()
-        template = self._info.chat_template or ""
-        return ControlText(ControlNames.of(tokens, self._chat.markers, template))
+        return {
+            chat: ControlText(ControlNames.of(tokens, chat.markers, chat.template))
+            for chat in self._chat.formats
+        }
 
     def _encoded(self, text: str, limit: int) -> list[int]:
         """Tokenize a prompt, unless it certainly has more than `limit` tokens."""
@@ -266,34 +289,54 @@ class Preparer:
             if fewest > limit:
                 raise ContextLengthExceeded.of(fewest, self.context_tokens, is_least=True)
 
-    def _render(self, prompt: ChatPrompt, limit: int) -> tuple[str, Disguise | None]:
-        """Return the rendered prompt and how control tokens' names in its texts are disguised."""
+    def _render(self, prompt: ChatPrompt, limit: int) -> _Rendered:
+        """Render the prompt with the template for it, else with the default one."""
         # A text that cannot fit is not copied to the template's process and back.
         asked = (each.content for each in reversed(prompt.messages) if each.role == "user")
         self._check_length(next(asked, "").strip(), limit)
         prompt = normalize_prompt(prompt) if self._stable_prompts else prompt
-        if self._control_text is None:
-            return self._chat.render(prompt), None
-        return self._control_text.render(prompt, self._chat.render)
+        chat = self._chat.for_prompt(prompt)
+        try:
+            return self._rendered(chat, prompt)
+        except (TemplateRefused, BrokenModel) as error:
+            if chat is self._chat:
+                raise
+            first = error
+        try:
+            return self._rendered(self._chat, prompt)
+        except (TemplateRefused, BrokenModel):
+            raise first from None
+
+    def _rendered(self, chat: ChatFormat, prompt: ChatPrompt) -> _Rendered:
+        control_text = self._control_texts.get(chat)
+        if control_text is None:
+            return _Rendered(chat, chat.render(prompt))
+        return _Rendered(chat, *control_text.render(prompt, chat.render))
 
     def limitations(self) -> tuple[str, ...]:
-        """Return what the chat template makes impossible; renders it, which blocks as `prepare`."""
-        if self._control_text is None or not self._info.chat_template:
-            return ()
-        return self._control_text.limitations(self._chat.render)
+        """Return what chat templates make impossible; renders them, which blocks as `prepare`."""
+        return tuple(
+            dict.fromkeys(
+                sentence
+                for chat, control_text in self._control_texts.items()
+                if chat.template
+                for sentence in control_text.limitations(chat.render)
+            )
+        )
 
     def _tokenized_chat(self, prompt: ChatPrompt, output: Output | None) -> _Tokenized:
-        rendered, disguise = self._render(prompt, self.context_tokens)
+        rendered = self._render(prompt, self.context_tokens)
+        chat, text = rendered.chat, rendered.text
         return _Tokenized(
-            self._chat_ids(rendered, disguise, self.context_tokens),
-            self._chat.parser(prompt, rendered),
-            self._chat.stop,
-            self._chat.constraint(prompt, output, rendered),
-            self._chat.triggered(prompt),
-            self._chat.bare_call(prompt),
-            self._chat.reasoning(prompt, rendered),
+            self._chat_ids(rendered, self.context_tokens),
+            chat.parser(prompt, text),
+            chat.stop,
+            chat.constraint(prompt, output, text),
+            chat.triggered(prompt),
+            chat.bare_call(prompt),
+            chat.reasoning(prompt, text),
             # A forced call follows the begun text, a format includes it.
-            self._chat.begun_output(prompt) if prompt.tool_choice in ("none", "auto") else "",
+            chat.begun_output(prompt) if prompt.tool_choice in ("none", "auto") else "",
         )
 
     def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
@@ -331,5 +374,5 @@ class Preparer:
         return [TextDelta(data.decode("utf-8", "replace"))]
 
     def close(self) -> None:
-        """Stop the template's process; idempotent."""
+        """Stop the templates' processes; idempotent."""
         self._chat.close()

@@ -16,11 +16,11 @@ from catalog.scan.walk import is_partial
 # Files that describe a model: configuration, tokenizer, template, index, license, provenance.
 _DESCRIBING = re.compile(
     r".*config.*\.json|tokenizer.*|.*tokens.*\.json|vocab.*|merges\.txt|.*\.(?:model|tiktoken)|"
-    r"chat_template.*|.*\.index\.json|modules\.json|params\.json|README\.md|provenance\.json|"
+    r".*\.jinja|chat_template.*|.*\.index\.json|modules\.json|params\.json|README\.md|provenance\.json|"
     r"Manifest\.json"
 )
-# Subfolders whose configuration belongs to the model around them, such as 1_Pooling.
-_MODULE = re.compile(r"\d+_\w+")
+# Subfolders whose files belong to the model around them, such as 1_Pooling.
+_MODULE = re.compile(r"\d+_\w+|additional_chat_templates")
 # Formats that read nothing but their own files.
 _SINGLE = ("gguf",)
 # Name, size, modification time in ns, and whether it is a link.

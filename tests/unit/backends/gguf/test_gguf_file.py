@@ -130,11 +130,25 @@ def test_details_of_special_architectures(tmp_path: Path) -> None:
     assert (mamba["ssm_state_size"], mamba["n_head_kv_sum"], mamba["key_length"]) == (16, 0, 0)
 
 
+def test_the_template_for_tools_is_kept_beside_the_default(tmp_path: Path) -> None:
+    templates: dict[str, Any] = {
+        "tokenizer.chat_template": "D",
+        "tokenizer.chat_template.tool_use": "T",
+        "tokenizer.chat_template.rag": "R",
+    }
+    described = gguf_info(minimal_gguf(tmp_path / "tiny.gguf", **templates))
+    assert (described.chat_template, described.tool_template) == ("D", "T")
+
+
 @pytest.mark.parametrize(
     ("more", "added"),
     [
         ({"tokenizer.chat_template": TOOLS_TEMPLATE}, {Capability.TOOLS}),
         ({"tokenizer.chat_template": "{{ '<think>' }}"}, {Capability.REASONING}),
+        ({"tokenizer.chat_template.tool_use": TOOLS_TEMPLATE}, {Capability.TOOLS}),
+        ({"tokenizer.chat_template.tool_use": "<think>"}, {Capability.REASONING}),
+        ({"tokenizer.chat_template.other": TOOLS_TEMPLATE}, set()),
+        ({"tokenizer.chat_template.tool_use": 7}, set()),
         ({"tokenizer.ggml.tokens": ["a", "<think>"]}, {Capability.REASONING}),
         ({"tokenizer.ggml.tokens": ["a", "x<think>"]}, set()),
         ({"llama.pooling_type": 3}, {Capability.EMBEDDING}),
@@ -275,6 +289,7 @@ METADATA_CASES = [
     (("a", Array(UINT64, [], 2**61)), "missing"),
     (("a", Array(STRING, [], 2**60)), "missing"),
     (("tokenizer.chat_template", "x" * (1024**2 + 1)), "chat template of 1.0 MiB"),
+    (("tokenizer.chat_template.tool_use", "x" * (1024**2 + 1)), "chat template of 1.0 MiB"),
     (("tokenizer.ggml.merges", Array(UINT32, [1, 2])), "wrong element type"),
     (("tokenizer.ggml.scores", Array(FLOAT32, [1.0])), "one element for each token"),
     (("tokenizer.ggml.scores", Array(UINT8, [1] * 4)), "wrong element type"),

@@ -371,6 +371,63 @@ def test_the_template_of_its_own_file_wins(tmp_path: Path) -> None:
     assert read_folder(tmp_path).chat_template == "F"
 
 
+def named(**templates: object) -> dict[str, Any]:
+    return {"chat_template": [{"name": name, "template": x} for name, x in templates.items()]}
+
+
+@pytest.mark.parametrize(
+    ("configured", "files", "expected"),
+    [
+        (named(default="D", tool_use="T"), {}, ("D", "T")),
+        (named(tool_use="T", default="D", rag="R"), {}, ("D", "T")),
+        (named(tool_use="T"), {}, ("T", None)),
+        (named(default="D", tool_use="D"), {}, ("D", None)),
+        (named(default="D", tool_use=7), {}, ("D", None)),
+        (named(default="D", tool_use=""), {}, ("D", None)),
+        (named(default="D", tool_use="T"), {"tool_use": "F"}, ("D", "F")),
+        ({"chat_template": "D"}, {"tool_use": "F"}, ("D", "F")),
+        ({"chat_template": "D"}, {"rag": "R"}, ("D", None)),
+        ({"chat_template": ["D", {}, None]}, {}, (None, None)),
+        ({}, {"tool_use": "F"}, (None, "F")),
+    ],
+)
+def test_the_template_for_tools_is_kept_beside_the_default(
+    tmp_path: Path,
+    configured: dict[str, Any],
+    files: dict[str, str],
+    expected: tuple[str | None, str | None],
+) -> None:
+    write_json(model(tmp_path) / "tokenizer_config.json", configured)
+    for name, text in files.items():
+        path = tmp_path / "additional_chat_templates" / f"{name}.jinja"
+        path.parent.mkdir()
+        path.write_text(text)
+    described = info(tmp_path)
+    assert (described.chat_template, described.tool_template) == expected
+    is_listed = tmp_path / "additional_chat_templates" / "tool_use.jinja" in described.files
+    assert is_listed == ("tool_use" in files)
+
+
+@pytest.mark.parametrize(
+    ("text", "added"),
+    [("{{ tools }}", {Capability.TOOLS}), ("<think>", {Capability.REASONING}), ("x", set())],
+)
+def test_capabilities_follow_the_template_for_tools_too(
+    tmp_path: Path, text: str, added: set[Capability]
+) -> None:
+    listed = named(default="D", tool_use=text)
+    write_json(model(tmp_path) / "tokenizer_config.json", listed)
+    assert info(tmp_path).capabilities == GENERATES | added
+
+
+@pytest.mark.parametrize("name", ["default", "tool_use"])
+def test_an_oversized_named_template_is_refused(tmp_path: Path, name: str) -> None:
+    listed = named(**{"default": "D", name: "x" * (2**20 + 1)})
+    write_json(model(tmp_path) / "tokenizer_config.json", listed)
+    with pytest.raises(BrokenModel, match="larger than the limit of 1 MiB"):
+        read_folder(tmp_path)
+
+
 def test_oversized_descriptions_are_refused(tmp_path: Path) -> None:
     model(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("x" * (2**20 + 1))

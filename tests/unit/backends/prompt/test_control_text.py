@@ -222,8 +222,9 @@ def test_a_text_without_names_is_encoded_at_once(
     tokenizer: HfTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(HfTokenizer, "encode_parts")
+    (control_text,) = Prepared(tokenizer, CHATML).preparer._control_texts.values()
     monkeypatch.setattr(
-        Preparer, "_control_text", Prepared(tokenizer, CHATML).preparer._control_text
+        Preparer, "_control_texts", property(lambda each: {each._chat: control_text})
     )
     _, found = Prepared(tokenizer, CHATML).read(
         ChatMessage("user", "if a < b and c > d: <b>x</b>\n\\u003c"),

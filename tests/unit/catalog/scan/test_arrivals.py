@@ -206,6 +206,21 @@ def test_a_template_that_arrives_later_changes_a_listed_model(shelf: Shelf) -> N
     assert Capability.TOOLS in record.info.capabilities
 
 
+def test_a_template_for_tools_that_arrives_later_changes_a_listed_model(shelf: Shelf) -> None:
+    folder = write_model(shelf.models / "tiny")
+    templates = folder / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "rag.jinja").write_text("{{ documents }}")
+    shelf.scan()
+    for text in ("{{ tools }}", "{{ tools }} once more"):
+        (templates / "tool_use.jinja").write_text(text)
+        shelf.scan()
+        record = shelf.store.get(TINY)
+        assert record is not None
+        assert record.info.tool_template == text
+        assert Capability.TOOLS in record.info.capabilities
+
+
 def test_modules_that_arrive_later_make_an_embedding_model(shelf: Shelf) -> None:
     folder = write_model(shelf.models / "tiny")
     shelf.scan()
