@@ -22,7 +22,7 @@ from backends.prompt.messages import (
     template_tool,
     with_tools_in_text,
 )
-from backends.prompt.named_templates import TOOLS
+from backends.prompt.named_templates import reads_tools
 from backends.prompt.templates import TemplateFailed, TemplateRenderer
 from backends.tool_calls.bare_call_grammar import bare_call_grammar
 from backends.tool_calls.families import DEFAULT, FAMILIES, check_family, family_of
@@ -88,7 +88,7 @@ class ChatFormat:
         self._bos_token = bos_token
         self._eos_token = eos_token
         text = template or ""
-        self._supports_tools = TOOLS.search(text) is not None
+        self._supports_tools = reads_tools(text)
         self.template = text
         check_family(tool_parser)
         own = family_of(text) if self._supports_tools else DEFAULT

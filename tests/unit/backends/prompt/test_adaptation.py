@@ -61,7 +61,7 @@ ALTERNATING = (
     "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}"
     "{{ raise_exception('only user and assistant, not ' + m.role) }}{% endif %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
-    "{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}{# tools #}"
+    "{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}{% set _ = tools %}"
 )
 SHOWN = (
     "{{% for m in messages %}}{{{{ m.content }}}}{{% if m.content == 'bad' %}}{}{{% endif %}}"
@@ -169,7 +169,7 @@ def test_arguments_are_an_object_for_a_template_that_walks_through_them(
 
 def test_what_a_template_accepts_is_not_changed(chat: Make) -> None:
     history = (said("user"), called("call_1", "call_2", arguments="[1]"), result("call_2"))
-    form = chat("{% for m in messages %}{{ m | tojson }}{% endfor %}{# tools #}")
+    form = chat("{% for m in messages %}{{ m | tojson }}{% endfor %}{% set _ = tools %}")
     text = form.render(ChatPrompt(history))
     assert '"id": "call_1"' in text
     assert '"arguments": [1]' in text
@@ -198,7 +198,7 @@ def test_the_next_turn_begins_with_this_ones_prompt(chat: Make) -> None:
     )  # fmt: skip
     longer = (*turns, called("call_3"), result("call_3"), said("assistant"), said("user"))
     for name in ("nine", "one", "paired", "alternating"):
-        form = chat(STRICT[name].replace("{{ tools | tojson }}", "{# tools #}"))
+        form = chat(STRICT[name].replace("{{ tools | tojson }}", "{% set _ = tools %}"))
         assert form.render(ChatPrompt(longer)).startswith(form.render(ChatPrompt(turns))), name
 
 

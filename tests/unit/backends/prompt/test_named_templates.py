@@ -165,7 +165,7 @@ def test_control_names_are_those_of_the_used_template(tmp_path: Path, make: Make
 def test_what_the_template_for_tools_makes_impossible_is_named(tmp_path: Path, make: Make) -> None:
     ascii_only = (
         "{% for c in messages[0].content %}{% if c.isascii() %}{{ c }}{% else %}"
-        "{{ raise_exception('only ASCII') }}{% endif %}{% endfor %}{# tools #}"
+        "{{ raise_exception('only ASCII') }}{% endif %}{% endfor %}{% set _ = tools %}"
     )
     tiny(special=("<|im_end|>",), plain=()).save(str(tmp_path / "tokenizer.json"))
     tokenizer = HfTokenizer(tmp_path)
