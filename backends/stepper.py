@@ -136,6 +136,16 @@ class ShowsTokens(Protocol):
 
 
 @runtime_checkable
+class KnowsEnds(Protocol):
+    """A tokenizer that knows the tokens with which its model ends an answer.  Thread-safe."""
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Their ids, all below `vocabulary_size`; the first call takes up to 100 ms."""
+        ...
+
+
+@runtime_checkable
 class HasChores(Protocol):
     """A stepper with background work for idle time; called on the engine's thread."""
 

@@ -144,6 +144,21 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRules:
+    """Which tokens end an answer, and which texts are not in it.
+
+    With `ignore_eos` the model's end tokens do not come; before `min_tokens` tokens neither they
+    nor `stop_token_ids` nor stop strings end the answer.  A token of `stop_token_ids` ends it as an
+    end token does.  No text of `bad_words` is generated, however it is cut into tokens.
+    """
+
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class JsonOutput:
     """The answer must be JSON; `schema` None means any JSON object."""
 
@@ -203,6 +218,7 @@ class GenerationRequest:
     deadline_s: float | None = None
     generated: tuple[int, ...] = ()
     priority: Priority = "interactive"
+    rules: TokenRules | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from core.types import (
     SamplingParams,
     TextDelta,
     TextPrompt,
+    TokenRules,
 )
 
 _ids = count()
@@ -34,6 +35,7 @@ def request(
     output: Output | None = None,
     deadline_s: float | None = None,
     echo_prompt: bool = False,
+    rules: TokenRules | None = None,
     **sampling: Any,
 ) -> GenerationRequest:
     """Return a greedy request unless `sampling` says otherwise."""
@@ -48,6 +50,7 @@ def request(
         output=output,
         deadline_s=deadline_s,
         echo_prompt=echo_prompt,
+        rules=rules,
     )
 
 

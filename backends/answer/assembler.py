@@ -1,7 +1,7 @@
 """Turns tokens into events: detokenization, stop strings, length limits and output parsing."""
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from backends.answer.parser import OutputParser, Piece
@@ -108,11 +108,13 @@ class TextAssembler:
     __slots__ = (
         "_count",
         "_detokenizer",
+        "_end_ids",
         "_has_calls",
         "_ids",
         "_is_plain",
         "_logprobs",
         "_max_tokens",
+        "_min_tokens",
         "_parser",
         "_reason",
         "_stop",
@@ -125,7 +127,16 @@ class TextAssembler:
         stop: Sequence[str],
         max_tokens: int,
         parser: OutputParser | None = None,
+        *,
+        end_ids: Collection[int] = (),
+        min_tokens: int = 0,
     ) -> None:
+        """`end_ids` end the answer besides the model's end tokens.
+
+        Stop strings are looked for in the text of tokens after the first `min_tokens`.
+        """
+        self._end_ids = frozenset(end_ids) or None
+        self._min_tokens = min_tokens
         self._detokenizer = Detokenizer(token_bytes)
         self._stop = StopMatcher(stop) if any(stop) else None
         self._max_tokens = max_tokens
@@ -159,6 +170,8 @@ class TextAssembler:
         if token_id is None or self._reason is not None:
             return []
         self._count += 1
+        if self._end_ids is not None and token_id in self._end_ids:
+            output = replace(output, is_end=True)
         text = "" if output.is_end else self._detokenizer.push(token_id)
         if (
             self._is_plain
@@ -197,7 +210,7 @@ class TextAssembler:
         return self._with_ids(self._end(reason))
 
     def _split(self, text: str) -> list[Piece]:
-        if self._stop is not None:
+        if self._stop is not None and self._count > self._min_tokens:
             text = self._stop.push(text)
         return self._parse(text)
 

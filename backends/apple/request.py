@@ -10,6 +10,7 @@ from core.types import (
     JsonValue,
     Output,
     SamplingParams,
+    TokenRules,
     Tool,
 )
 
@@ -30,6 +31,7 @@ def read_session_request(request: GenerationRequest) -> tuple[SessionRequest, Ch
             param="messages",
         )
     _check_sampling(request.sampling)
+    _check_rules(request.rules or TokenRules())
     _check_reasoning(prompt)
     if request.max_tokens is not None and request.max_tokens < 1:
         raise RequestError("max_tokens must be at least 1.", param="max_tokens")
@@ -88,6 +90,15 @@ def _check_reasoning(prompt: ChatPrompt) -> None:
     for param, value in given.items():
         if value is not None:
             raise UnsupportedParameter("Apple's model does not support reasoning.", param=param)
+
+
+def _check_rules(rules: TokenRules) -> None:
+    """Refuse rules of tokens, which the system neither shows nor lets choose."""
+    for param in ("ignore_eos", "min_tokens", "stop_token_ids", "bad_words"):
+        if getattr(rules, param):
+            raise UnsupportedParameter(
+                f"Apple's model does not support {param}; remove it.", param=param
+            )
 
 
 def _check_sampling(sampling: SamplingParams) -> None:

@@ -45,10 +45,11 @@ def check_finite(logits: NDArray[np.float32]) -> None:
 def no_token_left(mask: TokenMask | None) -> RequestFailed:
     """Return the error of a sequence all of whose next tokens are excluded."""
     problem = mask.problem if mask is not None else ""
-    reason = problem.rstrip(".") or "the answer's grammar and logit_bias together exclude them all"
+    fields = "the answer's grammar, logit_bias and bad_words"
+    reason = problem.rstrip(".") or f"{fields} together exclude them all"
     return RequestFailed(
         f"No token may come next: {reason}. Simplify the JSON schema or grammar, or remove entries "
-        "of logit_bias."
+        "of logit_bias or bad_words."
     )
 
 

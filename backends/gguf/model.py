@@ -5,6 +5,7 @@ import logging
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,11 @@ class GgufModel:
             self._ends[token_id] = known
         return known
 
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """See `backends.stepper.KnowsEnds`."""
+        return frozenset(filter(self.is_end, range(self._size)))
+
     can_constrain = True
 
     def mask(self, constraint: Constraint) -> GrammarMask:
@@ -210,7 +216,7 @@ class GgufModel:
                 tokens = self._text.pieces
                 ids = range(self._size)
                 special = [each for each in ids if self._is_special(each, tokens[each])]
-                ends = list(filter(self.is_end, ids))
+                ends = sorted(self.end_ids)
                 vocabulary = Vocabulary(tokens, special, ends)
                 self._compiler = GrammarCompiler(vocabulary, self._one_token)
             return self._compiler

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -182,6 +182,10 @@ class HfTokenizer:
     def is_end(self, token_id: int) -> bool:
         """Whether a token ends the generation."""
         return token_id in self.end_ids
+
+    def add_ends(self, token_ids: Iterable[int]) -> None:
+        """Let these tokens end a generation as well; call it before the first request."""
+        self.end_ids |= {token_id for token_id in token_ids if 0 <= token_id < self._size}
 
     can_constrain = True
 

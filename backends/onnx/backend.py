@@ -5,7 +5,7 @@ that its own builder wrote.
 """
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -115,22 +115,6 @@ def _number(info: ModelInfo, key: str) -> int:
     return int(value) if isinstance(value, int | float) else 0
 
 
-@dataclass(frozen=True, slots=True)
-class _TokenizerWithEndIds:
-    """A tokenizer with additional end tokens from genai_config.json."""
-
-    tokenizer: HfTokenizer
-    end_ids: frozenset[int]
-
-    def is_end(self, token_id: int) -> bool:
-        """Whether a token ends the generation."""
-        return token_id in self.end_ids or self.tokenizer.is_end(token_id)
-
-    def piece(self, token_id: int, *, special: bool) -> bytes:
-        """Return a token's bytes."""
-        return self.tokenizer.piece(token_id, special=special)
-
-
 def _open_decoder(
     info: ModelInfo, model: OnnxModel, layout: DecoderLayout, options: EngineOptions
 ) -> Engine:
@@ -138,6 +122,7 @@ def _open_decoder(
     assert folder is not None
     assert options.context_tokens is not None
     tokenizer = HfTokenizer(model.root)
+    tokenizer.add_ends(model.end_ids)
 
     def open_stepper() -> Stepper:
         rows, limitations = tried_rows(
@@ -147,7 +132,7 @@ def _open_decoder(
             options,
             packages=("onnxruntime",),
         )
-        stepper = RowStepper(rows, _TokenizerWithEndIds(tokenizer, model.end_ids), options)
+        stepper = RowStepper(rows, tokenizer, options)
         stepper.limitations = limitations
         return stepper
 

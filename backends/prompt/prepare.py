@@ -6,6 +6,7 @@ from functools import cached_property
 
 from backends.answer.assembler import TextAssembler
 from backends.answer.mask import AnswerMask, ReasoningPlan
+from backends.answer.token_rules import BannedTexts, RuleMask, VocabularyTexts, needs_mask
 from backends.base import ModelInfo
 from backends.control_tokens import EncodesParts
 from backends.grammar.compiler import output_constraint
@@ -14,7 +15,7 @@ from backends.prompt.chat_format import ChatFormat, OutputParser
 from backends.prompt.control_text import ControlNames, ControlText, Disguise
 from backends.prompt.infill import InfillTokens
 from backends.prompt.normalize import normalize_prompt
-from backends.stepper import BoundsTokens, ShowsTokens, Tokenizer
+from backends.stepper import BoundsTokens, KnowsEnds, ShowsTokens, Tokenizer
 from core.errors import (
     BrokenModel,
     ContextLengthExceeded,
@@ -35,9 +36,11 @@ from core.types import (
     TokenizedPrompt,
     TokenizeOptions,
     TokenPrompt,
+    TokenRules,
 )
 
 _MAX_COUNTED_TOKENS = 2**18
+_NO_RULES = TokenRules()
 
 
 @dataclass(slots=True)
@@ -125,6 +128,7 @@ class Preparer:
         if room < 1:
             raise ContextLengthExceeded.of(count, self.context_tokens)
         max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        rules = request.rules or _NO_RULES
         prepared = Prepared(
             prompt=tuple(text.token_ids),
             sampling=self._with_defaults(request.sampling),
@@ -134,8 +138,10 @@ class Preparer:
                 stop=(*request.stop, *text.stop),
                 max_tokens=max_tokens,
                 parser=text.parser,
+                end_ids=self._checked_ids(rules.stop_token_ids, "stop_token_ids"),
+                min_tokens=rules.min_tokens,
             ),
-            mask=self._mask(text),
+            mask=self._ruled(rules, self._mask(text)),
             initial_events=self._echo_events(request, text.token_ids),
             token_bytes=self._tokenizer.token_bytes,
         )
@@ -339,13 +345,36 @@ class Preparer:
             chat.begun_output(prompt) if prompt.tool_choice in ("none", "auto") else "",
         )
 
-    def _checked_ids(self, token_ids: Sequence[int]) -> list[int]:
+    def _ruled(self, rules: TokenRules, mask: TokenMask | None) -> TokenMask | None:
+        """Return `mask` with the bans of `rules`, if there are any."""
+        if not needs_mask(rules):
+            return mask
+        if not isinstance(self._tokenizer, KnowsEnds):
+            given = ("bad_words", "min_tokens", "ignore_eos")
+            param = next(name for name in given if getattr(rules, name))
+            raise UnsupportedParameter(
+                f"The model {self._info.name} does not support {param}; leave it out.", param=param
+            )
+        texts = BannedTexts(rules.bad_words, self._token_texts) if rules.bad_words else None
+        return RuleMask(
+            rules,
+            mask,
+            end_ids=self._tokenizer.end_ids,
+            texts=texts,
+            token_bytes=self._tokenizer.token_bytes,
+        )
+
+    @cached_property
+    def _token_texts(self) -> VocabularyTexts:
+        return VocabularyTexts(self._tokenizer.token_bytes, self._tokenizer.vocabulary_size)
+
+    def _checked_ids(self, token_ids: Sequence[int], param: str = "prompt") -> list[int]:
         size = self._tokenizer.vocabulary_size
         for token_id in token_ids:
             if not 0 <= token_id < size:
                 raise RequestError(
                     f"Token id {token_id} is outside the vocabulary; ids are 0 to {size - 1}.",
-                    param="prompt",
+                    param=param,
                 )
         return list(token_ids)
 

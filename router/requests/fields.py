@@ -8,9 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from core.errors import RequestError, UnsupportedParameter
-from core.types import JsonValue, SamplingParams
+from core.types import JsonValue, SamplingParams, TokenRules
 from core.units import format_bytes
 from router.requests.limits import (
+    MAX_BAD_WORD_CHARACTERS,
+    MAX_BAD_WORDS,
     MAX_FIELDS_PER_OBJECT,
     MAX_INT32,
     MAX_LIST_LENGTHS,
@@ -19,6 +21,7 @@ from router.requests.limits import (
     MAX_SCHEMA_BYTES,
     MAX_SCHEMA_DEPTH,
     MAX_STOP_CHARACTERS,
+    MAX_STOP_TOKENS,
     MAX_STOPS,
     too_many,
 )
@@ -66,6 +69,8 @@ WholeNumber = BeforeValidator(whole_number)
 NoLimit = BeforeValidator(_limit_or_none)
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=MAX_INT32), WholeNumber]
 TokenLimit: TypeAlias = Annotated[TokenCount | None, NoLimit]
+TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INT32), WholeNumber]
+BadWord: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARACTERS)]
 
 
 Part = TypeVar("Part")
@@ -185,18 +190,27 @@ def parse_stop(value: object) -> tuple[str, ...]:
 
 
 def parse_logit_bias(value: object) -> dict[int, float]:
-    """Return token id → bias of null or an object; raises ValueError."""
+    """Return token id → bias of null, an object, or llama.cpp's pairs; raises ValueError.
+
+    A bias of false excludes the token, as in llama.cpp's server.
+    """
     if value is None:
         return {}
-    if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIASES:
-        raise ValueError(f"must be an object of at most {MAX_LOGIT_BIASES} entries")
+    if not isinstance(value, dict | list) or len(value) > MAX_LOGIT_BIASES:
+        raise ValueError(f"must be an object or a list of at most {MAX_LOGIT_BIASES} entries")
     biases: dict[int, float] = {}
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= MAX_INT32):
+    for entry in value.items() if isinstance(value, dict) else value:
+        if not isinstance(entry, tuple | list) or len(entry) != 2:
+            raise ValueError("its entries must be pairs of a token id and a bias")
+        key, bias = entry
+        key = str(key) if type(key) is int else key
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10):
             raise ValueError("its keys must be token ids")
-        if type(bias) not in (int, float) or not -100 <= bias <= 100:
-            raise ValueError("its values must be numbers from -100 to 100")
-        biases[int(key)] = float(bias)
+        if int(key) > MAX_INT32:
+            raise ValueError("its keys must be token ids")
+        if bias is not False and (type(bias) not in (int, float) or not -100 <= bias <= 100):
+            raise ValueError("its values must be numbers from -100 to 100, or false")
+        biases[int(key)] = -100.0 if bias is False else float(bias)
     return biases
 
 
@@ -319,8 +333,16 @@ class SamplingFields(RequestBody):
 
 
 class GenerationFields(SamplingFields):
-    """The fields that chat and completions have in common."""
+    """The fields that chat and completions have in common.
 
+    `ignore_eos`, `min_tokens`, `stop_token_ids` and `bad_words` are vLLM's names, the first one
+    llama.cpp's as well.
+    """
+
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_INT32), WholeNumber] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N), WholeNumber] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -329,6 +351,31 @@ class GenerationFields(SamplingFields):
     def includes_usage(self) -> bool:
         """Whether the stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def token_limit(self) -> int | None:
+        """The maximum of generated tokens, None without a limit."""
+        return None
+
+    def rules(self) -> TokenRules | None:
+        """Return which tokens end the answer and which texts are not in it; None without any.
+
+        Raises RequestError if the answer would have to be longer than its limit.
+        """
+        least, most = self.min_tokens or 0, self.token_limit
+        if most is not None and least > most:
+            raise RequestError(
+                f"min_tokens: {least} is more than the limit of {most} tokens; lower it, or raise "
+                "max_tokens",
+                param="min_tokens",
+            )
+        rules = TokenRules(
+            ignore_eos=bool(self.ignore_eos),
+            min_tokens=least,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            bad_words=tuple(self.bad_words or ()),
+        )
+        return None if rules == TokenRules() else rules
 
     def refuse_unsupported(self) -> None:
         """Also refuse stream options where nothing is streamed."""

@@ -25,6 +25,7 @@ from core.types import (
     TextPrompt,
     TokenLogprob,
     TokenPrompt,
+    TokenRules,
     ToolCallDelta,
 )
 from router.answers.event_stream import EventStream
@@ -91,7 +92,7 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
     """Return the handler."""
 
     async def create_completion(request: Request) -> Response:
-        body, (output, ignored) = await read_request(request, CompletionRequest, _converted)
+        body, (output, rules, ignored) = await read_request(request, CompletionRequest, _converted)
         record = record_of(request.scope)
         view = await context.model(body.model, Capability.COMPLETION, record)
         if body.suffix and Capability.INFILL not in view.capabilities:
@@ -103,7 +104,7 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
         answer_id = f"cmpl-{record.suffix}"
         priority = request_priority(request, body.service_tier, view)
         limit_s = context.services.settings.request_timeout_s
-        requests = _requests(body, output, answer_id, view.id, limit_s, priority)
+        requests = _requests(body, output, rules, answer_id, view.id, limit_s, priority)
         headers = context.ignored.report(ignored)
         generation = Generation(context, view, requests, body.n or 1, headers)
         if body.stream:
@@ -129,13 +130,14 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
     return create_completion
 
 
-def _converted(body: CompletionRequest) -> tuple[Output | None, list[str]]:
-    return body.output(), body.ignored_names()
+def _converted(body: CompletionRequest) -> tuple[Output | None, TokenRules | None, list[str]]:
+    return body.output(), body.rules(), body.ignored_names()
 
 
 def _requests(
     body: CompletionRequest,
     output: Output | None,
+    rules: TokenRules | None,
     answer_id: str,
     model_id: str,
     deadline_s: float,
@@ -155,6 +157,7 @@ def _requests(
             echo_prompt=bool(body.echo),
             deadline_s=deadline_s,
             priority=priority,
+            rules=rules,
         )
         for number, prompt in enumerate(body.prompt)
         for index in range(n)

@@ -8,7 +8,15 @@ import pytest
 from backends.abilities import TokenCounting
 from backends.base import Engine
 from core.errors import ContextLengthExceeded, EngineFailed, RequestError
-from core.types import PrefillProgress, TextDelta, TextPrompt, TokenizeOptions, TokenPrompt, Tool
+from core.types import (
+    PrefillProgress,
+    TextDelta,
+    TextPrompt,
+    TokenizeOptions,
+    TokenPrompt,
+    TokenRules,
+    Tool,
+)
 from tests.requests import assert_same_tokens, chat, end_of, request, run, text_of, token_ids_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -186,3 +194,31 @@ async def test_a_deadline_ends_the_request(engine: Engine) -> None:
     with pytest.raises(EngineFailed, match="longer than"):
         await run(engine, request(prompt, max_tokens=None, deadline_s=1e-6))
     assert text_of(await run(engine, request("The sea", max_tokens=2)))
+
+
+async def test_rules_of_tokens_bound_the_answer(engine: Engine) -> None:
+    plain = await run(engine, request(QUESTION, max_tokens=16))
+    ids = token_ids_of(plain)
+    stopped = await run(engine, request(QUESTION, rules=TokenRules(stop_token_ids=(ids[3],))))
+    end = ids.index(ids[3])
+    assert token_ids_of(stopped) == ids[: end + 1]
+    assert end_of(stopped).reason == "stop"
+    assert text_of(plain).startswith(text_of(stopped))
+    endless = TokenRules(ignore_eos=True)
+    events = await run(engine, request(QUESTION, max_tokens=200, rules=endless))
+    assert end_of(events).usage.completion_tokens == 200
+    least = TokenRules(min_tokens=200)
+    events = await run(engine, request(QUESTION, max_tokens=201, rules=least))
+    assert end_of(events).usage.completion_tokens >= 200
+
+
+async def test_bad_words_are_not_in_the_answer(engine: Engine) -> None:
+    word = text_of(await run(engine, request(QUESTION))).split()[1]
+    rules = TokenRules(bad_words=(word, "é", "🎈"))
+    answers = await asyncio.gather(
+        run(engine, request(QUESTION, rules=rules)),
+        run(engine, request(QUESTION, rules=rules, temperature=1.5, seed=7)),
+    )
+    for events in answers:
+        assert text_of(events)
+        assert not any(each in text_of(events) for each in rules.bad_words)

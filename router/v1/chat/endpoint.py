@@ -19,6 +19,7 @@ from core.types import (
     ReasoningDelta,
     TextDelta,
     TokenLogprob,
+    TokenRules,
     ToolCallDelta,
 )
 from router.answers.event_stream import EventStream
@@ -38,7 +39,9 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
     """Return the handler."""
 
     async def create_chat_completion(request: Request) -> Response:
-        body, (prompt, output, ignored) = await read_request(request, ChatRequest, _converted)
+        body, (prompt, output, rules, ignored) = await read_request(
+            request, ChatRequest, _converted
+        )
         record = record_of(request.scope)
         view = await context.model(body.model, Capability.CHAT, record)
         priority = request_priority(request, body.service_tier, view)
@@ -55,6 +58,7 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
                 output=output,
                 deadline_s=context.services.settings.request_timeout_s,
                 priority=priority,
+                rules=rules,
             )
             for index in range(n)
         )
@@ -70,10 +74,13 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
     return create_chat_completion
 
 
-def _converted(body: ChatRequest) -> tuple[ChatPrompt, Output | None, list[str]]:
+def _converted(
+    body: ChatRequest,
+) -> tuple[ChatPrompt, Output | None, TokenRules | None, list[str]]:
     unreadable = UnreadableParts()
     prompt = to_chat_prompt(body, unreadable)
-    return prompt, body.output(), [*body.ignored_names(), *sorted(unreadable.names)]
+    ignored = [*body.ignored_names(), *sorted(unreadable.names)]
+    return prompt, body.output(), body.rules(), ignored
 
 
 def _completion(

@@ -16,7 +16,7 @@ from core.errors import (
     RequestError,
     UnsupportedParameter,
 )
-from core.types import Capability, JsonOutput, Tool
+from core.types import Capability, JsonOutput, TokenRules, Tool
 from tests.requests import chat, request
 
 ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "string"}}}
@@ -103,6 +103,17 @@ def test_sampling_that_the_sdk_drops_is_refused(param: str, value: Any) -> None:
     with pytest.raises(UnsupportedParameter) as caught:
         read_session_request(request(chat("Hi"), **{"temperature": 0.5, param: value}))
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [("ignore_eos", True), ("min_tokens", 2), ("stop_token_ids", (5,)), ("bad_words", ("no",))],
+)
+def test_rules_of_tokens_are_refused(param: str, value: Any) -> None:
+    with pytest.raises(UnsupportedParameter) as caught:
+        read_session_request(request(chat("Hi"), rules=TokenRules(**{param: value})))
+    assert caught.value.param == param
+    read_session_request(request(chat("Hi"), rules=TokenRules()))
 
 
 def test_logprobs_are_refused() -> None:

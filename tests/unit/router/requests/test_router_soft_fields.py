@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from core.errors import RequestError, UnsupportedParameter
-from core.types import Capability, ChatPrompt, JsonOutput, JsonValue
+from core.types import Capability, ChatPrompt, JsonOutput, JsonValue, TokenRules
 from router.app import create_app
 from router.requests.body import parse_request
 from router.requests.fields import RequestBody
@@ -210,6 +210,64 @@ def test_hint_is_ignored_and_named(api: str, name: str) -> None:
 def test_what_happens_anyway_is_not_called_ignored(api: str) -> None:
     assert read(api, cache_prompt=True).ignored_names() == []
     assert read(api, cache_prompt=False).ignored_names() == ["cache_prompt"]
+
+
+RULES: dict[str, tuple[Any, Any]] = {
+    "ignore_eos": (True, True),
+    "min_tokens": (3.0, 3),
+    "stop_token_ids": ([2, 7], (2, 7)),
+    "bad_words": (["Möwe", " x"], ("Möwe", " x")),
+}
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+@pytest.mark.parametrize("name", RULES)
+def test_rules_of_tokens_are_read(api: str, name: str) -> None:
+    sent, meant = RULES[name]
+    body = read(api, **{name: sent})
+    assert body.rules() == TokenRules(**{name: meant})
+    assert body.ignored_names() == []
+    for off in (None, *REFUSED[name]):
+        assert read(api, **{name: off}).rules() is None
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+async def test_rules_of_tokens_reach_the_engine(api: str) -> None:
+    path = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}[api]
+    dispatcher = FakeDispatcher()
+    fields = {name: sent for name, (sent, _) in RULES.items()}
+    async with client_of(create_app(make_services(dispatcher))) as client:
+        answer = await client.post(path, json={**APIS[api][1], "model": CHAT_MODEL, **fields})
+        plain = await client.post(path, json={**APIS[api][1], "model": CHAT_MODEL})
+    assert answer.status_code == plain.status_code == 200, answer.text
+    first, second = dispatcher.requests
+    assert first.rules == TokenRules(**{name: meant for name, (_, meant) in RULES.items()})
+    assert second.rules is None
+
+
+@pytest.mark.parametrize(
+    ("api", "fields"),
+    [
+        ("chat", {"max_tokens": 5, "min_tokens": 6}),
+        ("chat", {"max_completion_tokens": 5, "min_tokens": 6}),
+        ("completions", {"max_tokens": 5, "min_tokens": 6}),
+        ("completions", {"min_tokens": 17}),
+    ],
+)
+def test_answer_that_must_be_longer_than_its_limit_is_refused(
+    api: str, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        read(api, **fields).rules()
+    assert caught.value.param == "min_tokens"
+    assert read(api, **{**fields, "min_tokens": 5}).rules() == TokenRules(min_tokens=5)
+
+
+@pytest.mark.parametrize("api", OPENAI)
+def test_biases_are_read_in_llama_cpps_pairs(api: str) -> None:
+    assert read(api, logit_bias=[[5, -1.5], ["6", False]]).logit_bias == {5: -1.5, 6: -100.0}
+    assert read(api, logit_bias={"6": False}).logit_bias == {6: -100.0}
+    assert read(api, logit_bias=[]).logit_bias == {}
 
 
 @pytest.mark.parametrize("api", OPENAI)
