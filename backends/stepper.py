@@ -18,7 +18,8 @@ class SequenceSpec:
     """One sequence to run.
 
     The last `generated` tokens of `prompt` belong to the answer (a resumed request);
-    `max_tokens` may still be generated and fit the context.
+    `max_tokens` may still be generated and fit the context.  Without `reads_cache` nothing that was
+    computed for others, or before a preemption, is reused.
     """
 
     id: int
@@ -27,6 +28,7 @@ class SequenceSpec:
     max_tokens: int
     mask: TokenMask | None = None
     generated: int = 0
+    reads_cache: bool = True
 
 
 @dataclass(frozen=True, slots=True)

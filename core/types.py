@@ -204,7 +204,7 @@ class GenerationRequest:
     `deadline_s` counts from receipt by the engine; after it the request ends with `TimedOut`.
     `generated` are the tokens of a resumed answer whose events another engine already sent, up to
     and including one of those events: this engine continues after them, sends nothing twice, and
-    counts them in `max_tokens` and the usage.
+    counts them in `max_tokens` and the usage.  Without `reads_cache` the whole prompt is computed.
     """
 
     id: str
@@ -219,6 +219,7 @@ class GenerationRequest:
     generated: tuple[int, ...] = ()
     priority: Priority = "interactive"
     rules: TokenRules | None = None
+    reads_cache: bool = True
 
 
 @dataclass(frozen=True, slots=True)

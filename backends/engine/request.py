@@ -90,6 +90,7 @@ class EngineRequest:
             prepared.max_tokens,
             prepared.mask,
             prepared.generated,
+            self.generation.reads_cache,
         )
 
     def finish(self, reason: FinishReason, now: float) -> Finished:

@@ -122,8 +122,11 @@ class RowStepper(BaseStepper):
         1. A finished row that is shared whole, or cannot be copied: take it over.
         2. A finished or running row: copy the shared part.
         3. Stored blocks of a former engine, where they are longer: restore them step by step.
-        4. Nothing to share: open an empty row.
+        4. Nothing to share, or the request shares nothing: open an empty row.
         """
+        if not row.spec.reads_cache:
+            self._open(row)
+            return
         limit = len(row.tokens) - 1
         kept, length = longest_prefix(self._kept, row.tokens[:limit], 1 << 30)
         leader, potential = self._book.best_leader(row)
@@ -146,13 +149,16 @@ class RowStepper(BaseStepper):
         elif leader is not None and computed >= SMALLEST_PREFIX:
             self._copy(row, leader.slot, computed)  # (2)
         if row.slot < 0:
-            self._free_a_row()
-            row.slot, row.past = self._model.open_row(row.capacity), 0  # (4)
+            self._open(row)  # (4)
         if leader is not None and not use_blocks:
             row.wait_for(leader, potential)
         if not row.is_reuse_final:
             reuse.cells = row.past
             row.reuse = reuse
+
+    def _open(self, row: ModelRow) -> None:
+        self._free_a_row()
+        row.slot, row.past = self._model.open_row(row.capacity), 0
 
     def _take_over(self, row: ModelRow, kept: KeptRow, length: int) -> None:
         self._kept.remove(kept)

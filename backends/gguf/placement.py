@@ -40,7 +40,11 @@ class Placement:
         2. Cells of a finished or running row: share them.
         3. A prefix in RAM, if it is longer: copy it into cells.
         4. Stored blocks of a former engine, if they are longer: restore them step by step.
+
+        A request that reads no cache gets an empty slot.
         """
+        if not row.spec.reads_cache:
+            return self._place_empty(row)
         limit = len(row.tokens) - 1
         prompt = row.tokens[:limit]
         entry, kept = self._slots.longest(prompt)
@@ -74,10 +78,15 @@ class Placement:
 
     def place_alone(self, row: GgufRow) -> None:
         """Give `row` an empty slot, with nothing reused; no other row may run."""
-        if not self._take_slot(row, but=None):
+        if not self._place_empty(row):
             raise AssertionError("no slot is free although no row runs")
+
+    def _place_empty(self, row: GgufRow) -> bool:
+        if not self._take_slot(row, but=None):
+            return False
         row.past = 0
         row.note_reuse()
+        return True
 
     def _explained(self, row: GgufRow, planned: int) -> Reuse:
         """Return the `Reuse` with the reason why only `planned` prompt tokens are reused."""

@@ -184,6 +184,9 @@ class MlxStepper(BaseStepper):
 
         Stored blocks of a former engine are used if they are longer than what is in memory.
         """
+        if not row.spec.reads_cache:
+            self._insert(row, 0, None)
+            return True
         known, make = self._prefixes.longest(row.tokens)
         leader, shared = self._leader(row)
         if self._awaits_blocks(row, max(known, shared)):
@@ -201,13 +204,17 @@ class MlxStepper(BaseStepper):
         self._note_reuse(row, known, is_restored=is_restored)
         layers = make() if known else None
         row.blocks.clear()
+        self._insert(row, known, layers)
+        return True
+
+    def _insert(self, row: MlxRow, known: int, layers: list[Any] | None) -> None:
+        """Let the batch compute `row` after its first `known` tokens, whose caches are `layers`."""
         left = row.capacity - len(row.tokens)
         row.slot = self._batch.insert(
             row.tokens[known:], left, row.choice, row.tokens[:known], layers
         )
         row.known = row.past = known
         self._by_uid[row.slot] = row
-        return True
 
     def _awaits_blocks(self, row: MlxRow, others: int) -> bool:
         """Return whether a restore of the row's prompt still runs; start it the first time."""

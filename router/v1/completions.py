@@ -158,6 +158,7 @@ def _requests(
             deadline_s=deadline_s,
             priority=priority,
             rules=rules,
+            reads_cache=body.cache_prompt is not False,
         )
         for number, prompt in enumerate(body.prompt)
         for index in range(n)

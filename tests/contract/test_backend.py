@@ -1,13 +1,14 @@
 """What every backend's engine must do, whatever the format."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from backends.abilities import TokenCounting
 from backends.base import Engine
-from core.errors import ContextLengthExceeded, EngineFailed, RequestError
+from core.errors import ContextLengthExceeded, EngineFailed, RequestError, UnsupportedParameter
 from core.types import (
     PrefillProgress,
     TextDelta,
@@ -204,17 +205,27 @@ async def test_rules_of_tokens_bound_the_answer(engine: Engine) -> None:
     assert token_ids_of(stopped) == ids[: end + 1]
     assert end_of(stopped).reason == "stop"
     assert text_of(plain).startswith(text_of(stopped))
-    endless = TokenRules(ignore_eos=True)
-    events = await run(engine, request(QUESTION, max_tokens=200, rules=endless))
-    assert end_of(events).usage.completion_tokens == 200
-    least = TokenRules(min_tokens=200)
-    events = await run(engine, request(QUESTION, max_tokens=201, rules=least))
-    assert end_of(events).usage.completion_tokens >= 200
+
+
+@pytest.mark.parametrize("rules", [TokenRules(ignore_eos=True), TokenRules(min_tokens=150)])
+async def test_end_tokens_do_not_come_before_they_may(engine: Engine, rules: TokenRules) -> None:
+    wanted = request(QUESTION, max_tokens=150, rules=rules)
+    if engine.info.format == "echo":
+        with pytest.raises(UnsupportedParameter):
+            await run(engine, wanted)
+        return
+    events = await run(engine, wanted)
+    assert end_of(events).reason == "length"
+    assert end_of(events).usage.completion_tokens == len(token_ids_of(events)) == 150
 
 
 async def test_bad_words_are_not_in_the_answer(engine: Engine) -> None:
     word = text_of(await run(engine, request(QUESTION))).split()[1]
     rules = TokenRules(bad_words=(word, "é", "🎈"))
+    if engine.info.format == "echo":
+        with pytest.raises(UnsupportedParameter):
+            await run(engine, request(QUESTION, rules=rules))
+        return
     answers = await asyncio.gather(
         run(engine, request(QUESTION, rules=rules)),
         run(engine, request(QUESTION, rules=rules, temperature=1.5, seed=7)),
@@ -222,3 +233,12 @@ async def test_bad_words_are_not_in_the_answer(engine: Engine) -> None:
     for events in answers:
         assert text_of(events)
         assert not any(each in text_of(events) for each in rules.bad_words)
+
+
+async def test_no_cache_is_read_where_the_request_says_so(engine: Engine) -> None:
+    prompt = chat("Tell me something about the sea and its waves. " * 20)
+    first = await run(engine, request(prompt))
+    fresh = await run(engine, replace(request(prompt), reads_cache=False))
+    assert end_of(fresh).usage.cached_tokens == 0
+    assert end_of(fresh).usage.prompt_tokens == end_of(first).usage.prompt_tokens
+    assert text_of(fresh)

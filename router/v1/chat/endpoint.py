@@ -59,6 +59,7 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
                 deadline_s=context.services.settings.request_timeout_s,
                 priority=priority,
                 rules=rules,
+                reads_cache=body.cache_prompt is not False,
             )
             for index in range(n)
         )

@@ -1,6 +1,7 @@
 """Continuous batching over rows: what is computed, shared, preempted and recomputed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,9 +115,11 @@ class Run:
         self.cached: dict[int, int] = {}
         self.limits: dict[int, int] = {}
 
-    def add(self, number: int, prompt: Sequence[int], max_tokens: int = 8) -> None:
+    def add(
+        self, number: int, prompt: Sequence[int], max_tokens: int = 8, *, reads_cache: bool = True
+    ) -> None:
         self.tokens[number], self.limits[number] = [], max_tokens
-        self.stepper.add(spec(number, prompt, max_tokens))
+        self.stepper.add(replace(spec(number, prompt, max_tokens), reads_cache=reads_cache))
 
     def step(self) -> list[StepOutput]:
         outputs = self.stepper.step()
@@ -174,6 +177,36 @@ def test_a_finished_prompt_is_continued_without_computing_it_again() -> None:
     assert run.cached[2] == 67
     assert model.computed - before == len(turn) - 67 + 7
     assert run.tokens[2] == expected(turn, 8)
+
+
+def test_a_prompt_that_reads_no_cache_is_computed_whole() -> None:
+    model = FakeModel(4)
+    run = Run(stepper(model))
+    shared = prompt_of(200)
+    run.add(1, shared)
+    run.finish()
+    before = model.computed
+    run.add(2, [*shared, 1, 2], reads_cache=False)
+    run.add(3, [*shared, 1, 2, 3], reads_cache=False)
+    run.finish()
+    assert run.cached == {1: 0, 2: 0, 3: 0}
+    assert model.computed - before == 202 + 203 + 2 * 7
+    assert run.tokens[2] == expected([*shared, 1, 2], 8)
+    assert run.tokens[3] == expected([*shared, 1, 2, 3], 8)
+    run.add(4, [*shared, 1, 2, 3, 4])
+    run.finish()
+    assert run.cached[4] == 203
+
+
+def test_a_preempted_row_that_reads_no_cache_is_computed_whole_again() -> None:
+    model = FakeModel(4)
+    run = Run(stepper(model, kv_tokens=150))
+    run.add(1, prompt_of(70), max_tokens=20)
+    run.add(2, prompt_of(70), max_tokens=20, reads_cache=False)
+    run.finish()
+    assert run.stepper.counters().preemptions > 0
+    assert run.cached == {1: 0, 2: 0}
+    assert run.tokens[1] == run.tokens[2] == expected(prompt_of(70), 20)
 
 
 def test_a_shared_beginning_is_copied_and_both_stay() -> None:

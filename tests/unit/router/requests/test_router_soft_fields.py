@@ -203,13 +203,31 @@ def test_field_that_changes_the_answer_is_read_or_refused_but_never_dropped(
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("name", HINTS)
 def test_hint_is_ignored_and_named(api: str, name: str) -> None:
+    if name in APIS[api][0].model_fields:
+        assert read(api, **{name: True}).ignored_names() == []
+        return
     assert read(api, **{name: 0}).ignored_names() == [name]
 
 
 @pytest.mark.parametrize("api", APIS)
 def test_what_happens_anyway_is_not_called_ignored(api: str) -> None:
     assert read(api, cache_prompt=True).ignored_names() == []
-    assert read(api, cache_prompt=False).ignored_names() == ["cache_prompt"]
+    is_read = api in ("chat", "completions")
+    ignored = [] if is_read else ["cache_prompt"]
+    assert read(api, cache_prompt=False).ignored_names() == ignored
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(("sent", "reads"), [(False, False), (True, True), (None, True)])
+async def test_prompt_is_computed_whole_where_asked(
+    path: str, sent: bool | None, reads: bool
+) -> None:
+    dispatcher = FakeDispatcher()
+    base = APIS["chat" if "chat" in path else "completions"][1]
+    async with client_of(create_app(make_services(dispatcher))) as client:
+        answer = await client.post(path, json={**base, "model": CHAT_MODEL, "cache_prompt": sent})
+    assert answer.status_code == 200, answer.text
+    assert [request.reads_cache for request in dispatcher.requests] == [reads]
 
 
 RULES: dict[str, tuple[Any, Any]] = {
