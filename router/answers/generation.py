@@ -20,6 +20,7 @@ from core.types import (
     Usage,
 )
 from router.answers.event_feed import EventFeed
+from router.answers.timings import llama_timings
 from router.context import RouteContext
 from router.http.errors import CLIENT_CLOSED_REQUEST
 from router.services import ModelView
@@ -81,7 +82,7 @@ class Generation:
     def usage(self) -> CompletionUsage:
         """Return the sum over all choices, each prompt counted once."""
         usages = self._usages.values()
-        prompts = [usage for index, usage in self._usages.items() if index % self.n == 0]
+        prompts = self._prompts()
         prompt_tokens = sum(usage.prompt_tokens for usage in prompts)
         completion_tokens = sum(usage.completion_tokens for usage in usages)
         return CompletionUsage(
@@ -95,6 +96,19 @@ class Generation:
                 reasoning_tokens=sum(usage.reasoning_tokens for usage in usages)
             ),
         )
+
+    def _prompts(self) -> list[Usage]:
+        """Return the usage of the first choice of each prompt."""
+        return [usage for index, usage in self._usages.items() if index % self.n == 0]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last event of every choice was noted."""
+        return len(self._usages) == len(self.requests)
+
+    def llama_timings(self) -> dict[str, JsonValue]:
+        """Return `timings` as llama.cpp's server gives them."""
+        return llama_timings(self._prompts(), self._usages.values(), self._timings)
 
     def timing(self) -> dict[str, JsonValue]:
         """Return milliseconds per phase, evicted models, and how often the request was resumed.

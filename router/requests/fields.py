@@ -336,7 +336,7 @@ class GenerationFields(SamplingFields):
     """The fields that chat and completions have in common.
 
     `ignore_eos`, `min_tokens`, `stop_token_ids` and `bad_words` are vLLM's names, the first one
-    llama.cpp's as well; `cache_prompt` is llama.cpp's.
+    llama.cpp's as well; `cache_prompt` and `timings_per_token` are llama.cpp's.
     """
 
     ignore_eos: bool | None = None
@@ -344,6 +344,7 @@ class GenerationFields(SamplingFields):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     cache_prompt: bool | None = None
+    timings_per_token: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N), WholeNumber] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -2,7 +2,8 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from core.errors import ImpetusError
@@ -29,11 +30,14 @@ class ChunkFormatter(StreamFormatter):
         *,
         includes_usage: bool,
         has_logprobs: bool,
+        has_timings: bool,
     ) -> None:
+        """With `has_timings` the last chunk has `timings` as in llama.cpp's streams."""
         super().__init__(generation)
         self._base = {**base, "usage": None} if includes_usage else base
         self._includes_usage = includes_usage
         self._has_logprobs = has_logprobs
+        self._has_timings = has_timings
         self._opened: set[int] = set()
         self._frames: dict[int, tuple[str, str]] = {}
 
@@ -63,6 +67,8 @@ class ChunkFormatter(StreamFormatter):
             return DONE
         usage = self._generation.usage().model_dump(mode="json", exclude_unset=True)
         last = {**self._base, "usage": usage, "timing": self._generation.timing()}
+        if self._has_timings:
+            last["timings"] = self._generation.llama_timings()
         return f"data: {_dumps(last)}\n\n{DONE}"
 
     def failing(self, error: ImpetusError, record: RequestRecord) -> str:
@@ -73,8 +79,11 @@ class ChunkFormatter(StreamFormatter):
     def _uncommon(self, index: int, event: GenerationEvent) -> str:
         if isinstance(event, PrefillProgress):
             return prefill_comment(event)
+        added: dict[str, JsonValue] = {}
         if isinstance(event, Finished):
             self._generation.note_finished(index, event)
+            if self._has_timings and not self._includes_usage and self._generation.is_finished:
+                added["timings"] = self._generation.llama_timings()
         text = ""
         if index not in self._opened:
             self._opened.add(index)
@@ -83,7 +92,10 @@ class ChunkFormatter(StreamFormatter):
                 (choice,) = self.choices(index, TextDelta(_MARK))
                 prefix, suffix = self._chunk(choice).split(_dumps(_MARK))
                 self._frames[index] = (prefix, suffix)
-        return text + "".join(map(self._chunk, self.choices(index, event)))
+        chunks = (self._chunk(choice, added) for choice in self.choices(index, event))
+        return text + "".join(chunks)
 
-    def _chunk(self, choice: dict[str, JsonValue]) -> str:
-        return f"data: {_dumps({**self._base, 'choices': [choice]})}\n\n"
+    def _chunk(
+        self, choice: dict[str, JsonValue], added: Mapping[str, JsonValue] = MappingProxyType({})
+    ) -> str:
+        return f"data: {_dumps({**self._base, 'choices': [choice], **added})}\n\n"

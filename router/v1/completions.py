@@ -121,6 +121,8 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
             ],
             "usage": generation.usage(),
         }
+        if body.timings_per_token:
+            completion["timings"] = generation.llama_timings()
         return Response(
             Completion.model_validate(completion).model_dump_json(exclude_unset=True),
             media_type="application/json",
@@ -232,6 +234,7 @@ class CompletionChunks(ChunkFormatter):
             _base(generation, answer_id),
             includes_usage=body.includes_usage,
             has_logprobs=body.logprobs is not None,
+            has_timings=bool(body.timings_per_token),
         )
         self._columns: dict[int, LegacyLogprobs] = {}
 

@@ -70,7 +70,7 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
         choices = await generation.collect(request.receive)
         if choices is None:
             return client_closed_response()
-        return _completion(generation, answer_id, choices, has_logprobs=bool(body.logprobs))
+        return _completion(generation, answer_id, choices, body)
 
     return create_chat_completion
 
@@ -88,9 +88,9 @@ def _completion(
     generation: Generation,
     answer_id: str,
     choices: Sequence[Sequence[GenerationEvent]],
-    *,
-    has_logprobs: bool,
+    body: ChatRequest,
 ) -> Response:
+    has_logprobs = bool(body.logprobs)
     completion = ChatCompletion(
         id=answer_id,
         object="chat.completion",
@@ -102,6 +102,8 @@ def _completion(
         ],
         usage=generation.usage(),
     )
+    if body.timings_per_token:
+        completion = completion.model_copy(update={"timings": generation.llama_timings()})
     return Response(
         completion.model_dump_json(exclude_unset=True),
         media_type="application/json",
@@ -175,6 +177,7 @@ class ChatChunks(ChunkFormatter):
             base,
             includes_usage=body.includes_usage,
             has_logprobs=bool(body.logprobs),
+            has_timings=bool(body.timings_per_token),
         )
 
     def opening(self, index: int) -> Iterable[dict[str, JsonValue]]:
