@@ -46,7 +46,9 @@ class LegacyLogprobs:
     def columns(self, text: str, tokens: Sequence[TokenLogprob]) -> dict[str, list[JsonValue]]:
         """Return the columns for the next piece of text; without tokens they are empty.
 
-        Text without logprobs, such as an echoed prompt, only moves the offset.
+        Text without logprobs, such as an echoed prompt, only moves the offset.  The alternatives of
+        a token always contain the token itself, also where it is not among the likeliest ones.
+        Source: OpenAI's API reference, completions, `logprobs`.
         """
         columns: dict[str, list[JsonValue]] = {
             "tokens": [],
@@ -59,6 +61,8 @@ class LegacyLogprobs:
             alternatives: dict[str, JsonValue] = {}
             for alternative in token.top or ():
                 alternatives.setdefault(token_text(alternative), _finite(alternative.logprob))
+            # Another token may have the same text, such as U+FFFD; the chosen one wins.
+            alternatives[token_words] = _finite(token.logprob)
             columns["tokens"].append(token_words)
             columns["token_logprobs"].append(_finite(token.logprob))
             columns["top_logprobs"].append(alternatives)

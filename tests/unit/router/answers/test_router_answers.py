@@ -41,7 +41,7 @@ from tests.fakes import (
     make_services,
     make_view,
 )
-from tests.live_server import client_of, error_of
+from tests.live_server import client_of, error_of, sse_data
 from tests.unit.router.api.test_router_api import FakeManagement
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -161,9 +161,30 @@ async def test_completion_takes_token_ids_and_answers_legacy_logprobs() -> None:
     assert answer["choices"][0]["logprobs"] == {
         "tokens": ["\ufffd", "\ufffd", "\ufffd"],
         "token_logprobs": [-0.5, -9999.0, -0.5],
-        "top_logprobs": [{"\ufffd": -0.5}, {"x": -9999.0}, {"\ufffd": -0.5}],
+        "top_logprobs": [{"\ufffd": -0.5}, {"x": -9999.0, "\ufffd": -9999.0}, {"\ufffd": -0.5}],
         "text_offset": [2, 3, 4],
     }
+
+
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_legacy_logprobs_always_contain_the_chosen_token(count: int, stream: bool) -> None:
+    top = (TokenLogprob(1, b"a", -0.1), TokenLogprob(2, b"b", -0.2), TokenLogprob(9, b"c", -3.0))
+    among = TokenLogprob(2, b"b", -0.2, top[:count])
+    outside = TokenLogprob(3, b"z", -7.5, top[:count])
+    namesake = TokenLogprob(4, b"a", -5.0, top[:count])
+    tokens = (among, outside, namesake)
+    text = TextDelta("bza", (2, 3, 4), tokens)
+    dispatcher = FakeDispatcher(text, finished())
+    body = {**COMPLETION, "prompt": "hi", "logprobs": count, "stream": stream}
+    async with client_of(create_app(make_services(dispatcher))) as client:
+        response = await client.post("/v1/completions", json=body)
+    answer = sse_data(response.text)[0] if stream else response.json()
+    columns = answer["choices"][0]["logprobs"]
+    assert columns["token_logprobs"] == [-0.2, -7.5, -5.0]
+    found = columns["top_logprobs"]
+    assert [entry[name] for entry, name in zip(found, "bza", strict=True)] == [-0.2, -7.5, -5.0]
+    assert [len(entry) for entry in found] == ([1, 1, 1] if count == 0 else [2, 3, 2])
 
 
 async def test_embeddings_answer_floats_and_base64_in_input_order() -> None:
