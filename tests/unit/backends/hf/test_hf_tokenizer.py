@@ -256,6 +256,16 @@ def test_ends_come_from_everywhere(tmp_path: Path) -> None:
     assert read.end_ids == {0, 1, 2, 3, 4}
 
 
+def test_ends_of_other_descriptions_are_added_and_bound_by_grammars(tmp_path: Path) -> None:
+    read = opened(tmp_path, tiny())
+    before, size = read.end_ids, read.vocabulary_size
+    added = next(each for each in range(size) if each not in before)
+    read.add_ends([added, size, -1])
+    assert read.end_ids == before | {added}
+    assert read.is_end(added)
+    assert added in read._read_vocabulary().ends
+
+
 def test_a_messages_end_is_not_the_answers(tmp_path: Path) -> None:
     alone = opened(tmp_path / "a", tiny(special=("<|end|>",)))
     assert alone.is_end(0)
