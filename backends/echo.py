@@ -1,6 +1,8 @@
 """Echo backend for tests: repeats the prompt's last message, one byte per token."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -69,6 +71,7 @@ class EchoStepper:
         self.max_sequences = max_sequences
         self._left: dict[int, list[int]] = {}
         self._specs: dict[int, SequenceSpec] = {}
+        self._scores: dict[int, tuple[TokenLogprob, ...]] = {}
         self._steps = 0
 
     def add(self, spec: SequenceSpec) -> None:
@@ -78,6 +81,10 @@ class EchoStepper:
                 "The echo model does not support logit_bias.", param="logit_bias"
             )
         self._specs[spec.id] = spec
+        if (top := spec.sampling.prompt_logprobs) is not None:
+            first, *others = spec.prompt
+            unknown = replace(_certain(first, 0), logprob=math.nan)
+            self._scores[spec.id] = (unknown, *(_certain(token_id, top) for token_id in others))
         asked = spec.prompt[: len(spec.prompt) - spec.generated]
         self._left[spec.id] = [END_TOKEN, *reversed(asked[spec.generated :])]
 
@@ -85,6 +92,7 @@ class EchoStepper:
         """Remove a sequence; idempotent."""
         self._left.pop(sequence_id, None)
         self._specs.pop(sequence_id, None)
+        self._scores.pop(sequence_id, None)
 
     def step(self) -> list[StepOutput]:
         """Return the next byte of every sequence."""
@@ -93,15 +101,16 @@ class EchoStepper:
 
     def _next(self, sequence_id: int, left: list[int]) -> StepOutput:
         token_id, spec = left.pop(), self._specs[sequence_id]
-        logprob = None
-        if spec.sampling.top_logprobs is not None:
-            data = bytes((token_id,)) if token_id < END_TOKEN else b""
-            top = TokenLogprob(token_id, data, 0.0)
-            logprob = TokenLogprob(
-                token_id, data, 0.0, (top,) if spec.sampling.top_logprobs else ()
-            )
+        wanted = spec.sampling.top_logprobs
         is_end = token_id == END_TOKEN
-        return StepOutput(sequence_id, token_id, is_end, logprob, prefilled=len(spec.prompt))
+        return StepOutput(
+            sequence_id,
+            token_id,
+            is_end,
+            None if wanted is None else _certain(token_id, wanted),
+            prefilled=len(spec.prompt),
+            prompt_logprobs=self._scores.pop(sequence_id, ()),
+        )
 
     def counters(self) -> EngineLoad:
         """Return the number of steps."""
@@ -111,6 +120,14 @@ class EchoStepper:
         """Forget all sequences."""
         self._left.clear()
         self._specs.clear()
+        self._scores.clear()
+
+
+def _certain(token_id: int, top: int) -> TokenLogprob:
+    """Return a token with probability one; the only alternative is itself."""
+    data = bytes((token_id,)) if token_id < END_TOKEN else b""
+    alternatives = (TokenLogprob(token_id, data, 0.0),) if top else ()
+    return TokenLogprob(token_id, data, 0.0, alternatives)
 
 
 class EchoBackend(Backend):

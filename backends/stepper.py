@@ -38,6 +38,7 @@ class StepOutput:
     `token_id` None means prefill only.  `prefilled` prompt tokens are computed so far, `cached`
     of them were reused.  `is_end` marks an end-of-generation token, which is not text.  With
     `problem` the sequence alone has failed and is removed; the rest of the output has no meaning.
+    `prompt_logprobs` are those of the next prompt tokens, each given once, if the sampling asks.
     """
 
     sequence_id: int
@@ -48,6 +49,7 @@ class StepOutput:
     cached: int = 0
     reuse: Reuse | None = None
     problem: ImpetusError | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Stepper(Protocol):

@@ -128,7 +128,7 @@ class SamplingParams:
 
     `repetition_penalty` 1.0 is off; it includes the prompt, whereas presence and frequency
     penalties count generated tokens only.  `top_logprobs` None: no logprobs; n: those of the
-    chosen token and the n most likely ones.
+    chosen token and the n most likely ones.  `prompt_logprobs` is the same for the prompt's tokens.
     """
 
     temperature: float | None = None
@@ -141,6 +141,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +225,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's natural-log probability; `data` is its bytes, possibly part of a character."""
+    """A token's natural-log probability; `data` is its bytes, possibly part of a character.
+
+    The first token of a prompt has the logprob NaN: nothing is before it.
+    """
 
     token_id: int
     data: bytes
@@ -287,10 +291,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """Progress of the prompt computation."""
+    """Progress of the prompt computation; the last has all tokens' `logprobs`, if asked for."""
 
     done_tokens: int
     total_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ class TextAssembler:
 
     Each generated token's id, including an end token's, is in exactly one event: ids of tokens
     whose text is held back are in the next event, remaining ones at the end in an empty TextDelta.
-    Only TextDeltas have logprobs; an end token has none.
+    Only TextDeltas have logprobs; an end token has none, unless `lists_end`: then without bytes.
     Stop strings are matched in the raw text, including reasoning and tool calls.
     """
 
@@ -112,6 +112,7 @@ class TextAssembler:
         "_has_calls",
         "_ids",
         "_is_plain",
+        "_lists_end",
         "_logprobs",
         "_max_tokens",
         "_min_tokens",
@@ -130,6 +131,7 @@ class TextAssembler:
         *,
         end_ids: Collection[int] = (),
         min_tokens: int = 0,
+        lists_end: bool = False,
     ) -> None:
         """`end_ids` end the answer besides the model's end tokens.
 
@@ -141,6 +143,7 @@ class TextAssembler:
         self._stop = StopMatcher(stop) if any(stop) else None
         self._max_tokens = max_tokens
         self._parser = parser
+        self._lists_end = lists_end
         self._is_plain = self._stop is None and parser is None
         self._count = 0
         self._ids: list[int] = []
@@ -183,8 +186,11 @@ class TextAssembler:
             logprob = output.logprob
             return [TextDelta(text, (token_id,), () if logprob is None else (logprob,))]
         self._ids.append(token_id)
-        if output.logprob is not None and not output.is_end:
-            self._logprobs.append(output.logprob)
+        if output.logprob is not None:
+            if not output.is_end:
+                self._logprobs.append(output.logprob)
+            elif self._lists_end:
+                self._logprobs.append(replace(output.logprob, data=b""))
         pieces = self._split(text)
         if self._is_cut():
             pieces += self._end("stop", is_cut=True)

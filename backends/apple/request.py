@@ -117,6 +117,7 @@ def _check_sampling(sampling: SamplingParams) -> None:
         "repetition_penalty": sampling.repetition_penalty != 1,
         "logit_bias": bool(sampling.logit_bias),
         "logprobs": sampling.top_logprobs is not None,
+        "prompt_logprobs": sampling.prompt_logprobs is not None,
     }
     for param, is_given in given.items():
         if is_given:

@@ -117,6 +117,20 @@ class CoremlRows:
         """
         return np.stack([self._append(self._rows[row.row], row.tokens) for row in rows])
 
+    def extend_all(self, row: RowInput) -> NDArray[np.float32]:
+        """Append tokens to a row; return the logits after each.  Raises EngineFailed.
+
+        Models with a state compute token by token: many give the logits of the last one only.
+        """
+        held = self._rows[row.row]
+        if not self._layout.causal:
+            text, known = [*held.tokens, *row.tokens], len(held.tokens)
+            found = self._output(token_inputs(self._layout, text, self._padded(text)), None)
+            if len(found) >= len(text):
+                held.tokens.extend(row.tokens)
+                return np.array(found[known : len(text)])
+        return np.stack([self._append(held, [token]) for token in row.tokens])
+
     def _append(self, row: _Row, tokens: Sequence[int]) -> NDArray[np.float32]:
         started = time.thread_time()
         known = len(row.tokens)
@@ -148,8 +162,7 @@ class CoremlRows:
 
     def _read_all(self, row: _Row, tokens: Sequence[int]) -> NDArray[np.float32]:
         text = [*row.tokens, *tokens]
-        length = self._layout.padded_length(len(text))
-        inputs = token_inputs(self._layout, text, length)
+        inputs = token_inputs(self._layout, text, self._padded(text))
         logits = self._logits(inputs, None, len(text) - 1)
         row.tokens.extend(tokens)
         return logits
@@ -157,10 +170,16 @@ class CoremlRows:
     def _logits(
         self, inputs: Mapping[str, NDArray[Any]], state: Any, position: int
     ) -> NDArray[np.float32]:
-        output = run(self._runtime, inputs, state)[self._layout.output]
-        rows = np.asarray(output, np.float32).reshape(-1, output.shape[-1])
+        rows = self._output(inputs, state)
         # Some models give the logits of the last token only.
         return np.array(rows[position if len(rows) > 1 else 0])
+
+    def _output(self, inputs: Mapping[str, NDArray[Any]], state: Any) -> NDArray[np.float32]:
+        output = run(self._runtime, inputs, state)[self._layout.output]
+        return np.asarray(output, np.float32).reshape(-1, output.shape[-1])
+
+    def _padded(self, text: Sequence[int]) -> int:
+        return self._layout.padded_length(len(text))
 
     def truncate(self, row: int, length: int) -> bool:
         """Keep the first `length` tokens; False for a sliding cache."""

@@ -87,7 +87,7 @@ class BatchingEngine(Engine):
         prepared = await self._in_turn(lambda: self._prepare(generation), generation.id)
         done: asyncio.Future[Finished] = event_loop.create_future()
         request = EngineRequest(generation, prepared, receiver, event_loop, done, submitted_at)
-        if not prepared.max_tokens:
+        if not prepared.max_tokens and prepared.sampling.prompt_logprobs is None:
             return request.finish_at_once(time.monotonic())
         self._loop.submit(request)
         try:

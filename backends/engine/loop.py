@@ -303,6 +303,7 @@ class EngineLoop:
         if output.problem is not None:
             raise output.problem
         request.cached_tokens, request.reuse = output.cached, output.reuse
+        request.prompt_logprobs += output.prompt_logprobs
         assembler = request.prepared.assembler
         if output.token_id is None:
             return [PrefillProgress(output.prefilled, len(request.prepared.prompt))]
@@ -313,9 +314,11 @@ class EngineLoop:
             if not request.prepared.generated:
                 # Short prompts have no other progress that tells how many tokens they have.
                 count = len(request.prepared.prompt)
-                events.append(PrefillProgress(count, count))
+                scores, request.prompt_logprobs = tuple(request.prompt_logprobs), []
+                events.append(PrefillProgress(count, count, scores))
             events.extend(request.prepared.take_initial_events())
-        request.completion_tokens += 1
+        if request.prepared.max_tokens:
+            request.completion_tokens += 1
         events.extend(assembler.push(output))
         if assembler.reason is not None:
             request.throttled_s += self._pacer.paused_s

@@ -19,6 +19,7 @@ from core.types import (
     GenerationEvent,
     GenerationRequest,
     Timing,
+    TokenLogprob,
     Usage,
 )
 
@@ -74,6 +75,7 @@ class EngineRequest:
     cached_tokens: int = 0
     throttled_s: float = 0.0
     reuse: Reuse | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -87,7 +89,8 @@ class EngineRequest:
             self.id,
             prepared.prompt,
             prepared.sampling,
-            prepared.max_tokens,
+            # Where only the prompt is scored, one token is sampled and dropped.
+            max(prepared.max_tokens, 1),
             prepared.mask,
             prepared.generated,
             self.generation.reads_cache,

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from backends.base import EngineLoad, EngineOptions
 from backends.engine.prefill import PrefillPlanner
+from backends.engine.prompt_scores import PromptScores, all_logits, piece_tokens
 from backends.engine.row_book import RowBook
 from backends.engine.row_model import Pieces, PortableRows, RowInput, RowModel
 from backends.engine.rows import BaseStepper, KeptRow, ModelRow
@@ -50,10 +51,12 @@ class RowStepper(BaseStepper):
 
     def add(self, spec: SequenceSpec) -> None:
         """Queue a sequence; it starts as soon as there is room.  Raises RequestError."""
-        sampler = RowSampler(
-            spec, self._model.vocabulary_size, lambda token: self._pieces.piece(token, special=True)
-        )
-        self._book.add(ModelRow(spec, token_array(spec.prompt), sampler))
+        sampler = RowSampler(spec, self._model.vocabulary_size, self._piece)
+        scores = PromptScores.of(spec, self._piece)
+        self._book.add(ModelRow(spec, token_array(spec.prompt), sampler, scores=scores))
+
+    def _piece(self, token_id: int) -> bytes:
+        return self._pieces.piece(token_id, special=True)
 
     def remove(self, sequence_id: int) -> None:
         """Drop a sequence; its computed tokens stay as a prefix for later ones.  Idempotent."""
@@ -88,9 +91,8 @@ class RowStepper(BaseStepper):
             if not outputs:
                 wait_for_first_block([row.incoming for row in self._book.running])
             return outputs
-        inputs = [RowInput(row.slot, row.tokens[row.past : row.past + n]) for row, n in chunks]
         started = time.monotonic()
-        logits = self._model.extend(inputs)
+        logits = self._computed(chunks)
         self._book.steps += 1
         for index, (row, count) in enumerate(chunks):
             try:
@@ -100,6 +102,35 @@ class RowStepper(BaseStepper):
         self._planner.observe(sum(n for _, n in chunks), time.monotonic() - started)
         self._copy_blocks()
         return outputs
+
+    def _computed(
+        self, chunks: list[tuple[ModelRow, int]]
+    ) -> NDArray[np.float32] | list[NDArray[np.float32]]:
+        """Return the logits after each chunk; rows that need scores are computed by themselves."""
+        scored = {
+            index: self._scored(row, count)
+            for index, (row, count) in enumerate(chunks)
+            if row.needs_scores
+        }
+        inputs = [
+            RowInput(row.slot, row.tokens[row.past : row.past + count])
+            for index, (row, count) in enumerate(chunks)
+            if index not in scored
+        ]
+        if not scored:
+            return self._model.extend(inputs)
+        others = iter(self._model.extend(inputs) if inputs else ())
+        return [scored[i] if i in scored else next(others) for i in range(len(chunks))]
+
+    def _scored(self, row: ModelRow, count: int) -> NDArray[np.float32]:
+        """Compute a part of a prompt in pieces, each token's logits; return the last logits."""
+        assert row.scores is not None
+        size, end = piece_tokens(self._model.vocabulary_size), row.past + count
+        for start in range(row.past, end, size):
+            tokens = row.tokens[start : min(start + size, end)]
+            logits = all_logits(self._model, RowInput(row.slot, tokens))
+            row.scores.add_piece(start, logits)
+        return np.array(logits[-1])
 
     def _admit(self, outputs: list[StepOutput]) -> None:
         for row in self._book.admissible():
@@ -124,7 +155,7 @@ class RowStepper(BaseStepper):
         3. Stored blocks of a former engine, where they are longer: restore them step by step.
         4. Nothing to share, or the request shares nothing: open an empty row.
         """
-        if not row.spec.reads_cache:
+        if row.needs_scores or not row.spec.reads_cache:
             self._open(row)
             return
         limit = len(row.tokens) - 1

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from backends.engine.failures import request_error
 from backends.engine.prefill import PrefillPlanner
+from backends.engine.prompt_scores import PromptScores
 from backends.engine.sampling import RowSampler
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Reuse
@@ -27,6 +28,7 @@ class Row:
     `slot` names its KV cache in the runtime, -1 while it waits.  While `incoming` restores
     a part of its prompt, nothing is computed for it.  It may also wait until `leader` has
     computed the first `shared` tokens of both.  `reuse` is final once a token was sampled.
+    `scores` are the log-probabilities of its prompt, if it asks for them.
     """
 
     spec: SequenceSpec
@@ -38,6 +40,12 @@ class Row:
     incoming: Restore | None = field(default=None, kw_only=True)
     leader: "Row | None" = field(default=None, kw_only=True)
     shared: int = field(default=0, kw_only=True)
+    scores: PromptScores | None = field(default=None, kw_only=True)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether its next tokens are computed with the logits of each, and nothing is reused."""
+        return self.scores is not None and not self.scores.is_complete
 
     @property
     def pending(self) -> int:
@@ -97,13 +105,22 @@ class Row:
         return False
 
     def progress(self) -> StepOutput:
-        """Return how much of its prompt is computed."""
+        """Return how much of its prompt is computed.  Raises NonFiniteOutput."""
         return StepOutput(
-            self.spec.id, None, prefilled=self.past, cached=self.reuse.total, reuse=self.reuse
+            self.spec.id,
+            None,
+            prefilled=self.past,
+            cached=self.reuse.total,
+            reuse=self.reuse,
+            prompt_logprobs=self._new_scores(),
         )
 
+    def _new_scores(self) -> tuple[TokenLogprob, ...]:
+        return () if self.scores is None else self.scores.take()
+
     def add_token(self, token_id: int, logprob: TokenLogprob | None, *, is_end: bool) -> StepOutput:
-        """Append a sampled token and return it as a step's output."""
+        """Append a sampled token and return it as a step's output.  Raises NonFiniteOutput."""
+        scores = self._new_scores()
         self.tokens.append(token_id)
         self.is_reuse_final = True
         return StepOutput(
@@ -114,6 +131,7 @@ class Row:
             prefilled=len(self.spec.prompt),
             cached=self.reuse.total,
             reuse=self.reuse,
+            prompt_logprobs=scores,
         )
 
 

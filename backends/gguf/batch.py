@@ -59,6 +59,10 @@ class Batch:
         self.native.n_tokens = last
         return last - 1
 
+    def want_logits(self, first: int, last: int) -> None:
+        """Also compute the logits of the batch's tokens `first` to `last`, inclusive."""
+        self._wants_logits[first : last + 1] = 1
+
     @contextmanager
     def vectors(self, vectors: NDArray[np.float32]) -> Iterator[None]:
         """Give llama.cpp these vectors (tokens, width) instead of the token ids."""

@@ -43,7 +43,7 @@ class Placement:
 
         A request that reads no cache gets an empty slot.
         """
-        if not row.spec.reads_cache:
+        if row.needs_scores or not row.spec.reads_cache:
             return self._place_empty(row)
         limit = len(row.tokens) - 1
         prompt = row.tokens[:limit]

@@ -11,11 +11,13 @@ class GgufRow(Row):
     """One sequence; its slot is a llama.cpp sequence id.
 
     `batched` of its tokens are in the batch; `output` is the index of their logits, -1: none.
+    `scored_from` is the batch's index of the first one if all have logits, else -1.
     """
 
     sampler: SequenceSampler
     output: int = -1
     batched: int = 0
+    scored_from: int = -1
 
     def note_reuse(self, *, cells: int = 0, ram: int = 0) -> None:
         """Set where its cached tokens came from, unless that is final."""

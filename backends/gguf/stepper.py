@@ -3,8 +3,11 @@
 import time
 from collections.abc import Iterable
 
+import numpy as np
+
 from backends.base import EngineLoad, EngineOptions, ModelInfo
 from backends.engine.prefill import PrefillPlanner
+from backends.engine.prompt_scores import PromptScores, piece_tokens
 from backends.engine.row_book import RowBook
 from backends.engine.rows import BaseStepper
 from backends.gguf.batch import Batch
@@ -49,7 +52,8 @@ class GgufStepper(BaseStepper):
         self._llama = library()
         self._model = model
         self._context_tokens = options.context_tokens
-        slot_count = count_slots(model, options)
+        # A batch with more outputs than the context has room for ends the process.
+        slot_count = self._most_outputs = count_slots(model, options)
         self._context = open_context(model, options, slot_count)
         self._batch = Batch(options.prefill_chunk_tokens + options.max_sequences)
         try:
@@ -89,7 +93,8 @@ class GgufStepper(BaseStepper):
     def add(self, spec: SequenceSpec) -> None:
         """Queue a sequence; it starts as soon as a slot is free.  Raises RequestError."""
         sampler = SequenceSampler(self._model, spec, self._context_tokens)
-        self._book.add(GgufRow(spec, token_array(spec.prompt), sampler))
+        scores = PromptScores.of(spec, lambda token: self._model.piece(token, special=True))
+        self._book.add(GgufRow(spec, token_array(spec.prompt), sampler, scores=scores))
 
     def remove(self, sequence_id: int) -> None:
         """Drop a sequence; its cells are kept as a prefix for later ones.  Idempotent."""
@@ -182,7 +187,7 @@ class GgufStepper(BaseStepper):
         self._batch.clear()
         prefilling = []
         for row in list(self._book.running):
-            row.output, row.batched = -1, 0
+            row.output, row.batched, row.scored_from = -1, 0, -1
             if row.pending == 1:
                 row.batched = 1
                 row.output = self._batch.add(row.slot, row.past, row.tokens[-1:], logits=True)
@@ -193,7 +198,12 @@ class GgufStepper(BaseStepper):
             except BaseException as problem:
                 outputs.append(self._failed(row, problem, "the reuse of a computed prefix"))
         chunks = self._planner.plan([row.pending for row in prefilling], self._batch.count)
+        # Each row has at most one output, but those whose prompt's log-probabilities are wanted.
+        spare_outputs = self._most_outputs - len(self._book.running)
         for row, chunk in zip(prefilling, chunks, strict=True):
+            if row.needs_scores and chunk:
+                chunk = min(chunk, 1 + spare_outputs, piece_tokens(self._model.vocabulary_size))
+                spare_outputs -= chunk - 1
             if chunk:
                 self._add_chunk(row, chunk)
 
@@ -202,6 +212,9 @@ class GgufStepper(BaseStepper):
         tokens = row.tokens[row.past : row.past + chunk]
         index = self._batch.add(row.slot, row.past, tokens, logits=is_last)
         row.batched, row.output = chunk, index if is_last else -1
+        if row.needs_scores:
+            row.scored_from = index - chunk + 1
+            self._batch.want_logits(row.scored_from, index)
 
     def _make_room(self, outputs: list[StepOutput]) -> None:
         """Move the least recently used finished row to RAM, or preempt the youngest running one."""
@@ -218,12 +231,11 @@ class GgufStepper(BaseStepper):
         not_finite: list[GgufRow] = []
         started = time.thread_time()
         for row in batched:
+            if row.scored_from >= 0:
+                self._score(row)
             row.past += row.batched
-            if row.output < 0:
-                outputs.append(row.progress())
-                continue
             try:
-                outputs.append(self._sample(row))
+                outputs.append(row.progress() if row.output < 0 else self._sample(row))
             except NonFiniteOutput as problem:
                 if self._suspects:
                     outputs.append(self._failed(row, problem, "its computation"))
@@ -232,10 +244,19 @@ class GgufStepper(BaseStepper):
             except BaseException as problem:
                 outputs.append(self._failed(row, problem, "the sampling of its next token"))
             else:
-                self._trust(row)
+                if row.output >= 0:
+                    self._trust(row)
         self._book.native_cpu_s += time.thread_time() - started
         if not_finite:
             self._suspect(row for row in batched if row in not_finite or row.output < 0)
+
+    def _score(self, row: GgufRow) -> None:
+        """Reduce the logits of a part of a prompt; before sampling, which changes the last."""
+        assert row.scores is not None
+        size = self._model.vocabulary_size
+        for offset in range(row.batched):
+            pointer = self._llama.llama_get_logits_ith(self._context, row.scored_from + offset)
+            row.scores.add(row.past + offset, np.ctypeslib.as_array(pointer, (size,)))
 
     def _sample(self, row: GgufRow) -> StepOutput:
         token_id, logprob = row.sampler.sample(self._context, row.output)

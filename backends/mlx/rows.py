@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from backends.engine.rows import Row
 from backends.mlx.batch import RowChoice
+from backends.mlx.scored_prompt import ScoredPrompt
 from backends.prefixes.store import State
 
 
@@ -13,7 +14,7 @@ class MlxRow(Row):
 
     mlx-lm computes one token ahead: once a row decodes, its caches hold all of `tokens`, and
     `past` is no longer updated.  `known` prompt tokens were cached when it started; `blocks`
-    are restored before that.
+    are restored before that.  `scored` computes a prompt whose log-probabilities are wanted.
     """
 
     choice: RowChoice | None
@@ -21,6 +22,7 @@ class MlxRow(Row):
     blocks: list[State] = field(default_factory=list)
     was_restored: bool = False
     is_decoding: bool = False
+    scored: ScoredPrompt | None = None
 
     @property
     def computed(self) -> int:

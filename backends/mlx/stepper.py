@@ -7,6 +7,7 @@ from typing import Any
 
 from backends.base import EngineLoad, EngineOptions
 from backends.engine.prefill import PrefillPlanner
+from backends.engine.prompt_scores import PromptScores, piece_tokens
 from backends.engine.row_book import RowBook
 from backends.engine.row_model import Pieces
 from backends.engine.rows import BaseStepper
@@ -16,6 +17,7 @@ from backends.mlx.blocks import LayerBlocks
 from backends.mlx.model import MlxModel
 from backends.mlx.prefixes import KeptLayers, MlxPrefixes, cut
 from backends.mlx.rows import MlxRow
+from backends.mlx.scored_prompt import ScoredPrompt
 from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.match import token_array
 from backends.prefixes.ram import SMALLEST_PREFIX
@@ -73,11 +75,13 @@ class MlxStepper(BaseStepper):
 
     def add(self, spec: SequenceSpec) -> None:
         """Queue a sequence; it starts as soon as there is room.  Raises RequestError."""
-        sampler = RowSampler(
-            spec, self._model.vocabulary_size, lambda token: self._pieces.piece(token, special=True)
-        )
+        sampler = RowSampler(spec, self._model.vocabulary_size, self._piece)
         choice = None if sampler.is_greedy else RowChoice(sampler, self._pieces.is_end)
-        self._book.add(MlxRow(spec, token_array(spec.prompt), choice))
+        scores = PromptScores.of(spec, self._piece)
+        self._book.add(MlxRow(spec, token_array(spec.prompt), choice, scores=scores))
+
+    def _piece(self, token_id: int) -> bytes:
+        return self._pieces.piece(token_id, special=True)
 
     def remove(self, sequence_id: int) -> None:
         """Drop a sequence; its computed tokens stay as a prefix for later ones.  Idempotent."""
@@ -170,20 +174,46 @@ class MlxStepper(BaseStepper):
 
     def _admit(self, outputs: list[StepOutput]) -> None:
         book = self._book
+        is_scoring = False
         for row in book.admissible():
             if book.running and self._padded([*book.running, row]) > book.kv_tokens:
                 return
+            if row.needs_scores and is_scoring:
+                # Its caches are held beside the batch: one at a time.
+                continue
+            is_scoring = is_scoring or row.needs_scores
             try:
-                if self._place(row):
+                if row.needs_scores:
+                    self._score(row)
+                    outputs.append(row.progress())
+                elif self._place(row):
                     book.start(row)
             except BaseException as problem:
                 outputs.append(self._failed(row, problem, "its start"))
+
+    def _score(self, row: MlxRow) -> None:
+        """Compute the next piece of a waiting row's prompt, up to the last token's logits."""
+        assert row.scores is not None
+        scored = row.scored = row.scored or ScoredPrompt(self._model.model)
+        start, end = scored.length, len(row.tokens) - 1
+        chunk = self._planner.budget(len(self._book.running), 1)
+        # Where several tokens after others are wrong, they are computed one by one.
+        chunk = 1 if self._is_whole else min(chunk, piece_tokens(self._model.vocabulary_size))
+        tokens = row.tokens[start : min(start + chunk, end)]
+        wall = time.monotonic()
+        row.scores.add_piece(start, scored.extend(tokens))
+        row.past = scored.length
+        self._planner.observe(len(tokens), time.monotonic() - wall)
 
     def _place(self, row: MlxRow) -> bool:
         """Give `row` a slot with the longest cached prefix; False while that is not ready yet.
 
         Stored blocks of a former engine are used if they are longer than what is in memory.
         """
+        if row.scored is not None:
+            scored, row.scored = row.scored, None
+            self._insert(row, scored.length, scored.layers)
+            return True
         if not row.spec.reads_cache:
             self._insert(row, 0, None)
             return True

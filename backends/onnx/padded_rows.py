@@ -81,7 +81,11 @@ class PaddedRows:
         last: NDArray[np.float32] = logits[0]
         return last
 
-    def _run(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
+    def extend_all(self, row: RowInput) -> NDArray[np.float32]:
+        """Append tokens to a row; return the logits after each.  Raises EngineFailed."""
+        return self._run([row], keeps_all=True)
+
+    def _run(self, rows: Sequence[RowInput], *, keeps_all: bool = False) -> NDArray[np.float32]:
         """Append the same number of tokens to each row; on failure the rows are unchanged."""
         batch = self._gather([item.row for item in rows])
         count = len(rows[0].tokens)
@@ -95,7 +99,8 @@ class PaddedRows:
             bindings.receive(tensor.present, made[index])
         past = batch.columns - batch.pads
         mask = np.arange(columns)[None, :] >= batch.pads[:, None]
-        logits = self._session.run(bindings, [item.tokens for item in rows], past, mask)
+        tokens = [item.tokens for item in rows]
+        logits = self._session.run(bindings, tokens, past, mask, keeps_all=keeps_all)
         batch.cache, batch.columns = made, columns
         batch.spares, batch.buffers = batch.buffers, batch.spares
         for item in rows:

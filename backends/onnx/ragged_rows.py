@@ -108,18 +108,27 @@ class RaggedRows:
         last: NDArray[np.float32] = logits[0]
         return last
 
+    def extend_all(self, row: RowInput) -> NDArray[np.float32]:
+        """Append tokens to a row; return the logits after each.  Raises EngineFailed."""
+        slot = self._slot_of[row.row]
+        self._reserve(int(self._lengths[slot]) + len(row.tokens))
+        return self._run(slot, [row.tokens], keeps_all=True)
+
     def _decode(self, order: list[int], rows: Sequence[RowInput]) -> NDArray[np.float32]:
         count = len(order)
         self._reserve(int(self._lengths[:count].max()) + 1)
         return self._run(0, [rows[index].tokens for index in order])
 
-    def _run(self, first: int, tokens: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def _run(
+        self, first: int, tokens: Sequence[Sequence[int]], *, keeps_all: bool = False
+    ) -> NDArray[np.float32]:
         """Append `tokens` to the slots starting at `first`."""
         count, new = len(tokens), len(tokens[0])
         past = self._lengths[first : first + count]
         after = past + new
         mask = np.arange(int(after.max()))[None, :] < after[:, None]
-        logits = self._session.run(self._cache_bindings(first, count, new), tokens, past, mask)
+        bindings = self._cache_bindings(first, count, new)
+        logits = self._session.run(bindings, tokens, past, mask, keeps_all=keeps_all)
         past += new
         touched = self._touched[first : first + count]
         np.maximum(touched, past, out=touched)

@@ -113,17 +113,20 @@ class DecoderSession:
         tokens: Sequence[Sequence[int]],
         past: NDArray[np.int64],
         mask: NDArray[np.bool_],
+        *,
+        keeps_all: bool = False,
     ) -> NDArray[np.float32]:
         """Compute the same number of `tokens` per row; return the last logits (rows, vocabulary).
 
+        With `keeps_all` those of each token of one row: (tokens, vocabulary).
         `past` (rows,) are the lengths before, without padding; `mask` (rows, columns) is what may
         be attended to, including the new tokens.  The cache must be bound.  Raises EngineFailed.
         """
         ids = np.asarray(tokens, np.int64)
         rows, count = ids.shape
-        for name, values in self._inputs(ids, past, mask):
+        kept = 1 if self._keeps_last and not keeps_all else count
+        for name, values in self._inputs(ids, past, mask, kept):
             bindings.feed(name, np.asarray(values, self._dtypes[name], order="C"))
-        kept = 1 if self._keeps_last else count
         logits = np.empty((rows, kept, self.layout.vocabulary_size), self._logits_dtype)
         bindings.receive("logits", logits)
         started = time.thread_time()
@@ -133,17 +136,17 @@ class DecoderSession:
             reason = " ".join(str(problem).split())[:500]
             raise EngineFailed(f"onnxruntime failed: {reason}") from problem
         self.native_cpu_s += time.thread_time() - started
-        return np.asarray(logits[:, -1], np.float32)
+        return np.asarray(logits[0] if keeps_all else logits[:, -1], np.float32)
 
     def _inputs(
-        self, ids: NDArray[np.int64], past: NDArray[np.int64], mask: NDArray[np.bool_]
+        self, ids: NDArray[np.int64], past: NDArray[np.int64], mask: NDArray[np.bool_], kept: int
     ) -> list[tuple[str, NDArray[Any]]]:
         count = ids.shape[1]
         columns = mask.shape[1]
         made: dict[str, NDArray[Any]] = {
             "input_ids": ids,
             "attention_mask": mask,
-            "num_logits_to_keep": np.ones(self._shape("num_logits_to_keep"), np.int64),
+            "num_logits_to_keep": np.full(self._shape("num_logits_to_keep"), kept, np.int64),
             # Merged exports contain two graphs; the one for an empty past ignores the cache.
             "use_cache_branch": np.full(self._shape("use_cache_branch"), columns > count),
         }

@@ -41,6 +41,8 @@ from core.types import (
 
 _MAX_COUNTED_TOKENS = 2**18
 _NO_RULES = TokenRules()
+# Tokens and alternatives whose log-probabilities one answer holds.
+_MAX_PROMPT_LOGPROBS = 2**17
 
 
 @dataclass(slots=True)
@@ -127,6 +129,7 @@ class Preparer:
         room = self.context_tokens - count
         if room < 1:
             raise ContextLengthExceeded.of(count, self.context_tokens)
+        _check_prompt_logprobs(request.sampling, count)
         max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         rules = request.rules or _NO_RULES
         prepared = Prepared(
@@ -140,6 +143,8 @@ class Preparer:
                 parser=text.parser,
                 end_ids=self._checked_ids(rules.stop_token_ids, "stop_token_ids"),
                 min_tokens=rules.min_tokens,
+                # Evaluation harnesses count tokens from the end.
+                lists_end=request.echo_prompt and request.sampling.prompt_logprobs is not None,
             ),
             mask=self._ruled(rules, self._mask(text)),
             initial_events=self._echo_events(request, text.token_ids),
@@ -184,6 +189,8 @@ class Preparer:
         """
         assembler = prepared.assembler
         assembler.replay(generated)
+        # The prompt's were sent with the first token.
+        prepared.sampling = replace(prepared.sampling, prompt_logprobs=None)
         prepared.prompt += tuple(generated)
         prepared.generated = len(generated)
         prepared.max_tokens -= len(generated)
@@ -393,15 +400,28 @@ class Preparer:
     ) -> list[GenerationEvent]:
         if not request.echo_prompt:
             return []
-        if request.sampling.top_logprobs is not None:
-            raise UnsupportedParameter(
-                "echo cannot be combined with logprobs; leave one of them out.", param="echo"
-            )
         if isinstance(request.prompt, TextPrompt):
             return [TextDelta(request.prompt.text)]
-        data = b"".join(self._tokenizer.token_bytes(token_id) for token_id in token_ids)
+        has_logprobs = request.sampling.prompt_logprobs is not None
+        # Control tokens have no text; where each token is listed, their names stand for them.
+        shown = self._piece if has_logprobs else self._tokenizer.token_bytes
+        data = b"".join(map(shown, token_ids))
         return [TextDelta(data.decode("utf-8", "replace"))]
 
     def close(self) -> None:
         """Stop the templates' processes; idempotent."""
         self._chat.close()
+
+
+def _check_prompt_logprobs(sampling: SamplingParams, count: int) -> None:
+    """Raise RequestError if the log-probabilities of `count` prompt tokens would be too many."""
+    if sampling.prompt_logprobs is None:
+        return
+    entries = count * (sampling.prompt_logprobs + 1)
+    if entries > _MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            f"The log-probabilities of {count} prompt tokens with {sampling.prompt_logprobs} "
+            f"alternatives each are {entries} values; at most {_MAX_PROMPT_LOGPROBS} are given. "
+            "Ask for fewer alternatives, or shorten the prompt.",
+            param="prompt",
+        )

@@ -90,14 +90,22 @@ class PackedRows(_TorchRows):
 
     def extend(self, rows: Sequence[RowInput]) -> NDArray[np.float32]:
         """Append tokens to all rows in one pass; return the logits after each row's last."""
-        segments, tokens, positions, last = [], list[int](), list[int](), []
+        return self._extend(rows, keeps_all=False)
+
+    def extend_all(self, row: RowInput) -> NDArray[np.float32]:
+        """Append tokens to a row; return the logits after each."""
+        return self._extend([row], keeps_all=True)
+
+    def _extend(self, rows: Sequence[RowInput], *, keeps_all: bool) -> NDArray[np.float32]:
+        segments, tokens, positions, kept = [], list[int](), list[int](), list[int]()
         for each in rows:
             cache = self._rows[each.row]
             segments.append(Segment(cache, len(tokens), len(each.tokens)))
+            first = len(tokens)
             tokens.extend(each.tokens)
             positions.extend(range(cache.length, cache.length + len(each.tokens)))
-            last.append(len(tokens) - 1)
-        logits = self._timed(lambda: self._forward(segments, tokens, positions, last))
+            kept.extend(range(first if keeps_all else len(tokens) - 1, len(tokens)))
+        logits = self._timed(lambda: self._forward(segments, tokens, positions, kept))
         for segment in segments:
             segment.cache.length += segment.count
         return logits
@@ -107,9 +115,9 @@ class PackedRows(_TorchRows):
         segments: Sequence[Segment],
         tokens: Sequence[int],
         positions: Sequence[int],
-        last: Sequence[int],
+        wanted: Sequence[int],
     ) -> Any:
-        kept = self._numbers(last)
+        kept = self._numbers(wanted)
         cuts = "logits_to_keep" in self._parameters
         options = {"logits_to_keep": kept} if cuts else {}
         with Step(segments, self._windows):
@@ -188,12 +196,19 @@ class SeparateRows(_TorchRows):
         """Append tokens to the rows one by one; return the logits after each row's last."""
         return np.concatenate([self._timed(partial(self._run, each)) for each in rows])
 
-    def _run(self, each: RowInput) -> Any:
+    def extend_all(self, row: RowInput) -> NDArray[np.float32]:
+        """Append tokens to a row; return the logits after each."""
+        return self._timed(partial(self._run, row, keeps_all=True))
+
+    def _run(self, each: RowInput, *, keeps_all: bool = False) -> Any:
+        import torch
+
         cache, past = self._rows[each.row]
+        found: list[Any] = []
         # A recurrent layer accepts several tokens at once only before it has state.
         width = 1 if self._is_recurrent and past else len(each.tokens)
         options: dict[str, Any] = {self._cache_name: cache, "use_cache": True}
-        if "logits_to_keep" in self._parameters:
+        if "logits_to_keep" in self._parameters and not keeps_all:
             options["logits_to_keep"] = 1
         for start in range(0, len(each.tokens), width):
             tokens = self._numbers(each.tokens[start : start + width])[None]
@@ -201,7 +216,9 @@ class SeparateRows(_TorchRows):
             logits = self._model(input_ids=tokens, **options).logits
             past += tokens.shape[1]
             self._rows[each.row] = (cache, past)
-        return logits[:, -1]
+            if keeps_all:
+                found.append(logits[0])
+        return torch.cat(found) if keeps_all else logits[:, -1]
 
     def truncate(self, row: int, length: int) -> bool:
         """Keep the first `length` tokens; False if the cache no longer has them."""
@@ -265,21 +282,25 @@ class UncachedRows(_TorchRows):
 
         On failure the row that failed, and those after it, are unchanged.
         """
-        return np.concatenate([self._append(each) for each in rows])
+        return np.concatenate([self._append(each, 1) for each in rows])
 
-    def _append(self, each: RowInput) -> NDArray[np.float32]:
+    def extend_all(self, row: RowInput) -> NDArray[np.float32]:
+        """Append tokens to a row; return the logits after each."""
+        return self._append(row, len(row.tokens))
+
+    def _append(self, each: RowInput, kept: int) -> NDArray[np.float32]:
         text = [*self._rows[each.row], *each.tokens]
-        logits = self._timed(partial(self._run, text))
+        logits = self._timed(partial(self._run, text, kept))
         self._rows[each.row] = text
         return logits
 
-    def _run(self, text: Sequence[int]) -> Any:
+    def _run(self, text: Sequence[int], kept: int) -> Any:
         options = self._position_options(0, len(text))
         if "use_cache" in self._parameters:
             options["use_cache"] = False
         if "logits_to_keep" in self._parameters:
-            options["logits_to_keep"] = 1
-        return self._model(input_ids=self._numbers(text)[None], **options).logits[:, -1]
+            options["logits_to_keep"] = kept
+        return self._model(input_ids=self._numbers(text)[None], **options).logits[0, -kept:]
 
     def truncate(self, row: int, length: int) -> bool:
         """Keep the first `length` tokens; always possible."""

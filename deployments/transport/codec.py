@@ -159,7 +159,8 @@ def _pack(event: GenerationEvent) -> tuple[Any, ...]:
         case ToolCallDelta():
             return (_TOOL_CALL, event.index, event.id, event.name, event.arguments, event.token_ids)
         case PrefillProgress():
-            return (_PREFILL, event.done_tokens, event.total_tokens)
+            logprobs = _pack_logprobs(event.logprobs)
+            return (_PREFILL, event.done_tokens, event.total_tokens, logprobs)
         case Finished(reason, usage, timing, stop, mismatches, cache):
             counts = (
                 usage.prompt_tokens,
@@ -184,7 +185,7 @@ def _unpack(data: list[Any]) -> GenerationEvent:
     if kind == _TOOL_CALL:
         return ToolCallDelta(data[1], data[2], data[3], data[4], tuple(data[5]))
     if kind == _PREFILL:
-        return PrefillProgress(data[1], data[2])
+        return PrefillProgress(data[1], data[2], _unpack_logprobs(data[3]))
     if kind == _FINISHED:
         queued_s, prefill_s, decode_s, throttled_s = data[3]
         timing = Timing(queued_s, prefill_s, decode_s, throttled_s=throttled_s)

@@ -150,7 +150,7 @@ class Generation:
         async with self.run(receive) as feed:
             while (batch := await feed.next()) is not None:
                 for index, event in batch:
-                    if isinstance(event, PrefillProgress):
+                    if isinstance(event, PrefillProgress) and not event.logprobs:
                         continue
                     self.note_first_token()
                     choices[index].append(event)

@@ -89,7 +89,9 @@ def _valid(event: GenerationEvent) -> GenerationEvent:
                 arguments=well_formed(event.arguments or ""),
             )
         case PrefillProgress():
-            return PrefillProgress(_count(event.done_tokens), _count(event.total_tokens))
+            return PrefillProgress(
+                _count(event.done_tokens), _count(event.total_tokens), tuple(event.logprobs or ())
+            )
         case Finished():
             return _valid_end(event)
     raise _failed()

@@ -17,6 +17,7 @@ from router.requests.limits import (
     MAX_INT32,
     MAX_LIST_LENGTHS,
     MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
     MAX_N,
     MAX_SCHEMA_BYTES,
     MAX_SCHEMA_DEPTH,
@@ -59,6 +60,11 @@ def whole_number(value: object) -> object:
     return value
 
 
+def _none_if_false(value: object) -> object:
+    """Return None for false, which some clients send to leave log-probabilities out."""
+    return None if value is False else value
+
+
 def _limit_or_none(value: object) -> object:
     """Return None for -1, which LM Studio and llama.cpp document as "no limit"."""
     value = whole_number(value)
@@ -68,6 +74,8 @@ def _limit_or_none(value: object) -> object:
 WholeNumber = BeforeValidator(whole_number)
 NoLimit = BeforeValidator(_limit_or_none)
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=MAX_INT32), WholeNumber]
+# How many alternatives are listed for each token; 0 lists the token itself.
+LogprobCount: TypeAlias = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WholeNumber]
 TokenLimit: TypeAlias = Annotated[TokenCount | None, NoLimit]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=MAX_INT32), WholeNumber]
 BadWord: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARACTERS)]
@@ -313,7 +321,9 @@ class SamplingFields(RequestBody):
             names.append("service_tier")
         return names
 
-    def sampling(self, *, top_logprobs: int | None, index: int = 0) -> SamplingParams:
+    def sampling(
+        self, *, top_logprobs: int | None, prompt_logprobs: int | None = None, index: int = 0
+    ) -> SamplingParams:
         """Return the sampling of the choice `index`; choices after the first get other seeds."""
         seed = self.seed
         if seed is not None and seed + index >= SEED_MODULUS:
@@ -329,6 +339,7 @@ class SamplingFields(RequestBody):
             repetition_penalty=self.repetition_penalty or 1.0,
             logit_bias=self.logit_bias,
             top_logprobs=top_logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
 
@@ -348,6 +359,7 @@ class GenerationFields(SamplingFields):
     n: Annotated[int, Field(ge=1, le=MAX_N), WholeNumber] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: Annotated[LogprobCount | None, BeforeValidator(_none_if_false)] = None
 
     @property
     def includes_usage(self) -> bool:
@@ -380,8 +392,13 @@ class GenerationFields(SamplingFields):
         return None if rules == TokenRules() else rules
 
     def refuse_unsupported(self) -> None:
-        """Also refuse stream options where nothing is streamed."""
+        """Also refuse stream options where nothing is streamed, and what no stream has."""
         super().refuse_unsupported()
+        if self.stream and self.prompt_logprobs is not None:
+            raise UnsupportedParameter(
+                "prompt_logprobs: not given in a stream; leave stream out",
+                param="prompt_logprobs",
+            )
         if self.stream_options is not None and not self.stream:
             raise RequestError(
                 "stream_options: only allowed together with stream: true", param="stream_options"

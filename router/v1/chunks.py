@@ -50,6 +50,10 @@ class ChunkFormatter(StreamFormatter):
         del index
         return ()
 
+    def note_prefill(self, index: int, event: PrefillProgress) -> None:
+        """Take what the prompt's computation tells of a choice."""
+        del index, event
+
     def chunks(self, events: Sequence[TaggedEvent]) -> str:
         """Return the SSE text of `events`."""
         parts: list[str] = []
@@ -78,6 +82,7 @@ class ChunkFormatter(StreamFormatter):
 
     def _uncommon(self, index: int, event: GenerationEvent) -> str:
         if isinstance(event, PrefillProgress):
+            self.note_prefill(index, event)
             return prefill_comment(event)
         added: dict[str, JsonValue] = {}
         if isinstance(event, Finished):

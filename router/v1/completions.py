@@ -1,7 +1,8 @@
 """`POST /v1/completions`: request, handler, whole answers and streamed chunks."""
 
+import json
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from openai.types import Completion
 from pydantic import Field, PlainValidator
@@ -30,17 +31,18 @@ from core.types import (
 )
 from router.answers.event_stream import EventStream
 from router.answers.generation import Generation, client_closed_response
-from router.answers.logprobs import LegacyLogprobs
+from router.answers.logprobs import LegacyLogprobs, prompt_logprobs, scored_prompt
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.fields import (
     OPENAI_HINTS,
+    LogprobCount,
     NoLimit,
     WholeNumber,
     parse_inputs,
     refuse_unless_off,
 )
-from router.requests.limits import MAX_INT32, MAX_LOGPROBS
+from router.requests.limits import MAX_INT32
 from router.requests.output_format import OutputFields
 from router.requests.priority import request_priority
 from router.v1.chunks import ChunkFormatter
@@ -60,7 +62,7 @@ class CompletionRequest(OutputFields):
     ] = None
     suffix: str | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WholeNumber] | None = None
+    logprobs: LogprobCount | None = None
     best_of: Annotated[int, WholeNumber] | None = None
 
     def refuse_unsupported(self) -> None:
@@ -75,12 +77,26 @@ class CompletionRequest(OutputFields):
                 f"{MAX_PROMPTS} are accepted",
                 param="prompt",
             )
-        if self.max_tokens == 0 and not self.echo:
-            raise RequestError("max_tokens: 0 is only allowed with echo: true", param="max_tokens")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise RequestError(
+                "max_tokens: 0 is only allowed with echo: true or prompt_logprobs",
+                param="max_tokens",
+            )
         if self.suffix and self.echo:
             raise RequestError("suffix: cannot be combined with echo; send one", param="suffix")
         if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
             raise RequestError("suffix: needs the prompt as text, not as token ids", param="suffix")
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Whether the echoed prompt's tokens are listed in `logprobs`."""
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def scored_alternatives(self) -> int | None:
+        """How many alternatives are computed for each prompt token, None for no logprobs."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
     @property
     def token_limit(self) -> int:
@@ -112,19 +128,15 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
         choices = await generation.collect(request.receive)
         if choices is None:
             return client_closed_response()
-        has_logprobs = body.logprobs is not None
         completion = {
             **_base(generation, answer_id),
-            "choices": [
-                _choice(index, events, has_logprobs=has_logprobs)
-                for index, events in enumerate(choices)
-            ],
+            "choices": [_choice(index, events, body) for index, events in enumerate(choices)],
             "usage": generation.usage(),
         }
         if body.timings_per_token:
             completion["timings"] = generation.llama_timings()
         return Response(
-            Completion.model_validate(completion).model_dump_json(exclude_unset=True),
+            _encoded(completion, body),
             media_type="application/json",
             headers=generation.answer_headers(),
         )
@@ -152,7 +164,11 @@ def _requests(
             id=answer_id if count == 1 else f"{answer_id}-{number * n + index}",
             model_id=model_id,
             prompt=_prompt(prompt, body.suffix),
-            sampling=body.sampling(top_logprobs=body.logprobs, index=index),
+            sampling=body.sampling(
+                top_logprobs=body.logprobs,
+                prompt_logprobs=body.scored_alternatives,
+                index=index,
+            ),
             max_tokens=body.token_limit,
             stop=body.stop,
             output=output,
@@ -203,26 +219,47 @@ def _reason(event: Finished) -> str:
     return "length" if event.reason == "length" else "stop"
 
 
+def _encoded(completion: dict[str, Any], body: CompletionRequest) -> str:
+    """Return the validated JSON.
+
+    OpenAI's type of `logprobs` lacks the null of an echoed prompt's first token, which its
+    reference and its service have; there it is put in after the validation.
+    """
+    if not body.echoes_logprobs:
+        return Completion.model_validate(completion).model_dump_json(exclude_unset=True)
+    columns = [choice.pop("logprobs") for choice in completion["choices"]]
+    valid = Completion.model_validate(completion).model_dump(mode="json", exclude_unset=True)
+    for choice, logprobs in zip(valid["choices"], columns, strict=True):
+        choice["logprobs"] = logprobs
+    return json.dumps(valid, ensure_ascii=False, separators=(",", ":"))
+
+
 def _choice(
-    index: int, events: Iterable[GenerationEvent], *, has_logprobs: bool
+    index: int, events: Sequence[GenerationEvent], body: CompletionRequest
 ) -> dict[str, JsonValue]:
-    columns = LegacyLogprobs()
+    columns = LegacyLogprobs(body.logprobs)
     logprobs: dict[str, list[JsonValue]] = {}
     text: list[str] = []
     reason = "stop"
     for event in events:
+        if isinstance(event, PrefillProgress) and body.echoes_logprobs:
+            columns.hold(event.logprobs)
         new_text, new_logprobs = _text(event)
+        new_logprobs = new_logprobs or columns.echoed(new_text)
         text.append(new_text)
         for name, column in columns.columns(new_text, new_logprobs).items():
             logprobs.setdefault(name, []).extend(column)
         if isinstance(event, Finished):
             reason = _reason(event)
-    return {
+    choice: dict[str, JsonValue] = {
         "index": index,
         "text": "".join(text),
-        "logprobs": dict(logprobs) if has_logprobs else None,
+        "logprobs": None if body.logprobs is None else dict(logprobs),
         "finish_reason": reason,
     }
+    if body.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = prompt_logprobs(scored_prompt(events), body.prompt_logprobs)
+    return choice
 
 
 class CompletionChunks(ChunkFormatter):
@@ -236,13 +273,25 @@ class CompletionChunks(ChunkFormatter):
             has_logprobs=body.logprobs is not None,
             has_timings=bool(body.timings_per_token),
         )
+        self._body = body
         self._columns: dict[int, LegacyLogprobs] = {}
+
+    def note_prefill(self, index: int, event: PrefillProgress) -> None:
+        """Keep the log-probabilities of a prompt until its text comes."""
+        if event.logprobs and self._body.echoes_logprobs:
+            self._of(index).hold(event.logprobs)
+
+    def _of(self, index: int) -> LegacyLogprobs:
+        if index not in self._columns:
+            self._columns[index] = LegacyLogprobs(self._body.logprobs)
+        return self._columns[index]
 
     def choices(self, index: int, event: GenerationEvent) -> Iterable[dict[str, JsonValue]]:
         """Return at most one choice."""
         text, logprobs = _text(event)
         if not self._has_logprobs:
             logprobs = ()
+        logprobs = logprobs or self._of(index).echoed(text)
         if not (text or logprobs or isinstance(event, Finished)):
             return ()
         choice: dict[str, JsonValue] = {
@@ -251,7 +300,7 @@ class CompletionChunks(ChunkFormatter):
             "logprobs": None,
             "finish_reason": _reason(event) if isinstance(event, Finished) else None,
         }
-        columns = self._columns.setdefault(index, LegacyLogprobs()).columns(text, logprobs)
+        columns = self._of(index).columns(text, logprobs)
         if logprobs:
             choice["logprobs"] = dict(columns)
         return (choice,)

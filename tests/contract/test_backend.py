@@ -1,6 +1,8 @@
 """What every backend's engine must do, whatever the format."""
 
 import asyncio
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +12,12 @@ from backends.abilities import TokenCounting
 from backends.base import Engine
 from core.errors import ContextLengthExceeded, EngineFailed, RequestError, UnsupportedParameter
 from core.types import (
+    GenerationEvent,
     PrefillProgress,
     TextDelta,
     TextPrompt,
     TokenizeOptions,
+    TokenLogprob,
     TokenPrompt,
     TokenRules,
     Tool,
@@ -155,6 +159,44 @@ async def test_logprobs_match_the_tokens(engine: Engine) -> None:
         assert [top.logprob for top in entry.top] == sorted(
             (top.logprob for top in entry.top), reverse=True
         )
+
+
+async def test_prompt_logprobs_are_those_of_tokens_generated_one_by_one(engine: Engine) -> None:
+    text = "The sea is deep and the sky is blue, and the"
+    wanted = request(text, max_tokens=1, top_logprobs=0, prompt_logprobs=2, echo_prompt=True)
+    # The second time all of the prompt is in the cache.
+    first, second = [await run(engine, wanted) for _ in range(2)]
+    scores = prompt_scores(first)
+    assert text_of(first).startswith(text)
+    assert len(scores) == end_of(first).usage.prompt_tokens > 4
+    assert math.isnan(scores[0].logprob)
+    tolerance = 1e-3 if engine.info.quantization in ("f32", "float32") else 0.25
+    again = prompt_scores(second)
+    for place in range(1, len(scores)):
+        ids = tuple(token.token_id for token in scores[:place])
+        assert again[place].logprob == pytest.approx(scores[place].logprob, abs=tolerance)
+        step = await run(engine, request(TokenPrompt(ids), max_tokens=1, top_logprobs=20))
+        known = {
+            each.token_id: each.logprob
+            for event in step
+            if isinstance(event, TextDelta)
+            for token in event.logprobs
+            for each in token.top
+        }
+        # An end token has no logprobs, and the prompt's token may be an unlikely one.
+        if (wanted_id := scores[place].token_id) in known:
+            assert scores[place].logprob == pytest.approx(known[wanted_id], abs=tolerance)
+
+
+async def test_only_the_prompt_can_be_scored(engine: Engine) -> None:
+    events = await run(engine, request("The sea is", max_tokens=0, prompt_logprobs=0))
+    assert len(prompt_scores(events)) == end_of(events).usage.prompt_tokens
+    assert (end_of(events).usage.completion_tokens, text_of(events)) == (0, "")
+
+
+def prompt_scores(events: Sequence[GenerationEvent]) -> tuple[TokenLogprob, ...]:
+    found = [event.logprobs for event in events if isinstance(event, PrefillProgress)]
+    return next(filter(None, found))
 
 
 async def test_echo_gives_the_prompt_first(engine: Engine) -> None:

@@ -23,7 +23,7 @@ from core.errors import (
     InsufficientMemory,
     RequestError,
 )
-from core.types import JsonOutput, TextDelta, TokenPrompt
+from core.types import JsonOutput, PrefillProgress, TextDelta, TokenPrompt
 from tests.golden import golden, reference
 from tests.requests import assert_same_tokens, chat, end_of, request, run, text_of, token_ids_of
 
@@ -203,3 +203,22 @@ async def test_a_truncated_file_is_refused_before_it_is_loaded(tmp_path: Path) -
         file.truncate(info.size_bytes // 2)
     with pytest.raises(BrokenModel):
         backend.open(info, OPTIONS)
+
+
+async def test_log_probabilities_of_a_prompt_are_those_of_transformers() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ids = reference().ids[0]
+    model = AutoModelForCausalLM.from_pretrained(golden("hf-f32"), dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    wanted = [float(logits[place, token]) for place, token in enumerate(ids[1:])]
+    engine = open_golden("hf-f32")
+    try:
+        events = await run(engine, request(TokenPrompt(ids), max_tokens=0, prompt_logprobs=1))
+    finally:
+        await engine.close()
+    found = [each.logprobs for event in events if isinstance(each := event, PrefillProgress)][-1]
+    assert [token.token_id for token in found] == list(ids)
+    assert [token.logprob for token in found[1:]] == pytest.approx(wanted, abs=1e-3)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.engine.prompt_scores import all_logits
 from backends.engine.row_model import PortableRows, RowInput, RowModel
 from backends.engine.trial.checks import Logits
 from backends.trials import TrialResult, TrialRow
@@ -157,6 +158,16 @@ class LimitedRows:
             pieces = [(token,) for token in each.tokens]
         for piece in pieces:
             logits = np.array(self._model.extend([RowInput(each.row, piece)])[0])
+        return logits
+
+    def extend_all(self, row: RowInput) -> NDArray[np.float32]:
+        """Append tokens; see `GivesAllLogits`.  One by one where chunks are not right."""
+        if self._is_chunk(row) and not self._has_chunks:
+            pieces = [RowInput(row.row, (token,)) for token in row.tokens]
+            logits = np.concatenate([all_logits(self._model, piece) for piece in pieces])
+        else:
+            logits = all_logits(self._model, row)
+        self._lengths[row.row] += len(row.tokens)
         return logits
 
     def truncate(self, row: int, length: int) -> bool:

@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`: the handler, whole answers and streamed chunks."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.chat_completion import Choice
@@ -24,7 +25,7 @@ from core.types import (
 )
 from router.answers.event_stream import EventStream
 from router.answers.generation import Generation, client_closed_response
-from router.answers.logprobs import chat_logprobs
+from router.answers.logprobs import chat_logprobs, prompt_logprobs, scored_prompt
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.priority import request_priority
@@ -52,7 +53,12 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
                 id=answer_id if n == 1 else f"{answer_id}-{index}",
                 model_id=view.id,
                 prompt=for_model(prompt, view),
-                sampling=body.sampling(top_logprobs=body.logprob_count, index=index),
+                sampling=body.sampling(
+                    top_logprobs=body.logprob_count,
+                    # All choices have the same prompt.
+                    prompt_logprobs=None if index else body.prompt_logprobs,
+                    index=index,
+                ),
                 max_tokens=body.token_limit,
                 stop=body.stop,
                 output=output,
@@ -91,6 +97,9 @@ def _completion(
     body: ChatRequest,
 ) -> Response:
     has_logprobs = bool(body.logprobs)
+    extra: dict[str, Any] = {}
+    if body.prompt_logprobs is not None:
+        extra["prompt_logprobs"] = prompt_logprobs(scored_prompt(choices[0]), body.prompt_logprobs)
     completion = ChatCompletion(
         id=answer_id,
         object="chat.completion",
@@ -101,6 +110,7 @@ def _completion(
             for index, events in enumerate(choices)
         ],
         usage=generation.usage(),
+        **extra,
     )
     if body.timings_per_token:
         completion = completion.model_copy(update={"timings": generation.llama_timings()})

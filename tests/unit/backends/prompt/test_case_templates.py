@@ -100,7 +100,8 @@ def test_every_history_is_in_the_prompt(
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_history_that_grows_keeps_its_prompt(chat: Make, name: str) -> None:
     """The next turn begins with this one's prompt, so that its prefix is reused."""
-    turns = (SYSTEM, ASK, call(), result(), SAID, ASK, call("{}", "x", "y"))
+    turns: tuple[ChatMessage, ...] = (SYSTEM, ASK, call(), result(), SAID, ASK)
+    turns = (*turns, call("{}", "x", "y"))
     turns = (*turns, result("x"), result("y", "rain"), SAID, ASK)
     ends = [number for number, each in enumerate(turns, start=1) if each.role == "user"]
     form = chat(name)
