@@ -170,7 +170,9 @@ async def test_prompt_logprobs_are_those_of_tokens_generated_one_by_one(engine: 
     assert text_of(first).startswith(text)
     assert len(scores) == end_of(first).usage.prompt_tokens > 4
     assert math.isnan(scores[0].logprob)
-    tolerance = 1e-3 if engine.info.quantization in ("f32", "float32") else 0.25
+    # llama.cpp rounds keys and values to f16, others keep the weights' type.
+    rounding = 5e-3 if engine.info.format == "gguf" else 1e-3
+    tolerance = rounding if engine.info.quantization in ("f32", "float32") else 0.25
     again = prompt_scores(second)
     for place in range(1, len(scores)):
         ids = tuple(token.token_id for token in scores[:place])
@@ -262,7 +264,7 @@ async def test_end_tokens_do_not_come_before_they_may(engine: Engine, rules: Tok
 
 
 async def test_bad_words_are_not_in_the_answer(engine: Engine) -> None:
-    word = text_of(await run(engine, request(QUESTION))).split()[1]
+    word = text_of(await run(engine, request(QUESTION))).split()[-1]
     rules = TokenRules(bad_words=(word, "é", "🎈"))
     if engine.info.format == "echo":
         with pytest.raises(UnsupportedParameter):
