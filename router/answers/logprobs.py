@@ -87,6 +87,21 @@ def without_prefix(text: str, tokens: Sequence[TokenLogprob]) -> Sequence[TokenL
     return shown
 
 
+def event_logprobs(tokens: Sequence[TokenLogprob]) -> list[JsonValue]:
+    """Return the `logprobs` of the Responses API's text events, which have no `bytes`.
+
+    Source: OpenAI's description, `ResponseLogProb`; the item that follows has the bytes.
+    """
+    return [
+        {**_brief(token), "top_logprobs": [_brief(top) for top in token.top or ()]}
+        for token in tokens
+    ]
+
+
+def _brief(token: TokenLogprob) -> dict[str, JsonValue]:
+    return {"token": token_text(token), "logprob": _finite(token.logprob)}
+
+
 class LegacyLogprobs:
     """Builds the completions' `logprobs`; remembers one choice's text offset between chunks."""
 

@@ -55,11 +55,10 @@ class ItemReader:
                 text = _required(item.input, f"{param}.input")
                 self._add_call(item, to_arguments(text), param)
             case "function_call_output" | "custom_tool_call_output":
-                call_id = _required(item.call_id, f"{param}.call_id")
                 if item.output is None:
                     raise RequestError(f"{param}.output: required", param=f"{param}.output")
                 output = self._parts.joined(item.output, f"{param}.output")
-                self._messages.append(ChatMessage("tool", output, tool_call_id=call_id))
+                self._messages.append(ChatMessage("tool", output, tool_call_id=item.call_id))
             case "reasoning":
                 self._add_reasoning(item, param)
             case _:

@@ -26,6 +26,21 @@ _PREFIXES = {
     "custom_tool_call_output": "ctco",
 }
 
+# A request to compact the conversation, which is not an item of it.
+_TRIGGER = "compaction_trigger"
+
+# Fields that items may leave out where they are sent, and have where they are listed.
+# Source: OpenAI's description, the members of `InputItem` and `ItemResource`.
+_DONE: dict[str, JsonValue] = {"status": "completed"}
+_SEARCHED: dict[str, JsonValue] = {"status": "completed", "execution": "client"}
+_LISTED_FIELDS: dict[str, dict[str, JsonValue]] = {
+    "computer_call_output": _DONE,
+    "shell_call": _DONE,
+    "shell_call_output": _DONE,
+    "tool_search_call": _SEARCHED,
+    "tool_search_output": _SEARCHED,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Input:
@@ -44,7 +59,9 @@ class Input:
             own_id = item.other_item.get("id") if item.other_item is not None else item.id
             if not isinstance(own_id, str) or not own_id:
                 own_id = f"{_PREFIXES.get(kind, 'item')}_{suffix}_in{index}"
-            fields = _shown(item) if item.other_item is None else item.other_item
+            if kind == _TRIGGER:
+                continue
+            fields = _shown(item) if item.other_item is None else _completed(item.other_item)
             shown = {**fields, "id": own_id, "type": kind}
             yield StoredItem(own_id, to_json(shown, inf_nan_mode="null"))
 
@@ -107,15 +124,31 @@ def _named(store: ResponseStore, item_id: str) -> Sequence[StoredItem]:
     return stored.outputs if stored is not None else ()
 
 
+def _completed(other: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return the item of another tool with the fields that it has where it is listed."""
+    defaults = _LISTED_FIELDS.get(str(other["type"]), {})
+    missing = {name: value for name, value in defaults.items() if other.get(name) is None}
+    return {**other, **missing}
+
+
 def _shown(item: Item) -> dict[str, JsonValue]:
     """Return an item's own fields as OpenAI lists them: a status, a text in parts."""
     fields: dict[str, Any] = item.model_dump(exclude_unset=True, exclude_none=True)
     fields.setdefault("status", "completed")
     if isinstance(item.content, str):
         fields["content"] = [{"type": "input_text", "text": item.content}]
+    for name in ("content", "output"):
+        if isinstance(fields.get(name), list):
+            fields[name] = [_listed_part(part) for part in fields[name]]
     if item.role == "assistant":
         fields["content"] = [_output_part(part) for part in fields.get("content", ())]
+    else:
+        fields.pop("phase", None)
     return fields
+
+
+def _listed_part(part: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    return {"detail": "auto", **part} if part["type"] == "input_image" else part
 
 
 def _output_part(part: dict[str, JsonValue]) -> dict[str, JsonValue]:

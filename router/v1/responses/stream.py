@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from core.errors import ImpetusError
 from core.types import Finished, JsonValue, PrefillProgress, TextDelta
 from router.answers.event_stream import StreamFormatter, prefill_comment
-from router.answers.logprobs import chat_logprobs
+from router.answers.logprobs import event_logprobs
 from router.answers.parts import Closed, Extended, Opened, Part, PartAssembler, PartStep
 from router.answers.valid_events import TaggedEvent
 from router.context import RequestRecord
@@ -88,9 +88,7 @@ class ResponseEvents(StreamFormatter):
             case Extended(part, text, logprobs):
                 fields: dict[str, JsonValue] = {**self._place(part), "delta": text}
                 if part.kind == "text":
-                    fields["logprobs"] = (
-                        chat_logprobs(logprobs)["content"] if self._has_logprobs else []
-                    )
+                    fields["logprobs"] = event_logprobs(logprobs) if self._has_logprobs else []
                 return [self._event(f"response.{_NAMES[part.kind]}.delta", fields)]
             case Closed(part):
                 return self._close(part)
@@ -121,7 +119,7 @@ class ResponseEvents(StreamFormatter):
         else:
             content = self._builder.content(part)
         if part.kind == "text":
-            fields["logprobs"] = content.get("logprobs", [])
+            fields["logprobs"] = event_logprobs(part.logprobs) if self._has_logprobs else []
         events = [self._event(f"response.{_NAMES[part.kind]}.done", fields)]
         if content:
             events.append(self._event("response.content_part.done", {**place, "part": content}))

@@ -1,0 +1,409 @@
+"""Every answer and every event of every endpoint has the types of OpenAI's and Anthropic's SDKs."""
+
+import math
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anthropic.types as of_anthropic
+import httpx
+import openai.types as of_openai
+import pytest
+from anthropic.types import beta
+from openai.types import chat, responses
+from openai.types.responses.input_token_count_response import InputTokenCountResponse
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
+from openai.types.shared import ErrorObject
+
+from core.errors import ContextLengthExceeded, EngineFailed, QueueFull
+from core.types import (
+    Capability,
+    Finished,
+    PrefillProgress,
+    ReasoningDelta,
+    TextDelta,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
+from router.app import create_app
+from tests.fakes import EMBEDDING_MODEL, FakeDispatcher, finished, make_services, make_view
+from tests.live_server import client_of
+from tests.sdk.samples_of_requests import fields, samples
+from tests.sdk.types_of_answers import deviations, sse_events
+
+TOKEN = TokenLogprob(1, b"x", -0.5, (TokenLogprob(2, b"\xff", -1.0), TokenLogprob(3, b"z", -2.0)))
+TEXT = (TextDelta("Hel", (1,), (TOKEN,)), TextDelta("lo", (1,), (TOKEN, TOKEN)), finished())
+ECHO = (
+    PrefillProgress(2, 2, logprobs=(TokenLogprob(1, b"h", math.nan), TOKEN)),
+    TextDelta("hx"),
+    *TEXT,
+)
+CUT = (TextDelta("Hel"), finished("length"))
+EMPTY = (finished(),)
+CALLS = (
+    PrefillProgress(5, 20),
+    ReasoningDelta("I should "),
+    ReasoningDelta("look."),
+    TextDelta("Let me see.", (1,), (TOKEN,)),
+    ToolCallDelta(0, "call_1", "weather"),
+    ToolCallDelta(0, arguments='{"city": '),
+    ToolCallDelta(0, arguments='"Köln"}'),
+    ToolCallDelta(1, "call_2", "files__read", "{}"),
+    ToolCallDelta(2, "call_3", "patch", '{"input": "a\\nb"}'),
+    Finished("tool_calls", Usage(20, 9, 5, 3)),
+)
+CALL_CUT = (
+    ReasoningDelta("hm"),
+    ToolCallDelta(0, "call_1", "weather", '{"ci'),
+    Finished("length", Usage(20, 9, 5, 3)),
+)
+SCRIPTS = {
+    "text": TEXT,
+    "echo": ECHO,
+    "cut": CUT,
+    "empty": EMPTY,
+    "calls": CALLS,
+    "call_cut": CALL_CUT,
+}
+
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "string"}}}
+CHAT_TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": SCHEMA}}
+    for name in ("weather", "files__read", "patch")
+]
+FORMAT = {"type": "json_schema", "name": "city", "schema": SCHEMA, "strict": True}
+FREEFORM = {"type": "custom", "name": "patch", "description": "d"}
+RESPONSE_TOOLS = [
+    {"type": "function", "name": "weather", "parameters": SCHEMA},
+    {"type": "namespace", "name": "files", "description": "d", "tools": [
+        {"type": "function", "name": "read", "parameters": SCHEMA, "strict": True},
+        {"type": "custom", "name": "write"},
+    ]},
+    {**FREEFORM, "format": {"type": "grammar", "syntax": "regex", "definition": "[a-z\n]+"}},
+    {"type": "web_search"},
+]  # fmt: skip
+LISTED = {
+    "type": "allowed_tools",
+    "mode": "auto",
+    "tools": [{"type": "function", "name": "weather"}],
+}
+MESSAGE_TOOLS = [
+    {"name": name, "input_schema": SCHEMA} for name in ("weather", "files__read", "patch")
+]
+PNG = "data:image/png;base64,AAAA"
+HISTORY: list[Any] = [
+    "hi",
+    {"role": "user", "content": [{"type": "input_image", "image_url": PNG, "detail": "low"}]},
+    {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed", "content": [
+        {"type": "output_text", "text": "x", "annotations": []},
+        {"type": "refusal", "refusal": "no"},
+    ]},
+    {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "s"}]},
+    {"type": "function_call", "call_id": "c1", "name": "read", "namespace": "files",
+     "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "c1", "output": [
+        {"type": "input_text", "text": "x"}, {"type": "input_image", "image_url": PNG},
+    ]},
+    {"type": "custom_tool_call", "call_id": "c2", "name": "patch", "input": "a"},
+    {"type": "custom_tool_call_output", "call_id": "c2", "output": "done"},
+    {"role": "assistant", "content": "y"},
+    {"role": "developer", "content": "Be brief."},
+]  # fmt: skip
+
+# A field that the SDK's types know where it is sent, but not where it is listed.
+UNLIKE_WHAT_IS_SENT = (
+    "skills: not known to openai.types.responses.response_local_environment"
+    ".ResponseLocalEnvironment"
+)
+
+
+@dataclass(frozen=True)
+class Api:
+    """An endpoint that generates, the smallest request for it, and its types."""
+
+    path: str
+    body: dict[str, Any]
+    answer: Any
+    event: Any
+
+
+USER = [{"role": "user", "content": "hi"}]
+APIS = {
+    "chat": Api(
+        "/v1/chat/completions", {"messages": USER}, chat.ChatCompletion, chat.ChatCompletionChunk
+    ),
+    "completions": Api(
+        "/v1/completions", {"prompt": "hi"}, of_openai.Completion, of_openai.Completion
+    ),
+    "responses": Api(
+        "/v1/responses", {"input": "hi"}, responses.Response, responses.ResponseStreamEvent
+    ),
+    "messages": Api(
+        "/v1/messages",
+        {"messages": USER, "max_tokens": 99},
+        of_anthropic.Message,
+        of_anthropic.RawMessageStreamEvent,
+    ),
+    "beta": Api(
+        "/v1/messages",
+        {"messages": USER, "max_tokens": 99},
+        beta.BetaMessage,
+        beta.BetaRawMessageStreamEvent,
+    ),
+}
+OPTIONS: dict[str, Sequence[dict[str, Any]]] = {
+    "chat": (
+        {},
+        {"tools": CHAT_TOOLS},
+        {"logprobs": True, "top_logprobs": 2, "n": 2},
+        {"timings_per_token": True, "service_tier": "flex", "metadata": {"a": "b"}},
+        {"response_format": {"type": "json_object"}, "tools": CHAT_TOOLS},
+    ),
+    "completions": (
+        {},
+        {"logprobs": 2, "n": 2},
+        {"echo": True, "logprobs": 2},
+        {"timings_per_token": True},
+    ),
+    "responses": (
+        {},
+        {"tools": RESPONSE_TOOLS, "tool_choice": LISTED, "instructions": "Be brief."},
+        {"tools": RESPONSE_TOOLS, "tool_choice": {"type": "custom", "name": "patch"}},
+        {"tools": RESPONSE_TOOLS, "tool_choice": {"type": "function", "name": "weather"}},
+        {"tools": [{**FREEFORM, "format": {"type": "text"}}], "parallel_tool_calls": False},
+        {"top_logprobs": 2, "include": ["message.output_text.logprobs"]},
+        {"include": ["reasoning.encrypted_content"], "store": False, "text": {"format": FORMAT}},
+        {"text": {"format": {"type": "json_object"}, "verbosity": "low"}, "truncation": "auto"},
+        {"reasoning": {"effort": "max", "summary": "detailed"}, "service_tier": "flex"},
+        {"metadata": {"a": "b"}, "user": "u", "max_tool_calls": 3, "temperature": 0, "top_p": 1},
+        {"input": [{"role": "user", "content": HISTORY[0]}, *HISTORY[1:], *USER]},
+    ),
+    "messages": (
+        {},
+        {"tools": MESSAGE_TOOLS, "tool_choice": {"type": "any"}},
+        {"thinking": {"type": "adaptive", "display": "omitted"}, "stop_sequences": ["x"]},
+        {"max_tokens": 0, "system": [{"type": "text", "text": "Be brief."}]},
+    ),
+    "beta": ({"thread": {"type": "create"}, "tools": MESSAGE_TOOLS}, {"output_format": {
+        "type": "json_schema", "schema": SCHEMA}}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def dispatcher() -> FakeDispatcher:
+    return FakeDispatcher()
+
+
+@pytest.fixture
+async def client(dispatcher: FakeDispatcher) -> AsyncGenerator[httpx.AsyncClient, None]:
+    chatting = make_view(
+        capabilities=frozenset({Capability.CHAT, Capability.COMPLETION, Capability.REASONING})
+    )
+    embedding = make_view(EMBEDDING_MODEL, capabilities=frozenset({Capability.EMBEDDING}))
+    async with client_of(create_app(make_services(dispatcher, views=(chatting, embedding)))) as one:
+        yield one
+
+
+def check(value: Any, kind: Any) -> None:
+    assert deviations(value, kind) == []
+
+
+async def post(client: httpx.AsyncClient, api: Api, body: dict[str, Any]) -> httpx.Response:
+    response = await client.post(api.path, json={"model": "tiny", **api.body, **body})
+    assert response.status_code == 200, response.text
+    return response
+
+
+CASES = [
+    pytest.param(name, option, script, id=f"{name}-{index}-{script}")
+    for name, options in OPTIONS.items()
+    for index, option in enumerate(options)
+    for script in SCRIPTS
+]
+
+
+@pytest.mark.parametrize(("name", "option", "script"), CASES)
+async def test_answer_and_events_have_the_types_of_the_sdk(
+    client: httpx.AsyncClient,
+    dispatcher: FakeDispatcher,
+    name: str,
+    option: dict[str, Any],
+    script: str,
+) -> None:
+    api = APIS[name]
+    dispatcher.script = SCRIPTS[script]
+    check((await post(client, api, option)).json(), api.answer)
+
+    events = sse_events((await post(client, api, {**option, "stream": True})).text)
+    assert events
+    for event_name, event in events:
+        if event_name is not None:
+            assert event["type"] == event_name
+        if event_name != "ping":
+            check(event, api.event)
+
+
+@pytest.mark.parametrize("option", [{}, {"timings_per_token": True}])
+@pytest.mark.parametrize("name", ["chat", "completions"])
+async def test_usage_in_a_stream_has_the_types_of_the_sdk(
+    client: httpx.AsyncClient, name: str, option: dict[str, Any]
+) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True}, **option}
+    events = sse_events((await post(client, APIS[name], options)).text)
+    assert [event["usage"] is None for _, event in events] == [True] * (len(events) - 1) + [False]
+    for _, event in events:
+        check(event, APIS[name].event)
+
+
+@pytest.mark.parametrize(
+    "error", [EngineFailed("It died."), QueueFull("Full."), ContextLengthExceeded.of(9, 5)]
+)
+@pytest.mark.parametrize("name", APIS)
+async def test_errors_have_the_types_of_the_sdk(
+    client: httpx.AsyncClient, dispatcher: FakeDispatcher, name: str, error: Exception
+) -> None:
+    api = APIS[name]
+    dispatcher.script = (error,)
+    response = await client.post(api.path, json={"model": "tiny", **api.body})
+    assert response.status_code >= 400
+    check_error(name, response.json())
+
+    dispatcher.script = (ReasoningDelta("hm"), TextDelta("x"), error)
+    events = sse_events((await post(client, api, {"stream": True})).text)
+    for event_name, event in events:
+        if "error" in event and event_name in (None, "error"):
+            check_error(name, event)
+        else:
+            check(event, api.event)
+    assert any(event_name == "error" or "error" in event for event_name, event in events)
+
+
+def check_error(name: str, body: dict[str, Any]) -> None:
+    if name == "messages":
+        check(body, of_anthropic.shared.ErrorResponse)
+    elif name == "beta":
+        check(body, of_anthropic.BetaErrorResponse)
+    else:
+        assert set(body) == {"error"}
+        check(body["error"], ErrorObject)
+        assert {"type", "message", "param", "code"} <= set(body["error"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": 5}),
+        ("/v1/responses", {"input": []}),
+        ("/v1/completions", {"model": "none", "prompt": "x"}),
+        ("/v1/embeddings", {"model": "tiny", "input": "x"}),
+        ("/v1/nothing", {}),
+    ],
+)
+async def test_refusals_have_the_types_of_the_sdk(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    response = await client.post(path, json=body)
+    assert response.status_code in (400, 404)
+    check_error("chat", response.json())
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+async def test_refusals_of_messages_have_the_types_of_the_sdk(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    response = await client.post(path, json={"messages": 5})
+    assert response.status_code == 400
+    check_error("messages", response.json())
+    check_error("beta", response.json())
+
+
+async def test_stored_answers_have_the_types_of_the_sdk(
+    client: httpx.AsyncClient, dispatcher: FakeDispatcher
+) -> None:
+    dispatcher.script = CALLS
+    body = {"tools": RESPONSE_TOOLS, "input": [*USER, *HISTORY[1:], *USER]}
+    first = (await post(client, APIS["responses"], body)).json()
+    second = (await post(client, APIS["responses"], {"previous_response_id": first["id"]})).json()
+    path = f"/v1/responses/{second['id']}"
+    kept = await client.get(path)
+    assert kept.json() == second
+    check(kept.json(), responses.Response)
+
+    page = (await client.get(f"{path}/input_items", params={"limit": 100})).json()
+    check(page, responses.ResponseItemList)
+    types = {item["type"] for item in page["data"]}
+    assert types >= {"message", "reasoning", "function_call", "custom_tool_call"}
+
+    cancelled = await client.post(f"{path}/cancel", json={})
+    assert cancelled.status_code == 400
+    check_error("responses", cancelled.json())
+    deleted = await client.delete(path)
+    assert deleted.json() == {"id": second["id"], "object": "response", "deleted": True}
+    check_error("responses", (await client.get(path)).json())
+
+
+async def test_sent_items_are_listed_with_the_types_of_the_sdk(client: httpx.AsyncClient) -> None:
+    question = {"role": "user", "content": "hi"}
+    tried = set()
+    for sent in samples(fields(ResponseCreateParamsBase)["input"]):
+        if isinstance(sent, str) or sent[0].get("type") == "item_reference":
+            continue
+        tried.add(sent[0].get("type"))
+        answer = (await post(client, APIS["responses"], {"input": [*sent, question]})).json()
+        path = f"/v1/responses/{answer['id']}/input_items"
+        page = (await client.get(path)).json()
+        found = deviations(page, responses.ResponseItemList)
+        assert [text for text in found if not text.endswith(UNLIKE_WHAT_IS_SENT)] == [], sent
+    assert tried > {None, "message", "shell_call", "compaction_trigger", "tool_search_output"}
+
+
+async def test_embeddings_have_the_types_of_the_sdk(client: httpx.AsyncClient) -> None:
+    for inputs in ("a", ["a", "b"], [1, 2]):
+        response = await client.post("/v1/embeddings", json={"model": "mini", "input": inputs})
+        check(response.json(), of_openai.CreateEmbeddingResponse)
+
+
+async def test_models_have_the_types_of_the_sdks(client: httpx.AsyncClient) -> None:
+    listed = (await client.get("/v1/models")).json()
+    assert set(listed) == {"object", "data"}
+    check(listed["data"], list[of_openai.Model])
+    check((await client.get("/v1/models/tiny")).json(), of_openai.Model)
+
+    headers = {"anthropic-version": "2023-06-01"}
+    page = (await client.get("/v1/models", headers=headers)).json()
+    assert set(page) == {"data", "has_more", "first_id", "last_id"}
+    one = (await client.get("/v1/models/tiny", headers=headers)).json()
+    for kind in (of_anthropic.ModelInfo, beta.BetaModelInfo):
+        check([*page["data"], one], list[kind])  # type: ignore[valid-type]
+
+
+async def test_counts_have_the_types_of_the_sdks(client: httpx.AsyncClient) -> None:
+    body = {"model": "tiny", "messages": USER, "tools": MESSAGE_TOOLS}
+    counted = (await client.post("/v1/messages/count_tokens", json=body)).json()
+    check(counted, of_anthropic.MessageTokensCount)
+    body = {"model": "tiny", "input": "hi", "tools": RESPONSE_TOOLS}
+    counted = (await client.post("/v1/responses/input_tokens", json=body)).json()
+    check(counted, InputTokenCountResponse)
+
+
+async def test_comparison_finds_each_kind_of_deviation(client: httpx.AsyncClient) -> None:
+    answer = (await post(client, APIS["responses"], {})).json()
+    (item,) = answer["output"]
+    broken: list[tuple[dict[str, Any], str]] = [
+        ({"id": 5}, ".id: 5 is not of type str"),
+        ({"object": "answer"}, ".object: 'answer' is none of"),
+        ({"extra": 1}, ".extra: not known"),
+        ({"parallel_tool_calls": "yes"}, ".parallel_tool_calls: 'yes' is not of type bool"),
+        ({"output": [{**item, "type": "text"}]}, ".output[0]: of type 'text'"),
+        ({"output": [{**item, "role": "user"}]}, ".output[0].role: 'user' is none of"),
+        ({"output": item}, "is not a list"),
+        ({"metadata": {"a": 1}}, ".metadata.a: 1 is not of type str"),
+    ]
+    for change, told in broken:
+        (found,) = deviations({**answer, **change}, responses.Response)
+        assert told in found
+    for name in ("error", "id", "output", "tool_choice"):
+        missing = {key: value for key, value in answer.items() if key != name}
+        (found,) = deviations(missing, responses.Response)
+        assert found.startswith(f".{name}: required")
