@@ -17,6 +17,7 @@ ImpetusError                    500 server_error            internal_error
 │ └ ModelFileMissing                model_file_missing
 ├ BrokenModel                   422 invalid_request_error   broken_model
 ├ QueueFull                     429 rate_limit_error        queue_full
+│ └ QueueTooShort                   queue_full
 ├ RequestFailed                 500 server_error            request_failed
 │ └ NonFiniteOutput                 non_finite_output
 ├ CrashingRequest               500 server_error            request_crashed_engine
@@ -244,6 +245,12 @@ class QueueFull(ImpetusError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+
+
+class QueueTooShort(QueueFull):
+    """The request has more sequences than may ever run and wait at once."""
+
+    may_retry = False
 
 
 class RequestFailed(ImpetusError):

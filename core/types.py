@@ -199,6 +199,14 @@ Output: TypeAlias = JsonOutput | RegexOutput | ChoiceOutput | GrammarOutput
 
 
 @dataclass(frozen=True, slots=True)
+class RequestGroup:
+    """The sequences of one request of a client, such as `n` choices: all start, or none."""
+
+    id: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate; `max_tokens` None means up to the end of the context.
 
@@ -206,6 +214,7 @@ class GenerationRequest:
     `generated` are the tokens of a resumed answer whose events another engine already sent, up to
     and including one of those events: this engine continues after them, sends nothing twice, and
     counts them in `max_tokens` and the usage.  Without `reads_cache` the whole prompt is computed.
+    `group` is None for a sequence of its own.
     """
 
     id: str
@@ -221,6 +230,7 @@ class GenerationRequest:
     priority: Priority = "interactive"
     rules: TokenRules | None = None
     reads_cache: bool = True
+    group: RequestGroup | None = None
 
 
 @dataclass(frozen=True, slots=True)

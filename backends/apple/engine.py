@@ -13,7 +13,7 @@ from backends.apple.sessions import AppleSession, Ended, Failed, ForcedCall, Ses
 from backends.base import Engine, EngineLoad, EngineOptions, ModelInfo
 from backends.engine.failures import failing_alone
 from backends.engine.slot_gate import SlotGate
-from backends.engine.waiting import Pace
+from backends.engine.waiting import Admission, Pace
 from backends.limits import UNLIMITED, EngineLimits, deadline
 from backends.prompt.chat_format import ChatFormat, OutputParser
 from backends.tool_calls.collector import new_call_id
@@ -61,7 +61,7 @@ class AppleEngine(Engine):
         self.context_tokens = context_tokens
         self.max_sequences = options.max_sequences
         self._model = model
-        self._max_waiting = options.max_waiting
+        self._admission = Admission(options.max_waiting)
         self._idle_timeout_s = idle_timeout_s
         self._chat = ChatFormat(None, "", "", tool_parser=options.tool_parser)
         self._slots = SlotGate(options.max_sequences)
@@ -78,7 +78,12 @@ class AppleEngine(Engine):
         self._check_open()
         self._limits.check_admits(is_resumed=bool(request.generated))
         run = _RunningRequest(request, self._chat, time.monotonic())
-        await self._acquire_slot(request)
+        self._admit(request)
+        try:
+            await self._acquire_slot(request)
+        except BaseException:
+            self._admission.give_up(request)
+            raise
         queue: asyncio.Queue[SessionEvent] = asyncio.Queue()
         session: AppleSession | None = None
         try:
@@ -112,9 +117,16 @@ class AppleEngine(Engine):
         _cancel(session)
         self._ending = {one for one in (*self._ending, session) if one.is_alive}
 
+    def _admit(self, request: GenerationRequest) -> None:
+        """Raise QueueFull if the request, or the group to which it belongs, does not fit."""
+        slots, most = self.max_sequences, self.max_sequences + self._admission.max_waiting
+        # A slot is taken before its session runs.
+        taken = max(slots - self._slots.free, len(self._running)) + self._waiting
+        if not self._admission.admits(request, taken, slots, time.monotonic()):
+            size = request.group.size if request.group is not None else 1
+            raise self._pace.refusal(self._waiting, slots, self.info.name, most=most, size=size)
+
     async def _acquire_slot(self, request: GenerationRequest) -> None:
-        if self._waiting >= self._max_waiting:
-            raise self._pace.refusal(self._max_waiting, self.max_sequences, self.info.name)
         self._waiting += 1
         try:
             async with deadline(request.deadline_s):

@@ -12,6 +12,7 @@ from backends.engine.failures import failing_alone
 from backends.engine.loop import EngineLoop
 from backends.engine.preparation import PreparationThreads
 from backends.engine.request import EngineRequest, events_of
+from backends.engine.waiting import Admission
 from backends.limits import EngineLimits, deadline
 from backends.prompt.prepare import Prepared, Preparer
 from backends.stepper import Stepper
@@ -47,7 +48,7 @@ class BatchingEngine(Engine):
         self.info = info
         self.context_tokens = preparer.context_tokens
         self._preparer = preparer
-        self._max_waiting = max_waiting
+        self._admission = Admission(max_waiting)
         self._preparing = 0
         self._activity: Activity = NO_ACTIVITY
         self._watch = StepWatch()
@@ -75,11 +76,27 @@ class BatchingEngine(Engine):
         """Run the request with its events going to `receiver`; see `Engine.stream_to`."""
         self._loop.check_open()
         self._loop.limits.check_admits(is_resumed=bool(request.generated))
-        # A resumed request was admitted before.
-        if not request.generated and self.load().waiting >= self._max_waiting:
-            raise self._loop.pace.refusal(self._max_waiting, self.max_sequences, self.info.name)
-        async with deadline(request.deadline_s):
-            return await self._run(request, receiver)
+        self._admit(request)
+        try:
+            async with deadline(request.deadline_s):
+                return await self._run(request, receiver)
+        except BaseException:
+            self._admission.give_up(request)
+            raise
+
+    def _admit(self, request: GenerationRequest) -> None:
+        """Raise QueueFull if the request, or the group to which it belongs, does not fit."""
+        load = self.load()
+        taken, slots = load.running + load.waiting, max(load.running, self._loop.most_running)
+        if self._admission.admits(request, taken, slots, time.monotonic()):
+            return
+        raise self._loop.pace.refusal(
+            load.waiting,
+            self.max_sequences,
+            self.info.name,
+            most=self.max_sequences + self._admission.max_waiting,
+            size=request.group.size if request.group is not None else 1,
+        )
 
     async def _run(self, generation: GenerationRequest, receiver: EventReceiver) -> Finished:
         submitted_at = time.monotonic()

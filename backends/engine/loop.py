@@ -99,6 +99,11 @@ class EngineLoop:
         return self._stepper.max_sequences
 
     @property
+    def most_running(self) -> int:
+        """Sequences that may run at once under the limits set last."""
+        return self._pacer.limits.sequences(self._stepper.max_sequences)
+
+    @property
     def limitations(self) -> tuple[str, ...]:
         """What the stepper does otherwise than usual, in sentences for the user."""
         return self._stepper.limitations
@@ -232,13 +237,10 @@ class EngineLoop:
 
     def _idle_s(self) -> float | None:
         """Return the seconds without anything to do; None: until a command comes."""
-        can_run = self._running or (self._waiting and self._most_running())
+        can_run = self._running or (self._waiting and self.most_running)
         if can_run:
             return self._pacer.pause_left_s()
         return 0 if self._stepper.has_chores else None
-
-    def _most_running(self) -> int:
-        return self._pacer.limits.sequences(self._stepper.max_sequences)
 
     def _drop(self, request: EngineRequest) -> None:
         self._activity.end_prefill(request.generation.id)
@@ -248,7 +250,7 @@ class EngineLoop:
             self._waiting.discard(request)
 
     def _start_waiting(self) -> None:
-        most = self._most_running()
+        most = self.most_running
         while self._waiting and len(self._running) < most:
             request = self._waiting.popleft()
             request.added_at = time.monotonic()

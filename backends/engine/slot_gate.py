@@ -16,6 +16,11 @@ class SlotGate:
         self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
         self._numbers = itertools.count()
 
+    @property
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return self._free
+
     async def acquire(self, priority: Priority) -> None:
         """Wait for a slot; the caller must release it."""
         if self._free:

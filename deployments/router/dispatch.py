@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 from uuid import uuid4
+from weakref import WeakValueDictionary
 
 from backends.limits import deadline
 from core.errors import EngineFailed, ModelNotResident, TimedOut
@@ -73,6 +74,8 @@ class HandleDispatcher:
         self._node_id = node_id
         self._model_states = model_states
         self._calls: set[asyncio.Task[None]] = set()
+        # While one sequence of a group waits for the model, the others wait for it.
+        self._load_turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def close(self) -> None:
         """Cancel running calls and wait for them."""
@@ -95,11 +98,14 @@ class HandleDispatcher:
             (request.prompt, request.output),
         )
         attempts = RequestAttempts(request, on_events, recovery.note_answer)
+        group = request.id if request.group is None else request.group.id
+        load_turn = self._load_turns.setdefault(group, asyncio.Lock())
         while True:
             residency = None
             try:
                 # A load or a wait for memory must not hold up the other suspects.
-                await self._ensure(request.model_id, recovery.context, attempts)
+                async with load_turn:
+                    await self._ensure(request.model_id, recovery.context, attempts)
                 async with recovery.turn():
                     residency = await self._ensure(request.model_id, recovery.context, attempts)
                     is_local = residency.node_id == self._node_id

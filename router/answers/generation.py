@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
 from openai.types import CompletionUsage
@@ -16,6 +16,7 @@ from core.types import (
     GenerationRequest,
     JsonValue,
     PrefillProgress,
+    RequestGroup,
     Timing,
     Usage,
 )
@@ -45,7 +46,11 @@ class Generation:
 
     def run(self, receive: Receive) -> EventFeed:
         """Return the event feed of all requests; entering it starts them."""
-        return EventFeed(self.context.services.dispatcher.generate, self.requests, receive)
+        requests = self.requests
+        if len(requests) > 1:
+            group = RequestGroup(requests[0].id, len(requests))
+            requests = tuple(replace(request, group=group) for request in requests)
+        return EventFeed(self.context.services.dispatcher.generate, requests, receive)
 
     @property
     def awaits_first_token(self) -> bool:

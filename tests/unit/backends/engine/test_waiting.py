@@ -10,8 +10,9 @@ import pytest
 
 from backends.engine.batching import BatchingEngine
 from backends.engine.slot_gate import SlotGate
-from backends.engine.waiting import Pace, WaitingQueue
-from core.types import BATCH_DELAY_S, Priority
+from backends.engine.waiting import Admission, Pace, WaitingQueue
+from core.errors import QueueFull
+from core.types import BATCH_DELAY_S, GenerationRequest, Priority, RequestGroup
 from tests.requests import request, run
 from tests.unit.backends.engine.test_batching import FakeStepper, open_engine, until
 
@@ -112,3 +113,73 @@ def test_f9_the_advice_follows_how_long_requests_took() -> None:
     for _ in range(50):
         pace.note(1000.0)
     assert pace.retry_after_s(256, 1) == 120
+
+
+def member(name: str, size: int) -> GenerationRequest:
+    return replace(request("a", max_tokens=1), group=RequestGroup(name, size))
+
+
+def test_the_first_of_a_group_decides_for_all() -> None:
+    admission = Admission(4)
+    # One runs; of five places, four are left.
+    assert admission.admits(member("a", 3), 1, 1, 0)
+    # Of the four, one has come, and two are kept.
+    assert not admission.admits(member("b", 2), 2, 1, 0)
+    assert admission.admits(request("single"), 2, 1, 0)
+    assert not admission.admits(request("another"), 3, 1, 0)
+    # Others may have ended since: the decision for a group stays.
+    assert not admission.admits(member("b", 2), 0, 1, 0)
+    assert admission.admits(member("a", 3), 99, 1, 0)
+    assert admission.admits(member("a", 3), 99, 1, 0)
+    # All have come; the same name is another group.
+    assert not admission.admits(member("a", 3), 3, 1, 0)
+
+
+def test_places_of_a_group_that_never_comes_are_free_again() -> None:
+    admission = Admission(4)
+    first = member("a", 5)
+    assert admission.admits(first, 0, 1, 0)
+    assert not admission.admits(request("b"), 1, 1, 9)
+    assert admission.admits(request("b"), 1, 1, 11)
+    admission = Admission(4)
+    assert admission.admits(first, 0, 1, 0)
+    admission.give_up(first)
+    assert admission.admits(request("b"), 1, 1, 1)
+    assert not admission.admits(member("a", 5), 0, 1, 1)
+
+
+def test_a_request_that_is_resumed_is_admitted() -> None:
+    assert Admission(1).admits(replace(request("a"), generated=(1,)), 99, 1, 0)
+
+
+async def test_free_rows_take_what_the_queue_could_not() -> None:
+    stepper = FakeStepper(max_sequences=8)
+    engine = open_engine(stepper, max_waiting=1)
+    answers = await asyncio.gather(*(run(engine, member("a", 9)) for _ in range(9)))
+    assert len(answers) == 9
+    await engine.close()
+
+
+async def test_a_group_that_does_not_fit_starts_nothing_and_keeps_no_place() -> None:
+    stepper = FakeStepper(max_sequences=2)
+    engine = open_engine(stepper, max_waiting=3)
+    stepper.gate.clear()
+    group = member("a", 4)
+    first = [asyncio.ensure_future(run(engine, group)) for _ in range(4)]
+    await until(lambda: engine.load().running == 2)
+    results = await asyncio.gather(
+        *(run(engine, member("b", 2)) for _ in range(2)), return_exceptions=True
+    )
+    assert all(isinstance(each, QueueFull) and each.retry_after_s for each in results)
+    assert engine.load().waiting == 2
+    for task in first:
+        task.cancel()
+    await asyncio.gather(*first, return_exceptions=True)
+    stepper.gate.set()
+    await until(lambda: not (engine.load().running or engine.load().waiting))
+    assert not stepper.running
+    with pytest.raises(QueueFull, match=r"6 sequences .* at most 5 ") as caught:
+        await run(engine, member("c", 6))
+    assert not caught.value.may_retry
+    await asyncio.gather(*(run(engine, member("d", 5)) for _ in range(5)))
+    await engine.close()

@@ -1,6 +1,7 @@
 """The way to a replica and back, when it works and when the replica does not."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import replace
@@ -27,6 +28,7 @@ from core.types import (
     GenerationRequest,
     PrefillProgress,
     ReasoningDelta,
+    RequestGroup,
     RerankInputs,
     TextDelta,
     TextPrompt,
@@ -251,6 +253,44 @@ async def test_a_refused_load_reaches_the_client(receiver: FrameReceiver) -> Non
     scheduler = FakeHandle(ensure_loaded=answering(InsufficientMemory("too large")))
     with pytest.raises(InsufficientMemory):
         await collect(dispatcher(receiver, scheduler, FakeHandle()))
+
+
+async def test_one_sequence_of_a_group_asks_for_the_model(receiver: FrameReceiver) -> None:
+    loaded = asyncio.Event()
+
+    async def ensure_loaded(*_: object) -> Residency:
+        await loaded.wait()
+        return residency("a")
+
+    async def generate(request: GenerationRequest, path: str, attempt: Attempt) -> None:
+        del attempt
+        with closing(FrameSender(path)) as sender:
+            sender.deliver([(request.id, [END])])
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+    scheduler = FakeHandle(ensure_loaded=ensure_loaded)
+    router = dispatcher(receiver, scheduler, FakeHandle(generate=generate))
+    group = RequestGroup("r", 8)
+    tasks = [
+        asyncio.ensure_future(
+            router.generate(replace(REQUEST, id=f"r-{index}", group=group), lambda _: None)
+        )
+        for index in range(8)
+    ]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(scheduler.ensure_loaded.calls) == 1
+    # One that leaves takes no turn from the others.
+    tasks[0].cancel()
+    loaded.set()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(outcomes[0], asyncio.CancelledError)
+    assert outcomes[1:] == [None] * 7
+    assert len(scheduler.ensure_loaded.calls) <= 2
+    await router.generate(replace(REQUEST, id="t", group=RequestGroup("t", 1)), lambda _: None)
+    gc.collect()
+    assert "t" not in router._load_turns
 
 
 async def test_cancelling_the_request_cancels_the_call(receiver: FrameReceiver) -> None:
