@@ -172,7 +172,7 @@ class EmbeddingEngine(Engine):
         side = self._truncates if params.truncate == "default" else params.truncate
         unpooled = 0
         if prompt and not self._prompts.is_pooled:
-            unpooled = len(model.tokenize(prompt)) - len(model.special_tokens[1])
+            unpooled = len(model.tokenize("", prompt)) - len(model.special_tokens[1])
         for index, text in enumerate(inputs):
             name = f"input[{index}]"
             ids = input_tokens(model, text, self.context_tokens, side, prompt=prompt, name=name)

@@ -28,9 +28,10 @@ class EmbeddingModel(Protocol):
         """The special tokens that `tokenize` puts before and after a text."""
         ...
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text` with the model's special tokens, not truncated.
+    def tokenize(self, text: str, prompt: str = "") -> list[int]:
+        """Return the ids of `prompt` and `text` with the model's special tokens, not truncated.
 
+        Names of control tokens are such tokens in `prompt`, the model's own, and text in `text`.
         Thread-safe.
         """
         ...
@@ -59,7 +60,7 @@ class PairModel(Protocol):
         ...
 
     def tokenize_part(self, text: str) -> list[int]:
-        """Return the ids of `text` without special tokens around it; thread-safe."""
+        """Return the ids of `text`, in which nothing is a control token; thread-safe."""
         ...
 
 
@@ -93,7 +94,7 @@ def input_tokens(
             if fewest > max_tokens:
                 raise ContextLengthExceeded.of_input(name, fewest, max_tokens, is_least=True)
         # For an empty text, a tokenizer would still return its special tokens.
-        ids = model.tokenize(prompt + text) if text else []
+        ids = model.tokenize(text, prompt) if text else []
     else:
         ids = list(text)
         unknown = next((each for each in ids if not 0 <= each < model.vocabulary_size), None)

@@ -43,12 +43,15 @@ class TextTokenizer(Protocol):
         """The end at which texts are cut that are too long."""
         ...
 
-    def encode_for_embedding(self, text: str) -> list[int]:
-        """Return the ids of `text` with special tokens around it."""
+    def encode_for_embedding(self, text: str, prompt: str = "") -> list[int]:
+        """Return the ids of `prompt` and `text` with special tokens around them.
+
+        Names of control tokens are such tokens in `prompt` only.
+        """
         ...
 
-    def encode(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
-        """Return the ids of `text`."""
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of `text`, in which no name is a control token."""
         ...
 
     def fewest_tokens(self, text: str, limit: int) -> int:
@@ -75,13 +78,13 @@ class TextInputs:
         before, first, between, second, after = frame.pair_types
         return PairTemplate(*frame.pair, before, first[0], between, second[0], after)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text` with the model's special tokens."""
-        return self._tokenizer.encode_for_embedding(text)
+    def tokenize(self, text: str, prompt: str = "") -> list[int]:
+        """Return the ids of `prompt` and `text` with the model's special tokens."""
+        return self._tokenizer.encode_for_embedding(text, prompt)
 
     def tokenize_part(self, text: str) -> list[int]:
         """Return the ids of `text` without special tokens around it."""
-        return self._tokenizer.encode(text, add_bos=False, parse_special=True)
+        return self._tokenizer.encode_text(text)
 
     def fewest_tokens(self, text: str, limit: int) -> int:
         """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""

@@ -1,5 +1,6 @@
 """Vectors and relevance scores from GGUF models with a pooling layer, computed by llama.cpp."""
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import Engine, EngineOptions, ModelInfo
+from backends.control_tokens import any_of, control_names, markup_parts
 from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.inputs import PairTemplate, SpecialTokens, padded
@@ -89,9 +91,31 @@ class GgufEmbeddingModel:
         count = min(int(self._model.adds_bos or len(ids) > 1), len(ids))
         return tuple(ids[:count]), tuple(ids[count:])
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the ids of `text` with the model's special tokens."""
-        return self._model.encode(text, add_bos=True, parse_special=False)
+    def tokenize(self, text: str, prompt: str = "") -> list[int]:
+        """Return the ids of `prompt` and `text` with the model's special tokens."""
+        if not (prompt or self._has_name(text)):
+            return self._model.encode(text, add_bos=True, parse_special=False)
+        return self._encode_markup([(prompt, True), (text, False)], add_bos=True)
+
+    # Markup of the model's own, in which control tokens may be told by their brackets only.
+    _own_markup = ""
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return control_names(self._model.added_tokens(), self._own_markup)
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return any_of(self._names)
+
+    def _has_name(self, text: str) -> bool:
+        # llama.cpp finds some of them also where it is not asked to.
+        return self._pattern.search(text) is not None
+
+    def _encode_markup(self, pieces: Sequence[tuple[str, bool]], *, add_bos: bool) -> list[int]:
+        """Return the ids of joined texts, each with whether it is the model's own markup."""
+        parts = markup_parts(pieces, self._pattern)
+        return self._model.encode_parts(parts, self._names, add_bos=add_bos)
 
     def fewest_tokens(self, text: str, limit: int) -> int:
         """Return a lower bound of the tokens of `text`; see `backends.stepper.BoundsTokens`."""
@@ -160,7 +184,9 @@ class GgufReranker(GgufEmbeddingModel):
 
     def tokenize_part(self, text: str) -> list[int]:
         """Return the ids of `text` without special tokens around it."""
-        return self._model.encode(text, add_bos=False, parse_special=False)
+        if not self._has_name(text):
+            return self._model.encode(text, add_bos=False, parse_special=False)
+        return self._encode_markup([(text, False)], add_bos=False)
 
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return scores (len(token_lists), 1).  Raises EngineFailed."""
@@ -188,6 +214,7 @@ class YesNoReranker(GgufReranker):
     def __init__(self, file: GgufFile, context_tokens: int, threads: int) -> None:
         """Load the model of `file`; blocks.  Raises BrokenModel, InsufficientMemory."""
         self._prompt: RankPrompt = rank_prompt(file.text(TEMPLATE_KEY))
+        self._own_markup = self._prompt.render("", "")
         super().__init__(file, context_tokens, threads)
 
     @cached_property
@@ -204,5 +231,10 @@ class YesNoReranker(GgufReranker):
 
     def tokenize_pair(self, query: str, document: str) -> list[int]:
         """Return the ids of the whole prompt."""
-        text = self._prompt.render(query, document)
-        return self._model.encode(text, add_bos=True, parse_special=True)
+        prompt = self._prompt
+        if not (self._has_name(query) or self._has_name(document)):
+            text = prompt.render(query, document)
+            return self._model.encode(text, add_bos=True, parse_special=True)
+        pieces = [(prompt.before, True), (query, False), (prompt.between, True)]
+        pieces += [(document, False), (prompt.after, True)]
+        return self._encode_markup(pieces, add_bos=True)

@@ -6,12 +6,33 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from backends.control_tokens import PromptPart
+from backends.control_tokens import PromptPart, any_of
 from core.errors import is_panic
 
 logger = logging.getLogger(__name__)
 
 Encode = Callable[[Any, str], list[int]]
+
+
+class ControlIds:
+    """The control tokens of a vocabulary, to find those that a text became."""
+
+    def __init__(
+        self, names: frozenset[str], id_of: Callable[[str], int | None], unknown: str | None
+    ) -> None:
+        """`unknown` is the name of the token for characters that the vocabulary lacks."""
+        self.names = names
+        self.pattern = any_of(names)
+        self._unknown = unknown if unknown in names else None
+        ids = {id_of(name) for name in names if name != unknown}
+        self._ids = frozenset(each for each in ids if each is not None)
+
+    def may_be_in(self, token_ids: Sequence[int], text: str) -> bool:
+        """Whether a name in `text`, or what its normal form is, may be among its tokens."""
+        if not self._ids.isdisjoint(token_ids):
+            return True
+        # Its token stands for other characters as well.
+        return self._unknown is not None and self._unknown in text
 
 
 class PartEncoder:

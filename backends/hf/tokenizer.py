@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from backends.control_tokens import PromptPart
+from backends.control_tokens import PromptPart, control_names, markup_parts
 from backends.grammar.compiler import GrammarCompiler, GrammarMask
 from backends.grammar.constraint import Constraint
 from backends.grammar.vocabulary import Vocabulary
 from backends.hf.config import HfFolder, read_folder
-from backends.hf.control_text import PartEncoder
+from backends.hf.control_text import ControlIds, PartEncoder
 from backends.hf.header import broken, read_optional_json, read_text
 from backends.hf.pieces import piece_reader
 from backends.hf.token_lengths import longest_token
@@ -114,12 +114,32 @@ class HfTokenizer:
         ids = encoder.encode(parts)
         return [*self._prefix, *ids] if add_bos else ids
 
-    def encode_for_embedding(self, text: str) -> list[int]:
-        """Return the token ids of `text` with the special tokens before and after it.
+    def encode_for_embedding(self, text: str, prompt: str = "") -> list[int]:
+        """Return the token ids of `prompt` and `text` with the special tokens around them.
 
+        Names of control tokens are such tokens in `prompt`, the model's own, and text in `text`.
         Nothing is truncated.  Raises RequestError.
         """
-        return _encode(self._tokenizer, text, add_special_tokens=True)
+        ids = _encode(self._tokenizer, prompt + text, add_special_tokens=True)
+        before, after = self.special_frame.single
+        inner = ids[len(before) : len(ids) - len(after)]
+        if not self._markup.may_be_in(inner, text):
+            return ids
+        return [*before, *self._encode_markup([(prompt, True), (text, False)]), *after]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of `text`, in which no name is a control token."""
+        ids = _encode(self._tokenizer, text, add_special_tokens=False)
+        return self._encode_markup([(text, False)]) if self._markup.may_be_in(ids, text) else ids
+
+    def _encode_markup(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+        parts = markup_parts(pieces, self._markup.pattern)
+        return self.encode_parts(parts, self._markup.names, add_bos=False)
+
+    @cached_property
+    def _markup(self) -> ControlIds:
+        unknown = getattr(self._tokenizer.model, "unk_token", None) or self._special_text("unk")
+        return ControlIds(control_names(self.added_tokens()), self._tokenizer.token_to_id, unknown)
 
     @cached_property
     def special_frame(self) -> SpecialFrame:

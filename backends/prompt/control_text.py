@@ -9,12 +9,12 @@ by the template; the disguised ones are restored as text.
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from backends.answer.reasoning import reasoning_tags
-from backends.control_tokens import PromptPart
+from backends.control_tokens import PromptPart, any_of, control_names, is_bracketed
 from core.errors import BrokenModel, EngineFailed, RequestError, TemplateRefused
 from core.types import ChatMessage, ChatPrompt, JsonValue, Tool, ToolCall
 
@@ -23,7 +23,6 @@ _BLOCK_CHARACTERS = 0x800
 _BLOCK_STARTS = range(0x10F000, 0x100000, -_BLOCK_CHARACTERS)
 _REPLACEMENT = "\ufffd"
 _BRACKETS = "<>[]{}()/|｜"
-_PIPE_NAME = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 # A template that puts brackets around a variable, as Qwen3-Coder does around a schema's keys.
 _WRITES_BRACKETS = re.compile(r"[<\[|/](?:['\"]\s*[~+%|,)\]]|\{\{|%s)")
 # Escapes with which JSON may write a name's characters; `\\n` and the like are none of them.
@@ -62,12 +61,7 @@ class ControlNames:
         parsers use, or that look like `<|this|>`.
         """
         used = {marker.decode("utf-8", "replace") for marker in markers}
-        names = frozenset(
-            name
-            for name, is_special in tokens.items()
-            if name.strip()
-            and (is_special or name in used or _PIPE_NAME.fullmatch(name) or _is_in(name, template))
-        )
+        names = control_names(tokens, template, used)
         inner: frozenset[str] = frozenset()
         if _WRITES_BRACKETS.search(template):
             inner = frozenset(
@@ -78,14 +72,6 @@ class ControlNames:
             return cls(names, inner)
         searched = rf"['\"]{re.escape(tags.close)}['\"]\s*(?:in\b|\))"
         return cls(names, inner, (tags.open, tags.close), re.search(searched, template) is not None)
-
-
-def _is_in(name: str, template: str) -> bool:
-    return len(name) > 1 and _is_bracketed(name) and name in template
-
-
-def _is_bracketed(name: str) -> bool:
-    return (name[0] + name[-1]) in ("<>", "[]", "{}")
 
 
 class Disguise:
@@ -185,7 +171,7 @@ class ControlText:
         """Return a sentence for the user if the template hides which text is a message's."""
         if not self._names.names:
             return ()
-        name = max(self._names.names, key=lambda each: (_is_bracketed(each), len(each), each))
+        name = max(self._names.names, key=lambda each: (is_bracketed(each), len(each), each))
         prompt = ChatPrompt((ChatMessage("user", f"{_PROBE}{name}{_PROBE}"),))
         try:
             rendered, disguise = self.render(prompt, render)
@@ -201,13 +187,13 @@ class ControlText:
     @cached_property
     def pattern(self) -> re.Pattern[str]:
         """Finds names, of several that begin at the same place the longest."""
-        return _any_of(self._names.names)
+        return any_of(self._names.names)
 
     @cached_property
     def _json_pattern(self) -> re.Pattern[str]:
         written = {json.dumps(name, ensure_ascii=False)[1:-1] for name in self._names.names}
         quoted = {json.dumps(each, ensure_ascii=False) for each in self._names.inner}
-        return _any_of(self._names.names | written | quoted)
+        return any_of(self._names.names | written | quoted)
 
     def _occur_in(self, prompt: ChatPrompt) -> bool:
         search, inner = self.pattern.search, self._names.inner
@@ -363,26 +349,3 @@ def _collector(seen: list[str]) -> Callable[[str], str]:
         return text
 
     return collect
-
-
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern of literal texts; those with the same two first characters in one branch."""
-    heads: dict[str, dict[str, list[str]]] = {}
-    for text in texts:
-        heads.setdefault(text[0], {}).setdefault(text[1:2], []).append(text[2:])
-    branches = []
-    for head, seconds in sorted(heads.items()):
-        inner = [
-            re.escape(second) + _branch(sorted(ends, key=lambda end: (-len(end), end)))
-            for second, ends in sorted(seconds.items(), reverse=True)
-        ]
-        branches.append(re.escape(head) + _group(inner))
-    return re.compile("|".join(branches) or r"(?!)")
-
-
-def _branch(ends: Sequence[str]) -> str:
-    return _group([re.escape(end) for end in ends])
-
-
-def _group(choices: Sequence[str]) -> str:
-    return choices[0] if len(choices) == 1 else f"(?:{'|'.join(choices)})"

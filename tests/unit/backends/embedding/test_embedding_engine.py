@@ -57,9 +57,9 @@ class Encoder:
         self.closed = 0
         self.answer: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda v: v
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, prompt: str = "") -> list[int]:
         """Return the bytes, with 1 before and 2 after."""
-        return [1, *text.encode(), 2]
+        return [1, *(prompt + text).encode(), 2]
 
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return the vectors."""
@@ -326,7 +326,8 @@ async def test_engine_goes_on_after_a_batch_that_failed(
 
 
 async def test_tokenizer_that_fails_fails_its_request(encoder: Encoder) -> None:
-    def tokenize(text: str) -> list[int]:
+    def tokenize(text: str, prompt: str = "") -> list[int]:
+        del prompt
         raise ValueError(text)
 
     encoder.tokenize = tokenize  # type: ignore[method-assign]

@@ -32,13 +32,13 @@ class FaultyEncoder(Encoder):
         self.may_tokenize = threading.Event()
         self.may_tokenize.set()
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, prompt: str = "") -> list[int]:
         if not self.slow or text == self.slow:
             self.may_tokenize.wait()
         self.tokenized.append(text)
         if self.tokenizing is not None and text == BAD:
             raise self.tokenizing
-        return super().tokenize(text)
+        return super().tokenize(text, prompt)
 
     def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         vectors = super().encode(token_lists)

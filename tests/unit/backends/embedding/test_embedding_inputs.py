@@ -240,8 +240,8 @@ def test_ids_without_the_special_tokens_are_cut_at_the_limit() -> None:
 
 async def test_rows_are_not_padded_where_padding_changes_them() -> None:
     class Padding(Encoder):
-        def tokenize(self, text: str) -> list[int]:
-            return [1, *[len(word) for word in text.split()], 2]
+        def tokenize(self, text: str, prompt: str = "") -> list[int]:
+            return [1, *[len(word) for word in (prompt + text).split()], 2]
 
         def encode(self, token_lists: Sequence[Sequence[int]]) -> NDArray[np.float32]:
             super().encode(token_lists)

@@ -48,7 +48,7 @@ async def minilm() -> AsyncIterator[EmbeddingEngine]:
         lambda: SimpleNamespace(
             vocabulary_size=tokenizer.get_vocab_size(),
             special_tokens=((101,), (102,)),
-            tokenize=lambda text: tokenizer.encode(text).ids,
+            tokenize=lambda text, prompt: tokenizer.encode(prompt + text).ids,
             encode=encode,
             close=lambda: None,
         ),

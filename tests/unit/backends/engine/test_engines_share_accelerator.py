@@ -100,7 +100,8 @@ async def test_an_embedding_engine_holds_the_lock_for_each_batch() -> None:
     lock = FakeLock()
     held: list[bool] = []
 
-    def tokenize(text: str) -> list[int]:
+    def tokenize(text: str, prompt: str = "") -> list[int]:
+        del prompt
         held.append(lock.is_held)
         return [1] * len(text)
 
