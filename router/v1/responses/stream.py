@@ -11,7 +11,7 @@ from router.answers.parts import Closed, Extended, Opened, Part, PartAssembler, 
 from router.answers.valid_events import TaggedEvent
 from router.context import RequestRecord
 from router.http.errors import shown_message
-from router.v1.responses.custom_input import to_custom_input
+from router.v1.responses.custom_input import CustomInput, to_custom_input
 from router.v1.responses.object import ResponseBuilder, final_status
 
 _NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
@@ -29,6 +29,7 @@ class ResponseEvents(StreamFormatter):
         self._has_logprobs = builder.body.logprob_count is not None
         self._number = 0
         self._text_head = ""
+        self._custom_input = CustomInput()
 
     def beginning(self, events: Sequence[TaggedEvent]) -> str:
         """Return the response before its first item."""
@@ -82,9 +83,8 @@ class ResponseEvents(StreamFormatter):
         match step:
             case Opened(part):
                 return self._open(part)
-            case Extended(part) if self._builder.is_custom(part):
-                # Its text is known once the arguments around it are complete.
-                return []
+            case Extended(part, text) if self._builder.is_custom(part):
+                return self._custom_delta(part, self._custom_input.push(text))
             case Extended(part, text, logprobs):
                 fields: dict[str, JsonValue] = {**self._place(part), "delta": text}
                 if part.kind == "text":
@@ -93,7 +93,14 @@ class ResponseEvents(StreamFormatter):
             case Closed(part):
                 return self._close(part)
 
+    def _custom_delta(self, part: Part, text: str) -> list[str]:
+        if not text:
+            return []
+        fields = {**self._place(part), "delta": text}
+        return [self._event("response.custom_tool_call_input.delta", fields)]
+
     def _open(self, part: Part) -> list[str]:
+        self._custom_input = CustomInput()
         item: JsonValue = self._builder.item(part, "in_progress")
         added = {"output_index": part.index, "item": item}
         events = [self._event("response.output_item.added", added)]
@@ -127,11 +134,11 @@ class ResponseEvents(StreamFormatter):
 
     def _close_custom(self, part: Part, place: dict[str, JsonValue]) -> list[str]:
         text = to_custom_input(part.text)
-        name = "response.custom_tool_call_input"
-        events = [self._event(f"{name}.delta", {**place, "delta": text})] if text else []
+        # Arguments of another form have no text before they are complete.
+        rest = self._custom_input.finish() if self._custom_input.has_begun else text
         return [
-            *events,
-            self._event(f"{name}.done", {**place, "input": text}),
+            *self._custom_delta(part, rest),
+            self._event("response.custom_tool_call_input.done", {**place, "input": text}),
             self._item_done(part),
         ]
 

@@ -1,16 +1,19 @@
 """Tools of the Responses API: namespaces, custom tools, and tools that only OpenAI can run."""
 
+import itertools
 import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types.responses import Response as ResponseObject
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from core.types import ChatPrompt, GenerationEvent, ToolCall, ToolCallDelta
 from router.app import create_app
-from router.v1.responses.custom_input import to_arguments, to_custom_input
+from router.v1.responses.custom_input import CustomInput, to_arguments, to_custom_input
 from tests.fakes import FakeDispatcher, finished, make_services
 from tests.live_server import client_of, error_of
 
@@ -80,7 +83,13 @@ async def test_calls_come_back_in_the_form_of_their_tool(stream: bool) -> None:
         done = [one["item"] for one in events if one["type"] == "response.output_item.done"]
         assert done == body["output"]
         inputs = [one for one in events if "custom_tool_call_input" in one["type"]]
-        assert [one.get("delta", one.get("input")) for one in inputs] == [text, text, "ü", "ü"]
+        kind = "response.custom_tool_call_input"
+        assert [(one["type"], one.get("delta", one.get("input"))) for one in inputs] == [
+            *((f"{kind}.delta", char) for char in text),
+            (f"{kind}.done", text),
+            (f"{kind}.delta", "ü"),
+            (f"{kind}.done", "ü"),
+        ]
     ResponseObject.model_validate(body)
     shown = [
         (
@@ -207,7 +216,11 @@ async def test_regex_of_a_custom_tool_becomes_its_texts_pattern() -> None:
         ("not JSON", "not JSON"),
         ('{"input": "cut at \\', "cut at "),
         ('{"input": "cut \\u00', "cut "),
-        ('{"input": "\\ud83d\\ude', "?"),
+        ('{"input": "\\ud83d\\ude', "\ufffd"),
+        ('{"input": "\\ud83d\\ud83d\\ude00x"}', "\ufffd\U0001f600x"),
+        ('{"input": "\\ude00\\ud83d"}', "\ufffd\ufffd"),
+        ('{"input": "\\q \\u12x"}', "\\q \\u12x"),
+        ('{"input": "a" and more', "a"),
         ('{"input": ', '{"input": '),
         ("", ""),
         ("[" * 100_000, "[" * 100_000),
@@ -215,3 +228,58 @@ async def test_regex_of_a_custom_tool_becomes_its_texts_pattern() -> None:
 )
 def test_input_of_a_custom_call_is_found_in_any_arguments(arguments: str, text: str) -> None:
     assert to_custom_input(arguments) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    is_ascii=st.booleans(),
+    cuts=st.lists(st.integers(0, 300), max_size=8),
+    end=st.integers(0, 300),
+)
+def test_pieces_of_a_custom_input_are_the_text(
+    text: str, is_ascii: bool, cuts: list[int], end: int
+) -> None:
+    whole = json.dumps({"input": text}, ensure_ascii=is_ascii)
+    assert to_custom_input(whole) == text
+    for arguments in (whole, whole[:end]):
+        at = sorted({0, len(arguments), *(cut for cut in cuts if cut < len(arguments))})
+        reader = CustomInput()
+        pushed = [reader.push(arguments[i:j]) for i, j in itertools.pairwise(at)]
+        if reader.has_begun:
+            assert "".join(pushed) + reader.finish() == to_custom_input(arguments)
+        else:
+            assert not any(pushed)
+        assert text.startswith("".join(pushed))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "deltas", "text"),
+    [
+        (('{"patch":', ' "a"}'), ["a"], "a"),
+        (("no", "thing"), ["nothing"], "nothing"),
+        (("", '{"input": "a'), ["a"], "a"),
+        (('{"input": "\\ud8', "3d"), ["\ufffd"], "\ufffd"),
+        (('{"input": "\\ud83d', "\\ude00"), ["\U0001f600"], "\U0001f600"),
+        (('{"input": "ab', 'c", "input": "d"}'), ["ab", "c"], "abc"),
+        (('{"input": ""', "}"), [], ""),
+        ((" " * 3000, '{"input": "a"}'), ["a"], "a"),
+    ],
+)
+async def test_a_custom_tools_text_is_streamed_as_far_as_it_is_known(
+    pieces: tuple[str, ...], deltas: list[str], text: str
+) -> None:
+    script = [
+        ToolCallDelta(0, "c", "apply_patch"),
+        *(ToolCallDelta(0, arguments=p) for p in pieces),
+    ]
+    response, _ = await posted({"tools": [PATCH], "stream": True}, *script, finished("length"))
+    lines = [line for line in response.text.splitlines() if line.startswith("data: ")]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    for event in events:
+        EVENT.validate_python(event)
+    assert [one["sequence_number"] for one in events] == list(range(len(events)))
+    kind = "response.custom_tool_call_input"
+    assert [one["delta"] for one in events if one["type"] == f"{kind}.delta"] == deltas
+    assert [one["input"] for one in events if one["type"] == f"{kind}.done"] == [text]
+    assert events[-1]["response"]["output"][0]["input"] == text
