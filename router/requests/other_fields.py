@@ -18,6 +18,7 @@ REFUSED: Mapping[str, tuple[JsonValue, ...]] = {
     "documents": ([],),
     "ebnf": ("",),
     "echo": (False,),
+    "format": ("",),
     "grammar": ("",),
     "grammar_lazy": (False,),
     "guided_choice": ([],),

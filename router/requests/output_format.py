@@ -107,7 +107,7 @@ class OutputFields(GenerationFields):
     """The fields that constrain the answer's format; at most one may be used.
 
     `guided_` fields and `structured_outputs` are vLLM's names, `grammar` and `json_schema`
-    llama.cpp's, `json_schema`, `regex` and `ebnf` SGLang's.
+    llama.cpp's, `json_schema`, `regex` and `ebnf` SGLang's, `format` Ollama's: json or a schema.
     """
 
     response_format: ResponseFormat | None = None
@@ -120,6 +120,7 @@ class OutputFields(GenerationFields):
     json_schema: JsonObject | str | None = None
     regex: _Regex | None = None
     ebnf: _Grammar | None = None
+    format: JsonObject | str | None = None
 
     def output(self) -> Output | None:
         """Return the constraint.  Raises RequestError for several constraints or a bad schema."""
@@ -139,13 +140,15 @@ class OutputFields(GenerationFields):
             "json_schema": self.json_schema,
             "regex": self.regex,
             "ebnf": self.ebnf or None,
+            "format": None if self.format == "" else self.format,
         }
         given = [(name, value) for name, value in demands.items() if value is not None]
         own = self.response_format.output() if self.response_format is not None else None
         if len(given) + (own is not None) > 1:
             raise RequestError(
                 f"{given[0][0]}: only one of response_format, structured_outputs, the guided_ "
-                "fields, grammar, json_schema, regex and ebnf can constrain an answer; send one",
+                "fields, grammar, json_schema, regex, ebnf and format can constrain an answer; "
+                "send one",
                 param=given[0][0],
             )
         return _output(*given[0]) if given else own
@@ -175,10 +178,15 @@ def _output(name: str, value: Any) -> Output:
     if name.endswith(("grammar", "ebnf")):
         _check_length(value, MAX_GRAMMAR_CHARACTERS, name)
         return GrammarOutput(value, name)
-    if name.endswith("json_object"):
+    if name.endswith("json_object") or (name == "format" and value == "json"):
         return JsonOutput(None)
     if name.endswith("choice"):
         return ChoiceOutput(tuple(value), name)
+    if name == "format" and isinstance(value, str) and not value.lstrip().startswith("{"):
+        raise RequestError(
+            f'format: is {value[:50]!r}; send "json" or a JSON schema, or leave it out',
+            param="format",
+        )
     schema = _parsed(value, name) if isinstance(value, str) else value
     check_schema(schema, name)
     return JsonOutput(schema)

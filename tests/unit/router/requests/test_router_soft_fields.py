@@ -192,7 +192,7 @@ def test_field_that_changes_the_answer_is_read_or_refused_but_never_dropped(
     model, _ = APIS[api]
     if name in model.model_fields:
         return
-    text = name in ("ebnf", "grammar", "guided_grammar", "guided_regex", "regex")
+    text = name in ("ebnf", "format", "grammar", "guided_grammar", "guided_regex", "regex")
     with pytest.raises(UnsupportedParameter) as caught:
         read(api, **{name: ON.get(name, "x" if text else True)})
     assert caught.value.param == name
