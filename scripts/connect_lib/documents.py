@@ -9,6 +9,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from scripts.connect_lib.jsonc import edited, parse
 from scripts.connect_lib.problems import ConnectError
 
 # Indentation of mappings and of lists, and the offset of a list's dash.
@@ -18,29 +19,35 @@ Change = Callable[[Any], None]
 
 
 def changed_json(text: str | None, change: Change) -> str:
-    """Return JSON `text` after `change`, with its indentation preserved.
+    """Return JSON `text` after `change`; what is not changed stays byte for byte.
 
-    Raises ConnectError unless it is a plain JSON object; comments are refused, since they would
-    be lost.
+    Raises ConnectError unless it is a plain JSON object: the client cannot read comments.
     """
-    if text is None or not text.strip():
-        data: Any = {}
-        change(data)
-        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     try:
-        data = json.loads(text, object_pairs_hook=_unique)
+        json.loads(text if text and text.strip() else "{}", object_pairs_hook=_unique)
     except (ValueError, RecursionError) as problem:
         raise ConnectError(
             f"it is not plain JSON ({problem}); remove its comments, or edit it by hand"
         ) from None
-    if not isinstance(data, dict):
-        raise ConnectError("it is not a JSON object; edit it by hand")
-    before = copy.deepcopy(data)
-    _apply(change, data)
-    if data == before:
-        return text
-    end = "\n" if text.endswith("\n") else ""
-    return json.dumps(data, indent=_json_indent(text), ensure_ascii=False) + end
+    return changed_jsonc(text, change)
+
+
+def changed_jsonc(text: str | None, change: Change, *, is_list: bool = False) -> str:
+    """Return JSON `text`, which may have comments and trailing commas, after `change`.
+
+    What is not changed stays byte for byte.  Raises ConnectError unless it is a JSON object, or
+    list, that can be changed without the loss of an entry or a comment.
+    """
+    if text is None or not text.strip():
+        data: Any = [] if is_list else {}
+        apply_change(change, data)
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    root = parse(text)
+    if not isinstance(root.value, list if is_list else dict):
+        raise ConnectError(f"it is not a JSON {'list' if is_list else 'object'}; edit it by hand")
+    wanted = copy.deepcopy(root.value)
+    apply_change(change, wanted)
+    return edited(text, root, wanted)
 
 
 def changed_yaml(text: str | None, change: Change, *, is_list: bool = False) -> str:
@@ -48,16 +55,20 @@ def changed_yaml(text: str | None, change: Change, *, is_list: bool = False) -> 
 
     Raises ConnectError if rewriting the file would change anything else.
     """
-    if text is None or not text.strip():
+    text = text or ""
+    lines = text.splitlines()
+    if all(line.strip()[:1] in ("", "#") for line in lines):
         data: Any = [] if is_list else {}
-        change(data)
-        return _dumped(YAML(), data)
+        apply_change(change, data)
+        # Clients ship their settings as a file of comments, which stay.
+        head = f"{text.rstrip()}\n\n" if text.strip() else ""
+        return head + _dumped(YAML(), data)
     writer = _faithful_writer(text)
     data = writer.load(text)
     if not isinstance(data, list if is_list else dict):
         raise ConnectError(f"it is not a YAML {'list' if is_list else 'mapping'}; edit it by hand")
     before = copy.deepcopy(data)
-    _apply(change, data)
+    apply_change(change, data)
     if data == before:
         return text
     result = _dumped(writer, data)
@@ -66,7 +77,7 @@ def changed_yaml(text: str | None, change: Change, *, is_list: bool = False) -> 
     return result
 
 
-def _apply(change: Change, data: Any) -> None:
+def apply_change(change: Change, data: Any) -> None:
     """Apply `change` to `data`.  Raises ConnectError if the file has an unexpected structure."""
     try:
         change(data)
@@ -103,11 +114,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key appears twice")
     return found
-
-
-def _json_indent(text: str) -> int | str:
-    for line in text.splitlines()[1:]:
-        space = line[: len(line) - len(line.lstrip())]
-        if space:
-            return "\t" if space.startswith("\t") else len(space)
-    return 2

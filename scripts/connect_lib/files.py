@@ -17,7 +17,13 @@ _MARK = ".impetus-"
 _ABSENT = "absent"
 _KEPT = "bak"
 _SECRET = re.compile(
-    r"((?:key|token|secret|password|authorization|credentials?)[\"']?\s*[:=]\s*)[^\s,].*",
+    r"((?:key|token|secret|password|authorization|credentials?)[\"']?\s*[:=,]\s*)[^\s,].*",
+    re.IGNORECASE,
+)
+# Keys whose form shows what they are, as in a program's arguments, and passwords in addresses.
+_SECRET_FORM = re.compile(
+    r"((?:--[\w-]*(?:key|token|secret|password)[=\s]|bearer\s|://[^/\s:@\"]*:(?=[^/\s\"]*@))\s*"
+    r"|\b(?=(?:sk|pk|gsk|ghp|gho|ghs|hf|glpat|xai|xox[abp]|github_pat)[-_]))[^\s\"'@,]{6,}",
     re.IGNORECASE,
 )
 _VALUE = re.compile(r"(:\s*).+")
@@ -44,7 +50,8 @@ class Edit:
 def read_text(path: Path) -> str | None:
     """Return a file's text, or None if it does not exist.  Raises ConnectError."""
     try:
-        return path.read_text(encoding="utf-8")
+        # Not read_text, which changes line ends: a backup is restored byte for byte.
+        return path.read_bytes().decode()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as problem:
@@ -58,8 +65,13 @@ def planned(
 ) -> Edit:
     """Return the edit that `change` makes to the file.  Raises ConnectError naming the file."""
     before = read_text(path)
+    breaks = (before or "").count("\r\n")
     try:
-        return Edit(path, before, change(before), holds_secrets)
+        if before is not None and 0 < breaks == before.count("\n"):
+            after = change(before.replace("\r\n", "\n")).replace("\n", "\r\n")
+        else:
+            after = change(before)
+        return Edit(path, before, after, holds_secrets)
     except ConnectError as problem:
         raise ConnectError(f"{path} was not changed: {problem}.") from problem
 
@@ -71,7 +83,8 @@ def preview(edit: Edit, secrets: Iterable[str]) -> str:
     lines = difflib.unified_diff(before, after, origin, str(edit.path), n=2, lineterm="")
     # The file may also hold other secrets: values after names such as `token` are hidden.
     pattern = _VALUE if edit.holds_secrets else _SECRET
-    return "\n".join(pattern.sub(r"\1***", hidden(line, secrets)) for line in lines)
+    shown = (pattern.sub(r"\1***", hidden(line, secrets)) for line in lines)
+    return "\n".join(_SECRET_FORM.sub(r"\1***", line) for line in shown)
 
 
 def hidden(text: str, secrets: Iterable[str]) -> str:
@@ -128,7 +141,7 @@ def undo(path: Path, *, is_forced: bool = False) -> Path | None:
             target.unlink(missing_ok=True)
         else:
             mode = target.stat().st_mode & 0o777 if current is not None else 0o600
-            _replace(target, backup.read_text(encoding="utf-8"), mode)
+            _replace(target, backup.read_bytes().decode(), mode)
         backup.unlink()
     except OSError as problem:
         raise ConnectError(

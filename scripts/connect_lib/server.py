@@ -118,7 +118,7 @@ def _rank(entry: Mapping[str, Any], client: str) -> tuple[int, bool, int, int]:
     fit = _fit(entry, client)
     level = _LEVELS.index(fit["level"]) if fit["level"] in _LEVELS else 0
     chats = "chat" in entry.get("capabilities", ())
-    return level, chats, int(entry.get("parameters", 0)), int(entry.get("max_model_len", 0))
+    return level, chats, int(entry.get("parameters") or 0), int(entry.get("max_model_len") or 0)
 
 
 def _fit(entry: Mapping[str, Any], client: str) -> Mapping[str, Any]:
