@@ -1,7 +1,8 @@
 """Rates how well each supported client (Cline, Continue, …) can use a model, and why; pure.
 
 Token counts of the clients' own prompts were measured with the starter's vocabulary: Cline 3.0
-5,900, Continue's command line 1.5 2,070, Claude Code 2.1 12,900.
+5,900, Continue's command line 1.5 2,070, Claude Code 2.1 12,900, Codex 0.171 9,000, opencode 1.18
+7,600, aider 0.86 700, Copilot's command line 1.0 12,500.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -54,6 +55,12 @@ _CLINE = _Context(8_192, 32_768)
 _CONTINUE = _Context(4_096, 16_384)
 _CLAUDE_CODE = _Context(16_384, 65_536)
 _ROO = _Context(16_384, 32_768)
+_CODEX = _Context(16_384, 65_536)
+_OPENCODE = _Context(16_384, 32_768)
+_AIDER = _Context(4_096, 16_384)
+# Copilot uses at most three quarters of the context for its prompt.
+_COPILOT = _Context(24_576, 65_536)
+_ZED = _Context(8_192, 32_768)
 _CHAT_CLIENT = _Context(512, 4_096)
 
 
@@ -108,6 +115,13 @@ def _chat_client(traits: Traits) -> Iterator[_Finding]:
     yield from _check_context(traits, _CHAT_CLIENT)
 
 
+def _aider(traits: Traits) -> Iterator[_Finding]:
+    # It asks for edits in plain text and offers no tools.
+    yield from _check_chat(traits)
+    yield from _check_context(traits, _AIDER)
+    yield from _check_parameters(traits)
+
+
 def _library(traits: Traits) -> Iterator[_Finding]:
     if Capability.RERANK in traits.capabilities:
         yield "limited", "for reranking only, at /v1/rerank"
@@ -140,6 +154,10 @@ _TOOLS_IN_PROMPT = "the chat template does not support tools; they are written i
 def _check_tools(traits: Traits) -> Iterator[_Finding]:
     if Capability.TOOLS not in traits.capabilities:
         yield "limited", _TOOLS_IN_PROMPT
+    yield from _check_parameters(traits)
+
+
+def _check_parameters(traits: Traits) -> Iterator[_Finding]:
     if 0 < traits.parameters < AGENT_PARAMETERS:
         yield (
             "limited",
@@ -158,6 +176,12 @@ _RULES: Mapping[str, _Rule] = {
     "continue": _continue,
     "claude-code": _agent(_CLAUDE_CODE),
     "roo": _agent(_ROO),
+    "codex": _agent(_CODEX),
+    "opencode": _agent(_OPENCODE),
+    "aider": _aider,
+    "copilot": _agent(_COPILOT),
+    "copilot-cli": _agent(_COPILOT),
+    "zed": _agent(_ZED),
     "open-webui": _open_webui,
     "openai": _library,
     "langchain": _library,

@@ -13,7 +13,8 @@ from core.errors import RequestError
 from core.proxies import bypass_proxies
 from core.settings import load_settings
 from scripts.connect_lib.check import run_checks
-from scripts.connect_lib.clients import CLIENTS, Client
+from scripts.connect_lib.client import Client
+from scripts.connect_lib.clients import CLIENTS
 from scripts.connect_lib.files import Edit, apply, hidden, preview, undo
 from scripts.connect_lib.problems import ConnectError
 from scripts.connect_lib.server import Model, Target, choose, list_models, normal_url
@@ -83,8 +84,9 @@ def _set_up(client: Client, target: Target, model: Model, *, is_applied: bool) -
         print("        Nothing was written; run again with --apply to write it.")
         return
     _write(changes)
-    if client.hint:
-        print(f"        {client.hint}")
+    for hint in (client.key_hint if target.key else "", client.hint):
+        if hint:
+            print(f"        {hint}")
 
 
 def _write(changes: Sequence[Edit]) -> None:

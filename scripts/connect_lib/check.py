@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from scripts.connect_lib.client import Wire
 from scripts.connect_lib.server import Model, Target
 
 # Includes loading the model, which takes long for a large one.
@@ -22,6 +23,46 @@ _NAME = "get_weather"
 _ABOUT = "Tells the weather of a city."
 _QUESTION = {"role": "user", "content": "What is the weather in Paris?"}
 _RESULT = "Sunny, 21 degrees."
+# The kinds of tools in each request of Codex 0.171; those of OpenAI's models add apply_patch.
+_CODEX_TOOLS = (
+    {
+        "type": "function",
+        "name": _NAME,
+        "description": _ABOUT,
+        "strict": False,
+        "parameters": _SCHEMA,
+    },
+    {
+        "type": "namespace",
+        "name": "multi_agent_v1",
+        "description": "Tools for spawning and managing sub-agents.",
+        "tools": [
+            {
+                "type": "function",
+                "name": "close_agent",
+                "description": "Closes an agent.",
+                "strict": False,
+                "parameters": {
+                    "type": "object",
+                    "properties": {"target": {"type": "string"}},
+                    "required": ["target"],
+                    "additionalProperties": False,
+                },
+            }
+        ],
+    },
+    {"type": "web_search", "external_web_access": False},
+    {
+        "type": "custom",
+        "name": "apply_patch",
+        "description": "Edits files.",
+        "format": {
+            "type": "grammar",
+            "syntax": "lark",
+            "definition": 'start: "*** Begin Patch\\n" LINE+ "*** End Patch"\nLINE: /[^\\n]*\\n/\n',
+        },
+    },
+)
 
 
 class CheckFailed(Exception):
@@ -36,7 +77,7 @@ class Outcome:
     problem: str = ""
 
 
-def run_checks(wire: str, target: Target, model: Model) -> Iterator[Outcome]:
+def run_checks(wire: Wire, target: Target, model: Model) -> Iterator[Outcome]:
     """Run the checks one by one and yield each outcome; blocks during each check."""
     with httpx.Client(timeout=_TIMEOUT_S) as client:
         if not model.chats:
@@ -44,6 +85,9 @@ def run_checks(wire: str, target: Target, model: Model) -> Iterator[Outcome]:
         elif wire == "anthropic":
             yield _outcome("stream", lambda: _anthropic_stream(client, target, model))
             yield _outcome("tool round trip", lambda: _anthropic_tools(client, target, model))
+        elif wire == "responses":
+            yield _outcome("stream", lambda: _responses_stream(client, target, model))
+            yield _outcome("tool round trip", lambda: _responses_tools(client, target, model))
         else:
             yield _outcome("stream", lambda: _openai_stream(client, target, model))
             yield _outcome("tool round trip", lambda: _openai_tools(client, target, model))
@@ -102,6 +146,57 @@ def _openai_tools(client: httpx.Client, target: Target, model: Model) -> None:
     body |= {"messages": [_QUESTION, call, result], "tool_choice": "auto"}
     if not _post(client, url, target.headers, body)["choices"][0]["finish_reason"]:
         raise CheckFailed("the answer to the tool's result has no finish_reason")
+
+
+def _responses_stream(client: httpx.Client, target: Target, model: Model) -> None:
+    _response(client, target, model, [_message("Say hello.")], "auto")
+
+
+def _responses_tools(client: httpx.Client, target: Target, model: Model) -> None:
+    question = _message(_QUESTION["content"])
+    choice = {"type": "function", "name": _NAME}
+    output = _response(client, target, model, [question], choice)["output"]
+    calls = [item for item in output if item["type"] == "function_call"]
+    if not calls:
+        raise CheckFailed("the model called no tool")
+    _check_call(calls[0]["name"], json.loads(calls[0]["arguments"]))
+    result = {"type": "function_call_output", "call_id": calls[0]["call_id"], "output": _RESULT}
+    _response(client, target, model, [question, calls[0], result], "auto")
+
+
+def _response(
+    client: httpx.Client, target: Target, model: Model, items: Sequence[object], choice: object
+) -> dict[str, Any]:
+    """Return the complete response of a stream with the fields and tools that Codex sends."""
+    body = {
+        "model": model.id,
+        "input": items,
+        "tools": _CODEX_TOOLS,
+        "tool_choice": choice,
+        "parallel_tool_calls": True,
+        "reasoning": {"summary": "auto"},
+        "store": False,
+        "stream": True,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "scripts-connect",
+        "max_output_tokens": _ANSWER_TOKENS,
+    }
+    events = _events(client, f"{target.base_url}/responses", target.headers, body)
+    chunks = [json.loads(event) for event in events if event != "[DONE]"]
+    _raise_error(chunks)
+    last = chunks[-1] if chunks else {}
+    if last.get("type") == "response.failed":
+        raise CheckFailed(f"the response failed: {last['response']['error']['message']}")
+    # Cut off at the limit of tokens is complete for this purpose.
+    if last.get("type") not in ("response.completed", "response.incomplete"):
+        raise CheckFailed("the stream did not end with response.completed")
+    response: dict[str, Any] = last["response"]
+    return response
+
+
+def _message(text: str) -> Mapping[str, Any]:
+    content = [{"type": "input_text", "text": text}]
+    return {"type": "message", "role": "user", "content": content}
 
 
 def _anthropic_headers(target: Target) -> Mapping[str, str]:

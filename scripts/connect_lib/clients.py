@@ -1,47 +1,24 @@
 """Configuration files and contents of each client that `scripts/connect` can set up."""
 
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from scripts.connect_lib.agents import AGENTS
+from scripts.connect_lib.client import Client, answer_tokens, folder, is_mac, require_chat
 from scripts.connect_lib.documents import changed_json, changed_yaml
+from scripts.connect_lib.editors import EDITORS
 from scripts.connect_lib.files import Edit, planned
-from scripts.connect_lib.problems import ConnectError
 from scripts.connect_lib.server import Model, Target
 from scripts.connect_lib.texts import langchain_text, open_webui_text, openai_text
-
-# Claude Code's answers may take this fraction (1/4) of the context; the prompt gets the rest.
-_ANSWER_SHARE = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Client:
-    """A client: the files that configure it, or a text for the user to copy.
-
-    `wire` is the API that it uses; `hint` is the remaining step for the user.
-    """
-
-    title: str
-    paths: Callable[[], Sequence[Path]]
-    edits: Callable[[Target, Model], Sequence[Edit]]
-    text: Callable[[Target, Model], str] | None = None
-    wire: Literal["openai", "anthropic"] = "openai"
-    hint: str = ""
-
-
-def _folder(variable: str, *default: str) -> Path:
-    value = os.environ.get(variable)
-    return Path(value).expanduser() if value else Path.home().joinpath(*default)
 
 
 def _cline_paths() -> Sequence[Path]:
     data = os.environ.get("CLINE_DATA_DIR")
-    base = Path(data).expanduser() if data else _folder("CLINE_DIR", ".cline") / "data"
+    base = Path(data).expanduser() if data else folder("CLINE_DIR", ".cline") / "data"
     return [base / "settings" / "providers.json"]
 
 
@@ -67,7 +44,7 @@ def _cline_edits(target: Target, model: Model) -> Sequence[Edit]:
 
 
 def _continue_paths() -> Sequence[Path]:
-    return [_folder("CONTINUE_GLOBAL_DIR", ".continue") / "config.yaml"]
+    return [folder("CONTINUE_GLOBAL_DIR", ".continue") / "config.yaml"]
 
 
 def _continue_edits(target: Target, model: Model) -> Sequence[Edit]:
@@ -102,7 +79,7 @@ def _continue_edits(target: Target, model: Model) -> Sequence[Edit]:
 
 
 def _claude_paths() -> Sequence[Path]:
-    return [_folder("CLAUDE_CONFIG_DIR", ".claude") / "settings.json"]
+    return [folder("CLAUDE_CONFIG_DIR", ".claude") / "settings.json"]
 
 
 def _claude_edits(target: Target, model: Model) -> Sequence[Edit]:
@@ -112,7 +89,7 @@ def _claude_edits(target: Target, model: Model) -> Sequence[Edit]:
         "ANTHROPIC_MODEL": model.id,
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": model.id,
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(model.context_tokens),
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(model.context_tokens // _ANSWER_SHARE),
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(answer_tokens(model)),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
 
@@ -151,18 +128,15 @@ def _roo_edits(target: Target, model: Model) -> Sequence[Edit]:
 def _llm_paths() -> Sequence[Path]:
     default = (
         ("Library", "Application Support", "io.datasette.llm")
-        if sys.platform == "darwin"
+        if is_mac()
         else (".config", "io.datasette.llm")
     )
-    folder = _folder("LLM_USER_PATH", *default)
-    return [folder / "extra-openai-models.yaml", folder / "keys.json"]
+    base = folder("LLM_USER_PATH", *default)
+    return [base / "extra-openai-models.yaml", base / "keys.json"]
 
 
 def _llm_edits(target: Target, model: Model) -> Sequence[Edit]:
-    if not model.chats:
-        raise ConnectError(
-            f"llm needs a chat model and {model.id} is not one; choose another with --model."
-        )
+    require_chat("llm", model)
     models_path, keys_path = _llm_paths()
     entry = {
         "model_id": model.id,
@@ -216,4 +190,6 @@ CLIENTS: Mapping[str, Client] = {
     "openai": Client("OpenAI's SDKs", _no_paths, _no_edits, openai_text),
     "langchain": Client("LangChain", _no_paths, _no_edits, langchain_text),
     "llm": Client("llm", _llm_paths, _llm_edits, hint="Run: llm -m MODEL 'Say hello.'"),
+    **AGENTS,
+    **EDITORS,
 }

@@ -92,12 +92,17 @@ def list_models(target: Target) -> Sequence[Mapping[str, Any]]:
 def choose(entries: Sequence[Mapping[str, Any]], client: str, wanted: str | None) -> Model:
     """Return the model named `wanted`, under that name, or else the best one for `client`.
 
-    Raises ConnectError with the reason if there is none.
+    A name without a variant stands for any of them, so the shortest context counts.  Raises
+    ConnectError with the reason if there is none.
     """
     if wanted is not None:
         for entry in entries:
             if wanted == entry["id"] or wanted in entry.get("aliases", ()):
                 return replace(_model(entry, client), id=wanted)
+        variants = [entry for entry in entries if wanted == str(entry["id"]).partition("@")[0]]
+        if variants:
+            shortest = min(variants, key=lambda entry: int(entry.get("max_model_len") or 0))
+            return replace(_model(shortest, client), id=wanted)
         known = ", ".join(sorted(str(entry["id"]) for entry in entries))
         raise ConnectError(
             f"The server has no model {wanted!r} that it can run; pass one of these to --model: "

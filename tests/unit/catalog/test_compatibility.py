@@ -7,7 +7,10 @@ import pytest
 from catalog.compatibility import Fit, Traits, compatibility
 from core.types import Capability
 
-AGENTS = ("cline", "continue", "claude-code", "roo")
+AGENTS = (
+    *("cline", "continue", "claude-code", "roo"),
+    *("codex", "opencode", "copilot", "copilot-cli", "zed"),
+)
 CODER = frozenset({Capability.CHAT, Capability.COMPLETION, Capability.TOOLS, "infill"})
 CHAT_ONLY = frozenset({Capability.CHAT, Capability.COMPLETION})
 EMBEDDER = frozenset({Capability.EMBEDDING})
@@ -27,7 +30,7 @@ def test_unknown_size_is_no_reason() -> None:
 
 def test_a_small_model_is_no_agent_and_talks_well() -> None:
     found = fits(parameters=135_000_000)
-    for agent in AGENTS:
+    for agent in (*AGENTS, "aider"):
         assert found[agent].level == "limited"
         assert "135 million parameters" in found[agent].reasons[0]
     assert found["llm"] == found["open-webui"] == found["openai"] == Fit("ok")
@@ -41,6 +44,12 @@ def test_a_small_model_is_no_agent_and_talks_well() -> None:
         ("continue", 4_096, 16_384),
         ("claude-code", 16_384, 65_536),
         ("roo", 16_384, 32_768),
+        ("codex", 16_384, 65_536),
+        ("opencode", 16_384, 32_768),
+        ("aider", 4_096, 16_384),
+        ("copilot", 24_576, 65_536),
+        ("copilot-cli", 24_576, 65_536),
+        ("zed", 8_192, 32_768),
         ("llm", 512, 4_096),
     ],
 )
@@ -59,7 +68,7 @@ def test_tools_that_the_template_does_not_know_limit_agents_and_libraries() -> N
     for client in (*AGENTS, "openai", "langchain"):
         assert found[client].level == "limited"
         assert "written into the prompt" in " ".join(found[client].reasons)
-    assert found["llm"] == Fit("ok")
+    assert found["llm"] == found["aider"] == Fit("ok")
 
 
 def test_only_continue_misses_fill_in_the_middle() -> None:
@@ -73,7 +82,7 @@ def test_an_embedding_model_is_for_embeddings() -> None:
     found = fits(EMBEDDER, 512)
     assert found["openai"] == found["langchain"] == Fit("ok")
     assert {found[name].level for name in ("continue", "open-webui")} == {"limited"}
-    for client in ("cline", "claude-code", "roo", "llm"):
+    for client in {*AGENTS, "aider", "llm"} - {"continue"}:
         assert found[client].level == "no"
         assert "does not support chat" in found[client].reasons[0]
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from catalog.compatibility import Traits, compatibility
+from core.types import Capability
 from scripts.connect_lib import __main__ as connect
 from scripts.connect_lib.check import Outcome
 from scripts.connect_lib.clients import CLIENTS
@@ -15,6 +17,7 @@ from scripts.connect_lib.documents import changed_json, changed_yaml
 from scripts.connect_lib.files import Edit, apply, preview, undo
 from scripts.connect_lib.problems import ConnectError
 from scripts.connect_lib.server import Model, Target, choose, normal_url
+from tests.unit.scripts.conftest import Entry
 
 TARGET = Target("http://127.0.0.1:8000/v1", "sesame-42")
 MODEL = Model("coder@gguf-q4_0", 32_768, frozenset({"chat", "completion", "tools", "infill"}))
@@ -24,7 +27,15 @@ FILES = {
     "claude-code": ".claude/settings.json",
     "roo": ".roo/impetus-settings.json",
     "llm": ".config/io.datasette.llm/extra-openai-models.yaml",
+    "codex": ".codex/config.toml",
+    "opencode": ".config/opencode/opencode.json",
+    "aider": ".aider.conf.yml",
+    "copilot-cli": ".copilot/providers.json",
+    "copilot": ".config/Code/User/chatLanguageModels.json",
+    "zed": ".config/zed/settings.json",
 }
+pytestmark = pytest.mark.usefixtures("home")
+
 CONTINUE_FILE = """\
 # My assistant
 name: Mine   # of all things
@@ -42,45 +53,18 @@ rules:
 """
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of its own, as on Linux."""
-    for name in ("CLINE_DATA_DIR", "CLINE_DIR", "CONTINUE_GLOBAL_DIR", "CLAUDE_CONFIG_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("LLM_USER_PATH", raising=False)
-    monkeypatch.delenv("IMPETUS_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("sys.platform", "linux")
-    return tmp_path
-
-
-@pytest.fixture
-def entries(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
-    """A server that lists one model and passes every check."""
-    listed: list[Mapping[str, Any]] = [entry(MODEL.id, aliases=["coder"])]
-    monkeypatch.setattr(connect, "list_models", lambda _: listed)
-    monkeypatch.setattr(connect, "run_checks", lambda *_: iter([Outcome("stream")]))
-    return listed
-
-
-def entry(model_id: str, level: str = "ok", **changes: Any) -> dict[str, Any]:
-    fit = {"level": level, "reasons": [] if level == "ok" else ["for a reason"]}
-    return {
-        "id": model_id,
-        "max_model_len": 32_768,
-        "capabilities": sorted(MODEL.capabilities),
-        "parameters": 7_000_000_000,
-        "compatibility": dict.fromkeys(CLIENTS, fit),
-        **changes,
-    }
-
-
 def nothing(data: Any) -> None:
     del data
 
 
 def run(*arguments: str) -> int:
     return connect.main([*arguments, "--base-url", "http://127.0.0.1:8000"])
+
+
+def test_every_client_is_rated() -> None:
+    rated = compatibility(Traits({Capability.CHAT}, 32_768))
+    assert set(rated) == set(CLIENTS)
+    assert set(FILES) == {name for name, client in CLIENTS.items() if client.text is None}
 
 
 @pytest.mark.parametrize("client", FILES)
@@ -127,7 +111,9 @@ def test_continue_keeps_comments_order_and_foreign_models(home: Path, entries: A
     assert file.read_text() == CONTINUE_FILE
 
 
-def test_a_models_entry_is_renewed_in_place(entries: list[Mapping[str, Any]], home: Path) -> None:
+def test_a_models_entry_is_renewed_in_place(
+    entries: list[Mapping[str, Any]], entry: Entry, home: Path
+) -> None:
     assert run("continue", "--apply") == 0
     entries[0] = entry(MODEL.id, max_model_len=8_192)
     assert run("continue", "--apply") == 0
@@ -262,6 +248,40 @@ def test_preview_hides_every_secret() -> None:
     assert preview(Edit(Path("/x"), None, '"MAX_TOKENS": "5"\n'), []).endswith('"5"')
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'args = ["--api-key", "foreign-1"]',
+        'args = ["--api-key=foreign-1"]',
+        '  "command": "npx server --token foreign-1",',
+        'http_headers = { Authorization = "Bearer foreign-1" }',
+        'header = "Bearer foreign-1"',
+        '  "url": "https://me:foreign-1@host/v1",',
+        '    "sk-foreign-1",',
+        'experimental_bearer_token = "foreign-1"',
+        "openai-api-key: foreign-1",
+    ],
+)
+def test_preview_hides_secrets_of_other_entries(line: str) -> None:
+    shown = preview(Edit(Path("/x"), f"{line}\n", f"{line}\nmodel = 1\n"), [])
+    assert "foreign-1" not in shown
+    assert "***" in shown
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '  "limit": { "context": 32768, "output": 8192 },',
+        'base_url = "http://127.0.0.1:8000/v1"',
+        "task-model: desk_lamp_sketch",
+        '"max_output_tokens": 4096,',
+        '"vendor": "customendpoint",',
+    ],
+)
+def test_preview_shows_what_is_no_secret(line: str) -> None:
+    assert line in preview(Edit(Path("/x"), f"{line}\n", f"{line}\nmodel = 1\n"), [])
+
+
 def test_json_and_yaml_without_a_change_stay_byte_for_byte() -> None:
     assert changed_json('{"a":1}', nothing) == '{"a":1}'
     assert changed_yaml(CONTINUE_FILE, nothing) == CONTINUE_FILE
@@ -279,7 +299,7 @@ def test_texts_name_the_server_and_never_the_key(
     assert TARGET.key not in shown
 
 
-def test_the_model_that_fits_best_is_chosen() -> None:
+def test_the_model_that_fits_best_is_chosen(entry: Entry) -> None:
     listed = [
         entry("no", "no", parameters=10**12),
         entry("large", "limited", parameters=10**11),
@@ -294,6 +314,18 @@ def test_the_model_that_fits_best_is_chosen() -> None:
         choose(listed, "cline", "unknown")
     with pytest.raises(ConnectError, match="no model that cline can use"):
         choose(listed[:1], "cline", None)
+
+
+def test_a_name_without_a_variant_has_the_shortest_context_of_all(entry: Entry) -> None:
+    listed = [
+        entry("coder@gguf-q8_0"),
+        entry("coder@gguf-q4_0", max_model_len=8_192),
+        entry("other", aliases=["mine"]),
+    ]
+    model = choose(listed, "cline", "coder")
+    assert (model.id, model.context_tokens) == ("coder", 8_192)
+    assert choose(listed, "cline", "coder@gguf-q8_0").context_tokens == 32_768
+    assert choose(listed, "cline", "mine").id == "mine"
 
 
 @pytest.mark.parametrize(

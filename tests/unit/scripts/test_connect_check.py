@@ -17,6 +17,7 @@ from core.types import (
 from router.app import create_app
 from router.services import EventCallback
 from scripts.connect_lib.check import Outcome, run_checks
+from scripts.connect_lib.client import Wire
 from scripts.connect_lib.server import Model, Target, choose, list_models
 from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, FakeDispatcher, finished, make_services
 from tests.live_server import serving
@@ -37,13 +38,16 @@ class Talker(FakeDispatcher):
         self.call = call
 
     async def generate(self, request: GenerationRequest, on_events: EventCallback) -> None:
-        is_forced = getattr(request.prompt, "tool_choice", "auto") == "required"
+        is_forced = getattr(request.prompt, "tool_choice", "auto") != "auto"
         self.script = self.call if is_forced else TEXT
         await super().generate(request, on_events)
 
 
 async def outcomes(
-    dispatcher: FakeDispatcher, wanted: str | None = CHAT_MODEL, **settings: Any
+    dispatcher: FakeDispatcher,
+    wanted: str | None = CHAT_MODEL,
+    wire: Wire = "openai",
+    **settings: Any,
 ) -> list[Outcome]:
     services = make_services(dispatcher, **settings)
     async with serving(create_app(services)) as port:
@@ -51,7 +55,7 @@ async def outcomes(
 
         def check() -> list[Outcome]:
             model = choose(list_models(target), "cline", wanted)
-            return list(run_checks("openai", target, model))
+            return list(run_checks(wire, target, model))
 
         return await asyncio.to_thread(check)
 
@@ -103,6 +107,41 @@ async def test_a_stream_and_a_tool_round_trip_pass_in_anthropics_api() -> None:
         model = Model(CHAT_MODEL, 2048, frozenset({Capability.CHAT}))
         found = await asyncio.to_thread(lambda: list(run_checks("anthropic", target, model)))
     assert found == [Outcome("stream"), Outcome("tool round trip")]
+
+
+async def test_a_stream_and_a_tool_round_trip_pass_as_codex_makes_them() -> None:
+    dispatcher = Talker()
+    found = await outcomes(dispatcher, wire="responses")
+    assert found == [Outcome("stream"), Outcome("tool round trip")]
+    prompts = [request.prompt for request in dispatcher.requests]
+    tools = [tool.name for tool in prompts[0].tools]  # type: ignore[union-attr]
+    assert tools == ["get_weather", "multi_agent_v1__close_agent", "apply_patch"]
+    roles = [message.role for message in prompts[-1].messages]  # type: ignore[union-attr]
+    assert roles == ["user", "assistant", "tool"]
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (TEXT, "called no tool"),
+        ((ToolCallDelta(0, "c", "other", "{}"), finished("tool_calls")), "does not match"),
+        ((ToolCallDelta(0, "c", "get_weather", "{"), finished("length")), "unexpected format"),
+    ],
+)
+async def test_a_wrong_call_is_told_in_the_responses_api(
+    call: Sequence[GenerationEvent], problem: str
+) -> None:
+    found = await outcomes(Talker(call), wire="responses")
+    assert found[0] == Outcome("stream")
+    assert problem in found[1].problem
+
+
+async def test_errors_of_the_responses_api_are_told_in_the_servers_words() -> None:
+    before, after = await outcomes(FakeDispatcher(EngineFailed("no engine")), wire="responses")
+    assert before.problem == after.problem == "HTTP 503: no engine"
+    died = FakeDispatcher(TextDelta("He"), EngineFailed("it died"))
+    inside, _ = await outcomes(died, wire="responses")
+    assert inside.problem == "the response failed: it died"
 
 
 async def test_a_server_without_the_messages_api_fails_the_anthropic_checks() -> None:

@@ -1,0 +1,112 @@
+"""Configuration files of editors: Zed, and GitHub Copilot in VS Code."""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scripts.connect_lib.client import (
+    KEY_VARIABLE,
+    PROVIDER,
+    Client,
+    answer_tokens,
+    config_folder,
+    is_mac,
+    put,
+    require_context,
+)
+from scripts.connect_lib.documents import changed_jsonc
+from scripts.connect_lib.files import Edit, planned
+from scripts.connect_lib.server import Model, Target
+
+_VS_CODE_FOLDERS = ("Code", "Code - Insiders")
+
+
+def _zed_paths() -> Sequence[Path]:
+    """Source: zed-industries/zed, crates/paths; on macOS it does not read XDG's variables."""
+    flatpak = os.environ.get("FLATPAK_XDG_CONFIG_HOME")
+    base = Path.home() / ".config" if is_mac() else Path(flatpak or config_folder())
+    return [base / "zed" / "settings.json"]
+
+
+def _zed_edits(target: Target, model: Model) -> Sequence[Edit]:
+    """Source of the keys: zed-industries/zed, crates/settings_content/src/language_model.rs."""
+    require_context("Zed", model)
+    entry = {
+        "name": model.id,
+        "display_name": model.id,
+        "max_tokens": model.context_tokens,
+        "max_output_tokens": answer_tokens(model),
+        "capabilities": {
+            "tools": True,
+            "images": False,
+            "parallel_tool_calls": True,
+            "prompt_cache_key": False,
+        },
+    }
+
+    def change(data: Any) -> None:
+        providers = data.setdefault("language_models", {}).setdefault("openai_compatible", {})
+        provider = providers.setdefault(PROVIDER, {})
+        provider["api_url"] = target.base_url
+        put(provider.setdefault("available_models", []), entry, ["name"])
+        chosen = {"provider": PROVIDER, "model": model.id}
+        data.setdefault("agent", {}).setdefault("default_model", {}).update(chosen)
+
+    return [planned(_zed_paths()[0], partial(changed_jsonc, change=change))]
+
+
+def _vs_code_paths() -> Sequence[Path]:
+    """Source: microsoft/vscode, src/vs/platform/environment/node/userDataPath.ts."""
+    if portable := os.environ.get("VSCODE_PORTABLE"):
+        user = Path(portable) / "user-data"
+    else:
+        default = Path.home() / "Library" / "Application Support" if is_mac() else config_folder()
+        base = Path(os.environ.get("VSCODE_APPDATA") or default)
+        found = [base / name for name in _VS_CODE_FOLDERS if (base / name).is_dir()]
+        user = found[0] if found else base / _VS_CODE_FOLDERS[0]
+    return [user / "User" / "chatLanguageModels.json"]
+
+
+def _vs_code_edits(target: Target, model: Model) -> Sequence[Edit]:
+    """Source of the keys: code.visualstudio.com/docs/agent-customization/language-models."""
+    require_context("GitHub Copilot in VS Code", model)
+    entry = {
+        "id": model.id,
+        "name": model.id,
+        "url": f"{target.base_url}/chat/completions",
+        "toolCalling": True,
+        "vision": False,
+        "maxInputTokens": model.context_tokens - answer_tokens(model),
+        "maxOutputTokens": answer_tokens(model),
+    }
+
+    def change(data: Any) -> None:
+        group = next((known for known in data if known.get("name") == PROVIDER), None)
+        if group is None:
+            group = {"name": PROVIDER}
+            data.append(group)
+        group |= {"vendor": "customendpoint", "apiType": "chat-completions"}
+        # A key that was entered in VS Code is in its secret storage; the file refers to it.
+        if target.key or not str(group.get("apiKey", "")).startswith("${"):
+            group["apiKey"] = target.shown_key
+        put(group.setdefault("models", []), entry, ["id"])
+
+    return [planned(_vs_code_paths()[0], partial(changed_jsonc, change=change, is_list=True))]
+
+
+EDITORS: Mapping[str, Client] = {
+    "zed": Client(
+        "Zed",
+        _zed_paths,
+        _zed_edits,
+        hint=f"Zed needs a key (any text if the server has none): enter it, or set {KEY_VARIABLE}.",
+    ),
+    "copilot": Client(
+        "GitHub Copilot in VS Code",
+        _vs_code_paths,
+        _vs_code_edits,
+        hint="In VS Code, select the model in the chat's model picker.",
+    ),
+}
