@@ -255,7 +255,7 @@ class Preparer:
     def _plain_ids(self, prompt: TextPrompt | TokenPrompt | InfillPrompt, limit: int) -> list[int]:
         match prompt:
             case TextPrompt(text):
-                return self._encoded(text, limit)
+                return self._encoded(text, limit) or self._new_document()
             case TokenPrompt(token_ids):
                 return self._checked_ids(token_ids)
             case InfillPrompt():
@@ -295,6 +295,14 @@ class Preparer:
         """Tokenize a prompt, unless it certainly has more than `limit` tokens."""
         self._check_length(text, limit)
         return self._tokenizer.encode(text, add_bos=True, parse_special=True)
+
+    def _new_document(self) -> list[int]:
+        """Return how a text begins without a BOS token: after the end of another, as in training.
+
+        Source: OpenAI's API reference, completions, `prompt`.
+        """
+        ends = self._tokenizer.end_ids if isinstance(self._tokenizer, KnowsEnds) else ()
+        return [min(ends)] if ends else []
 
     def _check_length(self, text: str, limit: int) -> None:
         if isinstance(self._tokenizer, BoundsTokens):

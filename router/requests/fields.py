@@ -27,9 +27,9 @@ from router.requests.limits import (
     too_many,
 )
 from router.requests.other_fields import ALREADY_SO, REFUSED
+from router.requests.refused_values import REASONS
 
-AnyEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 OPENAI_HINTS = frozenset(
     {
@@ -180,8 +180,9 @@ def refuse_unless_off(name: str, value: JsonValue, off: tuple[JsonValue, ...]) -
     if value in off:
         return
     accepted = ", ".join(dict.fromkeys(json.dumps(choice) for choice in (None, *off)))
+    reason = f": {REASONS[name]}" if name in REASONS else ""
     raise UnsupportedParameter(
-        f"{name} is not supported; leave it out or send one of: {accepted}.", param=name
+        f"{name} is not supported{reason}; leave it out or send one of: {accepted}.", param=name
     )
 
 

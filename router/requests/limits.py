@@ -31,6 +31,7 @@ MAX_LIST_LENGTHS = {
     "input": MAX_MESSAGES,
     "documents": MAX_DOCUMENTS,
     "tools": MAX_TOOLS,
+    "functions": MAX_TOOLS,
     "tool_calls": MAX_TOOL_CALLS,
     "content": MAX_PARTS,
     "output": MAX_PARTS,

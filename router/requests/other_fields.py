@@ -48,10 +48,21 @@ REFUSED: Mapping[str, tuple[JsonValue, ...]] = {
 }
 
 # What happens in any case: named by clients, and neither refused nor called ignored.
-ALREADY_SO: Mapping[str, tuple[JsonValue, ...]] = {"cache_prompt": (True,)}
+ALREADY_SO: Mapping[str, tuple[JsonValue, ...]] = {
+    "background": (False,),
+    "cache_prompt": (True,),
+}
 
+# What OpenAI and Anthropic document and no local server has: their audio, caches, billing, agents.
+_DOCUMENTED_HINTS = (
+    "access_programs", "audio", "background", "background_options", "betas", "billing_policy",
+    "container", "context_management", "diagnostics", "fallback_credit_token", "fallbacks", "image",
+    "mcp_servers", "personality", "prediction", "speed", "user_profile_id", "verbosity",
+    "web_search_options", "workspace_id",
+)  # fmt: skip
 # Hints that are known to be sent to every server; like unknown fields they are ignored and named.
 HINTS = (
+    *_DOCUMENTED_HINTS,
     "cache_prompt", "dry_multiplier", "guided_decoding_backend", "id_slot", "mirostat",
-    "provider", "timings_per_token", "transforms", "typical_p", "verbosity", "xtc_probability",
+    "provider", "timings_per_token", "transforms", "typical_p", "xtc_probability",
 )  # fmt: skip

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from core.errors import RequestError
 from core.types import Capability, ChatPrompt, JsonValue
-from router.requests.fields import AnyEffort, Effort, RequestPart, WholeNumber
+from router.requests.fields import Effort, RequestPart, WholeNumber
 from router.requests.limits import MAX_INT32
 from router.services import ModelView
 
@@ -52,7 +52,7 @@ def with_reasoning(
     prompt: ChatPrompt,
     *,
     is_on: bool | None = None,
-    effort: AnyEffort | None = None,
+    effort: Effort | None = None,
     budget_tokens: int | None = None,
 ) -> ChatPrompt:
     """Return `prompt` with reasoning switch, effort and budget; None leaves it to the model.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from core.errors import RequestError, UnsupportedParameter
+from core.errors import RequestError
 from core.types import Tool
 from router.requests.limits import MAX_TOOLS
 
@@ -40,22 +40,37 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
 
 
 def parse_tool_choice(value: object) -> ToolChoice | AllowedTools | None:
-    """Return chat's choice; raises ValueError, or UnsupportedParameter for other tools' choices."""
+    """Return chat's choice; raises ValueError."""
     if value is None:
         return None
     if (mode := choice_mode(value)) is not None:
         return mode
-    if (name := function_name(value)) is not None:
+    if (name := _tool_name(value)) is not None:
         return ("function", name)
     if (listed := allowed_tools(value)) is not None:
-        names = [function_name(tool) for tool in listed[1]]
+        names = [_tool_name(tool) for tool in listed[1]]
         return AllowedTools(listed[0], frozenset(name for name in names if name is not None))
-    if isinstance(value, dict) and value.get("type") == "custom":
-        raise UnsupportedParameter(
-            "tool_choice of type 'custom' is not supported; send type function.",
-            param="tool_choice",
-        )
     raise ValueError('must be "none", "auto", "required" or {"type": "function", "function": …}')
+
+
+def parse_function_call(value: object) -> ToolChoice | None:
+    """Return the choice of `function_call`, the older form of `tool_choice`; raises ValueError."""
+    match value:
+        case None | "none" | "auto":
+            return value
+        case {"name": str(name)}:
+            return ("function", name)
+    raise ValueError('must be "none", "auto" or {"name": …}')
+
+
+def _tool_name(value: object) -> str | None:
+    """Return the name of a function or of a custom tool, which is offered as a function."""
+    match value:
+        case {"type": "custom", "custom": {"name": str(name)}}:
+            return name
+        case {"type": "custom", "name": str(name)}:
+            return name
+    return function_name(value)
 
 
 def choice_mode(value: object) -> ChoiceMode | None:

@@ -51,12 +51,17 @@ MAX_PROMPTS = 128
 DEFAULT_COMPLETION_TOKENS = 16
 
 
+def _parse_prompt(value: object) -> tuple[str | tuple[int, ...], ...]:
+    """Return the prompts; null is the beginning of a new text.  Raises ValueError."""
+    return ("",) if value is None else parse_inputs(value)
+
+
 class CompletionRequest(OutputFields):
     """Body of `POST /v1/completions`."""
 
     harmless: ClassVar = OPENAI_HINTS
 
-    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(parse_inputs)]
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], PlainValidator(_parse_prompt)]
     max_tokens: Annotated[
         Annotated[int, Field(ge=0, le=MAX_INT32), WholeNumber] | None, NoLimit
     ] = None

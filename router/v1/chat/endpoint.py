@@ -31,6 +31,7 @@ from router.requests.body import read_request
 from router.requests.priority import request_priority
 from router.requests.reasoning import for_model, unused_effort
 from router.requests.unreadable import UnreadableParts
+from router.v1.chat.calls import CallChunks, CallForm
 from router.v1.chat.prompt import to_chat_prompt
 from router.v1.chat.request import ChatRequest
 from router.v1.chunks import ChunkFormatter
@@ -96,7 +97,7 @@ def _completion(
     choices: Sequence[Sequence[GenerationEvent]],
     body: ChatRequest,
 ) -> Response:
-    has_logprobs = bool(body.logprobs)
+    has_logprobs, form = bool(body.logprobs), CallForm.of(body)
     extra: dict[str, Any] = {}
     if body.prompt_logprobs is not None:
         extra["prompt_logprobs"] = prompt_logprobs(scored_prompt(choices[0]), body.prompt_logprobs)
@@ -106,7 +107,7 @@ def _completion(
         created=generation.created_at,
         model=generation.view.id,
         choices=[
-            Choice.model_validate(_choice(index, events, has_logprobs=has_logprobs))
+            Choice.model_validate(_choice(index, events, form, has_logprobs=has_logprobs))
             for index, events in enumerate(choices)
         ],
         usage=generation.usage(),
@@ -122,7 +123,7 @@ def _completion(
 
 
 def _choice(
-    index: int, events: Iterable[GenerationEvent], *, has_logprobs: bool
+    index: int, events: Iterable[GenerationEvent], form: CallForm, *, has_logprobs: bool
 ) -> dict[str, JsonValue]:
     text: list[str] = []
     reasoning: list[str] = []
@@ -139,7 +140,7 @@ def _choice(
             case ToolCallDelta():
                 calls.setdefault(event.index, []).append(event)
             case Finished():
-                reason = event.reason
+                reason = form.reason(event.reason)
             case PrefillProgress():
                 pass
     content = "".join(text)
@@ -150,24 +151,12 @@ def _choice(
     }
     if reasoning:
         message["reasoning_content"] = "".join(reasoning)
-    if calls:
-        message["tool_calls"] = [_tool_call(deltas) for _, deltas in sorted(calls.items())]
+    message |= form.fields(calls)
     return {
         "index": index,
         "message": message,
         "logprobs": chat_logprobs(logprobs) if has_logprobs else None,
         "finish_reason": reason,
-    }
-
-
-def _tool_call(deltas: Sequence[ToolCallDelta]) -> JsonValue:
-    return {
-        "id": next((delta.id for delta in deltas if delta.id), ""),
-        "type": "function",
-        "function": {
-            "name": next((delta.name for delta in deltas if delta.name), ""),
-            "arguments": "".join(delta.arguments for delta in deltas),
-        },
     }
 
 
@@ -189,40 +178,34 @@ class ChatChunks(ChunkFormatter):
             has_logprobs=bool(body.logprobs),
             has_timings=bool(body.timings_per_token),
         )
+        self._form = CallForm.of(body)
+        self._calls: dict[int, CallChunks] = {}
 
     def opening(self, index: int) -> Iterable[dict[str, JsonValue]]:
         """Return the chunk that names the role."""
         return (_chunk_choice(index, {"role": "assistant", "content": "", "refusal": None}),)
 
     def choices(self, index: int, event: GenerationEvent) -> Iterable[dict[str, JsonValue]]:
-        """Return at most one choice."""
+        """Return a choice for the event, after one for a call that it completes."""
+        calls = self._calls.get(index)
+        if calls is None:
+            calls = self._calls[index] = CallChunks(self._form)
+        yield from (_chunk_choice(index, delta) for delta in calls.deltas(event))
         match event:
             case TextDelta():
                 logprobs = event.logprobs if self._has_logprobs else ()
                 if not (event.text or logprobs):
-                    return ()
+                    return
                 choice = _chunk_choice(index, {"content": event.text})
                 if logprobs:
                     choice["logprobs"] = chat_logprobs(logprobs)
-                return (choice,)
+                yield choice
             case ReasoningDelta() if event.text:
-                return (_chunk_choice(index, {"reasoning_content": event.text}),)
-            case ToolCallDelta():
-                return (_chunk_choice(index, {"tool_calls": [_tool_call_delta(event)]}),)
+                yield _chunk_choice(index, {"reasoning_content": event.text})
             case Finished():
-                return ({**_chunk_choice(index, {}), "finish_reason": event.reason},)
-        return ()
+                reason = self._form.reason(event.reason)
+                yield {**_chunk_choice(index, {}), "finish_reason": reason}
 
 
 def _chunk_choice(index: int, delta: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-
-def _tool_call_delta(event: ToolCallDelta) -> JsonValue:
-    function: dict[str, JsonValue] = {"arguments": event.arguments}
-    call: dict[str, JsonValue] = {"index": event.index, "function": function}
-    if event.name is not None:
-        function["name"] = event.name
-    if event.id is not None:
-        call |= {"id": event.id, "type": "function"}
-    return call

@@ -1,11 +1,12 @@
 """Converts OpenAI's messages and tools into the prompt that a chat template renders."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
-from core.errors import RequestError, UnsupportedParameter
+from core.errors import RequestError
 from core.types import ChatMessage, ChatPrompt, Tool, ToolCall
+from router.requests.custom_input import custom_parameters, to_arguments
 from router.requests.fields import check_schema
 from router.requests.reasoning import merge_budget, merge_effort
 from router.requests.tools import AllowedTools
@@ -19,25 +20,33 @@ from router.requests.unreadable import (
 from router.v1.chat.request import (
     ChatRequest,
     ContentPart,
+    CustomTool,
+    Function,
     FunctionCall,
     Message,
-    ToolDefinition,
 )
 
+_ROLES: Mapping[str, Literal["system", "user", "assistant", "tool"]] = {
+    "developer": "system",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
 _TEXTS = frozenset({"text", "input_text", "output_text", "refusal"})
 
 
 def to_chat_prompt(request: ChatRequest, unreadable: UnreadableParts | None = None) -> ChatPrompt:
     """Return the request's prompt; `unreadable` then knows which parts became notes.
 
-    Raises UnsupportedCapability for parts other than text in the user's last message, RequestError,
-    UnsupportedParameter.
+    Raises UnsupportedCapability for parts other than text in the user's last message, and
+    RequestError.
     """
     unreadable = unreadable or UnreadableParts()
     asked = last_question(message.role for message in request.messages)
-    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools or ()))
-    _check_unique_names(tools)
-    choice = request.tool_choice or "auto"
+    tools = _unique(_tools(request, unreadable.names))
+    choice = request.tool_choice or request.function_call or "auto"
     if isinstance(choice, AllowedTools):
         tools = tuple(tool for tool in tools if tool.name in choice.names)
         choice = choice.mode
@@ -58,7 +67,8 @@ def to_chat_prompt(request: ChatRequest, unreadable: UnreadableParts | None = No
         ),
         tools=tools,
         tool_choice=choice,
-        parallel_tool_calls=request.parallel_tool_calls,
+        # The older form has room for one call.
+        parallel_tool_calls=False if request.functions else request.parallel_tool_calls,
         continues_answer=bool(request.continue_final_message),
         template_kwargs=dict(request.chat_template_kwargs),
         reasoning_effort=merge_effort(request.reasoning_effort, request.reasoning),
@@ -75,15 +85,12 @@ def _message(
         raise RequestError(
             f"{param}.tool_calls: only allowed with the role assistant", param=f"{param}.tool_calls"
         )
-    role: Literal["system", "user", "assistant", "tool"] = (
-        "system" if message.role == "developer" else message.role
-    )
     text = _text(message, f"{param}.content", unreadable, is_asked=is_asked)
     if message.audio is not None:
         note = unreadable.note("audio", f"{param}.audio", is_asked=is_asked)
         text = text or note
     return ChatMessage(
-        role=role,
+        role=_ROLES[message.role],
         content=text,
         name=message.name,
         reasoning=message.reasoning_content or message.reasoning,
@@ -100,8 +107,7 @@ def _calls(message: Message, param: str) -> Iterator[ToolCall]:
         if call.function is not None:
             yield _call(call.id or "", call.function)
         elif call.custom is not None:
-            arguments = json.dumps({"input": call.custom.input}, ensure_ascii=False)
-            yield ToolCall(call.id or "", call.custom.name, arguments)
+            yield ToolCall(call.id or "", call.custom.name, to_arguments(call.custom.input))
         else:
             name = f"{param}.tool_calls[{index}].function"
             raise RequestError(f"{name}: required", param=name)
@@ -140,23 +146,50 @@ def _part_text(
     return unreadable.note(part.type, param, is_asked=is_asked, title=name)
 
 
-def _check_unique_names(tools: Sequence[Tool]) -> None:
-    names: set[str] = set()
-    for index, tool in enumerate(tools):
-        if tool.name in names:
-            param = f"tools[{index}].function.name"
+def _unique(tools: Iterable[tuple[str, Tool]]) -> tuple[Tool, ...]:
+    """Return the tools, each given with its place.  Raises RequestError for a name given twice."""
+    found: dict[str, Tool] = {}
+    for place, tool in tools:
+        if tool.name in found:
+            param = f"{place}.name"
             raise RequestError(f"{param}: two tools have the name {tool.name[:100]!r}", param=param)
-        names.add(tool.name)
+        found[tool.name] = tool
+    return tuple(found.values())
 
 
-def _tool(tool: ToolDefinition, param: str) -> Tool:
-    if tool.type != "function":
-        raise UnsupportedParameter(
-            f"{param}: tools of type {tool.type[:50]!r} are not supported; send type function.",
-            param=f"{param}.type",
-        )
-    if tool.function is None:
-        raise RequestError(f"{param}.function: required", param=f"{param}.function")
-    parameters = tool.function.parameters or {}
-    check_schema(parameters, f"{param}.function.parameters")
-    return Tool(tool.function.name, tool.function.description or "", parameters)
+def _tools(request: ChatRequest, ignored: set[str]) -> Iterator[tuple[str, Tool]]:
+    """Yield the tools and the functions of the older form, with their places in the request.
+
+    `ignored` then names grammars that are not enforced, and tools that cannot be offered.
+    """
+    for index, tool in enumerate(request.tools or ()):
+        param = f"tools[{index}]"
+        if tool.type == "custom":
+            yield f"{param}.custom", _custom_tool(tool.custom, f"{param}.custom", ignored)
+        elif tool.type == "function":
+            yield f"{param}.function", _function(tool.function, f"{param}.function")
+        else:
+            # It runs on a server of its provider; the Responses API names such tools too.
+            ignored.add(param)
+    for index, function in enumerate(request.functions or ()):
+        yield f"functions[{index}]", _function(function, f"functions[{index}]")
+
+
+def _function(function: Function | None, param: str) -> Tool:
+    if function is None:
+        raise RequestError(f"{param}: required", param=param)
+    parameters = function.parameters or {}
+    check_schema(parameters, f"{param}.parameters")
+    return Tool(function.name, function.description or "", parameters)
+
+
+def _custom_tool(tool: CustomTool | None, param: str, ignored: set[str]) -> Tool:
+    """Return a function with one text that stands for a custom tool."""
+    if tool is None:
+        raise RequestError(f"{param}: required", param=param)
+    form = tool.format.flat if tool.format is not None else None
+    custom = custom_parameters(form, f"{param}.format.grammar")
+    if not custom.is_exact:
+        ignored.add(f"{param}.format")
+    description = f"{tool.description or ''}\n{custom.hint}".strip()
+    return Tool(tool.name, description, custom.parameters)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainValidator
 
 from core.errors import RequestError, UnsupportedParameter
+from router.requests.custom_input import CustomFormat
 from router.requests.fields import (
     OPENAI_HINTS,
     Effort,
@@ -19,7 +20,12 @@ from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TO
 from router.requests.output_format import OutputFields
 from router.requests.reasoning import Reasoning, ReasoningTokens
 from router.requests.template_variables import TemplateVariables
-from router.requests.tools import AllowedTools, ToolChoice, parse_tool_choice
+from router.requests.tools import (
+    AllowedTools,
+    ToolChoice,
+    parse_function_call,
+    parse_tool_choice,
+)
 
 
 class FunctionCall(RequestPart):
@@ -56,7 +62,8 @@ class ContentPart(RequestPart):
 class Message(RequestPart):
     """A chat message of any role."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    # The result of a `function_call` has the older role `function`.
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[Items[ContentPart], Field(max_length=MAX_PARTS)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
@@ -77,25 +84,49 @@ class Function(RequestPart):
     strict: bool | None = None
 
 
+class Grammar(RequestPart):
+    """What the text of a custom tool must match."""
+
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
+
+
+class CustomToolFormat(RequestPart):
+    """The form of a custom tool's text: any, or what a grammar describes."""
+
+    type: Literal["text", "grammar"]
+    grammar: Grammar | None = None
+
+    @property
+    def flat(self) -> CustomFormat:
+        """The same as the Responses API writes it."""
+        given = self.grammar or Grammar()
+        return CustomFormat(type=self.type, syntax=given.syntax, definition=given.definition)
+
+
+class CustomTool(RequestPart):
+    """A tool that takes plain text."""
+
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    format: CustomToolFormat | None = None
+
+
 class ToolDefinition(RequestPart):
     """A tool the model may call."""
 
     type: str = "function"
     function: Function | None = None
+    custom: CustomTool | None = None
 
 
 class ChatRequest(OutputFields):
     """Body of `POST /v1/chat/completions`."""
 
     unsupported: ClassVar = {
-        "audio": (),
         "chat_template": (),
-        "function_call": ("none",),
-        "functions": ([],),
         "modalities": (["text"],),
         "moderation": (),
-        "prediction": (),
-        "web_search_options": (),
     }
     harmless: ClassVar = OPENAI_HINTS
 
@@ -109,6 +140,9 @@ class ChatRequest(OutputFields):
         None
     )
     parallel_tool_calls: bool | None = None
+    # The older form of tools and their choice.
+    functions: Annotated[Items[Function], Field(max_length=MAX_TOOLS)] | None = None
+    function_call: Annotated[ToolChoice | None, PlainValidator(parse_function_call)] = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     reasoning_effort: Effort | None = None
@@ -123,6 +157,10 @@ class ChatRequest(OutputFields):
         if len(both) > 1:
             raise RequestError(
                 "max_tokens: differs from max_completion_tokens; send one", param="max_tokens"
+            )
+        if self.functions and self.tools:
+            raise RequestError(
+                "functions: cannot be combined with tools; send tools", param="functions"
             )
         self._check_continuation()
         if self.top_logprobs and not self.logprobs:
@@ -158,6 +196,11 @@ class ChatRequest(OutputFields):
         if self.reasoning is not None:
             inner |= unknown_fields(self.reasoning, "reasoning")
         return [*super().ignored_names(), *sorted(inner)]
+
+    @property
+    def custom_names(self) -> frozenset[str]:
+        """The names of the tools that take plain text."""
+        return frozenset(tool.custom.name for tool in self.tools or () if tool.custom is not None)
 
     @property
     def efforts(self) -> dict[str, str | None]:

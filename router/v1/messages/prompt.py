@@ -48,6 +48,10 @@ def read_thread(
     messages = list(earlier.messages)
     asked = last_question(message.role for message in request.messages)
     for index, message in enumerate(request.messages):
+        if not message.content and message.role == "system":
+            continue
+        if message.clear_at == "next_user_message" and index < asked:
+            continue
         messages += _messages(message, f"messages[{index}]", reader, is_asked=index == asked)
     return KeptThread(system, tools, tuple(messages))
 

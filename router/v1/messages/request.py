@@ -10,7 +10,7 @@ from pydantic import Field, PlainValidator, model_validator
 from core.errors import RequestError
 from core.types import JsonOutput, SamplingParams
 from router.requests.fields import (
-    AnyEffort,
+    Effort,
     Items,
     JsonObject,
     RequestBody,
@@ -66,7 +66,16 @@ class Message(RequestPart):
     """A turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Blocks
+    content: str | Blocks = ""
+    # How long a system message is shown.
+    clear_at: Literal["next_user_message", "never"] | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "Message":
+        """A system message may have an `output_config` alone."""
+        if self.role != "system" and "content" not in self.model_fields_set:
+            raise ValueError("content: required")
+        return self
 
 
 class Tool(RequestPart):
@@ -121,7 +130,7 @@ class ThreadField(RequestPart):
 class OutputConfig(RequestPart):
     """Effort and format of the answer."""
 
-    effort: AnyEffort | None = None
+    effort: Effort | None = None
     format: FlatFormat | None = None
 
 

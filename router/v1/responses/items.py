@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from core.errors import RequestError
 from core.types import ChatMessage, ToolCall
+from router.requests.custom_input import to_arguments
 from router.requests.reasoning import decode_reasoning
 from router.requests.unreadable import last_question
 from router.v1.responses import request as responses_api
-from router.v1.responses.custom_input import to_arguments
 from router.v1.responses.other_items import OtherItem
 from router.v1.responses.parts import PartReader
 from router.v1.responses.tools import offered_name

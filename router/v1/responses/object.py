@@ -13,9 +13,9 @@ from router.answers.generation import Generation
 from router.answers.logprobs import chat_logprobs
 from router.answers.parts import Part, PartAssembler
 from router.http.errors import shown_message
+from router.requests.custom_input import to_custom_input
 from router.requests.output_format import FlatFormat
 from router.requests.reasoning import encode_reasoning
-from router.v1.responses.custom_input import to_custom_input
 from router.v1.responses.prompt import answer_message
 from router.v1.responses.request import OFFERED_TYPES, ResponsesRequest, Tool
 from router.v1.responses.store import ResponseStore, StoredItem

@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from core.types import JsonOutput, JsonValue
+from router.requests.custom_input import CustomFormat
 from router.requests.fields import (
-    AnyEffort,
+    Effort,
     Items,
     JsonObject,
     RequestPart,
@@ -105,14 +106,6 @@ class Item(RequestPart):
         return {"type": kind, "other_item": value}
 
 
-class CustomFormat(RequestPart):
-    """The form of a custom tool's text: any, or what a grammar describes."""
-
-    type: Literal["text", "grammar"]
-    syntax: Literal["lark", "regex"] | None = None
-    definition: str | None = None
-
-
 class Tool(RequestPart):
     """A tool the model may call; a `namespace` has `tools` of its own."""
 
@@ -163,7 +156,7 @@ class Text(RequestPart):
 class Reasoning(RequestPart):
     """Reasoning effort; reasoning is returned whole, never summarized."""
 
-    effort: AnyEffort | None = None
+    effort: Effort | None = None
     summary: str | None = None
     generate_summary: str | None = None
     context: str | None = None
@@ -234,13 +227,8 @@ class ResponsesRequest(SamplingFields):
     """Body of `POST /v1/responses`."""
 
     unsupported: ClassVar = {
-        "access_programs": (),
-        "background": (False,),
-        "background_options": (),
         "chat_template": (),
-        "context_management": ([],),
         "conversation": (),
-        "image": (),
         "moderation": (),
         "prompt": (),
     }

@@ -11,7 +11,7 @@ from router.answers.parts import Closed, Extended, Opened, Part, PartAssembler, 
 from router.answers.valid_events import TaggedEvent
 from router.context import RequestRecord
 from router.http.errors import shown_message
-from router.v1.responses.custom_input import CustomInput, to_custom_input
+from router.requests.custom_input import CustomInput, to_custom_input
 from router.v1.responses.object import ResponseBuilder, final_status
 
 _NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}

@@ -10,11 +10,11 @@ from typing import Literal, TypeAlias
 
 from core.errors import RequestError, UnsupportedParameter
 from core.types import Tool
+from router.requests.custom_input import custom_parameters
 from router.requests.fields import check_schema
 from router.requests.limits import MAX_TOOLS, too_many
 from router.requests.tools import ToolChoice, check_tools
 from router.v1.responses import request as responses_api
-from router.v1.responses.custom_input import custom_parameters
 
 ToolKind: TypeAlias = Literal["function", "custom"]
 

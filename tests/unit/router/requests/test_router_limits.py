@@ -201,7 +201,7 @@ async def test_values_are_echoed_short_and_escaped(app: FastAPI) -> None:
     fields: list[tuple[str, dict[str, Any]]] = [
         ("/v1/chat/completions", {"model": evil}),
         ("/v1/chat/completions", {"messages": [{"role": evil, "content": "x"}]}),
-        ("/v1/chat/completions", {"tools": [{"type": evil}]}),
+        ("/v1/chat/completions", {"tools": [{"type": "custom", "custom": {"format": evil}}]}),
         ("/v1/chat/completions", {"tool_choice": {"type": evil}}),
         ("/v1/chat/completions", {"chat_template_kwargs": {evil: evil}}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": evil}]}]}),

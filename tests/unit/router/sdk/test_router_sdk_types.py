@@ -156,6 +156,8 @@ OPTIONS: dict[str, Sequence[dict[str, Any]]] = {
     "chat": (
         {},
         {"tools": CHAT_TOOLS},
+        {"tools": [CHAT_TOOLS[0], {"type": "custom", "custom": {"name": "patch"}}]},
+        {"functions": [{"name": "weather"}]},
         {"logprobs": True, "top_logprobs": 2, "n": 2},
         {"timings_per_token": True, "service_tier": "flex", "metadata": {"a": "b"}},
         {"response_format": {"type": "json_object"}, "tools": CHAT_TOOLS},
@@ -382,8 +384,8 @@ async def test_counts_have_the_types_of_the_sdks(client: httpx.AsyncClient) -> N
     body = {"model": "tiny", "messages": USER, "tools": MESSAGE_TOOLS}
     counted = (await client.post("/v1/messages/count_tokens", json=body)).json()
     check(counted, of_anthropic.MessageTokensCount)
-    body = {"model": "tiny", "input": "hi", "tools": RESPONSE_TOOLS}
-    counted = (await client.post("/v1/responses/input_tokens", json=body)).json()
+    asked: Any = {"model": "tiny", "input": "hi", "tools": RESPONSE_TOOLS}
+    counted = (await client.post("/v1/responses/input_tokens", json=asked)).json()
     check(counted, InputTokenCountResponse)
 
 

@@ -48,7 +48,7 @@ for _ in range(40):
         ({"text": {"format": {"type": "json_schema"}}}, "invalid_request", "text.format.schema"),
         ({"text": {"format": {"type": "xml"}}}, "invalid_request", "text.format.type"),
         ({"reasoning": {"effort": "huge"}}, "invalid_request", "reasoning.effort"),
-        ({"background": True}, "unsupported_parameter", "background"),
+        ({"moderation": {"model": "x"}}, "unsupported_parameter", "moderation"),
         ({"conversation": "c"}, "unsupported_parameter", "conversation"),
         ({"prompt": {"id": "p"}}, "unsupported_parameter", "prompt"),
         ({"max_tool_calls": 0}, "invalid_request", "max_tool_calls"),

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from core.types import ChatPrompt, GenerationEvent, ToolCall, ToolCallDelta
 from router.app import create_app
-from router.v1.responses.custom_input import CustomInput, to_arguments, to_custom_input
+from router.requests.custom_input import CustomInput, to_arguments, to_custom_input
 from tests.fakes import FakeDispatcher, finished, make_services
 from tests.live_server import client_of, error_of
 

@@ -4,12 +4,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from core.errors import RequestError
 from core.types import JsonValue
+from router.requests.fields import RequestPart
+from router.requests.lark_regex import lark_regex
 from router.requests.output_format import MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS
-from router.v1.responses import request as responses_api
-from router.v1.responses.lark_regex import lark_regex
 
 _ARGUMENT = "input"
 
@@ -33,6 +34,14 @@ _SHORT = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _REPLACEMENT = "\ufffd"
 
 
+class CustomFormat(RequestPart):
+    """The form of a custom tool's text: any, or what a grammar describes."""
+
+    type: Literal["text", "grammar"]
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class CustomParameters:
     """The schema of a custom tool's function; `hint` belongs into the tool's description.
@@ -45,7 +54,7 @@ class CustomParameters:
     is_exact: bool = True
 
 
-def custom_parameters(form: responses_api.CustomFormat | None, param: str) -> CustomParameters:
+def custom_parameters(form: CustomFormat | None, param: str) -> CustomParameters:
     """Return the schema of the function that stands for a custom tool.  Raises RequestError."""
     if form is None or form.type == "text":
         return CustomParameters(_schema({"type": "string"}))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from router.v1.responses.lark_regex import lark_regex
+from router.requests.lark_regex import lark_regex
 
 LIMIT = 16_384
 CODEX = r"""
