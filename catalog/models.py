@@ -55,7 +55,8 @@ class ModelSettings:
     `max_sequences` bounds the sequences generated at the same time.  `kv_type` is the type of the
     KV cache, one of those that `backends.abilities` lists for the model.  `tool_parser` is the
     tool call family of a model whose chat template does not show it.  `runtime` is the library that
-    runs a model which several can run.
+    runs a model which several can run.  `continue_answers` applies to chats that do not say whether
+    an assistant's last message is continued.
     """
 
     context_length: int | None = None
@@ -66,6 +67,7 @@ class ModelSettings:
     kv_type: str | None = None
     tool_parser: str | None = None
     runtime: str | None = None
+    continue_answers: bool | None = None
 
     def applied_to(self, options: EngineOptions) -> EngineOptions:
         """Return `options` with these settings; the lower of both context bounds applies."""

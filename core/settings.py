@@ -128,6 +128,11 @@ class Settings(BaseSettings):
         description="Id or alias of the model for requests that name none; empty: the only "
         "loaded model that can answer them.",
     )
+    continue_answers: bool = Field(
+        default=False,
+        description="Continue the last message of a chat where it is the assistant's (prefill) if "
+        "the request does not say; false answers after it.",
+    )
     truncate_inputs: bool = Field(
         default=True,
         description="Cut inputs of embeddings and reranking over the model's limit if the request "

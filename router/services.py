@@ -56,7 +56,7 @@ class ModelView:
     is the library that runs the model here, `runtime_reason` why; `runtime_choice` is what the scan
     found, None for formats with one runtime.  `priority` applies to requests that name none.
     `compatibility` is by client.  `limitations` tell what a loaded model does otherwise than usual,
-    a sentence each.
+    a sentence each.  `continue_answers` is the model's own setting, None for the server's.
     """
 
     id: str
@@ -81,6 +81,7 @@ class ModelView:
     priority: Priority = "interactive"
     compatibility: Mapping[str, FitView] = field(default_factory=dict)
     limitations: tuple[str, ...] = ()
+    continue_answers: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,8 @@ class SettingsView:
     unloaded; one with `pin` is never evicted.  `priority` is the class of requests that name none.
     `max_sequences` bounds concurrent sequences.  `kv_type` is the data type of the KV cache.
     `tool_parser` names the tool-call format if the chat template does not reveal it.  `runtime` is
-    the library that runs the model, if several can.
+    the library that runs the model, if several can.  `continue_answers`: a chat's last message, if
+    it is the assistant's, is continued unless the request says otherwise.
     """
 
     context_length: int | None = None
@@ -102,6 +104,7 @@ class SettingsView:
     kv_type: str | None = None
     tool_parser: str | None = None
     runtime: str | None = None
+    continue_answers: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

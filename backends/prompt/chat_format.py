@@ -13,6 +13,7 @@ from backends.prompt.continuation import (
     begun_output,
     begun_text,
     continued,
+    is_in_call,
     is_reasoning,
     with_mark,
 )
@@ -148,6 +149,15 @@ class ChatFormat:
             raise UnsupportedParameter(
                 "messages: this model's format of answers does not allow to continue a begun one; "
                 "end the conversation with a user's message.",
+                param="messages",
+            )
+        tools = _callable_tools(prompt)
+        starts = (self.family.tool_call_start, *self.family.starts)
+        begun = self.begun_output(prompt)
+        if tools and is_in_call(begun, starts, self.family.tool_call_end, tools):
+            raise UnsupportedParameter(
+                "messages: the begun answer ends within a tool call, which cannot be continued; "
+                "end it before the call, or send tool_choice none.",
                 param="messages",
             )
         extra["add_generation_prompt"] = False

@@ -1,14 +1,17 @@
 """Continues an answer that the conversation has begun (prefill): where its text ends, and how."""
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 from backends.answer.reasoning import ReasoningTags
 from core.errors import UnsupportedParameter
-from core.types import ChatMessage, ChatPrompt
+from core.types import ChatMessage, ChatPrompt, Tool
 
 # Stands for the begun answer while the template renders, as templates trim and split contents.
 _MARK = "\u27e6the-begun-answer\u27e7"
+_CALLED = re.compile(r'"name"\s*:\s*("[^"\\\x00-\x1f]*")')
 
 
 def begun_text(prompt: ChatPrompt, tags: ReasoningTags | None) -> str:
@@ -41,6 +44,24 @@ def continued(rendered: str, begun: str) -> str:
             param="messages",
         )
     return head + begun
+
+
+def is_in_call(begun: str, starts: Sequence[str], end: str, tools: Sequence[Tool]) -> bool:
+    """Return whether begun text ends within a call of `tools`, with markers or as bare JSON.
+
+    `starts` and `end` are the markers of a call; without an end it lasts to the end of the answer.
+    """
+    at = max((begun.rfind(start) for start in starts), default=-1)
+    if at >= 0 and not (end and end in begun[at:]):
+        return True
+    if not begun.lstrip().startswith("{"):
+        return False
+    try:
+        json.loads(begun)
+    except (ValueError, RecursionError):
+        named = {json.loads(name) for name in _CALLED.findall(begun)}
+        return any(tool.name in named for tool in tools)
+    return False
 
 
 def is_reasoning(rendered: str, begun: str, tags: ReasoningTags) -> bool:

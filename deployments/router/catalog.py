@@ -230,6 +230,7 @@ class CatalogView:
             priority=record.settings.priority or "interactive",
             compatibility=_compatibility(info, granted, reason),
             limitations=loaded.limitations if loaded is not None else (),
+            continue_answers=record.settings.continue_answers,
         )
 
     def _state(

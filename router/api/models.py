@@ -33,6 +33,7 @@ class SettingsPatch(StrictBody):
     kv_type: Annotated[str, Field(min_length=1, max_length=16)] | None = None
     tool_parser: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     runtime: Literal["mlx", "pytorch"] | None = None
+    continue_answers: bool | None = None
 
 
 def list_endpoint(context: RouteContext, management: Management) -> Endpoint:

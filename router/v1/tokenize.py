@@ -11,6 +11,7 @@ from starlette.responses import Response
 from core.errors import RequestError
 from core.types import (
     Capability,
+    ChatPrompt,
     JsonValue,
     Prompt,
     TextPrompt,
@@ -25,7 +26,7 @@ from router.requests.body import read_request
 from router.requests.fields import Items, RequestBody
 from router.requests.limits import MAX_INT32, MAX_ITEM_VALUES, MAX_MESSAGES
 from router.services import ModelView
-from router.v1.chat.prompt import to_chat_prompt
+from router.v1.chat.prompt import to_chat_prompt, with_continuation
 from router.v1.chat.request import ChatRequest, Message
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -93,7 +94,7 @@ def tokenize_endpoint(context: RouteContext) -> Endpoint:
 
     async def tokenize(request: Request) -> Response:
         body, (prompt, ignored) = await read_request(request, TokenizeRequest, _converted_text)
-        view, found = await _ask(context, request, body.model, prompt, body.options)
+        view, found = await _ask(context, request, body, prompt, body.options)
         if found is None:
             return client_closed_response()
         strings: list[JsonValue] = [piece.decode("utf-8", "replace") for piece in found.pieces]
@@ -124,7 +125,7 @@ def detokenize_endpoint(context: RouteContext) -> Endpoint:
         text = ""
         if body.tokens:
             prompt = TokenPrompt(tuple(body.tokens))
-            _, found = await _ask(context, request, body.model, prompt, TokenizeOptions())
+            _, found = await _ask(context, request, body, prompt, TokenizeOptions())
             if found is None:
                 return client_closed_response()
             text = found.text
@@ -138,7 +139,7 @@ def template_endpoint(context: RouteContext) -> Endpoint:
 
     async def apply_template(request: Request) -> Response:
         body, (prompt, ignored) = await read_request(request, TemplateRequest, _converted_chat)
-        _, found = await _ask(context, request, body.model, prompt, TokenizeOptions())
+        _, found = await _ask(context, request, body, prompt, TokenizeOptions())
         if found is None:
             return client_closed_response()
         return _answer(context, {"prompt": found.text}, ignored)
@@ -155,12 +156,19 @@ def _converted_chat(body: TemplateRequest) -> tuple[Prompt, list[str]]:
 
 
 async def _ask(
-    context: RouteContext, request: Request, name: str, prompt: Prompt, options: TokenizeOptions
+    context: RouteContext,
+    request: Request,
+    body: RequestBody,
+    prompt: Prompt,
+    options: TokenizeOptions,
 ) -> tuple[ModelView, TokenizedPrompt | None]:
     """Return the model and what it makes of `prompt`, None if the client left."""
     is_plain = isinstance(prompt, TextPrompt | TokenPrompt)
     capability = Capability.COMPLETION if is_plain else Capability.CHAT
-    view = await context.model(name, capability, record_of(request.scope))
+    view = await context.model(body.model, capability, record_of(request.scope))
+    if isinstance(body, ChatRequest) and isinstance(prompt, ChatPrompt):
+        is_set = context.services.settings.continue_answers
+        prompt = with_continuation(prompt, body, view, by_default=is_set)
     deadline_s = context.services.settings.request_timeout_s
     asked = context.services.dispatcher.tokenize(view.id, prompt, options, deadline_s)
     return view, await unless_disconnected(asked, request.receive)

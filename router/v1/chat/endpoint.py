@@ -32,7 +32,7 @@ from router.requests.priority import request_priority
 from router.requests.reasoning import for_model, unused_effort
 from router.requests.unreadable import UnreadableParts
 from router.v1.chat.calls import CallChunks, CallForm
-from router.v1.chat.prompt import to_chat_prompt
+from router.v1.chat.prompt import to_chat_prompt, with_continuation
 from router.v1.chat.request import ChatRequest
 from router.v1.chunks import ChunkFormatter
 
@@ -46,6 +46,8 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
         )
         record = record_of(request.scope)
         view = await context.model(body.model, Capability.CHAT, record)
+        settings = context.services.settings
+        prompt = with_continuation(prompt, body, view, by_default=settings.continue_answers)
         priority = request_priority(request, body.service_tier, view)
         answer_id = f"chatcmpl-{record.suffix}"
         n = body.n or 1
@@ -63,7 +65,7 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
                 max_tokens=body.token_limit,
                 stop=body.stop,
                 output=output,
-                deadline_s=context.services.settings.request_timeout_s,
+                deadline_s=settings.request_timeout_s,
                 priority=priority,
                 rules=rules,
                 reads_cache=body.cache_prompt is not False,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from core.errors import RequestError
@@ -17,6 +18,7 @@ from router.requests.unreadable import (
     text_of_data_url,
     text_or_empty,
 )
+from router.services import ModelView
 from router.v1.chat.request import (
     ChatRequest,
     ContentPart,
@@ -74,6 +76,22 @@ def to_chat_prompt(request: ChatRequest, unreadable: UnreadableParts | None = No
         reasoning_effort=merge_effort(request.reasoning_effort, request.reasoning),
         reasoning_tokens=merge_budget(request.thinking_budget, request.reasoning),
     )
+
+
+def with_continuation(
+    prompt: ChatPrompt, request: ChatRequest, view: ModelView, *, by_default: bool
+) -> ChatPrompt:
+    """Return the prompt so that it continues an assistant's last message where that is set.
+
+    `by_default` is the server's setting, the model's own takes precedence, and what the request
+    says of it before both.  Calls are not begun text: the model answers after them.
+    """
+    is_said = (request.continue_final_message, request.add_generation_prompt) != (None, None)
+    is_set = by_default if view.continue_answers is None else view.continue_answers
+    last = prompt.messages[-1]
+    if is_said or not is_set or last.role != "assistant" or last.tool_calls:
+        return prompt
+    return replace(prompt, continues_answer=True)
 
 
 def _message(

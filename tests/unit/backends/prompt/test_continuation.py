@@ -161,3 +161,43 @@ def test_format_includes_the_begun_answer(
     assert whole.begun == expected
     with pytest.raises(RequestError, match="begun answer does not match"):
         ready.prepare(GenerationRequest("3", "m", begun("Sure: {"), output=JsonOutput()))
+
+
+WEATHER = Tool("weather", "", {"type": "object"})
+
+
+@pytest.mark.parametrize(
+    ("family", "content", "is_inside"),
+    [
+        ("hermes", "<tool_call>", True),
+        ("hermes", 'So. <tool_call>\n{"name": "wea', True),
+        ("hermes", '<tool_call>\n{"name": "weather"}\n</tool_call>\nSo', False),
+        ("hermes", "<think>\n<tool_call></think>So", False),
+        ("hermes", '{"name": "weather", "arguments": {', True),
+        ("hermes", '{"name": "other", "arg', False),
+        ("hermes", '{"weather": "name"', False),
+        ("hermes", '{"name": "weather"}', False),
+        ("hermes", "So", False),
+        ("mistral", "[TOOL_CALLS]weather", True),
+        ("qwen3_coder", "<function=weather>", True),
+    ],
+)
+def test_a_begun_call_is_refused(family: str, content: str, is_inside: bool) -> None:
+    form = ChatFormat(THINKING, "", "", tool_parser=family)
+    messages = begun(content).messages
+    try:
+        prompt = ChatPrompt(messages, tools=(WEATHER,), continues_answer=True)
+        if is_inside:
+            with pytest.raises(UnsupportedParameter, match="within a tool call") as caught:
+                form.render(prompt)
+            assert caught.value.param == "messages"
+        else:
+            assert form.render(prompt).endswith(content)
+        # Without tools it is text.
+        for other in (
+            ChatPrompt(messages, continues_answer=True),
+            ChatPrompt(messages, tools=(WEATHER,), tool_choice="none", continues_answer=True),
+        ):
+            assert form.render(other).endswith(content)
+    finally:
+        form.close()

@@ -27,6 +27,7 @@ UNSET = {
     "kv_type": None,
     "tool_parser": None,
     "runtime": None,
+    "continue_answers": None,
 }
 WRITES = [("PATCH", ONE), ("POST", f"{ONE}/load"), ("POST", f"{ONE}/unload")]
 
@@ -155,6 +156,8 @@ async def test_change_of_nothing_changes_nothing(ask: Ask, management: FakeManag
         ("tool_parser", ""),
         ("runtime", "tensorflow"),
         ("runtime", True),
+        ("continue_answers", 1),
+        ("continue_answers", "yes"),
         ("max_sequences", {}),
         ("keep_alive", 5),
         ("state", "resident"),

@@ -7,7 +7,7 @@ import pytest
 
 from core.types import ChatMessage, ChatPrompt, ToolCall
 from router.app import create_app
-from tests.fakes import FakeDispatcher, make_services
+from tests.fakes import FakeDispatcher, make_services, make_view
 from tests.live_server import client_of
 
 USER = {"role": "user", "content": "look"}
@@ -147,3 +147,64 @@ async def test_what_cannot_be_continued_is_refused(
 ) -> None:
     response, _ = await sent(*messages, **fields)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+async def prompt_with(
+    *messages: dict[str, Any], server: bool, model: bool | None, path: str, **more: Any
+) -> ChatPrompt:
+    dispatcher = FakeDispatcher()
+    views = [make_view(continue_answers=model)]
+    services = make_services(dispatcher, views=views, continue_answers=server)
+    async with client_of(create_app(services)) as client:
+        body = {"model": "tiny", "messages": messages, **more}
+        response = await client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    is_chat = path.endswith("completions")
+    prompt = dispatcher.requests[0].prompt if is_chat else dispatcher.tokenized[0][1]
+    assert isinstance(prompt, ChatPrompt)
+    return prompt
+
+
+PATHS = ["/v1/chat/completions", "/tokenize", "/apply-template"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("server", "model", "more", "expected"),
+    [
+        (False, None, {}, False),
+        (True, None, {}, True),
+        (False, True, {}, True),
+        (True, False, {}, False),
+        (False, False, {"continue_final_message": True}, True),
+        (True, True, {"continue_final_message": False}, False),
+        (True, None, {"add_generation_prompt": True}, False),
+        (True, None, {"continue_final_message": None}, True),
+    ],
+)
+async def test_settings_say_whether_an_answer_is_continued_if_the_request_does_not(
+    path: str, server: bool, model: bool | None, more: dict[str, Any], expected: bool
+) -> None:
+    prompt = await prompt_with(USER, STARTED, server=server, model=model, path=path, **more)
+    assert prompt.continues_answer is expected
+    assert prompt.messages[-1].content == "1, 2,"
+
+
+@pytest.mark.parametrize("messages", [(USER,), (USER, CALLING), (USER, STARTED, USER)], ids=len)
+async def test_only_an_answer_at_the_end_is_continued_by_a_setting(
+    messages: tuple[dict[str, Any], ...],
+) -> None:
+    for path in PATHS:
+        prompt = await prompt_with(*messages, server=True, model=None, path=path)
+        assert not prompt.continues_answer
+
+
+async def test_begun_reasoning_and_formats_are_continued_by_a_setting() -> None:
+    thinking = {"role": "assistant", "content": None, "reasoning_content": "I see"}
+    prompt = await prompt_with(USER, thinking, server=True, model=None, path=PATHS[0])
+    assert prompt.continues_answer
+    assert prompt.messages[-1].reasoning == "I see"
+    begun = {"role": "assistant", "content": '{"a": 1'}
+    form = {"response_format": {"type": "json_object"}}
+    prompt = await prompt_with(USER, begun, server=True, model=None, path=PATHS[0], **form)
+    assert prompt.continues_answer
