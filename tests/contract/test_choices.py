@@ -19,7 +19,7 @@ from tests.golden import golden
 from tests.live_server import client_of, error_of, serving
 from tests.models import GOLDEN, open_variant
 
-ROWS, WAITING = 3, 40
+ROWS, WAITING = 3, 12
 OPTIONS = EngineOptions(
     max_sequences=ROWS, max_waiting=WAITING, threads=1, context_tokens=512, kv_tokens=2048
 )
@@ -72,7 +72,7 @@ def chunks_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("n", [24, ROWS + WAITING])
+@pytest.mark.parametrize("n", [8, ROWS + WAITING])
 async def test_streamed_choices_wait_for_rows_and_keep_their_index(
     dispatcher: EngineDispatcher, n: int
 ) -> None:
@@ -94,14 +94,14 @@ async def test_streamed_choices_wait_for_rows_and_keep_their_index(
 
 async def test_prompts_times_n_answer_in_order(dispatcher: EngineDispatcher) -> None:
     prompts = [f"The number {index} is" for index in range(4)]
-    body = {"model": "tiny", "prompt": prompts, "n": 8, "echo": True, "max_tokens": 2}
+    body = {"model": "tiny", "prompt": prompts, "n": 3, "echo": True, "max_tokens": 2}
     async with client_of(create_app(make_services(dispatcher))) as client:
         response = await client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
     choices = response.json()["choices"]
-    assert [choice["index"] for choice in choices] == list(range(32))
+    assert [choice["index"] for choice in choices] == list(range(12))
     for choice in choices:
-        assert choice["text"].startswith(prompts[choice["index"] // 8])
+        assert choice["text"].startswith(prompts[choice["index"] // 3])
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -115,7 +115,7 @@ async def test_more_choices_than_fit_are_refused_and_none_starts(
         response = await client.post("/v1/chat/completions", json=body)
         assert response.status_code == 429
         assert error_of(response)["code"] == "queue_full"
-        assert "at most 43" in error_of(response)["message"]
+        assert f"at most {ROWS + WAITING}" in error_of(response)["message"]
         assert int(response.headers["retry-after"]) >= 1
         # It would never fit.
         assert response.headers["x-should-retry"] == "false"
@@ -123,10 +123,10 @@ async def test_more_choices_than_fit_are_refused_and_none_starts(
         assert engine.load().running == engine.load().waiting == 0
 
         async def ask(n: int) -> httpx.Response:
-            wanted = {**CHAT, "n": n, "max_tokens": 8, "stream": stream}
+            wanted = {**CHAT, "n": n, "max_tokens": 4, "stream": stream}
             return await client.post("/v1/chat/completions", json=wanted)
 
-        both = await asyncio.gather(ask(30), ask(30))
+        both = await asyncio.gather(ask(9), ask(9))
         refused = [each for each in both if each.status_code != 200]
         assert len(refused) == 1
         assert refused[0].status_code == 429
@@ -139,7 +139,7 @@ async def test_more_choices_than_fit_are_refused_and_none_starts(
 async def test_a_client_that_leaves_ends_running_and_waiting_choices(
     dispatcher: EngineDispatcher,
 ) -> None:
-    body = {**CHAT, "n": 40, "max_tokens": 300, "stream": True, "logit_bias": {"2": -100}}
+    body = {**CHAT, "n": 14, "max_tokens": 300, "stream": True, "logit_bias": {"2": -100}}
     async with serving(create_app(make_services(dispatcher))) as port:
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
         async with httpx.AsyncClient() as client, client.stream("POST", url, json=body) as response:

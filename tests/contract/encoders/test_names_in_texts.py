@@ -86,8 +86,9 @@ async def test_names_in_a_reranked_document_are_text_in_the_models_prompt(tmp_pa
 
     torch.manual_seed(4)
     config = transformers.Qwen3Config(
-        vocab_size=1200, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size=1200, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
+        rope_theta=10_000.0,
     )  # fmt: skip
     tensors = {
         name: value.numpy() for name, value in transformers.Qwen3Model(config).state_dict().items()

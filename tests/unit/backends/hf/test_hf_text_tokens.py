@@ -1,5 +1,7 @@
 """Tests of control tokens' names in the texts of embeddings and reranking."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,12 @@ def pieces_with_normal_form() -> Any:
     return framed(tokenizer, ("<s>", "</s>"))
 
 
-ENCODERS = {
-    **{kind.__name__: lambda kind=kind: framed(kind()) for kind in KINDS},
+def framed_kind(kind: Callable[[], Any]) -> Any:
+    return framed(kind())
+
+
+ENCODERS: dict[str, Callable[[], Any]] = {
+    **{kind.__name__: partial(framed_kind, kind) for kind in KINDS},
     "word_pieces": word_pieces,
     "cased": lambda: word_pieces(lowercase=False),
     "pieces_with_normal_form": pieces_with_normal_form,
