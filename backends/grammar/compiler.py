@@ -17,6 +17,7 @@ from backends.grammar.cost import CostMeter
 from backends.grammar.gbnf import grammar_rules, quoted
 from backends.grammar.schema_limits import check_enforceable, check_literals, check_pattern
 from backends.grammar.schema_text import WHITESPACE, schema_text
+from backends.grammar.slash_escapes import SlashEscapes, SlashMatcher
 from backends.grammar.trial import GrammarTrial
 from backends.grammar.trial_worker import STACK_BYTES, parser_limits
 from backends.grammar.verdicts import Verdicts
@@ -60,6 +61,7 @@ class GrammarText:
         self._markers: list[str] = []
         self._count = 0
         self._cost = CostMeter()
+        self._has_json = self._has_other = False
 
     @staticmethod
     def quoted(text: str) -> str:
@@ -81,14 +83,20 @@ class GrammarText:
         self.define(name, body)
         return name
 
-    def json(self, schema: Mapping[str, JsonValue]) -> str:
-        """Return a rule that matches JSON valid for `schema`."""
+    def json(self, schema: Mapping[str, JsonValue], *, is_python: bool = False) -> str:
+        r"""Return a rule that matches JSON valid for `schema`.
+
+        `is_python`: it is read as Python, where `\/` is two characters.
+        """
+        self._has_json = True
+        self._has_other |= is_python
         self._cost.add_schema(dict(schema))
         return self.rule(f"%json {schema_text(schema, is_lenient=self.is_lenient)}")
 
     def user_grammar(self, grammar: str, param: str) -> str:
         """Return the rule of a user's grammar, GBNF or Lark.  Raises RequestError."""
         self._cost.is_cheap = False
+        self._has_other = True
 
         def define(name: str, body: str) -> str:
             self.define(name, body)
@@ -101,6 +109,7 @@ class GrammarText:
 
     def pattern(self, pattern: str) -> str:
         """Return a rule that matches a regex in Rust's syntax."""
+        self._has_other = True
         self._cost.add_pattern(pattern)
         return self.rule(f"/{regex_to_lark(pattern)}/")
 
@@ -129,7 +138,8 @@ class GrammarText:
         lines = [f"start: {start}", f"answer: {answer}", *self._rules]
         grammar = "\n".join(lines) + "\n"
         is_cheap = self._cost.is_cheap and len(grammar) <= _MAX_CHEAP_CHARACTERS
-        return Constraint(grammar, param, tuple(self._markers), is_cheap)
+        is_json = self._has_json and not self._has_other
+        return Constraint(grammar, param, tuple(self._markers), is_cheap, is_json)
 
 
 def output_rule(text: GrammarText, output: Output) -> tuple[str, str]:
@@ -171,8 +181,8 @@ class _Scratch:
     """Buffers for one mask at a time: masks are applied on the engine's thread only."""
 
     def __init__(self, vocabulary_size: int) -> None:
-        self.words = np.zeros((vocabulary_size + 31) // 32, np.int32)
-        self.address = self.words.ctypes.data
+        self.words = np.zeros((vocabulary_size + 31) // 32, np.uint32)
+        self.spare = np.zeros_like(self.words)
         self.addends = np.empty((self.words.nbytes, 8), np.float32)
 
 
@@ -191,6 +201,7 @@ class GrammarCompiler:
         self._tokenizer = vocabulary.tokenizer()
         self._one_token = one_token
         self._scratch = _Scratch(self._tokenizer.vocab_size)
+        self._escapes = SlashEscapes(vocabulary)
         self._trial = GrammarTrial(vocabulary)
         self._lock = threading.Lock()
         self._kept: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
@@ -223,7 +234,7 @@ class GrammarCompiler:
             if found is not None:
                 self._kept.move_to_end(key)
         if found is not None:
-            return GrammarMask(self._tokenizer, found[0].deep_copy(), self._scratch)
+            return self._mask(constraint, found[0])
         taken_bytes = _BYTES_PER_GRAMMAR + _BYTES_PER_CHARACTER * size
         if not constraint.is_cheap:
             verdict = self._verdicts.get(key, lambda: self._trial.run(text))
@@ -232,7 +243,12 @@ class GrammarCompiler:
             taken_bytes = max(taken_bytes, verdict.grown_bytes)
         matcher = self._compiled(text, constraint.param, is_background=not constraint.is_cheap)
         self._keep(key, matcher, taken_bytes)
-        return GrammarMask(self._tokenizer, matcher.deep_copy(), self._scratch)
+        return self._mask(constraint, matcher)
+
+    def _mask(self, constraint: Constraint, matcher: LLMatcher) -> "GrammarMask":
+        escapes = self._escapes if constraint.is_json else None
+        sequence = SlashMatcher(self._tokenizer, matcher.deep_copy(), escapes)
+        return GrammarMask(self._tokenizer, sequence, self._scratch)
 
     def _compiled(self, text: str, param: str, *, is_background: bool = False) -> LLMatcher:
         # llguidance recurses over nested schemas and chains of references.
@@ -304,9 +320,9 @@ class GrammarMask:
 
     is_active = True
 
-    def __init__(self, tokenizer: LLTokenizer, matcher: LLMatcher, scratch: _Scratch) -> None:
+    def __init__(self, tokenizer: LLTokenizer, sequence: SlashMatcher, scratch: _Scratch) -> None:
         self._tokenizer = tokenizer
-        self._matcher = matcher
+        self._sequence = sequence
         self._scratch = scratch
         self._failure = ""
         self._slow_s = 0.0
@@ -321,7 +337,7 @@ class GrammarMask:
         scratch = self._scratch
         started = self._clock()
         try:
-            self._matcher.unsafe_compute_mask_ptr(scratch.address, scratch.words.nbytes)
+            self._sequence.mask(scratch.words, scratch.spare)
         except BaseException as problem:
             self._give_up(problem)
             self._allow_end(logits)
@@ -340,7 +356,7 @@ class GrammarMask:
         if self._failure:
             return
         try:
-            self._matcher.consume_token(token_id)
+            self._sequence.accept(token_id)
         except BaseException as problem:
             self._give_up(problem)
 
@@ -349,8 +365,7 @@ class GrammarMask:
         if self._failure:
             return False
         try:
-            self._matcher.reset()
-            return not data or self._matcher.consume_tokens(self._tokenizer.tokenize_bytes(data))
+            return self._sequence.restart(data)
         except BaseException as problem:
             self._give_up(problem)
             return False
@@ -358,12 +373,13 @@ class GrammarMask:
     @property
     def problem(self) -> str:
         """Why the grammar can no longer be enforced; empty if it can."""
-        return self._failure or _short_message(self._matcher.get_error())
+        return self._failure or _short_message(self._sequence.matcher.get_error())
 
     @property
     def is_finished(self) -> bool:
         """Whether the grammar is satisfied."""
-        return bool(self._failure) or self._matcher.is_accepting() or self._matcher.is_stopped()
+        matcher = self._sequence.matcher
+        return bool(self._failure) or matcher.is_accepting() or matcher.is_stopped()
 
     def _note_slow(self, taken_s: float) -> None:
         if self._clock is time.perf_counter:

@@ -14,13 +14,15 @@ class Constraint:
 
     The compiler adds the rules `marker<i>` and `until<i>` of `markers`, since a marker may be a
     control token in one vocabulary and plain text in another.  A grammar that is not `is_cheap`
-    is tried in a limited child process before it is compiled.
+    is tried in a limited child process before it is compiled.  With `is_json`, slashes may be
+    written as in JSON, and nothing but JSON is bound in any other way.
     """
 
     grammar: str
     param: str
     markers: tuple[str, ...] = ()
     is_cheap: bool = True
+    is_json: bool = False
 
 
 @dataclass(frozen=True, slots=True)

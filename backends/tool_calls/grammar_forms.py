@@ -106,7 +106,7 @@ def _python_argument(text: GrammarText, tool: Tool, key: str, schema: JsonValue)
     for name in ("$defs", "definitions"):
         if name in tool.parameters:
             inner.setdefault(name, tool.parameters[name])
-    return f"{text.quoted(key + '=')} {text.json(inner)}"
+    return f"{text.quoted(key + '=')} {text.json(inner, is_python=True)}"
 
 
 def python_section(closing: str) -> Body:

@@ -334,6 +334,7 @@ def test_a_begun_call_may_be_what_the_template_writes(family: str, vocabulary: A
 
 
 ESCAPED = r"\u00e4\ud83d\ude00\u4E16\n"
+SLASHES = r"\/a\\/<\/b>\/\/"
 
 
 @pytest.mark.parametrize("is_forced", [False, True])
@@ -341,19 +342,20 @@ ESCAPED = r"\u00e4\ud83d\ude00\u4E16\n"
 def test_arguments_may_hold_any_escape(family: str, is_forced: bool, vocabulary: Any) -> None:
     read = vocabulary(family)
     raw = written(family, Answer([("edit_file", {"path": "ZZZ", "count": 3})])).lstrip("\n")
-    raw = raw.replace("ZZZ", ESCAPED)
+    escaped = ESCAPED if FAMILIES[family].is_pythonic else ESCAPED + SLASHES
+    raw = raw.replace("ZZZ", escaped)
     mask: TokenMask = begun(family, read, TOOLS)
     if is_forced:
         start = FAMILIES[family].tool_call_start if family != "harmony" else "<|channel|>"
         raw = raw[raw.index(start) :]
         mask = read.mask(call_constraint(FAMILIES[family], TOOLS))
-    at = raw.index(ESCAPED)
-    for part in (raw[:at], ESCAPED):
+    at = raw.index(escaped)
+    for part in (raw[:at], escaped):
         for token_id in read.encode(part, add_bos=False, parse_special=True):
             assert token_id in allowed(mask, read), read.token_bytes(token_id)
             mask.accept(token_id)
     ((_, arguments),) = calls_in(family, raw, TOOLS)
-    assert json.loads(arguments)["path"] in (ESCAPED, json.loads(f'"{ESCAPED}"'))
+    assert json.loads(arguments)["path"] in (escaped, json.loads(f'"{escaped}"'))
 
 
 @pytest.mark.parametrize("name", ["think", "harmony"])
