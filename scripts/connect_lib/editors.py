@@ -88,9 +88,7 @@ def _vs_code_edits(target: Target, model: Model) -> Sequence[Edit]:
             group = {"name": PROVIDER}
             data.append(group)
         group |= {"vendor": "customendpoint", "apiType": "chat-completions"}
-        # A key that was entered in VS Code is in its secret storage; the file refers to it.
-        if target.key or not str(group.get("apiKey", "")).startswith("${"):
-            group["apiKey"] = target.shown_key
+        # VS Code ignores a key in this file; one entered there is kept as a reference.
         put(group.setdefault("models", []), entry, ["id"])
 
     return [planned(_vs_code_paths()[0], partial(changed_jsonc, change=change, is_list=True))]
@@ -108,5 +106,6 @@ EDITORS: Mapping[str, Client] = {
         _vs_code_paths,
         _vs_code_edits,
         hint="In VS Code, select the model in the chat's model picker.",
+        key_hint="Enter the key in VS Code: Chat: Manage Language Models, impetus, Update API Key.",
     ),
 }

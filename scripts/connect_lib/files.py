@@ -16,6 +16,7 @@ _MARK = ".impetus-"
 # Suffix of the backup of a file that did not exist: restoring it deletes the file.
 _ABSENT = "absent"
 _KEPT = "bak"
+_BYTE_ORDER_MARK = "\ufeff"
 _SECRET = re.compile(
     r"((?:key|token|secret|password|authorization|credentials?)[\"']?\s*[:=,]\s*)[^\s,].*",
     re.IGNORECASE,
@@ -65,15 +66,21 @@ def planned(
 ) -> Edit:
     """Return the edit that `change` makes to the file.  Raises ConnectError naming the file."""
     before = read_text(path)
-    breaks = (before or "").count("\r\n")
     try:
-        if before is not None and 0 < breaks == before.count("\n"):
-            after = change(before.replace("\r\n", "\n")).replace("\n", "\r\n")
-        else:
-            after = change(before)
-        return Edit(path, before, after, holds_secrets)
+        return Edit(path, before, _changed(before, change), holds_secrets)
     except ConnectError as problem:
         raise ConnectError(f"{path} was not changed: {problem}.") from problem
+
+
+def _changed(before: str | None, change: Callable[[str | None], str]) -> str:
+    """Return the text after `change`, with Windows' line ends and byte order mark kept."""
+    if before is None:
+        return change(before)
+    text = before.removeprefix(_BYTE_ORDER_MARK)
+    mark = before[: len(before) - len(text)]
+    if 0 < text.count("\r\n") == text.count("\n"):
+        return mark + change(text.replace("\r\n", "\n")).replace("\n", "\r\n")
+    return mark + change(text)
 
 
 def preview(edit: Edit, secrets: Iterable[str]) -> str:

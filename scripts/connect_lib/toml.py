@@ -13,6 +13,8 @@ from scripts.connect_lib.problems import ConnectError
 
 _PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')"""
 _ASSIGNMENT = re.compile(rf"(\s*{_PART}(?:\s*\.\s*{_PART})*\s*=\s*)")
+# Not splitlines, which also splits at characters that may stand within strings.
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 Path: TypeAlias = tuple[str, ...]
@@ -67,7 +69,7 @@ def changed_toml(text: str | None, change: Change) -> str:
 def _statements(text: str) -> Iterator[_Statement]:
     table: Path = ()
     pending = ""
-    for line in text.splitlines(keepends=True):
+    for line in _LINE.findall(text):
         pending += line
         # No beginning of a statement of several lines is a valid statement.
         try:

@@ -126,7 +126,7 @@ def test_copilots_command_line_gets_a_provider_and_a_model(home: Path) -> None:
     )
 
 
-def test_copilot_in_vs_code_gets_a_custom_endpoint() -> None:
+def test_copilot_in_vs_code_gets_a_custom_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
     text = (
         '[\n  // mine\n  {\n    "name": "impetus",\n    "apiKey": "${input:chat.lm.secret.1}",\n'
         '    "models": [\n      { "id": "old" }\n    ]\n  }\n]\n'
@@ -142,8 +142,13 @@ def test_copilot_in_vs_code_gets_a_custom_endpoint() -> None:
     assert model["url"] == f"{URL}/chat/completions"
     assert (model["maxInputTokens"], model["maxOutputTokens"]) == (24_576, 8_192)
     assert model["toolCalling"] is True
+    # VS Code keeps keys in its secret storage and ignores one in the file.
     assert run("copilot", "--key", KEY, "--apply") == 0
-    assert parse(file.read_text()).value[0]["apiKey"] == KEY
+    assert KEY not in file.read_text()
+    file.unlink()
+    assert run("copilot", "--key", KEY, "--apply") == 0
+    assert "apiKey" not in file.read_text()
+    assert "Update API Key" in capsys.readouterr().out
 
 
 def test_zed_gets_a_provider_and_a_default_model() -> None:
@@ -253,6 +258,15 @@ def test_line_ends_of_windows_stay(client: str) -> None:
     assert after.count("\n") == after.count("\r\n") > text.count("\n")
     assert run(client, "--undo") == 0
     assert file.read_bytes().decode() == text
+
+
+@pytest.mark.parametrize("client", ["codex", "opencode", "copilot", "zed"])
+def test_a_byte_order_mark_stays(client: str) -> None:
+    text = {"codex": 'a = "x"\n', "copilot": "[]\n"}.get(client, "{}\n")
+    file = lay_down(client, f"\ufeff{text}")
+    assert run(client, "--apply") == 0
+    assert file.read_bytes().decode().count("\ufeff") == 1
+    assert file.read_bytes().decode().startswith("\ufeff")
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,12 @@ def test_what_cannot_be_edited_is_refused(text: str, reason: str) -> None:
         changed_toml(text, configure)
 
 
+def test_characters_that_only_look_like_line_ends_split_nothing() -> None:
+    text = '# a\u2028b\nmodel = "x\u0085[y]" # c\u2028[d]\n'
+    after = changed_toml(text, lambda data: data.update(model="m"))
+    assert after == '# a\u2028b\nmodel = "m" # c\u2028[d]\n'
+
+
 def test_a_text_without_a_change_stays_byte_for_byte() -> None:
     assert changed_toml("a=1  ", lambda _: None) == "a=1  "
 
