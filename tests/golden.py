@@ -37,7 +37,8 @@ _TOKENS = 32
 _SOURCES = (
     "job", "sidecars", "tensor_file", "steps/dtypes", "steps/from_gguf", "steps/gguf_config",
     "steps/gguf_tokenizer", "steps/gguf_to_mlx", "steps/hf_defaults", "steps/hf_source",
-    "steps/number_check", "steps/rotary", "steps/to_gguf", "steps/to_mlx", "steps/to_onnx",
+    "steps/number_check", "steps/onnx_builder", "steps/onnx_pieces", "steps/onnx_source",
+    "steps/rotary", "steps/to_gguf", "steps/to_mlx", "steps/to_onnx",
     "steps/to_safetensors", "steps/torch_files",
 )  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".npz", ".gguf", ".onnx")

@@ -34,6 +34,7 @@ from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit, kep
 from core.errors import ImpetusError, ModelFileMissing, RequestError, Unavailable
 from core.supervision import log_failure
 from core.types import JsonValue
+from core.units import MIB
 
 _CODE_FOLDER = Path(__file__).resolve().parents[2]
 _EXPORTERS = ("auto", "genai", "torch")
@@ -91,7 +92,7 @@ async def convert(
     route = plan(request.source.format, request.target_format, quantization)
     before = await asyncio.to_thread(fingerprint, request.source.files)
     await asyncio.to_thread(
-        require_space, request.source, request.target, quantization, len(route) - 1
+        require_space, request.source, request.target, quantization, route, request.exporter
     )
     partial = await asyncio.to_thread(PartialOutput.create, request.target)
     try:
@@ -326,4 +327,6 @@ def _environment(job: Job) -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "PYTHONWARNINGS": "ignore",
+        # glibc returns larger blocks to the system as soon as they are freed.
+        "MALLOC_MMAP_THRESHOLD_": str(MIB),
     }

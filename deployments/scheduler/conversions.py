@@ -192,7 +192,7 @@ class Conversions:
 
 def _needed_bytes(request: ConversionRequest) -> int:
     way = plan(request.source.format, request.target_format, request.quantization)
-    return needed_bytes(request.source, way, request.quantization)
+    return needed_bytes(request.source, way)
 
 
 def _seconds_left(conversion: _Conversion) -> int:

@@ -1,8 +1,5 @@
 """Converts Hugging Face safetensors to ONNX, with onnxruntime-genai or PyTorch's exporter."""
 
-import contextlib
-import runpy
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,8 @@ from catalog.convert.job import (
 )
 from catalog.convert.sidecars import copy_sidecars, remove_tokenizer
 from catalog.convert.steps.hf_defaults import complete_config
+from catalog.convert.steps.onnx_builder import run_builder
+from catalog.convert.steps.onnx_source import map_weights
 from catalog.convert.steps.rotary import limit_to_window
 from catalog.convert.support import ONNX_BUILT, onnx_reason
 from core.errors import UnsupportedCapability
@@ -34,8 +33,10 @@ def to_onnx(job: Job, report: Report) -> None:
     """
     source = link_source(job)
     exporter = _exporter(job, read_folder(source).config)
+    report(0.0, "reading the weights")
+    map_weights(job, source, in_f32=exporter == "torch")
     if exporter == "genai":
-        report(0.0, "building the graph")
+        report(0.1, "building the graph")
         make_loadable(source)
         name_class(source)
         try:
@@ -47,7 +48,7 @@ def to_onnx(job: Job, report: Report) -> None:
                 param="target_format",
             ) from error
     else:
-        report(0.0, "tracing the model")
+        report(0.1, "tracing the model")
         export_by_tracing(source, job.output, job.threads)
     _write_configs(source, job.output)
     copy_sidecars(job.folder, job.output)
@@ -118,22 +119,12 @@ def _write_configs(source: Path, output: Path) -> None:
 
 
 def _build(job: Job, source: Path) -> None:
-    """Run the builder's command line in this process, which does nothing else.
-
-    Raises NotImplementedError for architectures that it does not support.
-    """
-    arguments = [
-        "builder", "-i", str(source), "-o", str(job.output), "-e", "cpu",
+    """Run the builder.  Raises NotImplementedError for architectures that it does not support."""
+    run_builder([
+        "-i", str(source), "-o", str(job.output), "-e", "cpu",
         "-p", _PRECISIONS[job.quantization], "-c", str(job.work / "cache"),
         "--extra_options", "hf_remote=false", "hf_token=false",
-    ]  # fmt: skip
-    before = sys.argv
-    sys.argv = arguments
-    try:
-        with contextlib.suppress(SystemExit):
-            runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
-    finally:
-        sys.argv = before
+    ])  # fmt: skip
     if not (job.output / "model.onnx").is_file():
         raise UnsupportedCapability(
             "onnxruntime-genai's builder did not write a model; try the exporter torch.",

@@ -29,13 +29,15 @@ MEASURED = [
     ("safetensors", "mlx", "f32", 517, 414),
     ("safetensors", "gguf", "q4_k_m", 517, 344),
 ]
-# The same of exporters that load the whole model, with 170 million parameters in f32.
-LOADING = [
-    ("safetensors", "onnx", "f32", 680, 1290),
-    ("safetensors", "onnx", "int4", 680, 1287),
-    ("safetensors", "coreml", "mixed", 680, 1570),
+# The same of an exporter that loads the whole model, with 170 million parameters in f32.
+LOADING = [("safetensors", "coreml", "mixed", 680, 1570)]
+# Exports to ONNX of models in bf16: millions of parameters, vocabulary, width, quantization, peak.
+ONNX = [
+    (218, 4_000, 2048, "int4", 345),
+    (168, 150_000, 896, "int4", 360),
+    (168, 150_000, 896, "f32", 499),
 ]
-STREAMED = [pair for pair in _STEPS if pair[1] not in ("onnx", "coreml")]
+STREAMED = [pair for pair in _STEPS if pair[1] != "coreml"]
 
 
 def test_every_step_is_foreseen() -> None:
@@ -48,13 +50,31 @@ def test_every_step_is_foreseen() -> None:
 def test_what_was_measured_is_foreseen(
     start: str, end: str, quantization: str, source_mib: int, peak_mib: int
 ) -> None:
-    parameters = (170 if end in ("onnx", "coreml") else 135) * 10**6
+    parameters = (170 if end == "coreml" else 135) * 10**6
     details = {"vocabulary_size": 49_152, "n_embd": 576}
     info = replace(
         MODEL, format=start, parameters=parameters, size_bytes=source_mib * MIB, details=details
     )
-    needed = needed_bytes(info, plan(start, end, quantization), quantization)
+    needed = needed_bytes(info, plan(start, end, quantization))
     assert peak_mib * MIB * 0.9 <= needed <= peak_mib * MIB * 2
+
+
+@pytest.mark.parametrize(("millions", "tokens", "width", "quantization", "peak_mib"), ONNX)
+def test_what_exports_to_onnx_took_is_foreseen(
+    millions: int, tokens: int, width: int, quantization: str, peak_mib: int
+) -> None:
+    info = replace(
+        MODEL,
+        parameters=millions * 10**6,
+        size_bytes=2 * millions * 10**6,
+        context_length=512,
+        details={"vocabulary_size": tokens, "n_embd": width},
+    )
+    needed = needed_bytes(info, plan("safetensors", "onnx", quantization))
+    assert peak_mib * MIB <= needed <= 2 * peak_mib * MIB
+    # Rotary angles of all positions are made in memory.
+    longer = replace(info, context_length=2**17)
+    assert needed_bytes(longer, ("safetensors", "onnx")) > needed + 100 * MIB
 
 
 @pytest.mark.parametrize(("start", "end"), STREAMED)
@@ -63,27 +83,27 @@ def test_no_more_is_reserved_than_twice_the_file(start: str, end: str, size_byte
     # A gigabyte of GGUF has about two billion parameters, of safetensors half a billion.
     parameters = size_bytes * 2 if start == "gguf" else size_bytes // 2
     info = replace(MODEL, format=start, size_bytes=size_bytes, parameters=parameters)
-    assert needed_bytes(info, (start, end), "4bit") <= 2 * size_bytes + 600 * MIB
+    assert needed_bytes(info, (start, end)) <= 2 * size_bytes + 600 * MIB
     chain = plan("gguf", "mlx", "4bit")
-    assert needed_bytes(info, chain, "4bit") <= 2 * size_bytes + 600 * MIB
+    assert needed_bytes(info, chain) <= 2 * size_bytes + 600 * MIB
 
 
 def test_large_tensors_need_more() -> None:
     way = plan("safetensors", "mlx")
     wide = replace(MODEL, details={**MODEL.details, "n_embd": 4096})
     experts = replace(MODEL, details={**MODEL.details, "expert_count": 128})
-    assert needed_bytes(wide, way, "4bit") > needed_bytes(MODEL, way, "4bit")
-    assert needed_bytes(experts, way, "4bit") > needed_bytes(MODEL, way, "4bit")
+    assert needed_bytes(wide, way) > needed_bytes(MODEL, way)
+    assert needed_bytes(experts, way) > needed_bytes(MODEL, way)
     unknown = replace(MODEL, details={})
-    assert needed_bytes(unknown, way, "4bit") >= needed_bytes(MODEL, way, "4bit")
+    assert needed_bytes(unknown, way) >= needed_bytes(MODEL, way)
 
 
 def test_a_chain_needs_what_its_largest_step_needs() -> None:
     packed = replace(MODEL, format="gguf", size_bytes=BILLION // 2)
     chain = plan("gguf", "onnx")
     assert len(chain) > 2
-    steps = [needed_bytes(packed, pair, "int4") for pair in itertools.pairwise(chain)]
-    assert needed_bytes(packed, chain, "int4") == max(steps)
+    steps = [needed_bytes(packed, pair) for pair in itertools.pairwise(chain)]
+    assert needed_bytes(packed, chain) == max(steps)
 
 
 def test_what_a_process_holds_is_its_own() -> None:
