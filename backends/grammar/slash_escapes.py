@@ -101,7 +101,8 @@ class SlashEscapes:
 
 
 def _bits(words: NDArray[np.uint32], ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    return (words[ids >> 5] >> (ids & 31).astype(np.uint32)) & np.uint32(1) != 0
+    bits: NDArray[np.uint32] = words[ids >> 5] >> (ids & 31).astype(np.uint32)
+    return (bits & np.uint32(1)).astype(np.bool_)
 
 
 def _set(words: NDArray[np.uint32], ids: NDArray[np.int64]) -> None:

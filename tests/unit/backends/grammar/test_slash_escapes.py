@@ -37,7 +37,7 @@ def json_mask(schema: dict[str, Any] | None = None) -> GrammarMask:
 def allowed(mask: GrammarMask) -> set[bytes]:
     logits = np.zeros(END + 1, np.float32)
     mask.apply(logits)
-    return {VOCABULARY.tokens[each] for each in np.flatnonzero(np.isfinite(logits))}
+    return {VOCABULARY.tokens[int(each)] for each in np.flatnonzero(np.isfinite(logits))}
 
 
 def accepts(mask: GrammarMask, text: bytes, seed: int = 0) -> bool:

@@ -256,7 +256,7 @@ def test_a_panic_of_the_library_fails_its_own_request(read: HfTokenizer) -> None
     import numpy as np
 
     mask = read.mask(output_constraint(JsonOutput({"const": 1})))
-    mask._sequence.matcher = _Broken()
+    mask._sequence.matcher = _Broken()  # type: ignore[assignment]
     mask.accept(1)
     assert "the grammar library failed" in mask.problem
     logits = np.zeros(read.vocabulary_size, np.float32)
