@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,61 @@ class Run:
         lines = [line for line in self.output.splitlines() if line.startswith("{")]
         return [json.loads(line) for line in lines]
 
+    @property
+    def texts(self) -> list[str]:
+        """The texts of opencode's events, in order."""
+        return [event["part"]["text"] for event in self.events if event["type"] == "text"]
+
+
+def own_environment(home: Path) -> Mapping[str, str]:
+    """Return an environment without keys, proxies and settings of the person at the machine."""
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+    return {**kept, "HOME": str(home)}
+
+
+def run_command(command: tuple[str, ...], folder: Path, home: Path, **variables: str) -> Run:
+    """Run a command without a terminal and wait for its end."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**own_environment(home), **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as late:
+        said = f"{_text(late.stdout)}\n{_text(late.stderr)}"
+        name = Path(command[0]).name
+        raise AssertionError(f"{name} did not end in {LIMIT_S:g} s:\n{said[-4000:]}") from late
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def started(
+    command: tuple[str, ...], folder: Path, home: Path, **variables: str
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Start a command in a process group of its own, which does not outlive the block."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**own_environment(home), **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
 
 @dataclass(frozen=True, slots=True)
 class Agent:
@@ -46,27 +103,22 @@ class Agent:
 
     def run(self, name: str, *arguments: str, **variables: str) -> Run:
         """Run an installed command without a terminal and wait for its end."""
-        command: Sequence[str] = (str(self.node_modules / ".bin" / name), *arguments)
-        try:
-            done = subprocess.run(
-                command,
-                cwd=self.folder,
-                env={**self._environment(), **variables},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=LIMIT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as late:
-            said = f"{_text(late.stdout)}\n{_text(late.stderr)}"
-            raise AssertionError(f"{name} did not end in {LIMIT_S:g} s:\n{said[-4000:]}") from late
-        return Run(done.returncode, done.stdout, done.stderr)
+        return run_command(
+            (str(self._program(name)), *arguments), self.folder, self.home, **variables
+        )
 
-    def _environment(self) -> Mapping[str, str]:
-        """Return an environment without keys, proxies and settings of the person at the machine."""
-        kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
-        return {**kept, "HOME": str(self.home)}
+    def interrupt(
+        self, when: Callable[[], None], name: str, *arguments: str, **variables: str
+    ) -> int:
+        """Run a command, press Ctrl-C when `when` returns, and return its exit code."""
+        command = (str(self._program(name)), *arguments)
+        with started(command, self.folder, self.home, **variables) as process:
+            when()
+            process.send_signal(signal.SIGINT)
+            return process.wait(timeout=LIMIT_S)
+
+    def _program(self, name: str) -> Path:
+        return self.node_modules / ".bin" / name
 
 
 class Cline(Agent):

@@ -13,8 +13,18 @@ from backends.engine.threads import performance_cores
 from scripts.install import ROOT
 from scripts.install_clients import ClientsUnavailable, clients_folder
 from tests.e2e.agents import Cline, Continue
-from tests.e2e.scripted import PLANS_VARIABLE, Turn, write_distribution
-from tests.integration.server import Server
+from tests.e2e.record import Record
+from tests.e2e.scripted import (
+    PLANS_VARIABLE,
+    RECORD_VARIABLE,
+    SMALL,
+    SMALL_VARIABLE,
+    Turn,
+    write_distribution,
+)
+from tests.e2e.small_model import write_small_model
+from tests.e2e.terminal_agents import ClaudeCode, Codex, OpenCode, usable
+from tests.integration.server import Server, wait_until
 
 WritePlan: TypeAlias = Callable[[str, Sequence[Turn]], None]
 
@@ -37,19 +47,28 @@ def plans_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def record_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the scripted models note of every request."""
+    path = tmp_path_factory.mktemp("record") / "record.jsonl"
+    path.write_text("")
+    return path
+
+
+@pytest.fixture(scope="session")
 def server(
-    node_modules: Path,  # noqa: ARG001
-    plans_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    plans_file: Path, record_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """A server in whose environment the scripted format is an installed plug-in."""
     plugins = tmp_path_factory.mktemp("plugins")
+    small = write_small_model(tmp_path_factory.mktemp("small") / "small.gguf")
     write_distribution(plugins)
     path = os.pathsep.join([str(plugins), str(ROOT), *_python_path()])
     server = Server(tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("models"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         patch.setenv(PLANS_VARIABLE, str(plans_file))
+        patch.setenv(RECORD_VARIABLE, str(record_file))
+        patch.setenv(SMALL_VARIABLE, str(small))
         try:
             # An agent waits while its prompt is computed, so that every core is free for that.
             server.start(FORMATS="gguf,scripted-gguf", THREADS=str(performance_cores()))
@@ -74,6 +93,28 @@ def plan(plans_file: Path) -> Iterator[WritePlan]:
 
 
 @pytest.fixture
+def record(record_file: Path) -> Record:
+    """The requests with a plan that this test's client sends."""
+    record_file.write_text("")
+    return Record(record_file)
+
+
+@pytest.fixture
+def answering(server: Server) -> Callable[[], None]:
+    """Returns as soon as the small model computes an answer."""
+
+    def is_running() -> bool:
+        running = [
+            float(line.rpartition(" ")[2])
+            for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines()
+            if line.startswith("impetus_engine_running_sequences{") and SMALL in line
+        ]
+        return any(running)
+
+    return lambda: wait_until(is_running, f"{SMALL} answers", 120)
+
+
+@pytest.fixture
 def workspace(tmp_path: Path) -> Path:
     """A small project with one file to change."""
     folder = tmp_path / "project"
@@ -92,6 +133,24 @@ def cline(node_modules: Path, server: Server, tmp_path: Path, workspace: Path) -
 def continue_cli(node_modules: Path, server: Server, tmp_path: Path, workspace: Path) -> Continue:
     """Continue, not set up yet."""
     return Continue(node_modules, tmp_path / "home", workspace, f"{server.url}/v1")
+
+
+@pytest.fixture
+def codex(node_modules: Path, server: Server, tmp_path: Path, workspace: Path) -> Codex:
+    """Codex, not set up yet; skipped with the reason where it does not run."""
+    return usable(Codex(node_modules, tmp_path / "home", workspace, f"{server.url}/v1"))
+
+
+@pytest.fixture
+def opencode(node_modules: Path, server: Server, tmp_path: Path, workspace: Path) -> OpenCode:
+    """opencode, not set up yet; skipped with the reason where it does not run."""
+    return usable(OpenCode(node_modules, tmp_path / "home", workspace, f"{server.url}/v1"))
+
+
+@pytest.fixture
+def claude_code(node_modules: Path, server: Server, tmp_path: Path, workspace: Path) -> ClaudeCode:
+    """Claude Code; skipped with the reason where it does not run."""
+    return usable(ClaudeCode(node_modules, tmp_path / "home", workspace, f"{server.url}/v1"))
 
 
 @pytest.fixture

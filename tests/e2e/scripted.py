@@ -4,10 +4,11 @@ The plan is a grammar of its own beside the request's own, so prompt, sampler, m
 parsers and wire are the real ones; only a choice of words is not the model's.
 """
 
+import asyncio
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -20,6 +21,7 @@ from backends.base import (
     Backend,
     Engine,
     EngineOptions,
+    EventReceiver,
     MemoryEstimate,
     ModelInfo,
 )
@@ -29,19 +31,32 @@ from backends.grammar.constraint import Constraint, TokenMask
 from backends.prompt.prepare import Prepared, Preparer
 from core.errors import NotThisFormat
 from core.plugins import hookimpl
-from core.types import ChatPrompt, GenerationRequest
+from core.types import ChatPrompt, Finished, GenerationRequest
 from tests.starter import starter_path
 
 PLANS_VARIABLE = "SCRIPTED_PLANS"
+RECORD_VARIABLE = "SCRIPTED_RECORD"
+SMALL_VARIABLE = "SCRIPTED_SMALL_MODEL"
 MODEL = "scripted"
+# The starter's first layers, for prompts that would take the whole of it minutes.
+SMALL = "scripted-small"
 # The words are given, so the prompt may go beyond what the starter was trained for.
-CONTEXT_TOKENS = 24_576
+CONTEXT_TOKENS = {MODEL: 24_576, SMALL: 65_536}
 
 
 # What is said word for word, or the regular expression that the model's own words must match.
 Turn: TypeAlias = str | Mapping[str, str]
 Plans: TypeAlias = Mapping[str, Sequence[Turn]]
+StreamTo: TypeAlias = Callable[[GenerationRequest, EventReceiver], Coroutine[Any, Any, Finished]]
 FREE: Turn = {"regex": r"(.|\n){1,200}"}
+# Some seconds of answer, for someone to stop.
+LONG: Turn = {"regex": r"(tick ){5000}"}
+
+
+def planned_key(plans: Plans, prompt: ChatPrompt) -> str | None:
+    """Return the first key that stands in a user's message, None where none does."""
+    asked = "\n".join(message.content for message in prompt.messages if message.role == "user")
+    return next((key for key in plans if key in asked), None)
 
 
 def planned_turn(plans: Plans, prompt: ChatPrompt) -> Turn | None:
@@ -49,12 +64,11 @@ def planned_turn(plans: Plans, prompt: ChatPrompt) -> Turn | None:
 
     How many answers the conversation has tells which turn it is; after the last one it repeats.
     """
-    asked = "\n".join(message.content for message in prompt.messages if message.role == "user")
-    for key, turns in plans.items():
-        if key in asked:
-            given = sum(message.role == "assistant" for message in prompt.messages)
-            return turns[min(given, len(turns) - 1)]
-    return None
+    key = planned_key(plans, prompt)
+    if key is None:
+        return None
+    given = sum(message.role == "assistant" for message in prompt.messages)
+    return plans[key][min(given, len(plans[key]) - 1)]
 
 
 class BothMasks:
@@ -125,8 +139,43 @@ def read_plans() -> Plans:
     return plans
 
 
+def recorded(stream_to: StreamTo, read_plans: Callable[[], Plans]) -> StreamTo:
+    """Return `stream_to` that adds a line to the record for each request with a plan.
+
+    A line has the plan's key, how it ended and, unless cancelled, the tokens as the engine
+    counted them: prompt, cached, completion.
+    """
+
+    async def stream(request: GenerationRequest, receiver: EventReceiver) -> Finished:
+        prompt = request.prompt
+        key = planned_key(read_plans(), prompt) if isinstance(prompt, ChatPrompt) else None
+        try:
+            end = await stream_to(request, receiver)
+        except asyncio.CancelledError:
+            _record({"plan": key, "end": "cancelled"})
+            raise
+        usage = end.usage
+        _record(
+            {
+                "plan": key,
+                "end": end.reason,
+                "prompt": usage.prompt_tokens,
+                "cached": usage.cached_tokens,
+                "completion": usage.completion_tokens,
+            }
+        )
+        return end
+
+    return stream
+
+
+def _record(line: Mapping[str, Any]) -> None:
+    with Path(os.environ[RECORD_VARIABLE]).open("a") as record:
+        record.write(json.dumps(line) + "\n")
+
+
 class ScriptedBackend(Backend):
-    """Makes one model of the starter's weights."""
+    """Makes two models of the starter's weights."""
 
     name: ClassVar[str] = "scripted-gguf"
     starts_on_demand: ClassVar[bool] = False
@@ -143,16 +192,11 @@ class ScriptedBackend(Backend):
         raise NotThisFormat(f"{path.name}: the scripted model is built in")
 
     def built_in(self) -> tuple[ModelInfo, ...]:
-        """Return the one model; its weights are found when it is opened."""
+        """Return the models; their weights are found when they are opened."""
         info = self._gguf.identify(starter_path())
-        return (
-            replace(
-                info,
-                format=self.name,
-                name=MODEL,
-                files=(),
-                context_length=CONTEXT_TOKENS,
-            ),
+        return tuple(
+            replace(info, format=self.name, name=name, files=(), context_length=tokens)
+            for name, tokens in CONTEXT_TOKENS.items()
         )
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
@@ -166,11 +210,13 @@ class ScriptedBackend(Backend):
         inner = engine._preparer
         scripted = ScriptedPreparer(inner, inner._tokenizer.mask, read_plans)
         engine._preparer = scripted  # type: ignore[assignment]
+        setattr(engine, "stream_to", recorded(engine.stream_to, read_plans))  # noqa: B010
         return engine
 
     @staticmethod
     def _weights(info: ModelInfo) -> ModelInfo:
-        return replace(info, files=(starter_path(),))
+        small = Path(os.environ[SMALL_VARIABLE])
+        return replace(info, files=(small if info.name == SMALL else starter_path(),))
 
 
 class Plugin:

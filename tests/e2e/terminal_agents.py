@@ -1,0 +1,176 @@
+"""Agents that are native programs: Codex, opencode and Claude Code."""
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import pytest
+
+from tests.e2e.agents import Agent, Run
+
+# Their prompts and a few turns fit into it.
+CONTEXT_TOKENS = 60_000
+OUTPUT_TOKENS = 16_000
+_SYSTEMS = {"linux": "linux", "darwin": "darwin"}
+_MACHINES = {"x86_64": "x64", "AMD64": "x64", "arm64": "arm64", "aarch64": "arm64"}
+
+Native = TypeVar("Native", bound="NativeAgent")
+
+
+def platform_name() -> str:
+    """Return this platform as npm's packages are named: system and processor."""
+    machine = platform.machine()
+    return f"{_SYSTEMS.get(sys.platform, sys.platform)}-{_MACHINES.get(machine, machine)}"
+
+
+class NativeAgent(Agent):
+    """An agent whose program is in a package of its own for each platform."""
+
+    def package(self) -> Path:
+        """Return the folder of this platform's package, which may be absent."""
+        raise NotImplementedError
+
+
+def usable(agent: Native) -> Native:
+    """Return the agent; the test is skipped where its package is not installed."""
+    if not agent.package().is_dir():
+        pytest.skip(f"{agent.package().name}: no package of this name for {platform_name()}")
+    return agent
+
+
+class Codex(NativeAgent):
+    """Codex's command line over the Responses API, with the tools that it has by default."""
+
+    def package(self) -> Path:
+        """Return the folder of its program."""
+        return self.node_modules / "@openai" / f"codex-{platform_name()}"
+
+    def configure(self, model: str) -> None:
+        """Write its config.toml; requests to OpenAI's own services are off."""
+        settings = self.home / ".codex" / "config.toml"
+        settings.parent.mkdir(parents=True)
+        settings.write_text(
+            f'model = "{model}"\nmodel_provider = "local"\n'
+            f"model_context_window = {CONTEXT_TOKENS}\n"
+            'approval_policy = "never"\nsandbox_mode = "danger-full-access"\n'
+            "check_for_update_on_startup = false\n"
+            "[analytics]\nenabled = false\n[feedback]\nenabled = false\n"
+            '[model_providers.local]\nname = "local"\nwire_api = "responses"\n'
+            f'base_url = "{self.base_url}"\n'
+        )
+
+    def work(self, task: str) -> Run:
+        """Give it a task."""
+        return self.run("codex", "exec", *self._OPTIONS, task)
+
+    def resume(self, task: str) -> Run:
+        """Give the last session another task, in a new process."""
+        return self.run("codex", "exec", "resume", "--last", *self._OPTIONS, task)
+
+    def stop_during(self, when: Callable[[], None], task: str) -> int:
+        """Give it a task and press Ctrl-C when `when` returns; returns the exit code."""
+        return self.interrupt(when, "codex", "exec", *self._OPTIONS, task)
+
+    _OPTIONS = ("--json", "--skip-git-repo-check")
+
+
+class OpenCode(NativeAgent):
+    """opencode's command line over chat completions."""
+
+    def package(self) -> Path:
+        """Return the folder of its program; the baseline build runs on every such processor."""
+        return self.node_modules / f"opencode-{platform_name()}-baseline"
+
+    def configure(self, model: str) -> None:
+        """Write its opencode.json; updates, shares and downloads are off."""
+        limit = {"context": CONTEXT_TOKENS, "output": OUTPUT_TOKENS}
+        provider = {
+            "npm": "@ai-sdk/openai-compatible",
+            "name": "Local",
+            "options": {"baseURL": self.base_url, "apiKey": "any"},
+            "models": {model: {"name": model, "limit": limit}},
+        }
+        settings = {
+            "provider": {"local": provider},
+            "model": f"local/{model}",
+            "small_model": f"local/{model}",
+            "autoupdate": False,
+            "share": "disabled",
+        }
+        file = self.home / ".config" / "opencode" / "opencode.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(settings))
+
+    def work(self, task: str) -> Run:
+        """Give it a task."""
+        return self.run("opencode", *self._RUN, "--title", "Task", task, **self._OFF)
+
+    def resume(self, task: str) -> Run:
+        """Give the last session another task, in a new process."""
+        return self.run("opencode", *self._RUN, "--continue", task, **self._OFF)
+
+    def stop_during(self, when: Callable[[], None], task: str) -> int:
+        """Give it a task and press Ctrl-C when `when` returns; returns the exit code."""
+        return self.interrupt(when, "opencode", *self._RUN, "--title", "Task", task, **self._OFF)
+
+    def _program(self, name: str) -> Path:
+        return self.package() / "bin" / name
+
+    _RUN = ("run", "--format", "json", "--auto")
+    _OFF: ClassVar[Mapping[str, str]] = {
+        "OPENCODE_DISABLE_AUTOUPDATE": "1",
+        "OPENCODE_DISABLE_MODELS_FETCH": "1",
+        "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
+        "OPENCODE_DISABLE_DEFAULT_PLUGINS": "1",
+    }
+
+
+class ClaudeCode(NativeAgent):
+    """Claude Code's command line over the Messages API."""
+
+    def package(self) -> Path:
+        """Return the folder of its program."""
+        return self.node_modules / "@anthropic-ai" / f"claude-code-{platform_name()}"
+
+    def work(self, model: str, task: str) -> Run:
+        """Give it a task."""
+        return self.run("claude", *self._OPTIONS, task, **self._variables(model))
+
+    def resume(self, model: str, task: str) -> Run:
+        """Give the last session another task, in a new process."""
+        return self.run("claude", "--continue", *self._OPTIONS, task, **self._variables(model))
+
+    def stop_during(self, when: Callable[[], None], model: str, task: str) -> int:
+        """Give it a task and press Ctrl-C when `when` returns; returns the exit code."""
+        return self.interrupt(when, "claude", *self._OPTIONS, task, **self._variables(model))
+
+    def _program(self, name: str) -> Path:
+        return self.package() / name
+
+    def _variables(self, model: str) -> dict[str, str]:
+        return {
+            "ANTHROPIC_BASE_URL": self.base_url.removesuffix("/v1"),
+            "ANTHROPIC_AUTH_TOKEN": "any",
+            "ANTHROPIC_MODEL": model,
+            "ANTHROPIC_DEFAULT_HAIKU_MODEL": model,
+            "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(CONTEXT_TOKENS),
+            "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(OUTPUT_TOKENS),
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+            "DISABLE_AUTOUPDATER": "1",
+            "DISABLE_TELEMETRY": "1",
+            "DISABLE_ERROR_REPORTING": "1",
+        }
+
+    _OPTIONS = (
+        *("--print", "--verbose", "--output-format", "stream-json"),
+        *("--allowed-tools=Read,Edit,Write", "--"),
+    )
+
+
+def items(run: Run, kind: str) -> list[dict[str, Any]]:
+    """Return the items of a kind that Codex's run completed."""
+    done = [event["item"] for event in run.events if event["type"] == "item.completed"]
+    return [item for item in done if item["type"] == kind]

@@ -1,0 +1,67 @@
+"""Codex edits a file, goes on in a new process and is stopped, with its own defaults."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tests.e2e.conftest import WritePlan
+from tests.e2e.plans import tagged
+from tests.e2e.record import Record
+from tests.e2e.scripted import LONG, SMALL
+from tests.e2e.terminal_agents import Codex, items
+
+TASK = "greet the world"
+
+
+def test_codex_edits_a_file_and_goes_on_in_a_new_process(
+    codex: Codex,
+    plan: WritePlan,
+    workspace: Path,
+    record: Record,
+    answered: Callable[[], Mapping[str, int]],
+) -> None:
+    file = workspace / "greet.py"
+    plan(
+        TASK,
+        [
+            "I read it first.\n" + tagged("exec_command", cmd="cat greet.py"),
+            tagged("exec_command", cmd="sed -i.bak 's/hello/grüße, \"世界\"/' greet.py"),
+            "The function greets the world now.",
+            tagged("exec_command", cmd="cat greet.py > copy.py"),
+            "It is copied.",
+        ],
+    )
+    codex.configure(SMALL)
+    done = codex.work(f"Make greet.py {TASK}.")
+    assert done.code == 0, done
+    assert file.read_text() == 'def greet():\n    return "grüße, "世界""\n'
+    read, changed = items(done, "command_execution")
+    assert 'return "hello"' in read["aggregated_output"]
+    assert changed["exit_code"] == 0
+    assert items(done, "agent_message")[-1]["text"] == "The function greets the world now."
+    (usage,) = [event["usage"] for event in done.events if event["type"] == "turn.completed"]
+    prompts = record.answers(TASK)
+    assert usage["input_tokens"] == sum(answer.prompt for answer in prompts)
+    assert usage["cached_input_tokens"] == sum(answer.cached for answer in prompts)
+
+    resumed = codex.resume("Copy it to copy.py.")
+    assert resumed.code == 0, resumed
+    assert (workspace / "copy.py").read_text() == file.read_text()
+    assert items(resumed, "agent_message")[-1]["text"] == "It is copied."
+    threads = [
+        event["thread_id"]
+        for run in (done, resumed)
+        for event in run.events
+        if event["type"] == "thread.started"
+    ]
+    assert threads[0] == threads[1]
+    record.check_reuse(TASK, 5)
+    assert set(answered()) == {"200"}
+
+
+def test_codex_is_stopped(
+    codex: Codex, plan: WritePlan, record: Record, answering: Callable[[], None]
+) -> None:
+    plan("count", [LONG])
+    codex.configure(SMALL)
+    assert codex.stop_during(answering, "Please count for a while.") != 0
+    record.wait_until_cancelled("count")
