@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -11,7 +12,7 @@ import pytest
 
 from backends.engine.threads import performance_cores
 from scripts.install import ROOT
-from scripts.install_clients import ClientsUnavailable, clients_folder
+from scripts.install_clients import ClientsUnavailable, clients_folder, python_client
 from tests.e2e.agents import Cline, Continue
 from tests.e2e.record import Record
 from tests.e2e.scripted import (
@@ -22,11 +23,13 @@ from tests.e2e.scripted import (
     Turn,
     write_distribution,
 )
+from tests.e2e.sdk import SCRIPTS, Sdk, beside_packages
 from tests.e2e.small_model import write_small_model
 from tests.e2e.terminal_agents import ClaudeCode, Codex, OpenCode, usable
 from tests.integration.server import Server, wait_until
 
 WritePlan: TypeAlias = Callable[[str, Sequence[Turn]], None]
+MakeSdk: TypeAlias = Callable[..., Sdk]
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +154,26 @@ def opencode(node_modules: Path, server: Server, tmp_path: Path, workspace: Path
 def claude_code(node_modules: Path, server: Server, tmp_path: Path, workspace: Path) -> ClaudeCode:
     """Claude Code; skipped with the reason where it does not run."""
     return usable(ClaudeCode(node_modules, tmp_path / "home", workspace, f"{server.url}/v1"))
+
+
+@pytest.fixture
+def sdk(server: Server, tmp_path: Path, workspace: Path) -> MakeSdk:
+    """Makes a Python client of a script's name and its environment's."""
+
+    def make(script: str, environment: str = "python") -> Sdk:
+        python = python_client(environment)
+        return Sdk(python, SCRIPTS / script, tmp_path / "home", workspace, f"{server.url}/v1")
+
+    return make
+
+
+@pytest.fixture
+def ai_sdk(node_modules: Path, server: Server, tmp_path: Path, workspace: Path) -> Sdk:
+    """The AI SDK."""
+    node = shutil.which("node")
+    assert node is not None
+    script = beside_packages(SCRIPTS / "run_ai_sdk.mjs", node_modules, tmp_path / "script")
+    return Sdk(Path(node), script, tmp_path / "home", workspace, f"{server.url}/v1")
 
 
 @pytest.fixture
