@@ -1,7 +1,8 @@
 """`POST /v1/completions`: request, handler, whole answers and streamed chunks."""
 
 import json
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import math
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar
 
 from openai.types import Completion
@@ -40,9 +41,8 @@ from router.requests.fields import (
     NoLimit,
     WholeNumber,
     parse_inputs,
-    refuse_unless_off,
 )
-from router.requests.limits import MAX_INT32
+from router.requests.limits import MAX_INT32, MAX_N
 from router.requests.output_format import OutputFields
 from router.requests.priority import request_priority
 from router.v1.chunks import ChunkFormatter
@@ -68,29 +68,45 @@ class CompletionRequest(OutputFields):
     suffix: str | None = None
     echo: bool | None = None
     logprobs: LogprobCount | None = None
-    best_of: Annotated[int, WholeNumber] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_N), WholeNumber] | None = None
 
     def refuse_unsupported(self) -> None:
         """Also refuse fields that contradict each other, and too many sequences."""
         super().refuse_unsupported()
-        if self.best_of is not None:
-            refuse_unless_off("best_of", self.best_of, (self.n or 1,))
-        count = len(self.prompt) * (self.n or 1)
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise RequestError(
+                f"best_of: {self.best_of} must be n or more, which is {self.n}", param="best_of"
+            )
+        if self.chooses and self.stream:
+            raise RequestError(
+                "best_of: over n, it cannot be streamed; leave stream out", param="best_of"
+            )
+        count = len(self.prompt) * self.candidates
         if count > MAX_PROMPTS:
             raise RequestError(
-                f"prompt: {count} sequences (prompts times n) were requested; at most "
+                f"prompt: {count} sequences (prompts times n or best_of) were requested; at most "
                 f"{MAX_PROMPTS} are accepted",
                 param="prompt",
-            )
-        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
-            raise RequestError(
-                "max_tokens: 0 is only allowed with echo: true or prompt_logprobs",
-                param="max_tokens",
             )
         if self.suffix and self.echo:
             raise RequestError("suffix: cannot be combined with echo; send one", param="suffix")
         if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
             raise RequestError("suffix: needs the prompt as text, not as token ids", param="suffix")
+
+    @property
+    def candidates(self) -> int:
+        """How many sequences are generated for each prompt."""
+        return self.best_of or self.n or 1
+
+    @property
+    def chooses(self) -> bool:
+        """Whether only the likeliest of the sequences are returned."""
+        return self.candidates > (self.n or 1)
+
+    @property
+    def generated_alternatives(self) -> int | None:
+        """How many alternatives are computed for each generated token, None for no logprobs."""
+        return 0 if self.logprobs is None and self.chooses else self.logprobs
 
     @property
     def echoes_logprobs(self) -> bool:
@@ -127,7 +143,7 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
         limit_s = context.services.settings.request_timeout_s
         requests = _requests(body, output, rules, answer_id, view.id, limit_s, priority)
         headers = context.ignored.report(ignored)
-        generation = Generation(context, view, requests, body.n or 1, headers)
+        generation = Generation(context, view, requests, body.candidates, headers)
         if body.stream:
             return EventStream(generation, CompletionChunks(generation, answer_id, body))
         choices = await generation.collect(request.receive)
@@ -135,7 +151,9 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
             return client_closed_response()
         completion = {
             **_base(generation, answer_id),
-            "choices": [_choice(index, events, body) for index, events in enumerate(choices)],
+            "choices": [
+                _choice(index, events, body) for index, events in enumerate(_chosen(choices, body))
+            ],
             "usage": generation.usage(),
         }
         if body.timings_per_token:
@@ -162,7 +180,7 @@ def _requests(
     deadline_s: float,
     priority: Priority,
 ) -> tuple[GenerationRequest, ...]:
-    n = body.n or 1
+    n = body.candidates
     count = n * len(body.prompt)
     return tuple(
         GenerationRequest(
@@ -170,7 +188,7 @@ def _requests(
             model_id=model_id,
             prompt=_prompt(prompt, body.suffix),
             sampling=body.sampling(
-                top_logprobs=body.logprobs,
+                top_logprobs=body.generated_alternatives,
                 prompt_logprobs=body.scored_alternatives,
                 index=index,
             ),
@@ -237,6 +255,33 @@ def _encoded(completion: dict[str, Any], body: CompletionRequest) -> str:
     for choice, logprobs in zip(valid["choices"], columns, strict=True):
         choice["logprobs"] = logprobs
     return json.dumps(valid, ensure_ascii=False, separators=(",", ":"))
+
+
+def _chosen(
+    choices: Sequence[Sequence[GenerationEvent]], body: CompletionRequest
+) -> Iterator[Sequence[GenerationEvent]]:
+    """Yield `n` choices of each prompt: the likeliest by the mean of their log-probabilities.
+
+    Source: OpenAI's API reference, completions, `best_of`.
+    """
+    count = body.candidates
+    for first in range(0, len(choices), count):
+        of_prompt = choices[first : first + count]
+        if body.chooses:
+            of_prompt = sorted(of_prompt, key=_likelihood, reverse=True)[: body.n or 1]
+        yield from of_prompt
+
+
+def _likelihood(events: Sequence[GenerationEvent]) -> float:
+    """Return the mean log-probability of an answer's tokens; 0 for an answer without any."""
+    logprobs = [
+        token.logprob
+        for event in events
+        if isinstance(event, TextDelta)
+        for token in event.logprobs
+        if not math.isnan(token.logprob)
+    ]
+    return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
 
 def _choice(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from backends.echo import ByteTokenizer, echo_info
+from backends.echo import END_TOKEN, ByteTokenizer, echo_info
 from backends.prompt.chat_format import ChatFormat
 from backends.prompt.infill import InfillTokens
 from backends.prompt.prepare import Preparer
@@ -98,3 +98,19 @@ def test_what_a_template_drops_need_not_fit(messages: tuple[ChatMessage, ...]) -
     prepared = preparer.prepare(GenerationRequest("r", "echo", ChatPrompt(messages)))
     assert bytes(prepared.prompt) == b"b"
     preparer.close()
+
+
+class EndingTokenizer(ByteTokenizer):
+    """Knows the tokens that end an answer."""
+
+    end_ids = frozenset({END_TOKEN, 300})
+
+
+def test_empty_prompt_begins_after_the_end_of_another_text() -> None:
+    chat = ChatFormat(None, "", "")
+    preparer = Preparer(echo_info(), EndingTokenizer(), chat, context_tokens=256)
+    assert preparer.prepare(GenerationRequest("r", "echo", TextPrompt(""))).prompt == (END_TOKEN,)
+    assert preparer.prepare(GenerationRequest("r", "echo", TextPrompt("a"))).prompt == (ord("a"),)
+    unknown = Preparer(echo_info(), ByteTokenizer(), chat, context_tokens=256)
+    with pytest.raises(RequestError, match="The prompt is empty"):
+        unknown.prepare(GenerationRequest("r", "echo", TextPrompt("")))

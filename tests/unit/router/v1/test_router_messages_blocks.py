@@ -276,3 +276,29 @@ async def test_tools_of_anthropic_are_left_out_and_named() -> None:
     for tool_choice in ({"type": "tool", "name": "web_search"}, {"type": "any"}):
         with pytest.raises(AssertionError, match="web_search_20250305"):
             await sent(hi, tools=tools[:1], tool_choice=tool_choice)
+
+
+@pytest.mark.parametrize(("clear_at", "texts"), [
+    (None, ["hi", "Briefly.", "x", "on"]),
+    ("never", ["hi", "Briefly.", "x", "on"]),
+    ("next_user_message", ["hi", "x", "on"]),
+])  # fmt: skip
+async def test_system_message_is_shown_as_long_as_it_says(
+    clear_at: str | None, texts: list[str]
+) -> None:
+    user = {"role": "user", "content": "hi"}
+    system = {"role": "system", "content": "Briefly.", "clear_at": clear_at}
+    history = [user, system, {"role": "assistant", "content": "x"}, {**user, "content": "on"}]
+    prompt, _ = await sent(history)
+    assert [message.content for message in prompt.messages] == texts
+    now, _ = await sent(history[:2])
+    assert [message.content for message in now.messages] == ["hi", "Briefly."]
+
+
+async def test_system_message_may_have_nothing_to_show() -> None:
+    hi = {"role": "user", "content": "hi"}
+    prompt, ignored = await sent([hi, {"role": "system", "output_config": {"effort": "low"}}])
+    assert prompt.messages == (ChatMessage("user", "hi"),)
+    assert ignored == {"messages.output_config"}
+    with pytest.raises(AssertionError, match="content: required"):
+        await sent([{"role": "user"}])
