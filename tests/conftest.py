@@ -23,6 +23,7 @@ _SERVERS = {
             "rerank",
             "resume",
             "scheduler_down",
+            "sdk_types",
             "turn_sharing",
         ),
         "shared server",
