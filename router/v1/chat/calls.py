@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from core.types import FinishReason, GenerationEvent, JsonValue, ToolCallDelta
-from router.requests.custom_input import to_custom_input
+from router.requests.custom_input import CustomInput, to_custom_input
 from router.v1.chat.request import ChatRequest
 
 
@@ -40,27 +40,49 @@ class CallForm:
 
 
 @dataclass(slots=True)
-class CallChunks:
-    """Turns one choice's call events into deltas.
+class _CustomCall:
+    """The call of a custom tool that is being written; `sent` counts its text's characters."""
 
-    The text of a custom tool is known once the arguments around it are complete, so its call is
-    one delta, sent with the next event of another kind.
+    index: int
+    arguments: list[str] = field(default_factory=list)
+    text: CustomInput = field(default_factory=CustomInput)
+    sent: int = 0
+
+
+@dataclass(slots=True)
+class CallChunks:
+    """Turns one choice's call events into deltas; the text of a custom tool comes as it is written.
+
+    What of a text is only known once its arguments are complete comes with the next event.
     """
 
     form: CallForm
-    _held: list[ToolCallDelta] = field(default_factory=list)
+    _custom: _CustomCall | None = None
     _first: int | None = None
 
     def deltas(self, event: GenerationEvent) -> Iterator[dict[str, JsonValue]]:
         """Yield the deltas of calls before or in `event`."""
-        if not isinstance(event, ToolCallDelta):
-            if self._held:
-                yield self._released()
-            return
-        if self._held and event.index != self._held[0].index:
-            yield self._released()
-        if self._held or event.name in self.form.custom_names:
-            self._held.append(event)
+        custom = self._custom
+        index = event.index if isinstance(event, ToolCallDelta) else None
+        if custom is not None and index != custom.index:
+            yield from self._finished(custom)
+        if isinstance(event, ToolCallDelta):
+            yield from self._call(event)
+
+    def _call(self, event: ToolCallDelta) -> Iterator[dict[str, JsonValue]]:
+        if self._custom is None and event.name in self.form.custom_names:
+            self._custom = _CustomCall(event.index)
+            custom: JsonValue = {"name": event.name, "input": ""}
+            begun: JsonValue = {
+                "index": event.index,
+                "id": event.id or "",
+                "type": "custom",
+                "custom": custom,
+            }
+            yield {"tool_calls": [begun]}
+        if self._custom is not None:
+            self._custom.arguments.append(event.arguments)
+            yield from _text_delta(self._custom, self._custom.text.push(event.arguments))
         elif self.form.is_older:
             self._first = event.index if self._first is None else self._first
             if event.index == self._first:
@@ -68,15 +90,16 @@ class CallChunks:
         else:
             yield {"tool_calls": [_call_delta(event)]}
 
-    def _released(self) -> dict[str, JsonValue]:
-        held, self._held = self._held, []
-        call: dict[str, JsonValue] = {
-            "index": held[0].index,
-            "id": held[0].id or "",
-            "type": "custom",
-            "custom": _custom(held),
-        }
-        return {"tool_calls": [call]}
+    def _finished(self, call: _CustomCall) -> Iterator[dict[str, JsonValue]]:
+        self._custom = None
+        whole = to_custom_input("".join(call.arguments))
+        yield from _text_delta(call, whole[call.sent :])
+
+
+def _text_delta(call: _CustomCall, text: str) -> Iterator[dict[str, JsonValue]]:
+    call.sent += len(text)
+    if text:
+        yield {"tool_calls": [{"index": call.index, "custom": {"input": text}}]}
 
 
 def _name(deltas: Iterable[ToolCallDelta]) -> str:
