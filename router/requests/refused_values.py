@@ -10,7 +10,6 @@ _MODERATION = "it needs OpenAI's moderation models"
 
 # Fields that are refused, with the reason as part of a sentence.
 REASONS: Mapping[str, str] = {
-    "compaction": "a conversation is not summarized here; its client can ask for a summary",
     "conversation": "it names an object that is stored at OpenAI",
     "modalities": "no model here writes more than text",
     "moderation": _MODERATION,

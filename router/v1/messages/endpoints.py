@@ -19,6 +19,12 @@ from router.requests.priority import request_priority
 from router.requests.reasoning import for_model, unused_effort
 from router.v1.messages import answer
 from router.v1.messages.blocks import BlockReader
+from router.v1.messages.compaction import (
+    compaction_block,
+    compaction_ending,
+    summarizing,
+    summary_events,
+)
 from router.v1.messages.prompt import read_thread, thread_prompt, with_answer
 from router.v1.messages.request import MessagesPromptRequest, MessagesRequest
 from router.v1.messages.stream import MessageEvents
@@ -46,21 +52,24 @@ def messages_endpoint(
         record = record_of(request.scope)
         view = await context.model(body.model, Capability.CHAT, record)
         message_id = f"msg_{record.suffix}"
+        prompt, compaction = converted.prompt, body.compaction
+        if compaction is not None:
+            prompt = summarizing(prompt, compaction.instructions)
         generation_request = GenerationRequest(
             id=message_id,
             model_id=view.id,
-            prompt=for_model(converted.prompt, view),
+            prompt=for_model(prompt, view),
             sampling=body.sampling,
             max_tokens=max(body.max_tokens, 1),
             stop=body.stop_sequences,
-            output=converted.output,
+            output=None if compaction is not None else converted.output,
             deadline_s=context.services.settings.request_timeout_s,
             priority=request_priority(request, None, view),
         )
 
         def keep(parts: Sequence[Part]) -> None:
             """Keep the conversation with its answer, if the client asked for that."""
-            if body.thread is not None:
+            if body.thread is not None and compaction is None:
                 blocks = (answer.block(part, hides_thinking=False) for part in parts)
                 whole = with_answer(converted.thread, blocks)
                 threads.put(message_id, whole, body.previous_message_id)
@@ -78,16 +87,17 @@ def messages_endpoint(
         events = choices[0]
         if body.only_warms:
             events = [event for each in events if (event := answer.warmed(each)) is not None]
+        if compaction is not None:
+            events = summary_events(events)
         parts = assembler.push_all(events)
         assert assembler.finished is not None
         keep(parts)
-        message = answer.message(
-            message_id,
-            view.id,
-            [answer.block(part, hides_thinking=body.hides_thinking) for part in parts],
-            answer.usage(assembler.finished.usage),
-            answer.ending(assembler.finished, body.stop_sequences),
-        )
+        blocks = [answer.block(part, hides_thinking=body.hides_thinking) for part in parts]
+        ending = answer.ending(assembler.finished, body.stop_sequences)
+        if compaction is not None:
+            blocks, ending = [compaction_block(parts)], compaction_ending(ending)
+        usage = answer.usage(assembler.finished.usage)
+        message = answer.message(message_id, view.id, blocks, usage, ending)
         return Response(
             to_json(message), media_type="application/json", headers=generation.answer_headers()
         )

@@ -127,6 +127,13 @@ class ThreadField(RequestPart):
     previous_message_id: str | None = None
 
 
+class Compaction(RequestPart):
+    """Asks for a summary of the conversation instead of an answer."""
+
+    type: Literal["summarize"]
+    instructions: str | None = None
+
+
 class OutputConfig(RequestPart):
     """Effort and format of the answer."""
 
@@ -140,7 +147,6 @@ class MessagesPromptRequest(RequestBody):
     unsupported: ClassVar = {
         "chat_template": (),
         "chat_template_kwargs": ({},),
-        "compaction": (),
         "prefill": (),
     }
     harmless: ClassVar = frozenset({"cache_control", "inference_geo", "metadata", "service_tier"})
@@ -153,6 +159,8 @@ class MessagesPromptRequest(RequestBody):
     output_config: OutputConfig | None = None
     output_format: FlatFormat | None = None
     thread: ThreadField | None = None
+    # Counts are of the conversation as it is sent.
+    compaction: Compaction | None = None
 
     @property
     def previous_message_id(self) -> str | None:

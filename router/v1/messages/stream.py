@@ -12,6 +12,7 @@ from router.answers.valid_events import TaggedEvent
 from router.context import RequestRecord
 from router.http.errors import anthropic_error_body
 from router.v1.messages import answer
+from router.v1.messages.compaction import compaction_block, compaction_ending, is_of_summary
 from router.v1.messages.request import MessagesRequest
 
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
@@ -33,6 +34,7 @@ class MessageEvents(StreamFormatter):
         super().__init__(generation)
         self._keep = keep
         self._only_warms = body.only_warms
+        self._compacts = body.compaction is not None
         self._message_id = message_id
         self._stop_sequences = body.stop_sequences
         self._hides_thinking = body.hides_thinking
@@ -61,7 +63,12 @@ class MessageEvents(StreamFormatter):
         for index, given in events:
             event = answer.warmed(given) if self._only_warms else given
             part = self._assembler.current
-            if type(event) is TextDelta and part is not None and part.kind == "text":
+            if self._compacts and event is not None and not is_of_summary(event):
+                continue
+            if self._compacts and type(event) is TextDelta:
+                # Clients replace a summary by each delta, so it is sent whole.
+                self._assembler.push(event)
+            elif type(event) is TextDelta and part is not None and part.kind == "text":
                 if event.text:
                     texts.append(f"{self._text_head}{_dumps(event.text)}}}}}\n\n")
             elif event is None:
@@ -71,7 +78,9 @@ class MessageEvents(StreamFormatter):
             else:
                 if isinstance(given, Finished):
                     self._generation.note_finished(index, given)
-                texts.extend(map(self._step_text, self._assembler.push(event)))
+                steps = self._assembler.push(event)
+                if not self._compacts:
+                    texts.extend(map(self._step_text, steps))
         return "".join(texts)
 
     def closing(self) -> str:
@@ -79,11 +88,26 @@ class MessageEvents(StreamFormatter):
         finished = self._assembler.finished
         assert finished is not None
         self._keep(self._assembler.parts)
-        delta: JsonValue = answer.ending(finished, self._stop_sequences)
+        ending = answer.ending(finished, self._stop_sequences)
+        summary = ""
+        if self._compacts:
+            ending, summary = compaction_ending(ending), self._summary()
+        delta: JsonValue = ending
         usage = answer.usage(finished.usage)
-        return _event({"type": "message_delta", "delta": delta, "usage": usage}) + _event(
-            {"type": "message_stop"}
-        )
+        end = _event({"type": "message_delta", "delta": delta, "usage": usage})
+        return summary + end + _event({"type": "message_stop"})
+
+    def _summary(self) -> str:
+        """Return the one block of a summary."""
+        block = compaction_block(self._assembler.parts)
+        begun: JsonValue = {**block, "content": None}
+        start: dict[str, JsonValue] = {
+            "type": "content_block_start",
+            "index": 0,
+            "content_block": begun,
+        }
+        delta: JsonValue = {"type": "compaction_delta", "content": block["content"]}
+        return _event(start) + _delta(0, delta) + _event({"type": "content_block_stop", "index": 0})
 
     def failing(self, error: ImpetusError, record: RequestRecord) -> str:
         """Return the error as the last event."""

@@ -187,8 +187,11 @@ OPTIONS: dict[str, Sequence[dict[str, Any]]] = {
         {"thinking": {"type": "adaptive", "display": "omitted"}, "stop_sequences": ["x"]},
         {"max_tokens": 0, "system": [{"type": "text", "text": "Be brief."}]},
     ),
-    "beta": ({"thread": {"type": "create"}, "tools": MESSAGE_TOOLS}, {"output_format": {
-        "type": "json_schema", "schema": SCHEMA}}),
+    "beta": (
+        {"thread": {"type": "create"}, "tools": MESSAGE_TOOLS},
+        {"output_format": {"type": "json_schema", "schema": SCHEMA}},
+        {"compaction": {"type": "summarize"}, "tools": MESSAGE_TOOLS},
+    ),
 }  # fmt: skip
 
 

@@ -268,7 +268,7 @@ async def test_whole_tool_input_is_an_object_whatever_the_model_wrote_i10(
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens", "required"),
         ({"thinking": {"type": "enabled", "budget_tokens": 100}}, "thinking.budget_tokens", "less"),
         ({"thinking": {"type": "disabled", "budget_tokens": 5}}, "thinking.budget_tokens", "only"),
-        ({"compaction": {"type": "summarize"}}, "compaction", "not supported"),
+        ({"compaction": {"type": "forget"}}, "compaction.type", "summarize"),
         ({"output_format": {"type": "json_schema", "schema": {}},
           "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
          "output_format", "differs"),
