@@ -25,7 +25,7 @@ class _StepMemory:
     """Peak memory of a step in bytes: a base for its packages, plus what grows with the model.
 
     `largest_bytes` counts per element of the largest tensor, `token_bytes` per token of the
-    vocabulary, `context_bytes` per token of the context.
+    vocabulary, `context_bytes` per token of the context, `layer_bytes` per layer.
     """
 
     base_bytes: int
@@ -34,12 +34,14 @@ class _StepMemory:
     largest_bytes: float = 0.0
     token_bytes: int = 0
     context_bytes: int = 0
+    layer_bytes: int = 0
 
 
 # Measured on Linux with models of 46 to 170 million parameters, rounded up, without mapped files.
 # Weights are written in pieces, so that steps depend on the largest tensor at most; only Core ML's
 # exporter loads the whole model.  A checkpoint that is no archive is loaded as a whole, too.
-# ONNX is the larger of both exporters; files have the angles of rotary positions of all tokens.
+# ONNX is the larger of both exporters: PyTorch's has a graph of some MiB per layer, the builder
+# makes the angles of all rotary positions.
 _STEPS: Mapping[tuple[str, str], _StepMemory] = {
     ("pytorch", "safetensors"): _StepMemory(300 * MIB, per_source_byte=1.0),
     ("safetensors", "safetensors"): _StepMemory(300 * MIB),
@@ -48,7 +50,9 @@ _STEPS: Mapping[tuple[str, str], _StepMemory] = {
     ("gguf", "mlx"): _StepMemory(380 * MIB, token_bytes=1300),
     ("safetensors", "mlx"): _StepMemory(260 * MIB, largest_bytes=7.0),
     ("safetensors", "gguf"): _StepMemory(300 * MIB, largest_bytes=6.0, token_bytes=1300),
-    ("safetensors", "onnx"): _StepMemory(460 * MIB, largest_bytes=1.0, context_bytes=1024),
+    ("safetensors", "onnx"): _StepMemory(
+        420 * MIB, largest_bytes=0.75, context_bytes=2560, layer_bytes=6 * MIB
+    ),
     ("safetensors", "coreml"): _StepMemory(1300 * MIB, parameter_bytes=2.5),
 }
 _F32_BYTES = 4
@@ -63,6 +67,7 @@ def needed_bytes(source: ModelInfo, route: tuple[str, ...]) -> int:
         used = step.per_source_byte * size + step.parameter_bytes * source.parameters
         used += step.largest_bytes * largest + step.token_bytes * tokens
         used += step.context_bytes * source.context_length
+        used += step.layer_bytes * _detail(source, "n_layer")
         needed = max(needed, step.base_bytes + int(used))
         # Weights from GGUF continue as f32 at most, all others in their own type.
         size = source.parameters * _F32_BYTES if route[0] == "gguf" else size

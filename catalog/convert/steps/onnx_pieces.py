@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from catalog.convert.steps.dtypes import raw_bytes
 from catalog.convert.tensor_file import PIECE_ELEMENTS
 
-# A transposed weight is read once per piece, so that its pieces are larger.
-_TRANSPOSED_PIECES = 8
+# A transposed weight is read once per piece, so that large ones have larger pieces.
+_TRANSPOSED_PIECES = 16
 
 
 class Stacked:
@@ -83,6 +83,8 @@ class Pieces:
         """Write all bytes."""
         for piece in self.pieces():
             file.write(piece.reshape(-1).view(np.uint8).data)
+            # The next one is computed before its name is bound again.
+            del piece
 
     def tobytes(self) -> bytes:
         """Return all bytes."""

@@ -114,7 +114,11 @@ def info_of(folder: Path) -> ModelInfo:
         parameters=weights.stat().st_size // 2,
         context_length=512,
         capabilities=frozenset({Capability.COMPLETION}),
-        details={"n_embd": config["hidden_size"], "vocabulary_size": config["vocab_size"]},
+        details={
+            "n_embd": config["hidden_size"],
+            "vocabulary_size": config["vocab_size"],
+            "n_layer": config["num_hidden_layers"],
+        },
     )
 
 
