@@ -60,9 +60,9 @@ class ModelInfo:
     """A model's metadata, read from its files without loading them.
 
     `files` are absolute paths, with the one to open first; `context_length` is the trained length
-    in tokens, or less if the runtime of `choice` can use only less.  `tool_template` is the
-    template named `tool_use`, if the model has one beside `chat_template`.  `details` is for the
-    backend's own use, JSON-serializable.
+    in tokens, or less if the runtime of `choice` can use only less.  `tool_template` and
+    `rag_template` are those named `tool_use` and `rag`, if the model has them beside
+    `chat_template`.  `details` is for the backend's own use, JSON-serializable.
     """
 
     format: str
@@ -77,6 +77,7 @@ class ModelInfo:
     license: str = ""
     chat_template: str | None = None
     tool_template: str | None = None
+    rag_template: str | None = None
     details: Mapping[str, int | float | str | bool] = field(default_factory=dict)
     choice: RuntimeChoice | None = None
 

@@ -25,6 +25,7 @@ def info_to_json(info: ModelInfo) -> str:
         "license": info.license,
         "chat_template": info.chat_template,
         "tool_template": info.tool_template,
+        "rag_template": info.rag_template,
         "details": dict(info.details),
         "choice": None if info.choice is None else asdict(info.choice),
     }

@@ -64,6 +64,7 @@ class ChatPrompt:
     not say: an unconstrained answer may then contain several calls, a forced one only one.
     `template_kwargs` are extra template variables; `reasoning_tokens` limits the reasoning.
     `continues_answer`: the answer continues the last message, which is the assistant's.
+    `documents` are what the answer shall be based on, each with its text and other fields.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -74,6 +75,7 @@ class ChatPrompt:
     reasoning_effort: str | None = None
     reasoning_tokens: int | None = None
     continues_answer: bool = False
+    documents: tuple[Mapping[str, JsonValue], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

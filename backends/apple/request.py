@@ -30,6 +30,11 @@ def read_session_request(request: GenerationRequest) -> tuple[SessionRequest, Ch
             "messages: Apple's model cannot continue a begun answer; end with a user's message.",
             param="messages",
         )
+    if prompt.documents:
+        raise UnsupportedParameter(
+            "documents: Apple's model reads none; put their text into a message.",
+            param="documents",
+        )
     _check_sampling(request.sampling)
     _check_rules(request.rules or TokenRules())
     _check_reasoning(prompt)

@@ -80,6 +80,7 @@ def _open_generator(info: ModelInfo, model: GgufModel, options: EngineOptions) -
         model.special_text("eos"),
         tool_parser=options.tool_parser,
         tool_template=info.tool_template,
+        rag_template=info.rag_template,
     )
     for each in chat.formats:
         model.show(*each.markers)

@@ -12,7 +12,7 @@ from backends.gguf.header import read_gguf as read_gguf
 from backends.gguf.layout import FILE_TYPES, broken
 from backends.hf.kinds.other import refusal
 from backends.prompt.infill import infill_details
-from backends.prompt.named_templates import TOOL_USE, template_capabilities
+from backends.prompt.named_templates import RAG, TOOL_USE, template_capabilities
 from core.types import Capability
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
@@ -129,6 +129,7 @@ def gguf_info(path: Path) -> ModelInfo:
         license=_one_line(first.text("general.license")),
         chat_template=first.text(TEMPLATE_KEY) or None,
         tool_template=first.text(f"{TEMPLATE_KEY}.{TOOL_USE}") or None,
+        rag_template=first.text(f"{TEMPLATE_KEY}.{RAG}") or None,
         details=details,
     )
 

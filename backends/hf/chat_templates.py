@@ -1,4 +1,4 @@
-"""Reads the chat templates of a Hugging Face folder: the default one, and the one for tools."""
+"""Reads the chat templates of a Hugging Face folder: the default one, and named ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,21 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from backends.hf.header import broken, read_optional_json, read_text
-from backends.prompt.named_templates import TOOL_USE
+from backends.prompt.named_templates import RAG, TOOL_USE
 from core.units import MIB
 
 # Source: `CHAT_TEMPLATE_DIR` of transformers.
 TOOL_USE_FILE = f"additional_chat_templates/{TOOL_USE}.jinja"
+RAG_FILE = f"additional_chat_templates/{RAG}.jinja"
 _DEFAULT = "default"
 _MAX_TEMPLATE_BYTES = MIB
 
 
 @dataclass(frozen=True, slots=True)
 class FolderTemplates:
-    """A folder's templates; `tool_use` is the one of that name, unless it equals the default."""
+    """A folder's templates; `tool_use` and `rag` are those, unless they equal the default."""
 
     default: str | None = None
     tool_use: str | None = None
+    rag: str | None = None
 
 
 def read_templates(path: Path, tokenizer_config: Mapping[str, Any]) -> FolderTemplates:
@@ -35,11 +37,14 @@ def read_templates(path: Path, tokenizer_config: Mapping[str, Any]) -> FolderTem
     if default is None:
         default = named.get(_DEFAULT) or next(iter(named.values()), None)
         _check_size(path, default)
-    tool_use = _own_file(path / TOOL_USE_FILE)
-    if tool_use is None:
-        tool_use = named.get(TOOL_USE)
-        _check_size(path, tool_use)
-    return FolderTemplates(default or None, None if tool_use == default else tool_use or None)
+    others: list[str | None] = []
+    for name, file in ((TOOL_USE, TOOL_USE_FILE), (RAG, RAG_FILE)):
+        other = _own_file(path / file)
+        if other is None:
+            other = named.get(name)
+            _check_size(path, other)
+        others.append(None if other == default else other or None)
+    return FolderTemplates(default or None, *others)
 
 
 def _by_name(value: object) -> dict[str, str]:

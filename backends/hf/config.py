@@ -56,7 +56,8 @@ class HfFolder:
 
     `config` is the text decoder's, flattened: a nested `text_config` is merged into the top level
     (the outer type is kept as `wrapper_model_type`), as are `rope_theta` and `rope_scaling`.
-    `chat_template` is the default one, `tool_template` the one named `tool_use`.
+    `chat_template` is the default one, `tool_template` and `rag_template` those
+    named `tool_use` and `rag`.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class HfFolder:
     chat_template: str | None
     license: str
     tool_template: str | None = None
+    rag_template: str | None = None
 
     @property
     def model_type(self) -> str:
@@ -132,6 +134,7 @@ def read_folder(path: Path) -> HfFolder:
         chat_template=templates.default,
         license=_license(path / "README.md"),
         tool_template=templates.tool_use,
+        rag_template=templates.rag,
     )
 
 

@@ -35,6 +35,7 @@ def open_token_engine(
         tokenizer.eos_text,
         tool_parser=options.tool_parser,
         tool_template=info.tool_template,
+        rag_template=info.rag_template,
     )
     for each in chat.formats:
         tokenizer.show(*each.markers)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from backends.base import ModelInfo
-from backends.hf.chat_templates import TOOL_USE_FILE
+from backends.hf.chat_templates import RAG_FILE, TOOL_USE_FILE
 from backends.hf.config import (
     HEAD_KEYS,
     HEAD_WIDTH_KEYS,
@@ -65,7 +65,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
-    TOOL_USE_FILE,
+    TOOL_USE_FILE, RAG_FILE,
 )  # fmt: skip
 _OTHER_FILES = ("config.json", "generation_config.json")
 
@@ -174,6 +174,7 @@ def folder_info(
         license=_one_line(folder.license),
         chat_template=folder.chat_template,
         tool_template=folder.tool_template,
+        rag_template=folder.rag_template,
         details={
             **numbers,
             "weights_bytes": weights_bytes,

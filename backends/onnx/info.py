@@ -124,6 +124,7 @@ def _genai_folder(root: Path, genai: Mapping[str, Any]) -> HfFolder:
         chat_template=templates.default,
         license="",
         tool_template=templates.tool_use,
+        rag_template=templates.rag,
     )
 
 

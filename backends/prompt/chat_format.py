@@ -23,7 +23,7 @@ from backends.prompt.messages import (
     template_tool,
     with_tools_in_text,
 )
-from backends.prompt.named_templates import reads_tools
+from backends.prompt.named_templates import reads_documents, reads_tools
 from backends.prompt.templates import TemplateFailed, TemplateRenderer
 from backends.tool_calls.bare_call_grammar import bare_call_grammar
 from backends.tool_calls.families import DEFAULT, FAMILIES, check_family, family_of
@@ -61,8 +61,9 @@ class ChatFormat:
     For a template that does not support `tools`, tools, calls and results are written into the
     messages in the Hermes form (`messages.with_tools_in_text`).
 
-    A model may have a second template for conversations with tools; its conventions are another
-    ChatFormat, which `for_prompt` chooses.  All other methods apply this one's template.
+    A model may have other templates for conversations with tools and with documents; their
+    conventions are other ChatFormats, of which `for_prompt` chooses one.  All other methods apply
+    this one's template.
     """
 
     _no_tools: JsonValue = None
@@ -75,6 +76,7 @@ class ChatFormat:
         *,
         tool_parser: str | None = None,
         tool_template: str | None = None,
+        rag_template: str | None = None,
     ) -> None:
         """Read the templates; `tool_parser` overrides the tool-call family that they suggest.
 
@@ -85,11 +87,17 @@ class ChatFormat:
             if tool_template
             else None
         )
+        self._for_documents = (
+            ChatFormat(rag_template, bos_token, eos_token, tool_parser=tool_parser)
+            if rag_template
+            else None
+        )
         self._renderer = TemplateRenderer(template) if template else None
         self._bos_token = bos_token
         self._eos_token = eos_token
         text = template or ""
         self._supports_tools = reads_tools(text)
+        self._supports_documents = reads_documents(text)
         self.template = text
         check_family(tool_parser)
         own = family_of(text) if self._supports_tools else DEFAULT
@@ -104,21 +112,35 @@ class ChatFormat:
 
     @property
     def formats(self) -> tuple["ChatFormat", ...]:
-        """This format, and the one of the template for tools if there is one."""
-        return (self,) if self._for_tools is None else (self, self._for_tools)
+        """This format, and those of the templates for tools and for documents, if any."""
+        others = (self._for_tools, self._for_documents)
+        return (self, *(each for each in others if each is not None))
 
     def for_prompt(self, prompt: ChatPrompt) -> "ChatFormat":
         """Return the format to render `prompt` with, and to parse its answer.
 
         It is that of the template for tools, if there is one, when tools are offered or the
-        conversation has calls or results.
+        conversation has calls or results; with documents, one that reads them, and tools if
+        possible.  Raises UnsupportedParameter for documents that no template reads.
         """
-        if self._for_tools is None:
-            return self
         uses_tools = bool(_visible_tools(prompt)) or any(
             message.tool_calls or message.role == "tool" for message in prompt.messages
         )
-        return self._for_tools if uses_tools else self
+        if not prompt.documents:
+            return self._for_tools if self._for_tools is not None and uses_tools else self
+        wanted = (self._for_documents, self, self._for_tools)
+        able = [each for each in wanted if each is not None and each.reads(prompt)]
+        if not able:
+            raise UnsupportedParameter(
+                "documents: this model's chat templates read none; put their text into a message, "
+                "or choose a model that is made for documents.",
+                param="documents",
+            )
+        return next((each for each in able if uses_tools and each._supports_tools), able[0])
+
+    def reads(self, prompt: ChatPrompt) -> bool:
+        """Whether the template reads the documents of `prompt`, if it has any."""
+        return self._supports_documents or not prompt.documents
 
     @property
     def markers(self) -> tuple[bytes, ...]:
@@ -139,10 +161,12 @@ class ChatFormat:
                 f"chat_template_kwargs cannot set {reserved[0]}, which the server sets itself.",
                 param="chat_template_kwargs",
             )
-        extra = {
+        extra: dict[str, JsonValue] = {
             **effort_variables(self.template, prompt.reasoning_effort),
             **prompt.template_kwargs,
         }
+        if prompt.documents:
+            extra["documents"] = [dict(each) for each in prompt.documents]
         if not prompt.continues_answer:
             return self._rendered(prompt, prompt.messages, extra)
         if self.family.main is not None:
@@ -267,8 +291,8 @@ class ChatFormat:
         """Stop the templates' processes; idempotent."""
         if self._renderer is not None:
             self._renderer.close()
-        if self._for_tools is not None:
-            self._for_tools.close()
+        for other in self.formats[1:]:
+            other.close()
 
     def _render(
         self,

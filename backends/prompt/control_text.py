@@ -210,6 +210,7 @@ class ControlText:
                 if search(call.name) or search(call.id) or call.name in inner:
                     return True
         rest: list[JsonValue] = [dict(prompt.template_kwargs)] if prompt.template_kwargs else []
+        rest += map(dict, prompt.documents)
         for tool in prompt.tools:
             if search(tool.description):
                 return True
@@ -304,9 +305,13 @@ class _Texts:
         self.rest(prompt)
 
     def rest(self, prompt: ChatPrompt) -> ChatPrompt:
-        """Change tools and template variables."""
+        """Change tools, documents and template variables."""
         return replace(
             prompt,
+            documents=tuple(
+                {self.key(name): self.value(value) for name, value in each.items()}
+                for each in prompt.documents
+            ),
             tools=tuple(self._tool(each) for each in prompt.tools),
             template_kwargs={
                 name: self.value(value) for name, value in prompt.template_kwargs.items()

@@ -320,7 +320,7 @@ class Preparer:
         try:
             return self._rendered(chat, prompt)
         except (TemplateRefused, BrokenModel) as error:
-            if chat is self._chat:
+            if chat is self._chat or not self._chat.reads(prompt):
                 raise
             first = error
         try:

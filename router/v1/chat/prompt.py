@@ -72,6 +72,9 @@ def to_chat_prompt(request: ChatRequest, unreadable: UnreadableParts | None = No
         # The older form has room for one call.
         parallel_tool_calls=False if request.functions else request.parallel_tool_calls,
         continues_answer=bool(request.continue_final_message),
+        documents=tuple(
+            {"text": each} if isinstance(each, str) else each for each in request.documents or ()
+        ),
         template_kwargs=dict(request.chat_template_kwargs),
         reasoning_effort=merge_effort(request.reasoning_effort, request.reasoning),
         reasoning_tokens=merge_budget(request.thinking_budget, request.reasoning),

@@ -16,7 +16,14 @@ from router.requests.fields import (
     WholeNumber,
     unknown_fields,
 )
-from router.requests.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS, MAX_TOOLS
+from router.requests.limits import (
+    MAX_DOCUMENTS,
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_TOOL_CALLS,
+    MAX_TOOLS,
+)
 from router.requests.output_format import OutputFields
 from router.requests.reasoning import Reasoning, ReasoningTokens
 from router.requests.template_variables import TemplateVariables
@@ -135,6 +142,7 @@ class ChatRequest(OutputFields):
     max_completion_tokens: TokenLimit = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WholeNumber] | None = None
+    documents: Annotated[list[JsonObject | str], Field(max_length=MAX_DOCUMENTS)] | None = None
     tools: Annotated[Items[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Annotated[ToolChoice | AllowedTools | None, PlainValidator(parse_tool_choice)] = (
         None

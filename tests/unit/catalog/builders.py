@@ -24,6 +24,7 @@ def make_info(path: str = "/m/tiny.gguf", **changes: Any) -> ModelInfo:
         capabilities=frozenset({Capability.CHAT, Capability.COMPLETION}),
         chat_template="{{ messages }}",
         tool_template="{{ tools }}{{ messages }}",
+        rag_template="{{ documents }}{{ messages }}",
         details={"n_layer": 2, "sampling_temp": 0.5, "bos_token": "<s>", "is_tied": True},
     )
     return replace(info, **changes)

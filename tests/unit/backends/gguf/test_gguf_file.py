@@ -138,6 +138,7 @@ def test_the_template_for_tools_is_kept_beside_the_default(tmp_path: Path) -> No
     }
     described = gguf_info(minimal_gguf(tmp_path / "tiny.gguf", **templates))
     assert (described.chat_template, described.tool_template) == ("D", "T")
+    assert described.rag_template == "R"
 
 
 @pytest.mark.parametrize(

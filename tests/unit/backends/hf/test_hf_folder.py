@@ -409,6 +409,33 @@ def test_the_template_for_tools_is_kept_beside_the_default(
 
 
 @pytest.mark.parametrize(
+    ("configured", "files", "expected"),
+    [
+        (named(default="D", rag="R"), {}, ("D", "R")),
+        (named(rag="R", default="D"), {}, ("D", "R")),
+        (named(default="D", rag="D"), {}, ("D", None)),
+        (named(default="D", rag="R"), {"rag": "F"}, ("D", "F")),
+        ({"chat_template": "D"}, {"rag": "F", "tool_use": "T"}, ("D", "F")),
+        ({"chat_template": "D"}, {"other": "F"}, ("D", None)),
+    ],
+)
+def test_the_template_for_documents_is_kept_beside_the_default(
+    tmp_path: Path,
+    configured: dict[str, Any],
+    files: dict[str, str],
+    expected: tuple[str | None, str | None],
+) -> None:
+    write_json(model(tmp_path) / "tokenizer_config.json", configured)
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name, text in files.items():
+        (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    described = info(tmp_path)
+    assert (described.chat_template, described.rag_template) == expected
+    is_listed = tmp_path / "additional_chat_templates" / "rag.jinja" in described.files
+    assert is_listed == ("rag" in files)
+
+
+@pytest.mark.parametrize(
     ("text", "added"),
     [("{{ tools }}", {Capability.TOOLS}), ("<think>", {Capability.REASONING}), ("x", set())],
 )

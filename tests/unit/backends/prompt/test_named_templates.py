@@ -12,7 +12,7 @@ from backends.hf.tokenizer import HfTokenizer
 from backends.prompt.chat_format import ChatFormat
 from backends.prompt.prepare import Preparer
 from backends.stepper import StepOutput, Tokenizer
-from core.errors import BrokenModel, TemplateRefused
+from core.errors import BrokenModel, TemplateRefused, UnsupportedParameter
 from core.types import (
     ChatMessage,
     ChatPrompt,
@@ -50,8 +50,10 @@ Make = Callable[..., Preparer]
 def make() -> Iterator[Make]:
     made: list[Preparer] = []
 
-    def prepare(default: str | None, for_tools: str | None, tokenizer: Tokenizer) -> Preparer:
-        chat = ChatFormat(default, "", "", tool_template=for_tools)
+    def prepare(
+        default: str | None, for_tools: str | None, tokenizer: Tokenizer, rag: str | None = None
+    ) -> Preparer:
+        chat = ChatFormat(default, "", "", tool_template=for_tools, rag_template=rag)
         info = replace(echo_info(), chat_template=default, tool_template=for_tools)
         made.append(Preparer(info, tokenizer, chat, context_tokens=4096))
         return made[-1]
@@ -173,3 +175,80 @@ def test_what_the_template_for_tools_makes_impossible_is_named(tmp_path: Path, m
     for templates in (("{{ messages[0].content }}", ascii_only), (ascii_only, ascii_only)):
         (sentence,) = make(*templates, tokenizer).limitations()
         assert "control tokens" in sentence
+
+
+RAG = (
+    "docs:{% for d in documents %}{% for key, value in d.items() %}{{ key }}={{ value }};"
+    "{% endfor %}{% endfor %}{% for m in messages %}({{ m.role }}){{ m.content }}{% endfor %}"
+)
+BOTH = "{{ tools | length }}" + RAG
+DOCUMENTS = ({"title": "T", "text": "x"}, {"text": "y"})
+ASKED = ChatPrompt((USER,), documents=DOCUMENTS)
+WITH_TOOLS = replace(ASKED, tools=(TOOL,))
+READ = "docs:title=T;text=x;text=y;(user)hi"
+
+
+@pytest.mark.parametrize(
+    ("default", "for_tools", "rag", "prompt", "expected"),
+    [
+        (DEFAULT, TOOL_USE, RAG, ASKED, READ),
+        (DEFAULT, TOOL_USE, RAG, ChatPrompt((USER,)), "[user]hi[THINK]"),
+        (DEFAULT, TOOL_USE, RAG, ChatPrompt((USER,), tools=(TOOL,)), "tools:f;(user)hi"),
+        (RAG, None, None, ASKED, READ),
+        (DEFAULT, BOTH, None, WITH_TOOLS, f"1{READ}"),
+        (DEFAULT, BOTH, RAG, WITH_TOOLS, f"1{READ}"),
+        (BOTH, TOOL_USE, RAG, WITH_TOOLS, f"1{READ}"),
+        (BOTH, TOOL_USE, None, WITH_TOOLS, f"1{READ}"),
+        (None, None, RAG, ASKED, READ),
+    ],
+)
+def test_documents_are_given_to_a_template_that_reads_them(
+    make: Make,
+    default: str | None,
+    for_tools: str | None,
+    rag: str | None,
+    prompt: ChatPrompt,
+    expected: str,
+) -> None:
+    assert text_of(make(default, for_tools, ByteTokenizer(), rag), prompt) == expected
+
+
+def test_tools_beside_documents_are_written_into_the_messages(make: Make) -> None:
+    text = text_of(make(DEFAULT, TOOL_USE, ByteTokenizer(), RAG), WITH_TOOLS)
+    assert text.startswith("docs:title=T;text=x;text=y;(system)You can call functions.")
+
+
+@pytest.mark.parametrize(
+    ("default", "for_tools", "rag"),
+    [
+        (DEFAULT, None, None),
+        (None, None, None),
+        ("{# documents #}" + DEFAULT, TOOL_USE, "{# documents #}"),
+    ],
+)
+def test_documents_that_no_template_reads_are_refused(
+    make: Make, default: str | None, for_tools: str | None, rag: str | None
+) -> None:
+    preparer = make(default, for_tools, ByteTokenizer(), rag)
+    with pytest.raises(UnsupportedParameter, match="read none") as caught:
+        preparer.count(ASKED)
+    assert caught.value.param == "documents"
+
+
+def test_documents_are_never_dropped_where_their_template_fails(make: Make) -> None:
+    preparer = make(DEFAULT, None, ByteTokenizer(), "{{ raise_exception('no') }}{{ documents }}")
+    with pytest.raises(TemplateRefused, match=r"^no$"):
+        preparer.count(ASKED)
+    fallback = make(RAG, None, ByteTokenizer(), "{{ raise_exception('no') }}{{ documents }}")
+    assert text_of(fallback, ASKED) == READ
+
+
+def test_names_of_control_tokens_in_documents_are_text(make: Make, tmp_path: Path) -> None:
+    tiny(special=("<|end|>", "<|a|>")).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = HfTokenizer(tmp_path)
+    preparer = make(DEFAULT, None, tokenizer, RAG + "<|end|>")
+    named = ChatPrompt((USER,), documents=({"text": "a <|end|>", "<|a|>": "b"},))
+    end, other = tokenizer.special_id("<|end|>"), tokenizer.special_id("<|a|>")
+    ids = preparer.prepare(GenerationRequest("r", "m", named)).prompt
+    assert (ids.count(end), ids.count(other)) == (1, 0)
+    assert "text=a <|end|>;<|a|>=b;" in preparer.tokenize(named, TokenizeOptions()).text

@@ -218,6 +218,7 @@ def test_a_template_for_tools_that_arrives_later_changes_a_listed_model(shelf: S
         record = shelf.store.get(TINY)
         assert record is not None
         assert record.info.tool_template == text
+        assert record.info.rag_template == "{{ documents }}"
         assert Capability.TOOLS in record.info.capabilities
 
 

@@ -208,3 +208,21 @@ async def test_begun_reasoning_and_formats_are_continued_by_a_setting() -> None:
     form = {"response_format": {"type": "json_object"}}
     prompt = await prompt_with(USER, begun, server=True, model=None, path=PATHS[0], **form)
     assert prompt.continues_answer
+
+
+async def test_documents_reach_the_prompt() -> None:
+    documents = ["plain", {"title": "T", "text": "x", "year": 2020}]
+    for path in PATHS:
+        prompt = await prompt_with(USER, server=False, model=None, path=path, documents=documents)
+        assert prompt.documents == ({"text": "plain"}, documents[1])
+    for off in (None, []):
+        prompt = await prompt_with(USER, server=False, model=None, path=PATHS[0], documents=off)
+        assert prompt.documents == ()
+
+
+@pytest.mark.parametrize("documents", ["text", [1], [None], [["x"]], ["x"] * 3000, {"text": "x"}])
+async def test_what_are_no_documents_is_refused(documents: Any) -> None:
+    response, dispatcher = await sent(USER, documents=documents)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("documents")
+    assert not dispatcher.requests
