@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from backends.base import Backend, Engine, EngineOptions, ModelInfo
 from backends.limits import deadline
 from core.errors import UnsupportedCapability, UnsupportedParameter
-from core.types import Prompt, TokenizedPrompt, TokenizeOptions
+from core.types import Capability, Prompt, TokenizedPrompt, TokenizeOptions
 
 # The names that any format supports; requests with other names are rejected.
 KV_TYPES = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -117,6 +117,23 @@ def check_runtime(info: ModelInfo, runtime: str) -> None:
             f"{info.name} cannot run on {runtime}: {choice.alternative_reason or 'unknown'}. It "
             f"runs on {choice.runtime}; leave runtime out.",
             param="runtime",
+        )
+
+
+def check_deterministic(info: ModelInfo) -> None:
+    """Raise UnsupportedParameter for a model whose answers are not computed by Impetus's engines.
+
+    Apple's model ignores a seed, and other models may be embedders or rerankers.
+    """
+    if info.format == "apple-foundation":
+        raise UnsupportedParameter(
+            f"{info.name} is run by macOS, which may answer the same request otherwise; leave "
+            "deterministic out, or use a model of another format.",
+            param="deterministic",
+        )
+    if not info.capabilities & {Capability.CHAT, Capability.COMPLETION}:
+        raise UnsupportedParameter(
+            f"{info.name} generates no text; leave deterministic out.", param="deterministic"
         )
 
 

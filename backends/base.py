@@ -92,7 +92,8 @@ class EngineOptions:
     in the cells.  `prefix_store` keeps prefixes beyond the engine's lifetime.  `stable_prompts`:
     see `backends.prompt.normalize`.  `tool_parser` overrides the tool-call family of the template,
     `runtime` the runtime of `ModelInfo.choice`.  `trial` is how the engine tries the model; None:
-    with results of this process alone.
+    with results of this process alone.  `deterministic`: sequences run one at a time, in fixed
+    prompt pieces of `prefill_chunk_tokens`, so that an answer depends on its request alone.
     """
 
     max_sequences: int = 16
@@ -110,6 +111,7 @@ class EngineOptions:
     prefix_store: ModelPrefixStore | None = field(default=None, compare=False)
     trial: TrialOptions | None = field(default=None, compare=False)
     stable_prompts: bool = True
+    deterministic: bool = False
 
     def granted(self, estimate: "MemoryEstimate") -> "EngineOptions":
         """Return these options with the context and cache sizes of `estimate`."""

@@ -56,7 +56,8 @@ class ModelSettings:
     KV cache, one of those that `backends.abilities` lists for the model.  `tool_parser` is the
     tool call family of a model whose chat template does not show it.  `runtime` is the library that
     runs a model which several can run.  `continue_answers` applies to chats that do not say whether
-    an assistant's last message is continued.
+    an assistant's last message is continued.  A `deterministic` model runs one sequence at a time;
+    see `EngineOptions`.
     """
 
     context_length: int | None = None
@@ -68,6 +69,7 @@ class ModelSettings:
     tool_parser: str | None = None
     runtime: str | None = None
     continue_answers: bool | None = None
+    deterministic: bool | None = None
 
     def applied_to(self, options: EngineOptions) -> EngineOptions:
         """Return `options` with these settings; the lower of both context bounds applies."""
@@ -75,10 +77,12 @@ class ModelSettings:
         return replace(
             options,
             context_tokens=min(bounds, default=None),
-            max_sequences=self.max_sequences or options.max_sequences,
+            # Rows that are computed together are rounded together.
+            max_sequences=1 if self.deterministic else self.max_sequences or options.max_sequences,
             kv_type=self.kv_type or options.kv_type,
             tool_parser=self.tool_parser,
             runtime=self.runtime,
+            deterministic=bool(self.deterministic),
         )
 
 

@@ -14,6 +14,7 @@ from backends.engine.rows import BaseStepper, KeptRow, ModelRow
 from backends.engine.sampling import RowSampler
 from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.match import longest_prefix, token_array
+from backends.prefixes.pieces import PieceRule
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.store import State
 from backends.prefixes.transfer import (
@@ -39,14 +40,18 @@ class RowStepper(BaseStepper):
         assert options.kv_tokens is not None
         self._model = model
         self._pieces = pieces
-        self.max_sequences = min(options.max_sequences, model.max_rows)
+        self._rule = PieceRule(options.deterministic, options.prefill_chunk_tokens)
+        most = 1 if self._rule.is_fixed else options.max_sequences
+        self.max_sequences = min(most, model.max_rows)
         self._book = RowBook[ModelRow](self.max_sequences, options.kv_tokens)
         self._kept: list[KeptRow] = []
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
         portable = model if isinstance(model, PortableRows) else None
         self._portable = portable
         self._transfer = PrefixTransfer[KeptRow](
-            options.prefix_store, portable.layout if portable else None, self._block
+            options.prefix_store,
+            self._rule.layout(portable.layout) if portable else None,
+            self._block,
         )
 
     def add(self, spec: SequenceSpec) -> None:
@@ -64,8 +69,10 @@ class RowStepper(BaseStepper):
         if row is None or row.slot < 0:
             return
         slot = row.release_slot()
-        if row.past >= SMALLEST_PREFIX:
-            kept = KeptRow(slot, row.tokens[: row.past], self._book.steps)
+        length = self._rule.kept(row.past, row.reusable)
+        is_whole = length == row.past
+        if length >= SMALLEST_PREFIX and (is_whole or self._model.truncate(slot, length)):
+            kept = KeptRow(slot, row.tokens[:length], self._book.steps)
             self._kept.append(kept)
             self._transfer.queue(kept, kept.tokens)
         else:
@@ -160,11 +167,12 @@ class RowStepper(BaseStepper):
             return
         limit = len(row.tokens) - 1
         kept, length = longest_prefix(self._kept, row.tokens[:limit], 1 << 30)
+        length = self._rule.whole(length)
         leader, potential = self._book.best_leader(row)
         computed = min(potential, leader.past) if leader is not None else 0
         if length < SMALLEST_PREFIX:
             kept, length = None, 0
-        blocks = self._transfer.find(row.tokens[:limit])
+        blocks = self._rule.blocks(self._transfer.find(row.tokens[:limit]))
         use_blocks = is_worth_restoring(blocks, max(length, potential))
         planned = len(blocks) * BLOCK_TOKENS if use_blocks else max(length, potential)
         known = [*(each.tokens for each in self._kept), *self._book.running_tokens()]
@@ -267,7 +275,17 @@ class RowStepper(BaseStepper):
         return chunks + [(row, n) for row, n in zip(prefilling, counts, strict=True) if n]
 
     def _is_ready(self, row: ModelRow) -> bool:
-        return not (row.receive(self._append) or row.follow(self._share, least_pending=2))
+        if row.receive(self._append) or row.follow(self._share, least_pending=2):
+            return False
+        if row.scores is None and self._rule.whole(row.past) < row.past:
+            self._restart(row)
+        return True
+
+    def _restart(self, row: ModelRow) -> None:
+        """Compute a row from its start, as its restored blocks end inside a fixed piece."""
+        self._model.close_row(row.slot)
+        row.slot, row.past = self._model.open_row(row.capacity), 0
+        row.reuse.only_cells(0)
 
     def _make_room(self, outputs: list[StepOutput]) -> None:
         """Evict the least recently used finished row, or preempt the youngest running one."""

@@ -11,6 +11,7 @@ from backends.engine.failures import request_error
 from backends.engine.prefill import PrefillPlanner
 from backends.engine.prompt_scores import PromptScores
 from backends.engine.sampling import RowSampler
+from backends.prefixes.pieces import PieceRule
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Reuse
 from backends.prefixes.store import State
@@ -46,6 +47,11 @@ class Row:
     def needs_scores(self) -> bool:
         """Whether its next tokens are computed with the logits of each, and nothing is reused."""
         return self.scores is not None and not self.scores.is_complete
+
+    @property
+    def reusable(self) -> int:
+        """Prompt tokens that are computed in the pieces of a step: not those that are scored."""
+        return len(self.spec.prompt) if self.scores is None else 0
 
     @property
     def pending(self) -> int:
@@ -158,6 +164,7 @@ class BaseStepper(ABC):
     """
 
     limitations: tuple[str, ...] = ()
+    _rule = PieceRule()
     _planner: PrefillPlanner
     _transfer: PrefixTransfer[Any]
 
@@ -185,8 +192,12 @@ class BaseStepper(ABC):
             logger.exception("a prefix block cannot be copied")
 
     def limit_prefill(self, chunk_tokens: int | None) -> None:
-        """Limit the prompt tokens of a step; see `backends.limits.PrefillLimited`."""
-        self._planner.limit(chunk_tokens)
+        """Limit the prompt tokens of a step; see `backends.limits.PrefillLimited`.
+
+        Fixed pieces are not limited: their size decides how they are rounded.
+        """
+        if not self._rule.is_fixed:
+            self._planner.limit(chunk_tokens)
 
     @property
     def has_chores(self) -> bool:

@@ -6,6 +6,7 @@ from backends.gguf.rows import GgufRow
 from backends.gguf.slots import KvSlots
 from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.match import Retained
+from backends.prefixes.pieces import PieceRule
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.reuse import Reuse
 from backends.prefixes.store import State
@@ -21,6 +22,7 @@ class Placement:
         slots: KvSlots,
         blocks: CellBlocks,
         transfer: PrefixTransfer[Retained],
+        rule: PieceRule,
         *,
         can_share_running: bool,
         cells: int,
@@ -30,6 +32,7 @@ class Placement:
         self._slots = slots
         self._blocks = blocks
         self._transfer = transfer
+        self._rule = rule
         self._can_share_running = can_share_running
         self._cells = cells
 
@@ -43,6 +46,9 @@ class Placement:
 
         A request that reads no cache gets an empty slot.
         """
+        if self._rule.is_fixed:
+            self._place_in_pieces(row, step)
+            return True
         if row.needs_scores or not row.spec.reads_cache:
             return self._place_empty(row)
         limit = len(row.tokens) - 1
@@ -76,6 +82,36 @@ class Placement:
         row.note_reuse(**{"ram" if use_ram_prefix else "cells": row.past})
         return True
 
+    def _place_in_pieces(self, row: GgufRow, step: int) -> None:
+        """Give `row` all cells, which hold whole pieces of a cached prefix or nothing.
+
+        Attention adds up the cells in their order, those of other rows as well.
+        """
+        if row.needs_scores or not row.spec.reads_cache:
+            self._slots.empty()
+            self.place_alone(row)
+            return
+        prompt = row.tokens[: len(row.tokens) - 1]
+        entry, kept = self._slots.longest(prompt)
+        prefix, stored = self._slots.longest_stored(prompt)
+        kept, stored = self._rule.whole(kept), self._rule.whole(stored)
+        blocks = self._rule.blocks(self._transfer.find(prompt))
+        use_blocks = is_worth_restoring(blocks, max(kept, stored))
+        use_ram_prefix = not use_blocks and stored >= kept + SMALLEST_PREFIX
+        planned = len(blocks) * BLOCK_TOKENS if use_blocks else max(kept, stored)
+        reuse = self._explained(row, planned)
+        if entry is not None and kept and not (use_blocks or use_ram_prefix):
+            row.slot, row.past = self._slots.cut_to(entry, kept), kept
+        else:
+            self._slots.empty()
+            self.place_alone(row)
+            if use_blocks:
+                row.incoming = self._transfer.restore(prompt, blocks)
+            elif use_ram_prefix and prefix is not None:
+                row.past = stored if self._slots.restore(prefix, row.slot, stored, step) else 0
+        row.reuse = row.reuse if row.is_reuse_final else reuse
+        row.note_reuse(**{"ram" if use_ram_prefix else "cells": row.past})
+
     def place_alone(self, row: GgufRow) -> None:
         """Give `row` an empty slot, with nothing reused; no other row may run."""
         if not self._place_empty(row):
@@ -106,7 +142,14 @@ class Placement:
 
     def is_ready(self, row: GgufRow) -> bool:
         """Return whether `row` can be computed now: it waits for no restore and no leader."""
-        return not (row.receive(self._load) or row.follow(self._share_from_leader))
+        if row.receive(self._load) or row.follow(self._share_from_leader):
+            return False
+        if row.scores is None and self._rule.whole(row.past) < row.past:
+            # The rest of a piece is computed with its beginning, so nothing of it is used.
+            self._slots.release(row.release_slot())
+            self._slots.empty()
+            self.place_alone(row)
+        return True
 
     def _share_from_leader(self, row: GgufRow, source_slot: int, count: int) -> None:
         if count > row.past:

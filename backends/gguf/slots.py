@@ -104,6 +104,35 @@ class KvSlots:
         self._llama.llama_memory_seq_rm(self._memory, target, -1, -1)
         self._llama.llama_memory_seq_cp(self._memory, source, target, 0, count)
 
+    def cut_to(self, entry: Retained, count: int) -> int:
+        """Leave the entry's first `count` tokens in the cells, and move all else to RAM.
+
+        Return its slot, which is no longer retained.
+        """
+        for other in list(self._retained.entries.values()):
+            if other is not entry:
+                self._drop(other)
+        if count < len(entry.tokens):
+            self._save(entry)
+            self._llama.llama_memory_seq_rm(self._memory, entry.slot, count, -1)
+        return self.take_over(entry)
+
+    def empty(self) -> None:
+        """Move all retained prefixes to RAM; the next row starts at the first cell."""
+        while self.drop_oldest():
+            pass
+        self._llama.llama_memory_clear(self._memory, False)
+
+    def keep_start(self, slot: int, tokens: "array[int]", count: int, step: int) -> None:
+        """Retain the first `count` of a slot's tokens, or free it if it cannot be cut there."""
+        is_kept = count == len(tokens)
+        if 0 < count < len(tokens) <= self._whole_beyond:
+            is_kept = self._llama.llama_memory_seq_rm(self._memory, slot, count, -1)
+        if is_kept:
+            self.keep(slot, tokens[:count], step)
+        else:
+            self.release(slot)
+
     def keep(self, slot: int, tokens: "array[int]", step: int) -> None:
         """Retain the slot with its tokens, or free it if there are none."""
         if tokens:

@@ -19,6 +19,7 @@ from backends.gguf.sampling import SequenceSampler
 from backends.gguf.slots import KvSlots, count_slots
 from backends.gguf.trial import try_context
 from backends.prefixes.match import Retained, token_array
+from backends.prefixes.pieces import PieceRule
 from backends.prefixes.ram import RamPrefixStore
 from backends.prefixes.transfer import PrefixTransfer, wait_for_first_block
 from backends.stepper import SequenceSpec, StepOutput
@@ -62,14 +63,16 @@ class GgufStepper(BaseStepper):
             self._llama.llama_free(self._context)
             raise
         self.limitations = tell(info.name, result)
-        self.max_sequences = options.max_sequences if result.has_batches else 1
+        self._rule = PieceRule(options.deterministic, options.prefill_chunk_tokens)
+        is_alone = self._rule.is_fixed or not result.has_batches
+        self.max_sequences = 1 if is_alone else options.max_sequences
         whole_beyond = model.whole_beyond if result.has_reuse else 0
         self._store = RamPrefixStore(options.prefix_bytes)
         # The last sequence id is reserved for copying blocks.
         blocks = self._blocks = CellBlocks(self._context, slot_count - 1)
         self._transfer = PrefixTransfer[Retained](
             options.prefix_store,
-            block_layout(model, options) if result.has_reuse else None,
+            self._rule.layout(block_layout(model, options)) if result.has_reuse else None,
             lambda entry, number: blocks.copy(entry.slot, number),
         )
         self._slots = KvSlots(
@@ -85,6 +88,7 @@ class GgufStepper(BaseStepper):
             self._slots,
             blocks,
             self._transfer,
+            self._rule,
             # A sliding window overwrites the cells that could have been shared.
             can_share_running=whole_beyond > options.context_tokens,
             cells=options.kv_tokens,
@@ -108,7 +112,9 @@ class GgufStepper(BaseStepper):
             self._slots.release(row.release_slot())
             self._trust(row)
         else:
-            self._slots.keep(row.release_slot(), row.tokens[: row.past], self._book.steps)
+            count = self._rule.kept(row.past, row.reusable)
+            tokens = row.tokens[: row.past]
+            self._slots.keep_start(row.release_slot(), tokens, count, self._book.steps)
 
     def _discard(self, row: GgufRow) -> None:
         self._book.remove(row.spec.id)

@@ -23,8 +23,10 @@ class KeptLayers:
 class MlxPrefixes:
     """Holds at most `limit_bytes` of caches; used from the engine's thread only."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, whole: Callable[[int], int] = lambda count: count) -> None:
+        """Of `count` shared tokens the first `whole(count)` are reused."""
         self._limit_bytes = limit_bytes
+        self._whole = whole
         self._kept: list[KeptLayers] = []
         self._uses = 0
 
@@ -82,7 +84,7 @@ class MlxPrefixes:
         limit = len(prompt) - 1
         best, best_length = None, SMALLEST_PREFIX - 1
         for kept in self._kept:
-            length = min(common_prefix(kept.tokens, prompt), limit)
+            length = self._whole(min(common_prefix(kept.tokens, prompt), limit))
             if length < len(kept.tokens) and not kept.can_trim:
                 continue
             if length > best_length:

@@ -20,6 +20,7 @@ from backends.mlx.rows import MlxRow
 from backends.mlx.scored_prompt import ScoredPrompt
 from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.match import token_array
+from backends.prefixes.pieces import PieceRule
 from backends.prefixes.ram import SMALLEST_PREFIX
 from backends.prefixes.store import State
 from backends.prefixes.transfer import (
@@ -58,15 +59,19 @@ class MlxStepper(BaseStepper):
         assert options.kv_tokens is not None
         self._model = model
         self._pieces = pieces
-        self.max_sequences = options.max_sequences if result.has_batches else 1
+        self._rule = PieceRule(options.deterministic, options.prefill_chunk_tokens)
+        is_alone = self._rule.is_fixed or not result.has_batches
+        self.max_sequences = 1 if is_alone else options.max_sequences
         self._is_whole = not result.has_chunks
         self._can_reuse = result.has_reuse and result.has_chunks
         self._batch = MlxBatch(model.model, self.max_sequences, options.prefill_chunk_tokens)
-        self._prefixes = MlxPrefixes(options.prefix_bytes if self._can_reuse else 0)
+        self._prefixes = MlxPrefixes(
+            options.prefix_bytes if self._can_reuse else 0, self._rule.whole
+        )
         self._blocks = LayerBlocks(model)
         self._transfer = PrefixTransfer[KeptLayers](
             options.prefix_store,
-            self._blocks.layout if self._can_reuse else None,
+            self._rule.layout(self._blocks.layout) if self._can_reuse else None,
             lambda kept, number: self._blocks.copy(kept.layers, number),
         )
         self._planner = PrefillPlanner(options.prefill_chunk_tokens)
@@ -90,13 +95,22 @@ class MlxStepper(BaseStepper):
             return
         try:
             if self._prefixes.is_on and row.computed >= SMALLEST_PREFIX:
-                layers, tokens = self._batch.layers(row.slot)
-                kept = self._prefixes.put(token_array(tokens), layers)
-                if kept is not None:
-                    self._transfer.queue(kept, kept.tokens)
+                self._keep(row)
         finally:
             # Otherwise the batch would compute it for ever.
             self._close_slot(row)
+
+    def _keep(self, row: MlxRow) -> None:
+        layers, tokens = self._batch.layers(row.slot)
+        # The prompt's last token is computed apart, as those of the answer.
+        length = self._rule.kept(len(tokens), max(row.reusable - 1, 0))
+        if length < len(tokens):
+            if length < SMALLEST_PREFIX or not self._model.can_cut:
+                return
+            layers = cut(layers, len(tokens), length)
+        kept = self._prefixes.put(token_array(tokens[:length]), layers)
+        if kept is not None:
+            self._transfer.queue(kept, kept.tokens)
 
     def _discard(self, row: MlxRow) -> None:
         self._book.remove(row.spec.id)
@@ -227,6 +241,8 @@ class MlxStepper(BaseStepper):
                 return False
             if ready >= known + SMALLEST_PREFIX:
                 known, make = ready, self._shared(leader, ready)
+        if self._rule.blocks(row.blocks) != row.blocks:
+            row.blocks.clear()
         is_restored = len(row.blocks) * BLOCK_TOKENS > known
         if is_restored:
             known = len(row.blocks) * BLOCK_TOKENS
@@ -250,7 +266,7 @@ class MlxStepper(BaseStepper):
         """Return whether a restore of the row's prompt still runs; start it the first time."""
         if not row.was_restored:
             row.was_restored = True
-            blocks = self._transfer.find(row.tokens[:-1])
+            blocks = self._rule.blocks(self._transfer.find(row.tokens[:-1]))
             if is_worth_restoring(blocks, others):
                 row.incoming = self._transfer.restore(row.tokens[:-1], blocks)
         return row.receive(self._take_block)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from backends.abilities import check_kv_type, check_runtime
+from backends.abilities import check_deterministic, check_kv_type, check_runtime
 from backends.registry import backends_for
 from backends.tool_calls.families import check_family
 from catalog.models import ModelRecord, ModelSettings
@@ -43,8 +43,8 @@ class SchedulerManagement:
         """Store the settings, then notify the scheduler, which applies them to resident models.
 
         They stay stored if the scheduler does not answer: it reads them when it starts.  Raises
-        RequestError for an unknown tool parser, UnsupportedParameter for a KV cache type or a
-        runtime that the model cannot use.
+        RequestError for an unknown tool parser, UnsupportedParameter for a KV cache type, a
+        runtime or determinism that the model cannot have.
         """
         check_family(changes.get("tool_parser"))
         if (kv_type := changes.get("kv_type")) is not None:
@@ -52,6 +52,8 @@ class SchedulerManagement:
             check_kv_type(self._backends.get(record.info.format), record.info, kv_type)
         if (runtime := changes.get("runtime")) is not None:
             check_runtime((await self._record(model_id)).info, runtime)
+        if changes.get("deterministic"):
+            check_deterministic((await self._record(model_id)).info)
         settings = await asyncio.to_thread(self._store.change_settings, model_id, changes)
         try:
             async with asyncio.timeout(_NOTICE_TIMEOUT_S):

@@ -34,6 +34,7 @@ class SettingsPatch(StrictBody):
     tool_parser: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     runtime: Literal["mlx", "pytorch"] | None = None
     continue_answers: bool | None = None
+    deterministic: bool | None = None
 
 
 def list_endpoint(context: RouteContext, management: Management) -> Endpoint:

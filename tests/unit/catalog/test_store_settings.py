@@ -23,6 +23,7 @@ ALL: dict[str, Any] = {
     "max_sequences": 3,
     "tool_parser": "mistral",
     "runtime": "pytorch",
+    "deterministic": True,
 }
 
 
@@ -144,6 +145,15 @@ def test_tool_parser_of_the_model_reaches_the_engine() -> None:
     assert ModelSettings().applied_to(EngineOptions()).tool_parser is None
     applied = ModelSettings(tool_parser="mistral").applied_to(EngineOptions())
     assert applied.tool_parser == "mistral"
+
+
+def test_a_deterministic_model_runs_one_sequence_at_a_time() -> None:
+    options = EngineOptions(max_sequences=16)
+    applied = ModelSettings(deterministic=True, max_sequences=9).applied_to(options)
+    assert (applied.deterministic, applied.max_sequences) == (True, 1)
+    for off in (None, False):
+        applied = ModelSettings(deterministic=off, max_sequences=9).applied_to(options)
+        assert (applied.deterministic, applied.max_sequences) == (False, 9)
 
 
 def test_sequences_of_the_model_replace_those_of_the_server() -> None:

@@ -28,6 +28,7 @@ UNSET = {
     "tool_parser": None,
     "runtime": None,
     "continue_answers": None,
+    "deterministic": None,
 }
 WRITES = [("PATCH", ONE), ("POST", f"{ONE}/load"), ("POST", f"{ONE}/unload")]
 
@@ -158,6 +159,8 @@ async def test_change_of_nothing_changes_nothing(ask: Ask, management: FakeManag
         ("runtime", True),
         ("continue_answers", 1),
         ("continue_answers", "yes"),
+        ("deterministic", "yes"),
+        ("deterministic", 1),
         ("max_sequences", {}),
         ("keep_alive", 5),
         ("state", "resident"),

@@ -13,6 +13,7 @@ from backends.base import RuntimeChoice
 from catalog.store import CatalogStore
 from core.errors import BackendUnavailable, ImpetusError, ModelNotFound
 from core.settings import Settings
+from core.types import Capability
 from core.units import GIB
 from deployments.decisions import DecisionLog
 from deployments.messages import Decision, LoadContext, ModelStates, Residency
@@ -28,6 +29,7 @@ from tests.unit.catalog.builders import make_found, write
 from tests.unit.deployments.handles import FakeHandle, answering
 
 TINY = "tiny@gguf-q4_0"
+EMBEDDER = "embedder@gguf-q4_0"
 DETAILS = {
     "n_layer": 2,
     "n_embd": 64,
@@ -124,6 +126,24 @@ async def test_tool_parser_is_one_of_the_families(server: Server) -> None:
     assert "mistral" in error_of(refused)["message"]
     shown = await server.ask("GET", "/api/models/mine")
     assert shown.json()["settings"]["tool_parser"] == "mistral"
+
+
+async def test_determinism_is_a_setting_of_models_that_generate(
+    server: Server, tmp_path: Path
+) -> None:
+    store = CatalogStore(tmp_path / "catalog.sqlite")
+    capabilities = frozenset({Capability.EMBEDDING})
+    write(store, make_found("/m/e.gguf", name="embedder", capabilities=capabilities))
+    store.close()
+    answer = await server.ask("PATCH", "/api/models/mine", {"deterministic": True})
+    assert answer.json()["settings"]["deterministic"] is True
+    refused = await server.ask("PATCH", f"/api/models/{EMBEDDER}", {"deterministic": True})
+    error = error_of(refused)
+    assert (refused.status_code, error["code"]) == (400, "unsupported_parameter")
+    assert error["param"] == "deterministic"
+    assert "generates no text" in error["message"]
+    unset = await server.ask("PATCH", f"/api/models/{EMBEDDER}", {"deterministic": False})
+    assert unset.json()["settings"]["deterministic"] is False
 
 
 async def test_what_a_trial_found_is_shown_of_a_loaded_model(server: Server) -> None:

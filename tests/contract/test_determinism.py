@@ -1,0 +1,200 @@
+"""With the setting `deterministic`, an answer depends on its request alone, in every format.
+
+Without it only what `test_backend.py` checks holds: the same tokens but for near ties.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from backends.base import Engine, EngineOptions
+from backends.gguf.backend import GgufBackend
+from catalog.models import ModelSettings
+from core.types import (
+    ChatMessage,
+    ChatPrompt,
+    GenerationEvent,
+    GenerationRequest,
+    TextDelta,
+    TokenLogprob,
+)
+from tests.contract.conftest import OPTIONS
+from tests.gguf_files import gemma2_gguf, llama_gguf, mamba_gguf
+from tests.models import open_variant
+from tests.requests import chat, end_of, request, run, text_of
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+PIECE = 64
+# The whole distribution is sampled, so that the smallest difference changes a token sooner.
+SEEDED: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "seed": 2**40 + 7,
+}
+FACTS = "The sea is wide, moves with the wind and the moon, and joins many lands. "
+LONG = FACTS * 9
+wanted = partial(request, max_tokens=12, top_logprobs=0)
+REQUESTS = {
+    "short": partial(wanted, chat("Tell me a story about a fox."), **SEEDED),
+    "long": partial(wanted, chat(f"{LONG} Tell me more about it."), **SEEDED),
+    "completion": partial(wanted, f"{LONG} And so", **SEEDED),
+    "greedy": partial(wanted, f"{LONG} And then"),
+}
+
+KINDS = {"llama": llama_gguf, "gemma2-window": gemma2_gguf, "mamba-recurrent": mamba_gguf}
+
+Outcome = list[TokenLogprob]
+
+
+def outcome(events: Sequence[GenerationEvent]) -> Outcome:
+    """Return each token with its exact log-probability."""
+    found = [one for each in events if isinstance(each, TextDelta) for one in each.logprobs]
+    assert found
+    return found
+
+
+class Model:
+    """A model that can be opened anew with the setting, as often as a test needs it."""
+
+    def __init__(self, open_with: Callable[[EngineOptions], Engine], context_tokens: int) -> None:
+        self._open = open_with
+        self._context_tokens = context_tokens
+
+    @asynccontextmanager
+    async def opened(self, **changes: Any) -> AsyncIterator[Engine]:
+        """Open it, with the options that the setting and `changes` give."""
+        options = replace(
+            OPTIONS,
+            context_tokens=self._context_tokens,
+            prefill_chunk_tokens=PIECE,
+            prefix_bytes=1 << 28,
+            **changes,
+        )
+        engine = self._open(ModelSettings(deterministic=True).applied_to(options))
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+    async def alone(self, one: GenerationRequest) -> Outcome:
+        """Return what an engine gives for the first request of its life."""
+        async with self.opened() as engine:
+            return outcome(await run(engine, one))
+
+    async def expected(self) -> dict[str, Outcome]:
+        """Return what each of the requests gets alone."""
+        return {name: await self.alone(make()) for name, make in REQUESTS.items()}
+
+
+def model_of(variant: str) -> Model:
+    """Return the starter in a format."""
+    # A token of the echo model is a byte, so the same text needs more of them.
+    context = 2048 if variant == "echo" else OPTIONS.context_tokens
+    assert context is not None
+    return Model(partial(open_variant, variant), context)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def expected(variant: str) -> dict[str, Outcome]:
+    return await model_of(variant).expected()
+
+
+async def abandon(engine: Engine, one: GenerationRequest) -> None:
+    """Leave a request half-finished."""
+    events = engine.generate(one)
+    async for event in events:
+        if isinstance(event, TextDelta):
+            break
+    await events.aclose()
+
+
+async def check_earlier_requests(model: Model, expected: dict[str, Outcome]) -> None:
+    earlier = [
+        request("word " * 200, max_tokens=8),
+        request(chat("hi"), max_tokens=40),
+        request(chat(f"{LONG[:330]} Is that so?"), max_tokens=8),
+        request(f"{LONG} And so what", max_tokens=20),
+        request(chat(f"{LONG} Tell me more about it. Tell me all."), max_tokens=3),
+    ]
+    async with model.opened() as engine:
+        for before in earlier:
+            await run(engine, before)
+            for name, make in REQUESTS.items():
+                assert outcome(await run(engine, make())) == expected[name], (name, before)
+                await abandon(engine, replace(before, id=f"{before.id}-{name}"))
+                assert outcome(await run(engine, make())) == expected[name], (name, before)
+
+
+async def check_requests_beside(model: Model, expected: dict[str, Outcome]) -> None:
+    async with model.opened() as engine:
+        others = [request(chat(f"{LONG[: 90 * n]} {n}"), max_tokens=30) for n in range(3)]
+        beside = asyncio.gather(*(run(engine, other) for other in others))
+        names = [*REQUESTS, *REQUESTS]
+        found = await asyncio.gather(*(run(engine, REQUESTS[name]()) for name in names))
+        for name, events in zip(names, found, strict=True):
+            assert outcome(events) == expected[name], name
+        await beside
+
+
+async def test_deterministic_answers_do_not_depend_on_earlier_requests(
+    variant: str, expected: dict[str, Outcome]
+) -> None:
+    await check_earlier_requests(model_of(variant), expected)
+
+
+async def test_deterministic_answers_do_not_depend_on_others_at_the_same_time(
+    variant: str, expected: dict[str, Outcome]
+) -> None:
+    await check_requests_beside(model_of(variant), expected)
+
+
+async def test_a_deterministic_second_turn_is_that_of_a_new_engine(variant: str) -> None:
+    def turn(text: str) -> GenerationRequest:
+        first = ChatMessage("user", f"{LONG} Tell me more about it.")
+        turns = (first, ChatMessage("assistant", text), ChatMessage("user", "And why?"))
+        return wanted(ChatPrompt(turns), **SEEDED)
+
+    model = model_of(variant)
+    async with model.opened() as engine:
+        first = await run(engine, REQUESTS["long"]())
+        second = await run(engine, turn(text_of(first)))
+    assert outcome(second) == await model.alone(turn(text_of(first)))
+    prompt = end_of(first).usage.prompt_tokens
+    if variant != "echo":
+        # Models in MLX compute the prompt's last token apart.
+        assert end_of(second).usage.cached_tokens in (
+            prompt - prompt % PIECE,
+            (prompt - 1) - (prompt - 1) % PIECE,
+        )
+
+
+async def test_a_crowded_deterministic_cache_changes_nothing(
+    variant: str, expected: dict[str, Outcome]
+) -> None:
+    async with model_of(variant).opened(kv_tokens=512) as engine:
+        for name, make in REQUESTS.items():
+            await run(engine, request(f"{name} " * 150, max_tokens=60))
+            assert outcome(await run(engine, make())) == expected[name], name
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+async def test_deterministic_models_may_have_windows_and_recurrent_states(
+    kind: str, tmp_path: Path
+) -> None:
+    path = KINDS[kind](tmp_path / f"{kind}.gguf")
+    backend = GgufBackend()
+    model = Model(lambda options: backend.open(backend.identify(path), options), 1024)
+    expected = await model.expected()
+    await check_earlier_requests(model, expected)
+    await check_requests_beside(model, expected)
