@@ -1,5 +1,6 @@
 """Samples tokens with llama.cpp's sampler chains, plus grammar masks and log-probabilities."""
 
+import ctypes
 import secrets
 from typing import Any
 
@@ -71,7 +72,10 @@ class SequenceSampler:
         if (min_p := or_default(params.min_p, DEFAULT_MIN_P)) > 0.0:
             self._add(llama.llama_sampler_init_min_p(min_p, 1))
         self._add(llama.llama_sampler_init_temp(max(temperature, _SMALLEST_DIVISOR)))
-        self._add(llama.llama_sampler_init_dist(_seed(params.seed)))
+        random = llama.llama_sampler_init_dist(_seed(params.seed))
+        # A resumed answer has drawn one number for each of its tokens.
+        skip_draws(random, spec.generated)
+        self._add(random)
 
     def _add(self, sampler: Any) -> None:
         self._llama.llama_sampler_chain_add(self._chain, sampler)
@@ -133,6 +137,15 @@ class SequenceSampler:
         if self._chain:
             self._llama.llama_sampler_free(self._chain)
         self._chain = None
+
+
+def skip_draws(random: Any, count: int) -> None:
+    """Let a llama.cpp `dist` sampler draw `count` numbers; it draws one for each token."""
+    llama = library()
+    candidate = llama.llama_token_data(0, 0.0, 0.0)
+    candidates = llama.llama_token_data_array(ctypes.pointer(candidate), 1, -1, False)
+    for _ in range(count):
+        llama.llama_sampler_apply(random, ctypes.byref(candidates))
 
 
 def _seed(seed: int | None) -> int:

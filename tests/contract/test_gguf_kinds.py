@@ -147,6 +147,19 @@ async def test_kind_continues_a_conversation_from_its_prefix(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("kind", WRITERS)
+async def test_kind_continues_an_answer_with_the_next_numbers_of_its_seed(
+    kind: str, tmp_path: Path
+) -> None:
+    engine = open_model(WRITERS[kind](tmp_path / f"{kind}.gguf"))
+    for seed in range(3):
+        wanted = request(WORDS * 4, max_tokens=16, temperature=1.0, seed=seed)
+        whole = token_ids_of(await run(engine, wanted))
+        begun = replace(wanted, generated=tuple(whole[:9]))
+        assert token_ids_of(await run(engine, begun)) == whole[9:]
+    await engine.close()
+
+
+@pytest.mark.parametrize("kind", WRITERS)
 async def test_kind_answers_a_chat(kind: str, tmp_path: Path) -> None:
     engine = open_model(WRITERS[kind](tmp_path / f"{kind}.gguf"))
     events = await run(engine, request(chat("hello"), max_tokens=8))
