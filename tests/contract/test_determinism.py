@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from backends.base import Engine, EngineOptions
+from backends.base import Engine, EngineOptions, RuntimeChoice
 from backends.gguf.backend import GgufBackend
+from backends.registry import load_backends
 from catalog.models import ModelSettings
 from core.types import (
     ChatMessage,
@@ -27,8 +28,9 @@ from core.types import (
 )
 from tests.contract.conftest import OPTIONS
 from tests.gguf_files import gemma2_gguf, llama_gguf, mamba_gguf
-from tests.models import open_variant
+from tests.models import open_variant, weights_of
 from tests.requests import chat, end_of, request, run, text_of
+from tests.tiny_folders import write_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -53,6 +55,12 @@ REQUESTS = {
 }
 
 KINDS = {"llama": llama_gguf, "gemma2-window": gemma2_gguf, "mamba-recurrent": mamba_gguf}
+# Classes of transformers, with settings of their configurations.
+FOLDERS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 64},
+    "Mamba": {"intermediate_size": 128, "state_size": 8},
+}
 
 Outcome = list[TokenLogprob]
 
@@ -186,6 +194,25 @@ async def test_a_crowded_deterministic_cache_changes_nothing(
         for name, make in REQUESTS.items():
             await run(engine, request(f"{name} " * 150, max_tokens=60))
             assert outcome(await run(engine, make())) == expected[name], name
+
+
+# PyTorch computes recurrent states token by token, which takes minutes here.
+@pytest.mark.parametrize(
+    ("runtime", "class_name"),
+    [(r, c) for r in ("mlx", "pytorch") for c in FOLDERS if (r, c) != ("pytorch", "Mamba")],
+)
+async def test_deterministic_folders_may_have_windows_and_recurrent_states(
+    runtime: str, class_name: str, tmp_path: Path
+) -> None:
+    settings = {"max_position_embeddings": 2048, **FOLDERS[class_name]}
+    path = weights_of(write_model(tmp_path, class_name, **settings))
+    backend = load_backends()["safetensors"]
+    choice = RuntimeChoice(runtime, "the test wants it", "pytorch")
+    info = replace(backend.identify(path), choice=choice)
+    model = Model(partial(backend.open, info), 1024)
+    expected = await model.expected()
+    await check_earlier_requests(model, expected)
+    await check_requests_beside(model, expected)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
