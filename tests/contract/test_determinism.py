@@ -4,6 +4,7 @@ Without it only what `test_backend.py` checks holds: the same tokens but for nea
 """
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,19 +17,23 @@ import pytest_asyncio
 
 from backends.base import Engine, EngineOptions, RuntimeChoice
 from backends.gguf.backend import GgufBackend
+from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.registry import load_backends
 from catalog.models import ModelSettings
 from core.types import (
     ChatMessage,
     ChatPrompt,
+    Finished,
     GenerationEvent,
     GenerationRequest,
     TextDelta,
     TokenLogprob,
+    TokenPrompt,
 )
 from tests.contract.conftest import OPTIONS
 from tests.gguf_files import gemma2_gguf, llama_gguf, mamba_gguf
 from tests.models import open_variant, weights_of
+from tests.prefixes import place_in, store_at
 from tests.requests import chat, end_of, request, run, text_of
 from tests.tiny_folders import write_model
 
@@ -82,13 +87,9 @@ class Model:
     @asynccontextmanager
     async def opened(self, **changes: Any) -> AsyncIterator[Engine]:
         """Open it, with the options that the setting and `changes` give."""
-        options = replace(
-            OPTIONS,
-            context_tokens=self._context_tokens,
-            prefill_chunk_tokens=PIECE,
-            prefix_bytes=1 << 28,
-            **changes,
-        )
+        usual = {"prefill_chunk_tokens": PIECE, "prefix_bytes": 1 << 28}
+        context = {"context_tokens": self._context_tokens}
+        options = replace(OPTIONS, **{**usual, **context, **changes})
         engine = self._open(ModelSettings(deterministic=True).applied_to(options))
         try:
             yield engine
@@ -196,6 +197,20 @@ async def test_a_crowded_deterministic_cache_changes_nothing(
             assert outcome(await run(engine, make())) == expected[name], name
 
 
+def opener(
+    runtime: str, folder: Path, class_name: str = "Llama", **settings: Any
+) -> Callable[[EngineOptions], Engine]:
+    """Write a tiny model, and return what opens it."""
+    if runtime == "gguf":
+        gguf = GgufBackend()
+        return partial(gguf.open, gguf.identify(llama_gguf(folder / "tiny.gguf")))
+    settings = {"max_position_embeddings": 2048, **settings}
+    path = weights_of(write_model(folder, class_name, **settings))
+    backend = load_backends()["safetensors"]
+    choice = RuntimeChoice(runtime, "the test wants it", "pytorch")
+    return partial(backend.open, replace(backend.identify(path), choice=choice))
+
+
 # PyTorch computes recurrent states token by token, which takes minutes here.
 @pytest.mark.parametrize(
     ("runtime", "class_name"),
@@ -204,12 +219,7 @@ async def test_a_crowded_deterministic_cache_changes_nothing(
 async def test_deterministic_folders_may_have_windows_and_recurrent_states(
     runtime: str, class_name: str, tmp_path: Path
 ) -> None:
-    settings = {"max_position_embeddings": 2048, **FOLDERS[class_name]}
-    path = weights_of(write_model(tmp_path, class_name, **settings))
-    backend = load_backends()["safetensors"]
-    choice = RuntimeChoice(runtime, "the test wants it", "pytorch")
-    info = replace(backend.identify(path), choice=choice)
-    model = Model(partial(backend.open, info), 1024)
+    model = Model(opener(runtime, tmp_path, class_name, **FOLDERS[class_name]), 1024)
     expected = await model.expected()
     await check_earlier_requests(model, expected)
     await check_requests_beside(model, expected)
@@ -225,3 +235,45 @@ async def test_deterministic_models_may_have_windows_and_recurrent_states(
     expected = await model.expected()
     await check_earlier_requests(model, expected)
     await check_requests_beside(model, expected)
+
+
+@pytest.mark.parametrize("runtime", ["gguf", "mlx", "pytorch"])
+async def test_stored_prefixes_of_fixed_pieces_change_nothing(runtime: str, tmp_path: Path) -> None:
+    open_with = opener(runtime, tmp_path)
+    # A piece has two blocks, so that a damaged block may leave a part of a piece.
+    model, piece = Model(open_with, 1024), 2 * BLOCK_TOKENS
+    asked = partial(wanted, TokenPrompt((70, 71, 72, 73) * 160), **SEEDED)
+    async with model.opened(prefill_chunk_tokens=piece) as engine:
+        expected = outcome(await run(engine, asked()))
+
+    async def ask(folder: Path, *, is_deterministic: bool = True) -> Finished:
+        store = store_at(folder, size_bytes=1 << 30)
+        if is_deterministic:
+            place = place_in(store)
+            async with model.opened(prefix_store=place, prefill_chunk_tokens=piece) as engine:
+                events = await run(engine, asked())
+            assert outcome(events) == expected
+        else:
+            engine = open_with(replace(OPTIONS, context_tokens=1024, prefix_store=place_in(store)))
+            events = await run(engine, asked())
+            await engine.close()
+        store.close()
+        return end_of(events)
+
+    folder = tmp_path / "prefixes"
+    for is_deterministic in (False, True):
+        # What another engine left is not used.
+        assert (await ask(folder, is_deterministic=is_deterministic)).usage.cached_tokens == 0
+    assert (await ask(folder)).usage.cached_tokens == 4 * BLOCK_TOKENS
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path.relative_to(folder) for path in found if path.stat().st_size > BLOCK_TOKENS]
+    reused = set()
+    for index, path in enumerate(files):
+        damaged = tmp_path / f"damaged-{index}"
+        shutil.copytree(folder, damaged)
+        content = bytearray((damaged / path).read_bytes())
+        content[-40] ^= 1
+        (damaged / path).write_bytes(content)
+        reused.add((await ask(damaged)).usage.cached_tokens)
+    assert 0 in reused
+    assert reused <= {0, piece, 2 * piece}
