@@ -93,8 +93,8 @@ class SettingsView:
     `max_sequences` bounds concurrent sequences.  `kv_type` is the data type of the KV cache.
     `tool_parser` names the tool-call format if the chat template does not reveal it.  `runtime` is
     the library that runs the model, if several can.  `continue_answers`: a chat's last message, if
-    it is the assistant's, is continued unless the request says otherwise.  With `deterministic` the same
-    request always gets the same answer, one request at a time.
+    it is the assistant's, is continued unless the request says otherwise.  With `deterministic` the
+    same request always gets the same answer, one request at a time.
     """
 
     context_length: int | None = None

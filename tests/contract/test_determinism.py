@@ -59,7 +59,11 @@ REQUESTS = {
     "greedy": partial(wanted, f"{LONG} And then"),
 }
 
-KINDS = {"llama": llama_gguf, "gemma2-window": gemma2_gguf, "mamba-recurrent": mamba_gguf}
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "llama": llama_gguf,
+    "gemma2-window": gemma2_gguf,
+    "mamba-recurrent": mamba_gguf,
+}
 # Classes of transformers, with settings of their configurations.
 FOLDERS: dict[str, dict[str, Any]] = {
     "Llama": {},

@@ -19,7 +19,7 @@ from backends.trials import TrialResult
 from core.errors import NonFiniteOutput, RequestError
 from core.types import PrefillProgress, SamplingParams, TextDelta, TokenLogprob
 from tests.requests import end_of, request, run, text_of
-from tests.unit.backends.engine.test_row_stepper import (
+from tests.unit.backends.engine.rows.test_row_stepper import (
     VOCABULARY,
     FakeModel,
     Run,

@@ -215,7 +215,8 @@ async def test_documents_reach_the_prompt() -> None:
     for path in PATHS:
         prompt = await prompt_with(USER, server=False, model=None, path=path, documents=documents)
         assert prompt.documents == ({"text": "plain"}, documents[1])
-    for off in (None, []):
+    offs: tuple[list[str] | None, ...] = (None, [])
+    for off in offs:
         prompt = await prompt_with(USER, server=False, model=None, path=PATHS[0], documents=off)
         assert prompt.documents == ()
 

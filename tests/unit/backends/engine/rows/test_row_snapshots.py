@@ -14,7 +14,7 @@ from backends.prefixes.block_file import BLOCK_TOKENS
 from backends.prefixes.store import BlockStore
 from backends.stepper import StepOutput
 from tests.prefixes import place_in, store_at
-from tests.unit.backends.engine.test_row_stepper import (
+from tests.unit.backends.engine.rows.test_row_stepper import (
     FakeModel,
     Pieces,
     Run,

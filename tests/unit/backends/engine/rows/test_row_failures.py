@@ -14,7 +14,7 @@ from backends.stepper import SequenceSpec, StepOutput
 from core.errors import NonFiniteOutput, RequestFailed
 from core.types import SamplingParams
 from tests.unit.backends.engine.faulty import Panic
-from tests.unit.backends.engine.test_row_stepper import FakeModel, Pieces, expected, stepper
+from tests.unit.backends.engine.rows.test_row_stepper import FakeModel, Pieces, expected, stepper
 
 BAD, GOOD = 1, 2
 BAD_PROMPT, GOOD_PROMPT = (90, 5, 7), tuple(range(20, 60))
