@@ -1,12 +1,14 @@
 """Inspects model files in a limited child process, before any engine opens them."""
 
 import json
+import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from catalog.scan.inspector_child import MEMORY_BYTES, WITHOUT
 from catalog.scan.packages import natural_format
 from core.child import AnswerTooLong, Child, ChildEnded, describe_exit, kept_environment
 from core.units import MIB, format_bytes
+
+logger = logging.getLogger(__name__)
 
 FILE_LIMIT_S = 60.0
 START_LIMIT_S = 60.0
@@ -42,6 +46,9 @@ _CRASHES = (
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL", "SYSTEMROOT")
 # Source: sandbox-exec(1) of macOS.
 _MAC_SANDBOX = "(version 1)(allow default)(deny network*)(deny file-write*)"
+# sandbox-exec's exit code where it cannot apply the profile, for example inside another sandbox:
+# profiles do not nest.  Source: EX_OSERR of sysexits.h, which sandbox-exec(1) exits with.
+_NOT_SANDBOXED = 71
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,8 @@ class Inspector:
         file_limit_s: float = FILE_LIMIT_S,
     ) -> None:
         self._command = list(command) if command is not None else _command(formats)
+        # What the command is run by; empty once that could not start.
+        self._sandbox = _sandbox()
         self._file_limit_s = file_limit_s
         self._child: Child | None = None
         self._stage = _Stage()
@@ -123,6 +132,8 @@ class Inspector:
         try:
             child = self._running_child()
         except (OSError, RuntimeError) as problem:
+            if self._sandbox and isinstance(problem, FileNotFoundError):
+                return self._ask_unsandboxed(path, avoid, "sandbox-exec was not found")
             cause = getattr(problem, "strerror", None) or problem
             return Uninspected(f"the process that inspects files did not start ({cause})"), False
         try:
@@ -135,6 +146,8 @@ class Inspector:
         except ChildEnded:
             self._child = None
             code = child.close(grace_s=_DYING_S)
+            if self._sandbox and code == _NOT_SANDBOXED and not self._stage.name:
+                return self._ask_unsandboxed(path, avoid, describe_exit(code))
             return self._ended(path, code)
         except (AnswerTooLong, ValueError, KeyError, TypeError):
             self.close()
@@ -144,6 +157,14 @@ class Inspector:
             self.close()
             cause = f"could not be followed ({problem.strerror})"
             return _uninspected(path, self._stage.name, cause), False
+
+    def _ask_unsandboxed(
+        self, path: Path, avoid: Sequence[str], cause: str
+    ) -> tuple[Outcome, bool]:
+        """Ask a child that starts without sandbox-exec; it keeps its resource limits."""
+        self._sandbox = []
+        _warn_of_no_sandbox(cause)
+        return self._ask(path, avoid)
 
     @property
     def _limit_s(self) -> float:
@@ -182,16 +203,32 @@ class Inspector:
         if self._child is None:
             without = [WITHOUT + name for name in sorted(self._without)]
             self._child = Child(
-                [*self._command, *without], _environment(), answer_limit_bytes=_ANSWER_LIMIT_BYTES
+                [*self._sandbox, *self._command, *without],
+                _environment(),
+                answer_limit_bytes=_ANSWER_LIMIT_BYTES,
             )
         return self._child
 
 
 def _command(formats: Sequence[str]) -> list[str]:
-    command = [sys.executable, "-m", "catalog.scan.inspector_child", *formats]
-    if sys.platform == "darwin":
-        return ["sandbox-exec", "-p", _MAC_SANDBOX, *command]
-    return command
+    return [sys.executable, "-m", "catalog.scan.inspector_child", *formats]
+
+
+def _sandbox() -> list[str]:
+    """Return what cuts a child off from the network on macOS; on Linux it does so itself."""
+    return ["sandbox-exec", "-p", _MAC_SANDBOX] if sys.platform == "darwin" else []
+
+
+@cache
+def _warn_of_no_sandbox(cause: str) -> None:
+    """Log once in this process that files are inspected without sandbox-exec."""
+    logger.warning(
+        "Model files are inspected without sandbox-exec, which did not start (%s): the server "
+        "probably runs inside another sandbox, such as an agent's. The inspection still cannot "
+        "write files or start processes, but its network is open; start the server from a "
+        "terminal to close it.",
+        cause,
+    )
 
 
 def _environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,6 +195,65 @@ def test_the_childs_environment_holds_no_keys(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(outcome, Unknown)
     assert "HF_TOKEN" not in outcome.reasons
     assert ("PATH" in outcome.reasons) == ("PATH" in os.environ)
+
+
+NESTED = "echo 'sandbox-exec: sandbox_apply: Operation not permitted' >&2; exit 71"
+
+
+@pytest.fixture
+def sandbox_exec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sandbox-exec on PATH, on a machine that says it is a Mac."""
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    inspector._warn_of_no_sandbox.cache_clear()
+    return tmp_path / "sandbox-exec"
+
+
+def write_script(path: Path, lines: str) -> None:
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+
+
+def test_the_child_runs_in_the_sandbox_of_macos(sandbox_exec: Path, tmp_path: Path) -> None:
+    arguments = tmp_path / "arguments"
+    write_script(sandbox_exec, f'echo "$1 $2" >>{arguments}; shift 2; exec "$@"')
+    checked = inspector_of("pass")
+    assert checked.examine(Path("/good")) == Unknown(("fine",))
+    checked.close()
+    assert arguments.read_text() == f"-p {inspector._MAC_SANDBOX}\n"
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["exit 71", "missing"])
+def test_a_sandbox_that_cannot_start_is_left_out(
+    is_there: bool, sandbox_exec: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    starts = tmp_path / "starts"
+    if is_there:
+        write_script(sandbox_exec, f"echo start >>{starts}; {NESTED}")
+    for _ in range(2):
+        checked = inspector_of("os._exit(71)")
+        assert checked.examine(Path("/good")) == Unknown(("fine",))
+        # The file's own exit code 71 is its fault, as any other one is.
+        assert isinstance(checked.examine(Path("/bad")), Refused)
+        checked.close()
+    # Asked once for each inspector, said once.
+    assert not is_there or starts.read_text() == "start\n" * 2
+    assert [record.message.count("without sandbox-exec") for record in caplog.records] == [1]
+
+
+def test_code_71_of_the_child_itself_is_no_verdict() -> None:
+    checked = Inspector([], command=["sh", "-c", NESTED])
+    outcome = checked.examine(Path("/good"))
+    assert isinstance(outcome, Uninspected)
+    assert "the start of the inspection ended with code 71" in outcome.reason
+
+
+@pytest.mark.macos
+@pytest.mark.skipif(sys.platform != "darwin", reason="sandbox-exec is on macOS only")
+def test_a_sandbox_inside_another_one_ends_with_code_71() -> None:
+    outer = ["sandbox-exec", "-p", "(version 1)(allow default)"]
+    ended = subprocess.run([*outer, *inspector._sandbox(), "/usr/bin/true"], check=False)
+    assert ended.returncode in (0, inspector._NOT_SANDBOXED)
 
 
 RUNTIMES = """
