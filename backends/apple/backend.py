@@ -1,7 +1,6 @@
 """Backend of Apple's on-device language model, through apple-fm-sdk; it has no files."""
 
 import importlib.util
-import platform
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +16,7 @@ from backends.base import (
     ModelInfo,
 )
 from core.errors import BackendUnavailable, NotThisFormat
+from core.machine import macos_release
 from core.types import Capability
 
 # Source: Apple, TN3193 "Managing the on-device foundation model's context window".
@@ -37,7 +37,7 @@ class AppleFoundationBackend(Backend):
 
     def availability(self) -> Availability:
         """Available on macOS 26 and later with Apple Intelligence on and the SDK installed."""
-        reason = system_problem(sys.platform, platform.mac_ver()[0]) or _model_problem()
+        reason = system_problem(sys.platform, macos_release()) or _model_problem()
         return Availability(not reason, reason)
 
     def identify(self, path: Path) -> ModelInfo:
@@ -79,13 +79,15 @@ def apple_info() -> ModelInfo:
     )
 
 
-def system_problem(system: str, macos_version: str) -> str:
-    """Return why the model cannot run on this system, empty if it can."""
+def system_problem(system: str, release: int) -> str:
+    """Return why the model cannot run on this system, empty if it can.
+
+    `release` is the major version of macOS; 0 if it is not known.
+    """
     if system != "darwin":
         return "Apple's model needs macOS 26 or later"
-    major = macos_version.partition(".")[0]
-    if not major.isdigit() or int(major) < _OLDEST_MACOS:
-        return f"Apple's model needs macOS 26 or later; this is {macos_version or 'unknown'}"
+    if release < _OLDEST_MACOS:
+        return f"Apple's model needs macOS 26 or later; this is {release or 'unknown'}"
     return ""
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,19 +24,30 @@ ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "str
 
 
 @pytest.mark.parametrize(
-    ("system", "version", "problem"),
+    ("system", "release", "problem"),
     [
-        ("linux", "", "needs macOS 26"),
-        ("darwin", "15.6.1", "this is 15.6.1"),
-        ("darwin", "", "this is unknown"),
-        ("darwin", "26.0", ""),
-        ("darwin", "27.1.2", ""),
+        ("linux", 0, "needs macOS 26"),
+        ("darwin", 15, "this is 15"),
+        ("darwin", 0, "this is unknown"),
+        ("darwin", 26, ""),
+        ("darwin", 27, ""),
     ],
 )
-def test_system_must_be_macos_26(system: str, version: str, problem: str) -> None:
-    found = system_problem(system, version)
+def test_system_must_be_macos_26(system: str, release: int, problem: str) -> None:
+    found = system_problem(system, release)
     assert problem in found
     assert bool(found) == bool(problem)
+
+
+def test_macos_26_is_recognized_by_a_python_of_an_older_sdk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    # What such a Python reads on macOS 26, and what the kernel says.
+    monkeypatch.setattr("platform.mac_ver", lambda: ("16.0", ("", "", ""), "arm64"))
+    monkeypatch.setattr("os.uname", lambda: SimpleNamespace(release="25.1.0"))
+    monkeypatch.setattr("backends.apple.backend._model_problem", lambda: "")
+    assert AppleFoundationBackend().availability().is_available
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="the model may be there")
