@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import platform
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,13 +11,18 @@ from backends.base import Engine
 from backends.engine.accelerator_lock import AcceleratorLock, SharesAccelerator
 from core.errors import ImpetusError
 from core.files import why
+from core.machine import machine_id
 
 logger = logging.getLogger(__name__)
 
 
 def turn_file(home: Path) -> Path:
-    """Return the lock file of this machine; the folder may be shared with other machines."""
-    return home / "cache" / f"turns-{platform.node()}"
+    """Return the lock file of this machine; the folder may be shared with other machines.
+
+    Not named after the host: macOS takes that name from the network, and processes that started
+    under another one would not take turns.
+    """
+    return home / "cache" / f"turns-{machine_id()}"
 
 
 class SharedAccelerator:
