@@ -18,6 +18,14 @@ _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 _SMALLEST_MARGIN_BYTES = 2 * GIB
+# Of a Mac's memory, what stays for the system and other applications: without it 8 to 24 GB Macs
+# freeze or panic under GPU load.  Source: oMLX issues 978 and 1265, vmlx-swift issue 421.
+_MAC_RESERVE_BYTES = 4 * GIB
+_MAC_RESERVE_SHARE = 0.25
+# Of what the GPU may use, what models may: the rest is for buffers and other applications.
+_GPU_SHARE = 0.85
+# What the GPU may use of a Mac's memory where Metal does not tell: 0.67 on most Macs up to 36 GB.
+_UNKNOWN_GPU_SHARE = 0.65
 
 
 class Sensor(Protocol):
@@ -69,11 +77,19 @@ def machine_memory_bytes(cgroup_limits: tuple[Path, ...] = _CGROUP_LIMITS) -> in
 def memory_budget_bytes(total_bytes: int, gpu_bytes: int | None = None) -> int:
     """Return the memory budget for models; the rest stays for the system and the server.
 
-    `gpu_bytes` is what a Mac's GPU may use of it; None means three quarters.
+    `gpu_bytes` is what a Mac's GPU may use of it; None: unknown, or no Mac.
     """
-    share = int(total_bytes * (0.75 if sys.platform == "darwin" else 0.85))
-    most = share if gpu_bytes is None else gpu_bytes
-    return max(min(most, total_bytes - _SMALLEST_MARGIN_BYTES), total_bytes // 4)
+    if sys.platform == "darwin":
+        return _mac_budget_bytes(total_bytes, gpu_bytes)
+    most = min(int(total_bytes * 0.85), total_bytes - _SMALLEST_MARGIN_BYTES)
+    return max(most, total_bytes // 4)
+
+
+def _mac_budget_bytes(total_bytes: int, gpu_bytes: int | None) -> int:
+    if gpu_bytes is None:
+        gpu_bytes = int(total_bytes * _UNKNOWN_GPU_SHARE)
+    reserve = max(_MAC_RESERVE_BYTES, int(total_bytes * _MAC_RESERVE_SHARE))
+    return max(min(int(gpu_bytes * _GPU_SHARE), total_bytes - reserve), total_bytes // 4)
 
 
 def gpu_memory_bytes() -> int | None:

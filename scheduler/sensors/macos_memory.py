@@ -2,10 +2,13 @@
 
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 
 from core.units import MIB
 
 _LIBRARY = "/usr/lib/libSystem.B.dylib"
+_CORE_GRAPHICS = "/System/Library/Frameworks/CoreGraphics.framework/CoreGraphics"
 _METAL = "/System/Library/Frameworks/Metal.framework/Metal"
 _OBJC = "/usr/lib/libobjc.A.dylib"
 # The most memory that may be wired for the GPU, in MiB; 0 lets the system choose.
@@ -69,19 +72,41 @@ def _sysctl(key: bytes) -> bytes:
     return buffer.raw[: size.value]
 
 
+@cache
 def _metal_working_set_bytes() -> int:
-    """Return `recommendedMaxWorkingSetSize` of the default device; 0 without a device.
+    """Return `recommendedMaxWorkingSetSize` of the first device; 0 without a device.
 
-    Source: Metal's MTLDevice, through the Objective-C runtime's C interface.
+    Read once in a process: it opens the GPU.  Raises OSError, AttributeError.
     """
-    metal, objc = ctypes.CDLL(_METAL), ctypes.CDLL(_OBJC)
+    return working_set_bytes(_CORE_GRAPHICS, _METAL, _OBJC)
+
+
+def working_set_bytes(core_graphics: str, metal_library: str, objc_library: str) -> int:
+    """Return what Metal recommends as the most memory of the GPU, in bytes; 0 without a device.
+
+    A command-line tool has a default device only once CoreGraphics is loaded; the list of all
+    devices does not depend on it.  Sources: Apple's documentation of MTLCreateSystemDefaultDevice,
+    MTLCopyAllDevices, MTLDevice and NSArray, through the Objective-C runtime's C interface.
+    Raises OSError, AttributeError.
+    """
+    # Metal answers without it as well, if only with its list of devices.
+    with suppress(OSError):
+        ctypes.CDLL(core_graphics)
+    metal, objc = ctypes.CDLL(metal_library), ctypes.CDLL(objc_library)
+    objc.sel_registerName.restype = ctypes.c_void_p
+    objc.sel_registerName.argtypes = [ctypes.c_char_p]
+
+    def send(
+        receiver: int, selector: bytes, result: type[ctypes.c_void_p | ctypes.c_uint64]
+    ) -> int:
+        # Fixed arguments: on arm64 those of a variadic function are passed in another way.
+        call = ctypes.CFUNCTYPE(result, ctypes.c_void_p, ctypes.c_void_p)(("objc_msgSend", objc))
+        return int(call(receiver, objc.sel_registerName(selector)) or 0)
+
     metal.MTLCreateSystemDefaultDevice.restype = ctypes.c_void_p
     device = metal.MTLCreateSystemDefaultDevice()
     if not device:
-        return 0
-    objc.sel_registerName.restype = ctypes.c_void_p
-    objc.sel_registerName.argtypes = [ctypes.c_char_p]
-    send = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p)(
-        ("objc_msgSend", objc)
-    )
-    return int(send(device, objc.sel_registerName(b"recommendedMaxWorkingSetSize")))
+        metal.MTLCopyAllDevices.restype = ctypes.c_void_p
+        devices = metal.MTLCopyAllDevices()
+        device = send(devices, b"firstObject", ctypes.c_void_p) if devices else 0
+    return send(device, b"recommendedMaxWorkingSetSize", ctypes.c_uint64) if device else 0

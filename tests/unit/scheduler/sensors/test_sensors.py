@@ -1,13 +1,19 @@
 """Memory as the operating system tells it."""
 
+import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from core.units import GIB
+from scheduler.sensors import macos_memory
 from scheduler.sensors.machine import machine_memory_bytes, memory_budget_bytes
 from scheduler.sensors.macos_memory import MacLimits, parse_wired_limit
+from tests.fake_library import compile_library
 
 
 @pytest.fixture
@@ -65,6 +71,89 @@ def test_a_macs_limits_are_the_users_then_metals_then_unknown() -> None:
     assert MacLimits(lambda: 0, missing).gpu_bytes() is None
 
 
-@pytest.mark.parametrize(("gpu", "budget"), [(12 * GIB, 12 * GIB), (64 * GIB, 14 * GIB)])
-def test_the_budget_of_a_mac_is_the_gpus_and_leaves_the_margin(gpu: int, budget: int) -> None:
-    assert memory_budget_bytes(16 * GIB, gpu) == budget
+@pytest.mark.parametrize(
+    ("total_gib", "gpu_gib", "budget_gib"),
+    [
+        # Metal's recommendation on Macs of each size, and a wired limit above the memory.
+        (8, 5.33, 4.0),
+        (16, 10.67, 9.07),
+        (24, 16.0, 13.6),
+        (36, 27.0, 22.95),
+        (64, 48.0, 40.8),
+        (128, 96.0, 81.6),
+        (64, 100.0, 48.0),
+        # Unknown: less than what any Mac recommends.
+        (16, None, 8.84),
+        (64, None, 35.36),
+    ],
+)
+def test_the_budget_of_a_mac_is_a_share_of_the_gpus_and_leaves_a_reserve(
+    total_gib: int, gpu_gib: float | None, budget_gib: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    gpu = None if gpu_gib is None else int(gpu_gib * GIB)
+    assert memory_budget_bytes(total_gib * GIB, gpu) / GIB == pytest.approx(budget_gib, abs=0.01)
+
+
+METAL = """
+#include <stdlib.h>
+long device = 1, list = 2, calls = 0;
+void *MTLCreateSystemDefaultDevice(void) { calls++; return getenv("FAKE_GRAPHICS") ? &device : 0; }
+void *MTLCopyAllDevices(void) { return %s; }
+long count(void) { return calls; }
+"""
+OBJC = """
+#include <stdlib.h>
+#include <string.h>
+void *sel_registerName(const char *name) { return strdup(name); }
+unsigned long objc_msgSend(long *receiver, const char *selector) {
+    if (*receiver == 2 && !strcmp(selector, "firstObject")) *receiver = 1, selector = 0;
+    if (!selector) return (unsigned long)receiver;
+    if (*receiver == 1 && !strcmp(selector, "recommendedMaxWorkingSetSize")) return 11453251584;
+    abort();
+}
+"""
+# Loading it gives the process a connection to the window server, and so a default device.
+GRAPHICS = """
+#include <stdlib.h>
+__attribute__((constructor)) static void begin(void) { setenv("FAKE_GRAPHICS", "1", 1); }
+"""
+
+
+@pytest.mark.parametrize(
+    ("graphics", "devices", "found"),
+    [
+        (GRAPHICS, "0", 11453251584),
+        # Without the window server Metal still lists its devices.
+        ("int nothing;", "&list", 11453251584),
+        ("", "&list", 11453251584),
+        ("", "0", 0),
+    ],
+)
+def test_metal_is_asked_with_core_graphics_then_for_all_devices(
+    graphics: str, devices: str, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.unsetenv("FAKE_GRAPHICS")
+    paths = [tmp_path / name for name in ("graphics.so", "metal.so", "objc.so")]
+    if graphics:
+        compile_library(paths[0], graphics)
+    compile_library(paths[1], METAL % devices)
+    compile_library(paths[2], OBJC)
+    for name, path in zip(("_CORE_GRAPHICS", "_METAL", "_OBJC"), paths, strict=True):
+        monkeypatch.setattr(macos_memory, name, str(path))
+    macos_memory._metal_working_set_bytes.cache_clear()
+    limits = MacLimits(wired_limit=lambda: bytes(4))
+    assert [limits.gpu_bytes() for _ in range(2)] == [found or None] * 2
+    # Metal opens the GPU, so one process asks it once.
+    assert ctypes.CDLL(str(paths[1])).count() == 1
+    macos_memory._metal_working_set_bytes.cache_clear()
+    os.unsetenv("FAKE_GRAPHICS")
+
+
+@pytest.mark.macos
+@pytest.mark.skipif(sys.platform != "darwin", reason="Metal is on macOS only")
+def test_this_macs_metal_answers() -> None:
+    code = "from scheduler.sensors.macos_memory import MacLimits; print(MacLimits().gpu_bytes())"
+    # In a process that loaded nothing else, as the scheduler's.
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert GIB < int(asked.stdout) <= psutil.virtual_memory().total
