@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from core.errors import ImpetusError, Unavailable
 from core.settings import Settings
 from core.supervision import Supervisor
+from deployments.router.port_use import answering_address, listener_name
 from deployments.transport.acceptor import EXHAUSTED, Acceptor
 from router.http.protocol import HttpProtocol
 
@@ -31,27 +32,41 @@ class PortInUse(ImpetusError):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket.  Raises PortInUse, or ImpetusError for an unusable address."""
+    """Return a listening socket.  Raises PortInUse, or ImpetusError for an unusable address.
+
+    The port is in use, too, if another program already answers there.
+    """
     try:
-        return _listen(host, port)
+        # Whether the address is ours, before anything is asked there.
+        _bound(host, port).close()
+        if (answering := answering_address(host, port)) is not None:
+            raise _in_use(answering, port)
+        listener = _bound(host, port)
+        listener.listen(_BACKLOG)
+        return listener
     except UnicodeError as problem:
         raise ImpetusError(f"IMPETUS_HOST: {host!r} is not a valid host name.") from problem
     except OSError as problem:
         if problem.errno == errno.EADDRINUSE:
-            raise PortInUse(
-                f"Port {port} on {host} is in use. Stop the program that uses it, or choose "
-                f"another port with IMPETUS_PORT."
-            ) from problem
+            raise _in_use(host, port) from problem
         raise ImpetusError(f"Cannot listen on {host}:{port}: {problem.strerror}.") from problem
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _in_use(host: str, port: int) -> PortInUse:
+    name = listener_name(port)
+    by, program = (f" by {name}", "it") if name else ("", "the program that uses it")
+    return PortInUse(
+        f"Port {port} on {host} is in use{by}. Stop {program}, or choose another port with "
+        "IMPETUS_PORT."
+    )
+
+
+def _bound(host: str, port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         # A restarted router must get the port although old connections are in TIME_WAIT.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(_BACKLOG)
     except BaseException:
         listener.close()
         raise
