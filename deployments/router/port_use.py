@@ -43,7 +43,7 @@ def listener_name(port: int) -> str:
 def _from_sockets(port: int) -> str:
     with suppress(psutil.Error, OSError):
         for each in psutil.net_connections("tcp"):
-            if each.status == psutil.CONN_LISTEN and each.laddr[1] == port and each.pid:
+            if each.status == psutil.CONN_LISTEN and tuple(each.laddr)[1:] == (port,) and each.pid:
                 return f"{psutil.Process(each.pid).name()} (process {each.pid})"
     return ""
 
