@@ -4,7 +4,6 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -36,23 +35,13 @@ async def test_generate_streams_more_than_one_event(engine: Engine) -> None:
     assert text_of(events)
 
 
-async def test_generate_is_deterministic_when_greedy(engine: Engine) -> None:
-    first = await run(engine, request(QUESTION))
-    second = await run(engine, request(QUESTION))
-    assert text_of(first) == text_of(second)
-
-
-async def test_generate_is_deterministic_with_a_seed(engine: Engine) -> None:
-    options: dict[str, Any] = {
-        "temperature": 1.5,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "seed": 2**40 + 7,
-    }
-    first = await run(engine, request(QUESTION, **options))
-    second = await run(engine, request(QUESTION, **options))
-    assert text_of(first) == text_of(second)
+async def test_a_greedy_answer_is_repeated_but_for_near_ties(engine: Engine) -> None:
+    """Exact repetition is a model's setting: see `test_determinism.py`."""
+    # Activations are rounded to int8 there, which differs more from step to step.
+    tie = 0.5 if engine.info.quantization in ("q4_1", "int4") else 0.05
+    first = await run(engine, request(QUESTION, top_logprobs=2))
+    second = await run(engine, request(QUESTION, top_logprobs=2))
+    assert_same_tokens(first, second, tie=tie)
 
 
 async def test_generate_ends_at_max_tokens(engine: Engine) -> None:
