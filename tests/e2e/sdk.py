@@ -1,12 +1,11 @@
 """Client libraries, each run as a script of its own by the Python or Node.js that has it."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.agents import run_command, started
+from tests.e2e.agents import run_command
 
 SCRIPTS = Path(__file__).parent / "clients"
 
@@ -23,23 +22,16 @@ class Sdk:
 
     def run(self, model: str, *phase: str, task: str) -> dict[str, Any]:
         """Run one phase of the script; return the JSON of its last line."""
-        done = run_command(self._command(model, *phase, task=task), self.folder, self.home)
-        assert done.code == 0, done.errors[-6000:]
-        result: dict[str, Any] = done.events[-1]
-        return result
-
-    def stop_during(self, when: Callable[[], None], model: str, *phase: str, task: str) -> None:
-        """Run a phase and end its process when `when` returns."""
-        with started(self._command(model, *phase, task=task), self.folder, self.home):
-            when()
-
-    def _command(self, model: str, *phase: str, task: str) -> tuple[str, ...]:
         state = self.home.parent / "state"
-        return (
+        command = (
             *(str(self.program), str(self.script), self.base_url, model),
             *phase,
             *(str(state), task),
         )
+        done = run_command(command, self.folder, self.home)
+        assert done.code == 0, done.errors[-6000:]
+        result: dict[str, Any] = done.events[-1]
+        return result
 
 
 def beside_packages(script: Path, node_modules: Path, folder: Path) -> Path:
