@@ -3,8 +3,9 @@
 import json
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import pytest
@@ -48,8 +49,18 @@ class Codex(NativeAgent):
         """Return the folder of its program."""
         return self.node_modules / "@openai" / f"codex-{platform_name()}"
 
-    def configure(self, model: str) -> None:
-        """Write its config.toml; requests to OpenAI's own services are off."""
+    def configure(
+        self, model: str, mcp_servers: Mapping[str, Sequence[str]] = MappingProxyType({})
+    ) -> None:
+        """Write its config.toml; requests to OpenAI's own services are off.
+
+        `mcp_servers` are the commands of MCP servers by name.
+        """
+        servers = (
+            f"[mcp_servers.{name}]\ncommand = {json.dumps(program)}\n"
+            f"args = {json.dumps(arguments)}\n"
+            for name, (program, *arguments) in mcp_servers.items()
+        )
         settings = self.home / ".codex" / "config.toml"
         settings.parent.mkdir(parents=True)
         settings.write_text(
@@ -59,7 +70,7 @@ class Codex(NativeAgent):
             "check_for_update_on_startup = false\n"
             "[analytics]\nenabled = false\n[feedback]\nenabled = false\n"
             '[model_providers.local]\nname = "local"\nwire_api = "responses"\n'
-            f'base_url = "{self.base_url}"\n'
+            f'base_url = "{self.base_url}"\n' + "".join(servers)
         )
 
     def work(self, task: str) -> Run:

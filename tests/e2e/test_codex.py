@@ -1,5 +1,6 @@
 """Codex edits a file, goes on in a new process and is stopped, with its own defaults."""
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from tests.e2e.conftest import WritePlan
 from tests.e2e.plans import tagged
 from tests.e2e.record import Record
 from tests.e2e.scripted import LONG, SMALL
+from tests.e2e.sdk import SCRIPTS
 from tests.e2e.terminal_agents import Codex, items
 
 TASK = "greet the world"
@@ -56,6 +58,22 @@ def test_codex_edits_a_file_and_goes_on_in_a_new_process(
     assert threads[0] == threads[1]
     record.check_reuse(TASK, 5)
     assert set(answered()) == {"200"}
+
+
+def test_codex_calls_a_tool_of_an_mcp_server(
+    codex: Codex, plan: WritePlan, workspace: Path, record: Record
+) -> None:
+    """Codex offers such tools in a namespace, by which it must find the server again."""
+    notes = workspace / "notes.txt"
+    plan("remember", [tagged("mcp__notes__add_note", text='grüße, "世界"'), "It is noted."])
+    codex.configure(SMALL, {"notes": (sys.executable, str(SCRIPTS / "mcp_server.py"), str(notes))})
+    done = codex.work("Please remember to greet the world.")
+    assert done.code == 0, done
+    assert notes.read_text(encoding="utf-8") == 'grüße, "世界"\n'
+    (call,) = items(done, "mcp_tool_call")
+    assert (call["server"], call["tool"], call["status"]) == ("notes", "add_note", "completed")
+    assert items(done, "agent_message")[-1]["text"] == "It is noted."
+    record.check_reuse("remember", 2)
 
 
 def test_codex_is_stopped(
