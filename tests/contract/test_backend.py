@@ -269,7 +269,7 @@ async def test_bad_words_are_not_in_the_answer(engine: Engine) -> None:
 
 
 async def test_no_cache_is_read_where_the_request_says_so(engine: Engine) -> None:
-    prompt = chat("Tell me something about the sea and its waves. " * 20)
+    prompt = chat("Tell me something about the sea and its waves. " * 6)
     first = await run(engine, request(prompt))
     fresh = await run(engine, replace(request(prompt), reads_cache=False))
     assert end_of(fresh).usage.cached_tokens == 0
