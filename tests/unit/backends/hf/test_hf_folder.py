@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,18 @@ def test_the_template_of_its_own_file_wins(tmp_path: Path) -> None:
     assert read_folder(tmp_path).chat_template == "F"
 
 
+def with_templates(
+    folder: Path, configured: Mapping[str, Any], files: Mapping[str, str]
+) -> ModelInfo:
+    """Describe a model with a tokenizer_config.json and files of named templates."""
+    write_json(model(folder) / "tokenizer_config.json", configured)
+    for name, text in files.items():
+        path = folder / "additional_chat_templates" / f"{name}.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return info(folder)
+
+
 def named(**templates: object) -> dict[str, Any]:
     return {"chat_template": [{"name": name, "template": x} for name, x in templates.items()]}
 
@@ -397,12 +410,7 @@ def test_the_template_for_tools_is_kept_beside_the_default(
     files: dict[str, str],
     expected: tuple[str | None, str | None],
 ) -> None:
-    write_json(model(tmp_path) / "tokenizer_config.json", configured)
-    for name, text in files.items():
-        path = tmp_path / "additional_chat_templates" / f"{name}.jinja"
-        path.parent.mkdir()
-        path.write_text(text)
-    described = info(tmp_path)
+    described = with_templates(tmp_path, configured, files)
     assert (described.chat_template, described.tool_template) == expected
     is_listed = tmp_path / "additional_chat_templates" / "tool_use.jinja" in described.files
     assert is_listed == ("tool_use" in files)
@@ -425,11 +433,7 @@ def test_the_template_for_documents_is_kept_beside_the_default(
     files: dict[str, str],
     expected: tuple[str | None, str | None],
 ) -> None:
-    write_json(model(tmp_path) / "tokenizer_config.json", configured)
-    (tmp_path / "additional_chat_templates").mkdir()
-    for name, text in files.items():
-        (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(text)
-    described = info(tmp_path)
+    described = with_templates(tmp_path, configured, files)
     assert (described.chat_template, described.rag_template) == expected
     is_listed = tmp_path / "additional_chat_templates" / "rag.jinja" in described.files
     assert is_listed == ("rag" in files)
