@@ -306,3 +306,17 @@ def export_coreml(folder: Path, encoder: Encoder) -> Path:
     package.save(str(path))
     (folder / "model.safetensors").unlink()
     return path
+
+
+def tiny_qwen3() -> Any:
+    """Return transformers' Qwen3 decoder with the random weights of a seed that it sets."""
+    import torch
+    import transformers
+
+    torch.manual_seed(4)
+    config = transformers.Qwen3Config(
+        vocab_size=1200, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
+        rope_theta=10_000.0,
+    )  # fmt: skip
+    return transformers.Qwen3Model(config).eval()

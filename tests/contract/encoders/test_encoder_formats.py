@@ -35,6 +35,7 @@ from tests.encoder_models import (
     pooling,
     save_dense,
     save_encoder,
+    tiny_qwen3,
     tokenizer,
 )
 from tests.gguf_files import hf_bert_gguf, qwen3_ranker_gguf
@@ -133,15 +134,8 @@ async def test_a_gguf_language_model_is_asked_with_its_own_prompt(
     template: str, tmp_path: Path
 ) -> None:
     import torch
-    import transformers
 
-    torch.manual_seed(4)
-    config = transformers.Qwen3Config(
-        vocab_size=1200, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
-        rope_theta=10_000.0,
-    )  # fmt: skip
-    model = transformers.Qwen3Model(config).eval()
+    model = tiny_qwen3()
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
     head = torch.randn(2, 32)
     engine = opened(

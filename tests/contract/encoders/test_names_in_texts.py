@@ -18,6 +18,7 @@ from tests.encoder_models import (
     export_coreml,
     export_onnx,
     save_encoder,
+    tiny_qwen3,
 )
 from tests.gguf_files import hf_bert_gguf, qwen3_ranker_gguf
 
@@ -82,17 +83,8 @@ async def test_a_name_is_several_tokens(encoder: Any, name: str) -> None:
 
 async def test_names_in_a_reranked_document_are_text_in_the_models_prompt(tmp_path: Path) -> None:
     import torch
-    import transformers
 
-    torch.manual_seed(4)
-    config = transformers.Qwen3Config(
-        vocab_size=1200, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
-        rope_theta=10_000.0,
-    )  # fmt: skip
-    tensors = {
-        name: value.numpy() for name, value in transformers.Qwen3Model(config).state_dict().items()
-    }
+    tensors = {name: value.numpy() for name, value in tiny_qwen3().state_dict().items()}
     path = qwen3_ranker_gguf(tmp_path / "qwen3.gguf", tensors, torch.randn(2, 32).numpy())
     engine = opened(path, context_tokens=400)
     own: Any = engine
