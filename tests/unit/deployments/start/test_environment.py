@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from core.errors import ImpetusError
 from core.settings import Settings
 from deployments.start.environment import (
+    ROOT,
     check_ray_environment,
     environment,
     ray_settings,
@@ -32,6 +35,33 @@ def test_the_childs_environment_has_rays_settings_unless_the_user_set_them(
     assert values["RAY_USAGE_STATS_ENABLED"] == "0"
     assert values["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "1"
     assert set(ray_settings()) <= set(values)
+
+
+MACOS = {
+    "AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1",
+    "PYTORCH_ENABLE_MPS_FALLBACK": "1",
+    "KMP_BLOCKTIME": "1",
+}
+PRINTED = "import json, os; print(json.dumps(dict(os.environ)))"
+
+
+def test_processes_get_what_the_runtimes_of_macos_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in MACOS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KMP_BLOCKTIME", "50")
+    values = environment(Settings(home=tmp_path))
+    assert {name: values[name] for name in MACOS} == {**MACOS, "KMP_BLOCKTIME": "50"}
+
+
+def test_a_shell_reads_the_same_settings_from_the_file() -> None:
+    """As for `serve run` by hand."""
+    script = f"set -a; . '{ROOT / 'scripts' / 'env'}'; exec '{sys.executable}' -c '{PRINTED}'"
+    shell = subprocess.run(["/bin/sh", "-c", script], env={}, capture_output=True, check=True)
+    found = json.loads(shell.stdout)
+    assert {name: found.get(name) for name in ray_settings()} == ray_settings()
+    assert set(MACOS) <= set(ray_settings())
 
 
 def test_what_keeps_others_out_does_not_depend_on_the_users_environment(
