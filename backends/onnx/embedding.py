@@ -40,7 +40,7 @@ def open_encoder(
     pad_id = pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0
 
     def open_model() -> OnnxEncoder:
-        session = open_session(model.graph.path, options.threads, for_encoder=True)
+        session = open_session(model.graph.path, options.threads)
         if layout.is_scored:
             return OnnxReranker(session, layout, tokenizer, pad_id, read_activation(root, config))
         return OnnxEmbedder(session, layout, tokenizer, pad_id, VectorHead(settings))

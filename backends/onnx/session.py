@@ -1,7 +1,5 @@
 """Opens onnxruntime sessions and runs decoders with inputs and outputs bound to numpy arrays."""
 
-import logging
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,18 +12,19 @@ from backends.onnx.layout import DecoderLayout
 from core.errors import BrokenModel, EngineFailed
 from core.units import MIB
 
-logger = logging.getLogger(__name__)
-
 _FATAL = 4
 _F32_BYTES = 4
 # Limit for graphs that compute the logits of every token of a chunk.
 _MAX_LOGITS_BYTES = 128 * MIB
 
 
-def open_session(path: Path, threads: int, *, for_encoder: bool = False) -> Any:
-    """Return an `InferenceSession`; blocks while the weights are read.
+def open_session(path: Path, threads: int) -> Any:
+    """Return an `InferenceSession` on the CPU; blocks while the weights are read.
 
-    Encoders run on Core ML if it is available.  Raises BrokenModel with onnxruntime's reason.
+    Not on Core ML, also for encoders: with inputs of any length it compiles and then fails at
+    prediction, leaves a copy of the model in TMPDIR with each session, rounds to 16 bits, and was
+    slower.  Sources: onnxruntime issues 21761, 22007 and 26023.  Raises BrokenModel with
+    onnxruntime's reason.
     """
     import onnxruntime
 
@@ -37,14 +36,6 @@ def open_session(path: Path, threads: int, *, for_encoder: bool = False) -> Any:
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     onnxruntime.disable_telemetry_events()
-    if for_encoder and sys.platform == "darwin":
-        providers = [("CoreMLExecutionProvider", {"ModelFormat": "MLProgram"})]
-        try:
-            return onnxruntime.InferenceSession(
-                str(path), options, providers=[*providers, "CPUExecutionProvider"]
-            )
-        except Exception:
-            logger.info("Core ML cannot run %s; falling back to the CPU", path.name, exc_info=True)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as problem:
