@@ -12,6 +12,7 @@ from typing import TypeAlias
 import psutil
 
 from backends.base import ModelInfo
+from core.process_memory import footprint_bytes
 from core.units import MIB
 
 # Called with the memory of the running step's processes, in bytes.
@@ -91,18 +92,23 @@ def process_tree_bytes(pid: int) -> int:
     """Return the private memory in bytes of a process and its descendants; 0 if unknown.
 
     Mapped files are not counted, because the system drops their pages when memory is short.
-    Blocks for some milliseconds.  Source: psutil's `shared` on Linux, else its `uss`.
+    Blocks for some milliseconds.  Source: psutil's `shared` on Linux, `proc_pid_rusage` on macOS.
     """
     total = 0
     try:
         root = psutil.Process(pid)
         for process in (root, *root.children(recursive=True)):
-            info = process.memory_info()
-            has_shared = hasattr(info, "shared")
-            total += info.rss - info.shared if has_shared else process.memory_full_info().uss
+            total += _private_bytes(process)
     except (psutil.Error, OSError):
         return total
     return total
+
+
+def _private_bytes(process: psutil.Process) -> int:
+    if sys.platform == "darwin":
+        return footprint_bytes(process.pid) or 0
+    info = process.memory_info()
+    return int(info.rss - info.shared)
 
 
 def peak_bytes() -> int:

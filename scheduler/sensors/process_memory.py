@@ -1,22 +1,18 @@
 """Reads a process's memory footprint on Linux and macOS, and returns freed memory to the system."""
 
 import ctypes
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from core.process_memory import footprint_of, process_rusage
 from core.units import KIB
 
 _STATUS = Path("/proc/self/status")
 _LINE = re.compile(r"^(RssAnon|RssFile|VmSwap):\s+(\d{1,15}) kB$", re.MULTILINE)
-
-# Source: libproc.h, proc_pid_rusage; sys/resource.h, RUSAGE_INFO_V2 and struct rusage_info_v2,
-# whose ri_phys_footprint stands after a uuid of 16 bytes and seven 64-bit numbers.
-_RUSAGE_INFO_V2 = 2
-_RUSAGE_BYTES = 16 + 8 * 18
-_FOOTPRINT_OFFSET = 16 + 8 * 7
 
 
 class Meter(Protocol):
@@ -48,16 +44,14 @@ class MacMeter:
     """Reads the physical footprint, as Activity Monitor shows it, Metal's buffers included."""
 
     def __init__(self, rusage: Callable[[], bytes] | None = None) -> None:
-        self._rusage = rusage or _own_rusage
+        self._rusage = rusage or (lambda: process_rusage(os.getpid()))
 
     def read(self) -> int | None:
         """Return `ri_phys_footprint` of this process."""
         try:
-            data = self._rusage()
+            return footprint_of(self._rusage())
         except (OSError, AttributeError):
             return None
-        field = data[_FOOTPRINT_OFFSET : _FOOTPRINT_OFFSET + 8]
-        return int.from_bytes(field, sys.byteorder) if len(field) == 8 else None
 
 
 class NoMeter:
@@ -73,17 +67,6 @@ def open_meter() -> Meter:
     if sys.platform == "darwin":
         return MacMeter()
     return LinuxMeter() if sys.platform == "linux" else NoMeter()
-
-
-def _own_rusage() -> bytes:
-    """Return this process's rusage_info_v2.  Raises OSError."""
-    import os
-
-    library = ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
-    buffer = ctypes.create_string_buffer(_RUSAGE_BYTES)
-    if library.proc_pid_rusage(os.getpid(), _RUSAGE_INFO_V2, ctypes.byref(buffer)):
-        raise OSError(ctypes.get_errno(), "proc_pid_rusage failed")
-    return buffer.raw
 
 
 def trim_heap() -> None:

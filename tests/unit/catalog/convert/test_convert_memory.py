@@ -2,13 +2,18 @@
 
 import itertools
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import pytest
 
 from catalog.convert.graph import _EDGES, plan
 from catalog.convert.memory import _STEPS, needed_bytes, process_tree_bytes
 from core.units import MIB
+from tests.fake_library import compile_library
 from tests.unit.catalog.builders import make_info
 
 BILLION = 10**9
@@ -105,6 +110,42 @@ def test_a_chain_needs_what_its_largest_step_needs() -> None:
     assert len(chain) > 2
     steps = [needed_bytes(packed, pair) for pair in itertools.pairwise(chain)]
     assert needed_bytes(packed, chain) == max(steps)
+
+
+LIBPROC = """
+#include <string.h>
+int proc_pid_rusage(int pid, int flavor, unsigned char *info) {
+    unsigned long footprint = (unsigned long)pid << 20;
+    if (flavor != 2) return -1;
+    memset(info, 0xee, 160);
+    memcpy(info + 72, &footprint, 8);
+    return 0;
+}
+"""
+
+
+def test_macos_tells_the_memory_of_other_processes_without_privilege(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = compile_library(tmp_path / "libproc.so", LIBPROC)
+    monkeypatch.setattr("core.process_memory._LIBRARY", str(library))
+    monkeypatch.setattr("sys.platform", "darwin")
+
+    def denied(_: psutil.Process) -> None:
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil.Process, "memory_full_info", denied)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert process_tree_bytes(child.pid) == child.pid * MIB
+        child.kill()
+
+
+@pytest.mark.macos
+@pytest.mark.skipif(sys.platform != "darwin", reason="proc_pid_rusage is on macOS only")
+def test_this_mac_tells_the_memory_of_another_process() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert process_tree_bytes(child.pid) > MIB
+        child.kill()
 
 
 def test_what_a_process_holds_is_its_own() -> None:
