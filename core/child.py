@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 65536
 _LINE_BYTES = 65536
+# How often the memory of a child is read where the system does not limit it, in seconds.
+_MEMORY_INTERVAL_S = 0.05
 _STDERR_BYTES = 8192
 _STDERR_LINES = 3
 _STDERR_SHOWN = 500
@@ -35,6 +37,10 @@ SERVER_ID = "IMPETUS_SERVER_ID"
 
 class ChildEnded(Exception):
     """The child exited, or closed the pipe in use."""
+
+
+class ChildTookMemory(ChildEnded):
+    """The child held more memory than its limit, and was killed for that by its parent."""
 
 
 class AnswerTooLong(Exception):
@@ -56,7 +62,14 @@ class Child:
         *,
         answer_limit_bytes: int,
         keeps_stderr: bool = False,
+        memory_limit_bytes: int | None = None,
     ) -> None:
+        """Start the child; blocks for a few milliseconds.  Raises OSError.
+
+        `memory_limit_bytes`: a child that holds more is killed while its parent waits for it,
+        where the limits that it sets for itself do not hold: on macOS.
+        """
+        self._memory_limit_bytes = memory_limit_bytes if sys.platform == "darwin" else None
         self._process = subprocess.Popen(
             list(command),
             bufsize=0,
@@ -209,7 +222,17 @@ class Child:
         poll.register(descriptor, event)
         if self._stderr is not None:
             poll.register(self._stderr, select.POLLIN)
-        while ready := poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            if self._memory_limit_bytes is not None:
+                self._check_memory(self._memory_limit_bytes)
+                ready = poll.poll(min(left_s, _MEMORY_INTERVAL_S) * 1000)
+                if not ready and left_s > _MEMORY_INTERVAL_S:
+                    continue
+            else:
+                ready = poll.poll(left_s * 1000)
+            if not ready:
+                break
             found = {each for each, _ in ready}
             if self._stderr in found and not self.read_stderr():
                 poll.unregister(self._stderr)
@@ -219,6 +242,15 @@ class Child:
             if time.monotonic() >= deadline:
                 break
         raise TimeoutError
+
+    def _check_memory(self, limit_bytes: int) -> None:
+        """Kill a child that holds too much.  Raises ChildTookMemory."""
+        from core.process_memory import footprint_bytes
+
+        held_bytes = footprint_bytes(self._process.pid)
+        if held_bytes is not None and held_bytes > limit_bytes:
+            self.kill()
+            raise ChildTookMemory
 
 
 class AsyncChild:
@@ -370,7 +402,7 @@ def limit_process(
     )
     for kind, limit in limits:
         if limit is not None:
-            # macOS refuses limits on memory; only the parent's deadline applies there.
+            # macOS refuses limits on memory; there the parent watches it, see `Child`.
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(kind, (limit, limit))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from backends.cancellation import check_cancelled
-from core.child import AnswerTooLong, Child, ChildEnded
+from core.child import AnswerTooLong, Child, ChildEnded, ChildTookMemory
 from core.errors import BrokenModel, EngineFailed, RequestError, TemplateRefused
 from core.text import well_formed
 from core.types import JsonValue
@@ -200,7 +200,12 @@ class TemplateRenderer:
 def _start_worker() -> Child:
     try:
         # No environment: a template that escapes its sandbox finds no keys there.
-        return Child(_COMMAND, {}, answer_limit_bytes=_FRAME_LIMIT_BYTES)
+        return Child(
+            _COMMAND,
+            {},
+            answer_limit_bytes=_FRAME_LIMIT_BYTES,
+            memory_limit_bytes=MEMORY_LIMIT_BYTES,
+        )
     except OSError as error:
         raise _not_started() from error
 
@@ -218,10 +223,14 @@ def _exchange(worker: Child, payload: bytes | None, limit_s: float) -> dict[str,
     Blocks up to `limit_s`, then raises TimeoutError; raises one of `_NO_ANSWER`.
     """
     deadline = time.monotonic() + limit_s
-    if payload is not None:
-        worker.write(_LENGTH.pack(len(payload)) + payload, deadline)
-    (length,) = _LENGTH.unpack(worker.read(_LENGTH.size, deadline))
-    answer: dict[str, str] = json.loads(worker.read(length, deadline))
+    try:
+        if payload is not None:
+            worker.write(_LENGTH.pack(len(payload)) + payload, deadline)
+        (length,) = _LENGTH.unpack(worker.read(_LENGTH.size, deadline))
+        answer: dict[str, str] = json.loads(worker.read(length, deadline))
+    except ChildTookMemory:
+        # As the worker itself says where the system limits its memory.
+        return {"error": "memory", "message": "it needs more memory than the limit"}
     return answer
 
 

@@ -18,7 +18,14 @@ from catalog.encoding import info_from_json
 from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown
 from catalog.scan.inspector_child import MEMORY_BYTES, WITHOUT
 from catalog.scan.packages import natural_format
-from core.child import AnswerTooLong, Child, ChildEnded, describe_exit, kept_environment
+from core.child import (
+    AnswerTooLong,
+    Child,
+    ChildEnded,
+    ChildTookMemory,
+    describe_exit,
+    kept_environment,
+)
 from core.units import MIB, format_bytes
 
 logger = logging.getLogger(__name__)
@@ -143,6 +150,9 @@ class Inspector:
             return _uninspected(
                 path, self._stage.name, f"took longer than {self._limit_s:g} s"
             ), False
+        except ChildTookMemory:
+            self.close()
+            return self._over_memory(path), False
         except ChildEnded:
             self._child = None
             code = child.close(grace_s=_DYING_S)
@@ -184,6 +194,13 @@ class Inspector:
                 str(answer["stage"]), str(answer.get("runtime", "")), bool(answer.get("start"))
             )
 
+    def _over_memory(self, path: Path) -> Outcome:
+        """Return the outcome of a child that was killed for the memory it held."""
+        if not self._stage.name or self._stage.is_start:
+            return _uninspected(path, self._stage.name, "took too much memory")
+        format = natural_format(path) or UNKNOWN_FORMAT
+        return Refused(format, "its inspection took too much memory", took_memory=True)
+
     def _ended(self, path: Path, code: int) -> tuple[Outcome, bool]:
         """Return the outcome of a child that ended itself with `code`."""
         stage = self._stage
@@ -206,6 +223,7 @@ class Inspector:
                 [*self._sandbox, *self._command, *without],
                 _environment(),
                 answer_limit_bytes=_ANSWER_LIMIT_BYTES,
+                memory_limit_bytes=MEMORY_BYTES,
             )
         return self._child
 

@@ -19,6 +19,7 @@ from core.child import (
     AsyncChild,
     Child,
     ChildEnded,
+    ChildTookMemory,
     describe_exit,
     kept_environment,
 )
@@ -344,3 +345,73 @@ def test_a_child_carries_the_servers_id_and_nothing_else_of_the_environment(
     monkeypatch.setenv("SECRET", "sesame")
     child = start(f"import os; print(os.environ.get('{SERVER_ID}'), os.environ.get('SECRET'))")
     assert child.read_line(soon()) == b"1-ab None\n"
+
+
+def resident_bytes(pid: int) -> int:
+    """Return what `footprint_bytes` of macOS returns, as Linux tells it."""
+    return int(psutil.Process(pid).memory_info().rss)
+
+
+HOLDS = """
+    import sys, time
+    print("begun", flush=True)
+    data = bytearray({mebibytes} << 20)
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def read_lines(child: Child) -> None:
+    while child.read_line(soon()):
+        pass
+
+
+@pytest.fixture
+def without_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("core.process_memory.footprint_bytes", resident_bytes)
+
+
+@pytest.mark.usefixtures("without_limits")
+@pytest.mark.parametrize("keeps_stderr", [False, True])
+def test_a_child_that_holds_too_much_is_killed_where_the_system_has_no_limit(
+    keeps_stderr: bool,
+) -> None:
+    child = Child(
+        command(HOLDS.format(mebibytes=200)),
+        ENVIRONMENT,
+        answer_limit_bytes=1000,
+        keeps_stderr=keeps_stderr,
+        memory_limit_bytes=100 << 20,
+    )
+    with pytest.raises(ChildTookMemory):
+        read_lines(child)
+    assert child.close() == -9
+
+
+@pytest.mark.usefixtures("without_limits")
+def test_a_child_below_its_limit_is_read_and_meets_its_deadline() -> None:
+    child = Child(
+        command(HOLDS.format(mebibytes=1)),
+        ENVIRONMENT,
+        answer_limit_bytes=1000,
+        memory_limit_bytes=100 << 20,
+    )
+    assert [child.read_line(soon()), child.read_line(soon())] == [b"begun\n", b"held\n"]
+    with pytest.raises(TimeoutError):
+        child.read_line(soon(0.12))
+    child.close()
+
+
+@pytest.mark.macos
+@pytest.mark.skipif(sys.platform != "darwin", reason="proc_pid_rusage is on macOS only")
+def test_this_mac_tells_the_memory_of_a_child() -> None:
+    child = Child(
+        command(HOLDS.format(mebibytes=200)),
+        ENVIRONMENT,
+        answer_limit_bytes=1000,
+        memory_limit_bytes=100 << 20,
+    )
+    with pytest.raises(ChildTookMemory):
+        read_lines(child)
+    child.close()

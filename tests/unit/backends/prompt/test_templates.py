@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from backends.cancellation import Cancelled, cancelled_by
@@ -100,6 +101,26 @@ def test_template_that_fails_is_a_broken_model(make: Renderers, template: str, r
     for _ in range(2):
         with pytest.raises(BrokenModel, match=reason):
             renderer.render(user("a"))
+
+
+def test_template_that_takes_too_much_memory_is_killed_where_the_system_has_no_limit(
+    make: Renderers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def footprint(pid: int) -> int:
+        return 6 * int(psutil.Process(pid).memory_info().rss)
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("core.process_memory.footprint_bytes", footprint)
+    monkeypatch.setattr(templates, "RENDER_LIMIT_S", 60.0)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    renderer = make(f"{{% if bad %}}{{% set a = 'x' * bad %}}{endless}{{% endif %}}ok")
+    assert renderer.render(user("a", bad=False)) == "ok"
+    first = worker_id(renderer)
+    with pytest.raises(BrokenModel, match="needs more memory than the limit"):
+        renderer.render(user("a", bad=250_000_000))
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+    assert renderer.render(user("a", bad=False)) == "ok"
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,24 @@ def test_a_file_that_takes_too_much_memory_is_refused_unless_the_machine_has_non
     checked.close()
 
 
+@pytest.mark.parametrize(("free_bytes", "kind"), [(3 * GIB, Refused), (GIB, Uninspected)])
+def test_a_file_takes_too_much_memory_also_where_the_system_does_not_limit_it(
+    free_bytes: int, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def footprint(pid: int) -> int:
+        return 30 * int(psutil.Process(pid).memory_info().rss)
+
+    checked = inspector_of("data = bytearray(100_000_000); time.sleep(600)")
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("core.process_memory.footprint_bytes", footprint)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_bytes))
+    outcome = checked.examine(Path("/bad"))
+    assert isinstance(outcome, kind)
+    assert "memory" in getattr(outcome, "reason", "")
+    assert checked.examine(Path("/good")) == Unknown(("fine",))
+    checked.close()
+
+
 def test_memory_that_other_files_took_is_not_the_files_fault(tmp_path: Path) -> None:
     mark = str(tmp_path / "first")
     block = [
