@@ -120,7 +120,7 @@ class Settings(BaseSettings):
         default=512,
         ge=16,
         le=8192,
-        description="Maximum prompt tokens per engine step.",
+        description="Maximum prompt tokens per engine step; fewer after more than 32,768 tokens.",
     )
     default_model: str = Field(
         default="",

@@ -45,7 +45,7 @@ class RowStepper(BaseStepper):
         self.max_sequences = min(most, model.max_rows)
         self._book = RowBook[ModelRow](self.max_sequences, options.kv_tokens)
         self._kept: list[KeptRow] = []
-        self._planner = PrefillPlanner(options.prefill_chunk_tokens)
+        self._planner = PrefillPlanner(options.prefill_chunk_tokens, is_fixed=self._rule.is_fixed)
         portable = model if isinstance(model, PortableRows) else None
         self._portable = portable
         self._transfer = PrefixTransfer[KeptRow](
@@ -270,7 +270,9 @@ class RowStepper(BaseStepper):
                     prefilling.append(row)
             except BaseException as problem:
                 outputs.append(self._failed(row, problem, "the reuse of a computed prefix"))
-        counts = self._planner.plan([row.pending for row in prefilling], len(decoding))
+        context = max((row.past for row in prefilling), default=0)
+        pending = [row.pending for row in prefilling]
+        counts = self._planner.plan(pending, len(decoding), context)
         chunks = [(row, 1) for row in decoding]
         return chunks + [(row, n) for row, n in zip(prefilling, counts, strict=True) if n]
 

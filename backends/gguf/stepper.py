@@ -79,7 +79,7 @@ class GgufStepper(BaseStepper):
             self._context, slot_count - 1, self._store, whole_beyond, self._transfer
         )
         self._warm_tokens = options.warm_tokens
-        self._planner = PrefillPlanner(options.prefill_chunk_tokens)
+        self._planner = PrefillPlanner(options.prefill_chunk_tokens, is_fixed=self._rule.is_fixed)
         self._book = RowBook[GgufRow](self.max_sequences, options.kv_tokens)
         # The first of them is computed now, with no other row in the cells.
         self._suspects: list[GgufRow] = []
@@ -203,7 +203,8 @@ class GgufStepper(BaseStepper):
                     prefilling.append(row)
             except BaseException as problem:
                 outputs.append(self._failed(row, problem, "the reuse of a computed prefix"))
-        chunks = self._planner.plan([row.pending for row in prefilling], self._batch.count)
+        context = max((row.past for row in prefilling), default=0)
+        chunks = self._planner.plan([row.pending for row in prefilling], self._batch.count, context)
         # Each row has at most one output, but those whose prompt's log-probabilities are wanted.
         spare_outputs = self._most_outputs - len(self._book.running)
         for row, chunk in zip(prefilling, chunks, strict=True):

@@ -74,7 +74,7 @@ class MlxStepper(BaseStepper):
             self._rule.layout(self._blocks.layout) if self._can_reuse else None,
             lambda kept, number: self._blocks.copy(kept.layers, number),
         )
-        self._planner = PrefillPlanner(options.prefill_chunk_tokens)
+        self._planner = PrefillPlanner(options.prefill_chunk_tokens, is_fixed=self._rule.is_fixed)
         self._book = RowBook[MlxRow](self.max_sequences, options.kv_tokens)
         self._by_uid: dict[int, MlxRow] = {}
 
@@ -141,7 +141,9 @@ class MlxStepper(BaseStepper):
     def _compute(self) -> list[StepOutput]:
         prefilling = [row for row in self._book.running if not row.is_decoding]
         decoding = len(self._book.running) - len(prefilling)
-        chunk = self._planner.budget(decoding, len(prefilling)) // max(len(prefilling), 1)
+        context = max((row.past for row in prefilling), default=0)
+        budget = self._planner.budget(decoding, len(prefilling), context)
+        chunk = budget // max(len(prefilling), 1)
         wall = time.monotonic()
         progress, tokens = self._batch.next(ENDLESS if self._is_whole else max(chunk, 1))
         self._book.steps += 1
@@ -210,7 +212,7 @@ class MlxStepper(BaseStepper):
         assert row.scores is not None
         scored = row.scored = row.scored or ScoredPrompt(self._model.model)
         start, end = scored.length, len(row.tokens) - 1
-        chunk = self._planner.budget(len(self._book.running), 1)
+        chunk = self._planner.budget(len(self._book.running), 1, start)
         # Where several tokens after others are wrong, they are computed one by one.
         chunk = 1 if self._is_whole else min(chunk, piece_tokens(self._model.vocabulary_size))
         tokens = row.tokens[start : min(start + chunk, end)]

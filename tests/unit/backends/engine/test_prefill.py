@@ -37,6 +37,29 @@ def test_budget_stays_whole_on_fast_machines() -> None:
 
 
 @pytest.mark.parametrize(
+    ("chunk", "context", "expected"),
+    [
+        (512, 0, 512),
+        (512, 8192, 512),
+        (512, 32_768, 512),
+        (512, 65_536, 256),
+        (512, 131_072, 128),
+        (512, 1_000_000, 32),
+        (2048, 131_072, 128),
+        (16, 1_000_000, 16),
+    ],
+)
+def test_pieces_shrink_as_the_context_grows(chunk: int, context: int, expected: int) -> None:
+    planner = PrefillPlanner(chunk)
+    assert planner.budget(0, 1, context) == expected
+    assert planner.plan([100_000], 0, context) == [expected]
+    planner.observe(512, seconds=0.001)
+    assert planner.budget(1, 1, context) == expected
+    # Where pieces must end at the same places, they do not shrink.
+    assert PrefillPlanner(chunk, is_fixed=True).plan([100_000], 0, context) == [chunk]
+
+
+@pytest.mark.parametrize(
     ("decoding", "prompts", "expected"),
     [(8, 8, 120), (8, 1, 120), (4, 8, 240), (2, 5, 300), (1, 7, 480), (1, 100, 480)],
 )

@@ -174,6 +174,19 @@ def test_prompts_come_in_chunks_that_end_before_the_last_token(tiny: Path) -> No
     steps.close()
 
 
+def test_pieces_of_a_prompt_shrink_as_its_context_grows(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backends.engine.prefill._LARGEST_AREA", 128)
+    monkeypatch.setattr("backends.engine.prefill._SMALLEST_CHUNK", 4)
+    steps = stepper(tiny)
+    steps.add(spec(1, range(1, 38), 2))
+    outputs = finish(steps, [spec(1, range(1, 38), 2)])[1]
+    progress = [output.prefilled for output in outputs if output.token_id is None]
+    assert progress == [16, 24, 29, 33, 36]
+    steps.close()
+
+
 def test_the_last_token_costs_no_step_that_nobody_reads(tiny: Path) -> None:
     steps = stepper(tiny)
     calls = []

@@ -155,6 +155,29 @@ def test_a_sequence_gets_its_tokens_and_progress() -> None:
     assert run.tokens[1] == expected(prompt_of(150), 8)
 
 
+@pytest.mark.parametrize(
+    ("deterministic", "computed"),
+    [(False, [64, 128, 160, 185, 200]), (True, [64, 128, 192, 200])],
+)
+def test_pieces_of_a_prompt_shrink_as_its_context_grows(
+    deterministic: bool, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backends.engine.prefill._LARGEST_AREA", 64 * 64)
+    monkeypatch.setattr("backends.engine.prefill._SMALLEST_CHUNK", 8)
+    options = EngineOptions(
+        max_sequences=1,
+        prefill_chunk_tokens=64,
+        kv_tokens=4096,
+        context_tokens=1024,
+        deterministic=deterministic,
+    )
+    run = Run(RowStepper(FakeModel(4), Pieces(), options))
+    run.add(1, prompt_of(200))
+    assert [run.step()[0].prefilled for _ in computed] == computed
+    run.finish()
+    assert run.tokens[1] == expected(prompt_of(200), 8)
+
+
 def test_rows_decode_together_in_one_call() -> None:
     model = FakeModel(8)
     run = Run(stepper(model))
