@@ -110,7 +110,14 @@ class MlxBackend(Backend):
         weights = tuple(file for file in info.files if file.suffix in _WEIGHTS)
 
         def load() -> MlxModel:
-            return MlxModel(folder, weights, threads=options.threads, is_dense=is_dense)
+            return MlxModel(
+                folder,
+                weights,
+                threads=options.threads,
+                is_dense=is_dense,
+                granted_bytes=granted.total_bytes,
+                budget_bytes=options.memory_limit_bytes,
+            )
 
         if Capability.EMBEDDING in info.capabilities:
             return open_embedder(info, folder, load, options)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from backends.engine.sampling import RowSampler
+from backends.mlx.metal import computing
 from core.types import TokenLogprob
 
 # The stepper ends sequences; the generator never does.
@@ -197,7 +198,8 @@ class MlxBatch:
         Returns (uid, prompt tokens computed) and (uid, token id) pairs.
         """
         self._generator.prefill_step_size = chunk_tokens
-        prompts, tokens = self._generator.next()
+        with computing():
+            prompts, tokens = self._generator.next()
         return (
             [(each.uid, each.progress[0]) for each in prompts if not each.end_of_prompt],
             [(each.uid, each.token) for each in tokens],

@@ -14,6 +14,7 @@ from backends.embedding.inputs import padded
 from backends.embedding.texts import TextInputs
 from backends.hf.folder import HfFolder
 from backends.hf.tokenizer import HfTokenizer
+from backends.mlx.metal import computing, settle_and_clear
 from backends.mlx.model import MlxModel
 from core.errors import BrokenModel, UnsupportedCapability
 from core.types import Capability
@@ -85,10 +86,10 @@ class MlxEmbeddingModel(TextInputs):
         from mlx_lm.generate import generation_stream
 
         inputs = padded(token_lists)
-        with mx.stream(generation_stream):
+        with computing(), mx.stream(generation_stream):
             decoder = self._model.model.model
             hidden = np.array(decoder(mx.array(inputs.ids)).astype(mx.float32))
-        mx.clear_cache()
+        settle_and_clear()
         return self._head.pool(hidden, inputs)
 
     def close(self) -> None:

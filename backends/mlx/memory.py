@@ -2,7 +2,8 @@
 
 from backends.base import EngineOptions, MemoryEstimate, ModelInfo
 from backends.hf.memory import estimate_transformer
-from backends.mlx.model import CACHE_BYTES, has_metal
+from backends.mlx.metal import has_metal
+from backends.mlx.model import CACHE_BYTES
 from core.errors import InsufficientMemory
 from core.units import GIB, MIB
 

@@ -5,7 +5,6 @@ import ctypes
 import gc
 import importlib.util
 import os
-import platform
 import re
 import resource
 import sys
@@ -20,9 +19,17 @@ from typing import Any
 from backends.hf.config import NESTED, HfFolder, plain_floats
 from backends.hf.header import read_json
 from backends.hf.names import model_names
+from backends.mlx.metal import (
+    computing,
+    forget_memory,
+    guard_metal,
+    has_metal,
+    limit_memory,
+    settle_and_clear,
+)
 from backends.mlx.quantization import mlx_settings
 from core.errors import BrokenModel, InsufficientMemory, NonFiniteOutput
-from core.units import MIB
+from core.units import GIB, MIB
 
 _TYPE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LIFTED = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
@@ -30,13 +37,10 @@ _MAX_REPEATS = 4096
 _REPEATS = re.compile(r"(num_.*layers|n_layers?|num_.*experts|num_.*stages|.*num_blocks)")
 # Freed buffers that MLX keeps for reuse; part of the memory estimate.
 CACHE_BYTES = 256 * MIB
+# Weights that are evaluated at once.
+_PART_BYTES = 4 * GIB
 _IMPORTING = threading.Lock()
 _BLANK_FOLDER = Path(__file__).with_name("blank")
-
-
-def has_metal() -> bool:
-    """Whether MLX computes on a GPU on this machine; does not import it."""
-    return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
 @cache
@@ -121,14 +125,14 @@ def _keep_file_limit() -> Iterator[None]:
 def import_runtime(threads: int) -> None:
     """Import MLX and mlx-lm; blocks for 1 to 2 s the first time."""
     with _IMPORTING:
-        if "mlx_lm.generate" in sys.modules:
-            return
-        _preload_blas(threads)
-        with _keep_file_limit():
-            import mlx_lm.generate  # noqa: F401
-    import mlx.core as mx
+        if "mlx_lm.generate" not in sys.modules:
+            _preload_blas(threads)
+            with _keep_file_limit():
+                import mlx_lm.generate  # noqa: F401
+            import mlx.core as mx
 
-    mx.set_cache_limit(CACHE_BYTES)
+            mx.set_cache_limit(CACHE_BYTES)
+        guard_metal()
 
 
 def runtime_config(
@@ -207,18 +211,37 @@ class MlxModel:
     """The weights of one model; created, used and closed on one thread."""
 
     def __init__(
-        self, folder: HfFolder, weights: tuple[Path, ...], *, threads: int, is_dense: bool
+        self,
+        folder: HfFolder,
+        weights: tuple[Path, ...],
+        *,
+        threads: int,
+        is_dense: bool,
+        granted_bytes: int = 0,
+        budget_bytes: int | None = None,
     ) -> None:
         """Load the weights; blocks.  `is_dense` dequantizes them to float32.
 
-        Sets `can_cut`: whether a sequence's cache can be cut at any length.
+        `granted_bytes` is this model's memory and `budget_bytes` that of all models, for the limits
+        of MLX on Metal.  Sets `can_cut`: whether a sequence's cache can be cut at any length.
         Raises BrokenModel, InsufficientMemory.
         """
         import_runtime(threads)
         self.clock = CpuClock()
         raw = read_json(folder.path / "config.json")
         check_config(raw)
-        self.model = _guarded(folder, lambda: _load(folder, raw, weights, is_dense=is_dense))
+        if granted_bytes:
+            limit_memory(id(self), granted_bytes, budget_bytes)
+        try:
+            self._open(folder, raw, weights, is_dense=is_dense)
+        except BaseException:
+            forget_memory(id(self))
+            raise
+
+    def _open(
+        self, folder: HfFolder, raw: Mapping[str, Any], files: tuple[Path, ...], *, is_dense: bool
+    ) -> None:
+        self.model = _guarded(folder, lambda: _load(folder, raw, files, is_dense=is_dense))
         self.vocabulary_size = _guarded(folder, lambda: self._compute_one_token(folder.path.name))
         self.clock.settle()
 
@@ -232,7 +255,7 @@ class MlxModel:
         self.can_cut = all(isinstance(each, KVCache) for each in kinds)
         if not all(hasattr(each, "merge") for each in kinds):
             raise ValueError(f"its cache {type(kinds[0]).__name__} cannot hold several sequences")
-        with mx.stream(generation_stream):
+        with computing(), mx.stream(generation_stream):
             logits = self.model(mx.array([[0]]), cache=kinds)[0, -1].astype(mx.float32)
             if not mx.isfinite(logits).all().item():
                 raise BrokenModel(NonFiniteOutput.of("logits", name).message, param="model")
@@ -244,11 +267,10 @@ class MlxModel:
 
     def close(self) -> None:
         """Free the memory; idempotent."""
-        import mlx.core as mx
-
         self.model = None
         gc.collect()
-        mx.clear_cache()
+        settle_and_clear()
+        forget_memory(id(self))
 
 
 def _load(
@@ -271,8 +293,29 @@ def _load(
     if not has_metal():
         # Half precision is many times slower on a CPU.
         model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
+    for part in _parts(model):
+        with computing():
+            mx.eval(part)
     return model
+
+
+def _parts(model: Any) -> Iterator[list[Any]]:
+    """Yield the weights in parts of at most 4 GiB, or one array.
+
+    Evaluated at once, those of a large model keep the GPU longer than its watchdog allows.
+    Source: mlx-lm issue 1572.
+    """
+    from mlx.utils import tree_flatten
+
+    part: list[Any] = []
+    size = 0
+    for _, array in tree_flatten(model.parameters()):
+        if part and size + array.nbytes > _PART_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(array)
+        size += array.nbytes
+    yield part
 
 
 def build_model(config: dict[str, Any], weights: dict[str, Any], *, is_embedder: bool) -> Any:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.mlx.metal import computing
+
 
 class ScoredPrompt:
     """The caches of one prompt, and the logits of each piece that is added to them."""
@@ -22,7 +24,7 @@ class ScoredPrompt:
         import mlx.core as mx
         from mlx_lm.generate import generation_stream
 
-        with mx.stream(generation_stream):
+        with computing(), mx.stream(generation_stream):
             logits = self._model(mx.array([list(tokens)]), cache=self.layers)
             found = np.array(logits[0].astype(mx.float32))
             # Unevaluated caches would keep the logits' inputs alive.

@@ -14,6 +14,7 @@ from backends.engine.rows import BaseStepper
 from backends.engine.sampling import RowSampler
 from backends.mlx.batch import ENDLESS, NOT_FINITE, MlxBatch, RowChoice
 from backends.mlx.blocks import LayerBlocks
+from backends.mlx.metal import computing
 from backends.mlx.model import MlxModel
 from backends.mlx.prefixes import KeptLayers, MlxPrefixes, cut
 from backends.mlx.rows import MlxRow
@@ -93,6 +94,10 @@ class MlxStepper(BaseStepper):
         row = self._book.remove(sequence_id)
         if row is None or row.slot < 0:
             return
+        with computing():
+            self._remove_slot(row)
+
+    def _remove_slot(self, row: MlxRow) -> None:
         try:
             if self._prefixes.is_on and row.computed >= SMALLEST_PREFIX:
                 self._keep(row)
@@ -125,6 +130,10 @@ class MlxStepper(BaseStepper):
 
     def step(self) -> list[StepOutput]:
         """Do one forward pass, or two if the first one completes a prompt without a token."""
+        with computing():
+            return self._step()
+
+    def _step(self) -> list[StepOutput]:
         started = self._model.clock.seconds()
         outputs = self._make_room()
         self._admit(outputs)

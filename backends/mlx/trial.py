@@ -21,6 +21,7 @@ from backends.engine.trial.checks import (
 )
 from backends.engine.trial.results import known_result, trial_key, tried
 from backends.mlx.batch import ENDLESS, MlxBatch
+from backends.mlx.metal import computing
 from backends.mlx.model import MlxModel
 from backends.mlx.prefixes import cut
 from backends.trials import OtherRuntimeNeeded, TrialOptions, TrialResult, TrialRow
@@ -84,7 +85,7 @@ class MlxSubject:
         from mlx_lm.generate import generation_stream
         from mlx_lm.models.cache import make_prompt_cache
 
-        with self._hold(), mx.stream(generation_stream):
+        with self._hold(), computing(), mx.stream(generation_stream):
             logits = self._model(mx.array([row.tokens]), cache=make_prompt_cache(self._model))
             last = logits[0, len(row.prompt) - 1 :].astype(mx.float32)
             return np.array(last)

@@ -149,6 +149,18 @@ def test_mlx_lm_still_has_the_generator_that_batches_build_on() -> None:
     assert callable(cache.can_trim_prompt_cache)
 
 
+def test_mlx_lm_still_changes_metals_memory_by_the_functions_that_are_replaced() -> None:
+    import_runtime(1)
+    generate = importlib.import_module("mlx_lm.generate")
+    source = inspect.getsource(generate)
+    assert "= maybe_set_recommended_wired_limit()" in inspect.getsource(generate.BatchGenerator)
+    assert callable(generate.maybe_set_recommended_wired_limit)
+    # By the module's attribute, so that a replaced one is called.
+    assert "import mlx.core as mx" in source
+    assert "mx.clear_cache()" in source
+    assert "import clear_cache" not in source
+
+
 def test_mlx_lm_still_lowers_the_limit_of_open_files() -> None:
     """While it does, its import is guarded; once it does not, the guard can go."""
     code = (
