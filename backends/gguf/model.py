@@ -17,6 +17,7 @@ from backends.grammar.compiler import GrammarCompiler, GrammarMask
 from backends.grammar.constraint import Constraint
 from backends.grammar.vocabulary import Vocabulary
 from core.errors import BrokenModel, InsufficientMemory
+from core.native_exit import hold, let_go
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class GgufModel:
                 "another quantization.",
                 param="model",
             )
+        hold(self.handle)
         self.vocabulary = self._llama.llama_model_get_vocab(self.handle)
         self._size = int(self._llama.llama_vocab_n_tokens(self.vocabulary))
         self._text = GgufTokenization(
@@ -245,6 +247,7 @@ class GgufModel:
         """Free the weights; idempotent."""
         if self.handle:
             self._llama.llama_model_free(self.handle)
+            let_go(self.handle)
             self.handle = None
 
 

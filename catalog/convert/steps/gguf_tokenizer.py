@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from core.errors import BrokenModel, UnsupportedCapability
+from core.native_exit import hold, let_go
 
 if TYPE_CHECKING:
     from backends.hf.tokenizer import HfTokenizer
@@ -130,6 +131,7 @@ class GgufVocabulary:
             raise BrokenModel(
                 f"The vocabulary of {path.name} cannot be loaded: {reason}", param="model"
             )
+        hold(self._model)
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
 
     def encode(self, text: str, *, with_special: bool) -> list[int]:
@@ -161,6 +163,7 @@ class GgufVocabulary:
         """Free the vocabulary; may be called twice."""
         if self._model:
             self._llama.llama_model_free(self._model)
+            let_go(self._model)
             self._model = None
 
 
