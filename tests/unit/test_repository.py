@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from scripts import generate_docs
-from scripts.install import ROOT, read_pins
+from scripts.install import CONSTRAINTS, PIN, ROOT, read_pins
 
 MAX_SOURCE_LINES = 400
 MAX_TEST_LINES = 500
@@ -123,17 +124,37 @@ def test_repository_table_of_architectures_is_up_to_date() -> None:
     assert generate_docs.FORMATS.read_text() == generate_docs.formats_page()
 
 
-def test_repository_constraints_pin_every_dependency() -> None:
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_repository_constraints_pin_every_dependency(system: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     wanted = [Requirement(text) for group in groups for text in group]
-    pins = read_pins()
+    pins = read_pins(system)
     unpinned = [
         str(requirement)
         for requirement in wanted
-        if not requirement.specifier.contains(pins.get(canonicalize_name(requirement.name), "0"))
+        if (requirement.marker is None or requirement.marker.evaluate({"sys_platform": system}))
+        and not requirement.specifier.contains(pins.get(canonicalize_name(requirement.name), "0"))
     ]
     assert unpinned == []
+
+
+def test_repository_every_line_of_the_constraints_is_a_pin() -> None:
+    lines = CONSTRAINTS.read_text().splitlines()
+    assert [line for line in lines if line[:1] != "#" and not PIN.fullmatch(line)] == []
+
+
+def test_repository_pytorch_on_macos_multiplies_rightly_on_its_gpu() -> None:
+    """PyTorch before 2.14.1 multiplies some matrices wrongly there (pytorch issue 193487)."""
+    assert Version(read_pins("darwin")["torch"]) >= Version("2.14.1")
+
+
+def test_repository_users_get_one_openmp_library() -> None:
+    """PyTorch has one on macOS; scikit-learn, which sentence-transformers needs, has another."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    names = [Requirement(text).name for text in (*project["dependencies"], *extras["torch"])]
+    assert not {"sentence-transformers", "scikit-learn"} & set(names)
 
 
 @pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: path.name)
