@@ -85,6 +85,16 @@ def open_regular(path: Path) -> BufferedReader:
         raise
 
 
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files in `folder` that match a glob pattern, in order, without hidden ones.
+
+    macOS writes a hidden file `._name` beside each file on drives without extended attributes
+    (exFAT, SMB) and in archives: it looks like a weight file by its suffix and is none.
+    """
+    found = folder.glob(pattern)
+    return sorted(path for path in found if not path.name.startswith(".") and path.is_file())
+
+
 def lock_file(file: IO[Any], limit_s: float) -> None:
     """Lock an open file until it is closed; waits while another process holds the lock.
 

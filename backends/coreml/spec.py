@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 from backends.coreml.mil.wire import Message, WireError, read_varint
 from core.errors import BrokenModel, NotThisFormat
+from core.files import visible_files
 from core.units import MIB
 
 ML_PROGRAM = 502
@@ -150,7 +151,7 @@ def _package_files(manifest: Path) -> tuple[Path, tuple[Path, ...]]:
     weights: list[Path] = []
     for identifier in sorted(items):
         item = _item(manifest, items[identifier])
-        found = sorted(item.rglob("*"))[:_MAX_ENTRIES] if item.is_dir() else [item]
+        found = visible_files(item, "**/*")[:_MAX_ENTRIES] if item.is_dir() else [item]
         weights += [file for file in found if file.is_file() and file != model_file]
     return model_file, tuple(weights)
 

@@ -13,6 +13,7 @@ from backends.hf.chat_templates import read_templates
 from backends.hf.header import broken, read_bytes, read_json, read_optional_json
 from backends.sentence_files import has_modules
 from core.errors import NotThisFormat
+from core.files import visible_files
 from core.units import KIB, MIB
 
 _MAX_CARD_BYTES = 64 * KIB
@@ -224,7 +225,7 @@ def weight_files(folder: Path, kind: Literal["safetensors", "bin"]) -> tuple[Pat
     index = folder / f"{_DEFAULT_STEM[kind]}.{kind}.index.json"
     if index.is_file():
         return _indexed(index)
-    found = sorted(path for path in folder.glob(f"*.{kind}") if path.is_file())
+    found = visible_files(folder, f"*.{kind}")
     weights = [path for path in found if not _NOT_WEIGHTS.match(path.name)]
     if not weights:
         adapters = [path for path in found if path.name.startswith("adapter")]

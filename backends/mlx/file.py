@@ -23,6 +23,7 @@ from backends.mlx.model import check_config, supports
 from backends.mlx.npz import read_npz
 from backends.mlx.quantization import mlx_weights
 from core.errors import NotThisFormat
+from core.files import visible_files
 
 
 class _Entry(Protocol):
@@ -78,7 +79,7 @@ def _npz_info(path: Path) -> ModelInfo:
     folder = read_folder(path.parent)
     if not tokenizer_files(folder.path):
         raise NotThisFormat(f"{path.name} has no tokenizer beside it")
-    files = tuple(sorted(folder.path.glob("weights*.npz"))) or (path,)
+    files = tuple(visible_files(folder.path, "weights*.npz")) or (path,)
     if path not in files:
         raise NotThisFormat(f"{path.name} does not belong to the model beside it")
     found: dict[str, _Entry] = {}

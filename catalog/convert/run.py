@@ -32,6 +32,7 @@ from catalog.convert.output import sweep as sweep
 from catalog.convert.pause import PauseSwitch
 from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit, kept_environment
 from core.errors import ImpetusError, ModelFileMissing, RequestError, Unavailable
+from core.files import visible_files
 from core.supervision import log_failure
 from core.types import JsonValue
 from core.units import MIB
@@ -217,7 +218,7 @@ async def _run_steps(
         peak_bytes = max(peak_bytes, await _run_step(job, report, pause, on_memory))
         # Files that only this step needed must not take disk space during the next one.
         await asyncio.to_thread(partial.discard, work, *files if step else ())
-        files = tuple(sorted(path for path in output.rglob("*") if path.is_file()))
+        files = tuple(visible_files(output, "**/*"))
     return output, peak_bytes
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from core.files import visible_files
 from core.units import MIB
 
 _MAX_BYTES = 256 * MIB
@@ -51,7 +52,7 @@ def _is_kept(path: Path) -> bool:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
+    for path in visible_files(folder, "*"):
         is_wanted = (
             path.suffix == ".jinja" if folder.name == TEMPLATES_FOLDER else path.suffix != ".py"
         )

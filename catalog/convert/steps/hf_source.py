@@ -15,6 +15,7 @@ from catalog.convert.steps.hf_defaults import complete_config
 from catalog.convert.steps.rotary import attention_window
 from catalog.convert.support import gguf_reason, tokenizer_reason
 from core.errors import BrokenModel, UnsupportedCapability
+from core.files import visible_files
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _MAX_TOKENS = 2**22
@@ -201,7 +202,7 @@ def chat_templates(model: HfSource) -> dict[str, str]:
         if isinstance(entry, dict) and isinstance(entry.get("template"), str):
             templates[str(entry.get("name"))] = entry["template"]
     folder = model.folder / TEMPLATES_FOLDER
-    for path in sorted(folder.glob("*.jinja"))[:_MAX_TEMPLATES] if folder.is_dir() else ():
+    for path in visible_files(folder, "*.jinja")[:_MAX_TEMPLATES] if folder.is_dir() else ():
         if path.stat().st_size <= _MAX_TEMPLATE_BYTES:
             templates[path.stem] = path.read_text(encoding="utf-8")
     default = read_folder(model.folder).chat_template

@@ -26,6 +26,7 @@ from catalog.convert.steps.number_check import not_finite, too_large
 from catalog.convert.steps.rotary import limit_to_window
 from catalog.convert.tensor_file import LazyTensor, write_tensors
 from core.errors import UnsupportedCapability
+from core.files import visible_files
 
 _DTYPE_NAMES = {name: key for key, name in SAFETENSORS_DTYPES.items()} | {"uint32": "U32"}
 # mlx-lm's modules that any architecture uses.
@@ -48,7 +49,7 @@ def to_mlx(job: Job, report: Report) -> None:
     source = link_source(job)
     complete_config(source)
     # mlx-lm reads only files named `model*.safetensors`, with or without an index.
-    for number, shard in enumerate(sorted(source.glob("*.safetensors"))):
+    for number, shard in enumerate(visible_files(source, "*.safetensors")):
         if not shard.name.startswith("model"):
             shard.rename(source / f"model-{number}-{shard.name}")
     try:

@@ -14,7 +14,8 @@ KEPT = (
 LEFT = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "modeling_x.py",
     "optimizer.pt", "provenance.json", "additional_chat_templates/x.py", "1_Pooling/x.py",
-    "checkpoint-10/tokenizer.json", ".cache/tokenizer.json",
+    "checkpoint-10/tokenizer.json", ".cache/tokenizer.json", "1_Pooling/._config.json",
+    "additional_chat_templates/._tool_use.jinja", "._tokenizer.json",
 )  # fmt: skip
 
 
