@@ -75,6 +75,11 @@ class FootprintBook:
         foreseen = min(share.opened_bytes + share.later_bytes, share.estimated_bytes)
         return max(foreseen, share.held_bytes)
 
+    def held_bytes(self, model_id: str) -> int:
+        """Return what the model was seen to hold; 0 if nothing was measured."""
+        share = self._shares.get(model_id)
+        return 0 if share is None else share.held_bytes
+
     def closed(self, model_id: str, before: int, after: int) -> Returned:
         """Remove a model that was closed between two readings."""
         self._settle(before, self._shares)

@@ -80,6 +80,28 @@ async def test_a_model_that_came_back_whole_is_accounted_for() -> None:
     assert freed.summary == "39.0 MiB of 40.0 MiB came back"
 
 
+@pytest.mark.parametrize(
+    ("after", "returned"),
+    [
+        # The driver gives the memory back late, within the wait; or not at all.
+        ([140, 140, 120, 101, 50], 39),
+        ([140], 0),
+        ([101, 50], 39),
+    ],
+)
+async def test_memory_that_macos_gives_back_late_is_waited_for(
+    after: list[int], returned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("deployments.replica.memory._SETTLE_STEP_S", 0.0005)
+    monkeypatch.setattr("deployments.replica.memory._SETTLE_S", 0.005)
+    readings = [100, 140, 140, *after]
+    memory = ModelMemory(EchoBackend(), Meter(*(each * MIB for each in readings)))
+    await memory.measure_open(ORDER, lambda: None)
+    freed = await memory.measure_close("m", nothing)
+    assert freed.returned_bytes == returned * MIB
+
+
 async def test_what_does_not_come_back_is_told_as_kept() -> None:
     size = 600 * MIB
     memory = ModelMemory(EchoBackend(), Meter(0, size, size, size))
