@@ -9,6 +9,7 @@ from core.errors import ImpetusError
 from core.settings import Settings, load_settings
 from deployments.options import check_home, check_settings
 from deployments.router.listener import PortInUse, bind, check_exposure
+from deployments.start.backups import keep_out_of_backups
 from deployments.start.environment import check_ray_environment
 from deployments.start.leftovers import end_former_servers, remove_former_folders
 
@@ -23,6 +24,7 @@ def prepare_start(config: Path) -> Settings:
     settings = read_settings(config)
     check_exposure(settings)
     check_home(settings)
+    keep_out_of_backups(settings.home / "cache")
     end_former_servers()
     remove_former_folders()
     check_port(settings)
