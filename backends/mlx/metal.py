@@ -23,6 +23,26 @@ def has_metal() -> bool:
     return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
+# What Apple's driver says when it ends work on the GPU, and what to do.
+# Source: MTLCommandBufferError, as MLX puts it into its RuntimeError.
+_GPU_ERRORS = {
+    "Interactivity": "it kept the display waiting. Lower IMPETUS_PREFILL_CHUNK_TOKENS, start the "
+    "server with scripts/serve, or send a shorter prompt.",
+    "Timeout": "it took too long. Lower IMPETUS_PREFILL_CHUNK_TOKENS or send a shorter prompt.",
+    "OutOfMemory": "its memory ran out. Unload other models, or lower the model's context or "
+    "IMPETUS_MEMORY_BUDGET.",
+}
+
+
+def gpu_advice(problem: BaseException) -> str:
+    """Return why macOS ended work on the GPU and what to do; empty for other problems."""
+    text = str(problem)
+    if "ommand buffer" not in text and "kIOGPU" not in text:
+        return ""
+    found = next((advice for key, advice in _GPU_ERRORS.items() if key in text), "")
+    return found and f"macOS ended its work on the GPU: {found}"
+
+
 class GpuWork:
     """The passes of all threads of this process, and the clearing of caches between them.
 

@@ -14,7 +14,7 @@ from backends.engine.rows import BaseStepper
 from backends.engine.sampling import RowSampler
 from backends.mlx.batch import ENDLESS, NOT_FINITE, MlxBatch, RowChoice
 from backends.mlx.blocks import LayerBlocks
-from backends.mlx.metal import computing
+from backends.mlx.metal import computing, gpu_advice
 from backends.mlx.model import MlxModel
 from backends.mlx.prefixes import KeptLayers, MlxPrefixes, cut
 from backends.mlx.rows import MlxRow
@@ -32,7 +32,7 @@ from backends.prefixes.transfer import (
 )
 from backends.stepper import SequenceSpec, StepOutput
 from backends.trials import TrialResult
-from core.errors import NonFiniteOutput
+from core.errors import EngineFailed, NonFiniteOutput
 
 _RIGHT = TrialResult()
 
@@ -129,9 +129,17 @@ class MlxStepper(BaseStepper):
         row.is_decoding = False
 
     def step(self) -> list[StepOutput]:
-        """Do one forward pass, or two if the first one completes a prompt without a token."""
-        with computing():
-            return self._step()
+        """Do one forward pass, or two if the first one completes a prompt without a token.
+
+        Raises EngineFailed with advice if macOS ended the work on its GPU, and what MLX raises.
+        """
+        try:
+            with computing():
+                return self._step()
+        except RuntimeError as problem:
+            if advice := gpu_advice(problem):
+                raise EngineFailed(advice) from problem
+            raise
 
     def _step(self) -> list[StepOutput]:
         started = self._model.clock.seconds()

@@ -12,6 +12,7 @@ from backends.hf.folder import read_folder
 from backends.mlx import metal
 from backends.mlx.metal import GpuWork
 from backends.mlx.model import MlxModel, import_runtime
+from core.errors import EngineFailed
 from core.units import GIB
 from tests.unit.backends.mlx.test_mlx_model import finish, spec, stepper, write_tiny
 
@@ -210,6 +211,40 @@ def test_a_model_that_cannot_be_loaded_holds_no_memory(
     good.close()
     limits = [limit for name, limit in calls if name == "set_memory_limit"]
     assert limits == [3 * GIB, 5 * GIB, 3 * GIB]
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        (
+            "[METAL] Command buffer execution failed: Impacting Interactivity "
+            "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity).",
+            "kept the display waiting. Lower IMPETUS_PREFILL_CHUNK_TOKENS",
+        ),
+        (
+            "[METAL] Command buffer execution failed: Caused GPU Timeout Error "
+            "(00000002:kIOGPUCommandBufferCallbackErrorTimeout).",
+            "took too long",
+        ),
+        (
+            "[METAL] Command buffer execution failed: Insufficient Memory "
+            "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory).",
+            "memory ran out. Unload other models",
+        ),
+        ("[matmul] Timeout of shapes", ""),
+    ],
+)
+def test_errors_of_apples_driver_become_advice(text: str, advice: str, tmp_path: Path) -> None:
+    steps = stepper(write_tiny(tmp_path / "tiny"))
+    steps.add(spec(1, PROMPT))
+
+    def fail(_: int) -> Any:
+        raise RuntimeError(text)
+
+    steps._batch.next = fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(EngineFailed if advice else RuntimeError, match=advice or "matmul"):
+        steps.step()
+    steps.close()
 
 
 @pytest.mark.macos
