@@ -121,7 +121,11 @@ class Inspector:
     @staticmethod
     def _judged(path: Path, outcome: Refused) -> Outcome:
         """Return the verdict on a file that took too much memory, if the machine had enough."""
-        free_bytes = psutil.virtual_memory().available
+        try:
+            free_bytes = psutil.virtual_memory().available
+        except (psutil.Error, OSError, RuntimeError):
+            # A psutil that is older than the system, as on macOS 27.
+            return outcome
         if free_bytes >= MEMORY_BYTES:
             return outcome
         return Uninspected(

@@ -9,7 +9,7 @@ import psutil
 from core.units import GIB
 from scheduler.sensors.linux import LinuxSensor
 from scheduler.sensors.macos import MacSensor
-from scheduler.sensors.macos_memory import MacLimits
+from scheduler.sensors.macos_memory import MacLimits, mac_memory_bytes
 from scheduler.sensors.simulated import FileSensor
 from scheduler.thermal import Reading, SensorProblem
 
@@ -60,6 +60,8 @@ def open_sensor(thermal_file: Path | None) -> Sensor:
 
 def machine_memory_bytes(cgroup_limits: tuple[Path, ...] = _CGROUP_LIMITS) -> int:
     """Return the RAM this process may use: the machine's, or its cgroup limit if that is lower."""
+    if sys.platform == "darwin" and (found := mac_memory_bytes()) is not None:
+        return found
     total = int(psutil.virtual_memory().total)
     if sys.platform != "linux":
         return total

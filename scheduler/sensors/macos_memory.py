@@ -14,6 +14,7 @@ _OBJC = "/usr/lib/libobjc.A.dylib"
 # The most memory that may be wired for the GPU, in MiB; 0 lets the system choose.
 # Source: `sysctl iogpu.wired_limit_mb`, macOS 14 and later on Apple silicon.
 _WIRED_LIMIT_KEY = b"iogpu.wired_limit_mb"
+_MEMORY_KEY = b"hw.memsize"
 
 
 class MacLimits:
@@ -47,6 +48,18 @@ class MacLimits:
             return parse_wired_limit(self._wired_limit())
         except (OSError, AttributeError, ValueError):
             return None
+
+
+def mac_memory_bytes() -> int | None:
+    """Return the RAM of a Mac; None if the system does not tell.
+
+    From the kernel's own number: psutil 7.2 cannot read the structure of macOS 27.
+    """
+    try:
+        value = _sysctl(_MEMORY_KEY)
+    except (OSError, AttributeError):
+        return None
+    return int.from_bytes(value, "little") or None if len(value) == 8 else None
 
 
 def parse_wired_limit(value: bytes) -> int | None:

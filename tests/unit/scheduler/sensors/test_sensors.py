@@ -95,6 +95,42 @@ def test_the_budget_of_a_mac_is_a_share_of_the_gpus_and_leaves_a_reserve(
     assert memory_budget_bytes(total_gib * GIB, gpu) / GIB == pytest.approx(budget_gib, abs=0.01)
 
 
+SYSCTL = """
+#include <string.h>
+int sysctlbyname(const char *name, void *old, size_t *size, void *new, size_t length) {
+    unsigned long memory = 17179869184;
+    unsigned int wired = 12288;
+    int is_memory = !strcmp(name, "hw.memsize");
+    if (!is_memory && strcmp(name, "iogpu.wired_limit_mb")) return -1;
+    *size = is_memory ? 8 : 4;
+    memcpy(old, is_memory ? (void *)&memory : (void *)&wired, *size);
+    return 0;
+}
+"""
+
+
+def test_a_mac_tells_its_memory_and_limit_without_psutil(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("host_statistics64(HOST_VM_INFO64) syscall failed")
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(psutil, "virtual_memory", fails)
+    library = compile_library(tmp_path / "libSystem.so", SYSCTL)
+    monkeypatch.setattr(macos_memory, "_LIBRARY", str(library))
+    assert machine_memory_bytes() == 16 * GIB
+    assert MacLimits(lambda: 10 * GIB).gpu_bytes() == 12 * GIB
+
+
+def test_a_mac_that_tells_nothing_is_asked_through_psutil(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(macos_memory, "_LIBRARY", str(tmp_path / "absent.so"))
+    assert machine_memory_bytes() == psutil.virtual_memory().total
+
+
 METAL = """
 #include <stdlib.h>
 long device = 1, list = 2, calls = 0;
