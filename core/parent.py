@@ -44,7 +44,7 @@ def is_running(pid: int) -> bool:
 
 
 def _wait_for_pidfd(pid: int) -> None:
-    descriptor = os.pidfd_open(pid)
+    descriptor = os.pidfd_open(pid)  # type: ignore[attr-defined,unused-ignore]
     try:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)

@@ -29,7 +29,7 @@ def lazy_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     memory = mmap.mmap(-1, size, flags=flags)
     # A huge page would span the beginnings of many rows.
     with suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # type: ignore[attr-defined,unused-ignore]
     return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 

@@ -56,7 +56,8 @@ def test_a_zombie_has_exited() -> None:
     waiter = threading.Thread(target=wait_for_exit, args=(process.pid,), daemon=True)
     waiter.start()
     process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    options = os.WEXITED | os.WNOWAIT  # type: ignore[attr-defined,unused-ignore]
+    os.waitid(os.P_PID, process.pid, options)  # type: ignore[attr-defined,unused-ignore]
     waiter.join(LIMIT_S)
     is_waiting = waiter.is_alive()
     process.wait()
