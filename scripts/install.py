@@ -24,18 +24,29 @@ PIN = re.compile(r"([\w.-]+)==([^;\s]+)(?:; sys_platform (==|!=) '(\w+)')?")
 BUILD_STEP = re.compile(r"\[(\d+)/(\d{2,})\]")
 
 
-def main(extras: list[str]) -> None:
-    """Install the runtime and `extras`; a second installer waits for the first."""
+def main(arguments: list[str]) -> None:
+    """Install the packages and extras, or Apple's SDK only; a second one waits for the first."""
+    if sys.platform == "darwin":
+        # Else a Python that was built for an older macOS takes 26 for 16: packages of macOS 15.
+        os.environ.setdefault("SYSTEM_VERSION_COMPAT", "0")
     with (ENVIRONMENT / "install.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        pins = read_pins()
-        if metadata.version("pip") != pins["pip"]:
-            pip("install", "--quiet", f"pip=={pins['pip']}")
-        install_runtime(pins[RUNTIME])
-        target = f".[{','.join(extras)}]" if extras else "."
-        pip("install", *pinned(), "--editable", target)
-        pip("install", *pinned(), "--no-deps", *STARTERS)
-        install_apple_models()
+        if arguments == ["--apple-sdk"]:
+            install_apple_sdk()
+        else:
+            install_packages(arguments)
+
+
+def install_packages(extras: list[str]) -> None:
+    """Install the runtime, the server's packages, those of `extras`, and the starters."""
+    pins = read_pins()
+    if metadata.version("pip") != pins["pip"]:
+        pip("install", "--quiet", f"pip=={pins['pip']}")
+    install_runtime(pins[RUNTIME])
+    target = f".[{','.join(extras)}]" if extras else "."
+    pip("install", *pinned(), "--editable", target)
+    pip("install", *pinned(), "--no-deps", *STARTERS)
+    refresh_metal(pins)
 
 
 def read_pins(system: str = sys.platform) -> dict[str, str]:
@@ -67,9 +78,12 @@ def pip(*arguments: str) -> None:
 def build_flags() -> str:
     """Return CMake's flags: no processor-specific code on Linux, Metal on macOS.
 
-    A native build crashes in a virtual machine that hides instructions of its processor.
+    A native build crashes in a virtual machine that hides instructions of its processor.  On macOS
+    an OpenMP of Homebrew's would be a second one beside PyTorch's in the same process.
     """
-    own = "-DGGML_METAL=ON" if sys.platform == "darwin" else "-DGGML_NATIVE=OFF"
+    own = "-DGGML_NATIVE=OFF"
+    if sys.platform == "darwin":
+        own = "-DGGML_METAL=ON -DGGML_OPENMP=OFF"
     return f"{own} -DLLAVA_BUILD=OFF {os.environ.get('CMAKE_ARGS', '')}".strip()
 
 
@@ -88,9 +102,9 @@ def cache_folder() -> Path:
 
 
 def install_runtime(version: str) -> None:
-    """Install llama-cpp-python, compiled once per version, flags and platform."""
+    """Install llama-cpp-python, compiled once per version, flags, platform and Apple chip."""
     flags = build_flags()
-    machine = f"{sys.platform} {platform.machine()} {'-'.join(platform.libc_ver())}"
+    machine = f"{sys.platform} {platform.machine()} {'-'.join(platform.libc_ver())}{apple_chip()}"
     key = f"{version}-{hashlib.sha256(f'{flags} {machine}'.encode()).hexdigest()[:16]}"
     marker = ENVIRONMENT / "llama-build"
     if marker.is_file() and marker.read_text() == key and installed_version(RUNTIME) == version:
@@ -103,17 +117,50 @@ def install_runtime(version: str) -> None:
     marker.write_text(key)
 
 
-def install_apple_models() -> None:
-    """Install the SDK of Apple's on-device model on macOS 26 and later.
+def macos_major() -> int:
+    """Return macOS' major version from Darwin's release, which is never translated; 0 elsewhere.
 
-    Building it needs Xcode; without it everything else works.
+    Source: Darwin 23 is macOS 14, 24 is 15, 25 is 26.
     """
-    release = platform.mac_ver()[0].partition(".")[0]
-    if sys.platform != "darwin" or not release.isdigit() or int(release) < 26:
+    if sys.platform != "darwin":
+        return 0
+    release = int(os.uname().release.partition(".")[0])
+    return release + 1 if release >= 25 else release - 9
+
+
+def apple_chip() -> str:
+    """Return the chip, such as " Apple M4", for which a Mac compiles; empty elsewhere."""
+    if sys.platform != "darwin":
+        return ""
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f" {done.stdout.strip()}"
+
+
+def refresh_metal(pins: dict[str, str]) -> None:
+    """Install MLX' Metal library again after an update of macOS: each macOS has its own build."""
+    system = str(macos_major())
+    if system == "0":
         return
+    marker = ENVIRONMENT / "mlx-metal-macos"
+    if marker.is_file() and marker.read_text() != system:
+        name = f"mlx-metal=={pins['mlx-metal']}"
+        pip("install", *pinned(), "--no-deps", "--force-reinstall", name)
+    marker.write_text(system)
+
+
+def install_apple_sdk() -> None:
+    """Install the SDK of Apple's on-device model, which Xcode 26 builds; report a failure only.
+
+    Everything else works without it.
+    """
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *pinned()]
     if subprocess.run([*command, "apple-fm-sdk"], cwd=ROOT, check=False).returncode != 0:
-        print("Apple's own model is unavailable: install Xcode 26 for its SDK.", flush=True)
+        print(
+            "Apple's own model stays unavailable: its SDK could not be built, for which Xcode 26 "
+            "is needed. Everything else works. To try again: scripts/setup apple",
+            flush=True,
+        )
 
 
 def installed_version(name: str) -> str:
@@ -184,13 +231,57 @@ def run_showing_steps(command: list[str], environment: dict[str, str], log: Path
 
 
 def require_compiler() -> None:
-    """Exit the installation and name what to install if there is no C++ compiler."""
+    """Exit the installation and say what to do if no C++ compiler works."""
     if sys.platform == "darwin":
-        # /usr/bin/c++ exists on every Mac; without the tools it only opens a dialog.
-        if subprocess.run(["xcode-select", "-p"], capture_output=True, check=False).returncode:
-            sys.exit("No C++ compiler. Install Apple's command line tools: xcode-select --install")
-    elif not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
+        require_apple_tools()
+    names = (os.environ.get("CXX") or "c++", "g++", "clang++")
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
         sys.exit("No C++ compiler. Install one, for example: apt-get install build-essential")
+    if problem := compiler_problem(compiler):
+        sys.exit(problem)
+
+
+def require_apple_tools() -> None:
+    """Exit the installation if Apple's command line tools are not selected.
+
+    Only `xcode-select` may be asked: without the tools every other one of them, such as
+    /usr/bin/c++, exists but opens a dialogue.
+    """
+    command = ["xcode-select", "-p"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        sys.exit("xcode-select was not found. Is /usr/bin on PATH?")
+    folder = done.stdout.strip()
+    if done.returncode or not folder:
+        sys.exit("No C++ compiler. Install Apple's command line tools: xcode-select --install")
+    if not os.path.isdir(folder):
+        sys.exit(
+            f"No C++ compiler: {folder}, which xcode-select names, does not exist. "
+            "Run: sudo xcode-select --reset"
+        )
+
+
+def compiler_problem(compiler: str) -> str:
+    """Return why `compiler` cannot compile an empty C++ file and what to do; empty if it can."""
+    command = [compiler, "-x", "c++", "-fsyntax-only", "-"]
+    try:
+        done = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    except OSError as problem:
+        return f"The C++ compiler {compiler} does not start: {problem.strerror}."
+    if done.returncode == 0:
+        return ""
+    if "license" in done.stderr:
+        return (
+            "Xcode's licence has not been accepted, so its compiler does not work. "
+            "Run: sudo xcodebuild -license accept"
+        )
+    said = done.stderr.strip().splitlines()[-1:] or ["it says nothing"]
+    return (
+        f"The C++ compiler {compiler} failed with code {done.returncode} on an empty file: "
+        f"{said[0]}. Install a working one, or name it: CXX=/path/to/c++ scripts/setup"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Tests of the installation: choice of Python, compile flags, and error messages."""
+"""Tests of the installation: compile flags, what a Mac needs, and error messages."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,43 +8,6 @@ from pathlib import Path
 import pytest
 
 from scripts import install
-
-
-def make_python(folder: Path, name: str, version: str) -> None:
-    path = folder / name
-    path.write_text(f"#!/bin/sh\necho {version}\n")
-    path.chmod(0o755)
-
-
-def find_python(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["/bin/sh", str(install.ROOT / "scripts" / "find_python")],
-        env={"PATH": str(folder), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_find_python_skips_one_outside_the_range(tmp_path: Path) -> None:
-    make_python(tmp_path, "python3", "3.14")
-    make_python(tmp_path, "python3.12", "3.12")
-    assert find_python(tmp_path).stdout == "python3.12\n"
-
-
-def test_find_python_says_what_was_found(tmp_path: Path) -> None:
-    make_python(tmp_path, "python3", "3.9")
-    done = find_python(tmp_path)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "3.11, 3.12 or 3.13" in done.stderr
-    assert "python3 is 3.9" in done.stderr
-
-
-def test_find_python_takes_the_named_one(tmp_path: Path) -> None:
-    make_python(tmp_path, "python3", "3.12")
-    make_python(tmp_path, "mine", "3.13")
-    assert find_python(tmp_path, PYTHON="mine").stdout == "mine\n"
 
 
 def test_setup_refuses_an_unknown_extra() -> None:
@@ -61,6 +25,14 @@ def test_build_flags_keep_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=ON")
     monkeypatch.setattr(sys, "platform", "linux")
     assert install.build_flags() == "-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DGGML_CUDA=ON"
+
+
+def test_build_flags_of_a_mac_have_metal_and_no_second_openmp(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert install.build_flags() == "-DGGML_METAL=ON -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF"
 
 
 def test_cache_folder_falls_back_to_the_repository(
@@ -81,6 +53,103 @@ def test_require_compiler_names_the_package(
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SystemExit, match="apt-get install build-essential"):
         install.require_compiler()
+
+
+@pytest.fixture
+def mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Mac with command line tools: programs in the folder are the only ones on PATH."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    make_program(tmp_path / "xcode-select", f"echo '{tmp_path}'")
+    make_program(tmp_path / "c++", "exit 0")
+    return tmp_path
+
+
+def make_program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.usefixtures("mac")
+def test_require_compiler_accepts_one_that_compiles() -> None:
+    install.require_compiler()
+
+
+@pytest.mark.parametrize(
+    ("answer", "cure"),
+    [
+        ("exit 2", "xcode-select --install"),
+        ("echo /no/such/Xcode.app/Contents/Developer", "sudo xcode-select --reset"),
+    ],
+)
+def test_require_compiler_never_opens_apples_dialogue(mac: Path, answer: str, cure: str) -> None:
+    make_program(mac / "xcode-select", answer)
+    make_program(mac / "c++", f"echo opened >'{mac}/opened'")
+    with pytest.raises(SystemExit, match=cure):
+        install.require_compiler()
+    assert not (mac / "opened").exists()
+
+
+def test_require_compiler_explains_the_licence(mac: Path) -> None:
+    said = "You have not agreed to the Xcode license agreements. Please run 'sudo xcodebuild'"
+    make_program(mac / "c++", f'echo "{said}" >&2; exit 69')
+    with pytest.raises(SystemExit, match="Run: sudo xcodebuild -license accept"):
+        install.require_compiler()
+
+
+def test_require_compiler_says_what_a_broken_one_says(mac: Path) -> None:
+    make_program(mac / "c++", "echo 'first' >&2; echo 'no space left' >&2; exit 4")
+    with pytest.raises(SystemExit, match=r"code 4 on an empty file: no space left\. Install"):
+        install.require_compiler()
+
+
+def test_macos_is_told_by_darwins_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert install.macos_major() == 0
+    monkeypatch.setattr(sys, "platform", "darwin")
+    found = {}
+    for release in ("23.6.0", "24.0.0", "25.1.0", "26.0.0"):
+        names = os.uname_result(("Darwin", "", release, "", "arm64"))
+        monkeypatch.setattr(os, "uname", lambda names=names: names)
+        found[release] = install.macos_major()
+    assert list(found.values()) == [14, 15, 26, 27]
+
+
+def test_metal_library_is_installed_again_after_an_update_of_macos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(install, "ENVIRONMENT", tmp_path)
+    monkeypatch.setattr(install, "pip", lambda *arguments: commands.append(arguments))
+    for system in (15, 15, 26, 26):
+        monkeypatch.setattr(install, "macos_major", lambda system=system: system)
+        install.refresh_metal({"mlx-metal": "0.32.4"})
+    assert [command[-2:] for command in commands] == [("--force-reinstall", "mlx-metal==0.32.4")]
+
+
+def test_pip_sees_the_true_version_of_macos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SYSTEM_VERSION_COMPAT", raising=False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(install, "ENVIRONMENT", tmp_path)
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        install, "install_apple_sdk", lambda: seen.append(os.environ.get("SYSTEM_VERSION_COMPAT"))
+    )
+    install.main(["--apple-sdk"])
+    assert seen == ["0"]
+    monkeypatch.delenv("SYSTEM_VERSION_COMPAT")
+
+
+def test_apples_sdk_that_cannot_be_built_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed: subprocess.CompletedProcess[bytes] = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    install.install_apple_sdk()
+    assert "scripts/setup apple" in capsys.readouterr().out
 
 
 def test_build_steps_are_shown_and_the_log_is_whole(
