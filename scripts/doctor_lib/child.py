@@ -1,0 +1,98 @@
+"""Runs commands as children with a time limit; nothing that they start outlives them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO
+
+MISSING, TOO_LATE = 127, 124
+_HEAD_BYTES, _TAIL_BYTES = 8_192, 65_536
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended: `code` as a shell gives it, below 0 for a signal; both outputs."""
+
+    code: int
+    text: str
+    seconds: float
+
+    @property
+    def last_line(self) -> str:
+        """The last line of the output, or an empty string."""
+        return (self.text.splitlines() or [""])[-1].strip()
+
+    @property
+    def ended(self) -> str:
+        """How it ended, in words; empty if it succeeded."""
+        if self.code == 0:
+            return ""
+        if self.code == TOO_LATE:
+            return f"did not end within {self.seconds:.0f} s"
+        if self.code == MISSING:
+            return "was not found"
+        if self.code < 0:
+            with suppress(ValueError):
+                return f"crashed with {signal.Signals(-self.code).name}"
+            return f"was ended by signal {-self.code}"
+        return f"ended with code {self.code}"
+
+
+def run(
+    command: Sequence[str],
+    limit_s: float,
+    environment: Mapping[str, str],
+    folder: str | None = None,
+) -> Ran:
+    """Run `command` without input; blocks for at most `limit_s` seconds and a little.
+
+    It runs in a process group of its own, all of which is killed at the end.  Very long output
+    is cut in the middle.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                cwd=folder,
+                start_new_session=True,
+            )
+        except OSError as problem:
+            return Ran(MISSING, problem.strerror or str(problem), 0.0)
+        try:
+            code = process.wait(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            code = TOO_LATE
+        finally:
+            end_group(process)
+        return Ran(code, _text(output), time.monotonic() - began)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the group that `process` leads, and wait for `process`."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _text(output: IO[bytes]) -> str:
+    size = output.seek(0, os.SEEK_END)
+    output.seek(0)
+    if size <= _HEAD_BYTES + _TAIL_BYTES:
+        data = output.read()
+    else:
+        data = output.read(_HEAD_BYTES) + b"\n[...]\n"
+        output.seek(size - _TAIL_BYTES)
+        data += output.read()
+    return data.decode("utf-8", "replace").strip()

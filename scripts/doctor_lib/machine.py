@@ -1,0 +1,111 @@
+"""What the checks see of the machine; tests give them another one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from scripts.doctor_lib.child import Ran, run
+
+ROOT = Path(__file__).resolve().parents[2]
+# Apple's and the administrator's folders; a service's PATH may lack them.
+_SYSTEM_FOLDERS = ("/usr/bin", "/bin", "/usr/sbin", "/sbin")
+
+
+class Machine:
+    """This machine: its system, environment, folders and commands.
+
+    `top` is put before absolute folders that are read, so that tests can bring a tree.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str] | None = None,
+        *,
+        system: str = sys.platform,
+        root: Path = ROOT,
+        top: Path = Path("/"),
+    ) -> None:
+        given = dict(os.environ if environment is None else environment)
+        folders = [given.get("PATH", ""), *_SYSTEM_FOLDERS]
+        given["PATH"] = os.pathsep.join(filter(None, folders))
+        # Translated messages cannot be parsed, and nothing may be left beside the sources.
+        given.update(LC_ALL="C", PYTHONDONTWRITEBYTECODE="1")
+        self.environment: Mapping[str, str] = given
+        self.system = system
+        self.root = root
+        self.top = top
+
+    @property
+    def is_mac(self) -> bool:
+        """Whether this is macOS."""
+        return self.system == "darwin"
+
+    @property
+    def home(self) -> Path:
+        """The user's folder."""
+        return Path(self.environment.get("HOME") or os.path.expanduser("~"))
+
+    @property
+    def python(self) -> Path:
+        """The Python of the virtual environment; it may not exist."""
+        return self.root / ".venv" / "bin" / "python"
+
+    @property
+    def is_set_up(self) -> bool:
+        """Whether `scripts/setup` has made the virtual environment, complete or not."""
+        return os.access(self.python, os.X_OK)
+
+    @property
+    def data_folder(self) -> Path:
+        """IMPETUS_HOME, or its default as platformdirs has it."""
+        if named := self.environment.get("IMPETUS_HOME"):
+            return Path(named).expanduser()
+        if self.is_mac:
+            return self.home / "Library" / "Application Support" / "impetus"
+        return Path(self.environment.get("XDG_DATA_HOME") or self.home / ".local/share") / "impetus"
+
+    @property
+    def temporary(self) -> Path:
+        """Where Ray puts its sockets."""
+        return Path(self.environment.get("RAY_TMPDIR") or "/tmp")
+
+    def run(
+        self,
+        *command: str,
+        limit_s: float = 10.0,
+        extra: Mapping[str, str] | None = None,
+    ) -> Ran:
+        """Run a command of this machine, found on PATH, in the repository's folder; blocks."""
+        environment = {**self.environment, **(extra or {})}
+        program = shutil.which(command[0], path=environment["PATH"]) or command[0]
+        return run([program, *command[1:]], limit_s, environment, str(self.root))
+
+    def sysctl(self, name: str) -> str:
+        """Return a value of macOS' kernel; empty if it has none of that name."""
+        done = self.run("sysctl", "-n", name)
+        return done.text if done.code == 0 else ""
+
+    def free_bytes(self, folder: Path) -> int:
+        """Return the bytes that this user may still write where `folder` is, or would be."""
+        return shutil.disk_usage(existing(folder)).free
+
+    def memory_bytes(self) -> int:
+        """Return the machine's RAM; 0 if the system does not tell."""
+        if self.is_mac:
+            text = self.sysctl("hw.memsize")
+            return int(text) if text.isdigit() else 0
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return 0
+
+
+def existing(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path

@@ -1,0 +1,156 @@
+"""Tests of what the doctor writes and prints: no names, no keys, and rows that can be read."""
+
+import json
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from scripts.doctor_lib import gpu_probes, probes, readings
+from scripts.doctor_lib.child import MISSING, TOO_LATE, run
+from scripts.doctor_lib.mac import macos_major
+from scripts.doctor_lib.privacy import Privacy
+from scripts.doctor_lib.report import write_report
+from scripts.doctor_lib.row import FAIL, OK, WARN, Row
+from tests.unit.scripts.doctor.conftest import Plant
+
+PERSON = {
+    "HOME": "/Us" + "ers/jane.doe",
+    "USER": "jane.doe",
+    "IMPETUS_API_KEY": "correct-horse-battery",
+    "HF_TOKEN": "hf_abcdefgh",
+    "PATH": os.environ["PATH"],
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        (PERSON["HOME"] + "/models/a.gguf", "~/models/a.gguf"),
+        ("/Us" + "ers/other/x: denied", "/Us" + "ers/<user>/x: denied"),
+        ("/ho" + "me/other/x", "/ho" + "me/<user>/x"),
+        ("/Users/Shared/models", "/Users/Shared/models"),
+        ("owner jane.doe, group staff", "owner <user>, group staff"),
+        ("key correct-horse-battery", "key <secret>"),
+        ("HF_TOKEN=hf_abcdefgh", "HF_TOKEN=<secret>"),
+        ("Authorization: Bearer abc.def", "Authorization: Bearer <secret>"),
+        ("x-impetus-token: 0123", "x-impetus-token: <secret>"),
+        ("key sk-proj-12345678", "key <secret>"),
+        ("free disk 11.0 GiB", "free disk 11.0 GiB"),
+    ],
+)
+def test_names_paths_and_keys_are_replaced(text: str, hidden: str) -> None:
+    assert Privacy(PERSON).hide(text) == hidden
+
+
+def test_the_hosts_name_is_replaced_as_a_word_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "metal.local")
+    privacy = Privacy(PERSON)
+    assert privacy.hide("on metal.local and metal, metallic") == "on <host> and <host>, metallic"
+
+
+def test_the_report_has_no_secret_and_only_the_user_reads_it(tmp_path: Path) -> None:
+    home = PERSON["HOME"]
+    rows = [
+        Row("data folder", FAIL, f"{home}/x", f'"{home}" is a file', "key correct-horse-battery"),
+        Row("port", OK, "8000 is free"),
+    ]
+    text, data = write_report(tmp_path, rows, {"tail": [home]}, Privacy(PERSON))
+    for path in (text, data):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert "jane" not in path.read_text()
+        assert "horse" not in path.read_text()
+    document = json.loads(data.read_text())
+    assert document["rows"][0]["value"] == "~/x"
+    assert document["tail"] == ["~"]
+    assert text.read_text().splitlines()[0] == "FAIL  data folder                 ~/x"
+
+
+def test_a_row_shows_its_problem_and_cure() -> None:
+    row = Row("port", WARN, "8000\n", "It is used.", "stop it")
+    assert row.lines() == [
+        "warn  port                        8000",
+        "      It is used.",
+        "      (stop it)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "ended"),
+    [
+        (["true"], 0, ""),
+        (["sh", "-c", "exit 3"], 3, "ended with code 3"),
+        (["sh", "-c", "kill -ABRT $$"], -6, "crashed with SIGABRT"),
+        (["sleep", "30"], TOO_LATE, "did not end within"),
+        (["no-such-program"], MISSING, "was not found"),
+    ],
+)
+def test_a_child_ends_within_its_limit_and_says_how(
+    command: list[str], code: int, ended: str
+) -> None:
+    done = run(command, 1.0, os.environ)
+    assert (done.code, ended in done.ended) == (code, True)
+
+
+def test_the_output_of_a_child_is_bounded() -> None:
+    done = run(["sh", "-c", "yes | head -c 1000000; echo end"], 20.0, os.environ)
+    assert len(done.text) < 80_000
+    assert done.last_line == "end"
+
+
+def test_probes_and_rows_have_the_same_names() -> None:
+    assert list(probes.PROBES) == list(readings.READINGS)
+    assert list(gpu_probes.PROBES) == list(readings.COMPUTATIONS)
+
+
+@pytest.mark.parametrize(
+    ("release", "major"),
+    [("22.6.0", 13), ("23.0.0", 14), ("24.6.0", 15), ("25.1.0", 26), ("26.0.0", 27), ("x", 0)],
+)
+def test_macos_is_told_by_darwins_release(release: str, major: int) -> None:
+    assert macos_major(release) == major
+
+
+def test_footprints_answer_is_parsed() -> None:
+    said = "======\npython3.12 [812]: 64-bit    Footprint: 91 MB (16384 bytes per page)\n======"
+    assert probes._footprint_bytes(said) == 91 * 2**20
+    assert probes._footprint_bytes("no such process") == 0
+
+
+def test_an_invalid_setting_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMPETUS_MAX_SEQUENCES", "many")
+    found = probes.settings()
+    assert "max_sequences (IMPETUS_MAX_SEQUENCES)" in found.problem
+    assert "many" not in found.problem
+
+
+def test_a_public_address_without_a_key_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMPETUS_HOST", "0.0.0.0")
+    assert "no API key is set" in probes.settings().problem
+
+
+def test_an_unknown_variable_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMPETUS_PROT", "8001")
+    found = probes.settings()
+    assert (found.state, "did you mean IMPETUS_PORT?" in found.problem) == (WARN, True)
+
+
+def test_a_port_that_would_be_taken_over_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probes.busy_port().problem == ""
+    monkeypatch.setattr("deployments.router.listener.bind", lambda *_: socket.socket())
+    assert probes.busy_port().problem == "A port in use counts as free."
+
+
+def test_a_probe_that_answers_nonsense_is_a_row(plant: Plant) -> None:
+    plant.set_up("  *doctor_lib.probes*) echo '[1]' ;;")
+    row = readings.run_probe(plant.machine(), "probes", "threads", 10.0)
+    assert (row.state, row.problem) == (FAIL, "The probe gave no result: [1]")
+
+
+def test_a_probe_that_crashes_at_its_end_is_a_warning(plant: Plant) -> None:
+    result = '{"value": "fine", "problem": "", "cure": "", "state": "FAIL"}'
+    plant.set_up(f"  *doctor_lib.probes*) echo '{result}'; kill -ABRT $$ ;;")
+    row = readings.run_probe(plant.machine(), "probes", "threads", 10.0)
+    assert (row.state, row.problem) == (WARN, "At its end the probe crashed with SIGABRT.")

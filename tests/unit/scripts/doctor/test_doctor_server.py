@@ -1,0 +1,116 @@
+"""Tests of the doctor's run of the server, against a stand-in that goes wrong in each way."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.doctor_lib import server
+from scripts.doctor_lib.machine import Machine
+from scripts.doctor_lib.row import FAIL, OK, WARN, Row
+from scripts.doctor_lib.server import Limits, ServerTrial, first_of_each_format
+from tests.unit.scripts.doctor.conftest import Plant, find
+
+STAND_IN = Path(__file__).with_name("stand_in_server.py")
+LIMITS = Limits(start_s=15.0, answer_s=10.0, stop_s=10.0)
+
+
+def trial(mode: str, limits: Limits = LIMITS) -> tuple[list[Row], Path]:
+    """Return the rows of a run, and its folder."""
+    machine = Machine(system="linux")
+    run = ServerTrial(machine, [sys.executable, "-B", str(STAND_IN), mode], limits)
+    return list(run.rows()), run._folder
+
+
+def running() -> str:
+    done = subprocess.run(
+        ["ps", "-axo", "state=,command="], capture_output=True, text=True, check=True
+    )
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("Z")]
+    names = (STAND_IN.name, "ray::ServeReplica:impetus:gguf 60")
+    return "\n".join(line for line in lines if any(name in line for name in names))
+
+
+def test_a_healthy_server_passes_and_is_gone() -> None:
+    rows, folder = trial("healthy")
+    assert [row.lines() for row in rows if row.state in (FAIL, WARN)] == []
+    assert [row.what for row in rows] == [
+        "server start",
+        "chat, gguf",
+        "embedding, onnx",
+        "cancelled stream",
+        "killed process",
+        "unload",
+        "stop by Ctrl-C",
+        "left behind",
+        "crash reports",
+    ]
+    assert find(rows, "killed process").value.startswith("replaced")
+    assert "MiB after 0.1, 0.5 and 2 s" in find(rows, "unload").value
+    assert folder.name.startswith("impetus-doctor-")
+    assert not folder.exists()
+    assert running() == ""
+
+
+@pytest.mark.parametrize(
+    ("mode", "what", "state", "says"),
+    [
+        ("dies", "server start", FAIL, "The port cannot be used."),
+        ("hangs", "server start", FAIL, "It was not ready within 3 s. Starting"),
+        ("never_ready", "server start", FAIL, "It was not ready within 3 s."),
+        ("empty_answer", "chat, gguf", FAIL, "The answer is empty."),
+        ("zero_embedding", "embedding, onnx", FAIL, "The embedding is zero."),
+        ("not_replaced", "killed process", FAIL, "HTTP 503: The process ended."),
+        ("does_not_stop", "stop by Ctrl-C", WARN, "Ctrl-C did not stop it within 1 s."),
+        ("ends_with_code", "stop by Ctrl-C", WARN, "It ended with code 3."),
+        ("leaves_a_process", "left behind", WARN, "1 processes go on: ray::ServeReplica"),
+    ],
+)
+def test_what_goes_wrong_is_a_row_and_nothing_is_left(
+    mode: str, what: str, state: str, says: str
+) -> None:
+    start_s = 3.0 if what == "server start" else LIMITS.start_s
+    stop_s = 1.0 if mode == "does_not_stop" else LIMITS.stop_s
+    rows, folder = trial(mode, Limits(start_s, LIMITS.answer_s, stop_s))
+    row = find(rows, what)
+    assert (row.state, says in row.problem) == (state, True), row.lines()
+    assert not folder.exists()
+    assert running() == ""
+
+
+def test_the_users_own_settings_do_not_reach_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMPETUS_API_KEY", "of-the-user")
+    rows, _ = trial("dies")
+    assert "IMPETUS_API_KEY set: False" in find(rows, "server start").problem
+
+
+def test_an_interrupted_trial_leaves_nothing() -> None:
+    run = ServerTrial(
+        Machine(system="linux"), [sys.executable, "-B", str(STAND_IN), "healthy"], LIMITS
+    )
+    rows = run.rows()
+    assert next(rows).state == OK
+    folder = run._folder
+    rows.close()
+    assert not folder.exists()
+    assert running() == ""
+
+
+def test_before_set_up_the_server_is_skipped(plant: Plant) -> None:
+    plant.unset()
+    rows = list(server.rows(plant.machine()))
+    assert [row.value for row in rows] == ["scripts/setup has not run yet"]
+
+
+def test_the_smallest_model_of_each_format_is_asked() -> None:
+    models: list[Mapping[str, Any]] = [
+        {"id": "b", "format": "gguf", "capabilities": ["chat"], "parameters": 9},
+        {"id": "a", "format": "gguf", "capabilities": ["chat"], "parameters": 7},
+        {"id": "c", "format": "mlx", "capabilities": ["chat"], "parameters": None},
+        {"id": "d", "format": "onnx", "capabilities": ["embedding"]},
+    ]
+    assert first_of_each_format(models, "chat") == {"gguf": "a", "mlx": "c"}
+    assert first_of_each_format(models, "embedding") == {"onnx": "d"}
