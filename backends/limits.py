@@ -1,12 +1,12 @@
 """Runtime limits of engines: sequences, prefill chunk, pauses, deadlines."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from core.awake_time import AwakeTimeout
 from core.errors import TimedOut, Unavailable
 
 _RETRY_AFTER_S = 30
@@ -46,12 +46,12 @@ class Watched(Protocol):
 
 @asynccontextmanager
 async def deadline(limit_s: float | None, what: str = "tokens") -> AsyncGenerator[None, None]:
-    """Cancel the body after `limit_s` seconds and raise TimedOut; None: never.
+    """Cancel the body after `limit_s` seconds awake and raise TimedOut; None: never.
 
     A TimeoutError that the body raises itself is passed on.
     """
     try:
-        async with asyncio.timeout(limit_s) as timeout:
+        async with AwakeTimeout(limit_s) as timeout:
             yield
     except TimeoutError as problem:
         if not timeout.expired():

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
+from core.awake_time import AwakeTimeout
 from core.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class _Part:
     reason: str = ""
     supervisor: "Supervisor | None" = None
     task: "asyncio.Task[None] | None" = None
-    timeout: asyncio.Timeout | None = None
+    timeout: AwakeTimeout | None = None
     logged: "dict[str, _Logged]" = field(default_factory=dict)
 
 
@@ -89,9 +90,7 @@ def beat() -> None:
     part = _current.get()
     if part is None or part.timeout is None or part.policy.silence_s is None:
         return
-    # A timeout that fired cannot be moved.
-    if not part.timeout.expired():
-        part.timeout.reschedule(asyncio.get_running_loop().time() + part.policy.silence_s)
+    part.timeout.restart(part.policy.silence_s)
 
 
 async def attempt(work: Work, *, is_vital: bool = True) -> bool:
@@ -265,7 +264,7 @@ class Supervisor:
             part.status = "running"
         settled = asyncio.get_running_loop().call_later(part.policy.settled_s, self._settle, part)
         try:
-            async with asyncio.timeout(part.policy.silence_s) as part.timeout:
+            async with AwakeTimeout(part.policy.silence_s) as part.timeout:
                 await work()
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise

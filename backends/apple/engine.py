@@ -17,6 +17,7 @@ from backends.engine.waiting import Admission, Pace
 from backends.limits import UNLIMITED, EngineLimits, deadline
 from backends.prompt.chat_format import ChatFormat, OutputParser
 from backends.tool_calls.collector import new_call_id
+from core.awake_time import AwakeTimeout
 from core.errors import (
     EngineFailed,
     ImpetusError,
@@ -140,7 +141,7 @@ class AppleEngine(Engine):
         """Return the session's next event.  Raises EngineFailed at the deadline or idle timeout."""
         left = run.seconds_left(time.monotonic())
         try:
-            async with asyncio.timeout(min(left, self._idle_timeout_s)):
+            async with AwakeTimeout(min(left, self._idle_timeout_s)):
                 return await queue.get()
         except TimeoutError as problem:
             if left <= self._idle_timeout_s:

@@ -10,6 +10,7 @@ from uuid import uuid4
 from weakref import WeakValueDictionary
 
 from backends.limits import deadline
+from core.awake_time import AwakeTimer
 from core.errors import EngineFailed, ModelNotResident, TimedOut
 from core.types import (
     DEFAULT_EMBEDDING,
@@ -165,15 +166,12 @@ class HandleDispatcher:
                 await asyncio.gather(work, return_exceptions=True)
 
     @staticmethod
-    def _end_in_time(
-        request: GenerationRequest, end: "asyncio.Future[None]"
-    ) -> asyncio.TimerHandle | None:
+    def _end_in_time(request: GenerationRequest, end: "asyncio.Future[None]") -> AwakeTimer | None:
         """Fail the request shortly after its deadline, in case its whole process hangs."""
         if request.deadline_s is None:
             return None
         late = TimedOut.after(request.deadline_s)
-        loop = asyncio.get_running_loop()
-        return loop.call_later(request.deadline_s + _DEADLINE_GRACE_S, _fail, end, late)
+        return AwakeTimer(request.deadline_s + _DEADLINE_GRACE_S, _fail, end, late)
 
     async def _call(
         self,
@@ -190,7 +188,7 @@ class HandleDispatcher:
         else:
             # Events are sent before the call returns; report it if the last one never arrives.
             lost = EngineFailed("The end of the answer was lost; send the request again.")
-            asyncio.get_running_loop().call_later(_LOST_EVENTS_S, _fail, end, lost)
+            AwakeTimer(_LOST_EVENTS_S, _fail, end, lost)
 
     async def _run_remotely(
         self,

@@ -11,6 +11,7 @@ from functools import partial
 from backends.registry import backends_for
 from catalog.models import ModelRecord, ModelSettings
 from catalog.store import CatalogStore
+from core.awake_time import AwakeTimeout
 from core.errors import Unavailable
 from core.settings import Settings
 from core.supervision import Supervisor
@@ -262,7 +263,7 @@ class SchedulerReplica:
     async def _wait_until_asked(self) -> None:
         """Wait until the formats said what they hold; raise Unavailable after a request's time."""
         try:
-            async with asyncio.timeout(self._settings.request_timeout_s):
+            async with AwakeTimeout(self._settings.request_timeout_s):
                 await self._recovery.has_asked.wait()
         except TimeoutError:
             problem = self._recovery.problem(self._supervisor.parts())

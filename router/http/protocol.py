@@ -17,6 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from core.awake_time import AwakeTimer
 from core.errors import ImpetusError, RequestError
 from core.units import KIB, format_bytes
 from router.context import record_of
@@ -75,8 +76,8 @@ class HttpProtocol(HttpToolsProtocol):
     _running: RequestResponseCycle | None = None
     _refused: ImpetusError | None = None
     _is_ending = False
-    _receipt_timer: asyncio.TimerHandle | None = None
-    _write_timer: asyncio.TimerHandle | None = None
+    _receipt_timer: AwakeTimer | None = None
+    _write_timer: AwakeTimer | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the keep-alive timer: the first request must begin before it fires."""
@@ -290,7 +291,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _await_progress(self) -> None:
         unsent = self.transport.get_write_buffer_size()
-        self._write_timer = self.loop.call_later(self.write_limit_s, self._check_progress, unsent)
+        self._write_timer = AwakeTimer(self.write_limit_s, self._check_progress, unsent)
 
     def _check_progress(self, unsent_before: int) -> None:
         if self.transport.get_write_buffer_size() < unsent_before:
@@ -304,7 +305,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def _start_receipt_timer(self) -> None:
-        self._receipt_timer = self.loop.call_later(self.receipt_limit_s, self._on_late_receipt)
+        self._receipt_timer = AwakeTimer(self.receipt_limit_s, self._on_late_receipt)
 
     def _stop_receipt_timer(self) -> None:
         if self._receipt_timer is not None:
