@@ -4,7 +4,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from platformdirs import user_data_path
 from pydantic import (
@@ -205,6 +205,11 @@ class Settings(BaseSettings):
         default=None,
         description="File with a thermal state (nominal, fair, serious, critical) to use "
         "instead of the machine's sensors; unset: the sensors are read.",
+    )
+    keep_awake: Literal["auto", "never"] = Field(
+        default="auto",
+        description="auto: a Mac does not sleep by itself while requests or conversions run, and "
+        "for a minute after, except on battery with 20 % or less; never: it may.",
     )
     keep_alive_s: Seconds | None = Field(
         default=None,

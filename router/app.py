@@ -84,16 +84,20 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
 
 
 def create_app(
-    services: Services, *, metrics: Metrics | None = None, pacing: Pacing | None = None
+    services: Services,
+    *,
+    metrics: Metrics | None = None,
+    pacing: Pacing | None = None,
+    drain: Drain | None = None,
 ) -> FastAPI:
     """Build the application.
 
-    `metrics` may hold collectors of other parts.  Raises ValueError if a setting of allowed origins
-    is not a valid origin.
+    `metrics` may hold collectors of other parts; `drain` counts the running requests.  Raises
+    ValueError if a setting of allowed origins is not a valid origin.
     """
     metrics = metrics or Metrics()
     guarded = (services.settings, metrics)
-    drain = Drain()
+    drain = drain or Drain()
     app = FastAPI(
         title="Impetus",
         version=_version(),

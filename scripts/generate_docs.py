@@ -96,6 +96,8 @@ def _type(field: FieldInfo) -> str:
     if typing.get_origin(annotation) is list:
         (item,) = typing.get_args(annotation)
         return f"list of {'folders' if item is Path else 'names'}"
+    if typing.get_origin(annotation) is typing.Literal:
+        return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
     is_bytes = any(m in typing.get_args(ByteCount) for m in field.metadata)
     name = "bytes" if is_bytes else TYPE_NAMES[annotation]
     return ", ".join([name, *_limits(field)])

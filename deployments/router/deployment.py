@@ -21,11 +21,13 @@ from deployments.router.management import SchedulerManagement
 from deployments.router.model_states import ModelStatesWatch
 from deployments.router.readiness import Readiness
 from deployments.router.telemetry import ReplicaTelemetry
+from deployments.serve.awake import keep_awake
 from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, direct
 from deployments.serve.worker import prepare_worker
 from deployments.transport.socket import FrameReceiver
 from router.app import create_app
+from router.http.drain import Drain
 from router.services import Services
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,9 @@ class RouterReplica:
             self._management,
             _management_token(settings),
         )
-        self._app = create_app(services, metrics=metrics)
+        requests = Drain()
+        self._app = create_app(services, metrics=metrics, drain=requests)
+        keep_awake(self._supervisor, settings, lambda: requests.in_flight > 0)
         self._listener = Listener(self._app, settings)
         self._listener.start(self._supervisor)
         # Imported objects stay; a collection, which stops all streams, need not visit them again.

@@ -73,6 +73,11 @@ class Conversions:
         """Whether conversions are paused."""
         return self._pause.is_on
 
+    @property
+    def is_running(self) -> bool:
+        """Whether one runs or waits for its turn, and none is paused."""
+        return bool(self._running) and not self.is_paused
+
     def pause(self, *, is_on: bool) -> None:
         """Pause or resume the running conversion and those that wait."""
         self._pause.switch(is_on=is_on)

@@ -43,6 +43,7 @@ from deployments.scheduler.reservations import Reservations
 from deployments.scheduler.scanning import Scanner
 from deployments.scheduler.snapshot import take_snapshot
 from deployments.scheduler.thermal import ThermalWatch
+from deployments.serve.awake import keep_awake
 from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, returning_errors
 from deployments.serve.status import existing_replicas, own_node_id, running_deployments
@@ -127,6 +128,9 @@ class SchedulerReplica:
             self._ledger_of,
             self._residency,
         )
+        # Requests are the router's; a conversion goes on after the request that started it.
+        conversions = self._conversions
+        keep_awake(self._supervisor, settings, lambda: conversions.is_running)
         keep_running = self._supervisor.keep_running
         watched = replace(self._supervisor.policy, silence_s=_SILENCE_S)
         self._background = asyncio.gather(

@@ -130,6 +130,14 @@ def battery(text: str) -> float | None:
     return int(charge[1]) / 100
 
 
+def read_battery() -> float | None:
+    """Return the charge, 0 to 1; None on mains power.  Blocks for `pmset`.
+
+    Raises OSError, ValueError and subprocess.SubprocessError.
+    """
+    return battery(_run_pmset("-g", "batt"))
+
+
 def _level(
     name: str,
     read: Callable[[], int],
