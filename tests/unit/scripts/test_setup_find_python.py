@@ -11,7 +11,7 @@ import pytest
 from scripts.install import ROOT
 
 # What scripts may start besides the fakes; Apple's tools are not among them.
-TOOLS = ("cat", "cksum", "cut", "grep", "dirname", "mkdir", "chmod", "cp")
+TOOLS = ("ls", "cat", "cksum", "cut", "grep", "dirname", "mkdir", "chmod", "cp")
 SHELLS = {
     "dash": ("dash",),
     "bash --posix": ("bash", "--posix"),
@@ -260,7 +260,8 @@ class FakeRepository:
             "  -c) echo '3.12 arm64 ' ;;",
             "  --version) echo 'Python 3.12.1' ;;",
             '  -m) mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/pip ;;',
-            f"  *) shift; echo \"install $*\" >>'{self.log}' ;;",
+            f"  *) shift; echo \"install $*\" >>'{self.log}'",
+            "     mkdir -p .venv/lib/python3.12/site-packages/ray-2.60.0.dist-info ;;",
             "esac",
         )
         write_program(system.bin / "sh", f'exec {" ".join(system.shell)} "$@"')
@@ -295,6 +296,15 @@ def test_setup_does_nothing_when_nothing_changed(repository: FakeRepository) -> 
     assert repository.setup("torch") == (0, "", [])
     assert repository.setup() == (0, "", [])
     assert repository.setup("apple") == (0, "", ["install apple"])
+
+
+def test_setup_installs_again_what_was_removed(repository: FakeRepository) -> None:
+    assert repository.setup() == (0, "", ["install "])
+    site = repository.folder / ".venv" / "lib" / "python3.12" / "site-packages"
+    (site / "of_the_user-1.0.dist-info").mkdir()
+    assert repository.setup() == (0, "", [])
+    (site / "ray-2.60.0.dist-info").rename(site / "ray-2.59.0.dist-info")
+    assert repository.setup() == (0, "", ["install "])
 
 
 def test_setup_refuses_a_mac_that_cannot_run_the_server(repository: FakeRepository) -> None:
