@@ -1,6 +1,7 @@
 """Checks before the server starts: configuration, data folder, address, and former runs."""
 
 import os
+import sys
 from pathlib import Path
 
 import yaml
@@ -47,6 +48,7 @@ def read_settings(config: Path) -> Settings:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
         application = content["applications"][0]
         arguments = application.get("args")
+        has_runtime_env = bool(application.get("runtime_env"))
     except OSError as problem:
         raise ImpetusError(
             f"The configuration file {config} cannot be read: {problem.strerror}. Check its path "
@@ -61,6 +63,12 @@ def read_settings(config: Path) -> Settings:
             f"The configuration file {config} has no application; start from the "
             "serve_config.yaml of this project."
         ) from problem
+    if has_runtime_env and " " in sys.executable:
+        # Ray puts the path into a shell's command line without quotes.
+        raise ImpetusError(
+            f"{config} has a runtime_env, with which Ray cannot start {sys.executable}: the path "
+            "has a space. Remove runtime_env, or move the project to a path without one."
+        )
     settings = load_settings(arguments)
     check_settings(settings)
     return settings

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
@@ -21,15 +22,20 @@ ROOT = Path(__file__).resolve().parents[2]
 _FORCED = ("RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
 # Of another Ray process, or of the user's own cluster.
 _DROPPED = ("RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RAYLET_PID", "RAY_NODE_ID")
+# Below RAY_TMPDIR, with the longest process id.  Source: sys/un.h, sun_path, 104 bytes on macOS and
+# 108 on Linux with the final zero.
+_LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1000000/sockets/plasma_store"
+_SOCKET_BYTES = {"darwin": 103}
 # Would open listeners on every interface, or more of them.
 _REFUSED = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS")
 
 
 def check_ray_environment(environment: Mapping[str, str]) -> None:
-    """Raise ImpetusError if a variable of Ray's would make the server listen for others."""
+    """Raise ImpetusError if a variable of Ray's would expose the server or stop its start."""
     for name in _REFUSED:
         if environment.get(name, "0").lower() not in ("", "0", "false"):
             raise ImpetusError(f"{name} is set; it would listen on every interface. Unset it.")
+    _check_folder(environment.get("RAY_TMPDIR", ""))
     if resources := environment.get("RAY_OVERRIDE_RESOURCES"):
         try:
             is_valid = isinstance(json.loads(resources), dict)
@@ -40,6 +46,17 @@ def check_ray_environment(environment: Mapping[str, str]) -> None:
                 "RAY_OVERRIDE_RESOURCES is not a JSON object with numbers, such as "
                 '{"CPU": 4}. Correct it or unset it.'
             )
+
+
+def _check_folder(folder: str) -> None:
+    """Raise ImpetusError if the sockets in Ray's temporary folder would have too long a path."""
+    length = len(os.fsencode(folder.rstrip("/")))
+    most = _SOCKET_BYTES.get(sys.platform, 107) - len(_LONGEST_SOCKET)
+    if length > most:
+        raise ImpetusError(
+            f"RAY_TMPDIR has a path of {length} bytes, but Ray's sockets there leave {most}. Unset "
+            "it, or choose a folder with a shorter path."
+        )
 
 
 def environment(settings: Settings) -> dict[str, str]:

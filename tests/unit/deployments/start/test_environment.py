@@ -11,6 +11,7 @@ import pytest
 
 from core.errors import ImpetusError
 from core.settings import Settings
+from deployments.start.checks import read_settings
 from deployments.start.environment import (
     ROOT,
     check_ray_environment,
@@ -144,3 +145,30 @@ def test_an_empty_or_open_token_file_is_mended(tmp_path: Path) -> None:
     path.chmod(0o644)
     assert len(token_path(settings).read_text()) == 64
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("system", "most"), [("darwin", 35), ("linux", 39)])
+def test_a_folder_with_too_long_a_path_for_sockets_is_refused(
+    monkeypatch: pytest.MonkeyPatch, system: str, most: int
+) -> None:
+    monkeypatch.setattr("sys.platform", system)
+    folder = "/" + "a" * (most - 1)
+    check_ray_environment({"RAY_TMPDIR": folder})
+    with pytest.raises(
+        ImpetusError, match=f"{most + 1} bytes, but Ray's sockets there leave {most}"
+    ):
+        check_ray_environment({"RAY_TMPDIR": folder + "a"})
+
+
+def test_a_runtime_env_is_refused_where_rays_python_has_a_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text("applications:\n- args: {port: 8001}\n  runtime_env: {env_vars: {A: b}}\n")
+    monkeypatch.setattr("sys.executable", "/opt/impetus/python")
+    assert read_settings(config).port == 8001
+    monkeypatch.setattr("sys.executable", "/opt/my impetus/python")
+    with pytest.raises(ImpetusError, match=r"has a space\. Remove runtime_env"):
+        read_settings(config)
+    config.write_text("applications:\n- args: {port: 8001}\n")
+    assert read_settings(config).port == 8001
