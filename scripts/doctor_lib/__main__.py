@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
     """Run the command line; return the exit code."""
     options = _parser().parse_args(arguments)
     machine = machine or Machine()
+    machine.may_sleep = options.sleep
     privacy = Privacy(machine.environment)
     began = time.monotonic()
     rows: list[Row] = []
@@ -95,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_steps,
         default=list(STEPS),
         help=f"steps to run, separated by commas (default: all: {','.join(STEPS)})",
+    )
+    parser.add_argument(
+        "--sleep",
+        action="store_true",
+        help="in the step server, ask you to let the machine sleep during an answer",
     )
     parser.add_argument(
         "--report",

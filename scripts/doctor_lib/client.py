@@ -7,12 +7,14 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _PROBE_LIMIT_S = 2.0
 _TOKENS = 8
 _CANCELLED_TOKENS = 512
+# Long enough for a lid to be closed, short enough for the starter's context.
+_LONG_TOKENS = 4096
 _ASK = ({"role": "user", "content": "Say hello."},)
 # What a server that dies while it answers causes.
 _BROKEN = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError)
@@ -88,6 +90,26 @@ class Client:
         except _BROKEN as problem:
             raise AnswerProblem(_told(problem)) from None
         return self.chat(model)
+
+    def stream(self, model: str, on_event: Callable[[], None]) -> None:
+        """Stream a long answer to its end; `on_event` is called after each line of it."""
+        body = {
+            "model": model,
+            "messages": _ASK,
+            "max_tokens": _LONG_TOKENS,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        last = b""
+        try:
+            with self._open("/v1/chat/completions", body) as stream:
+                for line in stream:
+                    last = line.strip() or last
+                    on_event()
+        except _BROKEN as problem:
+            raise AnswerProblem(_told(problem)) from None
+        if last != b"data: [DONE]":
+            raise AnswerProblem(f"The stream ended with {last.decode('utf-8', 'replace')[:200]}")
 
     def unload(self, model: str) -> None:
         """Unload a model."""

@@ -150,10 +150,10 @@ def core_ml() -> Found:
     import numpy as np
     from coremltools.converters.mil import Builder as mb
 
-    @mb.program(input_specs=[mb.TensorSpec(shape=(1, 64))])
-    def program(x: Any) -> Any:
+    def multiply(x: Any) -> Any:
         return mb.matmul(x=x, y=np.eye(64, dtype=np.float32))
 
+    program = mb.program(input_specs=[mb.TensorSpec(shape=(1, 64))])(multiply)
     value = []
     with tempfile.TemporaryDirectory(prefix="impetus-doctor-") as folder:
         path = str(Path(folder) / "probe.mlpackage")

@@ -38,6 +38,8 @@ class Machine:
         self.system = system
         self.root = root
         self.top = top
+        # Whether the user has agreed to let the machine sleep during the step `server`.
+        self.may_sleep = False
 
     @property
     def is_mac(self) -> bool:

@@ -22,6 +22,7 @@ from scripts.doctor_lib.mac import recent_crashes
 from scripts.doctor_lib.machine import Machine
 from scripts.doctor_lib.processes import Processes
 from scripts.doctor_lib.row import FAIL, NEEDS_MAC, OK, WARN, Row, judged, skipped
+from scripts.doctor_lib.sleep import SleepWatch, sleep_during_streams
 
 _LAUNCHER = ("-m", "deployments.start.launcher")
 # Of the user's own server; its folders, key and models are not touched.
@@ -136,6 +137,10 @@ class ServerTrial:
             yield judged("chat", "no model", "No chat model is listed.", "scripts/setup torch")
             return
         yield self._row("cancelled stream", lambda: client.cancel(model))
+        if self._machine.may_sleep:
+            watch = SleepWatch()
+            say = partial(print, flush=True)
+            yield self._row("sleep", partial(sleep_during_streams, client, model, say, watch))
         yield self._row("killed process", lambda: self._kill_replica(client, model))
         yield self._row("unload", lambda: self._unload(client, model))
 

@@ -2,16 +2,18 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts.doctor_lib import server
+from scripts.doctor_lib.client import AnswerProblem, Client
 from scripts.doctor_lib.machine import Machine
 from scripts.doctor_lib.row import FAIL, OK, WARN, Row
 from scripts.doctor_lib.server import Limits, ServerTrial, first_of_each_format
+from scripts.doctor_lib.sleep import SleepWatch, sleep_during_streams
 from tests.unit.scripts.doctor.conftest import Plant, find
 
 STAND_IN = Path(__file__).with_name("stand_in_server.py")
@@ -97,6 +99,50 @@ def test_an_interrupted_trial_leaves_nothing() -> None:
     rows.close()
     assert not folder.exists()
     assert running() == ""
+
+
+class Streams(Client):
+    """A server whose streams last a minute awake each; the machine sleeps during some."""
+
+    def __init__(self, sleeps_s: list[float], problem: str = "") -> None:
+        super().__init__("http://127.0.0.1:1", 1.0)
+        self.sleeps_s = sleeps_s
+        self.problem = problem
+        self.wall_s = self.awake_s = 0.0
+        self.asked: list[str] = []
+        self.watch = SleepWatch(lambda: self.wall_s, lambda: self.awake_s)
+
+    def stream(self, model: str, on_event: Callable[[], None]) -> None:
+        del model
+        slept_s = self.sleeps_s.pop(0) if self.sleeps_s else 0.0
+        for pause_s in (30.0, slept_s, 30.0):
+            self.wall_s += pause_s
+            self.awake_s += 0.0 if pause_s == slept_s else pause_s
+            on_event()
+        if slept_s and self.problem:
+            raise AnswerProblem(self.problem)
+
+    def chat(self, model: str) -> str:
+        return model
+
+    def run(self, limit_s: float = 60.0) -> str:
+        return sleep_during_streams(self, "chat", self.asked.append, self.watch, limit_s)
+
+
+def test_a_stream_that_goes_on_after_sleep_passes() -> None:
+    streams = Streams([0.0, 0.0, 121.0])
+    assert streams.run() == "slept 121 s, the stream went on to its end"
+    assert "close the lid" in streams.asked[0]
+
+
+def test_a_stream_that_ends_with_the_sleep_is_found() -> None:
+    with pytest.raises(AnswerProblem, match=r"After 121 s of sleep: HTTP 504: timed out"):
+        Streams([121.0], "HTTP 504: timed out").run()
+
+
+def test_a_machine_that_does_not_sleep_is_found() -> None:
+    with pytest.raises(AnswerProblem, match="did not sleep within 0 s"):
+        Streams([]).run(limit_s=0.0)
 
 
 def test_before_set_up_the_server_is_skipped(plant: Plant) -> None:
