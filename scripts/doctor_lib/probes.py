@@ -3,6 +3,7 @@
 Usage: python -m scripts.doctor_lib.probes NAME
 """
 
+import ctypes
 import os
 import re
 import resource
@@ -59,16 +60,40 @@ def budget() -> Found:
 
 
 def metal() -> Found:
-    """Compare Metal's working set as the server reads it with the one that MLX reads."""
+    """Compare Metal's working set as the server reads it with the one that MLX reads.
+
+    Also tells whether a process gets a default device before CoreGraphics is loaded.
+    """
+    # Before any import that loads CoreGraphics.
+    has_device = _has_default_device()
+
     import mlx.core as mx
 
     from scheduler.sensors.macos_memory import MacLimits
 
     own = MacLimits().gpu_bytes() or 0
     other = int(mx.device_info()["max_recommended_working_set_size"])
-    value = f"{own / GIB:.2f} GiB; MLX {other / GIB:.2f} GiB"
+    bare = "a" if has_device else "no"
+    value = f"{own / GIB:.2f} GiB; MLX {other / GIB:.2f} GiB; {bare} device without CoreGraphics"
     is_near = abs(own - other) < MIB or MacLimits().wired_limit_bytes() is not None
     return Found(value, "" if is_near else "The two differ.", "send the report", WARN)
+
+
+def _has_default_device() -> bool:
+    library = ctypes.CDLL("/System/Library/Frameworks/Metal.framework/Metal")
+    library.MTLCreateSystemDefaultDevice.restype = ctypes.c_void_p
+    return bool(library.MTLCreateSystemDefaultDevice())
+
+
+def open_file_path() -> Found:
+    """Ask the system for the path of an open file, as the tail of a process's errors does."""
+    import fcntl
+
+    with tempfile.NamedTemporaryFile(prefix="impetus-doctor-") as file:
+        # Source: fcntl(2) of macOS, F_GETPATH, at most 1024 bytes.
+        answer = fcntl.fcntl(file.fileno(), 50, bytes(1024)).rstrip(b"\0")
+        is_same = os.path.realpath(file.name) == os.path.realpath(os.fsdecode(answer))
+    return Found("told", "" if is_same else "The path is another one.", "send the report", WARN)
 
 
 def footprint() -> Found:
@@ -227,6 +252,7 @@ PROBES: Mapping[str, Callable[[], Found]] = MappingProxyType(
         "settings": settings,
         "memory budget": budget,
         "Metal's working set": metal,
+        "path of an open file": open_file_path,
         "memory of a process": footprint,
         "sensors": sensors,
         "threads": cores,

@@ -18,6 +18,7 @@ READINGS: Mapping[str, bool] = MappingProxyType(
         "settings": False,
         "memory budget": False,
         "Metal's working set": True,
+        "path of an open file": True,
         "memory of a process": False,
         "sensors": False,
         "threads": False,

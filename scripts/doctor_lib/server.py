@@ -31,6 +31,8 @@ _DROPPED = ("IMPETUS_", "RAY_")
 _REPLICA = "ray::ServeReplica:impetus:"
 _TAIL_LINES = 15
 _PAUSE_S = 0.25
+# The server looks every five seconds whether requests run.
+_AWAKE_S = 8.0
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,23 @@ class ServerTrial:
             watch = SleepWatch()
             say = partial(print, flush=True)
             yield self._row("sleep", partial(sleep_during_streams, client, model, say, watch))
+        yield self._kept_awake()
         yield self._row("killed process", lambda: self._kill_replica(client, model))
         yield self._row("unload", lambda: self._unload(client, model))
+
+    def _kept_awake(self) -> Row:
+        """Look for the assertion that is held during requests and a minute longer."""
+        what = "kept awake"
+        if not self._machine.is_mac:
+            return skipped(what, NEEDS_MAC)
+        held = ""
+        end = time.monotonic() + _AWAKE_S
+        while not held and time.monotonic() < end:
+            held = _assertion(self._machine.run("pmset", "-g", "assertions").text)
+            time.sleep(_PAUSE_S)
+        problem = "" if held else "Nothing keeps this Mac awake while requests run."
+        cure = "right on battery with 20 % or less; else send the report"
+        return judged(what, held, problem, cure, WARN)
 
     def _row(self, what: str, action: Callable[[], str]) -> Row:
         began = time.monotonic()
@@ -230,6 +247,13 @@ def first_of_each_format(models: Sequence[Mapping[str, Any]], capability: str) -
             size = (int(model.get("parameters") or 0), str(model["id"]))
             found[name] = min(found.get(name, size), size)
     return {name: model_id for name, (_, model_id) in found.items()}
+
+
+def _assertion(text: str) -> str:
+    """Return the line of `pmset -g assertions` for the server's caffeinate; empty without one."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    marks = ("(caffeinate)", "PreventUserIdleSystemSleep")
+    return next((line for line in lines if all(mark in line for mark in marks)), "")
 
 
 def _free_port() -> int:

@@ -9,9 +9,10 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 from scripts.doctor_lib.machine import Machine, existing
-from scripts.doctor_lib.row import FAIL, WARN, Row, judged
+from scripts.doctor_lib.row import FAIL, OK, WARN, Row, judged
 
 _GIB = 2**30
 _LEAST_MEMORY_BYTES = 4 * _GIB
@@ -38,10 +39,12 @@ def rows(machine: Machine) -> Iterator[Row]:
     yield _memory(machine)
     yield from _disk(machine)
     yield _data_folder(machine)
+    yield _file_names(machine)
     yield _socket_path(machine)
     yield _open_files()
     yield _ray_variables(machine)
     yield _port(machine)
+    yield Row("uptime", OK, machine.run("uptime").text)
 
 
 def _memory(machine: Machine) -> Row:
@@ -80,6 +83,17 @@ def _data_folder(machine: Machine) -> Row:
         problem = f"{found} cannot be written to."
     cure = "set IMPETUS_HOME to a folder that you can write to"
     return judged("data folder", folder, problem, cure)
+
+
+def _file_names(machine: Machine) -> Row:
+    """Tell whether the data folder's file system has two names where only the case differs."""
+    folder = existing(machine.data_folder)
+    other = Path(str(folder).swapcase())
+    try:
+        is_same = other.exists() and other.samefile(folder)
+    except OSError:
+        is_same = False
+    return Row("file names", OK, "case does not count" if is_same else "case counts")
 
 
 def _socket_path(machine: Machine) -> Row:

@@ -40,9 +40,11 @@ def rows(machine: Machine) -> Iterator[Row]:
         row, has_tools = _apple_tools(machine)
         yield row
         yield _xcode(machine)
+        yield _sdk(machine, has_tools)
+        yield _homebrew(machine)
     else:
-        yield skipped("Apple's tools", NEEDS_MAC)
-        yield skipped("Xcode", NEEDS_MAC)
+        for what in ("Apple's tools", "Xcode", "SDK", "Homebrew"):
+            yield skipped(what, NEEDS_MAC)
     if has_tools:
         yield _compiler(machine)
     else:
@@ -73,6 +75,22 @@ def _xcode(machine: Machine) -> Row:
     is_old = major is None or int(major[0]) < _OLDEST_XCODE
     note = "; Apple's own model needs Xcode 26" if is_old else ""
     return Row("Xcode", OK, version + note)
+
+
+def _sdk(machine: Machine, has_tools: bool) -> Row:
+    if not has_tools:
+        return skipped("SDK", "without Apple's tools it would only open a dialogue")
+    done = machine.run("xcrun", "--show-sdk-version")
+    return Row("SDK", OK, f"macOS {done.last_line}" if not done.code else f"xcrun {done.ended}")
+
+
+def _homebrew(machine: Machine) -> Row:
+    """Tell where Homebrew is; its OpenMP could come into a process beside PyTorch's."""
+    for prefix in (machine.top / "opt" / "homebrew", machine.top / "usr" / "local"):
+        if (prefix / "bin" / "brew").exists():
+            has_openmp = (prefix / "opt" / "libomp").exists()
+            return Row("Homebrew", OK, f"{prefix}, {'with' if has_openmp else 'without'} libomp")
+    return Row("Homebrew", OK, "none")
 
 
 def _compiler(machine: Machine) -> Row:

@@ -64,6 +64,7 @@ class Plant:
         self.program("sandbox-exec", "exit 0")
         self.program("notifyutil", "echo com.apple.system.thermalpressurelevel 0")
         self.program("scutil", "exit 1")
+        self.program("xcrun", "echo 15.5")
         self.pmset(PMSET, BATTERY)
         self.program("python3.12", "echo '3.12 arm64 '")
         self.set_up()

@@ -299,7 +299,7 @@ def test_a_check_that_breaks_does_not_stop_the_others(plant: Plant) -> None:
 
     rows = list(checked((broken, system.rows), plant.machine()))
     assert rows[1].problem == "The check itself failed: ValueError: odd"
-    assert rows[-1].what == "port"
+    assert rows[-1].what == "uptime"
 
 
 @pytest.mark.parametrize(

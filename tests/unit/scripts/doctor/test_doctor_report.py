@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.doctor_lib import gpu_probes, probes, readings
+from scripts.doctor_lib import gpu_probes, probes, readings, tools
 from scripts.doctor_lib.child import MISSING, TOO_LATE, run
 from scripts.doctor_lib.mac import macos_major
 from scripts.doctor_lib.privacy import Privacy
@@ -117,6 +117,16 @@ def test_footprints_answer_is_parsed() -> None:
     said = "======\npython3.12 [812]: 64-bit    Footprint: 91 MB (16384 bytes per page)\n======"
     assert probes._footprint_bytes(said) == 91 * 2**20
     assert probes._footprint_bytes("no such process") == 0
+
+
+def test_homebrew_and_its_openmp_are_told(plant: Plant) -> None:
+    prefix = plant.top / "opt" / "homebrew"
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / "bin" / "brew").write_text("")
+    (prefix / "opt" / "libomp").mkdir(parents=True)
+    rows = {row.what: row for row in tools.rows(plant.machine())}
+    assert rows["Homebrew"].value == f"{prefix}, with libomp"
+    assert rows["SDK"].value == "macOS 15.5"
 
 
 def test_an_invalid_setting_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

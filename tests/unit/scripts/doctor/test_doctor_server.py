@@ -44,6 +44,7 @@ def test_a_healthy_server_passes_and_is_gone() -> None:
         "chat, gguf",
         "embedding, onnx",
         "cancelled stream",
+        "kept awake",
         "killed process",
         "unload",
         "stop by Ctrl-C",
@@ -99,6 +100,28 @@ def test_an_interrupted_trial_leaves_nothing() -> None:
     rows.close()
     assert not folder.exists()
     assert running() == ""
+
+
+ASSERTIONS = """\
+Assertion status system-wide:
+   PreventUserIdleSystemSleep     1
+Listed by owning process:
+   pid 812(caffeinate): [0x0001] 00:00:07 PreventUserIdleSystemSleep named: "caffeinate"
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "state"), [(ASSERTIONS, OK), ("Assertion status system-wide:\n", WARN)]
+)
+def test_a_mac_that_is_not_kept_awake_is_found(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch, text: str, state: str
+) -> None:
+    monkeypatch.setattr(server, "_AWAKE_S", 0.5)
+    (plant.folder / "assertions").write_text(text)
+    plant.program("pmset", f"cat '{plant.folder}/assertions'")
+    row = ServerTrial(plant.machine(), [])._kept_awake()
+    assert row.state == state
+    assert row.value.startswith("pid 812(caffeinate)") is (state == OK)
 
 
 class Streams(Client):
