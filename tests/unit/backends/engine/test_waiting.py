@@ -166,12 +166,15 @@ async def test_a_group_that_does_not_fit_starts_nothing_and_keeps_no_place() -> 
     stepper.gate.clear()
     group = member("a", 4)
     first = [asyncio.ensure_future(run(engine, group)) for _ in range(4)]
-    await until(lambda: engine.load().running == 2)
+    # The first step may begin before all four have come: one or two of them run.
+    await until(lambda: engine.load().running + engine.load().waiting == 4)
+    await until(stepper.stepping.is_set)
+    waiting = engine.load().waiting
     results = await asyncio.gather(
         *(run(engine, member("b", 2)) for _ in range(2)), return_exceptions=True
     )
     assert all(isinstance(each, QueueFull) and each.retry_after_s for each in results)
-    assert engine.load().waiting == 2
+    assert engine.load().waiting == waiting
     for task in first:
         task.cancel()
     await asyncio.gather(*first, return_exceptions=True)
