@@ -11,6 +11,7 @@ from catalog.convert.steps.dtypes import SAFETENSORS_DTYPES
 from catalog.convert.steps.to_safetensors import lazy_tensors
 from catalog.convert.steps.torch_files import close_files, listed_tensors
 from catalog.convert.tensor_file import write_tensors
+from core.files import visible_files
 
 _MAPPED = frozenset({"F32", "F16", "BF16"})
 _FLOATING = _MAPPED | {"F64"}
@@ -31,8 +32,9 @@ def map_weights(job: Job, source: Path, *, in_f32: bool) -> None:
         dtype = SAFETENSORS_DTYPES[kinds.pop()]
     else:
         dtype = "float32"
-        for path in [*source.glob("*.safetensors"), *source.glob("*.safetensors.index.json")]:
-            path.unlink()
+        for pattern in ("*.safetensors", "*.safetensors.index.json"):
+            for path in visible_files(source, pattern):
+                path.unlink()
         write_tensors(
             source,
             lazy_tensors(files, dtype),
