@@ -10,6 +10,8 @@ import psutil
 from core.cpus import usable_cpus
 
 _PR_SET_NAME = 15
+# Once: both systems have pthread_setname_np, with other arguments.
+_SYSTEM = sys.platform
 
 
 def name_this_thread(name: str) -> None:
@@ -22,9 +24,9 @@ def name_this_thread(name: str) -> None:
         encoded = name.encode()[:15]
         # The process itself: to look for the library would start other processes.
         libc = ctypes.CDLL(None)
-        if sys.platform == "darwin":
+        if _SYSTEM == "darwin":
             libc.pthread_setname_np(encoded)
-        elif sys.platform == "linux":
+        elif _SYSTEM == "linux":
             libc.prctl(_PR_SET_NAME, encoded, 0, 0, 0)
 
 

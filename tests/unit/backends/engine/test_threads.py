@@ -15,7 +15,12 @@ from backends.watch import StepWatch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_thread_gets_its_name_cut_to_what_the_system_keeps() -> None:
+@pytest.mark.parametrize("believed", ["linux", "darwin"])
+def test_a_thread_gets_its_name_cut_to_what_the_system_keeps(
+    believed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the system's own function, also while a test lets code believe in another system."""
+    monkeypatch.setattr("sys.platform", believed)
     seen: list[str] = []
 
     def work() -> None:

@@ -27,8 +27,6 @@ async def test_no_other_provider_is_asked_for(
         return session(*arguments, providers=["CPUExecutionProvider"], **options)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", record)
-    # What names a thread on macOS has other arguments here.
-    monkeypatch.setattr("backends.engine.threads.ctypes", None)
     monkeypatch.setattr(sys, "platform", system)
     model, config = (encoder(), ENCODER_CONFIG) if is_encoder else (decoder(), None)
     backend = OnnxBackend()
