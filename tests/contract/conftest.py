@@ -1,5 +1,6 @@
 """The engines that the contract is checked on."""
 
+import importlib.util
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,15 @@ import pytest
 import pytest_asyncio
 
 from backends.base import Engine, EngineOptions
+from backends.mlx.model import import_runtime
 from tests.contract.report import ContractReport
 from tests.contract.zoo.report import ZooReport
 from tests.golden import golden
 from tests.models import GOLDEN, VARIANTS, open_variant
 
+# A test's module that imports MLX itself would leave all tests the slow BLAS of its package.
+if importlib.util.find_spec("mlx_lm") is not None:
+    import_runtime(1)
 OPTIONS = EngineOptions(max_sequences=8, threads=1, context_tokens=512, kv_tokens=4096)
 
 
