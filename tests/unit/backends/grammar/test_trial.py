@@ -1,8 +1,10 @@
 """Tests of grammars that are too costly: they are refused in a child, and nothing else suffers."""
 
 import contextlib
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from backends.grammar.schema_limits import check_pattern
 from backends.grammar.trial import MAX_RUNNING, MAX_WAITING, GrammarTrial, Verdict
 from backends.hf.tokenizer import HfTokenizer
 from backends.watch import StepWatch
+from core.child import Child
 from core.errors import RequestError, Unavailable, UnsupportedParameter
 from core.types import ChoiceOutput, JsonOutput, JsonValue, RegexOutput
 from tests.unit.backends.grammar.test_constraint import fits
@@ -220,9 +223,16 @@ def test_literals_that_would_force_too_much_text_are_refused() -> None:
             output_constraint(output)
 
 
-def test_a_trial_ends_when_its_request_is_cancelled(read: HfTokenizer) -> None:
-    gone = threading.Event()
+def test_a_trial_ends_when_its_request_is_cancelled(
+    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, has_begun = threading.Event(), threading.Event()
     problems: list[BaseException] = []
+
+    class Started(Child):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            has_begun.set()
 
     def work() -> None:
         try:
@@ -231,11 +241,19 @@ def test_a_trial_ends_when_its_request_is_cancelled(read: HfTokenizer) -> None:
         except BaseException as problem:
             problems.append(problem)
 
+    # This one never answers, however late the cancellation comes.
+    monkeypatch.setattr(trial, "_WORKER", "import time; time.sleep(600)")
+    monkeypatch.setattr(trial, "LIMIT_S", 600.0)
+    monkeypatch.setattr(trial, "Child", Started)
+    monkeypatch.setattr(GrammarTrial, "_payload", lambda *_: b"\n")
     thread = threading.Thread(target=work)
     thread.start()
+    assert has_begun.wait(60)
     gone.set()
-    thread.join(60)
-    assert isinstance(problems[0], Cancelled)
+    thread.join(120)
+    frame = sys._current_frames().get(thread.ident or 0) if thread.is_alive() else None
+    assert not thread.is_alive(), "".join(traceback.format_stack(frame))
+    assert [type(problem) for problem in problems] == [Cancelled]
 
 
 class _Panic(BaseException):
