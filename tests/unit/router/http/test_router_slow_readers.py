@@ -1,6 +1,7 @@
 """Clients that do not take their answer."""
 
 import asyncio
+import socket
 from typing import ClassVar
 
 import pytest
@@ -86,15 +87,36 @@ async def test_client_that_reads_nothing_of_a_stream_is_cut_n15(version: bytes) 
         await wait_until(lambda: len(asyncio.all_tasks()) <= tasks, "tasks are left")
 
 
+class Timed(HttpProtocol):
+    """Keeps most of an answer in its own buffer; its limit is over when the test says so."""
+
+    made: ClassVar[list["Timed"]] = []
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        super().connection_made(transport)
+        self.made.append(self)
+
+
 async def test_client_that_reads_slowly_is_not_cut_n15() -> None:
-    app = Endless()
-    async with serving(app, protocol=Hasty) as port, connection(port) as (reader, writer):
+    app, limits = Endless(), 0
+    async with serving(app, protocol=Timed) as port, connection(port) as (reader, writer):
         writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        # Longer than the limit, with some progress within each.
-        loop = asyncio.get_running_loop()
-        end = loop.time() + 5 * Hasty.write_limit_s
-        while loop.time() < end:
-            await reader.readexactly(100_000)
+        while limits < 5:
+            await wait_until(
+                lambda: Timed.made and Timed.made[-1]._write_timer, "the answer is not held back"
+            )
+            transport, timer = Timed.made[-1].transport, Timed.made[-1]._write_timer
+            assert timer is not None
+            (unsent,) = timer._arguments
+            while Timed.made[-1]._write_timer is timer:
+                await reader.readexactly(1000)
+                if transport.get_write_buffer_size() < unsent:
+                    timer.cancel()
+                    timer._callback(unsent)
+                    limits += 1
+                    break
+            assert not transport.is_closing()
         assert not app.ended.is_set()
 
 
