@@ -16,6 +16,8 @@ from router.services import ModelView
 
 MAX_PAGE = 1000
 _EFFORTS = ("low", "medium", "high", "xhigh", "max")
+# What Anthropic's service can remove from a long conversation.
+_CONTEXT_EDITS = ("clear_thinking_20251015", "clear_tool_uses_20250919", "compact_20260112")
 
 
 def model_page(views: Sequence[ModelView], query: QueryParams) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def _capabilities(view: ModelView) -> dict[str, JsonValue]:
         "batch": no,
         "citations": no,
         "code_execution": no,
-        "context_management": {**no},
+        "context_management": {**no, **dict.fromkeys(_CONTEXT_EDITS, no)},
         "effort": {**reasons, **dict.fromkeys(_EFFORTS, reasons)},
         "image_input": no,
         "pdf_input": no,

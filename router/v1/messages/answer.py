@@ -1,4 +1,7 @@
-"""Builds answers of Anthropic's Messages API: content blocks, usage, stop reason."""
+"""Builds answers of Anthropic's Messages API: content blocks, usage, stop reason.
+
+Anthropic's description requires every field that its service knows; one without a value is null.
+"""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +25,7 @@ def message(
     usage: JsonValue,
     ending: dict[str, JsonValue],
 ) -> dict[str, JsonValue]:
-    """Return a message; `ending` is its `stop_reason` and `stop_sequence`."""
+    """Return a message; `usage` is that of `message_usage`, `ending` that of `ending`."""
     return {
         "id": message_id,
         "type": "message",
@@ -38,7 +41,7 @@ def block(part: Part, *, hides_thinking: bool) -> dict[str, JsonValue]:
     """Return a part as a content block."""
     match part.kind:
         case "text":
-            return {"type": "text", "text": part.text}
+            return text_block(part.text)
         case "reasoning":
             return {
                 "type": "thinking",
@@ -46,12 +49,23 @@ def block(part: Part, *, hides_thinking: bool) -> dict[str, JsonValue]:
                 "signature": signature(part, hides_thinking=hides_thinking),
             }
         case "call":
-            return {
-                "type": "tool_use",
-                "id": part.call_id,
-                "name": part.name,
-                "input": _input(part.text),
-            }
+            return call_block(part, _input(part.text))
+
+
+def text_block(text: str) -> dict[str, JsonValue]:
+    """Return a block of text."""
+    return {"type": "text", "text": text, "citations": None}
+
+
+def call_block(part: Part, arguments: JsonValue) -> dict[str, JsonValue]:
+    """Return a call, which the model made itself and not a program that it wrote."""
+    return {
+        "type": "tool_use",
+        "id": part.call_id,
+        "name": part.name,
+        "input": arguments,
+        "caller": {"type": "direct"},
+    }
 
 
 def signature(part: Part, *, hides_thinking: bool) -> str:
@@ -78,13 +92,17 @@ def _input(arguments: str) -> JsonValue:
 
 
 def ending(finished: Finished | None, stop_sequences: Sequence[str]) -> dict[str, JsonValue]:
-    """Return `stop_reason` and `stop_sequence`; both null before the end."""
+    """Return the fields that tell how an answer ended; all null before the end."""
+    unknown: dict[str, JsonValue] = dict.fromkeys(
+        ("stop_reason", "stop_sequence", "stop_details", "container")
+    )
     if finished is None:
-        return {"stop_reason": None, "stop_sequence": None}
+        return unknown
     # A model without a template has its own stop strings, which the request did not contain.
     stop = finished.stop if finished.stop in stop_sequences else None
     is_stopped = stop is not None and finished.reason == "stop"
     return {
+        **unknown,
         "stop_reason": "stop_sequence" if is_stopped else _REASONS[finished.reason],
         "stop_sequence": stop if is_stopped else None,
     }
@@ -101,12 +119,18 @@ def warmed(event: GenerationEvent) -> GenerationEvent | None:
     return replace(event, reason="length", stop=None, usage=usage)
 
 
+def message_usage(counts: Usage) -> dict[str, JsonValue]:
+    """Return the usage in a message."""
+    return {**usage(counts), "cache_creation": None, "inference_geo": None, "service_tier": None}
+
+
 def usage(counts: Usage) -> dict[str, JsonValue]:
-    """Return the usage as Anthropic counts it: `input_tokens` excludes cached tokens."""
+    """Return the usage at the end of a stream: `input_tokens` excludes cached tokens."""
     return {
         "input_tokens": counts.prompt_tokens - counts.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": counts.cached_tokens,
         "output_tokens": counts.completion_tokens,
         "output_tokens_details": {"thinking_tokens": counts.reasoning_tokens},
+        "server_tool_use": None,
     }

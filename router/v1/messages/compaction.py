@@ -51,7 +51,8 @@ def is_of_summary(event: GenerationEvent) -> bool:
 
 def compaction_block(parts: Iterable[Part]) -> dict[str, JsonValue]:
     """Return the block with a summary; null if there is none."""
-    return {"type": "compaction", "content": "".join(part.text for part in parts) or None}
+    text = "".join(part.text for part in parts)
+    return {"type": "compaction", "content": text or None, "encrypted_content": None}
 
 
 def compaction_ending(ending: dict[str, JsonValue]) -> dict[str, JsonValue]:

@@ -96,7 +96,7 @@ def messages_endpoint(
         ending = answer.ending(assembler.finished, body.stop_sequences)
         if compaction is not None:
             blocks, ending = [compaction_block(parts)], compaction_ending(ending)
-        usage = answer.usage(assembler.finished.usage)
+        usage = answer.message_usage(assembler.finished.usage)
         message = answer.message(message_id, view.id, blocks, usage, ending)
         return Response(
             to_json(message), media_type="application/json", headers=generation.answer_headers()

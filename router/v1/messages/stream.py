@@ -52,7 +52,7 @@ class MessageEvents(StreamFormatter):
             self._message_id,
             self._generation.view.id,
             (),
-            answer.usage(Usage(max(totals, default=0), 0)),
+            answer.message_usage(Usage(max(totals, default=0), 0)),
             answer.ending(None, ()),
         )
         return _event({"type": "message_start", "message": message})
@@ -106,7 +106,7 @@ class MessageEvents(StreamFormatter):
             "index": 0,
             "content_block": begun,
         }
-        delta: JsonValue = {"type": "compaction_delta", "content": block["content"]}
+        delta: JsonValue = {**block, "type": "compaction_delta"}
         return _event(start) + _delta(0, delta) + _event({"type": "content_block_stop", "index": 0})
 
     def failing(self, error: ImpetusError, record: RequestRecord) -> str:
@@ -148,11 +148,11 @@ def _empty(part: Part) -> JsonValue:
     """Return the block before its first delta."""
     match part.kind:
         case "text":
-            return {"type": "text", "text": ""}
+            return answer.text_block("")
         case "reasoning":
             return {"type": "thinking", "thinking": "", "signature": ""}
         case "call":
-            return {"type": "tool_use", "id": part.call_id, "name": part.name, "input": {}}
+            return answer.call_block(part, {})
 
 
 def _delta(index: int, delta: JsonValue) -> str:

@@ -200,24 +200,21 @@ def to_json(response: dict[str, JsonValue]) -> bytes:
 
 def _tool(tool: Tool) -> dict[str, JsonValue]:
     own: dict[str, JsonValue] = {"type": tool.type, "name": tool.name}
+    if tool.description is not None:
+        own["description"] = tool.description
     match tool.type:
         case "namespace":
             inner: list[JsonValue] = [
                 _tool(one) for one in tool.tools or () if one.type in ("function", "custom")
             ]
-            return {**own, "description": tool.description or "", "tools": inner}
+            return {"description": "", **own, "tools": inner}
         case "custom":
             form = tool.format
             shown: dict[str, JsonValue] = {"type": "text"}
             if form is not None and form.type == "grammar":
                 shown = {"type": "grammar", "syntax": form.syntax, "definition": form.definition}
-            return {**own, "description": tool.description, "format": shown}
-    return {
-        **own,
-        "description": tool.description,
-        "parameters": tool.parameters,
-        "strict": tool.strict,
-    }
+            return {**own, "format": shown}
+    return {**own, "parameters": tool.parameters, "strict": tool.strict}
 
 
 def _format(text_format: FlatFormat) -> JsonValue:

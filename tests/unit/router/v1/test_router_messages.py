@@ -239,9 +239,29 @@ async def test_whole_tool_input_is_an_object_whatever_the_model_wrote_i10(
 ) -> None:
     call = ToolCallDelta(0, "c1", "read", arguments)
     response = await post(FakeDispatcher(call, finished("length")), tools=[TOOL])
-    assert response.json()["content"] == [
-        {"type": "tool_use", "id": "c1", "name": "read", "input": expected}
-    ]
+    (block,) = response.json()["content"]
+    assert block == {
+        "type": "tool_use", "id": "c1", "name": "read", "input": expected,
+        "caller": {"type": "direct"},
+    }  # fmt: skip
+
+
+async def test_fields_without_a_value_are_null_and_are_not_named_when_they_come_back() -> None:
+    answers = FakeDispatcher(
+        TextDelta("Hel"), ToolCallDelta(0, "c1", "read", "{}"), finished("tool_calls")
+    )
+    answer = (await post(answers, tools=[TOOL])).json()
+    assert answer["container"] is None is answer["stop_details"]
+    nulls = {name for name, value in answer["usage"].items() if value is None}
+    assert nulls == {"cache_creation", "inference_geo", "server_tool_use", "service_tier"}
+    assert answer["content"][0] == {"type": "text", "text": "Hel", "citations": None}
+
+    result = {"type": "tool_result", "tool_use_id": "c1", "content": "x"}
+    said = {"role": "assistant", "content": answer["content"]}
+    history = [*BODY["messages"], said, *user(result)]
+    response = await post(FakeDispatcher(finished()), messages=history, tools=[TOOL])
+    assert response.status_code == 200, response.text
+    assert "x-impetus-ignored" not in response.headers
 
 
 @pytest.mark.parametrize(

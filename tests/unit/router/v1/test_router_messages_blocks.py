@@ -79,6 +79,7 @@ SERVER_BLOCKS: list[tuple[dict[str, Any], str]] = [
         "[result of mcp]\nr",
     ),
     ({"type": "compaction", "content": "We spoke."}, "We spoke."),
+    ({"type": "compaction", "content": "We spoke.", "encrypted_content": None}, "We spoke."),
     ({"type": "compaction", "content": None}, ""),
     ({"type": "redacted_thinking", "data": "XX"}, ""),
     ({"type": "fallback", "from": {"model": "a"}, "to": {"model": "b"}}, ""),

@@ -56,6 +56,10 @@ async def test_tools_of_codex_are_offered_or_named() -> None:
     assert prompt.tools[4].parameters["required"] == ["input"]
     shown = ResponseObject.model_validate(response.json()).tools
     assert [tool.type for tool in shown] == ["function", "namespace", "namespace", "custom"]
+    # OpenAI's description allows no null in the tools of a namespace.
+    inner = [one for tool in response.json()["tools"] for one in tool.get("tools", ())]
+    assert len(inner) == 3
+    assert all(one.get("description", "") is not None for one in inner)
 
 
 @pytest.mark.parametrize("stream", [False, True])
