@@ -19,7 +19,8 @@ ImpetusError                    500 server_error            internal_error
 ├ QueueFull                     429 rate_limit_error        queue_full
 │ └ QueueTooShort                   queue_full
 ├ RequestFailed                 500 server_error            request_failed
-│ └ NonFiniteOutput                 non_finite_output
+│ ├ NonFiniteOutput                 non_finite_output
+│ └ NoTokenLeft               400 invalid_request_error   no_token_left
 ├ CrashingRequest               500 server_error            request_crashed_engine
 └ Unavailable                   503 server_error            unavailable
   ├ CatalogNotWritten               catalog_not_written
@@ -285,6 +286,15 @@ class NonFiniteOutput(RequestFailed):
             "does not help, use another quantization, such as bf16 instead of f16.",
             param="model",
         )
+
+
+class NoTokenLeft(RequestFailed):
+    """The request's grammar, logit_bias and bad_words exclude every token that could come next."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "no_token_left"
+    may_retry = False
 
 
 class CrashingRequest(ImpetusError):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from backends.grammar.constraint import TokenMask
 from backends.stepper import SequenceSpec
-from core.errors import NonFiniteOutput, RequestError, RequestFailed
+from core.errors import NonFiniteOutput, NoTokenLeft, RequestError
 from core.types import SamplingParams, TokenLogprob
 
 # The defaults of llama.cpp's tools, for values that neither the request nor the model sets.
@@ -42,12 +42,12 @@ def check_finite(logits: NDArray[np.float32]) -> None:
         raise NonFiniteOutput.of("logits")
 
 
-def no_token_left(mask: TokenMask | None) -> RequestFailed:
+def no_token_left(mask: TokenMask | None) -> NoTokenLeft:
     """Return the error of a sequence all of whose next tokens are excluded."""
     problem = mask.problem if mask is not None else ""
     fields = "the answer's grammar, logit_bias and bad_words"
     reason = problem.rstrip(".") or f"{fields} together exclude them all"
-    return RequestFailed(
+    return NoTokenLeft(
         f"No token may come next: {reason}. Simplify the JSON schema or grammar, or remove entries "
         "of logit_bias or bad_words."
     )
@@ -130,7 +130,7 @@ class RowSampler:
     def sample(self, logits: NDArray[np.float32]) -> tuple[int, TokenLogprob | None]:
         """Sample from `logits`, shape (vocabulary,), which may be changed in place.
 
-        Raises NonFiniteOutput, RequestFailed if no token is allowed, and what the mask raises.
+        Raises NonFiniteOutput, NoTokenLeft if no token is allowed, and what the mask raises.
         """
         check_finite(logits)
         if self._changes_nothing:

@@ -104,7 +104,7 @@ class SequenceSampler:
     def sample(self, context: Any, index: int) -> tuple[int, TokenLogprob | None]:
         """Sample the token after the batch's token `index`; with log-probability if requested.
 
-        Raises NonFiniteOutput, RequestFailed if no token is allowed, and what the mask raises.
+        Raises NonFiniteOutput, NoTokenLeft if no token is allowed, and what the mask raises.
         """
         pointer = self._llama.llama_get_logits_ith(context, index)
         logits = np.ctypeslib.as_array(pointer, (self._model.vocabulary_size,))

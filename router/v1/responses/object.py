@@ -7,7 +7,7 @@ from typing import Literal
 
 from openai.types.responses import Response as ResponseObject
 
-from core.errors import ImpetusError, QueueFull, RequestError
+from core.errors import ImpetusError, QueueFull
 from core.types import ChatMessage, Finished, JsonValue, Usage
 from router.answers.generation import Generation
 from router.answers.logprobs import chat_logprobs
@@ -109,9 +109,10 @@ class ResponseBuilder:
     def failed(self, parts: Sequence[Part], error: ImpetusError) -> dict[str, JsonValue]:
         """Return the failed response with its parts so far."""
         code = "server_error"
-        if isinstance(error, QueueFull):
+        if error.may_retry and isinstance(error, QueueFull):
             code = "rate_limit_exceeded"
-        elif isinstance(error, RequestError):
+        elif error.status < 500 or not error.may_retry:
+            # Codex sends a request that failed with any other code again, five times.
             code = "invalid_prompt"
         return {
             **self._base,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from backends.engine.sampling import RowSampler
 from backends.grammar.constraint import TokenMask
 from backends.stepper import SequenceSpec
-from core.errors import NonFiniteOutput, RequestError, RequestFailed
+from core.errors import NonFiniteOutput, NoTokenLeft, RequestError
 from core.types import SamplingParams
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.125, 0.0625, 0.0625], np.float32))
@@ -210,9 +210,9 @@ def test_a_mask_and_a_ban_that_leave_no_token_are_an_error() -> None:
             del token_id
 
     chosen = sampler(mask=OnlyThree(), logit_bias={3: -100.0}, temperature=0.0)
-    with pytest.raises(RequestFailed, match="No token may come next") as caught:
+    with pytest.raises(NoTokenLeft, match="No token may come next") as caught:
         chosen.sample(LOGITS.copy())
-    assert not isinstance(caught.value, NonFiniteOutput)
+    assert (caught.value.status, caught.value.may_retry) == (400, False)
 
 
 def test_a_tiny_penalty_and_temperature_overflow_nothing() -> None:

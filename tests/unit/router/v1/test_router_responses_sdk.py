@@ -10,7 +10,14 @@ import pytest
 from openai.types.responses import ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from core.errors import ContextLengthExceeded, EngineFailed, QueueFull
+from core.errors import (
+    ContextLengthExceeded,
+    CrashingRequest,
+    EngineFailed,
+    NoTokenLeft,
+    QueueFull,
+    QueueTooShort,
+)
 from core.types import (
     ChatMessage,
     ChatPrompt,
@@ -301,6 +308,10 @@ async def test_empty_answer_is_one_empty_message(
         (EngineFailed("It died."), "server_error"),
         (QueueFull("Full."), "rate_limit_exceeded"),
         (ContextLengthExceeded.of(9, 5), "invalid_prompt"),
+        # Clients send again what failed with another code, and these would fail again.
+        (QueueTooShort("Too many."), "invalid_prompt"),
+        (NoTokenLeft("None."), "invalid_prompt"),
+        (CrashingRequest("It crashes."), "invalid_prompt"),
     ],
 )
 async def test_failure_in_the_middle_is_told_and_not_stored_s3(

@@ -11,7 +11,7 @@ from backends.engine.row_model import RowInput
 from backends.engine.row_stepper import RowStepper
 from backends.grammar.constraint import TokenMask
 from backends.stepper import SequenceSpec, StepOutput
-from core.errors import NonFiniteOutput, RequestFailed
+from core.errors import NonFiniteOutput, NoTokenLeft, RequestFailed
 from core.types import SamplingParams
 from tests.unit.backends.engine.faulty import Panic
 from tests.unit.backends.engine.rows.test_row_stepper import FakeModel, Pieces, expected, stepper
@@ -131,7 +131,7 @@ def test_a_mask_that_raises_fails_its_row_alone(place: str, error: BaseException
 
 def test_a_mask_whose_only_token_is_banned_fails_its_row_alone() -> None:
     spec = bad_spec(Mask(), logit_bias={3: -100.0})
-    problem = check(stepper(FaultyModel()), spec, RequestFailed)
+    problem = check(stepper(FaultyModel()), spec, NoTokenLeft)
     assert "No token may come next" in problem.message
 
 
