@@ -15,6 +15,10 @@ _AGAIN = "scripts/setup torch"
 _LIST_LIMIT_S = 30.0
 # The first import on a Mac is checked by the system for malware, which takes long.
 _IMPORT_LIMIT_S = 60.0
+# A line of scripts/constraints.txt; some are for one system only.
+_PIN = re.compile(
+    r"^([\w.-]+)==([^\s;]+)(?:\s*;\s*sys_platform\s*(==|!=)\s*'(\w+)')?\s*$", re.MULTILINE
+)
 # Prints names and versions, and the tags of mlx-metal's wheel.
 _INSTALLED = """
 import json
@@ -117,8 +121,8 @@ def rows(machine: Machine) -> Iterator[Row]:
 
 
 def _versions(machine: Machine, installed: Mapping[str, str]) -> Row:
-    lines = (machine.root / "scripts" / "constraints.txt").read_text().splitlines()
-    pins = dict(line.strip().split("==", 1) for line in lines if "==" in line)
+    text = (machine.root / "scripts" / "constraints.txt").read_text()
+    pins = pinned(text, machine.system)
     wrong = [
         f"{name} {installed[name]} instead of {version}"
         for name, version in pins.items()
@@ -128,6 +132,15 @@ def _versions(machine: Machine, installed: Mapping[str, str]) -> Row:
     value = f"{len(pins.keys() & installed.keys())} pinned packages"
     problem = f"Not as tested: {', '.join(wrong[:5])}." if wrong else ""
     return replace(judged("versions", value, problem, _AGAIN), detail=json.dumps(dict(installed)))
+
+
+def pinned(constraints: str, system: str) -> dict[str, str]:
+    """Return the version of each package that a file of constraints pins on `system`."""
+    pins = {}
+    for name, version, comparison, named in _PIN.findall(constraints):
+        if not comparison or (named == system) is (comparison == "=="):
+            pins[name] = version
+    return pins
 
 
 def _metal_wheel(machine: Machine, wheel: str) -> Row:

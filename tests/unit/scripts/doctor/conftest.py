@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.doctor_lib.machine import ROOT, Machine
+from scripts.doctor_lib.packages import pinned
 from scripts.doctor_lib.row import Row
 
 TAG = "Tag: py3-none-macosx_{}_0_arm64\n"
@@ -113,8 +114,7 @@ class Plant:
 
     def pins(self) -> dict[str, str]:
         """Return the pinned versions."""
-        lines = (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
-        return dict(line.split("==", 1) for line in lines if "==" in line)
+        return pinned((ROOT / "scripts" / "constraints.txt").read_text(), "darwin")
 
     def machine(self, system: str = "darwin") -> Machine:
         """Return the machine as planted."""

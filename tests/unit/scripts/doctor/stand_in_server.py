@@ -21,9 +21,11 @@ MODELS = [
 
 
 def start_replica() -> "subprocess.Popen[bytes]":
-    """Start a process that `ps` shows as a format's."""
+    """Start a process that `ps` shows as a format's, with the id of the tests' process."""
     return subprocess.Popen(
-        ["ray::ServeReplica:impetus:gguf", "60"], executable="/bin/sleep", start_new_session=True
+        ["ray::ServeReplica:impetus:gguf", f"60.{os.getppid()}"],
+        executable="/bin/sleep",
+        start_new_session=True,
     )
 
 

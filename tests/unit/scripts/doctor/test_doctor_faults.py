@@ -11,6 +11,7 @@ import pytest
 
 from scripts.doctor_lib import packages, system
 from scripts.doctor_lib.__main__ import STEPS, checked, main
+from scripts.doctor_lib.machine import ROOT
 from scripts.doctor_lib.row import FAIL, OK, SKIP, WARN, Row
 from tests.unit.scripts.doctor.conftest import BATTERY, PMSET, Plant, find, write_program
 
@@ -265,6 +266,30 @@ def test_a_local_build_of_the_pinned_version_is_as_tested(plant: Plant) -> None:
     assert "+local" in row.detail
 
 
+@pytest.mark.parametrize(
+    ("on", "version", "state"),
+    [
+        ("darwin", "2.14.1", OK),
+        ("darwin", "2.13.0", FAIL),
+        ("linux", "2.13.0+cpu", OK),
+        ("linux", "2.14.1", FAIL),
+    ],
+)
+def test_a_pin_counts_on_its_own_system(plant: Plant, on: str, version: str, state: str) -> None:
+    """PyTorch's pin of one system was taken for that of the other."""
+    text = "torch==2.13.0; sys_platform != 'darwin'\ntorch==2.14.1; sys_platform == 'darwin'\n"
+    (plant.root / "scripts" / "constraints.txt").write_text(text)
+    plant.set_up(versions={"torch": version})
+    assert find(examine(plant, "packages", on=on), "versions").state == state
+
+
+def test_the_constraints_pin_every_package_once() -> None:
+    lines = (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
+    named = {line.split("==")[0] for line in lines if "==" in line}
+    for on in ("darwin", "linux"):
+        assert packages.pinned("\n".join(lines), on).keys() == named
+
+
 def test_another_program_on_the_port_is_found(plant: Plant) -> None:
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
@@ -347,7 +372,6 @@ def test_python_3_9_is_enough_before_set_up(plant: Plant) -> None:
     if python is None:
         pytest.skip("there is no Python 3.9 here")
     from scripts.doctor_lib.child import run
-    from scripts.doctor_lib.machine import ROOT
 
     command = [str(python), "-B", "-m", "scripts.doctor_lib", "--steps", "system,pythons"]
     command += ["--report", str(plant.folder)]

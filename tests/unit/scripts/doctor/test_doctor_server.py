@@ -1,5 +1,6 @@
 """Tests of the doctor's run of the server, against a stand-in that goes wrong in each way."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -32,7 +33,8 @@ def running() -> str:
         ["ps", "-axo", "state=,command="], capture_output=True, text=True, check=True
     )
     lines = [line for line in done.stdout.splitlines() if not line.startswith("Z")]
-    names = (STAND_IN.name, "ray::ServeReplica:impetus:gguf 60")
+    # Those of this process: others may run the same tests.
+    names = (f"{STAND_IN} ", f"ray::ServeReplica:impetus:gguf 60.{os.getpid()}")
     return "\n".join(line for line in lines if any(name in line for name in names))
 
 
