@@ -23,6 +23,7 @@ from backends.coreml.layout import Layout, read_layout, token_inputs
 from backends.coreml.mil.program import Blob, data_bits, read_program
 from backends.coreml.rows import CoremlRows, Runtime, open_runtime, run
 from backends.coreml.spec import ML_PROGRAM, CoremlSpec, broken, read_spec
+from backends.coreml.system import check_release
 from backends.embedding.batch import BatchLimits
 from backends.embedding.engine import EmbeddingEngine
 from backends.embedding.folder import read_settings
@@ -81,7 +82,12 @@ class CoremlBackend(Backend):
         return coreml_info(path)
 
     def estimate(self, info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
-        """Return the bytes of weights, of all rows' states and of one step's activations."""
+        """Return the bytes of weights, of all rows' states and of one step's activations.
+
+        Raises BackendUnavailable if the model needs a newer macOS, InsufficientMemory.
+        """
+        version, has_states = _number(info, "specification"), _number(info, "state_elements") > 0
+        check_release(info.name, version, has_states=has_states)
         return estimate_coreml(info, options)
 
     def open(self, info: ModelInfo, options: EngineOptions) -> Engine:
@@ -91,6 +97,7 @@ class CoremlBackend(Backend):
             raise BackendUnavailable(available.reason)
         granted = self.estimate(info, options)
         spec = read_spec(info.files[0])
+        check_release(info.name, spec.version, has_states=bool(spec.states))
         if spec.kind != ML_PROGRAM and sys.platform != "darwin":
             raise BackendUnavailable(
                 f"The model {info.name} is not an ML program; only macOS runs such older models.",
@@ -161,6 +168,7 @@ def coreml_info(path: Path) -> ModelInfo:
                 int(np.prod(state.shape, dtype=object)) for state in spec.states.values()
             ),
             "reads_all": not spec.states,
+            "specification": spec.version,
         },
     )
 

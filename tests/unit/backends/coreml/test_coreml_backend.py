@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from backends.coreml.backend import CoremlBackend
 from backends.coreml.layout import read_layout
 from backends.coreml.rows import CoremlRows, open_runtime
 from backends.coreml.spec import read_spec
+from backends.coreml.system import needed_release
 from backends.engine.row_model import RowInput
 from core.errors import BackendUnavailable, BrokenModel, NotThisFormat
 from core.types import Capability
@@ -86,6 +88,48 @@ def write_model(folder: Path, kind: str, output: str) -> Path:
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package of an encoder."""
     return write_model(tmp_path_factory.mktemp("encoder"), "BertModel", "last_hidden_state")
+
+
+def write_stateful_model(folder: Path) -> Path:
+    """Write a package that has the state and the inputs of a language model."""
+    import torch
+
+    class Model(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("keyCache", torch.zeros(1, 1, 16, 6))
+            self.register_buffer("table", torch.tensor(TABLE))
+
+        def forward(self, inputIds: Any, causalMask: Any) -> Any:
+            self.keyCache.add_(1.0)
+            logits = self.table[inputIds.long()] @ self.table.T
+            return logits + self.keyCache.mean() + causalMask.mean()
+
+    write_folder(folder, "LlamaForCausalLM")
+    count, total = ct.RangeDim(1, 16, default=1), ct.RangeDim(1, 16, default=1)
+    cache = ct.TensorType(shape=(1, 1, 16, 6), dtype=np.float16)
+    example = (torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = ct.convert(
+            torch.jit.trace(Model().eval(), example, check_trace=False),
+            inputs=[
+                ct.TensorType(shape=(1, count), dtype=np.int32, name="inputIds"),
+                ct.TensorType(shape=(1, 1, count, total), dtype=np.float16, name="causalMask"),
+            ],
+            outputs=[ct.TensorType(name="logits")],
+            states=[ct.StateType(wrapped_type=cache, name="keyCache")],
+            minimum_deployment_target=ct.target.iOS18,
+            skip_model_load=True,
+        )
+        model.save(str(folder / "stateful.mlpackage"))
+    return folder / "stateful.mlpackage" / "Manifest.json"
+
+
+@pytest.fixture(scope="module")
+def stateful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of a language model with a state."""
+    return write_stateful_model(tmp_path_factory.mktemp("stateful"))
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +208,57 @@ def test_availability_names_what_is_missing(encoder: Path, monkeypatch: pytest.M
     assert "torch" in backend.availability().reason
     with pytest.raises(BackendUnavailable, match="torch"):
         backend.open(info, EngineOptions())
+
+
+@pytest.mark.parametrize(
+    ("version", "has_states", "release"),
+    [(0, False, 0), (1, False, 0), (8, False, 0), (9, False, 15), (10, False, 26), (11, False, 26),
+     (0, True, 15), (9, True, 15), (10, True, 26)],
+)  # fmt: skip
+def test_a_model_needs_the_macos_of_its_specification_and_states(
+    version: int, has_states: bool, release: int
+) -> None:
+    assert needed_release(version, has_states=has_states) == release
+
+
+def test_a_stateful_model_is_refused_on_macos_14_before_core_ml_is_asked(
+    stateful: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, options = CoremlBackend(), EngineOptions()
+    info = backend.identify(stateful)
+    assert info.details["specification"] == 9
+    monkeypatch.setattr("backends.coreml.system.macos_release", lambda: 14)
+    # The rest of Core ML works on macOS 14, as identifying this model does.
+    assert backend.availability().is_available
+    assert backend.identify(stateful) == info
+    reason = r"^stateful is a Core ML model with a state for macOS 15 or later; this is macOS 14\. "
+    with pytest.raises(BackendUnavailable, match=reason):
+        backend.estimate(info, options)
+    # One that was identified by an earlier version: its file is read again when it is opened.
+    known = {key: info.details[key] for key in info.details if key != "specification"}
+    with pytest.raises(BackendUnavailable, match=reason):
+        backend.estimate(replace(info, details=known), options)
+    known["state_elements"] = 0
+    with pytest.raises(BackendUnavailable, match=reason):
+        backend.open(replace(info, details=known), options)
+
+
+@pytest.mark.parametrize("release", [15, 26, 0])
+def test_a_stateful_model_runs_from_macos_15_on_and_elsewhere(
+    release: int, stateful: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backends.coreml.system.macos_release", lambda: release)
+    info = CoremlBackend().identify(stateful)
+    assert CoremlBackend().estimate(info, EngineOptions()).kv_bytes > 0
+
+
+def test_a_model_without_a_state_runs_on_macos_14_unless_its_program_is_newer(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = CoremlBackend()
+    info = backend.identify(encoder)
+    monkeypatch.setattr("backends.coreml.system.macos_release", lambda: 14)
+    with pytest.raises(BackendUnavailable, match="is a Core ML model for macOS 15 or later"):
+        backend.estimate(info, EngineOptions())
+    older = replace(info, details={**info.details, "specification": 8})
+    assert backend.estimate(older, EngineOptions()).context_tokens == LENGTH
