@@ -90,7 +90,7 @@ class Settings(BaseSettings):
         default=None,
         gt=0,
         description="Memory that all loaded models may use together, such as 12GiB; unset: "
-        "the machine's usable memory, less a margin.",
+        "the machine's usable memory, less a margin; on a Mac also what other applications leave.",
     )
     context_length: int | None = Field(
         default=None,

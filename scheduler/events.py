@@ -124,6 +124,13 @@ class BudgetChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class AvailableChanged:
+    """Other applications leave this many bytes beside what models hold now; None: unknown."""
+
+    available_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed; the models' usage was reported right before."""
 
@@ -141,6 +148,7 @@ Event: TypeAlias = (
     | Configured
     | StrainChanged
     | BudgetChanged
+    | AvailableChanged
     | Tick
 )
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from core.units import format_bytes
 from scheduler.events import (
+    AvailableChanged,
     BudgetChanged,
     Configured,
     Event,
@@ -25,7 +26,7 @@ from scheduler.events import (
 )
 from scheduler.eviction import expired, victims
 from scheduler.queue import groups, is_full, overdue, retry_after_s
-from scheduler.room import admit, candidates, close, fitting_plans
+from scheduler.room import admit, candidates, ceiling_bytes, close, fitting_plans
 from scheduler.state import HostState, LedgerEntry, Waiting
 
 
@@ -112,6 +113,8 @@ def _update(state: HostState, event: Event) -> HostState:
             )
         case BudgetChanged(budget_bytes):
             return replace(state, budget_bytes=budget_bytes)
+        case AvailableChanged(available_bytes):
+            return replace(state, ceiling_bytes=ceiling_bytes(state, available_bytes))
         case _:
             assert isinstance(event, Tick)
             return state
@@ -209,24 +212,45 @@ def _reject_hopeless(state: HostState, now: float) -> Outcome:
                 "Try again later."
             )
             rejects.append(Reject(item.request_id, item.model_id, "timeout", reason, retry))
-        elif not (state.is_loading(item.model_id) or fitting_plans(state, item.plans)):
-            least = min((plan.needed_bytes for plan in item.plans), default=0)
-            reason = (
-                f"{item.model_id} needs {format_bytes(least)}; {_usage(state)}, "
-                f"{format_bytes(state.pinned_bytes)} of it by pinned models{_kept(state)}. "
-                "Choose a smaller model, unpin models or raise memory_budget."
-            )
-            rejects.append(Reject(item.request_id, item.model_id, "memory", reason))
+        elif not state.is_loading(item.model_id):
+            rejects += _reject_too_large(state, item, now)
     ended = {reject.request_id for reject in rejects}
     waiting = tuple(item for item in state.waiting if item.request_id not in ended)
     return Outcome(replace(state, waiting=waiting), tuple(rejects))
 
 
+def _reject_too_large(state: HostState, item: Waiting, now: float) -> list[Reject]:
+    """Reject a request whose model fits no budget, or for too long not beside other programs.
+
+    Batch requests and jobs wait for other programs until their deadline.
+    """
+    least = min((plan.needed_bytes for plan in item.plans), default=0)
+    needs = f"{item.model_id} needs {format_bytes(least)}; {_usage(state)}"
+    if not fitting_plans(state, item.plans, state.budget_bytes):
+        reason = (
+            f"{needs}, {format_bytes(state.pinned_bytes)} of it by pinned models{_kept(state)}. "
+            "Choose a smaller model, unpin models or raise memory_budget."
+        )
+        return [Reject(item.request_id, item.model_id, "memory", reason)]
+    is_patient = item.priority == "batch" or now - item.since < state.limits.ceiling_wait_s
+    if is_patient or fitting_plans(state, item.plans, state.load_limit_bytes):
+        return []
+    reason = (
+        f"{needs}. Close other applications, choose a smaller model, or set memory_budget to "
+        "ignore what they use."
+    )
+    retry = retry_after_s(state)
+    return [Reject(item.request_id, item.model_id, "memory", reason, retry)]
+
+
 def _usage(state: HostState) -> str:
-    return (
+    usage = (
         f"of the {format_bytes(state.budget_bytes)} for all models, "
         f"{format_bytes(state.used_bytes)} is in use"
     )
+    if state.load_limit_bytes == state.budget_bytes:
+        return usage
+    return f"{usage}, and other applications leave {format_bytes(state.load_limit_bytes)} of it"
 
 
 def _kept(state: HostState) -> str:

@@ -10,10 +10,23 @@ from scheduler.queue import WaitingGroup
 from scheduler.state import HostState, LedgerEntry, LoadPlan, PendingLoad
 
 
-def fitting_plans(state: HostState, plans: Sequence[LoadPlan]) -> list[LoadPlan]:
-    """Return the plans that fit beside pinned models and what processes keep."""
-    room = state.budget_bytes - state.pinned_bytes - state.kept_bytes
+def fitting_plans(state: HostState, plans: Sequence[LoadPlan], limit_bytes: int) -> list[LoadPlan]:
+    """Return the plans that fit `limit_bytes` beside pinned models and what processes keep."""
+    room = limit_bytes - state.pinned_bytes - state.kept_bytes
     return [plan for plan in plans if plan.needed_bytes <= room]
+
+
+def ceiling_bytes(state: HostState, available_bytes: int | None) -> int | None:
+    """Return what models may hold beside other applications; None if that is unknown.
+
+    It does not depend on which models are loaded.  While one is being loaded or unloaded, its
+    bytes are neither all held nor all free, so the last ceiling stays.
+    """
+    if available_bytes is None:
+        return None
+    if state.loading or state.closing_bytes:
+        return state.ceiling_bytes
+    return state.used_bytes + available_bytes
 
 
 def candidates(state: HostState, waiting_since: float, now: float) -> list[LedgerEntry]:
@@ -50,7 +63,7 @@ def admit(state: HostState, group: WaitingGroup, reserved: int, now: float) -> t
     3. Then: busy models are drained.
     4. Else it waits; after `patience_s` its bytes are reserved.
     """
-    plans = fitting_plans(state, group.plans)
+    plans = fitting_plans(state, group.plans, state.load_limit_bytes)
     idle = candidates(state, group.since, now)
     is_patient = now - group.since < state.limits.patience_s
     for plan in plans[:1] if is_patient else plans:  # (1) (2)
@@ -80,7 +93,7 @@ def _make_room(
     now: float,
 ) -> tuple[Outcome, int] | None:
     """Load if there is room, else evict `candidates`; None if that does not free enough."""
-    missing = state.used_bytes + reserved + plan.needed_bytes - state.budget_bytes
+    missing = state.used_bytes + reserved + plan.needed_bytes - state.load_limit_bytes
     what = f"{model_id} needs {format_bytes(plan.needed_bytes)}"
     if missing <= 0:
         loading = (*state.loading, PendingLoad(model_id, plan))

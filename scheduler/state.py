@@ -110,7 +110,7 @@ class Limits:
     `batch_delay_s` later.  A model in use stays until a request for another has waited
     `hold_factor` times its load time, at most `max_hold_s`; after `patience_s` it is drained even
     if it is never idle.  After a grant, a model counts as busy for `grant_s` until its request is
-    seen there.
+    seen there.  An interactive request waits `ceiling_wait_s` for other applications' memory.
     """
 
     waiting_per_model: int = 256
@@ -119,6 +119,7 @@ class Limits:
     max_hold_s: float = 10.0
     patience_s: float = 2.0
     grant_s: float = 1.0
+    ceiling_wait_s: float = 10.0
     default_load_s: float = 5.0
     max_retry_s: int = 120
 
@@ -129,6 +130,7 @@ class HostState:
 
     `kept` are bytes that a process holds although its models are gone, by process name.
     `is_critical`: under critical strain idle models are unloaded and nothing new is loaded.
+    `ceiling_bytes` is what other applications leave to models; None: unknown, or not limited.
     """
 
     budget_bytes: int
@@ -140,6 +142,14 @@ class HostState:
     limits: Limits = field(default_factory=Limits)
     kept: tuple[tuple[str, int], ...] = ()
     is_critical: bool = False
+    ceiling_bytes: int | None = None
+
+    @property
+    def load_limit_bytes(self) -> int:
+        """The most bytes that models may hold after another load."""
+        if self.ceiling_bytes is None:
+            return self.budget_bytes
+        return min(self.budget_bytes, self.ceiling_bytes)
 
     @property
     def kept_bytes(self) -> int:

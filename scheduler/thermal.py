@@ -47,6 +47,7 @@ class Reading:
     """One reading of all sensors; UNKNOWN and None mean no reading.
 
     `battery` is the charge, 0 to 1, of a machine on battery; None on mains power too.
+    `available_bytes` is what other applications leave beside the models in memory, on a Mac.
     """
 
     thermal: ThermalState = ThermalState.UNKNOWN
@@ -54,6 +55,7 @@ class Reading:
     is_low_power: bool | None = None
     battery: float | None = None
     problems: tuple[SensorProblem, ...] = ()
+    available_bytes: int | None = None
 
     @property
     def state(self) -> ThermalState:

@@ -365,6 +365,9 @@ class SchedulerReplica:
             self._log.record("thermal", action, f"the machine is {self._thermal.state.label}")
         # Sensors exist only for the scheduler's own machine.
         await self._ledger.set_critical(is_critical=directive.unloads_idle)
+        # A budget that the user set is theirs to judge.
+        if self._settings.memory_budget is None:
+            self._ledger.set_available(self._thermal.report.reading.available_bytes)
         self._published.notify()
 
     def __del__(self) -> None:

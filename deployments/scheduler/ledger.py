@@ -16,6 +16,7 @@ from deployments.messages import Residency, UnloadResult
 from deployments.scheduler.formats import UsageReport
 from scheduler.events import (
     Action,
+    AvailableChanged,
     Configured,
     Drain,
     Event,
@@ -200,6 +201,11 @@ class Ledger:
         if is_critical != self._state.is_critical:
             await self.refresh()
             self._send(StrainChanged(is_critical))
+
+    def set_available(self, available_bytes: int | None) -> None:
+        """Record what other applications leave beside the models; None: unknown."""
+        if available_bytes is not None or self._state.ceiling_bytes is not None:
+            self._send(AvailableChanged(available_bytes))
 
     def configure(self, model_id: str, rules: KeepRules) -> None:
         """Set a model's keep rules, for now and later loads."""

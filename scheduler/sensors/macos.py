@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
+from scheduler.sensors.macos_pages import available_bytes
 from scheduler.thermal import Reading, SensorProblem, ThermalState
 
 _THERMAL_KEY = b"com.apple.system.thermalpressurelevel"
@@ -44,11 +45,13 @@ class MacSensor:
         pressure_level: Callable[[], int] | None = None,
         run_pmset: Callable[..., str] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        available: Callable[[], int] | None = None,
     ) -> None:
         self._thermal_level = thermal_level or NotifyLevel(_THERMAL_KEY)
         self._pressure_level = pressure_level or (lambda: _sysctl_int(_PRESSURE_KEY))
         self._run_pmset = run_pmset or _run_pmset
         self._clock = clock
+        self._available = available or available_bytes
         self._power = Reading()
         self._power_read_at: float | None = None
 
@@ -57,12 +60,22 @@ class MacSensor:
         problems: list[SensorProblem] = []
         thermal = _level("thermal", self._thermal_level, _THERMAL_STATES, problems)
         memory = _level("memory pressure", self._pressure_level, _PRESSURE_STATES, problems)
+        available = self._read_available(problems)
         now = self._clock()
         if self._power_read_at is None or now - self._power_read_at >= _POWER_INTERVAL_S:
             self._power, self._power_read_at = self._read_power(), now
         power = self._power
         problems.extend(power.problems)
-        return Reading(thermal, memory, power.is_low_power, power.battery, tuple(problems))
+        return Reading(
+            thermal, memory, power.is_low_power, power.battery, tuple(problems), available
+        )
+
+    def _read_available(self, problems: list[SensorProblem]) -> int | None:
+        try:
+            return self._available()
+        except (OSError, AttributeError) as problem:
+            problems.append(SensorProblem("available memory", str(problem)))
+            return None
 
     def _read_power(self) -> Reading:
         try:

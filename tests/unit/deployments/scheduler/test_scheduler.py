@@ -17,7 +17,9 @@ from core.units import GIB, MIB
 from deployments.messages import LoadContext, Residency
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.scheduler.load_plans import LoadPlanner
+from deployments.scheduler.thermal import SensorReader
 from scheduler.state import LoadPlan
+from scheduler.thermal import Reading
 from tests.unit.deployments.scheduler.scheduling import A, B, Replica, started
 
 pytestmark = pytest.mark.usefixtures("inspection")
@@ -280,3 +282,18 @@ async def test_f15_under_strain_nothing_new_is_loaded(tmp_path: Path, replica: R
         assert isinstance(refused, Unavailable)
         assert refused.retry_after_s
         assert replica.limits[-1].max_sequences == 0
+
+
+@pytest.mark.parametrize(("budget", "ceiling"), [(None, 50 * MIB), (70 * MIB, None)])
+async def test_other_applications_limit_loads_unless_the_user_set_a_budget(
+    budget: int | None, ceiling: int | None, tmp_path: Path, replica: Replica
+) -> None:
+    class Sensor:
+        def read(self) -> Reading:
+            return Reading(available_bytes=50 * MIB)
+
+    async with started(tmp_path, replica) as scheduler:
+        scheduler._settings = scheduler._settings.model_copy(update={"memory_budget": budget})
+        scheduler._thermal._reader = SensorReader(Sensor(), 5.0)
+        await scheduler._thermal.poll()
+        assert scheduler._ledger.state.ceiling_bytes == ceiling

@@ -55,7 +55,10 @@ def mac(
     settings: str = PMSET,
     source: str = MAINS,
 ) -> MacSensor:
-    return MacSensor(thermal, pressure, lambda *options: source if "batt" in options else settings)
+    def pmset(*options: str) -> str:
+        return source if "batt" in options else settings
+
+    return MacSensor(thermal, pressure, pmset, available=lambda: 1)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_pmset_that_is_missing_or_hangs_is_unknown(problem: Exception) -> None:
         del options
         raise problem
 
-    reading = MacSensor(lambda: 1, lambda: 1, fail).read()
+    reading = MacSensor(lambda: 1, lambda: 1, fail, available=lambda: 1).read()
     assert (reading.is_low_power, reading.battery) == (None, None)
     assert reading.state is FAIR
     assert [found.sensor for found in reading.problems] == ["power"]
