@@ -1,4 +1,7 @@
-"""Installs the pinned packages into the running virtual environment; standard library only."""
+"""Installs the pinned packages into the running virtual environment.
+
+Standard library only, and modules of `core` that need no more: nothing is installed yet.
+"""
 
 import fcntl
 import hashlib
@@ -9,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
@@ -104,8 +108,8 @@ def cache_folder() -> Path:
 def install_runtime(version: str) -> None:
     """Install llama-cpp-python, compiled once per version, flags, platform and Apple chip."""
     flags = build_flags()
-    machine = f"{sys.platform} {platform.machine()} {'-'.join(platform.libc_ver())}{apple_chip()}"
-    key = f"{version}-{hashlib.sha256(f'{flags} {machine}'.encode()).hexdigest()[:16]}"
+    built_for = f"{sys.platform} {platform.machine()} {'-'.join(platform.libc_ver())}{apple_chip()}"
+    key = f"{version}-{hashlib.sha256(f'{flags} {built_for}'.encode()).hexdigest()[:16]}"
     marker = ENVIRONMENT / "llama-build"
     if marker.is_file() and marker.read_text() == key and installed_version(RUNTIME) == version:
         return
@@ -117,15 +121,11 @@ def install_runtime(version: str) -> None:
     marker.write_text(key)
 
 
-def macos_major() -> int:
-    """Return macOS' major version from Darwin's release, which is never translated; 0 elsewhere.
-
-    Source: Darwin 23 is macOS 14, 24 is 15, 25 is 26.
-    """
-    if sys.platform != "darwin":
-        return 0
-    release = int(os.uname().release.partition(".")[0])
-    return release + 1 if release >= 25 else release - 9
+def machine() -> ModuleType:
+    """Return `core.machine`, before the repository is installed too."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    return import_module("core.machine")
 
 
 def apple_chip() -> str:
@@ -139,7 +139,7 @@ def apple_chip() -> str:
 
 def refresh_metal(pins: dict[str, str]) -> None:
     """Install MLX' Metal library again after an update of macOS: each macOS has its own build."""
-    system = str(macos_major())
+    system = str(machine().macos_release())
     if system == "0":
         return
     marker = ENVIRONMENT / "mlx-metal-macos"

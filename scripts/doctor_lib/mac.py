@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from core.machine import macos_release_of
 from scripts.doctor_lib.machine import Machine
 from scripts.doctor_lib.row import FAIL, NEEDS_MAC, OK, WARN, Row, judged, skipped
 
@@ -33,18 +34,10 @@ def rows(machine: Machine) -> Iterator[Row]:
             yield check(machine, what)
 
 
-def macos_major(release: str) -> int:
-    """Return macOS' major version for a release of Darwin such as 25.1.0; 0 if it is none."""
-    major = release.partition(".")[0]
-    if not major.isdigit():
-        return 0
-    return int(major) + 1 if int(major) >= 25 else int(major) - 9
-
-
 def _version(machine: Machine, what: str) -> Row:
     release = machine.run("uname", "-r").text
     told = machine.run("sw_vers", "-productVersion").text
-    major = macos_major(release)
+    major = macos_release_of(release)
     value = f"macOS {major} (Darwin {release}); sw_vers says {told or 'nothing'}"
     if 0 < major < _STATES_SINCE:
         return judged(what, value, "Core ML language models need macOS 15.", "update macOS", WARN)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from scripts.doctor_lib.mac import macos_major
+from core.machine import macos_release_of
 from scripts.doctor_lib.machine import Machine
 from scripts.doctor_lib.row import FAIL, NEEDS_MAC, OK, WARN, Row, judged, skipped
 
@@ -149,7 +149,7 @@ def _metal_wheel(machine: Machine, wheel: str) -> Row:
     if not machine.is_mac:
         return skipped(what, NEEDS_MAC)
     tag = re.search(r"macosx_(\d+)_\d+_arm64", wheel)
-    system = macos_major(machine.run("uname", "-r").text)
+    system = macos_release_of(machine.run("uname", "-r").text)
     if tag is None:
         return judged(what, "missing", "MLX has no Metal.", _AGAIN, WARN)
     built = int(tag[1])

@@ -1,12 +1,14 @@
 """Tests of the installation: compile flags, what a Mac needs, and error messages."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from core import machine
 from scripts import install
 
 
@@ -104,16 +106,28 @@ def test_require_compiler_says_what_a_broken_one_says(mac: Path) -> None:
         install.require_compiler()
 
 
-def test_macos_is_told_by_darwins_release(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert install.macos_major() == 0
-    monkeypatch.setattr(sys, "platform", "darwin")
-    found = {}
-    for release in ("23.6.0", "24.0.0", "25.1.0", "26.0.0"):
-        names = os.uname_result(("Darwin", "", release, "", "arm64"))
-        monkeypatch.setattr(os, "uname", lambda names=names: names)
-        found[release] = install.macos_major()
-    assert list(found.values()) == [14, 15, 26, 27]
+def test_set_up_can_tell_macos_before_anything_is_installed(tmp_path: Path) -> None:
+    shutil.copytree(install.ROOT / "core", tmp_path / "core")
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(install.ROOT / "scripts" / "install.py", tmp_path / "scripts")
+    code = (
+        "import os, sys; sys.platform = 'darwin'\n"
+        "os.uname = lambda: os.uname_result(('Darwin', '', '25.1.0', '', 'arm64'))\n"
+        "import install; print(install.machine().macos_release())\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names))"
+    )
+    # As set-up starts it: the script's own folder on the path, and no package.
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        f"import sys; sys.path.insert(0, 'scripts')\n{code}",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    release, others = done.stdout.splitlines()
+    assert release == "26"
+    assert others == "['__main__', 'core', 'install']"
 
 
 def test_metal_library_is_installed_again_after_an_update_of_macos(
@@ -123,7 +137,7 @@ def test_metal_library_is_installed_again_after_an_update_of_macos(
     monkeypatch.setattr(install, "ENVIRONMENT", tmp_path)
     monkeypatch.setattr(install, "pip", lambda *arguments: commands.append(arguments))
     for system in (15, 15, 26, 26):
-        monkeypatch.setattr(install, "macos_major", lambda system=system: system)
+        monkeypatch.setattr(machine, "macos_release", lambda system=system: system)
         install.refresh_metal({"mlx-metal": "0.32.4"})
     assert [command[-2:] for command in commands] == [("--force-reinstall", "mlx-metal==0.32.4")]
 

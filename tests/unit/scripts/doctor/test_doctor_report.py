@@ -10,7 +10,6 @@ import pytest
 
 from scripts.doctor_lib import gpu_probes, probes, readings, tools
 from scripts.doctor_lib.child import MISSING, TOO_LATE, run
-from scripts.doctor_lib.mac import macos_major
 from scripts.doctor_lib.privacy import Privacy
 from scripts.doctor_lib.report import write_report
 from scripts.doctor_lib.row import FAIL, OK, WARN, Row
@@ -103,14 +102,6 @@ def test_the_output_of_a_child_is_bounded() -> None:
 def test_probes_and_rows_have_the_same_names() -> None:
     assert list(probes.PROBES) == list(readings.READINGS)
     assert list(gpu_probes.PROBES) == list(readings.COMPUTATIONS)
-
-
-@pytest.mark.parametrize(
-    ("release", "major"),
-    [("22.6.0", 13), ("23.0.0", 14), ("24.6.0", 15), ("25.1.0", 26), ("26.0.0", 27), ("x", 0)],
-)
-def test_macos_is_told_by_darwins_release(release: str, major: int) -> None:
-    assert macos_major(release) == major
 
 
 def test_footprints_answer_is_parsed() -> None:
