@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ _MAC_SANDBOX = "(version 1)(allow default)(deny network*)(deny file-write*)"
 # sandbox-exec's exit code where it cannot apply the profile, for example inside another sandbox:
 # profiles do not nest.  Source: EX_OSERR of sysexits.h, which sandbox-exec(1) exits with.
 _NOT_SANDBOXED = 71
+_SELF_TEST_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +239,44 @@ def _command(formats: Sequence[str]) -> list[str]:
 
 
 def _sandbox() -> list[str]:
-    """Return what cuts a child off from the network on macOS; on Linux it does so itself."""
-    return ["sandbox-exec", "-p", _MAC_SANDBOX] if sys.platform == "darwin" else []
+    """Return what cuts a child off from the network on macOS; on Linux it does so itself.
+
+    Blocks for the self-test the first time in this process: for milliseconds, at most 10 s.
+    """
+    if sys.platform != "darwin":
+        return []
+    if cause := _sandbox_problem():
+        _warn_of_no_sandbox(cause)
+        return []
+    return ["sandbox-exec", "-p", _MAC_SANDBOX]
+
+
+@cache
+def _sandbox_problem() -> str:
+    """Return why sandbox-exec cannot start programs here; empty if it can, or if that is unclear.
+
+    Tried once in this process, before its first scan.
+    """
+    command = ["sandbox-exec", "-p", _MAC_SANDBOX, "/usr/bin/true"]
+    try:
+        code = subprocess.run(
+            command,
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_SELF_TEST_S,
+            check=False,
+        ).returncode
+    except FileNotFoundError:
+        return "sandbox-exec was not found"
+    except subprocess.TimeoutExpired:
+        return f"it took longer than {_SELF_TEST_S:g} s"
+    except (OSError, RuntimeError):
+        # The system is short of something: that says nothing about sandbox-exec.
+        return ""
+    # A signal comes from outside, and may not come again.
+    return describe_exit(code) if code > 0 else ""
 
 
 @cache

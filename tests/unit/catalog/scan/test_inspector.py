@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -219,12 +220,14 @@ NESTED = "echo 'sandbox-exec: sandbox_apply: Operation not permitted' >&2; exit 
 
 
 @pytest.fixture
-def sandbox_exec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sandbox_exec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A sandbox-exec on PATH, on a machine that says it is a Mac."""
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    inspector._warn_of_no_sandbox.cache_clear()
-    return tmp_path / "sandbox-exec"
+    for once in (inspector._warn_of_no_sandbox, inspector._sandbox_problem):
+        once.cache_clear()
+    yield tmp_path / "sandbox-exec"
+    inspector._sandbox_problem.cache_clear()
 
 
 def write_script(path: Path, lines: str) -> None:
@@ -235,28 +238,73 @@ def write_script(path: Path, lines: str) -> None:
 def test_the_child_runs_in_the_sandbox_of_macos(sandbox_exec: Path, tmp_path: Path) -> None:
     arguments = tmp_path / "arguments"
     write_script(sandbox_exec, f'echo "$1 $2" >>{arguments}; shift 2; exec "$@"')
-    checked = inspector_of("pass")
-    assert checked.examine(Path("/good")) == Unknown(("fine",))
-    checked.close()
-    assert arguments.read_text() == f"-p {inspector._MAC_SANDBOX}\n"
+    for _ in range(2):
+        checked = inspector_of("pass")
+        assert checked.examine(Path("/good")) == Unknown(("fine",))
+        checked.close()
+    # The self-test, once, and each child.
+    assert arguments.read_text() == f"-p {inspector._MAC_SANDBOX}\n" * 3
+
+
+@pytest.mark.parametrize(
+    ("sandbox", "cause"),
+    [
+        (NESTED, "ended with code 71"),
+        ("exit 1", "ended with code 1"),
+        ("exec sleep 60", "longer than 0.5 s"),
+        ("", "was not found"),
+    ],
+)
+def test_a_sandbox_that_cannot_start_is_noticed_before_the_first_file(
+    sandbox: str,
+    cause: str,
+    sandbox_exec: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(inspector, "_SELF_TEST_S", 0.5)
+    starts = tmp_path / "starts"
+    if sandbox:
+        write_script(sandbox_exec, f"echo start >>{starts}; {sandbox}")
+    checked = [inspector_of("os._exit(71)") for _ in range(2)]
+    # Asked once in this process, and said once, before any file.
+    assert not sandbox or starts.read_text() == "start\n"
+    (record,) = caplog.records
+    assert "without sandbox-exec" in record.message
+    assert cause in record.message
+    for each in checked:
+        assert each.examine(Path("/good")) == Unknown(("fine",))
+        # The file's own exit code 71 is its fault, as any other one is.
+        assert isinstance(each.examine(Path("/bad")), Refused)
+        each.close()
+    assert len(caplog.records) == 1
+    assert not sandbox or starts.read_text() == "start\n"
 
 
 @pytest.mark.parametrize("is_there", [True, False], ids=["exit 71", "missing"])
-def test_a_sandbox_that_cannot_start_is_left_out(
-    is_there: bool, sandbox_exec: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_sandbox_that_cannot_start_later_is_left_out(
+    is_there: bool, sandbox_exec: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    starts = tmp_path / "starts"
-    if is_there:
-        write_script(sandbox_exec, f"echo start >>{starts}; {NESTED}")
-    for _ in range(2):
-        checked = inspector_of("os._exit(71)")
-        assert checked.examine(Path("/good")) == Unknown(("fine",))
-        # The file's own exit code 71 is its fault, as any other one is.
-        assert isinstance(checked.examine(Path("/bad")), Refused)
-        checked.close()
-    # Asked once for each inspector, said once.
-    assert not is_there or starts.read_text() == "start\n" * 2
+    write_script(sandbox_exec, 'shift 2; exec "$@"')
+    checked = inspector_of("os._exit(71)")
+    write_script(sandbox_exec, NESTED)
+    if not is_there:
+        sandbox_exec.unlink()
+    assert checked.examine(Path("/good")) == Unknown(("fine",))
+    assert isinstance(checked.examine(Path("/bad")), Refused)
+    checked.close()
     assert [record.message.count("without sandbox-exec") for record in caplog.records] == [1]
+
+
+def test_a_self_test_that_is_killed_keeps_the_sandbox(sandbox_exec: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "killed"
+    write_script(sandbox_exec, f'[ -e {mark} ] || {{ : >{mark}; kill -9 $$; }}; shift 2; exec "$@"')
+    checked = inspector_of("pass")
+    assert mark.exists()
+    assert checked._sandbox
+    assert checked.examine(Path("/good")) == Unknown(("fine",))
+    checked.close()
 
 
 def test_code_71_of_the_child_itself_is_no_verdict() -> None:
