@@ -13,6 +13,7 @@ from catalog.models import ModelRecord, ModelSettings
 from catalog.store import CatalogStore
 from core.awake_time import AwakeTimeout
 from core.errors import Unavailable
+from core.gpu_failures import gpu_failures
 from core.settings import Settings
 from core.supervision import Supervisor
 from deployments.activity import DeathRecords
@@ -77,6 +78,8 @@ class SchedulerReplica:
         formats = broadcast_handles(formats, settings)
         self._backends = backends_for(list(formats))
         self._log = DecisionLog()
+        for notice in gpu_failures():
+            self._log.record("start", "look for failures of the GPU", notice)
         self._budget_bytes = budget_bytes(settings)
         self._options = engine_options(settings, self._budget_bytes)
         self._planner = LoadPlanner(settings, self._backends, self._options)

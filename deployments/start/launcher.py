@@ -17,6 +17,7 @@ import psutil
 
 from core.child import SERVER_ID
 from core.errors import ImpetusError
+from core.gpu_failures import gpu_failures
 from core.keys import MANAGEMENT_TOKEN, read_key
 from core.settings import Settings, unknown_variables
 from deployments.serve.guard import start_guard
@@ -73,6 +74,8 @@ class Launcher:
         code = 1
         try:
             say(f"Starting on {self._settings.base_url} …")
+            for notice in gpu_failures():
+                say(notice)
             self._start()
             if self._wait_until_ready():
                 self._is_serving = True

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from core.gpu_failures import is_gpu_panic
 from core.machine import macos_release_of
 from scripts.doctor_lib.machine import Machine
 from scripts.doctor_lib.row import FAIL, NEEDS_MAC, OK, WARN, Row, judged, skipped
@@ -22,7 +23,6 @@ _HEAT: Mapping[str, str] = MappingProxyType(
 )
 _PRESSURE: Mapping[str, str] = MappingProxyType({"1": "normal", "2": "warning", "4": "critical"})
 _RECENT_S = 30 * 86_400
-_REPORT_BYTES = 65_536
 
 
 def rows(machine: Machine) -> Iterator[Row]:
@@ -103,7 +103,7 @@ def _wired_limit(machine: Machine, what: str) -> Row:
 
 def _crashes(machine: Machine, what: str) -> Row:
     found = list(recent_crashes(machine, time.time() - _RECENT_S))
-    gpu = [path for path in found if path.suffix == ".panic" and "IOGPU" in _head(path)]
+    gpu = [path for path in found if path.suffix == ".panic" and is_gpu_panic(path)]
     problem = ""
     if gpu:
         problem = f"The GPU's driver stopped this Mac: {gpu[-1].name}. Smaller models, please."
@@ -127,14 +127,6 @@ def recent_crashes(machine: Machine, since: float) -> Iterator[Path]:
             if changed >= since:
                 found.append((changed, path))
     yield from (path for _, path in sorted(found))
-
-
-def _head(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read(_REPORT_BYTES).decode("utf-8", "replace")
-    except OSError:
-        return ""
 
 
 def _host_name(machine: Machine, what: str) -> Row:

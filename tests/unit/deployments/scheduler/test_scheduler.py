@@ -190,6 +190,15 @@ async def test_decisions_have_their_reasons(scheduler: SchedulerReplica) -> None
     assert decisions[2].reason.startswith(f"{B} needs ")
 
 
+async def test_failures_of_a_macs_gpu_are_among_the_decisions(
+    tmp_path: Path, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notice = "Apple's GPU driver failed."
+    monkeypatch.setattr("deployments.scheduler.deployment.gpu_failures", lambda: [notice])
+    async with started(tmp_path, replica) as scheduler:
+        assert [decision.reason for decision in await scheduler.decisions()] == [notice]
+
+
 async def test_f4_a_scheduler_that_starts_anew_knows_what_is_resident(
     tmp_path: Path, replica: Replica
 ) -> None:

@@ -262,3 +262,21 @@ def test_the_banner_shows_the_management_token_and_its_use(
     shown = capsys.readouterr().out
     assert f"X-Impetus-Token: {read_key(tmp_path, MANAGEMENT_TOKEN)}" in shown
     assert "/api/" in shown
+
+
+def test_the_start_names_failures_of_a_macs_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start(launcher: Launcher) -> None:
+        del launcher
+        raise Started
+
+    monkeypatch.setattr("deployments.start.launcher.gpu_failures", lambda: ["The GPU failed."])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(Launcher, "_start", start)
+    with pytest.raises(Started):
+        Launcher(ROOT / "serve_config.yaml", Settings(home=tmp_path)).run()
+    assert capsys.readouterr().out.splitlines()[1:] == ["The GPU failed."]

@@ -101,7 +101,9 @@ def wired_limit(plant: Plant) -> None:
 def panic(plant: Plant) -> None:
     folder = plant.top / "Library" / "Logs" / "DiagnosticReports"
     folder.mkdir(parents=True)
-    (folder / "Kernel-2026-11-29.panic").write_text("IOGPUMemory: prepare count underflow")
+    (folder / "Kernel-2026-11-29.panic").write_text(
+        'panic(cpu 6): "completeMemory() prepare count underflow" @IOGPUMemory.cpp:550'
+    )
 
 
 def crash(plant: Plant) -> None:
