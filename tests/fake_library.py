@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 
-def compile_library(path: Path, source: str) -> Path:
+def compile_library(path: Path, source: str, *options: str) -> Path:
     """Compile C `source` into the shared library `path`; skip the test without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("needs a C compiler")
-    command = [compiler, "-shared", "-fPIC", "-w", "-x", "c", "-o", str(path), "-"]
+    command = [compiler, "-shared", "-fPIC", "-w", *options, "-x", "c", "-o", str(path), "-"]
     subprocess.run(command, input=source.encode(), check=True, timeout=60)
     return path
