@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -63,7 +64,8 @@ class _KeepAlive:
         self._send = send
         self._pacing = pacing
         self._loop = asyncio.get_running_loop()
-        self._began_at = self._written_at = self._loop.time()
+        # Not the loop's clock, which goes on while a Mac sleeps and nobody could read.
+        self._began_at = self._written_at = time.monotonic()
         self._is_writing = False
         self._interval_s = pacing.header_wait_s
         self._timer = self._loop.call_later(self._interval_s, self._tick)
@@ -83,14 +85,14 @@ class _KeepAlive:
     def note_written(self) -> None:
         """Restart the silence timer."""
         self.is_due = False
-        self._written_at = self._loop.time()
+        self._written_at = time.monotonic()
 
     def stop(self) -> None:
         """Cancel the timer."""
         self._timer.cancel()
 
     def _tick(self) -> None:
-        now = self._loop.time()
+        now = time.monotonic()
         silent_s = now - self._written_at
         if self._is_writing and silent_s >= self._pacing.write_timeout_s:
             self._feed.abort(

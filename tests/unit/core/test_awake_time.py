@@ -4,7 +4,8 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -13,6 +14,9 @@ from core.awake_time import AwakeTimeout, AwakeTimer
 from core.errors import TimedOut
 from core.supervision import DEFAULT_POLICY, Supervisor
 from deployments.router.dispatch import HandleDispatcher
+from router.answers.event_feed import EventFeed
+from router.answers.event_stream import _KeepAlive
+from router.context import Pacing
 from tests.requests import request
 
 HOURS_S = 7200.0
@@ -104,6 +108,33 @@ def test_the_router_does_not_give_up_a_request_that_slept() -> None:
         await asyncio.sleep(0.05)
         assert not end.done()
         timer.cancel()
+
+    run(work())
+
+
+@pytest.mark.parametrize(("limit_s", "is_ended"), [(60.0, False), (0.05, True)])
+def test_a_client_that_slept_with_the_machine_has_not_stopped_reading(
+    limit_s: float, is_ended: bool
+) -> None:
+    async def work() -> None:
+        problems: list[Exception] = []
+        reads = asyncio.Event()
+
+        async def send(message: object) -> None:
+            del message
+            await reads.wait()
+
+        feed = SimpleNamespace(abort=problems.append, wake=lambda: None, is_disconnected=False)
+        pacing = Pacing(header_wait_s=0.02, early_keep_alive_s=0.02, write_timeout_s=limit_s)
+        stream = _KeepAlive(cast("EventFeed", feed), pacing, send)
+        writing = asyncio.create_task(stream.write("data: 1\n\n"))
+        await asyncio.sleep(0)
+        sleep_now()
+        await asyncio.sleep(0.2)
+        assert bool(problems) == is_ended
+        reads.set()
+        await writing
+        stream.stop()
 
     run(work())
 
