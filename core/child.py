@@ -102,9 +102,15 @@ class Child:
 
     def write(self, data: bytes, deadline: float) -> None:
         """Send `data`; blocks until it is in the pipe.  Raises TimeoutError, ChildEnded."""
-        rest = memoryview(data)
-        while rest := self.write_some(rest):
-            self._wait(self._stdin, select.POLLOUT, deadline)
+        if self.write_until(memoryview(data), deadline):
+            raise TimeoutError
+
+    def write_until(self, data: memoryview, deadline: float) -> memoryview:
+        """Send what the child takes until the deadline; return the rest.  Raises ChildEnded."""
+        with contextlib.suppress(TimeoutError):
+            while data := self.write_some(data):
+                self._wait(self._stdin, select.POLLOUT, deadline)
+        return data
 
     def read(self, count: int, deadline: float) -> bytes:
         """Return the next `count` bytes.  Raises TimeoutError, ChildEnded, AnswerTooLong."""

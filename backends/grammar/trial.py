@@ -174,7 +174,13 @@ def _check_exit(code: int, stderr_tail: str) -> None:
 def _exchange(child: Child, payload: bytes) -> bytes:
     """Send the request and return the answer; looks for a cancellation meanwhile."""
     deadline = time.monotonic() + LIMIT_S
-    child.write(payload, deadline)
+    rest = memoryview(payload)
+    while rest:
+        # On a busy machine a child of low priority may read nothing for many seconds.
+        check_cancelled()
+        rest = child.write_until(rest, min(deadline, time.monotonic() + _POLL_S))
+        if rest and time.monotonic() >= deadline:
+            raise TimeoutError
     while True:
         check_cancelled()
         try:

@@ -223,8 +223,9 @@ def test_literals_that_would_force_too_much_text_are_refused() -> None:
             output_constraint(output)
 
 
+@pytest.mark.parametrize("unread_bytes", [0, 4_000_000])
 def test_a_trial_ends_when_its_request_is_cancelled(
-    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch
+    read: HfTokenizer, monkeypatch: pytest.MonkeyPatch, unread_bytes: int
 ) -> None:
     gone, has_begun = threading.Event(), threading.Event()
     problems: list[BaseException] = []
@@ -241,16 +242,16 @@ def test_a_trial_ends_when_its_request_is_cancelled(
         except BaseException as problem:
             problems.append(problem)
 
-    # This one never answers, however late the cancellation comes.
+    # This one reads and answers nothing, however late the cancellation comes.
     monkeypatch.setattr(trial, "_WORKER", "import time; time.sleep(600)")
     monkeypatch.setattr(trial, "LIMIT_S", 600.0)
     monkeypatch.setattr(trial, "Child", Started)
-    monkeypatch.setattr(GrammarTrial, "_payload", lambda *_: b"\n")
+    monkeypatch.setattr(GrammarTrial, "_payload", lambda *_: b"\n" + bytes(unread_bytes))
     thread = threading.Thread(target=work)
     thread.start()
     assert has_begun.wait(60)
     gone.set()
-    thread.join(120)
+    thread.join(60)
     frame = sys._current_frames().get(thread.ident or 0) if thread.is_alive() else None
     assert not thread.is_alive(), "".join(traceback.format_stack(frame))
     assert [type(problem) for problem in problems] == [Cancelled]
