@@ -48,12 +48,15 @@ async def test_it_is_ready_when_all_parts_are() -> None:
 async def test_a_scheduler_that_does_not_answer_is_told_and_then_forgotten(
     answer: Any, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readiness_module, "_ASK_LIMIT_S", 0.01)
+    limit_s = 0.01 if answer is hang else 30.0
+    monkeypatch.setattr(readiness_module, "_ASK_LIMIT_S", limit_s)
     subject = readiness(answer)
     assert reason in await subject.not_ready_because()
+    monkeypatch.setattr(readiness_module, "_ASK_LIMIT_S", 30.0)
     subject._scheduler = FakeHandle(not_ready_because=answering(""))  # type: ignore[assignment]
     assert await subject.not_ready_because() == ""
     # Having been ready once is not enough.
+    monkeypatch.setattr(readiness_module, "_ASK_LIMIT_S", limit_s)
     subject._scheduler = FakeHandle(not_ready_because=answer)  # type: ignore[assignment]
     assert reason in await subject.not_ready_because()
 

@@ -26,6 +26,7 @@ from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.handles import ReplicaDied
 from tests.gguf_files import llama_gguf
 from tests.unit.deployments.handles import FakeHandle
+from tests.waiting import wait_until
 
 A, B = "a@gguf-f32", "b@gguf-f32"
 
@@ -48,6 +49,8 @@ class Replica:
         self.limits: list[EngineLimits] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self.may_load = asyncio.Event()
+        self.may_load.set()
         self.handle = FakeHandle(
             load_model=self.load,
             unload_model=self.unload,
@@ -57,6 +60,7 @@ class Replica:
         )
 
     async def load(self, order: LoadRequest) -> Residency:
+        await self.may_load.wait()
         await asyncio.sleep(0)
         if isinstance(self.failure, ReplicaDied):
             # Another process takes its place.
@@ -136,5 +140,26 @@ async def started(
         yield scheduler
     finally:
         replica.gate.set()
+        replica.may_load.set()
         scheduler.__del__()
         await asyncio.gather(scheduler._background, return_exceptions=True)
+
+
+async def ensured_together(
+    scheduler: SchedulerReplica, replica: Replica, model_id: str, count: int
+) -> list[Any]:
+    """Return the answers to requests for a model whose load goes on once all of them wait for it.
+
+    What a request does before that takes threads, so the others might come after the load.
+    """
+    replica.may_load.clear()
+    tasks = [asyncio.ensure_future(scheduler.ensure_loaded(model_id)) for _ in range(count)]
+    await wait_until(lambda: len(scheduler._ledger._waiting) == count, "all of them wait")
+    replica.may_load.set()
+    return await asyncio.gather(*tasks)
+
+
+async def stop_polling(scheduler: SchedulerReplica) -> None:
+    """End what the scheduler does by the clock: a poll of its own would undo a test's heat."""
+    scheduler._background.cancel()
+    await asyncio.gather(scheduler._background, return_exceptions=True)

@@ -12,6 +12,7 @@ from deployments.messages import Residency, UnloadResult
 from deployments.scheduler.deployment import SchedulerReplica
 from tests.unit.deployments.handles import FakeMethod
 from tests.unit.deployments.scheduler.scheduling import A, B, Replica, started
+from tests.waiting import wait_until
 
 _METHODS = ("load_model", "unload_model", "report", "residencies")
 
@@ -45,11 +46,15 @@ async def test_a_request_for_a_model_that_is_being_loaded_asks_nothing(tmp_path:
     replica = Replica()
     async with started(tmp_path, replica) as scheduler:
         still(scheduler)
+        replica.may_load.clear()
         first = asyncio.ensure_future(scheduler.ensure_loaded(A))
         while not scheduler._ledger.state.is_loading(A):
             await asyncio.sleep(0)
         before = calls_of(replica)
-        assert isinstance(await scheduler.ensure_loaded(A), Residency)
+        second = asyncio.ensure_future(scheduler.ensure_loaded(A))
+        await wait_until(lambda: len(scheduler._ledger._waiting) == 2, "both wait for the load")
+        replica.may_load.set()
+        assert isinstance(await second, Residency)
         assert await first
         assert calls_of(replica)["report"] == before["report"]
 

@@ -20,7 +20,15 @@ from deployments.scheduler.load_plans import LoadPlanner
 from deployments.scheduler.thermal import SensorReader
 from scheduler.state import LoadPlan
 from scheduler.thermal import Reading
-from tests.unit.deployments.scheduler.scheduling import A, B, Replica, started
+from tests.unit.deployments.scheduler.scheduling import (
+    A,
+    B,
+    Replica,
+    ensured_together,
+    started,
+    stop_polling,
+)
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("inspection")
 
@@ -28,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("inspection")
 async def test_f7_requests_for_one_cold_model_load_it_once(
     scheduler: SchedulerReplica, replica: Replica
 ) -> None:
-    found = await asyncio.gather(*(scheduler.ensure_loaded(A) for _ in range(5)))
+    found = await ensured_together(scheduler, replica, A, 5)
     assert len({id(residency) for residency in found}) == 1
     assert len(replica.handle.load_model.calls) == 1
 
@@ -116,10 +124,14 @@ async def test_a_request_waits_for_a_busy_model_and_then_has_its_place(
 async def test_f9_requests_over_the_bound_and_beyond_their_time_are_told_when_to_come_back(
     tmp_path: Path, replica: Replica
 ) -> None:
-    async with started(tmp_path, replica, max_waiting=2, request_timeout_s=0.3) as scheduler:
+    async with started(tmp_path, replica, max_waiting=2) as scheduler:
         await scheduler.ensure_loaded(A)
         replica.in_flight = 1
-        answers: list[Any] = await asyncio.gather(*(scheduler.ensure_loaded(B) for _ in range(3)))
+        hasty = scheduler._settings.model_copy(update={"request_timeout_s": 2.0})
+        scheduler._settings = hasty
+        waiting = [asyncio.ensure_future(scheduler.ensure_loaded(B)) for _ in range(2)]
+        await wait_until(lambda: len(scheduler._ledger.state.waiting) == 2, "two wait")
+        answers: list[Any] = [await scheduler.ensure_loaded(B), *await asyncio.gather(*waiting)]
         by_code = sorted((answer.code, answer.retry_after_s) for answer in answers)
         assert by_code == [("queue_full", 1), ("unavailable", 1), ("unavailable", 1)]
         assert replica.held == [A]
@@ -230,7 +242,7 @@ async def test_who_waited_for_a_load_is_told_whom_it_cost(
     first = await scheduler.ensure_loaded(A)
     assert isinstance(first, Residency)
     assert first.evicted == ()
-    waited = await asyncio.gather(*(scheduler.ensure_loaded(B) for _ in range(2)))
+    waited = await ensured_together(scheduler, replica, B, 2)
     assert [one.evicted for one in waited if isinstance(one, Residency)] == [(A,), (A,)]
     later = await scheduler.ensure_loaded(B)
     assert isinstance(later, Residency)
@@ -278,6 +290,7 @@ async def test_f15_under_strain_nothing_new_is_loaded(tmp_path: Path, replica: R
     state.write_text("nominal")
     async with started(tmp_path, replica, thermal_file=state) as scheduler:
         assert isinstance(await scheduler.ensure_loaded(A), Residency)
+        await stop_polling(scheduler)
         state.write_text("critical")
         # A state has to hold for a while before it counts.
         while scheduler._thermal.admits:

@@ -16,7 +16,14 @@ from deployments.messages import DEFAULT_CONTEXT, LoadContext, Residency, Unload
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.handles import ReplicaDied
 from tests.gguf_files import llama_gguf
-from tests.unit.deployments.scheduler.scheduling import A, B, Replica, started
+from tests.unit.deployments.scheduler.scheduling import (
+    A,
+    B,
+    Replica,
+    ensured_together,
+    started,
+    stop_polling,
+)
 
 RETRY = LoadContext(is_retry=True)
 
@@ -34,7 +41,7 @@ async def test_f12_a_load_that_fails_is_told_to_all_and_not_tried_for_every_requ
     scheduler: SchedulerReplica, replica: Replica
 ) -> None:
     replica.failure = BrokenModel("damaged")
-    answers: list[Any] = await asyncio.gather(*(scheduler.ensure_loaded(A) for _ in range(3)))
+    answers = await ensured_together(scheduler, replica, A, 3)
     assert [answer.code for answer in answers] == ["broken_model"] * 3
     assert scheduler._ledger.state.used_bytes == 0
     loads = len(replica.handle.load_model.calls)
@@ -164,6 +171,7 @@ async def strained(tmp_path: Path, replica: Replica) -> AsyncGenerator[Scheduler
     async with started(tmp_path, replica, thermal_file=tmp_path / "thermal") as scheduler:
         assert isinstance(await scheduler.ensure_loaded(A), Residency)
         # The model counts as busy until its first request would have come.
+        await stop_polling(scheduler)
         start = time.monotonic()
         scheduler._ledger._state = _long_granted(scheduler)
         scheduler._thermal._clock = lambda: start

@@ -176,8 +176,11 @@ async def test_a_server_whose_only_format_is_dead_says_so_and_goes_on(
     setattr(replica.handle, "residencies", FakeMethod(residencies))  # noqa: B010
     scheduler = start()
     await wait_until(lambda: len(replica.handle.residencies.calls) > 5, "it is asked again")
+    async with asyncio.timeout(30):
+        # Before that it tells that it scans.
+        while "gguf (Unavailable: away)" not in await scheduler.not_ready_because():
+            await asyncio.sleep(0.005)
     assert not await scheduler.is_ready()
-    assert "gguf (Unavailable: away)" in await scheduler.not_ready_because()
     # Another process of the scheduler would not help.
     await scheduler.check_health()
     is_dead = False

@@ -113,19 +113,21 @@ async def test_the_end_of_the_process_part_releases() -> None:
     assert work.blocker.calls == ["hold", "release"]
 
 
-def test_caffeinate_runs_once_ends_and_leaves_no_process(tmp_path: Path) -> None:
+async def test_caffeinate_runs_once_ends_and_leaves_no_process(tmp_path: Path) -> None:
     log = tmp_path / "log"
     blocker = Caffeinate(["/bin/sh", "-c", f'echo "$0 $$" >>"{log}"; exec sleep 60'])
     blocker.release()
     blocker.hold()
     assert blocker.is_held
-    blocker.hold()
     process = blocker._process
     assert process is not None
+    await wait_until(lambda: log.is_file() and log.read_text(), "the process runs")
+    blocker.hold()
+    assert blocker._process is process
     blocker.release()
     assert process.returncode is not None
     assert not blocker.is_held
-    assert log.read_text().count("\n") <= 1
+    assert log.read_text().count("\n") == 1
 
 
 def test_caffeinate_is_told_which_process_to_follow() -> None:
