@@ -1,4 +1,4 @@
-"""Real answers and events of every API have the types of OpenAI's and Anthropic's SDKs."""
+"""Real answers and events of every API are as OpenAI and Anthropic describe and type them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +11,7 @@ from anthropic.types import beta
 from openai.types import chat, responses
 
 from tests.integration.server import STARTER, Server
+from tests.sdk.known_deviations import SCHEMAS, unlisted
 from tests.sdk.types_of_answers import deviations, sse_events
 
 USER = [{"role": "user", "content": "How is the weather in Bonn? Grüße 🎈"}]
@@ -83,13 +84,15 @@ def http(server: Server) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_answers_and_events_have_the_types_of_the_sdks(http: httpx.Client, name: str) -> None:
+def test_answers_and_events_are_as_typed_and_described(http: httpx.Client, name: str) -> None:
     (path, answer, event), fields = CASES[name]
     limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
     body = {"model": STARTER, limit: 12, "temperature": 0, **fields}
     whole = http.post(path, json=body)
     assert whole.status_code == 200, whole.text
     assert deviations(whole.json(), answer) == []
+    company, whole_schema, event_schema = SCHEMAS[name.partition("_")[0]]
+    assert unlisted(company, whole_schema, whole.json()) == []
 
     streamed = http.post(path, json={**body, "stream": True})
     assert streamed.status_code == 200, streamed.text
@@ -99,7 +102,7 @@ def test_answers_and_events_have_the_types_of_the_sdks(http: httpx.Client, name:
         deviation
         for event_name, data in events
         if event_name != "ping"
-        for deviation in deviations(data, event)
+        for deviation in (*deviations(data, event), *unlisted(company, event_schema, data))
     ]
     assert found == []
 
@@ -128,8 +131,11 @@ def test_one_of_several_completions_is_returned(http: httpx.Client) -> None:
 def test_embeddings_and_models_have_the_types_of_the_sdks(http: httpx.Client) -> None:
     listed = http.get("/v1/models").json()["data"]
     assert deviations(listed, list[of_openai.Model]) == []
+    assert [found for one in listed for found in unlisted("openai", "Model", one)] == []
     encoder = next(one["id"] for one in listed if "embedding" in one["capabilities"])
     answer = http.post("/v1/embeddings", json={"model": encoder, "input": ["a", "b"]})
     assert deviations(answer.json(), of_openai.CreateEmbeddingResponse) == []
+    assert unlisted("openai", "CreateEmbeddingResponse", answer.json()) == []
     page = http.get("/v1/models", headers={"anthropic-version": "2023-06-01"}).json()
     assert deviations(page["data"], list[of_anthropic.ModelInfo]) == []
+    assert unlisted("anthropic", "ListResponse_ModelInfo_", page) == []
