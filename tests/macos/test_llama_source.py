@@ -31,8 +31,8 @@ def source() -> dict[str, str]:
         if not list(folder.glob("*.tar.gz")):
             command = (sys.executable, "-m", "pip", "--disable-pip-version-check", "download")
             options = ("--no-deps", "--no-binary", RUNTIME, "--dest", str(folder))
-            command = (*command, *pinned(), *options, name)
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            whole = [*command, *pinned(), *options, name]
+            done = subprocess.run(whole, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
     (archive,) = folder.glob("*.tar.gz")
     found = {}
