@@ -19,9 +19,10 @@ from backends.hf.header import broken
 from backends.hf.memory import estimate_transformer
 from backends.hf.tokenizer import HfTokenizer
 from backends.pytorch.dequantize import dequantize, forget_quantization
-from backends.pytorch.device import device
 from backends.pytorch.embedding import Task, open_encoder
 from backends.pytorch.packing import limitations, open_rows, try_rows
+from backends.pytorch.placement import LIBRARIES, place
+from backends.pytorch.placement import limitations as place_limitations
 from backends.pytorch.weights import SUFFIXES, load_tensors
 from backends.stepper import Stepper
 from backends.trials import TrialOptions
@@ -37,7 +38,6 @@ _DECLARED = {"float16": "f16", "bfloat16": "bf16"}
 _SPARE_ROWS = 16
 # RoPE types whose frequencies change beyond the original context, to which it is limited.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
-_LIBRARIES = ("torch", "transformers")
 _WEIGHTS = SUFFIXES | {".safetensors"}
 
 
@@ -98,8 +98,9 @@ def open_torch(info: ModelInfo, options: EngineOptions) -> Engine:
     granted = estimate_torch(info, options)
     options = options.granted(granted)
     folder = read_folder(info.files[0].parent)
+    trial = options.trial or TrialOptions()
     if info.capabilities & {Capability.EMBEDDING, Capability.RERANK}:
-        return open_encoder(info, folder, options, partial(load_model, info, folder))
+        return open_encoder(info, folder, options, partial(_load_placed, info, folder, trial))
     tokenizer = HfTokenizer(folder.path)
 
     def open_stepper() -> Stepper:
@@ -108,17 +109,18 @@ def open_torch(info: ModelInfo, options: EngineOptions) -> Engine:
 
         torch.set_num_threads(options.threads)
         model = load_model(info, folder)
-        trial = options.trial or TrialOptions()
+        placed = place(model, info, trial)
         length = rounded_length(granted.context_tokens)
         result = tried(
             info.name,
-            trial_key(info.files, _LIBRARIES, f"{model.dtype} {model.device} {length}"),
+            trial_key(info.files, LIBRARIES, f"{model.dtype} {model.device} {length}"),
             trial,
             lambda: try_rows(model, trial.hold, context_tokens=length),
         )
         rows = open_rows(model, max_rows=options.max_sequences + _SPARE_ROWS, result=result)
         stepper = RowStepper(rows, tokenizer, options)
-        stepper.limitations = limitations(info.name, result)
+        noted = place_limitations(info.name, placed)
+        stepper.limitations = (*noted, *limitations(info.name, result))
         return stepper
 
     return open_token_engine(
@@ -151,7 +153,7 @@ def import_torch() -> None:
 
 
 def load_model(info: ModelInfo, folder: HfFolder, task: Task = "text generation") -> Any:
-    """Load the transformers model for a task, with its weights; never uses the network.
+    """Load the transformers model for a task on the CPU; never uses the network.
 
     Weights stay memory-mapped if their type is the one computed in.
     Raises BrokenModel, InsufficientMemory.
@@ -197,7 +199,14 @@ def load_model(info: ModelInfo, folder: HfFolder, task: Task = "text generation"
     if missing:
         names = ", ".join(missing[:3])
         raise broken(info.files[0], f"{len(missing)} weights are missing: {names}")
-    return model.to(device()).eval()
+    return model.eval()
+
+
+def _load_placed(info: ModelInfo, folder: HfFolder, trial: TrialOptions, task: Task) -> Any:
+    """Load a model and move it to the device that computes it rightly; see `load_model`."""
+    model = load_model(info, folder, task)
+    place(model, info, trial)
+    return model
 
 
 def _classes(task: Task, config: Any) -> Mapping[Any, Any]:
