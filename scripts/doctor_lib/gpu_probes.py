@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from scripts.doctor_lib.mlx_variables import compare
 from scripts.doctor_lib.probe_result import Found, print_result
 from scripts.doctor_lib.row import WARN
 
@@ -201,6 +202,7 @@ def _compared(value: str, error: float, most: float) -> Found:
 PROBES: Mapping[str, Callable[[], Found]] = MappingProxyType(
     {
         "MLX": mlx_matmul,
+        "variables of MLX": compare,
         "PyTorch": torch_matmul,
         "starter by llama.cpp": starter,
         "ONNX encoder": encoder,

@@ -32,6 +32,7 @@ READINGS: Mapping[str, bool] = MappingProxyType(
 COMPUTATIONS: Mapping[str, bool] = MappingProxyType(
     {
         "MLX": False,
+        "variables of MLX": True,
         "PyTorch": False,
         "starter by llama.cpp": False,
         "ONNX encoder": False,
@@ -39,7 +40,11 @@ COMPUTATIONS: Mapping[str, bool] = MappingProxyType(
     }
 )
 # Other formats work without these.
-_OPTIONAL = frozenset({"PyTorch", "ONNX encoder", "Core ML", "MLX", "Metal's working set"})
+_OPTIONAL = frozenset(
+    {
+        "PyTorch", "ONNX encoder", "Core ML", "MLX", "variables of MLX", "Metal's working set",
+    }
+)  # fmt: skip
 
 
 def reading_rows(machine: Machine) -> Iterator[Row]:
