@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 
 from core.units import format_bytes
+from scheduler.sensors.machine import machine_memory_bytes
+from scripts.bench_lib.processes import is_supported
 
 BUSY_SHARE = 0.25
 PACKAGES = (
@@ -25,12 +27,20 @@ def describe() -> list[tuple[str, str]]:
     return [
         ("processor", _processor()),
         ("cores", f"{psutil.cpu_count(logical=False)} physical, {os.cpu_count()} logical"),
-        ("memory", format_bytes(psutil.virtual_memory().total)),
+        ("memory", format_bytes(machine_memory_bytes())),
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
         ("Python", python()),
         ("packages", versions),
         ("llama.cpp in Impetus", _own_system_info()),
+        *_not_measured(),
     ]
+
+
+def _not_measured() -> list[tuple[str, str]]:
+    """Return what this system does not tell of processes, for the report."""
+    if is_supported():
+        return []
+    return [("not measured", "CPU time and memory of the servers: only Linux tells them here")]
 
 
 def python() -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from core.units import GIB
 from scripts.bench_lib import processes
 from scripts.bench_lib.measure import AgentResult, IdleResult, StreamsResult
 from scripts.bench_lib.processes import (
@@ -14,6 +15,7 @@ from scripts.bench_lib.processes import (
     main_thread_cpu_s,
 )
 from scripts.bench_lib.prompts import agent_system_text, stream_bodies
+from scripts.bench_lib.report import machine
 from scripts.bench_lib.report.figures import (
     rate_verdicts,
     ratios,
@@ -178,3 +180,19 @@ def test_report_compares_only_what_both_ran() -> None:
     assert "| what | Impetus |\n" in eight
     # A figure that nobody has takes no row.
     assert "gateway" not in one + eight
+
+
+def test_the_report_says_what_a_mac_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("host_statistics64(HOST_VM_INFO64) syscall failed")
+
+    monkeypatch.setattr(machine, "_own_system_info", lambda: "Metal")
+    monkeypatch.setattr(machine, "_processor", lambda: "Apple M3")
+    assert "not measured" not in dict(machine.describe())
+    # As psutil 7.2 on macOS 27.
+    monkeypatch.setattr(machine, "machine_memory_bytes", lambda: 16 * GIB)
+    monkeypatch.setattr("psutil.virtual_memory", fails)
+    monkeypatch.setattr(processes, "PROC", Path("/nowhere"))
+    shown = dict(machine.describe())
+    assert shown["memory"] == "16.0 GiB"
+    assert shown["not measured"].startswith("CPU time and memory of the servers")
