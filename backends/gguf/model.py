@@ -5,7 +5,7 @@ import logging
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,19 @@ def library() -> Any:
     return llama_cpp
 
 
+@cache
+def tell_of_kernels() -> None:
+    """Log once in a process on macOS why its first load takes longer.
+
+    llama.cpp compiles Metal's kernels from its source in each process; macOS keeps the result.
+    """
+    if sys.platform == "darwin":
+        logger.info(
+            "llama.cpp compiles its Metal kernels with this first load of the process; the first "
+            "time on a Mac this can take a minute."
+        )
+
+
 class GgufModel:
     """Weights and vocabulary of one model; implements `backends.stepper.Tokenizer`.
 
@@ -85,6 +98,7 @@ class GgufModel:
         """Load `path` (the first shard of a split model).  Raises BrokenModel."""
         self._llama = library()
         params = self._llama.llama_model_default_params()
+        tell_of_kernels()
         # All layers on Metal; a CPU build ignores the number.
         params.n_gpu_layers = 999 if sys.platform == "darwin" else 0
         self.handle = self._llama.llama_model_load_from_file(str(path).encode(), params)
