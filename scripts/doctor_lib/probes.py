@@ -46,6 +46,18 @@ def settings() -> Found:
     return Found(value, " ".join(unknown), "unset it" if unknown else "", WARN)
 
 
+def _others() -> str:
+    """Return what other applications leave of a Mac's memory now, as the end of a value."""
+    from scheduler.sensors.macos_pages import available_bytes
+
+    if sys.platform != "darwin":
+        return ""
+    try:
+        return f"; other applications leave {available_bytes() / GIB:.1f} GiB"
+    except (OSError, AttributeError) as problem:
+        return f"; other applications: {problem}"
+
+
 def budget() -> Found:
     """Return the memory that models may use, and what it was derived from."""
     from deployments.options import machine_budget_bytes
@@ -53,7 +65,7 @@ def budget() -> Found:
 
     total, gpu, most = machine_memory_bytes(), gpu_memory_bytes(), machine_budget_bytes()
     told = f"{gpu / GIB:.1f} GiB" if gpu else "nothing"
-    value = f"{most / GIB:.1f} of {total / GIB:.1f} GiB; the GPU tells {told}"
+    value = f"{most / GIB:.1f} of {total / GIB:.1f} GiB; the GPU tells {told}{_others()}"
     nothing = sys.platform == "darwin" and not gpu
     problem = "Metal told no working set, so the budget is a guess." if nothing else ""
     return Found(value, problem, "set IMPETUS_MEMORY_BUDGET, such as 8GiB", WARN)

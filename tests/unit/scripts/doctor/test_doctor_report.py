@@ -155,3 +155,19 @@ def test_a_probe_that_crashes_at_its_end_is_a_warning(plant: Plant) -> None:
     plant.set_up(f"  *doctor_lib.probes*) echo '{result}'; kill -ABRT $$ ;;")
     row = readings.run_probe(plant.machine(), "probes", "threads", 10.0)
     assert (row.state, row.problem) == (WARN, "At its end the probe crashed with SIGABRT.")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_budget_of_a_mac_tells_what_other_applications_leave(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def available() -> int:
+        if fails:
+            raise OSError("host_statistics64 failed with status 5, 0 words")
+        return 3 << 30
+
+    monkeypatch.setattr("scheduler.sensors.macos_pages.available_bytes", available)
+    assert probes._others() == ""
+    monkeypatch.setattr("sys.platform", "darwin")
+    told = "applications: host_statistics64 failed" if fails else "applications leave 3.0 GiB"
+    assert told in probes._others()
