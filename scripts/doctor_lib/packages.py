@@ -41,7 +41,8 @@ class Import:
     """A package, code that imports it and prints a value, and what it is for.
 
     `is_needed`: without it the server does not start.  `mac_lacks`: a word of the value that on a
-    Mac means that the package cannot use the GPU or its own library.
+    Mac means that the package cannot use the GPU or its own library.  `absent`: what to say where
+    it need not be installed.
     """
 
     package: str
@@ -50,6 +51,7 @@ class Import:
     is_needed: bool = False
     is_apples: bool = False
     mac_lacks: str = ""
+    absent: str = ""
 
 
 IMPORTS: Sequence[Import] = (
@@ -84,16 +86,24 @@ IMPORTS: Sequence[Import] = (
     ),
     Import(
         "torch",
-        "import torch as t; print(t.__version__,"
-        " 'MPS' if t.backends.mps.is_available() else 'CPU')",
+        "import torch as t; m = t.backends.mps; print(t.__version__,"
+        " 'MPS' if m.is_available() else 'CPU, built for MPS' if m.is_built() else 'CPU')",
         "PyTorch and conversions",
         mac_lacks="CPU",
+    ),
+    Import(
+        "sentence_transformers",
+        "import sentence_transformers as s; from scripts.doctor_lib.probes import libraries as l;"
+        " print(s.__version__, 'with', *l.openmp(l.loaded()))",
+        "the tests of embeddings",
+        absent="not installed; only the tests need it",
     ),
     Import(
         "apple_fm_sdk",
         "import apple_fm_sdk as a; print(*a.SystemLanguageModel().is_available())",
         "Apple's own model",
         is_apples=True,
+        absent="not installed; it needs macOS 26 and Xcode 26",
     ),
 )
 
@@ -184,10 +194,14 @@ def _import(machine: Machine, one: Import) -> Row:
     done = machine.run(str(machine.python), "-c", one.code, limit_s=_IMPORT_LIMIT_S)
     if done.code == 0:
         value = f"{done.last_line} ({done.seconds:.1f} s)"
-        lacks = machine.is_mac and one.mac_lacks and one.mac_lacks in done.last_line.split()
+        lacks = (
+            machine.is_mac
+            and one.mac_lacks
+            and one.mac_lacks in re.split(r"[\s,]+", done.last_line)
+        )
         problem = f"It was not built for this Mac, so {one.purpose} is slow." if lacks else ""
         return judged(what, value, problem, "rm -rf .venv, then scripts/setup torch", WARN)
-    if one.is_apples and "No module named" in done.text:
-        return Row(what, OK, "not installed; it needs macOS 26 and Xcode 26")
+    if one.absent and "No module named" in done.text:
+        return Row(what, OK, one.absent)
     problem = f"Importing it {done.ended}, so {one.purpose} cannot be used: {done.last_line[-200:]}"
     return judged(what, f"{done.seconds:.1f} s", problem, _AGAIN, FAIL if one.is_needed else WARN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from scripts.doctor_lib.machine import Machine
@@ -12,69 +13,78 @@ from scripts.doctor_lib.row import FAIL, NEEDS_MAC, OK, WARN, Row, skipped
 _LIMIT_S = 60.0
 # Compiling kernels and Core ML programs for the first time takes minutes on some Macs.
 _COMPUTE_LIMIT_S: Mapping[str, float] = MappingProxyType({"darwin": 240.0})
-# The names of the probes, with whether only a Mac has them; `probes` may not be imported here.
-READINGS: Mapping[str, bool] = MappingProxyType(
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where a probe is; the modules import the server, so they may not be imported here.
+
+    `is_optional`: other formats work without what it needs.
+    """
+
+    module: str = "own_readings"
+    needs_mac: bool = False
+    is_optional: bool = False
+
+
+READINGS: Mapping[str, Probe] = MappingProxyType(
     {
-        "settings": False,
-        "memory budget": False,
-        "Metal's working set": True,
-        "path of an open file": True,
-        "memory of a process": False,
-        "sensors": False,
-        "threads": False,
-        "inspection of a model": False,
-        "chat template": False,
-        "turns of two processes": False,
-        "Unix socket": False,
-        "port in use": False,
+        "settings": Probe(),
+        "memory budget": Probe(),
+        "Metal's working set": Probe("mac_readings", needs_mac=True, is_optional=True),
+        "MLX' wired limit": Probe("generation", needs_mac=True, is_optional=True),
+        "path of stderr": Probe("mac_readings"),
+        "memory of a process": Probe("mac_readings"),
+        "sensors": Probe(),
+        "heat and pressure": Probe("mac_readings", needs_mac=True, is_optional=True),
+        "threads": Probe(),
+        "loaded OpenMP": Probe("libraries", is_optional=True),
+        "inspection of a model": Probe(),
+        "chat template": Probe(),
+        "turns of two processes": Probe(),
+        "Unix socket": Probe(),
+        "port in use": Probe(),
     }
 )
-COMPUTATIONS: Mapping[str, bool] = MappingProxyType(
+COMPUTATIONS: Mapping[str, Probe] = MappingProxyType(
     {
-        "MLX": False,
-        "variables of MLX": True,
-        "PyTorch": False,
-        "starter by llama.cpp": False,
-        "ONNX encoder": False,
-        "Core ML": True,
+        "MLX": Probe("computations", is_optional=True),
+        "MLX, prompt and steps": Probe("generation", is_optional=True),
+        "variables of MLX": Probe("computations", needs_mac=True, is_optional=True),
+        "PyTorch": Probe("computations", is_optional=True),
+        "PyTorch, prompt and steps": Probe("generation", is_optional=True),
+        "starter by llama.cpp": Probe("starter"),
+        "ONNX encoder": Probe("computations", is_optional=True),
+        "Core ML": Probe("computations", needs_mac=True, is_optional=True),
     }
 )
-# Other formats work without these.
-_OPTIONAL = frozenset(
-    {
-        "PyTorch", "ONNX encoder", "Core ML", "MLX", "variables of MLX", "Metal's working set",
-    }
-)  # fmt: skip
 
 
 def reading_rows(machine: Machine) -> Iterator[Row]:
     """Yield the rows of the server's own readings."""
-    yield from _rows(machine, "probes", READINGS, _LIMIT_S)
+    yield from _rows(machine, READINGS, _LIMIT_S)
 
 
 def compute_rows(machine: Machine) -> Iterator[Row]:
     """Yield the rows of computations."""
-    limit_s = _COMPUTE_LIMIT_S.get(machine.system, _LIMIT_S)
-    yield from _rows(machine, "gpu_probes", COMPUTATIONS, limit_s)
+    yield from _rows(machine, COMPUTATIONS, _COMPUTE_LIMIT_S.get(machine.system, _LIMIT_S))
 
 
-def _rows(
-    machine: Machine, module: str, probes: Mapping[str, bool], limit_s: float
-) -> Iterator[Row]:
-    for name, needs_mac in probes.items():
+def _rows(machine: Machine, probes: Mapping[str, Probe], limit_s: float) -> Iterator[Row]:
+    for name, probe in probes.items():
         if not machine.is_set_up:
             yield skipped(name, "scripts/setup has not run yet")
-        elif needs_mac and not machine.is_mac:
+        elif probe.needs_mac and not machine.is_mac:
             yield skipped(name, NEEDS_MAC)
         else:
-            yield run_probe(machine, module, name, limit_s)
+            yield run_probe(machine, name, probe, limit_s)
 
 
-def run_probe(machine: Machine, module: str, name: str, limit_s: float) -> Row:
+def run_probe(machine: Machine, name: str, probe: Probe, limit_s: float) -> Row:
     """Run a probe and return its row; a crash or a hang of the process is a result too."""
-    command = [str(machine.python), "-B", "-m", f"scripts.doctor_lib.{module}", name]
+    command = [str(machine.python), "-B", "-m", f"scripts.doctor_lib.probes.{probe.module}", name]
     done = machine.run(*command, limit_s=limit_s)
-    state = WARN if name in _OPTIONAL else FAIL
+    state = WARN if probe.is_optional else FAIL
     try:
         found = json.loads(done.last_line)
         problem = str(found["problem"])

@@ -183,16 +183,16 @@ def without_metal(plant: Plant) -> None:
 
 def refused_starter(plant: Plant) -> None:
     result = '{"value": "Refused", "problem": "ended with code 71", "cure": "x", "state": "FAIL"}'
-    plant.set_up(f"  *'probes inspection'*) echo '{result}' ;;")
+    plant.set_up(f"  *'own_readings inspection'*) echo '{result}' ;;")
 
 
 def probe_crashes(plant: Plant) -> None:
-    plant.set_up("  *gpu_probes*llama*) kill -SEGV $$ ;;")
+    plant.set_up("  *'starter by llama.cpp'*) kill -SEGV $$ ;;")
 
 
 def wrong_sums(plant: Plant) -> None:
     result = '{"value": "mps", "problem": "It differs", "cure": "x", "state": "FAIL"}'
-    plant.set_up(f"  *'gpu_probes PyTorch'*) echo '{result}' ;;")
+    plant.set_up(f"  *'computations PyTorch'*) echo '{result}' ;;")
 
 
 FAULTS: list[tuple[Callable[[Plant], None], str, str, str, str]] = [

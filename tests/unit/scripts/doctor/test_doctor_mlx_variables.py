@@ -10,8 +10,8 @@ import pytest
 
 from core.settings import Settings
 from deployments.start.environment import environment
-from scripts.doctor_lib import mlx_variables
-from scripts.doctor_lib.mlx_variables import SETTINGS, compare, measure, measure_in_process
+from scripts.doctor_lib.probes import mlx_variables
+from scripts.doctor_lib.probes.mlx_variables import SETTINGS, compare, measure, measure_in_process
 from scripts.doctor_lib.row import WARN
 
 

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from scripts.doctor_lib import gpu_probes, probes, readings, tools
+from scripts.doctor_lib import readings, tools
 from scripts.doctor_lib.child import MISSING, TOO_LATE, run
 from scripts.doctor_lib.privacy import Privacy
+from scripts.doctor_lib.probes import (
+    computations,
+    generation,
+    libraries,
+    mac_readings,
+    own_readings,
+    starter,
+)
 from scripts.doctor_lib.report import write_report
 from scripts.doctor_lib.row import FAIL, OK, WARN, Row
 from tests.unit.scripts.doctor.conftest import Plant
@@ -100,14 +108,19 @@ def test_the_output_of_a_child_is_bounded() -> None:
 
 
 def test_probes_and_rows_have_the_same_names() -> None:
-    assert list(probes.PROBES) == list(readings.READINGS)
-    assert list(gpu_probes.PROBES) == list(readings.COMPUTATIONS)
+    modules = (computations, generation, libraries, mac_readings, own_readings, starter)
+    there = {(module.__name__, name) for module in modules for name in module.PROBES}
+    listed = {**readings.READINGS, **readings.COMPUTATIONS}
+    start = "scripts.doctor_lib.probes."
+    assert there == {(start + probe.module, name) for name, probe in listed.items()}
 
 
 def test_footprints_answer_is_parsed() -> None:
     said = "======\npython3.12 [812]: 64-bit    Footprint: 91 MB (16384 bytes per page)\n======"
-    assert probes._footprint_bytes(said) == 91 * 2**20
-    assert probes._footprint_bytes("no such process") == 0
+    assert mac_readings.footprint_bytes(said) == 91 * 2**20
+    vmmap = "Physical footprint:         12.5M\nPhysical footprint (peak):  90.1M\n"
+    assert mac_readings.footprint_bytes(vmmap) == 12.5 * 2**20
+    assert mac_readings.footprint_bytes("no such process") == 0
 
 
 def test_homebrew_and_its_openmp_are_told(plant: Plant) -> None:
@@ -122,38 +135,38 @@ def test_homebrew_and_its_openmp_are_told(plant: Plant) -> None:
 
 def test_an_invalid_setting_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMPETUS_MAX_SEQUENCES", "many")
-    found = probes.settings()
+    found = own_readings.settings()
     assert "max_sequences (IMPETUS_MAX_SEQUENCES)" in found.problem
     assert "many" not in found.problem
 
 
 def test_a_public_address_without_a_key_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMPETUS_HOST", "0.0.0.0")
-    assert "no API key is set" in probes.settings().problem
+    assert "no API key is set" in own_readings.settings().problem
 
 
 def test_an_unknown_variable_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMPETUS_PROT", "8001")
-    found = probes.settings()
+    found = own_readings.settings()
     assert (found.state, "did you mean IMPETUS_PORT?" in found.problem) == (WARN, True)
 
 
 def test_a_port_that_would_be_taken_over_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert probes.busy_port().problem == ""
+    assert own_readings.busy_port().problem == ""
     monkeypatch.setattr("deployments.router.listener.bind", lambda *_: socket.socket())
-    assert probes.busy_port().problem == "A port in use counts as free."
+    assert own_readings.busy_port().problem == "A port in use counts as free."
 
 
 def test_a_probe_that_answers_nonsense_is_a_row(plant: Plant) -> None:
     plant.set_up("  *doctor_lib.probes*) echo '[1]' ;;")
-    row = readings.run_probe(plant.machine(), "probes", "threads", 10.0)
+    row = readings.run_probe(plant.machine(), "threads", readings.Probe(), 10.0)
     assert (row.state, row.problem) == (FAIL, "The probe gave no result: [1]")
 
 
 def test_a_probe_that_crashes_at_its_end_is_a_warning(plant: Plant) -> None:
     result = '{"value": "fine", "problem": "", "cure": "", "state": "FAIL"}'
     plant.set_up(f"  *doctor_lib.probes*) echo '{result}'; kill -ABRT $$ ;;")
-    row = readings.run_probe(plant.machine(), "probes", "threads", 10.0)
+    row = readings.run_probe(plant.machine(), "threads", readings.Probe(), 10.0)
     assert (row.state, row.problem) == (WARN, "At its end the probe crashed with SIGABRT.")
 
 
@@ -167,7 +180,7 @@ def test_the_budget_of_a_mac_tells_what_other_applications_leave(
         return 3 << 30
 
     monkeypatch.setattr("scheduler.sensors.macos_pages.available_bytes", available)
-    assert probes._others() == ""
+    assert own_readings._others() == ""
     monkeypatch.setattr("sys.platform", "darwin")
     told = "applications: host_statistics64 failed" if fails else "applications leave 3.0 GiB"
-    assert told in probes._others()
+    assert told in own_readings._others()

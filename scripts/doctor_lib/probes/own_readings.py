@@ -1,12 +1,9 @@
 """Probes of step `readings`: the server's own readings, each in a process of its own.
 
-Usage: python -m scripts.doctor_lib.probes NAME
+Usage: python -m scripts.doctor_lib.probes.own_readings NAME
 """
 
-import ctypes
 import os
-import re
-import resource
 import socket
 import subprocess
 import sys
@@ -18,9 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from core.errors import ImpetusError
-from core.units import GIB, MIB
+from core.units import GIB
 from scripts.doctor_lib.machine import ROOT
-from scripts.doctor_lib.probe_result import Found, print_result
+from scripts.doctor_lib.probes.mac_readings import told
+from scripts.doctor_lib.probes.result import Found, print_result
 from scripts.doctor_lib.row import WARN
 
 _TURNS = 1000
@@ -71,73 +69,6 @@ def budget() -> Found:
     return Found(value, problem, "set IMPETUS_MEMORY_BUDGET, such as 8GiB", WARN)
 
 
-def metal() -> Found:
-    """Compare Metal's working set as the server reads it with the one that MLX reads.
-
-    Also tells whether a process gets a default device before CoreGraphics is loaded.
-    """
-    # Before any import that loads CoreGraphics.
-    has_device = _has_default_device()
-
-    import mlx.core as mx
-
-    from scheduler.sensors.macos_memory import MacLimits
-
-    own = MacLimits().gpu_bytes() or 0
-    other = int(mx.device_info()["max_recommended_working_set_size"])
-    bare = "a" if has_device else "no"
-    value = f"{own / GIB:.2f} GiB; MLX {other / GIB:.2f} GiB; {bare} device without CoreGraphics"
-    is_near = abs(own - other) < MIB or MacLimits().wired_limit_bytes() is not None
-    return Found(value, "" if is_near else "The two differ.", "send the report", WARN)
-
-
-def _has_default_device() -> bool:
-    library = ctypes.CDLL("/System/Library/Frameworks/Metal.framework/Metal")
-    library.MTLCreateSystemDefaultDevice.restype = ctypes.c_void_p
-    return bool(library.MTLCreateSystemDefaultDevice())
-
-
-def open_file_path() -> Found:
-    """Ask the system for the path of an open file, as the tail of a process's errors does."""
-    import fcntl
-
-    with tempfile.NamedTemporaryFile(prefix="impetus-doctor-") as file:
-        # Source: fcntl(2) of macOS, F_GETPATH, at most 1024 bytes.
-        answer = fcntl.fcntl(file.fileno(), 50, bytes(1024)).rstrip(b"\0")
-        is_same = os.path.realpath(file.name) == os.path.realpath(os.fsdecode(answer))
-    return Found("told", "" if is_same else "The path is another one.", "send the report", WARN)
-
-
-def footprint() -> Found:
-    """Compare this process's memory as the server measures it with the system's number."""
-    from scheduler.sensors.process_memory import open_meter
-
-    held = bytearray(64 * MIB)
-    held[::4096] = b"x" * len(held[::4096])
-    own = open_meter().read() or 0
-    if sys.platform == "darwin":
-        done = subprocess.run(
-            ["/usr/bin/footprint", "-p", str(os.getpid())],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        other = _footprint_bytes(done.stdout)
-    else:
-        other = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    value = f"{own / MIB:.0f} MiB; the system says {other / MIB:.0f} MiB"
-    is_near = own > len(held) and (not other or abs(own - other) < 0.25 * other)
-    return Found(value, "" if is_near else "The two differ.", "send the report", WARN)
-
-
-def _footprint_bytes(text: str) -> int:
-    """Return the footprint that footprint(1) prints, 0 if it prints none."""
-    match = re.search(r"Footprint:\s*([\d.]+)\s*(KB|MB|GB)", text)
-    if match is None:
-        return 0
-    return int(float(match[1]) * {"KB": 2**10, "MB": 2**20, "GB": 2**30}[match[2]])
-
-
 def sensors() -> Found:
     """Read heat, memory pressure and power as the scheduler does."""
     from scheduler.sensors.machine import open_sensor
@@ -155,7 +86,11 @@ def cores() -> Found:
     from backends.engine.threads import performance_cores
     from core.cpus import usable_cpus
 
-    return Found(f"{performance_cores()} threads per engine, {usable_cpus()} CPUs")
+    value = f"{performance_cores()} threads per engine, {usable_cpus()} CPUs"
+    fast = told("sysctl", "-n", "hw.perflevel0.physicalcpu") if sys.platform == "darwin" else ""
+    if fast.isdigit() and int(fast) != performance_cores():
+        return Found(value, f"This Mac has {fast} fast cores.", "send the report", WARN)
+    return Found(value)
 
 
 def inspector() -> Found:
@@ -200,7 +135,13 @@ def turns() -> Found:
 
     with tempfile.TemporaryDirectory(prefix="impetus-doctor-") as folder:
         path = Path(folder) / "turns"
-        command = [sys.executable, "-m", "scripts.doctor_lib.probes", _PARTNER, str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "scripts.doctor_lib.probes.own_readings",
+            _PARTNER,
+            str(path),
+        ]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as partner:
             lock = AcceleratorLock(path, timeout_s=_TURN_LIMIT_S)
             lock.register()
@@ -263,9 +204,6 @@ PROBES: Mapping[str, Callable[[], Found]] = MappingProxyType(
     {
         "settings": settings,
         "memory budget": budget,
-        "Metal's working set": metal,
-        "path of an open file": open_file_path,
-        "memory of a process": footprint,
         "sensors": sensors,
         "threads": cores,
         "inspection of a model": inspector,

@@ -1,6 +1,6 @@
 """Probes of step `compute`: small computations on the GPU, or the CPU, and their errors.
 
-Usage: python -m scripts.doctor_lib.gpu_probes NAME
+Usage: python -m scripts.doctor_lib.probes.computations NAME
 """
 
 import sys
@@ -12,16 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from scripts.doctor_lib.mlx_variables import compare
-from scripts.doctor_lib.probe_result import Found, print_result
+from scripts.doctor_lib.probes.mlx_variables import compare
+from scripts.doctor_lib.probes.result import Found, print_result
 from scripts.doctor_lib.row import WARN
 
 _SIZE = 1024
-_PROMPT_TOKENS = 64
-_STEPS = 16
-# Relative to the largest number: float32 sums in another order, and half of that for logits.
+# Relative to the largest number: float32 sums in another order.
 _MATMUL_ERROR = 1e-3
-_LOGIT_ERROR = 0.05
 _LENGTHS = (1, 2, 7, 32, 128)
 _SEND = "send the report"
 
@@ -55,48 +52,6 @@ def torch_matmul() -> Found:
     took = time.monotonic() - began
     error = float((result - exact).abs().max() / exact.abs().max())
     return _compared(f"{device}, {took * 1e3:.0f} ms", error, _MATMUL_ERROR)
-
-
-def starter() -> Found:
-    """Compute the starter with llama.cpp; on a Mac compare the GPU's logits with the CPU's."""
-    import numpy as np
-
-    from catalog.scan.starters import STARTERS, installed_starter
-
-    found = installed_starter(STARTERS[0])
-    if found is None:
-        return Found("no starter model", "It is not installed.", "scripts/setup torch", WARN)
-    logits, told = _run_starter(found.path, 0)
-    if sys.platform != "darwin":
-        finite = bool(np.isfinite(logits).all())
-        return Found(told, "" if finite else "The logits are not finite.", _SEND)
-    others, told = _run_starter(found.path, -1)
-    error = float(np.abs(others - logits).max() / np.abs(logits).max())
-    if int(others.argmax()) != int(logits.argmax()):
-        return Found(told, "GPU and CPU choose different tokens.", _SEND)
-    return _compared(told, error, _LOGIT_ERROR)
-
-
-def _run_starter(path: Path, gpu_layers: int) -> tuple[Any, str]:
-    """Return the logits after a fixed prompt, and the speed in words."""
-    import llama_cpp
-    import numpy as np
-
-    model = llama_cpp.Llama(
-        str(path), n_gpu_layers=gpu_layers, n_ctx=256, n_batch=_PROMPT_TOKENS, verbose=False
-    )
-    prompt = [(index * 37) % 4096 + 300 for index in range(_PROMPT_TOKENS)]
-    began = time.monotonic()
-    model.eval(prompt)
-    first = time.monotonic() - began
-    pointer = llama_cpp.llama_get_logits_ith(model.ctx, -1)
-    logits = np.ctypeslib.as_array(pointer, (model.n_vocab(),)).copy()
-    began = time.monotonic()
-    for token in range(_STEPS):
-        model.eval([300 + token])
-    speed = _STEPS / (time.monotonic() - began)
-    model.close()
-    return logits, f"first {_PROMPT_TOKENS} tokens {first:.2f} s, then {speed:.0f} tokens/s"
 
 
 def encoder() -> Found:
@@ -159,7 +114,7 @@ def core_ml() -> Found:
     with tempfile.TemporaryDirectory(prefix="impetus-doctor-") as folder:
         path = str(Path(folder) / "probe.mlpackage")
         ct.convert(program, convert_to="mlprogram", skip_model_load=True).save(path)
-        for units in (ct.ComputeUnit.CPU_ONLY, ct.ComputeUnit.CPU_AND_GPU, ct.ComputeUnit.ALL):
+        for units in ct.ComputeUnit:
             with _Ticker() as ticker:
                 model = ct.models.MLModel(path, compute_units=units)
                 out = model.predict({"x": np.ones((1, 64), dtype=np.float32)})
@@ -204,7 +159,6 @@ PROBES: Mapping[str, Callable[[], Found]] = MappingProxyType(
         "MLX": mlx_matmul,
         "variables of MLX": compare,
         "PyTorch": torch_matmul,
-        "starter by llama.cpp": starter,
         "ONNX encoder": encoder,
         "Core ML": core_ml,
     }

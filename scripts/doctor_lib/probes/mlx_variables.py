@@ -1,6 +1,6 @@
 """Measures which variables of MLX make small steps on Apple's GPU faster, each in a process.
 
-Usage: python -m scripts.doctor_lib.mlx_variables
+Usage: python -m scripts.doctor_lib.probes.mlx_variables
 
 They are read when MLX starts, and what they change depends on the chip and on macOS: the server
 sets none of them until Macs have shown which ones help.  Source: MLX, `mlx/utils.h` and
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from scripts.doctor_lib.probe_result import Found
+from scripts.doctor_lib.probes.result import Found
 from scripts.doctor_lib.row import WARN
 
 # What others set.  Sources: oMLX, vLLM-Metal.
@@ -73,7 +73,7 @@ def measure_in_process(values: Mapping[str, str]) -> tuple[float, float]:
     """
     kept = {name: value for name, value in os.environ.items() if name not in _NAMES}
     done = subprocess.run(
-        [sys.executable, "-B", "-m", "scripts.doctor_lib.mlx_variables"],
+        [sys.executable, "-B", "-m", "scripts.doctor_lib.probes.mlx_variables"],
         env={**kept, **values},
         stdin=subprocess.DEVNULL,
         capture_output=True,
