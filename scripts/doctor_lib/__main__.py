@@ -1,17 +1,20 @@
 """Checks this machine and the installation for what stops or slows the server.
 
 Works before and after scripts/setup, installs and changes nothing, and leaves nothing behind
-but its report.  Exit code: 0 all right, 2 with warnings, 1 if something stops the server.
+but its report.  Exit code: 0 all right, 2 with warnings, 1 if something stops the server,
+130 if it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -33,6 +36,8 @@ STEPS: Mapping[str, Sequence[Callable[[Machine], Iterator[Row]]]] = MappingProxy
         "server": (server.rows,),
     }
 )
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_INTERRUPTED = 130
 CODES: Mapping[str, int] = MappingProxyType({FAIL: 1, WARN: 2})
 
 
@@ -45,17 +50,19 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
     began = time.monotonic()
     rows: list[Row] = []
     durations: dict[str, float] = {}
-    for step in options.steps:
-        step_began = time.monotonic()
-        print(f"-- {step}", flush=True)
-        for row in checked(STEPS[step], machine):
-            rows.append(row)
-            print(privacy.hide("\n".join(row.lines())), flush=True)
-        durations[step] = round(time.monotonic() - step_began, 1)
+    is_whole = True
+    try:
+        with _interruptible():
+            for step in options.steps:
+                _take(step, machine, privacy, rows, durations)
+    except KeyboardInterrupt:
+        is_whole = False
+        print("\nInterrupted: what it had started is stopped.", flush=True)
     count = {state: sum(row.state == state for row in rows) for state in (FAIL, WARN)}
     took = time.monotonic() - began
     print(f"\n{count[FAIL]} stop the server, {count[WARN]} warnings; {took:.0f} s.")
     facts = {
+        "is_whole": is_whole,
         "seconds": durations,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -66,10 +73,45 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
         print(f"The report could not be written to {options.report}: {problem.strerror}.")
     else:
         print(f"The report, without names and secrets: {paths[0]} and {paths[1].name}")
+    if not is_whole:
+        return _INTERRUPTED
     return next((code for state, code in CODES.items() if count[state]), 0)
 
 
-def checked(parts: Sequence[Callable[[Machine], Iterator[Row]]], machine: Machine) -> Iterator[Row]:
+def _take(
+    step: str, machine: Machine, privacy: Privacy, rows: list[Row], durations: dict[str, float]
+) -> None:
+    """Print the rows of a step and add them to `rows`, and its seconds to `durations`."""
+    began = time.monotonic()
+    print(f"-- {step}", flush=True)
+    # Closed also where printing is interrupted: the step `server` stops its server then.
+    with closing(checked(STEPS[step], machine)) as found:
+        for row in found:
+            rows.append(row)
+            print(privacy.hide("\n".join(row.lines())), flush=True)
+    durations[step] = round(time.monotonic() - began, 1)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make a first signal that ends programs a KeyboardInterrupt, and ignore further ones."""
+
+    def interrupt(*_: object) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    former = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def checked(
+    parts: Sequence[Callable[[Machine], Iterator[Row]]], machine: Machine
+) -> Generator[Row, None, None]:
     """Yield the rows of a step; a check that breaks is a row too, and the others go on."""
     for part in parts:
         try:

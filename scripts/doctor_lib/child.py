@@ -6,14 +6,20 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TypeVar
 
 MISSING, TOO_LATE = 127, 124
 _HEAD_BYTES, _TAIL_BYTES = 8_192, 65_536
+_PAUSE_S = 0.02
+_Result = TypeVar("_Result")
+_lock = threading.Lock()
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,37 @@ def run(
             )
         except OSError as problem:
             return Ran(MISSING, problem.strerror or str(problem), 0.0)
+        with _lock:
+            _running.add(process)
         try:
             code = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             code = TOO_LATE
         finally:
             end_group(process)
+            with _lock:
+                _running.discard(process)
         return Ran(code, _text(output), time.monotonic() - began)
+
+
+def in_order(tasks: Sequence[Callable[[], _Result]], lanes: int) -> Generator[_Result, None, None]:
+    """Yield the results of `tasks`, of which at most `lanes` run at a time.
+
+    Ends the commands of those that still run if it is closed or interrupted.
+    """
+    pool = ThreadPoolExecutor(lanes)
+    futures = [pool.submit(task) for task in tasks]
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in futures):
+            with _lock:
+                processes = list(_running)
+            for process in processes:
+                end_group(process)
+            time.sleep(_PAUSE_S)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,6 +86,18 @@ class Machine:
         environment = {**self.environment, **(extra or {})}
         program = shutil.which(command[0], path=environment["PATH"]) or command[0]
         return run([program, *command[1:]], limit_s, environment, str(self.root))
+
+    def run_python(self, *arguments: str, limit_s: float) -> Ran:
+        """Run the virtual environment's Python with a temporary folder of its own; blocks.
+
+        What a killed process, or Core ML, leaves in that folder is removed.
+        """
+        folder = tempfile.mkdtemp(prefix="impetus-doctor-")
+        try:
+            extra = {"TMPDIR": folder}
+            return self.run(str(self.python), "-B", *arguments, limit_s=limit_s, extra=extra)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def sysctl(self, name: str) -> str:
         """Return a value of macOS' kernel; empty if it has none of that name."""

@@ -6,8 +6,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from core.machine import macos_release_of
+from scripts.doctor_lib.child import in_order
 from scripts.doctor_lib.machine import Machine
 from scripts.doctor_lib.row import FAIL, NEEDS_MAC, OK, WARN, Row, judged, skipped
 
@@ -15,6 +17,7 @@ _AGAIN = "scripts/setup torch"
 _LIST_LIMIT_S = 30.0
 # The first import on a Mac is checked by the system for malware, which takes long.
 _IMPORT_LIMIT_S = 60.0
+_LANES = 2
 # A line of scripts/constraints.txt; some are for one system only.
 _PIN = re.compile(
     r"^([\w.-]+)==([^\s;]+)(?:\s*;\s*sys_platform\s*(==|!=)\s*'(\w+)')?\s*$", re.MULTILINE
@@ -116,7 +119,7 @@ def rows(machine: Machine) -> Iterator[Row]:
     complete = (machine.root / ".venv" / "installed-runtime").is_file()
     problem = "" if complete else "The installation was interrupted."
     yield judged("set-up", "complete" if complete else "incomplete", problem, _AGAIN)
-    done = machine.run(str(machine.python), "-c", _INSTALLED, limit_s=_LIST_LIMIT_S)
+    done = machine.run_python("-c", _INSTALLED, limit_s=_LIST_LIMIT_S)
     try:
         found = json.loads(done.last_line)
         versions, wheel = dict(found["versions"]), str(found["wheel"])
@@ -126,8 +129,7 @@ def rows(machine: Machine) -> Iterator[Row]:
         yield _versions(machine, versions)
         yield _metal_wheel(machine, wheel)
     yield _openmp(machine)
-    for one in IMPORTS:
-        yield _import(machine, one)
+    yield from in_order([partial(_import, machine, one) for one in IMPORTS], _LANES)
 
 
 def _versions(machine: Machine, installed: Mapping[str, str]) -> Row:
@@ -191,7 +193,7 @@ def _import(machine: Machine, one: Import) -> Row:
     what = f"import {one.package}"
     if one.is_apples and not machine.is_mac:
         return skipped(what, NEEDS_MAC)
-    done = machine.run(str(machine.python), "-c", one.code, limit_s=_IMPORT_LIMIT_S)
+    done = machine.run_python("-c", one.code, limit_s=_IMPORT_LIMIT_S)
     if done.code == 0:
         value = f"{done.last_line} ({done.seconds:.1f} s)"
         lacks = (

@@ -71,7 +71,7 @@ class Processes:
 
     def _table(self) -> dict[int, tuple[int, str, str]]:
         """Return parent, start and command of every process; zombies have ended already."""
-        columns = ("-axo", "pid=,ppid=,state=,lstart=,command=")
+        columns = ("-axwwo", "pid=,ppid=,state=,lstart=,command=")
         table = {}
         for line in self._machine.run("ps", *columns, limit_s=_LIMIT_S).text.splitlines():
             # lstart has five words, such as: Mon Nov 30 10:14:22 2026.

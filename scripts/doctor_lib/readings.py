@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
+from scripts.doctor_lib.child import in_order
 from scripts.doctor_lib.machine import Machine
 from scripts.doctor_lib.row import FAIL, NEEDS_MAC, OK, WARN, Row, skipped
 
 _LIMIT_S = 60.0
+# Most of a probe's time is the import of packages, on one core.
+_LANES = 2
 # Compiling kernels and Core ML programs for the first time takes minutes on some Macs.
 _COMPUTE_LIMIT_S: Mapping[str, float] = MappingProxyType({"darwin": 240.0})
 
@@ -62,28 +66,33 @@ COMPUTATIONS: Mapping[str, Probe] = MappingProxyType(
 
 def reading_rows(machine: Machine) -> Iterator[Row]:
     """Yield the rows of the server's own readings."""
-    yield from _rows(machine, READINGS, _LIMIT_S)
+    yield from _rows(machine, READINGS, _LIMIT_S, _LANES)
 
 
 def compute_rows(machine: Machine) -> Iterator[Row]:
-    """Yield the rows of computations."""
-    yield from _rows(machine, COMPUTATIONS, _COMPUTE_LIMIT_S.get(machine.system, _LIMIT_S))
+    """Yield the rows of computations; on a Mac one after the other, as they share the GPU."""
+    lanes = 1 if machine.is_mac else _LANES
+    limit_s = _COMPUTE_LIMIT_S.get(machine.system, _LIMIT_S)
+    yield from _rows(machine, COMPUTATIONS, limit_s, lanes)
 
 
-def _rows(machine: Machine, probes: Mapping[str, Probe], limit_s: float) -> Iterator[Row]:
-    for name, probe in probes.items():
+def _rows(
+    machine: Machine, probes: Mapping[str, Probe], limit_s: float, lanes: int
+) -> Iterator[Row]:
+    def row(name: str, probe: Probe) -> Row:
         if not machine.is_set_up:
-            yield skipped(name, "scripts/setup has not run yet")
-        elif probe.needs_mac and not machine.is_mac:
-            yield skipped(name, NEEDS_MAC)
-        else:
-            yield run_probe(machine, name, probe, limit_s)
+            return skipped(name, "scripts/setup has not run yet")
+        if probe.needs_mac and not machine.is_mac:
+            return skipped(name, NEEDS_MAC)
+        return run_probe(machine, name, probe, limit_s)
+
+    yield from in_order([partial(row, *each) for each in probes.items()], lanes)
 
 
 def run_probe(machine: Machine, name: str, probe: Probe, limit_s: float) -> Row:
     """Run a probe and return its row; a crash or a hang of the process is a result too."""
-    command = [str(machine.python), "-B", "-m", f"scripts.doctor_lib.probes.{probe.module}", name]
-    done = machine.run(*command, limit_s=limit_s)
+    module = f"scripts.doctor_lib.probes.{probe.module}"
+    done = machine.run_python("-m", module, name, limit_s=limit_s)
     state = WARN if probe.is_optional else FAIL
     try:
         found = json.loads(done.last_line)

@@ -30,7 +30,7 @@ def trial(mode: str, limits: Limits = LIMITS) -> tuple[list[Row], Path]:
 
 def running() -> str:
     done = subprocess.run(
-        ["ps", "-axo", "state=,command="], capture_output=True, text=True, check=True
+        ["ps", "-axwwo", "state=,command="], capture_output=True, text=True, check=True
     )
     lines = [line for line in done.stdout.splitlines() if not line.startswith("Z")]
     # Those of this process: others may run the same tests.
@@ -57,6 +57,15 @@ def test_a_healthy_server_passes_and_is_gone() -> None:
     assert "MiB after 0.1, 0.5 and 2 s" in find(rows, "unload").value
     assert folder.name.startswith("impetus-doctor-")
     assert not folder.exists()
+    assert running() == ""
+
+
+def test_a_narrow_terminal_hides_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ps` cuts its lines where COLUMNS is set."""
+    monkeypatch.setenv("COLUMNS", "60")
+    rows, _ = trial("healthy")
+    assert find(rows, "killed process").value.startswith("replaced")
+    monkeypatch.delenv("COLUMNS")
     assert running() == ""
 
 
