@@ -37,8 +37,9 @@ def rows(machine: Machine) -> Iterator[Row]:
 def _version(machine: Machine, what: str) -> Row:
     release = machine.run("uname", "-r").text
     told = machine.run("sw_vers", "-productVersion").text
+    build = machine.run("sw_vers", "-buildVersion").text
     major = macos_release_of(release)
-    value = f"macOS {major} (Darwin {release}); sw_vers says {told or 'nothing'}"
+    value = f"macOS {major} (Darwin {release}); sw_vers says {told or 'nothing'} {build}".rstrip()
     if 0 < major < _STATES_SINCE:
         return judged(what, value, "Core ML language models need macOS 15.", "update macOS", WARN)
     return judged(
@@ -62,8 +63,8 @@ def _sandbox(machine: Machine, what: str) -> Row:
 
 
 def _firewall(machine: Machine, what: str) -> Row:
-    program = "/usr/libexec/ApplicationFirewall/socketfilterfw"
-    state = re.search(r"State = (\d)", machine.run(program, "--getglobalstate").text)
+    program = machine.top / "usr" / "libexec" / "ApplicationFirewall" / "socketfilterfw"
+    state = re.search(r"State = (\d)", machine.run(str(program), "--getglobalstate").text)
     value = {"0": "off", "1": "on", "2": "blocks everything"}.get(state[1] if state else "", "?")
     hint = "" if value == "off" else "; if macOS asks about Python, Deny is fine"
     return Row(what, OK, value + hint)

@@ -120,7 +120,8 @@ class Machine:
 
 
 def existing(path: Path) -> Path:
-    """Return `path`, or the nearest folder above it that exists."""
-    while not path.exists() and path != path.parent:
+    """Return `path`, or the nearest one above it that exists and can be seen."""
+    # Unlike Path.exists it raises nothing below a folder that may not be entered.
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import socket
 import urllib.error
@@ -28,6 +29,15 @@ _LEAST_FILES = 4096
 # Ray's, which would listen on every interface; deployments.start.environment refuses them.
 _REFUSED = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS")
 _ANSWER_LIMIT_S = 2.0
+_LIST_LIMIT_S = 10.0
+# What mount(8) prints: `disk on /point (apfs, local)` on macOS, `disk on /point type ext4 (rw)`.
+_MOUNT = re.compile(r"^.+? on (.+?)(?: type (\S+))? \(([^()]*)\)$", re.MULTILINE)
+_UNFIT_FILE_SYSTEMS = frozenset(
+    (
+        *("exfat", "msdos", "vfat", "ntfs", "ntfs3", "fuseblk", "macfuse"),
+        *("smbfs", "cifs", "nfs", "nfs4", "afpfs", "webdav", "9p"),
+    )
+)
 DEFAULT_PORT = 8000
 
 
@@ -39,7 +49,8 @@ def rows(machine: Machine) -> Iterator[Row]:
     yield _memory(machine)
     yield from _disk(machine)
     yield _data_folder(machine)
-    yield _file_names(machine)
+    yield _file_system(machine)
+    yield _model_folders(machine)
     yield _socket_path(machine)
     yield _open_files()
     yield _ray_variables(machine)
@@ -85,15 +96,49 @@ def _data_folder(machine: Machine) -> Row:
     return judged("data folder", folder, problem, cure)
 
 
-def _file_names(machine: Machine) -> Row:
-    """Tell whether the data folder's file system has two names where only the case differs."""
+def _file_system(machine: Machine) -> Row:
+    """Tell the data folder's file system, and whether names differ where only the case does."""
     folder = existing(machine.data_folder)
-    other = Path(str(folder).swapcase())
+    other = str(folder).swapcase()
     try:
-        is_same = other.exists() and other.samefile(folder)
+        is_same = os.path.samefile(other, folder)
     except OSError:
         is_same = False
-    return Row("file names", OK, "case does not count" if is_same else "case counts")
+    kind = file_system(machine, folder)
+    value = f"{kind or 'unknown'}, case {'does not count' if is_same else 'counts'} in names"
+    is_unfit = kind.lower() in _UNFIT_FILE_SYSTEMS
+    problem = f"Locks and databases are not safe on {kind}." if is_unfit else ""
+    cure = "set IMPETUS_HOME to a folder on a disk of this machine"
+    return judged("file system", value, problem, cure, WARN)
+
+
+def file_system(machine: Machine, folder: Path) -> str:
+    """Return the type of the file system of `folder`, such as apfs; empty if unknown."""
+    line = machine.run("df", "-P", str(folder)).last_line
+    point = line.split(None, 5)[-1] if line.count(" ") >= 5 else ""
+    for name, linux_type, options in _MOUNT.findall(machine.run("mount").text):
+        if name == point:
+            return linux_type or options.partition(",")[0]
+    return ""
+
+
+def _model_folders(machine: Machine) -> Row:
+    """List each folder of models in a process: a network folder may not answer."""
+    named = machine.environment.get("IMPETUS_MODELS_PATH", "").split(os.pathsep)
+    folders = [os.path.expanduser(name) for name in named if name.strip()]
+    own = machine.data_folder / "models"
+    if os.path.lexists(own):
+        folders.append(str(own))
+    for folder in folders:
+        done = machine.run("ls", "-f", os.path.join(folder, "."), limit_s=_LIST_LIMIT_S)
+        if not done.code:
+            continue
+        cure = "correct IMPETUS_MODELS_PATH, or the folder's rights"
+        if machine.is_mac and "not permitted" in done.text:
+            cure = "System Settings, Privacy & Security, Files and Folders: allow your terminal"
+        reason = done.last_line.rpartition(": ")[2] if done.text else f"Listing it {done.ended}"
+        return judged("model folders", folder, f"It cannot be read: {reason}.", cure, WARN)
+    return Row("model folders", OK, ", ".join(folders) or "none besides the data folder's")
 
 
 def _socket_path(machine: Machine) -> Row:

@@ -18,6 +18,7 @@ _PLAIN = '#include <cstdio>\nint main() { std::puts("works"); }\n'
 # CoreGraphics first: without it a command line program gets no default device.
 _METAL = """#import <CoreGraphics/CoreGraphics.h>
 #import <Metal/Metal.h>
+#import <MetalKit/MetalKit.h>
 #include <cstdio>
 int main() {
   @autoreleasepool {
@@ -29,7 +30,11 @@ int main() {
   }
 }
 """
-_FRAMEWORKS = ("-framework", "Metal", "-framework", "Foundation", "-framework", "CoreGraphics")
+_FRAMEWORKS = tuple(
+    part
+    for name in ("Metal", "MetalKit", "Foundation", "CoreGraphics")
+    for part in ("-framework", name)
+)
 _OLDEST_XCODE = 26
 
 
@@ -86,11 +91,12 @@ def _sdk(machine: Machine, has_tools: bool) -> Row:
 
 def _homebrew(machine: Machine) -> Row:
     """Tell where Homebrew is; its OpenMP could come into a process beside PyTorch's."""
-    for prefix in (machine.top / "opt" / "homebrew", machine.top / "usr" / "local"):
-        if (prefix / "bin" / "brew").exists():
-            has_openmp = (prefix / "opt" / "libomp").exists()
-            return Row("Homebrew", OK, f"{prefix}, {'with' if has_openmp else 'without'} libomp")
-    return Row("Homebrew", OK, "none")
+    prefixes = (machine.top / "opt" / "homebrew", machine.top / "usr" / "local")
+    brew = next((str(one) for one in prefixes if (one / "bin" / "brew").exists()), "none")
+    places = [one / "opt" / "libomp" for one in prefixes]
+    places += [machine.top / "opt" / "local" / "lib" / "libomp", prefixes[1] / "lib/libomp.dylib"]
+    found = [str(one) for one in places if one.exists()]
+    return Row("Homebrew", OK, f"{brew}; libomp: {', '.join(found) or 'none'}")
 
 
 def _compiler(machine: Machine) -> Row:
@@ -127,23 +133,39 @@ def _broken_compiler(
 def python_rows(machine: Machine) -> Iterator[Row]:
     """Yield one row for the Python that is used or would be, and one for all that were found."""
     listed = machine.run("sh", "scripts/find_python", "--list", limit_s=60.0)
-    if machine.is_set_up:
-        done = machine.run(str(machine.python), "-c", _ABOUT, limit_s=30.0)
-        problem = done.ended and f"The virtual environment's Python {done.ended}."
-        yield judged("Python", done.text if not done.code else "", problem, _NEW_ENVIRONMENT)
-    else:
-        done = machine.run("sh", "scripts/find_python", limit_s=60.0)
-        value, problem = ("none", done.text) if done.code else (done.text, "")
-        yield judged("Python", value, problem)
+    yield _python(machine)
     fit = [line.split("\t") for line in listed.text.splitlines() if line.count("\t") == 3]
-    told = (f"{path} {version or problem}" for path, version, _, problem in fit)
+    told = (" ".join(filter(None, each)) for each in fit)
     yield Row("Pythons found", OK, "; ".join(dict.fromkeys(told)) or "none")
 
 
+def _python(machine: Machine) -> Row:
+    python, cure = str(machine.python), _NEW_ENVIRONMENT
+    if not machine.is_set_up:
+        done = machine.run("sh", "scripts/find_python", limit_s=60.0)
+        if done.code:
+            return judged("Python", "none", done.text)
+        python, cure = done.last_line, "name another: PYTHON=/path/to/python3.12 scripts/setup"
+    done = machine.run(python, "-c", _ABOUT, limit_s=30.0)
+    if done.code:
+        problem = f"{python} {done.ended}: {done.last_line[-200:]}"
+        return judged("Python", "", problem, cure)
+    value = done.text if machine.is_set_up else f"{python}: {done.text}"
+    sqlite = re.search(r"SQLite (\d+)\.(\d+)", done.text)
+    is_old = sqlite is not None and (int(sqlite[1]), int(sqlite[2])) < _OLDEST_SQLITE
+    problem = "Its SQLite is older than 3.37, which the catalog needs." if is_old else ""
+    return judged("Python", value, problem, cure)
+
+
+# Source: STRICT tables came with SQLite 3.37.
+_OLDEST_SQLITE = (3, 37)
 _NEW_ENVIRONMENT = "rm -rf .venv, then scripts/setup torch"
 _ABOUT = """
-import platform, sqlite3, ssl, sysconfig
-target = sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET")
+import platform, sqlite3, ssl, sys, sysconfig
 print(platform.python_version(), platform.machine(), "SQLite", sqlite3.sqlite_version,
-      ssl.OPENSSL_VERSION, f"built for macOS {target}" if target else "")
+      ssl.OPENSSL_VERSION)
+if sys.platform == "darwin":
+    of = sysconfig.get_config_var
+    print("built for macOS", of("MACOSX_DEPLOYMENT_TARGET"), "framework" if of("PYTHONFRAMEWORK")
+          else "no framework", "and reads macOS", platform.mac_ver()[0])
 """

@@ -59,7 +59,9 @@ class Plant:
         for name in ("find_python", "system_problem", "constraints.txt"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts" / name)
         self.program("uname", "case $1 in -s) echo Darwin ;; *) echo 24.6.0 ;; esac")
-        self.program("sw_vers", "echo 15.6.1")
+        self.program("sw_vers", "case $1 in *build*) echo 24G90 ;; *) echo 15.6.1 ;; esac")
+        self.mounted("apfs, local, journaled, nobrowse")
+        self.firewall("Firewall is disabled. (State = 0)")
         self.program("xcode-select", f"echo '{self.folder}'")
         self.compiler("echo 'Apple M3, working set 12124 MiB'")
         self.program("sandbox-exec", "exit 0")
@@ -87,6 +89,19 @@ class Plant:
         (self.folder / "battery").write_text(battery)
         names = f"'{self.folder}/battery'", f"'{self.folder}/settings'"
         self.program("pmset", f"if [ $# = 2 ]; then cat {names[0]}; else cat {names[1]}; fi")
+
+    def mounted(self, options: str) -> None:
+        """Let df and mount tell the user's file system, on a volume with a space in its name."""
+        point, disk = "/Volumes/My Data", "/dev/disk3s5"
+        head = "Filesystem 512-blocks Used Available Capacity Mounted on"
+        self.program("df", f"echo '{head}'", f"echo '{disk} 1942700360 4 1 1% {point}'")
+        root = "/dev/disk3s1s1 on / (apfs, sealed, local, read-only, journaled)"
+        self.program("mount", f"echo '{root}'", f"echo '{disk} on {point} ({options})'")
+
+    def firewall(self, told: str) -> None:
+        """Let macOS' firewall tell its state."""
+        folder = self.top / "usr" / "libexec" / "ApplicationFirewall"
+        write_program(folder / "socketfilterfw", f"[ $1 = --getglobalstate ] && echo '{told}'")
 
     def set_up(self, *cases: str, versions: dict[str, str] | None = None, tag: str = "15") -> None:
         """Make the virtual environment; `cases` are the first of its Python's `case`."""

@@ -1,11 +1,13 @@
 """Tests that the doctor finds each planted fault, with the cure, and nothing on a healthy Mac."""
 
+import json
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +66,25 @@ def full_disk(plant: Plant) -> None:
 def home_is_a_file(plant: Plant) -> None:
     (plant.folder / "file").write_text("")
     plant.environment["IMPETUS_HOME"] = str(plant.folder / "file" / "impetus")
+
+
+def foreign_disk(plant: Plant) -> None:
+    plant.mounted("exfat, local, nodev, nosuid, noowners")
+
+
+def hidden_models(plant: Plant) -> None:
+    """As macOS answers a terminal that may not see a folder of documents."""
+    plant.environment["IMPETUS_MODELS_PATH"] = "~/Documents/models"
+    plant.program("ls", 'echo "ls: $2: Operation not permitted" >&2', "exit 1")
+
+
+def missing_models(plant: Plant) -> None:
+    plant.environment["IMPETUS_MODELS_PATH"] = f"{plant.folder}:{plant.folder / 'no such'}"
+
+
+def models_of_a_dead_server(plant: Plant) -> None:
+    plant.environment["IMPETUS_MODELS_PATH"] = "/Volumes/share"
+    plant.program("ls", "sleep 60")
 
 
 def long_socket_path(plant: Plant) -> None:
@@ -141,6 +162,21 @@ def only_python_3_14(plant: Plant) -> None:
     plant.environment["PYTHON"] = str(plant.bin / "python3")
 
 
+def old_sqlite(plant: Plant) -> None:
+    plant.set_up("  *sqlite3*) echo '3.12.1 arm64 SQLite 3.36.0 OpenSSL 3.0' ;;")
+
+
+def python_without_ssl(plant: Plant) -> None:
+    plant.set_up("  *sqlite3*) echo \"ModuleNotFoundError: No module named 'ssl'\"; exit 1 ;;")
+
+
+def wrong_heat(plant: Plant) -> None:
+    said = "The system's tools say heat heavy, memory nominal."
+    result = json.dumps({"value": "heat nominal", "problem": said, "cure": "x", "state": "warn"})
+    plant.set_up(f"  *'heat and pressure'*) cat '{plant.folder}/found' ;;")
+    (plant.folder / "found").write_text(result)
+
+
 def broken_environment(plant: Plant) -> None:
     write_program(plant.python, "exit 127")
 
@@ -203,6 +239,10 @@ FAULTS: list[tuple[Callable[[Plant], None], str, str, str, str]] = [
     (little_memory, "system", "memory", WARN, "use small models"),
     (full_disk, "system", "free disk, data", FAIL, "free 0.5 GiB"),
     (home_is_a_file, "system", "data folder", FAIL, "set IMPETUS_HOME"),
+    (foreign_disk, "system", "file system", WARN, "not safe on exfat"),
+    (hidden_models, "system", "model folders", WARN, "Privacy & Security"),
+    (missing_models, "system", "model folders", WARN, "No such file or directory"),
+    (models_of_a_dead_server, "system", "model folders", WARN, "did not end within"),
     (long_socket_path, "system", "path of Ray's socket", FAIL, "unset RAY_TMPDIR"),
     (open_proxy, "system", "Ray's variables", FAIL, "unset RAY_SERVE_ENABLE_HA_PROXY"),
     (bad_port, "system", "port", FAIL, "unset IMPETUS_PORT"),
@@ -218,6 +258,8 @@ FAULTS: list[tuple[Callable[[Plant], None], str, str, str, str]] = [
     (licence, "tools", "C++ compiler", FAIL, "sudo xcodebuild -license accept"),
     (no_metal, "tools", "C++ compiler", WARN, "get no Metal device"),
     (only_python_3_14, "pythons", "Python", FAIL, "is Python 3.14"),
+    (old_sqlite, "pythons", "Python", FAIL, "older than 3.37"),
+    (python_without_ssl, "pythons", "Python", FAIL, "No module named 'ssl'"),
     (broken_environment, "pythons", "Python", FAIL, "rm -rf .venv"),
     (interrupted, "packages", "set-up", FAIL, "scripts/setup torch"),
     (other_version, "packages", "versions", FAIL, "numpy 1.0 instead of"),
@@ -234,6 +276,7 @@ FAULTS: list[tuple[Callable[[Plant], None], str, str, str, str]] = [
     (import_hangs, "packages", "import numpy", FAIL, "did not end within"),
     (without_metal, "packages", "import llama_cpp", WARN, "not built for this Mac"),
     (refused_starter, "readings", "inspection of a model", FAIL, "ended with code 71"),
+    (wrong_heat, "readings", "heat and pressure", WARN, "tools say heat heavy"),
     (probe_crashes, "compute", "starter by llama.cpp", FAIL, "crashed with SIGSEGV"),
     (wrong_sums, "compute", "PyTorch", FAIL, "It differs"),
 ]
@@ -254,11 +297,74 @@ def test_a_planted_fault_is_found(
     says: str,
 ) -> None:
     monkeypatch.setattr(packages, "_IMPORT_LIMIT_S", 1.0)
+    monkeypatch.setattr(system, "_LIST_LIMIT_S", 1.0)
     fault(plant)
     row = find(examine(plant, *steps.split(",")), what)
     assert row.state == state, row.lines()
     assert says in "\n".join(row.lines())
     assert not plant.opened.exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "value"),
+    [
+        ("Firewall is disabled. (State = 0)", "off"),
+        ("Firewall is enabled. (State = 1)", "on; if macOS asks about Python, Deny is fine"),
+        (
+            "Firewall is blocking all non-essential incoming connections. (State = 2)",
+            "blocks everything; if macOS asks about Python, Deny is fine",
+        ),
+        ("", "?; if macOS asks about Python, Deny is fine"),
+    ],
+)
+def test_the_firewalls_state_is_read(plant: Plant, told: str, value: str) -> None:
+    plant.firewall(told)
+    assert find(examine(plant, "system"), "firewall").value == value
+
+
+def test_what_a_healthy_mac_tells(plant: Plant) -> None:
+    rows = examine(plant, "system", "pythons")
+    assert find(rows, "macOS").value == "macOS 15 (Darwin 24.6.0); sw_vers says 15.6.1 24G90"
+    assert find(rows, "chip").value == "Apple M3, 4 fast and 4 slow cores, Mac15,3"
+    assert find(rows, "file system").value.startswith("apfs, case ")
+    assert find(rows, "power").value == "AC Power"
+    assert "python3.12 3.12 arm64" in find(rows, "Pythons found").value
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("/dev/vda on / type ext4 (rw,relatime)", "ext4"),
+        ("//u@nas/x on /srv type cifs (rw)\n/dev/vda on / type ext4 (rw)", "ext4"),
+        ("map auto_home on / (autofs, automounted, nobrowse)", "autofs"),
+        ("nonsense", ""),
+    ],
+)
+def test_the_file_system_is_read_on_linux_too(plant: Plant, line: str, kind: str) -> None:
+    plant.program("df", "echo '/dev/vda 1 1 1 1% /'")
+    plant.program("mount", f"echo '{line}'")
+    assert system.file_system(plant.machine("linux"), plant.folder) == kind
+
+
+def test_a_data_folder_where_nothing_may_be_seen_is_found(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Path.exists raised there, and the rows after it were missing."""
+    plant.environment["IMPETUS_HOME"] = str(plant.folder / "closed" / "impetus")
+    closed = plant.folder / "closed"
+    closed.mkdir()
+    stat, access = os.stat, os.access
+
+    def refused(path: object, *arguments: Any, **named: Any) -> os.stat_result:
+        if str(path).startswith(f"{closed}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", refused)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+    rows = examine(plant, "system")
+    assert find(rows, "data folder").problem == f"{closed} cannot be written to."
+    assert rows[-1].what == "files per process"
 
 
 def test_a_local_build_of_the_pinned_version_is_as_tested(plant: Plant) -> None:

@@ -129,7 +129,7 @@ def test_homebrew_and_its_openmp_are_told(plant: Plant) -> None:
     (prefix / "bin" / "brew").write_text("")
     (prefix / "opt" / "libomp").mkdir(parents=True)
     rows = {row.what: row for row in tools.rows(plant.machine())}
-    assert rows["Homebrew"].value == f"{prefix}, with libomp"
+    assert rows["Homebrew"].value == f"{prefix}; libomp: {prefix}/opt/libomp"
     assert rows["SDK"].value == "macOS 15.5"
 
 
