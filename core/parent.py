@@ -1,4 +1,4 @@
-"""Waits for the end of another process, and ends this one with its parent."""
+"""Waits for the end of other processes, and ends this one with its parent."""
 
 import contextlib
 import os
@@ -6,29 +6,29 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _POLL_S = 1.0
 
 
-def wait_for_exit(pid: int) -> None:
-    """Block until the process `pid` has exited; it need not be a child of this one.
+def wait_for_exit(*pids: int) -> None:
+    """Block until one of the processes has exited; they need not be children of this one.
 
-    Uses no CPU while it waits: a pidfd on Linux, a kqueue on macOS; a zombie has exited there.
+    Uses no CPU while it waits: pidfds on Linux, a kqueue on macOS; a zombie has exited there.
     Where both are refused it asks once a second.  Sources: pidfd_open(2), kqueue(2) EVFILT_PROC.
     """
     try:
         if hasattr(os, "pidfd_open"):
-            _wait_for_pidfd(pid)
+            _wait_for_pidfds(pids)
             return
         if hasattr(select, "kqueue"):
-            _wait_for_kqueue(pid)
+            _wait_for_kqueue(pids)
             return
     except ProcessLookupError:
         return
     except PermissionError:
         pass
-    while is_running(pid):
+    while all(map(is_running, pids)):
         time.sleep(_POLL_S)
 
 
@@ -43,26 +43,29 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def _wait_for_pidfd(pid: int) -> None:
-    descriptor = os.pidfd_open(pid)  # type: ignore[attr-defined,unused-ignore]
-    try:
+def _wait_for_pidfds(pids: Sequence[int]) -> None:
+    with contextlib.ExitStack() as stack:
         poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
+        for pid in pids:
+            descriptor = os.pidfd_open(pid)  # type: ignore[attr-defined,unused-ignore]
+            stack.callback(os.close, descriptor)
+            poll.register(descriptor, select.POLLIN)
         poll.poll()
-    finally:
-        os.close(descriptor)
 
 
-def _wait_for_kqueue(pid: int) -> None:
+def _wait_for_kqueue(pids: Sequence[int]) -> None:
     queue = select.kqueue()  # type: ignore[attr-defined,unused-ignore]
     try:
-        event = select.kevent(  # type: ignore[attr-defined,unused-ignore]
-            pid,
-            filter=select.KQ_FILTER_PROC,  # type: ignore[attr-defined,unused-ignore]
-            flags=select.KQ_EV_ADD | select.KQ_EV_ONESHOT,  # type: ignore[attr-defined,unused-ignore]
-            fflags=select.KQ_NOTE_EXIT,  # type: ignore[attr-defined,unused-ignore]
-        )
-        (found,) = queue.control([event], 1, None)
+        events = [
+            select.kevent(  # type: ignore[attr-defined,unused-ignore]
+                pid,
+                filter=select.KQ_FILTER_PROC,  # type: ignore[attr-defined,unused-ignore]
+                flags=select.KQ_EV_ADD | select.KQ_EV_ONESHOT,  # type: ignore[attr-defined,unused-ignore]
+                fflags=select.KQ_NOTE_EXIT,  # type: ignore[attr-defined,unused-ignore]
+            )
+            for pid in pids
+        ]
+        found = queue.control(events, 1, None)[0]
         # With room for an event, an error is one as well.
         if found.flags & select.KQ_EV_ERROR:  # type: ignore[attr-defined,unused-ignore]
             raise OSError(found.data, os.strerror(found.data))
@@ -89,3 +92,25 @@ def exit_with_parent(grace_s: float, before: Callable[[], None] = lambda: None) 
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def kill_group_with_parent(parent: int) -> None:
+    """From now on, kill this process's group when the process `parent`, its parent, exits.
+
+    A forked process watches: a thread could not while native code keeps the interpreter's lock.
+    Call it before other threads start, in a process that leads its group (`Child` makes it so).
+    The watcher also ends with this process.
+    """
+    if os.getppid() != parent:
+        # It exited before this process began to watch.
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    worker = os.getpid()
+    if os.fork():
+        return
+    try:
+        # The parent must see the end of the pipes when the worker exits.
+        os.closerange(0, 3)
+        wait_for_exit(parent, worker)
+    finally:
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+        os._exit(1)

@@ -88,6 +88,85 @@ def test_a_kqueue_tells_of_the_exit_or_of_an_error(
     assert asked == ([4711] if number == errno.EACCES else [])
 
 
+def test_the_wait_for_several_ends_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    monkeypatch.delattr("select.kqueue", raising=False)
+    monkeypatch.setattr(parent, "_POLL_S", 0.01)
+
+    def is_running(pid: int) -> bool:
+        asked.append(pid)
+        return pid != 2
+
+    monkeypatch.setattr(parent, "is_running", is_running)
+    wait_for_exit(1, 2, 3)
+    assert asked == [1, 2]
+    monkeypatch.undo()
+    processes = [sleeper() for _ in range(2)]
+    waiter = threading.Thread(target=wait_for_exit, args=[each.pid for each in processes])
+    waiter.start()
+    processes[1].kill()
+    waiter.join(LIMIT_S)
+    is_waiting = waiter.is_alive()
+    for each in processes:
+        each.kill()
+        each.wait()
+    waiter.join()
+    assert not is_waiting
+
+
+WATCHED = """
+import ctypes, os, sys
+from core.parent import kill_group_with_parent
+kill_group_with_parent(int(sys.argv[1]) or os.getppid())
+os.write(1, b"%d\\n" % os.getpid())
+ctypes.PyDLL(None).sleep(600)
+"""
+STARTER = """
+import os, subprocess, sys, time
+child = subprocess.Popen(
+    [sys.executable, "-c", sys.argv[1], str(os.getpid())],
+    stdout=subprocess.PIPE, start_new_session=True,
+)
+print(child.stdout.readline().decode().strip(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_group_is_killed_with_its_parent_although_it_keeps_the_interpreters_lock() -> None:
+    command = [sys.executable, "-c", STARTER, WATCHED]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        worker = psutil.Process(int(starter.stdout.readline()))
+        group = [worker, *worker.children()]
+        assert len(group) == 2
+        starter.kill()
+        gone, alive = psutil.wait_procs(group, LIMIT_S)
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
+    assert gone or alive
+
+
+def test_a_groups_watcher_ends_with_it_and_keeps_no_pipe_open() -> None:
+    command = [sys.executable, "-c", WATCHED, "0"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (watcher,) = psutil.Process(process.pid).children()
+        process.kill()
+        # The end of the pipe comes although the watcher was forked with it.
+        assert process.stdout.read() == b""
+        _, alive = psutil.wait_procs([watcher], LIMIT_S)
+    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_group_whose_parent_exited_before_is_killed_at_once() -> None:
+    command = [sys.executable, "-c", WATCHED, str(2**22 + 1)]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+        assert process.wait(LIMIT_S) == -signal.SIGKILL
+
+
 CHILD = """
 import signal, sys, time
 from core.parent import exit_with_parent
