@@ -23,7 +23,7 @@ from backends.embedding.prompts import Prompts
 from backends.embedding.trial import depends_on_padding
 from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.activity import NO_ACTIVITY, REQUEST_ID, Activity
-from backends.engine.failures import request_error
+from backends.engine.failures import RuntimeLost, request_error
 from backends.engine.preparation import Job, PreparationThreads
 from backends.engine.threads import name_this_thread
 from backends.engine.waiting import Pace
@@ -75,13 +75,15 @@ class EmbeddingEngine(Engine):
         truncates: Truncation = "end",
         is_unit: bool = True,
         tries_padding: bool = False,
+        interrupt: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the model on the engine's thread; blocks until it is loaded.
 
         `truncates` is the end at which inputs are cut that are too long, unless a request says
         otherwise.  `is_unit`: the vectors have the length 1, also after `dimensions`.
         `tries_padding`: compare a padded row with the same row alone first, and compute rows of
-        one length together if they differ.  Raises what `open_model` raises, and BrokenModel.
+        one length together if they differ.  `interrupt`: see `BatchingEngine`.  Raises what
+        `open_model` raises, and BrokenModel.
         """
         self.info = info
         self.context_tokens = context_tokens
@@ -89,7 +91,7 @@ class EmbeddingEngine(Engine):
         self._batch_limits = batch_limits
         self._prompts = prompts or Prompts()
         self._truncates, self._is_unit, self._tries_padding = truncates, is_unit, tries_padding
-        self._max_waiting = max_waiting
+        self._max_waiting, self._interrupt = max_waiting, interrupt
         self._wake = threading.Condition()
         # Requests go from one to the next; the lock guards the first two.
         self._tokenizing: set[QueuedRequest] = set()
@@ -261,6 +263,7 @@ class EmbeddingEngine(Engine):
         with self._wake:
             self._is_closing = True
             self._wake.notify()
+        self._interrupt()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
     def _ended(self) -> EngineFailed:
@@ -286,9 +289,11 @@ class EmbeddingEngine(Engine):
             while self._accept():
                 self._step(model)
         except BaseException as problem:
-            logger.exception("engine of %s failed", self.info.name)
-            reason = f"The engine of {self.info.name} failed: {str(problem)[:500]}"
-            self._failure = EngineFailed(reason)
+            # A batch that `close` interrupts raises as well.
+            if not self._is_closing:
+                logger.exception("engine of %s failed", self.info.name)
+                reason = f"The engine of {self.info.name} failed: {str(problem)[:500]}"
+                self._failure = EngineFailed(reason)
         finally:
             self._shut_down(model)
 
@@ -377,6 +382,8 @@ class EmbeddingEngine(Engine):
         try:
             with self._take_turn(), self._watch.running("batch"), self._activity.working(*ids):
                 vectors = encode(model, token_lists, self.info.name)
+        except RuntimeLost:
+            raise
         except BaseException as problem:
             return dict.fromkeys(requests, problem)
         finally:

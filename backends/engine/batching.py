@@ -43,9 +43,15 @@ class BatchingEngine(Engine):
         open_stepper: Callable[[], Stepper],
         *,
         max_waiting: int,
+        interrupt: Callable[[], None] = lambda: None,
     ) -> None:
-        """Open the stepper; blocks until it is open and raises what that raises."""
+        """Open the stepper; blocks until it is open and raises what that raises.
+
+        `interrupt` is called by `close`, on the caller's thread: a running step may then
+        raise, and need not be waited for.
+        """
         self.info = info
+        self._interrupt = interrupt
         self.context_tokens = preparer.context_tokens
         self._preparer = preparer
         self._admission = Admission(max_waiting)
@@ -172,6 +178,8 @@ class BatchingEngine(Engine):
 
     async def close(self) -> None:
         """Fail all requests, free the stepper and join the thread; idempotent."""
+        self._loop.begin_close()
+        self._interrupt()
         await asyncio.get_running_loop().run_in_executor(None, self._loop.close)
 
     @property

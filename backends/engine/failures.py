@@ -4,9 +4,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from core.errors import ImpetusError, RequestFailed
+from core.errors import EngineFailed, ImpetusError, RequestFailed
 
 logger = logging.getLogger(__name__)
+
+
+class RuntimeLost(EngineFailed):
+    """The process that computes for a model has ended, so its engine can do nothing more.
+
+    It ends the engine whatever was being done, unlike other errors outside of a step.
+    """
 
 
 def request_error(problem: BaseException, activity: str, who: str) -> ImpetusError:

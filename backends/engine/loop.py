@@ -164,11 +164,15 @@ class EngineLoop:
         waiting = len(self._waiting) + len(self._inbox.submitted) + preparing
         return replace(self._counters, running=len(self._running), waiting=waiting)
 
-    def close(self) -> None:
-        """Fail all requests, close the stepper and join the thread; blocks; idempotent."""
+    def begin_close(self) -> None:
+        """Accept no more requests, and end after the running step; idempotent."""
         with self._wake:
             self._inbox.is_closing = True
             self._wake.notify()
+
+    def close(self) -> None:
+        """Fail all requests, close the stepper and join the thread; blocks; idempotent."""
+        self.begin_close()
         self._thread.join()
 
     def _drive(self) -> None:
@@ -179,9 +183,11 @@ class EngineLoop:
                 self._finish_step(self._step())
                 self.watch.end()
         except BaseException as problem:
-            logger.exception("engine of %s failed", self._model_name)
-            reason = f"The engine of {self._model_name} failed: {str(problem)[:500]}"
-            self._failure = EngineFailed(reason)
+            # A step that `close` interrupts raises as well.
+            if not self._inbox.is_closing:
+                logger.exception("engine of %s failed", self._model_name)
+                reason = f"The engine of {self._model_name} failed: {str(problem)[:500]}"
+                self._failure = EngineFailed(reason)
         finally:
             self.watch.begin()
             self._resolve_all(reason)

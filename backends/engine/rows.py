@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from backends.engine.failures import request_error
+from backends.engine.failures import RuntimeLost, request_error
 from backends.engine.prefill import PrefillPlanner
 from backends.engine.prompt_scores import PromptScores
 from backends.engine.sampling import RowSampler
@@ -175,8 +175,10 @@ class BaseStepper(ABC):
     def _failed(self, row: Row, problem: BaseException, activity: str) -> StepOutput:
         """Discard a row that failed; return the output that ends its request alone.
 
-        Its cache is not kept: it may be what was wrong, such as NaN.
+        Its cache is not kept: it may be what was wrong, such as NaN.  Raises RuntimeLost again.
         """
+        if isinstance(problem, RuntimeLost):
+            raise problem
         error = request_error(problem, activity, f"sequence {row.spec.id}")
         try:
             self._discard(row)

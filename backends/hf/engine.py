@@ -24,10 +24,12 @@ def open_token_engine(
     options: EngineOptions,
     *,
     context_tokens: int,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> Engine:
     """Return an engine over the stepper; blocks until `open_stepper` has returned.
 
-    `open_stepper` runs on the engine's thread; its exceptions are raised here.
+    `open_stepper` runs on the engine's thread; its exceptions are raised here.  `interrupt`: see
+    `BatchingEngine`.
     """
     chat = ChatFormat(
         info.chat_template,
@@ -49,7 +51,9 @@ def open_token_engine(
         infill=find_infill(tokenizer.special_id),
         stable_prompts=options.stable_prompts,
     )
-    return BatchingEngine(info, preparer, open_stepper, max_waiting=options.max_waiting)
+    return BatchingEngine(
+        info, preparer, open_stepper, max_waiting=options.max_waiting, interrupt=interrupt
+    )
 
 
 def recommended_sampling(folder: HfFolder) -> SamplingParams:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backends.base import ModelInfo
+from backends.engine.failures import RuntimeLost
 from backends.trials import Reference, TrialResult, TrialRow, shortened
 
 logger = logging.getLogger(__name__)
@@ -245,6 +246,8 @@ class _Comparison:
         """Return the rows' logits alone; none if the runtime fails at that."""
         try:
             return [self._subject.alone(row) for row in self._group.rows]
+        except RuntimeLost:
+            raise
         except Exception as problem:
             self._note(f"a row alone fails: {str(problem) or type(problem).__name__}")
             return []
@@ -263,6 +266,8 @@ class _Comparison:
     def _is_right(self, what: str, compute: Callable[[], list[Logits]]) -> bool:
         try:
             found = compute()
+        except RuntimeLost:
+            raise
         except Exception as problem:
             logger.debug("%s failed in a trial", what, exc_info=True)
             return self._note(f"{what}: {str(problem) or type(problem).__name__}")
