@@ -1,4 +1,4 @@
-"""Identifies this machine: the release of macOS, and an id that does not depend on its name."""
+"""Identifies this machine: macOS' release and build, and an id that its name does not change."""
 
 import ctypes
 import hashlib
@@ -12,6 +12,7 @@ _LIBRARY = "/usr/lib/libSystem.B.dylib"
 _LINUX_IDS = (Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id"))
 _UUID_BYTES = 16
 _ID_DIGITS = 16
+_BUILD_BYTES = 64
 
 
 class _Timespec(ctypes.Structure):
@@ -37,6 +38,24 @@ def macos_release_of(darwin: str) -> int:
     if not major.isdigit() or int(major) < 20:
         return 0
     return int(major) + (1 if int(major) >= 25 else -9)
+
+
+def macos_build() -> str:
+    """Return the build of macOS, such as 24E248; without one, a hash of the kernel's version.
+
+    It changes with every update, also with those that keep the version's number.
+    Source: sysctlbyname(3), kern.osversion.
+    """
+    buffer = ctypes.create_string_buffer(_BUILD_BYTES)
+    size = ctypes.c_size_t(_BUILD_BYTES)
+    try:
+        status = ctypes.CDLL(_LIBRARY).sysctlbyname(
+            b"kern.osversion", buffer, ctypes.byref(size), None, ctypes.c_size_t(0)
+        )
+    except (OSError, AttributeError):
+        status = -1
+    found = "" if status else buffer.value.decode("ascii", "replace")
+    return found if found.isalnum() else hashlib.sha256(os.uname().version.encode()).hexdigest()[:8]
 
 
 @cache

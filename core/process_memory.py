@@ -1,4 +1,4 @@
-"""Reads the physical memory footprint of processes of this user on macOS."""
+"""Reads the memory footprint of processes on macOS; notes the children that hold models."""
 
 import ctypes
 import sys
@@ -9,6 +9,23 @@ _LIBRARY = "/usr/lib/libproc.dylib"
 _RUSAGE_INFO_V2 = 2
 _RUSAGE_BYTES = 16 + 8 * 18
 _FOOTPRINT_OFFSET = 16 + 8 * 7
+
+_model_processes: set[int] = set()
+
+
+def count_model_process(process_id: int) -> None:
+    """Count a child that holds a model with the memory of this process."""
+    _model_processes.add(process_id)
+
+
+def forget_model_process(process_id: int) -> None:
+    """Count a child no more, because it ended; idempotent."""
+    _model_processes.discard(process_id)
+
+
+def model_processes() -> tuple[int, ...]:
+    """Return the ids of the children whose memory counts as this process's own."""
+    return tuple(_model_processes)
 
 
 def footprint_bytes(process_id: int) -> int | None:

@@ -8,7 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from core.process_memory import footprint_of, process_rusage
+from core.process_memory import (
+    footprint_bytes,
+    footprint_of,
+    model_processes,
+    process_rusage,
+)
 from core.units import KIB
 
 _STATUS = Path("/proc/self/status")
@@ -16,10 +21,10 @@ _LINE = re.compile(r"^(RssAnon|RssFile|VmSwap):\s+(\d{1,15}) kB$", re.MULTILINE)
 
 
 class Meter(Protocol):
-    """Reads the memory of this process."""
+    """Reads the memory of this process and of its children that hold models."""
 
     def read(self) -> int | None:
-        """Return the bytes this process holds; None if the system does not tell."""
+        """Return the bytes they hold; None if the system does not tell."""
         ...
 
 
@@ -31,13 +36,21 @@ class LinuxMeter:
 
     def read(self) -> int | None:
         """Return the sum from `/proc/self/status`.  Source: proc_pid_status(5)."""
-        try:
-            found = dict(_LINE.findall(self._status.read_text()))
-        except OSError:
+        own = _status_bytes(self._status)
+        if own is None:
             return None
-        if not {"RssAnon", "RssFile"} <= found.keys():
-            return None
-        return sum(map(int, found.values())) * KIB
+        children = (_status_bytes(Path(f"/proc/{pid}/status")) for pid in model_processes())
+        return own + sum(held for held in children if held)
+
+
+def _status_bytes(status: Path) -> int | None:
+    try:
+        found = dict(_LINE.findall(status.read_text()))
+    except OSError:
+        return None
+    if not {"RssAnon", "RssFile"} <= found.keys():
+        return None
+    return sum(map(int, found.values())) * KIB
 
 
 class MacMeter:
@@ -47,11 +60,14 @@ class MacMeter:
         self._rusage = rusage or (lambda: process_rusage(os.getpid()))
 
     def read(self) -> int | None:
-        """Return `ri_phys_footprint` of this process."""
+        """Return the sum of `ri_phys_footprint`."""
         try:
-            return footprint_of(self._rusage())
+            own = footprint_of(self._rusage())
         except (OSError, AttributeError):
             return None
+        if own is None:
+            return None
+        return own + sum(footprint_bytes(pid) or 0 for pid in model_processes())
 
 
 class NoMeter:

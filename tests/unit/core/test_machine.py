@@ -2,6 +2,7 @@
 
 import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from core import machine
-from core.machine import machine_id, macos_release, macos_release_of
+from core.machine import machine_id, macos_build, macos_release, macos_release_of
 from tests.fake_library import compile_library
 
 IDENTITY = """
@@ -45,6 +46,35 @@ def test_macos_26_is_told_from_what_an_old_python_reads(monkeypatch: pytest.Monk
     monkeypatch.setattr(platform, "mac_ver", lambda: ("16.0", ("", "", ""), "arm64"))
     monkeypatch.setattr("os.uname", lambda: SimpleNamespace(release="25.0.0"))
     assert macos_release() == 26
+
+
+BUILD = """
+#include <string.h>
+int sysctlbyname(const char *name, void *old, size_t *size, void *new, size_t length) {
+    if (strcmp(name, "kern.osversion") || *size < 16 || new || length) return -1;
+    strcpy(old, "%s");
+    *size = strlen(old) + 1;
+    return 0;
+}
+"""
+
+
+def test_the_build_tells_updates_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_LIBRARY", str(tmp_path / "missing"))
+    unknown = macos_build()
+    # A part of a file's name, whatever the system says.
+    assert re.fullmatch("[0-9a-f]{8}", unknown)
+    for number, (says, build) in enumerate([("24E248", "24E248"), ("../x", unknown)]):
+        library = compile_library(tmp_path / f"libSystem{number}.so", BUILD % says)
+        monkeypatch.setattr(machine, "_LIBRARY", str(library))
+        assert macos_build() == build
+
+
+@pytest.mark.macos
+@pytest.mark.skipif(sys.platform != "darwin", reason="only macOS has builds")
+def test_this_macs_build_is_that_of_sw_vers() -> None:
+    asked = subprocess.run(["sw_vers", "-buildVersion"], capture_output=True, text=True, check=True)
+    assert macos_build() == asked.stdout.strip()
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="this is macOS")

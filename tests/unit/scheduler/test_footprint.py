@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from core.process_memory import count_model_process, forget_model_process, model_processes
 from core.units import MIB
 from scheduler.footprint import ALLOWANCE_BYTES, FootprintBook, Returned
 from scheduler.sensors.process_memory import LinuxMeter, MacMeter, NoMeter, open_meter, trim_heap
@@ -46,6 +47,23 @@ def test_macos_answers_that_fail_or_are_short_are_unknown() -> None:
     assert MacMeter(fail).read() is None
     assert MacMeter(lambda: b"short").read() is None
     assert NoMeter().read() is None
+
+
+def test_a_model_in_a_child_counts_with_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = bytes(16) + bytes(8 * 7) + (1000).to_bytes(8, sys.byteorder)
+    meter = MacMeter(lambda: record)
+    held: dict[int, int | None] = {4711: 70, 4712: None}
+    monkeypatch.setattr("scheduler.sensors.process_memory.footprint_bytes", held.get)
+    count_model_process(4711)
+    count_model_process(4712)
+    try:
+        assert meter.read() == 1070
+        forget_model_process(4711)
+        forget_model_process(4711)
+        assert meter.read() == 1000
+    finally:
+        forget_model_process(4712)
+    assert model_processes() == ()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
