@@ -83,6 +83,19 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ChildOptions:
+    """Limits of a process that computes for one model.
+
+    `load_limit_s` and `step_limit_s` are the seconds that it may take to open its model and to
+    compute once.  `compiled_folder` keeps what it compiled of models; None: nothing is kept.
+    """
+
+    load_limit_s: float = 3600.0
+    step_limit_s: float = 3600.0
+    compiled_folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOptions:
     """Options for opening a model.
 
@@ -92,8 +105,9 @@ class EngineOptions:
     in the cells.  `prefix_store` keeps prefixes beyond the engine's lifetime.  `stable_prompts`:
     see `backends.prompt.normalize`.  `tool_parser` overrides the tool-call family of the template,
     `runtime` the runtime of `ModelInfo.choice`.  `trial` is how the engine tries the model; None:
-    with results of this process alone.  `deterministic`: sequences run one at a time, in fixed
-    prompt pieces of `prefill_chunk_tokens`, so that an answer depends on its request alone.
+    with results of this process alone.  `child` is for formats that compute in a child process.
+    `deterministic`: sequences run one at a time, in fixed prompt pieces of `prefill_chunk_tokens`,
+    so that an answer depends on its request alone.
     """
 
     max_sequences: int = 16
@@ -110,6 +124,7 @@ class EngineOptions:
     runtime: str | None = None
     prefix_store: ModelPrefixStore | None = field(default=None, compare=False)
     trial: TrialOptions | None = field(default=None, compare=False)
+    child: ChildOptions = field(default_factory=ChildOptions, compare=False)
     stable_prompts: bool = True
     deterministic: bool = False
 
@@ -261,12 +276,14 @@ class Backend(ABC):
     """Opens the models of one format; stateless.
 
     `starts_on_demand`: the format's process runs only while it is needed.  `process_bytes` is the
-    measured memory of a process with the runtime, without models.
+    measured memory of a process with the runtime, without models.  `compile_s`: seconds that a load
+    may take longer than of other formats, because the runtime compiles a model the first time.
     """
 
     name: ClassVar[str]
     starts_on_demand: ClassVar[bool] = False
     process_bytes: ClassVar[int] = 256 * MIB
+    compile_s: ClassVar[float] = 0.0
 
     @abstractmethod
     def availability(self) -> Availability:

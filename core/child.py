@@ -100,7 +100,7 @@ class Child:
         """The last lines of stderr, joined by ` / `; complete after `close`."""
         return self._tail.text()
 
-    def write(self, data: bytes, deadline: float) -> None:
+    def write(self, data: bytes | memoryview, deadline: float) -> None:
         """Send `data`; blocks until it is in the pipe.  Raises TimeoutError, ChildEnded."""
         if self.write_until(memoryview(data), deadline):
             raise TimeoutError

@@ -153,7 +153,8 @@ class Settings(BaseSettings):
         default=120.0,
         ge=1,
         description="Seconds after which the load of a model counts as hung and its process is "
-        "replaced, plus one second for every 10 MiB of the model's files.",
+        "replaced, plus one second for every 10 MiB of the model's files and, in Core ML on macOS, "
+        "half an hour for its first compilation.",
     )
     drain_limit_s: Seconds = Field(
         default=30.0,
@@ -296,6 +297,11 @@ class Settings(BaseSettings):
     def trial_folder(self) -> Path:
         """Folder of what trials of models found."""
         return self.home / "cache" / "trials"
+
+    @property
+    def compiled_folder(self) -> Path:
+        """Folder of what Core ML compiled of models."""
+        return self.home / "cache" / "coreml"
 
     @property
     def base_url(self) -> str:

@@ -21,7 +21,8 @@ from backends.base import (
 )
 from backends.coreml.layout import Layout, read_layout, token_inputs
 from backends.coreml.mil.program import Blob, data_bits, read_program
-from backends.coreml.rows import CoremlRows, Runtime, open_runtime, run
+from backends.coreml.rows import CoremlRows
+from backends.coreml.runtime import Runtime, open_runtime
 from backends.coreml.spec import ML_PROGRAM, CoremlSpec, broken, read_spec
 from backends.coreml.system import check_release
 from backends.embedding.batch import BatchLimits
@@ -45,6 +46,8 @@ _MAX_ROWS = 4
 # Models compute logits for each token of a chunk, so long chunks cost memory and save little.
 _MAX_CHUNK_TOKENS = 128
 _BASE_BYTES = 256 * MIB
+# Measured for the child that coremltools is in, without a model, on Linux.
+_CHILD_BYTES = 96 * MIB
 _F32_BYTES = 4
 _GENERIC_NAMES = frozenset({"model", "weights", "coreml"})
 _QUANTIZATIONS = {
@@ -68,6 +71,8 @@ class CoremlBackend(Backend):
     name: ClassVar[str] = "coreml"
     starts_on_demand: ClassVar[bool] = True
     process_bytes: ClassVar[int] = 512 * MIB
+    # It takes minutes for the Neural Engine; a process that hangs delays no other model.
+    compile_s: ClassVar[float] = 1800.0 if sys.platform == "darwin" else 0.0
 
     def availability(self) -> Availability:
         """Available on macOS with coremltools, elsewhere with coremltools and PyTorch."""
@@ -116,9 +121,11 @@ class CoremlBackend(Backend):
         if layout.is_encoder:
             return _open_encoder(info, spec, folder, layout, tokenizer, options)
         rows = max(granted.kv_tokens // granted.context_tokens, 1)
+        opened: list[Runtime] = []
 
         def open_stepper() -> RowStepper:
-            runtime = open_runtime(spec, options.threads)
+            runtime = open_runtime(spec, options.threads, options.child)
+            opened.append(runtime)
             model, limitations = tried_rows(
                 info,
                 CoremlRows(runtime, spec, layout, rows),
@@ -131,7 +138,13 @@ class CoremlBackend(Backend):
             return stepper
 
         return open_token_engine(
-            info, folder, tokenizer, open_stepper, options, context_tokens=granted.context_tokens
+            info,
+            folder,
+            tokenizer,
+            open_stepper,
+            options,
+            context_tokens=granted.context_tokens,
+            interrupt=lambda: opened[0].interrupt(),
         )
 
 
@@ -227,7 +240,8 @@ def estimate_coreml(info: ModelInfo, options: EngineOptions) -> MemoryEstimate:
     width = 8 * _number(info, "n_embd") + 4 * _number(info, "n_ff")
     attention = 3 * context * _number(info, "n_head")
     logits = 0 if Capability.EMBEDDING in info.capabilities else _number(info, "vocabulary_size")
-    transient = _BASE_BYTES + chunk * (width + attention + 2 * logits) * _F32_BYTES
+    base = _BASE_BYTES + (0 if is_reference else _CHILD_BYTES)
+    transient = base + chunk * (width + attention + 2 * logits) * _F32_BYTES
     rows = max(min(options.max_sequences, _MAX_ROWS), 1)
     if options.kv_tokens is not None:
         rows = max(min(rows, options.kv_tokens // context), 1)
@@ -263,9 +277,11 @@ def _open_encoder(
     if settings.lower_case:
         tokenizer.lower_texts()
     head = VectorHead(settings)
+    opened: list[Runtime] = []
 
     def open_model() -> CoremlEmbeddingModel:
-        return CoremlEmbeddingModel(open_runtime(spec, options.threads), layout, tokenizer, head)
+        opened.append(open_runtime(spec, options.threads, options.child))
+        return CoremlEmbeddingModel(opened[0], layout, tokenizer, head)
 
     return EmbeddingEngine(
         info,
@@ -276,6 +292,7 @@ def _open_encoder(
         prompts=settings.prompts,
         truncates=tokenizer.truncation_side,
         is_unit=settings.is_unit,
+        interrupt=lambda: opened[0].interrupt(),
     )
 
 
@@ -296,13 +313,12 @@ class CoremlEmbeddingModel(TextInputs):
         vectors = []
         for tokens in token_lists:
             inputs = token_inputs(self._layout, tokens, self._layout.padded_length(len(tokens)))
-            outputs = run(self._runtime, inputs, None)
-            vectors.append(self._vector(outputs[self._layout.output], tokens))
+            output = np.array(self._runtime.compute(inputs, None, self._layout.output))
+            vectors.append(self._vector(output, tokens))
         return np.stack(vectors)
 
     def _vector(self, output: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float32]:
         """Return one text's vector, pooled here unless the model pools itself."""
-        output = np.asarray(output, np.float32)
         if output.ndim == 3:
             return np.asarray(self._head.pool(output[:, : len(tokens)], padded([tokens]))[0])
         if output.ndim > 3 or not output.size:
@@ -314,4 +330,6 @@ class CoremlEmbeddingModel(TextInputs):
 
     def close(self) -> None:
         """Free the weights."""
+        if self._runtime is not None:
+            self._runtime.close()
         self._runtime = None

@@ -76,6 +76,7 @@ class FormatReplica:
             self._activity,
             Address(format_name, self._replica_id, node_id),
             TrialFolder(settings.trial_folder),
+            settings.compiled_folder,
         )
 
     @returning_errors

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
+from pathlib import Path
 
-from backends.base import Backend, Engine
+from backends.base import Backend, ChildOptions, Engine
 from backends.engine.activity import REQUEST_ID, RecordsActivity
 from backends.limits import UNLIMITED, EngineLimits, Limitable, Watched
 from backends.prefixes.store import BlockStore
@@ -90,6 +91,7 @@ class ModelLoads:
         activity: ActivityFile,
         address: Address,
         trials: TrialStore,
+        compiled_folder: Path,
     ) -> None:
         self._backend = backend
         self._block_store = block_store
@@ -97,6 +99,7 @@ class ModelLoads:
         self._activity = activity
         self._address = address
         self._trials = trials
+        self._compiled_folder = compiled_folder
         self.memory = ModelMemory(backend)
         # The loads that take requests, by model id; and all, with those that only finish theirs.
         self._models: dict[str, OpenModel] = {}
@@ -170,7 +173,8 @@ class ModelLoads:
     ) -> Engine:
         store = prefix_store_of(self._block_store, request, marks)
         trial = TrialOptions(self._trials, self._accelerator.holder())
-        options = replace(request.options, prefix_store=store, trial=trial)
+        child = ChildOptions(request.load_limit_s, request.step_limit_s, self._compiled_folder)
+        options = replace(request.options, prefix_store=store, trial=trial, child=child)
         engine = await self.memory.measure_open(
             request, lambda: self._backend.open(request.info, options), key
         )

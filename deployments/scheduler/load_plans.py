@@ -96,12 +96,13 @@ class LoadPlanner:
         options = replace(self._full(record), memory_limit_bytes=budget_bytes)
         if plan.context_tokens is not None:
             options = replace(options, context_tokens=plan.context_tokens)
+        limit_s = self._settings.load_limit_s + record.info.size_bytes / _SLOWEST_LOAD
         return LoadRequest(
             record.id,
             record.info,
             options,
             self._settings.step_limit_s,
-            self._settings.load_limit_s + record.info.size_bytes / _SLOWEST_LOAD,
+            limit_s + self._backends[record.info.format].compile_s,
             record.signatures,
         )
 

@@ -14,7 +14,8 @@ import pytest
 from backends.base import EngineOptions
 from backends.coreml.backend import CoremlBackend
 from backends.coreml.layout import read_layout
-from backends.coreml.rows import CoremlRows, open_runtime
+from backends.coreml.rows import CoremlRows
+from backends.coreml.runtime import open_runtime
 from backends.coreml.spec import read_spec
 from backends.coreml.system import needed_release
 from backends.engine.row_model import RowInput

@@ -282,6 +282,11 @@ def test_a_large_model_may_take_longer_to_load(tmp_path: Path) -> None:
     )
     request = plans.load_request(record, LoadPlan(16384), 70 * MIB)
     assert request.load_limit_s == 60 + 1024
+    compiling = type("Compiling", (Growing,), {"compile_s": 1800.0})
+    plans = LoadPlanner(
+        Settings(home=tmp_path, load_limit_s=60), {"echo": compiling()}, EngineOptions()
+    )
+    assert plans.load_request(record, LoadPlan(16384), 70 * MIB).load_limit_s == 60 + 1024 + 1800
     assert request.signatures == ("7-8-9", "10-11-12")
 
 
