@@ -1,8 +1,24 @@
 """What other applications leave to models: loads stay below it, and requests are told."""
 
-from scheduler.events import AvailableChanged, Load, Loaded, Reject, Tick, Unloaded, Wanted
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler.events import (
+    Action,
+    AvailableChanged,
+    Load,
+    Loaded,
+    Reject,
+    Tick,
+    Unloaded,
+    Wanted,
+)
 from scheduler.policy import decide
 from scheduler.state import HostState, LedgerEntry, LoadPlan
+from tests.unit.scheduler.simulated import Job, Machine, Model
 from tests.unit.scheduler.test_policy import feed, kinds, resident, wanted
 
 
@@ -71,3 +87,54 @@ def test_models_in_memory_stay_while_other_applications_grow() -> None:
 def test_an_unknown_reading_limits_nothing() -> None:
     state = feed(HostState(100), (1.0, AvailableChanged(30)), (2.0, AvailableChanged(None))).state
     assert state.load_limit_bytes == 100
+
+
+@dataclass(slots=True)
+class SharedMachine(Machine):
+    """A machine on which other applications hold `others` bytes from each time on."""
+
+    others: Sequence[tuple[float, int]] = ()
+
+    def _report(self) -> None:
+        Machine._report(self)
+        taken = [size for at, size in sorted(self.others) if at <= self.now]
+        free = self.budget - self.state.used_bytes - (taken[-1] if taken else 0)
+        self._send(AvailableChanged(max(free, 0)))
+
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, Load):
+            assert self.state.used_bytes <= self.state.load_limit_bytes
+        Machine._perform(self, action)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.integers(5, 100), min_size=3, max_size=3),
+    jobs=st.lists(
+        st.builds(
+            Job,
+            at=st.floats(0, 30),
+            model_id=st.sampled_from("abc"),
+            run_s=st.floats(0.01, 8),
+            priority=st.sampled_from(["interactive", "batch"]),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    others=st.lists(st.tuples(st.floats(0, 60), st.integers(0, 90)), max_size=4),
+)
+def test_every_request_ends_once_and_no_load_passes_the_ceiling(
+    sizes: list[int], jobs: list[Job], others: list[tuple[float, int]]
+) -> None:
+    models = {name: Model(size) for name, size in zip("abc", sizes, strict=True)}
+    machine = SharedMachine(models, 100, timeout_s=150.0, others=others)
+    machine.run(jobs)
+    assert all(len(ends) == 1 for ends in machine.ends.values())
+    for number, (end,) in machine.ends.items():
+        assert end in {"granted", "memory", "timeout"}
+        # What fits beside the most that others ever hold is served.
+        if (
+            sizes["abc".index(jobs[number].model_id)] + max((b for _, b in others), default=0)
+            <= 100
+        ):
+            assert end == "granted"
