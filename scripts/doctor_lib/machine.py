@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from scripts.doctor_lib.child import Ran, run
@@ -14,6 +15,9 @@ from scripts.doctor_lib.child import Ran, run
 ROOT = Path(__file__).resolve().parents[2]
 # Apple's and the administrator's folders; a service's PATH may lack them.
 _SYSTEM_FOLDERS = ("/usr/bin", "/bin", "/usr/sbin", "/sbin")
+
+# The first start on a Mac is checked by the system for malware.
+_START_LIMIT_S = 60.0
 
 
 class Machine:
@@ -59,8 +63,17 @@ class Machine:
 
     @property
     def is_set_up(self) -> bool:
-        """Whether `scripts/setup` has made the virtual environment, complete or not."""
-        return os.access(self.python, os.X_OK)
+        """Whether `scripts/setup` has made the virtual environment, complete, usable or not."""
+        # Its Python is a link, which may lead nowhere after an update of Homebrew.
+        return os.path.lexists(self.python)
+
+    @cached_property
+    def lacks_python(self) -> str:
+        """Why nothing can be run in the virtual environment; empty if it can.  Blocks once."""
+        if not self.is_set_up:
+            return "scripts/setup has not run yet"
+        done = self.run(str(self.python), "-c", "import ctypes", limit_s=_START_LIMIT_S)
+        return done.ended and "the Python of .venv does not start"
 
     @property
     def data_folder(self) -> Path:

@@ -113,8 +113,8 @@ IMPORTS: Sequence[Import] = (
 
 def rows(machine: Machine) -> Iterator[Row]:
     """Yield the rows of the installation; blocks while each package is imported."""
-    if not machine.is_set_up:
-        yield skipped("packages", "scripts/setup has not run yet")
+    if machine.lacks_python:
+        yield skipped("packages", machine.lacks_python)
         return
     complete = (machine.root / ".venv" / "installed-runtime").is_file()
     problem = "" if complete else "The installation was interrupted."

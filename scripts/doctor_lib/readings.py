@@ -80,8 +80,8 @@ def _rows(
     machine: Machine, probes: Mapping[str, Probe], limit_s: float, lanes: int
 ) -> Iterator[Row]:
     def row(name: str, probe: Probe) -> Row:
-        if not machine.is_set_up:
-            return skipped(name, "scripts/setup has not run yet")
+        if machine.lacks_python:
+            return skipped(name, machine.lacks_python)
         if probe.needs_mac and not machine.is_mac:
             return skipped(name, NEEDS_MAC)
         return run_probe(machine, name, probe, limit_s)

@@ -46,8 +46,8 @@ class Limits:
 
 def rows(machine: Machine) -> Iterator[Row]:
     """Yield the rows of a whole run of the server; blocks for tens of seconds."""
-    if not machine.is_set_up:
-        yield skipped("server", "scripts/setup has not run yet")
+    if machine.lacks_python:
+        yield skipped("server", machine.lacks_python)
         return
     command = [str(machine.python), "-B", *_LAUNCHER]
     yield from ServerTrial(machine, command).rows()

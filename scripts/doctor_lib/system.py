@@ -69,10 +69,13 @@ def _memory(machine: Machine) -> Row:
 
 def _disk(machine: Machine) -> Iterator[Row]:
     wanted = _LEAST_FREE_BYTES if machine.is_set_up else _SET_UP_BYTES
+    # Ray's sockets and logs are in one folder, temporary files of programs in another on a Mac.
+    temporary = Path(machine.environment.get("TMPDIR") or machine.temporary)
     for what, folder, least in (
         ("free disk, packages", machine.root, wanted),
         ("free disk, data", machine.data_folder, _LEAST_FREE_BYTES),
-        ("free disk, temporary", machine.temporary, _LEAST_FREE_BYTES),
+        ("free disk, Ray", machine.temporary, _LEAST_FREE_BYTES),
+        ("free disk, temporary", temporary, _LEAST_FREE_BYTES),
     ):
         free = machine.free_bytes(folder)
         value = f"{free / _GIB:.1f} GiB"

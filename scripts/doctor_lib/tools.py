@@ -126,8 +126,9 @@ def _broken_compiler(
     if "license" in text:
         problem = "Xcode's licence has not been accepted."
         return judged(what, name, problem, "sudo xcodebuild -license accept", state)
-    last = (text.splitlines() or ["it says nothing"])[-1]
-    return judged(what, name, f"{name} {ended}: {last}", "install a working compiler", state)
+    lines = text.splitlines() or ["it says nothing"]
+    told = next((line for line in lines if "error" in line), lines[-1])
+    return judged(what, name, f"{name} {ended}: {told[:300]}", "install a working compiler", state)
 
 
 def python_rows(machine: Machine) -> Iterator[Row]:

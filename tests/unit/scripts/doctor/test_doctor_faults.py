@@ -322,6 +322,34 @@ def test_the_firewalls_state_is_read(plant: Plant, told: str, value: str) -> Non
     assert find(examine(plant, "system"), "firewall").value == value
 
 
+def test_an_environment_that_does_not_start_is_one_fault(plant: Plant) -> None:
+    """Each of its packages and probes was one."""
+    broken_environment(plant)
+    rows = examine(plant, "pythons", "packages", "readings", "compute", "server")
+    assert [row.what for row in rows if row.state in (FAIL, WARN)] == ["Python"]
+    reasons = {row.value for row in rows if row.state == SKIP}
+    assert reasons == {"the Python of .venv does not start"}
+
+
+def test_an_environment_whose_python_was_removed_is_a_fault(plant: Plant) -> None:
+    """As Homebrew does with an update; it was taken for one that was never set up."""
+    plant.python.unlink()
+    plant.python.symlink_to("/no/such/python3.12")
+    row = find(examine(plant, "pythons"), "Python")
+    assert (row.state, row.cure) == (FAIL, "rm -rf .venv, then scripts/setup torch")
+
+
+def test_a_full_temporary_folder_is_told_by_the_compiler_and_by_its_row(plant: Plant) -> None:
+    plant.environment["TMPDIR"] = "/var/folders/x/T"
+    full = "fatal error: error writing to /var/folders/x/T/a.s: No space left on device"
+    plant.program("c++", f"echo '{full}'", "echo 'compilation terminated.'", "exit 1")
+    plant.free_bytes = 2**20
+    row = find(examine(plant, "tools"), "C++ compiler")
+    assert "No space left on device" in row.problem
+    row = find(examine(plant, "system"), "free disk, temporary")
+    assert row.cure == "free 1.0 GiB where /var/folders/x/T is"
+
+
 def test_what_a_healthy_mac_tells(plant: Plant) -> None:
     rows = examine(plant, "system", "pythons")
     assert find(rows, "macOS").value == "macOS 15 (Darwin 24.6.0); sw_vers says 15.6.1 24G90"
