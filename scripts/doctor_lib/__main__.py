@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
     options = _parser().parse_args(arguments)
     machine = machine or Machine()
     machine.may_sleep = options.sleep
-    privacy = Privacy(machine.environment)
+    privacy = Privacy(machine.environment, str(machine.root))
     began = time.monotonic()
     rows: list[Row] = []
     durations: dict[str, float] = {}

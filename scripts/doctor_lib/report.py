@@ -29,7 +29,7 @@ def write_report(
     data = json.dumps(_hidden(document, privacy), indent=1, ensure_ascii=False)
     written = []
     for path, content in (
-        (base.with_suffix(".txt"), privacy.hide(text)),
+        (base.with_suffix(".txt"), privacy.hide_paths(text)),
         (base.with_suffix(".json"), data),
     ):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -42,7 +42,7 @@ def write_report(
 def _hidden(value: object, privacy: Privacy) -> object:
     """Hide in every text before it is encoded: JSON escapes what would be looked for."""
     if isinstance(value, str):
-        return privacy.hide(value)
+        return privacy.hide_paths(value)
     if isinstance(value, Mapping):
         return {name: _hidden(item, privacy) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

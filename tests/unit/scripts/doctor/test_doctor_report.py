@@ -52,6 +52,38 @@ def test_names_paths_and_keys_are_replaced(text: str, hidden: str) -> None:
     assert Privacy(PERSON).hide(text) == hidden
 
 
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("free 1 GiB where /srv/a b/impetus is", "free 1 GiB where <repository> is"),
+        ("/srv/a b/impetus/.venv/bin/python", "<repository>/.venv/bin/python"),
+        ("/srv/a b/impetus-2 is a file", "/srv/a b/impetus-2 is a file"),
+        (PERSON["HOME"] + "/Secret Project/models/x.gguf", "<models>/x.gguf"),
+        ("~/Secret Project/models", "<models>"),
+        ("/Volumes/Jane/models, none", "<models>, none"),
+        ("/Volumes/Jane/data/catalog.sqlite", "<data folder>/catalog.sqlite"),
+        ("/Volumes/Jane/other/x: denied", "/Volumes/<path>: denied"),
+        (PERSON["HOME"] + "/Documents/divorce/x.gguf", "~/<path>"),
+        (
+            PERSON["HOME"] + "/.pyenv/versions/3.12.1/bin/python3",
+            "~/.pyenv/versions/3.12.1/bin/python3",
+        ),
+        (
+            PERSON["HOME"] + "/Library/Application Support/impetus",
+            "~/Library/Application Support/impetus",
+        ),
+        ("/opt/homebrew; libomp: none", "/opt/homebrew; libomp: none"),
+    ],
+)
+def test_the_report_has_no_paths_of_the_users_own(text: str, hidden: str) -> None:
+    environment = {
+        **PERSON,
+        "IMPETUS_MODELS_PATH": "~/Secret Project/models:/Volumes/Jane/models",
+        "IMPETUS_HOME": "/Volumes/Jane/data/",
+    }
+    assert Privacy(environment, "/srv/a b/impetus").hide_paths(text) == hidden
+
+
 def test_the_hosts_name_is_replaced_as_a_word_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "metal.local")
     privacy = Privacy(PERSON)
@@ -70,9 +102,9 @@ def test_the_report_has_no_secret_and_only_the_user_reads_it(tmp_path: Path) -> 
         assert "jane" not in path.read_text()
         assert "horse" not in path.read_text()
     document = json.loads(data.read_text())
-    assert document["rows"][0]["value"] == "~/x"
+    assert document["rows"][0]["value"] == "~/<path>"
     assert document["tail"] == ["~"]
-    assert text.read_text().splitlines()[0] == "FAIL  data folder                 ~/x"
+    assert text.read_text().splitlines()[0] == "FAIL  data folder                 ~/<path>"
 
 
 def test_a_row_shows_its_problem_and_cure() -> None:
