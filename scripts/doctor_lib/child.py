@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import IO, TypeVar
 
 MISSING, TOO_LATE = 127, 124
-_HEAD_BYTES, _TAIL_BYTES = 8_192, 65_536
+_HEAD_BYTES, _MOST_BYTES = 8_192, 73_728
 _PAUSE_S = 0.02
 _Result = TypeVar("_Result")
 _lock = threading.Lock()
@@ -56,11 +56,12 @@ def run(
     limit_s: float,
     environment: Mapping[str, str],
     folder: str | None = None,
+    most_bytes: int = _MOST_BYTES,
 ) -> Ran:
     """Run `command` without input; blocks for at most `limit_s` seconds and a little.
 
-    It runs in a process group of its own, all of which is killed at the end.  Very long output
-    is cut in the middle.
+    It runs in a process group of its own, all of which is killed at the end.  Output over
+    `most_bytes` is cut in the middle.
     """
     began = time.monotonic()
     with tempfile.TemporaryFile() as output:
@@ -86,7 +87,7 @@ def run(
             end_group(process)
             with _lock:
                 _running.discard(process)
-        return Ran(code, _text(output), time.monotonic() - began)
+        return Ran(code, _text(output, most_bytes), time.monotonic() - began)
 
 
 def in_order(tasks: Sequence[Callable[[], _Result]], lanes: int) -> Generator[_Result, None, None]:
@@ -116,13 +117,13 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _text(output: IO[bytes]) -> str:
+def _text(output: IO[bytes], most_bytes: int) -> str:
     size = output.seek(0, os.SEEK_END)
     output.seek(0)
-    if size <= _HEAD_BYTES + _TAIL_BYTES:
+    if size <= most_bytes:
         data = output.read()
     else:
         data = output.read(_HEAD_BYTES) + b"\n[...]\n"
-        output.seek(size - _TAIL_BYTES)
+        output.seek(size - most_bytes + _HEAD_BYTES)
         data += output.read()
     return data.decode("utf-8", "replace").strip()

@@ -39,6 +39,8 @@ class Machine:
         given["PATH"] = os.pathsep.join(filter(None, folders))
         # Translated messages cannot be parsed, and nothing may be left beside the sources.
         given.update(LC_ALL="C", PYTHONDONTWRITEBYTECODE="1")
+        # ONNX Runtime keeps an identifier and a database in the user's cache when it is imported.
+        given.update(ORT_DISABLE_TELEMETRY="1")
         self.environment: Mapping[str, str] = given
         self.system = system
         self.root = root
@@ -94,11 +96,15 @@ class Machine:
         *command: str,
         limit_s: float = 10.0,
         extra: Mapping[str, str] | None = None,
+        most_bytes: int = 73_728,
     ) -> Ran:
-        """Run a command of this machine, found on PATH, in the repository's folder; blocks."""
+        """Run a command of this machine, found on PATH, in the repository's folder; blocks.
+
+        Output over `most_bytes` is cut in the middle.
+        """
         environment = {**self.environment, **(extra or {})}
         program = shutil.which(command[0], path=environment["PATH"]) or command[0]
-        return run([program, *command[1:]], limit_s, environment, str(self.root))
+        return run([program, *command[1:]], limit_s, environment, str(self.root), most_bytes)
 
     def run_python(self, *arguments: str, limit_s: float) -> Ran:
         """Run the virtual environment's Python with a temporary folder of its own; blocks.

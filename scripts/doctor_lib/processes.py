@@ -8,7 +8,11 @@ from contextlib import suppress
 
 from scripts.doctor_lib.machine import Machine
 
-_LIMIT_S = 5.0
+_LIMIT_S = 10.0
+# Lines are cut at this width: Ray's commands have thousands of characters each.
+_WIDTH = "400"
+# Thousands of processes: whatever is not listed would be left behind.
+_MOST_BYTES = 2**24
 
 
 class Processes:
@@ -71,11 +75,15 @@ class Processes:
 
     def _table(self) -> dict[int, tuple[int, str, str]]:
         """Return parent, start and command of every process; zombies have ended already."""
-        columns = ("-axwwo", "pid=,ppid=,state=,lstart=,command=")
+        columns = ("-axo", "pid=,ppid=,state=,lstart=,command=")
+        done = self._machine.run(
+            "ps", *columns, limit_s=_LIMIT_S, extra={"COLUMNS": _WIDTH}, most_bytes=_MOST_BYTES
+        )
         table = {}
-        for line in self._machine.run("ps", *columns, limit_s=_LIMIT_S).text.splitlines():
+        for line in done.text.splitlines():
             # lstart has five words, such as: Mon Nov 30 10:14:22 2026.
             words = line.split(None, 8)
-            if len(words) == 9 and words[0].isdigit() and not words[2].startswith("Z"):
+            is_row = len(words) == 9 and words[0].isdigit() and words[1].isdigit()
+            if is_row and not words[2].startswith("Z"):
                 table[int(words[0])] = (int(words[1]), " ".join(words[3:8]), words[8])
         return table

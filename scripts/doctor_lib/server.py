@@ -79,9 +79,14 @@ class ServerTrial:
             yield from self._stop(row.state == FAIL)
             yield self._crashes(began)
         finally:
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        try:
             if self._process is not None:
                 end_group(self._process)
             self._processes.kill()
+        finally:
             self.log = self._tail()
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -12,6 +12,7 @@ import pytest
 from scripts.doctor_lib import server
 from scripts.doctor_lib.client import AnswerProblem, Client
 from scripts.doctor_lib.machine import Machine
+from scripts.doctor_lib.processes import Processes
 from scripts.doctor_lib.row import FAIL, OK, WARN, Row
 from scripts.doctor_lib.server import Limits, ServerTrial, first_of_each_format
 from scripts.doctor_lib.sleep import SleepWatch, sleep_during_streams
@@ -60,15 +61,6 @@ def test_a_healthy_server_passes_and_is_gone() -> None:
     assert running() == ""
 
 
-def test_a_narrow_terminal_hides_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ps` cuts its lines where COLUMNS is set."""
-    monkeypatch.setenv("COLUMNS", "60")
-    rows, _ = trial("healthy")
-    assert find(rows, "killed process").value.startswith("replaced")
-    monkeypatch.delenv("COLUMNS")
-    assert running() == ""
-
-
 @pytest.mark.parametrize(
     ("mode", "what", "state", "says"),
     [
@@ -99,6 +91,47 @@ def test_the_users_own_settings_do_not_reach_the_trial(monkeypatch: pytest.Monke
     monkeypatch.setenv("IMPETUS_API_KEY", "of-the-user")
     rows, _ = trial("dies")
     assert "IMPETUS_API_KEY set: False" in find(rows, "server start").problem
+
+
+def test_a_narrow_terminal_hides_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ps` cuts its lines where COLUMNS is set."""
+    monkeypatch.setenv("COLUMNS", "60")
+    rows, _ = trial("healthy")
+    assert find(rows, "killed process").value.startswith("replaced")
+
+
+LINE = "{} {} S Mon Nov 30 10:14:22 2026 {}"
+# Each as long as Ray's own.
+OTHERS = [LINE.format(5000 + index, 1, "x" * 300) for index in range(1000)]
+
+
+@pytest.mark.parametrize("others", [OTHERS, ["12 --not=a --process a b c d e f", "[...]"]])
+def test_no_process_is_lost_among_many_or_odd_ones(plant: Plant, others: list[str]) -> None:
+    """The middle of a long list was cut out, and the line that this made ended the step."""
+    own = LINE.format(70, 7, "ray::ServeReplica:impetus:gguf")
+    middle = len(others) // 2
+    lines = [LINE.format(7, 1, "python"), *others[:middle], own, *others[middle:]]
+    (plant.folder / "list").write_text("\n".join(lines))
+    plant.program("ps", f"cat '{plant.folder}/list'")
+    processes = Processes(plant.machine())
+    processes.remember(7)
+    assert processes.find("ray::ServeReplica:impetus:") == 70
+
+
+def test_the_folder_is_removed_although_the_processes_cannot_be_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = ServerTrial(Machine(system="linux"), [sys.executable, "-c", ""], LIMITS)
+    rows = run.rows()
+    next(rows)
+
+    def fail(_: Processes) -> None:
+        raise ValueError("ps")
+
+    monkeypatch.setattr(Processes, "kill", fail)
+    with pytest.raises(ValueError, match="ps"):
+        rows.close()
+    assert not run._folder.exists()
 
 
 def test_an_interrupted_trial_leaves_nothing() -> None:
