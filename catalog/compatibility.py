@@ -41,7 +41,7 @@ class Traits:
 
 
 @dataclass(frozen=True, slots=True)
-class _Context:
+class ContextNeed:
     """Context tokens that a client needs to start, and for more than small tasks."""
 
     least: int
@@ -51,17 +51,17 @@ class _Context:
 _Finding: TypeAlias = tuple[Level, str]
 _Rule: TypeAlias = Callable[[Traits], Iterator[_Finding]]
 
-_CLINE = _Context(8_192, 32_768)
-_CONTINUE = _Context(4_096, 16_384)
-_CLAUDE_CODE = _Context(16_384, 65_536)
-_ROO = _Context(16_384, 32_768)
-_CODEX = _Context(16_384, 65_536)
-_OPENCODE = _Context(16_384, 32_768)
-_AIDER = _Context(4_096, 16_384)
+_CLINE = ContextNeed(8_192, 32_768)
+_CONTINUE = ContextNeed(4_096, 16_384)
+_CLAUDE_CODE = ContextNeed(16_384, 65_536)
+_ROO = ContextNeed(16_384, 32_768)
+_CODEX = ContextNeed(16_384, 65_536)
+_OPENCODE = ContextNeed(16_384, 32_768)
+_AIDER = ContextNeed(4_096, 16_384)
 # Copilot uses at most three quarters of the context for its prompt.
-_COPILOT = _Context(24_576, 65_536)
-_ZED = _Context(8_192, 32_768)
-_CHAT_CLIENT = _Context(512, 4_096)
+_COPILOT = ContextNeed(24_576, 65_536)
+_ZED = ContextNeed(8_192, 32_768)
+_CHAT_CLIENT = ContextNeed(512, 4_096)
 
 
 def compatibility(traits: Traits) -> Mapping[str, Fit]:
@@ -79,7 +79,7 @@ def _fit(rule: _Rule, traits: Traits) -> Fit:
     return Fit("limited" if findings else "ok", tuple(reason for _, reason in findings))
 
 
-def _agent(context: _Context) -> _Rule:
+def _agent(context: ContextNeed) -> _Rule:
     def rule(traits: Traits) -> Iterator[_Finding]:
         yield from _check_chat(traits)
         yield from _check_context(traits, context)
@@ -134,7 +134,7 @@ def _check_chat(traits: Traits) -> Iterator[_Finding]:
         yield "no", "the model does not support chat"
 
 
-def _check_context(traits: Traits, context: _Context) -> Iterator[_Finding]:
+def _check_context(traits: Traits, context: ContextNeed) -> Iterator[_Finding]:
     if traits.context_tokens < context.least:
         yield (
             "no",
@@ -171,6 +171,21 @@ def _billions(parameters: int) -> str:
     )
 
 
+# Of the clients whose own prompts are long; libraries and unknown clients need no certain context.
+CONTEXT_NEEDS: Mapping[str, ContextNeed] = {
+    "cline": _CLINE,
+    "continue": _CONTINUE,
+    "claude-code": _CLAUDE_CODE,
+    "roo": _ROO,
+    "codex": _CODEX,
+    "opencode": _OPENCODE,
+    "aider": _AIDER,
+    "copilot": _COPILOT,
+    "copilot-cli": _COPILOT,
+    "zed": _ZED,
+    "open-webui": _CHAT_CLIENT,
+    "llm": _CHAT_CLIENT,
+}
 _RULES: Mapping[str, _Rule] = {
     "cline": _agent(_CLINE),
     "continue": _continue,

@@ -6,11 +6,14 @@ from typing import Any
 
 import httpx
 
+from catalog.compatibility import CONTEXT_NEEDS, ContextNeed
 from scripts.connect_lib.problems import ConnectError
 
 NO_KEY = "none"
 _LEVELS = ("no", "limited", "ok")
 _TIMEOUT_S = 10.0
+# Models named with their reasons if none suits a client.
+_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +111,50 @@ def choose(entries: Sequence[Mapping[str, Any]], client: str, wanted: str | None
             f"The server has no model {wanted!r} that it can run; pass one of these to --model: "
             f"{known or 'none'}. Those that cannot run are in /api/models, with the reasons."
         )
-    usable = [entry for entry in entries if _rank(entry, client)[0] > 0]
+    # Echo only repeats what it is sent: it is taken by name, to test a connection.
+    real = [entry for entry in entries if entry.get("format") != "echo"]
+    usable = [entry for entry in real if _rank(entry, client)[0] > 0]
     if not usable:
-        raise ConnectError(
-            f"The server has no model that {client} can use; `compatibility` in /v1/models has the "
-            "reasons."
+        raise ConnectError(_none_fits(real, client))
+    return _model(max(usable, key=lambda entry: _rank(entry, client)), client)
+
+
+def _none_fits(entries: Sequence[Mapping[str, Any]], client: str) -> str:
+    """Return why no model suits a client, and what would."""
+    closest = sorted(entries, key=lambda entry: _rank(entry, client), reverse=True)[:_MAX_SHOWN]
+    reasons = [f"  {entry['id']}: {'; '.join(_fit(entry, client)['reasons'])}" for entry in closest]
+    if len(entries) > len(closest):
+        reasons.append(
+            f"  and {len(entries) - len(closest)} more, in `compatibility` of /v1/models"
         )
-    # Echo is compatible with every client but useless to it: the last choice.
-    best = max(usable, key=lambda entry: (entry.get("format") != "echo", _rank(entry, client)))
-    return _model(best, client)
+    need = CONTEXT_NEEDS.get(client)
+    kind = "a chat model"
+    if need is not None:
+        kind += (
+            f" that has a context of at least {need.least:,} tokens on this machine "
+            f"({need.comfortable:,} for more than small tasks)"
+        )
+    lines = [
+        f"The server has no model that {client} can use{':' if reasons else '.'}",
+        *reasons,
+        f"Put {kind} into a folder of IMPETUS_MODELS_PATH, and run this again.",
+    ]
+    short = [entry for entry in closest if _could_have(entry, need)]
+    if short and need is not None:
+        lines.append(
+            f"{short[0]['id']} was trained with {short[0]['context_length']:,} tokens and may get "
+            "them with a larger IMPETUS_MEMORY_BUDGET, or a larger IMPETUS_CONTEXT_LENGTH or "
+            "context_length in the model's settings where one of these is set."
+        )
+    return "\n".join(lines)
+
+
+def _could_have(entry: Mapping[str, Any], need: ContextNeed | None) -> bool:
+    """Whether a model of which this machine grants too little context was trained with enough."""
+    if need is None or "chat" not in entry.get("capabilities", ()):
+        return False
+    granted, trained = (int(entry.get(key) or 0) for key in ("max_model_len", "context_length"))
+    return granted < need.least <= trained
 
 
 def _rank(entry: Mapping[str, Any], client: str) -> tuple[int, bool, int, int]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from catalog.compatibility import Fit, Traits, compatibility
+from catalog.compatibility import CONTEXT_NEEDS, Fit, Traits, compatibility
 from core.types import Capability
 
 AGENTS = (
@@ -22,6 +22,14 @@ def fits(capabilities: Any = CODER, context: int = 131_072, **changes: Any) -> d
 
 def test_a_large_coder_fits_every_client() -> None:
     assert set(fits(parameters=30_000_000_000).values()) == {Fit("ok")}
+
+
+def test_a_client_that_needs_a_context_refuses_less() -> None:
+    assert set(fits()) - CONTEXT_NEEDS.keys() == {"openai", "langchain"}
+    for client, need in CONTEXT_NEEDS.items():
+        assert fits(context=need.comfortable)[client].level == "ok"
+        assert fits(context=need.least)[client].level == "limited"
+        assert fits(context=need.least - 1)[client].level == "no"
 
 
 def test_unknown_size_is_no_reason() -> None:

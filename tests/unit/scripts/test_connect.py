@@ -360,10 +360,33 @@ def test_a_failed_check_is_told_without_the_key(
     assert "FAILED  stream: bad ***" in capsys.readouterr().out
 
 
-def test_a_model_is_chosen_before_echo_however_well_that_fits() -> None:
-    def entry(name: str, level: str) -> dict[str, Any]:
-        fit = {"cline": {"level": level, "reasons": []}}
-        return {"id": name, "format": name, "capabilities": ["chat"], "compatibility": fit}
+def test_echo_is_chosen_by_its_name_alone(entry: Entry) -> None:
+    echo = entry("echo@echo", format="echo")
+    assert choose([echo, entry("gguf", "limited")], "codex", None).id == "gguf"
+    for client in CLIENTS:
+        with pytest.raises(ConnectError, match=f"no model that {client} can use"):
+            choose([echo], client, None)
+    assert choose([echo], "codex", "echo").id == "echo"
 
-    assert choose([entry("echo", "ok"), entry("gguf", "limited")], "cline", None).id == "gguf"
-    assert choose([entry("echo", "ok"), entry("gguf", "no")], "cline", None).id == "echo"
+
+def test_a_client_that_no_model_suits_is_told_what_would(entry: Entry) -> None:
+    short = {"level": "no", "reasons": ["the context is 8,192 tokens; 16,384 are needed"]}
+    starter = entry(
+        "starter", max_model_len=8_192, context_length=8_192, compatibility={"codex": short}
+    )
+    listed = [entry("echo@echo", format="echo"), starter]
+    with pytest.raises(ConnectError) as told:
+        choose(listed, "codex", None)
+    assert "starter: the context is 8,192 tokens; 16,384 are needed" in str(told.value)
+    assert "a context of at least 16,384 tokens on this machine (65,536 for" in str(told.value)
+    assert "IMPETUS_MODELS_PATH" in str(told.value)
+    assert "MEMORY_BUDGET" not in str(told.value)
+
+    listed[1] = {**starter, "context_length": 131_072}
+    with pytest.raises(ConnectError, match="starter was trained with 131,072 tokens") as told:
+        choose(listed, "codex", None)
+    assert "IMPETUS_MEMORY_BUDGET" in str(told.value)
+
+    many = [{**starter, "id": f"starter-{index}"} for index in range(9)]
+    with pytest.raises(ConnectError, match="and 4 more"):
+        choose(many, "codex", None)
