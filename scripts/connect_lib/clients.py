@@ -19,7 +19,7 @@ from scripts.connect_lib.texts import langchain_text, open_webui_text, openai_te
 def _cline_paths() -> Sequence[Path]:
     data = os.environ.get("CLINE_DATA_DIR")
     base = Path(data).expanduser() if data else folder("CLINE_DIR", ".cline") / "data"
-    return [base / "settings" / "providers.json"]
+    return [base / "settings" / "providers.json", base / "settings" / "models.json"]
 
 
 def _cline_edits(target: Target, model: Model) -> Sequence[Edit]:
@@ -40,7 +40,21 @@ def _cline_edits(target: Target, model: Model) -> Sequence[Edit]:
             provider["updatedAt"] = now.replace("+00:00", "Z")
             provider["tokenSource"] = "manual"
 
-    return [planned(_cline_paths()[0], partial(changed_json, change=change))]
+    def add_model(data: Any) -> None:
+        data.setdefault("version", 1)
+        provider = data.setdefault("providers", {}).setdefault("openai-compatible", {})
+        # Cline assumes 128,000 tokens otherwise, and editors do not offer the model.
+        provider.setdefault("models", {}).setdefault(model.id, {}).update(
+            name=model.id,
+            contextWindow=model.context_tokens,
+            maxInputTokens=model.context_tokens - answer_tokens(model),
+        )
+
+    providers, models = _cline_paths()
+    return [
+        planned(providers, partial(changed_json, change=change)),
+        planned(models, partial(changed_json, change=add_model)),
+    ]
 
 
 def _continue_paths() -> Sequence[Path]:

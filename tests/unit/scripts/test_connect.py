@@ -149,6 +149,20 @@ def test_cline_is_configured_as_its_own_command_does(home: Path, entries: Any) -
     }
 
 
+def test_cline_is_told_the_models_context(home: Path, entries: Any) -> None:
+    del entries
+    file = (home / FILES["cline"]).with_name("models.json")
+    file.parent.mkdir(parents=True)
+    mine = {"other": {"models": {"x": {"temperature": 1}}}}
+    file.write_text(json.dumps({"version": 1, "providers": mine}))
+    assert run("cline", "--apply") == 0
+    providers = json.loads(file.read_text())["providers"]
+    assert providers.pop("openai-compatible")["models"] == {
+        MODEL.id: {"name": MODEL.id, "contextWindow": 32_768, "maxInputTokens": 24_576}
+    }
+    assert providers == mine
+
+
 @pytest.mark.parametrize(
     ("client", "text", "reason"),
     [
