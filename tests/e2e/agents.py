@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from tests.e2e.acp import AcpClient, acp_client
+from tests.e2e.scripted import CONTEXT_TOKENS
 
 LIMIT_S = 150.0
 # Its teams and sub-agents are three quarters of its prompt, and no part of these tasks.
@@ -125,26 +128,50 @@ class Cline(Agent):
     """Cline's command line."""
 
     def configure(self, model: str) -> None:
-        """Set it up as the documentation says, its telemetry off."""
-        settings = self.home / ".cline" / "data" / "settings" / "global-settings.json"
-        settings.parent.mkdir(parents=True)
+        """Set it up as `scripts/connect` does, its telemetry off."""
+        context = CONTEXT_TOKENS[model]
+        self._settings.mkdir(parents=True)
         choices = {
             "telemetryOptOut": True,
             "autoUpdateEnabled": False,
             "disabledTools": LEFT_OUT,
         }
-        settings.write_text(json.dumps(choices))
+        (self._settings / "global-settings.json").write_text(json.dumps(choices))
+        limits = {"name": model, "contextWindow": context, "maxInputTokens": context * 3 // 4}
+        known = {"version": 1, "providers": {"openai-compatible": {"models": {model: limits}}}}
+        (self._settings / "models.json").write_text(json.dumps(known))
         done = self.run("cline", *("auth", "-p", "openai", "-k", "any"), *("-m", model),
                         *("-b", self.base_url))  # fmt: skip
         assert done.code == 0, done
 
     def work(self, model: str, task: str) -> Run:
         """Give it a task; it runs in this one process and no daemon stays behind."""
-        return self.run(
-            *("cline", "-P", "openai", "-m", model, "--json", "--auto-approve", "true"),
-            *("--retries", "1", task),
-            CLINE_SESSION_BACKEND_MODE="local",
+        return self.run("cline", *self._options(model), task, **self._OFF)
+
+    def stop_during(self, when: Callable[[], None], model: str, task: str) -> int:
+        """Give it a task and press Ctrl-C when `when` returns; returns the exit code."""
+        return self.interrupt(when, "cline", *self._options(model), task, **self._OFF)
+
+    @contextmanager
+    def served(self, model: str) -> Iterator[AcpClient]:
+        """Start it as an editor does, in a process of its own; gives the connection to it."""
+        command = (str(self._program("cline")), "--acp", "--auto-approve", "true")
+        chosen = {"CLINE_PROVIDER": "openai-compatible", "CLINE_API_KEY": "any"}
+        environment = {**own_environment(self.home), **chosen, "CLINE_MODEL": model, **self._OFF}
+        with acp_client(command, self.folder, environment) as client:
+            yield client
+
+    @property
+    def _settings(self) -> Path:
+        return self.home / ".cline" / "data" / "settings"
+
+    def _options(self, model: str) -> tuple[str, ...]:
+        return (
+            *("-P", "openai", "-m", model, "--json", "--auto-approve", "true"),
+            *("--retries", "1"),
         )
+
+    _OFF: ClassVar[Mapping[str, str]] = {"CLINE_SESSION_BACKEND_MODE": "local"}
 
 
 class Continue(Agent):
@@ -167,10 +194,21 @@ class Continue(Agent):
 
     def work(self, task: str) -> Run:
         """Give it a task, every tool allowed."""
-        return self.run(
-            *("cn", "-p", "--auto", "--config", str(self.config), task),
-            CONTINUE_TELEMETRY_ENABLED="0",
-        )
+        return self.run("cn", *self._options, task, **self._OFF)
+
+    def resume(self, task: str) -> Run:
+        """Give the last session another task, in a new process."""
+        return self.run("cn", "--resume", *self._options, task, **self._OFF)
+
+    def stop_during(self, when: Callable[[], None], task: str) -> int:
+        """Give it a task and press Ctrl-C when `when` returns; returns the exit code."""
+        return self.interrupt(when, "cn", *self._options, task, **self._OFF)
+
+    @property
+    def _options(self) -> tuple[str, ...]:
+        return ("-p", "--auto", "--config", str(self.config))
+
+    _OFF: ClassVar[Mapping[str, str]] = {"CONTINUE_TELEMETRY_ENABLED": "0"}
 
 
 def _text(data: str | bytes | None) -> str:
