@@ -1,6 +1,7 @@
 """Settings of all tiers."""
 
 import gc
+from collections import OrderedDict
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -33,6 +34,8 @@ _SERVERS = {
 # Files of the contract whose tests share the engine of a variant, and those that share nothing.
 _BY_VARIANT = ("backend", "grammar", "resume", "tokens")
 _ALONE = ("close", "conversion", "gguf_kinds", "memory", "snapshots", "zoo")
+# Single tests and small groups that take minutes, as they build models that others use too.
+_LONG = ("coreml", "onnx-plain", "tests/contract/conversion/")
 
 
 def pytest_collection_finish() -> None:
@@ -51,7 +54,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     scheduling = LoadFileScheduling(config, log)
     # xdist_group would be the public way; pytest-xdist 3.8 ignores it under pytest 9.2.
     scheduling._split_scope = sharing
+    schedule = scheduling.schedule
+
+    def long_first() -> None:
+        schedule()
+        start_long_first(scheduling.workqueue)
+
+    scheduling.schedule = long_first
     return scheduling
+
+
+def start_long_first(queue: OrderedDict[str, Any]) -> None:
+    """Let no process be left with minutes of work when the others have none.
+
+    The largest groups, by their number of tests, have been given out already.
+    """
+    for name in [each for each in reversed(queue) if each.startswith(_LONG)]:
+        queue.move_to_end(name, last=False)
 
 
 def sharing(nodeid: str) -> str:

@@ -1,11 +1,12 @@
 """Which tests run in one process because they share an engine or a server."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 
 from tests import conftest
-from tests.conftest import sharing
+from tests.conftest import sharing, start_long_first
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -35,3 +36,10 @@ def test_files_that_are_named_exist() -> None:
 )
 def test_what_a_test_shares(nodeid: str, shared: str) -> None:
     assert sharing(nodeid) == shared
+
+
+def test_long_groups_start_before_others_in_their_own_order() -> None:
+    conversions = [f"tests/contract/conversion/test_conversion.py::test_{each}" for each in "ab"]
+    queue = OrderedDict.fromkeys(["tests/contract/test_mlx.py", *conversions, "gguf", "coreml"])
+    start_long_first(queue)
+    assert list(queue) == [*conversions, "coreml", "tests/contract/test_mlx.py", "gguf"]
