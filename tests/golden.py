@@ -24,6 +24,7 @@ from backends.gguf.file import gguf_info
 from catalog.convert.run import ConversionRequest, convert, sweep
 from core.types import Capability
 from tests.cache import cache_folder, locked
+from tests.requests import GreedyTokens
 from tests.starter import starter_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,12 +49,13 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".npz", ".gguf", ".onnx")
 class Reference:
     """Greedy tokens by PyTorch in float32, with end tokens not heeded.
 
-    `ids` are the prompts through the chat template; `tokens` 32 of the answer to each.
+    `ids` are the prompts through the chat template; `tokens` 32 of the answer to each, equal to
+    what a runtime of this system may choose.
     """
 
     prompts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
-    tokens: tuple[tuple[int, ...], ...]
+    tokens: tuple[GreedyTokens, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def golden(kind: str) -> Path:
 
 def reference() -> Reference:
     """Return the tokens that every full-precision conversion must give."""
-    path = _cache() / "reference.json"
+    path = _cache() / "greedy.json"
     source = golden("hf-f32")
     with locked(path):
         if not path.is_file():
@@ -104,7 +106,10 @@ def reference() -> Reference:
     return Reference(
         tuple(read["prompts"]),
         tuple(tuple(ids) for ids in read["ids"]),
-        tuple(tuple(tokens) for tokens in read["tokens"]),
+        tuple(
+            GreedyTokens(*each)
+            for each in zip(read["tokens"], read["seconds"], read["gaps"], strict=True)
+        ),
     )
 
 
@@ -221,6 +226,8 @@ def _write_reference(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
     ids: list[list[int]] = []
     tokens: list[list[int]] = []
+    seconds: list[list[int]] = []
+    gaps: list[list[float]] = []
     for prompt in _PROMPTS:
         turns = [{"role": "user", "content": prompt}]
         prompt_ids = tokenizer.apply_chat_template(
@@ -234,11 +241,17 @@ def _write_reference(source: Path, target: Path) -> None:
             do_sample=False,
             eos_token_id=-1,
             pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
         ids.append(list(prompt_ids))
-        tokens.append(made[0].tolist()[len(prompt_ids) :])
+        tokens.append(made.sequences[0].tolist()[len(prompt_ids) :])
+        best = torch.cat(made.logits).float().log_softmax(-1).topk(2)
+        seconds.append(best.indices[:, 1].tolist())
+        gaps.append((best.values[:, 0] - best.values[:, 1]).tolist())
     hidden = target.with_name(f".{target.name}.{os.getpid()}")
-    hidden.write_text(json.dumps({"prompts": _PROMPTS, "ids": ids, "tokens": tokens}))
+    known = {"prompts": _PROMPTS, "ids": ids, "tokens": tokens, "seconds": seconds, "gaps": gaps}
+    hidden.write_text(json.dumps(known))
     hidden.rename(target)
 
 

@@ -13,7 +13,7 @@ from backends.coreml.backend import CoremlBackend
 from core.errors import InsufficientMemory
 from core.types import Capability, GenerationRequest, TokenPrompt
 from tests.golden import golden, reference
-from tests.requests import chat, end_of, request, run, text_of, token_ids_of
+from tests.requests import GreedyTokens, chat, end_of, request, run, text_of, token_ids_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -43,11 +43,11 @@ async def engine(info: ModelInfo) -> AsyncIterator[Engine]:
     await engine.close()
 
 
-def expected() -> list[tuple[GenerationRequest, list[int]]]:
+def expected() -> list[tuple[GenerationRequest, GreedyTokens]]:
     """Return requests and the greedy tokens that PyTorch computed with the same weights."""
     known = reference()
     return [
-        (request(TokenPrompt(ids), max_tokens=len(tokens)), list(tokens))
+        (request(TokenPrompt(ids), max_tokens=len(tokens)), tokens)
         for ids, tokens in zip(known.ids, known.tokens, strict=True)
     ]
 
@@ -76,7 +76,7 @@ async def test_every_file_of_the_package_identifies_the_same_model(
 async def test_greedy_tokens_are_those_of_pytorch(engine: Engine) -> None:
     for wanted, tokens in expected():
         found = token_ids_of(await run(engine, wanted))
-        assert found == tokens[: len(found)]
+        assert found == tokens.first(len(found))
         assert len(found) > 5
 
 
@@ -85,7 +85,7 @@ async def test_rows_together_give_the_tokens_they_give_alone(engine: Engine) -> 
     answers = await asyncio.gather(*(run(engine, wanted) for wanted, _ in pairs))
     for answer, (_, tokens) in zip(answers, pairs, strict=True):
         found = token_ids_of(answer)
-        assert found == tokens[: len(found)]
+        assert found == tokens.first(len(found))
 
 
 async def test_a_second_turn_reuses_the_first(engine: Engine) -> None:

@@ -15,7 +15,17 @@ from backends.mlx.backend import MlxBackend
 from core.errors import EngineFailed, RequestError
 from core.types import Capability, GenerationRequest, JsonOutput, JsonValue, TokenPrompt
 from tests.golden import golden, reference
-from tests.requests import chat, end_of, request, run, text_of, token_ids_of
+from tests.requests import (
+    GreedyTokens,
+    assert_repeated,
+    chat,
+    end_of,
+    request,
+    rounding,
+    run,
+    text_of,
+    token_ids_of,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -48,11 +58,11 @@ def built() -> None:
         golden(kind)
 
 
-def expected() -> list[tuple[GenerationRequest, list[int]]]:
+def expected() -> list[tuple[GenerationRequest, GreedyTokens]]:
     """Return requests and the greedy tokens that PyTorch computed with the same weights."""
     known = reference()
     return [
-        (request(TokenPrompt(tuple(ids)), max_tokens=len(tokens)), list(tokens))
+        (request(TokenPrompt(tuple(ids)), max_tokens=len(tokens)), tokens)
         for ids, tokens in zip(known.ids, known.tokens, strict=True)
     ]
 
@@ -129,12 +139,12 @@ async def test_the_second_turn_computes_only_what_is_new(mlx: Engine) -> None:
 
 
 async def test_the_same_prompt_again_computes_one_token(mlx: Engine) -> None:
-    wanted = request("Two. " + STORY * 4, max_tokens=8)
+    wanted = request("Two. " + STORY * 4, max_tokens=8, top_logprobs=2)
     first = await run(mlx, wanted)
     second = await run(mlx, wanted)
     usage = end_of(second).usage
     assert usage.cached_tokens == usage.prompt_tokens - 1
-    assert token_ids_of(second) == token_ids_of(first)
+    assert_repeated(first, second)
 
 
 async def test_requests_of_one_prompt_at_once_share_its_prefill(mlx: Engine) -> None:
@@ -203,7 +213,7 @@ async def test_a_decoder_made_for_embeddings_embeds(tmp_path: Path) -> None:
     together = (await engine.embed(texts)).vectors
     alone = [(await engine.embed([text])).vectors[0] for text in texts]
     assert together.shape == (3, 576)
-    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(together, alone, atol=rounding(1e-5, metal=1e-3))
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
     assert together[0] @ together[1] < 0.9999
     await engine.close()

@@ -39,6 +39,7 @@ from tests.encoder_models import (
     tokenizer,
 )
 from tests.gguf_files import hf_bert_gguf, qwen3_ranker_gguf
+from tests.requests import rounding
 
 
 async def test_an_onnx_encoder_gives_the_vectors_of_pytorch(tmp_path: Path) -> None:
@@ -125,7 +126,9 @@ async def test_many_gguf_pairs_are_scored_alike(tmp_path: Path) -> None:
     together = await engine.rerank(RerankInputs(PAIRS[0], documents))
     for index in (0, 7, 39):
         alone = await engine.rerank(RerankInputs(PAIRS[0], documents[index : index + 1]))
-        np.testing.assert_allclose(alone.scores[0], together.scores[index], atol=1e-4)
+        np.testing.assert_allclose(
+            alone.scores[0], together.scores[index], atol=rounding(1e-4, metal=1e-3)
+        )
     await engine.close()
 
 
