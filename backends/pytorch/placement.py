@@ -43,6 +43,8 @@ def place(model: Any, info: ModelInfo, trial: TrialOptions) -> TrialResult:
         lambda: compare_with_cpu(model, name, trial.hold),
     )
     model.to(name if result.is_sound else "cpu")
+    if not result.is_sound:
+        _free_gpu()
     return result
 
 
@@ -51,6 +53,14 @@ def limitations(model_name: str, result: TrialResult) -> tuple[str, ...]:
     if result.is_sound:
         return ()
     return (f"{model_name} runs on the CPU, which is slower: {result.reason}.",)
+
+
+def _free_gpu() -> None:
+    """Return to the system what PyTorch keeps of a model that left the GPU."""
+    import torch
+
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def compare_with_cpu(model: Any, name: str, hold: Hold = nullcontext) -> TrialResult:

@@ -134,7 +134,10 @@ def test_the_result_is_kept_and_decides_the_device(
         held.append(1)
         return nullcontext()
 
+    freed: list[int] = []
     monkeypatch.setattr(placement, "device", lambda: "mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: freed.append(1))
     trial = TrialOptions(RamTrials(), hold)
     info = info_of(tmp_path / "model.bin")
     for is_first in (True, False):
@@ -143,6 +146,8 @@ def test_the_result_is_kept_and_decides_the_device(
         assert result.is_sound == is_right
         assert gpu.moves[-1] == ("mps" if is_right else "cpu")
         assert gpu.passes == (["cpu", "cpu", "mps", "mps"] if is_first else [])
+    # Else the weights would be held twice.
+    assert freed == ([] if is_right else [1, 1])
     # Only the passes on the GPU take the turn of this process.
     assert held == [1]
     (note,) = limitations("tiny", result) or ("",)
