@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ def of_shards(folder: Path) -> None:
 def of_mlx(folder: Path) -> None:
     (write_model(folder) / "model.safetensors").unlink()
     for number, name in enumerate(sorted(llama_tensors())):
-        np.savez(folder / f"weights.{number:02}.npz", **{name: llama_tensors()[name]})
+        arrays: dict[str, Any] = {name: llama_tensors()[name]}
+        np.savez(folder / f"weights.{number:02}.npz", **arrays)
 
 
 def of_modules(folder: Path) -> None:
