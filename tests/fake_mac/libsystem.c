@@ -1,7 +1,7 @@
 /* The functions of libSystem that the server calls, on a Mac whose state is in FAKE_ variables.
  *
  * Prototypes, sizes and error codes are those of the manual pages and headers of macOS 15.4:
- * sysctlbyname(3), notify(3), proc_pid_rusage in libproc.h, gethostuuid(2), setxattr(2),
+ * sysctlbyname(3), host_statistics64 in mach/mach_host.h, notify(3), proc_pid_rusage in libproc.h, gethostuuid(2), setxattr(2),
  * pthread_setname_np(3), pthread_set_qos_class_self_np(3), malloc_zone_pressure_relief(3).
  */
 #include <errno.h>
@@ -29,6 +29,12 @@ int sysctlbyname(const char *name, void *old, size_t *size, void *fresh, size_t 
         {"kern.memorystatus_vm_pressure_level", 4, told("FAKE_PRESSURE", 1)},
     };
     if (fresh || fresh_size) return fail(EPERM);
+    if (!strcmp(name, "kern.osversion")) {
+        if (*size < sizeof "24G84") return fail(ENOMEM);
+        *size = sizeof "24G84";
+        memcpy(old, "24G84", *size);
+        return 0;
+    }
     for (int i = 0; i < 3; i++) {
         if (strcmp(name, known[i].name)) continue;
         if (*size < known[i].size) return fail(ENOMEM);
@@ -38,6 +44,32 @@ int sysctlbyname(const char *name, void *old, size_t *size, void *fresh, size_t 
     }
     return fail(ENOENT);
 }
+
+static unsigned int host_references;
+
+unsigned int mach_host_self(void) {
+    host_references++;
+    return 0x80000103;
+}
+
+int host_page_size(unsigned int host, size_t *size) {
+    *size = 16384;
+    return host == 0x80000103 ? 0 : 4;
+}
+
+/* Flavor 4: pages that are free, active, inactive and wired come first of 38 numbers. */
+int host_statistics64(unsigned int host, int flavor, uint32_t *info, uint32_t *count) {
+    if (host != 0x80000103 || flavor != 4) return 4;
+    if (*count < 38 || *count > 256) return 5;
+    memset(info, 0xEE, 38 * 4);
+    info[0] = told("FAKE_FREE_PAGES", 1000);
+    info[1] = told("FAKE_ACTIVE_PAGES", 2000);
+    info[2] = told("FAKE_INACTIVE_PAGES", 3000);
+    *count = 38;
+    return 0;
+}
+
+unsigned int fake_host_references(void) { return host_references; }
 
 /* Statuses: 0 right, 1 a name that is not valid, 2 a token that is not valid. */
 static int registered;

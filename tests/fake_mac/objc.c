@@ -1,4 +1,4 @@
-/* The Objective-C runtime, for the two messages that are sent; any other ends the process. */
+/* The Objective-C runtime: two messages, any other of which ends the process, and pools. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,3 +13,19 @@ uintptr_t objc_msgSend(long *receiver, const char *selector) {
         return strtoull(getenv("FAKE_WORKING_SET"), 0, 10);
     abort();
 }
+
+/* A pool's address has 64 bits. */
+static void *pool = (void *)0x7fff12345678;
+static int pools;
+
+void *objc_autoreleasePoolPush(void) {
+    pools++;
+    return pool;
+}
+
+void objc_autoreleasePoolPop(void *popped) {
+    if (popped != pool) abort();
+    pools--;
+}
+
+int fake_pools(void) { return pools; }

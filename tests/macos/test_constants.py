@@ -12,7 +12,7 @@ import pytest
 from core import machine, process_memory, stack
 from deployments import stderr_tail
 from deployments.start import environment
-from scheduler.sensors import macos
+from scheduler.sensors import macos, macos_pages
 from scheduler.thermal import ThermalState
 from tests.fake_library import compile_library
 from tests.fake_mac import process
@@ -26,6 +26,9 @@ RECORDED = {
     "MAXPATHLEN": 1024,
     "sizeof(((struct sockaddr_un *)0)->sun_path)": 104,
     "QOS_CLASS_UTILITY": 17,
+    "HOST_VM_INFO64": 4,
+    "offsetof(struct vm_statistics64, inactive_count)": 8,
+    "offsetof(struct vm_statistics64, wire_count)": 12,
     "NOTIFY_STATUS_OK": 0,
     "DISPATCH_MEMORYPRESSURE_NORMAL": 1,
     "DISPATCH_MEMORYPRESSURE_WARN": 2,
@@ -40,7 +43,15 @@ RECORDED = {
 }
 HEADERS = (
     *("dispatch/dispatch.h", "fcntl.h", "libkern/OSThermalNotification.h", "libproc.h"),
-    *("notify.h", "stddef.h", "stdio.h", "sys/param.h", "sys/qos.h", "sys/resource.h"),
+    *(
+        "mach/mach.h",
+        "notify.h",
+        "stddef.h",
+        "stdio.h",
+        "sys/param.h",
+        "sys/qos.h",
+        "sys/resource.h",
+    ),
     *("sys/un.h", "time.h", "uuid/uuid.h"),
 )
 
@@ -54,6 +65,10 @@ def test_the_code_has_the_recorded_numbers() -> None:
     assert RECORDED["F_FULLFSYNC"] == process.F_FULLFSYNC
     assert RECORDED["MAXPATHLEN"] == stderr_tail._MAX_PATH
     assert RECORDED["QOS_CLASS_UTILITY"] == stack._QOS_CLASS_UTILITY
+    assert RECORDED["HOST_VM_INFO64"] == macos_pages._HOST_VM_INFO64
+    # The counts are the first numbers of 32 bits.
+    last = RECORDED["offsetof(struct vm_statistics64, wire_count)"]
+    assert last == 4 * (macos_pages._PAGE_COUNTS - 1)
     # One byte is the final zero.
     path_bytes = RECORDED["sizeof(((struct sockaddr_un *)0)->sun_path)"]
     assert path_bytes == environment._SOCKET_BYTES["darwin"] + 1

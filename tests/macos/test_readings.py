@@ -58,9 +58,11 @@ from scheduler.sensors.machine import open_sensor
 sensor = open_sensor(None)
 readings = [sensor.read() for _ in range(3)]
 one = readings[0]
-problems = [(each.part, each.reason) for each in one.problems]
-registrations = ctypes.CDLL(None).fake_registrations()
-result = one.thermal.name, one.memory.name, one.is_low_power, one.battery, problems, registrations
+problems = [each.message for each in one.problems]
+library = ctypes.CDLL(None)
+calls = library.fake_registrations(), library.fake_host_references()
+levels = one.thermal.name, one.memory.name
+result = *levels, one.is_low_power, one.battery, one.available_bytes, problems, calls
 """
 
 
@@ -77,8 +79,9 @@ def test_heat_pressure_and_power_are_read(
     mac: FakeMac, thermal: int, pressure: int, names: list[str]
 ) -> None:
     found = mac.run(SENSORS, thermal=thermal, pressure=pressure)
-    # One registration with notifyd for all readings.
-    assert found == [*names, True, 0.41, [], 1]
+    available = (1000 + 3000 + 2000 // 2) * 16384
+    # One registration with notifyd, and one reference to the host, for all readings.
+    assert found == [*names, True, 0.41, available, [], [1, 1]]
 
 
 FOOTPRINTS = """
@@ -143,6 +146,21 @@ def test_files_are_kept_out_of_backups_reserved_and_found(mac: FakeMac, tmp_path
     long = tmp_path / "a home of mine" / ("n" * 100)
     found = mac.run(FILES, folder=long)
     assert found == ["com.apple.backupd", 100_000, str(long / "cache" / "stderr")]
+
+
+POOLS = """
+import ctypes
+from backends.coreml.worker import autorelease_pool
+from core.machine import macos_build
+library = ctypes.CDLL("/usr/lib/libobjc.A.dylib")
+with autorelease_pool():
+    inside = library.fake_pools()
+result = inside, library.fake_pools(), macos_build()
+"""
+
+
+def test_core_mls_copies_have_a_pool_and_its_cache_the_build_of_macos(mac: FakeMac) -> None:
+    assert mac.run(POOLS) == [1, 0, "24G84"]
 
 
 SYSTEM = """
