@@ -1,5 +1,6 @@
 """What the server's processes inherit, whatever the user's environment says."""
 
+import importlib.util
 import json
 import os
 import stat
@@ -172,3 +173,16 @@ def test_a_runtime_env_is_refused_where_rays_python_has_a_space(
         read_settings(config)
     config.write_text("applications:\n- args: {port: 8001}\n")
     assert read_settings(config).port == 8001
+
+
+def test_the_import_of_onnx_runtime_leaves_nothing_in_the_users_folders(tmp_path: Path) -> None:
+    """It wrote an identifier and a database for telemetry, before anything could turn it off."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        pytest.skip("onnxruntime is not installed")
+    home = tmp_path / "home"
+    home.mkdir()
+    values = {**os.environ, **ray_settings(), "HOME": str(home)}
+    values.pop("XDG_CACHE_HOME", None)
+    command = [sys.executable, "-B", "-c", "import onnxruntime"]
+    subprocess.run(command, env=values, check=True, timeout=60)
+    assert list(home.rglob("*")) == []
