@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
     except OSError as problem:
         print(f"The report could not be written to {options.report}: {problem.strerror}.")
     else:
-        print(f"The report, without names and secrets: {paths[0]} and {paths[1].name}")
+        print(f"The report, without names and secrets, to be sent: {paths[0]} and {paths[1].name}")
     if not is_whole:
         return _INTERRUPTED
     return next((code for state, code in CODES.items() if count[state]), 0)

@@ -16,6 +16,7 @@ from typing import IO, TypeVar
 
 MISSING, TOO_LATE = 127, 124
 _HEAD_BYTES, _MOST_BYTES = 8_192, 73_728
+_TAIL_CHARACTERS = 4_000
 _PAUSE_S = 0.02
 _Result = TypeVar("_Result")
 _lock = threading.Lock()
@@ -34,6 +35,11 @@ class Ran:
     def last_line(self) -> str:
         """The last line of the output, or an empty string."""
         return (self.text.splitlines() or [""])[-1].strip()
+
+    @property
+    def tail(self) -> str:
+        """The last lines of the output, for the report."""
+        return self.text[-_TAIL_CHARACTERS:]
 
     @property
     def ended(self) -> str:

@@ -84,11 +84,14 @@ def _pressure(machine: Machine, what: str) -> Row:
 
 
 def _power(machine: Machine, what: str) -> Row:
-    source = re.search(r"Now drawing from '([^']+)'", machine.run("pmset", "-g", "batt").text)
+    battery = machine.run("pmset", "-g", "batt").text
+    source = re.search(r"Now drawing from '([^']+)'", battery)
+    charge = re.search(r"\s(\d{1,3})%;", battery)
     mode = re.search(
         r"^\s*(?:lowpowermode|powermode)\s+1\s*$", machine.run("pmset", "-g").text, re.M
     )
-    value = f"{source[1] if source else 'unknown source'}{', low-power mode' if mode else ''}"
+    value = source[1] if source else "unknown source"
+    value += (f", {charge[1]} %" if charge else "") + (", low-power mode" if mode else "")
     slow = "Low-power mode makes models slower." if mode else ""
     return judged(what, value, slow, "turn it off in System Settings, Battery", WARN)
 

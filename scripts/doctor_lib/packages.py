@@ -206,4 +206,5 @@ def _import(machine: Machine, one: Import) -> Row:
     if one.absent and "No module named" in done.text:
         return Row(what, OK, one.absent)
     problem = f"Importing it {done.ended}, so {one.purpose} cannot be used: {done.last_line[-200:]}"
-    return judged(what, f"{done.seconds:.1f} s", problem, _AGAIN, FAIL if one.is_needed else WARN)
+    state = FAIL if one.is_needed else WARN
+    return Row(what, state, f"{done.seconds:.1f} s", problem, _AGAIN, done.tail)

@@ -12,6 +12,7 @@ from scripts.doctor_lib.child import in_order
 from scripts.doctor_lib.machine import Machine
 from scripts.doctor_lib.row import FAIL, NEEDS_MAC, OK, WARN, Row, skipped
 
+_SEND = "send the report"
 _LIMIT_S = 60.0
 # Most of a probe's time is the import of packages, on one core.
 _LANES = 2
@@ -102,7 +103,8 @@ def run_probe(machine: Machine, name: str, probe: Probe, limit_s: float) -> Row:
         row = Row(name, kind, str(found["value"]), problem, cure)
     except (ValueError, KeyError, TypeError):
         problem = f"The probe {done.ended or 'gave no result'}: {done.last_line[-300:]}"
-        return Row(name, state, f"{done.seconds:.1f} s", problem, "send the report")
+        return Row(name, state, f"{done.seconds:.1f} s", problem, _SEND, done.tail)
     if done.code:
-        return Row(name, WARN, row.value, f"At its end the probe {done.ended}.", "send the report")
+        problem = f"At its end the probe {done.ended}."
+        return Row(name, WARN, row.value, problem, _SEND, done.tail)
     return row

@@ -350,12 +350,22 @@ def test_a_full_temporary_folder_is_told_by_the_compiler_and_by_its_row(plant: P
     assert row.cure == "free 1.0 GiB where /var/folders/x/T is"
 
 
+def test_the_report_has_the_last_lines_of_a_probe_that_failed(plant: Plant) -> None:
+    plant.set_up(
+        "  *'starter by llama.cpp'*) echo 'ggml_metal: first'; echo last; kill -ABRT $$ ;;",
+        "  *'import ray'*) echo Traceback; echo ImportError; exit 1 ;;",
+    )
+    rows = examine(plant, "packages", "compute")
+    assert find(rows, "starter by llama.cpp").detail == "ggml_metal: first\nlast"
+    assert find(rows, "import ray").detail == "Traceback\nImportError"
+
+
 def test_what_a_healthy_mac_tells(plant: Plant) -> None:
     rows = examine(plant, "system", "pythons")
     assert find(rows, "macOS").value == "macOS 15 (Darwin 24.6.0); sw_vers says 15.6.1 24G90"
     assert find(rows, "chip").value == "Apple M3, 4 fast and 4 slow cores, Mac15,3"
     assert find(rows, "file system").value.startswith("apfs, case ")
-    assert find(rows, "power").value == "AC Power"
+    assert find(rows, "power").value == "AC Power, 83 %"
     assert "python3.12 3.12 arm64" in find(rows, "Pythons found").value
 
 
