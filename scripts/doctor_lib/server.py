@@ -222,6 +222,8 @@ class ServerTrial:
             yield judged("stop by Ctrl-C", value, problem, "send the report", WARN)
         left = self._processes.alive()
         problem = f"{len(left)} processes go on: {', '.join(left)[:200]}." if left else ""
+        if not problem and _is_open(self._port):
+            problem = f"Something still listens on port {self._port}."
         yield judged("left behind", f"{len(left)} processes", problem, "send the report", WARN)
 
     def _crashes(self, since: float) -> Row:
@@ -259,6 +261,11 @@ def _assertion(text: str) -> str:
     lines = (" ".join(line.split()) for line in text.splitlines())
     marks = ("(caffeinate)", "PreventUserIdleSystemSleep")
     return next((line for line in lines if all(mark in line for mark in marks)), "")
+
+
+def _is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _free_port() -> int:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from scripts.doctor_lib.__main__ import STEPS, checked
 from scripts.doctor_lib.machine import ROOT, Machine
 from scripts.doctor_lib.packages import pinned
 from scripts.doctor_lib.row import Row
 
+LOCAL_STEPS = [step for step in STEPS if step != "server"]
 TAG = "Tag: py3-none-macosx_{}_0_arm64\n"
 PMSET = "System-wide power settings:\nCurrently in use:\n standby 1\n lowpowermode         0\n"
 BATTERY = "Now drawing from 'AC Power'\n -InternalBattery-0 (id=1)\t83%; charging; present: true\n"
@@ -166,3 +168,9 @@ def find(rows: Iterator[Row] | Sequence[Row], what: str) -> Row:
     """Return the row of this name."""
     found = {row.what: row for row in rows}
     return found[what]
+
+
+def examine(plant: Plant, *steps: str, on: str = "darwin") -> list[Row]:
+    """Return the rows of these steps, or of all but the server's."""
+    machine = plant.machine(on)
+    return [row for step in steps or LOCAL_STEPS for row in checked(STEPS[step], machine)]

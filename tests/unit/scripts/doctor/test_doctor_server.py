@@ -1,6 +1,7 @@
 """Tests of the doctor's run of the server, against a stand-in that goes wrong in each way."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -85,6 +86,16 @@ def test_what_goes_wrong_is_a_row_and_nothing_is_left(
     assert (row.state, says in row.problem) == (state, True), row.lines()
     assert not folder.exists()
     assert running() == ""
+
+
+def test_a_port_that_stays_open_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen(8)
+        port = int(other.getsockname()[1])
+        monkeypatch.setattr(server, "_free_port", lambda: port)
+        rows, _ = trial("dies")
+    assert find(rows, "left behind").problem == f"Something still listens on port {port}."
 
 
 def test_the_users_own_settings_do_not_reach_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
