@@ -121,7 +121,7 @@ def file_system(machine: Machine, folder: Path) -> str:
     point = line.split(None, 5)[-1] if line.count(" ") >= 5 else ""
     for name, linux_type, options in _MOUNT.findall(machine.run("mount").text):
         if name == point:
-            return linux_type or options.partition(",")[0]
+            return str(linux_type or options.partition(",")[0])
     return ""
 
 

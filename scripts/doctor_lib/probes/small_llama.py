@@ -35,7 +35,8 @@ CONFIG: Mapping[str, Any] = MappingProxyType(
 def prompts(streams: int, length: int) -> NDArray[np.int64]:
     """Return fixed tokens that differ in each stream: (streams, length)."""
     indices = np.arange(length)[None, :] * 37 + np.arange(streams)[:, None] * 101
-    return (indices + 11) % _VOCABULARY
+    tokens: NDArray[np.int64] = (indices + 11) % _VOCABULARY
+    return tokens
 
 
 def make_weights() -> dict[str, Array]:
@@ -44,7 +45,8 @@ def make_weights() -> dict[str, Array]:
 
     def matrix(rows: int, columns: int) -> Array:
         values = source.standard_normal((rows, columns)) / np.sqrt(columns)
-        return values.astype(np.float16).astype(np.float32)
+        exact: Array = values.astype(np.float16).astype(np.float32)
+        return exact
 
     ones = np.ones(_WIDTH, np.float32)
     weights = {
@@ -83,8 +85,8 @@ def _logits(weights: Mapping[str, Array], tokens: NDArray[np.int64]) -> Array:
         gate = h @ weights[f"{start}.mlp.gate_proj.weight"].T
         inner = gate / (1 + np.exp(-gate)) * (h @ weights[f"{start}.mlp.up_proj.weight"].T)
         x = x + inner @ weights[f"{start}.mlp.down_proj.weight"].T
-    last: Array = _normed(x[-1:]) @ weights["lm_head.weight"].T
-    return last[0]
+    last: Array = (_normed(x[-1:]) @ weights["lm_head.weight"].T)[0]
+    return last
 
 
 def _attention(weights: Mapping[str, Array], start: str, h: Array) -> Array:

@@ -1,6 +1,7 @@
 """Tests of the doctor's probes: each finds what is wrong, from recorded answers of macOS too."""
 
 import ctypes
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,7 +166,7 @@ BREW = "/opt/homebrew/opt/libomp/lib/libomp.dylib"
 def test_two_loaded_openmp_libraries_are_found(
     monkeypatch: pytest.MonkeyPatch, on: str, paths: list[str], value: str, has_problem: bool
 ) -> None:
-    monkeypatch.setattr(libraries.sys, "platform", on)
+    monkeypatch.setattr(sys, "platform", on)
     found = libraries.judged_openmp(libraries.openmp(paths))
     assert found.value == value or not value
     assert ("Error #15" in found.problem) is has_problem
