@@ -26,6 +26,7 @@ from tests.e2e.scripted import (
 from tests.e2e.sdk import SCRIPTS, Sdk, beside_packages
 from tests.e2e.small_model import write_small_model
 from tests.e2e.terminal_agents import ClaudeCode, Codex, OpenCode, usable
+from tests.gguf_files import minilm_gguf
 from tests.integration.server import Server, wait_until
 
 WritePlan: TypeAlias = Callable[[str, Sequence[Turn]], None]
@@ -80,6 +81,13 @@ def server(
             assert server.survivors() == []
         finally:
             server.kill()
+
+
+@pytest.fixture(scope="session")
+def embedding_model(server: Server) -> str:
+    """A model of texts' vectors that the server finds in its folder; its name."""
+    minilm_gguf(server.models / "all-MiniLM-L6-v2-F32.gguf")
+    return "all-minilm-l6-v2"
 
 
 @pytest.fixture

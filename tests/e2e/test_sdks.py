@@ -1,9 +1,10 @@
-"""Client libraries run tools, give objects, go on in a new process and are stopped."""
+"""Client libraries run tools, give objects and vectors, go on in a new process and are stopped."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.e2e.conftest import MakeSdk, WritePlan
@@ -19,6 +20,13 @@ REPORT = {"file": "note.md", "words": 2}
 SAID = json.dumps(REPORT)
 AGAIN = {"file": "again.md", "words": 1}
 GO_ON = [tagged("write_file", path="again.md", text="again"), json.dumps(AGAIN)]
+
+# A tool task and its continuation, and what the two end with.
+ENDS = ["It is written.", "It is there again."]
+TOOL_TASK = [WRITE, ENDS[0], GO_ON[0], ENDS[1]]
+# Some seconds of an object, for someone to stop.
+LONG_OBJECT = {"regex": r'\{"file": "(tick ){5000}'}
+EMBEDDED = ["cat", "kitten", "the stock market fell"]
 
 
 def check_usage(runs: list[dict[str, Any]], record: Record) -> None:
@@ -41,6 +49,27 @@ def check_tool_task(sdk: Sdk, folder: Path, record: Record, *kind: str, ends: li
     assert (folder / "again.md").read_text() == "again"
     assert [done["output"], again["output"]] == ends
     check_usage([done, again], record)
+
+
+def check_object(sdk: Sdk, folder: Path, record: Record, *kind: str) -> None:
+    """Run a task with a tool whose answer is an object."""
+    done = sdk.run(SMALL, *kind, "object", task=f"Please {TASK}.")
+    assert (folder / "note.md").read_text() == TEXT
+    assert done["output"] == REPORT
+    check_usage([done], record)
+
+
+def test_openai_runs_tools(sdk: MakeSdk, plan: WritePlan, workspace: Path, record: Record) -> None:
+    plan(TASK, TOOL_TASK)
+    check_tool_task(sdk("run_openai.py"), workspace, record, ends=ENDS)
+
+
+@pytest.mark.parametrize("script", ["run_openai.py", "run_tool_runner.py"])
+def test_python_clients_give_objects_beside_tools(
+    script: str, sdk: MakeSdk, plan: WritePlan, workspace: Path, record: Record
+) -> None:
+    plan(TASK, [WRITE, SAID])
+    check_object(sdk(script), workspace, record)
 
 
 def test_openai_agents_run_tools_and_give_objects(
@@ -87,18 +116,16 @@ def test_instructor_gives_objects_in_pieces(sdk: MakeSdk, plan: WritePlan) -> No
 def test_anthropics_tool_runner_runs_tools(
     sdk: MakeSdk, plan: WritePlan, workspace: Path, record: Record
 ) -> None:
-    plan(TASK, [WRITE, "It is written.", GO_ON[0], "It is there again."])
-    ends = ["It is written.", "It is there again."]
-    check_tool_task(sdk("run_tool_runner.py"), workspace, record, ends=ends)
+    plan(TASK, TOOL_TASK)
+    check_tool_task(sdk("run_tool_runner.py"), workspace, record, ends=ENDS)
 
 
 @pytest.mark.parametrize("provider", ["responses", "compatible"])
 def test_ai_sdk_runs_tools(
     provider: str, ai_sdk: Sdk, plan: WritePlan, workspace: Path, record: Record
 ) -> None:
-    plan(TASK, [WRITE, "It is written.", GO_ON[0], "It is there again."])
-    ends = ["It is written.", "It is there again."]
-    check_tool_task(ai_sdk, workspace, record, provider, ends=ends)
+    plan(TASK, TOOL_TASK)
+    check_tool_task(ai_sdk, workspace, record, provider, ends=ENDS)
 
 
 @pytest.mark.parametrize("provider", ["responses", "compatible"])
@@ -106,20 +133,25 @@ def test_ai_sdk_gives_objects_beside_tools(
     provider: str, ai_sdk: Sdk, plan: WritePlan, workspace: Path, record: Record
 ) -> None:
     plan(TASK, [WRITE, SAID])
-    done = ai_sdk.run(SMALL, provider, "object", task=f"Please {TASK}.")
-    assert (workspace / "note.md").read_text() == TEXT
-    assert done["output"] == REPORT
-    check_usage([done], record)
+    check_object(ai_sdk, workspace, record, provider)
 
 
 @pytest.mark.parametrize(
-    "script", ["run_openai_agents.py", "run_pydantic_ai.py", "run_tool_runner.py"]
+    "script",
+    ["run_openai.py", "run_openai_agents.py", "run_pydantic_ai.py", "run_tool_runner.py"],
 )
 def test_python_clients_stop_an_answer(
     script: str, sdk: MakeSdk, plan: WritePlan, record: Record
 ) -> None:
     plan(TASK, [LONG])
     sdk(script).run(SMALL, "stop", task=f"Please {TASK}.")
+    record.wait_until_cancelled(TASK)
+
+
+def test_instructor_stops_an_object(sdk: MakeSdk, plan: WritePlan, record: Record) -> None:
+    plan(TASK, [LONG_OBJECT])
+    done = sdk("run_instructor.py", "instructor").run(SMALL, "stop", task=f"Please {TASK}.")
+    assert done["file"].startswith("t")
     record.wait_until_cancelled(TASK)
 
 
@@ -130,3 +162,22 @@ def test_ai_sdk_stops_an_answer(
     plan(TASK, [LONG])
     assert ai_sdk.run(SMALL, provider, "stop", task=f"Please {TASK}.") == {"ends": "abort"}
     record.wait_until_cancelled(TASK)
+
+
+def check_vectors(sdk: Sdk, model: str, *kind: str) -> None:
+    """Check that the vectors of like texts are alike."""
+    found = sdk.run(model, *kind, "embed", task="\n".join(EMBEDDED))
+    vectors = np.array(found["vectors"])
+    assert vectors.shape == (len(EMBEDDED), 384)
+    assert vectors[0] @ vectors[1] > 0.7 > 0.3 > vectors[0] @ vectors[2]
+    assert found["tokens"] > len(EMBEDDED)
+
+
+@pytest.mark.parametrize("script", ["run_openai.py", "run_pydantic_ai.py"])
+def test_python_clients_embed(script: str, sdk: MakeSdk, embedding_model: str) -> None:
+    check_vectors(sdk(script), embedding_model)
+
+
+@pytest.mark.parametrize("provider", ["responses", "compatible"])
+def test_ai_sdk_embeds(provider: str, ai_sdk: Sdk, embedding_model: str) -> None:
+    check_vectors(ai_sdk, embedding_model, provider)

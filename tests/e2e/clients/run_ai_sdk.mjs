@@ -1,19 +1,20 @@
-// The AI SDK: a tool task, its continuation, objects, and a stop, over two of its providers.
-// Arguments: BASE_URL MODEL responses|compatible work|resume|object|stop STATE_FILE TASK.
+// The AI SDK: a tool task, its continuation, objects, a stop, and embeddings, over two of its providers.
+// Arguments: BASE_URL MODEL responses|compatible work|resume|object|stop|embed STATE_FILE TASK.
 // Prints one line of JSON.
 import { readFileSync, writeFileSync } from "node:fs";
 
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { generateText, isStepCount, jsonSchema, Output, streamText, tool } from "ai";
+import { embedMany, generateText, isStepCount, jsonSchema, Output, streamText, tool } from "ai";
 
 const [baseURL, name, provider, phase, state, task] = process.argv.slice(2);
-const model =
+const models =
   provider === "responses"
-    ? createOpenAI({ baseURL, apiKey: "any" })(name)
+    ? createOpenAI({ baseURL, apiKey: "any" })
     : createOpenAICompatible({
         name: "local", baseURL, apiKey: "any", includeUsage: true, supportsStructuredOutputs: true,
-      })(name);
+      });
+const model = models(name);
 
 const report = jsonSchema({
   type: "object",
@@ -69,4 +70,12 @@ async function stopped() {
   return { ends };
 }
 
-console.log(JSON.stringify(phase === "stop" ? await stopped() : await work()));
+async function embedded() {
+  const found = await embedMany({
+    model: models.embeddingModel(name), values: task.split("\n"), maxRetries: 0,
+  });
+  return { vectors: found.embeddings, tokens: found.usage.tokens };
+}
+
+const phases = { stop: stopped, embed: embedded };
+console.log(JSON.stringify(await (phases[phase] ?? work)()));

@@ -1,15 +1,16 @@
-"""instructor: objects as a forced call and as a format, in pieces, and with a history.
+"""instructor: objects as a forced call and as a format, in pieces, with a history, and a stop.
 
-Usage: BASE_URL MODEL work|resume|partial STATE_FILE TASK; prints one line of JSON.
+Usage: BASE_URL MODEL work|resume|partial|stop STATE_FILE TASK; prints one line of JSON.
 """
 
+import asyncio
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import instructor
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
 
@@ -20,8 +21,22 @@ class Report(BaseModel):
     words: int
 
 
+async def stopped(base_url: str, model: str, task: str) -> dict[str, Any]:
+    """Leave an object at its first piece; only this client does not read the whole stream first."""
+    client = instructor.from_openai(
+        AsyncOpenAI(base_url=base_url, api_key="any"), mode=instructor.Mode.JSON_SCHEMA
+    )
+    messages: list[Any] = [{"role": "user", "content": task}]
+    async for part in client.create_partial(Report, messages, model=model):
+        if part.file:
+            return {"file": part.file}
+    return {}
+
+
 def main(base_url: str, model: str, phase: str, state: str, task: str) -> dict[str, Any]:
     """Run one phase; a resumed one continues from the messages in the file."""
+    if phase == "stop":
+        return asyncio.run(stopped(base_url, model, task))
     mode = instructor.Mode.JSON_SCHEMA if phase == "partial" else instructor.Mode.TOOLS
     client = instructor.from_openai(OpenAI(base_url=base_url, api_key="any"), mode=mode)
     messages = json.loads(Path(state).read_text()) if phase == "resume" else []

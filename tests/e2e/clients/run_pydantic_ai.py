@@ -1,6 +1,6 @@
-"""pydantic-ai: a tool task that ends in an object, its continuation, and a stop.
+"""pydantic-ai: a tool task that ends in an object, its continuation, a stop, and embeddings.
 
-Usage: BASE_URL MODEL work|resume|tool_output|stop STATE_FILE TASK; prints one line of JSON.
+Usage: BASE_URL MODEL work|resume|tool_output|stop|embed STATE_FILE TASK; prints one line of JSON.
 """
 
 import asyncio
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_ai import Agent, ModelMessagesTypeAdapter, NativeOutput
+from pydantic_ai import Agent, Embedder, ModelMessagesTypeAdapter, NativeOutput
+from pydantic_ai.embeddings.openai import OpenAIEmbeddingModel
 from pydantic_ai.messages import ModelResponse
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -31,10 +32,15 @@ def write_file(path: str, text: str) -> str:
 
 async def main(base_url: str, model: str, phase: str, state: str, task: str) -> dict[str, Any]:
     """Run one phase; a resumed one continues from the history in the file."""
+    provider = OpenAIProvider(base_url=base_url, api_key="any")
+    if phase == "embed":
+        embedder = Embedder(OpenAIEmbeddingModel(model, provider=provider))
+        found = await embedder.embed_documents(task.splitlines())
+        return {"vectors": found.embeddings, "tokens": found.usage.input_tokens}
     # As a tool of its own or as the answer's format: both ways of an object are tried.
     kinds: dict[str, Any] = {"stop": str, "tool_output": Report}
     agent: Agent[None, Any] = Agent(
-        OpenAIChatModel(model, provider=OpenAIProvider(base_url=base_url, api_key="any")),
+        OpenAIChatModel(model, provider=provider),
         output_type=kinds.get(phase, NativeOutput(Report)),
         instructions="You write files.",
         tools=[write_file],

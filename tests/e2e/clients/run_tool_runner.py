@@ -1,6 +1,6 @@
-"""Anthropic's tool runner: a tool task on a message thread, its continuation, and a stop.
+"""Anthropic's tool runner: a tool task, its continuation, an object, and a stop.
 
-Usage: BASE_URL MODEL work|resume|stop STATE_FILE TASK; prints one line of JSON.
+Usage: BASE_URL MODEL work|resume|object|stop STATE_FILE TASK; prints one line of JSON.
 """
 
 import json
@@ -8,7 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from anthropic import Anthropic, beta_tool
+from anthropic import Anthropic, beta_tool, omit
+from pydantic import BaseModel
+
+
+class Report(BaseModel):
+    """What the model answers with."""
+
+    file: str
+    words: int
 
 
 @beta_tool
@@ -31,6 +39,7 @@ def main(base_url: str, model: str, phase: str, state: str, task: str) -> dict[s
     runner = client.beta.messages.tool_runner(
         model=model, max_tokens=32_000, messages=list(messages), tools=[write_file],
         system="You write files.", stream=True,
+        output_format=Report if phase == "object" else omit,
     )  # fmt: skip
     usages = []
     text = ""
@@ -39,7 +48,7 @@ def main(base_url: str, model: str, phase: str, state: str, task: str) -> dict[s
             if phase == "stop" and event.type == "content_block_delta":
                 stream.close()
                 return {"event": event.type}
-        message = stream.get_final_message()
+        message: Any = stream.get_final_message()
         usages.append(message.usage)
         messages.append({"role": "assistant", "content": message.to_dict()["content"]})
         results = runner.generate_tool_call_response()
@@ -48,7 +57,7 @@ def main(base_url: str, model: str, phase: str, state: str, task: str) -> dict[s
         text = "".join(block.text for block in message.content if block.type == "text")
     Path(state).write_text(json.dumps(messages))
     return {
-        "output": text,
+        "output": message.parsed_output.model_dump() if phase == "object" else text,
         "prompts": [usage.input_tokens + (usage.cache_read_input_tokens or 0) for usage in usages],
         "cached": [usage.cache_read_input_tokens for usage in usages],
     }
