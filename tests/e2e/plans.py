@@ -3,6 +3,15 @@
 import json
 from typing import Any
 
+# An object that an agent ends with, and its schema.
+REPORT = {"file": "greet.py", "words": 2}
+REPORT_SCHEMA = {
+    "type": "object",
+    "properties": {"file": {"type": "string"}, "words": {"type": "integer"}},
+    "required": ["file", "words"],
+    "additionalProperties": False,
+}
+
 
 def tagged(name: str, **arguments: Any) -> str:
     """Return a call within tags, as Hermes and Qwen models write it."""

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
+import httpx
 import pytest
 
-from tests.e2e.agents import Agent, Run
+from tests.e2e.agents import LIMIT_S, Agent, Run, started
+from tests.integration.server import free_port, wait_until
 
 # Their prompts and a few turns fit into it.
 CONTEXT_TOKENS = 60_000
@@ -77,6 +79,10 @@ class Codex(NativeAgent):
         """Give it a task."""
         return self.run("codex", "exec", *self._OPTIONS, task)
 
+    def report(self, task: str, schema: Path) -> Run:
+        """Give it a task whose last message matches the JSON schema in the file."""
+        return self.run("codex", "exec", *self._OPTIONS, "--output-schema", str(schema), task)
+
     def resume(self, task: str) -> Run:
         """Give the last session another task, in a new process."""
         return self.run("codex", "exec", "resume", "--last", *self._OPTIONS, task)
@@ -119,6 +125,24 @@ class OpenCode(NativeAgent):
         """Give it a task."""
         return self.run("opencode", *self._RUN, "--title", "Task", task, **self._OFF)
 
+    def report(self, task: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """Give it a task that ends in an object, over its own server; returns its last message."""
+        port = free_port()
+        command = (str(self._program("opencode")), "serve", "--port", str(port))
+        asked = {
+            "parts": [{"type": "text", "text": task}],
+            "format": {"type": "json_schema", "schema": schema},
+        }
+        with (
+            started(command, self.folder, self.home, **self._OFF),
+            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT_S) as client,
+        ):
+            wait_until(lambda: _answers(client), "opencode's server answers")
+            session = client.post("/session", json={"title": "Task"}).json()["id"]
+            answer = client.post(f"/session/{session}/message", json=asked)
+            message: dict[str, Any] = answer.raise_for_status().json()["info"]
+            return message
+
     def resume(self, task: str) -> Run:
         """Give the last session another task, in a new process."""
         return self.run("opencode", *self._RUN, "--continue", task, **self._OFF)
@@ -149,6 +173,11 @@ class ClaudeCode(NativeAgent):
     def work(self, model: str, task: str) -> Run:
         """Give it a task."""
         return self.run("claude", *self._OPTIONS, task, **self._variables(model))
+
+    def report(self, model: str, task: str, schema: Mapping[str, Any]) -> Run:
+        """Give it a task that ends in an object."""
+        wanted = ("--json-schema", json.dumps(schema))
+        return self.run("claude", *wanted, *self._OPTIONS, task, **self._variables(model))
 
     def resume(self, model: str, task: str) -> Run:
         """Give the last session another task, in a new process."""
@@ -185,3 +214,10 @@ def items(run: Run, kind: str) -> list[dict[str, Any]]:
     """Return the items of a kind that Codex's run completed."""
     done = [event["item"] for event in run.events if event["type"] == "item.completed"]
     return [item for item in done if item["type"] == kind]
+
+
+def _answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/session").is_success
+    except httpx.TransportError:
+        return False

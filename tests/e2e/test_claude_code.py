@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.e2e.conftest import WritePlan
-from tests.e2e.plans import tagged
+from tests.e2e.plans import REPORT, REPORT_SCHEMA, tagged
 from tests.e2e.record import Record
 from tests.e2e.scripted import LONG, SMALL
 from tests.e2e.terminal_agents import ClaudeCode
@@ -50,6 +50,23 @@ def test_claude_code_edits_a_file_and_goes_on_in_a_new_process(
     assert resumed.events[-1]["session_id"] == result["session_id"]
     record.check_reuse(TASK, 5)
     assert set(answered()) == {"200"}
+
+
+def test_claude_code_gives_an_object(
+    claude_code: ClaudeCode, plan: WritePlan, workspace: Path, record: Record
+) -> None:
+    """It offers the schema as a tool of its own."""
+    plan(
+        TASK,
+        [
+            tagged("Read", file_path=str(workspace / "greet.py")),
+            tagged("StructuredOutput", **REPORT),
+        ],
+    )
+    done = claude_code.report(SMALL, f"Would greet.py {TASK}?", REPORT_SCHEMA)
+    assert done.code == 0, done
+    assert done.events[-1]["structured_output"] == REPORT
+    record.check_reuse(TASK, 2)
 
 
 def test_claude_code_is_stopped(

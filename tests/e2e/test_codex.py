@@ -1,11 +1,12 @@
 """Codex edits a file, goes on in a new process and is stopped, with its own defaults."""
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.e2e.conftest import WritePlan
-from tests.e2e.plans import tagged
+from tests.e2e.plans import REPORT, REPORT_SCHEMA, tagged
 from tests.e2e.record import Record
 from tests.e2e.scripted import LONG, SMALL
 from tests.e2e.sdk import SCRIPTS
@@ -74,6 +75,19 @@ def test_codex_calls_a_tool_of_an_mcp_server(
     assert (call["server"], call["tool"], call["status"]) == ("notes", "add_note", "completed")
     assert items(done, "agent_message")[-1]["text"] == "It is noted."
     record.check_reuse("remember", 2)
+
+
+def test_codex_gives_an_object(
+    codex: Codex, plan: WritePlan, workspace: Path, record: Record
+) -> None:
+    schema = workspace / "schema.json"
+    schema.write_text(json.dumps(REPORT_SCHEMA))
+    plan(TASK, [tagged("exec_command", cmd="cat greet.py"), json.dumps(REPORT)])
+    codex.configure(SMALL)
+    done = codex.report(f"Would greet.py {TASK}?", schema)
+    assert done.code == 0, done
+    assert json.loads(items(done, "agent_message")[-1]["text"]) == REPORT
+    record.check_reuse(TASK, 2)
 
 
 def test_codex_is_stopped(

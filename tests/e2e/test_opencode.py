@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.e2e.conftest import WritePlan
-from tests.e2e.plans import tagged
+from tests.e2e.plans import REPORT, REPORT_SCHEMA, tagged
 from tests.e2e.record import Record
 from tests.e2e.scripted import LONG, SMALL
 from tests.e2e.terminal_agents import OpenCode
@@ -46,6 +46,22 @@ def test_opencode_edits_a_file_and_goes_on_in_a_new_process(
     }
     record.check_reuse(TASK, 5)
     assert set(answered()) == {"200"}
+
+
+def test_opencode_gives_an_object(
+    opencode: OpenCode, plan: WritePlan, workspace: Path, record: Record
+) -> None:
+    """Its server takes a schema and offers it as a tool; its command line has no option for it."""
+    plan(
+        TASK,
+        [
+            tagged("read", filePath=str(workspace / "greet.py")),
+            tagged("StructuredOutput", **REPORT),
+        ],
+    )
+    opencode.configure(SMALL)
+    assert opencode.report(f"Would greet.py {TASK}?", REPORT_SCHEMA)["structured"] == REPORT
+    record.check_reuse(TASK, 2)
 
 
 def test_opencode_is_stopped(
