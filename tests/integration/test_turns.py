@@ -33,7 +33,8 @@ for _ in range(turns):
         number, _ = struct.unpack("qq", os.pread(shared, 16, 0))
         mine = struct.pack("qq", number, os.getpid())
         os.pwrite(shared, mine, 0)
-        time.sleep(0.002)
+        # Time for the others to ask again, also where they wait for a processor.
+        time.sleep(0.01)
         if os.pread(shared, 16, 0) != mine:
             os.write(log, b"!")
         os.pwrite(shared, struct.pack("qq", number + 1, 0), 0)
@@ -112,13 +113,13 @@ def wait_until(is_true: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("names", ["ab", "abc"])
 def test_turns_go_round(workers: Workers, names: str) -> None:
-    started = [workers.add(name, 200) for name in names]
+    started = [workers.add(name, 60) for name in names]
     for worker in started:
         workers.go(worker)
     for worker in started:
         assert worker.wait(60) == 0
     log = workers.log
-    assert Counter(log) == dict.fromkeys(names, 200)
+    assert Counter(log) == dict.fromkeys(names, 60)
     # While all want it: from where the last one came in to where the first one is through.
     begin = max(log.index(name) for name in names)
     contended = log[begin : min(log.rindex(name) for name in names)]
