@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import socket
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
@@ -13,6 +14,29 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from router.http.protocol import HttpProtocol
+
+# Longer than the server keeps an idle connection, whose end some tests wait for.
+_LIMIT_S = 30.0
+# Below the ports that Linux and macOS give to connections and to Ray's processes.
+_PORTS = range(20000, 32000)
+_given: set[int] = set()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, and that the system gives to nobody until it is used.
+
+    A port that the system chose could be that of another process a moment later.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        if port not in _given:
+            with socket.socket() as probe:
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+            _given.add(port)
+            return port
+    raise AssertionError("no port is free")
 
 
 @asynccontextmanager
@@ -60,7 +84,7 @@ async def exchange(port: int, request: bytes) -> tuple[int, bytes]:
         writer.write(request)
         answer = b""
         try:
-            while data := await asyncio.wait_for(reader.read(65536), 5):
+            while data := await asyncio.wait_for(reader.read(65536), _LIMIT_S):
                 answer += data
         except ConnectionError:
             pass
@@ -101,18 +125,18 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 async def until(reader: asyncio.StreamReader, mark: bytes) -> bytes:
     """Return everything up to `mark`."""
-    return await asyncio.wait_for(reader.readuntil(mark), 5)
+    return await asyncio.wait_for(reader.readuntil(mark), _LIMIT_S)
 
 
 async def to_end(reader: asyncio.StreamReader) -> bytes:
     """Return everything up to the end of the connection."""
-    return await asyncio.wait_for(reader.read(), 5)
+    return await asyncio.wait_for(reader.read(), _LIMIT_S)
 
 
 async def count_to_end_or_reset(reader: asyncio.StreamReader) -> int:
     count = 0
     try:
-        while data := await asyncio.wait_for(reader.read(65536), 5):
+        while data := await asyncio.wait_for(reader.read(65536), _LIMIT_S):
             count += len(data)
     except ConnectionError:
         pass

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,19 +13,13 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.live_server import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 120.0
 STARTER = "smollm2-135m-instruct"
 # `httpx.get` reads the system's certificates at every call: 25 ms of CPU, which polling repeats.
 HTTP = httpx.Client(verify=False, limits=httpx.Limits(max_keepalive_connections=0))
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
@@ -109,8 +102,8 @@ class Server:
         return self.process.wait(timeout=60)
 
     def survivors(self) -> list[psutil.Process]:
-        """Return the processes of the server that still run, after up to 10 s."""
-        _, alive = psutil.wait_procs(self.tree, timeout=10)
+        """Return the processes of the server that still run, after up to 30 s."""
+        _, alive = psutil.wait_procs(self.tree, timeout=30)
         return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
     def kill(self) -> None:
@@ -133,23 +126,26 @@ class Server:
                 return float(value)
         return None
 
-    def pid_of(self, process: str) -> int:
-        """Return the process id of a part of the server; one that is late is asked again."""
+    def shown(self, name: str, **labels: str) -> float:
+        """Return a metric's value; a part of the server that is late is asked again."""
         found: list[float] = []
 
         def is_shown() -> bool:
-            value = self.metric("impetus_process_pid", process=process)
+            value = self.metric(name, **labels)
             found.extend([] if value is None else [value])
             return bool(found)
 
         # A busy part that does not answer within 2 s is left out of one page of metrics.
-        wait_until(is_shown, f"the metrics show the process id of {process}")
-        return int(found[-1])
+        wait_until(is_shown, f"the metrics show {name} of {labels}")
+        return found[-1]
+
+    def pid_of(self, process: str) -> int:
+        """Return the process id of a part of the server."""
+        return int(self.shown("impetus_process_pid", process=process))
 
     def running_sequences(self) -> int:
-        """Return how many sequences the starter is generating."""
-        value = self.metric("impetus_engine_running_sequences", model=f"{STARTER}@gguf-q4_1")
-        return int(value or 0)
+        """Return how many sequences the starter, which is loaded, is generating."""
+        return int(self.shown("impetus_engine_running_sequences", model=f"{STARTER}@gguf-q4_1"))
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Scheduler:
         """Return the next call's known version and its open answer."""
         while not self._calls:
             self._called.clear()
-            await asyncio.wait_for(self._called.wait(), 5)
+            await asyncio.wait_for(self._called.wait(), 30)
         return self._calls.pop(0)
 
     async def answer(self, states: ModelStates | Exception) -> int:

@@ -23,6 +23,7 @@ from deployments.options import check_home
 from deployments.start.checks import prepare_start, read_settings
 from deployments.start.environment import ROOT
 from deployments.start.launcher import Launcher, main, say
+from tests.live_server import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -137,12 +138,6 @@ def test_f13_what_cannot_be_is_refused_at_the_start_with_its_name(
 ) -> None:
     with pytest.raises(ImpetusError, match=field):
         read_settings(write_config(tmp_path / "a.yaml", arguments))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("kind", ["home is a file", "part of home is a file", "logs is a file"])

@@ -60,7 +60,7 @@ async def stream(
 async def read_until(reader: asyncio.StreamReader, mark: bytes) -> bytes:
     text = b""
     while mark not in text:
-        data = await asyncio.wait_for(reader.read(4096), 5)
+        data = await asyncio.wait_for(reader.read(4096), 30)
         assert data, text
         text += data
     return text
@@ -214,8 +214,8 @@ async def test_client_that_leaves_ends_the_generation(
         async with connection(port) as (_, writer):
             asked = {key: fields[key] for key in fields if streams or key != "stream_options"}
             writer.write(post_bytes(path, {**asked, "stream": streams}))
-            await asyncio.wait_for(dispatcher.began.wait(), 5)
-        await asyncio.wait_for(dispatcher.idle.wait(), 5)
+            await asyncio.wait_for(dispatcher.began.wait(), 30)
+        await asyncio.wait_for(dispatcher.idle.wait(), 30)
     assert dispatcher.running == 0
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
@@ -226,8 +226,8 @@ async def test_client_that_leaves_ends_the_embedding() -> None:
     async with serving(create_app(make_services(dispatcher))) as port:
         async with connection(port) as (_, writer):
             writer.write(post_bytes("/v1/embeddings", {"model": "mini", "input": "x"}))
-            await asyncio.wait_for(dispatcher.began.wait(), 5)
-        await asyncio.wait_for(dispatcher.idle.wait(), 5)
+            await asyncio.wait_for(dispatcher.began.wait(), 30)
+        await asyncio.wait_for(dispatcher.idle.wait(), 30)
     assert dispatcher.running == 0
 
 
@@ -236,7 +236,7 @@ async def test_handler_that_is_cancelled_closes_the_generation() -> None:
     app = create_app(make_services(dispatcher), pacing=AT_ONCE)
     async with client_of(app) as client:
         call = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT))
-        await asyncio.wait_for(dispatcher.began.wait(), 5)
+        await asyncio.wait_for(dispatcher.began.wait(), 30)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -265,8 +265,8 @@ async def test_client_that_never_reads_is_given_up_and_buffers_little_n15() -> N
         connection(port) as (_, writer),
     ):
         writer.write(post_bytes("/v1/chat/completions", CHAT))
-        await asyncio.wait_for(dispatcher.began.wait(), 5)
-        await asyncio.wait_for(dispatcher.idle.wait(), 5)
+        await asyncio.wait_for(dispatcher.began.wait(), 30)
+        await asyncio.wait_for(dispatcher.idle.wait(), 30)
         played = dispatcher.played
     # What the kernel's buffers hold, and the 8,192 events that a feed holds at most.
     assert played < 8192 + 5000
@@ -278,7 +278,7 @@ async def test_feed_gives_up_a_reader_that_falls_behind(monkeypatch: pytest.Monk
     dispatcher = FakeDispatcher(*(TextDelta("x") for _ in range(11)), gate, finished())
     request = GenerationRequest("r", CHAT_MODEL, TextPrompt("x"))
     async with EventFeed(dispatcher.generate, [request], asyncio.Event().wait) as feed:  # type: ignore[arg-type]
-        await asyncio.wait_for(dispatcher.idle.wait(), 5)
+        await asyncio.wait_for(dispatcher.idle.wait(), 30)
         events = await feed.next()
         assert events is not None
         assert len(events) == 11

@@ -80,7 +80,7 @@ class Stream:
     async def until(self, mark: bytes) -> None:
         text = b""
         while mark not in text:
-            text += await asyncio.wait_for(self.reader.read(65536), 5)
+            text += await asyncio.wait_for(self.reader.read(65536), 30)
 
     async def rest(self) -> bytes:
         """End the generation and return all that was not read."""
@@ -90,7 +90,7 @@ class Stream:
     async def to_end(self) -> bytes:
         text = b""
         while not text.endswith(b"0\r\n\r\n"):
-            text += await asyncio.wait_for(self.reader.read(65536), 5)
+            text += await asyncio.wait_for(self.reader.read(65536), 30)
         return text
 
 
@@ -102,7 +102,7 @@ async def streaming(path: str, body: dict[str, Any]) -> AsyncIterator[Stream]:
         connection(port) as (reader, writer),
     ):
         writer.write(post_bytes(path, {**body, "stream": True}))
-        on_events = await asyncio.wait_for(dispatcher.on_events, 5)
+        on_events = await asyncio.wait_for(dispatcher.on_events, 30)
         yield Stream(dispatcher, reader, on_events)
 
 

@@ -194,7 +194,7 @@ async def test_chunk_that_is_not_valid_ends_the_request_and_the_connection_n16(
     app = App()
     async with serving(app) as port:
         _, answer = await exchange(port, CHUNKED + chunks + GET)
-        await asyncio.wait_for(app.left.wait(), 5)
+        await asyncio.wait_for(app.left.wait(), 30)
     assert "not valid HTTP" in assert_refusal(answer, 400)
     assert len(app.scopes) == 1
     assert app.bodies == []
@@ -258,7 +258,7 @@ async def test_body_that_never_ends_is_refused_in_time_n14() -> None:
     app = App()
     async with serving(app, protocol=Hurried) as port:
         _, answer = await exchange(port, FIRST_HALF)
-        await asyncio.wait_for(app.left.wait(), 5)
+        await asyncio.wait_for(app.left.wait(), 30)
     assert_refusal(answer, 408, "request_timeout")
 
 
@@ -290,7 +290,7 @@ async def test_answer_may_take_longer_than_the_request_n14() -> None:
     async with serving(app, protocol=Hurried) as port, connection(port) as (reader, writer):
         async with expiry(port):
             writer.write(FIRST_HALF)
-            await asyncio.wait_for(app.began.wait(), 5)
+            await asyncio.wait_for(app.began.wait(), 30)
             writer.write(b"67890")
         app.gate.set()
         assert b"<10>" in await until(reader, b"0\r\n\r\n")
@@ -305,7 +305,7 @@ async def test_answer_to_a_whole_request_is_written_without_a_detour(
     app = App()
     async with serving(app) as port, connection(port) as (reader, writer):
         writer.write(FIRST_HALF)
-        await asyncio.wait_for(app.began.wait(), 5)
+        await asyncio.wait_for(app.began.wait(), 30)
         writer.write(b"67890")
         assert b"<10>" in await until(reader, b"0\r\n\r\n")
 
@@ -318,7 +318,7 @@ async def test_request_that_waits_for_its_turn_is_not_late_n14() -> None:
     async with serving(app, protocol=Hurried) as port, connection(port) as (reader, writer):
         async with expiry(port):
             writer.write(GET + upload)
-            await asyncio.wait_for(app.began.wait(), 5)
+            await asyncio.wait_for(app.began.wait(), 30)
         app.gate.set()
         await until(reader, b"<0>")
         await until(reader, b"<3000000>")
@@ -363,7 +363,7 @@ async def test_refusal_waits_for_the_answers_before_it_n16() -> None:
     app.gate.clear()
     async with serving(app) as port, connection(port) as (reader, writer):
         writer.write(GET + FIRST_HALF + b"67890" + CHUNKED + b"zz\r\n" + GET)
-        await asyncio.wait_for(app.began.wait(), 5)
+        await asyncio.wait_for(app.began.wait(), 30)
         app.gate.set()
         assert b"<0>" in await until(reader, b"0\r\n\r\n")
         assert b"<10>" in await until(reader, b"0\r\n\r\n")
@@ -396,8 +396,8 @@ async def test_client_that_leaves_is_noticed_although_it_sent_another_request_n1
     async with serving(stream) as port:
         async with connection(port) as (_, writer):
             writer.write(GET + GET)
-            await asyncio.wait_for(began.wait(), 5)
-        await asyncio.wait_for(left.wait(), 5)
+            await asyncio.wait_for(began.wait(), 30)
+        await asyncio.wait_for(left.wait(), 30)
 
 
 async def test_application_that_answers_after_the_refusal_is_not_heard(
@@ -415,11 +415,11 @@ async def test_application_that_answers_after_the_refusal_is_not_heard(
 
     async with serving(answer_late) as port, connection(port) as (reader, writer):
         writer.write(CHUNKED)
-        await asyncio.wait_for(began.wait(), 5)
+        await asyncio.wait_for(began.wait(), 30)
         writer.write(b"zz\r\n")
         assert_refusal(await to_end(reader), 400)
         gate.set()
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), 30)
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 

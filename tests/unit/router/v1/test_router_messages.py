@@ -385,9 +385,9 @@ async def test_stream_pings_and_tells_prefill_before_the_first_token_s2() -> Non
         connection(port) as (reader, writer),
     ):
         writer.write(post_bytes("/v1/messages", {**BODY, "stream": True}))
-        head = await asyncio.wait_for(reader.readuntil(b"event: ping\n"), 5)
+        head = await asyncio.wait_for(reader.readuntil(b"event: ping\n"), 30)
         gate.set()
-        rest = await asyncio.wait_for(reader.readuntil(b'{"type":"message_stop"}'), 5)
+        rest = await asyncio.wait_for(reader.readuntil(b'{"type":"message_stop"}'), 30)
     assert head.startswith(b"HTTP/1.1 200")
     assert head.index(b"event: message_start\n") < head.index(b": prefill 512/4096\n\n")
     assert b'"input_tokens":4096' in head
