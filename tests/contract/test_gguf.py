@@ -47,7 +47,8 @@ async def open_starter(path: Path, **options: Any) -> Engine:
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def crowded(full_precision: Path) -> AsyncIterator[Engine]:
     """Room for one and a half contexts, shared by up to eight sequences."""
-    engine = await open_starter(full_precision, max_sequences=8, kv_tokens=768)
+    options = {"max_sequences": 8, "context_tokens": 256, "kv_tokens": 384}
+    engine = await open_starter(full_precision, **options)
     yield engine
     await engine.close()
 
@@ -197,7 +198,7 @@ async def test_requests_of_one_prompt_at_once_share_its_prefill(full_precision: 
 
 async def test_a_full_kv_cache_makes_sequences_wait_and_loses_nothing(crowded: Engine) -> None:
     prompts = [
-        request(f"{index}. {STORY * 4}", max_tokens=150, top_logprobs=2, logit_bias={2: -100.0})
+        request(f"{index}. {STORY * 2}", max_tokens=70, top_logprobs=2, logit_bias={2: -100.0})
         for index in range(6)
     ]
     alone = [await run(crowded, prompt) for prompt in prompts]
@@ -206,7 +207,7 @@ async def test_a_full_kv_cache_makes_sequences_wait_and_loses_nothing(crowded: E
     assert crowded.load().preemptions > before
     for one, other in zip(alone, together, strict=True):
         assert_repeated(one, other)
-    assert all(end_of(events).usage.completion_tokens == 150 for events in together)
+    assert all(end_of(events).usage.completion_tokens == 70 for events in together)
 
 
 async def test_a_short_request_passes_a_long_prefill(gguf: Engine) -> None:
