@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from tests.e2e.agents import LIMIT_S, Agent, Run, started
-from tests.integration.server import free_port, wait_until
+from tests.integration.server import wait_until
+from tests.live_server import free_port
 
 # Their prompts and a few turns fit into it.
 CONTEXT_TOKENS = 60_000

@@ -175,12 +175,14 @@ def _only(_validator: Any, names: Sequence[str], value: Any, _schema: Any) -> It
 
 
 _Validator: Any = validators.extend(Draft202012Validator, {_BY_TYPE: _by_type, _ONLY: _only})
-_FORMATS = FormatChecker(())
 
 
-@_FORMATS.checks("date-time", raises=ValueError)
 def _is_time(value: Any) -> bool:
     return not isinstance(value, str) or bool(datetime.fromisoformat(value))
+
+
+_FORMATS = FormatChecker(())
+_FORMATS.checks("date-time", raises=ValueError)(_is_time)
 
 
 def _decisive(errors: Iterable[ValidationError]) -> Iterator[ValidationError]:
