@@ -25,6 +25,8 @@ _DROPPED = ("RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RAYLET_PID", "
 # Below RAY_TMPDIR, with the longest process id.  Source: sys/un.h, sun_path, 104 bytes on macOS and
 # 108 on Linux with the final zero.
 _LONGEST_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1000000/sockets/plasma_store"
+# Below TMPDIR, of Ray's dashboard.  Source: CPython, multiprocessing.forkserver.
+_LONGEST_LISTENER = "/pymp-12345678/listener-12345678"
 _SOCKET_BYTES = {"darwin": 103}
 # Would open listeners on every interface, or more of them.
 _REFUSED = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_ENABLE_DIRECT_INGRESS")
@@ -35,7 +37,10 @@ def check_ray_environment(environment: Mapping[str, str]) -> None:
     for name in _REFUSED:
         if environment.get(name, "0").lower() not in ("", "0", "false"):
             raise ImpetusError(f"{name} is set; it would listen on every interface. Unset it.")
-    _check_folder(environment.get("RAY_TMPDIR", ""))
+    _check_folder("RAY_TMPDIR", environment, _LONGEST_SOCKET)
+    # Ray takes TMPDIR on Linux; macOS sets it to a folder of 49 bytes.
+    is_rays = sys.platform == "linux" and not environment.get("RAY_TMPDIR")
+    _check_folder("TMPDIR", environment, _LONGEST_SOCKET if is_rays else _LONGEST_LISTENER)
     if resources := environment.get("RAY_OVERRIDE_RESOURCES"):
         try:
             is_valid = isinstance(json.loads(resources), dict)
@@ -48,13 +53,13 @@ def check_ray_environment(environment: Mapping[str, str]) -> None:
             )
 
 
-def _check_folder(folder: str) -> None:
-    """Raise ImpetusError if the sockets in Ray's temporary folder would have too long a path."""
-    length = len(os.fsencode(folder.rstrip("/")))
-    most = _SOCKET_BYTES.get(sys.platform, 107) - len(_LONGEST_SOCKET)
+def _check_folder(name: str, environment: Mapping[str, str], longest: str) -> None:
+    """Raise ImpetusError if `longest`, a socket in a temporary folder, had too long a path."""
+    length = len(os.fsencode(environment.get(name, "").rstrip("/")))
+    most = _SOCKET_BYTES.get(sys.platform, 107) - len(longest)
     if length > most:
         raise ImpetusError(
-            f"RAY_TMPDIR has a path of {length} bytes, but Ray's sockets there leave {most}. Unset "
+            f"{name} has a path of {length} bytes, but Ray's sockets there leave {most}. Unset "
             "it, or choose a folder with a shorter path."
         )
 

@@ -161,6 +161,25 @@ def test_a_folder_with_too_long_a_path_for_sockets_is_refused(
         check_ray_environment({"RAY_TMPDIR": folder + "a"})
 
 
+@pytest.mark.parametrize(
+    ("system", "others", "most"),
+    [("darwin", {}, 71), ("linux", {"RAY_TMPDIR": "/tmp"}, 75), ("linux", {}, 39)],
+)
+def test_a_temporary_folder_with_too_long_a_path_for_sockets_is_refused(
+    monkeypatch: pytest.MonkeyPatch, system: str, others: dict[str, str], most: int
+) -> None:
+    monkeypatch.setattr("sys.platform", system)
+    folder = "/" + "a" * (most - 1)
+    check_ray_environment({**others, "TMPDIR": f"{folder}/"})
+    with pytest.raises(ImpetusError, match=f"TMPDIR has a path of {most + 1} bytes, .* {most}"):
+        check_ray_environment({**others, "TMPDIR": folder + "a"})
+
+
+def test_macos_own_temporary_folder_is_short_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    check_ray_environment({"TMPDIR": "/var/folders/zz/zyxvpxvq6csfxvn_n0000000000000/T/"})
+
+
 def test_a_runtime_env_is_refused_where_rays_python_has_a_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
