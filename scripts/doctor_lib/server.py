@@ -102,7 +102,10 @@ class ServerTrial:
             IMPETUS_PORT=str(self._port),
             IMPETUS_HOST="127.0.0.1",
             RAY_TMPDIR=str(self._folder),
+            # Ray's processes leave folders of multiprocessing there when they are ended.
+            TMPDIR=str(self._folder / "temporary"),
         )
+        (self._folder / "temporary").mkdir()
         with (self._folder / "output").open("wb") as output:
             self._process = subprocess.Popen(
                 list(self._command),

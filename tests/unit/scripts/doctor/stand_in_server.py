@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -88,6 +89,8 @@ def stop(*_: object) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     os.makedirs(os.path.join(os.environ["IMPETUS_HOME"], "logs"))
+    # As processes of Ray leave it that are ended.
+    tempfile.mkdtemp(prefix=f"stand-in-{os.getppid()}-")
     sys.stdout.write("Starting, with IMPETUS_API_KEY set: %s\n" % ("IMPETUS_API_KEY" in os.environ))
     sys.stdout.flush()
     if MODE == "dies":

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def test_a_healthy_server_passes_and_is_gone() -> None:
     assert "MiB after 0.1, 0.5 and 2 s" in find(rows, "unload").value
     assert folder.name.startswith("impetus-doctor-")
     assert not folder.exists()
+    assert list(Path(tempfile.gettempdir()).glob(f"stand-in-{os.getpid()}-*")) == []
     assert running() == ""
 
 
