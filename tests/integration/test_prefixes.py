@@ -48,7 +48,7 @@ def test_the_second_turn_is_cached_after_an_unload_and_a_restart(other_server: S
     assert done.is_success, done.text
     again, usage = ask(server, ("user", "What is rule 3?"))
     assert (again, cached(usage)) == (first, whole)
-    assert server.metric("impetus_reused_prefix_tokens_total", source="disk") == whole
+    assert server.shown("impetus_reused_prefix_tokens_total", source="disk") == whole
     assert server.stop() == 0
 
     server.start(PREFIX_RAM="0")

@@ -42,7 +42,7 @@ def test_f8_a_client_that_leaves_frees_its_slot(server: Server, client: OpenAI) 
     stream = open_stream(client)
     for _, _chunk in zip(range(5), stream, strict=False):
         pass
-    assert server.running_sequences() == 1
+    wait_until(lambda: server.running_sequences() == 1, "the stream runs")
     stream.close()
     wait_until(lambda: server.running_sequences() == 0, "the slot is free")
 

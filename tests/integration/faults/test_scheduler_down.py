@@ -19,7 +19,7 @@ def test_a_resident_model_answers_without_the_scheduler(server: Server, client: 
             assert ask(client)
         assert server.metric("impetus_scheduler_up") == 0
         assert server.metric("impetus_memory_budget_bytes") is None
-        assert server.metric("impetus_engine_steps_total", model=f"{STARTER}@gguf-q4_1")
+        assert server.shown("impetus_engine_steps_total", model=f"{STARTER}@gguf-q4_1")
         silent = httpx.get(f"{server.url}/api/decisions", timeout=30)
         assert silent.status_code == 503
         assert silent.json()["error"]["code"] == "unavailable"
@@ -42,6 +42,6 @@ def test_a_resident_model_answers_without_the_scheduler(server: Server, client: 
     )
     parts = ("folder scans", "memory ledger", "publisher", "thermal watch")
     for part in parts:
-        assert server.metric("impetus_part_up", process="scheduler", part=part) == 1
+        assert server.shown("impetus_part_up", process="scheduler", part=part) == 1
     for part in ("HTTP listener", "event socket", "model states"):
-        assert server.metric("impetus_part_up", process="router", part=part) == 1
+        assert server.shown("impetus_part_up", process="router", part=part) == 1
