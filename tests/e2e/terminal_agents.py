@@ -219,6 +219,7 @@ def items(run: Run, kind: str) -> list[dict[str, Any]]:
 
 def _answers(client: httpx.Client) -> bool:
     try:
-        return client.get("/session").is_success
+        # opencode never answers a request that comes while it starts.
+        return client.get("/session", timeout=2).is_success
     except httpx.TransportError:
         return False
