@@ -113,10 +113,21 @@ class Machine:
         """
         folder = tempfile.mkdtemp(prefix="impetus-doctor-")
         try:
-            extra = {"TMPDIR": folder}
+            extra = {**self._server_settings(), "TMPDIR": folder}
             return self.run(str(self.python), "-B", *arguments, limit_s=limit_s, extra=extra)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _server_settings(self) -> dict[str, str]:
+        """Return what scripts/env sets for libraries and the user does not, without Ray's."""
+        try:
+            lines = (self.root / "scripts" / "env").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return {}
+        pairs = (
+            line.strip().partition("=") for line in lines if not line.startswith(("#", "RAY_"))
+        )
+        return {name: value for name, mark, value in pairs if mark and name not in self.environment}
 
     def sysctl(self, name: str) -> str:
         """Return a value of macOS' kernel; empty if it has none of that name."""

@@ -1,6 +1,7 @@
 """Tests of what the doctor's rows tell, and of faults that show in more than one row."""
 
 import os
+import shutil
 from typing import Any
 
 import pytest
@@ -140,3 +141,13 @@ def test_the_constraints_pin_every_package_once() -> None:
     named = {line.split("==")[0] for line in lines if "==" in line}
     for on in ("darwin", "linux"):
         assert packages.pinned("\n".join(lines), on).keys() == named
+
+
+def test_probes_run_with_the_servers_settings_of_libraries(plant: Plant) -> None:
+    """OpenMP's threads spun, which slowed two probes on two processors down severely."""
+    shutil.copy(ROOT / "scripts" / "env", plant.root / "scripts" / "env")
+    plant.environment["KMP_BLOCKTIME"] = "7"
+    plant.set_up("  *settings*) env ;;")
+    told = plant.machine().run_python("-c", "settings", limit_s=10.0).text.splitlines()
+    assert {"GOMP_SPINCOUNT=4000", "KMP_BLOCKTIME=7", "PYTORCH_ENABLE_MPS_FALLBACK=1"} <= set(told)
+    assert not [line for line in told if line.startswith("RAY_")]
