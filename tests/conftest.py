@@ -29,7 +29,9 @@ _SERVERS = {
         ),
         "shared server",
     ),
-    **dict.fromkeys(("auto_convert", "faults_drain", "lifecycle", "scaling"), "own servers"),
+    **dict.fromkeys(
+        ("auto_convert", "faults_drain", "lifecycle", "odd_folders", "scaling"), "own servers"
+    ),
 }
 # Files of the contract whose tests share the engine of a variant, and those that share nothing.
 _BY_VARIANT = ("backend", "grammar", "resume", "tokens")

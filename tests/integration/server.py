@@ -33,11 +33,16 @@ def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 60.0) 
 
 @dataclass
 class Server:
-    """One running server with a home of its own; `models` is a folder that it scans."""
+    """One running server with a home of its own; `models` is a folder that it scans.
+
+    `root` is the repository; `inherited` is the environment besides the settings, by default ours.
+    """
 
     home: Path
     models: Path
     port: int = field(default_factory=free_port)
+    root: Path = ROOT
+    inherited: Mapping[str, str] | None = None
     process: "subprocess.Popen[str] | None" = None
     tree: list[psutil.Process] = field(default_factory=list)
 
@@ -60,14 +65,14 @@ class Server:
             "THREADS": "1",
             **settings,
         }
-        environment = {**os.environ, **{f"IMPETUS_{key}": value for key, value in values.items()}}
+        own = {f"IMPETUS_{key}": value for key, value in values.items()}
         if self.process is not None and self.process.stdout is not None:
             # The server is started anew.
             self.process.stdout.close()
         self.process = subprocess.Popen(
             command or (sys.executable, "-m", "deployments.start.launcher"),
-            cwd=ROOT,
-            env=environment,
+            cwd=self.root,
+            env={**(os.environ if self.inherited is None else self.inherited), **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
