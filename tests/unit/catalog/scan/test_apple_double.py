@@ -130,7 +130,12 @@ def test_hidden_files_match_no_pattern(tmp_path: Path) -> None:
 
 
 # Folders of our own files, which macOS gives no companions that would be read.
-OWN = {"backends/prefixes/disk.py", "catalog/convert/output.py"}
+OWN = {
+    "backends/coreml/compile.py",
+    "backends/coreml/compiled.py",
+    "backends/prefixes/disk.py",
+    "catalog/convert/output.py",
+}
 
 
 def test_folders_of_models_are_listed_without_hidden_files() -> None:

@@ -79,7 +79,7 @@ async def test_summary_that_failed_is_null(
     dispatcher.script = (ReasoningDelta("hm"), finished())
     message = await client.beta.messages.create(**request())
     assert [block.model_dump(exclude_unset=True) for block in message.content] == [
-        {"type": "compaction", "content": None}
+        {"type": "compaction", "content": None, "encrypted_content": None}
     ]
 
 

@@ -50,9 +50,10 @@ class Copy:
 def copy(tmp_path: Path) -> Copy:
     """A repository before set-up, with the only Python of this test on PATH."""
     found = Copy(tmp_path)
-    shutil.copytree(
-        ROOT / "scripts", found.root / "scripts", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    for room in ("core", "scripts"):
+        shutil.copytree(
+            ROOT / room, found.root / room, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("home", "bin", "temporary", "report"):
         (tmp_path / name).mkdir()
     (tmp_path / "bin" / "python3").symlink_to(sys.executable)
