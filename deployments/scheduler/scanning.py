@@ -118,14 +118,17 @@ class Scanner:
     async def rescan(self, urgent: str = "") -> None:
         """Scan for a name that the catalog does not know; shares a scan that runs.
 
-        Starts one at most every 10 s; in between only if files were added to the folders, then
-        at most every second, and else returns at once.  `urgent` is the path of a file whose
-        inspection failed: the next scan inspects it, whenever that was.
+        That one may have read a folder before a file was added to it.  Starts one at most every
+        10 s; in between only if files were added to the folders, then at most every second, and
+        else returns at once.  `urgent` is the path of a file whose inspection failed: the next scan
+        inspects it, whenever that was.
         """
         if urgent and len(self._urgent) < _MOST_URGENT:
             self._urgent.add(urgent)
         if self._task is not None and not self._task.done():
-            await asyncio.wait({self._task}, timeout=_WAIT_LIMIT_S)
+            _, running = await asyncio.wait({self._task}, timeout=_WAIT_LIMIT_S)
+            if not running:
+                await self._scan_added()
             return
         if self._clock() < self._next_rescan_at:
             await self._scan_added()

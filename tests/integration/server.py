@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -98,6 +99,21 @@ class Server:
                 return False
 
         wait_until(is_ready, "the server is ready", START_LIMIT_S)
+
+    def wait_for_models(self, *ids: str) -> dict[str, dict[str, Any]]:
+        """Return the entries of /v1/models by id once these are among them."""
+        found: dict[str, dict[str, Any]] = {}
+
+        def are_listed() -> bool:
+            # An unknown name makes the server look at its folders, at most every ten seconds.
+            unknown = {"model": "nobody", "input": "x"}
+            HTTP.post(f"{self.url}/v1/embeddings", json=unknown, timeout=120)
+            entries = HTTP.get(f"{self.url}/v1/models", timeout=120).json()["data"]
+            found.update((entry["id"], entry) for entry in entries)
+            return found.keys() >= set(ids)
+
+        wait_until(are_listed, f"{', '.join(ids)} are listed", 120)
+        return found
 
     def stop(self, number: int = signal.SIGINT) -> int:
         """Send a signal, wait for the end, and return the exit code."""

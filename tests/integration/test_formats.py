@@ -12,7 +12,7 @@ from openai import InternalServerError, OpenAI
 
 from tests.gguf_files import minilm_gguf
 from tests.golden import golden
-from tests.integration.server import Server, wait_until
+from tests.integration.server import Server
 
 NAME = "golden-135m"
 # Format and quantization of each golden model as the server shows it.
@@ -46,18 +46,8 @@ def models(server: Server) -> Iterator[dict[str, dict[str, Any]]]:
     for kind in VARIANTS:
         place(kind, server.models)
     minilm_gguf(server.models / "minilm-F32.gguf")
-    wanted = {*(f"{NAME}@{name}" for name in VARIANTS.values()), "minilm@gguf-f32"}
-    found: dict[str, dict[str, Any]] = {}
-
-    def are_listed() -> bool:
-        # An unknown name makes the server look at its folders, at most every ten seconds.
-        client.post("/v1/embeddings", json={"model": "nobody", "input": "x"})
-        found.update((entry["id"], entry) for entry in client.get("/v1/models").json()["data"])
-        return wanted <= found.keys()
-
-    with httpx.Client(base_url=server.url, timeout=120) as client:
-        wait_until(are_listed, "every variant is listed", 120)
-    yield found
+    wanted = [*(f"{NAME}@{name}" for name in VARIANTS.values()), "minilm@gguf-f32"]
+    yield server.wait_for_models(*wanted)
     for name in VARIANTS.values():
         shutil.rmtree(server.models / name)
     (server.models / "minilm-F32.gguf").unlink()

@@ -43,11 +43,11 @@ class Scans:
         self.urgent.append(set(urgent))
         self.running += 1
         self.most = max(self.most, self.running)
+        folders = {path: modified_ns(path) for path in self.folders}
         self.gate.wait(30)
         self.running -= 1
         if self.problem is not None:
             raise self.problem
-        folders = {path: modified_ns(path) for path in self.folders}
         return ScanReport(next_look_s=self.next_look_s, folders=folders)
 
 
@@ -166,6 +166,23 @@ async def test_unknown_names_wait_for_the_scan_that_runs(scanner: Scanner, scans
     scans.gate.set()
     await asyncio.gather(first, *others)
     assert scans.count == 1
+
+
+async def test_a_file_that_the_running_scan_is_too_early_for_is_found(
+    scanner: Scanner, scans: Scans, tmp_path: Path
+) -> None:
+    scans.folders = [tmp_path / "models"]
+    scans.folders[0].mkdir()
+    scans.gate.clear()
+    first = asyncio.ensure_future(scanner.scan())
+    await wait_until(lambda: scans.running, "the scan runs")
+    (scans.folders[0] / "new.gguf").write_text("x")
+    os.utime(scans.folders[0], (5, 5))
+    others = [asyncio.ensure_future(scanner.rescan()) for _ in range(10)]
+    await asyncio.sleep(0)
+    scans.gate.set()
+    await asyncio.gather(first, *others)
+    assert (scans.count, scans.most) == (2, 1)
 
 
 async def test_the_pause_begins_when_a_long_scan_ends(
