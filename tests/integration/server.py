@@ -32,6 +32,12 @@ def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 60.0) 
         time.sleep(0.05)
 
 
+def _obey_signals() -> None:
+    """Undo what whoever runs the tests ignores, as `nohup` and background jobs of a shell do."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @dataclass
 class Server:
     """One running server with a home of its own; `models` is a folder that it scans.
@@ -78,8 +84,7 @@ class Server:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # Whoever runs the tests may ignore hangups, as `nohup` does.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            preexec_fn=_obey_signals,
         )
         self.wait_until_ready()
         self.tree = psutil.Process(self.process.pid).children(recursive=True)
