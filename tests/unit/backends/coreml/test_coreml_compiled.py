@@ -18,7 +18,7 @@ from backends.coreml.spec import ML_PROGRAM, CoremlSpec
 from core.errors import BrokenModel
 from core.files import passing_cause
 from core.settings import Settings
-from tests.unit.backends.coreml.conftest import StandIn
+from tests.coreml_stand_in.install import StandIn
 
 
 def write_package(folder: Path, weights: bytes = b"weights") -> CoremlSpec:

@@ -37,9 +37,9 @@ from core.files import passing_cause
 from core.process_memory import forget_model_process, model_processes
 from core.units import MIB
 from scheduler.sensors.process_memory import LinuxMeter
+from tests.coreml_stand_in.install import StandIn
 from tests.fake_library import compile_library
 from tests.requests import request, run
-from tests.unit.backends.coreml.conftest import StandIn
 from tests.unit.backends.coreml.test_coreml_backend import TABLE, write_model
 from tests.waiting import wait_until
 
