@@ -70,8 +70,9 @@ def open_place(folder: Path, spec: CoremlSpec) -> CompiledPlace | None:
 
 def _locked(note: Path, package: Path) -> IO[bytes]:
     """Return the note of an entry, which it makes or marks as used now, with a shared lock."""
-    if _package_of(note) == package:
-        # The one that another load has locked.
+    made_from = _package_of(note)
+    if made_from is not None and (made_from == package or made_from.exists()):
+        # The one that another load has locked, of this package or of a copy of it.
         os.utime(note)
     else:
         write_atomically(note, json.dumps(str(package)).encode("ascii"), is_durable=False)

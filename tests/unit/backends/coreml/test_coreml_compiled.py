@@ -68,6 +68,25 @@ def test_the_second_load_does_not_compile(
     assert names(stand_in.folder, "temporary*") == []
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_a_copy_of_a_package_shares_its_entry_and_its_lock(
+    spec: CoremlSpec, folder: Path, tmp_path: Path
+) -> None:
+    first = open_place(folder, spec)
+    assert first is not None
+    first.path.mkdir()
+    copy = write_package(tmp_path / "copies")
+    second = open_place(folder, copy)
+    assert second is not None
+    assert second.path == first.path
+    second.close()
+    shutil.rmtree(copy.package)
+    # The first model is still open.
+    load(write_package(tmp_path / "models" / "other", b"others"), folder)
+    assert first.path.exists()
+    first.close()
+
+
 def test_other_content_and_another_system_compile_again_and_replace_it(
     stand_in: StandIn, spec: CoremlSpec, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
