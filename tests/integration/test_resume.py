@@ -33,7 +33,7 @@ def model(server: Server) -> Iterator[str]:
     """The starter as float32: its greedy tokens do not depend on what runs beside them."""
     path = server.models / f"{NAME}.gguf"
     shutil.copy(golden("gguf-f32"), path)
-    server.wait_for_models(NAME)
+    server.wait_for_models(f"{NAME}@gguf-f32")
     yield NAME
     path.unlink()
 
