@@ -169,6 +169,15 @@ def flush_to_disk(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
+def flush_path(path: Path) -> None:
+    """Write a file, or a folder's entries, to the disk itself.  Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        flush_to_disk(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _flush_folder(folder: Path) -> None:
     # Some file systems do not support this, and the rename itself has succeeded.
     with suppress(OSError):

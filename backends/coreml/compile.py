@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from core.files import flush_to_disk
+from core.files import flush_path
 from core.units import MIB
 
 logger = logging.getLogger(__name__)
@@ -54,21 +54,13 @@ def _compile(coremltools: Any, package: str, target: Path) -> None:
         coremltools.models.utils.compile_model(package, str(made))
         for path in made.rglob("*"):
             if path.is_file():
-                _flush(path)
+                flush_path(path)
         try:
             made.rename(target)
         except OSError as problem:
             # Another process was faster; its result is as good.
             if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        flush_to_disk(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_room(package: Path, folder: Path) -> None:

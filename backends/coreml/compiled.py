@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import IO
 
@@ -22,13 +22,12 @@ from backends.coreml.spec import CoremlSpec
 from core.files import open_regular, why, write_atomically
 from core.machine import macos_build
 from core.parent import is_running
-from core.units import GIB, MIB
+from core.units import GIB
 
 logger = logging.getLogger(__name__)
 
 # Deletes the entries that were used longest ago; the one in use stays, whatever its size.
 _MOST_BYTES = 32 * GIB
-_READ_BYTES = 4 * MIB
 _MOST_NOTE_BYTES = 64 * 1024
 _SUFFIX = ".mlmodelc"
 # Raise it when entries are made otherwise than before.
@@ -99,24 +98,22 @@ def _content(spec: CoremlSpec) -> str:
 @lru_cache(maxsize=1024)
 def _file_hash(path: Path, marks: tuple[int, ...]) -> str:
     del marks
-    found = sha256()
     # Hugging Face's cache has links to files.
     with path.open("rb") as file:
-        while data := file.read(_READ_BYTES):
-            found.update(data)
-    return found.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _delete_others(folder: Path, own: Path, package: Path) -> None:
     """Delete unfinished work, entries that are of no use any more, and the oldest ones."""
     _delete_unfinished(folder)
+    build = own.stem.rpartition("-")[2]
     kept: list[tuple[int, Path, int]] = []
     for note in folder.glob("*.json"):
         if note == own:
             continue
         made_from = _package_of(note)
         is_useless = made_from is None or made_from == package or not made_from.exists()
-        if is_useless or not note.stem.endswith(f"-{macos_build()}"):
+        if is_useless or not note.stem.endswith(f"-{build}"):
             _delete(note)
         else:
             kept.append((note.stat().st_mtime_ns, note, _size(note)))

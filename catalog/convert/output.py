@@ -22,6 +22,7 @@ from catalog.convert.graph import GGUF_QUANTIZED
 from catalog.convert.job import write_json
 from catalog.convert.support import ONNX_BUILT
 from core.errors import ModelFileMissing, RequestError, Unavailable
+from core.files import flush_path
 from core.types import JsonValue
 from core.units import MIB, format_bytes
 
@@ -165,7 +166,7 @@ class PartialOutput:
         All files are synced to disk first, so the target is always complete.
         """
         for path in [*result.rglob("*"), result]:
-            _sync(path)
+            flush_path(path)
         taken = RequestError(
             f"{self.target.name!r} was created during the conversion; choose another name.",
             param="target",
@@ -178,7 +179,7 @@ class PartialOutput:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise taken from error
             raise
-        _sync(self.target.parent)
+        flush_path(self.target.parent)
         return self.target
 
     def remove(self) -> None:
@@ -187,14 +188,6 @@ class PartialOutput:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sweep(folder: Path) -> tuple[Path, ...]:
