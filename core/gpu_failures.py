@@ -36,7 +36,7 @@ def gpu_failures(top: Path = Path("/")) -> list[str]:
     started = psutil.boot_time()
     folder = top / _REPORTS
     panics = [path for path in _newest(folder, "*.panic", started) if is_gpu_panic(path)]
-    restarts = list(_newest(folder, "gpuEvent-[Pp]ython*.ips", started))
+    restarts = _newest(folder, "gpuEvent-[Pp]ython*.ips", started)
     found = []
     if panics:
         found.append(
@@ -52,14 +52,18 @@ def gpu_failures(top: Path = Path("/")) -> list[str]:
     return found
 
 
-def _newest(folder: Path, pattern: str, since: float) -> Iterator[Path]:
-    """Yield the files of `folder` that were written after `since`, newest first, at most 16."""
-    found = []
+def reports_since(folder: Path, pattern: str, since: float) -> Iterator[tuple[float, Path]]:
+    """Yield the time and path of the files of `folder` that were written after `since`."""
     for path in folder.glob(pattern):
         try:
             written = path.stat().st_mtime
         except OSError:
             continue
         if written >= since:
-            found.append((written, path))
-    yield from (path for _, path in sorted(found, reverse=True)[:_MOST_REPORTS])
+            yield written, path
+
+
+def _newest(folder: Path, pattern: str, since: float) -> list[Path]:
+    """Return the reports after `since`, newest first, at most 16."""
+    found = sorted(reports_since(folder, pattern, since), reverse=True)
+    return [path for _, path in found[:_MOST_REPORTS]]

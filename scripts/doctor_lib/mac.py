@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
-from core.gpu_failures import is_gpu_panic
+from core.gpu_failures import is_gpu_panic, reports_since
 from core.machine import macos_release_of
 from scripts.doctor_lib.machine import Machine
 from scripts.doctor_lib.row import FAIL, NEEDS_MAC, OK, WARN, Row, judged, skipped
@@ -121,16 +122,8 @@ def recent_crashes(machine: Machine, since: float) -> Iterator[Path]:
     """Yield the reports of kernel panics and of crashed Pythons after `since`, oldest first."""
     library = Path("Library", "Logs", "DiagnosticReports")
     folders = {machine.top / library: "*.panic", machine.home / library: "[Pp]ython*.ips"}
-    found = []
-    for folder, pattern in folders.items():
-        for path in folder.glob(pattern):
-            try:
-                changed = path.stat().st_mtime
-            except OSError:
-                continue
-            if changed >= since:
-                found.append((changed, path))
-    yield from (path for _, path in sorted(found))
+    found = (reports_since(folder, pattern, since) for folder, pattern in folders.items())
+    yield from (path for _, path in sorted(chain.from_iterable(found)))
 
 
 def _host_name(machine: Machine, what: str) -> Row:
