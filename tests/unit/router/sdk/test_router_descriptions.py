@@ -9,9 +9,7 @@ import pytest
 
 from core.errors import ContextLengthExceeded, EngineFailed, QueueFull
 from core.types import ReasoningDelta, TextDelta
-from router.app import create_app
 from tests.fakes import FakeDispatcher
-from tests.live_server import client_of
 from tests.sdk.descriptions import CHECKSUMS, Description, description
 from tests.sdk.known_deviations import KNOWN, SCHEMAS
 from tests.sdk.scripted_answers import (
@@ -24,24 +22,12 @@ from tests.sdk.scripted_answers import (
     SCRIPTS,
     USER,
     post,
-    services_of,
 )
 from tests.sdk.types_of_answers import sse_events
 
 # A schema, and a value that it describes.
 Answers: TypeAlias = AsyncIterator[tuple[str, Any]]
 ERRORS = (EngineFailed("It died."), QueueFull("Full."), ContextLengthExceeded.of(9, 5))
-
-
-@pytest.fixture
-def dispatcher() -> FakeDispatcher:
-    return FakeDispatcher()
-
-
-@pytest.fixture
-async def client(dispatcher: FakeDispatcher) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(create_app(services_of(dispatcher))) as one:
-        yield one
 
 
 async def check(company: str, answers: Answers) -> None:

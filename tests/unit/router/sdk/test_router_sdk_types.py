@@ -1,6 +1,5 @@
 """Every answer and every event of every endpoint has the types of OpenAI's and Anthropic's SDKs."""
 
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import anthropic.types as of_anthropic
@@ -15,9 +14,7 @@ from openai.types.shared import ErrorObject
 
 from core.errors import ContextLengthExceeded, EngineFailed, QueueFull
 from core.types import ReasoningDelta, TextDelta
-from router.app import create_app
 from tests.fakes import FakeDispatcher
-from tests.live_server import client_of
 from tests.sdk.samples_of_requests import fields, samples
 from tests.sdk.scripted_answers import (
     APIS,
@@ -29,7 +26,6 @@ from tests.sdk.scripted_answers import (
     SCRIPTS,
     USER,
     post,
-    services_of,
 )
 from tests.sdk.types_of_answers import deviations, sse_events
 
@@ -38,17 +34,6 @@ UNLIKE_WHAT_IS_SENT = (
     "skills: not known to openai.types.responses.response_local_environment"
     ".ResponseLocalEnvironment"
 )
-
-
-@pytest.fixture
-def dispatcher() -> FakeDispatcher:
-    return FakeDispatcher()
-
-
-@pytest.fixture
-async def client(dispatcher: FakeDispatcher) -> AsyncGenerator[httpx.AsyncClient, None]:
-    async with client_of(create_app(services_of(dispatcher))) as one:
-        yield one
 
 
 def check(value: Any, kind: Any) -> None:
