@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from backends.base import ChildOptions, EngineOptions
+from backends.base import ChildOptions, Engine, EngineOptions
 from backends.coreml import process, worker
 from backends.coreml.backend import CoremlBackend
 from backends.coreml.layout import Layout
@@ -289,22 +289,28 @@ async def test_a_process_that_dies_ends_its_own_models_engine_alone(
 async def test_an_engine_ends_when_its_idle_process_was_killed(
     kind: str, stand_in: StandIn, request: pytest.FixtureRequest
 ) -> None:
-    package = request.getfixturevalue(kind)
-    stand_in.set(output="logits" if kind == "decoder" else "last_hidden_state")
-    backend = CoremlBackend()
-    engine = backend.open(backend.identify(package), EngineOptions())
+    engine = _opened(request.getfixturevalue(kind), kind, stand_in)
     try:
         (pid,) = model_processes()
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineFailed):
-            await (engine.embed(["sea"]) if kind == "encoder" else run(engine, _sea()))
+            await _asked(engine, kind)
         assert engine.is_failed
     finally:
         await engine.close()
 
 
-def _sea() -> Any:
-    return request("sea", max_tokens=1)
+def _opened(package: Path, kind: str, stand_in: StandIn) -> Engine:
+    stand_in.set(output="logits" if kind == "decoder" else "last_hidden_state")
+    backend = CoremlBackend()
+    return backend.open(backend.identify(package), EngineOptions())
+
+
+async def _asked(engine: Engine, kind: str) -> Any:
+    """Ask an encoder for a vector, a decoder for a token."""
+    if kind == "encoder":
+        return await engine.embed(["sea"])
+    return await run(engine, request("sea", max_tokens=1))
 
 
 def test_a_stateful_rows_open_tells_of_a_lost_process(stand_in: StandIn, spec: CoremlSpec) -> None:
@@ -350,15 +356,10 @@ def test_a_trial_whose_process_dies_says_nothing_of_the_model(
 async def test_closing_kills_a_process_that_computes(
     kind: str, stand_in: StandIn, request: pytest.FixtureRequest
 ) -> None:
-    package = request.getfixturevalue(kind)
-    stand_in.set(output="logits" if kind == "decoder" else "last_hidden_state")
-    backend = CoremlBackend()
-    engine = backend.open(backend.identify(package), EngineOptions())
+    engine = _opened(request.getfixturevalue(kind), kind, stand_in)
     begun = len(stand_in.calls("predict", "begin"))
     stand_in.set(predict=FOREVER, output="logits")
-    work = asyncio.ensure_future(
-        engine.embed(["sea"]) if kind == "encoder" else run(engine, _sea())
-    )
+    work = asyncio.ensure_future(_asked(engine, kind))
     await wait_until(lambda: len(stand_in.calls("predict", "begin")) > begun, "it computes")
     pid = stand_in.calls("predict", "begin")[-1]["pid"]
     await engine.close()
