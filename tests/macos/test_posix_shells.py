@@ -12,14 +12,9 @@ import pytest
 
 from deployments.start.environment import ray_settings
 from scripts.install import ROOT
+from tests.shell_programs.programs import POSIX_SHELLS, shell_command
 
-SHELLS = {
-    "dash": ("dash",),
-    "bash --posix": ("bash", "--posix"),
-    "busybox ash": ("busybox", "ash"),
-    "zsh": ("zsh", "--emulate", "sh"),
-    "sh": ("sh",),
-}
+SHELLS = {**POSIX_SHELLS, "zsh": ("zsh", "--emulate", "sh")}
 SCRIPTS = sorted(
     path
     for folder in ("scripts", ".ci")
@@ -34,11 +29,7 @@ GNU = ("sed -i", "grep -P", "xargs -r", "head -n -", "ls --", "stat -c", "date -
 @pytest.fixture(params=SHELLS)
 def shell(request: pytest.FixtureRequest) -> Sequence[str]:
     """A shell; skips the test where it is not installed."""
-    name, *options = SHELLS[request.param]
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"{name} is not installed")
-    return [path, *options]
+    return shell_command(*SHELLS[request.param])
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

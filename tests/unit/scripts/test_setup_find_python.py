@@ -9,32 +9,16 @@ from pathlib import Path
 import pytest
 
 from scripts.install import ROOT
+from tests.shell_programs.programs import POSIX_SHELLS, shell_command, write_program
 
 # What scripts may start besides the fakes; Apple's tools are not among them.
 TOOLS = ("ls", "cat", "cksum", "cut", "grep", "dirname", "mkdir", "chmod", "cp")
-SHELLS = {
-    "dash": ("dash",),
-    "bash --posix": ("bash", "--posix"),
-    "busybox ash": ("busybox", "ash"),
-    "sh": ("sh",),
-}
 
 
-@pytest.fixture(params=SHELLS)
+@pytest.fixture(params=POSIX_SHELLS)
 def shell(request: pytest.FixtureRequest) -> Sequence[str]:
     """A POSIX shell; skips the test where it is not installed."""
-    name, *options = SHELLS[request.param]
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"{name} is not installed")
-    return [path, *options]
-
-
-def write_program(path: Path, *lines: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(("#!/bin/sh", *lines)) + "\n")
-    path.chmod(0o755)
-    return path
+    return shell_command(*POSIX_SHELLS[request.param])
 
 
 class FakeSystem:

@@ -11,19 +11,12 @@ from scripts.doctor_lib.__main__ import STEPS, checked
 from scripts.doctor_lib.machine import ROOT, Machine
 from scripts.doctor_lib.packages import pinned
 from scripts.doctor_lib.row import Row
+from tests.shell_programs.programs import write_program
 
 LOCAL_STEPS = [step for step in STEPS if step != "server"]
 TAG = "Tag: py3-none-macosx_{}_0_arm64\n"
 PMSET = "System-wide power settings:\nCurrently in use:\n standby 1\n lowpowermode         0\n"
 BATTERY = "Now drawing from 'AC Power'\n -InternalBattery-0 (id=1)\t83%; charging; present: true\n"
-
-
-def write_program(path: Path, *lines: str) -> Path:
-    """Write a shell script."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(("#!/bin/sh", *lines)) + "\n")
-    path.chmod(0o755)
-    return path
 
 
 class Plant:

@@ -14,6 +14,7 @@ from scripts.doctor_lib import packages, system
 from scripts.doctor_lib.__main__ import checked, main
 from scripts.doctor_lib.machine import ROOT
 from scripts.doctor_lib.row import FAIL, OK, SKIP, WARN, Row
+from tests.shell_programs.programs import write_program
 from tests.unit.scripts.doctor.conftest import (
     BATTERY,
     LOCAL_STEPS,
@@ -21,7 +22,6 @@ from tests.unit.scripts.doctor.conftest import (
     Plant,
     examine,
     find,
-    write_program,
 )
 
 LICENCE = "You have not agreed to the Xcode license agreements. Please run 'sudo xcodebuild'"

@@ -13,7 +13,8 @@ import pytest
 
 from scripts.doctor_lib.child import in_order, run
 from scripts.doctor_lib.machine import ROOT
-from tests.unit.scripts.doctor.conftest import Plant, write_program
+from tests.shell_programs.programs import write_program
+from tests.unit.scripts.doctor.conftest import Plant
 
 STAND_IN = Path(__file__).with_name("stand_in_server.py")
 LIMIT_S = 20.0

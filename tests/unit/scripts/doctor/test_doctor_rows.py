@@ -9,7 +9,8 @@ import pytest
 from scripts.doctor_lib import packages, system
 from scripts.doctor_lib.machine import ROOT
 from scripts.doctor_lib.row import FAIL, OK, SKIP, WARN
-from tests.unit.scripts.doctor.conftest import Plant, examine, find, write_program
+from tests.shell_programs.programs import write_program
+from tests.unit.scripts.doctor.conftest import Plant, examine, find
 
 
 @pytest.mark.parametrize(
