@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import suppress
 
 from scripts.doctor_lib.machine import Machine
@@ -13,6 +14,9 @@ _LIMIT_S = 10.0
 _WIDTH = "400"
 # Thousands of processes: whatever is not listed would be left behind.
 _MOST_BYTES = 2**24
+_START_FORM = "%a %b %d %H:%M:%S %Y"
+# On Linux `ps` adds ticks since the boot to a rounded time, so one start is shown as two seconds.
+_START_ROUNDING_S = 1.0
 
 
 class Processes:
@@ -23,7 +27,7 @@ class Processes:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._known: dict[int, str] = {}
+        self._known: dict[int, float] = {}
         self._commands: dict[int, str] = {}
 
     def remember(self, root: int) -> None:
@@ -70,10 +74,12 @@ class Processes:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
 
-    def _is_same(self, pid: int, table: dict[int, tuple[int, str, str]]) -> bool:
-        return pid in table and table[pid][1] == self._known.get(pid)
+    def _is_same(self, pid: int, table: dict[int, tuple[int, float, str]]) -> bool:
+        if pid not in table or pid not in self._known:
+            return False
+        return abs(table[pid][1] - self._known[pid]) <= _START_ROUNDING_S
 
-    def _table(self) -> dict[int, tuple[int, str, str]]:
+    def _table(self) -> dict[int, tuple[int, float, str]]:
         """Return parent, start and command of every process; zombies have ended already."""
         columns = ("-axo", "pid=,ppid=,state=,lstart=,command=")
         done = self._machine.run(
@@ -85,5 +91,6 @@ class Processes:
             words = line.split(None, 8)
             is_row = len(words) == 9 and words[0].isdigit() and words[1].isdigit()
             if is_row and not words[2].startswith("Z"):
-                table[int(words[0])] = (int(words[1]), " ".join(words[3:8]), words[8])
+                start = time.mktime(time.strptime(" ".join(words[3:8]), _START_FORM))
+                table[int(words[0])] = (int(words[1]), start, words[8])
         return table

@@ -131,6 +131,18 @@ def test_no_process_is_lost_among_many_or_odd_ones(plant: Plant, others: list[st
     assert processes.find("ray::ServeReplica:impetus:") == 70
 
 
+@pytest.mark.parametrize(("second", "is_same"), [(14, True), (15, True), (13, True), (22, False)])
+def test_a_process_is_known_by_its_start_though_ps_rounds_it(
+    second: int, is_same: bool, plant: Plant
+) -> None:
+    row = "70 7 S Mon Nov 30 10:14:{} 2026 ray::ServeReplica"
+    plant.program("ps", f"echo '{row.format(14)}'")
+    processes = Processes(plant.machine())
+    processes.remember(7)
+    plant.program("ps", f"echo '{row.format(second)}'")
+    assert processes.is_alive(70) is is_same
+
+
 def test_the_folder_is_removed_although_the_processes_cannot_be_listed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
