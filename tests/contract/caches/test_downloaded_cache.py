@@ -10,7 +10,7 @@ from backends.base import EngineOptions, ModelInfo
 from backends.registry import load_backends
 from catalog.store import CatalogStore
 from core.types import TokenPrompt
-from tests.hub_server import running_hub
+from scripts.hub_lib.server import running_hub
 from tests.requests import request, run, token_ids_of
 from tests.unit.catalog.scan.folders import Shelf, llama_tensors, write_model
 
@@ -51,11 +51,13 @@ async def test_a_cache_made_by_huggingface_hub_is_listed_and_answers(
     as_bin = write_bin(tmp_path / "as-bin")
     (home / "models").mkdir()
     shelf = Shelf(home, CatalogStore(home / "catalog.sqlite"), extra=(cache,))
-    with running_hub(monkeypatch) as (hub, endpoint):
+    # The tests forbid the client to use a network; this hub is none.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with running_hub() as hub:
         hub.publish("org/Nice-Model", source, FIRST)
         hub.publish("org/Old-Model", as_bin, FIRST)
         for name in ("org/Nice-Model", "org/Old-Model"):
-            snapshot_download(name, endpoint=endpoint, cache_dir=cache)
+            snapshot_download(name, endpoint=hub.endpoint, token=False, cache_dir=cache)
         shelf.scan()
         assert shelf.states() == {
             "nice-model@safetensors-f32": "ok",
@@ -69,9 +71,9 @@ async def test_a_cache_made_by_huggingface_hub_is_listed_and_answers(
         assert len(answers["nice-model"]) == TOKENS
         assert answers["nice-model"] == answers["old-model"]
         # A new revision of the repository takes the place of the old one.
-        write_model(source, max_position_embeddings=96)
-        hub.publish("org/Nice-Model", source, SECOND)
-        snapshot_download("org/Nice-Model", endpoint=endpoint, cache_dir=cache)
+        newer = write_model(tmp_path / "newer", max_position_embeddings=96)
+        hub.publish("org/Nice-Model", newer, SECOND)
+        snapshot_download("org/Nice-Model", endpoint=hub.endpoint, token=False, cache_dir=cache)
     shelf.scan()
     assert len(shelf.states()) == 2
     renewed = shelf.store.get("nice-model@safetensors-f32")
