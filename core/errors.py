@@ -11,8 +11,11 @@ ImpetusError                    500 server_error            internal_error
 │ └ BodyTooLarge                413 request_too_large
 ├ AuthenticationError           401 authentication_error    invalid_api_key
 ├ PermissionDenied              403 permission_error        permission_denied
+│ ├ HubAccessDenied                 hub_access_denied
+│ └ HubTokenRejected                hub_token_rejected
 ├ NotFound                      404 invalid_request_error   not_found
 │ ├ ThreadNotFound                  thread_not_found
+│ ├ HubNotFound                     hub_not_found
 │ ├ ModelNotFound                   model_not_found
 │ └ ModelFileMissing                model_file_missing
 ├ BrokenModel                   422 invalid_request_error   broken_model
@@ -30,6 +33,11 @@ ImpetusError                    500 server_error            internal_error
   ├ ModelQuarantined                model_quarantined
   ├ EngineFailed                    engine_failed
   │ └ TimedOut                  504 timed_out
+  ├ HubUnavailable                  hub_unavailable
+  │ ├ HubOffline                    hub_offline
+  │ ├ HubRateLimited                hub_rate_limited
+  │ ├ HubAnswerInvalid          502 hub_answer_invalid
+  │ └ HubTooSlow                504 hub_too_slow
   ├ ModelFileChanged                model_file_changed
   ├ BackendUnavailable              backend_unavailable
   └ ModelNotResident                model_not_resident (internal: the router loads the model)
@@ -195,6 +203,18 @@ class PermissionDenied(ImpetusError):
     code = "permission_denied"
 
 
+class HubAccessDenied(PermissionDenied):
+    """The repository is gated, disabled or private, and the hub gives this user no access to it."""
+
+    code = "hub_access_denied"
+
+
+class HubTokenRejected(PermissionDenied):
+    """The hub does not know the token, and the repository cannot be read without one."""
+
+    code = "hub_token_rejected"
+
+
 class NotFound(ImpetusError):
     """Nothing exists at this path."""
 
@@ -207,6 +227,12 @@ class ThreadNotFound(NotFound):
     """`thread.previous_message_id` names no kept conversation; named as Anthropic names it."""
 
     code = "thread_not_found"
+
+
+class HubNotFound(NotFound):
+    """The hub has no such repository, revision or file, or shows it to members only."""
+
+    code = "hub_not_found"
 
 
 class ModelNotFound(NotFound):
@@ -360,6 +386,38 @@ class ModelQuarantined(Unavailable):
     """The model's processes crashed repeatedly; it stays blocked until loaded explicitly."""
 
     code = "model_quarantined"
+
+
+class HubUnavailable(Unavailable):
+    """The hub cannot be reached, or it answers that it fails."""
+
+    code = "hub_unavailable"
+
+
+class HubOffline(HubUnavailable):
+    """Offline mode is on: the hub is not asked."""
+
+    code = "hub_offline"
+
+
+class HubRateLimited(HubUnavailable):
+    """The hub refuses further requests for a while."""
+
+    code = "hub_rate_limited"
+
+
+class HubAnswerInvalid(HubUnavailable):
+    """What answered is not a hub, or its answer contradicts what it stated."""
+
+    status = 502
+    code = "hub_answer_invalid"
+
+
+class HubTooSlow(HubUnavailable):
+    """The hub did not answer in time."""
+
+    status = 504
+    code = "hub_too_slow"
 
 
 class ModelFileChanged(Unavailable):
