@@ -71,11 +71,11 @@ class HubClient:
     def get_json(self, path: str, what: str, parameters: Parameters | None = None) -> JsonAnswer:
         """Return the answer of a route below `/api/`, to which `what` refers in messages.
 
+        `path` is quoted already.
         A token that the hub does not know is left out at a second try.  Raises the errors `Hub…`.
         """
-        address = f"{self.endpoint}{quote(path)}"
-        with self.opened(address, what, parameters=parameters) as response:
-            body = self._read(response, self.limits.answer_bytes)
+        with self.opened(f"{self.endpoint}{path}", what, parameters=parameters) as response:
+            body = self.read(response, self.limits.answer_bytes)
             following = response.links.get("next", {}).get("url", "")
         try:
             value = json.loads(body)
@@ -85,6 +85,10 @@ class HubClient:
                 "sign-in page, open it in a browser; else check HF_ENDPOINT and the proxy."
             ) from None
         return JsonAnswer(value, _cursor(following))
+
+    def file_address(self, repository: str, revision: str, path: str) -> str:
+        """Return the address of a file's content."""
+        return f"{self.endpoint}/{repository}/resolve/{quote(revision, safe='')}/{quote(path)}"
 
     @contextmanager
     def opened(
@@ -158,7 +162,7 @@ class HubClient:
             )
         return target
 
-    def _read(self, response: httpx2.Response, limit: int, *, is_cut: bool = False) -> bytes:
+    def read(self, response: httpx2.Response, limit: int, *, is_cut: bool = False) -> bytes:
         """Return the body; with `is_cut` its first `limit` bytes.  Raises `Hub…` errors."""
         deadline = time.monotonic() + self.limits.total_s
         body = bytearray()

@@ -73,12 +73,11 @@ def gate(value: object) -> Gate:
     return "manual" if value == "manual" else "auto" if value else ""
 
 
-def licence(names: Sequence[str], card: Mapping[str, Any] | None = None) -> str:
+def licence(names: Sequence[str], card: Mapping[str, Any]) -> str:
     """Return the licence that the card or the tags name, empty if neither does.
 
     The name of a licence that the Hub does not know stands in the card beside `other`.
     """
-    card = card or {}
     stated = text(card.get("license")) or next(
         (tag.removeprefix("license:") for tag in names if tag.startswith("license:")), ""
     )

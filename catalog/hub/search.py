@@ -129,7 +129,7 @@ def describe(item: Mapping[str, Any]) -> HubModel:
         author=facts.text(item.get("author")),
         sha=facts.text(item.get("sha")),
         task=facts.text(item.get("pipeline_tag")),
-        licence=facts.licence(names),
+        licence=facts.licence(names, facts.mapping(item.get("cardData"))),
         gated=facts.gate(item.get("gated")),
         is_private=item.get("private") is True,
         likes=facts.number(item.get("likes")),

@@ -12,7 +12,7 @@ from scripts.hub_lib.search import Query
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request; header names are in lower case, the path is decoded."""
+    """One request; header names are in lower case, the path is as it was sent."""
 
     method: str
     path: str

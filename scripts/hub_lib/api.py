@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
-from urllib.parse import quote, urlencode
+from urllib.parse import unquote, urlencode
 
 from scripts.hub_lib import describe, search
 from scripts.hub_lib.answers import Answer, Request, error, json_answer, too_many, web_page
@@ -70,7 +70,8 @@ class HubApi:
             for pattern, route in self._routes:
                 if match := pattern.fullmatch(request.path):
                     try:
-                        return route(request, **match.groupdict())
+                        found = match.groupdict()
+                        return route(request, **{k: v and unquote(v) for k, v in found.items()})
                     except BadQuery as problem:
                         return error(400, str(problem))
         return error(404, "Sorry, we can't find the page you are looking for.")
@@ -190,7 +191,7 @@ class HubApi:
 
         As storage behind signed addresses does, it refuses a request that brings a token too.
         """
-        match = re.fullmatch(r"/repos/([\w.-]+/[\w.-]+)/([0-9a-f]+)/(.+)", request.path)
+        match = re.fullmatch(r"/repos/([\w.-]+/[\w.-]+)/([0-9a-f]+)/(.+)", unquote(request.path))
         with self._state.lock:
             repository = self._state.repositories.get(match[1]) if match else None
             if match is None or repository is None:
@@ -260,5 +261,5 @@ def _next(request: Request, cursor: str) -> dict[str, str]:
     if not cursor:
         return {}
     query: dict[str, Any] = {**request.query, "cursor": cursor}
-    address = f"{request.origin}{quote(request.path)}?{urlencode(query, doseq=True)}"
+    address = f"{request.origin}{request.path}?{urlencode(query, doseq=True)}"
     return {"Link": f'<{address}>; rel="next"'}

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from scripts.hub_lib.answers import Answer, FileBody, Request
 from scripts.hub_lib.api import HubApi, HubState, Logged
@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = min(int(headers.get("content-length") or 0), _MAX_BODY_BYTES)
         request = Request(
             method=self.command,
-            path=unquote(parts.path),
+            path=parts.path,
             query=parse_qs(parts.query),
             headers=headers,
             origin=self.server.origin,

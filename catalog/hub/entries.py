@@ -1,0 +1,175 @@
+"""Groups the files of a repository into models, one for each quantization; pure."""
+
+import posixpath
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from catalog.scan.packages import is_part, natural_format
+from core.units import MIB
+
+_MAX_SIDE_BYTES = 64 * MIB
+_SHARD = re.compile(r"(.+?)[-._](\d{5})-of-(\d{5})(\.\w+)", re.DOTALL)
+_QUANTIZATION = re.compile(
+    r"(?:^|[-._/ ])((?:ud-|i1-)?(?:i?q\d(?:_\w+|f16)?|tq\d_\d|b?f16|f32|fp16|fp32|fp8|fp4|"
+    r"mxfp4(?:_moe)?|nvfp4|\d{1,2}-?bit|u?int[48]|bnb4|quantized))(?=$|[-._/ ])",
+    re.IGNORECASE,
+)
+# What `mlx` models and older GGUF repositories name differently from this server.
+_SAME = {"fp16": "f16", "fp32": "f32", "quantized": "int8"}
+_GGUF_PARTS = re.compile(r"(?:.*[-._])?(?:mmproj|imatrix)(?:[-._].*)?", re.IGNORECASE)
+_SIDE_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"})
+# Folders of modules that belong to the model of the folder around them.
+_MODULES = re.compile(r"\d+_[A-Z]\w*")
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
+# Weights in safetensors that are not those which transformers loads.
+_COPIES = re.compile(r"(?:consolidated|adapter)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryFile:
+    """A file of a repository; `sha256` is empty for small files, which have a git hash alone."""
+
+    path: str
+    size_bytes: int
+    git_oid: str
+    sha256: str = ""
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether loading it the usual way could run code."""
+        return PurePosixPath(self.path).suffix.lower() in _PICKLES
+
+
+@dataclass(frozen=True, slots=True)
+class HubEntry:
+    """One model of a repository, with the files that it needs, weights first.
+
+    `name` identifies it in its repository: the path of its weights without shard numbers.
+    `quantization` is as in this server's ids, empty if the name does not tell it.  `missing` says
+    how many of its shards are not there.
+    """
+
+    name: str
+    format: str
+    quantization: str
+    weights: tuple[RepositoryFile, ...]
+    sides: tuple[RepositoryFile, ...]
+    missing: int = 0
+
+    @property
+    def files(self) -> tuple[RepositoryFile, ...]:
+        """All files, as they are downloaded."""
+        return self.weights + self.sides
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(file.size_bytes for file in self.weights)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes to download."""
+        return sum(file.size_bytes for file in self.files)
+
+    @property
+    def pickles(self) -> tuple[str, ...]:
+        """The weights that are pickles."""
+        return tuple(file.path for file in self.weights if file.is_pickle)
+
+
+def group(files: Sequence[RepositoryFile], tags: Iterable[str]) -> tuple[HubEntry, ...]:
+    """Return the models in `files`, by format and size; `tags` are the repository's."""
+    is_mlx = "mlx" in tags
+    groups: dict[tuple[str, str], list[RepositoryFile]] = {}
+    for file in files:
+        format = _format(file.path, is_mlx)
+        if format:
+            groups.setdefault((format, _name(file.path, format)), []).append(file)
+    found = [_entry(*key, weights, files) for key, weights in groups.items()]
+    return tuple(sorted(found, key=lambda entry: (entry.format, entry.weights_bytes, entry.name)))
+
+
+def quantization_in(name: str) -> str:
+    """Return the quantization that a file's path names, as this server writes it, or nothing."""
+    found = _QUANTIZATION.findall(name)
+    text = found[-1].lower().removeprefix("ud-").removeprefix("i1-") if found else ""
+    return _SAME.get(text, text.replace("-bit", "bit"))
+
+
+def _format(path: str, is_mlx: bool) -> str:
+    """Return the format of a file that is weights, or beside them data of the same model."""
+    package = _package(path)
+    if package:
+        return natural_format(Path(package))
+    local = Path(path)
+    stem = _without_data(path)
+    if stem != path:
+        return "onnx"
+    found = natural_format(local)
+    if not found or is_part(local) or (found == "gguf" and _GGUF_PARTS.fullmatch(local.name)):
+        return ""
+    if found == "safetensors":
+        return "" if _COPIES.match(local.name) else "mlx" if is_mlx else found
+    # Of other programs' data only what transformers writes is a model.
+    is_other = found == "pytorch" and not local.name.startswith(("pytorch_model", "model"))
+    return "" if is_other else found
+
+
+def _package(path: str) -> str:
+    """Return the outermost folder around `path` that is a Core ML model, or nothing."""
+    parts = path.split("/")
+    for index, part in enumerate(parts[:-1]):
+        if part.lower().endswith((".mlpackage", ".mlmodelc")):
+            return "/".join(parts[: index + 1])
+    return ""
+
+
+def _without_data(path: str) -> str:
+    """Return the graph's path for a file of its external data, else `path`."""
+    match = re.fullmatch(r"(.+?\.onnx)(?:[._](?:onnx_)?data(?:_\d+)?)", path, re.DOTALL)
+    return match[1] if match else path
+
+
+def _name(path: str, format: str) -> str:
+    """Return what the files of one model have in common."""
+    package = _package(path)
+    if package:
+        return package
+    if format == "onnx":
+        return _without_data(path)
+    match = _SHARD.fullmatch(path)
+    return f"{match[1]}{match[4]}" if match else path
+
+
+def _entry(
+    format: str, name: str, weights: list[RepositoryFile], files: Sequence[RepositoryFile]
+) -> HubEntry:
+    shards = [match for file in weights if (match := _SHARD.fullmatch(file.path))]
+    count = max((int(match[3]) for match in shards), default=0)
+    ordered = tuple(sorted(weights, key=lambda file: file.path))
+    # GGUF files and compiled packages have everything in them.
+    sides = () if format == "gguf" else tuple(_sides(name, weights, files))
+    return HubEntry(
+        name, format, quantization_in(name), ordered, sides, max(count - len(shards), 0)
+    )
+
+
+def _sides(
+    name: str, weights: list[RepositoryFile], files: Sequence[RepositoryFile]
+) -> Iterable[RepositoryFile]:
+    """Yield the configuration, tokenizer and template beside a model, and those at the top."""
+    own = posixpath.dirname(name)
+    top = {"", own}
+    taken = {file.path for file in weights}
+    for file in files:
+        folder, base = posixpath.split(file.path)
+        inside = posixpath.split(folder)
+        is_near = folder in top or (inside[0] in top and _MODULES.fullmatch(inside[1]))
+        is_kept = PurePosixPath(base).suffix.lower() in _SIDE_SUFFIXES or base == "LICENSE"
+        if base.endswith(".index.json"):
+            # An index names the files of one set of weights.
+            is_kept = folder == own and base == f"{posixpath.basename(name)}.index.json"
+        if is_near and is_kept and file.size_bytes <= _MAX_SIDE_BYTES and file.path not in taken:
+            yield file

@@ -1,0 +1,101 @@
+"""Each quantization of a repository is a model of its own, with the files that it needs."""
+
+import pytest
+
+from catalog.hub.entries import HubEntry, RepositoryFile, group, quantization_in
+
+
+def files(*paths: str, size: int = 10) -> tuple[RepositoryFile, ...]:
+    return tuple(RepositoryFile(path, size, "0" * 40) for path in paths)
+
+
+def shown(entries: tuple[HubEntry, ...]) -> dict[str, tuple[str, str, int, int]]:
+    return {
+        entry.name: (entry.format, entry.quantization, len(entry.weights), len(entry.sides))
+        for entry in entries
+    }
+
+
+def test_hub_entries_of_a_gguf_repository() -> None:
+    found = group(
+        files(
+            *("README.md", "config.json", "mmproj-m-f16.gguf", "m.imatrix.gguf", "imatrix.dat"),
+            *("m-Q4_K_M.gguf", "m-IQ3_XXS.gguf", "UD/m-UD-Q2_K_XL-00001-of-00002.gguf"),
+            *("UD/m-UD-Q2_K_XL-00002-of-00002.gguf", "m-BF16-00001-of-00003.gguf"),
+        ),
+        (),
+    )
+    assert shown(found) == {
+        "m-Q4_K_M.gguf": ("gguf", "q4_k_m", 1, 0),
+        "m-IQ3_XXS.gguf": ("gguf", "iq3_xxs", 1, 0),
+        "UD/m-UD-Q2_K_XL.gguf": ("gguf", "q2_k_xl", 2, 0),
+        "m-BF16.gguf": ("gguf", "bf16", 1, 0),
+    }
+    assert {entry.name: entry.missing for entry in found if entry.missing} == {"m-BF16.gguf": 2}
+
+
+def test_hub_entries_of_a_transformers_repository() -> None:
+    found = group(
+        files(
+            *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
+            *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+            *("model.safetensors.index.json", "pytorch_model.bin.index.json", "LICENSE"),
+            *("pytorch_model.bin", "training_args.bin", "optimizer.pt", "modeling_x.py"),
+            *("consolidated.00.pth", "consolidated.safetensors", "adapter_model.safetensors"),
+            *("1_Pooling/config.json", "onnx/model.onnx", "onnx/model.onnx_data"),
+            *("onnx/model_q4.onnx", "onnx/decoder_model.onnx", "onnx/config.json", "tf_model.h5"),
+            *("other/deep/config.json", "logo.png"),
+        ),
+        ("safetensors",),
+    )
+    assert shown(found) == {
+        "model.safetensors": ("safetensors", "", 2, 7),
+        "pytorch_model.bin": ("pytorch", "", 1, 7),
+        "onnx/model.onnx": ("onnx", "", 2, 7),
+        "onnx/model_q4.onnx": ("onnx", "q4", 1, 7),
+    }
+    safetensors = next(entry for entry in found if entry.format == "safetensors")
+    assert [file.path for file in safetensors.sides] == [
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
+        *("model.safetensors.index.json", "LICENSE", "1_Pooling/config.json"),
+    ]
+    assert (safetensors.weights_bytes, safetensors.size_bytes, safetensors.pickles) == (20, 90, ())
+    pickled = next(entry for entry in found if entry.format == "pytorch")
+    assert pickled.pickles == ("pytorch_model.bin",)
+
+
+def test_hub_entries_of_mlx_and_core_ml() -> None:
+    mlx = group(files("config.json", "model.safetensors", "tokenizer.json"), ("mlx", "4-bit"))
+    assert shown(mlx) == {"model.safetensors": ("mlx", "", 1, 2)}
+    coreml = group(
+        files(
+            *("a/Small.mlpackage/Manifest.json", "a/Small.mlpackage/Data/weights/weight.bin"),
+            *("Large.mlmodelc/coremldata.bin", "config.json", "a/tokenizer.json"),
+        ),
+        (),
+    )
+    assert shown(coreml) == {
+        "Large.mlmodelc": ("coreml", "", 1, 1),
+        "a/Small.mlpackage": ("coreml", "", 2, 2),
+    }
+
+
+def test_hub_entries_leave_out_what_no_model_needs() -> None:
+    assert group((), ()) == ()
+    assert group(files("README.md", "a.bin", "flax_model.msgpack", "x.ckpt"), ()) == ()
+    huge = RepositoryFile("tokenizer.json", 2**40, "")
+    (entry,) = group((*files("model.safetensors"), huge), ())
+    assert entry.sides == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        *(("Qwen3-8B-Q4_K_M.gguf", "q4_k_m"), ("x.i1-IQ2_M.gguf", "iq2_m"), ("x-fp16.gguf", "f16")),
+        *(("x-4bit", "4bit"), ("x-8-bit", "8bit"), ("model_quantized.onnx", "int8")),
+        *(("onnx/model_uint8.onnx", "uint8"), ("gpt-oss-MXFP4.gguf", "mxfp4"), ("Qwen2.gguf", "")),
+        *(("q8_0/model.gguf", "q8_0"), ("x-TQ1_0.gguf", "tq1_0"), ("model.safetensors", "")),
+    ],
+)
+def test_hub_quantization_is_read_from_the_name(name: str, quantization: str) -> None:
+    assert quantization_in(name) == quantization
