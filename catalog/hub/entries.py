@@ -11,7 +11,7 @@ from core.units import MIB
 
 _MAX_SIDE_BYTES = 64 * MIB
 _SHARD = re.compile(r"(.+?)[-._](\d{5})-of-(\d{5})(\.\w+)", re.DOTALL)
-_QUANTIZATION = re.compile(
+QUANTIZATION = re.compile(
     r"(?:^|[-._/ ])((?:ud-|i1-)?(?:i?q\d(?:_\w+|f16)?|tq\d_\d|b?f16|f32|fp16|fp32|fp8|fp4|"
     r"mxfp4(?:_moe)?|nvfp4|\d{1,2}-?bit|u?int[48]|bnb4|quantized))(?=$|[-._/ ])",
     re.IGNORECASE,
@@ -93,7 +93,7 @@ def group(files: Sequence[RepositoryFile], tags: Iterable[str]) -> tuple[HubEntr
 
 def quantization_in(name: str) -> str:
     """Return the quantization that a file's path names, as this server writes it, or nothing."""
-    found = _QUANTIZATION.findall(name)
+    found = QUANTIZATION.findall(name)
     text = found[-1].lower().removeprefix("ud-").removeprefix("i1-") if found else ""
     return _SAME.get(text, text.replace("-bit", "bit"))
 

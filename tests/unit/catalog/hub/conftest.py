@@ -7,7 +7,8 @@ import pytest
 from catalog.hub.client import HubClient, HubLimits
 from scripts.hub_lib.server import Hub, running_hub
 
-LIMITS = HubLimits(connect_s=2.0, silence_s=0.4, total_s=5.0, answer_bytes=1 << 20)
+# Long, because a machine under load is slow.
+LIMITS = HubLimits(connect_s=20.0, silence_s=20.0, total_s=60.0, answer_bytes=1 << 20)
 
 
 @pytest.fixture
@@ -21,5 +22,5 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def client(hub: Hub) -> HubClient:
-    """The client, without a token and with short limits."""
+    """The client, without a token."""
     return HubClient(hub.endpoint, token="", limits=LIMITS)

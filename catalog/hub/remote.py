@@ -1,0 +1,124 @@
+"""Inspects the models of a repository without downloading them, and judges whether they fit."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from backends.base import Backend, EngineOptions, ModelInfo
+from catalog.hub.client import HubClient
+from catalog.hub.entries import QUANTIZATION, HubEntry
+from catalog.hub.fit import DEFAULT_CONTEXT, Fit, Room, judge, judge_size
+from catalog.hub.repository import HubRepository
+from catalog.hub.skeleton import NoSkeleton, SkeletonBuilder
+from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown
+from core.errors import BrokenModel
+
+Examine = Callable[[Path], Outcome]
+
+_EXTENSION = re.compile(r"\.\w+$")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteModel:
+    """A model of a repository as inspected before its download.
+
+    `info` is None where that could not be done; `problem` says why, `is_refused` that this server
+    cannot run the model.
+    """
+
+    entry: HubEntry
+    info: ModelInfo | None
+    problem: str = ""
+    is_refused: bool = False
+
+
+def inspect_repository(
+    client: HubClient, repository: HubRepository, examine: Examine
+) -> tuple[RemoteModel, ...]:
+    """Inspect the models from their headers; blocks, reads up to some MiB for each base model.
+
+    `examine` is that of `catalog.scan.inspector`.  GGUF files that differ in their quantization
+    alone are inspected once.  Raises the errors `Hub…`.
+    """
+    found: list[RemoteModel] = []
+    for group in _alike(repository.entries):
+        first = min(group, key=lambda entry: (entry.missing, len(entry.weights), entry.size_bytes))
+        model = _inspect(client, repository, first, examine)
+        found += [model if entry is first else _resized(model, entry) for entry in group]
+    order = {entry.name: number for number, entry in enumerate(repository.entries)}
+    return tuple(sorted(found, key=lambda model: order[model.entry.name]))
+
+
+def fit_of(
+    model: RemoteModel,
+    backends: Mapping[str, Backend],
+    options: EngineOptions,
+    room: Room,
+    context_tokens: int = DEFAULT_CONTEXT,
+) -> Fit:
+    """Return whether a model fits here at a context; pure."""
+    backend = backends.get(model.entry.format)
+    if model.info is None or backend is None:
+        reason = model.problem or f"The format {model.entry.format} is not enabled."
+        return judge_size(model.entry.weights_bytes, reason, room)
+    return judge(model.info, backend.estimate, options, room, context_tokens)
+
+
+def _alike(entries: Sequence[HubEntry]) -> list[list[HubEntry]]:
+    """Return the entries grouped by what differs in the quantization alone."""
+    groups: dict[object, list[HubEntry]] = {}
+    for entry in entries:
+        key: object = (entry.format, entry.name)
+        if entry.format == "gguf":
+            stem = _EXTENSION.sub("", PurePosixPath(entry.name).name)
+            key = (entry.format, QUANTIZATION.sub("", stem).lower())
+        groups.setdefault(key, []).append(entry)
+    return list(groups.values())
+
+
+def _inspect(
+    client: HubClient, repository: HubRepository, entry: HubEntry, examine: Examine
+) -> RemoteModel:
+    if entry.missing:
+        return RemoteModel(entry, None, f"{entry.missing} of its shards are missing.", True)
+    folder = Path(tempfile.mkdtemp(prefix="impetus-hub-"))
+    try:
+        builder = SkeletonBuilder(client, repository.model.id, repository.commit, folder)
+        path = builder.build(entry)
+        return _judged(entry, examine(path.resolve()))
+    except BrokenModel as problem:
+        return RemoteModel(entry, None, problem.message, True)
+    except NoSkeleton as reason:
+        return RemoteModel(entry, None, f"It cannot be told before the download: {reason}.")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _judged(entry: HubEntry, outcome: Outcome) -> RemoteModel:
+    match outcome:
+        case ModelInfo():
+            return RemoteModel(entry, outcome)
+        case Refused(reason=reason):
+            return RemoteModel(entry, None, reason, True)
+        case Uninspected(reason=reason):
+            return RemoteModel(entry, None, f"It was not inspected: {reason}.")
+        case Unknown():
+            return RemoteModel(entry, None, "No format of this server recognizes it.", True)
+
+
+def _resized(model: RemoteModel, entry: HubEntry) -> RemoteModel:
+    """Return the result for a model that differs from an inspected one in its quantization."""
+    if entry.missing:
+        return RemoteModel(entry, None, f"{entry.missing} of its shards are missing.", True)
+    if model.info is None:
+        return replace(model, entry=entry)
+    info = replace(
+        model.info,
+        size_bytes=entry.weights_bytes,
+        quantization=entry.quantization or model.info.quantization,
+        details={**model.info.details, "tensor_bytes": entry.weights_bytes},
+    )
+    return RemoteModel(entry, info)

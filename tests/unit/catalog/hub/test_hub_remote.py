@@ -1,0 +1,182 @@
+"""Models are inspected from ranges of their remote files as if they had been downloaded."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from backends.base import EngineOptions, ModelInfo
+from backends.registry import load_backends
+from catalog.hub.client import HubClient
+from catalog.hub.fit import Room
+from catalog.hub.remote import RemoteModel, fit_of, inspect_repository
+from catalog.hub.repository import read_repository
+from catalog.scan.identify import Outcome, examine
+from catalog.scan.inspector import Inspector
+from core.errors import HubAnswerInvalid
+from core.units import GIB, MIB
+from scripts.hub_lib.faults import Fault
+from scripts.hub_lib.server import Hub
+from tests.gguf_raw import RawTensor, minimal_metadata, write_gguf
+from tests.unit.catalog.scan.folders import write_json, write_model, write_shards
+
+F16 = 1
+ROWS = 2**18
+OPTIONS = EngineOptions()
+ROOM = Room(8 * GIB, 8 * GIB)
+
+
+def look(path: Path) -> Outcome:
+    return examine(path, load_backends().values())
+
+
+def large_gguf(path: Path, columns: int) -> Path:
+    """Write a sparse model of 512 KiB for each column, with a long vocabulary."""
+    tokens = [f"token-{number}" for number in range(250_000)]
+    tensors = [RawTensor("token_embd.weight", (columns, ROWS), F16)]
+    write_gguf(path, minimal_metadata(tokenizer__ggml__tokens=tokens), tensors)
+    header = path.stat().st_size
+    with path.open("r+b") as stream:
+        stream.truncate(-(-header // 32) * 32 + columns * ROWS * 2)
+    return path
+
+
+@pytest.fixture
+def inspect(hub: Hub, client: HubClient) -> Callable[..., dict[str, RemoteModel]]:
+    """Publish a folder and inspect it from afar; large files get a hash that nobody computes."""
+
+    def inspected(folder: Path, look: Callable[[Path], Outcome] = look) -> dict[str, RemoteModel]:
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        stated = {name: f"{size:064x}" for name, size in sizes.items() if size > 100 * MIB}
+        hub.publish("org/tiny", folder, stated=stated)
+        hub.forget_requests()
+        repository = read_repository(client, "org/tiny")
+        models = inspect_repository(client, repository, look)
+        return {model.entry.name: model for model in models}
+
+    return inspected
+
+
+def without_paths(info: ModelInfo) -> ModelInfo:
+    return replace(info, files=tuple(Path(file.name) for file in info.files), name="")
+
+
+def test_hub_large_gguf_is_inspected_from_its_header(
+    hub: Hub, tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]]
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    large_gguf(folder / "m-Q8_0.gguf", 8192)
+    small = large_gguf(folder / "m-Q4_K_M.gguf", 4096)
+    models = inspect(folder)
+    local = look(small)
+    assert isinstance(local, ModelInfo)
+    found = models["m-Q4_K_M.gguf"]
+    assert found.info is not None
+    assert without_paths(found.info) == without_paths(local)
+    # The other one differs in its size alone, and was not read.
+    larger = models["m-Q8_0.gguf"].info
+    assert larger is not None
+    assert larger.quantization == "q8_0"
+    assert larger.size_bytes == (folder / "m-Q8_0.gguf").stat().st_size
+    ranges = [logged.headers.get("range") for logged in hub.requests if "cdn" not in logged.host]
+    assert {"bytes=0-2097151", "bytes=2097152-8388607"} <= set(ranges)
+    assert not any("Q8_0" in logged.target for logged in hub.requests)
+    verdicts = {
+        name: fit_of(model, load_backends(), OPTIONS, Room(3 * GIB, 3 * GIB), 256).verdict
+        for name, model in models.items()
+    }
+    assert verdicts == {"m-Q4_K_M.gguf": "fits", "m-Q8_0.gguf": "too_big"}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_hub_safetensors_are_inspected_from_their_headers(
+    tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]], sharded: bool
+) -> None:
+    folder = write_model(tmp_path / "model")
+    if sharded:
+        (folder / "model.safetensors").unlink()
+        write_shards(folder)
+    first = min(folder.glob("*.safetensors"))
+    local = look(first)
+    assert isinstance(local, ModelInfo)
+    (found,) = inspect(folder).values()
+    assert found.info is not None
+    assert without_paths(found.info) == without_paths(local)
+    fit = fit_of(found, load_backends(), OPTIONS, ROOM, 64)
+    assert (fit.verdict, fit.context_tokens) == ("fits", 64)
+
+
+def test_hub_model_that_cannot_run_here_says_why(
+    tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]]
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "broken-Q4_0.gguf").write_bytes(b"GGUF" + b"\xff" * 1000)
+    (folder / "page-Q8_0.gguf").write_bytes(b"<html>" * 100)
+    (folder / "half-F16-00001-of-00002.gguf").write_bytes(b"GGUF")
+    (folder / "pytorch_model.bin").write_bytes(b"x" * 1000)
+    write_gguf(folder / "art-Q2_K.gguf", {**minimal_metadata(), "general.architecture": "flux"})
+    models = inspect(folder)
+    problems = {name: (model.is_refused, model.problem) for name, model in models.items()}
+    assert [problems[name][0] for name in sorted(problems)] == [True, True, True, True, False]
+    assert "GGUF version" in problems["broken-Q4_0.gguf"][1]
+    assert "is not a GGUF file" in problems["page-Q8_0.gguf"][1]
+    assert problems["half-F16.gguf"][1] == "1 of its shards are missing."
+    assert "image or video generator" in problems["art-Q2_K.gguf"][1]
+    unknown = fit_of(models["pytorch_model.bin"], load_backends(), OPTIONS, ROOM)
+    assert (unknown.verdict, unknown.weights_bytes) == ("unknown", 1000)
+    assert "before the download" in unknown.reason
+
+
+def test_hub_model_in_the_limited_process(
+    tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]]
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    large_gguf(folder / "m-F16.gguf", 64)
+    inspector = Inspector(["gguf"])
+    try:
+        (found,) = inspect(folder, inspector.examine).values()
+    finally:
+        inspector.close()
+    assert found.info is not None, found.problem
+    assert found.info.parameters == 64 * ROWS
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault("wrong-range", file="*.gguf", at=0), "another part of m-F16.gguf"),
+        (Fault("ignore-range", file="*.gguf"), "does not send parts of files"),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Fault) else "",
+)
+def test_hub_that_sends_other_parts_is_noticed(
+    hub: Hub,
+    tmp_path: Path,
+    inspect: Callable[..., dict[str, RemoteModel]],
+    fault: Fault,
+    said: str,
+) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    large_gguf(folder / "m-F16.gguf", 64)
+    hub.faults.add(fault)
+    with pytest.raises(HubAnswerInvalid, match=said):
+        inspect(folder)
+
+
+def test_hub_leaves_nothing_in_the_temporary_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    inspect: Callable[..., dict[str, RemoteModel]],
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(work))
+    folder = write_model(tmp_path / "model")
+    write_json(folder / "config.json", {"model_type": "llama"})
+    inspect(folder)
+    assert list(work.iterdir()) == []
