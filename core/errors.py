@@ -37,7 +37,9 @@ ImpetusError                    500 server_error            internal_error
   │ ├ HubOffline                    hub_offline
   │ ├ HubRateLimited                hub_rate_limited
   │ ├ HubAnswerInvalid          502 hub_answer_invalid
+  │ │ └ ChecksumFailed              checksum_failed
   │ └ HubTooSlow                504 hub_too_slow
+  ├ InsufficientDisk                insufficient_disk
   ├ ModelFileChanged                model_file_changed
   ├ BackendUnavailable              backend_unavailable
   └ ModelNotResident                model_not_resident (internal: the router loads the model)
@@ -413,11 +415,23 @@ class HubAnswerInvalid(HubUnavailable):
     code = "hub_answer_invalid"
 
 
+class ChecksumFailed(HubAnswerInvalid):
+    """A downloaded file has another size or hash than the hub stated; it was removed."""
+
+    code = "checksum_failed"
+
+
 class HubTooSlow(HubUnavailable):
     """The hub did not answer in time."""
 
     status = 504
     code = "hub_too_slow"
+
+
+class InsufficientDisk(Unavailable):
+    """The disk has no room for what is to be written; the message has the numbers."""
+
+    code = "insufficient_disk"
 
 
 class ModelFileChanged(Unavailable):

@@ -1,0 +1,129 @@
+"""Child process that downloads a model: `python -m catalog.hub.download.child`.
+
+Reads the job and the token as two lines from stdin.  Writes lines of JSON to stdout:
+`{"done_bytes": …}` as the model arrives, `{"wait_s": …, "reason": …}` before another try, and at
+the end `{"done": true}` or `{"error": code, "message": …, "retry_after_s": …}`.  The process kills
+itself at the end of stdin, because its parent has died; what has arrived stays.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import IO, Any
+
+from catalog.hub.client import HubClient, HubLimits
+from catalog.hub.download.job import DownloadJob
+from catalog.hub.download.transfer import Pace, Transfer, disk_problem
+from core.child import die_with_input, die_with_parent, give_way, take_stdout
+from core.errors import ImpetusError, RequestError, Unavailable
+from core.files import lock_file
+
+LOCK = ".lock"
+_REPORT_S = 0.25
+_LOCK_S = 5.0
+
+
+@dataclass(slots=True)
+class _Reporter:
+    """Sends what has arrived to the parent, at most four times in a second."""
+
+    pipe: IO[str]
+    done_bytes: int = 0
+    _sent_s: float = 0.0
+
+    def add(self, count: int) -> None:
+        """Count bytes that arrived, or were thrown away."""
+        self.done_bytes += count
+        now = time.monotonic()
+        if now - self._sent_s >= _REPORT_S:
+            self._sent_s = now
+            self.send({"done_bytes": self.done_bytes})
+
+    def wait(self, seconds: float, reason: str) -> None:
+        """Tell why the download waits, and for how long."""
+        self.send({"done_bytes": self.done_bytes, "wait_s": seconds, "reason": reason})
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Write one line."""
+        self.pipe.write(json.dumps(message) + "\n")
+        self.pipe.flush()
+
+
+def download(job: DownloadJob, token: str, reporter: _Reporter) -> None:
+    """Fetch all files and make the folder visible.  Raises every failure as an ImpetusError."""
+    try:
+        job.work.mkdir(parents=True, exist_ok=True)
+        with (job.work / LOCK).open("w") as lock:
+            _lock(lock, job)
+            client = HubClient(job.endpoint, token, HubLimits(silence_s=job.silence_s))
+            transfer = Transfer(
+                client,
+                job.repository,
+                job.commit,
+                job.work,
+                reporter.add,
+                reporter.wait,
+                Pace(job.limit_bytes_per_s),
+            )
+            for file in job.files:
+                transfer.fetch(file)
+            _publish(job)
+    except OSError as problem:
+        raise disk_problem(problem, job.work, job.size_bytes) from problem
+
+
+def _lock(lock: IO[str], job: DownloadJob) -> None:
+    try:
+        lock_file(lock, _LOCK_S)
+    except BlockingIOError:
+        raise Unavailable(
+            f"{job.repository} is being downloaded to {job.target} already."
+        ) from None
+
+
+def _publish(job: DownloadJob) -> None:
+    """Rename the folder, whose files are all whole, to the target."""
+    if os.path.lexists(job.target):
+        raise RequestError(
+            f"{job.target.name!r} was created during the download; move it away, then resume.",
+            param="target",
+        )
+    (job.work / LOCK).unlink()
+    for folder in {(job.work / file.path).parent for file in job.files} | {job.work}:
+        _flush(folder)
+    job.work.rename(job.target)
+    _flush(job.target.parent)
+
+
+def _flush(folder: os.PathLike[str]) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def main() -> None:
+    """Run the job that stdin describes."""
+    die_with_parent()
+    give_way()
+    reporter = _Reporter(take_stdout())
+    job = DownloadJob.from_json(sys.stdin.readline())
+    token = sys.stdin.readline().strip()
+    die_with_input(sys.stdin)
+    try:
+        download(job, token, reporter)
+    except ImpetusError as error:
+        reporter.send(
+            {"error": error.code, "message": error.message, "retry_after_s": error.retry_after_s}
+        )
+        os._exit(1)
+    reporter.send({"done_bytes": reporter.done_bytes, "done": True})
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Runs downloads in child processes: disk preflight, progress with speed and stalls, clean-up.
+
+Cancelling the task pauses a download: what has arrived is kept, and the next run goes on with it.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from catalog.hub.download.job import DownloadJob
+from catalog.hub.download.speed import SpeedWindow
+from catalog.hub.download.transfer import HEADROOM_BYTES
+from core import errors
+from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit, kept_environment
+from core.errors import ImpetusError, InsufficientDisk, RequestError
+from core.units import format_bytes
+
+_CODE_FOLDER = Path(__file__).resolve().parents[3]
+_KEPT_VARIABLES = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "VIRTUAL_ENV", "HF_HUB_OFFLINE", "HF_ENDPOINT"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+)
+_TICK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadProgress:
+    """How far a download is; `speed` in bytes a second, 0 while nothing arrives.
+
+    `remaining_s` is None while it is unknown; `stalled_s` counts from the last byte.  `reason` says
+    why the download waits for another try, empty while it does not.
+    """
+
+    done_bytes: int
+    total_bytes: int
+    speed: float
+    remaining_s: float | None
+    stalled_s: float
+    reason: str = ""
+
+
+OnProgress = Callable[[DownloadProgress], None]
+
+
+def arrived_bytes(job: DownloadJob) -> int:
+    """Return how many bytes of a download are on the disk already."""
+    found = 0
+    for file in job.files:
+        path = job.work / file.path
+        for candidate in (path, path.with_name(f"{path.name}.part")):
+            with contextlib.suppress(OSError):
+                found += min(candidate.stat().st_size, file.size_bytes)
+                break
+    return found
+
+
+def require_space(job: DownloadJob) -> None:
+    """Raise InsufficientDisk with the numbers if the disk has no room for what is missing."""
+    missing = job.size_bytes - arrived_bytes(job)
+    folder = next(each for each in job.target.parents if each.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < missing + HEADROOM_BYTES:
+        raise InsufficientDisk(
+            f"The download of {job.repository} needs {format_bytes(missing)} and leaves "
+            f"{format_bytes(HEADROOM_BYTES)} free, but {format_bytes(free)} are free in {folder}. "
+            f"Free {format_bytes(missing + HEADROOM_BYTES - free)}, or choose a smaller model."
+        )
+
+
+def discard(job: DownloadJob) -> None:
+    """Remove what has arrived of a download that is not to go on."""
+    shutil.rmtree(job.work, ignore_errors=True)
+
+
+async def run_download(
+    job: DownloadJob, token: str, on_progress: OnProgress, *, tick_s: float = _TICK_S
+) -> Path:
+    """Download a model and return its folder, `job.target`; `on_progress` is told every second.
+
+    Raises RequestError for a target that exists, InsufficientDisk, ChecksumFailed, the errors
+    `Hub…`, and ImpetusError for a process that died.  `token` goes to the child's stdin alone.
+    """
+    if os.path.lexists(job.target):
+        raise RequestError(
+            f"{job.target.name!r} exists already; choose another name.", param="target"
+        )
+    await asyncio.to_thread(require_space, job)
+    follower = _Follower(job, on_progress)
+    child = AsyncChild(
+        [sys.executable, "-P", "-m", "catalog.hub.download.child"],
+        _environment(),
+        _CODE_FOLDER,
+    )
+    try:
+        with contextlib.suppress(ChildEnded):
+            await child.write(f"{job.to_json()}\n{token}\n".encode())
+        with _ticking(follower, tick_s):
+            async for line in child.lines():
+                follower.read(line)
+        code = await child.wait()
+    except AnswerTooLong:
+        raise ImpetusError(
+            f"The download of {job.repository} was stopped: its process sent a line over 64 KiB, "
+            "which is a bug. Please report it."
+        ) from None
+    finally:
+        await asyncio.shield(child.close())
+    if follower.error is not None:
+        raise follower.error
+    if not follower.is_done:
+        hint = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
+        raise ImpetusError(
+            f"The download of {job.repository} {describe_exit(code)}{hint}. Resume it: what has "
+            f"arrived is kept. {child.stderr_tail}".strip()
+        )
+    return job.target
+
+
+class _Follower:
+    """Turns the child's lines into progress."""
+
+    def __init__(self, job: DownloadJob, on_progress: OnProgress) -> None:
+        self._on_progress = on_progress
+        self._total_bytes = job.size_bytes
+        self._speed = SpeedWindow(job.size_bytes, time.monotonic())
+        self._done_bytes = 0
+        self._reason = ""
+        self.is_done = False
+        self.error: ImpetusError | None = None
+
+    def read(self, line: bytes) -> None:
+        """Take one line of the child."""
+        try:
+            message: dict[str, Any] = json.loads(line)
+        except ValueError:
+            return
+        if "error" in message:
+            self.error = _error(message)
+        self.is_done = self.is_done or bool(message.get("done"))
+        self._reason = str(message.get("reason", ""))
+        self._done_bytes = int(message.get("done_bytes", self._done_bytes))
+        self._speed.add(self._done_bytes, time.monotonic())
+        self.report()
+
+    def report(self) -> None:
+        """Tell the progress as of now."""
+        now = time.monotonic()
+        self._on_progress(
+            DownloadProgress(
+                self._done_bytes,
+                self._total_bytes,
+                self._speed.speed(now),
+                self._speed.remaining_s(now),
+                self._speed.stalled_s(now),
+                self._reason,
+            )
+        )
+
+
+@contextlib.contextmanager
+def _ticking(follower: _Follower, tick_s: float) -> Iterator[None]:
+    """Report while the block runs, so that a stall is told that sends no line."""
+    loop = asyncio.get_running_loop()
+    timers: list[asyncio.TimerHandle] = []
+
+    def tick() -> None:
+        follower.report()
+        timers[:] = [loop.call_later(tick_s, tick)]
+
+    timers.append(loop.call_later(tick_s, tick))
+    try:
+        yield
+    finally:
+        timers[0].cancel()
+
+
+def _error(message: dict[str, Any]) -> ImpetusError:
+    """Return the error that the child reported."""
+    for kind in _known_errors(ImpetusError):
+        if kind.code == message["error"]:
+            return kind(str(message.get("message", "")), retry_after_s=message.get("retry_after_s"))
+    return ImpetusError(str(message.get("message", "")))
+
+
+def _known_errors(kind: type[ImpetusError]) -> list[type[ImpetusError]]:
+    found = [kind] if kind.__module__ == errors.__name__ else []
+    return found + [each for child in kind.__subclasses__() for each in _known_errors(child)]
+
+
+def _environment() -> dict[str, str]:
+    """Return the child's environment: proxies and certificates, but no token."""
+    return kept_environment(*_KEPT_VARIABLES) | {
+        "PYTHONPATH": str(_CODE_FOLDER),
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
