@@ -24,7 +24,7 @@ from core.units import MIB, format_bytes
 logger = logging.getLogger(__name__)
 
 MAX_REDIRECTS = 5
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _LIBRARY = "impetus"
 
 Parameters: TypeAlias = Mapping[str, str | int | bool | Sequence[str]]
@@ -142,7 +142,7 @@ class HubClient:
                     follow_redirects=False,
                 )
             )
-            if response.status_code not in _REDIRECTS:
+            if response.status_code not in REDIRECTS:
                 return response
             address, parameters = self._target(address, response), None
         raise HubAnswerInvalid(f"{self.host} redirected more than {MAX_REDIRECTS} times.")

@@ -58,16 +58,16 @@ def refusal(status: int, headers: Mapping[str, str], host: str, what: str) -> Im
             f"{host} refuses access to {what} ({status}). Set HF_TOKEN to a token that may read it."
         )
     if status == 429:
-        wait_s = _wait_s(headers) or _DEFAULT_WAIT_S
+        seconds = wait_s(headers)
         return HubRateLimited(
-            f"{host} refuses further requests for {wait_s} s (429). A token in HF_TOKEN allows "
+            f"{host} refuses further requests for {seconds} s (429). A token in HF_TOKEN allows "
             "more of them.",
-            retry_after_s=wait_s,
+            retry_after_s=seconds,
         )
     if status >= 500:
         return HubUnavailable(
             f"{host} fails at the moment ({status}); try again later.",
-            retry_after_s=_wait_s(headers),
+            retry_after_s=wait_s(headers, None),
         )
     return HubAnswerInvalid(f"{host} answered {what} with the unexpected status {status}.")
 
@@ -85,10 +85,10 @@ def _gated(status: int, host: str, what: str) -> HubAccessDenied:
     )
 
 
-def _wait_s(headers: Mapping[str, str]) -> int | None:
-    """Return the seconds of Retry-After, an hour at most; None for a date or without one."""
+def wait_s(headers: Mapping[str, str], default: int | None = _DEFAULT_WAIT_S) -> int | None:
+    """Return the seconds of Retry-After, an hour at most; `default` for a date or without one."""
     text = headers.get("retry-after", "").strip()
-    return min(int(text), _LONGEST_WAIT_S) if text.isdecimal() and len(text) < 10 else None
+    return min(int(text), _LONGEST_WAIT_S) if text.isdecimal() and len(text) < 10 else default
 
 
 def failure(problem: Exception, host: str) -> ImpetusError:

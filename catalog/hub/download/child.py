@@ -17,6 +17,7 @@ from typing import IO, Any
 from catalog.hub.client import HubClient, HubLimits
 from catalog.hub.download.job import DownloadJob
 from catalog.hub.download.transfer import Pace, Transfer, disk_problem
+from catalog.hub.download.url import UrlSource
 from core.child import die_with_input, die_with_parent, give_way, take_stdout
 from core.errors import ImpetusError, RequestError, Unavailable
 from core.files import lock_file
@@ -58,9 +59,9 @@ def download(job: DownloadJob, token: str, reporter: _Reporter) -> None:
         job.work.mkdir(parents=True, exist_ok=True)
         with (job.work / LOCK).open("w") as lock:
             _lock(lock, job)
-            client = HubClient(job.endpoint, token, HubLimits(silence_s=job.silence_s))
+            limits = HubLimits(silence_s=job.silence_s)
             transfer = Transfer(
-                client,
+                UrlSource(job.url, limits) if job.url else HubClient(job.endpoint, token, limits),
                 job.repository,
                 job.commit,
                 job.work,

@@ -13,6 +13,7 @@ from catalog.hub.entries import RepositoryFile
 class DownloadJob:
     """Files of a repository, all of `commit`, that become the folder `target`.
 
+    With `url` it is one file at that address, and the repository is its name in messages.
     `limit_bytes_per_s` 0 means no limit; `silence_s` without a byte the connection is made anew.  A
     token is not part of it: jobs are stored and shown.
     """
@@ -24,6 +25,7 @@ class DownloadJob:
     target: Path
     limit_bytes_per_s: int = 0
     silence_s: float = 30.0
+    url: str = ""
 
     @property
     def size_bytes(self) -> int:

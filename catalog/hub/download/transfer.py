@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 
 from catalog.hub.client import HubClient
+from catalog.hub.download.url import UrlSource
 from catalog.hub.entries import RepositoryFile
 from core.errors import (
     ChecksumFailed,
@@ -95,7 +96,7 @@ class Transfer:
     away; `on_wait` the seconds until the next try, and why.
     """
 
-    client: HubClient
+    client: HubClient | UrlSource
     repository: str
     commit: str
     work: Path
@@ -180,6 +181,10 @@ class Transfer:
 
     def _read(self, file: RepositoryFile, partial: _Partial) -> None:
         """Append what one answer has of the file."""
+        if partial.done and not (partial.etag or _stated_hash(file)):
+            # Nothing would tell whether the rest is of the same file.
+            self.on_bytes(-partial.done)
+            partial.restart(_digest(file))
         address = self.client.file_address(self.repository, self.commit, file.path)
         headers = {"Range": f"bytes={partial.done}-"} if partial.done else {}
         if partial.done and partial.etag:
@@ -214,17 +219,22 @@ class Transfer:
 
     def _check(self, file: RepositoryFile, partial: _Partial) -> None:
         """Raise ChecksumFailed if the hash is not the one that the hub stated."""
-        found, stated = partial.digest.hexdigest(), file.sha256 or file.git_oid
-        if found != stated:
+        found, stated = partial.digest.hexdigest(), _stated_hash(file)
+        if stated and found != stated:
             kind = "SHA-256" if file.sha256 else "git hash"
             raise _wrong(file, f"its {kind} is {found[:16]}…, the hub stated {stated[:16]}…")
 
 
 def _digest(file: RepositoryFile) -> Any:
-    """Return the hash that the hub states for a file: SHA-256, or git's of a small one."""
-    if file.sha256:
+    """Return the kind of hash that is stated for a file: SHA-256, or git's of a small one."""
+    if file.sha256 or not file.git_oid:
         return hashlib.sha256()
     return hashlib.sha1(b"blob %d\0" % file.size_bytes, usedforsecurity=False)
+
+
+def _stated_hash(file: RepositoryFile) -> str:
+    """Return the hash that the hub stated, empty for a file of a plain address."""
+    return file.sha256 or file.git_oid
 
 
 def _wrong(file: RepositoryFile, reason: str) -> ChecksumFailed:

@@ -40,8 +40,7 @@ class Download:
 
     def hasten(self) -> None:
         """Give a silent connection up after 0.3 s."""
-        client = self.transfer.client
-        self.transfer.client = HubClient(client.endpoint, "", replace(LIMITS, silence_s=0.3))
+        self.transfer.client = HubClient(self.job.endpoint, "", replace(LIMITS, silence_s=0.3))
 
     @property
     def leftovers(self) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from catalog.hub.client import HubClient
 from catalog.hub.download import transfer as module
 from catalog.hub.repository import read_repository
 from core.errors import (
@@ -125,7 +126,7 @@ def test_download_that_is_damaged_once_succeeds(download: Download) -> None:
 @pytest.mark.parametrize("kind", ["size", "hash"])
 def test_download_from_a_hub_that_lies_is_refused(download: Download, kind: str) -> None:
     download.hub.faults.add(Fault(kind, file="api", value="3"))
-    lying = read_repository(download.transfer.client, "org/tiny")
+    lying = read_repository(HubClient(download.job.endpoint, ""), "org/tiny")
     file = next(each for each in lying.files if each.path == LARGE)
     with pytest.raises(ChecksumFailed):
         download.transfer.fetch(file)
