@@ -18,6 +18,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from catalog.hub.problems import failure, is_stale_token, refusal
+from catalog.hub.public_address import Resolve, is_public, resolve
 from core.errors import HubAnswerInvalid, HubTooSlow
 from core.units import MIB, format_bytes
 
@@ -52,7 +53,11 @@ class HubClient:
     """Reads from one hub; usable from several threads.  All methods block."""
 
     def __init__(
-        self, endpoint: str = "", token: str | None = None, limits: HubLimits | None = None
+        self,
+        endpoint: str = "",
+        token: str | None = None,
+        limits: HubLimits | None = None,
+        look_up: Resolve = resolve,
     ) -> None:
         """Use the hub at `endpoint`, by default that of `HF_ENDPOINT`.
 
@@ -61,6 +66,7 @@ class HubClient:
         """
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self.limits = limits or HubLimits()
+        self._look_up = look_up
         self._token = (get_token() or "") if token is None else token
 
     @property
@@ -148,7 +154,10 @@ class HubClient:
         raise HubAnswerInvalid(f"{self.host} redirected more than {MAX_REDIRECTS} times.")
 
     def _target(self, address: str, response: httpx2.Response) -> str:
-        """Return where a redirect leads.  Raises HubAnswerInvalid if it must not be followed."""
+        """Return where a redirect leads.  Raises HubAnswerInvalid if it must not be followed.
+
+        A hub of the internet may not lead into this network; one inside of it may.
+        """
         try:
             target = urljoin(address, response.headers.get("location", ""))
         except ValueError:
@@ -160,7 +169,21 @@ class HubClient:
                 f"{self.host} redirected to an address that is not followed ({scheme or 'no'} "
                 "scheme)."
             )
+        own = _origin(self.endpoint)[1]
+        if host != own and self._is_private(host) and not self._is_private(own):
+            raise HubAnswerInvalid(
+                f"{self.host} redirected to this machine or a private network, which is not "
+                "followed."
+            )
         return target
+
+    def _is_private(self, host: str) -> bool:
+        """Whether a host is in this network; not where only a proxy can resolve its name."""
+        try:
+            found = self._look_up(host, 0)
+        except (OSError, UnicodeError):
+            return False
+        return not all(map(is_public, found))
 
     def read(self, response: httpx2.Response, limit: int, *, is_cut: bool = False) -> bytes:
         """Return the body; with `is_cut` its first `limit` bytes.  Raises `Hub…` errors."""

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from catalog.hub.client import HubClient, HubLimits
-from catalog.hub.download.job import DownloadJob
+from catalog.hub.download.job import LOCK, DownloadJob
 from catalog.hub.download.transfer import Pace, Transfer, disk_problem
 from catalog.hub.download.url import UrlSource
 from core.child import die_with_input, die_with_parent, give_way, take_stdout
 from core.errors import ImpetusError, RequestError, Unavailable
 from core.files import lock_file
 
-LOCK = ".lock"
 _REPORT_S = 0.25
 _LOCK_S = 5.0
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from catalog.hub.entries import RepositoryFile
 
+# In the hidden folder of a download; the process that downloads keeps it locked.
+LOCK = ".lock"
+
 
 @dataclass(frozen=True, slots=True)
 class DownloadJob:

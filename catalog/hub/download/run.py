@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from catalog.hub.download.job import DownloadJob
+from catalog.hub.download.job import LOCK, DownloadJob
 from catalog.hub.download.speed import SpeedWindow
 from catalog.hub.download.transfer import HEADROOM_BYTES
 from core import errors
 from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit, kept_environment
 from core.errors import ImpetusError, InsufficientDisk, RequestError
+from core.files import lock_file
 from core.units import format_bytes
 
 _CODE_FOLDER = Path(__file__).resolve().parents[3]
@@ -31,6 +32,7 @@ _KEPT_VARIABLES = (
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
 )
 _TICK_S = 1.0
+_DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,48 @@ def require_space(job: DownloadJob) -> None:
 def discard(job: DownloadJob) -> None:
     """Remove what has arrived of a download that is not to go on."""
     shutil.rmtree(job.work, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class PartialDownload:
+    """What has arrived of a download that is not finished; `changed_s` in Unix seconds."""
+
+    work: Path
+    size_bytes: int
+    changed_s: float
+
+
+def partial_downloads(folder: Path) -> tuple[PartialDownload, ...]:
+    """Return the unfinished downloads beside the models in `folder`, without running ones."""
+    found = []
+    for work in sorted(folder.glob(".*.download")):
+        if work.is_dir() and not work.is_symlink() and not _is_running(work):
+            files = [path.stat() for path in work.rglob("*") if path.is_file()]
+            newest = max((each.st_mtime for each in files), default=work.stat().st_mtime)
+            found.append(PartialDownload(work, sum(each.st_size for each in files), newest))
+    return tuple(found)
+
+
+def discard_old(folder: Path, days: float, now_s: float) -> tuple[PartialDownload, ...]:
+    """Remove unfinished downloads to which nothing was added for `days`; return them."""
+    old = tuple(
+        each for each in partial_downloads(folder) if now_s - each.changed_s > days * _DAY_S
+    )
+    for each in old:
+        shutil.rmtree(each.work, ignore_errors=True)
+    return old
+
+
+def _is_running(work: Path) -> bool:
+    """Whether a process holds the lock of an unfinished download."""
+    try:
+        with (work / LOCK).open("r") as lock:
+            lock_file(lock, 0.0)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 async def run_download(

@@ -134,6 +134,28 @@ def test_hub_redirect_elsewhere_is_not_followed(
         pass
 
 
+def test_hub_of_the_internet_does_not_lead_into_this_network(published: Hub) -> None:
+    addresses = {"127.0.0.1": ["8.8.8.8"], "localhost": ["127.0.0.1"], "cdn.test": ["1.1.1.1"]}
+
+    def look_up(host: str, _: int) -> list[str]:
+        return addresses[host]
+
+    client = HubClient(published.endpoint, "", LIMITS, look_up)
+    address = f"{published.endpoint}/org/tiny/resolve/main/config.json"
+    said = "this machine or a private network"
+    for target in ("http://localhost:1/x", "http://localhost:2/latest/meta-data"):
+        published.faults.clear()
+        published.faults.add(Fault("redirect", value=target))
+        with pytest.raises(HubAnswerInvalid, match=said), client.opened(address, "org/tiny"):
+            pass
+    # A hub inside of the network may lead to its own storage.
+    addresses["127.0.0.1"] = ["127.0.0.1"]
+    published.faults.clear()
+    published.faults.add(Fault("redirect", value=f"{published.cdn_origin}/repos/none"))
+    with pytest.raises(HubNotFound), client.opened(address, "org/tiny"):
+        pass
+
+
 def test_hub_of_the_environment_is_used_with_its_token(published: Hub) -> None:
     published.add_user("me", "hf_mine")
     code = "from catalog.hub.client import HubClient; " + (

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from catalog.hub.download.run import (
     DownloadProgress,
     arrived_bytes,
     discard,
+    discard_old,
+    partial_downloads,
     require_space,
     run_download,
 )
@@ -163,6 +166,27 @@ async def test_download_reports_the_errors_of_its_process(
     assert not download.job.target.exists()
     discard(download.job)
     assert not download.job.work.exists()
+
+
+async def test_download_that_nobody_goes_on_with_is_listed_and_removed(download: Download) -> None:
+    """D14: with its size; one that runs is left alone, however old its files are."""
+    folder = download.job.target.parent
+    download.hub.faults.add(Fault("stall", file=LARGE, at=1000, times=1))
+    task = asyncio.create_task(run_download(download.job, "", ignore))
+    await until_arrived(download.job, 1000)
+    assert partial_downloads(folder) == ()
+    assert discard_old(folder, 7, time.time() + 1e9) == ()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    (left,) = partial_downloads(folder)
+    assert left.work == download.job.work
+    assert 1000 <= left.size_bytes < 2000
+    (folder / ".link.download").symlink_to(download.source)
+    assert discard_old(folder, 7, left.changed_s + 6.9 * 86_400) == ()
+    assert discard_old(folder, 7, left.changed_s + 7.1 * 86_400) == (left,)
+    assert not download.job.work.exists()
+    assert (download.source / LARGE).exists()
 
 
 async def test_download_of_the_same_folder_runs_once(download: Download) -> None:
