@@ -9,9 +9,11 @@ itself at the end of stdin, because its parent has died; what has arrived stays.
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from catalog.hub.client import HubClient, HubLimits
@@ -28,19 +30,21 @@ _LOCK_S = 5.0
 
 @dataclass(slots=True)
 class _Reporter:
-    """Sends what has arrived to the parent, at most four times in a second."""
+    """Sends what has arrived to the parent, at most four times in a second; for all threads."""
 
     pipe: IO[str]
     done_bytes: int = 0
     _sent_s: float = 0.0
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def add(self, count: int) -> None:
         """Count bytes that arrived, or were thrown away."""
-        self.done_bytes += count
-        now = time.monotonic()
-        if now - self._sent_s >= _REPORT_S:
-            self._sent_s = now
-            self.send({"done_bytes": self.done_bytes})
+        with self._lock:
+            self.done_bytes += count
+            now = time.monotonic()
+            if now - self._sent_s >= _REPORT_S:
+                self._sent_s = now
+                self.send({"done_bytes": self.done_bytes})
 
     def wait(self, seconds: float, reason: str) -> None:
         """Tell why the download waits, and for how long."""
@@ -48,8 +52,9 @@ class _Reporter:
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Write one line."""
-        self.pipe.write(json.dumps(message) + "\n")
-        self.pipe.flush()
+        with self._lock:
+            self.pipe.write(json.dumps(message) + "\n")
+            self.pipe.flush()
 
 
 def download(job: DownloadJob, token: str, reporter: _Reporter) -> None:
@@ -58,21 +63,34 @@ def download(job: DownloadJob, token: str, reporter: _Reporter) -> None:
         job.work.mkdir(parents=True, exist_ok=True)
         with (job.work / LOCK).open("w") as lock:
             _lock(lock, job)
-            limits = HubLimits(silence_s=job.silence_s)
-            transfer = Transfer(
-                UrlSource(job.url, limits) if job.url else HubClient(job.endpoint, token, limits),
-                job.repository,
-                job.commit,
-                job.work,
-                reporter.add,
-                reporter.wait,
-                Pace(job.limit_bytes_per_s),
-            )
-            for file in job.files:
-                transfer.fetch(file)
+            _fetch_all(job, token, reporter)
             _publish(job)
     except OSError as problem:
         raise disk_problem(problem, job.work, job.size_bytes) from problem
+
+
+def _fetch_all(job: DownloadJob, token: str, reporter: _Reporter) -> None:
+    """Fetch the files, the largest first, several at the same time.
+
+    The first failure is raised at once; the other threads end with the process.
+    """
+    limits = HubLimits(silence_s=job.silence_s)
+    transfer = Transfer(
+        UrlSource(job.url, limits) if job.url else HubClient(job.endpoint, token, limits),
+        job.repository,
+        job.commit,
+        job.work,
+        reporter.add,
+        reporter.wait,
+        Pace(job.limit_bytes_per_s),
+    )
+    pool = ThreadPoolExecutor(max(job.connections, 1), "download")
+    files = sorted(job.files, key=lambda file: -file.size_bytes)
+    try:
+        for fetched in as_completed([pool.submit(transfer.fetch, file) for file in files]):
+            fetched.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _lock(lock: IO[str], job: DownloadJob) -> None:

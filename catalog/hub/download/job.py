@@ -16,9 +16,10 @@ LOCK = ".lock"
 class DownloadJob:
     """Files of a repository, all of `commit`, that become the folder `target`.
 
-    With `url` it is one file at that address, and the repository is its name in messages.
-    `limit_bytes_per_s` 0 means no limit; `silence_s` without a byte the connection is made anew.  A
-    token is not part of it: jobs are stored and shown.
+    With `url` it is one file at that address, and the repository is its name in messages.  Up to
+    `connections` files are fetched at the same time, all together at most `limit_bytes_per_s` (0:
+    no limit); `silence_s` without a byte a connection is made anew.  A token is not part of a job:
+    jobs are stored and shown.
     """
 
     endpoint: str
@@ -28,6 +29,7 @@ class DownloadJob:
     target: Path
     limit_bytes_per_s: int = 0
     silence_s: float = 30.0
+    connections: int = 4
     url: str = ""
 
     @property

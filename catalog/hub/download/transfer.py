@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,19 +39,24 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(slots=True)
 class Pace:
-    """Keeps transfers below a number of bytes in a second, 0: none; `sleep` waits."""
+    """Keeps all transfers together below a number of bytes in a second, 0: none.
+
+    `sleep` waits; for several threads.
+    """
 
     bytes_per_s: int = 0
     sleep: Callable[[float], None] = time.sleep
     _due: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def passed(self, count: int, now: float) -> None:
         """Wait until `count` more bytes are due."""
         if self.bytes_per_s <= 0:
             return
-        self._due = max(self._due, now) + count / self.bytes_per_s
-        if self._due > now:
-            self.sleep(self._due - now)
+        with self._lock:
+            self._due = max(self._due, now) + count / self.bytes_per_s
+            wait_s = self._due - now
+        self.sleep(wait_s)
 
 
 @dataclass(slots=True)
@@ -90,7 +96,7 @@ class _Partial:
 
 @dataclass(slots=True)
 class Transfer:
-    """Downloads files of one commit into the folder `work`; blocks, for one thread.
+    """Downloads files of one commit into the folder `work`; blocks, for several threads.
 
     `on_bytes` is told by how many bytes the files in `work` grew, negative when some were thrown
     away; `on_wait` the seconds until the next try, and why.

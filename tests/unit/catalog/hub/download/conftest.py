@@ -39,8 +39,8 @@ class Download:
         return self.transfer.work / name
 
     def hasten(self) -> None:
-        """Give a silent connection up after 0.3 s."""
-        self.transfer.client = HubClient(self.job.endpoint, "", replace(LIMITS, silence_s=0.3))
+        """Give a silent connection up after 2 s."""
+        self.transfer.client = HubClient(self.job.endpoint, "", replace(LIMITS, silence_s=2.0))
 
     @property
     def leftovers(self) -> list[str]:

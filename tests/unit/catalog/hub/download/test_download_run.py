@@ -168,6 +168,18 @@ async def test_download_reports_the_errors_of_its_process(
     assert not download.job.work.exists()
 
 
+async def test_download_fetches_several_files_at_the_same_time(download: Download) -> None:
+    download.hub.faults.add(Fault("stall", file=LARGE, at=1000, times=1))
+    task = asyncio.create_task(run_download(download.job, "", ignore))
+    # The largest is first, and does not hold the others up.
+    while not (download.job.work / "config.json").exists():
+        await asyncio.sleep(0.02)
+    assert (download.job.work / f"{LARGE}.part").exists()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_download_that_nobody_goes_on_with_is_listed_and_removed(download: Download) -> None:
     """D14: with its size; one that runs is left alone, however old its files are."""
     folder = download.job.target.parent
