@@ -17,6 +17,13 @@ from scripts.bench_lib.agent import (
     measure_agent,
 )
 from scripts.bench_lib.contests import Contestant, ContestPlan, run_contest
+from scripts.bench_lib.download import (
+    DOWNLOAD_HEAD,
+    PEER,
+    download_rows,
+    download_verdicts,
+    measure_downloads,
+)
 from scripts.bench_lib.golden import model_folder
 from scripts.bench_lib.measure import StreamsResult, run_bare, run_streams
 from scripts.bench_lib.memory import (
@@ -44,6 +51,7 @@ from scripts.bench_lib.turns import measure_turns, turns_table, turns_verdict
 
 SECTIONS = (
     "turns", "mlx", "onnx", "pytorch", "gguf", "neighbour", "agent", "grammar", "memory",
+    "download",
 )  # fmt: skip
 # Without a GPU the peer takes an hour for one table with packed weights (0.4 tokens/s).
 MLX_KINDS = ("mlx-f32", "mlx-4bit") if sys.platform == "darwin" else ("mlx-f32",)
@@ -77,6 +85,7 @@ def run_section(name: str, choices: Choices) -> list[Section]:
         "grammar": [("Constrained answers", _grammar)],
         "agent": [("Agent conversation", _agent)],
         "memory": [("Memory", _memory)],
+        "download": [("Downloads", _download)],
         "turns": [("Turns on the accelerator", _turns)],
     }
     sections = []
@@ -249,6 +258,14 @@ def _turns(choices: Choices) -> Section:
         return Section("Turns on the accelerator", ("Not measured.\n",))
     result = measure_turns()
     return Section("Turns on the accelerator", [turns_table(result)], [turns_verdict(result)])
+
+
+def _download(choices: Choices) -> Section:
+    names = [OURS] * choices.with_ours + [PEER] * choices.with_peer
+    runs = measure_downloads(choices.rounds, names)
+    return Section(
+        "Downloads", [table(DOWNLOAD_HEAD, download_rows(runs))], download_verdicts(runs)
+    )
 
 
 def _server(server: Server, counts: tuple[int, ...]) -> Contestant:

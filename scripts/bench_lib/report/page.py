@@ -65,6 +65,10 @@ HOW = """\
   Measured = proportional set size of the process that holds the model, mapped files included, less
   that of the same process without a model (the format `echo`); "peak" is the greatest of readings
   meanwhile. The ratio is that of measured and estimate, which the scheduler's ledger goes by.
+- Downloads: the same repository of two large files and ten small ones, from `scripts/hub` in a
+  process of its own, by Impetus and by huggingface_hub's `snapshot_download` in turns. Time and CPU
+  time count from the start of the process that downloads; Impetus also checks every hash, and that
+  the data is on the disk (fsync).
 - Turns: one process takes turns on its own, then beside a second one that is registered and idle;
   CPU time of its thread, less an empty loop's. Waiting for another process's step comes on top.
 - GGUF beside a busy process: a third process keeps one core busy all the time, as a compiler would.
