@@ -8,6 +8,7 @@ itself at the end of stdin, because its parent has died; what has arrived stays.
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from catalog.hub.client import HubClient, HubLimits
-from catalog.hub.download.job import LOCK, DownloadJob
+from catalog.hub.download.job import DownloadJob, lock_path, partial_folder
 from catalog.hub.download.transfer import Pace, Transfer, disk_problem
 from catalog.hub.download.url import UrlSource
 from core.child import die_with_input, die_with_parent, give_way, take_stdout
@@ -60,8 +61,9 @@ class _Reporter:
 def download(job: DownloadJob, token: str, reporter: _Reporter) -> None:
     """Fetch all files and make the folder visible.  Raises every failure as an ImpetusError."""
     try:
-        job.work.mkdir(parents=True, exist_ok=True)
-        with (job.work / LOCK).open("w") as lock:
+        job.check()
+        partial_folder(job.work).mkdir(parents=True, exist_ok=True)
+        with lock_path(job.work).open("w") as lock:
             _lock(lock, job)
             _fetch_all(job, token, reporter)
             _publish(job)
@@ -109,7 +111,7 @@ def _publish(job: DownloadJob) -> None:
             f"{job.target.name!r} was created during the download; move it away, then resume.",
             param="target",
         )
-    (job.work / LOCK).unlink()
+    shutil.rmtree(partial_folder(job.work))
     for folder in {(job.work / file.path).parent for file in job.files} | {job.work}:
         _flush(folder)
     job.work.rename(job.target)

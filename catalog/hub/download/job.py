@@ -1,15 +1,20 @@
 """What a download job is to do: the files of one model at one commit; pure, JSON-serializable."""
 
+import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from catalog.hub.entries import RepositoryFile
+from catalog.hub.reference import check_path
+from core.errors import RequestError
 
-# In the hidden folder of a download; the process that downloads keeps it locked.
-LOCK = ".lock"
+# The folder of unfinished files, and in it the file that the process which downloads keeps locked.
+_PARTIAL = ".partial"
+_LOCK = "lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,21 @@ class DownloadJob:
         """The hidden folder beside the target that holds what has arrived."""
         return self.target.with_name(f".{self.target.name}.download")
 
+    def check(self) -> None:
+        """Raise RequestError for files that one folder cannot hold, or that would leave it."""
+        seen: set[str] = set()
+        for file in self.files:
+            check_path(file.path)
+            # Systems differ in which names are the same.
+            name = unicodedata.normalize("NFC", file.path).casefold()
+            if name in seen or name.startswith(_PARTIAL) or not name:
+                raise RequestError(
+                    f"{file.path[:80]!r} cannot be stored beside the other files of "
+                    f"{self.repository}; choose files one by one.",
+                    param="files",
+                )
+            seen.add(name)
+
     def to_json(self) -> str:
         """Return the job as one line of JSON."""
         return json.dumps({**asdict(self), "target": str(self.target)})
@@ -52,3 +72,19 @@ class DownloadJob:
         values: Mapping[str, Any] = json.loads(text)
         files = tuple(RepositoryFile(**file) for file in values["files"])
         return cls(**{**values, "files": files, "target": Path(values["target"])})
+
+
+def partial_folder(work: Path) -> Path:
+    """Return where the unfinished files of a download are."""
+    return work / _PARTIAL
+
+
+def partial_file(work: Path, path: str) -> Path:
+    """Return where a file is while it is not whole; no name in a repository leads there."""
+    name = hashlib.sha256(path.encode()).hexdigest()[:32]
+    return work / _PARTIAL / f"{name}.part"
+
+
+def lock_path(work: Path) -> Path:
+    """Return the file that the process which downloads keeps locked."""
+    return work / _PARTIAL / _LOCK

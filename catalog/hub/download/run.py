@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from catalog.hub.download.job import LOCK, DownloadJob
+from catalog.hub.download.job import DownloadJob, lock_path, partial_file
 from catalog.hub.download.speed import SpeedWindow
 from catalog.hub.download.transfer import HEADROOM_BYTES
 from core import errors
@@ -58,8 +58,7 @@ def arrived_bytes(job: DownloadJob) -> int:
     """Return how many bytes of a download are on the disk already."""
     found = 0
     for file in job.files:
-        path = job.work / file.path
-        for candidate in (path, path.with_name(f"{path.name}.part")):
+        for candidate in (job.work / file.path, partial_file(job.work, file.path)):
             with contextlib.suppress(OSError):
                 found += min(candidate.stat().st_size, file.size_bytes)
                 break
@@ -117,7 +116,7 @@ def discard_old(folder: Path, days: float, now_s: float) -> tuple[PartialDownloa
 def _is_running(work: Path) -> bool:
     """Whether a process holds the lock of an unfinished download."""
     try:
-        with (work / LOCK).open("r") as lock:
+        with lock_path(work).open("r") as lock:
             lock_file(lock, 0.0)
     except BlockingIOError:
         return True
@@ -134,6 +133,7 @@ async def run_download(
     Raises RequestError for a target that exists, InsufficientDisk, ChecksumFailed, the errors
     `Hub…`, and ImpetusError for a process that died.  `token` goes to the child's stdin alone.
     """
+    job.check()
     if os.path.lexists(job.target):
         raise RequestError(
             f"{job.target.name!r} exists already; choose another name.", param="target"

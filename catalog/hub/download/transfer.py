@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 
 from catalog.hub.client import HubClient
+from catalog.hub.download.job import partial_file
 from catalog.hub.download.url import UrlSource
 from catalog.hub.entries import RepositoryFile
 from core.errors import (
@@ -130,7 +131,8 @@ class Transfer:
             raise disk_problem(problem, self.work, file.size_bytes) from problem
 
     def _complete(self, file: RepositoryFile, final: Path) -> None:
-        partial_path = final.with_name(f"{final.name}.part")
+        partial_path = partial_file(self.work, file.path)
+        partial_path.parent.mkdir(exist_ok=True)
         # Not truncated: what is there is used.
         descriptor = os.open(
             partial_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644

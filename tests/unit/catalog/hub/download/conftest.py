@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from catalog.hub.client import HubClient
-from catalog.hub.download.job import DownloadJob
+from catalog.hub.download.job import DownloadJob, partial_file
 from catalog.hub.download.transfer import Pace, Transfer
 from catalog.hub.entries import RepositoryFile
 from catalog.hub.repository import read_repository
@@ -41,6 +41,13 @@ class Download:
     def hasten(self) -> None:
         """Give a silent connection up after 2 s."""
         self.transfer.client = HubClient(self.job.endpoint, "", replace(LIMITS, silence_s=2.0))
+
+    @property
+    def part(self) -> Path:
+        """The large file while it is not whole."""
+        path = partial_file(self.transfer.work, LARGE)
+        path.parent.mkdir(exist_ok=True)
+        return path
 
     @property
     def leftovers(self) -> list[str]:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from catalog.hub.client import HubClient
-from catalog.hub.download.job import DownloadJob
+from catalog.hub.download.job import DownloadJob, partial_file
 from catalog.hub.download.run import (
     DownloadProgress,
     arrived_bytes,
@@ -23,6 +23,7 @@ from catalog.hub.download.run import (
     require_space,
     run_download,
 )
+from catalog.hub.entries import RepositoryFile
 from catalog.hub.repository import read_repository
 from catalog.store import CatalogStore
 from core.errors import (
@@ -174,7 +175,7 @@ async def test_download_fetches_several_files_at_the_same_time(download: Downloa
     # The largest is first, and does not hold the others up.
     while not (download.job.work / "config.json").exists():
         await asyncio.sleep(0.02)
-    assert (download.job.work / f"{LARGE}.part").exists()
+    assert download.part.exists()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -225,10 +226,28 @@ async def test_download_without_room_says_the_numbers_before_a_byte(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 3 * GIB))
     with pytest.raises(InsufficientDisk, match=r"Free 512\.0 MiB"):
         require_space(job)
-    job.work.mkdir(parents=True)
-    with (job.work / f"{LARGE}.part").open("wb") as stream:
+    part = partial_file(job.work, LARGE)
+    part.parent.mkdir(parents=True)
+    with part.open("wb") as stream:
         stream.truncate(GIB)
     require_space(job)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(["../x.json"], ["/x.json"], ["a/../../x"], [".partial/x.json"], [".PARTIAL/lock"], [""]),
+        *(["a.json", "A.json"], ["n\u00e4.json", "na\u0308.json"], ["a/b.json", "A/B.json"]),
+    ],
+)
+async def test_download_of_names_that_clash_or_leave_the_folder_is_refused(
+    download: Download, names: list[str]
+) -> None:
+    """D10, M12: also for systems on which two of the names are the same."""
+    files = tuple(RepositoryFile(name, 2, "0" * 40) for name in names)
+    with pytest.raises(RequestError):
+        await run_download(replace(download.job, files=files), "", ignore)
+    assert download.hub.requests == []
 
 
 def test_download_job_survives_its_json(download: Download) -> None:

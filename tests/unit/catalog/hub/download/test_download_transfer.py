@@ -51,7 +51,7 @@ def test_download_that_breaks_goes_on_where_it_was(
 
 
 def test_download_of_another_process_goes_on_with_its_validator(download: Download) -> None:
-    part = download.transfer.work / f"{LARGE}.part"
+    part = download.part
     part.write_bytes(download.content[:400_000])
     etag = f'"{download.file().sha256}"'
     part.with_name(f"{part.name}.etag").write_text(etag)
@@ -74,7 +74,7 @@ def test_download_is_never_put_together_from_different_answers(
     download: Download, fault: Fault, ranges: list[str | None]
 ) -> None:
     """D2: an ignored range, another range, another validator: from the start, whole."""
-    part = download.transfer.work / f"{LARGE}.part"
+    part = download.part
     part.write_bytes(b"x" * 400_000)
     part.with_name(f"{part.name}.etag").write_text(f'"{download.file().sha256}"')
     download.hub.faults.add(fault)
@@ -84,7 +84,7 @@ def test_download_is_never_put_together_from_different_answers(
 
 
 def test_download_of_a_damaged_part_is_noticed_and_made_again(download: Download) -> None:
-    part = download.transfer.work / f"{LARGE}.part"
+    part = download.part
     part.write_bytes(b"x" * 400_000)
     part.with_name(f"{part.name}.etag").write_text(f'"{download.file().sha256}"')
     assert download.fetch().read_bytes() == download.content
@@ -92,7 +92,7 @@ def test_download_of_a_damaged_part_is_noticed_and_made_again(download: Download
 
 
 def test_download_longer_than_its_file_begins_anew(download: Download) -> None:
-    part = download.transfer.work / f"{LARGE}.part"
+    part = download.part
     part.write_bytes(b"x" * (SIZE + 1))
     assert download.fetch().read_bytes() == download.content
     assert download.ranges == [None]
@@ -209,7 +209,7 @@ def test_download_that_cannot_be_written_keeps_what_arrived(
     with pytest.raises(kind) as problem:
         download.fetch()
     assert type(problem.value) is kind
-    assert (download.transfer.work / f"{LARGE}.part").stat().st_size == 300_000
+    assert download.part.stat().st_size == 300_000
     monkeypatch.setattr(download.transfer.pace, "sleep", lambda _: None)
     assert download.fetch().read_bytes() == download.content
     assert download.ranges[-1] == "bytes=300000-"
@@ -218,7 +218,7 @@ def test_download_that_cannot_be_written_keeps_what_arrived(
 def test_download_to_a_link_does_not_follow_it(download: Download, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("keep")
-    (download.transfer.work / f"{LARGE}.part").symlink_to(victim)
+    download.part.symlink_to(victim)
     with pytest.raises(Unavailable):
         download.fetch()
     assert victim.read_text() == "keep"

@@ -82,7 +82,7 @@ def test_download_from_an_address_goes_on_with_its_validator(download: Download,
 def test_download_from_an_address_without_a_validator_begins_anew(
     download: Download, url: str
 ) -> None:
-    (download.transfer.work / f"{LARGE}.part").write_bytes(b"x" * 300_000)
+    download.part.write_bytes(b"x" * 300_000)
     by_address(download, url).fetch(RepositoryFile(LARGE, SIZE, ""))
     assert (download.transfer.work / LARGE).read_bytes() == download.content
     assert download.ranges == [None]
