@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from catalog.hub.client import HubClient, HubLimits
-from catalog.hub.download.job import DownloadJob, lock_path, partial_folder
+from catalog.hub.download.job import RECORD, DownloadJob, lock_path, partial_folder
+from catalog.hub.download.record import record_of, shared_files
 from catalog.hub.download.transfer import Pace, Transfer, disk_problem
 from catalog.hub.download.url import UrlSource
 from core.child import die_with_input, die_with_parent, give_way, take_stdout
 from core.errors import ImpetusError, RequestError, Unavailable
-from core.files import lock_file
+from core.files import lock_file, write_atomically
 
 _REPORT_S = 0.25
 _LOCK_S = 5.0
@@ -65,14 +66,15 @@ def download(job: DownloadJob, token: str, reporter: _Reporter) -> None:
         partial_folder(job.work).mkdir(parents=True, exist_ok=True)
         with lock_path(job.work).open("w") as lock:
             _lock(lock, job)
-            _fetch_all(job, token, reporter)
+            hashes = _fetch_all(job, token, reporter)
+            write_atomically(job.work / RECORD, record_of(job, hashes).encode(), mode=0o644)
             _publish(job)
     except OSError as problem:
         raise disk_problem(problem, job.work, job.size_bytes) from problem
 
 
-def _fetch_all(job: DownloadJob, token: str, reporter: _Reporter) -> None:
-    """Fetch the files, the largest first, several at the same time.
+def _fetch_all(job: DownloadJob, token: str, reporter: _Reporter) -> dict[str, str]:
+    """Fetch the files, the largest first, several at the same time; return their hashes.
 
     The first failure is raised at once; the other threads end with the process.
     """
@@ -85,6 +87,7 @@ def _fetch_all(job: DownloadJob, token: str, reporter: _Reporter) -> None:
         reporter.add,
         reporter.wait,
         Pace(job.limit_bytes_per_s),
+        shared_files(job),
     )
     pool = ThreadPoolExecutor(max(job.connections, 1), "download")
     files = sorted(job.files, key=lambda file: -file.size_bytes)
@@ -93,6 +96,7 @@ def _fetch_all(job: DownloadJob, token: str, reporter: _Reporter) -> None:
             fetched.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    return transfer.hashes
 
 
 def _lock(lock: IO[str], job: DownloadJob) -> None:

@@ -15,6 +15,8 @@ from core.errors import RequestError
 # The folder of unfinished files, and in it the file that the process which downloads keeps locked.
 _PARTIAL = ".partial"
 _LOCK = "lock"
+# In the folder of a model: where it was downloaded from.
+RECORD = "download.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ class DownloadJob:
             check_path(file.path)
             # Systems differ in which names are the same.
             name = unicodedata.normalize("NFC", file.path).casefold()
-            if name in seen or name.startswith(_PARTIAL) or not name:
+            is_taken = name in seen or name == RECORD
+            if is_taken or name.startswith(_PARTIAL) or not name:
                 raise RequestError(
                     f"{file.path[:80]!r} cannot be stored beside the other files of "
                     f"{self.repository}; choose files one by one.",

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -27,7 +27,7 @@ from core.errors import (
     InsufficientDisk,
     Unavailable,
 )
-from core.files import flush_to_disk, why, write_atomically
+from core.files import flush_to_disk, open_regular, why, write_atomically
 from core.units import MIB, format_bytes
 
 # Free space that a download leaves for others.
@@ -100,7 +100,8 @@ class Transfer:
     """Downloads files of one commit into the folder `work`; blocks, for several threads.
 
     `on_bytes` is told by how many bytes the files in `work` grew, negative when some were thrown
-    away; `on_wait` the seconds until the next try, and why.
+    away; `on_wait` the seconds until the next try, and why.  `shared` are local files by SHA-256,
+    which are copied.  `hashes` has those of the files that were completed, by path.
     """
 
     client: HubClient | UrlSource
@@ -110,6 +111,8 @@ class Transfer:
     on_bytes: Callable[[int], None]
     on_wait: Callable[[float, str], None]
     pace: Pace = field(default_factory=Pace)
+    shared: Mapping[str, Path] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
 
     def fetch(self, file: RepositoryFile) -> None:
         """Make `file` appear in the folder, whole and checked.
@@ -122,15 +125,16 @@ class Transfer:
             final.parent.mkdir(parents=True, exist_ok=True)
             if final.is_file() and final.stat().st_size == file.size_bytes:
                 self.on_bytes(file.size_bytes)
+                self.hashes[file.path] = _stated_hash(file)
                 return
             try:
-                self._complete(file, final)
+                self._complete(file, final, self.shared.get(file.sha256))
             except ChecksumFailed:
-                self._complete(file, final)
+                self._complete(file, final, None)
         except OSError as problem:
             raise disk_problem(problem, self.work, file.size_bytes) from problem
 
-    def _complete(self, file: RepositoryFile, final: Path) -> None:
+    def _complete(self, file: RepositoryFile, final: Path, local: Path | None) -> None:
         partial_path = partial_file(self.work, file.path)
         partial_path.parent.mkdir(exist_ok=True)
         # Not truncated: what is there is used.
@@ -141,6 +145,8 @@ class Transfer:
         with os.fdopen(descriptor, "r+b", buffering=0) as stream:
             partial = self._open_partial(file, partial_path, stream)
             try:
+                if local is not None:
+                    self._copy(file, partial, local)
                 self._fill(file, partial)
                 self._check(file, partial)
             except ChecksumFailed:
@@ -149,8 +155,23 @@ class Transfer:
                     path.unlink(missing_ok=True)
                 raise
             flush_to_disk(stream.fileno())
+        self.hashes[file.path] = partial.digest.hexdigest()
         partial_path.replace(final)
         partial.note.unlink(missing_ok=True)
+
+    def _copy(self, file: RepositoryFile, partial: _Partial, local: Path) -> None:
+        """Append the rest of the file from a local one; its hash is checked as any other's."""
+        try:
+            with open_regular(local) as source:
+                source.seek(partial.done)
+                while (left := file.size_bytes - partial.done) and (
+                    piece := source.read(min(left, _READ_BYTES))
+                ):
+                    partial.append(piece)
+                    self.on_bytes(len(piece))
+        except FileNotFoundError:
+            # It was deleted meanwhile: the hub has it as well.
+            return
 
     def _open_partial(self, file: RepositoryFile, path: Path, stream: FileIO) -> _Partial:
         """Return the unfinished file with the hash of what is there of it."""

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from catalog.hub.client import HubClient
-from catalog.hub.download.job import DownloadJob, partial_file
+from catalog.hub.download.job import RECORD, DownloadJob, partial_file
 from catalog.hub.download.run import (
     DownloadProgress,
     arrived_bytes,
@@ -73,7 +73,7 @@ async def test_download_makes_the_folder_and_tells_its_progress(download: Downlo
     path = await run_download(download.job, "", told.append)
     assert path == download.job.target
     assert (path / LARGE).read_bytes() == download.content
-    assert sorted(each.name for each in path.iterdir()) == ["config.json", LARGE]
+    assert sorted(each.name for each in path.iterdir()) == ["config.json", RECORD, LARGE]
     assert not download.job.work.exists()
     assert (told[-1].done_bytes, told[-1].total_bytes) == (SIZE + 2, SIZE + 2)
     assert told[-1].remaining_s in (0.0, None)
