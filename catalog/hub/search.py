@@ -28,7 +28,8 @@ _TAGS: Mapping[Capability, str] = {
     Capability.CHAT: "conversational",
     Capability.TOOLS: "conversational",
     Capability.REASONING: "conversational",
-    Capability.EMBEDDING: "sentence-transformers",
+    # On models of both tasks, feature-extraction and sentence-similarity.
+    Capability.EMBEDDING: "feature-extraction",
 }
 _TASKS: Mapping[Capability, str] = {
     Capability.COMPLETION: "text-generation",

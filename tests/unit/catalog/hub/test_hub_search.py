@@ -60,7 +60,7 @@ def three(publish: Callable[..., None]) -> None:
     )
     publish(
         "c/embedder",
-        "pipeline_tag: sentence-similarity\nlibrary_name: sentence-transformers",
+        "pipeline_tag: sentence-similarity\ntags: [feature-extraction]",
         likes=3,
         downloads=10,
         trending=7,

@@ -1,6 +1,7 @@
 """One file against a hub that fails in every way (D1 to D4, D13)."""
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from core.errors import (
     Unavailable,
 )
 from scripts.hub_lib.faults import Fault
+from tests.unit.catalog.hub.conftest import LIMITS
 from tests.unit.catalog.hub.download.conftest import LARGE, SIZE, Download
 
 
@@ -48,6 +50,15 @@ def test_download_that_breaks_goes_on_where_it_was(
     assert sum(download.grown) == SIZE
     (wait,) = download.waits
     assert wait[0] == 1.0
+
+
+def test_download_that_is_slow_but_goes_on_is_left_alone(download: Download) -> None:
+    """D4: a second is longer than the pause between its pieces, and shorter than the whole."""
+    client = HubClient(download.job.endpoint, "", replace(LIMITS, silence_s=1.0, total_s=1.0))
+    download.transfer.client = client
+    download.hub.faults.add(Fault("slow", file=LARGE, value="400000"))
+    assert download.fetch().read_bytes() == download.content
+    assert (download.waits, download.ranges) == ([], [None])
 
 
 def test_download_of_another_process_goes_on_with_its_validator(download: Download) -> None:
