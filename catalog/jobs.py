@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal, TypeAlias
 
-from core.errors import RequestError
+from core.errors import ImpetusError, RequestError
 
 JobState: TypeAlias = Literal[
     "queued", "running", "paused", "waiting", "interrupted", "done", "failed", "cancelled"
@@ -20,6 +20,10 @@ STARTABLE: frozenset[JobState] = frozenset({"queued", "waiting", "interrupted"})
 _MINUTES_OF_A_DAY = 24 * 60
 # A process that dies this often with the same job is not started for it again.
 MAX_INTERRUPTIONS = 5
+
+
+class JobInterrupted(ImpetusError):
+    """The process that did a job's work ended before it was done; what it did is kept."""
 
 
 @dataclass(frozen=True, slots=True)

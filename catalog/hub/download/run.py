@@ -19,6 +19,7 @@ from typing import Any
 from catalog.hub.download.job import DownloadJob, lock_path, partial_file
 from catalog.hub.download.speed import SpeedWindow
 from catalog.hub.download.transfer import HEADROOM_BYTES
+from catalog.jobs import JobInterrupted
 from core import errors
 from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit, kept_environment
 from core.errors import ImpetusError, InsufficientDisk, RequestError
@@ -131,7 +132,7 @@ async def run_download(
     """Download a model and return its folder, `job.target`; `on_progress` is told every second.
 
     Raises RequestError for a target that exists, InsufficientDisk, ChecksumFailed, the errors
-    `Hub…`, and ImpetusError for a process that died.  `token` goes to the child's stdin alone.
+    `Hub…`, and JobInterrupted for a process that died.  `token` goes to the child's stdin alone.
     """
     job.check()
     if os.path.lexists(job.target):
@@ -163,7 +164,7 @@ async def run_download(
         raise follower.error
     if not follower.is_done:
         hint = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
-        raise ImpetusError(
+        raise JobInterrupted(
             f"The download of {job.repository} {describe_exit(code)}{hint}. Resume it: what has "
             f"arrived is kept. {child.stderr_tail}".strip()
         )
