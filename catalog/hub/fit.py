@@ -1,6 +1,6 @@
 """Judges whether a model fits on this machine at a context, with the numbers; pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -14,6 +14,10 @@ Estimate: TypeAlias = Callable[[ModelInfo, EngineOptions], MemoryEstimate]
 DEFAULT_CONTEXT = 8192
 # Above this share of the budget little is left for a second model or for prefixes.
 _COMFORTABLE = 0.9
+# Of Q4_K_M, and of 4 bits of MLX in groups of 64.
+_USUAL_BITS = 4.8
+# Of the weights, for keys, values and computing at a usual context.
+_LISTED_SHARE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,27 @@ def judge_size(weights_bytes: int, why_unknown: str, room: Room) -> Fit:
     if weights_bytes > room.budget_bytes:
         return _decided(fit)
     return fit
+
+
+def judge_listed(parameters: int, weights_bytes: int, formats: Collection[str], room: Room) -> Fit:
+    """Return what a search's result tells: an estimate, as the repository is not read yet.
+
+    `weights_bytes` are those of safetensors files.  GGUF and MLX repositories usually have 4-bit
+    quantizations, which their number of parameters gives the size of.  The KV cache and
+    computing are allowed for by a share of the weights.  Unknown without any of the numbers.
+    """
+    has_small = not {"gguf", "mlx"}.isdisjoint(formats)
+    weights = int(parameters * _USUAL_BITS / 8) if has_small and parameters else weights_bytes
+    if not weights:
+        return Fit("unknown", "The hub does not state its size.", room)
+    kind = f" in {_USUAL_BITS:g} bits a weight" if has_small and parameters else ""
+    fit = _decided(
+        Fit("unknown", "", room, weights_bytes=weights, overhead_bytes=int(weights * _LISTED_SHARE))
+    )
+    return replace(
+        fit,
+        reason=f"Estimated from {format_bytes(weights)} of weights{kind}. {fit.reason}",
+    )
 
 
 def _decided(fit: Fit) -> Fit:

@@ -1,12 +1,13 @@
 """Whether a model fits: the verdict, its numbers, and the words that go with it."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from backends.base import EngineOptions, MemoryEstimate, ModelInfo
 from backends.gguf.memory import estimate_gguf
-from catalog.hub.fit import Fit, Room, judge, judge_size
+from catalog.hub.fit import Fit, Room, judge, judge_listed, judge_size
 from core.errors import InsufficientMemory
 from core.types import Capability
 from core.units import GIB
@@ -84,6 +85,27 @@ def test_hub_fit_agrees_with_what_is_granted_at_the_load(context: int, budget: i
     except InsufficientMemory:
         granted = None
     assert (fit(budget, context=context).verdict != "too_big") == (granted is not None)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "weights", "formats", "verdict", "said"),
+    [
+        (8_000_000_000, 0, ("gguf",), "fits", r"4\.5 GiB of weights in 4\.8 bits"),
+        (15_000_000_000, 0, ("gguf",), "too_big", r"8\.4 GiB of weights in 4\.8 bits"),
+        (14_000_000_000, 0, ("mlx",), "tight", r"7\.8 GiB of weights in 4\.8 bits"),
+        (8_000_000_000, 15 * GIB, ("safetensors",), "too_big", r"15\.0 GiB of weights\."),
+        (8_000_000_000, 5 * GIB, ("safetensors",), "fits", r"5\.0 GiB of weights\."),
+        (0, 5 * GIB, ("gguf", "safetensors"), "fits", r"5\.0 GiB of weights\."),
+        (8_000_000_000, 0, ("onnx",), "unknown", "does not state its size"),
+        (0, 0, ("gguf",), "unknown", "does not state its size"),
+    ],
+)
+def test_hub_fit_of_a_search_result_is_an_estimate(
+    parameters: int, weights: int, formats: tuple[str, ...], verdict: str, said: str
+) -> None:
+    found = judge_listed(parameters, weights, formats, Room(10 * GIB, 10 * GIB))
+    assert found.verdict == verdict
+    assert re.search(said, found.reason)
 
 
 def test_hub_fit_of_weights_alone_is_never_more_than_unknown() -> None:
