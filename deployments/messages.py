@@ -179,9 +179,10 @@ class Fault:
 class ModelStates:
     """What the scheduler publishes to routers: faults by model id, residency, thermal policy.
 
-    `keeps_cool`: a bare name means its smallest variant.  `residencies` are the models that take
-    new requests, `loading` the ids of those being loaded.  `version` changes with the content;
-    -1 means that the scheduler does not know yet what is resident.
+    `keeps_cool`: a bare name means its smallest variant, and downloads wait.  `strain` says what
+    strains the machine so that long jobs pause, empty if they may run.  `residencies` are the
+    models that take new requests, `loading` the ids of those being loaded.  `version` changes with
+    the content; -1 means that the scheduler does not know yet what is resident.
     """
 
     faults: Mapping[str, Fault] = field(default_factory=dict)
@@ -189,6 +190,7 @@ class ModelStates:
     residencies: tuple[Residency, ...] = ()
     loading: tuple[str, ...] = ()
     version: int = -1
+    strain: str = ""
 
 
 @dataclass(frozen=True, slots=True)

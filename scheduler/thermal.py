@@ -63,6 +63,20 @@ class Reading:
         return max(self.thermal, self.memory, self._power)
 
     @property
+    def causes(self) -> str:
+        """What strains the machine, in words; empty if nothing does."""
+        found = []
+        if self.thermal > ThermalState.NOMINAL:
+            found.append(f"the machine is hot ({self.thermal.label})")
+        if self.memory > ThermalState.NOMINAL:
+            found.append(f"memory is short ({self.memory.label})")
+        if self.is_low_power:
+            found.append("low power mode is on")
+        if self.battery is not None:
+            found.append(f"the battery is at {self.battery:.0%}")
+        return ", ".join(found)
+
+    @property
     def _power(self) -> ThermalState:
         if self.is_low_power or (self.battery is not None and self.battery <= _LOW_BATTERY):
             return ThermalState.SERIOUS

@@ -333,10 +333,11 @@ class SchedulerReplica:
 
     def _model_states(self) -> ModelStates:
         return ModelStates(
-            self._faults.current(),
-            self._thermal.directive.keeps_cool,
-            tuple(self._residencies()),
-            tuple(self._loading()),
+            faults=self._faults.current(),
+            keeps_cool=self._thermal.directive.keeps_cool,
+            strain=self._thermal.strain,
+            residencies=tuple(self._residencies()),
+            loading=tuple(self._loading()),
         )
 
     async def decisions(self) -> list[Decision]:

@@ -96,6 +96,13 @@ class ThermalWatch:
         """Whether new requests and loads are admitted."""
         return self._directive.admits
 
+    @property
+    def strain(self) -> str:
+        """Why long jobs pause; empty if they may run."""
+        if not self._directive.pauses_jobs:
+            return ""
+        return self._report.reading.causes or f"the machine recovers ({self.state.label})"
+
     def check_admits(self, model_id: str) -> None:
         """Raise Unavailable if the machine is under too much strain for another load."""
         if not self.admits:

@@ -124,6 +124,21 @@ def test_the_worst_of_heat_memory_and_power_counts(reading: Reading, state: Ther
     assert reading.state is state
 
 
+@pytest.mark.parametrize(
+    ("reading", "causes"),
+    [
+        (Reading(), ""),
+        (Reading(NOMINAL, NOMINAL, is_low_power=False), ""),
+        (Reading(SERIOUS), "the machine is hot (serious)"),
+        (Reading(memory=CRITICAL, is_low_power=True),
+         "memory is short (critical), low power mode is on"),
+        (Reading(battery=0.153), "the battery is at 15%"),
+    ],
+)  # fmt: skip
+def test_what_strains_the_machine_is_told_in_words(reading: Reading, causes: str) -> None:
+    assert reading.causes == causes
+
+
 @pytest.mark.parametrize("state", [UNKNOWN, NOMINAL])
 def test_unknown_and_nominal_throttle_nothing(state: ThermalState) -> None:
     order = directive(state, 16, 512)

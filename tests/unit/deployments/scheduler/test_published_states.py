@@ -148,7 +148,7 @@ async def test_faults_and_their_end_are_told(
     assert not (await call).faults
 
 
-async def test_keeping_cool_is_told(tmp_path: Path, replica: Replica) -> None:
+async def test_strain_is_told(tmp_path: Path, replica: Replica) -> None:
     state = tmp_path / "thermal"
     state.write_text("nominal")
     async with started(tmp_path, replica, thermal_file=state) as scheduler:
@@ -159,7 +159,12 @@ async def test_keeping_cool_is_told(tmp_path: Path, replica: Replica) -> None:
         for later in (1000.0, 2000.0):
             scheduler._thermal._clock = lambda later=later: time.monotonic() + later  # type: ignore[misc]
             await scheduler._thermal.poll()
-        assert (await call).keeps_cool
+        states = await call
+        assert (states.keeps_cool, states.strain) == (True, "the machine is hot (serious)")
+        state.write_text("nominal")
+        # The next reading is cool, which has not lasted yet.
+        await scheduler._thermal.poll()
+        assert (await scheduler.model_states()).strain == "the machine recovers (serious)"
 
 
 async def test_many_routers_wait_at_once(router: Router, scheduler: SchedulerReplica) -> None:
