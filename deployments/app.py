@@ -12,6 +12,7 @@ from backends.base import Backend
 from backends.registry import backends_for
 from core.errors import ImpetusError
 from core.settings import Settings, load_settings
+from deployments.jobs.deployment import JobsReplica
 from deployments.options import check_home, check_settings
 from deployments.replica.deployment import FormatReplica
 from deployments.router.deployment import RouterReplica
@@ -36,7 +37,7 @@ _SCALING: Mapping[str, Any] = {
 
 
 def build(arguments: dict[str, Any]) -> Application:
-    """Bind one deployment per format, the scheduler over them, and the router over all.
+    """Bind one deployment per format, the scheduler over them, long jobs, the router over all.
 
     Raises RayServeException with a sentence if the server must not start: Ray Serve shows the
     message of that class alone, and a traceback with any other.
@@ -61,8 +62,10 @@ def _build(settings: Settings) -> Application:
     }
     common = runtime_env_options(settings)
     scheduler = _deployment(SchedulerReplica, "scheduler", common).bind(settings, formats)
+    # Long jobs are owned by one process, whose SQLite file has one writer.
+    jobs = _deployment(JobsReplica, "jobs", common, num_replicas=1).bind(settings, scheduler)
     router = _deployment(serve.ingress()(RouterReplica), "router", common)
-    return router.bind(settings, scheduler, formats)
+    return router.bind(settings, scheduler, formats, jobs)
 
 
 def _format(backend: Backend, settings: Settings, reserved: dict[str, Any]) -> Application:

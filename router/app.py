@@ -12,7 +12,15 @@ from starlette.responses import JSONResponse, Response
 from core.errors import Unavailable
 from core.metrics import CONTENT_TYPE, Metrics
 from router.api.decisions import decisions_endpoint
+from router.api.downloads import DownloadRequest, download_endpoint, downloads_endpoint
 from router.api.drain import drain_endpoint
+from router.api.jobs import (
+    JobMove,
+    job_action_endpoint,
+    job_endpoint,
+    job_move_endpoint,
+    jobs_endpoint,
+)
 from router.api.models import (
     SettingsPatch,
     change_endpoint,
@@ -32,6 +40,7 @@ from router.http.guards import (
     HeaderGuard,
     OriginGuard,
 )
+from router.job_service import JobDetail, JobList, Jobs
 from router.openapi import describe_routes
 from router.requests.strict_body import EmptyBody
 from router.services import Management, Services
@@ -63,6 +72,7 @@ from router.v1.tokenize import (
     tokenize_endpoint,
 )
 
+_JOB_ACTIONS = ("pause", "resume", "cancel")
 _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/v1/chat/completions"): ChatRequest,
     ("POST", "/v1/completions"): CompletionRequest,
@@ -80,6 +90,16 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/api/models/{model_id:path}/load"): EmptyBody,
     ("POST", "/api/models/{model_id:path}/unload"): EmptyBody,
     ("POST", "/api/drain"): EmptyBody,
+    ("POST", "/api/downloads"): DownloadRequest,
+    **{("POST", f"/api/jobs/{{job_id}}/{act}"): EmptyBody for act in _JOB_ACTIONS},
+    ("POST", "/api/jobs/{job_id}/move"): JobMove,
+}
+_ANSWERS: Mapping[tuple[str, str], type[BaseModel]] = {
+    ("GET", "/api/downloads"): JobList,
+    ("POST", "/api/downloads"): JobDetail,
+    ("GET", "/api/jobs"): JobList,
+    ("GET", "/api/jobs/{job_id}"): JobDetail,
+    **{("POST", f"/api/jobs/{{job_id}}/{act}"): JobDetail for act in (*_JOB_ACTIONS, "move")},
 }
 
 
@@ -119,7 +139,9 @@ def create_app(
     if services.management is not None:
         _add_management_routes(app, context, services.management)
         _add_route(app, Access.MANAGEMENT, "/api/drain", drain_endpoint(drain), "POST")
-    describe_routes(app, _BODIES)
+    if services.jobs is not None:
+        _add_job_routes(app, services.jobs)
+    describe_routes(app, _BODIES, _ANSWERS)
     # A wrong setting fails at start, not at the first request.
     app.build_middleware_stack()
     return app
@@ -177,17 +199,38 @@ def _add_management_routes(app: FastAPI, context: RouteContext, management: Mana
     add("/api/decisions", decisions_endpoint(management))
 
 
+def _add_job_routes(app: FastAPI, jobs: Jobs) -> None:
+    add = partial(_add_route, app, Access.MANAGEMENT)
+    add("/api/downloads", downloads_endpoint(jobs))
+    add("/api/downloads", download_endpoint(jobs), "POST", status=202)
+    add("/api/jobs", jobs_endpoint(jobs))
+    one_job = "/api/jobs/{job_id}"
+    for name, act in zip(_JOB_ACTIONS, (jobs.pause, jobs.resume, jobs.cancel), strict=True):
+        add(f"{one_job}/{name}", job_action_endpoint(act), "POST")
+    add(f"{one_job}/move", job_move_endpoint(jobs), "POST")
+    add(one_job, job_endpoint(jobs))
+
+
 def _add_route(
     app: FastAPI,
     access: Access,
     path: str,
     endpoint: Callable[..., Awaitable[Response]],
     method: str = "GET",
+    *,
+    status: int = 200,
 ) -> None:
-    """Add a route; its tag is its access class.  GET also answers HEAD."""
+    """Add a route; its tag is its access class, `status` that of success.  GET answers HEAD too."""
     if access_of(path) is not access:
         raise ValueError(f"{path} would be guarded as {access_of(path)}, not as {access}")
-    add = partial(app.add_api_route, path, endpoint, response_model=None, tags=[access.value])
+    add = partial(
+        app.add_api_route,
+        path,
+        endpoint,
+        response_model=None,
+        status_code=status,
+        tags=[access.value],
+    )
     add(methods=[method])
     if method == "GET":
         add(methods=["HEAD"], include_in_schema=False)

@@ -1,7 +1,7 @@
 """The OpenAPI description: request bodies, error envelopes and access classes of all routes."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -10,6 +10,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from router.http.access import Access
+
+Models: TypeAlias = Mapping[tuple[str, str], type[BaseModel]]
 
 _SCHEMAS = "#/components/schemas/{model}"
 _TEXT = {"type": "string"}
@@ -50,26 +52,29 @@ _SECURITY: Mapping[str, Any] = {
 }
 
 
-def describe_routes(app: FastAPI, bodies: Mapping[tuple[str, str], type[BaseModel]]) -> None:
-    """Make `app.openapi` describe the JSON bodies, by (method, path), and the errors.
+def describe_routes(app: FastAPI, bodies: Models, answers: Models) -> None:
+    """Make `app.openapi` describe the JSON bodies and answers, by (method, path), and the errors.
 
     The description is built when it is first asked for.
     """
 
     def build() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _description(app, bodies)
+            app.openapi_schema = _description(app, bodies, answers)
         return app.openapi_schema
 
     app.openapi = build  # type: ignore[method-assign]
 
 
-def _description(app: FastAPI, bodies: Mapping[tuple[str, str], type[BaseModel]]) -> dict[str, Any]:
+def _description(app: FastAPI, bodies: Models, answers: Models) -> dict[str, Any]:
     described = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    models = list(dict.fromkeys(bodies.values()))
     # Models of different APIs have the same names; pydantic then adds their modules.
     places, definitions = models_json_schema(
-        [(model, "validation") for model in models], ref_template=_SCHEMAS
+        [
+            *((model, "validation") for model in dict.fromkeys(bodies.values())),
+            *((model, "serialization") for model in dict.fromkeys(answers.values())),
+        ],
+        ref_template=_SCHEMAS,
     )
     described["components"] = {
         "schemas": {**definitions.get("$defs", {}), **_ERRORS},
@@ -84,6 +89,10 @@ def _description(app: FastAPI, bodies: Mapping[tuple[str, str], type[BaseModel]]
             body = bodies.get((method, route.path))
             if body is not None:
                 _add_body(operation, body, places[body, "validation"])
+            answer = answers.get((method, route.path))
+            if answer is not None:
+                content = {"application/json": {"schema": places[answer, "serialization"]}}
+                operation["responses"][str(route.status_code or 200)]["content"] = content
     return described
 
 

@@ -19,6 +19,7 @@ from core.types import (
     TokenizeOptions,
 )
 from core.types import Priority as Priority
+from router.job_service import Jobs
 
 ModelState: TypeAlias = Literal[
     "resident", "loading", "available", "unavailable", "refused", "failed", "quarantined"
@@ -245,7 +246,8 @@ class Telemetry(Protocol):
 class Services:
     """Everything the HTTP application depends on; without `management` there is no `/api/`.
 
-    `management_token` lets a web page use `/api/`; with an empty one no page can.
+    Without `jobs` there are no long jobs.  `management_token` lets a web page use `/api/`; with an
+    empty one no page can.
     """
 
     settings: Settings
@@ -255,3 +257,4 @@ class Services:
     telemetry: Telemetry
     management: Management | None = None
     management_token: str = field(default="", repr=False)
+    jobs: Jobs | None = None

@@ -68,6 +68,19 @@ def parse_reference(text: str, endpoint: str = "") -> HubReference:
     return _checked(text, found)
 
 
+def is_plain_address(text: str, endpoint: str = "") -> bool:
+    """Whether `text` is an address of the web that is not one of the hub's."""
+    address = text.strip()
+    if not address.lower().startswith(("http://", "https://")):
+        return False
+    try:
+        parts, own = urlsplit(address), urlsplit(endpoint)
+        host, is_own = (parts.hostname or "").lower(), parts.netloc == own.netloc
+    except ValueError:
+        return False
+    return host not in _HOSTS and not is_own
+
+
 def _host(text: str) -> str:
     return text.partition("/")[0].lower()
 

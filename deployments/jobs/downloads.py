@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from catalog.hub.download.job import DownloadJob
 from catalog.hub.download.record import read_record
@@ -13,19 +14,25 @@ from deployments.jobs.runner import Report
 KIND = "download"
 
 
+async def _ignore(_: Path) -> None:
+    pass
+
+
 class DownloadJobs:
     """Downloads what the work of a job tells; `token` is read at each start.
 
-    `on_progress` is told the speed and the remaining time by the job's id.
+    `progress` is how far each running download is, by the job's id.  `on_arrived` is awaited with
+    the folder of a model that is complete, before its job is done.
     """
 
     def __init__(
         self,
         token: Callable[[], str],
-        on_progress: Callable[[str, DownloadProgress], None] = lambda _id, _progress: None,
+        on_arrived: Callable[[Path], Awaitable[None]] = _ignore,
     ) -> None:
         self._token = token
-        self._on_progress = on_progress
+        self._on_arrived = on_arrived
+        self.progress: dict[str, DownloadProgress] = {}
 
     async def run(self, job: Job, report: Report) -> None:
         """Download the model; see `JobHandler`."""
@@ -33,20 +40,24 @@ class DownloadJobs:
 
         def tell(progress: DownloadProgress) -> None:
             report(progress.done_bytes, progress.total_bytes)
-            self._on_progress(job.id, progress)
+            self.progress[job.id] = progress
 
-        if await asyncio.to_thread(_is_there, wanted):
+        if await asyncio.to_thread(is_there, wanted):
             report(wanted.size_bytes, wanted.size_bytes)
-            return
-        token = await asyncio.to_thread(self._token)
-        await run_download(wanted, token, tell)
+        else:
+            token = await asyncio.to_thread(self._token)
+            try:
+                await run_download(wanted, token, tell)
+            finally:
+                self.progress.pop(job.id, None)
+        await self._on_arrived(wanted.target)
 
     async def discard(self, job: Job) -> None:
         """Remove what has arrived."""
         await asyncio.to_thread(discard, DownloadJob.from_json(job.work))
 
 
-def _is_there(wanted: DownloadJob) -> bool:
+def is_there(wanted: DownloadJob) -> bool:
     """Whether the model is complete: its process may have ended before that was stored."""
     if not os.path.lexists(wanted.target):
         return False

@@ -70,6 +70,17 @@ class JobRunner:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._unsaved: set[str] = set()
         self._changed = asyncio.Event()
+        self._saving = asyncio.Lock()
+        self._loaded = asyncio.Event()
+
+    @property
+    def is_working(self) -> bool:
+        """Whether a job runs now."""
+        return bool(self._tasks)
+
+    async def wait_until_loaded(self) -> None:
+        """Wait until the stored jobs are known."""
+        await self._loaded.wait()
 
     async def run(self) -> None:
         """Run jobs until cancelled; then those that run are stopped, and go on at the next start.
@@ -79,11 +90,12 @@ class JobRunner:
         stored = await asyncio.to_thread(self._store.jobs)
         for job in jobs.after_restart(stored):
             self._jobs.setdefault(job.id, job)
+        self._loaded.set()
         try:
             while True:
                 self._changed.clear()
                 self._look()
-                await self._save()
+                await self.save()
                 wait_s = jobs.next_change(self._jobs.values(), self._clock())
                 with suppress(TimeoutError):
                     async with asyncio.timeout(min(_LOOK_S, wait_s or _LOOK_S)):
@@ -100,6 +112,13 @@ class JobRunner:
         if job_id not in self._jobs:
             raise NotFound(f"There is no job {job_id[:80]!r}.", param="id")
         return self._jobs[job_id]
+
+    def held_back(self, job: Job) -> str:
+        """Return why a job of the queue does not start although it could; else nothing."""
+        now = self._clock()
+        if job.state != "queued":
+            return ""
+        return jobs.why_not(job, self._limits(), now, datetime.fromtimestamp(now))
 
     def add(self, kind: str, title: str, work: str) -> Job:
         """Return a new job at the end of the queue, or the one that does the same work already.
@@ -224,8 +243,12 @@ class JobRunner:
             self._changed.set()
         return job
 
-    async def _save(self) -> None:
+    async def save(self) -> None:
         """Store what changed; a store that cannot be written is tried again at the next look."""
+        async with self._saving:
+            await self._save()
+
+    async def _save(self) -> None:
         names, self._unsaved = self._unsaved, set()
         try:
             if names:
@@ -247,4 +270,4 @@ class JobRunner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._save()
+        await self.save()

@@ -16,6 +16,7 @@ from deployments.activity import DeathRecords
 from deployments.decisions import DecisionLog
 from deployments.router.catalog import CatalogView
 from deployments.router.dispatch import HandleDispatcher
+from deployments.router.jobs import JobsClient
 from deployments.router.listener import Listener
 from deployments.router.management import SchedulerManagement
 from deployments.router.model_states import ModelStatesWatch
@@ -42,6 +43,7 @@ class RouterReplica:
         settings: Settings,
         scheduler: Handle,
         formats: Mapping[str, Handle],
+        jobs: Handle,
     ) -> None:
         prepare_worker()
         self._supervisor = Supervisor()
@@ -92,6 +94,7 @@ class RouterReplica:
             telemetry,
             self._management,
             _management_token(settings),
+            JobsClient(jobs),
         )
         requests = Drain()
         self._app = create_app(services, metrics=metrics, drain=requests)

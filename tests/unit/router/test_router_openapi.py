@@ -13,11 +13,12 @@ from router.app import create_app
 from tests.fakes import make_services
 from tests.live_server import client_of
 from tests.unit.router.api.test_router_api import FakeManagement
+from tests.unit.router.api.test_router_jobs import FakeJobs
 
 
 @pytest.fixture(scope="module")
 def app() -> FastAPI:
-    return create_app(replace(make_services(), management=FakeManagement()))
+    return create_app(replace(make_services(), management=FakeManagement(), jobs=FakeJobs()))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,19 @@ def test_references_lead_somewhere(described: dict[str, Any]) -> None:
     assert "text/event-stream" in chat["responses"]["200"]["content"]
     messages = described["paths"]["/v1/messages"]["post"]["responses"]["default"]
     assert "AnthropicError" in json.dumps(messages)
+
+
+def test_answers_of_long_jobs_are_described(described: dict[str, Any]) -> None:
+    schemas = described["components"]["schemas"]
+    paths = {path: item for path, item in described["paths"].items() if "/jobs" in path}
+    paths["/api/downloads"] = described["paths"]["/api/downloads"]
+    assert len(paths) == 7
+    for path, item in paths.items():
+        for method, operation in item.items():
+            status = "202" if (method, path) == ("post", "/api/downloads") else "200"
+            schema = operation["responses"][status]["content"]["application/json"]["schema"]
+            fields = schemas[schema["$ref"].rpartition("/")[2]]["properties"]
+            assert "jobs" in fields or {"state", "files", "bytes_per_s"} <= set(fields), path
 
 
 async def test_it_is_served(app: FastAPI, described: dict[str, Any]) -> None:

@@ -1,0 +1,72 @@
+"""The router's way to the process of long jobs."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from core.errors import Unavailable
+from deployments.serve.handles import Handle, ReplicaDied, call, direct
+from router.job_service import JobDetail, JobView
+
+_LIMIT_S = 15.0
+# For what asks the hub, each answer of which may take half a minute.
+_HUB_LIMIT_S = 180.0
+
+
+class JobsClient:
+    """Implements `router.job_service.Jobs`."""
+
+    def __init__(self, jobs: Handle) -> None:
+        self._jobs = direct(jobs)
+
+    async def jobs(self) -> Sequence[JobView]:
+        """Return all jobs in the order of the queue."""
+        found: list[JobView] = await _answer(self._jobs.jobs.remote())
+        return found
+
+    async def job(self, job_id: str) -> JobDetail:
+        """Return a job."""
+        return await _detail(self._jobs.job.remote(job_id))
+
+    async def pause(self, job_id: str) -> JobDetail:
+        """Stop a job and keep what is done."""
+        return await _detail(self._jobs.pause.remote(job_id))
+
+    async def resume(self, job_id: str) -> JobDetail:
+        """Put a paused or failed job back into the queue."""
+        return await _detail(self._jobs.resume.remote(job_id))
+
+    async def cancel(self, job_id: str) -> JobDetail:
+        """Stop a job and remove what is done."""
+        return await _detail(self._jobs.cancel.remote(job_id))
+
+    async def move(self, job_id: str, before: str) -> JobDetail:
+        """Put a job before another one, or at the end."""
+        return await _detail(self._jobs.move.remote(job_id, before))
+
+    async def download(self, model: str, revision: str, entry: str) -> JobDetail:
+        """Return the job of a download."""
+        return await _detail(self._jobs.download.remote(model, revision, entry), _HUB_LIMIT_S)
+
+
+async def _detail(response: Any, limit_s: float | None = None) -> JobDetail:
+    found: JobDetail = await _answer(response, limit_s)
+    return found
+
+
+async def _answer(response: Any, limit_s: float | None = None) -> Any:
+    """Return the answer of the jobs' process.  Raises its errors, and Unavailable without one."""
+    limit_s = limit_s or _LIMIT_S
+    try:
+        async with asyncio.timeout(limit_s):
+            return await call(response)
+    except ReplicaDied as problem:
+        raise Unavailable(
+            "The process of long jobs has ended and is started again; ask again. Its jobs go on.",
+            retry_after_s=2,
+        ) from problem
+    except TimeoutError as problem:
+        raise Unavailable(
+            f"The process of long jobs did not answer within {limit_s:g} s; try again.",
+            retry_after_s=5,
+        ) from problem

@@ -1,0 +1,15 @@
+"""Sends pydantic models as the answers of the management API."""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+
+def answer(content: BaseModel, status: int = 200) -> Response:
+    """Return `content` as JSON."""
+    return Response(content.model_dump_json(), status, media_type="application/json")

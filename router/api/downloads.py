@@ -1,0 +1,47 @@
+"""`/api/downloads`: downloads of models, each of which is a job."""
+
+from typing import Annotated
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from router.api.answer import Endpoint, answer
+from router.job_service import JobList, Jobs
+from router.requests.strict_body import StrictBody, read_strict
+
+_KIND = "download"
+
+
+class DownloadRequest(StrictBody):
+    """What to download: `model` as a user pastes it, such as org/name:Q4_K_M or an address.
+
+    `entry` names one of the repository's models; without it and without a quantization or a file
+    in `model` the best for this machine is chosen.
+    """
+
+    model: Annotated[str, Field(min_length=1, max_length=2048)]
+    revision: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    entry: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+
+
+def downloads_endpoint(jobs: Jobs) -> Endpoint:
+    """Return the handler of the list."""
+
+    async def list_downloads(request: Request) -> Response:
+        del request
+        found = await jobs.jobs()
+        return answer(JobList(jobs=tuple(job for job in found if job.kind == _KIND)))
+
+    return list_downloads
+
+
+def download_endpoint(jobs: Jobs) -> Endpoint:
+    """Return the handler that begins a download; it answers 202 with the job."""
+
+    async def begin_download(request: Request) -> Response:
+        body = await read_strict(request, DownloadRequest)
+        job = await jobs.download(body.model, body.revision or "", body.entry or "")
+        return answer(job, 202)
+
+    return begin_download

@@ -1,0 +1,106 @@
+"""Long jobs as the API shows them, and the Protocol that the routes reach them through."""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeAlias
+
+from pydantic import BaseModel, ConfigDict
+
+JobStateName: TypeAlias = Literal[
+    "queued", "running", "paused", "waiting", "interrupted", "done", "failed", "cancelled"
+]
+
+
+class Answer(BaseModel):
+    """Base of the answers of the management API."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class JobView(Answer):
+    """A job, with its place in the queue as its place in the list; times are in Unix seconds.
+
+    `reason` says why it waits, failed or was interrupted, `code` is the error's.  One that waits
+    is tried again at `retry_at`, null: when what it waits for is over.  The speed is that of the
+    last 30 s, 0 when nothing arrives; `remaining_s` is null while it is unknown.
+    """
+
+    id: str
+    kind: str
+    title: str
+    state: JobStateName
+    reason: str
+    code: str
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
+    retry_at: float | None
+    done_bytes: int
+    total_bytes: int
+    bytes_per_s: float = 0.0
+    remaining_s: float | None = None
+    stalled_s: float = 0.0
+
+
+class JobFile(Answer):
+    """A file of a download; `sha256` is empty where the hub states none."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class JobDetail(JobView):
+    """A job with what it does; `commit` and `url` are empty where there is none.
+
+    `folder` is that of the model, `model_ids` are what the catalog has of it.
+    """
+
+    repository: str = ""
+    commit: str = ""
+    url: str = ""
+    folder: str = ""
+    files: tuple[JobFile, ...] = ()
+    model_ids: tuple[str, ...] = ()
+
+
+class JobList(Answer):
+    """All jobs in the order of the queue."""
+
+    jobs: tuple[JobView, ...]
+
+
+class Jobs(Protocol):
+    """The long jobs.  All raise Unavailable while their process does not answer."""
+
+    async def jobs(self) -> Sequence[JobView]:
+        """Return all jobs in the order of the queue."""
+        ...
+
+    async def job(self, job_id: str) -> JobDetail:
+        """Return a job.  Raises NotFound."""
+        ...
+
+    async def pause(self, job_id: str) -> JobDetail:
+        """Stop a job and keep what is done.  Raises NotFound, RequestError."""
+        ...
+
+    async def resume(self, job_id: str) -> JobDetail:
+        """Put a paused or failed job back into the queue.  Raises NotFound, RequestError."""
+        ...
+
+    async def cancel(self, job_id: str) -> JobDetail:
+        """Stop a job and remove what is done.  Raises NotFound, RequestError."""
+        ...
+
+    async def move(self, job_id: str, before: str) -> JobDetail:
+        """Put a job before another one, or at the end.  Raises NotFound, RequestError."""
+        ...
+
+    async def download(self, model: str, revision: str, entry: str) -> JobDetail:
+        """Return the job of a download, a new one or that which downloads the same already.
+
+        `model` is what a user pasted; an empty `revision` means the reference's or main, an empty
+        `entry` the best model of what is meant.  Raises RequestError for what cannot be
+        downloaded, and the errors `Hub…`.
+        """
+        ...

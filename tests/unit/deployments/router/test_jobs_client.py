@@ -1,0 +1,59 @@
+"""The router's calls to the process of long jobs, and what clients get while it is away."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from core.errors import NotFound, Unavailable
+from deployments.router.jobs import JobsClient
+from tests.unit.deployments.handles import FakeHandle, answering
+
+
+def died() -> RayActorError:
+    return RayActorError("it died")
+
+
+async def test_each_method_asks_for_its_own() -> None:
+    names = ("job", "pause", "resume", "cancel", "move", "download", "jobs")
+    handle: Any = FakeHandle(**{name: answering(name) for name in names})
+    client = JobsClient(handle)
+    answers: list[Any] = [
+        await client.job("a"),
+        await client.pause("a"),
+        await client.resume("a"),
+        await client.cancel("a"),
+        await client.move("a", "b"),
+        await client.download("m", "r", "e"),
+        await client.jobs(),
+    ]
+    assert answers == list(names)
+    assert handle.move.calls == [("a", "b")]
+    assert handle.download.calls == [("m", "r", "e")]
+
+
+async def test_refusals_are_raised_as_they_are() -> None:
+    handle: Any = FakeHandle(job=answering(NotFound("There is no job 'a'.")))
+    with pytest.raises(NotFound, match="no job 'a'"):
+        await JobsClient(handle).job("a")
+
+
+async def test_process_that_died_is_told() -> None:
+    handle: Any = FakeHandle(jobs=answering(died()))
+    with pytest.raises(Unavailable, match="is started again; ask again") as caught:
+        await JobsClient(handle).jobs()
+    assert caught.value.retry_after_s == 2
+
+
+async def test_process_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.router.jobs._LIMIT_S", 0.02)
+
+    async def hang() -> None:
+        await asyncio.sleep(60)
+
+    handle: Any = FakeHandle(jobs=hang)
+    with pytest.raises(Unavailable, match="did not answer"):
+        await JobsClient(handle).jobs()
+    (response,) = handle.jobs.responses
+    assert response.is_cancelled
