@@ -14,6 +14,14 @@ from core.metrics import CONTENT_TYPE, Metrics
 from router.api.decisions import decisions_endpoint
 from router.api.downloads import DownloadRequest, download_endpoint, downloads_endpoint
 from router.api.drain import drain_endpoint
+from router.api.hub import (
+    ReadmeQuery,
+    RepositoryQuery,
+    SearchQuery,
+    readme_endpoint,
+    repository_endpoint,
+    search_endpoint,
+)
 from router.api.jobs import (
     JobMove,
     job_action_endpoint,
@@ -40,6 +48,7 @@ from router.http.guards import (
     HeaderGuard,
     OriginGuard,
 )
+from router.hub_service import Hub, HubReadme, HubRepositoryAnswer, HubResults
 from router.job_service import JobDetail, JobList, Jobs
 from router.openapi import describe_routes
 from router.requests.strict_body import EmptyBody
@@ -72,6 +81,7 @@ from router.v1.tokenize import (
     tokenize_endpoint,
 )
 
+_HUB_MODEL = "/api/hub/models/{owner}/{name}"
 _JOB_ACTIONS = ("pause", "resume", "cancel")
 _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/v1/chat/completions"): ChatRequest,
@@ -97,9 +107,17 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
 _ANSWERS: Mapping[tuple[str, str], type[BaseModel]] = {
     ("GET", "/api/downloads"): JobList,
     ("POST", "/api/downloads"): JobDetail,
+    ("GET", "/api/hub/search"): HubResults,
+    ("GET", _HUB_MODEL): HubRepositoryAnswer,
+    ("GET", f"{_HUB_MODEL}/readme"): HubReadme,
     ("GET", "/api/jobs"): JobList,
     ("GET", "/api/jobs/{job_id}"): JobDetail,
     **{("POST", f"/api/jobs/{{job_id}}/{act}"): JobDetail for act in (*_JOB_ACTIONS, "move")},
+}
+_QUERIES: Mapping[tuple[str, str], type[BaseModel]] = {
+    ("GET", "/api/hub/search"): SearchQuery,
+    ("GET", _HUB_MODEL): RepositoryQuery,
+    ("GET", f"{_HUB_MODEL}/readme"): ReadmeQuery,
 }
 
 
@@ -141,7 +159,9 @@ def create_app(
         _add_route(app, Access.MANAGEMENT, "/api/drain", drain_endpoint(drain), "POST")
     if services.jobs is not None:
         _add_job_routes(app, services.jobs)
-    describe_routes(app, _BODIES, _ANSWERS)
+    if services.hub is not None:
+        _add_hub_routes(app, services.hub)
+    describe_routes(app, _BODIES, _ANSWERS, _QUERIES)
     # A wrong setting fails at start, not at the first request.
     app.build_middleware_stack()
     return app
@@ -209,6 +229,13 @@ def _add_job_routes(app: FastAPI, jobs: Jobs) -> None:
         add(f"{one_job}/{name}", job_action_endpoint(act), "POST")
     add(f"{one_job}/move", job_move_endpoint(jobs), "POST")
     add(one_job, job_endpoint(jobs))
+
+
+def _add_hub_routes(app: FastAPI, hub: Hub) -> None:
+    add = partial(_add_route, app, Access.MANAGEMENT)
+    add("/api/hub/search", search_endpoint(hub))
+    add(_HUB_MODEL, repository_endpoint(hub))
+    add(f"{_HUB_MODEL}/readme", readme_endpoint(hub))
 
 
 def _add_route(

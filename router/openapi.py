@@ -52,21 +52,21 @@ _SECURITY: Mapping[str, Any] = {
 }
 
 
-def describe_routes(app: FastAPI, bodies: Models, answers: Models) -> None:
-    """Make `app.openapi` describe the JSON bodies and answers, by (method, path), and the errors.
+def describe_routes(app: FastAPI, bodies: Models, answers: Models, queries: Models) -> None:
+    """Make `app.openapi` describe bodies, answers and queries, by (method, path), and errors.
 
     The description is built when it is first asked for.
     """
 
     def build() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _description(app, bodies, answers)
+            app.openapi_schema = _description(app, bodies, answers, queries)
         return app.openapi_schema
 
     app.openapi = build  # type: ignore[method-assign]
 
 
-def _description(app: FastAPI, bodies: Models, answers: Models) -> dict[str, Any]:
+def _description(app: FastAPI, bodies: Models, answers: Models, queries: Models) -> dict[str, Any]:
     described = get_openapi(title=app.title, version=app.version, routes=app.routes)
     # Models of different APIs have the same names; pydantic then adds their modules.
     places, definitions = models_json_schema(
@@ -89,11 +89,21 @@ def _description(app: FastAPI, bodies: Models, answers: Models) -> dict[str, Any
             body = bodies.get((method, route.path))
             if body is not None:
                 _add_body(operation, body, places[body, "validation"])
+            operation["parameters"] += _parameters(queries.get((method, route.path)))
             answer = answers.get((method, route.path))
             if answer is not None:
                 content = {"application/json": {"schema": places[answer, "serialization"]}}
                 operation["responses"][str(route.status_code or 200)]["content"] = content
     return described
+
+
+def _parameters(query: type[BaseModel] | None) -> list[dict[str, Any]]:
+    """Return the parameters of a query string, whose types need no definitions elsewhere."""
+    properties = query.model_json_schema()["properties"] if query is not None else {}
+    return [
+        {"name": name, "in": "query", "required": False, "schema": schema}
+        for name, schema in properties.items()
+    ]
 
 
 def _add_body(operation: dict[str, Any], body: type[BaseModel], schema: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from core.types import (
     TokenizeOptions,
 )
 from core.types import Priority as Priority
+from router.hub_service import Hub
 from router.job_service import Jobs
 
 ModelState: TypeAlias = Literal[
@@ -246,8 +247,8 @@ class Telemetry(Protocol):
 class Services:
     """Everything the HTTP application depends on; without `management` there is no `/api/`.
 
-    Without `jobs` there are no long jobs.  `management_token` lets a web page use `/api/`; with an
-    empty one no page can.
+    Without `jobs` there are no long jobs, without `hub` no searches.  `management_token` lets a web
+    page use `/api/`; with an empty one no page can.
     """
 
     settings: Settings
@@ -258,3 +259,4 @@ class Services:
     management: Management | None = None
     management_token: str = field(default="", repr=False)
     jobs: Jobs | None = None
+    hub: Hub | None = None

@@ -29,6 +29,7 @@ from deployments.options import budget_bytes, engine_options
 from deployments.serve.awake import keep_awake
 from deployments.serve.handles import Handle, call, direct, returning_errors
 from deployments.serve.worker import prepare_worker
+from router.hub_service import HubReadme, HubRepositoryAnswer, HubResults, HubSearch
 from router.job_service import JobDetail, JobView
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class JobsReplica:
         self._hub = HubReader(
             backends_for(settings.formats),
             engine_options(settings, budget_bytes(settings)),
+            settings.home / "models" / "hub",
             self._room,
             lambda: HubClient(token=self._token()),
         )
@@ -171,10 +173,26 @@ class JobsReplica:
     async def download(self, model: str, revision: str, entry: str) -> JobDetail:
         """Return the job of a download; see `router.job_service.Jobs`."""
         await self._loaded()
-        folder = self._settings.home / "models" / "hub"
-        wanted = await self._hub.plan(model, revision, entry, folder)
+        wanted = await self._hub.plan(model, revision, entry)
         await call_in_thread("impetus-target", lambda: _prepare(wanted))
         return await self._changed(lambda runner: _add(runner, wanted))
+
+    @returning_errors
+    async def search(self, wanted: HubSearch) -> HubResults:
+        """Return results of a search; see `router.hub_service.Hub`."""
+        return await self._hub.search(wanted)
+
+    @returning_errors
+    async def repository(
+        self, name: str, revision: str, context_tokens: int
+    ) -> HubRepositoryAnswer:
+        """Return a repository with what fits; see `router.hub_service.Hub`."""
+        return await self._hub.repository(name, revision, context_tokens)
+
+    @returning_errors
+    async def readme(self, name: str, revision: str) -> HubReadme:
+        """Return the README of a repository."""
+        return HubReadme(markdown=await self._hub.readme(name, revision))
 
     async def _changed(self, change: Callable[[JobRunner], Job]) -> JobDetail:
         """Change a job and answer once that is stored."""

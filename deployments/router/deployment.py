@@ -77,6 +77,7 @@ class RouterReplica:
         self._management = SchedulerManagement(settings, scheduler, log)
         metrics = Metrics()
         metrics.registry.register(telemetry)
+        jobs_client = JobsClient(jobs)
         services = Services(
             settings,
             self._catalog,
@@ -94,7 +95,8 @@ class RouterReplica:
             telemetry,
             self._management,
             _management_token(settings),
-            JobsClient(jobs),
+            jobs_client,
+            jobs_client,
         )
         requests = Drain()
         self._app = create_app(services, metrics=metrics, drain=requests)

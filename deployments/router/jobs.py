@@ -6,6 +6,7 @@ from typing import Any
 
 from core.errors import Unavailable
 from deployments.serve.handles import Handle, ReplicaDied, call, direct
+from router.hub_service import HubReadme, HubRepositoryAnswer, HubResults, HubSearch
 from router.job_service import JobDetail, JobView
 
 _LIMIT_S = 15.0
@@ -14,7 +15,7 @@ _HUB_LIMIT_S = 180.0
 
 
 class JobsClient:
-    """Implements `router.job_service.Jobs`."""
+    """Implements `router.job_service.Jobs` and `router.hub_service.Hub`."""
 
     def __init__(self, jobs: Handle) -> None:
         self._jobs = direct(jobs)
@@ -47,6 +48,24 @@ class JobsClient:
     async def download(self, model: str, revision: str, entry: str) -> JobDetail:
         """Return the job of a download."""
         return await _detail(self._jobs.download.remote(model, revision, entry), _HUB_LIMIT_S)
+
+    async def search(self, search: HubSearch) -> HubResults:
+        """Return results of a search."""
+        found: HubResults = await _answer(self._jobs.search.remote(search), _HUB_LIMIT_S)
+        return found
+
+    async def repository(
+        self, name: str, revision: str, context_tokens: int
+    ) -> HubRepositoryAnswer:
+        """Return a repository with what fits."""
+        response = self._jobs.repository.remote(name, revision, context_tokens)
+        found: HubRepositoryAnswer = await _answer(response, _HUB_LIMIT_S)
+        return found
+
+    async def readme(self, name: str, revision: str) -> HubReadme:
+        """Return the README of a repository."""
+        found: HubReadme = await _answer(self._jobs.readme.remote(name, revision), _HUB_LIMIT_S)
+        return found
 
 
 async def _detail(response: Any, limit_s: float | None = None) -> JobDetail:

@@ -13,12 +13,15 @@ from router.app import create_app
 from tests.fakes import make_services
 from tests.live_server import client_of
 from tests.unit.router.api.test_router_api import FakeManagement
+from tests.unit.router.api.test_router_hub import FakeHub
 from tests.unit.router.api.test_router_jobs import FakeJobs
 
 
 @pytest.fixture(scope="module")
 def app() -> FastAPI:
-    return create_app(replace(make_services(), management=FakeManagement(), jobs=FakeJobs()))
+    return create_app(
+        replace(make_services(), management=FakeManagement(), jobs=FakeJobs(), hub=FakeHub())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def test_every_route_that_reads_a_body_describes_it(
         assert ("requestBody" in operation) == (method in ("POST", "PATCH")), path
         assert operation["tags"], path
         assert "default" in operation["responses"], path
-        names = {one["name"] for one in operation["parameters"]}
+        names = {one["name"] for one in operation["parameters"] if one["in"] == "path"}
         assert names == {part[1:-1] for part in path.split("/") if part.startswith("{")}, path
 
 
@@ -80,6 +83,15 @@ def test_answers_of_long_jobs_are_described(described: dict[str, Any]) -> None:
             schema = operation["responses"][status]["content"]["application/json"]["schema"]
             fields = schemas[schema["$ref"].rpartition("/")[2]]["properties"]
             assert "jobs" in fields or {"state", "files", "bytes_per_s"} <= set(fields), path
+
+
+def test_queries_of_the_hub_are_described(described: dict[str, Any]) -> None:
+    search = described["paths"]["/api/hub/search"]["get"]
+    found = {one["name"]: one["schema"] for one in search["parameters"]}
+    assert found["limit"]["maximum"] == 100
+    assert "trending" in found["sort"]["enum"]
+    schema = search["responses"]["200"]["content"]["application/json"]["schema"]
+    assert schema["$ref"].endswith("HubResults")
 
 
 async def test_it_is_served(app: FastAPI, described: dict[str, Any]) -> None:

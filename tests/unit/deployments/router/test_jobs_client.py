@@ -8,6 +8,7 @@ from ray.exceptions import RayActorError
 
 from core.errors import NotFound, Unavailable
 from deployments.router.jobs import JobsClient
+from router.hub_service import HubSearch
 from tests.unit.deployments.handles import FakeHandle, answering
 
 
@@ -17,6 +18,7 @@ def died() -> RayActorError:
 
 async def test_each_method_asks_for_its_own() -> None:
     names = ("job", "pause", "resume", "cancel", "move", "download", "jobs")
+    names += ("search", "repository", "readme")
     handle: Any = FakeHandle(**{name: answering(name) for name in names})
     client = JobsClient(handle)
     answers: list[Any] = [
@@ -27,10 +29,15 @@ async def test_each_method_asks_for_its_own() -> None:
         await client.move("a", "b"),
         await client.download("m", "r", "e"),
         await client.jobs(),
+        await client.search(HubSearch(text="x")),
+        await client.repository("org/m", "main", 16),
+        await client.readme("org/m", "main"),
     ]
     assert answers == list(names)
     assert handle.move.calls == [("a", "b")]
     assert handle.download.calls == [("m", "r", "e")]
+    assert handle.search.calls == [(HubSearch(text="x"),)]
+    assert handle.repository.calls == [("org/m", "main", 16)]
 
 
 async def test_refusals_are_raised_as_they_are() -> None:

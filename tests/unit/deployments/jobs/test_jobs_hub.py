@@ -1,0 +1,134 @@
+"""What the process of long jobs reads of a hub: searches, what fits, the best, READMEs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backends.base import EngineOptions
+from backends.registry import backends_for
+from catalog.hub.client import HubClient
+from catalog.hub.fit import Room
+from catalog.scan.identify import Outcome, examine
+from core.errors import HubNotFound, HubUnavailable, RequestError
+from core.units import GIB
+from deployments.jobs.hub import HubReader
+from router.hub_service import HubSearch
+from scripts.hub_lib.faults import Fault
+from scripts.hub_lib.server import Hub, running_hub
+from tests.gguf_raw import RawTensor, minimal_metadata, write_gguf
+
+F16 = 1
+SMALL, LARGE = "tiny-Q4_K_M.gguf", "tiny-F16.gguf"
+
+
+class Here:
+    """Identifies files in this process: a child takes seconds to start."""
+
+    count = 0
+
+    def __init__(self, formats: list[str]) -> None:
+        self._backends = backends_for(formats)
+        Here.count += 1
+
+    def examine(self, path: Path) -> Outcome:
+        return examine(path, self._backends.values())
+
+    def close(self) -> None:
+        pass
+
+
+def write_model(path: Path, rows: int) -> None:
+    """Write a model with a tensor of `rows` times 32 numbers, which are 0."""
+    write_gguf(path, minimal_metadata(), [RawTensor("token_embd.weight", (32, rows), F16)])
+    with path.open("r+b") as stream:
+        stream.truncate(-(-path.stat().st_size // 32) * 32 + 32 * rows * 2)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("deployments.jobs.hub.Inspector", Here)
+    monkeypatch.setattr(Here, "count", 0)
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, rows in ((SMALL, 32), (LARGE, 32 * 1024)):
+        write_model(source / name, rows)
+    (source / "README.md").write_text("# Tiny\n<script>x</script>")
+    with running_hub() as running:
+        running.publish("org/tiny", source)
+        yield running
+
+
+def reader(hub: Hub, folder: Path, budget: int = 4 * GIB) -> HubReader:
+    async def room() -> Room:
+        return Room(budget, budget)
+
+    backends = backends_for(["gguf"])
+    return HubReader(
+        backends, EngineOptions(), folder, room, lambda: HubClient(hub.endpoint, token="")
+    )
+
+
+async def test_search_tells_whether_results_fit(hub: Hub, tmp_path: Path) -> None:
+    found = await reader(hub, tmp_path).search(HubSearch(text="tiny"))
+    (model,) = found.models
+    assert (model.id, model.author, found.cursor) == ("org/tiny", "org", "")
+    assert model.fit.verdict in ("fits", "unknown")
+    assert model.fit.reason
+    assert (await reader(hub, tmp_path).search(HubSearch(text="other"))).models == ()
+
+
+async def test_repository_has_each_quantization_with_its_fit(hub: Hub, tmp_path: Path) -> None:
+    read = reader(hub, tmp_path)
+    found = await read.repository("org/tiny", "", 16)
+    assert {entry.name for entry in found.entries} == {SMALL, LARGE}
+    assert {entry.fit.verdict for entry in found.entries} == {"fits"}
+    small = next(entry for entry in found.entries if entry.name == SMALL)
+    assert (small.quantization, small.files, small.is_downloaded) == ("q4_k_m", (SMALL,), False)
+    assert small.fit.context_length == 16
+    assert small.fit.total_bytes > small.fit.weights_bytes > 0
+    assert found.choice.entry == SMALL
+    assert found.choice.reason
+    # Another context asks for nothing but the listing.
+    hub.forget_requests()
+    again = await read.repository("org/tiny", "main", 32)
+    assert again.commit == found.commit
+    assert {entry.fit.context_length for entry in again.entries} == {32}
+    assert (len(hub.requests), Here.count) == (1, 1)
+
+
+async def test_what_is_too_big_is_not_chosen(hub: Hub, tmp_path: Path) -> None:
+    read = reader(hub, tmp_path, budget=1000)
+    found = await read.repository("org/tiny", "", 16)
+    assert {entry.fit.verdict for entry in found.entries} == {"too_big"}
+    assert (found.choice.entry, "too big" in found.choice.reason) == ("", True)
+    with pytest.raises(RequestError, match=r"Nothing of org/tiny was chosen.*too big"):
+        await read.plan("org/tiny", "", "")
+    # One that the user names is downloaded all the same.
+    assert (await read.plan("org/tiny", "", LARGE)).files[0].path == LARGE
+
+
+async def test_best_is_planned_where_several_are_meant(hub: Hub, tmp_path: Path) -> None:
+    read = reader(hub, tmp_path)
+    found = await read.repository("org/tiny", "", 16)
+    job = await read.plan("org/tiny", "", "")
+    assert (job.files[0].path, job.commit) == (SMALL, found.commit)
+    assert job.target.is_relative_to(tmp_path)
+
+
+async def test_readme_has_no_scripts(hub: Hub, tmp_path: Path) -> None:
+    assert await reader(hub, tmp_path).readme("org/tiny", "") == "# Tiny"
+
+
+async def test_distinct_states_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    read = reader(hub, tmp_path)
+    with pytest.raises(HubNotFound):
+        await read.repository("org/none", "", 16)
+    with pytest.raises(HubNotFound, match="no such revision"):
+        await read.repository("org/tiny", "other", 16)
+    with pytest.raises(RequestError):
+        await read.repository("org/..", "", 16)
+    hub.faults.add(Fault("status", file="search", value="503"))
+    with pytest.raises(HubUnavailable):
+        await read.search(HubSearch(text="tiny"))
