@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from catalog.hub.fit import Room
 from catalog.hub.token import TokenFile, current_token
 from catalog.job_store import JobStore
 from catalog.jobs import ENDED, Job
+from catalog.models import ModelRecord
 from catalog.store import CatalogStore
-from core.errors import ImpetusError, RequestError, Unavailable
+from core.errors import BrokenModel, ImpetusError, RequestError, Unavailable
 from core.settings import Settings
 from core.supervision import Supervisor, call_in_thread
 from deployments.jobs.downloads import KIND as DOWNLOAD
@@ -37,6 +39,9 @@ logger = logging.getLogger(__name__)
 _SCHEDULER_LIMIT_S = 5.0
 # A scan of large folders may take long; the job is done all the same.
 _SCAN_LIMIT_S = 60.0
+# A scan lists no file that was written within the last 3 s.
+_REGISTER_LIMIT_S = 15.0
+_REGISTER_POLL_S = 1.0
 _LOAD_LIMIT_S = 10.0
 _SILENCE_S = 60.0
 
@@ -126,12 +131,38 @@ class JobsReplica:
         return Room(found.budget_bytes, found.budget_bytes - found.used_bytes)
 
     async def _register(self, folder: Path) -> None:
-        """Have the folders scanned; without it the next scan finds the model."""
+        """Have the folders scanned until the catalog has the model; else a later scan finds it.
+
+        Raises BrokenModel if the scan refused all that is in the folder.
+        """
+        end = time.monotonic() + _REGISTER_LIMIT_S
+        while True:
+            await self._rescan(folder)
+            found = await call_in_thread("impetus-catalog", lambda: self._records_in(folder))
+            if found or time.monotonic() >= end:
+                break
+            await asyncio.sleep(_REGISTER_POLL_S)
+        if found and all(record.state == "refused" for record in found):
+            raise BrokenModel(f"{folder.name} cannot be used here: {found[0].reason}")
+
+    async def _rescan(self, folder: Path) -> None:
         try:
             async with asyncio.timeout(_SCAN_LIMIT_S):
                 await call(self._scheduler.rescan.remote())
         except (ImpetusError, TimeoutError) as problem:
             logger.warning("the folders are not scanned for %s yet: %r", folder.name, problem)
+
+    def _records_in(self, folder: Path) -> list[ModelRecord]:
+        """Return what the catalog has of a download's folder; blocks."""
+        real = os.path.realpath(folder)
+        try:
+            if self._catalog is None:
+                self._catalog = CatalogStore(self._settings.catalog_file)
+            records = self._catalog.models()
+        except ImpetusError as problem:
+            logger.warning("the catalog cannot be read: %s", problem.message)
+            return []
+        return [record for record in records if Path(record.key).is_relative_to(real)]
 
     async def check_health(self) -> None:
         """Raise Unavailable if a background task keeps failing: Serve replaces this process."""
@@ -205,22 +236,11 @@ class JobsReplica:
         return view_of(job, self._downloads.progress.get(job.id), runner.held_back(job))
 
     async def _detail(self, runner: JobRunner, job: Job) -> JobDetail:
-        found: tuple[str, ...] = ()
+        found: list[ModelRecord] = []
         if job.state == "done":
-            found = await call_in_thread("impetus-catalog", lambda: self._models_of(job))
-        return detail_of(job, self._view(runner, job), found)
-
-    def _models_of(self, job: Job) -> tuple[str, ...]:
-        """Return the ids of the models in the folder of a download; blocks."""
-        folder = os.path.realpath(DownloadJob.from_json(job.work).target)
-        try:
-            if self._catalog is None:
-                self._catalog = CatalogStore(self._settings.catalog_file)
-            records = self._catalog.models()
-        except ImpetusError as problem:
-            logger.warning("the catalog cannot be read: %s", problem.message)
-            return ()
-        return tuple(record.id for record in records if Path(record.key).is_relative_to(folder))
+            folder = DownloadJob.from_json(job.work).target
+            found = await call_in_thread("impetus-catalog", lambda: self._records_in(folder))
+        return detail_of(job, self._view(runner, job), tuple(record.id for record in found))
 
     def __del__(self) -> None:
         """Cancel all tasks; the children end with this process."""

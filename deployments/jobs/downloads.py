@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from catalog.hub.download.job import DownloadJob
 from catalog.hub.download.record import read_record
 from catalog.hub.download.run import DownloadProgress, discard, run_download
 from catalog.jobs import Job
+from core.errors import BrokenModel
 from deployments.jobs.runner import Report
 
 KIND = "download"
@@ -22,7 +24,8 @@ class DownloadJobs:
     """Downloads what the work of a job tells; `token` is read at each start.
 
     `progress` is how far each running download is, by the job's id.  `on_arrived` is awaited with
-    the folder of a model that is complete, before its job is done.
+    the folder of a model that is complete, before its job is done; BrokenModel from it removes the
+    folder, if this run made it.
     """
 
     def __init__(
@@ -42,7 +45,8 @@ class DownloadJobs:
             report(progress.done_bytes, progress.total_bytes)
             self.progress[job.id] = progress
 
-        if await asyncio.to_thread(is_there, wanted):
+        is_old = await asyncio.to_thread(is_there, wanted)
+        if is_old:
             report(wanted.size_bytes, wanted.size_bytes)
         else:
             token = await asyncio.to_thread(self._token)
@@ -50,7 +54,13 @@ class DownloadJobs:
                 await run_download(wanted, token, tell)
             finally:
                 self.progress.pop(job.id, None)
-        await self._on_arrived(wanted.target)
+        try:
+            await self._on_arrived(wanted.target)
+        except BrokenModel:
+            # What was there before is the user's to remove.
+            if not is_old:
+                await asyncio.to_thread(shutil.rmtree, wanted.target, ignore_errors=True)
+            raise
 
     async def discard(self, job: Job) -> None:
         """Remove what has arrived."""

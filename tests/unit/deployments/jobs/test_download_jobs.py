@@ -10,10 +10,13 @@ import pytest
 
 from catalog.hub.client import HubClient
 from catalog.hub.download.job import DownloadJob
+from catalog.hub.download.record import record_of
 from catalog.hub.download.run import arrived_bytes
+from catalog.hub.entries import RepositoryFile
 from catalog.hub.repository import read_repository
 from catalog.job_store import JobStore
-from catalog.jobs import JobLimits
+from catalog.jobs import Job, JobLimits
+from core.errors import BrokenModel
 from deployments.jobs.downloads import DownloadJobs
 from deployments.jobs.runner import JobRunner
 from scripts.hub_lib.faults import Fault
@@ -82,3 +85,20 @@ async def test_download_goes_on_after_the_kill_of_everything(
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         store.close()
+
+
+async def test_model_that_was_there_before_is_not_removed(tmp_path: Path) -> None:
+    target = tmp_path / "tiny"
+    target.mkdir()
+    file = RepositoryFile("m.gguf", 3, "0" * 40)
+    job = DownloadJob("", "org/tiny", "c" * 40, (file,), target)
+    (target / file.path).write_bytes(b"old")
+    (target / "download.json").write_text(record_of(job, {}))
+
+    async def refuse(_: Path) -> None:
+        raise BrokenModel("broken")
+
+    work = Job("1", "download", "tiny", job.to_json(), 0.0, 0.0)
+    with pytest.raises(BrokenModel):
+        await DownloadJobs(lambda: "", refuse).run(work, lambda _done, _total: None)
+    assert (target / file.path).read_bytes() == b"old"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from catalog.store import CatalogStore
 from core.errors import HubNotFound, HubUnavailable, NotFound, RequestError, Unavailable
 from core.settings import Settings
 from deployments.jobs.deployment import JobsReplica
@@ -16,7 +17,8 @@ from deployments.messages import ModelStates, SchedulerSnapshot
 from router.job_service import JobDetail
 from scripts.hub_lib.faults import Fault
 from scripts.hub_lib.server import Hub, running_hub
-from tests.unit.deployments.handles import FakeHandle, answering
+from tests.unit.catalog.scan.folders import Shelf, write_model
+from tests.unit.deployments.handles import FakeHandle, FakeMethod, answering
 
 NAME = "tiny-Q8_0.gguf"
 OTHER = "tiny-Q4_0.gguf"
@@ -56,6 +58,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("deployments.jobs.strain._POLL_PAUSE_S", 0.0)
+    # The scheduler of these tests scans nothing, unless one has it scan.
+    monkeypatch.setattr("deployments.jobs.deployment._REGISTER_LIMIT_S", 0.0)
     source = tmp_path / "source"
     source.mkdir()
     for name in (NAME, OTHER):
@@ -107,6 +111,32 @@ async def test_download_ends_in_a_scan(hub: Hub, machine: Machine, tmp_path: Pat
         (folder / "download.json").unlink()
         with pytest.raises(RequestError, match="has another revision of org/tiny"):
             await result(replica.download("org/tiny:Q8_0", "", ""))
+
+
+async def test_model_is_in_the_catalog_when_its_job_is_done_and_a_broken_one_is_removed(
+    hub: Hub, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """M: what the scan refuses ends its job with the reason and leaves nothing."""
+    monkeypatch.setattr("deployments.jobs.deployment._REGISTER_LIMIT_S", LIMIT_S)
+    hub.publish("org/whole", write_model(tmp_path / "whole"))
+    shelf = Shelf(tmp_path / "home", CatalogStore(machine.settings.catalog_file))
+
+    async def scan() -> None:
+        await asyncio.to_thread(shelf.scan)
+
+    machine.scheduler.rescan = FakeMethod(scan)
+    async with machine.running() as replica:
+        job = await result(replica.download("org/whole", "", ""))
+        done = await until(replica, job, "done")
+        assert done.model_ids == ("whole@safetensors-f32",)
+        # Random bytes are no model.
+        broken = await result(replica.download("org/tiny:Q8_0", "", ""))
+        failed = await until(replica, broken, "failed")
+        assert failed.code == "broken_model"
+        assert failed.reason.startswith("tiny-q8_0-gguf cannot be used here: ")
+        folder = Path(failed.folder)
+        assert list(folder.parent.iterdir()) == [Path(done.folder)]
+    shelf.store.close()
 
 
 async def test_second_download_joins_and_another_waits_its_turn(hub: Hub, machine: Machine) -> None:
