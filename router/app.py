@@ -12,7 +12,14 @@ from starlette.responses import JSONResponse, Response
 from core.errors import Unavailable
 from core.metrics import CONTENT_TYPE, Metrics
 from router.api.decisions import decisions_endpoint
-from router.api.downloads import DownloadRequest, download_endpoint, downloads_endpoint
+from router.api.downloads import (
+    DownloadLimitsPatch,
+    DownloadRequest,
+    change_limits_endpoint,
+    download_endpoint,
+    downloads_endpoint,
+    limits_endpoint,
+)
 from router.api.drain import drain_endpoint
 from router.api.hub import (
     ReadmeQuery,
@@ -49,7 +56,7 @@ from router.http.guards import (
     OriginGuard,
 )
 from router.hub_service import Hub, HubReadme, HubRepositoryAnswer, HubResults
-from router.job_service import JobDetail, JobList, Jobs
+from router.job_service import DownloadLimitsView, JobDetail, JobList, Jobs
 from router.openapi import describe_routes
 from router.requests.strict_body import EmptyBody
 from router.services import Management, Services
@@ -101,12 +108,15 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/api/models/{model_id:path}/unload"): EmptyBody,
     ("POST", "/api/drain"): EmptyBody,
     ("POST", "/api/downloads"): DownloadRequest,
+    ("PATCH", "/api/downloads/limits"): DownloadLimitsPatch,
     **{("POST", f"/api/jobs/{{job_id}}/{act}"): EmptyBody for act in _JOB_ACTIONS},
     ("POST", "/api/jobs/{job_id}/move"): JobMove,
 }
 _ANSWERS: Mapping[tuple[str, str], type[BaseModel]] = {
     ("GET", "/api/downloads"): JobList,
     ("POST", "/api/downloads"): JobDetail,
+    ("GET", "/api/downloads/limits"): DownloadLimitsView,
+    ("PATCH", "/api/downloads/limits"): DownloadLimitsView,
     ("GET", "/api/hub/search"): HubResults,
     ("GET", _HUB_MODEL): HubRepositoryAnswer,
     ("GET", f"{_HUB_MODEL}/readme"): HubReadme,
@@ -223,6 +233,8 @@ def _add_job_routes(app: FastAPI, jobs: Jobs) -> None:
     add = partial(_add_route, app, Access.MANAGEMENT)
     add("/api/downloads", downloads_endpoint(jobs))
     add("/api/downloads", download_endpoint(jobs), "POST", status=202)
+    add("/api/downloads/limits", limits_endpoint(jobs))
+    add("/api/downloads/limits", change_limits_endpoint(jobs), "PATCH")
     add("/api/jobs", jobs_endpoint(jobs))
     one_job = "/api/jobs/{job_id}"
     for name, act in zip(_JOB_ACTIONS, (jobs.pause, jobs.resume, jobs.cancel), strict=True):

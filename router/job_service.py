@@ -1,7 +1,7 @@
 """Long jobs as the API shows them, and the Protocol that the routes reach them through."""
 
-from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
@@ -69,6 +69,17 @@ class JobList(Answer):
     jobs: tuple[JobView, ...]
 
 
+class DownloadLimitsView(Answer):
+    """How many downloads run at once, their bytes in a second together (0: no limit), and when.
+
+    `hours` are local, such as 22:30-06:00; empty means the whole day.
+    """
+
+    parallel: int
+    bytes_per_s: int
+    hours: str
+
+
 class Jobs(Protocol):
     """The long jobs.  All raise Unavailable while their process does not answer."""
 
@@ -102,5 +113,16 @@ class Jobs(Protocol):
         `model` is what a user pasted; an empty `revision` means the reference's or main, an empty
         `entry` the best model of what is meant.  Raises RequestError for what cannot be
         downloaded, and the errors `Hub…`.
+        """
+        ...
+
+    async def limits(self) -> DownloadLimitsView:
+        """Return the limits of downloads."""
+        ...
+
+    async def change_limits(self, changes: Mapping[str, Any]) -> DownloadLimitsView:
+        """Set the fields that `changes` names, None meaning the usual value.
+
+        Raises RequestError for hours that are none.
         """
         ...

@@ -4,9 +4,10 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from backends.registry import backends_for
 from catalog.hub.client import HubClient
@@ -23,6 +24,7 @@ from core.supervision import Supervisor, call_in_thread
 from deployments.jobs.downloads import KIND as DOWNLOAD
 from deployments.jobs.downloads import DownloadJobs, is_there
 from deployments.jobs.hub import HubReader
+from deployments.jobs.limits import DownloadLimits, LimitsFile
 from deployments.jobs.runner import JobRunner
 from deployments.jobs.strain import StrainWatch
 from deployments.jobs.views import detail_of, view_of
@@ -32,7 +34,7 @@ from deployments.serve.awake import keep_awake
 from deployments.serve.handles import Handle, call, direct, returning_errors
 from deployments.serve.worker import prepare_worker
 from router.hub_service import HubReadme, HubRepositoryAnswer, HubResults, HubSearch
-from router.job_service import JobDetail, JobView
+from router.job_service import DownloadLimitsView, JobDetail, JobView
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class JobsReplica:
         self._scheduler = direct(scheduler)
         self._token_file = TokenFile(settings.home)
         self._downloads = DownloadJobs(self._token, self._register)
+        self._limits_file = LimitsFile(settings.home / "download_limits.json")
+        self._limits = DownloadLimits()
         self._strain = StrainWatch(scheduler, {DOWNLOAD})
         self._hub = HubReader(
             backends_for(settings.formats),
@@ -90,7 +94,12 @@ class JobsReplica:
             raise
         try:
             handlers = {DOWNLOAD: self._downloads}
-            runner = JobRunner(store, handlers, lambda: self._strain.limits(handlers))
+            self._use(await call_in_thread("impetus-limits", self._limits_file.read))
+            runner = JobRunner(
+                store,
+                handlers,
+                lambda: self._limits.applied_to(self._strain.limits(handlers), DOWNLOAD),
+            )
             self._runner = runner
             self._has_runner.set()
             await runner.run()
@@ -207,6 +216,35 @@ class JobsReplica:
         wanted = await self._hub.plan(model, revision, entry)
         await call_in_thread("impetus-target", lambda: _prepare(wanted))
         return await self._changed(lambda runner: _add(runner, wanted))
+
+    @returning_errors
+    async def limits(self) -> DownloadLimitsView:
+        """Return the limits of downloads."""
+        await self._loaded()
+        return DownloadLimitsView(**asdict(self._limits))
+
+    @returning_errors
+    async def change_limits(self, changes: Mapping[str, Any]) -> DownloadLimitsView:
+        """Change limits, None meaning the usual one; downloads that run go on with them.
+
+        Raises RequestError.
+        """
+        runner = await self._loaded()
+        usual = asdict(DownloadLimits())
+        wanted = {key: usual[key] if value is None else value for key, value in changes.items()}
+        limits = replace(self._limits, **wanted)
+        limits.check()
+        await call_in_thread("impetus-limits", lambda: self._limits_file.write(limits))
+        is_other_speed = limits.share_bytes_per_s != self._limits.share_bytes_per_s
+        self._use(limits)
+        if is_other_speed:
+            runner.restart(DOWNLOAD, "its limits have changed")
+        runner.look_again()
+        return DownloadLimitsView(**asdict(limits))
+
+    def _use(self, limits: DownloadLimits) -> None:
+        self._limits = limits
+        self._downloads.limit_bytes_per_s = limits.share_bytes_per_s
 
     @returning_errors
     async def search(self, wanted: HubSearch) -> HubResults:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 from catalog.hub.download.job import DownloadJob
@@ -25,7 +26,7 @@ class DownloadJobs:
 
     `progress` is how far each running download is, by the job's id.  `on_arrived` is awaited with
     the folder of a model that is complete, before its job is done; BrokenModel from it removes the
-    folder, if this run made it.
+    folder, if this run made it.  `limit_bytes_per_s` is that of each download that begins.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class DownloadJobs:
     ) -> None:
         self._token = token
         self._on_arrived = on_arrived
+        self.limit_bytes_per_s = 0
         self.progress: dict[str, DownloadProgress] = {}
 
     async def run(self, job: Job, report: Report) -> None:
@@ -50,8 +52,9 @@ class DownloadJobs:
             report(wanted.size_bytes, wanted.size_bytes)
         else:
             token = await asyncio.to_thread(self._token)
+            limited = replace(wanted, limit_bytes_per_s=self.limit_bytes_per_s)
             try:
-                await run_download(wanted, token, tell)
+                await run_download(limited, token, tell)
             finally:
                 self.progress.pop(job.id, None)
         try:

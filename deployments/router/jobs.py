@@ -1,13 +1,13 @@
 """The router's way to the process of long jobs."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.errors import Unavailable
 from deployments.serve.handles import Handle, ReplicaDied, call, direct
 from router.hub_service import HubReadme, HubRepositoryAnswer, HubResults, HubSearch
-from router.job_service import JobDetail, JobView
+from router.job_service import DownloadLimitsView, JobDetail, JobView
 
 _LIMIT_S = 15.0
 # For what asks the hub, each answer of which may take half a minute.
@@ -48,6 +48,16 @@ class JobsClient:
     async def download(self, model: str, revision: str, entry: str) -> JobDetail:
         """Return the job of a download."""
         return await _detail(self._jobs.download.remote(model, revision, entry), _HUB_LIMIT_S)
+
+    async def limits(self) -> DownloadLimitsView:
+        """Return the limits of downloads."""
+        found: DownloadLimitsView = await _answer(self._jobs.limits.remote())
+        return found
+
+    async def change_limits(self, changes: Mapping[str, Any]) -> DownloadLimitsView:
+        """Change limits of downloads."""
+        found: DownloadLimitsView = await _answer(self._jobs.change_limits.remote(changes))
+        return found
 
     async def search(self, search: HubSearch) -> HubResults:
         """Return results of a search."""

@@ -25,6 +25,14 @@ class DownloadRequest(StrictBody):
     entry: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
 
 
+class DownloadLimitsPatch(StrictBody):
+    """Changes of limits: an omitted field stays, null resets it; hours such as 22:30-06:00."""
+
+    parallel: Annotated[int, Field(ge=1, le=8)] | None = None
+    bytes_per_s: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    hours: Annotated[str, Field(max_length=20)] | None = None
+
+
 def downloads_endpoint(jobs: Jobs) -> Endpoint:
     """Return the handler of the list."""
 
@@ -45,3 +53,23 @@ def download_endpoint(jobs: Jobs) -> Endpoint:
         return answer(job, 202)
 
     return begin_download
+
+
+def limits_endpoint(jobs: Jobs) -> Endpoint:
+    """Return the handler that shows the limits of downloads."""
+
+    async def show_limits(request: Request) -> Response:
+        del request
+        return answer(await jobs.limits())
+
+    return show_limits
+
+
+def change_limits_endpoint(jobs: Jobs) -> Endpoint:
+    """Return the handler that changes the limits of downloads."""
+
+    async def change_limits(request: Request) -> Response:
+        patch = await read_strict(request, DownloadLimitsPatch)
+        return answer(await jobs.change_limits(patch.model_dump(exclude_unset=True)))
+
+    return change_limits

@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from core.errors import HubNotFound, HubUnavailable, NotFound, RequestError, Una
 from core.settings import Settings
 from deployments.jobs.deployment import JobsReplica
 from deployments.messages import ModelStates, SchedulerSnapshot
-from router.job_service import JobDetail
+from router.job_service import DownloadLimitsView, JobDetail
 from scripts.hub_lib.faults import Fault
 from scripts.hub_lib.server import Hub, running_hub
 from tests.unit.catalog.scan.folders import Shelf, write_model
@@ -184,6 +185,35 @@ async def test_strain_holds_downloads_back(hub: Hub, machine: Machine) -> None:
         assert (held.state, held.reason) == ("queued", "low power mode is on")
         machine.states = ModelStates(version=3)
         await until(replica, job, "done")
+
+
+async def test_limits_apply_to_what_runs_and_are_kept(hub: Hub, machine: Machine) -> None:
+    hub.faults.add(Fault("stall", file="*.gguf", at=100_000))
+    async with machine.running() as replica:
+        first = await result(replica.download("org/tiny:Q8_0", "", ""))
+        second = await result(replica.download("org/tiny:Q4_0", "", ""))
+        await until(replica, first, "running")
+        assert (await result(replica.job(second.id))).state == "queued"
+        limits = await result(replica.change_limits({"parallel": 2, "bytes_per_s": 100_000}))
+        assert (limits.parallel, limits.bytes_per_s, limits.hours) == (2, 100_000, "")
+        for job in (first, second):
+            await until(replica, job, "running")
+        assert replica._downloads.limit_bytes_per_s == 50_000
+        now = datetime.now()
+        later = [f"{now + timedelta(hours=hours):%H:%M}" for hours in (2, 3)]
+        await result(replica.change_limits({"hours": "-".join(later)}))
+        for job in (first, second):
+            found = await until(replica, job, "waiting")
+            assert found.reason == "it is outside of the hours that are set"
+        with pytest.raises(RequestError, match="are not hours"):
+            await result(replica.change_limits({"hours": "late"}))
+    async with machine.running() as replica:
+        assert await result(replica.limits()) == DownloadLimitsView(
+            parallel=2, bytes_per_s=100_000, hours="-".join(later)
+        )
+        assert (await result(replica.change_limits({"hours": None}))).hours == ""
+        for job in (first, second):
+            await until(replica, job, "running")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ def died() -> RayActorError:
 
 
 async def test_each_method_asks_for_its_own() -> None:
-    names = ("job", "pause", "resume", "cancel", "move", "download", "jobs")
-    names += ("search", "repository", "readme")
+    names = ["job", "pause", "resume", "cancel", "move", "download", "jobs"]
+    names += ("limits", "change_limits", "search", "repository", "readme")
     handle: Any = FakeHandle(**{name: answering(name) for name in names})
     client = JobsClient(handle)
     answers: list[Any] = [
@@ -29,11 +29,13 @@ async def test_each_method_asks_for_its_own() -> None:
         await client.move("a", "b"),
         await client.download("m", "r", "e"),
         await client.jobs(),
+        await client.limits(),
+        await client.change_limits({"parallel": 2}),
         await client.search(HubSearch(text="x")),
         await client.repository("org/m", "main", 16),
         await client.readme("org/m", "main"),
     ]
-    assert answers == list(names)
+    assert answers == names
     assert handle.move.calls == [("a", "b")]
     assert handle.download.calls == [("m", "r", "e")]
     assert handle.search.calls == [(HubSearch(text="x"),)]

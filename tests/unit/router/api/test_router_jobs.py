@@ -1,6 +1,6 @@
 """`/api/jobs` and `/api/downloads`: what is asked of the jobs' process, answers, refusals."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 
 from core.errors import HubUnavailable, ImpetusError, NotFound
 from router.app import create_app
-from router.job_service import JobDetail, JobFile, JobView
+from router.job_service import DownloadLimitsView, JobDetail, JobFile, JobView
 from tests.fakes import make_services
 from tests.live_server import client_of, error_of
 from tests.unit.router.api.test_router_api import FakeManagement
@@ -35,6 +35,7 @@ JOB = JobDetail(
 )
 SHOWN = JobView(**JOB.model_dump(include=set(JobView.model_fields)))
 SCAN = SHOWN.model_copy(update={"id": "b2", "kind": "scan"})
+LIMITS = DownloadLimitsView(parallel=2, bytes_per_s=0, hours="")
 ACTIONS = [f"/api/jobs/a1/{name}" for name in ("pause", "resume", "cancel", "move")]
 
 
@@ -65,6 +66,14 @@ class FakeJobs:
 
     async def download(self, model: str, revision: str, entry: str) -> JobDetail:
         return self._answer("download", "a1", model, revision, entry)
+
+    async def limits(self) -> DownloadLimitsView:
+        self.calls.append(("limits",))
+        return LIMITS
+
+    async def change_limits(self, changes: Mapping[str, Any]) -> DownloadLimitsView:
+        self.calls.append(("change", repr(dict(changes))))
+        return LIMITS
 
     def _answer(self, name: str, job_id: str, *more: str) -> JobDetail:
         self.calls.append((name, job_id, *more))
@@ -132,6 +141,18 @@ async def test_download_answers_with_its_job(ask: Ask, jobs: FakeJobs) -> None:
     ]
 
 
+async def test_limits_are_shown_and_changed(ask: Ask, jobs: FakeJobs) -> None:
+    assert (await ask("GET", "/api/downloads/limits")).json() == LIMITS.model_dump()
+    body = {"hours": "22:30-06:00", "bytes_per_s": None}
+    answer = await ask("PATCH", "/api/downloads/limits", json=body)
+    assert answer.json() == LIMITS.model_dump()
+    assert jobs.calls == [("limits",), ("change", "{'bytes_per_s': None, 'hours': '22:30-06:00'}")]
+    for wrong in ({"parallel": 0}, {"parallel": 9}, {"bytes_per_s": -1}, {"hours": 5}, {"x": 1}):
+        answer = await ask("PATCH", "/api/downloads/limits", json=wrong)
+        assert (answer.status_code, error_of(answer)["param"]) == (400, next(iter(wrong)))
+    assert len(jobs.calls) == 2
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -182,7 +203,7 @@ async def test_jobs_are_guarded_as_management(ask: Ask, jobs: FakeJobs) -> None:
         body: dict[str, Any] = {"model": "a/b"} if "downloads" in path else {}
         assert (await ask("POST", path, json=body, headers=page)).status_code == 403
         assert (await ask("POST", path, json=body, key=KEY)).status_code == 401
-    for path in ("/api/jobs", "/api/jobs/a1", "/api/downloads"):
+    for path in ("/api/jobs", "/api/jobs/a1", "/api/downloads", "/api/downloads/limits"):
         assert (await ask("GET", path, headers=page)).status_code == 403
         assert (await ask("GET", path, key=KEY)).status_code == 401
     assert jobs.calls == []
