@@ -25,9 +25,13 @@ from router.api.hub import (
     ReadmeQuery,
     RepositoryQuery,
     SearchQuery,
+    TokenBody,
     readme_endpoint,
+    remove_token_endpoint,
     repository_endpoint,
     search_endpoint,
+    store_token_endpoint,
+    token_endpoint,
 )
 from router.api.jobs import (
     JobMove,
@@ -55,7 +59,7 @@ from router.http.guards import (
     HeaderGuard,
     OriginGuard,
 )
-from router.hub_service import Hub, HubReadme, HubRepositoryAnswer, HubResults
+from router.hub_service import Hub, HubReadme, HubRepositoryAnswer, HubResults, HubTokenAnswer
 from router.job_service import DownloadLimitsView, JobDetail, JobList, Jobs
 from router.openapi import describe_routes
 from router.requests.strict_body import EmptyBody
@@ -108,6 +112,7 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/api/models/{model_id:path}/unload"): EmptyBody,
     ("POST", "/api/drain"): EmptyBody,
     ("POST", "/api/downloads"): DownloadRequest,
+    ("POST", "/api/hub/token"): TokenBody,
     ("PATCH", "/api/downloads/limits"): DownloadLimitsPatch,
     **{("POST", f"/api/jobs/{{job_id}}/{act}"): EmptyBody for act in _JOB_ACTIONS},
     ("POST", "/api/jobs/{job_id}/move"): JobMove,
@@ -118,6 +123,7 @@ _ANSWERS: Mapping[tuple[str, str], type[BaseModel]] = {
     ("GET", "/api/downloads/limits"): DownloadLimitsView,
     ("PATCH", "/api/downloads/limits"): DownloadLimitsView,
     ("GET", "/api/hub/search"): HubResults,
+    **{(method, "/api/hub/token"): HubTokenAnswer for method in ("GET", "POST", "DELETE")},
     ("GET", _HUB_MODEL): HubRepositoryAnswer,
     ("GET", f"{_HUB_MODEL}/readme"): HubReadme,
     ("GET", "/api/jobs"): JobList,
@@ -246,6 +252,9 @@ def _add_job_routes(app: FastAPI, jobs: Jobs) -> None:
 def _add_hub_routes(app: FastAPI, hub: Hub) -> None:
     add = partial(_add_route, app, Access.MANAGEMENT)
     add("/api/hub/search", search_endpoint(hub))
+    add("/api/hub/token", token_endpoint(hub))
+    add("/api/hub/token", store_token_endpoint(hub), "POST")
+    add("/api/hub/token", remove_token_endpoint(hub), "DELETE")
     add(_HUB_MODEL, repository_endpoint(hub))
     add(f"{_HUB_MODEL}/readme", readme_endpoint(hub))
 

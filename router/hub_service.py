@@ -119,6 +119,17 @@ class HubReadme(Answer):
     markdown: str
 
 
+class HubTokenAnswer(Answer):
+    """Which token for the hub is in use, never the token itself.
+
+    `source` is the environment (HF_TOKEN), the one that was stored here, the login of
+    `hf auth login`, or empty without any; `owner` is the user's name, where the hub was asked.
+    """
+
+    source: Literal["environment", "stored", "login", ""]
+    owner: str = ""
+
+
 class HubSearch(Answer):
     """A search; empty strings and null mean no filter."""
 
@@ -154,4 +165,19 @@ class Hub(Protocol):
 
     async def readme(self, name: str, revision: str) -> HubReadme:
         """Return the README of a repository.  Raises RequestError as `repository` does."""
+        ...
+
+    async def token(self) -> HubTokenAnswer:
+        """Return which token is in use; asks nobody."""
+        ...
+
+    async def store_token(self, token: str) -> HubTokenAnswer:
+        """Store a token once the hub has said whose it is.
+
+        Raises RequestError for what is not a token, HubTokenRejected for an unknown one.
+        """
+        ...
+
+    async def remove_token(self) -> HubTokenAnswer:
+        """Forget the stored token; return which one is in use then."""
         ...

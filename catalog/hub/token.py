@@ -59,12 +59,7 @@ class TokenFile:
     def save(self, token: str) -> None:
         """Store a token.  Raises RequestError for what is not one, ImpetusError for the disk."""
         token = token.strip()
-        if not _TOKEN.fullmatch(token):
-            raise RequestError(
-                "The token has to be of 1 to 512 characters without spaces, as "
-                "huggingface.co/settings/tokens shows it.",
-                param="token",
-            )
+        check_token(token)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomically(self._path, token.encode())
@@ -77,6 +72,16 @@ class TokenFile:
     def remove(self) -> None:
         """Forget the token."""
         self._path.unlink(missing_ok=True)
+
+
+def check_token(token: str) -> None:
+    """Raise RequestError for what is not a token, apart from blanks around it."""
+    if not _TOKEN.fullmatch(token.strip()):
+        raise RequestError(
+            "The token has to be of 1 to 512 characters without spaces, as "
+            "huggingface.co/settings/tokens shows it.",
+            param="token",
+        )
 
 
 def current_token(file: TokenFile) -> HubToken:

@@ -13,7 +13,7 @@ from backends.registry import backends_for
 from catalog.hub.client import HubClient
 from catalog.hub.download.job import DownloadJob
 from catalog.hub.fit import Room
-from catalog.hub.token import TokenFile, current_token
+from catalog.hub.token import TokenFile, check_token, current_token, owner_of
 from catalog.job_store import JobStore
 from catalog.jobs import ENDED, Job
 from catalog.models import ModelRecord
@@ -33,7 +33,13 @@ from deployments.options import budget_bytes, engine_options
 from deployments.serve.awake import keep_awake
 from deployments.serve.handles import Handle, call, direct, returning_errors
 from deployments.serve.worker import prepare_worker
-from router.hub_service import HubReadme, HubRepositoryAnswer, HubResults, HubSearch
+from router.hub_service import (
+    HubReadme,
+    HubRepositoryAnswer,
+    HubResults,
+    HubSearch,
+    HubTokenAnswer,
+)
 from router.job_service import DownloadLimitsView, JobDetail, JobView
 
 logger = logging.getLogger(__name__)
@@ -262,6 +268,34 @@ class JobsReplica:
     async def readme(self, name: str, revision: str) -> HubReadme:
         """Return the README of a repository."""
         return HubReadme(markdown=await self._hub.readme(name, revision))
+
+    @returning_errors
+    async def token(self) -> HubTokenAnswer:
+        """Return which token for the hub is in use."""
+        found = await call_in_thread("impetus-token", lambda: current_token(self._token_file))
+        return HubTokenAnswer(source=found.source)
+
+    @returning_errors
+    async def store_token(self, token: str) -> HubTokenAnswer:
+        """Store a token once the hub has said whose it is; see `router.hub_service.Hub`."""
+
+        def store() -> HubTokenAnswer:
+            check_token(token)
+            owner = owner_of(HubClient(token=token.strip()))
+            self._token_file.save(token)
+            return HubTokenAnswer(source=current_token(self._token_file).source, owner=owner)
+
+        return await call_in_thread("impetus-token", store)
+
+    @returning_errors
+    async def remove_token(self) -> HubTokenAnswer:
+        """Forget the stored token; return which one is in use then."""
+
+        def remove() -> HubTokenAnswer:
+            self._token_file.remove()
+            return HubTokenAnswer(source=current_token(self._token_file).source)
+
+        return await call_in_thread("impetus-token", remove)
 
     async def _changed(self, change: Callable[[JobRunner], Job]) -> JobDetail:
         """Change a job and answer once that is stored."""

@@ -6,7 +6,13 @@ from typing import Any
 
 from core.errors import Unavailable
 from deployments.serve.handles import Handle, ReplicaDied, call, direct
-from router.hub_service import HubReadme, HubRepositoryAnswer, HubResults, HubSearch
+from router.hub_service import (
+    HubReadme,
+    HubRepositoryAnswer,
+    HubResults,
+    HubSearch,
+    HubTokenAnswer,
+)
 from router.job_service import DownloadLimitsView, JobDetail, JobView
 
 _LIMIT_S = 15.0
@@ -75,6 +81,21 @@ class JobsClient:
     async def readme(self, name: str, revision: str) -> HubReadme:
         """Return the README of a repository."""
         found: HubReadme = await _answer(self._jobs.readme.remote(name, revision), _HUB_LIMIT_S)
+        return found
+
+    async def token(self) -> HubTokenAnswer:
+        """Return which token is in use."""
+        found: HubTokenAnswer = await _answer(self._jobs.token.remote())
+        return found
+
+    async def store_token(self, token: str) -> HubTokenAnswer:
+        """Store a token."""
+        found: HubTokenAnswer = await _answer(self._jobs.store_token.remote(token), _HUB_LIMIT_S)
+        return found
+
+    async def remove_token(self) -> HubTokenAnswer:
+        """Forget the stored token."""
+        found: HubTokenAnswer = await _answer(self._jobs.remove_token.remote())
         return found
 
 

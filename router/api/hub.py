@@ -11,6 +11,7 @@ from router.api.answer import Endpoint, answer
 from router.hub_service import Hub, HubSearch, HubSort
 from router.requests.limits import MAX_INT32
 from router.requests.query import Query, read_query
+from router.requests.strict_body import StrictBody, read_strict
 
 # As words, so that the OpenAPI description of the query needs no definition elsewhere.
 CapabilityName: TypeAlias = Literal[
@@ -51,6 +52,12 @@ class RepositoryQuery(ReadmeQuery):
     context: Annotated[int, Field(ge=1, le=MAX_INT32)] = DEFAULT_CONTEXT
 
 
+class TokenBody(StrictBody):
+    """A token of the hub, which is stored and never shown."""
+
+    token: Annotated[str, Field(min_length=1, max_length=1024)]
+
+
 def search_endpoint(hub: Hub) -> Endpoint:
     """Return the handler of a search."""
 
@@ -80,6 +87,35 @@ def readme_endpoint(hub: Hub) -> Endpoint:
         return answer(await hub.readme(_name(request), query.revision))
 
     return show_readme
+
+
+def token_endpoint(hub: Hub) -> Endpoint:
+    """Return the handler that tells which token is in use."""
+
+    async def show_token(request: Request) -> Response:
+        del request
+        return answer(await hub.token())
+
+    return show_token
+
+
+def store_token_endpoint(hub: Hub) -> Endpoint:
+    """Return the handler that stores a token."""
+
+    async def store_token(request: Request) -> Response:
+        return answer(await hub.store_token((await read_strict(request, TokenBody)).token))
+
+    return store_token
+
+
+def remove_token_endpoint(hub: Hub) -> Endpoint:
+    """Return the handler that forgets the stored token."""
+
+    async def remove_token(request: Request) -> Response:
+        del request
+        return answer(await hub.remove_token())
+
+    return remove_token
 
 
 def _name(request: Request) -> str:

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from catalog.store import CatalogStore
-from core.errors import HubNotFound, HubUnavailable, NotFound, RequestError, Unavailable
+from core.errors import (
+    HubNotFound,
+    HubTokenRejected,
+    HubUnavailable,
+    NotFound,
+    RequestError,
+    Unavailable,
+)
 from core.settings import Settings
 from deployments.jobs.deployment import JobsReplica
 from deployments.messages import ModelStates, SchedulerSnapshot
@@ -214,6 +221,27 @@ async def test_limits_apply_to_what_runs_and_are_kept(hub: Hub, machine: Machine
         assert (await result(replica.change_limits({"hours": None}))).hours == ""
         for job in (first, second):
             await until(replica, job, "running")
+
+
+async def test_token_is_stored_once_the_hub_knows_it(
+    hub: Hub, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("catalog.hub.token.get_token", lambda: None)
+    hub.add_user("jane", "hf_good")
+    file = machine.settings.home / "keys" / "hub_token"
+    async with machine.running() as replica:
+        assert (await result(replica.token())).source == ""
+        with pytest.raises(HubTokenRejected):
+            await result(replica.store_token("hf_unknown"))
+        with pytest.raises(RequestError, match="1 to 512 characters"):
+            await result(replica.store_token("two words"))
+        assert not file.exists()
+        stored = await result(replica.store_token(" hf_good "))
+        assert (stored.source, stored.owner) == ("stored", "jane")
+        assert (await result(replica.token())).source == "stored"
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert (await result(replica.remove_token())).source == ""
+        assert not file.exists()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ def died() -> RayActorError:
 
 async def test_each_method_asks_for_its_own() -> None:
     names = ["job", "pause", "resume", "cancel", "move", "download", "jobs"]
-    names += ("limits", "change_limits", "search", "repository", "readme")
+    names += ["limits", "change_limits", "search", "repository", "readme"]
+    names += ["token", "store_token", "remove_token"]
     handle: Any = FakeHandle(**{name: answering(name) for name in names})
     client = JobsClient(handle)
     answers: list[Any] = [
@@ -34,6 +35,9 @@ async def test_each_method_asks_for_its_own() -> None:
         await client.search(HubSearch(text="x")),
         await client.repository("org/m", "main", 16),
         await client.readme("org/m", "main"),
+        await client.token(),
+        await client.store_token("t"),
+        await client.remove_token(),
     ]
     assert answers == names
     assert handle.move.calls == [("a", "b")]

@@ -21,6 +21,7 @@ from router.hub_service import (
     HubResults,
     HubSafetyAnswer,
     HubSearch,
+    HubTokenAnswer,
 )
 from tests.fakes import make_services
 from tests.live_server import client_of, error_of
@@ -101,6 +102,18 @@ class FakeHub:
         self._note((name, revision))
         return HubReadme(markdown="# Tiny")
 
+    async def token(self) -> HubTokenAnswer:
+        self._note("token")
+        return HubTokenAnswer(source="login")
+
+    async def store_token(self, token: str) -> HubTokenAnswer:
+        self._note(("store", token))
+        return HubTokenAnswer(source="stored", owner="jane")
+
+    async def remove_token(self) -> HubTokenAnswer:
+        self._note("remove")
+        return HubTokenAnswer(source="")
+
     def _note(self, asked: Any) -> None:
         self.calls.append(asked)
         if self.problem is not None:
@@ -117,11 +130,11 @@ Ask = Callable[..., Awaitable[httpx.Response]]
 
 @pytest.fixture
 def ask(hub: FakeHub) -> Ask:
-    async def send(path: str, key: str = "", **options: Any) -> httpx.Response:
+    async def send(path: str, key: str = "", method: str = "GET", **options: Any) -> httpx.Response:
         settings: dict[str, Any] = {"api_key": key} if key else {}
         services = replace(make_services(**settings), management=FakeManagement(), hub=hub)
         async with client_of(create_app(services)) as client:
-            return await client.get(path, **options)
+            return await client.request(method, path, **options)
 
     return send
 
@@ -197,6 +210,20 @@ async def test_wrong_query_is_refused_by_its_parameter(
     assert hub.calls == []
 
 
+async def test_token_is_stored_and_never_shown(ask: Ask, hub: FakeHub) -> None:
+    path = "/api/hub/token"
+    assert (await ask(path)).json() == {"source": "login", "owner": ""}
+    stored = await ask(path, method="POST", json={"token": "hf_canary"})
+    assert stored.json() == {"source": "stored", "owner": "jane"}
+    assert (await ask(path, method="DELETE")).json() == {"source": "", "owner": ""}
+    assert hub.calls == ["token", ("store", "hf_canary"), "remove"]
+    for body in ({}, {"token": ""}, {"token": "hf_canary" * 200}, {"token": ["hf_canary"]}):
+        refused = await ask(path, method="POST", json=body)
+        assert (refused.status_code, error_of(refused)["param"]) == (400, "token")
+        assert "canary" not in refused.text
+    assert len(hub.calls) == 3
+
+
 async def test_hub_that_is_not_asked_is_told(ask: Ask, hub: FakeHub) -> None:
     hub.problem = HubOffline("Offline mode is on.")
     for path in PATHS:
@@ -206,7 +233,7 @@ async def test_hub_that_is_not_asked_is_told(ask: Ask, hub: FakeHub) -> None:
 
 async def test_hub_is_guarded_as_management(ask: Ask, hub: FakeHub) -> None:
     page = {"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}
-    for path in PATHS:
+    for path in (*PATHS, "/api/hub/token"):
         assert (await ask(path, headers=page)).status_code == 403
         assert (await ask(path, key="canary-key-1234")).status_code == 401
     assert hub.calls == []
