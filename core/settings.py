@@ -209,8 +209,8 @@ class Settings(BaseSettings):
     )
     keep_awake: Literal["auto", "never"] = Field(
         default="auto",
-        description="auto: a Mac does not sleep by itself while requests or conversions run, and "
-        "for a minute after, except on battery with 20 % or less; never: it may.",
+        description="auto: a Mac does not sleep by itself while requests, conversions or downloads "
+        "run, and for a minute after, except on battery with 20 % or less; never: it may.",
     )
     keep_alive_s: Seconds | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""Keeps a Mac from idle sleep while requests or conversions run."""
+"""Keeps a Mac from idle sleep while requests, conversions or downloads run."""
 
 import asyncio
 import logging

@@ -237,3 +237,13 @@ async def test_jobs_are_moved(bench: Bench) -> None:
         assert [job.title for job in bench.runner.jobs()] == ["b", "a"]
         bench.limits = JobLimits()
         await bench.until(lambda: bench.handler.started == ["b"])
+
+
+async def test_runner_is_working_while_a_job_runs(bench: Bench) -> None:
+    async with bench.running() as runner:
+        assert not runner.is_working
+        bench.add("a")
+        await bench.until(lambda: "a" in bench.handler.running)
+        assert runner.is_working
+        bench.handler.end("a")
+        await bench.until(lambda: not runner.is_working)
