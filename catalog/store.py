@@ -36,6 +36,7 @@ from core.errors import ImpetusError, ModelNotFound, NotFound, RequestError
 logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 200
+_MOST_ALIASES = 1000
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
 _STATES: dict[str, RecordState] = {
     "ok": "ok", "refused": "refused", "missing": "missing", "uninspected": "uninspected",
@@ -206,8 +207,8 @@ class CatalogStore:
     def set_alias(self, alias: str, model_id: str) -> None:
         """Point `alias` to a model, replacing an earlier target.
 
-        Raises RequestError for a malformed alias, ModelNotFound.  An alias cannot equal an id,
-        because every id contains an @.
+        Raises RequestError for a malformed alias and for more than 1,000, ModelNotFound.  An alias
+        cannot equal an id, because every id contains an @.
         """
         if _ALIAS.fullmatch(alias) is None:
             raise RequestError(
@@ -222,6 +223,13 @@ class CatalogStore:
             if known.fetchone() is None:
                 raise ModelNotFound.of(model_id, [])
             connection.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?)", (alias, model_id))
+            count = connection.execute("SELECT count(*) FROM aliases").fetchone()[0]
+            if count > _MOST_ALIASES:
+                raise RequestError(
+                    f"There are {_MOST_ALIASES:,} aliases, the most that are possible; delete one "
+                    "first.",
+                    param="alias",
+                )
 
     def remove_alias(self, alias: str) -> None:
         """Delete an alias.  Raises NotFound."""

@@ -11,6 +11,12 @@ from starlette.responses import JSONResponse, Response
 
 from core.errors import Unavailable
 from core.metrics import CONTENT_TYPE, Metrics
+from router.api.aliases import (
+    AliasTarget,
+    aliases_endpoint,
+    remove_alias_endpoint,
+    set_alias_endpoint,
+)
 from router.api.decisions import decisions_endpoint
 from router.api.downloads import (
     DownloadLimitsPatch,
@@ -110,6 +116,7 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("PATCH", "/api/models/{model_id:path}"): SettingsPatch,
     ("POST", "/api/models/{model_id:path}/load"): EmptyBody,
     ("POST", "/api/models/{model_id:path}/unload"): EmptyBody,
+    ("PUT", "/api/aliases/{alias:path}"): AliasTarget,
     ("POST", "/api/drain"): EmptyBody,
     ("POST", "/api/downloads"): DownloadRequest,
     ("POST", "/api/hub/token"): TokenBody,
@@ -232,6 +239,10 @@ def _add_management_routes(app: FastAPI, context: RouteContext, management: Mana
     add(f"{one_model}/unload", unload_endpoint(context, management), "POST")
     add(one_model, show_endpoint(context, management))
     add(one_model, change_endpoint(context, management), "PATCH")
+    one_alias = "/api/aliases/{alias:path}"
+    add("/api/aliases", aliases_endpoint(management))
+    add(one_alias, set_alias_endpoint(context, management), "PUT")
+    add(one_alias, remove_alias_endpoint(management), "DELETE")
     add("/api/decisions", decisions_endpoint(management))
 
 

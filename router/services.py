@@ -59,6 +59,7 @@ class ModelView:
     found, None for formats with one runtime.  `priority` applies to requests that name none.
     `compatibility` is by client.  `limitations` tell what a loaded model does otherwise than usual,
     a sentence each.  `continue_answers` is the model's own setting, None for the server's.
+    `alias_of` is the model's id in an entry whose `id` is an alias.
     """
 
     id: str
@@ -84,6 +85,7 @@ class ModelView:
     compatibility: Mapping[str, FitView] = field(default_factory=dict)
     limitations: tuple[str, ...] = ()
     continue_answers: bool | None = None
+    alias_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +211,21 @@ class Management(Protocol):
 
         Raises ModelNotFound.
         """
+        ...
+
+    async def aliases(self) -> Mapping[str, str]:
+        """Return every alias with its model's id."""
+        ...
+
+    async def set_alias(self, alias: str, model_id: str) -> None:
+        """Point an alias to a model, replacing an earlier target.
+
+        Raises RequestError for a malformed alias or too many, ModelNotFound.
+        """
+        ...
+
+    async def remove_alias(self, alias: str) -> None:
+        """Delete an alias.  Raises NotFound."""
         ...
 
     async def load(self, model_id: str) -> None:

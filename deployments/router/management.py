@@ -62,6 +62,18 @@ class SchedulerManagement:
             logger.warning("cannot notify the scheduler of settings of %s: %r", model_id, problem)
         return _view(settings)
 
+    async def aliases(self) -> Mapping[str, str]:
+        """Return every alias with its model's id."""
+        return await asyncio.to_thread(self._store.aliases)
+
+    async def set_alias(self, alias: str, model_id: str) -> None:
+        """Store the alias; the next request with it goes to the model."""
+        await asyncio.to_thread(self._store.set_alias, alias, model_id)
+
+    async def remove_alias(self, alias: str) -> None:
+        """Delete an alias."""
+        await asyncio.to_thread(self._store.remove_alias, alias)
+
     async def _record(self, model_id: str) -> ModelRecord:
         record = await asyncio.to_thread(self._store.get, model_id)
         if record is None:

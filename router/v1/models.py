@@ -1,6 +1,7 @@
 """`GET /v1/models` and `GET /v1/models/{id}`."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from openai.types import Model
@@ -25,12 +26,13 @@ def models_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Resp
     """Return the handler of the list: models that a request would be served with.
 
     Clients show it to their users as it is; `/api/models` has all models, with the reasons.
-    Anthropic's clients get its fields, and the models that chat.
+    Aliases of users have entries of their own, so that they can be chosen as well.  Anthropic's
+    clients get its fields, and the models that chat.
     """
 
     async def list_models(request: Request) -> Response:
         views = await context.services.catalog.models()
-        usable = [view for view in views if view.state in USABLE_STATES]
+        usable = list(_with_aliases(view for view in views if view.state in USABLE_STATES))
         if is_anthropic(request.scope):
             chatting = [view for view in usable if Capability.CHAT in view.capabilities]
             page = model_page(chatting, request.query_params)
@@ -76,6 +78,15 @@ async def find_model(context: RouteContext, name: str) -> ModelView:
     return await catalog.resolve(name)
 
 
+def _with_aliases(views: Iterable[ModelView]) -> Iterator[ModelView]:
+    """Yield the models and, after each, an entry for each alias other than its bare name."""
+    for view in views:
+        yield view
+        for alias in view.aliases:
+            if alias.lower() != view.name:
+                yield replace(view, id=alias, aliases=(), alias_of=view.id)
+
+
 def model_object(view: ModelView) -> dict[str, Any]:
     """Return the model's JSON object."""
     return _model(view).model_dump(exclude_unset=True)
@@ -100,6 +111,7 @@ def _model(view: ModelView) -> Model:
             "state": view.state,
             "reason": escaped(view.reason, MAX_ERROR_CHARACTERS),
             "aliases": list(view.aliases),
+            **({"alias_of": view.alias_of} if view.alias_of else {}),
             "license": escaped(view.license),
             "runtime": view.runtime,
             "runtime_reason": escaped(view.runtime_reason, MAX_ERROR_CHARACTERS),

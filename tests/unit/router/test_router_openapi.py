@@ -51,7 +51,7 @@ def test_every_route_that_reads_a_body_describes_it(
     ]
     assert len(operations) > 15
     for method, path, operation in operations:
-        assert ("requestBody" in operation) == (method in ("POST", "PATCH")), path
+        assert ("requestBody" in operation) == (method in ("POST", "PATCH", "PUT")), path
         assert operation["tags"], path
         assert "default" in operation["responses"], path
         names = {one["name"] for one in operation["parameters"] if one["in"] == "path"}

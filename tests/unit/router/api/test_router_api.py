@@ -41,6 +41,7 @@ class FakeManagement:
         self.calls: list[tuple[Any, ...]] = []
         self.log: list[DecisionView] = []
         self.problem: ImpetusError | None = None
+        self.alias_ids: dict[str, str] = {}
 
     async def settings_of(self, model_ids: Sequence[str]) -> Mapping[str, SettingsView]:
         return {name: self.settings[name] for name in model_ids if name in self.settings}
@@ -50,6 +51,17 @@ class FakeManagement:
         settings = replace(self.settings.get(model_id, SettingsView()), **changes)
         self.settings[model_id] = settings
         return settings
+
+    async def aliases(self) -> Mapping[str, str]:
+        return self.alias_ids
+
+    async def set_alias(self, alias: str, model_id: str) -> None:
+        self.calls.append(("alias", alias, model_id))
+        self.alias_ids[alias] = model_id
+
+    async def remove_alias(self, alias: str) -> None:
+        self.calls.append(("remove alias", alias))
+        self.alias_ids.pop(alias, None)
 
     async def load(self, model_id: str) -> None:
         self.calls.append(("load", model_id))

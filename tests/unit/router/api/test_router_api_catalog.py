@@ -85,8 +85,8 @@ class Server:
             return await client.request(method, path, json=body)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def filled_server(tmp_path: Path) -> Iterator[Server]:
+    """Yield a server with two models, of which one has the alias `mine`."""
     store = CatalogStore(tmp_path / "catalog.sqlite")
     write(store, make_found(details=DETAILS), make_found("/m/b.gguf", name="other"))
     store.set_alias("mine", TINY)
@@ -95,6 +95,11 @@ def server(tmp_path: Path) -> Iterator[Server]:
     yield server
     server.management.close()
     server.view.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    yield from filled_server(tmp_path)
 
 
 async def test_change_is_written_told_and_shown(server: Server, tmp_path: Path) -> None:

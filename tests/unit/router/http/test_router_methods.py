@@ -135,5 +135,5 @@ async def test_options_of_the_whole_server_list_every_method() -> None:
         head = b"Host: localhost\r\nConnection: close\r\n\r\n"
         status, answer = await exchange(port, b"OPTIONS * HTTP/1.1\r\n" + head)
         assert status == 204
-        assert b"allow: DELETE, GET, HEAD, OPTIONS, PATCH, POST\r\n" in answer
+        assert b"allow: DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT\r\n" in answer
         assert (await exchange(port, b"GET * HTTP/1.1\r\n" + head))[0] == 404
