@@ -1,11 +1,13 @@
 """Data types of the catalog: model records, their sources and settings, and scan results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from backends.base import EngineOptions, ModelInfo
+from backends.prompt.named_templates import template_capabilities
+from core.types import Capability, JsonValue
 from core.types import Priority as Priority
 
 RecordState: TypeAlias = Literal["ok", "refused", "missing", "uninspected"]
@@ -58,6 +60,10 @@ class ModelSettings:
     runs a model which several can run.  `continue_answers` applies to chats that do not say whether
     an assistant's last message is continued.  A `deterministic` model runs one sequence at a time;
     see `EngineOptions`.
+
+    These fill what requests leave out: `sampling` by the names of parameters, `system_prompt` in
+    chats without one, `template_kwargs` for the chat template, which `chat_template` replaces.
+    `tags`, `favourite` and `notes` are for people alone.
     """
 
     context_length: int | None = None
@@ -70,6 +76,27 @@ class ModelSettings:
     runtime: str | None = None
     continue_answers: bool | None = None
     deterministic: bool | None = None
+    sampling: Mapping[str, float] | None = None
+    system_prompt: str | None = None
+    template_kwargs: Mapping[str, JsonValue] | None = None
+    chat_template: str | None = None
+    tags: Sequence[str] | None = None
+    favourite: bool | None = None
+    notes: str | None = None
+
+    def described(self, info: ModelInfo) -> ModelInfo:
+        """Return `info` with the chat template of these settings, and what that one supports."""
+        if self.chat_template is None:
+            return info
+        from_template = {Capability.TOOLS, Capability.REASONING}
+        return replace(
+            info,
+            chat_template=self.chat_template,
+            tool_template=None,
+            rag_template=None,
+            capabilities=(info.capabilities - from_template)
+            | template_capabilities((self.chat_template,)),
+        )
 
     def applied_to(self, options: EngineOptions) -> EngineOptions:
         """Return `options` with these settings; the lower of both context bounds applies."""

@@ -49,6 +49,7 @@ from router.api.jobs import (
 from router.api.models import (
     SettingsPatch,
     change_endpoint,
+    check_endpoint,
     list_endpoint,
     load_endpoint,
     show_endpoint,
@@ -114,6 +115,7 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/detokenize"): DetokenizeRequest,
     ("POST", "/apply-template"): TemplateRequest,
     ("PATCH", "/api/models/{model_id:path}"): SettingsPatch,
+    ("POST", "/api/models/{model_id:path}/check"): SettingsPatch,
     ("POST", "/api/models/{model_id:path}/load"): EmptyBody,
     ("POST", "/api/models/{model_id:path}/unload"): EmptyBody,
     ("PUT", "/api/aliases/{alias:path}"): AliasTarget,
@@ -235,6 +237,7 @@ def _add_management_routes(app: FastAPI, context: RouteContext, management: Mana
     add = partial(_add_route, app, Access.MANAGEMENT)
     one_model = "/api/models/{model_id:path}"
     add("/api/models", list_endpoint(context, management))
+    add(f"{one_model}/check", check_endpoint(context, management), "POST")
     add(f"{one_model}/load", load_endpoint(context, management), "POST")
     add(f"{one_model}/unload", unload_endpoint(context, management), "POST")
     add(one_model, show_endpoint(context, management))

@@ -12,6 +12,7 @@ from core.types import (
     Embeddings,
     GenerationEvent,
     GenerationRequest,
+    JsonValue,
     Prompt,
     Relevance,
     RerankInputs,
@@ -50,6 +51,18 @@ class RuntimeView:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestDefaults:
+    """What a model's own settings fill in where a request does not say.
+
+    `sampling` has fields of `SamplingParams` by name.
+    """
+
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    system_prompt: str = ""
+    template_kwargs: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
     """A catalog entry as the API shows it.
 
@@ -59,7 +72,8 @@ class ModelView:
     found, None for formats with one runtime.  `priority` applies to requests that name none.
     `compatibility` is by client.  `limitations` tell what a loaded model does otherwise than usual,
     a sentence each.  `continue_answers` is the model's own setting, None for the server's.
-    `alias_of` is the model's id in an entry whose `id` is an alias.
+    `alias_of` is the model's id in an entry whose `id` is an alias.  `defaults` fill what requests
+    leave out, None if there are none.
     """
 
     id: str
@@ -86,6 +100,7 @@ class ModelView:
     limitations: tuple[str, ...] = ()
     continue_answers: bool | None = None
     alias_of: str = ""
+    defaults: RequestDefaults | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +114,10 @@ class SettingsView:
     the library that runs the model, if several can.  `continue_answers`: a chat's last message, if
     it is the assistant's, is continued unless the request says otherwise.  With `deterministic` the
     same request always gets the same answer, one request at a time.
+
+    These fill what requests leave out: `sampling` by the names of parameters, `system_prompt` in
+    chats without one, `template_kwargs` for the chat template, which `chat_template` replaces.
+    `tags`, `favourite` and `notes` are for people alone.
     """
 
     context_length: int | None = None
@@ -111,6 +130,13 @@ class SettingsView:
     runtime: str | None = None
     continue_answers: bool | None = None
     deterministic: bool | None = None
+    sampling: Mapping[str, float] | None = None
+    system_prompt: str | None = None
+    template_kwargs: Mapping[str, JsonValue] | None = None
+    chat_template: str | None = None
+    tags: Sequence[str] | None = None
+    favourite: bool | None = None
+    notes: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +237,10 @@ class Management(Protocol):
 
         Raises ModelNotFound.
         """
+        ...
+
+    async def check_settings(self, model_id: str, changes: Mapping[str, Any]) -> SettingsView:
+        """Return the settings that `change_settings` would store; raises what it does."""
         ...
 
     async def aliases(self) -> Mapping[str, str]:

@@ -24,6 +24,7 @@ from backends.prompt.messages import (
     with_tools_in_text,
 )
 from backends.prompt.named_templates import reads_documents, reads_tools
+from backends.prompt.settings_check import check_variables
 from backends.prompt.templates import TemplateFailed, TemplateRenderer
 from backends.tool_calls.bare_call_grammar import bare_call_grammar
 from backends.tool_calls.families import DEFAULT, FAMILIES, check_family, family_of
@@ -34,20 +35,6 @@ from core.types import ChatMessage, ChatPrompt, JsonValue, Output, Tool
 
 __all__ = ["ChatFormat", "OutputParser"]
 
-_RESERVED = frozenset(
-    [
-        "messages",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        "bos_token",
-        "eos_token",
-        "chat_template",
-        "tokenize",
-        "raise_exception",
-        "strftime_now",
-    ]
-)
 _CONTENT_LOOP = re.compile(r"\bin\s+\w+(?:\.content\b|\[\s*['\"]content['\"]\s*\])")
 _PROBE = "needle"
 
@@ -155,12 +142,7 @@ class ChatFormat:
         adapted to it, see `render_adapted`.  Raises TemplateRefused with the template's message,
         and RequestError and BrokenModel as `TemplateRenderer.render` does.
         """
-        reserved = sorted(_RESERVED & prompt.template_kwargs.keys())
-        if reserved:
-            raise RequestError(
-                f"chat_template_kwargs cannot set {reserved[0]}, which the server sets itself.",
-                param="chat_template_kwargs",
-            )
+        check_variables(prompt.template_kwargs, "chat_template_kwargs")
         extra: dict[str, JsonValue] = {
             **effort_variables(self.template, prompt.reasoning_effort),
             **prompt.template_kwargs,

@@ -10,7 +10,7 @@ from backends.base import Backend, EngineOptions, ModelInfo
 from backends.registry import backends_for
 from catalog.compatibility import Traits, compatibility
 from catalog.inspections import Inspection
-from catalog.models import Converted, ModelRecord
+from catalog.models import Converted, ModelRecord, ModelSettings
 from catalog.names import bare_name, nearest_names
 from catalog.scan.unlisted import unlisted_records
 from catalog.store import CatalogStore
@@ -28,7 +28,7 @@ from deployments.messages import Fault, Residency
 from deployments.options import budget_bytes, engine_options
 from deployments.router.model_states import ModelStatesWatch
 from deployments.serve.handles import Handle, call, direct
-from router.services import FitView, ModelState, ModelView, RuntimeView
+from router.services import FitView, ModelState, ModelView, RequestDefaults, RuntimeView
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class CatalogView:
     def _view(
         self, record: ModelRecord, resident: Mapping[str, Residency], loading: frozenset[str]
     ) -> ModelView:
-        info = record.info
+        info = record.settings.described(record.info)
         state, reason = self._state(record, resident, loading)
         granted, loaded = 0, resident.get(record.id)
         if loaded is not None:
@@ -231,6 +231,7 @@ class CatalogView:
             compatibility=_compatibility(info, granted, reason),
             limitations=loaded.limitations if loaded is not None else (),
             continue_answers=record.settings.continue_answers,
+            defaults=_defaults(record.settings),
         )
 
     def _state(
@@ -296,6 +297,15 @@ def _compatibility(info: ModelInfo, context_tokens: int, reason: str) -> dict[st
     return {
         client: FitView(fit.level, fit.reasons) for client, fit in compatibility(traits).items()
     }
+
+
+def _defaults(settings: ModelSettings) -> RequestDefaults | None:
+    """Return what the settings fill into requests, None if nothing."""
+    if not (settings.sampling or settings.system_prompt or settings.template_kwargs):
+        return None
+    return RequestDefaults(
+        settings.sampling or {}, settings.system_prompt or "", settings.template_kwargs or {}
+    )
 
 
 def _runtime(record: ModelRecord) -> str:

@@ -3,10 +3,11 @@
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from backends.abilities import check_deterministic, check_kv_type, check_runtime
+from backends.prompt.settings_check import check_template, check_variables
 from backends.registry import backends_for
 from backends.tool_calls.families import check_family
 from catalog.models import ModelRecord, ModelSettings
@@ -43,17 +44,10 @@ class SchedulerManagement:
         """Store the settings, then notify the scheduler, which applies them to resident models.
 
         They stay stored if the scheduler does not answer: it reads them when it starts.  Raises
-        RequestError for an unknown tool parser, UnsupportedParameter for a KV cache type, a
-        runtime or determinism that the model cannot have.
+        RequestError for an unknown tool parser or a bad template, UnsupportedParameter for a KV
+        cache type, a runtime or determinism that the model cannot have.
         """
-        check_family(changes.get("tool_parser"))
-        if (kv_type := changes.get("kv_type")) is not None:
-            record = await self._record(model_id)
-            check_kv_type(self._backends.get(record.info.format), record.info, kv_type)
-        if (runtime := changes.get("runtime")) is not None:
-            check_runtime((await self._record(model_id)).info, runtime)
-        if changes.get("deterministic"):
-            check_deterministic((await self._record(model_id)).info)
+        await self.check_settings(model_id, changes)
         settings = await asyncio.to_thread(self._store.change_settings, model_id, changes)
         try:
             async with asyncio.timeout(_NOTICE_TIMEOUT_S):
@@ -61,6 +55,24 @@ class SchedulerManagement:
         except (ImpetusError, TimeoutError) as problem:
             logger.warning("cannot notify the scheduler of settings of %s: %r", model_id, problem)
         return _view(settings)
+
+    async def check_settings(self, model_id: str, changes: Mapping[str, Any]) -> SettingsView:
+        """Return the settings as they would be with `changes`; raises as `change_settings` does.
+
+        A chat template is tried on a short conversation, in a process of its own.
+        """
+        check_family(changes.get("tool_parser"))
+        record = await self._record(model_id)
+        if (kv_type := changes.get("kv_type")) is not None:
+            check_kv_type(self._backends.get(record.info.format), record.info, kv_type)
+        if (runtime := changes.get("runtime")) is not None:
+            check_runtime(record.info, runtime)
+        if changes.get("deterministic"):
+            check_deterministic(record.info)
+        check_variables(changes.get("template_kwargs") or {}, "template_kwargs")
+        if (template := changes.get("chat_template")) is not None:
+            await asyncio.to_thread(check_template, template, "chat_template")
+        return _view(replace(record.settings, **changes))
 
     async def aliases(self) -> Mapping[str, str]:
         """Return every alias with its model's id."""

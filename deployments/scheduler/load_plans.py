@@ -99,7 +99,7 @@ class LoadPlanner:
         limit_s = self._settings.load_limit_s + record.info.size_bytes / _SLOWEST_LOAD
         return LoadRequest(
             record.id,
-            record.info,
+            record.settings.described(record.info),
             options,
             self._settings.step_limit_s,
             limit_s + self._backends[record.info.format].compile_s,

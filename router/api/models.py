@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,7 +19,22 @@ from router.v1.models import find_model, model_object
 
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
+Tag: TypeAlias = Annotated[str, Field(min_length=1, max_length=50)]
+
+_LONGEST_TEXT = 32_000
 _YEAR_S = 366 * 24 * 3600
+
+
+class SamplingDefaults(StrictBody):
+    """Sampling of requests that do not say; without a value the model's own applies."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MAX_INT32)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
 
 
 class SettingsPatch(StrictBody):
@@ -35,19 +50,71 @@ class SettingsPatch(StrictBody):
     runtime: Literal["mlx", "pytorch"] | None = None
     continue_answers: bool | None = None
     deterministic: bool | None = None
+    sampling: SamplingDefaults | None = None
+    system_prompt: Annotated[str, Field(max_length=_LONGEST_TEXT)] | None = None
+    template_kwargs: Annotated[dict[str, JsonValue], Field(max_length=64)] | None = None
+    chat_template: Annotated[str, Field(min_length=1, max_length=_LONGEST_TEXT)] | None = None
+    tags: Annotated[list[Tag], Field(max_length=32)] | None = None
+    favourite: bool | None = None
+    notes: Annotated[str, Field(max_length=_LONGEST_TEXT)] | None = None
+
+    def changes(self) -> dict[str, Any]:
+        """Return the fields that were sent; what is empty restores the default."""
+        changes = self.model_dump(exclude_unset=True)
+        if self.sampling is not None:
+            changes["sampling"] = self.sampling.model_dump(exclude_none=True)
+        if self.tags is not None:
+            changes["tags"] = sorted(set(self.tags))
+        for name in ("sampling", "system_prompt", "template_kwargs", "tags", "notes"):
+            if name in changes:
+                changes[name] = changes[name] or None
+        return changes
 
 
 def list_endpoint(context: RouteContext, management: Management) -> Endpoint:
     """Return the handler of the list."""
 
     async def list_models(request: Request) -> Response:
-        del request
+        asked = _list_filter(request)
         views = await context.services.catalog.models()
         settings = await management.settings_of([view.id for view in views])
-        models = [_described(view, settings.get(view.id)) for view in views]
+        models = [
+            _described(view, own)
+            for view in views
+            if asked.keeps(own := settings.get(view.id, SettingsView()))
+        ]
         return _answer({"models": models})
 
     return list_models
+
+
+class ListFilter(BaseModel):
+    """Which models the list has: those with all `tag`s, and with `favourite` only those."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    tag: Annotated[list[Tag], Field(max_length=32)] = []
+    favourite: bool | None = None
+
+    def keeps(self, settings: SettingsView) -> bool:
+        """Return whether a model with these settings is listed."""
+        if self.favourite is not None and bool(settings.favourite) is not self.favourite:
+            return False
+        return set(self.tag) <= set(settings.tags or ())
+
+
+def _list_filter(request: Request) -> ListFilter:
+    """Return what the query asks for.  Raises RequestError for an unknown or malformed part."""
+    query = request.query_params
+    given: dict[str, Any] = {name: query[name] for name in query}
+    if "tag" in given:
+        given["tag"] = query.getlist("tag")
+    try:
+        return ListFilter.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        param = str(first["loc"][0])[:64]
+        raise RequestError(f"{param}: {first['msg']}", param=param) from error
 
 
 def show_endpoint(context: RouteContext, management: Management) -> Endpoint:
@@ -64,21 +131,39 @@ def change_endpoint(context: RouteContext, management: Management) -> Endpoint:
     """Return the handler that changes a model's settings."""
 
     async def change_model(request: Request) -> Response:
-        patch = await read_strict(request, SettingsPatch)
-        view = await _named_model(context, request)
-        asked = patch.context_length
-        if asked is not None and 0 < view.context_length < asked:
-            raise RequestError(
-                f"context_length: {asked} is more than the {view.context_length} tokens that "
-                f"{view.id} was trained with.",
-                param="context_length",
-            )
-        changes = patch.model_dump(exclude_unset=True)
+        view, changes = await _asked_changes(context, request)
         if changes:
             await management.change_settings(view.id, changes)
         return await _show(management, await find_model(context, view.id))
 
     return change_model
+
+
+def check_endpoint(context: RouteContext, management: Management) -> Endpoint:
+    """Return the handler that checks changes of settings as PATCH does, and stores nothing."""
+
+    async def check_settings(request: Request) -> Response:
+        view, changes = await _asked_changes(context, request)
+        settings = await management.check_settings(view.id, changes)
+        return _answer({"id": view.id, "settings": asdict(settings)})
+
+    return check_settings
+
+
+async def _asked_changes(
+    context: RouteContext, request: Request
+) -> tuple[ModelView, dict[str, Any]]:
+    """Return the model and the changes that the body asks for.  Raises RequestError."""
+    patch = await read_strict(request, SettingsPatch)
+    view = await _named_model(context, request)
+    asked = patch.context_length
+    if asked is not None and 0 < view.context_length < asked:
+        raise RequestError(
+            f"context_length: {asked} is more than the {view.context_length} tokens that "
+            f"{view.id} was trained with.",
+            param="context_length",
+        )
+    return view, patch.changes()
 
 
 def load_endpoint(context: RouteContext, management: Management) -> Endpoint:

@@ -43,6 +43,7 @@ from router.requests.fields import (
     parse_inputs,
 )
 from router.requests.limits import MAX_INT32, MAX_N
+from router.requests.model_defaults import with_defaults
 from router.requests.output_format import OutputFields
 from router.requests.priority import request_priority
 from router.v1.chunks import ChunkFormatter
@@ -141,7 +142,8 @@ def completion_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[
         answer_id = f"cmpl-{record.suffix}"
         priority = request_priority(request, body.service_tier, view)
         limit_s = context.services.settings.request_timeout_s
-        requests = _requests(body, output, rules, answer_id, view.id, limit_s, priority)
+        asked = _requests(body, output, rules, answer_id, view.id, limit_s, priority)
+        requests = tuple(with_defaults(one, view, body) for one in asked)
         headers = context.ignored.report(ignored)
         generation = Generation(context, view, requests, body.candidates, headers)
         if body.stream:

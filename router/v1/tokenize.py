@@ -25,6 +25,7 @@ from router.context import RouteContext, record_of
 from router.requests.body import read_request
 from router.requests.fields import Items, RequestBody
 from router.requests.limits import MAX_INT32, MAX_ITEM_VALUES, MAX_MESSAGES
+from router.requests.model_defaults import prompt_with_defaults
 from router.services import ModelView
 from router.v1.chat.prompt import to_chat_prompt, with_continuation
 from router.v1.chat.request import ChatRequest, Message
@@ -170,6 +171,7 @@ async def _ask(
         is_set = context.services.settings.continue_answers
         prompt = with_continuation(prompt, body, view, by_default=is_set)
     deadline_s = context.services.settings.request_timeout_s
+    prompt = prompt_with_defaults(prompt, view)
     asked = context.services.dispatcher.tokenize(view.id, prompt, options, deadline_s)
     return view, await unless_disconnected(asked, request.receive)
 

@@ -28,6 +28,7 @@ from router.answers.generation import Generation, client_closed_response
 from router.answers.logprobs import chat_logprobs, prompt_logprobs, scored_prompt
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
+from router.requests.model_defaults import with_defaults
 from router.requests.priority import request_priority
 from router.requests.reasoning import for_model, unused_effort
 from router.requests.unreadable import UnreadableParts
@@ -52,23 +53,27 @@ def chat_endpoint(context: RouteContext) -> Callable[[Request], Awaitable[Respon
         answer_id = f"chatcmpl-{record.suffix}"
         n = body.n or 1
         requests = tuple(
-            GenerationRequest(
-                id=answer_id if n == 1 else f"{answer_id}-{index}",
-                model_id=view.id,
-                prompt=for_model(prompt, view),
-                sampling=body.sampling(
-                    top_logprobs=body.logprob_count,
-                    # All choices have the same prompt.
-                    prompt_logprobs=None if index else body.prompt_logprobs,
-                    index=index,
+            with_defaults(
+                GenerationRequest(
+                    id=answer_id if n == 1 else f"{answer_id}-{index}",
+                    model_id=view.id,
+                    prompt=for_model(prompt, view),
+                    sampling=body.sampling(
+                        top_logprobs=body.logprob_count,
+                        # All choices have the same prompt.
+                        prompt_logprobs=None if index else body.prompt_logprobs,
+                        index=index,
+                    ),
+                    max_tokens=body.token_limit,
+                    stop=body.stop,
+                    output=output,
+                    deadline_s=settings.request_timeout_s,
+                    priority=priority,
+                    rules=rules,
+                    reads_cache=body.cache_prompt is not False,
                 ),
-                max_tokens=body.token_limit,
-                stop=body.stop,
-                output=output,
-                deadline_s=settings.request_timeout_s,
-                priority=priority,
-                rules=rules,
-                reads_cache=body.cache_prompt is not False,
+                view,
+                body,
             )
             for index in range(n)
         )

@@ -15,6 +15,7 @@ from router.answers.generation import Generation, client_closed_response
 from router.answers.parts import Part, PartAssembler
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
+from router.requests.model_defaults import prompt_with_defaults, with_defaults
 from router.requests.priority import request_priority
 from router.requests.reasoning import for_model, unused_effort
 from router.v1.messages import answer
@@ -55,16 +56,20 @@ def messages_endpoint(
         prompt, compaction = converted.prompt, body.compaction
         if compaction is not None:
             prompt = summarizing(prompt, compaction.instructions)
-        generation_request = GenerationRequest(
-            id=message_id,
-            model_id=view.id,
-            prompt=for_model(prompt, view),
-            sampling=body.sampling,
-            max_tokens=max(body.max_tokens, 1),
-            stop=body.stop_sequences,
-            output=None if compaction is not None else converted.output,
-            deadline_s=context.services.settings.request_timeout_s,
-            priority=request_priority(request, None, view),
+        generation_request = with_defaults(
+            GenerationRequest(
+                id=message_id,
+                model_id=view.id,
+                prompt=for_model(prompt, view),
+                sampling=body.sampling,
+                max_tokens=max(body.max_tokens, 1),
+                stop=body.stop_sequences,
+                output=None if compaction is not None else converted.output,
+                deadline_s=context.services.settings.request_timeout_s,
+                priority=request_priority(request, None, view),
+            ),
+            view,
+            body,
         )
 
         def keep(parts: Sequence[Part]) -> None:
@@ -128,7 +133,9 @@ def count_tokens_endpoint(
         view = await context.model(body.model, Capability.CHAT, record_of(request.scope))
         deadline_s = context.services.settings.request_timeout_s
         count = await unless_disconnected(
-            context.services.dispatcher.count_tokens(view.id, converted.prompt, deadline_s),
+            context.services.dispatcher.count_tokens(
+                view.id, prompt_with_defaults(converted.prompt, view), deadline_s
+            ),
             request.receive,
         )
         if count is None:

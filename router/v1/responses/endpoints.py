@@ -15,6 +15,7 @@ from router.answers.generation import Generation, client_closed_response
 from router.answers.parts import PartAssembler
 from router.context import RouteContext, record_of
 from router.requests.body import read_request
+from router.requests.model_defaults import prompt_with_defaults, with_defaults
 from router.requests.priority import request_priority
 from router.requests.reasoning import unused_effort
 from router.v1.responses.items import ItemReader
@@ -37,16 +38,20 @@ def responses_endpoint(
         convert = partial(_converted, store, record.suffix)
         body, converted = await read_request(request, ResponsesRequest, convert)
         view = await context.model(body.model, Capability.CHAT, record)
-        generation_request = GenerationRequest(
-            id=f"resp_{record.suffix}",
-            model_id=view.id,
-            prompt=converted.prompt,
-            sampling=body.sampling(top_logprobs=body.logprob_count),
-            max_tokens=body.max_output_tokens,
-            stop=body.stop,
-            output=body.output,
-            deadline_s=context.services.settings.request_timeout_s,
-            priority=request_priority(request, body.service_tier, view),
+        generation_request = with_defaults(
+            GenerationRequest(
+                id=f"resp_{record.suffix}",
+                model_id=view.id,
+                prompt=converted.prompt,
+                sampling=body.sampling(top_logprobs=body.logprob_count),
+                max_tokens=body.max_output_tokens,
+                stop=body.stop,
+                output=body.output,
+                deadline_s=context.services.settings.request_timeout_s,
+                priority=request_priority(request, body.service_tier, view),
+            ),
+            view,
+            body,
         )
         effort = body.reasoning.effort if body.reasoning else None
         unused = unused_effort(view, {"reasoning.effort": effort})
@@ -106,7 +111,9 @@ def input_tokens_endpoint(
         view = await context.model(body.model, Capability.CHAT, record_of(request.scope))
         deadline_s = context.services.settings.request_timeout_s
         count = await unless_disconnected(
-            context.services.dispatcher.count_tokens(view.id, converted.prompt, deadline_s),
+            context.services.dispatcher.count_tokens(
+                view.id, prompt_with_defaults(converted.prompt, view), deadline_s
+            ),
             request.receive,
         )
         if count is None:

@@ -29,6 +29,13 @@ UNSET = {
     "runtime": None,
     "continue_answers": None,
     "deterministic": None,
+    "sampling": None,
+    "system_prompt": None,
+    "template_kwargs": None,
+    "chat_template": None,
+    "tags": None,
+    "favourite": None,
+    "notes": None,
 }
 WRITES = [("PATCH", ONE), ("POST", f"{ONE}/load"), ("POST", f"{ONE}/unload")]
 
@@ -51,6 +58,9 @@ class FakeManagement:
         settings = replace(self.settings.get(model_id, SettingsView()), **changes)
         self.settings[model_id] = settings
         return settings
+
+    async def check_settings(self, model_id: str, changes: Mapping[str, Any]) -> SettingsView:
+        return replace(self.settings.get(model_id, SettingsView()), **changes)
 
     async def aliases(self) -> Mapping[str, str]:
         return self.alias_ids

@@ -58,11 +58,9 @@ class Server:
         handle: Any = self.handle
         self.view = CatalogView(settings, handle, ModelStatesWatch(handle))
         self.management = SchedulerManagement(settings, handle, DecisionLog())
-        telemetry = FakeTelemetry()
+        telemetry, self.dispatcher = FakeTelemetry(), FakeDispatcher()
         self.app = create_app(
-            Services(
-                settings, self.view, FakeDispatcher(), FakeHealth(), telemetry, self.management
-            )
+            Services(settings, self.view, self.dispatcher, FakeHealth(), telemetry, self.management)
         )
 
     async def model_states(self, known_version: int) -> ModelStates:
