@@ -1,10 +1,11 @@
-"""Opens the catalog database, migrates its schema, and moves a damaged file aside."""
+"""Opens the catalog database, migrates its schema, backs it up, and replaces a damaged file."""
 
 import logging
+import shutil
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -136,8 +137,9 @@ def _version(connection: sqlite3.Connection) -> int:
 def open_catalog(path: Path) -> sqlite3.Connection:
     """Return the catalog at `path` with the current schema, in autocommit mode.
 
-    A damaged file is moved aside and replaced by an empty catalog.  Raises OSError,
-    sqlite3.Error, and the errors of `migrate`.
+    A damaged file is moved aside and replaced by its last backup, or by an empty catalog.  One with
+    an older schema is copied before it is migrated.  Raises OSError, sqlite3.Error, and the errors
+    of `migrate`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(path.with_name(path.name + ".lock")):
@@ -162,6 +164,16 @@ def _open(path: Path) -> sqlite3.Connection:
         if not is_damage(error):
             raise
         aside = move_aside(path)
+        restored = _restore(path)
+        if restored is not None:
+            logger.error(
+                "the catalog is damaged (%s); it was moved to %s. Its last backup is used, and "
+                "filled from the model folders; aliases and settings that were made in the last "
+                "minutes may have to be set again.",
+                error,
+                aside,
+            )
+            return restored
         logger.error(
             "the catalog is damaged (%s); it was moved to %s. A new one is filled from the model "
             "folders; aliases and settings of models have to be set again.",
@@ -169,6 +181,49 @@ def _open(path: Path) -> sqlite3.Connection:
             aside,
         )
         return _connect(path)
+
+
+def backup_path(path: Path) -> Path:
+    """Return where the backup of the catalog at `path` lies."""
+    return path.with_name(f"{path.name}.backup")
+
+
+def back_up(path: Path, target: Path) -> None:
+    """Copy the open catalog at `path` to `target`, which is whole at any time.
+
+    Blocks while the file is copied; others can write meanwhile.  Raises OSError and sqlite3.Error.
+    """
+    part = target.with_name(f"{target.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        with (
+            closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as source,
+            closing(sqlite3.connect(part)) as copy,
+        ):
+            source.backup(copy)
+            _check_pages(copy)
+        part.replace(target)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _restore(path: Path) -> sqlite3.Connection | None:
+    """Open the backup in place of the catalog; None if there is none that can be used."""
+    backup = backup_path(path)
+    if not backup.exists():
+        return None
+    try:
+        shutil.copyfile(backup, path)
+        connection = _connect(path)
+        # Readers with a cache must not take it for what they have read.
+        connection.execute("UPDATE changes SET count = abs(random() % 1000000000)")
+    except (OSError, sqlite3.Error, ImpetusError) as error:
+        logger.error("the backup %s of the catalog cannot be used: %s", backup, error)
+        for suffix in ("", "-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        return None
+    return connection
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -183,9 +238,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         if sys.platform == "darwin":
             connection.execute("PRAGMA fullfsync = 1")
             connection.execute("PRAGMA checkpoint_fullfsync = 1")
-        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            raise damage(verdict)
+        _check_pages(connection)
+        _copy_older(path, _version(connection))
         migrate(connection)
         # Only notes: a table that was lost is made anew instead of giving up the catalog.
         m003_inspections(connection)
@@ -194,6 +248,28 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _copy_older(path: Path, version: int) -> None:
+    """Keep a copy of a catalog that is about to be migrated.  Raises ImpetusError."""
+    if not 0 < version < len(MIGRATIONS):
+        return
+    target = path.with_name(f"{path.name}.schema-{version}")
+    try:
+        back_up(path, target)
+    except (OSError, sqlite3.Error) as error:
+        raise ImpetusError(
+            f"The catalog {path} has schema {version} and is migrated only after it was copied to "
+            f"{target}, which failed: {error}. Check that the disk has free space, then start the "
+            "server again."
+        ) from error
+
+
+def _check_pages(connection: sqlite3.Connection) -> None:
+    """Raise DatabaseError if the file is damaged."""
+    verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise damage(verdict)
 
 
 def _check_schema(connection: sqlite3.Connection) -> None:

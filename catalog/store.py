@@ -18,7 +18,7 @@ from catalog.changes import describe_changes
 from catalog.database_errors import cause, failure, is_damage
 from catalog.encoding import info_from_json, info_to_json, source_from_json, source_to_json
 from catalog.inspections import Inspection, read_inspections, write_inspections
-from catalog.migrations import open_catalog
+from catalog.migrations import back_up, backup_path, open_catalog
 from catalog.models import (
     OTHER_NAMES,
     ModelRecord,
@@ -75,6 +75,7 @@ class CatalogStore:
         self._lock = threading.RLock()
         self._is_closed = False
         self._next_reopen_at = 0.0
+        self._backed_up: int | None = None
         try:
             self._connection = open_catalog(path)
         except (OSError, sqlite3.Error) as error:
@@ -144,6 +145,16 @@ class CatalogStore:
         """Return the change counter, which every write by any process increments; cheap."""
         with self._reading() as connection:
             return int(connection.execute("SELECT count FROM changes").fetchone()[0])
+
+    def back_up(self) -> None:
+        """Copy the catalog to its backup if it changed since the last copy; blocks meanwhile.
+
+        Raises OSError and sqlite3.Error.
+        """
+        version = self.data_version()
+        if version != self._backed_up:
+            back_up(self._path, backup_path(self._path))
+            self._backed_up = version
 
     def models(self) -> list[ModelRecord]:
         """Return all models ordered by id, including refused and missing ones.

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -61,6 +62,7 @@ class Scanner:
         self._woken = asyncio.Event()
         self._look: asyncio.Task[None] | None = None
         self._has_added = False
+        self._has_failed_backup = False
         self._first_scan = asyncio.Event()
         self._urgent: set[str] = set()
         self.problem = ""
@@ -201,12 +203,25 @@ class Scanner:
         inspector = Inspector(list(self._backends))
         try:
             backends = list(self._backends.values())
-            return scan(
+            report = scan(
                 self._settings,
                 self._store,
                 backends,
                 identify_file=inspector.examine,
                 urgent=urgent,
             )
+            self._back_up()
+            return report
         finally:
             inspector.close()
+
+    def _back_up(self) -> None:
+        """Back the catalog up; it is served without that as well."""
+        try:
+            self._store.back_up()
+        except (ImpetusError, OSError, sqlite3.Error) as problem:
+            if not self._has_failed_backup:
+                logger.warning("the catalog cannot be backed up: %s", problem)
+            self._has_failed_backup = True
+        else:
+            self._has_failed_backup = False
