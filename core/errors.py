@@ -18,6 +18,7 @@ ImpetusError                    500 server_error            internal_error
 │ ├ HubNotFound                     hub_not_found
 │ ├ ModelNotFound                   model_not_found
 │ └ ModelFileMissing                model_file_missing
+├ ModelInUse                    409 invalid_request_error   model_in_use
 ├ BrokenModel                   422 invalid_request_error   broken_model
 ├ QueueFull                     429 rate_limit_error        queue_full
 │ └ QueueTooShort                   queue_full
@@ -266,6 +267,14 @@ class BrokenModel(ImpetusError):
     status = 422
     type = "invalid_request_error"
     code = "broken_model"
+
+
+class ModelInUse(ImpetusError):
+    """The model cannot be changed while requests use it."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "model_in_use"
 
 
 class QueueFull(ImpetusError):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from backends.base import EngineOptions, ModelInfo
+from catalog.bin import BinEntry as BinEntry
 from core.supervision import PartView as PartView
 from core.types import Priority
 from core.units import format_bytes

@@ -17,6 +17,7 @@ from router.api.aliases import (
     remove_alias_endpoint,
     set_alias_endpoint,
 )
+from router.api.bin import bin_endpoint, delete_endpoint, purge_endpoint, restore_endpoint
 from router.api.decisions import decisions_endpoint
 from router.api.downloads import (
     DownloadLimitsPatch,
@@ -119,6 +120,7 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/api/models/{model_id:path}/load"): EmptyBody,
     ("POST", "/api/models/{model_id:path}/unload"): EmptyBody,
     ("PUT", "/api/aliases/{alias:path}"): AliasTarget,
+    ("POST", "/api/bin/{bin_id}/restore"): EmptyBody,
     ("POST", "/api/drain"): EmptyBody,
     ("POST", "/api/downloads"): DownloadRequest,
     ("POST", "/api/hub/token"): TokenBody,
@@ -242,6 +244,10 @@ def _add_management_routes(app: FastAPI, context: RouteContext, management: Mana
     add(f"{one_model}/unload", unload_endpoint(context, management), "POST")
     add(one_model, show_endpoint(context, management))
     add(one_model, change_endpoint(context, management), "PATCH")
+    add(one_model, delete_endpoint(context, management), "DELETE")
+    add("/api/bin", bin_endpoint(management))
+    add("/api/bin/{bin_id}/restore", restore_endpoint(management), "POST")
+    add("/api/bin/{bin_id}", purge_endpoint(management), "DELETE")
     one_alias = "/api/aliases/{alias:path}"
     add("/api/aliases", aliases_endpoint(management))
     add(one_alias, set_alias_endpoint(context, management), "PUT")

@@ -140,6 +140,18 @@ class SettingsView:
 
 
 @dataclass(frozen=True, slots=True)
+class Binned:
+    """A deleted model in the bin; `paths` are below its model folder, times in Unix seconds."""
+
+    id: str
+    model_id: str
+    paths: tuple[str, ...]
+    freed_bytes: int
+    deleted_at: float
+    purge_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class DecisionView:
     """What the scheduler did about an event, and why; `at` is in Unix seconds."""
 
@@ -267,6 +279,25 @@ class Management(Protocol):
 
     async def unload(self, model_id: str) -> None:
         """Return once the model is out of memory.  Raises what the scheduler refuses with."""
+        ...
+
+    async def delete_model(self, model_id: str) -> Binned:
+        """Move a model's files into the bin.
+
+        Raises ModelNotFound, ModelInUse, RequestError if the files are not the user's own.
+        """
+        ...
+
+    async def binned(self) -> Sequence[Binned]:
+        """Return what is in the bin, oldest first."""
+        ...
+
+    async def restore_model(self, entry_id: str) -> Binned:
+        """Move a model back from the bin.  Raises NotFound, RequestError if its place is taken."""
+        ...
+
+    async def purge_model(self, entry_id: str) -> Binned:
+        """Delete a model in the bin for good.  Raises NotFound."""
         ...
 
     async def decisions(self) -> Sequence[DecisionView]:

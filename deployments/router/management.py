@@ -15,9 +15,9 @@ from catalog.store import CatalogStore
 from core.errors import ImpetusError, ModelNotFound, Unavailable
 from core.settings import Settings
 from deployments.decisions import DecisionLog
-from deployments.messages import Decision, LoadContext
+from deployments.messages import BinEntry, Decision, LoadContext
 from deployments.serve.handles import Handle, call, direct
-from router.services import DecisionView, SettingsView
+from router.services import Binned, DecisionView, SettingsView
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,22 @@ class SchedulerManagement:
         """Return once the scheduler has the model out of memory."""
         await call(self._scheduler.unload.remote(model_id))
 
+    async def delete_model(self, model_id: str) -> Binned:
+        """Have the scheduler move a model's files into the bin."""
+        return _binned(await call(self._scheduler.delete_model.remote(model_id)))
+
+    async def binned(self) -> Sequence[Binned]:
+        """Return what is in the bin, oldest first."""
+        return [_binned(one) for one in await call(self._scheduler.binned.remote())]
+
+    async def restore_model(self, entry_id: str) -> Binned:
+        """Have the scheduler move a model back from the bin."""
+        return _binned(await call(self._scheduler.restore_model.remote(entry_id)))
+
+    async def purge_model(self, entry_id: str) -> Binned:
+        """Have the scheduler delete a model in the bin for good."""
+        return _binned(await call(self._scheduler.purge_model.remote(entry_id)))
+
     async def decisions(self) -> Sequence[DecisionView]:
         """Return the last decisions of the scheduler and of this process.
 
@@ -120,6 +136,17 @@ class SchedulerManagement:
     def close(self) -> None:
         """Close the database."""
         self._store.close()
+
+
+def _binned(entry: BinEntry) -> Binned:
+    return Binned(
+        entry.id,
+        entry.model_id,
+        entry.paths,
+        entry.size_bytes,
+        entry.deleted_at,
+        entry.purge_at,
+    )
 
 
 def _view(settings: ModelSettings) -> SettingsView:

@@ -73,6 +73,10 @@ class Conversions:
         """Whether conversions are paused."""
         return self._pause.is_on
 
+    def is_converted(self, model_id: str) -> bool:
+        """Whether a conversion reads the model, or waits to."""
+        return model_id in self._running
+
     @property
     def is_running(self) -> bool:
         """Whether one runs or waits for its turn, and none is paused."""

@@ -20,6 +20,7 @@ from deployments.activity import DeathRecords
 from deployments.decisions import DecisionLog
 from deployments.messages import (
     DEFAULT_CONTEXT,
+    BinEntry,
     Decision,
     LoadContext,
     ModelStates,
@@ -30,6 +31,7 @@ from deployments.messages import (
 from deployments.options import budget_bytes, engine_options
 from deployments.scheduler.conversions import Conversions
 from deployments.scheduler.deaths import ProcessDeaths
+from deployments.scheduler.deletions import Deletions
 from deployments.scheduler.faults import FaultFile, Faults
 from deployments.scheduler.formats import FormatClients
 from deployments.scheduler.ledger import Ledger
@@ -123,6 +125,14 @@ class SchedulerReplica:
         self._snapshot = partial(take_snapshot, self._ledger, self._thermal)
         idle_s = settings.format_idle_s
         publisher = Publisher(self._backends, self._snapshot, self._ledger.refresh, idle_s)
+        self._deletions = Deletions(
+            settings,
+            self._store,
+            lambda: list(self._ledgers.values()),
+            self._release,
+            self._conversions.is_converted,
+            self._scanner.scan,
+        )
         self._recovery = Recovery(
             self._scanner,
             self._lookup,
@@ -304,6 +314,25 @@ class SchedulerReplica:
     async def unload(self, model_id: str) -> bool:
         """Unload a model, even a pinned one, after its last request; False if not resident."""
         return await self._release(model_id, "an unload was requested")
+
+    @returning_errors
+    async def delete_model(self, model_id: str) -> BinEntry:
+        """Unload a model and move its files into the bin; see `Deletions.delete`."""
+        return await self._deletions.delete(model_id)
+
+    async def binned(self) -> list[BinEntry]:
+        """Return what is in the bin, oldest first."""
+        return await self._deletions.entries()
+
+    @returning_errors
+    async def restore_model(self, entry_id: str) -> BinEntry:
+        """Move a model back from the bin; see `Deletions.restore`."""
+        return await self._deletions.restore(entry_id)
+
+    @returning_errors
+    async def purge_model(self, entry_id: str) -> BinEntry:
+        """Delete a model in the bin for good; see `Deletions.purge`."""
+        return await self._deletions.purge(entry_id)
 
     async def settings_changed(self, model_id: str) -> None:
         """Apply a model's changed keep-alive and pin at once.

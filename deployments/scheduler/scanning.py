@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
 from backends.base import Backend
+from catalog.bin import purge_expired
 from catalog.models import ScanReport
 from catalog.scan.inspector import Inspector
 from catalog.scan.scan import scan
@@ -211,9 +212,16 @@ class Scanner:
                 urgent=urgent,
             )
             self._back_up()
+            self._purge_bin()
             return report
         finally:
             inspector.close()
+
+    def _purge_bin(self) -> None:
+        """Delete what has been in the bin for a day."""
+        roots = [self._settings.home / "models", *self._settings.models_path]
+        for entry in purge_expired(roots, time.time()):
+            logger.info("%s was purged from the bin: %d bytes", entry.model_id, entry.size_bytes)
 
     def _back_up(self) -> None:
         """Back the catalog up; it is served without that as well."""

@@ -121,7 +121,7 @@ def show_endpoint(context: RouteContext, management: Management) -> Endpoint:
     """Return the handler of one model, usable or not."""
 
     async def show_model(request: Request) -> Response:
-        view = await _named_model(context, request)
+        view = await named_model(context, request)
         return await _show(management, view)
 
     return show_model
@@ -155,7 +155,7 @@ async def _asked_changes(
 ) -> tuple[ModelView, dict[str, Any]]:
     """Return the model and the changes that the body asks for.  Raises RequestError."""
     patch = await read_strict(request, SettingsPatch)
-    view = await _named_model(context, request)
+    view = await named_model(context, request)
     asked = patch.context_length
     if asked is not None and 0 < view.context_length < asked:
         raise RequestError(
@@ -181,14 +181,15 @@ def _action_endpoint(
 ) -> Endpoint:
     async def act_on_model(request: Request) -> Response:
         await read_strict(request, EmptyBody)
-        view = await _named_model(context, request)
+        view = await named_model(context, request)
         await act(view.id)
         return await _show(management, await find_model(context, view.id))
 
     return act_on_model
 
 
-async def _named_model(context: RouteContext, request: Request) -> ModelView:
+async def named_model(context: RouteContext, request: Request) -> ModelView:
+    """Return the model in the request's path.  Raises what `find_model` does."""
     view = await find_model(context, str(request.path_params["model_id"]))
     record_of(request.scope).model_id = view.id
     return view

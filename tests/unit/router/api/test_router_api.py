@@ -8,11 +8,11 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from core.errors import ImpetusError, InsufficientMemory
+from core.errors import ImpetusError, InsufficientMemory, ModelInUse, NotFound
 from core.types import Capability
 from router.api.decisions import MAX_DECISIONS
 from router.app import create_app
-from router.services import DecisionView, SettingsView
+from router.services import Binned, DecisionView, SettingsView
 from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL, make_services, make_view
 from tests.live_server import client_of, error_of
 
@@ -48,6 +48,7 @@ class FakeManagement:
         self.calls: list[tuple[Any, ...]] = []
         self.log: list[DecisionView] = []
         self.problem: ImpetusError | None = None
+        self.bin: list[Binned] = []
         self.alias_ids: dict[str, str] = {}
 
     async def settings_of(self, model_ids: Sequence[str]) -> Mapping[str, SettingsView]:
@@ -61,6 +62,31 @@ class FakeManagement:
 
     async def check_settings(self, model_id: str, changes: Mapping[str, Any]) -> SettingsView:
         return replace(self.settings.get(model_id, SettingsView()), **changes)
+
+    async def delete_model(self, model_id: str) -> Binned:
+        self.calls.append(("delete", model_id))
+        if self.problem is not None:
+            raise self.problem
+        self.bin.append(Binned("0" * 16, model_id, ("tiny.gguf",), 7, 1.5, 2.5))
+        return self.bin[-1]
+
+    async def binned(self) -> Sequence[Binned]:
+        return self.bin
+
+    async def restore_model(self, entry_id: str) -> Binned:
+        self.calls.append(("restore", entry_id))
+        return self._taken(entry_id)
+
+    async def purge_model(self, entry_id: str) -> Binned:
+        self.calls.append(("purge", entry_id))
+        return self._taken(entry_id)
+
+    def _taken(self, entry_id: str) -> Binned:
+        found = [one for one in self.bin if one.id == entry_id]
+        if not found:
+            raise NotFound("There is no such entry.", param="id")
+        self.bin.remove(found[0])
+        return found[0]
 
     async def aliases(self) -> Mapping[str, str]:
         return self.alias_ids
@@ -288,7 +314,13 @@ async def test_decisions_come_newest_first_and_bounded(
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", ONE), ("PUT", ONE), ("DELETE", ONE), ("POST", "/api/models"), ("PATCH", "/api/x")],
+    [
+        ("POST", ONE),
+        ("PUT", ONE),
+        ("DELETE", "/api/models"),
+        ("POST", "/api/models"),
+        ("PATCH", "/api/x"),
+    ],
 )
 async def test_nothing_else_is_there(ask: Ask, method: str, path: str) -> None:
     response = await ask(method, path, json={})
@@ -343,3 +375,26 @@ async def test_form_of_another_site_cannot_write(
 async def test_without_management_there_is_no_api() -> None:
     async with client_of(create_app(make_services())) as client:
         assert (await client.get("/api/models")).status_code == 404
+
+
+async def test_deleted_model_is_in_the_bin_until_it_is_restored(
+    ask: Ask, management: FakeManagement
+) -> None:
+    entry = {
+        "id": "0" * 16,
+        "model": CHAT_MODEL,
+        "paths": ["tiny.gguf"],
+        "freed_bytes": 7,
+        "deleted_at": 1,
+        "purge_at": 2,
+    }
+    answer = await ask("DELETE", ONE)
+    assert (answer.status_code, answer.json()) == (200, entry)
+    assert (await ask("GET", "/api/bin")).json() == {"models": [entry], "freed_bytes": 7}
+    place = f"/api/bin/{entry['id']}"
+    assert (await ask("POST", f"{place}/restore", json={})).json() == entry
+    gone = await ask("DELETE", place)
+    assert (gone.status_code, error_of(gone)["code"]) == (404, "not_found")
+    management.problem = ModelInUse("It is in use.")
+    busy = await ask("DELETE", ONE)
+    assert (busy.status_code, error_of(busy)["code"]) == (409, "model_in_use")

@@ -46,7 +46,7 @@ async def test_head_is_answered_like_get_without_a_body(path: str) -> None:
         ("/v1/chat/completions", "OPTIONS, POST"),
         ("/v1/messages", "OPTIONS, POST"),
         ("/v1/responses/resp_1", "DELETE, GET, HEAD, OPTIONS"),
-        (f"/api/models/{CHAT_MODEL}", "GET, HEAD, OPTIONS, PATCH"),
+        (f"/api/models/{CHAT_MODEL}", "DELETE, GET, HEAD, OPTIONS, PATCH"),
         ("/api/drain", "OPTIONS, POST"),
     ],
 )
@@ -90,7 +90,7 @@ async def test_what_no_model_has_is_404_for_every_method(method: str, path: str)
     async with client_of(make_app()) as http:
         headers = {"content-type": "application/json"}
         answer = await http.request(method, path, content=b"{}", headers=headers)
-        if path.startswith("/api/") and method == "PATCH":
+        if path.startswith("/api/") and method in ("PATCH", "DELETE"):
             assert error_of(answer)["code"] == "model_not_found"
         else:
             assert error_of(answer)["code"] == "not_found"
@@ -100,7 +100,7 @@ async def test_what_no_model_has_is_404_for_every_method(method: str, path: str)
 async def test_method_that_no_action_has_is_told_the_actions_own() -> None:
     path = f"/api/models/{CHAT_MODEL}/load"
     async with client_of(make_app()) as http:
-        wrong = await http.request("DELETE", path)
+        wrong = await http.request("PUT", path, json={})
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "OPTIONS, POST")
 
 

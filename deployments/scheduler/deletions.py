@@ -1,0 +1,110 @@
+"""Deletes models into the bin and restores them; refuses while they are in use."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+from catalog import bin as model_bin
+from catalog.store import CatalogStore
+from core.errors import ImpetusError, ModelInUse, ModelNotFound
+from core.settings import Settings
+from deployments.messages import BinEntry
+from deployments.scheduler.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+
+class Deletions:
+    """Owns the bin.  Belongs to one event loop; files are moved on threads, one model at a time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: CatalogStore,
+        ledgers: Callable[[], Sequence[Ledger]],
+        release: Callable[[str, str], Awaitable[Any]],
+        is_converted: Callable[[str], bool],
+        scan: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`is_converted` tells whether a conversion reads the model; `scan` scans the folders."""
+        self._roots = [settings.home / "models", *settings.models_path]
+        self._store = store
+        self._ledgers = ledgers
+        self._release = release
+        self._is_converted = is_converted
+        self._scan = scan
+        self._one_at_a_time = asyncio.Lock()
+
+    async def delete(self, model_id: str) -> BinEntry:
+        """Unload the model and move its files into the bin, where they stay for a day.
+
+        Raises ModelNotFound, RequestError for a model whose files are not the user's own,
+        ModelInUse while a request, a load or a conversion uses it, and Unavailable.
+        """
+        async with self._one_at_a_time:
+            records = await asyncio.to_thread(self._store.models)
+            record = next((one for one in records if one.id == model_id), None)
+            if record is None:
+                raise ModelNotFound.of(model_id, [one.id for one in records])
+            root = await asyncio.to_thread(model_bin.check_deletable, record, self._roots)
+            await self._check_unused(model_id)
+            await self._release(model_id, "the model is being deleted")
+            entry = await asyncio.to_thread(
+                model_bin.move_to_bin, record, root, records, time.time()
+            )
+            # A scan that saw the files before has ended then, and adds no entry again.
+            await self._scan()
+            forget = partial(self._store.record_scan, (), (), [record.key], now=time.time())
+            await asyncio.to_thread(forget)
+        logger.info("%s was moved to the bin: %d bytes", model_id, entry.size_bytes)
+        return entry
+
+    async def _check_unused(self, model_id: str) -> None:
+        if self._is_converted(model_id):
+            raise ModelInUse(f"{model_id} is being converted; delete it when that has ended.")
+        for ledger in self._ledgers():
+            await ledger.refresh()
+            resident = ledger.state.resident(model_id)
+            in_flight = resident.in_flight if resident is not None else 0
+            waiting = sum(one.model_id == model_id for one in ledger.state.waiting)
+            if in_flight or waiting or ledger.state.is_loading(model_id):
+                raise ModelInUse(
+                    f"{model_id} is in use: {in_flight} of its requests run and {waiting} wait. "
+                    "Delete it when they have ended."
+                )
+
+    async def entries(self) -> list[BinEntry]:
+        """Return what is in the bin, oldest first."""
+        return await asyncio.to_thread(model_bin.entries, self._roots)
+
+    async def restore(self, entry_id: str) -> BinEntry:
+        """Move a model's files back, with its settings and those aliases that are free.
+
+        Raises NotFound, RequestError if another file has its place, and Unavailable.
+        """
+        async with self._one_at_a_time:
+            entry = await asyncio.to_thread(model_bin.find, entry_id, self._roots)
+            await asyncio.to_thread(model_bin.restore, entry)
+            await self._scan()
+            await asyncio.to_thread(self._describe_again, entry)
+        return entry
+
+    def _describe_again(self, entry: BinEntry) -> None:
+        try:
+            taken = {alias.lower() for alias in self._store.aliases()}
+            for alias in entry.aliases:
+                if alias.lower() not in taken:
+                    self._store.set_alias(alias, entry.model_id)
+            self._store.change_settings(entry.model_id, entry.settings)
+        except (ImpetusError, TypeError) as problem:
+            logger.warning("%s was restored without all its settings: %s", entry.model_id, problem)
+
+    async def purge(self, entry_id: str) -> BinEntry:
+        """Delete a model in the bin for good.  Raises NotFound and Unavailable."""
+        async with self._one_at_a_time:
+            entry = await asyncio.to_thread(model_bin.find, entry_id, self._roots)
+            await asyncio.to_thread(model_bin.purge, entry)
+        return entry
