@@ -25,6 +25,8 @@ from core.errors import RequestError
 from core.units import parse_bytes
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+# Programs whose model folders can be found.
+DISCOVERED = ("huggingface", "lmstudio", "ollama", "llama.cpp")
 _PREFIX = "IMPETUS_"
 _INTERNAL = (SERVER_ID,)
 # Larger waits overflow the timers of threads and event loops.
@@ -73,6 +75,11 @@ class Settings(BaseSettings):
     models_path: Annotated[list[Path], NoDecode, BeforeValidator(_split_paths)] = Field(
         default_factory=list,
         description="Additional folders to scan for models, separated as in PATH.",
+    )
+    discover: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
+        default=[*DISCOVERED],
+        description="Programs whose model folders are scanned as well and used in place: "
+        "huggingface, lmstudio, ollama, llama.cpp, separated by commas; empty: none.",
     )
     starters: bool = Field(default=True, description="Serve the embedded starter models.")
     formats: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
@@ -259,6 +266,14 @@ class Settings(BaseSettings):
     def _formats_are_named(cls, value: list[str]) -> list[str]:
         if not value:
             raise ValueError("must name at least one format, such as gguf")
+        return value
+
+    @field_validator("discover")
+    @classmethod
+    def _programs_are_known(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in DISCOVERED:
+                raise ValueError(f"{name[:50]!r} is not one of {', '.join(DISCOVERED)}")
         return value
 
     @field_validator("home", "thermal_file", "models_path")

@@ -1,12 +1,16 @@
 """Settings of all tiers."""
 
 import gc
+import os
 from collections import OrderedDict
 from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# What other programs have on this machine is not part of a test.
+os.environ["IMPETUS_DISCOVER"] = ""
 
 # A machine under load is slow, and slowness is no failure.
 settings.register_profile("impetus", deadline=None)

@@ -9,6 +9,7 @@ from backends.base import Backend
 from catalog.models import ScanReport
 from catalog.scan.identify import HasBuiltInModels, Outcome, examine
 from catalog.scan.notes import InspectionNotes
+from catalog.scan.places import model_folders
 from catalog.scan.run import ScanRun, log_skipped
 from catalog.scan.starters import STARTERS, installed_starter
 from catalog.scan.walk import Candidate, walk
@@ -38,7 +39,7 @@ def scan(
     """
     identify_file = identify_file or (lambda path: examine(path, backends))
     notes = InspectionNotes(store.inspections(), backends, clock(), urgent)
-    found = walk([settings.home / "models", *settings.models_path])
+    found = walk(model_folders(settings))
     known = {record.key: record for record in store.models()}
     run = ScanRun(known, notes, identify_file, found)
     for candidate in found.candidates:

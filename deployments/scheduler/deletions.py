@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from catalog import bin as model_bin
+from catalog.scan.places import own_folders
 from catalog.store import CatalogStore
 from core.errors import ImpetusError, ModelInUse, ModelNotFound
 from core.settings import Settings
@@ -30,7 +31,7 @@ class Deletions:
         scan: Callable[[], Awaitable[None]],
     ) -> None:
         """`is_converted` tells whether a conversion reads the model; `scan` scans the folders."""
-        self._roots = [settings.home / "models", *settings.models_path]
+        self._roots = own_folders(settings)
         self._store = store
         self._ledgers = ledgers
         self._release = release

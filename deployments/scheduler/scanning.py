@@ -11,6 +11,7 @@ from backends.base import Backend
 from catalog.bin import purge_expired
 from catalog.models import ScanReport
 from catalog.scan.inspector import Inspector
+from catalog.scan.places import own_folders
 from catalog.scan.scan import scan
 from catalog.scan.walk import has_changed
 from catalog.store import CatalogStore
@@ -219,8 +220,7 @@ class Scanner:
 
     def _purge_bin(self) -> None:
         """Delete what has been in the bin for a day."""
-        roots = [self._settings.home / "models", *self._settings.models_path]
-        for entry in purge_expired(roots, time.time()):
+        for entry in purge_expired(own_folders(self._settings), time.time()):
             logger.info("%s was purged from the bin: %d bytes", entry.model_id, entry.size_bytes)
 
     def _back_up(self) -> None:

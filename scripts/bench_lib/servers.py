@@ -120,6 +120,7 @@ def launch(
         "IMPETUS_PORT": str(port),
         "IMPETUS_MODELS_PATH": str(models),
         "IMPETUS_STARTERS": "false",
+        "IMPETUS_DISCOVER": "",
         "IMPETUS_AUTO_CONVERT": "false",
         **settings,
     }

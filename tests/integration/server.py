@@ -69,6 +69,8 @@ class Server:
             "HOME": str(self.home),
             "PORT": str(self.port),
             "MODELS_PATH": str(self.models),
+            # What other programs have on this machine is not part of a test.
+            "DISCOVER": "",
             "THREADS": "1",
             **settings,
         }

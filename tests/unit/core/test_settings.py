@@ -134,6 +134,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "context_length": (2**31,),
     "starters": ("maybe",),
     "models_path": (3,),
+    "discover": (["jan"], "ollama,jan", 3),
 }
 
 

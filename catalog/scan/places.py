@@ -1,0 +1,97 @@
+"""Finds the folders in which other programs keep models: Hugging Face, LM Studio, Ollama, …"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from backends.hf.header import read_text
+from core.errors import ImpetusError
+from core.settings import Settings
+from core.units import MIB
+
+# Where Ollama's installer for Linux lets its service keep models.
+_OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
+
+
+def model_folders(
+    settings: Settings,
+    environment: Mapping[str, str] = os.environ,
+    home: Path | None = None,
+    platform: str = sys.platform,
+) -> list[Path]:
+    """Return the folders to scan: the server's own, the user's, and those of other programs.
+
+    Folders of other programs are listed only where they exist.  Blocks briefly.
+    """
+    try:
+        home = home or Path.home()
+    except RuntimeError:
+        return own_folders(settings)
+    found = {
+        "huggingface": lambda: _hugging_face(environment, home),
+        "lmstudio": lambda: _lm_studio(home),
+        "ollama": lambda: _ollama(environment, home),
+        "llama.cpp": lambda: _llama_cpp(environment, home, platform),
+    }
+    others = [folder for name in settings.discover for folder in found[name]()]
+    return list(dict.fromkeys([*own_folders(settings), *filter(_is_folder, others)]))
+
+
+def own_folders(settings: Settings) -> list[Path]:
+    """Return the server's own model folder and those that the user named."""
+    return [settings.home / "models", *settings.models_path]
+
+
+def _hugging_face(environment: Mapping[str, str], home: Path) -> list[Path]:
+    """Source: huggingface_hub's constants."""
+    caches = _variable(environment, "XDG_CACHE_HOME", home) or home / ".cache"
+    base = _variable(environment, "HF_HOME", home) or caches / "huggingface"
+    named = _variable(environment, "HF_HUB_CACHE", home)
+    return [named or _variable(environment, "HUGGINGFACE_HUB_CACHE", home) or base / "hub"]
+
+
+def _lm_studio(home: Path) -> list[Path]:
+    """Its folder, the one that its settings name, and that of its older versions."""
+    base = home / ".lmstudio"
+    folders = [base / "models", home / ".cache" / "lm-studio" / "models"]
+    try:
+        named = json.loads(read_text(base / "settings.json", MIB))["downloadsFolder"]
+    except (OSError, ValueError, KeyError, TypeError, ImpetusError, RecursionError):
+        return folders
+    is_path = isinstance(named, str) and "\0" not in named and Path(named).is_absolute()
+    return [Path(named), *folders] if is_path else folders
+
+
+def _ollama(environment: Mapping[str, str], home: Path) -> list[Path]:
+    """Source: Ollama's envconfig, and its installer for Linux."""
+    named = _variable(environment, "OLLAMA_MODELS", home)
+    return [named] if named else [home / ".ollama" / "models", _OLLAMA_SERVICE]
+
+
+def _llama_cpp(environment: Mapping[str, str], home: Path, platform: str) -> list[Path]:
+    """Source: llama.cpp's common/common.cpp, fs_get_cache_directory."""
+    named = _variable(environment, "LLAMA_CACHE", home)
+    if named:
+        return [named]
+    if platform == "darwin":
+        return [home / "Library" / "Caches" / "llama.cpp"]
+    caches = _variable(environment, "XDG_CACHE_HOME", home) or home / ".cache"
+    return [caches / "llama.cpp"]
+
+
+def _variable(environment: Mapping[str, str], name: str, home: Path) -> Path | None:
+    """Return the absolute path that a variable holds, None without one."""
+    text = environment.get(name, "")
+    if text == "~" or text.startswith("~/"):
+        text = str(home) + text[1:]
+    return Path(text) if text and Path(text).is_absolute() else None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        # It may be there: the scan reports why it cannot be listed.
+        return True
