@@ -198,7 +198,8 @@ class ScanReport:
     """The ids of the models that a scan changed; `skipped` lists paths with the reason.
 
     `next_look_s` is when to scan again for models whose files are being written, in seconds.
-    `folders` are the folders that were listed, with their modification times in ns.
+    `folders` are the folders that were listed, with their modification times in ns.  With
+    `has_unread` some files could not be inspected, which is tried again.
     """
 
     added: tuple[str, ...] = ()
@@ -208,6 +209,7 @@ class ScanReport:
     skipped: tuple[str, ...] = ()
     next_look_s: float | None = None
     folders: Mapping[Path, int] = field(default_factory=dict, repr=False)
+    has_unread: bool = False
 
     @property
     def has_changes(self) -> bool:

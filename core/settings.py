@@ -169,7 +169,10 @@ class Settings(BaseSettings):
         description="Grace period for running requests at shutdown, in seconds.",
     )
     scan_interval_s: Seconds = Field(
-        default=60.0, gt=0, description="Interval between scans of the model folders, in seconds."
+        default=60.0,
+        gt=0,
+        description="Interval between scans of the model folders, in seconds; of folders that the "
+        "system watches for changes only additions are looked for, and all is scanned every hour.",
     )
     prefix_ram: ByteCount = Field(
         default=512 * 1024**2,

@@ -75,6 +75,11 @@ class InspectionNotes:
         due = [one.retry_at for one in self.current.values() if is_arriving(one)]
         return max(min(due) - self.now, 0.0) if due else None
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether a file could not be inspected, and is not arriving."""
+        return any(one.verdict == "uninspected" for one in self.current.values())
+
     def keep(self, key: str) -> None:
         """Keep the note on a file that cannot be read for now, if there is one."""
         if key in self.known:

@@ -69,4 +69,5 @@ def scan(
         skipped=tuple(found.skipped),
         next_look_s=notes.next_look_s(),
         folders=found.folders,
+        has_unread=notes.has_unread or bool(found.unread),
     )

@@ -146,8 +146,10 @@ class SchedulerReplica:
         keep_awake(self._supervisor, settings, lambda: conversions.is_running)
         keep_running = self._supervisor.keep_running
         watched = replace(self._supervisor.policy, silence_s=_SILENCE_S)
+        optional = replace(self._supervisor.policy, is_vital=False)
         self._background = asyncio.gather(
             keep_running("folder scans", self._scanner.run),
+            keep_running("folder watch", self._scanner.watch, optional),
             keep_running("thermal watch", self._thermal.run, watched),
             keep_running("publisher", publisher.run, watched),
             *self._recovery.start(self._supervisor, list(self._backends), self._prepare),

@@ -11,9 +11,10 @@ from backends.base import Backend
 from catalog.bin import purge_expired
 from catalog.models import ScanReport
 from catalog.scan.inspector import Inspector
-from catalog.scan.places import own_folders
+from catalog.scan.places import model_folders, own_folders
 from catalog.scan.scan import scan
 from catalog.scan.walk import has_changed
+from catalog.scan.watch import FolderWatch
 from catalog.store import CatalogStore
 from core.errors import CatalogNotWritten, ImpetusError
 from core.settings import Settings
@@ -32,6 +33,11 @@ _WAIT_LIMIT_S = 60.0
 _QUIET_MARGIN_S = 0.1
 # How long a request waits for the times of the folders, which a disk may hold up for ever.
 _LOOK_LIMIT_S = 2.0
+# A scan for files that changed comes this much later than the last one, and ten times its duration.
+CHANGED_INTERVAL_S = 3.0
+_CHANGED_PAUSE = 10
+# While the folders are watched the others scan as often: it looks for what gave no event.
+WATCHED_INTERVAL_S = 3600.0
 # The first pause after a failed scan; it doubles up to the setting's interval.
 _RETRY_S = 2.0
 
@@ -65,6 +71,8 @@ class Scanner:
         self._look: asyncio.Task[None] | None = None
         self._has_added = False
         self._has_failed_backup = False
+        self._has_failed_watch = False
+        self._is_watching = False
         self._first_scan = asyncio.Event()
         self._urgent: set[str] = set()
         self.problem = ""
@@ -75,13 +83,74 @@ class Scanner:
         return self._first_scan.is_set()
 
     async def run(self) -> None:
-        """Scan at intervals until cancelled; a scan that fails is repeated sooner."""
+        """Scan at intervals until cancelled; a scan that fails is repeated sooner.
+
+        While `watch` watches the folders it only looks whether files were added to them.
+        """
         while True:
             # Without scans what is in the catalog is still served.
             await attempt(self._scan_or_raise, is_vital=False)
-            while await self._is_woken(self._pause_s()):
-                # Another scan found files that are arriving: the pause begins again.
+            while await self._is_woken(self._pause_s()) or await self._is_idle():
+                # Another scan found files that are arriving, or nothing has to be scanned.
                 pass
+
+    async def _is_idle(self) -> bool:
+        """Whether the folders are watched and no scan is due."""
+        is_due = self._failures or self._report.next_look_s is not None
+        is_due = is_due or self._clock() - self._ended_at >= WATCHED_INTERVAL_S
+        if is_due or not self._is_watching or self._report.has_unread:
+            return False
+        folders = self._report.folders
+        return not await call_in_thread("impetus-look", lambda: has_changed(folders))
+
+    async def watch(self) -> None:
+        """Scan when files below the folders change, until cancelled.
+
+        Where the system gives no events, the scans of `run` are all there are.
+        """
+        while True:
+            try:
+                watch = await call_in_thread("impetus-watch", self._start_watch)
+            except (OSError, RuntimeError) as problem:
+                if not self._has_failed_watch:
+                    logger.warning(
+                        "the model folders are scanned every %g s only, because they cannot be "
+                        "watched for changes: %s",
+                        self._settings.scan_interval_s,
+                        problem,
+                    )
+                self._has_failed_watch = True
+                await asyncio.sleep(self._settings.scan_interval_s)
+                continue
+            self._is_watching = True
+            try:
+                await self._scan_changed(watch)
+            finally:
+                self._is_watching = False
+                watch.stop()
+
+    def _start_watch(self) -> FolderWatch:
+        return FolderWatch(model_folders(self._settings))
+
+    async def _scan_changed(self, watch: FolderWatch) -> None:
+        """Scan at the start of a watch and after changes, until the folders are others."""
+        while True:
+            began_at = self._clock()
+            await self.scan(limit_s=None)
+            took_s = self._clock() - began_at
+            await asyncio.sleep(max(CHANGED_INTERVAL_S, _CHANGED_PAUSE * took_s))
+            # Changes meanwhile are kept, and told at once.
+            if not await call_in_thread("impetus-watch", lambda: self._await_change(watch)):
+                return
+
+    def _await_change(self, watch: FolderWatch) -> bool:
+        """Block until something changes; False if the folders are others than those watched."""
+        while watch.covers(model_folders(self._settings)):
+            if watch.wait(self._settings.scan_interval_s, time.monotonic):
+                return True
+            if watch.is_stopped:
+                return False
+        return False
 
     async def _is_woken(self, pause_s: float) -> bool:
         """Wait for `pause_s`; return True if a scan found files that are arriving meanwhile."""

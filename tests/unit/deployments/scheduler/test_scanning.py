@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ import pytest
 from catalog.models import ScanReport
 from catalog.scan.identify import Outcome, Uninspected, examine
 from catalog.scan.walk import modified_ns
+from catalog.scan.watch import FolderWatch
 from catalog.store import CatalogStore
 from core.errors import Unavailable
 from core.settings import Settings
 from core.supervision import Supervisor
 from deployments.messages import Residency
 from deployments.scheduler import scanning
-from deployments.scheduler.scanning import ADDED_INTERVAL_S, RESCAN_INTERVAL_S, Scanner
+from deployments.scheduler.scanning import (
+    ADDED_INTERVAL_S,
+    RESCAN_INTERVAL_S,
+    WATCHED_INTERVAL_S,
+    Scanner,
+)
 from tests.gguf_files import llama_gguf
 from tests.unit.deployments.scheduler.scheduling import A, InProcess, Replica, started
 from tests.waiting import wait_until
@@ -308,3 +315,96 @@ async def test_a_load_inspects_a_file_whose_inspection_failed(
         inspector.is_failing = False
         monkeypatch.setattr(scheduler._scanner, "_next_rescan_at", 0.0)
         assert isinstance(await scheduler.ensure_loaded(A), Residency)
+
+
+async def watching(scanner: Scanner, scans: Scans) -> "asyncio.Task[None]":
+    """Start watching with short pauses; return once the first scan of the watch has ended."""
+    task = asyncio.ensure_future(scanner.watch())
+    await wait_until(lambda: scans.count and not scans.running, "the first scan")
+    return task
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scanning, "CHANGED_INTERVAL_S", 0.01)
+    monkeypatch.setattr(scanning, "FolderWatch", partial(FolderWatch, step_ms=10))
+
+
+@pytest.mark.usefixtures("quick")
+async def test_changed_files_are_scanned_and_unfinished_ones_are_not(
+    scanner: Scanner, scans: Scans, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models" / "inner"
+    folder.mkdir(parents=True)
+    task = await watching(scanner, scans)
+    known = scans.count
+    (folder / ".hidden").write_text("x")
+    (folder / "new.gguf.part").write_text("x")
+    (folder / "new.gguf").write_text("x")
+    await wait_until(lambda: scans.count > known, "a scan for the new file")
+    known = scans.count
+    (folder / "new.gguf").unlink()
+    await wait_until(lambda: scans.count > known, "a scan for the deleted file")
+    task.cancel()
+    await asyncio.wait({task})
+    assert not scanner._is_watching
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_folder_that_is_made_later_is_watched_as_well(
+    tmp_path: Path, scans: Scans, clock: Clock
+) -> None:
+    store, supervisor = CatalogStore(tmp_path / "catalog.sqlite"), Supervisor()
+    settings = Settings(home=tmp_path, scan_interval_s=0.05)
+    scanner = Scanner(settings, store, {}, supervisor, clock)
+    task = await watching(scanner, scans)
+    known = scans.count
+    (tmp_path / "models").mkdir()
+    await wait_until(lambda: scans.count > known, "a scan of the new folder")
+    known = scans.count
+    (tmp_path / "models" / "new.gguf").write_text("x")
+    await wait_until(lambda: scans.count > known, "a scan for the new file")
+    task.cancel()
+    await asyncio.wait({task})
+    await supervisor.stop()
+    store.close()
+
+
+async def test_watched_folders_are_scanned_only_when_something_is_due(
+    scanner: Scanner, scans: Scans, clock: Clock, tmp_path: Path
+) -> None:
+    scans.folders = [tmp_path / "models"]
+    await scanner.scan()
+    assert not await scanner._is_idle()
+    scanner._is_watching = True
+    assert await scanner._is_idle()
+    clock.now += WATCHED_INTERVAL_S
+    assert not await scanner._is_idle()
+    await scanner.scan()
+    assert await scanner._is_idle()
+    # What gave no event.
+    (tmp_path / "models").mkdir()
+    assert not await scanner._is_idle()
+    scans.next_look_s = 1.0
+    await scanner.scan()
+    assert not await scanner._is_idle()
+
+
+async def test_without_events_the_scans_at_intervals_go_on(
+    scanner: Scanner,
+    scans: Scans,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    del scans
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "OS file watch limit reached")
+
+    monkeypatch.setattr(scanning, "FolderWatch", full)
+    task = asyncio.ensure_future(scanner.watch())
+    await wait_until(lambda: "cannot be watched" in caplog.text, "the reason is logged")
+    assert not scanner._is_watching
+    assert not task.done()
+    task.cancel()
+    await asyncio.wait({task})
