@@ -15,6 +15,10 @@ RecordState: TypeAlias = Literal["ok", "refused", "missing", "uninspected"]
 
 # The detail of a model with more bare names than one, which it lists with commas between them.
 OTHER_NAMES = "other_names"
+# The detail with the system prompt that a model came with.
+SYSTEM_PROMPT = "system_prompt"
+# The detail with a digest of what the store of another program says of a model.
+STORE_FACTS = "store_facts"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,11 @@
 """Names the blobs of an Ollama store by the manifests that refer to them.
 
 A store has `manifests/<host>/<owner>/<model>/<tag>`, JSON files that list layers by digest, and
-`blobs/sha256-<digest>`.  Source: Ollama's server/manifest.go and its media types.
+`blobs/sha256-<digest>`.  Text layers hold sampling parameters, a system prompt and licences.
+Source: Ollama's server/manifest.go, its media types, and the options of its api/types.go.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,9 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from backends.hf.header import read_json
-from core.errors import BrokenModel
-from core.units import MIB
+from backends.hf.header import read_json, read_text
+from catalog.models import SYSTEM_PROMPT
+from core.errors import BrokenModel, ImpetusError
+from core.units import KIB, MIB
 
 _MAX_MANIFESTS = 5000
 _MAX_DEPTH = 6
@@ -26,6 +29,18 @@ _MEDIA_TYPE = "application/vnd.ollama.image."
 # Layers that are GGUF files; the others are texts and settings.
 _FILES = ("model", "projector", "adapter")
 _DEFAULT_TAG = "latest"
+# What a model's layers say of it is a licence, or a detail of `ModelInfo` by its name.
+LICENSE = "license"
+_SAMPLING = {
+    "temperature": "sampling_temp",
+    "top_k": "sampling_top_k",
+    "top_p": "sampling_top_p",
+    "min_p": "sampling_min_p",
+}
+_MAX_TEXT_BYTES = 256 * KIB
+_LONGEST_PROMPT = 32_000
+_LONGEST_LICENSE = 100
+_LARGEST_NUMBER = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +48,13 @@ class OllamaStore:
     """What the manifests say: the names of each blob, and manifests that cannot be served.
 
     `refused` has the model's name and the reason by manifest.  `texts` are blobs that are not
-    models: templates, licenses, parameters and configurations.  `folders` have the manifests.
+    models: templates, licenses, parameters and configurations.  `facts` are what the texts say of
+    each blob, by name.  `folders` have the manifests.
     """
 
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     texts: frozenset[str] = frozenset()
+    facts: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
     refused: Mapping[Path, tuple[str, str]] = field(default_factory=dict)
     folders: frozenset[Path] = frozenset()
 
@@ -54,9 +71,10 @@ def is_store(folder: Path) -> bool:
 
 
 def read_store(folder: Path) -> OllamaStore:
-    """Read the manifests of a store; blocks while up to 5,000 small files are read."""
+    """Read the manifests of a store; blocks while up to 5,000 and their text layers are read."""
     names: dict[str, list[str]] = {}
     texts: set[str] = set()
+    facts: dict[str, Mapping[str, float | str]] = {}
     refused: dict[Path, tuple[str, str]] = {}
     manifests = list(islice(_manifests(folder / "manifests", 1), _MAX_MANIFESTS))
     for manifest in sorted(manifests, key=_latest_last):
@@ -69,15 +87,19 @@ def read_store(folder: Path) -> OllamaStore:
             continue
         except OSError:
             continue
-        texts |= layers.texts
+        texts |= layers.texts.keys()
         if reason:
             refused[manifest] = name, reason
             continue
         for blob, kind in layers.files.items():
             names.setdefault(blob, []).append(name if kind == "model" else f"{name}-{kind}")
+            if kind == "model" and blob not in facts:
+                # That of the tag that names the model.
+                facts[blob] = _facts(folder / "blobs", layers.texts)
     return OllamaStore(
         {blob: tuple(found) for blob, found in names.items()},
         frozenset(texts - names.keys()),
+        facts,
         refused,
         frozenset(place for one in manifests for place in list(one.parents)[:3]),
     )
@@ -125,10 +147,10 @@ def _layers(manifest: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """A manifest's blobs: GGUF files with their kind, texts, and the number of single tensors."""
+    """A manifest's blobs: GGUF files and texts with their kinds, and the number of tensors."""
 
     files: Mapping[str, str]
-    texts: frozenset[str]
+    texts: Mapping[str, str]
     tensors: int
 
     def problem(self, blobs: Path) -> str:
@@ -147,7 +169,7 @@ class _Layers:
 def _sorted_layers(layers: list[dict[str, Any]]) -> _Layers:
     """Sort a manifest's layers.  Raises BrokenModel for a digest that is none."""
     files: dict[str, str] = {}
-    texts: set[str] = set()
+    texts: dict[str, str] = {}
     tensors = 0
     for layer in layers:
         match = _DIGEST.fullmatch(str(layer.get("digest")))
@@ -162,6 +184,44 @@ def _sorted_layers(layers: list[dict[str, Any]]) -> _Layers:
         if kind in _FILES:
             files[blob] = kind
         else:
-            texts.add(blob)
+            texts[blob] = kind
             tensors += kind == "tensor"
-    return _Layers(files, frozenset(texts), tensors)
+    return _Layers(files, texts, tensors)
+
+
+def _facts(blobs: Path, texts: Mapping[str, str]) -> dict[str, float | str]:
+    """Return what a model's text layers say; what cannot be read is left out."""
+    facts: dict[str, float | str] = {}
+    for blob, kind in texts.items():
+        if kind not in ("params", "system", "license"):
+            continue
+        try:
+            text = read_text(blobs / blob, _MAX_TEXT_BYTES).strip()
+        except (OSError, ImpetusError):
+            continue
+        if kind == "params":
+            facts |= _sampling(text)
+        elif kind == "system" and 0 < len(text) <= _LONGEST_PROMPT:
+            facts[SYSTEM_PROMPT] = text
+        elif kind == "license" and text:
+            # The first of several: the others are of what the model was made from.
+            first = "".join(char for char in text.splitlines()[0] if char.isprintable())
+            facts.setdefault(LICENSE, first.strip()[:_LONGEST_LICENSE])
+    return facts
+
+
+def _sampling(text: str) -> dict[str, float]:
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(options, dict):
+        return {}
+    given = {detail: options.get(name) for name, detail in _SAMPLING.items()}
+    return {
+        detail: value
+        for detail, value in given.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and 0 <= value <= _LARGEST_NUMBER
+    }

@@ -12,6 +12,7 @@ from backends.base import ModelInfo
 from catalog.changes import file_signature, size_of
 from catalog.models import (
     OTHER_NAMES,
+    STORE_FACTS,
     BuiltIn,
     Converted,
     Local,
@@ -25,6 +26,7 @@ from catalog.names import bare_name
 from catalog.scan.arrivals import Arrivals
 from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown, passing_reason
 from catalog.scan.notes import READER_VERSION, InspectionNotes
+from catalog.scan.ollama import LICENSE
 from catalog.scan.packages import Packages, is_part, natural_format
 from catalog.scan.provenance import converted_from
 from catalog.scan.starters import InstalledStarter
@@ -196,6 +198,7 @@ class ScanRun:
             info = _named(info, candidate.names)
         else:
             info = replace(info, name=bare_name(info.files[0].parts, info.name))
+        info = _with_facts(info, candidate)
         source: Source = starter.package if starter else Local(str(candidate.root))
         source = _converted(info, source)
         if starter is not None:
@@ -318,6 +321,9 @@ class ScanRun:
             return False
         if starter is not None and starter.describe(record.info) != record.info:
             return False
+        known_facts = record.info.details.get(STORE_FACTS, "")
+        if record.state == "ok" and known_facts != candidate.facts_digest:
+            return False
         package = None
         if record.state == "refused":
             package = self._packages.of(candidate.path, candidate.root)
@@ -332,6 +338,16 @@ def _named(info: ModelInfo, names: Sequence[str]) -> ModelInfo:
     bare = list(dict.fromkeys(bare_name([f"{name}.gguf"], info.name) for name in names))
     details = {**info.details, OTHER_NAMES: ",".join(bare[1:])} if bare[1:] else info.details
     return replace(info, name=bare[0], details=details)
+
+
+def _with_facts(info: ModelInfo, candidate: Candidate) -> ModelInfo:
+    """Return `info` with what the store of another program says; a licence of its own stays."""
+    if not candidate.facts:
+        return info
+    facts = dict(candidate.facts)
+    license = str(facts.pop(LICENSE, ""))
+    details = {**info.details, **facts, STORE_FACTS: candidate.facts_digest}
+    return replace(info, license=info.license or license, details=details)
 
 
 def _converted(info: ModelInfo, source: Source) -> Source:

@@ -1,5 +1,6 @@
 """Lists the candidate model files in the model folders, with bounds on depth and number."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,14 +27,23 @@ _OLLAMA_PARTIAL = "-partial"
 class Candidate:
     """A file that may be a model, and the model folder that contains it.
 
-    `names` are the model's names in the store of another program, none if the path tells it.
-    `refusal` says why the file is not opened at all, empty for a regular file.
+    `names` are the model's names in the store of another program, none if the path tells it, and
+    `facts` what the store says of it: see `catalog.scan.ollama`.  `refusal` says why the file is
+    not opened at all, empty for a regular file.
     """
 
     path: Path
     root: Path
     names: tuple[str, ...] = ()
     refusal: str = ""
+    facts: Mapping[str, float | str] = field(default_factory=dict, hash=False)
+
+    @property
+    def facts_digest(self) -> str:
+        """A text that changes with the facts, empty without any."""
+        if not self.facts:
+            return ""
+        return hashlib.sha256(repr(sorted(self.facts.items())).encode()).hexdigest()[:16]
 
 
 @dataclass(slots=True)
@@ -74,7 +84,7 @@ class WalkResult:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A folder's entry with the names that its store gives it.
+    """A folder's entry with the names that its store gives it, and what that says of it.
 
     Of several entries for one file only the first of each `scope` is used: cached revisions of a
     model may share a part of their weights.
@@ -83,6 +93,7 @@ class _Found:
     entry: "os.DirEntry[str]"
     names: tuple[str, ...] = ()
     scope: str = ""
+    facts: Mapping[str, float | str] = field(default_factory=dict)
 
 
 def walk(roots: Sequence[Path]) -> WalkResult:
@@ -110,7 +121,7 @@ def walk(roots: Sequence[Path]) -> WalkResult:
         path = Path(item.entry.path)
         reason = _exclusion_reason(item, homes, seen)
         if reason is None:
-            found.candidates.append(Candidate(path, root, item.names))
+            found.candidates.append(Candidate(path, root, item.names, facts=item.facts))
         elif reason:
             found.skip(path, reason)
             if reason.startswith(_UNREADABLE):
@@ -220,7 +231,8 @@ class _Walker:
             self._found.candidates.append(Candidate(path, root, (name,), reason))
         for entry in self._listing(folder / "blobs"):
             if entry.name not in store.texts and not _is_subfolder(entry):
-                yield _Found(entry, store.names.get(entry.name, ()))
+                facts = store.facts.get(entry.name, {})
+                yield _Found(entry, store.names.get(entry.name, ()), facts=facts)
 
 
 def has_changed(folders: Mapping[Path, int]) -> bool:

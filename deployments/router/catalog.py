@@ -10,7 +10,7 @@ from backends.base import Backend, EngineOptions, ModelInfo
 from backends.registry import backends_for
 from catalog.compatibility import Traits, compatibility
 from catalog.inspections import Inspection
-from catalog.models import Converted, ModelRecord, ModelSettings
+from catalog.models import SYSTEM_PROMPT, Converted, ModelRecord
 from catalog.names import bare_name, nearest_names
 from catalog.scan.unlisted import unlisted_records
 from catalog.store import CatalogStore
@@ -231,7 +231,7 @@ class CatalogView:
             compatibility=_compatibility(info, granted, reason),
             limitations=loaded.limitations if loaded is not None else (),
             continue_answers=record.settings.continue_answers,
-            defaults=_defaults(record.settings),
+            defaults=_defaults(record),
         )
 
     def _state(
@@ -299,13 +299,13 @@ def _compatibility(info: ModelInfo, context_tokens: int, reason: str) -> dict[st
     }
 
 
-def _defaults(settings: ModelSettings) -> RequestDefaults | None:
-    """Return what the settings fill into requests, None if nothing."""
-    if not (settings.sampling or settings.system_prompt or settings.template_kwargs):
+def _defaults(record: ModelRecord) -> RequestDefaults | None:
+    """Return what the settings, or the model itself, fill into requests; None if nothing."""
+    settings = record.settings
+    prompt = settings.system_prompt or str(record.info.details.get(SYSTEM_PROMPT, ""))
+    if not (settings.sampling or prompt or settings.template_kwargs):
         return None
-    return RequestDefaults(
-        settings.sampling or {}, settings.system_prompt or "", settings.template_kwargs or {}
-    )
+    return RequestDefaults(settings.sampling or {}, prompt, settings.template_kwargs or {})
 
 
 def _runtime(record: ModelRecord) -> str:

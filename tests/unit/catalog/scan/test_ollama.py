@@ -1,12 +1,14 @@
 """Models in an Ollama store: the manifests name the blobs."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from catalog.models import ModelRecord
 from tests.gguf_raw import minimal_gguf, write_gguf
 from tests.unit.catalog.scan.folders import Shelf, write_json
 
@@ -176,3 +178,58 @@ def test_unfinished_blobs_are_left_alone(shelf: Shelf, ollama: OllamaStore) -> N
         (ollama.folder / "blobs" / f"sha256-{'0' * 64}{name}").write_bytes(b"GGUF" + bytes(100))
     shelf.scan()
     assert shelf.states() == {}
+
+
+PARAMS, SYSTEM, LICENSE = (
+    f"application/vnd.ollama.image.{kind}" for kind in ("params", "system", "license")
+)
+
+
+def only(shelf: Shelf) -> ModelRecord:
+    """Return the one model that has files."""
+    (record,) = (one for one in shelf.store.models() if one.info.files)
+    return record
+
+
+def test_parameters_system_prompt_and_licence_of_a_tag_are_read(
+    shelf: Shelf, ollama: OllamaStore, tmp_path: Path
+) -> None:
+    model = (MODEL, ollama.gguf(tmp_path))
+    params = {"temperature": 0.6, "top_k": 20, "stop": ["x"], "top_p": True, "min_p": -1}
+    ollama.tag(
+        "library/tiny/1b",
+        model,
+        (PARAMS, ollama.blob(json.dumps(params).encode())),
+        (SYSTEM, ollama.blob(b"You are tiny.\n")),
+        (LICENSE, ollama.blob(b"Apache License\nVersion 2.0")),
+        (LICENSE, ollama.blob(b"Another")),
+    )
+    shelf.scan()
+    record = only(shelf)
+    details = record.info.details
+    sampling = {name: value for name, value in details.items() if name.startswith("sampling_")}
+    assert sampling == {"sampling_temp": 0.6, "sampling_top_k": 20}
+    assert (details["system_prompt"], record.info.license) == ("You are tiny.", "Apache License")
+    assert not shelf.scan().has_changes
+
+    # The model is made anew with another prompt and without parameters.
+    ollama.tag("library/tiny/1b", model, (SYSTEM, ollama.blob(b"Be kind.")))
+    assert shelf.scan().changed == (record.id,)
+    changed = only(shelf)
+    assert changed.info.details["system_prompt"] == "Be kind."
+    assert "sampling_temp" not in changed.info.details
+    assert not shelf.scan().has_changes
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b"[" * 99_999, b'{"top_k": NaN}'])
+def test_damaged_layers_cost_no_model(
+    shelf: Shelf, ollama: OllamaStore, tmp_path: Path, text: bytes
+) -> None:
+    missing = "sha256:" + "0" * 64
+    layers = [(PARAMS, ollama.blob(text)), (SYSTEM, missing), (LICENSE, ollama.blob(b" \n"))]
+    ollama.tag("library/tiny/1b", (MODEL, ollama.gguf(tmp_path)), *layers)
+    shelf.scan()
+    record = only(shelf)
+    assert record.state == "ok"
+    assert not {"sampling_top_k", "system_prompt"} & record.info.details.keys()
+    assert not shelf.scan().has_changes

@@ -9,11 +9,12 @@ import pytest
 from catalog.store import CatalogStore
 from core.types import ChatMessage, ChatPrompt, GenerationRequest
 from tests.live_server import error_of
-from tests.unit.router.api.test_router_api_catalog import TINY, Server, filled_server
+from tests.unit.catalog.builders import make_found, write
+from tests.unit.router.api.test_router_api_catalog import DETAILS, TINY, Server, filled_server
 
 ONE = f"/api/models/{TINY}"
 OTHER = "other@gguf-q4_0"
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "sampling": {"temperature": 0.3, "top_k": 7, "repetition_penalty": 1.2},
     "system_prompt": "Be brief.",
     "template_kwargs": {"enable_thinking": False, "style": "dry"},
@@ -154,3 +155,19 @@ async def test_template_in_place_of_the_model_s_decides_what_it_can_do(server: S
     assert "tools" in answer.json()["capabilities"]
     back = await server.ask("PATCH", ONE, {"chat_template": None})
     assert "tools" not in back.json()["capabilities"]
+
+
+async def test_system_prompt_that_a_model_came_with_is_used_unless_the_user_has_another(
+    server: Server, tmp_path: Path
+) -> None:
+    store = CatalogStore(tmp_path / "catalog.sqlite")
+    details = {**DETAILS, "system_prompt": "You are tiny."}
+    write(store, make_found("/m/c.gguf", name="prompted", details=details))
+    store.close()
+    body = {"model": "prompted", "messages": [USER]}
+    first = await _sent(server, "/v1/chat/completions", body)
+    await server.ask("PATCH", "/api/models/prompted", {"system_prompt": "Be large."})
+    second = await _sent(server, "/v1/chat/completions", body)
+    for sent, expected in ((first, "You are tiny."), (second, "Be large.")):
+        assert isinstance(sent.prompt, ChatPrompt)
+        assert sent.prompt.messages[0].content == expected
