@@ -17,6 +17,8 @@ RecordState: TypeAlias = Literal["ok", "refused", "missing", "uninspected"]
 OTHER_NAMES = "other_names"
 # The detail with the system prompt that a model came with.
 SYSTEM_PROMPT = "system_prompt"
+# The detail with a digest of a model's files; those of copies are equal.
+CONTENT = "content"
 # The detail with a digest of what the store of another program says of a model.
 STORE_FACTS = "store_facts"
 

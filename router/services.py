@@ -72,6 +72,7 @@ class ModelView:
     found, None for formats with one runtime.  `priority` applies to requests that name none.
     `compatibility` is by client.  `limitations` tell what a loaded model does otherwise than usual,
     a sentence each.  `continue_answers` is the model's own setting, None for the server's.
+    `duplicates` are the ids of models with the same files at other places.
     `alias_of` is the model's id in an entry whose `id` is an alias.  `defaults` fill what requests
     leave out, None if there are none.
     """
@@ -100,6 +101,7 @@ class ModelView:
     limitations: tuple[str, ...] = ()
     continue_answers: bool | None = None
     alias_of: str = ""
+    duplicates: tuple[str, ...] = ()
     defaults: RequestDefaults | None = None
 
 

@@ -9,7 +9,7 @@ from catalog.inspections import Inspection, arriving, failed_again, is_arriving
 from catalog.scan.surroundings import Surroundings
 
 # Part of every fingerprint; incrementing it makes the next scan read all files again.
-READER_VERSION = 6
+READER_VERSION = 7
 # Formats judge these files without a look at the files beside them.
 _STANDALONE = frozenset(
     (".md", ".txt", ".json", ".jinja", ".py", ".yaml", ".yml", ".html", ".pdf", ".png", ".jpg")

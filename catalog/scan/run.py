@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import assert_never
 
 from backends.base import ModelInfo
-from catalog.changes import file_signature, size_of
+from catalog.changes import content_digest, file_signature, size_of
 from catalog.models import (
+    CONTENT,
     OTHER_NAMES,
     STORE_FACTS,
     BuiltIn,
@@ -198,7 +199,7 @@ class ScanRun:
             info = _named(info, candidate.names)
         else:
             info = replace(info, name=bare_name(info.files[0].parts, info.name))
-        info = _with_facts(info, candidate)
+        info = _with_content(_with_facts(info, candidate))
         source: Source = starter.package if starter else Local(str(candidate.root))
         source = _converted(info, source)
         if starter is not None:
@@ -348,6 +349,15 @@ def _with_facts(info: ModelInfo, candidate: Candidate) -> ModelInfo:
     license = str(facts.pop(LICENSE, ""))
     details = {**info.details, **facts, STORE_FACTS: candidate.facts_digest}
     return replace(info, license=info.license or license, details=details)
+
+
+def _with_content(info: ModelInfo) -> ModelInfo:
+    """Return `info` with a digest of its files, by which copies are told."""
+    try:
+        digest = content_digest(info.files)
+    except OSError:
+        return info
+    return replace(info, details={**info.details, CONTENT: digest})
 
 
 def _converted(info: ModelInfo, source: Source) -> Source:

@@ -10,7 +10,7 @@ from backends.base import Backend, EngineOptions, ModelInfo
 from backends.registry import backends_for
 from catalog.compatibility import Traits, compatibility
 from catalog.inspections import Inspection
-from catalog.models import SYSTEM_PROMPT, Converted, ModelRecord
+from catalog.models import CONTENT, SYSTEM_PROMPT, Converted, ModelRecord
 from catalog.names import bare_name, nearest_names
 from catalog.scan.unlisted import unlisted_records
 from catalog.store import CatalogStore
@@ -190,7 +190,11 @@ class CatalogView:
         model_states = await self._model_states.refresh()
         resident, loading = self._model_states.residencies, frozenset(model_states.loading)
         records = await asyncio.to_thread(self._records)
-        views = [self._view(record, resident, loading) for record in records]
+        copies = _duplicates(records)
+        views = [
+            replace(self._view(record, resident, loading), duplicates=copies.get(record.id, ()))
+            for record in records
+        ]
         return [_with_fault(view, model_states.faults.get(view.id)) for view in views]
 
     def _records(self) -> list[ModelRecord]:
@@ -296,6 +300,21 @@ def _compatibility(info: ModelInfo, context_tokens: int, reason: str) -> dict[st
     traits = Traits(info.capabilities, context_tokens, info.parameters, reason)
     return {
         client: FitView(fit.level, fit.reasons) for client, fit in compatibility(traits).items()
+    }
+
+
+def _duplicates(records: Sequence[ModelRecord]) -> dict[str, tuple[str, ...]]:
+    """Return, for each model with copies, the ids of those."""
+    by_content: dict[object, list[str]] = {}
+    for record in records:
+        content = record.info.details.get(CONTENT)
+        if content and record.state == "ok":
+            by_content.setdefault(content, []).append(record.id)
+    return {
+        model_id: tuple(other for other in ids if other != model_id)
+        for ids in by_content.values()
+        if len(ids) > 1
+        for model_id in ids
     }
 
 

@@ -206,6 +206,7 @@ def _described(view: ModelView, settings: SettingsView | None) -> dict[str, Any]
         **model_object(view),
         "runtime_choice": choice
         and {key: escaped(text, MAX_ERROR_CHARACTERS) for key, text in asdict(choice).items()},
+        "duplicates": list(view.duplicates),
         "settings": asdict(settings or SettingsView()),
     }
 

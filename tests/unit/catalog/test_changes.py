@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from catalog.changes import describe_changes, file_signature, size_of
+from catalog.changes import content_digest, describe_changes, file_signature, size_of
 
 
 def test_files_that_did_not_change_need_no_words(tmp_path: Path) -> None:
@@ -44,3 +44,44 @@ def test_the_first_changed_file_is_named_with_its_sizes(
     change = describe_changes([same, changed], signatures)
     assert str(changed) in change
     assert told in change
+
+
+def test_copies_have_the_same_content_and_others_not(tmp_path: Path) -> None:
+    size = 3 * 2**20
+    content = bytes(range(256)) * (size // 256)
+    one, copy, longer, other = (tmp_path / name for name in ("one", "copy", "longer", "other"))
+    one.write_bytes(content)
+    copy.write_bytes(content)
+    longer.write_bytes(content + b"x")
+    other.write_bytes(content[:-1] + b"x")
+    digests = [content_digest([path]) for path in (one, copy, longer, other)]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    (tmp_path / "link").symlink_to(one)
+    assert content_digest([tmp_path / "link"]) == digests[0]
+    assert content_digest([one, other]) != content_digest([other, one])
+
+
+@pytest.mark.parametrize("size", [1, 5000, 16 * 1024, 2**20])
+def test_a_small_file_counts_as_a_whole(tmp_path: Path, size: int) -> None:
+    file = tmp_path / "a"
+    seen = set()
+    for place in {0, size // 3, size // 2, size - 1}:
+        content = bytearray(size)
+        content[place] = 1
+        file.write_bytes(content)
+        seen.add(content_digest([file]))
+    assert len(seen) == len({0, size // 3, size // 2, size - 1})
+
+
+def test_large_files_are_read_in_samples(tmp_path: Path) -> None:
+    files = []
+    for number in range(3):
+        path = tmp_path / f"{number}"
+        with path.open("wb") as file:
+            file.truncate(2**40)
+        files.append(path)
+    assert content_digest(files[:1]) == content_digest(files[1:2])
+    assert content_digest(files[:2]) != content_digest(files)
+    with pytest.raises(OSError, match="No such file"):
+        content_digest([tmp_path / "none"])

@@ -332,3 +332,17 @@ def test_a_file_that_was_never_sound_has_the_reason_only(library: Library) -> No
     (refused,) = library.store.models()
     assert refused.id == "bad@gguf"
     assert refused.state == "refused"
+
+
+def test_copies_are_both_listed_and_have_the_same_content(library: Library) -> None:
+    minimal_gguf(library.models / "one.gguf")
+    (library.models / "inner").mkdir()
+    shutil.copy(library.models / "one.gguf", library.models / "inner" / "two.gguf")
+    minimal_gguf(library.models / "three.gguf")
+    with (library.models / "three.gguf").open("ab") as file:
+        file.write(bytes(32))
+    library.scan()
+    records = {record.info.name: record for record in library.store.models()}
+    contents = {name: record.info.details.get("content") for name, record in records.items()}
+    assert contents["one"] == contents["two"] is not None
+    assert contents["three"] not in (None, contents["one"])

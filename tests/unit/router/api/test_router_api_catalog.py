@@ -240,3 +240,24 @@ async def test_settings_of_a_model_that_is_gone_cannot_be_changed(server: Server
         await server.management.change_settings("gone@gguf-q4_0", {"pin": True})
     assert await server.management.settings_of(["gone@gguf-q4_0"]) == {}
     assert server.handle.settings_changed.calls == []
+
+
+async def test_copies_of_a_model_name_each_other(server: Server, tmp_path: Path) -> None:
+    store = CatalogStore(tmp_path / "catalog.sqlite")
+    same = {**DETAILS, "content": "0123"}
+    write(
+        store,
+        make_found("/m/c.gguf", name="copied", details=same),
+        make_found("/n/d.gguf", name="copy", details=same),
+        make_found("/n/e.gguf", name="refused", details=same, reason="damaged"),
+    )
+    store.close()
+    models = (await server.ask("GET", "/api/models")).json()["models"]
+    shown = {model["id"].partition("@")[0]: model["duplicates"] for model in models}
+    assert shown == {
+        "copied": ["copy@gguf-q4_0"],
+        "copy": ["copied@gguf-q4_0"],
+        "refused": [],
+        "tiny": [],
+        "other": [],
+    }
