@@ -85,8 +85,8 @@ def move_to_bin(
 ) -> BinEntry:
     """Move the model's files into the bin of `root`; blocks briefly.
 
-    A folder that holds nothing but this model goes as a whole.  A link is moved, not its target.
-    Raises Unavailable if the files cannot be moved; then none is.
+    The folder of a model that needs one goes as a whole if no other model is in it.  A link is
+    moved, not its target.  Raises Unavailable if the files cannot be moved; then none is.
     """
     paths = _paths(record, root, others)
     settings = {name: value for name, value in asdict(record.settings).items() if value is not None}

@@ -24,6 +24,7 @@ _SERVERS = {
             "chat",
             "faults",
             "formats",
+            "managed_models",
             "parts_down",
             "rerank",
             "resume",

@@ -50,7 +50,7 @@ def made_by(path: Path, version: int) -> None:
     connection.close()
 
 
-def test_a_damaged_catalog_comes_back_with_aliases_and_settings(
+def test_s5_a_damaged_catalog_comes_back_with_aliases_and_settings(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(path)
@@ -122,7 +122,7 @@ def test_a_damaged_catalog_does_not_replace_a_sound_backup(path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", range(1, NEWEST))
-def test_each_older_schema_is_copied_and_migrated(path: Path, version: int) -> None:
+def test_s8_each_older_schema_is_copied_and_migrated(path: Path, version: int) -> None:
     made_by(path, version)
     store = CatalogStore(path)
     assert [record.id for record in store.models()] == [TINY]

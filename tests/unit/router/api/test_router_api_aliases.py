@@ -71,7 +71,7 @@ async def test_list_has_an_entry_for_each_alias_that_is_not_the_bare_name(server
         ("x'; DROP TABLE models; --", {"model": "mine"}, "invalid_request"),
     ],
 )
-async def test_bad_alias_is_refused(server: Server, alias: str, body: Any, code: str) -> None:
+async def test_s7_bad_alias_is_refused(server: Server, alias: str, body: Any, code: str) -> None:
     answer = await server.ask("PUT", f"/api/aliases/{alias}", body)
     assert answer.status_code in (400, 404)
     assert answer.json()["error"]["code"] == code
