@@ -1,16 +1,62 @@
-"""Creates secret tokens as files that only their owner can read."""
+"""Secret tokens as files that only their owner can read, and the texts and hashes of API keys."""
 
 import fcntl
+import hashlib
 import os
 import re
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
 from core.errors import ImpetusError
 from core.files import write_atomically
 
 MANAGEMENT_TOKEN = "management_token"
 _TOKEN = re.compile(r"[0-9a-f]{64}")
+
+Scope: TypeAlias = Literal["inference", "manage", "read"]
+SCOPES: frozenset[Scope] = frozenset(get_args(Scope))
+# The id is part of the key, so that one hash decides whether a key is valid.
+_API_KEY = re.compile(rb"imp-([0-9a-f]{12})-[A-Za-z0-9_-]{43}")
+# 16 MiB and about 50 ms.  Source: RFC 7914, section 2; OpenSSL allows 32 MiB by default.
+_SCRYPT_COST, _SCRYPT_BLOCK = 2**14, 8
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """What is known of an API key, without its secret; times are in Unix seconds.
+
+    `expires_at` None: it never expires.  `last_used_at` None: it was not used yet.
+    """
+
+    id: str
+    name: str
+    scopes: frozenset[Scope]
+    created_at: float
+    expires_at: float | None = None
+    last_used_at: float | None = None
+
+    def is_valid_at(self, now: float) -> bool:
+        """Return whether the key has not expired."""
+        return self.expires_at is None or now < self.expires_at
+
+
+def new_api_key() -> tuple[str, str]:
+    """Return the id and the text of a new API key; the text has 256 random bits."""
+    key_id = secrets.token_hex(6)
+    return key_id, f"imp-{key_id}-{secrets.token_urlsafe(32)}"
+
+
+def api_key_id(text: bytes) -> str | None:
+    """Return the id in the text of an API key; None if it cannot be one."""
+    found = _API_KEY.fullmatch(text)
+    return None if found is None else found[1].decode("ascii")
+
+
+def hash_api_key(text: bytes, salt: bytes) -> bytes:
+    """Return the 32 bytes that are stored of an API key.  Blocks about 50 ms, without the GIL."""
+    return hashlib.scrypt(text, salt=salt, n=_SCRYPT_COST, r=_SCRYPT_BLOCK, p=1, dklen=32)
 
 
 def key_file(home: Path, name: str) -> Path:

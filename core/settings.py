@@ -307,6 +307,11 @@ class Settings(BaseSettings):
         return self.home / "catalog.sqlite"
 
     @property
+    def key_database(self) -> Path:
+        """Path of the SQLite database of API keys and sessions."""
+        return self.home / "keys" / "api_keys.sqlite"
+
+    @property
     def prefix_folder(self) -> Path:
         """Folder of the files of computed prefixes."""
         return self.home / "cache" / "prefixes"
