@@ -185,6 +185,17 @@ class KeyStore:
             connection.execute("DELETE FROM sessions WHERE hash = ?", (_fast_hash(token),))
 
 
+def has_stored_keys(path: Path) -> bool:
+    """Return whether the database has any key; it is not created.  Raises as KeyStore does."""
+    if not path.exists():
+        return False
+    store = KeyStore(path)
+    try:
+        return bool(store.stored())
+    finally:
+        store.close()
+
+
 def _open(path: Path) -> sqlite3.Connection:
     """Open the database, readable by its owner only.  Raises OSError, sqlite3.Error."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

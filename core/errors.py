@@ -22,6 +22,7 @@ ImpetusError                    500 server_error            internal_error
 ├ BrokenModel                   422 invalid_request_error   broken_model
 ├ QueueFull                     429 rate_limit_error        queue_full
 │ └ QueueTooShort                   queue_full
+├ RateLimited                   429 rate_limit_error        rate_limit_exceeded
 ├ RequestFailed                 500 server_error            request_failed
 │ ├ NonFiniteOutput                 non_finite_output
 │ └ NoTokenLeft               400 invalid_request_error   no_token_left
@@ -289,6 +290,14 @@ class QueueTooShort(QueueFull):
     """The request has more sequences than may ever run and wait at once."""
 
     may_retry = False
+
+
+class RateLimited(ImpetusError):
+    """The caller sent more requests or tokens than it may at the moment."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class RequestFailed(ImpetusError):

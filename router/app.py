@@ -47,6 +47,12 @@ from router.api.jobs import (
     job_move_endpoint,
     jobs_endpoint,
 )
+from router.api.keys import (
+    NewKey,
+    create_key_endpoint,
+    list_keys_endpoint,
+    revoke_key_endpoint,
+)
 from router.api.models import (
     SettingsPatch,
     change_endpoint,
@@ -71,7 +77,7 @@ from router.hub_service import Hub, HubReadme, HubRepositoryAnswer, HubResults, 
 from router.job_service import DownloadLimitsView, JobDetail, JobList, Jobs
 from router.openapi import describe_routes
 from router.requests.strict_body import EmptyBody
-from router.services import Management, Services
+from router.services import Credentials, Management, Services
 from router.v1.chat.endpoint import chat_endpoint
 from router.v1.chat.request import ChatRequest
 from router.v1.completions import CompletionRequest, completion_endpoint
@@ -122,6 +128,7 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("PUT", "/api/aliases/{alias:path}"): AliasTarget,
     ("POST", "/api/bin/{bin_id}/restore"): EmptyBody,
     ("POST", "/api/drain"): EmptyBody,
+    ("POST", "/api/keys"): NewKey,
     ("POST", "/api/downloads"): DownloadRequest,
     ("POST", "/api/hub/token"): TokenBody,
     ("PATCH", "/api/downloads/limits"): DownloadLimitsPatch,
@@ -172,7 +179,7 @@ def create_app(
         middleware=[
             Middleware(RequestBoundary, metrics),
             *(Middleware(guard, *guarded) for guard in (HeaderGuard, OriginGuard, BodyLimit)),
-            Middleware(AccessGuard, *guarded, services.management_token),
+            Middleware(AccessGuard, *guarded, services.management_token, services.credentials),
             Middleware(ContentTypeGuard, *guarded),
             Middleware(DrainGuard, *guarded, drain),
         ],
@@ -183,11 +190,13 @@ def create_app(
     _add_public_routes(app, context, drain)
     if services.management is not None:
         _add_management_routes(app, context, services.management)
-        _add_route(app, Access.MANAGEMENT, "/api/drain", drain_endpoint(drain), "POST")
+        _add_route(app, Access.MANAGE, "/api/drain", drain_endpoint(drain), "POST")
     if services.jobs is not None:
         _add_job_routes(app, services.jobs)
     if services.hub is not None:
         _add_hub_routes(app, services.hub)
+    if services.credentials is not None:
+        _add_key_routes(app, services.credentials)
     describe_routes(app, _BODIES, _ANSWERS, _QUERIES)
     # A wrong setting fails at start, not at the first request.
     app.build_middleware_stack()
@@ -223,11 +232,11 @@ def _add_inference_routes(app: FastAPI, context: RouteContext) -> None:
     add("/v1/models", models_endpoint(context))
     add("/v1/models/{model_id:path}", model_endpoint(context))
     add("/", _root_endpoint(context))
-    add("/metrics", _metrics_endpoint(context))
+    _add_route(app, Access.READ, "/metrics", _metrics_endpoint(context))
 
 
 def _add_public_routes(app: FastAPI, context: RouteContext, drain: Drain) -> None:
-    add = partial(_add_route, app, Access.PUBLIC)
+    add = partial(_add_route, app, Access.OPEN)
     add("/healthz", _healthz)
     add("/readyz", _readiness_endpoint(context, drain, "ready"))
     # llama.cpp's names; /health is vLLM's as well.
@@ -236,47 +245,57 @@ def _add_public_routes(app: FastAPI, context: RouteContext, drain: Drain) -> Non
 
 
 def _add_management_routes(app: FastAPI, context: RouteContext, management: Management) -> None:
-    add = partial(_add_route, app, Access.MANAGEMENT)
+    read = partial(_add_route, app, Access.READ)
+    manage = partial(_add_route, app, Access.MANAGE)
     one_model = "/api/models/{model_id:path}"
-    add("/api/models", list_endpoint(context, management))
-    add(f"{one_model}/check", check_endpoint(context, management), "POST")
-    add(f"{one_model}/load", load_endpoint(context, management), "POST")
-    add(f"{one_model}/unload", unload_endpoint(context, management), "POST")
-    add(one_model, show_endpoint(context, management))
-    add(one_model, change_endpoint(context, management), "PATCH")
-    add(one_model, delete_endpoint(context, management), "DELETE")
-    add("/api/bin", bin_endpoint(management))
-    add("/api/bin/{bin_id}/restore", restore_endpoint(management), "POST")
-    add("/api/bin/{bin_id}", purge_endpoint(management), "DELETE")
+    read("/api/models", list_endpoint(context, management))
+    manage(f"{one_model}/check", check_endpoint(context, management), "POST")
+    manage(f"{one_model}/load", load_endpoint(context, management), "POST")
+    manage(f"{one_model}/unload", unload_endpoint(context, management), "POST")
+    read(one_model, show_endpoint(context, management))
+    manage(one_model, change_endpoint(context, management), "PATCH")
+    manage(one_model, delete_endpoint(context, management), "DELETE")
+    read("/api/bin", bin_endpoint(management))
+    manage("/api/bin/{bin_id}/restore", restore_endpoint(management), "POST")
+    manage("/api/bin/{bin_id}", purge_endpoint(management), "DELETE")
     one_alias = "/api/aliases/{alias:path}"
-    add("/api/aliases", aliases_endpoint(management))
-    add(one_alias, set_alias_endpoint(context, management), "PUT")
-    add(one_alias, remove_alias_endpoint(management), "DELETE")
-    add("/api/decisions", decisions_endpoint(management))
+    read("/api/aliases", aliases_endpoint(management))
+    manage(one_alias, set_alias_endpoint(context, management), "PUT")
+    manage(one_alias, remove_alias_endpoint(management), "DELETE")
+    read("/api/decisions", decisions_endpoint(management))
+
+
+def _add_key_routes(app: FastAPI, credentials: Credentials) -> None:
+    add = partial(_add_route, app, Access.MANAGE)
+    add("/api/keys", list_keys_endpoint(credentials))
+    add("/api/keys", create_key_endpoint(credentials), "POST")
+    add("/api/keys/{key_id}", revoke_key_endpoint(credentials), "DELETE")
 
 
 def _add_job_routes(app: FastAPI, jobs: Jobs) -> None:
-    add = partial(_add_route, app, Access.MANAGEMENT)
-    add("/api/downloads", downloads_endpoint(jobs))
-    add("/api/downloads", download_endpoint(jobs), "POST", status=202)
-    add("/api/downloads/limits", limits_endpoint(jobs))
-    add("/api/downloads/limits", change_limits_endpoint(jobs), "PATCH")
-    add("/api/jobs", jobs_endpoint(jobs))
+    read = partial(_add_route, app, Access.READ)
+    manage = partial(_add_route, app, Access.MANAGE)
+    read("/api/downloads", downloads_endpoint(jobs))
+    manage("/api/downloads", download_endpoint(jobs), "POST", status=202)
+    read("/api/downloads/limits", limits_endpoint(jobs))
+    manage("/api/downloads/limits", change_limits_endpoint(jobs), "PATCH")
+    read("/api/jobs", jobs_endpoint(jobs))
     one_job = "/api/jobs/{job_id}"
     for name, act in zip(_JOB_ACTIONS, (jobs.pause, jobs.resume, jobs.cancel), strict=True):
-        add(f"{one_job}/{name}", job_action_endpoint(act), "POST")
-    add(f"{one_job}/move", job_move_endpoint(jobs), "POST")
-    add(one_job, job_endpoint(jobs))
+        manage(f"{one_job}/{name}", job_action_endpoint(act), "POST")
+    manage(f"{one_job}/move", job_move_endpoint(jobs), "POST")
+    read(one_job, job_endpoint(jobs))
 
 
 def _add_hub_routes(app: FastAPI, hub: Hub) -> None:
-    add = partial(_add_route, app, Access.MANAGEMENT)
-    add("/api/hub/search", search_endpoint(hub))
-    add("/api/hub/token", token_endpoint(hub))
-    add("/api/hub/token", store_token_endpoint(hub), "POST")
-    add("/api/hub/token", remove_token_endpoint(hub), "DELETE")
-    add(_HUB_MODEL, repository_endpoint(hub))
-    add(f"{_HUB_MODEL}/readme", readme_endpoint(hub))
+    read = partial(_add_route, app, Access.READ)
+    manage = partial(_add_route, app, Access.MANAGE)
+    read("/api/hub/search", search_endpoint(hub))
+    read("/api/hub/token", token_endpoint(hub))
+    manage("/api/hub/token", store_token_endpoint(hub), "POST")
+    manage("/api/hub/token", remove_token_endpoint(hub), "DELETE")
+    read(_HUB_MODEL, repository_endpoint(hub))
+    read(f"{_HUB_MODEL}/readme", readme_endpoint(hub))
 
 
 def _add_route(
@@ -289,8 +308,8 @@ def _add_route(
     status: int = 200,
 ) -> None:
     """Add a route; its tag is its access class, `status` that of success.  GET answers HEAD too."""
-    if access_of(path) is not access:
-        raise ValueError(f"{path} would be guarded as {access_of(path)}, not as {access}")
+    if access_of(method, path) is not access:
+        raise ValueError(f"{path} would be guarded as {access_of(method, path)}, not as {access}")
     add = partial(
         app.add_api_route,
         path,

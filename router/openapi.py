@@ -47,7 +47,7 @@ _ERRORS: Mapping[str, Any] = {
     },
 }
 _SECURITY: Mapping[str, Any] = {
-    "apiKey": {"type": "http", "scheme": "bearer", "description": "IMPETUS_API_KEY, if it is set"},
+    "apiKey": {"type": "http", "scheme": "bearer", "description": "An API key, if there is one"},
     "managementToken": {"type": "apiKey", "in": "header", "name": "X-Impetus-Token"},
 }
 
@@ -126,7 +126,7 @@ def _complete(operation: dict[str, Any], route: APIRoute) -> None:
         {"name": one, "in": "path", "required": True, "schema": _TEXT}
         for one in route.param_convertors
     ]
-    if Access.MANAGEMENT.value in route.tags:
+    if {Access.READ.value, Access.MANAGE.value} & set(route.tags):
         operation["security"] = [{}, {"apiKey": []}, {"managementToken": []}]
     elif Access.INFERENCE.value in route.tags:
         operation["security"] = [{}, {"apiKey": []}]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
+from core.keys import ApiKey
 from core.settings import Settings
 from core.types import (
     DEFAULT_EMBEDDING,
@@ -307,6 +308,43 @@ class Management(Protocol):
         ...
 
 
+class Credentials(Protocol):
+    """API keys that are stored."""
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether there are any, also expired ones; does not block."""
+        ...
+
+    def known_key(self, text: bytes) -> ApiKey | None:
+        """Return the key with this text if it is valid and was verified before; does not block."""
+        ...
+
+    async def verify_key(self, text: bytes) -> ApiKey | None:
+        """Return the key with this text if it is valid; about 50 ms, one at a time.
+
+        Raises RateLimited if too many texts wait for that.
+        """
+        ...
+
+    async def keys(self) -> Sequence[ApiKey]:
+        """Return all keys, expired ones as well, oldest first.  Raises Unavailable."""
+        ...
+
+    async def create_key(
+        self, name: str, scopes: Sequence[str], expires_at: float | None
+    ) -> tuple[ApiKey, str]:
+        """Store a new key; return it and its text, which is not stored.
+
+        `expires_at` is in Unix seconds.  Raises RequestError, Unavailable.
+        """
+        ...
+
+    async def revoke_key(self, key_id: str) -> None:
+        """Delete a key; its next request is refused.  Raises NotFound, Unavailable."""
+        ...
+
+
 class Health(Protocol):
     """Whether the server can take requests."""
 
@@ -327,8 +365,9 @@ class Telemetry(Protocol):
 class Services:
     """Everything the HTTP application depends on; without `management` there is no `/api/`.
 
-    Without `jobs` there are no long jobs, without `hub` no searches.  `management_token` lets a web
-    page use `/api/`; with an empty one no page can.
+    Without `jobs` there are no long jobs, without `hub` no searches, without `credentials` no keys
+    but that of the settings.  `management_token` lets a web page use `/api/`; with an empty one no
+    page can.
     """
 
     settings: Settings
@@ -340,3 +379,4 @@ class Services:
     management_token: str = field(default="", repr=False)
     jobs: Jobs | None = None
     hub: Hub | None = None
+    credentials: Credentials | None = None

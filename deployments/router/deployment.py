@@ -15,6 +15,7 @@ from core.supervision import Supervisor
 from deployments.activity import DeathRecords
 from deployments.decisions import DecisionLog
 from deployments.router.catalog import CatalogView
+from deployments.router.credentials import StoredCredentials
 from deployments.router.dispatch import HandleDispatcher
 from deployments.router.jobs import JobsClient
 from deployments.router.listener import Listener
@@ -75,6 +76,8 @@ class RouterReplica:
         )
         self._catalog = CatalogView(settings, scheduler, model_states)
         self._management = SchedulerManagement(settings, scheduler, log)
+        self._credentials = StoredCredentials(settings.key_database)
+        self._supervisor.keep_running("uses of API keys", self._credentials.save_uses)
         metrics = Metrics()
         metrics.registry.register(telemetry)
         jobs_client = JobsClient(jobs)
@@ -97,6 +100,7 @@ class RouterReplica:
             _management_token(settings),
             jobs_client,
             jobs_client,
+            self._credentials,
         )
         requests = Drain()
         self._app = create_app(services, metrics=metrics, drain=requests)
@@ -128,6 +132,8 @@ class RouterReplica:
             self._catalog.close()
         if hasattr(self, "_management"):
             self._management.close()
+        if hasattr(self, "_credentials"):
+            self._credentials.close()
         await self._receiver.stop()
         await self._supervisor.stop()
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 import uvicorn
 from starlette.types import ASGIApp
 
+from catalog.key_store import has_stored_keys
 from core.errors import ImpetusError, Unavailable
 from core.settings import Settings
 from core.supervision import Supervisor
@@ -74,11 +75,16 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def check_exposure(settings: Settings) -> None:
-    """Raise ImpetusError if other machines could connect without an API key."""
-    if settings.is_public and settings.api_key is None:
+    """Raise ImpetusError if other machines could connect without an API key.
+
+    Also if the stored keys cannot be read: without them nobody could tell who may connect.
+    """
+    has_keys = has_stored_keys(settings.key_database)
+    if settings.is_public and settings.api_key is None and not has_keys:
         raise ImpetusError(
-            f"IMPETUS_HOST={settings.host} accepts other machines, but no API key is set. Set "
-            "IMPETUS_API_KEY, or listen on 127.0.0.1, or put a proxy with a key in front."
+            f"IMPETUS_HOST={settings.host} accepts other machines, but no API key is set. Create "
+            "one with scripts/keys or set IMPETUS_API_KEY, or listen on 127.0.0.1, or put a proxy "
+            "with a key in front."
         )
 
 

@@ -5,7 +5,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 
+from core.errors import ImpetusError
+from core.keys import MANAGEMENT_TOKEN, read_key
 from core.settings import Settings
 from deployments.start.readiness import BAD_ANSWER, local_url, open_direct
 
@@ -34,6 +37,8 @@ def _ask(settings: Settings) -> int:
     headers = {"content-type": "application/json"}
     if settings.api_key is not None:
         headers["authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
+    with suppress(ImpetusError):
+        headers["x-impetus-token"] = read_key(settings.home, MANAGEMENT_TOKEN)
     request = urllib.request.Request(
         f"{local_url(settings)}/api/drain", b"{}", headers, method="POST"
     )

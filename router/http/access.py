@@ -1,16 +1,24 @@
-"""Who may call a route: access classes of paths, the API key, and the management token."""
+"""Who may call a route: access classes of routes, API keys with scopes, the management token."""
 
 import hashlib
 import hmac
+from collections.abc import Iterable, Mapping, MutableMapping
 from enum import Enum
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from core.errors import AuthenticationError, ImpetusError, PermissionDenied
+from core.keys import ApiKey
+from core.keys import Scope as KeyScope
 from core.metrics import Metrics
 from core.settings import Settings
 from router.http.guards import CLOSE, PUBLIC_PATHS, Guard, header_values
+from router.services import Credentials
 
+_CALLER = "impetus.caller"
+# Of the keys in one request's headers so many are looked at.
+_MAX_KEYS_GIVEN = 2
 # A browser sends one of these with every request that can change anything.  `sec-fetch-mode` is
 # not among them: the fetch of Node.js sends it as well.
 _BROWSER_HEADERS = (b"origin", b"referer", b"sec-fetch-site", b"sec-fetch-dest")
@@ -19,22 +27,35 @@ _BROWSER_HEADERS = (b"origin", b"referer", b"sec-fetch-site", b"sec-fetch-dest")
 class Access(Enum):
     """The access class of a route.
 
-    `PUBLIC` needs nothing; `INFERENCE` the API key if one is set; `MANAGEMENT` the API key or the
-    management token if a key is set, else the token from a browser and nothing from other clients.
+    `OPEN` needs nothing.  If a key is needed, `INFERENCE` needs one with that scope, `READ` one
+    with `read` or `manage`, and `MANAGE` one with `manage`.  Otherwise only browsers need a
+    credential for `READ` and `MANAGE` below `/api`, other clients none.
     """
 
-    PUBLIC = "public"
+    OPEN = "open"
     INFERENCE = "inference"
-    MANAGEMENT = "management"
+    READ = "read"
+    MANAGE = "manage"
 
 
-def access_of(path: str) -> Access:
-    """Return the class of a request's path; unknown paths count as inference."""
+_ACCEPTED: Mapping[Access, frozenset[KeyScope]] = {
+    Access.INFERENCE: frozenset({"inference"}),
+    Access.READ: frozenset({"read", "manage"}),
+    Access.MANAGE: frozenset({"manage"}),
+}
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+def access_of(method: str, path: str) -> Access:
+    """Return the class of a request; unknown paths count as inference."""
     if path in PUBLIC_PATHS:
-        return Access.PUBLIC
-    if path == "/api" or path.startswith("/api/"):
-        return Access.MANAGEMENT
-    return Access.INFERENCE
+        return Access.OPEN
+    if path == "/metrics":
+        return Access.READ
+    if path != "/api" and not path.startswith("/api/"):
+        return Access.INFERENCE
+    is_of_keys = path == "/api/keys" or path.startswith("/api/keys/")
+    return Access.READ if method in _READING and not is_of_keys else Access.MANAGE
 
 
 def is_from_browser(scope: Scope) -> bool:
@@ -42,56 +63,116 @@ def is_from_browser(scope: Scope) -> bool:
     return any(name.lower() in _BROWSER_HEADERS for name, _ in scope["headers"])
 
 
+def caller_of(scope: MutableMapping[str, Any]) -> str | None:
+    """Return the id of the stored API key that a request was accepted for, if any."""
+    caller: str | None = scope.get(_CALLER)
+    return caller
+
+
 class AccessGuard(Guard):
-    """Requires the API key or the management token; decides on `scope["path"]` alone."""
+    """Requires an API key with the route's scope, or the management token.
+
+    It decides on the method and `scope["path"]` alone.
+    """
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, metrics: Metrics, management_token: str
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        management_token: str,
+        credentials: Credentials | None,
     ) -> None:
         """An empty `management_token` is never accepted."""
         super().__init__(app, settings, metrics)
         key = settings.api_key
         self._key = None if key is None else _digest(key.get_secret_value().encode("ascii"))
         self._token = _digest(management_token.encode()) if management_token else None
+        self._credentials = credentials
 
     async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401 or 403, or pass on."""
-        access = access_of(scope["path"])
+        """Answer 401, 403 or 429, or pass on."""
+        access = access_of(scope["method"], scope["path"])
         error: ImpetusError | None = None
-        if access is Access.MANAGEMENT:
-            error = self._check_management(scope)
-        elif access is Access.INFERENCE and not self._has_key(scope):
-            error = AuthenticationError(
-                "The API key is missing or wrong; send it as `Authorization: Bearer KEY`."
-            )
+        if access is not Access.OPEN:
+            try:
+                error = await self._check(access, scope)
+            except ImpetusError as problem:
+                error = problem
         if error is None:
             await self._app(scope, receive, send)
         else:
             await self.refusal(error, headers=CLOSE)(scope, receive, send)
 
-    def _has_key(self, scope: Scope) -> bool:
-        if self._key is None:
-            return True
-        given = [*header_values(scope, b"x-api-key"), *_bearer_values(scope)]
-        return _matches(given, self._key)
-
-    def _check_management(self, scope: Scope) -> ImpetusError | None:
-        given = [*header_values(scope, b"x-impetus-token"), *_bearer_values(scope)]
-        if self._token is not None and _matches(given, self._token):
+    async def _check(self, access: Access, scope: Scope) -> ImpetusError | None:
+        is_key_needed = is_key_required(self._settings, self._credentials)
+        if access is Access.INFERENCE and not is_key_needed:
             return None
-        if self._key is not None:
-            if self._has_key(scope):
-                return None
-            return AuthenticationError(
-                "Managing models needs the API key, or the management token that scripts/serve "
-                "prints; send one as `Authorization: Bearer …`."
-            )
-        if not is_from_browser(scope):
+        if self._is_trusted(access, scope):
+            return None
+        if is_key_needed:
+            return await self._check_stored_key(access, scope)
+        if not is_from_browser(scope) or not scope["path"].startswith("/api"):
             return None
         return PermissionDenied(
             "Managing models from a web page needs the management token that scripts/serve "
             "prints; send it as `Authorization: Bearer TOKEN` or `X-Impetus-Token: TOKEN`."
         )
+
+    def _is_trusted(self, access: Access, scope: Scope) -> bool:
+        """Whether it has the key of the settings, or the management token where that counts."""
+        if self._key is not None and _matches(_key_values(scope), self._key):
+            return True
+        if self._token is None or access is Access.INFERENCE:
+            return False
+        given = [*header_values(scope, b"x-impetus-token"), *_bearer_values(scope)]
+        return _matches(given, self._token)
+
+    async def _check_stored_key(self, access: Access, scope: Scope) -> ImpetusError | None:
+        key = await self._stored_key(scope)
+        if key is None:
+            return AuthenticationError(
+                "The API key is missing, wrong, expired or revoked; send it as "
+                "`Authorization: Bearer KEY`."
+                if access is Access.INFERENCE
+                else "This needs an API key with the scope it requires, or the management token "
+                "that scripts/serve prints; send one as `Authorization: Bearer …`."
+            )
+        accepted = _ACCEPTED[access]
+        if not key.scopes & accepted:
+            return PermissionDenied(
+                f"The API key {key.name!r} has the scopes {_listed(key.scopes)}, but this needs "
+                f"{_listed(accepted, ' or ')}; create another with scripts/keys."
+            )
+        scope[_CALLER] = key.id
+        return None
+
+    async def _stored_key(self, scope: Scope) -> ApiKey | None:
+        if self._credentials is None:
+            return None
+        for text in _key_values(scope)[:_MAX_KEYS_GIVEN]:
+            key = self._credentials.known_key(text) or await self._credentials.verify_key(text)
+            if key is not None:
+                return key
+        return None
+
+
+def is_key_required(settings: Settings, credentials: Credentials | None) -> bool:
+    """Return whether requests need an API key.
+
+    Other machines always do, also after the last key was revoked.
+    """
+    if settings.api_key is not None or settings.is_public:
+        return True
+    return credentials is not None and credentials.has_keys
+
+
+def _listed(scopes: Iterable[str], separator: str = ", ") -> str:
+    return separator.join(sorted(scopes))
+
+
+def _key_values(scope: Scope) -> list[bytes]:
+    return [*header_values(scope, b"x-api-key"), *_bearer_values(scope)]
 
 
 def _bearer_values(scope: Scope) -> list[bytes]:

@@ -4,11 +4,13 @@ import asyncio
 import errno
 import signal
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from catalog.key_store import KeyStore
 from core.errors import ImpetusError, Unavailable
 from core.settings import Settings
 from core.supervision import RestartPolicy, Supervisor
@@ -78,6 +80,21 @@ def test_public_address_needs_a_key(host: str) -> None:
     with pytest.raises(ImpetusError, match="IMPETUS_API_KEY"):
         check_exposure(settings_of(host=host))
     check_exposure(settings_of(host=host, api_key="secret"))
+
+
+def test_a_stored_key_is_enough_for_another_address_and_a_damaged_file_is_not(
+    tmp_path: Path,
+) -> None:
+    settings = Settings(home=tmp_path, host="0.0.0.0")
+    store = KeyStore(settings.key_database)
+    with pytest.raises(ImpetusError, match="scripts/keys"):
+        check_exposure(settings)
+    store.create("one", ["inference"], now=1.0)
+    check_exposure(settings)
+    store.close()
+    settings.key_database.write_bytes(b"damaged" * 1000)
+    with pytest.raises(ImpetusError, match="cannot be opened"):
+        check_exposure(Settings(home=tmp_path))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.error import URLError
 from urllib.request import Request
@@ -37,11 +39,13 @@ def answering(*counts: int | str) -> Iterator[tuple[Settings, list[dict[str, str
         def log_message(self, format: str, *arguments: Any) -> None:
             """Stay silent."""
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with TemporaryDirectory() as folder, HTTPServer(("127.0.0.1", 0), Handler) as server:
+        home = Path(folder)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield Settings(port=server.server_address[1], api_key="sesame", drain_limit_s=30), seen
+            port = server.server_address[1]
+            yield Settings(home=home, port=port, api_key="sesame", drain_limit_s=30), seen
         finally:
             server.shutdown()
             thread.join()
@@ -52,6 +56,7 @@ def test_f10_it_waits_until_nothing_runs() -> None:
         drain(settings, lambda: False)
     assert [one["path"] for one in seen] == ["/api/drain"] * 3
     assert seen[0]["authorization"] == "Bearer sesame"
+    assert len(seen[0]["x-impetus-token"]) == 64
 
 
 def test_f10_impatience_ends_the_waiting() -> None:

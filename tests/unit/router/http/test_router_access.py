@@ -1,7 +1,9 @@
 """Access classes: every route has one, and no web page manages anything without the token."""
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from core.keys import MANAGEMENT_TOKEN, read_key
+from deployments.router.credentials import StoredCredentials
 from router.app import create_app
 from router.http.access import Access, access_of
 from tests.fakes import CHAT_MODEL, make_services
@@ -40,10 +43,18 @@ PAGES = [
 CREDENTIALS = [{"authorization": f"Bearer {TOKEN}"}, {"x-impetus-token": TOKEN}]
 
 
-def make_app(management: Any = None, **settings: Any) -> FastAPI:
+def make_app(
+    management: Any = None, credentials: StoredCredentials | None = None, **settings: Any
+) -> FastAPI:
     services = make_services(allowed_origins=["https://chat.example.org"], **settings)
-    management = management or FakeManagement()
-    return create_app(replace(services, management=management, management_token=TOKEN))
+    return create_app(
+        replace(
+            services,
+            management=management or FakeManagement(),
+            management_token=TOKEN,
+            credentials=credentials,
+        )
+    )
 
 
 def unclassified(app: FastAPI) -> list[str]:
@@ -53,18 +64,29 @@ def unclassified(app: FastAPI) -> list[str]:
     for route in app.routes:
         path = str(getattr(route, "path", route))
         tags = set(route.tags) if isinstance(route, APIRoute) else set()
-        if path not in UNTAGGED and (
-            len(tags & classes) != 1 or tags & classes != {access_of(path).value}
-        ):
+        applied = {access_of(method, path).value for method in getattr(route, "methods", ())}
+        if path not in UNTAGGED and (tags & classes != applied or len(applied) != 1):
             wrong.append(path)
     return wrong
+
+
+def classified(app: FastAPI) -> list[str]:
+    """Return a line for each route: its class, method and path."""
+    return sorted(
+        f"{access_of(method, route.path).value:9}  {method:6}  {route.path}"
+        for route in app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    )
 
 
 def management_calls(app: FastAPI) -> list[tuple[str, str]]:
     return [
         (method, route.path.replace("{model_id:path}", CHAT_MODEL))
         for route in app.routes
-        if isinstance(route, APIRoute) and Access.MANAGEMENT.value in route.tags
+        if isinstance(route, APIRoute)
+        and route.path.startswith("/api/")
+        and {Access.MANAGE.value, Access.READ.value} & set(route.tags)
         for method in sorted(route.methods or ())
     ]
 
@@ -75,17 +97,25 @@ def access_status(answer: httpx.Response) -> int:
     return answer.status_code if answer.status_code in (401, 403) else 200
 
 
-def test_every_route_has_an_access_class_n7() -> None:
-    app = make_app()
+def test_every_route_has_an_access_class_n7(tmp_path: Path) -> None:
+    """With `pytest -s` it prints the list of routes with their classes."""
+    credentials = StoredCredentials(tmp_path / "keys.sqlite")
+    app = make_app(credentials=credentials)
+    credentials.close()
     assert unclassified(app) == []
     assert ("POST", "/api/drain") in management_calls(app)
+    lines = classified(app)
+    sys.stdout.write("\n".join(lines) + "\n")
+    assert {line.split()[0] for line in lines} == {access.value for access in Access}
+    assert "read       GET     /metrics" in lines
+    assert "manage     GET     /api/keys" in lines
 
     async def endpoint(request: Request) -> Response:
         del request
         return Response()
 
     app.add_api_route("/v1/new", endpoint, methods=["POST"])
-    app.add_api_route("/manage", endpoint, methods=["POST"], tags=["management"])
+    app.add_api_route("/manage", endpoint, methods=["POST"], tags=["manage"])
     app.add_route("/old", endpoint)
     assert unclassified(app) == ["/v1/new", "/manage", "/old"]
 
