@@ -178,7 +178,9 @@ def create_app(
         redirect_slashes=False,
         middleware=[
             Middleware(RequestBoundary, metrics),
-            *(Middleware(guard, *guarded) for guard in (HeaderGuard, OriginGuard, BodyLimit)),
+            Middleware(HeaderGuard, *guarded, services.credentials),
+            Middleware(OriginGuard, *guarded),
+            Middleware(BodyLimit, *guarded),
             Middleware(AccessGuard, *guarded, services.management_token, services.credentials),
             Middleware(ContentTypeGuard, *guarded),
             Middleware(DrainGuard, *guarded, drain),

@@ -13,7 +13,7 @@ from core.keys import ApiKey
 from core.keys import Scope as KeyScope
 from core.metrics import Metrics
 from core.settings import Settings
-from router.http.guards import CLOSE, PUBLIC_PATHS, Guard, header_values
+from router.http.guards import CLOSE, PUBLIC_PATHS, Guard, header_values, is_key_required
 from router.services import Credentials
 
 _CALLER = "impetus.caller"
@@ -155,16 +155,6 @@ class AccessGuard(Guard):
             if key is not None:
                 return key
         return None
-
-
-def is_key_required(settings: Settings, credentials: Credentials | None) -> bool:
-    """Return whether requests need an API key.
-
-    Other machines always do, also after the last key was revoked.
-    """
-    if settings.api_key is not None or settings.is_public:
-        return True
-    return credentials is not None and credentials.has_keys
 
 
 def _listed(scopes: Iterable[str], separator: str = ", ") -> str:

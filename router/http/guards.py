@@ -23,6 +23,8 @@ from core.settings import LOOPBACK_HOSTS, Settings
 from core.units import KIB, format_bytes
 from router.http.drain import Drain
 from router.http.errors import error_response
+from router.http.own_names import names_this_machine
+from router.services import Credentials
 
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/health", "/v1/health"})
 # Also answered while the server is stopping: these report how far it is.
@@ -42,6 +44,16 @@ CLOSE = {"connection": "close"}
 def header_values(scope: Scope, name: bytes) -> list[bytes]:
     """Return the values of every header called `name` (lower case), in order."""
     return [value for key, value in scope["headers"] if key.lower() == name]
+
+
+def is_key_required(settings: Settings, credentials: Credentials | None) -> bool:
+    """Return whether requests need an API key.
+
+    Other machines always do, also after the last key was revoked.
+    """
+    if settings.api_key is not None or settings.is_public:
+        return True
+    return credentials is not None and credentials.has_keys
 
 
 class Guard:
@@ -78,11 +90,19 @@ class Guard:
 class HeaderGuard(Guard):
     """Limits the headers and accepts only the Host names of this server.
 
-    A foreign web page can make a browser connect here under its own name (DNS rebinding).
+    A foreign web page can make a browser connect here under its own name (DNS rebinding).  While
+    a key is required, the machine's host name and the address that was connected to are accepted.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        credentials: Credentials | None = None,
+    ) -> None:
         super().__init__(app, settings, metrics)
+        self._credentials = credentials
         names = {*LOOPBACK_HOSTS, settings.host, *settings.allowed_hosts}
         self._names = frozenset(name.lower().strip("[]") for name in names)
 
@@ -114,7 +134,10 @@ class HeaderGuard(Guard):
             error = RequestError("The request needs exactly one well-formed Host header.")
             return self.refusal(error, headers=CLOSE)
         name = match[1].decode("ascii").lower().strip("[]")
-        if name in self._names:
+        if name in self._names or (
+            is_key_required(self._settings, self._credentials)
+            and names_this_machine(name, scope.get("server"))
+        ):
             return None
         error_403 = PermissionDenied(
             f"The Host {name!r} is not allowed; add it to IMPETUS_ALLOWED_HOSTS to allow it."
