@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from core.errors import Unavailable
 from core.metrics import CONTENT_TYPE, Metrics
+from core.settings import Settings
 from router.api.aliases import (
     AliasTarget,
     aliases_endpoint,
@@ -61,6 +62,13 @@ from router.api.models import (
     load_endpoint,
     show_endpoint,
     unload_endpoint,
+)
+from router.api.session import (
+    SessionCode,
+    close_session_endpoint,
+    link_endpoint,
+    open_session_endpoint,
+    show_session_endpoint,
 )
 from router.context import IgnoredNames, Pacing, RouteContext
 from router.http.access import Access, AccessGuard, access_of
@@ -129,6 +137,7 @@ _BODIES: Mapping[tuple[str, str], type[BaseModel]] = {
     ("POST", "/api/bin/{bin_id}/restore"): EmptyBody,
     ("POST", "/api/drain"): EmptyBody,
     ("POST", "/api/keys"): NewKey,
+    ("POST", "/api/session"): SessionCode,
     ("POST", "/api/downloads"): DownloadRequest,
     ("POST", "/api/hub/token"): TokenBody,
     ("PATCH", "/api/downloads/limits"): DownloadLimitsPatch,
@@ -198,7 +207,7 @@ def create_app(
     if services.hub is not None:
         _add_hub_routes(app, services.hub)
     if services.credentials is not None:
-        _add_key_routes(app, services.credentials)
+        _add_key_routes(app, services.settings, services.credentials)
     describe_routes(app, _BODIES, _ANSWERS, _QUERIES)
     # A wrong setting fails at start, not at the first request.
     app.build_middleware_stack()
@@ -267,11 +276,23 @@ def _add_management_routes(app: FastAPI, context: RouteContext, management: Mana
     read("/api/decisions", decisions_endpoint(management))
 
 
-def _add_key_routes(app: FastAPI, credentials: Credentials) -> None:
+def _add_key_routes(app: FastAPI, settings: Settings, credentials: Credentials) -> None:
     add = partial(_add_route, app, Access.MANAGE)
     add("/api/keys", list_keys_endpoint(credentials))
     add("/api/keys", create_key_endpoint(credentials), "POST")
     add("/api/keys/{key_id}", revoke_key_endpoint(credentials), "DELETE")
+    _add_route(app, Access.READ, "/api/session", show_session_endpoint())
+    add_open = partial(_add_route, app, Access.OPEN)
+    add_open("/api/session", open_session_endpoint(settings, credentials), "POST")
+    add_open("/api/session", close_session_endpoint(settings, credentials), "DELETE")
+    # Without HEAD: that would use the link up.
+    app.add_api_route(
+        "/session",
+        link_endpoint(settings, credentials),
+        methods=["GET"],
+        response_model=None,
+        tags=[Access.OPEN.value],
+    )
 
 
 def _add_job_routes(app: FastAPI, jobs: Jobs) -> None:

@@ -309,7 +309,7 @@ class Management(Protocol):
 
 
 class Credentials(Protocol):
-    """API keys that are stored."""
+    """API keys that are stored, and sessions of browsers."""
 
     @property
     def has_keys(self) -> bool:
@@ -342,6 +342,18 @@ class Credentials(Protocol):
 
     async def revoke_key(self, key_id: str) -> None:
         """Delete a key; its next request is refused.  Raises NotFound, Unavailable."""
+        ...
+
+    async def open_session(self, code: str) -> str | None:
+        """Return the token of a new session; None for a code that is used or was never given."""
+        ...
+
+    async def has_session(self, token: str) -> bool:
+        """Return whether this is the token of a session that has not ended."""
+        ...
+
+    async def close_session(self, token: str) -> None:
+        """End a session, if there is one."""
         ...
 
 

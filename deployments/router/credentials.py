@@ -1,4 +1,4 @@
-"""Verifies API keys for the router: a slow hash once, then a fast keyed hash in memory."""
+"""Verifies API keys and sessions for the router: API keys by a slow hash once, then in memory."""
 
 import asyncio
 import hashlib
@@ -49,6 +49,8 @@ class StoredCredentials:
         self._stored = {one.key.id: one for one in self._reader.stored()}
         self._verified: dict[bytes, str] = {}
         self._wrong: dict[bytes, None] = {}
+        # When known sessions end, in Unix seconds.
+        self._sessions: dict[bytes, float] = {}
         self._waiting: set[bytes] = set()
         self._verifying = asyncio.Lock()
         self._used: dict[str, float] = {}
@@ -130,6 +132,7 @@ class StoredCredentials:
             logger.error("changes of API keys are not seen: %s", problem.message)
             return
         self._version = version
+        self._sessions.clear()
         self._stored = {one.key.id: one for one in found}
         self._verified = {
             digest: key_id for digest, key_id in self._verified.items() if key_id in self._stored
@@ -154,6 +157,29 @@ class StoredCredentials:
         """Delete a key; it counts at once.  Raises NotFound, Unavailable."""
         await asyncio.to_thread(self._store.revoke, key_id)
         self._look()
+
+    async def open_session(self, code: str) -> str | None:
+        """Return the token of a new session; None for a code that is used or was never given."""
+        return await asyncio.to_thread(lambda: self._store.open_session(code, now=self._now()))
+
+    async def has_session(self, token: str) -> bool:
+        """Return whether this is the token of a session that has not ended."""
+        digest = self._fast_hash(token.encode("utf-8", "replace"))
+        end = self._sessions.get(digest)
+        if end is None:
+            end = await asyncio.to_thread(self._store.session_end, token)
+            if end is None:
+                return False
+            self._sessions[digest] = end
+        if self._now() < end:
+            return True
+        self._sessions.pop(digest, None)
+        return False
+
+    async def close_session(self, token: str) -> None:
+        """End a session, if there is one."""
+        await asyncio.to_thread(self._store.close_session, token)
+        self._sessions.pop(self._fast_hash(token.encode("utf-8", "replace")), None)
 
     async def save_uses(self) -> None:
         """Store once a minute when keys were used last; never returns."""

@@ -36,6 +36,7 @@ from deployments.start.environment import ROOT, environment, token_path
 from deployments.start.log_file import LogFile
 from deployments.start.progress import Signs, StartProgress, signs_of
 from deployments.start.readiness import Readiness, ReadinessWatch, ask_readiness
+from deployments.start.sign_in import sign_in_link
 
 _STOP_LIMIT_S = 30.0
 _POLL_S = 0.2
@@ -182,6 +183,8 @@ class Launcher:
         if match:
             say(f"  Ray dashboard  http://{match[1]} (token: {token_path(self._settings)})")
         say(f"  Logs           {self._log.path}")
+        say(f"  Sign in        {sign_in_link(self._settings)}")
+        say("                 (a browser, once within an hour; scripts/keys link prints another)")
         say(f"  Management     X-Impetus-Token: {read_key(self._settings.home, MANAGEMENT_TOKEN)}")
         say("                 (for /api/: web pages need it; others may send it as a key)")
         say("")

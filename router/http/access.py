@@ -1,4 +1,4 @@
-"""Who may call a route: access classes of routes, API keys with scopes, the management token."""
+"""Who may call a route: access classes, API keys with scopes, sessions, the management token."""
 
 import hashlib
 import hmac
@@ -9,14 +9,16 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from core.errors import AuthenticationError, ImpetusError, PermissionDenied
-from core.keys import ApiKey
+from core.keys import SCOPES, ApiKey
 from core.keys import Scope as KeyScope
 from core.metrics import Metrics
 from core.settings import Settings
 from router.http.guards import CLOSE, PUBLIC_PATHS, Guard, header_values, is_key_required
+from router.http.session_cookie import session_token
 from router.services import Credentials
 
 _CALLER = "impetus.caller"
+_ALLOWED = "impetus.scopes"
 # Of the keys in one request's headers so many are looked at.
 _MAX_KEYS_GIVEN = 2
 # A browser sends one of these with every request that can change anything.  `sec-fetch-mode` is
@@ -44,16 +46,19 @@ _ACCEPTED: Mapping[Access, frozenset[KeyScope]] = {
     Access.MANAGE: frozenset({"manage"}),
 }
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
+_SESSION = "/api/session"
 
 
 def access_of(method: str, path: str) -> Access:
     """Return the class of a request; unknown paths count as inference."""
-    if path in PUBLIC_PATHS:
+    if path in PUBLIC_PATHS or path == "/session":
         return Access.OPEN
     if path == "/metrics":
         return Access.READ
     if path != "/api" and not path.startswith("/api/"):
         return Access.INFERENCE
+    if path == _SESSION and method not in _READING:
+        return Access.OPEN
     is_of_keys = path == "/api/keys" or path.startswith("/api/keys/")
     return Access.READ if method in _READING and not is_of_keys else Access.MANAGE
 
@@ -69,8 +74,14 @@ def caller_of(scope: MutableMapping[str, Any]) -> str | None:
     return caller
 
 
+def allowed_scopes(scope: MutableMapping[str, Any]) -> frozenset[KeyScope]:
+    """Return what the client of an accepted request may do."""
+    scopes: frozenset[KeyScope] = scope.get(_ALLOWED, frozenset())
+    return scopes
+
+
 class AccessGuard(Guard):
-    """Requires an API key with the route's scope, or the management token.
+    """Requires an API key with the route's scope, a session, or the management token.
 
     It decides on the method and `scope["path"]` alone.
     """
@@ -108,16 +119,25 @@ class AccessGuard(Guard):
         is_key_needed = is_key_required(self._settings, self._credentials)
         if access is Access.INFERENCE and not is_key_needed:
             return None
-        if self._is_trusted(access, scope):
+        if self._is_trusted(access, scope) or await self._has_session(scope):
+            scope[_ALLOWED] = SCOPES
             return None
         if is_key_needed:
             return await self._check_stored_key(access, scope)
         if not is_from_browser(scope) or not scope["path"].startswith("/api"):
+            scope[_ALLOWED] = SCOPES
             return None
         return PermissionDenied(
-            "Managing models from a web page needs the management token that scripts/serve "
-            "prints; send it as `Authorization: Bearer TOKEN` or `X-Impetus-Token: TOKEN`."
+            "Managing models from a web page needs a session or the management token, which "
+            "scripts/serve prints; open its sign-in link, or send the token as "
+            "`Authorization: Bearer TOKEN` or `X-Impetus-Token: TOKEN`."
         )
+
+    async def _has_session(self, scope: Scope) -> bool:
+        token = session_token(scope, self._settings)
+        if token is None or self._credentials is None:
+            return False
+        return await self._credentials.has_session(token)
 
     def _is_trusted(self, access: Access, scope: Scope) -> bool:
         """Whether it has the key of the settings, or the management token where that counts."""
@@ -144,7 +164,7 @@ class AccessGuard(Guard):
                 f"The API key {key.name!r} has the scopes {_listed(key.scopes)}, but this needs "
                 f"{_listed(accepted, ' or ')}; create another with scripts/keys."
             )
-        scope[_CALLER] = key.id
+        scope[_CALLER], scope[_ALLOWED] = key.id, key.scopes
         return None
 
     async def _stored_key(self, scope: Scope) -> ApiKey | None:

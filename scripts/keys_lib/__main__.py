@@ -1,4 +1,4 @@
-"""Lists, creates and revokes API keys.
+"""Lists, creates and revokes API keys, and prints sign-in links for browsers.
 
 Works on the key database in the data folder: the server need not run, and a running one notices
 changes within a second.  As soon as a key exists, every request needs one.
@@ -18,6 +18,7 @@ from core.errors import ImpetusError
 from core.keys import SCOPES, ApiKey
 from core.settings import Settings
 from deployments.start.checks import read_settings
+from deployments.start.sign_in import sign_in_link
 
 _CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 _DAY_S = 24 * 3600.0
@@ -91,6 +92,11 @@ def _revoke(store: KeyStore, settings: Settings, options: argparse.Namespace) ->
         print("It was the last one: programs on this machine need no key any more.")
 
 
+def _link(store: KeyStore, settings: Settings, options: argparse.Namespace) -> None:
+    link = sign_in_link(settings, store)
+    print(json.dumps({"link": link}) if options.json else link)
+
+
 def _described(key: ApiKey) -> dict[str, Any]:
     return {
         "id": key.id,
@@ -139,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     revocation = commands.add_parser("revoke", help="delete a key")
     revocation.add_argument("id", help="the id that `list` shows")
     revocation.set_defaults(run=_revoke)
+    link = commands.add_parser("link", help="print a link that signs a browser in, once")
+    link.set_defaults(run=_link)
     return parser
 
 

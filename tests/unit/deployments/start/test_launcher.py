@@ -257,6 +257,7 @@ def test_the_banner_shows_the_management_token_and_its_use(
     shown = capsys.readouterr().out
     assert f"X-Impetus-Token: {read_key(tmp_path, MANAGEMENT_TOKEN)}" in shown
     assert "/api/" in shown
+    assert f"{settings.base_url.removesuffix('/v1')}/session?code=" in shown
 
 
 def test_the_start_names_failures_of_a_macs_gpu(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,13 @@ def test_it_runs_as_a_program_and_prints_the_key_alone(data: Path) -> None:
         check=True,
     )
     assert api_key_id(done.stdout.strip().encode()) is not None
+
+
+def test_a_link_signs_in_once(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["link"]) == 0
+    address, code = capsys.readouterr().out.strip().split("?code=")
+    assert address == "http://127.0.0.1:8000/session"
+    store = KeyStore(data / DATABASE)
+    assert store.open_session(code, now=time.time()) is not None
+    assert store.open_session(code, now=time.time()) is None
+    store.close()
