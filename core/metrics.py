@@ -1,5 +1,10 @@
 """Prometheus metrics of requests and answers: names, units and labels."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
@@ -10,6 +15,27 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _WAIT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
 _REQUEST_BUCKETS_S = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600, 1800)
 _TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+
+
+@dataclass(slots=True)
+class TokenCount:
+    """Prompt and answer tokens that were counted."""
+
+    tokens: int = 0
+
+
+_count_of_request: ContextVar[TokenCount | None] = ContextVar("tokens of request", default=None)
+
+
+@contextmanager
+def count_tokens_of_this_request() -> Iterator[TokenCount]:
+    """Give the tokens that `Metrics.count_usage` counts in this task and those it starts."""
+    count = TokenCount()
+    token = _count_of_request.set(count)
+    try:
+        yield count
+    finally:
+        _count_of_request.reset(token)
 
 
 class Metrics:
@@ -106,7 +132,9 @@ class Metrics:
                 self.reused_tokens.labels(model_id, source).inc(tokens)
 
     def count_usage(self, model_id: str, usage: Usage) -> None:
-        """Count a finished request's tokens."""
+        """Count a finished request's tokens, also for the limit of its caller."""
+        if (count := _count_of_request.get()) is not None:
+            count.tokens += usage.prompt_tokens + usage.completion_tokens
         self.prompt_tokens.labels(model_id).inc(usage.prompt_tokens)
         self.cached_tokens.labels(model_id).inc(usage.cached_tokens)
         self.completion_tokens.labels(model_id).inc(usage.completion_tokens)

@@ -212,6 +212,20 @@ class Settings(BaseSettings):
         default_factory=list,
         description="Web origins whose pages may call the API, separated by commas.",
     )
+    rate_limit_requests: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Maximum inference requests per minute of each API key, or of each address "
+        "without one; unset: no limit.",
+    )
+    rate_limit_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000_000,
+        description="Maximum tokens of prompts and answers per minute of each API key, or of each "
+        "address without one; unset: no limit.",
+    )
     thermal_file: Path | None = Field(
         default=None,
         description="File with a thermal state (nominal, fair, serious, critical) to use "

@@ -81,6 +81,7 @@ from router.http.guards import (
     HeaderGuard,
     OriginGuard,
 )
+from router.http.rate_limits import RateGuard
 from router.hub_service import Hub, HubReadme, HubRepositoryAnswer, HubResults, HubTokenAnswer
 from router.job_service import DownloadLimitsView, JobDetail, JobList, Jobs
 from router.openapi import describe_routes
@@ -191,6 +192,7 @@ def create_app(
             Middleware(OriginGuard, *guarded),
             Middleware(BodyLimit, *guarded),
             Middleware(AccessGuard, *guarded, services.management_token, services.credentials),
+            *_rate_guard(services.settings, metrics),
             Middleware(ContentTypeGuard, *guarded),
             Middleware(DrainGuard, *guarded, drain),
         ],
@@ -212,6 +214,13 @@ def create_app(
     # A wrong setting fails at start, not at the first request.
     app.build_middleware_stack()
     return app
+
+
+def _rate_guard(settings: Settings, metrics: Metrics) -> list[Middleware]:
+    """Return the rate limits, or nothing, which costs nothing, if there are none."""
+    if settings.rate_limit_requests is None and settings.rate_limit_tokens is None:
+        return []
+    return [Middleware(RateGuard, settings, metrics)]
 
 
 def _add_inference_routes(app: FastAPI, context: RouteContext) -> None:

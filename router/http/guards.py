@@ -1,7 +1,7 @@
 """Checks of requests as ASGI middleware: headers, origin, body size, content type, drain.
 
 They run in this order: `HeaderGuard`, `OriginGuard`, `BodyLimit`, `router.http.access.AccessGuard`,
-`ContentTypeGuard`, `DrainGuard`.
+`router.http.rate_limits.RateGuard`, `ContentTypeGuard`, `DrainGuard`.
 """
 
 import re
@@ -39,6 +39,17 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]{0,30}://[^\s/?#@\\,]{0,260}")
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9-]+(?:\s*,\s*[A-Za-z0-9-]+){0,99}")
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 CLOSE = {"connection": "close"}
+_RATE_HEADERS = [
+    f"x-ratelimit-{fact}-{kind}"
+    for kind in ("requests", "tokens")
+    for fact in ("limit", "remaining", "reset")
+]
+_EXPOSED = ", ".join(
+    [
+        *("x-request-id", "request-id", "x-impetus-ignored", "x-impetus-timing", "retry-after"),
+        *_RATE_HEADERS,
+    ]
+)
 
 
 def header_values(scope: Scope, name: bytes) -> list[bytes]:
@@ -187,9 +198,7 @@ class OriginGuard(Guard):
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["access-control-allow-origin"] = origin
-                headers["access-control-expose-headers"] = (
-                    "x-request-id, request-id, x-impetus-ignored, x-impetus-timing, retry-after"
-                )
+                headers["access-control-expose-headers"] = _EXPOSED
                 headers.add_vary_header("Origin")
             await send(message)
 
