@@ -166,7 +166,7 @@ def test_failing_scan_result_writes_nothing(store: CatalogStore) -> None:
 @pytest.mark.parametrize(
     "content", [b"this is no database" * 500, b"SQLite format 3\0" + b"x" * 999]
 )
-def test_damaged_catalog_is_moved_aside(
+def test_damaged_catalog_is_moved_aside_s5(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "catalog.sqlite"
@@ -182,7 +182,7 @@ def test_damaged_catalog_is_moved_aside(
     store.close()
 
 
-def test_damaged_page_is_noticed(tmp_path: Path) -> None:
+def test_damaged_page_is_noticed_s5(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
     store = CatalogStore(path)
     write(store, *(make_found(f"/m/{number}.gguf", name=f"n{number}") for number in range(200)))
@@ -198,7 +198,7 @@ def test_damaged_page_is_noticed(tmp_path: Path) -> None:
     rebuilt.close()
 
 
-def test_newer_schema_is_refused_and_stays(tmp_path: Path) -> None:
+def test_newer_schema_is_refused_and_stays_s5(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE future (x)")
@@ -212,7 +212,7 @@ def test_newer_schema_is_refused_and_stays(tmp_path: Path) -> None:
     connection.close()
 
 
-def test_failing_migration_is_undone(tmp_path: Path) -> None:
+def test_failing_migration_is_undone_s8(tmp_path: Path) -> None:
     def m004_fails(connection: sqlite3.Connection) -> None:
         connection.execute("CREATE TABLE half (x)")
         connection.execute("INSERT INTO nowhere VALUES (1)")
@@ -234,13 +234,13 @@ def test_impossible_folder_gives_a_clear_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_folder_gives_a_clear_error(tmp_path: Path) -> None:
+def test_read_only_folder_gives_a_clear_error_s5(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(ImpetusError, match="cannot be opened"):
         CatalogStore(tmp_path / "catalog.sqlite")
 
 
-def test_kill_during_writes_loses_nothing_committed(tmp_path: Path) -> None:
+def test_kill_during_writes_loses_nothing_committed_s5(tmp_path: Path) -> None:
     path = tmp_path / "catalog.sqlite"
     CatalogStore(path).close()
     for round_number in range(8):

@@ -121,24 +121,6 @@ def test_a_damaged_catalog_does_not_replace_a_sound_backup(path: Path) -> None:
     assert not list(path.parent.glob("*.part"))
 
 
-@pytest.mark.parametrize("version", range(1, NEWEST))
-def test_s8_each_older_schema_is_copied_and_migrated(path: Path, version: int) -> None:
-    made_by(path, version)
-    store = CatalogStore(path)
-    assert [record.id for record in store.models()] == [TINY]
-    assert store.aliases() == {"coder": TINY}
-    store.change_settings(TINY, {"pin": True})
-    store.close()
-    connection = sqlite3.connect(path)
-    assert connection.execute("PRAGMA user_version").fetchone() == (NEWEST,)
-    connection.close()
-    copy = sqlite3.connect(path.with_name(f"catalog.sqlite.schema-{version}"))
-    assert copy.execute("PRAGMA user_version").fetchone() == (version,)
-    assert copy.execute("SELECT alias, model_id FROM aliases").fetchall() == [("coder", TINY)]
-    assert copy.execute("SELECT count(*) FROM models").fetchone() == (1,)
-    copy.close()
-
-
 def test_no_migration_without_a_copy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_by(path, 1)
 

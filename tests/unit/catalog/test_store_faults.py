@@ -46,7 +46,7 @@ def limited(path: Path, pages: int = 40) -> sqlite3.Connection:
     return connection
 
 
-def test_a_full_disk_ends_no_reads_and_is_over_when_there_is_room(
+def test_a_full_disk_ends_no_reads_and_is_over_when_there_is_room_s5(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = CatalogStore(path)
@@ -67,7 +67,7 @@ def test_a_full_disk_ends_no_reads_and_is_over_when_there_is_room(
     store.close()
 
 
-def test_a_locked_catalog_can_be_read_and_says_who_is_in_the_way(
+def test_a_locked_catalog_can_be_read_and_says_who_is_in_the_way_s5(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("catalog.migrations.BUSY_MS", 50)
@@ -96,7 +96,7 @@ def test_a_process_that_hangs_while_it_opens_the_catalog_stops_nobody_for_long(
     CatalogStore(path).close()
 
 
-def test_damage_while_it_is_open_is_moved_aside_and_filled_again(
+def test_damage_while_it_is_open_is_moved_aside_and_filled_again_s5(
     path: Path, filled: CatalogStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     size = path.stat().st_size
@@ -111,7 +111,7 @@ def test_damage_while_it_is_open_is_moved_aside_and_filled_again(
     assert path.with_name("catalog.sqlite.corrupt-1").stat().st_size == size
 
 
-def test_a_truncated_file_is_moved_aside(path: Path, filled: CatalogStore) -> None:
+def test_a_truncated_file_is_moved_aside_s5(path: Path, filled: CatalogStore) -> None:
     os.truncate(path, 4096 * 3)
     with pytest.raises(ImpetusError):
         filled.models()
@@ -272,7 +272,7 @@ print(len(store.models()), len(list(path.parent.glob("*corrupt*"))))
 """
 
 
-def test_kills_at_any_point_leave_an_intact_database(path: Path) -> None:
+def test_kills_at_any_point_leave_an_intact_database_s5(path: Path) -> None:
     CatalogStore(path).close()
     done = subprocess.run(
         [sys.executable, "-c", KILLER, str(path)],
