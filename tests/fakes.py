@@ -38,6 +38,10 @@ EMBEDDING_MODEL = "mini@gguf-f16"
 RERANK_MODEL = "ranker@gguf-f16"
 
 
+# What a client of `make_services` sends to manage.
+MANAGING = {"x-impetus-token": "test-management-token"}
+
+
 def make_view(model_id: str = CHAT_MODEL, **changes: Any) -> ModelView:
     """Return a chat model's view."""
     fields: dict[str, Any] = {
@@ -249,4 +253,5 @@ def make_services(
         dispatcher=dispatcher or FakeDispatcher(),
         health=FakeHealth(not_ready),
         telemetry=FakeTelemetry(),
+        management_token=MANAGING["x-impetus-token"],
     )

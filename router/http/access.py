@@ -30,8 +30,8 @@ class Access(Enum):
     """The access class of a route.
 
     `OPEN` needs nothing.  If a key is needed, `INFERENCE` needs one with that scope, `READ` one
-    with `read` or `manage`, and `MANAGE` one with `manage`.  Otherwise only browsers need a
-    credential for `READ` and `MANAGE` below `/api`, other clients none.
+    with `read` or `manage`, and `MANAGE` one with `manage`.  Otherwise `INFERENCE` needs nothing,
+    `READ` a session or the management token from browsers below `/api`, and `MANAGE` always one.
     """
 
     OPEN = "open"
@@ -124,9 +124,15 @@ class AccessGuard(Guard):
             return None
         if is_key_needed:
             return await self._check_stored_key(access, scope)
-        if not is_from_browser(scope) or not scope["path"].startswith("/api"):
-            scope[_ALLOWED] = SCOPES
+        is_page = is_from_browser(scope) and scope["path"].startswith("/api")
+        if access is Access.READ and not is_page:
+            scope[_ALLOWED] = SCOPES - {"manage"}
             return None
+        if not is_page:
+            return AuthenticationError(
+                "Managing the server needs the management token that scripts/serve prints, or an "
+                "API key with the scope manage; send one as `Authorization: Bearer …`."
+            )
         return PermissionDenied(
             "Managing models from a web page needs a session or the management token, which "
             "scripts/serve prints; open its sign-in link, or send the token as "

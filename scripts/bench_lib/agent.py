@@ -113,7 +113,7 @@ def _starter(load: Load, home: Path) -> Callable[[], Any]:
 
 def _unload(server: Server) -> None:
     url = f"http://127.0.0.1:{server.port}/api/models/{server.model}/unload"
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "X-Impetus-Token": server.management_token}
     request = urllib.request.Request(url, data=b"{}", headers=headers, method="POST")
     try:
         with urllib.request.urlopen(request, timeout=_UNLOAD_S):

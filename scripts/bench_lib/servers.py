@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from core.keys import MANAGEMENT_TOKEN, read_key
 from scripts.bench_lib.processes import (
     GatewaySnapshot,
     engine_worker_cpu_s,
@@ -69,6 +70,7 @@ class Server:
     is_ours: bool = False
     format: str = "gguf"
     facts: dict[str, str] = field(default_factory=dict)
+    management_token: str = field(default="", repr=False)
 
     def get(self, path: str) -> str:
         """Return the body of a GET request.  Raises OSError unless the status is 200."""
@@ -96,7 +98,9 @@ def running_ours(load: Load, settings: Mapping[str, str] | None = None) -> Itera
         server = Server(OURS, port, "", process.pid, is_ours=True, format=load.format)
         try:
             wait_until_ready(server, process, log, "/readyz")
-            yield replace(server, model=model_id(server))
+            home = Path(variables.get("IMPETUS_HOME", folder))
+            token = read_key(home, MANAGEMENT_TOKEN)
+            yield replace(server, model=model_id(server), management_token=token)
         except BenchError as error:
             if _answers(server):
                 raise

@@ -25,10 +25,14 @@ class AnswerProblem(Exception):
 
 
 class Client:
-    """A client of the server at `root`; each request blocks for at most `limit_s`."""
+    """A client of the server at `root`; each request blocks for at most `limit_s`.
 
-    def __init__(self, root: str, limit_s: float) -> None:
+    `token` is the server's management token, which unloading needs.
+    """
+
+    def __init__(self, root: str, limit_s: float, token: str = "") -> None:
         self._root = root
+        self._token = token
         self._limit_s = limit_s
         # No proxy reaches this machine's loopback.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -127,7 +131,7 @@ class Client:
 
     def _open(self, path: str, body: Mapping[str, Any] | None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "X-Impetus-Token": self._token}
         request = urllib.request.Request(f"{self._root}{path}", data, headers)
         return self._opener.open(request, timeout=self._limit_s)
 

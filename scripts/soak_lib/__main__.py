@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from core.cpus import usable_cpus
+from core.keys import MANAGEMENT_TOKEN, read_key
 from scripts.bench_lib.servers import free_port
 from scripts.bench_lib.starter import starter_model
 from scripts.soak_lib.clients import Outcome, Pause, run_client
@@ -152,7 +153,8 @@ async def _budget_for_all_but_one(server: Server) -> tuple[list[str], int]:
         else:
             raise SoakError(f"{len(models)} of {count} models can chat; the soak test needs all.")
         for model in models:
-            answer = await client.post(f"/api/models/{model}/load", json={})
+            token = {"x-impetus-token": read_key(server.home, MANAGEMENT_TOKEN)}
+            answer = await client.post(f"/api/models/{model}/load", json={}, headers=token)
             if answer.status_code != 200:
                 raise SoakError(f"{model} cannot be loaded: {answer.text}")
             await client.post("/v1/chat/completions", json=_short(model))

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psutil
 
+from core.keys import MANAGEMENT_TOKEN, read_key
 from tests.live_server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +58,11 @@ class Server:
     def url(self) -> str:
         """The server's root."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def managing(self) -> dict[str, str]:
+        """The headers with which a client may manage the server."""
+        return {"x-impetus-token": read_key(self.home, MANAGEMENT_TOKEN)}
 
     @property
     def is_running(self) -> bool:

@@ -84,7 +84,10 @@ def test_download_outlives_its_process_and_the_server_and_answers(
     hub.faults.add(slow)
     hub.forget_requests()
     begun = HTTP.post(
-        f"{server.url}/api/downloads", json={"model": f"{model['id']}:Q4_1"}, timeout=60
+        f"{server.url}/api/downloads",
+        json={"model": f"{model['id']}:Q4_1"},
+        headers=server.managing,
+        timeout=60,
     )
     assert begun.status_code == 202, begun.text
     path = f"/api/jobs/{begun.json()['id']}"

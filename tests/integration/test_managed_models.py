@@ -31,7 +31,8 @@ def listed(server: Server) -> list[str]:
 
 
 def ask(server: Server, method: str, path: str, body: object = None) -> httpx.Response:
-    return httpx.request(method, f"{server.url}{path}", json=body or {}, timeout=90)
+    url = f"{server.url}{path}"
+    return httpx.request(method, url, json=body or {}, headers=server.managing, timeout=90)
 
 
 def chat(server: Server, model: str) -> httpx.Response:

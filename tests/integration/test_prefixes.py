@@ -44,7 +44,9 @@ def test_the_second_turn_is_cached_after_an_unload_and_a_restart(other_server: S
     whole = usage["prompt_tokens"] // 128 * 128
     wait_until(lambda: len(files(server)) >= whole // 128, "the first prompt is written")
     model = f"{STARTER}@gguf-q4_1"
-    done = httpx.post(f"{server.url}/api/models/{model}/unload", json={}, timeout=60)
+    done = httpx.post(
+        f"{server.url}/api/models/{model}/unload", json={}, headers=server.managing, timeout=60
+    )
     assert done.is_success, done.text
     again, usage = ask(server, ("user", "What is rule 3?"))
     assert (again, cached(usage)) == (first, whole)

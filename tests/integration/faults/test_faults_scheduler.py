@@ -146,7 +146,9 @@ async def test_f7_three_models_with_room_for_two_serve_the_agents_trace(
 
 def test_f7_memory_came_back_after_every_unload(small: Server) -> None:
     ask(small, "alpha")
-    HTTP.post(f"{small.url}/api/models/{IDS['alpha']}/unload", json={}, timeout=60)
+    HTTP.post(
+        f"{small.url}/api/models/{IDS['alpha']}/unload", json={}, headers=small.managing, timeout=60
+    )
     freed = [one for one in decisions(small) if one["action"] == f"freed {IDS['alpha']}"]
     assert freed
     assert "came back" in freed[0]["reason"]
@@ -184,7 +186,12 @@ async def test_f9_exactly_the_surplus_is_refused_and_the_rest_is_served(small: S
 
 async def test_f17_health_and_metrics_answer_under_load_and_wake_nothing(small: Server) -> None:
     for name in NAMES:
-        HTTP.post(f"{small.url}/api/models/{IDS[name]}/unload", json={}, timeout=60)
+        HTTP.post(
+            f"{small.url}/api/models/{IDS[name]}/unload",
+            json={},
+            headers=small.managing,
+            timeout=60,
+        )
     async with httpx.AsyncClient(timeout=10) as client:
         for path in ("/healthz", "/readyz", "/metrics", "/v1/models"):
             assert (await client.get(f"{small.url}{path}")).status_code == 200
@@ -199,13 +206,16 @@ async def test_f17_health_and_metrics_answer_under_load_and_wake_nothing(small: 
 
 def test_f16_a_keep_alive_of_nothing_loses_no_request(small: Server) -> None:
     path = f"{small.url}/api/models/{IDS['beta']}"
-    assert HTTP.patch(path, json={"keep_alive_s": 0}, timeout=30).status_code == 200
+    assert (
+        HTTP.patch(path, json={"keep_alive_s": 0}, headers=small.managing, timeout=30).status_code
+        == 200
+    )
     try:
         answers = [ask(small, "beta") for _ in range(20)]
         assert [answer.status_code for answer in answers] == [200] * 20
         wait_until(lambda: states(small)["beta"] == "available", "the model is unloaded")
     finally:
-        HTTP.patch(path, json={"keep_alive_s": None}, timeout=30)
+        HTTP.patch(path, json={"keep_alive_s": None}, headers=small.managing, timeout=30)
 
 
 def test_f5_what_can_never_fit_beside_a_pinned_model_is_refused_with_the_numbers(
@@ -213,7 +223,10 @@ def test_f5_what_can_never_fit_beside_a_pinned_model_is_refused_with_the_numbers
 ) -> None:
     for name in ("alpha", "beta"):
         path = f"{small.url}/api/models/{IDS[name]}"
-        assert HTTP.patch(path, json={"pin": True}, timeout=30).status_code == 200
+        assert (
+            HTTP.patch(path, json={"pin": True}, headers=small.managing, timeout=30).status_code
+            == 200
+        )
         assert ask(small, name).status_code == 200
     try:
         refused = ask(small, "gamma")
@@ -223,20 +236,28 @@ def test_f5_what_can_never_fit_beside_a_pinned_model_is_refused_with_the_numbers
     finally:
         for name in ("alpha", "beta"):
             path = f"{small.url}/api/models/{IDS[name]}"
-            HTTP.patch(path, json={"pin": None}, timeout=30)
+            HTTP.patch(path, json={"pin": None}, headers=small.managing, timeout=30)
 
 
 def test_kv_types_are_a_setting_of_the_model(small: Server) -> None:
     path = f"{small.url}/api/models/{IDS['gamma']}"
-    assert HTTP.patch(path, json={"kv_type": "q8_0"}, timeout=30).status_code == 200
+    assert (
+        HTTP.patch(path, json={"kv_type": "q8_0"}, headers=small.managing, timeout=30).status_code
+        == 200
+    )
     try:
         assert ask(small, "gamma").status_code == 200
     finally:
-        HTTP.patch(path, json={"kv_type": None}, timeout=30)
-        HTTP.post(f"{path}/unload", json={}, timeout=60)
-    refused = HTTP.patch(path, json={"kv_type": "q3_k"}, timeout=30)
+        HTTP.patch(path, json={"kv_type": None}, headers=small.managing, timeout=30)
+        HTTP.post(f"{path}/unload", json={}, headers=small.managing, timeout=60)
+    refused = HTTP.patch(path, json={"kv_type": "q3_k"}, headers=small.managing, timeout=30)
     assert (refused.status_code, error(refused)["param"]) == (400, "kv_type")
-    echo = HTTP.patch(f"{small.url}/api/models/echo@echo", json={"kv_type": "f16"}, timeout=30)
+    echo = HTTP.patch(
+        f"{small.url}/api/models/echo@echo",
+        json={"kv_type": "f16"},
+        headers=small.managing,
+        timeout=30,
+    )
     assert (echo.status_code, error(echo)["param"]) == (400, "kv_type")
 
 
@@ -284,7 +305,9 @@ def test_f11_a_crash_loop_puts_the_model_into_quarantine_until_it_is_loaded_by_h
     assert states(small)["gamma"] == "quarantined"
     assert "processes died" in reason(small, "gamma")
     assert ask(small, "alpha").status_code == 200
-    loaded = HTTP.post(f"{small.url}/api/models/{IDS['gamma']}/load", json={}, timeout=60)
+    loaded = HTTP.post(
+        f"{small.url}/api/models/{IDS['gamma']}/load", json={}, headers=small.managing, timeout=60
+    )
     assert loaded.status_code == 200
     assert ask(small, "gamma").status_code == 200
 
@@ -311,7 +334,9 @@ def test_f2_a_process_that_dies_before_the_first_token_costs_no_answer(small: Se
         text = "".join(stream.iter_lines())
     assert '"error"' not in text
     assert "[DONE]" in text
-    HTTP.post(f"{small.url}/api/models/{IDS['alpha']}/load", json={}, timeout=60)
+    HTTP.post(
+        f"{small.url}/api/models/{IDS['alpha']}/load", json={}, headers=small.managing, timeout=60
+    )
 
 
 def test_f3_a_process_that_hangs_is_replaced_and_others_answer_meanwhile(small: Server) -> None:

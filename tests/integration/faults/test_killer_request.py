@@ -66,7 +66,7 @@ def reset(server: Server) -> None:
     """An explicit load forgets earlier deaths."""
     for name in ("fragile", "innocent"):
         path = f"{server.url}/api/models/{ids[name]}/load"
-        assert HTTP.post(path, json={}, timeout=120).status_code == 200
+        assert HTTP.post(path, json={}, headers=server.managing, timeout=120).status_code == 200
 
 
 @pytest.mark.parametrize("word", [fragile.KILL_PREPARE, fragile.KILL_PREFILL])

@@ -13,7 +13,14 @@ from core.types import Capability
 from router.api.decisions import MAX_DECISIONS
 from router.app import create_app
 from router.services import Binned, DecisionView, SettingsView
-from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL, make_services, make_view
+from tests.fakes import (
+    CHAT_MODEL,
+    EMBEDDING_MODEL,
+    MANAGING,
+    RERANK_MODEL,
+    make_services,
+    make_view,
+)
 from tests.live_server import client_of, error_of
 
 KEY = "canary-key-1234"
@@ -127,7 +134,7 @@ def make_app(management: FakeManagement) -> Callable[..., FastAPI]:
 @pytest.fixture
 def ask(make_app: Callable[..., FastAPI]) -> Callable[..., Awaitable[httpx.Response]]:
     async def send(method: str, path: str, **options: Any) -> httpx.Response:
-        async with client_of(make_app()) as client:
+        async with client_of(make_app(), **MANAGING) as client:
             return await client.request(method, path, **options)
 
     return send
@@ -286,7 +293,7 @@ async def test_id_with_a_slash_reaches_its_own_actions(management: FakeManagemen
     name = "org/big.v1.5@gguf-q4_0"
     view = make_view(name, capabilities=frozenset({Capability.CHAT}))
     services = replace(make_services(views=(view,)), management=management)
-    async with client_of(create_app(services)) as client:
+    async with client_of(create_app(services), **MANAGING) as client:
         shown = await client.get(f"/api/models/{name}")
         loaded = await client.post(f"/api/models/{name}/load", json={})
     assert (shown.json()["id"], loaded.json()["id"]) == (name, name)

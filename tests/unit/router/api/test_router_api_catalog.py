@@ -23,7 +23,7 @@ from deployments.router.management import SchedulerManagement
 from deployments.router.model_states import ModelStatesWatch
 from router.app import create_app
 from router.services import Services
-from tests.fakes import FakeDispatcher, FakeHealth, FakeTelemetry
+from tests.fakes import MANAGING, FakeDispatcher, FakeHealth, FakeTelemetry
 from tests.live_server import client_of, error_of
 from tests.unit.catalog.builders import make_found, write
 from tests.unit.deployments.handles import FakeHandle, answering
@@ -60,7 +60,15 @@ class Server:
         self.management = SchedulerManagement(settings, handle, DecisionLog())
         telemetry, self.dispatcher = FakeTelemetry(), FakeDispatcher()
         self.app = create_app(
-            Services(settings, self.view, self.dispatcher, FakeHealth(), telemetry, self.management)
+            Services(
+                settings,
+                self.view,
+                self.dispatcher,
+                FakeHealth(),
+                telemetry,
+                self.management,
+                MANAGING["x-impetus-token"],
+            )
         )
 
     async def model_states(self, known_version: int) -> ModelStates:
@@ -79,7 +87,7 @@ class Server:
         return True
 
     async def ask(self, method: str, path: str, body: Any = None) -> httpx.Response:
-        async with client_of(self.app) as client:
+        async with client_of(self.app, **MANAGING) as client:
             return await client.request(method, path, json=body)
 
 

@@ -23,7 +23,7 @@ from router.hub_service import (
     HubSearch,
     HubTokenAnswer,
 )
-from tests.fakes import make_services
+from tests.fakes import MANAGING, make_services
 from tests.live_server import client_of, error_of
 from tests.unit.router.api.test_router_api import FakeManagement
 
@@ -133,7 +133,8 @@ def ask(hub: FakeHub) -> Ask:
     async def send(path: str, key: str = "", method: str = "GET", **options: Any) -> httpx.Response:
         settings: dict[str, Any] = {"api_key": key} if key else {}
         services = replace(make_services(**settings), management=FakeManagement(), hub=hub)
-        async with client_of(create_app(services)) as client:
+        credential = {} if key else MANAGING
+        async with client_of(create_app(services), **credential) as client:
             return await client.request(method, path, **options)
 
     return send
@@ -232,7 +233,11 @@ async def test_hub_that_is_not_asked_is_told(ask: Ask, hub: FakeHub) -> None:
 
 
 async def test_hub_is_guarded_as_management(ask: Ask, hub: FakeHub) -> None:
-    page = {"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}
+    page = {
+        "origin": "http://localhost:8000",
+        "sec-fetch-site": "same-origin",
+        "x-impetus-token": "",
+    }
     for path in (*PATHS, "/api/hub/token"):
         assert (await ask(path, headers=page)).status_code == 403
         assert (await ask(path, key="canary-key-1234")).status_code == 401

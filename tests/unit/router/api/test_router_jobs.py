@@ -10,7 +10,7 @@ import pytest
 from core.errors import HubUnavailable, ImpetusError, NotFound
 from router.app import create_app
 from router.job_service import DownloadLimitsView, JobDetail, JobFile, JobView
-from tests.fakes import make_services
+from tests.fakes import MANAGING, make_services
 from tests.live_server import client_of, error_of
 from tests.unit.router.api.test_router_api import FakeManagement
 
@@ -97,7 +97,8 @@ def ask(jobs: FakeJobs) -> Ask:
     async def send(method: str, path: str, **options: Any) -> httpx.Response:
         key = {"api_key": options.pop("key")} if "key" in options else {}
         services = replace(make_services(**key), management=FakeManagement(), jobs=jobs)
-        async with client_of(create_app(services)) as client:
+        credential = {} if key else MANAGING
+        async with client_of(create_app(services), **credential) as client:
             return await client.request(method, path, **options)
 
     return send
@@ -198,7 +199,11 @@ async def test_state_of_the_hub_reaches_the_client(ask: Ask, jobs: FakeJobs) -> 
 
 
 async def test_jobs_are_guarded_as_management(ask: Ask, jobs: FakeJobs) -> None:
-    page = {"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}
+    page = {
+        "origin": "http://localhost:8000",
+        "sec-fetch-site": "same-origin",
+        "x-impetus-token": "",
+    }
     for path in (*ACTIONS, "/api/downloads"):
         body: dict[str, Any] = {"model": "a/b"} if "downloads" in path else {}
         assert (await ask("POST", path, json=body, headers=page)).status_code == 403

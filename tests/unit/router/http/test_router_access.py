@@ -151,11 +151,24 @@ async def test_pages_of_allowed_origins_manage_with_the_token(
             assert access_status(answer) == (403 if is_foreign else 200), (path, answer.text)
 
 
-async def test_other_clients_manage_without_a_token_unless_a_key_is_set() -> None:
-    app = make_app()
-    async with client_of(app, authorization="Bearer dummy") as http:
+@pytest.mark.parametrize("key", ["", "dummy"])
+async def test_without_a_key_other_clients_read_and_need_a_credential_to_manage(key: str) -> None:
+    management = FakeManagement()
+    app = make_app(management)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    async with client_of(app, **headers) as http:
         for method, path in management_calls(app):
-            assert access_status(await send(http, method, path)) == 200, path
+            answer = await send(http, method, path)
+            assert access_status(answer) == (200 if method in ("GET", "HEAD") else 401), path
+        assert management.calls == []
+        refused = await http.post("/api/drain", json={})
+        assert error_of(refused)["code"] == "invalid_api_key"
+        assert "scripts/serve prints" in error_of(refused)["message"]
+    for credential in CREDENTIALS:
+        app = make_app()
+        async with client_of(app, **credential) as http:
+            for method, path in management_calls(app):
+                assert access_status(await send(http, method, path)) == 200, path
 
 
 @pytest.mark.parametrize(
@@ -187,12 +200,13 @@ async def test_the_token_opens_management_only() -> None:
         assert (await http.get("/healthz")).status_code == 200
 
 
-async def test_without_a_token_no_page_gets_in() -> None:
-    services = replace(make_services(), management=FakeManagement())
-    async with client_of(create_app(services), origin="file://") as http:
-        for value in ("", "x"):
-            answer = await http.post("/api/drain", json={}, headers={"x-impetus-token": value})
-            assert answer.status_code == 403
+async def test_without_a_token_nobody_gets_in() -> None:
+    services = replace(make_services(), management=FakeManagement(), management_token="")
+    for page, status in (({"origin": "file://"}, 403), ({}, 401)):
+        async with client_of(create_app(services), **page) as http:
+            for value in ("", "x"):
+                answer = await http.post("/api/drain", json={}, headers={"x-impetus-token": value})
+                assert answer.status_code == status
 
 
 async def test_inference_from_editors_needs_no_token() -> None:

@@ -9,7 +9,7 @@ import httpx
 
 from core.types import TextDelta
 from router.app import create_app
-from tests.fakes import CHAT_MODEL, FakeDispatcher, finished, make_services
+from tests.fakes import CHAT_MODEL, MANAGING, FakeDispatcher, finished, make_services
 from tests.live_server import client_of, error_of
 
 CHAT = {"model": CHAT_MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -19,7 +19,7 @@ def client(dispatcher: FakeDispatcher, **headers: str) -> httpx.AsyncClient:
     # Draining needs nothing of what is managed.
     management: Any = SimpleNamespace(load=None, unload=None)
     services = replace(make_services(dispatcher), management=management)
-    return client_of(create_app(services), **headers)
+    return client_of(create_app(services), **MANAGING, **headers)
 
 
 async def test_f10_running_requests_end_and_new_ones_are_told_that_the_server_is_stopping() -> None:

@@ -6,7 +6,7 @@ import pytest
 from fastapi import FastAPI
 
 from router.app import create_app
-from tests.fakes import CHAT_MODEL, make_services
+from tests.fakes import CHAT_MODEL, MANAGING, make_services
 from tests.live_server import client_of, error_of, exchange, serving
 from tests.unit.router.api.test_router_api import FakeManagement
 
@@ -27,7 +27,7 @@ UNKNOWN += ["/api/decisions/x", "/api/drain/x", "/api/nope"]
 
 @pytest.mark.parametrize("path", GETS)
 async def test_head_is_answered_like_get_without_a_body(path: str) -> None:
-    async with client_of(make_app()) as http:
+    async with client_of(make_app(), **MANAGING) as http:
         got = await http.get(path)
     request = f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     async with serving(make_app()) as port:
@@ -51,7 +51,7 @@ async def test_head_is_answered_like_get_without_a_body(path: str) -> None:
     ],
 )
 async def test_options_and_wrong_methods_say_what_is_allowed(path: str, allow: str) -> None:
-    async with client_of(make_app()) as http:
+    async with client_of(make_app(), **MANAGING) as http:
         options = await http.options(path)
         assert (options.status_code, options.content) == (204, b"")
         assert options.headers["allow"] == allow
@@ -70,7 +70,7 @@ async def test_options_and_wrong_methods_say_what_is_allowed(path: str, allow: s
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS", "DELETE"])
 @pytest.mark.parametrize("path", UNKNOWN)
 async def test_unknown_paths_are_404_in_the_envelope(method: str, path: str) -> None:
-    async with client_of(make_app()) as http:
+    async with client_of(make_app(), **MANAGING) as http:
         answer = await http.request(
             method,
             path,
@@ -87,7 +87,7 @@ async def test_unknown_paths_are_404_in_the_envelope(method: str, path: str) -> 
     "path", [f"/v1/models/{CHAT_MODEL}/nope", f"/api/models/{CHAT_MODEL}/nope", "/v1/models/a/b/c"]
 )
 async def test_what_no_model_has_is_404_for_every_method(method: str, path: str) -> None:
-    async with client_of(make_app()) as http:
+    async with client_of(make_app(), **MANAGING) as http:
         headers = {"content-type": "application/json"}
         answer = await http.request(method, path, content=b"{}", headers=headers)
         if path.startswith("/api/") and method in ("PATCH", "DELETE"):
@@ -99,7 +99,7 @@ async def test_what_no_model_has_is_404_for_every_method(method: str, path: str)
 
 async def test_method_that_no_action_has_is_told_the_actions_own() -> None:
     path = f"/api/models/{CHAT_MODEL}/load"
-    async with client_of(make_app()) as http:
+    async with client_of(make_app(), **MANAGING) as http:
         wrong = await http.request("PUT", path, json={})
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "OPTIONS, POST")
 
@@ -115,7 +115,7 @@ async def test_health_needs_no_key_and_says_when_the_server_is_not_ready(path: s
 
 
 async def test_errors_under_messages_have_anthropics_form() -> None:
-    async with client_of(make_app()) as http:
+    async with client_of(make_app(), **MANAGING) as http:
         unknown = await http.get("/v1/messages/nope")
         wrong = await http.get("/v1/messages")
     assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "not_found_error")
@@ -125,7 +125,7 @@ async def test_errors_under_messages_have_anthropics_form() -> None:
 
 async def test_unknown_paths_are_shown_escaped() -> None:
     path = "/%E2%80%AEevil%1b%5B31m%0d%0aset-cookie:x"
-    async with client_of(make_app()) as http:
+    async with client_of(make_app(), **MANAGING) as http:
         message = error_of(await http.get(path))["message"]
     assert message == r"There is no endpoint at '/\u202eevil\x1b[31m\r\nset-cookie:x'."
 

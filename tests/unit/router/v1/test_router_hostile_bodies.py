@@ -13,7 +13,14 @@ import pytest
 from fastapi import FastAPI
 
 from router.app import create_app
-from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, RERANK_MODEL, FakeDispatcher, make_services
+from tests.fakes import (
+    CHAT_MODEL,
+    EMBEDDING_MODEL,
+    MANAGING,
+    RERANK_MODEL,
+    FakeDispatcher,
+    make_services,
+)
 from tests.live_server import client_of
 from tests.unit.router.api.test_router_api import FakeManagement
 
@@ -277,7 +284,7 @@ async def test_no_body_is_answered_with_a_5xx(app: FastAPI, path: str) -> None:
     random_ = random.Random(f"{SEED} {path}")
     method = "PATCH" if path == f"/api/models/{CHAT_MODEL}" else "POST"
     statuses: dict[int, int] = {}
-    async with client_of(app) as http:
+    async with client_of(app, **MANAGING) as http:
         for body in hostile_bodies(path, random_):
             response = await asyncio.wait_for(
                 http.request(
@@ -294,6 +301,6 @@ async def test_no_body_is_answered_with_a_5xx(app: FastAPI, path: str) -> None:
 
 @pytest.mark.parametrize("path", [path for path in BODIES if path.startswith("/v1/")])
 async def test_the_bodies_that_are_changed_are_answered(app: FastAPI, path: str) -> None:
-    async with client_of(app) as http:
+    async with client_of(app, **MANAGING) as http:
         response = await http.post(path, json=BODIES[path])
     assert response.status_code == 200, response.text
