@@ -199,8 +199,10 @@ def has_stored_keys(path: Path) -> bool:
 def _open(path: Path) -> sqlite3.Connection:
     """Open the database, readable by its owner only.  Raises OSError, sqlite3.Error."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # SQLite gives its journals the mode of the database.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    # SQLite gives its journals the mode of the database.  A file that exists is not opened here:
+    # to close it would drop the locks of this process' other connections (fcntl).
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     if path.stat().st_mode & 0o077:
         path.chmod(0o600)
     connection = sqlite3.connect(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from catalog.key_store import MAX_NAME, KeyStore
+from catalog.key_store import MAX_NAME, KeyStore, has_stored_keys
 from core.errors import ImpetusError, NotFound, RequestError, Unavailable
 from core.keys import api_key_id, hash_api_key
 
@@ -203,6 +203,33 @@ def test_a_read_only_folder_is_told_s5(path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ImpetusError, match="cannot be opened"):
         KeyStore(path)
+
+
+OTHER = """
+import sys
+from pathlib import Path
+from catalog.key_store import KeyStore
+
+store = KeyStore(Path(sys.argv[1]))
+store.revoke(sys.argv[2])
+store.close()
+"""
+
+
+def test_another_process_that_closes_the_file_leaves_the_journal_of_this_one_s5(
+    keys: KeyStore, path: Path
+) -> None:
+    """The last connection deletes the journal: SQLite must know that this process has others."""
+    key, _ = keys.create("one", ["read"], now=1.0)
+    second = KeyStore(path)
+    assert has_stored_keys(path)
+    journal = path.with_name(path.name + "-wal")
+    before = journal.stat().st_ino
+    command = [sys.executable, "-c", OTHER, str(path), key.id]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    assert journal.stat().st_ino == before
+    assert (keys.stored(), second.stored()) == ([], [])
+    second.close()
 
 
 KILLER = """
