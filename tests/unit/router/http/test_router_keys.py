@@ -98,7 +98,7 @@ async def test_a_key_opens_what_its_scopes_say(
     statuses: tuple[int, ...],
 ) -> None:
     _, text = await credentials.create_key("mine", scopes, None)
-    calls = [
+    calls: list[tuple[str, str, Any]] = [
         ("GET", "/v1/models", None),
         ("GET", "/metrics", None),
         ("GET", "/api/models", None),

@@ -94,7 +94,7 @@ def ask(clock: Clock) -> Callable[..., Any]:
         method: str = "POST",
         address: str = "10.0.0.1",
         tokens: int = 0,
-        **limits: int,
+        **limits: Any,
     ) -> httpx.Response:
         if str(limits) not in guards:
             metrics = Metrics()
@@ -214,7 +214,9 @@ async def test_each_key_has_limits_of_its_own_for_the_tokens_of_all_apis(
 
 async def test_without_limits_no_header_is_sent_and_nothing_is_installed() -> None:
     app = create_app(make_services())
-    assert RateGuard not in {one.cls for one in app.user_middleware}
+    assert "RateGuard" not in {getattr(one.cls, "__name__", "") for one in app.user_middleware}
+    limited = create_app(make_services(rate_limit_requests=1))
+    assert "RateGuard" in {getattr(one.cls, "__name__", "") for one in limited.user_middleware}
     async with client_of(app) as http:
         answer = await http.post("/v1/chat/completions", json=CHAT)
         assert not [name for name in answer.headers if "ratelimit" in name]
