@@ -1,17 +1,16 @@
 """The OpenAPI description: request bodies, error envelopes and access classes of all routes."""
 
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.routing import compile_path
 
 from router.http.access import Access
-
-Models: TypeAlias = Mapping[tuple[str, str], type[BaseModel]]
+from router.route import Route
 
 _SCHEMAS = "#/components/schemas/{model}"
 _TEXT = {"type": "string"}
@@ -52,27 +51,27 @@ _SECURITY: Mapping[str, Any] = {
 }
 
 
-def describe_routes(app: FastAPI, bodies: Models, answers: Models, queries: Models) -> None:
-    """Make `app.openapi` describe bodies, answers and queries, by (method, path), and errors.
+def describe_routes(app: FastAPI, routes: Sequence[Route]) -> None:
+    """Make `app.openapi` describe `routes`, which `app` has, and their errors.
 
     The description is built when it is first asked for.
     """
 
     def build() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _description(app, bodies, answers, queries)
+            app.openapi_schema = _description(app, routes)
         return app.openapi_schema
 
     app.openapi = build  # type: ignore[method-assign]
 
 
-def _description(app: FastAPI, bodies: Models, answers: Models, queries: Models) -> dict[str, Any]:
+def _description(app: FastAPI, routes: Sequence[Route]) -> dict[str, Any]:
     described = get_openapi(title=app.title, version=app.version, routes=app.routes)
     # Models of different APIs have the same names; pydantic then adds their modules.
     places, definitions = models_json_schema(
         [
-            *((model, "validation") for model in dict.fromkeys(bodies.values())),
-            *((model, "serialization") for model in dict.fromkeys(answers.values())),
+            *((body, "validation") for body in _used(route.body for route in routes)),
+            *((answer, "serialization") for answer in _used(route.answer for route in routes)),
         ],
         ref_template=_SCHEMAS,
     )
@@ -80,21 +79,21 @@ def _description(app: FastAPI, bodies: Models, answers: Models, queries: Models)
         "schemas": {**definitions.get("$defs", {}), **_ERRORS},
         "securitySchemes": dict(_SECURITY),
     }
-    for route in app.routes:
-        if not isinstance(route, APIRoute) or not route.include_in_schema:
-            continue
-        for method in route.methods or ():
-            operation = described["paths"][route.path_format][method.lower()]
-            _complete(operation, route)
-            body = bodies.get((method, route.path))
-            if body is not None:
-                _add_body(operation, body, places[body, "validation"])
-            operation["parameters"] += _parameters(queries.get((method, route.path)))
-            answer = answers.get((method, route.path))
-            if answer is not None:
-                content = {"application/json": {"schema": places[answer, "serialization"]}}
-                operation["responses"][str(route.status_code or 200)]["content"] = content
+    for route in routes:
+        _, path_format, convertors = compile_path(route.path)
+        operation = described["paths"][path_format][route.method.lower()]
+        _complete(operation, route, convertors)
+        if route.body is not None:
+            _add_body(operation, route.body, places[route.body, "validation"])
+        operation["parameters"] += _parameters(route.query)
+        if route.answer is not None:
+            content = {"application/json": {"schema": places[route.answer, "serialization"]}}
+            operation["responses"][str(route.status)]["content"] = content
     return described
+
+
+def _used(models: Iterable[type[BaseModel] | None]) -> Iterable[type[BaseModel]]:
+    return dict.fromkeys(model for model in models if model is not None)
 
 
 def _parameters(query: type[BaseModel] | None) -> list[dict[str, Any]]:
@@ -115,18 +114,17 @@ def _add_body(operation: dict[str, Any], body: type[BaseModel], schema: dict[str
         operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
 
 
-def _complete(operation: dict[str, Any], route: APIRoute) -> None:
+def _complete(operation: dict[str, Any], route: Route, names: Iterable[str]) -> None:
     """Add the errors, the parameters of the path, and the access to an operation."""
-    name = "AnthropicError" if route.path.startswith("/v1/messages") else "Error"
+    model = "AnthropicError" if route.path.startswith("/v1/messages") else "Error"
     operation["responses"]["default"] = {
         "description": "An error",
-        "content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model=name)}}},
+        "content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model=model)}}},
     }
     operation["parameters"] = [
-        {"name": one, "in": "path", "required": True, "schema": _TEXT}
-        for one in route.param_convertors
+        {"name": name, "in": "path", "required": True, "schema": _TEXT} for name in names
     ]
-    if {Access.READ.value, Access.MANAGE.value} & set(route.tags):
+    if route.access in (Access.READ, Access.MANAGE):
         operation["security"] = [{}, {"apiKey": []}, {"managementToken": []}]
-    elif Access.INFERENCE.value in route.tags:
+    elif route.access is Access.INFERENCE:
         operation["security"] = [{}, {"apiKey": []}]

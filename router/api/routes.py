@@ -1,0 +1,182 @@
+"""The tables of routes below `/api`, by the service that they need."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from core.settings import Settings
+from router.api.aliases import (
+    AliasTarget,
+    aliases_endpoint,
+    remove_alias_endpoint,
+    set_alias_endpoint,
+)
+from router.api.bin import bin_endpoint, delete_endpoint, purge_endpoint, restore_endpoint
+from router.api.decisions import decisions_endpoint
+from router.api.downloads import (
+    DownloadLimitsPatch,
+    DownloadRequest,
+    change_limits_endpoint,
+    download_endpoint,
+    downloads_endpoint,
+    limits_endpoint,
+)
+from router.api.drain import drain_endpoint
+from router.api.hub import (
+    ReadmeQuery,
+    RepositoryQuery,
+    SearchQuery,
+    TokenBody,
+    readme_endpoint,
+    remove_token_endpoint,
+    repository_endpoint,
+    search_endpoint,
+    store_token_endpoint,
+    token_endpoint,
+)
+from router.api.jobs import (
+    JobMove,
+    job_action_endpoint,
+    job_endpoint,
+    job_move_endpoint,
+    jobs_endpoint,
+)
+from router.api.keys import (
+    NewKey,
+    create_key_endpoint,
+    list_keys_endpoint,
+    revoke_key_endpoint,
+)
+from router.api.models import (
+    SettingsPatch,
+    change_endpoint,
+    check_endpoint,
+    list_endpoint,
+    load_endpoint,
+    show_endpoint,
+    unload_endpoint,
+)
+from router.api.session import (
+    SessionCode,
+    close_session_endpoint,
+    link_endpoint,
+    open_session_endpoint,
+    show_session_endpoint,
+)
+from router.context import RouteContext
+from router.http.access import Access
+from router.http.drain import Drain
+from router.hub_service import Hub, HubReadme, HubRepositoryAnswer, HubResults, HubTokenAnswer
+from router.job_service import DownloadLimitsView, JobDetail, JobList, Jobs
+from router.requests.strict_body import EmptyBody
+from router.route import Route
+from router.services import Credentials, Management
+
+_read = partial(Route, Access.READ, "GET")
+_post = partial(Route, Access.MANAGE, "POST")
+_put = partial(Route, Access.MANAGE, "PUT")
+_patch = partial(Route, Access.MANAGE, "PATCH")
+_delete = partial(Route, Access.MANAGE, "DELETE")
+
+
+def api_routes(context: RouteContext, drain: Drain) -> Iterator[Route]:
+    """Yield the routes of the services that there are; without `management` there is none."""
+    services = context.services
+    if services.management is not None:
+        yield from _model_routes(context, services.management)
+        yield from _alias_routes(context, services.management)
+        yield _read("/api/decisions", decisions_endpoint(services.management))
+        yield _post("/api/drain", drain_endpoint(drain), body=EmptyBody)
+    if services.jobs is not None:
+        yield from _job_routes(services.jobs)
+        yield from _download_routes(services.jobs)
+    if services.hub is not None:
+        yield from _hub_routes(services.hub)
+    if services.credentials is not None:
+        yield from _key_routes(services.credentials)
+        yield from _session_routes(services.settings, services.credentials)
+
+
+def _model_routes(context: RouteContext, management: Management) -> Sequence[Route]:
+    one, binned = "/api/models/{model_id:path}", "/api/bin/{bin_id}"
+    return [
+        _read("/api/models", list_endpoint(context, management)),
+        _post(f"{one}/check", check_endpoint(context, management), body=SettingsPatch),
+        _post(f"{one}/load", load_endpoint(context, management), body=EmptyBody),
+        _post(f"{one}/unload", unload_endpoint(context, management), body=EmptyBody),
+        _read(one, show_endpoint(context, management)),
+        _patch(one, change_endpoint(context, management), body=SettingsPatch),
+        _delete(one, delete_endpoint(context, management)),
+        _read("/api/bin", bin_endpoint(management)),
+        _post(f"{binned}/restore", restore_endpoint(management), body=EmptyBody),
+        _delete(binned, purge_endpoint(management)),
+    ]
+
+
+def _alias_routes(context: RouteContext, management: Management) -> Sequence[Route]:
+    one = "/api/aliases/{alias:path}"
+    return [
+        _read("/api/aliases", aliases_endpoint(management)),
+        _put(one, set_alias_endpoint(context, management), body=AliasTarget),
+        _delete(one, remove_alias_endpoint(management), status=204),
+    ]
+
+
+def _job_routes(jobs: Jobs) -> Sequence[Route]:
+    one = "/api/jobs/{job_id}"
+    actions = {"pause": jobs.pause, "resume": jobs.resume, "cancel": jobs.cancel}
+    return [
+        _read("/api/jobs", jobs_endpoint(jobs), answer=JobList),
+        *(
+            _post(f"{one}/{name}", job_action_endpoint(act), body=EmptyBody, answer=JobDetail)
+            for name, act in actions.items()
+        ),
+        _post(f"{one}/move", job_move_endpoint(jobs), body=JobMove, answer=JobDetail),
+        _read(one, job_endpoint(jobs), answer=JobDetail),
+    ]
+
+
+def _download_routes(jobs: Jobs) -> Sequence[Route]:
+    all_, limits = "/api/downloads", "/api/downloads/limits"
+    begin, change = download_endpoint(jobs), change_limits_endpoint(jobs)
+    return [
+        _read(all_, downloads_endpoint(jobs), answer=JobList),
+        _post(all_, begin, body=DownloadRequest, answer=JobDetail, status=202),
+        _read(limits, limits_endpoint(jobs), answer=DownloadLimitsView),
+        _patch(limits, change, body=DownloadLimitsPatch, answer=DownloadLimitsView),
+    ]
+
+
+def _hub_routes(hub: Hub) -> Sequence[Route]:
+    search, token = "/api/hub/search", "/api/hub/token"
+    one = "/api/hub/models/{owner}/{name}"
+    repository = repository_endpoint(hub)
+    return [
+        _read(search, search_endpoint(hub), query=SearchQuery, answer=HubResults),
+        _read(token, token_endpoint(hub), answer=HubTokenAnswer),
+        _post(token, store_token_endpoint(hub), body=TokenBody, answer=HubTokenAnswer),
+        _delete(token, remove_token_endpoint(hub), answer=HubTokenAnswer),
+        _read(one, repository, query=RepositoryQuery, answer=HubRepositoryAnswer),
+        _read(f"{one}/readme", readme_endpoint(hub), query=ReadmeQuery, answer=HubReadme),
+    ]
+
+
+def _key_routes(credentials: Credentials) -> Sequence[Route]:
+    return [
+        Route(Access.MANAGE, "GET", "/api/keys", list_keys_endpoint(credentials)),
+        _post("/api/keys", create_key_endpoint(credentials), body=NewKey, status=201),
+        _delete("/api/keys/{key_id}", revoke_key_endpoint(credentials), status=204),
+    ]
+
+
+def _session_routes(settings: Settings, credentials: Credentials) -> Sequence[Route]:
+    path, everyone = "/api/session", Access.OPEN
+    sign_in = open_session_endpoint(settings, credentials)
+    sign_out = close_session_endpoint(settings, credentials)
+    link = link_endpoint(settings, credentials)
+    return [
+        _read(path, show_session_endpoint()),
+        Route(everyone, "POST", path, sign_in, body=SessionCode, status=204),
+        Route(everyone, "DELETE", path, sign_out, status=204),
+        # Without HEAD: that would use the link up.
+        Route(everyone, "GET", "/session", link, has_head=False, status=303),
+    ]

@@ -1,0 +1,55 @@
+"""A route: its method and path, access class, endpoint, and the types of body, query and answer."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from router.http.access import Access, access_of
+
+Method: TypeAlias = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One method of one path; `status` is that of success.
+
+    The types describe the route in `/openapi.json`; its endpoint reads and checks them itself.
+    GET answers HEAD as well, unless `has_head` is false.
+    """
+
+    access: Access
+    method: Method
+    path: str
+    endpoint: Callable[..., Awaitable[Response]]
+    body: type[BaseModel] | None = None
+    query: type[BaseModel] | None = None
+    answer: type[BaseModel] | None = None
+    status: int = 200
+    has_head: bool = True
+
+
+def add_routes(app: FastAPI, routes: Iterable[Route]) -> None:
+    """Add routes in their order, in which they are tried; the tag of each is its access class.
+
+    Raises ValueError if the guard of `router.http.access` would apply another class.
+    """
+    for route in routes:
+        applied = access_of(route.method, route.path)
+        if applied is not route.access:
+            raise ValueError(f"{route.path} would be guarded as {applied}, not as {route.access}")
+        add = partial(
+            app.add_api_route,
+            route.path,
+            route.endpoint,
+            response_model=None,
+            status_code=route.status,
+            tags=[route.access.value],
+        )
+        add(methods=[route.method])
+        if route.method == "GET" and route.has_head:
+            add(methods=["HEAD"], include_in_schema=False)
