@@ -135,6 +135,8 @@ OWN = {
     "backends/coreml/compiled.py",
     "backends/prefixes/disk.py",
     "catalog/convert/output.py",
+    "catalog/hub/download/record.py",
+    "catalog/hub/download/run.py",
 }
 
 
