@@ -33,7 +33,7 @@ class ModelMemory:
         self._backend = backend
         self._meter = meter or open_meter()
         self._book: FootprintBook | None = None
-        self._open: set[str] = set()
+        self._is_frozen = False
 
     async def measure_open(
         self, request: LoadRequest, open_: Callable[[], Result], key: str = ""
@@ -45,14 +45,14 @@ class ModelMemory:
         backend, key = self._backend, key or request.model_id
         if isinstance(backend, Measured):
             await asyncio.to_thread(backend.preload, request.info, request.options)
-        if not self._open:
-            # An engine that was unloaded must be gone before: what is frozen is never collected.
+        if not self._is_frozen:
+            # Only before the first engine: what is frozen while it is referenced stays forever.
+            self._is_frozen = True
             await asyncio.to_thread(gc.collect)
             _freeze()
         before = self._meter.read()
         result = await asyncio.to_thread(open_)
         after = self._meter.read()
-        self._open.add(key)
         if before is None or after is None:
             return result
         if self._book is None:
@@ -78,7 +78,6 @@ class ModelMemory:
         """Await `close` and return how much memory was freed; `key` as for `measure_open`."""
         before = self._meter.read()
         await close()
-        self._open.discard(key)
         # Engines have reference cycles; collect them now instead of at some later time.
         await asyncio.to_thread(gc.collect)
         await asyncio.to_thread(trim_heap)
@@ -120,7 +119,7 @@ class ModelMemory:
 
 
 def _freeze() -> None:
-    """Exempt what lives as long as the process from collection; call it while no model is open.
+    """Exempt what lives as long as the process from collection; call it before a model is opened.
 
     A collection holds the interpreter's lock, so it stalls all engines: over the runtimes'
     280,000 objects it takes 0.15 s, over one model's less than a millisecond.
