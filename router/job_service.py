@@ -11,9 +11,11 @@ JobStateName: TypeAlias = Literal[
 
 
 class Answer(BaseModel):
-    """Base of the answers of the management API."""
+    """Base of the answers of the management API; every field is sent, also one with a default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", json_schema_serialization_defaults_required=True
+    )
 
 
 class JobView(Answer):

@@ -1,18 +1,17 @@
 """`/api/aliases`: names that users give to models, and can point to other models at any time."""
 
-from collections.abc import Awaitable, Callable
-from typing import Annotated, TypeAlias
+from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from router.api.answer import Endpoint, answer
 from router.context import NAME_LIMIT, RouteContext
+from router.job_service import Answer
 from router.requests.strict_body import StrictBody, read_strict
 from router.services import Management
 from router.v1.models import find_model
-
-Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
 class AliasTarget(StrictBody):
@@ -21,14 +20,14 @@ class AliasTarget(StrictBody):
     model: Annotated[str, Field(min_length=1, max_length=NAME_LIMIT)]
 
 
-class Alias(BaseModel):
+class Alias(Answer):
     """An alias and the id of its model."""
 
     alias: str
     model: str
 
 
-class AliasList(BaseModel):
+class AliasList(Answer):
     """All aliases, by name."""
 
     aliases: list[Alias]
@@ -41,7 +40,7 @@ def aliases_endpoint(management: Management) -> Endpoint:
         del request
         known = await management.aliases()
         found = [Alias(alias=alias, model=known[alias]) for alias in sorted(known)]
-        return _answer(AliasList(aliases=found))
+        return answer(AliasList(aliases=found))
 
     return list_aliases
 
@@ -54,7 +53,7 @@ def set_alias_endpoint(context: RouteContext, management: Management) -> Endpoin
         view = await find_model(context, target.model)
         alias = str(request.path_params["alias"])
         await management.set_alias(alias, view.id)
-        return _answer(Alias(alias=alias, model=view.id))
+        return answer(Alias(alias=alias, model=view.id))
 
     return set_alias
 
@@ -67,7 +66,3 @@ def remove_alias_endpoint(management: Management) -> Endpoint:
         return Response(status_code=204)
 
     return remove_alias
-
-
-def _answer(content: BaseModel) -> Response:
-    return Response(content.model_dump_json(), media_type="application/json")

@@ -10,6 +10,7 @@ from starlette.responses import Response
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
-def answer(content: BaseModel, status: int = 200) -> Response:
-    """Return `content` as JSON."""
-    return Response(content.model_dump_json(), status, media_type="application/json")
+def answer(content: BaseModel, status: int = 200, *, is_private: bool = False) -> Response:
+    """Return `content` as JSON; what is private is kept in no cache."""
+    headers = {"cache-control": "no-store"} if is_private else None
+    return Response(content.model_dump_json(), status, headers, media_type="application/json")

@@ -1,21 +1,17 @@
 """`DELETE /api/models/{id}` and `/api/bin`: models in the bin, restoring and purging them."""
 
-from collections.abc import Awaitable, Callable
-from typing import TypeAlias
-
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from router.api.answer import Endpoint, answer
 from router.api.models import named_model
 from router.context import RouteContext
+from router.job_service import Answer
 from router.requests.strict_body import EmptyBody, read_strict
 from router.services import Binned, Management
 
-Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
-
-class BinnedModel(BaseModel):
+class BinnedModel(Answer):
     """A deleted model; `freed_bytes` is what the disk gets back at `purge_at`, in Unix seconds."""
 
     id: str
@@ -26,7 +22,7 @@ class BinnedModel(BaseModel):
     purge_at: int
 
 
-class BinList(BaseModel):
+class BinList(Answer):
     """What is in the bin, oldest first."""
 
     models: list[BinnedModel]
@@ -38,7 +34,7 @@ def delete_endpoint(context: RouteContext, management: Management) -> Endpoint:
 
     async def delete_model(request: Request) -> Response:
         view = await named_model(context, request)
-        return _answer(_described(await management.delete_model(view.id)))
+        return answer(_described(await management.delete_model(view.id)))
 
     return delete_model
 
@@ -50,7 +46,7 @@ def bin_endpoint(management: Management) -> Endpoint:
         del request
         models = [_described(one) for one in await management.binned()]
         total = sum(one.freed_bytes for one in models)
-        return _answer(BinList(models=models, freed_bytes=total))
+        return answer(BinList(models=models, freed_bytes=total))
 
     return list_bin
 
@@ -61,7 +57,7 @@ def restore_endpoint(management: Management) -> Endpoint:
     async def restore_model(request: Request) -> Response:
         await read_strict(request, EmptyBody)
         entry_id = str(request.path_params["bin_id"])
-        return _answer(_described(await management.restore_model(entry_id)))
+        return answer(_described(await management.restore_model(entry_id)))
 
     return restore_model
 
@@ -71,7 +67,7 @@ def purge_endpoint(management: Management) -> Endpoint:
 
     async def purge_model(request: Request) -> Response:
         entry_id = str(request.path_params["bin_id"])
-        return _answer(_described(await management.purge_model(entry_id)))
+        return answer(_described(await management.purge_model(entry_id)))
 
     return purge_model
 
@@ -85,7 +81,3 @@ def _described(one: Binned) -> BinnedModel:
         deleted_at=int(one.deleted_at),
         purge_at=int(one.purge_at),
     )
-
-
-def _answer(content: BaseModel) -> Response:
-    return Response(content.model_dump_json(), media_type="application/json")

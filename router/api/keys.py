@@ -1,19 +1,17 @@
 """`/api/keys`: lists, creates and revokes API keys; a key's text is shown once."""
 
 import time
-from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 from pydantic import Field
-from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from core.keys import ApiKey
+from core.keys import ApiKey, Scope
+from router.api.answer import Endpoint, answer
+from router.job_service import Answer
 from router.requests.strict_body import StrictBody, read_strict
 from router.services import Credentials
-
-Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 _MOST_DAYS = 36_500
 
@@ -26,12 +24,37 @@ class NewKey(StrictBody):
     expires_in_days: Annotated[float, Field(gt=0, le=_MOST_DAYS)] | None = None
 
 
+class KeyView(Answer):
+    """An API key without its text; times are in Unix seconds, null for never."""
+
+    id: str
+    name: str
+    scopes: list[Scope]
+    created_at: float
+    expires_at: float | None
+    last_used_at: float | None
+    is_expired: bool
+
+
+class CreatedKey(KeyView):
+    """A new API key with its text, which is shown this once."""
+
+    key: str
+
+
+class KeyList(Answer):
+    """All API keys, oldest first."""
+
+    keys: list[KeyView]
+
+
 def list_keys_endpoint(credentials: Credentials) -> Endpoint:
     """Return the handler that lists all keys without their texts."""
 
     async def list_keys(request: Request) -> Response:
         del request
-        return _answer({"keys": [_described(key) for key in await credentials.keys()]})
+        found = [KeyView(**_described(key)) for key in await credentials.keys()]
+        return answer(KeyList(keys=found), is_private=True)
 
     return list_keys
 
@@ -44,7 +67,7 @@ def create_key_endpoint(credentials: Credentials) -> Endpoint:
         days = body.expires_in_days
         expires_at = None if days is None else time.time() + days * 24 * 3600
         key, text = await credentials.create_key(body.name, body.scopes, expires_at)
-        return _answer({**_described(key), "key": text}, status=201)
+        return answer(CreatedKey(**_described(key), key=text), 201, is_private=True)
 
     return create_key
 
@@ -69,8 +92,3 @@ def _described(key: ApiKey) -> dict[str, Any]:
         "last_used_at": key.last_used_at,
         "is_expired": not key.is_valid_at(time.time()),
     }
-
-
-def _answer(content: dict[str, Any], status: int = 200) -> Response:
-    headers = {"cache-control": "no-store"}
-    return Response(to_json(content), status, headers, media_type="application/json")

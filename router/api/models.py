@@ -5,19 +5,18 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
-from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
 from core.errors import RequestError
 from core.text import escaped
+from router.api.answer import Endpoint, answer
 from router.context import RouteContext, record_of
+from router.job_service import Answer
 from router.requests.limits import MAX_ERROR_CHARACTERS, MAX_INT32
 from router.requests.strict_body import EmptyBody, StrictBody, read_strict
 from router.services import Management, ModelView, Priority, SettingsView
-from router.v1.models import find_model, model_object
-
-Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
+from router.v1.models import ModelFacts, find_model, model_facts
 
 Tag: TypeAlias = Annotated[str, Field(min_length=1, max_length=50)]
 
@@ -71,6 +70,61 @@ class SettingsPatch(StrictBody):
         return changes
 
 
+class ModelSettings(Answer):
+    """A model's own settings; null means the server's default."""
+
+    context_length: int | None
+    keep_alive_s: float | None
+    pin: bool | None
+    priority: Priority | None
+    max_sequences: int | None
+    kv_type: str | None
+    tool_parser: str | None
+    runtime: str | None
+    continue_answers: bool | None
+    deterministic: bool | None
+    sampling: dict[str, float] | None
+    system_prompt: str | None
+    template_kwargs: dict[str, JsonValue] | None
+    chat_template: str | None
+    tags: list[str] | None
+    favourite: bool | None
+    notes: str | None
+
+
+class CheckedSettings(Answer):
+    """The settings that a model would have."""
+
+    id: str
+    settings: ModelSettings
+
+
+class RuntimeChoice(Answer):
+    """The runtime that the scan chose, and what it found about the other one, empty if none."""
+
+    runtime: str
+    reason: str
+    alternative: str
+    alternative_reason: str
+
+
+class ModelDetail(ModelFacts):
+    """A model with its settings; `duplicates` are ids of models with the same files.
+
+    `runtime_choice` is null for formats with one runtime.
+    """
+
+    runtime_choice: RuntimeChoice | None
+    duplicates: list[str]
+    settings: ModelSettings
+
+
+class ModelList(Answer):
+    """All models, by id."""
+
+    models: list[ModelDetail]
+
+
 def list_endpoint(context: RouteContext, management: Management) -> Endpoint:
     """Return the handler of the list."""
 
@@ -83,7 +137,7 @@ def list_endpoint(context: RouteContext, management: Management) -> Endpoint:
             for view in views
             if asked.keeps(own := settings.get(view.id, SettingsView()))
         ]
-        return _answer({"models": models})
+        return answer(ModelList(models=models))
 
     return list_models
 
@@ -145,7 +199,7 @@ def check_endpoint(context: RouteContext, management: Management) -> Endpoint:
     async def check_settings(request: Request) -> Response:
         view, changes = await _asked_changes(context, request)
         settings = await management.check_settings(view.id, changes)
-        return _answer({"id": view.id, "settings": asdict(settings)})
+        return answer(CheckedSettings(id=view.id, settings=_shown(settings)))
 
     return check_settings
 
@@ -197,19 +251,21 @@ async def named_model(context: RouteContext, request: Request) -> ModelView:
 
 async def _show(management: Management, view: ModelView) -> Response:
     settings = await management.settings_of([view.id])
-    return _answer(_described(view, settings.get(view.id)))
+    return answer(_described(view, settings.get(view.id)))
 
 
-def _described(view: ModelView, settings: SettingsView | None) -> dict[str, Any]:
+def _described(view: ModelView, settings: SettingsView | None) -> ModelDetail:
     choice = view.runtime_choice
-    return {
-        **model_object(view),
-        "runtime_choice": choice
-        and {key: escaped(text, MAX_ERROR_CHARACTERS) for key, text in asdict(choice).items()},
-        "duplicates": list(view.duplicates),
-        "settings": asdict(settings or SettingsView()),
-    }
+    return ModelDetail(
+        **model_facts(view),
+        runtime_choice=choice
+        and RuntimeChoice(
+            **{key: escaped(text, MAX_ERROR_CHARACTERS) for key, text in asdict(choice).items()}
+        ),
+        duplicates=list(view.duplicates),
+        settings=_shown(settings or SettingsView()),
+    )
 
 
-def _answer(content: dict[str, Any]) -> Response:
-    return Response(to_json(content), media_type="application/json")
+def _shown(settings: SettingsView) -> ModelSettings:
+    return ModelSettings(**asdict(settings))

@@ -1,20 +1,20 @@
 """Sessions of browsers: `/session` is the one-time link, `/api/session` tells, opens and ends."""
 
-from collections.abc import Awaitable, Callable
-from typing import Annotated, TypeAlias
+from typing import Annotated
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 
 from core.errors import PermissionDenied
+from core.keys import Scope
 from core.settings import Settings
+from router.api.answer import Endpoint, answer
 from router.http.access import allowed_scopes
 from router.http.session_cookie import cookie_name, session_token
+from router.job_service import Answer
 from router.requests.strict_body import StrictBody, read_strict
 from router.services import Credentials
-
-Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 _MAX_CODE = 200
 _MAX_AGE_S = 7 * 24 * 3600
@@ -24,6 +24,12 @@ class SessionCode(StrictBody):
     """The code of a one-time link."""
 
     code: Annotated[str, Field(min_length=1, max_length=_MAX_CODE)]
+
+
+class SessionAnswer(Answer):
+    """What this client may do."""
+
+    scopes: list[Scope]
 
 
 def link_endpoint(settings: Settings, credentials: Credentials) -> Endpoint:
@@ -47,7 +53,7 @@ def show_session_endpoint() -> Endpoint:
 
     async def show_session(request: Request) -> Response:
         scopes = sorted(allowed_scopes(request.scope))
-        return JSONResponse({"scopes": scopes}, headers={"cache-control": "no-store"})
+        return answer(SessionAnswer(scopes=scopes), is_private=True)
 
     return show_session
 
