@@ -3,7 +3,8 @@
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from types import UnionType
+from typing import Any, Literal, TypeAlias
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -12,6 +13,7 @@ from starlette.responses import Response
 from router.http.access import Access, access_of
 
 Method: TypeAlias = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+Described: TypeAlias = type[Any] | UnionType
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,8 @@ class Route:
     """One method of one path; `status` is that of success.
 
     The types describe the route in `/openapi.json`; its endpoint reads and checks them itself.
-    GET answers HEAD as well, unless `has_head` is false.
+    `event` is the data of one event of a streamed answer.  `name` is the id of the operation, by
+    default that of the endpoint.  GET answers HEAD as well, unless `has_head` is false.
     """
 
     access: Access
@@ -28,9 +31,20 @@ class Route:
     endpoint: Callable[..., Awaitable[Response]]
     body: type[BaseModel] | None = None
     query: type[BaseModel] | None = None
-    answer: type[BaseModel] | None = None
+    answer: Described | None = None
+    event: Described | None = None
     status: int = 200
+    name: str = ""
+    media_type: str = "application/json"
     has_head: bool = True
+
+    @property
+    def operation_id(self) -> str:
+        """The id of the operation, such as listModels."""
+        if self.name:
+            return self.name
+        first, *others = self.endpoint.__name__.strip("_").split("_")
+        return first + "".join(map(str.capitalize, others))
 
 
 def add_routes(app: FastAPI, routes: Iterable[Route]) -> None:

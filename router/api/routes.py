@@ -5,13 +5,22 @@ from functools import partial
 
 from core.settings import Settings
 from router.api.aliases import (
+    Alias,
+    AliasList,
     AliasTarget,
     aliases_endpoint,
     remove_alias_endpoint,
     set_alias_endpoint,
 )
-from router.api.bin import bin_endpoint, delete_endpoint, purge_endpoint, restore_endpoint
-from router.api.decisions import decisions_endpoint
+from router.api.bin import (
+    BinList,
+    BinnedModel,
+    bin_endpoint,
+    delete_endpoint,
+    purge_endpoint,
+    restore_endpoint,
+)
+from router.api.decisions import DecisionList, decisions_endpoint
 from router.api.downloads import (
     DownloadLimitsPatch,
     DownloadRequest,
@@ -20,7 +29,7 @@ from router.api.downloads import (
     downloads_endpoint,
     limits_endpoint,
 )
-from router.api.drain import drain_endpoint
+from router.api.drain import DrainState, drain_endpoint
 from router.api.hub import (
     ReadmeQuery,
     RepositoryQuery,
@@ -41,12 +50,18 @@ from router.api.jobs import (
     jobs_endpoint,
 )
 from router.api.keys import (
+    CreatedKey,
+    KeyList,
     NewKey,
     create_key_endpoint,
     list_keys_endpoint,
     revoke_key_endpoint,
 )
 from router.api.models import (
+    CheckedSettings,
+    ListFilter,
+    ModelDetail,
+    ModelList,
     SettingsPatch,
     change_endpoint,
     check_endpoint,
@@ -56,6 +71,8 @@ from router.api.models import (
     unload_endpoint,
 )
 from router.api.session import (
+    LinkQuery,
+    SessionAnswer,
     SessionCode,
     close_session_endpoint,
     link_endpoint,
@@ -84,8 +101,9 @@ def api_routes(context: RouteContext, drain: Drain) -> Iterator[Route]:
     if services.management is not None:
         yield from _model_routes(context, services.management)
         yield from _alias_routes(context, services.management)
-        yield _read("/api/decisions", decisions_endpoint(services.management))
-        yield _post("/api/drain", drain_endpoint(drain), body=EmptyBody)
+        decisions = decisions_endpoint(services.management)
+        yield _read("/api/decisions", decisions, answer=DecisionList)
+        yield _post("/api/drain", drain_endpoint(drain), body=EmptyBody, answer=DrainState)
     if services.jobs is not None:
         yield from _job_routes(services.jobs)
         yield from _download_routes(services.jobs)
@@ -98,25 +116,30 @@ def api_routes(context: RouteContext, drain: Drain) -> Iterator[Route]:
 
 def _model_routes(context: RouteContext, management: Management) -> Sequence[Route]:
     one, binned = "/api/models/{model_id:path}", "/api/bin/{bin_id}"
+    listed = list_endpoint(context, management)
+    check, change = check_endpoint(context, management), change_endpoint(context, management)
+    load, unload = load_endpoint(context, management), unload_endpoint(context, management)
+    restore = restore_endpoint(management)
+    act = partial(_post, body=EmptyBody, answer=ModelDetail)
     return [
-        _read("/api/models", list_endpoint(context, management)),
-        _post(f"{one}/check", check_endpoint(context, management), body=SettingsPatch),
-        _post(f"{one}/load", load_endpoint(context, management), body=EmptyBody),
-        _post(f"{one}/unload", unload_endpoint(context, management), body=EmptyBody),
-        _read(one, show_endpoint(context, management)),
-        _patch(one, change_endpoint(context, management), body=SettingsPatch),
-        _delete(one, delete_endpoint(context, management)),
-        _read("/api/bin", bin_endpoint(management)),
-        _post(f"{binned}/restore", restore_endpoint(management), body=EmptyBody),
-        _delete(binned, purge_endpoint(management)),
+        _read("/api/models", listed, query=ListFilter, answer=ModelList),
+        _post(f"{one}/check", check, body=SettingsPatch, answer=CheckedSettings),
+        act(f"{one}/load", load, name="loadModel"),
+        act(f"{one}/unload", unload, name="unloadModel"),
+        _read(one, show_endpoint(context, management), answer=ModelDetail),
+        _patch(one, change, body=SettingsPatch, answer=ModelDetail),
+        _delete(one, delete_endpoint(context, management), answer=BinnedModel),
+        _read("/api/bin", bin_endpoint(management), answer=BinList),
+        _post(f"{binned}/restore", restore, body=EmptyBody, answer=BinnedModel),
+        _delete(binned, purge_endpoint(management), answer=BinnedModel),
     ]
 
 
 def _alias_routes(context: RouteContext, management: Management) -> Sequence[Route]:
     one = "/api/aliases/{alias:path}"
     return [
-        _read("/api/aliases", aliases_endpoint(management)),
-        _put(one, set_alias_endpoint(context, management), body=AliasTarget),
+        _read("/api/aliases", aliases_endpoint(management), answer=AliasList),
+        _put(one, set_alias_endpoint(context, management), body=AliasTarget, answer=Alias),
         _delete(one, remove_alias_endpoint(management), status=204),
     ]
 
@@ -124,11 +147,12 @@ def _alias_routes(context: RouteContext, management: Management) -> Sequence[Rou
 def _job_routes(jobs: Jobs) -> Sequence[Route]:
     one = "/api/jobs/{job_id}"
     actions = {"pause": jobs.pause, "resume": jobs.resume, "cancel": jobs.cancel}
+    act = partial(_post, body=EmptyBody, answer=JobDetail)
     return [
         _read("/api/jobs", jobs_endpoint(jobs), answer=JobList),
         *(
-            _post(f"{one}/{name}", job_action_endpoint(act), body=EmptyBody, answer=JobDetail)
-            for name, act in actions.items()
+            act(f"{one}/{name}", job_action_endpoint(action), name=f"{name}Job")
+            for name, action in actions.items()
         ),
         _post(f"{one}/move", job_move_endpoint(jobs), body=JobMove, answer=JobDetail),
         _read(one, job_endpoint(jobs), answer=JobDetail),
@@ -138,32 +162,41 @@ def _job_routes(jobs: Jobs) -> Sequence[Route]:
 def _download_routes(jobs: Jobs) -> Sequence[Route]:
     all_, limits = "/api/downloads", "/api/downloads/limits"
     begin, change = download_endpoint(jobs), change_limits_endpoint(jobs)
+    limited = partial(_read, answer=DownloadLimitsView, name="showDownloadLimits")
     return [
         _read(all_, downloads_endpoint(jobs), answer=JobList),
         _post(all_, begin, body=DownloadRequest, answer=JobDetail, status=202),
-        _read(limits, limits_endpoint(jobs), answer=DownloadLimitsView),
-        _patch(limits, change, body=DownloadLimitsPatch, answer=DownloadLimitsView),
+        limited(limits, limits_endpoint(jobs)),
+        _patch(
+            limits,
+            change,
+            body=DownloadLimitsPatch,
+            answer=DownloadLimitsView,
+            name="changeDownloadLimits",
+        ),
     ]
 
 
 def _hub_routes(hub: Hub) -> Sequence[Route]:
     search, token = "/api/hub/search", "/api/hub/token"
     one = "/api/hub/models/{owner}/{name}"
-    repository = repository_endpoint(hub)
+    repository, readme = repository_endpoint(hub), readme_endpoint(hub)
+    store = store_token_endpoint(hub)
     return [
         _read(search, search_endpoint(hub), query=SearchQuery, answer=HubResults),
-        _read(token, token_endpoint(hub), answer=HubTokenAnswer),
-        _post(token, store_token_endpoint(hub), body=TokenBody, answer=HubTokenAnswer),
-        _delete(token, remove_token_endpoint(hub), answer=HubTokenAnswer),
+        _read(token, token_endpoint(hub), answer=HubTokenAnswer, name="showHubToken"),
+        _post(token, store, body=TokenBody, answer=HubTokenAnswer, name="storeHubToken"),
+        _delete(token, remove_token_endpoint(hub), answer=HubTokenAnswer, name="removeHubToken"),
         _read(one, repository, query=RepositoryQuery, answer=HubRepositoryAnswer),
-        _read(f"{one}/readme", readme_endpoint(hub), query=ReadmeQuery, answer=HubReadme),
+        _read(f"{one}/readme", readme, query=ReadmeQuery, answer=HubReadme),
     ]
 
 
 def _key_routes(credentials: Credentials) -> Sequence[Route]:
+    listed, create = list_keys_endpoint(credentials), create_key_endpoint(credentials)
     return [
-        Route(Access.MANAGE, "GET", "/api/keys", list_keys_endpoint(credentials)),
-        _post("/api/keys", create_key_endpoint(credentials), body=NewKey, status=201),
+        Route(Access.MANAGE, "GET", "/api/keys", listed, answer=KeyList),
+        _post("/api/keys", create, body=NewKey, answer=CreatedKey, status=201),
         _delete("/api/keys/{key_id}", revoke_key_endpoint(credentials), status=204),
     ]
 
@@ -174,9 +207,9 @@ def _session_routes(settings: Settings, credentials: Credentials) -> Sequence[Ro
     sign_out = close_session_endpoint(settings, credentials)
     link = link_endpoint(settings, credentials)
     return [
-        _read(path, show_session_endpoint()),
+        _read(path, show_session_endpoint(), answer=SessionAnswer),
         Route(everyone, "POST", path, sign_in, body=SessionCode, status=204),
         Route(everyone, "DELETE", path, sign_out, status=204),
         # Without HEAD: that would use the link up.
-        Route(everyone, "GET", "/session", link, has_head=False, status=303),
+        Route(everyone, "GET", "/session", link, query=LinkQuery, has_head=False, status=303),
     ]

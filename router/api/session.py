@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -24,6 +24,12 @@ class SessionCode(StrictBody):
     """The code of a one-time link."""
 
     code: Annotated[str, Field(min_length=1, max_length=_MAX_CODE)]
+
+
+class LinkQuery(BaseModel):
+    """The query of a one-time link; a browser that is signed in needs no code."""
+
+    code: Annotated[str, Field(max_length=_MAX_CODE)] = ""
 
 
 class SessionAnswer(Answer):

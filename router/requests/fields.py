@@ -124,7 +124,10 @@ class RequestBody(RequestPart):
     generates: ClassVar[bool] = True
 
     # Empty if the request names none; `RouteContext.model` then chooses.
-    model: str = Field(default="", min_length=1)
+    # Without a name there is a default model; an empty name is none.
+    model: str = Field(
+        default="", min_length=1, json_schema_extra=lambda schema: schema.pop("default")
+    )
     user: str | None = None
 
     @classmethod

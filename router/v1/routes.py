@@ -53,13 +53,16 @@ def inference_routes(context: RouteContext) -> Sequence[Route]:
         _post("/v1/completions", completion_endpoint(context), body=CompletionRequest),
         _post("/v1/messages", messages, body=MessagesRequest),
         _post("/v1/embeddings", embedding_endpoint(context), body=EmbeddingRequest),
-        *(_post(path, rerank_endpoint(context), body=RerankRequest) for path in RERANK_PATHS),
+        *(
+            _post(path, rerank_endpoint(context), body=RerankRequest, name=f"rerank{suffix}")
+            for path, suffix in zip(RERANK_PATHS, ("", "2", "WithoutVersion"), strict=True)
+        ),
         _post("/v1/messages/count_tokens", count_tokens, body=MessagesPromptRequest),
         *_response_routes(context),
         _post("/tokenize", tokenize_endpoint(context), body=TokenizeRequest),
         _post("/detokenize", detokenize_endpoint(context), body=DetokenizeRequest),
         _post("/apply-template", template_endpoint(context), body=TemplateRequest),
-        _read("/v1/models", models_endpoint(context)),
+        _read("/v1/models", models_endpoint(context), name="listUsableModels"),
         _read("/v1/models/{model_id:path}", model_endpoint(context)),
     ]
 

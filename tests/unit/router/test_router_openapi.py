@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from starlette.responses import Response
 
+from deployments.router.credentials import StoredCredentials
 from router.app import create_app
+from router.http.access import Access
+from router.openapi import description
+from router.route import Route
 from tests.fakes import make_services
 from tests.live_server import client_of
 from tests.unit.router.api.test_router_api import FakeManagement
@@ -18,9 +23,15 @@ from tests.unit.router.api.test_router_jobs import FakeJobs
 
 
 @pytest.fixture(scope="module")
-def app() -> FastAPI:
+def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
     return create_app(
-        replace(make_services(), management=FakeManagement(), jobs=FakeJobs(), hub=FakeHub())
+        replace(
+            make_services(),
+            management=FakeManagement(),
+            jobs=FakeJobs(),
+            hub=FakeHub(),
+            credentials=StoredCredentials(tmp_path_factory.mktemp("keys") / "keys.sqlite"),
+        )
     )
 
 
@@ -92,6 +103,44 @@ def test_queries_of_the_hub_are_described(described: dict[str, Any]) -> None:
     assert "trending" in found["sort"]["enum"]
     schema = search["responses"]["200"]["content"]["application/json"]["schema"]
     assert schema["$ref"].endswith("HubResults")
+
+
+def test_every_answer_of_the_api_has_a_type(described: dict[str, Any]) -> None:
+    operations = [
+        (path, operation)
+        for path, item in described["paths"].items()
+        if path.startswith("/api/")
+        for operation in item.values()
+    ]
+    assert len(operations) > 30
+    for path, operation in operations:
+        (status,) = operation["responses"].keys() - {"default"}
+        assert ("content" in operation["responses"][status]) is (status != "204"), path
+
+
+def test_operations_have_names_and_areas(described: dict[str, Any]) -> None:
+    found = [one for item in described["paths"].values() for one in item.values()]
+    names = {one["operationId"] for one in found}
+    assert {"listModels", "loadModel", "createKey", "createChatCompletion"} <= names
+    assert len(names) == len(found)
+    tags = {tag for one in found for tag in one["tags"]}
+    assert tags == {tag["name"] for tag in described["tags"]}
+    assert {"models", "keys", "chat", "tokens", "server"} <= tags
+
+
+def test_errors_have_every_code(described: dict[str, Any]) -> None:
+    codes = described["components"]["schemas"]["ErrorCode"]["enum"]
+    assert {"invalid_request", "model_not_found", "internal_error", "hub_offline"} <= set(codes)
+    assert codes == sorted(codes)
+
+
+def test_two_operations_of_one_name_are_refused() -> None:
+    async def show_it() -> Response:
+        raise AssertionError
+
+    routes = [Route(Access.READ, "GET", path, show_it) for path in ("/api/a", "/api/b")]
+    with pytest.raises(ValueError, match=r"showIt is the id of /api/a and of /api/b"):
+        description(routes, title="t", version="1")
 
 
 async def test_it_is_served(app: FastAPI, described: dict[str, Any]) -> None:
