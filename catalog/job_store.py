@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from catalog.database_errors import BUSY_MS, cause, is_damage
+from catalog.connection import connect
+from catalog.database_errors import cause, is_damage
 from catalog.jobs import ENDED, Job
 from catalog.migrations import move_aside
 from core.errors import CatalogNotWritten, ImpetusError
@@ -60,10 +61,8 @@ class JobStore:
 
     def _open(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        connection = connect(self._path)
         try:
-            connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
-            connection.execute("PRAGMA journal_mode = WAL")
             version = int(connection.execute("PRAGMA user_version").fetchone()[0])
             if version > _VERSION:
                 raise ImpetusError(

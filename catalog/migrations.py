@@ -3,13 +3,13 @@
 import logging
 import shutil
 import sqlite3
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
 
-from catalog.database_errors import BUSY_MS, damage, is_damage
+from catalog.connection import connect
+from catalog.database_errors import damage, is_damage
 from core.errors import ImpetusError
 from core.files import lock_file
 
@@ -227,17 +227,9 @@ def _restore(path: Path) -> sqlite3.Connection | None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        path, timeout=BUSY_MS / 1000, isolation_level=None, check_same_thread=False
-    )
+    connection = connect(path)
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
         connection.execute("PRAGMA foreign_keys = ON")
-        if sys.platform == "darwin":
-            connection.execute("PRAGMA fullfsync = 1")
-            connection.execute("PRAGMA checkpoint_fullfsync = 1")
         _check_pages(connection)
         _copy_older(path, _version(connection))
         migrate(connection)

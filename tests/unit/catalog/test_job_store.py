@@ -68,6 +68,24 @@ def test_jobs_survive_the_kill_of_their_process(tmp_path: Path, after: int) -> N
     assert all(found[f"{name}-twin"] == done for name, done in found.items() if "-" not in name)
 
 
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_jobs_that_are_committed_are_on_the_disk_s6(
+    tmp_path: Path, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    store = JobStore(tmp_path / "jobs.sqlite")
+    values = {
+        name: store._connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("journal_mode", "synchronous", "fullfsync", "checkpoint_fullfsync")
+    }
+    store.close()
+    is_mac = int(platform == "darwin")
+    assert values == {
+        "journal_mode": "wal", "synchronous": 2,
+        "fullfsync": is_mac, "checkpoint_fullfsync": is_mac,
+    }  # fmt: skip
+
+
 def test_jobs_that_are_over_are_kept_for_a_while(tmp_path: Path) -> None:
     store = JobStore(tmp_path / "jobs.sqlite")
     ended = [

@@ -182,7 +182,7 @@ def test_a_newer_schema_is_refused_and_stays_s5(keys: KeyStore, path: Path) -> N
 def test_a_locked_file_can_be_read_and_says_so_on_writing_s5(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("catalog.key_store.BUSY_MS", 50)
+    monkeypatch.setattr("catalog.connection.BUSY_MS", 50)
     keys = KeyStore(path)
     key, _ = keys.create("one", ["read"], now=1.0)
     other = sqlite3.connect(path, isolation_level=None)

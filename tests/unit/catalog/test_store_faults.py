@@ -70,7 +70,7 @@ def test_a_full_disk_ends_no_reads_and_is_over_when_there_is_room_s5(
 def test_a_locked_catalog_can_be_read_and_says_who_is_in_the_way_s5(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("catalog.migrations.BUSY_MS", 50)
+    monkeypatch.setattr("catalog.connection.BUSY_MS", 50)
     store = CatalogStore(path)
     write(store, make_found())
     other = sqlite3.connect(path, isolation_level=None)
