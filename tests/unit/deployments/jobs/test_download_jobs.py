@@ -2,8 +2,12 @@
 
 import asyncio
 import os
+import re
+import resource
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,7 @@ from core.errors import BrokenModel
 from deployments.jobs.downloads import DownloadJobs
 from deployments.jobs.runner import JobRunner
 from scripts.hub_lib.faults import Fault
-from scripts.hub_lib.server import running_hub
+from scripts.hub_lib.server import Hub, running_hub
 
 ROOT = Path(__file__).parents[4]
 NAME = "m-Q8_0.gguf"
@@ -43,20 +47,32 @@ asyncio.run(main())
 """
 
 
+def publish(hub: Hub, folder: Path) -> tuple[DownloadJob, bytes]:
+    """Return the download of a repository with one file, and the file's content."""
+    source = folder / "source"
+    source.mkdir()
+    content = os.urandom(500_000)
+    (source / NAME).write_bytes(content)
+    (folder / "models").mkdir()
+    hub.publish("org/tiny", source)
+    found = read_repository(HubClient(hub.endpoint, ""), "org/tiny")
+    target = folder / "models" / "tiny"
+    return DownloadJob(hub.endpoint, "org/tiny", found.commit, found.files, target), content
+
+
+def ranges(hub: Hub) -> list[str | None]:
+    """The ranges of the file that the hub was asked for."""
+    return [each.headers.get("range") for each in hub.requests if "repos" in each.target]
+
+
 async def test_download_goes_on_after_the_kill_of_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / NAME).write_bytes(os.urandom(500_000))
-    (tmp_path / "models").mkdir()
     path = tmp_path / "jobs.sqlite"
     with running_hub() as hub:
-        hub.publish("org/tiny", source)
-        found = read_repository(HubClient(hub.endpoint, ""), "org/tiny")
-        target = tmp_path / "models" / "tiny"
-        job = DownloadJob(hub.endpoint, "org/tiny", found.commit, found.files, target)
+        job, content = publish(hub, tmp_path)
+        target = job.target
         hub.faults.add(Fault("stall", file=NAME, at=200_000, times=1))
         child = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", CHILD, str(path)), cwd=ROOT, stdin=asyncio.subprocess.PIPE
@@ -75,13 +91,67 @@ async def test_download_goes_on_after_the_kill_of_everything(
         task = asyncio.create_task(runner.run())
         while not runner.jobs() or runner.jobs()[0].state != "done":
             await asyncio.sleep(0.02)
-        assert (target / NAME).read_bytes() == (source / NAME).read_bytes()
-        ranges = [each.headers.get("range") for each in hub.requests if "repos" in each.target]
-        assert ranges == [None, "bytes=200000-"]
+        assert (target / NAME).read_bytes() == content
+        assert ranges(hub) == [None, "bytes=200000-"]
         # Had the end not been stored, the model would be found to be there.
         hub.forget_requests()
         await DownloadJobs(lambda: "").run(left, lambda _done, _total: None)
         assert hub.requests == []
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        store.close()
+
+
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """Let files of this process and its children grow to 300 kB only.
+
+    The system refuses further bytes as a full disk does, with EFBIG.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+async def test_download_onto_a_full_disk_waits_with_the_numbers_and_goes_on_d5(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its job is not tried again before it is due, and then goes on where it was."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    now = [1_800_000_000.0]
+    with running_hub() as hub:
+        job, content = publish(hub, tmp_path)
+        store = JobStore(tmp_path / "jobs.sqlite")
+        runner = JobRunner(
+            store, {"download": DownloadJobs(lambda: "")}, JobLimits, clock=lambda: now[0]
+        )
+        task = asyncio.create_task(runner.run())
+        queued = runner.add("download", "Tiny", job.to_json())
+        with small_disk():
+            while (waiting := runner.job(queued.id)).state in ("queued", "running"):
+                await asyncio.sleep(0.02)
+        assert (waiting.state, waiting.code) == ("waiting", "insufficient_disk")
+        assert re.search(r"is full .*: a file of 488\.3 KiB was being written, .* are free",
+                         waiting.reason)  # fmt: skip
+        assert waiting.not_before == now[0] + 300
+        assert arrived_bytes(job) == 300_000
+        assert not job.target.exists()
+        # However often the queue is looked at.
+        hub.forget_requests()
+        for _ in range(20):
+            runner.look_again()
+            await asyncio.sleep(0.01)
+        assert (runner.job(queued.id), hub.requests) == (waiting, [])
+        now[0] += 300
+        runner.look_again()
+        while (found := runner.job(queued.id)).state != "done":
+            assert found.state in ("waiting", "running")
+            await asyncio.sleep(0.02)
+        assert (job.target / NAME).read_bytes() == content
+        assert ranges(hub) == ["bytes=300000-"]
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         store.close()
