@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 from catalog.hub.client import HubClient, HubLimits
@@ -24,7 +25,7 @@ from catalog.hub.download.transfer import Pace, Transfer, disk_problem
 from catalog.hub.download.url import UrlSource
 from core.child import die_with_input, die_with_parent, give_way, take_stdout
 from core.errors import ImpetusError, RequestError, Unavailable
-from core.files import lock_file, write_atomically
+from core.files import flush_path, lock_file, write_atomically
 
 _REPORT_S = 0.25
 _LOCK_S = 5.0
@@ -116,18 +117,17 @@ def _publish(job: DownloadJob) -> None:
             param="target",
         )
     shutil.rmtree(partial_folder(job.work))
-    for folder in {(job.work / file.path).parent for file in job.files} | {job.work}:
-        _flush(folder)
+    # Children first: an entry of a folder is on the disk once that folder was flushed.
+    for folder in sorted(_folders(job), reverse=True):
+        flush_path(folder)
     job.work.rename(job.target)
-    _flush(job.target.parent)
+    flush_path(job.target.parent)
 
 
-def _flush(folder: os.PathLike[str]) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _folders(job: DownloadJob) -> set[Path]:
+    """Return the work folder and all below it that have files or folders of the job."""
+    within = (Path(file.path).parents for file in job.files)
+    return {job.work / folder for parents in within for folder in parents} | {job.work}
 
 
 def main() -> None:
