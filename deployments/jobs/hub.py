@@ -13,6 +13,7 @@ from catalog.hub.choice import Candidate, HubChoice, choose, preferred_formats
 from catalog.hub.client import HubClient
 from catalog.hub.download.job import DownloadJob
 from catalog.hub.download.url import UrlSource
+from catalog.hub.entries import HubEntry
 from catalog.hub.fit import DEFAULT_CONTEXT, Room
 from catalog.hub.plan import meant_entries, repository_download, url_download
 from catalog.hub.reference import HubReference, is_plain_address, parse_reference
@@ -20,7 +21,7 @@ from catalog.hub.remote import RemoteModel, fit_of, inspect_repository
 from catalog.hub.repository import HubRepository, read_readme, read_repository
 from catalog.hub.search import HubQuery, search
 from catalog.scan.inspector import Inspector
-from core.errors import RequestError
+from core.errors import HubUnavailable, RequestError
 from core.supervision import call_in_thread
 from deployments.jobs.downloads import is_there
 from deployments.jobs.hub_views import repository_of, results_of
@@ -117,18 +118,40 @@ class HubReader:
         client, reference, repository = await self._read(model, revision)
         entries = meant_entries(repository, reference, name)
         entry = entries[0]
-        if len(entries) > 1:
+        is_named = bool(name or reference.file or reference.quantization)
+        if len(entries) == 1 and is_named:
+            await self._require_usable(client, repository, entry)
+        else:
             candidates = await self._candidates(client, reference, repository, DEFAULT_CONTEXT)
             meant = [one for one in candidates if one.model.entry in entries]
             chosen = await self._in_thread(lambda: self._best(meant))
             if chosen.candidate is None:
+                is_hopeless = all(one.model.is_refused for one in meant)
+                hint = "" if is_hopeless else " Name an entry to download it all the same."
                 raise RequestError(
-                    f"Nothing of {reference.repository} was chosen. {chosen.reason} Name an entry "
-                    "to download it all the same.",
+                    f"Nothing of {reference.repository} was chosen. {chosen.reason}{hint}",
                     param="model",
                 )
             entry = chosen.candidate.model.entry
         return repository_download(client.endpoint, reference, repository, entry, self._folder)
+
+    async def _require_usable(
+        self, client: HubClient, repository: HubRepository, entry: HubEntry
+    ) -> None:
+        """Raise RequestError for a model that would be refused, and removed, once it is here."""
+        alone = replace(repository, entries=(entry,))
+        try:
+            async with self._one_inspection:
+                (model,) = await self._in_thread(lambda: self._inspect(client, alone))
+        except HubUnavailable:
+            # The download waits until the hub is back, and the scan looks at what arrived.
+            return
+        if model.is_refused:
+            raise RequestError(
+                f"{entry.name} of {repository.model.id} cannot be used here, so it is not "
+                f"downloaded. {model.problem}",
+                param="model",
+            )
 
     async def _candidates(
         self,

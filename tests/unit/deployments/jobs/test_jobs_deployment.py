@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from catalog.hub.client import HubClient
+from catalog.hub.remote import Examine, RemoteModel
+from catalog.hub.repository import HubRepository
 from catalog.store import CatalogStore
 from core.errors import (
     HubNotFound,
@@ -60,12 +63,20 @@ class Machine:
             replica.__del__()
 
 
+def not_inspected(
+    _client: HubClient, repository: HubRepository, _examine: Examine
+) -> tuple[RemoteModel, ...]:
+    return tuple(RemoteModel(entry, None, "It was not inspected.") for entry in repository.entries)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A hub with one repository of two quantizations."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("deployments.jobs.strain._POLL_PAUSE_S", 0.0)
+    # The models of these tests are random bytes: nothing is known of them before a scan.
+    monkeypatch.setattr("deployments.jobs.hub.inspect_repository", not_inspected)
     # The scheduler of these tests scans nothing, unless one has it scan.
     monkeypatch.setattr("deployments.jobs.deployment._REGISTER_LIMIT_S", 0.0)
     source = tmp_path / "source"
@@ -134,7 +145,7 @@ async def test_model_is_in_the_catalog_when_its_job_is_done_and_a_broken_one_is_
 
     machine.scheduler.rescan = FakeMethod(scan)
     async with machine.running() as replica:
-        job = await result(replica.download("org/whole", "", ""))
+        job = await result(replica.download("org/whole", "", "model.safetensors"))
         done = await until(replica, job, "done")
         assert done.model_ids == ("whole@safetensors-f32",)
         # Random bytes are no model.

@@ -117,6 +117,41 @@ async def test_best_is_planned_where_several_are_meant(hub: Hub, tmp_path: Path)
     assert job.target.is_relative_to(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("model", "entry"), [("org/art", ""), ("org/art:q4_0", ""), ("org/art", "flux-Q4_0.gguf")]
+)
+async def test_what_cannot_run_here_is_refused_before_its_download(
+    hub: Hub, tmp_path: Path, model: str, entry: str
+) -> None:
+    source = tmp_path / "art"
+    source.mkdir()
+    write_gguf(source / "flux-Q4_0.gguf", {**minimal_metadata(), "general.architecture": "flux"})
+    hub.publish("org/art", source)
+    with pytest.raises(RequestError, match="image or video generator") as caught:
+        await reader(hub, tmp_path).plan(model, "", entry)
+    assert "all the same" not in caught.value.message
+
+
+async def test_named_model_of_a_hub_that_fails_meanwhile_is_downloaded_later(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.faults.add(Fault("status", file=SMALL, value="503"))
+    assert (await reader(hub, tmp_path).plan("org/tiny:q4_k_m", "", "")).files[0].path == SMALL
+
+
+async def test_the_only_model_of_a_repository_is_not_chosen_if_it_is_too_big(
+    hub: Hub, tmp_path: Path
+) -> None:
+    source = tmp_path / "one"
+    source.mkdir()
+    write_model(source / SMALL, 32)
+    hub.publish("org/one", source)
+    read = reader(hub, tmp_path, budget=1000)
+    with pytest.raises(RequestError, match=r"too big.*Name an entry to download it all the same"):
+        await read.plan("org/one", "", "")
+    assert (await read.plan("org/one:q4_k_m", "", "")).files[0].path == SMALL
+
+
 async def test_readme_has_no_scripts(hub: Hub, tmp_path: Path) -> None:
     assert await reader(hub, tmp_path).readme("org/tiny", "") == "# Tiny"
 
