@@ -2,7 +2,7 @@
 
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +22,10 @@ _GGUF_PARTS = re.compile(r"(?:.*[-._])?(?:mmproj|imatrix)(?:[-._].*)?", re.IGNOR
 _SIDE_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"})
 # Folders of modules that belong to the model of the folder around them.
 _MODULES = re.compile(r"\d+_[A-Z]\w*")
+# The first of them is the transformer itself.
+_LATER_MODULES = re.compile(r"0*[1-9]\d*_[A-Z]\w*")
+_MODULE_LIST = "modules.json"
+_SAFE_MODULE, _PICKLED_MODULE = "model.safetensors", "pytorch_model.bin"
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
 # Weights in safetensors that are not those which transformers loads.
 _COPIES = re.compile(r"(?:consolidated|adapter)", re.IGNORECASE)
@@ -79,15 +83,53 @@ class HubEntry:
         return tuple(file.path for file in self.weights if file.is_pickle)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """The files by folder and name, and the folders of modules by the folder around them."""
+
+    files: Mapping[str, Mapping[str, RepositoryFile]]
+    modules: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, files: Iterable[RepositoryFile]) -> "_Tree":
+        found: dict[str, dict[str, RepositoryFile]] = {}
+        for file in files:
+            folder, base = posixpath.split(file.path)
+            found.setdefault(folder, {})[base] = file
+        modules: dict[str, list[str]] = {}
+        for folder in found:
+            around, base = posixpath.split(folder)
+            if _MODULES.fullmatch(base):
+                modules.setdefault(around, []).append(folder)
+        return cls(found, modules)
+
+    def has(self, folder: str, base: str) -> bool:
+        return base in self.files.get(folder, ())
+
+    def is_of_module(self, path: str) -> bool:
+        """Whether weights are of a listed module after the transformer."""
+        around, module = posixpath.split(posixpath.dirname(path))
+        return self.has(around, _MODULE_LIST) and _LATER_MODULES.fullmatch(module) is not None
+
+    def is_module_weights(self, path: str) -> bool:
+        """Whether a file has such a module's weights; of two formats the safe one."""
+        folder, base = posixpath.split(path)
+        is_chosen = base == _SAFE_MODULE or (
+            base == _PICKLED_MODULE and not self.has(folder, _SAFE_MODULE)
+        )
+        return is_chosen and self.is_of_module(path)
+
+
 def group(files: Sequence[RepositoryFile], tags: Iterable[str]) -> tuple[HubEntry, ...]:
     """Return the models in `files`, by format and size; `tags` are the repository's."""
     is_mlx = "mlx" in tags
     groups: dict[tuple[str, str], list[RepositoryFile]] = {}
+    tree = _Tree.of(files)
     for file in files:
         format = _format(file.path, is_mlx)
-        if format:
+        if format and not tree.is_of_module(file.path):
             groups.setdefault((format, _name(file.path, format)), []).append(file)
-    found = [_entry(*key, weights, files) for key, weights in groups.items()]
+    found = [_entry(*key, weights, tree) for key, weights in groups.items()]
     return tuple(sorted(found, key=lambda entry: (entry.format, entry.weights_bytes, entry.name)))
 
 
@@ -143,33 +185,29 @@ def _name(path: str, format: str) -> str:
     return f"{match[1]}{match[4]}" if match else path
 
 
-def _entry(
-    format: str, name: str, weights: list[RepositoryFile], files: Sequence[RepositoryFile]
-) -> HubEntry:
+def _entry(format: str, name: str, weights: list[RepositoryFile], tree: _Tree) -> HubEntry:
     shards = [match for file in weights if (match := _SHARD.fullmatch(file.path))]
     count = max((int(match[3]) for match in shards), default=0)
     ordered = tuple(sorted(weights, key=lambda file: file.path))
     # GGUF files and compiled packages have everything in them.
-    sides = () if format == "gguf" else tuple(_sides(name, weights, files))
+    sides = () if format == "gguf" else tuple(_sides(name, weights, tree))
     return HubEntry(
         name, format, quantization_in(name), ordered, sides, max(count - len(shards), 0)
     )
 
 
-def _sides(
-    name: str, weights: list[RepositoryFile], files: Sequence[RepositoryFile]
-) -> Iterable[RepositoryFile]:
-    """Yield the configuration, tokenizer and template beside a model, and those at the top."""
+def _sides(name: str, weights: list[RepositoryFile], tree: _Tree) -> Iterable[RepositoryFile]:
+    """Yield the configuration, tokenizer, template and modules beside a model, and at the top."""
     own = posixpath.dirname(name)
-    top = {"", own}
     taken = {file.path for file in weights}
-    for file in files:
-        folder, base = posixpath.split(file.path)
-        inside = posixpath.split(folder)
-        is_near = folder in top or (inside[0] in top and _MODULES.fullmatch(inside[1]))
-        is_kept = PurePosixPath(base).suffix.lower() in _SIDE_SUFFIXES or base == "LICENSE"
-        if base.endswith(".index.json"):
-            # An index names the files of one set of weights.
-            is_kept = folder == own and base == f"{posixpath.basename(name)}.index.json"
-        if is_near and is_kept and file.size_bytes <= _MAX_SIDE_BYTES and file.path not in taken:
-            yield file
+    top = dict.fromkeys(("", own))
+    near = [*top, *(module for folder in top for module in tree.modules.get(folder, ()))]
+    for folder in dict.fromkeys(near):
+        for base, file in tree.files.get(folder, {}).items():
+            is_kept = PurePosixPath(base).suffix.lower() in _SIDE_SUFFIXES or base == "LICENSE"
+            if base.endswith(".index.json"):
+                # An index names the files of one set of weights.
+                is_kept = folder == own and base == f"{posixpath.basename(name)}.index.json"
+            is_small = is_kept and file.size_bytes <= _MAX_SIDE_BYTES
+            if file.path not in taken and (is_small or tree.is_module_weights(file.path)):
+                yield file

@@ -5,7 +5,7 @@ What inspects and estimates local models then does the same for one that was not
 
 import struct
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from backends.gguf.header import read_gguf
 from backends.hf.header import MAX_HEADER_BYTES
@@ -20,6 +20,7 @@ _WHOLE_BYTES = 32 * MIB
 _TOTAL_BYTES = 192 * MIB
 _GGUF_STEPS = (2 * MIB, 8 * MIB, 32 * MIB, 96 * MIB)
 _SAFETENSORS_START = 256 * KIB
+_WEIGHTS = (".safetensors", ".bin")
 _LENGTH = struct.Struct("<Q")
 # More shards than this are not read one by one.
 MAX_FILES = 256
@@ -53,7 +54,10 @@ class SkeletonBuilder:
         if write is None:
             raise NoSkeleton(f"the size of {entry.format} models is known after the download")
         for file in entry.sides:
-            if file.size_bytes <= _WHOLE_BYTES:
+            # Weights of modules are not read before they are used.
+            if PurePosixPath(file.path).suffix.lower() in _WEIGHTS:
+                self._sparse(file)
+            elif file.size_bytes <= _WHOLE_BYTES:
                 self._write_whole(file)
         for file in entry.weights:
             write(self, file)

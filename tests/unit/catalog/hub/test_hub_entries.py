@@ -99,3 +99,32 @@ def test_hub_entries_leave_out_what_no_model_needs() -> None:
 )
 def test_hub_quantization_is_read_from_the_name(name: str, quantization: str) -> None:
     assert quantization_in(name) == quantization
+
+
+def test_hub_entries_of_an_embedding_model_have_its_later_modules() -> None:
+    found = group(
+        files(
+            *("modules.json", "config.json", "model.safetensors", "pytorch_model.bin"),
+            *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
+            *("2_Dense/pytorch_model.bin", "3_Dense/config.json", "3_Dense/pytorch_model.bin"),
+        ),
+        (),
+    )
+    assert {entry.name for entry in found} == {"model.safetensors", "pytorch_model.bin"}
+    for entry in found:
+        paths = {file.path for file in entry.sides}
+        assert {"2_Dense/model.safetensors", "3_Dense/pytorch_model.bin"} <= paths
+        assert "2_Dense/pytorch_model.bin" not in paths
+        assert [file.path for file in entry.weights] == [entry.name]
+
+
+def test_hub_entries_of_an_older_embedding_model_are_in_its_first_module() -> None:
+    paths = ("modules.json", "0_Transformer/config.json", "0_Transformer/pytorch_model.bin")
+    (entry,) = group(files(*paths, "2_Dense/config.json", "2_Dense/pytorch_model.bin"), ())
+    assert entry.name == "0_Transformer/pytorch_model.bin"
+    assert "2_Dense/pytorch_model.bin" in {file.path for file in entry.sides}
+
+
+def test_hub_entries_without_a_list_of_modules_keep_numbered_folders() -> None:
+    found = group(files("1_Base/model.safetensors", "2_Large/model.safetensors"), ())
+    assert len(found) == 2

@@ -20,6 +20,7 @@ from scripts.hub_lib.faults import Fault
 from scripts.hub_lib.server import Hub
 from tests.gguf_raw import RawTensor, minimal_metadata, write_gguf
 from tests.unit.catalog.scan.folders import write_json, write_model, write_shards
+from tests.unit.catalog.scan.test_embedding_folders import write_encoder, write_modules
 
 F16 = 1
 ROWS = 2**18
@@ -106,6 +107,16 @@ def test_hub_safetensors_are_inspected_from_their_headers(
     assert without_paths(found.info) == without_paths(local)
     fit = fit_of(found, load_backends(), OPTIONS, ROOM, 64)
     assert (fit.verdict, fit.context_tokens) == ("fits", 64)
+
+
+def test_hub_weights_of_modules_are_not_read(
+    hub: Hub, tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]]
+) -> None:
+    folder = write_encoder(tmp_path / "model")
+    write_modules(folder, "", "model.safetensors")
+    (found,) = inspect(folder).values()
+    assert found.info is not None, found.problem
+    assert not any("2_Dense/model" in logged.target for logged in hub.requests)
 
 
 def test_hub_model_that_cannot_run_here_says_why(
