@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from backends.base import Backend, EngineOptions, ModelInfo
 from catalog.hub.client import HubClient
@@ -71,12 +71,17 @@ def _alike(entries: Sequence[HubEntry]) -> list[list[HubEntry]]:
     """Return the entries grouped by what differs in the quantization alone."""
     groups: dict[object, list[HubEntry]] = {}
     for entry in entries:
-        key: object = (entry.format, entry.name)
-        if entry.format == "gguf":
-            stem = _EXTENSION.sub("", PurePosixPath(entry.name).name)
-            key = (entry.format, QUANTIZATION.sub("", stem).lower())
-        groups.setdefault(key, []).append(entry)
+        key = _base(entry.name) if entry.format == "gguf" else (entry.name,)
+        groups.setdefault((entry.format, key), []).append(entry)
     return list(groups.values())
+
+
+def _base(name: str) -> tuple[str, ...]:
+    """Return a GGUF file's path without quantizations, and without folders that say no more."""
+    *folders, stem = _EXTENSION.sub("", name).lower().split("/")
+    base = QUANTIZATION.sub("", stem)
+    around = (QUANTIZATION.sub("", folder) for folder in folders)
+    return (*(folder for folder in around if folder not in ("", base)), base)
 
 
 def _inspect(

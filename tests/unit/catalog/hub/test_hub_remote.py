@@ -91,6 +91,20 @@ def test_hub_large_gguf_is_inspected_from_its_header(
     assert verdicts == {"m-Q4_K_M.gguf": "fits", "m-Q8_0.gguf": "too_big"}
 
 
+def test_hub_models_in_folders_of_their_own_are_told_apart(
+    hub: Hub, client: HubClient, tmp_path: Path
+) -> None:
+    for name, columns in (("7B", 32), ("13B", 64), ("Q8_0", 32)):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        large_gguf(tmp_path / "models" / name / "ggml-model-Q4_0.gguf", columns)
+    hub.publish("org/tiny", tmp_path / "models")
+    repository = read_repository(client, "org/tiny")
+    found = {one.entry.name: one.info for one in inspect_repository(client, repository, look)}
+    sizes = {name: info.parameters if info else 0 for name, info in found.items()}
+    assert sizes["7B/ggml-model-Q4_0.gguf"] == 32 * ROWS
+    assert sizes["13B/ggml-model-Q4_0.gguf"] == 64 * ROWS
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_hub_safetensors_are_inspected_from_their_headers(
     tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]], sharded: bool
