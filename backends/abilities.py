@@ -3,10 +3,17 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar, Protocol, runtime_checkable
 
-from backends.base import Backend, Engine, EngineOptions, ModelInfo
+from backends.base import Backend, Engine, EngineOptions, EventReceiver, ModelInfo, OnLogits
 from backends.limits import deadline
 from core.errors import UnsupportedCapability, UnsupportedParameter
-from core.types import Capability, Prompt, TokenizedPrompt, TokenizeOptions
+from core.types import (
+    Capability,
+    Finished,
+    GenerationRequest,
+    Prompt,
+    TokenizedPrompt,
+    TokenizeOptions,
+)
 
 # The names that any format supports; requests with other names are rejected.
 KV_TYPES = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -55,6 +62,21 @@ def _counting(engine: Engine) -> TokenCounting:
         "model of another format.",
         param="model",
     )
+
+
+@runtime_checkable
+class GivesLogits(Protocol):
+    """An engine that shows the logits by which it predicts each token of a prompt."""
+
+    async def read_logits(
+        self, request: GenerationRequest, receiver: EventReceiver, on_logits: OnLogits
+    ) -> Finished:
+        """Run `request`, whose sampling must have `prompt_logprobs`; see `Engine.stream_to`.
+
+        `on_logits` is called on the engine's thread and must not raise.  Raises as `generate`
+        does, and NonFiniteOutput.
+        """
+        ...
 
 
 @runtime_checkable

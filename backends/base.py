@@ -2,11 +2,14 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from backends.prefixes.store import ModelPrefixStore
 from backends.trials import TrialOptions
@@ -24,6 +27,9 @@ from core.types import (
     RerankInputs,
 )
 from core.units import MIB
+
+# Gets a prompt's position and the logits (vocabulary,) after its token; valid during the call.
+OnLogits: TypeAlias = Callable[[int, NDArray[np.float32]], None]
 
 
 @dataclass(frozen=True, slots=True)

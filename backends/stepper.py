@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from backends.base import EngineLoad
+from backends.base import EngineLoad, OnLogits
 from backends.grammar.constraint import Constraint, RestartableMask, TokenMask
 from backends.prefixes.reuse import Reuse
 from core.errors import ImpetusError
@@ -19,7 +19,9 @@ class SequenceSpec:
 
     The last `generated` tokens of `prompt` belong to the answer (a resumed request);
     `max_tokens` may still be generated and fit the context.  Without `reads_cache` nothing that was
-    computed for others, or before a preemption, is reused.
+    computed for others, or before a preemption, is reused.  `on_logits` gets the logits after each
+    of the prompt's tokens but the last one, in order, if the sampling asks for `prompt_logprobs`;
+    it is called on the engine's thread and must not raise.
     """
 
     id: int
@@ -29,6 +31,7 @@ class SequenceSpec:
     mask: TokenMask | None = None
     generated: int = 0
     reads_cache: bool = True
+    on_logits: OnLogits | None = None
 
 
 @dataclass(frozen=True, slots=True)

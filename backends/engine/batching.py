@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
-from backends.base import Engine, EngineLoad, EventReceiver, ModelInfo
+from backends.base import Engine, EngineLoad, EventReceiver, ModelInfo, OnLogits
 from backends.engine.accelerator_lock import AcceleratorLock
 from backends.engine.activity import NO_ACTIVITY, REQUEST_ID, Activity
 from backends.engine.failures import failing_alone
@@ -80,12 +80,23 @@ class BatchingEngine(Engine):
 
     async def stream_to(self, request: GenerationRequest, receiver: EventReceiver) -> Finished:
         """Run the request with its events going to `receiver`; see `Engine.stream_to`."""
+        return await self._stream_to(request, receiver, None)
+
+    async def read_logits(
+        self, request: GenerationRequest, receiver: EventReceiver, on_logits: OnLogits
+    ) -> Finished:
+        """See `GivesLogits`."""
+        return await self._stream_to(request, receiver, on_logits)
+
+    async def _stream_to(
+        self, request: GenerationRequest, receiver: EventReceiver, on_logits: OnLogits | None
+    ) -> Finished:
         self._loop.check_open()
         self._loop.limits.check_admits(is_resumed=bool(request.generated))
         self._admit(request)
         try:
             async with deadline(request.deadline_s):
-                return await self._run(request, receiver)
+                return await self._run(request, receiver, on_logits)
         except BaseException:
             self._admission.give_up(request)
             raise
@@ -104,12 +115,18 @@ class BatchingEngine(Engine):
             size=request.group.size if request.group is not None else 1,
         )
 
-    async def _run(self, generation: GenerationRequest, receiver: EventReceiver) -> Finished:
+    async def _run(
+        self,
+        generation: GenerationRequest,
+        receiver: EventReceiver,
+        on_logits: OnLogits | None,
+    ) -> Finished:
         submitted_at = time.monotonic()
         event_loop = asyncio.get_running_loop()
         prepared = await self._in_turn(lambda: self._prepare(generation), generation.id)
         done: asyncio.Future[Finished] = event_loop.create_future()
         request = EngineRequest(generation, prepared, receiver, event_loop, done, submitted_at)
+        request.on_logits = on_logits
         if not prepared.max_tokens and prepared.sampling.prompt_logprobs is None:
             return request.finish_at_once(time.monotonic())
         self._loop.submit(request)

@@ -53,6 +53,7 @@ class PromptScores:
         self._prompt = spec.prompt
         self._top = top
         self._piece = piece
+        self._on_logits = spec.on_logits
         self._known = 1
         self._new = [TokenLogprob(first, piece(first), math.nan)]
         self._problem: NonFiniteOutput | None = None
@@ -77,6 +78,8 @@ class PromptScores:
         except NonFiniteOutput as problem:
             self._problem = problem
             return
+        if self._on_logits is not None:
+            self._on_logits(position, logits)
         token_id = self._prompt[self._known]
         top = min(self._top, len(logits))
         self._new.append(token_logprob(logits, token_id, top, self._piece))

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
-from backends.base import EventReceiver
+from backends.base import EventReceiver, OnLogits
 from backends.engine.failures import failing_alone
 from backends.prefixes.reuse import Reuse
 from backends.prompt.prepare import Prepared
@@ -76,6 +76,7 @@ class EngineRequest:
     throttled_s: float = 0.0
     reuse: Reuse | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    on_logits: OnLogits | None = None
 
     @property
     def label(self) -> str:
@@ -94,6 +95,7 @@ class EngineRequest:
             prepared.mask,
             prepared.generated,
             self.generation.reads_cache,
+            self.on_logits,
         )
 
     def finish(self, reason: FinishReason, now: float) -> Finished:

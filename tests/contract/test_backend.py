@@ -5,9 +5,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from backends.abilities import TokenCounting
+from backends.abilities import GivesLogits, TokenCounting
 from backends.base import Engine
 from core.errors import ContextLengthExceeded, EngineFailed, RequestError, UnsupportedParameter
 from core.types import (
@@ -194,6 +196,29 @@ async def test_only_the_prompt_can_be_scored(engine: Engine) -> None:
     events = await run(engine, request("The sea is", max_tokens=0, prompt_logprobs=0))
     assert len(prompt_scores(events)) == end_of(events).usage.prompt_tokens
     assert (end_of(events).usage.completion_tokens, text_of(events)) == (0, "")
+
+
+async def test_the_logits_of_a_prompt_are_those_of_its_scores(engine: Engine) -> None:
+    assert isinstance(engine, GivesLogits)
+    wanted = request("The sea is deep and the sky is blue", max_tokens=0, prompt_logprobs=0)
+    shown: dict[int, NDArray[np.float32]] = {}
+    scores: list[TokenLogprob] = []
+
+    class Receiver:
+        def deliver(self, batch: Sequence[tuple[str, Sequence[GenerationEvent]]]) -> None:
+            for _, events in batch:
+                for event in events:
+                    scores.extend(event.logprobs if isinstance(event, PrefillProgress) else ())
+
+    await engine.read_logits(wanted, Receiver(), lambda place, row: shown.update({place: row * 1}))
+    if engine.info.format == "echo":
+        assert shown == {}
+        return
+    assert list(shown) == list(range(len(scores) - 1))
+    for place, score in enumerate(scores[1:]):
+        row = shown[place].astype(np.float64)
+        logprob = row[score.token_id] - row.max() - math.log(np.exp(row - row.max()).sum())
+        assert logprob == pytest.approx(score.logprob, abs=1e-5)
 
 
 def prompt_scores(events: Sequence[GenerationEvent]) -> tuple[TokenLogprob, ...]:

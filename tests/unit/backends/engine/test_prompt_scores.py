@@ -130,6 +130,20 @@ def test_each_token_has_the_probability_that_the_model_gives_it(
         assert max(model.pieces, default=0) <= 20
 
 
+@pytest.mark.parametrize("kind", [RandomModel, WholeModel])
+def test_the_logits_are_shown_to_those_who_ask(kind: type[FakeModel]) -> None:
+    run, prompt = ScoredRun(kind(4)), prompt_of(150)
+    shown: list[tuple[int, NDArray[np.float32]]] = []
+    run.tokens[1], run.limits[1] = [], 1
+    sampling = SamplingParams(temperature=0.0, prompt_logprobs=0)
+    asked = SequenceSpec(1, tuple(prompt), sampling, 1)
+    run.stepper.add(replace(asked, on_logits=lambda place, row: shown.append((place, row.copy()))))
+    run.finish()
+    assert [place for place, _ in shown] == list(range(149))
+    for place, row in shown:
+        assert np.array_equal(row, logits_after(prompt[: place + 1]))
+
+
 def test_a_computed_prefix_is_not_reused_for_scores_but_for_others() -> None:
     run = ScoredRun(WholeModel(4))
     run.add(1, prompt_of(60))
