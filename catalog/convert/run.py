@@ -15,6 +15,7 @@ from pathlib import Path
 
 from backends.base import ModelInfo
 from catalog.convert.child import error_from_code, read_message
+from catalog.convert.environment import child_environment
 from catalog.convert.graph import FULL_PRECISION, MLX_GROUP_SIZES, ORIGINAL, check
 from catalog.convert.graph import Conversion as Conversion
 from catalog.convert.graph import conversions_from as conversions_from
@@ -30,16 +31,13 @@ from catalog.convert.output import (
 )
 from catalog.convert.output import sweep as sweep
 from catalog.convert.pause import PauseSwitch
-from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit, kept_environment
+from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit
 from core.errors import ImpetusError, ModelFileMissing, RequestError, Unavailable
 from core.files import visible_files
 from core.supervision import log_failure
 from core.types import JsonValue
-from core.units import MIB
 
-_CODE_FOLDER = Path(__file__).resolve().parents[2]
 _EXPORTERS = ("auto", "genai", "torch")
-_KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +247,9 @@ async def _run_step(
             f"{job.name}: the file {missing[0]} no longer exists.", param="model"
         )
     child = AsyncChild(
-        [sys.executable, "-P", "-m", "catalog.convert.child"], _environment(job), job.work
+        [sys.executable, "-P", "-m", "catalog.convert.child"],
+        child_environment(job.work, job.threads),
+        job.work,
     )
     watching = None
     if on_memory is not None:
@@ -310,25 +310,3 @@ def _exit_message(job: Job, code: int, stderr_tail: str) -> str:
         f"The conversion of {job.name} from {job.source_format} to {job.target_format} "
         f"{describe_exit(code)}{hint}.{output}"
     )
-
-
-def _environment(job: Job) -> dict[str, str]:
-    """Return the child's environment: no secrets, no downloads, temporary files in its folder."""
-    threads = str(job.threads)
-    return kept_environment(*_KEPT_VARIABLES) | {
-        "PYTHONPATH": str(_CODE_FOLDER),
-        "TMPDIR": str(job.work),
-        "HF_HOME": str(job.work / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "ORT_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-        "MLX_DISABLE_COMPILE": "1",
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "PYTHONWARNINGS": "ignore",
-        # glibc returns larger blocks to the system as soon as they are freed.
-        "MALLOC_MMAP_THRESHOLD_": str(MIB),
-    }

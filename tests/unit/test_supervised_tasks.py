@@ -25,6 +25,7 @@ REASONS = {
     "backends/engine/loop.py:EngineLoop._start": "`is_failed` and the watch see its end",
     "backends/engine/preparation.py:PreparationThreads._ensure_idle_thread": "its watch",
     "backends/engine/request.py:events_of": "awaited in the same function",
+    "catalog/convert/quality/measure.py:_Measurement._watched": "`log_failure`; ends with a child",
     "catalog/convert/run.py:_run_step": "`log_failure`; ends with its conversion",
     "core/child.py:die_with_input": "ends the process",
     "core/parent.py:exit_with_parent": "ends the process",

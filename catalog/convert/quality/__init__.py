@@ -1,0 +1,1 @@
+"""Measures how much a conversion changed a model."""
