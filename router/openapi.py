@@ -146,7 +146,7 @@ def _operation(route: Route, path_names: Iterable[str], schemas: _Schemas) -> Sc
             ),
         ],
         "responses": {
-            str(route.status): _success(route, schemas),
+            str(route.status): _success(route, schemas) if route.status < 400 else _failure(route),
             "default": _failure(route),
         },
     }
@@ -174,17 +174,13 @@ def _success(route: Route, schemas: _Schemas) -> Schema:
         content[route.media_type] = {"schema": schemas.of(route.answer, "serialization")}
     if route.event is not None:
         # OpenAPI has `itemSchema` for this from 3.2 on, which generators of clients do not read.
-        data = schemas.of(route.event, "serialization")
-        content["text/event-stream"] = {"schema": _TEXT, "x-event-data": data}
-    elif route.body is not None and "stream" in route.body.model_fields:
-        content["text/event-stream"] = {"schema": _TEXT}
+        data = [schemas.of(route.event, "serialization"), {"$ref": _error_of(route.path)}]
+        content["text/event-stream"] = {"schema": _TEXT, "x-event-data": {"anyOf": data}}
     return {**response, "content": content} if content else response
 
 
 def _failure(route: Route) -> Schema:
-    is_of_anthropic = route.path.startswith("/v1/messages")
-    model = "AnthropicError" if is_of_anthropic else "Error"
-    schema: Schema = {"$ref": _SCHEMAS.format(model=model)}
+    schema: Schema = {"$ref": _error_of(route.path)}
     if route.path.startswith("/v1/models"):
         # The header `anthropic-version` decides.
         schema = {"anyOf": [schema, {"$ref": _SCHEMAS.format(model="AnthropicError")}]}
@@ -192,6 +188,11 @@ def _failure(route: Route) -> Schema:
         "description": "An error",
         "content": {"application/json": {"schema": schema}},
     }
+
+
+def _error_of(path: str) -> str:
+    is_of_anthropic = path.startswith("/v1/messages")
+    return _SCHEMAS.format(model="AnthropicError" if is_of_anthropic else "Error")
 
 
 def _error_schemas() -> Schema:

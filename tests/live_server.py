@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from router.http.protocol import HttpProtocol
+from tests.sdk.described import CheckedTransport
 
 # Longer than the server keeps an idle connection, whose end some tests wait for.
 _LIMIT_S = 30.0
@@ -102,9 +103,10 @@ def post_bytes(path: str, body: Mapping[str, Any], *, host: str = "127.0.0.1") -
 
 
 def client_of(app: FastAPI, **headers: str) -> httpx.AsyncClient:
-    """Return a client that calls `app` in process."""
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://localhost:8000", headers=headers)
+    """Return a client that calls `app` in process; its answers must be as described."""
+    return httpx.AsyncClient(
+        transport=CheckedTransport(app), base_url="http://localhost:8000", headers=headers
+    )
 
 
 def sse_data(text: str) -> list[Any]:

@@ -111,6 +111,11 @@ def unknown_fields(part: RequestPart, prefix: str) -> set[str]:
     return {f"{prefix}.{name}" for name in part.model_extra or ()}
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    """Leave out of a description a default that the schema itself does not allow."""
+    del schema["default"]
+
+
 class RequestBody(RequestPart):
     """Base of whole request bodies.
 
@@ -124,10 +129,7 @@ class RequestBody(RequestPart):
     generates: ClassVar[bool] = True
 
     # Empty if the request names none; `RouteContext.model` then chooses.
-    # Without a name there is a default model; an empty name is none.
-    model: str = Field(
-        default="", min_length=1, json_schema_extra=lambda schema: schema.pop("default")
-    )
+    model: str = Field(default="", min_length=1, json_schema_extra=_without_default)
     user: str | None = None
 
     @classmethod

@@ -7,7 +7,7 @@ name is a deviation, though the descriptions leave objects open.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any, TypeAlias
@@ -18,6 +18,8 @@ from jsonschema import Draft202012Validator, FormatChecker, validators
 from jsonschema.exceptions import ValidationError
 from referencing import Registry
 from referencing.jsonschema import DRAFT202012
+
+from tests.sdk.deviations import decisive, told
 
 Json: TypeAlias = Mapping[str, Any]
 
@@ -75,7 +77,7 @@ class Description:
             registry=self._registry,
             format_checker=_FORMATS,
         )
-        return [f"{schema}{_told(error)}" for error in _decisive(validator.iter_errors(value))]
+        return [f"{schema}{told(error)}" for error in decisive(validator.iter_errors(value))]
 
     def _converted(self, schema: Any, document: str) -> Any:
         """Return a schema for one of the two documents."""
@@ -183,38 +185,3 @@ def _is_time(value: Any) -> bool:
 
 _FORMATS = FormatChecker(())
 _FORMATS.checks("date-time", raises=ValueError)(_is_time)
-
-
-def _decisive(errors: Iterable[ValidationError]) -> Iterator[ValidationError]:
-    """Yield errors; for a union those of the member that deviates least."""
-    for error in errors:
-        if not error.context:
-            yield error
-            continue
-        members: dict[Any, list[ValidationError]] = {}
-        for inner in error.context:
-            members.setdefault(inner.schema_path[0], []).append(inner)
-        place = len(error.absolute_path)
-        faults = [list(_decisive(of)) for of in members.values()]
-        yield from min(faults, key=lambda found: (_is_of_another_kind(found, place), len(found)))
-
-
-def _is_of_another_kind(errors: Iterable[ValidationError], place: int) -> bool:
-    """Whether a value, `place` keys deep, lacks the type or the constants that tell a member."""
-    return any(
-        (one.validator == "type" and len(one.absolute_path) == place)
-        or (one.validator in ("const", "enum") and len(one.absolute_path) <= place + 1)
-        for one in errors
-    )
-
-
-def _told(error: ValidationError) -> str:
-    """Return path and fault without the values, which differ from answer to answer."""
-    path = "".join("[]" if isinstance(key, int) else f".{key}" for key in error.absolute_path)
-    value = type(error.instance).__name__
-    match error.validator:
-        case "type":
-            return f"{path}: {value} is not of type {error.validator_value}"
-        case "enum" | "const":
-            return f"{path}: {error.instance!r} is not one of {error.validator_value}"
-    return f"{path}: {error.message}"

@@ -1,0 +1,1 @@
+"""Types that describe the answers of the inference APIs; answers are not built from them."""
