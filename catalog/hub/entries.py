@@ -24,6 +24,7 @@ _SIDE_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".
 _MODULES = re.compile(r"\d+_[A-Z]\w*")
 # The first of them is the transformer itself.
 _LATER_MODULES = re.compile(r"0*[1-9]\d*_[A-Z]\w*")
+_INDEX = ".index.json"
 _MODULE_LIST = "modules.json"
 _SAFE_MODULE, _PICKLED_MODULE = "model.safetensors", "pytorch_model.bin"
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
@@ -123,13 +124,19 @@ class _Tree:
 def group(files: Sequence[RepositoryFile], tags: Iterable[str]) -> tuple[HubEntry, ...]:
     """Return the models in `files`, by format and size; `tags` are the repository's."""
     is_mlx = "mlx" in tags
-    groups: dict[tuple[str, str], list[RepositoryFile]] = {}
+    groups: dict[tuple[str, str], dict[str, list[RepositoryFile]]] = {}
     tree = _Tree.of(files)
     for file in files:
         format = _format(file.path, is_mlx)
         if format and not tree.is_of_module(file.path):
-            groups.setdefault((format, _name(file.path, format)), []).append(file)
-    found = [_entry(*key, weights, tree) for key, weights in groups.items()]
+            name, shards = _name(file.path, format)
+            sets = groups.setdefault((format, name), {})
+            sets.setdefault(shards, []).append(file)
+    found = [
+        _entry(format, name, shards, sets, tree)
+        for (format, name), sets in groups.items()
+        for shards in sets
+    ]
     return tuple(sorted(found, key=lambda entry: (entry.format, entry.weights_bytes, entry.name)))
 
 
@@ -174,29 +181,39 @@ def _without_data(path: str) -> str:
     return match[1] if match else path
 
 
-def _name(path: str, format: str) -> str:
-    """Return what the files of one model have in common."""
+def _name(path: str, format: str) -> tuple[str, str]:
+    """Return what the files of one model have in common, and its number of shards as digits."""
     package = _package(path)
     if package:
-        return package
+        return package, ""
     if format == "onnx":
-        return _without_data(path)
+        return _without_data(path), ""
     match = _SHARD.fullmatch(path)
-    return f"{match[1]}{match[4]}" if match else path
+    return (f"{match[1]}{match[4]}", match[3]) if match else (path, "")
 
 
-def _entry(format: str, name: str, weights: list[RepositoryFile], tree: _Tree) -> HubEntry:
-    shards = [match for file in weights if (match := _SHARD.fullmatch(file.path))]
-    count = max((int(match[3]) for match in shards), default=0)
-    ordered = tuple(sorted(weights, key=lambda file: file.path))
+def _entry(
+    format: str, name: str, shards: str, sets: Mapping[str, list[RepositoryFile]], tree: _Tree
+) -> HubEntry:
+    """Return the model of one of the `sets` of files, by their numbers of shards."""
+    ordered = tuple(sorted(sets[shards], key=lambda file: file.path))
+    is_alone = len(sets) == 1
     # GGUF files and compiled packages have everything in them.
-    sides = () if format == "gguf" else tuple(_sides(name, weights, tree))
+    sides = () if format == "gguf" else tuple(_sides(name, ordered, tree))
+    if not is_alone and not shards:
+        sides = tuple(file for file in sides if not file.path.endswith(_INDEX))
+    stem, extension = posixpath.splitext(name)
     return HubEntry(
-        name, format, quantization_in(name), ordered, sides, max(count - len(shards), 0)
+        name if is_alone or not shards else f"{stem}-of-{shards}{extension}",
+        format,
+        quantization_in(name),
+        ordered,
+        sides,
+        max(int(shards or "0") - len(ordered), 0),
     )
 
 
-def _sides(name: str, weights: list[RepositoryFile], tree: _Tree) -> Iterable[RepositoryFile]:
+def _sides(name: str, weights: Sequence[RepositoryFile], tree: _Tree) -> Iterable[RepositoryFile]:
     """Yield the configuration, tokenizer, template and modules beside a model, and at the top."""
     own = posixpath.dirname(name)
     taken = {file.path for file in weights}
@@ -205,9 +222,9 @@ def _sides(name: str, weights: list[RepositoryFile], tree: _Tree) -> Iterable[Re
     for folder in dict.fromkeys(near):
         for base, file in tree.files.get(folder, {}).items():
             is_kept = PurePosixPath(base).suffix.lower() in _SIDE_SUFFIXES or base == "LICENSE"
-            if base.endswith(".index.json"):
+            if base.endswith(_INDEX):
                 # An index names the files of one set of weights.
-                is_kept = folder == own and base == f"{posixpath.basename(name)}.index.json"
+                is_kept = folder == own and base == f"{posixpath.basename(name)}{_INDEX}"
             is_small = is_kept and file.size_bytes <= _MAX_SIDE_BYTES
             if file.path not in taken and (is_small or tree.is_module_weights(file.path)):
                 yield file

@@ -128,3 +128,27 @@ def test_hub_entries_of_an_older_embedding_model_are_in_its_first_module() -> No
 def test_hub_entries_without_a_list_of_modules_keep_numbered_folders() -> None:
     found = group(files("1_Base/model.safetensors", "2_Large/model.safetensors"), ())
     assert len(found) == 2
+
+
+def test_hub_entries_of_one_model_in_several_pieces_and_as_a_whole() -> None:
+    """Of weights that were uploaded again in other pieces only one set is a model's."""
+    two = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    three = [f"model-0000{number}-of-00003.safetensors" for number in (1, 3)]
+    index = "model.safetensors.index.json"
+    found = group(files("config.json", index, "model.safetensors", *two, *three), ())
+    assert {entry.name: [file.path for file in entry.weights] for entry in found} == {
+        "model.safetensors": ["model.safetensors"],
+        "model-of-00002.safetensors": two,
+        "model-of-00003.safetensors": three,
+    }
+    by_name = {entry.name: entry for entry in found}
+    assert [file.path for file in by_name["model.safetensors"].sides] == ["config.json"]
+    assert [file.path for file in by_name["model-of-00002.safetensors"].sides] == [
+        "config.json",
+        index,
+    ]
+    assert {name: entry.missing for name, entry in by_name.items()} == {
+        "model.safetensors": 0,
+        "model-of-00002.safetensors": 0,
+        "model-of-00003.safetensors": 1,
+    }
