@@ -90,6 +90,13 @@ def _files(client: HubClient, name: str, siblings: Sequence[Any]) -> tuple[Repos
             check_path(file.path)
         except RequestError as problem:
             raise HubAnswerInvalid(f"{client.host} lists for {name}: {problem.message}") from None
+    for file, sibling in zip(files, siblings, strict=True):
+        # Taken for 0 it would fit everywhere, and its download would be empty.
+        if not file.size_bytes and facts.mapping(sibling).get("size") != 0:
+            raise HubAnswerInvalid(
+                f"{client.host} states no size of {file.path[:80]!r} in {name}. If it is a mirror, "
+                "unset HF_ENDPOINT or use another one."
+            )
     if len({file.path for file in files}) != len(files) or not all(file.path for file in files):
         raise HubAnswerInvalid(f"{client.host} lists a file of {name} twice, or one without name.")
     return files

@@ -78,9 +78,17 @@ def test_hub_revision_with_slashes(hub: Hub, client: HubClient, folder: Path) ->
         ({"sha": SHA, "siblings": [{"rfilename": "/etc/x"}]}, "is not the path of a file"),
         ({"sha": SHA, "siblings": [{"rfilename": "a\\..\\b"}]}, "is not the path of a file"),
         ({"sha": SHA, "siblings": [{"rfilename": "a\0"}]}, "is not the path of a file"),
-        ({"sha": SHA, "siblings": [{"rfilename": "a"}, {"rfilename": "a"}]}, "twice"),
-        ({"sha": SHA, "siblings": [{"rfilename": None}]}, "without name"),
+        (
+            {
+                "sha": SHA,
+                "siblings": [{"rfilename": "a", "size": 1}, {"rfilename": "a", "size": 1}],
+            },
+            "twice",
+        ),
+        ({"sha": SHA, "siblings": [{"rfilename": None, "size": 1}]}, "without name"),
         ({"sha": SHA, "siblings": [{}] * (MAX_FILES + 1)}, "20,001 files"),
+        ({"sha": SHA, "siblings": [{"rfilename": "a"}]}, "states no size of 'a'"),
+        ({"sha": SHA, "siblings": [{"rfilename": "a", "size": -1}]}, "states no size of 'a'"),
     ],
 )
 def test_hub_that_lists_impossible_files_is_refused(answer: Any, said: str) -> None:
