@@ -15,6 +15,7 @@ from catalog.hub.repository import HubRepository
 from catalog.hub.skeleton import NoSkeleton, SkeletonBuilder
 from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown
 from core.errors import BrokenModel
+from core.files import why
 
 Examine = Callable[[Path], Outcome]
 
@@ -98,6 +99,9 @@ def _inspect(
         return RemoteModel(entry, None, problem.message, True)
     except NoSkeleton as reason:
         return RemoteModel(entry, None, f"It cannot be told before the download: {reason}.")
+    except OSError as problem:
+        # Such as a full disk, or a size that no file can have.
+        return RemoteModel(entry, None, f"It was not inspected ({why(problem)}).")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

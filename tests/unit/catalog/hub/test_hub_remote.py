@@ -193,6 +193,19 @@ def test_hub_that_sends_other_parts_is_noticed(
         inspect(folder)
 
 
+def test_hub_that_states_an_impossible_size_is_noticed(
+    hub: Hub, client: HubClient, tmp_path: Path
+) -> None:
+    hub.publish("org/tiny", write_model(tmp_path / "model"))
+    found = read_repository(client, "org/tiny")
+    (entry,) = found.entries
+    vast = replace(entry, weights=(replace(entry.weights[0], size_bytes=2**62),))
+    (model,) = inspect_repository(client, replace(found, entries=(vast,)), look)
+    assert (model.info, model.is_refused) == (None, False)
+    assert "not inspected" in model.problem
+    assert fit_of(model, load_backends(), OPTIONS, ROOM).verdict == "too_big"
+
+
 def test_hub_leaves_nothing_in_the_temporary_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
