@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from core.files import why
 
 Examine = Callable[[Path], Outcome]
 
+# Models of one repository that are inspected, one after the other, and for how long.
+MOST_INSPECTED = 48
+_LONGEST_S = 40.0
 _EXTENSION = re.compile(r"\.\w+$")
 
 
@@ -37,15 +41,27 @@ class RemoteModel:
 
 
 def inspect_repository(
-    client: HubClient, repository: HubRepository, examine: Examine
+    client: HubClient,
+    repository: HubRepository,
+    examine: Examine,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[RemoteModel, ...]:
     """Inspect the models from their headers; blocks, reads up to some MiB for each base model.
 
     `examine` is that of `catalog.scan.inspector`.  GGUF files that differ in their quantization
-    alone are inspected once.  Raises the errors `Hub…`.
+    alone are inspected once.  Up to 48 base models are inspected, for about 40 s; of the others
+    nothing is known.  Raises the errors `Hub…`.
     """
     found: list[RemoteModel] = []
-    for group in _alike(repository.entries):
+    end = clock() + _LONGEST_S
+    for number, group in enumerate(_alike(repository.entries)):
+        if number >= MOST_INSPECTED or (number and clock() > end):
+            problem = (
+                f"It was not inspected: {repository.model.id} has {len(repository.entries):,} "
+                "models."
+            )
+            found += [RemoteModel(entry, None, problem) for entry in group]
+            continue
         first = min(group, key=lambda entry: (entry.missing, len(entry.weights), entry.size_bytes))
         model = _inspect(client, repository, first, examine)
         found += [model if entry is first else _resized(model, entry) for entry in group]

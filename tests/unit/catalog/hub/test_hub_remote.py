@@ -10,7 +10,7 @@ from backends.base import EngineOptions, ModelInfo
 from backends.registry import load_backends
 from catalog.hub.client import HubClient
 from catalog.hub.fit import Room
-from catalog.hub.remote import RemoteModel, fit_of, inspect_repository
+from catalog.hub.remote import MOST_INSPECTED, RemoteModel, fit_of, inspect_repository
 from catalog.hub.repository import read_repository
 from catalog.scan.identify import Outcome, examine
 from catalog.scan.inspector import Inspector
@@ -204,6 +204,44 @@ def test_hub_that_states_an_impossible_size_is_noticed(
     assert (model.info, model.is_refused) == (None, False)
     assert "not inspected" in model.problem
     assert fit_of(model, load_backends(), OPTIONS, ROOM).verdict == "too_big"
+
+
+def test_hub_repository_of_very_many_models_is_inspected_in_part(
+    hub: Hub, client: HubClient, tmp_path: Path
+) -> None:
+    """Each would be read for its header, one after the other."""
+    models = tmp_path / "models"
+    models.mkdir()
+    for number in range(MOST_INSPECTED + 2):
+        write_gguf(models / f"model-{number}.gguf", minimal_metadata())
+    hub.publish("org/tiny", tmp_path / "models")
+    looked: list[Path] = []
+
+    def count(path: Path) -> Outcome:
+        looked.append(path)
+        return look(path)
+
+    found = inspect_repository(client, read_repository(client, "org/tiny"), count)
+    assert (len(found), len(looked)) == (MOST_INSPECTED + 2, MOST_INSPECTED)
+    left = [model for model in found if "not inspected" in model.problem]
+    assert len(left) == 2
+    assert not left[0].is_refused
+    assert f"{MOST_INSPECTED + 2} models" in left[0].problem
+
+
+def test_hub_that_is_slow_does_not_hold_up_a_repository_of_many_models(
+    hub: Hub, client: HubClient, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    for number in range(3):
+        write_gguf(models / f"model-{number}.gguf", minimal_metadata())
+    hub.publish("org/tiny", tmp_path / "models")
+    times = iter(range(0, 1000, 50))
+    found = inspect_repository(
+        client, read_repository(client, "org/tiny"), look, clock=lambda: float(next(times))
+    )
+    assert ["not inspected" in model.problem for model in found] == [False, True, True]
 
 
 def test_hub_leaves_nothing_in_the_temporary_folder(
