@@ -329,8 +329,8 @@ def _prepare(wanted: DownloadJob) -> None:
     """
     if wanted.target.exists() and not is_there(wanted):
         raise RequestError(
-            f"{wanted.target} has another revision of {wanted.repository}, or other files; move it "
-            "away first.",
+            f"{wanted.target} is there, but has another revision, or lacks files of "
+            f"{wanted.repository}, or has others; delete the model, or move it away first.",
             param="model",
         )
     try:

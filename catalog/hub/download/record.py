@@ -91,7 +91,7 @@ def shared_files(job: DownloadJob) -> dict[str, Path]:
     for folder, record in _records(job.target.parent):
         for path, digest in record.hashes.items():
             file = folder / path
-            if digest in wanted - found.keys() and _has_size(file, record.sizes[path]):
+            if digest in wanted - found.keys() and has_size(file, record.sizes[path]):
                 found[digest] = file
     return found
 
@@ -103,7 +103,8 @@ def _records(parent: Path) -> Iterator[tuple[Path, DownloadRecord]]:
             yield marker.parent, record
 
 
-def _has_size(file: Path, size: int) -> bool:
+def has_size(file: Path, size: int) -> bool:
+    """Whether there is a file of this size, which is not a link."""
     try:
         return not file.is_symlink() and file.is_file() and file.stat().st_size == size
     except OSError:

@@ -126,9 +126,17 @@ async def test_download_ends_in_a_scan(hub: Hub, machine: Machine, tmp_path: Pat
         again = await result(replica.download("org/tiny:Q8_0", "", ""))
         assert again.id != job.id
         await until(replica, again, "done")
+        # Of what a user changed nothing is told to be there.
+        (folder / NAME).write_bytes(b"shorter")
+        with pytest.raises(RequestError, match="move it away"):
+            await result(replica.download("org/tiny:Q8_0", "", ""))
+        found = await result(replica.repository("org/tiny", "", 16))
+        assert not any(entry.is_downloaded for entry in found.entries)
         (folder / NAME).unlink()
+        with pytest.raises(RequestError, match="lacks files of org/tiny, or has others"):
+            await result(replica.download("org/tiny:Q8_0", "", ""))
         (folder / "download.json").unlink()
-        with pytest.raises(RequestError, match="has another revision of org/tiny"):
+        with pytest.raises(RequestError, match="has another revision"):
             await result(replica.download("org/tiny:Q8_0", "", ""))
 
 
