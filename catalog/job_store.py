@@ -15,6 +15,7 @@ from catalog.database_errors import cause, is_damage
 from catalog.jobs import ENDED, Job
 from catalog.migrations import move_aside
 from core.errors import CatalogNotWritten, ImpetusError
+from core.files import make_private
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class JobStore:
 
     def _open(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(self._path)
         connection = connect(self._path)
         try:
             version = int(connection.execute("PRAGMA user_version").fetchone()[0])

@@ -1,7 +1,6 @@
 """Stores API keys, sign-in links and sessions in SQLite: hashes only, readable by their owner."""
 
 import hashlib
-import os
 import secrets
 import sqlite3
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 from catalog.connection import connect
 from catalog.database_errors import cause
 from core.errors import ImpetusError, NotFound, RequestError, Unavailable
+from core.files import make_private
 from core.keys import SCOPES, ApiKey, Scope, hash_api_key, new_api_key
 
 MAX_KEYS = 1000
@@ -199,12 +199,7 @@ def has_stored_keys(path: Path) -> bool:
 def _open(path: Path) -> sqlite3.Connection:
     """Open the database, readable by its owner only.  Raises OSError, sqlite3.Error."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # SQLite gives its journals the mode of the database.  A file that exists is not opened here:
-    # to close it would drop the locks of this process' other connections (fcntl).
-    with suppress(FileExistsError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    if path.stat().st_mode & 0o077:
-        path.chmod(0o600)
+    make_private(path)
     connection = connect(path)
     try:
         verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]

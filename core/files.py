@@ -205,3 +205,16 @@ def allocate(descriptor: int, size: int) -> None:
     length = os.fstat(descriptor).st_size
     while length < size:
         length += os.pwrite(descriptor, _ZEROS[: size - length], length)
+
+
+def make_private(path: Path) -> None:
+    """Make a database that only its owner can read, or take that right from others; blocks.
+
+    SQLite gives its journals the mode of the database.  Raises OSError.
+    """
+    # A file that exists is not opened: to close it would drop the locks of this process' other
+    # connections (fcntl).
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    if path.stat().st_mode & 0o077:
+        path.chmod(0o600)

@@ -100,6 +100,20 @@ def test_jobs_that_are_over_are_kept_for_a_while(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("is_old", [False, True])
+def test_jobs_can_be_read_by_their_owner_only(tmp_path: Path, is_old: bool) -> None:
+    """D12: the address of a download may have a secret in its query."""
+    path = tmp_path / "jobs.sqlite"
+    if is_old:
+        JobStore(path).close()
+        path.chmod(0o644)
+    store = JobStore(path)
+    store.save([job()])
+    modes = {file.name: file.stat().st_mode & 0o077 for file in tmp_path.iterdir()}
+    store.close()
+    assert modes == dict.fromkeys(("jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm"), 0)
+
+
 def test_jobs_in_a_damaged_file_are_moved_aside(tmp_path: Path) -> None:
     path = tmp_path / "jobs.sqlite"
     path.write_bytes(b"not a database, and long enough to be read as one" * 100)
