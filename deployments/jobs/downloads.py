@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from catalog.hub.download.job import DownloadJob
-from catalog.hub.download.record import has_size, read_record
+from catalog.hub.download.record import has_size, read_record, without_secrets
 from catalog.hub.download.run import DownloadProgress, discard, run_download
 from catalog.jobs import Job
 from core.errors import BrokenModel
@@ -76,8 +76,8 @@ def is_there(wanted: DownloadJob) -> bool:
         return False
     record = read_record(wanted.target)
     return record is not None and (
-        (record.repository, record.commit, record.url)
-        == (wanted.repository, wanted.commit, wanted.url)
+        (record.repository, record.commit, without_secrets(record.url))
+        == (wanted.repository, wanted.commit, without_secrets(wanted.url))
         and record.hashes.keys() == {file.path for file in wanted.files}
         and all(has_size(wanted.target / file.path, file.size_bytes) for file in wanted.files)
     )

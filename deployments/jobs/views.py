@@ -1,8 +1,7 @@
 """Shows jobs as the API does; pure."""
 
-from urllib.parse import urlsplit
-
 from catalog.hub.download.job import DownloadJob
+from catalog.hub.download.record import without_secrets
 from catalog.hub.download.run import DownloadProgress
 from catalog.jobs import Job
 from router.job_service import JobDetail, JobFile, JobView
@@ -47,13 +46,8 @@ def detail_of(job: Job, view: JobView, model_ids: tuple[str, ...]) -> JobDetail:
         **view.model_dump(),
         repository="" if wanted.url else wanted.repository,
         commit=wanted.commit,
-        url=_without_secrets(wanted.url),
+        url=without_secrets(wanted.url),
         folder=str(wanted.target),
         files=files,
         model_ids=model_ids,
     )
-
-
-def _without_secrets(url: str) -> str:
-    """Return an address without its query, which may sign it."""
-    return urlsplit(url)._replace(query="", fragment="").geturl() if url else ""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from backends.small_json import read_object
 from catalog.hub.download.job import RECORD, DownloadJob
@@ -39,14 +40,20 @@ def record_of(job: DownloadJob, hashes: Mapping[str, str]) -> str:
     return json.dumps(
         {
             "version": _VERSION,
-            "endpoint": job.endpoint,
+            "endpoint": without_secrets(job.endpoint),
             "repository": job.repository,
             "commit": job.commit,
-            "url": job.url,
+            "url": without_secrets(job.url),
             "files": files,
         },
         indent=1,
     )
+
+
+def without_secrets(url: str) -> str:
+    """Return an address without its query, which may sign it, and without user and password."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def read_record(folder: Path) -> DownloadRecord | None:

@@ -34,6 +34,16 @@ async def test_download_is_recorded_with_its_hashes(download: Download) -> None:
     }
 
 
+def test_record_has_no_secrets_of_addresses(download: Download) -> None:
+    """D12: the folder of a model may be copied, and its record is readable for all users."""
+    url = "https://example.com/m.gguf?token=hush#x"
+    job = replace(download.job, endpoint="https://me:hush@hub.test/hf", url=url)
+    text = record_of(job, {})
+    assert "hush" not in text
+    assert json.loads(text)["endpoint"] == "https://hub.test/hf"
+    assert json.loads(text)["url"] == "https://example.com/m.gguf"
+
+
 async def test_download_of_what_another_model_has_is_copied(download: Download) -> None:
     await run_download(download.job, "", ignore)
     download.hub.forget_requests()
