@@ -3,10 +3,10 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from catalog.hub.download.job import DownloadJob
-from catalog.hub.entries import HubEntry, RepositoryFile
+from catalog.hub.entries import HubEntry, RepositoryFile, quantization_in
 from catalog.hub.reference import HubReference
 from catalog.hub.repository import HubRepository
 from core.errors import RequestError
@@ -31,8 +31,7 @@ def meant_entries(
         found = tuple(entry for entry in found if _has(entry, reference.file))
         what = f"model in {reference.file[:80]!r}"
     elif reference.quantization:
-        wanted = reference.quantization.lower()
-        found = tuple(entry for entry in found if entry.quantization == wanted)
+        found = _tagged(found, reference.quantization)
         what = f"quantization {reference.quantization!r}"
     else:
         what = "model in a format that this server knows"
@@ -42,6 +41,26 @@ def meant_entries(
         hint = f" It has: {there}." if there else ""
         raise RequestError(f"{reference.repository} has no {what}.{hint}", param="model")
     return found
+
+
+def _tagged(entries: Sequence[HubEntry], tag: str) -> tuple[HubEntry, ...]:
+    """Return the models that a tag means: a quantization or, as Ollama has it, a file's name."""
+    wanted = tag.lower()
+    named = tuple(entry for entry in entries if wanted in _file_names(entry))
+    if named:
+        return named
+    quantization = quantization_in(tag) or wanted
+    found = tuple(entry for entry in entries if entry.quantization == quantization)
+    # Of two with the same quantization, such as UD-Q4_K_M and Q4_K_M, the one that says it.
+    exact = tuple(entry for entry in found if wanted in entry.name.lower())
+    return exact or found
+
+
+def _file_names(entry: HubEntry) -> set[str]:
+    """Return the names of a model's files in lower case, with and without their suffixes."""
+    paths = [entry.name, *(file.path for file in entry.weights)]
+    names = {PurePosixPath(path.lower()) for path in paths}
+    return {name.name for name in names} | {name.stem for name in names}
 
 
 def _has(entry: HubEntry, path: str) -> bool:

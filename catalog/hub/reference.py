@@ -18,7 +18,7 @@ _COMMAND = re.compile(
 _PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?:{_PART}/)?{_PART}", re.ASCII)
 _REVISION = re.compile(r"[\w.-]+(?:/[\w.-]+)*", re.ASCII)
-_QUANTIZATION = re.compile(r"[A-Za-z0-9_.-]{1,40}", re.ASCII)
+_QUANTIZATION = re.compile(r"[A-Za-z0-9_.-]{1,200}", re.ASCII)
 _VIEWS = frozenset({"tree", "blob", "resolve", "raw", "blame", "edit", "commits"})
 _OTHER_KINDS = {
     "datasets": "a dataset",

@@ -54,6 +54,32 @@ def test_reference_means_a_model(text: str, entries: list[str]) -> None:
     assert names(text) == entries
 
 
+@pytest.mark.parametrize(
+    ("tag", "entries"),
+    [
+        ("UD-IQ2_M", ["m-UD-IQ2_M.gguf"]),
+        ("ud-iq2_m", ["m-UD-IQ2_M.gguf"]),
+        ("IQ2_M", ["m-IQ2_M.gguf", "m-UD-IQ2_M.gguf"]),
+        ("UD-Q4_K_XL", ["big/m-UD-Q4_K_XL.gguf"]),
+        ("Q4_K_XL", ["big/m-UD-Q4_K_XL.gguf"]),
+        ("fp16", ["m-f16.gguf"]),
+        ("m-IQ2_M.gguf", ["m-IQ2_M.gguf"]),
+        ("m-ud-q4_k_xl", ["big/m-UD-Q4_K_XL.gguf"]),
+        ("m-UD-Q4_K_XL-00002-of-00002.gguf", ["big/m-UD-Q4_K_XL.gguf"]),
+    ],
+)
+def test_tags_are_understood_as_ollama_and_model_cards_write_them(
+    tag: str, entries: list[str]
+) -> None:
+    paths = (
+        *("m-UD-IQ2_M.gguf", "m-IQ2_M.gguf", "m-f16.gguf"),
+        *(f"big/m-UD-Q4_K_XL-0000{number}-of-00002.gguf" for number in (1, 2)),
+    )
+    files = (RepositoryFile(path, 10, "0" * 40) for path in paths)
+    found = meant_entries(repository(*files), parse_reference(f"hf.co/org/tiny:{tag}"))
+    assert sorted(entry.name for entry in found) == sorted(entries)
+
+
 def test_name_of_an_entry_goes_before_all_and_nothing_means_all() -> None:
     assert names("org/tiny:Q4_K_M", "a/model.onnx") == ["a/model.onnx"]
     assert len(names("org/tiny")) == 5
