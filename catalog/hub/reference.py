@@ -11,7 +11,7 @@ _LONGEST = 2048
 _SHOWN = 80
 _HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
 _COMMAND = re.compile(
-    r"(?:(?:ollama|llama-cli|llama-server)\s+(?:run|pull|-hf)|(?:huggingface-cli|hf)\s+download|"
+    r"(?:ollama\s+(?:run|pull)|llama-(?:cli|server)\s+(?:-hfr?|--hf-repo)|(?:huggingface-cli|hf)\s+download|"
     r"git\s+(?:lfs\s+)?clone)\s+"
 )
 # Source: huggingface_hub's validate_repo_id.
@@ -19,7 +19,11 @@ _PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?:{_PART}/)?{_PART}", re.ASCII)
 _REVISION = re.compile(r"[\w.-]+(?:/[\w.-]+)*", re.ASCII)
 _QUANTIZATION = re.compile(r"[A-Za-z0-9_.-]{1,200}", re.ASCII)
+# The second is LocalAI's.
+_SCHEMES = ("hf://", "huggingface://")
 _VIEWS = frozenset({"tree", "blob", "resolve", "raw", "blame", "edit", "commits"})
+# Views of files, which no folder of a repository is named as.
+_SHOWN_PATHS = frozenset({"tree", "blob", "resolve"})
 _OTHER_KINDS = {
     "datasets": "a dataset",
     "spaces": "a space",
@@ -57,12 +61,15 @@ def parse_reference(text: str, endpoint: str = "") -> HubReference:
         raise _refused(text, f"it is longer than {_LONGEST:,} characters")
     wanted = _COMMAND.sub("", text.strip().strip("<>\"'` "))
     first, *rest = wanted.split() or [""]
-    if first.startswith("hf://"):
-        found = _parse_uri(text, first.removeprefix("hf://"))
+    scheme = next((each for each in _SCHEMES if first.startswith(each)), "")
+    if scheme:
+        found = _parse_uri(text, first.removeprefix(scheme))
     elif "://" in first or _host(first) in _HOSTS:
         found = _parse_address(text, first, endpoint)
     else:
         found = _parse_name(text, first)
+    if rest and rest[0] == "--hf-file":
+        rest = rest[1:]
     if rest and not rest[0].startswith("-") and not found.file:
         found = HubReference(found.repository, found.revision, rest[0], found.quantization)
     return _checked(text, found)
@@ -96,12 +103,14 @@ def _parse_address(text: str, address: str, endpoint: str) -> HubReference:
         raise _refused(text, "it is not a valid address") from None
     if parts.scheme not in ("http", "https") or not (is_own or host in _HOSTS):
         raise _refused(text, f"{host or address[:_SHOWN]} is not the Hugging Face Hub")
-    path = parts.path.removeprefix(own.path) if is_own else parts.path
+    base = own.path.rstrip("/") if is_own else ""
+    if not f"{parts.path}/".startswith(f"{base}/"):
+        raise _refused(text, f"what is outside of {base} on {host} is not the Hugging Face Hub")
+    path = parts.path.removeprefix(base)
     segments = [unquote(segment) for segment in path.split("/") if segment]
     if segments and segments[0] == "models":
         segments = segments[1:]
-    if segments and segments[0] in _OTHER_KINDS:
-        raise _refused(text, f"it is {_OTHER_KINDS[segments[0]]}, not a model")
+    _require_model(text, segments[0] if segments else "")
     if not segments:
         raise _refused(text, "it names no repository")
     owner_only = len(segments) > 1 and segments[1] in _VIEWS
@@ -113,6 +122,12 @@ def _parse_address(text: str, address: str, endpoint: str) -> HubReference:
     return HubReference(name, revision, file, quantization)
 
 
+def _require_model(text: str, owner: str) -> None:
+    """Raise RequestError if what stands in an owner's place says that it is no model."""
+    if owner in _OTHER_KINDS:
+        raise _refused(text, f"it is {_OTHER_KINDS[owner]}, not a model")
+
+
 def _split_revision(segments: Sequence[str]) -> tuple[str, str]:
     """Return the revision, of which `refs/pr/1` has three segments, and the path after it."""
     length = 3 if segments[0] == "refs" else 1
@@ -122,8 +137,7 @@ def _split_revision(segments: Sequence[str]) -> tuple[str, str]:
 def _parse_uri(text: str, rest: str) -> HubReference:
     """Return what `hf://[models/]org/name[@revision][/path]` refers to."""
     segments = rest.removeprefix("models/").split("/")
-    if segments[0] in _OTHER_KINDS:
-        raise _refused(text, f"it is {_OTHER_KINDS[segments[0]]}, not a model")
+    _require_model(text, segments[0])
     name, _, revision = "/".join(segments[:2]).partition("@")
     path = segments[2:]
     if revision == "refs":
@@ -132,13 +146,20 @@ def _parse_uri(text: str, rest: str) -> HubReference:
 
 
 def _parse_name(text: str, name: str) -> HubReference:
-    """Return what `org/name[:quantization]` or `org/name/file` refers to."""
+    """Return what `org/name[:quantization]`, `org/name/file` or a part of an address refers to."""
     if "/" not in name:
         raise _refused(text, "a repository is written OWNER/NAME")
     owner, repository, *path = name.split("/")
+    if owner == "models" and path:
+        owner, repository, *path = repository, *path
+    _require_model(text, owner)
     name, revision, quantization = f"{owner}/{repository}", "", ""
     if not path:
         name, quantization = _split_tag(name)
+    elif len(path) > 1 and path[0] in _SHOWN_PATHS:
+        segments = "/".join(path[1:]).partition("?")[0].replace("%2F", "/").split("/")
+        revision, file = _split_revision(segments)
+        return HubReference(name, revision, file)
     name, _, revision = name.partition("@")
     return HubReference(name, revision, "/".join(path), quantization)
 

@@ -47,6 +47,19 @@ FILE = "Llama-3.2-1B-Instruct-Q4_K_M.gguf"
         (f"hf://{NAME}@v1/{FILE}", HubReference(NAME, "v1", FILE)),
         (f"hf://models/{NAME}@refs/pr/4/{FILE}", HubReference(NAME, "refs/pr/4", FILE)),
         (f"http://mirror.test:8080/hub/{NAME}/tree/main", HubReference(NAME, "main")),
+        # Without the host, as after a copy of a part of an address.
+        (f"{NAME}/tree/main", HubReference(NAME, "main")),
+        (f"{NAME}/blob/main/a/{FILE}", HubReference(NAME, "main", f"a/{FILE}")),
+        (
+            f"{NAME}/resolve/refs%2Fpr%2F4/{FILE}?download=true",
+            HubReference(NAME, "refs/pr/4", FILE),
+        ),
+        (f"models/{NAME}", HubReference(NAME)),
+        ("models/name", HubReference("models/name")),
+        # As LocalAI writes them.
+        (f"huggingface://{NAME}/{FILE}", HubReference(NAME, file=FILE)),
+        (f"llama-cli -hf {NAME}:Q8_0 -p hello", HubReference(NAME, quantization="Q8_0")),
+        (f"llama-server --hf-repo {NAME} --hf-file {FILE}", HubReference(NAME, file=FILE)),
     ],
 )
 def test_hub_reference_is_understood(text: str, expected: HubReference) -> None:
@@ -61,6 +74,9 @@ def test_hub_reference_is_understood(text: str, expected: HubReference) -> None:
         ("https://huggingface.co/", "names no repository"),
         ("https://huggingface.co/datasets/org/name", "is a dataset"),
         ("hf://spaces/org/name", "is a space"),
+        ("datasets/org/name", "is a dataset"),
+        ("spaces/org/name", "is a space"),
+        ("http://mirror.test:8080/hubble/org/name", "is not the Hugging Face Hub"),
         ("https://evil.test/org/name", "evil.test is not the Hugging Face Hub"),
         ("https://huggingface.co@evil.test/org/name", "evil.test is not the Hugging Face Hub"),
         ("ftp://huggingface.co/org/name", "is not the Hugging Face Hub"),
@@ -77,7 +93,7 @@ def test_hub_reference_is_understood(text: str, expected: HubReference) -> None:
 )
 def test_hub_reference_is_refused_with_the_reason(text: str, reason: str) -> None:
     with pytest.raises(RequestError, match=reason) as problem:
-        parse_reference(text)
+        parse_reference(text, "http://mirror.test:8080/hub")
     assert len(problem.value.message) < 400
 
 
