@@ -4,11 +4,12 @@ What inspects and estimates local models then does the same for one that was not
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from backends.gguf.header import read_gguf
-from backends.hf.header import MAX_HEADER_BYTES
+from backends.hf.header import MAX_HEADER_BYTES, TensorEntry, safetensors_header
+from backends.hf.quantization import MAX_STATE_BYTES
 from catalog.hub.client import HubClient
 from catalog.hub.entries import HubEntry, RepositoryFile
 from core.errors import BrokenModel, HubAnswerInvalid, NotThisFormat
@@ -21,6 +22,9 @@ _TOTAL_BYTES = 192 * MIB
 _GGUF_STEPS = (2 * MIB, 8 * MIB, 32 * MIB, 96 * MIB)
 _SAFETENSORS_START = 256 * KIB
 _WEIGHTS = (".safetensors", ".bin")
+# Small tensors of bitsandbytes that are read one by one.
+_STATE = ".quant_state.bitsandbytes__"
+_MOST_STATES = 64
 _LENGTH = struct.Struct("<Q")
 # More shards than this are not read one by one.
 MAX_FILES = 256
@@ -42,6 +46,7 @@ class SkeletonBuilder:
         self._commit = commit
         self._folder = folder
         self.read_bytes = 0
+        self._states = 0
 
     def build(self, entry: HubEntry) -> Path:
         """Write the files of a model; return the one that identifies it.
@@ -98,6 +103,24 @@ class SkeletonBuilder:
             )
         end = min(_LENGTH.size + length, file.size_bytes)
         self._fetch(file, target, start, end - start)
+        try:
+            tensors = safetensors_header(target).tensors
+        except (BrokenModel, NotThisFormat):
+            # What inspects the stand-in says why.
+            return
+        self._fetch_states(file, target, [tensors[name] for name in tensors if _STATE in name])
+
+    def _fetch_states(
+        self, file: RepositoryFile, target: Path, states: Sequence[TensorEntry]
+    ) -> None:
+        """Read the small tensors that have the shapes of 4-bit weights.  Raises NoSkeleton."""
+        self._states += len(states)
+        if self._states > _MOST_STATES:
+            raise NoSkeleton(
+                f"{self._states} of its weights have their shapes in other parts of its files"
+            )
+        for state in states:
+            self._fetch(file, target, state.start, min(state.nbytes, MAX_STATE_BYTES))
 
     def write_graph(self, file: RepositoryFile) -> None:
         """Write a graph whole and its data as a sparse file."""

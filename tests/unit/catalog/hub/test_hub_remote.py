@@ -19,6 +19,7 @@ from core.units import GIB, MIB
 from scripts.hub_lib.faults import Fault
 from scripts.hub_lib.server import Hub
 from tests.gguf_raw import RawTensor, minimal_metadata, write_gguf
+from tests.unit.backends.test_quantized_folders import folder_of
 from tests.unit.catalog.scan.folders import write_json, write_model, write_shards
 from tests.unit.catalog.scan.test_embedding_folders import write_encoder, write_modules
 
@@ -121,6 +122,33 @@ def test_hub_safetensors_are_inspected_from_their_headers(
     assert without_paths(found.info) == without_paths(local)
     fit = fit_of(found, load_backends(), OPTIONS, ROOM, 64)
     assert (fit.verdict, fit.context_tokens) == ("fits", 64)
+
+
+@pytest.mark.parametrize("most", [64, 0])
+@pytest.mark.parametrize("name", ["gptq", "awq", "bnb-nf4", "bnb-int8", "fp8-blocks", "ct-int4"])
+def test_hub_quantized_weights_are_inspected_from_their_headers(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    inspect: Callable[..., dict[str, RemoteModel]],
+    name: str,
+    most: int,
+) -> None:
+    """What bitsandbytes stores among its weights is read too, unless that is too much."""
+    torch_file = pytest.importorskip("safetensors.torch")
+    monkeypatch.setattr("catalog.hub.skeleton._SAFETENSORS_START", 8)
+    monkeypatch.setattr("catalog.hub.skeleton._MOST_STATES", most)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch_file.save_file(folder_of(folder, name), folder / "model.safetensors")
+    local = look(folder / "model.safetensors")
+    assert isinstance(local, ModelInfo)
+    (found,) = inspect(folder).values()
+    if name == "bnb-nf4" and not most:
+        assert (found.info, found.is_refused) == (None, False)
+        assert "1 of its weights have their shapes in other parts" in found.problem
+    else:
+        assert found.info is not None, found.problem
+        assert without_paths(found.info) == without_paths(local)
 
 
 def test_hub_weights_of_modules_are_not_read(
