@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from backends.base import EngineOptions, ModelInfo
@@ -20,7 +21,13 @@ from scripts.hub_lib.faults import Fault
 from scripts.hub_lib.server import Hub
 from tests.gguf_raw import RawTensor, minimal_metadata, write_gguf
 from tests.unit.backends.test_quantized_folders import folder_of
-from tests.unit.catalog.scan.folders import write_json, write_model, write_shards
+from tests.unit.catalog.scan.folders import (
+    LLAMA,
+    llama_tensors,
+    write_json,
+    write_model,
+    write_shards,
+)
 from tests.unit.catalog.scan.test_embedding_folders import write_encoder, write_modules
 
 F16 = 1
@@ -149,6 +156,17 @@ def test_hub_quantized_weights_are_inspected_from_their_headers(
     else:
         assert found.info is not None, found.problem
         assert without_paths(found.info) == without_paths(local)
+
+
+def test_hub_older_mlx_weights_are_known_after_the_download(
+    tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]]
+) -> None:
+    folder = tmp_path / "model"
+    write_json(folder / "config.json", LLAMA)
+    np.savez(folder / "weights.npz", **llama_tensors())
+    (found,) = inspect(folder).values()
+    assert (found.info, found.is_refused) == (None, False)
+    assert "before the download" in found.problem
 
 
 def test_hub_weights_of_modules_are_not_read(
