@@ -15,7 +15,7 @@ from catalog.hub.entries import HubEntry, RepositoryFile
 from core.errors import BrokenModel, HubAnswerInvalid, NotThisFormat
 from core.units import KIB, MIB, format_bytes
 
-# Read whole: configurations, tokenizers, graphs.
+# Graphs are read whole up to this, configurations and tokenizers as large as they are.
 _WHOLE_BYTES = 32 * MIB
 # Of all files of one model together.
 _TOTAL_BYTES = 192 * MIB
@@ -62,7 +62,7 @@ class SkeletonBuilder:
             # Weights of modules are not read before they are used.
             if PurePosixPath(file.path).suffix.lower() in _WEIGHTS:
                 self._sparse(file)
-            elif file.size_bytes <= _WHOLE_BYTES:
+            else:
                 self._write_whole(file)
         for file in entry.weights:
             write(self, file)

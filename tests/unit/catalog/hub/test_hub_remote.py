@@ -158,6 +158,17 @@ def test_hub_quantized_weights_are_inspected_from_their_headers(
         assert without_paths(found.info) == without_paths(local)
 
 
+def test_hub_large_tokenizer_is_read_whole(
+    tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]]
+) -> None:
+    folder = write_model(tmp_path / "model")
+    with (folder / "tokenizer.json").open("a") as tokenizer:
+        tokenizer.write(" " * 33 * MIB)
+    assert isinstance(look(folder / "model.safetensors"), ModelInfo)
+    (found,) = inspect(folder).values()
+    assert found.info is not None, found.problem
+
+
 def test_hub_older_mlx_weights_are_known_after_the_download(
     tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]]
 ) -> None:
