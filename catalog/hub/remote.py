@@ -15,7 +15,7 @@ from catalog.hub.fit import DEFAULT_CONTEXT, Fit, Room, judge, judge_size
 from catalog.hub.repository import HubRepository
 from catalog.hub.skeleton import NoSkeleton, SkeletonBuilder
 from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown
-from core.errors import BrokenModel
+from core.errors import BrokenModel, HubTooSlow
 from core.files import why
 
 Examine = Callable[[Path], Outcome]
@@ -115,6 +115,8 @@ def _inspect(
         return RemoteModel(entry, None, problem.message, True)
     except NoSkeleton as reason:
         return RemoteModel(entry, None, f"It cannot be told before the download: {reason}.")
+    except HubTooSlow as problem:
+        return RemoteModel(entry, None, f"It was not inspected. {problem.message}")
     except OSError as problem:
         # Such as a full disk, or a size that no file can have.
         return RemoteModel(entry, None, f"It was not inspected ({why(problem)}).")

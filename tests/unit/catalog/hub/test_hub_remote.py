@@ -21,6 +21,7 @@ from scripts.hub_lib.faults import Fault
 from scripts.hub_lib.server import Hub
 from tests.gguf_raw import RawTensor, minimal_metadata, write_gguf
 from tests.unit.backends.test_quantized_folders import folder_of
+from tests.unit.catalog.hub.conftest import LIMITS
 from tests.unit.catalog.scan.folders import (
     LLAMA,
     llama_tensors,
@@ -261,6 +262,18 @@ def test_hub_that_states_an_impossible_size_is_noticed(
     assert (model.info, model.is_refused) == (None, False)
     assert "not inspected" in model.problem
     assert fit_of(model, load_backends(), OPTIONS, ROOM).verdict == "too_big"
+
+
+def test_hub_that_is_slow_leaves_a_model_uninspected(hub: Hub, tmp_path: Path) -> None:
+    """Not each network can read a large tokenizer within the limit of one answer."""
+    hub.publish("org/tiny", write_model(tmp_path / "model"))
+    limits = replace(LIMITS, total_s=0.5)
+    client = HubClient(hub.endpoint, token="", limits=limits)
+    repository = read_repository(client, "org/tiny")
+    hub.faults.add(Fault("slow", file="tokenizer.json", value="100"))
+    (model,) = inspect_repository(client, repository, look)
+    assert (model.info, model.is_refused) == (None, False)
+    assert "was not finished" in model.problem
 
 
 def test_hub_repository_of_very_many_models_is_inspected_in_part(
