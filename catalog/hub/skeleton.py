@@ -3,15 +3,20 @@
 What inspects and estimates local models then does the same for one that was not downloaded.
 """
 
+import re
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from backends.gguf.header import read_gguf
 from backends.hf.header import MAX_HEADER_BYTES, TensorEntry, safetensors_header
 from backends.hf.quantization import MAX_STATE_BYTES
+from backends.pytorch.unpickle import MAX_PICKLE_BYTES
+from backends.pytorch.weights import read_torch_file
 from catalog.hub.client import HubClient
 from catalog.hub.entries import HubEntry, RepositoryFile
+from catalog.hub.ranged_file import RangedFile, fetch_zip_entry
 from core.errors import BrokenModel, HubAnswerInvalid, NotThisFormat
 from core.units import KIB, MIB, format_bytes
 
@@ -25,6 +30,9 @@ _WEIGHTS = (".safetensors", ".bin")
 # Small tensors of bitsandbytes that are read one by one.
 _STATE = ".quant_state.bitsandbytes__"
 _MOST_STATES = 64
+_PICKLE_STEPS = (256 * KIB, 2 * MIB, 8 * MIB, MAX_PICKLE_BYTES)
+_PICKLE = re.compile(r"[^/]+/data\.pkl")
+_ZIP_MAGIC = b"PK\x03\x04"
 _LENGTH = struct.Struct("<Q")
 # More shards than this are not read one by one.
 MAX_FILES = 256
@@ -124,6 +132,32 @@ class SkeletonBuilder:
         for state in states:
             self._fetch(file, target, state.start, min(state.nbytes, MAX_STATE_BYTES))
 
+    def write_pickled(self, file: RepositoryFile) -> None:
+        """Write what a PyTorch file has but its tensors: the directory and the pickle."""
+        target = self._sparse(file)
+        had = min(_PICKLE_STEPS[0], file.size_bytes)
+        self._fetch(file, target, 0, had)
+        with target.open("rb") as stream:
+            is_zip = stream.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+            if is_zip:
+                fetch = partial(self._fetch, file, target)
+                ranged = RangedFile(stream, file.size_bytes, fetch)
+                fetch_zip_entry(ranged, _PICKLE, MAX_PICKLE_BYTES)
+        for step in (had, *_PICKLE_STEPS[1:]):
+            count = min(step, file.size_bytes)
+            self._fetch(file, target, had, count - had)
+            had = max(count, had)
+            try:
+                tensors = read_torch_file(target).tensors
+            except (NotThisFormat, BrokenModel):
+                # Those before the zip layout may lack the end of their pickles for now.
+                if is_zip:
+                    return
+                continue
+            if any(_STATE in name for name in tensors):
+                raise NoSkeleton("some of its weights have their shapes in other parts of its file")
+            return
+
     def write_graph(self, file: RepositoryFile) -> None:
         """Write a graph whole and its data as a sparse file."""
         if Path(file.path).suffix.lower() == ".onnx":
@@ -180,4 +214,5 @@ _WRITERS: dict[str, Callable[[SkeletonBuilder, RepositoryFile], None]] = {
     "safetensors": SkeletonBuilder.write_safetensors,
     "mlx": SkeletonBuilder.write_safetensors,
     "onnx": SkeletonBuilder.write_graph,
+    "pytorch": SkeletonBuilder.write_pickled,
 }

@@ -159,6 +159,53 @@ def test_hub_quantized_weights_are_inspected_from_their_headers(
         assert without_paths(found.info) == without_paths(local)
 
 
+@pytest.mark.parametrize("kind", ["zip", "before zip", "checkpoint", "shards"])
+def test_hub_pickled_weights_are_inspected_without_their_tensors(
+    hub: Hub, tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]], kind: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    folder = write_model(tmp_path / "model", vocab_size=ROWS)
+    (folder / "model.safetensors").unlink()
+    tensors = {name: torch.from_numpy(value) for name, value in llama_tensors().items()}
+    tensors["model.embed_tokens.weight"] = torch.zeros(ROWS, LLAMA["hidden_size"])
+    value = {"epoch": 3, "model": tensors} if kind == "checkpoint" else tensors
+    first = folder / "pytorch_model.bin"
+    if kind == "shards":
+        names = sorted(tensors)
+        files = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+        for index, file in enumerate(files):
+            torch.save({name: tensors[name] for name in names[index::2]}, folder / file)
+        places = {name: files[index % 2] for index, name in enumerate(names)}
+        write_json(folder / "pytorch_model.bin.index.json", {"weight_map": places})
+        first = folder / files[0]
+    else:
+        torch.save(value, first, _use_new_zipfile_serialization=kind != "before zip")
+    local = look(first)
+    assert isinstance(local, ModelInfo), local
+    (found,) = inspect(folder).values()
+    assert found.info is not None, found.problem
+    assert without_paths(found.info) == without_paths(local)
+    assert fit_of(found, load_backends(), OPTIONS, ROOM, 64).verdict == "fits"
+    asked = [logged.headers.get("range", "") for logged in hub.requests if ".bin" in logged.target]
+    ends = [text.removeprefix("bytes=").split("-") for text in asked if text]
+    assert ends
+    assert sum(int(end) - int(start) for start, end in ends) < 4 * MIB
+
+
+@pytest.mark.parametrize(
+    "data", [b"\0" * 1000, b"PK\3\4" + b"x" * 1000, b"version https://git-lfs.github.com/spec/v1"]
+)
+def test_hub_file_that_is_not_pytorchs_is_refused_before_its_download(
+    tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]], data: bytes
+) -> None:
+    """Such as the `metal/model.bin` of gpt-oss."""
+    folder = write_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.bin").write_bytes(data)
+    (found,) = inspect(folder).values()
+    assert (found.info, found.is_refused) == (None, True)
+
+
 def test_hub_large_tokenizer_is_read_whole(
     tmp_path: Path, inspect: Callable[..., dict[str, RemoteModel]]
 ) -> None:
@@ -199,7 +246,7 @@ def test_hub_model_that_cannot_run_here_says_why(
     (folder / "broken-Q4_0.gguf").write_bytes(b"GGUF" + b"\xff" * 1000)
     (folder / "page-Q8_0.gguf").write_bytes(b"<html>" * 100)
     (folder / "half-F16-00001-of-00002.gguf").write_bytes(b"GGUF")
-    (folder / "pytorch_model.bin").write_bytes(b"x" * 1000)
+    (folder / "weights.npz").write_bytes(b"x" * 1000)
     write_gguf(folder / "art-Q2_K.gguf", {**minimal_metadata(), "general.architecture": "flux"})
     models = inspect(folder)
     problems = {name: (model.is_refused, model.problem) for name, model in models.items()}
@@ -208,7 +255,7 @@ def test_hub_model_that_cannot_run_here_says_why(
     assert "is not a GGUF file" in problems["page-Q8_0.gguf"][1]
     assert problems["half-F16.gguf"][1] == "1 of its shards are missing."
     assert "image or video generator" in problems["art-Q2_K.gguf"][1]
-    unknown = fit_of(models["pytorch_model.bin"], load_backends(), OPTIONS, ROOM)
+    unknown = fit_of(models["weights.npz"], load_backends(), OPTIONS, ROOM)
     assert (unknown.verdict, unknown.weights_bytes) == ("unknown", 1000)
     assert "before the download" in unknown.reason
 
