@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -86,7 +87,7 @@ class RateLimits:
     def _forget(self, now: float) -> None:
         """Drop a caller whose buckets are full, which loses nothing, else the oldest one."""
         oldest = next(iter(self._callers))
-        for name in list(self._callers)[:10]:
+        for name in list(islice(self._callers, 10)):
             if self._callers[name].is_full(now):
                 oldest = name
                 break

@@ -76,7 +76,7 @@ def test_address_that_is_not_ours_is_named(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "mac.local", "192.168.0.7"])
-def test_public_address_needs_a_key(host: str) -> None:
+def test_public_address_needs_a_key_n2(host: str) -> None:
     with pytest.raises(ImpetusError, match="IMPETUS_API_KEY"):
         check_exposure(settings_of(host=host))
     check_exposure(settings_of(host=host, api_key="secret"))
@@ -102,7 +102,7 @@ def test_loopback_needs_no_key(host: str) -> None:
     check_exposure(settings_of(host=host))
 
 
-async def test_public_address_without_a_key_takes_no_port() -> None:
+async def test_public_address_without_a_key_takes_no_port_n2() -> None:
     settings = settings_of(host="0.0.0.0")
     with pytest.raises(ImpetusError, match="IMPETUS_API_KEY"):
         Listener(App(), settings)

@@ -91,7 +91,7 @@ def hashes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     ],
     ids=str,
 )
-async def test_a_key_opens_what_its_scopes_say(
+async def test_a_key_opens_what_its_scopes_say_n9(
     credentials: StoredCredentials,
     make_app: Callable[..., FastAPI],
     scopes: list[str],

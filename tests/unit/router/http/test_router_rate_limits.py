@@ -1,6 +1,7 @@
 """Rate limits: buckets, who shares one, what is charged, and the headers that clients read."""
 
 import re
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,23 @@ def test_callers_are_forgotten_beyond_the_bound_full_ones_first(
     assert list(limits._callers) == ["used", "third", "new"]
     limits.buckets_of("newer", 0.0)
     assert list(limits._callers) == ["third", "new", "newer"]
+
+
+async def test_a_flood_of_callers_is_forgotten_and_the_limits_still_hold_n19(clock: Clock) -> None:
+    """100,000 keys and addresses: bounded memory, and the one over its limit gets 429."""
+    metrics = Metrics()
+    guard = RateGuard(Inner(metrics), Settings(rate_limit_requests=2), metrics, clock)
+    limits = guard._limits
+    for number in range(100_000):
+        limits.buckets_of(f"address {number}", clock.now)["requests"].use(1, clock.now)
+    assert len(limits._callers) == rate_limits.MAX_CALLERS
+    assert sys.getsizeof(limits._callers) < 4_000_000
+    transport = httpx.ASGITransport(guard, client=("10.0.0.9", 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        answers = [await http.post("/v1/chat/completions") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert answers[2].headers["retry-after"] == "30"
+    assert len(limits._callers) == rate_limits.MAX_CALLERS
 
 
 class Inner:
