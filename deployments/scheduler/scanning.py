@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from backends.base import Backend
 from catalog.bin import purge_expired
+from catalog.last_scan import LastScan
 from catalog.models import ScanReport
 from catalog.scan.inspector import Inspector
 from catalog.scan.places import model_folders, own_folders
@@ -67,6 +68,7 @@ class Scanner:
         self._ended_at = 0.0
         self._failures = 0
         self._report = ScanReport()
+        self._last = LastScan()
         self._woken = asyncio.Event()
         self._look: asyncio.Task[None] | None = None
         self._has_added = False
@@ -280,6 +282,7 @@ class Scanner:
                 backends,
                 identify_file=inspector.examine,
                 urgent=urgent,
+                last=self._last,
             )
             self._back_up()
             self._purge_bin()

@@ -48,9 +48,10 @@ class Scans:
     def scan(self, *_: Any, urgent: Collection[str], **__: Any) -> ScanReport:
         self.count += 1
         self.urgent.append(set(urgent))
+        # Before a test may see that the scan runs.
+        folders = {path: modified_ns(path) for path in self.folders}
         self.running += 1
         self.most = max(self.most, self.running)
-        folders = {path: modified_ns(path) for path in self.folders}
         self.gate.wait(30)
         self.running -= 1
         if self.problem is not None:
