@@ -17,6 +17,9 @@ RecordState: TypeAlias = Literal["ok", "refused", "missing", "uninspected"]
 OTHER_NAMES = "other_names"
 # The detail with the system prompt that a model came with.
 SYSTEM_PROMPT = "system_prompt"
+# The details with the stop strings that a model came with, as a JSON list, and its context.
+STOP_STRINGS = "stop_strings"
+DEFAULT_CONTEXT = "default_context"
 # The detail with a digest of a model's files; those of copies are equal.
 CONTENT = "content"
 # The detail with a digest of what the store of another program says of a model.
@@ -177,6 +180,13 @@ class ModelRecord:
     def key(self) -> str:
         """The key that identifies the entry across scans."""
         return record_key(self.info)
+
+    def engine_options(self, options: EngineOptions) -> EngineOptions:
+        """Return `options` with the settings, and with the context that the model came with."""
+        own, settings = self.info.details.get(DEFAULT_CONTEXT), self.settings
+        if settings.context_length is None and type(own) is int:
+            settings = replace(settings, context_length=own)
+        return settings.applied_to(options)
 
     @property
     def signatures(self) -> tuple[str, ...]:

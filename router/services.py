@@ -55,12 +55,14 @@ class RuntimeView:
 class RequestDefaults:
     """What a model's own settings fill in where a request does not say.
 
-    `sampling` has fields of `SamplingParams` by name.
+    `sampling` has fields of `SamplingParams` by name.  `stop` are stop strings for requests without
+    any.
     """
 
     sampling: Mapping[str, float] = field(default_factory=dict)
     system_prompt: str = ""
     template_kwargs: Mapping[str, JsonValue] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Names the blobs of an Ollama store by the manifests that refer to them.
 
 A store has `manifests/<host>/<owner>/<model>/<tag>`, JSON files that list layers by digest, and
-`blobs/sha256-<digest>`.  Text layers hold sampling parameters, a system prompt and licences.
+`blobs/sha256-<digest>`.  Text layers hold parameters, a system prompt and licences.
 Source: Ollama's server/manifest.go, its media types, and the options of its api/types.go.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.hf.header import read_json, read_text
-from catalog.models import SYSTEM_PROMPT
+from catalog.models import DEFAULT_CONTEXT, STOP_STRINGS, SYSTEM_PROMPT
 from core.errors import BrokenModel, ImpetusError
 from core.units import KIB, MIB
 
@@ -41,6 +41,8 @@ _MAX_TEXT_BYTES = 256 * KIB
 _LONGEST_PROMPT = 32_000
 _LONGEST_LICENSE = 100
 _LARGEST_NUMBER = 1e6
+_LEAST_CONTEXT = 256
+_LONGEST_STOP, _MOST_STOPS = 200, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,7 @@ def _facts(blobs: Path, texts: Mapping[str, str]) -> dict[str, float | str]:
         except (OSError, ImpetusError):
             continue
         if kind == "params":
-            facts |= _sampling(text)
+            facts |= _parameters(text)
         elif kind == "system" and 0 < len(text) <= _LONGEST_PROMPT:
             facts[SYSTEM_PROMPT] = text
         elif kind == "license" and text:
@@ -210,7 +212,7 @@ def _facts(blobs: Path, texts: Mapping[str, str]) -> dict[str, float | str]:
     return facts
 
 
-def _sampling(text: str) -> dict[str, float]:
+def _parameters(text: str) -> dict[str, float | str]:
     try:
         options = json.loads(text)
     except (ValueError, RecursionError):
@@ -218,10 +220,18 @@ def _sampling(text: str) -> dict[str, float]:
     if not isinstance(options, dict):
         return {}
     given = {detail: options.get(name) for name, detail in _SAMPLING.items()}
-    return {
+    found: dict[str, float | str] = {
         detail: value
         for detail, value in given.items()
         if isinstance(value, int | float)
         and not isinstance(value, bool)
         and 0 <= value <= _LARGEST_NUMBER
     }
+    context = options.get("num_ctx")
+    if type(context) is int and _LEAST_CONTEXT <= context <= _LARGEST_NUMBER:
+        found[DEFAULT_CONTEXT] = context
+    stop = options.get("stop")
+    texts = stop if isinstance(stop, list) else []
+    if kept := [one for one in texts if isinstance(one, str) and 0 < len(one) <= _LONGEST_STOP]:
+        found[STOP_STRINGS] = json.dumps(kept[:_MOST_STOPS])
+    return found

@@ -1,6 +1,7 @@
 """The router's catalog: resolves names from SQLite and the published model states."""
 
 import asyncio
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -10,7 +11,7 @@ from backends.base import Backend, EngineOptions, ModelInfo
 from backends.registry import backends_for
 from catalog.compatibility import Traits, compatibility
 from catalog.inspections import Inspection
-from catalog.models import CONTENT, SYSTEM_PROMPT, Converted, ModelRecord
+from catalog.models import CONTENT, STOP_STRINGS, SYSTEM_PROMPT, Converted, ModelRecord
 from catalog.names import bare_name, nearest_names
 from catalog.scan.unlisted import unlisted_records
 from catalog.store import CatalogStore
@@ -263,7 +264,7 @@ class CatalogView:
     def _estimate(self, record: ModelRecord) -> tuple[ModelState, str, int]:
         """Return the state, reason and context tokens that a load would give."""
         backend: Backend = self._backends[record.info.format]
-        options: EngineOptions = record.settings.applied_to(self._options)
+        options: EngineOptions = record.engine_options(self._options)
         try:
             return "available", "", backend.estimate(record.info, options).context_tokens
         except ImpetusError as problem:
@@ -322,9 +323,10 @@ def _defaults(record: ModelRecord) -> RequestDefaults | None:
     """Return what the settings, or the model itself, fill into requests; None if nothing."""
     settings = record.settings
     prompt = settings.system_prompt or str(record.info.details.get(SYSTEM_PROMPT, ""))
-    if not (settings.sampling or prompt or settings.template_kwargs):
+    stop = tuple(json.loads(str(record.info.details.get(STOP_STRINGS, "[]"))))
+    if not (settings.sampling or prompt or settings.template_kwargs or stop):
         return None
-    return RequestDefaults(settings.sampling or {}, prompt, settings.template_kwargs or {})
+    return RequestDefaults(settings.sampling or {}, prompt, settings.template_kwargs or {}, stop)
 
 
 def _runtime(record: ModelRecord) -> str:

@@ -142,7 +142,7 @@ class LoadPlanner:
         return KeepRules(bool(record.settings.pin), keep_alive_s)
 
     def _full(self, record: ModelRecord) -> EngineOptions:
-        return record.settings.applied_to(self._options)
+        return record.engine_options(self._options)
 
     def _estimate(self, record: ModelRecord, options: EngineOptions) -> MemoryEstimate:
         return self._backends[record.info.format].estimate(record.info, options)

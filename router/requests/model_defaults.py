@@ -1,4 +1,4 @@
-"""Fills what a request leaves out from its model's own defaults: sampling, system prompt, …"""
+"""Fills what a request leaves out from its model's own defaults: sampling, stop strings, …"""
 
 from dataclasses import replace
 
@@ -39,5 +39,6 @@ def with_defaults(
     return replace(
         request,
         prompt=prompt_with_defaults(request.prompt, view),
+        stop=request.stop or defaults.stop,
         sampling=replace(request.sampling, **missing),  # type: ignore[arg-type]
     )

@@ -141,6 +141,19 @@ def test_context_is_bounded_by_the_model_and_by_the_server(
     assert applied == EngineOptions(context_tokens=granted, threads=3)
 
 
+@pytest.mark.parametrize(
+    ("own", "server", "granted"), [(None, None, 512), (2048, None, 2048), (None, 256, 256)]
+)
+def test_the_context_that_a_model_came_with_applies_unless_the_user_has_another(
+    store: CatalogStore, own: int | None, server: int | None, granted: int
+) -> None:
+    write(store, make_found(details={"default_context": 512}))
+    store.change_settings(TINY, {"context_length": own})
+    record = store.get(TINY)
+    assert record is not None
+    assert record.engine_options(EngineOptions(context_tokens=server)).context_tokens == granted
+
+
 def test_tool_parser_of_the_model_reaches_the_engine() -> None:
     assert ModelSettings().applied_to(EngineOptions()).tool_parser is None
     applied = ModelSettings(tool_parser="mistral").applied_to(EngineOptions())

@@ -195,7 +195,8 @@ def test_parameters_system_prompt_and_licence_of_a_tag_are_read(
     shelf: Shelf, ollama: OllamaStore, tmp_path: Path
 ) -> None:
     model = (MODEL, ollama.gguf(tmp_path))
-    params = {"temperature": 0.6, "top_k": 20, "stop": ["x"], "top_p": True, "min_p": -1}
+    params = {"temperature": 0.6, "top_k": 20, "stop": ["x", 1, "", "y" * 999, "<end>"],
+              "top_p": True, "min_p": -1, "num_ctx": 8192}  # fmt: skip
     ollama.tag(
         "library/tiny/1b",
         model,
@@ -210,6 +211,7 @@ def test_parameters_system_prompt_and_licence_of_a_tag_are_read(
     sampling = {name: value for name, value in details.items() if name.startswith("sampling_")}
     assert sampling == {"sampling_temp": 0.6, "sampling_top_k": 20}
     assert (details["system_prompt"], record.info.license) == ("You are tiny.", "Apache License")
+    assert (details["stop_strings"], details["default_context"]) == ('["x", "<end>"]', 8192)
     assert not shelf.scan().has_changes
 
     # The model is made anew with another prompt and without parameters.
@@ -217,11 +219,15 @@ def test_parameters_system_prompt_and_licence_of_a_tag_are_read(
     assert shelf.scan().changed == (record.id,)
     changed = only(shelf)
     assert changed.info.details["system_prompt"] == "Be kind."
-    assert "sampling_temp" not in changed.info.details
+    gone = {"sampling_temp", "stop_strings", "default_context"}
+    assert not gone & changed.info.details.keys()
     assert not shelf.scan().has_changes
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b"[" * 99_999, b'{"top_k": NaN}'])
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"[]", b"{", b"\xff", b"[" * 99_999, b'{"top_k": NaN}', b'{"stop": "x", "num_ctx": 2.5}'],
+)
 def test_damaged_layers_cost_no_model(
     shelf: Shelf, ollama: OllamaStore, tmp_path: Path, text: bytes
 ) -> None:
@@ -231,5 +237,6 @@ def test_damaged_layers_cost_no_model(
     shelf.scan()
     record = only(shelf)
     assert record.state == "ok"
-    assert not {"sampling_top_k", "system_prompt"} & record.info.details.keys()
+    unread = {"sampling_top_k", "system_prompt", "stop_strings", "default_context"}
+    assert not unread & record.info.details.keys()
     assert not shelf.scan().has_changes

@@ -157,6 +157,25 @@ async def test_template_in_place_of_the_model_s_decides_what_it_can_do(server: S
     assert "tools" not in back.json()["capabilities"]
 
 
+async def test_stop_strings_that_a_model_came_with_end_answers_unless_a_request_has_others(
+    server: Server, tmp_path: Path
+) -> None:
+    store = CatalogStore(tmp_path / "catalog.sqlite")
+    details = {**DETAILS, "stop_strings": '["User:", "###"]'}
+    write(store, make_found("/m/d.gguf", name="stopped", details=details))
+    store.close()
+    body = {"model": "stopped", "messages": [USER]}
+    own = await _sent(server, "/v1/chat/completions", {**body, "stop": ["END"]})
+    assert own.stop == ("END",)
+    for path, other in (
+        ("/v1/chat/completions", body),
+        ("/v1/completions", {"model": "stopped", "prompt": "a"}),
+        ("/v1/messages", {**body, "max_tokens": 5}),
+        ("/v1/responses", {"model": "stopped", "input": "a"}),
+    ):
+        assert (await _sent(server, path, other)).stop == ("User:", "###")
+
+
 async def test_system_prompt_that_a_model_came_with_is_used_unless_the_user_has_another(
     server: Server, tmp_path: Path
 ) -> None:
