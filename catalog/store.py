@@ -270,6 +270,33 @@ class CatalogStore:
             )
         return settings
 
+    def adopt(self, model_id: str, found_id: str) -> None:
+        """Give the missing model `model_id` the files of `found_id`, whose own entry ends.
+
+        It keeps its id, its aliases and, if it has any, its settings; the other's aliases become
+        its own.  Raises ModelNotFound.
+        """
+        if not (_is_valid_name(model_id) and _is_valid_name(found_id)):
+            raise ModelNotFound.of(model_id, [])
+        with self._writing() as connection:
+            connection.execute(
+                "UPDATE aliases SET model_id = ? WHERE model_id = ?", (model_id, found_id)
+            )
+            found = connection.execute(
+                "DELETE FROM models WHERE id = ? AND state = 'ok' RETURNING key, base_id, name,"
+                " state, reason, fingerprint, source, info, settings",
+                (found_id,),
+            ).fetchone()
+            changed = found and connection.execute(
+                "UPDATE models SET key = ?, base_id = ?, name = ?, state = ?, reason = ?,"
+                " fingerprint = ?, source = ?, info = ?,"
+                " settings = CASE settings WHEN '{}' THEN ? ELSE settings END"
+                " WHERE id = ? AND state = 'missing'",
+                (*found, model_id),
+            )
+            if not changed or not changed.rowcount:
+                raise ModelNotFound.of(model_id, [])
+
     def record_scan(
         self,
         found: Sequence[ScannedModel],

@@ -25,7 +25,14 @@ from router.hub_service import Hub
 from router.job_service import Jobs
 
 ModelState: TypeAlias = Literal[
-    "resident", "loading", "available", "unavailable", "refused", "failed", "quarantined"
+    "resident",
+    "loading",
+    "available",
+    "unavailable",
+    "refused",
+    "failed",
+    "quarantined",
+    "missing",
 ]
 EventCallback: TypeAlias = Callable[[Sequence[GenerationEvent]], None]
 
@@ -290,6 +297,13 @@ class Management(Protocol):
         """Move a model's files into the bin.
 
         Raises ModelNotFound, ModelInUse, RequestError if the files are not the user's own.
+        """
+        ...
+
+    async def locate_model(self, model_id: str, path: str) -> None:
+        """Give a model whose files are gone its files at another place.
+
+        Raises ModelNotFound, ModelInUse, RequestError if the files there are not the model's.
         """
         ...
 

@@ -245,7 +245,10 @@ class CatalogView:
         if record.state == "refused":
             return "refused", record.reason
         if record.state == "missing":
-            return "unavailable", "its file is gone"
+            return (
+                "missing",
+                f"its file {Path(record.key).name} is gone; locate it, or delete the model",
+            )
         if record.state == "uninspected":
             return "unavailable", record.reason
         backend = self._backends.get(record.info.format)

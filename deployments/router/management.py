@@ -104,6 +104,10 @@ class SchedulerManagement:
         """Have the scheduler move a model's files into the bin."""
         return _binned(await call(self._scheduler.delete_model.remote(model_id)))
 
+    async def locate_model(self, model_id: str, path: str) -> None:
+        """Have the scheduler give a missing model its files at another place."""
+        await call(self._scheduler.locate_model.remote(model_id, path))
+
     async def binned(self) -> Sequence[Binned]:
         """Return what is in the bin, oldest first."""
         return [_binned(one) for one in await call(self._scheduler.binned.remote())]

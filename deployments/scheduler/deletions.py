@@ -1,14 +1,18 @@
-"""Deletes models into the bin and restores them; refuses while they are in use."""
+"""Deletes models into the bin and restores them, and finds moved files; not while in use."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from catalog import bin as model_bin
-from catalog.scan.places import own_folders
+from catalog.locate import find_moved
+from catalog.models import ModelRecord
+from catalog.scan.places import model_folders, own_folders
 from catalog.store import CatalogStore
 from core.errors import ImpetusError, ModelInUse, ModelNotFound
 from core.settings import Settings
@@ -31,6 +35,7 @@ class Deletions:
         scan: Callable[[], Awaitable[None]],
     ) -> None:
         """`is_converted` tells whether a conversion reads the model; `scan` scans the folders."""
+        self._settings = settings
         self._roots = own_folders(settings)
         self._store = store
         self._ledgers = ledgers
@@ -42,6 +47,7 @@ class Deletions:
     async def delete(self, model_id: str) -> BinEntry:
         """Unload the model and move its files into the bin, where they stay for a day.
 
+        Of a model whose files are gone the entry is removed at once, and the bin has nothing.
         Raises ModelNotFound, RequestError for a model whose files are not the user's own,
         ModelInUse while a request, a load or a conversion uses it, and Unavailable.
         """
@@ -50,6 +56,8 @@ class Deletions:
             record = next((one for one in records if one.id == model_id), None)
             if record is None:
                 raise ModelNotFound.of(model_id, [one.id for one in records])
+            if record.state == "missing":
+                return await self._forget(record)
             root = await asyncio.to_thread(model_bin.check_deletable, record, self._roots)
             await self._check_unused(model_id)
             await self._release(model_id, "the model is being deleted")
@@ -63,9 +71,47 @@ class Deletions:
         logger.info("%s was moved to the bin: %d bytes", model_id, entry.size_bytes)
         return entry
 
+    async def _forget(self, record: ModelRecord) -> BinEntry:
+        """Remove the entry of a model whose files are gone, also for the next scan."""
+        await self._check_unused(record.id)
+        await self._release(record.id, "the model is being deleted")
+        now = time.time()
+        forget = partial(self._store.record_scan, (), (), [record.key], now=now)
+        await asyncio.to_thread(forget)
+        logger.info("%s, whose files are gone, was removed", record.id)
+        return BinEntry("", record.id, "", (), 0, now, now, record.aliases, {})
+
+    async def locate(self, model_id: str, path: str) -> None:
+        """Give a missing model its files at another place, which a scan finds first.
+
+        Its id, settings and aliases stay, and its former bare name becomes an alias if that is
+        free.  Raises ModelNotFound, RequestError if the files are not those of the model,
+        ModelInUse while they are used as another model.
+        """
+        async with self._one_at_a_time:
+            await self._scan()
+            records = await asyncio.to_thread(self._store.models)
+            folders = await asyncio.to_thread(model_folders, self._settings)
+            found = await asyncio.to_thread(find_moved, model_id, Path(path), records, folders)
+            if found.id == model_id:
+                return
+            await self._check_unused(found.id)
+            for each in (model_id, found.id):
+                await self._release(each, f"its files are found again as {model_id}")
+            await asyncio.to_thread(self._store.adopt, model_id, found.id)
+            former = next(one.info.name for one in records if one.id == model_id)
+            await asyncio.to_thread(self._keep_name, former, model_id)
+        logger.info("%s was found again at %s", model_id, found.key)
+
+    def _keep_name(self, name: str, model_id: str) -> None:
+        if not self._store.resolve(name):
+            # A name that is not a valid alias is not kept.
+            with suppress(ImpetusError):
+                self._store.set_alias(name, model_id)
+
     async def _check_unused(self, model_id: str) -> None:
         if self._is_converted(model_id):
-            raise ModelInUse(f"{model_id} is being converted; delete it when that has ended.")
+            raise ModelInUse(f"{model_id} is being converted; try again when that has ended.")
         for ledger in self._ledgers():
             await ledger.refresh()
             resident = ledger.state.resident(model_id)
@@ -74,7 +120,7 @@ class Deletions:
             if in_flight or waiting or ledger.state.is_loading(model_id):
                 raise ModelInUse(
                     f"{model_id} is in use: {in_flight} of its requests run and {waiting} wait. "
-                    "Delete it when they have ended."
+                    "Try again when they have ended."
                 )
 
     async def entries(self) -> list[BinEntry]:

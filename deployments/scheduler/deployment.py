@@ -322,6 +322,11 @@ class SchedulerReplica:
         """Unload a model and move its files into the bin; see `Deletions.delete`."""
         return await self._deletions.delete(model_id)
 
+    @returning_errors
+    async def locate_model(self, model_id: str, path: str) -> None:
+        """Give a missing model its files at another place; see `Deletions.locate`."""
+        await self._deletions.locate(model_id, path)
+
     async def binned(self) -> list[BinEntry]:
         """Return what is in the bin, oldest first."""
         return await self._deletions.entries()

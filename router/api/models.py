@@ -230,6 +230,24 @@ def unload_endpoint(context: RouteContext, management: Management) -> Endpoint:
     return _action_endpoint(context, management, management.unload)
 
 
+class ModelPlace(StrictBody):
+    """Where a missing model's file or folder is now: an absolute path in a model folder."""
+
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+def locate_endpoint(context: RouteContext, management: Management) -> Endpoint:
+    """Return the handler that gives a missing model its files at another place."""
+
+    async def locate_model(request: Request) -> Response:
+        body = await read_strict(request, ModelPlace)
+        view = await named_model(context, request)
+        await management.locate_model(view.id, body.path)
+        return await _show(management, await find_model(context, view.id))
+
+    return locate_model
+
+
 def _action_endpoint(
     context: RouteContext, management: Management, act: Callable[[str], Awaitable[None]]
 ) -> Endpoint:

@@ -62,11 +62,13 @@ from router.api.models import (
     ListFilter,
     ModelDetail,
     ModelList,
+    ModelPlace,
     SettingsPatch,
     change_endpoint,
     check_endpoint,
     list_endpoint,
     load_endpoint,
+    locate_endpoint,
     show_endpoint,
     unload_endpoint,
 )
@@ -119,12 +121,13 @@ def _model_routes(context: RouteContext, management: Management) -> Sequence[Rou
     listed = list_endpoint(context, management)
     check, change = check_endpoint(context, management), change_endpoint(context, management)
     load, unload = load_endpoint(context, management), unload_endpoint(context, management)
-    restore = restore_endpoint(management)
+    restore, locate = restore_endpoint(management), locate_endpoint(context, management)
     act = partial(_post, body=EmptyBody, answer=ModelDetail)
     return [
         _read("/api/models", listed, query=ListFilter, answer=ModelList),
         _post(f"{one}/check", check, body=SettingsPatch, answer=CheckedSettings),
         act(f"{one}/load", load, name="loadModel"),
+        _post(f"{one}/locate", locate, body=ModelPlace, answer=ModelDetail),
         act(f"{one}/unload", unload, name="unloadModel"),
         _read(one, show_endpoint(context, management), answer=ModelDetail),
         _patch(one, change, body=SettingsPatch, answer=ModelDetail),

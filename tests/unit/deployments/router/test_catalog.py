@@ -203,7 +203,7 @@ async def test_refused_and_missing_models_say_why(view: CatalogView, store: Cata
     states = {model.name: (model.state, model.reason) for model in await view.models()}
     assert states == {
         "bad": ("refused", "It is damaged."),
-        "gone": ("unavailable", "its file is gone"),
+        "gone": ("missing", "its file gone-gguf-q4_0 is gone; locate it, or delete the model"),
     }
 
 

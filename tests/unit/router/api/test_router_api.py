@@ -8,7 +8,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from core.errors import ImpetusError, InsufficientMemory, ModelInUse, NotFound
+from core.errors import ImpetusError, InsufficientMemory, ModelInUse, NotFound, RequestError
 from core.types import Capability
 from router.api.decisions import MAX_DECISIONS
 from router.app import create_app
@@ -76,6 +76,11 @@ class FakeManagement:
             raise self.problem
         self.bin.append(Binned("0" * 16, model_id, ("tiny.gguf",), 7, 1.5, 2.5))
         return self.bin[-1]
+
+    async def locate_model(self, model_id: str, path: str) -> None:
+        self.calls.append(("locate", model_id, path))
+        if self.problem is not None:
+            raise self.problem
 
     async def binned(self) -> Sequence[Binned]:
         return self.bin
@@ -287,6 +292,18 @@ async def test_load_that_is_refused_says_why(ask: Ask, management: FakeManagemen
     response = await ask("POST", f"{ONE}/load", json={})
     assert (response.status_code, response.headers["retry-after"]) == (503, "7")
     assert error_of(response)["code"] == "insufficient_memory"
+
+
+async def test_p7_a_missing_model_is_located(ask: Ask, management: FakeManagement) -> None:
+    answer = await ask("POST", f"{ONE}/locate", json={"path": "/models/a.gguf"})
+    assert (answer.status_code, answer.json()["id"]) == (200, CHAT_MODEL)
+    assert management.calls == [("locate", CHAT_MODEL, "/models/a.gguf")]
+    for body in ({}, {"path": ""}, {"path": "/" * 4097}, {"path": "/a", "force": True}):
+        refused = await ask("POST", f"{ONE}/locate", json=body)
+        assert (refused.status_code, error_of(refused)["code"]) == (400, "invalid_request")
+    management.problem = RequestError("path: /a does not exist.", param="path")
+    refused = await ask("POST", f"{ONE}/locate", json={"path": "/a"})
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "path")
 
 
 async def test_id_with_a_slash_reaches_its_own_actions(management: FakeManagement) -> None:
