@@ -8,6 +8,7 @@ from catalog.bin import BinEntry as BinEntry
 from core.supervision import PartView as PartView
 from core.types import Priority
 from core.units import format_bytes
+from scheduler.preview import LoadPreview as LoadPreview
 from scheduler.state import LedgerEntry as LedgerEntry
 from scheduler.state import ModelUsage as ModelUsage
 
@@ -166,6 +167,25 @@ class Decision:
     event: str
     action: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPreview:
+    """What a model would take with other settings, and what a load would evict at the moment.
+
+    Without a `plan` in `load` the parts are those of its full context, 0 if it cannot run here.
+    `held_bytes` is in use by others, of the `budget_bytes` for all models; `limit_bytes` is what
+    other applications leave of that.
+    """
+
+    load: LoadPreview
+    context_tokens: int = 0
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    overhead_bytes: int = 0
+    budget_bytes: int = 0
+    held_bytes: int = 0
+    limit_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,28 @@ class SettingsView:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryPreviewView:
+    """The memory of a model with certain settings, and what a load would evict at the moment.
+
+    `fit`: `now`; `after_unloading` the idle models in `evicted`; `after_requests`, when models
+    answer requests, or jobs hold memory; `no`, with the `reason`.  `context_tokens` is what would
+    be granted.  `held_bytes` is in use by others, of the `budget_bytes` for all models;
+    `limit_bytes` is what other applications leave of that.
+    """
+
+    fit: Literal["now", "after_unloading", "after_requests", "no"]
+    reason: str
+    evicted: tuple[str, ...]
+    context_tokens: int
+    weights_bytes: int
+    kv_bytes: int
+    overhead_bytes: int
+    budget_bytes: int
+    held_bytes: int
+    limit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Binned:
     """A deleted model in the bin; `paths` are below its model folder, times in Unix seconds."""
 
@@ -265,6 +287,12 @@ class Management(Protocol):
 
     async def check_settings(self, model_id: str, changes: Mapping[str, Any]) -> SettingsView:
         """Return the settings that `change_settings` would store; raises what it does."""
+        ...
+
+    async def preview_memory(
+        self, model_id: str, changes: Mapping[str, Any]
+    ) -> MemoryPreviewView | None:
+        """Return what the model would take with these settings; None if that is not known now."""
         ...
 
     async def aliases(self) -> Mapping[str, str]:

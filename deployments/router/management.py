@@ -17,7 +17,7 @@ from core.settings import Settings
 from deployments.decisions import DecisionLog
 from deployments.messages import BinEntry, Decision, LoadContext
 from deployments.serve.handles import Handle, call, direct
-from router.services import Binned, DecisionView, SettingsView
+from router.services import Binned, DecisionView, MemoryPreviewView, SettingsView
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,30 @@ class SchedulerManagement:
         if (template := changes.get("chat_template")) is not None:
             await asyncio.to_thread(check_template, template, "chat_template")
         return _view(replace(record.settings, **changes))
+
+    async def preview_memory(
+        self, model_id: str, changes: Mapping[str, Any]
+    ) -> MemoryPreviewView | None:
+        """Ask the scheduler; None if it does not answer within 5 s."""
+        try:
+            async with asyncio.timeout(_NOTICE_TIMEOUT_S):
+                found = await call(self._scheduler.preview_load.remote(model_id, changes))
+        except (ImpetusError, TimeoutError) as problem:
+            logger.warning("the scheduler does not tell the memory of %s: %r", model_id, problem)
+            return None
+        load = found.load
+        return MemoryPreviewView(
+            fit=load.fit,
+            reason=load.reason,
+            evicted=load.evicted,
+            context_tokens=found.context_tokens,
+            weights_bytes=found.weights_bytes,
+            kv_bytes=found.kv_bytes,
+            overhead_bytes=found.overhead_bytes,
+            budget_bytes=found.budget_bytes,
+            held_bytes=found.held_bytes,
+            limit_bytes=found.limit_bytes,
+        )
 
     async def aliases(self) -> Mapping[str, str]:
         """Return every alias with its model's id."""

@@ -7,12 +7,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from backends.registry import backends_for
 from catalog.models import ModelRecord, ModelSettings
 from catalog.store import CatalogStore
 from core.awake_time import AwakeTimeout
-from core.errors import Unavailable
+from core.errors import ModelNotFound, Unavailable
 from core.gpu_failures import gpu_failures
 from core.settings import Settings
 from core.supervision import Supervisor
@@ -23,6 +24,7 @@ from deployments.messages import (
     BinEntry,
     Decision,
     LoadContext,
+    MemoryPreview,
     ModelStates,
     NodeMemory,
     Residency,
@@ -340,6 +342,18 @@ class SchedulerReplica:
     async def purge_model(self, entry_id: str) -> BinEntry:
         """Delete a model in the bin for good; see `Deletions.purge`."""
         return await self._deletions.purge(entry_id)
+
+    @returning_errors
+    async def preview_load(self, model_id: str, changes: Mapping[str, Any]) -> MemoryPreview:
+        """Return what the model would take with these changes of its settings; changes nothing."""
+        record = await self._lookup.find(model_id)
+        if record is None:
+            raise ModelNotFound.of(model_id, [])
+        record = replace(record, settings=replace(record.settings, **changes))
+        ledger = ledger_holding(self._ledgers, model_id) or self._ledger
+        await ledger.refresh()
+        state, now = ledger.state, time.monotonic()
+        return await asyncio.to_thread(self._planner.preview, record, state, now)
 
     async def settings_changed(self, model_id: str) -> None:
         """Apply a model's changed keep-alive and pin at once.

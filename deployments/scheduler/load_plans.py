@@ -10,13 +10,15 @@ from core.errors import (
     BackendUnavailable,
     BrokenModel,
     ImpetusError,
+    InsufficientMemory,
     ModelFileMissing,
     Unavailable,
 )
 from core.settings import Settings
 from core.units import MIB, format_bytes
-from deployments.messages import LoadRequest, Residency
-from scheduler.state import KeepRules, LoadPlan
+from deployments.messages import LoadRequest, MemoryPreview, Residency
+from scheduler.preview import LoadPreview, preview
+from scheduler.state import HostState, KeepRules, LoadPlan
 
 # The context is not reduced below this; a model has at most this many plans.
 _MIN_CONTEXT = 2048
@@ -90,6 +92,38 @@ class LoadPlanner:
                 plans.append(LoadPlan(less.total_bytes, context))
             context //= 2
         return tuple(plans)
+
+    def preview(self, record: ModelRecord, state: HostState, now: float) -> MemoryPreview:
+        """Return what the model would take with the settings of `record`; see `MemoryPreview`."""
+        held = sum(one.size_bytes for one in state.residents if one.model_id == record.id)
+        held += sum(one.plan.needed_bytes for one in state.loading if one.model_id == record.id)
+        numbers = MemoryPreview(
+            LoadPreview("no"),
+            budget_bytes=state.budget_bytes,
+            held_bytes=state.used_bytes - held,
+            limit_bytes=state.load_limit_bytes,
+        )
+        options = self._full(record)
+        try:
+            self.check(record)
+            load = preview(state, record.id, self.plans(record, state.budget_bytes), now)
+            options = replace(options, memory_limit_bytes=state.budget_bytes)
+            if load.plan is not None and load.plan.context_tokens is not None:
+                options = replace(options, context_tokens=load.plan.context_tokens)
+            estimate = self._estimate(record, options)
+        except InsufficientMemory as problem:
+            load = LoadPreview("no", reason=problem.message)
+            estimate = self._estimate(record, replace(options, memory_limit_bytes=None))
+        except ImpetusError as problem:
+            return replace(numbers, load=LoadPreview("no", reason=problem.message))
+        return replace(
+            numbers,
+            load=load,
+            context_tokens=estimate.context_tokens,
+            weights_bytes=estimate.weights_bytes,
+            kv_bytes=estimate.kv_bytes,
+            overhead_bytes=estimate.transient_bytes + estimate.prefix_bytes,
+        )
 
     def load_request(self, record: ModelRecord, plan: LoadPlan, budget_bytes: int) -> LoadRequest:
         """Return the request to a replica that loads the model as planned."""

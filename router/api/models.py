@@ -15,7 +15,7 @@ from router.context import RouteContext, record_of
 from router.job_service import Answer
 from router.requests.limits import MAX_ERROR_CHARACTERS, MAX_INT32
 from router.requests.strict_body import EmptyBody, StrictBody, read_strict
-from router.services import Management, ModelView, Priority, SettingsView
+from router.services import Management, MemoryPreviewView, ModelView, Priority, SettingsView
 from router.v1.models import ModelFacts, find_model, model_facts
 
 Tag: TypeAlias = Annotated[str, Field(min_length=1, max_length=50)]
@@ -92,11 +92,28 @@ class ModelSettings(Answer):
     notes: str | None
 
 
+class MemoryNeed(Answer):
+    """What a model would take; see `router.services.MemoryPreviewView`."""
+
+    fit: Literal["now", "after_unloading", "after_requests", "no"]
+    reason: str
+    evicts: list[str]
+    context_tokens: int
+    weights_bytes: int
+    kv_bytes: int
+    overhead_bytes: int
+    needed_bytes: int
+    budget_bytes: int
+    held_bytes: int
+    limit_bytes: int
+
+
 class CheckedSettings(Answer):
-    """The settings that a model would have."""
+    """The settings that a model would have; `memory` is null while the scheduler is away."""
 
     id: str
     settings: ModelSettings
+    memory: MemoryNeed | None
 
 
 class RuntimeChoice(Answer):
@@ -199,9 +216,24 @@ def check_endpoint(context: RouteContext, management: Management) -> Endpoint:
     async def check_settings(request: Request) -> Response:
         view, changes = await _asked_changes(context, request)
         settings = await management.check_settings(view.id, changes)
-        return answer(CheckedSettings(id=view.id, settings=_shown(settings)))
+        need = await management.preview_memory(view.id, changes)
+        return answer(
+            CheckedSettings(
+                id=view.id, settings=_shown(settings), memory=need and _memory_need(need)
+            )
+        )
 
     return check_settings
+
+
+def _memory_need(need: MemoryPreviewView) -> MemoryNeed:
+    facts = asdict(need)
+    evicted = facts.pop("evicted")
+    return MemoryNeed(
+        **facts | {"reason": escaped(need.reason, MAX_ERROR_CHARACTERS)},
+        evicts=list(evicted),
+        needed_bytes=need.weights_bytes + need.kv_bytes + need.overhead_bytes,
+    )
 
 
 async def _asked_changes(

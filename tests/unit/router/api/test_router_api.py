@@ -12,7 +12,7 @@ from core.errors import ImpetusError, InsufficientMemory, ModelInUse, NotFound, 
 from core.types import Capability
 from router.api.decisions import MAX_DECISIONS
 from router.app import create_app
-from router.services import Binned, DecisionView, SettingsView
+from router.services import Binned, DecisionView, MemoryPreviewView, SettingsView
 from tests.fakes import (
     CHAT_MODEL,
     EMBEDDING_MODEL,
@@ -57,6 +57,7 @@ class FakeManagement:
         self.problem: ImpetusError | None = None
         self.bin: list[Binned] = []
         self.alias_ids: dict[str, str] = {}
+        self.memory: MemoryPreviewView | None = None
 
     async def settings_of(self, model_ids: Sequence[str]) -> Mapping[str, SettingsView]:
         return {name: self.settings[name] for name in model_ids if name in self.settings}
@@ -69,6 +70,12 @@ class FakeManagement:
 
     async def check_settings(self, model_id: str, changes: Mapping[str, Any]) -> SettingsView:
         return replace(self.settings.get(model_id, SettingsView()), **changes)
+
+    async def preview_memory(
+        self, model_id: str, changes: Mapping[str, Any]
+    ) -> MemoryPreviewView | None:
+        self.calls.append(("preview", model_id, dict(changes)))
+        return self.memory
 
     async def delete_model(self, model_id: str) -> Binned:
         self.calls.append(("delete", model_id))
@@ -292,6 +299,24 @@ async def test_load_that_is_refused_says_why(ask: Ask, management: FakeManagemen
     response = await ask("POST", f"{ONE}/load", json={})
     assert (response.status_code, response.headers["retry-after"]) == (503, "7")
     assert error_of(response)["code"] == "insufficient_memory"
+
+
+async def test_a_draft_tells_the_memory_that_it_would_take(
+    ask: Ask, management: FakeManagement
+) -> None:
+    management.memory = MemoryPreviewView(
+        "after_unloading", "", ("other",), 512, 100, 20, 3, 1000, 900, 950
+    )
+    answer = await ask("POST", f"{ONE}/check", json={"context_length": 512, "pin": True})
+    assert answer.status_code == 200
+    assert answer.json()["memory"] == {
+        "fit": "after_unloading", "reason": "", "evicts": ["other"], "context_tokens": 512,
+        "weights_bytes": 100, "kv_bytes": 20, "overhead_bytes": 3, "needed_bytes": 123,
+        "budget_bytes": 1000, "held_bytes": 900, "limit_bytes": 950,
+    }  # fmt: skip
+    assert management.calls == [("preview", CHAT_MODEL, {"context_length": 512, "pin": True})]
+    management.memory = None
+    assert (await ask("POST", f"{ONE}/check", json={})).json()["memory"] is None
 
 
 async def test_p7_a_missing_model_is_located(ask: Ask, management: FakeManagement) -> None:

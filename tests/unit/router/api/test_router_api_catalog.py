@@ -11,18 +11,26 @@ import pytest
 
 from backends.base import RuntimeChoice
 from catalog.store import CatalogStore
-from core.errors import BackendUnavailable, ImpetusError, ModelNotFound
+from core.errors import BackendUnavailable, ImpetusError, ModelNotFound, Unavailable
 from core.settings import Settings
 from core.types import Capability
 from core.units import GIB
 from deployments.decisions import DecisionLog
-from deployments.messages import Decision, LoadContext, ModelStates, Residency
+from deployments.messages import (
+    Decision,
+    LoadContext,
+    LoadPreview,
+    MemoryPreview,
+    ModelStates,
+    Residency,
+)
 from deployments.router import management as management_module
 from deployments.router.catalog import CatalogView
 from deployments.router.management import SchedulerManagement
 from deployments.router.model_states import ModelStatesWatch
 from router.app import create_app
 from router.services import Services
+from scheduler.state import LoadPlan
 from tests.fakes import MANAGING, FakeDispatcher, FakeHealth, FakeTelemetry
 from tests.live_server import client_of, error_of
 from tests.unit.catalog.builders import make_found, write
@@ -52,6 +60,7 @@ class Server:
             ensure_loaded=self.ensure_loaded,
             unload=self.unload,
             settings_changed=answering(None),
+            preview_load=self.preview_load,
             model_states=self.model_states,
             decisions=answering([Decision(5.0, "wanted", "loaded", "it fits")]),
         )
@@ -69,6 +78,14 @@ class Server:
                 self.management,
                 MANAGING["x-impetus-token"],
             )
+        )
+
+    async def preview_load(self, model_id: str, changes: dict[str, Any]) -> MemoryPreview:
+        assert model_id == TINY
+        if "notes" in changes:
+            raise Unavailable("It is starting.")
+        return MemoryPreview(
+            LoadPreview("now", LoadPlan(60), ("a",)), changes["context_length"], 50
         )
 
     async def model_states(self, known_version: int) -> ModelStates:

@@ -141,6 +141,12 @@ async def test_draft_that_is_sound_is_shown_and_not_stored(server: Server) -> No
     answer = await server.ask("POST", f"{ONE}/check", {"context_length": 512, "pin": None})
     assert answer.status_code == 200, answer.text
     assert answer.json()["id"] == TINY
+    memory = answer.json()["memory"]
+    assert (memory["fit"], memory["context_tokens"], memory["evicts"]) == ("now", 512, ["a"])
+    assert (memory["weights_bytes"], memory["needed_bytes"]) == (50, 50)
+    # A scheduler that does not answer keeps nobody from checking a draft.
+    unknown = await server.ask("POST", f"{ONE}/check", {"notes": "x"})
+    assert (unknown.status_code, unknown.json()["memory"]) == (200, None)
     draft = answer.json()["settings"]
     assert (draft["context_length"], draft["pin"]) == (512, None)
     stored = (await server.ask("GET", ONE)).json()["settings"]
