@@ -168,7 +168,8 @@ def _units(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - float(logits.max())
-    return np.maximum(shifted - np.log(np.exp(shifted).sum()), _LEAST_LOGPROB)
+    logprobs: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return np.maximum(logprobs, _LEAST_LOGPROB)
 
 
 def _log_sum_without(logprobs: NDArray[np.float64], ids: NDArray[Any]) -> float:
