@@ -9,15 +9,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from core.errors import RequestError
 from core.proxies import bypass_proxies
-from core.settings import load_settings
+from deployments.start.readiness import local_url
 from scripts.connect_lib.check import run_checks
 from scripts.connect_lib.client import Client
 from scripts.connect_lib.clients import CLIENTS
 from scripts.connect_lib.files import Edit, apply, hidden, preview, undo
 from scripts.connect_lib.problems import ConnectError
 from scripts.connect_lib.server import Model, Target, choose, list_models, normal_url
+from scripts.server_lib.address import KEY_VARIABLE, AddressProblem, own_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     client = CLIENTS[options.client]
     bypass_proxies(os.environ)
-    key = options.key or os.environ.get("IMPETUS_API_KEY", "")
+    key = options.key or os.environ.get(KEY_VARIABLE, "")
     try:
         if options.undo:
             return _undo(client, is_forced=options.force)
@@ -62,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _own_url() -> str:
     try:
-        return load_settings({}).base_url
-    except RequestError as problem:
-        raise ConnectError(problem.message) from problem
+        return local_url(own_settings())
+    except AddressProblem as problem:
+        raise ConnectError(str(problem)) from problem
 
 
 def _set_up(client: Client, target: Target, model: Model, *, is_applied: bool) -> None:

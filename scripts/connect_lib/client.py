@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeAlias
 from scripts.connect_lib.files import Edit
 from scripts.connect_lib.problems import ConnectError
 from scripts.connect_lib.server import Model, Target
+from scripts.server_lib.address import KEY_VARIABLE as KEY_VARIABLE
 
 # The name of this server among a client's providers.  Zed derives IMPETUS_API_KEY from it.
 PROVIDER = "impetus"
-KEY_VARIABLE = "IMPETUS_API_KEY"
 # Answers may take this fraction (1/4) of the context; the prompt gets the rest.
 _ANSWER_SHARE = 4
 

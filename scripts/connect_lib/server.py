@@ -8,6 +8,7 @@ import httpx
 
 from catalog.compatibility import CONTEXT_NEEDS, ContextNeed
 from scripts.connect_lib.problems import ConnectError
+from scripts.server_lib.address import AddressProblem, normal_root
 
 NO_KEY = "none"
 _LEVELS = ("no", "limited", "ok")
@@ -58,17 +59,9 @@ class Model:
 def normal_url(text: str) -> str:
     """Return the base URL ending in `/v1`.  Raises ConnectError unless it is an HTTP address."""
     try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL as problem:
-        raise ConnectError(
-            f"{text!r} is not a valid address ({problem}); use one like http://127.0.0.1:8000/v1."
-        ) from problem
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConnectError(
-            f"{text!r} is not a valid address; use one like http://127.0.0.1:8000/v1."
-        )
-    trimmed = text.rstrip("/")
-    return trimmed if trimmed.endswith("/v1") else f"{trimmed}/v1"
+        return f"{normal_root(text)}/v1"
+    except AddressProblem as problem:
+        raise ConnectError(str(problem)) from problem
 
 
 def list_models(target: Target) -> Sequence[Mapping[str, Any]]:
