@@ -24,15 +24,21 @@ class ServerUnreachable(Exception):
 
 
 class ServerRefused(Exception):
-    """The server refused; the text is its message, `code` the error's, `body` the whole answer."""
+    """The server refused; the text is its message, `code` the error's."""
 
-    def __init__(self, status: int, body: Mapping[str, Any], retry_after_s: float = 0.0) -> None:
-        error = body["error"]
-        super().__init__(str(error["message"]))
+    def __init__(self, status: int, error: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        super().__init__(str(error.get("message") or f"HTTP {status}"))
         self.status = status
         self.code = str(error.get("code") or "")
-        self.body = body
-        self.retry_after_s = retry_after_s
+        self.headers = headers
+
+    @property
+    def retry_after_s(self) -> float:
+        """Seconds after which to try again, 0 if the server does not tell."""
+        try:
+            return max(float(self.headers.get("retry-after", "0")), 0.0)
+        except ValueError:
+            return 0.0
 
 
 class ServerClient:
@@ -111,8 +117,7 @@ class ServerClient:
         if answer.is_success and isinstance(content, dict):
             return content
         if isinstance(content, dict) and isinstance(content.get("error"), dict):
-            content["error"].setdefault("message", f"HTTP {answer.status_code}")
-            raise ServerRefused(answer.status_code, content, _seconds(answer))
+            raise ServerRefused(answer.status_code, content["error"], answer.headers)
         raise ServerUnreachable(
             f"What answers at {self.address.root} (HTTP {answer.status_code}) is not this server; "
             "check the address and the port."
@@ -133,10 +138,3 @@ class ServerClient:
 def path_of(*parts: str | Iterable[str]) -> str:
     """Return a path below `/api` whose parts are quoted, slashes included."""
     return "/".join(["/api", *(quote(str(part), safe="") for part in parts)])
-
-
-def _seconds(answer: httpx.Response) -> float:
-    try:
-        return max(float(answer.headers.get("retry-after", "0")), 0.0)
-    except ValueError:
-        return 0.0

@@ -119,6 +119,7 @@ def repository(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     [
         ("serve", ("--port", "1 2"), "-m|deployments.start.launcher|--port|1 2|"),
         ("connect", ("a b",), "-m|scripts.connect_lib|a b|"),
+        ("models", ("get", "a b"), "-m|scripts.models_lib|get|a b|"),
         ("doctor", ("--steps", "a b"), "-B|-m|scripts.doctor_lib|--steps|a b|"),
         ("docs", (), "-m|scripts.generate_docs|"),
     ],

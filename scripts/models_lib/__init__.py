@@ -1,0 +1,1 @@
+"""The command line of models: finding, getting, converting and deleting them on a server."""
