@@ -18,28 +18,19 @@ import psutil
 
 from backends.base import ModelInfo
 from catalog.changes import file_signature
-from catalog.convert.graph import GGUF_QUANTIZED
 from catalog.convert.job import write_json
-from catalog.convert.support import ONNX_BUILT
 from core.errors import ModelFileMissing, RequestError, Unavailable
 from core.files import flush_path
 from core.types import JsonValue
-from core.units import MIB, format_bytes
+from core.units import MIB
 
 _PARTIAL = re.compile(r"\..+\.partial-(\d+)-[0-9a-f]{8}", re.DOTALL)
 _LOCK = "lock"
 _HASHED_BYTES = 8 * MIB
-_SPARE_BYTES = 256 * MIB
 _TOOLS = (
     "impetus", "torch", "transformers", "tokenizers", "safetensors", "gguf", "llama-cpp-python",
     "mlx", "mlx-lm", "onnx", "onnxruntime", "onnxruntime-genai", "onnxscript", "coremltools",
 )  # fmt: skip
-# Upper bounds of the bits per weight, including scales.
-_BITS = {
-    "f32": 32.0, "f16": 16.5, "bf16": 16.5, "mixed": 17.0, "original": 32.0, "int8": 12.0,
-    "int4": 8.0,
-}  # fmt: skip
-_WIDEST_QUANTIZED = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,51 +61,6 @@ def fingerprint(files: Sequence[Path]) -> tuple[SourceFile, ...]:
                 param="model",
             ) from error
     return tuple(signatures)
-
-
-def require_space(
-    source: ModelInfo,
-    target: Path,
-    quantization: str,
-    route: tuple[str, ...],
-    exporter: str = "auto",
-) -> None:
-    """Check that the disk has room for the result and the intermediate files.
-
-    Raises Unavailable with both numbers, RequestError if the parent folder is missing.
-    """
-    if not target.parent.is_dir():
-        raise RequestError(
-            f"The folder {target.parent} does not exist; create it first.", param="target"
-        )
-    parameters = source.parameters or source.size_bytes // 2
-    bits = _BITS.get(quantization, _WIDEST_QUANTIZED)
-    # llama.cpp quantizes from a file in 32 bits.
-    is_for_gguf = source.format == "safetensors" and quantization in GGUF_QUANTIZED
-    through_f32 = len(route) > 2 or is_for_gguf
-    needed = int(parameters * bits / 8) + _SPARE_BYTES
-    if route[-1] == "onnx":
-        needed += _onnx_bytes(source, parameters, quantization, exporter)
-    needed += parameters * 4 if through_f32 else 0
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise Unavailable(
-            f"The conversion needs up to {format_bytes(needed)} of disk space, but only "
-            f"{format_bytes(free)} are free. Free some space, then convert again."
-        )
-
-
-def _onnx_bytes(source: ModelInfo, parameters: int, quantization: str, exporter: str) -> int:
-    """Return what an export to ONNX writes besides: a copy in f32, and embeddings in f32.
-
-    PyTorch's exporter needs the copy for all other types, the builder for mixed ones.
-    """
-    is_built = source.architecture in ONNX_BUILT and exporter != "torch"
-    is_mapped = source.quantization in ("f32", *(("bf16", "f16") if is_built else ()))
-    copy = 0 if is_mapped or source.format == "gguf" else parameters * 4
-    sizes = [source.details.get(name) for name in ("n_embd", "vocabulary_size")]
-    width, tokens = (size if type(size) is int else 0 for size in sizes)
-    return copy + (0 if quantization == "f32" else min(width * tokens, parameters) * 4)
 
 
 @dataclass(slots=True)

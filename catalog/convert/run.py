@@ -15,6 +15,7 @@ from pathlib import Path
 
 from backends.base import ModelInfo
 from catalog.convert.child import error_from_code, read_message
+from catalog.convert.disk import require_space
 from catalog.convert.environment import child_environment
 from catalog.convert.graph import FULL_PRECISION, MLX_GROUP_SIZES, ORIGINAL, check
 from catalog.convert.graph import Conversion as Conversion
@@ -25,12 +26,12 @@ from catalog.convert.memory import OnMemory, watch_memory
 from catalog.convert.output import (
     PartialOutput,
     fingerprint,
-    require_space,
     require_unchanged,
     write_provenance,
 )
 from catalog.convert.output import sweep as sweep
 from catalog.convert.pause import PauseSwitch
+from catalog.jobs import JobInterrupted
 from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit
 from core.errors import ImpetusError, ModelFileMissing, RequestError, Unavailable
 from core.files import visible_files
@@ -38,6 +39,8 @@ from core.supervision import log_failure
 from core.types import JsonValue
 
 _EXPORTERS = ("auto", "genai", "torch")
+# How users and the system, which is short of memory, end processes.
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +87,8 @@ async def convert(
     While `pause` is on, no step starts and the running one is stopped.  `on_memory` gets the
     memory of the child processes in bytes.  Cancelling the task kills them and removes their
     files.  Raises RequestError (an existing target, unknown options), UnsupportedCapability,
-    ModelFileMissing, BrokenModel, Unavailable (no disk space, a changed source), else
-    ImpetusError with the reason.
+    ModelFileMissing, BrokenModel, Unavailable (no disk space, a changed source), JobInterrupted if
+    a child was killed, else ImpetusError with the reason.
     """
     quantization = _checked_quantization(request)
     route = plan(request.source.format, request.target_format, quantization)
@@ -265,7 +268,8 @@ async def _run_step(
     if error is not None:
         raise error
     if code != 0 or peak_bytes is None:
-        raise ImpetusError(_exit_message(job, code, child.stderr_tail))
+        kind = JobInterrupted if code in _KILLED else ImpetusError
+        raise kind(_exit_message(job, code, child.stderr_tail))
     return peak_bytes
 
 

@@ -3,12 +3,9 @@
 import errno
 import json
 import os
-import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +13,6 @@ from backends.base import ModelInfo
 from catalog.convert.output import (
     PartialOutput,
     fingerprint,
-    require_space,
     sweep,
     write_provenance,
 )
@@ -129,64 +125,6 @@ def test_sweep_touches_nothing_else(tmp_path: Path, dead_pid: int) -> None:
     assert sweep(tmp_path) == ()
     assert sorted(tmp_path.iterdir()) == sorted([*kept, link])
     assert sweep(tmp_path / "missing") == ()
-
-
-def test_space_is_checked_with_both_numbers(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = weights.with_name("made")
-    big = model(weights, parameters=2**30)
-    monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage(6 * 2**30))
-    require_space(big, target, "f32", ONE_STEP)
-    with pytest.raises(Unavailable, match=r"8\.2 GiB .* 6\.0 GiB are free"):
-        require_space(big, target, "f32", ("pytorch", *ONE_STEP))
-    for quantization in ("q4_k_m", "q8_0", "q2_k"):
-        # The file that llama.cpp quantizes takes 4 GiB, the result up to 1.25 GiB.
-        monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage(5 * 2**30))
-        with pytest.raises(Unavailable, match=r"5\.5 GiB .* 5\.0 GiB are free"):
-            require_space(big, target, quantization, ("safetensors", "gguf"))
-    monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage(2**30))
-    with pytest.raises(Unavailable, match=r"1\.0 GiB are free"):
-        require_space(big, target, "4bit", ONE_STEP)
-    with pytest.raises(RequestError, match="does not exist"):
-        require_space(big, weights.with_name("missing") / "made", "f32", ONE_STEP)
-
-
-@pytest.mark.parametrize(
-    ("changes", "quantization", "exporter", "needed"),
-    [
-        # The result, and 256 MiB to spare.
-        ({"quantization": "f32"}, "f32", "auto", "4.2 GiB"),
-        ({"quantization": "bf16"}, "f32", "auto", "4.2 GiB"),
-        # A copy in f32 beside it.
-        ({"quantization": "mixed"}, "f32", "auto", "8.2 GiB"),
-        ({"quantization": "bf16"}, "f32", "torch", "8.2 GiB"),
-        ({"quantization": "bf16", "architecture": "phi3"}, "f32", "auto", "8.2 GiB"),
-        ({"quantization": "f32", "architecture": "phi3"}, "f32", "auto", "4.2 GiB"),
-        # Embeddings stay in f32.
-        ({"quantization": "bf16"}, "int4", "auto", "1.2 GiB"),
-        ({"details": {"n_embd": 1024, "vocabulary_size": 2**17}}, "int4", "auto", "1.8 GiB"),
-    ],
-)
-def test_space_for_onnx_counts_its_copies(
-    weights: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, Any],
-    quantization: str,
-    exporter: str,
-    needed: str,
-) -> None:
-    source = replace(model(weights, parameters=2**30), **changes)
-    monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage(2**29))
-    with pytest.raises(Unavailable, match=f"needs up to {re.escape(needed)} of disk space"):
-        require_space(
-            source, weights.with_name("made"), quantization, ("safetensors", "onnx"), exporter
-        )
-
-
-class Usage:
-    """A disk with so much room."""
-
-    def __init__(self, free: int) -> None:
-        self.free = free
 
 
 def test_provenance_names_files_tools_and_parameters(weights: Path, tmp_path: Path) -> None:
