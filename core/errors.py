@@ -19,7 +19,9 @@ ImpetusError                    500 server_error            internal_error
 │ ├ ModelNotFound                   model_not_found
 │ └ ModelFileMissing                model_file_missing
 ├ ModelInUse                    409 invalid_request_error   model_in_use
+├ UploadConflict                409 invalid_request_error   upload_conflict
 ├ BrokenModel                   422 invalid_request_error   broken_model
+├ ChunkRejected                 422 invalid_request_error   chunk_rejected
 ├ QueueFull                     429 rate_limit_error        queue_full
 │ └ QueueTooShort                   queue_full
 ├ RateLimited                   429 rate_limit_error        rate_limit_exceeded
@@ -278,6 +280,30 @@ class ModelInUse(ImpetusError):
     code = "model_in_use"
 
 
+class UploadConflict(ImpetusError):
+    """An upload is in another state than the request supposes; `offset` is the file's, in bytes."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "upload_conflict"
+    offset: int | None = None
+
+    @classmethod
+    def at(cls, message: str, offset: int) -> "UploadConflict":
+        """Build the error of a chunk that does not begin at `offset`, where the next one must."""
+        error = cls(message, param="upload-offset")
+        error.offset = offset
+        return error
+
+
+class ChunkRejected(ImpetusError):
+    """A chunk of an upload is not what its headers say, or more than was announced."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "chunk_rejected"
+
+
 class QueueFull(ImpetusError):
     """The model's queue of waiting requests is full."""
 
@@ -468,6 +494,17 @@ class ModelNotResident(Unavailable):
     """The replica does not have the model in memory; the router then has it loaded."""
 
     code = "model_not_resident"
+
+
+def error_of(code: str, message: str, retry_after_s: int | None = None) -> ImpetusError:
+    """Return the error with this code, such as one that a child process reports as text."""
+    kinds: list[type[ImpetusError]] = [ImpetusError]
+    while kinds:
+        kind = kinds.pop(0)
+        if kind.code == code and kind.__module__ == __name__:
+            return kind(message, retry_after_s=retry_after_s)
+        kinds += kind.__subclasses__()
+    return ImpetusError(message, retry_after_s=retry_after_s)
 
 
 def is_panic(problem: BaseException) -> bool:

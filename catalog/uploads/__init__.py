@@ -1,0 +1,1 @@
+"""Uploads and imports of models: names, chunks, quarantine, inspection, local folders."""
