@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from backends.hf.header import read_text
+from catalog.added_folders import added_folders
 from core.errors import ImpetusError
 from core.settings import Settings
 from core.units import MIB
@@ -40,8 +41,8 @@ def model_folders(
 
 
 def own_folders(settings: Settings) -> list[Path]:
-    """Return the server's own model folder and those that the user named."""
-    return [settings.home / "models", *settings.models_path]
+    """Return the server's own model folder and those that the user named; blocks briefly."""
+    return [settings.home / "models", *settings.models_path, *added_folders(settings)]
 
 
 def _hugging_face(environment: Mapping[str, str], home: Path) -> list[Path]:

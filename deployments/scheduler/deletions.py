@@ -36,7 +36,6 @@ class Deletions:
     ) -> None:
         """`is_converted` tells whether a conversion reads the model; `scan` scans the folders."""
         self._settings = settings
-        self._roots = own_folders(settings)
         self._store = store
         self._ledgers = ledgers
         self._release = release
@@ -58,7 +57,7 @@ class Deletions:
                 raise ModelNotFound.of(model_id, [one.id for one in records])
             if record.state == "missing":
                 return await self._forget(record)
-            root = await asyncio.to_thread(model_bin.check_deletable, record, self._roots)
+            root = await asyncio.to_thread(self._check_deletable, record)
             await self._check_unused(model_id)
             await self._release(model_id, "the model is being deleted")
             entry = await asyncio.to_thread(
@@ -109,6 +108,12 @@ class Deletions:
             with suppress(ImpetusError):
                 self._store.set_alias(name, model_id)
 
+    def _check_deletable(self, record: ModelRecord) -> Path:
+        return model_bin.check_deletable(record, own_folders(self._settings))
+
+    def _find(self, entry_id: str) -> BinEntry:
+        return model_bin.find(entry_id, own_folders(self._settings))
+
     async def _check_unused(self, model_id: str) -> None:
         if self._is_converted(model_id):
             raise ModelInUse(f"{model_id} is being converted; try again when that has ended.")
@@ -125,7 +130,7 @@ class Deletions:
 
     async def entries(self) -> list[BinEntry]:
         """Return what is in the bin, oldest first."""
-        return await asyncio.to_thread(model_bin.entries, self._roots)
+        return await asyncio.to_thread(lambda: model_bin.entries(own_folders(self._settings)))
 
     async def restore(self, entry_id: str) -> BinEntry:
         """Move a model's files back, with its settings and those aliases that are free.
@@ -133,7 +138,7 @@ class Deletions:
         Raises NotFound, RequestError if another file has its place, and Unavailable.
         """
         async with self._one_at_a_time:
-            entry = await asyncio.to_thread(model_bin.find, entry_id, self._roots)
+            entry = await asyncio.to_thread(self._find, entry_id)
             await asyncio.to_thread(model_bin.restore, entry)
             await self._scan()
             await asyncio.to_thread(self._describe_again, entry)
@@ -152,6 +157,6 @@ class Deletions:
     async def purge(self, entry_id: str) -> BinEntry:
         """Delete a model in the bin for good.  Raises NotFound and Unavailable."""
         async with self._one_at_a_time:
-            entry = await asyncio.to_thread(model_bin.find, entry_id, self._roots)
+            entry = await asyncio.to_thread(self._find, entry_id)
             await asyncio.to_thread(model_bin.purge, entry)
         return entry
