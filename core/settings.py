@@ -81,6 +81,11 @@ class Settings(BaseSettings):
         description="Programs whose model folders are scanned as well and used in place: "
         "huggingface, lmstudio, ollama, llama.cpp, separated by commas; empty: none.",
     )
+    browse_path: Annotated[list[Path] | None, NoDecode, BeforeValidator(_split_paths)] = Field(
+        default=None,
+        description="Folders from which models may be chosen and imported, besides the scanned "
+        "ones, separated as in PATH; unset: the user's Downloads and Models; empty: none.",
+    )
     starters: bool = Field(default=True, description="Serve the embedded starter models.")
     formats: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
         default=[
@@ -293,7 +298,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name[:50]!r} is not one of {', '.join(DISCOVERED)}")
         return value
 
-    @field_validator("home", "thermal_file", "models_path")
+    @field_validator("home", "thermal_file", "models_path", "browse_path")
     @classmethod
     def _paths_are_complete(cls, value: Any) -> Any:
         """Replace a leading `~` by the user's folder; a relative path counts from the start."""
