@@ -156,6 +156,9 @@ def _operation(route: Route, path_names: Iterable[str], schemas: _Schemas) -> Sc
             "required": any(field.is_required() for field in fields),
             "content": {"application/json": {"schema": schemas.of(route.body, "validation")}},
         }
+    if route.is_binary:
+        content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+        operation["requestBody"] = {"required": True, "content": content}
     if route.access in (Access.READ, Access.MANAGE):
         operation["security"] = [{}, *({name: []} for name in _SECURITY)]
         if route.access is Access.MANAGE:

@@ -22,7 +22,8 @@ class Route:
 
     The types describe the route in `/openapi.json`; its endpoint reads and checks them itself.
     `event` is the data of one event of a streamed answer.  `name` is the id of the operation, by
-    default that of the endpoint.  GET answers HEAD as well, unless `has_head` is false.
+    default that of the endpoint.  GET answers HEAD as well, unless `has_head` is false.  With
+    `is_binary` the body is bytes.
     """
 
     access: Access
@@ -37,6 +38,7 @@ class Route:
     name: str = ""
     media_type: str = "application/json"
     has_head: bool = True
+    is_binary: bool = False
 
     @property
     def operation_id(self) -> str:

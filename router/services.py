@@ -23,6 +23,7 @@ from core.types import (
 from core.types import Priority as Priority
 from router.hub_service import Hub
 from router.job_service import Jobs
+from router.upload_service import LocalFiles, Uploads
 
 ModelState: TypeAlias = Literal[
     "resident",
@@ -422,8 +423,8 @@ class Services:
     """Everything the HTTP application depends on; without `management` there is no `/api/`.
 
     Without `jobs` there are no long jobs, without `hub` no searches, without `credentials` no keys
-    but that of the settings.  `management_token` lets a web page use `/api/`; with an empty one no
-    page can.
+    but that of the settings, without `uploads` and `files` none.  `management_token` lets a web
+    page use `/api/`; with an empty one no page can.
     """
 
     settings: Settings
@@ -436,3 +437,5 @@ class Services:
     jobs: Jobs | None = None
     hub: Hub | None = None
     credentials: Credentials | None = None
+    uploads: Uploads | None = None
+    files: LocalFiles | None = None

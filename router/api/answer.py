@@ -11,6 +11,8 @@ Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
 def answer(content: BaseModel, status: int = 200, *, is_private: bool = False) -> Response:
-    """Return `content` as JSON; what is private is kept in no cache."""
-    headers = {"cache-control": "no-store"} if is_private else None
+    """Return `content` as JSON, for no browser a page; what is private is kept in no cache."""
+    headers = {"x-content-type-options": "nosniff"}
+    if is_private:
+        headers["cache-control"] = "no-store"
     return Response(content.model_dump_json(), status, headers, media_type="application/json")

@@ -30,6 +30,16 @@ from router.api.downloads import (
     limits_endpoint,
 )
 from router.api.drain import DrainState, drain_endpoint
+from router.api.files import (
+    BrowseQuery,
+    FolderQuery,
+    ImportRequest,
+    browse_endpoint,
+    folders_endpoint,
+    import_endpoint,
+    imports_endpoint,
+    remove_folder_endpoint,
+)
 from router.api.hub import (
     ReadmeQuery,
     RepositoryQuery,
@@ -81,6 +91,16 @@ from router.api.session import (
     open_session_endpoint,
     show_session_endpoint,
 )
+from router.api.uploads import (
+    NewUpload,
+    chunk_endpoint,
+    create_upload_endpoint,
+    delete_upload_endpoint,
+    finish_upload_endpoint,
+    upload_endpoint,
+    upload_file_endpoint,
+    uploads_endpoint,
+)
 from router.context import RouteContext
 from router.http.access import Access
 from router.http.drain import Drain
@@ -89,6 +109,15 @@ from router.job_service import DownloadLimitsView, JobDetail, JobList, Jobs
 from router.requests.strict_body import EmptyBody
 from router.route import Route
 from router.services import Credentials, Management
+from router.upload_service import (
+    FolderListing,
+    LocalFiles,
+    ModelFolders,
+    UploadFileView,
+    UploadList,
+    Uploads,
+    UploadView,
+)
 
 _read = partial(Route, Access.READ, "GET")
 _post = partial(Route, Access.MANAGE, "POST")
@@ -111,6 +140,10 @@ def api_routes(context: RouteContext, drain: Drain) -> Iterator[Route]:
         yield from _download_routes(services.jobs)
     if services.hub is not None:
         yield from _hub_routes(services.hub)
+    if services.uploads is not None:
+        yield from _upload_routes(services.uploads)
+    if services.files is not None and services.jobs is not None:
+        yield from _file_routes(services.files, services.jobs)
     if services.credentials is not None:
         yield from _key_routes(services.credentials)
         yield from _session_routes(services.settings, services.credentials)
@@ -192,6 +225,33 @@ def _hub_routes(hub: Hub) -> Sequence[Route]:
         _delete(token, remove_token_endpoint(hub), answer=HubTokenAnswer, name="removeHubToken"),
         _read(one, repository, query=RepositoryQuery, answer=HubRepositoryAnswer),
         _read(f"{one}/readme", readme, query=ReadmeQuery, answer=HubReadme),
+    ]
+
+
+def _upload_routes(uploads: Uploads) -> Sequence[Route]:
+    all_, one = "/api/uploads", "/api/uploads/{upload_id}"
+    file, finish = f"{one}/{{file}}", finish_upload_endpoint(uploads)
+    create, send = create_upload_endpoint(uploads), chunk_endpoint(uploads)
+    return [
+        _read(all_, uploads_endpoint(uploads), answer=UploadList),
+        _post(all_, create, body=NewUpload, answer=UploadView, status=201),
+        _post(f"{one}/finish", finish, body=EmptyBody, answer=JobDetail, status=202),
+        _read(one, upload_endpoint(uploads), answer=UploadView),
+        _delete(one, delete_upload_endpoint(uploads), status=204),
+        _read(file, upload_file_endpoint(uploads), answer=UploadFileView),
+        _put(file, send, answer=UploadFileView, is_binary=True),
+    ]
+
+
+def _file_routes(files: LocalFiles, jobs: Jobs) -> Sequence[Route]:
+    imports, folders = "/api/imports", "/api/folders"
+    remove = remove_folder_endpoint(files)
+    return [
+        _read("/api/fs/browse", browse_endpoint(files), query=BrowseQuery, answer=FolderListing),
+        _read(imports, imports_endpoint(jobs), answer=JobList),
+        _post(imports, import_endpoint(files), body=ImportRequest, answer=JobDetail, status=202),
+        _read(folders, folders_endpoint(files), answer=ModelFolders),
+        _delete(folders, remove, query=FolderQuery, answer=ModelFolders),
     ]
 
 

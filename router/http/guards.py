@@ -24,6 +24,7 @@ from core.units import KIB, format_bytes
 from router.http.drain import Drain
 from router.http.errors import error_response
 from router.http.own_names import names_this_machine
+from router.http.upload_chunks import CHUNK_BYTES, CHUNK_TYPE, is_chunk
 from router.services import Credentials
 
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/health", "/v1/health"})
@@ -247,7 +248,7 @@ class BodyLimit(Guard):
 
     async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 413 for a declared length, or make `receive` raise BodyTooLarge."""
-        limit = self._settings.max_body
+        limit = CHUNK_BYTES if is_chunk(scope) else self._settings.max_body
         error = BodyTooLarge(f"The request body is larger than {format_bytes(limit)}.")
         declared = header_values(scope, b"content-length")
         if any(value.isdigit() and int(value[:20]) > limit for value in declared):
@@ -272,25 +273,32 @@ class BodyLimit(Guard):
 
 
 class ContentTypeGuard(Guard):
-    """Accepts JSON bodies only: a web page can send other types without a CORS preflight."""
+    """Accepts JSON bodies only: a web page can send other types without a CORS preflight.
+
+    Chunks of uploads are bytes.
+    """
 
     async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 415 or pass on."""
-        if scope["method"] in _BODY_METHODS and not self._is_plain_json(scope):
+        if scope["method"] in _BODY_METHODS and not self._is_plain(scope):
             error = RequestError(
-                "The body must be JSON: send `Content-Type: application/json` and no "
+                "The body must be the bytes of a chunk: send `Content-Type: "
+                "application/octet-stream` and no Content-Encoding."
+                if is_chunk(scope)
+                else "The body must be JSON: send `Content-Type: application/json` and no "
                 "Content-Encoding."
             )
             await self.refusal(error, status=415, headers=CLOSE)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _is_plain_json(self, scope: Scope) -> bool:
+    def _is_plain(self, scope: Scope) -> bool:
         types = header_values(scope, b"content-type")
         encodings = header_values(scope, b"content-encoding")
         if len(types) != 1 or any(value.strip().lower() != b"identity" for value in encodings):
             return False
-        return types[0].partition(b";")[0].strip().lower() == b"application/json"
+        expected = CHUNK_TYPE if is_chunk(scope) else b"application/json"
+        return types[0].partition(b";")[0].strip().lower() == expected
 
 
 class DrainGuard(Guard):

@@ -28,17 +28,17 @@ class EmptyBody(StrictBody):
 Body = TypeVar("Body", bound=StrictBody)
 
 
-async def read_strict(request: Request, model: type[Body]) -> Body:
+async def read_strict(request: Request, model: type[Body], max_bytes: int = MAX_BODY_BYTES) -> Body:
     """Read and validate the body; an empty one is an empty object.
 
-    Raises RequestError naming the field, BodyTooLarge over 64 KiB.
+    Raises RequestError naming the field, BodyTooLarge over `max_bytes`.
     """
     try:
         body = await request.body()
     except ClientDisconnect as error:
         raise RequestError("The client disconnected before its request was complete.") from error
-    if len(body) > MAX_BODY_BYTES:
-        raise BodyTooLarge(f"The body is larger than {format_bytes(MAX_BODY_BYTES)}.")
+    if len(body) > max_bytes:
+        raise BodyTooLarge(f"The body is larger than {format_bytes(max_bytes)}.")
     try:
         return model.model_validate(_parse(body))
     except ValidationError as error:

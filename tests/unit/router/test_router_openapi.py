@@ -18,8 +18,10 @@ from router.route import Route
 from tests.fakes import make_services
 from tests.live_server import client_of
 from tests.unit.router.api.test_router_api import FakeManagement
+from tests.unit.router.api.test_router_files import FakeFiles
 from tests.unit.router.api.test_router_hub import FakeHub
 from tests.unit.router.api.test_router_jobs import FakeJobs
+from tests.unit.router.api.test_router_uploads import FakeUploads
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
             management=FakeManagement(),
             jobs=FakeJobs(),
             hub=FakeHub(),
+            uploads=FakeUploads(),
+            files=FakeFiles(),
             credentials=StoredCredentials(tmp_path_factory.mktemp("keys") / "keys.sqlite"),
         )
     )
