@@ -8,6 +8,7 @@ ImpetusError                    500 server_error            internal_error
 │ ├ PreviousResponseNotFound        previous_response_not_found
 │ ├ ThreadUnsupported               thread_unsupported_request
 │ ├ TemplateRefused                 template_refused
+│ ├ ConversionNeeded                conversion_needed
 │ └ BodyTooLarge                413 request_too_large
 ├ AuthenticationError           401 authentication_error    invalid_api_key
 ├ PermissionDenied              403 permission_error        permission_denied
@@ -184,6 +185,12 @@ class TemplateRefused(RequestError):
     """The model's chat template does not accept these messages or tools."""
 
     code = "template_refused"
+
+
+class ConversionNeeded(RequestError):
+    """The model cannot run here, but a conversion of it can; the message says how to start it."""
+
+    code = "conversion_needed"
 
 
 class BodyTooLarge(RequestError):

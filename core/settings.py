@@ -95,8 +95,14 @@ class Settings(BaseSettings):
         description="Model formats to serve, separated by commas.",
     )
     auto_convert: bool = Field(
-        default=True,
-        description="Convert a model that cannot run on this machine when it is first requested.",
+        default=False,
+        description="Convert a model that cannot run on this machine when it is first requested; "
+        "otherwise its requests get 400 conversion_needed, which says how to convert it.",
+    )
+    conversion_disk: ByteCount = Field(
+        default=100 * 1024**3,
+        ge=0,
+        description="Disk space for all converted models together; 0 forbids conversions.",
     )
     memory_budget: ByteCount | None = Field(
         default=None,

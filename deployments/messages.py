@@ -160,6 +160,19 @@ DEFAULT_CONTEXT = LoadContext()
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryLease:
+    """Memory in bytes that a job asks for; the same `lease_id` asks for the same memory.
+
+    `name` says what the job does, `model_id` names the model that it reads.
+    """
+
+    lease_id: str
+    name: str
+    model_id: str
+    needed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What the scheduler did to a model, and why; `at` is Unix time in seconds."""
 

@@ -51,10 +51,23 @@ class JobFile(Answer):
     sha256: str
 
 
+class ConversionView(Answer):
+    """What a conversion makes of the model `source`.
+
+    `group_size` is null for formats without that choice.
+    """
+
+    source: str
+    format: str
+    quantization: str
+    group_size: int | None
+
+
 class JobDetail(JobView):
     """A job with what it does; `commit` and `url` are empty where there is none.
 
-    `folder` is that of the model, `model_ids` are what the catalog has of it.
+    `folder` is that of the model, `model_ids` are what the catalog has of it.  `conversion` is null
+    for other jobs.
     """
 
     repository: str = ""
@@ -63,6 +76,7 @@ class JobDetail(JobView):
     folder: str = ""
     files: tuple[JobFile, ...] = ()
     model_ids: tuple[str, ...] = ()
+    conversion: ConversionView | None = None
 
 
 class JobList(Answer):

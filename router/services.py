@@ -21,6 +21,7 @@ from core.types import (
     TokenizeOptions,
 )
 from core.types import Priority as Priority
+from router.conversion_service import Conversions
 from router.hub_service import Hub
 from router.job_service import Jobs
 from router.upload_service import LocalFiles, Uploads
@@ -422,9 +423,10 @@ class Telemetry(Protocol):
 class Services:
     """Everything the HTTP application depends on; without `management` there is no `/api/`.
 
-    Without `jobs` there are no long jobs, without `hub` no searches, without `credentials` no keys
-    but that of the settings, without `uploads` and `files` none.  `management_token` lets a web
-    page use `/api/`; with an empty one no page can.
+    Without `jobs` there are no long jobs, without `hub` no searches, without `conversions` no
+    conversions on request, without `credentials` no keys but that of the settings, without
+    `uploads` and `files` none.  `management_token` lets a web page use `/api/`; with an empty one
+    no page can.
     """
 
     settings: Settings
@@ -439,3 +441,4 @@ class Services:
     credentials: Credentials | None = None
     uploads: Uploads | None = None
     files: LocalFiles | None = None
+    conversions: Conversions | None = None

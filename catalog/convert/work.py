@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ class ConversionWork:
     """A conversion of the model `model_id` to the folder `target`, which does not exist before.
 
     `group_size` is the weights that share a scale in MLX; other formats have no choice.
+    `source_bytes` is the size of the model's files, by which progress is counted.
     """
 
     model_id: str
@@ -27,6 +28,7 @@ class ConversionWork:
     quantization: str
     group_size: int
     target: Path
+    source_bytes: int = field(default=0, compare=False)
 
     @property
     def kind(self) -> str:
@@ -48,46 +50,43 @@ class ConversionWork:
         return cls(**{**values, "target": Path(values["target"])})
 
 
-@dataclass(frozen=True, slots=True)
-class ConversionWish:
-    """A conversion as a user asks for it; what is empty or None is chosen."""
-
-    model: str
-    format: str
-    quantization: str = ""
-    group_size: int | None = None
-    name: str = ""
-
-
 def kind_of(target_format: str, quantization: str, group_size: int) -> str:
     """Return the name of the folder of results of one kind."""
     kind = f"{target_format}-{quantization}"
     return kind if group_size == DEFAULT_GROUP_SIZE else f"{kind}-g{group_size}"
 
 
-def planned(wish: ConversionWish, model_id: str, info: ModelInfo, models: Path) -> ConversionWork:
-    """Return the work for a wish; its target is in the folder `models`.
+def planned(
+    model_id: str,
+    info: ModelInfo,
+    models: Path,
+    target_format: str,
+    *,
+    quantization: str = "",
+    group_size: int | None = None,
+    name: str = "",
+) -> ConversionWork:
+    """Return the work for a user's choices; its target is in the folder `models`.
 
-    Raises RequestError for choices that do not exist, UnsupportedCapability with the reason for a
-    conversion that is not possible.
+    What is empty or None is chosen.  Raises RequestError for choices that do not exist,
+    UnsupportedCapability with the reason for a conversion that is not possible.
     """
-    group_size = DEFAULT_GROUP_SIZE if wish.group_size is None else wish.group_size
-    if group_size not in MLX_GROUP_SIZES:
+    size = DEFAULT_GROUP_SIZE if group_size is None else group_size
+    if size not in MLX_GROUP_SIZES:
         raise RequestError(
-            f"group_size is {group_size}; MLX supports 32, 64 and 128.", param="group_size"
+            f"group_size is {size}; MLX supports 32, 64 and 128.", param="group_size"
         )
-    if wish.group_size is not None and wish.format != "mlx":
+    if group_size is not None and target_format != "mlx":
         raise RequestError(
-            f"group_size is a choice of MLX alone; leave it out for {wish.format[:40]}.",
+            f"group_size is a choice of MLX alone; leave it out for {target_format[:40]}.",
             param="group_size",
         )
-    if wish.name and not _NAME.fullmatch(wish.name):
+    if name and not _NAME.fullmatch(name):
         raise RequestError(
-            f"{wish.name[:100]!r} is not a name for a converted model: up to 96 letters, digits, "
+            f"{name[:100]!r} is not a name for a converted model: up to 96 letters, digits, "
             "dots, hyphens and underscores, a letter or digit first.",
             param="name",
         )
-    quantization = check(info, wish.format, wish.quantization)
-    kind = kind_of(wish.format, quantization, group_size)
-    target = models / kind / (wish.name or info.name)
-    return ConversionWork(model_id, wish.format, quantization, group_size, target)
+    chosen = check(info, target_format, quantization)
+    target = models / kind_of(target_format, chosen, size) / (name or info.name)
+    return ConversionWork(model_id, target_format, chosen, size, target, info.size_bytes)

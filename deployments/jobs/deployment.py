@@ -2,37 +2,47 @@
 
 import asyncio
 import logging
-import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from backends.registry import backends_for
+from catalog.convert.forecast import SpeedFile
+from catalog.convert.work import ConversionWork
 from catalog.hub.client import HubClient
 from catalog.hub.download.job import DownloadJob
 from catalog.hub.fit import Room
 from catalog.hub.token import TokenFile, check_token, current_token, owner_of
 from catalog.job_store import JobStore
-from catalog.jobs import ENDED, Job
+from catalog.jobs import Job
 from catalog.models import ModelRecord
-from catalog.store import CatalogStore
-from core.errors import BrokenModel, ImpetusError, RequestError, Unavailable
+from core.errors import ImpetusError, Unavailable
 from core.settings import Settings
 from core.supervision import Supervisor, call_in_thread
+from deployments.jobs.catalog import CatalogReader
+from deployments.jobs.conversion_requests import ConversionRequests
+from deployments.jobs.conversions import KIND as CONVERSION
+from deployments.jobs.conversions import ConversionJobs
 from deployments.jobs.downloads import KIND as DOWNLOAD
-from deployments.jobs.downloads import DownloadJobs, is_there
+from deployments.jobs.downloads import DownloadJobs, add_download, prepare
 from deployments.jobs.hub import HubReader
 from deployments.jobs.limits import DownloadLimits, LimitsFile
-from deployments.jobs.runner import JobRunner
+from deployments.jobs.memory import MemoryLeases
+from deployments.jobs.runner import JobHandler, JobRunner
 from deployments.jobs.strain import StrainWatch
-from deployments.jobs.views import detail_of, view_of
+from deployments.jobs.views import (
+    conversion_activity,
+    conversion_detail,
+    download_activity,
+    download_detail,
+    view_of,
+)
 from deployments.messages import SchedulerSnapshot
 from deployments.options import budget_bytes, engine_options
 from deployments.serve.awake import keep_awake
 from deployments.serve.handles import Handle, call, direct, returning_errors
 from deployments.serve.worker import prepare_worker
+from router.conversion_service import ConversionTargets, ConversionWish
 from router.hub_service import (
     HubReadme,
     HubRepositoryAnswer,
@@ -45,11 +55,6 @@ from router.job_service import DownloadLimitsView, JobDetail, JobView
 logger = logging.getLogger(__name__)
 
 _SCHEDULER_LIMIT_S = 5.0
-# A scan of large folders may take long; the job is done all the same.
-_SCAN_LIMIT_S = 60.0
-# A scan lists no file that was written within the last 3 s.
-_REGISTER_LIMIT_S = 15.0
-_REGISTER_POLL_S = 1.0
 _LOAD_LIMIT_S = 10.0
 _SILENCE_S = 60.0
 
@@ -65,18 +70,26 @@ class JobsReplica:
         self._settings = settings
         self._scheduler = direct(scheduler)
         self._token_file = TokenFile(settings.home)
-        self._downloads = DownloadJobs(self._token, self._register)
+        backends = backends_for(settings.formats)
+        options = engine_options(settings, budget_bytes(settings))
+        self._catalog = CatalogReader(settings.catalog_file, scheduler)
+        self._downloads = DownloadJobs(self._token, self._catalog.register)
+        speeds = SpeedFile(settings.home / "conversion_speeds.json")
+        memory = MemoryLeases(scheduler)
+        self._conversions = ConversionJobs(settings, self._catalog, memory, speeds)
+        self._conversion_requests = ConversionRequests(
+            settings, backends, options, self._catalog, self._conversions, speeds
+        )
         self._limits_file = LimitsFile(settings.home / "download_limits.json")
         self._limits = DownloadLimits()
         self._strain = StrainWatch(scheduler, {DOWNLOAD})
         self._hub = HubReader(
-            backends_for(settings.formats),
-            engine_options(settings, budget_bytes(settings)),
+            backends,
+            options,
             settings.home / "models" / "hub",
             self._room,
             lambda: HubClient(token=self._token()),
         )
-        self._catalog: CatalogStore | None = None
         self._runner: JobRunner | None = None
         self._problem = "The stored jobs are being read."
         self._has_runner = asyncio.Event()
@@ -99,7 +112,11 @@ class JobsReplica:
             self._problem = problem.message
             raise
         try:
-            handlers = {DOWNLOAD: self._downloads}
+            handlers: dict[str, JobHandler] = {
+                DOWNLOAD: self._downloads,
+                CONVERSION: self._conversions,
+            }
+            await call_in_thread("impetus-sweep", self._conversions.sweep)
             self._use(await call_in_thread("impetus-limits", self._limits_file.read))
             runner = JobRunner(
                 store,
@@ -115,6 +132,7 @@ class JobsReplica:
         finally:
             self._runner = None
             self._has_runner.clear()
+            await self._conversions.close()
             store.close()
 
     def _token(self) -> str:
@@ -144,40 +162,6 @@ class JobsReplica:
                 "The scheduler does not tell how much memory is free; try again.", retry_after_s=5
             ) from problem
         return Room(found.budget_bytes, found.budget_bytes - found.used_bytes)
-
-    async def _register(self, folder: Path) -> None:
-        """Have the folders scanned until the catalog has the model; else a later scan finds it.
-
-        Raises BrokenModel if the scan refused all that is in the folder.
-        """
-        end = time.monotonic() + _REGISTER_LIMIT_S
-        while True:
-            await self._rescan(folder)
-            found = await call_in_thread("impetus-catalog", lambda: self._records_in(folder))
-            if found or time.monotonic() >= end:
-                break
-            await asyncio.sleep(_REGISTER_POLL_S)
-        if found and all(record.state == "refused" for record in found):
-            raise BrokenModel(f"{folder.name} cannot be used here: {found[0].reason}")
-
-    async def _rescan(self, folder: Path) -> None:
-        try:
-            async with asyncio.timeout(_SCAN_LIMIT_S):
-                await call(self._scheduler.rescan.remote())
-        except (ImpetusError, TimeoutError) as problem:
-            logger.warning("the folders are not scanned for %s yet: %r", folder.name, problem)
-
-    def _records_in(self, folder: Path) -> list[ModelRecord]:
-        """Return what the catalog has of a download's folder; blocks."""
-        real = os.path.realpath(folder)
-        try:
-            if self._catalog is None:
-                self._catalog = CatalogStore(self._settings.catalog_file)
-            records = self._catalog.models()
-        except ImpetusError as problem:
-            logger.warning("the catalog cannot be read: %s", problem.message)
-            return []
-        return [record for record in records if Path(record.key).is_relative_to(real)]
 
     async def check_health(self) -> None:
         """Raise Unavailable if a background task keeps failing: Serve replaces this process."""
@@ -220,8 +204,28 @@ class JobsReplica:
         """Return the job of a download; see `router.job_service.Jobs`."""
         await self._loaded()
         wanted = await self._hub.plan(model, revision, entry)
-        await call_in_thread("impetus-target", lambda: _prepare(wanted))
-        return await self._changed(lambda runner: _add(runner, wanted))
+        await call_in_thread("impetus-target", lambda: prepare(wanted))
+        return await self._changed(lambda runner: add_download(runner, wanted))
+
+    @returning_errors
+    async def conversion_targets(self, model: str) -> ConversionTargets:
+        """Return what a model can be converted to; see `router.conversion_service`."""
+        return await self._conversion_requests.targets(model)
+
+    @returning_errors
+    async def convert(self, wish: ConversionWish) -> JobDetail:
+        """Return the job of a conversion; see `router.conversion_service.Conversions`."""
+        runner = await self._loaded()
+        job = await self._conversion_requests.begin(wish, runner)
+        return await self._changed(lambda _: job)
+
+    @returning_errors
+    async def explain_unrunnable(self, model_id: str, problem: ImpetusError) -> None:
+        """Raise what a request for a model gets that cannot run here because of `problem`.
+
+        With the setting `auto_convert` the conversion that helps begins.
+        """
+        raise await self._conversion_requests.answer(model_id, problem, await self._loaded())
 
     @returning_errors
     async def limits(self) -> DownloadLimitsView:
@@ -305,52 +309,26 @@ class JobsReplica:
         return await self._detail(runner, job)
 
     def _view(self, runner: JobRunner, job: Job) -> JobView:
-        return view_of(job, self._downloads.progress.get(job.id), runner.held_back(job))
+        activity = (
+            conversion_activity(self._conversions.progress(job.id), job.total)
+            if job.kind == CONVERSION
+            else download_activity(self._downloads.progress.get(job.id))
+        )
+        return view_of(job, activity, runner.held_back(job))
 
     async def _detail(self, runner: JobRunner, job: Job) -> JobDetail:
+        view = self._view(runner, job)
+        is_conversion = job.kind == CONVERSION
         found: list[ModelRecord] = []
         if job.state == "done":
-            folder = DownloadJob.from_json(job.work).target
-            found = await call_in_thread("impetus-catalog", lambda: self._records_in(folder))
-        return detail_of(job, self._view(runner, job), tuple(record.id for record in found))
+            work = ConversionWork if is_conversion else DownloadJob
+            found = await self._catalog.records_in(work.from_json(job.work).target)
+        detail = conversion_detail if is_conversion else download_detail
+        return detail(job, view, tuple(record.id for record in found))
 
     def __del__(self) -> None:
         """Cancel all tasks; the children end with this process."""
         if hasattr(self, "_supervisor"):
             self._supervisor.cancel()
-        if hasattr(self, "_catalog") and self._catalog is not None:
+        if hasattr(self, "_catalog"):
             self._catalog.close()
-
-
-def _prepare(wanted: DownloadJob) -> None:
-    """Make the folder around the target; blocks.
-
-    Raises RequestError if the target is there with something else, ImpetusError for the disk.
-    """
-    if wanted.target.exists() and not is_there(wanted):
-        raise RequestError(
-            f"{wanted.target} is there, but has another revision, or lacks files of "
-            f"{wanted.repository}, or has others; delete the model, or move it away first.",
-            param="model",
-        )
-    try:
-        wanted.target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise ImpetusError(
-            f"{wanted.target.parent} cannot be created ({problem.strerror}); make the folder "
-            "writable."
-        ) from problem
-
-
-def _add(runner: JobRunner, wanted: DownloadJob) -> Job:
-    """Return a new job, or the one that downloads the same model already."""
-    for job in runner.jobs():
-        if job.kind == DOWNLOAD and job.state not in ENDED:
-            other = DownloadJob.from_json(job.work)
-            if other.target == wanted.target:
-                return job
-    return runner.add(DOWNLOAD, _title(wanted), wanted.to_json())
-
-
-def _title(wanted: DownloadJob) -> str:
-    return wanted.target.name if wanted.url else f"{wanted.repository}: {wanted.files[0].path}"

@@ -10,9 +10,9 @@ from pathlib import Path
 from catalog.hub.download.job import DownloadJob
 from catalog.hub.download.record import has_size, read_record, without_secrets
 from catalog.hub.download.run import DownloadProgress, discard, run_download
-from catalog.jobs import Job
-from core.errors import BrokenModel
-from deployments.jobs.runner import Report
+from catalog.jobs import ENDED, Job
+from core.errors import BrokenModel, ImpetusError, RequestError
+from deployments.jobs.runner import JobRunner, Report
 
 KIND = "download"
 
@@ -81,3 +81,37 @@ def is_there(wanted: DownloadJob) -> bool:
         and record.hashes.keys() == {file.path for file in wanted.files}
         and all(has_size(wanted.target / file.path, file.size_bytes) for file in wanted.files)
     )
+
+
+def prepare(wanted: DownloadJob) -> None:
+    """Make the folder around the target; blocks.
+
+    Raises RequestError if the target is there with something else, ImpetusError for the disk.
+    """
+    if wanted.target.exists() and not is_there(wanted):
+        raise RequestError(
+            f"{wanted.target} is there, but has another revision, or lacks files of "
+            f"{wanted.repository}, or has others; delete the model, or move it away first.",
+            param="model",
+        )
+    try:
+        wanted.target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ImpetusError(
+            f"{wanted.target.parent} cannot be created ({problem.strerror}); make the folder "
+            "writable."
+        ) from problem
+
+
+def add_download(runner: JobRunner, wanted: DownloadJob) -> Job:
+    """Return a new job, or the one that downloads the same model already."""
+    for job in runner.jobs():
+        if job.kind == KIND and job.state not in ENDED:
+            other = DownloadJob.from_json(job.work)
+            if other.target == wanted.target:
+                return job
+    return runner.add(KIND, _title(wanted), wanted.to_json())
+
+
+def _title(wanted: DownloadJob) -> str:
+    return wanted.target.name if wanted.url else f"{wanted.repository}: {wanted.files[0].path}"

@@ -17,7 +17,14 @@ from typing import Protocol
 from catalog import jobs
 from catalog.job_store import MAX_ENDED, JobStore
 from catalog.jobs import ENDED, Job, JobInterrupted, JobLimits
-from core.errors import ImpetusError, InsufficientDisk, NotFound, RequestError, Unavailable
+from core.errors import (
+    ImpetusError,
+    InsufficientDisk,
+    InsufficientMemory,
+    NotFound,
+    RequestError,
+    Unavailable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +44,8 @@ class JobHandler(Protocol):
         """Do the work, telling how much of all is done; what an earlier run did is used.
 
         Cancelling stops it and keeps what is done.  Raises Unavailable for what may pass by
-        itself, JobInterrupted if its process ended, other ImpetusErrors for good.
+        itself, JobInterrupted if its process ended, other ImpetusErrors for good; so does
+        InsufficientMemory.
         """
         ...
 
@@ -215,7 +223,7 @@ class JobRunner:
             return
         if isinstance(problem, JobInterrupted):
             self._set(jobs.interrupt(job, problem.message, now))
-        elif isinstance(problem, Unavailable):
+        elif isinstance(problem, Unavailable) and not isinstance(problem, InsufficientMemory):
             usual = _DISK_RETRY_S if isinstance(problem, InsufficientDisk) else _RETRY_S
             again = now + (problem.retry_after_s or usual)
             self._set(jobs.wait(job, problem.message, problem.code, again))

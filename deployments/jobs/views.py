@@ -1,41 +1,82 @@
 """Shows jobs as the API does; pure."""
 
+from dataclasses import dataclass
+
+from catalog.convert.run import ConversionProgress
+from catalog.convert.work import ConversionWork
 from catalog.hub.download.job import DownloadJob
 from catalog.hub.download.record import without_secrets
 from catalog.hub.download.run import DownloadProgress
 from catalog.jobs import Job
-from router.job_service import JobDetail, JobFile, JobView
+from deployments.jobs.conversions import remaining_s
+from router.job_service import ConversionView, JobDetail, JobFile, JobView
 
 _LONGEST_REASON = 2000
 
 
-def view_of(job: Job, progress: DownloadProgress | None, held_back: str) -> JobView:
-    """Return a job as the list shows it; `progress` is that of a download which runs.
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a job that runs does now; a speed of 0 and None for times mean unknown.
 
-    `held_back` says why a job of the queue does not start.
+    `done_bytes` None means what the job itself says.
     """
-    running = progress if job.state == "running" else None
-    now = running.reason if running else held_back
+
+    text: str = ""
+    done_bytes: int | None = None
+    bytes_per_s: float = 0.0
+    remaining_s: float | None = None
+    stalled_s: float = 0.0
+
+
+_NOTHING = Activity()
+
+
+def download_activity(progress: DownloadProgress | None) -> Activity:
+    """Return what a download does; `progress` is None while it does not run."""
+    if progress is None:
+        return _NOTHING
+    return Activity(
+        progress.reason,
+        bytes_per_s=progress.speed,
+        remaining_s=progress.remaining_s,
+        stalled_s=progress.stalled_s,
+    )
+
+
+def conversion_activity(found: tuple[ConversionProgress, float] | None, total: int) -> Activity:
+    """Return what a conversion of `total` bytes does, after the seconds that it has run."""
+    if found is None:
+        return _NOTHING
+    progress, active_s = found
+    done = int(progress.fraction * total)
+    speed = done / active_s if active_s > 0 else 0.0
+    return Activity(progress.doing, done, speed, remaining_s(progress.fraction, active_s))
+
+
+def view_of(job: Job, activity: Activity, held_back: str) -> JobView:
+    """Return a job as the list shows it; `held_back` says why one of the queue does not start."""
+    is_running = job.state == "running"
+    now = activity if is_running else _NOTHING
     return JobView(
         id=job.id,
         kind=job.kind,
         title=job.title,
         state=job.state,
-        reason=(job.reason or now)[:_LONGEST_REASON],
+        reason=(job.reason or (now.text if is_running else held_back))[:_LONGEST_REASON],
         code=job.code,
         created_at=job.created,
         started_at=job.started,
         ended_at=job.ended,
         retry_at=job.not_before,
-        done_bytes=job.done,
+        done_bytes=job.done if now.done_bytes is None else now.done_bytes,
         total_bytes=job.total,
-        bytes_per_s=running.speed if running else 0.0,
-        remaining_s=running.remaining_s if running else None,
-        stalled_s=running.stalled_s if running else 0.0,
+        bytes_per_s=now.bytes_per_s,
+        remaining_s=now.remaining_s,
+        stalled_s=now.stalled_s,
     )
 
 
-def detail_of(job: Job, view: JobView, model_ids: tuple[str, ...]) -> JobDetail:
+def download_detail(job: Job, view: JobView, model_ids: tuple[str, ...]) -> JobDetail:
     """Return a download with what it fetches; `model_ids` are what the catalog has of it."""
     wanted = DownloadJob.from_json(job.work)
     files = tuple(
@@ -50,4 +91,20 @@ def detail_of(job: Job, view: JobView, model_ids: tuple[str, ...]) -> JobDetail:
         folder=str(wanted.target),
         files=files,
         model_ids=model_ids,
+    )
+
+
+def conversion_detail(job: Job, view: JobView, model_ids: tuple[str, ...]) -> JobDetail:
+    """Return a conversion with its choices; `model_ids` are what the catalog has of its result."""
+    work = ConversionWork.from_json(job.work)
+    return JobDetail(
+        **view.model_dump(),
+        folder=str(work.target),
+        model_ids=model_ids,
+        conversion=ConversionView(
+            source=work.model_id,
+            format=work.target_format,
+            quantization=work.quantization,
+            group_size=work.group_size if work.target_format == "mlx" else None,
+        ),
     )

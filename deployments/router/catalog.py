@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from core.errors import (
     BackendUnavailable,
     BrokenModel,
     ImpetusError,
+    InsufficientMemory,
     ModelFileMissing,
     ModelNotFound,
     Unavailable,
@@ -47,7 +48,10 @@ class CatalogView:
         settings: Settings,
         scheduler: Handle,
         model_states: ModelStatesWatch,
+        explain: Callable[[str, ImpetusError], Awaitable[ImpetusError]],
     ) -> None:
+        """`explain` returns the error for a model that cannot run here, given why it cannot."""
+        self._explain = explain
         self._store = CatalogStore(settings.catalog_file)
         self._scheduler = direct(scheduler)
         self._model_states = model_states
@@ -87,9 +91,16 @@ class CatalogView:
             converted = self._converted(record)
             if converted is not None:
                 return converted
-            await call(self._scheduler.explain.remote(record.id))
-            raise BackendUnavailable(f"{record.id} cannot run here: {view.reason}", param="model")
+            raise await self._unrunnable(record, view)
         return view
+
+    async def _unrunnable(self, record: ModelRecord, view: ModelView) -> ImpetusError:
+        """Return why a model cannot run here, with the conversion that helps, if there is one."""
+        try:
+            await call(self._scheduler.explain.remote(record.id))
+        except (BackendUnavailable, InsufficientMemory) as problem:
+            return await self._explain(record.id, problem)
+        return BackendUnavailable(f"{record.id} cannot run here: {view.reason}", param="model")
 
     def _chosen(self, name: str) -> tuple[ModelRecord, ModelView] | None:
         candidates = self._candidates(name)

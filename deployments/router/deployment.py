@@ -74,13 +74,15 @@ class RouterReplica:
             scheduler,
             own_parts=self._supervisor.parts,
         )
-        self._catalog = CatalogView(settings, scheduler, model_states)
+        jobs_client = JobsClient(jobs)
+        self._catalog = CatalogView(
+            settings, scheduler, model_states, jobs_client.explain_unrunnable
+        )
         self._management = SchedulerManagement(settings, scheduler, log)
         self._credentials = StoredCredentials(settings.key_database)
         self._supervisor.keep_running("uses of API keys", self._credentials.save_uses)
         metrics = Metrics()
         metrics.registry.register(telemetry)
-        jobs_client = JobsClient(jobs)
         services = Services(
             settings,
             self._catalog,
@@ -101,6 +103,7 @@ class RouterReplica:
             jobs_client,
             jobs_client,
             self._credentials,
+            conversions=jobs_client,
         )
         requests = Drain()
         self._app = create_app(services, metrics=metrics, drain=requests)

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.errors import Unavailable
+from core.errors import ImpetusError, Unavailable
 from deployments.serve.handles import Handle, ReplicaDied, call, direct
+from router.conversion_service import ConversionTargets, ConversionWish
 from router.hub_service import (
     HubReadme,
     HubRepositoryAnswer,
@@ -16,12 +17,13 @@ from router.hub_service import (
 from router.job_service import DownloadLimitsView, JobDetail, JobView
 
 _LIMIT_S = 15.0
+_EXPLAIN_LIMIT_S = 5.0
 # For what asks the hub, each answer of which may take half a minute.
 _HUB_LIMIT_S = 180.0
 
 
 class JobsClient:
-    """Implements `router.job_service.Jobs` and `router.hub_service.Hub`."""
+    """Implements `router.job_service.Jobs`, `router.hub_service.Hub` and `Conversions`."""
 
     def __init__(self, jobs: Handle) -> None:
         self._jobs = direct(jobs)
@@ -54,6 +56,29 @@ class JobsClient:
     async def download(self, model: str, revision: str, entry: str) -> JobDetail:
         """Return the job of a download."""
         return await _detail(self._jobs.download.remote(model, revision, entry), _HUB_LIMIT_S)
+
+    async def conversion_targets(self, model: str) -> ConversionTargets:
+        """Return what a model can be converted to."""
+        found: ConversionTargets = await _answer(self._jobs.conversion_targets.remote(model))
+        return found
+
+    async def convert(self, wish: ConversionWish) -> JobDetail:
+        """Return the job of a conversion."""
+        return await _detail(self._jobs.convert.remote(wish))
+
+    async def explain_unrunnable(self, model_id: str, problem: ImpetusError) -> ImpetusError:
+        """Return what a request for a model gets that cannot run here because of `problem`.
+
+        That is `problem` itself without an answer within 5 s.
+        """
+        try:
+            async with asyncio.timeout(_EXPLAIN_LIMIT_S):
+                await call(self._jobs.explain_unrunnable.remote(model_id, problem))
+        except (ReplicaDied, TimeoutError):
+            return problem
+        except ImpetusError as answer:
+            return answer
+        return problem
 
     async def limits(self) -> DownloadLimitsView:
         """Return the limits of downloads."""

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from deployments.messages import (
     BinEntry,
     Decision,
     LoadContext,
+    MemoryLease,
     MemoryPreview,
     ModelStates,
     NodeMemory,
@@ -31,7 +31,6 @@ from deployments.messages import (
     SchedulerSnapshot,
 )
 from deployments.options import budget_bytes, engine_options
-from deployments.scheduler.conversions import Conversions
 from deployments.scheduler.deaths import ProcessDeaths
 from deployments.scheduler.deletions import Deletions
 from deployments.scheduler.faults import FaultFile, Faults
@@ -48,7 +47,6 @@ from deployments.scheduler.reservations import Reservations
 from deployments.scheduler.scanning import Scanner
 from deployments.scheduler.snapshot import take_snapshot
 from deployments.scheduler.thermal import ThermalWatch
-from deployments.serve.awake import keep_awake
 from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, returning_errors
 from deployments.serve.status import existing_replicas, own_node_id, running_deployments
@@ -90,17 +88,13 @@ class SchedulerReplica:
         self._store = CatalogStore(settings.catalog_file)
         self._format_clients = FormatClients(formats, self._backends, running)
         self._reservations, self._supervisor = Reservations(), Supervisor()
+        self._pauses_jobs = False
         self._published = PublishedStates(self._model_states, lambda: self._faults.expires_in_s())
         self._scanner = Scanner(settings, self._store, self._backends, self._supervisor)
         self._node_id = own_node_id()
         fault_file = FaultFile(settings.home / "faults.json", self._node_id)
         self._faults = Faults(fault_file, on_change=self._published.notify)
-        self._conversions = Conversions(
-            settings, self._backends, self._options, self._scanner.scan, self._reserve_memory
-        )
-        self._lookup = ModelLookup(
-            self._store, self._planner, self._conversions, self._scanner.rescan
-        )
+        self._lookup = ModelLookup(self._store, self._planner, self._scanner.rescan)
         self._deaths = ProcessDeaths(
             DeathRecords(settings.home),
             lambda: self._ledgers.values(),
@@ -132,7 +126,7 @@ class SchedulerReplica:
             self._store,
             lambda: list(self._ledgers.values()),
             self._release,
-            self._conversions.is_converted,
+            self._reservations.is_used,
             self._scanner.scan,
         )
         self._recovery = Recovery(
@@ -143,9 +137,6 @@ class SchedulerReplica:
             self._ledger_of,
             self._residency,
         )
-        # Requests are the router's; a conversion goes on after the request that started it.
-        conversions = self._conversions
-        keep_awake(self._supervisor, settings, lambda: conversions.is_running)
         keep_running = self._supervisor.keep_running
         watched = replace(self._supervisor.policy, silence_s=_SILENCE_S)
         optional = replace(self._supervisor.policy, is_vital=False)
@@ -154,6 +145,7 @@ class SchedulerReplica:
             keep_running("folder watch", self._scanner.watch, optional),
             keep_running("thermal watch", self._thermal.run, watched),
             keep_running("publisher", publisher.run, watched),
+            keep_running("memory leases", lambda: self._reservations.run(self._ledger), watched),
             *self._recovery.start(self._supervisor, list(self._backends), self._prepare),
             return_exceptions=True,
         )
@@ -172,17 +164,8 @@ class SchedulerReplica:
             self._published.notify,
         )
 
-    def _reserve_memory(
-        self, name: str, needed_bytes: int, timeout_s: float
-    ) -> AbstractAsyncContextManager[Callable[[int], None]]:
-        return self._reservations.reserve(self._ledger, name, needed_bytes, timeout_s)
-
     async def _prepare(self) -> None:
-        """Remove leftovers of conversions and restore the models' settings."""
-        try:
-            await asyncio.to_thread(self._conversions.sweep)
-        except OSError:
-            logger.exception("leftovers of conversions cannot be removed")
+        """Restore the models' settings."""
         for record in await self._lookup.records():
             if record.settings != ModelSettings():
                 self._configure(record)
@@ -240,10 +223,7 @@ class SchedulerReplica:
 
     @returning_errors
     async def explain(self, model_id: str) -> None:
-        """Raise why a model cannot run here, and start the conversion that helps, if any.
-
-        Returns if the model can run.
-        """
+        """Raise why a model cannot run here; return if it can."""
         await self._lookup.explain(model_id)
 
     @returning_errors
@@ -280,6 +260,19 @@ class SchedulerReplica:
             priority or "interactive",
             is_resumed=context.is_resumed,
         )
+
+    @returning_errors
+    async def lease_memory(self, lease: MemoryLease, timeout_s: float) -> None:
+        """Hold memory for a job of another process; see `Reservations.lease`."""
+        await self._reservations.lease(self._ledger, lease, timeout_s)
+
+    async def renew_memory(self, lease_id: str, measured_bytes: int) -> bool:
+        """Keep a lease, counting measured memory; False for one that is not held any more."""
+        return self._reservations.renew(self._ledger, lease_id, measured_bytes)
+
+    async def return_memory(self, lease_id: str) -> None:
+        """Free the memory of a lease."""
+        await self._reservations.give_back(self._ledger, lease_id)
 
     async def _wait_until_asked(self) -> None:
         """Wait until the formats said what they hold; raise Unavailable after a request's time."""
@@ -412,10 +405,10 @@ class SchedulerReplica:
         await self._deaths.died(model_id, replica_id)
 
     async def _apply_directive(self, directive: Directive) -> None:
-        """Apply the thermal directive to conversions and the ledger; engines get their limits."""
-        if self._conversions.is_paused != directive.pauses_jobs:
-            self._conversions.pause(is_on=directive.pauses_jobs)
-            action = "pause conversions" if directive.pauses_jobs else "let conversions go on"
+        """Apply the thermal directive to the ledger and tell others; engines get their limits."""
+        if self._pauses_jobs != directive.pauses_jobs:
+            self._pauses_jobs = directive.pauses_jobs
+            action = "pause jobs" if directive.pauses_jobs else "let jobs go on"
             self._log.record("thermal", action, f"the machine is {self._thermal.state.label}")
         # Sensors exist only for the scheduler's own machine.
         await self._ledger.set_critical(is_critical=directive.unloads_idle)
@@ -427,5 +420,4 @@ class SchedulerReplica:
     def __del__(self) -> None:
         """Cancel all tasks and close the catalog."""
         self._supervisor.cancel()
-        self._conversions.cancel()
         self._store.close()

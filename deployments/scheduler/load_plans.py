@@ -64,10 +64,6 @@ class LoadPlanner:
         if not availability.is_available:
             raise BackendUnavailable(availability.reason)
 
-    def serves(self, record: ModelRecord) -> bool:
-        """Whether the model's format is enabled."""
-        return record.info.format in self._backends
-
     def estimate(self, record: ModelRecord) -> MemoryEstimate:
         """Return the memory of the model with its full context.  Raises InsufficientMemory."""
         return self._estimate(record, self._full(record))

@@ -5,8 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from catalog.models import ModelRecord
 from catalog.store import CatalogStore
-from core.errors import BackendUnavailable, ImpetusError, InsufficientMemory, ModelNotFound
-from deployments.scheduler.conversions import Conversions
+from core.errors import InsufficientMemory, ModelNotFound
 from deployments.scheduler.load_plans import LoadPlanner
 from scheduler.state import LoadPlan
 
@@ -18,14 +17,12 @@ class ModelLookup:
         self,
         store: CatalogStore,
         planner: LoadPlanner,
-        conversions: Conversions,
         inspect_again: Callable[[str], Awaitable[None]],
     ) -> None:
         """`inspect_again` inspects the file at a path whose inspection failed the last time."""
         self._inspect_again = inspect_again
         self._store = store
         self._planner = planner
-        self._conversions = conversions
 
     async def records(self) -> Sequence[ModelRecord]:
         """Return all models of the catalog."""
@@ -58,21 +55,12 @@ class ModelLookup:
             raise self._planner.with_smaller(record, problem, await self.records()) from problem
 
     async def explain(self, model_id: str) -> None:
-        """Raise why a model cannot run here, starting the conversion that helps, if there is one.
-
-        Returns where the model can run.
-        """
+        """Raise why a model cannot run here, naming a smaller variant; return where it can."""
         record = await self.find(model_id)
         if record is None:
             raise ModelNotFound.of(model_id, [])
+        self._planner.check(record)
         try:
-            self._planner.check(record)
             self._planner.estimate(record)
-        except (BackendUnavailable, InsufficientMemory) as problem:
-            others = await self.records()
-            told: ImpetusError = problem
-            if isinstance(problem, InsufficientMemory):
-                told = self._planner.with_smaller(record, problem, others)
-            if not self._planner.serves(record):
-                raise
-            raise self._conversions.answer(record, told, others) from problem
+        except InsufficientMemory as problem:
+            raise self._planner.with_smaller(record, problem, await self.records()) from problem

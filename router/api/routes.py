@@ -20,6 +20,12 @@ from router.api.bin import (
     purge_endpoint,
     restore_endpoint,
 )
+from router.api.conversions import (
+    ChoicesQuery,
+    ConversionRequest,
+    choices_endpoint,
+    convert_endpoint,
+)
 from router.api.decisions import DecisionList, decisions_endpoint
 from router.api.downloads import (
     DownloadLimitsPatch,
@@ -102,6 +108,7 @@ from router.api.uploads import (
     uploads_endpoint,
 )
 from router.context import RouteContext
+from router.conversion_service import Conversions, ConversionTargets
 from router.http.access import Access
 from router.http.drain import Drain
 from router.hub_service import Hub, HubReadme, HubRepositoryAnswer, HubResults, HubTokenAnswer
@@ -138,6 +145,8 @@ def api_routes(context: RouteContext, drain: Drain) -> Iterator[Route]:
     if services.jobs is not None:
         yield from _job_routes(services.jobs)
         yield from _download_routes(services.jobs)
+    if services.conversions is not None:
+        yield from _conversion_routes(services.conversions)
     if services.hub is not None:
         yield from _hub_routes(services.hub)
     if services.uploads is not None:
@@ -210,6 +219,15 @@ def _download_routes(jobs: Jobs) -> Sequence[Route]:
             answer=DownloadLimitsView,
             name="changeDownloadLimits",
         ),
+    ]
+
+
+def _conversion_routes(conversions: Conversions) -> Sequence[Route]:
+    all_, choices = "/api/convert", "/api/convert/choices"
+    show, begin = choices_endpoint(conversions), convert_endpoint(conversions)
+    return [
+        _read(choices, show, query=ChoicesQuery, answer=ConversionTargets),
+        _post(all_, begin, body=ConversionRequest, answer=JobDetail, status=202),
     ]
 
 

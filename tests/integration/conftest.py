@@ -126,8 +126,9 @@ def narrow(servers: Servers) -> Server:
 
 @pytest.fixture
 def converting(servers: Servers) -> Server:
-    """A server with too little memory for the starter in float32."""
+    """A server with too little memory for the starter in float32, which converts by itself."""
     return servers.get(
+        AUTO_CONVERT="true",
         MEMORY_BUDGET="600MiB",
         CONTEXT_LENGTH="256",
         FORMATS="gguf,safetensors,mlx",

@@ -34,6 +34,8 @@ REASONS = {
     "core/supervision.py:Supervisor.run_once": "the supervisor",
     "core/supervision.py:call_in_thread": "its result is awaited",
     "deployments/activity.py:DeathRecords.cause": "awaited by all requests that ask",
+    "deployments/jobs/conversions.py:ConversionJobs._converted": "awaited; a held one by the next",
+    "deployments/jobs/memory.py:MemoryLeases.held": "`log_failure`; ends with its job",
     "deployments/jobs/runner.py:JobRunner._begin": "catches everything; its end is a job's state",
     "deployments/replica/deployment.py:FormatReplica._run": "awaited in the same function",
     "deployments/replica/deployment.py:FormatReplica.stream": "awaited in the same function",

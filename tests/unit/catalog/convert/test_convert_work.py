@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from catalog.convert.graph import Conversion
-from catalog.convert.work import ConversionWish, ConversionWork, planned
+from catalog.convert.work import ConversionWork, planned
 from core.errors import RequestError, UnsupportedCapability
 from tests.unit.catalog.builders import make_info
 
@@ -27,8 +28,8 @@ def _packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("catalog.convert.graph._conversion", conversion)
 
 
-def work(**wish: object) -> ConversionWork:
-    return planned(ConversionWish(ID, **wish), ID, INFO, Path("/home/models"))  # type: ignore[arg-type]
+def work(format: str, **wish: Any) -> ConversionWork:
+    return planned(ID, INFO, Path("/home/models"), format, **wish)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def work(**wish: object) -> ConversionWork:
         ({"format": "gguf", "name": "Mine-1.5"}, "gguf-q4_k_m/Mine-1.5"),
     ],
 )
-def test_a_wish_becomes_a_folder_of_its_own(wish: dict[str, object], folder: str) -> None:
+def test_a_wish_becomes_a_folder_of_its_own(wish: dict[str, Any], folder: str) -> None:
     made = work(**wish)
     assert made.target == Path("/home/models") / folder
     assert ConversionWork.from_json(made.to_json()) == made
@@ -68,7 +69,7 @@ def test_the_same_result_is_the_same_whatever_it_is_called() -> None:
     ],
 )
 def test_choices_that_do_not_exist_are_refused(
-    wish: dict[str, object], error: type[Exception], told: str
+    wish: dict[str, Any], error: type[Exception], told: str
 ) -> None:
     with pytest.raises(error, match=told):
         work(**wish)

@@ -78,7 +78,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     # The models of these tests are random bytes: nothing is known of them before a scan.
     monkeypatch.setattr("deployments.jobs.hub.inspect_repository", not_inspected)
     # The scheduler of these tests scans nothing, unless one has it scan.
-    monkeypatch.setattr("deployments.jobs.deployment._REGISTER_LIMIT_S", 0.0)
+    monkeypatch.setattr("deployments.jobs.catalog._REGISTER_LIMIT_S", 0.0)
     source = tmp_path / "source"
     source.mkdir()
     for name in (NAME, OTHER):
@@ -144,7 +144,7 @@ async def test_model_is_in_the_catalog_when_its_job_is_done_and_a_broken_one_is_
     hub: Hub, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """M: what the scan refuses ends its job with the reason and leaves nothing."""
-    monkeypatch.setattr("deployments.jobs.deployment._REGISTER_LIMIT_S", LIMIT_S)
+    monkeypatch.setattr("deployments.jobs.catalog._REGISTER_LIMIT_S", LIMIT_S)
     hub.publish("org/whole", write_model(tmp_path / "whole"))
     shelf = Shelf(tmp_path / "home", CatalogStore(machine.settings.catalog_file))
 

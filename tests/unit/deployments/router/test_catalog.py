@@ -15,7 +15,10 @@ from catalog.store import CatalogStore
 from core.errors import (
     BackendUnavailable,
     BrokenModel,
+    ConversionNeeded,
     EngineFailed,
+    ImpetusError,
+    InsufficientMemory,
     ModelFileMissing,
     ModelNotFound,
     Unavailable,
@@ -74,6 +77,10 @@ class Scheduler:
         del model_id
         return self.problem
 
+    async def converted(self, model_id: str, problem: ImpetusError) -> ImpetusError:
+        """Stand in for the jobs' process, which tells of a conversion."""
+        return ConversionNeeded(f"{problem.message} {model_id} can be converted.")
+
 
 @pytest.fixture
 def scheduler() -> Scheduler:
@@ -94,7 +101,7 @@ def view(tmp_path: Path, store: CatalogStore, scheduler: Scheduler) -> Iterator[
         home=tmp_path, formats=["gguf", "echo"], memory_budget=BUDGET, context_length=512
     )
     handle: Any = scheduler.handle
-    view = CatalogView(settings, handle, ModelStatesWatch(handle))
+    view = CatalogView(settings, handle, ModelStatesWatch(handle), scheduler.converted)
     yield view
     view.close()
 
@@ -223,6 +230,19 @@ async def test_what_the_scheduler_says_of_an_unavailable_model_is_passed_on(
     with pytest.raises(Unavailable, match="converted") as caught:
         await view.resolve("m@gguf-q4_0")
     assert caught.value.retry_after_s == 7
+
+
+@pytest.mark.parametrize(
+    "problem", [InsufficientMemory("It is too large."), BackendUnavailable("It cannot run.")]
+)
+async def test_a_conversion_that_helps_is_told(
+    view: CatalogView, store: CatalogStore, scheduler: Scheduler, problem: ImpetusError
+) -> None:
+    write(store, found("m", size_bytes=100 * GIB))
+    scheduler.problem = problem
+    told = f"{problem.message} m@gguf-q4_0 can be converted."
+    with pytest.raises(ConversionNeeded, match=told):
+        await view.resolve("m@gguf-q4_0")
 
 
 async def test_a_model_that_cannot_run_is_answered_by_what_it_was_converted_to(

@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from core.errors import NotFound, Unavailable
+from core.errors import ConversionNeeded, InsufficientMemory, NotFound, Unavailable
 from deployments.router.jobs import JobsClient
+from router.conversion_service import ConversionWish
 from router.hub_service import HubSearch
 from tests.unit.deployments.handles import FakeHandle, answering
+
+WISH = ConversionWish("m", "mlx")
+TOO_LARGE = InsufficientMemory("It needs 9 GiB.")
 
 
 def died() -> RayActorError:
@@ -19,7 +23,7 @@ def died() -> RayActorError:
 async def test_each_method_asks_for_its_own() -> None:
     names = ["job", "pause", "resume", "cancel", "move", "download", "jobs"]
     names += ["limits", "change_limits", "search", "repository", "readme"]
-    names += ["token", "store_token", "remove_token"]
+    names += ["token", "store_token", "remove_token", "conversion_targets", "convert"]
     handle: Any = FakeHandle(**{name: answering(name) for name in names})
     client = JobsClient(handle)
     answers: list[Any] = [
@@ -38,9 +42,13 @@ async def test_each_method_asks_for_its_own() -> None:
         await client.token(),
         await client.store_token("t"),
         await client.remove_token(),
+        await client.conversion_targets("m"),
+        await client.convert(WISH),
     ]
     assert answers == names
     assert handle.move.calls == [("a", "b")]
+    assert handle.conversion_targets.calls == [("m",)]
+    assert handle.convert.calls == [(WISH,)]
     assert handle.download.calls == [("m", "r", "e")]
     assert handle.search.calls == [(HubSearch(text="x"),)]
     assert handle.repository.calls == [("org/m", "main", 16)]
@@ -70,3 +78,24 @@ async def test_process_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> No
         await JobsClient(handle).jobs()
     (response,) = handle.jobs.responses
     assert response.is_cancelled
+
+
+async def test_the_problem_itself_is_told_while_nobody_knows_of_a_conversion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deployments.router.jobs._EXPLAIN_LIMIT_S", 0.02)
+
+    async def hang(*arguments: object) -> None:
+        del arguments
+        await asyncio.sleep(60)
+
+    needed = ConversionNeeded("It can be converted.")
+    for answer, told in (
+        (answering(needed), needed),
+        (answering(None), TOO_LARGE),
+        (answering(died()), TOO_LARGE),
+        (hang, TOO_LARGE),
+    ):
+        handle: Any = FakeHandle(explain_unrunnable=answer)
+        assert await JobsClient(handle).explain_unrunnable("m", TOO_LARGE) is told
+        assert handle.explain_unrunnable.calls == [("m", TOO_LARGE)]

@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 
-from core.errors import BrokenModel, ImpetusError, InsufficientMemory
+from core.errors import BrokenModel, ImpetusError, InsufficientMemory, ModelInUse
 from core.units import GIB, MIB
-from deployments.messages import DEFAULT_CONTEXT, LoadContext, Residency, UnloadResult
+from deployments.messages import (
+    DEFAULT_CONTEXT,
+    LoadContext,
+    MemoryLease,
+    Residency,
+    UnloadResult,
+)
 from deployments.scheduler.deployment import SchedulerReplica
 from deployments.serve.handles import ReplicaDied
 from tests.gguf_files import llama_gguf
@@ -232,14 +238,33 @@ async def test_f15_serious_strain_keeps_models_and_asks_for_cooler_ones(
         assert replica.held == [A]
 
 
-async def test_f15_conversions_pause_from_fair_on(tmp_path: Path, replica: Replica) -> None:
+async def test_f15_jobs_pause_from_fair_on(tmp_path: Path, replica: Replica) -> None:
     async with strained(tmp_path, replica) as scheduler:
         await heat(scheduler, tmp_path, "fair")
-        assert scheduler._conversions.is_paused
+        assert (await scheduler.model_states()).strain
         await heat(scheduler, tmp_path, "nominal")
-        assert not scheduler._conversions.is_paused
-        actions = [one.action for one in await scheduler.decisions() if "conv" in one.action]
-        assert actions == ["pause conversions", "let conversions go on"]
+        assert not (await scheduler.model_states()).strain
+        actions = [one.action for one in await scheduler.decisions() if "jobs" in one.action]
+        assert actions == ["pause jobs", "let jobs go on"]
+
+
+async def test_memory_is_leased_to_jobs_of_other_processes(
+    tmp_path: Path, replica: Replica
+) -> None:
+    async with started(tmp_path, replica) as scheduler:
+        lease = MemoryLease("1", "conversion of a", A, 20 * MIB)
+        assert await scheduler.lease_memory(lease, 5.0) is None
+        assert (await scheduler.snapshot()).used_bytes == 20 * MIB
+        assert await scheduler.renew_memory("1", 30 * MIB)
+        assert (await scheduler.snapshot()).used_bytes == 30 * MIB
+        refused = await scheduler.delete_model(A)
+        assert isinstance(refused, ModelInUse)
+        assert "is being converted" in refused.message
+        await scheduler.return_memory("1")
+        assert (await scheduler.snapshot()).used_bytes == 0
+        assert not await scheduler.renew_memory("1", 0)
+        large = await scheduler.lease_memory(replace(lease, needed_bytes=GIB), 5.0)
+        assert isinstance(large, InsufficientMemory)
 
 
 async def test_a_model_over_the_budget_is_refused_with_its_nearest_smaller_variant(

@@ -48,6 +48,11 @@ DETAILS = {
 }
 
 
+async def _unchanged(model_id: str, problem: ImpetusError) -> ImpetusError:
+    del model_id
+    return problem
+
+
 class Server:
     """The application over a catalog in a folder; `handle` notes what the scheduler is asked."""
 
@@ -65,7 +70,7 @@ class Server:
             decisions=answering([Decision(5.0, "wanted", "loaded", "it fits")]),
         )
         handle: Any = self.handle
-        self.view = CatalogView(settings, handle, ModelStatesWatch(handle))
+        self.view = CatalogView(settings, handle, ModelStatesWatch(handle), _unchanged)
         self.management = SchedulerManagement(settings, handle, DecisionLog())
         telemetry, self.dispatcher = FakeTelemetry(), FakeDispatcher()
         self.app = create_app(
