@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from fastapi import FastAPI
 from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
 from starlette.routing import compile_path
 
 from core import errors
@@ -101,13 +102,24 @@ def area_of(path: str) -> str:
     return "server" if area in _OF_THE_SERVER else _AREAS.get(area, area)
 
 
+class _Untitled(GenerateJsonSchema):
+    """Leaves out titles of fields, which only repeat their names."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        """Return that no field has a title."""
+        del schema
+        return False
+
+
 class _Schemas:
     """The schemas of what routes take and send; those with the same name get longer ones."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
         wanted = dict.fromkeys(key for route in routes for key in _types(route))
         inputs = [(key, key[1], TypeAdapter(key[0])) for key in wanted]
-        self._places, found = TypeAdapter.json_schemas(inputs, ref_template=_SCHEMAS)
+        self._places, found = TypeAdapter.json_schemas(
+            inputs, ref_template=_SCHEMAS, schema_generator=_Untitled
+        )
         self.definitions: Schema = dict(found.get("$defs", {}))
         self._queries: dict[Any, tuple[Schema, list[str]]] = {}
 
@@ -119,7 +131,7 @@ class _Schemas:
         """Yield each parameter of a query with its schema, and whether it is required."""
         if route.query is None:
             return
-        schema = route.query.model_json_schema(ref_template=_SCHEMAS)
+        schema = route.query.model_json_schema(ref_template=_SCHEMAS, schema_generator=_Untitled)
         self.definitions |= schema.get("$defs", {})
         for name, one in schema.get("properties", {}).items():
             yield name, one, name in schema.get("required", ())

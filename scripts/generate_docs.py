@@ -1,4 +1,4 @@
-"""Generates docs/configuration.md and tables of other pages; `--check` compares."""
+"""Generates docs/configuration.md, tables of other pages, ui/openapi.json; `--check` compares."""
 
 import json
 import sys
@@ -14,8 +14,11 @@ from core.settings import ByteCount, Seconds, Settings
 from core.units import format_bytes
 from scripts.architecture_table import with_architectures
 from scripts.fields_table import with_fields
+from scripts.openapi_document import openapi_text
 
-_DOCS = Path(__file__).resolve().parent.parent / "docs"
+_ROOT = Path(__file__).resolve().parent.parent
+_DOCS = _ROOT / "docs"
+OPENAPI = _ROOT / "ui" / "openapi.json"
 CONFIGURATION = _DOCS / "configuration.md"
 FORMATS = _DOCS / "formats.md"
 REFERENCE = _DOCS / "API_REFERENCE.md"
@@ -57,6 +60,7 @@ def main(arguments: list[str]) -> int:
         CONFIGURATION: configuration_page(),
         FORMATS: formats_page(),
         REFERENCE: reference_page(),
+        OPENAPI: openapi_text(),
     }
     if not arguments:
         for page, text in pages.items():
@@ -64,7 +68,7 @@ def main(arguments: list[str]) -> int:
         return 0
     old = [page for page, text in pages.items() if not page.is_file() or page.read_text() != text]
     for page in old:
-        sys.stderr.write(f"docs/{page.name} is out of date: run scripts/docs\n")
+        sys.stderr.write(f"{page.parent.name}/{page.name} is out of date: run scripts/docs\n")
     return 1 if old else 0
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
 from starlette.responses import Response
 
 from deployments.router.credentials import StoredCredentials
@@ -145,6 +147,41 @@ def test_two_operations_of_one_name_are_refused() -> None:
     routes = [Route(Access.READ, "GET", path, show_it) for path in ("/api/a", "/api/b")]
     with pytest.raises(ValueError, match=r"showIt is the id of /api/a and of /api/b"):
         description(routes, title="t", version="1")
+
+
+def test_schemas_are_valid(described: dict[str, Any]) -> None:
+    for name, schema in described["components"]["schemas"].items():
+        try:
+            Draft202012Validator.check_schema(schema)
+        except SchemaError as error:
+            pytest.fail(f"{name}: {error.message}")
+
+
+def open_objects(schema: Any, schemas: dict[str, Any], seen: set[str]) -> Iterator[str]:
+    """Yield the objects in a schema that allow fields they do not name, other than mappings."""
+    if isinstance(schema, list):
+        for inner in schema:
+            yield from open_objects(inner, schemas, seen)
+    if not isinstance(schema, dict):
+        return
+    if "properties" in schema and schema.get("additionalProperties") is not False:
+        yield json.dumps(sorted(schema["properties"]))
+    for key, inner in schema.items():
+        if key == "$ref" and inner not in seen:
+            seen.add(inner)
+            yield from open_objects(schemas[inner.rpartition("/")[2]], schemas, seen)
+        elif key != "$ref":
+            yield from open_objects(inner, schemas, seen)
+
+
+def test_no_answer_may_have_fields_that_are_not_described(described: dict[str, Any]) -> None:
+    schemas, seen = described["components"]["schemas"], set[str]()
+    for path, item in described["paths"].items():
+        for operation in item.values():
+            assert list(open_objects(operation["responses"], schemas, seen)) == [], path
+    assert len(seen) > 100
+    given = {"a": {"properties": {"b": {}}}}
+    assert list(open_objects({"$ref": "#/a"}, given, set())) == ['["b"]']
 
 
 async def test_it_is_served(app: FastAPI, described: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Tests of the generated pages."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from core.errors import UnsupportedParameter
 from core.settings import Settings
 from router.requests.fields import RequestBody
 from scripts import fields_table, generate_docs
+from scripts.openapi_document import openapi_text
 
 
 def test_configuration_page_names_every_setting() -> None:
@@ -34,6 +36,7 @@ def test_check_fails_on_an_old_page_and_leaves_it(
         "CONFIGURATION": "configuration.md",
         "FORMATS": "formats.md",
         "REFERENCE": "API_REFERENCE.md",
+        "OPENAPI": "openapi.json",
     }
     for constant, name in pages.items():
         shutil.copy(getattr(generate_docs, constant), tmp_path / name)
@@ -42,7 +45,8 @@ def test_check_fails_on_an_old_page_and_leaves_it(
         assert generate_docs.main([]) == 0
         assert generate_docs.main(["--check"]) == 0
         page = tmp_path / name
-        page.write_text(old := page.read_text().replace("| --- |", "| -- |"))
+        old = page.read_text().replace("| --- |", "| -- |").replace("listModels", "modelList")
+        page.write_text(old)
         assert generate_docs.main(["--check"]) == 1
         assert page.read_text() == old
         assert f"{name} is out of date: run scripts/docs" in capsys.readouterr().err
@@ -54,6 +58,22 @@ def test_unknown_argument_is_refused() -> None:
 
 def test_reference_has_the_fields_as_the_apis_treat_them_now() -> None:
     assert generate_docs.reference_page() == generate_docs.REFERENCE.read_text()
+
+
+def test_openapi_document_has_the_routes_as_they_are_now() -> None:
+    text = generate_docs.OPENAPI.read_text()
+    assert openapi_text() == text, "run scripts/docs"
+    document = json.loads(text)
+    assert list(document["paths"]) == sorted(document["paths"])
+    assert {"/api/models", "/api/jobs", "/api/hub/search", "/api/keys", "/v1/models"} <= set(
+        document["paths"]
+    )
+
+
+def test_openapi_document_does_not_depend_on_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMPETUS_PORT", "9")
+    monkeypatch.setenv("IMPETUS_STORED_RESPONSES", "-1")
+    assert openapi_text() == generate_docs.OPENAPI.read_text()
 
 
 @pytest.mark.parametrize("api", fields_table.APIS)
