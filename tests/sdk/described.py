@@ -97,9 +97,11 @@ def description_of(app: FastAPI) -> Description:
 class CheckedTransport(httpx.ASGITransport):
     """Calls an application in process; an answer that is not described fails the test."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, description: Description | None = None) -> None:
+        """`description` notes what was seen; by default it is the one of all such applications."""
         super().__init__(app, raise_app_exceptions=False)
         self._application = app
+        self._description = description
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Return the answer.  Raises AssertionError with all that is not described."""
@@ -108,7 +110,7 @@ class CheckedTransport(httpx.ASGITransport):
         body = b"".join([part async for part in answer.stream])
         response = httpx.Response(answer.status_code, headers=answer.headers, content=body)
         path = _route_path(self._application, request)
-        described = description_of(self._application)
+        described = self._description or description_of(self._application)
         found = described.deviations(path, request.method, response)
         assert not found, f"{request.method} {request.url.path}: {response.status_code}: {found}"
         return httpx.Response(

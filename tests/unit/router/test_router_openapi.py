@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,32 +12,16 @@ from jsonschema.exceptions import SchemaError
 from starlette.responses import Response
 
 from deployments.router.credentials import StoredCredentials
-from router.app import create_app
 from router.http.access import Access
 from router.openapi import description
 from router.route import Route
-from tests.fakes import make_services
 from tests.live_server import client_of
-from tests.unit.router.api.test_router_api import FakeManagement
-from tests.unit.router.api.test_router_files import FakeFiles
-from tests.unit.router.api.test_router_hub import FakeHub
-from tests.unit.router.api.test_router_jobs import FakeJobs
-from tests.unit.router.api.test_router_uploads import FakeUploads
+from tests.unit.router.every_service import make_whole_app
 
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
-    return create_app(
-        replace(
-            make_services(),
-            management=FakeManagement(),
-            jobs=FakeJobs(),
-            hub=FakeHub(),
-            uploads=FakeUploads(),
-            files=FakeFiles(),
-            credentials=StoredCredentials(tmp_path_factory.mktemp("keys") / "keys.sqlite"),
-        )
-    )
+    return make_whole_app(StoredCredentials(tmp_path_factory.mktemp("keys") / "keys.sqlite"))
 
 
 @pytest.fixture(scope="module")
