@@ -18,6 +18,11 @@ from deployments.serve.guard import start_guard
 from deployments.serve.processes import new_server_id, owner_of
 
 _IMPORT_PATH = "deployments.app:"
+# The port of the discard service: a connection is refused at once.
+_NOWHERE = dict.fromkeys(
+    ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+    "http://127.0.0.1:9",
+)
 
 
 def prepare_driver(runtime_env: Any) -> Any:
@@ -39,7 +44,26 @@ def prepare_driver(runtime_env: Any) -> Any:
             sys.exit("impetus: the launcher has ended")
     else:
         _start_by_hand(config)
+    keep_dashboard_on_this_machine()
     return runtime_env
+
+
+def keep_dashboard_on_this_machine() -> None:
+    """Give Ray's dashboard, which this process will start, a proxy that nobody listens on.
+
+    With usage reports off it still asks the metadata services of Azure, Google and AWS which cloud
+    it runs in (`ray._common.usage.usage_lib.get_cloud_from_metadata_requests`, Ray 2.60).
+    """
+    from ray._private import ray_constants, services
+
+    start = services.start_ray_process
+
+    def start_offline(command: Any, process_type: str, *args: Any, **options: Any) -> Any:
+        if process_type == ray_constants.PROCESS_TYPE_DASHBOARD:
+            options["env_updates"] = {**(options.get("env_updates") or {}), **_NOWHERE}
+        return start(command, process_type, *args, **options)
+
+    services.start_ray_process = start_offline
 
 
 def _start_by_hand(config: Path) -> None:

@@ -1,9 +1,11 @@
 """What runs inside `serve run` before Ray starts."""
 
+import inspect
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,33 @@ def test_the_hook_is_the_one_that_ray_calls(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(ROOT)
     assert _maybe_modify_runtime_env({"a": 1}, False) == {"a": 1}
     assert seen == [Path("serve_config.yaml")]
+
+
+def test_rays_dashboard_reaches_nothing_but_this_machine_o6(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The function that is replaced starts it, and it asks with a library that takes a proxy."""
+    from ray._common.usage import usage_lib
+    from ray._private import services
+
+    started: list[tuple[str, dict[str, str] | None]] = []
+
+    def start(command: list[str], kind: str, **options: Any) -> None:
+        del command
+        started.append((kind, options.get("env_updates")))
+
+    monkeypatch.setattr(services, "start_ray_process", start)
+    driver.keep_dashboard_on_this_machine()
+    services.start_ray_process([], "dashboard", fate_share=True)
+    services.start_ray_process([], "raylet", fate_share=True)
+    (_, dashboard), other = started
+    assert other == ("raylet", None)
+    assert dashboard is not None
+    assert dashboard["http_proxy"] == dashboard["HTTPS_PROXY"] == "http://127.0.0.1:9"
+    assert "= start_ray_process(" in inspect.getsource(services.start_api_server)
+    assert "PROCESS_TYPE_DASHBOARD" in inspect.getsource(services.start_api_server)
+    asks = inspect.getsource(usage_lib.get_cloud_from_metadata_requests)
+    assert "requests.get(url, headers=headers, timeout=1)" in asks
 
 
 def test_a_start_by_hand_is_completed_and_guarded(
