@@ -156,14 +156,15 @@ class CatalogStore:
             back_up(self._path, backup_path(self._path))
             self._backed_up = version
 
-    def models(self) -> list[ModelRecord]:
+    def models(self, known: "KnownRecords | None" = None) -> list[ModelRecord]:
         """Return all models ordered by id, including refused and missing ones.
 
-        Damaged rows are left out; the next scan writes them again.
+        Damaged rows are left out; the next scan writes them again.  `known` are those of an earlier
+        call: where a row is the same its record is the same object.  It is updated.
         """
         with self._reading() as connection:
             rows = connection.execute(_RECORDS + " ORDER BY models.id").fetchall()
-        return _records(rows)
+        return _records(rows) if known is None else known.records(rows)
 
     def get(self, model_id: str) -> ModelRecord | None:
         """Return the model with exactly this id."""
@@ -432,6 +433,26 @@ def _moved_from(
             if json.loads(info) | {"files": None} == wanted:
                 return old_id, old_base
     return None
+
+
+class KnownRecords:
+    """The records of an earlier call of `CatalogStore.models`, by what their rows hold."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, ModelRecord]] = {}
+
+    def records(self, rows: Sequence[_Row]) -> list[ModelRecord]:
+        """Return the records of rows; only those of new and changed rows are made."""
+        kept: dict[str, tuple[int, ModelRecord]] = {}
+        for row in rows:
+            digest = hash(row)
+            known = self._known.get(row[0])
+            if known is not None and known[0] == digest:
+                kept[row[0]] = known
+            else:
+                kept.update((row[0], (digest, record)) for record in _records([row]))
+        self._known = kept
+        return [record for _, record in kept.values()]
 
 
 def _records(rows: Sequence[_Row]) -> list[ModelRecord]:

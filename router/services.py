@@ -86,7 +86,9 @@ class ModelView:
     a sentence each.  `continue_answers` is the model's own setting, None for the server's.
     `duplicates` are the ids of models with the same files at other places.
     `alias_of` is the model's id in an entry whose `id` is an alias.  `defaults` fill what requests
-    leave out, None if there are none.
+    leave out, None if there are none.  `source` is whose folder the files are in: `impetus`,
+    `folder` for one of the user's, `huggingface`, `lmstudio`, `ollama`, `llama.cpp`; or `package`,
+    `converted`, `built-in`.
     """
 
     id: str
@@ -115,6 +117,7 @@ class ModelView:
     alias_of: str = ""
     duplicates: tuple[str, ...] = ()
     defaults: RequestDefaults | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,26 @@ class MemoryPreviewView:
 
 
 @dataclass(frozen=True, slots=True)
+class LibraryEntry:
+    """A model as it is while nothing is loaded, with its settings."""
+
+    view: ModelView
+    settings: SettingsView
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryView:
+    """All models, by id.
+
+    `entries` is the same object until the catalog changes.  `changed` are the views, by id, of the
+    models that are loaded, being loaded or failed.
+    """
+
+    entries: Sequence[LibraryEntry]
+    changed: Mapping[str, ModelView]
+
+
+@dataclass(frozen=True, slots=True)
 class Binned:
     """A deleted model in the bin; `paths` are below its model folder, times in Unix seconds."""
 
@@ -210,6 +233,10 @@ class Catalog(Protocol):
 
     async def models(self) -> Sequence[ModelView]:
         """Return all models, by id."""
+        ...
+
+    async def library(self) -> LibraryView:
+        """Return all models with their settings, for queries."""
         ...
 
 

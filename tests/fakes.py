@@ -1,7 +1,7 @@
 """Stand-ins for what the router is built over: a catalog, a dispatcher and a health check."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,7 +29,14 @@ from core.types import (
     TokenPrompt,
     Usage,
 )
-from router.services import EventCallback, ModelView, Services
+from router.services import (
+    EventCallback,
+    LibraryEntry,
+    LibraryView,
+    ModelView,
+    Services,
+    SettingsView,
+)
 
 ScriptItem: TypeAlias = GenerationEvent | Exception | asyncio.Event
 
@@ -77,6 +84,7 @@ class FakeCatalog:
     def __init__(self, *views: ModelView) -> None:
         self._views = views
         self.asked: list[str] = []
+        self.settings: Mapping[str, SettingsView] = {}
 
     async def resolve(self, name: str) -> ModelView:
         self.asked.append(name)
@@ -87,6 +95,13 @@ class FakeCatalog:
 
     async def models(self) -> Sequence[ModelView]:
         return self._views
+
+    async def library(self) -> LibraryView:
+        entries = [
+            LibraryEntry(view, self.settings.get(view.id, SettingsView()))
+            for view in sorted(self._views, key=lambda view: view.id)
+        ]
+        return LibraryView(entries, {})
 
 
 class FakeDispatcher:

@@ -26,18 +26,48 @@ def model_folders(
 
     Folders of other programs are listed only where they exist.  Blocks briefly.
     """
-    try:
-        home = home or Path.home()
-    except RuntimeError:
-        return own_folders(settings)
-    found = {
-        "huggingface": lambda: _hugging_face(environment, home),
-        "lmstudio": lambda: _lm_studio(home),
-        "ollama": lambda: _ollama(environment, home),
-        "llama.cpp": lambda: _llama_cpp(environment, home, platform),
-    }
-    others = [folder for name in settings.discover for folder in found[name]()]
+    others = _of_programs(settings, environment, home, platform)
     return list(dict.fromkeys([*own_folders(settings), *filter(_is_folder, others)]))
+
+
+def folder_owners(
+    settings: Settings,
+    environment: Mapping[str, str] = os.environ,
+    home: Path | None = None,
+    platform: str = sys.platform,
+) -> dict[str, str]:
+    """Return whose each folder is, by its real path: a program's, `impetus`, or `folder`.
+
+    The last are those that the user named.  Blocks briefly.
+    """
+    own, *named = own_folders(settings)
+    found = {
+        **_of_programs(settings, environment, home, platform),
+        **dict.fromkeys(named, "folder"),
+        own: "impetus",
+    }
+    return {os.path.realpath(folder): owner for folder, owner in found.items()}
+
+
+def _of_programs(
+    settings: Settings, environment: Mapping[str, str], home: Path | None, platform: str
+) -> dict[Path, str]:
+    """Return where other programs may keep models, with the program; the first of a folder."""
+    try:
+        user = home or Path.home()
+    except RuntimeError:
+        return {}
+    found = {
+        "huggingface": lambda: _hugging_face(environment, user),
+        "lmstudio": lambda: _lm_studio(user),
+        "ollama": lambda: _ollama(environment, user),
+        "llama.cpp": lambda: _llama_cpp(environment, user, platform),
+    }
+    folders: dict[Path, str] = {}
+    for name in settings.discover:
+        for folder in found[name]():
+            folders.setdefault(folder, name)
+    return folders
 
 
 def own_folders(settings: Settings) -> list[Path]:

@@ -11,9 +11,9 @@ from backends.base import Backend, EngineOptions, ModelInfo
 from backends.registry import backends_for
 from catalog.compatibility import Traits, compatibility
 from catalog.inspections import Inspection
-from catalog.models import CONTENT, STOP_STRINGS, SYSTEM_PROMPT, Converted, ModelRecord
+from catalog.models import STOP_STRINGS, SYSTEM_PROMPT, Converted, ModelRecord
 from catalog.names import bare_name, nearest_names
-from catalog.scan.unlisted import unlisted_records
+from catalog.scan.places import folder_owners
 from catalog.store import CatalogStore
 from catalog.variants import best_variant
 from core.errors import (
@@ -28,9 +28,17 @@ from core.errors import (
 from core.settings import Settings
 from deployments.messages import Fault, Residency
 from deployments.options import budget_bytes, engine_options
+from deployments.router.library import LibraryCache
 from deployments.router.model_states import ModelStatesWatch
 from deployments.serve.handles import Handle, call, direct
-from router.services import FitView, ModelState, ModelView, RequestDefaults, RuntimeView
+from router.services import (
+    FitView,
+    LibraryView,
+    ModelState,
+    ModelView,
+    RequestDefaults,
+    RuntimeView,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +72,11 @@ class CatalogView:
         self._ids: list[str] | None = None
         # Estimates take a millisecond each; they are valid until the catalog changes.
         self._usable: dict[str, ModelView] = {}
+        self._library = LibraryCache(
+            self._store,
+            lambda record: self._view(record, {}, frozenset()),
+            lambda: folder_owners(settings),
+        )
 
     async def resolve(self, name: str) -> ModelView:
         """Return the model that `name` means.
@@ -199,19 +212,23 @@ class CatalogView:
 
     async def models(self) -> Sequence[ModelView]:
         """Return all models, with the reason for those that cannot run or are arriving."""
-        model_states = await self._model_states.refresh()
-        resident, loading = self._model_states.residencies, frozenset(model_states.loading)
-        records = await asyncio.to_thread(self._records)
-        copies = _duplicates(records)
-        views = [
-            replace(self._view(record, resident, loading), duplicates=copies.get(record.id, ()))
-            for record in records
-        ]
-        return [_with_fault(view, model_states.faults.get(view.id)) for view in views]
+        found = await self.library()
+        return [found.changed.get(entry.view.id, entry.view) for entry in found.entries]
 
-    def _records(self) -> list[ModelRecord]:
-        records = self._store.models()
-        return records + unlisted_records(self._store.uninspected(), records)
+    async def library(self) -> LibraryView:
+        """Return all models with their settings, for queries."""
+        model_states = await self._model_states.refresh()
+        library = await asyncio.to_thread(self._library.current)
+        resident, loading = self._model_states.residencies, frozenset(model_states.loading)
+        changed = {}
+        for model_id in {*resident, *loading, *model_states.faults} & library.records.keys():
+            view = self._view(library.records[model_id], resident, loading)
+            changed[model_id] = _with_fault(view, model_states.faults.get(model_id))
+        for entry in library.entries if changed else ():
+            if (view := changed.get(entry.view.id)) is not None:
+                kept = entry.view
+                changed[view.id] = replace(view, duplicates=kept.duplicates, source=kept.source)
+        return LibraryView(library.entries, changed)
 
     def _view(
         self, record: ModelRecord, resident: Mapping[str, Residency], loading: frozenset[str]
@@ -315,21 +332,6 @@ def _compatibility(info: ModelInfo, context_tokens: int, reason: str) -> dict[st
     traits = Traits(info.capabilities, context_tokens, info.parameters, reason)
     return {
         client: FitView(fit.level, fit.reasons) for client, fit in compatibility(traits).items()
-    }
-
-
-def _duplicates(records: Sequence[ModelRecord]) -> dict[str, tuple[str, ...]]:
-    """Return, for each model with copies, the ids of those."""
-    by_content: dict[object, list[str]] = {}
-    for record in records:
-        content = record.info.details.get(CONTENT)
-        if content and record.state == "ok":
-            by_content.setdefault(content, []).append(record.id)
-    return {
-        model_id: tuple(other for other in ids if other != model_id)
-        for ids in by_content.values()
-        if len(ids) > 1
-        for model_id in ids
     }
 
 

@@ -38,7 +38,9 @@ class SchedulerManagement:
         """Return the settings of those models that are in the catalog."""
         wanted = frozenset(model_ids)
         records = await asyncio.to_thread(self._store.models)
-        return {record.id: _view(record.settings) for record in records if record.id in wanted}
+        return {
+            record.id: settings_view(record.settings) for record in records if record.id in wanted
+        }
 
     async def change_settings(self, model_id: str, changes: Mapping[str, Any]) -> SettingsView:
         """Store the settings, then notify the scheduler, which applies them to resident models.
@@ -54,7 +56,7 @@ class SchedulerManagement:
                 await call(self._scheduler.settings_changed.remote(model_id))
         except (ImpetusError, TimeoutError) as problem:
             logger.warning("cannot notify the scheduler of settings of %s: %r", model_id, problem)
-        return _view(settings)
+        return settings_view(settings)
 
     async def check_settings(self, model_id: str, changes: Mapping[str, Any]) -> SettingsView:
         """Return the settings as they would be with `changes`; raises as `change_settings` does.
@@ -72,7 +74,7 @@ class SchedulerManagement:
         check_variables(changes.get("template_kwargs") or {}, "template_kwargs")
         if (template := changes.get("chat_template")) is not None:
             await asyncio.to_thread(check_template, template, "chat_template")
-        return _view(replace(record.settings, **changes))
+        return settings_view(replace(record.settings, **changes))
 
     async def preview_memory(
         self, model_id: str, changes: Mapping[str, Any]
@@ -177,5 +179,6 @@ def _binned(entry: BinEntry) -> Binned:
     )
 
 
-def _view(settings: ModelSettings) -> SettingsView:
+def settings_view(settings: ModelSettings) -> SettingsView:
+    """Return settings as the API shows them."""
     return SettingsView(**asdict(settings))

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -128,64 +128,14 @@ class RuntimeChoice(Answer):
 class ModelDetail(ModelFacts):
     """A model with its settings; `duplicates` are ids of models with the same files.
 
-    `runtime_choice` is null for formats with one runtime.
+    `runtime_choice` is null for formats with one runtime.  `source` is whose folder the files are
+    in.
     """
 
+    source: str
     runtime_choice: RuntimeChoice | None
     duplicates: list[str]
     settings: ModelSettings
-
-
-class ModelList(Answer):
-    """All models, by id."""
-
-    models: list[ModelDetail]
-
-
-def list_endpoint(context: RouteContext, management: Management) -> Endpoint:
-    """Return the handler of the list."""
-
-    async def list_models(request: Request) -> Response:
-        asked = _list_filter(request)
-        views = await context.services.catalog.models()
-        settings = await management.settings_of([view.id for view in views])
-        models = [
-            _described(view, own)
-            for view in views
-            if asked.keeps(own := settings.get(view.id, SettingsView()))
-        ]
-        return answer(ModelList(models=models))
-
-    return list_models
-
-
-class ListFilter(BaseModel):
-    """Which models the list has: those with all `tag`s, and with `favourite` only those."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-    tag: Annotated[list[Tag], Field(max_length=32)] = []
-    favourite: bool | None = None
-
-    def keeps(self, settings: SettingsView) -> bool:
-        """Return whether a model with these settings is listed."""
-        if self.favourite is not None and bool(settings.favourite) is not self.favourite:
-            return False
-        return set(self.tag) <= set(settings.tags or ())
-
-
-def _list_filter(request: Request) -> ListFilter:
-    """Return what the query asks for.  Raises RequestError for an unknown or malformed part."""
-    query = request.query_params
-    given: dict[str, Any] = {name: query[name] for name in query}
-    if "tag" in given:
-        given["tag"] = query.getlist("tag")
-    try:
-        return ListFilter.model_validate(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        param = str(first["loc"][0])[:64]
-        raise RequestError(f"{param}: {first['msg']}", param=param) from error
 
 
 def show_endpoint(context: RouteContext, management: Management) -> Endpoint:
@@ -301,13 +251,15 @@ async def named_model(context: RouteContext, request: Request) -> ModelView:
 
 async def _show(management: Management, view: ModelView) -> Response:
     settings = await management.settings_of([view.id])
-    return answer(_described(view, settings.get(view.id)))
+    return answer(describe(view, settings.get(view.id)))
 
 
-def _described(view: ModelView, settings: SettingsView | None) -> ModelDetail:
+def describe(view: ModelView, settings: SettingsView | None) -> ModelDetail:
+    """Return the model as `/api/models` shows it."""
     choice = view.runtime_choice
     return ModelDetail(
         **model_facts(view),
+        source=view.source,
         runtime_choice=choice
         and RuntimeChoice(
             **{key: escaped(text, MAX_ERROR_CHARACTERS) for key, text in asdict(choice).items()}

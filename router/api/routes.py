@@ -73,16 +73,14 @@ from router.api.keys import (
     list_keys_endpoint,
     revoke_key_endpoint,
 )
+from router.api.library import ListFilter, ModelList, list_endpoint
 from router.api.models import (
     CheckedSettings,
-    ListFilter,
     ModelDetail,
-    ModelList,
     ModelPlace,
     SettingsPatch,
     change_endpoint,
     check_endpoint,
-    list_endpoint,
     load_endpoint,
     locate_endpoint,
     show_endpoint,
@@ -160,13 +158,12 @@ def api_routes(context: RouteContext, drain: Drain) -> Iterator[Route]:
 
 def _model_routes(context: RouteContext, management: Management) -> Sequence[Route]:
     one, binned = "/api/models/{model_id:path}", "/api/bin/{bin_id}"
-    listed = list_endpoint(context, management)
     check, change = check_endpoint(context, management), change_endpoint(context, management)
     load, unload = load_endpoint(context, management), unload_endpoint(context, management)
     restore, locate = restore_endpoint(management), locate_endpoint(context, management)
     act = partial(_post, body=EmptyBody, answer=ModelDetail)
     return [
-        _read("/api/models", listed, query=ListFilter, answer=ModelList),
+        _read("/api/models", list_endpoint(context), query=ListFilter, answer=ModelList),
         _post(f"{one}/check", check, body=SettingsPatch, answer=CheckedSettings),
         act(f"{one}/load", load, name="loadModel"),
         _post(f"{one}/locate", locate, body=ModelPlace, answer=ModelDetail),

@@ -138,7 +138,10 @@ def management() -> FakeManagement:
 @pytest.fixture
 def make_app(management: FakeManagement) -> Callable[..., FastAPI]:
     def make(**settings: Any) -> FastAPI:
-        return create_app(replace(make_services(**settings), management=management))
+        services = make_services(**settings)
+        catalog: Any = services.catalog
+        catalog.settings = management.settings
+        return create_app(replace(services, management=management))
 
     return make
 
@@ -159,9 +162,9 @@ async def test_list_has_every_model_with_its_settings(ask: Ask, management: Fake
     management.settings[EMBEDDING_MODEL] = SettingsView(pin=True)
     models = (await ask("GET", "/api/models")).json()["models"]
     assert [(model["id"], model["state"], model["settings"]) for model in models] == [
-        (CHAT_MODEL, "available", UNSET),
         (EMBEDDING_MODEL, "available", {**UNSET, "pin": True}),
         (RERANK_MODEL, "available", UNSET),
+        (CHAT_MODEL, "available", UNSET),
     ]
 
 
