@@ -16,6 +16,12 @@ from scripts.bench_lib.agent import (
     agent_verdicts,
     measure_agent,
 )
+from scripts.bench_lib.catalog import (
+    CATALOG_HEAD,
+    catalog_rows,
+    catalog_verdicts,
+    measure_catalog,
+)
 from scripts.bench_lib.contests import Contestant, ContestPlan, run_contest
 from scripts.bench_lib.download import (
     DOWNLOAD_HEAD,
@@ -51,7 +57,7 @@ from scripts.bench_lib.turns import measure_turns, turns_table, turns_verdict
 
 SECTIONS = (
     "turns", "mlx", "onnx", "pytorch", "gguf", "neighbour", "agent", "grammar", "memory",
-    "download",
+    "download", "catalog",
 )  # fmt: skip
 # Without a GPU the peer takes an hour for one table with packed weights (0.4 tokens/s).
 MLX_KINDS = ("mlx-f32", "mlx-4bit") if sys.platform == "darwin" else ("mlx-f32",)
@@ -86,6 +92,7 @@ def run_section(name: str, choices: Choices) -> list[Section]:
         "agent": [("Agent conversation", _agent)],
         "memory": [("Memory", _memory)],
         "download": [("Downloads", _download)],
+        "catalog": [("Catalog", _catalog)],
         "turns": [("Turns on the accelerator", _turns)],
     }
     sections = []
@@ -266,6 +273,13 @@ def _download(choices: Choices) -> Section:
     return Section(
         "Downloads", [table(DOWNLOAD_HEAD, download_rows(runs))], download_verdicts(runs)
     )
+
+
+def _catalog(choices: Choices) -> Section:
+    if not choices.with_ours:
+        return Section("Catalog", ("Not measured.\n",))
+    result = measure_catalog(choices.rounds, choices.idle_s)
+    return Section("Catalog", [table(CATALOG_HEAD, catalog_rows(result))], catalog_verdicts(result))
 
 
 def _server(server: Server, counts: tuple[int, ...]) -> Contestant:
