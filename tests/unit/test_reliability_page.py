@@ -7,6 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
+NUMBERS = [
+    *(f"N{number}" for number in range(1, 20)),
+    *(f"D{number}" for number in range(1, 16)),
+    *("P6", "P7", "S5", "S6", "S7", "S8", "O6", "O8"),
+]
 NAMED = sorted(set(re.findall(r"`((?:unit|contract|integration)/[\w/]+\.py)(?:::(\w+))?`", PAGE)))
 
 
@@ -25,3 +30,9 @@ def test_every_promise_of_a_table_has_a_test() -> None:
     unproved = [row for row in rows if ".py" not in row and "| tests |" not in row]
     assert len(rows) > 30
     assert unproved == []
+
+
+def test_every_number_has_its_tests() -> None:
+    rows = re.findall(r"^\| ([A-Z]\d+) \| .* \| (.*) \|$", PAGE, re.MULTILINE)
+    assert [number for number, _ in rows if number in NUMBERS] == NUMBERS
+    assert [number for number, tests in rows if ".py" not in tests] == []

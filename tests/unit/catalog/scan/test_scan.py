@@ -81,7 +81,7 @@ def test_damaged_file_is_refused_until_it_is_whole(library: Library) -> None:
     assert library.store.models()[0].state == "ok"
 
 
-def test_vanished_file_is_missing_until_it_is_back(library: Library) -> None:
+def test_vanished_file_is_missing_until_it_is_back_p7(library: Library) -> None:
     path = minimal_gguf(library.models / "a.gguf")
     library.scan()
     path.rename(library.home / "aside")
