@@ -38,6 +38,9 @@ def sanitize(text: str, base: str) -> str:
     if not _is_inert(shown):
         # What is code to a whole parser is not what the lines above took for it.
         shown = _DEFINITION.sub("", shown).replace("<", "&lt;").replace("](", "] (")
+    if not _is_inert(shown):
+        # Definitions of links in quotes and lists, and whatever else makes one.
+        shown = shown.replace("[", "&#91;")
     return shown.strip()
 
 

@@ -39,6 +39,9 @@ ATTACKS = [
     "> ```\n<img src=x onerror=alert(1)>",
     "- ```\n  x\n  ```\n<img src=x onerror=alert(1)>",
     "<script>x</script>```\ncode\n```\n<img src=x onerror=alert(1)>",
+    ">[b]: <javascript:x> 'title'\n[b]",
+    "- [b]: javascript:x\n\n[b]",
+    "> - [b]: <javascript:x>\n> - [b][]",
     "<a href='x' title='>'><img src=x onerror=alert(1)>",
 ]
 
