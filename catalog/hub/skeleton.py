@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from backends.coreml.spec import MANIFEST
 from backends.gguf.header import read_gguf
 from backends.hf.header import MAX_HEADER_BYTES, TensorEntry, safetensors_header
 from backends.hf.quantization import MAX_STATE_BYTES
@@ -32,6 +33,7 @@ _STATE = ".quant_state.bitsandbytes__"
 _MOST_STATES = 64
 _PICKLE_STEPS = (256 * KIB, 2 * MIB, 8 * MIB, MAX_PICKLE_BYTES)
 _PICKLE = re.compile(r"[^/]+/data\.pkl")
+_COMPILED = "coremldata.bin"
 _ZIP_MAGIC = b"PK\x03\x04"
 _LENGTH = struct.Struct("<Q")
 # More shards than this are not read one by one.
@@ -74,7 +76,7 @@ class SkeletonBuilder:
                 self._write_whole(file)
         for file in entry.weights:
             write(self, file)
-        return self._folder / entry.weights[0].path
+        return self._folder / _identifying(entry)
 
     def write_gguf(self, file: RepositoryFile) -> None:
         """Write a GGUF file's header, reading on until it is complete."""
@@ -167,6 +169,16 @@ class SkeletonBuilder:
         else:
             self._sparse(file)
 
+    def write_package(self, file: RepositoryFile) -> None:
+        """Write a Core ML model's manifest and description whole, its weights sparse."""
+        path = PurePosixPath(file.path)
+        if path.suffix.lower() != ".mlmodel" and path.name != MANIFEST:
+            self._sparse(file)
+        elif file.size_bytes > _WHOLE_BYTES:
+            raise NoSkeleton("its description has the weights in it, and is known once downloaded")
+        else:
+            self._write_whole(file)
+
     def _write_whole(self, file: RepositoryFile) -> None:
         target = self._sparse(file)
         self._fetch(file, target, 0, file.size_bytes)
@@ -209,10 +221,17 @@ class SkeletonBuilder:
             stream.write(data)
 
 
+def _identifying(entry: HubEntry) -> str:
+    """Return the path of the file that a model is recognized by."""
+    compiled = f"{entry.name}/{_COMPILED}"
+    return next((file.path for file in entry.weights if file.path == compiled), entry.files[0].path)
+
+
 _WRITERS: dict[str, Callable[[SkeletonBuilder, RepositoryFile], None]] = {
     "gguf": SkeletonBuilder.write_gguf,
     "safetensors": SkeletonBuilder.write_safetensors,
     "mlx": SkeletonBuilder.write_safetensors,
     "onnx": SkeletonBuilder.write_graph,
+    "coreml": SkeletonBuilder.write_package,
     "pytorch": SkeletonBuilder.write_pickled,
 }
