@@ -135,6 +135,8 @@ def group(files: Sequence[RepositoryFile], tags: Iterable[str]) -> tuple[HubEntr
     found = [
         _entry(format, name, shards, sets, tree)
         for (format, name), sets in groups.items()
+        # Data whose graph is not there is no model.
+        if format != "onnx" or tree.has(*posixpath.split(name))
         for shards in sets
     ]
     return tuple(sorted(found, key=lambda entry: (entry.format, entry.weights_bytes, entry.name)))
@@ -152,10 +154,8 @@ def _format(path: str, is_mlx: bool) -> str:
     package = _package(path)
     if package:
         return natural_format(Path(package))
-    local = Path(path)
-    stem = _without_data(path)
-    if stem != path:
-        return "onnx"
+    # External data is of the format of its graph.
+    local = Path(_without_data(path))
     found = natural_format(local)
     if not found or is_part(local) or (found == "gguf" and _GGUF_PARTS.fullmatch(local.name)):
         return ""

@@ -152,3 +152,18 @@ def test_hub_entries_of_one_model_in_several_pieces_and_as_a_whole() -> None:
         "model-of-00002.safetensors": 0,
         "model-of-00003.safetensors": 1,
     }
+
+
+def test_hub_entries_have_no_data_without_a_graph() -> None:
+    """A part of a model, such as an encoder of images, is none, and neither is its data."""
+    halves = ("onnx/decoder_model_merged", "onnx/vision_encoder", "onnx/embed_tokens_fp16")
+    found = group(
+        files(
+            *(f"{half}.onnx" for half in halves),
+            *(f"{half}.onnx_data" for half in halves),
+            *("onnx/model_q4f16.onnx", "onnx/model_q4f16.onnx_data", "lost.onnx_data"),
+        ),
+        (),
+    )
+    assert [entry.name for entry in found] == ["onnx/model_q4f16.onnx"]
+    assert len(found[0].weights) == 2
