@@ -25,6 +25,12 @@ _MODULES = re.compile(r"\d+_[A-Z]\w*")
 # The first of them is the transformer itself.
 _LATER_MODULES = re.compile(r"0*[1-9]\d*_[A-Z]\w*")
 _INDEX = ".index.json"
+# Of diffusers: the models in its folders are parts of one that makes images.
+_PIPELINE = "model_index.json"
+_PIECE = re.compile(
+    r"\.gguf(?:\.part\d*of\d+|[._-]split[._-]?\w+|\.part\w*|\.\d{3})", re.IGNORECASE
+)
+_ADAPTER = re.compile(r"(?:.*/)?(?:adapter_model|adapters|pytorch_lora_weights)\b.*", re.DOTALL)
 _MODULE_LIST = "modules.json"
 _SAFE_MODULE, _PICKLED_MODULE = "model.safetensors", "pytorch_model.bin"
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
@@ -126,8 +132,11 @@ def group(files: Sequence[RepositoryFile], tags: Iterable[str]) -> tuple[HubEntr
     is_mlx = "mlx" in tags
     groups: dict[tuple[str, str], dict[str, list[RepositoryFile]]] = {}
     tree = _Tree.of(files)
+    is_pipeline = tree.has("", _PIPELINE)
     for file in files:
         format = _format(file.path, is_mlx)
+        if is_pipeline and format != "gguf":
+            continue
         if format and not tree.is_of_module(file.path):
             name, shards = _name(file.path, format)
             sets = groups.setdefault((format, name), {})
@@ -140,6 +149,24 @@ def group(files: Sequence[RepositoryFile], tags: Iterable[str]) -> tuple[HubEntr
         for shards in sets
     ]
     return tuple(sorted(found, key=lambda entry: (entry.format, entry.weights_bytes, entry.name)))
+
+
+def why_none(files: Iterable[RepositoryFile]) -> str:
+    """Return why a repository has no models, from its files."""
+    paths = [file.path for file in files]
+    if _PIPELINE in paths:
+        return "It is a pipeline of diffusers, for images or video; this server runs text models."
+    if any(map(_ADAPTER.fullmatch, paths)):
+        return (
+            "It has an adapter (LoRA) for another model, which cannot run by itself; look for a "
+            "repository that has it merged into that model."
+        )
+    if any(map(_PIECE.search, paths)):
+        return (
+            "Its GGUF files are cut into pieces that have to be joined by hand: download them, "
+            "join them with `cat`, and put the result into a model folder."
+        )
+    return "It has no model in a format that this server knows."
 
 
 def quantization_in(name: str) -> str:

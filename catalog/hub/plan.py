@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from catalog.hub.download.job import DownloadJob
-from catalog.hub.entries import HubEntry, RepositoryFile, quantization_in
+from catalog.hub.entries import HubEntry, RepositoryFile, quantization_in, why_none
 from catalog.hub.reference import HubReference
 from catalog.hub.repository import HubRepository
 from core.errors import RequestError
@@ -24,6 +24,9 @@ def meant_entries(
     `name` is that of an entry, if the user chose one.  Raises RequestError, naming what there is.
     """
     found = repository.entries
+    if not found:
+        reason = why_none(repository.files)
+        raise RequestError(f"{reference.repository}: {reason}", param="model")
     if name:
         found = tuple(entry for entry in found if entry.name == name)
         what = f"model {name[:80]!r}"
@@ -34,7 +37,7 @@ def meant_entries(
         found = _tagged(found, reference.quantization)
         what = f"quantization {reference.quantization!r}"
     else:
-        what = "model in a format that this server knows"
+        return found
     if not found:
         names = [entry.quantization or entry.name for entry in repository.entries]
         there = ", ".join(dict.fromkeys(names[:_MOST_NAMED]))

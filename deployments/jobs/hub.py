@@ -13,7 +13,7 @@ from catalog.hub.choice import Candidate, HubChoice, choose, preferred_formats
 from catalog.hub.client import HubClient
 from catalog.hub.download.job import DownloadJob
 from catalog.hub.download.url import UrlSource
-from catalog.hub.entries import HubEntry
+from catalog.hub.entries import HubEntry, why_none
 from catalog.hub.fit import DEFAULT_CONTEXT, Room
 from catalog.hub.plan import meant_entries, repository_download, url_download
 from catalog.hub.reference import HubReference, is_plain_address, parse_reference
@@ -74,6 +74,8 @@ class HubReader:
 
         def finish() -> HubRepositoryAnswer:
             choice = self._best(candidates)
+            if not candidates:
+                choice = replace(choice, reason=why_none(found.files))
             here = [
                 entry.name
                 for entry in found.entries

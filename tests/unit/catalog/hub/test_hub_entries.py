@@ -2,7 +2,7 @@
 
 import pytest
 
-from catalog.hub.entries import HubEntry, RepositoryFile, group, quantization_in
+from catalog.hub.entries import HubEntry, RepositoryFile, group, quantization_in, why_none
 
 
 def files(*paths: str, size: int = 10) -> tuple[RepositoryFile, ...]:
@@ -167,3 +167,26 @@ def test_hub_entries_have_no_data_without_a_graph() -> None:
     )
     assert [entry.name for entry in found] == ["onnx/model_q4f16.onnx"]
     assert len(found[0].weights) == 2
+
+
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        (("adapter_config.json", "adapter_model.safetensors"), "has an adapter"),
+        (("adapters.safetensors", "adapter_config.json"), "has an adapter"),
+        (("m.gguf.part1of2", "m.gguf.part2of2"), "pieces that have to be joined"),
+        (("m-Q6_K.gguf-split-a", "m-Q6_K.gguf-split-b"), "pieces that have to be joined"),
+        (("model_index.json", "unet/diffusion_pytorch_model.safetensors"), "diffusers"),
+        (("model_index.json", "text_encoder/model.safetensors"), "diffusers"),
+        (("tf_model.h5", "config.json"), "no model in a format that this server knows"),
+        ((), "no model in a format that this server knows"),
+    ],
+)
+def test_hub_repository_without_a_model_says_what_it_is(paths: tuple[str, ...], said: str) -> None:
+    assert group(files(*paths), ()) == ()
+    assert said in why_none(files(*paths))
+
+
+def test_hub_entries_of_a_pipeline_of_diffusers_are_gguf_files() -> None:
+    found = group(files("model_index.json", "vae/model.safetensors", "m-Q4_0.gguf"), ())
+    assert [entry.name for entry in found] == ["m-Q4_0.gguf"]

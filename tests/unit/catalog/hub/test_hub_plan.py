@@ -98,6 +98,13 @@ def test_what_is_not_there_is_told_with_what_is(text: str, name: str, message: s
         names(text, name)
 
 
+def test_repository_without_a_model_is_refused_with_what_it_is() -> None:
+    adapter = repository(RepositoryFile("adapter_model.safetensors", 10, "0" * 40))
+    for text in ("org/tiny", "org/tiny:Q4_K_M", "org/tiny/adapter_model.safetensors"):
+        with pytest.raises(RequestError, match=r"org/tiny: It has an adapter"):
+            meant_entries(adapter, parse_reference(text))
+
+
 def test_each_model_has_a_folder_of_its_own() -> None:
     found = repository(*FILES)
     reference = HubReference("org/tiny")

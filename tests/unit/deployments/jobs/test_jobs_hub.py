@@ -132,6 +132,16 @@ async def test_what_cannot_run_here_is_refused_before_its_download(
     assert "all the same" not in caught.value.message
 
 
+async def test_repository_without_a_model_says_what_it_is(hub: Hub, tmp_path: Path) -> None:
+    source = tmp_path / "lora"
+    source.mkdir()
+    (source / "adapter_model.safetensors").write_bytes(b"x")
+    hub.publish("org/lora", source)
+    found = await reader(hub, tmp_path).repository("org/lora", "", 16)
+    assert (found.entries, found.choice.entry) == ((), "")
+    assert "has an adapter" in found.choice.reason
+
+
 async def test_named_model_of_a_hub_that_fails_meanwhile_is_downloaded_later(
     hub: Hub, tmp_path: Path
 ) -> None:
