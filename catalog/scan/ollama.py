@@ -92,6 +92,8 @@ def read_store(folder: Path) -> OllamaStore:
         texts |= layers.texts.keys()
         if reason:
             refused[manifest] = name, reason
+            # Parts of a model that is refused are not models of their own.
+            texts |= {blob for blob, kind in layers.files.items() if kind != "model"}
             continue
         for blob, kind in layers.files.items():
             names.setdefault(blob, []).append(name if kind == "model" else f"{name}-{kind}")
@@ -161,6 +163,11 @@ class _Layers:
             return (
                 f"Ollama stores this model tensor by tensor ({self.tensors:,} files), which only "
                 "Ollama reads; pull a GGUF version of it, or download its safetensors."
+            )
+        if "adapter" in self.files.values():
+            return (
+                "Its tag has an adapter (LoRA) over another model, which only Ollama applies; use "
+                "a model that it was merged into."
             )
         for blob in self.files:
             if not (blobs / blob).is_file():

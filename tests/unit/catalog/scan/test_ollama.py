@@ -110,6 +110,23 @@ def test_a_projector_is_refused_as_what_it_is(
     assert "projector" in shelf.reason("llava-7b-projector@gguf")
 
 
+def test_a_tag_with_an_adapter_is_not_served_as_the_model_below_it(
+    shelf: Shelf, ollama: OllamaStore, tmp_path: Path
+) -> None:
+    """Its answers would be those of another model."""
+    model = ollama.gguf(tmp_path)
+    adapter = write_gguf(
+        tmp_path / "a.gguf", {"general.architecture": "llama", "general.type": "adapter"}, []
+    )
+    kind = "application/vnd.ollama.image.adapter"
+    ollama.tag("library/llama3/8b", (MODEL, model))
+    ollama.tag("me/mine/latest", (MODEL, model), (kind, ollama.blob(adapter.read_bytes())))
+    shelf.scan()
+    assert shelf.states() == {"llama3-8b@gguf-f32": "ok", "mine@gguf": "refused"}
+    assert "an adapter (LoRA)" in shelf.reason("mine@gguf")
+    assert [one.id for one in shelf.store.resolve("mine") if one.state == "ok"] == []
+
+
 def test_a_model_of_single_tensors_is_refused_once(shelf: Shelf, ollama: OllamaStore) -> None:
     kind = "application/vnd.ollama.image.tensor"
     ollama.tag("library/gemma/mlx", *((kind, ollama.blob(bytes([n]))) for n in range(40)))
