@@ -12,6 +12,7 @@ from core.errors import ImpetusError
 from core.settings import Settings
 from core.units import MIB
 
+_MAX_POINTER_BYTES = 4096
 # Where Ollama's installer for Linux lets its service keep models.
 _OLLAMA_SERVICE = Path("/usr/share/ollama/.ollama/models")
 
@@ -59,7 +60,7 @@ def _of_programs(
         return {}
     found = {
         "huggingface": lambda: _hugging_face(environment, user),
-        "lmstudio": lambda: _lm_studio(user),
+        "lmstudio": lambda: _lm_studio(environment, user),
         "ollama": lambda: _ollama(environment, user),
         "llama.cpp": lambda: _llama_cpp(environment, user, platform),
     }
@@ -83,16 +84,32 @@ def _hugging_face(environment: Mapping[str, str], home: Path) -> list[Path]:
     return [named or _variable(environment, "HUGGINGFACE_HUB_CACHE", home) or base / "hub"]
 
 
-def _lm_studio(home: Path) -> list[Path]:
-    """Its folder, the one that its settings name, and that of its older versions."""
-    base = home / ".lmstudio"
-    folders = [base / "models", home / ".cache" / "lm-studio" / "models"]
+def _lm_studio(environment: Mapping[str, str], home: Path) -> list[Path]:
+    """Its folder, the one that its settings name, and those of its older versions.
+
+    Source: lmstudio-js, findLMStudioHome.
+    """
+    usual = home / ".lmstudio"
+    base = _variable(environment, "LMSTUDIO_HOME", home) or _pointed_to(home) or usual
+    folders = [base / "models", usual / "models", home / ".cache" / "lm-studio" / "models"]
     try:
         named = json.loads(read_text(base / "settings.json", MIB))["downloadsFolder"]
     except (OSError, ValueError, KeyError, TypeError, ImpetusError, RecursionError):
         return folders
-    is_path = isinstance(named, str) and "\0" not in named and Path(named).is_absolute()
-    return [Path(named), *folders] if is_path else folders
+    return [path, *folders] if (path := _absolute(named)) else folders
+
+
+def _pointed_to(home: Path) -> Path | None:
+    """Return the home that LM Studio noted, None without a valid note."""
+    try:
+        return _absolute(read_text(home / ".lmstudio-home-pointer", _MAX_POINTER_BYTES).strip())
+    except (OSError, ValueError, ImpetusError):
+        return None
+
+
+def _absolute(text: object) -> Path | None:
+    is_path = isinstance(text, str) and "\0" not in text and Path(text).is_absolute()
+    return Path(str(text)) if is_path else None
 
 
 def _ollama(environment: Mapping[str, str], home: Path) -> list[Path]:

@@ -45,6 +45,23 @@ def test_each_program_s_usual_folder_is_found_where_it_exists(home: Path) -> Non
     assert found(home, discover=[]) == []
 
 
+def test_lm_studio_s_home_is_where_its_variable_or_its_pointer_says(home: Path) -> None:
+    made(home, ".lmstudio/models", "moved/models", "disk/models", "disk/named")
+    (home / ".lmstudio-home-pointer").write_text(f"{home / 'moved'}\n")
+    assert found(home) == ["moved/models", ".lmstudio/models"]
+    (home / "disk" / "settings.json").write_text(
+        json.dumps({"downloadsFolder": str(home / "disk" / "named")})
+    )
+    assert found(home, {"LMSTUDIO_HOME": str(home / "disk")}) == [
+        "disk/named",
+        "disk/models",
+        ".lmstudio/models",
+    ]
+    for text in ("relative/path", "\0", "x" * 10_000, ""):
+        (home / ".lmstudio-home-pointer").write_text(text)
+        assert found(home) == [".lmstudio/models"]
+
+
 def test_a_mac_has_llama_cpp_s_cache_in_its_library(home: Path) -> None:
     made(home, "Library/Caches/llama.cpp", ".cache/llama.cpp")
     assert found(home, platform="darwin") == ["Library/Caches/llama.cpp"]
