@@ -18,7 +18,7 @@ _OUTSIDE = "a link to a file outside the model folders"
 _DANGLING = "a link whose target does not exist"
 PARTIAL = (
     ".part", ".partial", ".incomplete", ".tmp", ".temp", ".download", ".crdownload", ".aria2",
-    ".opdownload", ".!ut", ".!qb", ".bt!", ".filepart",
+    ".opdownload", ".!ut", ".!qb", ".bt!", ".filepart", ".downloadinprogress", ".downloading",
 )  # fmt: skip
 _OLLAMA_PARTIAL = "-partial"
 

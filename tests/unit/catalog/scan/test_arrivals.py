@@ -78,6 +78,17 @@ def test_all_missing_shards_are_one_arrival(shelf: Shelf) -> None:
     assert len(arriving(shelf)) == 1
 
 
+@pytest.mark.parametrize("suffix", [".downloadInProgress", ".downloading", ".part"])
+def test_an_unfinished_download_is_no_model(shelf: Shelf, suffix: str) -> None:
+    """The first is llama.cpp's; the header may be there already."""
+    data = minimal_gguf(shelf.home / "x.gguf").read_bytes()
+    path = shelf.models / f"tiny.gguf{suffix}"
+    path.write_bytes(data[:-4])
+    shelf.touch(path, age_s=10_000)
+    shelf.scan()
+    assert (shelf.states(), shelf.looked) == ({}, [])
+
+
 @pytest.mark.parametrize("suffix", [".aria2", ".part", ".crdownload", ".incomplete", ".tmp"])
 def test_an_unfinished_download_beside_it_keeps_a_file_arriving(shelf: Shelf, suffix: str) -> None:
     path = shelf.models / "tiny.gguf"
