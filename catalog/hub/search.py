@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias
 
 from catalog.hub import facts
@@ -179,6 +179,8 @@ def _bounds(query: HubQuery) -> str:
 def _is_wanted(model: HubModel, query: HubQuery) -> bool:
     """Whether a model passes the filters that a hub does not have, or may ignore."""
     after = query.updated_after
+    if after is not None and after.tzinfo is None:
+        after = after.replace(tzinfo=UTC)
     return (
         bool(model.id)
         and (after is None or (model.updated is not None and model.updated >= after))

@@ -87,6 +87,8 @@ def test_hub_search_filters(client: HubClient) -> None:
     assert found(client, capability=Capability.RERANK) == []
     after = datetime(2026, 1, 15, tzinfo=UTC)
     assert found(client, updated_after=after) == ["a/chat-gguf", "b/weights"]
+    # A day without a time zone is one in UTC.
+    assert found(client, updated_after=datetime(2026, 1, 15)) == ["a/chat-gguf", "b/weights"]
     assert found(client, min_parameters=33) == ["b/weights", "c/embedder"]
     assert found(client, max_parameters=32) == ["a/chat-gguf"]
 
