@@ -58,9 +58,9 @@ def date(value: object) -> datetime | None:
     """Return a time in UTC, None for anything else."""
     try:
         found = datetime.fromisoformat(text(value))
-    except ValueError:
+        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
         return None
-    return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def tags(value: object) -> tuple[str, ...]:

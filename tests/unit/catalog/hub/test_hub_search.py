@@ -143,6 +143,7 @@ def test_hub_search_survives_facts_of_other_types() -> None:
             "id": "org/odd", "tags": {"a": 1}, "likes": -1, "downloads": True, "gated": 5,
             "safetensors": {"parameters": {"F32": "many", "??": 1}, "total": 2**70},
             "gguf": [1], "config": "no", "lastModified": "yesterday", "pipeline_tag": None,
+            "createdAt": "0001-01-01T00:00:00+23:00",
         },
     ]  # fmt: skip
 
