@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
+from catalog.hub.client import HubClient
 from catalog.hub.download.job import DownloadJob
 from catalog.hub.download.record import has_size, read_record, without_secrets
 from catalog.hub.download.run import DownloadProgress, discard, run_download
@@ -51,7 +52,7 @@ class DownloadJobs:
         if is_old:
             report(wanted.size_bytes, wanted.size_bytes)
         else:
-            token = await asyncio.to_thread(self._token)
+            token = await asyncio.to_thread(self._token) if _is_for(wanted) else ""
             limited = replace(wanted, limit_bytes_per_s=self.limit_bytes_per_s)
             try:
                 await run_download(limited, token, tell)
@@ -68,6 +69,11 @@ class DownloadJobs:
     async def discard(self, job: Job) -> None:
         """Remove what has arrived."""
         await asyncio.to_thread(discard, DownloadJob.from_json(job.work))
+
+
+def _is_for(wanted: DownloadJob) -> bool:
+    """Whether the user's token is for the hub of a download, which may be one used before."""
+    return not wanted.url and wanted.endpoint == HubClient(token="").endpoint
 
 
 def is_there(wanted: DownloadJob) -> bool:

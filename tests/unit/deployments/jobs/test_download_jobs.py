@@ -102,6 +102,28 @@ async def test_download_goes_on_after_the_kill_of_everything(
         store.close()
 
 
+@pytest.mark.parametrize("is_same", [True, False])
+async def test_the_token_is_sent_to_no_other_hub_than_the_one_it_is_for_d12(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_same: bool
+) -> None:
+    """A download goes on from the hub where it began, whatever HF_ENDPOINT is meanwhile."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with running_hub() as hub:
+        wanted, _ = publish(hub, tmp_path)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.ENDPOINT",
+            f"{hub.endpoint}/" if is_same else "https://huggingface.co",
+        )
+        hub.forget_requests()
+        job = Job("a", "download", "Tiny", wanted.to_json(), created=1.0, rank=1.0)
+        await DownloadJobs(lambda: "hf_canary").run(job, lambda _done, _total: None)
+        sent = {each.headers.get("authorization") for each in hub.requests}
+    assert (wanted.target / NAME).exists()
+    assert ("Bearer hf_canary" in sent) is is_same
+    if not is_same:
+        assert sent == {None}
+
+
 @contextmanager
 def small_disk() -> Iterator[None]:
     """Let files of this process and its children grow to 300 kB only.
