@@ -25,6 +25,7 @@ from core.errors import (
     HubUnavailable,
     ImpetusError,
     InsufficientDisk,
+    RequestError,
     Unavailable,
 )
 from core.files import flush_to_disk, open_regular, why, write_atomically
@@ -35,6 +36,8 @@ HEADROOM_BYTES = 512 * MIB
 _READ_BYTES = 1 << 20
 _TRIES = 8
 _LONGEST_WAIT_S = 60.0
+# Of names: trying again changes nothing.
+_IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -275,6 +278,12 @@ def _wrong(file: RepositoryFile, reason: str) -> ChecksumFailed:
 
 def disk_problem(problem: OSError, folder: Path, needed_bytes: int) -> ImpetusError:
     """Return the error for a file that could not be written; a full disk has the numbers."""
+    if problem.errno in _IMPOSSIBLE:
+        return RequestError(
+            f"A file of it cannot be stored here ({why(problem)}): this disk does not have such "
+            "names, or there is another file of that name. Choose another model.",
+            param="model",
+        )
     if problem.errno not in _FULL:
         return Unavailable(
             f"The download could not be written to {folder.parent} ({why(problem)}). Check the "

@@ -15,6 +15,7 @@ from core.errors import (
     HubRateLimited,
     HubUnavailable,
     InsufficientDisk,
+    RequestError,
     Unavailable,
 )
 from scripts.hub_lib.faults import Fault
@@ -234,3 +235,13 @@ def test_download_to_a_link_does_not_follow_it(download: Download, tmp_path: Pat
         download.fetch()
     assert victim.read_text() == "keep"
     assert module.HEADROOM_BYTES > 0
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".json", "config.json/tokenizer.json"])
+def test_download_of_a_name_that_the_disk_cannot_have_is_given_up(
+    download: Download, name: str
+) -> None:
+    """Waiting for the disk would never end."""
+    download.fetch("config.json")
+    with pytest.raises(RequestError, match="cannot be stored here"):
+        download.transfer.fetch(replace(download.file("config.json"), path=name))
