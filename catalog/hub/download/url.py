@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from catalog.hub.client import MAX_REDIRECTS, REDIRECTS, HubLimits
-from catalog.hub.entries import RepositoryFile
+from catalog.hub.entries import RepositoryFile, group
 from catalog.hub.problems import failure, refusal, wait_s
 from catalog.hub.public_address import Resolve, WebAddress, parse_address, public_ip, resolve
 from catalog.scan.packages import natural_format
@@ -106,7 +106,15 @@ class UrlSource:
             )
         if not size.isdecimal():
             raise HubAnswerInvalid(f"{self.host} does not state the size of {name[:80]}.")
-        return RepositoryFile(name, int(size), "")
+        file = RepositoryFile(name, int(size), "")
+        if not any(one.format == "gguf" and not one.missing for one in group((file,), ())):
+            raise RequestError(
+                f"{name[:80]!r} is a part of a model: its other files, such as shards, config.json "
+                "and the tokenizer, are not at this address. Download it from its repository on a "
+                "hub, or put all files into a model folder.",
+                param="url",
+            )
+        return file
 
     def _follow(
         self, stack: ExitStack, address: str, headers: Mapping[str, str]

@@ -241,3 +241,24 @@ async def test_download_from_this_machine_is_refused_in_the_process_too(
         await run_download(job, "", lambda _: None)
     assert hub.requests == []
     assert not target.exists()
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.safetensors", "is a part of a model"),
+        ("pytorch_model.bin", "is a part of a model"),
+        ("model.onnx", "is a part of a model"),
+        ("m-00001-of-00003.gguf", "is a part of a model"),
+        ("mmproj-model-f16.gguf", "is a part of a model"),
+    ],
+)
+def test_download_of_a_part_of_a_model_is_refused_before_it_begins(
+    download: Download, url: str, name: str, said: str
+) -> None:
+    """The scan would refuse it, and it would be removed."""
+    (download.source / name).write_bytes(b"x")
+    download.hub.publish("org/tiny", download.source)
+    with pytest.raises(RequestError, match=said):
+        UrlSource(url.replace(LARGE, name), LIMITS).probe()
