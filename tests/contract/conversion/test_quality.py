@@ -16,11 +16,13 @@ from catalog.convert.quality.measure import QualityLimits, measure_quality
 from catalog.convert.run import ConversionRequest, convert
 from core.errors import BrokenModel
 from tests.encoder_models import ENCODERS, save_encoder
+from tests.gguf_files import llama_gguf
 from tests.tiny_folders import write_model
 
 pytestmark = pytest.mark.timeout(600)
 
 SHORT = QualityLimits(tokens=128, seconds=120)
+FEW = QualityLimits(tokens=32, seconds=120)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,32 @@ async def test_fewer_bits_differ_more_and_destroyed_weights_most(
     )
     assert whole.perplexity_source == small.perplexity_source == lost.perplexity_source
     assert whole.perplexity_result == pytest.approx(whole.perplexity_source, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("format", "quantization", "divergence"),
+    [("onnx", "f32", 1e-3), ("onnx", "int8", 0.1), ("coreml", "f32", 1e-3)],
+)
+async def test_results_of_other_formats_are_measured(
+    source: Path, tmp_path: Path, format: str, quantization: str, divergence: float
+) -> None:
+    made = await converted(source, tmp_path / "made", format, quantization)
+    figure = await figure_of(source, made, format, FEW)
+    assert (figure.tokens, figure.reason) == (32, "")
+    assert 0 <= (figure.kl_mean or 0) < divergence
+    assert figure.perplexity_result == pytest.approx(figure.perplexity_source, rel=0.1)
+
+
+@pytest.mark.parametrize("format", ["gguf", "mlx", "safetensors"])
+async def test_sources_of_other_formats_are_measured(tmp_path: Path, format: str) -> None:
+    file = llama_gguf(tmp_path / "tiny-F32.gguf")
+    info = load_backends()["gguf"].identify(file)
+    quantization = "q8_0" if format == "gguf" else "f32"
+    made = await convert(ConversionRequest(info, format, tmp_path / "made", quantization))
+    figure = await measure_quality(info, made, format, tmp_path, limits=FEW)
+    assert (figure.tokens, figure.reason) == (32, "")
+    assert 0 <= (figure.kl_mean or 0) < 0.01
+    assert (figure.same_top_share or 0) > 0.8
 
 
 async def test_not_a_number_is_a_failed_conversion(source: Path, tmp_path: Path) -> None:
