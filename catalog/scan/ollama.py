@@ -1,7 +1,8 @@
 """Names the blobs of an Ollama store by the manifests that refer to them.
 
 A store has `manifests/<host>/<owner>/<model>/<tag>`, JSON files that list layers by digest, and
-`blobs/sha256-<digest>`.  Text layers hold parameters, a system prompt and licences.
+`blobs/sha256-<digest>`.  Text layers hold parameters, a system prompt, a template
+and licences.
 Source: Ollama's server/manifest.go, its media types, and the options of its api/types.go.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.hf.header import read_json, read_text
+from backends.prompt.go_templates import to_jinja
 from catalog.models import DEFAULT_CONTEXT, STOP_STRINGS, SYSTEM_PROMPT
 from core.errors import BrokenModel, ImpetusError
 from core.units import KIB, MIB
@@ -29,8 +31,8 @@ _MEDIA_TYPE = "application/vnd.ollama.image."
 # Layers that are GGUF files; the others are texts and settings.
 _FILES = ("model", "projector", "adapter")
 _DEFAULT_TAG = "latest"
-# What a model's layers say of it is a licence, or a detail of `ModelInfo` by its name.
-LICENSE = "license"
+# What a model's layers say of it is one of these, or a detail of `ModelInfo` by its name.
+LICENSE, CHAT_TEMPLATE = "license", "chat_template"
 _SAMPLING = {
     "temperature": "sampling_temp",
     "top_k": "sampling_top_k",
@@ -202,13 +204,16 @@ def _facts(blobs: Path, texts: Mapping[str, str]) -> dict[str, float | str]:
     """Return what a model's text layers say; what cannot be read is left out."""
     facts: dict[str, float | str] = {}
     for blob, kind in texts.items():
-        if kind not in ("params", "system", "license"):
+        if kind not in ("params", "system", "license", "template"):
             continue
         try:
-            text = read_text(blobs / blob, _MAX_TEXT_BYTES).strip()
+            whole = read_text(blobs / blob, _MAX_TEXT_BYTES)
         except (OSError, ImpetusError):
             continue
-        if kind == "params":
+        text = whole.strip()
+        if kind == "template":
+            facts |= {CHAT_TEMPLATE: made} if (made := to_jinja(whole)) else {}
+        elif kind == "params":
             facts |= _parameters(text)
         elif kind == "system" and 0 < len(text) <= _LONGEST_PROMPT:
             facts[SYSTEM_PROMPT] = text

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import assert_never
 
 from backends.base import ModelInfo
+from backends.prompt.named_templates import template_capabilities
 from catalog.changes import content_digest, file_signature, size_of
 from catalog.models import (
     CONTENT,
@@ -27,12 +28,13 @@ from catalog.names import bare_name
 from catalog.scan.arrivals import Arrivals
 from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown, passing_reason
 from catalog.scan.notes import READER_VERSION, InspectionNotes
-from catalog.scan.ollama import LICENSE
+from catalog.scan.ollama import CHAT_TEMPLATE, LICENSE
 from catalog.scan.packages import Packages, is_part, natural_format
 from catalog.scan.provenance import converted_from
 from catalog.scan.starters import InstalledStarter
 from catalog.scan.surroundings import model_signature
 from catalog.scan.walk import Candidate, WalkResult
+from core.types import Capability
 
 logger = logging.getLogger(__name__)
 
@@ -342,11 +344,17 @@ def _named(info: ModelInfo, names: Sequence[str]) -> ModelInfo:
 
 
 def _with_facts(info: ModelInfo, candidate: Candidate) -> ModelInfo:
-    """Return `info` with what the store of another program says; a licence of its own stays."""
+    """Return `info` with what the store of another program says.
+
+    A licence and a chat template of the model's own stay.
+    """
     if not candidate.facts:
         return info
     facts = dict(candidate.facts)
-    license = str(facts.pop(LICENSE, ""))
+    license, template = str(facts.pop(LICENSE, "")), str(facts.pop(CHAT_TEMPLATE, ""))
+    if template and info.chat_template is None and Capability.CHAT in info.capabilities:
+        capabilities = info.capabilities | template_capabilities((template,))
+        info = replace(info, chat_template=template, capabilities=capabilities)
     details = {**info.details, **facts, STORE_FACTS: candidate.facts_digest}
     return replace(info, license=info.license or license, details=details)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from backends.prompt.go_templates import to_jinja
 from catalog.models import ModelRecord
 from tests.gguf_raw import minimal_gguf, write_gguf
 from tests.unit.catalog.scan.folders import Shelf, write_json
@@ -239,6 +240,29 @@ def test_parameters_system_prompt_and_licence_of_a_tag_are_read(
     gone = {"sampling_temp", "stop_strings", "default_context"}
     assert not gone & changed.info.details.keys()
     assert not shelf.scan().has_changes
+
+
+def test_the_template_of_a_tag_is_used_where_the_model_has_none(
+    shelf: Shelf, ollama: OllamaStore, tmp_path: Path
+) -> None:
+    text = "{{ if .Prompt }}U: {{ .Prompt }}\n{{ end }}A: {{ .Response }}\n"
+    own, template = "{{ messages[0].content }}", ollama.blob(text.encode())
+    with_own = ollama.gguf(tmp_path, **{"tokenizer.chat_template": own})
+    ollama.tag("library/bare/1b", (MODEL, ollama.gguf(tmp_path)), (TEMPLATE, template))
+    ollama.tag("library/own/1b", (MODEL, with_own), (TEMPLATE, template))
+    shelf.scan()
+    templates = {
+        one.info.name: one.info.chat_template for one in shelf.store.models() if one.info.files
+    }
+    assert templates == {"own-1b": own, "bare-1b": to_jinja(text)}
+    assert not shelf.scan().has_changes
+
+    # One that has no equivalent leaves the plain form.
+    other = ollama.blob(b"{{ printf .Prompt }}")
+    ollama.tag("library/bare/1b", (MODEL, ollama.gguf(tmp_path)), (TEMPLATE, other))
+    shelf.scan()
+    bare = next(one for one in shelf.store.models() if one.info.name == "bare-1b")
+    assert bare.info.chat_template is None
 
 
 @pytest.mark.parametrize(
