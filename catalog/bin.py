@@ -12,8 +12,9 @@ from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 from typing import Any
 
-from catalog.models import BuiltIn, Converted, Local, ModelRecord, Package
-from core.errors import NotFound, RequestError, Unavailable
+from backends.small_json import read_object
+from catalog.models import DOWNLOAD_RECORD, BuiltIn, Converted, Local, ModelRecord, Package
+from core.errors import BrokenModel, NotFound, RequestError, Unavailable
 from core.files import why, write_atomically
 from core.units import MIB
 
@@ -195,7 +196,38 @@ def _paths(record: ModelRecord, root: Path, others: Sequence[ModelRecord]) -> li
     )
     if is_own:
         return [folder]
-    return [file for file in files if file not in taken and os.path.lexists(file)]
+    gone = [*files, *_downloaded_with(files, root, taken)]
+    return [file for file in dict.fromkeys(gone) if file not in taken and os.path.lexists(file)]
+
+
+def _downloaded_with(files: Sequence[Path], root: Path, taken: Sequence[Path]) -> list[Path]:
+    """Return what was downloaded together with a model, whose folder can then be made anew.
+
+    Empty if another model is in that folder.
+    """
+    for folder in files[0].parents:
+        if not folder.is_relative_to(root) or folder == root:
+            break
+        names = _recorded(folder / DOWNLOAD_RECORD)
+        if names:
+            is_its_own = files[0].relative_to(folder).as_posix() in names
+            if not is_its_own or any(_is_inside(file, folder) for file in taken):
+                break
+            return [folder / name for name in names if _is_inside(folder / name, folder)]
+    return []
+
+
+def _recorded(record: Path) -> list[str]:
+    """Return the paths in the record of a download, and the record's own; empty without one."""
+    try:
+        files = read_object(record).get("files")
+    except BrokenModel:
+        return []
+    if not isinstance(files, list):
+        return []
+    found = [file.get("path") for file in files if isinstance(file, dict)]
+    paths = [path for path in found if isinstance(path, str) and _is_plain(path)]
+    return [*paths, record.name]
 
 
 def _is_inside(path: Path, folder: Path) -> bool:

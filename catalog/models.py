@@ -24,6 +24,8 @@ DEFAULT_CONTEXT = "default_context"
 CONTENT = "content"
 # The detail with a digest of what the store of another program says of a model.
 STORE_FACTS = "store_facts"
+# In the folder of a model that was downloaded: where from, and which files.
+DOWNLOAD_RECORD = "download.json"
 
 
 @dataclass(frozen=True, slots=True)

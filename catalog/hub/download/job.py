@@ -10,13 +10,13 @@ from typing import Any
 
 from catalog.hub.entries import RepositoryFile
 from catalog.hub.reference import check_path
+from catalog.models import DOWNLOAD_RECORD
 from core.errors import RequestError
 
 # The folder of unfinished files, and in it the file that the process which downloads keeps locked.
 _PARTIAL = ".partial"
 _LOCK = "lock"
-# In the folder of a model: where it was downloaded from.
-RECORD = "download.json"
+RECORD = DOWNLOAD_RECORD
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,4 +140,7 @@ def test_model_is_got_over_ctrl_c_and_a_killed_server(hub: Hub, other_server: Se
     gone = document(server, "rm", "coder", "--yes")
     assert [model["id"] for model in document(server, "list", "nice")["models"]] == []
     assert document(server, "restore", gone["id"])["model"] == ID
+    assert document(server, "rm", ID, "--yes")["model"] == ID
+    anew = run(server, "get", WANTED)
+    assert (anew.returncode, anew.stdout) == (0, f"Ready: {ID} (93.8 MiB)\n"), anew.stderr
     assert server.stop() == 0

@@ -1,5 +1,6 @@
 """The bin: which files of a model go, that they come back whole, and what is not followed."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,15 @@ import pytest
 
 from catalog import bin as model_bin
 from catalog.bin import BIN_FOLDER, KEPT_S, BinEntry
-from catalog.models import BuiltIn, Local, ModelRecord, ModelSettings, Package, Source
+from catalog.models import (
+    DOWNLOAD_RECORD,
+    BuiltIn,
+    Local,
+    ModelRecord,
+    ModelSettings,
+    Package,
+    Source,
+)
 from core.errors import NotFound, RequestError, Unavailable
 from tests.unit.catalog.builders import make_record
 
@@ -64,6 +73,40 @@ def test_a_folder_of_one_model_goes_as_a_whole(root: Path) -> None:
     assert entry.size_bytes == 12
     model_bin.restore(entry)
     assert visible(root) == ["m", "m/config.json", "m/model.safetensors"]
+
+
+def test_what_was_downloaded_with_a_model_goes_and_comes_back(root: Path) -> None:
+    one = record(root, "hub/m/q4/x.gguf")
+    (root / "hub/m/README.md").write_bytes(b"read me")
+    names = ["q4/x.gguf", "README.md", "../outside.txt", "gone.txt", 5]
+    listed = {"version": 1, "files": [{"path": name} for name in names]}
+    (root / "hub/m" / DOWNLOAD_RECORD).write_text(json.dumps(listed))
+    (root / "hub/outside.txt").write_bytes(b"the user's")
+    entry = delete(one, root)
+    assert visible(root) == ["hub", "hub/outside.txt"]
+    model_bin.restore(entry)
+    whole = ["README.md", DOWNLOAD_RECORD, "q4", "q4/x.gguf"]
+    assert visible(root) == [
+        "hub",
+        "hub/m",
+        *(f"hub/m/{name}" for name in whole),
+        "hub/outside.txt",
+    ]
+    # What is the user's own, and what another model needs, stays.
+    (root / "hub/m/notes.txt").write_bytes(b"notes")
+    model_bin.restore(delete(one, root))
+    other = record(root, "hub/m/y.gguf")
+    delete(one, root, other)
+    assert "hub/m/README.md" in visible(root)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"files": 5}', '{"files": [{"path": "other.gguf"}]}'])
+def test_files_beside_a_record_of_something_else_stay(root: Path, text: str) -> None:
+    one = record(root, "m/x.gguf")
+    (root / "m" / DOWNLOAD_RECORD).write_text(text)
+    (root / "m" / "other.gguf").write_bytes(b"0")
+    delete(one, root)
+    assert visible(root) == ["m", f"m/{DOWNLOAD_RECORD}", "m/other.gguf"]
 
 
 def test_a_shared_folder_and_shared_files_stay(root: Path) -> None:
