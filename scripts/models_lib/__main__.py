@@ -33,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ServerUnreachable as problem:
         _tell(screen, str(problem), "unreachable")
         return _UNREACHABLE
+    except BrokenPipeError:
+        # What reads the output, such as `head`, has ended; nothing can be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
     except (WrongUsage, AddressProblem) as problem:
         _tell(screen, str(problem), "usage")
         return _USAGE

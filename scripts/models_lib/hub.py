@@ -64,7 +64,7 @@ def search(context: Context) -> None:
     ]
     context.screen.table(columns, rows)
     if cursor:
-        context.screen.note(f"There are more: repeat the command with --cursor '{cursor}'")
+        context.screen.note(f"There are more: repeat the command with\n  --cursor '{cursor}'")
 
 
 def show(context: Context) -> None:
@@ -178,8 +178,7 @@ def _print_repository(
     choice = repository["choice"]
     rows = [
         (
-            "*" if entry["name"] == choice["entry"] else "",
-            entry["name"],
+            f"{'*' if entry['name'] == choice['entry'] else ' '} {entry['name']}",
             entry["format"],
             entry["quantization"],
             words.size(entry["size_bytes"]),
@@ -193,8 +192,7 @@ def _print_repository(
         screen.say("  It has no such model." if repository["entries"] else "  It has no model.")
         return
     columns = [
-        Column(""),
-        Column("ENTRY"),
+        Column("  ENTRY"),
         Column("FORMAT"),
         Column("QUANT"),
         Column("SIZE", is_right=True),

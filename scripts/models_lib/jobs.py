@@ -75,7 +75,9 @@ def tell_begun(context: Context, job: Mapping[str, Any]) -> None:
         context.screen.document(job)
         return
     context.screen.say(f"{job['title']}: {words.job_state(job)}")
-    context.screen.say(f"The server goes on with it: scripts/models jobs follow {job['id']}")
+    context.screen.say(
+        f"The server goes on with it. This follows it:\n  scripts/models jobs follow {job['id']}"
+    )
 
 
 def finish(context: Context, job: Mapping[str, Any]) -> None:
@@ -101,8 +103,8 @@ def _why_not_done(job: Mapping[str, Any]) -> str:
         return f"{job['title']} failed: {job['reason']}"
     if job["state"] == "paused":
         return (
-            f"{job['title']} was paused; what has arrived is kept. "
-            f"Go on: scripts/models jobs resume {job['id']}"
+            f"{job['title']} was paused; what has arrived is kept. This goes on with it:\n"
+            f"  scripts/models jobs resume {job['id']}"
         )
     return f"{job['title']} was cancelled."
 

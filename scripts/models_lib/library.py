@@ -108,8 +108,8 @@ def remove(context: Context) -> None:
     freed = words.size(gone["freed_bytes"]) or "no bytes, as other files share them"
     screen.say(f"{gone['model']} is in the bin. The disk gets back {freed}.")
     screen.say(
-        f"Until {words.moment(gone['purge_at'])} this restores it: "
-        f"scripts/models restore {gone['id']}"
+        f"Until {words.moment(gone['purge_at'])} this restores it:\n"
+        f"  scripts/models restore {gone['id']}"
     )
 
 
@@ -159,7 +159,7 @@ def list_aliases(context: Context) -> None:
         context.screen.document(answer)
         return
     if not answer["aliases"]:
-        context.screen.say("There are no aliases. Make one: scripts/models alias set NAME MODEL")
+        context.screen.say("There are no aliases. Make one:\n  scripts/models alias set NAME MODEL")
         return
     rows = [(one["alias"], one["model"]) for one in answer["aliases"]]
     context.screen.table([Column("ALIAS"), Column("MODEL")], rows)

@@ -116,9 +116,9 @@ def follow(client: ServerClient, screen: Screen, job: Mapping[str, Any]) -> Mapp
         return _follow(client, screen, job)
     except KeyboardInterrupt:
         raise StillRunning(
-            f"{job['title']} goes on in the server. Follow it: scripts/models jobs follow "
-            f"{job['id']} (or the same command again); stop it: scripts/models jobs cancel "
-            f"{job['id']}"
+            f"{job['title']} goes on in the server. The first of these follows it, as the same "
+            "command does; the other one gives it up:\n"
+            f"  scripts/models jobs follow {job['id']}\n  scripts/models jobs cancel {job['id']}"
         ) from None
 
 

@@ -34,16 +34,17 @@ class Screen:
         return is_able and not self.is_json
 
     def say(self, text: str) -> None:
-        """Print a line of the result."""
+        """Print lines of the result; one that begins with spaces is never wrapped, for copying."""
         self._print(self._out, text)
 
     def text(self, text: str) -> None:
         """Print a text of several lines as it is, without control characters."""
         for line in text.splitlines():
-            self._print(self._out, line.expandtabs(4))
+            shown = Text(escaped(line.expandtabs(4), _LONGEST_TEXT))
+            self._out.print(shown, soft_wrap=not self._out.is_terminal)
 
     def note(self, text: str) -> None:
-        """Print a line that is not part of the result."""
+        """Print lines that are not part of the result, as `say` does."""
         self._print(self.errors, text)
 
     def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
@@ -53,8 +54,8 @@ class Screen:
 
     def document(self, content: Mapping[str, Any]) -> None:
         """Print the result as JSON."""
-        json.dump(content, sys.stdout, ensure_ascii=False)
-        sys.stdout.write("\n")
+        sys.stdout.write(f"{json.dumps(content, ensure_ascii=False)}\n")
+        sys.stdout.flush()
 
     @staticmethod
     def can_ask() -> bool:
@@ -73,8 +74,9 @@ class Screen:
         return sys.stdin.readline().strip()
 
     def _print(self, console: Console, text: str) -> None:
-        is_piped = not console.is_terminal
-        console.print(Text(escaped(text, _LONGEST_TEXT)), soft_wrap=is_piped)
+        for line in text.split("\n"):
+            is_whole = not console.is_terminal or line.startswith("  ")
+            console.print(Text(escaped(line, _LONGEST_TEXT)), soft_wrap=is_whole)
 
 
 def _console(*, is_error: bool) -> Console:

@@ -4,6 +4,8 @@ import asyncio
 import os
 import pty
 import re
+import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -114,3 +116,18 @@ async def test_terminal_gets_a_bar_that_leaves_only_the_result(stand: Stand) -> 
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
     code, text = await asyncio.to_thread(in_terminal, 100, "get", "org/tiny", TERM="dumb")
     assert (code, "\x1b" in text) == (0, False)
+
+
+async def test_commands_in_messages_are_not_wrapped(stand: Stand) -> None:
+    stand.jobs.begun = JOB.model_copy(update={"state": "queued"})
+    code, text = await asyncio.to_thread(in_terminal, 30, "get", "org/tiny", "--no-wait")
+    assert (code, "  scripts/models jobs follow a1" in text) == (0, True)
+
+
+async def test_reader_that_ends_early_ends_the_command_quietly(stand: Stand) -> None:
+    stand.jobs.begun = JOB.model_copy(update={"title": "x" * 100_000})
+    command = f"{shlex.quote(sys.executable)} -m scripts.models_lib list --json | head -c 1"
+    done = await asyncio.to_thread(
+        subprocess.run, ["/bin/sh", "-c", command], cwd=ROOT, capture_output=True, check=False
+    )
+    assert (done.stdout, done.stderr) == (b"{", b"")
