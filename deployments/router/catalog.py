@@ -225,9 +225,9 @@ class CatalogView:
             view = self._view(library.records[model_id], resident, loading)
             changed[model_id] = _with_fault(view, model_states.faults.get(model_id))
         for entry in library.entries if changed else ():
-            if (view := changed.get(entry.view.id)) is not None:
-                kept = entry.view
-                changed[view.id] = replace(view, duplicates=kept.duplicates, source=kept.source)
+            kept = entry.view
+            if (now := changed.get(kept.id)) is not None:
+                changed[kept.id] = replace(now, duplicates=kept.duplicates, source=kept.source)
         return LibraryView(library.entries, changed)
 
     def _view(

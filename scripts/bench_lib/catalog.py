@@ -171,8 +171,8 @@ async def _queries(home: Path, scanned: Path, rounds: int) -> list[Measured]:
     settings = _settings(home)
     _fill(settings, scanned)
     handle: Any = _Scheduler()
-    view = CatalogView(settings, handle, ModelStatesWatch(handle))
     unused: Any = None
+    view = CatalogView(settings, handle, ModelStatesWatch(handle), unused)
     management = SchedulerManagement(settings, handle, DecisionLog())
     services = Services(settings, view, unused, unused, unused, management)
     transport = httpx.ASGITransport(create_app(services))

@@ -107,7 +107,7 @@ async def test_get_tells_what_the_hub_refuses(stand: Stand, run: Run) -> None:
     async def refuse(*_: str) -> JobDetail:
         raise HubNotFound("The hub has no repository org/nothing.")
 
-    stand.jobs.download = refuse  # type: ignore[method-assign]
+    stand.jobs.download = refuse  # type: ignore[method-assign,assignment]
     shown = await run("get", "org/nothing", "--json")
     assert (shown.code, shown.document["error"]["code"]) == (1, "hub_not_found")
     assert shown.err == "The hub has no repository org/nothing.\n"

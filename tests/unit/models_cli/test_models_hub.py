@@ -73,7 +73,7 @@ async def test_search_within_a_size_reads_on_until_there_is_something(
             models=(HubResult(**{**MODEL, "id": name}, fit=fit),), cursor=f"page{len(name)}"
         )
 
-    stand.hub.search = search  # type: ignore[method-assign]
+    stand.hub.search = search  # type: ignore[method-assign,assignment]
     shown = await run("search", "--max-size", "4GB", "--limit", "1")
     assert [line[0] for line in shown.lines] == ["MODEL", "org/number3"]
     assert [call.cursor for call in stand.hub.calls] == ["", "page11", "page11"]

@@ -163,7 +163,7 @@ def test_no_answer_may_have_fields_that_are_not_described(described: dict[str, A
         for operation in item.values():
             assert list(open_objects(operation["responses"], schemas, seen)) == [], path
     assert len(seen) > 100
-    given = {"a": {"properties": {"b": {}}}}
+    given: dict[str, Any] = {"a": {"properties": {"b": {}}}}
     assert list(open_objects({"$ref": "#/a"}, given, set())) == ['["b"]']
 
 

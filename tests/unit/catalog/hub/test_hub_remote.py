@@ -222,7 +222,7 @@ def test_hub_older_mlx_weights_are_known_after_the_download(
 ) -> None:
     folder = tmp_path / "model"
     write_json(folder / "config.json", LLAMA)
-    np.savez(folder / "weights.npz", **llama_tensors())
+    np.savez(folder / "weights.npz", allow_pickle=True, **llama_tensors())
     (found,) = inspect(folder).values()
     assert (found.info, found.is_refused) == (None, False)
     assert "before the download" in found.problem

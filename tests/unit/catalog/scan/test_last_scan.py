@@ -14,6 +14,7 @@ from catalog.models import ScanReport
 from catalog.scan import scan as module
 from catalog.scan.identify import Uninspected
 from catalog.scan.scan import scan
+from catalog.scan.walk import walk
 from catalog.store import CatalogStore
 from core.settings import Settings
 from tests.unit.catalog.scan.folders import write_json, write_model
@@ -53,7 +54,6 @@ def room(tmp_path: Path) -> Room:
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The scans that looked at files."""
     seen: list[int] = []
-    walk = module.walk
 
     def count(*args: object) -> object:
         seen.append(1)
@@ -72,9 +72,14 @@ def test_nothing_is_read_while_nothing_changes(
     def refuse(*_: object) -> None:
         raise AssertionError("a file was opened")
 
+    def open_path(path: Path, *_: object) -> None:
+        # Only the list of the folders themselves is looked for.
+        assert path.name == "model_folders.json"
+        raise FileNotFoundError
+
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", refuse)
-        patch.setattr(Path, "open", refuse)
+        patch.setattr(Path, "open", open_path)
         patch.setattr(CatalogStore, "models", refuse)
         again = room.scan()
     assert len(walks) == 1

@@ -245,7 +245,7 @@ async def test_thousand_files_can_be_announced(ask: Ask, uploads: FakeUploads) -
 async def test_chunks_in_memory_are_bounded(ask: Ask, uploads: FakeUploads) -> None:
     uploads.gate = asyncio.Event()
     sent = [
-        asyncio.create_task(ask("PUT", f"{ONE}/3", content=b"x", headers=headers(b"x")))
+        asyncio.ensure_future(ask("PUT", f"{ONE}/3", content=b"x", headers=headers(b"x")))
         for _ in range(8)
     ]
     while len(uploads.calls) < 8:

@@ -9,6 +9,7 @@ the exit code of that child, negative for a signal.  Run as `python -m`, from th
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def crash_at(step: str, job: DownloadJob) -> None:
         "flushed": (transfer, "flush_to_disk", lambda *_: True),
         "renamed": (Path, "replace", lambda path, _: path.suffix == ".part"),
         "recorded": (child, "write_atomically", lambda *_: True),
-        "cleaned": (child.shutil, "rmtree", lambda *_: True),
+        "cleaned": (shutil, "rmtree", lambda *_: True),
         "published": (Path, "rename", lambda *_: True),
         "done": (child, "flush_path", lambda path: path == job.target.parent),
     }
