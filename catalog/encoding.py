@@ -49,8 +49,8 @@ def source_to_json(source: Source) -> str:
             fields = {"kind": "local", "root": root}
         case Package(distribution, version):
             fields = {"kind": "package", "distribution": distribution, "version": version}
-        case Converted(root, model_id):
-            fields = {"kind": "converted", "root": root, "model_id": model_id}
+        case Converted():
+            fields = {"kind": "converted", **asdict(source)}
         case BuiltIn():
             fields = {"kind": "built-in"}
         case _:
@@ -67,6 +67,8 @@ def source_from_json(text: str) -> Source:
         case "package":
             return Package(fields["distribution"], fields["version"])
         case "converted":
-            return Converted(fields["root"], fields["model_id"])
+            # Older rows have no choices and no quality.
+            del fields["kind"]
+            return Converted(**fields)
         case _:
             return BuiltIn()

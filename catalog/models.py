@@ -45,10 +45,16 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """Files in a scanned folder that this server converted from the model `model_id`."""
+    """Files in a scanned folder that this server converted from the model `model_id`.
+
+    `choices` are the format, quantization and options of the conversion, `quality` how the result
+    differs from its source (`catalog.convert.quality`); empty where they are not known.
+    """
 
     root: str
     model_id: str
+    choices: Mapping[str, JsonValue] = field(default_factory=dict)
+    quality: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

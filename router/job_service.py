@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from core.types import JsonValue
 
 JobStateName: TypeAlias = Literal[
     "queued", "running", "paused", "waiting", "interrupted", "done", "failed", "cancelled"
@@ -51,16 +53,60 @@ class JobFile(Answer):
     sha256: str
 
 
-class ConversionView(Answer):
-    """What a conversion makes of the model `source`.
+class QualityView(Answer):
+    """How a converted model differs from its source; null is what was not measured.
 
-    `group_size` is null for formats without that choice.
+    `tokens` of a text were compared: `kl_mean` and `kl_p99` are the divergence of the next-token
+    distributions in nats, `same_top_share` how often both find the same token most probable.  Of
+    models for embeddings `cosine_mean` and `cosine_least` are compared.  `reason` says why
+    something was not measured.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    tokens: int = 0
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    same_top_share: float | None = None
+    perplexity_source: float | None = None
+    perplexity_result: float | None = None
+    cosine_mean: float | None = None
+    cosine_least: float | None = None
+    reason: str = ""
+
+
+class ConversionView(Answer):
+    """What a conversion makes, or made, of the model `source`.
+
+    `group_size` is null for formats without that choice, `quality` where it was not measured yet.
     """
 
     source: str
     format: str
     quantization: str
     group_size: int | None
+    quality: QualityView | None = None
+
+    @classmethod
+    def of(
+        cls,
+        source: str,
+        choices: Mapping[str, JsonValue],
+        quality: Mapping[str, JsonValue],
+    ) -> "ConversionView | None":
+        """Return what a record of the catalog says; None without valid choices."""
+        try:
+            return cls.model_validate(
+                {
+                    "source": source,
+                    "format": choices["target_format"],
+                    "quantization": choices["quantization"],
+                    "group_size": choices.get("group_size"),
+                    "quality": dict(quality) or None,
+                }
+            )
+        except (KeyError, ValidationError):
+            return None
 
 
 class JobDetail(JobView):

@@ -23,7 +23,7 @@ from core.types import (
 from core.types import Priority as Priority
 from router.conversion_service import Conversions
 from router.hub_service import Hub
-from router.job_service import Jobs
+from router.job_service import ConversionView, Jobs
 from router.upload_service import LocalFiles, Uploads
 
 ModelState: TypeAlias = Literal[
@@ -85,6 +85,7 @@ class ModelView:
     `compatibility` is by client.  `limitations` tell what a loaded model does otherwise than usual,
     a sentence each.  `continue_answers` is the model's own setting, None for the server's.
     `duplicates` are the ids of models with the same files at other places.
+    `conversion` says what a converted model was made of and how, None for others.
     `alias_of` is the model's id in an entry whose `id` is an alias.  `defaults` fill what requests
     leave out, None if there are none.  `source` is whose folder the files are in: `impetus`,
     `folder` for one of the user's, `huggingface`, `lmstudio`, `ollama`, `llama.cpp`; or `package`,
@@ -110,6 +111,7 @@ class ModelView:
     runtime_reason: str = ""
     runtime_choice: RuntimeView | None = None
     converted_from: str = ""
+    conversion: ConversionView | None = None
     priority: Priority = "interactive"
     compatibility: Mapping[str, FitView] = field(default_factory=dict)
     limitations: tuple[str, ...] = ()

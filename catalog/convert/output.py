@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ import psutil
 from backends.base import ModelInfo
 from catalog.changes import file_signature
 from catalog.convert.job import write_json
+from catalog.convert.quality.figure import QualityFigure
 from core.errors import ModelFileMissing, RequestError, Unavailable
 from core.files import flush_path
 from core.types import JsonValue
@@ -187,11 +188,12 @@ def write_provenance(
     before: Sequence[SourceFile],
     parameters: Mapping[str, JsonValue],
     peak_bytes: int = 0,
+    quality: QualityFigure | None = None,
 ) -> None:
     """Write provenance.json: the source, parameters, tool versions and time of the conversion.
 
-    `peak_bytes` is the highest memory of a step.  Raises Unavailable if the source changed during
-    the conversion.
+    `peak_bytes` is the highest memory of a step, `quality` what was measured of the result.  Raises
+    Unavailable if the source changed during the conversion.
     """
     require_unchanged(before)
     files = [
@@ -212,6 +214,7 @@ def write_provenance(
             },
             "parameters": dict(parameters),
             "peak_memory_bytes": peak_bytes,
+            "quality": None if quality is None else asdict(quality),
             "tools": _tool_versions(),
         },
     )

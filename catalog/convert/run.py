@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from catalog.convert.output import (
 )
 from catalog.convert.output import sweep as sweep
 from catalog.convert.pause import PauseSwitch
+from catalog.convert.quality.figure import QualityFigure
 from catalog.jobs import JobInterrupted
 from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit
 from core.errors import ImpetusError, ModelFileMissing, RequestError, Unavailable
@@ -38,6 +39,8 @@ from core.files import visible_files
 from core.supervision import log_failure
 from core.types import JsonValue
 
+# The share of a conversion that is done when its result is measured.
+_STEPS_DONE = 0.99
 _EXPORTERS = ("auto", "genai", "torch")
 # How users and the system, which is short of memory, end processes.
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
@@ -74,6 +77,8 @@ class ConversionProgress:
 
 
 OnProgress = Callable[[ConversionProgress], None]
+# (the result's folder, an existing folder for temporary files): compares it with its source.
+Measure = Callable[[Path, Path], Awaitable[QualityFigure]]
 
 
 async def convert(
@@ -81,14 +86,17 @@ async def convert(
     on_progress: OnProgress | None = None,
     pause: PauseSwitch | None = None,
     on_memory: OnMemory | None = None,
+    measure: Measure | None = None,
 ) -> Path:
     """Run a conversion and return the folder it made, `request.target`.
 
     While `pause` is on, no step starts and the running one is stopped.  `on_memory` gets the
-    memory of the child processes in bytes.  Cancelling the task kills them and removes their
-    files.  Raises RequestError (an existing target, unknown options), UnsupportedCapability,
-    ModelFileMissing, BrokenModel, Unavailable (no disk space, a changed source), JobInterrupted if
-    a child was killed, else ImpetusError with the reason.
+    memory of the child processes in bytes.  `measure` is awaited with the result before it becomes
+    visible: what it returns is part of provenance.json, what it raises ends the conversion.
+    Cancelling the task kills the processes and removes their files.  Raises RequestError (an
+    existing target, unknown options), UnsupportedCapability, ModelFileMissing, BrokenModel,
+    Unavailable (no disk space, a changed source), JobInterrupted if a child was killed, else
+    ImpetusError with the reason.
     """
     quantization = _checked_quantization(request)
     route = plan(request.source.format, request.target_format, quantization)
@@ -107,6 +115,12 @@ async def convert(
             # A source that changes meanwhile fails in many ways; this is the reason for all.
             await asyncio.to_thread(require_unchanged, before, error)
             raise
+        quality = None
+        if measure is not None:
+            if on_progress is not None:
+                steps = len(route) - 1
+                on_progress(ConversionProgress(_STEPS_DONE, steps, steps, "measuring the quality"))
+            quality = await measure(result, partial.folder)
         await asyncio.to_thread(
             write_provenance,
             result,
@@ -114,6 +128,7 @@ async def convert(
             before,
             _parameters(request, quantization, route),
             peak_bytes,
+            quality,
         )
         return await asyncio.to_thread(partial.publish, result)
     except OSError as error:

@@ -30,7 +30,7 @@ from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown, passin
 from catalog.scan.notes import READER_VERSION, InspectionNotes
 from catalog.scan.ollama import CHAT_TEMPLATE, LICENSE
 from catalog.scan.packages import Packages, is_part, natural_format
-from catalog.scan.provenance import converted_from
+from catalog.scan.provenance import provenance_of
 from catalog.scan.starters import InstalledStarter
 from catalog.scan.surroundings import model_signature
 from catalog.scan.walk import Candidate, WalkResult
@@ -372,8 +372,10 @@ def _converted(info: ModelInfo, source: Source) -> Source:
     """Return `Converted` if a provenance.json says so, else `source`."""
     if not isinstance(source, Local):
         return source
-    model_id = converted_from(info.files[0], Path(source.root))
-    return Converted(source.root, model_id) if model_id else source
+    found = provenance_of(info.files[0], Path(source.root))
+    if found is None:
+        return source
+    return Converted(source.root, found.model_id, found.choices, found.quality)
 
 
 def _size(path: Path) -> int:

@@ -285,7 +285,7 @@ def _how_to(work: ConversionWork, expected: ConversionForecast) -> str:
         f"{format_bytes(expected.result_bytes)} of disk space and "
         f"{format_bytes(expected.memory_bytes)} of memory: POST /api/convert with "
         f'{{{fields}, "quantization": "{work.quantization}"}}, or scripts/models convert '
-        f"{work.model_id} {work.target_format} --quantization {work.quantization}. "
+        f"{work.model_id} --to {work.target_format} --quantization {work.quantization}. "
         "IMPETUS_AUTO_CONVERT=true converts such models when they are requested."
     )
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from backends.small_json import read_object
 from catalog.convert.disk import require_share, result_bytes
@@ -13,6 +14,7 @@ from catalog.convert.forecast import Measured, SpeedFile, measured_kind
 from catalog.convert.memory import needed_bytes
 from catalog.convert.output import sweep
 from catalog.convert.pause import PauseSwitch
+from catalog.convert.quality.figure import QualityFigure
 from catalog.convert.run import ConversionProgress, ConversionRequest, convert, plan
 from catalog.convert.work import ConversionWork
 from catalog.jobs import Job
@@ -22,6 +24,7 @@ from core.errors import BrokenModel, ImpetusError
 from core.settings import Settings
 from deployments.jobs.catalog import CatalogReader
 from deployments.jobs.memory import MemoryLeases
+from deployments.jobs.quality import Comparison, QualityMeasurer
 from deployments.jobs.runner import Report
 from deployments.messages import MemoryLease
 
@@ -66,6 +69,7 @@ class ConversionJobs:
         catalog: CatalogReader,
         memory: MemoryLeases,
         speeds: SpeedFile,
+        quality: QualityMeasurer,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._models = settings.home / "models"
@@ -74,6 +78,7 @@ class ConversionJobs:
         self._catalog = catalog
         self._memory = memory
         self._speeds = speeds
+        self._quality = quality
         self._clock = clock
         self._running: dict[str, _Running] = {}
 
@@ -141,16 +146,20 @@ class ConversionJobs:
         )
         await asyncio.to_thread(self._prepare, work, record)
         name = f"conversion of {record.id} to {work.kind}"
-        async with self._memory.held(
-            MemoryLease(job_id, name, record.id, _memory(request))
-        ) as measured:
+        needed = _memory(request)
+        lease = MemoryLease(job_id, name, record.id, needed)
+        async with self._memory.held(lease) as measured:
             running.started_at = self._clock()
 
             def note(progress: ConversionProgress) -> None:
                 running.progress = progress
                 running.report(progress)
 
-            await convert(request, note, running.pause, measured)
+            async def measure(result: Path, folder: Path) -> QualityFigure:
+                both = Comparison(job_id, record, work, needed, request.threads)
+                return await self._quality.measure(both, result, folder, running.pause)
+
+            await convert(request, note, running.pause, measured, measure)
         kind = measured_kind(record.info.format, work.target_format)
         took = Measured(record.info.size_bytes, running.active_s(self._clock()))
         await asyncio.to_thread(self._speeds.add, kind, took)

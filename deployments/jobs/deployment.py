@@ -28,6 +28,7 @@ from deployments.jobs.downloads import DownloadJobs, add_download, prepare
 from deployments.jobs.hub import HubReader
 from deployments.jobs.limits import DownloadLimits, LimitsFile
 from deployments.jobs.memory import MemoryLeases
+from deployments.jobs.quality import QualityMeasurer
 from deployments.jobs.runner import JobHandler, JobRunner
 from deployments.jobs.strain import StrainWatch
 from deployments.jobs.views import (
@@ -71,12 +72,15 @@ class JobsReplica:
         self._scheduler = direct(scheduler)
         self._token_file = TokenFile(settings.home)
         backends = backends_for(settings.formats)
-        options = engine_options(settings, budget_bytes(settings))
+        budget = budget_bytes(settings)
+        options = engine_options(settings, budget)
         self._catalog = CatalogReader(settings.catalog_file, scheduler)
         self._downloads = DownloadJobs(self._token, self._catalog.register)
         speeds = SpeedFile(settings.home / "conversion_speeds.json")
         memory = MemoryLeases(scheduler)
-        self._conversions = ConversionJobs(settings, self._catalog, memory, speeds)
+        self._conversions = ConversionJobs(
+            settings, self._catalog, memory, speeds, QualityMeasurer(memory, budget)
+        )
         self._conversion_requests = ConversionRequests(
             settings, backends, options, self._catalog, self._conversions, speeds
         )
@@ -324,7 +328,7 @@ class JobsReplica:
             work = ConversionWork if is_conversion else DownloadJob
             found = await self._catalog.records_in(work.from_json(job.work).target)
         detail = conversion_detail if is_conversion else download_detail
-        return detail(job, view, tuple(record.id for record in found))
+        return detail(job, view, found)
 
     def __del__(self) -> None:
         """Cancel all tasks; the children end with this process."""

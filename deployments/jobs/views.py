@@ -1,5 +1,6 @@
 """Shows jobs as the API does; pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from catalog.convert.run import ConversionProgress
@@ -8,6 +9,7 @@ from catalog.hub.download.job import DownloadJob
 from catalog.hub.download.record import without_secrets
 from catalog.hub.download.run import DownloadProgress
 from catalog.jobs import Job
+from catalog.models import Converted, ModelRecord
 from deployments.jobs.conversions import remaining_s
 from router.job_service import ConversionView, JobDetail, JobFile, JobView
 
@@ -76,8 +78,8 @@ def view_of(job: Job, activity: Activity, held_back: str) -> JobView:
     )
 
 
-def download_detail(job: Job, view: JobView, model_ids: tuple[str, ...]) -> JobDetail:
-    """Return a download with what it fetches; `model_ids` are what the catalog has of it."""
+def download_detail(job: Job, view: JobView, found: Sequence[ModelRecord]) -> JobDetail:
+    """Return a download with what it fetches; `found` are what the catalog has of it."""
     wanted = DownloadJob.from_json(job.work)
     files = tuple(
         JobFile(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256)
@@ -90,21 +92,26 @@ def download_detail(job: Job, view: JobView, model_ids: tuple[str, ...]) -> JobD
         url=without_secrets(wanted.url),
         folder=str(wanted.target),
         files=files,
-        model_ids=model_ids,
+        model_ids=tuple(record.id for record in found),
     )
 
 
-def conversion_detail(job: Job, view: JobView, model_ids: tuple[str, ...]) -> JobDetail:
-    """Return a conversion with its choices; `model_ids` are what the catalog has of its result."""
+def conversion_detail(job: Job, view: JobView, found: Sequence[ModelRecord]) -> JobDetail:
+    """Return a conversion with its choices; `found` are what the catalog has of its result."""
     work = ConversionWork.from_json(job.work)
+    made = ConversionView(
+        source=work.model_id,
+        format=work.target_format,
+        quantization=work.quantization,
+        group_size=work.group_size if work.target_format == "mlx" else None,
+    )
+    for record in found:
+        if isinstance(record.source, Converted):
+            source = record.source
+            made = ConversionView.of(source.model_id, source.choices, source.quality) or made
     return JobDetail(
         **view.model_dump(),
         folder=str(work.target),
-        model_ids=model_ids,
-        conversion=ConversionView(
-            source=work.model_id,
-            format=work.target_format,
-            quantization=work.quantization,
-            group_size=work.group_size if work.target_format == "mlx" else None,
-        ),
+        model_ids=tuple(record.id for record in found),
+        conversion=made,
     )

@@ -31,6 +31,7 @@ from deployments.options import budget_bytes, engine_options
 from deployments.router.library import LibraryCache
 from deployments.router.model_states import ModelStatesWatch
 from deployments.serve.handles import Handle, call, direct
+from router.job_service import ConversionView
 from router.services import (
     FitView,
     LibraryView,
@@ -260,6 +261,7 @@ class CatalogView:
             runtime_reason=_runtime_reason(record, loaded),
             runtime_choice=None if info.choice is None else RuntimeView(**asdict(info.choice)),
             converted_from=record.source.model_id if isinstance(record.source, Converted) else "",
+            conversion=_conversion(record),
             priority=record.settings.priority or "interactive",
             compatibility=_compatibility(info, granted, reason),
             limitations=loaded.limitations if loaded is not None else (),
@@ -343,6 +345,15 @@ def _defaults(record: ModelRecord) -> RequestDefaults | None:
     if not (settings.sampling or prompt or settings.template_kwargs or stop):
         return None
     return RequestDefaults(settings.sampling or {}, prompt, settings.template_kwargs or {}, stop)
+
+
+def _conversion(record: ModelRecord) -> ConversionView | None:
+    """Return what the model was converted from and how; None where that is not known."""
+    match record.source:
+        case Converted(model_id=model_id, choices=choices, quality=quality):
+            return ConversionView.of(model_id, choices, quality)
+        case _:
+            return None
 
 
 def _runtime(record: ModelRecord) -> str:

@@ -12,7 +12,7 @@ from core.errors import RequestError
 from core.text import escaped
 from router.api.answer import Endpoint, answer
 from router.context import RouteContext, record_of
-from router.job_service import Answer
+from router.job_service import Answer, ConversionView
 from router.requests.limits import MAX_ERROR_CHARACTERS, MAX_INT32
 from router.requests.strict_body import EmptyBody, StrictBody, read_strict
 from router.services import Management, MemoryPreviewView, ModelView, Priority, SettingsView
@@ -128,12 +128,13 @@ class RuntimeChoice(Answer):
 class ModelDetail(ModelFacts):
     """A model with its settings; `duplicates` are ids of models with the same files.
 
-    `runtime_choice` is null for formats with one runtime.  `source` is whose folder the files are
-    in.
+    `runtime_choice` is null for formats with one runtime, `conversion` for models that this server
+    did not convert.  `source` is whose folder the files are in.
     """
 
     source: str
     runtime_choice: RuntimeChoice | None
+    conversion: ConversionView | None
     duplicates: list[str]
     settings: ModelSettings
 
@@ -264,6 +265,7 @@ def describe(view: ModelView, settings: SettingsView | None) -> ModelDetail:
         and RuntimeChoice(
             **{key: escaped(text, MAX_ERROR_CHARACTERS) for key, text in asdict(choice).items()}
         ),
+        conversion=view.conversion,
         duplicates=list(view.duplicates),
         settings=_shown(settings or SettingsView()),
     )

@@ -90,7 +90,15 @@ def test_conversion_outlives_its_process_and_its_result_answers(other_server: Se
     wait_until(lambda: get(server, path)["state"] == "done", "it is done", 240)
     # Nothing is left of the first attempt.
     assert [made.name for made in folder.parent.iterdir()] == [folder.name]
-    assert get(server, path)["model_ids"] == [RESULT]
+    done = get(server, path)
+    assert done["model_ids"] == [RESULT]
+    record = get(server, f"/api/models/{RESULT}")
+    assert record["conversion"] == done["conversion"]
+    assert record["conversion"]["source"] == MODEL
+    quality = record["conversion"]["quality"]
+    # The source needs more than the budget, so that only the result's perplexity is known.
+    assert quality["reason"]
+    assert quality["perplexity_result"] > 1
     for name in (RESULT, MODEL):
         answer = chat(server, name)
         assert answer.status_code == 200, answer.text

@@ -43,7 +43,14 @@ def test_record_comes_back_as_it_was_written(store: CatalogStore) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", [Local("/a"), Package("x", "1.2"), Converted("/a", "m@gguf-f16"), BuiltIn()]
+    "source",
+    [
+        Local("/a"),
+        Package("x", "1.2"),
+        Converted("/a", "m@gguf-f16"),
+        Converted("/a", "m@gguf-f16", {"quantization": "4bit"}, {"tokens": 8, "kl_mean": 0.5}),
+        BuiltIn(),
+    ],
 )
 def test_source_comes_back_as_it_was_written(store: CatalogStore, source: Source) -> None:
     write(store, ScannedModel(make_info(), source, "1:"))

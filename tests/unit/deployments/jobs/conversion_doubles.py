@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from catalog.convert.pause import PauseSwitch
-from catalog.convert.run import ConversionProgress, ConversionRequest
+from catalog.convert.quality.figure import QualityFigure
+from catalog.convert.run import ConversionProgress, ConversionRequest, Measure
 from catalog.models import Local, ModelRecord
 from core.errors import ModelNotFound
+from deployments.jobs.quality import Comparison
 from deployments.messages import MemoryLease
 from tests.unit.catalog.builders import make_info
 
 ID = "m@safetensors-bf16"
 HELD_BYTES = 123
+FIGURE = QualityFigure(tokens=8, kl_mean=0.125)
 
 
 def record(**changes: Any) -> ModelRecord:
@@ -42,6 +45,7 @@ class Converter:
         self.fraction = 0.25
         self.outcome: Exception | None = None
         self.cancelled = 0
+        self.figures: list[QualityFigure] = []
 
     async def __call__(
         self,
@@ -49,6 +53,7 @@ class Converter:
         note: Callable[[ConversionProgress], None],
         pause: PauseSwitch,
         on_memory: Callable[[int], None],
+        measure: Measure,
     ) -> Path:
         self.requests.append(request)
         self.pauses.append(pause)
@@ -62,7 +67,22 @@ class Converter:
         if self.outcome is not None:
             raise self.outcome
         place(request)
+        self.figures.append(await measure(request.target, request.target.parent))
         return request.target
+
+
+class Quality:
+    """Stands in for the measurement of a result; notes what is to be compared."""
+
+    def __init__(self) -> None:
+        self.compared: list[Comparison] = []
+
+    async def measure(
+        self, comparison: Comparison, result: Path, folder: Path, pause: PauseSwitch
+    ) -> QualityFigure:
+        del result, folder, pause
+        self.compared.append(comparison)
+        return FIGURE
 
 
 def place(request: ConversionRequest) -> None:

@@ -15,12 +15,15 @@ from catalog.jobs import Job, JobInterrupted
 from core.errors import BrokenModel, InsufficientDisk, InsufficientMemory, ModelNotFound
 from core.settings import Settings
 from deployments.jobs.conversions import KIND, ConversionJobs
+from deployments.jobs.quality import Comparison
 from tests.unit.deployments.jobs.conversion_doubles import (
+    FIGURE,
     HELD_BYTES,
     ID,
     Converter,
     Library,
     Memory,
+    Quality,
     record,
 )
 from tests.waiting import wait_until
@@ -36,6 +39,7 @@ class Bench:
     converter: Converter
     library: Library = field(default_factory=lambda: Library(record()))
     memory: Memory = field(default_factory=Memory)
+    quality: Quality = field(default_factory=Quality)
     now: float = 100.0
     reports: list[tuple[int, int]] = field(default_factory=list)
 
@@ -43,8 +47,10 @@ class Bench:
         library: Any = self.library
         memory: Any = self.memory
         self.speeds = SpeedFile(self.home / "speeds.json")
+        quality: Any = self.quality
+        settings = Settings(home=self.home, threads=1)
         self.jobs = ConversionJobs(
-            Settings(home=self.home, threads=1), library, memory, self.speeds, lambda: self.now
+            settings, library, memory, self.speeds, quality, lambda: self.now
         )
         target = self.home / "models" / "mlx-4bit" / "m"
         self.work = ConversionWork(ID, "mlx", "4bit", 64, target, SIZE)
@@ -98,6 +104,8 @@ async def test_it_converts_with_leased_memory_and_ends_in_the_catalog(bench: Ben
     assert bench.memory.ended == 1
     assert bench.library.registered == [bench.work.target]
     assert bench.jobs.progress("a1") is None
+    assert bench.converter.figures == [FIGURE]
+    assert bench.quality.compared == [Comparison("a1", record(), bench.work, lease.needed_bytes, 1)]
     (request,) = bench.converter.requests
     assert (request.model_id, request.target) == (ID, bench.work.target)
     measured = bench.speeds.read()[measured_kind("safetensors", "mlx")]

@@ -37,6 +37,7 @@ from tests.unit.deployments.jobs.conversion_doubles import (
     Converter,
     Library,
     Memory,
+    Quality,
     place,
     record,
 )
@@ -78,7 +79,8 @@ class Desk:
         library: Any = self.library
         memory: Any = Memory()
         self.speeds = SpeedFile(home / "speeds.json")
-        self.handler = ConversionJobs(self.settings, library, memory, self.speeds)
+        quality: Any = Quality()
+        self.handler = ConversionJobs(self.settings, library, memory, self.speeds, quality)
         self.store = JobStore(home / "jobs.sqlite")
         self.held: dict[str, str] = {}
         self.runner = JobRunner(
@@ -253,7 +255,7 @@ async def test_by_default_a_request_is_told_which_conversion_helps_and_how_to_st
         'POST /api/convert with {"model": "m@safetensors-bf16", "format": "mlx", '
         '"quantization": "4bit"}'
     ) in told.message
-    assert "scripts/models convert m@safetensors-bf16 mlx --quantization 4bit" in told.message
+    assert "scripts/models convert m@safetensors-bf16 --to mlx --quantization 4bit" in told.message
     assert "IMPETUS_AUTO_CONVERT=true" in told.message
     assert (desk.runner.jobs(), converter.requests) == ([], [])
     # Once somebody has begun it, requests wait for it.

@@ -24,11 +24,13 @@ from core.errors import (
     Unavailable,
 )
 from core.settings import Settings
+from core.types import JsonValue
 from core.units import GIB
 from deployments.messages import Fault, ModelStates, Residency
 from deployments.router import catalog as catalog_module
 from deployments.router.catalog import CatalogView
 from deployments.router.model_states import ModelStatesWatch
+from router.job_service import ConversionView, QualityView
 from router.services import RuntimeView
 from tests.unit.catalog.builders import make_info
 from tests.unit.deployments.handles import FakeHandle, answering
@@ -255,7 +257,27 @@ async def test_a_model_that_cannot_run_is_answered_by_what_it_was_converted_to(
     )
     chosen = await view.resolve("m@gguf-q4_0")
     assert (chosen.id, chosen.converted_from) == ("m@gguf-q2_k", "m@gguf-q4_0")
+    # Its provenance is of an older version, which wrote no choices.
+    assert chosen.conversion is None
     assert (await view.resolve("m@gguf-q2_k")).id == "m@gguf-q2_k"
+
+
+async def test_how_a_model_was_converted_is_shown(view: CatalogView, store: CatalogStore) -> None:
+    choices: dict[str, JsonValue] = {
+        "target_format": "mlx",
+        "quantization": "4bit",
+        "group_size": 32,
+    }
+    figures: dict[str, JsonValue] = {"tokens": 512, "kl_mean": 0.5, "reason": "", "from_later": 1}
+    write(store, found("m", source=Converted("/m", "m@gguf-f16", choices, figures)))
+    (model,) = await view.models()
+    assert model.conversion == ConversionView(
+        source="m@gguf-f16",
+        format="mlx",
+        quantization="4bit",
+        group_size=32,
+        quality=QualityView(tokens=512, kl_mean=0.5),
+    )
 
 
 async def test_each_client_learns_what_the_model_is_for(
