@@ -8,17 +8,25 @@ from typing import Any
 
 from backends.registry import backends_for
 from catalog.convert.forecast import SpeedFile
-from catalog.convert.work import ConversionWork
 from catalog.hub.client import HubClient
-from catalog.hub.download.job import DownloadJob
 from catalog.hub.fit import Room
 from catalog.hub.token import TokenFile, check_token, current_token, owner_of
 from catalog.job_store import JobStore
 from catalog.jobs import Job
-from catalog.models import ModelRecord
-from core.errors import ImpetusError, Unavailable
+from catalog.uploads.arrival import arrival_of
+from catalog.uploads.store import UploadStore
+from core.errors import ImpetusError, Unavailable, UploadConflict
 from core.settings import Settings
 from core.supervision import Supervisor, call_in_thread
+from deployments.jobs.arrivals import (
+    IMPORT,
+    KINDS,
+    UPLOAD,
+    ArrivalJobs,
+    active_arrivals,
+    add_arrival,
+    sweep_uploads,
+)
 from deployments.jobs.catalog import CatalogReader
 from deployments.jobs.conversion_requests import ConversionRequests
 from deployments.jobs.conversions import KIND as CONVERSION
@@ -27,15 +35,16 @@ from deployments.jobs.downloads import KIND as DOWNLOAD
 from deployments.jobs.downloads import DownloadJobs, add_download, prepare
 from deployments.jobs.hub import HubReader
 from deployments.jobs.limits import DownloadLimits, LimitsFile
+from deployments.jobs.local_files import LocalFiles
 from deployments.jobs.memory import MemoryLeases
 from deployments.jobs.quality import QualityMeasurer
 from deployments.jobs.runner import JobHandler, JobRunner
 from deployments.jobs.strain import StrainWatch
 from deployments.jobs.views import (
     conversion_activity,
-    conversion_detail,
+    detail_of,
     download_activity,
-    download_detail,
+    folder_of,
     view_of,
 )
 from deployments.messages import SchedulerSnapshot
@@ -52,6 +61,7 @@ from router.hub_service import (
     HubTokenAnswer,
 )
 from router.job_service import DownloadLimitsView, JobDetail, JobView
+from router.upload_service import FolderListing, ImportHow, ModelFolders
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +86,9 @@ class JobsReplica:
         options = engine_options(settings, budget)
         self._catalog = CatalogReader(settings.catalog_file, scheduler)
         self._downloads = DownloadJobs(self._token, self._catalog.register)
+        self._arrivals = ArrivalJobs(settings, self._catalog.register)
+        self._uploads = UploadStore(settings.home)
+        self._files = LocalFiles(settings)
         speeds = SpeedFile(settings.home / "conversion_speeds.json")
         memory = MemoryLeases(scheduler)
         self._conversions = ConversionJobs(
@@ -86,7 +99,7 @@ class JobsReplica:
         )
         self._limits_file = LimitsFile(settings.home / "download_limits.json")
         self._limits = DownloadLimits()
-        self._strain = StrainWatch(scheduler, {DOWNLOAD})
+        self._strain = StrainWatch(scheduler, {DOWNLOAD, *KINDS})
         self._hub = HubReader(
             backends,
             options,
@@ -103,6 +116,7 @@ class JobsReplica:
         passing = replace(self._supervisor.policy, is_vital=False)
         self._supervisor.keep_running("jobs", self._run, passing)
         self._supervisor.keep_running("strain watch", self._strain.run, watched)
+        self._supervisor.keep_running("sweep of uploads", self._sweep, passing)
         keep_awake(
             self._supervisor, settings, lambda: bool(self._runner and self._runner.is_working)
         )
@@ -119,6 +133,7 @@ class JobsReplica:
             handlers: dict[str, JobHandler] = {
                 DOWNLOAD: self._downloads,
                 CONVERSION: self._conversions,
+                **dict.fromkeys(KINDS, self._arrivals),
             }
             await call_in_thread("impetus-sweep", self._conversions.sweep)
             self._use(await call_in_thread("impetus-limits", self._limits_file.read))
@@ -231,6 +246,55 @@ class JobsReplica:
         """
         raise await self._conversion_requests.answer(model_id, problem, await self._loaded())
 
+    async def _sweep(self) -> None:
+        async def known() -> list[Job]:
+            return (await self._loaded()).jobs()
+
+        await sweep_uploads(self._uploads, known)
+
+    @returning_errors
+    async def finish_upload(self, upload_id: str) -> JobDetail:
+        """Return the job of a finished upload.  Raises NotFound, UploadConflict."""
+        await self._loaded()
+        state = await call_in_thread("impetus-upload", lambda: self._uploads.get(upload_id))
+        if not state.upload.is_finished:
+            raise UploadConflict("The upload is not finished.")
+        arrival = arrival_of(state.upload)
+        return await self._changed(lambda runner: add_arrival(runner, UPLOAD, arrival))
+
+    @returning_errors
+    async def forget_upload(self, upload_id: str) -> None:
+        """Cancel the job of an upload, and delete what has arrived.  Raises NotFound."""
+        runner = await self._loaded()
+        job = active_arrivals(runner.jobs()).get(upload_id)
+        if job is not None:
+            runner.cancel(job.id)
+            await runner.save()
+        else:
+            await call_in_thread("impetus-upload", lambda: self._uploads.remove(upload_id))
+
+    @returning_errors
+    async def browse(self, path: str) -> FolderListing:
+        """Return what is in a folder; see `router.upload_service.LocalFiles`."""
+        return await self._files.browse(path)
+
+    @returning_errors
+    async def import_model(self, path: str, how: ImportHow, name: str) -> JobDetail:
+        """Return the job of an import; see `router.upload_service.LocalFiles`."""
+        await self._loaded()
+        arrival = await self._files.plan(path, how, name)
+        return await self._changed(lambda runner: add_arrival(runner, IMPORT, arrival))
+
+    @returning_errors
+    async def model_folders(self) -> ModelFolders:
+        """Return the folders that are scanned."""
+        return await self._files.model_folders()
+
+    @returning_errors
+    async def remove_model_folder(self, path: str) -> ModelFolders:
+        """Scan an added folder no more.  Raises NotFound."""
+        return await self._files.remove_model_folder(path)
+
     @returning_errors
     async def limits(self) -> DownloadLimitsView:
         """Return the limits of downloads."""
@@ -321,14 +385,9 @@ class JobsReplica:
         return view_of(job, activity, runner.held_back(job))
 
     async def _detail(self, runner: JobRunner, job: Job) -> JobDetail:
-        view = self._view(runner, job)
-        is_conversion = job.kind == CONVERSION
-        found: list[ModelRecord] = []
-        if job.state == "done":
-            work = ConversionWork if is_conversion else DownloadJob
-            found = await self._catalog.records_in(work.from_json(job.work).target)
-        detail = conversion_detail if is_conversion else download_detail
-        return detail(job, view, found)
+        folder = folder_of(job, self._settings.home)
+        found = await self._catalog.records_in(folder) if job.state == "done" else []
+        return detail_of(job, self._view(runner, job), folder, found)
 
     def __del__(self) -> None:
         """Cancel all tasks; the children end with this process."""

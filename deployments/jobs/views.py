@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from catalog.convert.run import ConversionProgress
 from catalog.convert.work import ConversionWork
@@ -10,6 +11,9 @@ from catalog.hub.download.record import without_secrets
 from catalog.hub.download.run import DownloadProgress
 from catalog.jobs import Job
 from catalog.models import Converted, ModelRecord
+from catalog.uploads.arrival import Arrival
+from deployments.jobs.arrivals import KINDS as ARRIVALS
+from deployments.jobs.conversions import KIND as CONVERSION
 from deployments.jobs.conversions import remaining_s
 from router.job_service import ConversionView, JobDetail, JobFile, JobView
 
@@ -78,8 +82,30 @@ def view_of(job: Job, activity: Activity, held_back: str) -> JobView:
     )
 
 
-def download_detail(job: Job, view: JobView, found: Sequence[ModelRecord]) -> JobDetail:
-    """Return a download with what it fetches; `found` are what the catalog has of it."""
+def folder_of(job: Job, home: Path) -> Path:
+    """Return the folder that a job's model has in the end."""
+    if job.kind in ARRIVALS:
+        return Arrival.from_json(job.work).folder(home)
+    work = ConversionWork if job.kind == CONVERSION else DownloadJob
+    return work.from_json(job.work).target
+
+
+def detail_of(job: Job, view: JobView, folder: Path, found: Sequence[ModelRecord]) -> JobDetail:
+    """Return a job with what it does; `found` are what the catalog has in its folder."""
+    if job.kind in ARRIVALS:
+        arrival = Arrival.from_json(job.work)
+        files = tuple(
+            JobFile(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256)
+            for file in arrival.files
+        )
+        return JobDetail(
+            **view.model_dump(), folder=str(folder), files=files, model_ids=_ids(found)
+        )
+    detail = _conversion_detail if job.kind == CONVERSION else _download_detail
+    return detail(job, view, found)
+
+
+def _download_detail(job: Job, view: JobView, found: Sequence[ModelRecord]) -> JobDetail:
     wanted = DownloadJob.from_json(job.work)
     files = tuple(
         JobFile(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256)
@@ -92,12 +118,11 @@ def download_detail(job: Job, view: JobView, found: Sequence[ModelRecord]) -> Jo
         url=without_secrets(wanted.url),
         folder=str(wanted.target),
         files=files,
-        model_ids=tuple(record.id for record in found),
+        model_ids=_ids(found),
     )
 
 
-def conversion_detail(job: Job, view: JobView, found: Sequence[ModelRecord]) -> JobDetail:
-    """Return a conversion with its choices; `found` are what the catalog has of its result."""
+def _conversion_detail(job: Job, view: JobView, found: Sequence[ModelRecord]) -> JobDetail:
     work = ConversionWork.from_json(job.work)
     made = ConversionView(
         source=work.model_id,
@@ -112,6 +137,10 @@ def conversion_detail(job: Job, view: JobView, found: Sequence[ModelRecord]) -> 
     return JobDetail(
         **view.model_dump(),
         folder=str(work.target),
-        model_ids=tuple(record.id for record in found),
+        model_ids=_ids(found),
         conversion=made,
     )
+
+
+def _ids(found: Sequence[ModelRecord]) -> tuple[str, ...]:
+    return tuple(record.id for record in found)

@@ -23,6 +23,7 @@ from deployments.router.management import SchedulerManagement
 from deployments.router.model_states import ModelStatesWatch
 from deployments.router.readiness import Readiness
 from deployments.router.telemetry import ReplicaTelemetry
+from deployments.router.uploads import RouterUploads
 from deployments.serve.awake import keep_awake
 from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, direct
@@ -104,6 +105,8 @@ class RouterReplica:
             jobs_client,
             self._credentials,
             conversions=jobs_client,
+            uploads=RouterUploads(settings, jobs_client),
+            files=jobs_client,
         )
         requests = Drain()
         self._app = create_app(services, metrics=metrics, drain=requests)

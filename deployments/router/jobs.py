@@ -15,6 +15,7 @@ from router.hub_service import (
     HubTokenAnswer,
 )
 from router.job_service import DownloadLimitsView, JobDetail, JobView
+from router.upload_service import FolderListing, ImportHow, ModelFolders
 
 _LIMIT_S = 15.0
 _EXPLAIN_LIMIT_S = 5.0
@@ -23,7 +24,7 @@ _HUB_LIMIT_S = 180.0
 
 
 class JobsClient:
-    """Implements `router.job_service.Jobs`, `router.hub_service.Hub` and `Conversions`."""
+    """Implements `Jobs`, `Hub`, `Conversions` and `LocalFiles` of the router's services."""
 
     def __init__(self, jobs: Handle) -> None:
         self._jobs = direct(jobs)
@@ -79,6 +80,33 @@ class JobsClient:
         except ImpetusError as answer:
             return answer
         return problem
+
+    async def finish_upload(self, upload_id: str) -> JobDetail:
+        """Return the job of a finished upload."""
+        return await _detail(self._jobs.finish_upload.remote(upload_id))
+
+    async def forget_upload(self, upload_id: str) -> None:
+        """Cancel the job of an upload, and delete what has arrived."""
+        await _answer(self._jobs.forget_upload.remote(upload_id))
+
+    async def browse(self, path: str) -> FolderListing:
+        """Return what is in a folder."""
+        found: FolderListing = await _answer(self._jobs.browse.remote(path))
+        return found
+
+    async def import_model(self, path: str, how: ImportHow, name: str) -> JobDetail:
+        """Return the job of an import."""
+        return await _detail(self._jobs.import_model.remote(path, how, name))
+
+    async def model_folders(self) -> ModelFolders:
+        """Return the folders that are scanned."""
+        found: ModelFolders = await _answer(self._jobs.model_folders.remote())
+        return found
+
+    async def remove_model_folder(self, path: str) -> ModelFolders:
+        """Scan an added folder no more."""
+        found: ModelFolders = await _answer(self._jobs.remove_model_folder.remote(path))
+        return found
 
     async def limits(self) -> DownloadLimitsView:
         """Return the limits of downloads."""

@@ -36,6 +36,7 @@ REASONS = {
     "deployments/activity.py:DeathRecords.cause": "awaited by all requests that ask",
     "deployments/jobs/conversions.py:ConversionJobs._converted": "awaited; a held one by the next",
     "deployments/jobs/memory.py:MemoryLeases.held": "`log_failure`; ends with its job",
+    "deployments/jobs/local_files.py:LocalFiles._look": "awaited there; its late end is counted",
     "deployments/jobs/runner.py:JobRunner._begin": "catches everything; its end is a job's state",
     "deployments/replica/deployment.py:FormatReplica._run": "awaited in the same function",
     "deployments/replica/deployment.py:FormatReplica.stream": "awaited in the same function",

@@ -24,6 +24,8 @@ async def test_each_method_asks_for_its_own() -> None:
     names = ["job", "pause", "resume", "cancel", "move", "download", "jobs"]
     names += ["limits", "change_limits", "search", "repository", "readme"]
     names += ["token", "store_token", "remove_token", "conversion_targets", "convert"]
+    names += ["finish_upload", "browse", "import_model"]
+    names += ["model_folders", "remove_model_folder", "forget_upload"]
     handle: Any = FakeHandle(**{name: answering(name) for name in names})
     client = JobsClient(handle)
     answers: list[Any] = [
@@ -44,8 +46,16 @@ async def test_each_method_asks_for_its_own() -> None:
         await client.remove_token(),
         await client.conversion_targets("m"),
         await client.convert(WISH),
+        await client.finish_upload("u"),
+        await client.browse("/m"),
+        await client.import_model("/m", "copy", "n"),
+        await client.model_folders(),
+        await client.remove_model_folder("/m"),
     ]
-    assert answers == names
+    await client.forget_upload("u")
+    assert answers == names[:-1]
+    assert handle.import_model.calls == [("/m", "copy", "n")]
+    assert handle.forget_upload.calls == [("u",)]
     assert handle.move.calls == [("a", "b")]
     assert handle.conversion_targets.calls == [("m",)]
     assert handle.convert.calls == [(WISH,)]
