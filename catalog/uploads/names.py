@@ -7,6 +7,7 @@ The names of a folder that a browser uploads are those of its files below it, su
 import re
 import unicodedata
 from collections.abc import Iterable
+from pathlib import PurePosixPath
 
 from core.errors import RequestError
 
@@ -24,6 +25,7 @@ _ARCHIVES = (
     ".zst", ".7z", ".rar", ".dmg",
 )  # fmt: skip
 _FOLDER_MODELS = (".mlpackage", ".mlmodelc")
+_SHARD = re.compile(r"[-._]\d{5}-of-\d{5}$")
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -107,6 +109,12 @@ def common_folder(paths: Iterable[str]) -> str:
     """Return the first folder that all paths are in, empty without one."""
     firsts = {path.partition("/")[0] if "/" in path else "" for path in paths}
     return firsts.pop() if len(firsts) == 1 else ""
+
+
+def name_of_file(name: str) -> str:
+    """Return a file's name without its ending and the number of a shard."""
+    stem = PurePosixPath(name).stem
+    return _SHARD.sub("", stem) or stem or name
 
 
 def _shown(text: str) -> str:

@@ -13,6 +13,7 @@ from catalog.uploads.names import (
     checked_path,
     common_folder,
     is_junk,
+    name_of_file,
     same_name,
     unusable,
 )
@@ -155,5 +156,4 @@ def _check_files(files: Sequence[UploadFile]) -> None:
 def _name_of(files: Sequence[UploadFile]) -> str:
     """Return the name for files without a folder around them: that of the largest."""
     largest = max(files, key=lambda file: file.size_bytes)
-    path = PurePosixPath(largest.path)
-    return path.stem or path.name
+    return name_of_file(PurePosixPath(largest.path).name)

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -14,9 +14,9 @@ from catalog.added_folders import added_folders, remove_folder
 from catalog.scan.places import model_folders
 from catalog.uploads.arrival import Arrival
 from catalog.uploads.browse import Entry, Listing, allowed, browse, browse_root, roots
-from catalog.uploads.names import checked_name, is_junk, unusable
+from catalog.uploads.names import checked_name, is_junk, name_of_file, unusable
 from catalog.uploads.store import UploadStore
-from core.errors import NotFound, RequestError, Unavailable
+from core.errors import ImpetusError, NotFound, RequestError, Unavailable
 from core.settings import Settings
 from core.supervision import call_in_thread
 from router.upload_service import (
@@ -71,7 +71,8 @@ class LocalFiles:
         return await self._look(lambda: self._plan(path, how, name))
 
     def _plan(self, path: str, how: ImportHow, name: str) -> Arrival:
-        real = allowed(path, roots(self._settings))
+        sources = roots(self._settings)
+        real = allowed(path, sources)
         mode = os.lstat(real).st_mode
         if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
             raise RequestError(f"{path[:200]!r} is not a folder or a file.", param="path")
@@ -83,11 +84,13 @@ class LocalFiles:
                     param="path",
                 )
             return Arrival(secrets.token_hex(16), real.name, how, str(real))
-        if stat.S_ISREG(mode) and (reason := unusable(real.name, ())):
+        if stat.S_ISREG(mode) and (reason := unusable(Path(path).name, ())):
             raise RequestError(f"{path[:200]!r} is not taken: {reason}.", param="path")
         chosen = checked_name(name or _usual_name(Path(path), real, is_file=stat.S_ISREG(mode)))
         self._uploads.check_name(chosen, self._uploads.uploads())
-        return Arrival(secrets.token_hex(16), chosen, how, str(real))
+        # The name of a link to a file in a cache tells more than that of its target.
+        source = _link_of(Path(path), sources) if stat.S_ISREG(mode) else None
+        return Arrival(secrets.token_hex(16), chosen, how, str(source or real))
 
     async def model_folders(self) -> ModelFolders:
         """Return the folders that are scanned."""
@@ -148,7 +151,14 @@ def _usual_name(path: Path, real: Path, *, is_file: bool) -> str:
         if (match := _CACHED.fullmatch(part)) is not None:
             return match[1]
     name = path.name if not is_junk(path.name) else real.name
-    return (Path(name).stem or name) if is_file else name
+    return name_of_file(name) if is_file else name
+
+
+def _link_of(path: Path, sources: Sequence[Path]) -> Path | None:
+    """Return a file's path in its own folder, None if that may not be looked at."""
+    with suppress(ImpetusError):
+        return allowed(str(path.parent), sources) / path.name
+    return None
 
 
 def _shown(found: Listing) -> FolderListing:

@@ -62,6 +62,11 @@ def test_names_of_models_that_lead_elsewhere_are_refused(name: str) -> None:
             "P.mlpackage",
             ["Manifest.json", "Data/com.apple.CoreML/model.mlmodel"],
         ),
+        (
+            ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf"),
+            "m",
+            ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"],
+        ),
         (("🦙 lama:7b.gguf",), "🦙 lama:7b", ["🦙 lama:7b.gguf"]),
         ((unicodedata.normalize("NFD", "Modèle/é.gguf"),), "Modèle", ["é.gguf"]),
     ],

@@ -22,6 +22,7 @@ from core.settings import Settings
 from deployments.jobs.deployment import JobsReplica
 from deployments.messages import ModelStates
 from router.job_service import JobDetail
+from tests.gguf_files import llama_gguf
 from tests.unit.catalog.scan.folders import Shelf, write_model
 from tests.unit.deployments.handles import FakeHandle
 
@@ -172,6 +173,21 @@ async def test_import_ends_in_the_catalog(machine: Machine, how: Any) -> None:
         assert machine.left() == ["mine"]
         with pytest.raises(UploadConflict, match="'mine' was uploaded or imported before"):
             await result(replica.import_model(str(source), how, "Mine"))
+
+
+async def test_file_of_a_cache_is_copied_under_its_own_name(machine: Machine) -> None:
+    cache = machine.theirs / "models--org--nice"
+    (cache / "blobs").mkdir(parents=True)
+    llama_gguf(cache / "blobs" / "abc123")
+    (cache / "snapshots" / "1").mkdir(parents=True)
+    link = cache / "snapshots" / "1" / "nice-Q8_0.gguf"
+    link.symlink_to(cache / "blobs" / "abc123")
+    async with machine.running() as replica:
+        job = await result(replica.import_model(str(link), "copy", ""))
+        done = await until(replica, job, "done", "failed")
+    assert (done.state, done.reason, machine.left()) == ("done", "", ["nice"])
+    assert os.listdir(done.folder) == ["nice-Q8_0.gguf"]
+    assert not (Path(done.folder) / "nice-Q8_0.gguf").is_symlink()
 
 
 async def test_folder_in_place_is_scanned_from_now_on(machine: Machine) -> None:
