@@ -20,9 +20,8 @@ from catalog.hub.download.job import DownloadJob, lock_path, partial_file
 from catalog.hub.download.speed import SpeedWindow
 from catalog.hub.download.transfer import HEADROOM_BYTES
 from catalog.jobs import JobInterrupted
-from core import errors
 from core.child import AnswerTooLong, AsyncChild, ChildEnded, describe_exit, kept_environment
-from core.errors import ImpetusError, InsufficientDisk, RequestError
+from core.errors import ImpetusError, InsufficientDisk, RequestError, error_of
 from core.files import lock_file
 from core.units import format_bytes
 
@@ -190,7 +189,8 @@ class _Follower:
         except ValueError:
             return
         if "error" in message:
-            self.error = _error(message)
+            text, again = str(message.get("message", "")), message.get("retry_after_s")
+            self.error = error_of(message["error"], text, again)
         self.is_done = self.is_done or bool(message.get("done"))
         self._reason = str(message.get("reason", ""))
         self._done_bytes = int(message.get("done_bytes", self._done_bytes))
@@ -227,19 +227,6 @@ def _ticking(follower: _Follower, tick_s: float) -> Iterator[None]:
         yield
     finally:
         timers[0].cancel()
-
-
-def _error(message: dict[str, Any]) -> ImpetusError:
-    """Return the error that the child reported."""
-    for kind in _known_errors(ImpetusError):
-        if kind.code == message["error"]:
-            return kind(str(message.get("message", "")), retry_after_s=message.get("retry_after_s"))
-    return ImpetusError(str(message.get("message", "")))
-
-
-def _known_errors(kind: type[ImpetusError]) -> list[type[ImpetusError]]:
-    found = [kind] if kind.__module__ == errors.__name__ else []
-    return found + [each for child in kind.__subclasses__() for each in _known_errors(child)]
 
 
 def _environment() -> dict[str, str]:
