@@ -262,7 +262,14 @@ def _file_routes(files: LocalFiles, jobs: Jobs) -> Sequence[Route]:
     imports, folders = "/api/imports", "/api/folders"
     remove = remove_folder_endpoint(files)
     return [
-        _read("/api/fs/browse", browse_endpoint(files), query=BrowseQuery, answer=FolderListing),
+        Route(
+            Access.MANAGE,
+            "GET",
+            "/api/fs/browse",
+            browse_endpoint(files),
+            query=BrowseQuery,
+            answer=FolderListing,
+        ),
         _read(imports, imports_endpoint(jobs), answer=JobList),
         _post(imports, import_endpoint(files), body=ImportRequest, answer=JobDetail, status=202),
         _read(folders, folders_endpoint(files), answer=ModelFolders),

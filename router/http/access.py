@@ -47,6 +47,8 @@ _ACCEPTED: Mapping[Access, frozenset[KeyScope]] = {
 }
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _SESSION = "/api/session"
+# What is only read to manage the server: who may use it, and what the user's folders hold.
+_PRIVATE = ("/api/keys", "/api/fs")
 
 
 def access_of(method: str, path: str) -> Access:
@@ -59,8 +61,8 @@ def access_of(method: str, path: str) -> Access:
         return Access.INFERENCE
     if path == _SESSION and method not in _READING:
         return Access.OPEN
-    is_of_keys = path == "/api/keys" or path.startswith("/api/keys/")
-    return Access.READ if method in _READING and not is_of_keys else Access.MANAGE
+    is_private = any(path == one or path.startswith(f"{one}/") for one in _PRIVATE)
+    return Access.READ if method in _READING and not is_private else Access.MANAGE
 
 
 def is_from_browser(scope: Scope) -> bool:

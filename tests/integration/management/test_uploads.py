@@ -119,8 +119,13 @@ def test_folders_are_uploaded_and_imported(other_server: Server, tmp_path: Path)
     assert answer.status_code == 200, answer.text
     (theirs / "mine").mkdir()
     shutil.copyfile(starter_path(), theirs / "mine" / f"{NAME}.gguf")
-    names = [one["name"] for one in get(server, f"/api/fs/browse?path={theirs}")["entries"]]
-    assert names == ["mine", "Tiny Ä"]
+    listed = HTTP.get(
+        f"{server.url}/api/fs/browse",
+        params={"path": str(theirs)},
+        headers=server.managing,
+        timeout=60,
+    )
+    assert [one["name"] for one in listed.json()["entries"]] == ["mine", "Tiny Ä"]
     body = {"path": str(theirs / "mine" / f"{NAME}.gguf"), "how": "clone"}
     cloned = done(server, post(server, "/api/imports", body, 202))
     assert cloned["model_ids"] == [ID]

@@ -72,6 +72,13 @@ async def test_what_may_not_be_looked_at_is_forbidden(ask: Ask) -> None:
     assert (answer.status_code, error_of(answer)["param"]) == (403, "path")
 
 
+async def test_folders_of_the_user_are_not_shown_without_a_credential() -> None:
+    services = replace(make_services(), management=FakeManagement(), files=FakeFiles())
+    async with client_of(create_app(replace(services, jobs=FakeJobs()))) as client:
+        assert (await client.get("/api/fs/browse")).status_code == 401
+        assert (await client.get("/api/folders")).status_code == 200
+
+
 async def test_import_begins_with_its_job(ask: Ask, files: FakeFiles) -> None:
     body = {"path": "/m/a.gguf", "how": "clone", "name": "mine"}
     answer = await ask("POST", "/api/imports", json=body)
