@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from catalog.scan.packages import model_stem
-from catalog.scan.walk import PARTIAL
 from catalog.uploads.names import MAX_PARTS, checked_path, is_junk, same_name, unusable
 from catalog.uploads.store import require_space
 from core.errors import ImpetusError, InsufficientDisk, RequestError, Unavailable
@@ -86,7 +85,7 @@ def _paths(source: Path) -> Iterator[Path]:
 def _source_file(path: Path, source: Path, roots: list[Path]) -> SourceFile | None:
     base = source if path != source and path.is_relative_to(source) else source.parent
     name = checked_path(str(path.relative_to(base)))
-    if is_junk(name) or unusable(name, PARTIAL):
+    if is_junk(name) or unusable(name):
         return None
     try:
         target = Path(os.path.realpath(path))

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from catalog.scan.walk import is_partial
 from core.errors import RequestError
 
 # The scan reads folders up to eight deep; three of them are `models/uploads/NAME`.
@@ -53,6 +54,11 @@ def checked_name(name: str) -> str:
             "is not hidden.",
             param="name",
         )
+    if is_partial(composed):
+        raise RequestError(
+            f"{_shown(name)} cannot name a model: scans take it for an unfinished download.",
+            param="name",
+        )
     return composed
 
 
@@ -85,17 +91,14 @@ def is_junk(path: str) -> bool:
     return file.startswith(".") or file in _JUNK_FILES or file in _JUNK_FOLDERS
 
 
-def unusable(path: str, partial: Iterable[str]) -> str:
-    """Return why a file is not taken although its name is valid; empty if it is.
-
-    `partial` are the endings of unfinished downloads.
-    """
+def unusable(path: str) -> str:
+    """Return why a file is not taken although its name is valid; empty if it is."""
     file = path.casefold()
     if file.endswith(_ARCHIVES):
         return "it is an archive; unpack it and choose the folder or the file of the model in it"
     if file.endswith(_FOLDER_MODELS):
         return "on its own it is no model; choose the whole folder of that name"
-    if file.endswith(tuple(partial)):
+    if is_partial(PurePosixPath(path).name):
         return "it is an unfinished download; finish it first"
     return ""
 

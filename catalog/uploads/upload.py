@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from catalog.scan.walk import PARTIAL
 from catalog.uploads.names import (
     checked_name,
     checked_path,
@@ -131,7 +130,7 @@ def _check_files(files: Sequence[UploadFile]) -> None:
     names: dict[str, str] = {}
     folders: dict[str, str] = {}
     for file in files:
-        if reason := unusable(file.path, PARTIAL):
+        if reason := unusable(file.path):
             raise RequestError(f"{file.path!r} is not taken: {reason}.", param="files")
         key = same_name(file.path)
         if key in names:

@@ -84,7 +84,7 @@ class LocalFiles:
                     param="path",
                 )
             return Arrival(secrets.token_hex(16), real.name, how, str(real))
-        if stat.S_ISREG(mode) and (reason := unusable(Path(path).name, ())):
+        if stat.S_ISREG(mode) and (reason := unusable(Path(path).name)):
             raise RequestError(f"{path[:200]!r} is not taken: {reason}.", param="path")
         chosen = checked_name(name or _usual_name(Path(path), real, is_file=stat.S_ISREG(mode)))
         self._uploads.check_name(chosen, self._uploads.uploads())

@@ -1,5 +1,6 @@
 """Copies and clones of models: what is taken, links, changes meanwhile, full disks."""
 
+import ctypes
 import errno
 import os
 import shutil
@@ -115,6 +116,29 @@ def test_clone_that_is_impossible_leaves_nothing(
     monkeypatch.setattr("catalog.uploads.copy._clonefile", refuse)
     assert not clone_file(source / "a.gguf", tmp_path / "clone")
     assert not (tmp_path / "clone").exists()
+
+
+def test_macos_clones_by_its_system_library(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Library:
+        """What ctypes gives for macOS's library: errors come by errno."""
+
+        def clonefile(self, one: bytes, other: bytes, flags: int) -> int:
+            assert flags == 0
+            if os.path.exists(other):
+                ctypes.set_errno(errno.EEXIST)
+                return -1
+            shutil.copyfile(one, other)
+            return 0
+
+    monkeypatch.setattr("catalog.uploads.copy.sys.platform", "darwin")
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: Library())
+    target = tmp_path / "clone"
+    assert clone_file(source / "a.gguf", target)
+    assert target.read_bytes() == b"a" * 1000
+    with pytest.raises(FileExistsError):
+        clone_file(source / "a.gguf", target)
 
 
 def test_disk_that_fails_is_told(

@@ -80,6 +80,11 @@ def test_folder_around_all_files_names_the_model(
     assert Upload.from_json(upload.to_json()) == upload
 
 
+def test_name_that_scans_take_for_a_download_is_refused() -> None:
+    with pytest.raises(RequestError, match="take it for an unfinished download"):
+        of("m.part/a.gguf")
+
+
 def test_what_systems_leave_is_not_taken_and_numbers_stay() -> None:
     junk = ["m/.DS_Store", "__MACOSX/m/._a.gguf", "m/Thumbs.db", "m/.git/config"]
     upload = of(junk[0], "m/a.gguf", *junk[1:], "m/b.gguf")
