@@ -142,6 +142,26 @@ class DownloadLimitsView(Answer):
     hours: str
 
 
+class PartialView(Answer):
+    """What has arrived of a download that no job goes on with.
+
+    `id` is the model's folder below that of downloads.  Nothing was added since `changed_at`; it is
+    removed at `removed_at`, both in Unix seconds.
+    """
+
+    id: str
+    size_bytes: int
+    changed_at: float
+    removed_at: float
+
+
+class PartialList(Answer):
+    """The unfinished downloads that no job goes on with, the oldest first."""
+
+    partials: tuple[PartialView, ...]
+    size_bytes: int
+
+
 class Jobs(Protocol):
     """The long jobs.  All raise Unavailable while their process does not answer."""
 
@@ -176,6 +196,14 @@ class Jobs(Protocol):
         `entry` the best model of what is meant.  Raises RequestError for what cannot be
         downloaded, and the errors `Hub…`.
         """
+        ...
+
+    async def partials(self) -> Sequence[PartialView]:
+        """Return the unfinished downloads that no job goes on with."""
+        ...
+
+    async def remove_partial(self, partial_id: str) -> None:
+        """Remove one of them.  Raises NotFound."""
         ...
 
     async def limits(self) -> DownloadLimitsView:

@@ -195,16 +195,17 @@ class LibraryIndex:
 
 
 class Library:
-    """The library as it is, for queries; the index is kept until the catalog changes."""
+    """The library, for queries of several threads; indexed anew when the catalog changes."""
 
     def __init__(self) -> None:
         self._index = LibraryIndex(())
 
     def query(self, view: LibraryView, asked: LibraryQuery) -> LibraryPage:
         """Return a page of the library; blocks for a few ms, more after a change."""
-        if self._index.entries is not view.entries:
-            self._index = LibraryIndex(view.entries)
-        return self._index.query(asked, view.changed)
+        index = self._index
+        if index.entries is not view.entries:
+            index = self._index = LibraryIndex(view.entries)
+        return index.query(asked, view.changed)
 
 
 def _values(entry: LibraryEntry, facet: Facet) -> Iterable[str]:

@@ -37,6 +37,7 @@ from deployments.jobs.hub import HubReader
 from deployments.jobs.limits import DownloadLimits, LimitsFile
 from deployments.jobs.local_files import LocalFiles
 from deployments.jobs.memory import MemoryLeases
+from deployments.jobs.partials import Partials
 from deployments.jobs.quality import QualityMeasurer
 from deployments.jobs.runner import JobHandler, JobRunner
 from deployments.jobs.strain import StrainWatch
@@ -60,7 +61,7 @@ from router.hub_service import (
     HubSearch,
     HubTokenAnswer,
 )
-from router.job_service import DownloadLimitsView, JobDetail, JobView
+from router.job_service import DownloadLimitsView, JobDetail, JobView, PartialView
 from router.upload_service import FolderListing, ImportHow, ModelFolders
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class JobsReplica:
             self._room,
             lambda: HubClient(token=self._token()),
         )
+        self._partials = Partials(settings.home / "models" / "hub", self._download_jobs)
         self._runner: JobRunner | None = None
         self._problem = "The stored jobs are being read."
         self._has_runner = asyncio.Event()
@@ -117,6 +119,7 @@ class JobsReplica:
         self._supervisor.keep_running("jobs", self._run, passing)
         self._supervisor.keep_running("strain watch", self._strain.run, watched)
         self._supervisor.keep_running("sweep of uploads", self._sweep, passing)
+        self._supervisor.keep_running("unfinished downloads", self._partials.run, watched)
         keep_awake(
             self._supervisor, settings, lambda: bool(self._runner and self._runner.is_working)
         )
@@ -153,6 +156,12 @@ class JobsReplica:
             self._has_runner.clear()
             await self._conversions.close()
             store.close()
+
+    def _download_jobs(self) -> list[Job] | None:
+        """Return the jobs of downloads; None while the stored ones are being read."""
+        if self._runner is None or not self._runner.is_loaded:
+            return None
+        return [job for job in self._runner.jobs() if job.kind == DOWNLOAD]
 
     def _token(self) -> str:
         """Return the user's token for the hub; blocks."""
@@ -294,6 +303,18 @@ class JobsReplica:
     async def remove_model_folder(self, path: str) -> ModelFolders:
         """Scan an added folder no more.  Raises NotFound."""
         return await self._files.remove_model_folder(path)
+
+    @returning_errors
+    async def partials(self) -> list[PartialView]:
+        """Return the unfinished downloads that no job goes on with."""
+        await self._loaded()
+        return await self._partials.listed()
+
+    @returning_errors
+    async def remove_partial(self, partial_id: str) -> None:
+        """Remove one of them.  Raises NotFound."""
+        await self._loaded()
+        await self._partials.remove(partial_id)
 
     @returning_errors
     async def limits(self) -> DownloadLimitsView:

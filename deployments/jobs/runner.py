@@ -86,6 +86,11 @@ class JobRunner:
         """Whether a job runs now."""
         return bool(self._tasks)
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the stored jobs are known."""
+        return self._loaded.is_set()
+
     async def wait_until_loaded(self) -> None:
         """Wait until the stored jobs are known."""
         await self._loaded.wait()

@@ -14,7 +14,7 @@ from router.hub_service import (
     HubSearch,
     HubTokenAnswer,
 )
-from router.job_service import DownloadLimitsView, JobDetail, JobView
+from router.job_service import DownloadLimitsView, JobDetail, JobView, PartialView
 from router.upload_service import FolderListing, ImportHow, ModelFolders
 
 _LIMIT_S = 15.0
@@ -107,6 +107,15 @@ class JobsClient:
         """Scan an added folder no more."""
         found: ModelFolders = await _answer(self._jobs.remove_model_folder.remote(path))
         return found
+
+    async def partials(self) -> Sequence[PartialView]:
+        """Return the unfinished downloads that no job goes on with."""
+        found: list[PartialView] = await _answer(self._jobs.partials.remote())
+        return found
+
+    async def remove_partial(self, partial_id: str) -> None:
+        """Remove one of them."""
+        await _answer(self._jobs.remove_partial.remote(partial_id))
 
     async def limits(self) -> DownloadLimitsView:
         """Return the limits of downloads."""

@@ -7,10 +7,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from router.api.answer import Endpoint, answer
-from router.job_service import JobList, Jobs
+from router.job_service import JobList, Jobs, PartialList
 from router.requests.strict_body import StrictBody, read_strict
 
 _KIND = "download"
+_LONGEST_ID = 1024
 
 
 class DownloadRequest(StrictBody):
@@ -53,6 +54,28 @@ def download_endpoint(jobs: Jobs) -> Endpoint:
         return answer(job, 202)
 
     return begin_download
+
+
+def partials_endpoint(jobs: Jobs) -> Endpoint:
+    """Return the handler that lists the unfinished downloads that no job goes on with."""
+
+    async def list_partials(request: Request) -> Response:
+        del request
+        found = tuple(await jobs.partials())
+        size_bytes = sum(one.size_bytes for one in found)
+        return answer(PartialList(partials=found, size_bytes=size_bytes))
+
+    return list_partials
+
+
+def remove_partial_endpoint(jobs: Jobs) -> Endpoint:
+    """Return the handler that removes one of them."""
+
+    async def remove_partial(request: Request) -> Response:
+        await jobs.remove_partial(str(request.path_params["partial_id"])[:_LONGEST_ID])
+        return Response(status_code=204)
+
+    return remove_partial
 
 
 def limits_endpoint(jobs: Jobs) -> Endpoint:

@@ -1,5 +1,6 @@
 """`GET /api/models`: the library with filters, search, order, pages and counts of facets."""
 
+import asyncio
 import json
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from typing import Annotated, Any, Literal, get_args
@@ -86,7 +87,9 @@ def list_endpoint(context: RouteContext) -> Endpoint:
     async def list_models(request: Request) -> Response:
         asked = _list_filter(request)
         query = _query(asked)
-        page = library.query(await context.services.catalog.library(), query)
+        view = await context.services.catalog.library()
+        # After a change of a large library an index is made.
+        page = await asyncio.to_thread(library.query, view, query)
         low, high = page.sizes
         return answer(
             ModelList(

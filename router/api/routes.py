@@ -34,6 +34,8 @@ from router.api.downloads import (
     download_endpoint,
     downloads_endpoint,
     limits_endpoint,
+    partials_endpoint,
+    remove_partial_endpoint,
 )
 from router.api.drain import DrainState, drain_endpoint
 from router.api.files import (
@@ -110,7 +112,7 @@ from router.conversion_service import Conversions, ConversionTargets
 from router.http.access import Access
 from router.http.drain import Drain
 from router.hub_service import Hub, HubReadme, HubRepositoryAnswer, HubResults, HubTokenAnswer
-from router.job_service import DownloadLimitsView, JobDetail, JobList, Jobs
+from router.job_service import DownloadLimitsView, JobDetail, JobList, Jobs, PartialList
 from router.requests.strict_body import EmptyBody
 from router.route import Route
 from router.services import Credentials, Management
@@ -203,12 +205,15 @@ def _job_routes(jobs: Jobs) -> Sequence[Route]:
 
 def _download_routes(jobs: Jobs) -> Sequence[Route]:
     all_, limits = "/api/downloads", "/api/downloads/limits"
+    partials = "/api/downloads/partials"
     begin, change = download_endpoint(jobs), change_limits_endpoint(jobs)
     limited = partial(_read, answer=DownloadLimitsView, name="showDownloadLimits")
     return [
         _read(all_, downloads_endpoint(jobs), answer=JobList),
         _post(all_, begin, body=DownloadRequest, answer=JobDetail, status=202),
         limited(limits, limits_endpoint(jobs)),
+        _read(partials, partials_endpoint(jobs), answer=PartialList),
+        _delete(f"{partials}/{{partial_id:path}}", remove_partial_endpoint(jobs), status=204),
         _patch(
             limits,
             change,

@@ -32,7 +32,6 @@ _KEPT_VARIABLES = (
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
 )
 _TICK_S = 1.0
-_DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +102,12 @@ def partial_downloads(folder: Path) -> tuple[PartialDownload, ...]:
     return tuple(found)
 
 
-def discard_old(folder: Path, days: float, now_s: float) -> tuple[PartialDownload, ...]:
-    """Remove unfinished downloads to which nothing was added for `days`; return them."""
-    old = tuple(
-        each for each in partial_downloads(folder) if now_s - each.changed_s > days * _DAY_S
-    )
-    for each in old:
-        shutil.rmtree(each.work, ignore_errors=True)
-    return old
+def discard_partial(partial: PartialDownload) -> bool:
+    """Remove what has arrived of an unfinished download; False if it runs or is gone."""
+    if _is_running(partial.work) or not partial.work.is_dir():
+        return False
+    shutil.rmtree(partial.work, ignore_errors=True)
+    return True
 
 
 def _is_running(work: Path) -> bool:

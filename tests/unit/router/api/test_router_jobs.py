@@ -9,7 +9,7 @@ import pytest
 
 from core.errors import HubUnavailable, ImpetusError, NotFound
 from router.app import create_app
-from router.job_service import DownloadLimitsView, JobDetail, JobFile, JobView
+from router.job_service import DownloadLimitsView, JobDetail, JobFile, JobView, PartialView
 from tests.fakes import MANAGING, make_services
 from tests.live_server import client_of, error_of
 from tests.unit.router.api.test_router_api import FakeManagement
@@ -35,6 +35,7 @@ JOB = JobDetail(
 )
 SHOWN = JobView(**JOB.model_dump(include=set(JobView.model_fields)))
 SCAN = SHOWN.model_copy(update={"id": "b2", "kind": "scan"})
+PARTIAL = PartialView(id="org/tiny", size_bytes=7, changed_at=1.0, removed_at=2.0)
 LIMITS = DownloadLimitsView(parallel=2, bytes_per_s=0, hours="")
 ACTIONS = [f"/api/jobs/a1/{name}" for name in ("pause", "resume", "cancel", "move")]
 
@@ -66,6 +67,14 @@ class FakeJobs:
 
     async def download(self, model: str, revision: str, entry: str) -> JobDetail:
         return self._answer("download", "a1", model, revision, entry)
+
+    async def partials(self) -> Sequence[PartialView]:
+        return [PARTIAL, PARTIAL]
+
+    async def remove_partial(self, partial_id: str) -> None:
+        self.calls.append(("remove", partial_id))
+        if partial_id != PARTIAL.id:
+            raise NotFound("There is no such download.", param="id")
 
     async def limits(self) -> DownloadLimitsView:
         self.calls.append(("limits",))
@@ -140,6 +149,14 @@ async def test_download_answers_with_its_job(ask: Ask, jobs: FakeJobs) -> None:
         ("download", "a1", "org/tiny:Q8_0", "", ""),
         ("download", "a1", "org/tiny", "v1", "tiny.gguf"),
     ]
+
+
+async def test_unfinished_downloads_are_listed_and_removed_d14(ask: Ask, jobs: FakeJobs) -> None:
+    found = (await ask("GET", "/api/downloads/partials")).json()
+    assert found == {"partials": [PARTIAL.model_dump()] * 2, "size_bytes": 14}
+    assert (await ask("DELETE", "/api/downloads/partials/org/tiny")).status_code == 204
+    assert (await ask("DELETE", "/api/downloads/partials/org/none")).status_code == 404
+    assert jobs.calls == [("remove", "org/tiny"), ("remove", "org/none")]
 
 
 async def test_limits_are_shown_and_changed(ask: Ask, jobs: FakeJobs) -> None:

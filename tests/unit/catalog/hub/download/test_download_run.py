@@ -4,7 +4,6 @@ import asyncio
 import shutil
 import signal
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +15,10 @@ from catalog.hub.client import HubClient
 from catalog.hub.download.job import RECORD, DownloadJob, partial_file
 from catalog.hub.download.run import (
     DownloadProgress,
+    PartialDownload,
     arrived_bytes,
     discard,
-    discard_old,
+    discard_partial,
     partial_downloads,
     require_space,
     run_download,
@@ -181,14 +181,16 @@ async def test_download_fetches_several_files_at_the_same_time(download: Downloa
         await task
 
 
-async def test_download_that_nobody_goes_on_with_is_listed_and_removed(download: Download) -> None:
+async def test_download_that_nobody_goes_on_with_is_listed_and_removed_d14(
+    download: Download,
+) -> None:
     """D14: with its size; one that runs is left alone, however old its files are."""
     folder = download.job.target.parent
     download.hub.faults.add(Fault("stall", file=LARGE, at=1000, times=1))
     task = asyncio.create_task(run_download(download.job, "", ignore))
     await until_arrived(download.job, 1000)
     assert partial_downloads(folder) == ()
-    assert discard_old(folder, 7, time.time() + 1e9) == ()
+    assert not discard_partial(PartialDownload(download.job.work, 0, 0.0))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -196,9 +198,10 @@ async def test_download_that_nobody_goes_on_with_is_listed_and_removed(download:
     assert left.work == download.job.work
     assert 1000 <= left.size_bytes < 2000
     (folder / ".link.download").symlink_to(download.source)
-    assert discard_old(folder, 7, left.changed_s + 6.9 * 86_400) == ()
-    assert discard_old(folder, 7, left.changed_s + 7.1 * 86_400) == (left,)
+    assert partial_downloads(folder) == (left,)
+    assert discard_partial(left)
     assert not download.job.work.exists()
+    assert not discard_partial(left)
     assert (download.source / LARGE).exists()
 
 
