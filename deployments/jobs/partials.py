@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from catalog.hub.download.job import DownloadJob
@@ -73,7 +74,7 @@ class Partials:
         while True:
             jobs = self._jobs()
             if jobs is not None and time.monotonic() >= due:
-                await call_in_thread("impetus-partials", lambda known=jobs: self._reap(known))
+                await call_in_thread("impetus-partials", partial(self._reap, jobs))
                 due = time.monotonic() + _LOOK_S
             beat()
             await asyncio.sleep(_STEP_S if due else 1.0)

@@ -12,7 +12,7 @@ import pytest
 from core.errors import ImpetusError, NotFound
 from core.keys import MANAGEMENT_TOKEN, read_key
 from router.app import create_app
-from router.job_service import DownloadLimitsView, JobDetail, JobView
+from router.job_service import DownloadLimitsView, JobDetail, JobView, PartialView
 from scripts.models_lib import progress
 from scripts.models_lib.__main__ import main
 from tests.fakes import make_services, make_view
@@ -63,6 +63,12 @@ class ScriptedJobs:
         ended = DONE.model_copy(update={"id": "b2", "title": "org/old: old.gguf"})
         shown = set(JobView.model_fields)
         return [JobView(**job.model_dump(include=shown)) for job in (self.begun, ended)]
+
+    async def partials(self) -> Sequence[PartialView]:
+        return []
+
+    async def remove_partial(self, partial_id: str) -> None:
+        raise NotFound(f"There is no unfinished download {partial_id!r}.", param="id")
 
     async def job(self, job_id: str) -> JobDetail:
         self.calls.append(("job", job_id))

@@ -3,8 +3,9 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from catalog.models import ScanReport
 from catalog.scan import scan as module
 from catalog.scan.identify import Uninspected
 from catalog.scan.scan import scan
-from catalog.scan.walk import walk
+from catalog.scan.walk import WalkResult, walk
 from catalog.store import CatalogStore
 from core.settings import Settings
 from tests.unit.catalog.scan.folders import write_json, write_model
@@ -55,9 +56,9 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The scans that looked at files."""
     seen: list[int] = []
 
-    def count(*args: object) -> object:
+    def count(roots: Sequence[Path]) -> WalkResult:
         seen.append(1)
-        return walk(*args)  # type: ignore[arg-type]
+        return walk(roots)
 
     monkeypatch.setattr(module, "walk", count)
     return seen
@@ -69,17 +70,18 @@ def test_nothing_is_read_while_nothing_changes(
     first = room.scan()
     assert len(first.added) == 2
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("a file was opened")
+    opens = Path.open
 
-    def open_path(path: Path, *_: object) -> None:
-        # Only the list of the folders themselves is looked for.
-        assert path.name == "model_folders.json"
-        raise FileNotFoundError
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        path = arguments[0]
+        # The folders that were added at run time stand in a file.
+        if isinstance(path, Path) and path.name == "model_folders.json":
+            return opens(*arguments, **options)
+        raise AssertionError(f"{path} was read")
 
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", refuse)
-        patch.setattr(Path, "open", open_path)
+        patch.setattr(Path, "open", refuse)
         patch.setattr(CatalogStore, "models", refuse)
         again = room.scan()
     assert len(walks) == 1

@@ -102,7 +102,7 @@ async def test_old_ones_go_by_themselves_once_the_jobs_are_known_d14(
             shelf.jobs = known
         await pause(0)
 
-    monkeypatch.setattr(module.asyncio, "sleep", sleep)
+    monkeypatch.setattr("deployments.jobs.partials.asyncio.sleep", sleep)
     task = asyncio.create_task(shelf.partials.run())
     while old.work.exists():
         await pause(0.01)
