@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from router.app import create_app
 from tests.fakes import FakeDispatcher, make_services
 from tests.unit.router.api.test_router_api import FakeManagement
+from tests.unit.router.api.test_router_conversions import FakeConversions
 from tests.unit.router.api.test_router_files import FakeFiles
 from tests.unit.router.api.test_router_hub import FakeHub
 from tests.unit.router.api.test_router_jobs import FakeJobs
@@ -23,6 +24,7 @@ def make_whole_app(
             make_services(dispatcher, **settings),
             management=FakeManagement(),
             jobs=FakeJobs(),
+            conversions=FakeConversions(),
             hub=FakeHub(),
             credentials=credentials,
             uploads=FakeUploads(),

@@ -100,6 +100,8 @@ CALLS: list[tuple[str, str, Any, int]] = [
     ("POST", "/api/downloads", {"model": "org/tiny"}, 202),
     ("GET", "/api/downloads/limits", None, 200),
     ("PATCH", "/api/downloads/limits", {"parallel": 2}, 200),
+    ("GET", f"/api/convert/choices?model={CHAT_MODEL}", None, 200),
+    ("POST", "/api/convert", {"model": CHAT_MODEL, "format": "mlx"}, 202),
     ("GET", "/api/uploads", None, 200),
     ("POST", "/api/uploads", {"files": [{"path": "a.gguf", "size_bytes": 2}]}, 201),
     ("GET", f"/api/uploads/{UPLOAD}", None, 200),
