@@ -22,6 +22,7 @@ ImpetusError                    500 server_error            internal_error
 ├ ModelInUse                    409 invalid_request_error   model_in_use
 ├ UploadConflict                409 invalid_request_error   upload_conflict
 ├ BrokenModel                   422 invalid_request_error   broken_model
+├ IdempotencyKeyReused          422 invalid_request_error   idempotency_key_reused
 ├ ChunkRejected                 422 invalid_request_error   chunk_rejected
 ├ QueueFull                     429 rate_limit_error        queue_full
 │ └ QueueTooShort                   queue_full
@@ -301,6 +302,14 @@ class UploadConflict(ImpetusError):
         error = cls(message, param="upload-offset")
         error.offset = offset
         return error
+
+
+class IdempotencyKeyReused(ImpetusError):
+    """The key of a request came before, with another body."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "idempotency_key_reused"
 
 
 class ChunkRejected(ImpetusError):

@@ -23,6 +23,13 @@ _TEXT = {"type": "string"}
 # Names of areas where the path does not tell them.
 _AREAS = {"tokenize": "tokens", "detokenize": "tokens", "apply-template": "tokens"}
 _OF_THE_SERVER = frozenset({"", "metrics", "healthz", "readyz", "health", "drain"})
+_IDEMPOTENCY_KEY: Mapping[str, Any] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "The same key and body get the same answer for 24 hours, and run once",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
 _SESSION_COOKIE = "impetus_session_8000"
 _SECURITY: Mapping[str, Any] = {
     "apiKey": {
@@ -156,6 +163,7 @@ def _operation(route: Route, path_names: Iterable[str], schemas: _Schemas) -> Sc
                 {"name": name, "in": "query", "required": is_required, "schema": schema}
                 for name, schema, is_required in schemas.query(route)
             ),
+            *([_IDEMPOTENCY_KEY] if route.is_idempotent else []),
         ],
         "responses": {
             str(route.status): _success(route, schemas) if route.status < 400 else _failure(route),

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from router.http.access import Access, access_of
+from router.http.idempotency import KeptAnswers
 
 Method: TypeAlias = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 Described: TypeAlias = type[Any] | UnionType
@@ -23,7 +24,7 @@ class Route:
     The types describe the route in `/openapi.json`; its endpoint reads and checks them itself.
     `event` is the data of one event of a streamed answer.  `name` is the id of the operation, by
     default that of the endpoint.  GET answers HEAD as well, unless `has_head` is false.  With
-    `is_binary` the body is bytes.
+    `is_binary` the body is bytes.  With `is_idempotent` the header `Idempotency-Key` is honoured.
     """
 
     access: Access
@@ -39,6 +40,7 @@ class Route:
     media_type: str = "application/json"
     has_head: bool = True
     is_binary: bool = False
+    is_idempotent: bool = False
 
     @property
     def operation_id(self) -> str:
@@ -54,6 +56,7 @@ def add_routes(app: FastAPI, routes: Iterable[Route]) -> None:
 
     Raises ValueError if the guard of `router.http.access` would apply another class.
     """
+    kept = KeptAnswers()
     for route in routes:
         applied = access_of(route.method, route.path)
         if applied is not route.access:
@@ -61,7 +64,7 @@ def add_routes(app: FastAPI, routes: Iterable[Route]) -> None:
         add = partial(
             app.add_api_route,
             route.path,
-            route.endpoint,
+            kept.once(route.endpoint) if route.is_idempotent else route.endpoint,
             response_model=None,
             status_code=route.status,
             tags=[route.access.value],

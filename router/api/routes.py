@@ -128,6 +128,8 @@ from router.upload_service import (
 
 _read = partial(Route, Access.READ, "GET")
 _post = partial(Route, Access.MANAGE, "POST")
+# What makes something each time it is sent.
+_make = partial(_post, is_idempotent=True)
 _put = partial(Route, Access.MANAGE, "PUT")
 _patch = partial(Route, Access.MANAGE, "PATCH")
 _delete = partial(Route, Access.MANAGE, "DELETE")
@@ -210,7 +212,7 @@ def _download_routes(jobs: Jobs) -> Sequence[Route]:
     limited = partial(_read, answer=DownloadLimitsView, name="showDownloadLimits")
     return [
         _read(all_, downloads_endpoint(jobs), answer=JobList),
-        _post(all_, begin, body=DownloadRequest, answer=JobDetail, status=202),
+        _make(all_, begin, body=DownloadRequest, answer=JobDetail, status=202),
         limited(limits, limits_endpoint(jobs)),
         _read(partials, partials_endpoint(jobs), answer=PartialList),
         _delete(f"{partials}/{{partial_id:path}}", remove_partial_endpoint(jobs), status=204),
@@ -229,7 +231,7 @@ def _conversion_routes(conversions: Conversions) -> Sequence[Route]:
     show, begin = choices_endpoint(conversions), convert_endpoint(conversions)
     return [
         _read(choices, show, query=ChoicesQuery, answer=ConversionTargets),
-        _post(all_, begin, body=ConversionRequest, answer=JobDetail, status=202),
+        _make(all_, begin, body=ConversionRequest, answer=JobDetail, status=202),
     ]
 
 
@@ -254,7 +256,7 @@ def _upload_routes(uploads: Uploads) -> Sequence[Route]:
     create, send = create_upload_endpoint(uploads), chunk_endpoint(uploads)
     return [
         _read(all_, uploads_endpoint(uploads), answer=UploadList),
-        _post(all_, create, body=NewUpload, answer=UploadView, status=201),
+        _make(all_, create, body=NewUpload, answer=UploadView, status=201),
         _post(f"{one}/finish", finish, body=EmptyBody, answer=JobDetail, status=202),
         _read(one, upload_endpoint(uploads), answer=UploadView),
         _delete(one, delete_upload_endpoint(uploads), status=204),
@@ -276,7 +278,7 @@ def _file_routes(files: LocalFiles, jobs: Jobs) -> Sequence[Route]:
             answer=FolderListing,
         ),
         _read(imports, imports_endpoint(jobs), answer=JobList),
-        _post(imports, import_endpoint(files), body=ImportRequest, answer=JobDetail, status=202),
+        _make(imports, import_endpoint(files), body=ImportRequest, answer=JobDetail, status=202),
         _read(folders, folders_endpoint(files), answer=ModelFolders),
         _delete(folders, remove, query=FolderQuery, answer=ModelFolders),
     ]
@@ -286,7 +288,7 @@ def _key_routes(credentials: Credentials) -> Sequence[Route]:
     listed, create = list_keys_endpoint(credentials), create_key_endpoint(credentials)
     return [
         Route(Access.MANAGE, "GET", "/api/keys", listed, answer=KeyList),
-        _post("/api/keys", create, body=NewKey, answer=CreatedKey, status=201),
+        _make("/api/keys", create, body=NewKey, answer=CreatedKey, status=201),
         _delete("/api/keys/{key_id}", revoke_key_endpoint(credentials), status=204),
     ]
 
