@@ -1,8 +1,18 @@
 """Tells whether a Host header names this machine: its host name, or the address connected to."""
 
 import ipaddress
+import os
+import plistlib
+import re
 import socket
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
+from xml.parsers.expat import ExpatError
+
+_MACOS_NAMES = Path("/Library/Preferences/SystemConfiguration/preferences.plist")
+_LABEL = re.compile(r"[A-Za-z0-9-]{1,63}", re.ASCII)
+_MAX_SETTINGS_BYTES = 1 << 20
 
 
 def names_this_machine(name: str, server: Any) -> bool:
@@ -23,10 +33,36 @@ def names_this_machine(name: str, server: Any) -> bool:
 
 
 def _host_names() -> frozenset[str]:
-    """Return the host name, whole and without its domain, and its name in multicast DNS."""
+    """Return the host name, whole and without its domain, and its names in multicast DNS."""
     whole = socket.gethostname().lower()
     short = whole.partition(".")[0]
-    return frozenset({whole, short, f"{short}.local"} - {"", ".local"})
+    names = {whole, short, f"{short}.local", f"{_macos_name().lower()}.local"}
+    return frozenset(names - {"", ".local"})
+
+
+def _macos_name() -> str:
+    """Return a Mac's name in multicast DNS, empty elsewhere; a stat of a file if it is known.
+
+    On macOS the host name may be the one that DHCP gave.  Source: SCDynamicStoreCopyLocalHostName,
+    which reads this setting.
+    """
+    try:
+        status = os.stat(_MACOS_NAMES)
+        return _name_in(_MACOS_NAMES, status.st_mtime_ns, status.st_size)
+    except OSError:
+        return ""
+
+
+@lru_cache(maxsize=1)
+def _name_in(path: Path, _changed_ns: int, size: int) -> str:
+    """Return the name in a settings file, empty if it has none."""
+    if size > _MAX_SETTINGS_BYTES:
+        return ""
+    try:
+        name = plistlib.loads(path.read_bytes())["System"]["Network"]["HostNames"]["LocalHostName"]
+    except (OSError, ValueError, LookupError, TypeError, ExpatError, RecursionError):
+        return ""
+    return name if isinstance(name, str) and _LABEL.fullmatch(name) else ""
 
 
 def _plain(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

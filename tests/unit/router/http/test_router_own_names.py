@@ -1,5 +1,6 @@
 """The Host header of other machines: this machine's own addresses and names, where a key guards."""
 
+import plistlib
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,37 @@ def test_own_addresses_and_names_are_told_from_others_n3(
     name: str, address: str, is_own: bool
 ) -> None:
     assert names_this_machine(name, (address, 8000)) is is_own
+
+
+def settings_of_macos(path: Path, name: object) -> None:
+    path.write_bytes(
+        plistlib.dumps({"System": {"Network": {"HostNames": {"LocalHostName": name}}}})
+    )
+
+
+def test_a_mac_has_its_name_in_multicast_dns_whatever_its_router_calls_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`gethostname` then tells the name that DHCP gave, as on many home networks."""
+    path = tmp_path / "preferences.plist"
+    monkeypatch.setattr("router.http.own_names._MACOS_NAMES", path)
+    server = ("10.0.0.1", 8000)
+    assert not names_this_machine("bobs-macbook-pro.local", server)
+    settings_of_macos(path, "Bobs-MacBook-Pro")
+    assert names_this_machine("bobs-macbook-pro.local", server)
+    assert names_this_machine("studio.local", server)
+    for other in ("bobs-macbook-pro", "bobs-macbook-pro.evil.com", "evil.local", ".local"):
+        assert not names_this_machine(other, server)
+    # It is read again once it has changed.
+    settings_of_macos(path, "Renamed-Mac")
+    assert names_this_machine("renamed-mac.local", server)
+    assert not names_this_machine("bobs-macbook-pro.local", server)
+    for content in (b"", b"x" * 100, b"<plist><string>", plistlib.dumps([1]), b"\0" * 2_000_000):
+        path.write_bytes(content)
+        assert not names_this_machine("renamed-mac.local", server)
+    for name in (5, "", "evil.com/", {"a": "b"}):
+        settings_of_macos(path, name)
+        assert not names_this_machine("evil.com/.local", server)
 
 
 @pytest.mark.parametrize("server", [None, (), 5, ("", None)])
