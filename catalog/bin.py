@@ -12,9 +12,9 @@ from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 from typing import Any
 
-from backends.small_json import read_object
-from catalog.models import DOWNLOAD_RECORD, BuiltIn, Converted, Local, ModelRecord, Package
-from core.errors import BrokenModel, NotFound, RequestError, Unavailable
+from catalog.model_folder import has_only_model, is_plain_path, recorded_files
+from catalog.models import BuiltIn, Converted, Local, ModelRecord, Package
+from core.errors import NotFound, RequestError, Unavailable
 from core.files import why, write_atomically
 from core.units import MIB
 
@@ -86,8 +86,9 @@ def move_to_bin(
 ) -> BinEntry:
     """Move the model's files into the bin of `root`; blocks briefly.
 
-    The folder of a model that needs one goes as a whole if no other model is in it.  A link is
-    moved, not its target.  Raises Unavailable if the files cannot be moved; then none is.
+    The folder of a model that needs one goes as a whole if it has nothing else, such as another
+    model or files of the user.  A link is moved, not its target.  Raises Unavailable if the files
+    cannot be moved; then none is.
     """
     paths = _paths(record, root, others)
     settings = {name: value for name, value in asdict(record.settings).items() if value is not None}
@@ -194,7 +195,7 @@ def _paths(record: ModelRecord, root: Path, others: Sequence[ModelRecord]) -> li
         and all(_is_inside(file, folder) for file in files)
         and not any(_is_inside(file, folder) for file in taken)
     )
-    if is_own:
+    if is_own and (isinstance(record.source, Converted) or has_only_model(folder, files)):
         return [folder]
     gone = [*files, *_downloaded_with(files, root, taken)]
     return [file for file in dict.fromkeys(gone) if file not in taken and os.path.lexists(file)]
@@ -208,26 +209,13 @@ def _downloaded_with(files: Sequence[Path], root: Path, taken: Sequence[Path]) -
     for folder in files[0].parents:
         if not folder.is_relative_to(root) or folder == root:
             break
-        names = _recorded(folder / DOWNLOAD_RECORD)
+        names = recorded_files(folder)
         if names:
             is_its_own = files[0].relative_to(folder).as_posix() in names
             if not is_its_own or any(_is_inside(file, folder) for file in taken):
                 break
             return [folder / name for name in names if _is_inside(folder / name, folder)]
     return []
-
-
-def _recorded(record: Path) -> list[str]:
-    """Return the paths in the record of a download, and the record's own; empty without one."""
-    try:
-        files = read_object(record).get("files")
-    except BrokenModel:
-        return []
-    if not isinstance(files, list):
-        return []
-    found = [file.get("path") for file in files if isinstance(file, dict)]
-    paths = [path for path in found if isinstance(path, str) and _is_plain(path)]
-    return [*paths, record.name]
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -312,10 +300,6 @@ def _read(root: Path, name: str) -> BinEntry | None:
         fields |= {"id": name, "root": str(root)}
         fields["paths"], fields["aliases"] = tuple(fields["paths"]), tuple(fields["aliases"])
         entry = BinEntry(**fields)
-        if all(_is_plain(one) for one in entry.paths):
+        if all(is_plain_path(one) for one in entry.paths):
             return entry
     return None
-
-
-def _is_plain(path: str) -> bool:
-    return bool(path) and not Path(path).is_absolute() and ".." not in Path(path).parts

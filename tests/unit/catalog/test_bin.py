@@ -109,6 +109,40 @@ def test_files_beside_a_record_of_something_else_stay(root: Path, text: str) -> 
     assert visible(root) == ["m", f"m/{DOWNLOAD_RECORD}", "m/other.gguf"]
 
 
+@pytest.mark.parametrize(
+    "foreign", ["train.py", "notes.txt", "data.json", "photo.jpg", "sub/data.csv", "draft-Q4.gguf"]
+)
+def test_what_is_no_part_of_the_model_stays_where_it_is(root: Path, foreign: str) -> None:
+    """P6: the folder may be that of a user's project, and the bin is emptied after a day."""
+    one = record(root, "m/model.safetensors", "m/config.json", format="safetensors")
+    (root / "m" / foreign).parent.mkdir(exist_ok=True)
+    (root / "m" / foreign).write_bytes(b"mine")
+    entry = delete(one, root)
+    model_bin.purge(entry)
+    assert (root / "m" / foreign).read_bytes() == b"mine"
+    assert not (root / "m" / "model.safetensors").exists()
+
+
+def test_what_repositories_have_beside_a_model_goes_with_it(root: Path) -> None:
+    one = record(root, "m/model.safetensors", "m/config.json", format="safetensors")
+    others = (
+        *("README.md", "LICENSE", "LICENSE.txt", ".gitattributes", ".DS_Store", "._config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt"),
+        *("vocab.json", "vocab.txt", "generation_config.json", "model.safetensors.index.json"),
+        *("chat_template.jinja", "preprocessor_config.json", "tf_model.h5", "USE_POLICY.md"),
+        *("original/params.json", "1_Pooling/config.json", ".git/objects/ab/cd", "spiece.model"),
+        *(".cache/huggingface/download/x.lock", "onnx/model_q4.onnx", "configuration_phi.py"),
+        "odd name of the repository.json",
+    )
+    for name in (*others, "download.json"):
+        (root / "m" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "m" / name).write_bytes(b"{}")
+    written = {"files": [{"path": "odd name of the repository.json"}]}
+    (root / "m" / "download.json").write_text(json.dumps(written))
+    delete(one, root)
+    assert visible(root) == []
+
+
 def test_a_shared_folder_and_shared_files_stay(root: Path) -> None:
     one = record(root, "m/model.safetensors", format="safetensors")
     other = record(root, "m/model.onnx", format="onnx")
@@ -125,7 +159,7 @@ def test_links_are_moved_and_not_followed(root: Path) -> None:
     outside.mkdir()
     (outside / "kept.gguf").write_bytes(b"kept")
     one = record(root, "m/model.safetensors", format="safetensors")
-    (root / "m" / "link").symlink_to(outside)
+    (root / "m" / "tokenizer.json").symlink_to(outside)
     os.link(root / "m" / "model.safetensors", root / "second.bin")
     entry = delete(one, root)
     assert entry.size_bytes == 0
