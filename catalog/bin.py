@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 from typing import Any
@@ -19,6 +19,8 @@ from core.files import why, write_atomically
 from core.units import MIB
 
 KEPT_S = 24 * 3600.0
+# Corrections of the clock are smaller.
+_CLOCK_S = 3600.0
 # Hidden, so that scans do not see what is in it; in the model's own folder, so that moving is
 # renaming.
 BIN_FOLDER = ".impetus-bin"
@@ -105,7 +107,7 @@ def move_to_bin(
     )
     try:
         entry.folder.mkdir(parents=True)
-        write_atomically(entry.folder / _MANIFEST, json.dumps(asdict(entry)).encode())
+        _write(entry)
         _move(_moves(entry))
     except OSError as problem:
         shutil.rmtree(entry.folder, ignore_errors=True)
@@ -116,6 +118,10 @@ def move_to_bin(
         ) from problem
     _remove_empty({path.parent for path in paths}, root)
     return entry
+
+
+def _write(entry: BinEntry) -> None:
+    write_atomically(entry.folder / _MANIFEST, json.dumps(asdict(entry)).encode())
 
 
 def entries(roots: Iterable[Path]) -> list[BinEntry]:
@@ -170,8 +176,12 @@ def purge_expired(roots: Iterable[Path], now: float) -> list[BinEntry]:
     """Purge what was deleted more than a day ago; return it.  What cannot be purged stays."""
     purged = []
     for entry in entries(roots):
-        # A clock that was set back must not keep files for years.
-        if -KEPT_S < now - entry.deleted_at < KEPT_S:
+        if now < entry.deleted_at - _CLOCK_S:
+            # The clock was set back: the day begins anew, rather than files being kept for years.
+            with suppress(OSError):
+                _write(replace(entry, deleted_at=now, purge_at=now + KEPT_S))
+            continue
+        if now - entry.deleted_at < KEPT_S:
             continue
         with suppress(Unavailable):
             purge(entry)

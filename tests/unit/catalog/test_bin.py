@@ -223,6 +223,17 @@ def test_a_move_that_fails_halfway_moves_nothing(
     assert model_bin.entries([root]) == []
 
 
+def test_a_clock_that_was_set_back_gives_the_whole_day_again(root: Path) -> None:
+    """What was deleted in the future is neither purged at once nor kept for years."""
+    delete(record(root, "a.gguf"), root)
+    earlier = NOW - 30 * KEPT_S
+    assert model_bin.purge_expired([root], earlier) == []
+    (entry,) = model_bin.entries([root])
+    assert (entry.deleted_at, entry.purge_at) == (earlier, earlier + KEPT_S)
+    assert model_bin.purge_expired([root], earlier + KEPT_S - 1) == []
+    assert model_bin.purge_expired([root], earlier + KEPT_S) == [entry]
+
+
 def test_after_a_day_it_is_purged_and_before_not(root: Path) -> None:
     entry = delete(record(root, "a.gguf"), root)
     assert model_bin.purge_expired([root], NOW + KEPT_S - 1) == []
