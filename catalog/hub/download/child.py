@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from catalog.hub.client import HubClient, HubLimits
+from catalog.hub.download.claim import claim_work
 from catalog.hub.download.job import RECORD, DownloadJob, lock_path, partial_folder
 from catalog.hub.download.record import record_of, shared_files
 from catalog.hub.download.transfer import Pace, Transfer, disk_problem
@@ -67,6 +68,7 @@ def download(job: DownloadJob, token: str, reporter: _Reporter) -> None:
         partial_folder(job.work).mkdir(parents=True, exist_ok=True)
         with lock_path(job.work).open("w") as lock:
             _lock(lock, job)
+            claim_work(job)
             hashes = _fetch_all(job, token, reporter)
             write_atomically(job.work / RECORD, record_of(job, hashes).encode(), mode=0o644)
             _publish(job)

@@ -269,6 +269,20 @@ def _stated_hash(file: RepositoryFile) -> str:
     return file.sha256 or file.git_oid
 
 
+def has_stated_hash(file: RepositoryFile, path: Path) -> bool:
+    """Whether a file has the size and the hash that the hub stated; blocks while it is read.
+
+    False for a file of which no hash is stated.  Raises OSError.
+    """
+    digest = _digest(file)
+    if not _stated_hash(file) or path.stat().st_size != file.size_bytes:
+        return False
+    with path.open("rb") as stream:
+        while piece := stream.read(_READ_BYTES):
+            digest.update(piece)
+    return bool(digest.hexdigest() == _stated_hash(file))
+
+
 def _wrong(file: RepositoryFile, reason: str) -> ChecksumFailed:
     return ChecksumFailed(
         f"The download of {file.path} was damaged ({reason}) and was removed. If it happens again, "

@@ -62,6 +62,12 @@ def children() -> list[psutil.Process]:
     return [each for each in found if "catalog.hub.download.child" in each.cmdline()]
 
 
+def download_of(download: Download) -> DownloadJob:
+    """Return the download of what the hub has now."""
+    found = read_repository(HubClient(download.job.endpoint, "", LIMITS), "org/tiny")
+    return replace(download.job, commit=found.commit, files=found.files)
+
+
 async def until_arrived(job: DownloadJob, count: int) -> None:
     """Wait until so many bytes are there; the test's time limit ends a wait for ever."""
     while arrived_bytes(job) < count:
@@ -93,6 +99,34 @@ async def test_download_that_is_paused_goes_on(download: Download) -> None:
     await run_download(download.job, "", ignore)
     assert (download.job.target / LARGE).read_bytes() == download.content
     assert download.ranges == [None, "bytes=600000-"]
+
+
+async def test_download_of_another_commit_keeps_no_file_of_the_first(download: Download) -> None:
+    """D13: weights that are uploaded again often have the size that they had."""
+    (download.source / "tokenizer.json").write_text("[1]")
+    (download.source / "merges.txt").write_text("a b")
+    (download.source / "same.json").write_text("[]")
+    download.hub.publish("org/tiny", download.source)
+    first = download_of(download)
+    download.hub.faults.add(Fault("status", file=LARGE, value="403"))
+    with pytest.raises(HubAccessDenied):
+        await run_download(replace(first, connections=1), "", ignore)
+    # The small files come after the large one; they are whole, as after a failure at the end.
+    for name in ("tokenizer.json", "merges.txt", "same.json", "config.json"):
+        shutil.copyfile(download.source / name, first.work / name)
+    download.hub.faults.clear()
+    (download.source / "tokenizer.json").write_text("[2]")
+    (download.source / "merges.txt").unlink()
+    download.hub.publish("org/tiny", download.source)
+    second = download_of(download)
+    assert (second.work, second.commit != first.commit) == (first.work, True)
+    download.hub.forget_requests()
+    await run_download(second, "", ignore)
+    assert (second.target / "tokenizer.json").read_text() == "[2]"
+    assert sorted(path.name for path in second.target.iterdir()) == sorted(
+        ["config.json", RECORD, LARGE, "same.json", "tokenizer.json"]
+    )
+    assert not any("same.json" in each.target for each in download.hub.requests)
 
 
 async def test_download_survives_kills(download: Download) -> None:
