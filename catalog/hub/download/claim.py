@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from catalog.hub.download.job import DownloadJob, partial_folder
@@ -20,16 +19,24 @@ def claim_work(job: DownloadJob) -> None:
     Raises OSError.
     """
     note = partial_folder(job.work) / _NOTE
-    identity = _identity(job)
-    with suppress(OSError):
-        if note.read_bytes() == identity:
-            return
+    if note.exists() and is_claimed_by(job):
+        return
     wanted = {job.work / file.path: file for file in job.files}
     for path in _files(job.work):
         file = wanted.get(path)
         if file is None or path.is_symlink() or not has_stated_hash(file, path):
             path.unlink()
-    write_atomically(note, identity, is_durable=False)
+    write_atomically(note, _identity(job), is_durable=False)
+
+
+def is_claimed_by(job: DownloadJob) -> bool:
+    """Whether the work folder is of this download, or of nobody's; blocks briefly."""
+    try:
+        return (partial_folder(job.work) / _NOTE).read_bytes() == _identity(job)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 def _identity(job: DownloadJob) -> bytes:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from catalog.hub.download.claim import is_claimed_by
 from catalog.hub.download.job import DownloadJob, lock_path, partial_file
 from catalog.hub.download.speed import SpeedWindow
 from catalog.hub.download.transfer import HEADROOM_BYTES
@@ -78,8 +79,12 @@ def require_space(job: DownloadJob) -> None:
 
 
 def discard(job: DownloadJob) -> None:
-    """Remove what has arrived of a download that is not to go on."""
-    shutil.rmtree(job.work, ignore_errors=True)
+    """Remove what has arrived of a download that is not to go on.
+
+    What another download into the same folder has brought stays, and what one is writing now.
+    """
+    if is_claimed_by(job) and not _is_running(job.work):
+        shutil.rmtree(job.work, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)

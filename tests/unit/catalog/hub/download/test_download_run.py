@@ -129,6 +129,33 @@ async def test_download_of_another_commit_keeps_no_file_of_the_first(download: D
     assert not any("same.json" in each.target for each in download.hub.requests)
 
 
+@pytest.mark.parametrize("is_running", [True, False])
+async def test_download_that_is_cancelled_takes_nothing_from_another_one(
+    download: Download, is_running: bool
+) -> None:
+    """Such as one that failed at an earlier commit, which a user clears away."""
+    failed = replace(download.job, commit="1" * 40)
+    download.hub.faults.add(Fault("stall", file=LARGE, at=600_000, times=1))
+    task = asyncio.create_task(run_download(download.job, "", ignore))
+    await until_arrived(download.job, 600_000)
+    if is_running:
+        # Also the same one, if it was asked for twice.
+        discard(download.job)
+    else:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    discard(failed)
+    assert arrived_bytes(download.job) >= 600_000
+    if is_running:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await run_download(download.job, "", ignore)
+    assert download.ranges == [None, "bytes=600000-"]
+    assert (download.job.target / LARGE).read_bytes() == download.content
+
+
 async def test_download_survives_kills(download: Download) -> None:
     """D6: whenever its process is killed, nothing half is visible and the next one goes on."""
     for at in (100_000, 400_000, 999_999):
