@@ -18,7 +18,8 @@ QUANTIZATION = re.compile(
 )
 # What `mlx` models and older GGUF repositories name differently from this server.
 _SAME = {"fp16": "f16", "fp32": "f32", "quantized": "int8"}
-_GGUF_PARTS = re.compile(r"(?:.*[-._])?(?:mmproj|imatrix)(?:[-._].*)?", re.IGNORECASE)
+_PROJECTOR = re.compile(r"(?:.*[-._])?mmproj(?:[-._].*)?", re.IGNORECASE)
+_MATRIX = re.compile(r"(?:.*[-._])?imatrix(?:[-._].*)?", re.IGNORECASE)
 _SIDE_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"})
 # Folders of modules that belong to the model of the folder around them.
 _MODULES = re.compile(r"\d+_[A-Z]\w*")
@@ -184,13 +185,19 @@ def _format(path: str, is_mlx: bool) -> str:
     # External data is of the format of its graph.
     local = Path(_without_data(path))
     found = natural_format(local)
-    if not found or is_part(local) or (found == "gguf" and _GGUF_PARTS.fullmatch(local.name)):
+    if not found or is_part(local) or (found == "gguf" and _is_gguf_part(local.name)):
         return ""
     if found == "safetensors":
         return "" if _COPIES.match(local.name) else "mlx" if is_mlx else found
     # Of other programs' data only what transformers writes is a model.
     is_other = found == "pytorch" and not local.name.startswith(("pytorch_model", "model"))
     return "" if is_other else found
+
+
+def _is_gguf_part(name: str) -> bool:
+    """Whether it is a projector, or the matrix that models were quantized with."""
+    is_matrix = _MATRIX.fullmatch(name) is not None and not quantization_in(name)
+    return is_matrix or _PROJECTOR.fullmatch(name) is not None
 
 
 def _package(path: str) -> str:

@@ -190,3 +190,12 @@ def test_hub_repository_without_a_model_says_what_it_is(paths: tuple[str, ...], 
 def test_hub_entries_of_a_pipeline_of_diffusers_are_gguf_files() -> None:
     found = group(files("model_index.json", "vae/model.safetensors", "m-Q4_0.gguf"), ())
     assert [entry.name for entry in found] == ["m-Q4_0.gguf"]
+
+
+def test_hub_entries_quantized_with_an_importance_matrix_are_models() -> None:
+    """The matrix itself has no quantization in its name; a projector often has one."""
+    models = ("m-Q4_K_M-imatrix.gguf", "m-imatrix-IQ2_M.gguf", "m.imatrix.Q6_K.gguf")
+    parts = ("m.imatrix.gguf", "imatrix.gguf", "m-imatrix.gguf", "mmproj-m-Q8_0.gguf")
+    found = group(files(*models, *parts), ())
+    assert {entry.name for entry in found} == set(models)
+    assert {entry.quantization for entry in found} == {"q4_k_m", "iq2_m", "q6_k"}
