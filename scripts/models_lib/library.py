@@ -15,18 +15,23 @@ _DETAILS = ("architecture", "license", "runtime", "converted_from")
 def list_models(context: Context) -> None:
     """Print the models, and the downloads that will become some."""
     options = context.options
-    tags = options.tag or None
-    favourite = "true" if options.favourite else None
-    answer = context.client.get(path_of("models"), tag=tags, favourite=favourite)
-    models = [model for model in answer["models"] if _has(model, options.text)]
-    arriving = [] if tags or favourite else _arriving(context, options.text)
+    asked = {
+        "text": options.text,
+        "tag": options.tag,
+        "format": options.format,
+        "favourite": "true" if options.favourite else None,
+        "sort": options.sort,
+    }
+    models = context.client.get(path_of("models"), **asked)["models"]
+    is_of_models = bool(options.tag or options.format or options.favourite)
+    arriving = [] if is_of_models else _arriving(context, options.text)
     if context.screen.is_json:
         context.screen.document({"models": models, "arriving": arriving})
         return
     if not models and not arriving:
         context.screen.say(
-            "No model has such a name."
-            if options.text
+            "No model is like this."
+            if options.text or is_of_models
             else "There are no models yet. Find one "
             "with scripts/models search, and get it with scripts/models get OWNER/NAME."
         )
@@ -183,11 +188,6 @@ def remove_alias(context: Context) -> None:
         context.screen.document({"deleted": alias})
         return
     context.screen.say(f"The alias {alias} is deleted; its model stays.")
-
-
-def _has(model: Mapping[str, Any], text: str | None) -> bool:
-    names = (model["id"], *model["aliases"])
-    return not text or any(text.lower() in name.lower() for name in names)
 
 
 def _arriving(context: Context, text: str | None) -> Sequence[Mapping[str, Any]]:

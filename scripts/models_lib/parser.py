@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, get_args
 from core.types import Capability
 from core.units import parse_bytes
 from router.hub_service import HubSort
+from router.library import SortKey
 from scripts.models_lib import hub, jobs, library
 from scripts.models_lib.context import Command
 from scripts.server_lib.address import CONFIG
@@ -91,9 +92,16 @@ def _add_library(commands: Commands) -> None:
     listing = _command(
         commands, "list", library.list_models, "list the models, and those that are arriving"
     )
-    listing.add_argument("text", nargs="?", metavar="TEXT", help="a part of the name")
+    listing.add_argument("text", nargs="?", metavar="TEXT", help="words of names, tags or notes")
     listing.add_argument("--tag", action="append", help="only models with this tag; repeatable")
+    listing.add_argument("--format", action="append", help="only of this format; repeatable")
     listing.add_argument("--favourite", action="store_true", help="only favourites")
+    listing.add_argument(
+        "--sort",
+        metavar="KEY",
+        choices=[f"{sign}{key}" for sign in ("", "-") for key in get_args(SortKey)],
+        help=f"{', '.join(get_args(SortKey))}; with a hyphen, as --sort=-size, descending",
+    )
     removal = _command(
         commands,
         "rm",

@@ -15,7 +15,7 @@ from router.app import create_app
 from router.job_service import DownloadLimitsView, JobDetail, JobView, PartialView
 from scripts.models_lib import progress
 from scripts.models_lib.__main__ import main
-from tests.fakes import make_services, make_view
+from tests.fakes import FakeCatalog, make_services, make_view
 from tests.live_server import serving
 from tests.unit.router.api.test_router_api import FakeManagement
 from tests.unit.router.api.test_router_hub import FakeHub
@@ -139,6 +139,7 @@ class Stand:
     jobs: ScriptedJobs = field(default_factory=ScriptedJobs)
     hub: FakeHub = field(default_factory=FakeHub)
     management: FakeManagement = field(default_factory=FakeManagement)
+    catalog: FakeCatalog = field(default_factory=FakeCatalog)
     port: int = 0
 
 
@@ -146,12 +147,13 @@ class Stand:
 async def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stand]:
     """A server that the settings name, with two models."""
     monkeypatch.setattr(progress, "_POLL_S", 0.0)
-    stand = Stand()
     big = make_view(
         "big@gguf-f16", state="unavailable", reason="It needs 90 GiB.", size_bytes=3 * 2**30
     )
+    stand = Stand(catalog=FakeCatalog(make_view(aliases=("tiny", "coder")), big))
     services = replace(
-        make_services(views=[make_view(aliases=("tiny", "coder")), big]),
+        make_services(),
+        catalog=stand.catalog,
         management=stand.management,
         jobs=stand.jobs,
         hub=stand.hub,

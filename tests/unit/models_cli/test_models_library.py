@@ -3,6 +3,7 @@
 import pytest
 
 from core.errors import ModelInUse
+from router.services import SettingsView
 from tests.fakes import CHAT_MODEL
 from tests.unit.models_cli.conftest import DONE, Run, Stand
 
@@ -14,9 +15,9 @@ async def test_list_has_sizes_contexts_reasons_and_what_arrives(run: Run) -> Non
     shown = await run("list")
     assert (shown.code, shown.err) == (0, "")
     assert shown.lines[0] == ["MODEL", "SIZE", "FORMAT", "CONTEXT", "STATE"]
-    assert shown.lines[1] == [CHAT_MODEL, "2.0", "KiB", "gguf", "2,048", "ready"]
-    assert shown.lines[2][1:3] == ["3.0", "GiB"]
-    assert shown.out.splitlines()[2].endswith("cannot run: It needs 90 GiB.")
+    assert shown.lines[1][:3] == ["big@gguf-f16", "3.0", "GiB"]
+    assert shown.out.splitlines()[1].endswith("cannot run: It needs 90 GiB.")
+    assert shown.lines[2] == [CHAT_MODEL, "2.0", "KiB", "gguf", "2,048", "ready"]
     assert shown.out.splitlines()[3].endswith("arriving: 25%, 2.0 KiB/s, 2 s left")
     # One that is done is a model.
     assert "org/old" not in shown.out
@@ -27,10 +28,18 @@ async def test_list_is_narrowed_by_a_text_and_by_tags(stand: Stand, run: Run) ->
     assert [line[0] for line in (await run("list", "BIG")).lines[1:]] == ["big@gguf-f16"]
     assert [line[0] for line in (await run("list", "coder")).lines[1:]] == [CHAT_MODEL]
     assert "No model" in (await run("list", "nobody")).out
-    await stand.management.change_settings(CHAT_MODEL, {"tags": ["work"], "favourite": True})
-    for options in (["--tag", "work"], ["--favourite"]):
+    stand.catalog.settings = {CHAT_MODEL: SettingsView(tags=["work"], favourite=True)}
+    for options in (["--tag", "work"], ["--favourite"], ["--format", "gguf", "--tag", "work"]):
         shown = await run("list", *options)
         assert [line[0] for line in shown.lines[1:]] == [CHAT_MODEL]
+    assert "No model" in (await run("list", "--format", "mlx")).out
+
+
+@pytest.mark.usefixtures("stand")
+async def test_list_is_sorted(run: Run) -> None:
+    for key, first in (("size", CHAT_MODEL), ("-size", "big@gguf-f16")):
+        assert (await run("list", f"--sort={key}")).lines[1][0] == first
+    assert (await run("list", "--sort", "luck")).code == 2
 
 
 @pytest.mark.usefixtures("stand")
@@ -38,7 +47,7 @@ async def test_list_as_json_is_one_document(run: Run) -> None:
     for arguments in (["--json", "list"], ["list", "--json"]):
         shown = await run(*arguments)
         assert shown.err == ""
-        assert [model["id"] for model in shown.document["models"]] == [CHAT_MODEL, "big@gguf-f16"]
+        assert [model["id"] for model in shown.document["models"]] == ["big@gguf-f16", CHAT_MODEL]
         assert [job["id"] for job in shown.document["arriving"]] == ["a1"]
 
 
