@@ -9,7 +9,7 @@ from core.types import Capability
 from core.units import parse_bytes
 from router.hub_service import HubSort
 from router.library import SortKey
-from scripts.models_lib import hub, jobs, library
+from scripts.models_lib import conversions, hub, jobs, library
 from scripts.models_lib.context import Command
 from scripts.server_lib.address import CONFIG
 
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_library(commands)
     _add_hub(commands)
+    _add_conversions(commands)
     _add_bin(commands)
     _add_aliases(commands)
     _add_jobs(commands)
@@ -151,6 +152,23 @@ def _add_hub(commands: Commands) -> None:
     getting.add_argument("--revision", help="a branch, a tag or a commit")
     getting.add_argument("--entry", help="one of the entries that `show` lists")
     _add_wait(getting)
+
+
+def _add_conversions(commands: Commands) -> None:
+    converting = _command(
+        commands,
+        "convert",
+        conversions.convert,
+        "convert a model to another format, or show what is possible",
+        ("model", "an id or alias"),
+    )
+    converting.add_argument("--to", metavar="FORMAT", help="such as mlx; without it: what there is")
+    quantization = converting.add_mutually_exclusive_group()
+    quantization.add_argument("--quantization", "--quant", help="as listed without --to")
+    quantization.add_argument("--bits", type=int, help="the quantization with so many bits")
+    converting.add_argument("--group-size", type=int, help="of MLX: 32, 64 or 128")
+    converting.add_argument("--name", help="the name of the result")
+    _add_wait(converting)
 
 
 def _add_bin(commands: Commands) -> None:
