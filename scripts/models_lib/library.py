@@ -1,6 +1,7 @@
 """The models of the server: list, show, delete, restore, aliases."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from scripts.models_lib import words
@@ -110,12 +111,29 @@ def remove(context: Context) -> None:
     if screen.is_json:
         screen.document(gone)
         return
+    if not gone["paths"]:
+        screen.say(f"{gone['model']} is removed; its files were gone already.")
+        return
     freed = words.size(gone["freed_bytes"]) or "no bytes, as other files share them"
     screen.say(f"{gone['model']} is in the bin. The disk gets back {freed}.")
     screen.say(
         f"Until {words.moment(gone['purge_at'])} this restores it:\n"
         f"  scripts/models restore {gone['id']}"
     )
+
+
+def locate(context: Context) -> None:
+    """Tell the server where a missing model's files are now."""
+    options = context.options
+    # Another machine has paths of its own.
+    is_here = context.client.address.is_own
+    path = str(Path(options.path).expanduser().absolute()) if is_here else options.path
+    place = path_of("models", options.model, "locate")
+    model = context.client.send("POST", place, {"path": path})
+    if context.screen.is_json:
+        context.screen.document(model)
+        return
+    context.screen.say(f"{model['id']}: {words.model_state(model)}")
 
 
 def list_bin(context: Context) -> None:

@@ -112,6 +112,14 @@ def _add_library(commands: Commands) -> None:
     )
     _add_yes(removal)
     _add_restore(commands, "restore")
+    _command(
+        commands,
+        "locate",
+        library.locate,
+        "tell where the files of a missing model are now",
+        ("model", "its id or alias"),
+        ("path", "its file or folder, in a model folder of the server"),
+    )
 
 
 def _add_hub(commands: Commands) -> None:

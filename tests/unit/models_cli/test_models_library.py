@@ -1,10 +1,12 @@
 """`scripts/models`: the list, one model, deleting and restoring, aliases."""
 
+from pathlib import Path
+
 import pytest
 
 from core.errors import ModelInUse
-from router.services import SettingsView
-from tests.fakes import CHAT_MODEL
+from router.services import Binned, SettingsView
+from tests.fakes import CHAT_MODEL, make_view
 from tests.unit.models_cli.conftest import DONE, Run, Stand
 
 BIN_ID = "0" * 16
@@ -78,6 +80,25 @@ async def test_rm_deletes_with_yes_and_says_what_restores_it(stand: Stand, run: 
     assert (await run("bin")).out == "The bin is empty.\n"
     missing = await run("restore", CHAT_MODEL)
     assert (missing.code, "The bin has no model" in missing.err) == (1, True)
+
+
+async def test_missing_model_is_shown_located_and_removed(
+    stand: Stand, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lost = make_view("lost@gguf-q8_0", state="missing", reason="Its files are gone.")
+    monkeypatch.setattr(stand.catalog, "_views", (lost,))
+    assert (await run("list")).out.splitlines()[1].endswith("missing: Its files are gone.")
+    monkeypatch.chdir(tmp_path)
+    shown = await run("locate", "lost@gguf-q8_0", "new.gguf")
+    assert (shown.code, shown.out) == (0, "lost@gguf-q8_0: missing: Its files are gone.\n")
+    assert stand.management.calls == [("locate", "lost@gguf-q8_0", str(tmp_path / "new.gguf"))]
+
+    async def delete(model_id: str) -> Binned:
+        return Binned("", model_id, (), 0, 1.0, 1.0)
+
+    monkeypatch.setattr(stand.management, "delete_model", delete)
+    gone = await run("rm", "lost@gguf-q8_0", "--yes")
+    assert gone.out == "lost@gguf-q8_0 is removed; its files were gone already.\n"
 
 
 async def test_rm_asks_and_does_nothing_where_nobody_can_answer(stand: Stand, run: Run) -> None:
