@@ -10,7 +10,7 @@ from backends.registry import backends_for
 from catalog.convert.forecast import SpeedFile
 from catalog.hub.client import HubClient
 from catalog.hub.fit import Room
-from catalog.hub.token import TokenFile, check_token, current_token, owner_of
+from catalog.hub.token import TokenFile, current_token
 from catalog.job_store import JobStore
 from catalog.jobs import Job
 from catalog.uploads.arrival import arrival_of
@@ -34,6 +34,7 @@ from deployments.jobs.conversions import ConversionJobs
 from deployments.jobs.downloads import KIND as DOWNLOAD
 from deployments.jobs.downloads import DownloadJobs, add_download, prepare
 from deployments.jobs.hub import HubReader
+from deployments.jobs.hub_calls import HubCalls
 from deployments.jobs.limits import DownloadLimits, LimitsFile
 from deployments.jobs.local_files import LocalFiles
 from deployments.jobs.memory import MemoryLeases
@@ -54,13 +55,6 @@ from deployments.serve.awake import keep_awake
 from deployments.serve.handles import Handle, call, direct, returning_errors
 from deployments.serve.worker import prepare_worker
 from router.conversion_service import ConversionTargets, ConversionWish
-from router.hub_service import (
-    HubReadme,
-    HubRepositoryAnswer,
-    HubResults,
-    HubSearch,
-    HubTokenAnswer,
-)
 from router.job_service import DownloadLimitsView, JobDetail, JobView, PartialView
 from router.upload_service import FolderListing, ImportHow, ModelFolders
 
@@ -71,7 +65,7 @@ _LOAD_LIMIT_S = 10.0
 _SILENCE_S = 60.0
 
 
-class JobsReplica:
+class JobsReplica(HubCalls):
     """Runs the jobs of `jobs.sqlite` in the home folder; see `router.job_service.Jobs`.
 
     All state belongs to one event loop; disks and networks are used on threads and in children.
@@ -344,51 +338,6 @@ class JobsReplica:
     def _use(self, limits: DownloadLimits) -> None:
         self._limits = limits
         self._downloads.limit_bytes_per_s = limits.share_bytes_per_s
-
-    @returning_errors
-    async def search(self, wanted: HubSearch) -> HubResults:
-        """Return results of a search; see `router.hub_service.Hub`."""
-        return await self._hub.search(wanted)
-
-    @returning_errors
-    async def repository(
-        self, name: str, revision: str, context_tokens: int
-    ) -> HubRepositoryAnswer:
-        """Return a repository with what fits; see `router.hub_service.Hub`."""
-        return await self._hub.repository(name, revision, context_tokens)
-
-    @returning_errors
-    async def readme(self, name: str, revision: str) -> HubReadme:
-        """Return the README of a repository."""
-        return HubReadme(markdown=await self._hub.readme(name, revision))
-
-    @returning_errors
-    async def token(self) -> HubTokenAnswer:
-        """Return which token for the hub is in use."""
-        found = await call_in_thread("impetus-token", lambda: current_token(self._token_file))
-        return HubTokenAnswer(source=found.source)
-
-    @returning_errors
-    async def store_token(self, token: str) -> HubTokenAnswer:
-        """Store a token once the hub has said whose it is; see `router.hub_service.Hub`."""
-
-        def store() -> HubTokenAnswer:
-            check_token(token)
-            owner = owner_of(HubClient(token=token.strip()))
-            self._token_file.save(token)
-            return HubTokenAnswer(source=current_token(self._token_file).source, owner=owner)
-
-        return await call_in_thread("impetus-token", store)
-
-    @returning_errors
-    async def remove_token(self) -> HubTokenAnswer:
-        """Forget the stored token; return which one is in use then."""
-
-        def remove() -> HubTokenAnswer:
-            self._token_file.remove()
-            return HubTokenAnswer(source=current_token(self._token_file).source)
-
-        return await call_in_thread("impetus-token", remove)
 
     async def _changed(self, change: Callable[[JobRunner], Job]) -> JobDetail:
         """Change a job and answer once that is stored."""
