@@ -10,7 +10,8 @@ PAGE = (ROOT / "docs" / "reliability.md").read_text()
 NUMBERS = [
     *(f"N{number}" for number in range(1, 20)),
     *(f"D{number}" for number in range(1, 16)),
-    *("P6", "P7", "S5", "S6", "S7", "S8", "O6", "O8"),
+    *(f"P{number}" for number in range(1, 8)),
+    *("S5", "S6", "S7", "S8", "O6", "O8"),
 ]
 NAMED = sorted(set(re.findall(r"`((?:unit|contract|integration)/[\w/]+\.py)(?:::(\w+))?`", PAGE)))
 

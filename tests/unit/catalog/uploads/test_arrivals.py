@@ -90,7 +90,7 @@ async def test_hostile_models_end_with_the_reason_and_nothing_runs(tmp_path: Pat
     assert list((home / "incoming").iterdir()) == []
 
 
-async def test_hash_that_was_announced_is_checked(tmp_path: Path) -> None:
+async def test_hash_that_was_announced_is_checked_p2(tmp_path: Path) -> None:
     """P2: a file whose bytes are not those that were announced."""
     data = llama_gguf(tmp_path / "a.gguf").read_bytes()
     arrival = uploaded(tmp_path / "home", {"a.gguf": data}, sha256="0" * 64)

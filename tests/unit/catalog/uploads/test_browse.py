@@ -26,7 +26,7 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def test_folders_and_files_that_stay_inside_are_listed(root: Path) -> None:
+def test_folders_and_files_that_stay_inside_are_listed_p4(root: Path) -> None:
     """P4: links out of the root and pipes are left out, and nothing is opened."""
     found = browse(str(root), [root])
     assert [(one.name, one.is_folder, one.size_bytes) for one in found.entries] == [
@@ -44,13 +44,13 @@ def test_folders_and_files_that_stay_inside_are_listed(root: Path) -> None:
     "path", ["{tmp}", "{root}/..", "{root}/../secret", "{root}/out", "{root}/out/key", "/", "/etc",
              "{root}/../none", "{root}x"],
 )  # fmt: skip
-def test_what_is_outside_of_the_roots_is_refused(root: Path, tmp_path: Path, path: str) -> None:
+def test_what_is_outside_of_the_roots_is_refused_p4(root: Path, tmp_path: Path, path: str) -> None:
     """P4: browse outside allowed roots, through dots and links."""
     with pytest.raises(PermissionDenied, match="IMPETUS_BROWSE_PATH"):
         browse(path.format(tmp=tmp_path, root=root), [root])
 
 
-def test_root_that_is_a_link_shows_its_target(root: Path, tmp_path: Path) -> None:
+def test_root_that_is_a_link_shows_its_target_p4(root: Path, tmp_path: Path) -> None:
     """P4: a symlinked root."""
     link = tmp_path / "link"
     link.symlink_to(root)
@@ -64,7 +64,7 @@ def test_paths_that_are_not_absolute_are_refused(root: Path, path: str) -> None:
         allowed(path, [root])
 
 
-def test_pipe_and_missing_folder_are_told_at_once(root: Path) -> None:
+def test_pipe_and_missing_folder_are_told_at_once_p4(root: Path) -> None:
     """P4: a FIFO does not hang."""
     with pytest.raises(RequestError, match="is not a folder"):
         browse(str(root / "pipe.gguf"), [root])
@@ -73,14 +73,14 @@ def test_pipe_and_missing_folder_are_told_at_once(root: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
-def test_unreadable_folder_is_told(root: Path) -> None:
+def test_unreadable_folder_is_told_p4(root: Path) -> None:
     """P4: a folder without permission."""
     (root / "sub").chmod(0)
     with pytest.raises(PermissionDenied, match="permission was denied"):
         browse(str(root / "sub"), [root])
 
 
-def test_listing_that_fails_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_that_fails_is_told_p4(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """P4: unreadable, as macOS says it of folders that are private."""
 
     def refuse(_: Path) -> None:

@@ -49,7 +49,7 @@ def test_file_is_taken_with_its_shards(tmp_path: Path) -> None:
     assert [file.path for file in files_of(tmp_path / "other.gguf", [])] == ["other.gguf"]
 
 
-def test_link_is_followed_below_the_roots_only(tmp_path: Path) -> None:
+def test_link_is_followed_below_the_roots_only_p4(tmp_path: Path) -> None:
     """P4: a link out of the roots is refused, and a cached snapshot is copied whole."""
     blob = tmp_path / "cache" / "blobs" / "abc"
     blob.parent.mkdir(parents=True)

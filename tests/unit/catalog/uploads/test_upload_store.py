@@ -52,7 +52,7 @@ def test_chunks_in_order_become_the_file(store: UploadStore, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("offset", [0, 100, 699, 701, 1000, 1 << 60])
-def test_gaps_overlaps_and_repeats_are_refused_with_what_there_is(
+def test_gaps_overlaps_and_repeats_are_refused_with_what_there_is_p2(
     store: UploadStore, offset: int
 ) -> None:
     """P2: chunk overlap, gap, replay, out of order."""
@@ -64,7 +64,7 @@ def test_gaps_overlaps_and_repeats_are_refused_with_what_there_is(
     assert (store.model_folder(upload) / "tiny.gguf").read_bytes() == DATA[:700]
 
 
-def test_lying_chunks_change_nothing(store: UploadStore) -> None:
+def test_lying_chunks_change_nothing_p2(store: UploadStore) -> None:
     """P2: a wrong hash, more bytes than announced, fewer at the end."""
     upload = begin(store).upload
     with pytest.raises(ChunkRejected, match="do not have the SHA-256"):
@@ -78,7 +78,7 @@ def test_lying_chunks_change_nothing(store: UploadStore) -> None:
         put(store, upload.id, 0, b"x", number=7)
 
 
-def test_parallel_copies_of_a_chunk_are_written_once(store: UploadStore) -> None:
+def test_parallel_copies_of_a_chunk_are_written_once_p2(store: UploadStore) -> None:
     """P2: of chunks for one place one is written, the others are told so."""
     upload = begin(store).upload
     refused: list[int | None] = []
@@ -98,7 +98,7 @@ def test_parallel_copies_of_a_chunk_are_written_once(store: UploadStore) -> None
     assert store.get(upload.id).offsets == (512, 0)
 
 
-def test_kill_in_the_middle_of_chunks_loses_only_what_was_not_answered(
+def test_kill_in_the_middle_of_chunks_loses_only_what_was_not_answered_p2(
     store: UploadStore, tmp_path: Path
 ) -> None:
     """P2: a process that is killed while it writes leaves a start of the file that is right."""
@@ -127,7 +127,7 @@ for number in range({size} // part):
     assert content == numbers
 
 
-def test_disk_is_looked_at_before_a_byte_is_written(
+def test_disk_is_looked_at_before_a_byte_is_written_p2(
     store: UploadStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """P2: an upload of 20 GB that the disk cannot hold is refused with the numbers."""
@@ -176,7 +176,7 @@ def test_name_that_is_taken_is_refused(store: UploadStore, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("upload_id", ["..", "../..", "0" * 31, "A" * 32, "", "0" * 32])
-def test_ids_are_those_of_the_server_alone(store: UploadStore, upload_id: str) -> None:
+def test_ids_are_those_of_the_server_alone_p1(store: UploadStore, upload_id: str) -> None:
     """P1: traversal in the id."""
     for call in (store.get, store.finish, store.remove):
         with pytest.raises(NotFound):

@@ -221,7 +221,9 @@ async def test_folder_without_a_model_is_not_added(machine: Machine) -> None:
     assert (machine.theirs / "notes" / "a.txt").exists()
 
 
-async def test_imports_outside_of_the_roots_are_refused(machine: Machine, tmp_path: Path) -> None:
+async def test_imports_outside_of_the_roots_are_refused_p4(
+    machine: Machine, tmp_path: Path
+) -> None:
     """P4: only what may be looked at may be imported."""
     secret = write_model(tmp_path / "secret")
     (machine.theirs / "link").symlink_to(secret)
@@ -257,7 +259,7 @@ async def test_folders_are_browsed_from_the_roots(machine: Machine) -> None:
             await result(replica.browse("/etc"))
 
 
-async def test_disk_that_does_not_answer_holds_nothing_up(
+async def test_disk_that_does_not_answer_holds_nothing_up_p4(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P4: a network mount that hangs costs its own request alone, for a limited time."""

@@ -64,7 +64,7 @@ async def begin(http: httpx.AsyncClient) -> str:
     return f"/api/uploads/{answer.json()['id']}"
 
 
-async def test_client_that_lost_its_place_goes_on_from_the_offset(
+async def test_client_that_lost_its_place_goes_on_from_the_offset_p2(
     http: httpx.AsyncClient, handle: Any
 ) -> None:
     """P2: 409 and 422 tell what the server has, HEAD too, and the upload ends in a job."""
@@ -96,7 +96,7 @@ async def test_unfinished_upload_is_deleted(http: httpx.AsyncClient, tmp_path: P
     assert list((tmp_path / "incoming").iterdir()) == []
 
 
-async def test_slow_disk_delays_no_other_request(
+async def test_slow_disk_delays_no_other_request_p3(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P3: the event loop answers while a chunk is hashed and written."""

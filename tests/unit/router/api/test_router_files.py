@@ -66,7 +66,7 @@ async def test_folder_is_listed(ask: Ask, files: FakeFiles) -> None:
     assert files.calls == [("browse", ""), ("browse", "/m/é &")]
 
 
-async def test_what_may_not_be_looked_at_is_forbidden(ask: Ask) -> None:
+async def test_what_may_not_be_looked_at_is_forbidden_p4(ask: Ask) -> None:
     """P4: 403 outside of the roots."""
     answer = await ask("GET", "/api/fs/browse", params={"path": "/etc"})
     assert (answer.status_code, error_of(answer)["param"]) == (403, "path")

@@ -139,7 +139,7 @@ async def test_head_tells_the_offset(ask: Ask) -> None:
     assert (await ask("HEAD", f"{ONE}/4")).status_code == 404
 
 
-async def test_conflict_tells_the_offset_to_go_on_from(ask: Ask, uploads: FakeUploads) -> None:
+async def test_conflict_tells_the_offset_to_go_on_from_p2(ask: Ask, uploads: FakeUploads) -> None:
     """P2: a chunk out of order is answered with what the server has."""
     uploads.problem = UploadConflict.at("The server has 10 bytes.", 10)
     answer = await ask("PUT", f"{ONE}/3", content=b"x", headers=headers(b"x"))
@@ -204,7 +204,7 @@ async def test_chunk_over_the_limit_is_refused(ask: Ask, uploads: FakeUploads) -
         f"{ONE}/0/x",
     ],
 )
-async def test_paths_that_lead_elsewhere_reach_nothing(
+async def test_paths_that_lead_elsewhere_reach_nothing_p1(
     ask: Ask, uploads: FakeUploads, path: str
 ) -> None:
     """P1: traversal in the address of a chunk; only ids of the server and numbers are taken."""
@@ -257,7 +257,7 @@ async def test_chunks_in_memory_are_bounded(ask: Ask, uploads: FakeUploads) -> N
     assert (await ask("PUT", f"{ONE}/3", content=b"x", headers=headers(b"x"))).status_code == 200
 
 
-async def test_uploaded_pages_are_never_served(ask: Ask) -> None:
+async def test_uploaded_pages_are_never_served_p5(ask: Ask) -> None:
     """P5: no route gives the bytes of an uploaded file; what names it is JSON, not sniffed."""
     for path in ("/api/uploads", ONE, f"{ONE}/3"):
         answer = await ask("GET", path)
