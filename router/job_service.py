@@ -62,7 +62,7 @@ class QualityView(Answer):
     something was not measured.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tokens: int = 0
     kl_mean: float | None = None
@@ -95,6 +95,7 @@ class ConversionView(Answer):
         quality: Mapping[str, JsonValue],
     ) -> "ConversionView | None":
         """Return what a record of the catalog says; None without valid choices."""
+        known = {name: quality[name] for name in QualityView.model_fields.keys() & quality.keys()}
         try:
             return cls.model_validate(
                 {
@@ -102,7 +103,7 @@ class ConversionView(Answer):
                     "format": choices["target_format"],
                     "quantization": choices["quantization"],
                     "group_size": choices.get("group_size"),
-                    "quality": dict(quality) or None,
+                    "quality": known or None,
                 }
             )
         except (KeyError, ValidationError):
