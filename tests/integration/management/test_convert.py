@@ -1,16 +1,25 @@
-"""A conversion that a user starts: it outlives the process of jobs, and its result answers."""
+"""A conversion that a user starts: it outlives all of its processes, and its result answers."""
 
-import signal
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from tests.integration.management.test_downloads import get, process_of_jobs
 from tests.integration.server import HTTP, Server, wait_until
 from tests.integration.test_formats import NAME, QUESTION, place
 
 MODEL = f"{NAME}@safetensors-f32"
+SETTINGS = {
+    "STARTERS": "false",
+    "MEMORY_BUDGET": "600MiB",
+    "CONTEXT_LENGTH": "256",
+    "FORMATS": "gguf,safetensors",
+    "MAX_SEQUENCES": "2",
+    "SCAN_INTERVAL_S": "600",
+}
 RESULT = f"{NAME}@gguf-q8_0"
 BODY = {"model": MODEL, "format": "gguf", "quantization": "q8_0"}
 
@@ -47,26 +56,48 @@ def choices(server: Server) -> tuple[Any, Any]:
     return found, gguf
 
 
-def kill_jobs(server: Server) -> None:
-    """Kill the process of jobs, and return when the step that it ran has ended too."""
-    process = process_of_jobs(server)
-    children = process.children(recursive=True)
-    assert children
-    process.send_signal(signal.SIGKILL)
-    wait_until(lambda: not any(child.is_running() for child in children), "the step ends")
+def converting(server: Server) -> psutil.Process:
+    """Return the process that converts, once there is one."""
+    found: list[psutil.Process] = []
+
+    def is_there() -> bool:
+        assert server.process is not None
+        for process in psutil.Process(server.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "catalog.convert.child" in process.cmdline():
+                    found.append(process)
+        return bool(found)
+
+    wait_until(is_there, "a process converts", 120)
+    return found[-1]
 
 
-def test_conversion_outlives_its_process_and_its_result_answers(other_server: Server) -> None:
+def end_of(process: psutil.Process) -> None:
+    wait_until(lambda: not process.is_running(), f"{process.pid} has ended")
+
+
+def interrupt(server: Server) -> None:
+    """Kill the process that converts; that of the jobs, which takes it along; the server."""
+    first = converting(server)
+    first.kill()
+    end_of(first)
+    second = converting(server)
+    process_of_jobs(server).kill()
+    end_of(second)
+    third = converting(server)
+    assert server.process is not None
+    # The process of the jobs is a new one, and goes on for seconds without the others.
+    server.tree = psutil.Process(server.process.pid).children(recursive=True)
+    server.kill()
+    end_of(third)
+    server.start(**SETTINGS)
+    converting(server)
+
+
+def test_conversion_outlives_its_processes_and_its_result_answers(other_server: Server) -> None:
     server = other_server
     place("hf-f32", server.models)
-    server.start(
-        STARTERS="false",
-        MEMORY_BUDGET="600MiB",
-        CONTEXT_LENGTH="256",
-        FORMATS="gguf,safetensors",
-        MAX_SEQUENCES="2",
-        SCAN_INTERVAL_S="600",
-    )
+    server.start(**SETTINGS)
     error = refusal(server)
     assert (error["code"], error["param"]) == ("conversion_needed", "model")
     assert "It can be converted to gguf q8_0" in error["message"]
@@ -84,11 +115,11 @@ def test_conversion_outlives_its_process_and_its_result_answers(other_server: Se
     waiting = chat(server, MODEL)
     assert waiting.status_code == 503
     assert "is being converted to gguf q8_0" in waiting.json()["error"]["message"]
-    kill_jobs(server)
+    interrupt(server)
     assert not folder.exists()
 
     wait_until(lambda: get(server, path)["state"] == "done", "it is done", 240)
-    # Nothing is left of the first attempt.
+    # Nothing is left of the first attempts.
     assert [made.name for made in folder.parent.iterdir()] == [folder.name]
     done = get(server, path)
     assert done["model_ids"] == [RESULT]
