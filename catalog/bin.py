@@ -13,7 +13,7 @@ from stat import S_ISLNK, S_ISREG
 from typing import Any
 
 from catalog.model_folder import has_only_model, is_plain_path, recorded_files
-from catalog.models import BuiltIn, Converted, Local, ModelRecord, Package
+from catalog.models import PROVENANCE, BuiltIn, Converted, Local, ModelRecord, Package
 from core.errors import NotFound, RequestError, Unavailable
 from core.files import why, write_atomically
 from core.units import MIB
@@ -194,7 +194,10 @@ def _paths(record: ModelRecord, root: Path, others: Sequence[ModelRecord]) -> li
     files = list(dict.fromkeys(record.info.files))
     folder = files[0].parent
     for parent in files[0].parents:
-        if parent.suffix.lower() == ".mlpackage":
+        if parent == root:
+            break
+        is_result = isinstance(record.source, Converted) and (parent / PROVENANCE).is_file()
+        if parent.suffix.lower() == ".mlpackage" or is_result:
             folder = parent
     is_folder = isinstance(record.source, Converted) or record.info.format in _FOLDER_FORMATS
     taken = [file for other in others if other.id != record.id for file in other.info.files]

@@ -7,7 +7,7 @@ from pathlib import Path
 from backends.base import ModelInfo
 from catalog.convert.graph import GGUF_QUANTIZED, MLX_BITS, ORIGINAL
 from catalog.convert.support import ONNX_BUILT
-from catalog.scan.provenance import PROVENANCE
+from catalog.models import PROVENANCE
 from core.errors import InsufficientDisk, RequestError
 from core.units import MIB, format_bytes
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from catalog.models import PROVENANCE
 from core.files import passing_cause
 from core.types import JsonValue
 
-PROVENANCE = "provenance.json"
 _MAX_BYTES = 1024 * 1024
 _LONGEST_ID = 200
 _LONGEST_TEXT = 400

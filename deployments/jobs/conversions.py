@@ -18,8 +18,7 @@ from catalog.convert.quality.figure import QualityFigure
 from catalog.convert.run import ConversionProgress, ConversionRequest, convert, plan
 from catalog.convert.work import ConversionWork
 from catalog.jobs import Job
-from catalog.models import ModelRecord
-from catalog.scan.provenance import PROVENANCE
+from catalog.models import PROVENANCE, ModelRecord
 from core.errors import BrokenModel, ImpetusError
 from core.settings import Settings
 from deployments.jobs.catalog import CatalogReader

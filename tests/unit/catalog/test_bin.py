@@ -12,6 +12,7 @@ from catalog.bin import BIN_FOLDER, KEPT_S, BinEntry
 from catalog.models import (
     DOWNLOAD_RECORD,
     BuiltIn,
+    Converted,
     Local,
     ModelRecord,
     ModelSettings,
@@ -73,6 +74,24 @@ def test_a_folder_of_one_model_goes_as_a_whole(root: Path) -> None:
     assert entry.size_bytes == 12
     model_bin.restore(entry)
     assert visible(root) == ["m", "m/config.json", "m/model.safetensors"]
+
+
+@pytest.mark.parametrize("inner", ["", "m.mlpackage/Data/weights/", "onnx/"])
+def test_a_converted_model_goes_with_its_provenance_and_stays_when_its_source_goes(
+    root: Path, inner: str
+) -> None:
+    source = record(root, "source/model.safetensors", format="safetensors")
+    made = record(root, f"gguf-q8_0/m/{inner}weights.bin", f"gguf-q8_0/m/{inner}more.bin")
+    made = replace(made, source=Converted(str(root), source.id))
+    (root / "gguf-q8_0" / "m" / "provenance.json").write_bytes(b"{}")
+    before = visible(root)
+    delete(source, root, made)
+    assert all(name.startswith("gguf-q8_0") for name in visible(root))
+    entry = delete(made, root)
+    # Else the same conversion would count as made.
+    assert not (root / "gguf-q8_0" / "m").exists()
+    model_bin.restore(entry)
+    assert visible(root) == [name for name in before if name.startswith("gguf-q8_0")]
 
 
 def test_what_was_downloaded_with_a_model_goes_and_comes_back(root: Path) -> None:
