@@ -119,6 +119,21 @@ class HubReadme(Answer):
     markdown: str
 
 
+class HubReferenceAnswer(Answer):
+    """What a pasted text refers to; empty strings where it says nothing.
+
+    A repository of the hub has a `repository`, and perhaps a revision, a `file` or folder in it,
+    and a `quantization` such as Q4_K_M; an address elsewhere is a `url`.
+    """
+
+    kind: Literal["repository", "url"]
+    repository: str
+    revision: str
+    file: str
+    quantization: str
+    url: str
+
+
 class HubTokenAnswer(Answer):
     """Which token for the hub is in use, never the token itself.
 
@@ -165,6 +180,13 @@ class Hub(Protocol):
 
     async def readme(self, name: str, revision: str) -> HubReadme:
         """Return the README of a repository.  Raises RequestError as `repository` does."""
+        ...
+
+    async def resolve(self, text: str) -> HubReferenceAnswer:
+        """Return what a pasted text refers to; asks nobody.
+
+        Raises RequestError with the reason for what is neither a repository nor an address.
+        """
         ...
 
     async def token(self) -> HubTokenAnswer:

@@ -24,8 +24,8 @@ from catalog.scan.inspector import Inspector
 from core.errors import HubUnavailable, RequestError
 from core.supervision import call_in_thread
 from deployments.jobs.downloads import is_there
-from deployments.jobs.hub_views import repository_of, results_of
-from router.hub_service import HubRepositoryAnswer, HubResults, HubSearch
+from deployments.jobs.hub_views import reference_of, repository_of, results_of
+from router.hub_service import HubReferenceAnswer, HubRepositoryAnswer, HubResults, HubSearch
 
 # Each is a child process.
 _MOST_INSPECTIONS = 2
@@ -94,6 +94,11 @@ class HubReader:
         if not found.has_readme:
             return ""
         return await self._in_thread(lambda: read_readme(client, found))
+
+    async def resolve(self, text: str) -> HubReferenceAnswer:
+        """Return what a pasted text refers to; see `router.hub_service.Hub`."""
+        client = await self._in_thread(self._connect)
+        return reference_of(text, client.endpoint)
 
     async def _read(
         self, model: str, revision: str

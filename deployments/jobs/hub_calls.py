@@ -7,6 +7,7 @@ from deployments.jobs.hub import HubReader
 from deployments.serve.handles import returning_errors
 from router.hub_service import (
     HubReadme,
+    HubReferenceAnswer,
     HubRepositoryAnswer,
     HubResults,
     HubSearch,
@@ -36,6 +37,11 @@ class HubCalls:
     async def readme(self, name: str, revision: str) -> HubReadme:
         """Return the README of a repository."""
         return HubReadme(markdown=await self._hub.readme(name, revision))
+
+    @returning_errors
+    async def resolve(self, text: str) -> HubReferenceAnswer:
+        """Return what a pasted text refers to; see `router.hub_service.Hub`."""
+        return await self._hub.resolve(text)
 
     @returning_errors
     async def token(self) -> HubTokenAnswer:

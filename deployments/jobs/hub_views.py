@@ -2,16 +2,20 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from typing import Literal
 
 from catalog.hub.choice import Candidate, HubChoice
 from catalog.hub.fit import Fit, Room, judge_listed
+from catalog.hub.reference import HubReference, is_plain_address, parse_reference
 from catalog.hub.repository import HubRepository
 from catalog.hub.search import HubModel, HubPage
+from core.errors import RequestError
 from router.hub_service import (
     FitAnswer,
     HubChoiceAnswer,
     HubEntryAnswer,
     HubModelAnswer,
+    HubReferenceAnswer,
     HubRepositoryAnswer,
     HubResult,
     HubResults,
@@ -53,6 +57,22 @@ def repository_of(
             convert_to=choice.convert_to,
         ),
     )
+
+
+def reference_of(text: str, endpoint: str) -> HubReferenceAnswer:
+    """Return what a pasted text refers to, for the hub at `endpoint`.  Raises RequestError."""
+    if is_plain_address(text, endpoint):
+        return _reference("url", HubReference(""), text.strip())
+    try:
+        return _reference("repository", parse_reference(text, endpoint), "")
+    except RequestError as error:
+        raise RequestError(error.message, param="text") from error
+
+
+def _reference(
+    kind: Literal["repository", "url"], found: HubReference, url: str
+) -> HubReferenceAnswer:
+    return HubReferenceAnswer(kind=kind, url=url, **asdict(found))
 
 
 def _entry(one: Candidate, is_downloaded: bool) -> HubEntryAnswer:

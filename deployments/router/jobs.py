@@ -9,6 +9,7 @@ from deployments.serve.handles import Handle, ReplicaDied, call, direct
 from router.conversion_service import ConversionTargets, ConversionWish
 from router.hub_service import (
     HubReadme,
+    HubReferenceAnswer,
     HubRepositoryAnswer,
     HubResults,
     HubSearch,
@@ -143,6 +144,11 @@ class JobsClient:
     async def readme(self, name: str, revision: str) -> HubReadme:
         """Return the README of a repository."""
         found: HubReadme = await _answer(self._jobs.readme.remote(name, revision), _HUB_LIMIT_S)
+        return found
+
+    async def resolve(self, text: str) -> HubReferenceAnswer:
+        """Return what a pasted text refers to."""
+        found: HubReferenceAnswer = await _answer(self._jobs.resolve.remote(text))
         return found
 
     async def token(self) -> HubTokenAnswer:

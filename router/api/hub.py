@@ -52,6 +52,12 @@ class RepositoryQuery(ReadmeQuery):
     context: Annotated[int, Field(ge=1, le=MAX_INT32)] = DEFAULT_CONTEXT
 
 
+class ReferenceQuery(Query):
+    """What a user pasted: a name, an address, or a command that downloads a model."""
+
+    text: Annotated[str, Field(min_length=1, max_length=2048)]
+
+
 class TokenBody(StrictBody):
     """A token of the hub, which is stored and never shown."""
 
@@ -87,6 +93,15 @@ def readme_endpoint(hub: Hub) -> Endpoint:
         return answer(await hub.readme(_name(request), query.revision))
 
     return show_readme
+
+
+def resolve_endpoint(hub: Hub) -> Endpoint:
+    """Return the handler that tells what a pasted text refers to."""
+
+    async def resolve_reference(request: Request) -> Response:
+        return answer(await hub.resolve(read_query(request, ReferenceQuery).text))
+
+    return resolve_reference
 
 
 def token_endpoint(hub: Hub) -> Endpoint:

@@ -50,12 +50,14 @@ from router.api.files import (
 )
 from router.api.hub import (
     ReadmeQuery,
+    ReferenceQuery,
     RepositoryQuery,
     SearchQuery,
     TokenBody,
     readme_endpoint,
     remove_token_endpoint,
     repository_endpoint,
+    resolve_endpoint,
     search_endpoint,
     store_token_endpoint,
     token_endpoint,
@@ -111,7 +113,14 @@ from router.context import RouteContext
 from router.conversion_service import Conversions, ConversionTargets
 from router.http.access import Access
 from router.http.drain import Drain
-from router.hub_service import Hub, HubReadme, HubRepositoryAnswer, HubResults, HubTokenAnswer
+from router.hub_service import (
+    Hub,
+    HubReadme,
+    HubReferenceAnswer,
+    HubRepositoryAnswer,
+    HubResults,
+    HubTokenAnswer,
+)
 from router.job_service import DownloadLimitsView, JobDetail, JobList, Jobs, PartialList
 from router.requests.strict_body import EmptyBody
 from router.route import Route
@@ -239,9 +248,10 @@ def _hub_routes(hub: Hub) -> Sequence[Route]:
     search, token = "/api/hub/search", "/api/hub/token"
     one = "/api/hub/models/{owner}/{name}"
     repository, readme = repository_endpoint(hub), readme_endpoint(hub)
-    store = store_token_endpoint(hub)
+    store, resolve = store_token_endpoint(hub), resolve_endpoint(hub)
     return [
         _read(search, search_endpoint(hub), query=SearchQuery, answer=HubResults),
+        _read("/api/hub/resolve", resolve, query=ReferenceQuery, answer=HubReferenceAnswer),
         _read(token, token_endpoint(hub), answer=HubTokenAnswer, name="showHubToken"),
         _post(token, store, body=TokenBody, answer=HubTokenAnswer, name="storeHubToken"),
         _delete(token, remove_token_endpoint(hub), answer=HubTokenAnswer, name="removeHubToken"),

@@ -115,6 +115,7 @@ CALLS: list[tuple[str, str, Any, int]] = [
     ("GET", "/api/folders", None, 200),
     ("DELETE", "/api/folders?path=/m", None, 200),
     ("GET", "/api/hub/search?query=tiny", None, 200),
+    ("GET", "/api/hub/resolve?text=org/tiny", None, 200),
     ("GET", "/api/hub/models/org/tiny", None, 200),
     ("GET", "/api/hub/models/org/tiny/readme", None, 200),
     ("GET", "/api/hub/token", None, 200),

@@ -177,3 +177,35 @@ async def test_distinct_states_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.faults.add(Fault("status", file="search", value="503"))
     with pytest.raises(HubUnavailable):
         await read.search(HubSearch(text="tiny"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" org/tiny:Q4_K_M ", {"repository": "org/tiny", "quantization": "Q4_K_M"}),
+        ("ollama run hf.co/org/tiny", {"repository": "org/tiny"}),
+        (
+            "https://huggingface.co/org/tiny/blob/v1/a/b.gguf",
+            {"repository": "org/tiny", "revision": "v1", "file": "a/b.gguf"},
+        ),
+        ("HUB/org/tiny/tree/main", {"repository": "org/tiny", "revision": "main"}),
+        (
+            " https://example.org/m.gguf ",
+            {"kind": "url", "url": "https://example.org/m.gguf"},
+        ),
+    ],
+)
+async def test_pasted_texts_are_resolved_without_asking_the_hub(
+    hub: Hub, tmp_path: Path, text: str, expected: dict[str, str]
+) -> None:
+    found = await reader(hub, tmp_path).resolve(text.replace("HUB", hub.endpoint))
+    nothing = dict.fromkeys(("repository", "revision", "file", "quantization", "url"), "")
+    assert found.model_dump() == {"kind": "repository", **nothing, **expected}
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("text", ["tiny", "ftp://example.org/x", "datasets/org/tiny", "a/../b"])
+async def test_texts_that_refer_to_nothing_are_refused(hub: Hub, tmp_path: Path, text: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        await reader(hub, tmp_path).resolve(text)
+    assert caught.value.param == "text"

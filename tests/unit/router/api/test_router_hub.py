@@ -4,11 +4,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 
-from core.errors import HubOffline, ImpetusError
+from core.errors import HubOffline, ImpetusError, RequestError
 from core.types import Capability
 from router.app import create_app
 from router.hub_service import (
@@ -16,6 +17,7 @@ from router.hub_service import (
     HubChoiceAnswer,
     HubEntryAnswer,
     HubReadme,
+    HubReferenceAnswer,
     HubRepositoryAnswer,
     HubResult,
     HubResults,
@@ -78,6 +80,14 @@ REPOSITORY = HubRepositoryAnswer(
     entries=(ENTRY,),
     choice=HubChoiceAnswer(entry="a.gguf", reason="It is the only one.", convert_to=""),
 )
+REFERENCE = HubReferenceAnswer(
+    kind="repository",
+    repository="org/tiny",
+    revision="main",
+    file="",
+    quantization="Q4_K_M",
+    url="",
+)
 PATHS = ("/api/hub/search", "/api/hub/models/org/tiny", "/api/hub/models/org/tiny/readme")
 
 
@@ -101,6 +111,10 @@ class FakeHub:
     async def readme(self, name: str, revision: str) -> HubReadme:
         self._note((name, revision))
         return HubReadme(markdown="# Tiny")
+
+    async def resolve(self, text: str) -> HubReferenceAnswer:
+        self._note(("resolve", text))
+        return REFERENCE
 
     async def token(self) -> HubTokenAnswer:
         self._note("token")
@@ -241,4 +255,20 @@ async def test_hub_is_guarded_as_management(ask: Ask, hub: FakeHub) -> None:
     for path in (*PATHS, "/api/hub/token"):
         assert (await ask(path, headers=page)).status_code == 403
         assert (await ask(path, key="canary-key-1234")).status_code == 401
+    assert hub.calls == []
+
+
+async def test_a_pasted_text_is_resolved(ask: Ask, hub: FakeHub) -> None:
+    pasted = "https://huggingface.co/org/tiny?library=gguf"
+    answer = await ask(f"/api/hub/resolve?text={quote(pasted)}")
+    assert (answer.status_code, answer.json()) == (200, REFERENCE.model_dump())
+    assert hub.calls == [("resolve", pasted)]
+    hub.problem = RequestError("It names no repository.", param="text")
+    refused = await ask("/api/hub/resolve?text=x")
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "text")
+
+
+@pytest.mark.parametrize("query", ["", "?text=", f"?text={'x' * 2049}", "?text=a&text=b", "?x=y"])
+async def test_resolving_needs_one_text(ask: Ask, hub: FakeHub, query: str) -> None:
+    assert (await ask(f"/api/hub/resolve{query}")).status_code == 400
     assert hub.calls == []
