@@ -4,8 +4,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from catalog.scan.walk import is_partial
+
+if TYPE_CHECKING:
+    from watchfiles import Change
 
 # What waits wakes as often, to see whether it shall stop; changes within it are one.
 _STEP_MS = 1000
@@ -27,6 +31,7 @@ class FolderWatch:
         self._places = places(folders)
         self._roots = [Path(path) for path, _, _ in self._places]
         self._stop = threading.Event()
+        self._has_lost_root = False
         self._changes: Iterator[object] | None = None
         if self._roots:
             self._changes = self._watched(step_ms)
@@ -39,7 +44,7 @@ class FolderWatch:
 
         yield from watch(
             *self._roots,
-            watch_filter=lambda _, path: self._matters(path),
+            watch_filter=self._note,
             debounce=max(_LONGEST_MS * step_ms // _STEP_MS, 1),
             step=step_ms,
             rust_timeout=1,
@@ -71,7 +76,15 @@ class FolderWatch:
 
     def covers(self, folders: Sequence[Path]) -> bool:
         """Whether these folders, as they are now, are the ones that are watched."""
-        return self._places == places(folders)
+        return not self._has_lost_root and self._places == places(folders)
+
+    def _note(self, change: "Change", path: str) -> bool:
+        """Return whether a change matters; a root that is deleted is not watched any more."""
+        from watchfiles import Change
+
+        if change is Change.deleted and Path(path) in self._roots:
+            self._has_lost_root = True
+        return self._matters(path)
 
     def _matters(self, path: str) -> bool:
         """Whether a scan would look at the path: not hidden, and no unfinished download."""

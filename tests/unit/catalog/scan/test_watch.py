@@ -1,6 +1,7 @@
 """Waiting for changes of model folders by the system's own events."""
 
 import itertools
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -86,6 +87,16 @@ def test_folders_that_come_go_or_are_made_anew_are_others(root: Path, tmp_path: 
     assert watch.covers([root])
     root.rename(tmp_path / "moved")
     root.mkdir()
+    assert not watch.covers([root])
+    watch.stop()
+
+
+def test_a_folder_that_was_deleted_and_made_again_at_once_is_another(root: Path) -> None:
+    """File systems use the number of the deleted folder again: it looks the same."""
+    watch = FolderWatch([root], step_ms=5)
+    shutil.rmtree(root)
+    root.mkdir()
+    assert watch.wait(LIMIT_S, time.monotonic)
     assert not watch.covers([root])
     watch.stop()
 
