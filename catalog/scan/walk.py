@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
@@ -20,6 +21,8 @@ PARTIAL = (
     ".part", ".partial", ".incomplete", ".tmp", ".temp", ".download", ".crdownload", ".aria2",
     ".opdownload", ".!ut", ".!qb", ".bt!", ".filepart", ".downloadinprogress", ".downloading",
 )  # fmt: skip
+_MANIFEST = re.compile(r"manifest=([^=]+)=([^=]+)=[^=]+\.json", re.DOTALL)
+_GGUF = ".gguf"
 _OLLAMA_PARTIAL = "-partial"
 
 
@@ -173,9 +176,11 @@ class _Walker:
             elif ollama.is_store(folder):
                 yield from self._ollama_store(folder)
             else:
-                for entry in self._listing(folder):
+                listing = self._listing(folder)
+                prefixes = _cached_prefixes(entry.name for entry in listing)
+                for entry in listing:
                     if not _is_subfolder(entry):
-                        yield _Found(entry)
+                        yield _Found(entry, _cached_name(entry.name, prefixes))
                     elif depth < MAX_DEPTH:
                         folders.append((Path(entry.path), depth + 1))
                     else:
@@ -233,6 +238,24 @@ class _Walker:
             if entry.name not in store.texts and not _is_subfolder(entry):
                 facts = store.facts.get(entry.name, {})
                 yield _Found(entry, store.names.get(entry.name, ()), facts=facts)
+
+
+def _cached_prefixes(names: Iterable[str]) -> tuple[str, ...]:
+    """Return what llama.cpp's cache puts before the names of repositories' files, longest first.
+
+    Source: llama.cpp's common/download.cpp: files are `<owner>_<repository>_<file>`, manifests
+    `manifest=<owner>=<repository>=<tag>.json`.
+    """
+    manifests = filter(None, map(_MANIFEST.fullmatch, names))
+    return tuple(sorted({f"{found[1]}_{found[2]}_" for found in manifests}, key=len, reverse=True))
+
+
+def _cached_name(name: str, prefixes: Sequence[str]) -> tuple[str, ...]:
+    """Return the name of a file in llama.cpp's cache without its repository's, else nothing."""
+    if not name.endswith(_GGUF):
+        return ()
+    prefix = next((each for each in prefixes if name.startswith(each)), "")
+    return (name[len(prefix) : -len(_GGUF)],) if prefix else ()
 
 
 def has_changed(folders: Mapping[Path, int]) -> bool:

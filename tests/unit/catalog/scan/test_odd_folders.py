@@ -322,3 +322,23 @@ def test_lm_studios_folders(shelf: Shelf, name: str) -> None:
     shelf.scan()
     (record,) = [one for one in shelf.store.models() if one.info.files]
     assert record.info.name == "my-model"
+
+
+def test_models_in_llama_cpp_s_cache_are_named_without_their_repository(shelf: Shelf) -> None:
+    """Its manifests tell which part of a file's name is the repository's."""
+    cache = shelf.models / "llama.cpp"
+    cache.mkdir()
+    minimal_gguf(cache / "some_one_A_Model-GGUF_A_Model-Q4_K_M.gguf", general__name="First")
+    minimal_gguf(cache / "ggml-org_B-GGUF_sub_b-f16.gguf", general__name="Second")
+    minimal_gguf(cache / "other_C-GGUF_c-q8_0.gguf", general__name="Third")
+    write_json(cache / "manifest=some_one=A_Model-GGUF=latest.json", {})
+    write_json(cache / "manifest=ggml-org=B-GGUF=f16.json", {})
+    write_json(cache / "manifest=other=C.json", {})
+    shelf.scan()
+    assert shelf.states() == {
+        "a_model@gguf-f32": "ok",
+        "sub_b@gguf-f32": "ok",
+        "other_c-gguf_c@gguf-f32": "ok",
+    }
+    shelf.scan()
+    assert shelf.looked == []
