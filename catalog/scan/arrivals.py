@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from catalog.inspections import QUIET_S
@@ -11,8 +12,10 @@ from catalog.scan.surroundings import Surroundings
 
 # An unfinished download that did not grow for as long has been given up.
 _ABANDONED_S = 600.0
-# Where huggingface_hub writes while it downloads into a plain folder.
+# Where huggingface_hub writes while it downloads into a plain folder; what it downloads into
+# subfolders is in subfolders of this one.
 _DOWNLOADS = Path(".cache", "huggingface", "download")
+_MAX_RISE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,8 @@ class Arrivals:
             for name in self.partial.get(folder, ()):
                 if is_folder or name.startswith(model_stem(path).stem):
                     yield folder / name
-            yield from _in_folder(folder / _DOWNLOADS)
+            for around in (folder, *islice(folder.parents, _MAX_RISE)):
+                yield from _in_folder(around / _DOWNLOADS / folder.relative_to(around))
         blobs = _blobs(path)
         if blobs is not None:
             yield from (blobs / name for name in self.partial.get(blobs, ()))

@@ -142,6 +142,21 @@ def test_a_download_into_a_plain_folder_is_seen(shelf: Shelf) -> None:
     assert "x.incomplete is not finished" in next(iter(arriving(shelf).values()))
 
 
+def test_a_download_into_a_subfolder_of_a_plain_folder_is_seen(shelf: Shelf) -> None:
+    """`hf download --local-dir` notes it at the top, below the subfolder's name."""
+    top = shelf.models / "some-GGUF"
+    shard = top / "Q4_K_M" / "m-Q4_K_M-00001-of-00002.gguf"
+    shard.parent.mkdir(parents=True)
+    minimal_gguf(shard, split__count=2)
+    download = top / ".cache" / "huggingface" / "download" / "Q4_K_M" / "x.incomplete"
+    download.parent.mkdir(parents=True)
+    download.write_bytes(b"x")
+    shelf.touch(download)
+    shelf.scan(later_s=QUIET_S + 30)
+    assert shelf.states() == {}
+    assert "x.incomplete is not finished" in next(iter(arriving(shelf).values()))
+
+
 def test_a_known_model_that_is_overwritten_is_arriving_and_keeps_its_entry(shelf: Shelf) -> None:
     path = minimal_gguf(shelf.models / "tiny.gguf")
     whole = path.read_bytes()
