@@ -18,6 +18,8 @@ JobState: TypeAlias = Literal[
 ENDED: frozenset[JobState] = frozenset({"done", "failed", "cancelled"})
 STARTABLE: frozenset[JobState] = frozenset({"queued", "waiting", "interrupted"})
 _MINUTES_OF_A_DAY = 24 * 60
+# Nothing is waited for longer at once; what seems to be was noted before the clock was set back.
+_LONGEST_WAIT_S = 2 * 3600.0
 # A process that dies this often with the same job is not started for it again.
 MAX_INTERRUPTIONS = 5
 
@@ -234,7 +236,7 @@ def why_not(job: Job, limits: JobLimits, now: float, local: datetime) -> str:
         return reason
     if not limits.hours.get(job.kind, Hours(0, 0)).has(local):
         return "it is outside of the hours that are set"
-    if job.not_before is not None and now < job.not_before:
+    if job.not_before is not None and now < job.not_before <= now + _LONGEST_WAIT_S:
         return f"it is tried again in {job.not_before - now:.0f} s"
     return ""
 

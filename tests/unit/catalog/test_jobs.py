@@ -58,6 +58,8 @@ def test_job_that_waits_begins_again_at_its_time() -> None:
     assert next_jobs([waiting], NONE, 64.0, NOON) == ()
     assert "in 1 s" in why_not(waiting, NONE, 64.0, NOON)
     assert names(next_jobs([waiting], NONE, 65.0, NOON)) == "a"
+    # A clock that was set back since then makes no job wait for days.
+    assert why_not(waiting, NONE, 64.0 - 24 * 3600, NOON) == ""
     assert jobs.next_change([waiting, job("b")], 60.0) == 5.0
     assert jobs.next_change([job("b")], 60.0) is None
     again = jobs.start(waiting, 70.0)
