@@ -64,7 +64,7 @@ def choose(
     each with the format that comes of it.
     """
     usable = [one for one in candidates if not one.model.is_refused]
-    native = [one for one in usable if one.model.entry.format in runnable]
+    native = [one for one in usable if one.model.format in runnable]
     fitting = [one for one in native if one.fit.verdict in ("fits", "tight")]
     if fitting:
         best = min(fitting, key=lambda one: _rank(one, preferred))
@@ -78,13 +78,11 @@ def choose(
         reason = f"Even the smallest, {_name(smallest)}, is too big. {smallest.fit.reason}"
         return HubChoice(None, reason)
     sources = [
-        one
-        for one in usable
-        if one.model.entry.format in convertible and one.fit.verdict != "too_big"
+        one for one in usable if one.model.format in convertible and one.fit.verdict != "too_big"
     ]
     if sources:
         best = min(sources, key=lambda one: _rank(one, preferred))
-        target = convertible[best.model.entry.format]
+        target = convertible[best.model.format]
         return HubChoice(
             best,
             f"Nothing in it runs here as it is; {_name(best)} can be converted to {target}.",
@@ -109,23 +107,23 @@ def _band(bits: float) -> int:
 
 
 def _order(one: Candidate, preferred: Sequence[str]) -> int:
-    format = one.model.entry.format
+    format = one.model.format
     return preferred.index(format) if format in preferred else len(preferred)
 
 
 def _name(one: Candidate) -> str:
     entry = one.model.entry
-    return f"{entry.name} ({entry.format})"
+    return f"{entry.name} ({one.model.format})"
 
 
 def _why(best: Candidate, native: Sequence[Candidate], preferred: Sequence[str]) -> str:
     """Return the reason for `best` among the models that run here."""
-    format = best.model.entry.format
-    same = [one for one in native if one.model.entry.format == format]
-    if len({one.model.entry.format for one in native}) > 1:
+    format = best.model.format
+    same = [one for one in native if one.model.format == format]
+    if len({one.model.format for one in native}) > 1:
         passed = [one for one in native if _order(one, preferred) < _order(best, preferred)]
         start = (
-            f"{format} fits better than {passed[0].model.entry.format}, which is faster here."
+            f"{format} fits better than {passed[0].model.format}, which is faster here."
             if passed
             else f"{format} is the fastest of its formats here."
         )
@@ -149,6 +147,6 @@ def _why_not(candidates: Sequence[Candidate]) -> str:
             refused[0].model.problem
         )
     if candidates:
-        formats = sorted({one.model.entry.format for one in candidates})
+        formats = sorted({one.model.format for one in candidates})
         return f"Its formats ({', '.join(formats)}) do not run here and cannot be converted."
     return "It has no model in a format that this server knows."

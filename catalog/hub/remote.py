@@ -39,6 +39,11 @@ class RemoteModel:
     problem: str = ""
     is_refused: bool = False
 
+    @property
+    def format(self) -> str:
+        """That of the content, if it was inspected, else the one that names and tags promise."""
+        return self.info.format if self.info is not None else self.entry.format
+
 
 def inspect_repository(
     client: HubClient,
@@ -77,9 +82,9 @@ def fit_of(
     context_tokens: int = DEFAULT_CONTEXT,
 ) -> Fit:
     """Return whether a model fits here at a context; pure."""
-    backend = backends.get(model.entry.format)
+    backend = backends.get(model.format)
     if model.info is None or backend is None:
-        reason = model.problem or f"The format {model.entry.format} is not enabled."
+        reason = model.problem or f"The format {model.format} is not enabled."
         return judge_size(model.entry.weights_bytes, reason, room)
     return judge(model.info, backend.estimate, options, room, context_tokens)
 

@@ -202,7 +202,7 @@ class HubReader:
             info = one.model.info
             target = info and least_lossy_conversion(info, runnable)
             if target:
-                convertible[one.model.entry.format] = target[0]
+                convertible[one.model.format] = target[0]
         return choose(candidates, runnable, convertible, preferred_formats())
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:

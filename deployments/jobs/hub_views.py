@@ -79,7 +79,7 @@ def _entry(one: Candidate, is_downloaded: bool) -> HubEntryAnswer:
     entry, info = one.model.entry, one.model.info
     return HubEntryAnswer(
         name=entry.name,
-        format=entry.format,
+        format=one.model.format,
         quantization=entry.quantization or (info.quantization if info else ""),
         size_bytes=entry.size_bytes,
         files=tuple(file.path for file in entry.files),

@@ -19,7 +19,7 @@ from core.errors import HubAnswerInvalid
 from core.units import GIB, MIB
 from scripts.hub_lib.faults import Fault
 from scripts.hub_lib.server import Hub
-from tests.gguf_raw import RawTensor, minimal_metadata, write_gguf
+from tests.gguf_raw import RawTensor, minimal_gguf, minimal_metadata, write_gguf
 from tests.unit.backends.test_quantized_folders import folder_of
 from tests.unit.catalog.hub.conftest import LIMITS
 from tests.unit.catalog.scan.folders import (
@@ -204,6 +204,34 @@ def test_hub_file_that_is_not_pytorchs_is_refused_before_its_download(
     (folder / "model.bin").write_bytes(data)
     (found,) = inspect(folder).values()
     assert (found.info, found.is_refused) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("card", "name", "stated", "format"),
+    [
+        ("tags: [mlx]", "model.safetensors", "mlx", "safetensors"),
+        ("license: mit", "model.onnx", "onnx", "gguf"),
+    ],
+)
+def test_hub_model_is_of_the_format_that_its_content_has(
+    tmp_path: Path,
+    inspect: Callable[..., dict[str, RemoteModel]],
+    card: str,
+    name: str,
+    stated: str,
+    format: str,
+) -> None:
+    """M9: a tag, or the end of a name, may be of another one."""
+    folder = write_model(tmp_path / "model")
+    if name != "model.safetensors":
+        (folder / "model.safetensors").unlink()
+        minimal_gguf(folder / name)
+    (folder / "README.md").write_text(f"---\n{card}\n---\n")
+    (found,) = inspect(folder).values()
+    assert found.info is not None, found.problem
+    assert (found.entry.format, found.format) == (stated, format)
+    backends = {format: load_backends()[format]}
+    assert fit_of(found, backends, OPTIONS, ROOM, 64).verdict == "fits"
 
 
 def test_hub_large_tokenizer_is_read_whole(
