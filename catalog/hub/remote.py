@@ -15,7 +15,7 @@ from catalog.hub.fit import DEFAULT_CONTEXT, Fit, Room, judge, judge_size
 from catalog.hub.repository import HubRepository
 from catalog.hub.skeleton import NoSkeleton, SkeletonBuilder
 from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown
-from core.errors import BrokenModel, HubTooSlow
+from core.errors import BackendUnavailable, BrokenModel, HubTooSlow
 from core.files import why
 
 Examine = Callable[[Path], Outcome]
@@ -86,7 +86,11 @@ def fit_of(
     if model.info is None or backend is None:
         reason = model.problem or f"The format {model.format} is not enabled."
         return judge_size(model.entry.weights_bytes, reason, room)
-    return judge(model.info, backend.estimate, options, room, context_tokens)
+    try:
+        return judge(model.info, backend.estimate, options, room, context_tokens)
+    except BackendUnavailable as problem:
+        # Such as a Core ML model for a newer macOS.
+        return judge_size(model.entry.weights_bytes, problem.message, room)
 
 
 def _alike(entries: Sequence[HubEntry]) -> list[list[HubEntry]]:

@@ -11,6 +11,7 @@ from catalog.hub.fit import Room, Verdict
 from catalog.hub.remote import RemoteModel, fit_of, inspect_repository
 from catalog.hub.repository import read_repository
 from catalog.scan.identify import Outcome, examine
+from core.errors import BackendUnavailable
 from core.units import GIB
 from scripts.hub_lib.server import Hub
 from tests.unit.catalog.scan.test_odd_folders import compiled_core_ml, core_ml
@@ -81,3 +82,22 @@ def test_hub_model_with_its_weights_in_its_description_is_known_after_the_downlo
     found = inspected(hub, client, folder)
     assert (found.info, found.is_refused) == (None, False)
     assert "has the weights in it" in found.problem
+
+
+def test_hub_package_for_a_newer_system_says_so_and_hides_no_other_model(
+    hub: Hub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("coremltools")
+    from tests.unit.backends.coreml.test_coreml_backend import write_stateful_model
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BackendUnavailable("It needs macOS 15.")
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_stateful_model(folder)
+    found = inspected(hub, client, folder)
+    monkeypatch.setattr("backends.coreml.backend.check_release", refuse)
+    room = Room(8 * GIB, 8 * GIB)
+    fit = fit_of(found, load_backends(), EngineOptions(), room, 8)
+    assert (fit.verdict, fit.reason) == ("unknown", "It needs macOS 15.")
