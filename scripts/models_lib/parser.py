@@ -9,7 +9,7 @@ from core.types import Capability
 from core.units import parse_bytes
 from router.hub_service import HubSort
 from router.library import SortKey
-from scripts.models_lib import conversions, hub, jobs, library
+from scripts.models_lib import additions, conversions, hub, jobs, library
 from scripts.models_lib.context import Command
 from scripts.server_lib.address import CONFIG
 
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_library(commands)
     _add_hub(commands)
+    _add_additions(commands)
     _add_conversions(commands)
     _add_bin(commands)
     _add_aliases(commands)
@@ -160,6 +161,32 @@ def _add_hub(commands: Commands) -> None:
     getting.add_argument("--revision", help="a branch, a tag or a commit")
     getting.add_argument("--entry", help="one of the entries that `show` lists")
     _add_wait(getting)
+
+
+def _add_additions(commands: Commands) -> None:
+    adding = _command(
+        commands,
+        "add",
+        additions.add,
+        "add a model that is on this machine",
+        ("path", "its file or folder"),
+    )
+    how = adding.add_mutually_exclusive_group()
+    for option, text in (
+        ("in-place", "use a folder where it is, with all models in it; the default for folders"),
+        ("clone", "a copy without room of its own, where the disk can; the default for files"),
+        ("copy", "copy it into the server's data folder"),
+        ("upload", "send it in chunks; the default for the server of another machine"),
+    ):
+        const = option.replace("-", "_")
+        how.add_argument(f"--{option}", dest="how", action="store_const", const=const, help=text)
+    adding.add_argument("--name", help="the name of its folder (default: its own)")
+    _add_wait(adding)
+    text = "list the uploads that are not done"
+    inside = _group(commands, "uploads", additions.list_uploads, text)
+    _command(inside, "list", additions.list_uploads, text)
+    one = ("id", "the id that `uploads` lists")
+    _command(inside, "rm", additions.remove_upload, "give an upload up", one)
 
 
 def _add_conversions(commands: Commands) -> None:
