@@ -91,7 +91,10 @@ def finish(context: Context, job: Mapping[str, Any]) -> None:
         size = words.size(job["total_bytes"])
         where = f"in {job['folder']}; a later scan lists it" if job.get("folder") else job["title"]
         text = f"Ready: {names}" if names else f"Done: {where}"
-        screen.say(f"{text} ({size})" if size else text)
+        # A conversion counts the bytes that it read.
+        screen.say(text if not size or job.get("conversion") else f"{text} ({size})")
+        if quality := words.quality(job.get("conversion")):
+            screen.say(f"Compared with its source: {quality}")
         return
     if screen.is_json:
         screen.document(job)

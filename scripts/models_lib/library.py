@@ -87,6 +87,7 @@ def show_model(context: Context, model: Mapping[str, Any]) -> None:
         ("abilities", ", ".join(model["capabilities"])),
         ("names", ", ".join(model["aliases"])),
         *((name.replace("_", " "), model[name]) for name in _DETAILS),
+        ("quality", words.quality(model.get("conversion"))),
         ("same files", ", ".join(model.get("duplicates", ()))),
         *(("limitation", text) for text in model.get("limitations", ())),
         *(

@@ -65,6 +65,26 @@ def fit(found: Mapping[str, Any]) -> str:
     return f"{word} ({needed})" if needed else word
 
 
+def quality(conversion: Mapping[str, Any] | None) -> str:
+    """Return how a converted model differs from its source; empty for other models."""
+    found = (conversion or {}).get("quality")
+    if not found:
+        return ""
+    parts = []
+    if found["same_top_share"] is not None:
+        parts.append(f"{found['same_top_share']:.1%} the same likeliest token")
+    if found["kl_mean"] is not None:
+        parts.append(f"KL divergence {found['kl_mean']:.3g} nats")
+    if found["perplexity_source"] is not None and found["perplexity_result"] is not None:
+        change = f"{found['perplexity_source']:.4g} to {found['perplexity_result']:.4g}"
+        parts.append(f"perplexity from {change}")
+    if found["cosine_mean"] is not None:
+        parts.append(f"cosine similarity {found['cosine_mean']:.4f}")
+    if found["reason"]:
+        parts.append(f"not measured: {found['reason']}" if not parts else found["reason"])
+    return ", ".join(parts)
+
+
 def share(job: Mapping[str, Any]) -> float:
     """Return how much of a job is done, from 0 to 1."""
     total = job["total_bytes"]
@@ -87,7 +107,7 @@ def pace(job: Mapping[str, Any]) -> str:
         text = f"stalled for {duration(job['stalled_s'])}"
         return f"{text}: {reason}" if reason else text
     if job["total_bytes"] and job["done_bytes"] >= job["total_bytes"]:
-        return "checking"
+        return reason or "checking"
     parts = [f"{format_bytes(int(job['bytes_per_s']))}/s"] if job["bytes_per_s"] else []
     if job["remaining_s"] is not None:
         parts.append(f"{duration(job['remaining_s'])} left")

@@ -14,10 +14,10 @@ from router.conversion_service import (
     ConversionWish,
     ForecastView,
 )
-from router.job_service import JobDetail
-from tests.fakes import MANAGING, make_services
+from router.job_service import ConversionView, JobDetail, QualityView
+from tests.fakes import CHAT_MODEL, MANAGING, FakeCatalog, make_services, make_view
 from tests.live_server import serving
-from tests.unit.models_cli.conftest import JOB, Run, ScriptedJobs, Stand
+from tests.unit.models_cli.conftest import DONE, JOB, Run, ScriptedJobs, Stand
 from tests.unit.router.api.test_router_api import FakeManagement
 
 FORECAST = ForecastView(
@@ -58,6 +58,7 @@ class FakeConversions:
     wishes: list[ConversionWish] = field(default_factory=list)
     problem: RequestError | None = None
     jobs: ScriptedJobs = field(default_factory=ScriptedJobs)
+    catalog: FakeCatalog = field(default_factory=FakeCatalog)
 
     async def conversion_targets(self, model: str) -> ConversionTargets:
         assert model == "tiny"
@@ -78,6 +79,7 @@ async def conversions(
     fake = FakeConversions()
     services = replace(
         make_services(api_key=KEY),
+        catalog=fake.catalog,
         management=FakeManagement(),
         jobs=fake.jobs,
         conversions=fake,
@@ -123,6 +125,44 @@ async def test_conversion_is_followed_to_its_model(
     assert conversions.wishes == [
         ConversionWish("tiny", "mlx", quantization, group_size, name="small")
     ]
+
+
+@pytest.mark.parametrize(
+    ("quality", "told"),
+    [
+        (
+            QualityView(
+                tokens=9,
+                kl_mean=0.05171,
+                same_top_share=0.912,
+                perplexity_source=20.5,
+                perplexity_result=22.25,
+            ),
+            "91.2% the same likeliest token, KL divergence 0.0517 nats, "
+            "perplexity from 20.5 to 22.25",
+        ),
+        (QualityView(cosine_mean=0.99871), "cosine similarity 0.9987"),
+        (QualityView(reason="There is no room."), "not measured: There is no room."),
+    ],
+)
+async def test_quality_of_the_result_is_told(
+    conversions: FakeConversions,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    quality: QualityView,
+    told: str,
+) -> None:
+    made = ConversionView(
+        source="tiny", format="mlx", quantization="4bit", group_size=64, quality=quality
+    )
+    conversions.jobs.script = [
+        JOB.model_copy(update={"done_bytes": 4096, "reason": "comparing it"}),
+        DONE.model_copy(update={"conversion": made}),
+    ]
+    shown = await run("convert", "tiny", "--to", "mlx")
+    assert shown.out == f"Ready: tiny@gguf-q8_0\nCompared with its source: {told}\n"
+    monkeypatch.setattr(conversions.catalog, "_views", (make_view(conversion=made),))
+    assert f"quality:         {told}" in (await run("show", CHAT_MODEL)).out
 
 
 async def test_conversion_that_is_not_possible_is_refused(
