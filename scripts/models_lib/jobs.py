@@ -69,6 +69,33 @@ def limits(context: Context) -> None:
     context.screen.say(f"Hours:   {answer['hours'] or 'the whole day'}")
 
 
+def list_partials(context: Context) -> None:
+    """Print what is left of downloads that no job goes on with."""
+    answer = context.client.get(path_of("downloads", "partials"))
+    if context.screen.is_json:
+        context.screen.document(answer)
+        return
+    if not answer["partials"]:
+        context.screen.say("Nothing is left of downloads that ended.")
+        return
+    columns = [Column("ID"), Column("SIZE", is_right=True), Column("REMOVED")]
+    rows = [
+        (one["id"], words.size(one["size_bytes"]), words.moment(one["removed_at"]))
+        for one in answer["partials"]
+    ]
+    context.screen.table(columns, rows)
+
+
+def remove_partial(context: Context) -> None:
+    """Remove what is left of a download."""
+    partial_id = context.options.id
+    context.client.send("DELETE", path_of("downloads", "partials", partial_id))
+    if context.screen.is_json:
+        context.screen.document({"deleted": partial_id})
+        return
+    context.screen.say(f"What was left of {partial_id} is removed.")
+
+
 def tell_begun(context: Context, job: Mapping[str, Any]) -> None:
     """Print a job that goes on in the server."""
     if context.screen.is_json:

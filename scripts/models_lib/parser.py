@@ -255,12 +255,20 @@ def _add_jobs(commands: Commands) -> None:
         acting.set_defaults(action=action)
         if action == "move":
             acting.add_argument("--before", metavar="ID", help="a job; without it, to the end")
+    _add_partials(group)
     limiting = _command(group, "limits", jobs.limits, "show or change the limits of downloads")
     limiting.add_argument("--parallel", type=int, help="how many at once (1 to 8)")
     limiting.add_argument(
         "--speed", type=_bytes, metavar="SIZE", help="bytes per second of all, such as 5MB; 0: any"
     )
     limiting.add_argument("--hours", help="such as 22:30-06:00; '' for the whole day")
+
+
+def _add_partials(commands: Commands) -> None:
+    text = "list what is left of downloads that no job goes on with"
+    inside = _group(commands, "partials", jobs.list_partials, text)
+    one = ("id", "the id that `jobs partials` lists")
+    _command(inside, "rm", jobs.remove_partial, "remove what is left of a download", one)
 
 
 def _add_token(commands: Commands) -> None:

@@ -57,6 +57,7 @@ class ScriptedJobs:
         self.begun = JOB
         self.script: list[JobDetail | ImpetusError] = [DONE]
         self.calls: list[tuple[Any, ...]] = []
+        self.left: list[PartialView] = []
         self.limits_view = DownloadLimitsView(parallel=1, bytes_per_s=0, hours="")
 
     async def jobs(self) -> Sequence[JobView]:
@@ -65,10 +66,12 @@ class ScriptedJobs:
         return [JobView(**job.model_dump(include=shown)) for job in (self.begun, ended)]
 
     async def partials(self) -> Sequence[PartialView]:
-        return []
+        return self.left
 
     async def remove_partial(self, partial_id: str) -> None:
-        raise NotFound(f"There is no unfinished download {partial_id!r}.", param="id")
+        if partial_id not in [one.id for one in self.left]:
+            raise NotFound(f"There is no unfinished download {partial_id!r}.", param="id")
+        self.left = []
 
     async def job(self, job_id: str) -> JobDetail:
         self.calls.append(("job", job_id))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from core.errors import HubNotFound, Unavailable
-from router.job_service import JobDetail
+from router.job_service import JobDetail, PartialView
 from scripts.models_lib import progress
 from tests.unit.models_cli.conftest import DONE, JOB, Run, Stand
 
@@ -154,3 +154,14 @@ async def test_limits_are_shown_and_changed(stand: Stand, run: Run) -> None:
     assert stand.jobs.calls == [("limits", {"bytes_per_s": 5_000_000, "hours": "22:30-06:00"})]
     assert "4.8 MiB/s" in shown.out
     assert (await run("jobs", "limits", "--speed", "fast")).code == 2
+
+
+async def test_rests_of_downloads_are_listed_and_removed(stand: Stand, run: Run) -> None:
+    rest = PartialView(id="org/tiny", size_bytes=2048, changed_at=1.0, removed_at=86_400.0)
+    stand.jobs.left = [rest]
+    assert (await run("jobs", "partials")).lines[1][:3] == ["org/tiny", "2.0", "KiB"]
+    assert (await run("jobs", "partials", "--json")).document["size_bytes"] == 2048
+    unknown = await run("jobs", "partials", "rm", "org/none")
+    assert (unknown.code, "org/none" in unknown.err) == (1, True)
+    assert (await run("jobs", "partials", "rm", "org/tiny")).code == 0
+    assert (await run("jobs", "partials")).out == "Nothing is left of downloads that ended.\n"
