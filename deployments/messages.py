@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from backends.base import EngineOptions, ModelInfo
 from catalog.bin import BinEntry as BinEntry
@@ -215,8 +216,10 @@ class ModelStates:
 
     `keeps_cool`: a bare name means its smallest variant, and downloads wait.  `strain` says what
     strains the machine so that long jobs pause, empty if they may run.  `residencies` are the
-    models that take new requests, `loading` the ids of those being loaded.  `version` changes with
-    the content; -1 means that the scheduler does not know yet what is resident.
+    models that take new requests, `loading` the ids of those being loaded, `unloading` of those
+    being unloaded.  `catalog_version` changes when a scan or a setting has changed the catalog.
+    `version` changes with the content; -1 means that the scheduler does not know yet what is
+    resident.
     """
 
     faults: Mapping[str, Fault] = field(default_factory=dict)
@@ -225,6 +228,45 @@ class ModelStates:
     loading: tuple[str, ...] = ()
     version: int = -1
     strain: str = ""
+    unloading: tuple[str, ...] = ()
+    catalog_version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What holds memory: a loaded model, a load, an unload, or a job."""
+
+    name: str
+    kind: Literal["model", "loading", "unloading", "job"]
+    size_bytes: int
+    is_pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MachineState:
+    """The scheduler's machine: its memory ledger, what strains it, and the newest decisions.
+
+    `limit_bytes` is the most that models may hold now.  States are names of thermal states.
+    `decision_number` is that of the last decision; both it and `version` only grow, also over
+    restarts of the scheduler.
+    """
+
+    budget_bytes: int = 0
+    used_bytes: int = 0
+    limit_bytes: int = 0
+    kept_bytes: int = 0
+    uses: tuple[MemoryUse, ...] = ()
+    thermal: str = "unknown"
+    heat: str = "unknown"
+    memory_pressure: str = "unknown"
+    is_low_power: bool | None = None
+    battery: float | None = None
+    is_throttled: bool = False
+    admits: bool = True
+    strain: str = ""
+    decision_number: int = 0
+    decisions: tuple[Decision, ...] = ()
+    version: int = -1
 
 
 @dataclass(frozen=True, slots=True)

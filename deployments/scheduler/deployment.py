@@ -23,6 +23,7 @@ from deployments.messages import (
     BinEntry,
     Decision,
     LoadContext,
+    MachineState,
     MemoryLease,
     MemoryPreview,
     ModelStates,
@@ -45,7 +46,7 @@ from deployments.scheduler.publisher import Publisher
 from deployments.scheduler.recovery import Recovery
 from deployments.scheduler.reservations import Reservations
 from deployments.scheduler.scanning import Scanner
-from deployments.scheduler.snapshot import take_snapshot
+from deployments.scheduler.snapshot import machine_state, take_snapshot
 from deployments.scheduler.thermal import ThermalWatch
 from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, returning_errors
@@ -79,7 +80,8 @@ class SchedulerReplica:
         self._settings = settings
         formats = broadcast_handles(formats, settings)
         self._backends = backends_for(list(formats))
-        self._log = DecisionLog()
+        self._machine = PublishedStates(self._machine_state)
+        self._log = DecisionLog(on_record=lambda _: self._machine.notify())
         for notice in gpu_failures():
             self._log.record("start", "look for failures of the GPU", notice)
         self._budget_bytes = budget_bytes(settings)
@@ -90,7 +92,14 @@ class SchedulerReplica:
         self._reservations, self._supervisor = Reservations(), Supervisor()
         self._pauses_jobs = False
         self._published = PublishedStates(self._model_states, lambda: self._faults.expires_in_s())
-        self._scanner = Scanner(settings, self._store, self._backends, self._supervisor)
+        self._catalog_version = 0
+        self._scanner = Scanner(
+            settings,
+            self._store,
+            self._backends,
+            self._supervisor,
+            on_change=self._catalog_changed,
+        )
         self._node_id = own_node_id()
         fault_file = FaultFile(settings.home / "faults.json", self._node_id)
         self._faults = Faults(fault_file, on_change=self._published.notify)
@@ -161,8 +170,17 @@ class SchedulerReplica:
             self._format_clients.report,
             self._log,
             self._supervisor,
-            self._published.notify,
+            self._notify,
         )
+
+    def _notify(self) -> None:
+        """Let those who wait for the model states, or for the machine's, look at them."""
+        self._published.notify()
+        self._machine.notify()
+
+    def _catalog_changed(self) -> None:
+        self._catalog_version += 1
+        self._published.notify()
 
     async def _prepare(self) -> None:
         """Restore the models' settings."""
@@ -181,6 +199,11 @@ class SchedulerReplica:
 
     def _loading(self) -> list[str]:
         return [model_id for ledger in self._ledgers.values() for model_id in ledger.loading]
+
+    def _unloading(self) -> list[str]:
+        states = [ledger.state for ledger in self._ledgers.values()]
+        closing = [one for state in states for one in state.residents if one.is_closing]
+        return [one.model_id for one in closing if not one.is_job]
 
     def _configure(self, record: ModelRecord) -> None:
         for ledger in self._ledgers.values():
@@ -356,6 +379,7 @@ class SchedulerReplica:
         record = await self._lookup.find(model_id)
         if record is not None:
             self._configure(record)
+        self._catalog_changed()
 
     async def model_states(self, known_version: int = -1) -> ModelStates:
         """Return the model states once their version is not `known_version`, or after 10 s.
@@ -381,7 +405,22 @@ class SchedulerReplica:
             strain=self._thermal.strain,
             residencies=tuple(self._residencies()),
             loading=tuple(self._loading()),
+            unloading=tuple(self._unloading()),
+            catalog_version=self._catalog_version,
         )
+
+    async def machine_state(
+        self, known_version: int, known_decision: int, limit_s: float
+    ) -> MachineState:
+        """Return the machine's state once it is not of `known_version`, or after `limit_s`.
+
+        It has the decisions after `known_decision`, as far as they are kept.
+        """
+        state = await self._machine.wait(known_version, min(limit_s, _STATES_LIMIT_S))
+        return replace(state, decisions=tuple(self._log.since(known_decision)))
+
+    def _machine_state(self) -> MachineState:
+        return machine_state(self._ledger, self._thermal, self._log.last_number)
 
     async def decisions(self) -> list[Decision]:
         """Return the last decisions, oldest first."""
@@ -415,7 +454,7 @@ class SchedulerReplica:
         # A budget that the user set is theirs to judge.
         if self._settings.memory_budget is None:
             self._ledger.set_available(self._thermal.report.reading.available_bytes)
-        self._published.notify()
+        self._notify()
 
     def __del__(self) -> None:
         """Cancel all tasks and close the catalog."""

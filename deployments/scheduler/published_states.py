@@ -1,16 +1,19 @@
-"""Versions the published model states and lets routers wait for a change (long polling)."""
+"""Versions what the scheduler publishes and lets others wait for a change (long polling)."""
 
 import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from typing import Generic, TypeVar
 
-from deployments.messages import ModelStates
+from deployments.messages import MachineState, ModelStates
+
+State = TypeVar("State", ModelStates, MachineState)
 
 
-class PublishedStates:
-    """The last published model states.  Belongs to one event loop; any number may wait.
+class PublishedStates(Generic[State]):
+    """The last published states of one kind.  Belongs to one event loop; any number may wait.
 
     `read` returns the states of this moment, `expires_in_s` the seconds until time alone changes
     them (None: it does not).
@@ -18,13 +21,14 @@ class PublishedStates:
 
     def __init__(
         self,
-        read: Callable[[], ModelStates],
+        read: Callable[[], State],
         expires_in_s: Callable[[], float | None] = lambda: None,
     ) -> None:
-        self._read = read
+        self._read: Callable[[], State] = read
         self._expires_in_s = expires_in_s
         # Based on the time, so that a restarted scheduler repeats no version.
-        self._last = ModelStates(version=time.time_ns())
+        self._version = time.time_ns()
+        self._last: State | None = None
         self._changed = asyncio.Event()
 
     def notify(self) -> None:
@@ -32,15 +36,17 @@ class PublishedStates:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def current(self) -> ModelStates:
+    def current(self) -> State:
         """Return the states of this moment, with a new version where they changed."""
-        version = self._last.version
-        found = replace(self._read(), version=version)
-        if found != self._last:
-            self._last = replace(found, version=version + 1)
-        return self._last
+        last = self._last
+        found: State = replace(self._read(), version=self._version)
+        if last is not None and found == last:
+            return last
+        self._version += 1
+        self._last = found = replace(found, version=self._version)
+        return found
 
-    async def wait(self, known_version: int, limit_s: float) -> ModelStates:
+    async def wait(self, known_version: int, limit_s: float) -> State:
         """Return the states once their version is not `known_version`, or after `limit_s`."""
         end = time.monotonic() + limit_s
         while True:

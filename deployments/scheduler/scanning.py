@@ -46,7 +46,8 @@ _RETRY_S = 2.0
 class Scanner:
     """Updates the catalog.  Belongs to one event loop; files are read on a thread of its own.
 
-    A scan goes on when its caller is cancelled, so two never run at once.
+    A scan goes on when its caller is cancelled, so two never run at once.  `on_change` is called
+    after each that changed the catalog.
     """
 
     def __init__(
@@ -56,7 +57,10 @@ class Scanner:
         backends: Mapping[str, Backend],
         supervisor: Supervisor,
         clock: Callable[[], float] = time.monotonic,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_change = on_change
+        self._version = self._told_version = -1
         self._settings = settings
         self._store = store
         self._backends = backends
@@ -262,6 +266,9 @@ class Scanner:
         if report.next_look_s is not None:
             self._woken.set()
         self._first_scan.set()
+        if self._version != self._told_version:
+            self._told_version = self._version
+            self._on_change()
         if report.has_changes:
             logger.info("scan: %s", report)
 
@@ -284,6 +291,7 @@ class Scanner:
                 urgent=urgent,
                 last=self._last,
             )
+            self._version = self._store.data_version()
             self._back_up()
             self._purge_bin()
             return report

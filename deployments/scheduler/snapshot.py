@@ -1,12 +1,15 @@
-"""Takes snapshots of the scheduler's state for metrics and autoscaling."""
+"""Takes snapshots of the scheduler's state for metrics, autoscaling and the event stream."""
 
 import os
 import time
 from collections import Counter
 
-from deployments.messages import SchedulerSnapshot, ThermalView
+from core.units import MIB
+from deployments.messages import MachineState, MemoryUse, SchedulerSnapshot, ThermalView
 from deployments.scheduler.ledger import Ledger
 from deployments.scheduler.thermal import ThermalWatch
+
+_STEP_BYTES = 64 * MIB
 
 
 def take_snapshot(
@@ -33,6 +36,41 @@ def take_snapshot(
         pid=os.getpid(),
         tasks=tasks,
         taken_at=now,
+    )
+
+
+def machine_state(ledger: Ledger, thermal: ThermalWatch, decision_number: int) -> MachineState:
+    """Return the ledger and the strain without what changes all the time; never blocks."""
+    state, report, directive = ledger.state, thermal.report, thermal.directive
+    reading = report.reading
+    held = tuple(
+        MemoryUse(
+            one.model_id,
+            "job" if one.is_job else "unloading" if one.is_closing else "model",
+            one.size_bytes,
+            one.is_pinned,
+        )
+        for one in state.residents
+    )
+    loading = tuple(
+        MemoryUse(one.model_id, "loading", one.plan.needed_bytes) for one in state.loading
+    )
+    return MachineState(
+        budget_bytes=state.budget_bytes,
+        used_bytes=state.used_bytes,
+        # Other applications' memory changes by a few MB at every poll.
+        limit_bytes=state.load_limit_bytes // _STEP_BYTES * _STEP_BYTES,
+        kept_bytes=state.kept_bytes,
+        uses=(*held, *loading),
+        thermal=report.state.label,
+        heat=reading.thermal.label,
+        memory_pressure=reading.memory.label,
+        is_low_power=reading.is_low_power,
+        battery=None if reading.battery is None else round(reading.battery, 2),
+        is_throttled=directive.limits.decode_pause_s > 0,
+        admits=directive.admits,
+        strain=thermal.strain,
+        decision_number=decision_number,
     )
 
 
