@@ -19,9 +19,21 @@ _TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.
 
 @dataclass(slots=True)
 class TokenCount:
-    """Prompt and answer tokens that were counted."""
+    """Tokens of one request, and its times in seconds; of several choices the longest decoding.
 
-    tokens: int = 0
+    `first_token_s` is None before the first token.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    first_token_s: float | None = None
+    decode_s: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and answer tokens."""
+        return self.prompt_tokens + self.completion_tokens
 
 
 _count_of_request: ContextVar[TokenCount | None] = ContextVar("tokens of request", default=None)
@@ -29,8 +41,8 @@ _count_of_request: ContextVar[TokenCount | None] = ContextVar("tokens of request
 
 @contextmanager
 def count_tokens_of_this_request() -> Iterator[TokenCount]:
-    """Give the tokens that `Metrics.count_usage` counts in this task and those it starts."""
-    count = TokenCount()
+    """Give what `Metrics` counts in this task and those it starts; inside of another, its count."""
+    count = _count_of_request.get() or TokenCount()
     token = _count_of_request.set(count)
     try:
         yield count
@@ -134,13 +146,23 @@ class Metrics:
     def count_usage(self, model_id: str, usage: Usage) -> None:
         """Count a finished request's tokens, also for the limit of its caller."""
         if (count := _count_of_request.get()) is not None:
-            count.tokens += usage.prompt_tokens + usage.completion_tokens
+            count.prompt_tokens += usage.prompt_tokens
+            count.cached_tokens += usage.cached_tokens
+            count.completion_tokens += usage.completion_tokens
         self.prompt_tokens.labels(model_id).inc(usage.prompt_tokens)
         self.cached_tokens.labels(model_id).inc(usage.cached_tokens)
         self.completion_tokens.labels(model_id).inc(usage.completion_tokens)
 
+    def observe_first_token(self, model_id: str, seconds: float) -> None:
+        """Observe the time from the start of a generation to its first token."""
+        self.time_to_first_token.labels(model_id).observe(seconds)
+        if (count := _count_of_request.get()) is not None:
+            count.first_token_s = seconds
+
     def count_timing(self, model_id: str, timing: Timing) -> None:
-        """Count a finished request's throttled seconds and resumptions."""
+        """Count a finished request's throttled seconds, resumptions and time of decoding."""
+        if (count := _count_of_request.get()) is not None:
+            count.decode_s = max(count.decode_s, timing.decode_s)
         if timing.resumed:
             self.resumptions.labels(model_id).inc(timing.resumed)
         if timing.throttled_s:

@@ -40,6 +40,7 @@ def create_app(
     metrics = metrics or Metrics()
     guarded = (services.settings, metrics)
     drain = drain or Drain()
+    requests = None if services.events is None else services.events.requests
     app = FastAPI(
         title="Impetus",
         version=installed_version(),
@@ -47,7 +48,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(RequestBoundary, metrics),
+            Middleware(RequestBoundary, metrics, requests),
             Middleware(HeaderGuard, *guarded, services.credentials),
             Middleware(OriginGuard, *guarded),
             Middleware(BodyLimit, *guarded),

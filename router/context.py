@@ -42,10 +42,11 @@ class Pacing:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """A request's id, and the catalog id of its model once that is resolved."""
+    """A request's id and path, and the catalog id of its model once that is resolved."""
 
     request_id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
     model_id: str = ""
+    path: str = ""
 
     @property
     def suffix(self) -> str:
@@ -127,6 +128,8 @@ class RouteContext:
                 f"{await self._advice(capability)}",
                 param="model",
             )
+        if self.services.events is not None:
+            self.services.events.requests.start(record.request_id, record.path, view.id)
         return view
 
     async def _loaded(self, capability: Capability) -> str:

@@ -22,6 +22,7 @@ from core.types import (
 )
 from core.types import Priority as Priority
 from router.conversion_service import Conversions
+from router.events.hub import EventHub
 from router.hub_service import Hub
 from router.job_service import ConversionView, Jobs
 from router.upload_service import LocalFiles, Uploads
@@ -454,8 +455,8 @@ class Services:
 
     Without `jobs` there are no long jobs, without `hub` no searches, without `conversions` no
     conversions on request, without `credentials` no keys but that of the settings, without
-    `uploads` and `files` none.  `management_token` lets a web page use `/api/`; with an empty one
-    no page can.
+    `uploads`, `files` and `events` none.  `management_token` lets a web page use `/api/`; with an
+    empty one no page can.
     """
 
     settings: Settings
@@ -471,3 +472,4 @@ class Services:
     uploads: Uploads | None = None
     files: LocalFiles | None = None
     conversions: Conversions | None = None
+    events: EventHub | None = None

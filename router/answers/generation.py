@@ -61,8 +61,8 @@ class Generation:
         """Observe the time to the first token, at the first call."""
         if self._first_token_at is None:
             self._first_token_at = time.monotonic()
-            self.context.metrics.time_to_first_token.labels(self.view.id).observe(
-                self._first_token_at - self._started_at
+            self.context.metrics.observe_first_token(
+                self.view.id, self._first_token_at - self._started_at
             )
 
     def note_finished(self, index: int, event: Finished) -> None:

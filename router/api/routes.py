@@ -38,6 +38,7 @@ from router.api.downloads import (
     remove_partial_endpoint,
 )
 from router.api.drain import DrainState, drain_endpoint
+from router.api.events import EventsQuery, events_endpoint, state_endpoint
 from router.api.files import (
     BrowseQuery,
     FolderQuery,
@@ -111,6 +112,8 @@ from router.api.uploads import (
 )
 from router.context import RouteContext
 from router.conversion_service import Conversions, ConversionTargets
+from router.events.hub import EventHub
+from router.events.messages import ServerEvent, ServerState
 from router.http.access import Access
 from router.http.drain import Drain
 from router.hub_service import (
@@ -164,6 +167,8 @@ def api_routes(context: RouteContext, drain: Drain) -> Iterator[Route]:
         yield from _upload_routes(services.uploads)
     if services.files is not None and services.jobs is not None:
         yield from _file_routes(services.files, services.jobs)
+    if services.events is not None:
+        yield from _event_routes(services.events)
     if services.credentials is not None:
         yield from _key_routes(services.credentials)
         yield from _session_routes(services.settings, services.credentials)
@@ -291,6 +296,13 @@ def _file_routes(files: LocalFiles, jobs: Jobs) -> Sequence[Route]:
         _make(imports, import_endpoint(files), body=ImportRequest, answer=JobDetail, status=202),
         _read(folders, folders_endpoint(files), answer=ModelFolders),
         _delete(folders, remove, query=FolderQuery, answer=ModelFolders),
+    ]
+
+
+def _event_routes(hub: EventHub) -> Sequence[Route]:
+    return [
+        _read("/api/events", events_endpoint(hub), query=EventsQuery, event=ServerEvent),
+        _read("/api/state", state_endpoint(hub), answer=ServerState),
     ]
 
 

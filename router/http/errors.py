@@ -23,10 +23,11 @@ from core.errors import (
     ThreadNotFound,
     ThreadUnsupported,
 )
-from core.metrics import Metrics
+from core.metrics import Metrics, TokenCount, count_tokens_of_this_request
 from core.text import escaped
 from core.types import JsonValue
 from router.context import RequestRecord, keep_server_send, record_of
+from router.events.requests import RequestLog
 from router.requests.limits import MAX_ERROR_CHARACTERS
 
 _logger = logging.getLogger(__name__)
@@ -215,11 +216,15 @@ def _methods(app: FastAPI, request: Request) -> set[str]:
 
 
 class RequestBoundary:
-    """Outermost middleware: sets the request id, answers bugs with 500, counts requests."""
+    """Outermost middleware: sets the request id, answers bugs with 500, counts requests.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    `requests` is told the end of each.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, requests: RequestLog | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application; the traceback of a bug is only logged."""
@@ -230,8 +235,10 @@ class RequestBoundary:
             await self._app(scope, receive, send)
             return
         record = record_of(scope)
+        record.path = scope["path"]
         keep_server_send(scope, send)
         status = 0
+        count = TokenCount()
         started_at = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
@@ -246,7 +253,8 @@ class RequestBoundary:
 
         self._metrics.in_flight.inc()
         try:
-            await self._app(scope, receive, send_with_id)
+            with count_tokens_of_this_request() as count:
+                await self._app(scope, receive, send_with_id)
         except Exception:
             _logger.exception("internal error", extra={"request_id": record.request_id})
             self._metrics.errors.labels(ImpetusError.code).inc()
@@ -256,7 +264,18 @@ class RequestBoundary:
         finally:
             self._metrics.in_flight.dec()
             endpoint = getattr(scope.get("route"), "path", "")
-            self._metrics.requests.labels(
-                endpoint, record.model_id, str(status or CLIENT_CLOSED_REQUEST)
-            ).inc()
-            self._metrics.request_duration.labels(endpoint).observe(time.monotonic() - started_at)
+            duration_s = time.monotonic() - started_at
+            self._note_end(endpoint, record, status or CLIENT_CLOSED_REQUEST, duration_s, count)
+
+    def _note_end(
+        self,
+        endpoint: str,
+        record: RequestRecord,
+        status: int,
+        duration_s: float,
+        count: TokenCount,
+    ) -> None:
+        self._metrics.requests.labels(endpoint, record.model_id, str(status)).inc()
+        self._metrics.request_duration.labels(endpoint).observe(duration_s)
+        if self._requests is not None:
+            self._requests.finish(record.request_id, status, duration_s, count)

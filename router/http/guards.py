@@ -30,6 +30,8 @@ from router.services import Credentials
 PUBLIC_PATHS = frozenset({"/healthz", "/readyz", "/health", "/v1/health"})
 # Also answered while the server is stopping: these report how far it is.
 _DRAIN_PATHS = PUBLIC_PATHS | {"/metrics", "/api/drain"}
+# Refused then, but not waited for: it ends with the server, and a reader keeps no machine awake.
+_EVENTS_PATH = "/api/events"
 MAX_HEADER_BYTES = 64 * KIB
 MAX_HEADERS = 100
 
@@ -315,6 +317,9 @@ class DrainGuard(Guard):
             return
         if self._drain.is_on:
             await self.refusal(self._drain.refusal(), headers=CLOSE)(scope, receive, send)
+            return
+        if scope["path"] == _EVENTS_PATH:
+            await self._app(scope, receive, send)
             return
         self._drain.in_flight += 1
         try:

@@ -49,6 +49,7 @@ REASONS = {
     "deployments/start/readiness.py:ReadinessWatch.__init__": "the launcher's loop reads its state",
     "deployments/transport/acceptor.py:Acceptor._open": "catches everything; one connection",
     "deployments/transport/socket.py:FrameReceiver._run": "awaited in the same function",
+    "router/api/events.py:_EventStream.__call__": "awaited in the same function",
     "router/answers/event_feed.py:unless_disconnected": "awaited in the same function",
     "router/answers/event_feed.py:EventFeed.__aenter__": "ended with its request",
 }

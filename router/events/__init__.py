@@ -1,0 +1,1 @@
+"""What happens on the server, as one stream of numbered events: types, replay, subscribers."""
