@@ -1,6 +1,7 @@
 """Long jobs as the API shows them, and the Protocol that the routes reach them through."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -130,6 +131,19 @@ class JobList(Answer):
     """All jobs in the order of the queue."""
 
     jobs: tuple[JobView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobChanges:
+    """What changed of the jobs: `jobs` are their new views, `ids` all jobs in order.
+
+    `ids` is None if neither the jobs nor their order changed.  With `is_whole` it is everything.
+    """
+
+    version: int
+    is_whole: bool
+    jobs: tuple[JobView, ...]
+    ids: tuple[str, ...] | None
 
 
 class DownloadLimitsView(Answer):

@@ -33,6 +33,7 @@ from deployments.jobs.conversions import KIND as CONVERSION
 from deployments.jobs.conversions import ConversionJobs
 from deployments.jobs.downloads import KIND as DOWNLOAD
 from deployments.jobs.downloads import DownloadJobs, add_download, prepare
+from deployments.jobs.feed import JobFeed
 from deployments.jobs.hub import HubReader
 from deployments.jobs.hub_calls import HubCalls
 from deployments.jobs.limits import DownloadLimits, LimitsFile
@@ -55,7 +56,7 @@ from deployments.serve.awake import keep_awake
 from deployments.serve.handles import Handle, call, direct, returning_errors
 from deployments.serve.worker import prepare_worker
 from router.conversion_service import ConversionTargets, ConversionWish
-from router.job_service import DownloadLimitsView, JobDetail, JobView, PartialView
+from router.job_service import DownloadLimitsView, JobChanges, JobDetail, JobView, PartialView
 from router.upload_service import FolderListing, ImportHow, ModelFolders
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ logger = logging.getLogger(__name__)
 _SCHEDULER_LIMIT_S = 5.0
 _LOAD_LIMIT_S = 10.0
 _SILENCE_S = 60.0
+# A router waits this long for a change of the jobs.
+_CHANGES_LIMIT_S = 10.0
 
 
 class JobsReplica(HubCalls):
@@ -104,6 +107,7 @@ class JobsReplica(HubCalls):
         )
         self._partials = Partials(settings.home / "models" / "hub", self._download_jobs)
         self._runner: JobRunner | None = None
+        self._feed: JobFeed | None = None
         self._problem = "The stored jobs are being read."
         self._has_runner = asyncio.Event()
         self._supervisor = Supervisor()
@@ -134,10 +138,16 @@ class JobsReplica(HubCalls):
             }
             await call_in_thread("impetus-sweep", self._conversions.sweep)
             self._use(await call_in_thread("impetus-limits", self._limits_file.read))
+            feed = self._feed = JobFeed(
+                lambda: [job.id for job in runner.jobs()],
+                lambda job_id: self._view(runner, runner.job(job_id)),
+            )
             runner = JobRunner(
                 store,
                 handlers,
                 lambda: self._limits.applied_to(self._strain.limits(handlers), DOWNLOAD),
+                on_change=lambda job: feed.touch(job.id),
+                on_look=feed.touch_all,
             )
             self._runner = runner
             self._has_runner.set()
@@ -194,6 +204,15 @@ class JobsReplica(HubCalls):
         """Return all jobs in the order of the queue."""
         runner = await self._loaded()
         return [self._view(runner, job) for job in runner.jobs()]
+
+    @returning_errors
+    async def job_changes(self, known_version: int, limit_s: float) -> JobChanges:
+        """Return the jobs that changed since a version, once one has, or after `limit_s`."""
+        await self._loaded()
+        feed = self._feed
+        if feed is None:
+            raise Unavailable(self._problem, retry_after_s=5)
+        return await feed.wait(known_version, min(limit_s, _CHANGES_LIMIT_S))
 
     @returning_errors
     async def job(self, job_id: str) -> JobDetail:

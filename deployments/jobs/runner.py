@@ -57,7 +57,8 @@ class JobHandler(Protocol):
 class JobRunner:
     """Runs the jobs of a store by kind; for one event loop.
 
-    `limits` is asked at every look; `on_change` is told every new state of a job.
+    `limits` is asked at every look; `on_change` is told every new state of a job, and all that is
+    reported of its progress.  `on_look` is called at every look.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class JobRunner:
         limits: Callable[[], JobLimits],
         *,
         on_change: Callable[[Job], None] = lambda _: None,
+        on_look: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._handlers = handlers
         self._limits = limits
         self._on_change = on_change
+        self._on_look = on_look
         self._clock = clock
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -109,6 +112,7 @@ class JobRunner:
                 self._changed.clear()
                 self._look()
                 await self.save()
+                self._on_look()
                 wait_s = jobs.next_change(self._jobs.values(), self._clock())
                 with suppress(TimeoutError):
                     async with asyncio.timeout(min(_LOOK_S, wait_s or _LOOK_S)):
@@ -248,7 +252,9 @@ class JobRunner:
         job = self._jobs[job_id]
         if done > job.done:
             job = jobs.advance(job)
-        self._set(jobs.progress(job, done, total), is_urgent=False)
+        job = self._set(jobs.progress(job, done, total), is_urgent=False)
+        # Also where nothing arrived: how long it has stalled is shown as well.
+        self._on_change(job)
 
     def _stop(self, job: Job) -> Job:
         """Set a state in which the job does not run, and stop its work."""
