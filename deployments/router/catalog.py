@@ -10,7 +10,7 @@ from pathlib import Path
 from backends.base import Backend, EngineOptions, ModelInfo
 from backends.registry import backends_for
 from catalog.compatibility import Traits, compatibility
-from catalog.inspections import Inspection
+from catalog.inspections import Inspection, is_arriving
 from catalog.models import STOP_STRINGS, SYSTEM_PROMPT, Converted, ModelRecord
 from catalog.names import bare_name, nearest_names
 from catalog.scan.places import folder_owners
@@ -28,7 +28,7 @@ from core.errors import (
 from core.settings import Settings
 from deployments.messages import Fault, Residency
 from deployments.options import budget_bytes, engine_options
-from deployments.router.library import LibraryCache
+from deployments.router.library import KnownLibrary, LibraryCache
 from deployments.router.model_states import ModelStatesWatch
 from deployments.serve.handles import Handle, call, direct
 from router.job_service import ConversionView
@@ -230,6 +230,15 @@ class CatalogView:
             if (now := changed.get(kept.id)) is not None:
                 changed[kept.id] = replace(now, duplicates=kept.duplicates, source=kept.source)
         return LibraryView(library.entries, changed)
+
+    def stored(self) -> tuple[KnownLibrary, frozenset[str]]:
+        """Return all models as they are while none is loaded, and the keys of arriving ones.
+
+        Blocks; the library is the same object until the catalog changes.
+        """
+        library = self._library.current()
+        arriving = frozenset(one.path for one in self._store.uninspected() if is_arriving(one))
+        return library, arriving
 
     def _view(
         self, record: ModelRecord, resident: Mapping[str, Residency], loading: frozenset[str]

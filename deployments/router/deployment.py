@@ -17,6 +17,7 @@ from deployments.decisions import DecisionLog
 from deployments.router.catalog import CatalogView
 from deployments.router.credentials import StoredCredentials
 from deployments.router.dispatch import HandleDispatcher
+from deployments.router.events.sources import RouterEventSources
 from deployments.router.jobs import JobsClient
 from deployments.router.listener import Listener
 from deployments.router.management import SchedulerManagement
@@ -30,6 +31,7 @@ from deployments.serve.handles import Handle, direct
 from deployments.serve.worker import prepare_worker
 from deployments.transport.socket import FrameReceiver
 from router.app import create_app
+from router.events.hub import EventHub
 from router.http.drain import Drain
 from router.services import Services
 
@@ -79,7 +81,10 @@ class RouterReplica:
         self._catalog = CatalogView(
             settings, scheduler, model_states, jobs_client.explain_unrunnable
         )
-        self._management = SchedulerManagement(settings, scheduler, log)
+        sources = RouterEventSources(scheduler, jobs, self._catalog, model_states, log)
+        sources.run(self._supervisor)
+        self._events = EventHub(sources)
+        self._management = SchedulerManagement(settings, scheduler, log, sources.models.look)
         self._credentials = StoredCredentials(settings.key_database)
         self._supervisor.keep_running("uses of API keys", self._credentials.save_uses)
         metrics = Metrics()
@@ -107,6 +112,7 @@ class RouterReplica:
             conversions=jobs_client,
             uploads=RouterUploads(settings, jobs_client),
             files=jobs_client,
+            events=self._events,
         )
         requests = Drain()
         self._app = create_app(services, metrics=metrics, drain=requests)
@@ -129,6 +135,9 @@ class RouterReplica:
 
     async def __del__(self) -> None:
         """Stop listening; Serve awaits this at shutdown."""
+        if hasattr(self, "_events"):
+            # Its streams would be waited for.
+            self._events.close()
         if hasattr(self, "_listener"):
             await self._listener.stop()
             await self._dispatcher.close()

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -27,9 +27,16 @@ _NOTICE_TIMEOUT_S = 5.0
 class SchedulerManagement:
     """Implements `router.services.Management`."""
 
-    def __init__(self, settings: Settings, scheduler: Handle, log: DecisionLog) -> None:
-        """`log` contains the decisions of this process."""
+    def __init__(
+        self,
+        settings: Settings,
+        scheduler: Handle,
+        log: DecisionLog,
+        on_alias: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`log` contains the decisions of this process; `on_alias` is called when one changed."""
         self._log = log
+        self._on_alias = on_alias
         self._store = CatalogStore(settings.catalog_file)
         self._backends = backends_for(settings.formats)
         self._scheduler = direct(scheduler)
@@ -107,10 +114,12 @@ class SchedulerManagement:
     async def set_alias(self, alias: str, model_id: str) -> None:
         """Store the alias; the next request with it goes to the model."""
         await asyncio.to_thread(self._store.set_alias, alias, model_id)
+        self._on_alias()
 
     async def remove_alias(self, alias: str) -> None:
         """Delete an alias."""
         await asyncio.to_thread(self._store.remove_alias, alias)
+        self._on_alias()
 
     async def _record(self, model_id: str) -> ModelRecord:
         record = await asyncio.to_thread(self._store.get, model_id)

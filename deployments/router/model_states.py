@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from itertools import count
 
 from core.errors import ImpetusError
@@ -27,11 +28,13 @@ class ModelStatesWatch:
     """The last published model states, corrected by what this router learned since.
 
     One long poll is open at a time once started.  A scheduler that does not answer leaves the last
-    known states valid.  Belongs to one event loop.
+    known states valid.  `on_change` is called after every change and every answer.  Belongs to one
+    event loop.
     """
 
     def __init__(self, scheduler: Handle) -> None:
         self._scheduler = direct(scheduler)
+        self.on_change: Callable[[], None] = lambda: None
         self.current = ModelStates()
         # By model id; others only read it.  A plain attribute, since every request looks here.
         self.residencies: dict[str, Residency] = {}
@@ -54,6 +57,7 @@ class ModelStatesWatch:
         self.residencies[residency.model_id] = residency
         self._loaded[residency.model_id] = next(self._order)
         self._lost.pop(residency.model_id, None)
+        self.on_change()
 
     def note_lost(self, residency: Residency) -> None:
         """Remove a residency that its replica denied or died with; states that name it are old."""
@@ -63,6 +67,7 @@ class ModelStatesWatch:
         if known is not None and known.is_same_load(residency):
             del self.residencies[model_id]
             self._loaded.pop(model_id, None)
+        self.on_change()
 
     def note_died(self, residency: Residency) -> list[Residency]:
         """Remove all residencies of the process that held `residency`; return them."""
@@ -144,3 +149,4 @@ class ModelStatesWatch:
                 del self._lost[model_id]
         self.residencies = residencies
         self.current = states
+        self.on_change()

@@ -1,0 +1,1 @@
+"""Sources of the router's event stream: the scheduler, the jobs' process and the catalog."""
