@@ -38,6 +38,8 @@ from deployments.start.progress import Signs, StartProgress, signs_of
 from deployments.start.readiness import Readiness, ReadinessWatch, ask_readiness
 from deployments.start.sign_in import sign_in_link
 
+# The exit code if the server was not started, as for a wrong command line.
+_REFUSED = 2
 _STOP_LIMIT_S = 30.0
 _POLL_S = 0.2
 _WATCH_S = 1.0
@@ -313,7 +315,7 @@ def _silence() -> None:
 
 
 def main() -> int:
-    """Run the command line."""
+    """Run the command line; return 2 if its settings, or the machine, forbid the start."""
     parser = argparse.ArgumentParser(prog="scripts/serve", description=__doc__)
     parser.add_argument("config", nargs="?", type=Path, default=ROOT / "serve_config.yaml")
     config = parser.parse_args().config.absolute()
@@ -325,7 +327,7 @@ def main() -> int:
         _warn(problem.message)
     except OSError as problem:
         _warn(f"The server cannot be started: {problem.strerror or problem}.")
-    return 1
+    return _REFUSED
 
 
 def _warn(line: str) -> None:

@@ -191,7 +191,7 @@ def test_f14_a_port_in_use_is_one_clear_line(server: Server) -> None:
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert str(server.port) in result.stderr
     assert "IMPETUS_PORT" in result.stderr
