@@ -98,6 +98,8 @@ CALLS: list[tuple[str, str, Any, int]] = [
     *(("POST", f"/api/jobs/a1/{act}", None, 200) for act in ("pause", "resume", "cancel", "move")),
     ("GET", "/api/downloads", None, 200),
     ("POST", "/api/downloads", {"model": "org/tiny"}, 202),
+    ("GET", "/api/downloads/partials", None, 200),
+    ("DELETE", "/api/downloads/partials/org/tiny", None, 204),
     ("GET", "/api/downloads/limits", None, 200),
     ("PATCH", "/api/downloads/limits", {"parallel": 2}, 200),
     ("GET", f"/api/convert/choices?model={CHAT_MODEL}", None, 200),
