@@ -73,8 +73,8 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(item[4][0]) for item in found))
 
 
-def public_ip(address: WebAddress, look_up: Resolve = resolve) -> str:
-    """Return the IP address to connect to; blocks for the name's resolution.
+def public_ips(address: WebAddress, look_up: Resolve = resolve) -> list[str]:
+    """Return the IP addresses to connect to, in their order; blocks for the name's resolution.
 
     Raises RequestError if any address of the host is not on the public internet, always in the
     same words, and HubUnavailable for a name that cannot be resolved.
@@ -93,7 +93,7 @@ def public_ip(address: WebAddress, look_up: Resolve = resolve) -> str:
             "Download the file yourself and put it into a model folder.",
             param="url",
         )
-    return found[0]
+    return found
 
 
 def is_public(text: str) -> bool:

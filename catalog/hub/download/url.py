@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -13,7 +13,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from catalog.hub.client import MAX_REDIRECTS, REDIRECTS, HubLimits
 from catalog.hub.entries import RepositoryFile, group
 from catalog.hub.problems import failure, refusal, wait_s
-from catalog.hub.public_address import Resolve, WebAddress, parse_address, public_ip, resolve
+from catalog.hub.public_address import Resolve, WebAddress, parse_address, public_ips, resolve
 from catalog.scan.packages import natural_format
 from core.errors import (
     HubAccessDenied,
@@ -27,6 +27,8 @@ from core.errors import (
 _TOTAL = re.compile(r"bytes \d+-\d+/(\d+)")
 _NAME = re.compile(r"filename\*?\s*=\s*(?:UTF-8'[^']*')?\"?([^\";]+)\"?", re.IGNORECASE)
 _LONGEST_NAME = 200
+# Of one host; each may take the time limit of a connection.
+_MOST_ADDRESSES = 4
 
 
 class UrlSource:
@@ -124,22 +126,32 @@ class UrlSource:
         client = stack.enter_context(httpx2.Client(timeout=timeout, follow_redirects=False))
         for _ in range(MAX_REDIRECTS + 1):
             parsed = parse_address(address)
-            response = stack.enter_context(
-                client.stream(
-                    "GET",
-                    parsed.at(public_ip(parsed, self._look_up)),
-                    headers={
-                        "accept-encoding": "identity",
-                        **headers,
-                        "host": parsed.netloc,
-                    },
-                    extensions={"sni_hostname": parsed.host},
-                )
-            )
+            response = self._connected(stack, client, parsed, headers)
             if response.status_code not in REDIRECTS:
                 return response
             address = self._target(parsed, response.headers.get("location", ""))
         raise HubAnswerInvalid(f"{self.host} redirected more than {MAX_REDIRECTS} times.")
+
+    def _connected(
+        self,
+        stack: ExitStack,
+        client: httpx2.Client,
+        address: WebAddress,
+        headers: Mapping[str, str],
+    ) -> httpx2.Response:
+        """Return the answer of the first IP address of a host that takes the connection."""
+        *others, last = public_ips(address, self._look_up)[:_MOST_ADDRESSES]
+        own = {"accept-encoding": "identity", **headers, "host": address.netloc}
+        extensions = {"sni_hostname": address.host}
+
+        def ask(ip: str) -> httpx2.Response:
+            request = client.stream("GET", address.at(ip), headers=own, extensions=extensions)
+            return stack.enter_context(request)
+
+        for ip in others:
+            with suppress(httpx2.ConnectError, httpx2.ConnectTimeout):
+                return ask(ip)
+        return ask(last)
 
     def _target(self, address: WebAddress, location: str) -> str:
         try:

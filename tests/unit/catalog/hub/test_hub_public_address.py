@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from catalog.hub.public_address import Resolve, is_public, parse_address, public_ip, resolve
+from catalog.hub.public_address import Resolve, is_public, parse_address, public_ips, resolve
 from core.errors import HubUnavailable, RequestError
 
 PRIVATE = [
@@ -39,7 +39,7 @@ def test_address_of_this_machine_is_refused_as_the_system_reads_it(url: str) -> 
     """Numbers in odd forms are whatever the resolver makes of them: it alone is believed."""
     address = parse_address(url)
     with pytest.raises((RequestError, HubUnavailable)):
-        public_ip(address, resolve)
+        public_ips(address, resolve)
 
 
 def test_address_is_refused_if_one_of_several_is_private() -> None:
@@ -47,11 +47,14 @@ def test_address_is_refused_if_one_of_several_is_private() -> None:
     texts = set()
     for found in (["8.8.8.8", "10.0.0.1"], ["169.254.169.254"], ["::1", "8.8.8.8"]):
         with pytest.raises(RequestError) as problem:
-            public_ip(address, lambda _host, _port, found=found: found)  # type: ignore[misc]
+            public_ips(address, lambda _host, _port, found=found: found)  # type: ignore[misc]
         texts.add(problem.value.message)
     # The same words for all: nobody learns what is in this network.
     assert len(texts) == 1
-    assert public_ip(address, lambda _host, _port: ["8.8.8.8", "1.1.1.1"]) == "8.8.8.8"
+    assert public_ips(address, lambda _host, _port: ["8.8.8.8", "1.1.1.1"]) == [
+        "8.8.8.8",
+        "1.1.1.1",
+    ]
 
 
 def test_address_without_a_name_behind_it() -> None:
@@ -61,7 +64,7 @@ def test_address_without_a_name_behind_it() -> None:
     look_ups: list[Resolve] = [fails, lambda _host, _port: []]
     for look_up in look_ups:
         with pytest.raises(HubUnavailable, match="cannot be found"):
-            public_ip(parse_address("https://none.test/x"), look_up)
+            public_ips(parse_address("https://none.test/x"), look_up)
 
 
 @pytest.mark.parametrize(

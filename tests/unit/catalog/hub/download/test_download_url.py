@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -262,3 +263,15 @@ def test_download_of_a_part_of_a_model_is_refused_before_it_begins(
     download.hub.publish("org/tiny", download.source)
     with pytest.raises(RequestError, match=said):
         UrlSource(url.replace(LARGE, name), LIMITS).probe()
+
+
+@pytest.mark.usefixtures("trusted")
+def test_download_connects_to_another_address_of_the_host_where_one_is_dead(url: str) -> None:
+    """Such as IPv6 of a network that has it by name only."""
+    own = urlsplit(url)
+    source = UrlSource(url, LIMITS, lambda _host, _port: ["::1", "127.0.0.1"])
+    with source.opened(url, "x") as response:
+        assert response.status_code == 200
+    dead = f"{own.scheme}://{own.hostname}:1{own.path}"
+    with pytest.raises(HubUnavailable), UrlSource(dead, LIMITS).opened(dead, "x"):
+        pass
