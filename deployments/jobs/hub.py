@@ -127,7 +127,7 @@ class HubReader:
         entry = entries[0]
         is_named = bool(name or reference.file or reference.quantization)
         if len(entries) == 1 and is_named:
-            await self._require_usable(client, repository, entry)
+            await self._require_usable(client, reference, repository, entry)
         else:
             candidates = await self._candidates(client, reference, repository, DEFAULT_CONTEXT)
             meant = [one for one in candidates if one.model.entry in entries]
@@ -143,13 +143,19 @@ class HubReader:
         return repository_download(client.endpoint, reference, repository, entry, self._folder)
 
     async def _require_usable(
-        self, client: HubClient, repository: HubRepository, entry: HubEntry
+        self,
+        client: HubClient,
+        reference: HubReference,
+        repository: HubRepository,
+        entry: HubEntry,
     ) -> None:
         """Raise RequestError for a model that would be refused, and removed, once it is here."""
         alone = replace(repository, entries=(entry,))
+        key = (reference.repository, repository.commit)
+        known = [one for one in self._inspected.get(key, ()) if one.entry == entry]
         try:
             async with self._one_inspection:
-                (model,) = await self._in_thread(lambda: self._inspect(client, alone))
+                (model,) = known or await self._in_thread(lambda: self._inspect(client, alone))
         except HubUnavailable:
             # The download waits until the hub is back, and the scan looks at what arrived.
             return

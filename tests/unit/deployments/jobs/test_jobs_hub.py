@@ -142,6 +142,16 @@ async def test_repository_without_a_model_says_what_it_is(hub: Hub, tmp_path: Pa
     assert "has an adapter" in found.choice.reason
 
 
+async def test_named_model_of_a_repository_that_was_shown_is_not_inspected_again(
+    hub: Hub, tmp_path: Path
+) -> None:
+    read = reader(hub, tmp_path)
+    await read.repository("org/tiny", "", 16)
+    hub.forget_requests()
+    await read.plan("org/tiny:q4_k_m", "", "")
+    assert (len(hub.requests), Here.count) == (1, 1)
+
+
 async def test_named_model_of_a_hub_that_fails_meanwhile_is_downloaded_later(
     hub: Hub, tmp_path: Path
 ) -> None:
