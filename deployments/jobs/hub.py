@@ -155,7 +155,7 @@ class HubReader:
         known = [one for one in self._inspected.get(key, ()) if one.entry == entry]
         try:
             async with self._one_inspection:
-                (model,) = known or await self._in_thread(lambda: self._inspect(client, alone))
+                (model,) = known or [*await self._in_thread(lambda: self._inspect(client, alone))]
         except HubUnavailable:
             # The download waits until the hub is back, and the scan looks at what arrived.
             return
