@@ -24,7 +24,9 @@ from router.job_service import JobView
 MAX_READERS = 64
 # How long events are kept for a reader that lost its connection.
 LINGER_S = 120.0
+# One write of a reader; what it has not read yet of it is all the memory that it costs.
 _BATCH = 64
+_BATCH_CHARACTERS = 64_000
 _RETRY_S = 5
 
 
@@ -168,8 +170,10 @@ class EventHub:
 
     async def wait(self, limit_s: float) -> None:
         """Return at the next event, or after `limit_s`."""
+        # `wait_for` of Python 3.11 may lose a cancellation that comes with the event.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), limit_s)
+            async with asyncio.timeout(limit_s):
+                await self._changed.wait()
 
     def reset_text(self, log: EventLog, reason: ResetReason) -> str:
         """Return an event that makes one reader fetch the state, with the id to go on from."""
@@ -244,9 +248,15 @@ class EventReader:
             reason, self._reset = self._reset or "too_old", None
             self._at = log.last
             return self._hub.reset_text(log, reason)
-        if events:
-            self._at = events[-1].number
-        return "".join(event.text for event in events)
+        taken: list[str] = []
+        characters = 0
+        for event in events:
+            characters += len(event.text)
+            if taken and characters > _BATCH_CHARACTERS:
+                break
+            taken.append(event.text)
+            self._at = event.number
+        return "".join(taken)
 
     async def wait(self, limit_s: float) -> None:
         """Return at the next event, or after `limit_s`."""
