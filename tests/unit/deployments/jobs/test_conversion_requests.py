@@ -294,7 +294,7 @@ async def test_f15_one_that_is_held_back_is_told_with_the_reason(
     await automatic.until("waiting")
     told = await automatic.answer()
     assert "(the machine is hot, 25%)" in told.message
-    assert converter.pauses[0].is_on
+    await wait_until(lambda: converter.pauses[0].is_on, "its processes are stopped")
     automatic.held = {}
     automatic.runner.look_again()
     await automatic.until("running")
