@@ -43,6 +43,7 @@ from deployments.jobs.partials import Partials
 from deployments.jobs.quality import QualityMeasurer
 from deployments.jobs.runner import JobHandler, JobRunner
 from deployments.jobs.strain import StrainWatch
+from deployments.jobs.unrunnable import UnrunnableModels
 from deployments.jobs.views import (
     conversion_activity,
     detail_of,
@@ -92,8 +93,10 @@ class JobsReplica(HubCalls):
         self._conversions = ConversionJobs(
             settings, self._catalog, memory, speeds, QualityMeasurer(memory, budget)
         )
-        self._conversion_requests = ConversionRequests(
-            settings, backends, options, self._catalog, self._conversions, speeds
+        requests = ConversionRequests(settings, backends, self._catalog, speeds)
+        self._conversion_requests = requests
+        self._unrunnable = UnrunnableModels(
+            settings, backends, options, self._catalog, self._conversions, requests, speeds
         )
         self._limits_file = LimitsFile(settings.home / "download_limits.json")
         self._limits = DownloadLimits()
@@ -266,7 +269,7 @@ class JobsReplica(HubCalls):
 
         With the setting `auto_convert` the conversion that helps begins.
         """
-        raise await self._conversion_requests.answer(model_id, problem, await self._loaded())
+        raise await self._unrunnable.answer(model_id, problem, await self._loaded())
 
     async def _sweep(self) -> None:
         async def known() -> list[Job]:

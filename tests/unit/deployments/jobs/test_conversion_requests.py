@@ -31,6 +31,7 @@ from core.settings import Settings
 from deployments.jobs.conversion_requests import ConversionRequests
 from deployments.jobs.conversions import ConversionJobs
 from deployments.jobs.runner import JobRunner
+from deployments.jobs.unrunnable import UnrunnableModels
 from router.conversion_service import ConversionWish
 from tests.unit.deployments.jobs.conversion_doubles import (
     ID,
@@ -94,18 +95,20 @@ class Desk:
             "mlx": Runnable(True),
             "safetensors": Runnable(False),
         }
-        self.requests = ConversionRequests(
+        self.requests = ConversionRequests(self.settings, backends, library, self.speeds)
+        self.unrunnable = UnrunnableModels(
             self.settings,
             backends,
             EngineOptions(),
             library,
             self.handler,
+            self.requests,
             self.speeds,
             lambda: self.now,
         )
 
     async def answer(self, problem: ImpetusError = MISSING) -> ImpetusError:
-        return await self.requests.answer(ID, problem, self.runner)
+        return await self.unrunnable.answer(ID, problem, self.runner)
 
     async def begin(self, **wish: Any) -> ConversionWork:
         """Begin a conversion, and return what its job is to do."""
