@@ -111,7 +111,7 @@ def pace(job: Mapping[str, Any]) -> str:
     parts = [f"{format_bytes(int(job['bytes_per_s']))}/s"] if job["bytes_per_s"] else []
     if job["remaining_s"] is not None:
         parts.append(f"{duration(job['remaining_s'])} left")
-    return ", ".join(parts) or reason or "running"
+    return ", ".join([*parts, reason] if reason else parts) or "running"
 
 
 def job_state(job: Mapping[str, Any]) -> str:

@@ -156,10 +156,13 @@ async def test_quality_of_the_result_is_told(
         source="tiny", format="mlx", quantization="4bit", group_size=64, quality=quality
     )
     conversions.jobs.script = [
-        JOB.model_copy(update={"done_bytes": 4096, "reason": "comparing it"}),
+        JOB.model_copy(update={"done_bytes": 2048, "reason": "writing"}),
+        JOB.model_copy(update={"done_bytes": 4096, "reason": "comparing"}),
         DONE.model_copy(update={"conversion": made}),
     ]
     shown = await run("convert", "tiny", "--to", "mlx")
+    assert "2.0 KiB of 4.0 KiB, 2.0 KiB/s, 2 s left, writing" in shown.err
+    assert "4.0 KiB of 4.0 KiB, comparing" in shown.err
     assert shown.out == f"Ready: tiny@gguf-q8_0\nCompared with its source: {told}\n"
     monkeypatch.setattr(conversions.catalog, "_views", (make_view(conversion=made),))
     assert f"quality:         {told}" in (await run("show", CHAT_MODEL)).out
