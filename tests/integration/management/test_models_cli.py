@@ -103,7 +103,20 @@ def ask(server: Server) -> None:
     assert answer.json()["choices"][0]["message"]["content"]
 
 
-def test_model_is_got_over_ctrl_c_and_a_killed_server(hub: Hub, other_server: Server) -> None:
+def send(server: Server, folder: Path) -> None:
+    """Upload a file, which becomes a model."""
+    file = folder / "Sent-135M-Q4_1.gguf"
+    shutil.copyfile(starter_path(), file)
+    sent = run(server, "add", str(file), "--upload")
+    assert (sent.returncode, sent.stdout) == (0, "Ready: sent-135m@gguf-q4_1 (93.8 MiB)\n"), (
+        sent.stderr
+    )
+    assert document(server, "uploads")["uploads"] == []
+
+
+def test_model_is_got_over_ctrl_c_and_a_killed_server(
+    hub: Hub, other_server: Server, tmp_path: Path
+) -> None:
     server = other_server
     unreachable = run(server, "list")
     assert (unreachable.returncode, "scripts/serve" in unreachable.stderr) == (3, True)
@@ -143,4 +156,5 @@ def test_model_is_got_over_ctrl_c_and_a_killed_server(hub: Hub, other_server: Se
     assert document(server, "rm", ID, "--yes")["model"] == ID
     anew = run(server, "get", WANTED)
     assert (anew.returncode, anew.stdout) == (0, f"Ready: {ID} (93.8 MiB)\n"), anew.stderr
+    send(server, tmp_path)
     assert server.stop() == 0
