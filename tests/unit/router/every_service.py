@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from router.app import create_app
+from router.events.hub import EventHub
 from tests.fakes import FakeDispatcher, make_services
 from tests.unit.router.api.test_router_api import FakeManagement
 from tests.unit.router.api.test_router_conversions import FakeConversions
@@ -13,10 +14,14 @@ from tests.unit.router.api.test_router_files import FakeFiles
 from tests.unit.router.api.test_router_hub import FakeHub
 from tests.unit.router.api.test_router_jobs import FakeJobs
 from tests.unit.router.api.test_router_uploads import FakeUploads
+from tests.unit.router.events.sources import FakeSources
 
 
 def make_whole_app(
-    credentials: Any, dispatcher: FakeDispatcher | None = None, **settings: Any
+    credentials: Any,
+    dispatcher: FakeDispatcher | None = None,
+    events: EventHub | None = None,
+    **settings: Any,
 ) -> FastAPI:
     """Return the application over stand-ins and these credentials."""
     return create_app(
@@ -29,5 +34,6 @@ def make_whole_app(
             credentials=credentials,
             uploads=FakeUploads(),
             files=FakeFiles(),
+            events=events or EventHub(FakeSources()),
         )
     )

@@ -1,5 +1,6 @@
 """Every route is called, and its real answers are as the OpenAPI description says."""
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from fastapi.routing import APIRoute
 from catalog.key_store import KeyStore
 from core.types import Finished, ReasoningDelta, TextDelta, ToolCallDelta, Usage
 from deployments.router.credentials import StoredCredentials
+from router.events.hub import EventHub
 from scripts.generate_docs import OPENAPI
 from tests.fakes import (
     CHAT_MODEL,
@@ -25,7 +27,9 @@ from tests.live_server import client_of
 from tests.sdk.described import CheckedTransport, Description
 from tests.unit.router.api.test_router_uploads import ID as UPLOAD
 from tests.unit.router.api.test_router_uploads import headers as chunk_headers
+from tests.unit.router.events.sources import FakeSources, decision
 from tests.unit.router.every_service import make_whole_app
+from tests.waiting import wait_until
 
 ONE = f"/api/models/{CHAT_MODEL}"
 USER = [{"role": "user", "content": "Hi"}]
@@ -37,6 +41,7 @@ RERANK = {"model": RERANK_MODEL, "query": "q", "documents": ["a", "b"], "return_
 STREAM = {"stream": True}
 ANTHROPIC = {"anthropic-version": "2023-06-01"}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+EVENTS = "/api/events"
 # What each route answers: method, path, body, status.  In this order: some need what others made.
 CALLS: list[tuple[str, str, Any, int]] = [
     ("POST", "/v1/chat/completions", {**CHAT, "tools": [TOOL], "timings_per_token": True}, 200),
@@ -130,6 +135,8 @@ CALLS: list[tuple[str, str, Any, int]] = [
     ("GET", "/session?code=CODE", None, 303),
     ("POST", "/api/session", {"code": "CODE"}, 204),
     ("DELETE", "/api/session", None, 204),
+    ("GET", "/api/state", None, 200),
+    ("GET", EVENTS, None, 200),
     ("POST", "/api/drain", None, 200),
 ]
 MADE = {"/v1/responses": "RESPONSE", "/api/keys": "KEY"}
@@ -156,8 +163,16 @@ def app(store: KeyStore) -> Iterator[FastAPI]:
     credentials.close()
 
 
-def make_app(credentials: Any, **settings: Any) -> FastAPI:
-    return make_whole_app(credentials, FakeDispatcher(*ANSWER), **settings)
+def make_app(credentials: Any, events: EventHub | None = None, **settings: Any) -> FastAPI:
+    return make_whole_app(credentials, FakeDispatcher(*ANSWER), events, **settings)
+
+
+async def end_stream(hub: EventHub) -> None:
+    """Send one event to the reader that comes, then end its stream."""
+    await wait_until(lambda: hub._readers, "nobody reads events")
+    hub.publish(decision("a"))
+    await asyncio.sleep(0)
+    hub.close()
 
 
 def operations(app: FastAPI) -> dict[str, dict[str, Any]]:
@@ -172,7 +187,8 @@ def operations(app: FastAPI) -> dict[str, dict[str, Any]]:
 async def test_every_route_answers_as_described(store: KeyStore) -> None:
     credentials = StoredCredentials(store._path)
     # Its own: at the end it takes no more requests.
-    app = make_app(credentials)
+    hub = EventHub(FakeSources())
+    app = make_app(credentials, hub)
     described = Description(app.openapi())
     found: dict[str, str] = {}
 
@@ -193,7 +209,12 @@ async def test_every_route_answers_as_described(store: KeyStore) -> None:
                 sent = {"content": given, "headers": chunk_headers(given)}
             elif given and "code" in given:
                 sent = {"json": {"code": filled(given["code"])}}
-            response = await http.request(method, filled(path), **sent)
+            answered = http.request(method, filled(path), **sent)
+            if path == EVENTS:
+                response, _ = await asyncio.gather(answered, end_stream(hub))
+                assert "event: decision" in response.text
+            else:
+                response = await answered
             assert response.status_code == status, (path, response.text)
             if method == "POST" and path in MADE and "stream" not in given:
                 found[MADE[path]] = response.json()["id"]
