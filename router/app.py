@@ -18,7 +18,7 @@ from router.http.guards import (
     OriginGuard,
 )
 from router.http.rate_limits import RateGuard
-from router.openapi import describe_routes
+from router.openapi import describe_routes, description_route
 from router.route import add_routes
 from router.services import Services
 from router.status import installed_version, status_routes
@@ -45,6 +45,7 @@ def create_app(
         title="Impetus",
         version=installed_version(),
         docs_url=None,
+        openapi_url=None,
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
@@ -65,6 +66,7 @@ def create_app(
         *inference_routes(context),
         *status_routes(context, drain),
         *api_routes(context, drain),
+        description_route(app),
     ]
     add_routes(app, routes)
     describe_routes(app, routes)

@@ -7,10 +7,12 @@ from typing import Any, Literal, TypeAlias
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
+from starlette.responses import JSONResponse, Response
 from starlette.routing import compile_path
 
 from core import errors
 from core.errors import ImpetusError
+from core.supervision import call_in_thread
 from router.http.access import Access
 from router.route import Described, Route
 
@@ -22,7 +24,7 @@ _SCHEMAS = "#/components/schemas/{model}"
 _TEXT = {"type": "string"}
 # Names of areas where the path does not tell them.
 _AREAS = {"tokenize": "tokens", "detokenize": "tokens", "apply-template": "tokens"}
-_OF_THE_SERVER = frozenset({"", "metrics", "healthz", "readyz", "health", "drain"})
+_OF_THE_SERVER = frozenset({"", "openapi.json", "metrics", "healthz", "readyz", "health", "drain"})
 _IDEMPOTENCY_KEY: Mapping[str, Any] = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -70,6 +72,19 @@ def describe_routes(app: FastAPI, routes: Sequence[Route]) -> None:
         return app.openapi_schema
 
     app.openapi = build  # type: ignore[method-assign]
+
+
+def description_route(app: FastAPI) -> Route:
+    """Return the route that shows the description of `app`, with itself.
+
+    It is built on a thread: that takes more than 100 ms, for which no stream may stand still.
+    """
+
+    async def show_openapi() -> Response:
+        built = await call_in_thread("impetus-openapi", app.openapi)
+        return JSONResponse(built)
+
+    return Route(Access.INFERENCE, "GET", "/openapi.json", show_openapi, answer=dict[str, Any])
 
 
 def description(routes: Sequence[Route], *, title: str, version: str) -> dict[str, Any]:

@@ -80,6 +80,7 @@ CALLS: list[tuple[str, str, Any, int]] = [
     ("GET", f"/v1/models/{CHAT_MODEL}", None, 200),
     ("GET", "/", None, 200),
     ("GET", "/metrics", None, 200),
+    ("GET", "/openapi.json", None, 200),
     *(("GET", path, None, 200) for path in ("/healthz", "/readyz", "/health", "/v1/health")),
     ("GET", "/api/models?tag=a", None, 200),
     ("GET", "/api/models", None, 200),
