@@ -15,7 +15,13 @@ from catalog.hub.fit import DEFAULT_CONTEXT, Fit, Room, judge, judge_size
 from catalog.hub.repository import HubRepository
 from catalog.hub.skeleton import NoSkeleton, SkeletonBuilder
 from catalog.scan.identify import Outcome, Refused, Uninspected, Unknown
-from core.errors import BackendUnavailable, BrokenModel, HubTooSlow
+from core.errors import (
+    BackendUnavailable,
+    BrokenModel,
+    HubAccessDenied,
+    HubTokenRejected,
+    HubTooSlow,
+)
 from core.files import why
 
 Examine = Callable[[Path], Outcome]
@@ -31,13 +37,14 @@ class RemoteModel:
     """A model of a repository as inspected before its download.
 
     `info` is None where that could not be done; `problem` says why, `is_refused` that this server
-    cannot run the model.
+    cannot run the model.  `denial` is the error of a hub that gives this user no files.
     """
 
     entry: HubEntry
     info: ModelInfo | None
     problem: str = ""
     is_refused: bool = False
+    denial: HubAccessDenied | HubTokenRejected | None = None
 
     @property
     def format(self) -> str:
@@ -55,7 +62,7 @@ def inspect_repository(
 
     `examine` is that of `catalog.scan.inspector`.  GGUF files that differ in their quantization
     alone are inspected once.  Up to 48 base models are inspected, for about 40 s; of the others
-    nothing is known.  Raises the errors `Hub…`.
+    nothing is known.  Raises the errors `Hub…`, except for files that this user may not have.
     """
     found: list[RemoteModel] = []
     end = clock() + _LONGEST_S
@@ -66,6 +73,10 @@ def inspect_repository(
                 "models."
             )
             found += [RemoteModel(entry, None, problem) for entry in group]
+            continue
+        if found and found[-1].denial is not None:
+            # The hub gives access to all files of a repository or to none.
+            found += [replace(found[-1], entry=entry) for entry in group]
             continue
         first = min(group, key=lambda entry: (entry.missing, len(entry.weights), entry.size_bytes))
         model = _inspect(client, repository, first, examine)
@@ -124,6 +135,8 @@ def _inspect(
         return RemoteModel(entry, None, problem.message, True)
     except NoSkeleton as reason:
         return RemoteModel(entry, None, f"It cannot be told before the download: {reason}.")
+    except (HubAccessDenied, HubTokenRejected) as problem:
+        return RemoteModel(entry, None, problem.message, denial=problem)
     except HubTooSlow as problem:
         return RemoteModel(entry, None, f"It was not inspected. {problem.message}")
     except OSError as problem:

@@ -140,6 +140,8 @@ class HubReader:
                     param="model",
                 )
             entry = chosen.candidate.model.entry
+            if (denial := chosen.candidate.model.denial) is not None:
+                raise denial
         return repository_download(client.endpoint, reference, repository, entry, self._folder)
 
     async def _require_usable(
@@ -159,6 +161,8 @@ class HubReader:
         except HubUnavailable:
             # The download waits until the hub is back, and the scan looks at what arrived.
             return
+        if model.denial is not None:
+            raise model.denial
         if model.is_refused:
             raise RequestError(
                 f"{entry.name} of {repository.model.id} cannot be used here, so it is not "

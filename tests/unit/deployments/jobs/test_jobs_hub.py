@@ -10,7 +10,7 @@ from backends.registry import backends_for
 from catalog.hub.client import HubClient
 from catalog.hub.fit import Room
 from catalog.scan.identify import Outcome, examine
-from core.errors import HubNotFound, HubUnavailable, RequestError
+from core.errors import HubAccessDenied, HubNotFound, HubUnavailable, RequestError
 from core.units import GIB
 from deployments.jobs.hub import HubReader
 from router.hub_service import HubSearch
@@ -150,6 +150,24 @@ async def test_named_model_of_a_repository_that_was_shown_is_not_inspected_again
     hub.forget_requests()
     await read.plan("org/tiny:q4_k_m", "", "")
     assert (len(hub.requests), Here.count) == (1, 1)
+
+
+async def test_gated_repository_is_shown_and_its_download_says_how_to_get_access(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """D11: what the hub shows of it is public, its files are not."""
+    hub.publish("org/gated", tmp_path / "source", gated="manual")
+    read = reader(hub, tmp_path)
+    found = await read.repository("org/gated", "", 16)
+    assert found.gated == "manual"
+    assert {entry.name for entry in found.entries} == {SMALL, LARGE}
+    for entry in found.entries:
+        assert (entry.is_refused, entry.fit.verdict) == (False, "unknown")
+        assert "accept its terms" in entry.fit.reason
+        assert entry.fit.weights_bytes == entry.size_bytes
+    for model in ("org/gated", "org/gated:q4_k_m"):
+        with pytest.raises(HubAccessDenied, match="accept its terms"):
+            await read.plan(model, "", "")
 
 
 async def test_named_model_of_a_hub_that_fails_meanwhile_is_downloaded_later(
