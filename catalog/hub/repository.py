@@ -84,15 +84,18 @@ def _files(client: HubClient, name: str, siblings: Sequence[Any]) -> tuple[Repos
         raise HubAnswerInvalid(
             f"{name} has {len(siblings):,} files; repositories of up to {MAX_FILES:,} are read."
         )
-    files = tuple(map(_file, map(facts.mapping, siblings)))
-    for file in files:
+    listed = [(_file(sibling), sibling) for sibling in map(facts.mapping, siblings)]
+    for file, _ in listed:
         try:
-            check_path(file.path)
+            check_path(file.path.replace(":", "_"))
         except RequestError as problem:
             raise HubAnswerInvalid(f"{client.host} lists for {name}: {problem.message}") from None
-    for file, sibling in zip(files, siblings, strict=True):
+    # Not every system has colons in names; Windows leaves files with them beside its downloads.
+    listed = [(file, sibling) for file, sibling in listed if ":" not in file.path]
+    files = tuple(file for file, _ in listed)
+    for file, sibling in listed:
         # Taken for 0 it would fit everywhere, and its download would be empty.
-        if not file.size_bytes and facts.mapping(sibling).get("size") != 0:
+        if not file.size_bytes and sibling.get("size") != 0:
             raise HubAnswerInvalid(
                 f"{client.host} states no size of {file.path[:80]!r} in {name}. If it is a mirror, "
                 "unset HF_ENDPOINT or use another one."

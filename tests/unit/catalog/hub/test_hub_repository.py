@@ -100,3 +100,22 @@ def test_hub_that_lists_impossible_files_is_refused(answer: Any, said: str) -> N
 
     with pytest.raises(HubAnswerInvalid, match=said):
         read_repository(Lying("http://hub.test", ""), "org/tiny")
+
+
+def test_hub_files_with_names_that_no_mac_has_are_left_out() -> None:
+    """Windows leaves `NAME:Zone.Identifier` beside what it downloaded."""
+    siblings = [
+        {"rfilename": "m-Q8_0.gguf", "size": 5},
+        {"rfilename": "m-Q8_0.gguf:Zone.Identifier", "size": 1},
+        {"rfilename": "logs/12:30:01/x.json"},
+    ]
+
+    class Odd(HubClient):
+        def get_json(self, *_: Any, **__: Any) -> JsonAnswer:
+            return JsonAnswer({"sha": SHA, "siblings": siblings})
+
+    found = read_repository(Odd("http://hub.test", ""), "org/tiny")
+    assert [file.path for file in found.files] == ["m-Q8_0.gguf"]
+    siblings.append({"rfilename": "../a:b", "size": 1})
+    with pytest.raises(HubAnswerInvalid, match="is not the path of a file"):
+        read_repository(Odd("http://hub.test", ""), "org/tiny")
