@@ -10,6 +10,13 @@ from catalog.scan.packages import is_part, natural_format
 from core.units import MIB
 
 _MAX_SIDE_BYTES = 64 * MIB
+# Of texts that say nothing of tokenizers: data and logs of a training are larger.
+_MAX_OTHER_BYTES = MIB
+_LARGE = re.compile(
+    r".*(?:token|vocab|merges|config|\.index\.json|tekken|template|bpe|encoder|spiece).*|"
+    r".*\.(?:model|tiktoken)",
+    re.IGNORECASE | re.DOTALL,
+)
 _SHARD = re.compile(r"(.+?)[-._](\d{5})-of-(\d{5})(\.\w+)", re.DOTALL)
 QUANTIZATION = re.compile(
     r"(?:^|[-._/ ])((?:ud-|i1-)?(?:i?q\d(?:_\w+|f16)?|tq\d_\d|b?f16|f32|fp16|fp32|fp8|fp4|"
@@ -259,6 +266,11 @@ def _sides(name: str, weights: Sequence[RepositoryFile], tree: _Tree) -> Iterabl
             if base.endswith(_INDEX):
                 # An index names the files of one set of weights.
                 is_kept = folder == own and base == f"{posixpath.basename(name)}{_INDEX}"
-            is_small = is_kept and file.size_bytes <= _MAX_SIDE_BYTES
+            is_small = is_kept and file.size_bytes <= _most_bytes(base)
             if file.path not in taken and (is_small or tree.is_module_weights(file.path)):
                 yield file
+
+
+def _most_bytes(name: str) -> int:
+    """Return how large a file beside a model may be to be downloaded with it."""
+    return _MAX_SIDE_BYTES if _LARGE.fullmatch(name) else _MAX_OTHER_BYTES

@@ -199,3 +199,15 @@ def test_hub_entries_quantized_with_an_importance_matrix_are_models() -> None:
     found = group(files(*models, *parts), ())
     assert {entry.name for entry in found} == set(models)
     assert {entry.quantization for entry in found} == {"q4_k_m", "iq2_m", "q6_k"}
+
+
+def test_hub_entries_leave_the_data_of_a_training_behind() -> None:
+    """Of large texts only those that tokenizers and indexes are in."""
+    needed = (
+        *("tokenizer.json", "vocab.json", "merges.txt", "tekken.json", "vocab.txt"),
+        *("model.safetensors.index.json", "spiece.model", "qwen.tiktoken", "added_tokens.json"),
+    )
+    weights = "model-00001-of-00001.safetensors"
+    large = files(*needed, "train.json", "dataset.txt", "wandb-log.json", weights, size=5 << 20)
+    (entry,) = group((*large, *files("config.json", "all_results.json")), ())
+    assert {file.path for file in entry.sides} == {*needed, "config.json", "all_results.json"}
