@@ -29,19 +29,26 @@ _NAMES = re.compile(
 def has_only_model(folder: Path, files: Collection[Path]) -> bool:
     """Return whether all that is in `folder` belongs to a model of `files`; blocks briefly.
 
-    Unknown files are not the model's, whatever they are.  Raises OSError.
+    Unknown files are not the model's, whatever they are, nor is what cannot be listed.
     """
     own = {str(file) for file in files} | {str(folder / path) for path in recorded_files(folder)}
-    for count, path in enumerate(_found(folder), start=1):
-        is_known = str(path) in own or _NAMES.fullmatch(path.name) is not None
-        if count > _MAX_FILES or not is_known:
-            return False
+    try:
+        for count, path in enumerate(_found(folder), start=1):
+            is_known = str(path) in own or _NAMES.fullmatch(path.name) is not None
+            if count > _MAX_FILES or not is_known:
+                return False
+    except OSError:
+        return False
     return True
 
 
 def _found(folder: Path) -> Iterator[Path]:
-    """Yield the files and links below a folder, except those of tools."""
-    for place, folders, names in os.walk(folder):
+    """Yield the files and links below a folder, except those of tools.  Raises OSError."""
+
+    def fail(problem: OSError) -> None:
+        raise problem
+
+    for place, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if name not in _TOOLS]
         linked = [name for name in folders if os.path.islink(os.path.join(place, name))]
         yield from (Path(place) / name for name in (*names, *linked))

@@ -142,6 +142,26 @@ def test_what_is_no_part_of_the_model_stays_where_it_is(root: Path, foreign: str
     assert not (root / "m" / "model.safetensors").exists()
 
 
+def test_a_folder_that_cannot_be_listed_may_have_anything(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = record(root, "m/model.safetensors", format="safetensors")
+    (root / "m" / "private").mkdir()
+    (root / "m" / "private" / "diary.txt").write_bytes(b"mine")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    entry = delete(one, root)
+    monkeypatch.undo()
+    assert entry.paths == ("m/model.safetensors",)
+    assert (root / "m" / "private" / "diary.txt").read_bytes() == b"mine"
+
+
 def test_what_repositories_have_beside_a_model_goes_with_it(root: Path) -> None:
     one = record(root, "m/model.safetensors", "m/config.json", format="safetensors")
     others = (
