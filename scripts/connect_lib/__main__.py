@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 from core.proxies import bypass_proxies
 from deployments.start.readiness import local_url
-from scripts.connect_lib.check import run_checks
-from scripts.connect_lib.client import Client
-from scripts.connect_lib.clients import CLIENTS
-from scripts.connect_lib.files import Edit, apply, hidden, preview, undo
-from scripts.connect_lib.problems import ConnectError
-from scripts.connect_lib.server import Model, Target, choose, list_models, normal_url
-from scripts.server_lib.address import KEY_VARIABLE, AddressProblem, own_settings
+from router.clients.check import run_checks
+from router.clients.client import Client
+from router.clients.clients import CLIENTS
+from router.clients.files import apply_all, hidden, preview, undo
+from router.clients.problems import ConnectError
+from router.clients.target import KEY_VARIABLE, Model, Target, normal_url
+from scripts.connect_lib.server import choose, list_models
+from scripts.server_lib.address import AddressProblem, own_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +72,7 @@ def _set_up(client: Client, target: Target, model: Model, *, is_applied: bool) -
     if client.text is not None:
         print(f"\n{client.text(target, model)}\n")
         return
-    edits = client.edits(target, model)
+    edits = [change.planned() for change in client.changes(target, model)]
     changes = [edit for edit in edits if edit.changes_something]
     if not changes:
         print(f"        {client.title} is set up already: {edits[0].path}")
@@ -83,25 +84,11 @@ def _set_up(client: Client, target: Target, model: Model, *, is_applied: bool) -
     if not is_applied:
         print("        Nothing was written; run again with --apply to write it.")
         return
-    _write(changes)
+    for edit, backup in zip(changes, apply_all(changes), strict=True):
+        print(f"ok      written: {edit.path} (backup: {backup})")
     for hint in (client.key_hint if target.key else "", client.hint):
         if hint:
             print(f"        {hint}")
-
-
-def _write(changes: Sequence[Edit]) -> None:
-    """Write all files, or restore those already written if one fails."""
-    written: list[Edit] = []
-    try:
-        for edit in changes:
-            backup = apply(edit)
-            written.append(edit)
-            print(f"ok      written: {edit.path} (backup: {backup})")
-    except ConnectError:
-        for edit in written:
-            undo(edit.path)
-            print(f"        restored: {edit.path}")
-        raise
 
 
 def _undo(client: Client, *, is_forced: bool) -> int:

@@ -5,17 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
-
 from core.errors import ImpetusError
 from core.keys import MANAGEMENT_TOKEN, read_key
 from core.settings import Settings
 from deployments.start.checks import read_settings
 from deployments.start.readiness import local_url
+from router.clients.problems import ConnectError
+from router.clients.target import KEY_VARIABLE
+from router.clients.target import normal_root as root_of
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
-KEY_VARIABLE = "IMPETUS_API_KEY"
-_EXAMPLE = "http://127.0.0.1:8000"
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -63,13 +62,9 @@ def own_settings(config: Path = CONFIG) -> Settings:
 def normal_root(text: str) -> str:
     """Return a URL without `/v1` at its end.  Raises AddressProblem unless it is one of HTTP."""
     try:
-        url = httpx.URL(text)
-        if url.scheme in ("http", "https") and url.host:
-            return text.rstrip("/").removesuffix("/v1").rstrip("/")
-        reason = ""
-    except httpx.InvalidURL as problem:
-        reason = f" ({problem})"
-    raise AddressProblem(f"{text!r} is not a valid address{reason}; use one like {_EXAMPLE}.")
+        return root_of(text)
+    except ConnectError as problem:
+        raise AddressProblem(str(problem)) from problem
 
 
 def _is_same(root: str, own: str) -> bool:

@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 
 import pytest
 
+from router.clients.check import Outcome
+from router.clients.clients import CLIENTS
 from scripts.connect_lib import __main__ as connect
-from scripts.connect_lib.check import Outcome
-from scripts.connect_lib.clients import CLIENTS
 
 Entry: TypeAlias = Callable[..., dict[str, Any]]
 # Each moves a client's files elsewhere.

@@ -10,13 +10,15 @@ import yaml
 
 from catalog.compatibility import Traits, compatibility
 from core.types import Capability
+from router.clients import files
+from router.clients.check import Outcome
+from router.clients.clients import CLIENTS
+from router.clients.documents import changed_json, changed_yaml
+from router.clients.files import Edit, apply, preview, undo
+from router.clients.problems import ConnectError
+from router.clients.target import Model, Target, normal_url
 from scripts.connect_lib import __main__ as connect
-from scripts.connect_lib.check import Outcome
-from scripts.connect_lib.clients import CLIENTS
-from scripts.connect_lib.documents import changed_json, changed_yaml
-from scripts.connect_lib.files import Edit, apply, preview, undo
-from scripts.connect_lib.problems import ConnectError
-from scripts.connect_lib.server import Model, Target, choose, normal_url
+from scripts.connect_lib.server import choose
 from tests.unit.scripts.conftest import Entry
 
 TARGET = Target("http://127.0.0.1:8000/v1", "sesame-42")
@@ -214,7 +216,7 @@ def test_either_both_files_of_llm_are_written_or_none(
             raise ConnectError("full")
         return apply(edit)
 
-    monkeypatch.setattr(connect, "apply", failing)
+    monkeypatch.setattr(files, "apply", failing)
     assert run("llm", "--apply") == 1
     assert list((home / FILES["llm"]).parent.iterdir()) == []
 

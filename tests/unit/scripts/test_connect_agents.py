@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from router.clients.clients import CLIENTS
+from router.clients.jsonc import parse
 from scripts.connect_lib import __main__ as connect
-from scripts.connect_lib.clients import CLIENTS
-from scripts.connect_lib.jsonc import parse
 from tests.unit.scripts.conftest import Entry
 
 MODEL = "coder@gguf-q4_0"

@@ -15,10 +15,11 @@ from core.types import (
     ToolCallDelta,
 )
 from router.app import create_app
+from router.clients.check import Outcome, run_checks
+from router.clients.client import Wire
+from router.clients.target import Model, Target
 from router.services import EventCallback
-from scripts.connect_lib.check import Outcome, run_checks
-from scripts.connect_lib.client import Wire
-from scripts.connect_lib.server import Model, Target, choose, list_models
+from scripts.connect_lib.server import choose, list_models
 from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, FakeDispatcher, finished, make_services
 from tests.live_server import serving
 

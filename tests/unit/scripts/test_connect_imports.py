@@ -24,7 +24,8 @@ def imported(file: Path) -> set[str]:
 def test_connect_imports_only_what_the_runtime_has() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[^\w.-]", one)[0].lower() for one in project["dependencies"]}
-    files = list((ROOT / "scripts" / "connect_lib").glob("*.py"))
+    folders = ("scripts/connect_lib", "router/clients")
+    files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
     foreign = set[str]().union(*map(imported, files)) - OWN - set(sys.stdlib_module_names)
     assert "httpx" in foreign
     known = packages_distributions()

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.connect_lib.documents import changed_json, changed_jsonc
-from scripts.connect_lib.problems import ConnectError
+from router.clients.documents import changed_json, changed_jsonc
+from router.clients.problems import ConnectError
 
 ZED = """\
 // Zed settings

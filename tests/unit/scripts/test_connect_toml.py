@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from scripts.connect_lib.problems import ConnectError
-from scripts.connect_lib.toml import changed_toml
+from router.clients.problems import ConnectError
+from router.clients.toml import changed_toml
 
 CODEX = '''\
 # My Codex

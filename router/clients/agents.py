@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.connect_lib.client import (
-    KEY_VARIABLE,
+from router.clients.client import (
     PROVIDER,
     Client,
     answer_tokens,
@@ -16,10 +15,10 @@ from scripts.connect_lib.client import (
     put,
     require_chat,
 )
-from scripts.connect_lib.documents import changed_json, changed_jsonc, changed_yaml
-from scripts.connect_lib.files import Edit, planned
-from scripts.connect_lib.server import Model, Target
-from scripts.connect_lib.toml import changed_toml
+from router.clients.documents import changed_json, changed_jsonc, changed_yaml
+from router.clients.files import FileChange
+from router.clients.target import KEY_VARIABLE, Model, Target
+from router.clients.toml import changed_toml
 
 _TITLE = "Impetus"
 # Codex gives up after 5 minutes without an event; loading a large model may take longer.
@@ -30,7 +29,7 @@ def _codex_paths() -> Sequence[Path]:
     return [folder("CODEX_HOME", ".codex") / "config.toml"]
 
 
-def _codex_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _codex_changes(target: Target, model: Model) -> Sequence[FileChange]:
     """Source of the keys: developers.openai.com/codex/config-reference."""
     require_chat("Codex", model)
 
@@ -53,7 +52,7 @@ def _codex_edits(target: Target, model: Model) -> Sequence[Edit]:
         else:
             provider.pop("env_key", None)
 
-    return [planned(_codex_paths()[0], partial(changed_toml, change=change))]
+    return [FileChange(_codex_paths()[0], partial(changed_toml, change=change))]
 
 
 def _opencode_paths() -> Sequence[Path]:
@@ -66,7 +65,7 @@ def _opencode_paths() -> Sequence[Path]:
     return [next((base / name for name in names if (base / name).exists()), base / names[1])]
 
 
-def _opencode_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _opencode_changes(target: Target, model: Model) -> Sequence[FileChange]:
     """Source of the keys: opencode.ai/config.json."""
     require_chat("opencode", model)
 
@@ -85,14 +84,14 @@ def _opencode_edits(target: Target, model: Model) -> Sequence[Edit]:
         # Titles are written by the small model, which is otherwise one of another provider.
         data["model"] = data["small_model"] = f"{PROVIDER}/{model.id}"
 
-    return [planned(_opencode_paths()[0], partial(changed_jsonc, change=change))]
+    return [FileChange(_opencode_paths()[0], partial(changed_jsonc, change=change))]
 
 
 def _aider_paths() -> Sequence[Path]:
     return [Path.home() / ".aider.conf.yml", Path.home() / ".aider.model.metadata.json"]
 
 
-def _aider_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _aider_changes(target: Target, model: Model) -> Sequence[FileChange]:
     """Source of the keys: aider.chat/docs/config, and litellm's model metadata."""
     require_chat("aider", model)
     name = f"openai/{model.id}"
@@ -115,8 +114,8 @@ def _aider_edits(target: Target, model: Model) -> Sequence[Edit]:
 
     settings, metadata = _aider_paths()
     return [
-        planned(settings, partial(changed_yaml, change=change)),
-        planned(metadata, partial(changed_jsonc, change=change_metadata)),
+        FileChange(settings, partial(changed_yaml, change=change)),
+        FileChange(metadata, partial(changed_jsonc, change=change_metadata)),
     ]
 
 
@@ -127,7 +126,7 @@ def _copilot_paths() -> Sequence[Path]:
     return [providers, home / "settings.json"]
 
 
-def _copilot_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _copilot_changes(target: Target, model: Model) -> Sequence[FileChange]:
     """Source of the keys: `copilot help providers` and api.schema.json in its package."""
     require_chat("GitHub Copilot's command line", model)
 
@@ -153,8 +152,8 @@ def _copilot_edits(target: Target, model: Model) -> Sequence[Edit]:
 
     providers, settings = _copilot_paths()
     return [
-        planned(providers, partial(changed_json, change=change)),
-        planned(settings, partial(changed_jsonc, change=change_settings)),
+        FileChange(providers, partial(changed_json, change=change)),
+        FileChange(settings, partial(changed_jsonc, change=change_settings)),
     ]
 
 
@@ -162,14 +161,14 @@ AGENTS: Mapping[str, Client] = {
     "codex": Client(
         "Codex",
         _codex_paths,
-        _codex_edits,
+        _codex_changes,
         wire="responses",
         hint="Run: codex",
         key_hint=f"Codex reads the key from {KEY_VARIABLE}: set it where Codex runs.",
     ),
-    "opencode": Client("opencode", _opencode_paths, _opencode_edits, hint="Run: opencode"),
-    "aider": Client("aider", _aider_paths, _aider_edits, hint="Run: aider"),
+    "opencode": Client("opencode", _opencode_paths, _opencode_changes, hint="Run: opencode"),
+    "aider": Client("aider", _aider_paths, _aider_changes, hint="Run: aider"),
     "copilot-cli": Client(
-        "GitHub Copilot's command line", _copilot_paths, _copilot_edits, hint="Run: copilot"
+        "GitHub Copilot's command line", _copilot_paths, _copilot_changes, hint="Run: copilot"
     ),
 }

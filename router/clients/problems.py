@@ -1,4 +1,4 @@
-"""The error that ends `scripts/connect` with a message; no file was changed."""
+"""The error of a client that cannot be set up; no file was changed."""
 
 
 class ConnectError(Exception):

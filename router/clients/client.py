@@ -1,4 +1,4 @@
-"""Describes a client that `scripts/connect` sets up, and where clients keep their files."""
+"""Describes a client that can be set up for this server, and where clients keep their files."""
 
 import os
 import sys
@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from scripts.connect_lib.files import Edit
-from scripts.connect_lib.problems import ConnectError
-from scripts.connect_lib.server import Model, Target
-from scripts.server_lib.address import KEY_VARIABLE as KEY_VARIABLE
+from router.clients.files import FileChange
+from router.clients.problems import ConnectError
+from router.clients.target import Model, Target
 
 # The name of this server among a client's providers.  Zed derives IMPETUS_API_KEY from it.
 PROVIDER = "impetus"
@@ -30,7 +29,7 @@ class Client:
 
     title: str
     paths: Callable[[], Sequence[Path]]
-    edits: Callable[[Target, Model], Sequence[Edit]]
+    changes: Callable[[Target, Model], Sequence[FileChange]]
     text: Callable[[Target, Model], str] | None = None
     wire: Wire = "openai"
     hint: str = ""
@@ -62,9 +61,7 @@ def answer_tokens(model: Model) -> int:
 def require_chat(title: str, model: Model) -> None:
     """Raise ConnectError unless the model can chat."""
     if not model.chats:
-        raise ConnectError(
-            f"{title} needs a chat model and {model.id} is not one; choose another with --model."
-        )
+        raise ConnectError(f"{title} needs a chat model and {model.id} is not one; choose another.")
 
 
 def require_context(title: str, model: Model) -> None:

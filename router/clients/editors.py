@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.connect_lib.client import (
-    KEY_VARIABLE,
+from router.clients.client import (
     PROVIDER,
     Client,
     answer_tokens,
@@ -16,9 +15,9 @@ from scripts.connect_lib.client import (
     put,
     require_context,
 )
-from scripts.connect_lib.documents import changed_jsonc
-from scripts.connect_lib.files import Edit, planned
-from scripts.connect_lib.server import Model, Target
+from router.clients.documents import changed_jsonc
+from router.clients.files import FileChange
+from router.clients.target import KEY_VARIABLE, Model, Target
 
 _VS_CODE_FOLDERS = ("Code", "Code - Insiders")
 
@@ -30,7 +29,7 @@ def _zed_paths() -> Sequence[Path]:
     return [base / "zed" / "settings.json"]
 
 
-def _zed_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _zed_changes(target: Target, model: Model) -> Sequence[FileChange]:
     """Source of the keys: zed-industries/zed, crates/settings_content/src/language_model.rs."""
     require_context("Zed", model)
     entry = {
@@ -54,7 +53,7 @@ def _zed_edits(target: Target, model: Model) -> Sequence[Edit]:
         chosen = {"provider": PROVIDER, "model": model.id}
         data.setdefault("agent", {}).setdefault("default_model", {}).update(chosen)
 
-    return [planned(_zed_paths()[0], partial(changed_jsonc, change=change))]
+    return [FileChange(_zed_paths()[0], partial(changed_jsonc, change=change))]
 
 
 def _vs_code_paths() -> Sequence[Path]:
@@ -69,7 +68,7 @@ def _vs_code_paths() -> Sequence[Path]:
     return [user / "User" / "chatLanguageModels.json"]
 
 
-def _vs_code_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _vs_code_changes(target: Target, model: Model) -> Sequence[FileChange]:
     """Source of the keys: code.visualstudio.com/docs/agent-customization/language-models."""
     require_context("GitHub Copilot in VS Code", model)
     entry = {
@@ -91,20 +90,20 @@ def _vs_code_edits(target: Target, model: Model) -> Sequence[Edit]:
         # VS Code ignores a key in this file; one entered there is kept as a reference.
         put(group.setdefault("models", []), entry, ["id"])
 
-    return [planned(_vs_code_paths()[0], partial(changed_jsonc, change=change, is_list=True))]
+    return [FileChange(_vs_code_paths()[0], partial(changed_jsonc, change=change, is_list=True))]
 
 
 EDITORS: Mapping[str, Client] = {
     "zed": Client(
         "Zed",
         _zed_paths,
-        _zed_edits,
+        _zed_changes,
         hint=f"Zed needs a key (any text if the server has none): enter it, or set {KEY_VARIABLE}.",
     ),
     "copilot": Client(
         "GitHub Copilot in VS Code",
         _vs_code_paths,
-        _vs_code_edits,
+        _vs_code_changes,
         hint="In VS Code, select the model in the chat's model picker.",
         key_hint="Enter the key in VS Code: Chat: Manage Language Models, impetus, Update API Key.",
     ),

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from scripts.connect_lib.documents import Change, apply_change
-from scripts.connect_lib.problems import ConnectError
+from router.clients.documents import Change, apply_change
+from router.clients.problems import ConnectError
 
 _PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')"""
 _ASSIGNMENT = re.compile(rf"(\s*{_PART}(?:\s*\.\s*{_PART})*\s*=\s*)")

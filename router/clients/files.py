@@ -1,4 +1,4 @@
-"""Writes configuration files with backups, and restores them (`--apply` and `--undo`)."""
+"""Writes configuration files with backups, and restores them."""
 
 import difflib
 import hashlib
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.files import write_atomically
-from scripts.connect_lib.problems import ConnectError
+from router.clients.problems import ConnectError
 
 _MARK = ".impetus-"
 # Suffix of the backup of a file that did not exist: restoring it deletes the file.
@@ -48,6 +48,30 @@ class Edit:
         return self.before != self.after
 
 
+@dataclass(frozen=True, slots=True)
+class FileChange:
+    """A change of a client's file: `change` makes the new text of the old one, None without one.
+
+    With `holds_secrets`, every value in the file is treated as a secret.
+    """
+
+    path: Path
+    change: Callable[[str | None], str]
+    holds_secrets: bool = False
+
+    def planned(self) -> Edit:
+        """Return the edit of the file as it is.  Raises ConnectError naming the file."""
+        before = read_text(self.path)
+        try:
+            return Edit(self.path, before, _changed(before, self.change), self.holds_secrets)
+        except ConnectError as problem:
+            raise ConnectError(f"{self.path} was not changed: {problem}.") from problem
+
+    def alone(self) -> str:
+        """Return what the file would hold if nothing else were in it."""
+        return self.change(None)
+
+
 def read_text(path: Path) -> str | None:
     """Return a file's text, or None if it does not exist.  Raises ConnectError."""
     try:
@@ -59,17 +83,6 @@ def read_text(path: Path) -> str | None:
         raise ConnectError(
             f"{path} cannot be read ({problem}); check its permissions."
         ) from problem
-
-
-def planned(
-    path: Path, change: Callable[[str | None], str], *, holds_secrets: bool = False
-) -> Edit:
-    """Return the edit that `change` makes to the file.  Raises ConnectError naming the file."""
-    before = read_text(path)
-    try:
-        return Edit(path, before, _changed(before, change), holds_secrets)
-    except ConnectError as problem:
-        raise ConnectError(f"{path} was not changed: {problem}.") from problem
 
 
 def _changed(before: str | None, change: Callable[[str | None], str]) -> str:
@@ -120,6 +133,24 @@ def apply(edit: Edit) -> Path:
             f"{target} cannot be written ({problem.strerror}); check its permissions."
         ) from problem
     return backup
+
+
+def apply_all(edits: Iterable[Edit]) -> list[Path]:
+    """Write all files and return their backups, or restore those already written if one fails.
+
+    Raises ConnectError.
+    """
+    written: list[Edit] = []
+    backups: list[Path] = []
+    try:
+        for edit in edits:
+            backups.append(apply(edit))
+            written.append(edit)
+    except ConnectError:
+        for edit in written:
+            undo(edit.path)
+        raise
+    return backups
 
 
 def undo(path: Path, *, is_forced: bool = False) -> Path | None:

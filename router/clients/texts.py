@@ -1,6 +1,6 @@
 """Setup text to copy for clients without a configuration file; it never contains a key."""
 
-from scripts.connect_lib.server import NO_KEY, Model, Target
+from router.clients.target import NO_KEY, Model, Target
 
 
 def open_webui_text(target: Target, model: Model) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from scripts.connect_lib.jsonc import edited, parse
-from scripts.connect_lib.problems import ConnectError
+from router.clients.jsonc import edited, parse
+from router.clients.problems import ConnectError
 
 # Indentation of mappings and of lists, and the offset of a list's dash.
 _STYLES = ((2, 2, 0), (2, 4, 2), (4, 4, 2), (4, 4, 0), (4, 6, 4), (2, 3, 1))

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
-from scripts.connect_lib.client import Wire
-from scripts.connect_lib.server import Model, Target
+from router.clients.client import Wire
+from router.clients.target import Model, Target
 
 # Includes loading the model, which takes long for a large one.
 _TIMEOUT_S = 300.0

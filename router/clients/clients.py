@@ -1,4 +1,4 @@
-"""Configuration files and contents of each client that `scripts/connect` can set up."""
+"""Configuration files and contents of each client that can be set up."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.connect_lib.agents import AGENTS
-from scripts.connect_lib.client import Client, answer_tokens, folder, is_mac, require_chat
-from scripts.connect_lib.documents import changed_json, changed_yaml
-from scripts.connect_lib.editors import EDITORS
-from scripts.connect_lib.files import Edit, planned
-from scripts.connect_lib.server import Model, Target
-from scripts.connect_lib.texts import langchain_text, open_webui_text, openai_text
+from router.clients.agents import AGENTS
+from router.clients.client import Client, answer_tokens, folder, is_mac, require_chat
+from router.clients.documents import changed_json, changed_yaml
+from router.clients.editors import EDITORS
+from router.clients.files import FileChange
+from router.clients.target import Model, Target
+from router.clients.texts import langchain_text, open_webui_text, openai_text
 
 
 def _cline_paths() -> Sequence[Path]:
@@ -22,7 +22,7 @@ def _cline_paths() -> Sequence[Path]:
     return [base / "settings" / "providers.json", base / "settings" / "models.json"]
 
 
-def _cline_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _cline_changes(target: Target, model: Model) -> Sequence[FileChange]:
     def change(data: Any) -> None:
         data.setdefault("version", 1)
         data["lastUsedProvider"] = "openai-compatible"
@@ -52,8 +52,8 @@ def _cline_edits(target: Target, model: Model) -> Sequence[Edit]:
 
     providers, models = _cline_paths()
     return [
-        planned(providers, partial(changed_json, change=change)),
-        planned(models, partial(changed_json, change=add_model)),
+        FileChange(providers, partial(changed_json, change=change)),
+        FileChange(models, partial(changed_json, change=add_model)),
     ]
 
 
@@ -61,7 +61,7 @@ def _continue_paths() -> Sequence[Path]:
     return [folder("CONTINUE_GLOBAL_DIR", ".continue") / "config.yaml"]
 
 
-def _continue_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _continue_changes(target: Target, model: Model) -> Sequence[FileChange]:
     roles = ["chat", "edit", "apply"] if model.chats else []
     roles += ["autocomplete"] if "infill" in model.capabilities else []
     roles += ["embed"] if "embedding" in model.capabilities else []
@@ -89,14 +89,14 @@ def _continue_edits(target: Target, model: Model) -> Sequence[Edit]:
                 return
         models.append(entry)
 
-    return [planned(_continue_paths()[0], partial(changed_yaml, change=change))]
+    return [FileChange(_continue_paths()[0], partial(changed_yaml, change=change))]
 
 
 def _claude_paths() -> Sequence[Path]:
     return [folder("CLAUDE_CONFIG_DIR", ".claude") / "settings.json"]
 
 
-def _claude_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _claude_changes(target: Target, model: Model) -> Sequence[FileChange]:
     variables = {
         "ANTHROPIC_BASE_URL": target.root,
         "ANTHROPIC_AUTH_TOKEN": target.shown_key,
@@ -110,14 +110,14 @@ def _claude_edits(target: Target, model: Model) -> Sequence[Edit]:
     def change(data: Any) -> None:
         data.setdefault("env", {}).update(variables)
 
-    return [planned(_claude_paths()[0], partial(changed_json, change=change))]
+    return [FileChange(_claude_paths()[0], partial(changed_json, change=change))]
 
 
 def _roo_paths() -> Sequence[Path]:
     return [Path.home() / ".roo" / "impetus-settings.json"]
 
 
-def _roo_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _roo_changes(target: Target, model: Model) -> Sequence[FileChange]:
     def change(data: Any) -> None:
         profiles = data.setdefault("providerProfiles", {})
         profiles["currentApiConfigName"] = "impetus"
@@ -136,7 +136,7 @@ def _roo_edits(target: Target, model: Model) -> Sequence[Edit]:
         }
         data.setdefault("globalSettings", {})
 
-    return [planned(_roo_paths()[0], partial(changed_json, change=change))]
+    return [FileChange(_roo_paths()[0], partial(changed_json, change=change))]
 
 
 def _llm_paths() -> Sequence[Path]:
@@ -149,7 +149,7 @@ def _llm_paths() -> Sequence[Path]:
     return [base / "extra-openai-models.yaml", base / "keys.json"]
 
 
-def _llm_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _llm_changes(target: Target, model: Model) -> Sequence[FileChange]:
     require_chat("llm", model)
     models_path, keys_path = _llm_paths()
     entry = {
@@ -172,8 +172,8 @@ def _llm_edits(target: Target, model: Model) -> Sequence[Edit]:
         data["impetus"] = target.shown_key
 
     return [
-        planned(models_path, partial(changed_yaml, change=change, is_list=True)),
-        planned(keys_path, partial(changed_json, change=change_keys), holds_secrets=True),
+        FileChange(models_path, partial(changed_yaml, change=change, is_list=True)),
+        FileChange(keys_path, partial(changed_json, change=change_keys), holds_secrets=True),
     ]
 
 
@@ -181,29 +181,29 @@ def _no_paths() -> Sequence[Path]:
     return []
 
 
-def _no_edits(target: Target, model: Model) -> Sequence[Edit]:
+def _no_changes(target: Target, model: Model) -> Sequence[FileChange]:
     del target, model
     return []
 
 
 CLIENTS: Mapping[str, Client] = {
     "cline": Client(
-        "Cline's command line", _cline_paths, _cline_edits, hint="Run: cline -P openai-compatible"
+        "Cline's command line", _cline_paths, _cline_changes, hint="Run: cline -P openai-compatible"
     ),
-    "continue": Client("Continue", _continue_paths, _continue_edits, hint="Run: cn"),
+    "continue": Client("Continue", _continue_paths, _continue_changes, hint="Run: cn"),
     "claude-code": Client(
-        "Claude Code", _claude_paths, _claude_edits, wire="anthropic", hint="Run: claude"
+        "Claude Code", _claude_paths, _claude_changes, wire="anthropic", hint="Run: claude"
     ),
     "roo": Client(
         "Roo Code",
         _roo_paths,
-        _roo_edits,
+        _roo_changes,
         hint="In Roo's settings choose About Roo Code, Import, and this file.",
     ),
-    "open-webui": Client("Open WebUI", _no_paths, _no_edits, open_webui_text),
-    "openai": Client("OpenAI's SDKs", _no_paths, _no_edits, openai_text),
-    "langchain": Client("LangChain", _no_paths, _no_edits, langchain_text),
-    "llm": Client("llm", _llm_paths, _llm_edits, hint="Run: llm -m MODEL 'Say hello.'"),
+    "open-webui": Client("Open WebUI", _no_paths, _no_changes, open_webui_text),
+    "openai": Client("OpenAI's SDKs", _no_paths, _no_changes, openai_text),
+    "langchain": Client("LangChain", _no_paths, _no_changes, langchain_text),
+    "llm": Client("llm", _llm_paths, _llm_changes, hint="Run: llm -m MODEL 'Say hello.'"),
     **AGENTS,
     **EDITORS,
 }
