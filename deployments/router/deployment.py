@@ -22,12 +22,14 @@ from deployments.router.jobs import JobsClient
 from deployments.router.listener import Listener
 from deployments.router.management import SchedulerManagement
 from deployments.router.model_states import ModelStatesWatch
+from deployments.router.monitor.log_files import LogFiles
 from deployments.router.readiness import Readiness
 from deployments.router.telemetry import ReplicaTelemetry
 from deployments.router.uploads import RouterUploads
 from deployments.serve.awake import keep_awake
 from deployments.serve.broadcast import broadcast_handles
 from deployments.serve.handles import Handle, direct
+from deployments.serve.logs import log_folder
 from deployments.serve.worker import prepare_worker
 from deployments.transport.socket import FrameReceiver
 from router.app import create_app
@@ -113,6 +115,7 @@ class RouterReplica:
             uploads=RouterUploads(settings, jobs_client),
             files=jobs_client,
             events=self._events,
+            logs=LogFiles(log_folder),
         )
         requests = Drain()
         self._app = create_app(services, metrics=metrics, drain=requests)

@@ -1,6 +1,7 @@
-"""Attaches the project's loggers to Ray Serve's log handlers."""
+"""Attaches the project's loggers to Ray Serve's log handlers, and finds their files."""
 
 import logging
+from pathlib import Path
 
 PACKAGES = ("backends", "catalog", "core", "deployments", "router", "scheduler")
 
@@ -13,3 +14,15 @@ def attach_logs() -> None:
         logger.handlers = list(serve_logger.handlers)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def log_folder() -> Path | None:
+    """Return the folder of Serve's log files, in which this process writes one; None: nowhere.
+
+    Source: ray.serve._private.logging_utils, a file handler behind a `MemoryHandler`.
+    """
+    for handler in logging.getLogger("ray.serve").handlers:
+        target = getattr(handler, "target", None) or handler
+        if isinstance(target, logging.FileHandler):
+            return Path(target.baseFilename).parent
+    return None

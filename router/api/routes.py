@@ -91,6 +91,7 @@ from router.api.models import (
     show_endpoint,
     unload_endpoint,
 )
+from router.api.monitor.routes import monitor_routes
 from router.api.session import (
     LinkQuery,
     SessionAnswer,
@@ -169,6 +170,7 @@ def api_routes(context: RouteContext, drain: Drain) -> Iterator[Route]:
         yield from _file_routes(services.files, services.jobs)
     if services.events is not None:
         yield from _event_routes(services.events)
+    yield from monitor_routes(services)
     if services.credentials is not None:
         yield from _key_routes(services.credentials)
         yield from _session_routes(services.settings, services.credentials)

@@ -47,8 +47,8 @@ _ACCEPTED: Mapping[Access, frozenset[KeyScope]] = {
 }
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _SESSION = "/api/session"
-# What is only read to manage the server: who may use it, and what the user's folders hold.
-_PRIVATE = ("/api/keys", "/api/fs")
+# What is only read to manage the server: who may use it, what the user's folders hold, its log.
+_PRIVATE = ("/api/keys", "/api/fs", "/api/logs")
 
 
 def access_of(method: str, path: str) -> Access:

@@ -138,6 +138,7 @@ CALLS: list[tuple[str, str, Any, int]] = [
     ("DELETE", "/api/session", None, 204),
     ("GET", "/api/state", None, 200),
     ("GET", EVENTS, None, 200),
+    ("GET", "/api/logs?level=info", None, 200),
     ("POST", "/api/drain", None, 200),
 ]
 MADE = {"/v1/responses": "RESPONSE", "/api/keys": "KEY"}

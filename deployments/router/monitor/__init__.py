@@ -1,0 +1,1 @@
+"""Reads the server's log and samples what its charts show."""

@@ -1,0 +1,1 @@
+"""The routes about the server itself: its log, charts and heat."""

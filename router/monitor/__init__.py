@@ -1,0 +1,1 @@
+"""What the pages about the server itself show: its log, charts, heat and settings."""
