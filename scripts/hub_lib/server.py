@@ -204,6 +204,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Send the body, with the faults that happen on the way."""
         faults, body = answer.faults, answer.body
         if not faults.keys() & _ON_THE_WAY and isinstance(body, FileBody):
+            if not body.count:
+                return
             with body.source.open("rb") as stream:
                 self.connection.sendfile(stream, body.start, body.count)
             return

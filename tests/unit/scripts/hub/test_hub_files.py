@@ -181,3 +181,13 @@ def test_hub_revision_that_moves_leaves_the_old_commit_readable(
     newest = hub.publish("org/tiny", other)
     assert api.model_info("org/tiny").sha == newest.sha
     assert fetch("sub/notes.txt", revision=SHA) == b"notes"
+
+
+def test_hub_sends_empty_files_over_connections_that_stay(hub: Hub, folder: Path) -> None:
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "empty.gguf").write_bytes(b"")
+    hub.publish("org/tiny", folder)
+    with httpx2.Client(follow_redirects=True) as client:
+        for name in ("empty.txt", "empty.gguf", "config.json"):
+            answer = client.get(f"{hub.endpoint}/org/tiny/resolve/main/{name}")
+            assert (answer.status_code, answer.content) == (200, (folder / name).read_bytes())
