@@ -1,9 +1,10 @@
 """Child process that downloads a model: `python -m catalog.hub.download.child`.
 
 Reads the job and the token as two lines from stdin.  Writes lines of JSON to stdout:
-`{"done_bytes": …}` as the model arrives, `{"wait_s": …, "reason": …}` before another try, and at
-the end `{"done": true}` or `{"error": code, "message": …, "retry_after_s": …}`.  The process kills
-itself at the end of stdin, because its parent has died; what has arrived stays.
+`{"done_bytes": …, "found_bytes": …}` as the model arrives, the second of what did not come by the
+network, `{"wait_s": …, "reason": …}` before another try, and at the end `{"done": true}` or
+`{"error": code, "message": …, "retry_after_s": …}`.  The process kills itself at the end of stdin,
+because its parent has died; what has arrived stays.
 """
 
 import json
@@ -38,6 +39,7 @@ class _Reporter:
 
     pipe: IO[str]
     done_bytes: int = 0
+    fetched_bytes: int = 0
     _sent_s: float = 0.0
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -48,11 +50,23 @@ class _Reporter:
             now = time.monotonic()
             if now - self._sent_s >= _REPORT_S:
                 self._sent_s = now
-                self.send({"done_bytes": self.done_bytes})
+                self.send(self.amounts())
+
+    def fetch(self, count: int) -> None:
+        """Count bytes that arrived by the network; `add` is told of them as well."""
+        with self._lock:
+            self.fetched_bytes += count
+
+    def amounts(self) -> dict[str, Any]:
+        """Return how many bytes are there, and how many of them did not come by the network."""
+        return {
+            "done_bytes": self.done_bytes,
+            "found_bytes": self.done_bytes - self.fetched_bytes,
+        }
 
     def wait(self, seconds: float, reason: str) -> None:
         """Tell why the download waits, and for how long."""
-        self.send({"done_bytes": self.done_bytes, "wait_s": seconds, "reason": reason})
+        self.send({**self.amounts(), "wait_s": seconds, "reason": reason})
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Write one line."""
@@ -91,6 +105,7 @@ def _fetch_all(job: DownloadJob, token: str, reporter: _Reporter) -> dict[str, s
         reporter.wait,
         Pace(job.limit_bytes_per_s),
         shared_files(job),
+        reporter.fetch,
     )
     pool = ThreadPoolExecutor(max(job.connections, 1), "download")
     files = sorted(job.files, key=lambda file: -file.size_bytes)
@@ -147,7 +162,7 @@ def main() -> None:
             {"error": error.code, "message": error.message, "retry_after_s": error.retry_after_s}
         )
         os._exit(1)
-    reporter.send({"done_bytes": reporter.done_bytes, "done": True})
+    reporter.send({**reporter.amounts(), "done": True})
     os._exit(0)
 
 

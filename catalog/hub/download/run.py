@@ -179,7 +179,7 @@ class _Follower:
         self._on_progress = on_progress
         self._total_bytes = job.size_bytes
         self._speed = SpeedWindow(job.size_bytes, time.monotonic())
-        self._done_bytes = 0
+        self._done_bytes = self._found_bytes = 0
         self._reason = ""
         self.is_done = False
         self.error: ImpetusError | None = None
@@ -196,7 +196,8 @@ class _Follower:
         self.is_done = self.is_done or bool(message.get("done"))
         self._reason = str(message.get("reason", ""))
         self._done_bytes = int(message.get("done_bytes", self._done_bytes))
-        self._speed.add(self._done_bytes, time.monotonic())
+        self._found_bytes = int(message.get("found_bytes", self._found_bytes))
+        self._speed.add(self._done_bytes, time.monotonic(), self._found_bytes)
         self.report()
 
     def report(self) -> None:

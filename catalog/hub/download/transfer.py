@@ -103,8 +103,9 @@ class Transfer:
     """Downloads files of one commit into the folder `work`; blocks, for several threads.
 
     `on_bytes` is told by how many bytes the files in `work` grew, negative when some were thrown
-    away; `on_wait` the seconds until the next try, and why.  `shared` are local files by SHA-256,
-    which are copied.  `hashes` has those of the files that were completed, by path.
+    away; `on_fetched` before it of those that came by the network; `on_wait` the seconds until the
+    next try, and why.  `shared` are local files by SHA-256, which are copied.  `hashes` has those
+    of the files that were completed, by path.
     """
 
     client: HubClient | UrlSource
@@ -115,6 +116,7 @@ class Transfer:
     on_wait: Callable[[float, str], None]
     pace: Pace = field(default_factory=Pace)
     shared: Mapping[str, Path] = field(default_factory=dict)
+    on_fetched: Callable[[int], None] = lambda _: None
     hashes: dict[str, str] = field(default_factory=dict)
 
     def fetch(self, file: RepositoryFile) -> None:
@@ -228,6 +230,7 @@ class Transfer:
                 if partial.done + len(piece) > file.size_bytes:
                     raise _wrong(file, f"more than its {file.size_bytes:,} bytes arrived")
                 partial.append(piece)
+                self.on_fetched(len(piece))
                 self.on_bytes(len(piece))
                 self.pace.passed(len(piece), time.monotonic())
         if partial.done < file.size_bytes:

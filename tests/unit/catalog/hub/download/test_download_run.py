@@ -156,6 +156,22 @@ async def test_download_that_is_cancelled_takes_nothing_from_another_one(
     assert (download.job.target / LARGE).read_bytes() == download.content
 
 
+async def test_download_that_goes_on_tells_the_speed_of_the_network(download: Download) -> None:
+    """Of several files parts are found one after the other, while others arrive."""
+    whole = download.source / "n-Q8_0.gguf"
+    whole.write_bytes(b"GGUF" + bytes(2 * SIZE))
+    download.hub.publish("org/tiny", download.source)
+    job = replace(download_of(download), connections=1)
+    (job.work / whole.name).write_bytes(whole.read_bytes())
+    download.part.write_bytes(download.content[:900_000])
+    download.hub.faults.add(Fault("slow", file=LARGE, value="50000"))
+    told: list[DownloadProgress] = []
+    await run_download(job, "", told.append, tick_s=0.1)
+    assert (job.target / LARGE).read_bytes() == download.content
+    # 100,000 bytes were left, which take two seconds.
+    assert 0 < max(each.speed for each in told) < 200_000
+
+
 async def test_download_survives_kills(download: Download) -> None:
     """D6: whenever its process is killed, nothing half is visible and the next one goes on."""
     for at in (100_000, 400_000, 999_999):

@@ -50,6 +50,25 @@ def test_download_that_goes_on_does_not_count_what_was_there() -> None:
     assert window.speed(101.0) == pytest.approx(100.0)
 
 
+def test_download_speed_is_that_of_the_network_alone() -> None:
+    """Parts of several files are found one after the other, while they are read."""
+    window = SpeedWindow(10_000, 0.0)
+    window.add(1000, 1.0, 1000)
+    window.add(8000, 20.0, 8000)
+    assert (window.speed(20.0), window.remaining_s(20.0)) == (0.0, None)
+    window.add(8100, 21.0, 8000)
+    assert window.speed(21.0) == pytest.approx(100.0)
+    assert window.remaining_s(21.0) == pytest.approx(19.0)
+    # Copied from another model: it goes on, but says nothing of the network.
+    window.add(9100, 22.0, 9000)
+    assert window.speed(22.0) == pytest.approx(50.0)
+    window.add(9900, 31.5, 9800)
+    assert (window.speed(31.5), window.stalled_s(31.5)) == (0.0, 0.0)
+    # Thrown away, because it was damaged.
+    window.add(9000, 32.0, 8900)
+    assert window.speed(32.0) == 0.0
+
+
 def test_download_pace_waits_until_the_bytes_are_due() -> None:
     waited: list[float] = []
     pace = Pace(1000, waited.append)
