@@ -5,13 +5,16 @@ connection as the client would: model list, stream, tool call with its result.
 """
 
 import argparse
+import asyncio
 import os
 import sys
 from collections.abc import Sequence
 
+import httpx
+
 from core.proxies import bypass_proxies
 from deployments.start.readiness import local_url
-from router.clients.check import run_checks
+from router.clients.check import LIMIT_S, run_checks
 from router.clients.client import Client
 from router.clients.clients import CLIENTS
 from router.clients.files import apply_all, hidden, preview, undo
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConnectError as problem:
         sys.stderr.write(f"{hidden(str(problem), [key] if key else [])}\n")
         return 1
-    return _check(client, target, model)
+    return asyncio.run(_check(client, target, model))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,15 +107,16 @@ def _undo(client: Client, *, is_forced: bool) -> int:
     return 0 if any(backup for _, backup in backups) else 1
 
 
-def _check(client: Client, target: Target, model: Model) -> int:
+async def _check(client: Client, target: Target, model: Model) -> int:
     code = 0
-    for outcome in run_checks(client.wire, target, model):
-        if outcome.problem:
-            code = 1
-            problem = hidden(outcome.problem, [target.key] if target.key else [])
-            print(f"FAILED  {outcome.name}: {problem}")
-        else:
-            print(f"ok      {outcome.name}")
+    async with httpx.AsyncClient(timeout=LIMIT_S) as http:
+        async for outcome in run_checks(http, client.wire, target, model):
+            if outcome.problem:
+                code = 1
+                problem = hidden(outcome.problem, [target.key] if target.key else [])
+                print(f"FAILED  {outcome.name}: {problem}")
+            else:
+                print(f"ok      {outcome.name}")
     return code
 
 

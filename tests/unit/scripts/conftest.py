@@ -1,6 +1,6 @@
 """A home and a server of their own for the tests of `scripts/connect`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +18,16 @@ VARIABLES: Sequence[str] = (
     *("COPILOT_HOME", "COPILOT_PROVIDERS_CONFIG", "FLATPAK_XDG_CONFIG_HOME"),
     *("VSCODE_PORTABLE", "VSCODE_APPDATA", "IMPETUS_API_KEY"),
 )
+
+
+def checks_with(*outcomes: Outcome) -> Callable[..., AsyncGenerator[Outcome, None]]:
+    """Return a stand-in of `run_checks` with these outcomes."""
+
+    async def run(*_: object) -> AsyncGenerator[Outcome, None]:
+        for outcome in outcomes:
+            yield outcome
+
+    return run
 
 
 @pytest.fixture
@@ -53,5 +63,5 @@ def entries(monkeypatch: pytest.MonkeyPatch, entry: Entry) -> list[Mapping[str, 
     """A server that lists one model and passes every check."""
     listed: list[Mapping[str, Any]] = [entry("coder@gguf-q4_0", aliases=["coder"])]
     monkeypatch.setattr(connect, "list_models", lambda _: listed)
-    monkeypatch.setattr(connect, "run_checks", lambda *_: iter([Outcome("stream")]))
+    monkeypatch.setattr(connect, "run_checks", checks_with(Outcome("stream")))
     return listed

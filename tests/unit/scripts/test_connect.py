@@ -19,7 +19,7 @@ from router.clients.problems import ConnectError
 from router.clients.target import Model, Target, normal_url
 from scripts.connect_lib import __main__ as connect
 from scripts.connect_lib.server import choose
-from tests.unit.scripts.conftest import Entry
+from tests.unit.scripts.conftest import Entry, checks_with
 
 TARGET = Target("http://127.0.0.1:8000/v1", "sesame-42")
 MODEL = Model("coder@gguf-q4_0", 32_768, frozenset({"chat", "completion", "tools", "infill"}))
@@ -369,9 +369,7 @@ def test_a_failed_check_is_told_without_the_key(
     entries: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del entries
-    monkeypatch.setattr(
-        connect, "run_checks", lambda *_: iter([Outcome("stream", f"bad {TARGET.key}")])
-    )
+    monkeypatch.setattr(connect, "run_checks", checks_with(Outcome("stream", f"bad {TARGET.key}")))
     assert run("openai", "--key", TARGET.key) == 1
     assert "FAILED  stream: bad ***" in capsys.readouterr().out
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import httpx
 import pytest
 
 from core.errors import EngineFailed
@@ -15,7 +16,7 @@ from core.types import (
     ToolCallDelta,
 )
 from router.app import create_app
-from router.clients.check import Outcome, run_checks
+from router.clients.check import CheckFailed, Outcome, check_model_list, checked, run_checks
 from router.clients.client import Wire
 from router.clients.target import Model, Target
 from router.services import EventCallback
@@ -44,6 +45,11 @@ class Talker(FakeDispatcher):
         await super().generate(request, on_events)
 
 
+async def checks(wire: Wire, target: Target, model: Model) -> list[Outcome]:
+    async with httpx.AsyncClient(timeout=30) as http:
+        return [outcome async for outcome in run_checks(http, wire, target, model)]
+
+
 async def outcomes(
     dispatcher: FakeDispatcher,
     wanted: str | None = CHAT_MODEL,
@@ -53,12 +59,8 @@ async def outcomes(
     services = make_services(dispatcher, **settings)
     async with serving(create_app(services)) as port:
         target = Target(f"http://127.0.0.1:{port}/v1", settings.get("api_key", ""))
-
-        def check() -> list[Outcome]:
-            model = choose(list_models(target), "cline", wanted)
-            return list(run_checks(wire, target, model))
-
-        return await asyncio.to_thread(check)
+        entries = await asyncio.to_thread(list_models, target)
+        return await checks(wire, target, choose(entries, "cline", wanted))
 
 
 async def test_a_stream_and_a_tool_round_trip_pass() -> None:
@@ -106,7 +108,7 @@ async def test_a_stream_and_a_tool_round_trip_pass_in_anthropics_api() -> None:
     async with serving(app) as port:
         target = Target(f"http://127.0.0.1:{port}/v1")
         model = Model(CHAT_MODEL, 2048, frozenset({Capability.CHAT}))
-        found = await asyncio.to_thread(lambda: list(run_checks("anthropic", target, model)))
+        found = await checks("anthropic", target, model)
     assert found == [Outcome("stream"), Outcome("tool round trip")]
 
 
@@ -149,6 +151,21 @@ async def test_a_server_without_the_messages_api_fails_the_anthropic_checks() ->
     async with serving(create_app(make_services())) as port:
         target = Target(f"http://127.0.0.1:{port}/nothing/v1")
         model = Model(CHAT_MODEL, 2048, frozenset({Capability.CHAT}))
-        found = await asyncio.to_thread(lambda: list(run_checks("anthropic", target, model)))
+        found = await checks("anthropic", target, model)
     assert [outcome.name for outcome in found] == ["stream", "tool round trip"]
     assert all(outcome.problem.startswith("HTTP 404") for outcome in found)
+
+
+async def test_a_check_ends_in_time_and_says_how_long_it_took() -> None:
+    found = await checked("stream", asyncio.sleep(30), 0.05)
+    assert found.problem == "no complete answer within 0.05 s; is the model being loaded?"
+    assert 40 <= found.ms < 5000
+
+
+async def test_the_model_list_must_have_the_model() -> None:
+    async with serving(create_app(make_services())) as port, httpx.AsyncClient() as http:
+        target = Target(f"http://127.0.0.1:{port}/v1")
+        for name in (CHAT_MODEL, CHAT_MODEL.partition("@")[0]):
+            await check_model_list(http, target, Model(name, 2048, frozenset({"chat"})))
+        with pytest.raises(CheckFailed, match="does not have the model other"):
+            await check_model_list(http, target, Model("other", 2048, frozenset({"chat"})))
