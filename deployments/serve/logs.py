@@ -1,6 +1,7 @@
 """Attaches the project's loggers to Ray Serve's log handlers, and finds their files."""
 
 import logging
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 PACKAGES = ("backends", "catalog", "core", "deployments", "router", "scheduler")
@@ -19,10 +20,10 @@ def attach_logs() -> None:
 def log_folder() -> Path | None:
     """Return the folder of Serve's log files, in which this process writes one; None: nowhere.
 
-    Source: ray.serve._private.logging_utils, a file handler behind a `MemoryHandler`.
+    Source: ray.serve._private.logging_utils, a `RotatingFileHandler` behind a `MemoryHandler`.
     """
     for handler in logging.getLogger("ray.serve").handlers:
         target = getattr(handler, "target", None) or handler
-        if isinstance(target, logging.FileHandler):
+        if isinstance(target, RotatingFileHandler):
             return Path(target.baseFilename).parent
     return None

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def written_log(tmp_path: Path) -> Iterator[Path]:
     """The folder of a log that all our loggers write to, as they do in the server."""
     path = tmp_path / "logs" / "replica_impetus_router_a.log"
     path.parent.mkdir()
-    handler = logging.FileHandler(path)
+    handler = RotatingFileHandler(path)
     handler.setFormatter(JSONFormatter())
     loggers = [logging.getLogger(name) for name in ("ray.serve", "router", "core", "deployments")]
     levels = [one.level for one in loggers]
