@@ -134,9 +134,11 @@ OWN = {
     "backends/coreml/compile.py",
     "backends/coreml/compiled.py",
     "backends/prefixes/disk.py",
+    "catalog/convert/disk.py",
     "catalog/convert/output.py",
     "catalog/hub/download/record.py",
     "catalog/hub/download/run.py",
+    "catalog/uploads/copy.py",
 }
 
 
