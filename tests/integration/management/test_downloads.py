@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -58,6 +59,23 @@ def process_of_jobs(server: Server) -> psutil.Process:
     return found[0]
 
 
+def begin(server: Server, model: str) -> str:
+    """Begin a download, for which the request is sent twice; return the path of its job."""
+    begun, repeated = (
+        HTTP.post(
+            f"{server.url}/api/downloads",
+            json={"model": model},
+            headers={**server.managing, "idempotency-key": "one"},
+            timeout=60,
+        )
+        for _ in range(2)
+    )
+    assert begun.status_code == 202, begun.text
+    assert (repeated.status_code, repeated.json()) == (202, begun.json())
+    assert repeated.headers["idempotency-replayed"] == "true"
+    return f"/api/jobs/{begun.json()['id']}"
+
+
 def said(server: Server) -> str:
     """Return what the downloaded model answers."""
     body = {"model": ID, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
@@ -77,20 +95,16 @@ def test_download_outlives_its_process_and_the_server_and_answers(
     (model,) = get(server, "/api/hub/search?query=nice")["models"]
     repository = get(server, f"/api/hub/models/{model['id']}?context=512")
     assert repository["choice"]["entry"] == NAME
+    pasted = f"{hub.endpoint}/{model['id']}/blob/main/{NAME}"
+    meant = get(server, f"/api/hub/resolve?text={quote(pasted)}")
+    assert (meant["kind"], meant["repository"], meant["file"]) == ("repository", model["id"], NAME)
     (entry,) = repository["entries"]
     assert (entry["fit"]["verdict"], entry["is_downloaded"]) == ("fits", False)
 
     slow = Fault("slow", file=NAME, value=str(4 * PAGE_BYTES))
     hub.faults.add(slow)
     hub.forget_requests()
-    begun = HTTP.post(
-        f"{server.url}/api/downloads",
-        json={"model": f"{model['id']}:Q4_1"},
-        headers=server.managing,
-        timeout=60,
-    )
-    assert begun.status_code == 202, begun.text
-    path = f"/api/jobs/{begun.json()['id']}"
+    path = begin(server, f"{model['id']}:Q4_1")
     wait_until(lambda: get(server, path)["done_bytes"] > 5 * PAGE_BYTES, "a part has arrived")
     arrived = get(server, path)["done_bytes"]
     old = process_of_jobs(server)
