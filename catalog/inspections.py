@@ -49,9 +49,11 @@ def failed_again(
     return Inspection(path, signature, "uninspected", reason, attempts, now + delay_s)
 
 
-def arriving(path: str, signature: str, reason: str, now: float) -> Inspection:
-    """Return the note of a file that is still being written; it is read when it is quiet."""
-    return Inspection(path, signature, "uninspected", reason, 0, now + QUIET_S)
+def arriving(
+    path: str, signature: str, reason: str, now: float, look_s: float = QUIET_S
+) -> Inspection:
+    """Return the note of a file that is still being written; it is looked at after `look_s`."""
+    return Inspection(path, signature, "uninspected", reason, 0, now + look_s)
 
 
 def is_arriving(inspection: Inspection) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from backends.base import Backend
-from catalog.inspections import Inspection, arriving, failed_again, is_arriving
+from catalog.inspections import QUIET_S, Inspection, arriving, failed_again, is_arriving
 from catalog.scan.surroundings import Surroundings
 
 # Part of every fingerprint; incrementing it makes the next scan read all files again.
@@ -60,10 +60,12 @@ class InspectionNotes:
         full = self._signature(path, signature)
         self.current[key] = failed_again(key, full, reason, self.known.get(key), self.now)
 
-    def note_arriving(self, path: Path, signature: str, reason: str) -> None:
+    def note_arriving(
+        self, path: Path, signature: str, reason: str, look_s: float = QUIET_S
+    ) -> None:
         """Note that the file, or what belongs to it, is still being written."""
-        key = str(path)
-        self.current[key] = arriving(key, self._signature(path, signature), reason, self.now)
+        key, full = str(path), self._signature(path, signature)
+        self.current[key] = arriving(key, full, reason, self.now, look_s)
 
     def arriving(self, path: Path) -> Inspection | None:
         """Return the note that the file was still being written at the last scan, if there is."""

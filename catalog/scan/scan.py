@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from backends.base import Backend
 from catalog.last_scan import LastScan
 from catalog.models import ScanReport
+from catalog.scan.arrivals import PROMISED_LOOK_S, Arrivals
 from catalog.scan.identify import HasBuiltInModels, Outcome, examine
 from catalog.scan.notes import InspectionNotes
 from catalog.scan.places import model_folders
@@ -35,9 +37,9 @@ def scan(
     Unchanged files are not opened, whether they are models or not.  Models that cannot be used
     stay in the catalog, each once, with the reason, and are read again when they or their folder
     change; deleted ones stay as missing.  A model that cannot be used while its files are being
-    written is arriving: it is read when they are quiet.  A file whose inspection failed is
-    inspected again after a minute, later after up to an hour, and at once if its path is among
-    `urgent`.
+    written is arriving: it is read when they are quiet; so is one of which only an unfinished
+    download is there.  A file whose inspection failed is inspected again after a minute, later
+    after up to an hour, and at once if its path is among `urgent`.
 
     `last` is the former scan of this process with the same formats: if nothing has changed since,
     the files are only listed.
@@ -58,6 +60,7 @@ def scan(
     for installed in starters:
         run.add_file(Candidate(installed.path, installed.path.parent), installed)
     run.add_refusals()
+    _note_promised(run)
     for backend in backends:
         if isinstance(backend, HasBuiltInModels):
             for info in backend.built_in():
@@ -83,6 +86,15 @@ def scan(
     if last is not None:
         last.end(roots, store.data_version(), report)
     return report
+
+
+def _note_promised(run: ScanRun) -> None:
+    """Note the models of which only unfinished downloads are there."""
+    notes = run.notes
+    arrivals = Arrivals(notes.around, run.walked.partial, notes.now)
+    for path, reason in arrivals.promised({*run.known, *run.seen}):
+        with suppress(OSError):
+            notes.note_arriving(path, "", reason, PROMISED_LOOK_S)
 
 
 def _starters(settings: Settings) -> Iterator[InstalledStarter]:

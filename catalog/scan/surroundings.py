@@ -22,7 +22,7 @@ _DESCRIBING = re.compile(
 # Subfolders whose files belong to the model around them, such as 1_Pooling.
 _MODULE = re.compile(r"\d+_\w+|additional_chat_templates")
 # Formats that read nothing but their own files.
-_SINGLE = ("gguf",)
+SINGLE = ("gguf",)
 # Name, size, modification time in ns, and whether it is a link.
 _Entry = tuple[str, int, int, bool]
 
@@ -69,7 +69,7 @@ class Surroundings:
         """
         first = files[0]
         is_folder = package is not None and package.is_dir()
-        if format in _SINGLE and not is_folder:
+        if format in SINGLE and not is_folder:
             return _digest(self._parts(first)) if package is not None else ""
         seen = []
         for folder in self._folders(files):

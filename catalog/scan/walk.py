@@ -277,6 +277,12 @@ def is_partial(name: str) -> bool:
     return lower.endswith(PARTIAL) or (lower.startswith("sha256-") and _OLLAMA_PARTIAL in lower)
 
 
+def finished_name(name: str) -> str:
+    """Return the name that an unfinished download gets at its end, as far as its name tells."""
+    suffix = next((each for each in PARTIAL if name.lower().endswith(each)), "")
+    return name[: len(name) - len(suffix)]
+
+
 def _is_subfolder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir(follow_symlinks=False)

@@ -7,7 +7,9 @@ import pytest
 
 from catalog.inspections import QUIET_S
 from catalog.scan import surroundings
+from catalog.scan.arrivals import PROMISED_LOOK_S
 from catalog.scan.packages import model_stem
+from catalog.scan.unlisted import unlisted_records
 from core.types import Capability
 from tests.gguf_raw import minimal_gguf
 from tests.hub_repository import HubRepository
@@ -107,6 +109,65 @@ def test_an_unfinished_download_beside_it_keeps_a_file_arriving(shelf: Shelf, su
     minimal_gguf(path)
     shelf.scan(later_s=10_000)
     assert shelf.states() == {"tiny@gguf-f32": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("unfinished", "name"),
+    [
+        (["tiny.gguf.crdownload"], "tiny.gguf"),
+        (["tiny.Q4_0.gguf.PART"], "tiny.Q4_0.gguf"),
+        (["model-00001-of-00002.safetensors.part", "model-00002-of-00002.safetensors.part"],
+         "model-00001-of-00002.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_model_of_which_only_the_download_is_there_is_arriving(
+    shelf: Shelf, unfinished: list[str], name: str
+) -> None:
+    paths = [shelf.models / each for each in unfinished]
+    for path in paths:
+        path.write_bytes(b"GGUF")
+        shelf.touch(path, age_s=60)
+    report = shelf.scan()
+    assert list(arriving(shelf)) == [name]
+    assert f"the download {unfinished[0]} is not finished" in arriving(shelf)[name]
+    assert (shelf.states(), shelf.looked) == ({}, [])
+    assert report.next_look_s == pytest.approx(PROMISED_LOOK_S)
+    # Given up, or cancelled.
+    shelf.scan(later_s=1000)
+    assert arriving(shelf) == {}
+    for path in paths:
+        shelf.touch(path)
+    shelf.scan()
+    assert list(arriving(shelf)) == [name]
+    for path in paths:
+        path.unlink()
+    assert shelf.scan().next_look_s is None
+    assert arriving(shelf) == {}
+
+
+def test_an_unfinished_download_in_the_folder_of_a_model_is_no_other_one(shelf: Shelf) -> None:
+    folder = write_model(shelf.models / "tiny")
+    (folder / "half.safetensors.part").write_bytes(b"x")
+    shelf.touch(folder / "half.safetensors.part")
+    shelf.scan()
+    assert (shelf.states(), arriving(shelf)) == ({TINY: "ok"}, {})
+
+
+def test_a_model_whose_download_ends_is_listed_once(shelf: Shelf) -> None:
+    download = shelf.models / "tiny.gguf.crdownload"
+    minimal_gguf(download)
+    shelf.touch(download)
+    shelf.scan()
+    (record,) = unlisted_records(shelf.store.uninspected(), ())
+    assert (record.id, record.state) == ("tiny@gguf", "uninspected")
+    download.rename(shelf.models / "tiny.gguf")
+    shelf.scan(later_s=QUIET_S + 1)
+    assert (shelf.states(), arriving(shelf)) == ({"tiny@gguf-f32": "ok"}, {})
+    # An update of a model that is served says nothing of it.
+    download.write_bytes(b"GGUF")
+    shelf.touch(download)
+    shelf.scan()
+    assert (shelf.states(), arriving(shelf)) == ({"tiny@gguf-f32": "ok"}, {})
 
 
 def test_a_download_into_a_cache_keeps_its_repository_arriving(
