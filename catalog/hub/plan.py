@@ -97,6 +97,7 @@ def repository_download(
         repository.commit,
         entry.files,
         folder / (owner or "models") / _folder_name(name, reference, repository, entry),
+        library=str(folder),
     )
     job.check()
     return job

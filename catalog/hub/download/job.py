@@ -25,8 +25,9 @@ class DownloadJob:
 
     With `url` it is one file at that address, and the repository is its name in messages.  Up to
     `connections` files are fetched at the same time, all together at most `limit_bytes_per_s` (0:
-    no limit); `silence_s` without a byte a connection is made anew.  A token is not part of a job:
-    jobs are stored and shown.
+    no limit); `silence_s` without a byte a connection is made anew.  `library` is the folder with
+    the folders of owners, in which models may have files that this one needs too; empty: only those
+    beside the target.  A token is not part of a job: jobs are stored and shown.
     """
 
     endpoint: str
@@ -38,6 +39,7 @@ class DownloadJob:
     silence_s: float = 30.0
     connections: int = 4
     url: str = ""
+    library: str = ""
 
     @property
     def size_bytes(self) -> int:

@@ -89,13 +89,13 @@ def _parts(file: Any) -> tuple[str, int, str]:
 
 
 def shared_files(job: DownloadJob) -> dict[str, Path]:
-    """Return files of other downloads beside the job's target that it needs too, by SHA-256.
+    """Return files of other downloads that a job needs too, by SHA-256.
 
-    Reads a small file in each folder beside the target; blocks.
+    Reads a small file in the folder of each model in the job's library; blocks.
     """
     wanted = {file.sha256 for file in job.files if len(file.sha256) == _SHA256_DIGITS}
     found: dict[str, Path] = {}
-    for folder, record in _records(job.target.parent):
+    for folder, record in _records(job):
         for path, digest in record.hashes.items():
             file = folder / path
             if digest in wanted - found.keys() and has_size(file, record.sizes[path]):
@@ -103,8 +103,12 @@ def shared_files(job: DownloadJob) -> dict[str, Path]:
     return found
 
 
-def _records(parent: Path) -> Iterator[tuple[Path, DownloadRecord]]:
-    for marker in sorted(parent.glob(f"*/{RECORD}")):
+def _records(job: DownloadJob) -> Iterator[tuple[Path, DownloadRecord]]:
+    """Yield the models of the job's library, those beside its target first."""
+    found = sorted(job.target.parent.glob(f"*/{RECORD}"))
+    if job.library:
+        found += sorted(Path(job.library).glob(f"*/*/{RECORD}"))
+    for marker in dict.fromkeys(found):
         record = read_record(marker.parent)
         if record is not None:
             yield marker.parent, record

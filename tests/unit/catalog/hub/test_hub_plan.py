@@ -111,6 +111,8 @@ def test_each_model_has_a_folder_of_its_own() -> None:
     jobs = [repository_download("", reference, found, one, FOLDER) for one in found.entries]
     targets = [str(job.target) for job in jobs]
     assert len(set(targets)) == len(targets) == 5
+    # What they share with any other model of that folder is not fetched again.
+    assert {job.library for job in jobs} == {"/models"}
     assert all(target.startswith("/models/org/tiny-") for target in targets)
     gguf = next(job for job in jobs if job.files[0].path == "tiny-Q8_0.gguf")
     assert (gguf.target.name, gguf.commit) == ("tiny-q8_0-gguf", "c" * 40)

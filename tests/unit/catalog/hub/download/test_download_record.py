@@ -17,6 +17,22 @@ def ignore(_: object) -> None:
     """Take no notice."""
 
 
+async def test_download_of_what_a_model_of_another_owner_has_is_copied(download: Download) -> None:
+    library = download.job.target.parent
+    owned = replace(download.job, library=str(library))
+    first = replace(owned, target=library / "one" / "tiny")
+    second = replace(owned, target=library / "two" / "tiny")
+    for job in (first, second):
+        job.target.parent.mkdir()
+    await run_download(first, "", ignore)
+    assert shared_files(replace(second, library="")) == {}
+    assert shared_files(second) == {download.file().sha256: first.target / LARGE}
+    download.hub.forget_requests()
+    await run_download(second, "", ignore)
+    assert (second.target / LARGE).read_bytes() == download.content
+    assert download.ranges == []
+
+
 def other(download: Download) -> DownloadJob:
     """Return the job of another model with the same large file."""
     return replace(download.job, target=download.job.target.with_name("other"))
