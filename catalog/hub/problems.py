@@ -96,7 +96,8 @@ def failure(problem: Exception, host: str) -> ImpetusError:
     match problem:
         case OfflineModeIsEnabled():
             return HubOffline(
-                f"{host} is not asked: offline mode is on. Unset HF_HUB_OFFLINE to go online."
+                f"{host} is not asked: offline mode is on. Unset HF_HUB_OFFLINE and "
+                "TRANSFORMERS_OFFLINE to go online."
             )
         case httpx2.TimeoutException():
             return HubTooSlow(f"{host} did not answer in time; try again later.")

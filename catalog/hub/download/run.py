@@ -28,7 +28,9 @@ from core.units import format_bytes
 
 _CODE_FOLDER = Path(__file__).resolve().parents[3]
 _KEPT_VARIABLES = (
-    *("PATH", "HOME", "LANG", "LC_ALL", "VIRTUAL_ENV", "HF_HUB_OFFLINE", "HF_ENDPOINT"),
+    *("PATH", "HOME", "LANG", "LC_ALL", "VIRTUAL_ENV", "HF_ENDPOINT"),
+    # Either means offline mode to huggingface_hub.
+    *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
 )

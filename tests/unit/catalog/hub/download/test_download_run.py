@@ -246,6 +246,18 @@ async def test_download_reports_the_errors_of_its_process(
     assert not download.job.work.exists()
 
 
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+async def test_download_asks_nobody_in_offline_mode(
+    download: Download, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for each in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(HubOffline, match=name):
+        await run_download(download.job, "", ignore)
+    assert list(download.hub.requests) == []
+
+
 async def test_download_fetches_several_files_at_the_same_time(download: Download) -> None:
     download.hub.faults.add(Fault("stall", file=LARGE, at=1000, times=1))
     task = asyncio.create_task(run_download(download.job, "", ignore))
