@@ -1,6 +1,7 @@
 """Prometheus metrics of requests and answers: names, units and labels."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 _WAIT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
 _REQUEST_BUCKETS_S = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600, 1800)
+# Observations that are kept until they are taken.
+_KEPT_FIRST_TOKENS = 4096
 _TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 
 
@@ -58,6 +61,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._first_tokens_s: deque[float] = deque(maxlen=_KEPT_FIRST_TOKENS)
         self.requests = Counter(
             "impetus_requests",
             "HTTP requests by route, model and status.",
@@ -156,8 +160,15 @@ class Metrics:
     def observe_first_token(self, model_id: str, seconds: float) -> None:
         """Observe the time from the start of a generation to its first token."""
         self.time_to_first_token.labels(model_id).observe(seconds)
+        self._first_tokens_s.append(seconds)
         if (count := _count_of_request.get()) is not None:
             count.first_token_s = seconds
+
+    def take_first_tokens(self) -> Sequence[float]:
+        """Return the last observed times to first tokens, each once, in seconds; at most 4,096."""
+        taken = tuple(self._first_tokens_s)
+        self._first_tokens_s.clear()
+        return taken
 
     def count_timing(self, model_id: str, timing: Timing) -> None:
         """Count a finished request's throttled seconds, resumptions and time of decoding."""

@@ -271,7 +271,10 @@ class MachineState:
 
 @dataclass(frozen=True, slots=True)
 class ThermalView:
-    """The thermal state's name and number, its limits, and the time spent throttled."""
+    """The thermal state's name and number, its limits, and the time spent throttled.
+
+    `reason` says what strains the machine.  See `scheduler.thermal` for the others.
+    """
 
     state: str = "unknown"
     level: int = -1
@@ -280,6 +283,17 @@ class ThermalView:
     admits: bool = True
     is_throttled: bool = False
     unloads_idle: bool = False
+    pauses_jobs: bool = False
+    keeps_cool: bool = False
+    max_sequences: int | None = None
+    prefill_chunk_tokens: int | None = None
+    decode_pause_s: float = 0.0
+    reason: str = ""
+    heat: str = "unknown"
+    memory_pressure: str = "unknown"
+    is_low_power: bool | None = None
+    battery: float | None = None
+    sensor_problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

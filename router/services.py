@@ -25,6 +25,7 @@ from router.conversion_service import Conversions
 from router.events.hub import EventHub
 from router.hub_service import Hub
 from router.job_service import ConversionView, Jobs
+from router.monitor.chart_service import Monitor
 from router.monitor.log_service import Logs
 from router.upload_service import LocalFiles, Uploads
 
@@ -456,8 +457,8 @@ class Services:
 
     Without `jobs` there are no long jobs, without `hub` no searches, without `conversions` no
     conversions on request, without `credentials` no keys but that of the settings, without
-    `uploads`, `files`, `events` and `logs` none.  `management_token` lets a web page use `/api/`;
-    with an empty one no page can.
+    `uploads`, `files`, `events`, `logs` and `monitor` none.  `management_token` lets a web page use
+    `/api/`; with an empty one no page can.
     """
 
     settings: Settings
@@ -475,3 +476,4 @@ class Services:
     conversions: Conversions | None = None
     events: EventHub | None = None
     logs: Logs | None = None
+    monitor: Monitor | None = None

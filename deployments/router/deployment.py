@@ -23,6 +23,7 @@ from deployments.router.listener import Listener
 from deployments.router.management import SchedulerManagement
 from deployments.router.model_states import ModelStatesWatch
 from deployments.router.monitor.log_files import LogFiles
+from deployments.router.monitor.sampler import ServerMonitor
 from deployments.router.readiness import Readiness
 from deployments.router.telemetry import ReplicaTelemetry
 from deployments.router.uploads import RouterUploads
@@ -91,6 +92,8 @@ class RouterReplica:
         self._supervisor.keep_running("uses of API keys", self._credentials.save_uses)
         metrics = Metrics()
         metrics.registry.register(telemetry)
+        monitor = ServerMonitor(settings, telemetry, metrics, node_id)
+        monitor.run(self._supervisor)
         services = Services(
             settings,
             self._catalog,
@@ -116,6 +119,7 @@ class RouterReplica:
             files=jobs_client,
             events=self._events,
             logs=LogFiles(log_folder),
+            monitor=monitor,
         )
         requests = Drain()
         self._app = create_app(services, metrics=metrics, drain=requests)

@@ -75,6 +75,16 @@ class ReplicaTelemetry:
         self._snapshot: SchedulerSnapshot | None = None
         self._tasks = 0
 
+    @property
+    def snapshot(self) -> SchedulerSnapshot | None:
+        """The scheduler's last snapshot; None if it did not answer."""
+        return self._snapshot
+
+    @property
+    def reports(self) -> list[ReplicaReport]:
+        """The last reports of the formats that hold models and answered."""
+        return self._reports
+
     async def refresh(self) -> None:
         """Ask the scheduler and every format that holds a model, concurrently.
 
@@ -95,6 +105,8 @@ class ReplicaTelemetry:
         return snapshot
 
     async def _replica_reports(self) -> list[ReplicaReport]:
+        if not self._resident_formats():
+            return []
         try:
             async with asyncio.timeout(_LIMIT_S):
                 running = await self._running()

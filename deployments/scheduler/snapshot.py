@@ -76,12 +76,24 @@ def machine_state(ledger: Ledger, thermal: ThermalWatch, decision_number: int) -
 
 def _thermal(thermal: ThermalWatch) -> ThermalView:
     report, directive = thermal.report, thermal.directive
+    reading, limits = report.reading, directive.limits
     return ThermalView(
         report.state.label,
         int(report.state),
         report.changes,
         report.throttled_s,
         directive.admits,
-        directive.limits.decode_pause_s > 0,
+        limits.decode_pause_s > 0,
         directive.unloads_idle,
+        directive.pauses_jobs,
+        directive.keeps_cool,
+        limits.max_sequences,
+        limits.prefill_chunk_tokens,
+        limits.decode_pause_s,
+        thermal.strain,
+        reading.thermal.label,
+        reading.memory.label,
+        reading.is_low_power,
+        reading.battery,
+        tuple(f"{one.sensor}: {one.message}" for one in reading.problems),
     )

@@ -13,7 +13,7 @@ from tests.unit.router.api.test_router_conversions import FakeConversions
 from tests.unit.router.api.test_router_files import FakeFiles
 from tests.unit.router.api.test_router_hub import FakeHub
 from tests.unit.router.api.test_router_jobs import FakeJobs
-from tests.unit.router.api.test_router_monitor import FakeLogs
+from tests.unit.router.api.test_router_monitor import FakeLogs, FakeMonitor
 from tests.unit.router.api.test_router_uploads import FakeUploads
 from tests.unit.router.events.sources import FakeSources
 
@@ -37,5 +37,6 @@ def make_whole_app(
             files=FakeFiles(),
             events=events or EventHub(FakeSources()),
             logs=FakeLogs(),
+            monitor=FakeMonitor(),
         )
     )

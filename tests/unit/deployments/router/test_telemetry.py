@@ -22,6 +22,7 @@ from deployments.scheduler.thermal import ThermalWatch
 from scheduler.events import Configured, Loaded
 from scheduler.scaling import ScalingDirective
 from scheduler.state import HostState, KeepRules
+from scheduler.thermal import Reading, SensorProblem, ThermalState
 from tests.unit.deployments.handles import FakeHandle, answering
 
 SNAPSHOT = SchedulerSnapshot(
@@ -147,6 +148,46 @@ async def test_a_snapshot_has_the_ledgers_numbers() -> None:
     ]
     assert found.residents[0].idle_s(found.taken_at) == pytest.approx(60.0)
     assert found.waiting == {"interactive": 0, "batch": 0}
+
+
+class HotSensor:
+    """A machine that is hot, on a low battery and without a sensor of memory pressure."""
+
+    def read(self) -> Reading:
+        return Reading(
+            thermal=ThermalState.SERIOUS,
+            battery=0.5,
+            problems=(SensorProblem("memory", "no such file"),),
+        )
+
+
+async def test_snapshot_tells_what_heat_throttles_and_why() -> None:
+    settings = Settings(max_sequences=16)
+    watch = ThermalWatch(settings, {}, sensor=HotSensor(), running=nothing_runs)
+    supervisor = Supervisor()
+    await watch.poll()
+    nobody: Any = Nobody()
+    ledger = Ledger(HostState(1000), nobody, nobody, nobody, DecisionLog(), supervisor)
+    found = take_snapshot(ledger, watch).thermal
+    supervisor.cancel()
+    assert (found.state, found.heat, found.memory_pressure) == ("serious", "serious", "unknown")
+    assert found.reason == "the machine is hot (serious), the battery is at 50%"
+    assert (found.max_sequences, found.prefill_chunk_tokens, found.decode_pause_s) == (8, 64, 0.02)
+    assert found.pauses_jobs
+    assert found.keeps_cool
+    assert (found.battery, found.is_low_power) == (0.5, None)
+    assert found.sensor_problems == ("memory: no such file",)
+
+
+async def test_controller_is_not_asked_while_no_model_is_loaded() -> None:
+    asked: list[int] = []
+
+    async def running() -> frozenset[str]:
+        asked.append(1)
+        return frozenset({"echo"})
+
+    await telemetry(FakeHandle(snapshot=answering(SNAPSHOT)), running=running).refresh()
+    assert asked == []
 
 
 class Published:
