@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 from catalog.added_folders import add_folder, remove_folder
 from catalog.jobs import ENDED, Job
+from catalog.models import ModelRecord
 from catalog.scan.places import model_folders
 from catalog.uploads.arrival import Arrival
 from catalog.uploads.browse import roots
@@ -17,7 +18,9 @@ from catalog.uploads.store import UploadStore
 from core.errors import BrokenModel
 from core.settings import Settings
 from core.supervision import call_in_thread
+from deployments.jobs.kind import NO_ACTIVITY, Activity, ids_of
 from deployments.jobs.runner import JobRunner, Report
+from router.job_service import JobDetail, JobFile, JobView
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,28 @@ class ArrivalJobs:
     async def discard(self, job: Job) -> None:
         """Remove what has arrived."""
         await asyncio.to_thread(discard, Arrival.from_json(job.work), self._settings.home)
+
+    def activity(self, job: Job) -> Activity:
+        """Return nothing: how much is done stands in the job; see `JobKind`."""
+        del job
+        return NO_ACTIVITY
+
+    def folder(self, job: Job) -> Path:
+        """Return the folder in which the model is served."""
+        return Arrival.from_json(job.work).folder(self._settings.home)
+
+    def detail(self, job: Job, view: JobView, found: Sequence[ModelRecord]) -> JobDetail:
+        """Return an upload or import with its files."""
+        arrival = Arrival.from_json(job.work)
+        return JobDetail(
+            **view.model_dump(),
+            folder=str(self.folder(job)),
+            files=tuple(
+                JobFile(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256)
+                for file in arrival.files
+            ),
+            model_ids=ids_of(found),
+        )
 
 
 def active_arrivals(jobs: Iterable[Job]) -> dict[str, Job]:

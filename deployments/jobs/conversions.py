@@ -4,7 +4,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +18,16 @@ from catalog.convert.quality.figure import QualityFigure
 from catalog.convert.run import ConversionProgress, ConversionRequest, convert, plan
 from catalog.convert.work import ConversionWork
 from catalog.jobs import Job
-from catalog.models import PROVENANCE, ModelRecord
+from catalog.models import PROVENANCE, Converted, ModelRecord
 from core.errors import BrokenModel, ImpetusError
 from core.settings import Settings
 from deployments.jobs.catalog import CatalogReader
+from deployments.jobs.kind import NO_ACTIVITY, Activity, ids_of
 from deployments.jobs.memory import MemoryLeases
 from deployments.jobs.quality import Comparison, QualityMeasurer
 from deployments.jobs.runner import Report
 from deployments.messages import MemoryLease
+from router.job_service import ConversionView, JobDetail, JobView
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +209,40 @@ class ConversionJobs:
                 running.ending.cancel()
             await _end(running.task)
         await asyncio.to_thread(sweep, ConversionWork.from_json(job.work).target.parent)
+
+    def activity(self, job: Job) -> Activity:
+        """Return what a conversion does; see `JobKind`."""
+        found = self.progress(job.id)
+        if found is None:
+            return NO_ACTIVITY
+        progress, active_s = found
+        done = int(progress.fraction * job.total)
+        speed = done / active_s if active_s > 0 else 0.0
+        return Activity(progress.doing, done, speed, remaining_s(progress.fraction, active_s))
+
+    def folder(self, job: Job) -> Path:
+        """Return the folder of the converted model."""
+        return ConversionWork.from_json(job.work).target
+
+    def detail(self, job: Job, view: JobView, found: Sequence[ModelRecord]) -> JobDetail:
+        """Return a conversion with its choices and, once it is done, its measured quality."""
+        work = ConversionWork.from_json(job.work)
+        made = ConversionView(
+            source=work.model_id,
+            format=work.target_format,
+            quantization=work.quantization,
+            group_size=work.group_size if work.target_format == "mlx" else None,
+        )
+        for record in found:
+            if isinstance(record.source, Converted):
+                source = record.source
+                made = ConversionView.of(source.model_id, source.choices, source.quality) or made
+        return JobDetail(
+            **view.model_dump(),
+            folder=str(work.target),
+            model_ids=ids_of(found),
+            conversion=made,
+        )
 
     async def close(self) -> None:
         """End everything that runs or is held back."""

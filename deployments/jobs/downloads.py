@@ -3,7 +3,7 @@
 import asyncio
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,11 @@ from catalog.hub.download.job import DownloadJob
 from catalog.hub.download.record import has_size, read_record, without_secrets
 from catalog.hub.download.run import DownloadProgress, discard, run_download
 from catalog.jobs import ENDED, Job
+from catalog.models import ModelRecord
 from core.errors import BrokenModel, ImpetusError, RequestError
+from deployments.jobs.kind import NO_ACTIVITY, Activity, ids_of
 from deployments.jobs.runner import JobRunner, Report
+from router.job_service import JobDetail, JobFile, JobView
 
 KIND = "download"
 
@@ -69,6 +72,38 @@ class DownloadJobs:
     async def discard(self, job: Job) -> None:
         """Remove what has arrived."""
         await asyncio.to_thread(discard, DownloadJob.from_json(job.work))
+
+    def activity(self, job: Job) -> Activity:
+        """Return what a download does; see `JobKind`."""
+        progress = self.progress.get(job.id)
+        if progress is None:
+            return NO_ACTIVITY
+        return Activity(
+            progress.reason,
+            bytes_per_s=progress.speed,
+            remaining_s=progress.remaining_s,
+            stalled_s=progress.stalled_s,
+        )
+
+    def folder(self, job: Job) -> Path:
+        """Return the folder of the downloaded model."""
+        return DownloadJob.from_json(job.work).target
+
+    def detail(self, job: Job, view: JobView, found: Sequence[ModelRecord]) -> JobDetail:
+        """Return a download with what it fetches."""
+        wanted = DownloadJob.from_json(job.work)
+        return JobDetail(
+            **view.model_dump(),
+            repository="" if wanted.url else wanted.repository,
+            commit=wanted.commit,
+            url=without_secrets(wanted.url),
+            folder=str(wanted.target),
+            files=tuple(
+                JobFile(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256)
+                for file in wanted.files
+            ),
+            model_ids=ids_of(found),
+        )
 
 
 def _is_for(wanted: DownloadJob) -> bool:

@@ -306,7 +306,7 @@ async def test_hub_that_is_down_is_told(
 async def test_store_that_cannot_be_opened_is_told_and_tried_again(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.jobs.deployment._LOAD_LIMIT_S", 0.2)
+    monkeypatch.setattr("deployments.jobs.calls.jobs._LOAD_LIMIT_S", 0.2)
     path = machine.settings.home / "jobs.sqlite"
     path.mkdir(parents=True)
     async with machine.running() as replica:

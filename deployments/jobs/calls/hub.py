@@ -1,4 +1,4 @@
-"""What the process of long jobs answers about the Hugging Face Hub."""
+"""Calls about the Hugging Face Hub: searches, repositories and the token for it."""
 
 from catalog.hub.client import HubClient
 from catalog.hub.token import TokenFile, check_token, current_token, owner_of
