@@ -128,6 +128,19 @@ def test_files_beside_a_record_of_something_else_stay(root: Path, text: str) -> 
     assert visible(root) == ["m", f"m/{DOWNLOAD_RECORD}", "m/other.gguf"]
 
 
+@pytest.mark.parametrize("name", ["m/model.safetensors", "model.gguf"])
+def test_p6_a_download_into_the_same_folder_keeps_what_arrived(root: Path, name: str) -> None:
+    one = record(root, f"org/{name}", format="gguf" if name.endswith("gguf") else "safetensors")
+    arrived = root / "org" / ".m-q4_0-gguf.download" / ".partial" / "0.part"
+    arrived.parent.mkdir(parents=True)
+    arrived.write_bytes(b"half")
+    entry = delete(one, root)
+    assert not (root / "org" / name).exists()
+    assert arrived.read_bytes() == b"half"
+    model_bin.purge(entry)
+    assert arrived.read_bytes() == b"half"
+
+
 @pytest.mark.parametrize(
     "foreign", ["train.py", "notes.txt", "data.json", "photo.jpg", "sub/data.csv", "draft-Q4.gguf"]
 )

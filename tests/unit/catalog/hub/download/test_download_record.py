@@ -1,6 +1,7 @@
 """Where a model came from is recorded, and what two models share is fetched once."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,18 @@ async def test_download_copies_nothing_that_was_changed(download: Download) -> N
     download.hub.forget_requests()
     await run_download(other(download), "", ignore)
     assert (other(download).target / LARGE).read_bytes() == download.content
+    assert download.ranges == [None]
+
+
+async def test_p6_download_fetches_what_is_deleted_while_it_is_copied(download: Download) -> None:
+    """The model that has the file as well is deleted once its files are listed."""
+    await run_download(download.job, "", ignore)
+    download.hub.forget_requests()
+    copied = replace(download.transfer, work=other(download).work)
+    copied.shared = shared_files(other(download))
+    shutil.rmtree(download.job.target)
+    copied.fetch(download.file())
+    assert (copied.work / LARGE).read_bytes() == download.content
     assert download.ranges == [None]
 
 
