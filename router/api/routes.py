@@ -20,6 +20,15 @@ from router.api.bin import (
     purge_endpoint,
     restore_endpoint,
 )
+from router.api.connect import (
+    CheckBody,
+    SetUpBody,
+    SetUpQuery,
+    check_client_endpoint,
+    clients_endpoint,
+    set_up_endpoint,
+    write_client_endpoint,
+)
 from router.api.conversions import (
     ChoicesQuery,
     ConversionRequest,
@@ -111,6 +120,7 @@ from router.api.uploads import (
     upload_file_endpoint,
     uploads_endpoint,
 )
+from router.clients.answers import ClientCheck, ClientList, ClientSetUp, WrittenSetUp
 from router.context import RouteContext
 from router.conversion_service import Conversions, ConversionTargets
 from router.events.hub import EventHub
@@ -154,6 +164,7 @@ def api_routes(context: RouteContext, drain: Drain) -> Iterator[Route]:
     if services.management is not None:
         yield from _model_routes(context, services.management)
         yield from _alias_routes(context, services.management)
+        yield from _client_routes(context)
         decisions = decisions_endpoint(services.management)
         yield _read("/api/decisions", decisions, answer=DecisionList)
         yield _post("/api/drain", drain_endpoint(drain), body=EmptyBody, answer=DrainState)
@@ -203,6 +214,18 @@ def _alias_routes(context: RouteContext, management: Management) -> Sequence[Rou
         _read("/api/aliases", aliases_endpoint(management), answer=AliasList),
         _put(one, set_alias_endpoint(context, management), body=AliasTarget, answer=Alias),
         _delete(one, remove_alias_endpoint(management), status=204),
+    ]
+
+
+def _client_routes(context: RouteContext) -> Sequence[Route]:
+    all_, one = "/api/connect", "/api/connect/{client}"
+    show, write = set_up_endpoint(context), write_client_endpoint(context)
+    check = check_client_endpoint(context)
+    return [
+        _read(all_, clients_endpoint(context), answer=ClientList),
+        _post(f"{one}/check", check, body=CheckBody, answer=ClientCheck),
+        _read(one, show, query=SetUpQuery, answer=ClientSetUp),
+        _post(one, write, body=SetUpBody, answer=WrittenSetUp),
     ]
 
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.files import write_atomically
+from core.files import open_regular, write_atomically
+from core.units import MIB, format_bytes
 from router.clients.problems import ConnectError
 
+MAX_FILE_BYTES = 4 * MIB
 _MARK = ".impetus-"
 # Suffix of the backup of a file that did not exist: restoring it deletes the file.
 _ABSENT = "absent"
@@ -73,16 +75,32 @@ class FileChange:
 
 
 def read_text(path: Path) -> str | None:
-    """Return a file's text, or None if it does not exist.  Raises ConnectError."""
+    """Return a file's text, or None if it does not exist; at most `MAX_FILE_BYTES`.
+
+    Raises ConnectError.
+    """
     try:
         # Not read_text, which changes line ends: a backup is restored byte for byte.
-        return path.read_bytes().decode()
+        with open_regular(Path(os.path.realpath(path))) as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ConnectError(f"{path} is larger than {format_bytes(MAX_FILE_BYTES)}.")
+        return data.decode()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as problem:
         raise ConnectError(
             f"{path} cannot be read ({problem}); check its permissions."
         ) from problem
+
+
+def require_below(home: Path, path: Path) -> None:
+    """Raise ConnectError if the file, or what it links to, is not below the home folder."""
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(home)):
+        raise ConnectError(
+            f"{path} is {real}, which is not below the home folder {home}; use scripts/connect."
+        )
 
 
 def _changed(before: str | None, change: Callable[[str | None], str]) -> str:

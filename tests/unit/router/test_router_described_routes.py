@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -98,6 +99,11 @@ CALLS: list[tuple[str, str, Any, int]] = [
     ("PUT", "/api/aliases/mine", {"model": CHAT_MODEL}, 200),
     ("GET", "/api/aliases", None, 200),
     ("DELETE", "/api/aliases/mine", None, 204),
+    ("GET", "/api/connect", None, 200),
+    ("GET", "/api/connect/codex", None, 200),
+    ("POST", "/api/connect/openai", {}, 400),
+    ("POST", "/api/connect/codex", {}, 200),
+    ("POST", "/api/connect/openai/check", {}, 200),
     ("GET", "/api/decisions", None, 200),
     ("GET", "/api/jobs", None, 200),
     ("GET", "/api/jobs/a1", None, 200),
@@ -188,7 +194,12 @@ def operations(app: FastAPI) -> dict[str, dict[str, Any]]:
     }
 
 
-async def test_every_route_answers_as_described(store: KeyStore) -> None:
+async def test_every_route_answers_as_described(
+    store: KeyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of clients are written there.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CODEX_HOME", raising=False)
     credentials = StoredCredentials(store._path)
     # Its own: at the end it takes no more requests.
     hub = EventHub(FakeSources())
