@@ -20,6 +20,7 @@ ImpetusError                    500 server_error            internal_error
 │ ├ ModelNotFound                   model_not_found
 │ └ ModelFileMissing                model_file_missing
 ├ ModelInUse                    409 invalid_request_error   model_in_use
+├ SettingFixed                  409 invalid_request_error   setting_fixed
 ├ UploadConflict                409 invalid_request_error   upload_conflict
 ├ BrokenModel                   422 invalid_request_error   broken_model
 ├ IdempotencyKeyReused          422 invalid_request_error   idempotency_key_reused
@@ -286,6 +287,14 @@ class ModelInUse(ImpetusError):
     status = 409
     type = "invalid_request_error"
     code = "model_in_use"
+
+
+class SettingFixed(ImpetusError):
+    """A setting cannot be changed through the API, as the environment determines it."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "setting_fixed"
 
 
 class UploadConflict(ImpetusError):

@@ -1,10 +1,10 @@
-"""Server settings, read from `IMPETUS_…` environment variables and `serve_config.yaml`."""
+"""Server settings: `IMPETUS_…` environment variables, `settings.json`, `serve_config.yaml`."""
 
 import difflib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from platformdirs import user_data_path
 from pydantic import (
@@ -12,6 +12,7 @@ from pydantic import (
     AllowInfNan,
     BeforeValidator,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -24,7 +25,11 @@ from core.child import SERVER_ID
 from core.errors import RequestError
 from core.units import parse_bytes
 
+SettingSource: TypeAlias = Literal["environment", "stored", "configuration", "default"]
+
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+# Where the stored settings are, and a secret, which belongs in no file of settings.
+NOT_STORED = frozenset({"home", "api_key"})
 # Programs whose model folders can be found.
 DISCOVERED = ("huggingface", "lmstudio", "ollama", "llama.cpp")
 _PREFIX = "IMPETUS_"
@@ -57,11 +62,18 @@ def _split_commas(value: Any) -> Any:
 
 
 class Settings(BaseSettings):
-    """The server's settings; environment variables override the configuration file."""
+    """The server's settings.
+
+    Environment variables override stored settings (`deployments.stored_settings`), and these the
+    configuration file.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=_PREFIX, extra="forbid", frozen=True, hide_input_in_errors=True
     )
+
+    _arguments: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _stored: frozenset[str] = PrivateAttr(default_factory=frozenset)
 
     home: Path = Field(
         default_factory=lambda: user_data_path("impetus"),
@@ -321,6 +333,33 @@ class Settings(BaseSettings):
             raise ValueError("must be ASCII and not empty; unset it to run without a key")
         return value
 
+    @classmethod
+    def merged(cls, arguments: Mapping[str, Any], stored: Mapping[str, Any]) -> "Settings":
+        """Return the settings for the configuration file's `args` and the stored ones.
+
+        Raises ValidationError.
+        """
+        settings = cls.model_validate({**arguments, **stored})
+        settings._arguments = {key: arguments[key] for key in arguments if key not in NOT_STORED}
+        settings._stored = frozenset(stored)
+        return settings
+
+    def next_with(self, stored: Mapping[str, Any]) -> "Settings":
+        """Return the settings of the next start in this environment, with other stored ones.
+
+        Raises RequestError naming every setting that is invalid.
+        """
+        found = load_settings(self._arguments, stored)
+        return found.model_copy(update={name: getattr(self, name) for name in NOT_STORED})
+
+    def source_of(self, name: str) -> SettingSource:
+        """Return where a setting's value comes from."""
+        if variable_of(name) is not None:
+            return "environment"
+        if name in self._stored:
+            return "stored"
+        return "configuration" if name in self.model_fields_set else "default"
+
     @property
     def is_public(self) -> bool:
         """Whether the server listens on an address other than loopback."""
@@ -381,21 +420,32 @@ def _complete(path: Path) -> Path:
         ) from problem
 
 
-def load_settings(arguments: object) -> Settings:
+def load_settings(arguments: object, stored: Mapping[str, Any] | None = None) -> Settings:
     """Return the settings for the configuration file's `args` and this process' environment.
 
-    Raises RequestError with one sentence that names every setting that is invalid.
+    `stored` are settings that were changed through the API.  Raises RequestError with one sentence
+    that names every setting that is invalid.
     """
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
         raise RequestError("args must be a list of `name: value` lines, such as `port: 8000`.")
     try:
-        return Settings.model_validate(dict(arguments))
+        return Settings.merged(arguments, stored or {})
     except ValidationError as problem:
-        faults = " ".join(dict.fromkeys(map(_describe, problem.errors())))
-        first = str(next(iter(problem.errors()))["loc"][0])
-        raise RequestError(f"Invalid settings: {faults}", param=first) from None
+        raise _invalid(problem) from None
+
+
+def variable_of(name: str) -> str | None:
+    """Return the variable of the environment that determines a setting, if one does."""
+    wanted = f"{_PREFIX}{name.upper()}"
+    return next((one for one in os.environ if one.upper() == wanted), None)
+
+
+def _invalid(problem: ValidationError) -> RequestError:
+    faults = " ".join(dict.fromkeys(map(_describe, problem.errors())))
+    first = str(next(iter(problem.errors()))["loc"][0])
+    return RequestError(f"Invalid settings: {faults}", param=first)
 
 
 def unknown_variables() -> Iterator[str]:

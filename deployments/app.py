@@ -11,7 +11,7 @@ from ray.serve.exceptions import RayServeException
 from backends.base import Backend
 from backends.registry import backends_for
 from core.errors import ImpetusError
-from core.settings import Settings, load_settings
+from core.settings import Settings
 from deployments.jobs.deployment import JobsReplica
 from deployments.options import check_home, check_settings
 from deployments.replica.deployment import FormatReplica
@@ -22,6 +22,7 @@ from deployments.serve.authentication import check_authentication
 from deployments.serve.guard import guard_unguarded
 from deployments.serve.message_size import runtime_env_options
 from deployments.serve.resources import reservation
+from deployments.stored_settings import load_with_stored
 
 # The engine's queue bounds the requests; Serve's limit is only a safety net.
 _MOST_ONGOING = 2048
@@ -43,7 +44,7 @@ def build(arguments: dict[str, Any]) -> Application:
     message of that class alone, and a traceback with any other.
     """
     try:
-        return _build(load_settings(arguments))
+        return _build(load_with_stored(arguments))
     except ImpetusError as problem:
         raise RayServeException(problem.message) from None
 

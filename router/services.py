@@ -27,6 +27,7 @@ from router.hub_service import Hub
 from router.job_service import ConversionView, Jobs
 from router.monitor.chart_service import Monitor
 from router.monitor.log_service import Logs
+from router.monitor.settings_service import ServerSettings
 from router.upload_service import LocalFiles, Uploads
 
 ModelState: TypeAlias = Literal[
@@ -457,8 +458,8 @@ class Services:
 
     Without `jobs` there are no long jobs, without `hub` no searches, without `conversions` no
     conversions on request, without `credentials` no keys but that of the settings, without
-    `uploads`, `files`, `events`, `logs` and `monitor` none.  `management_token` lets a web page use
-    `/api/`; with an empty one no page can.
+    `uploads`, `files`, `events`, `logs`, `monitor` and `stored_settings` none.  `management_token`
+    lets a web page use `/api/`; with an empty one no page can.
     """
 
     settings: Settings
@@ -477,3 +478,4 @@ class Services:
     events: EventHub | None = None
     logs: Logs | None = None
     monitor: Monitor | None = None
+    stored_settings: ServerSettings | None = None

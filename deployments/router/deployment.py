@@ -24,6 +24,7 @@ from deployments.router.management import SchedulerManagement
 from deployments.router.model_states import ModelStatesWatch
 from deployments.router.monitor.log_files import LogFiles
 from deployments.router.monitor.sampler import ServerMonitor
+from deployments.router.monitor.settings import StoredSettings
 from deployments.router.readiness import Readiness
 from deployments.router.telemetry import ReplicaTelemetry
 from deployments.router.uploads import RouterUploads
@@ -120,6 +121,7 @@ class RouterReplica:
             events=self._events,
             logs=LogFiles(log_folder),
             monitor=monitor,
+            stored_settings=StoredSettings(settings),
         )
         requests = Drain()
         self._app = create_app(services, metrics=metrics, drain=requests)

@@ -7,12 +7,13 @@ from pathlib import Path
 import yaml
 
 from core.errors import ImpetusError
-from core.settings import Settings, load_settings
+from core.settings import Settings
 from deployments.options import check_home, check_settings
 from deployments.router.listener import PortInUse, bind, check_exposure
 from deployments.start.backups import keep_out_of_backups
 from deployments.start.environment import check_ray_environment
 from deployments.start.leftovers import end_former_servers, remove_former_folders
+from deployments.stored_settings import load_with_stored
 
 
 def prepare_start(config: Path) -> Settings:
@@ -69,7 +70,7 @@ def read_settings(config: Path) -> Settings:
             f"{config} has a runtime_env, with which Ray cannot start {sys.executable}: the path "
             "has a space. Remove runtime_env, or move the project to a path without one."
         )
-    settings = load_settings(arguments)
+    settings = load_with_stored(arguments)
     check_settings(settings)
     return settings
 

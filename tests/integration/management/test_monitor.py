@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 
+from tests.integration.conftest import Servers
 from tests.integration.server import Server, wait_until
 
 
@@ -48,3 +49,24 @@ def test_log_charts_and_heat_of_a_running_server(server: Server) -> None:
 
         wait_until(is_sampled, "the model in the charts", 60)
         assert [line["label"] for line in lines_of("first_token")] == ["p50", "p95"]
+
+
+def test_stored_settings_count_after_a_restart(servers: Servers) -> None:
+    server = servers.get(FORMATS="echo")
+    path, headers = f"{server.url}/api/settings", server.managing
+
+    def waiting_of(answer: httpx.Response) -> tuple[Any, ...]:
+        assert answer.status_code == 200, answer.text
+        found = {one["name"]: one for one in answer.json()["settings"]}["max_waiting"]
+        return found["value"], found["next_value"], found["source"]
+
+    assert waiting_of(httpx.get(path)) == (256, 256, "default")
+    change = {"values": {"max_waiting": 7}}
+    changed = httpx.patch(path, json=change, headers=headers, timeout=30)
+    assert waiting_of(changed) == (256, 7, "default")
+    fixed = httpx.patch(path, json={"values": {"threads": 2}}, headers=headers, timeout=30)
+    assert fixed.status_code == 409
+    assert "IMPETUS_THREADS" in fixed.json()["error"]["message"]
+    assert server.stop() == 0
+    server.start(FORMATS="echo")
+    assert waiting_of(httpx.get(path)) == (7, 7, "stored")

@@ -14,6 +14,7 @@ from tests.unit.router.api.test_router_files import FakeFiles
 from tests.unit.router.api.test_router_hub import FakeHub
 from tests.unit.router.api.test_router_jobs import FakeJobs
 from tests.unit.router.api.test_router_monitor import FakeLogs, FakeMonitor
+from tests.unit.router.api.test_router_settings import FakeServerSettings
 from tests.unit.router.api.test_router_uploads import FakeUploads
 from tests.unit.router.events.sources import FakeSources
 
@@ -38,5 +39,6 @@ def make_whole_app(
             events=events or EventHub(FakeSources()),
             logs=FakeLogs(),
             monitor=FakeMonitor(),
+            stored_settings=FakeServerSettings(),
         )
     )

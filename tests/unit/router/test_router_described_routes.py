@@ -147,6 +147,8 @@ CALLS: list[tuple[str, str, Any, int]] = [
     ("GET", "/api/logs?level=info", None, 200),
     ("GET", "/api/metrics/series?name=memory&range=24h", None, 200),
     ("GET", "/api/thermal", None, 200),
+    ("GET", "/api/settings", None, 200),
+    ("PATCH", "/api/settings", {"values": {"threads": 2}, "reset": ["port"]}, 200),
     ("POST", "/api/drain", None, 200),
 ]
 MADE = {"/v1/responses": "RESPONSE", "/api/keys": "KEY"}
