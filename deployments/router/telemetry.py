@@ -92,10 +92,11 @@ class ReplicaTelemetry:
         """
         self._tasks = len(asyncio.all_tasks())
         self._snapshot, self._reports = await asyncio.gather(
-            self._scheduler_snapshot(), self._replica_reports()
+            self.fetch_snapshot(), self._replica_reports()
         )
 
-    async def _scheduler_snapshot(self) -> SchedulerSnapshot | None:
+    async def fetch_snapshot(self) -> SchedulerSnapshot | None:
+        """Return the scheduler's state now; None if it does not answer within 2 s."""
         try:
             async with asyncio.timeout(_LIMIT_S):
                 snapshot: SchedulerSnapshot = await call(self._scheduler.snapshot.remote())

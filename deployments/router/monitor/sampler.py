@@ -44,6 +44,10 @@ class Source(Protocol):
         """Ask them again; never raises, and returns within seconds."""
         ...
 
+    async def fetch_snapshot(self) -> SchedulerSnapshot | None:
+        """Ask the scheduler alone, and return its state now; None if it does not answer."""
+        ...
+
 
 class ServerMonitor:
     """Implements `router.monitor.chart_service.Monitor` for this process; used from its loop.
@@ -166,8 +170,7 @@ class ServerMonitor:
 
     async def thermal(self) -> ThermalAnswer:
         """Return the thermal state of this moment."""
-        await self._source.refresh()
-        snapshot = self._source.snapshot
+        snapshot = await self._source.fetch_snapshot()
         if snapshot is None:
             raise Unavailable("The scheduler does not answer; try again.", retry_after_s=5)
         one = snapshot.thermal

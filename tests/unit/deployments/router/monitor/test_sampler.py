@@ -68,6 +68,9 @@ class FakeSource:
     async def refresh(self) -> None:
         pass
 
+    async def fetch_snapshot(self) -> SchedulerSnapshot | None:
+        return self.snapshot
+
 
 class Subject:
     """A monitor whose time goes on by ten seconds with each sample."""
