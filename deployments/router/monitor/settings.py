@@ -1,6 +1,7 @@
 """Tells the running server's settings, and stores others for its next start."""
 
 import asyncio
+import logging
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from router.monitor.settings_service import (
     SettingValue,
     SettingView,
 )
+
+logger = logging.getLogger(__name__)
 
 _REASONS: Mapping[str, str] = {
     "home": "IMPETUS_HOME; the stored settings are in this folder",
@@ -61,6 +64,7 @@ class StoredSettings:
         await asyncio.to_thread(
             change_stored, self._settings.home, partial(self._changed, values, reset)
         )
+        logger.info("settings for the next start: %s", ", ".join((*values, *reset)) or "no change")
         return await self.settings()
 
     @staticmethod
