@@ -15,7 +15,7 @@ from core.settings import Settings
 from core.units import GIB
 from deployments.router.monitor.settings import StoredSettings
 from deployments.stored_settings import load_with_stored
-from router.monitor.settings_service import SettingView
+from router.monitor.settings_service import SettingValue, SettingView
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,12 @@ async def test_kinds_and_limits_are_those_of_the_settings() -> None:
 
 async def test_change_counts_from_the_next_start_on(home: Path) -> None:
     running = service(port=8010)
-    values = {"port": 8020, "memory_budget": "1GiB", "models_path": ["/m"], "threads": None}
+    values: dict[str, SettingValue] = {
+        "port": 8020,
+        "memory_budget": "1GiB",
+        "models_path": ["/m"],
+        "threads": None,
+    }
     changed = await running.change(values, [])
     assert changed.restart_pending
     port = {view.name: view for view in changed.settings}["port"]
