@@ -26,7 +26,7 @@ from tests.gguf_files import llama_gguf
 from tests.unit.catalog.scan.folders import Shelf, write_model
 from tests.unit.deployments.handles import FakeHandle
 
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 
 
 class Machine:

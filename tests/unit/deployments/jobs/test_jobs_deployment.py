@@ -33,7 +33,7 @@ from tests.unit.deployments.handles import FakeHandle, FakeMethod, answering
 
 NAME = "tiny-Q8_0.gguf"
 OTHER = "tiny-Q4_0.gguf"
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 
 
 class Machine:
