@@ -93,7 +93,10 @@ class RouterReplica:
         self._supervisor.keep_running("uses of API keys", self._credentials.save_uses)
         metrics = Metrics()
         metrics.registry.register(telemetry)
-        monitor = ServerMonitor(settings, telemetry, metrics, node_id)
+        requests = Drain()
+        monitor = ServerMonitor(
+            settings, telemetry, metrics, node_id, lambda: requests.in_flight > 0
+        )
         monitor.run(self._supervisor)
         services = Services(
             settings,
@@ -123,7 +126,6 @@ class RouterReplica:
             monitor=monitor,
             stored_settings=StoredSettings(settings),
         )
-        requests = Drain()
         self._app = create_app(services, metrics=metrics, drain=requests)
         keep_awake(self._supervisor, settings, lambda: requests.in_flight > 0)
         self._listener = Listener(self._app, settings)

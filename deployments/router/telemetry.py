@@ -75,16 +75,6 @@ class ReplicaTelemetry:
         self._snapshot: SchedulerSnapshot | None = None
         self._tasks = 0
 
-    @property
-    def snapshot(self) -> SchedulerSnapshot | None:
-        """The scheduler's last snapshot; None if it did not answer."""
-        return self._snapshot
-
-    @property
-    def reports(self) -> list[ReplicaReport]:
-        """The last reports of the formats that hold models and answered."""
-        return self._reports
-
     async def refresh(self) -> None:
         """Ask the scheduler and every format that holds a model, concurrently.
 
@@ -92,7 +82,7 @@ class ReplicaTelemetry:
         """
         self._tasks = len(asyncio.all_tasks())
         self._snapshot, self._reports = await asyncio.gather(
-            self.fetch_snapshot(), self._replica_reports()
+            self.fetch_snapshot(), self.fetch_reports()
         )
 
     async def fetch_snapshot(self) -> SchedulerSnapshot | None:
@@ -105,7 +95,8 @@ class ReplicaTelemetry:
             return None
         return snapshot
 
-    async def _replica_reports(self) -> list[ReplicaReport]:
+    async def fetch_reports(self) -> list[ReplicaReport]:
+        """Return the reports of the formats that hold models and answer within 2 s."""
         if not self._resident_formats():
             return []
         try:

@@ -10,6 +10,7 @@ from typing import Protocol
 import psutil
 from prometheus_client import Counter
 
+from backends.base import EngineLoad
 from core.errors import Unavailable
 from core.metrics import Metrics
 from core.settings import Settings
@@ -28,24 +29,14 @@ _STATES: Mapping[str, int] = {"unknown": -1, "nominal": 0, "fair": 1, "serious":
 
 
 class Source(Protocol):
-    """The last reports of other processes; see `deployments.router.telemetry`."""
-
-    @property
-    def snapshot(self) -> SchedulerSnapshot | None:
-        """The scheduler's, None if it did not answer."""
-        ...
-
-    @property
-    def reports(self) -> list[ReplicaReport]:
-        """Those of the formats that hold models and answered."""
-        ...
-
-    async def refresh(self) -> None:
-        """Ask them again; never raises, and returns within seconds."""
-        ...
+    """Reports of other processes, which come within seconds; see `deployments.router.telemetry`."""
 
     async def fetch_snapshot(self) -> SchedulerSnapshot | None:
-        """Ask the scheduler alone, and return its state now; None if it does not answer."""
+        """Return the scheduler's state; None if it does not answer."""
+        ...
+
+    async def fetch_reports(self) -> list[ReplicaReport]:
+        """Return the reports of the formats that hold models and answer."""
         ...
 
 
@@ -62,10 +53,13 @@ class ServerMonitor:
         source: Source,
         metrics: Metrics,
         node_id: str,
+        is_busy: Callable[[], bool],
         *,
         history: History | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`is_busy` tells whether this process answers requests now."""
+        self._is_busy = is_busy
         self._settings = settings
         self._source = source
         self._metrics = metrics
@@ -76,6 +70,9 @@ class ServerMonitor:
         self._processor = ProcessorUse()
         self._tokens: dict[str, float] = {}
         self._counted_at = math.nan
+        # The engines' reports cost the most; without requests they say nothing new.
+        self._reports: list[ReplicaReport] = []
+        self._reported: frozenset[str] = frozenset()
         # One chart at a time: computing them shares the interpreter with the streamed answers.
         self._turn = asyncio.Lock()
 
@@ -90,14 +87,34 @@ class ServerMonitor:
 
     async def sample(self) -> None:
         """Take one sample; what did not answer is missing in it."""
-        await self._source.refresh()
+        snapshot = await self._source.fetch_snapshot()
+        loads = await self._loads(snapshot)
         waits = self._metrics.take_first_tokens()
-        self._history.record(self._clock(), dict(self._values()), waits)
+        self._history.record(self._clock(), dict(self._values(snapshot, loads)), waits)
 
-    def _values(self) -> Iterator[tuple[LineName, float]]:
-        snapshot, reports = self._source.snapshot, self._source.reports
+    async def _loads(self, snapshot: SchedulerSnapshot | None) -> list[EngineLoad] | None:
+        """Return the loads of busy engines, none while there are no requests; None: not known."""
+        if snapshot is None:
+            return None
+        models = frozenset(one.model_id for one in snapshot.residents if not one.is_job)
+        is_used = self._is_busy() or any(one.in_flight for one in snapshot.residents)
+        if models == self._reported and not is_used:
+            return []
+        self._reports = await self._source.fetch_reports()
+        loads = {
+            resident.model_id: resident.load
+            for report in self._reports
+            for resident in report.residents
+        }
+        # One that did not answer is asked again.
+        self._reported = models & loads.keys()
+        return list(loads.values()) if models <= loads.keys() else None
+
+    def _values(
+        self, snapshot: SchedulerSnapshot | None, loads: list[EngineLoad] | None
+    ) -> Iterator[tuple[LineName, float]]:
         yield from self._token_rates()
-        pids = dict(self._local_processes(snapshot, reports))
+        pids = dict(self._local_processes(snapshot))
         for process, cores in self._processor.since_last(pids).items():
             yield LineName("cpu", process), cores
         if snapshot is None:
@@ -107,10 +124,10 @@ class ServerMonitor:
         for one in snapshot.residents:
             kind = "job" if one.is_job else "model"
             yield LineName("memory", kind, one.model_id), one.size_bytes
-        loads = [resident.load for report in reports for resident in report.residents]
-        waiting = sum(load.waiting for load in loads) + sum(snapshot.waiting.values())
-        yield LineName("requests", "running"), sum(load.running for load in loads)
-        yield LineName("requests", "waiting"), waiting
+        if loads is not None:
+            waiting = sum(load.waiting for load in loads) + sum(snapshot.waiting.values())
+            yield LineName("requests", "running"), sum(load.running for load in loads)
+            yield LineName("requests", "waiting"), waiting
         thermal = snapshot.thermal
         yield LineName("thermal", "state"), thermal.level
         yield LineName("thermal", "heat"), _STATES.get(thermal.heat, -1)
@@ -130,14 +147,12 @@ class ServerMonitor:
             if now > before:
                 yield LineName("tokens", label), added / (now - before)
 
-    def _local_processes(
-        self, snapshot: SchedulerSnapshot | None, reports: list[ReplicaReport]
-    ) -> Iterator[tuple[str, int]]:
+    def _local_processes(self, snapshot: SchedulerSnapshot | None) -> Iterator[tuple[str, int]]:
         """Yield name and id of the processes that are known to run on this machine."""
         yield "router", os.getpid()
         if snapshot is not None and self._settings.max_replicas == 1:
             yield "scheduler", snapshot.pid
-        for report in reports:
+        for report in self._reports:
             if all(one.node.node_id in ("", self._node_id) for one in report.processes):
                 yield report.format, report.pid
 

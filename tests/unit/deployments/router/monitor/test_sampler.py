@@ -64,9 +64,11 @@ class FakeSource:
     def __init__(self) -> None:
         self.snapshot: SchedulerSnapshot | None = SNAPSHOT
         self.reports = [REPORT]
+        self.asked = 0
 
-    async def refresh(self) -> None:
-        pass
+    async def fetch_reports(self) -> list[ReplicaReport]:
+        self.asked += 1
+        return self.reports
 
     async def fetch_snapshot(self) -> SchedulerSnapshot | None:
         return self.snapshot
@@ -77,6 +79,7 @@ class Subject:
 
     def __init__(self, **settings: Any) -> None:
         self.now = 1_000_000.0
+        self.is_busy = True
         self.source = FakeSource()
         self.metrics = Metrics()
         self.monitor = ServerMonitor(
@@ -84,6 +87,7 @@ class Subject:
             self.source,
             self.metrics,
             "here",
+            lambda: self.is_busy,
             history=History(),
             clock=lambda: self.now,
         )
@@ -207,3 +211,27 @@ def test_ended_processes_are_forgotten() -> None:
         process.communicate()
     assert use.since_last({"a": process.pid}) == {}
     assert use._known == {}
+
+
+async def test_engines_are_asked_only_while_there_are_requests_or_other_models() -> None:
+    subject = Subject()
+    subject.is_busy = False
+    await subject.sample(3)
+    assert subject.source.asked == 1
+    assert await subject.last("requests") == {("running", ""): 0, ("waiting", ""): 3}
+    subject.is_busy = True
+    await subject.sample()
+    assert subject.source.asked == 2
+    assert await subject.last("requests") == {("running", ""): 3, ("waiting", ""): 7}
+    subject.is_busy = False
+    used = replace(SNAPSHOT.residents[0], in_flight=1)
+    subject.source.snapshot = replace(SNAPSHOT, residents=(used,))
+    await subject.sample()
+    assert subject.source.asked == 3
+    other = LedgerEntry("n", 400, 0.0, format="echo")
+    subject.source.snapshot = replace(SNAPSHOT, residents=(other,))
+    await subject.sample(2)
+    # It does not report the new model: it is asked again, and the load is not known.
+    assert subject.source.asked == 5
+    shown = await subject.monitor.series("requests", 3600.0, 600)
+    assert all(line.mean[-2:] == (None, None) for line in shown.lines)
