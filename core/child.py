@@ -294,6 +294,13 @@ class AsyncChild:
         while rest := self._child.write_some(rest):
             await self._ready(self._stdin, self._loop.add_writer, self._loop.remove_writer)
 
+    def send(self, line: bytes) -> bool:
+        """Send a short line if the child takes it now; return whether it did.
+
+        Raises ChildEnded.
+        """
+        return not self._child.write_some(memoryview(line))
+
     async def lines(self) -> AsyncIterator[bytes]:
         """Yield lines until the child closes its stdout.  Raises AnswerTooLong."""
         while True:
@@ -447,11 +454,15 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def die_with_input(source: IO[str]) -> None:
-    """Kill the calling process' group when `source`, the pipe from its parent, ends."""
+def die_with_input(source: IO[str], on_line: Callable[[str], None] = lambda _: None) -> None:
+    """Kill the calling process' group when `source`, the pipe from its parent, ends.
+
+    `on_line` is called on a thread with each line until then, and must not raise.
+    """
 
     def watch() -> None:
-        source.read()
+        for line in source:
+            on_line(line)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

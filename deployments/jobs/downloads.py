@@ -30,7 +30,7 @@ class DownloadJobs:
 
     `progress` is how far each running download is, by the job's id.  `on_arrived` is awaited with
     the folder of a model that is complete, before its job is done; BrokenModel from it removes the
-    folder, if this run made it.  `limit_bytes_per_s` is that of each download that begins.
+    folder, if this run made it.  `limit_bytes_per_s` is that of all downloads together, 0: none.
     """
 
     def __init__(
@@ -42,6 +42,12 @@ class DownloadJobs:
         self._on_arrived = on_arrived
         self.limit_bytes_per_s = 0
         self.progress: dict[str, DownloadProgress] = {}
+        self._running = 0
+
+    def share_bytes_per_s(self) -> int:
+        """Return what each download that runs may fetch in a second now, 0 for no limit."""
+        limit = self.limit_bytes_per_s
+        return max(limit // max(self._running, 1), 1) if limit else 0
 
     async def run(self, job: Job, report: Report) -> None:
         """Download the model; see `JobHandler`."""
@@ -56,10 +62,12 @@ class DownloadJobs:
             report(wanted.size_bytes, wanted.size_bytes)
         else:
             token = await asyncio.to_thread(self._token) if _is_for(wanted) else ""
-            limited = replace(wanted, limit_bytes_per_s=self.limit_bytes_per_s)
+            self._running += 1
             try:
-                await run_download(limited, token, tell)
+                limited = replace(wanted, limit_bytes_per_s=self.share_bytes_per_s())
+                await run_download(limited, token, tell, limit=self.share_bytes_per_s)
             finally:
+                self._running -= 1
                 self.progress.pop(job.id, None)
         try:
             await self._on_arrived(wanted.target)

@@ -37,11 +37,6 @@ class DownloadLimits:
         if self.hours:
             parse_hours(self.hours)
 
-    @property
-    def share_bytes_per_s(self) -> int:
-        """What one download may fetch in a second, 0 for no limit."""
-        return max(self.bytes_per_s // self.parallel, 1) if self.bytes_per_s else 0
-
     def applied_to(self, limits: JobLimits, kind: str) -> JobLimits:
         """Return `limits` with these for jobs of `kind`."""
         hours = {kind: parse_hours(self.hours)} if self.hours else dict[str, Hours]()

@@ -170,12 +170,6 @@ class JobRunner:
         """Put a paused or failed job back into the queue.  Raises NotFound, RequestError."""
         return self._set(jobs.resume(self.job(job_id)))
 
-    def restart(self, kind: str, reason: str) -> None:
-        """Stop the running jobs of a kind, which then go on by themselves."""
-        for job in list(self._jobs.values()):
-            if job.kind == kind and job.state == "running":
-                self._stop(jobs.wait(job, reason, "held", None))
-
     def look_again(self) -> None:
         """Look at the limits now."""
         self._changed.set()

@@ -1,6 +1,7 @@
 """Child process that downloads a model: `python -m catalog.hub.download.child`.
 
-Reads the job and the token as two lines from stdin.  Writes lines of JSON to stdout:
+Reads the job and the token as two lines from stdin, then at any time other limits of bytes in a
+second, each a number on a line.  Writes lines of JSON to stdout:
 `{"done_bytes": …, "found_bytes": …}` as the model arrives, the second of what did not come by the
 network, `{"wait_s": …, "reason": …}` before another try, and at the end `{"done": true}` or
 `{"error": code, "message": …, "retry_after_s": …}`.  The process kills itself at the end of stdin,
@@ -75,7 +76,7 @@ class _Reporter:
             self.pipe.flush()
 
 
-def download(job: DownloadJob, token: str, reporter: _Reporter) -> None:
+def download(job: DownloadJob, token: str, reporter: _Reporter, pace: Pace) -> None:
     """Fetch all files and make the folder visible.  Raises every failure as an ImpetusError."""
     try:
         job.check()
@@ -83,14 +84,14 @@ def download(job: DownloadJob, token: str, reporter: _Reporter) -> None:
         with lock_path(job.work).open("w") as lock:
             _lock(lock, job)
             claim_work(job)
-            hashes = _fetch_all(job, token, reporter)
+            hashes = _fetch_all(job, token, reporter, pace)
             write_atomically(job.work / RECORD, record_of(job, hashes).encode(), mode=0o644)
             _publish(job)
     except OSError as problem:
         raise disk_problem(problem, job.work, job.size_bytes) from problem
 
 
-def _fetch_all(job: DownloadJob, token: str, reporter: _Reporter) -> dict[str, str]:
+def _fetch_all(job: DownloadJob, token: str, reporter: _Reporter, pace: Pace) -> dict[str, str]:
     """Fetch the files, the largest first, several at the same time; return their hashes.
 
     The first failure is raised at once; the other threads end with the process.
@@ -103,7 +104,7 @@ def _fetch_all(job: DownloadJob, token: str, reporter: _Reporter) -> dict[str, s
         job.work,
         reporter.add,
         reporter.wait,
-        Pace(job.limit_bytes_per_s),
+        pace,
         shared_files(job),
         reporter.fetch,
     )
@@ -154,9 +155,10 @@ def main() -> None:
     reporter = _Reporter(take_stdout())
     job = DownloadJob.from_json(sys.stdin.readline())
     token = sys.stdin.readline().strip()
-    die_with_input(sys.stdin)
+    pace = Pace(job.limit_bytes_per_s)
+    die_with_input(sys.stdin, lambda line: pace.change(int(line)))
     try:
-        download(job, token, reporter)
+        download(job, token, reporter, pace)
     except ImpetusError as error:
         reporter.send(
             {"error": error.code, "message": error.message, "retry_after_s": error.retry_after_s}

@@ -130,10 +130,16 @@ def _is_running(work: Path) -> bool:
 
 
 async def run_download(
-    job: DownloadJob, token: str, on_progress: OnProgress, *, tick_s: float = _TICK_S
+    job: DownloadJob,
+    token: str,
+    on_progress: OnProgress,
+    *,
+    limit: Callable[[], int] | None = None,
+    tick_s: float = _TICK_S,
 ) -> Path:
     """Download a model and return its folder, `job.target`; `on_progress` is told every second.
 
+    `limit` is asked as often for the bytes in a second from then on, instead of the job's.
     Raises RequestError for a target that exists, InsufficientDisk, ChecksumFailed, the errors
     `Hub…`, and JobInterrupted for a process that died.  `token` goes to the child's stdin alone.
     """
@@ -152,7 +158,7 @@ async def run_download(
     try:
         with contextlib.suppress(ChildEnded):
             await child.write(f"{job.to_json()}\n{token}\n".encode())
-        with _ticking(follower, tick_s):
+        with _ticking(_Ticker(child, follower, job.limit_bytes_per_s, limit), tick_s):
             async for line in child.lines():
                 follower.read(line)
         code = await child.wait()
@@ -217,14 +223,33 @@ class _Follower:
         )
 
 
+@dataclass(slots=True)
+class _Ticker:
+    """Reports, so that a stall is told that sends no line, and passes other limits on."""
+
+    child: AsyncChild
+    follower: _Follower
+    sent: int
+    limit: Callable[[], int] | None
+
+    def tick(self) -> None:
+        """Do both; a limit that the child does not take now is sent at the next call."""
+        self.follower.report()
+        if self.limit is None or (wanted := self.limit()) == self.sent:
+            return
+        with contextlib.suppress(ChildEnded):
+            if self.child.send(b"%d\n" % wanted):
+                self.sent = wanted
+
+
 @contextlib.contextmanager
-def _ticking(follower: _Follower, tick_s: float) -> Iterator[None]:
-    """Report while the block runs, so that a stall is told that sends no line."""
+def _ticking(ticker: _Ticker, tick_s: float) -> Iterator[None]:
+    """Call the ticker at intervals while the block runs."""
     loop = asyncio.get_running_loop()
     timers: list[asyncio.TimerHandle] = []
 
     def tick() -> None:
-        follower.report()
+        ticker.tick()
         timers[:] = [loop.call_later(tick_s, tick)]
 
     timers.append(loop.call_later(tick_s, tick))

@@ -36,6 +36,7 @@ HEADROOM_BYTES = 512 * MIB
 _READ_BYTES = 1 << 20
 _TRIES = 8
 _LONGEST_WAIT_S = 60.0
+_PACE_STEP_S = 1.0
 # Of names: trying again changes nothing.
 _IMPOSSIBLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EILSEQ)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,7 +46,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Pace:
     """Keeps all transfers together below a number of bytes in a second, 0: none.
 
-    `sleep` waits; for several threads.
+    `sleep` waits; for several threads, also `change`.
     """
 
     bytes_per_s: int = 0
@@ -55,12 +56,20 @@ class Pace:
 
     def passed(self, count: int, now: float) -> None:
         """Wait until `count` more bytes are due."""
-        if self.bytes_per_s <= 0:
+        limit = self.bytes_per_s
+        if limit <= 0:
             return
         with self._lock:
-            self._due = max(self._due, now) + count / self.bytes_per_s
+            self._due = max(self._due, now) + count / limit
             wait_s = self._due - now
-        self.sleep(wait_s)
+        while wait_s > 0 and self.bytes_per_s == limit:
+            self.sleep(min(wait_s, _PACE_STEP_S))
+            wait_s -= _PACE_STEP_S
+
+    def change(self, bytes_per_s: int) -> None:
+        """Keep to another number from now on; those that wait go on within a second."""
+        with self._lock:
+            self.bytes_per_s, self._due = bytes_per_s, 0.0
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from core.supervision import call_in_thread
 from deployments.jobs.calls.jobs import JobCalls
-from deployments.jobs.downloads import KIND, DownloadJobs, add_download, prepare
+from deployments.jobs.downloads import DownloadJobs, add_download, prepare
 from deployments.jobs.hub import HubReader
 from deployments.jobs.limits import DownloadLimits, LimitsFile
 from deployments.jobs.partials import Partials
@@ -49,16 +49,13 @@ class DownloadCalls(JobCalls):
         limits = replace(self._limits, **wanted)
         limits.check()
         await call_in_thread("impetus-limits", lambda: self._limits_file.write(limits))
-        is_other_speed = limits.share_bytes_per_s != self._limits.share_bytes_per_s
         self._use(limits)
-        if is_other_speed:
-            runner.restart(KIND, "its limits have changed")
         runner.look_again()
         return DownloadLimitsView(**asdict(limits))
 
     def _use(self, limits: DownloadLimits) -> None:
         self._limits = limits
-        self._downloads.limit_bytes_per_s = limits.share_bytes_per_s
+        self._downloads.limit_bytes_per_s = limits.bytes_per_s
 
     @returning_errors
     async def partials(self) -> list[PartialView]:

@@ -6,7 +6,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from catalog.hub.repository import read_repository
 from catalog.job_store import JobStore
 from catalog.jobs import Job, JobLimits
 from core.errors import BrokenModel
+from deployments.jobs import downloads as module
 from deployments.jobs.downloads import DownloadJobs
 from deployments.jobs.runner import JobRunner
 from scripts.hub_lib.faults import Fault
@@ -177,6 +178,33 @@ async def test_download_onto_a_full_disk_waits_with_the_numbers_and_goes_on_d5(
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         store.close()
+
+
+def work_of(target: Path) -> Job:
+    file = RepositoryFile("m.gguf", 3, "0" * 40)
+    wanted = DownloadJob("", "org/tiny", "c" * 40, (file,), target)
+    return Job(target.name, "download", "tiny", wanted.to_json(), 0.0, 0.0)
+
+
+async def test_downloads_that_run_share_the_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloads = DownloadJobs(lambda: "")
+    told: list[int] = []
+
+    async def note(job: DownloadJob, *_: object, limit: Callable[[], int]) -> None:
+        told.extend((job.limit_bytes_per_s, limit()))
+        if len(told) == 2:
+            await downloads.run(work_of(tmp_path / "b"), lambda _done, _total: None)
+            told.append(limit())
+
+    monkeypatch.setattr(module, "run_download", note)
+    downloads.limit_bytes_per_s = 9
+    await downloads.run(work_of(tmp_path / "a"), lambda _done, _total: None)
+    # Alone, beside another one, and alone again.
+    assert told == [9, 9, 4, 4, 9]
+    downloads.limit_bytes_per_s = 0
+    assert downloads.share_bytes_per_s() == 0
 
 
 async def test_model_that_was_there_before_is_not_removed(tmp_path: Path) -> None:

@@ -42,8 +42,3 @@ def test_limits_are_applied_to_their_kind() -> None:
     applied = DownloadLimits(2, 9, "01:00-02:00").applied_to(held, "download")
     assert applied == JobLimits({"download": 2}, {"download": Hours(60, 120)}, held.held)
     assert DownloadLimits().applied_to(held, "download").hours == {}
-
-
-def test_downloads_share_the_speed() -> None:
-    shares = [DownloadLimits(n, speed).share_bytes_per_s for n, speed in ((2, 0), (2, 9), (4, 3))]
-    assert shares == [0, 4, 1]

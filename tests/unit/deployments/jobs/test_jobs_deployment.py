@@ -224,7 +224,9 @@ async def test_limits_apply_to_what_runs_and_are_kept(hub: Hub, machine: Machine
         assert (limits.parallel, limits.bytes_per_s, limits.hours) == (2, 100_000, "")
         for job in (first, second):
             await until(replica, job, "running")
-        assert replica._downloads.limit_bytes_per_s == 50_000
+        # A job runs a moment before its download does.
+        while replica._downloads.share_bytes_per_s() != 50_000:
+            await asyncio.sleep(0.01)
         now = datetime.now()
         later = [f"{now + timedelta(hours=hours):%H:%M}" for hours in (2, 3)]
         await result(replica.change_limits({"hours": "-".join(later)}))

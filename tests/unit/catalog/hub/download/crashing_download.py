@@ -84,7 +84,7 @@ def run(order: dict[str, Any]) -> None:
     if "at" in order:
         crash_at(order["at"], job)
     reporter: Any = counter
-    child.download(job, "", reporter)
+    child.download(job, "", reporter, transfer.Pace())
 
 
 def main() -> None:

@@ -172,7 +172,7 @@ def test_download_is_on_the_disk_before_it_is_visible_d15(
     monkeypatch.setattr(Path, "replace", named)
     one = replace(job, connections=1)
     reporter: Any = child._Reporter(open(os.devnull, "w"))  # noqa: SIM115
-    child.download(one, "", reporter)
+    child.download(one, "", reporter, transfer.Pace())
     reporter.pipe.close()
     work = job.work.name
     assert steps == [

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -170,6 +171,20 @@ async def test_download_that_goes_on_tells_the_speed_of_the_network(download: Do
     assert (job.target / LARGE).read_bytes() == download.content
     # 100,000 bytes were left, which take two seconds.
     assert 0 < max(each.speed for each in told) < 200_000
+
+
+async def test_download_takes_another_limit_without_another_connection(download: Download) -> None:
+    limits = [50_000]
+    job = replace(download.job, limit_bytes_per_s=50_000)
+    began = time.monotonic()
+    task = asyncio.create_task(run_download(job, "", ignore, limit=lambda: limits[0], tick_s=0.05))
+    await until_arrived(job, 100_000)
+    limits[0] = 0
+    await task
+    # 1,000,000 bytes would have taken 20 s.
+    assert time.monotonic() - began < 15
+    assert download.ranges == [None]
+    assert (job.target / LARGE).read_bytes() == download.content
 
 
 async def test_download_survives_kills(download: Download) -> None:

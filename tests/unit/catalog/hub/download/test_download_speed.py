@@ -76,5 +76,19 @@ def test_download_pace_waits_until_the_bytes_are_due() -> None:
     pace.passed(500, 10.5)
     pace.passed(100, 20.0)
     assert waited == pytest.approx([0.5, 0.5, 0.1])
+    # A longer wait ends with the limit.
+    waited.clear()
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            slow.change(0)
+
+    slow = Pace(100, wait)
+    slow.passed(1000, 10.0)
+    assert waited == [1.0, 1.0, 1.0]
+    slow.passed(1000, 13.0)
+    assert len(waited) == 3
     Pace(0, waited.append).passed(10**9, 0.0)
+    assert len(waited) == 3
     assert len(waited) == 3
