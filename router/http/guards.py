@@ -43,13 +43,15 @@ _HEADER_NAMES = re.compile(r"[A-Za-z0-9-]+(?:\s*,\s*[A-Za-z0-9-]+){0,99}")
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 CLOSE = {"connection": "close"}
 _RATE_HEADERS = [
-    f"x-ratelimit-{fact}-{kind}"
+    name
     for kind in ("requests", "tokens")
     for fact in ("limit", "remaining", "reset")
+    for name in (f"x-ratelimit-{fact}-{kind}", f"anthropic-ratelimit-{kind}-{fact}")
 ]
 _EXPOSED = ", ".join(
     [
         *("x-request-id", "request-id", "x-impetus-ignored", "x-impetus-timing", "retry-after"),
+        *("upload-offset", "upload-length"),
         *_RATE_HEADERS,
     ]
 )

@@ -202,6 +202,18 @@ async def test_anthropics_clients_get_their_own_headers(ask: Callable[..., Any])
     assert "retry-after" in answers[1].headers
 
 
+@pytest.mark.parametrize(("path", "body"), [("chat/completions", CHAT), ("messages", MESSAGE)])
+async def test_pages_of_allowed_origins_may_read_the_limits(path: str, body: Any) -> None:
+    services = make_services(FakeDispatcher(), rate_limit_requests=2, rate_limit_tokens=100)
+    async with client_of(create_app(services)) as client:
+        headers = {"origin": "http://localhost:5173"}
+        answer = await client.post(f"/v1/{path}", json=body, headers=headers)
+    shown = answer.headers["access-control-expose-headers"].split(", ")
+    sent = [name for name in answer.headers if "ratelimit" in name]
+    assert len(sent) == 6
+    assert set(sent) <= set(shown)
+
+
 @pytest.fixture
 async def credentials(tmp_path: Path) -> AsyncIterator[StoredCredentials]:
     stored = StoredCredentials(tmp_path / "keys.sqlite")
