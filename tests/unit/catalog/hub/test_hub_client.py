@@ -53,7 +53,7 @@ def published(hub: Hub, tmp_path: Path) -> Hub:
     ],
     ids=lambda value: value.kind if isinstance(value, Fault) else "",
 )
-def test_hub_failure_says_what_to_do(
+def test_hub_failure_says_what_to_do_d11(
     published: Hub, client: HubClient, fault: Fault, kind: type[ImpetusError], said: str
 ) -> None:
     published.faults.add(fault)
@@ -89,7 +89,7 @@ def test_hub_answer_over_the_limit_or_too_slow_in_all(published: Hub, client: Hu
         HubClient(client.endpoint, "", replace(LIMITS, total_s=0.3)).get_json(INFO, "a")
 
 
-def test_hub_token_that_is_stale_is_left_out_where_none_is_needed(published: Hub) -> None:
+def test_hub_token_that_is_stale_is_left_out_where_none_is_needed_d11(published: Hub) -> None:
     client = HubClient(published.endpoint, "hf_stale", LIMITS)
     assert client.get_json(INFO, "org/tiny").value["id"] == "org/tiny"
     with pytest.raises(HubTokenRejected, match="does not know the token"):
@@ -108,7 +108,7 @@ def test_hub_gated_files_name_the_page_whose_terms_to_accept(published: Hub) -> 
         client.get_json("/api/models/org/none", "org/none")
 
 
-def test_hub_token_goes_to_the_hub_alone(published: Hub, tmp_path: Path) -> None:
+def test_hub_token_goes_to_the_hub_alone_d8(published: Hub, tmp_path: Path) -> None:
     (tmp_path / "large").mkdir()
     (tmp_path / "large" / "x.gguf").write_bytes(b"x" * 1000)
     published.publish("org/large", tmp_path / "large")
@@ -124,7 +124,7 @@ def test_hub_token_goes_to_the_hub_alone(published: Hub, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "http://[::1", "gopher://x/", ""])
-def test_hub_redirect_elsewhere_is_not_followed(
+def test_hub_redirect_elsewhere_is_not_followed_d8(
     published: Hub, client: HubClient, target: str
 ) -> None:
     published.faults.add(Fault("redirect", value=target or "loop"))

@@ -91,7 +91,7 @@ def test_hub_revision_with_slashes(hub: Hub, client: HubClient, folder: Path) ->
         ({"sha": SHA, "siblings": [{"rfilename": "a", "size": -1}]}, "states no size of 'a'"),
     ],
 )
-def test_hub_that_lists_impossible_files_is_refused(answer: Any, said: str) -> None:
+def test_hub_that_lists_impossible_files_is_refused_d10(answer: Any, said: str) -> None:
     """D10: names that would leave the folder, and too many of them."""
 
     class Lying(HubClient):

@@ -40,7 +40,7 @@ def test_hub_token_is_that_of_the_first_source(
     assert current_token(file).value == "hf_older"
 
 
-def test_hub_token_file_is_for_its_owner(file: TokenFile, tmp_path: Path) -> None:
+def test_hub_token_file_is_for_its_owner_d12(file: TokenFile, tmp_path: Path) -> None:
     file.save(SECRET)
     path = tmp_path / "home" / "keys" / "hub_token"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -66,7 +66,7 @@ def ranges(hub: Hub) -> list[str | None]:
     return [each.headers.get("range") for each in hub.requests if "repos" in each.target]
 
 
-async def test_download_goes_on_after_the_kill_of_everything(
+async def test_download_goes_on_after_the_kill_of_everything_d6(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

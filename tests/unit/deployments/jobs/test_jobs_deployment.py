@@ -166,7 +166,9 @@ async def test_model_is_in_the_catalog_when_its_job_is_done_and_a_broken_one_is_
     shelf.store.close()
 
 
-async def test_second_download_joins_and_another_waits_its_turn(hub: Hub, machine: Machine) -> None:
+async def test_second_download_joins_and_another_waits_its_turn_d7(
+    hub: Hub, machine: Machine
+) -> None:
     hub.faults.add(Fault("stall", file=NAME, at=100_000))
     async with machine.running() as replica:
         first = await result(replica.download("org/tiny:Q8_0", "", ""))

@@ -61,7 +61,7 @@ def test_record_has_no_secrets_of_addresses(download: Download) -> None:
     assert json.loads(text)["url"] == "https://example.com/m.gguf"
 
 
-async def test_download_of_what_another_model_has_is_copied(download: Download) -> None:
+async def test_download_of_what_another_model_has_is_copied_d7(download: Download) -> None:
     await run_download(download.job, "", ignore)
     download.hub.forget_requests()
     await run_download(other(download), "", ignore)

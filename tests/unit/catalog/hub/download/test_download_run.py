@@ -204,7 +204,7 @@ async def test_download_survives_kills(download: Download) -> None:
     assert download.ranges[1:] == ["bytes=100000-", "bytes=400000-", "bytes=999999-"]
 
 
-async def test_download_that_stalls_says_so_and_tries_again(download: Download) -> None:
+async def test_download_that_stalls_says_so_and_tries_again_d4(download: Download) -> None:
     """D4: the speed falls to 0, the reason is told, and the transfer goes on."""
     told: list[DownloadProgress] = []
     download.hub.faults.add(Fault("stall", file=LARGE, at=500_000, times=1))
@@ -216,7 +216,7 @@ async def test_download_that_stalls_says_so_and_tries_again(download: Download) 
     assert any("did not answer in time" in each.reason for each in told)
 
 
-async def test_download_keeps_its_token_to_itself(
+async def test_download_keeps_its_token_to_itself_d12(
     download: Download, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D12: it is in no argument, no environment and no file."""
@@ -320,7 +320,7 @@ async def test_download_of_the_same_folder_runs_once(download: Download) -> None
         await task
 
 
-async def test_download_without_room_says_the_numbers_before_a_byte(
+async def test_download_without_room_says_the_numbers_before_a_byte_d5(
     download: Download, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D5: what has arrived already counts as room that is taken."""
@@ -347,7 +347,7 @@ async def test_download_without_room_says_the_numbers_before_a_byte(
         *(["a.json", "A.json"], ["n\u00e4.json", "na\u0308.json"], ["a/b.json", "A/B.json"]),
     ],
 )
-async def test_download_of_names_that_clash_or_leave_the_folder_is_refused(
+async def test_download_of_names_that_clash_or_leave_the_folder_is_refused_d10(
     download: Download, names: list[str]
 ) -> None:
     """D10, M12: also for systems on which two of the names are the same."""

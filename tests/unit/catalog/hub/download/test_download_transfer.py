@@ -38,7 +38,7 @@ def test_download_is_whole_and_leaves_nothing_else(download: Download) -> None:
     ("kind", "percent"),
     [*(("truncate", each) for each in range(0, 100, 10)), ("stall", 0), ("stall", 60)],
 )
-def test_download_that_breaks_goes_on_where_it_was(
+def test_download_that_breaks_goes_on_where_it_was_d1(
     download: Download, kind: str, percent: int
 ) -> None:
     """D1: cut at every 10 %, at most what was under way is fetched twice."""
@@ -53,7 +53,7 @@ def test_download_that_breaks_goes_on_where_it_was(
     assert wait[0] == 1.0
 
 
-def test_download_that_is_slow_but_goes_on_is_left_alone(download: Download) -> None:
+def test_download_that_is_slow_but_goes_on_is_left_alone_d4(download: Download) -> None:
     """D4: a second is longer than the pause between its pieces, and shorter than the whole."""
     client = HubClient(download.job.endpoint, "", replace(LIMITS, silence_s=1.0, total_s=1.0))
     download.transfer.client = client
@@ -82,7 +82,7 @@ def test_download_of_another_process_goes_on_with_its_validator(download: Downlo
     ],
     ids=lambda value: value.kind if isinstance(value, Fault) else "",
 )
-def test_download_is_never_put_together_from_different_answers(
+def test_download_is_never_put_together_from_different_answers_d2(
     download: Download, fault: Fault, ranges: list[str | None]
 ) -> None:
     """D2: an ignored range, another range, another validator: from the start, whole."""
@@ -118,7 +118,7 @@ def test_download_longer_than_its_file_begins_anew(download: Download) -> None:
     ],
     ids=lambda value: value.kind if isinstance(value, Fault) else "",
 )
-def test_download_with_another_content_leaves_nothing(
+def test_download_with_another_content_leaves_nothing_d3(
     download: Download, fault: Fault, said: str
 ) -> None:
     """D3: one more try, then an error; nothing under the final name, no partial file."""
@@ -138,7 +138,7 @@ def test_download_that_is_damaged_once_succeeds(download: Download) -> None:
 
 
 @pytest.mark.parametrize("kind", ["size", "hash"])
-def test_download_from_a_hub_that_lies_is_refused(download: Download, kind: str) -> None:
+def test_download_from_a_hub_that_lies_is_refused_d3(download: Download, kind: str) -> None:
     download.hub.faults.add(Fault(kind, file="api", value="3"))
     lying = read_repository(HubClient(download.job.endpoint, ""), "org/tiny")
     file = next(each for each in lying.files if each.path == LARGE)
@@ -169,7 +169,7 @@ def test_download_that_brings_something_never_gives_up(download: Download) -> No
     assert [seconds for seconds, _ in download.waits] == [1.0] * 19
 
 
-def test_download_over_the_rate_limit_waits_as_long_as_it_is_told(download: Download) -> None:
+def test_download_over_the_rate_limit_waits_as_long_as_it_is_told_d11(download: Download) -> None:
     download.hub.faults.add(Fault("status", file=LARGE, value="429", seconds=17, times=2))
     assert download.fetch().read_bytes() == download.content
     assert [seconds for seconds, _ in download.waits] == [17.0, 17.0]
@@ -186,7 +186,7 @@ def test_download_of_what_is_gone_is_not_tried_again(download: Download) -> None
     assert download.waits == []
 
 
-def test_download_stays_at_its_commit(download: Download) -> None:
+def test_download_stays_at_its_commit_d13(download: Download) -> None:
     """D13: the repository moves while it is downloaded."""
     download.fetch("config.json")
     other = download.source.parent / "other"
@@ -208,7 +208,7 @@ def test_download_stays_at_its_commit(download: Download) -> None:
         (errno.EIO, Unavailable),
     ],
 )
-def test_download_that_cannot_be_written_keeps_what_arrived(
+def test_download_that_cannot_be_written_keeps_what_arrived_d5(
     download: Download, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Exception]
 ) -> None:
     """D5: no retry; the next run goes on."""

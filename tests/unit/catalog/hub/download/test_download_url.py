@@ -104,7 +104,7 @@ def test_download_from_an_address_checks_what_the_user_stated(download: Download
         *("file:///etc/passwd", "http://2130706433:1/x", "http://user@127.0.0.1/x"),
     ],
 )
-def test_download_redirected_into_this_network_connects_to_nothing(
+def test_download_redirected_into_this_network_connects_to_nothing_d8(
     download: Download, url: str, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     """D8: each hop is checked, not the first one alone."""
@@ -130,7 +130,9 @@ def test_download_redirected_into_this_network_connects_to_nothing(
     assert connected == [("8.8.8.8", own)]
 
 
-def test_download_connects_to_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_connects_to_the_address_that_was_checked_d9(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """D9: a name that is resolved differently a second time gets no second time."""
     answers = iter([["8.8.8.8"], ["127.0.0.1"], ["127.0.0.1"]])
     connected: list[Any] = []
@@ -172,7 +174,7 @@ def test_download_by_https_asks_for_the_name_it_was_given(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("trusted")
-def test_download_redirected_without_end_or_to_plain_http(download: Download, url: str) -> None:
+def test_download_redirected_without_end_or_to_plain_http_d8(download: Download, url: str) -> None:
     download.hub.faults.add(Fault("redirect", file=LARGE, value="loop"))
     with pytest.raises(HubAnswerInvalid, match="more than 5 times"):
         UrlSource(url, LIMITS).probe()
