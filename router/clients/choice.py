@@ -26,7 +26,7 @@ def named_model(entries: Sequence[Mapping[str, Any]], client: str, wanted: str) 
 
 def best_model(entries: Sequence[Mapping[str, Any]], client: str) -> Model | None:
     """Return the best model for `client`; None if none suits it."""
-    usable = [entry for entry in real_models(entries) if rank(entry, client)[0] > 0]
+    usable = [entry for entry in real_models(entries) if rank(entry, client)[0]]
     if not usable:
         return None
     return _model(max(usable, key=lambda entry: rank(entry, client)), client)
@@ -37,15 +37,18 @@ def real_models(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return [entry for entry in entries if entry.get("format") != "echo"]
 
 
-def rank(entry: Mapping[str, Any], client: str) -> tuple[int, bool, int, int]:
+def rank(entry: Mapping[str, Any], client: str) -> tuple[bool, bool, int, int, int]:
     """Return by what models are compared for a client; the largest is the best.
 
-    The first part is 0 if the client cannot use it.
+    The first part is whether the client can use it.  A model that chats comes before one that is
+    only for embeddings, whatever is missing.
     """
-    level = fit_of(entry, client)["level"]
+    known = fit_of(entry, client)["level"]
+    level = _LEVELS.index(known) if known in _LEVELS else 0
     return (
-        _LEVELS.index(level) if level in _LEVELS else 0,
+        level > 0,
         "chat" in entry.get("capabilities", ()),
+        level,
         int(entry.get("parameters") or 0),
         int(entry.get("max_model_len") or 0),
     )

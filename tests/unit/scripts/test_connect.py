@@ -332,6 +332,13 @@ def test_the_model_that_fits_best_is_chosen(entry: Entry) -> None:
         choose(listed[:1], "cline", None)
 
 
+def test_a_model_that_chats_comes_before_one_for_embeddings(entry: Entry) -> None:
+    embedder = entry("embedder", capabilities=["embedding"])
+    listed = [embedder, entry("starter", "limited"), entry("unfit", "no")]
+    assert choose(listed, "openai", None).id == "starter"
+    assert choose([embedder, listed[2]], "openai", None).id == "embedder"
+
+
 def test_a_name_without_a_variant_has_the_shortest_context_of_all(entry: Entry) -> None:
     listed = [
         entry("coder@gguf-q8_0"),
