@@ -17,7 +17,6 @@ from router.api.answer import Endpoint, answer
 from router.clients.answers import (
     ClientList,
     ClientModel,
-    ClientPath,
     ClientSetUp,
     ClientView,
     WrittenSetUp,
@@ -31,6 +30,7 @@ from router.clients.problems import ConnectError
 from router.clients.setup import (
     PLACEHOLDER_KEY,
     check_answer,
+    client_paths,
     language_of,
     level_of,
     shown_files,
@@ -163,7 +163,9 @@ def check_client_endpoint(context: RouteContext) -> Endpoint:
         target = Target(f"{_own_root(context, request)}/v1", key)
 
         async def run() -> list[Outcome]:
-            headers = [(b"cookie", cookie) for cookie in cookies]
+            # A session counts for pages of this server alone, which the guard found this one to be.
+            headers = [(b"sec-fetch-site", b"same-origin")] if cookies else []
+            headers += [(b"cookie", cookie) for cookie in cookies]
             # A proxy of the environment could not reach this machine's loopback.
             async with (
                 lock,
@@ -246,7 +248,7 @@ def _client_views(views: Sequence[ModelView]) -> list[ClientView]:
                 api=client.wire,
                 is_installed=path is not None if name in TRACES else None,
                 found="" if path is None else str(path),
-                files=[ClientPath(path=str(one), exists=one.exists()) for one in client.paths()],
+                files=client_paths(client),
                 recommended=None if best is None else best.id,
                 models=[_client_model(entry, name) for entry in ranked],
             )

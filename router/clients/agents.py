@@ -62,7 +62,7 @@ def _opencode_paths() -> Sequence[Path]:
     base = Path(own).expanduser() if own else config_folder() / "opencode"
     names = ("opencode.jsonc", "opencode.json")
     # It reads both, and what the first says wins.
-    return [next((base / name for name in names if (base / name).exists()), base / names[1])]
+    return [next((base / name for name in names if os.path.exists(base / name)), base / names[1])]
 
 
 def _opencode_changes(target: Target, model: Model) -> Sequence[FileChange]:

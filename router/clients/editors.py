@@ -63,7 +63,7 @@ def _vs_code_paths() -> Sequence[Path]:
     else:
         default = Path.home() / "Library" / "Application Support" if is_mac() else config_folder()
         base = Path(os.environ.get("VSCODE_APPDATA") or default)
-        found = [base / name for name in _VS_CODE_FOLDERS if (base / name).is_dir()]
+        found = [base / name for name in _VS_CODE_FOLDERS if os.path.isdir(base / name)]
         user = found[0] if found else base / _VS_CODE_FOLDERS[0]
     return [user / "User" / "chatLanguageModels.json"]
 

@@ -58,7 +58,7 @@ def installed_path(client: str) -> Path | None:
                 return folder
     for application in traces.applications:
         for base in (Path("/Applications"), Path.home() / "Applications"):
-            if (base / f"{application}.app").is_dir():
+            if os.path.isdir(base / f"{application}.app"):
                 return base / f"{application}.app"
     return None
 

@@ -1,9 +1,17 @@
 """What is shown of a client's setup, and writing it: in files below the home folder alone."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from router.clients.answers import CheckStep, ClientCheck, ClientFile, Level, WrittenFile
+from router.clients.answers import (
+    CheckStep,
+    ClientCheck,
+    ClientFile,
+    ClientPath,
+    Level,
+    WrittenFile,
+)
 from router.clients.check import Outcome
 from router.clients.client import Client
 from router.clients.files import FileChange, apply_all, hidden, preview, require_below
@@ -13,6 +21,11 @@ from router.clients.target import Model, Target
 # Stands for the server's key, whose text is stored nowhere.
 PLACEHOLDER_KEY = "YOUR_API_KEY"
 _LANGUAGES = {".json": "json", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
+
+
+def client_paths(client: Client) -> list[ClientPath]:
+    """Return the client's files; one that cannot be looked at does not exist."""
+    return [ClientPath(path=str(path), exists=os.path.exists(path)) for path in client.paths()]
 
 
 def shown_files(changes: Sequence[FileChange], *, is_manager: bool) -> list[ClientFile]:
@@ -89,7 +102,7 @@ def _shown(change: FileChange, *, is_manager: bool) -> ClientFile:
             problem = str(error)
     return ClientFile(
         path=str(change.path),
-        exists=change.path.exists(),
+        exists=os.path.exists(change.path),
         language=_LANGUAGES.get(change.path.suffix, ""),
         text=change.alone(),
         is_changed=is_changed,

@@ -1,5 +1,6 @@
 """`/api/connect` over real files in a home of its own, and a real listener for the check."""
 
+import asyncio
 import json
 import os
 import tomllib
@@ -19,11 +20,10 @@ from router.clients.clients import CLIENTS
 from router.clients.installed import TRACES
 from router.services import FitView
 from tests.fakes import CHAT_MODEL, MANAGING, FakeDispatcher, make_services, make_view
-from tests.live_server import client_of, error_of, serving
+from tests.live_server import client_of, error_of
 from tests.unit.router.api.test_router_api import FakeManagement
 from tests.unit.scripts.conftest import VARIABLES
 from tests.unit.scripts.test_connect import CONTINUE_FILE, FILES
-from tests.unit.scripts.test_connect_check import TEXT, Talker
 
 BEARER = {"authorization": "Bearer sesame-42"}
 WITH_FILES = sorted(FILES)
@@ -221,6 +221,27 @@ async def test_nothing_outside_the_home_is_read_or_written(
     assert [path.name for path in outside.iterdir()] == ["config.toml"]
 
 
+async def test_a_path_that_cannot_be_looked_at_is_told(
+    http: httpx.AsyncClient, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODEX_HOME", str(home / ("x" * 300)))
+    listed = {one["client"]: one for one in (await http.get("/api/connect")).json()["clients"]}
+    assert listed["codex"]["files"][0]["exists"] is False
+    (only,) = (await http.get("/api/connect/codex")).json()["files"]
+    assert "cannot be read" in only["problem"]
+    assert "cannot be read" in error_of(await http.post("/api/connect/codex", json={}))["message"]
+
+
+async def test_several_writes_at_once_leave_one_whole_file(
+    http: httpx.AsyncClient, home: Path
+) -> None:
+    models = [CHAT_MODEL, "tiny", "short@gguf-f16"] * 2
+    writes = (http.post("/api/connect/continue", json={"model": model}) for model in models)
+    assert {one.status_code for one in await asyncio.gather(*writes)} == {200}
+    found = yaml.safe_load((home / FILES["continue"]).read_text())["models"]
+    assert sorted(one["model"] for one in found) == sorted(set(models))
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [("GET", "/api/connect/x"), ("POST", "/api/connect/x"), ("POST", "/api/connect/x/check")],
@@ -315,45 +336,3 @@ async def test_a_server_without_a_fitting_model_says_so() -> None:
         assert "No model of this server suits codex" in error_of(refused)["message"]
         shown = (await http.get("/api/connect/codex", params={"model": CHAT_MODEL})).json()
         assert (shown["level"], shown["reasons"]) == ("no", ["too short"])
-
-
-async def checked(
-    app: FastAPI, client: str, headers: dict[str, str], body: dict[str, str] | None = None
-) -> dict[str, Any]:
-    async with serving(app) as port:
-        root = f"http://127.0.0.1:{port}"
-        async with httpx.AsyncClient(base_url=root, timeout=30, headers=headers) as http:
-            answer = await http.post(f"/api/connect/{client}/check", json=body or {})
-            assert answer.status_code == 200, answer.text
-            found: dict[str, Any] = answer.json()
-            return found
-
-
-@pytest.mark.parametrize("client", ["cline", "codex", "claude-code", "openai"])
-async def test_the_server_checks_itself_as_each_kind_of_client(client: str) -> None:
-    dispatcher = Talker()
-    found = await checked(make_app(dispatcher), client, MANAGING)
-    assert (found["ok"], found["model"]) == (True, CHAT_MODEL)
-    assert [step["name"] for step in found["steps"]] == [
-        "model list",
-        "stream",
-        "tool round trip",
-    ]
-    assert all(step["ok"] and step["ms"] >= 0 and not step["problem"] for step in found["steps"])
-    assert len(dispatcher.requests) == 3
-
-
-async def test_a_step_that_fails_says_why() -> None:
-    found = await checked(make_app(Talker(TEXT)), "cline", MANAGING)
-    assert [step["ok"] for step in found["steps"]] == [True, True, False]
-    assert (found["ok"], found["steps"][2]["problem"]) == (False, "the model called no tool")
-
-
-async def test_the_check_uses_the_key_of_the_request_or_the_given_one() -> None:
-    app = make_app(Talker(), api_key="sesame-42")
-    assert (await checked(app, "cline", BEARER))["ok"] is True
-    assert (await checked(app, "cline", {"x-api-key": "sesame-42"}))["ok"] is True
-    found = await checked(app, "cline", BEARER, {"key": "wrong-key"})
-    assert [step["ok"] for step in found["steps"]] == [False, False, False]
-    assert all("HTTP 401" in step["problem"] for step in found["steps"])
-    assert "wrong-key" not in json.dumps(found)
