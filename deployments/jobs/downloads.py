@@ -42,12 +42,12 @@ class DownloadJobs:
         self._on_arrived = on_arrived
         self.limit_bytes_per_s = 0
         self.progress: dict[str, DownloadProgress] = {}
-        self._running = 0
+        self._running: dict[str, DownloadJob] = {}
 
     def share_bytes_per_s(self) -> int:
         """Return what each download that runs may fetch in a second now, 0 for no limit."""
         limit = self.limit_bytes_per_s
-        return max(limit // max(self._running, 1), 1) if limit else 0
+        return max(limit // max(len(self._running), 1), 1) if limit else 0
 
     async def run(self, job: Job, report: Report) -> None:
         """Download the model; see `JobHandler`."""
@@ -62,12 +62,15 @@ class DownloadJobs:
             report(wanted.size_bytes, wanted.size_bytes)
         else:
             token = await asyncio.to_thread(self._token) if _is_for(wanted) else ""
-            self._running += 1
+            beside = tuple(self._running.values())
+            self._running[job.id] = wanted
             try:
                 limited = replace(wanted, limit_bytes_per_s=self.share_bytes_per_s())
-                await run_download(limited, token, tell, limit=self.share_bytes_per_s)
+                await run_download(
+                    limited, token, tell, limit=self.share_bytes_per_s, beside=beside
+                )
             finally:
-                self._running -= 1
+                del self._running[job.id]
                 self.progress.pop(job.id, None)
         try:
             await self._on_arrived(wanted.target)

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,22 @@ def arrived_bytes(job: DownloadJob) -> int:
     return found
 
 
-def require_space(job: DownloadJob) -> None:
-    """Raise InsufficientDisk with the numbers if the disk has no room for what is missing."""
+def require_space(job: DownloadJob, beside: Sequence[DownloadJob] = ()) -> None:
+    """Raise InsufficientDisk with the numbers if the disk has no room for what is missing.
+
+    `beside` are the other downloads that run, onto the same disk.
+    """
     missing = job.size_bytes - arrived_bytes(job)
+    others = sum(max(each.size_bytes - arrived_bytes(each), 0) for each in beside)
+    needed = missing + others + HEADROOM_BYTES
     folder = next(each for each in job.target.parents if each.is_dir())
     free = shutil.disk_usage(folder).free
-    if free < missing + HEADROOM_BYTES:
+    if free < needed:
+        also = f", {format_bytes(others)} for downloads that run" if others else ""
         raise InsufficientDisk(
-            f"The download of {job.repository} needs {format_bytes(missing)} and leaves "
+            f"The download of {job.repository} needs {format_bytes(missing)}{also} and leaves "
             f"{format_bytes(HEADROOM_BYTES)} free, but {format_bytes(free)} are free in {folder}. "
-            f"Free {format_bytes(missing + HEADROOM_BYTES - free)}, or choose a smaller model."
+            f"Free {format_bytes(needed - free)}, or choose a smaller model."
         )
 
 
@@ -135,11 +141,13 @@ async def run_download(
     on_progress: OnProgress,
     *,
     limit: Callable[[], int] | None = None,
+    beside: Sequence[DownloadJob] = (),
     tick_s: float = _TICK_S,
 ) -> Path:
     """Download a model and return its folder, `job.target`; `on_progress` is told every second.
 
     `limit` is asked as often for the bytes in a second from then on, instead of the job's.
+    `beside` are the other downloads that run, which need room on the same disk.
     Raises RequestError for a target that exists, InsufficientDisk, ChecksumFailed, the errors
     `Hub…`, and JobInterrupted for a process that died.  `token` goes to the child's stdin alone.
     """
@@ -148,7 +156,7 @@ async def run_download(
         raise RequestError(
             f"{job.target.name!r} exists already; choose another name.", param="target"
         )
-    await asyncio.to_thread(require_space, job)
+    await asyncio.to_thread(require_space, job, beside)
     follower = _Follower(job, on_progress)
     child = AsyncChild(
         [sys.executable, "-P", "-m", "catalog.hub.download.child"],

@@ -6,7 +6,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -191,9 +191,13 @@ async def test_downloads_that_run_share_the_speed(
 ) -> None:
     downloads = DownloadJobs(lambda: "")
     told: list[int] = []
+    others: list[list[str]] = []
 
-    async def note(job: DownloadJob, *_: object, limit: Callable[[], int]) -> None:
+    async def note(
+        job: DownloadJob, *_: object, limit: Callable[[], int], beside: Sequence[DownloadJob]
+    ) -> None:
         told.extend((job.limit_bytes_per_s, limit()))
+        others.append([each.target.name for each in beside])
         if len(told) == 2:
             await downloads.run(work_of(tmp_path / "b"), lambda _done, _total: None)
             told.append(limit())
@@ -203,6 +207,7 @@ async def test_downloads_that_run_share_the_speed(
     await downloads.run(work_of(tmp_path / "a"), lambda _done, _total: None)
     # Alone, beside another one, and alone again.
     assert told == [9, 9, 4, 4, 9]
+    assert others == [[], ["a"]]
     downloads.limit_bytes_per_s = 0
     assert downloads.share_bytes_per_s() == 0
 

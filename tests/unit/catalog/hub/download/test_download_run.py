@@ -338,6 +338,14 @@ async def test_download_without_room_says_the_numbers_before_a_byte_d5(
     with part.open("wb") as stream:
         stream.truncate(GIB)
     require_space(job)
+    # What runs beside it has a gigabyte to go.
+    running = replace(
+        job, target=job.target.with_name("c"), files=(replace(large, size_bytes=GIB),)
+    )
+    with pytest.raises(
+        InsufficientDisk, match=r"1\.00? GiB for downloads that run .*Free 512\.0 MiB"
+    ):
+        require_space(job, (running,))
 
 
 @pytest.mark.parametrize(
