@@ -93,6 +93,11 @@ class Settings(BaseSettings):
         description="Programs whose model folders are scanned as well and used in place: "
         "huggingface, lmstudio, ollama, llama.cpp, separated by commas; empty: none.",
     )
+    download_hosts: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
+        default_factory=list,
+        description="Hosts of this machine or of private networks, such as nas.local:8080, from "
+        "whose addresses models may be downloaded, separated by commas; others are refused.",
+    )
     browse_path: Annotated[list[Path] | None, NoDecode, BeforeValidator(_split_paths)] = Field(
         default=None,
         description="Folders from which models may be chosen and imported, besides the scanned "

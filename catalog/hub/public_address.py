@@ -5,7 +5,7 @@ Sources: the special-purpose registries of IANA, as `ipaddress` has them; RFC 60
 
 import ipaddress
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -34,6 +34,12 @@ class WebAddress:
         """Host and port as in a Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+
+    def is_one_of(self, hosts: Collection[str]) -> bool:
+        """Whether `hosts` has its host, alone or with its port; the case does not matter."""
+        bare = f"[{self.host}]" if ":" in self.host else self.host
+        known = {host.lower() for host in hosts}
+        return not known.isdisjoint({self.host, bare, f"{bare}:{self.port}"})
 
     def at(self, ip: str) -> str:
         """Return the address with `ip` in place of the host's name."""
@@ -73,11 +79,14 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(item[4][0]) for item in found))
 
 
-def public_ips(address: WebAddress, look_up: Resolve = resolve) -> list[str]:
+def public_ips(
+    address: WebAddress, look_up: Resolve = resolve, private_hosts: Collection[str] = ()
+) -> list[str]:
     """Return the IP addresses to connect to, in their order; blocks for the name's resolution.
 
     Raises RequestError if any address of the host is not on the public internet, always in the
-    same words, and HubUnavailable for a name that cannot be resolved.
+    same words, unless `private_hosts` has the host; HubUnavailable for a name that cannot be
+    resolved.
     """
     try:
         found = look_up(address.host, address.port)
@@ -87,10 +96,10 @@ def public_ips(address: WebAddress, look_up: Resolve = resolve) -> list[str]:
         raise HubUnavailable(
             f"The host {address.host[:80]} cannot be found; check the address and the network."
         )
-    if not all(map(is_public, found)):
+    if not address.is_one_of(private_hosts) and not all(map(is_public, found)):
         raise RequestError(
             "The address leads to this machine or a private network, which is not fetched. "
-            "Download the file yourself and put it into a model folder.",
+            "Name its host in IMPETUS_DOWNLOAD_HOSTS, or put the file into a model folder.",
             param="url",
         )
     return found

@@ -65,7 +65,7 @@ class JobsReplica(DownloadCalls, ConversionCalls, ArrivalCalls, HubCalls):
         budget = budget_bytes(settings)
         options = engine_options(settings, budget)
         self._catalog = CatalogReader(settings.catalog_file, scheduler)
-        self._downloads = DownloadJobs(self._token, self._catalog.register)
+        self._downloads = DownloadJobs(self._token, self._catalog.register, settings.download_hosts)
         arrivals = ArrivalJobs(settings, self._catalog.register)
         self._uploads = UploadStore(settings.home)
         self._files = LocalFiles(settings)
@@ -93,6 +93,7 @@ class JobsReplica(DownloadCalls, ConversionCalls, ArrivalCalls, HubCalls):
             settings.home / "models" / "hub",
             self._room,
             lambda: HubClient(token=self._token()),
+            settings.download_hosts,
         )
         self._partials = Partials(settings.home / "models" / "hub", self._download_jobs)
         self._supervisor = Supervisor()

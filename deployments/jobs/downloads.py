@@ -31,15 +31,18 @@ class DownloadJobs:
     `progress` is how far each running download is, by the job's id.  `on_arrived` is awaited with
     the folder of a model that is complete, before its job is done; BrokenModel from it removes the
     folder, if this run made it.  `limit_bytes_per_s` is that of all downloads together, 0: none.
+    `private_hosts` are those of `UrlSource`.
     """
 
     def __init__(
         self,
         token: Callable[[], str],
         on_arrived: Callable[[Path], Awaitable[None]] = _ignore,
+        private_hosts: Sequence[str] = (),
     ) -> None:
         self._token = token
         self._on_arrived = on_arrived
+        self._private_hosts = tuple(private_hosts)
         self.limit_bytes_per_s = 0
         self.progress: dict[str, DownloadProgress] = {}
         self._running: dict[str, DownloadJob] = {}
@@ -65,7 +68,11 @@ class DownloadJobs:
             beside = tuple(self._running.values())
             self._running[job.id] = wanted
             try:
-                limited = replace(wanted, limit_bytes_per_s=self.share_bytes_per_s())
+                limited = replace(
+                    wanted,
+                    limit_bytes_per_s=self.share_bytes_per_s(),
+                    private_hosts=self._private_hosts,
+                )
                 await run_download(
                     limited, token, tell, limit=self.share_bytes_per_s, beside=beside
                 )

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -49,11 +49,14 @@ class HubReader:
         folder: Path,
         room: RoomNow,
         connect: Callable[[], HubClient],
+        private_hosts: Collection[str] = (),
     ) -> None:
+        """`private_hosts` are those of `UrlSource`."""
         self._backends = backends
         self._options = options
         self._room = room
         self._connect = connect
+        self._private_hosts = private_hosts
         self._folder = folder
         self._one_inspection = asyncio.Semaphore(_MOST_INSPECTIONS)
         # By repository and commit, the last used last: another context asks for the same.
@@ -120,7 +123,8 @@ class HubReader:
                     param="revision" if revision else "entry",
                 )
             url = model.strip()
-            file = await self._in_thread(UrlSource(url).probe)
+            source = UrlSource(url, private_hosts=self._private_hosts)
+            file = await self._in_thread(source.probe)
             return url_download(url, file, self._folder)
         client, reference, repository = await self._read(model, revision)
         entries = meant_entries(repository, reference, name)

@@ -91,14 +91,20 @@ def download(job: DownloadJob, token: str, reporter: _Reporter, pace: Pace) -> N
         raise disk_problem(problem, job.work, job.size_bytes) from problem
 
 
+def _source(job: DownloadJob, token: str) -> UrlSource | HubClient:
+    limits = HubLimits(silence_s=job.silence_s)
+    if job.url:
+        return UrlSource(job.url, limits, private_hosts=job.private_hosts)
+    return HubClient(job.endpoint, token, limits)
+
+
 def _fetch_all(job: DownloadJob, token: str, reporter: _Reporter, pace: Pace) -> dict[str, str]:
     """Fetch the files, the largest first, several at the same time; return their hashes.
 
     The first failure is raised at once; the other threads end with the process.
     """
-    limits = HubLimits(silence_s=job.silence_s)
     transfer = Transfer(
-        UrlSource(job.url, limits) if job.url else HubClient(job.endpoint, token, limits),
+        _source(job, token),
         job.repository,
         job.commit,
         job.work,

@@ -27,7 +27,8 @@ class DownloadJob:
     `connections` files are fetched at the same time, all together at most `limit_bytes_per_s` (0:
     no limit); `silence_s` without a byte a connection is made anew.  `library` is the folder with
     the folders of owners, in which models may have files that this one needs too; empty: only those
-    beside the target.  A token is not part of a job: jobs are stored and shown.
+    beside the target.  `private_hosts` are those of `UrlSource`, set for each run.  A token is not
+    part of a job: jobs are stored and shown.
     """
 
     endpoint: str
@@ -40,6 +41,7 @@ class DownloadJob:
     connections: int = 4
     url: str = ""
     library: str = ""
+    private_hosts: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -76,7 +78,9 @@ class DownloadJob:
         """Return the job that `to_json` wrote."""
         values: Mapping[str, Any] = json.loads(text)
         files = tuple(RepositoryFile(**file) for file in values["files"])
-        return cls(**{**values, "files": files, "target": Path(values["target"])})
+        hosts = tuple(values.get("private_hosts", ()))
+        target = Path(values["target"])
+        return cls(**{**values, "files": files, "target": target, "private_hosts": hosts})
 
 
 def partial_folder(work: Path) -> Path:

@@ -1,7 +1,7 @@
 """Reads files from plain web addresses, connecting only to checked public addresses, hop by hop."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
@@ -32,16 +32,26 @@ _MOST_ADDRESSES = 4
 
 
 class UrlSource:
-    """Opens one web address; the same interface to transfers as `HubClient`.  Blocks."""
+    """Opens one web address; the same interface to transfers as `HubClient`.  Blocks.
+
+    Of `private_hosts`, which need not be public, only an address of theirs may be redirected to
+    another: a page of the internet leads to none of them.
+    """
 
     def __init__(
-        self, url: str, limits: HubLimits | None = None, look_up: Resolve = resolve
+        self,
+        url: str,
+        limits: HubLimits | None = None,
+        look_up: Resolve = resolve,
+        private_hosts: Collection[str] = (),
     ) -> None:
         """Raises RequestError for what is not an address of the web."""
+        address = parse_address(url)
         self._url = url
         self._limits = limits or HubLimits()
         self._look_up = look_up
-        self.host = parse_address(url).netloc
+        self._private_hosts = private_hosts if address.is_one_of(private_hosts) else ()
+        self.host = address.netloc
 
     def file_address(self, repository: str, revision: str, path: str) -> str:
         """Return the address."""
@@ -140,7 +150,7 @@ class UrlSource:
         headers: Mapping[str, str],
     ) -> httpx2.Response:
         """Return the answer of the first IP address of a host that takes the connection."""
-        *others, last = public_ips(address, self._look_up)[:_MOST_ADDRESSES]
+        *others, last = public_ips(address, self._look_up, self._private_hosts)[:_MOST_ADDRESSES]
         own = {"accept-encoding": "identity", **headers, "host": address.netloc}
         extensions = {"sni_hostname": address.host}
 

@@ -1,11 +1,14 @@
 """From an empty home to an answer with `scripts/models`, over a kill of the server."""
 
+import functools
+import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import pytest
 from scripts.hub_lib.faults import Fault
 from scripts.hub_lib.server import Hub, running_hub
 from tests.integration.server import HTTP, ROOT, Server, wait_until
+from tests.live_server import free_port
 from tests.starter import starter_path
 
 NAME = "Nice-135M-Q4_1.gguf"
@@ -114,6 +118,21 @@ def send(server: Server, folder: Path) -> None:
     assert document(server, "uploads")["uploads"] == []
 
 
+def get_by_url(server: Server, folder: Path, port: int) -> None:
+    """Get a model from a file server of this network, which the settings name."""
+    shared = folder / "shared"
+    shared.mkdir()
+    shutil.copyfile(starter_path(), shared / "Shared-135M-Q4_1.gguf")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(shared))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        got = run(server, "get", f"http://localhost:{port}/Shared-135M-Q4_1.gguf")
+        files.shutdown()
+    assert (got.returncode, got.stdout) == (0, "Ready: shared-135m@gguf-q4_1 (93.8 MiB)\n"), (
+        got.stderr
+    )
+
+
 def test_model_is_got_over_ctrl_c_and_a_killed_server(
     hub: Hub, other_server: Server, tmp_path: Path
 ) -> None:
@@ -122,7 +141,11 @@ def test_model_is_got_over_ctrl_c_and_a_killed_server(
     assert (unreachable.returncode, "scripts/serve" in unreachable.stderr) == (3, True)
     kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     server.inherited = {**kept, "HF_ENDPOINT": hub.endpoint}
-    settings = {"STARTERS": "false", "FORMATS": "gguf,echo", "SCAN_INTERVAL_S": "600"}
+    port = free_port()
+    settings = {
+        **{"STARTERS": "false", "FORMATS": "gguf,echo", "SCAN_INTERVAL_S": "600"},
+        "DOWNLOAD_HOSTS": f"localhost:{port}",
+    }
     server.start(**settings)
     (found,) = document(server, "search", "nice", "--format", "gguf", "--max-size", "4GB")["models"]
     assert found["id"] == "org/Nice-GGUF"
@@ -157,4 +180,5 @@ def test_model_is_got_over_ctrl_c_and_a_killed_server(
     anew = run(server, "get", WANTED)
     assert (anew.returncode, anew.stdout) == (0, f"Ready: {ID} (93.8 MiB)\n"), anew.stderr
     send(server, tmp_path)
+    get_by_url(server, tmp_path, port)
     assert server.stop() == 0

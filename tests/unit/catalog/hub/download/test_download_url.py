@@ -97,6 +97,17 @@ def test_download_from_an_address_checks_what_the_user_stated(download: Download
     by_address(download, url).fetch(RepositoryFile(LARGE, SIZE, "", download.file().sha256))
 
 
+def test_download_from_a_named_host_of_a_private_network(download: Download, url: str) -> None:
+    with pytest.raises(RequestError, match="IMPETUS_DOWNLOAD_HOSTS"):
+        UrlSource(url, LIMITS).probe()
+    with pytest.raises(RequestError):
+        UrlSource(url, LIMITS, private_hosts=["127.0.0.1:1", "example.com"]).probe()
+    source = UrlSource(url, LIMITS, private_hosts=["127.0.0.1", "LOCALHOST"])
+    assert source.probe().path == LARGE
+    replace(download.transfer, client=source).fetch(RepositoryFile(LARGE, SIZE, ""))
+    assert (download.transfer.work / LARGE).read_bytes() == download.content
+
+
 @pytest.mark.parametrize(
     "target",
     [
@@ -124,10 +135,13 @@ def test_download_redirected_into_this_network_connects_to_nothing_d8(
         first = (host, port) == ("127.0.0.1", own)
         return ["8.8.8.8"] if first else [item[4][0] for item in socket.getaddrinfo(host, port)]  # type: ignore[misc]
 
-    source = UrlSource(url, LIMITS, look_up)
-    with pytest.raises(RequestError), source.opened(url, "x"):
-        pass
-    assert connected == [("8.8.8.8", own)]
+    # Nor does the user's own server count that an address of the internet leads to.
+    for private_hosts in ((), ("169.254.169.254", "127.0.0.1:1", "::1")):
+        connected.clear()
+        source = UrlSource(url, LIMITS, look_up, private_hosts)
+        with pytest.raises(RequestError), source.opened(url, "x"):
+            pass
+        assert connected == [("8.8.8.8", own)]
 
 
 def test_download_connects_to_the_address_that_was_checked_d9(
