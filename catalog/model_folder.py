@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from backends.small_json import read_object
-from catalog.models import DOWNLOAD_RECORD
+from catalog.models import ARRIVAL_RECORD, DOWNLOAD_RECORD
 from core.errors import BrokenModel
 
 _MAX_FILES = 10_000
@@ -55,19 +55,20 @@ def _found(folder: Path) -> Iterator[Path]:
 
 
 def recorded_files(folder: Path) -> list[str]:
-    """Return the paths of what a download brought into a folder, and of its record.
+    """Return the paths of what a download, upload or copy brought into a folder, and its record.
 
     Empty without a valid record.
     """
-    try:
-        files = read_object(folder / DOWNLOAD_RECORD).get("files")
-    except BrokenModel:
-        return []
-    if not isinstance(files, list):
-        return []
-    found = [file.get("path") for file in files if isinstance(file, dict)]
-    paths = [path for path in found if isinstance(path, str) and is_plain_path(path)]
-    return [*paths, DOWNLOAD_RECORD]
+    for name in (DOWNLOAD_RECORD, ARRIVAL_RECORD):
+        try:
+            files = read_object(folder / name).get("files")
+        except BrokenModel:
+            continue
+        if isinstance(files, list):
+            found = [file.get("path") for file in files if isinstance(file, dict)]
+            paths = [path for path in found if isinstance(path, str) and is_plain_path(path)]
+            return [*paths, name]
+    return []
 
 
 def is_plain_path(path: str) -> bool:

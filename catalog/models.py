@@ -26,6 +26,8 @@ CONTENT = "content"
 STORE_FACTS = "store_facts"
 # In the folder of a model that was downloaded: where from, and which files.
 DOWNLOAD_RECORD = "download.json"
+# In the folder of a model that was uploaded or copied: which files.
+ARRIVAL_RECORD = "upload.json"
 # In the folder of a converted model: what it was made of.
 PROVENANCE = "provenance.json"
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from backends.registry import backends_for
+from catalog.models import ARRIVAL_RECORD
 from catalog.scan.inspector import Inspector
 from catalog.uploads.arrival import Arrival
 from catalog.uploads.copy import copy_files, files_of, move_folder
 from catalog.uploads.trial import try_scan
 from core.child import die_with_input, die_with_parent, give_way, take_stdout
 from core.errors import BrokenModel, ImpetusError, RequestError, Unavailable
-from core.files import open_regular, why
+from core.files import open_regular, why, write_atomically
 from core.units import MIB
 
 _REPORT_S = 0.25
@@ -81,6 +82,7 @@ def arrive(
     _inspect(quarantine.parent if is_moved else quarantine, formats)
     if is_moved:
         try:
+            _record(quarantine)
             move_folder(quarantine, target)
         except OSError as problem:
             raise Unavailable(
@@ -112,6 +114,13 @@ def _verify(arrival: Arrival, folder: Path, report: _Reporter) -> None:
                 f"{file.path} has {size} bytes and the SHA-256 {digest.hexdigest()}, but "
                 f"{file.size_bytes} bytes and {file.sha256} were announced; upload it again."
             )
+
+
+def _record(folder: Path) -> None:
+    """Note which files belong to the model, so that they are deleted with it.  Raises OSError."""
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    paths = [{"path": path.relative_to(folder).as_posix()} for path in files]
+    write_atomically(folder / ARRIVAL_RECORD, json.dumps({"files": paths}).encode(), mode=0o644)
 
 
 def _inspect(folder: Path, formats: Sequence[str]) -> None:

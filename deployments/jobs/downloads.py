@@ -8,17 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from catalog.hub.client import HubClient
-from catalog.hub.download.job import DownloadJob
+from catalog.hub.download.job import RECORD, DownloadJob
 from catalog.hub.download.record import has_size, read_record, without_secrets
 from catalog.hub.download.run import DownloadProgress, discard, run_download
 from catalog.jobs import ENDED, Job
 from catalog.models import ModelRecord
 from core.errors import BrokenModel, ImpetusError, RequestError
+from core.units import MIB
 from deployments.jobs.kind import NO_ACTIVITY, Activity, ids_of
 from deployments.jobs.runner import JobRunner, Report
 from router.job_service import JobDetail, JobFile, JobView
 
 KIND = "download"
+# Models work without smaller files, such as a README, but not without weights.
+_LARGE_BYTES = MIB
 
 
 async def _ignore(_: Path) -> None:
@@ -142,11 +145,34 @@ def is_there(wanted: DownloadJob) -> bool:
     )
 
 
+def _has_lost_files(wanted: DownloadJob) -> bool:
+    """Whether the target is what is left of the same repository, without weights that it had.
+
+    A folder with anything else in it, or with a large file of another size, is the user's.
+    """
+    record = read_record(wanted.target)
+    if record is None or record.repository != wanted.repository:
+        return False
+    large = {path: size for path, size in record.sizes.items() if size >= _LARGE_BYTES}
+    found = {
+        path.relative_to(wanted.target).as_posix()
+        for path in wanted.target.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    is_whole = all(has_size(wanted.target / path, large[path]) for path in found & large.keys())
+    is_known = found <= {*record.sizes, RECORD, ".DS_Store"}
+    return is_known and is_whole and not large.keys() <= found
+
+
 def prepare(wanted: DownloadJob) -> None:
     """Make the folder around the target; blocks.
 
-    Raises RequestError if the target is there with something else, ImpetusError for the disk.
+    What is left of a model of the same repository that lost large files becomes an unfinished
+    download.  Raises RequestError if the target is there with something else, ImpetusError for the
+    disk.
     """
+    if _has_lost_files(wanted) and not os.path.lexists(wanted.work):
+        wanted.target.rename(wanted.work)
     if wanted.target.exists() and not is_there(wanted):
         raise RequestError(
             f"{wanted.target} is there, but has another revision, or lacks files of "

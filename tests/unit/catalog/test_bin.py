@@ -10,6 +10,7 @@ import pytest
 from catalog import bin as model_bin
 from catalog.bin import BIN_FOLDER, KEPT_S, BinEntry
 from catalog.models import (
+    ARRIVAL_RECORD,
     DOWNLOAD_RECORD,
     BuiltIn,
     Converted,
@@ -94,17 +95,18 @@ def test_a_converted_model_goes_with_its_provenance_and_stays_when_its_source_go
     assert visible(root) == [name for name in before if name.startswith("gguf-q8_0")]
 
 
-def test_what_was_downloaded_with_a_model_goes_and_comes_back(root: Path) -> None:
+@pytest.mark.parametrize("name", [DOWNLOAD_RECORD, ARRIVAL_RECORD])
+def test_what_came_with_a_model_goes_and_comes_back(root: Path, name: str) -> None:
     one = record(root, "hub/m/q4/x.gguf")
     (root / "hub/m/README.md").write_bytes(b"read me")
     names = ["q4/x.gguf", "README.md", "../outside.txt", "gone.txt", 5]
     listed = {"version": 1, "files": [{"path": name} for name in names]}
-    (root / "hub/m" / DOWNLOAD_RECORD).write_text(json.dumps(listed))
+    (root / "hub/m" / name).write_text(json.dumps(listed))
     (root / "hub/outside.txt").write_bytes(b"the user's")
     entry = delete(one, root)
     assert visible(root) == ["hub", "hub/outside.txt"]
     model_bin.restore(entry)
-    whole = ["README.md", DOWNLOAD_RECORD, "q4", "q4/x.gguf"]
+    whole = sorted(["README.md", name, "q4", "q4/x.gguf"])
     assert visible(root) == [
         "hub",
         "hub/m",

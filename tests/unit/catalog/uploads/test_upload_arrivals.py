@@ -62,6 +62,9 @@ async def test_uploaded_folder_is_checked_and_moved_by_one_rename(tmp_path: Path
     target = home / "models" / "uploads" / "nice"
     assert arrival.folder(home) == target
     assert target.stat().st_ino == inode
+    listed = json.loads((target / "upload.json").read_text())["files"]
+    assert {f"nice/{file['path']}" for file in listed} == files.keys()
+    (target / "upload.json").unlink()
     assert {f"nice/{path.name}": path.read_bytes() for path in target.iterdir()} == files
     # A process that ended before this was stored does it again.
     await arrive(home, arrival)
@@ -135,6 +138,7 @@ async def test_import_leaves_the_source_and_takes_the_model(tmp_path: Path, how:
     told = await arrive(home, arrival)
     target = home / "models" / "uploads" / "mine"
     kept = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert kept.pop("upload.json")
     assert kept == {p.name: p.read_bytes() for p in source.iterdir() if p.name != ".DS_Store"}
     assert told[-1] == sum(map(len, kept.values()))
     (target / "config.json").write_text("changed")

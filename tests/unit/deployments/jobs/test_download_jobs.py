@@ -20,9 +20,9 @@ from catalog.hub.entries import RepositoryFile
 from catalog.hub.repository import read_repository
 from catalog.job_store import JobStore
 from catalog.jobs import Job, JobLimits
-from core.errors import BrokenModel
+from core.errors import BrokenModel, RequestError
 from deployments.jobs import downloads as module
-from deployments.jobs.downloads import DownloadJobs
+from deployments.jobs.downloads import DownloadJobs, is_there, prepare
 from deployments.jobs.runner import JobRunner
 from scripts.hub_lib.faults import Fault
 from scripts.hub_lib.server import Hub, running_hub
@@ -64,6 +64,32 @@ def publish(hub: Hub, folder: Path) -> tuple[DownloadJob, bytes]:
 def ranges(hub: Hub) -> list[str | None]:
     """The ranges of the file that the hub was asked for."""
     return [each.headers.get("range") for each in hub.requests if "repos" in each.target]
+
+
+async def test_model_that_lost_its_weights_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(module, "_LARGE_BYTES", 100_000)
+    with running_hub() as hub:
+        wanted, content = publish(hub, tmp_path)
+        job = Job("a1", "download", "Tiny", wanted.to_json(), 0.0, 0.0)
+        downloads, target = DownloadJobs(lambda: ""), wanted.target
+        await downloads.run(job, lambda _done, _total: None)
+        (target / NAME).unlink()
+        # What else is in the folder is the user's, as is a file of another size.
+        for path in (target / "mine.txt", target / NAME):
+            path.write_bytes(b"mine")
+            with pytest.raises(RequestError, match="move it away"):
+                prepare(wanted)
+            assert path.read_bytes() == b"mine"
+            path.unlink()
+        prepare(wanted)
+        assert not target.exists()
+        await downloads.run(job, lambda _done, _total: None)
+        assert (target / NAME).read_bytes() == content
+        prepare(wanted)
+        assert is_there(wanted)
 
 
 async def test_download_goes_on_after_the_kill_of_everything_d6(
