@@ -19,6 +19,7 @@ from core.errors import (
 
 _DEFAULT_WAIT_S = 60
 _LONGEST_WAIT_S = 3600
+_STORE = "Store (`scripts/models token set`)"
 # Source: what huggingface_hub's hf_raise_for_status looks for.
 _STALE = "Invalid credentials in Authorization header"
 _DISABLED = "Access to this resource is disabled."
@@ -37,8 +38,8 @@ def refusal(status: int, headers: Mapping[str, str], host: str, what: str) -> Im
     code = headers.get("x-error-code", "")
     if is_stale_token(status, headers):
         return HubTokenRejected(
-            f"{host} does not know the token in use, and {what} needs one. Set HF_TOKEN to a valid "
-            "token (huggingface.co/settings/tokens), or sign in with `hf auth login`."
+            f"{host} does not know the token in use, and {what} needs one. {_STORE} one that is "
+            "valid (huggingface.co/settings/tokens), or sign in with `hf auth login`."
         )
     if code == "GatedRepo":
         return _gated(status, host, what)
@@ -50,18 +51,18 @@ def refusal(status: int, headers: Mapping[str, str], host: str, what: str) -> Im
     if status == 404 or code == "RepoNotFound":
         return HubNotFound(
             f"{host} has no {what}, or shows it to members only. Check the spelling; for a private "
-            "repository set HF_TOKEN to a token that may read it.",
+            f"repository, {_STORE.lower()} a token that may read it.",
             param="name",
         )
     if status in (401, 403):
         return HubAccessDenied(
-            f"{host} refuses access to {what} ({status}). Set HF_TOKEN to a token that may read it."
+            f"{host} refuses access to {what} ({status}). {_STORE} a token that may read it."
         )
     if status == 429:
         seconds = wait_s(headers)
         return HubRateLimited(
-            f"{host} refuses further requests for {seconds} s (429). A token in HF_TOKEN allows "
-            "more of them.",
+            f"{host} refuses further requests for {seconds} s (429). A token allows more of them: "
+            f"{_STORE.lower()} one.",
             retry_after_s=seconds,
         )
     if status >= 500:
@@ -76,8 +77,8 @@ def _gated(status: int, host: str, what: str) -> HubAccessDenied:
     page = f"https://{host}/{what}"
     if status == 401:
         return HubAccessDenied(
-            f"{what} is gated: accept its terms at {page}, then set HF_TOKEN to a token of the "
-            "same account."
+            f"{what} is gated: accept its terms at {page}, then {_STORE.lower()} a token of "
+            "the same account."
         )
     return HubAccessDenied(
         f"{what} is gated, and the account of the token in use has no access: accept its terms at "

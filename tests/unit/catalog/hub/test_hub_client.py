@@ -45,7 +45,7 @@ def published(hub: Hub, tmp_path: Path) -> Hub:
         (Fault("status", value="503", seconds=9), HubUnavailable, "fails at the moment"),
         (Fault("status", value="500"), HubUnavailable, "fails at the moment"),
         (Fault("status", value="429", seconds=7), HubRateLimited, "for 7 s"),
-        (Fault("status", value="403"), HubAccessDenied, "HF_TOKEN"),
+        (Fault("status", value="403"), HubAccessDenied, "token set"),
         (Fault("status", value="418"), HubAnswerInvalid, "unexpected status 418"),
         (Fault("stall", at=0), HubTooSlow, "did not answer in time"),
         (Fault("truncate", at=10), HubUnavailable, "broke off"),
@@ -99,7 +99,7 @@ def test_hub_token_that_is_stale_is_left_out_where_none_is_needed_d11(published:
 def test_hub_gated_files_name_the_page_whose_terms_to_accept(published: Hub) -> None:
     published.publish("org/tiny", Path(__file__).parent, gated="manual")
     published.add_user("me", "hf_mine")
-    for token, said in (("", "then set HF_TOKEN"), ("hf_mine", "has no access")):
+    for token, said in (("", "then store"), ("hf_mine", "has no access")):
         client = HubClient(published.endpoint, token, LIMITS)
         address = f"{published.endpoint}/org/tiny/resolve/main/conftest.py"
         with pytest.raises(HubAccessDenied, match=said), client.opened(address, "org/tiny"):
