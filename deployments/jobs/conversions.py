@@ -19,6 +19,7 @@ from catalog.convert.run import ConversionProgress, ConversionRequest, convert, 
 from catalog.convert.work import ConversionWork
 from catalog.jobs import Job
 from catalog.models import PROVENANCE, Converted, ModelRecord
+from core.awake_time import AwakeTimer
 from core.errors import BrokenModel, ImpetusError
 from core.settings import Settings
 from deployments.jobs.catalog import CatalogReader
@@ -45,7 +46,7 @@ class _Running:
     pause: PauseSwitch = field(default_factory=PauseSwitch)
     progress: ConversionProgress = _WAITING
     task: "asyncio.Task[None] | None" = None
-    ending: asyncio.TimerHandle | None = None
+    ending: AwakeTimer | None = None
     started_at: float | None = None
     held_at: float | None = None
     held_s: float = 0.0
@@ -198,8 +199,7 @@ class ConversionJobs:
             return
         running.pause.switch(is_on=True)
         running.held_at = self._clock()
-        loop = asyncio.get_running_loop()
-        running.ending = loop.call_later(HELD_LIMIT_S, running.task.cancel)
+        running.ending = AwakeTimer(HELD_LIMIT_S, running.task.cancel)
 
     async def discard(self, job: Job) -> None:
         """End the processes of a job that is cancelled, and remove what they made."""

@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from core.awake_time import AwakeTimeout
 from core.errors import ImpetusError, Unavailable
 from core.supervision import log_failure
 from deployments.messages import MemoryLease
@@ -53,7 +54,7 @@ class MemoryLeases:
 
     async def _lease(self, lease: MemoryLease) -> None:
         try:
-            async with asyncio.timeout(WAIT_S + _ANSWER_LIMIT_S):
+            async with AwakeTimeout(WAIT_S + _ANSWER_LIMIT_S):
                 await call(self._scheduler.lease_memory.remote(lease, WAIT_S))
         except (TimeoutError, ReplicaDied) as problem:
             raise Unavailable(

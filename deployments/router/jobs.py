@@ -1,9 +1,9 @@
 """The router's way to the process of long jobs."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from core.awake_time import AwakeTimeout
 from core.errors import ImpetusError, Unavailable
 from deployments.serve.handles import Handle, ReplicaDied, call, direct
 from router.conversion_service import ConversionTargets, ConversionWish
@@ -74,7 +74,7 @@ class JobsClient:
         That is `problem` itself without an answer within 5 s.
         """
         try:
-            async with asyncio.timeout(_EXPLAIN_LIMIT_S):
+            async with AwakeTimeout(_EXPLAIN_LIMIT_S):
                 await call(self._jobs.explain_unrunnable.remote(model_id, problem))
         except (ReplicaDied, TimeoutError):
             return problem
@@ -176,7 +176,7 @@ async def _answer(response: Any, limit_s: float | None = None) -> Any:
     """Return the answer of the jobs' process.  Raises its errors, and Unavailable without one."""
     limit_s = limit_s or _LIMIT_S
     try:
-        async with asyncio.timeout(limit_s):
+        async with AwakeTimeout(limit_s):
             return await call(response)
     except ReplicaDied as problem:
         raise Unavailable(

@@ -1,6 +1,5 @@
 """Tests the connection as a client would: a stream, and a tool call with its result."""
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any, TypeAlias
 
 import httpx
 
+from core.awake_time import AwakeTimeout
 from router.clients.check_tools import ABOUT, CODEX_TOOLS, NAME, SCHEMA
 from router.clients.client import Wire
 from router.clients.target import Model, Target
@@ -56,7 +56,7 @@ async def checked(name: str, check: Awaitable[None], limit_s: float = LIMIT_S) -
     """Return the outcome of a check, which is cancelled after `limit_s` seconds."""
     begun = time.monotonic()
     try:
-        async with asyncio.timeout(limit_s):
+        async with AwakeTimeout(limit_s):
             await check
         problem = ""
     except TimeoutError:
