@@ -20,7 +20,8 @@ class ConversionWork:
     """A conversion of the model `model_id` to the folder `target`, which does not exist before.
 
     `group_size` is the weights that share a scale in MLX; other formats have no choice.
-    `source_bytes` is the size of the model's files, by which progress is counted.
+    `source_bytes` is the size of the model's files, by which progress is counted.  `is_awaited`: a
+    request waits for the model, so that its quality is not measured first.
     """
 
     model_id: str
@@ -29,6 +30,7 @@ class ConversionWork:
     group_size: int
     target: Path
     source_bytes: int = field(default=0, compare=False)
+    is_awaited: bool = field(default=False, compare=False)
 
     @property
     def kind(self) -> str:

@@ -158,6 +158,8 @@ class ConversionJobs:
                 running.report(progress)
 
             async def measure(result: Path, folder: Path) -> QualityFigure:
+                if work.is_awaited:
+                    return QualityFigure(reason="not measured: a request waited for the model")
                 both = Comparison(job_id, record, work, needed, request.threads)
                 return await self._quality.measure(both, result, folder, running.pause)
 

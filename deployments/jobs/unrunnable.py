@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from backends.base import Backend, EngineOptions, ModelInfo
 from catalog.convert.choice import least_lossy_conversion, smaller_conversion
@@ -105,7 +106,7 @@ class UnrunnableModels:
             await asyncio.to_thread(self._requests.check_room, work, record)
         except RequestError as refusal:
             return _with_note(problem, refusal.message)
-        job = runner.add(KIND, title_of(work), work.to_json())
+        job = runner.add(KIND, title_of(work), replace(work, is_awaited=True).to_json())
         await runner.save()
         return self._being_converted(problem, job)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,16 @@ async def test_it_converts_with_leased_memory_and_ends_in_the_catalog(bench: Ben
     assert (request.model_id, request.target) == (ID, bench.work.target)
     measured = bench.speeds.read()[measured_kind("safetensors", "mlx")]
     assert measured == (Measured(SIZE, 30.0),)
+
+
+async def test_quality_is_not_measured_while_a_request_waits(bench: Bench) -> None:
+    bench.job = replace(bench.job, work=replace(bench.work, is_awaited=True).to_json())
+    task = await bench.begun()
+    bench.converter.gate.set()
+    await task
+    assert bench.quality.compared == []
+    (figure,) = bench.converter.figures
+    assert (figure.is_measured, "a request waited" in figure.reason) == (False, True)
 
 
 async def test_f15_one_that_is_held_back_stops_where_it_is_and_goes_on(bench: Bench) -> None:

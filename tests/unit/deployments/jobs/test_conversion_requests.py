@@ -284,6 +284,8 @@ async def test_with_the_setting_the_first_request_begins_it_and_all_are_told(
     await automatic.until("done")
     assert len(converter.requests) == 1
     assert request.model_id == ID
+    (job,) = automatic.runner.jobs()
+    assert ConversionWork.from_json(job.work).is_awaited
     assert automatic.library.registered == [request.target]
 
 
