@@ -367,8 +367,8 @@ def test_f15_heat_unloads_refuses_and_goes_away_again(small: Server, thermal_fil
     wait_until(lambda: ask(small, "alpha").status_code == 200, "it is served again", 90.0)
     assert "pause jobs" in [one["action"] for one in decisions(small)]
     wait_until(
-        lambda: "let conversions go on" in [one["action"] for one in decisions(small)],
-        "conversions go on",
+        lambda: "let jobs go on" in [one["action"] for one in decisions(small)],
+        "jobs go on",
     )
 
 
