@@ -138,6 +138,7 @@ OWN = {
     "catalog/convert/output.py",
     "catalog/hub/download/record.py",
     "catalog/hub/download/run.py",
+    "catalog/uploads/child.py",
     "catalog/uploads/copy.py",
 }
 
