@@ -5,12 +5,12 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from catalog.connection import connect
+from catalog.connection import connect, transaction
 from catalog.database_errors import cause, is_damage
 from catalog.jobs import ENDED, Job
 from catalog.migrations import move_aside
@@ -89,18 +89,13 @@ class JobStore:
         """Run the body as one transaction."""
         with self._lock:
             try:
-                self._connection.execute("BEGIN IMMEDIATE")
-                yield self._connection
-                self._connection.execute("COMMIT")
+                with transaction(self._connection):
+                    yield self._connection
             except sqlite3.Error as problem:
                 raise CatalogNotWritten(
                     f"The jobs in {self._path} cannot be written: {cause(problem)}.",
                     retry_after_s=10,
                 ) from problem
-            finally:
-                if self._connection.in_transaction:
-                    with suppress(sqlite3.Error):
-                        self._connection.execute("ROLLBACK")
 
     def jobs(self) -> list[Job]:
         """Return all jobs in the order of the queue; rows that cannot be read are left out."""

@@ -5,11 +5,11 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from catalog.connection import connect
+from catalog.connection import connect, transaction
 from catalog.database_errors import cause
 from core.errors import ImpetusError, NotFound, RequestError, Unavailable
 from core.files import make_private
@@ -88,15 +88,8 @@ class KeyStore:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """Run the body as one transaction."""
-        with self._reading() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            finally:
-                if connection.in_transaction:
-                    with suppress(sqlite3.Error):
-                        connection.execute("ROLLBACK")
+        with self._reading() as connection, transaction(connection):
+            yield connection
 
     def data_version(self) -> int:
         """Return a number that differs once another connection has written; a few microseconds."""

@@ -5,9 +5,9 @@ import hashlib
 import os
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from core.errors import ImpetusError
 from core.files import write_atomically
@@ -36,6 +36,10 @@ class ApiKey:
     created_at: float
     expires_at: float | None = None
     last_used_at: float | None = None
+
+    def described(self) -> dict[str, Any]:
+        """Return what may be shown of the key, JSON-serializable."""
+        return {**asdict(self), "scopes": sorted(self.scopes)}
 
     def is_valid_at(self, now: float) -> bool:
         """Return whether the key has not expired."""

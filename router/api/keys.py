@@ -83,12 +83,4 @@ def revoke_key_endpoint(credentials: Credentials) -> Endpoint:
 
 
 def _described(key: ApiKey) -> dict[str, Any]:
-    return {
-        "id": key.id,
-        "name": key.name,
-        "scopes": sorted(key.scopes),
-        "created_at": key.created_at,
-        "expires_at": key.expires_at,
-        "last_used_at": key.last_used_at,
-        "is_expired": not key.is_valid_at(time.time()),
-    }
+    return {**key.described(), "is_expired": not key.is_valid_at(time.time())}

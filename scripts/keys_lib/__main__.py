@@ -11,11 +11,10 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from catalog.key_store import KeyStore
 from core.errors import ImpetusError
-from core.keys import SCOPES, ApiKey
+from core.keys import SCOPES
 from core.settings import Settings
 from deployments.start.checks import read_settings
 from deployments.start.sign_in import sign_in_link
@@ -45,7 +44,7 @@ def _list(store: KeyStore, settings: Settings, options: argparse.Namespace) -> N
     del settings
     keys = [stored.key for stored in store.stored()]
     if options.json:
-        print(json.dumps({"keys": [_described(key) for key in keys]}))
+        print(json.dumps({"keys": [key.described() for key in keys]}))
         return
     if not keys:
         print("There are no API keys.")
@@ -72,7 +71,7 @@ def _create(store: KeyStore, settings: Settings, options: argparse.Namespace) ->
     scopes = options.scope or ["inference"]
     key, text = store.create(options.name, scopes, now=now, expires_at=expires_at)
     if options.json:
-        print(json.dumps({**_described(key), "key": text}))
+        print(json.dumps({**key.described(), "key": text}))
         return
     print(text)
     # Apart from the key, so that a script can read that alone.
@@ -95,17 +94,6 @@ def _revoke(store: KeyStore, settings: Settings, options: argparse.Namespace) ->
 def _link(store: KeyStore, settings: Settings, options: argparse.Namespace) -> None:
     link = sign_in_link(settings, store)
     print(json.dumps({"link": link}) if options.json else link)
-
-
-def _described(key: ApiKey) -> dict[str, Any]:
-    return {
-        "id": key.id,
-        "name": key.name,
-        "scopes": sorted(key.scopes),
-        "created_at": key.created_at,
-        "expires_at": key.expires_at,
-        "last_used_at": key.last_used_at,
-    }
 
 
 def _day(at: float) -> str:
