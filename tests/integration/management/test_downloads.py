@@ -1,7 +1,6 @@
 """From a hub to an answer: a download that outlives its process and the server."""
 
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,23 +11,16 @@ import psutil
 import pytest
 
 from scripts.hub_lib.faults import Fault
-from scripts.hub_lib.server import Hub, running_hub
+from scripts.hub_lib.server import Hub
+from tests.integration.management.nice_hub import ID, NAME, nice_hub
 from tests.integration.server import HTTP, Server, wait_until
-from tests.starter import starter_path
 
-NAME = "Nice-135M-Q4_1.gguf"
-ID = "nice-135m@gguf-q4_1"
 PAGE_BYTES = 1_000_000
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    source = tmp_path / "source"
-    source.mkdir()
-    shutil.copyfile(starter_path(), source / NAME)
-    (source / "README.md").write_text("---\nlicense: apache-2.0\ntags: [gguf]\n---\n# Nice\n")
-    with running_hub() as hub:
-        hub.publish("org/Nice-GGUF", source)
+    with nice_hub(tmp_path) as hub:
         yield hub
 
 

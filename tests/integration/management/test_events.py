@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import threading
@@ -16,23 +15,17 @@ import psutil
 import pytest
 
 from scripts.hub_lib.faults import Fault
-from scripts.hub_lib.server import Hub, running_hub
+from scripts.hub_lib.server import Hub
+from tests.integration.management.nice_hub import ID, NAME, nice_hub
 from tests.integration.server import HTTP, Server, wait_until
-from tests.starter import starter_path
 
-NAME = "Nice-135M-Q4_1.gguf"
-ID = "nice-135m@gguf-q4_1"
 # Of these only the newest is kept for replay.
 COALESCED = {"job.progress", "job.order", "memory", "thermal"}
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    source = tmp_path / "source"
-    source.mkdir()
-    shutil.copyfile(starter_path(), source / NAME)
-    with running_hub() as hub:
-        hub.publish("org/Nice-GGUF", source)
+    with nice_hub(tmp_path) as hub:
         yield hub
 
 

@@ -17,13 +17,12 @@ import psutil
 import pytest
 
 from scripts.hub_lib.faults import Fault
-from scripts.hub_lib.server import Hub, running_hub
+from scripts.hub_lib.server import Hub
+from tests.integration.management.nice_hub import ID, NAME, nice_hub
 from tests.integration.server import HTTP, ROOT, Server, wait_until
 from tests.live_server import free_port
 from tests.starter import starter_path
 
-NAME = "Nice-135M-Q4_1.gguf"
-ID = "nice-135m@gguf-q4_1"
 WANTED = "hf.co/org/Nice-GGUF:Q4_1"
 PAGE_BYTES = 1_000_000
 LIMIT_S = 120
@@ -31,12 +30,7 @@ LIMIT_S = 120
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    source = tmp_path / "source"
-    source.mkdir()
-    shutil.copyfile(starter_path(), source / NAME)
-    (source / "README.md").write_text("---\nlicense: apache-2.0\ntags: [gguf]\n---\n# Nice\n")
-    with running_hub() as hub:
-        hub.publish("org/Nice-GGUF", source)
+    with nice_hub(tmp_path) as hub:
         yield hub
 
 

@@ -19,24 +19,13 @@ from tests.fakes import FakeCatalog, make_services, make_view
 from tests.live_server import serving
 from tests.unit.router.api.test_router_api import FakeManagement
 from tests.unit.router.api.test_router_hub import FakeHub
+from tests.unit.router.api.test_router_jobs import JOB as RUNNING_JOB
 
-JOB = JobDetail(
-    id="a1",
-    kind="download",
-    title="org/tiny: tiny.gguf",
-    state="running",
-    reason="",
-    code="",
-    created_at=1.0,
-    started_at=2.0,
-    ended_at=None,
-    retry_at=None,
-    done_bytes=1024,
-    total_bytes=4096,
-    bytes_per_s=2048.0,
-    remaining_s=2.0,
-    repository="org/tiny",
-    folder="models/hub/org/tiny",
+JOB = RUNNING_JOB.model_copy(
+    update={
+        **{"done_bytes": 1024, "total_bytes": 4096, "bytes_per_s": 2048.0},
+        **{"folder": "models/hub/org/tiny", "files": ()},
+    }
 )
 DONE = JOB.model_copy(
     update={

@@ -26,6 +26,7 @@ from deployments.scheduler.scanning import (
     WATCHED_INTERVAL_S,
     Scanner,
 )
+from tests.clock import Clock
 from tests.gguf_files import llama_gguf
 from tests.unit.deployments.scheduler.scheduling import A, InProcess, Replica, started
 from tests.waiting import wait_until
@@ -64,16 +65,6 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> Scans:
     scans = Scans()
     monkeypatch.setattr(scanning, "scan", scans.scan)
     return scans
-
-
-class Clock:
-    """A clock that a test sets."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

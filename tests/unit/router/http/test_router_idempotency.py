@@ -17,6 +17,7 @@ from router.http import idempotency
 from router.http.access import Access
 from router.http.idempotency import KeptAnswers
 from router.route import Route, add_routes
+from tests.clock import Clock
 from tests.fakes import MANAGING, make_services
 from tests.live_server import client_of, error_of
 from tests.unit.router.api.test_router_api import FakeManagement
@@ -44,14 +45,6 @@ def ask(app: FastAPI) -> Ask:
             return await client.post("/api/downloads", json=body, headers=sent)
 
     return send
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Maker:
@@ -194,7 +187,7 @@ async def test_when_the_first_is_cancelled_the_next_runs() -> None:
 
 
 async def test_answers_are_kept_for_a_day() -> None:
-    clock, maker = Clock(), Maker()
+    clock, maker = Clock(0.0), Maker()
     kept = KeptAnswers(clock)
     send = asked(kept, maker)
     await send("k")

@@ -16,6 +16,7 @@ from core.keys import hash_api_key, new_api_key
 from deployments.router import credentials as credentials_module
 from deployments.router.credentials import StoredCredentials
 from router.app import create_app
+from tests.clock import Clock
 from tests.fakes import CHAT_MODEL, make_services
 from tests.live_server import client_of, error_of
 from tests.unit.router.api.test_router_api import FakeManagement
@@ -23,16 +24,6 @@ from tests.unit.router.api.test_router_api import FakeManagement
 TOKEN = "canary-token-5678"
 OWN_KEY = "canary-key-1234"
 CHAT = {"model": CHAT_MODEL, "messages": [{"role": "user", "content": "hi"}]}
-
-
-class Clock:
-    """A clock that is set by hand, for both kinds of time."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

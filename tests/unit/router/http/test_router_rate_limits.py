@@ -18,19 +18,12 @@ from deployments.router.credentials import StoredCredentials
 from router.app import create_app
 from router.http import rate_limits
 from router.http.rate_limits import Bucket, RateGuard, RateLimits
+from tests.clock import Clock
 from tests.fakes import CHAT_MODEL, EMBEDDING_MODEL, FakeDispatcher, make_services
 from tests.live_server import client_of
 
 CHAT = {"model": CHAT_MODEL, "messages": [{"role": "user", "content": "hi"}]}
 MESSAGE = {**CHAT, "max_tokens": 5}
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_a_bucket_refills_to_a_minute_and_its_debt_is_waited_for() -> None:

@@ -14,6 +14,7 @@ from core.settings import Settings
 from deployments.router.credentials import StoredCredentials
 from deployments.start.sign_in import sign_in_link
 from router.app import create_app
+from tests.clock import Clock
 from tests.fakes import CHAT_MODEL, make_services
 from tests.live_server import client_of, error_of
 from tests.unit.router.api.test_router_api import FakeManagement
@@ -21,14 +22,6 @@ from tests.unit.router.api.test_router_api import FakeManagement
 COOKIE = "impetus_session_8000"
 LOAD = f"/api/models/{CHAT_MODEL}/load"
 DAY_S = 24 * 3600
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
