@@ -50,8 +50,10 @@ class JobFeed:
             if changes.version != known or left_s <= 0:
                 return changes
             self._changed.clear()
+            # `wait_for` of Python 3.11 may lose a cancellation that comes with the change.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await self._changed.wait()
 
     def _changes(self, known: int) -> JobChanges:
         self._look()
